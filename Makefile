@@ -1,0 +1,26 @@
+# Every target makes .venv with pip when it is missing or pyproject.toml has changed; nothing is done twice.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: run test bench lint
+
+.venv/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"heliostat needs Python 3.11 or later, not {sys.version}"'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+run: .venv/.installed  ## prepare the quickstart's text, train on it, register the model, let it write
+	$(BIN)/heliostat prepare pipelines/quickstart.yaml
+	$(BIN)/heliostat train jobs/quickstart.yaml --resume
+
+test: .venv/.installed  ## unit and integration tests (tests/gpu skips itself without a GPU)
+	$(BIN)/python -m pytest
+
+bench: .venv/.installed  ## the benchmarks behind docs/benchmarks/, one after another (about half an hour)
+	for b in tests/benchmarks/*.py; do $(BIN)/python $$b || exit 1; done
+
+lint: .venv/.installed  ## ruff (lint, format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy

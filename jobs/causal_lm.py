@@ -1,0 +1,233 @@
+"""Next-token prediction with any causal language model that `transformers` can build.
+
+    recipe: jobs.causal_lm:CausalLM
+    model: {arch: llama, hidden_size: 256, ...}        # from a configuration: any key of that architecture's config class
+    model: {pretrained: /models/llama-3-8b}            # from a folder in Hugging Face's format: weights and tokenizer must match
+
+A sample is `data.sequence_length` consecutive tokens of a chunk, documents end to end. Every token but the first of a sample
+is predicted; with `data.document_mask` attention and positions start anew at each document, and no document's first token is
+predicted. Held-out scores: loss (nats per token), perplexity, and bits per byte of the text that the tokens stand for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from heliostat.data.manifest import Manifest
+from heliostat.errors import ConfigError
+from heliostat.recipe import Batch, Serving
+from heliostat.schema import nearest
+from heliostat.spec import Job
+from tokenizers import Tokenizer
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+IGNORED = -100
+PROMPTS = ("def ", "import ")
+
+
+class CausalLM:
+    kind = "tokens"
+    terms_per_sample: int | None
+
+    def __init__(self, job: Job) -> None:
+        if not job.data.sequence_length:
+            raise ConfigError("data.sequence_length: is required for a language model")
+        self.length = job.data.sequence_length
+        self.checkpointing = job.train.activation_checkpointing
+        self.document_mask = job.data.document_mask
+        self.terms_per_sample = None if self.document_mask else self.length - 1
+        self.pretrained = job.model.get("pretrained")
+        self.config = _pretrained_config(job.model) if self.pretrained else _config(job.model)
+        self.vocabulary_given = bool(self.pretrained) or "vocab_size" in job.model
+        self.config.use_cache = False
+        longest = getattr(self.config, "max_position_embeddings", None)
+        if longest and longest < self.length:
+            if self.pretrained or "max_position_embeddings" in job.model:
+                raise ConfigError(
+                    f"data.sequence_length: {self.length} is longer than the model's max_position_embeddings {longest}"
+                )
+            self.config.max_position_embeddings = self.length
+
+    def bind(self, sources: list[Manifest]) -> None:
+        tokenizers = {m.meta.get("tokenizer") for m in sources}
+        if len(tokenizers) > 1:
+            raise ConfigError("data.sources: the datasets were made with different tokenizers; prepare them with one")
+        vocabulary, self.end = sources[0].meta["vocab_size"], sources[0].meta["end_of_document"]
+        self.tokenizer_json = sources[0].location.join("tokenizer.json").read()
+        if hashlib.sha256(self.tokenizer_json).hexdigest() != sources[0].meta["tokenizer"]:
+            raise ConfigError(f"{sources[0].location.join('tokenizer.json')}: is not the tokenizer that made the dataset")
+        if self.vocabulary_given:
+            if self.config.vocab_size < vocabulary:
+                raise ConfigError(f"model.vocab_size: {self.config.vocab_size} is below the tokenizer's {vocabulary}")
+        else:
+            self.config.vocab_size = -(-vocabulary // 64) * 64  # a multiple that matrix units like
+        if not self.pretrained:
+            self.config.bos_token_id = self.config.eos_token_id = self.end
+            self.config.pad_token_id = None
+
+    def build(self) -> torch.nn.Module:
+        if self.pretrained:
+            model = AutoModelForCausalLM.from_pretrained(self.pretrained, config=self.config, dtype=torch.float32)
+        else:
+            model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+        if self.checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return model.train()
+
+    def load(self, folder: Path) -> torch.nn.Module:
+        return AutoModelForCausalLM.from_pretrained(folder)
+
+    # training --------------------------------------------------------------------------------------------------------
+
+    def batch(self, content: np.ndarray) -> Batch:
+        tokens = torch.from_numpy(np.ascontiguousarray(content)).long()
+        labels = tokens.clone()
+        labels[:, 0] = IGNORED
+        batch = {"input_ids": tokens, "labels": labels}
+        if self.document_mask:
+            starts = torch.zeros_like(tokens, dtype=torch.bool)
+            starts[:, 1:] = tokens[:, :-1] == self.end
+            labels[starts] = IGNORED
+            place = torch.arange(self.length)
+            batch["position_ids"] = place - torch.where(starts, place, 0).cummax(dim=1).values
+        return batch
+
+    def terms(self, batch: Batch) -> int:
+        return int((batch["labels"] != IGNORED).sum())
+
+    def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        return _token_losses(model, batch, "sum")
+
+    def evaluate(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        labels = batch["labels"]
+        losses = _token_losses(model, batch, "none").view(labels.shape[0], -1)
+        predicted = labels[:, 1:] != IGNORED
+        size = self._token_bytes().to(labels.device)[labels.clamp(min=0)[:, 1:]]
+        return {"nats": losses.sum(1), "tokens": predicted.sum(1).float(), "bytes": (size * predicted).sum(1).float()}
+
+    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        loss = sums["nats"] / sums["tokens"]
+        perplexity = math.exp(min(loss, 700.0))
+        return {"loss": loss, "perplexity": perplexity, "bits_per_byte": sums["nats"] / math.log(2) / max(1.0, sums["bytes"])}
+
+    def flops_per_sample(self, model: Any) -> float:
+        """6 per weight and token (Kaplan et al. 2020, arXiv 2001.08361) plus attention's 12 layers x width x length per token."""
+        embeddings = model.get_input_embeddings().weight
+        tied = self.config.tie_word_embeddings
+        numel = sum(_numel(p) for p in model.parameters()) - (0 if tied else _numel(embeddings))
+        attention = 12 * self.config.num_hidden_layers * self.config.hidden_size * self.length
+        return float(self.length * (6 * numel + attention))
+
+    def _token_bytes(self) -> torch.Tensor:
+        """Bytes of text behind each token, int64 [vocabulary]; special tokens stand for none."""
+        if not hasattr(self, "_bytes"):
+            tokenizer = Tokenizer.from_str(self.tokenizer_json.decode())
+            special = {i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
+            byte_level = "ByteLevel" in type(tokenizer.decoder).__name__  # then a character of a token is a byte of the text
+            sizes = [0] * self.config.vocab_size
+            for token, i in tokenizer.get_vocab(with_added_tokens=True).items():
+                if i not in special and i < len(sizes):
+                    sizes[i] = len(token) if byte_level else len(tokenizer.decode([i]).encode())
+            self._bytes = torch.tensor(sizes)
+        return self._bytes
+
+    # the export ------------------------------------------------------------------------------------------------------
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        raw = Tokenizer.from_str(self.tokenizer_json.decode())
+        end = raw.id_to_token(self.end)
+        return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=end, eos_token=end, model_max_length=self.length)
+
+    def save_config(self, folder: Path) -> None:
+        config = type(self.config).from_dict(self.config.to_dict())
+        config.use_cache = True
+        config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+        config.save_pretrained(folder)
+        if self.pretrained:
+            AutoTokenizer.from_pretrained(self.pretrained).save_pretrained(folder)
+        else:
+            self.tokenizer().save_pretrained(folder)
+
+    def demonstrate(self, folder: Path) -> list[tuple[str, str]]:
+        return [(prompt, generate(folder, prompt, max_tokens=48, temperature=0.8, top_p=0.95, seed=0)) for prompt in PROMPTS]
+
+    def serving(self) -> Serving:
+        from mlflow.models import infer_signature
+
+        params = {"max_tokens": 100, "temperature": 0.8, "top_p": 0.95, "seed": 0}
+        prompts = list(PROMPTS[:1])
+        return Serving(Path(__file__).with_name("text_server.py"), prompts, infer_signature(prompts, ["text"], params))
+
+
+def _token_losses(model: torch.nn.Module, batch: Batch, reduction: str) -> torch.Tensor:
+    """Cross-entropy in fp32 of every token but each sample's first, flat."""
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    logits = model(**inputs).logits[:, :-1]
+    targets = batch["labels"][:, 1:]
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction=reduction)
+
+
+def _numel(parameter: torch.Tensor) -> int:
+    return getattr(parameter, "ds_numel", None) or parameter.numel()
+
+
+def _config(model: dict[str, Any]) -> Any:
+    keys = {k: v for k, v in model.items() if k != "arch"}
+    arch = str(model.get("arch"))
+    if arch not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        near = nearest(str(arch), list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+        raise ConfigError(
+            f"model.arch: {model.get('arch')!r} is no causal language model of transformers{near or '; for example: llama, gpt2, qwen3'}"
+        )
+    kind = CONFIG_MAPPING[arch]
+    known = {*kind.__dataclass_fields__, *kind.attribute_map}
+    for key in keys:
+        if key not in known:
+            near = nearest(key, sorted(known))
+            raise ConfigError(f"model.{key}: unknown key for arch {arch!r}{near}")
+    try:
+        config = kind(**keys)
+    except Exception as e:  # transformers raises its own errors for values; the last line is the one that says what is wrong
+        raise ConfigError(f"model: {str(e).splitlines()[-1].strip()}") from e
+    heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    if config.hidden_size % heads:
+        near = _divisor(config.hidden_size, heads)
+        raise ConfigError(f"model.num_attention_heads: {heads} does not divide hidden_size {config.hidden_size}; {near}")
+    if groups and heads % groups:
+        raise ConfigError(
+            f"model.num_key_value_heads: {groups} does not divide num_attention_heads {heads}; {_divisor(heads, groups)}"
+        )
+    return config
+
+
+def _divisor(number: int, near: int) -> str:
+    return f"nearest that does: {min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - near))}"
+
+
+def _pretrained_config(model: dict[str, Any]) -> Any:
+    extra = sorted(set(model) - {"pretrained"})
+    if extra:
+        raise ConfigError(f"model.{extra[0]}: a pretrained model takes its configuration from the folder; remove this key")
+    folder = Path(model["pretrained"])
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"model.pretrained: {str(folder)!r} is not a model folder (no config.json)")
+    config = AutoConfig.from_pretrained(folder)
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ConfigError(f"model.pretrained: {str(folder)!r} holds a {config.model_type!r}, which is no causal language model")
+    return config
+
+
+def generate(folder: Path, prompt: str, max_tokens: int, temperature: float, top_p: float, seed: int) -> str:
+    """The prompt continued by an exported model; temperature 0 takes the likeliest token each time."""
+    from jobs.text_server import continue_text
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    return continue_text(model, tokenizer, prompt, max_tokens, temperature, top_p, seed)

@@ -1,0 +1,41 @@
+"""The exported language model as an MLflow pyfunc: MLflow copies this file into the model, so it needs only transformers.
+
+mlflow.pyfunc.load_model("models:/NAME/1").predict(["def "], params={"max_tokens": 40})
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlflow
+import torch
+from mlflow.pyfunc.model import PythonModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+class TextServer(PythonModel):
+    """Prompts in, continuations out; params: max_tokens, temperature (0: greedy), top_p, seed."""
+
+    def load_context(self, context: Any) -> None:
+        folder = context.artifacts["model"]
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.model = AutoModelForCausalLM.from_pretrained(folder).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def predict(self, context: Any, model_input: list[str], params: dict[str, Any] | None = None) -> list[str]:
+        p = {"max_tokens": 100, "temperature": 0.8, "top_p": 0.95, "seed": 0, **(params or {})}
+        return [continue_text(self.model, self.tokenizer, prompt, **p) for prompt in model_input]
+
+
+def continue_text(model: Any, tokenizer: Any, prompt: str, max_tokens: int, temperature: float, top_p: float, seed: int) -> str:
+    """The model's continuation of the prompt; an empty prompt starts a document; temperature 0 takes the likeliest token."""
+    ids = tokenizer(prompt or tokenizer.bos_token, return_tensors="pt")["input_ids"].to(model.device)
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+    with torch.no_grad():
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, pad_token_id=tokenizer.eos_token_id, **sampling
+        )
+    return tokenizer.decode(out[0][ids.shape[1] :], skip_special_tokens=True)
+
+
+mlflow.models.set_model(TextServer())

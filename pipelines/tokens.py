@@ -1,0 +1,123 @@
+"""Documents to token shards: tokenizers, where row groups are cut, and the Parquet bytes. Pure functions."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Iterable
+from functools import lru_cache
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from heliostat.errors import ConfigError
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+SCHEMA = pa.schema(
+    [
+        # no nulls and no empty lists: the footer's value count is then the token count
+        pa.field("tokens", pa.list_(pa.field("element", pa.int32(), nullable=False)), nullable=False),
+        pa.field("document", pa.string(), nullable=False),
+    ]
+)
+BATCH_CHARS = 4 << 20  # of text, per call of the tokenizer: bounds the memory that its encodings take
+
+
+def train(texts: Iterable[str], vocab_size: int, end_of_document: str) -> str:
+    """The `tokenizer.json` text of a byte-level BPE: every string has tokens, and decodes to itself."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[end_of_document],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer.to_str()
+
+
+@lru_cache(maxsize=2)
+def load(definition: str) -> Tokenizer:
+    """The tokenizer, set to take text as it is: no truncation, no padding, special tokens spelled in a text are text."""
+    try:
+        tokenizer = Tokenizer.from_str(definition)
+    except Exception as e:  # the library raises bare Exception
+        raise ConfigError(f"tokenizer.path: not a tokenizer.json of the tokenizers library ({e})") from e
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def end_id(tokenizer: Tokenizer, end_of_document: str) -> int:
+    found = tokenizer.token_to_id(end_of_document)
+    if found is None:
+        added = ", ".join(sorted(t.content for t in tokenizer.get_added_tokens_decoder().values())[:10])
+        raise ConfigError(
+            f"tokenizer.end_of_document: {end_of_document!r} is not in the vocabulary; its special tokens: {added or 'none'}"
+        )
+    return found
+
+
+def encode(tokenizer: Tokenizer, texts: list[str], end: int) -> list[np.ndarray]:
+    """Each text's token ids, int32, with `end` after them."""
+    out: list[np.ndarray] = []
+    start = 0
+    while start < len(texts):
+        stop, chars = start, 0
+        while stop < len(texts) and (stop == start or chars + len(texts[stop]) <= BATCH_CHARS):
+            chars += len(texts[stop])
+            stop += 1
+        for encoding in tokenizer.encode_batch_fast(texts[start:stop], add_special_tokens=False):
+            out.append(np.array([*encoding.ids, end], np.int32))
+        start = stop
+    return out
+
+
+def cut(lengths: np.ndarray, target: int) -> list[tuple[int, int]]:
+    """Ranges of documents, one per row group: about equal tokens, near `target`, never empty, never within a document."""
+    if not len(lengths):
+        return []
+    ends = np.cumsum(lengths)
+    groups = max(1, round(int(ends[-1]) / target))
+    aims = ends[-1] * np.arange(1, groups) / groups
+    after = np.searchsorted(ends, aims)  # the first document that reaches the aim; cut after it, or before if nearer
+    before = np.where(after > 0, ends[after - 1], 0)
+    cuts = after + np.where(ends[after] - aims <= aims - before, 1, 0)
+    bounds = sorted({0, len(lengths), *cuts.tolist()})
+    return list(itertools.pairwise(bounds))
+
+
+def shard(ids: list[str], tokens: list[np.ndarray], chunk_tokens: int) -> bytes:
+    """The Parquet file: the same documents in the same order give the same bytes."""
+    flat = np.concatenate(tokens)
+    lengths = np.array([len(t) for t in tokens], np.int64)
+    ends = np.concatenate([[0], np.cumsum(lengths)])
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(
+        sink,
+        SCHEMA,
+        compression="zstd",
+        use_dictionary=False,
+        write_statistics=["document"],
+        write_page_checksum=True,
+    ) as writer:
+        for start, stop in cut(lengths, chunk_tokens):
+            values = pa.array(flat[ends[start] : ends[stop]])
+            offsets = pa.array((ends[start : stop + 1] - ends[start]).astype(np.int32))
+            lists = pa.ListArray.from_arrays(offsets, values, type=SCHEMA.field("tokens").type)
+            table = pa.Table.from_arrays([lists, pa.array(ids[start:stop], pa.string())], schema=SCHEMA)
+            writer.write_table(table, row_group_size=max(1, stop - start))
+        # in the footer, which the manifest hashes: the dataset's digest then changes with any token
+        writer.add_key_value_metadata({"content": hashlib.sha256(flat.tobytes()).hexdigest()})
+    return sink.getvalue().to_pybytes()
+
+
+def entropy(counts: np.ndarray) -> float:
+    """Nats per token of the unigram distribution; rounded, because the last bits of a logarithm differ by machine."""
+    used = counts[counts > 0].astype(np.float64)
+    p = used / used.sum()
+    return round(math.fsum(-p * np.log(p)), 6)

@@ -1,0 +1,97 @@
+"""Everything that can be found wrong with a job before anything expensive starts: under 5 seconds, without Ray.
+
+The file and its cross-field rules (`spec`), the recipe and its model, the datasets, the stores. Faults are one ConfigError,
+DataError or StorageError each, naming the key, the value and the fix.
+"""
+
+from __future__ import annotations
+
+import shutil
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+from heliostat import spec, workspace
+from heliostat.data import manifest
+from heliostat.data.dataset import DataPlan, plan, split
+from heliostat.data.manifest import Manifest
+from heliostat.data.order import Order
+from heliostat.errors import ConfigError, DataError, HeliostatError, StorageError
+from heliostat.recipe import Recipe
+from heliostat.spec import Job
+from heliostat.storage import Location
+
+
+@dataclass(frozen=True)
+class Checked:
+    job: Job
+    recipe: Recipe
+    manifests: list[Manifest]
+    plan: DataPlan
+    order: Order
+
+
+def check_file(path: Path, settings: list[str] | None = None) -> tuple[Job, Recipe]:
+    """The part that needs no dataset and no store."""
+    job = spec.load(path, settings)
+    recipe = workspace.import_path("recipe", job.recipe)(job)
+    if job.train.compile and not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
+        raise ConfigError(
+            "train.compile: true needs a C++ compiler, and there is none on this machine; install g++ or set it to false"
+        )
+    return job, recipe
+
+
+def check(path: Path, settings: list[str] | None = None, recorded: DataPlan | None = None) -> Checked:
+    """All of it. `recorded`: the plan of the run that the job resumes."""
+    job, recipe = check_file(path, settings)
+    return check_stores(job, recipe, recorded)
+
+
+def check_stores(job: Job, recipe: Recipe, recorded: DataPlan | None = None) -> Checked:
+    manifests = []
+    for i, location in enumerate(job.sources):
+        key = f"data.sources.{i}.path"
+        try:
+            location.probe()
+            found = manifest.read(location)
+        except (DataError, StorageError) as e:
+            raise type(e)(f"{key}: {e}") from e
+        if found.kind != recipe.kind:
+            raise ConfigError(f"{key}: {location} holds {found.kind!r}, but {job.recipe} trains on {recipe.kind!r}")
+        manifests.append(found)
+    try:
+        Location(job.storage).probe()
+    except StorageError as e:
+        raise StorageError(f"storage: {e}") from e
+    _check_mlflow(job.mlflow.uri)
+    recipe.bind(manifests)
+    return Checked(job, recipe, manifests, *_check_data(job, manifests, recorded))
+
+
+def _check_data(job: Job, manifests: list[Manifest], recorded: DataPlan | None) -> tuple[DataPlan, Order]:
+    made = plan(job, manifests, recorded)
+    splits = [split(m, made.sequence_length, made.held_fraction) for m in manifests]
+    order = Order(splits, list(made.weights), made.seed, made.shape)
+    if job.evaluate and not len(order.held_out(job.evaluate.samples)):
+        raise ConfigError(
+            f"evaluate.fraction: {job.evaluate.fraction} of {sum(int(s.samples.sum()) for s in splits)} samples holds none out; raise it"
+        )
+    return made, order
+
+
+def _check_mlflow(uri: str) -> None:
+    if uri.startswith("sqlite:///"):
+        parent = Path(uri.removeprefix("sqlite:///")).parent
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise ConfigError(f"mlflow.uri: {uri}: the folder {parent} cannot be made ({e.strerror})") from e
+    elif uri.startswith(("http://", "https://")):
+        try:
+            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=3).close()
+        except (urllib.error.URLError, TimeoutError, OSError) as e:
+            raise HeliostatError(
+                f"mlflow.uri: {uri} does not answer ({getattr(e, 'reason', e)}); start it with `mlflow server`"
+            ) from e

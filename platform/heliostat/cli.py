@@ -1,0 +1,202 @@
+"""Every command that a person types: `heliostat --help`.
+
+Results go to standard output, progress and logs to standard error. `--json` prints one object as the last line. Exit codes:
+0 done, 1 failed, 2 bad input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from heliostat.errors import ConfigError, HeliostatError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+out = Console(highlight=False, soft_wrap=True)
+
+Settings = Annotated[list[str] | None, typer.Option("--set", help="Change a key: --set train.optimizer.lr=1e-3")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the logs of Ray and of the workers, and tracebacks")]
+TrackingUri = Annotated[
+    str | None, typer.Option("--mlflow", help="MLflow's store; the default is MLFLOW_TRACKING_URI, then the quickstart's")
+]
+DEFAULT_STORE = ".heliostat/mlflow.db"
+
+
+@app.command()
+def prepare(pipeline: Path, setting: Settings = None, force: bool = False, json_: Json = False, verbose: Verbose = False) -> None:
+    """Make a dataset: run a pipeline YAML's Ray Data job. Does nothing if the dataset is up to date."""
+    from heliostat.prepare import prepare as run
+
+    report = run(pipeline, setting or [], force=force)
+    if not json_:
+        state = "is up to date" if report["up_to_date"] else f"is ready after {report['seconds']:.0f} s"
+        out.print(f"dataset {report['dataset']} {state}: {report['documents']:,} documents, {report['tokens']:,} tokens, "
+                  f"{report['chunks']:,} chunks, digest {report['digest'][:12]}")  # fmt: skip
+        dropped = {**report["dropped"], "duplicate": report["duplicates"]}
+        out.print("left out: " + (", ".join(f"{n:,} {reason}" for reason, n in dropped.items() if n) or "nothing"))
+    _finish(report, json_)
+
+
+@app.command()
+def check(
+    job: Path, setting: Settings = None, offline: Annotated[bool, typer.Option(help="Leave out datasets and stores")] = False
+) -> None:
+    """Find everything wrong with a job before anything starts."""
+    from heliostat import check as checks
+
+    if offline:
+        checks.check_file(job, setting)
+        out.print(f"{job}: the file and the model are right; datasets and stores were not looked at")
+        return
+    checked = checks.check(job, setting)
+    order, shape = checked.order, checked.plan.shape
+    epochs = checked.job.train.steps * shape.batch / max(1, int(order.epoch_samples.sum()))
+    out.print(f"{job}: right. {int(order.epoch_samples.sum()):,} training samples, {epochs:.2f} epochs in {checked.job.train.steps:,} steps; "
+              f"{shape.lanes} lanes, supersteps of {shape.superstep} steps, windows of {shape.window:,} samples")  # fmt: skip
+
+
+@app.command()
+def train(
+    job: Path,
+    setting: Settings = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the run's last checkpoint, if there is one")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Delete the run of this name and start anew")] = False,
+    json_: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train a job: Ray Data streams its samples into DeepSpeed workers; the model ends in MLflow."""
+    from heliostat.train.run import train as run
+
+    result = run(job, setting, resume, overwrite, verbose)
+    if not json_:
+        _print_result(result)
+    _finish(result, json_)
+
+
+def _print_result(result: dict[str, Any]) -> None:
+    for sample in result["samples"]:
+        out.rule(f"prompt: {sample['prompt']!r}", align="left")
+        out.print(sample["prompt"] + sample["text"], markup=False)
+    out.rule()
+    scores = "  ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in result["eval"].items())
+    out.print(f"held-out: {scores}")
+    for name, entropy in result["reference"].items():
+        if entropy:
+            out.print(f"for comparison: the unigram entropy of {name} is {entropy:.4g} nats a token")
+    split = ", ".join(f"{k.replace('_', ' ')} {v:.1f}" for k, v in result["startup"].items())
+    out.print(f"{result['tokens_per_second']:,.0f} tokens/s, data wait {result['data_wait']:.2%}; "
+              f"{result['seconds_to_first_step']:.1f} s to the first step ({split})")  # fmt: skip
+    out.print(f"model {result['model_uri']}, run {result['run_id']}, checkpoint {result['checkpoint']}")
+    out.print(f"\nNext:  heliostat generate {result['model_uri']} --prompt 'class '\n       heliostat ui")
+
+
+@app.command()
+def generate(
+    model: str,
+    prompt: Annotated[str, typer.Option()],
+    max_tokens: Annotated[int, typer.Option(min=1)] = 100,
+    temperature: Annotated[float, typer.Option(min=0.0)] = 0.8,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1.0)] = 0.95,
+    seed: int = 0,
+    mlflow: TrackingUri = None,
+    json_: Json = False,
+) -> None:
+    """Let a model write. MODEL: models:/NAME/VERSION, a run id, or a folder."""
+    from heliostat.track.models import resolve
+    from heliostat.workspace import import_path
+
+    folder = resolve(model, _store(mlflow))
+    text = import_path("generate", "jobs.causal_lm:generate")(folder, prompt, max_tokens, temperature, top_p, seed)
+    if not json_:
+        out.print(prompt + text, markup=False)
+    _finish({"prompt": prompt, "text": text}, json_)
+
+
+@app.command()
+def evaluate(
+    model: str,
+    data: Annotated[str, typer.Option(help="A prepared dataset: a folder or s3:// URI")],
+    samples: Annotated[int, typer.Option(min=1)] = 256,
+    sequence_length: Annotated[int | None, typer.Option(min=2, help="The default is the model's own")] = None,
+    fraction: Annotated[float, typer.Option(min=0.0001, max=0.9999, help="Held-out fraction, as in the job")] = 0.01,
+    mlflow: TrackingUri = None,
+    json_: Json = False,
+) -> None:
+    """Score a model on a dataset's held-out split. MODEL: models:/NAME/VERSION, a run id, or a folder."""
+    from heliostat.evaluate import evaluate as run
+    from heliostat.track.models import resolve
+
+    scores = run(resolve(model, _store(mlflow)), data, samples, sequence_length, fraction)
+    if not json_:
+        out.print("  ".join(f"{k.replace('_', ' ')} {v:.6g}" for k, v in scores.items()))
+    _finish(scores, json_)
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="A run id, or a run's folder (STORAGE/NAME)")],
+    to: Annotated[Path, typer.Option()],
+    step: int | None = None,
+    mlflow: TrackingUri = None,
+    json_: Json = False,
+) -> None:
+    """Write a run's checkpoint as a Hugging Face folder."""
+    from heliostat import export as exporting
+    from heliostat.storage import Location
+    from heliostat.track.models import run_folder
+    from heliostat.train import checkpoint
+
+    place = run_folder(run, _store(mlflow)) if "/" not in run and not Path(run).exists() else Location(run)
+    found = checkpoint.open_checkpoint(place, step) if step is not None else checkpoint.latest(place)
+    if found is None:
+        raise ConfigError(f"{place}: holds no complete checkpoint")
+    exporting.export(found, to)
+    if not json_:
+        out.print(f"step {found.step} of {found.index['name']} is in {to}")
+    _finish({"folder": str(to), "step": found.step}, json_)
+
+
+@app.command()
+def ui(mlflow: TrackingUri = None, host: str = "127.0.0.1", port: int = 5000) -> None:
+    """Open MLflow's UI on the runs' store, and print its address."""
+    from heliostat.track.ui import serve
+
+    serve(_store(mlflow), host, port)
+
+
+def _store(uri: str | None) -> str:
+    import os
+
+    return uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(DEFAULT_STORE).absolute()}"
+
+
+def _finish(result: dict[str, Any], json_: bool) -> None:
+    if json_:
+        sys.stdout.write(json.dumps(result) + "\n")
+
+
+def main() -> None:
+    verbose = "--verbose" in sys.argv or "-v" in sys.argv
+    handler = RichHandler(
+        console=Console(stderr=True), show_path=False, show_level=False, log_time_format="%H:%M:%S", markup=False
+    )
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s")
+    logging.getLogger("heliostat").setLevel(logging.DEBUG if verbose else logging.INFO)
+    try:
+        app()
+    except HeliostatError as e:
+        if verbose:
+            logging.getLogger("heliostat").exception("traceback")
+        sys.stderr.write(f"error: {e}\n")
+        sys.exit(e.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)

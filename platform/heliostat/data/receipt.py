@@ -1,0 +1,51 @@
+"""Receipts: a chained hash over what every step trained on, computed while training, recomputable from the shards alone.
+
+A sample's digest is BLAKE2b-64 over where it is (source, epoch, chunk, row) and its content. A step's digest is BLAKE2b-128
+over its samples' digests in lane order, through one digest a lane, so that each worker hashes only what it has. The chain
+is h(t) = BLAKE2b-128(h(t-1) + step digest), from h(-1) = "". None of it depends on the number of workers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+
+from heliostat.data.order import Samples
+
+GENESIS = ""
+
+
+def sample_digests(samples: Samples, contents: np.ndarray) -> np.ndarray:
+    """uint64 [n], from the samples' places and their contents, an array whose first axis is the sample."""
+    places = np.stack([samples.source, samples.epoch, samples.chunk, samples.row], axis=1).astype("<i8")
+    rows = np.ascontiguousarray(contents)
+    out = bytearray()
+    for place, row in zip(places, rows, strict=True):
+        h = hashlib.blake2b(place, digest_size=8)
+        h.update(row)
+        out += h.digest()
+    return np.frombuffer(bytes(out), dtype="<u8")
+
+
+def lane_digest(digests: np.ndarray) -> int:
+    """The digest of one lane's samples of one step, as a signed 64-bit integer (it travels in a torch tensor)."""
+    return int.from_bytes(hashlib.blake2b(digests.astype("<u8").tobytes(), digest_size=8).digest(), "little", signed=True)
+
+
+def step_digests(lanes: np.ndarray) -> list[str]:
+    """One hex digest a step from lane digests, int64 [steps, lanes]."""
+    return [hashlib.blake2b(row.astype("<i8").tobytes(), digest_size=16).hexdigest() for row in lanes]
+
+
+def extend(chain: str, steps: list[str]) -> str:
+    """The chain after the given step digests."""
+    for step in steps:
+        chain = hashlib.blake2b(bytes.fromhex(chain) + bytes.fromhex(step), digest_size=16).hexdigest()
+    return chain
+
+
+def seal(first: int, steps: list[str], chain: str, data_digest: str) -> bytes:
+    """The receipt file of steps [first, first + len(steps)): their digests, and the chain after the last of them."""
+    return json.dumps({"first": first, "steps": steps, "chain": chain, "data_digest": data_digest}).encode()

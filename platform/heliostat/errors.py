@@ -1,0 +1,41 @@
+"""Every error that heliostat raises on purpose: one line for the person, the cause chained for the engineer.
+
+The command line prints the line and exits with `exit_code`; a traceback means a bug. All of them pickle, because they
+travel from Ray workers to the driver, so each takes its message as its only argument.
+"""
+
+
+class HeliostatError(Exception):
+    """Base of all errors below."""
+
+    exit_code = 1
+
+
+class ConfigError(HeliostatError, ValueError):
+    """A job, pipeline or command line that cannot work: names the field, the value and the fix."""
+
+    exit_code = 2
+
+
+class StorageError(HeliostatError):
+    """Object storage failed beyond its retry budget, or refused us."""
+
+
+class DataError(HeliostatError):
+    """A dataset is missing, unfinished, or not what its manifest says."""
+
+
+class CheckpointError(HeliostatError):
+    """A checkpoint is missing, torn, or does not fit the job."""
+
+
+class NonFiniteError(HeliostatError):
+    """The loss or the gradient became NaN or infinite; a retry would repeat it."""
+
+
+class TrainingError(HeliostatError):
+    """The run failed, after whatever retries it was allowed."""
+
+
+class TrackingError(HeliostatError):
+    """MLflow cannot be reached or refused us."""

@@ -1,0 +1,74 @@
+"""The protocol between the engine and a job: what a recipe must say for its model to be trained.
+
+The engine owns data order, ZeRO, accumulation, precision, checkpoints, metrics and restarts; a recipe owns the model
+and what a batch, a loss and a score are. A recipe is made anew in every process, from the job and the datasets alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from heliostat.data.manifest import Manifest
+from heliostat.spec import Job
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Serving:
+    """An MLflow pyfunc "model from code": the file that defines it (copied into the model), an input, the signature."""
+
+    code: Path
+    example: Any
+    signature: Any
+
+
+class Recipe(Protocol):
+    """Everything is called on every rank unless it says otherwise."""
+
+    kind: str  # of the datasets it eats: "tokens" or "rows"
+    terms_per_sample: int | None  # loss terms of every sample, or None where samples differ
+
+    def __init__(self, job: Job) -> None:
+        """Reads `job.model`; ConfigError, with no model library's traceback, if it makes no sense. Cheap."""
+
+    def bind(self, sources: list[Manifest]) -> None:
+        """Takes what the datasets fix (a tokenizer, a vocabulary size); ConfigError if they do not fit the model."""
+
+    def build(self) -> torch.nn.Module:
+        """The model in fp32 with its initial weights; the engine has seeded the RNG and, at ZeRO-3, set the stage."""
+
+    def batch(self, content: np.ndarray) -> Batch:
+        """CPU tensors from the samples' contents: int32 [batch, sequence_length] for tokens."""
+
+    def terms(self, batch: Batch) -> int:
+        """The number of loss terms in a batch, before it is played; not called if `terms_per_sample` is set."""
+
+    def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """The sum of the batch's loss terms; a step's loss is their sum over the global batch by their number there."""
+
+    def evaluate(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        """Float [batch] per score and sample, to be summed over the held-out samples."""
+
+    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        """What people read, from the sums of `evaluate`; must hold `loss`."""
+
+    def flops_per_sample(self, model: torch.nn.Module) -> float:
+        """Forward and backward FLOPs of one sample, for MFU."""
+
+    def save_config(self, folder: Path) -> None:
+        """Driver only: all of an export but the weights (config.json, tokenizer), so that from_pretrained loads it."""
+
+    def load(self, folder: Path) -> torch.nn.Module:
+        """The exported model, in the precision it was exported in."""
+
+    def demonstrate(self, folder: Path) -> list[tuple[str, str]]:
+        """Driver only: (prompt, what the exported model makes of it) for the log and the terminal."""
+
+    def serving(self) -> Serving:
+        """Driver only: how MLflow serves the exported folder."""

@@ -1,0 +1,211 @@
+"""The job file: one YAML is the whole job. `load` validates it; `docs/job.md` explains every key.
+
+Cross-field rules are checked here too, so a Job that exists can be trained: the batch divides, the combination of
+precision, ZeRO stage and hardware trains correctly, offload fits the stage.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from heliostat import schema, workspace
+from heliostat.errors import ConfigError
+from heliostat.schema import Float, Strict
+from heliostat.storage import Location
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[Float, Field(ge=0)]
+Fraction = Annotated[Float, Field(ge=0, le=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+
+
+class Source(Strict):
+    path: str
+    weight: Annotated[Float, Field(gt=0)] = 1.0
+
+
+class Data(Strict):
+    sources: Annotated[list[Source], Field(min_length=1)]
+    sequence_length: Annotated[int, Field(gt=1)] | None = None
+    seed: int = 0
+    lanes: Positive | None = None  # canonical data-parallel ranks; the default is one per micro-batch of a step
+    window: Positive | None = None  # samples that are shuffled together; the default follows from their size
+    document_mask: bool = False  # attention stays inside a document of a packed sequence
+
+
+class Optimizer(Strict):
+    name: Literal["adamw"] = "adamw"
+    lr: Annotated[Float, Field(gt=0)]
+    betas: Annotated[list[Float], Field(min_length=2, max_length=2)] = [0.9, 0.95]
+    eps: Annotated[Float, Field(gt=0)] = 1e-8
+    weight_decay: NonNegative = 0.1
+
+
+class Schedule(Strict):
+    name: Literal["cosine", "constant", "linear", "wsd"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    final_ratio: Fraction = 0.1
+    decay_fraction: Fraction = 0.2  # of the steps; wsd only
+
+
+class Offload(Strict):
+    optimizer: Literal["cpu"] | None = None
+    param: Literal["cpu", "nvme"] | None = None
+    nvme_path: str | None = None
+
+
+class Zero(Strict):
+    stage: Literal[0, 1, 2, 3] = 1
+    offload: Offload = Offload()
+
+
+class Train(Strict):
+    steps: Positive
+    global_batch: Positive
+    micro_batch: Positive
+    optimizer: Optimizer
+    schedule: Schedule = Schedule()
+    grad_clip: NonNegative = 1.0
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    zero: Zero = Zero()
+    deepspeed: dict[str, Any] = {}  # merged over the DeepSpeed config that the keys above make
+    activation_checkpointing: bool = False
+    compile: bool = False
+    seed: int = 0
+    log_every: Positive = 10
+
+
+class Evaluate(Strict):
+    every: Positive
+    samples: Positive = 256
+    fraction: Annotated[Float, Field(gt=0, lt=1)] = 0.01
+
+
+class Checkpoint(Strict):
+    every: Positive
+    keep: Positive = 2
+
+
+class Workers(Strict):
+    count: Positive = 1
+    cpus: Annotated[Float, Field(gt=0)] = 1.0
+    gpus: Annotated[Float, Field(ge=0)] = 0.0
+
+
+class Mlflow(Strict):
+    uri: str
+    experiment: str
+    register_as: Name | None = Field(default=None, alias="register")
+
+
+class Job(Strict):
+    name: Name
+    recipe: str
+    model: dict[str, Any]
+    data: Data
+    train: Train
+    evaluate: Evaluate | None = None
+    checkpoint: Checkpoint
+    workers: Workers = Workers()
+    storage: str
+    mlflow: Mlflow
+
+    @property
+    def accumulation(self) -> int:
+        return self.train.global_batch // (self.workers.count * self.train.micro_batch)
+
+    @property
+    def lanes(self) -> int:
+        return self.data.lanes or self.train.global_batch // self.train.micro_batch
+
+    @property
+    def run_folder(self) -> Location:
+        return Location(self.storage).join(self.name)
+
+    @property
+    def sources(self) -> list[Location]:
+        return [Location(s.path) for s in self.data.sources]
+
+    def dump(self) -> dict[str, Any]:
+        """The resolved job as plain data, in the shape of the file."""
+        return json.loads(self.model_dump_json(by_alias=True))
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Job:
+        faults = [*_batch_faults(self), *_precision_faults(self), *_offload_faults(self)]
+        paths = [s.path for s in self.data.sources]
+        if len(set(paths)) < len(paths):
+            faults.append("data.sources: a path is given twice; add up its weights")
+        if self.train.schedule.warmup_steps >= self.train.steps:
+            faults.append(
+                f"train.schedule.warmup_steps: {self.train.schedule.warmup_steps} must be below train.steps {self.train.steps}"
+            )
+        if faults:
+            raise ValueError("\n  ".join(faults))
+        return self
+
+
+def _batch_faults(job: Job) -> list[str]:
+    batch, micro, count = job.train.global_batch, job.train.micro_batch, job.workers.count
+    if batch % (micro * count):
+        fits = [n for n in range(1, batch + 1) if batch % (micro * n) == 0]
+        below, above = count * micro * (batch // (count * micro)), count * micro * (batch // (count * micro) + 1)
+        near = f"use a global batch of {' or '.join(str(b) for b in (below, above) if b)}"
+        workers = f", or workers.count {min(fits, key=lambda n: abs(n - count))}" if fits else ""
+        return [
+            f"train.global_batch: {batch} is not divisible by workers.count {count} x train.micro_batch {micro}; {near}{workers}"
+        ]
+    if batch % job.lanes or job.lanes % count:
+        fits = [c for c in range(count, batch + 1, count) if batch % c == 0]
+        return [
+            f"data.lanes: {job.lanes} must divide train.global_batch {batch} and be a multiple of workers.count {count}; "
+            f"nearest: {min(fits, key=lambda c: abs(c - job.lanes))}"
+        ]
+    if (batch // count) % micro:
+        return [f"train.micro_batch: {micro} does not divide the {batch // count} samples that a worker gets in a step"]
+    return []
+
+
+def _precision_faults(job: Job) -> list[str]:
+    faults = []
+    if job.train.precision == "fp16" and not job.workers.gpus:
+        faults.append("train.precision: 'fp16' needs GPUs (workers.gpus is 0); use bf16 or fp32")
+    if job.train.precision == "bf16" and job.train.zero.stage == 0:
+        faults.append("train.zero.stage: 0 with train.precision 'bf16' trains wrongly in DeepSpeed; use stage 1, or fp32")
+    return faults
+
+
+def _offload_faults(job: Job) -> list[str]:
+    zero, offload = job.train.zero, job.train.zero.offload
+    faults = []
+    if offload.optimizer and zero.stage == 0:
+        faults.append("train.zero.offload.optimizer: needs train.zero.stage 1, 2 or 3")
+    if offload.param and zero.stage != 3:
+        faults.append(f"train.zero.offload.param: needs train.zero.stage 3, not {zero.stage}")
+    if (offload.param == "nvme") != bool(offload.nvme_path):
+        faults.append("train.zero.offload.nvme_path: give the folder when, and only when, param is 'nvme'")
+    return faults
+
+
+def load(path: Path, settings: list[str] | None = None) -> Job:
+    """The job in a YAML file, with `key.path=value` settings applied and relative paths taken from the workspace."""
+    return resolve(schema.load(Job, path, settings))
+
+
+def resolve(job: Job) -> Job:
+    """Makes every path absolute, because Ray's workers run in other folders."""
+    root = workspace.root()
+    raw = job.dump()
+    for source in raw["data"]["sources"]:
+        source["path"] = str(Location(source["path"]).absolute(root))
+    raw["storage"] = str(Location(job.storage).absolute(root))
+    uri = job.mlflow.uri
+    if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
+        raw["mlflow"]["uri"] = f"sqlite:///{root / uri.removeprefix('sqlite:///')}"
+    elif not uri.startswith(("sqlite:", "http://", "https://", "postgresql", "mysql", "mssql", "databricks")):
+        raise ConfigError(f"mlflow.uri: {uri!r} is no MLflow store; use sqlite:///FILE or http://HOST:PORT")
+    return Job.model_validate(raw)

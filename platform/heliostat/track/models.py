@@ -1,0 +1,85 @@
+"""Models in MLflow: logging and registering an exported folder, and finding the folder that a person names.
+
+A name is `models:/NAME/VERSION` (or `@ALIAS`), a run id, or a folder; a run's name works where its storage is known.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+from heliostat.errors import ConfigError, TrackingError
+from heliostat.recipe import Recipe
+from heliostat.spec import Job
+from heliostat.storage import Location
+
+log = logging.getLogger(__name__)
+
+
+def log_model(job: Job, run_id: str, folder: Path, recipe: Recipe, scores: dict[str, float]) -> str:
+    """Logs the folder to the run with signature and input example, registers it if the job says so; returns its URI."""
+    import mlflow
+
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    serving = recipe.serving()
+    mlflow.set_tracking_uri(job.mlflow.uri)
+    try:
+        with warnings.catch_warnings(), mlflow.start_run(run_id=run_id):
+            warnings.simplefilter("ignore")
+            info = mlflow.pyfunc.log_model(
+                name="model",
+                python_model=str(serving.code),
+                artifacts={"model": str(folder)},
+                signature=serving.signature,
+                input_example=serving.example,
+                registered_model_name=job.mlflow.register_as,
+                params={f"eval.{k}": v for k, v in scores.items()},
+                pip_requirements=["mlflow", "torch", "transformers", "accelerate"],
+            )
+    except mlflow.exceptions.MlflowException as e:
+        raise TrackingError(f"mlflow: the model in {folder} could not be logged ({e})") from e
+    version = info.registered_model_version
+    return f"models:/{job.mlflow.register_as}/{version}" if job.mlflow.register_as else info.model_uri
+
+
+def resolve(model: str, tracking_uri: str) -> Path:
+    """A local folder that `from_pretrained` loads, from whatever a person calls the model; ConfigError if there is none."""
+    if Path(model).is_dir():
+        if not (Path(model) / "config.json").is_file():
+            raise ConfigError(f"{model}: is a folder without a model (no config.json); make one with `heliostat export`")
+        return Path(model)
+    if not model.startswith("models:/") and not re.fullmatch(r"[0-9a-f]{32}", model):
+        raise ConfigError(f"{model!r} is no model: give models:/NAME/VERSION, a run id (32 hex digits) or a folder")
+    return _download(model, tracking_uri)
+
+
+def _download(model: str, tracking_uri: str) -> Path:
+    import mlflow
+
+    mlflow.set_tracking_uri(tracking_uri)
+    client: Any = mlflow.MlflowClient()
+    try:
+        uri = model
+        if not model.startswith("models:/"):
+            outputs = client.get_run(model).outputs.model_outputs
+            if not outputs:
+                raise ConfigError(f"run {model} has logged no model; has it finished?")
+            uri = f"models:/{outputs[-1].model_id}"
+        folder = Path(mlflow.artifacts.download_artifacts(uri))
+    except mlflow.exceptions.MlflowException as e:
+        raise ConfigError(f"{model}: not found in {tracking_uri} ({str(e).splitlines()[0]})") from e
+    return folder / "artifacts" / "model"
+
+
+def run_folder(run_id: str, tracking_uri: str) -> Location:
+    """Where the run keeps its checkpoints; ConfigError if MLflow does not know the run."""
+    import mlflow
+
+    try:
+        run = mlflow.MlflowClient(tracking_uri=tracking_uri).get_run(run_id)
+    except mlflow.exceptions.MlflowException as e:
+        raise ConfigError(f"{run_id!r}: no such run in {tracking_uri}") from e
+    return Location(run.data.tags["heliostat.run_folder"])

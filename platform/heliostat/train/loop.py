@@ -1,0 +1,304 @@
+"""What every worker runs: the training loop, under Ray Train, around a DeepSpeed engine.
+
+A step's global batch, its micro-batches' random numbers and its learning rate follow from the step alone, so a resumed run
+needs no state but the checkpoint, and with the default lanes (one per micro-batch) the same micro-batches are played on any
+number of workers. A step's loss is the sum of all its loss terms over their number, whatever the micro-batches held.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+import torch.distributed as dist
+
+from heliostat import workspace
+from heliostat.data import receipt, stream
+from heliostat.data.dataset import DataPlan, Dataset, open_dataset
+from heliostat.errors import NonFiniteError
+from heliostat.recipe import Batch, Recipe
+from heliostat.spec import Job
+from heliostat.storage import Location
+from heliostat.train import checkpoint, fragments, zero
+from heliostat.train.ledger import Ledger, peak_flops
+from heliostat.train.schedule import factor
+
+
+def worker(config: dict[str, Any]) -> dict[str, Any]:
+    """Ray Train's entry. `config`: job, plan (plain data), start_step, board (actor), started (wall clock of the command).
+
+    Returns the summary of this attempt (rank 0's is the one that counts).
+    """
+    return Worker(config).run()
+
+
+class Worker:
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.job = Job.model_validate(config["job"])
+        self.plan = DataPlan.parse(config["plan"])
+        self.board, self.started = config["board"], config["started"]
+        self.start_step: int = config["start_step"]
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.ledger = Ledger()
+        self.run_folder = Location(config["run_folder"])
+        # the training group is left to DeepSpeed; saving runs in a thread and must not share a group with the loop
+        self.control, saving = dist.new_group(backend="gloo"), dist.new_group(backend="gloo")
+        self.saver = checkpoint.Saver(self.run_folder, self.job.checkpoint.keep, saving)
+
+        self._post({"kind": "phase", "phase": "model", "at": time.time()})
+        zero.prepare_environment(self.job.workers.gpus)
+        self.dataset = open_dataset(self.plan)
+        self.recipe = make_recipe(self.job, self.dataset)
+        self.engine = zero.build_engine(self.job, self.recipe)
+        fragments.make_room(self.engine)
+        self.device = self.engine.device
+        self.batch_plan = BatchPlan(self.job, self.plan)
+        self.chain = receipt.GENESIS
+        if self.start_step:
+            self._restore()
+        self.held_out = HeldOut(self.job, self.dataset, self.rank, self.world) if self.job.evaluate else None
+        self.scores: dict[str, float] = {}
+        self._losses: list[torch.Tensor] = []
+        self._norms: list[float] = []
+        self._lane_digests: list[list[int]] = []
+
+    # one run ---------------------------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        job = self.job
+        self._post({"kind": "phase", "phase": "data", "at": time.time()})
+        shard = ray.train.get_dataset_shard("train")
+        samples = stream.iterate(shard, self.plan, self.rank, self.world, self.start_step)
+        first_step_s = since = time.perf_counter()
+        logged = self.start_step
+        steady_s = steady_wait = 0.0
+        for step in range(self.start_step, job.train.steps):
+            with self.ledger("data"):
+                mine = samples.next_step()
+            if step == self.start_step:
+                self._post({"kind": "phase", "phase": "step", "at": time.time()})
+            with self.ledger("step"):
+                self._step(step, mine)
+            done = step + 1
+            if step == self.start_step:
+                first_step_s = time.time() - self.started
+                self._post({"kind": "phase", "phase": "stepped", "at": time.time(), "seconds": first_step_s})
+            if done % job.train.log_every == 0 or done == job.train.steps or step == self.start_step:
+                now = time.perf_counter()
+                wait = self.ledger.seconds["data"]
+                if step > self.start_step:
+                    steady_s, steady_wait = steady_s + now - since, steady_wait + wait
+                self._report(logged, done, now - since, wait)
+                self.ledger.seconds["data"] = 0.0
+                logged, since = done, now
+            last = done == job.train.steps
+            if self.held_out and (done % job.evaluate.every == 0 or last):  # type: ignore[union-attr]
+                with self.ledger("evaluate"):
+                    self._evaluate(done)
+                since += self.ledger.seconds.pop("evaluate")
+            if done % job.checkpoint.every == 0 or last:
+                blocked = time.perf_counter()
+                self._save(done)
+                since += time.perf_counter() - blocked
+        self.saver.wait()
+        trained = job.train.steps - self.start_step - 1  # the first step warms up
+        return {
+            "steps": job.train.steps,
+            "train_loss": self.last_loss,
+            "eval": self.scores,
+            "tokens_per_second": self._per_second(trained, steady_s),
+            "data_wait": steady_wait / steady_s if steady_s else 0.0,
+            "seconds_to_first_step": first_step_s,
+            "checkpoint_blocked_s": self.saver.blocked_s,
+        }
+
+    def _step(self, step: int, mine: stream.StepSamples) -> None:
+        """Forward, backward and the optimizer's step over this worker's share of the global batch."""
+        engine, train = self.engine, self.job.train
+        for group in engine.optimizer.param_groups:
+            group["lr"] = train.optimizer.lr * factor(train.schedule, step, train.steps)
+        micros = [self.recipe.batch(rows) for rows in np.split(mine.content, len(mine.content) // train.micro_batch)]
+        terms = self._terms(micros)
+        total = torch.zeros((), device=self.device)
+        for i, micro in enumerate(micros):
+            torch.manual_seed(self.batch_plan.seed(step, mine.lanes, i))
+            loss = self.recipe.loss(engine, {k: v.to(self.device, non_blocking=True) for k, v in micro.items()})
+            # DeepSpeed divides by the accumulation and averages over the workers: scaled back to a sum over all terms
+            engine.backward(loss * (len(micros) * self.world / terms))
+            total += loss.detach()
+            if i + 1 == len(micros) and not engine.zero_optimization_stage():
+                self._norms.append(zero.gradient_norm(engine, train.grad_clip))
+            engine.step()
+        if engine.zero_optimization_stage():
+            self._norms.append(zero.gradient_norm(engine, train.grad_clip))
+        self._losses.append(total / terms)
+        self._lane_digests.append(mine.digests)
+        if train.precision != "fp16" and not math.isfinite(self._norms[-1]):  # fp16's loss scaler skips such steps itself
+            self._fail(step, f"gradient norm {self._norms[-1]}")
+
+    def _terms(self, micros: list[Batch]) -> Any:
+        """The number of loss terms in the global batch."""
+        if self.recipe.terms_per_sample:
+            return self.recipe.terms_per_sample * self.job.train.global_batch
+        count = torch.tensor(sum(self.recipe.terms(m) for m in micros), dtype=torch.float32, device=self.device)
+        dist.all_reduce(count)
+        return count
+
+    def _report(self, first: int, done: int, seconds: float, wait: float) -> None:
+        """Sums the losses of steps [first, done) over the workers, in one collective, and posts them."""
+        losses = torch.stack(self._losses).double()
+        dist.all_reduce(losses)
+        values = losses.tolist()
+        for i, value in enumerate(values):
+            if not math.isfinite(value):
+                self._fail(first + i, f"loss {value}")
+        self.last_loss = values[-1]
+        rate = self._per_second(done - first, seconds)
+        self._post(
+            {
+                "kind": "steps",
+                "first": first,
+                "loss": values,
+                "grad_norm": self._norms,
+                "lr": [
+                    self.job.train.optimizer.lr * factor(self.job.train.schedule, s, self.job.train.steps)
+                    for s in range(first, done)
+                ],
+                "steps": self.job.train.steps,
+                "seconds": seconds,
+                "tokens_per_second": rate,
+                "data_wait": wait / seconds,
+                "mfu": self._mfu(done - first, seconds),
+                "at": time.time(),
+            }
+        )
+        self._losses, self._norms = [], []
+
+    def _per_second(self, steps: int, seconds: float) -> float:
+        return steps * self.job.train.global_batch * (self.job.data.sequence_length or 1) / seconds if seconds else 0.0
+
+    def _mfu(self, steps: int, seconds: float) -> float | None:
+        if self.device.type != "cuda":
+            return None
+        peak = peak_flops(torch.cuda.get_device_name(self.device), self.job.train.precision)
+        flops = self.recipe.flops_per_sample(self.engine.module) * self.job.train.global_batch * steps
+        return flops / seconds / (peak * self.world) if peak else None
+
+    def _fail(self, step: int, what: str) -> None:
+        ids = self.dataset.order.locate(self.dataset.order.step(step).ravel())
+        names = [f"{s}:{c}:{r}" for s, c, r in zip(ids.source[:8], ids.chunk[:8], ids.row[:8], strict=True)]
+        more = f" and {len(ids) - 8} more" if len(ids) > 8 else ""
+        self.saver.wait()  # the save in flight is from before: let it complete
+        raise NonFiniteError(
+            f"step {step}: {what}; training stopped before another checkpoint. Samples (source:chunk:row): "
+            f"{', '.join(names)}{more}. Lower train.optimizer.lr, or look at the data, and use --resume"
+        )
+
+    # evaluation ------------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, done: int) -> None:
+        assert self.held_out
+        self.engine.eval()
+        sums = self.held_out.sums(self.recipe, self.engine, self.device, self.control)
+        self.engine.train()
+        self.scores = self.recipe.metrics(sums)
+        self._post({"kind": "evaluation", "step": done, "scores": self.scores, "at": time.time()})
+
+    # checkpoints -----------------------------------------------------------------------------------------------------
+
+    def _save(self, done: int) -> None:
+        self._seal_receipt(done)
+        facts = {
+            "name": self.job.name,
+            "world_size": self.world,
+            "zero_stage": self.job.train.zero.stage,
+            "optimizer_steps": fragments.optimizer_steps(self.engine),
+            "job": self.job.dump(),
+            "data": self.plan.dump(),
+            "data_digest": self.plan.digest,
+            "receipt": {"steps": done, "chain": self.chain},
+            "metrics": {"train_loss": getattr(self, "last_loss", None), **self.scores},
+            "written": time.time(),
+        }
+        self.saver.save(done, fragments.state(self.engine), facts)
+        self._post({"kind": "checkpoint", "step": done, "blocked_s": self.saver.blocked_s, "at": time.time()})
+
+    def _seal_receipt(self, done: int) -> None:
+        """Chains the steps since the last receipt and writes their digests beside the checkpoints."""
+        mine = torch.tensor(self._lane_digests, dtype=torch.int64)
+        parts = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(parts, mine, group=self.control)
+        lanes = np.empty((len(mine), self.plan.shape.lanes), dtype=np.int64)
+        for rank, part in enumerate(parts):
+            lanes[:, rank :: self.world] = part.numpy()
+        digests = receipt.step_digests(lanes)
+        self.chain = receipt.extend(self.chain, digests)
+        if self.rank == 0:
+            self.run_folder.join("receipts", f"step-{done:08d}.json").write(
+                receipt.seal(done - len(digests), digests, self.chain, self.plan.digest)
+            )
+        self._lane_digests = []
+
+    def _restore(self) -> None:
+        found = checkpoint.open_checkpoint(self.run_folder, self.start_step)
+        checkpoint.load(found, fragments.state(self.engine, whole=True), self.control)
+        fragments.after_load(self.engine, found.index["optimizer_steps"])
+        self.chain = found.index["receipt"]["chain"]
+
+    def _post(self, event: dict[str, Any]) -> None:
+        if self.rank == 0:
+            self.board.post.remote(event)
+
+
+def make_recipe(job: Job, dataset: Dataset) -> Recipe:
+    recipe: Recipe = workspace.import_path("recipe", job.recipe)(job)
+    recipe.bind(dataset.sources)
+    return recipe
+
+
+class BatchPlan:
+    """Random seeds that belong to samples, not to workers."""
+
+    def __init__(self, job: Job, plan: DataPlan) -> None:
+        self.seed_base, self.micro, self.per_lane = job.train.seed, job.train.micro_batch, plan.shape.per_lane
+
+    def seed(self, step: int, lanes: range, micro: int) -> int:
+        """The seed of this worker's micro-batch: from the step and the place of its first sample in the global batch."""
+        lane, inside = divmod(micro * self.micro, self.per_lane)
+        place = lanes[lane] * self.per_lane + inside
+        return int(np.random.SeedSequence([self.seed_base, step, place]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+class HeldOut:
+    """This worker's part of the held-out samples, read once and kept."""
+
+    def __init__(self, job: Job, dataset: Dataset, rank: int, world: int) -> None:
+        assert job.evaluate
+        everything = dataset.order.held_out(job.evaluate.samples)
+        self.micro = job.train.micro_batch
+        mine = np.arange(rank, len(everything), world)
+        self.batches = -(-len(everything) // (world * self.micro))  # the same on every worker: ZeRO-3 gathers together
+        filled = np.resize(mine, self.batches * self.micro) if len(mine) else np.zeros(self.batches * self.micro, int)
+        take = type(everything)(*(getattr(everything, f)[filled] for f in ("position", "source", "epoch", "chunk", "row")))
+        self.content = dataset.read(take)
+        self.counted = np.arange(len(filled)) < len(mine)
+
+    @torch.no_grad()
+    def sums(self, recipe: Recipe, model: Any, device: Any, group: Any) -> dict[str, float]:
+        """Every score of `recipe.evaluate`, summed over all held-out samples on all workers."""
+        names: list[str] = []
+        totals = torch.zeros(0, dtype=torch.float64)
+        for i in range(self.batches):
+            rows = slice(i * self.micro, (i + 1) * self.micro)
+            batch = {k: v.to(device) for k, v in recipe.batch(self.content[rows]).items()}
+            scores = recipe.evaluate(model, batch)
+            names = sorted(scores)
+            counted = torch.from_numpy(self.counted[rows])
+            sums = torch.stack([(scores[n].double().cpu() * counted).sum() for n in names])
+            totals = sums if not len(totals) else totals + sums
+        dist.all_reduce(totals, group=group)
+        return dict(zip(names, totals.tolist(), strict=True))

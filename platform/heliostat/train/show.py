@@ -1,0 +1,70 @@
+"""A run's progress for the person at the terminal: a live line where there is a terminal, log lines where there is none."""
+
+from __future__ import annotations
+
+import logging
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+log = logging.getLogger("heliostat")
+
+PHASES = {"model": "building the model", "data": "opening the data stream", "step": "first step"}
+
+
+class Show:
+    """Fed with the board's events; remembers when each phase began, for the start-up split."""
+
+    def __init__(self, console: Console, name: str, start: int, steps: int) -> None:
+        self.phases: dict[str, float] = {}
+        self._progress = Progress(
+            TextColumn("[bold]{task.fields[name]}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed}/{task.total}  {task.fields[note]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=steps, completed=start, name=name, note="starting Ray")
+        self._plain = not console.is_terminal
+        self._steps, self._began = steps, (0, 0.0)
+
+    def __enter__(self) -> Show:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def note(self, text: str) -> None:
+        self._progress.update(self._task, note=text)
+        if self._plain:
+            log.info(text)
+
+    def event(self, event: dict[str, Any]) -> None:
+        if event["kind"] == "phase":
+            self.phases[event["phase"]] = event["at"]
+            if event["phase"] in PHASES:
+                self.note(PHASES[event["phase"]])
+        elif event["kind"] == "steps":
+            self._on_steps(event)
+        elif event["kind"] == "evaluation":
+            scores = "  ".join(f"{k} {v:.4g}" for k, v in event["scores"].items())
+            log.info("step %d  held-out: %s", event["step"], scores)
+
+    def _on_steps(self, event: dict[str, Any]) -> None:
+        done = event["first"] + len(event["loss"])
+        mfu = f"  MFU {event['mfu']:.1%}" if event.get("mfu") else ""
+        text = (
+            f"loss {event['loss'][-1]:.4f}  lr {event['lr'][-1]:.2e}  {event['tokens_per_second']:,.0f} tokens/s{mfu}  "
+            f"data wait {event['data_wait']:.1%}"
+        )
+        self._progress.update(self._task, completed=done, note=text)
+        if self._plain:
+            if not self._began[1]:
+                self._began = (done, time.monotonic())
+            per_step = (time.monotonic() - self._began[1]) / max(1, done - self._began[0])
+            log.info("step %d/%d  %s  ETA %.0f s", done, self._steps, text, per_step * (self._steps - done))

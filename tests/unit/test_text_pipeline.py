@@ -1,0 +1,336 @@
+"""The text pipeline's pure functions: listing, extraction, drop reasons, duplicates, row groups, errors in the YAML."""
+
+import gzip
+import hashlib
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from heliostat.data import manifest
+from heliostat.errors import ConfigError
+from heliostat.prepare import InputFile, load, prepare
+from heliostat.storage import Location
+
+from pipelines import documents, sources, text_tasks, tokens
+from pipelines.documents import Document, Dropped, Rules
+
+END = "<|endoftext|>"
+
+
+def parquet(columns: dict) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.table(columns), sink, write_page_checksum=True)
+    return sink.getvalue()
+
+
+def read(path: str, data: bytes, **rules) -> list[tuple[str, str]]:
+    """(id, text, or the reason in capitals) of every document."""
+    return [(d.id, d.text if isinstance(d, Document) else d.reason.upper()) for d in documents.read(path, data, Rules(**rules))]
+
+
+@pytest.mark.parametrize(
+    ("raw", "rules", "expected"),
+    [
+        (b"cafe\xcc\x81", {}, "caf\xe9"),
+        (b"cafe\xcc\x81", {"normalise": "none"}, "cafe\u0301"),
+        ("\ufb01".encode(), {"normalise": "NFKC"}, "fi"),
+        (b"\xef\xbb\xbfwith a mark", {}, "with a mark"),
+        (b"one\r\ntwo\n", {}, "one\r\ntwo\n"),
+        (b" \n\t", {}, "EMPTY"),
+        (b"", {}, "EMPTY"),
+        (b"a\0b", {}, "BINARY"),
+        (b"\xff\xfe", {}, "NOT_UTF8"),
+        ("\ud800", {}, "NOT_UTF8"),
+        (b"abc", {"min_chars": 4}, "TOO_SHORT"),
+        (b"abc", {"max_chars": 2}, "TOO_LONG"),
+        (b"abc", {"min_chars": 3, "max_chars": 3}, "abc"),
+    ],
+)
+def test_clean(raw, rules, expected):
+    found = documents.clean("d", raw, Rules(**rules))
+    assert (found.text if isinstance(found, Document) else found.reason.upper()) == expected
+
+
+@pytest.mark.parametrize("path", ["a.txt", "b/c.MD", "a.py", "a.rst"])
+def test_read_plain_and_compressed(path):
+    data = b"some text\n" * 3
+    for name, packed in [(path, data), (path + ".gz", gzip.compress(data)), (path + ".zst", zstandard.compress(data))]:
+        assert read(name, packed) == [(name, data.decode())]
+
+
+def test_read_many_gzip_members_as_one():
+    assert read("a.txt.gz", gzip.compress(b"one ") + gzip.compress(b"two")) == [("a.txt.gz", "one two")]
+
+
+@pytest.mark.parametrize("damage", [lambda d: d[:-6], lambda d: d[: len(d) // 2], lambda d: b"junk" + d])
+@pytest.mark.parametrize(("end", "pack"), [(".gz", gzip.compress), (".zst", zstandard.compress)])
+def test_broken_compression_is_counted(end, pack, damage):
+    path = "a.txt" + end
+    assert read(path, damage(pack(np.random.default_rng(0).bytes(9999)))) == [(path, "CORRUPT")]
+
+
+def test_read_jsonl():
+    lines = [
+        b'{"text": "one"}',
+        b"",
+        b'{"text": "tw',
+        b'{"text": 3}',
+        b'{"other": "x"}',
+        b"[1]",
+        b'{"text": "\\ud800"}',
+        b'{"text": "\xff"}',
+        b"[" * 100_000,
+        b'{"text": "last"}',
+    ]
+    expected = ["one", "INVALID_JSON", "NO_TEXT", "NO_TEXT", "INVALID_JSON", "NOT_UTF8", "NOT_UTF8", "INVALID_JSON", "last"]
+    found = read("d.jsonl.gz", gzip.compress(b"\n".join(lines)))
+    assert [t for _, t in found] == expected
+    assert [i for i, _ in found] == [f"d.jsonl.gz#{n}" for n in (1, 3, 4, 5, 6, 7, 8, 9, 10)]
+    assert read("d.jsonl", b'{"body": "x"}', text_column="body") == [("d.jsonl#1", "x")]
+
+
+def test_broken_jsonl_keeps_what_came_before():
+    lines = b"".join(json.dumps({"text": f"{i} {hashlib.sha256(b'%d' % i).hexdigest()}"}).encode() + b"\n" for i in range(9000))
+    found = read("d.jsonl.gz", gzip.compress(lines)[:-5000])
+    assert found[0][1].startswith("0 ") and len(found) > 5000
+    assert found[-1] == ("d.jsonl.gz", "CORRUPT")
+
+
+def test_read_parquet():
+    good = parquet({"text": ["one", None, " "], "n": [1, 2, 3]})
+    assert read("d.parquet", good) == [("d.parquet#1", "one"), ("d.parquet#2", "NO_TEXT"), ("d.parquet#3", "EMPTY")]
+    assert read("d.parquet.zst", zstandard.compress(good))[0] == ("d.parquet.zst#1", "one")
+    assert read("d.parquet", good, text_column="body") == [("d.parquet", "NO_TEXT")]
+    assert read("d.parquet", good, text_column="n") == [("d.parquet", "NO_TEXT")]
+    words = pa.array(["x", "y", "x"]).dictionary_encode()
+    assert [t for _, t in read("d.parquet", parquet({"text": words}))] == ["x", "y", "x"]
+    not_utf8 = pa.array([b"\xff", b"fine"]).view(pa.string())
+    assert [t for _, t in read("d.parquet", parquet({"text": not_utf8}))] == ["NOT_UTF8", "fine"]
+    for broken in (good[:-9], good[: len(good) // 2], b"", b"PAR1", good[:30] + b"\xff\xff\xff" + good[33:]):
+        assert read("d.parquet", broken)[-1] == ("d.parquet", "CORRUPT")
+
+
+def test_every_reason_is_explained():
+    reasons = {"unreadable", "corrupt", "invalid_json", "no_text", "not_utf8", "binary", "empty", "too_short", "too_long"}
+    assert set(documents.REASONS) == reasons
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("data", ("data", None)),
+        ("/data/**/*.md", ("/data", "**/*.md")),
+        ("/*.md", ("/", "*.md")),
+        ("*.md", (".", "*.md")),
+        ("a?/b", (".", "a?/b")),
+        ("s3://b/k?scheme=http", ("s3://b/k?scheme=http", None)),
+        ("s3://b/k/*.gz?scheme=http", ("s3://b/k?scheme=http", "*.gz")),
+    ],
+)
+def test_split_glob(uri, expected):
+    assert sources.split_glob(uri) == expected
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path", "matches"),
+    [
+        ("**/*.md", "a.md", True),
+        ("**/*.md", "x/y/a.md", True),
+        ("*.md", "x/a.md", False),
+        ("x/**", "x/y/z.md", True),
+        ("?[ab].md", "xb.md", True),
+        ("?[!ab].md", "xb.md", False),
+        ("a.md", "aXmd", False),
+    ],
+)
+def test_glob(pattern, path, matches):
+    assert bool(sources.glob_regex(pattern).fullmatch(path)) is matches
+
+
+def test_listing(tmp_path):
+    for name in ("b.txt", "a/c.jsonl.gz", "a/d.png", "a/e.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"12")
+    assert [(f.path, f.bytes) for f in sources.listing(str(tmp_path))] == [("a/c.jsonl.gz", 2), ("a/e.md", 2), ("b.txt", 2)]
+    assert [f.path for f in sources.listing(f"{tmp_path}/**/*.md")] == ["a/e.md"]
+    assert [f.path for f in sources.listing(str(tmp_path / "b.txt"))] == [""]
+    with pytest.raises(ConfigError, match="no file there"):
+        sources.listing(str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match=r"1 files, none that ends in \.txt"):
+        sources.listing(f"{tmp_path}/a/*.png")
+
+
+def test_listing_of_the_standard_library():
+    paths = [f.path for f in sources.listing("python:stdlib")]
+    assert "json/decoder.py" in paths and len(paths) > 500
+    assert not [p for p in paths if {"site-packages", "test", "tests", "__pycache__"} & set(p.split("/"))]
+
+
+def test_pack():
+    files = [InputFile(str(i), 10, 0) for i in range(10)]
+    assert [len(t) for t in sources.pack(files, 35)] == [3, 3, 3, 1]
+    assert [len(t) for t in sources.pack(files, 1)] == [1] * 10
+    assert [len(t) for t in sources.pack(files, 10**9, files_per_task=4)] == [4, 4, 2]
+
+
+def test_unique_keeps_the_smallest_id():
+    rows = pa.table({"hash": ["b", "a", "b", "a", "c"], "id": ["2", "9", "1", "3", "7"], "text": list("xyxyz")})
+    table, duplicates = text_tasks.unique(rows)
+    assert table["id"].to_pylist() == ["3", "1", "7"] and duplicates == 2
+    assert text_tasks.unique(rows.slice(0, 0))[1] == 0
+
+
+def test_assign_puts_equal_texts_together():
+    hashes = [Document("", str(i % 50)).hash for i in range(100)]
+    shards = text_tasks.assign(pa.table({"hash": [*hashes, ""]}), shards=7)["shard"].to_pylist()
+    assert shards[:50] == shards[50:100] and set(shards) == {*range(7), text_tasks.DROPPED}
+
+
+@pytest.mark.parametrize(
+    ("lengths", "target", "expected"),
+    [
+        ([], 10, []),
+        ([3], 10, [(0, 1)]),
+        ([5] * 8, 10, [(0, 2), (2, 4), (4, 6), (6, 8)]),
+        ([100, 1, 1], 10, [(0, 1), (1, 3)]),
+        ([1, 1, 100], 10, [(0, 2), (2, 3)]),
+        ([9, 9, 2], 10, [(0, 1), (1, 3)]),
+    ],
+)
+def test_cut(lengths, target, expected):
+    assert tokens.cut(np.array(lengths), target) == expected
+
+
+def test_cut_is_balanced_and_complete():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        lengths, target = rng.integers(1, 50, rng.integers(1, 300)), int(rng.integers(1, 500))
+        ranges = tokens.cut(lengths, target)
+        assert [i for a, b in ranges for i in range(a, b)] == list(range(len(lengths)))
+        sums = [int(lengths[a:b].sum()) for a, b in ranges]
+        assert all(0 < s <= 1.5 * target + 100 for s in sums)
+
+
+def test_shard_is_what_the_manifest_says(tmp_path):
+    rng = np.random.default_rng(0)
+    lists = [rng.integers(0, 500, n).astype(np.int32) for n in rng.integers(1, 200, 300)]
+    ids = [f"d{i}" for i in range(300)]
+    data = tokens.shard(ids, lists, 3000)
+    assert data == tokens.shard(ids, lists, 3000)
+    (tmp_path / "s.parquet").write_bytes(data)
+    rows = manifest.read_footer(Location(str(tmp_path)), "s.parquet", "tokens")
+    assert sum(r["tokens"] for r in rows) == sum(map(len, lists))
+    assert len(rows) == round(sum(map(len, lists)) / 3000)
+    file = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True)
+    assert file.read()["tokens"].to_pylist() == [t.tolist() for t in lists]
+    assert [file.metadata.row_group(r["row_group"]).num_rows for r in rows] == [r["rows"] for r in rows]
+    changed = [lists[0] ^ 1, *lists[1:]]
+    (tmp_path / "s.parquet").write_bytes(tokens.shard(ids, changed, 3000))
+    assert manifest.read_footer(Location(str(tmp_path)), "s.parquet", "tokens")[0]["footer"] != rows[0]["footer"]
+
+
+def test_trained_tokenizer_round_trips_and_repeats():
+    sample = ["some words and some more words \U0001f600", "words again"] * 5
+    definition = tokens.train(sample, 300, END)
+    assert definition == tokens.train(sample, 300, END)
+    tokenizer = tokens.load(definition)
+    end = tokens.end_id(tokenizer, END)
+    hostile = f"\u20ac unseen \x01 {END} in a text"
+    (ids,) = tokens.encode(tokenizer, [hostile], end)
+    assert ids[-1] == end and end not in ids[:-1], "an end of document spelled in a text must not end it"
+    assert tokenizer.decode(ids[:-1].tolist(), skip_special_tokens=False) == hostile
+    with pytest.raises(ConfigError, match=r"'</s>' is not in the vocabulary; its special tokens: <\|endoftext\|>"):
+        tokens.end_id(tokenizer, "</s>")
+
+
+def test_encode_in_batches(monkeypatch):
+    tokenizer = tokens.load(tokens.train(["abc"], 257, END))
+    texts = ["a" * n for n in (1, 50, 3, 7, 0, 9)]
+    whole = tokens.encode(tokenizer, texts, 0)
+    monkeypatch.setattr(tokens, "BATCH_CHARS", 10)
+    assert [t.tolist() for t in tokens.encode(tokenizer, texts, 0)] == [t.tolist() for t in whole]
+    assert [len(t) for t in whole] == [n + 1 for n in (1, 50, 3, 7, 0, 9)]
+
+
+def test_entropy():
+    assert tokens.entropy(np.array([5, 5, 0])) == pytest.approx(np.log(2), abs=1e-6)
+
+
+GOOD = """
+name: t
+pipeline: pipelines.text:TextPipeline
+input: {tmp}/in
+output: {tmp}/out
+tokenizer: {{vocab_size: 300}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["pipeline=pipelines.text"], "must look like package.module:Class"),
+        (["pipeline=pipelines.text:TextPipelin"], "did you mean 'TextPipeline'"),
+        (["pipeline=pipelines.text:TokenizerConfig"], "must be a subclass of heliostat.prepare.Pipeline"),
+        (["pipeline=null"], "must name a class"),
+        (["chunk_token=5"], "chunk_token: unknown key; did you mean 'chunk_tokens'"),
+        (["normalise=NFD"], "normalise: 'NFD' is not a choice"),
+        (["tokenizer.path=x"], "give either vocab_size"),
+        (["tokenizer={path: nowhere}"], "tokenizer.path: 'nowhere': no such file"),
+        (["tokenizer={path: TMP/bad.json}"], "tokenizer.path: not a tokenizer.json"),
+        (["tokenizer={path: TMP/tok, end_of_document: </s>}"], "'</s>' is not in the vocabulary"),
+        (["tokenizer.vocab_size=10"], "tokenizer.vocab_size"),
+        (["min_chars=9", "max_chars=3"], "max_chars: 3 is below min_chars 9"),
+        (["input=TMP/nothing"], "no file there"),
+        (["output=TMP/in/out"], "lie in one another"),
+        (["output=TMP"], "lie in one another"),
+        (["output=TMP/in/a.txt"], "is not a folder that can be written to"),
+        (["output=ftp://x/y"], "scheme 'ftp' is not supported"),
+    ],
+)
+def test_errors_come_before_ray(tmp_path, monkeypatch, settings, message):
+    def no_ray(**_):
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("heliostat.prepare.connect", no_ray)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("text")
+    (tmp_path / "bad.json").write_text("{}")
+    (tmp_path / "tok").mkdir()
+    (tmp_path / "tok" / "tokenizer.json").write_text(tokens.train(["abc"], 257, END))
+    path = tmp_path / "p.yaml"
+    path.write_text(GOOD.format(tmp=tmp_path))
+    with pytest.raises(ConfigError) as e:
+        prepare(path, [s.replace("TMP", str(tmp_path)) for s in settings])
+    assert message in str(e.value)
+
+
+def test_identity_knows_contents_and_not_places(tmp_path):
+    path = tmp_path / "p.yaml"
+    path.write_text(GOOD.format(tmp=tmp_path))
+
+    def identity(*settings: str):
+        return load(path, list(settings))[1].identity()
+
+    assert identity() == identity("input=elsewhere", "output=there")
+    assert identity() != identity("chunk_tokens=5")
+    for folder, sample in [("x", "abc"), ("y", "abc"), ("z", "abab" * 9)]:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "tokenizer.json").write_text(tokens.train([sample], 260, END))
+    x, y, z = (identity(f"tokenizer={{path: {tmp_path / f}}}") for f in "xyz")
+    assert x == y != z
+
+
+def test_quickstart_is_valid():
+    target, pipeline = load(Path("pipelines/quickstart.yaml"), [])
+    assert target == "pipelines.text:TextPipeline" and pipeline.name == "quickstart"
+    pipeline.check()
+
+
+def test_a_vanished_file_is_counted(tmp_path):
+    found = list(text_tasks.read_file(Location(str(tmp_path)), "gone.txt", Rules()))
+    assert found == [Dropped("gone.txt", "unreadable")]
