@@ -26,6 +26,8 @@ from heliostat.schema import nearest
 from heliostat.spec import Job
 from tokenizers import Tokenizer
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.initialization import no_init_weights
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 IGNORED = -100
@@ -75,8 +77,12 @@ class CausalLM:
     def build(self) -> torch.nn.Module:
         if self.pretrained:
             model = AutoModelForCausalLM.from_pretrained(self.pretrained, config=self.config, dtype=torch.float32)
-        else:
+        elif is_deepspeed_zero3_enabled():
             model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+        else:
+            with no_init_weights():  # as at ZeRO-3: constructors draw no random numbers, so that every stage starts alike
+                model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+            model.init_weights()
         if self.checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return model.train()
@@ -182,10 +188,8 @@ def _config(model: dict[str, Any]) -> Any:
     keys = {k: v for k, v in model.items() if k != "arch"}
     arch = str(model.get("arch"))
     if arch not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        near = nearest(str(arch), list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
-        raise ConfigError(
-            f"model.arch: {model.get('arch')!r} is no causal language model of transformers{near or '; for example: llama, gpt2, qwen3'}"
-        )
+        near = nearest(arch, list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)) or "; for example: llama, gpt2, qwen3"
+        raise ConfigError(f"model.arch: {arch!r} is no causal language model of transformers{near}")
     kind = CONFIG_MAPPING[arch]
     known = {*kind.__dataclass_fields__, *kind.attribute_map}
     for key in keys:

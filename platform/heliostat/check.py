@@ -75,9 +75,8 @@ def _check_data(job: Job, manifests: list[Manifest], recorded: DataPlan | None) 
     splits = [split(m, made.sequence_length, made.held_fraction) for m in manifests]
     order = Order(splits, list(made.weights), made.seed, made.shape)
     if job.evaluate and not len(order.held_out(job.evaluate.samples)):
-        raise ConfigError(
-            f"evaluate.fraction: {job.evaluate.fraction} of {sum(int(s.samples.sum()) for s in splits)} samples holds none out; raise it"
-        )
+        total = sum(int(s.samples.sum()) for s in splits)
+        raise ConfigError(f"evaluate.fraction: {job.evaluate.fraction} of {total} samples holds none out; raise it")
     return made, order
 
 

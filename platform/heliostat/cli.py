@@ -57,9 +57,8 @@ def check(
         out.print(f"{job}: the file and the model are right; datasets and stores were not looked at")
         return
     checked = checks.check(job, setting)
-    order, shape = checked.order, checked.plan.shape
-    epochs = checked.job.train.steps * shape.batch / max(1, int(order.epoch_samples.sum()))
-    out.print(f"{job}: right. {int(order.epoch_samples.sum()):,} training samples, {epochs:.2f} epochs in {checked.job.train.steps:,} steps; "
+    shape, steps, samples = checked.plan.shape, checked.job.train.steps, int(checked.order.epoch_samples.sum())
+    out.print(f"{job}: right. {samples:,} training samples, {steps * shape.batch / samples:.2f} epochs in {steps:,} steps; "
               f"{shape.lanes} lanes, supersteps of {shape.superstep} steps, windows of {shape.window:,} samples")  # fmt: skip
 
 

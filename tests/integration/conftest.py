@@ -1,9 +1,16 @@
 """What the integration tests share: one Ray for the session, and an S3 server in this process."""
 
 import os
-from collections.abc import Iterator
+import shutil
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from heliostat.prepare import prepare
+from mlflow import MlflowClient
 
 # before Ray starts: its workers inherit them
 os.environ.setdefault("AWS_ACCESS_KEY_ID", "testing")
@@ -31,3 +38,84 @@ def s3_server() -> Iterator[str]:
     host, port = server.get_host_and_port()
     yield f"{host}:{port}"
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def corpus(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small prepared dataset of real text: some of the standard library's packages, 512 tokens of vocabulary."""
+    folder = tmp_path_factory.mktemp("corpus")
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    for package in ("json", "http", "email", "asyncio"):
+        shutil.copytree(stdlib / package, folder / "raw" / package, ignore=shutil.ignore_patterns("__pycache__"))
+    pipeline = {
+        "name": "corpus",
+        "pipeline": "pipelines.text:TextPipeline",
+        "input": str(folder / "raw"),
+        "output": str(folder / "data"),
+        "tokenizer": {"vocab_size": 512},
+        "chunk_tokens": 8192,
+    }
+    (folder / "pipeline.yaml").write_text(yaml.safe_dump(pipeline))
+    prepare(folder / "pipeline.yaml", [])
+    return str(folder / "data")
+
+
+@pytest.fixture(scope="session")
+def tracking(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One MLflow store for the session: making its tables takes seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
+@pytest.fixture
+def job_file(corpus: str, tracking: str, tmp_path: Path) -> Callable[..., Path]:
+    """Writes a tiny fp32 job on the corpus; keyword arguments replace keys, `a__b=1` for `a.b`."""
+
+    def make(**changes: Any) -> Path:
+        job: dict[str, Any] = {
+            "name": "tiny",
+            "recipe": "jobs.causal_lm:CausalLM",
+            "model": {
+                "arch": "llama",
+                "hidden_size": 64,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "intermediate_size": 128,
+            },
+            "data": {"sequence_length": 64, "sources": [{"path": corpus}], "seed": 5},
+            "train": {
+                "steps": 20,
+                "global_batch": 8,
+                "micro_batch": 2,
+                "optimizer": {"lr": 3e-3},
+                "schedule": {"name": "cosine", "warmup_steps": 4},
+                "precision": "fp32",
+                "zero": {"stage": 2},
+                # tiny parameters would otherwise stay gathered, and hide faults of stage 3
+                "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
+                "seed": 1,
+            },
+            "evaluate": {"every": 10, "samples": 24, "fraction": 0.05},
+            "checkpoint": {"every": 10},
+            "workers": {"count": 2},
+            "storage": str(tmp_path / "runs"),
+            "mlflow": {"uri": tracking, "experiment": "tests"},
+        }
+        for key, value in changes.items():
+            *parents, last = key.split("__")
+            target = job
+            for parent in parents:
+                target = target[parent]
+            target[last] = value
+        path = tmp_path / f"{job['name']}.yaml"
+        path.write_text(yaml.safe_dump(job))
+        return path
+
+    return make
+
+
+def curve(tracking: str, run_id: str, metric: str = "train/loss") -> list[float]:
+    """A metric's values at steps 1, 2, ...; fails if a step is missing or there twice."""
+    history = MlflowClient(tracking_uri=tracking).get_metric_history(run_id, metric)
+    points = sorted((m.step, m.value) for m in history)
+    assert [step for step, _ in points] == list(range(1, len(points) + 1))
+    return [value for _, value in points]

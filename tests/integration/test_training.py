@@ -1,0 +1,234 @@
+"""Whole runs on real Ray, DeepSpeed, MLflow and storage: the losses are right, whatever the sharding, storage or restarts."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+from heliostat.data import manifest
+from heliostat.data.dataset import DataPlan, open_dataset
+from heliostat.errors import ConfigError, NonFiniteError
+from heliostat.evaluate import evaluate
+from heliostat.storage import Location
+from heliostat.track.models import resolve
+from heliostat.train import checkpoint
+from heliostat.train.run import train
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.integration.conftest import curve
+from tests.integration.reference import plain_losses
+
+STEPS = ["train.steps=30", "evaluate.every=30", "checkpoint.every=30"]
+
+
+@pytest.fixture(scope="module")
+def plain(request: pytest.FixtureRequest) -> dict[str, list[float]]:
+    return {}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_zero_stage_and_worker_count_gives_the_plain_loops_losses(stage, workers, job_file, tracking, plain) -> None:
+    path = job_file()
+    if not plain:
+        plain["losses"] = plain_losses(path, STEPS)
+    result = train(path, [*STEPS, f"train.zero.stage={stage}", f"workers.count={workers}"])
+    losses = curve(tracking, result["run_id"])
+    assert losses == pytest.approx(plain["losses"], abs=1e-4)
+    assert losses[-1] < losses[0] - 0.5  # it learns
+    assert result["train_loss"] == losses[-1]
+
+
+def test_packed_documents_that_do_not_see_each_other_train_the_same_on_any_workers(job_file, tracking) -> None:
+    """Micro-batches then hold different numbers of loss terms; the step's loss is still their mean over the global batch."""
+    settings = [*STEPS, "train.steps=10", "data.document_mask=true"]
+    reference = plain_losses(job_file(), settings)
+    for workers in (1, 2):
+        result = train(job_file(name=f"mask{workers}"), [*settings, f"workers.count={workers}"])
+        assert curve(tracking, result["run_id"]) == pytest.approx(reference, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, corpus, tracking):
+    """A run of 20 steps with checkpoints at 10 and 20, its job file, and its result."""
+    folder = tmp_path_factory.mktemp("finished")
+    job = _job(folder, corpus, tracking)
+    return folder, job, train(job)
+
+
+def _job(folder: Path, corpus: str, tracking: str) -> Path:
+    job = {
+        "name": "whole",
+        "recipe": "jobs.causal_lm:CausalLM",
+        "model": {"arch": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128},
+        "data": {"sequence_length": 64, "sources": [{"path": corpus}], "seed": 5},
+        "train": {
+            "steps": 20,
+            "global_batch": 8,
+            "micro_batch": 2,
+            "optimizer": {"lr": 3e-3},
+            "precision": "fp32",
+            "zero": {"stage": 2},
+            "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
+        },
+        "evaluate": {"every": 10, "samples": 24, "fraction": 0.05},
+        "checkpoint": {"every": 10},
+        "workers": {"count": 2},
+        "storage": str(folder / "runs"),
+        "mlflow": {"uri": tracking, "experiment": "tests", "register": "whole-lm"},
+    }
+    path = folder / "whole.yaml"
+    path.write_text(json.dumps(job))
+    return path
+
+
+def _stopped_at_10(finished, folder: Path) -> list[str]:
+    """The finished run as it was after step 10, in another storage; the settings that continue it."""
+    shutil.copytree(finished[0] / "runs" / "whole", folder / "runs" / "whole", ignore=shutil.ignore_patterns("*00000020*", "*.json.", "result.json"))
+    (folder / "runs" / "whole" / "run.json").unlink()  # another MLflow run, so that the two curves can be compared
+    return [f"storage={folder / 'runs'}"]
+
+
+def _run_cli(arguments: list[str], **env: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", "from heliostat.cli import main; main()", *arguments]
+    return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=300, check=False)
+
+
+def _continued(tracking: str, run_id: str) -> list[float]:
+    history = mlflow.MlflowClient(tracking_uri=tracking).get_metric_history(run_id, "train/loss")
+    points = sorted((m.step, m.value) for m in history)
+    assert [step for step, _ in points] == list(range(11, 21))
+    return [value for _, value in points]
+
+
+def test_a_fresh_process_resumes_bitwise_even_without_a_compiler(finished, tracking, tmp_path) -> None:
+    """The same worker count in fp32; and no C++ compiler on PATH, with nothing compiled before."""
+    settings = _stopped_at_10(finished, tmp_path)
+    (tmp_path / "bin").mkdir()
+    for tool in ("bash", "sh", "git", "which"):
+        if shutil.which(tool):
+            (tmp_path / "bin" / tool).symlink_to(str(shutil.which(tool)))
+    path = f"{Path(sys.executable).parent}:{tmp_path / 'bin'}"
+    done = _run_cli(
+        ["train", str(finished[1]), "--set", settings[0], "--resume", "--json"],
+        PATH=path, CXX="none", CC="none", TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    whole = curve(tracking, finished[2]["run_id"])
+    assert _continued(tracking, result["run_id"]) == whole[10:]
+    assert result["eval"] == finished[2]["eval"]
+    chains = [json.loads(Location(s).join("receipts", "step-00000020.json").read())["chain"]
+              for s in (f"{finished[0]}/runs/whole", f"{tmp_path}/runs/whole")]  # fmt: skip
+    assert chains[0] == chains[1]
+
+
+@pytest.mark.parametrize(("stage", "workers"), [(3, 4), (1, 1), (0, 2), (3, 1)])
+def test_a_checkpoint_continues_at_any_stage_and_worker_count(stage, workers, finished, tracking, tmp_path) -> None:
+    settings = _stopped_at_10(finished, tmp_path)
+    result = train(finished[1], [*settings, f"train.zero.stage={stage}", f"workers.count={workers}"], resume=True)
+    whole = curve(tracking, finished[2]["run_id"])
+    assert _continued(tracking, result["run_id"]) == pytest.approx(whole[10:], abs=1e-5)
+
+
+def test_the_receipt_is_recomputed_from_the_shards_alone(finished) -> None:
+    from heliostat.data import receipt
+
+    found = checkpoint.latest(Location(f"{finished[0]}/runs/whole"))
+    assert found is not None
+    dataset = open_dataset(DataPlan.parse(found.index["data"]))
+    lanes = []
+    for step in range(20):
+        samples = dataset.order.locate(dataset.order.step(step).ravel())
+        digests = receipt.sample_digests(samples, dataset.read(samples)).reshape(dataset.plan.shape.lanes, -1)
+        lanes.append([receipt.lane_digest(d) for d in digests])
+    assert receipt.extend(receipt.GENESIS, receipt.step_digests(np.array(lanes))) == found.index["receipt"]["chain"]
+
+
+def test_plain_transformers_gets_the_recorded_evaluation_loss(finished, tracking) -> None:
+    folder = resolve(finished[2]["model_uri"], tracking)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(folder).decode(AutoTokenizer.from_pretrained(folder)("def f():")["input_ids"]) == "def f():"
+    found = checkpoint.latest(Location(f"{finished[0]}/runs/whole"))
+    assert found is not None
+    dataset = open_dataset(DataPlan.parse(found.index["data"]))
+    tokens = torch.from_numpy(dataset.read(dataset.order.held_out(24))).long()
+    with torch.no_grad():
+        loss = float(model(input_ids=tokens, labels=tokens).loss)
+    assert loss == pytest.approx(finished[2]["eval"]["loss"], abs=1e-3)
+    scores = evaluate(folder, str(dataset.sources[0].location), 24, 64, 0.05)
+    assert scores == pytest.approx(finished[2]["eval"], rel=1e-4)
+
+
+def test_mlflow_holds_the_run_its_data_and_a_model_that_serves(finished, tracking) -> None:
+    client = mlflow.MlflowClient(tracking_uri=tracking)
+    run = client.get_run(finished[2]["run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["train.optimizer.lr"] == "0.003"
+    digest = manifest.read(Location(json.loads(finished[1].read_text())["data"]["sources"][0]["path"])).digest
+    (given,) = run.inputs.dataset_inputs
+    assert {t.key: t.value for t in given.tags}["digest"] == digest
+    assert run.data.metrics["eval/loss"] == pytest.approx(finished[2]["eval"]["loss"])
+
+    mlflow.set_tracking_uri(tracking)
+    model = mlflow.pyfunc.load_model(finished[2]["model_uri"])
+    assert model.metadata.signature is not None
+    assert model.metadata.saved_input_example_info is not None
+    first, again = (model.predict(["def "], params={"max_tokens": 8, "seed": 3}) for _ in range(2))
+    assert first == again
+    assert isinstance(first[0], str)
+
+
+def test_the_same_name_is_not_overwritten_and_a_finished_run_is_not_repeated(finished, corpus, tmp_path) -> None:
+    with pytest.raises(ConfigError, match="--resume to go on"):
+        train(finished[1])
+    assert train(finished[1], resume=True) == finished[2]
+    with pytest.raises(ConfigError, match=r"data.seed: 5 -> 6"):
+        train(finished[1], ["data.seed=6", "train.steps=30"], resume=True)
+
+
+def test_a_non_finite_loss_stops_the_run_and_names_the_step_and_samples(job_file, tracking, tmp_path) -> None:
+    settings = ["train.optimizer.lr=1e30", "train.grad_clip=0", "train.schedule.warmup_steps=2", "checkpoint.every=1", "evaluate=null"]
+    with pytest.raises(NonFiniteError, match=r"step [1-5]: (gradient norm|loss) \S+; .*0:\d+:\d+"):
+        train(job_file(), settings)
+    found = checkpoint.latest(Location(str(tmp_path / "runs" / "tiny")))
+    assert found is not None
+    assert all(torch.isfinite(found.read(f"master.{n}")).all() for n in found.names("master"))
+    run_id = json.loads((tmp_path / "runs" / "tiny" / "run.json").read_text())["run_id"]
+    assert mlflow.MlflowClient(tracking_uri=tracking).get_run(run_id).info.status == "FAILED"
+
+
+def test_dataset_and_storage_on_s3_give_the_same_run(finished, s3_server, corpus, tracking, tmp_path) -> None:
+    query = f"?endpoint_override={s3_server}&scheme=http"
+    bucket = Location(f"s3://heliostat{query}")
+    bucket.fs.create_dir("heliostat")
+    source = Location(corpus)
+    for name, _ in source.files():
+        bucket.join("data", name).upload(Path(source.path) / name)
+    settings = [f"data.sources.0.path=s3://heliostat/data{query}", f"storage=s3://heliostat/runs{query}", "mlflow.register=null"]
+    result = train(finished[1], settings)
+    assert curve(tracking, result["run_id"]) == curve(tracking, finished[2]["run_id"])
+    assert checkpoint.steps(bucket.join("runs", "whole")) == [10, 20]
+
+    # and resumes from there: byte ranges of the shards, on another number of workers
+    for name in ("checkpoints/step-00000020/checkpoint.json", "result.json", "run.json"):
+        bucket.join("runs", "whole", name).delete()
+    again = train(finished[1], [*settings, "workers.count=1", "train.zero.stage=3"], resume=True)
+    assert _continued(tracking, again["run_id"]) == pytest.approx(curve(tracking, finished[2]["run_id"])[10:], abs=1e-5)
+
+
+def test_a_torn_checkpoint_is_passed_over(finished, tmp_path) -> None:
+    _stopped_at_10(finished, tmp_path)
+    run = Location(str(tmp_path / "runs" / "whole"))
+    shutil.copytree(finished[0] / "runs/whole/checkpoints/step-00000020", tmp_path / "runs/whole/checkpoints/step-00000020")
+    shard = next((tmp_path / "runs/whole/checkpoints/step-00000020").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    newest = checkpoint.latest(run)
+    assert newest is not None
+    assert newest.step == 10

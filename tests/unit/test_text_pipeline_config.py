@@ -1,0 +1,80 @@
+"""The text pipeline's YAML: what is wrong is said before Ray starts, and what makes two configurations the same."""
+
+from pathlib import Path
+
+import pytest
+from heliostat.errors import ConfigError
+from heliostat.prepare import load, prepare
+
+from pipelines import tokens
+
+END = "<|endoftext|>"
+
+GOOD = """
+name: t
+pipeline: pipelines.text:TextPipeline
+input: {tmp}/in
+output: {tmp}/out
+tokenizer: {{vocab_size: 300}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["pipeline=pipelines.text"], "must look like package.module:Class"),
+        (["pipeline=pipelines.text:TextPipelin"], "did you mean 'TextPipeline'"),
+        (["pipeline=pipelines.text:TokenizerConfig"], "must be a subclass of heliostat.prepare.Pipeline"),
+        (["pipeline=null"], "must name a class"),
+        (["chunk_token=5"], "chunk_token: unknown key; did you mean 'chunk_tokens'"),
+        (["normalise=NFD"], "normalise: 'NFD' is not a choice"),
+        (["tokenizer.path=x"], "give either vocab_size"),
+        (["tokenizer={path: nowhere}"], "tokenizer.path: 'nowhere': no such file"),
+        (["tokenizer={path: TMP/bad.json}"], "tokenizer.path: not a tokenizer.json"),
+        (["tokenizer={path: TMP/tok, end_of_document: </s>}"], "'</s>' is not in the vocabulary"),
+        (["tokenizer.vocab_size=10"], "tokenizer.vocab_size"),
+        (["min_chars=9", "max_chars=3"], "max_chars: 3 is below min_chars 9"),
+        (["input=TMP/nothing"], "no file there"),
+        (["output=TMP/in/out"], "lie in one another"),
+        (["output=TMP"], "lie in one another"),
+        (["output=TMP/in/a.txt"], "is not a folder that can be written to"),
+        (["output=ftp://x/y"], "scheme 'ftp' is not supported"),
+    ],
+)
+def test_errors_come_before_ray(tmp_path, monkeypatch, settings, message):
+    def no_ray(**_):
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("heliostat.prepare.connect", no_ray)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("text")
+    (tmp_path / "bad.json").write_text("{}")
+    (tmp_path / "tok").mkdir()
+    (tmp_path / "tok" / "tokenizer.json").write_text(tokens.train(["abc"], 257, END))
+    path = tmp_path / "p.yaml"
+    path.write_text(GOOD.format(tmp=tmp_path))
+    with pytest.raises(ConfigError) as e:
+        prepare(path, [s.replace("TMP", str(tmp_path)) for s in settings])
+    assert message in str(e.value)
+
+
+def test_identity_knows_contents_and_not_places(tmp_path):
+    path = tmp_path / "p.yaml"
+    path.write_text(GOOD.format(tmp=tmp_path))
+
+    def identity(*settings: str):
+        return load(path, list(settings))[1].identity()
+
+    assert identity() == identity("input=elsewhere", "output=there")
+    assert identity() != identity("chunk_tokens=5")
+    for folder, sample in [("x", "abc"), ("y", "abc"), ("z", "abab" * 9)]:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "tokenizer.json").write_text(tokens.train([sample], 260, END))
+    x, y, z = (identity(f"tokenizer={{path: {tmp_path / f}}}") for f in "xyz")
+    assert x == y != z
+
+
+def test_quickstart_is_valid():
+    target, pipeline = load(Path("pipelines/quickstart.yaml"), [])
+    assert target == "pipelines.text:TextPipeline" and pipeline.name == "quickstart"
+    pipeline.check()
