@@ -27,7 +27,7 @@ from pydantic import Field
 from heliostat import workspace
 from heliostat.cluster.connect import connect
 from heliostat.data import manifest
-from heliostat.errors import ConfigError, DataError, HeliostatError
+from heliostat.errors import ConfigError, DataError, HeliostatError, innermost
 from heliostat.schema import Strict, apply, read_yaml, validate
 from heliostat.storage import Location
 
@@ -116,7 +116,7 @@ def prepare(path: Path, settings: list[str], force: bool = False) -> dict[str, A
     except HeliostatError:
         raise
     except Exception as e:  # Ray wraps what a task raised; ours are meant for the person
-        cause = _ours(e)
+        cause = innermost(e)
         if cause is None:
             raise
         raise type(cause)(str(cause)) from e
@@ -131,9 +131,6 @@ def _check_output(output: Location) -> None:
     """ConfigError or StorageError if nothing could be written there."""
     output.probe()
     if output.is_s3:
-        bucket = output.path.split("/", 1)[0]
-        if not Location(f"s3://{bucket}{output.uri[output.uri.find('?') :] if '?' in output.uri else ''}").exists():
-            raise ConfigError(f"output: {output}: there is no bucket {bucket!r}; create it first")
         return
     nearest = Path(output.path)
     while not nearest.exists():
@@ -177,16 +174,3 @@ def _report(made: manifest.Manifest, seconds: float, up_to_date: bool) -> dict[s
         "seconds": round(seconds, 2),
         "up_to_date": up_to_date,
     }
-
-
-def _ours(error: BaseException) -> HeliostatError | None:
-    """The innermost HeliostatError under Ray's wrappers."""
-    found, seen = None, set()
-    current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        # Ray makes classes that are both RayTaskError and the cause's class; their text is a traceback: look inside
-        if isinstance(current, HeliostatError) and not hasattr(current, "cause"):
-            found = current
-        current = getattr(current, "cause", None) or current.__cause__
-    return found

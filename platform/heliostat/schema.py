@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from heliostat.errors import ConfigError
 
@@ -20,7 +20,7 @@ from heliostat.errors import ConfigError
 class Strict(BaseModel):
     """No unknown keys, no silent conversions (except whole numbers to floats)."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, ser_json_inf_nan="constants")
 
 
 def _number(value: object) -> object:
@@ -33,7 +33,7 @@ def _number(value: object) -> object:
     return value
 
 
-Float = Annotated[float, BeforeValidator(_number)]
+Float = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_number)]
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -97,7 +97,7 @@ def apply(raw: dict[str, Any], settings: list[str]) -> dict[str, Any]:
 
 
 def _index(setting: str, key: str, items: list) -> int:
-    if not key.isdigit() or int(key) >= len(items):
+    if not key.isdecimal() or int(key) >= len(items):
         raise ConfigError(f"--set {setting!r}: {key!r} is not an index into a list of {len(items)}")
     return int(key)
 
@@ -137,15 +137,19 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
         key = ".".join(str(p) for p in path)
         owner = _model_at(model, path) if path else None
         if fault["type"] == "extra_forbidden":
-            lines.append(f"{key}: unknown key{nearest(str(path[-1]), list(owner.model_fields) if owner else [])}")
+            known = [field.alias or name for name, field in owner.model_fields.items()] if owner else []
+            lines.append(f"{key}: unknown key{nearest(str(path[-1]), known)}")
         elif fault["type"] == "missing":
             lines.append(f"{key}: is required")
         elif fault["type"] == "literal_error":
             choices = [str(c) for c in _literals(owner.model_fields[str(path[-1])].annotation)] if owner else []
             lines.append(f"{key}: {fault['input']!r} is not a choice{nearest(str(fault['input']), choices)}")
         else:
-            message = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-            need = message if fault["msg"].startswith("Value error, ") else f"{fault['input']!r} should be {message}"
+            message, value = fault["msg"], repr(fault["input"])
+            if message.startswith("Input should be "):
+                need = f"{value} {message.removeprefix('Input ')}"
+            else:
+                need = message.removeprefix("Value error, ") if fault["type"] == "value_error" else f"{value}: {message}"
             lines.append(f"{key}: {need}" if key else need)
     return lines
 

@@ -20,6 +20,7 @@ from heliostat.storage import Location
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[Float, Field(ge=0)]
 Fraction = Annotated[Float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every random number generator takes
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
 
@@ -31,7 +32,7 @@ class Source(Strict):
 class Data(Strict):
     sources: Annotated[list[Source], Field(min_length=1)]
     sequence_length: Annotated[int, Field(gt=1)] | None = None
-    seed: int = 0
+    seed: Seed = 0
     lanes: Positive | None = None  # canonical data-parallel ranks; the default is one per micro-batch of a step
     window: Positive | None = None  # samples that are shuffled together; the default follows from their size
     document_mask: bool = False  # attention stays inside a document of a packed sequence
@@ -40,7 +41,7 @@ class Data(Strict):
 class Optimizer(Strict):
     name: Literal["adamw"] = "adamw"
     lr: Annotated[Float, Field(gt=0)]
-    betas: Annotated[list[Float], Field(min_length=2, max_length=2)] = [0.9, 0.95]
+    betas: Annotated[list[Annotated[Float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
     eps: Annotated[Float, Field(gt=0)] = 1e-8
     weight_decay: NonNegative = 0.1
 
@@ -75,7 +76,7 @@ class Train(Strict):
     deepspeed: dict[str, Any] = {}  # merged over the DeepSpeed config that the keys above make
     activation_checkpointing: bool = False
     compile: bool = False
-    seed: int = 0
+    seed: Seed = 0
     log_every: Positive = 10
 
 
@@ -200,12 +201,19 @@ def resolve(job: Job) -> Job:
     """Makes every path absolute, because Ray's workers run in other folders."""
     root = workspace.root()
     raw = job.dump()
-    for source in raw["data"]["sources"]:
-        source["path"] = str(Location(source["path"]).absolute(root))
-    raw["storage"] = str(Location(job.storage).absolute(root))
+    for i, source in enumerate(raw["data"]["sources"]):
+        source["path"] = _absolute(f"data.sources.{i}.path", source["path"], root)
+    raw["storage"] = _absolute("storage", job.storage, root)
     uri = job.mlflow.uri
     if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
         raw["mlflow"]["uri"] = f"sqlite:///{root / uri.removeprefix('sqlite:///')}"
     elif not uri.startswith(("sqlite:", "http://", "https://", "postgresql", "mysql", "mssql", "databricks")):
         raise ConfigError(f"mlflow.uri: {uri!r} is no MLflow store; use sqlite:///FILE or http://HOST:PORT")
-    return Job.model_validate(raw)
+    return schema.validate(Job, raw, job.name)  # again, because two ways to write a path are now one
+
+
+def _absolute(key: str, path: str, root: Path) -> str:
+    try:
+        return str(Location(path).absolute(root))
+    except ConfigError as e:
+        raise ConfigError(f"{key}: {e}") from e

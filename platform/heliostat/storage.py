@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -61,6 +61,8 @@ class Location:
         scheme = urlsplit(self.uri).scheme
         if scheme not in ("", "file", "s3"):
             raise ConfigError(f"{self.uri!r}: scheme {scheme!r} is not supported; use a path, file:// or s3://")
+        if not self.uri or (scheme == "s3" and not urlsplit(self.uri).netloc):
+            raise ConfigError(f"{self.uri!r}: names no place; use a path, file:///PATH or s3://BUCKET/KEY")
         if scheme == "s3" and "@" in urlsplit(self.uri).netloc:
             raise ConfigError("an s3:// URI must not carry credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
 
@@ -73,23 +75,28 @@ class Location:
 
     @property
     def fs(self) -> pafs.FileSystem:
-        return _s3(urlsplit(self.uri).query, False) if self.is_s3 else pafs.LocalFileSystem()
+        return _s3(self.query, False) if self.is_s3 else pafs.LocalFileSystem()
 
     @property
     def path(self) -> str:
         """The path as `fs` takes it: `bucket/key` on S3, an absolute path on disk."""
-        parts = urlsplit(self.uri)
         if self.is_s3:
-            return (parts.netloc + parts.path).rstrip("/")
-        return str(Path(parts.path if parts.scheme == "file" else self.uri).absolute())
+            return unquote(self.uri.removeprefix("s3://").partition("?")[0]).rstrip("/")
+        return str(Path(self.uri.removeprefix("file://")).absolute())
+
+    @property
+    def query(self) -> str:
+        return self.uri.partition("?")[2] if self.is_s3 else ""
 
     @property
     def name(self) -> str:
         return self.path.rsplit("/", 1)[-1]
 
     def join(self, *parts: str) -> Location:
-        base, mark, query = self.uri.partition("?") if self.is_s3 else (self.uri, "", "")
-        return Location("/".join([base.rstrip("/"), *parts]) + mark + query)
+        if not self.is_s3:
+            return Location("/".join([self.uri.rstrip("/"), *parts]))
+        base, mark, query = self.uri.partition("?")  # a key may hold a question mark: escaped, it does not start the query
+        return Location("/".join([base.rstrip("/"), *(p.replace("%", "%25").replace("?", "%3F") for p in parts)]) + mark + query)
 
     def absolute(self, root: Path) -> Location:
         """The same place, with a relative path taken from `root`."""
@@ -160,19 +167,27 @@ class Location:
         self._call(remove)
 
     def probe(self) -> None:
-        """One quick request: StorageError within about 3 seconds if the store is out of reach or refuses us."""
-        fs = _s3(urlsplit(self.uri).query, True) if self.is_s3 else self.fs
-        self._call(lambda: fs.get_file_info(self.path.split("/", 1)[0] if self.is_s3 else self.path), budget_s=0)
+        """One quick request: StorageError within about 3 seconds if the store is out of reach, refuses us, or has no such bucket."""
+        if not self.is_s3:
+            self._call(lambda: self.fs.get_file_info(self.path), budget_s=0)
+            return
+        bucket = self.path.split("/", 1)[0]
+        if self._call(lambda: _s3(self.query, True).get_file_info(bucket), budget_s=0).type == pafs.FileType.NotFound:
+            raise StorageError(f"{self.uri}: there is no bucket {bucket!r}; make it, or check the name and the endpoint")
 
     def _call(self, operation: Callable[[], T], budget_s: float = RETRY_BUDGET_S) -> T:
         deadline, attempt = time.monotonic() + budget_s, 0
         while True:
             try:
                 return operation()
-            except (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError):
+            except FileNotFoundError:
                 raise
+            except (FileExistsError, NotADirectoryError, IsADirectoryError) as e:
+                raise StorageError(f"{self.uri}: a file lies where a folder is needed, or a folder where a file is") from e
             except OSError as e:
                 reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+                if not self.is_s3 and Path(self.path).is_dir():
+                    raise StorageError(f"{self.uri}: is a folder, not a file") from e
                 if isinstance(e, PermissionError) or any(word in reason.lower() for word in REFUSED):
                     raise StorageError(
                         f"{self.uri}: access refused; check the credentials and the bucket policy ({reason})"

@@ -89,14 +89,15 @@ def read_footer(location: Location, path: str, token_column: str | None) -> list
             length = int.from_bytes(tail[-8:-4], "little") + 8
             footer = tail[-length:] if length <= len(tail) else f.read_at(length, size - length)
             parquet = pq.read_metadata(io.BytesIO(footer))
-    except (pa.ArrowInvalid, OSError) as e:
+            names = [parquet.schema.column(i).path.split(".")[0] for i in range(parquet.num_columns)]
+    except (pa.ArrowException, OSError, ValueError) as e:
         raise DataError(f"{location.join(path)}: not a readable Parquet file ({e})") from e
     footer_digest = hashlib.sha256(footer).hexdigest()[:32]
     rows = []
     for group in range(parquet.num_row_groups):
         info = parquet.row_group(group)
         columns = [info.column(i) for i in range(info.num_columns)]
-        tokens = [c.num_values for c in columns if c.path_in_schema.split(".")[0] == token_column]
+        tokens = [c.num_values for c, name in zip(columns, names, strict=True) if name == token_column]
         if token_column and not tokens:
             raise DataError(f"{location.join(path)}: has no column {token_column!r}")
         rows.append(
@@ -133,9 +134,10 @@ def read(location: Location) -> Manifest:
     try:
         table = pq.read_table(io.BytesIO(raw))
         meta = json.loads(table.schema.metadata[b"heliostat"])
-    except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as e:
-        raise DataError(f"{location.join(FILE)}: not a heliostat manifest") from e
-    chunks = table.replace_schema_metadata(None).cast(SCHEMA)
-    if digest(chunks, meta) != meta.get("digest"):
+        chunks = table.replace_schema_metadata(None).cast(SCHEMA)
+        found = digest(chunks, meta)
+    except (pa.ArrowException, OSError, AttributeError, KeyError, TypeError, ValueError) as e:
+        raise DataError(f"{location.join(FILE)}: not a heliostat manifest, or damaged") from e
+    if found != meta.get("digest"):
         raise DataError(f"{location.join(FILE)}: does not match its own digest; prepare the dataset again")
     return Manifest(location, chunks, meta)

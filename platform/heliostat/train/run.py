@@ -24,7 +24,7 @@ from rich.console import Console
 from heliostat import check
 from heliostat.check import Checked
 from heliostat.data.dataset import DataPlan
-from heliostat.errors import CheckpointError, ConfigError, HeliostatError, TrainingError
+from heliostat.errors import CheckpointError, ConfigError, HeliostatError, TrainingError, innermost
 from heliostat.storage import Location
 from heliostat.track.run import RunOwner
 
@@ -229,12 +229,9 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
 def explain(error: Exception) -> HeliostatError:
     """The one line for a failed fit: our own error from a worker if there is one, else Ray's, with the cause chained."""
     failures = getattr(error, "worker_failures", {})
-    causes = [*failures.values(), getattr(error, "controller_failure", None)]
-    for cause in causes:
-        while cause is not None:
-            if isinstance(cause, HeliostatError):
-                return cause
-            cause = getattr(cause, "cause", None) or cause.__cause__
+    for cause in [*failures.values(), getattr(error, "controller_failure", None)]:
+        if known := innermost(cause):
+            return known
     text = [line for line in str(next(iter(failures.values()), error)).splitlines() if line.strip()]
     fault = TrainingError(f"the workers failed: {text[-1].strip() if text else type(error).__name__}")
     fault.__cause__ = error
