@@ -51,7 +51,8 @@ class CausalLM:
         self.config.use_cache = False
         longest = getattr(self.config, "max_position_embeddings", None)
         if longest and longest < self.length:
-            if self.pretrained or "max_position_embeddings" in job.model:
+            given = {self.config.attribute_map.get(key, key) for key in job.model}
+            if self.pretrained or "max_position_embeddings" in given:
                 raise ConfigError(
                     f"data.sequence_length: {self.length} is longer than the model's max_position_embeddings {longest}"
                 )
@@ -198,10 +199,12 @@ def _config(model: dict[str, Any]) -> Any:
             raise ConfigError(f"model.{key}: unknown key for arch {arch!r}{near}")
     try:
         config = kind(**keys)
+        heads, groups = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
     except Exception as e:  # transformers raises its own errors for values; the last line is the one that says what is wrong
         raise ConfigError(f"model: {str(e).splitlines()[-1].strip()}") from e
-    heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
-    if config.hidden_size % heads:
+    if not heads:  # a state-space model, or a model of several parts
+        return config
+    if config.hidden_size % heads and "head_dim" not in keys and not _free_heads(kind):
         near = _divisor(config.hidden_size, heads)
         raise ConfigError(f"model.num_attention_heads: {heads} does not divide hidden_size {config.hidden_size}; {near}")
     if groups and heads % groups:
@@ -209,6 +212,12 @@ def _config(model: dict[str, Any]) -> Any:
             f"model.num_key_value_heads: {groups} does not divide num_attention_heads {heads}; {_divisor(heads, groups)}"
         )
     return config
+
+
+def _free_heads(kind: Any) -> bool:
+    """Whether the architecture's heads need not divide its width; its own defaults tell."""
+    field, default = kind.__dataclass_fields__.get("head_dim"), kind()
+    return isinstance(getattr(field, "default", None), int) or default.hidden_size % default.num_attention_heads != 0
 
 
 def _divisor(number: int, near: int) -> str:

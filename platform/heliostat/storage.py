@@ -167,7 +167,7 @@ class Location:
         self._call(remove)
 
     def probe(self) -> None:
-        """One quick request: StorageError within about 3 seconds if the store is out of reach, refuses us, or has no such bucket."""
+        """One quick request: StorageError within seconds if the store is out of reach, refuses us, or lacks the bucket."""
         if not self.is_s3:
             self._call(lambda: self.fs.get_file_info(self.path), budget_s=0)
             return

@@ -91,11 +91,8 @@ def _job(folder: Path, corpus: str, tracking: str) -> Path:
 
 def _stopped_at_10(finished, folder: Path) -> list[str]:
     """The finished run as it was after step 10, in another storage; the settings that continue it."""
-    shutil.copytree(
-        finished[0] / "runs" / "whole",
-        folder / "runs" / "whole",
-        ignore=shutil.ignore_patterns("*00000020*", "*.json.", "result.json"),
-    )
+    later = shutil.ignore_patterns("*00000020*", "result.json")
+    shutil.copytree(finished[0] / "runs" / "whole", folder / "runs" / "whole", ignore=later)
     (folder / "runs" / "whole" / "run.json").unlink()  # another MLflow run, so that the two curves can be compared
     return [f"storage={folder / 'runs'}"]
 
@@ -159,9 +156,8 @@ def test_the_receipt_is_recomputed_from_the_shards_alone(finished) -> None:
 def test_plain_transformers_gets_the_recorded_evaluation_loss(finished, tracking) -> None:
     folder = resolve(finished[2]["model_uri"], tracking)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    assert (
-        AutoTokenizer.from_pretrained(folder).decode(AutoTokenizer.from_pretrained(folder)("def f():")["input_ids"]) == "def f():"
-    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.decode(tokenizer("def f():")["input_ids"]) == "def f():"
     found = checkpoint.latest(Location(f"{finished[0]}/runs/whole"))
     assert found is not None
     dataset = open_dataset(DataPlan.parse(found.index["data"]))
@@ -201,13 +197,8 @@ def test_the_same_name_is_not_overwritten_and_a_finished_run_is_not_repeated(fin
 
 
 def test_a_non_finite_loss_stops_the_run_and_names_the_step_and_samples(job_file, tracking, tmp_path) -> None:
-    settings = [
-        "train.optimizer.lr=1e30",
-        "train.grad_clip=0",
-        "train.schedule.warmup_steps=2",
-        "checkpoint.every=1",
-        "evaluate=null",
-    ]
+    settings = ["train.optimizer.lr=1e30", "train.grad_clip=0", "train.schedule.warmup_steps=2"]
+    settings += ["checkpoint.every=1", "evaluate=null"]
     with pytest.raises(NonFiniteError, match=r"step [1-5]: (gradient norm|loss) \S+; .*0:\d+:\d+"):
         train(job_file(), settings)
     found = checkpoint.latest(Location(str(tmp_path / "runs" / "tiny")))

@@ -1,0 +1,52 @@
+"""The yardstick: plain PyTorch DDP with the data already in memory. Started by train_overhead.py through torchrun.
+
+    torchrun --nproc-per-node 2 tests/benchmarks/plain_ddp.py JOB.yaml STEPS
+
+Prints one JSON line: median tokens/s over the steps after the first two. bf16 is torch's autocast.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from heliostat import check
+from heliostat.data.dataset import open_dataset
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    steps = int(sys.argv[2])
+    checked = check.check(Path(sys.argv[1]), sys.argv[3:])
+    job, recipe, dataset = checked.job, checked.recipe, open_dataset(checked.plan)
+    per_rank = job.train.global_batch // world
+    torch.manual_seed(job.train.seed)
+    model = torch.nn.parallel.DistributedDataParallel(recipe.build(), gradient_as_bucket_view=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=job.train.optimizer.lr, fused=True)
+    contents = [dataset.read(dataset.order.locate(dataset.order.step(s).ravel())) for s in range(steps)]
+    batches = [torch.from_numpy(c[rank * per_rank : (rank + 1) * per_rank]).long() for c in contents]
+    micro = job.train.micro_batch
+    seconds = []
+    for tokens in batches:
+        started = time.perf_counter()
+        parts = tokens.split(micro)
+        for i, part in enumerate(parts):
+            model.require_backward_grad_sync = i + 1 == len(parts)
+            with torch.autocast("cpu", torch.bfloat16, enabled=job.train.precision == "bf16"):
+                loss = model(input_ids=part, labels=part).loss / len(parts)
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), job.train.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - started)
+    if rank == 0:
+        tokens_per_step = job.train.global_batch * (job.data.sequence_length or 1)
+        sys.stdout.write(json.dumps({"tokens_per_second": tokens_per_step / float(np.median(seconds[2:])), "seconds": seconds}) + "\n")
+
+
+main()

@@ -1,0 +1,289 @@
+"""The order of samples: a pure function of (chunk sizes, weights, seed, step). Properties over many random orders."""
+
+import itertools
+
+import numpy as np
+import pytest
+from heliostat.data import order
+from heliostat.data.order import Mixture, Order, Samples, Shape, Split, choose_shape, hold_out, permutation, stride_pattern
+from heliostat.errors import ConfigError
+
+SEEDS = range(40)
+WEIGHTS = ([1.0], [1.0, 1.0], [0.7, 0.3], [3.0, 2.0, 1.0], [0.05, 0.9, 0.05], [1.0, 1e-2], [0.123, 0.456, 0.421, 2.0])
+
+# (source, epoch, chunk, row)
+GOLDEN_HELD = [[1, 1, 0, 1], [1, 1]]
+GOLDEN_START = [[3, 1, 0, 4], [0, 0]]
+GOLDEN_ORDER = [[0, 0, 0, 2], [1, 0, 0, 2], [0, 0, 0, 1], [0, 0, 0, 4], [1, 0, 0, 1], [0, 0, 0, 0], [0, 0, 3, 0], [1, 0, 0, 3], [0, 0, 3, 3], [0, 0, 3, 1], [1, 0, 1, 1], [0, 0, 3, 5], [0, 0, 3, 2], [1, 0, 1, 2], [0, 0, 1, 2], [0, 0, 1, 0], [1, 0, 1, 3], [0, 1, 1, 2], [0, 1, 1, 0], [1, 1, 1, 2], [0, 1, 3, 0], [0, 1, 3, 1], [1, 1, 1, 1], [0, 1, 3, 2]]  # fmt: skip
+
+
+def split_of(rng: np.random.Generator, chunks: int, fraction: float, largest: int = 30) -> Split:
+    """A source of chunks of uneven sizes (some empty), at least one sample left to train on."""
+    samples = rng.integers(0, largest, chunks)
+    samples[0] = largest
+    return hold_out(samples, rng.integers(0, 2**63, chunks).astype(np.uint64), fraction)
+
+
+def random_order(seed: int, weights: list[float] | None = None) -> Order:
+    """Any number of sources, chunks and lanes; windows and epochs end at unrelated places."""
+    rng = np.random.default_rng(seed)
+    weights = weights or WEIGHTS[seed % len(WEIGHTS)]
+    splits = [split_of(rng, int(rng.integers(1, 12)), float(rng.choice([0.0, 0.1, 0.3]))) for _ in weights]
+    lanes, per_lane, superstep = (int(n) for n in rng.integers(1, 6, 3))
+    envelope = per_lane * superstep
+    return Order(splits, weights, seed, Shape(lanes * per_lane, lanes, superstep, envelope * int(rng.integers(1, 8))))
+
+
+def rows(samples: Samples) -> np.ndarray:
+    """(source, epoch, chunk, row) of every sample."""
+    return np.stack([samples.source, samples.epoch, samples.chunk, samples.row], axis=1).astype(np.int64)
+
+
+def training_rows(split: Split) -> set[tuple[int, int]]:
+    """(chunk, row) of all samples that are not held out, from the definition."""
+    return {
+        (c, r)
+        for c in range(len(split.samples))
+        for r in range(split.samples[c])
+        if not split.start[c] <= r < split.start[c] + split.held[c]
+    }
+
+
+def held_rows(split: Split) -> set[tuple[int, int]]:
+    return {(c, split.start[c] + i) for c in range(len(split.samples)) for i in range(split.held[c])}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_sample_comes_exactly_once_an_epoch(seed):
+    """Each finished epoch of each source is a permutation of its training samples, wherever windows end."""
+    o = random_order(seed)
+    epochs = 3
+    size = int(max(epochs * n / share for n, share in zip(o.epoch_samples, o.mixture.before[:, -1], strict=True)) + 2)
+    found = rows(o.locate(np.arange(size * len(o.mixture.pattern))))
+    for s, split in enumerate(o.splits):
+        mine = found[found[:, 0] == s]
+        assert np.all(np.diff(mine[:, 1]) >= 0), "an epoch began before the one before it ended"
+        for epoch in range(epochs):
+            seen = [tuple(x) for x in mine[mine[:, 1] == epoch][:, 2:].tolist()]
+            assert len(seen) == len(set(seen)) == o.epoch_samples[s]
+            assert set(seen) == training_rows(split)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_held_out_samples_never_appear_in_training(seed):
+    """Evaluation samples come from the held-out rows, and training never touches those."""
+    o = random_order(seed)
+    trained = {tuple(x) for x in rows(o.locate(np.arange(4000)))[:, [0, 2, 3]].tolist()}
+    held = {(s, c, r) for s, split in enumerate(o.splits) for c, r in held_rows(split)}
+    assert not trained & held
+    for count in (1, 7, 100, 100_000):
+        evaluated = [tuple(x) for x in rows(o.held_out(count))[:, [0, 2, 3]].tolist()]
+        assert set(evaluated) <= held
+        assert len(evaluated) == len(set(evaluated)) <= count
+    assert set(evaluated) == held, "asked for more than there are, it gives them all"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_global_batch_does_not_depend_on_the_number_of_workers(seed):
+    """What N workers cut from their lanes' envelopes is, together, step(t), for every N that divides the lanes."""
+    o = random_order(seed)
+    shape = o.shape
+    for workers in (n for n in range(1, shape.lanes + 1) if shape.lanes % n == 0):
+        for step in range(2 * shape.superstep + 1):
+            superstep, inner = divmod(step, shape.superstep)
+            played = np.full((shape.lanes, shape.per_lane), -1)
+            for rank, lane in ((r, lane) for r in range(workers) for lane in range(r, shape.lanes, workers)):
+                assert lane % workers == rank
+                assert np.all(played[lane] == -1), "two workers play one lane"
+                envelope = o.envelope(superstep * shape.lanes + lane)
+                played[lane] = envelope[inner * shape.per_lane : (inner + 1) * shape.per_lane]
+            assert np.array_equal(played, o.step(step))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_envelopes_and_steps_both_tile_the_sequence(seed):
+    """The envelopes of S supersteps, and their S * K steps, each hold the first S * K * G positions once."""
+    o = random_order(seed)
+    shape, supersteps = o.shape, 3
+    every = np.arange(supersteps * shape.superstep * shape.batch)
+    assert np.array_equal(np.concatenate([o.envelope(b) for b in range(supersteps * shape.lanes)]), every)
+    steps = [o.step(t) for t in range(supersteps * shape.superstep)]
+    assert all(s.shape == (shape.lanes, shape.per_lane) for s in steps)
+    assert np.array_equal(np.sort(np.concatenate([s.ravel() for s in steps])), every)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_any_subset_is_located_as_in_the_whole(seed):
+    """Random access: no position's sample depends on what else is asked for, in which order, or what was asked before."""
+    o, fresh = random_order(seed), random_order(seed)
+    whole = rows(o.locate(np.arange(1500)))
+    rng = np.random.default_rng(seed)
+    for size in (1, 2, 50, 700):
+        subset = rng.integers(0, 1500, size)
+        found = fresh.locate(subset)
+        assert np.array_equal(found.position, subset)
+        assert np.array_equal(rows(found), whole[subset])
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_window_holds_the_samples_of_its_stretch_of_the_stream(seed):
+    """The shuffle stays inside a window: its chunks are those that the unshuffled stream has there, so reads stay few."""
+    o = random_order(seed)
+    window = o.shape.window
+    for number in range(6):
+        found = o.locate(np.arange(number * window, (number + 1) * window))
+        first, last = o.mixture.counts(np.array([number * window, (number + 1) * window])).T
+        for s, split in enumerate(o.splits):
+            mine = found.source == s
+            expected: set[tuple[int, int]] = set()
+            for index in range(first[s], last[s]):
+                epoch, place = divmod(index, int(o.epoch_samples[s]))
+                chunks = permutation(len(split.train), o.seed, order.CHUNKS, s, epoch)
+                expected.add((epoch, int(chunks[np.searchsorted(np.cumsum(split.train[chunks]), place, side="right")])))
+            assert set(zip(found.epoch[mine].tolist(), found.chunk[mine].tolist(), strict=True)) == expected
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 17, 1000, 4097])
+def test_a_permutation_is_one_and_its_key_decides_it(size):
+    """Every number once; the same key gives the same; another seed, purpose, source, epoch or window gives another."""
+    keys = list(itertools.product((0, 1, 2**32 - 1), (1, 2), (0, 1), (0, 1)))
+    made = [permutation(size, *key) for key in keys]
+    assert all(np.array_equal(np.sort(p), np.arange(size)) for p in made)
+    assert all(np.array_equal(p, permutation(size, *key)) for p, key in zip(made, keys, strict=True))
+    if size >= 17:
+        assert len({p.tobytes() for p in made}) == len(keys)
+
+
+def test_permutations_are_uniform():
+    """Over many keys each element lands on each place about equally often (chi-square far from its tail)."""
+    size, keys = 12, 6000
+    counts = np.zeros((size, size))
+    for key in range(keys):
+        counts[np.arange(size), permutation(size, 5, key)] += 1
+    expected = keys / size
+    chi = ((counts - expected) ** 2 / expected).sum()
+    freedom = (size - 1) ** 2
+    assert abs(chi - freedom) < 6 * np.sqrt(2 * freedom)
+
+
+def test_different_seeds_and_epochs_give_different_orders():
+    """No two of 20 seeds, and no two of 5 epochs of a run, order the samples alike."""
+    split = hold_out(np.full(10, 20), np.arange(10).astype(np.uint64), 0.0)
+    shape = Shape(10, 2, 5, 50)
+    orders = [rows(Order([split], [1.0], seed, shape).locate(np.arange(1000)))[:, 2:] for seed in range(20)]
+    assert len({o.tobytes() for o in orders}) == 20
+    assert len({epoch.tobytes() for epoch in orders[0].reshape(5, 200, 2)}) == 5
+
+
+def test_the_order_is_the_one_that_it_always_was():
+    """Known numbers: if this fails, runs made before can no longer be resumed or verified."""
+    splits = [
+        hold_out(np.array([5, 3, 0, 6]), np.array([11, 12, 13, 14], np.uint64), 0.2),
+        hold_out(np.array([4, 4]), np.array([2**63 + 1, 7], np.uint64), 0.2),
+    ]
+    assert [s.held.tolist() for s in splits] == GOLDEN_HELD
+    assert [s.start.tolist() for s in splits] == GOLDEN_START
+    o = Order(splits, [2.0, 1.0], 17, Shape(4, 2, 2, 8))
+    assert rows(o.locate(np.arange(24))).tolist() == GOLDEN_ORDER
+    assert o.step(3).tolist() == [[10, 11], [14, 15]]
+
+
+def test_held_out_samples_stay_when_chunks_are_appended():
+    """A dataset that grows, or is listed in another order, keeps every old chunk's split."""
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        samples, identity = rng.integers(0, 500, 60), rng.integers(0, 2**63, 60).astype(np.uint64)
+        fraction = float(rng.choice([0.001, 0.01, 0.2, 0.9]))
+        whole, old = hold_out(samples, identity, fraction), hold_out(samples[:40], identity[:40], fraction)
+        assert np.array_equal(whole.held[:40], old.held) and np.array_equal(whole.start[:40], old.start)
+        mixed = rng.permutation(60)
+        other = hold_out(samples[mixed], identity[mixed], fraction)
+        assert np.array_equal(other.held, whole.held[mixed]) and np.array_equal(other.start, whole.start[mixed])
+
+
+def test_held_out_samples_are_a_run_inside_each_chunk():
+    """Never outside the chunk, none at fraction 0, and starts are spread over the chunk."""
+    rng = np.random.default_rng(1)
+    for _ in range(100):
+        samples, identity = rng.integers(0, 50, 200), rng.integers(0, 2**63, 200).astype(np.uint64)
+        split = hold_out(samples, identity, float(rng.uniform(0, 0.99)))
+        assert np.all(split.held >= 0) and np.all(split.start >= 0) and np.all(split.start + split.held <= samples)
+        assert hold_out(samples, identity, 0.0).held.sum() == 0
+    split = hold_out(np.full(4000, 100), np.arange(4000).astype(np.uint64), 0.05)
+    assert abs(split.start.mean() / 95 - 0.5) < 0.03
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.01, 0.1, 0.5])
+@pytest.mark.parametrize("size", [1, 7, 300])
+def test_the_held_out_share_is_right_however_small_the_chunks(fraction, size):
+    """Over many chunks the held-out total is the fraction of all samples, within five standard deviations."""
+    n = 40_000
+    held = hold_out(np.full(n, size), order.hash64(np.arange(n)), fraction).held.sum()
+    assert abs(held - n * size * fraction) < 5 * np.sqrt(n * 0.25)
+
+
+def test_held_out_evaluation_does_not_depend_on_the_seed_or_the_shape():
+    """The evaluation set is the same for every data seed, batch and number of lanes."""
+    for seed in SEEDS:
+        o = random_order(seed)
+        other = Order(o.splits, WEIGHTS[seed % len(WEIGHTS)], seed + 1000, Shape(7, 7, 3, 6))
+        assert np.array_equal(rows(o.held_out(50)), rows(other.held_out(50)))
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_sources_are_mixed_exactly_over_a_period_and_within_one_percent_of_any_ten_thousand(weights):
+    """Each source's share of any 10,000 consecutive samples is its weight to within 1 % of the samples."""
+    mixture, share = Mixture(weights), np.array(weights) / sum(weights)
+    assert np.allclose(mixture.before[:, -1] / len(mixture.pattern), share, rtol=1e-12, atol=0)
+    starts = np.random.default_rng(0).integers(0, 10**9, 3000)
+    got = mixture.counts(starts + 10_000) - mixture.counts(starts)
+    assert np.all(got.sum(axis=0) == 10_000)
+    assert np.abs(got - 10_000 * share[:, None]).max() <= 100
+    prefixes = mixture.counts(np.arange(1, 50_000))
+    assert np.abs(prefixes - np.arange(1, 50_000) * share[:, None]).max() <= len(weights)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_counting_sources_agrees_with_listing_them(weights):
+    """counts(g), found by arithmetic, is the number of each source among sources(0 .. g - 1)."""
+    mixture = Mixture(weights)
+    listed = mixture.sources(np.arange(5000))
+    for g in (0, 1, 2, 999, 5000):
+        assert mixture.counts(g).tolist() == [int((listed[:g] == s).sum()) for s in range(len(weights))]
+
+
+def test_weights_that_mean_the_same_give_the_same_mixture():
+    """Only proportions count, and decimal weights are taken as written (0.1 is a tenth)."""
+    assert np.array_equal(stride_pattern([0.1, 0.2]), stride_pattern([1.0, 2.0]))
+    assert np.array_equal(stride_pattern([5.0, 5.0]), stride_pattern([0.5, 0.5]))
+    assert np.bincount(stride_pattern([0.7, 0.2, 0.1])).tolist() == [7, 2, 1]
+
+
+@pytest.mark.parametrize("weights", [[1.0, 0.33333333333333331], [1e-300, 1.0], [1.0, 1e9]])
+def test_weights_that_cannot_be_honoured_are_refused(weights):
+    """A period too long to hold is one ConfigError, not a frozen machine."""
+    with pytest.raises(ConfigError, match=r"data\.sources: weights .* round them"):
+        stride_pattern(weights)
+
+
+def test_a_source_without_training_samples_is_refused():
+    """An empty source would be asked for samples for ever; the error names it."""
+    good, empty = (hold_out(np.array(n), np.zeros(2, np.uint64), 0.0) for n in ([3, 4], [0, 0]))
+    with pytest.raises(ConfigError, match=r"data\.sources\.1: holds no training sample"):
+        Order([good, empty], [1.0, 1.0], 0, Shape(1, 1, 1, 1))
+
+
+def test_the_shape_that_is_chosen_is_sound():
+    """Windows are whole envelopes, at least as large as asked for; supersteps have 1 to 64 steps; envelopes are megabytes."""
+    rng = np.random.default_rng(3)
+    for _ in range(2000):
+        lanes, per_lane = int(rng.integers(1, 600)), int(rng.integers(1, 70))
+        sample_bytes = int(rng.choice([1, 512, 1024, 4096, 32_768, 10**6, 10**8]))
+        window = None if rng.random() < 0.5 else int(rng.integers(1, 100_000))
+        shape = choose_shape(lanes * per_lane, lanes, sample_bytes, window)
+        assert (shape.batch, shape.lanes, shape.per_lane) == (lanes * per_lane, lanes, per_lane)
+        assert shape.window % shape.envelope == 0 and shape.envelope == shape.superstep * per_lane
+        assert 1 <= shape.superstep <= order.MAX_SUPERSTEP
+        assert shape.superstep == 1 or shape.envelope * sample_bytes <= order.ENVELOPE_BYTES
+        wanted = window or order.WINDOW_BYTES // sample_bytes
+        assert wanted <= shape.window < max(wanted, 1) + shape.envelope
