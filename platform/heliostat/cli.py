@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,6 +28,12 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the logs of
 TrackingUri = Annotated[
     str | None, typer.Option("--mlflow", help="MLflow's store; the default is MLFLOW_TRACKING_URI, then the quickstart's")
 ]
+QUIET = {  # other libraries' progress bars and notices, so that ours can be read
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
 DEFAULT_STORE = ".heliostat/mlflow.db"
 
 
@@ -172,8 +179,6 @@ def ui(mlflow: TrackingUri = None, host: str = "127.0.0.1", port: int = 5000) ->
 
 
 def _store(uri: str | None) -> str:
-    import os
-
     return uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(DEFAULT_STORE).absolute()}"
 
 
@@ -184,10 +189,13 @@ def _finish(result: dict[str, Any], json_: bool) -> None:
 
 def main() -> None:
     verbose = "--verbose" in sys.argv or "-v" in sys.argv
-    handler = RichHandler(
-        console=Console(stderr=True), show_path=False, show_level=False, log_time_format="%H:%M:%S", markup=False
-    )
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s")
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    if sys.stderr.isatty():
+        handler: logging.Handler = RichHandler(console=Console(stderr=True), show_path=False, show_level=False, markup=False)
+        logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s", datefmt="%H:%M:%S")
+    else:
+        logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("heliostat").setLevel(logging.DEBUG if verbose else logging.INFO)
     try:
         app()

@@ -14,16 +14,34 @@ import ray
 
 from heliostat import workspace
 
+# workers share the cores, so none may start a thread a core
+THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+# glibc gives large blocks back to the system at every free and faults them in again at the next step; keep them
+ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(64 << 30)}
+
+
+def worker_environment(gpus: float) -> dict[str, str]:
+    """Environment variables that a training worker starts with."""
+    return {} if gpus else {**THREADS, **ALLOCATOR}
+
 
 def connect(cpus: int, gpus: int = 0, verbose: bool = False) -> None:
     """Joins or starts Ray with room for `cpus` logical CPUs; does nothing if the process is already connected."""
     if ray.is_initialized():
         return
-    # the workers import jobs/ and pipelines/ from the workspace, and must not oversubscribe the cores with threads
-    env = {"PYTHONPATH": os.pathsep.join(filter(None, [str(workspace.root()), os.environ.get("PYTHONPATH")]))}
+    options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    common: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(address="auto", **common)
-    else:
-        ray.init(num_cpus=cpus, num_gpus=gpus or None, include_dashboard=False, runtime_env={"env_vars": env}, **common)
+        ray.init(address="auto", **options)
+        return
+    # A private Ray's processes inherit this environment, so that the ones started ahead fit every task; a runtime
+    # environment would start new ones. The workers import jobs/ and pipelines/ from the workspace.
+    before = dict(os.environ)
+    path = os.pathsep.join(filter(None, [str(workspace.root()), before.get("PYTHONPATH")]))
+    os.environ.update(worker_environment(gpus), PYTHONPATH=path)
+    try:
+        ray.init(num_cpus=cpus, num_gpus=gpus or None, include_dashboard=False, **options)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # an actor more; nobody preempts this machine

@@ -122,6 +122,7 @@ class Dataset:
         self.order = Order(splits, list(plan.weights), plan.seed, plan.shape)
         self._paths = [s.chunks["path"].to_pylist() for s in self.sources]
         self._groups = [s.chunks["row_group"].to_numpy() for s in self.sources]
+        self._token_counts = [s.chunks["tokens"].to_numpy() for s in self.sources]
 
     def read(self, samples: Samples) -> np.ndarray:
         """The samples' contents in order: int32 [n, sequence_length]. Each chunk is read once, several at a time."""
@@ -148,11 +149,14 @@ class Dataset:
                 table = pq.ParquetFile(f, page_checksum_verification=True, pre_buffer=True).read_row_group(
                     int(self._groups[source][chunk]), columns=["tokens"]
                 )
+            tokens = table["tokens"].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.int32, copy=False)
         except FileNotFoundError as e:
             raise DataError(f"{location}: the shard is missing") from e
-        except (pa.ArrowException, OSError) as e:
+        except (pa.ArrowException, OSError, IndexError, KeyError, ValueError) as e:
             raise DataError(f"{location}: cannot read row group {self._groups[source][chunk]} ({str(e).splitlines()[0]})") from e
-        return table["tokens"].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.int32, copy=False)
+        if len(tokens) != (expected := self._token_counts[source][chunk]):
+            raise DataError(f"{location}: row group {self._groups[source][chunk]} has {len(tokens)} tokens, not {expected}")
+        return tokens
 
 
 @lru_cache(maxsize=2)

@@ -47,13 +47,20 @@ class RunOwner:
         self._fault: Exception | None = None
         self.run_id = ""
         self._thread = threading.Thread(target=self._write, name="mlflow", daemon=True)
-        self._thread.start()
 
     def post(self, event: dict[str, Any]) -> None:
         self._queue.put(event)
+        if event["kind"] == "steps":
+            self._start()
+
+    def _start(self) -> None:
+        """Not before the first step: importing MLflow takes seconds, which starting workers would wait for."""
+        if not self._thread.ident:
+            self._thread.start()
 
     def client(self) -> Any:
         """The MlflowClient, once the run is open; TrackingError if it could not be opened."""
+        self._start()
         self._ready.wait(timeout=300)
         if self._fault or not self.run_id:
             raise TrackingError(f"mlflow.uri: {self.job.mlflow.uri}: {self._fault or 'no answer in 300 s'}") from self._fault
@@ -61,6 +68,7 @@ class RunOwner:
 
     def finish(self, status: str, reason: str = "") -> None:
         """Writes what is queued, then the run's status: FINISHED, FAILED or KILLED."""
+        self._start()
         self._queue.put(None)
         self._thread.join(timeout=300)
         client = self.client()

@@ -31,9 +31,6 @@ from heliostat.track.run import RunOwner
 log = logging.getLogger(__name__)
 
 POLL_S = 0.25
-THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-# glibc gives large blocks back to the system at every free and faults them in again at the next step; keep them
-ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(64 << 30)}
 
 
 def train(
@@ -129,7 +126,7 @@ class _Run:
 
     def _start(self) -> tuple[Any, Any]:
         """Ray, the board and a trainer that is ready to fit."""
-        from heliostat.cluster.connect import connect
+        from heliostat.cluster.connect import connect, worker_environment
 
         job = self.job
         workers = job.workers
@@ -173,7 +170,7 @@ class _Run:
                 storage_path=attempts.path,
                 storage_filesystem=attempts.fs,
                 failure_config=api.FailureConfig(max_failures=0),
-                worker_runtime_env={"env_vars": {**THREADS, **ALLOCATOR} if not workers.gpus else {}},
+                worker_runtime_env={"env_vars": worker_environment(workers.gpus)} if os.environ.get("RAY_ADDRESS") else {},
             ),
         )
         return board, trainer
