@@ -53,8 +53,8 @@ class CausalLM:
         self.config.use_cache = False
         longest = getattr(self.config, "max_position_embeddings", None)
         if longest and longest < self.length:
-            given = {self.config.attribute_map.get(key, key) for key in job.model}
-            if self.pretrained or "max_position_embeddings" in given:
+            names = {"max_position_embeddings", self.config.attribute_map.get("max_position_embeddings")}
+            if self.pretrained or names & set(job.model):
                 raise ConfigError(
                     f"data.sequence_length: {self.length} is longer than the model's max_position_embeddings {longest}"
                 )
@@ -200,26 +200,30 @@ def _config(model: dict[str, Any]) -> Any:
             near = nearest(key, sorted(known))
             raise ConfigError(f"model.{key}: unknown key for arch {arch!r}{near}")
     try:
+        _check_heads(kind, keys)
         config = kind(**keys)
         heads, groups = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
+    except ConfigError:
+        raise
     except Exception as e:  # transformers raises its own errors for values; the last line is the one that says what is wrong
         raise ConfigError(f"model: {str(e).splitlines()[-1].strip()}") from e
-    if not heads:  # a state-space model, or a model of several parts
-        return config
-    if config.hidden_size % heads and "head_dim" not in keys and not _free_heads(kind):
-        near = _divisor(config.hidden_size, heads)
-        raise ConfigError(f"model.num_attention_heads: {heads} does not divide hidden_size {config.hidden_size}; {near}")
-    if groups and heads % groups:
+    if heads and groups and heads % groups:
         raise ConfigError(
             f"model.num_key_value_heads: {groups} does not divide num_attention_heads {heads}; {_divisor(heads, groups)}"
         )
     return config
 
 
-def _free_heads(kind: Any) -> bool:
-    """Whether the architecture's heads need not divide its width; its own defaults tell."""
+def _check_heads(kind: Any, keys: dict[str, Any]) -> None:
+    """ConfigError if the heads must divide the width and do not; an own head size, or defaults that do not, lift the rule."""
     field, default = kind.__dataclass_fields__.get("head_dim"), kind()
-    return isinstance(getattr(field, "default", None), int) or default.hidden_size % default.num_attention_heads != 0
+    if "head_dim" in keys or isinstance(getattr(field, "default", None), int):
+        return
+    usual: list[Any] = [getattr(default, name, None) for name in ("hidden_size", "num_attention_heads")]
+    names = [(name, kind.attribute_map.get(name, name)) for name in ("hidden_size", "num_attention_heads")]
+    width, heads = [next((keys[n] for n in both if n in keys), u) for both, u in zip(names, usual, strict=True)]
+    if all(type(n) is int and n > 0 for n in (*usual, width, heads)) and usual[0] % usual[1] == 0 and width % heads:
+        raise ConfigError(f"model.{names[1][1]}: {heads} does not divide {names[0][1]} {width}; {_divisor(width, heads)}")
 
 
 def _divisor(number: int, near: int) -> str:

@@ -61,13 +61,17 @@ def check_stores(job: Job, recipe: Recipe, recorded: DataPlan | None = None) -> 
         if found.kind != recipe.kind:
             raise ConfigError(f"{key}: {location} holds {found.kind!r}, but {job.recipe} trains on {recipe.kind!r}")
         manifests.append(found)
+    check_storage(job)
+    _check_mlflow(job.mlflow.uri)
+    recipe.bind(manifests)
+    return Checked(job, recipe, manifests, *_check_data(job, manifests, recorded))
+
+
+def check_storage(job: Job) -> None:
     try:
         Location(job.storage).probe()
     except StorageError as e:
         raise StorageError(f"storage: {e}") from e
-    _check_mlflow(job.mlflow.uri)
-    recipe.bind(manifests)
-    return Checked(job, recipe, manifests, *_check_data(job, manifests, recorded))
 
 
 def _check_data(job: Job, manifests: list[Manifest], recorded: DataPlan | None) -> tuple[DataPlan, Order]:

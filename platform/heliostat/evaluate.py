@@ -19,8 +19,7 @@ BATCH = 8
 
 def evaluate(folder: Path, data: str, samples: int, sequence_length: int | None, fraction: float) -> dict[str, float]:
     """The recipe's metrics over `samples` held-out samples: the same ones as in training at the same fraction and length."""
-    config = json.loads((folder / "config.json").read_text())
-    length = sequence_length or config.get("max_position_embeddings") or config.get("n_positions")
+    length = sequence_length or _trained_length(folder)
     if not length:
         raise ConfigError("--sequence-length: the model does not say how long its samples are; give it")
     job = Job.model_validate(
@@ -50,3 +49,10 @@ def evaluate(folder: Path, data: str, samples: int, sequence_length: int | None,
             for name, value in recipe.evaluate(model, batch).items():
                 sums[name] = sums.get(name, 0.0) + float(value.double().sum())
     return recipe.metrics(sums)
+
+
+def _trained_length(folder: Path) -> int | None:
+    """What an export's tokenizer gives as its longest input: the sequence length of the training."""
+    settings = folder / "tokenizer_config.json"
+    length = json.loads(settings.read_text()).get("model_max_length") if settings.is_file() else None
+    return int(length) if length and length < 10_000_000 else None  # transformers writes 1e30 for "unknown"

@@ -142,8 +142,10 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
         elif fault["type"] == "missing":
             lines.append(f"{key}: is required")
         elif fault["type"] == "literal_error":
-            choices = [str(c) for c in _literals(owner.model_fields[str(path[-1])].annotation)] if owner else []
-            lines.append(f"{key}: {fault['input']!r} is not a choice{nearest(str(fault['input']), choices)}")
+            choices = _literals(owner.model_fields[str(path[-1])].annotation) if owner else []
+            same = [c for c in choices if str(c) == str(fault["input"])]  # '2' where 2 is meant
+            near = f"; did you mean {same[0]!r}?" if same else nearest(str(fault["input"]), [str(c) for c in choices])
+            lines.append(f"{key}: {fault['input']!r} is not a choice{near}")
         else:
             message, value = fault["msg"], repr(fault["input"])
             if message.startswith("Input should be "):

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from heliostat import schema, workspace
 from heliostat.errors import ConfigError
@@ -62,6 +62,13 @@ class Offload(Strict):
 class Zero(Strict):
     stage: Literal[0, 1, 2, 3] = 1
     offload: Offload = Offload()
+
+    @field_validator("stage", mode="before")
+    @classmethod
+    def _no_bool(cls, value: object) -> object:
+        if isinstance(value, bool):  # equal to 0 or 1, and so to a choice
+            raise ValueError(f"{value} is not a choice; valid: 0, 1, 2, 3")
+        return value
 
 
 class Train(Strict):
@@ -153,7 +160,7 @@ class Job(Strict):
 def _batch_faults(job: Job) -> list[str]:
     batch, micro, count = job.train.global_batch, job.train.micro_batch, job.workers.count
     if batch % (micro * count):
-        fits = [n for n in range(1, batch + 1) if batch % (micro * n) == 0]
+        fits = [n for n in range(1, 2 * count) if batch % (micro * n) == 0]  # 1 is one, unless micro does not divide
         below, above = count * micro * (batch // (count * micro)), count * micro * (batch // (count * micro) + 1)
         near = f"use a global batch of {' or '.join(str(b) for b in (below, above) if b)}"
         workers = f", or workers.count {min(fits, key=lambda n: abs(n - count))}" if fits else ""
@@ -161,7 +168,7 @@ def _batch_faults(job: Job) -> list[str]:
             f"train.global_batch: {batch} is not divisible by workers.count {count} x train.micro_batch {micro}; {near}{workers}"
         ]
     if batch % job.lanes or job.lanes % count:
-        fits = [c for c in range(count, batch + 1, count) if batch % c == 0]
+        fits = [c for c in range(count, min(batch, max(count, 2 * job.lanes)) + 1, count) if batch % c == 0]
         return [
             f"data.lanes: {job.lanes} must divide train.global_batch {batch} and be a multiple of workers.count {count}; "
             f"nearest: {min(fits, key=lambda c: abs(c - job.lanes))}"

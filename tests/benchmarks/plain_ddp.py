@@ -46,7 +46,9 @@ def main() -> None:
         seconds.append(time.perf_counter() - started)
     if rank == 0:
         tokens_per_step = job.train.global_batch * (job.data.sequence_length or 1)
-        sys.stdout.write(json.dumps({"tokens_per_second": tokens_per_step / float(np.median(seconds[2:])), "seconds": seconds}) + "\n")
+        sys.stdout.write(
+            json.dumps({"tokens_per_second": tokens_per_step / float(np.median(seconds[2:])), "seconds": seconds}) + "\n"
+        )
 
 
 main()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from heliostat.prepare import prepare
 from mlflow import MlflowClient
@@ -24,7 +25,7 @@ def ray_session() -> Iterator[None]:
     import ray
     from heliostat.cluster.connect import connect
 
-    connect(cpus=8)
+    connect(cpus=8, gpus=torch.cuda.device_count())
     yield
     ray.shutdown()
 

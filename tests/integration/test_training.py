@@ -165,7 +165,7 @@ def test_plain_transformers_gets_the_recorded_evaluation_loss(finished, tracking
     with torch.no_grad():
         loss = float(model(input_ids=tokens, labels=tokens).loss)
     assert loss == pytest.approx(finished[2]["eval"]["loss"], abs=1e-3)
-    scores = evaluate(folder, str(dataset.sources[0].location), 24, 64, 0.05)
+    scores = evaluate(folder, str(dataset.sources[0].location), 24, None, 0.05)
     assert scores == pytest.approx(finished[2]["eval"], rel=1e-4)
 
 

@@ -14,7 +14,13 @@ WEIGHTS = ([1.0], [1.0, 1.0], [0.7, 0.3], [3.0, 2.0, 1.0], [0.05, 0.9, 0.05], [1
 # (source, epoch, chunk, row)
 GOLDEN_HELD = [[1, 1, 0, 1], [1, 1]]
 GOLDEN_START = [[3, 1, 0, 4], [0, 0]]
-GOLDEN_ORDER = [[0, 0, 0, 2], [1, 0, 0, 2], [0, 0, 0, 1], [0, 0, 0, 4], [1, 0, 0, 1], [0, 0, 0, 0], [0, 0, 3, 0], [1, 0, 0, 3], [0, 0, 3, 3], [0, 0, 3, 1], [1, 0, 1, 1], [0, 0, 3, 5], [0, 0, 3, 2], [1, 0, 1, 2], [0, 0, 1, 2], [0, 0, 1, 0], [1, 0, 1, 3], [0, 1, 1, 2], [0, 1, 1, 0], [1, 1, 1, 2], [0, 1, 3, 0], [0, 1, 3, 1], [1, 1, 1, 1], [0, 1, 3, 2]]  # fmt: skip
+GOLDEN_PATTERN = [0, 1, 0, 0, 2, 0, 1, 0]
+GOLDEN_ORDER = [
+    [0, 0, 0, 2], [1, 0, 0, 2], [0, 0, 0, 1], [0, 0, 0, 4], [1, 0, 0, 1], [0, 0, 0, 0], [0, 0, 3, 0],
+    [1, 0, 0, 3], [0, 0, 3, 3], [0, 0, 3, 1], [1, 0, 1, 1], [0, 0, 3, 5], [0, 0, 3, 2], [1, 0, 1, 2],
+    [0, 0, 1, 2], [0, 0, 1, 0], [1, 0, 1, 3], [0, 1, 1, 2], [0, 1, 1, 0], [1, 1, 1, 2], [0, 1, 3, 0],
+    [0, 1, 3, 1], [1, 1, 1, 1], [0, 1, 3, 2],
+]  # fmt: skip
 
 
 def split_of(rng: np.random.Generator, chunks: int, fraction: float, largest: int = 30) -> Split:
@@ -186,6 +192,7 @@ def test_the_order_is_the_one_that_it_always_was():
     o = Order(splits, [2.0, 1.0], 17, Shape(4, 2, 2, 8))
     assert rows(o.locate(np.arange(24))).tolist() == GOLDEN_ORDER
     assert o.step(3).tolist() == [[10, 11], [14, 15]]
+    assert stride_pattern([5.0, 2.0, 1.0]).tolist() == GOLDEN_PATTERN
 
 
 def test_held_out_samples_stay_when_chunks_are_appended():
@@ -241,6 +248,16 @@ def test_sources_are_mixed_exactly_over_a_period_and_within_one_percent_of_any_t
     assert np.abs(got - 10_000 * share[:, None]).max() <= 100
     prefixes = mixture.counts(np.arange(1, 50_000))
     assert np.abs(prefixes - np.arange(1, 50_000) * share[:, None]).max() <= len(weights)
+
+
+def test_held_out_evaluation_is_spread_over_the_dataset():
+    """A few samples come from all of the dataset, not from its first chunks, and from the sources by weight."""
+    splits = [hold_out(np.full(500, 40), order.hash64(np.arange(s, 500 + s)), 0.1) for s in (0, 999)]
+    found = Order(splits, [3.0, 1.0], 0, Shape(1, 1, 1, 1)).held_out(200)
+    assert np.bincount(found.source).tolist() == [150, 50]
+    for s, count in ((0, 150), (1, 50)):
+        tenths = np.bincount(found.chunk[found.source == s] // 50, minlength=10)
+        assert np.all(np.abs(tenths - count / 10) <= 3 + count / 50)
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)

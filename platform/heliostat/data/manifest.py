@@ -135,6 +135,8 @@ def read(location: Location) -> Manifest:
         table = pq.read_table(io.BytesIO(raw))
         meta = json.loads(table.schema.metadata[b"heliostat"])
         chunks = table.replace_schema_metadata(None).cast(SCHEMA)
+        if any(column.null_count for column in chunks.columns):
+            raise ValueError("values are missing")
         found = digest(chunks, meta)
     except (pa.ArrowException, OSError, AttributeError, KeyError, TypeError, ValueError) as e:
         raise DataError(f"{location.join(FILE)}: not a heliostat manifest, or damaged") from e

@@ -39,12 +39,10 @@ def train(
     """Trains a job to its last step; HeliostatError with one line for whatever stopped it."""
     started = psutil.Process().create_time()
     job, recipe = check.check_file(path, settings)
+    check.check_storage(job)
     from heliostat.train import checkpoint
 
-    found = checkpoint.latest(job.run_folder)
-    if found and overwrite:
-        job.run_folder.delete()
-        found = None
+    found = None if overwrite else checkpoint.latest(job.run_folder)
     if found and not resume:
         raise ConfigError(
             f"name: run {job.name!r} already has checkpoints up to step {found.step} in {job.run_folder}; "
@@ -54,6 +52,8 @@ def train(
     checked = check.check_stores(job, recipe, recorded)
     if found and recorded:
         _refuse_changes(recorded, checked.plan)
+    if overwrite:
+        job.run_folder.delete()
     start_step = found.step if found else 0
     if start_step >= job.train.steps:
         log.info("run %s has finished: step %d of %d", job.name, start_step, job.train.steps)
@@ -120,6 +120,7 @@ class _Run:
             self._drain(board, owner, show)
         if "error" in outcome:
             raise explain(outcome["error"])
+        job.run_folder.join("ray").delete()  # Ray Train's own state, of no use after the fit
         summary = outcome["summary"]
         summary["startup"] = self._startup(show.phases, summary)
         return summary

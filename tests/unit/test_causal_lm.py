@@ -1,0 +1,261 @@
+"""The language-model recipe: models that make no sense are refused by key, and packed documents do not see each other."""
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from heliostat.errors import ConfigError
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from jobs.causal_lm import IGNORED, CausalLM, _config
+from tests.unit.build_job import BASE, job
+
+LLAMA = BASE["model"]
+END = 0
+SHAPES = {
+    "llama": LLAMA,
+    "qwen3": {**LLAMA, "arch": "qwen3", "head_dim": 8},
+    "mistral": {**LLAMA, "arch": "mistral"},
+    "gpt2": {"arch": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 96, "n_positions": 64},
+    "gpt_neox": {"arch": "gpt_neox", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
+                 "vocab_size": 96},
+}  # fmt: skip
+NO_DROPOUT = {"gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small are slower on several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def recipe(model: dict | None = None, length: int = 64, **changes) -> CausalLM:
+    made = CausalLM(job(**{"model": model or LLAMA, "data.sequence_length": length, **changes}))
+    made.end = END
+    return made
+
+
+def refusal(model: dict, length: int = 64) -> str:
+    with pytest.raises(ConfigError) as e:
+        recipe(model, length)
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("arch", "near"),
+    [("lama", "'llama'"), ("gpt-2", "'gpt2'"), ("gptneox", "'gpt_neox'"), ("qwen33", "'qwen3'")],
+)
+def test_an_unknown_architecture_suggests_the_nearest(arch, near):
+    """The value as given and a suggestion."""
+    assert refusal({**LLAMA, "arch": arch}) == (
+        f"model.arch: {arch!r} is no causal language model of transformers; did you mean {near}?"
+    )
+
+
+@pytest.mark.parametrize("arch", [None, 5, ["llama"], "bert-like-thing", "t5"])
+def test_what_is_no_architecture_is_one_line(arch):
+    """Missing, another type, or a model that is no causal language model: one line that names the key."""
+    assert refusal({**LLAMA, "arch": arch}).startswith(f"model.arch: {str(arch)!r} is no causal language model of transformers; ")
+
+
+@pytest.mark.parametrize(
+    ("arch", "key", "near"),
+    [
+        ("llama", "hiden_size", "'hidden_size'"),
+        ("llama", "num_hidden_layer", "'num_hidden_layers'"),
+        ("gpt2", "n_layers", "'n_layer'"),
+    ],
+)
+def test_an_unknown_model_key_suggests_the_nearest(arch, key, near):
+    """transformers would silently keep it as an attribute and train another model."""
+    assert refusal({**SHAPES[arch], key: 1}) == f"model.{key}: unknown key for arch {arch!r}; did you mean {near}?"
+
+
+@pytest.mark.parametrize("arch", sorted(SHAPES))
+def test_heads_must_divide_the_width(arch):
+    """The nearest number that divides is offered, and works; an own head size lifts the rule."""
+    shape = {k: v for k, v in SHAPES[arch].items() if k not in ("num_key_value_heads", "head_dim")}
+    name, width = ("n_head", "n_embd") if arch == "gpt2" else ("num_attention_heads", "hidden_size")
+    free = arch == "qwen3"  # its head_dim has a default of its own
+    for heads in range(1, 33):
+        model = {**shape, name: heads, **({"num_key_value_heads": heads} if arch in ("mistral", "qwen3") else {})}
+        if 32 % heads == 0 or free:
+            recipe(model)
+            continue
+        message = refusal(model)
+        assert message.startswith(f"model.{name}: {heads} does not divide {width} 32; nearest that does: ")
+        nearest = int(message.rpartition(" ")[2])
+        assert abs(nearest - heads) == min(abs(d - heads) for d in (1, 2, 4, 8, 16, 32))
+    if arch == "mistral":
+        recipe({**shape, "num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 16})
+
+
+def test_key_value_heads_must_divide_the_heads():
+    """For every number of groups: valid exactly if it divides, else the nearest that does."""
+    for groups in range(1, 9):
+        model = {**LLAMA, "num_attention_heads": 8, "num_key_value_heads": groups}
+        if 8 % groups == 0:
+            recipe(model)
+        else:
+            message = refusal(model)
+            assert message.startswith(f"model.num_key_value_heads: {groups} does not divide num_attention_heads 8; nearest")
+            assert 8 % int(message.rpartition(" ")[2]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arch", "key"), [("llama", "max_position_embeddings"), ("gpt2", "n_positions"), ("gpt2", "max_position_embeddings")]
+)
+def test_a_sequence_longer_than_the_positions_is_refused(arch, key):
+    """Under either name of the key; positions that the job does not give grow with the sequence."""
+    shape = {k: v for k, v in SHAPES[arch].items() if k != "n_positions"}
+    assert recipe({**shape, key: 64}).config.max_position_embeddings == 64
+    assert refusal({**shape, key: 63}) == "data.sequence_length: 64 is longer than the model's max_position_embeddings 63"
+    assert recipe(shape, 5000).config.max_position_embeddings == 5000
+
+
+def test_a_language_model_needs_a_sequence_length():
+    """The key is optional for other recipes, so this one says it."""
+    with pytest.raises(ConfigError, match=r"data\.sequence_length: is required for a language model"):
+        CausalLM(job(**{"data.sequence_length": None}))
+
+
+def test_a_pretrained_model_is_a_folder_with_a_configuration(tmp_path):
+    """A missing folder, extra keys, and a model of another kind are refused; no hub is asked."""
+    gone = str(tmp_path / "gone")
+    assert refusal({"pretrained": gone}) == f"model.pretrained: {gone!r} is not a model folder (no config.json)"
+    message = refusal({"pretrained": gone, "hidden_size": 5})
+    assert message == "model.hidden_size: a pretrained model takes its configuration from the folder; remove this key"
+    from transformers import BertConfig, LlamaConfig, T5Config
+
+    for kind in (T5Config, BertConfig):
+        kind().save_pretrained(tmp_path)
+        found = kind.model_type
+        if found not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            assert refusal({"pretrained": str(tmp_path)}).endswith(f"holds a {found!r}, which is no causal language model")
+    LlamaConfig(max_position_embeddings=32).save_pretrained(tmp_path)
+    assert "is longer than the model's max_position_embeddings 32" in refusal({"pretrained": str(tmp_path)})
+    assert recipe({"pretrained": str(tmp_path)}, 32).config.model_type == "llama"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": "big"},
+        {"hidden_size": True},
+        {"num_attention_heads": 0},
+        {"rope_parameters": 5},
+        {"num_hidden_layers": [1]},
+    ],
+)
+def test_a_bad_value_is_one_line_without_a_traceback(change):
+    """Whatever transformers raises becomes one ConfigError under `model`."""
+    assert refusal({**LLAMA, **change}).startswith("model")
+
+
+def test_every_architecture_of_transformers_is_accepted_or_refused_in_one_line():
+    """The rules above fit each architecture's own defaults: nothing raises but ConfigError, and almost nothing is refused."""
+    refused = []
+    for arch in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        try:
+            _config({"arch": arch})
+        except ConfigError as e:
+            assert "\n" not in str(e)
+            refused.append(arch)
+    assert len(refused) <= 5, refused
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_every_token_but_the_first_is_predicted(seed):
+    """Without document_mask: labels are the tokens, the first ignored; terms is what a step's loss is divided by."""
+    content = np.random.default_rng(seed).integers(0, 96, (3, 64)).astype(np.int32)
+    made = recipe()
+    batch = made.batch(content)
+    assert set(batch) == {"input_ids", "labels"} and all(v.dtype == torch.int64 for v in batch.values())
+    assert np.array_equal(batch["input_ids"], content) and np.array_equal(batch["labels"][:, 1:], content[:, 1:])
+    assert (batch["labels"][:, 0] == IGNORED).all()
+    assert made.terms(batch) == 3 * made.terms_per_sample == 3 * 63
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_document_mask_starts_anew_after_each_end_of_document(seed):
+    """Positions and labels equal those that a plain loop over the documents gives."""
+    rng = np.random.default_rng(seed)
+    content = rng.integers(1, 96, (4, 64)).astype(np.int32)
+    content[rng.random((4, 64)) < rng.choice([0.0, 0.05, 0.5, 1.0])] = END
+    made = recipe(**{"data.document_mask": True})
+    batch = made.batch(content)
+    assert made.terms_per_sample is None
+    predicted = 0
+    for tokens, labels, positions in zip(content, batch["labels"], batch["position_ids"], strict=True):
+        place = 0
+        for i, token in enumerate(tokens):
+            first = i == 0 or tokens[i - 1] == END
+            place = 0 if first else place + 1
+            assert positions[i] == place
+            assert labels[i] == (IGNORED if first else token)
+            predicted += not first
+    assert made.terms(batch) == predicted
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("arch", sorted(SHAPES))
+def test_packed_documents_do_not_see_each_other(arch, checkpointing):
+    """The logits of a packed sample are those of its documents run alone, and changing one leaves the others alone."""
+    torch.manual_seed(0)
+    model_keys = {**SHAPES[arch], **NO_DROPOUT.get(arch, {})}
+    made = recipe(model_keys, **{"data.document_mask": True, "train.activation_checkpointing": checkpointing})
+    model = made.build()
+    rng = np.random.default_rng(1)
+    content = rng.integers(1, 96, (3, 64)).astype(np.int32)
+    ends = [[9, 30, 62], [63], [0, 1, 20]]
+    for row, places in zip(content, ends, strict=True):
+        row[places] = END
+    with torch.no_grad():
+        inputs = {k: v for k, v in made.batch(content).items() if k != "labels"}
+        packed = model(**inputs).logits
+        for row, places, got in zip(content, ends, packed, strict=True):
+            edges = sorted({0, *(p + 1 for p in places), 64})
+            for begin, end in itertools.pairwise(edges):
+                alone = model(input_ids=torch.from_numpy(row[None, begin:end].astype(np.int64))).logits[0]
+                assert torch.allclose(got[begin:end], alone, atol=1e-5, rtol=0)
+        unmasked = model(input_ids=inputs["input_ids"]).logits
+        assert (unmasked[0, 31:] - packed[0, 31:]).abs().max() > 1e-4, "without the mask they do see each other"
+
+
+@pytest.mark.parametrize("arch", sorted(SHAPES))
+def test_a_batchs_loss_is_the_sum_of_its_samples(arch):
+    """loss() sums terms, so a step's loss does not depend on how its samples are cut into micro-batches."""
+    torch.manual_seed(0)
+    made = recipe({**SHAPES[arch], **NO_DROPOUT.get(arch, {})})
+    model = made.build()
+    content = np.random.default_rng(0).integers(0, 96, (4, 64)).astype(np.int32)
+    with torch.no_grad():
+        whole = made.loss(model, made.batch(content)).item()
+        parts = sum(made.loss(model, made.batch(content[i : i + 1])).item() for i in range(4))
+        logits = model(input_ids=torch.from_numpy(content).long()).logits.log_softmax(-1)
+    naive = -sum(logits[b, t - 1, int(content[b, t])].item() for b in range(4) for t in range(1, 64))
+    assert whole == pytest.approx(parts, rel=1e-5) == pytest.approx(naive, rel=1e-4)
+
+
+def test_flops_are_those_of_the_formula():
+    """6 per weight that multiplies and token, plus attention; a tied embedding multiplies once, an untied one not at all."""
+    for length in (16, 64):
+        for tied in (False, True):
+            made = recipe({**LLAMA, "tie_word_embeddings": tied}, length)
+            model = made.build()
+            head, norms = 96 * 32, 5 * 32
+            layer = 32 * 32 * 2 + 2 * 32 * 16 + 3 * 32 * 64  # q and o, k and v of half the heads, the MLP's three
+            expected = length * (6 * (2 * layer + head + norms) + 12 * 2 * 32 * length)
+            assert made.flops_per_sample(model) == expected
+
+
+def test_flops_grow_with_length_as_attention_does():
+    """Twice the length: twice the matrices' FLOPs and four times attention's."""
+    one, two, four = (recipe(LLAMA, n).flops_per_sample(recipe(LLAMA, n).build()) for n in (32, 64, 128))
+    assert four - 2 * two == 2 * (two - 2 * one) * 2

@@ -1,0 +1,215 @@
+"""Reading samples from real shards: exactly the tokens that the order asks for, or an error that names the shard."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from heliostat.data import manifest
+from heliostat.data.dataset import DataPlan, Dataset, open_dataset, plan, split
+from heliostat.data.order import Shape, choose_shape
+from heliostat.errors import ConfigError, DataError
+from heliostat.spec import Job
+from heliostat.storage import Location
+
+from tests.unit.build_job import job
+
+LENGTH = 16
+
+
+def make_dataset(folder: Path, seed: int, shards: int = 3, column: pa.DataType | None = None) -> manifest.Manifest:
+    """Shards of documents of random lengths, in small row groups with checksummed pages, and their manifest."""
+    rng, rows = np.random.default_rng(seed), []
+    (folder / "shards").mkdir(parents=True)
+    for s in range(shards):
+        documents = [rng.integers(0, 60_000, rng.integers(1, 50)).tolist() for _ in range(int(rng.integers(20, 60)))]
+        table = pa.table({"tokens": pa.array(documents, column or pa.list_(pa.uint16()))})
+        path = f"shards/{s}.parquet"
+        pq.write_table(table, folder / path, row_group_size=int(rng.integers(5, 25)), write_page_checksum=True)
+        rows += manifest.read_footer(Location(str(folder)), path, "tokens")
+    return manifest.write(Location(str(folder)), rows, {"kind": "tokens"})
+
+
+def make_plan(*sources: manifest.Manifest, seed: int = 5, held: float = 0.1) -> DataPlan:
+    return DataPlan(
+        uris=tuple(str(s.location) for s in sources),
+        digests=tuple(s.digest for s in sources),
+        weights=tuple(1.0 + i for i in range(len(sources))),
+        sequence_length=LENGTH,
+        seed=seed,
+        held_fraction=held,
+        shape=Shape(8, 4, 2, 32),
+    )
+
+
+def naive(source: manifest.Manifest, chunk: int, row: int) -> list[int]:
+    """The row-th run of LENGTH tokens of a chunk, by reading the whole file and counting."""
+    info = source.chunks.to_pylist()[chunk]
+    group = pq.ParquetFile(source.location.join(info["path"]).path).read_row_group(info["row_group"])
+    tokens = [t for document in group["tokens"].to_pylist() for t in document]
+    return tokens[row * LENGTH : (row + 1) * LENGTH]
+
+
+@pytest.mark.parametrize("column", [pa.list_(pa.uint16()), pa.list_(pa.int32()), pa.large_list(pa.uint32())], ids=str)
+def test_reading_gives_exactly_the_located_tokens(tmp_path, column):
+    """Training and held-out samples, over two sources and more than an epoch, equal a naive reader's."""
+    sources = [make_dataset(tmp_path / name, seed, column=column) for name, seed in (("a", 1), ("b", 2))]
+    data = Dataset(make_plan(*sources))
+    everything = np.arange(2 * int(data.order.epoch_samples.sum()))
+    for samples in (data.order.locate(np.random.default_rng(0).permutation(everything)[:400]), data.order.held_out(10_000)):
+        got = data.read(samples)
+        assert got.dtype == np.int32 and got.shape == (len(samples), LENGTH) and len(samples) > 10
+        for i in range(len(samples)):
+            assert got[i].tolist() == naive(sources[samples.source[i]], samples.chunk[i], samples.row[i])
+
+
+def test_an_epoch_and_the_held_out_samples_are_the_whole_dataset(tmp_path):
+    """Every whole sequence of every chunk is trained on once or held out once; nothing is lost between the two."""
+    source = make_dataset(tmp_path / "a", 3)
+    data = Dataset(make_plan(source))
+    train, held = data.order.locate(np.arange(int(data.order.epoch_samples[0]))), data.order.held_out(10_000)
+    expected = [(c, r) for c, n in enumerate(source.chunks["tokens"].to_pylist()) for r in range(n // LENGTH)]
+    got = [(int(c), int(r)) for s in (train, held) for c, r in zip(s.chunk, s.row, strict=True)]
+    assert len(held) and sorted(got) == expected
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    """DataError with the shard's path, not a traceback of the Parquet library."""
+    source = make_dataset(tmp_path / "a", 1)
+    data = Dataset(make_plan(source))
+    (tmp_path / "a" / "shards" / "1.parquet").unlink()
+    with pytest.raises(DataError, match=r"a/shards/1\.parquet: the shard is missing"):
+        data.read(data.order.locate(np.arange(int(data.order.epoch_samples[0]))))
+
+
+def test_a_turned_bit_in_any_page_is_noticed_and_the_shard_named(tmp_path):
+    """Wherever in a chunk's pages a bit turns, the read is a DataError: never other tokens."""
+    source = make_dataset(tmp_path / "a", 1, shards=1)
+    data = Dataset(make_plan(source))
+    file = tmp_path / "a" / "shards" / "0.parquet"
+    raw, rng = file.read_bytes(), np.random.default_rng(0)
+    samples = data.order.locate(np.arange(int(data.order.epoch_samples[0])))
+    good, footer, refused = data.read(samples), int.from_bytes(raw[-8:-4], "little") + 8, 0
+    for _ in range(60):
+        damaged = bytearray(raw)
+        damaged[4 + int(rng.integers(len(raw) - footer - 4))] ^= 1 << int(rng.integers(8))
+        file.write_bytes(bytes(damaged))
+        try:
+            found = data.read(samples)
+        except DataError as e:
+            assert "a/shards/0.parquet" in str(e)
+            refused += 1
+        else:
+            assert np.array_equal(found, good)
+    assert refused > 40
+
+
+@pytest.mark.parametrize("documents", [1, 40])
+def test_a_shard_that_was_exchanged_is_noticed(tmp_path, documents):
+    """A valid Parquet file with fewer row groups or fewer tokens than the manifest says is a DataError that names it."""
+    source = make_dataset(tmp_path / "a", 1, shards=1)
+    data = Dataset(make_plan(source))
+    short = pa.table({"tokens": pa.array([[1]] * documents, pa.list_(pa.uint16()))})
+    pq.write_table(short, tmp_path / "a" / "shards" / "0.parquet", row_group_size=1)
+    with pytest.raises(DataError, match=r"a/shards/0\.parquet"):
+        data.read(data.order.locate(np.arange(int(data.order.epoch_samples[0]))))
+
+
+def test_a_dataset_that_changed_under_the_run_is_refused(tmp_path):
+    """The plan's digest must be the manifest's; the error says both."""
+    source = make_dataset(tmp_path / "a", 1)
+    changed = dataclasses.replace(make_plan(source), digests=("0" * 64,))
+    with pytest.raises(DataError, match=f"changed under the run \\(digest {source.digest[:12]}, was 000000000000\\)"):
+        Dataset(changed)
+
+
+def test_a_plan_survives_json_and_names_the_sequence(tmp_path):
+    """parse(dump()) is the plan; its digest follows everything but where the datasets are."""
+    made = make_plan(make_dataset(tmp_path / "a", 1), make_dataset(tmp_path / "b", 2))
+    assert DataPlan.parse(made.dump()) == made and hash(DataPlan.parse(made.dump())) == hash(made)
+    moved = dataclasses.replace(made, uris=("s3://x/a", "s3://x/b"))
+    assert moved.digest == made.digest and made.differences(moved) == []
+    others = [
+        dataclasses.replace(made, digests=("0", "1")),
+        dataclasses.replace(made, weights=(1.0, 3.0)),
+        dataclasses.replace(made, sequence_length=17),
+        dataclasses.replace(made, seed=6),
+        dataclasses.replace(made, held_fraction=0.2),
+        *(dataclasses.replace(made, shape=dataclasses.replace(made.shape, **{f.name: 64})) for f in dataclasses.fields(Shape)),
+    ]
+    assert len({made.digest, *(o.digest for o in others)}) == len(others) + 1
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"seed": 6}, "data.seed: 5 -> 6"),
+        ({"weights": (2.0,)}, "data.sources weights: [1.0] -> [2.0]"),
+        ({"sequence_length": 32}, "data.sequence_length: 16 -> 32"),
+        ({"held_fraction": 0.0}, "evaluate.fraction: 0.1 -> 0.0"),
+        ({"digests": ("b",)}, "the datasets' content: ['a'] -> ['b']"),
+        ({"shape": Shape(16, 4, 2, 32)}, "train.global_batch: 8 -> 16"),
+        ({"shape": Shape(8, 8, 2, 32)}, "data.lanes: 4 -> 8"),
+        ({"shape": Shape(8, 4, 1, 32)}, "the superstep: 2 -> 1"),
+        ({"shape": Shape(8, 4, 2, 64)}, "data.window: 32 -> 64"),
+    ],
+)
+def test_differences_name_what_changed(change, line):
+    """One line in the job file's words for each change, and nothing else; both lines when two things changed."""
+    made = DataPlan(("x",), ("a",), (1.0,), LENGTH, 5, 0.1, Shape(8, 4, 2, 32))
+    other = dataclasses.replace(made, **change)
+    assert made.differences(other) == [line]
+    assert made.differences(made) == []
+    assert set(made.differences(dataclasses.replace(other, uris=("y",)))) == {line}
+
+
+def plan_of(source: manifest.Manifest, recorded: DataPlan | None = None, **changes) -> DataPlan:
+    made: Job = job(**{"data.sources.0.path": str(source.location), "data.sequence_length": LENGTH, **changes})
+    return plan(made, [source], recorded)
+
+
+def test_the_plan_does_not_depend_on_the_number_of_workers(tmp_path):
+    """Any number of workers that divides the lanes has the same plan, so the same samples at every step."""
+    source = make_dataset(tmp_path / "a", 1)
+    batch = {"train.global_batch": 48, "train.micro_batch": 2}
+    plans = [plan_of(source, **batch, **{"workers.count": n}) for n in (1, 2, 3, 4, 6, 8, 12, 24)]
+    assert all(p == plans[0] for p in plans)
+    assert plans[0].shape == choose_shape(48, 24, 4 * LENGTH)
+
+
+def test_a_resumed_run_keeps_its_recorded_cut(tmp_path):
+    """What the job leaves open is taken from the run, even if micro_batch (and so the default lanes) changed."""
+    source = make_dataset(tmp_path / "a", 1)
+    first = plan_of(source, **{"train.global_batch": 48, "train.micro_batch": 2, "data.window": 999})
+    for micro in (1, 2, 4, 8):
+        again = plan_of(source, first, **{"train.global_batch": 48, "train.micro_batch": micro, "workers.count": 2})
+        assert again == first and again.digest == first.digest
+    with pytest.raises(ConfigError, match=r"workers\.count: 48 does not divide the run's 24 lanes"):
+        plan_of(source, first, **{"train.global_batch": 48, "train.micro_batch": 1, "workers.count": 48})
+
+
+def test_the_split_follows_the_content_not_the_dataset_around_it(tmp_path):
+    """A chunk's held-out rows are the same alone and in a dataset with shards before and after it."""
+    whole = make_dataset(tmp_path / "a", 1, shards=4)
+    part = dataclasses.replace(whole, chunks=whole.chunks.slice(5, 6))
+    one, other = split(whole, LENGTH, 0.2), split(part, LENGTH, 0.2)
+    assert one.held[5:11].tolist() == other.held.tolist() and one.start[5:11].tolist() == other.start.tolist()
+    assert other.held.sum() > 0
+
+
+def test_row_groups_of_one_shard_are_split_independently(tmp_path):
+    """A shard has one content digest; its row groups still hold out samples at places of their own."""
+    (tmp_path / "shards").mkdir()
+    table = pa.table({"tokens": pa.array([[7] * LENGTH] * 3000, pa.list_(pa.uint16()))})
+    pq.write_table(table, tmp_path / "shards" / "0.parquet", row_group_size=100)
+    place = Location(str(tmp_path))
+    source = manifest.write(place, manifest.read_footer(place, "shards/0.parquet", "tokens"), {"kind": "tokens"})
+    assert len(set(split(source, LENGTH, 0.05).start.tolist())) > 15
+
+
+def test_an_open_dataset_is_kept(tmp_path):
+    """Fetch tasks run many times in a process: equal plans share one Dataset."""
+    made = make_plan(make_dataset(tmp_path / "a", 1))
+    assert open_dataset(made) is open_dataset(DataPlan.parse(made.dump()))

@@ -1,0 +1,280 @@
+"""YAML to models: every bad input is one ConfigError with the key, the value and the nearest choice."""
+
+import random
+
+import pytest
+import yaml
+from heliostat import schema, spec
+from heliostat.errors import ConfigError
+from heliostat.spec import Job
+
+from tests.unit.build_job import BASE, raw, write
+
+
+def fault(path, settings: list[str] | None = None) -> str:
+    """The one error that loading the job gives."""
+    with pytest.raises(ConfigError) as e:
+        spec.load(path, settings)
+    return str(e.value)
+
+
+def keys(tree: object, prefix: str = "") -> list[str]:
+    """Every key path of nested mappings and lists."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    return [p for k, v in items for p in (f"{prefix}{k}", *keys(v, f"{prefix}{k}."))]
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("workrs", "did you mean 'workers'?"),
+        ("train.stepss", "did you mean 'steps'?"),
+        ("train.optimizer.learning_rate", "valid: betas, eps, lr, name, weight_decay"),
+        ("train.zero.offload.optimiser", "did you mean 'optimizer'?"),
+        ("data.sources.0.wieght", "did you mean 'weight'?"),
+        ("data.sequence_lenght", "did you mean 'sequence_length'?"),
+        ("mlflow.registr", "did you mean 'register'?"),
+        ("mlflow.register_as", "did you mean 'register'?"),
+        ("evaluate.evry", "did you mean 'every'?"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(tmp_path, key, nearest):
+    """Top-level, nested, in a list and beside an alias: the key's path, and a suggestion that is itself a valid key."""
+    message = fault(write(tmp_path, **{key: 1}))
+    assert message == f"{tmp_path / 'job.yaml'}: {key}: unknown key; {nearest}"
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_misspelt_key_anywhere_is_refused_by_name(tmp_path, seed):
+    """No typo is silently ignored, wherever in the file it is (a model's keys are checked by its recipe)."""
+    rng = random.Random(seed)
+    path = rng.choice([k for k in keys(BASE) if not k.startswith("model.") and not k.rpartition(".")[2].isdigit()])
+    *parents, last = path.split(".")
+    i = rng.randrange(len(last))
+    typo = ".".join([*parents, last[:i] + "q" + last[i:]])
+    message = fault(write(tmp_path, **{typo: 1}))
+    assert f"{typo}: unknown key; did you mean {last!r}?" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("train.steps", True, "True should be a valid integer"),
+        ("train.steps", 2.0, "2.0 should be a valid integer"),
+        ("train.steps", "ten", "'ten' should be a valid integer"),
+        ("train.steps", 0, "0 should be greater than 0"),
+        ("train.steps", [1], "[1] should be a valid integer"),
+        ("train.compile", 1, "1 should be a valid boolean"),
+        ("train.compile", "yes", "'yes' should be a valid boolean"),
+        ("train.optimizer.lr", True, "True should be a valid number"),
+        ("train.optimizer.lr", "fast", "'fast' should be a valid number"),
+        ("train.optimizer.lr", float("inf"), "inf should be a finite number"),
+        ("train.optimizer.lr", float("nan"), "nan should be a finite number"),
+        ("train.optimizer.lr", -1.0, "-1.0 should be greater than 0"),
+        ("train.optimizer.betas", [0.9], "[0.9]: List should have at least 2 items"),
+        ("train.optimizer.betas.1", 1.0, "1.0 should be less than 1"),
+        ("data.sources.0.weight", float("inf"), "inf should be a finite number"),
+        ("data.sources.0.weight", 0, "0 should be greater than 0"),
+        ("data.seed", -1, "-1 should be greater than or equal to 0"),
+        ("train.seed", 2**32, "4294967296 should be less than 4294967296"),
+        ("name", 5, "5 should be a valid string"),
+        ("name", "a/b", "'a/b': String should match pattern"),
+        ("name", "", "'': String should match pattern"),
+        ("model", "llama", "'llama' should be a valid dictionary"),
+        ("train", 5, "5 should be a valid dictionary"),
+        ("data.sources", [], "[]: List should have at least 1 item"),
+        ("evaluate.fraction", 1, "1 should be less than 1"),
+        ("workers.gpus", -1, "-1 should be greater than or equal to 0"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_key(tmp_path, key, value, message):
+    """Types are not converted, and a number out of range is not clipped."""
+    base = {"train.optimizer.betas": [0.9, 0.95]} if key.startswith("train.optimizer.betas.") else {}
+    assert fault(write(tmp_path, **base, **{key: value})).startswith(f"{tmp_path / 'job.yaml'}: {key}: {message}")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("train.precision", "bf61", "'bf61' is not a choice; did you mean 'bf16'?"),
+        ("train.precision", "int8", "'int8' is not a choice; valid: bf16, fp16, fp32"),
+        ("train.zero.stage", 4, "4 is not a choice; valid: 0, 1, 2, 3"),
+        ("train.zero.stage", "2", "'2' is not a choice; did you mean 2?"),
+        ("train.zero.stage", True, "True is not a choice; valid: 0, 1, 2, 3"),
+        ("train.schedule.name", "cosin", "'cosin' is not a choice; did you mean 'cosine'?"),
+        ("train.zero.offload.param", "ram", "'ram' is not a choice; valid: cpu, nvme"),
+        ("train.zero.offload.optimizer", "gpu", "'gpu' is not a choice; did you mean 'cpu'?"),
+        ("train.optimizer.name", "adam", "'adam' is not a choice; did you mean 'adamw'?"),
+    ],
+)
+def test_a_choice_that_is_none_shows_the_choices(tmp_path, key, value, message):
+    """The nearest choice, or all of them, also where the key may be left out."""
+    assert fault(write(tmp_path, **{key: value})) == f"{tmp_path / 'job.yaml'}: {key}: {message}"
+
+
+@pytest.mark.parametrize(
+    "key", ["name", "recipe", "model", "data", "train.steps", "train.optimizer.lr", "data.sources", "mlflow.uri"]
+)
+def test_a_missing_key_is_named(tmp_path, key):
+    """`KEY: is required`, with its whole path."""
+    assert fault(write(tmp_path, **{key: None})) == f"{tmp_path / 'job.yaml'}: {key}: is required"
+
+
+def test_several_faults_are_one_error_that_lists_them_all(tmp_path):
+    """A person fixes a file once, not once a fault."""
+    changes = {"nmae": 1, "train.steps": "x", "train.precision": "bf8", "data.sources.0.path": 5, "storage": None}
+    message = fault(write(tmp_path, **changes))
+    assert message.splitlines()[0] == f"{tmp_path / 'job.yaml'}:"
+    lines = [line.strip().split(": ")[0] for line in message.splitlines()[1:]]
+    assert sorted(lines) == ["data.sources.0.path", "nmae", "storage", "train.precision", "train.steps"]
+
+
+def test_a_key_given_twice_is_refused(tmp_path):
+    """YAML would silently keep the last; at any depth the error has the file, the line of its mapping, and the key."""
+    path = tmp_path / "job.yaml"
+    path.write_text("name: a\nrecipe: b\nname: c\n")
+    assert fault(path) == f"{path}: line 1: key 'name' is given twice; keep one"
+    path.write_text("name: a\ntrain:\n  steps: 1\n  zero: {stage: 1, stage: 2}\n")
+    assert fault(path) == f"{path}: line 4: key 'stage' is given twice; keep one"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", "not valid YAML"),
+        ("a: b: c", "not valid YAML"),
+        ("\t", "not valid YAML"),
+        ("- 1", "must be a mapping of keys to values, not list"),
+        ("", "must be a mapping of keys to values, not NoneType"),
+        ("just words", "must be a mapping of keys to values, not str"),
+        ("!!python/object/apply:os.getcwd []", "not valid YAML"),
+    ],
+)
+def test_what_is_no_mapping_is_one_line(tmp_path, text, message):
+    """Broken YAML, and YAML that is no mapping, are one line with the file's name; no object is ever made from a tag."""
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    found = fault(path)
+    assert found.startswith(f"{path}: {message}") and "\n" not in found
+
+
+def test_a_file_that_is_not_there_or_not_text_is_one_line(tmp_path):
+    """A near file name is suggested; a folder or binary file cannot be read."""
+    write(tmp_path)
+    assert fault(tmp_path / "jobb.yaml") == f"{tmp_path / 'jobb.yaml'}: no such file; did you mean 'job.yaml'?"
+    assert fault(tmp_path / "no" / "job.yaml") == f"{tmp_path / 'no' / 'job.yaml'}: no such file"
+    (tmp_path / "bin").write_bytes(b"\xff\xfe\x00\x80")
+    for path in (tmp_path, tmp_path / "bin"):
+        found = fault(path)
+        assert found.startswith(f"{path}: ") and "\n" not in found
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.0e-3", "0.001", "1_0e-4"])
+def test_a_number_without_a_dot_is_a_number(tmp_path, text):
+    """YAML 1.1 takes 1e-3 for a string; a person means 0.001, in the file and in a setting."""
+    path = write(tmp_path)
+    path.write_text(path.read_text().replace("lr: 0.001", f"lr: {text}"))
+    assert f"lr: {text}" in path.read_text()
+    assert spec.load(path).train.optimizer.lr == pytest.approx(1e-3, rel=1e-12)
+    assert spec.load(path, [f"train.optimizer.lr={text}"]).train.optimizer.lr == pytest.approx(1e-3, rel=1e-12)
+
+
+def test_whole_numbers_are_floats_where_floats_are_wanted(tmp_path):
+    """`weight: 2` is 2.0."""
+    made = spec.load(write(tmp_path, **{"data.sources.0.weight": 2, "workers.gpus": 1}))
+    assert (made.data.sources[0].weight, made.workers.gpus) == (2.0, 1.0)
+    assert isinstance(made.data.sources[0].weight, float)
+
+
+@pytest.mark.parametrize(
+    ("setting", "path", "value"),
+    [
+        ("train.steps=7", ("train", "steps"), 7),
+        ("train.zero.stage=3", ("train", "zero", "stage"), 3),
+        ("data.sources.0.path=/x=y", ("data", "sources", 0, "path"), "/x=y"),
+        ("data.sources.0={path: b, weight: 2}", ("data", "sources", 0), {"path": "b", "weight": 2}),
+        ("model={arch: gpt2}", ("model",), {"arch": "gpt2"}),
+        ("new.deep.key=[1, 2]", ("new", "deep", "key"), [1, 2]),
+        ("evaluate=null", ("evaluate",), None),
+        ("name='5'", ("name",), "5"),
+    ],
+)
+def test_a_setting_changes_exactly_its_key(setting, path, value):
+    """Nested keys, list items, whole mappings and values with `=`; the rest and the input stay as they were."""
+    before = raw()
+    after = schema.apply(before, [setting])
+    assert before == BASE
+    found = after
+    for key in path:
+        found = found[key]
+    assert found == value
+    for key in set(keys(BASE)) - {".".join(map(str, path[: i + 1])) for i in range(len(path))}:
+        if not key.startswith(".".join(map(str, path)) + "."):
+            a, b = after, BASE
+            for part in key.split("."):
+                a, b = (x[int(part)] if isinstance(x, list) else x[part] for x in (a, b))
+            assert a == b
+
+
+def test_settings_apply_in_order():
+    """The last one wins."""
+    assert schema.apply(raw(), ["train.steps=7", "train.steps=9"])["train"]["steps"] == 9
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("train.steps", "write it as key.path=value"),
+        ("=5", "write it as key.path=value"),
+        ("", "write it as key.path=value"),
+        ("train.steps=[", "the value is not valid YAML"),
+        ("data.sources.1.path=x", "'1' is not an index into a list of 1"),
+        ("data.sources.path=x", "'path' is not an index into a list of 1"),
+        ("data.sources.-1.path=x", "'-1' is not an index into a list of 1"),
+        ("data.sources.²=x", "'²' is not an index into a list of 1"),
+        ("name.first=x", "'name' holds a value, not keys"),
+        ("train.steps.a.b=x", "'steps' holds a value, not keys"),
+    ],
+)
+def test_a_bad_setting_is_shown_back(setting, message):
+    """ConfigError with the setting as typed and what is wrong with it."""
+    with pytest.raises(ConfigError) as e:
+        schema.apply(raw(), [setting])
+    assert str(e.value) == f"--set {setting!r}: {message}"
+
+
+def test_a_setting_with_an_unknown_key_is_refused(tmp_path):
+    """Settings are validated as the file is."""
+    assert "train.stps: unknown key; did you mean 'steps'?" in fault(write(tmp_path), ["train.stps=5"])
+
+
+def test_nearest_says_nothing_rather_than_too_much():
+    """A near word, else up to 30 choices, else nothing."""
+    assert schema.nearest("stepp", ["step", "stop"]) == "; did you mean 'step'?"
+    assert schema.nearest("x", ["b", "a"]) == "; valid: a, b"
+    assert schema.nearest("x", []) == "" == schema.nearest("x", [f"key{i}" for i in range(31)])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_value_anywhere_is_valid_or_one_config_error(tmp_path, seed):
+    """Whatever a person puts under any key, there is no other exception, and the error names a key on that path."""
+    rng = random.Random(seed)
+    values = [None, True, -1, 0, 3, 10**30, 0.5, float("inf"), "", "x", "1e-3", [], [1], {}, {"a": 1}, [[]], "s3://", "::", "\0"]
+    for _ in range(40):
+        key = rng.choice(keys(BASE))
+        path = tmp_path / "job.yaml"
+        made = raw(**{key: 0})
+        value = rng.choice(values)
+        target = made
+        *parents, last = key.split(".")
+        for part in parents:
+            target = target[int(part)] if isinstance(target, list) else target[part]
+        target[int(last) if isinstance(target, list) else last] = value
+        path.write_text(yaml.safe_dump(made))
+        try:
+            job = spec.load(path)
+        except ConfigError as e:
+            top = key.split(".")[0]
+            assert top in str(e) or "warmup_steps" in str(e), (key, value, str(e))
+        else:
+            assert isinstance(job, Job)

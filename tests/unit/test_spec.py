@@ -1,0 +1,204 @@
+"""The job file: cross-field rules with messages whose advice works, paths made absolute, and dumps that load again."""
+
+import json
+import random
+import re
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from heliostat import schema, spec
+from heliostat.errors import ConfigError
+from heliostat.spec import Job
+
+from tests.unit.build_job import job, raw, write
+
+
+def faults(**changes) -> list[str]:
+    """The lines of the one error that the job gives."""
+    with pytest.raises(ConfigError) as e:
+        job(**changes)
+    return [line.strip() for line in str(e.value).removeprefix("job.yaml:").strip().splitlines()]
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_a_batch_that_does_not_divide_is_refused_with_numbers_that_do(seed):
+    """A job is valid exactly if micro_batch x workers divides the batch, and every number that the message offers works."""
+    rng = random.Random(seed)
+    batch, micro, count = rng.randrange(1, 200), rng.randrange(1, 12), rng.randrange(1, 12)
+    changes = {"train.global_batch": batch, "train.micro_batch": micro, "workers.count": count}
+    if batch % (micro * count) == 0:
+        made = job(**changes)
+        assert made.accumulation * micro * count == batch and made.lanes == batch // micro
+        return
+    (line,) = faults(**changes)
+    assert line.startswith(f"train.global_batch: {batch} is not divisible by workers.count {count} x train.micro_batch {micro}; ")
+    offered = [int(n) for n in re.search(r"use a global batch of ([\d or]+)", line)[1].split(" or ")]
+    assert offered and all(abs(n - batch) < micro * count for n in offered)
+    for n in offered:
+        job(**{**changes, "train.global_batch": n})
+    workers = re.search(r"or workers\.count (\d+)", line)
+    assert bool(workers) == (batch % micro == 0)
+    if workers:
+        job(**{**changes, "workers.count": int(workers[1])})
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_lanes_divide_the_batch_and_are_divided_by_the_workers(seed):
+    """Any other number of lanes is refused with the nearest that works."""
+    rng = random.Random(seed)
+    count, micro = rng.randrange(1, 5), rng.randrange(1, 4)
+    batch, lanes = count * micro * rng.randrange(1, 20), rng.randrange(1, 60)
+    changes = {"train.global_batch": batch, "train.micro_batch": micro, "workers.count": count, "data.lanes": lanes}
+    if batch % lanes == 0 and lanes % count == 0:
+        assert job(**changes).lanes == lanes
+        return
+    (line,) = faults(**changes)
+    assert line.startswith(
+        f"data.lanes: {lanes} must divide train.global_batch {batch} and be a multiple of workers.count {count}"
+    )
+    nearest = int(line.rpartition("nearest: ")[2])
+    job(**{**changes, "data.lanes": nearest})
+    valid = [c for c in range(1, batch + 1) if batch % c == 0 and c % count == 0]
+    assert abs(nearest - lanes) == min(abs(c - lanes) for c in valid)
+
+
+def test_a_huge_batch_is_checked_at_once(workspace):
+    """A number with too many zeros is an error, not a search through all the smaller ones."""
+    start = time.monotonic()
+    assert faults(**{"train.global_batch": 10**12 + 1, "train.micro_batch": 2})
+    assert faults(**{"train.global_batch": 10**12, "train.micro_batch": 1, "data.lanes": 7})
+    assert time.monotonic() - start < 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "start"),
+    [
+        ({"train.precision": "bf16", "train.zero.stage": 0}, "train.zero.stage: 0 with train.precision 'bf16' trains wrongly"),
+        ({"train.precision": "fp16"}, "train.precision: 'fp16' needs GPUs (workers.gpus is 0); use bf16 or fp32"),
+        ({"train.zero.offload.param": "cpu", "train.zero.stage": 2}, "train.zero.offload.param: needs train.zero.stage 3, not 2"),
+        (
+            {"train.zero.offload.optimizer": "cpu", "train.zero.stage": 0, "train.precision": "fp32"},
+            "train.zero.offload.optimizer: needs train.zero.stage 1, 2 or 3",
+        ),
+        ({"train.zero.offload.param": "nvme", "train.zero.stage": 3}, "train.zero.offload.nvme_path: give the folder when"),
+        ({"train.zero.offload.nvme_path": "/nvme"}, "train.zero.offload.nvme_path: give the folder when, and only when, param"),
+        ({"data.sources": [{"path": "a"}, {"path": "b"}, {"path": "a"}]}, "data.sources: a path is given twice"),
+        ({"train.schedule.warmup_steps": 100}, "train.schedule.warmup_steps: 100 must be below train.steps 100"),
+        ({"train.schedule.warmup_steps": 5000}, "train.schedule.warmup_steps: 5000 must be below train.steps 100"),
+    ],
+)
+def test_a_combination_that_cannot_train_is_refused(changes, start):
+    """One line with both keys and what to do."""
+    (line,) = faults(**changes)
+    assert line.startswith(start)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train.precision": "fp32", "train.zero.stage": 0},
+        {"train.precision": "fp16", "workers.gpus": 1},
+        {"train.zero.stage": 3, "train.zero.offload.param": "cpu", "train.zero.offload.optimizer": "cpu"},
+        {"train.zero.stage": 3, "train.zero.offload.param": "nvme", "train.zero.offload.nvme_path": "/nvme"},
+        {"train.schedule.warmup_steps": 99},
+        {"evaluate": None},
+    ],
+)
+def test_the_neighbours_of_refused_combinations_are_valid(changes):
+    """The rules refuse no more than they must."""
+    assert isinstance(job(**changes), Job)
+
+
+def test_all_cross_field_faults_are_listed_at_once():
+    """Five faults, five lines, one error."""
+    lines = faults(
+        **{
+            "train.global_batch": 9,
+            "train.precision": "fp16",
+            "train.zero.offload.param": "cpu",
+            "data.sources": [{"path": "a"}, {"path": "a"}],
+            "train.schedule.warmup_steps": 100,
+        }
+    )
+    assert [line.split(": ")[0] for line in lines] == [
+        "train.global_batch",
+        "train.precision",
+        "train.zero.offload.param",
+        "data.sources",
+        "train.schedule.warmup_steps",
+    ]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"mlflow.register": "a-model", "evaluate": None},
+        {"train.deepspeed": {"zero_optimization": {"overlap_comm": True}}, "train.optimizer.betas": [0.8, 0.99]},
+        {"model": {"arch": "mamba2", "time_step_limit": [0.0, float("inf")], "nothing": None, "text": "1e-3"}},
+        {"train.zero.stage": 3, "train.zero.offload.param": "cpu", "workers.gpus": 0.5, "train.optimizer.lr": 1e-9},
+    ],
+)
+def test_a_dumped_job_loads_as_the_same_job(workspace, changes):
+    """dump() is plain data in the shape of the file: through JSON and YAML it makes an equal job."""
+    made = spec.load(write(workspace, **changes))
+    dumped = made.dump()
+    assert made.model == raw(**changes)["model"], "the recipe is given what the file says"
+    assert "register" in dumped["mlflow"]
+    for again in (dumped, json.loads(json.dumps(dumped)), yaml.safe_load(yaml.safe_dump(dumped))):
+        assert schema.validate(Job, again, "dump") == made
+    assert spec.resolve(made) == made, "a resolved job resolves to itself"
+
+
+def test_paths_are_taken_from_the_workspace(workspace):
+    """Workers run in other folders: relative paths become absolute, URIs stay."""
+    made = spec.load(write(workspace))
+    assert (made.data.sources[0].path, made.storage) == (str(workspace / "data/a"), str(workspace / "runs"))
+    assert made.mlflow.uri == f"sqlite:///{workspace}/mlflow.db"
+    assert made.run_folder.path == str(workspace / "runs" / "small")
+    kept = {"data.sources.0.path": "s3://b/a?region=x", "storage": "file:///runs", "mlflow.uri": "http://host:5000"}
+    made = spec.load(write(workspace, **kept))
+    assert (made.data.sources[0].path, made.storage, made.mlflow.uri) == tuple(kept.values())
+    assert str(spec.load(write(workspace, storage="s3://b/r?region=x")).run_folder) == "s3://b/r/small?region=x"
+
+
+@pytest.mark.parametrize("other", ["./data/a", "data//a", "data/a/", "{root}/data/a"])
+def test_a_dataset_named_twice_in_two_ways_is_refused(workspace, other):
+    """Two ways to write one folder would train on it twice as often as its weight says."""
+    sources = [{"path": "data/a"}, {"path": other.format(root=workspace)}]
+    with pytest.raises(ConfigError, match=r"data\.sources: a path is given twice"):
+        spec.load(write(workspace, **{"data.sources": sources}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("storage", "gs://b/x", "scheme 'gs' is not supported; use a path, file:// or s3://"),
+        ("storage", "s3://key:secret@b/x", "must not carry credentials"),
+        ("data.sources.0.path", "ftp://h/x", "scheme 'ftp' is not supported"),
+        ("data.sources.0.path", "", "names no place"),
+        ("mlflow.uri", "file:///mlruns", "'file:///mlruns' is no MLflow store; use sqlite:///FILE or http://HOST:PORT"),
+        ("mlflow.uri", "mlruns", "'mlruns' is no MLflow store"),
+    ],
+)
+def test_a_place_that_cannot_be_reached_that_way_is_named_with_its_key(workspace, key, value, message):
+    """The key first, then what is supported, and never the secret."""
+    with pytest.raises(ConfigError) as e:
+        spec.load(write(workspace, **{key: value}))
+    assert f"{key}: " in str(e.value) and message in str(e.value) and "secret" not in str(e.value)
+
+
+def test_a_job_cannot_be_changed_once_made():
+    """What was validated is what is trained."""
+    made = job()
+    with pytest.raises(ValueError, match="frozen"):
+        made.train.steps = 5
+    assert raw() == raw(), "and the helper hands out copies"

@@ -1,0 +1,274 @@
+"""Storage: a Location is one place whatever way it is written; writes are atomic; errors say what to do and travel."""
+
+import inspect
+import os
+import pickle
+import random
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from heliostat import errors, storage
+from heliostat.errors import ConfigError, HeliostatError, StorageError
+from heliostat.storage import Location
+
+ALL_ERRORS = [e for _, e in inspect.getmembers(errors, inspect.isclass) if issubclass(e, HeliostatError)]
+
+
+@pytest.fixture
+def closed_port() -> int:
+    """A port of this machine on which nobody listens."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture
+def no_endpoint(monkeypatch):
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_what_is_written_is_what_is_read(tmp_path, scheme):
+    """Bytes of any size, to folders that do not exist yet, replace what was there."""
+    place = Location(f"{scheme}{tmp_path}").join("a", "b", "c.bin")
+    assert not place.exists() and place.name == "c.bin"
+    for data in (b"x", b"", os.urandom(100_000)):
+        place.write(data)
+        assert place.read() == data == (tmp_path / "a/b/c.bin").read_bytes()
+        with place.open() as f:
+            assert f.size() == len(data) and f.read() == data
+    assert place.exists()
+
+
+def test_a_reader_never_sees_half_a_file(tmp_path):
+    """While two threads write whole files over each other, every read is one of them; nothing is left beside it."""
+    place, versions = Location(str(tmp_path / "f")), [bytes([i]) * 300_000 for i in range(4)]
+    place.write(versions[0])
+    stop = threading.Event()
+
+    def write(mine: list[bytes]) -> None:
+        while not stop.is_set():
+            for data in mine:
+                place.write(data)
+
+    writers = [threading.Thread(target=write, args=(versions[i : i + 2],)) for i in (0, 2)]
+    for w in writers:
+        w.start()
+    try:
+        seen = {place.read() for _ in range(200)}
+    finally:
+        stop.set()
+        for w in writers:
+            w.join()
+    assert seen <= set(versions) and len(seen) > 1
+    assert place.read() in versions
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path):
+    """An error in the middle of a write: the old bytes are still there and no partial file is left."""
+    place = Location(str(tmp_path / "f"))
+    place.write(b"old")
+
+    def fill(out) -> None:
+        out.write(b"new, but not all of it")
+        raise RuntimeError("pulled the plug")
+
+    with pytest.raises(RuntimeError):
+        place._put(fill)
+    assert place.read() == b"old" and [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_upload_copies_a_file(tmp_path):
+    """A file larger than one block arrives whole."""
+    (tmp_path / "from").write_bytes(os.urandom((16 << 20) + 12_345))
+    Location(str(tmp_path)).join("x", "to").upload(tmp_path / "from")
+    assert (tmp_path / "x" / "to").read_bytes() == (tmp_path / "from").read_bytes()
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_listing_finds_every_file_and_folder_and_nothing_else(tmp_path, scheme, seed):
+    """files() is recursive with sizes, folders() is one level; both sorted, relative, and empty where there is nothing."""
+    rng, root = random.Random(seed), Location(f"{scheme}{tmp_path}")
+    expected = {}
+    for _ in range(rng.randrange(1, 25)):
+        parts = [rng.choice("abc") * 2 for _ in range(rng.randrange(3))] + [f"{rng.choice('xyz')}{rng.randrange(99)}"]
+        expected["/".join(parts)] = data = bytes(rng.randrange(50))
+        root.join(*parts).write(data)
+    assert root.files() == sorted((p, len(d)) for p, d in expected.items())
+    assert root.folders() == sorted({p.split("/")[0] for p in expected if "/" in p})
+    assert root.join("nothing", "here").files() == [] == root.join("nothing").folders()
+
+
+@pytest.mark.parametrize("name", ["a b", "100%", "a%20b", "über", "x#y", "x?y=z", "a:b", "[1]", "~", "a=b&c"])
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_file_of_any_name_is_found_again(tmp_path, scheme, name):
+    """What files() lists, join() reaches: no character of a name is taken for a part of the URI."""
+    (tmp_path / name).write_bytes(b"here")
+    root = Location(f"{scheme}{tmp_path}")
+    assert [root.join(path).read() for path, _ in root.files()] == [b"here"]
+
+
+def test_delete_takes_a_file_or_a_folder_and_does_not_mind_nothing(tmp_path):
+    """The whole tree goes, its neighbours stay, and deleting twice is no error."""
+    root = Location(str(tmp_path))
+    for path in ("a/x", "a/b/y", "c"):
+        root.join(path).write(b"")
+    for _ in range(2):
+        root.join("a").delete()
+        assert root.files() == [("c", 0)]
+    root.join("c").delete()
+    assert root.files() == []
+
+
+def test_missing_files_are_file_not_found(tmp_path):
+    """At once, not after retries: a missing file is an answer, not a failure."""
+    start = time.monotonic()
+    for operation in (Location(str(tmp_path / "no")).read, Location(str(tmp_path / "no")).open):
+        with pytest.raises(FileNotFoundError):
+            operation()
+    assert time.monotonic() - start < 1
+
+
+def test_absolute_takes_relative_paths_from_the_root_and_leaves_the_rest():
+    """Only a bare relative path changes; URIs and absolute paths stay what they are."""
+    root = Path("/workspace")
+    assert str(Location("data/a").absolute(root)) == "/workspace/data/a"
+    for uri in ("/data/a", "file:///data/a", "s3://bucket/a?region=eu-west-1"):
+        assert str(Location(uri).absolute(root)) == uri
+
+
+def test_paths_are_what_the_file_system_takes():
+    """bucket/key on S3 without the query, an absolute path on disk; join keeps the query at the end."""
+    s3 = Location("s3://bucket/key/?endpoint_override=h:1&scheme=http")
+    assert s3.path == "bucket/key" and s3.is_s3
+    assert str(s3.join("a", "b")) == "s3://bucket/key/a/b?endpoint_override=h:1&scheme=http"
+    assert s3.join("a", "b").path == "bucket/key/a/b" and s3.join("a").name == "a"
+    assert Location("file:///x/y").path == Location("/x/y").path == "/x/y" and not Location("/x").is_s3
+    assert Location("x").path == str(Path.cwd() / "x")
+    assert Location("s3://bucket/a#b").path == "bucket/a#b"
+
+
+@pytest.mark.parametrize("uri", ["s3://key:secret@bucket/x", "s3://AKIA@bucket", "s3://a:b@c/d?region=x"])
+def test_credentials_in_a_uri_are_refused_and_not_repeated(uri):
+    """The error names the two environment variables, and prints nothing of the secret."""
+    with pytest.raises(ConfigError, match="AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") as e:
+        Location(uri)
+    assert "secret" not in str(e.value) and uri not in str(e.value)
+
+
+@pytest.mark.parametrize("uri", ["gs://b/x", "http://h/x", "hdfs://x", "S4://b"])
+def test_unknown_schemes_are_refused(uri):
+    """ConfigError with the scheme and what is supported."""
+    with pytest.raises(ConfigError, match="is not supported; use a path, file:// or s3://"):
+        Location(uri)
+
+
+@pytest.mark.parametrize("uri", ["", "s3://", "s3:///key", "s3:bucket/key"])
+def test_a_uri_without_a_place_is_refused(uri):
+    """An empty path or an S3 URI without a bucket would mean the current folder, or everything."""
+    with pytest.raises(ConfigError, match="names no place"):
+        Location(uri)
+
+
+@pytest.mark.parametrize("scheme", ["query", "environment"])
+def test_an_unreachable_store_is_found_out_in_seconds(closed_port, no_endpoint, monkeypatch, scheme):
+    """probe() of a closed port: StorageError that names the URI, within 5 seconds."""
+    uri = "s3://bucket/key"
+    if scheme == "query":
+        uri += f"?endpoint_override=127.0.0.1:{closed_port}&scheme=http"
+    else:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{closed_port}")
+    storage._s3.cache_clear()
+    start = time.monotonic()
+    with pytest.raises(StorageError) as e:
+        Location(uri).probe()
+    storage._s3.cache_clear()
+    assert time.monotonic() - start < 5
+    assert str(e.value).startswith(f"{uri}: ") and "\n" not in str(e.value)
+    assert isinstance(e.value.__cause__, OSError)
+
+
+def test_probe_of_a_folder_that_is_not_there_yet_is_fine(tmp_path):
+    """A run's folder is made by its first write."""
+    Location(str(tmp_path / "not" / "yet")).probe()
+
+
+@pytest.fixture
+def no_sleep(monkeypatch) -> list[float]:
+    """Retries take no time; the waits are listed, and the clock follows them."""
+    waits: list[float] = []
+    monkeypatch.setattr(storage.time, "sleep", waits.append)
+    monkeypatch.setattr(storage.time, "monotonic", lambda: sum(waits))
+    return waits
+
+
+def test_transient_failures_are_retried_with_growing_waits_within_the_budget(no_sleep):
+    """Failures then success: the result. Failures for ever: StorageError before the budget is exceeded."""
+    failures = iter([OSError("throttled"), OSError("reset"), TimeoutError("slow")])
+
+    def sometimes() -> str:
+        for e in failures:
+            raise e
+        return "done"
+
+    assert Location("s3://b/k")._call(sometimes) == "done" and len(no_sleep) == 3
+    no_sleep.clear()
+
+    def never() -> None:
+        raise OSError("still down\nwith details")
+
+    with pytest.raises(StorageError, match=r"s3://b/k: storage failed for 60 s: still down$") as e:
+        Location("s3://b/k")._call(never)
+    assert isinstance(e.value.__cause__, OSError)
+    assert 30 < sum(no_sleep) <= storage.RETRY_BUDGET_S and max(no_sleep) <= 12
+    assert sum(no_sleep[:3]) < sum(no_sleep[-3:])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(13, "Permission denied"),
+        OSError("AWS Error ACCESS_DENIED during HeadObject"),
+        OSError("InvalidAccessKeyId"),
+    ],
+)
+def test_refused_credentials_fail_at_once_and_say_so(no_sleep, error):
+    """No retry can help: one attempt, and a message about credentials."""
+
+    def refuse() -> None:
+        raise error
+
+    with pytest.raises(StorageError, match="access refused; check the credentials"):
+        Location("s3://b/k")._call(refuse)
+    assert no_sleep == []
+
+
+def test_a_location_pickles_as_its_uri():
+    """Locations travel to Ray workers; no open file system goes with them."""
+    for uri in ("/x", "file:///x", "s3://b/k?region=eu-west-1"):
+        place = Location(uri)
+        _ = place.fs
+        assert pickle.loads(pickle.dumps(place)) == place  # noqa: S301
+        assert len(pickle.dumps(place)) < 300
+
+
+@pytest.mark.parametrize("kind", ALL_ERRORS)
+def test_errors_survive_the_trip_from_a_worker(kind):
+    """Class, message and exit code are the same after pickling."""
+    again = pickle.loads(pickle.dumps(kind("line: fix\n  line 2")))  # noqa: S301
+    assert type(again) is kind and str(again) == "line: fix\n  line 2" and again.exit_code == kind.exit_code
+
+
+def test_bad_input_exits_with_2_and_everything_else_with_1():
+    """The exit codes that scripts rely on; ConfigError is the only bad input."""
+    assert {e.__name__ for e in ALL_ERRORS if e.exit_code == 2} == {"ConfigError"}
+    assert {e.exit_code for e in ALL_ERRORS} == {1, 2} and len(ALL_ERRORS) >= 8
