@@ -26,6 +26,7 @@ from heliostat.schema import nearest
 from heliostat.spec import Job
 from tokenizers import Tokenizer
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.activations import ACT2FN
 from transformers.initialization import no_init_weights
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -33,6 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 IGNORED = -100
 transformers_logging.disable_progress_bar()
+BLIND = ("opt", "bloom", "mpt")  # their attention knows no position_ids, so it would see across documents
 PROMPTS = ("def ", "import ")
 
 
@@ -49,6 +51,10 @@ class CausalLM:
         self.terms_per_sample = None if self.document_mask else self.length - 1
         self.pretrained = job.model.get("pretrained")
         self.config = _pretrained_config(job.model) if self.pretrained else _config(job.model)
+        if self.document_mask and (self.config.model_type in BLIND or not hasattr(self.config, "num_attention_heads")):
+            raise ConfigError(
+                f"data.document_mask: {self.config.model_type!r} cannot keep packed documents apart; set it to false"
+            )
         self.vocabulary_given = bool(self.pretrained) or "vocab_size" in job.model
         self.config.use_cache = False
         longest = getattr(self.config, "max_position_embeddings", None)
@@ -194,6 +200,9 @@ def _config(model: dict[str, Any]) -> Any:
         near = nearest(arch, list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)) or "; for example: llama, gpt2, qwen3"
         raise ConfigError(f"model.arch: {arch!r} is no causal language model of transformers{near}")
     kind = CONFIG_MAPPING[arch]
+    act = keys.get("hidden_act", keys.get("activation_function"))
+    if isinstance(act, str) and act not in ACT2FN:
+        raise ConfigError(f"model.hidden_act: {act!r} is no activation{nearest(act, list(ACT2FN))}")
     known = {*kind.__dataclass_fields__, *kind.attribute_map}
     for key in keys:
         if key not in known:
@@ -202,6 +211,9 @@ def _config(model: dict[str, Any]) -> Any:
     try:
         _check_heads(kind, keys)
         config = kind(**keys)
+        for size in ("hidden_size", "num_hidden_layers"):
+            if getattr(config, size, 1) < 1:
+                raise ConfigError(f"model.{size}: {getattr(config, size)} must be at least 1")
         heads, groups = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
     except ConfigError:
         raise

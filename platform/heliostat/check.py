@@ -35,7 +35,10 @@ class Checked:
 def check_file(path: Path, settings: list[str] | None = None) -> tuple[Job, Recipe]:
     """The part that needs no dataset and no store."""
     job = spec.load(path, settings)
-    recipe = workspace.import_path("recipe", job.recipe)(job)
+    kind = workspace.import_path("recipe", job.recipe)
+    if not isinstance(kind, type):
+        raise ConfigError(f"recipe: {job.recipe!r} is not a class")
+    recipe = kind(job)
     if job.train.compile and not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
         raise ConfigError(
             "train.compile: true needs a C++ compiler, and there is none on this machine; install g++ or set it to false"

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import torch
 
 from heliostat.data.manifest import Manifest
 from heliostat.spec import Job
 
-Batch = dict[str, torch.Tensor]
+if TYPE_CHECKING:  # torch takes a second to import, and a faulty job is found without it
+    import torch
+
+    Batch = dict[str, torch.Tensor]
+else:
+    Batch = dict[str, Any]
 
 
 @dataclass(frozen=True)

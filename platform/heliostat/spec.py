@@ -211,6 +211,8 @@ def resolve(job: Job) -> Job:
     for i, source in enumerate(raw["data"]["sources"]):
         source["path"] = _absolute(f"data.sources.{i}.path", source["path"], root)
     raw["storage"] = _absolute("storage", job.storage, root)
+    if isinstance(job.model.get("pretrained"), str):
+        raw["model"]["pretrained"] = str(root / job.model["pretrained"])
     uri = job.mlflow.uri
     if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
         raw["mlflow"]["uri"] = f"sqlite:///{root / uri.removeprefix('sqlite:///')}"

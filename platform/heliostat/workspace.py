@@ -21,7 +21,7 @@ def root() -> Path:
 def import_path(field: str, path: str) -> Any:
     """The object at `module.name:Object`; ConfigError that names `field` if it cannot be had."""
     module_name, mark, attribute = path.partition(":")
-    if not mark or not module_name or not attribute:
+    if not mark or not module_name or not attribute or module_name.startswith("."):
         raise ConfigError(f"{field}: {path!r} must look like package.module:Class")
     if str(root()) not in sys.path:
         sys.path.insert(0, str(root()))
@@ -29,7 +29,7 @@ def import_path(field: str, path: str) -> Any:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as e:
         if e.name and (module_name == e.name or module_name.startswith(e.name + ".")):
-            here = [f"jobs.{p.stem}" for p in (root() / "jobs").glob("*.py")]
+            here = [f"{f}.{p.stem}" for f in ("jobs", "pipelines") for p in (root() / f).glob("*.py")]
             raise ConfigError(f"{field}: no module {module_name!r} in {root()}{nearest(module_name, here)}") from e
         raise ConfigError(f"{field}: {module_name} needs the module {e.name!r}, which is not installed") from e
     if not hasattr(module, attribute):

@@ -5,7 +5,7 @@
 Same model (17M parameters), batch (4,096 tokens a step), precision and thread count (2 processes of 1 thread). The heliostat
 runs have everything on: Ray Data, MLflow, evaluation and checkpoints. Runs are interleaved (plain, ZeRO-1, 2, 3, plain, ...),
 each is summarised by its median step after the first two, and the medians over the rounds are compared. DDP's bf16 is
-autocast over fp32 weights; DeepSpeed's is bf16 weights over fp32 masters.
+autocast over fp32 weights; DeepSpeed's is bf16 weights over fp32 masters. Plain DDP runs at niceness 15, as Ray's workers do.
 """
 
 from __future__ import annotations
@@ -41,7 +41,17 @@ def job(folder: Path, steps: int, precision: str) -> Path:
 
 
 def plain(path: Path, steps: int) -> float:
-    command = [BIN / "torchrun", "--nproc-per-node", "2", ROOT / "tests/benchmarks/plain_ddp.py", path, str(steps)]
+    command = [
+        "nice",
+        "-n",
+        "15",
+        BIN / "torchrun",
+        "--nproc-per-node",
+        "2",
+        ROOT / "tests/benchmarks/yardsticks/plain_ddp.py",
+        path,
+        str(steps),
+    ]
     return json.loads(_run(command))["tokens_per_second"]
 
 

@@ -9,7 +9,6 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
-import zstandard
 from heliostat.data import manifest
 from heliostat.errors import ConfigError, DataError, HeliostatError
 from heliostat.prepare import prepare
@@ -23,6 +22,10 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 TEXTS = [f"document {i}: " + " ".join(f"word{(i * j) % 97}" for j in range(60)) for i in range(60)]
 
 
+def zstd(data: bytes) -> bytes:
+    return pa.compress(data, codec="zstd", asbytes=True)
+
+
 def make_input(folder: Path) -> None:
     """Ten documents of every kind, one duplicate, and one broken file of every kind."""
     (folder / "sub").mkdir(parents=True)
@@ -31,7 +34,7 @@ def make_input(folder: Path) -> None:
     for i in range(10, 20):
         (folder / "sub" / f"{i}.md.gz").write_bytes(gzip.compress(TEXTS[i].encode(), mtime=0))
     for i in range(20, 30):
-        (folder / f"{i}.py.zst").write_bytes(zstandard.compress(TEXTS[i].encode()))
+        (folder / f"{i}.py.zst").write_bytes(zstd(TEXTS[i].encode()))
     lines = b"\n".join(json.dumps({"text": t}).encode() for t in TEXTS[30:40])
     (folder / "a.jsonl").write_bytes(lines + b'\n{"text": \n{"other": 1}\n')
     pq.write_table(pa.table({"text": TEXTS[40:50], "n": range(10)}), folder / "b.parquet", row_group_size=3)
@@ -43,7 +46,7 @@ def make_input(folder: Path) -> None:
     (folder / "empty.txt").write_bytes(b"")
     (folder / "cut.txt.gz").write_bytes(gzip.compress(os.urandom(999))[:-9])
     (folder / "cut.parquet").write_bytes((folder / "b.parquet").read_bytes()[:-9])
-    (folder / "cut.txt.zst").write_bytes(zstandard.compress(os.urandom(999))[:-9])
+    (folder / "cut.txt.zst").write_bytes(zstd(os.urandom(999))[:-9])
     (folder / "picture.png").write_bytes(b"not for us")
 
 

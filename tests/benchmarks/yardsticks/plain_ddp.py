@@ -1,6 +1,6 @@
 """The yardstick: plain PyTorch DDP with the data already in memory. Started by train_overhead.py through torchrun.
 
-    torchrun --nproc-per-node 2 tests/benchmarks/plain_ddp.py JOB.yaml STEPS
+    torchrun --nproc-per-node 2 tests/benchmarks/yardsticks/plain_ddp.py JOB.yaml STEPS
 
 Prints one JSON line: median tokens/s over the steps after the first two. bf16 is torch's autocast.
 """
