@@ -259,3 +259,20 @@ def test_flops_grow_with_length_as_attention_does():
     """Twice the length: twice the matrices' FLOPs and four times attention's."""
     one, two, four = (recipe(LLAMA, n).flops_per_sample(recipe(LLAMA, n).build()) for n in (32, 64, 128))
     assert four - 2 * two == 2 * (two - 2 * one) * 2
+
+
+@pytest.mark.parametrize("arch", ["opt", "bloom", "mamba"])
+def test_a_document_mask_is_refused_where_it_would_do_nothing(arch):
+    """These architectures' layers cannot tell packed documents apart, whatever the positions say."""
+    model = {"arch": arch, "hidden_size": 32, "vocab_size": 96}
+    recipe(model)
+    with pytest.raises(ConfigError, match="data.document_mask"):
+        recipe(model, **{"data.document_mask": True})
+
+
+@pytest.mark.parametrize(("key", "value", "says"), [
+    ("hidden_act", "siluu", "model.hidden_act: 'siluu' is no activation; did you mean 'silu'?"),
+    ("num_hidden_layers", -1, "model.num_hidden_layers: -1 must be at least 1"),
+])  # fmt: skip
+def test_values_that_only_building_would_find_are_found_before(key, value, says):
+    assert says in refusal({**LLAMA, key: value})

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from heliostat import schema, spec
+from heliostat import schema, spec, workspace
 from heliostat.errors import ConfigError
 from heliostat.spec import Job
 
@@ -202,3 +202,9 @@ def test_a_job_cannot_be_changed_once_made():
     with pytest.raises(ValueError, match="frozen"):
         made.train.steps = 5
     assert raw() == raw(), "and the helper hands out copies"
+
+
+def test_a_pretrained_folder_is_found_from_the_workspace():
+    """Workers run in other folders, so the path must not stay relative."""
+    resolved = spec.resolve(job(**{"model": {"pretrained": "models/x"}}))
+    assert resolved.model["pretrained"] == str(workspace.root() / "models/x")
