@@ -266,7 +266,7 @@ def test_a_document_mask_is_refused_where_it_would_do_nothing(arch, more):
     """These architectures' layers cannot tell packed documents apart, whatever the positions say."""
     model = {"arch": arch, "hidden_size": 32, "vocab_size": 96, **more}
     recipe(model)
-    with pytest.raises(ConfigError, match="data.document_mask"):
+    with pytest.raises(ConfigError, match=r"data\.document_mask"):
         recipe(model, **{"data.document_mask": True})
 
 
