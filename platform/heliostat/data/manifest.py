@@ -87,6 +87,8 @@ def read_footer(location: Location, path: str, token_column: str | None) -> list
             size = f.size()
             tail = f.read_at(min(size, 64 << 10), max(0, size - (64 << 10)))
             length = int.from_bytes(tail[-8:-4], "little") + 8
+            if length > size:  # a damaged length would make pyarrow reserve gigabytes
+                raise pa.ArrowInvalid(f"its footer claims {length:,} of the file's {size:,} bytes")
             footer = tail[-length:] if length <= len(tail) else f.read_at(length, size - length)
             parquet = pq.read_metadata(io.BytesIO(footer))
             names = [parquet.schema.column(i).path.split(".")[0] for i in range(parquet.num_columns)]
