@@ -27,7 +27,7 @@ from pydantic import Field
 from heliostat import workspace
 from heliostat.cluster.connect import connect
 from heliostat.data import manifest
-from heliostat.errors import ConfigError, DataError, HeliostatError, innermost
+from heliostat.errors import ConfigError, DataError, HeliostatError, StorageError, innermost
 from heliostat.schema import Strict, apply, read_yaml, validate
 from heliostat.storage import Location
 
@@ -129,7 +129,10 @@ def prepare(path: Path, settings: list[str], force: bool = False) -> dict[str, A
 
 def _check_output(output: Location) -> None:
     """ConfigError or StorageError if nothing could be written there."""
-    output.probe()
+    try:
+        output.probe()
+    except StorageError as e:
+        raise StorageError(f"output: {e}") from e
     if output.is_s3:
         return
     nearest = Path(output.path)

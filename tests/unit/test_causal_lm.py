@@ -9,7 +9,7 @@ import torch
 from heliostat.errors import ConfigError
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from jobs.causal_lm import IGNORED, CausalLM, _config
+from jobs.causal_lm import IGNORED, CausalLM, SummedCrossEntropy, _config
 from tests.unit.build_job import BASE, job
 
 LLAMA = BASE["model"]
@@ -276,3 +276,19 @@ def test_a_document_mask_is_refused_where_it_would_do_nothing(arch, more):
 ])  # fmt: skip
 def test_values_that_only_building_would_find_are_found_before(key, value, says):
     assert says in refusal({**LLAMA, key: value})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_blockwise_loss_is_cross_entropy_and_its_gradient(dtype):
+    """The sum and the gradient are torch's own, whatever the block boundaries and the ignored targets."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(700, 4096, generator=generator)).to(dtype).requires_grad_()
+    targets = torch.randint(0, 4096, (700,), generator=generator)
+    targets[torch.rand(700, generator=generator) < 0.2] = IGNORED
+    ours = SummedCrossEntropy.apply(logits, targets)
+    (ours * 0.37).backward()
+    gradient, logits.grad = logits.grad, None
+    theirs = torch.nn.functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
+    (theirs * 0.37).backward()
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-3)
+    torch.testing.assert_close(gradient, logits.grad, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-7)
