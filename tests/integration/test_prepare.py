@@ -10,7 +10,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 from heliostat.data import manifest
-from heliostat.errors import ConfigError, DataError, HeliostatError, StorageError
+from heliostat.errors import DataError, HeliostatError, StorageError
 from heliostat.prepare import prepare
 from heliostat.storage import Location
 from tokenizers import Tokenizer
@@ -190,5 +190,5 @@ def test_s3(tmp_path, s3_server):
     assert sorted(documents_of(Location(there)).values()) == sorted(TEXTS)
     some = prepare(make_yaml(tmp_path, input=f"s3://prepare/in/**/*.md.gz?{query}", output=there), [])
     assert some["documents"] == 10 and not some["up_to_date"]
-    with pytest.raises(StorageError, match="output: .*there is no bucket 'nowhere'"):
+    with pytest.raises(StorageError, match=r"output: .*there is no bucket 'nowhere'"):
         prepare(make_yaml(tmp_path, output=f"s3://nowhere/x?{query}"), [])
