@@ -194,7 +194,7 @@ class SummedCrossEntropy(torch.autograd.Function):
     """F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum"), in much less memory.
 
     The gradient is computed with the loss, a block of rows at a time, so no fp32 copy of the logits ever exists as a whole: at
-    8,192 tokens and a vocabulary of 128,256 that saves 8 GB, and on a CPU each block stays in cache.
+    8,192 tokens and a vocabulary of 128,256 that is 8 GB less. On a CPU it is as fast as torch's own.
     """
 
     @staticmethod

@@ -1,7 +1,7 @@
 """The one way to reach file:// and s3://: a Location is a URI with the few operations that heliostat needs.
 
-Guarantees: a local write is atomic (a reader sees the old bytes or the new ones), an S3 object that could not be written
-whole is deleted; transient failures are retried with exponential backoff and jitter within a budget of seconds; refused
+Guarantees: a write is atomic (a reader sees the old bytes or the new ones) as long as its source can be read: pyarrow completes
+an S3 upload even when the local file breaks off, so readers of uploads compare sizes. Transient failures are retried with exponential backoff and jitter within a budget of seconds; refused
 credentials fail at once and say so. Credentials come from the environment only (`AWS_*`, instance roles); a URI may carry
 `?endpoint_override=HOST:PORT&scheme=http`, and `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL` is honoured, as in boto3. A
 Location pickles as its URI.
@@ -131,13 +131,9 @@ class Location:
         self._call(lambda: self._put(copy))
 
     def _put(self, fill: Callable[[pa.NativeFile], object]) -> None:
-        if self.is_s3:  # an object appears when its upload completes; pyarrow completes it even after an error
-            try:
-                with self.fs.open_output_stream(self.path) as out:
-                    fill(out)
-            except BaseException:
-                self.fs.delete_file(self.path)
-                raise
+        if self.is_s3:  # an object appears whole, when its upload completes
+            with self.fs.open_output_stream(self.path) as out:
+                fill(out)
             return
         partial = f"{self.path}.{uuid.uuid4().hex[:8]}.partial"
         Path(self.path).parent.mkdir(parents=True, exist_ok=True)
