@@ -1,8 +1,9 @@
 """The one way to reach file:// and s3://: a Location is a URI with the few operations that heliostat needs.
 
-Guarantees: a write is atomic (a reader sees the old bytes or the new ones) as long as its source can be read: pyarrow completes
-an S3 upload even when the local file breaks off, so readers of uploads compare sizes. Transient failures are retried with exponential backoff and jitter within a budget of seconds; refused
-credentials fail at once and say so. Credentials come from the environment only (`AWS_*`, instance roles); a URI may carry
+Guarantees: a write is atomic (a reader sees the old bytes or the new ones) as long as its source can be read: pyarrow
+completes an S3 upload even when the local file breaks off, so readers of uploads compare sizes. Transient failures are
+retried with exponential backoff and jitter within a budget of seconds; refused credentials fail at once and say so.
+Credentials come from the environment only (`AWS_*`, instance roles); a URI may carry
 `?endpoint_override=HOST:PORT&scheme=http`, and `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL` is honoured, as in boto3. A
 Location pickles as its URI.
 """
