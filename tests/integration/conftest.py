@@ -67,48 +67,40 @@ def tracking(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
 
 
+def tiny_job(corpus: str, tracking: str, folder: Path) -> dict[str, Any]:
+    """A job of seconds on the corpus, in fp32, with its runs below the folder."""
+    return {
+        "name": "tiny",
+        "recipe": "jobs.causal_lm:CausalLM",
+        "model": {"arch": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128},
+        "data": {"sequence_length": 64, "sources": [{"path": corpus}], "seed": 5},
+        "train": {
+            "steps": 20,
+            "global_batch": 8,
+            "micro_batch": 2,
+            "optimizer": {"lr": 3e-3},
+            "schedule": {"name": "cosine", "warmup_steps": 4},
+            "precision": "fp32",
+            "zero": {"stage": 2},
+            # tiny parameters would otherwise stay gathered, and hide faults of stage 3
+            "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
+            "seed": 1,
+        },
+        "evaluate": {"every": 10, "samples": 24, "fraction": 0.05},
+        "checkpoint": {"every": 10},
+        "workers": {"count": 2},
+        "storage": str(folder / "runs"),
+        "mlflow": {"uri": tracking, "experiment": "tests"},
+    }
+
+
 @pytest.fixture
 def job_file(corpus: str, tracking: str, tmp_path: Path) -> Callable[..., Path]:
-    """Writes a tiny fp32 job on the corpus; keyword arguments replace keys, `a__b=1` for `a.b`."""
+    """Writes the tiny job, under a name if one is given."""
 
-    def make(**changes: Any) -> Path:
-        job: dict[str, Any] = {
-            "name": "tiny",
-            "recipe": "jobs.causal_lm:CausalLM",
-            "model": {
-                "arch": "llama",
-                "hidden_size": 64,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "intermediate_size": 128,
-            },
-            "data": {"sequence_length": 64, "sources": [{"path": corpus}], "seed": 5},
-            "train": {
-                "steps": 20,
-                "global_batch": 8,
-                "micro_batch": 2,
-                "optimizer": {"lr": 3e-3},
-                "schedule": {"name": "cosine", "warmup_steps": 4},
-                "precision": "fp32",
-                "zero": {"stage": 2},
-                # tiny parameters would otherwise stay gathered, and hide faults of stage 3
-                "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
-                "seed": 1,
-            },
-            "evaluate": {"every": 10, "samples": 24, "fraction": 0.05},
-            "checkpoint": {"every": 10},
-            "workers": {"count": 2},
-            "storage": str(tmp_path / "runs"),
-            "mlflow": {"uri": tracking, "experiment": "tests"},
-        }
-        for key, value in changes.items():
-            *parents, last = key.split("__")
-            target = job
-            for parent in parents:
-                target = target[parent]
-            target[last] = value
-        path = tmp_path / f"{job['name']}.yaml"
-        path.write_text(yaml.safe_dump(job))
+    def make(name: str = "tiny") -> Path:
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({**tiny_job(corpus, tracking, tmp_path), "name": name}))
         return path
 
     return make

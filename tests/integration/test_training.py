@@ -22,14 +22,14 @@ from heliostat.train import checkpoint
 from heliostat.train.run import train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.integration.conftest import curve
+from tests.integration.conftest import curve, tiny_job
 from tests.integration.reference import plain_losses
 
 STEPS = ["train.steps=30", "evaluate.every=30", "checkpoint.every=30"]
 
 
 @pytest.fixture(scope="module")
-def plain(request: pytest.FixtureRequest) -> dict[str, list[float]]:
+def plain() -> dict[str, list[float]]:
     return {}
 
 
@@ -59,34 +59,11 @@ def test_packed_documents_that_do_not_see_each_other_train_the_same_on_any_worke
 def finished(tmp_path_factory, corpus, tracking):
     """A run of 20 steps with checkpoints at 10 and 20, its job file, and its result."""
     folder = tmp_path_factory.mktemp("finished")
-    job = _job(folder, corpus, tracking)
-    return folder, job, train(job)
-
-
-def _job(folder: Path, corpus: str, tracking: str) -> Path:
-    job = {
-        "name": "whole",
-        "recipe": "jobs.causal_lm:CausalLM",
-        "model": {"arch": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128},
-        "data": {"sequence_length": 64, "sources": [{"path": corpus}], "seed": 5},
-        "train": {
-            "steps": 20,
-            "global_batch": 8,
-            "micro_batch": 2,
-            "optimizer": {"lr": 3e-3},
-            "precision": "fp32",
-            "zero": {"stage": 2},
-            "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
-        },
-        "evaluate": {"every": 10, "samples": 24, "fraction": 0.05},
-        "checkpoint": {"every": 10},
-        "workers": {"count": 2},
-        "storage": str(folder / "runs"),
-        "mlflow": {"uri": tracking, "experiment": "tests", "register": "whole-lm"},
-    }
+    job = tiny_job(corpus, tracking, folder)
+    job["mlflow"]["register"] = "whole-lm"
     path = folder / "whole.yaml"
-    path.write_text(json.dumps(job))
-    return path
+    path.write_text(json.dumps({**job, "name": "whole"}))
+    return folder, path, train(path)
 
 
 def _stopped_at_10(finished, folder: Path) -> list[str]:

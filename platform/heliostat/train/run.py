@@ -88,7 +88,7 @@ class _Run:
         except KeyboardInterrupt:
             owner.finish("KILLED", "interrupted")
             raise
-        except HeliostatError as e:
+        except Exception as e:
             owner.finish("FAILED", str(e))
             raise
         owner.finish("FINISHED")
