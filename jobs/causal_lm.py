@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,7 @@ class CausalLM:
     def _token_bytes(self) -> torch.Tensor:
         """Bytes of text behind each token, int64 [vocabulary]; special tokens stand for none."""
         if not hasattr(self, "_bytes"):
-            tokenizer = Tokenizer.from_str(self.tokenizer_json.decode())
+            tokenizer = self._raw_tokenizer
             special = {i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
             byte_level = "ByteLevel" in type(tokenizer.decoder).__name__  # then a character of a token is a byte of the text
             sizes = [0] * self.config.vocab_size
@@ -157,6 +158,15 @@ class CausalLM:
                     sizes[i] = len(token) if byte_level else len(tokenizer.decode([i]).encode())
             self._bytes = torch.tensor(sizes)
         return self._bytes
+
+    # for people ------------------------------------------------------------------------------------------------------
+
+    def describe(self, content: np.ndarray) -> str:
+        return self._raw_tokenizer.decode(content.tolist(), skip_special_tokens=False)
+
+    @cached_property
+    def _raw_tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_str(self.tokenizer_json.decode())
 
     # the export ------------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from heliostat import spec, workspace
 from heliostat.data import manifest
-from heliostat.data.dataset import DataPlan, plan, split
+from heliostat.data.dataset import DataPlan, make_order, plan
 from heliostat.data.manifest import Manifest
 from heliostat.data.order import Order
 from heliostat.errors import ConfigError, DataError, HeliostatError, StorageError
@@ -52,13 +52,16 @@ def check(path: Path, settings: list[str] | None = None, recorded: DataPlan | No
     return check_stores(job, recipe, recorded)
 
 
-def check_stores(job: Job, recipe: Recipe, recorded: DataPlan | None = None) -> Checked:
+def check_stores(job: Job, recipe: Recipe, recorded: DataPlan | None = None, change_at: int | None = None) -> Checked:
+    """The datasets and the stores. A resumed run stays on the versions of its datasets that it started with, unless
+    `change_at` names the step from which its data may be other than `recorded`."""
     manifests = []
+    versions = dict(zip(recorded.uris, recorded.digests, strict=True)) if recorded and change_at is None else {}
     for i, location in enumerate(job.sources):
         key = f"data.sources.{i}.path"
         try:
             location.probe()
-            found = manifest.read(location)
+            found = _version(location, versions.get(str(location)))
         except (DataError, StorageError) as e:
             raise type(e)(f"{key}: {e}") from e
         if found.kind != recipe.kind:
@@ -67,7 +70,7 @@ def check_stores(job: Job, recipe: Recipe, recorded: DataPlan | None = None) -> 
     check_storage(job)
     _check_mlflow(job.mlflow.uri)
     recipe.bind(manifests)
-    return Checked(job, recipe, manifests, *_check_data(job, manifests, recorded))
+    return Checked(job, recipe, manifests, *_check_data(job, manifests, recorded, change_at))
 
 
 def check_storage(job: Job) -> None:
@@ -77,12 +80,28 @@ def check_storage(job: Job) -> None:
         raise StorageError(f"storage: {e}") from e
 
 
-def _check_data(job: Job, manifests: list[Manifest], recorded: DataPlan | None) -> tuple[DataPlan, Order]:
-    made = plan(job, manifests, recorded)
-    splits = [split(m, made.sequence_length, made.held_fraction) for m in manifests]
-    order = Order(splits, list(made.weights), made.seed, made.shape)
+def _version(location: Location, digest: str | None) -> Manifest:
+    """The version of a dataset with this digest if it is still there, else the newest."""
+    try:
+        return manifest.read(location, digest)
+    except DataError:
+        if digest is None:
+            raise
+        return manifest.read(location)
+
+
+def _check_data(
+    job: Job, manifests: list[Manifest], recorded: DataPlan | None, change_at: int | None
+) -> tuple[DataPlan, Order]:
+    made = plan(job, manifests, recorded, change_at)
+    order = make_order(made, manifests)
+    if order.runs_out is not None and order.runs_out < job.train.steps:
+        raise ConfigError(
+            f"train.steps: {job.train.steps}, but with max_epochs the data lasts for {order.runs_out} steps; raise max_epochs "
+            "of a source, or lower train.steps"
+        )
     if job.evaluate and not len(order.held_out(job.evaluate.samples)):
-        total = sum(int(s.samples.sum()) for s in splits)
+        total = sum(int(s.samples.sum()) for s in order.splits)
         raise ConfigError(f"evaluate.fraction: {job.evaluate.fraction} of {total} samples holds none out; raise it")
     return made, order
 

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,11 +18,12 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from heliostat.errors import ConfigError, HeliostatError
+from heliostat.errors import ConfigError, HeliostatError, VerifyError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 out = Console(highlight=False, soft_wrap=True)
 
+Run = Annotated[str, typer.Argument(help="A run id, or a run's folder (STORAGE/NAME)")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="Change a key: --set train.optimizer.lr=1e-3")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the logs of Ray and of the workers, and tracebacks")]
@@ -75,13 +77,14 @@ def train(
     setting: Settings = None,
     resume: Annotated[bool, typer.Option(help="Go on from the run's last checkpoint, if there is one")] = False,
     overwrite: Annotated[bool, typer.Option(help="Delete the run of this name and start anew")] = False,
+    allow_data_change: Annotated[bool, typer.Option(help="Resume with other data: a new segment of the run")] = False,
     json_: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Train a job: Ray Data streams its samples into DeepSpeed workers; the model ends in MLflow."""
     from heliostat.train.run import train as run
 
-    result = run(job, setting, resume, overwrite, verbose)
+    result = run(job, setting, resume, overwrite, allow_data_change, verbose)
     if not json_:
         _print_result(result)
     _finish(result, json_)
@@ -148,7 +151,7 @@ def evaluate(
 
 @app.command()
 def export(
-    run: Annotated[str, typer.Argument(help="A run id, or a run's folder (STORAGE/NAME)")],
+    run: Run,
     to: Annotated[Path, typer.Option()],
     step: int | None = None,
     mlflow: TrackingUri = None,
@@ -156,11 +159,10 @@ def export(
 ) -> None:
     """Write a run's checkpoint as a Hugging Face folder."""
     from heliostat import export as exporting
-    from heliostat.storage import Location
-    from heliostat.track.models import run_folder
+    from heliostat.track.models import find_run
     from heliostat.train import checkpoint
 
-    place = run_folder(run, _store(mlflow)) if "/" not in run and not Path(run).exists() else Location(run)
+    place = find_run(run, _store(mlflow))
     found = checkpoint.open_checkpoint(place, step) if step is not None else checkpoint.latest(place)
     if found is None:
         raise ConfigError(f"{place}: holds no complete checkpoint")
@@ -168,6 +170,82 @@ def export(
     if not json_:
         out.print(f"step {found.step} of {found.index['name']} is in {to}")
     _finish({"folder": str(to), "step": found.step}, json_)
+
+
+@app.command()
+def checkpoints(run: Run, mlflow: TrackingUri = None, json_: Json = False) -> None:
+    """List a run's checkpoints: what each is, whether it is whole, and which rule keeps it."""
+    from heliostat.track.models import find_run
+    from heliostat.train.retention import survey
+
+    place = find_run(run, _store(mlflow))
+    rows = survey(place)
+    if not json_:
+        _print_checkpoints(rows)
+    _finish({"run_folder": str(place), "checkpoints": rows}, json_)
+
+
+def _print_checkpoints(rows: list[dict[str, Any]]) -> None:
+    table = [("step", "written", "MB", "workers", "ZeRO", "kept as", "scores")]
+    for row in rows:
+        facts = (f"{row['step']:,}", "torn", f"{row['bytes'] / 1e6:,.1f}", "", "", "", row["fault"])
+        if row["whole"]:
+            written = datetime.fromtimestamp(row["written"]).isoformat(sep=" ", timespec="seconds")
+            scores = "  ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in row["metrics"].items() if v is not None)
+            shape = (str(row["world_size"]), str(row["zero_stage"]))
+            facts = (facts[0], written, facts[2], *shape, ", ".join(row["kept"]) or "not kept on", scores)
+        table.append(facts)
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]) - 1)]
+    for line in table:
+        cells = [
+            text.ljust(width) if i in (1, 5) else text.rjust(width)
+            for i, (text, width) in enumerate(zip(line, widths, strict=False))
+        ]
+        out.print("  ".join([*cells, line[-1]]).rstrip(), markup=False)
+
+
+@app.command()
+def verify(run: Run, mlflow: TrackingUri = None, json_: Json = False) -> None:
+    """Check a run's receipts against its datasets: what every step trained on, and that nothing was lost or repeated."""
+    from heliostat import verify as verifying
+    from heliostat.track.models import find_run
+
+    place = find_run(run, _store(mlflow))
+    report = verifying.verify(place)
+    if not json_:
+        out.print(f"{report['steps']:,} steps are as their receipts say: {report['samples']:,} samples, {report['lost']:,} lost, "
+                  f"{report['repeated']:,} repeated, {report['replaced']:,} bad ones replaced")  # fmt: skip
+    _finish(report, json_)
+    if not report["ok"]:
+        raise VerifyError(f"{place}: {verifying.explain(report)}")
+
+
+@app.command()
+def samples(
+    run: Run,
+    step: Annotated[int, typer.Option(min=0, help="The first is 0")],
+    full: Annotated[bool, typer.Option(help="Show each sample's whole text")] = False,
+    mlflow: TrackingUri = None,
+    json_: Json = False,
+) -> None:
+    """Show the samples that a step trained on: their places in the datasets, and their text."""
+    from heliostat.samples import samples as read
+    from heliostat.track.models import find_run
+
+    found = read(find_run(run, _store(mlflow)), step)
+    if not json_:
+        for sample in found:
+            _print_sample(sample, full)
+    _finish({"step": step, "samples": found}, json_)
+
+
+def _print_sample(sample: dict[str, Any], full: bool) -> None:
+    where = "lane {lane}, place {place}: {source}/{shard}, row group {row_group}, row {row}, epoch {epoch}"
+    out.print(where.format(**sample), markup=False, style="bold")
+    if bad := sample["replaces"]:
+        out.print(f"  in place of {bad['shard']}, row group {bad['row_group']}, row {bad['row']}: {bad['reason']}", markup=False)
+    text = sample["text"]
+    out.print(text if full else "  " + json.dumps(text[:200], ensure_ascii=False) + (" ..." if text[200:] else ""), markup=False)
 
 
 @app.command()

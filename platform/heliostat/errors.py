@@ -1,7 +1,7 @@
 """Every error that heliostat raises on purpose: one line for the person, the cause chained for the engineer.
 
 The command line prints the line and exits with `exit_code`; a traceback means a bug. All of them pickle, because they
-travel from Ray workers to the driver, so each takes its message as its only argument.
+travel from Ray workers to the driver, so what each takes are its `args`: the message, and what the driver must know.
 """
 
 
@@ -27,6 +27,21 @@ class DataError(HeliostatError):
 
 class CheckpointError(HeliostatError):
     """A checkpoint is missing, torn, or does not fit the job."""
+
+
+class CorruptCheckpointError(CheckpointError):
+    """The checkpoint of `step` is torn, or its bytes are not those that were written: the one before is to be used."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message, step)
+        self.step = step
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
+class VerifyError(HeliostatError):
+    """A run's receipts are damaged, or do not say what its data plan and datasets give."""
 
 
 class NonFiniteError(HeliostatError):

@@ -50,6 +50,9 @@ class Recipe(Protocol):
     def batch(self, content: np.ndarray) -> Batch:
         """CPU tensors from the samples' contents: int32 [batch, sequence_length] for tokens."""
 
+    def describe(self, content: np.ndarray) -> str:
+        """One sample's content as a person reads it."""
+
     def terms(self, batch: Batch) -> int:
         """The number of loss terms in a batch, before it is played; not called if `terms_per_sample` is set."""
 

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ByteSize, Field, field_validator, model_validator
 
 from heliostat import schema, workspace
 from heliostat.errors import ConfigError
@@ -26,7 +26,13 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
 class Source(Strict):
     path: str
-    weight: Annotated[Float, Field(gt=0)] = 1.0
+    weight: NonNegative = 1.0
+    max_epochs: Annotated[Float, Field(gt=0)] | None = None  # then the source is left out, and the others share its weight
+
+
+class MixChange(Strict):
+    step: Positive
+    weights: list[NonNegative]  # one a source, from this step on
 
 
 class Data(Strict):
@@ -35,6 +41,10 @@ class Data(Strict):
     seed: Seed = 0
     lanes: Positive | None = None  # canonical data-parallel ranks; the default is one per micro-batch of a step
     window: Positive | None = None  # samples that are shuffled together; the default follows from their size
+    mix_schedule: list[MixChange] = []
+    on_bad_sample: Literal["replace", "fail"] = "replace"
+    max_bad_fraction: Fraction = 0.01  # of the samples of an epoch; more replaced samples than that stop the run
+    memory_limit: ByteSize = ByteSize(2 << 30)  # for samples on their way from storage to the workers, on the whole cluster
     document_mask: bool = False  # attention stays inside a document of a packed sequence
 
 
@@ -93,9 +103,17 @@ class Evaluate(Strict):
     fraction: Annotated[Float, Field(gt=0, lt=1)] = 0.01
 
 
+class Best(Strict):
+    metric: str = "loss"  # a score of the evaluation
+    mode: Literal["min", "max"] = "min"
+    keep: Positive = 1
+
+
 class Checkpoint(Strict):
     every: Positive
     keep: Positive = 2
+    keep_every: Positive | None = None  # steps; those checkpoints stay for ever
+    best: Best | None = None
 
 
 class Workers(Strict):
@@ -144,7 +162,8 @@ class Job(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Job:
-        faults = [*_batch_faults(self), *_precision_faults(self), *_offload_faults(self)]
+        faults = [*_batch_faults(self), *_precision_faults(self), *_offload_faults(self), *_checkpoint_faults(self)]
+        faults += _mix_faults(self.data)
         paths = [s.path for s in self.data.sources]
         if len(set(paths)) < len(paths):
             faults.append("data.sources: a path is given twice; add up its weights")
@@ -178,6 +197,25 @@ def _batch_faults(job: Job) -> list[str]:
     return []
 
 
+def _mix_faults(data: Data) -> list[str]:
+    faults, before = [], 0
+    for i, change in enumerate(data.mix_schedule):
+        key = f"data.mix_schedule.{i}"
+        if len(change.weights) != len(data.sources):
+            faults.append(f"{key}.weights: {len(change.weights)} given, one for each of the {len(data.sources)} sources wanted")
+        if change.step <= before:
+            faults.append(f"{key}.step: {change.step} must be above {before}; list the changes in the order of their steps")
+        before = change.step
+    mixes = [[s.weight for s in data.sources], *(c.weights for c in data.mix_schedule)]
+    for i, weights in enumerate(mixes):
+        if not any(weights):
+            faults.append(f"{f'data.mix_schedule.{i - 1}.weights' if i else 'data.sources'}: all weights are 0")
+    for i in range(len(data.sources)):
+        if not any(weights[i] for weights in mixes if i < len(weights)):
+            faults.append(f"data.sources.{i}.weight: is 0 from the first step to the last; remove the source, or give it a weight")
+    return faults
+
+
 def _precision_faults(job: Job) -> list[str]:
     faults = []
     if job.train.precision == "fp16" and not job.workers.gpus:
@@ -196,6 +234,25 @@ def _offload_faults(job: Job) -> list[str]:
         faults.append(f"train.zero.offload.param: needs train.zero.stage 3, not {zero.stage}")
     if (offload.param == "nvme") != bool(offload.nvme_path):
         faults.append("train.zero.offload.nvme_path: give the folder when, and only when, param is 'nvme'")
+    return faults
+
+
+def _checkpoint_faults(job: Job) -> list[str]:
+    policy, faults = job.checkpoint, []
+    if policy.keep_every and policy.keep_every % policy.every:
+        near = policy.every * max(1, round(policy.keep_every / policy.every))
+        faults.append(
+            f"checkpoint.keep_every: {policy.keep_every} must be a multiple of checkpoint.every {policy.every}; nearest: {near}"
+        )
+    if policy.best and not job.evaluate:
+        faults.append("checkpoint.best: needs scores; add evaluate, or remove checkpoint.best")
+    elif policy.best and job.evaluate and policy.every % job.evaluate.every:  # a score must be of the very step
+        faults.append(
+            f"checkpoint.best: evaluate.every {job.evaluate.every} must divide checkpoint.every {policy.every}, "
+            "so that each checkpoint is scored"
+        )
+    if policy.best and policy.best.metric == "train_loss":
+        faults.append("checkpoint.best.metric: 'train_loss' is of the training data; name a score of the evaluation, as loss")
     return faults
 
 

@@ -1,8 +1,11 @@
 """The one way to reach file:// and s3://: a Location is a URI with the few operations that heliostat needs.
 
 Guarantees: a write is atomic (a reader sees the old bytes or the new ones) as long as its source can be read: pyarrow
-completes an S3 upload even when the local file breaks off, so readers of uploads compare sizes. Transient failures are
-retried with exponential backoff and jitter within a budget of seconds; refused credentials fail at once and say so.
+completes an S3 upload even when the local file breaks off, so readers of uploads compare sizes. A store that throttles,
+fails, hangs or breaks connections is asked again, with exponential backoff and jitter, until it answers or the budget of
+HELIOSTAT_RETRY_BUDGET_S seconds (60, read at every call) would be exceeded: then StorageError. Refused credentials and
+requests that cannot succeed fail at once and say so; a missing object is FileNotFoundError; what is wrong with the bytes
+themselves is never taken for a fault of the store.
 Credentials come from the environment only (`AWS_*`, instance roles); a URI may carry
 `?endpoint_override=HOST:PORT&scheme=http`, and `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL` is honoured, as in boto3. A
 Location pickles as its URI.
@@ -13,6 +16,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import re
 import time
 import uuid
 from collections.abc import Callable
@@ -30,13 +34,34 @@ from heliostat.errors import ConfigError, StorageError
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-RETRY_BUDGET_S = 60.0
-REFUSED = ("access denied", "access_denied", "invalidaccesskeyid", "signaturedoesnotmatch", "http status code: 403", "forbidden",
-           "invalid_access_key_id", "signature_does_not_match", "unrecognizedclient", "expiredtoken")  # fmt: skip
+BUDGET = "HELIOSTAT_RETRY_BUDGET_S"
+UPLOAD_BYTES_PER_S = 10 << 20  # an upload's budget grows by a second for so many bytes, or a long one could never begin again
+# what stores answer, in lower case without punctuation: ACCESS_DENIED, AccessDenied and "Access Denied" are one
+REFUSED = ("accessdenied", "allaccessdisabled", "expiredtoken", "httpstatus401", "httpstatus403", "invalidaccesskeyid",
+           "invalidtoken", "requesttimetooskewed", "signaturedoesnotmatch", "unrecognizedclient")  # fmt: skip
+MISSING = ("nosuchkey", "resourcenotfound")
+DAMAGED_ON_THE_WAY = ("baddigest", "incompletebody", "invalidpart")  # an upload's, so worth another
+HOPELESS = ("nosuchbucket", "httpstatus301", "httpstatus400", "httpstatus405")
+FINAL = {
+    "refused": "access refused; check the credentials and the bucket policy",
+    "hopeless": "the store cannot do this; check bucket, credentials, region and endpoint",
+}
+
+
+def retry_budget() -> float:
+    """Seconds that a failing store is given."""
+    raw = os.environ.get(BUDGET, "60")
+    try:
+        budget_s = float(raw)
+    except ValueError:
+        budget_s = -1.0
+    if not 0 <= budget_s < float("inf"):
+        raise ConfigError(f"{BUDGET}: {raw!r} is no number of seconds; set it to 60, or unset it")
+    return budget_s
 
 
 @lru_cache(maxsize=64)
-def _s3(query: str, probe: bool) -> pafs.S3FileSystem:
+def _s3(query: str, attempts: int, silence_s: float) -> pafs.S3FileSystem:
     options = {k: v[-1] for k, v in parse_qs(query).items()}
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if endpoint and "endpoint_override" not in options:
@@ -47,10 +72,38 @@ def _s3(query: str, probe: bool) -> pafs.S3FileSystem:
         endpoint_override=options.get("endpoint_override"),
         scheme=options.get("scheme", "https"),
         region=region,
-        connect_timeout=1.0 if probe else 5.0,
-        request_timeout=2.0 if probe else 60.0,
-        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=1 if probe else 5),
+        connect_timeout=min(5.0, silence_s),
+        request_timeout=silence_s,  # without a byte either way
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=attempts),
+        background_writes=True,  # without it, or with allow_delayed_open, an upload that failed is closed into a cut object
     )
+
+
+def _patience(budget_s: float) -> tuple[int, float]:
+    """Attempts at one request, and the seconds of silence that each may last: all of them take less than half the budget.
+
+    The SDK repeats single requests, so that one fault does not undo a large upload (it pauses up to 1 s, then up to 2 s);
+    `Location.attempt` repeats whole operations.
+    """
+    return (3 if budget_s >= 24 else 2 if budget_s >= 6 else 1), max(1.0, budget_s / 8)
+
+
+def diagnose(error: OSError) -> str:
+    """What an error means: `refused`, `missing`, `hopeless`, `fault` (of the store, so worth a retry) or `content`.
+
+    pyarrow has one class for all of them. Whatever its S3 client says names AWS or S3, whatever the operating system says
+    has a number; an OSError without either is a Parquet or codec library's, about the bytes.
+    """
+    _, mark, answer = str(error).rpartition("AWS Error")  # before it stand the names of key and bucket
+    words = re.sub(r"[^a-z0-9]", "", answer.lower())
+    if isinstance(error, FileNotFoundError) or any(word in words for word in MISSING):
+        return "missing"
+    if isinstance(error, PermissionError) or any(word in words for word in REFUSED):
+        return "refused"
+    if not any(word in words for word in DAMAGED_ON_THE_WAY) and any(word in words for word in HOPELESS):
+        return "hopeless"
+    known = mark or "S3 bucket" in answer or error.errno is not None or isinstance(error, (TimeoutError, ConnectionError))
+    return "fault" if known else "content"
 
 
 @dataclass(frozen=True)
@@ -77,7 +130,7 @@ class Location:
 
     @property
     def fs(self) -> pafs.FileSystem:
-        return _s3(self.query, False) if self.is_s3 else pafs.LocalFileSystem()
+        return _s3(self.query, *_patience(retry_budget())) if self.is_s3 else pafs.LocalFileSystem()
 
     @property
     def path(self) -> str:
@@ -106,20 +159,20 @@ class Location:
 
     def open(self) -> pa.NativeFile:
         """A random-access, read-only file; FileNotFoundError if there is none."""
-        return self._call(lambda: self.fs.open_input_file(self.path))
+        return self.attempt(lambda: self.fs.open_input_file(self.path))
 
     def exists(self) -> bool:
-        return self._call(lambda: self.fs.get_file_info(self.path)).type != pafs.FileType.NotFound
+        return self.attempt(lambda: self.fs.get_file_info(self.path)).type != pafs.FileType.NotFound
 
     def read(self) -> bytes:
         def get() -> bytes:
             with self.fs.open_input_file(self.path) as f:
                 return f.read()
 
-        return self._call(get)
+        return self.attempt(get)
 
     def write(self, data: bytes) -> None:
-        self._call(lambda: self._put(lambda out: out.write(data)))
+        self._send(lambda out: out.write(data), len(data))
 
     def upload(self, local: Path) -> None:
         """Copies a local file here."""
@@ -129,7 +182,10 @@ class Location:
                 while block := f.read(16 << 20):
                     out.write(block)
 
-        self._call(lambda: self._put(copy))
+        self._send(copy, local.stat().st_size)
+
+    def _send(self, fill: Callable[[pa.NativeFile], object], size: int) -> None:
+        self.attempt(lambda: self._put(fill), retry_budget() + size / UPLOAD_BYTES_PER_S)
 
     def _put(self, fill: Callable[[pa.NativeFile], object]) -> None:
         if self.is_s3:  # an object appears whole, when its upload completes
@@ -148,12 +204,12 @@ class Location:
     def files(self) -> list[tuple[str, int]]:
         """All files below this folder as (path relative to it, bytes), sorted; empty if there is no such folder."""
         selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)
-        found = self._call(lambda: self.fs.get_file_info(selector))
+        found = self.attempt(lambda: self.fs.get_file_info(selector))
         return sorted((i.path[len(self.path) + 1 :], i.size) for i in found if i.type == pafs.FileType.File)
 
     def folders(self) -> list[str]:
         """Names of the folders directly below, sorted."""
-        found = self._call(lambda: self.fs.get_file_info(pafs.FileSelector(self.path, allow_not_found=True)))
+        found = self.attempt(lambda: self.fs.get_file_info(pafs.FileSelector(self.path, allow_not_found=True)))
         return sorted(i.base_name for i in found if i.type == pafs.FileType.Directory)
 
     def delete(self) -> None:
@@ -166,37 +222,45 @@ class Location:
             elif kind == pafs.FileType.File:
                 self.fs.delete_file(self.path)
 
-        self._call(remove)
+        self.attempt(remove)
 
     def probe(self) -> None:
         """One quick request: StorageError within seconds if the store is out of reach, refuses us, or lacks the bucket."""
         if not self.is_s3:
-            self._call(lambda: self.fs.get_file_info(self.path), budget_s=0)
+            self.attempt(lambda: self.fs.get_file_info(self.path), budget_s=0)
             return
         bucket = self.path.split("/", 1)[0]
-        if self._call(lambda: _s3(self.query, True).get_file_info(bucket), budget_s=0).type == pafs.FileType.NotFound:
+        if self.attempt(lambda: _s3(self.query, 1, 2.0).get_file_info(bucket), budget_s=0).type == pafs.FileType.NotFound:
             raise StorageError(f"{self.uri}: there is no bucket {bucket!r}; make it, or check the name and the endpoint")
 
-    def _call(self, operation: Callable[[], T], budget_s: float = RETRY_BUDGET_S) -> T:
-        deadline, attempt = time.monotonic() + budget_s, 0
+    def attempt(self, operation: Callable[[], T], budget_s: float | None = None) -> T:
+        """Runs an operation on this place, such as reading a row group, again and again while the store fails.
+
+        It must be one that may be repeated from its start. FileNotFoundError, and whatever is wrong with the content, pass
+        through at once and unchanged. No attempt begins that would end beyond the budget if it took as long as the last.
+        """
+        start, failures = time.monotonic(), 0
+        deadline = start + (retry_budget() if budget_s is None else budget_s)
         while True:
+            begun = time.monotonic()
             try:
                 return operation()
-            except FileNotFoundError:
-                raise
             except (FileExistsError, NotADirectoryError, IsADirectoryError) as e:
                 raise StorageError(f"{self.uri}: a file lies where a folder is needed, or a folder where a file is") from e
             except OSError as e:
-                reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+                meaning, now = diagnose(e), time.monotonic()
+                if meaning == "content" or isinstance(e, FileNotFoundError):
+                    raise
+                if meaning == "missing":
+                    raise FileNotFoundError(self.uri) from e
                 if not self.is_s3 and Path(self.path).is_dir():
                     raise StorageError(f"{self.uri}: is a folder, not a file") from e
-                if isinstance(e, PermissionError) or any(word in reason.lower() for word in REFUSED):
-                    raise StorageError(
-                        f"{self.uri}: access refused; check the credentials and the bucket policy ({reason})"
-                    ) from e
-                wait = min(8.0, 0.2 * 2**attempt) * random.uniform(0.5, 1.5)
-                if time.monotonic() + wait > deadline:
-                    raise StorageError(f"{self.uri}: storage failed for {budget_s:.0f} s: {reason}") from e
+                reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+                if meaning in FINAL:
+                    raise StorageError(f"{self.uri}: {FINAL[meaning]} ({reason})") from e
+                wait = min(8.0, 0.2 * 2**failures) * random.uniform(0.5, 1.5)
+                if now + wait + (now - begun) > deadline:
+                    raise StorageError(f"{self.uri}: storage failed for {now - start:.0f} s: {reason}") from e
                 log.warning("%s: %s; retrying in %.1f s", self.uri, reason, wait)
                 time.sleep(wait)
-                attempt += 1
+                failures += 1

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from heliostat.data import manifest
 from heliostat.data.dataset import DataPlan, Dataset, open_dataset, plan, split
-from heliostat.data.order import Shape, choose_shape
+from heliostat.data.mixing import Shape, choose_shape
 from heliostat.errors import ConfigError, DataError
 from heliostat.spec import Job
 from heliostat.storage import Location
@@ -36,7 +36,8 @@ def make_plan(*sources: manifest.Manifest, seed: int = 5, held: float = 0.1) -> 
     return DataPlan(
         uris=tuple(str(s.location) for s in sources),
         digests=tuple(s.digest for s in sources),
-        weights=tuple(1.0 + i for i in range(len(sources))),
+        mix=((0, tuple(1.0 + i for i in range(len(sources)))),),
+        max_epochs=(None,) * len(sources),
         sequence_length=LENGTH,
         seed=seed,
         held_fraction=held,
@@ -133,7 +134,7 @@ def test_a_plan_survives_json_and_names_the_sequence(tmp_path):
     assert moved.digest == made.digest and made.differences(moved) == []
     others = [
         dataclasses.replace(made, digests=("0", "1")),
-        dataclasses.replace(made, weights=(1.0, 3.0)),
+        dataclasses.replace(made, mix=((0, (1.0, 3.0)),)),
         dataclasses.replace(made, sequence_length=17),
         dataclasses.replace(made, seed=6),
         dataclasses.replace(made, held_fraction=0.2),
@@ -146,7 +147,7 @@ def test_a_plan_survives_json_and_names_the_sequence(tmp_path):
     ("change", "line"),
     [
         ({"seed": 6}, "data.seed: 5 -> 6"),
-        ({"weights": (2.0,)}, "data.sources weights: [1.0] -> [2.0]"),
+        ({"mix": ((0, (2.0,)),)}, "data.sources weights and data.mix_schedule, as [step, weights]: [[0, [1.0]]] -> [[0, [2.0]]]"),
         ({"sequence_length": 32}, "data.sequence_length: 16 -> 32"),
         ({"held_fraction": 0.0}, "evaluate.fraction: 0.1 -> 0.0"),
         ({"digests": ("b",)}, "the datasets' content: ['a'] -> ['b']"),
@@ -158,7 +159,7 @@ def test_a_plan_survives_json_and_names_the_sequence(tmp_path):
 )
 def test_differences_name_what_changed(change, line):
     """One line in the job file's words for each change, and nothing else; both lines when two things changed."""
-    made = DataPlan(("x",), ("a",), (1.0,), LENGTH, 5, 0.1, Shape(8, 4, 2, 32))
+    made = DataPlan(("x",), ("a",), ((0, (1.0,)),), (None,), LENGTH, 5, 0.1, Shape(8, 4, 2, 32))
     other = dataclasses.replace(made, **change)
     assert made.differences(other) == [line]
     assert made.differences(made) == []
@@ -213,3 +214,106 @@ def test_an_open_dataset_is_kept(tmp_path):
     """Fetch tasks run many times in a process: equal plans share one Dataset."""
     made = make_plan(make_dataset(tmp_path / "a", 1))
     assert open_dataset(made) is open_dataset(DataPlan.parse(made.dump()))
+
+
+def damage(file: Path, group: int) -> None:
+    """Turns a bit in the middle of a row group's page."""
+    column = pq.ParquetFile(file).metadata.row_group(group).column(0)
+    raw = bytearray(file.read_bytes())
+    raw[column.data_page_offset + column.total_compressed_size // 2] ^= 1
+    file.write_bytes(bytes(raw))
+
+
+@pytest.fixture
+def damaged(tmp_path) -> tuple[Dataset, Dataset]:
+    """A dataset of two sources, and the same with one row group of the first source damaged."""
+    for name in ("whole", "broken"):
+        sources = [make_dataset(tmp_path / name / s, seed) for s, seed in (("a", 1), ("b", 2))]
+    broken = Dataset(make_plan(*sources))
+    damage(tmp_path / "broken" / "a" / "shards" / "1.parquet", 0)
+    whole = [manifest.read(Location(str(tmp_path / "whole" / s))) for s in "ab"]
+    return Dataset(make_plan(*whole)), broken
+
+
+def test_bad_samples_are_replaced_by_good_ones_of_their_source_and_window(damaged):
+    """Every sample of a damaged chunk, and no other, is replaced; the rest keep their contents; the list says what was done."""
+    whole, broken = damaged
+    positions = np.arange(3 * int(whole.order.epoch_samples.sum()))
+    expected, got = whole.load(positions), broken.load(positions)
+    replaced = {b.position: b for b in got.bad}
+    chunk = {(b.source, b.chunk) for b in got.bad}
+    planned = broken.order.locate(positions)
+    assert len(chunk) == 1 and not expected.bad
+    hit = [i for i in range(len(positions)) if (int(planned.source[i]), int(planned.chunk[i])) in chunk]
+    assert sorted(replaced) == hit and hit
+    for i in positions.tolist():
+        if i not in replaced:
+            assert np.array_equal(got.content[i], expected.content[i])
+            continue
+        by = replaced[i].by
+        assert by[:2] not in chunk and by == (got.samples.source[i], got.samples.chunk[i], got.samples.row[i])
+        assert got.content[i].tolist() == naive(broken.sources[by[0]], by[1], by[2])
+        window = slice(*broken.order.window_at(i)[1:])
+        assert by in set(zip(planned.source[window].tolist(), planned.chunk[window].tolist(), planned.row[window].tolist(),
+                             strict=True))  # fmt: skip
+
+
+def test_the_replacement_does_not_depend_on_what_is_read_together(damaged):
+    """A resumed run reads part of a window, and takes the same samples."""
+    _, broken = damaged
+    positions = np.arange(int(broken.order.epoch_samples.sum()))
+    whole = broken.load(positions)
+    for start in range(0, len(positions), 7):
+        part = broken.load(positions[start : start + 23])
+        assert np.array_equal(part.content, whole.content[start : start + 23])
+        assert np.array_equal(part.samples.chunk, whole.samples.chunk[start : start + 23])
+
+
+def test_bad_samples_can_be_refused(damaged):
+    """on_bad_sample: fail names the shard and the row group."""
+    with pytest.raises(DataError, match=r"a/shards/1\.parquet: row group 0: cannot be read .*on_bad_sample"):
+        damaged[1].load(np.arange(3 * int(damaged[1].order.epoch_samples.sum())), replace=False)
+
+
+def test_a_token_outside_the_vocabulary_makes_its_own_sample_bad(tmp_path):
+    """It would crash the embedding: replaced like any other, and only it."""
+    source = make_dataset(tmp_path / "a", 1)
+    rows = source.chunks.to_pylist()
+    made = manifest.write(source.location, rows, {"kind": "tokens", "vocab_size": 59_000})
+    data = Dataset(make_plan(made))
+    found = data.load(np.arange(int(data.order.epoch_samples[0])))
+    assert found.content.max() < 59_000 and found.bad
+    for b in found.bad:
+        assert max(naive(made, b.chunk, b.row)) >= 59_000 and "outside the vocabulary of 59000" in b.reason
+
+
+def test_nothing_to_replace_with_is_an_error(tmp_path):
+    """A window of bad samples only names one of them."""
+    source = make_dataset(tmp_path / "a", 1, shards=1)
+    data = Dataset(make_plan(source))
+    file = tmp_path / "a" / "shards" / "0.parquet"
+    for group in range(pq.ParquetFile(file).num_row_groups):
+        damage(file, group)
+    with pytest.raises(DataError, match="no sample near it in the order is good either"):
+        data.load(np.arange(40))
+
+
+def test_a_resumed_run_stays_on_its_version_of_the_dataset(tmp_path):
+    """Shards that were added later change nothing for a plan that names the older digest."""
+    old = make_dataset(tmp_path / "a", 1)
+    made = make_plan(old)
+    before = Dataset(made).read(Dataset(made).order.locate(np.arange(50)))
+    manifest.write(old.location, old.chunks.to_pylist()[:5], {"kind": "tokens"})
+    assert np.array_equal(before, Dataset(made).read(Dataset(made).order.locate(np.arange(50))))
+
+
+def test_a_change_of_data_starts_a_new_sequence_with_the_weights_of_its_step(tmp_path):
+    """From the step of the change; changes of weights that have happened are not planned again."""
+    source = make_dataset(tmp_path / "a", 1)
+    schedule = {"data.mix_schedule": [{"step": 10, "weights": [2.0]}, {"step": 30, "weights": [3.0]}]}
+    first = plan_of(source, **schedule)
+    assert first.mix == ((0, (1.0,)), (10, (2.0,)), (30, (3.0,)))
+    made: Job = job(**{"data.sources.0.path": str(source.location), "data.sequence_length": LENGTH, **schedule})
+    later = plan(made, [source], first, first_step=20)
+    assert later.first_step == 20 and later.mix == ((20, (2.0,)), (30, (3.0,)))
+    assert plan(made, [source], later) == later

@@ -1,12 +1,14 @@
 """The order of samples: a pure function of (chunk sizes, weights, seed, step). Properties over many random orders."""
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
-from heliostat.data import order
-from heliostat.data.order import Mixture, Order, Samples, Shape, Split, choose_shape, hold_out, permutation, stride_pattern
-from heliostat.errors import ConfigError
+from heliostat.data import mixing, order
+from heliostat.data.mixing import Mixture, Shape, choose_shape, stride_pattern
+from heliostat.data.order import Order, Samples, Split, hold_out, permutation
+from heliostat.errors import ConfigError, DataError
 
 SEEDS = range(40)
 WEIGHTS = ([1.0], [1.0, 1.0], [0.7, 0.3], [3.0, 2.0, 1.0], [0.05, 0.9, 0.05], [1.0, 1e-2], [0.123, 0.456, 0.421, 2.0])
@@ -37,7 +39,7 @@ def random_order(seed: int, weights: list[float] | None = None) -> Order:
     splits = [split_of(rng, int(rng.integers(1, 12)), float(rng.choice([0.0, 0.1, 0.3]))) for _ in weights]
     lanes, per_lane, superstep = (int(n) for n in rng.integers(1, 6, 3))
     envelope = per_lane * superstep
-    return Order(splits, weights, seed, Shape(lanes * per_lane, lanes, superstep, envelope * int(rng.integers(1, 8))))
+    return Order(splits, [(0, weights)], seed, Shape(lanes * per_lane, lanes, superstep, envelope * int(rng.integers(1, 8))))
 
 
 def rows(samples: Samples) -> np.ndarray:
@@ -64,8 +66,8 @@ def test_every_sample_comes_exactly_once_an_epoch(seed):
     """Each finished epoch of each source is a permutation of its training samples, wherever windows end."""
     o = random_order(seed)
     epochs = 3
-    size = int(max(epochs * n / share for n, share in zip(o.epoch_samples, o.mixture.before[:, -1], strict=True)) + 2)
-    found = rows(o.locate(np.arange(size * len(o.mixture.pattern))))
+    size = int(max(epochs * n / share for n, share in zip(o.epoch_samples, o.sections[0].mixture.before[:, -1], strict=True)) + 2)
+    found = rows(o.locate(np.arange(size * len(o.sections[0].mixture.pattern))))
     for s, split in enumerate(o.splits):
         mine = found[found[:, 0] == s]
         assert np.all(np.diff(mine[:, 1]) >= 0), "an epoch began before the one before it ended"
@@ -138,13 +140,13 @@ def test_a_window_holds_the_samples_of_its_stretch_of_the_stream(seed):
     window = o.shape.window
     for number in range(6):
         found = o.locate(np.arange(number * window, (number + 1) * window))
-        first, last = o.mixture.counts(np.array([number * window, (number + 1) * window])).T
+        first, last = o.sections[0].mixture.counts(np.array([number * window, (number + 1) * window])).T
         for s, split in enumerate(o.splits):
             mine = found.source == s
             expected: set[tuple[int, int]] = set()
             for index in range(first[s], last[s]):
                 epoch, place = divmod(index, int(o.epoch_samples[s]))
-                chunks = permutation(len(split.train), o.seed, order.CHUNKS, s, epoch)
+                chunks = permutation(len(split.train), *o.key, order.CHUNKS, s, epoch)
                 expected.add((epoch, int(chunks[np.searchsorted(np.cumsum(split.train[chunks]), place, side="right")])))
             assert set(zip(found.epoch[mine].tolist(), found.chunk[mine].tolist(), strict=True)) == expected
 
@@ -176,7 +178,7 @@ def test_different_seeds_and_epochs_give_different_orders():
     """No two of 20 seeds, and no two of 5 epochs of a run, order the samples alike."""
     split = hold_out(np.full(10, 20), np.arange(10).astype(np.uint64), 0.0)
     shape = Shape(10, 2, 5, 50)
-    orders = [rows(Order([split], [1.0], seed, shape).locate(np.arange(1000)))[:, 2:] for seed in range(20)]
+    orders = [rows(Order([split], [(0, [1.0])], seed, shape).locate(np.arange(1000)))[:, 2:] for seed in range(20)]
     assert len({o.tobytes() for o in orders}) == 20
     assert len({epoch.tobytes() for epoch in orders[0].reshape(5, 200, 2)}) == 5
 
@@ -189,7 +191,7 @@ def test_the_order_is_the_one_that_it_always_was():
     ]
     assert [s.held.tolist() for s in splits] == GOLDEN_HELD
     assert [s.start.tolist() for s in splits] == GOLDEN_START
-    o = Order(splits, [2.0, 1.0], 17, Shape(4, 2, 2, 8))
+    o = Order(splits, [(0, [2.0, 1.0])], 17, Shape(4, 2, 2, 8))
     assert rows(o.locate(np.arange(24))).tolist() == GOLDEN_ORDER
     assert o.step(3).tolist() == [[10, 11], [14, 15]]
     assert stride_pattern([5.0, 2.0, 1.0]).tolist() == GOLDEN_PATTERN
@@ -233,7 +235,7 @@ def test_held_out_evaluation_does_not_depend_on_the_seed_or_the_shape():
     """The evaluation set is the same for every data seed, batch and number of lanes."""
     for seed in SEEDS:
         o = random_order(seed)
-        other = Order(o.splits, WEIGHTS[seed % len(WEIGHTS)], seed + 1000, Shape(7, 7, 3, 6))
+        other = Order(o.splits, [(0, WEIGHTS[seed % len(WEIGHTS)])], seed + 1000, Shape(7, 7, 3, 6))
         assert np.array_equal(rows(o.held_out(50)), rows(other.held_out(50)))
 
 
@@ -253,7 +255,7 @@ def test_sources_are_mixed_exactly_over_a_period_and_within_one_percent_of_any_t
 def test_held_out_evaluation_is_spread_over_the_dataset():
     """A few samples come from all of the dataset, not from its first chunks, and from the sources by weight."""
     splits = [hold_out(np.full(500, 40), order.hash64(np.arange(s, 500 + s)), 0.1) for s in (0, 999)]
-    found = Order(splits, [3.0, 1.0], 0, Shape(1, 1, 1, 1)).held_out(200)
+    found = Order(splits, [(0, [3.0, 1.0])], 0, Shape(1, 1, 1, 1)).held_out(200)
     assert np.bincount(found.source).tolist() == [150, 50]
     for s, count in ((0, 150), (1, 50)):
         tenths = np.bincount(found.chunk[found.source == s] // 50, minlength=10)
@@ -287,7 +289,7 @@ def test_a_source_without_training_samples_is_refused():
     """An empty source would be asked for samples for ever; the error names it."""
     good, empty = (hold_out(np.array(n), np.zeros(2, np.uint64), 0.0) for n in ([3, 4], [0, 0]))
     with pytest.raises(ConfigError, match=r"data\.sources\.1: holds no training sample"):
-        Order([good, empty], [1.0, 1.0], 0, Shape(1, 1, 1, 1))
+        Order([good, empty], [(0, [1.0, 1.0])], 0, Shape(1, 1, 1, 1))
 
 
 def test_the_shape_that_is_chosen_is_sound():
@@ -300,7 +302,113 @@ def test_the_shape_that_is_chosen_is_sound():
         shape = choose_shape(lanes * per_lane, lanes, sample_bytes, window)
         assert (shape.batch, shape.lanes, shape.per_lane) == (lanes * per_lane, lanes, per_lane)
         assert shape.window % shape.envelope == 0 and shape.envelope == shape.superstep * per_lane
-        assert 1 <= shape.superstep <= order.MAX_SUPERSTEP
-        assert shape.superstep == 1 or shape.envelope * sample_bytes <= order.ENVELOPE_BYTES
-        wanted = window or order.WINDOW_BYTES // sample_bytes
+        assert 1 <= shape.superstep <= mixing.MAX_SUPERSTEP
+        assert shape.superstep == 1 or shape.envelope * sample_bytes <= mixing.ENVELOPE_BYTES
+        wanted = window or mixing.WINDOW_BYTES // sample_bytes
         assert wanted <= shape.window < max(wanted, 1) + shape.envelope
+
+
+def changing_order(seed: int) -> Order:
+    """Weights that change at odd steps, some to zero, and sources that may be used up."""
+    rng = np.random.default_rng(seed)
+    sources = int(rng.integers(1, 4))
+    splits = [split_of(rng, int(rng.integers(1, 12)), 0.1) for _ in range(sources)]
+    starts = np.cumsum(rng.integers(1, 30, int(rng.integers(1, 5))))
+    first = int(rng.integers(0, 50))
+    mix = []
+    for start in [0, *starts]:
+        weights = rng.choice([0.0, 1.0, 2.0, 0.5], sources)
+        weights[rng.integers(0, sources)] = 1.0
+        mix.append((first + int(start), weights.tolist()))
+    epochs = [None if rng.random() < 0.5 else float(rng.choice([0.5, 1, 2, 3.5])) for _ in splits]
+    epochs[0] = None if rng.random() < 0.7 else 4.0
+    lanes, per_lane, superstep = (int(n) for n in rng.integers(1, 4, 3))
+    envelope = per_lane * superstep
+    shape = Shape(lanes * per_lane, lanes, superstep, envelope * int(rng.integers(1, 8)))
+    return Order(splits, mix, seed, shape, epochs)
+
+
+def last_step(o: Order) -> int:
+    """Where the data runs out, or else where a window starts, so that no window is cut."""
+    if o.runs_out is not None:
+        return o.runs_out
+    step = o.sections[-1].first_step + 40
+    while (inside := o.superstep(step)).first_step != step or o.envelopes(o.window_of(inside.envelope))[0] != inside.envelope:
+        step += 1
+    return step
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_steps_use_every_position_once_however_weights_change(seed):
+    """Supersteps tile the steps and the positions; envelopes and windows tile the positions in order."""
+    o = changing_order(seed)
+    first, last = o.sections[0].first_step, last_step(o)
+    step, position, envelope = first, 0, 0
+    while step < last:
+        inside = o.superstep(step)
+        assert (inside.first_step, inside.begin, inside.envelope) == (step, position, envelope)
+        found = np.concatenate([o.step(t) for t in range(step, step + inside.steps)], axis=1)
+        assert np.array_equal(np.sort(found.ravel()), np.arange(inside.begin, inside.end))
+        for lane in range(o.shape.lanes):
+            assert np.array_equal(found[lane], o.envelope(envelope + lane))
+            window = o.window_of(envelope + lane)
+            assert envelope + lane in o.envelopes(window)
+            assert {o.window_at(int(p))[0] for p in found[lane]} == {window}
+        step, position, envelope = step + inside.steps, inside.end, envelope + o.shape.lanes
+    windows = [o.envelopes(w) for w in range(o.window_of(envelope - 1))]
+    assert [e for w in windows for e in w] == list(range(sum(len(w) for w in windows)))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_change_of_weights_falls_on_its_step_and_no_sample_is_lost_or_repeated(seed):
+    """A step uses only sources that its weights name; each source's epochs are complete and exact; caps are kept."""
+    o = changing_order(seed)
+    first, last = o.sections[0].first_step, last_step(o)
+    sections = {s.first_step: s for s in o.sections}
+    current, seen = o.sections[0], [np.zeros((0, 4), np.int64)]
+    for step in range(first, last):
+        current = sections.get(step, current)
+        found = rows(o.locate(o.step(step).ravel()))
+        assert set(found[:, 0]) <= set(current.mixture.pattern.tolist())
+        seen.append(found)
+    every = np.concatenate(seen)
+    assert len(np.unique(every, axis=0)) == len(every)
+    taken = np.bincount(every[:, 0], minlength=len(o.splits))
+    assert np.array_equal(taken, o.consumed(last) if last != o.runs_out else taken)
+    for s, split in enumerate(o.splits):
+        mine = every[every[:, 0] == s]
+        for epoch in range(int(taken[s] // o.epoch_samples[s])):
+            assert {tuple(r) for r in mine[mine[:, 1] == epoch][:, 2:].tolist()} == training_rows(split)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_capped_source_gives_its_epochs_and_no_more(seed):
+    """Never above the cap; what a capped source leaves over is less than a step; the others go on."""
+    rng = np.random.default_rng(seed)
+    splits = [split_of(rng, 5, 0.0), split_of(rng, 3, 0.0)]
+    cap = float(rng.choice([0.5, 1, 2]))
+    shape = Shape(4, 2, int(rng.integers(1, 5)), 0)
+    shape = dataclasses.replace(shape, window=3 * shape.envelope)
+    o = Order(splits, [(0, [1.0, 2.0])], seed, shape, [None, cap])
+    used = int((o.locate(np.arange(8 * int(o.epoch_samples.sum()))).source == 1).sum())
+    assert cap * o.epoch_samples[1] - shape.batch < used <= cap * o.epoch_samples[1]
+    assert o.runs_out is None
+    both = Order(splits, [(0, [1.0, 2.0])], seed, shape, [1.0, cap])
+    assert both.runs_out is not None and both.runs_out * shape.batch <= o.epoch_samples[0] + cap * o.epoch_samples[1]
+    with pytest.raises(DataError, match=f"runs out at step {both.runs_out}"):
+        both.step(both.runs_out)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_planning_more_never_changes_earlier_steps(seed):
+    """A cap that is reached later, or a change of weights after them, leaves whole windows as they were."""
+    splits = changing_order(seed).splits
+    even, shape = [1.0] * len(splits), Shape(6, 3, 2, 12)
+    mix = [(0, even), (9, [2.0, *even[1:]])]
+    o = Order(splits, mix, seed, shape)
+    longer = Order(splits, [*mix, (60, [1.0, *[0.0] * (len(splits) - 1)])], seed, shape, [1e6] * len(splits))
+    windows = o.window_of(o.superstep(57).envelope)
+    before = [s for s in range(57) if o.window_of(o.superstep(s).envelope + shape.lanes - 1) < windows]
+    assert len(before) > 40
+    for step in before:
+        assert np.array_equal(rows(o.locate(o.step(step).ravel())), rows(longer.locate(longer.step(step).ravel())))

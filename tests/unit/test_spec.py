@@ -208,3 +208,27 @@ def test_a_pretrained_folder_is_found_from_the_workspace():
     """Workers run in other folders, so the path must not stay relative."""
     resolved = spec.resolve(job(**{"model": {"pretrained": "models/x"}}))
     assert resolved.model["pretrained"] == str(Path.cwd() / "models/x")
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"data.mix_schedule": [{"step": 5, "weights": [1.0, 2.0]}]},
+         "data.mix_schedule.0.weights: 2 given, one for each of the 1 sources wanted"),
+        ({"data.mix_schedule": [{"step": 5, "weights": [1.0]}, {"step": 5, "weights": [2.0]}]},
+         "data.mix_schedule.1.step: 5 must be above 5; list the changes in the order of their steps"),
+        ({"data.mix_schedule": [{"step": 5, "weights": [0.0]}]}, "data.mix_schedule.0.weights: all weights are 0"),
+        ({"data.sources": [{"path": "a"}, {"path": "b", "weight": 0}]},
+         "data.sources.1.weight: is 0 from the first step to the last; remove the source, or give it a weight"),
+    ],
+)  # fmt: skip
+def test_a_mix_that_makes_no_sense_is_refused(changes, line):
+    """One line that names the entry, its value and the fix."""
+    assert faults(**changes) == [line]
+
+
+def test_a_source_may_come_later():
+    """Weight 0 at the start is right when the schedule gives the source a weight."""
+    made = job(**{"data.sources": [{"path": "a"}, {"path": "b", "weight": 0}], "data.memory_limit": "512MiB",
+                  "data.mix_schedule": [{"step": 5, "weights": [1.0, 1.0]}]})  # fmt: skip
+    assert made.data.mix_schedule[0].weights == [1.0, 1.0] and made.data.memory_limit == 512 << 20

@@ -9,9 +9,11 @@ import threading
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from heliostat import errors, storage
-from heliostat.errors import ConfigError, HeliostatError, StorageError
+from heliostat.errors import ConfigError, DataError, HeliostatError, StorageError
 from heliostat.storage import Location
 
 ALL_ERRORS = [e for _, e in inspect.getmembers(errors, inspect.isclass) if issubclass(e, HeliostatError)]
@@ -211,45 +213,173 @@ def no_sleep(monkeypatch) -> list[float]:
     return waits
 
 
-def test_transient_failures_are_retried_with_growing_waits_within_the_budget(no_sleep):
-    """Failures then success: the result. Failures for ever: StorageError before the budget is exceeded."""
-    failures = iter([OSError("throttled"), OSError("reset"), TimeoutError("slow")])
+HEAD = "When reading information for key 'forbidden/access_denied' in bucket 'b': AWS Error {} during HeadObject operation: {}"
+# what pyarrow says when a store does these things
+FAULTS = [
+    OSError(HEAD.format("UNKNOWN (HTTP status 503)", "No response body.")),
+    OSError(HEAD.format("UNKNOWN (HTTP status 429)", "No response body.")),
+    OSError(HEAD.format("SLOW_DOWN", "Please reduce your request rate.")),
+    OSError(HEAD.format("NETWORK_CONNECTION", "curlCode: 7, Couldn't connect to server")),
+    OSError("AWS Error NETWORK_CONNECTION during GetObject operation: curlCode: 56, Failure when receiving data from the peer"),
+    OSError("AWS Error NETWORK_CONNECTION during GetObject operation: curlCode: 18, Transferred a partial file"),
+    OSError("AWS Error INTERNAL_FAILURE during GetObject operation: "),
+    OSError("When uploading part for key 'it's' in bucket 'b': AWS Error NO_SUCH_UPLOAD during UploadPart operation: can't"),
+    OSError(
+        "AWS Error UNKNOWN (HTTP status 400) during PutObject operation: Unable to parse ExceptionName: BadDigest Message: x"
+    ),
+    OSError("Got the following 1 errors when deleting objects in S3 bucket 'b':\n- key 'x': Please reduce your request rate."),
+    OSError(5, "Input/output error"),
+    TimeoutError("timed out"),
+    ConnectionResetError("reset"),
+]
+REFUSED = [
+    PermissionError(13, "Permission denied"),
+    OSError(HEAD.format("ACCESS_DENIED", "No response body.")),
+    OSError("AWS Error INVALID_ACCESS_KEY_ID during ListObjectsV2 operation: The AWS Access Key Id does not exist"),
+    OSError("AWS Error SIGNATURE_DOES_NOT_MATCH during PutObject operation: "),
+    OSError("AWS Error UNKNOWN (HTTP status 403) during PutObject operation: Unable to parse ExceptionName: QuotaExceeded"),
+    OSError(
+        "AWS Error UNKNOWN (HTTP status 400) during GetObject operation: Unable to parse ExceptionName: ExpiredToken Message: x"
+    ),
+    OSError("Got the following 1 errors when deleting objects in S3 bucket 'b':\n- key 'x': Access Denied"),
+]
+HOPELESS = [
+    OSError(
+        "When uploading object with key 'x' in bucket 'b': AWS Error NO_SUCH_BUCKET during PutObject operation: no such bucket"
+    ),
+    OSError(HEAD.format("UNKNOWN (HTTP status 400)", "No response body.")),
+    OSError(HEAD.format("UNKNOWN (HTTP status 301)", "No response body.")),
+]
 
-    def sometimes() -> str:
-        for e in failures:
-            raise e
-        return "done"
 
-    assert Location("s3://b/k")._call(sometimes) == "done" and len(no_sleep) == 3
-    no_sleep.clear()
+def fail_with(*errors: Exception, then: str = "done"):
+    """An operation that raises these in turn, and then has a result."""
+    left = list(errors)
+
+    def operation() -> str:
+        if left:
+            raise left.pop(0)
+        return then
+
+    return operation
+
+
+def test_a_failing_store_is_asked_again_with_growing_waits(no_sleep):
+    """Whatever way a store fails, it is asked again: the result comes, after one wait for each failure."""
+    assert Location("s3://b/k").attempt(fail_with(*FAULTS[:8])) == "done" and len(no_sleep) == 8
+    assert sum(no_sleep[:3]) < sum(no_sleep[-3:]) and max(no_sleep) <= 12
+    for error in FAULTS:
+        no_sleep.clear()
+        assert Location("s3://b/k").attempt(fail_with(error)) == "done" and len(no_sleep) == 1, error
+
+
+@pytest.mark.parametrize("budget", [None, "5", "0", "1.5", "300"])
+def test_a_store_that_fails_for_ever_is_an_error_within_the_budget(no_sleep, monkeypatch, budget):
+    """StorageError with the place, the time and the first line of the reason, before the budget is exceeded."""
+    if budget is None:
+        monkeypatch.delenv(storage.BUDGET, raising=False)
+    else:
+        monkeypatch.setenv(storage.BUDGET, budget)
 
     def never() -> None:
-        raise OSError("still down\nwith details")
+        raise OSError("AWS Error SLOW_DOWN during GetObject operation: still down\nwith details")
 
-    with pytest.raises(StorageError, match=r"s3://b/k: storage failed for 60 s: still down$") as e:
-        Location("s3://b/k")._call(never)
+    with pytest.raises(StorageError, match=r"^s3://b/k: storage failed for \d+ s: AWS Error SLOW_DOWN.*: still down$") as e:
+        Location("s3://b/k").attempt(never)
     assert isinstance(e.value.__cause__, OSError)
-    assert 30 < sum(no_sleep) <= storage.RETRY_BUDGET_S and max(no_sleep) <= 12
-    assert sum(no_sleep[:3]) < sum(no_sleep[-3:])
+    assert float(budget or 60) / 2 <= sum(no_sleep) + 0.3 and sum(no_sleep) <= float(budget or 60)
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        PermissionError(13, "Permission denied"),
-        OSError("AWS Error ACCESS_DENIED during HeadObject"),
-        OSError("InvalidAccessKeyId"),
-    ],
-)
+def test_no_attempt_begins_that_would_end_beyond_the_budget(no_sleep, monkeypatch):
+    """Attempts that take 25 s each: two in a minute, not three."""
+    monkeypatch.setenv(storage.BUDGET, "60")
+    begun = []
+
+    def slow() -> None:
+        begun.append(sum(no_sleep))
+        no_sleep.append(25)
+        raise TimeoutError("no answer")
+
+    with pytest.raises(StorageError, match="no answer"):
+        Location("s3://b/k").attempt(slow)
+    assert len(begun) == 2 and sum(no_sleep) < 60
+
+
+@pytest.mark.parametrize("budget", ["a minute", "-1", "nan", "inf", ""])
+def test_a_budget_that_is_no_number_is_refused(monkeypatch, budget):
+    """The variable, its value and the fix."""
+    monkeypatch.setenv(storage.BUDGET, budget)
+    with pytest.raises(ConfigError, match=f"HELIOSTAT_RETRY_BUDGET_S: '{budget}' is no number of seconds; set it to 60"):
+        storage.retry_budget()
+
+
+@pytest.mark.parametrize("budget", [0, 1, 2, 5, 6, 10, 23, 24, 60, 600])
+def test_the_sdk_gives_up_within_half_the_budget(budget):
+    """Its attempts at one request, with its longest pauses of 1, 2, ... s between them, leave time for a second operation."""
+    attempts, silence = storage._patience(budget)
+    assert attempts >= 1 and silence >= 1
+    assert attempts * silence + 2 ** (attempts - 1) - 1 <= max(1, budget / 2)
+
+
+@pytest.mark.parametrize("error", REFUSED)
 def test_refused_credentials_fail_at_once_and_say_so(no_sleep, error):
     """No retry can help: one attempt, and a message about credentials."""
-
-    def refuse() -> None:
-        raise error
-
-    with pytest.raises(StorageError, match="access refused; check the credentials"):
-        Location("s3://b/k")._call(refuse)
+    with pytest.raises(StorageError, match="s3://b/k: access refused; check the credentials"):
+        Location("s3://b/k").attempt(fail_with(error))
     assert no_sleep == []
+
+
+@pytest.mark.parametrize("error", HOPELESS)
+def test_requests_that_cannot_succeed_fail_at_once(no_sleep, error):
+    """A missing bucket or a request that the store calls bad: one attempt, and what to look at."""
+    with pytest.raises(StorageError, match="s3://b/k: the store cannot do this; check bucket, credentials, region and endpoint"):
+        Location("s3://b/k").attempt(fail_with(error))
+    assert no_sleep == []
+
+
+@pytest.mark.parametrize("code", ["NO_SUCH_KEY", "RESOURCE_NOT_FOUND"])
+def test_an_object_that_goes_missing_after_it_was_opened_is_file_not_found(no_sleep, code):
+    """Deleted between two requests of one operation: as missing as one that never was."""
+    with pytest.raises(FileNotFoundError, match="s3://b/k"):
+        Location("s3://b/k").attempt(fail_with(OSError(f"AWS Error {code} during GetObject operation: ")))
+    assert no_sleep == []
+
+
+def test_errors_that_are_not_about_storage_pass_through_unchanged(no_sleep):
+    """What the operation itself finds wrong is its caller's: the same exception, at once."""
+    for error in (DataError("bad"), ValueError("bad"), pa.ArrowInvalid("bad"), FileNotFoundError(2, "gone"), KeyError("x")):
+        with pytest.raises(type(error)) as e:
+            Location("s3://b/k").attempt(fail_with(error))
+        assert e.value is error
+    assert no_sleep == []
+
+
+@pytest.mark.parametrize("codec", ["zstd", "snappy", "gzip", "lz4", "none"])
+def test_damaged_content_is_never_taken_for_a_failing_store(tmp_path, no_sleep, codec):
+    """Wherever a Parquet file is damaged, what the reader says passes through at once: no retry, no StorageError."""
+    rng, place = random.Random(codec), Location(str(tmp_path / "a.parquet"))
+    tokens = pa.array([[rng.randrange(300) for _ in range(20)] for _ in range(200)], pa.list_(pa.int32()))
+    pq.write_table(pa.table({"tokens": tokens}), place.path, compression=codec, row_group_size=50, write_page_checksum=True)
+    raw, seen = place.read(), set()
+    footer = int.from_bytes(raw[-8:-4], "little") + 8
+
+    def read() -> pa.Table:
+        with place.open() as f:
+            return pq.ParquetFile(f, page_checksum_verification=rng.random() < 0.5).read_row_group(2)
+
+    for trial in range(150):
+        damaged = bytearray(raw)
+        if trial % 3:
+            damaged[(rng.randrange(4, len(raw) - footer), -9 - rng.randrange(footer - 8))[trial % 2]] ^= 1 << rng.randrange(8)
+        else:
+            start = rng.randrange(4, len(raw) - footer)
+            del damaged[start : start + rng.randrange(1, 300)]
+        Path(place.path).write_bytes(damaged)
+        try:
+            place.attempt(read)
+        except (OSError, ValueError, pa.ArrowException) as e:
+            seen.add(type(e))
+    assert OSError in seen and no_sleep == []
 
 
 def test_a_location_pickles_as_its_uri():

@@ -9,23 +9,20 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from heliostat.data import manifest
+from heliostat.data.chunks import Gathered, TokenChunks
 from heliostat.data.manifest import Manifest
-from heliostat.data.order import Order, Samples, Shape, Split, choose_shape, hold_out
+from heliostat.data.mixing import Shape, choose_shape
+from heliostat.data.order import Order, Samples, Split, hold_out
 from heliostat.errors import ConfigError, DataError
 from heliostat.spec import Job
 from heliostat.storage import Location
-
-READERS = 8  # threads: a window's chunks are read at once, because object storage answers slowly but in parallel
 
 
 @dataclass(frozen=True)
@@ -34,19 +31,31 @@ class DataPlan:
 
     uris: tuple[str, ...]
     digests: tuple[str, ...]
-    weights: tuple[float, ...]
+    mix: tuple[tuple[int, tuple[float, ...]], ...]  # (step, weights from there on), ascending
+    max_epochs: tuple[float | None, ...]
     sequence_length: int | None
     seed: int
     held_fraction: float
     shape: Shape
+
+    @property
+    def first_step(self) -> int:
+        """Where the sequence starts: 0, or the step at which a run's data was changed."""
+        return self.mix[0][0]
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The weights at the start."""
+        return self.mix[0][1]
 
     def dump(self) -> dict[str, Any]:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @staticmethod
     def parse(raw: dict[str, Any]) -> DataPlan:
-        lists = {k: tuple(raw[k]) for k in ("uris", "digests", "weights")}
-        return DataPlan(**{**raw, **lists, "shape": Shape(**raw["shape"])})
+        lists = {k: tuple(raw[k]) for k in ("uris", "digests", "max_epochs")}
+        mix = tuple((step, tuple(weights)) for step, weights in raw["mix"])
+        return DataPlan(**{**raw, **lists, "mix": mix, "shape": Shape(**raw["shape"])})
 
     @property
     def digest(self) -> str:
@@ -56,8 +65,9 @@ class DataPlan:
 
     def differences(self, other: DataPlan) -> list[str]:
         """What changed from this plan to `other`, one line each, in the job file's words."""
-        names = {"digests": "the datasets' content", "weights": "data.sources weights", "sequence_length": "data.sequence_length",
-                 "seed": "data.seed", "held_fraction": "evaluate.fraction"}  # fmt: skip
+        names = {"digests": "the datasets' content", "mix": "data.sources weights and data.mix_schedule, as [step, weights]",
+                 "max_epochs": "data.sources max_epochs", "sequence_length": "data.sequence_length", "seed": "data.seed",
+                 "held_fraction": "evaluate.fraction"}  # fmt: skip
         mine, theirs = self.dump(), other.dump()
         lines = [f"{label}: {mine[key]} -> {theirs[key]}" for key, label in names.items() if mine[key] != theirs[key]]
         shape = {"batch": "train.global_batch", "lanes": "data.lanes", "superstep": "the superstep", "window": "data.window"}
@@ -68,8 +78,12 @@ class DataPlan:
         ]
 
 
-def plan(job: Job, manifests: list[Manifest], recorded: DataPlan | None = None) -> DataPlan:
-    """The plan for a job; what the job leaves open (lanes, window) is taken from the `recorded` plan of a run resumed."""
+def plan(job: Job, manifests: list[Manifest], recorded: DataPlan | None = None, first_step: int | None = None) -> DataPlan:
+    """The plan for a job; what the job leaves open (lanes, window) is taken from the `recorded` plan of a run resumed.
+
+    `first_step`: where the sequence starts; the default is the recorded plan's, or 0. Changes of weights that lie before it
+    have happened.
+    """
     length = job.data.sequence_length
     sample_bytes = (
         4 * length if length else max(1, sum(m.chunks["bytes"].to_numpy().sum() for m in manifests) // _rows(manifests))
@@ -86,10 +100,14 @@ def plan(job: Job, manifests: list[Manifest], recorded: DataPlan | None = None) 
         shape = choose_shape(job.train.global_batch, lanes, int(sample_bytes), job.data.window)
     if lanes % job.workers.count:
         raise ConfigError(f"workers.count: {job.workers.count} does not divide the run's {lanes} lanes")
+    start = first_step if first_step is not None else recorded.first_step if recorded else 0
+    changes = [(0, [s.weight for s in job.data.sources]), *((c.step, c.weights) for c in job.data.mix_schedule)]
+    now = [weights for step, weights in changes if step <= start][-1]
     return DataPlan(
         uris=tuple(s.path for s in job.data.sources),
         digests=tuple(m.digest for m in manifests),
-        weights=tuple(s.weight for s in job.data.sources),
+        mix=((start, tuple(now)), *((step, tuple(weights)) for step, weights in changes if step > start)),
+        max_epochs=tuple(s.max_epochs for s in job.data.sources),
         sequence_length=length,
         seed=job.data.seed,
         held_fraction=job.evaluate.fraction if job.evaluate else 0.0,
@@ -109,54 +127,88 @@ def split(source: Manifest, sequence_length: int | None, fraction: float) -> Spl
     return hold_out(source.samples(sequence_length), identity, fraction)
 
 
+def make_order(plan: DataPlan, sources: list[Manifest]) -> Order:
+    splits = [split(s, plan.sequence_length, plan.held_fraction) for s in sources]
+    mix = [(step, list(weights)) for step, weights in plan.mix]
+    return Order(splits, mix, plan.seed, plan.shape, list(plan.max_epochs))
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A sample that could not be used, and the chunk and row of the same window that took its place."""
+
+    position: int
+    source: int
+    chunk: int
+    row: int
+    reason: str
+    by: tuple[int, int, int]  # source, chunk, row
+
+
+@dataclass(frozen=True)
+class Loaded:
+    samples: Samples  # as trained on: where a sample was replaced, its replacement
+    content: np.ndarray  # int32 [n, sequence_length]
+    bad: list[Bad]
+
+
 class Dataset:
     """A DataPlan with its manifests read: the order, and the samples themselves."""
 
     def __init__(self, plan: DataPlan) -> None:
+        assert plan.sequence_length, "only token datasets have contents of one length"
         self.plan = plan
-        self.sources = [manifest.read(Location(uri)) for uri in plan.uris]
-        for uri, source, expected in zip(plan.uris, self.sources, plan.digests, strict=True):
-            if source.digest != expected:
-                raise DataError(f"{uri}: the dataset changed under the run (digest {source.digest[:12]}, was {expected[:12]})")
-        splits = [split(s, plan.sequence_length, plan.held_fraction) for s in self.sources]
-        self.order = Order(splits, list(plan.weights), plan.seed, plan.shape)
-        self._paths = [s.chunks["path"].to_pylist() for s in self.sources]
-        self._groups = [s.chunks["row_group"].to_numpy() for s in self.sources]
-        self._token_counts = [s.chunks["tokens"].to_numpy() for s in self.sources]
+        self.sources = [manifest.read(Location(uri), d) for uri, d in zip(plan.uris, plan.digests, strict=True)]
+        self.order = make_order(plan, self.sources)
+        self._chunks = TokenChunks(self.sources, plan.sequence_length)
+
+    def gather(self, samples: Samples) -> Gathered:
+        """The samples' contents, and which of them are bad."""
+        return self._chunks.gather(samples)
 
     def read(self, samples: Samples) -> np.ndarray:
-        """The samples' contents in order: int32 [n, sequence_length]. Each chunk is read once, several at a time."""
-        assert self.plan.sequence_length, "only token datasets have contents of one length"
-        length = self.plan.sequence_length
-        out = np.empty((len(samples), length), dtype=np.int32)
-        chunk_ids, which = np.unique(np.stack([samples.source, samples.chunk]), axis=1, return_inverse=True)
+        """The samples' contents in order: int32 [n, sequence_length]; DataError if any is bad."""
+        found = self.gather(samples)
+        if found.faults:
+            raise DataError(next(iter(found.faults.values())))
+        return found.content
 
-        def fill(i: int) -> None:
-            mine = np.flatnonzero(which == i)
-            tokens = self._tokens(int(chunk_ids[0, i]), int(chunk_ids[1, i]))
-            whole = tokens[: len(tokens) // length * length].reshape(-1, length)
-            out[mine] = whole[samples.row[mine]]
+    def load(self, positions: np.ndarray, replace: bool = True) -> Loaded:
+        """The samples at positions of the global sequence, bad ones replaced; DataError for them if not `replace`.
 
-        with ThreadPoolExecutor(READERS) as pool:
-            list(pool.map(fill, range(chunk_ids.shape[1])))
-        return out
+        A bad sample's place is taken by the next good one of its source in its window, and after the window's last comes its
+        first; of any source if its own has none. So the choice depends on the window's content alone: not on who reads it,
+        nor on where a resumed run starts.
+        """
+        samples = self.order.locate(positions)
+        found = self.gather(samples)
+        if found.faults and not replace:
+            raise DataError(f"{next(iter(found.faults.values()))}; data.on_bad_sample 'replace' would train on another one")
+        bad = []
+        windows: dict[int, tuple[Samples, Gathered]] = {}
+        for i, reason in sorted(found.faults.items()):
+            window, begin, end = self.order.window_at(int(positions[i]))
+            if window not in windows:
+                whole = self.order.locate(np.arange(begin, end))
+                windows[window] = whole, self.gather(whole)
+            whole, read = windows[window]
+            j = _replacement(int(positions[i]) - begin, whole, read, reason)
+            bad.append(Bad(int(positions[i]), int(samples.source[i]), int(samples.chunk[i]), int(samples.row[i]), reason,
+                           (int(whole.source[j]), int(whole.chunk[j]), int(whole.row[j]))))  # fmt: skip
+            found.content[i] = read.content[j]
+            for field in ("source", "epoch", "chunk", "row"):
+                getattr(samples, field)[i] = getattr(whole, field)[j]
+        return Loaded(samples, found.content, bad)
 
-    def _tokens(self, source: int, chunk: int) -> np.ndarray:
-        """All tokens of a chunk, int32, documents end to end."""
-        location = self.sources[source].location.join(self._paths[source][chunk])
-        try:
-            with location.open() as f:
-                table = pq.ParquetFile(f, page_checksum_verification=True, pre_buffer=True).read_row_group(
-                    int(self._groups[source][chunk]), columns=["tokens"]
-                )
-            tokens = table["tokens"].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.int32, copy=False)
-        except FileNotFoundError as e:
-            raise DataError(f"{location}: the shard is missing") from e
-        except (pa.ArrowException, OSError, IndexError, KeyError, ValueError) as e:
-            raise DataError(f"{location}: cannot read row group {self._groups[source][chunk]} ({str(e).splitlines()[0]})") from e
-        if len(tokens) != (expected := self._token_counts[source][chunk]):
-            raise DataError(f"{location}: row group {self._groups[source][chunk]} has {len(tokens)} tokens, not {expected}")
-        return tokens
+
+def _replacement(at: int, window: Samples, read: Gathered, reason: str) -> int:
+    """The index in the window of the sample that replaces the one at index `at`."""
+    turn = np.roll(np.arange(len(window)), -at)
+    same = turn[window.source[turn] == window.source[at]]
+    for j in (*same, *turn):
+        if int(j) not in read.faults:
+            return int(j)
+    raise DataError(f"{reason}; and no sample near it in the order is good either")
 
 
 @lru_cache(maxsize=2)

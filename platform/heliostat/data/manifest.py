@@ -25,6 +25,7 @@ from heliostat.errors import DataError
 from heliostat.storage import Location
 
 FILE = "manifest.parquet"
+VERSIONS = "manifests"
 SCHEMA = pa.schema(
     [
         ("path", pa.string()),  # relative to the dataset's folder
@@ -123,14 +124,32 @@ def write(location: Location, rows: list[dict[str, Any]], meta: dict[str, Any]) 
     meta = {**meta, "digest": digest(chunks, meta)}
     buffer = io.BytesIO()
     pq.write_table(chunks.replace_schema_metadata({"heliostat": json.dumps(meta)}), buffer, compression="zstd")
-    location.join(FILE).write(buffer.getvalue())
+    for path in (_version(meta["digest"]), FILE):
+        location.join(*path.split("/")).write(buffer.getvalue())
     return Manifest(location, chunks, meta)
 
 
-def read(location: Location) -> Manifest:
-    """DataError if there is no finished dataset, or its manifest does not match its own digest."""
+def _version(digest: str) -> str:
+    return f"{VERSIONS}/{digest[:12]}.parquet"
+
+
+def read(location: Location, digest: str | None = None) -> Manifest:
+    """The newest manifest, or the version of a digest; DataError if there is none, or it is damaged."""
+    newest = _read(location, FILE)
+    if digest is None or newest.digest == digest:
+        return newest
     try:
-        raw = location.join(FILE).read()
+        found = _read(location, _version(digest))
+    except DataError as e:
+        raise DataError(f"{location}: the dataset changed under the run (digest {newest.digest[:12]}, was {digest[:12]})") from e
+    assert found.digest == digest
+    return found
+
+
+def _read(location: Location, path: str) -> Manifest:
+    location_of = location.join(*path.split("/"))
+    try:
+        raw = location_of.read()
     except FileNotFoundError as e:
         raise DataError(f"{location}: no dataset here ({FILE} is missing); make it with `heliostat prepare`") from e
     try:
@@ -141,7 +160,7 @@ def read(location: Location) -> Manifest:
             raise ValueError("values are missing")
         found = digest(chunks, meta)
     except (pa.ArrowException, OSError, AttributeError, KeyError, TypeError, ValueError) as e:
-        raise DataError(f"{location.join(FILE)}: not a heliostat manifest, or damaged") from e
+        raise DataError(f"{location_of}: not a heliostat manifest, or damaged") from e
     if found != meta.get("digest"):
-        raise DataError(f"{location.join(FILE)}: does not match its own digest; prepare the dataset again")
+        raise DataError(f"{location_of}: does not match its own digest; prepare the dataset again")
     return Manifest(location, chunks, meta)

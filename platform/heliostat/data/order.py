@@ -19,20 +19,15 @@ Permutations are the argsort of Philox's raw output, because NumPy promises that
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from dataclasses import dataclass
-from fractions import Fraction
 
 import numpy as np
 
-from heliostat.errors import ConfigError
+from heliostat.data.mixing import Shape, sections
+from heliostat.errors import ConfigError, DataError
 
 CHUNKS, WINDOW = 1, 2  # what a permutation is for, so that equal numbers do not give equal orders
-MAX_PERIOD = 4_000_000
-ENVELOPE_BYTES = 4 << 20  # Ray Data costs 10-45 ms a block whatever its size, so blocks are megabytes
-WINDOW_BYTES = 32 << 20
-MAX_SUPERSTEP = 64
 
 
 def permutation(size: int, *key: int) -> np.ndarray:
@@ -46,40 +41,6 @@ def hash64(values: np.ndarray) -> np.ndarray:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
-
-
-def stride_pattern(weights: list[float]) -> np.ndarray:
-    """One period of the interleaving: source indices, int16 [P], each source exactly in proportion to its weight.
-
-    Source s's k-th sample is due at virtual time (k + 1/2) / w_s; merging by due time keeps every prefix within a sample
-    or so of its share (stride scheduling: Waldspurger and Weihl 1995). ConfigError if the weights need too long a period.
-    """
-    shares = [Fraction(repr(w)) for w in weights]
-    scale = math.lcm(*(s.denominator for s in shares))
-    counts = [int(s * scale) for s in shares]
-    counts = [c // math.gcd(*counts) for c in counts]
-    if sum(counts) > MAX_PERIOD:
-        raise ConfigError(f"data.sources: weights {weights} have too many digits to be honoured exactly; round them")
-    due = np.concatenate([(np.arange(c) + 0.5) / c for c in counts])
-    return np.repeat(np.arange(len(counts), dtype=np.int16), counts)[np.argsort(due, kind="stable")]
-
-
-class Mixture:
-    """How many samples of each source the first g positions hold, and which source each position has."""
-
-    def __init__(self, weights: list[float]) -> None:
-        self.pattern = stride_pattern(weights)
-        sources = np.arange(len(weights), dtype=np.int16)
-        self.before = np.zeros((len(weights), len(self.pattern) + 1), dtype=np.int64)
-        np.cumsum(self.pattern[None, :] == sources[:, None], axis=1, out=self.before[:, 1:])
-
-    def counts(self, positions: np.ndarray | int) -> np.ndarray:
-        """int64 [sources, ...]: samples of each source before the positions."""
-        periods, rest = np.divmod(positions, len(self.pattern))
-        return np.multiply.outer(self.before[:, -1], periods) + self.before[:, rest]
-
-    def sources(self, positions: np.ndarray) -> np.ndarray:
-        return self.pattern[positions % len(self.pattern)]
 
 
 @dataclass(frozen=True)
@@ -123,51 +84,124 @@ class Samples:
 
 
 @dataclass(frozen=True)
-class Shape:
-    """The cut of the global sequence; recorded with the run, because the order follows from it."""
-
-    batch: int  # G
-    lanes: int  # C
-    superstep: int  # K
-    window: int  # samples, a multiple of the envelope
-
-    @property
-    def per_lane(self) -> int:
-        """Samples of a lane in a step."""
-        return self.batch // self.lanes
-
-    @property
-    def envelope(self) -> int:
-        return self.superstep * self.per_lane
-
-
-def choose_shape(batch: int, lanes: int, sample_bytes: int, window: int | None = None) -> Shape:
-    """Envelopes of about 4 MB and at most 64 steps; windows of about 32 MB, or of at least `window` samples."""
-    per_lane = batch // lanes
-    superstep = min(MAX_SUPERSTEP, max(1, ENVELOPE_BYTES // (per_lane * sample_bytes)))
-    envelope = superstep * per_lane
-    wanted = window or WINDOW_BYTES // sample_bytes
-    return Shape(batch, lanes, superstep, envelope * max(1, -(-wanted // envelope)))
+class Superstep:
+    first_step: int
+    steps: int
+    begin: int  # its positions are [begin, end)
+    end: int
+    envelope: int  # number of its first envelope
 
 
 class Order:
     """The run's global sequence. Building costs O(chunks) per source and epoch touched; nothing is ever skip-read."""
 
-    def __init__(self, splits: list[Split], weights: list[float], seed: int, shape: Shape) -> None:
+    def __init__(
+        self,
+        splits: list[Split],
+        mix: list[tuple[int, list[float]]],
+        seed: int,
+        shape: Shape,
+        max_epochs: list[float | None] | None = None,
+    ) -> None:
+        """`mix`: (step, weights from there on), from the sequence's first step; `max_epochs`: None is no limit."""
         for i, split in enumerate(splits):
             if not split.train.sum():
                 raise ConfigError(f"data.sources.{i}: holds no training sample; shorten data.sequence_length or add data")
-        self.splits, self.seed, self.shape = splits, seed, shape
-        self.mixture = Mixture(weights)
+        self.splits, self.shape = splits, shape
+        first = mix[0][0]
+        self.key = (seed, first) if first else (seed,)  # a sequence that starts later in a run does not repeat the first one
         self.epoch_samples = np.array([s.train.sum() for s in splits], dtype=np.int64)
+        limits = max_epochs or [None] * len(splits)
+        caps = [None if e is None else int(e * n) for e, n in zip(limits, self.epoch_samples, strict=True)]
+        self.sections, self.runs_out = sections(mix, caps, shape)
+        if not self.sections:
+            raise ConfigError("data.sources: max_epochs leaves fewer samples than one train.global_batch; raise it")
+        counts = [0 if s.steps is None else s.steps // s.superstep * shape.lanes for s in self.sections]
+        self._envelopes = np.concatenate([[0], np.cumsum(counts)[:-1]])  # number of each section's first envelope
+        self._windows = np.concatenate([[0], np.cumsum([-(-c // self.per_window) for c in counts])[:-1]])
+        self._steps = np.array([s.first_step for s in self.sections])
+        self._begins = np.array([s.begin for s in self.sections])
         self._epochs: OrderedDict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = OrderedDict()
+
+    # the cut ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def per_window(self) -> int:
+        """Envelopes of a window; a section's last window may hold fewer."""
+        return self.shape.window // self.shape.envelope
+
+    def _section(self, starts: np.ndarray, at: int) -> int:
+        assert at >= starts[0], "before the sequence's first step"
+        return int(np.searchsorted(starts, at, side="right")) - 1
+
+    def superstep(self, step: int) -> Superstep:
+        """The superstep that a step is in."""
+        number = self._section(self._steps, step)
+        section = self.sections[number]
+        if section.steps is not None and step >= section.first_step + section.steps:
+            raise DataError(f"step {step}: the data runs out at step {self.runs_out}; raise max_epochs or lower train.steps")
+        skipped = (step - section.first_step) // section.superstep
+        begin, size = section.begin, section.superstep * self.shape.batch
+        return Superstep(
+            section.first_step + skipped * section.superstep,
+            section.superstep,
+            begin + skipped * size,
+            begin + (skipped + 1) * size,
+            int(self._envelopes[number]) + skipped * self.shape.lanes,
+        )
+
+    def step(self, step: int) -> np.ndarray:
+        """Positions of a step's global batch, int64 [lanes, samples of a lane]."""
+        shape, inside = self.shape, self.superstep(step)
+        first = inside.begin + (step - inside.first_step) * shape.per_lane
+        lanes = np.arange(shape.lanes)[:, None] * (inside.steps * shape.per_lane)
+        return first + lanes + np.arange(shape.per_lane)[None, :]
+
+    def window_of(self, envelope: int) -> int:
+        """The number of the window that an envelope is in."""
+        number = self._section(self._envelopes, envelope)
+        return int(self._windows[number] + (envelope - self._envelopes[number]) // self.per_window)
+
+    def envelopes(self, window: int) -> range:
+        """The numbers of a window's envelopes."""
+        number = self._section(self._windows, window)
+        section, first = self.sections[number], int(self._envelopes[number])
+        begin = first + (window - int(self._windows[number])) * self.per_window
+        end = begin + self.per_window
+        if section.steps is not None:
+            end = min(end, first + section.steps // section.superstep * self.shape.lanes)
+        return range(begin, end)
+
+    def envelope(self, number: int) -> np.ndarray:
+        """Positions of an envelope, int64 [R]."""
+        index = self._section(self._envelopes, number)
+        section = self.sections[index]
+        size = section.superstep * self.shape.per_lane
+        return section.begin + (number - int(self._envelopes[index])) * size + np.arange(size, dtype=np.int64)
+
+    def window_at(self, position: int) -> tuple[int, int, int]:
+        """The number of the window that a position is in, and its positions [begin, end)."""
+        index = self._section(self._begins, position)
+        section = self.sections[index]
+        size = self.per_window * section.superstep * self.shape.per_lane
+        number = (position - section.begin) // size
+        begin = section.begin + number * size
+        end = begin + size if section.steps is None else min(begin + size, section.begin + section.steps * self.shape.batch)
+        return int(self._windows[index]) + number, begin, end
+
+    def consumed(self, step: int) -> np.ndarray:
+        """Samples of each source in the steps before `step`, int64 [sources]; inside a superstep, within one a lane."""
+        section = self.sections[self._section(self._steps, max(step, int(self._steps[0])))]
+        return section.base + section.mixture.counts((step - section.first_step) * self.shape.batch)
+
+    # the samples -----------------------------------------------------------------------------------------------------
 
     def _epoch(self, source: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(chunks in this epoch's order, samples before the end of each); the last few are kept."""
         key = (source, epoch)
         if key not in self._epochs:
             train = self.splits[source].train
-            chunks = permutation(len(train), self.seed, CHUNKS, source, epoch)
+            chunks = permutation(len(train), *self.key, CHUNKS, source, epoch)
             self._epochs[key] = (chunks, np.cumsum(train[chunks]))
             while len(self._epochs) > 2 * len(self.splits):
                 self._epochs.popitem(last=False)
@@ -177,21 +211,23 @@ class Order:
     def locate(self, positions: np.ndarray) -> Samples:
         """The samples at positions of the global sequence, int64 [n] in any order."""
         positions = np.asarray(positions, dtype=np.int64)
-        source = self.mixture.sources(positions)
-        epoch, chunk, row = (
-            np.empty(len(positions), np.int32),
-            np.empty(len(positions), np.int32),
-            np.empty(len(positions), np.int64),
-        )
-        windows = positions // self.shape.window
-        for window in np.unique(windows):
-            edges = np.array([window, window + 1]) * self.shape.window
-            counts = self.mixture.counts(edges)
-            inside = windows == window
-            for s in np.unique(source[inside]):
-                at = np.flatnonzero(inside & (source == s))
-                index = self.mixture.counts(positions[at])[s]  # in the source's endless stream
-                epoch[at], chunk[at], row[at] = self._locate_in_source(int(s), index, counts[s, 0], counts[s, 1], int(window))
+        source, epoch = np.empty(len(positions), np.int16), np.empty(len(positions), np.int32)
+        chunk, row = np.empty(len(positions), np.int32), np.empty(len(positions), np.int64)
+        left = np.arange(len(positions))
+        while len(left):
+            window, begin, end = self.window_at(int(positions[left[0]]))
+            inside = (positions[left] >= begin) & (positions[left] < end)
+            at, left = left[inside], left[~inside]
+            section = self.sections[self._section(self._begins, begin)]
+            local = positions[at] - section.begin
+            source[at] = section.mixture.sources(local)
+            edges = section.base[:, None] + section.mixture.counts(np.array([begin, end]) - section.begin)
+            for s in np.unique(source[at]):
+                mine = source[at] == s
+                # in the source's endless stream
+                index = section.base[s] + section.mixture.counts(local[mine])[s]
+                places = self._locate_in_source(int(s), index, edges[s, 0], edges[s, 1], window)
+                epoch[at[mine]], chunk[at[mine]], row[at[mine]] = places
         return Samples(positions, source, epoch, chunk, row)
 
     def _locate_in_source(
@@ -205,7 +241,7 @@ class Order:
         for epoch in np.unique(epochs):
             mine = epochs == epoch
             begin, end = max(first, epoch * size), min(last, (epoch + 1) * size)
-            shuffled = permutation(end - begin, self.seed, WINDOW, source, int(epoch), window)
+            shuffled = permutation(end - begin, *self.key, WINDOW, source, int(epoch), window)
             place = begin - epoch * size + shuffled[index[mine] - begin]
             chunks, ends = self._epoch(source, int(epoch))
             slot = np.searchsorted(ends, place, side="right")
@@ -214,20 +250,10 @@ class Order:
             row[mine] = np.where(inner >= split.start[chunk[mine]], inner + split.held[chunk[mine]], inner)
         return epochs, chunk, row
 
-    def envelope(self, number: int) -> np.ndarray:
-        """Positions of an envelope, int64 [R]."""
-        return np.arange(self.shape.envelope, dtype=np.int64) + number * self.shape.envelope
-
-    def step(self, step: int) -> np.ndarray:
-        """Positions of a step's global batch, int64 [lanes, samples of a lane]."""
-        shape = self.shape
-        superstep, inner = divmod(step, shape.superstep)
-        first = superstep * shape.lanes * shape.envelope + inner * shape.per_lane
-        return first + np.arange(shape.lanes)[:, None] * shape.envelope + np.arange(shape.per_lane)[None, :]
-
     def held_out(self, count: int) -> Samples:
         """At most `count` held-out samples, spread evenly over each source's, sources in proportion to their weights."""
-        share = self.mixture.before[:, -1] / len(self.mixture.pattern)
+        mixture = self.sections[0].mixture
+        share = mixture.before[:, -1] / len(mixture.pattern)
         parts = []
         for s, split in enumerate(self.splits):
             total = int(split.held.sum())

@@ -1,13 +1,15 @@
 """Streaming the run's samples from storage through Ray Data to the workers, in exactly the order that `order` says.
 
-`dataset(plan, ...)` is a Ray Dataset with one block per envelope, in order: a task fetches a window and yields its
+`dataset(...)` is a Ray Dataset with one block per envelope, in order: a task (`Fetch`) fetches a window and yields its
 envelopes one by one, so each window is read once and the first envelope leaves before the last is cut. `OrderedSplit` hands
 block b to rank b mod N. `LaneStream` is the worker's side: it checks that every envelope is the one it expects and cuts
-steps from them. A run resumed at step t starts at superstep t div K; nothing before it is read.
+steps from them. A run resumed at step t starts at the superstep that t is in; nothing before it is read.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,54 +17,73 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
+from ray.data import ExecutionResources
 from ray.train import DataConfig
 
-from heliostat.data.dataset import DataPlan, open_dataset
+from heliostat.data.dataset import Bad, DataPlan, open_dataset
+from heliostat.data.order import Order
 from heliostat.data.receipt import lane_digest, sample_digests
 
-ENVELOPE = pa.schema([("envelope", pa.int64()), ("digests", pa.large_binary()), ("content", pa.large_binary())])
-
-
-def dataset(plan: DataPlan, start_step: int, steps: int, concurrency: int) -> Any:
-    """The Ray Dataset of all envelopes that steps [start_step, steps) need; at most `concurrency` windows in flight."""
-    shape = plan.shape
-    first = start_step // shape.superstep * shape.lanes
-    last = -(-steps // shape.superstep) * shape.lanes
-    per_window = shape.window // shape.envelope
-    begin, end = first // per_window, -(-last // per_window)
-
-    context = ray.data.DataContext.get_current().copy()
-    context.target_max_block_size = 1  # a block per yielded row
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    with ray.data.DataContext.current(context):
-        windows = ray.data.range(end - begin, override_num_blocks=end - begin)
-        pool = ray.data.TaskPoolStrategy(size=concurrency)
-        return windows.map_batches(_Fetch(plan, begin, first, last), batch_size=1, compute=pool, zero_copy_batch=True)
+ENVELOPE = pa.schema(
+    [("envelope", pa.int64()), ("digests", pa.large_binary()), ("content", pa.large_binary()), ("bad", pa.string())]
+)
+COPIES = 4  # of a window while it is fetched: its chunks, its samples, its envelopes on their way, and those just before
 
 
 @dataclass(frozen=True)
-class _Fetch:
+class Fetch:
     """A map task: window number (from `begin`) -> its envelopes, without those before `first` or from `last` on."""
 
     plan: DataPlan
     begin: int
+    end: int
     first: int
     last: int
+    replace: bool
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
-        data, shape = open_dataset(self.plan), self.plan.shape
-        per_window = shape.window // shape.envelope
-        for window in batch["id"] + self.begin:
-            start, stop = max(self.first, window * per_window), min(self.last, (window + 1) * per_window)
-            samples = data.order.locate(np.arange(start * shape.envelope, stop * shape.envelope))
-            content = data.read(samples)
-            digests = sample_digests(samples, content)
-            for i, number in enumerate(range(start, stop)):
-                rows = slice(i * shape.envelope, (i + 1) * shape.envelope)
-                row = [[number], [digests[rows].tobytes()], [content[rows].tobytes()]]
+        data = open_dataset(self.plan)
+        order = data.order
+        for window in (batch["id"] + self.begin).tolist():
+            numbers = [n for n in order.envelopes(window) if self.first <= n < self.last]
+            positions = [order.envelope(n) for n in numbers]
+            loaded = data.load(np.concatenate(positions), self.replace)
+            digests = sample_digests(loaded.samples, loaded.content)
+            start = 0
+            for number, inside in zip(numbers, positions, strict=True):
+                rows = slice(start, start + len(inside))
+                bad = [{"at": b.position - int(inside[0]), **dataclasses.asdict(b)} for b in loaded.bad
+                       if inside[0] <= b.position <= inside[-1]]  # fmt: skip
+                row = [[number], [digests[rows].tobytes()], [loaded.content[rows].tobytes()], [json.dumps(bad)]]
                 yield pa.table([pa.array(v, t) for v, t in zip(row, ENVELOPE.types, strict=True)], schema=ENVELOPE)
+                start = rows.stop
+
+
+def fetch(plan: DataPlan, order: Order, start_step: int, steps: int, replace: bool) -> Fetch:
+    """What fetches the envelopes of steps [start_step, steps)."""
+    first = order.superstep(start_step).envelope
+    last = order.superstep(steps - 1).envelope + plan.shape.lanes
+    return Fetch(plan, order.window_of(first), order.window_of(last - 1) + 1, first, last, replace)
+
+
+def dataset(task: Fetch, concurrency: int, memory_limit: int) -> Any:
+    """The Ray Dataset of the task's envelopes, one block each; at most `concurrency` windows in flight, and as memory allows."""
+    context = ray.data.DataContext.get_current().copy()
+    context.target_max_block_size = 1  # a block per yielded row
+    context.execution_options.preserve_order = True
+    context.execution_options.resource_limits = ExecutionResources(object_store_memory=memory_limit)
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    fits = max(1, memory_limit // (COPIES * window_bytes(task.plan)))
+    with ray.data.DataContext.current(context):
+        count = task.end - task.begin
+        windows = ray.data.range(count, override_num_blocks=count)
+        pool = ray.data.TaskPoolStrategy(size=min(concurrency, fits))
+        return windows.map_batches(task, batch_size=1, compute=pool, zero_copy_batch=True)
+
+
+def window_bytes(plan: DataPlan) -> int:
+    return plan.shape.window * 4 * (plan.sequence_length or 1)
 
 
 class OrderedSplit(DataConfig):
@@ -75,48 +96,54 @@ class OrderedSplit(DataConfig):
 
 @dataclass(frozen=True)
 class StepSamples:
-    """A worker's share of a step: contents [n, ...], lanes in order; `lanes` their numbers; `digests` one a lane."""
+    """A worker's share of a step: contents [n, ...], lanes in order; `lanes` their numbers; `digests` one a lane; `bad` the
+    samples that were replaced."""
 
     content: np.ndarray
     lanes: range
     digests: list[int]
+    bad: list[Bad]
 
 
 class LaneStream:
     """Cuts steps from the envelopes that one worker receives. `next_step` must be called for consecutive steps."""
 
-    def __init__(self, envelopes: Iterator[dict[str, Any]], plan: DataPlan, rank: int, workers: int, start_step: int) -> None:
-        self.envelopes, self.plan = envelopes, plan
+    def __init__(
+        self, envelopes: Iterator[Any], plan: DataPlan, order: Order, rank: int, workers: int, start_step: int
+    ) -> None:
+        self.envelopes, self.plan, self.order = envelopes, plan, order
         self.lanes = range(rank, plan.shape.lanes, workers)
         self.step = start_step
         self._superstep = -1
-        self._held: list[tuple[np.ndarray, np.ndarray]] = []
+        self._held: list[tuple[np.ndarray, np.ndarray, list[dict[str, Any]]]] = []
 
     def next_step(self) -> StepSamples:
-        shape = self.plan.shape
-        superstep, inner = divmod(self.step, shape.superstep)
-        if superstep != self._superstep:
-            self._held = [self._receive(superstep * shape.lanes + lane) for lane in self.lanes]
-            self._superstep = superstep
+        shape, superstep = self.plan.shape, self.order.superstep(self.step)
+        if superstep.first_step != self._superstep:
+            self._held = [self._receive(superstep.envelope + lane) for lane in self.lanes]
+            self._superstep = superstep.first_step
+        inner = self.step - superstep.first_step
         rows = slice(inner * shape.per_lane, (inner + 1) * shape.per_lane)
         self.step += 1
+        bad = [b for _, _, found in self._held for b in found if rows.start <= b["at"] < rows.stop]
         return StepSamples(
-            np.concatenate([content[rows] for _, content in self._held]),
+            np.concatenate([content[rows] for _, content, _ in self._held]),
             self.lanes,
-            [lane_digest(digests[rows]) for digests, _ in self._held],
+            [lane_digest(digests[rows]) for digests, _, _ in self._held],
+            [Bad(**{k: v for k, v in b.items() if k != "at"}) for b in bad],
         )
 
-    def _receive(self, expected: int) -> tuple[np.ndarray, np.ndarray]:
+    def _receive(self, expected: int) -> tuple[np.ndarray, np.ndarray, list[dict[str, Any]]]:
         table = next(self.envelopes)
         number = table["envelope"][0].as_py()
         assert number == expected, f"the stream brought envelope {number} where {expected} was due"
         digests = np.frombuffer(table["digests"][0].as_buffer(), dtype="<u8")
         content = np.frombuffer(table["content"][0].as_buffer(), dtype=np.int32)
-        return digests, content.reshape(self.plan.shape.envelope, self.plan.sequence_length or -1)
+        return digests, content.reshape(len(digests), -1), json.loads(table["bad"][0].as_py())
 
 
-def iterate(shard: Any, plan: DataPlan, rank: int, workers: int, start_step: int) -> LaneStream:
+def iterate(shard: Any, plan: DataPlan, order: Order, rank: int, workers: int, start_step: int) -> LaneStream:
     """The worker's stream over its Ray Train dataset shard, prefetching a superstep ahead."""
     lanes = plan.shape.lanes // workers
     batches = shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=2 * lanes)
-    return LaneStream(iter(batches), plan, rank, workers, start_step)
+    return LaneStream(iter(batches), plan, order, rank, workers, start_step)

@@ -1,6 +1,7 @@
 """Models in MLflow: logging and registering an exported folder, and finding the folder that a person names.
 
 A name is `models:/NAME/VERSION` (or `@ALIAS`), a run id, or a folder; a run's name works where its storage is known.
+`find_run` is the same for a run's folder of checkpoints and receipts.
 """
 
 from __future__ import annotations
@@ -74,7 +75,15 @@ def _download(model: str, tracking_uri: str) -> Path:
     return folder / "artifacts" / "model"
 
 
-def run_folder(run_id: str, tracking_uri: str) -> Location:
+def find_run(run: str, tracking_uri: str) -> Location:
+    """A run's folder from its id or from the folder itself; ConfigError if it holds no run."""
+    place = Location(run) if "/" in run or Path(run).exists() else _run_folder(run, tracking_uri)
+    if not {"checkpoints", "receipts"} & set(place.folders()):
+        raise ConfigError(f"{place}: holds no run (no checkpoints, no receipts); give a run id, or a run's folder STORAGE/NAME")
+    return place
+
+
+def _run_folder(run_id: str, tracking_uri: str) -> Location:
     """Where the run keeps its checkpoints; ConfigError if MLflow does not know the run."""
     import mlflow
 
@@ -82,4 +91,6 @@ def run_folder(run_id: str, tracking_uri: str) -> Location:
         run = mlflow.MlflowClient(tracking_uri=tracking_uri).get_run(run_id)
     except mlflow.exceptions.MlflowException as e:
         raise ConfigError(f"{run_id!r}: no such run in {tracking_uri}") from e
+    if "heliostat.run_folder" not in run.data.tags:
+        raise ConfigError(f"{run_id!r}: is a run of {tracking_uri} that `heliostat train` did not make")
     return Location(run.data.tags["heliostat.run_folder"])

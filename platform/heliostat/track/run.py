@@ -46,6 +46,8 @@ class RunOwner:
         self._ready = threading.Event()
         self._fault: Exception | None = None
         self.run_id = ""
+        self._resumed = False
+        self._last: dict[str, int] = {}  # of a resumed run's metrics: the last step that is logged already
         self._thread = threading.Thread(target=self._write, name="mlflow", daemon=True)
 
     def post(self, event: dict[str, Any]) -> None:
@@ -102,7 +104,7 @@ class RunOwner:
         self._client = mlflow.MlflowClient(tracking_uri=job.mlflow.uri)
         found = record(job.run_folder)
         if found.get("run_id") and found.get("uri") == job.mlflow.uri:
-            self.run_id = found["run_id"]
+            self.run_id, self._resumed = found["run_id"], True
             self._client.update_run(self.run_id, status="RUNNING")
             return
         experiment = self._client.get_experiment_by_name(job.mlflow.experiment)
@@ -145,9 +147,19 @@ class RunOwner:
     def _log(self, events: list[dict[str, Any]]) -> None:
         from mlflow.entities import Metric
 
-        metrics = [Metric(k, v, int(t * 1000), step) for e in events for k, v, t, step in points(e)]
+        found = [p for e in events for p in points(e)]
+        metrics = [Metric(k, v, int(t * 1000), step) for k, v, t, step in found if step > self._logged(k)]
         for i in range(0, len(metrics), BATCH):
             self._client.log_batch(self.run_id, metrics=metrics[i : i + BATCH])
+
+
+    def _logged(self, key: str) -> int:
+        """The last step that earlier attempts have logged of a metric: recomputed steps are not logged again."""
+        if not self._resumed:
+            return 0
+        if key not in self._last:
+            self._last[key] = max((m.step for m in self._client.get_metric_history(self.run_id, key)), default=0)
+        return self._last[key]
 
 
 def points(event: dict[str, Any]) -> list[tuple[str, float, float, int]]:
@@ -161,9 +173,11 @@ def points(event: dict[str, Any]) -> list[tuple[str, float, float, int]]:
             when = at - each * (count - 1 - i)
             for key in ("loss", "lr", "grad_norm"):
                 out.append((f"train/{key}", event[key][i], when, first + i + 1))
-        for key in ("tokens_per_second", "data_wait", "mfu"):
+        for key in ("tokens_per_second", "data_wait", "mfu", "bad_samples"):
             if event.get(key) is not None:
                 out.append((f"train/{key}", event[key], at, first + count))
+        for name, given in event["sources"].items():
+            out += [(f"data/{name}/{key}", value, at, first + count) for key, value in given.items()]
         return out
     if event["kind"] == "evaluation":
         return [(f"eval/{k}", v, at, event["step"]) for k, v in event["scores"].items()]

@@ -1,134 +1,85 @@
-"""Checkpoints: safetensors shards through torch.distributed.checkpoint, made valid by `checkpoint.json`, written last.
+"""Saving and loading: safetensors shards planned by stock torch.distributed.checkpoint, made valid by `checkpoint.json`.
 
-A checkpoint is a folder `checkpoints/step-00000100` under the run's folder. Without `checkpoint.json`, or with a shard
-missing or of another size, it does not exist, and the one before is used, with a warning. A rank reads only the byte ranges
-it needs, at any ZeRO stage and world size (`fragments`). Nothing is ever unpickled.
+A rank reads only the blocks that hold its slices, at any ZeRO stage and world size (`fragments`), and checks each (`stored`).
+Nothing is ever unpickled.
 
-`Saver.save` blocks for the copy to host memory only; writing and uploading run in one background thread, whose failure is
+`Saver.save` returns at once where it follows the optimizer: the copy to host memory runs beside the next forward and backward
+pass, and only the next optimizer step waits for it. Writing and uploading run in the same background thread, whose failure is
 raised by the next call. At most one save is in flight: the next one waits for it.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-import math
 import tempfile
+import threading
 import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata as TensorMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
-from torch.distributed.checkpoint.storage import StorageReader
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 
-from heliostat.errors import CheckpointError
+from heliostat import spec
+from heliostat.errors import CheckpointError, ConfigError, HeliostatError
 from heliostat.storage import Location
+from heliostat.train import blocks, tensorfile
 from heliostat.train.fragments import FlatShard
+from heliostat.train.retention import Pruner
+from heliostat.train.stored import FORMAT, INDEX, Checkpoint, encode, folder, latest, open_checkpoint, steps
 
-log = logging.getLogger(__name__)
-
-INDEX = "checkpoint.json"
-FORMAT = 1
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
-READ_THREADS = 8
+__all__ = ["Checkpoint", "Saver", "folder", "latest", "load", "open_checkpoint", "steps"]
 
 
-def folder(run: Location, step: int) -> Location:
-    return run.join("checkpoints", f"step-{step:08d}")
+# loading -------------------------------------------------------------------------------------------------------------
 
 
-def steps(run: Location) -> list[int]:
-    """Steps that have a folder, whole or not, ascending."""
-    names = run.join("checkpoints").folders()
-    return [int(n.removeprefix("step-")) for n in names if n.startswith("step-") and n[5:].isdigit()]
+def load(checkpoint: Checkpoint, state: dict[str, torch.Tensor], group: Any) -> int:
+    """Fills this rank's slices; `state` comes from `fragments.state(engine, whole=True)`. Returns the bytes that it read.
+
+    All ranks call it together, and all of them raise if one does: CorruptCheckpointError if what is read is not what was
+    written. The state is then useless.
+    """
+    missing = sorted(set(state) - set(checkpoint.index["tensors"]))
+    wrong = [n for n in state if n not in missing and list(state[n].shape) != checkpoint.index["tensors"][n]["shape"]]
+    if missing or wrong:
+        what = f"has no {missing[0]!r}" if missing else f"holds {wrong[0]!r} in another shape"
+        raise CheckpointError(f"{checkpoint.location}: {what}; it was made by another model")
+    reader = _Reader(checkpoint)
+    with _plain_errors(f"{checkpoint.location}: cannot be loaded"):
+        dcp.load(state, storage_reader=reader, process_group=group)
+    return reader.bytes_read
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A complete checkpoint: its folder and what `checkpoint.json` says."""
-
-    location: Location
-    index: dict[str, Any]
-
-    @property
-    def step(self) -> int:
-        return self.index["step"]
-
-    def names(self, prefix: str) -> list[str]:
-        """Tensor names below `prefix.`, without it."""
-        return [n.removeprefix(prefix + ".") for n in self.index["tensors"] if n.startswith(prefix + ".")]
-
-    def read(self, name: str) -> torch.Tensor:
-        """A whole tensor, flat, put together from every rank's slice."""
-        entry = self.index["tensors"][name]
-        numel, dtype = math.prod(entry["shape"]), DTYPES[entry["dtype"]]
-        out = torch.empty(numel, dtype=dtype)
-        for chunk in entry["chunks"]:
-            with self.location.join(self.index["shards"][chunk["shard"]]["file"]).open() as f:
-                data = f.read_at(chunk["numel"] * dtype.itemsize, chunk["offset"])
-            out[chunk["start"] : chunk["start"] + chunk["numel"]] = torch.frombuffer(bytearray(data), dtype=dtype)
-        return out
-
-
-def open_checkpoint(run: Location, step: int) -> Checkpoint:
-    """CheckpointError, saying why, unless the checkpoint of that step is complete."""
-    location = folder(run, step)
+@contextmanager
+def _plain_errors(what: str) -> Iterator[None]:
+    """The first worker's own error, where DCP raises a BaseException that holds every worker's."""
     try:
-        index = json.loads(location.join(INDEX).read())
-    except FileNotFoundError as e:
-        raise CheckpointError(f"{location}: no complete checkpoint here ({INDEX} is missing)") from e
-    except ValueError as e:
-        raise CheckpointError(f"{location.join(INDEX)}: not valid JSON") from e
-    if index.get("format") != FORMAT:
-        raise CheckpointError(f"{location}: format {index.get('format')!r} is not the one this version reads ({FORMAT})")
-    present = dict(location.files())
-    for shard in index["shards"]:
-        if present.get(shard["file"]) != shard["bytes"]:
-            found = present.get(shard["file"], "nothing")
-            raise CheckpointError(f"{location.join(shard['file'])}: {shard['bytes']} bytes expected, {found} found")
-    return Checkpoint(location, index)
-
-
-def latest(run: Location) -> Checkpoint | None:
-    """The newest complete checkpoint; torn ones are passed over with a warning."""
-    for step in reversed(steps(run)):
-        try:
-            return open_checkpoint(run, step)
-        except CheckpointError as e:
-            log.warning("%s; using the checkpoint before", e)
-    return None
-
-
-def prune(run: Location, keep: int) -> None:
-    """Deletes all but the `keep` newest complete checkpoints, and torn ones older than the newest complete one."""
-    whole = []
-    for step in reversed(steps(run)):
-        if folder(run, step).join(INDEX).exists():
-            whole.append(step)
-            if len(whole) > keep:
-                folder(run, step).join(INDEX).delete()  # first, so that a half-deleted checkpoint does not exist
-                folder(run, step).delete()
-        elif whole:
-            folder(run, step).delete()
+        yield
+    except CheckpointException as e:
+        rank, (error, _) = min(e.failures.items())
+        if isinstance(error, HeliostatError):
+            raise error from e
+        raise CheckpointError(f"{what}: worker {rank}: {type(error).__name__}: {error}") from e
 
 
 class _Reader(StorageReader):
-    """DCP's reader over `checkpoint.json`: byte ranges from any storage, several files at a time."""
+    """DCP's reader over `checkpoint.json`."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
+        self.bytes_read = 0
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
@@ -139,16 +90,15 @@ class _Reader(StorageReader):
 
     def read_metadata(self) -> Metadata:
         tensors: dict[str, Any] = {}
-        places: dict[MetadataIndex, dict[str, int]] = {}
+        places: dict[MetadataIndex, dict[str, Any]] = {}
         for name, entry in self.checkpoint.index["tensors"].items():
-            flat = len(entry["chunks"]) > 1 or len(entry["shape"]) == 1
-            chunks = []
+            shape, chunks = torch.Size(entry["shape"]), []
             for chunk in entry["chunks"]:
-                offsets = torch.Size([chunk["start"]]) if flat else torch.Size([0] * len(entry["shape"]))
-                sizes = torch.Size([chunk["numel"]]) if flat else torch.Size(entry["shape"])
-                chunks.append(ChunkStorageMetadata(offsets, sizes))
+                part = len(shape) == 1  # what is sliced is flat
+                offsets = torch.Size([chunk["start"]]) if part else torch.Size([0] * len(shape))
+                chunks.append(ChunkStorageMetadata(offsets, torch.Size([chunk["numel"]]) if part else shape))
                 places[MetadataIndex(name, offsets)] = chunk
-            tensors[name] = TensorMetadata(TensorProperties(dtype=DTYPES[entry["dtype"]]), torch.Size(entry["shape"]), chunks)
+            tensors[name] = TensorMetadata(TensorProperties(dtype=tensorfile.DTYPES[entry["dtype"]]), shape, chunks)
         return Metadata(state_dict_metadata=tensors, storage_data=places)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *_: Any, **__: Any) -> None:
@@ -161,63 +111,98 @@ class _Reader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Any:
-        by_shard: dict[int, list] = {}
+        wanted, targets = [], []
         for item in plan.items:
-            by_shard.setdefault(self.places[item.storage_index]["shard"], []).append(item)
-
-        def read(shard: int) -> None:
-            location = self.checkpoint.location.join(self.checkpoint.index["shards"][shard]["file"])
-            with location.open() as f:
-                for item in by_shard[shard]:
-                    target = planner.resolve_tensor(item).detach()
-                    skip = item.storage_offsets[0] if item.storage_offsets else 0
-                    offset = self.places[item.storage_index]["offset"] + skip * target.element_size()
-                    data = f.read_at(target.numel() * target.element_size(), offset)
-                    target.copy_(torch.frombuffer(bytearray(data), dtype=target.dtype).view(target.shape))
-                    planner.commit_tensor(item, target)
-
-        with ThreadPoolExecutor(READ_THREADS) as pool:
-            list(pool.map(read, by_shard))
-        done: torch.futures.Future = torch.futures.Future()
-        done.set_result(None)
-        return done
+            target = planner.resolve_tensor(item).detach()
+            filled = target if target.is_contiguous() else torch.empty_like(target, memory_format=torch.contiguous_format)
+            targets.append((item, target, filled))
+            first = item.storage_offsets[0] if len(item.storage_offsets) == 1 else 0
+            wanted.append(self.checkpoint.slice(item.storage_index.fqn, self.places[item.storage_index], first, filled))
+        self.bytes_read = self.checkpoint.fill(wanted)
+        for item, target, filled in targets:
+            if filled is not target:
+                target.copy_(filled)
+            planner.commit_tensor(item, target)
+        return _done(None)
 
 
-def load(checkpoint: Checkpoint, state: dict[str, torch.Tensor], group: Any) -> None:
-    """Fills this rank's slices; `state` comes from `fragments.state(engine, whole=True)`. All ranks call it together."""
-    missing = sorted(set(state) - set(checkpoint.index["tensors"]))
-    wrong = [n for n in state if n not in missing and list(state[n].shape) != checkpoint.index["tensors"][n]["shape"]]
-    if missing or wrong:
-        what = f"has no {missing[0]!r}" if missing else f"holds {wrong[0]!r} in another shape"
-        raise CheckpointError(f"{checkpoint.location}: {what}; it was made by another model")
-    dcp.load(state, storage_reader=_Reader(checkpoint), process_group=group)
+def _done(value: Any) -> torch.futures.Future:
+    future: torch.futures.Future = torch.futures.Future()
+    future.set_result(value)
+    return future
 
 
-def _header(path: Path) -> dict[str, dict[str, Any]]:
-    """What one safetensors file holds: {name: {dtype, shape, start, numel, offset of its bytes in the file}}."""
-    with path.open("rb") as f:
-        size = int.from_bytes(f.read(8), "little")
-        header = json.loads(f.read(size))
-    offsets = json.loads(header.pop("__metadata__", {}).get("DCP_SHARDING_INFO", "{}"))
-    out = {}
-    for name, entry in header.items():
-        saved = offsets.get(name, {}).get("saved_offsets", [])
-        out[name] = {
-            "dtype": entry["dtype"],
-            "shape": entry["shape"],
-            "start": saved[0] if len(saved) == 1 else 0,
-            "numel": math.prod(entry["shape"]),
-            "offset": 8 + size + entry["data_offsets"][0],
-        }
-    return out
+# saving --------------------------------------------------------------------------------------------------------------
 
 
-def _crc32(path: Path) -> str:
-    value = 0
-    with path.open("rb") as f:
-        while block := f.read(16 << 20):
-            value = zlib.crc32(block, value)
-    return f"{value:08x}"
+class _Writer(StorageWriter):
+    """DCP's writer: one safetensors file from each rank that has something to write, then `checkpoint.json`.
+
+    What one rank fails at, all ranks raise, and `checkpoint.json` is not written.
+    """
+
+    def __init__(self, target: Location, step: int, facts: dict[str, Any]) -> None:
+        self.target, self.step, self.facts = target, step, facts
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        return True
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        pass
+
+    def set_up_storage_writer(self, is_coordinator: bool, *_: Any, **__: Any) -> None:
+        pass
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        self.target.join(INDEX).delete()  # an earlier save of this step, or what is left of a dead one
+        self.target.delete()
+        return plans
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+        if not plan.items:
+            return _done([])
+        entries, chunks, starts = [], {}, {}
+        for item in plan.items:
+            name, tensor = item.index.fqn, planner.resolve_data(item)
+            assert isinstance(tensor, torch.Tensor) and item.tensor_data
+            offsets, crc32 = list(item.tensor_data.chunk.offsets), list[int]()
+            starts[name] = {"saved_offsets": offsets}
+            chunks[name] = {"start": offsets[0] if len(offsets) == 1 else 0, "numel": tensor.numel(), "crc32": crc32}
+            entries.append(tensorfile.Entry(name, tensor.dtype, tuple(tensor.shape), partial(_checked, tensor, crc32)))
+        file = f"shard-{dist.get_rank():05d}.safetensors"
+        # what torch's own HuggingFaceStorageReader needs to read the folder
+        metadata = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(starts)}
+        with _local_folder(self.target) as local:
+            places = tensorfile.write(local / file, entries, metadata)
+            shard = {"file": file, "bytes": (local / file).stat().st_size}
+            if self.target.is_s3:
+                self.target.join(file).upload(local / file)
+        told = [(shard, {**chunks[item.index.fqn], "offset": places[item.index.fqn]}) for item in plan.items]
+        return _done([WriteResult(item.index, 0, data) for item, data in zip(plan.items, told, strict=True)])
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        written = [result for result in results if result]
+        tensors: dict[str, Any] = {}
+        for name, meta in metadata.state_dict_metadata.items():
+            assert isinstance(meta, TensorMetadata)
+            tensors[name] = {"dtype": tensorfile.NAMES[meta.properties.dtype], "shape": list(meta.size), "chunks": []}
+        for number, result in enumerate(written):
+            for item in result:
+                tensors[item.index.fqn]["chunks"].append({"shard": number, **item.storage_data[1]})
+        shards = [result[0].storage_data[0] for result in written]
+        index = {"format": FORMAT, "step": self.step, **self.facts, "shards": shards, "tensors": tensors}
+        self.target.join(INDEX).write(encode(index))
+
+
+def _checked(tensor: torch.Tensor, crc32: list[int]) -> Iterator[memoryview]:
+    """The tensor's blocks, as they are written; the CRC-32 of each joins the list."""
+    for block in blocks.cut(blocks.as_bytes(tensor)):
+        crc32.append(zlib.crc32(block))
+        yield block
 
 
 @contextmanager
@@ -233,20 +218,37 @@ def _local_folder(target: Location) -> Iterator[Path]:
 class Saver:
     """Saves on behalf of one worker; every worker of the group must call `save` and `wait` in the same order."""
 
-    def __init__(self, run: Location, keep: int, group: Any) -> None:
+    def __init__(self, run: Location, policy: spec.Checkpoint, group: Any) -> None:
         """`group`: a gloo process group that nothing else uses, because saving runs beside training."""
-        self.run, self.keep, self.group = run, keep, group
+        self.run, self.policy, self.group = run, policy, group
         self.blocked_s = 0.0
+        self._pruner = Pruner(run, policy)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
+        self._copied = threading.Event()
+        self._copied.set()
+        self._copies: dict[str, torch.Tensor] = {}  # kept between saves: fresh memory costs more than the copy
+        self._follows = False
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """From now on `save` leaves the copy to the thread, and a step of `optimizer`, which changes the state, waits for it."""
+        optimizer.register_step_pre_hook(lambda *_: self._until_copied())
+        self._follows = True
 
     def save(self, step: int, state: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
         """`state`: from `fragments.state`; `facts`: what rank 0 puts into `checkpoint.json`."""
+        best = self.policy.best
+        if best and best.metric not in facts["metrics"]:
+            raise ConfigError(f"checkpoint.best.metric: {best.metric!r} is no score; there are {', '.join(facts['metrics'])}")
         self.wait()
         started = time.perf_counter()
-        copy = {n: t.cpu_copy() if isinstance(t, FlatShard) else t.detach().cpu().clone() for n, t in state.items()}
-        self._pending = self._thread.submit(self._write, step, copy, facts)
+        # the forward pass may change buffers: they are copied now
+        state = {n: t if isinstance(t, FlatShard) else t.detach().cpu().clone() for n, t in state.items()}
+        self._copied.clear()
+        self._pending = self._thread.submit(self._write, step, state, facts)
         self.blocked_s += time.perf_counter() - started
+        if not self._follows:
+            self._until_copied()
 
     def wait(self) -> None:
         """Until the save in flight is complete; raises what went wrong with it."""
@@ -256,33 +258,23 @@ class Saver:
             pending.result()
             self.blocked_s += time.perf_counter() - started
 
+    def _until_copied(self) -> None:
+        started = time.perf_counter()
+        self._copied.wait()
+        self.blocked_s += time.perf_counter() - started
+
     def _write(self, step: int, state: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
-        target, rank = folder(self.run, step), dist.get_rank()
-        if rank == 0:
-            target.delete()  # what a dead save left; the others write only after rank 0 has planned
-        with _local_folder(target) as local:
-            writer = HuggingFaceStorageWriter(str(local), save_distributed=True)
-            dcp.save(state, storage_writer=writer, process_group=self.group)
-            mine = sorted(local.glob(f"shard-{rank + 1:05d}-*.safetensors"))
-            shards = [{"file": p.name, "bytes": p.stat().st_size, "crc32": _crc32(p), "tensors": _header(p)} for p in mine]
-            if target.is_s3:
-                for path in mine:
-                    target.join(path.name).upload(path)
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, shards, group=self.group)
-        if rank == 0:
-            index = {"format": FORMAT, "step": step, **facts, **_merge_shards([s for part in gathered for s in part])}
-            target.join(INDEX).write(json.dumps(index).encode())
-            prune(self.run, self.keep)
+        try:
+            copy = {n: self._copy(n, t) if isinstance(t, FlatShard) else t for n, t in state.items()}
+        finally:
+            self._copied.set()
+        target = folder(self.run, step)
+        with _plain_errors(f"{target}: cannot be saved"):
+            dcp.save(copy, storage_writer=_Writer(target, step, facts), process_group=self.group)
+        if dist.get_rank() == 0:
+            self._pruner.prune(step)
 
-
-def _merge_shards(shards: list[dict[str, Any]]) -> dict[str, Any]:
-    tensors: dict[str, dict[str, Any]] = {}
-    for number, shard in enumerate(shards):
-        for name, part in shard["tensors"].items():
-            entry = tensors.setdefault(name, {"dtype": part["dtype"], "shape": part["shape"], "chunks": []})
-            entry["chunks"].append({"shard": number, **{k: part[k] for k in ("start", "numel", "offset")}})
-    for entry in tensors.values():
-        if len(entry["chunks"]) > 1 or len(entry["shape"]) == 1:  # slices of a flat tensor: its size is where the last one ends
-            entry["shape"] = [max(c["start"] + c["numel"] for c in entry["chunks"])]
-    return {"shards": [{k: v for k, v in s.items() if k != "tensors"} for s in shards], "tensors": tensors}
+    def _copy(self, name: str, shard: FlatShard) -> FlatShard:
+        if name not in self._copies:
+            self._copies[name] = torch.empty(shard.local.shape, dtype=shard.dtype, pin_memory=shard.local.is_cuda)
+        return FlatShard(self._copies[name].copy_(shard.local), shard.start, shard.shape[0])

@@ -36,11 +36,6 @@ class FlatShard(torch.Tensor):
             return args[0]
         raise TypeError(f"a FlatShard has no {func}")
 
-    def cpu_copy(self) -> FlatShard:
-        """The same shard in memory that training will not touch."""
-        copy = torch.empty_like(self.local, device="cpu", memory_format=torch.contiguous_format)
-        return FlatShard(copy.copy_(self.local), self.start, self.shape[0])
-
     def _chunk(self) -> ChunkStorageMetadata:
         return ChunkStorageMetadata(offsets=torch.Size([self.start]), sizes=torch.Size([self.local.numel()]))
 
@@ -67,7 +62,7 @@ def state(engine: Any, whole: bool = False) -> dict[str, torch.Tensor]:
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
             for key, local, start, numel in _slices(engine, parameter, (0, 1) if whole else (rank, world)):
-                out[f"{key}.{name}"] = FlatShard(local, start, numel)
+                out[f"{key}.{name}"] = FlatShard(local.detach(), start, numel)
     persistent = engine.module.state_dict().keys() if engine.zero_optimization_stage() < 3 else _persistent_buffers(engine.module)
     out |= {f"buffer.{name}": b for name, b in engine.module.named_buffers() if name in persistent}
     return out
@@ -120,7 +115,7 @@ def _flat_groups(engine: Any) -> list[torch.Tensor]:
     return list(zero.single_partition_of_fp32_groups)
 
 
-def _inner(engine: Any) -> torch.optim.Optimizer:
+def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
     return engine.optimizer.optimizer if engine.zero_optimization_stage() else engine.optimizer
 
 
@@ -130,7 +125,7 @@ def make_room(engine: Any) -> None:
     New runs need it too: DeepSpeed links parameters to their moments after the first parameter group's first step, when the
     other groups have none.
     """
-    states = _inner(engine).state
+    states = inner_optimizer(engine).state
     for tensor in _flat_groups(engine):
         if tensor not in states:
             states[tensor] = {"step": torch.zeros((), dtype=torch.float32, device=tensor.device)}
@@ -145,12 +140,12 @@ def make_room(engine: Any) -> None:
 
 def optimizer_steps(engine: Any) -> int:
     """How many steps the optimizer has really made (with fp16, overflowing steps are skipped)."""
-    return int(next(iter(_inner(engine).state.values()))["step"])
+    return int(next(iter(inner_optimizer(engine).state.values()))["step"])
 
 
 def after_load(engine: Any, steps: int) -> None:
     """Makes the engine whole after its slices were loaded: the step count, and the weights that the forward pass uses."""
-    for values in _inner(engine).state.values():
+    for values in inner_optimizer(engine).state.values():
         values["step"].fill_(float(steps))
     stage, zero = engine.zero_optimization_stage(), engine.optimizer
     if stage == 3:

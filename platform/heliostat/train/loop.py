@@ -7,6 +7,7 @@ number of workers. A step's loss is the sum of all its loss terms over their num
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from heliostat import workspace
-from heliostat.data import receipt, stream
+from heliostat.data import quarantine, receipt, stream
 from heliostat.data.dataset import DataPlan, Dataset, open_dataset
 from heliostat.errors import NonFiniteError
 from heliostat.recipe import Batch, Recipe
@@ -47,7 +48,7 @@ class Worker:
         self.run_folder = Location(config["run_folder"])
         # the training group is left to DeepSpeed; saving runs in a thread and must not share a group with the loop
         self.control, saving = dist.new_group(backend="gloo"), dist.new_group(backend="gloo")
-        self.saver = checkpoint.Saver(self.run_folder, self.job.checkpoint.keep, saving)
+        self.saver = checkpoint.Saver(self.run_folder, self.job.checkpoint, saving)
 
         self._post({"kind": "phase", "phase": "model", "at": time.time()})
         zero.prepare_environment(self.job.workers.gpus)
@@ -55,9 +56,11 @@ class Worker:
         self.recipe = make_recipe(self.job, self.dataset)
         self.engine = zero.build_engine(self.job, self.recipe)
         fragments.make_room(self.engine)
+        self.saver.follow(fragments.inner_optimizer(self.engine))
         self.device = self.engine.device
         self.batch_plan = BatchPlan(self.job, self.plan)
         self.chain = receipt.GENESIS
+        self.bad_samples = 0  # replaced so far in the run, on this worker; what earlier attempts replaced is rank 0's
         if self.start_step:
             self._restore()
         self.held_out = HeldOut(self.job, self.dataset, self.rank, self.world) if self.job.evaluate else None
@@ -65,6 +68,7 @@ class Worker:
         self._losses: list[torch.Tensor] = []
         self._norms: list[float] = []
         self._lane_digests: list[list[int]] = []
+        self._bad: list[dict[str, Any]] = []
 
     # one run ---------------------------------------------------------------------------------------------------------
 
@@ -72,7 +76,7 @@ class Worker:
         job = self.job
         self._post({"kind": "phase", "phase": "data", "at": time.time()})
         shard = ray.train.get_dataset_shard("train")
-        samples = stream.iterate(shard, self.plan, self.rank, self.world, self.start_step)
+        samples = stream.iterate(shard, self.plan, self.dataset.order, self.rank, self.world, self.start_step)
         first_step_s = since = time.perf_counter()
         logged = self.start_step
         steady_s = steady_wait = 0.0
@@ -137,6 +141,8 @@ class Worker:
             self._norms.append(zero.gradient_norm(engine, train.grad_clip))
         self._losses.append(total / terms)
         self._lane_digests.append(mine.digests)
+        self._bad += [{"step": step, **dataclasses.asdict(b)} for b in mine.bad]
+        self.bad_samples += len(mine.bad)
         if train.precision != "fp16" and not math.isfinite(self._norms[-1]):  # fp16's loss scaler skips such steps itself
             self._fail(step, f"gradient norm {self._norms[-1]}")
 
@@ -150,9 +156,10 @@ class Worker:
 
     def _report(self, first: int, done: int, seconds: float, wait: float) -> None:
         """Sums the losses of steps [first, done) over the workers, in one collective, and posts them."""
-        losses = torch.stack(self._losses).double()
-        dist.all_reduce(losses)
-        values = losses.tolist()
+        sums = torch.stack([*self._losses, torch.tensor(float(self.bad_samples), device=self.device)]).double()
+        dist.all_reduce(sums)
+        *values, bad = sums.tolist()
+        quarantine.check_budget(int(bad), done, self.job, self.dataset.order)
         for i, value in enumerate(values):
             if not math.isfinite(value):
                 self._fail(first + i, f"loss {value}")
@@ -173,6 +180,7 @@ class Worker:
                 "tokens_per_second": rate,
                 "data_wait": wait / seconds,
                 "mfu": self._mfu(done - first, seconds),
+                "bad_samples": int(bad),
                 "at": time.time(),
             }
         )
@@ -221,6 +229,7 @@ class Worker:
             "data": self.plan.dump(),
             "data_digest": self.plan.digest,
             "receipt": {"steps": done, "chain": self.chain},
+            "bad_samples": self.run_bad_samples,
             "metrics": {"train_loss": getattr(self, "last_loss", None), **self.scores},
             "written": time.time(),
         }
@@ -242,12 +251,15 @@ class Worker:
                 receipt.seal(done - len(digests), digests, self.chain, self.plan.digest)
             )
         self._lane_digests = []
+        self.run_bad_samples = quarantine.collect(self.run_folder, done, self._bad, self.bad_samples, self.dataset, self.control)
+        self._bad = []
 
     def _restore(self) -> None:
         found = checkpoint.open_checkpoint(self.run_folder, self.start_step)
         checkpoint.load(found, fragments.state(self.engine, whole=True), self.control)
         fragments.after_load(self.engine, found.index["optimizer_steps"])
         self.chain = found.index["receipt"]["chain"]
+        self.bad_samples = found.index["bad_samples"] if self.rank == 0 else 0
 
     def _post(self, event: dict[str, Any]) -> None:
         if self.rank == 0:
@@ -284,8 +296,10 @@ class HeldOut:
         self.batches = -(-len(everything) // (world * self.micro))  # the same on every worker: ZeRO-3 gathers together
         filled = np.resize(mine, self.batches * self.micro) if len(mine) else np.zeros(self.batches * self.micro, int)
         take = type(everything)(*(getattr(everything, f)[filled] for f in ("position", "source", "epoch", "chunk", "row")))
-        self.content = dataset.read(take)
+        found = dataset.gather(take)
+        self.content = found.content
         self.counted = np.arange(len(filled)) < len(mine)
+        self.counted[list(found.faults)] = False  # a bad sample scores nothing
 
     @torch.no_grad()
     def sums(self, recipe: Recipe, model: Any, device: Any, group: Any) -> dict[str, float]:

@@ -23,6 +23,7 @@ from rich.console import Console
 
 from heliostat import check
 from heliostat.check import Checked
+from heliostat.data import segments
 from heliostat.data.dataset import DataPlan
 from heliostat.errors import CheckpointError, ConfigError, HeliostatError, TrainingError, innermost
 from heliostat.storage import Location
@@ -34,7 +35,12 @@ POLL_S = 0.25
 
 
 def train(
-    path: Path, settings: list[str] | None = None, resume: bool = False, overwrite: bool = False, verbose: bool = False
+    path: Path,
+    settings: list[str] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    allow_data_change: bool = False,
+    verbose: bool = False,
 ) -> dict[str, Any]:
     """Trains a job to its last step; HeliostatError with one line for whatever stopped it."""
     started = psutil.Process().create_time()
@@ -50,8 +56,14 @@ def train(
         )
     recorded = DataPlan.parse(found.index["data"]) if found else None
     checked = check.check_stores(job, recipe, recorded)
-    if found and recorded:
-        _refuse_changes(recorded, checked.plan)
+    if found and recorded and (changes := recorded.differences(checked.plan)):
+        if not allow_data_change:
+            raise ConfigError(
+                "the run's samples would change on resume; undo this, use another name, or start a new segment of the run with "
+                "--allow-data-change:\n  " + "\n  ".join(changes)
+            )
+        log.warning("the run's samples change at step %d: %s", found.step, "; ".join(changes))
+        checked = check.check_stores(job, recipe, recorded, change_at=found.step)
     if overwrite:
         job.run_folder.delete()
     start_step = found.step if found else 0
@@ -59,12 +71,6 @@ def train(
         log.info("run %s has finished: step %d of %d", job.name, start_step, job.train.steps)
         return _finished(job.run_folder)
     return _Run(checked, start_step, started, verbose).go()
-
-
-def _refuse_changes(recorded: DataPlan, wanted: DataPlan) -> None:
-    changes = recorded.differences(wanted)
-    if changes:
-        raise ConfigError("the run's samples would change on resume; undo this, or use another name:\n  " + "\n  ".join(changes))
 
 
 def _finished(run_folder: Location) -> dict[str, Any]:
@@ -82,6 +88,8 @@ class _Run:
 
     def go(self) -> dict[str, Any]:
         owner = RunOwner(self.job, self.checked.manifests)
+        if self.checked.plan.first_step == self.start_step:
+            segments.write(self.job.run_folder, self.checked.plan)
         try:
             summary = self._fit(owner)
             result = self._conclude(owner, summary)
@@ -144,8 +152,10 @@ class _Run:
         from heliostat.train.board import Board
 
         board = Board.remote()  # type: ignore[attr-defined]
-        plan, start, steps = self.checked.plan, self.start_step, job.train.steps
-        concurrency = max(2, workers.count)
+        plan, start = self.checked.plan, self.start_step
+        replace = job.data.on_bad_sample == "replace"
+        fetch = stream.fetch(plan, self.checked.order, start, job.train.steps, replace)
+        concurrency, memory = max(2, workers.count), job.data.memory_limit
         config = {
             "job": job.dump(),
             "plan": plan.dump(),
@@ -158,7 +168,7 @@ class _Run:
         trainer = api.torch.TorchTrainer(
             _worker,
             train_loop_config=config,
-            datasets={"train": lambda: stream.dataset(plan, start, steps, concurrency)},
+            datasets={"train": lambda: stream.dataset(fetch, concurrency, memory)},
             dataset_config=stream.OrderedSplit(),
             torch_config=api.torch.TorchConfig(backend="nccl" if workers.gpus else "gloo"),
             scaling_config=api.ScalingConfig(
@@ -184,8 +194,24 @@ class _Run:
         except ray.exceptions.GetTimeoutError:
             return
         for event in events:
+            if event["kind"] == "steps":
+                event["sources"] = self._sources(event["first"] + len(event["loss"]))
             owner.post(event)
             show.event(event)
+
+    def _sources(self, step: int) -> dict[str, dict[str, float]]:
+        """What each source has given in this sequence's steps before `step`, by its name: tokens or samples, and epochs."""
+        order, manifests = self.checked.order, self.checked.manifests
+        names = [m.meta.get("name", m.location.name) for m in manifests]
+        taken = order.consumed(step)
+        return {
+            name if names.count(name) == 1 else f"{name}.{i}": {
+                "tokens": float(taken[i] * (self.job.data.sequence_length or 0)),
+                "samples": float(taken[i]),
+                "epochs": float(taken[i] / order.epoch_samples[i]),
+            }
+            for i, name in enumerate(names)
+        }
 
     def _startup(self, phases: dict[str, float], summary: dict[str, Any]) -> dict[str, float]:
         """Seconds from the command to the first finished step, by part."""

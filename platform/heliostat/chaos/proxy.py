@@ -1,0 +1,267 @@
+"""A proxy in front of an S3 server that makes it fail on purpose, as a crowded or broken store does.
+
+What holds: a request or answer without a fault passes byte for byte, with the client's own Host header, so signatures stay
+valid. Each request meets at most one fault, drawn by rate from a seeded generator, and every fault injected is counted.
+`faults` may be exchanged while requests are under way; those that have begun keep the fault that they drew.
+Plain HTTP/1.1 on both sides: it is for a store of one's own, not for a cloud's TLS endpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import socket
+import socketserver
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import BinaryIO, Literal
+from urllib.parse import unquote
+
+BLOCK = 1 << 16
+ANSWER_S = 300.0  # the longest wait for a byte of the store's, or of the client's
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One way to fail. `key` is a pattern (`*` and `?`) for `/bucket/key`; `limit` ends the fault after so many times.
+
+    status: the request never reaches the store and is answered with `status` and an S3 error of that `code`
+    delay:  the request reaches the store `seconds` late
+    reset:  the store does what is asked, but the connection breaks before its answer arrives
+    cut:    half of the request's body reaches the store, or (a request without one) half of the answer's the client
+    """
+
+    kind: Literal["status", "delay", "reset", "cut"]
+    rate: float = 1.0
+    status: int = 503
+    code: str = "SlowDown"
+    seconds: float = 0.0
+    key: str = "*"
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Message:
+    """A request or an answer: its first lines as they came, and what the framing of its body follows from."""
+
+    raw: bytes
+    start: list[str]  # the first line's three words
+    headers: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def chunked(self) -> bool:
+        return "chunked" in self.headers.get("transfer-encoding", "").lower()
+
+    @property
+    def length(self) -> int | None:
+        return int(self.headers["content-length"]) if "content-length" in self.headers else None
+
+    @property
+    def closes(self) -> bool:
+        return self.headers.get("connection", "").lower() == "close"
+
+
+class FaultProxy:
+    """`with FaultProxy("127.0.0.1:9000", [Fault("status", rate=0.3)]) as proxy:` clients then use `proxy.endpoint`."""
+
+    def __init__(self, upstream: str, faults: Sequence[Fault] = (), seed: int = 0) -> None:
+        host, _, port = upstream.rpartition(":")
+        self.upstream = (host, int(port))
+        self.faults = tuple(faults)
+        self.injected: Counter[Fault] = Counter()
+        self.requests = 0
+        self._random = random.Random(seed)
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        self._open: set[socket.socket] = set()
+
+    @property
+    def endpoint(self) -> str:
+        host, port = self._server.server_address[:2]
+        return f"{host}:{port}"
+
+    def __enter__(self) -> FaultProxy:
+        self._server = _Server(("127.0.0.1", 0), _Connection)
+        self._server.proxy = self
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), name="fault-proxy", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._server.shutdown()
+        self._server.server_close()
+        for connection in tuple(self._open):
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def draw(self, path: str) -> Fault | None:
+        """The fault that this request meets. Every fault whose key matches takes a draw, so one's limit moves no other."""
+        with self._lock:
+            self.requests += 1
+            found = None
+            for fault in self.faults:
+                if not fnmatchcase(path, fault.key):
+                    continue
+                hit = self._random.random() < fault.rate
+                spent = fault.limit is not None and self.injected[fault] >= fault.limit
+                if hit and not spent and found is None:
+                    found = fault
+            if found:
+                self.injected[found] += 1
+            return found
+
+    def wait(self, seconds: float) -> None:
+        """Sleeps, but not beyond the proxy's end."""
+        self._stopped.wait(seconds)
+
+    @contextlib.contextmanager
+    def serving(self, connection: socket.socket) -> Iterator[None]:
+        """The connection is broken off if the proxy ends first."""
+        self._open.add(connection)
+        try:
+            yield
+        finally:
+            self._open.discard(connection)
+
+
+class _Server(socketserver.ThreadingTCPServer):
+    allow_reuse_address = True
+    daemon_threads = True
+    block_on_close = False  # a client may keep its connection open for ever
+    request_queue_size = 128
+    proxy: FaultProxy
+
+
+class _Connection(socketserver.BaseRequestHandler):
+    """One client's connection: its requests in turn, each over the same connection to the store."""
+
+    server: _Server
+
+    def handle(self) -> None:
+        proxy, client = self.server.proxy, self.request
+        with contextlib.suppress(OSError, ValueError), contextlib.ExitStack() as stack:  # either side hung up: so do we
+            stack.enter_context(proxy.serving(client))
+            upstream = stack.enter_context(socket.create_connection(proxy.upstream, timeout=ANSWER_S))
+            from_client, from_store = (stack.enter_context(s.makefile("rb")) for s in (client, upstream))
+            for s in (client, upstream):
+                s.settimeout(ANSWER_S)
+                s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            while request := read_message(from_client):
+                fault = proxy.draw(unquote(request.start[1].partition("?")[0]))
+                if request.headers.get("expect", "").lower() == "100-continue":
+                    client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")  # the store's own is passed over
+                if not self._exchange(request, fault, from_client, from_store, upstream):
+                    return
+
+    def _exchange(
+        self, request: Message, fault: Fault | None, from_client: BinaryIO, from_store: BinaryIO, upstream: socket.socket
+    ) -> bool:
+        """One request and its answer; False if the connection ends with it."""
+        kind, client = fault.kind if fault else None, self.request
+        body = request_body(request, from_client)
+        if fault and kind == "status":
+            for _ in body:
+                pass
+            client.sendall(error_answer(fault, request.start[0]))
+            return not request.closes
+        if fault and kind == "delay":
+            self.server.proxy.wait(fault.seconds)
+        upstream.sendall(request.raw)
+        if kind == "cut" and (request.length or request.chunked):
+            for piece in half(body, request.length):
+                upstream.sendall(piece)
+            reset(upstream)
+            reset(client)
+            return False
+        for piece in body:
+            upstream.sendall(piece)
+        answer = read_message(from_store)
+        while answer and answer.start[1].startswith("1"):
+            answer = read_message(from_store)
+        if answer is None or kind == "reset":
+            reset(client)
+            return False
+        client.sendall(answer.raw)
+        pieces = answer_body(answer, request.start[0], from_store)
+        for piece in half(pieces, answer.length) if kind == "cut" else pieces:
+            client.sendall(piece)
+        return kind != "cut" and not (request.closes or answer.closes)
+
+
+def read_message(source: BinaryIO) -> Message | None:
+    """The next message's head; None at the connection's end."""
+    lines = []
+    while (line := source.readline(BLOCK)) not in (b"\r\n", b""):
+        lines.append(line)
+    if not lines or not line:
+        return None
+    fields = (text.partition(":") for text in (h.decode("latin-1") for h in lines[1:]))
+    headers = {name.strip().lower(): value.strip() for name, _, value in fields}
+    return Message(b"".join([*lines, line]), lines[0].decode("latin-1").split(" ", 2), headers)
+
+
+def request_body(request: Message, source: BinaryIO) -> Iterator[bytes]:
+    return chunks(source) if request.chunked else exactly(source, request.length or 0)
+
+
+def answer_body(answer: Message, method: str, source: BinaryIO) -> Iterator[bytes]:
+    if method == "HEAD" or answer.start[1] in ("204", "304"):
+        return iter(())
+    if answer.chunked:
+        return chunks(source)
+    return exactly(source, answer.length)
+
+
+def exactly(source: BinaryIO, length: int | None) -> Iterator[bytes]:
+    """So many bytes; ConnectionError if there are fewer. None: all up to the connection's end."""
+    left = length
+    while left is None or left > 0:
+        piece = source.read1(BLOCK if left is None else min(BLOCK, left))  # type: ignore[attr-defined]
+        if not piece:
+            if left:
+                raise ConnectionError(f"the peer hung up {left} bytes early")
+            return
+        left = None if left is None else left - len(piece)
+        yield piece
+
+
+def chunks(source: BinaryIO) -> Iterator[bytes]:
+    """A chunked body as it is on the wire, up to the empty line after the last chunk and its trailers."""
+    while True:
+        line = source.readline(BLOCK)
+        yield line
+        size = int(line.partition(b";")[0], 16)
+        if not size:
+            break
+        yield from exactly(source, size + 2)
+    while line := source.readline(BLOCK):
+        yield line
+        if line == b"\r\n":
+            return
+
+
+def half(pieces: Iterator[bytes], length: int | None) -> Iterator[bytes]:
+    """About half of a body of that length; of one whose length is not known, its first piece."""
+    left = (length or 0) // 2
+    for piece in pieces:
+        yield piece[:left] if length else piece
+        left -= len(piece)
+        if left <= 0:
+            return
+
+
+def reset(connection: socket.socket) -> None:
+    """Ends a connection as a crash does, not with a goodbye."""
+    with contextlib.suppress(OSError):
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+        connection.close()
+
+
+def error_answer(fault: Fault, method: str) -> bytes:
+    """An S3 error: XML, but no body where the method is HEAD."""
+    body = f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{fault.code}</Code><Message>injected</Message></Error>'.encode()
+    head = f"HTTP/1.1 {fault.status} Injected\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + (b"" if method == "HEAD" else body)

@@ -1,0 +1,89 @@
+"""What a run's folder says was trained: its segments (data plans), its receipts, and the links of their chain.
+
+Receipts may overlap where a run was resumed from an older checkpoint. A checkpoint of steps that were trained before the data
+was changed, at a step before them, is of an undone future and left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from heliostat.data import segments
+from heliostat.errors import ConfigError, CorruptCheckpointError, VerifyError
+from heliostat.storage import Location
+from heliostat.train import stored
+
+READERS = 8
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """One receipt file: the digests of steps [first, end) and the chain after them."""
+
+    where: str
+    first: int
+    steps: list[str]
+    chain: str
+    data_digest: str
+
+    @property
+    def end(self) -> int:
+        return self.first + len(self.steps)
+
+
+@dataclass(frozen=True)
+class Link:
+    """What a receipt or a checkpoint says the chain is after `end` steps."""
+
+    where: str
+    end: int
+    chain: str
+
+
+class History:
+    """`plans` by first step, `receipts` by first step, `links` by end; `steps`: up to where any of them reach."""
+
+    def __init__(self, run: Location) -> None:
+        self.plans = segments.read(run)
+        if not self.plans:
+            raise ConfigError(
+                f"{run}: does not say what data it follows ({segments.FOLDER}/ is missing); was it made by an older version?"
+            )
+        self.receipts = _receipts(run)
+        self.links: dict[int, list[Link]] = {}
+        for link in [*(Link(r.where, r.end, r.chain) for r in self.receipts), *self._checkpoints(run)]:
+            self.links.setdefault(link.end, []).append(link)
+        if not self.links:
+            raise ConfigError(f"{run}: has no receipts; the first is written with the first checkpoint")
+        self.steps = max(self.links)
+
+    def segment(self, step: int) -> int:
+        """The number of the segment that a step is in."""
+        return max(i for i, plan in enumerate(self.plans) if plan.first_step <= step)
+
+    def _checkpoints(self, run: Location) -> Iterator[Link]:
+        for step in stored.steps(run):
+            try:
+                index = stored.open_checkpoint(run, step).index
+            except CorruptCheckpointError:
+                continue  # it does not exist
+            said = index["receipt"]
+            if index["data_digest"] not in {p.digest for p in self.plans[: self.segment(said["steps"] - 1)]}:
+                yield Link(f"checkpoint {step}", said["steps"], said["chain"])
+
+
+def _receipts(run: Location) -> list[Receipt]:
+    folder = run.join("receipts")
+
+    def read(name: str) -> Receipt:
+        try:
+            raw = json.loads(folder.join(name).read())
+            return Receipt(name, raw["first"], raw["steps"], raw["chain"], raw["data_digest"])
+        except (ValueError, KeyError, TypeError) as e:
+            raise VerifyError(f"{folder.join(name)}: not a receipt, or damaged") from e
+
+    with ThreadPoolExecutor(READERS) as pool:
+        return sorted(pool.map(read, [name for name, _ in folder.files()]), key=lambda r: r.first)

@@ -1,0 +1,94 @@
+"""Checksummed blocks: every chunk of a checkpoint carries a CRC-32 for each MiB of it, and no byte is used unchecked.
+
+A reader that wants a part of a chunk reads the blocks that hold it, so what it reads beyond its part is less than two blocks
+for each chunk, and a whole chunk costs nothing more. Neighbouring blocks of a file are read together.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+BLOCK = 1 << 20
+RUN_BLOCKS = 8  # read with one request
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor's memory as flat uint8."""
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def cut(data: torch.Tensor) -> Iterator[memoryview]:
+    """The blocks of a flat uint8 tensor on the CPU."""
+    view = data.numpy().data
+    for start in range(0, len(view), BLOCK):
+        yield view[start : start + BLOCK]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Bytes from `first` on of a chunk that lies at `offset` in its file, and the flat uint8 tensor that they fill."""
+
+    offset: int
+    size: int
+    crc32: list[int]
+    first: int
+    target: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block in its file, and the part of it that a target gets."""
+
+    offset: int
+    size: int
+    crc32: int
+    skip: int
+    target: torch.Tensor
+
+
+def needed(part: Slice) -> Iterator[Block]:
+    """The blocks that hold a slice."""
+    first, last = part.first, part.first + len(part.target)
+    for number in range(first // BLOCK, -(-last // BLOCK)):
+        start = number * BLOCK
+        stop = min(start + BLOCK, part.size)
+        target = part.target[max(start - first, 0) : stop - first]
+        yield Block(part.offset + start, stop - start, part.crc32[number], max(first - start, 0), target)
+
+
+def runs(parts: list[Slice]) -> list[list[Block]]:
+    """The blocks that the slices of one file need, in the file's order, neighbours together."""
+    out: list[list[Block]] = []
+    for block in sorted((b for p in parts for b in needed(p)), key=lambda b: b.offset):
+        last = out[-1][-1] if out else None
+        if last and last.offset + last.size == block.offset and _size(out[-1]) + block.size <= RUN_BLOCKS * BLOCK:
+            out[-1].append(block)
+        else:
+            out.append([block])
+    return out
+
+
+def _size(run: list[Block]) -> int:
+    return run[-1].offset + run[-1].size - run[0].offset
+
+
+def read(file: pa.NativeFile, wanted: list[list[Block]]) -> tuple[int, Block | None]:
+    """Fills the targets; (bytes read, the first block that is not what was written)."""
+    scratch, total = np.empty(RUN_BLOCKS * BLOCK, np.uint8), 0
+    memory, source = scratch.data, torch.from_numpy(scratch)
+    for run in wanted:
+        size = _size(run)
+        file.seek(run[0].offset)
+        total += file.readinto(memory[:size])
+        for block in run:
+            at = block.offset - run[0].offset
+            if zlib.crc32(memory[at : at + block.size]) != block.crc32:
+                return total, block
+            block.target.copy_(source[at + block.skip : at + block.skip + len(block.target)])
+    return total, None

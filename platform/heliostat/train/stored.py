@@ -1,0 +1,155 @@
+"""A checkpoint as it lies in storage: the folder `checkpoints/step-00000100`, made valid by `checkpoint.json`, written last.
+
+`checkpoint.json` lists every shard with its size, and every tensor's chunks: the shard, the elements, the bytes, and a
+CRC-32 of each block of them (`blocks`); its own CRC-32 is its last entry. A checkpoint whose `checkpoint.json` is missing or
+damaged, or with a shard missing or of another size, does not exist; damaged bytes are found when they are read, always
+before they are used. Both are a CorruptCheckpointError, and the checkpoint before is the one to use.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from heliostat.errors import CheckpointError, CorruptCheckpointError
+from heliostat.storage import Location
+from heliostat.train import blocks
+from heliostat.train.tensorfile import DTYPES
+
+log = logging.getLogger(__name__)
+
+INDEX = "checkpoint.json"
+FORMAT = 2
+READ_THREADS = 8
+PIECE = 64 * blocks.BLOCK  # what is in memory of a tensor that is read as a stream
+
+
+def folder(run: Location, step: int) -> Location:
+    return run.join("checkpoints", f"step-{step:08d}")
+
+
+def steps(run: Location) -> list[int]:
+    """Steps that have a folder, whole or not, ascending."""
+    names = run.join("checkpoints").folders()
+    return [int(n.removeprefix("step-")) for n in names if n.startswith("step-") and n[5:].isdigit()]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint: its folder and what `checkpoint.json` says."""
+
+    location: Location
+    index: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return self.index["step"]
+
+    def names(self, prefix: str) -> list[str]:
+        """Tensor names below `prefix.`, without it."""
+        return [n.removeprefix(prefix + ".") for n in self.index["tensors"] if n.startswith(prefix + ".")]
+
+    def slice(self, name: str, chunk: dict[str, Any], first: int, target: torch.Tensor) -> tuple[int, blocks.Slice]:
+        """(the shard, the slice) of the elements from `first` of a chunk on, as many as the contiguous target holds."""
+        itemsize = DTYPES[self.index["tensors"][name]["dtype"]].itemsize
+        size, start = chunk["numel"] * itemsize, first * itemsize
+        return chunk["shard"], blocks.Slice(chunk["offset"], size, chunk["crc32"], start, blocks.as_bytes(target))
+
+    def fill(self, wanted: list[tuple[int, blocks.Slice]]) -> int:
+        """Reads the slices of the shards into their targets, several ranges at a time; returns the bytes read."""
+        by_shard: dict[int, list[blocks.Slice]] = {}
+        for shard, part in wanted:
+            by_shard.setdefault(shard, []).append(part)
+        jobs = []
+        for shard, parts in by_shard.items():
+            found = blocks.runs(parts)
+            ways = min(-(-READ_THREADS // len(by_shard)), len(found))
+            jobs += [(shard, found[i::ways]) for i in range(ways)]
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            return sum(pool.map(lambda job: self._read(*job), jobs))
+
+    def _read(self, shard: int, wanted: list[list[blocks.Block]]) -> int:
+        location = self.location.join(self.index["shards"][shard]["file"])
+
+        def read() -> tuple[int, blocks.Block | None]:
+            with location.open() as file:
+                return blocks.read(file, wanted)
+
+        try:
+            total, damaged = location.attempt(read)
+        except OSError as e:
+            raise CorruptCheckpointError(f"{location}: cannot be read ({str(e).splitlines()[0]})", self.step) from e
+        if damaged:
+            where = f"bytes {damaged.offset} to {damaged.offset + damaged.size}"
+            raise CorruptCheckpointError(f"{location}: {where} are not what was written (CRC-32)", self.step)
+        return total
+
+    def stream(self, name: str) -> Iterator[torch.Tensor]:
+        """A tensor, flat, put together from every rank's slice, in pieces of at most 64 MiB."""
+        entry = self.index["tensors"][name]
+        dtype = DTYPES[entry["dtype"]]
+        for chunk in sorted(entry["chunks"], key=lambda c: c["start"]):
+            for first in range(0, chunk["numel"], PIECE // dtype.itemsize):
+                piece = torch.empty(min(PIECE // dtype.itemsize, chunk["numel"] - first), dtype=dtype)
+                self.fill([self.slice(name, chunk, first, piece)])
+                yield piece
+
+    def read(self, name: str) -> torch.Tensor:
+        """A whole tensor, flat."""
+        entry = self.index["tensors"][name]
+        out = torch.empty(math.prod(entry["shape"]), dtype=DTYPES[entry["dtype"]])
+        parts = [(c, out[c["start"] : c["start"] + c["numel"]]) for c in entry["chunks"]]
+        self.fill([self.slice(name, chunk, 0, target) for chunk, target in parts])
+        return out
+
+
+def encode(index: dict[str, Any]) -> bytes:
+    """`checkpoint.json`: the index, with a CRC-32 of the bytes before it as its last entry."""
+    body = json.dumps(index)[:-1].encode()
+    return body + b', "crc32": "%08x"}' % zlib.crc32(body)
+
+
+def decode(data: bytes) -> dict[str, Any]:
+    """ValueError unless the bytes are what `encode` made."""
+    body, mark, rest = data.rpartition(b', "crc32": "')
+    if not mark or rest != b'%08x"}' % zlib.crc32(body):
+        raise ValueError("damaged")
+    return json.loads(data)
+
+
+def open_checkpoint(run: Location, step: int) -> Checkpoint:
+    """CorruptCheckpointError, saying why, unless the checkpoint of that step is complete."""
+    location = folder(run, step)
+    try:
+        index = decode(location.join(INDEX).read())
+    except FileNotFoundError as e:
+        raise CorruptCheckpointError(f"{location}: no complete checkpoint here ({INDEX} is missing)", step) from e
+    except ValueError as e:
+        raise CorruptCheckpointError(f"{location.join(INDEX)}: is not what was written (CRC-32)", step) from e
+    if index["format"] != FORMAT:
+        raise CheckpointError(f"{location}: format {index['format']} is not the one that this version reads ({FORMAT})")
+    present = dict(location.files())
+    for shard in index["shards"]:
+        if present.get(shard["file"]) != shard["bytes"]:
+            found = present.get(shard["file"], "nothing")
+            raise CorruptCheckpointError(f"{location.join(shard['file'])}: {shard['bytes']} bytes expected, {found} found", step)
+    return Checkpoint(location, index)
+
+
+def latest(run: Location, before: int | None = None) -> Checkpoint | None:
+    """The newest complete checkpoint, if given of a step before that one; torn ones are passed over with a warning."""
+    for step in reversed(steps(run)):
+        if before is None or step < before:
+            try:
+                return open_checkpoint(run, step)
+            except CorruptCheckpointError as e:
+                log.warning("%s; using the checkpoint before", e)
+    return None

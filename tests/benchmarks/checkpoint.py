@@ -1,0 +1,196 @@
+"""Seconds to save, load and reshard a checkpoint, against DeepSpeed's own, in one run.
+
+    python tests/benchmarks/checkpoint.py [--rounds 3] [--size 50] [--size 200]
+
+Llamas of 50M and 200M parameters, bf16 over fp32 masters, ZeRO-3 on 4 processes of one thread, gloo, local disk, warm page
+cache. Ours and DeepSpeed's alternate; each number is the median over the rounds of the slowest rank. "Blocked" is what
+training loses: for ours `Saver.blocked_s` after the save and the next whole step, for DeepSpeed all of `save_checkpoint`. Our
+save ends when `checkpoint.json` is on the disk (fsync); DeepSpeed's leaves its files in the page cache. For another number of
+workers, DeepSpeed converts (`ds_to_universal`, once) and then loads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.integration import ranks  # noqa: E402
+from tests.unit.build_job import job  # noqa: E402
+
+SHAPES = {50: {"hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 8},
+          200: {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 14}}  # fmt: skip
+DEADLINE_S = 1200
+
+
+class Recipe:
+    def __init__(self, size: str) -> None:
+        self.shape: Any = SHAPES[int(size)]
+
+    def build(self) -> Any:
+        from transformers import AutoModelForCausalLM, LlamaConfig
+
+        return AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=8192, num_attention_heads=8, **self.shape))
+
+
+def engine(size: str, stage: int, workers: int, universal: bool = False) -> Any:
+    from heliostat.train import fragments, zero
+
+    changes: dict[str, Any] = {"train.zero.stage": stage, "workers.count": workers, "train.global_batch": workers}
+    changes |= {"train.micro_batch": 1, "train.deepspeed": {"checkpoint": {"load_universal": universal}}}
+    made = zero.build_engine(job(**changes), Recipe(size))  # type: ignore[arg-type]
+    fragments.make_room(made)
+    return made
+
+
+def train(made: Any) -> None:
+    import torch
+
+    tokens = torch.randint(0, 8192, (1, 64))
+    made.backward(made(input_ids=tokens, labels=tokens).loss)
+    made.step()
+
+
+def timed(group: Any, name: str, action: Callable[[], object]) -> dict[str, Any]:
+    """The slowest rank's seconds."""
+    import torch
+    import torch.distributed as dist
+
+    dist.barrier(group)
+    start = time.perf_counter()
+    action()
+    seconds = torch.tensor(time.perf_counter() - start)
+    dist.all_reduce(seconds, dist.ReduceOp.MAX, group=group)
+    return {"name": name, "seconds": float(seconds)}
+
+
+def load(made: Any, group: Any, folder: str) -> int:
+    from heliostat.storage import Location
+    from heliostat.train import checkpoint, fragments
+
+    found = checkpoint.latest(Location(folder))
+    assert found
+    read = checkpoint.load(found, fragments.state(made, whole=True), group)
+    fragments.after_load(made, found.index["optimizer_steps"])
+    return read
+
+
+def save_and_load(group: Any, everyone: Any, folder: str, size: str, rounds: str) -> Iterator[dict[str, Any]]:
+    """ZeRO-3 on 4: training steps, saves and loads."""
+    import torch.distributed as dist
+    from heliostat import spec
+    from heliostat.storage import Location
+    from heliostat.train import checkpoint, fragments
+
+    made = engine(size, 3, dist.get_world_size())
+    yield {"name": "parameters", "seconds": sum(p.ds_numel for p in made.module.parameters())}
+    saver = checkpoint.Saver(Location(folder), spec.Checkpoint(every=1, keep=1), dist.new_group(backend="gloo"))
+    saver.follow(fragments.inner_optimizer(made))
+    train(made)
+    for step in range(1, int(rounds) + 1):
+        yield timed(group, "step", lambda: train(made))
+        yield timed(group, "their save", lambda s=step: made.save_checkpoint(f"{folder}/deepspeed", tag="global_step1"))
+        subprocess.run(["sync"], check=True)
+        before = saver.blocked_s
+        facts = {"optimizer_steps": fragments.optimizer_steps(made), "metrics": {}}
+        start = time.perf_counter()
+        yield timed(group, "save call", lambda s=step, f=facts: saver.save(s, fragments.state(made), f))
+        yield timed(group, "step while saving", lambda: train(made))
+        blocked = saver.blocked_s - before
+        saver.wait()
+        yield {"name": "blocked", "seconds": blocked}
+        yield {"name": "save", "seconds": time.perf_counter() - start}
+        subprocess.run(["sync"], check=True)
+    for _ in range(int(rounds)):
+        yield timed(group, "load", lambda: load(made, group, folder))
+        yield timed(group, "their load", lambda: made.load_checkpoint(f"{folder}/deepspeed", tag="global_step1"))
+
+
+def reshard(group: Any, everyone: Any, folder: str, size: str, rounds: str, stage: str) -> Iterator[dict[str, Any]]:
+    """The checkpoints of ZeRO-3 on 4, loaded at another stage and number of workers."""
+    import torch.distributed as dist
+
+    made = engine(size, int(stage), dist.get_world_size())
+    for _ in range(int(rounds)):
+        yield timed(group, f"load at {stage}", lambda: load(made, group, folder))
+    yield {"name": f"bytes at {stage}", "seconds": load(made, group, folder)}
+
+
+def their_reshard(group: Any, everyone: Any, folder: str, size: str, rounds: str, stage: str) -> Iterator[dict[str, Any]]:
+    import torch.distributed as dist
+
+    made = engine(size, int(stage), dist.get_world_size(), universal=True)
+    for _ in range(int(rounds)):
+        yield timed(group, f"their load at {stage}", lambda: made.load_checkpoint(f"{folder}/deepspeed", tag="universal"))
+
+
+def convert(folder: str) -> float:
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", f"{folder}/deepspeed/global_step1",
+               "--output_folder", f"{folder}/deepspeed/universal"]  # fmt: skip
+    start = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True, env=None)
+    return time.perf_counter() - start
+
+
+def measure(size: int, rounds: int, folder: str) -> dict[str, float]:
+    """Median seconds by name."""
+    found: dict[str, list[float]] = {}
+
+    def phase(function: str, workers: int, *arguments: str) -> None:
+        told = ranks.run(f"tests.benchmarks.checkpoint:{function}", (workers,), folder, str(size), str(rounds), *arguments, deadline_s=DEADLINE_S)  # fmt: skip
+        for row in told:
+            found.setdefault(row["name"], []).append(row["seconds"])
+
+    phase("save_and_load", 4)
+    found["convert"] = [convert(folder)]
+    for stage in ("3", "1"):
+        phase("reshard", 2, stage)
+        try:
+            phase("their_reshard", 2, stage)
+        except AssertionError as e:
+            print(f"DeepSpeed at stage {stage}: {str(e).strip().splitlines()[-1]}", file=sys.stderr)
+            found[f"their load at {stage}"] = [float("nan")]
+    return {name: median(values) for name, values in found.items()}
+
+
+def table(got: dict[str, float]) -> Iterator[str]:
+    def row(what: str, ours: float, theirs: float) -> str:
+        told = f"{theirs:.2f} | {ours / theirs:.3f}" if theirs == theirs else "fails | -"
+        return f"| {what} | {ours:.2f} | {told} |"
+
+    yield "| seconds | heliostat | DeepSpeed | ratio |\n|---|---|---|---|"
+    yield row("training blocked by a save", got["blocked"], got["their save"])
+    yield row("save, complete", got["save"], got["their save"])
+    yield row("load, same stage and workers", got["load"], got["their load"])
+    for stage, what in (("3", "4 -> 2 workers"), ("1", "4 -> 2 workers, stage 3 -> 1")):
+        yield row(f"load, {what}", got[f"load at {stage}"], got["convert"] + got[f"their load at {stage}"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--size", type=int, action="append", choices=sorted(SHAPES))
+    options = parser.parse_args()
+    for size in options.size or sorted(SHAPES):
+        with tempfile.TemporaryDirectory(prefix="heliostat-bench-") as folder:
+            got = measure(size, options.rounds, folder)
+        print(f"\n{got['parameters'] / 1e6:.0f}M parameters, ZeRO-3 on 4 workers, {options.rounds} rounds, medians")
+        print("\n".join(table(got)))
+        print(
+            f"A step takes {got['step']:.2f} s, {got['step while saving']:.2f} s beside a save; convert alone {got['convert']:.2f} s;"
+            f" read at stage 3 on 2 workers: {got['bytes at 3'] / 1e6:,.0f} MB a rank of {got['parameters'] * 12e-6:,.0f} MB",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""heliostat: the run's own plan, fetch tasks, split and worker-side stream, as `train/run.py` puts them together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+from ingest_contenders.task import Task
+
+NEEDS = "heliostat"
+RAY = True
+KINDS = ("tokens",)
+
+
+@lru_cache(maxsize=1)
+def planned(task: Task) -> tuple[Any, Any, Any]:
+    """(job, data plan, order) of a run that takes every sample once: no evaluation, one lane a consumer."""
+    from heliostat import schema
+    from heliostat.data import dataset, manifest
+    from heliostat.spec import Job
+
+    mark = f"?endpoint_override={task.endpoint}&scheme=http" if task.endpoint else ""
+    job = schema.validate(
+        Job,
+        {
+            "name": "ingest",
+            "recipe": "none:None",
+            "model": {},
+            "data": {
+                "sources": [{"path": f"{task.folder}/parquet{mark}"}],
+                "sequence_length": task.length,
+                "window": task.window,
+            },
+            "train": {
+                "steps": task.samples // (task.batch * task.consumers),
+                "global_batch": task.batch * task.consumers,
+                "micro_batch": task.batch,
+                "optimizer": {"lr": 1e-3},
+            },
+            "checkpoint": {"every": 1},
+            "workers": {"count": task.consumers},
+            "storage": task.scratch,
+            "mlflow": {"uri": "sqlite:///none.db", "experiment": "none"},
+        },
+        "ingest",
+    )
+    manifests = [manifest.read(location) for location in job.sources]
+    plan = dataset.plan(job, manifests)
+    return job, plan, dataset.make_order(plan, manifests)
+
+
+def split(task: Task) -> list[Any]:
+    from heliostat.data import stream
+
+    job, plan, order = planned(task)
+    fetch = stream.fetch(plan, order, 0, job.train.steps, replace=True)
+    data = stream.dataset(fetch, max(2, task.consumers), job.data.memory_limit)
+    parts = stream.OrderedSplit().configure({"train": data}, task.consumers, None, None)
+    return [part["train"] for part in parts]
+
+
+def batches(task: Task, rank: int, shard: Any) -> Iterator[Any]:
+    from heliostat.data import stream
+
+    job, plan, order = planned(task)
+    samples = stream.iterate(shard, plan, order, rank, task.consumers, 0)
+    for _ in range(job.train.steps):
+        yield samples.next_step().content

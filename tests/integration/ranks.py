@@ -1,0 +1,69 @@
+"""Runs a function in process groups of one or several sizes at once, without Ray: gloo, one thread a process.
+
+All processes are forked from one that has imported torch and DeepSpeed, so that sixteen start as fast as one. The function is
+named by import path and called with (its process group beside the default one, a barrier over all processes, the arguments);
+whatever it yields, on any rank, comes back as plain data with `rank` and `workers` added.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+DEADLINE_S = 240
+
+
+def run(function: str, sizes: tuple[int, ...], *arguments: str, deadline_s: int = DEADLINE_S) -> list[dict[str, Any]]:
+    """Everything that the ranks yielded; fails, with what they said, if one of them raised."""
+    command = [sys.executable, "-m", "tests.integration.ranks", str(deadline_s), function, ",".join(map(str, sizes)), *arguments]
+    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore::FutureWarning"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=deadline_s + 30, check=False)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def _rank(rank: int, workers: int, folder: Path, function: Any, everyone: Any, arguments: list[str]) -> None:
+    import torch
+    import torch.distributed as dist
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(workers)}  # which DeepSpeed asks for
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group-{workers}", rank=rank, world_size=workers)
+    for told in function(dist.new_group(backend="gloo"), everyone, *arguments):
+        os.write(1, (json.dumps({"rank": rank, "workers": workers, **told}) + "\n").encode())  # whole lines, from many
+
+
+def main(deadline_s: str, path: str, sizes: str, arguments: list[str]) -> int:
+    from heliostat.train import zero
+
+    zero.prepare_environment(0)
+    module, _, name = path.partition(":")
+    function = getattr(importlib.import_module(module), name)
+    context = multiprocessing.get_context("fork")
+    groups = [int(n) for n in sizes.split(",")]
+    everyone = context.Barrier(sum(groups))
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [
+            context.Process(target=_rank, args=(r, n, Path(folder), function, everyone, arguments), daemon=True)
+            for n in groups
+            for r in range(n)
+        ]
+        for process in ranks:
+            process.start()
+        deadline = time.monotonic() + float(deadline_s)
+        while any(p.exitcode is None for p in ranks) and not any(p.exitcode for p in ranks) and time.monotonic() < deadline:
+            time.sleep(0.05)
+    return 0 if all(p.exitcode == 0 for p in ranks) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4:]))

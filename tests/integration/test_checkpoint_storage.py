@@ -1,0 +1,183 @@
+"""Checkpoints on storage that damages them, or is full: found before anything is used, and the one before stays valid.
+
+Process groups without Ray or DeepSpeed, each rank with its slices of a few tensors.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from heliostat import spec
+from heliostat.errors import CheckpointError, ConfigError, CorruptCheckpointError, HeliostatError, StorageError
+from heliostat.storage import Location
+from heliostat.train import checkpoint
+from heliostat.train.fragments import FlatShard
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+from tests.integration import ranks
+
+SIZES = {"master.large": 3_000_001, "exp_avg.large": 3_000_001, "master.small": 7, "exp_avg.one": 1}
+FACTS: dict[str, Any] = {"metrics": {"loss": 1.0}}
+
+
+def _whole(seed: int, scale: int = 1) -> dict[str, torch.Tensor]:
+    made = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(-(-size // scale), generator=made) for name, size in SIZES.items()}
+
+
+def _state(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """This rank's slices, in memory of their own, and a buffer that all ranks have."""
+    out: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        per = -(-len(tensor) // dist.get_world_size())
+        start = min(per * dist.get_rank(), len(tensor))
+        out[name] = FlatShard(tensor[start : start + per].clone(), start, len(tensor))
+    return {**out, "buffer.table": torch.arange(6).reshape(2, 3)}
+
+
+def _equal(state: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> bool:
+    expected = _state(tensors)
+    return all(torch.equal(getattr(t, "local", t), getattr(expected[n], "local", expected[n])) for n, t in state.items())
+
+
+def _blank(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    state = _state(tensors)
+    for tensor in state.values():
+        getattr(tensor, "local", tensor).fill_(0)
+    return state
+
+
+def _error(run: Location, step: int, group: Any, scale: int = 1) -> dict[str, Any]:
+    """What loading that step raises, or whether what is loaded is right."""
+    state = _blank(_whole(step, scale))
+    try:
+        read = checkpoint.load(checkpoint.open_checkpoint(run, step), state, group)
+    except HeliostatError as e:
+        return {"error": type(e).__name__, "step": getattr(e, "step", None), "text": str(e)}
+    return {"right": _equal(state, _whole(step, scale)), "read": read}
+
+
+def three_save_two_load(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
+    run = Location(folder)
+    if dist.get_world_size() == 3:
+        saver = checkpoint.Saver(run, spec.Checkpoint(every=10, keep=5), group)
+        for step in (10, 20):
+            saver.save(step, _state(_whole(step)), FACTS)  # the second waits for the first
+        saver.wait()
+    everyone.wait(60)
+    if dist.get_world_size() == 2:
+        yield {"case": "sound", **_error(run, 20, group)}
+        at = checkpoint.open_checkpoint(run, 20).index["tensors"]["exp_avg.large"]["chunks"]
+        shard = Path(folder) / "checkpoints/step-00000020" / f"shard-{at[0]['shard']:05d}.safetensors"
+        if dist.get_rank() == 0:  # among the elements that only rank 0 needs
+            data = bytearray(shard.read_bytes())
+            data[at[0]["offset"] + 5_000] ^= 16
+            shard.write_bytes(data)
+        dist.barrier()
+        yield {"case": "damaged", **_error(run, 20, group)}
+        yield {"case": "before", **_error(run, 10, group)}
+        if dist.get_rank() == 0:
+            try:
+                checkpoint.open_checkpoint(run, 20).read("exp_avg.large")
+            except CorruptCheckpointError as e:
+                yield {"case": "exported", "text": str(e)}
+            for found in (checkpoint.open_checkpoint(run, 10), checkpoint.open_checkpoint(run, 20)):
+                right = torch.equal(found.read("master.large"), _whole(found.step)["master.large"])
+                parts = torch.cat(list(found.stream("master.large")))
+                yield {"case": "whole", "right": right and torch.equal(parts, _whole(found.step)["master.large"])}
+            path = str(Path(folder) / "checkpoints/step-00000010")
+            plain = {n: torch.zeros_like(t) for n, t in _whole(10).items()} | {
+                "buffer.table": torch.zeros(2, 3, dtype=torch.int64)
+            }
+            dcp.load(plain, storage_reader=HuggingFaceStorageReader(path), no_dist=True)
+            yield {"case": "torch", "right": all(torch.equal(plain[n], t) for n, t in _whole(10).items())}
+
+
+def test_a_flipped_bit_is_found_by_all_ranks_before_anything_is_used(tmp_path: Path) -> None:
+    """Only one rank reads the byte; both raise the error that names file and step. What is sound still loads, reading little
+    more than a rank needs, and torch's own reader of the format agrees."""
+    told = ranks.run(f"{__name__}:three_save_two_load", (2, 3), str(tmp_path))
+    by_case: dict[str, list[dict[str, Any]]] = {}
+    for row in told:
+        by_case.setdefault(row["case"], []).append(row)
+    total = 4 * sum(SIZES.values())
+    for case in ("sound", "before"):
+        assert [row["right"] for row in by_case[case]] == [True, True]
+        assert total < sum(row["read"] for row in by_case[case]) < total + 5 * 2 * 2**20 + 200
+    damaged = by_case["damaged"]
+    assert [(row["error"], row["step"]) for row in damaged] == [("CorruptCheckpointError", 20)] * 2
+    assert all("step-00000020/shard-00000.safetensors: bytes" in row["text"] for row in damaged)
+    assert "are not what was written (CRC-32)" in by_case["exported"][0]["text"]
+    assert [row["right"] for row in by_case["whole"] + by_case["torch"]] == [True] * 3
+
+
+def disk_full(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
+    run, scale = Location(folder), 100
+    saver = checkpoint.Saver(run, spec.Checkpoint(every=10, keep=2), group)
+    for step in (10, 20):
+        saver.save(step, _state(_whole(step, scale)), FACTS)
+        saver.wait()
+    saver.save(30, _state(_whole(30, scale)), FACTS)
+    try:
+        saver.wait()
+    except StorageError as e:
+        yield {"case": "full", "text": str(e)}
+    found = checkpoint.latest(run)
+    yield {"case": "latest", "step": found and found.step, **_error(run, 20, group, scale)}
+    dist.barrier()
+    if dist.get_rank() == 0:
+        checkpoint.folder(run, 10).delete()
+    saver.save(30, _state(_whole(30, scale)), FACTS)  # there is room now
+    saver.wait()
+    yield {"case": "again", **_error(run, 30, group, scale)}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk with room for two checkpoints of `disk_full`."""
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=640k", "tmpfs", str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"needs the right to mount a tmpfs: {mounted.stderr.strip()}")
+    yield tmp_path
+    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def test_a_full_disk_is_a_storage_error_on_all_ranks_and_the_checkpoint_before_stays(small_disk: Path) -> None:
+    """The error names the file; the half-written save does not exist; with room made, the same saver saves again."""
+    told = ranks.run(f"{__name__}:disk_full", (2,), str(small_disk))
+    full = [row for row in told if row["case"] == "full"]
+    assert len(full) == 2 and full[0]["text"] == full[1]["text"]
+    assert "step-00000030/shard-0000" in full[0]["text"] and "no space left on device" in full[0]["text"]
+    assert [(row["step"], row["right"]) for row in told if row["case"] == "latest"] == [(20, True)] * 2
+    assert [row["right"] for row in told if row["case"] == "again"] == [True] * 2
+
+
+def refusals(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
+    run = Location(folder)
+    saver = checkpoint.Saver(run, spec.Checkpoint.model_validate({"every": 1, "best": {"metric": "accuracy"}}), group)
+    with pytest.raises(ConfigError, match=r"^checkpoint.best.metric: 'accuracy' is no score; there are loss$"):
+        saver.save(1, _state(_whole(1, 1000)), FACTS)
+    saver = checkpoint.Saver(run, spec.Checkpoint(every=1), group)
+    saver.save(1, _state(_whole(1, 1000)), FACTS)
+    saver.wait()
+    found = checkpoint.open_checkpoint(run, 1)
+    for other, message in [
+        ({"master.new": torch.zeros(3)}, "has no 'master.new'"),
+        ({"master.small": torch.zeros(30)}, "holds 'master.small' in another shape"),
+    ]:
+        with pytest.raises(CheckpointError, match=f"{message}; it was made by another model"):
+            checkpoint.load(found, other, group)
+    yield {"done": True}
+
+
+def test_a_score_that_is_not_there_and_another_models_checkpoint_are_refused(tmp_path: Path) -> None:
+    assert ranks.run(f"{__name__}:refusals", (1,), str(tmp_path)) == [{"rank": 0, "workers": 1, "done": True}]

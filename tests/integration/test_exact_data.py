@@ -1,0 +1,149 @@
+"""Exact, elastic data in whole runs: whatever is killed, resized or damaged, every step trains on the samples it should."""
+
+import json
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from heliostat.data import manifest
+from heliostat.data.index import index
+from heliostat.errors import ConfigError, DataError, HeliostatError
+from heliostat.storage import Location
+from heliostat.train import checkpoint
+from heliostat.train.run import train
+from heliostat.verify import verify
+
+from tests.integration.conftest import curve
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+STEPS = 60
+
+
+def settings(workers: int, **changes: Any) -> list[str]:
+    made = {"workers.count": workers, "train.steps": STEPS, "checkpoint.every": 5, "evaluate.every": STEPS, **changes}
+    return [f"{k}={json.dumps(v)}" for k, v in made.items()]
+
+
+def run_folder(path: Path) -> Location:
+    job = yaml.safe_load(path.read_text())
+    return Location(job["storage"]).join(job["name"])
+
+
+def train_and_kill(path: Path, after: int, options: list[str]) -> None:
+    """Trains until a checkpoint of step `after` or later is there, then kills every worker at once."""
+
+    def killer() -> None:
+        deadline = time.monotonic() + 150
+        while not any(s >= after and complete(folder, s) for s in checkpoint.steps(folder)):
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.02)
+        for process in psutil.Process().children(recursive=True):
+            if process.name().startswith("ray::RayTrainWo"):
+                process.kill()
+
+    folder = run_folder(path)
+    thread = threading.Thread(target=killer, daemon=True)
+    thread.start()
+    with pytest.raises(HeliostatError):
+        train(path, options, resume=True)
+    thread.join(5)
+
+
+def complete(folder: Location, step: int) -> bool:
+    return checkpoint.folder(folder, step).join(checkpoint.INDEX).exists()
+
+
+def test_a_run_killed_and_resized_again_and_again_trains_on_the_same_samples(job_file, tracking):
+    """1 worker, killed; 2, killed; 4, killed; 1 to the end: the curve is the unbroken run's, and the receipts verify."""
+    unbroken = train(job_file("unbroken"), settings(2))
+    path = job_file("broken")
+    for workers, after in ((1, 8), (2, 21), (4, 33)):
+        train_and_kill(path, after, settings(workers))
+    result = train(path, settings(1), resume=True)
+    expected, got = curve(tracking, unbroken["run_id"]), curve(tracking, result["run_id"])
+    assert len(got) == STEPS and got == pytest.approx(expected, abs=1e-5)
+    report = verify(run_folder(path))
+    assert report["ok"] and (report["steps"], report["samples"]) == (STEPS, STEPS * 8)
+    assert report["lost"] == report["repeated"] == report["replaced"] == 0 and report["first_difference"] is None
+    assert receipts(path) == receipts(job_file("unbroken"))
+
+
+def receipts(path: Path) -> str:
+    return json.loads(run_folder(path).join("receipts", f"step-{STEPS:08d}.json").read())["chain"]
+
+
+@pytest.fixture
+def own_corpus(corpus, tmp_path) -> Path:
+    """A copy of the corpus that a test may damage."""
+    return Path(shutil.copytree(corpus, tmp_path / "own"))
+
+
+def damage(folder: Path, group: int) -> None:
+    """Turns a bit in a row group's page."""
+    file = sorted((folder / "shards").glob("*.parquet"))[0]
+    column = pq.ParquetFile(file).metadata.row_group(group).column(0)
+    raw = bytearray(file.read_bytes())
+    raw[column.data_page_offset + column.total_compressed_size // 2] ^= 1
+    file.write_bytes(bytes(raw))
+
+
+def test_a_damaged_chunk_is_replaced_listed_and_verified_or_stops_the_run(own_corpus, job_file):
+    """replace: the run ends, the quarantine names the samples, verify agrees on any number of workers; a budget below stops."""
+    damage(own_corpus, 0)
+    source = {"data.sources": [{"path": str(own_corpus)}], "train.steps": 40, "checkpoint.every": 20}
+    path = job_file("damaged")
+    with pytest.raises(DataError, match=r"data\.max_bad_fraction: \d+ bad samples were replaced by step \d+, more than 1e-06"):
+        train(path, settings(2, **source, **{"data.max_bad_fraction": 1e-6}))
+    train(path, settings(2, **source, **{"data.max_bad_fraction": 0.5}), overwrite=True)
+    entries = [json.loads(line) for name, _ in run_folder(path).join("quarantine").files()
+               for line in run_folder(path).join("quarantine", name).read().splitlines()]  # fmt: skip
+    report = verify(run_folder(path))
+    assert entries and report["ok"] and report["replaced"] == len(entries) and report["lost"] == report["repeated"] == 0
+    for entry in entries:
+        assert entry["row_group"] == 0 and entry["shard"].startswith("shards/") and "cannot be read" in entry["reason"]
+        assert entry["replaced_by"]["row_group"] != 0 or entry["replaced_by"]["shard"] != entry["shard"]
+    with pytest.raises(DataError, match="row group 0: cannot be read .*data.on_bad_sample 'replace'"):
+        train(job_file("strict"), settings(1, **source, **{"data.on_bad_sample": "fail"}))
+
+
+def test_a_curriculum_over_two_sources_and_a_change_of_data_are_followed_to_the_step(own_corpus, corpus, job_file, tracking):
+    """A source that comes in at step 13 and is capped; then more shards, refused, and allowed as a segment: all verified."""
+    location = Location(str(own_corpus))
+    shards = sorted((own_corpus / "shards").glob("*.parquet"))
+    later = own_corpus / "later.parquet"
+    table = pq.read_table(shards[-1])
+    pq.write_table(table.slice(0, len(table) // 2), later, write_page_checksum=True)
+    sources = [{"path": corpus, "weight": 1}, {"path": str(own_corpus), "weight": 0, "max_epochs": 0.1}]
+    options = {"data.sources": sources, "data.mix_schedule": [{"step": 13, "weights": [1, 3]}], "data.memory_limit": "256MiB"}
+    path = job_file("curriculum")
+    train(path, settings(2, **options, **{"train.steps": 30, "evaluate.every": 30}))
+    digest = manifest.read(location).digest
+    later.rename(own_corpus / "shards" / "zz.parquet")
+    assert index(location)["digest"] != digest
+    resumed = train(path, settings(4, **options, **{"train.steps": 45, "evaluate.every": 45}), resume=True)
+    assert len(curve(tracking, resumed["run_id"])) == 45
+    assert verify(run_folder(path))["ok"]  # on the version that it started with
+    options["data.sources"] = [{"path": corpus, "weight": 1}, {"path": str(own_corpus), "weight": 1}]
+    options["data.mix_schedule"] = []
+    with pytest.raises(ConfigError, match=r"samples would change on resume(.|\n)*allow-data-change(.|\n)*weights"):
+        train(path, settings(1, **options), resume=True)
+    result = train(path, settings(1, **options), resume=True, allow_data_change=True)
+    report = verify(run_folder(path))
+    assert report["ok"] and report["steps"] == STEPS and report["lost"] == report["repeated"] == 0
+    assert [name for name, _ in run_folder(path).join("segments").files()] == ["step-00000000.json", "step-00000045.json"]
+    given = curve_of(tracking, result["run_id"], "data/own/samples")
+    assert given[10] == 0 and 0 < given[30] <= 0.1 * 2**20 and given[STEPS] > 0
+
+
+def curve_of(tracking: str, run_id: str, metric: str) -> dict[int, float]:
+    from mlflow import MlflowClient
+
+    return {m.step: m.value for m in MlflowClient(tracking_uri=tracking).get_metric_history(run_id, metric)}

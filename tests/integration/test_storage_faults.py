@@ -1,0 +1,196 @@
+"""A store that fails: through a proxy that throttles, hangs and breaks connections, every operation succeeds or says why not."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+import pytest
+from heliostat import storage
+from heliostat.chaos.proxy import Fault, FaultProxy
+from heliostat.errors import StorageError
+from heliostat.storage import Location
+
+SMALL, LARGE = np.random.default_rng(0).bytes(100_000), np.random.default_rng(1).bytes(25 << 20)  # LARGE: several parts
+TOKENS = pa.array([[(i * j) % 300 for j in range(100)] for i in range(800)], pa.list_(pa.int32()))
+BROKEN = {
+    "throttled": Fault("status", status=503, code="SlowDown"),
+    "failing": Fault("status", status=500, code="InternalError"),
+    "silent": Fault("delay", seconds=600),
+    "reset": Fault("reset"),
+    "cut": Fault("cut"),
+}
+
+
+@pytest.fixture(scope="module")
+def bucket(s3_server: str) -> str:
+    """A bucket with a small object, a large one and a Parquet file below `x`; the endpoint is the server's own."""
+    fs = pafs.S3FileSystem(endpoint_override=s3_server, scheme="http", region="us-east-1", allow_bucket_creation=True)
+    fs.create_dir("faults")
+    root = Location(f"s3://faults/x?endpoint_override={s3_server}&scheme=http")
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"tokens": TOKENS}), sink, row_group_size=100, write_page_checksum=True)
+    for name, data in (("small", SMALL), ("large", LARGE), ("a.parquet", sink.getvalue().to_pybytes())):
+        root.join(name).write(data)
+    logging.getLogger("werkzeug").setLevel(logging.CRITICAL)  # it tells of every request that a fault cuts
+    return s3_server
+
+
+@pytest.fixture
+def proxy(bucket: str) -> Iterator[FaultProxy]:
+    with FaultProxy(bucket, seed=1) as running:
+        yield running
+
+
+@pytest.fixture
+def root(proxy: FaultProxy) -> Location:
+    return Location(f"s3://faults/x?endpoint_override={proxy.endpoint}&scheme=http")
+
+
+def row_group(place: Location, number: int) -> list[list[int]]:
+    def read() -> pa.Table:
+        with place.open() as f:
+            return pq.ParquetFile(f, page_checksum_verification=True, pre_buffer=True).read_row_group(number)
+
+    return place.attempt(read)["tokens"].to_pylist()
+
+
+@pytest.mark.parametrize("fault", [f"{name}" for name in BROKEN])
+def test_with_three_of_ten_requests_failing_everything_is_read_and_written_right(root, proxy, monkeypatch, fault):
+    """Writes of one and of several parts, whole reads, row groups, listings and deletes: as without faults, only slower."""
+    monkeypatch.setenv(storage.BUDGET, "30")
+    failing = BROKEN[fault]
+    proxy.faults = (Fault(failing.kind, rate=0.3, status=failing.status, code=failing.code, seconds=0.3),)
+    listed = {"small", "large", "a.parquet"}
+    for name, data in (("new-small", SMALL[::-1]), ("new-large", LARGE[::-1])):
+        root.join(fault, name).write(data)
+        assert root.join(fault, name).read() == data
+    for number in range(8):
+        assert row_group(root.join("a.parquet"), number) == TOKENS[number * 100 : number * 100 + 100].to_pylist()
+    assert {p for p, _ in root.files()} >= listed | {f"{fault}/new-small", f"{fault}/new-large"}
+    assert root.join(fault).exists() and fault in root.folders()
+    root.join(fault).delete()
+    assert not root.join(fault, "new-small").exists()
+    with pytest.raises(FileNotFoundError):
+        root.join(fault, "new-small").open()
+    assert sum(proxy.injected.values()) >= 5
+
+
+OPERATIONS: dict[str, Callable[[Location], object]] = {
+    "open": lambda root: root.join("small").open(),
+    "read": lambda root: root.join("small").read(),
+    "row group": lambda root: row_group(root.join("a.parquet"), 1),
+    "write": lambda root: root.join("w").write(SMALL),
+    "files": lambda root: root.files(),
+    "delete": lambda root: root.join("small").delete(),
+}
+
+
+@pytest.mark.parametrize(
+    ("fault", "operation"), [(f, o) for f in BROKEN for o in ("read", "write", "files")] + [("silent", "open")]
+)
+def test_a_store_that_never_recovers_is_an_error_within_the_budget(root, proxy, monkeypatch, fault, operation):
+    """StorageError with the place and what the store did, after some attempts and before the budget has passed."""
+    monkeypatch.setenv(storage.BUDGET, "4")
+    proxy.faults = (BROKEN[fault],)
+    start = time.monotonic()
+    with pytest.raises(StorageError, match=r"^s3://faults/x.*: storage failed for \d s: .*AWS Error") as e:
+        OPERATIONS[operation](root)
+    assert time.monotonic() - start < 4 + 1.5  # its own second, and a busy machine's half
+    assert "\n" not in str(e.value) and proxy.injected[BROKEN[fault]] >= 2
+
+
+@pytest.mark.parametrize("code", ["InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied"])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_refused_credentials_fail_at_once(root, proxy, code, operation):
+    """No retries: the message says that access was refused and what to check."""
+    proxy.faults = (Fault("status", status=403, code=code),)
+    start = time.monotonic()
+    with pytest.raises(StorageError, match="access refused; check the credentials and the bucket policy"):
+        OPERATIONS[operation](root)
+    assert time.monotonic() - start < 3
+
+
+def test_a_row_group_whose_reading_breaks_off_is_read_again(root, proxy, monkeypatch):
+    """The file opens well; then the store throttles until the SDK gives up: the whole read is repeated and gives the tokens."""
+    monkeypatch.setenv(storage.BUDGET, "20")
+    place, started = root.join("a.parquet"), []
+
+    def read() -> pa.Table:
+        with place.open() as f:
+            parquet = pq.ParquetFile(f)
+            if not started:
+                proxy.faults = (Fault("status", limit=3), Fault("reset", limit=3))
+            started.append(time.monotonic())
+            return parquet.read_row_group(5)
+
+    assert place.attempt(read)["tokens"].to_pylist() == TOKENS[500:600].to_pylist()
+    assert len(started) > 1 and sum(proxy.injected.values()) == 6
+
+
+def test_a_hanging_answer_is_given_up_and_asked_for_again(root, proxy, monkeypatch):
+    """Silence is a fault too: after a part of the budget, not after minutes."""
+    monkeypatch.setenv(storage.BUDGET, "16")
+    proxy.faults = (Fault("delay", seconds=600, limit=2),)
+    start = time.monotonic()
+    assert root.join("small").read() == SMALL
+    assert 2 < time.monotonic() - start < 16
+
+
+@pytest.mark.parametrize("kind", ["status", "reset", "cut"])
+def test_a_write_that_fails_at_any_request_leaves_the_old_object(root, bucket, monkeypatch, kind):
+    """Whichever request of an upload fails for good, readers see the old bytes; or, if only the last answer was lost, the new."""
+    monkeypatch.setenv(storage.BUDGET, "0")
+    old, place = b"old", root.join(f"torn-{kind}")
+    for request in range(1, 20):
+        with FaultProxy(bucket) as clean:
+            Location(f"{place}".replace(root.query, f"endpoint_override={clean.endpoint}&scheme=http")).write(old)
+        with NthFails(bucket, Fault(kind), request) as failing:
+            through = Location(f"{place}".replace(root.query, f"endpoint_override={failing.endpoint}&scheme=http"))
+            try:
+                through.write(LARGE)
+            except StorageError:
+                found = place.read()
+                assert found == old or (kind == "reset" and found == LARGE), f"request {request}: {len(found)} bytes"
+            else:
+                assert failing.requests < request and place.read() == LARGE
+                break
+    assert request > 4
+
+
+class NthFails(FaultProxy):
+    """Only the n-th request fails."""
+
+    def __init__(self, upstream: str, fault: Fault, n: int) -> None:
+        super().__init__(upstream)
+        self.fault, self.n = fault, n
+
+    def draw(self, path: str) -> Fault | None:
+        self.requests += 1
+        return self.fault if self.requests == self.n else None
+
+
+def test_damage_behind_a_failing_store_is_still_damage(root, proxy, monkeypatch):
+    """A turned bit, read while a third of the requests fail: what the Parquet reader says, never a StorageError; and no retry."""
+    monkeypatch.setenv(storage.BUDGET, "30")
+    raw = bytearray(root.join("a.parquet").read())
+    raw[1000] ^= 4
+    root.join("bad.parquet").write(bytes(raw))
+    proxy.faults = (Fault("status", rate=0.3), Fault("reset", rate=0.1))
+    for _ in range(3):
+        with pytest.raises(OSError, match="CRC checksum verification failed"):
+            row_group(root.join("bad.parquet"), 0)
+
+
+def test_a_missing_bucket_fails_at_once(root, proxy):
+    """It is no fault that passes: the message says what to check."""
+    nowhere = Location(str(root).replace("faults", "nowhere"))
+    start = time.monotonic()
+    with pytest.raises(StorageError, match="the store cannot do this; check bucket"):
+        nowhere.write(b"x")
+    with pytest.raises(FileNotFoundError):
+        nowhere.read()
+    assert time.monotonic() - start < 3

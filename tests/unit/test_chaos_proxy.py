@@ -1,0 +1,199 @@
+"""The fault proxy: without a fault every byte passes as it is; faults come at their rate, from a seed, up to their limits."""
+
+import random
+import socket
+import socketserver
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from heliostat.chaos.proxy import Fault, FaultProxy
+
+
+class Store(socketserver.ThreadingTCPServer):
+    """Keeps every request as it came, and answers with `answer`."""
+
+    daemon_threads = True
+    answer = b"HTTP/1.1 200 OK\r\ncontent-LENGTH:  5\r\nX-a: b\r\n\r\nhello"
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.got: list[bytes] = []
+
+
+class Handler(socketserver.StreamRequestHandler):
+    server: Store
+
+    def handle(self) -> None:
+        while head := b"".join(iter(self.rfile.readline, b"\r\n")):
+            body, lower = b"", head.lower()
+            if b"transfer-encoding: chunked" in lower:
+                while not body.endswith(b"0\r\n\r\n"):
+                    body += self.rfile.readline()
+            elif b"content-length:" in lower:
+                body = self.rfile.read(int(lower.split(b"content-length:")[1].split(b"\r\n")[0]))
+            self.server.got.append(head + b"\r\n" + body)
+            self.wfile.write((b"HTTP/1.1 100 Continue\r\n\r\n" if b"expect" in lower else b"") + self.server.answer)
+            self.wfile.flush()
+
+
+@pytest.fixture
+def store() -> Iterator[Store]:
+    with Store() as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def connect(proxy: FaultProxy) -> socket.socket:
+    host, port = proxy.endpoint.split(":")
+    return socket.create_connection((host, int(port)), timeout=10)
+
+
+def read(client: socket.socket, size: int) -> bytes:
+    got = b""
+    while len(got) < size and (piece := client.recv(size - len(got))):
+        got += piece
+    return got
+
+
+def read_all(client: socket.socket) -> bytes:
+    """Up to the connection's end."""
+    return b"".join(iter(lambda: client.recv(1 << 16), b""))
+
+
+def some_request(rng: random.Random) -> bytes:
+    """A request as S3 clients write them, with odd spelling that a signature would notice."""
+    path = "/" + "".join(rng.choice(["a", "%20", "/", "%2F", "+", "~", "é"]) for _ in range(rng.randrange(1, 12)))
+    head = f"{rng.choice(['GET', 'PUT', 'POST', 'HEAD', 'DELETE'])} {path}?uploadId=x%3D&partNumber=1 HTTP/1.1\r\n"
+    head += (
+        f"Host: bucket.example:9\r\nx-AMZ-date:  2020 \r\nAuthorization: AWS4 a,b;c={rng.random()}\r\nX-Two: 1\r\nx-two: 2\r\n"
+    )
+    body = rng.randbytes(rng.randrange(1, 200_000)).replace(b"\n", b"?")
+    if rng.random() < 0.4:
+        cut = rng.randrange(len(body))
+        parts = [p for p in (body[:cut], body[cut:]) if p]
+        body = b"".join(b"%x;chunk-signature=0\r\n%s\r\n" % (len(p), p) for p in parts) + b"0\r\n\r\n"
+        head += "Transfer-Encoding: chunked\r\nx-amz-decoded-content-length: 7\r\n"
+    elif rng.random() < 0.7:
+        head += f"content-length: {len(body)}\r\n"
+    else:
+        body = b""
+    return head.encode() + b"\r\n" + body
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_requests_and_answers_pass_byte_for_byte(store, seed):
+    """Spelling, order, Host and framing of a connection's requests reach the store as they were; the answers too."""
+    rng = random.Random(seed)
+    sent = [some_request(rng).replace(b"HEAD", b"GET") for _ in range(8)]
+    with FaultProxy("{}:{}".format(*store.server_address)) as proxy, connect(proxy) as client:
+        for request in sent:
+            client.sendall(request)
+            assert read(client, len(store.answer)) == store.answer
+        assert store.got == sent and proxy.requests == 8 and not proxy.injected
+
+
+@pytest.mark.parametrize(
+    ("answer", "method"),
+    [
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3;x=y\r\nabc\r\n0\r\nx-trailer: 1\r\n\r\n", "GET"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n", "HEAD"),
+        (b"HTTP/1.1 204 No Content\r\n\r\n", "DELETE"),
+        (b"HTTP/1.1 404 Not Found\r\nContent-Length: 3\r\nConnection: close\r\n\r\nabc", "GET"),
+    ],
+)
+def test_answers_of_every_framing_end_where_they_end(store, answer, method):
+    """Chunked, without a body, of HEAD, closing: the whole answer arrives and the next request is not stuck behind it."""
+    store.answer = answer
+    with FaultProxy("{}:{}".format(*store.server_address)) as proxy, connect(proxy) as client:
+        client.sendall(f"{method} / HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n".encode())
+        assert read_all(client) == answer
+
+
+def test_a_client_that_asks_before_it_sends_is_told_to_go_on(store):
+    """Expect: 100-continue is answered before the body comes; the store's own 100 does not reach the client a second time."""
+    with FaultProxy("{}:{}".format(*store.server_address)) as proxy, connect(proxy) as client:
+        client.sendall(b"PUT /k HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 3\r\nConnection: close\r\n\r\n")
+        assert client.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        client.sendall(b"abc")
+        assert read_all(client) == store.answer and store.got[0].endswith(b"\r\n\r\nabc")
+
+
+def ask(proxy: FaultProxy, request: bytes = b"GET /k HTTP/1.1\r\nConnection: close\r\n\r\n") -> bytes:
+    with connect(proxy) as client:
+        client.sendall(request)
+        return read_all(client)
+
+
+def test_each_fault_is_what_it_says(store):
+    """A status without asking the store, half a body, a reset after the store did it, half an upload; then all is well again."""
+    with FaultProxy("{}:{}".format(*store.server_address)) as proxy:
+        proxy.faults = (Fault("status", status=503, code="SlowDown"),)
+        answer = ask(proxy, b"PUT /k HTTP/1.1\r\nContent-Length: 3\r\n\r\nabcHEAD /k HTTP/1.1\r\nConnection: close\r\n\r\n")
+        first, second = answer.split(b"</Error>")
+        assert first.startswith(b"HTTP/1.1 503 ") and b"<Code>SlowDown</Code>" in first and store.got == []
+        assert second.startswith(b"HTTP/1.1 503 ") and second.endswith(b"\r\n\r\n")
+        proxy.faults = (Fault("cut"),)
+        assert ask(proxy) == store.answer[:-3] and len(store.got) == 1
+        proxy.faults = (Fault("reset"),)
+        with pytest.raises(ConnectionResetError):
+            ask(proxy)
+        assert len(store.got) == 2
+        proxy.faults = (Fault("cut"),)
+        with pytest.raises(ConnectionResetError):
+            ask(proxy, b"PUT /k HTTP/1.1\r\nContent-Length: 100000\r\n\r\n" + bytes(100_000))
+        proxy.faults = (Fault("delay", seconds=0.2),)
+        assert ask(proxy) == store.answer
+        proxy.faults = ()
+        assert ask(proxy) == store.answer
+        assert {f.kind: n for f, n in proxy.injected.items()} == {"status": 2, "cut": 2, "reset": 1, "delay": 1}
+
+
+def test_nothing_outlives_the_proxy(store):
+    """Leaving it waits neither for a delay that is under way nor for clients that stay connected: they are cut off."""
+    start = time.monotonic()
+    with FaultProxy("{}:{}".format(*store.server_address)) as proxy:
+        idle, delayed = connect(proxy), connect(proxy)
+        idle.sendall(b"GET /k HTTP/1.1\r\n\r\n")
+        assert read(idle, len(store.answer)) == store.answer
+        proxy.faults = (Fault("delay", seconds=3600),)
+        delayed.sendall(b"GET /k HTTP/1.1\r\n\r\n")
+        while not proxy.injected and time.monotonic() < start + 5:
+            time.sleep(0.01)
+    with idle, delayed:
+        assert idle.recv(1000) == b"" and delayed.recv(1000) == b""
+    assert time.monotonic() - start < 5
+
+
+def drawn(seed: int, faults: list[Fault], n: int = 4000, path: str = "/b/k") -> list[str | None]:
+    proxy = FaultProxy("h:1", faults, seed)
+    found = [proxy.draw(path) for _ in range(n)]
+    assert sum(proxy.injected.values()) == sum(f is not None for f in found) and proxy.requests == n
+    return [f.kind if f else None for f in found]
+
+
+def test_faults_come_at_their_rate_from_the_seed():
+    """The same seed draws the same faults, another seed others; rates are kept, and the first of two that hit is taken."""
+    plan = [Fault("status", rate=0.3), Fault("reset", rate=0.5)]
+    first = drawn(1, plan)
+    assert first == drawn(1, plan) != drawn(2, plan)
+    assert first.count("status") == pytest.approx(0.3 * 4000, rel=0.1)
+    assert first.count("reset") == pytest.approx(0.7 * 0.5 * 4000, rel=0.1)
+    assert set(drawn(1, [Fault("cut", rate=1.0)])) == {"cut"} and set(drawn(1, [Fault("cut", rate=0.0)])) == {None}
+
+
+def test_a_limit_ends_a_fault_and_moves_no_other():
+    """After its limit a fault no longer comes; the other faults come where they would have come without it."""
+    plain = drawn(3, [Fault("status", rate=0.3), Fault("reset", rate=0.2)])
+    limited = drawn(3, [Fault("status", rate=0.3, limit=5), Fault("reset", rate=0.2)])
+    assert limited.count("status") == 5 and limited.count("reset") > plain.count("reset")
+    assert all(b == "reset" for a, b in zip(plain, limited, strict=True) if a == "reset")
+
+
+def test_a_key_pattern_spares_the_other_keys():
+    """Only paths that match meet the fault."""
+    fault = Fault("status", key="/bucket/*/shards/*.parquet")
+    assert set(drawn(0, [fault], 10, "/bucket/a/shards/00001.parquet")) == {"status"}
+    assert set(drawn(0, [fault], 10, "/bucket/a/manifest.parquet")) == {None}

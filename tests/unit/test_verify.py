@@ -1,0 +1,435 @@
+"""`heliostat verify`: a run that trained on what it had to passes, and any other is found out, with its first wrong step."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from heliostat import cli, verify
+from heliostat.data import manifest, segments
+from heliostat.data.dataset import DataPlan, Dataset, open_dataset
+from heliostat.data.manifest import Manifest
+from heliostat.data.mixing import Shape
+from heliostat.data.order import Order, Samples, Split
+from heliostat.errors import ConfigError, VerifyError
+from heliostat.history import History
+from heliostat.storage import Location
+from heliostat.train import stored
+
+from tests.unit.test_dataset import LENGTH, make_dataset, make_plan, naive
+
+CUTS = (0, 3, 10, 11, 20, 23)  # where checkpoints were, and so where receipts begin and end; supersteps have two steps
+CHANGE = 10  # the step at which the second run's data was changed
+
+
+class Run:
+    """A run's folder, made by a plain loop that shares no code with the verification but where samples are."""
+
+    def __init__(self, folder: Path, *plans: DataPlan, cuts: tuple[int, ...] = CUTS) -> None:
+        self.location, self.plans = Location(str(folder)), plans
+        for plan in plans:
+            segments.write(self.location, plan)
+        self.digests = [self.digest(step) for step in range(cuts[-1])]
+        self.chains = [""]
+        for digest in self.digests:
+            joined = bytes.fromhex(self.chains[-1]) + bytes.fromhex(digest)
+            self.chains.append(hashlib.blake2b(joined, digest_size=16).hexdigest())
+        for first, end in itertools.pairwise(cuts):
+            self.receipt(first, end)
+        for step in cuts[1:][-2:]:
+            self.checkpoint(step)
+
+    def plan(self, step: int) -> DataPlan:
+        return [p for p in self.plans if p.first_step <= step][-1]
+
+    def digest(self, step: int) -> str:
+        data = open_dataset(self.plan(step))
+        lanes = b""
+        for lane in data.order.step(step).tolist():
+            digests = b""
+            for position in lane:
+                place, content = self.sample(data, position)
+                hashed = np.array(place, "<i8").tobytes() + np.array(content, "<i4").tobytes()
+                digests += hashlib.blake2b(hashed, digest_size=8).digest()
+            lanes += hashlib.blake2b(digests, digest_size=8).digest()
+        return hashlib.blake2b(lanes, digest_size=16).hexdigest()
+
+    def sample(self, data: Dataset, position: int) -> tuple[list[int], list[int]]:
+        """(source, epoch, chunk, row) and content at a position, or the next good ones of the source in the window."""
+        _, begin, end = data.order.window_at(position)
+        at = data.order.locate(np.array([*range(position, end), *range(begin, position)]))
+        for place in np.stack([at.source, at.epoch, at.chunk, at.row], axis=1).tolist():
+            source = data.sources[place[0]]
+            content = self.content(source, place[2], place[3])
+            if place[0] == at.source[0] and max(content) < source.meta.get("vocab_size", 60_000):
+                return place, content
+        raise AssertionError("no sample of the source in the window is good")
+
+    def content(self, source: Manifest, chunk: int, row: int) -> list[int]:
+        return naive(source, chunk, row)
+
+    def file(self, end: int) -> Location:
+        return self.location.join("receipts", f"step-{end:08d}.json")
+
+    def receipt(self, first: int, end: int, **changes: Any) -> None:
+        """The receipt of steps [first, end), as the run had to write it but for the changes."""
+        right = {"first": first, "steps": self.digests[first:end], "chain": self.chains[end]}
+        self.file(end).write(json.dumps({**right, "data_digest": self.plan(first).digest, **changes}).encode())
+
+    def checkpoint(self, step: int, data_digest: str | None = None, **receipt: Any) -> None:
+        index = {
+            "format": stored.FORMAT,
+            "step": step,
+            "shards": [],
+            "tensors": {},
+            "receipt": {"steps": step, "chain": self.chains[step], **receipt},
+            "data_digest": data_digest or self.plan(step - 1).digest,
+        }
+        stored.folder(self.location, step).join(stored.INDEX).write(stored.encode(index))
+
+    def difference(self) -> tuple[int, str]:
+        """The first step that `verify` finds wrong, and what is wrong with it."""
+        report = verify.verify(self.location)
+        first = report["first_difference"]
+        assert not report["ok"] and f"step {first['step']} is the first" in verify.explain(report)
+        return first["step"], first["what"]
+
+
+def wrong(digest: str) -> str:
+    """The digest with its last digit changed."""
+    return digest[:-1] + ("0" if digest[-1] != "0" else "1")
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Manifest]:
+    folder = tmp_path_factory.mktemp("data")
+    return [make_dataset(folder / name, seed, shards=2) for name, seed in (("a", 1), ("b", 2))]
+
+
+@pytest.fixture(scope="module")
+def made(sources: list[Manifest], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return Run(tmp_path_factory.mktemp("run") / "run", make_plan(*sources))
+
+
+@pytest.fixture(scope="module")
+def changed(sources: list[Manifest], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run whose data was changed once: other sources and another seed from step CHANGE on."""
+    second = dataclasses.replace(make_plan(sources[1], seed=9), mix=((CHANGE, (1.0,)),))
+    return Run(tmp_path_factory.mktemp("changed") / "run", make_plan(*sources), second)
+
+
+def copied(run: Run, tmp_path: Path) -> Run:
+    copy = object.__new__(Run)
+    copy.__dict__ = {**run.__dict__, "location": Location(str(tmp_path / "run"))}
+    shutil.copytree(run.location.path, tmp_path / "run")
+    return copy
+
+
+@pytest.fixture
+def run(made: Run, tmp_path: Path) -> Run:
+    """A right run of its own for each test."""
+    return copied(made, tmp_path)
+
+
+@pytest.fixture
+def changed_run(changed: Run, tmp_path: Path) -> Run:
+    return copied(changed, tmp_path)
+
+
+def right(steps: int, batch: int = 8) -> dict[str, Any]:
+    return {
+        "ok": True,
+        "steps": steps,
+        "samples": steps * batch,
+        "lost": 0,
+        "repeated": 0,
+        "replaced": 0,
+        "first_difference": None,
+    }
+
+
+# right runs ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_right_run_verifies(run):
+    """Two sources, more than an epoch of one, receipts that end within supersteps, the last one too."""
+    assert verify.verify(run.location) == right(23)
+
+
+@pytest.mark.parametrize("shape", [Shape(8, 8, 1, 8), Shape(8, 2, 3, 24), Shape(6, 3, 4, 16), Shape(4, 1, 5, 100)], ids=str)
+@pytest.mark.parametrize("steps", [1, 5, 14])
+def test_it_verifies_whatever_the_cut(sources, tmp_path, shape, steps):
+    """Supersteps within windows, windows within supersteps, neither a multiple of the other."""
+    made = Run(tmp_path / "run", dataclasses.replace(make_plan(*sources), shape=shape), cuts=(0, steps))
+    assert verify.verify(made.location) == right(steps, shape.batch)
+
+
+def test_a_run_whose_data_was_changed_verifies(changed_run):
+    """Each step against the segment it is in; a checkpoint of the old data that lies beyond the change says nothing."""
+    assert verify.verify(changed_run.location) == right(23)
+    changed_run.checkpoint(22, chain="00", data_digest=changed_run.plans[0].digest)
+    assert verify.verify(changed_run.location) == right(23)
+
+
+def test_a_run_with_bad_samples_verifies(sources, tmp_path):
+    """Tokens outside the vocabulary: what took their places is what is checked, counted, and no repetition."""
+    small = [
+        manifest.write(Location(str(tmp_path / s.location.name)), s.chunks.to_pylist(), {"kind": "tokens", "vocab_size": 59_000})
+        for s in sources
+    ]
+    for s in sources:
+        shutil.copytree(s.location.join("shards").path, tmp_path / s.location.name / "shards")
+    made = Run(tmp_path / "run", make_plan(*small))
+    data = open_dataset(made.plans[0])
+    planned = data.order.locate(np.concatenate([data.order.step(step).ravel() for step in range(23)]))
+    contents = [naive(small[s], c, r) for s, c, r in zip(planned.source, planned.chunk, planned.row, strict=True)]
+    bad = sum(max(content) >= 59_000 for content in contents)
+    assert bad > 10 and verify.verify(made.location) == {**right(23), "replaced": bad}
+
+
+def test_receipts_may_overlap_if_they_agree(run):
+    """What a run leaves that went on from an older checkpoint, with checkpoints at other steps."""
+    for first, end in ((0, 7), (3, 16), (10, 22)):
+        run.receipt(first, end)
+    assert verify.verify(run.location) == right(23)
+
+
+def test_a_torn_checkpoint_says_nothing(run):
+    """Without a whole checkpoint.json it does not exist, so nothing is lost."""
+    stored.folder(run.location, 40).join(stored.INDEX).write(b"{}")
+    assert verify.verify(run.location) == right(23)
+
+
+# wrong runs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", range(CUTS[-1]))
+def test_a_changed_digest_is_found_at_its_step(run, step):
+    """Whichever step it is: that one is named, the others are right, and the chain is not blamed."""
+    end = next(c for c in CUTS if c > step)
+    first = CUTS[CUTS.index(end) - 1]
+    steps = [wrong(d) if s == step else d for s, d in enumerate(run.digests[first:end], first)]
+    run.receipt(first, end, steps=steps)
+    report = verify.verify(run.location)
+    assert not report["ok"] and report["steps"] == 22 and report["samples"] == 184 and report["lost"] == 0
+    assert report["first_difference"] == {
+        "step": step,
+        "what": "digest",
+        "where": f"step-{end:08d}.json",
+        "expected": run.digests[step],
+        "found": wrong(run.digests[step]),
+    }
+
+
+@pytest.mark.parametrize("source", [0, 1])
+@pytest.mark.parametrize("token", [0, LENGTH - 1])
+def test_a_token_that_was_not_the_datasets_is_found(sources, tmp_path, source, token):
+    """A run that trained on one sample with one token changed: the step that brought this sample is named."""
+    order = open_dataset(make_plan(*sources)).order
+    there = order.locate(order.step(6).ravel())
+    i = int(np.flatnonzero(there.source == source)[0])
+
+    class Spoiled(Run):
+        def content(self, where: Manifest, chunk: int, row: int) -> list[int]:
+            found = naive(where, chunk, row)
+            if (where.digest, chunk, row) == (sources[source].digest, there.chunk[i], there.row[i]):
+                found[token] += 1
+            return found
+
+    assert Spoiled(tmp_path / "run", make_plan(*sources), cuts=(0, 9)).difference() == (6, "digest")
+
+
+def test_a_step_that_trained_on_anothers_samples_is_found(run):
+    """Two steps in the wrong order: both are wrong, the first is named."""
+    steps = list(run.digests[11:20])
+    steps[2], steps[5] = steps[5], steps[2]
+    run.receipt(11, 20, steps=steps)
+    assert run.difference() == (13, "digest")
+    assert verify.verify(run.location)["steps"] == 21
+
+
+@pytest.mark.parametrize(("first", "end"), [*itertools.pairwise(CUTS)])
+def test_a_missing_receipt_is_lost_samples(run, first, end):
+    """Also the last one, because a checkpoint lies beyond; the chain behind the gap is still checked, and right."""
+    run.file(end).delete()
+    assert run.difference() == (first, "receipt")
+    report = verify.verify(run.location)
+    assert (report["steps"], report["samples"], report["lost"]) == (23 - end + first, 184 - 8 * (end - first), 8 * (end - first))
+    run.checkpoint(23, chain=wrong(run.chains[23]))
+    assert verify.verify(run.location)["steps"] == 23 - end + first
+
+
+def test_a_run_is_as_long_as_its_receipts(run):
+    """Without the last receipt and the checkpoint beyond, it is a right run of fewer steps."""
+    run.file(23).delete()
+    stored.folder(run.location, 23).delete()
+    assert verify.verify(run.location) == right(20)
+
+
+@pytest.mark.parametrize("end", CUTS[1:])
+def test_a_wrong_chain_is_found_at_its_link(run, end):
+    """In a receipt: the link's last step is named, and all digests are right."""
+    run.receipt(CUTS[CUTS.index(end) - 1], end, chain=wrong(run.chains[end]))
+    assert run.difference() == (end - 1, "chain")
+    assert verify.verify(run.location)["steps"] == 23
+
+
+@pytest.mark.parametrize("step", [20, 23])
+def test_a_checkpoint_whose_chain_is_another_is_found(run, step):
+    """It was saved by a run that trained on something else."""
+    run.checkpoint(step, chain=wrong(run.chains[step]))
+    report = verify.verify(run.location)
+    assert report["first_difference"]["where"] == f"checkpoint {step}" and run.difference() == (step - 1, "chain")
+
+
+@pytest.mark.parametrize("step", range(3, 16))
+def test_overlapping_receipts_that_disagree_are_found(run, step):
+    """A stale file beside the newer ones: the step at which it says another thing."""
+    run.receipt(3, 16, steps=[wrong(d) if s == step else d for s, d in enumerate(run.digests[3:16], 3)])
+    assert run.difference() == (step, "digest")
+
+
+def test_the_first_of_several_faults_is_named(run):
+    """By step, whatever their kinds and the files they are in."""
+    run.checkpoint(23, chain="00")
+    assert run.difference() == (22, "chain")
+    run.file(20).delete()
+    assert run.difference() == (11, "receipt")
+    run.receipt(3, 10, chain="00")
+    assert run.difference() == (9, "chain")
+    run.receipt(0, 3, data_digest="f" * 32)
+    assert run.difference() == (0, "data plan")
+
+
+@pytest.mark.parametrize("step", [CHANGE - 1, CHANGE, 22])
+def test_a_fault_of_a_changed_run_is_found(changed_run, step):
+    """In the old segment's last step, in the new one's first, and at the end."""
+    end = next(c for c in CUTS if c > step)
+    first = CUTS[CUTS.index(end) - 1]
+    changed_run.receipt(first, end, steps=[*changed_run.digests[first:step], "00", *changed_run.digests[step + 1 : end]])
+    assert changed_run.difference() == (step, "digest")
+
+
+def test_a_receipt_of_other_data_is_found(changed_run):
+    """Its steps were trained by the old plan after the change."""
+    changed_run.receipt(11, 20, data_digest=changed_run.plans[0].digest)
+    assert changed_run.difference() == (11, "data plan")
+
+
+def test_a_damaged_receipt_is_named(run):
+    """Cut short, or another file's content: one line with the file."""
+    whole = run.file(10).read()
+    for content in (whole[:50], b"[]", b"{}", b"\xff"):
+        run.file(10).write(content)
+        with pytest.raises(VerifyError, match=r"receipts/step-00000010\.json: not a receipt, or damaged"):
+            verify.verify(run.location)
+
+
+def test_a_run_without_receipts_says_so(run):
+    """It was stopped before its first checkpoint."""
+    run.location.join("receipts").delete()
+    run.location.join("checkpoints").delete()
+    with pytest.raises(ConfigError, match="has no receipts; the first is written with the first checkpoint"):
+        verify.verify(run.location)
+
+
+# every sample once an epoch ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_repeated_samples_are_counted(seed):
+    """As a plain count of each epoch's places says, however they are cut into units; the same sample in two epochs is none."""
+    rng = np.random.default_rng(seed)
+    counts = [rng.integers(0, 30, 6), rng.integers(1, 9, 3)]
+    splits = [Split(n, np.zeros_like(n), np.zeros_like(n)) for n in counts]
+    seen = verify.Seen(SimpleNamespace(order=SimpleNamespace(splits=splits)))  # type: ignore[arg-type]
+    everywhere = [(s, c, r) for s, n in enumerate(counts) for c, size in enumerate(n.tolist()) for r in range(size)]
+    places, found = Counter(), 0
+    for epoch in range(4):
+        for _ in range(5):
+            some = [(s, epoch + int(rng.integers(2)), c, r) for s, c, r in rng.choice(everywhere, 12).tolist()]
+            places.update(some)
+            source, epochs, chunk, row = np.array(some).T
+            found += seen.add(
+                Samples(np.arange(12), source.astype(np.int16), epochs.astype(np.int32), chunk.astype(np.int32), row)
+            )
+    assert found == sum(n - 1 for n in places.values()) > 0
+
+
+def test_an_order_that_repeats_a_sample_is_found(sources, tmp_path, monkeypatch):
+    """Even if the run trained on just what that order says: the receipts are right, the run is not."""
+    locate = Order.locate
+
+    def faulty(self: Order, positions: np.ndarray) -> Samples:
+        found = locate(self, positions)
+        row = np.where((found.row == 1) & (found.source == 0) & (found.epoch == 0), 0, found.row)
+        return dataclasses.replace(found, row=row)
+
+    monkeypatch.setattr(Order, "locate", faulty)
+    made = Run(tmp_path / "run", make_plan(*sources), cuts=(0, 23))
+    report = verify.verify(made.location)
+    assert report["steps"] == 23 and report["first_difference"] is None
+    assert not report["ok"] and report["repeated"] > 0 and "come twice within an epoch" in verify.explain(report)
+
+
+# how it reads --------------------------------------------------------------------------------------------------------
+
+
+def test_a_windows_chunks_are_read_about_once(sources, tmp_path, monkeypatch):
+    """Units are of a window or more, and cover each step once, in order."""
+    made = Run(tmp_path / "run", dataclasses.replace(make_plan(*sources), shape=Shape(4, 1, 1, 32)), cuts=(0, 40))
+    loads = []
+    load = Dataset.load
+    monkeypatch.setattr(Dataset, "load", lambda self, positions: loads.append(len(positions)) or load(self, positions))
+    found = list(verify.units(History(made.location)))
+    assert [(u.first, u.end) for u in found] == [(0, 8), (8, 16), (16, 24), (24, 32), (32, 40)]
+    assert verify.verify(made.location) == right(40, 4) and sorted(loads) == [32] * 5
+
+
+# the command ---------------------------------------------------------------------------------------------------------
+
+
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str, str]:
+    """(exit code, standard output, standard error)"""
+    monkeypatch.setattr(sys, "argv", ["heliostat", *arguments])
+    with pytest.raises(SystemExit) as e:
+        cli.main()
+    return e.value.code or 0, *capsys.readouterr()
+
+
+def test_the_command_says_that_a_run_is_right(run, monkeypatch, capsys):
+    """Exit code 0, one line, nothing on standard error; --json prints the report."""
+    code, out, err = command(monkeypatch, capsys, "verify", str(run.location))
+    assert (code, err) == (0, "") and out == (
+        "23 steps are as their receipts say: 184 samples, 0 lost, 0 repeated, 0 bad ones replaced\n"
+    )
+    code, out, err = command(monkeypatch, capsys, "verify", str(run.location), "--json")
+    assert (code, err) == (0, "") and json.loads(out) == right(23)
+
+
+def test_the_command_fails_on_a_wrong_run(run, monkeypatch, capsys):
+    """Exit code 1 and one line that names the first differing step; with --json the report is printed all the same."""
+    run.receipt(3, 10, steps=[*run.digests[3:7], "00", *run.digests[8:10]])
+    code, out, err = command(monkeypatch, capsys, "verify", str(run.location), "--json")
+    assert code == 1 and json.loads(out.splitlines()[-1])["first_difference"]["step"] == 7
+    assert err == (
+        f"error: {run.location}: step 7 is the first that differs: its samples' digest is {run.digests[7]}, "
+        "step-00000010.json says 00\n"
+    )
+
+
+@pytest.mark.parametrize("arguments", [("verify",), ("samples", "--step", "0")], ids=lambda a: a[0])
+def test_a_folder_that_holds_no_run_is_one_line(tmp_path, monkeypatch, capsys, arguments):
+    """Bad input, with what to give instead."""
+    code, out, err = command(monkeypatch, capsys, *arguments, str(tmp_path))
+    assert (code, out) == (2, "") and err == (
+        f"error: {tmp_path}: holds no run (no checkpoints, no receipts); give a run id, or a run's folder STORAGE/NAME\n"
+    )
