@@ -162,7 +162,7 @@ class CausalLM:
     # for people ------------------------------------------------------------------------------------------------------
 
     def describe(self, content: np.ndarray) -> str:
-        return self._raw_tokenizer.decode(content.tolist(), skip_special_tokens=False)
+        return self._raw_tokenizer.decode(content[0].tolist(), skip_special_tokens=False)
 
     @cached_property
     def _raw_tokenizer(self) -> Tokenizer:

@@ -90,9 +90,7 @@ def _version(location: Location, digest: str | None) -> Manifest:
         return manifest.read(location)
 
 
-def _check_data(
-    job: Job, manifests: list[Manifest], recorded: DataPlan | None, change_at: int | None
-) -> tuple[DataPlan, Order]:
+def _check_data(job: Job, manifests: list[Manifest], recorded: DataPlan | None, change_at: int | None) -> tuple[DataPlan, Order]:
     made = plan(job, manifests, recorded, change_at)
     order = make_order(made, manifests)
     if order.runs_out is not None and order.runs_out < job.train.steps:

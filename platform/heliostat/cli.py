@@ -55,6 +55,22 @@ def prepare(pipeline: Path, setting: Settings = None, force: bool = False, json_
 
 
 @app.command()
+def index(dataset: Annotated[str, typer.Argument(help="A prepared dataset: a folder or s3:// URI")], json_: Json = False) -> None:
+    """Take shards that were added to a dataset's folder into its manifest: a new version, old ones stay valid."""
+    from dataclasses import asdict
+
+    from heliostat.data.index import index as run
+    from heliostat.storage import Location
+
+    report = run(Location(dataset))
+    if not json_:
+        change = f"digest {report.digest[:12]}, was {report.previous[:12]}" if report.shards_added else "nothing new"
+        out.print(f"dataset {report.dataset}: {report.shards_added:,} shards added, {change}; {report.rows:,} rows, "
+                  f"{report.tokens:,} tokens in {report.chunks:,} chunks")  # fmt: skip
+    _finish(asdict(report), json_)
+
+
+@app.command()
 def check(
     job: Path, setting: Settings = None, offline: Annotated[bool, typer.Option(help="Leave out datasets and stores")] = False
 ) -> None:
@@ -103,6 +119,10 @@ def _print_result(result: dict[str, Any]) -> None:
     split = ", ".join(f"{k.replace('_', ' ')} {v:.1f}" for k, v in result["startup"].items())
     out.print(f"{result['tokens_per_second']:,.0f} tokens/s, data wait {result['data_wait']:.2%}; "
               f"{result['seconds_to_first_step']:.1f} s to the first step ({split})")  # fmt: skip
+    if "goodput" in result:  # a run of an older version has none
+        from heliostat import goodput as accounting
+
+        out.print(accounting.line(result["goodput"]))
     out.print(f"model {result['model_uri']}, run {result['run_id']}, checkpoint {result['checkpoint']}")
     out.print(f"\nNext:  heliostat generate {result['model_uri']} --prompt 'class '\n       heliostat ui")
 
@@ -218,6 +238,22 @@ def verify(run: Run, mlflow: TrackingUri = None, json_: Json = False) -> None:
     _finish(report, json_)
     if not report["ok"]:
         raise VerifyError(f"{place}: {verifying.explain(report)}")
+
+
+@app.command()
+def goodput(run: Run, mlflow: TrackingUri = None, json_: Json = False) -> None:
+    """Tell where a run's time went, from the command's start to the end, over all its restarts: parts that add up to 100 %."""
+    from heliostat import goodput as accounting
+    from heliostat.track.models import find_run
+
+    report = accounting.read_report(find_run(run, _store(mlflow)))
+    if not json_:
+        rows = accounting.table(report)
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        for row in rows:
+            cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+            out.print("  ".join(cells), markup=False)
+    _finish(report, json_)
 
 
 @app.command()

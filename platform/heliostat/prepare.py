@@ -27,6 +27,7 @@ from pydantic import Field
 from heliostat import workspace
 from heliostat.cluster.connect import connect
 from heliostat.data import manifest
+from heliostat.data.manifest import SHARDS
 from heliostat.errors import ConfigError, DataError, HeliostatError, StorageError, innermost
 from heliostat.schema import Strict, apply, read_yaml, validate
 from heliostat.storage import Location
@@ -34,7 +35,6 @@ from heliostat.storage import Location
 log = logging.getLogger(__name__)
 
 RECORD = "prepared.json"
-SHARDS = "shards"
 CPUS = 4  # logical: the tasks wait for storage much of the time
 
 
@@ -109,7 +109,7 @@ def prepare(path: Path, settings: list[str], force: bool = False) -> dict[str, A
         return _report(done, time.monotonic() - start, up_to_date=True)
 
     connect(cpus=CPUS)
-    for part in (manifest.FILE, RECORD, SHARDS):  # the manifest first: without it there is no dataset
+    for part in (manifest.FILE, manifest.VERSIONS, RECORD, SHARDS):  # the manifest first: without it there is no dataset
         output.join(part).delete()
     try:
         rows, meta = pipeline.write(output, inputs)

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-
 from heliostat.data.manifest import Manifest
 from heliostat.spec import Job
 
@@ -47,11 +45,11 @@ class Recipe(Protocol):
     def build(self) -> torch.nn.Module:
         """The model in fp32 with its initial weights; the engine has seeded the RNG and, at ZeRO-3, set the stage."""
 
-    def batch(self, content: np.ndarray) -> Batch:
-        """CPU tensors from the samples' contents: int32 [batch, sequence_length] for tokens."""
+    def batch(self, content: Any) -> Batch:
+        """CPU tensors from the samples' contents: int32 [batch, sequence_length] for tokens, an Arrow table of rows."""
 
-    def describe(self, content: np.ndarray) -> str:
-        """One sample's content as a person reads it."""
+    def describe(self, content: Any) -> str:
+        """One sample, given as the content of a batch of one, as a person reads it."""
 
     def terms(self, batch: Batch) -> int:
         """The number of loss terms in a batch, before it is played; not called if `terms_per_sample` is set."""

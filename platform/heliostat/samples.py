@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from heliostat import workspace
+from heliostat.data.content import part
 from heliostat.data.dataset import Dataset, open_dataset
 from heliostat.errors import ConfigError
 from heliostat.history import History
@@ -39,7 +40,7 @@ def samples(run: Location, step: int) -> list[dict[str, Any]]:
                 "source": data.plan.uris[source],
                 **_place(data, source, chunk, row),
                 "epoch": epoch,
-                "text": recipe.describe(loaded.content[i]),
+                "text": recipe.describe(part(loaded.content, slice(i, i + 1))),
                 "replaces": bad.get(position),
             }
         )

@@ -212,7 +212,7 @@ def _mix_faults(data: Data) -> list[str]:
             faults.append(f"{f'data.mix_schedule.{i - 1}.weights' if i else 'data.sources'}: all weights are 0")
     for i in range(len(data.sources)):
         if not any(weights[i] for weights in mixes if i < len(weights)):
-            faults.append(f"data.sources.{i}.weight: is 0 from the first step to the last; remove the source, or give it a weight")
+            faults.append(f"data.sources.{i}.weight: is 0 at every step; remove the source, or give it a weight")
     return faults
 
 

@@ -60,17 +60,23 @@ def train(made: Any) -> None:
     made.step()
 
 
+def slowest(group: Any, name: str, seconds: float) -> dict[str, Any]:
+    import torch
+    import torch.distributed as dist
+
+    most = torch.tensor(seconds)
+    dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
+    return {"name": name, "seconds": float(most)}
+
+
 def timed(group: Any, name: str, action: Callable[[], object]) -> dict[str, Any]:
     """The slowest rank's seconds."""
-    import torch
     import torch.distributed as dist
 
     dist.barrier(group)
     start = time.perf_counter()
     action()
-    seconds = torch.tensor(time.perf_counter() - start)
-    dist.all_reduce(seconds, dist.ReduceOp.MAX, group=group)
-    return {"name": name, "seconds": float(seconds)}
+    return slowest(group, name, time.perf_counter() - start)
 
 
 def load(made: Any, group: Any, folder: str) -> int:
@@ -96,20 +102,25 @@ def save_and_load(group: Any, everyone: Any, folder: str, size: str, rounds: str
     saver = checkpoint.Saver(Location(folder), spec.Checkpoint(every=1, keep=1), dist.new_group(backend="gloo"))
     saver.follow(fragments.inner_optimizer(made))
     train(made)
-    for step in range(1, int(rounds) + 1):
+
+    def save(step: int) -> None:
+        saver.save(step, fragments.state(made), {"optimizer_steps": fragments.optimizer_steps(made), "metrics": {}})
+
+    def save_whole(step: int) -> None:
+        save(step)
+        saver.wait()
+
+    for step in range(0, 2 * int(rounds), 2):
         yield timed(group, "step", lambda: train(made))
-        yield timed(group, "their save", lambda s=step: made.save_checkpoint(f"{folder}/deepspeed", tag="global_step1"))
+        yield timed(group, "their save", lambda: made.save_checkpoint(f"{folder}/deepspeed", tag="global_step1"))
         subprocess.run(["sync"], check=True)
         before = saver.blocked_s
-        facts = {"optimizer_steps": fragments.optimizer_steps(made), "metrics": {}}
-        start = time.perf_counter()
-        yield timed(group, "save call", lambda s=step, f=facts: saver.save(s, fragments.state(made), f))
+        save(step)
         yield timed(group, "step while saving", lambda: train(made))
-        blocked = saver.blocked_s - before
+        yield slowest(group, "blocked", saver.blocked_s - before)
         saver.wait()
-        yield {"name": "blocked", "seconds": blocked}
-        yield {"name": "save", "seconds": time.perf_counter() - start}
         subprocess.run(["sync"], check=True)
+        yield timed(group, "save", lambda s=step + 1: save_whole(s))
     for _ in range(int(rounds)):
         yield timed(group, "load", lambda: load(made, group, folder))
         yield timed(group, "their load", lambda: made.load_checkpoint(f"{folder}/deepspeed", tag="global_step1"))
@@ -137,7 +148,7 @@ def convert(folder: str) -> float:
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", f"{folder}/deepspeed/global_step1",
                "--output_folder", f"{folder}/deepspeed/universal"]  # fmt: skip
     start = time.perf_counter()
-    subprocess.run(command, check=True, capture_output=True, env=None)
+    subprocess.run(command, check=True, capture_output=True)
     return time.perf_counter() - start
 
 
@@ -146,8 +157,8 @@ def measure(size: int, rounds: int, folder: str) -> dict[str, float]:
     found: dict[str, list[float]] = {}
 
     def phase(function: str, workers: int, *arguments: str) -> None:
-        told = ranks.run(f"tests.benchmarks.checkpoint:{function}", (workers,), folder, str(size), str(rounds), *arguments, deadline_s=DEADLINE_S)  # fmt: skip
-        for row in told:
+        given = (folder, str(size), str(rounds), *arguments)
+        for row in ranks.run(f"tests.benchmarks.checkpoint:{function}", (workers,), *given, deadline_s=DEADLINE_S):
             found.setdefault(row["name"], []).append(row["seconds"])
 
     phase("save_and_load", 4)
@@ -157,7 +168,7 @@ def measure(size: int, rounds: int, folder: str) -> dict[str, float]:
         try:
             phase("their_reshard", 2, stage)
         except AssertionError as e:
-            print(f"DeepSpeed at stage {stage}: {str(e).strip().splitlines()[-1]}", file=sys.stderr)
+            print(f"DeepSpeed at stage {stage}: {str(e)[-1500:]}", file=sys.stderr)
             found[f"their load at {stage}"] = [float("nan")]
     return {name: median(values) for name, values in found.items()}
 
@@ -186,8 +197,9 @@ def main() -> None:
         print(f"\n{got['parameters'] / 1e6:.0f}M parameters, ZeRO-3 on 4 workers, {options.rounds} rounds, medians")
         print("\n".join(table(got)))
         print(
-            f"A step takes {got['step']:.2f} s, {got['step while saving']:.2f} s beside a save; convert alone {got['convert']:.2f} s;"
-            f" read at stage 3 on 2 workers: {got['bytes at 3'] / 1e6:,.0f} MB a rank of {got['parameters'] * 12e-6:,.0f} MB",
+            f"A step takes {got['step']:.2f} s, {got['step while saving']:.2f} s beside a save; "
+            f"DeepSpeed's conversion alone {got['convert']:.2f} s; "
+            f"read at stage 3 on 2 workers: {got['bytes at 3'] / 1e6:,.0f} MB a rank of {got['parameters'] * 12e-6:,.0f} MB",
             flush=True,
         )
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import itertools
 import json
 import shutil
 import sys
@@ -72,16 +73,15 @@ def run(options: argparse.Namespace, scratch: Path) -> Results:
             if endpoint:
                 folders["s3"] = s3_server.upload(data / f"{kind}-{count}", endpoint)
             window = min(count // 4, WINDOW_BYTES // SAMPLE_BYTES[kind])
-            plans += [
-                (store, total, Task(name, kind, folders[store], endpoint if store == "s3" else None, n, count, LENGTH, BATCH, window, ""))
-                for store in options.store
-                for n in options.consumers
-                for name in contenders(kind, options.contender)
-            ]
+            for store, n in itertools.product(options.store, options.consumers):
+                where = (folders[store], endpoint if store == "s3" else None)
+                for name in contenders(kind, options.contender):
+                    plans.append((store, total, Task(name, kind, *where, n, count, LENGTH, BATCH, window, "")))
         for number in range(options.rounds):
             for store, total, task in plans:
-                results.setdefault((task.kind, store, task.consumers, task.contender), []).append(once(task, total, scratch))
-                print(number, task.kind, store, task.consumers, task.contender, results[task.kind, store, task.consumers, task.contender][-1], file=sys.stderr, flush=True)  # fmt: skip
+                found = once(task, total, scratch)
+                results.setdefault((task.kind, store, task.consumers, task.contender), []).append(found)
+                print(number, task.kind, store, task.consumers, task.contender, json.dumps(found), file=sys.stderr, flush=True)
     return results
 
 
@@ -101,10 +101,9 @@ def table(results: Results, kind: str, store: str) -> str:
     where buffers are as full at the start as at the end."""
     unit = "tokens/s a core" if kind == "tokens" else "images/s a core"
     scale = LENGTH if kind == "tokens" else 1
-    lines = [
-        f"| {kind}, {store} | consumers | rows/s, steady | MB/s, steady | {unit}, steady | {unit}, in all | first batch, s | rows/s, in all | peak MB |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    heads = [f"{kind}, {store}", "consumers", "rows/s, steady", "MB/s, steady", f"{unit}, steady", f"{unit}, in all",
+             "first batch, s", "rows/s, in all", "peak MB"]  # fmt: skip
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     found = {key[2:]: runs for key, runs in results.items() if key[:2] == (kind, store)}
     for consumers, name in sorted(found, key=lambda key: (key[0], list(CONTENDERS).index(key[1]))):
         runs = found[consumers, name]

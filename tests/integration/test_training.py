@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import boto3
@@ -94,6 +95,7 @@ def test_a_fresh_process_resumes_bitwise_even_without_a_compiler(finished, track
         if shutil.which(tool):
             (tmp_path / "bin" / tool).symlink_to(str(shutil.which(tool)))
     path = f"{Path(sys.executable).parent}:{tmp_path / 'bin'}"
+    began = time.time()
     done = _run_cli(
         ["train", str(finished[1]), "--set", settings[0], "--resume", "--json"],
         PATH=path, CXX="none", CC="none", TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions"),
@@ -103,9 +105,25 @@ def test_a_fresh_process_resumes_bitwise_even_without_a_compiler(finished, track
     whole = curve(tracking, finished[2]["run_id"])
     assert _continued(tracking, result["run_id"]) == whole[10:]
     assert result["eval"] == finished[2]["eval"]
+    _every_second_is_told(tmp_path / "runs" / "whole", time.time() - began)
+    assert mlflow.MlflowClient(tracking_uri=tracking).get_run(result["run_id"]).data.metrics["goodput/lost_s"] > 0
     chains = [json.loads(Location(s).join("receipts", "step-00000020.json").read())["chain"]
               for s in (f"{finished[0]}/runs/whole", f"{tmp_path}/runs/whole")]  # fmt: skip
     assert chains[0] == chains[1]
+
+
+def _every_second_is_told(run: Path, wall_s: float) -> None:
+    """The run's second attempt took `wall_s`, and went on from step 10, where the first had reached 20."""
+    done = _run_cli(["goodput", str(run), "--json"])
+    told = json.loads(done.stdout.splitlines()[-1])
+    first, second = told["attempts"]
+    assert told["attributed"] >= 0.99
+    assert sum(told["parts"].values()) == pytest.approx(told["total_s"], rel=0.01)
+    assert wall_s - 3 < second["seconds"] <= wall_s
+    assert sum(second["parts"].values()) == pytest.approx(second["seconds"], rel=0.01)
+    assert all(second["parts"][p] > 0 for p in ("starting", "data", "computing", "communicating", "checkpoint", "evaluating"))
+    assert second["parts"]["lost"] == 0 and 0 < first["parts"]["lost"]
+    assert (first["outcome"], first["reached"], second["start_step"], second["reached"]) == ("finished", 20, 10, 20)
 
 
 @pytest.mark.parametrize(("stage", "workers"), [(3, 4), (1, 1), (0, 2), (3, 1)])
@@ -154,6 +172,9 @@ def test_mlflow_holds_the_run_its_data_and_a_model_that_serves(finished, trackin
     digest = manifest.read(Location(json.loads(finished[1].read_text())["data"]["sources"][0]["path"])).digest
     (given,) = run.inputs.dataset_inputs
     assert {t.key: t.value for t in given.tags}["digest"] == digest
+    goodput = {k.removeprefix("goodput/"): v for k, v in run.data.metrics.items() if k.startswith("goodput/")}
+    assert sum(v for k, v in goodput.items() if k.endswith("_s")) > goodput["computing_s"] > 0 < goodput["fraction"] < 1
+    assert {"goodput.json", "goodput.png"} <= {f.path for f in client.list_artifacts(run.info.run_id)}
     assert run.data.metrics["eval/loss"] == pytest.approx(finished[2]["eval"]["loss"])
 
     mlflow.set_tracking_uri(tracking)

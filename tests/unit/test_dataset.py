@@ -7,9 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from heliostat.data import manifest
+from heliostat.data import content, manifest
 from heliostat.data.dataset import DataPlan, Dataset, open_dataset, plan, split
 from heliostat.data.mixing import Shape, choose_shape
+from heliostat.data.receipt import sample_digests
 from heliostat.errors import ConfigError, DataError
 from heliostat.spec import Job
 from heliostat.storage import Location
@@ -220,7 +221,8 @@ def damage(file: Path, group: int) -> None:
     """Turns a bit in the middle of a row group's page."""
     column = pq.ParquetFile(file).metadata.row_group(group).column(0)
     raw = bytearray(file.read_bytes())
-    raw[column.data_page_offset + column.total_compressed_size // 2] ^= 1
+    start = column.dictionary_page_offset or column.data_page_offset
+    raw[start + column.total_compressed_size // 2] ^= 1
     file.write_bytes(bytes(raw))
 
 
@@ -271,7 +273,7 @@ def test_the_replacement_does_not_depend_on_what_is_read_together(damaged):
 
 def test_bad_samples_can_be_refused(damaged):
     """on_bad_sample: fail names the shard and the row group."""
-    with pytest.raises(DataError, match=r"a/shards/1\.parquet: row group 0: cannot be read .*on_bad_sample"):
+    with pytest.raises(DataError, match=r"a/shards/1\.parquet: row group \d+: cannot be read .*on_bad_sample"):
         damaged[1].load(np.arange(3 * int(damaged[1].order.epoch_samples.sum())), replace=False)
 
 
@@ -317,3 +319,31 @@ def test_a_change_of_data_starts_a_new_sequence_with_the_weights_of_its_step(tmp
     later = plan(made, [source], first, first_step=20)
     assert later.first_step == 20 and later.mix == ((20, (2.0,)), (30, (3.0,)))
     assert plan(made, [source], later) == later
+
+
+def test_rows_are_read_replaced_and_hashed_like_tokens(tmp_path):
+    """A dataset of rows: each row of an epoch once, as an Arrow table; a damaged chunk's rows are replaced by whole ones."""
+    (tmp_path / "shards").mkdir()
+    rng = np.random.default_rng(0)
+    rows = []
+    for s in range(3):
+        images = [rng.bytes(int(rng.integers(1, 300))) for _ in range(100)]
+        captions = [f"{s}:{i}" for i in range(100)]
+        table = pa.table({"image": pa.array(images, pa.binary()), "caption": captions})
+        pq.write_table(table, tmp_path / "shards" / f"{s}.parquet", row_group_size=20, write_page_checksum=True)
+        rows += manifest.read_footer(Location(str(tmp_path)), f"shards/{s}.parquet", None)
+    source = manifest.write(Location(str(tmp_path)), rows, {"kind": "rows"})
+    made = dataclasses.replace(make_plan(source, held=0.0), sequence_length=None)
+    data = Dataset(made)
+    whole = data.load(np.arange(300))
+    assert sorted(whole.content["caption"].to_pylist()) == sorted(f"{s}:{i}" for s in range(3) for i in range(100))
+    packed = content.unpack(content.pack(content.part(whole.content, slice(7, 19))), 12, tokens=False)
+    assert packed.equals(whole.content.slice(7, 12))
+    assert len(set(sample_digests(whole.samples, whole.content).tolist())) == 300
+    damage(tmp_path / "shards" / "1.parquet", 2)
+    again = Dataset(made).load(np.arange(300))
+    bad = {b.position for b in again.bad}
+    assert len(bad) == 20
+    for i in range(300):
+        same = again.content.slice(i, 1).equals(whole.content.slice(i, 1))
+        assert same == (i not in bad) and again.content["caption"][i].as_py() is not None

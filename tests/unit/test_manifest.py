@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from heliostat.data import manifest
-from heliostat.errors import DataError
+from heliostat.errors import DataError, StorageError
 from heliostat.storage import Location
 
 META = {"kind": "tokens", "tokenizer": "ab" * 32, "vocab_size": 100, "counts": {"documents": 7}}
@@ -84,6 +84,62 @@ def test_a_folder_without_a_manifest_is_no_dataset(tmp_path):
     """The error says what is missing and which command makes it."""
     with pytest.raises(DataError, match=r"no dataset here \(manifest.parquet is missing\); make it with `heliostat prepare`"):
         manifest.read(Location(str(tmp_path)))
+
+
+def test_every_version_that_was_written_stays_readable(tmp_path):
+    """By its digest, with its rows and metadata; without a digest, the newest is read. Writing one again adds nothing."""
+    place, rng = Location(str(tmp_path)), random.Random(0)
+    written = [manifest.write(place, some_rows(rng, n), {**META, "counts": n}) for n in (1, 7, 3, 12)]
+    again = manifest.write(place, written[1].chunks.to_pylist(), {**META, "counts": 7})
+    for version in written:
+        found = manifest.read(place, version.digest)
+        assert found.chunks.equals(version.chunks) and found.meta == version.meta
+    assert manifest.read(place).digest == again.digest == written[1].digest
+    names = sorted(p.name for p in (tmp_path / manifest.VERSIONS).iterdir())
+    assert names == sorted(f"{v.digest[:12]}.parquet" for v in written)
+
+
+def test_a_version_is_kept_before_it_becomes_the_newest(tmp_path, monkeypatch):
+    """Whenever writing breaks off, the newest manifest is among the versions."""
+    place, rng = Location(str(tmp_path)), random.Random(0)
+    first = manifest.write(place, some_rows(rng, 3), META)
+    real = Location.write
+
+    def broken(self: Location, data: bytes) -> None:
+        if self.name == manifest.FILE:
+            raise StorageError("pulled the plug")
+        real(self, data)
+
+    monkeypatch.setattr(Location, "write", broken)
+    with pytest.raises(StorageError):
+        manifest.write(place, some_rows(rng, 5), META)
+    assert manifest.read(place).digest == manifest.read(place, first.digest).digest == first.digest
+
+
+def test_a_dataset_without_kept_versions_still_reads(tmp_path):
+    """Datasets made before versions were kept: the newest is read with its digest and without; `keep` makes up for it."""
+    place = Location(str(tmp_path))
+    made = manifest.write(place, some_rows(random.Random(0)), META)
+    place.join(manifest.VERSIONS).delete()
+    assert manifest.read(place).digest == manifest.read(place, made.digest).digest == made.digest
+    manifest.keep(manifest.read(place))
+    manifest.write(place, some_rows(random.Random(1)), META)
+    assert manifest.read(place, made.digest).chunks.equals(made.chunks)
+
+
+def test_a_version_that_is_not_there_is_named_with_the_one_that_is(tmp_path):
+    """DataError with both digests; also if its file holds another version, or is damaged."""
+    place = Location(str(tmp_path))
+    old, new = (manifest.write(place, some_rows(random.Random(i)), META) for i in range(2))
+    with pytest.raises(DataError, match=f"digest {new.digest[:12]}, was 000000000000.*that version was not kept"):
+        manifest.read(place, "0" * 64)
+    kept = {v.digest: tmp_path / manifest.VERSIONS / f"{v.digest[:12]}.parquet" for v in (old, new)}
+    kept[old.digest].write_bytes(kept[new.digest].read_bytes())
+    with pytest.raises(DataError, match=f"{old.digest[:12]}.parquet is {new.digest}, not {old.digest}"):
+        manifest.read(place, old.digest)
+    kept[old.digest].write_bytes(b"damaged")
+    with pytest.raises(DataError, match=rf"{old.digest[:12]}\.parquet: not a heliostat manifest, or damaged"):
+        manifest.read(place, old.digest)
 
 
 def test_a_changed_manifest_is_refused(tmp_path):

@@ -49,7 +49,7 @@ def make_run(folder: Path, source: manifest.Manifest, *changes: DataPlan) -> Loc
     """A run's folder with one receipt and one checkpoint; the receipt's content does not matter here."""
     place = Location(str(folder))
     for plan in (make_plan(source), *changes):
-        segments.write(place, plan)
+        segments.begin(place, plan, plan.first_step)
     steps = ["00" * 16] * STEPS
     place.join("receipts", f"step-{STEPS:08d}.json").write(
         receipt.seal(0, steps, receipt.extend(receipt.GENESIS, steps), plan.digest)

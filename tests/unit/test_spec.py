@@ -219,7 +219,7 @@ def test_a_pretrained_folder_is_found_from_the_workspace():
          "data.mix_schedule.1.step: 5 must be above 5; list the changes in the order of their steps"),
         ({"data.mix_schedule": [{"step": 5, "weights": [0.0]}]}, "data.mix_schedule.0.weights: all weights are 0"),
         ({"data.sources": [{"path": "a"}, {"path": "b", "weight": 0}]},
-         "data.sources.1.weight: is 0 from the first step to the last; remove the source, or give it a weight"),
+         "data.sources.1.weight: is 0 at every step; remove the source, or give it a weight"),
     ],
 )  # fmt: skip
 def test_a_mix_that_makes_no_sense_is_refused(changes, line):

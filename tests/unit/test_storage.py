@@ -365,9 +365,9 @@ def test_damaged_content_is_never_taken_for_a_failing_store(tmp_path, no_sleep, 
 
     def read() -> pa.Table:
         with place.open() as f:
-            return pq.ParquetFile(f, page_checksum_verification=rng.random() < 0.5).read_row_group(2)
+            return pq.ParquetFile(f, page_checksum_verification=rng.random() < 0.5).read_row_group(2, use_threads=False)
 
-    for trial in range(150):
+    for trial in range(60):
         damaged = bytearray(raw)
         if trial % 3:
             damaged[(rng.randrange(4, len(raw) - footer), -9 - rng.randrange(footer - 8))[trial % 2]] ^= 1 << rng.randrange(8)
@@ -394,7 +394,8 @@ def test_a_location_pickles_as_its_uri():
 @pytest.mark.parametrize("kind", ALL_ERRORS)
 def test_errors_survive_the_trip_from_a_worker(kind):
     """Class, message and exit code are the same after pickling."""
-    again = pickle.loads(pickle.dumps(kind("line: fix\n  line 2")))  # noqa: S301
+    more = len(inspect.signature(kind.__init__).parameters) - 2 if "__init__" in vars(kind) else 0  # besides self and message
+    again = pickle.loads(pickle.dumps(kind("line: fix\n  line 2", *range(more))))  # noqa: S301
     assert type(again) is kind and str(again) == "line: fix\n  line 2" and again.exit_code == kind.exit_code
 
 

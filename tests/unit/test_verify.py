@@ -36,7 +36,7 @@ class Run:
     def __init__(self, folder: Path, *plans: DataPlan, cuts: tuple[int, ...] = CUTS) -> None:
         self.location, self.plans = Location(str(folder)), plans
         for plan in plans:
-            segments.write(self.location, plan)
+            segments.begin(self.location, plan, plan.first_step)
         self.digests = [self.digest(step) for step in range(cuts[-1])]
         self.chains = [""]
         for digest in self.digests:

@@ -80,7 +80,7 @@ class FaultProxy:
 
     @property
     def endpoint(self) -> str:
-        host, port = self._server.server_address[:2]
+        host, port = self._server.socket.getsockname()
         return f"{host}:{port}"
 
     def __enter__(self) -> FaultProxy:
@@ -113,9 +113,9 @@ class FaultProxy:
                 self.injected[found] += 1
             return found
 
-    def wait(self, seconds: float) -> None:
-        """Sleeps, but not beyond the proxy's end."""
-        self._stopped.wait(seconds)
+    def ended_within(self, seconds: float) -> bool:
+        """Waits so long, or until the proxy ends: then True."""
+        return self._stopped.wait(seconds)
 
     @contextlib.contextmanager
     def serving(self, connection: socket.socket) -> Iterator[None]:
@@ -167,8 +167,8 @@ class _Connection(socketserver.BaseRequestHandler):
                 pass
             client.sendall(error_answer(fault, request.start[0]))
             return not request.closes
-        if fault and kind == "delay":
-            self.server.proxy.wait(fault.seconds)
+        if fault and kind == "delay" and self.server.proxy.ended_within(fault.seconds):
+            return False
         upstream.sendall(request.raw)
         if kind == "cut" and (request.length or request.chunked):
             for piece in half(body, request.length):

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from heliostat.data.content import Content, join, take
 from heliostat.data.manifest import Manifest
 from heliostat.data.order import Samples
 from heliostat.errors import DataError
@@ -28,68 +29,89 @@ class DamagedError(DataError):
 
 @dataclass(frozen=True)
 class Gathered:
-    """`content` int32 [n, sequence_length]; `faults`: why a sample is bad, by its index (its content is zero)."""
+    """`faults`: why a sample is bad, by its index; its content is zero or null."""
 
-    content: np.ndarray
+    content: Content
     faults: dict[int, str]
 
 
-class TokenChunks:
-    """The token chunks of a run's sources, cut into samples of one length."""
+class Chunks:
+    """The chunks of a run's sources: of tokens, cut into samples of `length`, or of rows if there is no length."""
 
-    def __init__(self, sources: list[Manifest], length: int) -> None:
+    def __init__(self, sources: list[Manifest], length: int | None) -> None:
         self.sources, self.length = sources, length
         self._paths = [s.chunks["path"].to_pylist() for s in sources]
         self._groups = [s.chunks["row_group"].to_numpy() for s in sources]
-        self._tokens = [s.chunks["tokens"].to_numpy() for s in sources]
+        self._sizes = [s.chunks["tokens" if length else "rows"].to_numpy() for s in sources]
         self._vocabulary = [int(s.meta.get("vocab_size", np.iinfo(np.int32).max)) for s in sources]
 
     def gather(self, samples: Samples) -> Gathered:
         """The samples' contents, in their order. DataError for a missing shard, StorageError for a store that fails."""
-        out = np.zeros((len(samples), self.length), dtype=np.int32)
         faults: dict[int, str] = {}
         chunk_ids, which = np.unique(np.stack([samples.source, samples.chunk]), axis=1, return_inverse=True)
+        members = np.split(np.argsort(which, kind="stable"), np.cumsum(np.bincount(which))[:-1]) if len(samples) else []
 
-        def fill(i: int) -> None:
-            mine = np.flatnonzero(which == i)
+        def fill(i: int) -> Content | None:
             source, chunk = (int(n) for n in chunk_ids[:, i])
             try:
-                tokens = self.read(source, chunk)
+                found = take(self.read(source, chunk), samples.row[members[i]])
             except DamagedError as e:
-                faults.update(dict.fromkeys(mine.tolist(), str(e)))
-                return
-            whole = tokens[: len(tokens) // self.length * self.length].reshape(-1, self.length)
-            out[mine] = whole[samples.row[mine]]
-            wrong = mine[(out[mine].min(axis=1) < 0) | (out[mine].max(axis=1) >= self._vocabulary[source])]
-            if len(wrong):
-                out[wrong] = 0
-                outside = f"a token outside the vocabulary of {self._vocabulary[source]}"
-                faults.update(dict.fromkeys(wrong.tolist(), f"{self.place(source, chunk)}: {outside}"))
+                faults.update(dict.fromkeys(members[i].tolist(), str(e)))
+                return None
+            if self.length:
+                outside = (found.min(axis=1) < 0) | (found.max(axis=1) >= self._vocabulary[source])
+                if outside.any():
+                    reason = f"{self.place(source, chunk)}: a token outside the vocabulary of {self._vocabulary[source]}"
+                    faults.update(dict.fromkeys(members[i][outside].tolist(), reason))
+                    found[outside] = 0
+            return found
 
         with ThreadPoolExecutor(READERS) as pool:
-            list(pool.map(fill, range(chunk_ids.shape[1])))
-        return Gathered(out, faults)
+            parts = list(pool.map(fill, range(len(members))))
+        return Gathered(self._arrange(parts, members, len(samples)), faults)
+
+    def _arrange(self, parts: list[Content | None], members: list[np.ndarray], count: int) -> Content:
+        """The parts' samples, each at its member's index; where a part is missing, zeros or nulls."""
+        if self.length:
+            out = np.zeros((count, self.length), dtype=np.int32)
+            for mine, found in zip(members, parts, strict=True):
+                if found is not None:
+                    out[mine] = found
+            return out
+        good = [(mine, found) for mine, found in zip(members, parts, strict=True) if found is not None]
+        if not good:
+            return pa.table({})
+        tables = [found for _, found in good]
+        blank = pa.table([pa.nulls(1, f.type) for f in tables[0].schema], schema=tables[0].schema)
+        index = np.full(count, sum(map(len, tables)), dtype=np.int64)
+        index[np.concatenate([mine for mine, _ in good])] = np.arange(sum(map(len, tables)))
+        return take(join([*tables, blank]), index)
 
     def place(self, source: int, chunk: int) -> str:
         return f"{self.sources[source].location.join(self._paths[source][chunk])}: row group {self._groups[source][chunk]}"
 
-    def read(self, source: int, chunk: int) -> np.ndarray:
-        """All tokens of a chunk, int32, documents end to end; DamagedError says what is wrong with it."""
+    def read(self, source: int, chunk: int) -> Content:
+        """All samples of a chunk; DamagedError says what is wrong with it."""
         location = self.sources[source].location.join(self._paths[source][chunk])
-        place = self.place(source, chunk)
+        place, length = self.place(source, chunk), self.length
 
         def get() -> pa.Table:
             with location.fs.open_input_file(location.path) as f:
                 file = pq.ParquetFile(f, page_checksum_verification=True, pre_buffer=True)
-                return file.read_row_group(int(self._groups[source][chunk]), columns=["tokens"])
+                return file.read_row_group(int(self._groups[source][chunk]), columns=["tokens"] if length else None)
 
         try:
-            column = location.attempt(get)["tokens"].combine_chunks()
-            tokens = column.flatten().to_numpy(zero_copy_only=False).astype(np.int32, copy=False)
+            table = location.attempt(get)
+            found = _tokens(table["tokens"]) if length else table
         except FileNotFoundError as e:
             raise DataError(f"{location}: the shard is missing; put it back, or prepare the dataset again") from e
         except (pa.ArrowException, OSError, IndexError, KeyError, ValueError) as e:
             raise DamagedError(f"{place}: cannot be read ({str(e).splitlines()[0]})") from e
-        if len(tokens) != (expected := self._tokens[source][chunk]):
-            raise DamagedError(f"{place}: has {len(tokens)} tokens, not {expected}")
-        return tokens
+        if len(found) != (expected := self._sizes[source][chunk]):
+            raise DamagedError(f"{place}: has {len(found)} {'tokens' if length else 'rows'}, not {expected}")
+        return found[: len(found) // length * length].reshape(-1, length) if length else found
+
+
+def _tokens(column: pa.ChunkedArray) -> np.ndarray:
+    """All tokens of a chunk, int32, documents end to end."""
+    return column.combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.int32, copy=False)

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from heliostat.data import manifest
-from heliostat.data.chunks import Gathered, TokenChunks
+from heliostat.data.chunks import Chunks, Gathered
+from heliostat.data.content import Content, join, take
 from heliostat.data.manifest import Manifest
 from heliostat.data.mixing import Shape, choose_shape
 from heliostat.data.order import Order, Samples, Split, hold_out
@@ -85,9 +86,6 @@ def plan(job: Job, manifests: list[Manifest], recorded: DataPlan | None = None, 
     have happened.
     """
     length = job.data.sequence_length
-    sample_bytes = (
-        4 * length if length else max(1, sum(m.chunks["bytes"].to_numpy().sum() for m in manifests) // _rows(manifests))
-    )
     lanes = job.lanes if job.data.lanes or recorded is None else recorded.shape.lanes
     if (
         recorded is not None
@@ -97,7 +95,7 @@ def plan(job: Job, manifests: list[Manifest], recorded: DataPlan | None = None, 
     ):
         shape = recorded.shape
     else:
-        shape = choose_shape(job.train.global_batch, lanes, int(sample_bytes), job.data.window)
+        shape = choose_shape(job.train.global_batch, lanes, sample_bytes(length, manifests), job.data.window)
     if lanes % job.workers.count:
         raise ConfigError(f"workers.count: {job.workers.count} does not divide the run's {lanes} lanes")
     start = first_step if first_step is not None else recorded.first_step if recorded else 0
@@ -115,8 +113,10 @@ def plan(job: Job, manifests: list[Manifest], recorded: DataPlan | None = None, 
     )
 
 
-def _rows(manifests: list[Manifest]) -> int:
-    return max(1, sum(m.rows for m in manifests))
+def sample_bytes(sequence_length: int | None, manifests: list[Manifest]) -> int:
+    """Of one sample, on average, as stored; of tokens, as trained on."""
+    stored = sum(int(m.chunks["bytes"].to_numpy().sum()) for m in manifests)
+    return 4 * sequence_length if sequence_length else max(1, stored // max(1, sum(m.rows for m in manifests)))
 
 
 def split(source: Manifest, sequence_length: int | None, fraction: float) -> Split:
@@ -148,7 +148,7 @@ class Bad:
 @dataclass(frozen=True)
 class Loaded:
     samples: Samples  # as trained on: where a sample was replaced, its replacement
-    content: np.ndarray  # int32 [n, sequence_length]
+    content: Content
     bad: list[Bad]
 
 
@@ -156,18 +156,17 @@ class Dataset:
     """A DataPlan with its manifests read: the order, and the samples themselves."""
 
     def __init__(self, plan: DataPlan) -> None:
-        assert plan.sequence_length, "only token datasets have contents of one length"
         self.plan = plan
         self.sources = [manifest.read(Location(uri), d) for uri, d in zip(plan.uris, plan.digests, strict=True)]
         self.order = make_order(plan, self.sources)
-        self._chunks = TokenChunks(self.sources, plan.sequence_length)
+        self._chunks = Chunks(self.sources, plan.sequence_length)
 
     def gather(self, samples: Samples) -> Gathered:
         """The samples' contents, and which of them are bad."""
         return self._chunks.gather(samples)
 
-    def read(self, samples: Samples) -> np.ndarray:
-        """The samples' contents in order: int32 [n, sequence_length]; DataError if any is bad."""
+    def read(self, samples: Samples) -> Any:
+        """The samples' contents in order; DataError if any is bad."""
         found = self.gather(samples)
         if found.faults:
             raise DataError(next(iter(found.faults.values())))
@@ -184,7 +183,9 @@ class Dataset:
         found = self.gather(samples)
         if found.faults and not replace:
             raise DataError(f"{next(iter(found.faults.values()))}; data.on_bad_sample 'replace' would train on another one")
-        bad = []
+        bad: list[Bad] = []
+        parts = [found.content] if len(found.content) else []  # then the replacements, one by one
+        index, first = np.arange(len(samples)), len(found.content)
         windows: dict[int, tuple[Samples, Gathered]] = {}
         for i, reason in sorted(found.faults.items()):
             window, begin, end = self.order.window_at(int(positions[i]))
@@ -193,12 +194,13 @@ class Dataset:
                 windows[window] = whole, self.gather(whole)
             whole, read = windows[window]
             j = _replacement(int(positions[i]) - begin, whole, read, reason)
+            index[i] = first + len(bad)
+            parts.append(take(read.content, np.array([j])))
             bad.append(Bad(int(positions[i]), int(samples.source[i]), int(samples.chunk[i]), int(samples.row[i]), reason,
                            (int(whole.source[j]), int(whole.chunk[j]), int(whole.row[j]))))  # fmt: skip
-            found.content[i] = read.content[j]
             for field in ("source", "epoch", "chunk", "row"):
                 getattr(samples, field)[i] = getattr(whole, field)[j]
-        return Loaded(samples, found.content, bad)
+        return Loaded(samples, take(join(parts), index) if bad else found.content, bad)
 
 
 def _replacement(at: int, window: Samples, read: Gathered, reason: str) -> int:

@@ -94,9 +94,7 @@ class Section:
     base: np.ndarray  # int64 [sources], samples of each source before it
 
 
-def sections(
-    mix: list[tuple[int, list[float]]], caps: list[int | None], shape: Shape
-) -> tuple[list[Section], int | None]:
+def sections(mix: list[tuple[int, list[float]]], caps: list[int | None], shape: Shape) -> tuple[list[Section], int | None]:
     """The run cut into sections, and the step at which its data runs out (None: never).
 
     `mix`: (step, weights from there on), ascending; `caps`: the most samples to take of each source. A source is left out

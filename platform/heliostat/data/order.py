@@ -19,7 +19,6 @@ Permutations are the argsort of Philox's raw output, because NumPy promises that
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,7 +120,7 @@ class Order:
         self._windows = np.concatenate([[0], np.cumsum([-(-c // self.per_window) for c in counts])[:-1]])
         self._steps = np.array([s.first_step for s in self.sections])
         self._begins = np.array([s.begin for s in self.sections])
-        self._epochs: OrderedDict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self._epochs: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
 
     # the cut ---------------------------------------------------------------------------------------------------------
 
@@ -199,14 +198,14 @@ class Order:
     def _epoch(self, source: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(chunks in this epoch's order, samples before the end of each); the last few are kept."""
         key = (source, epoch)
-        if key not in self._epochs:
+        found = self._epochs.get(key)
+        if found is None:  # threads may find it twice; none may find it gone
             train = self.splits[source].train
             chunks = permutation(len(train), *self.key, CHUNKS, source, epoch)
-            self._epochs[key] = (chunks, np.cumsum(train[chunks]))
-            while len(self._epochs) > 2 * len(self.splits):
-                self._epochs.popitem(last=False)
-        self._epochs.move_to_end(key)
-        return self._epochs[key]
+            found = self._epochs[key] = (chunks, np.cumsum(train[chunks]))
+            while len(self._epochs) > 2 * len(self.splits) + 2:
+                self._epochs.pop(next(iter(self._epochs)), None)
+        return found
 
     def locate(self, positions: np.ndarray) -> Samples:
         """The samples at positions of the global sequence, int64 [n] in any order."""

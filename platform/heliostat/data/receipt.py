@@ -12,17 +12,17 @@ import json
 
 import numpy as np
 
+from heliostat.data.content import Content, sample_bytes
 from heliostat.data.order import Samples
 
 GENESIS = ""
 
 
-def sample_digests(samples: Samples, contents: np.ndarray) -> np.ndarray:
-    """uint64 [n], from the samples' places and their contents, an array whose first axis is the sample."""
+def sample_digests(samples: Samples, contents: Content) -> np.ndarray:
+    """uint64 [n], from the samples' places and their contents."""
     places = np.stack([samples.source, samples.epoch, samples.chunk, samples.row], axis=1).astype("<i8")
-    rows = np.ascontiguousarray(contents)
     out = bytearray()
-    for place, row in zip(places, rows, strict=True):
+    for place, row in zip(places, sample_bytes(contents), strict=True):
         h = hashlib.blake2b(place, digest_size=8)
         h.update(row)
         out += h.digest()

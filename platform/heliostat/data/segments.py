@@ -1,7 +1,7 @@
 """A run's segments: the data plans that it followed, one after another, beside its receipts.
 
 The first is written when the run starts; `--allow-data-change` adds one at the step where it resumes. What was recorded of
-later steps, a future that the new plan undoes, is removed.
+steps after the one that a run resumes from is removed: they are made anew.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from heliostat.storage import Location
 FOLDER = "segments"
 
 
-def write(run: Location, plan: DataPlan) -> None:
-    """Records that the run follows `plan` from its first step on."""
+def begin(run: Location, plan: DataPlan, step: int) -> None:
+    """Records that the run goes on from `step` with `plan`: whatever is recorded of later steps will be made anew."""
     for folder in (FOLDER, "receipts", "quarantine"):
         for path, _ in run.join(folder).files():
-            if _step(path) > plan.first_step:
+            if _step(path) > step:
                 run.join(folder, path).delete()
-    run.join(FOLDER, f"step-{plan.first_step:08d}.json").write(json.dumps(plan.dump()).encode())
+    if plan.first_step == step:
+        run.join(FOLDER, f"step-{step:08d}.json").write(json.dumps(plan.dump()).encode())
 
 
 def read(run: Location) -> list[DataPlan]:

@@ -20,6 +20,7 @@ import ray
 from ray.data import ExecutionResources
 from ray.train import DataConfig
 
+from heliostat.data.content import Content, join, pack, part, unpack
 from heliostat.data.dataset import Bad, DataPlan, open_dataset
 from heliostat.data.order import Order
 from heliostat.data.receipt import lane_digest, sample_digests
@@ -52,9 +53,10 @@ class Fetch:
             start = 0
             for number, inside in zip(numbers, positions, strict=True):
                 rows = slice(start, start + len(inside))
+                packed = pack(part(loaded.content, rows))
                 bad = [{"at": b.position - int(inside[0]), **dataclasses.asdict(b)} for b in loaded.bad
                        if inside[0] <= b.position <= inside[-1]]  # fmt: skip
-                row = [[number], [digests[rows].tobytes()], [loaded.content[rows].tobytes()], [json.dumps(bad)]]
+                row = [[number], [digests[rows].tobytes()], [packed], [json.dumps(bad)]]
                 yield pa.table([pa.array(v, t) for v, t in zip(row, ENVELOPE.types, strict=True)], schema=ENVELOPE)
                 start = rows.stop
 
@@ -66,7 +68,7 @@ def fetch(plan: DataPlan, order: Order, start_step: int, steps: int, replace: bo
     return Fetch(plan, order.window_of(first), order.window_of(last - 1) + 1, first, last, replace)
 
 
-def dataset(task: Fetch, concurrency: int, memory_limit: int) -> Any:
+def dataset(task: Fetch, concurrency: int, memory_limit: int, sample_bytes: int) -> Any:
     """The Ray Dataset of the task's envelopes, one block each; at most `concurrency` windows in flight, and as memory allows."""
     context = ray.data.DataContext.get_current().copy()
     context.target_max_block_size = 1  # a block per yielded row
@@ -74,16 +76,12 @@ def dataset(task: Fetch, concurrency: int, memory_limit: int) -> Any:
     context.execution_options.resource_limits = ExecutionResources(object_store_memory=memory_limit)
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    fits = max(1, memory_limit // (COPIES * window_bytes(task.plan)))
+    fits = max(1, memory_limit // (COPIES * task.plan.shape.window * sample_bytes))
     with ray.data.DataContext.current(context):
         count = task.end - task.begin
         windows = ray.data.range(count, override_num_blocks=count)
         pool = ray.data.TaskPoolStrategy(size=min(concurrency, fits))
         return windows.map_batches(task, batch_size=1, compute=pool, zero_copy_batch=True)
-
-
-def window_bytes(plan: DataPlan) -> int:
-    return plan.shape.window * 4 * (plan.sequence_length or 1)
 
 
 class OrderedSplit(DataConfig):
@@ -96,10 +94,10 @@ class OrderedSplit(DataConfig):
 
 @dataclass(frozen=True)
 class StepSamples:
-    """A worker's share of a step: contents [n, ...], lanes in order; `lanes` their numbers; `digests` one a lane; `bad` the
+    """A worker's share of a step: its samples, lanes in order; `lanes` their numbers; `digests` one a lane; `bad` the
     samples that were replaced."""
 
-    content: np.ndarray
+    content: Content
     lanes: range
     digests: list[int]
     bad: list[Bad]
@@ -108,14 +106,12 @@ class StepSamples:
 class LaneStream:
     """Cuts steps from the envelopes that one worker receives. `next_step` must be called for consecutive steps."""
 
-    def __init__(
-        self, envelopes: Iterator[Any], plan: DataPlan, order: Order, rank: int, workers: int, start_step: int
-    ) -> None:
+    def __init__(self, envelopes: Iterator[Any], plan: DataPlan, order: Order, rank: int, workers: int, start_step: int) -> None:
         self.envelopes, self.plan, self.order = envelopes, plan, order
         self.lanes = range(rank, plan.shape.lanes, workers)
         self.step = start_step
         self._superstep = -1
-        self._held: list[tuple[np.ndarray, np.ndarray, list[dict[str, Any]]]] = []
+        self._held: list[tuple[np.ndarray, Content, list[dict[str, Any]]]] = []
 
     def next_step(self) -> StepSamples:
         shape, superstep = self.plan.shape, self.order.superstep(self.step)
@@ -127,19 +123,19 @@ class LaneStream:
         self.step += 1
         bad = [b for _, _, found in self._held for b in found if rows.start <= b["at"] < rows.stop]
         return StepSamples(
-            np.concatenate([content[rows] for _, content, _ in self._held]),
+            join([part(content, rows) for _, content, _ in self._held]),
             self.lanes,
             [lane_digest(digests[rows]) for digests, _, _ in self._held],
             [Bad(**{k: v for k, v in b.items() if k != "at"}) for b in bad],
         )
 
-    def _receive(self, expected: int) -> tuple[np.ndarray, np.ndarray, list[dict[str, Any]]]:
+    def _receive(self, expected: int) -> tuple[np.ndarray, Content, list[dict[str, Any]]]:
         table = next(self.envelopes)
         number = table["envelope"][0].as_py()
         assert number == expected, f"the stream brought envelope {number} where {expected} was due"
         digests = np.frombuffer(table["digests"][0].as_buffer(), dtype="<u8")
-        content = np.frombuffer(table["content"][0].as_buffer(), dtype=np.int32)
-        return digests, content.reshape(len(digests), -1), json.loads(table["bad"][0].as_py())
+        content = unpack(table["content"][0].as_buffer(), len(digests), bool(self.plan.sequence_length))
+        return digests, content, json.loads(table["bad"][0].as_py())
 
 
 def iterate(shard: Any, plan: DataPlan, order: Order, rank: int, workers: int, start_step: int) -> LaneStream:

@@ -78,7 +78,7 @@ def _download(model: str, tracking_uri: str) -> Path:
 def find_run(run: str, tracking_uri: str) -> Location:
     """A run's folder from its id or from the folder itself; ConfigError if it holds no run."""
     place = Location(run) if "/" in run or Path(run).exists() else _run_folder(run, tracking_uri)
-    if not {"checkpoints", "receipts"} & set(place.folders()):
+    if not {"checkpoints", "receipts", "ledger"} & set(place.folders()):
         raise ConfigError(f"{place}: holds no run (no checkpoints, no receipts); give a run id, or a run's folder STORAGE/NAME")
     return place
 

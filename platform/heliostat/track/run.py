@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from heliostat import workspace
+from heliostat import goodput, workspace
 from heliostat.data.manifest import Manifest
 from heliostat.errors import TrackingError
 from heliostat.spec import Job
@@ -67,6 +67,17 @@ class RunOwner:
         if self._fault or not self.run_id:
             raise TrackingError(f"mlflow.uri: {self.job.mlflow.uri}: {self._fault or 'no answer in 300 s'}") from self._fault
         return self._client
+
+    def log_goodput(self, report: dict[str, Any]) -> None:
+        """The run's goodput at the end: its metrics, the whole report, and a figure."""
+        step = max(a["reached"] for a in report["attempts"])
+        self.post({"kind": "goodput", "report": report, "step": step, "at": time.time()})
+        client = self.client()
+        try:
+            client.log_dict(self.run_id, report, "goodput.json")
+            client.log_figure(self.run_id, goodput.chart(report), "goodput.png")
+        except Exception as e:  # noqa: BLE001 (whatever MLflow raises: the run's status must be written all the same)
+            log.error("MLflow refused the goodput of run %s: %s", self.run_id, e)
 
     def finish(self, status: str, reason: str = "") -> None:
         """Writes what is queued, then the run's status: FINISHED, FAILED or KILLED."""
@@ -152,7 +163,6 @@ class RunOwner:
         for i in range(0, len(metrics), BATCH):
             self._client.log_batch(self.run_id, metrics=metrics[i : i + BATCH])
 
-
     def _logged(self, key: str) -> int:
         """The last step that earlier attempts have logged of a metric: recomputed steps are not logged again."""
         if not self._resumed:
@@ -181,6 +191,10 @@ def points(event: dict[str, Any]) -> list[tuple[str, float, float, int]]:
         return out
     if event["kind"] == "evaluation":
         return [(f"eval/{k}", v, at, event["step"]) for k, v in event["scores"].items()]
+    if event["kind"] == "goodput":
+        report = event["report"]
+        values = {"fraction": report["goodput"], **{f"{part}_s": seconds for part, seconds in report["parts"].items()}}
+        return [(f"goodput/{k}", v, at, event["step"]) for k, v in values.items()]
     if event["kind"] == "checkpoint":
         return [("checkpoint/blocked_s", event["blocked_s"], at, event["step"])]
     return []

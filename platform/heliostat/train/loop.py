@@ -18,13 +18,14 @@ import torch
 import torch.distributed as dist
 
 from heliostat import workspace
-from heliostat.data import quarantine, receipt, stream
+from heliostat.data import content, quarantine, receipt, stream
 from heliostat.data.dataset import DataPlan, Dataset, open_dataset
 from heliostat.errors import NonFiniteError
 from heliostat.recipe import Batch, Recipe
 from heliostat.spec import Job
 from heliostat.storage import Location
 from heliostat.train import checkpoint, fragments, zero
+from heliostat.train.board import queued_s
 from heliostat.train.ledger import Ledger, peak_flops
 from heliostat.train.schedule import factor
 
@@ -44,13 +45,14 @@ class Worker:
         self.board, self.started = config["board"], config["started"]
         self.start_step: int = config["start_step"]
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.ledger = Ledger()
+        self.ledger = Ledger("starting")
         self.run_folder = Location(config["run_folder"])
         # the training group is left to DeepSpeed; saving runs in a thread and must not share a group with the loop
         self.control, saving = dist.new_group(backend="gloo"), dist.new_group(backend="gloo")
         self.saver = checkpoint.Saver(self.run_folder, self.job.checkpoint, saving)
 
-        self._post({"kind": "phase", "phase": "model", "at": time.time()})
+        if self.rank == 0:
+            self._phase("model", queued_s=queued_s(), start_step=self.start_step, workers=self.world)
         zero.prepare_environment(self.job.workers.gpus)
         self.dataset = open_dataset(self.plan)
         self.recipe = make_recipe(self.job, self.dataset)
@@ -74,41 +76,50 @@ class Worker:
 
     def run(self) -> dict[str, Any]:
         job = self.job
-        self._post({"kind": "phase", "phase": "data", "at": time.time()})
+        self._phase("data")
         shard = ray.train.get_dataset_shard("train")
         samples = stream.iterate(shard, self.plan, self.dataset.order, self.rank, self.world, self.start_step)
         first_step_s = since = time.perf_counter()
         logged = self.start_step
-        steady_s = steady_wait = 0.0
+        steady_s = steady_wait = waited = 0.0
         for step in range(self.start_step, job.train.steps):
-            with self.ledger("data"):
+            with self.ledger("data" if step > self.start_step else "starting"):
                 mine = samples.next_step()
             if step == self.start_step:
-                self._post({"kind": "phase", "phase": "step", "at": time.time()})
-            with self.ledger("step"):
-                self._step(step, mine)
+                self.ledger.switch("compiling" if job.train.compile else "computing")
+                self._phase("step")
+                since = time.perf_counter()
+            blocked = self.saver.blocked_s
+            self._step(step, mine)
+            self.ledger.move("computing", "checkpoint", self.saver.blocked_s - blocked)
+            if job.train.compile and step <= self.start_step + 1:
+                self._tell_compiling(step)
             done = step + 1
             if step == self.start_step:
                 first_step_s = time.time() - self.started
-                self._post({"kind": "phase", "phase": "stepped", "at": time.time(), "seconds": first_step_s})
-            if done % job.train.log_every == 0 or done == job.train.steps or step == self.start_step:
+                self._phase("stepped")
+            last = done == job.train.steps
+            saves = last or done % job.checkpoint.every == 0
+            # before a save, too: a run that resumes from there has lost no step's loss
+            if done % job.train.log_every == 0 or saves or step == self.start_step:
                 now = time.perf_counter()
-                wait = self.ledger.seconds["data"]
+                waited, before = self.ledger.totals().get("data", 0.0), waited
+                wait = waited - before
                 if step > self.start_step:
                     steady_s, steady_wait = steady_s + now - since, steady_wait + wait
                 self._report(logged, done, now - since, wait)
-                self.ledger.seconds["data"] = 0.0
                 logged, since = done, now
-            last = done == job.train.steps
+            aside = time.perf_counter()
             if self.held_out and (done % job.evaluate.every == 0 or last):  # type: ignore[union-attr]
-                with self.ledger("evaluate"):
+                with self.ledger("evaluating"):
                     self._evaluate(done)
-                since += self.ledger.seconds.pop("evaluate")
-            if done % job.checkpoint.every == 0 or last:
-                blocked = time.perf_counter()
-                self._save(done)
-                since += time.perf_counter() - blocked
-        self.saver.wait()
+            if saves:
+                with self.ledger("checkpoint"):
+                    self._save(done)
+            since += time.perf_counter() - aside
+        with self.ledger("checkpoint"):
+            self.saver.wait()
+        self._phase("ended")
         trained = job.train.steps - self.start_step - 1  # the first step warms up
         return {
             "steps": job.train.steps,
@@ -125,7 +136,7 @@ class Worker:
         engine, train = self.engine, self.job.train
         for group in engine.optimizer.param_groups:
             group["lr"] = train.optimizer.lr * factor(train.schedule, step, train.steps)
-        micros = [self.recipe.batch(rows) for rows in np.split(mine.content, len(mine.content) // train.micro_batch)]
+        micros = [self.recipe.batch(rows) for rows in content.split(mine.content, train.micro_batch)]
         terms = self._terms(micros)
         total = torch.zeros((), device=self.device)
         for i, micro in enumerate(micros):
@@ -151,14 +162,16 @@ class Worker:
         if self.recipe.terms_per_sample:
             return self.recipe.terms_per_sample * self.job.train.global_batch
         count = torch.tensor(sum(self.recipe.terms(m) for m in micros), dtype=torch.float32, device=self.device)
-        dist.all_reduce(count)
+        with self.ledger("communicating"):
+            dist.all_reduce(count)
         return count
 
     def _report(self, first: int, done: int, seconds: float, wait: float) -> None:
         """Sums the losses of steps [first, done) over the workers, in one collective, and posts them."""
         sums = torch.stack([*self._losses, torch.tensor(float(self.bad_samples), device=self.device)]).double()
-        dist.all_reduce(sums)
-        *values, bad = sums.tolist()
+        with self.ledger("communicating"):
+            dist.all_reduce(sums)
+            *values, bad = sums.tolist()
         quarantine.check_budget(int(bad), done, self.job, self.dataset.order)
         for i, value in enumerate(values):
             if not math.isfinite(value):
@@ -181,7 +194,7 @@ class Worker:
                 "data_wait": wait / seconds,
                 "mfu": self._mfu(done - first, seconds),
                 "bad_samples": int(bad),
-                "at": time.time(),
+                **self._now(),
             }
         )
         self._losses, self._norms = [], []
@@ -234,7 +247,7 @@ class Worker:
             "written": time.time(),
         }
         self.saver.save(done, fragments.state(self.engine), facts)
-        self._post({"kind": "checkpoint", "step": done, "blocked_s": self.saver.blocked_s, "at": time.time()})
+        self._post({"kind": "checkpoint", "step": done, "blocked_s": self.saver.blocked_s, **self._now()})
 
     def _seal_receipt(self, done: int) -> None:
         """Chains the steps since the last receipt and writes their digests beside the checkpoints."""
@@ -260,6 +273,19 @@ class Worker:
         fragments.after_load(self.engine, found.index["optimizer_steps"])
         self.chain = found.index["receipt"]["chain"]
         self.bad_samples = found.index["bad_samples"] if self.rank == 0 else 0
+
+    def _tell_compiling(self, step: int) -> None:
+        """After the first two steps: the first one's time is compiling, less what the second took."""
+        if step > self.start_step:
+            spent = self.ledger.totals()
+            self.ledger.move("compiling", "computing", min(spent["compiling"], spent["computing"]))
+        self.ledger.switch("computing")
+
+    def _phase(self, phase: str, **facts: Any) -> None:
+        self._post({"kind": "phase", "phase": phase, **facts, **self._now()})
+
+    def _now(self) -> dict[str, Any]:
+        return {"ledger": self.ledger.totals(), "at": time.time()}
 
     def _post(self, event: dict[str, Any]) -> None:
         if self.rank == 0:
@@ -308,7 +334,7 @@ class HeldOut:
         totals = torch.zeros(0, dtype=torch.float64)
         for i in range(self.batches):
             rows = slice(i * self.micro, (i + 1) * self.micro)
-            batch = {k: v.to(device) for k, v in recipe.batch(self.content[rows]).items()}
+            batch = {k: v.to(device) for k, v in recipe.batch(content.part(self.content, rows)).items()}
             scores = recipe.evaluate(model, batch)
             names = sorted(scores)
             counted = torch.from_numpy(self.counted[rows])

@@ -21,13 +21,14 @@ from typing import Any
 import psutil
 from rich.console import Console
 
-from heliostat import check
+from heliostat import check, goodput
 from heliostat.check import Checked
 from heliostat.data import segments
-from heliostat.data.dataset import DataPlan
+from heliostat.data.dataset import DataPlan, sample_bytes
 from heliostat.errors import CheckpointError, ConfigError, HeliostatError, TrainingError, innermost
 from heliostat.storage import Location
 from heliostat.track.run import RunOwner
+from heliostat.train.ledger import Recorder
 
 log = logging.getLogger(__name__)
 
@@ -85,22 +86,29 @@ class _Run:
         self.job, self.checked = checked.job, checked
         self.start_step, self.started, self.verbose = start_step, started, verbose
         self.console = Console(stderr=True)
+        self.ledger = Recorder(self.job.run_folder, started, start_step, self.job.workers.count)
 
     def go(self) -> dict[str, Any]:
         owner = RunOwner(self.job, self.checked.manifests)
-        if self.checked.plan.first_step == self.start_step:
-            segments.write(self.job.run_folder, self.checked.plan)
+        segments.begin(self.job.run_folder, self.checked.plan, self.start_step)
         try:
             summary = self._fit(owner)
             result = self._conclude(owner, summary)
         except KeyboardInterrupt:
-            owner.finish("KILLED", "interrupted")
+            self._finish(owner, "KILLED", "interrupted")
             raise
         except Exception as e:
-            owner.finish("FAILED", str(e))
+            self._finish(owner, "FAILED", str(e))
             raise
-        owner.finish("FINISHED")
+        self._finish(owner, "FINISHED")
         return result
+
+    def _finish(self, owner: RunOwner, status: str, reason: str = "") -> None:
+        try:
+            owner.log_goodput(self.ledger.report())
+            owner.finish(status, reason)
+        finally:
+            self.ledger.close({"KILLED": "interrupted"}.get(status, status.lower()))
 
     # training --------------------------------------------------------------------------------------------------------
 
@@ -149,13 +157,14 @@ class _Run:
 
         api: Any = ray.train  # the package is annotated with V1's classes, and V2's are the ones that it holds
         from heliostat.data import stream
-        from heliostat.train.board import Board
+        from heliostat.train.board import Board, Placing
 
         board = Board.remote()  # type: ignore[attr-defined]
         plan, start = self.checked.plan, self.start_step
         replace = job.data.on_bad_sample == "replace"
         fetch = stream.fetch(plan, self.checked.order, start, job.train.steps, replace)
         concurrency, memory = max(2, workers.count), job.data.memory_limit
+        size = sample_bytes(job.data.sequence_length, self.checked.manifests)
         config = {
             "job": job.dump(),
             "plan": plan.dump(),
@@ -168,7 +177,7 @@ class _Run:
         trainer = api.torch.TorchTrainer(
             _worker,
             train_loop_config=config,
-            datasets={"train": lambda: stream.dataset(fetch, concurrency, memory)},
+            datasets={"train": lambda: stream.dataset(fetch, concurrency, memory, size)},
             dataset_config=stream.OrderedSplit(),
             torch_config=api.torch.TorchConfig(backend="nccl" if workers.gpus else "gloo"),
             scaling_config=api.ScalingConfig(
@@ -180,6 +189,7 @@ class _Run:
                 name=f"{job.name}-{uuid.uuid4().hex[:8]}",  # a name used before would restore Ray's own state
                 storage_path=attempts.path,
                 storage_filesystem=attempts.fs,
+                callbacks=[Placing(board)],
                 failure_config=api.FailureConfig(max_failures=0),
                 worker_runtime_env={"env_vars": worker_environment(workers.gpus)} if os.environ.get("RAY_ADDRESS") else {},
             ),
@@ -189,6 +199,7 @@ class _Run:
     def _drain(self, board: Any, owner: RunOwner, show: Any) -> None:
         import ray
 
+        self.ledger.beat()
         try:
             events = ray.get(board.drain.remote(), timeout=10)
         except ray.exceptions.GetTimeoutError:
@@ -197,6 +208,9 @@ class _Run:
             if event["kind"] == "steps":
                 event["sources"] = self._sources(event["first"] + len(event["loss"]))
             owner.post(event)
+            self.ledger.event(event)
+            if event["kind"] == "checkpoint":
+                owner.post({"kind": "goodput", "report": self.ledger.report(), "step": event["step"], "at": event["at"]})
             show.event(event)
 
     def _sources(self, step: int) -> dict[str, dict[str, float]]:
@@ -239,6 +253,7 @@ class _Run:
         client.log_table(owner.run_id, {"prompt": [p for p, _ in samples], "text": [t for _, t in samples]}, "samples.json")
         result = {"run_id": owner.run_id, **summary, "model_uri": model_uri, "checkpoint": str(last.location)}
         result["reference"] = {m.location.name: m.meta.get("unigram_entropy") for m in self.checked.manifests}
+        result["goodput"] = goodput.summary(self.ledger.report())
         result["samples"] = [{"prompt": p, "text": t} for p, t in samples]
         job.run_folder.join("result.json").write(json.dumps(result, indent=2).encode())
         return result

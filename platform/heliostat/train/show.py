@@ -12,7 +12,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 log = logging.getLogger("heliostat")
 
-PHASES = {"model": "building the model", "data": "opening the data stream", "step": "first step"}
+PHASES = {
+    "placing": "placing the workers",
+    "model": "building the model",
+    "data": "opening the data stream",
+    "step": "first step",
+}
 
 
 class Show:

@@ -79,7 +79,7 @@ def actors(task: Task) -> None:
     from heliostat.cluster.connect import connect
 
     connect(cpus=max(multiprocessing.cpu_count(), task.consumers + 2))
-    kind = ray.remote(num_cpus=1)(Consumer)
+    kind: Any = ray.remote(num_cpus=1)(Consumer)
     consumers = [kind.remote(task.dump(), rank) for rank in range(task.consumers)]
     ray.get([c.ready.remote() for c in consumers], timeout=DEADLINE_S)
     import ray.data  # as the consumers' imports: not part of what is measured

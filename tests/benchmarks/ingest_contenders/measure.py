@@ -1,6 +1,7 @@
 """CPU seconds and memory of a child and all its descendants while it delivers, sampled with psutil.
 
-CPU: what every process of the tree had used when it was last seen; a process that ends loses at most its last 0.2 s. Memory: the highest sum of PSS (shared pages counted once), looked at once a second.
+CPU: what every process of the tree had used when it was last seen; a process that ends loses at most its last 0.2 s.
+Memory: the highest sum of PSS (shared pages counted once), looked at once a second.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+
 from ingest_contenders.child import MARK
 from ingest_contenders.task import Task
 
@@ -126,4 +128,4 @@ def _await(child: subprocess.Popen, event: str, log: Path) -> dict[str, Any]:
     for line in child.stdout:
         if line.startswith(MARK) and (found := json.loads(line.removeprefix(MARK)))["event"] == event:
             return found
-    raise RuntimeError(f"{' '.join(map(str, child.args))[:300]} ended before {event!r}:\n{log.read_text()[-2000:]}")  # type: ignore[arg-type,union-attr]
+    raise RuntimeError(f"{child.args!r} ended before {event!r}:\n{log.read_text()[-2000:]}")

@@ -1,0 +1,93 @@
+"""`heliostat index DATASET`: takes the shards that were added to a dataset's folder into a new version of its manifest.
+
+What holds: only the new shards' footers are read, several at a time, and no data; the shards already listed must be there
+with the sizes that were recorded. The version before stays readable by its digest, and with it the sample order of the runs
+that began with it. Indexing the same shards at once or bit by bit gives the same digest; nothing new writes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+
+from heliostat.data import manifest
+from heliostat.data.manifest import SHARDS, Manifest
+from heliostat.errors import DataError
+from heliostat.storage import Location
+
+log = logging.getLogger(__name__)
+
+READERS = 32  # threads: a footer is one or two small requests, which object storage answers slowly but in parallel
+NOT_IN_FOOTERS = ("bytes", "unigram_entropy")  # what a pipeline counted in the text or the tokens: no longer true with more
+
+
+@dataclass(frozen=True)
+class Report:
+    """`previous` is the digest that was the newest before; chunks, tokens and rows are the whole dataset's."""
+
+    dataset: str
+    digest: str
+    previous: str
+    shards_added: int
+    chunks: int
+    tokens: int
+    rows: int
+    seconds: float
+
+
+def index(location: Location) -> Report:
+    """DataError if a listed shard is missing or has another size, or a new one does not belong to this dataset."""
+    start = time.monotonic()
+    before = manifest.read(location)
+    sizes = {f"{SHARDS}/{path}": size for path, size in location.join(SHARDS).files()}
+    listed = dict(zip(before.chunks["path"].to_pylist(), before.chunks["file_bytes"].to_pylist(), strict=True))
+    _check_listed(location, listed, sizes)
+    new = sorted(p for p in sizes if p not in listed and p.count("/") == 1 and p.endswith(".parquet"))
+    after = _extend(before, new) if new else before
+    return Report(
+        dataset=str(location),
+        digest=after.digest,
+        previous=before.digest,
+        shards_added=len(new),
+        chunks=after.chunks.num_rows,
+        tokens=after.tokens,
+        rows=after.rows,
+        seconds=round(time.monotonic() - start, 2),
+    )
+
+
+def _check_listed(location: Location, listed: dict[str, int], sizes: dict[str, int]) -> None:
+    for path, expected in listed.items():
+        if sizes.get(path) != expected:
+            found = f"{sizes[path]:,} bytes" if path in sizes else "missing"
+            raise DataError(
+                f"{location.join(path)}: {found}, but {expected:,} bytes are listed; put it back, and give new data new names"
+            )
+
+
+def _extend(before: Manifest, paths: list[str]) -> Manifest:
+    log.info("%s: reading the footers of %d new shards", before.location, len(paths))
+    column = "tokens" if before.kind == "tokens" else None
+    read = partial(manifest.read_footer, before.location, token_column=column, vocab_size=before.meta.get("vocab_size"))
+    with ThreadPoolExecutor(READERS) as pool:
+        found = list(pool.map(read, paths))
+    for path, rows in zip(paths, found, strict=True):
+        if not rows:
+            raise DataError(f"{before.location.join(path)}: holds no row group; take it away")
+    added = pa.Table.from_pylist([row for rows in found for row in rows], schema=manifest.SCHEMA)
+    manifest.keep(before)
+    return manifest.write_table(before.location, pa.concat_tables([before.chunks, added]), _meta(before.meta, added))
+
+
+def _meta(before: dict[str, Any], added: pa.Table) -> dict[str, Any]:
+    """The metadata with what is counted in footers brought up to date, and without what is not."""
+    meta = {k: v for k, v in before.items() if k not in NOT_IN_FOOTERS}
+    if "documents" in meta:  # a row each
+        meta["documents"] += int(added["rows"].to_numpy().sum())
+    return meta

@@ -1,0 +1,241 @@
+"""Where a run's wall-clock went, over all its attempts: every second belongs to one part, so the parts add up to the whole.
+
+An attempt is one start of the workers: a command (`heliostat train`), or a restart within one. Its driver keeps a file about it
+in the run's folder (`ledger/`); all here is computed from those files, by pure functions.
+
+    queued         Ray had no room for the workers yet
+    starting       from the command to the first step: checks, Ray, workers, model, checkpoint, first batch
+    compiling      the first step under `train.compile`, beyond the second's time
+    data           waiting for data
+    computing      steps that the run still stands on; DeepSpeed's collectives are in it, because they overlap with computing
+    communicating  the loop's own collectives, with the wait for the slowest worker
+    checkpoint     training stood still for a checkpoint or a receipt
+    evaluating     held-out scores
+    lost           steps computed again after going back to a checkpoint, and what a worker was at when it died
+    restarting     within one command, from a failure to the next first step
+    idle           nothing trained: between two commands, and after the last step (export, registering the model)
+
+Goodput is computing's share of the total.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from heliostat.errors import ConfigError
+from heliostat.storage import Location
+
+FOLDER = "ledger"
+COLOURS = {
+    "queued": "#d9d9d9", "starting": "#fdd0a2", "compiling": "#fdae6b", "data": "#9ecae1", "computing": "#31a354",
+    "communicating": "#6baed6", "checkpoint": "#bcbddc", "evaluating": "#c7e9c0", "lost": "#de2d26", "restarting": "#fb6a4a",
+    "idle": "#969696",
+}  # fmt: skip
+PARTS = tuple(COLOURS)
+
+
+@dataclass
+class Attempt:
+    """`parts` add up to `known - started`; what lies between `known` and `seen` belongs to `pending` once the attempt is over."""
+
+    id: str
+    started: float  # wall clock, as all times here
+    known: float  # until here the parts are measured
+    seen: float  # the driver's last sign of life
+    start_step: int
+    workers: int
+    restart: bool = False  # within a command, after a failure
+    outcome: str | None = None  # finished, failed or interrupted; None while it runs, or if the driver was killed
+    pending: str = "starting"
+    parts: dict[str, float] = field(default_factory=dict)
+    marks: list[tuple[int, float]] = field(default_factory=list)  # finished steps, and the seconds of computing up to them
+
+    @property
+    def name(self) -> str:
+        """Sorts by time, to the millisecond."""
+        began = datetime.fromtimestamp(self.started, UTC)
+        return f"attempt-{began:%Y%m%dT%H%M%S}.{began.microsecond // 1000:03d}Z-{self.id}.json"
+
+    @property
+    def reached(self) -> int:
+        return self.marks[-1][0] if self.marks else self.start_step
+
+    def computed(self, step: int) -> float:
+        """Seconds of computing up to a step; straight lines between the marks."""
+        points = [(self.start_step, 0.0), *self.marks]
+        return float(np.interp(step, [s for s, _ in points], [seconds for _, seconds in points]))
+
+    def dump(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+
+@dataclass
+class Settled:
+    """An attempt with its parts settled: `gap` is what lies before it, `unknown` what a running one has not reported yet."""
+
+    attempt: Attempt
+    gap: tuple[str, float]
+    parts: dict[str, float]
+    unknown: float
+
+
+def settle(attempts: Iterable[Attempt]) -> list[Settled]:
+    """Every attempt's parts, with what later attempts computed again moved from computing to lost."""
+    ordered = sorted(attempts, key=lambda a: (a.started, a.seen))
+    kept = kept_steps(ordered)
+    settled: list[Settled] = []
+    end = ordered[0].started if ordered else 0.0
+    for number, attempt in enumerate(ordered):
+        gap = "restarting" if attempt.restart else "idle", max(0.0, attempt.started - end)
+        end = max(end, attempt.seen)
+        parts = dict.fromkeys(PARTS, 0.0) | attempt.parts
+        tail, over = attempt.seen - attempt.known, attempt.outcome or number + 1 < len(ordered)
+        unknown = 0.0 if over or attempt.pending != "lost" else tail
+        parts[attempt.pending] += tail - unknown
+        wasted = attempt.computed(attempt.reached) - attempt.computed(kept[number])
+        parts["computing"] -= wasted
+        parts["lost"] += wasted
+        if attempt.restart:
+            parts["restarting"] += parts["starting"] + parts["queued"]
+            parts["starting"] = parts["queued"] = 0.0
+        settled.append(Settled(attempt, gap, parts, unknown))
+    return settled
+
+
+def kept_steps(attempts: list[Attempt]) -> list[int]:
+    """Up to which step the run still stands on each attempt, in the order in which they began.
+
+    Backwards: the checkpoint that an attempt began from is of the latest attempt before it that got there. (One that was
+    killed may have got further than its last mark tells: if none is known to have got there, it is of the latest that began
+    before that step.) Attempts between the two left nothing, and of that one the steps beyond the checkpoint are lost.
+    """
+    kept = [a.start_step for a in attempts]
+    if not attempts:
+        return kept
+    owner = len(attempts) - 1
+    kept[owner] = attempts[owner].reached
+    while (bound := attempts[owner].start_step) > 0:
+        before = [i for i in range(owner) if attempts[i].start_step < bound]
+        if not before:
+            break
+        owner = max([i for i in before if attempts[i].reached >= bound] or before)
+        kept[owner] = min(bound, attempts[owner].reached)
+    return kept
+
+
+def account(attempts: Iterable[Attempt]) -> dict[str, float]:
+    """Seconds by part, over all attempts and what lies between them."""
+    total = dict.fromkeys(PARTS, 0.0)
+    for one in settle(attempts):
+        total[one.gap[0]] += one.gap[1]
+        for part, seconds in one.parts.items():
+            total[part] += seconds
+    return total
+
+
+def report(attempts: Iterable[Attempt]) -> dict[str, Any]:
+    """What `heliostat goodput --json` prints: `total_s`, `parts`, `attributed` (their share of it), `goodput`, `attempts`."""
+    settled = settle(attempts)
+    parts = account(s.attempt for s in settled)
+    known = sum(parts.values())
+    total = known + sum(s.unknown for s in settled)
+    return {
+        "total_s": total,
+        "parts": parts,
+        "attributed": known / total if total else 1.0,
+        "goodput": parts["computing"] / total if total else 0.0,
+        "attempts": [
+            {
+                "started": s.attempt.started,
+                "seconds": s.attempt.seen - s.attempt.started,
+                "workers": s.attempt.workers,
+                "start_step": s.attempt.start_step,
+                "reached": s.attempt.reached,
+                "outcome": s.attempt.outcome,
+                "restart": s.attempt.restart,
+                "before": dict([s.gap]),
+                "parts": s.parts,
+            }
+            for s in settled
+        ],
+    }
+
+
+def read(run: Location) -> list[Attempt]:
+    """A run's attempts, from its folder."""
+    folder = run.join(FOLDER)
+    attempts = []
+    for name, _ in folder.files():
+        if name.endswith(".json"):
+            try:
+                raw = json.loads(folder.join(name).read())
+                attempts.append(Attempt(**{**raw, "marks": [(step, seconds) for step, seconds in raw["marks"]]}))
+            except (ValueError, KeyError, TypeError) as e:
+                raise ConfigError(f"{folder.join(name)}: is no attempt's ledger, or damaged; delete it to go without it") from e
+    return attempts
+
+
+def read_report(run: Location) -> dict[str, Any]:
+    attempts = read(run)
+    if not attempts:
+        raise ConfigError(f"{run}: has no {FOLDER}/; it was trained by a version that kept none")
+    return report(attempts)
+
+
+def table(found: dict[str, Any]) -> list[list[str]]:
+    """Rows of text: a head, the parts that took any time, the total; a column for each attempt if there are several."""
+    attempts = found["attempts"] if len(found["attempts"]) > 1 else []
+    rows = [["part", "seconds", "share", *(f"attempt {i + 1}" for i in range(len(attempts)))]]
+    unknown = found["total_s"] - sum(found["parts"].values())
+    values = [(part, seconds, [a["parts"][part] + a["before"].get(part, 0.0) for a in attempts])
+              for part, seconds in found["parts"].items()]  # fmt: skip
+    if unknown > 0.05:
+        values.append(("not reported yet", unknown, [a["seconds"] - sum(a["parts"].values()) for a in attempts]))
+    values = [v for v in values if v[1] >= 0.05]
+    values.append(("total", found["total_s"], [a["seconds"] + sum(a["before"].values()) for a in attempts]))
+    for part, seconds, each in values:
+        share = seconds / found["total_s"] if found["total_s"] else 0.0
+        rows.append([part, f"{seconds:,.1f}", f"{share:.1%}", *(f"{s:,.1f}" for s in each)])
+    steps = [f"{a['start_step']:,}-{a['reached']:,}" for a in attempts]
+    return [*rows, ["steps", "", "", *steps]] if attempts else rows
+
+
+def summary(found: dict[str, Any]) -> dict[str, Any]:
+    return {key: found[key] for key in ("total_s", "parts", "goodput")}
+
+
+def line(found: dict[str, Any]) -> str:
+    """Goodput and the largest other parts, in one line."""
+    others = sorted(((s, p) for p, s in found["parts"].items() if p != "computing"), reverse=True)[:4]
+    rest = ", ".join(f"{part} {seconds:.1f}" for seconds, part in others if seconds >= 0.05)
+    return f"goodput {found['goodput']:.1%}: computing {found['parts']['computing']:.1f} of {found['total_s']:.1f} s ({rest})"
+
+
+def chart(found: dict[str, Any]) -> Any:
+    """A matplotlib figure: one stacked bar for each attempt, and one for the run."""
+    from matplotlib.figure import Figure
+
+    shown = found["attempts"][-20:]  # the newest
+    bars = [("run", found["parts"])]
+    for number, one in enumerate(shown, len(found["attempts"]) - len(shown) + 1):
+        both = {p: s + one["before"].get(p, 0.0) for p, s in one["parts"].items()}
+        bars.append((f"attempt {number}", both))
+    figure = Figure(figsize=(10, 1.6 + 0.4 * len(bars)), layout="constrained")
+    axes = figure.subplots()
+    names, left = [name for name, _ in bars], np.zeros(len(bars))
+    for part, colour in COLOURS.items():
+        widths = np.array([parts[part] for _, parts in bars])
+        if widths.any():
+            axes.barh(names, widths, left=left, color=colour, label=f"{part} {found['parts'][part]:,.1f} s")
+        left += widths
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds")
+    axes.set_title(f"goodput {found['goodput']:.1%} of {found['total_s']:,.0f} s")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    return figure

@@ -1,0 +1,298 @@
+"""The goodput ledger: whatever happened to a run, each of its seconds has one place, and only recomputed work counts as lost."""
+
+import dataclasses
+import json
+import random
+import time
+from pathlib import Path
+
+import pytest
+from heliostat import goodput
+from heliostat.cli import app
+from heliostat.errors import ConfigError
+from heliostat.goodput import PARTS, Attempt, account, report, settle
+from heliostat.storage import Location
+from heliostat.track.run import points
+from heliostat.train.ledger import Ledger, Recorder
+from typer.testing import CliRunner
+
+CASES = range(300)
+
+
+# accounting ----------------------------------------------------------------------------------------------------------
+
+
+class History:
+    """A random life of a run, told second by second: `useful`, `wasted` are the seconds of steps by what became of them."""
+
+    def __init__(self, seed: int, deaths: bool = True) -> None:
+        rng = random.Random(seed)
+        self.attempts: list[Attempt] = []
+        self.every = rng.randint(1, 7)
+        steps: dict[int, float] = {}  # the run's steps as they stand, and their seconds
+        self.wasted = self.unreported = 0.0
+        clock, saved = 1e9 + rng.random(), 0
+        for number in range(rng.randint(1, 8)):
+            clock += rng.random() * 50 if number else 0.0
+            start = rng.choice(range(0, saved + 1, self.every)) if deaths else saved
+            self.wasted += sum(steps.pop(s) for s in [s for s in steps if s >= start])
+            spent = {p: rng.random() * 5 for p in ("queued", "starting", "data", "communicating", "checkpoint", "evaluating")}
+            spent["computing"], marks = 0.0, []
+            for step in range(start, start + self.every * rng.randint(0, 5) + (rng.randint(0, self.every - 1) if deaths else 0)):
+                steps[step] = rng.random()
+                spent["computing"] += steps[step]
+                marks.append((step + 1, spent["computing"]))
+            saved = max(start, (start + len(marks)) // self.every * self.every)
+            known = clock + sum(spent.values())
+            tail = rng.random() * 3 if deaths else 0.0
+            self.unreported += tail
+            self.attempts.append(Attempt(
+                f"a{number}", clock, known, known + tail, start, 2, restart=bool(number) and rng.random() < 0.5,
+                outcome="failed" if rng.random() < 0.5 else None, pending="lost", parts=spent, marks=marks,
+            ))  # fmt: skip
+            clock = known + tail
+        self.attempts[-1].outcome = "failed"
+        self.useful = sum(steps.values())
+        self.total = clock - self.attempts[0].started
+
+
+def test_the_parts_add_up_to_the_wall_clock_and_none_is_negative():
+    for seed in CASES:
+        history = History(seed)
+        parts = account(history.attempts)
+        assert set(parts) == set(PARTS)
+        assert sum(parts.values()) == pytest.approx(history.total, abs=1e-5), seed
+        assert min(parts.values()) >= -1e-9, seed
+
+
+def test_lost_is_what_was_computed_again_and_what_a_dying_worker_had_not_reported():
+    for seed in CASES:
+        history = History(seed)
+        parts = account(history.attempts)
+        assert parts["lost"] == pytest.approx(history.wasted + history.unreported, abs=1e-6), seed
+        assert parts["computing"] == pytest.approx(history.useful, abs=1e-6), seed
+
+
+def test_nothing_is_lost_where_nothing_is_computed_again():
+    for seed in CASES:
+        assert account(History(seed, deaths=False).attempts)["lost"] == pytest.approx(0.0, abs=1e-9), seed
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_order_in_which_the_files_are_read_does_not_matter_and_writing_them_loses_nothing(seed, tmp_path):
+    attempts = History(seed).attempts
+    expected = account(attempts)
+    run = Location(str(tmp_path))
+    for attempt in random.Random(seed).sample(attempts, len(attempts)):
+        run.join("ledger", attempt.name).write(attempt.dump())
+    assert goodput.read(run) == attempts
+    assert account(reversed(attempts)) == expected
+
+
+def test_time_between_commands_is_idle_and_between_failure_and_first_step_restarting():
+    first = Attempt("a", 0.0, 100.0, 100.0, 0, 2, outcome="failed", pending="lost", parts={"starting": 20.0, "computing": 80.0},
+                    marks=[(10, 40.0), (20, 80.0)])  # fmt: skip
+    within = Attempt("b", 103.0, 150.0, 150.0, 10, 1, restart=True, outcome="interrupted", pending="lost",
+                     parts={"queued": 2.0, "starting": 5.0, "computing": 40.0}, marks=[(20, 40.0)])  # fmt: skip
+    later = Attempt("c", 1150.0, 1200.0, 1206.0, 20, 1, outcome="finished", pending="idle",
+                    parts={"starting": 10.0, "computing": 40.0}, marks=[(30, 40.0)])  # fmt: skip
+    parts = {p: s for p, s in account([first, within, later]).items() if s}
+    assert parts == {"starting": 30.0, "computing": 120.0, "lost": 40.0, "restarting": 10.0, "idle": 1006.0}
+    assert report([first, within, later])["goodput"] == pytest.approx(120 / 1206)
+
+
+def test_a_checkpoint_that_could_not_be_read_makes_the_work_up_to_it_lost_but_keeps_what_came_before():
+    """b fell back to 10, where a's 20 is damaged; c reads 20 after all: it is a's, and b has left nothing."""
+    a = Attempt("a", 0.0, 20.0, 20.0, 0, 1, pending="lost", parts={"computing": 20.0}, marks=[(10, 10.0), (20, 20.0)])
+    b = Attempt("b", 20.0, 25.0, 25.0, 10, 1, pending="lost", parts={"computing": 5.0}, marks=[(15, 5.0)])
+    c = Attempt("c", 25.0, 35.0, 35.0, 20, 1, outcome="finished", pending="idle", parts={"computing": 10.0}, marks=[(30, 10.0)])
+    parts = account([a, b, c])
+    assert (parts["computing"], parts["lost"]) == (30.0, 5.0)
+
+
+def test_a_killed_drivers_last_mark_may_be_older_than_its_last_checkpoint():
+    """Its file says 10, yet the next attempt goes on from 20: what it computed up to 10 is not lost."""
+    killed = Attempt("a", 0.0, 10.0, 14.0, 0, 1, pending="lost", parts={"computing": 10.0}, marks=[(10, 10.0)])
+    after = Attempt(
+        "b", 20.0, 30.0, 30.0, 20, 1, outcome="finished", pending="idle", parts={"computing": 10.0}, marks=[(30, 10.0)]
+    )
+    parts = account([killed, after])
+    assert (parts["computing"], parts["lost"], parts["idle"]) == (20.0, 4.0, 6.0)
+
+
+def test_a_running_attempts_unreported_seconds_are_attributed_to_nothing_yet():
+    running = Attempt(
+        "a", 0.0, 95.0, 100.0, 0, 1, pending="lost", parts={"starting": 15.0, "computing": 80.0}, marks=[(10, 80.0)]
+    )
+    found = report([running])
+    assert (found["total_s"], found["attributed"], sum(found["parts"].values())) == (100.0, 0.95, 95.0)
+    assert report([dataclasses.replace(running, outcome="interrupted")])["parts"]["lost"] == 5.0
+
+
+def test_commands_that_overlap_in_time_still_add_up():
+    one = Attempt("a", 0.0, 10.0, 10.0, 0, 1, outcome="finished", pending="idle", parts={"starting": 10.0})
+    other = dataclasses.replace(one, id="b", started=4.0, known=8.0, seen=8.0, parts={"starting": 4.0})
+    last = dataclasses.replace(one, id="c", started=12.0, known=13.0, seen=13.0, parts={"starting": 1.0})
+    assert report([one, other, last])["parts"]["starting"] == 15.0
+    assert report([one, other, last])["parts"]["idle"] == 2.0
+
+
+# measuring -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_ledgers_parts_are_its_wall_clock_whatever_is_switched_nested_moved_or_raised():
+    rng = random.Random(0)
+    before = time.perf_counter()
+    ledger = Ledger("starting")
+    for _ in range(2000):
+        with ledger(rng.choice(PARTS)):
+            if rng.random() < 0.5:
+                with pytest.raises(KeyError), ledger("communicating"):
+                    raise KeyError
+            ledger.move("computing", "lost", rng.random())
+        ledger.switch(rng.choice(PARTS))
+    assert sum(ledger.totals().values()) == pytest.approx(time.perf_counter() - before, abs=2e-3)
+
+
+def test_an_inner_part_interrupts_the_outer_one():
+    ledger = Ledger("computing")
+    with ledger("communicating"):
+        time.sleep(0.05)
+    time.sleep(0.02)
+    found = ledger.totals()
+    assert 0.05 <= found["communicating"] < 0.07 and 0.02 <= found["computing"] < 0.04
+
+
+def _events(clock: float, start: int, saves: tuple[int, ...], until: int, ended: bool = False) -> list[dict]:
+    """What a worker posts: 1 s for its start, then 2 s of computing and half a second of waiting for data in a step."""
+    seconds = {"starting": 0.0}
+
+    def event(kind: str, **facts) -> dict:
+        return {"kind": kind, **facts, "ledger": dict(seconds), "at": clock + sum(seconds.values())}
+
+    found = [event("phase", phase="model", queued_s=3.0, start_step=start, workers=2)]
+    seconds["starting"] = 1.0
+    found.append(event("phase", phase="step"))
+    for step in range(start, until):
+        seconds["computing"] = seconds.get("computing", 0.0) + 2.0
+        seconds["data"] = seconds.get("data", 0.0) + 0.5
+        found.append(event("steps", first=step, loss=[0.0]))
+        if step + 1 in saves:
+            seconds["checkpoint"] = seconds.get("checkpoint", 0.0) + 0.25
+            found.append(event("checkpoint", step=step + 1))
+    return [*found, event("phase", phase="ended")] if ended else found
+
+
+def test_a_recorder_splits_a_command_with_a_restart_in_it_and_its_files_tell_the_same(tmp_path):
+    run, now = Location(str(tmp_path)), time.time()
+    recorder = Recorder(run, now - 100, 0, 2)
+    placing = {"kind": "phase", "phase": "placing"}
+    for event in [{**placing, "at": now - 95}, {**placing, "at": now - 90}, *_events(now - 85, 0, (2, 4), 5)]:
+        recorder.event(event)
+    recorder.restart(now - 60)
+    for event in [{**placing, "at": now - 58}, *_events(now - 54, 4, (6,), 6, ended=True)]:
+        recorder.event(event)
+    recorder.close("finished")
+    found = goodput.read(run)
+    assert found == recorder.attempts
+    parts = {p: round(s, 1) for p, s in account(found).items() if s}
+    tail = found[-1].seen - found[-1].known  # the driver goes on after the workers' end
+    assert parts == {
+        "queued": 8.0,  # asked for room at 95 and again at 90, and that took 3 s
+        "starting": 8.0,  # 5 s before, 2 s after being placed, 1 s of the worker's
+        "data": 3.5,
+        "computing": 12.0,
+        "checkpoint": 0.8,
+        "lost": 2.0 + 11.0,  # step 4, and what the workers did from their last report at 71 to their failure at 60
+        "restarting": 7.0,
+        "idle": round(tail, 1),
+    }
+    assert [a.marks for a in found] == [[(2, 4.0), (4, 8.0), (5, 10.0)], [(6, 4.0)]]
+
+
+def test_a_new_worker_group_that_nobody_announced_is_a_restart(tmp_path):
+    now = time.time()
+    recorder = Recorder(Location(str(tmp_path)), now - 100, 0, 2)
+    for event in [*_events(now - 90, 0, (2,), 3), *_events(now - 60, 2, (), 4)]:
+        recorder.event(event)
+    first, second = recorder.attempts
+    assert (first.outcome, first.reached, second.restart, second.start_step, second.reached) == ("failed", 3, True, 2, 4)
+    recorder.close("failed")
+
+
+def test_a_killed_drivers_file_is_at_most_seconds_old(tmp_path):
+    """Nothing closes the recorder: what the file says is what the events had told by then."""
+    now = time.time()
+    recorder = Recorder(Location(str(tmp_path)), now - 50, 0, 2)
+    for event in _events(now - 40, 0, (2,), 2):
+        recorder.event(event)
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline and recorder.attempts != goodput.read(Location(str(tmp_path))):
+        recorder.beat()  # as the driver does all the time
+    (found,) = goodput.read(Location(str(tmp_path)))
+    assert found.outcome is None and found.reached == 2
+    assert found.known == pytest.approx(now - 40 + 6.25, abs=0.01)
+    assert found.seen == pytest.approx(now, abs=1)
+
+
+def test_a_resumed_command_counts_what_earlier_ones_did_and_damage_to_their_files_stops_nothing(tmp_path, caplog):
+    run, now = Location(str(tmp_path)), time.time()
+    run.join("ledger", "attempt-20260101T000000.000Z-abc.json").write(
+        Attempt("abc", now - 500, now - 450, now - 450, 0, 1, outcome="failed", parts={"starting": 50.0}).dump()
+    )
+    assert Recorder(run, now - 10, 0, 1).report()["parts"]["idle"] == pytest.approx(440, abs=1)
+    run.join("ledger", "attempt-20260101T000000.000Z-abc.json").write(b"{")
+    assert Recorder(run, now - 10, 0, 1).report()["total_s"] == pytest.approx(10, abs=1)
+    assert "is no attempt's ledger, or damaged" in caplog.text
+    with pytest.raises(ConfigError, match="is no attempt's ledger"):
+        goodput.read(run)
+
+
+def test_a_store_that_refuses_the_ledger_costs_a_warning_only(tmp_path, caplog):
+    (tmp_path / "ledger").write_text("a file lies where a folder is needed")
+    recorder = Recorder(Location(str(tmp_path)), time.time() - 5, 0, 1)
+    recorder.close("finished")
+    assert "the run's ledger is behind" in caplog.text
+
+
+# showing -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_shares_that_add_up_to_100_percent_a_column_for_each_attempt_and_json(tmp_path):
+    attempts = History(3).attempts
+    for attempt in attempts:
+        Location(str(tmp_path)).join("ledger", attempt.name).write(attempt.dump())
+    printed = CliRunner().invoke(app, ["goodput", str(tmp_path)])
+    assert printed.exit_code == 0, printed.output
+    head, *rows, total, steps = printed.stdout.splitlines()
+    assert head.split()[:3] == ["part", "seconds", "share"] and head.count("attempt") == len(attempts) > 1
+    shares = [float(row.split()[2].rstrip("%")) for row in rows]
+    assert sum(shares) == pytest.approx(100, abs=0.05 * len(rows)) and total.split()[2] == "100.0%"
+    each = [float(cell) for cell in total.split()[3:]]
+    assert sum(each) == pytest.approx(float(total.split()[1].replace(",", "")), abs=0.05 * len(each) + 0.05)
+    assert steps.startswith("steps")
+    told = CliRunner().invoke(app, ["goodput", str(tmp_path), "--json"])
+    assert json.loads(told.stdout.splitlines()[-1]) == report(attempts)
+
+
+def test_a_run_without_a_ledger_is_one_clear_error(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    result = CliRunner().invoke(app, ["goodput", str(tmp_path)])
+    assert isinstance(result.exception, ConfigError) and "has no ledger/" in str(result.exception)
+
+
+def test_mlflow_gets_every_part_and_the_fraction(tmp_path):
+    found = report(History(3).attempts)
+    logged = points({"kind": "goodput", "report": found, "step": 7, "at": 1.0})
+    assert {key: value for key, value, _, _ in logged} == {
+        "goodput/fraction": found["goodput"], **{f"goodput/{p}_s": s for p, s in found["parts"].items()},
+    }  # fmt: skip
+    goodput.chart(found).savefig(tmp_path / "goodput.png")
+    assert (Path(tmp_path) / "goodput.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_settling_changes_no_attempt():
+    attempts = History(5).attempts
+    before = [a.dump() for a in attempts]
+    settle(attempts)
+    assert [a.dump() for a in attempts] == before
