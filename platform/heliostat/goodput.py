@@ -38,6 +38,7 @@ COLOURS = {
     "idle": "#969696",
 }  # fmt: skip
 PARTS = tuple(COLOURS)
+COLUMNS, BARS = 8, 20  # attempts that the table and the chart show
 
 
 @dataclass
@@ -189,9 +190,10 @@ def read_report(run: Location) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> list[list[str]]:
-    """Rows of text: a head, the parts that took any time, the total; a column for each attempt if there are several."""
-    attempts = found["attempts"] if len(found["attempts"]) > 1 else []
-    rows = [["part", "seconds", "share", *(f"attempt {i + 1}" for i in range(len(attempts)))]]
+    """Rows of text: a head, the parts that took any time, the total; a column for each of the newest attempts, if several."""
+    attempts = found["attempts"][-COLUMNS:] if len(found["attempts"]) > 1 else []
+    first = len(found["attempts"]) - len(attempts) + 1
+    rows = [["part", "seconds", "share", *(f"attempt {i}" for i in range(first, first + len(attempts)))]]
     unknown = found["total_s"] - sum(found["parts"].values())
     values = [(part, seconds, [a["parts"][part] + a["before"].get(part, 0.0) for a in attempts])
               for part, seconds in found["parts"].items()]  # fmt: skip
@@ -221,7 +223,7 @@ def chart(found: dict[str, Any]) -> Any:
     """A matplotlib figure: one stacked bar for each attempt, and one for the run."""
     from matplotlib.figure import Figure
 
-    shown = found["attempts"][-20:]  # the newest
+    shown = found["attempts"][-BARS:]  # the newest
     bars = [("run", found["parts"])]
     for number, one in enumerate(shown, len(found["attempts"]) - len(shown) + 1):
         both = {p: s + one["before"].get(p, 0.0) for p, s in one["parts"].items()}

@@ -104,7 +104,7 @@ def main() -> None:
         folder = (options.data or Path(scratch)) / f"tokens-{options.samples}"
         samples.make("tokens", folder, options.samples, 512)
         job = Task("ours", "tokens", str(folder), None, 1, options.samples, 512, 32, 16_384, scratch)
-        config, plan, sequence = ours.planned(job)
+        config, plan, sequence, _ = ours.planned(job)
         task = stream.fetch(plan, sequence, 0, config.train.steps, replace=True)
         epoch(task)  # the files are in the page cache from here on
         rounds, shuffled, plain = [], [], []

@@ -47,12 +47,10 @@ SAMPLE_BYTES = {"tokens": 4 * LENGTH, "images": 6_000}  # about, of an encoded i
 Results = dict[tuple[str, str, int, str], list[dict[str, float]]]  # by kind, store, consumers, contender
 
 
-def contenders(kind: str, wanted: list[str]) -> list[str]:
+def contenders(wanted: list[str]) -> list[str]:
     found = []
     for name in wanted:
         module = importlib.import_module(f"ingest_contenders.{name}")
-        if kind not in getattr(module, "KINDS", ("tokens", "images")):
-            continue
         if find_spec(module.NEEDS):
             found.append(name)
         else:
@@ -75,7 +73,7 @@ def run(options: argparse.Namespace, scratch: Path) -> Results:
             window = min(count // 4, WINDOW_BYTES // SAMPLE_BYTES[kind])
             for store, n in itertools.product(options.store, options.consumers):
                 where = (folders[store], endpoint if store == "s3" else None)
-                for name in contenders(kind, options.contender):
+                for name in contenders(options.contender):
                     plans.append((store, total, Task(name, kind, *where, n, count, LENGTH, BATCH, window, "")))
         for number in range(options.rounds):
             for store, total, task in plans:

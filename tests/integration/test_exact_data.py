@@ -127,7 +127,7 @@ def test_a_curriculum_over_two_sources_and_a_change_of_data_are_followed_to_the_
     train(path, settings(2, **options, **{"train.steps": 30, "evaluate.every": 30}))
     digest = manifest.read(location).digest
     later.rename(own_corpus / "shards" / "zz.parquet")
-    assert index(location)["digest"] != digest
+    assert index(location).digest != digest
     resumed = train(path, settings(4, **options, **{"train.steps": 45, "evaluate.every": 45}), resume=True)
     assert len(curve(tracking, resumed["run_id"])) == 45
     assert verify(run_folder(path))["ok"]  # on the version that it started with

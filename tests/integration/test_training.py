@@ -105,8 +105,9 @@ def test_a_fresh_process_resumes_bitwise_even_without_a_compiler(finished, track
     whole = curve(tracking, finished[2]["run_id"])
     assert _continued(tracking, result["run_id"]) == whole[10:]
     assert result["eval"] == finished[2]["eval"]
-    _every_second_is_told(tmp_path / "runs" / "whole", time.time() - began)
-    assert mlflow.MlflowClient(tracking_uri=tracking).get_run(result["run_id"]).data.metrics["goodput/lost_s"] > 0
+    run = mlflow.MlflowClient(tracking_uri=tracking).get_run(result["run_id"])
+    assert run.data.metrics["goodput/lost_s"] > 0
+    _every_second_is_told(tmp_path / "runs" / "whole", run.info.end_time / 1000 - began)
     chains = [json.loads(Location(s).join("receipts", "step-00000020.json").read())["chain"]
               for s in (f"{finished[0]}/runs/whole", f"{tmp_path}/runs/whole")]  # fmt: skip
     assert chains[0] == chains[1]
@@ -119,10 +120,10 @@ def _every_second_is_told(run: Path, wall_s: float) -> None:
     first, second = told["attempts"]
     assert told["attributed"] >= 0.99
     assert sum(told["parts"].values()) == pytest.approx(told["total_s"], rel=0.01)
-    assert wall_s - 3 < second["seconds"] <= wall_s
+    assert second["seconds"] == pytest.approx(wall_s, abs=2)  # Linux tells a process's start to a second
     assert sum(second["parts"].values()) == pytest.approx(second["seconds"], rel=0.01)
     assert all(second["parts"][p] > 0 for p in ("starting", "data", "computing", "communicating", "checkpoint", "evaluating"))
-    assert second["parts"]["lost"] == 0 and 0 < first["parts"]["lost"]
+    assert second["parts"]["lost"] == 0 and first["parts"]["lost"] > 0
     assert (first["outcome"], first["reached"], second["start_step"], second["reached"]) == ("finished", 20, 10, 20)
 
 

@@ -15,6 +15,7 @@ class Store(socketserver.ThreadingTCPServer):
     """Keeps every request as it came, and answers with `answer`."""
 
     daemon_threads = True
+    patient = True
     answer = b"HTTP/1.1 200 OK\r\ncontent-LENGTH:  5\r\nX-a: b\r\n\r\nhello"
 
     def __init__(self) -> None:
@@ -35,7 +36,8 @@ class Handler(socketserver.StreamRequestHandler):
                 body = self.rfile.read(int(lower.split(b"content-length:")[1].split(b"\r\n")[0]))
             self.server.got.append(head + b"\r\n" + body)
             self.wfile.write((b"HTTP/1.1 100 Continue\r\n\r\n" if b"expect" in lower else b"") + self.server.answer)
-            self.wfile.flush()
+            if not self.server.patient:
+                return
 
 
 @pytest.fixture
@@ -93,6 +95,16 @@ def test_requests_and_answers_pass_byte_for_byte(store, seed):
             client.sendall(request)
             assert read(client, len(store.answer)) == store.answer
         assert store.got == sent and proxy.requests == 8 and not proxy.injected
+
+
+def test_a_store_that_ends_idle_connections_is_no_fault(store):
+    """Each of the client's requests is answered, though the store hangs up after every answer without saying so."""
+    store.patient = False
+    with FaultProxy("{}:{}".format(*store.server_address)) as proxy, connect(proxy) as client:
+        for _ in range(4):
+            client.sendall(b"GET /k HTTP/1.1\r\n\r\n")
+            assert read(client, len(store.answer)) == store.answer
+            time.sleep(0.05)
 
 
 @pytest.mark.parametrize(

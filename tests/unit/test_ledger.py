@@ -144,6 +144,7 @@ def test_a_ledgers_parts_are_its_wall_clock_whatever_is_switched_nested_moved_or
     rng = random.Random(0)
     before = time.perf_counter()
     ledger = Ledger("starting")
+    begun = time.perf_counter()
     for _ in range(2000):
         with ledger(rng.choice(PARTS)):
             if rng.random() < 0.5:
@@ -151,16 +152,49 @@ def test_a_ledgers_parts_are_its_wall_clock_whatever_is_switched_nested_moved_or
                     raise KeyError
             ledger.move("computing", "lost", rng.random())
         ledger.switch(rng.choice(PARTS))
-    assert sum(ledger.totals().values()) == pytest.approx(time.perf_counter() - before, abs=2e-3)
+    end = time.perf_counter()
+    assert end - begun <= sum(ledger.totals().values()) + 1e-9 <= time.perf_counter() - before + 2e-9
 
 
 def test_an_inner_part_interrupts_the_outer_one():
+    """Each is at least what the clock tells inside of it, and at most what it tells around it."""
     ledger = Ledger("computing")
+    before = time.perf_counter()
     with ledger("communicating"):
+        inside = time.perf_counter()
         time.sleep(0.05)
+        end = time.perf_counter()
+    after = time.perf_counter()
     time.sleep(0.02)
+    slept = time.perf_counter()
     found = ledger.totals()
-    assert 0.05 <= found["communicating"] < 0.07 and 0.02 <= found["computing"] < 0.04
+    assert end - inside <= found["communicating"] <= after - before
+    assert slept - after <= found["computing"] <= time.perf_counter() - before - (end - inside)
+
+
+def test_compiling_is_the_first_step_less_the_second():
+    ledger = Ledger("compiling")
+    time.sleep(0.05)
+    before = time.perf_counter()
+    ledger.compiled(first=True)
+    begun = time.perf_counter()
+    time.sleep(0.01)
+    end = time.perf_counter()
+    first = ledger.totals()["compiling"]
+    ledger.compiled(first=False)
+    assert max(0.0, first - (time.perf_counter() - before)) <= ledger.totals()["compiling"] <= max(0.0, first - (end - begun))
+
+
+def test_a_late_report_of_workers_that_have_failed_is_not_the_next_attempts(tmp_path):
+    now = time.time()
+    recorder = Recorder(Location(str(tmp_path)), now - 100, 0, 2)
+    events = _events(now - 90, 0, (2,), 4)
+    for event in events[:-1]:
+        recorder.event(event)
+    recorder.restart(now - 80)
+    recorder.event(events[-1])
+    assert [(a.start_step, a.reached) for a in recorder.attempts] == [(0, 3), (3, 3)]
+    recorder.close("failed")
 
 
 def _events(clock: float, start: int, saves: tuple[int, ...], until: int, ended: bool = False) -> list[dict]:
@@ -226,13 +260,13 @@ def test_a_killed_drivers_file_is_at_most_seconds_old(tmp_path):
     recorder = Recorder(Location(str(tmp_path)), now - 50, 0, 2)
     for event in _events(now - 40, 0, (2,), 2):
         recorder.event(event)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 20
     while time.monotonic() < deadline and recorder.attempts != goodput.read(Location(str(tmp_path))):
         recorder.beat()  # as the driver does all the time
     (found,) = goodput.read(Location(str(tmp_path)))
     assert found.outcome is None and found.reached == 2
     assert found.known == pytest.approx(now - 40 + 6.25, abs=0.01)
-    assert found.seen == pytest.approx(now, abs=1)
+    assert now <= found.seen <= time.time()
 
 
 def test_a_resumed_command_counts_what_earlier_ones_did_and_damage_to_their_files_stops_nothing(tmp_path, caplog):
@@ -240,9 +274,9 @@ def test_a_resumed_command_counts_what_earlier_ones_did_and_damage_to_their_file
     run.join("ledger", "attempt-20260101T000000.000Z-abc.json").write(
         Attempt("abc", now - 500, now - 450, now - 450, 0, 1, outcome="failed", parts={"starting": 50.0}).dump()
     )
-    assert Recorder(run, now - 10, 0, 1).report()["parts"]["idle"] == pytest.approx(440, abs=1)
+    assert Recorder(run, now - 10, 0, 1).report()["parts"]["idle"] == pytest.approx(440, abs=5)
     run.join("ledger", "attempt-20260101T000000.000Z-abc.json").write(b"{")
-    assert Recorder(run, now - 10, 0, 1).report()["total_s"] == pytest.approx(10, abs=1)
+    assert Recorder(run, now - 10, 0, 1).report()["total_s"] == pytest.approx(10, abs=5)
     assert "is no attempt's ledger, or damaged" in caplog.text
     with pytest.raises(ConfigError, match="is no attempt's ledger"):
         goodput.read(run)

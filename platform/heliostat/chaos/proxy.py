@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import select
 import socket
 import socketserver
 import threading
@@ -136,7 +137,7 @@ class _Server(socketserver.ThreadingTCPServer):
 
 
 class _Connection(socketserver.BaseRequestHandler):
-    """One client's connection: its requests in turn, each over the same connection to the store."""
+    """One client's connection: its requests in turn, over one connection to the store while that keeps it open."""
 
     server: _Server
 
@@ -144,12 +145,12 @@ class _Connection(socketserver.BaseRequestHandler):
         proxy, client = self.server.proxy, self.request
         with contextlib.suppress(OSError, ValueError), contextlib.ExitStack() as stack:  # either side hung up: so do we
             stack.enter_context(proxy.serving(client))
-            upstream = stack.enter_context(socket.create_connection(proxy.upstream, timeout=ANSWER_S))
-            from_client, from_store = (stack.enter_context(s.makefile("rb")) for s in (client, upstream))
-            for s in (client, upstream):
-                s.settimeout(ANSWER_S)
-                s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            from_client = stack.enter_context(buffered(client))
+            upstream = from_store = None
             while request := read_message(from_client):
+                if upstream is None or from_store is None or select.select([upstream], [], [], 0)[0]:  # none, or it was closed
+                    upstream = stack.enter_context(socket.create_connection(proxy.upstream, timeout=ANSWER_S))
+                    from_store = stack.enter_context(buffered(upstream))
                 fault = proxy.draw(unquote(request.start[1].partition("?")[0]))
                 if request.headers.get("expect", "").lower() == "100-continue":
                     client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")  # the store's own is passed over
@@ -189,6 +190,12 @@ class _Connection(socketserver.BaseRequestHandler):
         for piece in half(pieces, answer.length) if kind == "cut" else pieces:
             client.sendall(piece)
         return kind != "cut" and not (request.closes or answer.closes)
+
+
+def buffered(connection: socket.socket) -> BinaryIO:
+    connection.settimeout(ANSWER_S)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection.makefile("rb")
 
 
 def read_message(source: BinaryIO) -> Message | None:

@@ -56,9 +56,14 @@ class Fetch:
                 packed = pack(part(loaded.content, rows))
                 bad = [{"at": b.position - int(inside[0]), **dataclasses.asdict(b)} for b in loaded.bad
                        if inside[0] <= b.position <= inside[-1]]  # fmt: skip
-                row = [[number], [digests[rows].tobytes()], [packed], [json.dumps(bad)]]
-                yield pa.table([pa.array(v, t) for v, t in zip(row, ENVELOPE.types, strict=True)], schema=ENVELOPE)
+                row = [pa.array([number]), _one(pa.py_buffer(digests[rows])), _one(packed), pa.array([json.dumps(bad)])]
+                yield pa.table(row, schema=ENVELOPE)
                 start = rows.stop
+
+
+def _one(data: pa.Buffer) -> pa.Array:
+    """A column of one binary value, which is not copied."""
+    return pa.Array.from_buffers(pa.large_binary(), 1, [None, pa.py_buffer(np.array([0, len(data)], np.int64)), data])
 
 
 def fetch(plan: DataPlan, order: Order, start_step: int, steps: int, replace: bool) -> Fetch:

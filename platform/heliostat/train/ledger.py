@@ -56,6 +56,13 @@ class Ledger:
         self._seconds[source] -= seconds
         self._seconds[target] += seconds
 
+    def compiled(self, first: bool) -> None:
+        """Call after the first step, which was all booked as compiling, and the second, whose time tells what was not."""
+        if not first:
+            spent = self.totals()
+            self.move("compiling", "computing", min(spent["compiling"], spent["computing"]))
+        self.switch("computing")
+
     def totals(self) -> dict[str, float]:
         """Seconds by part since the beginning, up to now."""
         self.switch(self.part)
@@ -85,6 +92,8 @@ class Recorder:
         """Takes an event of the board. Those with `ledger`, the worker's totals, move on what is known."""
         kind, at, now = event["kind"], event["at"], self.attempts[-1]
         phase = event["phase"] if kind == "phase" else ""
+        if self._joined is None and phase not in ("placing", "model"):
+            return  # late, from workers that have failed
         if phase in ("placing", "model") and self._joined is not None:
             self.restart(at)
             now = self.attempts[-1]
@@ -108,7 +117,7 @@ class Recorder:
 
     def _note(self, pending: str, at: float) -> None:
         """The time up to now, while there is no worker yet, is of the part that was pending."""
-        now = self.attempts[-1]
+        now, at = self.attempts[-1], max(at, self.attempts[-1].known)  # another machine's clock may be behind
         now.parts[now.pending] = now.parts.get(now.pending, 0.0) + at - now.known
         now.known, now.pending = at, pending
 
@@ -118,8 +127,7 @@ class Recorder:
         self._joined = max(now.known, at - sum(event["ledger"].values()))
         if self._placing:
             queued = self._placing[-1] - self._placing[0] + event["queued_s"]
-            placed = min(self._placing[0] + queued, self._joined)
-            self._note("starting", max(placed, now.known))
+            self._note("starting", min(self._placing[0] + queued, self._joined))
         self._note("starting", self._joined)
         now.start_step, now.workers = event["start_step"], event["workers"]
         self._head = dict(now.parts)

@@ -93,7 +93,7 @@ class Worker:
             self._step(step, mine)
             self.ledger.move("computing", "checkpoint", self.saver.blocked_s - blocked)
             if job.train.compile and step <= self.start_step + 1:
-                self._tell_compiling(step)
+                self.ledger.compiled(first=step == self.start_step)
             done = step + 1
             if step == self.start_step:
                 first_step_s = time.time() - self.started
@@ -273,13 +273,6 @@ class Worker:
         fragments.after_load(self.engine, found.index["optimizer_steps"])
         self.chain = found.index["receipt"]["chain"]
         self.bad_samples = found.index["bad_samples"] if self.rank == 0 else 0
-
-    def _tell_compiling(self, step: int) -> None:
-        """After the first two steps: the first one's time is compiling, less what the second took."""
-        if step > self.start_step:
-            spent = self.ledger.totals()
-            self.ledger.move("compiling", "computing", min(spent["compiling"], spent["computing"]))
-        self.ledger.switch("computing")
 
     def _phase(self, phase: str, **facts: Any) -> None:
         self._post({"kind": "phase", "phase": phase, **facts, **self._now()})

@@ -270,6 +270,7 @@ def explain(error: Exception) -> HeliostatError:
     failures = getattr(error, "worker_failures", {})
     for cause in [*failures.values(), getattr(error, "controller_failure", None)]:
         if known := innermost(cause):
+            known.args = (str(known).partition("\nFailed to apply UDF")[0], *known.args[1:])  # Ray Data's addition
             return known
     text = [line for line in str(next(iter(failures.values()), error)).splitlines() if line.strip()]
     fault = TrainingError(f"the workers failed: {text[-1].strip() if text else type(error).__name__}")

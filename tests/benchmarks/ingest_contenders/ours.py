@@ -10,12 +10,11 @@ from ingest_contenders.task import Task
 
 NEEDS = "heliostat"
 RAY = True
-KINDS = ("tokens",)
 
 
 @lru_cache(maxsize=1)
-def planned(task: Task) -> tuple[Any, Any, Any]:
-    """(job, data plan, order) of a run that takes every sample once: no evaluation, one lane a consumer."""
+def planned(task: Task) -> tuple[Any, Any, Any, int]:
+    """(job, data plan, order, bytes of a sample) of a run that takes each sample once: no evaluation, a lane a consumer."""
     from heliostat import schema
     from heliostat.data import dataset, manifest
     from heliostat.spec import Job
@@ -29,7 +28,7 @@ def planned(task: Task) -> tuple[Any, Any, Any]:
             "model": {},
             "data": {
                 "sources": [{"path": f"{task.folder}/parquet{mark}"}],
-                "sequence_length": task.length,
+                "sequence_length": task.length if task.kind == "tokens" else None,
                 "window": task.window,
             },
             "train": {
@@ -47,15 +46,15 @@ def planned(task: Task) -> tuple[Any, Any, Any]:
     )
     manifests = [manifest.read(location) for location in job.sources]
     plan = dataset.plan(job, manifests)
-    return job, plan, dataset.make_order(plan, manifests)
+    return job, plan, dataset.make_order(plan, manifests), dataset.sample_bytes(job.data.sequence_length, manifests)
 
 
 def split(task: Task) -> list[Any]:
     from heliostat.data import stream
 
-    job, plan, order = planned(task)
+    job, plan, order, size = planned(task)
     fetch = stream.fetch(plan, order, 0, job.train.steps, replace=True)
-    data = stream.dataset(fetch, max(2, task.consumers), job.data.memory_limit)
+    data = stream.dataset(fetch, max(2, task.consumers), job.data.memory_limit, size)
     parts = stream.OrderedSplit().configure({"train": data}, task.consumers, None, None)
     return [part["train"] for part in parts]
 
@@ -63,7 +62,8 @@ def split(task: Task) -> list[Any]:
 def batches(task: Task, rank: int, shard: Any) -> Iterator[Any]:
     from heliostat.data import stream
 
-    job, plan, order = planned(task)
+    job, plan, order, _ = planned(task)
     samples = stream.iterate(shard, plan, order, rank, task.consumers, 0)
     for _ in range(job.train.steps):
-        yield samples.next_step().content
+        content = samples.next_step().content
+        yield content if task.kind == "tokens" else content["image"].to_pylist()

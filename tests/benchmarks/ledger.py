@@ -1,0 +1,59 @@
+"""What the goodput ledger costs: microseconds a step on the worker, and for each report on worker and driver.
+
+    python tests/benchmarks/ledger.py [--steps 100000]
+
+The worker's part is what the loop does in every step (a switch to `data` and back, one booking of a wait for a checkpoint);
+at a report it adds up its totals, and the driver takes the event in. The goal is less than 0.5 % of a step, and a step of 10 ms
+is shorter than any that is worth several workers. Each is the median of five rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from statistics import median
+
+from heliostat.storage import Location
+from heliostat.train.ledger import Ledger, Recorder
+
+SHORT_STEP_US = 10_000
+
+
+def microseconds(work: Callable[[int], object], times: int) -> float:
+    rounds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        for i in range(times):
+            work(i)
+        rounds.append((time.perf_counter() - started) / times * 1e6)
+    return median(rounds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=100_000)
+    steps = parser.parse_args().steps
+    ledger = Ledger("computing")
+
+    def step(_: int) -> None:
+        with ledger("data"):
+            pass
+        ledger.move("computing", "checkpoint", 0.0)
+
+    with tempfile.TemporaryDirectory() as folder:
+        recorder = Recorder(Location(folder), time.time(), 0, 2)
+        facts = {"queued_s": 0.0, "start_step": 0, "workers": 2, "ledger": ledger.totals()}
+        recorder.event({"kind": "phase", "phase": "model", "at": time.time(), **facts})
+
+        def report(i: int) -> None:
+            recorder.event({"kind": "steps", "first": i, "loss": [0.0], "ledger": ledger.totals(), "at": time.time()})
+
+        each, all_told = microseconds(step, steps), microseconds(report, steps // 10)
+        recorder.close("finished")
+    print(f"a step {each:.2f} us ({each / SHORT_STEP_US:.4%} of a step of 10 ms); a report, worker and driver, {all_told:.1f} us")
+
+
+if __name__ == "__main__":
+    main()
