@@ -68,6 +68,8 @@ def three_save_two_load(group: Any, everyone: Any, folder: str) -> Iterator[dict
     run = Location(folder)
     if dist.get_world_size() == 3:
         saver = checkpoint.Saver(run, spec.Checkpoint(every=10, keep=5), group)
+        if dist.get_rank() == 0:  # what a dead save of four workers left
+            checkpoint.folder(run, 20).join("shard-00003.safetensors").write(b"old")
         for step in (10, 20):
             saver.save(step, _state(_whole(step)), FACTS)  # the second waits for the first
         saver.wait()
@@ -104,6 +106,8 @@ def test_a_flipped_bit_is_found_by_all_ranks_before_anything_is_used(tmp_path: P
     """Only one rank reads the byte; both raise the error that names file and step. What is sound still loads, reading little
     more than a rank needs, and torch's own reader of the format agrees."""
     told = ranks.run(f"{__name__}:three_save_two_load", (2, 3), str(tmp_path))
+    files = sorted(p.name for p in (tmp_path / "checkpoints/step-00000020").iterdir())
+    assert files == ["checkpoint.json", *(f"shard-0000{r}.safetensors" for r in range(3))]
     by_case: dict[str, list[dict[str, Any]]] = {}
     for row in told:
         by_case.setdefault(row["case"], []).append(row)

@@ -27,7 +27,7 @@ def planned(task: Task) -> tuple[Any, Any, Any, int]:
             "recipe": "none:None",
             "model": {},
             "data": {
-                "sources": [{"path": f"{task.folder}/parquet{mark}"}],
+                "sources": [{"path": f"{task.folder}/parquet{mark}", "max_epochs": 1.0}],
                 "sequence_length": task.length if task.kind == "tokens" else None,
                 "window": task.window,
             },
