@@ -12,6 +12,7 @@ workers, DeepSpeed converts (`ds_to_universal`, once) and then loads.
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -112,7 +113,9 @@ def save_and_load(group: Any, everyone: Any, folder: str, size: str, rounds: str
 
     for step in range(0, 2 * int(rounds), 2):
         yield timed(group, "step", lambda: train(made))
-        yield timed(group, "their save", lambda: made.save_checkpoint(f"{folder}/deepspeed", tag="global_step1"))
+        yield timed(group, "their save", lambda s=step: made.save_checkpoint(f"{folder}/deepspeed", tag=f"step{s}"))
+        if dist.get_rank() == 0:  # both keep one checkpoint
+            shutil.rmtree(f"{folder}/deepspeed/step{step - 2}", ignore_errors=True)
         subprocess.run(["sync"], check=True)
         before = saver.blocked_s
         save(step)
@@ -123,7 +126,7 @@ def save_and_load(group: Any, everyone: Any, folder: str, size: str, rounds: str
         yield timed(group, "save", lambda s=step + 1: save_whole(s))
     for _ in range(int(rounds)):
         yield timed(group, "load", lambda: load(made, group, folder))
-        yield timed(group, "their load", lambda: made.load_checkpoint(f"{folder}/deepspeed", tag="global_step1"))
+        yield timed(group, "their load", lambda: made.load_checkpoint(f"{folder}/deepspeed"))
 
 
 def reshard(group: Any, everyone: Any, folder: str, size: str, rounds: str, stage: str) -> Iterator[dict[str, Any]]:
@@ -145,7 +148,8 @@ def their_reshard(group: Any, everyone: Any, folder: str, size: str, rounds: str
 
 
 def convert(folder: str) -> float:
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", f"{folder}/deepspeed/global_step1",
+    newest = Path(folder, "deepspeed/latest").read_text()
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", f"{folder}/deepspeed/{newest}",
                "--output_folder", f"{folder}/deepspeed/universal"]  # fmt: skip
     start = time.perf_counter()
     subprocess.run(command, check=True, capture_output=True)

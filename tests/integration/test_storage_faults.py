@@ -64,7 +64,7 @@ def row_group(place: Location, number: int) -> list[list[int]]:
 @pytest.mark.parametrize("fault", BROKEN)
 def test_with_three_of_ten_requests_failing_everything_is_read_and_written_right(root, proxy, monkeypatch, fault):
     """Writes of one and of several parts, whole reads, row groups, listings and deletes: as without faults, only slower."""
-    monkeypatch.setenv(storage.BUDGET, "30")
+    monkeypatch.setenv(storage.BUDGET, "60")
     failing = BROKEN[fault]
     proxy.faults = (Fault(failing.kind, rate=0.3, status=failing.status, code=failing.code, seconds=0.3),)
 
@@ -186,7 +186,7 @@ class NthFails(FaultProxy):
 
 def test_damage_behind_a_failing_store_is_still_damage(root, proxy, monkeypatch):
     """A turned bit, read while a third of the requests fail: what the Parquet reader says, never a StorageError; and no retry."""
-    monkeypatch.setenv(storage.BUDGET, "30")
+    monkeypatch.setenv(storage.BUDGET, "60")
     raw = bytearray(root.join("a.parquet").read())
     raw[1000] ^= 4
     root.join("bad.parquet").write(bytes(raw))
@@ -198,7 +198,7 @@ def test_damage_behind_a_failing_store_is_still_damage(root, proxy, monkeypatch)
 
 def test_a_dataset_is_indexed_through_a_failing_store_as_through_a_good_one(root, proxy, monkeypatch):
     """Footers, listing, old and new manifest: the same version comes out, and the one before is kept."""
-    monkeypatch.setenv(storage.BUDGET, "30")
+    monkeypatch.setenv(storage.BUDGET, "60")
     shard = root.join("a.parquet").read()
     digests = []
     for place, faults in ((root.join("good"), ()), (root.join("bad"), (Fault("status", rate=0.2), Fault("cut", rate=0.2)))):
