@@ -15,7 +15,8 @@ run: .venv/.installed  ## prepare the quickstart's text, train on it, register t
 	$(BIN)/heliostat train jobs/quickstart.yaml --resume
 
 test: .venv/.installed  ## unit and integration tests (tests/gpu skips itself without a GPU)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit --numprocesses auto --dist worksteal
+	$(BIN)/python -m pytest tests/integration tests/gpu
 
 bench: .venv/.installed  ## the benchmarks behind docs/benchmarks/, one after another (about half an hour)
 	for b in tests/benchmarks/*.py; do $(BIN)/python $$b || exit 1; done

@@ -20,16 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers  # its names are imported when they are first used: a faulty job is found sooner
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.recipe import Batch, Serving
 from heliostat.schema import nearest
 from heliostat.spec import Job
 from tokenizers import Tokenizer
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
-from transformers.activations import ACT2FN
-from transformers.initialization import no_init_weights
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
@@ -89,19 +86,20 @@ class CausalLM:
 
     def build(self) -> torch.nn.Module:
         if self.pretrained:
-            model = AutoModelForCausalLM.from_pretrained(self.pretrained, config=self.config, dtype=torch.float32)
-        elif is_deepspeed_zero3_enabled():
-            model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+            model = transformers.AutoModelForCausalLM.from_pretrained(self.pretrained, config=self.config, dtype=torch.float32)
+        elif transformers.integrations.is_deepspeed_zero3_enabled():
+            model = transformers.AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
         else:
-            with no_init_weights():  # as at ZeRO-3: constructors draw no random numbers, so that every stage starts alike
-                model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+            # as at ZeRO-3: constructors draw no random numbers, so that every stage starts alike
+            with transformers.initialization.no_init_weights():
+                model = transformers.AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
             model.init_weights()
         if self.checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return model.train()
 
     def load(self, folder: Path) -> torch.nn.Module:
-        return AutoModelForCausalLM.from_pretrained(folder)
+        return transformers.AutoModelForCausalLM.from_pretrained(folder)
 
     # training --------------------------------------------------------------------------------------------------------
 
@@ -170,10 +168,11 @@ class CausalLM:
 
     # the export ------------------------------------------------------------------------------------------------------
 
-    def tokenizer(self) -> PreTrainedTokenizerFast:
+    def tokenizer(self) -> Any:
         raw = Tokenizer.from_str(self.tokenizer_json.decode())
         end = raw.id_to_token(self.end)
-        return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=end, eos_token=end, model_max_length=self.length)
+        fast = transformers.PreTrainedTokenizerFast
+        return fast(tokenizer_object=raw, bos_token=end, eos_token=end, model_max_length=self.length)
 
     def save_config(self, folder: Path) -> None:
         config = type(self.config).from_dict(self.config.to_dict())
@@ -181,7 +180,7 @@ class CausalLM:
         config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
         config.save_pretrained(folder)
         if self.pretrained:
-            AutoTokenizer.from_pretrained(self.pretrained).save_pretrained(folder)
+            transformers.AutoTokenizer.from_pretrained(self.pretrained).save_pretrained(folder)
         else:
             self.tokenizer().save_pretrained(folder)
 
@@ -241,10 +240,10 @@ def _config(model: dict[str, Any]) -> Any:
     if arch not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         near = nearest(arch, list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)) or "; for example: llama, gpt2, qwen3"
         raise ConfigError(f"model.arch: {arch!r} is no causal language model of transformers{near}")
-    kind = CONFIG_MAPPING[arch]
+    kind = transformers.CONFIG_MAPPING[arch]
     act = keys.get("hidden_act", keys.get("activation_function"))
-    if isinstance(act, str) and act not in ACT2FN:
-        raise ConfigError(f"model.hidden_act: {act!r} is no activation{nearest(act, list(ACT2FN))}")
+    if isinstance(act, str) and act not in (known := transformers.activations.ACT2FN):
+        raise ConfigError(f"model.hidden_act: {act!r} is no activation{nearest(act, list(known))}")
     known = {*kind.__dataclass_fields__, *kind.attribute_map}
     for key in keys:
         if key not in known:
@@ -291,7 +290,7 @@ def _pretrained_config(model: dict[str, Any]) -> Any:
     folder = Path(model["pretrained"])
     if not (folder / "config.json").is_file():
         raise ConfigError(f"model.pretrained: {str(folder)!r} is not a model folder (no config.json)")
-    config = AutoConfig.from_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(folder)
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ConfigError(f"model.pretrained: {str(folder)!r} holds a {config.model_type!r}, which is no causal language model")
     return config
@@ -301,6 +300,6 @@ def generate(folder: Path, prompt: str, max_tokens: int, temperature: float, top
     """The prompt continued by an exported model; temperature 0 takes the likeliest token each time."""
     from jobs.text_server import continue_text
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval().to("cuda" if torch.cuda.is_available() else "cpu")
     return continue_text(model, tokenizer, prompt, max_tokens, temperature, top_p, seed)

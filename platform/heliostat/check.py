@@ -6,6 +6,7 @@ DataError or StorageError each, naming the key, the value and the fix.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import urllib.error
 import urllib.request
@@ -22,6 +23,8 @@ from heliostat.recipe import Recipe
 from heliostat.spec import Job
 from heliostat.storage import Location
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Checked:
@@ -34,7 +37,7 @@ class Checked:
 
 def check_file(path: Path, settings: list[str] | None = None) -> tuple[Job, Recipe]:
     """The part that needs no dataset and no store."""
-    job = spec.load(path, settings)
+    job = computable(spec.load(path, settings), cpu_flags())
     kind = workspace.import_path("recipe", job.recipe)
     if not isinstance(kind, type):
         raise ConfigError(f"recipe: {job.recipe!r} is not a class")
@@ -44,6 +47,23 @@ def check_file(path: Path, settings: list[str] | None = None) -> tuple[Job, Reci
             "train.compile: true needs a C++ compiler, and there is none on this machine; install g++ or set it to false"
         )
     return job, recipe
+
+
+def computable(job: Job, flags: set[str]) -> Job:
+    """The job, in fp32 where it asks for bf16 on a CPU of these `flags` that would take some 60 times as long for it."""
+    if job.train.precision != "bf16" or job.workers.gpus or not flags or flags & {"avx512bw", "amx_bf16", "bf16"}:
+        return job
+    log.warning("train.precision: bf16 is computed as fp32: this CPU has no instructions for it, and would take far longer")
+    return job.model_copy(update={"train": job.train.model_copy(update={"precision": "fp32"})})
+
+
+def cpu_flags() -> set[str]:
+    """What this machine's CPU can do, in Linux's words; nothing where that is not told."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith(("flags", "Features"))), set())
 
 
 def check(path: Path, settings: list[str] | None = None, recorded: DataPlan | None = None) -> Checked:
@@ -93,7 +113,7 @@ def _version(location: Location, digest: str | None) -> Manifest:
 def _check_data(job: Job, manifests: list[Manifest], recorded: DataPlan | None, change_at: int | None) -> tuple[DataPlan, Order]:
     made = plan(job, manifests, recorded, change_at)
     order = make_order(made, manifests)
-    if order.runs_out is not None and order.runs_out < job.train.steps:
+    if order.runs_out is not None and order.runs_out < order.data_step(job.train.steps - 1) + 1:
         raise ConfigError(
             f"train.steps: {job.train.steps}, but with max_epochs the data lasts for {order.runs_out} steps; raise max_epochs "
             "of a source, or lower train.steps"

@@ -21,6 +21,10 @@ class StorageError(HeliostatError):
     """Object storage failed beyond its retry budget, or refused us."""
 
 
+class AccessError(StorageError):
+    """Object storage refused us: other credentials or rights are needed, and asking again is of no use."""
+
+
 class DataError(HeliostatError):
     """A dataset is missing, unfinished, or not what its manifest says."""
 
@@ -48,8 +52,37 @@ class NonFiniteError(HeliostatError):
     """The loss or the gradient became NaN or infinite; a retry would repeat it."""
 
 
+class LossSpikeError(HeliostatError):
+    """The loss of `step` is far above what is usual, and the run is to go back to before it and leave its samples out."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message, step)
+        self.step = step
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
 class TrainingError(HeliostatError):
     """The run failed, after whatever retries it was allowed."""
+
+
+class WorkerError(TrainingError):
+    """A worker raised an error that is not one of these: in a recipe, a library, or here."""
+
+
+class StalledError(TrainingError):
+    """No worker got on within the watchdog's limit, or one of them is frozen."""
+
+
+class PlacementError(TrainingError):
+    """The cluster had no room for the workers, or not for long enough to start them."""
+
+
+class StoppedError(HeliostatError):
+    """The run was told to stop, and did so behind a checkpoint."""
+
+    exit_code = 130
 
 
 class TrackingError(HeliostatError):

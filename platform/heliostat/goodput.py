@@ -51,8 +51,12 @@ class Attempt:
     seen: float  # the driver's last sign of life
     start_step: int
     workers: int
-    restart: bool = False  # within a command, after a failure
-    outcome: str | None = None  # finished, failed or interrupted; None while it runs, or if the driver was killed
+    restart: bool = False  # within a command, after a failure, a preemption or a change of size
+    host: str = ""  # of the driver
+    pid: int = 0
+    # finished, failed, interrupted, preempted or resize; None while it runs, or if the driver was killed
+    outcome: str | None = None
+    reason: str = ""  # of a failure
     pending: str = "starting"
     parts: dict[str, float] = field(default_factory=dict)
     marks: list[tuple[int, float]] = field(default_factory=list)  # finished steps, and the seconds of computing up to them

@@ -44,7 +44,7 @@ class Link:
 
 
 class History:
-    """`plans` by first step, `receipts` by first step, `links` by end; `steps`: up to where any of them reach."""
+    """`plans` by the step at which they begin, `receipts` by first step, `links` by end; `steps`: up to where any reach."""
 
     def __init__(self, run: Location) -> None:
         self.plans = segments.read(run)
@@ -62,7 +62,7 @@ class History:
 
     def segment(self, step: int) -> int:
         """The number of the segment that a step is in."""
-        return max(i for i, plan in enumerate(self.plans) if plan.first_step <= step)
+        return max(i for i, plan in enumerate(self.plans) if plan.begins <= step)
 
     def _checkpoints(self, run: Location) -> Iterator[Link]:
         for step in stored.steps(run):

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ByteSize, Field, field_validator, model_validator
+from pydantic import BeforeValidator, ByteSize, Field, field_validator, model_validator
 
 from heliostat import schema, workspace
 from heliostat.errors import ConfigError
@@ -114,12 +114,48 @@ class Checkpoint(Strict):
     keep: Positive = 2
     keep_every: Positive | None = None  # steps; those checkpoints stay for ever
     best: Best | None = None
+    grace: Annotated[Float, Field(gt=0)] = 60.0  # seconds for the last checkpoint after SIGTERM, Ctrl-C or a preemption notice
+
+
+def _count(value: object) -> object:
+    """A number, or [least, most]."""
+    both: list[Any] = value if isinstance(value, list) else [value, value]
+    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in both)
+    if len(both) != 2 or not whole or not 0 < both[0] <= both[1]:
+        raise ValueError(f"{value!r} is neither a number of workers nor [least, most], as [1, 4]")
+    return value
 
 
 class Workers(Strict):
-    count: Positive = 1
+    count: Annotated[int | list[int], BeforeValidator(_count)] = 1  # or [least, most]: elastic
     cpus: Annotated[Float, Field(gt=0)] = 1.0
     gpus: Annotated[Float, Field(ge=0)] = 0.0
+    placement: Literal["pack", "spread", "strict_spread"] = "pack"  # strict_spread: each on a node of its own
+
+    @property
+    def least(self) -> int:
+        return self.count[0] if isinstance(self.count, list) else self.count
+
+    @property
+    def most(self) -> int:
+        return self.count[1] if isinstance(self.count, list) else self.count
+
+
+class Retries(Strict):
+    max: Annotated[int, Field(ge=0)] = 10  # failures in a row without a new checkpoint between them; preemptions do not count
+    backoff: NonNegative = 1.0  # seconds before the first retry; each next one waits twice as long
+    backoff_max: NonNegative = 60.0
+
+
+class Watchdog(Strict):
+    stall: Annotated[Float, Field(gt=0)] = 300.0  # seconds in which some worker must get on: a step, a batch of an evaluation
+    start: Annotated[Float, Field(gt=0)] = 1800.0  # the same before the first step is done
+
+
+class Spike(Strict):
+    window: Annotated[int, Field(ge=4)] = 50  # steps whose losses say what is usual
+    threshold: Annotated[Float, Field(gt=0)] = 8.0  # robust standard deviations above their median
+    action: Literal["warn", "rollback"] = "warn"
 
 
 class Mlflow(Strict):
@@ -137,12 +173,27 @@ class Job(Strict):
     evaluate: Evaluate | None = None
     checkpoint: Checkpoint
     workers: Workers = Workers()
+    retries: Retries = Retries()
+    watchdog: Watchdog = Watchdog()
+    spike: Spike | None = None
     storage: str
     mlflow: Mlflow
 
     @property
     def accumulation(self) -> int:
+        """Micro-batches of a worker in a step, for a job of a fixed number of workers."""
+        assert isinstance(self.workers.count, int)
         return self.train.global_batch // (self.workers.count * self.train.micro_batch)
+
+    def worker_counts(self, lanes: int | None = None) -> list[int]:
+        """Numbers of workers, ascending, that the job allows and that can play its lanes (of a run resumed: its `lanes`)."""
+        batch, micro, lanes = self.train.global_batch, self.train.micro_batch, lanes or self.lanes
+        allowed = range(self.workers.least, self.workers.most + 1)
+        return [n for n in allowed if lanes % n == 0 and batch % n == 0 and batch // n % micro == 0]
+
+    def on(self, workers: int) -> Job:
+        """The job on this fixed number of workers."""
+        return self.model_copy(update={"workers": self.workers.model_copy(update={"count": workers})})
 
     @property
     def lanes(self) -> int:
@@ -178,6 +229,8 @@ class Job(Strict):
 
 def _batch_faults(job: Job) -> list[str]:
     batch, micro, count = job.train.global_batch, job.train.micro_batch, job.workers.count
+    if isinstance(count, list):
+        return _elastic_faults(job)
     if batch % (micro * count):
         fits = [n for n in range(1, 2 * count) if batch % (micro * n) == 0]  # 1 is one, unless micro does not divide
         below, above = count * micro * (batch // (count * micro)), count * micro * (batch // (count * micro) + 1)
@@ -195,6 +248,21 @@ def _batch_faults(job: Job) -> list[str]:
     if (batch // count) % micro:
         return [f"train.micro_batch: {micro} does not divide the {batch // count} samples that a worker gets in a step"]
     return []
+
+
+def _elastic_faults(job: Job) -> list[str]:
+    batch, lanes, workers = job.train.global_batch, job.lanes, job.workers
+    if batch % lanes:
+        fits = [c for c in range(1, batch + 1) if batch % c == 0]
+        return [f"data.lanes: {lanes} must divide train.global_batch {batch}; nearest: {min(fits, key=lambda c: abs(c - lanes))}"]
+    if job.worker_counts():
+        return []
+    fits = [n for n in range(1, lanes + 1) if lanes % n == 0 and batch // n % job.train.micro_batch == 0]
+    near = min(fits, key=lambda n: abs(n - workers.least), default=None)
+    return [
+        f"workers.count: from {workers.least} to {workers.most} there is no number that divides the {lanes} lanes into whole "
+        f"micro-batches; {f'nearest: {near}' if near else 'train.micro_batch must divide train.global_batch'}"
+    ]
 
 
 def _mix_faults(data: Data) -> list[str]:

@@ -29,7 +29,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from heliostat.errors import ConfigError, StorageError
+from heliostat.errors import AccessError, ConfigError, StorageError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -257,7 +257,7 @@ class Location:
                     raise StorageError(f"{self.uri}: is a folder, not a file") from e
                 reason = str(e).splitlines()[0] if str(e) else type(e).__name__
                 if meaning in FINAL:
-                    raise StorageError(f"{self.uri}: {FINAL[meaning]} ({reason})") from e
+                    raise AccessError(f"{self.uri}: {FINAL[meaning]} ({reason})") from e
                 wait = min(8.0, 0.2 * 2**failures) * random.uniform(0.5, 1.5)
                 if now + wait + (now - begun) > deadline:
                     raise StorageError(f"{self.uri}: storage failed for {now - start:.0f} s: {reason}") from e

@@ -57,14 +57,15 @@ class Recomputed:
 
 def units(history: History) -> Iterator[Unit]:
     """All steps, cut into whole supersteps of a window or more, so that a window's chunks are read about once."""
-    ends = [*(p.first_step for p in history.plans[1:]), history.steps]
+    ends = [*(p.begins for p in history.plans[1:]), history.steps]
     for number, (plan, end) in enumerate(zip(history.plans, ends, strict=True)):
-        step, stop = plan.first_step, min(end, history.steps)
+        step, stop = plan.begins, min(end, history.steps)
         while step < stop:
             data, first, size = open_dataset(plan), step, 0
             while step < stop and size < plan.shape.window:
                 inside = data.order.superstep(step)
-                step, size = inside.first_step + inside.steps, size + inside.end - inside.begin
+                step += inside.first_step + inside.steps - data.order.data_step(step)
+                size += inside.end - inside.begin
             yield Unit(number, data, first, min(step, stop))
 
 

@@ -66,7 +66,7 @@ def parts(task: Any, plan: Any, steps: int) -> dict[str, float]:
     data.gather = costs.timed("gather", data.gather)
     chunks.READERS, stream.sample_digests = 1, costs.timed("hash the samples", digests)
     try:
-        blocks = [b for window in range(task.begin, task.end) for b in costs.timed("task", fetch)(task, window)]
+        blocks = [b for index in range(task.count) for b in costs.timed("task", fetch)(task, index)]
     finally:
         chunks.READERS, stream.sample_digests = readers, digests
     consumer = stream.LaneStream(iter(blocks), plan, data.order, 0, 1, 0)
@@ -80,8 +80,8 @@ def parts(task: Any, plan: Any, steps: int) -> dict[str, float]:
     return {**spent, "cut the envelopes": rest, "take the steps": taking}
 
 
-def fetch(task: Any, window: int) -> list[pa.Table]:
-    return list(task({"id": np.array([window - task.begin])}))
+def fetch(task: Any, index: int) -> list[pa.Table]:
+    return list(task({"id": np.array([index])}))
 
 
 def epoch(task: Any) -> float:
@@ -89,8 +89,8 @@ def epoch(task: Any) -> float:
     dataset.open_dataset.cache_clear()
     dataset.open_dataset(task.plan)
     costs = Costs()
-    for window in range(task.begin, task.end):
-        costs.timed("task", fetch)(task, window)
+    for index in range(task.count):
+        costs.timed("task", fetch)(task, index)
     return costs.seconds["task"]
 
 

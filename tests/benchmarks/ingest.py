@@ -42,7 +42,7 @@ CONTENDERS = {
 }
 BATCH, LENGTH = 32, 512
 WINDOW_BYTES = 32 << 20  # heliostat's default
-SAMPLE_BYTES = {"tokens": 4 * LENGTH, "images": 6_000}  # about, of an encoded image
+SAMPLE_BYTES = {"tokens": 4 * LENGTH, "images": 7_400}  # about, of an encoded image
 
 Results = dict[tuple[str, str, int, str], list[dict[str, float]]]  # by kind, store, consumers, contender
 

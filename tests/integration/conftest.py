@@ -3,6 +3,7 @@
 import os
 import shutil
 import sysconfig
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from mlflow import MlflowClient
 os.environ.setdefault("AWS_ACCESS_KEY_ID", "testing")
 os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "testing")
 os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
+os.environ.setdefault("HELIOSTAT_TEST_POISON", f"{tempfile.mkdtemp(prefix='heliostat-poison-')}/samples.json")
+Path(os.environ["HELIOSTAT_TEST_POISON"]).write_text("[]")
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,9 @@
-"""The command line on bad input: one `error:` line that names the fault, exit code 2, in seconds, without Ray or a traceback."""
+"""The command line on bad input: one `error:` line that names the fault, exit code 2, without Ray or a traceback.
+
+How long it takes is in tests/benchmarks/check.py.
+"""
 
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -26,9 +28,8 @@ sys.exit(code)
 """
 
 
-def run(*arguments: str) -> tuple[int, str, list[str], str, float]:
-    """(exit code, standard output, lines of standard error, heavy modules imported, seconds of processor time)."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+def run(*arguments: str) -> tuple[int, str, list[str], str]:
+    """(exit code, standard output, lines of standard error, heavy modules imported)."""
     done = subprocess.run(
         [sys.executable, "-c", RUNNER, *arguments],
         cwd=ROOT,
@@ -38,9 +39,7 @@ def run(*arguments: str) -> tuple[int, str, list[str], str, float]:
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     *lines, imported = done.stderr.splitlines()
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime  # what other processes do is not in it
-    return done.returncode, done.stdout, lines, imported.removeprefix("imported: "), seconds
+    return done.returncode, done.stdout, lines, imported.removeprefix("imported: ")
 
 
 BAD = {
@@ -55,30 +54,32 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_job_is_one_error_line_and_exit_code_2(tmp_path, case):
-    """Nothing on standard output, no traceback, under 5 seconds, and neither Ray, DeepSpeed nor MLflow was imported."""
+    """Nothing on standard output, no traceback, and neither Ray, DeepSpeed nor MLflow was imported."""
     changes, message = BAD[case]
-    code, out, lines, imported, seconds = run("check", str(write(tmp_path, **changes)))
+    code, out, lines, imported = run("check", str(write(tmp_path, **changes)))
     errors = [line for line in lines if line.startswith("error: ")]
     assert code == 2 and out == "" and len(errors) == 1 and message in errors[0]
     assert "Traceback" not in "\n".join(lines)
     assert imported == ""
-    assert seconds < 5
 
 
 def test_a_file_that_is_not_there_suggests_the_one_that_is(tmp_path):
     """The mistake made most often; also a setting that cannot be applied is bad input."""
     write(tmp_path)
-    code, _, lines, _, _ = run("check", str(tmp_path / "jop.yaml"))
+    code, _, lines, _ = run("check", str(tmp_path / "jop.yaml"))
     assert code == 2 and lines == [f"error: {tmp_path / 'jop.yaml'}: no such file; did you mean 'job.yaml'?"]
-    code, _, lines, _, _ = run("check", str(tmp_path / "job.yaml"), "--set", "train.steps")
+    code, _, lines, _ = run("check", str(tmp_path / "job.yaml"), "--set", "train.steps")
     assert code == 2 and lines == ["error: --set 'train.steps': write it as key.path=value"]
 
 
 def test_a_dataset_that_is_not_there_is_exit_code_1(tmp_path):
     """The job is right, the world is not: another code, with the key and the command that makes the dataset."""
-    path = write(tmp_path, **{"data.sources.0.path": str(tmp_path / "nothing"), "storage": str(tmp_path / "runs")})
-    code, out, lines, imported, seconds = run("check", str(path))
-    assert code == 1 and out == "" and imported == "" and seconds < 5
+    path = write(
+        tmp_path,
+        **{"data.sources.0.path": str(tmp_path / "nothing"), "storage": str(tmp_path / "runs"), "train.precision": "fp32"},
+    )
+    code, out, lines, imported = run("check", str(path))
+    assert code == 1 and out == "" and imported == ""
     assert (
         len(lines) == 1 and lines[0].startswith("error: data.sources.0.path: ") and "make it with `heliostat prepare`" in lines[0]
     )
@@ -86,6 +87,5 @@ def test_a_dataset_that_is_not_there_is_exit_code_1(tmp_path):
 
 def test_a_right_job_passes_offline(tmp_path):
     """Exit code 0, the answer on standard output, nothing on standard error: the tests above do not fail on any job."""
-    code, out, lines, imported, seconds = run("check", "--offline", str(write(tmp_path)))
+    code, out, lines, imported = run("check", "--offline", str(write(tmp_path, **{"train.precision": "fp32"})))
     assert (code, lines, imported) == (0, [], "") and "the file and the model are right" in out
-    assert seconds < 5

@@ -74,7 +74,7 @@ def test_a_misspelt_key_anywhere_is_refused_by_name(tmp_path, seed):
         ("train.optimizer.betas", [0.9], "[0.9]: List should have at least 2 items"),
         ("train.optimizer.betas.1", 1.0, "1.0 should be less than 1"),
         ("data.sources.0.weight", float("inf"), "inf should be a finite number"),
-        ("data.sources.0.weight", 0, "0 should be greater than 0"),
+        ("data.sources.0.weight", -1, "-1 should be greater than or equal to 0"),
         ("data.seed", -1, "-1 should be greater than or equal to 0"),
         ("train.seed", 2**32, "4294967296 should be less than 4294967296"),
         ("name", 5, "5 should be a valid string"),

@@ -27,12 +27,19 @@ def worker_environment(gpus: float) -> dict[str, str]:
     return {} if gpus else {**THREADS, **ALLOCATOR}
 
 
+def remote_environment(gpus: float) -> dict[str, Any]:
+    """The runtime environment of workers on a cluster that is not our own; a private Ray's processes have inherited it."""
+    return {"env_vars": worker_environment(gpus)} if os.environ.get("RAY_ADDRESS") else {}
+
+
 def connect(cpus: int, gpus: int = 0, verbose: bool = False) -> None:
     """Joins or starts Ray with room for `cpus` logical CPUs; does nothing if the process is already connected."""
     if ray.is_initialized():
         return
     options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # the driver looks for itself
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")  # then there may be room for fewer
     if os.environ.get("RAY_ADDRESS"):
         ray.init(address="auto", **options)
         return
@@ -46,4 +53,3 @@ def connect(cpus: int, gpus: int = 0, verbose: bool = False) -> None:
     finally:
         os.environ.clear()
         os.environ.update(before)
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # an actor more; nobody preempts this machine

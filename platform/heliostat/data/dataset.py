@@ -38,6 +38,12 @@ class DataPlan:
     seed: int
     held_fraction: float
     shape: Shape
+    skips: tuple[tuple[int, int, int], ...] = ()  # (step gone back to, step, count): from there on, so many steps are left out
+
+    @property
+    def begins(self) -> int:
+        """The step from which a run follows this plan."""
+        return self.skips[-1][0] if self.skips else self.first_step
 
     @property
     def first_step(self) -> int:
@@ -56,12 +62,13 @@ class DataPlan:
     def parse(raw: dict[str, Any]) -> DataPlan:
         lists = {k: tuple(raw[k]) for k in ("uris", "digests", "max_epochs")}
         mix = tuple((step, tuple(weights)) for step, weights in raw["mix"])
-        return DataPlan(**{**raw, **lists, "mix": mix, "shape": Shape(**raw["shape"])})
+        skips = tuple(tuple(skip) for skip in raw.get("skips", ()))
+        return DataPlan(**{**raw, **lists, "mix": mix, "shape": Shape(**raw["shape"]), "skips": skips})
 
     @property
     def digest(self) -> str:
         """Names the global sequence; moving a dataset elsewhere does not change it."""
-        fixed = {k: v for k, v in self.dump().items() if k != "uris"}
+        fixed = {k: v for k, v in self.dump().items() if k != "uris" and (k != "skips" or v)}
         return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:32]
 
     def differences(self, other: DataPlan) -> list[str]:
@@ -96,7 +103,7 @@ def plan(job: Job, manifests: list[Manifest], recorded: DataPlan | None = None, 
         shape = recorded.shape
     else:
         shape = choose_shape(job.train.global_batch, lanes, sample_bytes(length, manifests), job.data.window)
-    if lanes % job.workers.count:
+    if not job.worker_counts(lanes):
         raise ConfigError(f"workers.count: {job.workers.count} does not divide the run's {lanes} lanes")
     start = first_step if first_step is not None else recorded.first_step if recorded else 0
     changes = [(0, [s.weight for s in job.data.sources]), *((c.step, c.weights) for c in job.data.mix_schedule)]
@@ -110,6 +117,7 @@ def plan(job: Job, manifests: list[Manifest], recorded: DataPlan | None = None, 
         seed=job.data.seed,
         held_fraction=job.evaluate.fraction if job.evaluate else 0.0,
         shape=shape,
+        skips=recorded.skips if recorded and first_step is None else (),
     )
 
 
@@ -130,7 +138,7 @@ def split(source: Manifest, sequence_length: int | None, fraction: float) -> Spl
 def make_order(plan: DataPlan, sources: list[Manifest]) -> Order:
     splits = [split(s, plan.sequence_length, plan.held_fraction) for s in sources]
     mix = [(step, list(weights)) for step, weights in plan.mix]
-    return Order(splits, mix, plan.seed, plan.shape, list(plan.max_epochs))
+    return Order(splits, mix, plan.seed, plan.shape, list(plan.max_epochs), [skip[1:] for skip in plan.skips])
 
 
 @dataclass(frozen=True)

@@ -101,12 +101,14 @@ class Order:
         seed: int,
         shape: Shape,
         max_epochs: list[float | None] | None = None,
+        skips: list[tuple[int, int]] | None = None,
     ) -> None:
-        """`mix`: (step, weights from there on), from the sequence's first step; `max_epochs`: None is no limit."""
+        """`mix`: (step, weights from there on), from the sequence's first step; `max_epochs`: None is no limit; `skips`:
+        (step, count): from this step of the run on it takes what is so many steps later in the sequence."""
         for i, split in enumerate(splits):
             if not split.train.sum():
                 raise ConfigError(f"data.sources.{i}: holds no training sample; shorten data.sequence_length or add data")
-        self.splits, self.shape = splits, shape
+        self.splits, self.shape, self.skips = splits, shape, skips or []
         first = mix[0][0]
         self.key = (seed, first) if first else (seed,)  # a sequence that starts later in a run does not repeat the first one
         self.epoch_samples = np.array([s.train.sum() for s in splits], dtype=np.int64)
@@ -133,8 +135,13 @@ class Order:
         assert at >= starts[0], "before the sequence's first step"
         return int(np.searchsorted(starts, at, side="right")) - 1
 
+    def data_step(self, step: int) -> int:
+        """The step of the sequence that a step of the run takes: they differ where samples were left out."""
+        return step + sum(count for at, count in self.skips if at <= step)
+
     def superstep(self, step: int) -> Superstep:
-        """The superstep that a step is in."""
+        """The superstep of the sequence that a step of the run takes its samples from."""
+        step = self.data_step(step)
         number = self._section(self._steps, step)
         section = self.sections[number]
         if section.steps is not None and step >= section.first_step + section.steps:
@@ -152,7 +159,7 @@ class Order:
     def step(self, step: int) -> np.ndarray:
         """Positions of a step's global batch, int64 [lanes, samples of a lane]."""
         shape, inside = self.shape, self.superstep(step)
-        first = inside.begin + (step - inside.first_step) * shape.per_lane
+        first = inside.begin + (self.data_step(step) - inside.first_step) * shape.per_lane
         lanes = np.arange(shape.lanes)[:, None] * (inside.steps * shape.per_lane)
         return first + lanes + np.arange(shape.per_lane)[None, :]
 
@@ -189,7 +196,8 @@ class Order:
         return int(self._windows[index]) + number, begin, end
 
     def consumed(self, step: int) -> np.ndarray:
-        """Samples of each source in the steps before `step`, int64 [sources]; inside a superstep, within one a lane."""
+        """Samples of each source before `step`, left out ones too, int64 [sources]; inside a superstep, within one a lane."""
+        step = self.data_step(step)
         section = self.sections[self._section(self._steps, max(step, int(self._steps[0])))]
         return section.base + section.mixture.counts((step - section.first_step) * self.shape.batch)
 

@@ -1,6 +1,7 @@
 """A run's segments: the data plans that it followed, one after another, beside its receipts.
 
-The first is written when the run starts; `--allow-data-change` adds one at the step where it resumes. What was recorded of
+The first is written when the run starts; `--allow-data-change` adds one at the step where it resumes, and so does going back
+before a loss spike, whose samples the new plan leaves out. What was recorded of
 steps after the one that a run resumes from is removed: they are made anew.
 """
 
@@ -20,12 +21,12 @@ def begin(run: Location, plan: DataPlan, step: int) -> None:
         for path, _ in run.join(folder).files():
             if _step(path) > step:
                 run.join(folder, path).delete()
-    if plan.first_step == step:
+    if plan.begins == step:
         run.join(FOLDER, f"step-{step:08d}.json").write(json.dumps(plan.dump()).encode())
 
 
 def read(run: Location) -> list[DataPlan]:
-    """Every plan that the run has followed, by first step."""
+    """Every plan that the run has followed, by the step at which it began to."""
     folder = run.join(FOLDER)
     return [DataPlan.parse(json.loads(folder.join(path).read())) for path, _ in folder.files()]
 

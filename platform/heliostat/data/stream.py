@@ -12,6 +12,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -33,20 +34,29 @@ COPIES = 4  # of a window while it is fetched: its chunks, its samples, its enve
 
 @dataclass(frozen=True)
 class Fetch:
-    """A map task: window number (from `begin`) -> its envelopes, without those before `first` or from `last` on."""
+    """A map task: the how-manieth window -> its envelopes, as far as they are in one of the `wanted` ranges."""
 
     plan: DataPlan
-    begin: int
-    end: int
-    first: int
-    last: int
+    windows: tuple[tuple[int, int], ...]
+    wanted: tuple[tuple[int, int], ...]
     replace: bool
+
+    @property
+    def count(self) -> int:
+        return sum(end - begin for begin, end in self.windows)
+
+    def window(self, index: int) -> int:
+        for begin, end in self.windows:
+            if index < end - begin:
+                return begin + index
+            index -= end - begin
+        raise IndexError(index)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
         data = open_dataset(self.plan)
         order = data.order
-        for window in (batch["id"] + self.begin).tolist():
-            numbers = [n for n in order.envelopes(window) if self.first <= n < self.last]
+        for window in map(self.window, batch["id"].tolist()):
+            numbers = [n for n in order.envelopes(window) if any(first <= n < last for first, last in self.wanted)]
             positions = [order.envelope(n) for n in numbers]
             loaded = data.load(np.concatenate(positions), self.replace)
             digests = sample_digests(loaded.samples, loaded.content)
@@ -67,10 +77,21 @@ def _one(data: pa.Buffer) -> pa.Array:
 
 
 def fetch(plan: DataPlan, order: Order, start_step: int, steps: int, replace: bool) -> Fetch:
-    """What fetches the envelopes of steps [start_step, steps)."""
-    first = order.superstep(start_step).envelope
-    last = order.superstep(steps - 1).envelope + plan.shape.lanes
-    return Fetch(plan, order.window_of(first), order.window_of(last - 1) + 1, first, last, replace)
+    """What fetches the envelopes of steps [start_step, steps), and none that lie wholly within what is left out."""
+    edges = [start_step, *sorted(at for at, _ in order.skips if start_step < at < steps), steps]
+    wanted, windows = list[tuple[int, int]](), list[tuple[int, int]]()
+    for begin, end in pairwise(edges):
+        first, last = order.superstep(begin).envelope, order.superstep(end - 1).envelope + plan.shape.lanes
+        _extend(wanted, first, last)
+        _extend(windows, order.window_of(first), order.window_of(last - 1) + 1)
+    return Fetch(plan, tuple(windows), tuple(wanted), replace)
+
+
+def _extend(ranges: list[tuple[int, int]], begin: int, end: int) -> None:
+    """Adds [begin, end) to ascending ranges, without what the last one holds already."""
+    if ranges and begin <= ranges[-1][1]:
+        begin = ranges.pop()[0]
+    ranges.append((begin, end))
 
 
 def dataset(task: Fetch, concurrency: int, memory_limit: int, sample_bytes: int) -> Any:
@@ -79,12 +100,13 @@ def dataset(task: Fetch, concurrency: int, memory_limit: int, sample_bytes: int)
     context.target_max_block_size = 1  # a block per yielded row
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ExecutionResources(object_store_memory=memory_limit)
+    # envelopes that a fetch task may yield before one is taken: a window's, or (Ray's default is 2) it would pause inside it
+    context._max_num_blocks_in_streaming_gen_buffer = task.plan.shape.window // task.plan.shape.envelope
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     fits = max(1, memory_limit // (COPIES * task.plan.shape.window * sample_bytes))
     with ray.data.DataContext.current(context):
-        count = task.end - task.begin
-        windows = ray.data.range(count, override_num_blocks=count)
+        windows = ray.data.range(task.count, override_num_blocks=task.count)
         pool = ray.data.TaskPoolStrategy(size=min(concurrency, fits))
         return windows.map_batches(task, batch_size=1, compute=pool, zero_copy_batch=True)
 
@@ -123,7 +145,7 @@ class LaneStream:
         if superstep.first_step != self._superstep:
             self._held = [self._receive(superstep.envelope + lane) for lane in self.lanes]
             self._superstep = superstep.first_step
-        inner = self.step - superstep.first_step
+        inner = self.order.data_step(self.step) - superstep.first_step
         rows = slice(inner * shape.per_lane, (inner + 1) * shape.per_lane)
         self.step += 1
         bad = [b for _, _, found in self._held for b in found if rows.start <= b["at"] < rows.stop]

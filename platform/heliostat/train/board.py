@@ -1,7 +1,8 @@
-"""Events from the workers to the driver: a small Ray actor that rank 0 posts to and the driver drains.
+"""Where workers and driver meet: a small Ray actor on the driver's node, which nobody on the step path waits for.
 
-Posting does not wait, so the step path never does. Events are plain dicts with a `kind`: `phase` (what the workers are
-busy with before their first step, and their end), `steps` (per-step losses and rates), `evaluation`, `checkpoint`.
+Rank 0 posts events: plain dicts with a `kind`: `phase` (what the workers are busy with before their first step, and their end),
+`steps` (per-step losses and rates), `evaluation`, `checkpoint`, `stack`. Every worker's pulse says that it lives and how far
+it is, and brings back what the driver has ordered: `stop` (a code of `survive`) and `dump` (post the stacks of all threads).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 import ray
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 LIMIT = 100_000  # events; a driver that is away this long loses the oldest
 
@@ -19,24 +21,48 @@ LIMIT = 100_000  # events; a driver that is away this long loses the oldest
 class Board:
     def __init__(self) -> None:
         self._events: list[dict[str, Any]] = []
+        self._pulses: dict[int, dict[str, Any]] = {}
+        self._orders: dict[str, Any] = {}
 
     def post(self, event: dict[str, Any]) -> None:
         self._events.append(event)
         del self._events[:-LIMIT]
 
-    def drain(self) -> list[dict[str, Any]]:
+    def pulse(self, rank: int, progress: int, facts: dict[str, Any]) -> dict[str, Any]:
+        """`moved` and `at` are this clock's, so that no worker's clock matters; `facts`: pid and node."""
+        now, before = time.time(), self._pulses.get(rank)
+        moved = before["moved"] if before and before["progress"] == progress else now
+        self._pulses[rank] = {**facts, "progress": progress, "moved": moved, "at": now}
+        return self._orders
+
+    def order(self, **orders: Any) -> None:
+        self._orders |= orders
+
+    def drain(self) -> tuple[list[dict[str, Any]], dict[int, dict[str, Any]]]:
+        """Events since the last call, and every worker's last pulse."""
         events, self._events = self._events, []
-        return events
+        return events, self._pulses
+
+
+def make() -> Any:
+    """A board on this node: it must not die with a worker's."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
 
 
 class Placing(WorkerGroupCallback):
-    """Posts when Ray Train asks for room for the workers, which it does again when there is none for long."""
+    """Posts when Ray Train asks for room for the workers, and readies each worker's process when they have started."""
 
     def __init__(self, board: Any) -> None:
         self._board = board
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
         self._board.post.remote({"kind": "phase", "phase": "placing", "at": time.time()})
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        from heliostat.train.pulse import heed_sigterm
+
+        worker_group.execute(heed_sigterm)
 
 
 def queued_s() -> float:

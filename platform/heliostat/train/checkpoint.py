@@ -237,9 +237,9 @@ class Saver:
 
     def save(self, step: int, state: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
         """`state`: from `fragments.state`; `facts`: what rank 0 puts into `checkpoint.json`."""
-        best = self.policy.best
-        if best and best.metric not in facts["metrics"]:
-            raise ConfigError(f"checkpoint.best.metric: {best.metric!r} is no score; there are {', '.join(facts['metrics'])}")
+        best, scores = self.policy.best, facts["metrics"].keys() - {"train_loss"}
+        if best and scores and best.metric not in scores:
+            raise ConfigError(f"checkpoint.best.metric: {best.metric!r} is no score; there are {', '.join(sorted(scores))}")
         self.wait()
         started = time.perf_counter()
         # the forward pass may change buffers: they are copied now

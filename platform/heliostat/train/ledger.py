@@ -8,6 +8,8 @@ worker's time exactly. Rank 0's totals travel with its events, so a lost event l
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import time
 import uuid
 from collections import defaultdict
@@ -113,7 +115,8 @@ class Recorder:
         self.beat(force=kind == "checkpoint")
 
     def _attempt(self, started: float, start_step: int, workers: int, restart: bool = False) -> Attempt:
-        return Attempt(uuid.uuid4().hex[:8], started, started, started, start_step, workers, restart)
+        mine, driver = uuid.uuid4().hex[:8], (socket.gethostname(), os.getpid())
+        return Attempt(mine, started, started, started, start_step, workers, restart, *driver)
 
     def _note(self, pending: str, at: float) -> None:
         """The time up to now, while there is no worker yet, is of the part that was pending."""
@@ -146,11 +149,14 @@ class Recorder:
             now.marks.pop()
         now.marks.append((step, now.parts.get("computing", 0.0)))
 
-    def restart(self, at: float | None = None) -> None:
-        """The workers have failed (now, or at a time) and the driver goes on: from here it is another attempt."""
+    def restart(self, at: float | None = None, outcome: str = "failed", reason: str = "") -> None:
+        """The workers have ended (now, or at a time) and the driver goes on: from here it is another attempt."""
         at = at or time.time()
         failed = self.attempts[-1]
-        self._end("failed", max(at, failed.known))
+        failed.reason = reason
+        if failed.pending == "idle":  # they have ended in peace, to begin again
+            failed.pending = "restarting"
+        self._end(outcome, max(at, failed.known))
         self.attempts.append(self._attempt(failed.seen, failed.reached, failed.workers, restart=True))
         self._joined, self._placing, self._saved_at = None, [], set()
 
@@ -187,8 +193,9 @@ class Recorder:
         self._seen()
         return goodput.report([*self._earlier, *self.attempts])
 
-    def close(self, outcome: str) -> None:
+    def close(self, outcome: str, reason: str = "") -> None:
         """The command's end; the file is written when this returns."""
+        self.attempts[-1].reason = reason
         self._end(outcome, time.time())
         self._thread.shutdown(wait=True)
 

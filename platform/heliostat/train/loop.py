@@ -3,6 +3,8 @@
 A step's global batch, its micro-batches' random numbers and its learning rate follow from the step alone, so a resumed run
 needs no state but the checkpoint, and with the default lanes (one per micro-batch) the same micro-batches are played on any
 number of workers. A step's loss is the sum of all its loss terms over their number, whatever the micro-batches held.
+
+At every step the workers vote whether to stop behind it (`pulse`): told to, they write a checkpoint and end as if finished.
 """
 
 from __future__ import annotations
@@ -20,18 +22,22 @@ import torch.distributed as dist
 from heliostat import workspace
 from heliostat.data import content, quarantine, receipt, stream
 from heliostat.data.dataset import DataPlan, Dataset, open_dataset
-from heliostat.errors import NonFiniteError
+from heliostat.errors import LossSpikeError, NonFiniteError
 from heliostat.recipe import Batch, Recipe
 from heliostat.spec import Job
 from heliostat.storage import Location
 from heliostat.train import checkpoint, fragments, zero
 from heliostat.train.board import queued_s
+from heliostat.train.heldout import HeldOut
 from heliostat.train.ledger import Ledger, peak_flops
+from heliostat.train.pulse import Pulse, Votes
 from heliostat.train.schedule import factor
+from heliostat.train.spike import Detector
+from heliostat.train.survive import RESIZE, RUN
 
 
 def worker(config: dict[str, Any]) -> dict[str, Any]:
-    """Ray Train's entry. `config`: job, plan (plain data), start_step, board (actor), started (wall clock of the command).
+    """Ray Train's entry. `config`: job, plan (plain data), start_step, board (actor), run_folder.
 
     Returns the summary of this attempt (rank 0's is the one that counts).
     """
@@ -42,13 +48,15 @@ class Worker:
     def __init__(self, config: dict[str, Any]) -> None:
         self.job = Job.model_validate(config["job"])
         self.plan = DataPlan.parse(config["plan"])
-        self.board, self.started = config["board"], config["started"]
+        self.board = config["board"]
         self.start_step: int = config["start_step"]
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.ledger = Ledger("starting")
+        self.pulse = Pulse(self.board, self.rank, self.world)
         self.run_folder = Location(config["run_folder"])
         # the training group is left to DeepSpeed; saving runs in a thread and must not share a group with the loop
         self.control, saving = dist.new_group(backend="gloo"), dist.new_group(backend="gloo")
+        self.votes = Votes(dist.new_group(backend="gloo"))
         self.saver = checkpoint.Saver(self.run_folder, self.job.checkpoint, saving)
 
         if self.rank == 0:
@@ -67,6 +75,8 @@ class Worker:
             self._restore()
         self.held_out = HeldOut(self.job, self.dataset, self.rank, self.world) if self.job.evaluate else None
         self.scores: dict[str, float] = {}
+        self.scored_at = -1
+        self.spikes = Detector(self.job.spike) if self.job.spike else None
         self._losses: list[torch.Tensor] = []
         self._norms: list[float] = []
         self._lane_digests: list[list[int]] = []
@@ -75,11 +85,17 @@ class Worker:
     # one run ---------------------------------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
+        try:
+            return self._run()
+        finally:
+            self.pulse.end()
+
+    def _run(self) -> dict[str, Any]:
         job = self.job
         self._phase("data")
         shard = ray.train.get_dataset_shard("train")
         samples = stream.iterate(shard, self.plan, self.dataset.order, self.rank, self.world, self.start_step)
-        first_step_s = since = time.perf_counter()
+        since = time.perf_counter()
         logged = self.start_step
         steady_s = steady_wait = waited = 0.0
         for step in range(self.start_step, job.train.steps):
@@ -90,16 +106,20 @@ class Worker:
                 self._phase("step")
                 since = time.perf_counter()
             blocked = self.saver.blocked_s
+            self.votes.ask(self.pulse.stop)
             self._step(step, mine)
+            self.pulse.progress += 1
+            stop = self.votes.result()
+            if stop == RESIZE and (step + 1) % job.checkpoint.every:
+                stop = RUN  # nobody is in a hurry: behind the next checkpoint
             self.ledger.move("computing", "checkpoint", self.saver.blocked_s - blocked)
             if job.train.compile and step <= self.start_step + 1:
                 self.ledger.compiled(first=step == self.start_step)
             done = step + 1
             if step == self.start_step:
-                first_step_s = time.time() - self.started
                 self._phase("stepped")
             last = done == job.train.steps
-            saves = last or done % job.checkpoint.every == 0
+            saves = last or stop != RUN or done % job.checkpoint.every == 0
             # before a save, too: a run that resumes from there has lost no step's loss
             if done % job.train.log_every == 0 or saves or step == self.start_step:
                 now = time.perf_counter()
@@ -117,17 +137,19 @@ class Worker:
                 with self.ledger("checkpoint"):
                     self._save(done)
             since += time.perf_counter() - aside
+            if stop != RUN:
+                break
         with self.ledger("checkpoint"):
             self.saver.wait()
         self._phase("ended")
-        trained = job.train.steps - self.start_step - 1  # the first step warms up
+        trained = done - self.start_step - 1  # the first step warms up
         return {
-            "steps": job.train.steps,
+            "steps": done,
+            "stop": stop if done < job.train.steps else RUN,
             "train_loss": self.last_loss,
             "eval": self.scores,
             "tokens_per_second": self._per_second(trained, steady_s),
             "data_wait": steady_wait / steady_s if steady_s else 0.0,
-            "seconds_to_first_step": first_step_s,
             "checkpoint_blocked_s": self.saver.blocked_s,
         }
 
@@ -173,9 +195,7 @@ class Worker:
             dist.all_reduce(sums)
             *values, bad = sums.tolist()
         quarantine.check_budget(int(bad), done, self.job, self.dataset.order)
-        for i, value in enumerate(values):
-            if not math.isfinite(value):
-                self._fail(first + i, f"loss {value}")
+        self._judge(first, values)
         self.last_loss = values[-1]
         rate = self._per_second(done - first, seconds)
         self._post(
@@ -209,7 +229,24 @@ class Worker:
         flops = self.recipe.flops_per_sample(self.engine.module) * self.job.train.global_batch * steps
         return flops / seconds / (peak * self.world) if peak else None
 
+    def _judge(self, first: int, losses: list[float]) -> None:
+        """Raises what ends the attempt: for a loss that is not finite, or a spike that the job wants undone. Collective."""
+        for step, loss in enumerate(losses, first):
+            spike = self.spikes.spikes(loss) if self.spikes else None
+            if not math.isfinite(loss):
+                self._fail(step, f"loss {loss}")
+            elif spike and self.job.spike and self.job.spike.action == "rollback":
+                self._roll_back(step, spike)
+            elif spike:
+                self._post({"kind": "spike", "step": step, "what": spike, "loss": loss, "at": time.time()})
+
+    def _roll_back(self, step: int, what: str) -> None:
+        self.saver.wait()  # the save in flight is from before
+        raise LossSpikeError(f"step {step}: {what}", step)
+
     def _fail(self, step: int, what: str) -> None:
+        if self.job.spike and self.job.spike.action == "rollback":
+            self._roll_back(step, what)
         ids = self.dataset.order.locate(self.dataset.order.step(step).ravel())
         names = [f"{s}:{c}:{r}" for s, c, r in zip(ids.source[:8], ids.chunk[:8], ids.row[:8], strict=True)]
         more = f" and {len(ids) - 8} more" if len(ids) > 8 else ""
@@ -224,15 +261,20 @@ class Worker:
     def _evaluate(self, done: int) -> None:
         assert self.held_out
         self.engine.eval()
-        sums = self.held_out.sums(self.recipe, self.engine, self.device, self.control)
+        sums = self.held_out.sums(self.recipe, self.engine, self.device, self.control, self._progressed)
         self.engine.train()
-        self.scores = self.recipe.metrics(sums)
+        self.scores, self.scored_at = self.recipe.metrics(sums), done
         self._post({"kind": "evaluation", "step": done, "scores": self.scores, "at": time.time()})
+
+    def _progressed(self) -> None:
+        self.pulse.progress += 1
 
     # checkpoints -----------------------------------------------------------------------------------------------------
 
     def _save(self, done: int) -> None:
         self._seal_receipt(done)
+        best = self.job.checkpoint.best  # a checkpoint out of turn was not scored, and is not to be taken for the best
+        scores = self.scores if best is None or self.scored_at == done else {}
         facts = {
             "name": self.job.name,
             "world_size": self.world,
@@ -243,10 +285,11 @@ class Worker:
             "data_digest": self.plan.digest,
             "receipt": {"steps": done, "chain": self.chain},
             "bad_samples": self.run_bad_samples,
-            "metrics": {"train_loss": getattr(self, "last_loss", None), **self.scores},
+            "metrics": {"train_loss": getattr(self, "last_loss", None), **scores},
             "written": time.time(),
         }
         self.saver.save(done, fragments.state(self.engine), facts)
+        self.pulse.progress += 1
         self._post({"kind": "checkpoint", "step": done, "blocked_s": self.saver.blocked_s, **self._now()})
 
     def _seal_receipt(self, done: int) -> None:
@@ -302,36 +345,3 @@ class BatchPlan:
         lane, inside = divmod(micro * self.micro, self.per_lane)
         place = lanes[lane] * self.per_lane + inside
         return int(np.random.SeedSequence([self.seed_base, step, place]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-class HeldOut:
-    """This worker's part of the held-out samples, read once and kept."""
-
-    def __init__(self, job: Job, dataset: Dataset, rank: int, world: int) -> None:
-        assert job.evaluate
-        everything = dataset.order.held_out(job.evaluate.samples)
-        self.micro = job.train.micro_batch
-        mine = np.arange(rank, len(everything), world)
-        self.batches = -(-len(everything) // (world * self.micro))  # the same on every worker: ZeRO-3 gathers together
-        filled = np.resize(mine, self.batches * self.micro) if len(mine) else np.zeros(self.batches * self.micro, int)
-        take = type(everything)(*(getattr(everything, f)[filled] for f in ("position", "source", "epoch", "chunk", "row")))
-        found = dataset.gather(take)
-        self.content = found.content
-        self.counted = np.arange(len(filled)) < len(mine)
-        self.counted[list(found.faults)] = False  # a bad sample scores nothing
-
-    @torch.no_grad()
-    def sums(self, recipe: Recipe, model: Any, device: Any, group: Any) -> dict[str, float]:
-        """Every score of `recipe.evaluate`, summed over all held-out samples on all workers."""
-        names: list[str] = []
-        totals = torch.zeros(0, dtype=torch.float64)
-        for i in range(self.batches):
-            rows = slice(i * self.micro, (i + 1) * self.micro)
-            batch = {k: v.to(device) for k, v in recipe.batch(content.part(self.content, rows)).items()}
-            scores = recipe.evaluate(model, batch)
-            names = sorted(scores)
-            counted = torch.from_numpy(self.counted[rows])
-            sums = torch.stack([(scores[n].double().cpu() * counted).sum() for n in names])
-            totals = sums if not len(totals) else totals + sums
-        dist.all_reduce(totals, group=group)
-        return dict(zip(names, totals.tolist(), strict=True))

@@ -1,20 +1,21 @@
-"""One run from the driver's side: check, start Ray and the workers, keep MLflow and the terminal informed, export, register.
+"""One run from the driver's side: check, start the workers, again where it can help, keep MLflow and the terminal informed,
+export, register.
 
     from heliostat.train.run import train
     result = train(Path("jobs/quickstart.yaml"))
 
-The result is the object that `heliostat train --json` prints; it is also written to `result.json` in the run's folder.
+The result is the object that `heliostat train --json` prints; it is also written to `result.json` in the run's folder. What
+happens when something dies is told in docs/reliability.md.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
 import tempfile
-import threading
 import time
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,25 @@ from rich.console import Console
 from heliostat import check, goodput
 from heliostat.check import Checked
 from heliostat.data import segments
-from heliostat.data.dataset import DataPlan, sample_bytes
-from heliostat.errors import CheckpointError, ConfigError, HeliostatError, TrainingError, innermost
+from heliostat.data.dataset import DataPlan, make_order
+from heliostat.errors import (
+    CheckpointError,
+    ConfigError,
+    CorruptCheckpointError,
+    HeliostatError,
+    LossSpikeError,
+    StoppedError,
+)
 from heliostat.storage import Location
 from heliostat.track.run import RunOwner
+from heliostat.train import driver
 from heliostat.train.ledger import Recorder
+from heliostat.train.signals import Signals
+from heliostat.train.survive import INTERRUPTED, RUN, STOPS, Budget, choose, classify
 
 log = logging.getLogger(__name__)
 
-POLL_S = 0.25
+SUMMARY = "summary.json"  # of the training, from its end until there is a result
 
 
 def train(
@@ -47,6 +58,7 @@ def train(
     started = psutil.Process().create_time()
     job, recipe = check.check_file(path, settings)
     check.check_storage(job)
+    driver.alone(job.run_folder)
     from heliostat.train import checkpoint
 
     found = None if overwrite else checkpoint.latest(job.run_folder)
@@ -68,34 +80,52 @@ def train(
     if overwrite:
         job.run_folder.delete()
     start_step = found.step if found else 0
-    if start_step >= job.train.steps:
-        log.info("run %s has finished: step %d of %d", job.name, start_step, job.train.steps)
-        return _finished(job.run_folder)
-    return _Run(checked, start_step, started, verbose).go()
+    run = _Run(checked, start_step, started, verbose)
+    if start_step < job.train.steps:
+        return run.go()
+    log.info("run %s has finished: step %d of %d", job.name, start_step, job.train.steps)
+    return _finished(job.run_folder) or run.conclude()
 
 
-def _finished(run_folder: Location) -> dict[str, Any]:
+def _finished(run_folder: Location) -> dict[str, Any] | None:
     try:
         return json.loads(run_folder.join("result.json").read())
-    except FileNotFoundError as e:
-        raise CheckpointError(f"{run_folder}: all steps are done, but there is no result.json; use `heliostat export`") from e
+    except FileNotFoundError:
+        return None
 
 
 class _Run:
     def __init__(self, checked: Checked, start_step: int, started: float, verbose: bool) -> None:
         self.job, self.checked = checked.job, checked
+        self.plan, self.order = checked.plan, checked.order
+        self.counts = checked.job.worker_counts(checked.plan.shape.lanes)
         self.start_step, self.started, self.verbose = start_step, started, verbose
         self.console = Console(stderr=True)
-        self.ledger = Recorder(self.job.run_folder, started, start_step, self.job.workers.count)
+        self.budget = Budget(self.job.retries)
+        self.restarts = 0
+        self.ledger = Recorder(self.job.run_folder, started, start_step, max(self.counts))
 
     def go(self) -> dict[str, Any]:
-        owner = RunOwner(self.job, self.checked.manifests)
-        segments.begin(self.job.run_folder, self.checked.plan, self.start_step)
+        """Trains, and concludes."""
+        return self._settled(lambda owner: self._conclude(owner, self._fit(owner)))
+
+    def conclude(self) -> dict[str, Any]:
+        """Only what comes after the training, where an earlier command did not get through it."""
         try:
-            summary = self._fit(owner)
-            result = self._conclude(owner, summary)
-        except KeyboardInterrupt:
-            self._finish(owner, "KILLED", "interrupted")
+            summary = json.loads(self.job.run_folder.join(SUMMARY).read())
+        except FileNotFoundError as e:
+            raise CheckpointError(
+                f"{self.job.run_folder}: all steps are done, but there is no result.json; use `heliostat export`"
+            ) from e
+        return self._settled(lambda owner: self._conclude(owner, summary))
+
+    def _settled(self, work: Any) -> dict[str, Any]:
+        """Does the work with an owner of the MLflow run, whose status is right however it ends."""
+        owner = RunOwner(self.job, self.checked.manifests)
+        try:
+            result = work(owner)
+        except (KeyboardInterrupt, StoppedError) as e:
+            self._finish(owner, "KILLED", str(e) or "interrupted")
             raise
         except Exception as e:
             self._finish(owner, "FAILED", str(e))
@@ -108,103 +138,54 @@ class _Run:
             owner.log_goodput(self.ledger.report())
             owner.finish(status, reason)
         finally:
-            self.ledger.close({"KILLED": "interrupted"}.get(status, status.lower()))
+            self.ledger.close({"KILLED": "interrupted"}.get(status, status.lower()), reason)
 
     # training --------------------------------------------------------------------------------------------------------
 
     def _fit(self, owner: RunOwner) -> dict[str, Any]:
+        """Attempt after attempt, until the last step is done or there is no use in another."""
+        from heliostat.cluster.connect import connect
         from heliostat.train.show import Show
 
-        job = self.job
-        with Show(self.console, job.name, self.start_step, job.train.steps) as show:
-            board, trainer = self._start()
-            show.phases["ray"] = time.time()
-            show.note("starting the workers")
-            outcome: dict[str, Any] = {}
-
-            def fit() -> None:
-                try:
-                    outcome["summary"] = trainer.fit().return_value
-                except Exception as e:  # noqa: BLE001 (raised again below, in the main thread)
-                    outcome["error"] = e
-
-            thread = threading.Thread(target=fit, name="fit", daemon=True)
-            thread.start()
-            while thread.is_alive():
-                thread.join(POLL_S)
-                self._drain(board, owner, show)
-            self._drain(board, owner, show)
-        if "error" in outcome:
-            raise explain(outcome["error"])
-        job.run_folder.join("ray").delete()  # Ray Train's own state, of no use after the fit
-        summary = outcome["summary"]
-        summary["startup"] = self._startup(show.phases, summary)
+        workers = self.job.workers
+        most = max(self.counts)
+        with Show(self.console, self.job.name, self.start_step, self.job.train.steps) as show:
+            # data tasks need CPUs of their own; on a small machine these are logical, and mostly wait
+            connect(
+                cpus=max(os.cpu_count() or 1, round(most * workers.cpus) + 2),
+                gpus=round(most * workers.gpus),
+                verbose=self.verbose,
+            )
+            show.phase("ray", time.time())
+            with Signals() as signals:
+                while True:
+                    show.note("starting the workers")
+                    try:
+                        summary = self._attempt(owner, show, signals)
+                    except HeliostatError as e:
+                        self._recover(e, signals)
+                    else:
+                        stop = summary.pop("stop")
+                        if stop == RUN:
+                            break
+                        self._turn(stop, summary["steps"])
+        summary |= show.startup(self.started)
+        summary["restarts"] = self.restarts
+        self.job.run_folder.join(SUMMARY).write(json.dumps(summary).encode())
         return summary
 
-    def _start(self) -> tuple[Any, Any]:
-        """Ray, the board and a trainer that is ready to fit."""
-        from heliostat.cluster.connect import connect, worker_environment
+    def _attempt(self, owner: RunOwner, show: Any, signals: Signals) -> dict[str, Any]:
+        from heliostat.cluster import nodes
+        from heliostat.train.attempt import Attempt, Start
 
-        job = self.job
-        workers = job.workers
-        # data tasks need CPUs of their own; on a small machine these are logical, and mostly wait
-        connect(
-            cpus=max(os.cpu_count() or 1, round(workers.count * workers.cpus) + 2),
-            gpus=round(workers.count * workers.gpus),
-            verbose=self.verbose,
-        )
-        import ray.train.torch
+        count = self.counts[0]
+        if len(self.counts) > 1:
+            nodes.ask_for(self.job.workers, max(self.counts))
+            count = choose(self.counts, nodes.room_now(self.job.workers, {}))
+        segments.begin(self.job.run_folder, self.plan, self.start_step)
+        start = Start(self.job.on(count), self.counts, self.plan, self.order, self.checked.manifests, self.start_step)
 
-        api: Any = ray.train  # the package is annotated with V1's classes, and V2's are the ones that it holds
-        from heliostat.data import stream
-        from heliostat.train.board import Board, Placing
-
-        board = Board.remote()  # type: ignore[attr-defined]
-        plan, start = self.checked.plan, self.start_step
-        replace = job.data.on_bad_sample == "replace"
-        fetch = stream.fetch(plan, self.checked.order, start, job.train.steps, replace)
-        concurrency, memory = max(2, workers.count), job.data.memory_limit
-        size = sample_bytes(job.data.sequence_length, self.checked.manifests)
-        config = {
-            "job": job.dump(),
-            "plan": plan.dump(),
-            "start_step": start,
-            "board": board,
-            "started": self.started,
-            "run_folder": str(job.run_folder),
-        }
-        attempts = job.run_folder.join("ray")
-        trainer = api.torch.TorchTrainer(
-            _worker,
-            train_loop_config=config,
-            datasets={"train": lambda: stream.dataset(fetch, concurrency, memory, size)},
-            dataset_config=stream.OrderedSplit(),
-            torch_config=api.torch.TorchConfig(backend="nccl" if workers.gpus else "gloo"),
-            scaling_config=api.ScalingConfig(
-                num_workers=workers.count,
-                use_gpu=bool(workers.gpus),
-                resources_per_worker={"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})},
-            ),
-            run_config=api.RunConfig(
-                name=f"{job.name}-{uuid.uuid4().hex[:8]}",  # a name used before would restore Ray's own state
-                storage_path=attempts.path,
-                storage_filesystem=attempts.fs,
-                callbacks=[Placing(board)],
-                failure_config=api.FailureConfig(max_failures=0),
-                worker_runtime_env={"env_vars": worker_environment(workers.gpus)} if os.environ.get("RAY_ADDRESS") else {},
-            ),
-        )
-        return board, trainer
-
-    def _drain(self, board: Any, owner: RunOwner, show: Any) -> None:
-        import ray
-
-        self.ledger.beat()
-        try:
-            events = ray.get(board.drain.remote(), timeout=10)
-        except ray.exceptions.GetTimeoutError:
-            return
-        for event in events:
+        def take(event: dict[str, Any]) -> None:
             if event["kind"] == "steps":
                 event["sources"] = self._sources(event["first"] + len(event["loss"]))
             owner.post(event)
@@ -213,9 +194,57 @@ class _Run:
                 owner.post({"kind": "goodput", "report": self.ledger.report(), "step": event["step"], "at": event["at"]})
             show.event(event)
 
+        return Attempt(start, signals, take, self.ledger.beat).run()
+
+    def _recover(self, error: HeliostatError, signals: Signals) -> None:
+        """Makes ready for another attempt after a failure, or raises the error."""
+        from heliostat.train import checkpoint
+
+        kind = classify(error)
+        if kind == "final" or isinstance(error, StoppedError):
+            raise error
+        if kind == "queued":
+            log.warning("%s; trying again", error)
+            self._restart("failed", str(error))
+            return
+        before = error.step if isinstance(error, CorruptCheckpointError) else None
+        newest = checkpoint.latest(self.job.run_folder, before)
+        step = newest.step if newest else 0
+        wait = self.budget.spend(error, step)
+        again = f"retry {self.budget.used} of {self.budget.retries.max}"
+        log.warning("%s; going on from step %d in %.0f s (%s)", error, step, wait, again)
+        self._restart("failed", str(error))
+        self.start_step = step
+        if isinstance(error, LossSpikeError):
+            self._leave_out(max(step, error.step - 1), error.step)
+        until = time.monotonic() + wait
+        while time.monotonic() < until and not signals.name:
+            self.ledger.beat()
+            time.sleep(0.1)
+        if signals.name:
+            raise StoppedError(f"stopped by {signals.name} between two attempts; use --resume to go on from step {step}")
+
+    def _leave_out(self, first: int, last: int) -> None:
+        """The samples of steps [first, last] are not to be trained on: the sequence goes on behind them."""
+        skips = (*self.plan.skips, (self.start_step, first, last - first + 1))
+        self.plan = dataclasses.replace(self.plan, skips=skips)
+        self.order = make_order(self.plan, self.checked.manifests)
+        log.warning("the samples of steps %d to %d are left out", first, last)
+
+    def _turn(self, stop: int, step: int) -> None:
+        """After a stop that the workers were told to make, behind the checkpoint of `step`."""
+        if stop == INTERRUPTED:
+            raise StoppedError(f"stopped at step {step}, behind a checkpoint; use --resume to go on")
+        self.start_step = step
+        self._restart(STOPS[stop])
+
+    def _restart(self, outcome: str, reason: str = "") -> None:
+        self.restarts += 1
+        self.ledger.restart(outcome=outcome, reason=reason)
+
     def _sources(self, step: int) -> dict[str, dict[str, float]]:
         """What each source has given in this sequence's steps before `step`, by its name: tokens or samples, and epochs."""
-        order, manifests = self.checked.order, self.checked.manifests
+        order, manifests = self.order, self.checked.manifests
         names = [m.meta.get("name", m.location.name) for m in manifests]
         taken = order.consumed(step)
         return {
@@ -226,12 +255,6 @@ class _Run:
             }
             for i, name in enumerate(names)
         }
-
-    def _startup(self, phases: dict[str, float], summary: dict[str, Any]) -> dict[str, float]:
-        """Seconds from the command to the first finished step, by part."""
-        marks = [self.started, *(phases.get(p, self.started) for p in ("ray", "model", "data", "step", "stepped"))]
-        names = ("check_and_ray", "workers", "model", "data", "first_step")
-        return {n: round(b - a, 2) for n, a, b in zip(names, marks, marks[1:], strict=False)}
 
     # afterwards ------------------------------------------------------------------------------------------------------
 
@@ -257,22 +280,3 @@ class _Run:
         result["samples"] = [{"prompt": p, "text": t} for p, t in samples]
         job.run_folder.join("result.json").write(json.dumps(result, indent=2).encode())
         return result
-
-
-def _worker(config: dict[str, Any]) -> dict[str, Any]:
-    from heliostat.train.loop import worker
-
-    return worker(config)
-
-
-def explain(error: Exception) -> HeliostatError:
-    """The one line for a failed fit: our own error from a worker if there is one, else Ray's, with the cause chained."""
-    failures = getattr(error, "worker_failures", {})
-    for cause in [*failures.values(), getattr(error, "controller_failure", None)]:
-        if known := innermost(cause):
-            known.args = (str(known).partition("\nFailed to apply UDF")[0], *known.args[1:])  # Ray Data's addition
-            return known
-    text = [line for line in str(next(iter(failures.values()), error)).splitlines() if line.strip()]
-    fault = TrainingError(f"the workers failed: {text[-1].strip() if text else type(error).__name__}")
-    fault.__cause__ = error
-    return fault

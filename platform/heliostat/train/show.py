@@ -49,9 +49,19 @@ class Show:
         if self._plain:
             log.info(text)
 
+    def phase(self, name: str, at: float) -> None:
+        self.phases.setdefault(name, at)  # of the first attempt
+
+    def startup(self, started: float) -> dict[str, Any]:
+        """Seconds from the command's start to the first finished step, in all and by part."""
+        marks = [started, *(self.phases.get(p, started) for p in ("ray", "model", "data", "step", "stepped"))]
+        names = ("check_and_ray", "workers", "model", "data", "first_step")
+        split = {n: round(b - a, 2) for n, a, b in zip(names, marks, marks[1:], strict=False)}
+        return {"seconds_to_first_step": round(marks[-1] - started, 2), "startup": split}
+
     def event(self, event: dict[str, Any]) -> None:
         if event["kind"] == "phase":
-            self.phases[event["phase"]] = event["at"]
+            self.phase(event["phase"], event["at"])
             if event["phase"] in PHASES:
                 self.note(PHASES[event["phase"]])
         elif event["kind"] == "steps":

@@ -10,9 +10,10 @@ def rates(found: dict[tuple[str, str, int, str], list[float]], labels: dict[str,
     import matplotlib as mpl
 
     mpl.use("Agg")
+    mpl.rcParams["svg.hashsalt"] = "heliostat"
     from matplotlib import pyplot as plt
 
-    panels = sorted({(kind, store) for kind, store, _, _ in found}, reverse=True)
+    panels = list(dict.fromkeys((kind, store) for kind, store, _, _ in found))
     counts = sorted({consumers for _, _, consumers, _ in found})
     plot, axes = plt.subplots(len(panels), 1, figsize=(7, 2.4 * len(panels)), squeeze=False, layout="constrained")
     for axis, (kind, store) in zip(axes[:, 0], panels, strict=True):
@@ -23,6 +24,7 @@ def rates(found: dict[tuple[str, str, int, str], list[float]], labels: dict[str,
             axis.barh(places, values, 0.8 / len(counts), label=f"{consumers} consumer{'s' if consumers > 1 else ''}")
         axis.set_yticks(range(len(names)), [labels[n] for n in names])
         axis.invert_yaxis()
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:,.0f}k")
         axis.set_title(f"{kind}, {store}: rows/s", loc="left", fontsize=10)
     axes[0, 0].legend(fontsize=8)
-    plot.savefig(path)
+    plot.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -56,7 +56,7 @@ def _tokens(number: int, count: int, length: int) -> np.ndarray:
 
 
 def _images(number: int, count: int) -> list[Sample]:
-    """Smooth colour fields with a little noise: PNGs of about 6 KB."""
+    """Smooth colour fields with a little noise: PNGs of about 7 KB."""
     random, out = np.random.default_rng(number), []
     for _ in range(count):
         coarse = Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((64, 64), Image.Resampling.BICUBIC)

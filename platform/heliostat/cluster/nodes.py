@@ -1,0 +1,71 @@
+"""What the cluster's nodes have room for, which of them are about to go, and ending processes on them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from heliostat.spec import Workers
+
+log = logging.getLogger(__name__)
+
+FETCHING = 1.0  # CPUs that the data tasks need beside the workers
+ENDING_S = 20.0
+
+
+def room(workers: Workers, free: Mapping[str, Mapping[str, float]], held: Mapping[str, int]) -> int:
+    """How many workers fit on the nodes. `free`: resources by node; `held`: how many of ours run there already."""
+    need = {"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})}
+    each, spare = 1 if workers.placement == "strict_spread" else 1 << 30, -FETCHING
+    fits = 0
+    for node, resources in free.items():
+        total = {key: resources.get(key, 0.0) + held.get(node, 0) * amount for key, amount in need.items()}
+        fits += min(each, *(int(total[key] / amount + 1e-6) for key, amount in need.items()))
+        spare += total["CPU"]
+    return min(fits, max(0, int(spare / workers.cpus + 1e-6)))
+
+
+def room_now(workers: Workers, held: Mapping[str, int]) -> int:
+    """The same of the cluster as it is; nodes that are about to go have no room."""
+    free, leaving = ray._private.state.available_resources_per_node(), draining()
+    return room(workers, {n: r for n, r in free.items() if n not in leaving}, held)
+
+
+def draining() -> set[str]:
+    """Nodes that have been told to go: preempted by their provider, or drained by a person."""
+    return set(ray._private.state.state.get_draining_nodes())
+
+
+def ask_for(workers: Workers, count: int) -> None:
+    """Tells the autoscaler, where there is one, that so many workers are wanted."""
+    from ray.autoscaler.sdk import request_resources
+
+    need = {"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})}
+    request_resources(bundles=[need] * count)
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _kill(pids: list[int]) -> None:
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def kill(processes: list[dict[str, Any]]) -> None:
+    """Ends processes, given as {node, pid}, frozen ones too; returns when that is done, or could not be within 20 s."""
+    waiting = []
+    for node in Counter(p["node"] for p in processes):
+        there = NodeAffinitySchedulingStrategy(node, soft=False)
+        waiting.append(_kill.options(scheduling_strategy=there).remote([p["pid"] for p in processes if p["node"] == node]))
+    _, late = ray.wait(waiting, num_returns=len(waiting), timeout=ENDING_S)
+    if late:
+        log.warning("%d nodes did not end their workers within %.0f s", len(late), ENDING_S)

@@ -1,0 +1,253 @@
+"""One attempt at a run: the workers started once, by Ray Train, and watched from the driver until they end.
+
+The driver's thread never waits for long. It drains the board; tells the workers to stop behind a checkpoint when a person or a
+node's provider wants that, or when the cluster has room for more of them; and ends them when nothing gets on any more.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.train.torch
+
+from heliostat.cluster import nodes
+from heliostat.cluster.connect import remote_environment
+from heliostat.data import stream
+from heliostat.data.dataset import DataPlan, sample_bytes
+from heliostat.data.manifest import Manifest
+from heliostat.data.order import Order
+from heliostat.errors import HeliostatError, PlacementError, StalledError, StoppedError, TrainingError, WorkerError, innermost
+from heliostat.spec import Job
+from heliostat.train import board
+from heliostat.train.signals import Signals
+from heliostat.train.survive import INTERRUPTED, PREEMPTED, RESIZE, choose, stalled
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.25
+LOOK_S = 1.0  # between two looks at the nodes and the workers' pulses
+GROW_S = 5.0  # between two looks for more room
+STACKS_S = 5.0  # for the workers' stacks to come in, before they are ended
+END_S = 120.0  # for Ray Train to see that its workers have ended
+V2: Any = ray.train  # the package is annotated with V1's classes, and holds V2's
+
+
+@dataclass(frozen=True)
+class Start:
+    """What an attempt begins with; `job` has a fixed number of workers, `counts` are those that it may move to."""
+
+    job: Job
+    counts: list[int]
+    plan: DataPlan
+    order: Order
+    manifests: list[Manifest]
+    step: int
+
+
+class Attempt:
+    def __init__(self, start: Start, signals: Signals, take: Callable[[dict[str, Any]], None], beat: Callable[[], None]) -> None:
+        """`take` gets every event of the board, in order, and `beat` is called often, both in the caller's thread."""
+        self.start, self.job, self.signals, self._take, self._beat = start, start.job, signals, take, beat
+        self._board = board.make()
+        self._pulses: dict[int, dict[str, Any]] = {}
+        self._phase, self._since = "placing", time.time()  # what the workers are at, and since when they are watched
+        self._ordered = 0
+        self._stop_by: float | None = None  # when those who were told to stop must have ended
+        self._look_at = self._grow_at = 0.0
+        self._fault: HeliostatError | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Rank 0's summary, with the stop code if the workers were told to stop; HeliostatError for a failure."""
+        trainer = self._trainer()
+        outcome: dict[str, Any] = {}
+
+        def fit() -> None:
+            try:
+                outcome["summary"] = trainer.fit().return_value
+            except Exception as e:  # noqa: BLE001 (raised again below, in the caller's thread)
+                outcome["error"] = e
+
+        thread = threading.Thread(target=fit, name="fit", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(POLL_S)
+            self._beat()
+            self._drain()
+            if thread.is_alive() and time.time() >= self._look_at:
+                self._look_at = time.time() + LOOK_S
+                self._look()
+            if self._fault:
+                self._end_workers(thread)
+                raise self._fault
+        self._drain()
+        if "error" in outcome:
+            raise explain(outcome["error"])
+        self.job.run_folder.join("ray").delete()  # Ray Train's own state, of no use after the fit
+        return outcome["summary"]
+
+    # the watch -------------------------------------------------------------------------------------------------------
+
+    def _drain(self) -> None:
+        try:
+            events, self._pulses = ray.get(self._board.drain.remote(), timeout=10)
+        except ray.exceptions.GetTimeoutError:
+            return
+        for event in events:
+            if event["kind"] == "phase":
+                self._phase = event["phase"]
+                if event["phase"] in ("model", "stepped"):
+                    self._since = time.time()
+            self._take(event)
+
+    def _look(self) -> None:
+        """Orders a stop, or finds the attempt's fault, where there is a reason to."""
+        now = time.time()
+        if self.signals.name and self._ordered < INTERRUPTED:
+            if self._phase not in ("step", "stepped"):
+                self._fault = StoppedError(f"stopped by {self.signals.name} before the first step; nothing was lost")
+                return
+            self._order(INTERRUPTED, f"{self.signals.name}: stopping behind a checkpoint; once more stops at once")
+        held = Counter(p["node"] for p in self._pulses.values())
+        if self._ordered < PREEMPTED and self._phase == "stepped":
+            if gone := held.keys() & nodes.draining():
+                self._order(PREEMPTED, f"{len(gone)} of the run's nodes are about to go: stopping behind a checkpoint")
+            elif not self._ordered and now >= self._grow_at and self.job.workers.most < max(self.start.counts):
+                self._grow_at = now + GROW_S
+                better = choose(self.start.counts, nodes.room_now(self.job.workers, held))
+                if better > self.job.workers.most:
+                    self._order(RESIZE, f"there is room for {better} workers: growing behind the next checkpoint")
+        if self._stop_by and now > self._stop_by:
+            what = f"the workers wrote no checkpoint within checkpoint.grace ({self.job.checkpoint.grace:g} s)"
+            interrupted = self._ordered == INTERRUPTED
+            self._fault = StoppedError(f"stopped by a signal; {what}") if interrupted else StalledError(what)
+        elif self._phase not in ("placing", "ended"):
+            self._watch(now)
+
+    def _watch(self, now: float) -> None:
+        limit = self.job.watchdog.stall if self._phase == "stepped" else self.job.watchdog.start
+        if reason := stalled(self._pulses, self.start.job.workers.most, now, limit, self._since):
+            where = self._keep_stacks()
+            self._fault = StalledError(f"{reason} (watchdog: {limit:g} s); the workers' stacks are in {where}")
+
+    def _order(self, code: int, why: str) -> None:
+        self._ordered = code
+        log.warning(why)
+        if code != RESIZE:
+            self._stop_by = time.time() + self.job.checkpoint.grace
+        self._board.order.remote(stop=code)
+
+    def _keep_stacks(self) -> str:
+        """Asks every worker for what its threads are at, and keeps what comes, in the run's folder."""
+        self._board.order.remote(dump=True)
+        stacks: dict[int, str] = {}
+        deadline = time.time() + STACKS_S
+        while time.time() < deadline and len(stacks) < self.job.workers.most:
+            time.sleep(POLL_S)
+            events, _ = ray.get(self._board.drain.remote(), timeout=10)
+            for event in events:
+                if event["kind"] == "stack":
+                    stacks[event["rank"]] = event["stack"]
+                else:
+                    self._take(event)
+        parts = [f"worker {r}: {stacks.get(r, 'no answer: frozen, or dead')}" for r in range(self.job.workers.most)]
+        place = self.job.run_folder.join("stacks", f"{time.strftime('%Y%m%dT%H%M%S')}.txt")
+        place.write("\n\n".join(parts).encode())
+        return str(place)
+
+    def _end_workers(self, thread: threading.Thread) -> None:
+        if self._pulses:
+            nodes.kill(list(self._pulses.values()))
+            thread.join(END_S)
+            self._drain()
+            if thread.is_alive():
+                raise TrainingError(f"Ray Train did not see within {END_S:.0f} s that its workers had ended") from self._fault
+
+    # Ray Train -------------------------------------------------------------------------------------------------------
+
+    def _trainer(self) -> Any:
+        job, start = self.job, self.start
+        workers = job.workers
+        replace = job.data.on_bad_sample == "replace"
+        fetch = stream.fetch(start.plan, start.order, start.step, job.train.steps, replace)
+        concurrency, memory = max(2, workers.most), job.data.memory_limit
+        size = sample_bytes(job.data.sequence_length, start.manifests)
+        config = {
+            "job": job.dump(),
+            "plan": start.plan.dump(),
+            "start_step": start.step,
+            "board": self._board,
+            "run_folder": str(job.run_folder),
+        }
+        attempts = job.run_folder.join("ray")
+        return V2.torch.TorchTrainer(
+            _worker,
+            train_loop_config=config,
+            datasets={"train": lambda: stream.dataset(fetch, concurrency, memory, size)},
+            dataset_config=stream.OrderedSplit(),
+            torch_config=V2.torch.TorchConfig(backend="nccl" if workers.gpus else "gloo"),
+            scaling_config=V2.ScalingConfig(
+                num_workers=workers.most,
+                use_gpu=bool(workers.gpus),
+                resources_per_worker={"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})},
+                placement_strategy=workers.placement.upper(),
+            ),
+            run_config=V2.RunConfig(
+                name=f"{job.name}-{uuid.uuid4().hex[:8]}",  # a name used before would restore Ray's own state
+                storage_path=attempts.path,
+                storage_filesystem=attempts.fs,
+                callbacks=[board.Placing(self._board)],
+                # the run's own loop decides what comes after a failure, and where there is no room
+                failure_config=V2.FailureConfig(
+                    max_failures=0,
+                    max_preemption_failures=0,
+                    controller_failure_limit=0 if len(start.counts) > 1 else -1,
+                ),
+                worker_runtime_env=remote_environment(workers.gpus),
+            ),
+        )
+
+
+def _worker(config: dict[str, Any]) -> dict[str, Any]:
+    from heliostat.train.loop import worker
+
+    return worker(config)
+
+
+def explain(error: Exception) -> HeliostatError:
+    """The one line for a failed fit: our own error from a worker if there is one, else Ray's, with the cause chained."""
+    failures = getattr(error, "worker_failures", {})
+    controller = getattr(error, "controller_failure", None)
+    for cause in [*failures.values(), controller]:
+        if known := innermost(cause):
+            known.args = (str(known).partition("\nFailed to apply UDF")[0], *known.args[1:])  # Ray Data's addition
+            return known
+    if type(controller).__name__.startswith("WorkerGroupStartup"):
+        fault: TrainingError = PlacementError(f"the workers could not be placed or started: {controller}")
+        fault.__cause__ = error
+        return fault
+    dead = [e for e in failures.values() if isinstance(_root(e), ray.exceptions.RayActorError | ray.exceptions.OutOfMemoryError)]
+    text = [line for line in str(next(iter([*dead, *failures.values()]), error)).splitlines() if line.strip()]
+    kind = WorkerError if failures and not dead and not _lost_peer(failures) else TrainingError
+    fault = kind(f"the workers failed: {text[-1].strip() if text else type(error).__name__}")
+    fault.__cause__ = error
+    return fault
+
+
+def _root(error: BaseException) -> BaseException:
+    while (inner := getattr(error, "health_check_failure", None) or getattr(error, "cause", None)) is not None:
+        error = inner
+    return error
+
+
+def _lost_peer(failures: dict[int, Exception]) -> bool:
+    """Whether what the workers raised is of a collective that another worker, or the network, has left."""
+    words = ("connection closed by peer", "connection reset", "gloo", "nccl", "timed out", "broken pipe", "socket")
+    return any(word in str(e).lower() for e in failures.values() for word in words)

@@ -1,0 +1,209 @@
+"""Runs that survive: whatever happens to workers and driver, the run ends as if nothing had, as one MLflow run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+import torch
+import yaml
+from heliostat import goodput
+from heliostat.check import check
+from heliostat.errors import WorkerError
+from heliostat.storage import Location
+from heliostat.train import checkpoint
+from heliostat.train.run import train
+from heliostat.verify import verify
+from mlflow import MlflowClient
+
+from jobs.causal_lm import CausalLM
+from tests.integration.conftest import curve
+from tests.integration.test_exact_data import complete, run_folder
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+STEPS = 60
+
+
+def settings(**changes: Any) -> list[str]:
+    made = {"train.steps": STEPS, "evaluate.every": STEPS, "checkpoint.every": 10, "train.log_every": 1, "retries.backoff": 0.1}
+    return [f"{k}={json.dumps(v)}" for k, v in {**made, **changes}.items()]
+
+
+def workers() -> list[psutil.Process]:
+    return [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::RayTrainWo")]
+
+
+def logged(tracking: str, folder: Location) -> int:
+    """The last step whose loss is in MLflow."""
+    try:
+        run_id = json.loads(folder.join("run.json").read())["run_id"]
+        return int(max(m.step for m in MlflowClient(tracking_uri=tracking).get_metric_history(run_id, "train/loss")))
+    except (FileNotFoundError, ValueError):
+        return 0
+
+
+def when(condition: Callable[[], bool], act: Callable[[], None]) -> threading.Thread:
+    """A thread that acts once the condition holds, or never."""
+
+    def watch() -> None:
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline:
+            if condition():
+                act()
+                return
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+@pytest.fixture(scope="module")
+def unbroken(corpus: str, tracking: str, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    from tests.integration.conftest import tiny_job
+
+    folder = tmp_path_factory.mktemp("unbroken")
+    path = folder / "unbroken.yaml"
+    path.write_text(yaml.safe_dump({**tiny_job(corpus, tracking, folder), "name": "unbroken"}))
+    return curve(tracking, train(path, settings())["run_id"])
+
+
+def test_killed_frozen_and_preempted_workers_cost_time_and_nothing_else(job_file, tracking, unbroken):
+    """A worker is killed, then one is frozen, then one gets SIGTERM: three restarts in one command, and the unbroken curve."""
+    path = job_file("battered")
+    folder = run_folder(path)
+    kills = [(15, signal.SIGKILL), (25, signal.SIGSTOP), (35, signal.SIGTERM)]
+
+    def strike() -> None:
+        for step, number in kills:
+            deadline = time.monotonic() + 120
+            while logged(tracking, folder) < step and time.monotonic() < deadline:
+                time.sleep(0.05)
+            workers()[-1].send_signal(number)
+            time.sleep(3)
+
+    thread = threading.Thread(target=strike, daemon=True)
+    thread.start()
+    result = train(path, settings(**{"watchdog.stall": 8}))
+    thread.join(10)
+    assert result["restarts"] == 3 and result["steps"] == STEPS
+    assert curve(tracking, result["run_id"]) == pytest.approx(unbroken, abs=1e-5)
+    report = verify(folder)
+    assert report["ok"] and report["steps"] == STEPS and report["lost"] == report["repeated"] == 0
+    attempts = goodput.read_report(folder)["attempts"]
+    assert [a["outcome"] for a in attempts] == ["failed", "failed", "preempted", "finished"]
+    # SIGTERM is heeded: the last attempt goes on from exactly where the one before it stopped, which is no turn for a checkpoint
+    assert attempts[3]["start_step"] == attempts[2]["reached"] > 35
+    # the frozen worker cannot tell what it is at, the one that waited for it can
+    (stacks,) = [folder.join("stacks", name).read().decode() for name, _ in folder.join("stacks").files()]
+    assert "worker 1: no answer: frozen, or dead" in stacks and "all_reduce" in stacks
+    assert MlflowClient(tracking_uri=tracking).get_run(result["run_id"]).info.status == "FINISHED"
+
+
+def test_a_run_shrinks_to_the_room_there_is_and_grows_behind_a_checkpoint(job_file, tracking, unbroken):
+    """Elastic from 1 to 4: others hold the cluster's CPUs at first, and give them back: more workers, the same curve."""
+    path = job_file("elastic")
+    total = int(ray.cluster_resources()["CPU"])
+    others = ray.util.placement_group([{"CPU": 1}] * (total - 3), strategy="PACK")
+    assert others.wait(30)
+    folder = run_folder(path)
+    giving = when(lambda: logged(tracking, folder) >= 5, lambda: ray.util.remove_placement_group(others))
+    result = train(path, settings(**{"workers.count": [1, 4], "train.steps": STEPS}))
+    giving.join(10)
+    assert curve(tracking, result["run_id"]) == pytest.approx(unbroken, abs=1e-5)
+    attempts = goodput.read_report(folder)["attempts"]
+    assert [(a["workers"], a["outcome"]) for a in attempts] == [(2, "resize"), (4, "finished")]
+    assert attempts[1]["start_step"] == attempts[0]["reached"] and attempts[0]["reached"] % 10 == 0
+    assert verify(folder)["ok"]
+
+
+def test_a_driver_told_to_stop_leaves_a_checkpoint_and_another_command_ends_the_run(job_file, tracking, unbroken):
+    """SIGTERM to `heliostat train`: exit code 130, KILLED in MLflow, no step lost; the resumed run ends with the same curve."""
+    path = job_file("stopped")
+    folder = run_folder(path)
+    command = [sys.executable, "-c", "from heliostat.cli import main; main()", "train", str(path), "--resume"]
+    command += [word for setting in settings() for word in ("--set", setting)]
+    driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    when(lambda: logged(tracking, folder) >= 13, driver.terminate)
+    _, told = driver.communicate(timeout=300)
+    assert driver.returncode == 130, told[-3000:]
+    assert "error: stopped at step" in told and "Traceback" not in told
+    newest = checkpoint.latest(folder)
+    assert newest is not None and newest.step > 13
+    run_id = json.loads(folder.join("run.json").read())["run_id"]
+    assert MlflowClient(tracking_uri=tracking).get_run(run_id).info.status == "KILLED"
+    result = train(path, settings(), resume=True)
+    assert result["run_id"] == run_id and curve(tracking, run_id) == pytest.approx(unbroken, abs=1e-5)
+    assert sum(a["parts"]["lost"] for a in goodput.read_report(folder)["attempts"]) == pytest.approx(0, abs=1.0)
+
+
+class Poisoned(CausalLM):
+    """A recipe whose loss is 30 times as high for the samples whose first tokens a file lists."""
+
+    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        bad = {tuple(row) for row in json.loads(Path(os.environ["HELIOSTAT_TEST_POISON"]).read_text())}
+        hit = any(tuple(row[:16].tolist()) in bad for row in batch["input_ids"])
+        return super().loss(model, batch) * (30 if hit else 1)
+
+
+class Broken(CausalLM):
+    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return super().loss(model, batch) + "a string"  # type: ignore[operator]
+
+
+@pytest.fixture
+def poison() -> Iterator[Path]:
+    """Where the list of bad samples is; Ray's workers inherited the variable's value when the session began."""
+    path = Path(os.environ["HELIOSTAT_TEST_POISON"])
+    yield path
+    path.write_text("[]")
+
+
+def test_a_loss_spike_is_undone_and_its_samples_are_left_out(job_file, tracking, poison):
+    """The run goes back to the checkpoint before, skips the steps at fault, says so in its data plan, and verifies."""
+    from heliostat.data.dataset import DataPlan, open_dataset
+
+    path = job_file("spiky")
+    data = open_dataset(check(path, settings()).plan)
+    rows = data.read(data.order.locate(data.order.step(33).ravel()))
+    poison.write_text(json.dumps([row[:16].tolist() for row in rows]))
+    options = {"recipe": "tests.integration.test_survival:Poisoned", "spike": {"window": 16, "action": "rollback"}}
+    result = train(path, settings(**options))
+    assert result["restarts"] == 1 and result["train_loss"] < 6
+    assert max(curve(tracking, result["run_id"])) < 8
+    report = verify(run_folder(path))
+    assert report["ok"] and report["steps"] == STEPS and report["lost"] == report["repeated"] == 0
+    newest = checkpoint.latest(run_folder(path))
+    assert newest is not None and DataPlan.parse(newest.index["data"]).skips == ((30, 32, 2),)
+    after = open_dataset(DataPlan.parse(newest.index["data"])).order
+    assert [after.data_step(s) for s in (31, 32, 33)] == [31, 34, 35]
+
+
+def test_a_bug_in_a_recipe_ends_the_run_after_one_more_try_with_its_own_message(job_file):
+    with pytest.raises(WorkerError, match=r"the workers failed: TypeError: .*; a second time, so it was not tried again"):
+        train(job_file("buggy"), settings(recipe="tests.integration.test_survival:Broken"))
+
+
+def test_a_checkpoint_damaged_in_its_bytes_is_passed_over_and_the_run_goes_on_from_the_one_before(job_file, tracking, unbroken):
+    path = job_file("damaged")
+    folder = run_folder(path)
+    train(path, settings(**{"train.steps": 20}))
+    shard = next(Path(checkpoint.folder(folder, 20).path).glob("*.safetensors"))
+    raw = bytearray(shard.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    shard.write_bytes(raw)
+    assert complete(folder, 20)
+    result = train(path, settings(), resume=True)
+    assert result["restarts"] == 1
+    assert curve(tracking, result["run_id"])[20:] != [] and verify(folder)["ok"]
+    assert [a["start_step"] for a in goodput.read_report(folder)["attempts"]] == [0, 20, 10]

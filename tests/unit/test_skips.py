@@ -1,0 +1,59 @@
+"""Samples left out of the order, as after a loss spike: nothing else moves, and no stream brings what is not wanted."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from heliostat.data import stream
+from heliostat.data.dataset import DataPlan
+from heliostat.data.mixing import Shape
+from heliostat.data.order import Order, hold_out
+
+STEPS = 60
+
+
+def order(seed: int, skips: list[tuple[int, int]]) -> Order:
+    rng = np.random.default_rng(seed)
+    lanes, per_lane, superstep = (int(n) for n in rng.integers(1, 5, 3))
+    shape = Shape(lanes * per_lane, lanes, superstep, per_lane * superstep * int(rng.integers(1, 6)))
+    split = hold_out(rng.integers(1, 40, 12), np.arange(12).astype(np.uint64), 0.1)
+    return Order([split], [(0, [1.0])], seed, shape, skips=skips)
+
+
+def random_skips(seed: int) -> list[tuple[int, int]]:
+    rng = np.random.default_rng([seed, 1])
+    steps = sorted(rng.choice(STEPS, int(rng.integers(1, 4)), replace=False).tolist())
+    return [(step, int(rng.integers(1, 30))) for step in steps]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_step_takes_what_lies_behind_all_that_was_left_out_before_it(seed):
+    """Step t is the whole sequence's step t plus the steps left out up to t; so earlier steps never change."""
+    skips = random_skips(seed)
+    whole, short = order(seed, []), order(seed, skips)
+    for step in range(STEPS):
+        later = sum(count for at, count in skips if at <= step)
+        assert np.array_equal(short.step(step), whole.step(step + later))
+        assert np.array_equal(short.consumed(step), whole.consumed(step + later))
+
+
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("start", [0, 7, 31])
+def test_the_stream_brings_each_superstep_that_is_trained_on_once_and_no_other(seed, start):
+    made = order(seed, random_skips(seed))
+    fetch = stream.fetch(SimpleNamespace(shape=made.shape), made, start, STEPS, replace=True)
+    brought = [n for i in range(fetch.count) for n in made.envelopes(fetch.window(i)) if any(a <= n < b for a, b in fetch.wanted)]
+    supersteps = list(dict.fromkeys(made.superstep(step).envelope for step in range(start, STEPS)))
+    assert brought == [first + lane for first in supersteps for lane in range(made.shape.lanes)]
+
+
+def test_a_plan_with_skips_is_another_sequence_and_one_without_keeps_its_digest():
+    """Runs of before there were skips go on under the digest that their receipts hold."""
+    plan = DataPlan(("a",), ("d",), ((0, (1.0,)),), (None,), 64, 1, 0.0, Shape(8, 4, 2, 16))
+    raw = plan.dump()
+    del raw["skips"]
+    assert DataPlan.parse(raw) == plan and DataPlan.parse(raw).digest == plan.digest
+    skipping = dataclasses.replace(plan, skips=((30, 32, 2),))
+    assert DataPlan.parse(skipping.dump()) == skipping and skipping.digest != plan.digest
+    assert (plan.begins, skipping.begins, skipping.first_step) == (0, 30, 0)
