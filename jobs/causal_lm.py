@@ -85,13 +85,16 @@ class CausalLM:
             self.config.pad_token_id = None
 
     def build(self) -> torch.nn.Module:
+        from transformers.initialization import no_init_weights
+        from transformers.integrations import is_deepspeed_zero3_enabled
+
         if self.pretrained:
             model = transformers.AutoModelForCausalLM.from_pretrained(self.pretrained, config=self.config, dtype=torch.float32)
-        elif transformers.integrations.is_deepspeed_zero3_enabled():
+        elif is_deepspeed_zero3_enabled():
             model = transformers.AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
         else:
             # as at ZeRO-3: constructors draw no random numbers, so that every stage starts alike
-            with transformers.initialization.no_init_weights():
+            with no_init_weights():
                 model = transformers.AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
             model.init_weights()
         if self.checkpointing:
@@ -242,8 +245,8 @@ def _config(model: dict[str, Any]) -> Any:
         raise ConfigError(f"model.arch: {arch!r} is no causal language model of transformers{near}")
     kind = transformers.CONFIG_MAPPING[arch]
     act = keys.get("hidden_act", keys.get("activation_function"))
-    if isinstance(act, str) and act not in (known := transformers.activations.ACT2FN):
-        raise ConfigError(f"model.hidden_act: {act!r} is no activation{nearest(act, list(known))}")
+    if isinstance(act, str):
+        _check_activation(act)
     known = {*kind.__dataclass_fields__, *kind.attribute_map}
     for key in keys:
         if key not in known:
@@ -265,6 +268,13 @@ def _config(model: dict[str, Any]) -> Any:
             f"model.num_key_value_heads: {groups} does not divide num_attention_heads {heads}; {_divisor(heads, groups)}"
         )
     return config
+
+
+def _check_activation(name: str) -> None:
+    from transformers.activations import ACT2FN
+
+    if name not in ACT2FN:
+        raise ConfigError(f"model.hidden_act: {name!r} is no activation{nearest(name, list(ACT2FN))}")
 
 
 def _check_heads(kind: Any, keys: dict[str, Any]) -> None:

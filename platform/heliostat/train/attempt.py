@@ -234,9 +234,11 @@ def explain(error: Exception) -> HeliostatError:
         fault.__cause__ = error
         return fault
     dead = [e for e in failures.values() if isinstance(_root(e), ray.exceptions.RayActorError | ray.exceptions.OutOfMemoryError)]
-    text = [line for line in str(next(iter([*dead, *failures.values()]), error)).splitlines() if line.strip()]
+    first = next(iter([*dead, *failures.values()]), error)
+    first = getattr(first, "_base_exc", first)  # what Ray Train wraps an exception of the training function in
+    text = [line for line in str(first).splitlines() if line.strip()]
     kind = WorkerError if failures and not dead and not _lost_peer(failures) else TrainingError
-    fault = kind(f"the workers failed: {text[-1].strip() if text else type(error).__name__}")
+    fault = kind(f"the workers failed: {type(first).__name__}{f': {text[-1].strip()}' if text else ''}")
     fault.__cause__ = error
     return fault
 
