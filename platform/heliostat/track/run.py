@@ -47,7 +47,7 @@ class RunOwner:
         self._fault: Exception | None = None
         self.run_id = ""
         self._resumed = False
-        self._last: dict[str, int] = {}  # of a resumed run's metrics: the last step that is logged already
+        self._last: dict[str, int] = {}  # of each metric: the last step that is logged
         self._thread = threading.Thread(target=self._write, name="mlflow", daemon=True)
 
     def post(self, event: dict[str, Any]) -> None:
@@ -158,17 +158,19 @@ class RunOwner:
     def _log(self, events: list[dict[str, Any]]) -> None:
         from mlflow.entities import Metric
 
-        found = [p for e in events for p in points(e)]
-        metrics = [Metric(k, v, int(t * 1000), step) for k, v, t, step in found if step > self._logged(k)]
+        metrics = []
+        for key, value, at, step in (p for e in events for p in points(e)):
+            if step > self._logged(key):
+                metrics.append(Metric(key, value, int(at * 1000), step))
+                self._last[key] = step
         for i in range(0, len(metrics), BATCH):
             self._client.log_batch(self.run_id, metrics=metrics[i : i + BATCH])
 
     def _logged(self, key: str) -> int:
-        """The last step that earlier attempts have logged of a metric: recomputed steps are not logged again."""
-        if not self._resumed:
-            return 0
+        """The last step that is logged of a metric, by whichever attempt: recomputed steps are not logged again."""
         if key not in self._last:
-            self._last[key] = max((m.step for m in self._client.get_metric_history(self.run_id, key)), default=0)
+            history = self._client.get_metric_history(self.run_id, key) if self._resumed else []
+            self._last[key] = max((m.step for m in history), default=0)
         return self._last[key]
 
 
