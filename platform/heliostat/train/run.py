@@ -33,6 +33,7 @@ from heliostat.errors import (
     HeliostatError,
     LossSpikeError,
     StoppedError,
+    StorageError,
 )
 from heliostat.storage import Location
 from heliostat.track.run import RunOwner
@@ -209,8 +210,12 @@ class _Run:
             self._restart("failed", str(error))
             return
         before = error.step if isinstance(error, CorruptCheckpointError) else None
-        newest = checkpoint.latest(self.job.run_folder, before)
-        step = newest.step if newest else 0
+        try:
+            newest = checkpoint.latest(self.job.run_folder, before)
+            step = newest.step if newest else 0
+        except StorageError as e:  # still away: the next attempt looks from where this one began
+            log.warning("%s", e)
+            step = self.start_step
         wait = self.budget.spend(error, step)
         again = f"retry {self.budget.used} of {self.budget.retries.max}"
         log.warning("%s; going on from step %d in %.0f s (%s)", error, step, wait, again)
