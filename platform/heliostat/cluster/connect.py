@@ -40,6 +40,7 @@ def connect(cpus: int, gpus: int = 0, verbose: bool = False) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # the driver looks for itself
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")  # then there may be room for fewer
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")  # how soon a dead worker, or the end, is seen
     if os.environ.get("RAY_ADDRESS"):
         ray.init(address="auto", **options)
         return

@@ -27,6 +27,7 @@ from heliostat.data.order import Order
 from heliostat.errors import HeliostatError, PlacementError, StalledError, StoppedError, TrainingError, WorkerError, innermost
 from heliostat.spec import Job
 from heliostat.train import board
+from heliostat.train.placing import Placing
 from heliostat.train.signals import Signals
 from heliostat.train.survive import INTERRUPTED, PREEMPTED, RESIZE, choose, stalled
 
@@ -203,7 +204,7 @@ class Attempt:
                 name=f"{job.name}-{uuid.uuid4().hex[:8]}",  # a name used before would restore Ray's own state
                 storage_path=attempts.path,
                 storage_filesystem=attempts.fs,
-                callbacks=[board.Placing(self._board)],
+                callbacks=[Placing(self._board)],
                 # the run's own loop decides what comes after a failure, and where there is no room
                 failure_config=V2.FailureConfig(
                     max_failures=0,

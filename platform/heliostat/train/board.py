@@ -11,7 +11,6 @@ import time
 from typing import Any
 
 import ray
-from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 LIMIT = 100_000  # events; a driver that is away this long loses the oldest
@@ -48,21 +47,6 @@ def make() -> Any:
     """A board on this node: it must not die with a worker's."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
-
-
-class Placing(WorkerGroupCallback):
-    """Posts when Ray Train asks for room for the workers, and readies each worker's process when they have started."""
-
-    def __init__(self, board: Any) -> None:
-        self._board = board
-
-    def before_worker_group_start(self, worker_group_context: Any) -> None:
-        self._board.post.remote({"kind": "phase", "phase": "placing", "at": time.time()})
-
-    def after_worker_group_start(self, worker_group: Any) -> None:
-        from heliostat.train.pulse import heed_sigterm
-
-        worker_group.execute(heed_sigterm)
 
 
 def queued_s() -> float:

@@ -9,6 +9,9 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,11 +26,25 @@ def prepare_environment(gpus: float) -> None:
     """Makes DeepSpeed importable and usable on this machine, with or without a C++ compiler."""
     if not gpus:
         os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed
+    with _without("mlflow"):  # DeepSpeed's autotuner takes it where it is: 3 of the 11 s that a worker's imports took
+        import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # On CPU every initialize compiles a shared-memory all-reduce that training never calls: 27 s, and a crash without g++.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+@contextmanager
+def _without(module: str) -> Iterator[None]:
+    """Inside, importing the module fails, unless that was done before."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
 
 
 def engine_config(job: Job) -> dict[str, Any]:
