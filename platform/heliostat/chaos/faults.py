@@ -26,7 +26,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from heliostat.chaos import proxy
-from heliostat.chaos.nodes import LocalNodes, Node
+from heliostat.chaos.nodes import LocalNodes
 from heliostat.chaos.process import ChaosError, Command, workers
 from heliostat.chaos.servers import Server, mlflow_server, s3_server
 from heliostat.check import Checked
@@ -124,20 +124,32 @@ def cannot_make_nodes(job: Job) -> str | None:
     return None
 
 
-def prepare_nodes(scene: Scene) -> list[Node]:
+def prepare_nodes(scene: Scene) -> LocalNodes:
     """A node for each worker, and one to spare."""
     job = scene.checked.job
     nodes = scene.stack.enter_context(LocalNodes(scene.folder, job.workers.most + 1, job.workers.cpus + 1))
     scene.environment |= nodes.environment
     scene.settings["workers.placement"] = "strict_spread"
-    return nodes.nodes
+    return nodes
 
 
 def kill_node(scene: Scene, command: Command) -> None:
-    busy = [node for node in scene.tool[1:] if node.workers()]  # the first is the head
+    busy = [node for node in scene.tool.nodes[1:] if node.workers()]  # the first is the head
     if not busy:
         raise ChaosError("no node with a worker was found")
     scene.random.choice(busy).kill()
+
+
+def prepare_head(scene: Scene) -> LocalNodes:
+    scene.environment["RAY_gcs_rpc_server_reconnect_timeout_s"] = "10"  # a driver waits a minute by default
+    return prepare_nodes(scene)
+
+
+def restart_head(scene: Scene, command: Command) -> None:
+    """The cluster's head dies, and with it Ray's control plane and the run's driver; later there is a cluster again."""
+    scene.tool.stop()
+    command.until_ended(SEEING_S)
+    scene.tool.start()
 
 
 # stores --------------------------------------------------------------------------------------------------------------
@@ -310,6 +322,8 @@ FAULTS = {
         Fault("sigterm", "the command gets SIGTERM, and is submitted again", sigterm, notice="SIGTERM: stopping",
               submitted_again=True),
         Fault("kill-driver", "the command's process is killed, and it is submitted again", kill_driver, submitted_again=True),
+        Fault("restart-head", "the cluster's head dies and starts again, and the command is submitted again", restart_head,
+              prepare_head, cannot_make_nodes, submitted_again=True),
         Fault("s3-503", "the object store refuses a share of the requests", s3_503, prepare_s3, no_s3),
         Fault("corrupt-shard", "a byte of a shard is wrong", met_corrupt_shard, prepare_corrupt_shard),
         Fault("torn-checkpoint", "the newest checkpoint loses half of a shard, and a worker is killed", torn_checkpoint),

@@ -55,19 +55,28 @@ class LocalNodes:
         self.nodes: list[Node] = []
 
     def __enter__(self) -> LocalNodes:
+        self.start()
+        return self
+
+    def start(self) -> None:
+        """All of them; also again, at the same addresses, when all were stopped."""
         try:
             self._start("127.0.0.1", "--head", f"--port={self.address.rpartition(':')[2]}", "--num-cpus=0",
                         "--include-dashboard=false")  # fmt: skip
             for number in range(2, self._count + 2):
                 self._start(f"127.0.0.{number}", f"--address={self.address}", f"--num-cpus={self._cpus:g}")
         except BaseException:
-            self.__exit__()
+            self.stop()
             raise
-        return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """The whole cluster dies, the head first."""
         for node in self.nodes:
             node.kill()
+        self.nodes = []
 
     def _start(self, host: str, *arguments: str) -> None:
         """Starts a node, and returns when the cluster knows it."""

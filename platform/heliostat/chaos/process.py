@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -17,6 +18,8 @@ from typing import Any
 import psutil
 
 from heliostat import workspace
+
+log = logging.getLogger(__name__)
 
 STEP = re.compile(r" step (\d+)/\d+  loss ")
 WORKER = "ray::RayTrainWo"  # as much of its name as Linux keeps
@@ -91,6 +94,14 @@ class Command:
             if time.monotonic() > deadline:
                 raise ChaosError(f"no {what} within {seconds:.0f} s; see {self.log}")
             time.sleep(0.02)
+
+    def until_ended(self, seconds: float) -> None:
+        """Waits for its end, and ends it if that does not come: it has lost what it needs."""
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            log.warning("the command was still there %.0f s after it had lost its cluster, and was killed", seconds)
+            end_tree(self.process.pid)
 
     def heard(self, words: str, since: float) -> float | None:
         """When it first said this after a time, in capitals or not."""
