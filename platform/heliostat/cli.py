@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
+from heliostat.chaos.command import chaos
 from heliostat.errors import ConfigError, HeliostatError, VerifyError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -282,6 +283,9 @@ def _print_sample(sample: dict[str, Any], full: bool) -> None:
         out.print(f"  in place of {bad['shard']}, row group {bad['row_group']}, row {bad['row']}: {bad['reason']}", markup=False)
     text = sample["text"]
     out.print(text if full else "  " + json.dumps(text[:200], ensure_ascii=False) + (" ..." if text[200:] else ""), markup=False)
+
+
+app.command()(chaos)
 
 
 @app.command()

@@ -1,13 +1,15 @@
 """The owner of one MLflow run: everything that a run leaves in MLflow goes through here, from the driver's process.
 
 It writes through MlflowClient with an explicit run id, which is kept beside the checkpoints (`run.json`), so that a resumed
-run continues the same MLflow run. Events are queued and written by one thread: a slow server never slows training.
+run continues the same MLflow run. Events are queued and written by one thread: a server that is slow, or away, never slows
+training. What it does not take waits (`outbox`) and is tried again; at the end for AWAY_S, and then by the run's next command.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import queue
 import subprocess
 import threading
@@ -18,15 +20,20 @@ from typing import Any
 
 from heliostat import goodput, workspace
 from heliostat.data.manifest import Manifest
-from heliostat.errors import TrackingError
+from heliostat.errors import HeliostatError, TrackingError
 from heliostat.spec import Job
 from heliostat.storage import Location
+from heliostat.track import outbox
+from heliostat.track.outbox import Point
 
 log = logging.getLogger(__name__)
 
 RECORD = "run.json"
 PACKAGES = ("heliostat", "ray", "torch", "deepspeed", "transformers", "diffusers", "pyarrow", "mlflow", "numpy")
-BATCH = 1000  # the most metrics that MLflow takes in one call
+AWAY_S = 120.0  # how long the end of a command waits for an MLflow that does not answer
+PAUSE_S, PAUSE_MAX_S = 0.5, 15.0  # between two tries; each is twice as long as the one before
+# MLflow's client by itself tries for minutes, in which nothing could be done
+CLIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 
 
 def record(run: Location) -> dict[str, Any]:
@@ -42,12 +49,13 @@ class RunOwner:
 
     def __init__(self, job: Job, manifests: list[Manifest]) -> None:
         self.job, self.manifests = job, manifests
-        self._queue: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        self._ready = threading.Event()
-        self._fault: Exception | None = None
-        self.run_id = ""
-        self._resumed = False
-        self._last: dict[str, int] = {}  # of each metric: the last step that is logged
+        self.run_id = self._made = ""
+        self._queue: queue.Queue[dict[str, Any]] = queue.Queue()
+        self._answers = threading.Event()  # MLflow's last answer was a good one
+        self._fault: Exception | None = None  # of the last exchange
+        self._since = 0.0  # of an outage
+        self._patient = True  # until somebody has waited in vain
+        self._end: dict[str, Any] | None = None
         self._thread = threading.Thread(target=self._write, name="mlflow", daemon=True)
 
     def post(self, event: dict[str, Any]) -> None:
@@ -61,75 +69,137 @@ class RunOwner:
             self._thread.start()
 
     def client(self) -> Any:
-        """The MlflowClient, once the run is open; TrackingError if it could not be opened."""
+        """The MlflowClient, once MLflow has answered; TrackingError if it does not for AWAY_S."""
         self._start()
-        self._ready.wait(timeout=300)
-        if self._fault or not self.run_id:
-            raise TrackingError(f"mlflow.uri: {self.job.mlflow.uri}: {self._fault or 'no answer in 300 s'}") from self._fault
+        if not self._answers.wait(AWAY_S):
+            self._patient = False
+            raise TrackingError(f"{self._away()}; use --resume when it answers again: training is not repeated") from self._fault
         return self._client
 
-    def log_goodput(self, report: dict[str, Any]) -> None:
-        """The run's goodput at the end: its metrics, the whole report, and a figure."""
-        step = max(a["reached"] for a in report["attempts"])
-        self.post({"kind": "goodput", "report": report, "step": step, "at": time.time()})
+    def describe(self, model_uri: str, samples: list[tuple[str, str]]) -> None:
+        """The run's model, and what it wrote for each prompt."""
+        from mlflow.exceptions import MlflowException
+
         client = self.client()
         try:
-            client.log_dict(self.run_id, report, "goodput.json")
-            client.log_figure(self.run_id, goodput.chart(report), "goodput.png")
-        except Exception as e:  # noqa: BLE001 (whatever MLflow raises: the run's status must be written all the same)
-            log.error("MLflow refused the goodput of run %s: %s", self.run_id, e)
+            client.set_tag(self.run_id, "heliostat.model_uri", model_uri)
+            client.log_table(self.run_id, {"prompt": [p for p, _ in samples], "text": [t for _, t in samples]}, "samples.json")
+        except MlflowException as e:
+            raise TrackingError(f"mlflow.uri: {self.job.mlflow.uri} failed ({e}); use --resume: training is not repeated") from e
 
-    def finish(self, status: str, reason: str = "") -> None:
-        """Writes what is queued, then the run's status: FINISHED, FAILED or KILLED."""
+    def finish(self, status: str, reason: str, report: dict[str, Any]) -> None:
+        """Writes all that waits, the run's goodput, and its status: FINISHED, FAILED or KILLED.
+
+        If MLflow stays away for AWAY_S, the run's next command does it: TrackingError for a run that is FINISHED.
+        """
+        step = max(a["reached"] for a in report["attempts"])
+        self.post({"kind": "goodput", "report": report, "step": step, "at": time.time()})
+        self.post({"kind": "end", "status": status, "reason": reason, "report": report})
         self._start()
-        self._queue.put(None)
-        self._thread.join(timeout=300)
-        client = self.client()
-        if reason:
-            client.set_tag(self.run_id, "heliostat.reason", reason[:5000])
-        client.set_terminated(self.run_id, status)
+        self._thread.join(2 * AWAY_S)
+        if self._fault or self._thread.is_alive():
+            told = f"{self._away()}; what it has not got is in {self.job.run_folder.join(outbox.FILE)}, and the next `heliostat "
+            told += "train --resume` of this run logs it"
+            if status == "FINISHED":
+                raise TrackingError(told) from self._fault
+            log.error(told)
+
+    def _away(self) -> str:
+        reason = str(self._fault or "no answer").strip().splitlines()[0]
+        return f"mlflow.uri: {self.job.mlflow.uri} did not take the run's metrics for {AWAY_S:.0f} s ({reason[:200]})"
 
     # the writing thread ----------------------------------------------------------------------------------------------
 
     def _write(self) -> None:
-        try:
-            self._open()
-        except Exception as e:  # noqa: BLE001 (whatever MLflow raises; `client` reports it)
-            self._fault = e
-        self._ready.set()
-        while self._fault is None:
-            events = [self._queue.get()]
-            while not self._queue.empty():
-                events.append(self._queue.get())
+        """Until the end was posted and written, or it is too late for that."""
+        pause, deadline = 0.0, float("inf")
+        box = outbox.Outbox(self.job.run_folder, self._send, self._known)
+        while True:
+            box.add(point for event in self._gather(pause) for point in points(event))
+            if self._end and deadline == float("inf"):
+                deadline = time.monotonic() + (AWAY_S if self._patient else 0.0)
             try:
-                self._log([e for e in events if e is not None])
-            except Exception as e:  # noqa: BLE001
-                log.error("MLflow refused metrics of run %s: %s", self.run_id, e)
-            if None in events:
+                self._deliver(box)
+            except Exception as e:  # noqa: BLE001 (whatever MLflow, or the store of the run's folder, raises)
+                pause = min(PAUSE_MAX_S, max(PAUSE_S, 2 * pause))
+                self._failed(e, box)
+            else:
+                pause, self._fault = 0.0, None
+                self._answers.set()
+            if self._end and (self._fault is None or time.monotonic() > deadline):
                 return
 
+    def _gather(self, pause: float) -> list[dict[str, Any]]:
+        """The next events; after a failed exchange those of the pause, which the end of the run cuts short."""
+        events, until = list[dict[str, Any]](), time.monotonic() + pause
+        while True:
+            try:
+                left = until - time.monotonic()
+                event = self._queue.get(timeout=max(0.0, left)) if pause or events else self._queue.get()
+            except queue.Empty:
+                return events
+            if event["kind"] == "end":
+                self._end = event
+                return events
+            events.append(event)
+
+    def _deliver(self, box: outbox.Outbox) -> None:
+        if not self.run_id:
+            self._open()
+        waiting = len(box)
+        box.flush()
+        if self._fault:
+            away = time.monotonic() - self._since
+            log.warning("MLflow answers again after %.0f s: it has the %d metrics that waited", away, waiting)
+        if self._end:
+            self._close(self._end)
+
+    def _failed(self, error: Exception, box: outbox.Outbox) -> None:
+        if self._fault is None:
+            self._since = time.monotonic()
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            log.warning("MLflow does not answer: metrics are kept until it does, and training goes on (%s)", reason[:200])
+        self._fault = error
+        self._answers.clear()
+        try:
+            box.keep()
+        except (HeliostatError, OSError) as e:
+            log.warning("what waits for MLflow could not be kept in the run's folder: %s", e)
+
+    def _close(self, end: dict[str, Any]) -> None:
+        """The run's goodput as a whole, and a figure; its status."""
+        try:
+            self._client.log_dict(self.run_id, end["report"], "goodput.json")
+            self._client.log_figure(self.run_id, goodput.chart(end["report"]), "goodput.png")
+        except Exception as e:  # noqa: BLE001 (whatever MLflow raises: the run's status must be written all the same)
+            log.error("MLflow refused the goodput of run %s: %s", self.run_id, e)
+        if end["reason"]:
+            self._client.set_tag(self.run_id, "heliostat.reason", end["reason"][:5000])
+        self._client.set_terminated(self.run_id, end["status"])
+
     def _open(self) -> None:
+        for name, value in CLIENT.items():
+            os.environ.setdefault(name, value)
         import mlflow
 
         job = self.job
         self._client = mlflow.MlflowClient(tracking_uri=job.mlflow.uri)
         found = record(job.run_folder)
         if found.get("run_id") and found.get("uri") == job.mlflow.uri:
-            self.run_id, self._resumed = found["run_id"], True
-            self._client.update_run(self.run_id, status="RUNNING")
+            self._client.update_run(found["run_id"], status="RUNNING")
+            self.run_id = found["run_id"]
             return
-        experiment = self._client.get_experiment_by_name(job.mlflow.experiment)
-        experiment_id = experiment.experiment_id if experiment else self._create_experiment()
-        run = self._client.create_run(experiment_id, run_name=job.name, tags=_tags(job))
-        job.run_folder.join(RECORD).write(
-            json.dumps({"run_id": run.info.run_id, "uri": job.mlflow.uri, "name": job.name}).encode()
-        )
+        if not self._made:  # an earlier try may have come to this point
+            experiment = self._client.get_experiment_by_name(job.mlflow.experiment)
+            experiment_id = experiment.experiment_id if experiment else self._create_experiment()
+            self._made = self._client.create_run(experiment_id, run_name=job.name, tags=_tags(job)).info.run_id
         params = [mlflow.entities.Param(k, v) for k, v in flatten(job.dump()).items()]
         for i in range(0, len(params), 100):
-            self._client.log_batch(run.info.run_id, params=params[i : i + 100])
-        self._client.log_dict(run.info.run_id, job.dump(), "job.json")
-        self._log_inputs(run.info.run_id)
-        self.run_id = run.info.run_id
+            self._client.log_batch(self._made, params=params[i : i + 100])
+        self._client.log_dict(self._made, job.dump(), "job.json")
+        self._log_inputs(self._made)
+        job.run_folder.join(RECORD).write(json.dumps({"run_id": self._made, "uri": job.mlflow.uri, "name": job.name}).encode())
+        self.run_id = self._made
 
     def _create_experiment(self) -> str:
         uri = self.job.mlflow.uri
@@ -155,27 +225,19 @@ class RunOwner:
             inputs.append(DatasetInput(dataset, tags))
         self._client.log_inputs(run_id, datasets=inputs)
 
-    def _log(self, events: list[dict[str, Any]]) -> None:
+    def _send(self, new: list[outbox.Point]) -> None:
         from mlflow.entities import Metric
 
-        metrics = []
-        for key, value, at, step in (p for e in events for p in points(e)):
-            if step > self._logged(key):
-                metrics.append(Metric(key, value, int(at * 1000), step))
-                self._last[key] = step
-        for i in range(0, len(metrics), BATCH):
-            self._client.log_batch(self.run_id, metrics=metrics[i : i + BATCH])
+        self._client.log_batch(self.run_id, metrics=[Metric(p.key, p.value, int(p.at * 1000), p.step) for p in new])
 
-    def _logged(self, key: str) -> int:
-        """The last step that is logged of a metric, by whichever attempt: recomputed steps are not logged again."""
-        if key not in self._last:
-            history = self._client.get_metric_history(self.run_id, key) if self._resumed else []
-            self._last[key] = max((m.step for m in history), default=0)
-        return self._last[key]
+    def _known(self) -> dict[str, int]:
+        """The last place that MLflow has of each metric."""
+        found = self._client.get_run(self.run_id).data.to_proto().metrics
+        return {m.key: outbox.Point(m.key, m.value, m.timestamp / 1000, m.step).place for m in found}
 
 
-def points(event: dict[str, Any]) -> list[tuple[str, float, float, int]]:
-    """(metric, value, wall clock, step) that an event is logged as; `step` counts finished steps."""
+def points(event: dict[str, Any]) -> list[Point]:
+    """What an event is logged as."""
     at = event.get("at", time.time())
     if event["kind"] == "steps":
         first, count = event["first"], len(event["loss"])
@@ -184,21 +246,21 @@ def points(event: dict[str, Any]) -> list[tuple[str, float, float, int]]:
         for i in range(count):
             when = at - each * (count - 1 - i)
             for key in ("loss", "lr", "grad_norm"):
-                out.append((f"train/{key}", event[key][i], when, first + i + 1))
+                out.append(Point(f"train/{key}", event[key][i], when, first + i + 1))
         for key in ("tokens_per_second", "data_wait", "mfu", "bad_samples"):
             if event.get(key) is not None:
-                out.append((f"train/{key}", event[key], at, first + count))
+                out.append(Point(f"train/{key}", event[key], at, first + count))
         for name, given in event["sources"].items():
-            out += [(f"data/{name}/{key}", value, at, first + count) for key, value in given.items()]
+            out += [Point(f"data/{name}/{key}", value, at, first + count) for key, value in given.items()]
         return out
     if event["kind"] == "evaluation":
-        return [(f"eval/{k}", v, at, event["step"]) for k, v in event["scores"].items()]
+        return [Point(f"eval/{k}", v, at, event["step"]) for k, v in event["scores"].items()]
     if event["kind"] == "goodput":
         report = event["report"]
         values = {"fraction": report["goodput"], **{f"{part}_s": seconds for part, seconds in report["parts"].items()}}
-        return [(f"goodput/{k}", v, at, event["step"]) for k, v in values.items()]
+        return [Point(f"goodput/{k}", v, at, event["step"]) for k, v in values.items()]
     if event["kind"] == "checkpoint":
-        return [("checkpoint/blocked_s", event["blocked_s"], at, event["step"])]
+        return [Point("checkpoint/blocked_s", event["blocked_s"], at, event["step"])]
     return []
 
 

@@ -72,6 +72,7 @@ class Worker:
         self.chain = receipt.GENESIS
         self.bad_samples = 0  # replaced so far in the run, on this worker; what earlier attempts replaced is rank 0's
         if self.start_step:
+            self._phase("restore")
             self._restore()
         self.held_out = HeldOut(self.job, self.dataset, self.rank, self.world) if self.job.evaluate else None
         self.scores: dict[str, float] = {}

@@ -36,6 +36,7 @@ from heliostat.errors import (
     StorageError,
 )
 from heliostat.storage import Location
+from heliostat.track import outbox
 from heliostat.track.run import RunOwner
 from heliostat.train import driver
 from heliostat.train.ledger import Recorder
@@ -85,7 +86,10 @@ def train(
     if start_step < job.train.steps:
         return run.go()
     log.info("run %s has finished: step %d of %d", job.name, start_step, job.train.steps)
-    return _finished(job.run_folder) or run.conclude()
+    if (result := _finished(job.run_folder)) is None:
+        return run.conclude()
+    run.catch_up()
+    return result
 
 
 def _finished(run_folder: Location) -> dict[str, Any] | None:
@@ -120,6 +124,11 @@ class _Run:
             ) from e
         return self._settled(lambda owner: self._conclude(owner, summary))
 
+    def catch_up(self) -> None:
+        """Logs what MLflow could not be told at the end of an earlier command."""
+        if self.job.run_folder.join(outbox.FILE).exists():
+            self._settled(lambda owner: None)
+
     def _settled(self, work: Any) -> dict[str, Any]:
         """Does the work with an owner of the MLflow run, whose status is right however it ends."""
         owner = RunOwner(self.job, self.checked.manifests)
@@ -137,8 +146,7 @@ class _Run:
 
     def _finish(self, owner: RunOwner, status: str, reason: str = "") -> None:
         try:
-            owner.log_goodput(self.ledger.report())
-            owner.finish(status, reason)
+            owner.finish(status, reason, self.ledger.report())
         finally:
             self.ledger.close({"KILLED": "interrupted"}.get(status, status.lower()), reason)
 
@@ -272,14 +280,13 @@ class _Run:
 
         job = self.job
         last = checkpoint.open_checkpoint(job.run_folder, job.train.steps)
-        client = owner.client()
+        owner.client()  # MLflow is there, and the run is open
         with tempfile.TemporaryDirectory(prefix="heliostat-export-") as name, self.console.status("exporting the model"):
             folder = Path(name) / "model"
             recipe = export(last, folder)
             model_uri = log_model(job, owner.run_id, folder, recipe, summary["eval"])
-            client.set_tag(owner.run_id, "heliostat.model_uri", model_uri)
             samples = recipe.demonstrate(folder)
-        client.log_table(owner.run_id, {"prompt": [p for p, _ in samples], "text": [t for _, t in samples]}, "samples.json")
+        owner.describe(model_uri, samples)
         result = {"run_id": owner.run_id, **summary, "model_uri": model_uri, "checkpoint": str(last.location)}
         result["reference"] = {m.location.name: m.meta.get("unigram_entropy") for m in self.checked.manifests}
         result["goodput"] = goodput.summary(self.ledger.report())

@@ -15,6 +15,7 @@ log = logging.getLogger("heliostat")
 PHASES = {
     "placing": "placing the workers",
     "model": "building the model",
+    "restore": "loading the checkpoint",
     "data": "opening the data stream",
     "step": "first step",
 }

@@ -1,0 +1,345 @@
+"""The faults: each has what it needs beforehand (`prepare`), and what it does when the run has come to the step (`strike`).
+
+None of them reaches into the training code: they send signals to processes, damage files, stop servers and fill disks.
+`FAULTS` names them all; one that this machine cannot inject says why (`unable`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from heliostat.chaos import proxy
+from heliostat.chaos.nodes import LocalNodes
+from heliostat.chaos.process import ChaosError, Command, workers
+from heliostat.chaos.servers import Server, mlflow_server, s3_server
+from heliostat.check import Checked
+from heliostat.spec import Job
+from heliostat.storage import Location
+from heliostat.train import stored
+
+SEEING_S = 120.0  # for a run to come upon the fault
+KEYS = {"AWS_ACCESS_KEY_ID": "chaos", "AWS_SECRET_ACCESS_KEY": "chaos", "AWS_EC2_METADATA_DISABLED": "true"}  # moto takes any
+ROOM_LEFT = 64 << 10  # bytes that a full disk still has: for a receipt, not for a checkpoint
+
+
+@dataclass
+class Scene:
+    """One fault's run. `settings` and `environment` are the command's; `storage` and `tracking` are as they are reached here."""
+
+    checked: Checked
+    folder: Path
+    at: int  # the step at which the fault strikes
+    rate: float
+    random: random.Random
+    stack: ExitStack  # of what is to be undone behind the run
+    storage: Location
+    tracking: str
+    checkpoint_bytes: int  # of a checkpoint of the unbroken run
+    name: str = ""
+    tool: Any = None  # what `prepare` made for `strike`
+    settings: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    struck: float = 0.0
+    seen: float | None = None  # when it had an effect, where only the fault itself can tell
+
+    @property
+    def run(self) -> Location:
+        return self.storage.join(self.name)
+
+
+def _nothing(scene: Scene) -> None:
+    pass
+
+
+def _can(job: Job) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Fault:
+    name: str
+    what: str
+    strike: Callable[[Scene, Command], None]
+    prepare: Callable[[Scene], Any] = _nothing
+    unable: Callable[[Job], str | None] = _can
+    notice: str = ""  # what the run's command says when it has seen it; else an attempt's end tells
+    cured: str = ""  # and when it is over; else the next new step tells
+    submitted_again: bool = False  # it ends the command
+
+
+# processes -----------------------------------------------------------------------------------------------------------
+
+
+def _one_worker(scene: Scene, command: Command) -> psutil.Process:
+    found = workers(command.process.pid)
+    if not found:
+        raise ChaosError("no worker's process was found")
+    return scene.random.choice(found)
+
+
+def kill_worker(scene: Scene, command: Command) -> None:
+    _one_worker(scene, command).kill()
+
+
+def hang(scene: Scene, command: Command) -> None:
+    _one_worker(scene, command).suspend()
+
+
+def sigterm(scene: Scene, command: Command) -> None:
+    command.process.send_signal(signal.SIGTERM)
+
+
+def kill_driver(scene: Scene, command: Command) -> None:
+    command.process.kill()
+
+
+# nodes ---------------------------------------------------------------------------------------------------------------
+
+
+def cannot_make_nodes(job: Job) -> str | None:
+    if job.workers.gpus:
+        return "makes nodes of this machine's CPUs; set workers.gpus to 0"
+    try:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.2", 0))
+    except OSError as e:
+        return f"needs the loopback addresses 127.0.0.2 and on, as Linux has them ({e.strerror})"
+    return None
+
+
+def prepare_nodes(scene: Scene) -> LocalNodes:
+    """A node for each worker, and one to spare."""
+    job = scene.checked.job
+    nodes = scene.stack.enter_context(LocalNodes(scene.folder, job.workers.most + 1, job.workers.cpus + 1))
+    scene.environment |= nodes.environment
+    scene.settings["workers.placement"] = "strict_spread"
+    return nodes
+
+
+def kill_node(scene: Scene, command: Command) -> None:
+    busy = [node for node in scene.tool.nodes[1:] if node.workers()]  # the first is the head
+    if not busy:
+        raise ChaosError("no node with a worker was found")
+    scene.random.choice(busy).kill()
+
+
+def prepare_head(scene: Scene) -> LocalNodes:
+    scene.environment["RAY_gcs_rpc_server_reconnect_timeout_s"] = "10"  # a driver waits a minute by default
+    return prepare_nodes(scene)
+
+
+def restart_head(scene: Scene, command: Command) -> None:
+    """The cluster's head dies, and with it Ray's control plane and the run's driver; later there is a cluster again."""
+    scene.tool.stop()
+    command.until_ended(SEEING_S)
+    scene.tool.start()
+
+
+# stores --------------------------------------------------------------------------------------------------------------
+
+
+def no_s3(job: Job) -> str | None:
+    return None if importlib.util.find_spec("moto") else "needs an S3 server: pip install 'heliostat[s3-test]'"
+
+
+@contextmanager
+def environment(values: dict[str, str]) -> Iterator[None]:
+    """This process's environment, which its children inherit, with these values."""
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def prepare_s3(scene: Scene) -> proxy.FaultProxy:
+    """The datasets and the run on S3, behind a proxy that can fail."""
+    scene.stack.enter_context(environment(KEYS))
+    server = scene.stack.enter_context(s3_server(scene.folder))
+    between = scene.stack.enter_context(proxy.FaultProxy(server.endpoint, seed=scene.random.randrange(1 << 30)))
+    store = pafs.S3FileSystem(endpoint_override=server.endpoint, scheme="http", region="us-east-1", allow_bucket_creation=True)
+    store.create_dir("chaos")
+    ours, theirs = (f"?endpoint_override={endpoint}&scheme=http" for endpoint in (server.endpoint, between.endpoint))
+    for i, source in enumerate(scene.checked.job.sources):
+        copy(source, Location(f"s3://chaos/data/{i}{ours}"))
+        scene.settings[f"data.sources.{i}.path"] = f"s3://chaos/data/{i}{theirs}"
+    scene.storage = Location(f"s3://chaos/runs{ours}")
+    scene.settings["storage"] = f"s3://chaos/runs{theirs}"
+    return between
+
+
+def s3_503(scene: Scene, command: Command) -> None:
+    """From now to the end of the run, a share of the requests is refused."""
+    scene.tool.faults = (proxy.Fault("status", rate=scene.rate),)
+    command.until(lambda: bool(scene.tool.injected), SEEING_S, "request was refused")
+    scene.seen = time.time()
+
+
+def copy(source: Location, target: Location) -> None:
+    for name, _ in source.files():
+        target.join(name).write(source.join(name).read())
+
+
+def prepare_corrupt_shard(scene: Scene) -> None:
+    """A copy of the datasets, with a byte turned in the chunk that the run wants a sample of at the step."""
+    scene.struck = scene.seen = time.time()
+    for i, source in enumerate(scene.checked.job.sources):
+        place = Location(str(scene.folder / f"data-{i}"))
+        place.delete()
+        copy(source, place)
+        scene.settings[f"data.sources.{i}.path"] = str(place)
+    order = scene.checked.order
+    wanted = order.locate(order.step(scene.at).ravel()[:1])
+    number, chunk = int(wanted.source[0]), int(wanted.chunk[0])
+    row = scene.checked.manifests[number].chunks.slice(chunk, 1).to_pylist()[0]
+    flip(scene.folder / f"data-{number}" / row["path"], row["row_group"])
+
+
+def flip(shard: Path, row_group: int) -> None:
+    """Turns a bit in the middle of a row group's first column."""
+    column = pq.read_metadata(shard).row_group(row_group).column(0)
+    with shard.open("r+b") as file:
+        file.seek(column.data_page_offset + column.total_compressed_size // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+
+
+def met_corrupt_shard(scene: Scene, command: Command) -> None:
+    """The damage is there from the start; nothing is to be done."""
+
+
+def torn_checkpoint(scene: Scene, command: Command) -> None:
+    """The next checkpoint loses half of a shard as soon as it is complete, and a worker dies: the one before is needed."""
+    known = set(whole_checkpoints(scene.run))
+    command.until(lambda: bool(known and set(whole_checkpoints(scene.run)) - known), SEEING_S, "checkpoint was written")
+    newest = max(whole_checkpoints(scene.run))
+    folder = Path(stored.folder(scene.run, newest).path)
+    shard = max(folder.glob("*.safetensors"), key=lambda p: p.stat().st_size)
+    scene.struck = time.time()
+    os.truncate(shard, shard.stat().st_size // 2)
+    _one_worker(scene, command).kill()
+
+
+def whole_checkpoints(run: Location) -> list[int]:
+    return [step for step in stored.steps(run) if stored.folder(run, step).join(stored.INDEX).exists()]
+
+
+# MLflow --------------------------------------------------------------------------------------------------------------
+
+
+def prepare_mlflow(scene: Scene) -> Server:
+    server = scene.stack.enter_context(mlflow_server(scene.tracking, scene.folder))
+    scene.settings["mlflow.uri"] = f"http://{server.endpoint}"
+    return server
+
+
+def mlflow_down(scene: Scene, command: Command) -> None:
+    """The server dies, and comes back when the run has noticed and gone on for a while."""
+    scene.tool.stop()
+    command.until(lambda: bool(command.heard("MLflow does not answer", scene.struck)), SEEING_S, "metric was missed")
+    so_far = command.step
+    command.until(lambda: command.step >= so_far + 5 or command.step >= scene.checked.job.train.steps, SEEING_S, "step was made")
+    scene.tool.start()
+
+
+# disks ---------------------------------------------------------------------------------------------------------------
+
+
+def no_tmpfs(job: Job) -> str | None:
+    if os.geteuid():
+        return "mounts a small tmpfs, which needs root"
+    with tempfile.TemporaryDirectory() as probe:
+        try:
+            mount(Path(probe), 1 << 20)
+        except ChaosError as e:
+            return str(e)
+        unmount(Path(probe))
+    return None
+
+
+def mount(folder: Path, size: int) -> None:
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError as e:
+        raise ChaosError("needs the command `mount`") from e
+    if done.returncode:
+        raise ChaosError(f"cannot mount a tmpfs ({done.stderr.strip()})")
+
+
+def unmount(folder: Path) -> None:
+    subprocess.run(["umount", "-l", str(folder)], capture_output=True, check=False)
+
+
+def prepare_disk(scene: Scene) -> None:
+    """The run on a disk of its own, with room for its checkpoints and little more."""
+    disk = scene.folder / "disk"
+    disk.mkdir(exist_ok=True)
+    mount(disk, (scene.checked.job.checkpoint.keep + 3) * scene.checkpoint_bytes + (32 << 20))
+    scene.stack.callback(unmount, disk)
+    scene.storage = Location(str(disk))
+    scene.settings["storage"] = str(disk)
+
+
+def disk_full(scene: Scene, command: Command) -> None:
+    """Something else fills the disk; once the run has failed of it, room is made."""
+    disk = Path(scene.storage.path)
+    ballast = disk / "ballast"
+    with ballast.open("wb") as file:
+        free = os.statvfs(disk)
+        os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_frsize - ROOM_LEFT)
+    command.until(lambda: bool(command.heard("no space left", scene.struck)), SEEING_S, "write failed")
+    ballast.unlink()
+
+
+AGAIN = "going on from step"
+FAULTS = {
+    fault.name: fault
+    for fault in (
+        Fault("kill-worker", "a worker's process is killed", kill_worker),
+        Fault("kill-node", "a Ray node is killed, with all that runs on it", kill_node, prepare_nodes, cannot_make_nodes),
+        Fault("hang", "a worker's process stops where it is, and stays", hang),
+        Fault("sigterm", "the command gets SIGTERM, and is submitted again", sigterm, notice="SIGTERM: stopping",
+              submitted_again=True),
+        Fault("kill-driver", "the command's process is killed, and it is submitted again", kill_driver, submitted_again=True),
+        Fault("restart-head", "the cluster's head dies and starts again, and the command is submitted again", restart_head,
+              prepare_head, cannot_make_nodes, submitted_again=True),
+        Fault("s3-503", "the object store refuses a share of the requests", s3_503, prepare_s3, no_s3),
+        Fault("corrupt-shard", "a byte of a shard is wrong", met_corrupt_shard, prepare_corrupt_shard),
+        Fault("torn-checkpoint", "the newest checkpoint loses half of a shard, and a worker is killed", torn_checkpoint),
+        Fault("mlflow-down", "MLflow's server dies, and comes back", mlflow_down, prepare_mlflow,
+              notice="MLflow does not answer", cured="MLflow answers again"),
+        Fault("disk-full", "the disk of the run's folder fills up, and is given room again", disk_full, prepare_disk, no_tmpfs),
+    )
+}  # fmt: skip
+
+
+def rng(seed: int, name: str) -> random.Random:
+    """A fault's own random choices, whatever other faults are asked for."""
+    return random.Random(f"{seed}:{name}")
+
+
+def when(random_: random.Random, steps: int, every: int) -> int:
+    """A step between the second checkpoint and the middle of the run."""
+    first = min(2 * every + 1, steps // 2)
+    return int(np.clip(random_.randint(first, max(first, steps // 2)), 1, steps - 1))

@@ -1,0 +1,92 @@
+"""What a fault did to a run: pure functions of what the run left behind, and of what its command said and when."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from heliostat.chaos.process import STEP
+from heliostat.goodput import Attempt
+
+Lines = Sequence[tuple[float, str]]  # wall clock, and what was said
+
+
+@dataclass(frozen=True)
+class Measured:
+    """`seen` and `cured`: when the fault was noticed and when it was over, where the attempts do not tell."""
+
+    struck: float
+    seen: float | None
+    cured: float | None
+    lines: Lines
+    attempts: list[Attempt]
+
+
+def first_end(attempts: Iterable[Attempt], since: float) -> float | None:
+    """When the first attempt that a fault may have ended was over."""
+    return min((a.seen for a in attempts if a.outcome != "finished" and a.seen >= since), default=None)
+
+
+def detected_s(found: Measured) -> float | None:
+    """From the fault to the first sign that it was noticed."""
+    at = found.seen if found.seen is not None else first_end(found.attempts, found.struck)
+    return None if at is None else max(0.0, at - found.struck)
+
+
+def recovered_s(found: Measured) -> float | None:
+    """From the fault to the first step that the run had not made before, behind whatever restarts it cost."""
+    if found.cured is not None:
+        return found.cured - found.struck
+    ends = [a.seen for a in found.attempts if a.outcome != "finished" and a.seen >= found.struck]
+    since = max([found.struck, *ends])
+    steps = [(at, int(told[1])) for at, line in found.lines if (told := STEP.search(line))]
+    before = max((step for at, step in steps if at <= since), default=0)
+    after = next((at for at, step in steps if at > since and step > before), None)
+    return None if after is None else after - found.struck
+
+
+def recomputed_steps(attempts: Iterable[Attempt]) -> int:
+    """Steps that were reported, and made again by a later attempt."""
+    ordered = sorted(attempts, key=lambda a: a.started)
+    return sum(max(0, before.reached - after.start_step) for before, after in pairwise(ordered))
+
+
+def row(fault: str, found: Measured, report: dict[str, Any], loss: float, expected: float, goodput: float) -> dict[str, Any]:
+    """The table's row. `report`: of `verify`; `loss` and `expected`: the last step's, of this run and of the unbroken one."""
+    return {
+        "fault": fault,
+        "detected_s": rounded(detected_s(found)),
+        "recovered_s": rounded(recovered_s(found)),
+        "recomputed_steps": recomputed_steps(found.attempts),
+        "lost": report["lost"],
+        "repeated": report["repeated"],
+        "loss_difference": abs(loss - expected),
+        "goodput": round(goodput, 4),
+    }
+
+
+def rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 2)
+
+
+def broken(fault: str) -> dict[str, Any]:
+    """The row of a fault whose run did not come to its end."""
+    keys = ("detected_s", "recovered_s", "recomputed_steps", "lost", "repeated", "loss_difference", "goodput")
+    return {"fault": fault, **dict.fromkeys(keys)}
+
+
+def problems(row: dict[str, Any], report: dict[str, Any], curve: list[int], steps: int) -> list[str]:
+    """What is wrong with a run that came to its end; nothing, if it is as good as the unbroken one."""
+    found = []
+    if row["lost"] or row["repeated"]:
+        found.append(f"{row['lost']} samples were lost and {row['repeated']} repeated")
+    if not report["ok"] or report["steps"] != steps:
+        found.append(f"its receipts do not agree with its data: {report['first_difference']}")
+    if curve != list(range(1, steps + 1)):
+        found.append("MLflow does not hold the loss of every step once")
+    if not math.isfinite(row["loss_difference"]):
+        found.append("its last loss is not finite")
+    return found

@@ -1,0 +1,99 @@
+"""A Ray cluster of several nodes on this machine: each a raylet on a loopback address of its own, so that one can be killed.
+
+The head (127.0.0.1) has no CPUs: it holds the driver and Ray's own services. Clients use `environment`.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from heliostat import workspace
+from heliostat.chaos.process import ChaosError, end_tree, workers
+from heliostat.cluster.connect import SILENT, worker_environment
+
+START_S = 90.0
+
+
+class Node:
+    def __init__(self, address: str, process: subprocess.Popen) -> None:
+        self.address, self.process = address, process
+
+    def workers(self) -> list[psutil.Process]:
+        return workers(self.process.pid)
+
+    def kill(self) -> None:
+        """Everything that runs on it, at once."""
+        end_tree(self.process.pid)
+        self.process.wait()
+
+
+class LocalNodes:
+    """`with LocalNodes(folder, count, cpus) as nodes:`"""
+
+    def __init__(self, folder: Path, count: int, cpus: float) -> None:
+        self._folder, self._count, self._cpus = folder, count, cpus
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.address = f"127.0.0.1:{probe.getsockname()[1]}"
+        token = folder / "ray-token"
+        token.write_text(secrets.token_hex(32))
+        token.chmod(0o600)
+        self.environment = {
+            "RAY_ADDRESS": self.address,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
+        self.nodes: list[Node] = []
+
+    def __enter__(self) -> LocalNodes:
+        self.start()
+        return self
+
+    def start(self) -> None:
+        """All of them; also again, at the same addresses, when all were stopped."""
+        try:
+            self._start("127.0.0.1", "--head", f"--port={self.address.rpartition(':')[2]}", "--num-cpus=0",
+                        "--include-dashboard=false")  # fmt: skip
+            for number in range(2, self._count + 2):
+                self._start(f"127.0.0.{number}", f"--address={self.address}", f"--num-cpus={self._cpus:g}")
+        except BaseException:
+            self.stop()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """The whole cluster dies, the head first."""
+        for node in self.nodes:
+            node.kill()
+        self.nodes = []
+
+    def _start(self, host: str, *arguments: str) -> None:
+        """Starts a node, and returns when the cluster knows it."""
+        log = self._folder / f"node-{host}.log"
+        environment = {**SILENT, **os.environ, **worker_environment(0), **self.environment}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(workspace.root()), environment.get("PYTHONPATH")]))
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--node-ip-address={host}", *arguments, "--block",
+                   f"--temp-dir={self._short(host)}", "--object-store-memory=200000000"]  # fmt: skip
+        with log.open("w") as out:
+            process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, cwd=workspace.root())
+        self.nodes.append(Node(host, process))
+        deadline = time.monotonic() + START_S
+        while "Ray runtime started" not in log.read_text():
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise ChaosError(f"the Ray node at {host} did not start; see {log}")
+            time.sleep(0.1)
+
+    def _short(self, host: str) -> Path:
+        """Ray's sockets lie below its folder, and their paths may have 107 characters."""
+        return Path("/tmp") / f"hx{os.getpid()}" / host.rpartition(".")[2]

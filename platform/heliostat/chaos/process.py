@@ -1,0 +1,155 @@
+"""`heliostat train` as a process of its own, watched from outside: through what it prints, and the processes below it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from heliostat import workspace
+
+log = logging.getLogger(__name__)
+
+STEP = re.compile(r" step (\d+)/\d+  loss ")
+WORKER = "ray::RayTrainWo"  # as much of its name as Linux keeps
+ENDING_S = 30.0
+
+
+class ChaosError(Exception):
+    """A fault could not be injected, or the run did not come to its end: the row of that fault is not right."""
+
+
+class Command:
+    """`with Command(arguments, log) as command:` starts it; leaving ends whatever is left of it.
+
+    `lines`: what it has said on standard error, each with its wall clock, over all its starts.
+    """
+
+    def __init__(self, arguments: list[str], log: Path, environment: dict[str, str] | None = None) -> None:
+        self.arguments, self.log = arguments, log
+        self.lines: list[tuple[float, str]] = []
+        self.said = ""  # the last line of standard output: the result
+        keep = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+        path = os.pathsep.join(filter(None, [str(workspace.root()), keep.get("PYTHONPATH")]))
+        self._environment = {**keep, "PYTHONPATH": path, **(environment or {})}
+
+    def __enter__(self) -> Command:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.send_signal(signal.SIGCONT)
+        end_tree(self.process.pid)
+        for reader in self._readers:
+            reader.join(ENDING_S)
+
+    def start(self) -> None:
+        """Starts it, or starts it again, with the `arguments` as they are."""
+        command = [sys.executable, "-c", "from heliostat.cli import main; main()", "train", *self.arguments, "--json"]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self._environment, cwd=workspace.root()
+        )
+        self._readers = [threading.Thread(target=read, args=(self.process,), daemon=True) for read in (self._listen, self._take)]
+        for reader in self._readers:
+            reader.start()
+
+    def _listen(self, process: subprocess.Popen) -> None:
+        assert process.stderr
+        with self.log.open("a") as copy:
+            for line in process.stderr:
+                self.lines.append((time.time(), line.rstrip("\n")))
+                copy.write(line)
+                copy.flush()
+
+    def _take(self, process: subprocess.Popen) -> None:
+        assert process.stdout
+        for line in process.stdout:
+            self.said = line
+
+    @property
+    def step(self) -> int:
+        """The highest step that it has told of."""
+        return max((int(found[1]) for _, line in list(self.lines) if (found := STEP.search(line))), default=0)
+
+    def result(self) -> dict[str, Any]:
+        return json.loads(self.said)
+
+    def until(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
+        """Waits; ChaosError if the command ends first, or takes longer."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if self.process.poll() is not None:
+                raise ChaosError(f"the run ended before {what}; see {self.log}")
+            if time.monotonic() > deadline:
+                raise ChaosError(f"no {what} within {seconds:.0f} s; see {self.log}")
+            time.sleep(0.02)
+
+    def until_ended(self, seconds: float) -> None:
+        """Waits for its end, and ends it if that does not come: it has lost what it needs."""
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            log.warning("the command was still there %.0f s after it had lost its cluster, and was killed", seconds)
+            end_tree(self.process.pid)
+
+    def heard(self, words: str, since: float) -> float | None:
+        """When it first said this after a time, in capitals or not."""
+        return next((at for at, line in list(self.lines) if at >= since and words.lower() in line.lower()), None)
+
+    def last_words(self) -> str:
+        """The last line of what it has said: the error, if it ended with one."""
+        return next((line for _, line in reversed(self.lines) if line.strip()), "nothing was said")
+
+    def wait(self, seconds: float) -> int:
+        """Its exit code."""
+        try:
+            code = self.process.wait(seconds)
+        except subprocess.TimeoutExpired as e:
+            raise ChaosError(f"the run did not end within {seconds:.0f} s; see {self.log}") from e
+        for reader in self._readers:
+            reader.join(ENDING_S)
+        return code
+
+
+def workers(root: int) -> list[psutil.Process]:
+    """The training workers among a process's descendants."""
+    found = []
+    for process in descendants(root):
+        try:
+            if process.name().startswith(WORKER):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return sorted(found, key=lambda p: p.pid)
+
+
+def descendants(root: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(root).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def end_tree(root: int) -> None:
+    """Kills a process and all its descendants at once, as a machine that loses its power does."""
+    try:
+        all_of_it = [psutil.Process(root), *descendants(root)]
+    except psutil.NoSuchProcess:
+        return
+    for process in all_of_it:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(all_of_it, timeout=ENDING_S)

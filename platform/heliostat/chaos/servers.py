@@ -1,0 +1,73 @@
+"""Servers that a run can be made to miss: MLflow's, and an S3 store, each a process of this machine."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from heliostat.chaos.process import ChaosError, end_tree
+
+START_S = 180.0  # MLflow makes its tables first
+
+
+class Server:
+    """`start`, and `stop` as a crash does; also a context manager. The port stays the same."""
+
+    def __init__(self, command: list[str], health: str, log: Path, environment: dict[str, str] | None = None) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.endpoint = f"127.0.0.1:{self.port}"
+        self._command = [word.replace("PORT", str(self.port)) for word in command]
+        self._health, self._log, self._environment = health, log, {**os.environ, **(environment or {})}
+        self._process: subprocess.Popen | None = None
+
+    def __enter__(self) -> Server:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Returns when it answers."""
+        with self._log.open("a") as log:
+            self._process = subprocess.Popen(self._command, stdout=log, stderr=log, env=self._environment)
+        deadline = time.monotonic() + START_S
+        while not self._well():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.stop()
+                raise ChaosError(f"{self._command[2]} did not start; see {self._log}")
+            time.sleep(0.1)
+
+    def _well(self) -> bool:
+        try:
+            urllib.request.urlopen(f"http://{self.endpoint}{self._health}", timeout=5).close()
+        except (urllib.error.URLError, OSError):
+            return False
+        return True
+
+    def stop(self) -> None:
+        if self._process:
+            end_tree(self._process.pid)
+            self._process.wait()
+            self._process = None
+
+
+def mlflow_server(store: str, folder: Path) -> Server:
+    """MLflow on a store such as sqlite:///FILE."""
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--host", "127.0.0.1", "--port", "PORT",
+               "--workers", "1", "--artifacts-destination", str(folder / "artifacts")]  # fmt: skip
+    return Server(command, "/health", folder / "mlflow-server.log", {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
+
+
+def s3_server(folder: Path) -> Server:
+    """An S3 store that keeps everything in memory, and takes any key."""
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "PORT"]
+    return Server(command, "/moto-api/", folder / "s3-server.log")

@@ -1,0 +1,109 @@
+"""Points on their way to MLflow: kept in order until the store has them, and each step of a metric sent once.
+
+What MLflow already holds of a metric, from earlier attempts or commands, is not sent again. While the store is away, what waits
+is kept in the run's folder too (`unlogged.jsonl`), so that the run's next command finds it even if this one is killed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable
+from itertools import islice
+from typing import NamedTuple
+
+from heliostat.storage import Location
+
+log = logging.getLogger(__name__)
+
+FILE = "unlogged.jsonl"
+LIMIT = 500_000  # points that may wait, some 100 MB; beyond it the oldest are given up
+BATCH = 1000  # the most metrics that MLflow takes in one call
+HOPELESS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE")  # MLflow's codes for what it will never take
+
+
+class Point(NamedTuple):
+    """A metric's value; `at` is the wall clock, `step` counts finished steps."""
+
+    key: str
+    value: float
+    at: float
+    step: int
+
+    @property
+    def place(self) -> int:
+        """What grows along the metric: the step; for goodput, which is of a time rather than of a step, milliseconds."""
+        return int(self.at * 1000) if self.key.startswith("goodput/") else self.step
+
+
+class Outbox:
+    def __init__(self, run: Location, send: Callable[[list[Point]], None], known: Callable[[], dict[str, int]]) -> None:
+        """`send` gives at most BATCH points to the store; `known` asks it for the last place of every metric."""
+        self._file, self._send, self._known = run.join(FILE), send, known
+        self._last: dict[str, int] | None = None  # place by metric; None: to be asked
+        self._waiting: deque[Point] = deque()
+        self._given_up = 0
+        self._loaded = self._kept = False
+
+    def _load(self) -> None:
+        """Takes, once, what an earlier command could not log, as the first of what waits."""
+        if self._loaded:
+            return
+        try:
+            earlier = [Point(*json.loads(line)) for line in self._file.read().splitlines()]
+            self._kept = True
+        except FileNotFoundError:
+            earlier = []
+        self._waiting.extendleft(reversed(earlier))
+        self._loaded = True
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, points: Iterable[Point]) -> None:
+        self._waiting.extend(points)
+        while len(self._waiting) > LIMIT:
+            self._waiting.popleft()
+            self._given_up += 1
+
+    def flush(self) -> int:
+        """Sends all that waits, and tells how much was new; raises what the store raises, and keeps what it did not take."""
+        self._load()
+        sent = 0
+        while self._waiting:
+            if self._last is None:
+                self._last = self._known()
+            batch, places, new = list(islice(self._waiting, BATCH)), dict(self._last), []
+            for point in batch:
+                if point.key not in places or point.place > places[point.key]:
+                    places[point.key] = point.place
+                    new.append(point)
+            if new:
+                self._deliver(new)
+            self._last = places
+            sent += len(new)
+            for _ in batch:
+                self._waiting.popleft()
+        if self._kept:
+            self._file.delete()
+            self._kept = False
+        if self._given_up:
+            log.error("%d metrics, the oldest that waited for MLflow, were given up", self._given_up)
+            self._given_up = 0
+        return sent
+
+    def _deliver(self, points: list[Point]) -> None:
+        try:
+            self._send(points)
+        except Exception as e:
+            if getattr(e, "error_code", "") not in HOPELESS:
+                self._last = None  # it may have taken them, and only its answer was lost
+                raise
+            log.error("MLflow refused %d metrics for good: %s", len(points), e)
+
+    def keep(self) -> None:
+        """Writes what waits to the run's folder; nothing waiting still says that the run is not all in MLflow."""
+        self._load()
+        self._file.write("".join(json.dumps(point) + "\n" for point in self._waiting).encode())
+        self._kept = True

@@ -1,0 +1,35 @@
+"""`heliostat chaos` on a real job: what it breaks is broken, and its row says what that cost and that nothing was lost."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from heliostat.cli import app
+from typer.testing import CliRunner
+
+from tests.integration.conftest import tiny_job
+
+
+@pytest.fixture
+def chaos_job(corpus: str, tracking: str, tmp_path: Path) -> Path:
+    job = tiny_job(corpus, tracking, tmp_path)
+    job["train"]["steps"], job["evaluate"] = 60, None
+    job |= {"checkpoint": {"every": 5, "keep": 3}, "retries": {"backoff": 0.2}}
+    path = tmp_path / "chaos.yaml"
+    path.write_text(yaml.safe_dump(job))
+    return path
+
+
+def test_a_torn_checkpoint_and_a_damaged_shard_lose_nothing(chaos_job):
+    """One costs a restart from the checkpoint before the torn one, the other the samples of a chunk, and neither more."""
+    result = CliRunner().invoke(app, ["chaos", str(chaos_job), "--faults", "torn-checkpoint,corrupt-shard", "--json"])
+    assert result.exit_code == 0, result.output
+    torn, corrupt = json.loads(result.stdout.splitlines()[-1])
+    assert [torn["fault"], corrupt["fault"]] == ["torn-checkpoint", "corrupt-shard"]
+    assert {key: torn[key] for key in ("lost", "repeated")} == {key: corrupt[key] for key in ("lost", "repeated")} == {
+        "lost": 0, "repeated": 0,
+    }  # fmt: skip
+    assert torn["recomputed_steps"] >= 5 and 0 < torn["detected_s"] < torn["recovered_s"]
+    assert torn["loss_difference"] < 1e-5
+    assert corrupt["recomputed_steps"] == 0 and 0 < corrupt["loss_difference"] < 0.5

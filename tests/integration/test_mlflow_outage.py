@@ -1,0 +1,100 @@
+"""MLflow goes away while a run trains: training goes on, and every metric arrives once, whenever the server is back."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from heliostat.chaos.servers import Server, mlflow_server
+from heliostat.check import check
+from heliostat.errors import TrackingError
+from heliostat.storage import Location
+from heliostat.track import outbox
+from heliostat.track import run as tracking_run
+from heliostat.track.run import RunOwner
+from mlflow import MlflowClient
+
+from tests.integration.conftest import curve
+
+REPORT: dict[str, Any] = {"total_s": 1.0, "parts": {"computing": 1.0}, "goodput": 1.0, "attempts": []}
+
+
+@pytest.fixture
+def server(tracking: str, tmp_path: Path):
+    with mlflow_server(tracking, tmp_path) as running:
+        yield running
+
+
+@pytest.fixture
+def owner_of(server: Server, job_file, monkeypatch):
+    """A new command's owner of the run."""
+    monkeypatch.setattr(tracking_run, "AWAY_S", 3.0)
+    monkeypatch.setattr(tracking_run, "PAUSE_MAX_S", 1.0)
+    checked = check(job_file("outage"), [f"mlflow.uri=http://{server.endpoint}"])
+    return lambda: RunOwner(checked.job, checked.manifests), checked.job.run_folder
+
+
+def steps(first: int, last: int) -> dict[str, Any]:
+    values = [s / 10 for s in range(first, last)]
+    return {"kind": "steps", "first": first - 1, "loss": values, "lr": values, "grad_norm": values, "seconds": 1.0,
+            "sources": {}, "at": time.time()}  # fmt: skip
+
+
+def ended(first: int, last: int) -> dict[str, Any]:
+    from heliostat.goodput import PARTS
+
+    bar = {"parts": dict.fromkeys(PARTS, 1.0), "before": {}, "reached": last}
+    return {**REPORT, "parts": dict.fromkeys(PARTS, 1.0), "attempts": [bar]}
+
+
+def until_logged(tracking: str, run: Location, step: int) -> str:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        try:
+            run_id = json.loads(run.join("run.json").read())["run_id"]
+            if step in [m.step for m in MlflowClient(tracking_uri=tracking).get_metric_history(run_id, "train/loss")]:
+                return run_id
+        except FileNotFoundError:
+            pass
+        time.sleep(0.1)
+    raise AssertionError(f"step {step} did not come to MLflow")
+
+
+def test_metrics_wait_for_the_server_through_attempts_and_commands_and_arrive_once(server, owner_of, tracking, caplog):
+    make, run = owner_of
+    owner = make()
+    owner.post(steps(1, 11))
+    run_id = until_logged(tracking, run, 10)
+    server.stop()
+    began = time.monotonic()
+    owner.post(steps(11, 16))
+    owner.post(steps(13, 21))  # an attempt that went back
+    assert time.monotonic() - began < 0.1  # nobody waits for MLflow
+    server.start()
+    until_logged(tracking, run, 20)
+    assert "MLflow does not answer" in caplog.text and "MLflow answers again" in caplog.text
+    assert not run.join(outbox.FILE).exists()
+    server.stop()
+    owner.post(steps(21, 26))
+    with pytest.raises(TrackingError, match=r"did not take the run's metrics for 3 s .*unlogged\.jsonl, and the next"):
+        owner.finish("FINISHED", "", ended(1, 25))
+    assert run.join(outbox.FILE).exists()
+    server.start()
+    later = make()
+    later.post(steps(24, 31))  # resumed from an older checkpoint
+    later.finish("FINISHED", "", ended(1, 30))
+    assert curve(tracking, run_id) == [s / 10 for s in range(1, 31)]
+    found = MlflowClient(tracking_uri=tracking).get_run(run_id)
+    assert found.info.status == "FINISHED" and later.run_id == run_id and not run.join(outbox.FILE).exists()
+
+
+def test_an_mlflow_that_is_away_at_the_end_of_a_failed_run_does_not_hide_why_it_failed(server, owner_of, caplog):
+    make, run = owner_of
+    owner = make()
+    server.stop()
+    owner.post(steps(1, 5))
+    owner.finish("FAILED", "a worker failed", ended(1, 4))
+    assert "did not take the run's metrics for 3 s" in caplog.text
+    lines = [json.loads(line) for line in run.join(outbox.FILE).read().splitlines()]
+    assert [step for key, _, _, step in lines if key == "train/loss"] == [1, 2, 3, 4]

@@ -1,0 +1,108 @@
+"""A run on three Ray nodes with networks of their own, that loses one after another in every way there is.
+
+Chaos on the same machine cannot cut a network; here each node is a network namespace, and the driver is on the first.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from heliostat import goodput
+from heliostat.chaos.process import STEP
+from heliostat.storage import Location
+from heliostat.train.run import train
+from heliostat.verify import verify
+
+from tests.integration import hosts
+from tests.integration.conftest import curve, tiny_job
+
+STEPS = 150
+TRAIN = [sys.executable, "-c", "from heliostat.cli import main; main()", "train"]
+
+pytestmark = pytest.mark.skipif(bool(hosts.why_not()), reason=str(hosts.why_not()))
+
+
+@pytest.fixture
+def job(corpus: str, tracking: str, tmp_path: Path) -> dict:
+    """Six lanes: one, two or three workers can play them, each on a node of its own."""
+    made = tiny_job(corpus, tracking, tmp_path)
+    made["train"] |= {"steps": STEPS, "global_batch": 12, "log_every": 1}
+    made["evaluate"] = None
+    made["checkpoint"] = {"every": 5, "keep": 3}
+    made["retries"] = {"backoff": 0.2}
+    made["watchdog"] = {"stall": 60, "start": 120}
+    return made
+
+
+class Driver:
+    """`heliostat train` on the first host, followed by what it says."""
+
+    def __init__(self, host: hosts.Host, path: Path, log: Path) -> None:
+        self.log = log
+        with log.open("w") as err, (log.parent / "result").open("w") as out:
+            self.process = host.run([*TRAIN, str(path), "--json"], stdout=out, stderr=err)
+
+    def text(self) -> str:
+        return self.log.read_text()
+
+    def until(self, condition: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + 150
+        while not condition():
+            assert self.process.poll() is None, f"ended before {what}: {self.text()[-3000:]}"
+            assert time.monotonic() < deadline, f"no {what}: {self.text()[-3000:]}"
+            time.sleep(0.1)
+
+    def steps_made(self) -> list[int]:
+        return [int(found) for found in STEP.findall(self.text())]
+
+    def gets_on(self, steps: int = 4) -> None:
+        """Until it has made new steps from here on."""
+        high = max(self.steps_made(), default=0)
+        self.until(lambda: max(self.steps_made(), default=0) >= high + steps, f"step {high + steps}")
+
+
+def attempts(run: Location) -> list[tuple[int, str | None]]:
+    found = sorted(goodput.read(run), key=lambda a: a.started)
+    return [(a.workers, a.outcome) for a in found]
+
+
+def test_a_run_outlives_a_drained_a_killed_and_a_cut_off_node(job, tracking, tmp_path):
+    """Three nodes; one is drained with notice, and returns; one is killed; one is cut off: the curve is the unbroken run's."""
+    whole = tmp_path / "whole.yaml"
+    whole.write_text(yaml.safe_dump({**job, "name": "whole", "workers": {"count": 3}}))
+    expected = curve(tracking, train(whole)["run_id"])
+    path, run = tmp_path / "nodes.yaml", Location(job["storage"]).join("nodes")
+    path.write_text(yaml.safe_dump({**job, "name": "nodes", "workers": {"count": [1, 3], "placement": "strict_spread"}}))
+    with hosts.Hosts(tmp_path, 3) as made:
+        first, second, third = made.all
+        for host in made.all:
+            host.start(cpus=3)
+        driver = Driver(first, path, tmp_path / "driver.log")
+        try:
+            driver.gets_on(8)
+            third.drain(first.node_id(third), 60)
+            driver.until(lambda: (2, None) in attempts(run), "an attempt of two workers")
+            third.kill()  # its provider takes it
+            driver.gets_on()
+            third.start(cpus=3)
+            driver.until(lambda: attempts(run)[-1] == (3, None), "growth to three workers")
+            driver.gets_on()
+            second.kill()
+            driver.until(lambda: len(attempts(run)) == 4 and attempts(run)[-1][0] == 2, "an attempt behind the kill")
+            driver.gets_on()
+            third.cut_off()
+            assert driver.process.wait(240) == 0, driver.text()[-3000:]
+        finally:
+            driver.process.kill()
+            driver.process.wait()
+    result = json.loads((tmp_path / "result").read_text().splitlines()[-1])
+    assert curve(tracking, result["run_id"]) == pytest.approx(expected, abs=1e-5)
+    report = verify(run)
+    assert report["ok"] and report["steps"] == STEPS and report["lost"] == report["repeated"] == 0
+    assert attempts(run) == [(3, "preempted"), (2, "resize"), (3, "failed"), (2, "failed"), (1, "finished")]
+    drained, grown = sorted(goodput.read(run), key=lambda a: a.started)[:2]
+    assert grown.start_step == drained.reached  # notice was enough to lose no step

@@ -1,0 +1,104 @@
+"""What chaos tells of a run follows from what the run left: times from the fault on, and steps that had to be made again."""
+
+import random
+
+import pytest
+from heliostat.chaos import faults, measure, run
+from heliostat.chaos.command import ISSUE, cells, table
+from heliostat.chaos.measure import Measured
+from heliostat.errors import ConfigError
+from heliostat.goodput import Attempt
+from typer.testing import CliRunner
+
+from tests.unit.build_job import job
+
+REPORT = {"ok": True, "steps": 60, "lost": 0, "repeated": 0, "replaced": 0, "first_difference": None}
+
+
+def attempt(started: float, seen: float, first: int, reached: int, outcome: str | None) -> Attempt:
+    return Attempt(f"{started}", started, seen, seen, first, 2, outcome=outcome, marks=[(reached, 1.0)])
+
+
+def said(at: float, step: int) -> tuple[float, str]:
+    return at, f"04:01:02 step {step}/60  loss 2.3456  lr 1.00e-03  100 tokens/s  data wait 0.0%  ETA 3 s"
+
+
+def killed_at_100() -> Measured:
+    """Killed at 100 s behind step 23; the failure is seen at 102 s, and from step 20 it goes on at 110 s."""
+    lines = [said(90 + i / 10, i) for i in range(1, 24)]
+    lines += [(102.0, "04:01:02 a worker died; going on from step 20 in 1 s")]
+    lines += [said(110 + i, 20 + i) for i in range(1, 5)]
+    attempts = [attempt(50, 102, 0, 23, "failed"), attempt(102, 130, 20, 60, "finished")]
+    return Measured(100.0, None, None, lines, attempts)
+
+
+def test_recovery_ends_with_the_first_step_that_is_new():
+    """Steps 21 to 23 are made again: not they, but step 24 is where the run gets on."""
+    found = killed_at_100()
+    assert measure.detected_s(found) == 2.0 and measure.recovered_s(found) == 14.0
+    assert measure.recomputed_steps(found.attempts) == 3
+
+
+def test_a_fault_that_ends_no_attempt_is_told_by_what_was_said():
+    found = Measured(100.0, 100.5, 107.0, [said(100.1, 30), said(100.2, 31)], [attempt(50, 130, 0, 60, "finished")])
+    assert (measure.detected_s(found), measure.recovered_s(found), measure.recomputed_steps(found.attempts)) == (0.5, 7.0, 0)
+    on = Measured(100.0, 100.5, None, [said(100.1, 30), said(100.2, 31)], found.attempts)
+    assert measure.recovered_s(on) == pytest.approx(0.1)  # training went on with the next step
+
+
+def test_several_restarts_add_up_and_a_stop_behind_a_checkpoint_costs_no_step():
+    attempts = [attempt(0, 9, 0, 23, "failed"), attempt(10, 19, 20, 31, "interrupted"), attempt(20, 29, 31, 40, "failed"),
+                attempt(30, 39, 30, 60, "finished")]  # fmt: skip
+    random.Random(0).shuffle(attempts)
+    assert measure.recomputed_steps(attempts) == 3 + 0 + 10
+
+
+def test_what_is_lost_repeated_or_unlogged_is_a_problem_and_nothing_else_is():
+    steps = list(range(1, 61))
+    good = measure.row("hang", killed_at_100(), REPORT, 2.0, 2.0, 0.5)
+    assert good["loss_difference"] == 0 and measure.problems(good, REPORT, steps, 60) == []
+    for changes, curve, words in (
+        ({"lost": 16, "ok": False}, steps, "16 samples were lost"),
+        ({"repeated": 1, "ok": False}, steps, "1 repeated"),
+        ({"steps": 59}, steps, "receipts do not agree"),
+        ({}, [*steps, 60], "MLflow does not hold the loss of every step once"),
+        ({}, steps[:-1], "MLflow does not hold"),
+    ):
+        report = {**REPORT, **changes}
+        row = measure.row("hang", killed_at_100(), report, 2.0, 2.0, 0.5)
+        assert words in "; ".join(measure.problems(row, report, curve, 60))
+
+
+def test_a_run_that_did_not_end_has_a_row_without_numbers():
+    row = measure.broken("kill-node")
+    assert list(row) == list(measure.row("x", killed_at_100(), REPORT, 1, 1, 1)) and set(cells(row)) == {"kill-node", "-"}
+    assert table([row]).row_count == 1
+
+
+def test_faults_strike_between_the_second_checkpoint_and_the_middle_and_by_the_seed():
+    for seed in range(200):
+        at = faults.when(faults.rng(seed, "hang"), steps=60, every=5)
+        assert 11 <= at <= 30 and at == faults.when(faults.rng(seed, "hang"), 60, 5)
+    assert len({faults.when(faults.rng(s, "hang"), 60, 5) for s in range(50)}) > 10
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [("kill-wroker", "did you mean 'kill-worker'"), ("hang,hang", "name each fault once"), ("", "name each fault once")],
+)
+def test_a_wrong_list_of_faults_is_one_clear_error(given, words, tmp_path):
+    with pytest.raises(ConfigError, match=words):
+        run.choose([n for n in given.split(",") if n])
+
+
+def test_every_fault_of_the_default_is_one_and_the_command_shows_them():
+    from heliostat.cli import app
+
+    assert [f.name for f in run.choose(ISSUE.split(","))] == ISSUE.split(",")
+    assert "--faults" in CliRunner().invoke(app, ["chaos", "--help"]).output
+
+
+def test_what_this_machine_cannot_do_is_said_before_anything_starts(monkeypatch):
+    monkeypatch.setattr(faults.os, "geteuid", lambda: 1000)
+    assert faults.no_tmpfs(job()) == "mounts a small tmpfs, which needs root"
+    assert "set workers.gpus to 0" in str(faults.cannot_make_nodes(job(**{"workers.gpus": 1})))
