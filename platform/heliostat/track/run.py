@@ -10,6 +10,7 @@ import json
 import logging
 import queue
 import subprocess
+import tempfile
 import threading
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -158,6 +159,9 @@ class RunOwner:
     def _log(self, events: list[dict[str, Any]]) -> None:
         from mlflow.entities import Metric
 
+        for event in events:
+            for name, png in event.get("images", {}).items():
+                self._log_image(name, event["step"], png)
         metrics = []
         for key, value, at, step in (p for e in events for p in points(e)):
             if step > self._logged(key):
@@ -165,6 +169,12 @@ class RunOwner:
                 self._last[key] = step
         for i in range(0, len(metrics), BATCH):
             self._client.log_batch(self.run_id, metrics=metrics[i : i + BATCH])
+
+    def _log_image(self, name: str, step: int, png: bytes) -> None:
+        with tempfile.TemporaryDirectory(prefix="heliostat-") as folder:
+            file = Path(folder) / f"step-{step:08d}.png"
+            file.write_bytes(png)
+            self._client.log_artifact(self.run_id, str(file), f"images/{name}")
 
     def _logged(self, key: str) -> int:
         """The last step that is logged of a metric, by whichever attempt: recomputed steps are not logged again."""
