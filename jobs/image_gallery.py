@@ -29,7 +29,8 @@ SHOWN_SIDE = 64  # pixels; smaller pictures are enlarged in the grid
 class Gallery:
     def __init__(self, recipe: TextToImage) -> None:
         self.recipe, self.samples = recipe, recipe.model.samples
-        self.prompts = [*self.samples.labels, *(p for p in self.samples.prompts if p not in self.samples.labels)]
+        # sorted: the order of a mapping is not kept where a job is written
+        self.prompts = [*sorted(self.samples.labels), *(p for p in self.samples.prompts if p not in self.samples.labels)]
         self.count = len(self.prompts) * self.samples.per_prompt
         self._judge: Judge | None = None
         if self.samples.judge and not self.samples.labels:

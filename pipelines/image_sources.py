@@ -37,7 +37,7 @@ ARCHIVES = (".tar", ".parquet")
 FILES_PER_TASK = 512
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = (
-    "a handwritten {}", "the digit {}", "a {} written by hand", "the number {} in ink", "a picture of a {}", "{}, handwritten",
+    "a handwritten {}", "the digit {}", "{} written by hand", "the number {} in ink", "a picture of {}", "{}, handwritten",
 )  # fmt: skip
 
 
