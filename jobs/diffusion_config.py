@@ -56,17 +56,21 @@ class Folder(Strict):
     pretrained: str
 
 
+class Prompt(Strict):
+    text: str = Field(min_length=1)
+    label: str | None = None  # of the datasets': what its samples should show
+
+
 class Samples(Strict):
     """What is drawn after every evaluation, and how `generate` draws unless it is told otherwise."""
 
-    prompts: list[str] = []
+    prompts: list[Prompt] = []
     seed: int = Field(default=0, ge=0)
     steps: int = Field(default=30, gt=0)
     guidance: Float = Field(default=4.0, ge=0)
     sampler: Literal["ddpm", "ddim", "dpm++", "euler"] | None = None  # the default is ddim, or euler for flow
     per_prompt: int = Field(default=4, gt=0)
-    judge: bool = False  # a classifier of the real images says what each sample shows; the prompts are then `labels`' keys
-    labels: dict[str, str] = {}  # prompt: the label that its samples should have
+    judge: bool = False  # a classifier of the real images says what the samples of labelled prompts show
     features: Folder | None = None  # a folder with a transformers image model: FID and KID in its features
 
 

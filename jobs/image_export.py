@@ -97,6 +97,6 @@ def serving(recipe: TextToImage) -> Serving:
 
     samples = recipe.model.samples
     params = {"steps": samples.steps, "guidance": samples.guidance, "seed": 0}
-    prompts = [*samples.labels, *samples.prompts, "an image"][:1]
+    prompts = [*(p.text for p in samples.prompts), "an image"][:1]
     signature = infer_signature(prompts, ["base64"], params)
     return Serving(Path(__file__).with_name("image_server.py"), prompts, signature, REQUIREMENTS)

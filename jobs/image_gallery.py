@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from heliostat.errors import ConfigError
 from PIL import Image
 
 from jobs import image_export
@@ -29,12 +28,10 @@ SHOWN_SIDE = 64  # pixels; smaller pictures are enlarged in the grid
 class Gallery:
     def __init__(self, recipe: TextToImage) -> None:
         self.recipe, self.samples = recipe, recipe.model.samples
-        # sorted: the order of a mapping is not kept where a job is written
-        self.prompts = [*sorted(self.samples.labels), *(p for p in self.samples.prompts if p not in self.samples.labels)]
+        self.prompts = [p.text for p in self.samples.prompts]
+        self.labels = [p.label for p in self.samples.prompts]
         self.count = len(self.prompts) * self.samples.per_prompt
         self._judge: Judge | None = None
-        if self.samples.judge and not self.samples.labels:
-            raise ConfigError("model.samples.judge: needs model.samples.labels, the label that each prompt should show")
 
     def item(self, number: int) -> tuple[str, int]:
         """A picture's prompt and seed."""
@@ -56,7 +53,7 @@ class Gallery:
     def judge(self, pictures: list[np.ndarray]) -> tuple[dict[str, float], dict[str, bytes]]:
         scores: dict[str, float] = {}
         if self.samples.judge:
-            wanted = [self.samples.labels.get(self.item(i)[0]) for i in range(self.count)]
+            wanted = [self.labels[i // self.samples.per_prompt] for i in range(self.count)]
             asked = [i for i, label in enumerate(wanted) if label is not None]
             said = self.judge_of().says([pictures[i] for i in asked])
             scores["conditional_accuracy"] = float(np.mean([s == wanted[i] for s, i in zip(said, asked, strict=True)]))

@@ -71,7 +71,6 @@ class TextToImage:
         self.process = Process(self.model.objective)
         self.sampler = self.model.samples.sampler or ("euler" if self.process.flow else "ddim")
         self.process.scheduler(self.sampler)
-        self.width = diffusion_config.text_width(self.model.text)
         self.seed, self.checkpointing = job.train.seed, job.train.activation_checkpointing
         self.one_source = job.data.one_source_batches
         self.vae_config: dict[str, Any] | None = None
@@ -79,6 +78,9 @@ class TextToImage:
             self.vae_config = diffusion_config.folder_config("model.autoencoder.pretrained", self.model.autoencoder.pretrained)
         if self.model.text.pretrained:
             diffusion_config.folder_config("model.text.pretrained", self.model.text.pretrained)
+        self.width = diffusion_config.text_width(self.model.text)
+        if self.model.samples.judge and not any(p.label for p in self.model.samples.prompts):
+            raise ConfigError("model.samples.judge: needs prompts with a label; add labels, or set it to false")
         self.facts: image_rows.Facts | None = None
 
     # the data and the models -----------------------------------------------------------------------------------------
@@ -283,7 +285,7 @@ class TextToImage:
 
     def gallery(self) -> Gallery | None:
         """What is drawn after every evaluation; none without prompts."""
-        return Gallery(self) if self.model.samples.prompts or self.model.samples.labels else None
+        return Gallery(self) if self.model.samples.prompts else None
 
     def sampler_of(self, model: nn.Module, device: Any) -> Any:
         """say(prompts) -> say(noisy, t), as `image_pipeline.denoise` asks for it, of the model that is being trained."""
