@@ -187,7 +187,7 @@ class Autoencoder:
         return float(torch.cat([model.vae.encode(part).latent_dist.mean for part in pixels.split(32)]).std())
 
     def load(self, folder: Path) -> nn.Module:
-        return Coder(AutoencoderKL.from_pretrained(folder).to(torch.float32).eval())
+        return Coder(AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).eval())
 
     def demonstrate(self, folder: Path) -> list[tuple[str, str]]:
         scale = folder_config("model", str(folder))["scaling_factor"]

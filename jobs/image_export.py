@@ -83,8 +83,10 @@ def load(folder: Path) -> Any:
         library, kind = index.get(name) or (None, None)
         if kind is None:
             return None
-        found = getattr(diffusers if library == "diffusers" else transformers, kind).from_pretrained(folder / name)
-        return found if name in ("tokenizer", "scheduler") else found.to(torch.float32)
+        cls = getattr(diffusers if library == "diffusers" else transformers, kind)
+        if name in ("tokenizer", "scheduler"):
+            return cls.from_pretrained(folder / name)
+        return cls.from_pretrained(folder / name, **{"torch_dtype" if library == "diffusers" else "dtype": torch.float32})
 
     names = ("scheduler", "text_encoder", "tokenizer", "unet", "transformer", "vae")
     pipeline: Any = TextToImagePipeline(**{name: part(name) for name in names})

@@ -13,6 +13,7 @@ from typing import Any
 import mlflow
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
 from mlflow.pyfunc.model import PythonModel
 
 
@@ -20,6 +21,7 @@ class ImageServer(PythonModel):
     """Prompts in, images out; params: steps, guidance, seed (of the first; the i-th has seed + i)."""
 
     def load_context(self, context: Any) -> None:
+        diffusers_logging.disable_progress_bar()
         # the folder's own pipeline.py, which this model was logged with
         pipeline = DiffusionPipeline.from_pretrained(os.fspath(context.artifacts["model"]), trust_remote_code=True)
         pipeline.set_progress_bar_config(disable=True)
