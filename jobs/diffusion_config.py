@@ -169,6 +169,7 @@ def frozen_tokenizer(folder: str, length: int) -> Any:
 def text_width(text: Text) -> int:
     if not text.pretrained:
         return text.hidden_size
+    folder_config("model.text.pretrained", text.pretrained)
     config = AutoConfig.from_pretrained(text.pretrained)
     return int(getattr(config, "d_model", None) or config.hidden_size)
 

@@ -73,12 +73,6 @@ class TextToImage:
         self.process.scheduler(self.sampler)
         self.seed, self.checkpointing = job.train.seed, job.train.activation_checkpointing
         self.one_source = job.data.one_source_batches
-        self.vae_config: dict[str, Any] | None = None
-        if self.model.autoencoder:
-            self.vae_config = diffusion_config.folder_config("model.autoencoder.pretrained", self.model.autoencoder.pretrained)
-        if self.model.text.pretrained:
-            diffusion_config.folder_config("model.text.pretrained", self.model.text.pretrained)
-        self.width = diffusion_config.text_width(self.model.text)
         if self.model.samples.judge and not any(p.label for p in self.model.samples.prompts):
             raise ConfigError("model.samples.judge: needs prompts with a label; add labels, or set it to false")
         self.facts: image_rows.Facts | None = None
@@ -105,6 +99,16 @@ class TextToImage:
         with torch.device("meta"):
             self.build()  # what makes no sense is found here
 
+    @cached_property
+    def vae_config(self) -> dict[str, Any] | None:
+        folder = self.model.autoencoder
+        return diffusion_config.folder_config("model.autoencoder.pretrained", folder.pretrained) if folder else None
+
+    @cached_property
+    def width(self) -> int:
+        """Of the text's embeddings."""
+        return diffusion_config.text_width(self.model.text)
+
     def _given(self) -> dict[str, Any]:
         """The backbone's keys, or its folder's configuration."""
         keys = self.model.backbone
@@ -121,9 +125,10 @@ class TextToImage:
 
     def _defaults(self) -> dict[str, Any]:
         """The backbone's keys that follow from the data and the text encoder."""
-        out: dict[str, Any] = dict.fromkeys(diffusion_config.TEXT_WIDTHS[self.arch], self.width)
+        out: dict[str, Any] = {}
         keys = self.model.backbone
         if self.facts:
+            out |= dict.fromkeys(diffusion_config.TEXT_WIDTHS[self.arch], self.width)
             channels, height, width = self.shape()
             out |= {"in_channels": channels, "out_channels": channels, "sample_size": max(height, width)}
         if self.arch == "pixart":
