@@ -87,6 +87,7 @@ def grid(pictures: list[np.ndarray], columns: int) -> np.ndarray:
     pictures = [p if p.ndim == 3 else p[:, :, None] for p in pictures]
     scale = max(1, SHOWN_SIDE // max(pictures[0].shape[:2])) if len(pictures) > 1 else 1
     height, width, channels = pictures[0].shape
+    columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)
     out = np.full((rows * height * scale, columns * width * scale, channels), 255, np.uint8)
     for i, picture in enumerate(pictures):

@@ -70,6 +70,6 @@ class ImageGenerator:
 
     def _answer(self, request: Request, images: list[np.ndarray]) -> Generated:
         place = request.out if str(request.out).lower().endswith(".png") else f"{request.out}.png"
-        Location(str(place)).write(png(grid(images, min(len(images), 4))))
+        Location(str(place)).write(png(grid(images, 4)))
         facts = {"file": place, "seed": request.seed, "steps": self.steps, "guidance": self.guidance, "images": len(images)}
         return Generated(request.prompt, f"{request.prompt!r} is in {place}", facts)

@@ -96,6 +96,8 @@ def _play(engine: Any, recipe: TextToImage, ema: Ema, job: Job, first: int, step
         for i in range(0, len(content), micro):
             loss = recipe.loss(engine, recipe.batch(content.slice(i, micro), keys[i : i + micro]))
             engine.backward(loss * (len(content) // micro * world / batch))
+            if i + micro == len(content) and not engine.zero_optimization_stage():
+                zero.gradient_norm(engine, job.train.grad_clip)  # which clips
             engine.step()
             total += loss.detach()
         ema.update(step + 1)
