@@ -66,7 +66,5 @@ def test_a_driver_on_another_host_counts_as_long_as_it_gives_signs_of_life(tmp_p
         driver.alone(run)
         return
     sign.start()
-    with pytest.raises(
-        ConfigError, match="is being trained by process 1 on elsewhere; wait for it, stop it, or use"
-    ):
+    with pytest.raises(ConfigError, match="is being trained by process 1 on elsewhere; wait for it, stop it, or use"):
         driver.alone(run)
