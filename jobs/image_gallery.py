@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 AT_ONCE = 64  # pictures
 SHOWN_SIDE = 64  # pixels; smaller pictures are enlarged in the grid
+GAP = 4  # grey pixels after each
 
 
 class Gallery:
@@ -83,16 +84,19 @@ class Gallery:
 
 
 def grid(pictures: list[np.ndarray], columns: int) -> np.ndarray:
-    """uint8 [height, width, channels] of all pictures in rows, small ones enlarged; those of other sizes must not be mixed."""
+    """uint8 [height, width, channels] of all pictures, of one size, in rows, small ones enlarged; a single one as it is."""
     pictures = [p if p.ndim == 3 else p[:, :, None] for p in pictures]
-    scale = max(1, SHOWN_SIDE // max(pictures[0].shape[:2])) if len(pictures) > 1 else 1
+    if len(pictures) == 1:
+        return pictures[0]
     height, width, channels = pictures[0].shape
+    scale = max(1, SHOWN_SIDE // max(height, width))
+    height, width = height * scale + GAP, width * scale + GAP
     columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)
-    out = np.full((rows * height * scale, columns * width * scale, channels), 255, np.uint8)
+    out = np.full((rows * height, columns * width, channels), 128, np.uint8)
     for i, picture in enumerate(pictures):
-        y, x = i // columns * height * scale, i % columns * width * scale
-        out[y : y + height * scale, x : x + width * scale] = picture.repeat(scale, 0).repeat(scale, 1)
+        y, x = i // columns * height, i % columns * width
+        out[y : y + height - GAP, x : x + width - GAP] = picture.repeat(scale, 0).repeat(scale, 1)
     return out
 
 

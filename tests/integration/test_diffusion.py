@@ -205,7 +205,7 @@ def test_a_whole_run_gives_the_plain_loops_losses_and_shows_what_it_draws(finish
     grids = client.list_artifacts(result["run_id"], "images/samples")
     assert [Path(g.path).name for g in grids] == ["step-00000006.png", "step-00000012.png"]
     shown = Image.open(client.download_artifacts(result["run_id"], grids[0].path, str(tmp_path)))
-    assert shown.size == (2 * 64, 3 * 64)
+    assert shown.size == (2 * 68, 3 * 68)
     scores = result["eval"]
     assert scores["chance"] == 0.1 and scores["classifier_accuracy"] > 0.85 and 0 <= scores["conditional_accuracy"] <= 1
     assert scores["loss"] < 1.2 and all(f"loss_t{i}" in scores for i in range(4)) and result["unit"] == "samples"
@@ -254,7 +254,7 @@ def test_the_registered_model_draws_scores_and_loads_with_plain_diffusers(finish
     drawn = pipeline("the digit two", num_inference_steps=4, guidance_scale=4.0, generator=torch.Generator("cpu").manual_seed(7))
     assert np.asarray(drawn.images[0]).tolist() == np.asarray(Image.open(out)).tolist()
     generate(model, "the digit two", {"steps": 4, "grid": 4}, 7, str(tmp_path / "grid.png"))
-    assert Image.open(tmp_path / "grid.png").size == (256, 64)
+    assert Image.open(tmp_path / "grid.png").size == (272, 68)
     scores = evaluate(model, str(digits), 16, None, None)
     assert scores["loss"] == pytest.approx(result["eval"]["loss"], abs=1e-5)
 

@@ -56,7 +56,7 @@ def test_conditional_accuracy_is_the_share_of_labelled_prompts_that_are_shown(da
     scores, shown = gallery.judge([*two, *two, *nine])
     assert scores["conditional_accuracy"] == 1.0 and scores["chance"] == 0.1
     assert gallery.judge([*nine, *two, *nine])[0]["conditional_accuracy"] == 0.5
-    assert Image.open(io.BytesIO(shown["samples"])).size == (2 * 64, 3 * 64)
+    assert Image.open(io.BytesIO(shown["samples"])).size == (2 * 68, 3 * 68)
 
 
 def test_judging_needs_a_labelled_prompt(dataset):
@@ -64,7 +64,7 @@ def test_judging_needs_a_labelled_prompt(dataset):
         TextToImage(job(**build_images.job(dataset, samples={"prompts": [{"text": "a"}], "judge": True})))
 
 
-@pytest.mark.parametrize(("count", "columns", "size"), [(1, 4, (8, 8)), (4, 4, (256, 64)), (5, 2, (128, 192))])
+@pytest.mark.parametrize(("count", "columns", "size"), [(1, 4, (8, 8)), (4, 4, (272, 68)), (5, 2, (136, 204))])
 def test_a_grid_holds_the_pictures_row_by_row(count, columns, size):
     pictures = [np.full((8, 8, 1), 10 * i, np.uint8) for i in range(count)]
     shown = Image.open(io.BytesIO(png(grid(pictures, columns))))
