@@ -41,37 +41,39 @@ def save(recipe: TextToImage, folder: Path) -> None:
     """All but the weights that were trained."""
     with torch.device("meta"):
         model: Any = recipe.build()
-    backbone = getattr(model, recipe.part)
-    (folder / recipe.part).mkdir(parents=True, exist_ok=True)
-    backbone.save_config(folder / recipe.part)
+    backbone = getattr(model, recipe.parts.name)
+    (folder / recipe.parts.name).mkdir(parents=True, exist_ok=True)
+    backbone.save_config(folder / recipe.parts.name)
     text = recipe.model.text
     if text.pretrained:
         shutil.copytree(text.pretrained, folder / "text_encoder", dirs_exist_ok=True)
-        kind = type(recipe.text_encoder).__name__
+        kind = type(recipe.parts.text_encoder).__name__
     else:
         kind = CLIPTextModel.__name__
         model.text_encoder.config.architectures = [kind]
         model.text_encoder.config.save_pretrained(folder / "text_encoder")
-    recipe.tokenizer.save_pretrained(folder / "tokenizer")
+    recipe.parts.tokenizer.save_pretrained(folder / "tokenizer")
     if recipe.model.autoencoder:
         shutil.copytree(recipe.model.autoencoder.pretrained, folder / "vae", dirs_exist_ok=True)
-    scheduler = recipe.process.scheduler(recipe.sampler, clip=recipe.vae_config is None)
+    scheduler = recipe.process.scheduler(recipe.sampler, clip=recipe.parts.vae_config is None)
     scheduler.save_pretrained(folder / "scheduler")
-    standard = recipe.arch == "unet" and bool(recipe.vae_config) and kind == "CLIPTextModel" and not recipe.process.flow
+    standard = (
+        recipe.parts.arch == "unet" and bool(recipe.parts.vae_config) and kind == "CLIPTextModel" and not recipe.process.flow
+    )
     index: dict[str, Any] = {
         "_class_name": "StableDiffusionPipeline" if standard else ["pipeline", TextToImagePipeline.__name__],
         "_diffusers_version": diffusers.__version__,
         "scheduler": ["diffusers", type(scheduler).__name__],
-        recipe.part: ["diffusers", type(backbone).__name__],
+        recipe.parts.name: ["diffusers", type(backbone).__name__],
         "text_encoder": ["transformers", kind],
-        "tokenizer": ["transformers", type(recipe.tokenizer).__name__],
-        "vae": ["diffusers", "AutoencoderKL"] if recipe.vae_config else [None, None],
+        "tokenizer": ["transformers", type(recipe.parts.tokenizer).__name__],
+        "vae": ["diffusers", "AutoencoderKL"] if recipe.parts.vae_config else [None, None],
     }
     if standard:
         nothing: dict[str, Any] = {key: [None, None] for key in ("safety_checker", "feature_extractor", "image_encoder")}
         index |= {**nothing, "requires_safety_checker": False}
     else:
-        index |= {part: [None, None] for part in ("unet", "transformer") if part != recipe.part}
+        index |= {part: [None, None] for part in ("unet", "transformer") if part != recipe.parts.name}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
 
 

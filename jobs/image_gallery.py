@@ -43,9 +43,9 @@ class Gallery:
         say = recipe.sampler_of(model, device)
         for first in range(0, len(numbers), AT_ONCE):
             items = [self.item(n) for n in numbers[first : first + AT_ONCE]]
-            scheduler = recipe.process.scheduler(recipe.sampler, clip=recipe.vae_config is None)
+            scheduler = recipe.process.scheduler(recipe.sampler, clip=recipe.parts.vae_config is None)
             sampled = denoise(
-                say([p for p, _ in items]), scheduler, (len(items), *recipe.shape()), self.samples.steps,
+                say([p for p, _ in items]), scheduler, (len(items), *recipe.parts.shape()), self.samples.steps,
                 self.samples.guidance, generators([s for _, s in items]), device,
             )  # fmt: skip
             out += list(recipe.pixels_of(sampled))

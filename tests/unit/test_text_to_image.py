@@ -103,7 +103,7 @@ def test_a_dropped_caption_is_an_empty_one_in_training_and_never_in_evaluation(d
     batch = made.batch(content, np.arange(12))
     made.loss(Spy(), batch)
     made.evaluate(Spy(), batch)
-    empty = made.empty["text"]
+    empty = made.parts.empty["text"]
     dropped = batch["dropped"]
     assert 0 < int(dropped.sum()) < 12
     assert all(torch.equal(seen[0][i], empty if dropped[i] else batch["text"][i]) for i in range(12))
@@ -236,7 +236,7 @@ def test_an_exported_folder_loads_with_plain_diffusers_and_draws_the_same(arch, 
 def test_latents_with_clip_and_a_unet_are_exported_as_stable_diffusion(dataset, tmp_path):
     text = {"pretrained": str(clip(tmp_path / "clip", dataset)), "length": 8}
     made = recipe(dataset, text=text, autoencoder={"pretrained": str(autoencoder(tmp_path / "vae", 1))})
-    assert made.shape() == (4, 4, 4)
+    assert made.parts.shape() == (4, 4, 4)
     torch.manual_seed(0)
     model = made.build()
     assert not any("text_encoder" in n or "vae" in n for n, _ in model.named_parameters()), "frozen parts are not trained"
@@ -265,8 +265,8 @@ def test_a_frozen_encoder_conditions_and_is_not_trained(kind, dataset, tmp_path)
     batch = made.batch(rows(dataset), np.arange(12))
     loss = made.loss(model, batch)
     loss.backward()
-    assert made.width == 24 and all(p.grad is None for p in made.text_encoder.parameters())
-    text = made._conditioning(batch["text"], batch["mask"], torch.float32)
+    assert made.parts.width == 24 and all(p.grad is None for p in made.parts.text_encoder.parameters())
+    text = made.parts.conditioning(batch["text"], batch["mask"], torch.float32)
     assert text.shape == (12, 8, 24) and text.std() > 0
 
 

@@ -37,8 +37,8 @@ def main() -> None:
     for step in range(job.train.steps):
         content = dataset.read(dataset.order.locate(dataset.order.step(step).ravel()))
         mine = content.slice(accelerator.process_index * per_rank, per_rank)
-        batches.append((image_rows.pixels(mine), tokenize(recipe.tokenizer, mine["caption"].to_pylist()).input_ids))
-    empty = recipe.empty["text"]
+        batches.append((image_rows.pixels(mine), tokenize(recipe.parts.tokenizer, mine["caption"].to_pylist()).input_ids))
+    empty = recipe.parts.empty["text"]
     model, optimizer = accelerator.prepare(model, optimizer)
     seconds = []
     for clean, text in batches:
