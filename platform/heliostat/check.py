@@ -80,7 +80,9 @@ def check_stores(job: Job, recipe: Recipe, recorded: DataPlan | None = None, cha
     for i, location in enumerate(job.sources):
         with _named(f"data.sources.{i}.path"):
             location.probe()
-    job = collection.expand(job)
+    given, job = job, collection.expand(job)
+    if job is not given:
+        recipe = type(recipe)(job)
     manifests = []
     versions = dict(zip(recorded.uris, recorded.digests, strict=True)) if recorded and change_at is None else {}
     for i, location in enumerate(job.sources):

@@ -163,6 +163,7 @@ def refresh(engine: Any) -> None:
     """Takes the weights that the forward pass uses from the fp32 masters."""
     stage, zero = engine.zero_optimization_stage(), engine.optimizer
     if stage == 3:
+        zero._partition_all_parameters()  # what is still gathered from the last forward pass would be used again
         for low, master in zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True):
             if low is not None:
                 low.data.copy_(master.data)
