@@ -21,7 +21,6 @@ from jobs.image_pipeline import denoise, generators
 if TYPE_CHECKING:
     from jobs.text_to_image import TextToImage
 
-AT_ONCE = 64  # pictures
 SHOWN_SIDE = 64  # pixels; smaller pictures are enlarged in the grid
 GAP = 4  # grey pixels after each
 
@@ -39,17 +38,19 @@ class Gallery:
         return self.prompts[number // self.samples.per_prompt], self.samples.seed + number
 
     def draw(self, model: Any, device: Any, numbers: list[int]) -> list[np.ndarray]:
-        recipe, out = self.recipe, []
+        recipe, items = self.recipe, [self.item(n) for n in numbers]
         say = recipe.sampler_of(model, device)
-        for first in range(0, len(numbers), AT_ONCE):
-            items = [self.item(n) for n in numbers[first : first + AT_ONCE]]
-            scheduler = recipe.process.scheduler(recipe.sampler, clip=recipe.parts.vae_config is None)
-            sampled = denoise(
-                say([p for p, _ in items]), scheduler, (len(items), *recipe.parts.shape()), self.samples.steps,
-                self.samples.guidance, generators([s for _, s in items]), device,
-            )  # fmt: skip
-            out += list(recipe.pixels_of(sampled))
-        return out
+        scheduler = recipe.process.scheduler(recipe.sampler, clip=recipe.parts.vae_config is None)
+        sampled = denoise(
+            say([p for p, _ in items]),
+            scheduler,
+            (len(items), *recipe.parts.shape()),
+            self.samples.steps,
+            self.samples.guidance,
+            generators([s for _, s in items]),
+            device,
+        )
+        return list(recipe.pixels_of(sampled))
 
     def judge(self, pictures: list[np.ndarray]) -> tuple[dict[str, float], dict[str, bytes]]:
         scores: dict[str, float] = {}

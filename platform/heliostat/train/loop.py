@@ -274,7 +274,7 @@ class Worker:
             sums = self.held_out.sums(self.recipe, self.engine, self.device, self.control, self._progressed)
             self.scores, self.scored_at = self.recipe.metrics(sums), done
             if self.gallery:
-                judged, images = pictures.show(self.gallery, self.engine, self.device, self.control)
+                judged, images = pictures.show(self.gallery, self.engine, self.device, self.control, self._progressed)
                 self.scores |= judged
         self.engine.train()
         self._post({"kind": "evaluation", "step": done, "scores": self.scores, "at": time.time(), "images": images})
