@@ -47,8 +47,12 @@ def prepare(pipeline: Path, setting: Settings = None, force: bool = False, json_
     report = run(pipeline, setting or [], force=force)
     if not json_:
         state = "is up to date" if report["up_to_date"] else f"is ready after {report['seconds']:.0f} s"
-        out.print(f"dataset {report['dataset']} {state}: {report['documents']:,} documents, {report['tokens']:,} tokens, "
-                  f"{report['chunks']:,} chunks, digest {report['digest'][:12]}")  # fmt: skip
+        held = (
+            f"{report['documents']:,} documents, {report['tokens']:,} tokens"
+            if report["tokens"]
+            else f"{report['documents']:,} rows"
+        )
+        out.print(f"dataset {report['dataset']} {state}: {held}, {report['chunks']:,} chunks, digest {report['digest'][:12]}")
         dropped = {**report["dropped"], "duplicate": report["duplicates"]}
         out.print("left out: " + (", ".join(f"{n:,} {reason}" for reason, n in dropped.items() if n) or "nothing"))
     _finish(report, json_)
@@ -134,7 +138,9 @@ def generate(
     prompt: Annotated[str | None, typer.Option()] = None,
     prompts: Annotated[Path | None, typer.Option(help="A file with a prompt a line: answered with Ray Data, into --out")] = None,
     seed: int = 0,
-    to: Annotated[str | None, typer.Option("--out", help="Where an image goes; with --prompts, the folder")] = None,
+    to: Annotated[
+        str | None, typer.Option("--out", help="Where the answer goes; an image needs it, and so does --prompts (a folder)")
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="With --prompts")] = 1,
     max_tokens: Annotated[int | None, typer.Option(help="Text: at most so many")] = None,
     temperature: Annotated[float | None, typer.Option(help="Text: 0 takes the likeliest token each time")] = None,

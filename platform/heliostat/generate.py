@@ -20,9 +20,11 @@ BATCH = 16
 
 
 def generate(folder: Path, prompt: str, options: dict[str, Any], seed: int, out: str | None) -> Generated:
-    """The answer to one prompt, made in this process."""
-    made = exports.read(folder).recipe.generator(folder, options)([Request(prompt, seed, out)])
-    return made[0]
+    """The answer to one prompt, made in this process; a text goes to `out` as it is shown."""
+    (made,) = exports.read(folder).recipe.generator(folder, options)([Request(prompt, seed, out)])
+    if out is not None and "file" not in made.facts:
+        Location(out).write(f"{made.shown}\n".encode())
+    return made
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -35,7 +35,7 @@ class Serving:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to answer; `out` is where a file goes, if the answer is one."""
+    """A prompt to answer; `out` is where a file goes, if the answer is one (`file` of its facts then says where it is)."""
 
     prompt: str
     seed: int
