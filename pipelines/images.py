@@ -10,13 +10,15 @@ dataset is a collection: one part for each size, and every batch is of one of th
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import logging
 from collections import Counter
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 from heliostat.errors import ConfigError
 from heliostat.prepare import InputFile, Pipeline, place
@@ -157,7 +159,7 @@ class ImagePipeline(Pipeline):
             told["classes"] = sorted(index.labels)
         return list(footers.iter_rows()), {**meta, **told}
 
-    def _tokenizer(self, output: Location, captions: Counter[str]) -> dict[str, Any]:
+    def _tokenizer(self, output: Location, captions: dict[str, int]) -> dict[str, Any]:
         assert self.tokenizer
         texts = (text for text in sorted(captions) for _ in range(captions[text]))
         definition = tokens.train(texts, self.tokenizer.vocab_size, END)
@@ -175,21 +177,21 @@ class Index:
 
     def __init__(self, rows: Any, duplicates: str, distance: int) -> None:
         columns = ["hash", "id", "looks", "width", "height", "caption", "label", "reason"]
-        found = []
-        for batch in rows.select_columns(columns).iter_batches(batch_size=None, batch_format="pyarrow"):
-            found += [r for r in batch.to_pylist() if r["reason"] is None]
-        found.sort(key=lambda r: (r["hash"], r["id"]))
-        self.duplicates: dict[str, str] = {}
+        batches = list(rows.select_columns(columns).iter_batches(batch_size=None, batch_format="pyarrow"))
+        found = pa.concat_tables(batches).filter(pc.field("reason").is_null())
+        found = found.sort_by([("hash", "ascending"), ("id", "ascending")])
+        self.duplicates: dict[str, str] = {}  # id -> reason
         if duplicates != "keep":
-            for before, row in itertools.pairwise(found):
-                if before["hash"] == row["hash"]:
-                    self.duplicates[row["id"]] = "duplicate"
+            hashes = found["hash"].to_numpy()
+            found = self._leave_out(found, np.concatenate([[False], hashes[1:] == hashes[:-1]])[: len(found)], "duplicate")
         if duplicates == "perceptual":
-            kept = [r for r in found if r["id"] not in self.duplicates]
-            for row, near in zip(kept, pictures.near_duplicates([r["looks"] for r in kept], distance), strict=True):
-                if near:
-                    self.duplicates[row["id"]] = "near_duplicate"
-        kept = [r for r in found if r["id"] not in self.duplicates]
-        self.buckets = Counter(f"{r['width']}x{r['height']}" for r in kept)
-        self.captions = Counter(r["caption"] for r in kept)
-        self.labels = {r["label"] for r in kept if r["label"]}
+            near = pictures.near_duplicates(found["looks"].to_pylist(), distance)
+            found = self._leave_out(found, np.array(near, bool), "near_duplicate")
+        sizes = zip(found["width"].to_pylist(), found["height"].to_pylist(), strict=True)
+        self.buckets = Counter(f"{width}x{height}" for width, height in sizes)
+        self.captions = {e["values"]: e["counts"] for e in pc.value_counts(found["caption"]).to_pylist()}
+        self.labels = set(pc.unique(found["label"]).to_pylist()) - {""}
+
+    def _leave_out(self, found: pa.Table, which: np.ndarray, reason: str) -> pa.Table:
+        self.duplicates |= dict.fromkeys(found["id"].filter(pa.array(which)).to_pylist(), reason)
+        return found.filter(pa.array(~which))
