@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test bench lint
+.PHONY: run run-diffusion test bench lint
 
 .venv/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"heliostat needs Python 3.11 or later, not {sys.version}"'
@@ -13,6 +13,11 @@ BIN := .venv/bin
 run: .venv/.installed  ## prepare the quickstart's text, train on it, register the model, let it write
 	$(BIN)/heliostat prepare pipelines/quickstart.yaml
 	$(BIN)/heliostat train jobs/quickstart.yaml --resume
+
+run-diffusion: .venv/.installed  ## prepare handwritten digits, train a model that draws them, let it draw a seven
+	$(BIN)/heliostat prepare pipelines/quickstart-images.yaml
+	$(BIN)/heliostat train jobs/quickstart-diffusion.yaml --resume
+	$(BIN)/heliostat generate models:/quickstart-diffusion/1 --prompt 'a handwritten seven' --grid 8 --out .heliostat/seven.png
 
 test: .venv/.installed  ## unit and integration tests (tests/gpu skips itself without a GPU)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit --numprocesses auto --dist worksteal

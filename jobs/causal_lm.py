@@ -23,9 +23,10 @@ import torch.nn.functional as F
 import transformers  # its names are imported when they are first used: a faulty job is found sooner
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
-from heliostat.recipe import Batch, Serving
-from heliostat.schema import nearest
+from heliostat.recipe import Batch, Generated, Request, Serving
+from heliostat.schema import Float, Strict, nearest, validate
 from heliostat.spec import Job
+from pydantic import Field
 from tokenizers import Tokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
@@ -40,6 +41,7 @@ PROMPTS = ("def ", "import ")
 class CausalLM:
     kind = "tokens"
     terms_per_sample: int | None
+    layout = {"": "model"}
 
     def __init__(self, job: Job) -> None:
         if not job.data.sequence_length:
@@ -106,7 +108,7 @@ class CausalLM:
 
     # training --------------------------------------------------------------------------------------------------------
 
-    def batch(self, content: np.ndarray) -> Batch:
+    def batch(self, content: np.ndarray, keys: np.ndarray | None = None) -> Batch:
         tokens = torch.from_numpy(np.ascontiguousarray(content)).long()
         labels = tokens.clone()
         labels[:, 0] = IGNORED
@@ -138,6 +140,9 @@ class CausalLM:
         loss = sums["nats"] / sums["tokens"]
         perplexity = math.exp(min(loss, 700.0))
         return {"loss": loss, "perplexity": perplexity, "bits_per_byte": sums["nats"] / math.log(2) / max(1.0, sums["bytes"])}
+
+    def gallery(self) -> None:
+        return None
 
     def flops_per_sample(self, model: Any) -> float:
         """6 per weight and token (Kaplan et al. 2020, arXiv 2001.08361) plus attention's 12 layers x width x length per token."""
@@ -188,7 +193,16 @@ class CausalLM:
             self.tokenizer().save_pretrained(folder)
 
     def demonstrate(self, folder: Path) -> list[tuple[str, str]]:
-        return [(prompt, generate(folder, prompt, max_tokens=48, temperature=0.8, top_p=0.95, seed=0)) for prompt in PROMPTS]
+        continued = TextGenerator(folder, {"max_tokens": 48})([Request(prompt, 0, None) for prompt in PROMPTS])
+        return [(answer.prompt, answer.facts["text"]) for answer in continued]
+
+    @staticmethod
+    def exported(folder: Path, model: dict[str, Any]) -> dict[str, Any]:
+        return {"pretrained": str(folder)}
+
+    @staticmethod
+    def generator(folder: Path, options: dict[str, Any]) -> TextGenerator:
+        return TextGenerator(folder, options)
 
     def serving(self) -> Serving:
         from mlflow.models import infer_signature
@@ -306,10 +320,28 @@ def _pretrained_config(model: dict[str, Any]) -> Any:
     return config
 
 
-def generate(folder: Path, prompt: str, max_tokens: int, temperature: float, top_p: float, seed: int) -> str:
-    """The prompt continued by an exported model; temperature 0 takes the likeliest token each time."""
-    from jobs.text_server import continue_text
+class Sampling(Strict):
+    """How text is generated; temperature 0 takes the likeliest token each time."""
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    return continue_text(model, tokenizer, prompt, max_tokens, temperature, top_p, seed)
+    max_tokens: int = Field(100, ge=1)
+    temperature: Float = Field(0.8, ge=0)
+    top_p: Float = Field(0.95, gt=0, le=1)
+
+
+class TextGenerator:
+    """Continues prompts with an exported model."""
+
+    def __init__(self, folder: Path, options: dict[str, Any]) -> None:
+        self.sampling = validate(Sampling, options, "generate")
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        self.model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def __call__(self, requests: list[Request]) -> list[Generated]:
+        from jobs.text_server import continue_text
+
+        out = []
+        for request in requests:
+            text = continue_text(self.model, self.tokenizer, request.prompt, **self.sampling.model_dump(), seed=request.seed)
+            out.append(Generated(request.prompt, request.prompt + text, {"text": text}))
+        return out

@@ -69,20 +69,25 @@ def root(uri: str) -> Location:
     return Location(sysconfig.get_paths()["stdlib"]) if uri == STDLIB else place(split_glob(uri)[0])
 
 
-def listing(uri: str) -> list[InputFile]:
-    """Every file to read, sorted by path; ConfigError if there is none."""
+def find(uri: str) -> tuple[Location, list[tuple[str, pafs.FileInfo]]]:
+    """The input's root, and every file of it that fits the pattern, by its path from there; the root itself if it is a file."""
     base, pattern = root(uri), split_glob(uri)[1]
     base.probe()
     info = base.fs.get_file_info(base.path)
     if info.type == pafs.FileType.File:
-        found = [("", info)]  # the input is one file: the root itself
-    else:
-        selector = pafs.FileSelector(base.path, recursive=True, allow_not_found=True)
-        start = len(base.path.rstrip("/")) + 1
-        found = [(i.path[start:], i) for i in base.fs.get_file_info(selector) if i.type == pafs.FileType.File]
+        return base, [("", info)]
+    selector = pafs.FileSelector(base.path, recursive=True, allow_not_found=True)
+    start = len(base.path.rstrip("/")) + 1
+    found = [(i.path[start:], i) for i in base.fs.get_file_info(selector) if i.type == pafs.FileType.File]
     if pattern:
         matches = glob_regex(pattern).fullmatch
         found = [(path, i) for path, i in found if matches(path)]
+    return base, found
+
+
+def listing(uri: str) -> list[InputFile]:
+    """Every file to read, sorted by path; ConfigError if there is none."""
+    base, found = find(uri)
     if uri == STDLIB:
         found = [(p, i) for p, i in found if p.endswith(".py") and not STDLIB_SKIPS & set(p.split("/")[:-1])]
     files = [InputFile(p, i.size, i.mtime_ns or 0) for p, i in found if kind(p or base.path)[0]]

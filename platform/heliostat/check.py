@@ -10,11 +10,13 @@ import logging
 import shutil
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from heliostat import spec, workspace
-from heliostat.data import manifest
+from heliostat.data import collection, manifest
 from heliostat.data.dataset import DataPlan, make_order, plan
 from heliostat.data.manifest import Manifest
 from heliostat.data.order import Order
@@ -75,15 +77,18 @@ def check(path: Path, settings: list[str] | None = None, recorded: DataPlan | No
 def check_stores(job: Job, recipe: Recipe, recorded: DataPlan | None = None, change_at: int | None = None) -> Checked:
     """The datasets and the stores. A resumed run stays on the versions of its datasets that it started with, unless
     `change_at` names the step from which its data may be other than `recorded`."""
+    for i, location in enumerate(job.sources):
+        with _named(f"data.sources.{i}.path"):
+            location.probe()
+    given, job = job, collection.expand(job)
+    if job is not given:
+        recipe = type(recipe)(job)
     manifests = []
     versions = dict(zip(recorded.uris, recorded.digests, strict=True)) if recorded and change_at is None else {}
     for i, location in enumerate(job.sources):
         key = f"data.sources.{i}.path"
-        try:
-            location.probe()
+        with _named(key):
             found = _version(location, versions.get(str(location)))
-        except (DataError, StorageError) as e:
-            raise type(e)(f"{key}: {e}") from e
         if found.kind != recipe.kind:
             raise ConfigError(f"{key}: {location} holds {found.kind!r}, but {job.recipe} trains on {recipe.kind!r}")
         manifests.append(found)
@@ -94,10 +99,17 @@ def check_stores(job: Job, recipe: Recipe, recorded: DataPlan | None = None, cha
 
 
 def check_storage(job: Job) -> None:
-    try:
+    with _named("storage"):
         Location(job.storage).probe()
-    except StorageError as e:
-        raise StorageError(f"storage: {e}") from e
+
+
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Puts the job's key before what is wrong with the place that it names."""
+    try:
+        yield
+    except (DataError, StorageError) as e:
+        raise type(e)(f"{key}: {e}") from e
 
 
 def _version(location: Location, digest: str | None) -> Manifest:

@@ -48,8 +48,12 @@ def prepare(pipeline: Path, setting: Settings = None, force: bool = False, json_
     report = run(pipeline, setting or [], force=force)
     if not json_:
         state = "is up to date" if report["up_to_date"] else f"is ready after {report['seconds']:.0f} s"
-        out.print(f"dataset {report['dataset']} {state}: {report['documents']:,} documents, {report['tokens']:,} tokens, "
-                  f"{report['chunks']:,} chunks, digest {report['digest'][:12]}")  # fmt: skip
+        held = (
+            f"{report['documents']:,} documents, {report['tokens']:,} tokens"
+            if report["tokens"]
+            else f"{report['documents']:,} rows"
+        )
+        out.print(f"dataset {report['dataset']} {state}: {held}, {report['chunks']:,} chunks, digest {report['digest'][:12]}")
         dropped = {**report["dropped"], "duplicate": report["duplicates"]}
         out.print("left out: " + (", ".join(f"{n:,} {reason}" for reason, n in dropped.items() if n) or "nothing"))
     _finish(report, json_)
@@ -118,36 +122,61 @@ def _print_result(result: dict[str, Any]) -> None:
         if entropy:
             out.print(f"for comparison: the unigram entropy of {name} is {entropy:.4g} nats a token")
     split = ", ".join(f"{k.replace('_', ' ')} {v:.1f}" for k, v in result["startup"].items())
-    out.print(f"{result['tokens_per_second']:,.0f} tokens/s, data wait {result['data_wait']:.2%}; "
+    out.print(f"{result['tokens_per_second']:,.0f} {result['unit']}/s, data wait {result['data_wait']:.2%}; "
               f"{result['seconds_to_first_step']:.1f} s to the first step ({split})")  # fmt: skip
     if "goodput" in result:  # a run of an older version has none
         from heliostat import goodput as accounting
 
         out.print(accounting.line(result["goodput"]))
     out.print(f"model {result['model_uri']}, run {result['run_id']}, checkpoint {result['checkpoint']}")
-    out.print(f"\nNext:  heliostat generate {result['model_uri']} --prompt 'class '\n       heliostat ui")
+    prompt = result["samples"][0]["prompt"] if result["samples"] else ""
+    out.print(f"\nNext:  heliostat generate {result['model_uri']} --prompt '{prompt}'\n       heliostat ui")
 
 
 @app.command()
 def generate(
     model: str,
-    prompt: Annotated[str, typer.Option()],
-    max_tokens: Annotated[int, typer.Option(min=1)] = 100,
-    temperature: Annotated[float, typer.Option(min=0.0)] = 0.8,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1.0)] = 0.95,
+    prompt: Annotated[str | None, typer.Option()] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file with a prompt a line: answered with Ray Data, into --out")] = None,
     seed: int = 0,
+    to: Annotated[
+        str | None, typer.Option("--out", help="Where the answer goes; an image needs it, and so does --prompts (a folder)")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="With --prompts")] = 1,
+    max_tokens: Annotated[int | None, typer.Option(help="Text: at most so many")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Text: 0 takes the likeliest token each time")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Text")] = None,
+    steps: Annotated[int | None, typer.Option(help="Images: of the sampler")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Images: how strictly to follow the prompt; 1 is plain")] = None,
+    sampler: Annotated[str | None, typer.Option(help="Images: ddpm, ddim, dpm++ or euler")] = None,
+    grid: Annotated[int | None, typer.Option(help="Images: so many, side by side")] = None,
+    width: Annotated[int | None, typer.Option(help="Images: in pixels")] = None,
+    height: Annotated[int | None, typer.Option(help="Images: in pixels")] = None,
     mlflow: TrackingUri = None,
     json_: Json = False,
 ) -> None:
-    """Let a model write. MODEL: models:/NAME/VERSION, a run id, or a folder."""
+    """Let a model write or draw. MODEL: models:/NAME/VERSION, a run id, or a folder."""
+    from heliostat import generate as generating
     from heliostat.track.models import resolve
-    from heliostat.workspace import import_path
 
-    folder = resolve(model, _store(mlflow))
-    text = import_path("generate", "jobs.causal_lm:generate")(folder, prompt, max_tokens, temperature, top_p, seed)
+    given = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "steps": steps, "guidance": guidance,
+             "sampler": sampler, "grid": grid, "width": width, "height": height}  # fmt: skip
+    options = {name: value for name, value in given.items() if value is not None}
+    if (prompt is None) == (prompts is None):
+        raise ConfigError("--prompt: give either one prompt, or a file of them with --prompts")
+    if prompts is not None:
+        if to is None:
+            raise ConfigError("--out: is needed with --prompts; give a folder or an s3:// prefix")
+        asked = generating.read_prompts(prompts)
+        count = generating.generate_many(resolve(model, _store(mlflow)), asked, options, seed, to, workers)
+        if not json_:
+            out.print(f"{count:,} answers are in {to}/{generating.RESULTS}", markup=False)
+        _finish({"count": count, "results": f"{to}/{generating.RESULTS}"}, json_)
+        return
+    made = generating.generate(resolve(model, _store(mlflow)), str(prompt), options, seed, to)
     if not json_:
-        out.print(prompt + text, markup=False)
-    _finish({"prompt": prompt, "text": text}, json_)
+        out.print(made.shown, markup=False)
+    _finish({"prompt": made.prompt, **made.facts}, json_)
 
 
 @app.command()
@@ -156,7 +185,9 @@ def evaluate(
     data: Annotated[str, typer.Option(help="A prepared dataset: a folder or s3:// URI")],
     samples: Annotated[int, typer.Option(min=1)] = 256,
     sequence_length: Annotated[int | None, typer.Option(min=2, help="The default is the model's own")] = None,
-    fraction: Annotated[float, typer.Option(min=0.0001, max=0.9999, help="Held-out fraction, as in the job")] = 0.01,
+    fraction: Annotated[
+        float | None, typer.Option(min=0.0001, max=0.9999, help="Held-out fraction; the default is the job's, or 0.01")
+    ] = None,
     mlflow: TrackingUri = None,
     json_: Json = False,
 ) -> None:

@@ -2,53 +2,83 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
-from heliostat import workspace
+from heliostat import exports, workspace
+from heliostat.data import collection, content
 from heliostat.data.dataset import open_dataset, plan
 from heliostat.data.manifest import read
 from heliostat.errors import ConfigError
+from heliostat.recipe import Recipe
 from heliostat.spec import Job
 from heliostat.storage import Location
 
 BATCH = 8
 
 
-def evaluate(folder: Path, data: str, samples: int, sequence_length: int | None, fraction: float) -> dict[str, float]:
+def evaluate(folder: Path, data: str, samples: int, sequence_length: int | None, fraction: float | None) -> dict[str, float]:
     """The recipe's metrics over `samples` held-out samples: the same ones as in training at the same fraction and length."""
-    length = sequence_length or _trained_length(folder)
-    if not length:
-        raise ConfigError("--sequence-length: the model does not say how long its samples are; give it")
-    job = Job.model_validate(
-        {
-            "name": "evaluate",
-            "recipe": "jobs.causal_lm:CausalLM",
-            "model": {"pretrained": str(folder)},
-            "data": {"sources": [{"path": str(Location(data).absolute(workspace.root()))}], "sequence_length": length},
-            "train": {"steps": 1, "global_batch": BATCH, "micro_batch": BATCH, "optimizer": {"lr": 1.0}},
-            "evaluate": {"every": 1, "samples": samples, "fraction": fraction},
-            "checkpoint": {"every": 1},
-            "storage": str(folder),
-            "mlflow": {"uri": "sqlite:////dev/null", "experiment": "none"},
-        }
-    )
-    manifests = [read(job.sources[0])]
-    recipe = workspace.import_path("recipe", job.recipe)(job)
+    export = exports.read(folder)
+    job = collection.expand(_job(export, data, samples, sequence_length, fraction))
+    manifests = [read(location) for location in job.sources]
+    recipe: Recipe = export.recipe(job)
+    if manifests[0].kind != recipe.kind:
+        raise ConfigError(f"--data: {data} holds {manifests[0].kind!r}, but the model is scored on {recipe.kind!r}")
     recipe.bind(manifests)
     dataset = open_dataset(plan(job, manifests))
-    content = dataset.read(dataset.order.held_out(samples))
+    held = dataset.order.held_out(samples)
+    found = dataset.read(held)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = recipe.load(folder).eval().to(device)
     sums: dict[str, float] = {}
     with torch.no_grad():
-        for i in range(0, len(content), BATCH):
-            batch = {k: v.to(device) for k, v in recipe.batch(content[i : i + BATCH]).items()}
+        for rows in _batches(held.source):
+            part = content.part(found, rows)
+            batch = {k: v.to(device) for k, v in recipe.batch(part, np.arange(rows.start, rows.stop)).items()}
             for name, value in recipe.evaluate(model, batch).items():
                 sums[name] = sums.get(name, 0.0) + float(value.double().sum())
     return recipe.metrics(sums)
+
+
+def _batches(source: np.ndarray) -> list[slice]:
+    """Slices of at most BATCH samples, each of one source."""
+    edges = [0, *(np.flatnonzero(np.diff(source)) + 1).tolist(), len(source)]
+    return [slice(i, min(i + BATCH, b)) for a, b in itertools.pairwise(edges) for i in range(a, b, BATCH)]
+
+
+def _job(export: exports.Export, data: str, samples: int, sequence_length: int | None, fraction: float | None) -> Job:
+    """The job that made the model, on other data; for a language model from elsewhere, one that knows no more than its folder."""
+    made: dict[str, Any] = export.job or {"model": {}, "data": {}, "train": {}}
+    length = sequence_length or made["data"].get("sequence_length") or _trained_length(export.folder)
+    if not length and export.job is None:
+        raise ConfigError("--sequence-length: the model does not say how long its samples are; give it")
+    held = fraction or (made.get("evaluate") or {}).get("fraction", 0.01)
+    source = {"path": str(Location(data).absolute(workspace.root()))}
+    return Job.model_validate(
+        {
+            "name": "evaluate",
+            "recipe": made.get("recipe", exports.LANGUAGE_MODEL),
+            "model": export.recipe.exported(export.folder, made["model"]),
+            "data": {"sources": [source], "sequence_length": length, "document_mask": made["data"].get("document_mask", False)},
+            "train": {
+                "steps": 1,
+                "global_batch": BATCH,
+                "micro_batch": BATCH,
+                "optimizer": {"lr": 1.0},
+                "seed": made["train"].get("seed", 0),
+            },
+            "evaluate": {"every": 1, "samples": samples, "fraction": held},
+            "checkpoint": {"every": 1},
+            "storage": str(export.folder),
+            "mlflow": {"uri": "sqlite:////dev/null", "experiment": "none"},
+        }
+    )
 
 
 def _trained_length(folder: Path) -> int | None:

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import torch
 
+from heliostat import exports
 from heliostat.data.dataset import DataPlan, open_dataset
 from heliostat.errors import CheckpointError
 from heliostat.recipe import Recipe
 from heliostat.spec import Job
 from heliostat.train import tensorfile
 from heliostat.train.blocks import as_bytes, cut
+from heliostat.train.ema import KEY as EMA
 from heliostat.train.stored import Checkpoint
 
 SHARD_BYTES = 4 << 30
@@ -39,29 +41,42 @@ def export(checkpoint: Checkpoint, folder: Path) -> Recipe:
     with torch.device("meta"):
         model = recipe.build()
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    write_weights(checkpoint, shapes, DTYPES[job.train.precision], folder)
+    for prefix, file in recipe.layout.items():
+        mine = {name: shape for name, shape in shapes.items() if name.startswith(prefix)}
+        if mine:
+            write_weights(checkpoint, mine, DTYPES[job.train.precision], folder / file, prefix)
     recipe.save_config(folder)
+    exports.write(folder, job)
     return recipe
 
 
-def write_weights(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, folder: Path) -> None:
-    """The parameters of these names and shapes, and the checkpoint's buffers, as safetensors in the folder."""
-    missing = sorted(set(shapes) - set(checkpoint.names("master")))
+def write_weights(
+    checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, stem: Path, prefix: str = ""
+) -> None:
+    """The parameters of these names and shapes, and the checkpoint's buffers below the prefix, without it, as STEM.safetensors.
+
+    Where the run averaged its weights, the average is taken.
+    """
+    weights = EMA if checkpoint.names(EMA) else "master"
+    missing = sorted(set(shapes) - set(checkpoint.names(weights)))
     if missing:
         raise CheckpointError(f"{checkpoint.location}: has no weights for {missing[0]!r}; it was made by another model")
-    entries = {name: _entry(checkpoint, name, f"master.{name}", shape, dtype) for name, shape in shapes.items()}
-    for name in checkpoint.names("buffer"):
+    cut_ = len(prefix)
+    entries = {n: _entry(checkpoint, n[cut_:], f"{weights}.{n}", shape, dtype) for n, shape in shapes.items()}
+    for name in (n for n in checkpoint.names("buffer") if n.startswith(prefix)):
         held = checkpoint.index["tensors"][f"buffer.{name}"]
-        entries[name] = _entry(checkpoint, name, f"buffer.{name}", tuple(held["shape"]), tensorfile.DTYPES[held["dtype"]])
+        kind = tensorfile.DTYPES[held["dtype"]]
+        entries[name] = _entry(checkpoint, name[cut_:], f"buffer.{name}", tuple(held["shape"]), kind)
+    entries = {entry.name: entry for entry in entries.values()}
     files = _pack({name: entry.size for name, entry in entries.items()})
     weight_map: dict[str, str] = {}
     for number, part in enumerate(files, 1):
-        file = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        tensorfile.write(folder / file, [entries[name] for name in part], {"format": "pt"})
+        file = f"{stem.name}{'' if len(files) == 1 else f'-{number:05d}-of-{len(files):05d}'}.safetensors"
+        tensorfile.write(stem.with_name(file), [entries[name] for name in part], {"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
     if len(files) > 1:
         index = {"metadata": {"total_size": sum(entry.size for entry in entries.values())}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        stem.with_name(f"{stem.name}.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
 def _entry(checkpoint: Checkpoint, name: str, source: str, shape: tuple[int, ...], dtype: torch.dtype) -> tensorfile.Entry:

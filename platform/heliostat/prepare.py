@@ -26,7 +26,7 @@ from pydantic import Field
 
 from heliostat import workspace
 from heliostat.cluster.connect import connect
-from heliostat.data import manifest
+from heliostat.data import collection, manifest
 from heliostat.data.manifest import SHARDS
 from heliostat.errors import ConfigError, DataError, HeliostatError, StorageError, innermost
 from heliostat.schema import Strict, apply, read_yaml, validate
@@ -111,6 +111,7 @@ def prepare(path: Path, settings: list[str], force: bool = False) -> dict[str, A
     connect(cpus=CPUS)
     for part in (manifest.FILE, manifest.VERSIONS, RECORD, SHARDS):  # the manifest first: without it there is no dataset
         output.join(part).delete()
+    collection.clear(output)
     try:
         rows, meta = pipeline.write(output, inputs)
     except HeliostatError:
@@ -123,7 +124,8 @@ def prepare(path: Path, settings: list[str], force: bool = False) -> dict[str, A
     if not rows:
         raise DataError(f"{pipeline.name}: nothing is left of {len(inputs)} files; dropped: {meta.get('dropped')}")
     output.join(RECORD).write(json.dumps(record, indent=1).encode())
-    made = manifest.write(output, rows, {**meta, "name": pipeline.name, "config": config, "listing": listing})
+    write = collection.write if "parts" in meta else manifest.write
+    made = write(output, rows, {**meta, "name": pipeline.name, "config": config, "listing": listing})
     return _report(made, time.monotonic() - start, up_to_date=False)
 
 

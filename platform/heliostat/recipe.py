@@ -6,6 +6,7 @@ and what a batch, a loss and a score are. A recipe is made anew in every process
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,6 +15,7 @@ from heliostat.data.manifest import Manifest
 from heliostat.spec import Job
 
 if TYPE_CHECKING:  # torch takes a second to import, and a faulty job is found without it
+    import numpy as np
     import torch
 
     Batch = dict[str, torch.Tensor]
@@ -28,6 +30,37 @@ class Serving:
     code: Path
     example: Any
     signature: Any
+    requirements: tuple[str, ...] = ("mlflow", "torch", "transformers", "accelerate")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to answer; `out` is where a file goes, if the answer is one (`file` of its facts then says where it is)."""
+
+    prompt: str
+    seed: int
+    out: str | None
+
+
+@dataclass(frozen=True)
+class Generated:
+    """An answer: as a person reads it, and as JSON values."""
+
+    prompt: str
+    shown: str
+    facts: dict[str, Any]
+
+
+class Gallery(Protocol):
+    """Pictures that are drawn after every evaluation."""
+
+    count: int
+
+    def draw(self, model: torch.nn.Module, device: Any, numbers: list[int]) -> list[np.ndarray]:
+        """The pictures of these numbers, uint8 [height, width, channels]; any rank may be asked for any."""
+
+    def judge(self, pictures: list[np.ndarray]) -> tuple[dict[str, float], dict[str, bytes]]:
+        """Rank 0 only, given all of them in order: scores, and PNG images for the log by name."""
 
 
 class Recipe(Protocol):
@@ -35,6 +68,7 @@ class Recipe(Protocol):
 
     kind: str  # of the datasets it eats: "tokens" or "rows"
     terms_per_sample: int | None  # loss terms of every sample, or None where samples differ
+    layout: dict[str, str]  # of an export: a parameter's prefix -> its file there, without .safetensors
 
     def __init__(self, job: Job) -> None:
         """Reads `job.model`; ConfigError, with no model library's traceback, if it makes no sense. Cheap."""
@@ -45,8 +79,12 @@ class Recipe(Protocol):
     def build(self) -> torch.nn.Module:
         """The model in fp32 with its initial weights; the engine has seeded the RNG and, at ZeRO-3, set the stage."""
 
-    def batch(self, content: Any) -> Batch:
-        """CPU tensors from the samples' contents: int32 [batch, sequence_length] for tokens, an Arrow table of rows."""
+    def batch(self, content: Any, keys: np.ndarray) -> Batch:
+        """CPU tensors from the samples' contents: int32 [batch, sequence_length] for tokens, an Arrow table of rows.
+
+        `keys`, int64 [batch]: a number for each sample of each step, and for each held-out sample, whatever the number of
+        workers; what is drawn at random for a sample should follow from it.
+        """
 
     def describe(self, content: Any) -> str:
         """One sample, given as the content of a batch of one, as a person reads it."""
@@ -63,6 +101,9 @@ class Recipe(Protocol):
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
         """What people read, from the sums of `evaluate`; must hold `loss`."""
 
+    def gallery(self) -> Gallery | None:
+        """What is drawn after every evaluation, if anything is."""
+
     def flops_per_sample(self, model: torch.nn.Module) -> float:
         """Forward and backward FLOPs of one sample, for MFU."""
 
@@ -74,6 +115,14 @@ class Recipe(Protocol):
 
     def demonstrate(self, folder: Path) -> list[tuple[str, str]]:
         """Driver only: (prompt, what the exported model makes of it) for the log and the terminal."""
+
+    @staticmethod
+    def exported(folder: Path, model: dict[str, Any]) -> dict[str, Any]:
+        """What `job.model` is for an exported folder, given what it was when it was trained."""
+
+    @staticmethod
+    def generator(folder: Path, options: dict[str, Any]) -> Callable[[list[Request]], list[Generated]]:
+        """Loads an exported folder once and answers requests; ConfigError for options that this kind of model does not have."""
 
     def serving(self) -> Serving:
         """Driver only: how MLflow serves the exported folder."""

@@ -45,6 +45,7 @@ class Data(Strict):
     on_bad_sample: Literal["replace", "fail"] = "replace"
     max_bad_fraction: Fraction = 0.01  # of the samples of an epoch; more replaced samples than that stop the run
     memory_limit: ByteSize = ByteSize(2 << 30)  # for samples on their way from storage to the workers, on the whole cluster
+    one_source_batches: bool = False  # a lane's samples of a step are all of one source; collections set it
     document_mask: bool = False  # attention stays inside a document of a packed sequence
 
 
@@ -81,6 +82,10 @@ class Zero(Strict):
         return value
 
 
+class Ema(Strict):
+    decay: Annotated[Float, Field(gt=0, lt=1)] = 0.9999
+
+
 class Train(Strict):
     steps: Positive
     global_batch: Positive
@@ -88,6 +93,7 @@ class Train(Strict):
     optimizer: Optimizer
     schedule: Schedule = Schedule()
     grad_clip: NonNegative = 1.0
+    ema: Ema | None = None  # an average of the weights over the steps, which is evaluated and exported
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     zero: Zero = Zero()
     deepspeed: dict[str, Any] = {}  # merged over the DeepSpeed config that the keys above make
@@ -336,14 +342,20 @@ def resolve(job: Job) -> Job:
     for i, source in enumerate(raw["data"]["sources"]):
         source["path"] = _absolute(f"data.sources.{i}.path", source["path"], root)
     raw["storage"] = _absolute("storage", job.storage, root)
-    if isinstance(job.model.get("pretrained"), str):
-        raw["model"]["pretrained"] = str(root / job.model["pretrained"])
+    raw["model"] = _pretrained(raw["model"], root)
     uri = job.mlflow.uri
     if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
         raw["mlflow"]["uri"] = f"sqlite:///{root / uri.removeprefix('sqlite:///')}"
     elif not uri.startswith(("sqlite:", "http://", "https://", "postgresql", "mysql", "mssql", "databricks")):
         raise ConfigError(f"mlflow.uri: {uri!r} is no MLflow store; use sqlite:///FILE or http://HOST:PORT")
     return schema.validate(Job, raw, job.name)  # again, because two ways to write a path are now one
+
+
+def _pretrained(model: Any, root: Path) -> Any:
+    """The recipe's keys with every `pretrained: FOLDER` absolute, however deep."""
+    if not isinstance(model, dict):
+        return model
+    return {k: str(root / v) if k == "pretrained" and isinstance(v, str) else _pretrained(v, root) for k, v in model.items()}
 
 
 def _absolute(key: str, path: str, root: Path) -> str:

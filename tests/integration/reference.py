@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from heliostat import check
 from heliostat.data.dataset import open_dataset
@@ -27,7 +28,8 @@ def plain_losses(path: Path, settings: list[str]) -> list[float]:
     losses = []
     for step in range(job.train.steps):
         content = dataset.read(dataset.order.locate(dataset.order.step(step).ravel()))
-        batch = recipe.batch(content)
+        keys = step * job.train.global_batch + np.arange(job.train.global_batch)
+        batch = recipe.batch(content, keys)
         for group in optimizer.param_groups:
             group["lr"] = settings_.lr * factor(job.train.schedule, step, job.train.steps)
         loss = recipe.loss(model, batch) / recipe.terms(batch)

@@ -39,7 +39,7 @@ def streams(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
     found = checkpoint.open_checkpoint(run, 1)
     out.mkdir()
     before = _peak_mb(reset=True)
-    export.write_weights(found, {str(i): (2, NUMEL // 2) for i in range(TENSORS)}, torch.bfloat16, out)
+    export.write_weights(found, {str(i): (2, NUMEL // 2) for i in range(TENSORS)}, torch.bfloat16, out / "model")
     yield {"growth_mb": _peak_mb() - before}
     read = load_file(out / "model.safetensors")
     yield {"right": all(torch.equal(read[str(i)], torch.full((2, NUMEL // 2), i).bfloat16()) for i in range(TENSORS))}
@@ -65,7 +65,7 @@ def llama(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
     out = Path(folder) / "out"
     model.config.save_pretrained(out)
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
-    export.write_weights(checkpoint.open_checkpoint(Location(folder), 1), shapes, torch.float32, out)
+    export.write_weights(checkpoint.open_checkpoint(Location(folder), 1), shapes, torch.float32, out / "model")
     again = AutoModelForCausalLM.from_pretrained(out)
     tokens = torch.arange(40)[None]
     yield {

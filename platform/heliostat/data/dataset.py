@@ -78,7 +78,8 @@ class DataPlan:
                  "held_fraction": "evaluate.fraction"}  # fmt: skip
         mine, theirs = self.dump(), other.dump()
         lines = [f"{label}: {mine[key]} -> {theirs[key]}" for key, label in names.items() if mine[key] != theirs[key]]
-        shape = {"batch": "train.global_batch", "lanes": "data.lanes", "superstep": "the superstep", "window": "data.window"}
+        shape = {"batch": "train.global_batch", "lanes": "data.lanes", "superstep": "the superstep", "window": "data.window",
+                 "unit": "data.one_source_batches, in samples"}  # fmt: skip
         return lines + [
             f"{label}: {mine['shape'][key]} -> {theirs['shape'][key]}"
             for key, label in shape.items()
@@ -99,10 +100,17 @@ def plan(job: Job, manifests: list[Manifest], recorded: DataPlan | None = None, 
         and lanes == recorded.shape.lanes
         and job.train.global_batch == recorded.shape.batch
         and not job.data.window
+        and job.data.one_source_batches == (recorded.shape.unit > 1)
     ):
         shape = recorded.shape
     else:
-        shape = choose_shape(job.train.global_batch, lanes, sample_bytes(length, manifests), job.data.window)
+        size = sample_bytes(length, manifests)
+        shape = choose_shape(job.train.global_batch, lanes, size, job.data.window, job.data.one_source_batches)
+    if job.data.one_source_batches and shape.per_lane % job.train.micro_batch:
+        raise ConfigError(
+            f"train.micro_batch: {job.train.micro_batch} does not divide the {shape.per_lane} samples of a lane, which are "
+            f"of one source; use {shape.per_lane}, or other data.lanes"
+        )
     if not job.worker_counts(lanes):
         raise ConfigError(f"workers.count: {job.workers.count} does not divide the run's {lanes} lanes")
     start = first_step if first_step is not None else recorded.first_step if recorded else 0

@@ -39,7 +39,8 @@ def stride_pattern(weights: list[float]) -> np.ndarray:
 class Mixture:
     """How many samples of each source the first g positions hold, and which source each position has."""
 
-    def __init__(self, weights: list[float]) -> None:
+    def __init__(self, weights: list[float], unit: int = 1) -> None:
+        self.unit = unit  # consecutive positions of one source
         self.pattern = stride_pattern(weights)
         sources = np.arange(len(weights), dtype=np.int16)
         self.before = np.zeros((len(weights), len(self.pattern) + 1), dtype=np.int64)
@@ -47,11 +48,14 @@ class Mixture:
 
     def counts(self, positions: np.ndarray | int) -> np.ndarray:
         """int64 [sources, ...]: samples of each source before the positions."""
-        periods, rest = np.divmod(positions, len(self.pattern))
-        return np.multiply.outer(self.before[:, -1], periods) + self.before[:, rest]
+        units, inside = np.divmod(positions, self.unit)
+        periods, rest = np.divmod(units, len(self.pattern))
+        whole = self.unit * (np.multiply.outer(self.before[:, -1], periods) + self.before[:, rest])
+        sources = np.arange(len(self.before)).reshape(-1, *([1] * np.ndim(positions)))
+        return whole + (sources == self.pattern[rest]) * inside
 
     def sources(self, positions: np.ndarray) -> np.ndarray:
-        return self.pattern[positions % len(self.pattern)]
+        return self.pattern[positions // self.unit % len(self.pattern)]
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class Shape:
     lanes: int  # C
     superstep: int  # K
     window: int  # samples, a multiple of the envelope
+    unit: int = 1  # consecutive samples of one source; divides a lane's samples of a step
 
     @property
     def per_lane(self) -> int:
@@ -73,13 +78,14 @@ class Shape:
         return self.superstep * self.per_lane
 
 
-def choose_shape(batch: int, lanes: int, sample_bytes: int, window: int | None = None) -> Shape:
-    """Envelopes of about 4 MB and at most 64 steps; windows of about 32 MB, or of at least `window` samples."""
+def choose_shape(batch: int, lanes: int, sample_bytes: int, window: int | None = None, one_source: bool = False) -> Shape:
+    """Envelopes of about 4 MB and at most 64 steps; windows of about 32 MB, or of at least `window` samples. `one_source`: a
+    lane's samples of a step are all of one."""
     per_lane = batch // lanes
     superstep = min(MAX_SUPERSTEP, max(1, ENVELOPE_BYTES // (per_lane * sample_bytes)))
     envelope = superstep * per_lane
     wanted = window or WINDOW_BYTES // sample_bytes
-    return Shape(batch, lanes, superstep, envelope * max(1, -(-wanted // envelope)))
+    return Shape(batch, lanes, superstep, envelope * max(1, -(-wanted // envelope)), per_lane if one_source else 1)
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,7 @@ def sections(mix: list[tuple[int, list[float]]], caps: list[int | None], shape: 
         while end is None or step < end:
             if not any(left):
                 return out, step
-            mixture = Mixture(left)
+            mixture = Mixture(left, shape.unit)
             steps = _affordable(mixture, most - base, shape.batch)
             over = mixture.counts(((steps or 0) + 1) * shape.batch) > most - base
             if end is not None and (steps is None or steps > end - step):
@@ -127,11 +133,11 @@ def sections(mix: list[tuple[int, list[float]]], caps: list[int | None], shape: 
 
 def _affordable(mixture: Mixture, left: np.ndarray, batch: int) -> int | None:
     """Whole steps until the first source would exceed what is left of it; None if none ever does."""
-    period, most = mixture.before[:, -1], np.iinfo(np.int64).max
+    period, most = mixture.unit * mixture.before[:, -1], np.iinfo(np.int64).max
     limited = (left < most // 2) & (period > 0)
     if not limited.any():
         return None
-    low, high = 0, int((left[limited] // period[limited] + 1).min() * len(mixture.pattern) // batch + 1)
+    low, high = 0, int((left[limited] // period[limited] + 1).min() * mixture.unit * len(mixture.pattern) // batch + 1)
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if (mixture.counts(middle * batch) <= left).all() else (low, middle - 1)

@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from heliostat import exports
 from heliostat.errors import ConfigError, TrackingError
 from heliostat.recipe import Recipe
 from heliostat.spec import Job
@@ -38,7 +39,7 @@ def log_model(job: Job, run_id: str, folder: Path, recipe: Recipe, scores: dict[
                 input_example=serving.example,
                 registered_model_name=job.mlflow.register_as,
                 params={f"eval.{k}": v for k, v in scores.items()},
-                pip_requirements=["mlflow", "torch", "transformers", "accelerate"],
+                pip_requirements=list(serving.requirements),
             )
     except mlflow.exceptions.MlflowException as e:
         raise TrackingError(f"mlflow: the model in {folder} could not be logged ({e})") from e
@@ -49,7 +50,7 @@ def log_model(job: Job, run_id: str, folder: Path, recipe: Recipe, scores: dict[
 def resolve(model: str, tracking_uri: str) -> Path:
     """A local folder that `from_pretrained` loads, from whatever a person calls the model; ConfigError if there is none."""
     if Path(model).is_dir():
-        if not (Path(model) / "config.json").is_file():
+        if not exports.is_model(Path(model)):
             raise ConfigError(f"{model}: is a folder without a model (no config.json); make one with `heliostat export`")
         return Path(model)
     if not model.startswith("models:/") and not re.fullmatch(r"[0-9a-f]{32}", model):

@@ -12,8 +12,10 @@ import logging
 import os
 import queue
 import subprocess
+import tempfile
 import threading
 import time
+from collections import deque
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ log = logging.getLogger(__name__)
 RECORD = "run.json"
 PACKAGES = ("heliostat", "ray", "torch", "deepspeed", "transformers", "diffusers", "pyarrow", "mlflow", "numpy")
 AWAY_S = 120.0  # how long the end of a command waits for an MLflow that does not answer
+IMAGES = 500  # that wait for MLflow; with more the oldest go
 PAUSE_S, PAUSE_MAX_S = 0.5, 15.0  # between two tries; each is twice as long as the one before
 # MLflow's client by itself tries for minutes, in which nothing could be done
 CLIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
@@ -56,6 +59,7 @@ class RunOwner:
         self._since = 0.0  # of an outage
         self._patient = True  # until somebody has waited in vain
         self._end: dict[str, Any] | None = None
+        self._images: deque[tuple[str, int, bytes]] = deque(maxlen=IMAGES)  # (name, step, PNG) that MLflow has not got yet
         self._thread = threading.Thread(target=self._write, name="mlflow", daemon=True)
 
     def post(self, event: dict[str, Any]) -> None:
@@ -115,7 +119,9 @@ class RunOwner:
         pause, deadline = 0.0, float("inf")
         box = outbox.Outbox(self.job.run_folder, self._send, self._known)
         while True:
-            box.add(point for event in self._gather(pause) for point in points(event))
+            for event in self._gather(pause):
+                box.add(points(event))
+                self._images.extend((name, event["step"], png) for name, png in event.get("images", {}).items())
             if self._end and deadline == float("inf"):
                 deadline = time.monotonic() + (AWAY_S if self._patient else 0.0)
             try:
@@ -148,6 +154,7 @@ class RunOwner:
             self._open()
         waiting = len(box)
         box.flush()
+        self._log_images()
         if self._fault:
             away = time.monotonic() - self._since
             log.warning("MLflow answers again after %.0f s: it has the %d metrics that waited", away, waiting)
@@ -234,6 +241,15 @@ class RunOwner:
         """The last place that MLflow has of each metric."""
         found = self._client.get_run(self.run_id).data.to_proto().metrics
         return {m.key: outbox.Point(m.key, m.value, m.timestamp / 1000, m.step).place for m in found}
+
+    def _log_images(self) -> None:
+        while self._images:
+            name, step, png = self._images[0]
+            with tempfile.TemporaryDirectory(prefix="heliostat-") as folder:
+                file = Path(folder) / f"step-{step:08d}.png"
+                file.write_bytes(png)
+                self._client.log_artifact(self.run_id, str(file), f"images/{name}")
+            self._images.popleft()
 
 
 def points(event: dict[str, Any]) -> list[Point]:

@@ -143,12 +143,27 @@ def optimizer_steps(engine: Any) -> int:
     return int(next(iter(inner_optimizer(engine).state.values()))["step"])
 
 
+def share(shard: FlatShard, engine: Any, whole: bool) -> FlatShard:
+    """What this rank saves of a slice: at stage 0, where every rank holds everything, the rank-th part."""
+    if whole or engine.zero_optimization_stage():
+        return shard
+    per = -(-shard.shape[0] // dist.get_world_size())
+    start = min(dist.get_rank() * per, shard.shape[0])
+    return FlatShard(shard.local[start : start + per], start, shard.shape[0])
+
+
 def after_load(engine: Any, steps: int) -> None:
     """Makes the engine whole after its slices were loaded: the step count, and the weights that the forward pass uses."""
     for values in inner_optimizer(engine).state.values():
         values["step"].fill_(float(steps))
+    refresh(engine)
+
+
+def refresh(engine: Any) -> None:
+    """Takes the weights that the forward pass uses from the fp32 masters."""
     stage, zero = engine.zero_optimization_stage(), engine.optimizer
     if stage == 3:
+        zero._partition_all_parameters()  # what is still gathered from the last forward pass would be used again
         for low, master in zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True):
             if low is not None:
                 low.data.copy_(master.data)

@@ -22,13 +22,14 @@ class HeldOut:
         assert job.evaluate
         everything = dataset.order.held_out(job.evaluate.samples)
         self.micro = job.train.micro_batch
-        mine = np.arange(rank, len(everything), world)
-        self.batches = -(-len(everything) // (world * self.micro))  # the same on every worker: ZeRO-3 gathers together
-        filled = np.resize(mine, self.batches * self.micro) if len(mine) else np.zeros(self.batches * self.micro, int)
+        sources = everything.source if job.data.one_source_batches else np.zeros(len(everything), int)
+        parts = [dealt(np.flatnonzero(sources == s), rank, world, self.micro) for s in np.unique(sources)]
+        filled = self.keys = np.concatenate([numbers for numbers, _ in parts])
+        self.batches = len(filled) // self.micro  # the same on every worker: ZeRO-3 gathers together
         take = type(everything)(*(getattr(everything, f)[filled] for f in ("position", "source", "epoch", "chunk", "row")))
         found = dataset.gather(take)
         self.content = found.content
-        self.counted = np.arange(len(filled)) < len(mine)
+        self.counted = np.concatenate([counted for _, counted in parts])
         self.counted[list(found.faults)] = False  # a bad sample scores nothing
 
     @torch.no_grad()
@@ -38,7 +39,7 @@ class HeldOut:
         totals = torch.zeros(0, dtype=torch.float64)
         for i in range(self.batches):
             rows = slice(i * self.micro, (i + 1) * self.micro)
-            batch = {k: v.to(device) for k, v in recipe.batch(content.part(self.content, rows)).items()}
+            batch = {k: v.to(device) for k, v in recipe.batch(content.part(self.content, rows), self.keys[rows]).items()}
             scores = recipe.evaluate(model, batch)
             names = sorted(scores)
             counted = torch.from_numpy(self.counted[rows])
@@ -47,3 +48,11 @@ class HeldOut:
             progressed()
         dist.all_reduce(totals, group=group)
         return dict(zip(names, totals.tolist(), strict=True))
+
+
+def dealt(samples: np.ndarray, rank: int, world: int, micro: int) -> tuple[np.ndarray, np.ndarray]:
+    """This worker's part of the samples in whole micro-batches, as many as every other worker's, and which of them count."""
+    mine = samples[rank::world]
+    size = -(-len(samples) // (world * micro)) * micro
+    filled = np.resize(mine, size) if len(mine) else np.full(size, samples[0])
+    return filled, np.arange(size) < len(mine)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,9 @@ from heliostat.errors import LossSpikeError, NonFiniteError
 from heliostat.recipe import Batch, Recipe
 from heliostat.spec import Job
 from heliostat.storage import Location
-from heliostat.train import checkpoint, fragments, zero
+from heliostat.train import checkpoint, fragments, pictures, zero
 from heliostat.train.board import queued_s
+from heliostat.train.ema import Ema
 from heliostat.train.heldout import HeldOut
 from heliostat.train.ledger import Ledger, peak_flops
 from heliostat.train.pulse import Pulse, Votes
@@ -67,6 +69,7 @@ class Worker:
         self.engine = zero.build_engine(self.job, self.recipe)
         fragments.make_room(self.engine)
         self.saver.follow(fragments.inner_optimizer(self.engine))
+        self.ema = Ema(self.engine, self.job.train.ema.decay) if self.job.train.ema else None
         self.device = self.engine.device
         self.batch_plan = BatchPlan(self.job, self.plan)
         self.chain = receipt.GENESIS
@@ -75,6 +78,7 @@ class Worker:
             self._phase("restore")
             self._restore()
         self.held_out = HeldOut(self.job, self.dataset, self.rank, self.world) if self.job.evaluate else None
+        self.gallery = self.recipe.gallery() if self.job.evaluate else None
         self.scores: dict[str, float] = {}
         self.scored_at = -1
         self.spikes = Detector(self.job.spike) if self.job.spike else None
@@ -159,7 +163,9 @@ class Worker:
         engine, train = self.engine, self.job.train
         for group in engine.optimizer.param_groups:
             group["lr"] = train.optimizer.lr * factor(train.schedule, step, train.steps)
-        micros = [self.recipe.batch(rows) for rows in content.split(mine.content, train.micro_batch)]
+        keys = self.batch_plan.keys(step, mine.lanes)
+        parts = zip(content.split(mine.content, train.micro_batch), content.split(keys, train.micro_batch), strict=True)
+        micros = [self.recipe.batch(rows, numbers) for rows, numbers in parts]
         terms = self._terms(micros)
         total = torch.zeros((), device=self.device)
         for i, micro in enumerate(micros):
@@ -171,6 +177,8 @@ class Worker:
             if i + 1 == len(micros) and not engine.zero_optimization_stage():
                 self._norms.append(zero.gradient_norm(engine, train.grad_clip))
             engine.step()
+        if self.ema and engine.was_step_applied():
+            self.ema.update(step + 1)
         if engine.zero_optimization_stage():
             self._norms.append(zero.gradient_norm(engine, train.grad_clip))
         self._losses.append(total / terms)
@@ -262,10 +270,15 @@ class Worker:
     def _evaluate(self, done: int) -> None:
         assert self.held_out
         self.engine.eval()
-        sums = self.held_out.sums(self.recipe, self.engine, self.device, self.control, self._progressed)
+        images: dict[str, bytes] = {}
+        with self.ema.applied() if self.ema else nullcontext():
+            sums = self.held_out.sums(self.recipe, self.engine, self.device, self.control, self._progressed)
+            self.scores, self.scored_at = self.recipe.metrics(sums), done
+            if self.gallery:
+                judged, images = pictures.show(self.gallery, self.engine, self.device, self.control, self._progressed)
+                self.scores |= judged
         self.engine.train()
-        self.scores, self.scored_at = self.recipe.metrics(sums), done
-        self._post({"kind": "evaluation", "step": done, "scores": self.scores, "at": time.time()})
+        self._post({"kind": "evaluation", "step": done, "scores": self.scores, "at": time.time(), "images": images})
 
     def _progressed(self) -> None:
         self.pulse.progress += 1
@@ -289,7 +302,7 @@ class Worker:
             "metrics": {"train_loss": getattr(self, "last_loss", None), **scores},
             "written": time.time(),
         }
-        self.saver.save(done, fragments.state(self.engine), facts)
+        self.saver.save(done, self._state(), facts)
         self.pulse.progress += 1
         self._post({"kind": "checkpoint", "step": done, "blocked_s": self.saver.blocked_s, **self._now()})
 
@@ -311,9 +324,12 @@ class Worker:
         self.run_bad_samples = quarantine.collect(self.run_folder, done, self._bad, self.bad_samples, self.dataset, self.control)
         self._bad = []
 
+    def _state(self, whole: bool = False) -> dict[str, torch.Tensor]:
+        return fragments.state(self.engine, whole) | (self.ema.state(whole) if self.ema else {})
+
     def _restore(self) -> None:
         found = checkpoint.open_checkpoint(self.run_folder, self.start_step)
-        checkpoint.load(found, fragments.state(self.engine, whole=True), self.control)
+        checkpoint.load(found, self._state(whole=True), self.control)
         fragments.after_load(self.engine, found.index["optimizer_steps"])
         self.chain = found.index["receipt"]["chain"]
         self.bad_samples = found.index["bad_samples"] if self.rank == 0 else 0
@@ -340,6 +356,11 @@ class BatchPlan:
 
     def __init__(self, job: Job, plan: DataPlan) -> None:
         self.seed_base, self.micro, self.per_lane = job.train.seed, job.train.micro_batch, plan.shape.per_lane
+        self.batch = plan.shape.batch
+
+    def keys(self, step: int, lanes: range) -> np.ndarray:
+        """A number for each of this worker's samples, lanes in order: the step and the sample's place in the global batch."""
+        return (step * self.batch + np.array(lanes)[:, None] * self.per_lane + np.arange(self.per_lane)).ravel()
 
     def seed(self, step: int, lanes: range, micro: int) -> int:
         """The seed of this worker's micro-batch: from the step and the place of its first sample in the global batch."""

@@ -35,6 +35,7 @@ from heliostat.errors import (
     StoppedError,
     StorageError,
 )
+from heliostat.spec import Job
 from heliostat.storage import Location
 from heliostat.track import outbox
 from heliostat.track.run import RunOwner
@@ -159,7 +160,7 @@ class _Run:
 
         workers = self.job.workers
         most = max(self.counts)
-        with Show(self.console, self.job.name, self.start_step, self.job.train.steps) as show:
+        with Show(self.console, self.job.name, self.start_step, self.job.train.steps, _unit(self.job)) as show:
             # data tasks need CPUs of their own; on a small machine these are logical, and mostly wait
             connect(
                 cpus=max(os.cpu_count() or 1, round(most * workers.cpus) + 2),
@@ -290,6 +291,12 @@ class _Run:
         result = {"run_id": owner.run_id, **summary, "model_uri": model_uri, "checkpoint": str(last.location)}
         result["reference"] = {m.location.name: m.meta.get("unigram_entropy") for m in self.checked.manifests}
         result["goodput"] = goodput.summary(self.ledger.report())
+        result["unit"] = _unit(job)
         result["samples"] = [{"prompt": p, "text": t} for p, t in samples]
         job.run_folder.join("result.json").write(json.dumps(result, indent=2).encode())
         return result
+
+
+def _unit(job: Job) -> str:
+    """What rates count."""
+    return "tokens" if job.data.sequence_length else "samples"

@@ -24,7 +24,8 @@ PHASES = {
 class Show:
     """Fed with the board's events; remembers when each phase began, for the start-up split."""
 
-    def __init__(self, console: Console, name: str, start: int, steps: int) -> None:
+    def __init__(self, console: Console, name: str, start: int, steps: int, unit: str) -> None:
+        self.unit = unit
         self.phases: dict[str, float] = {}
         self._progress = Progress(
             TextColumn("[bold]{task.fields[name]}"),
@@ -75,7 +76,7 @@ class Show:
         done = event["first"] + len(event["loss"])
         mfu = f"  MFU {event['mfu']:.1%}" if event.get("mfu") else ""
         text = (
-            f"loss {event['loss'][-1]:.4f}  lr {event['lr'][-1]:.2e}  {event['tokens_per_second']:,.0f} tokens/s{mfu}  "
+            f"loss {event['loss'][-1]:.4f}  lr {event['lr'][-1]:.2e}  {event['tokens_per_second']:,.0f} {self.unit}/s{mfu}  "
             f"data wait {event['data_wait']:.1%}"
         )
         self._progress.update(self._task, completed=done, note=text)

@@ -1,0 +1,140 @@
+"""A diffusers pipeline from prompt to image, in pixels or latents. An export holds a copy of this file, so that plain diffusers
+loads it: DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True). It needs nothing but diffusers and transformers.
+
+Image i of a call is drawn from its own generator: the same seed gives the same image alone or in a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+
+
+def predict(backbone: Any, noisy: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """The backbone's answer; `t` [n], `text` [n, tokens, width]."""
+    kind = type(backbone).__name__
+    if kind == "UNet2DConditionModel":
+        return backbone(noisy, t, encoder_hidden_states=text).sample
+    if kind == "PixArtTransformer2DModel":
+        sizes = {"resolution": None, "aspect_ratio": None}
+        return backbone(noisy, encoder_hidden_states=text, timestep=t, added_cond_kwargs=sizes).sample
+    if kind == "SD3Transformer2DModel":
+        return backbone(noisy, encoder_hidden_states=text, pooled_projections=text.mean(dim=1), timestep=t).sample
+    raise TypeError(f"{kind} is no backbone of this pipeline")
+
+
+def tokenize(tokenizer: Any, prompts: list[str]) -> Any:
+    """input_ids and attention_mask, padded to the tokenizer's length."""
+    length = tokenizer.model_max_length
+    return tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+
+
+def embed(text_encoder: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """[n, tokens, width]. T5 does not look at padding; CLIP does, as it was trained to."""
+    if "t5" in text_encoder.config.model_type:
+        return text_encoder(input_ids=ids, attention_mask=mask)[0]
+    return text_encoder(input_ids=ids)[0]
+
+
+def generators(seeds: list[int]) -> list[torch.Generator]:
+    """On the CPU, so that every device draws the same."""
+    return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+
+
+def denoise(
+    say: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    scheduler: Any,
+    shape: tuple[int, ...],
+    steps: int,
+    guidance: float,
+    draws: list[torch.Generator],
+    device: Any,
+) -> torch.Tensor:
+    """Sculpts noise into samples of the shape, fp32. `say(noisy, t)` answers for [without text; with text], 2n samples.
+
+    Guidance is classifier-free (Ho and Salimans 2022, arXiv 2207.12598): 1 is the model as it is.
+    """
+    scheduler.set_timesteps(steps, device=device)
+    x = randn_tensor(shape, generator=draws, device=torch.device(device), dtype=torch.float32)
+    x = x * getattr(scheduler, "init_noise_sigma", 1.0)
+    for t in scheduler.timesteps:
+        both = torch.cat([x, x])
+        if hasattr(scheduler, "scale_model_input"):
+            both = scheduler.scale_model_input(both, t)
+        without, having = say(both, t.expand(len(both))).float().chunk(2)
+        x = scheduler.step(without + guidance * (having - without), t, x, generator=draws, return_dict=False)[0]
+    return x
+
+
+class TextToImagePipeline(DiffusionPipeline):
+    unet: Any
+    transformer: Any
+    vae: Any
+    text_encoder: Any
+    tokenizer: Any
+    scheduler: Any
+    _execution_device: Any
+    register_modules: Any
+    model_cpu_offload_seq = "text_encoder->unet->transformer->vae"
+    _optional_components = ["unet", "transformer", "vae"]
+
+    def __init__(self, scheduler: Any, text_encoder: Any, tokenizer: Any, unet: Any = None, transformer: Any = None,
+                 vae: Any = None) -> None:  # fmt: skip
+        super().__init__()
+        self.register_modules(
+            scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, transformer=transformer, vae=vae
+        )
+        self.processor = VaeImageProcessor(vae_scale_factor=self.factor)
+
+    @property
+    def backbone(self) -> Any:
+        return self.unet if self.unet is not None else self.transformer
+
+    @property
+    def factor(self) -> int:
+        """Pixels to a latent's side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 1
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str],
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 30,
+        guidance_scale: float = 4.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> Any:
+        """`generator`: one, or one for each prompt. Sizes are in pixels; the default is the training's."""
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        device, backbone = self._execution_device, self.backbone
+        dtype = next(backbone.parameters()).dtype
+        tokens = tokenize(self.tokenizer, [*[""] * len(prompts), *prompts])
+        text = embed(self.text_encoder, tokens.input_ids.to(device), tokens.attention_mask.to(device)).to(dtype)
+        side = backbone.config.sample_size * self.factor
+        shape = (len(prompts), backbone.config.in_channels, (height or side) // self.factor, (width or side) // self.factor)
+        draws = generator if isinstance(generator, list) else [generator or torch.Generator("cpu")] * len(prompts)
+        x = denoise(
+            lambda noisy, t: predict(backbone, noisy.to(dtype), t, text),
+            self.scheduler, shape, num_inference_steps, guidance_scale, draws, device,
+        )  # fmt: skip
+        pixels = decode(self.vae, x)
+        images: Any = self.processor.postprocess(pixels.float().cpu(), output_type=output_type)
+        if output_type == "pil" and pixels.shape[1] == 1:
+            images = [image.convert("L") for image in images]
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+def decode(vae: Any, x: torch.Tensor) -> torch.Tensor:
+    """Pixels in [-1, 1] from what was sampled."""
+    if vae is None:
+        return x.clamp(-1, 1)
+    dtype = next(vae.parameters()).dtype
+    return vae.decode((x / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)).to(dtype)).sample.clamp(-1, 1)

@@ -1,0 +1,178 @@
+"""One image with its caption: decoding, filters, resizing, buckets, hashes, encoding. Pure functions from bytes to bytes.
+
+Whatever is wrong with an image becomes a `Dropped` with one of `REASONS`; nothing here raises for bad data. An image is
+scaled until it covers its bucket and cropped at its centre; what is transparent becomes white.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageOps
+
+REASONS = {
+    "unreadable": "the file vanished or cannot be opened",
+    "corrupt": "a broken archive, table or metadata line; what came before the break is kept",
+    "no_image": "a caption without an image",
+    "no_caption": "an image without a caption",
+    "undecodable": "bytes that are no whole PNG, JPEG or WebP",
+    "too_small": "a side below min_side",
+    "aspect": "longer than max_aspect times its width, or the other way about",
+    "caption_short": "a caption of fewer than min_caption characters",
+    "caption_long": "a caption of more than max_caption characters",
+    "duplicate": "the pixels of another image",
+    "near_duplicate": "almost the pixels of another image",
+}
+FORMATS = ("PNG", "JPEG", "WEBP")
+Encoding = Literal["png", "jpeg", "webp"]
+Size = tuple[int, int]  # width, height
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What an image must be, and what it becomes."""
+
+    sizes: tuple[Size, ...]  # the buckets
+    channels: int = 3
+    encoding: Encoding = "png"
+    quality: int = 95  # of jpeg and webp
+    min_side: int = 1
+    max_aspect: float | None = None
+    min_caption: int = 1
+    max_caption: int | None = None
+
+
+@dataclass(frozen=True)
+class Raw:
+    """An image as its source has it; what is not there is None."""
+
+    id: str
+    image: bytes | None
+    caption: str | None
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image as it is stored; `hash` is of the pixels that were decoded, `looks` the perceptual hash."""
+
+    id: str
+    hash: str
+    looks: int
+    size: Size
+    image: bytes
+    caption: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Dropped:
+    id: str
+    reason: str
+    detail: str = ""
+
+
+def buckets(resolution: int, max_aspect: float, step: int) -> tuple[Size, ...]:
+    """Sizes of at most resolution x resolution pixels whose sides are multiples of `step`, one a width, widest last.
+
+    The area bounds the memory of a step; for each width the greatest height that it allows is taken.
+    """
+    out = []
+    for width in range(step, int(resolution * max_aspect) + step, step):
+        height = resolution * resolution // width // step * step
+        if height and max(width, height) / min(width, height) <= max_aspect:
+            out.append((width, height))
+    return tuple(out)
+
+
+def nearest(size: Size, sizes: tuple[Size, ...]) -> Size:
+    """The bucket whose aspect ratio is nearest (as a ratio), the first of equals."""
+    aspect = math.log(size[0] / size[1])
+    return min(sizes, key=lambda s: (abs(math.log(s[0] / s[1]) - aspect), s))
+
+
+def prepare(raw: Raw, rules: Rules) -> Picture | Dropped:
+    """The image as it is stored, or why it is not."""
+    caption = " ".join((raw.caption or "").split())
+    if raw.image is None:
+        return Dropped(raw.id, "no_image")
+    if not caption:
+        return Dropped(raw.id, "no_caption")
+    if len(caption) < rules.min_caption:
+        return Dropped(raw.id, "caption_short")
+    if rules.max_caption is not None and len(caption) > rules.max_caption:
+        return Dropped(raw.id, "caption_long")
+    try:
+        pixels = decode(raw.image, rules.channels)
+    except Exception as e:  # noqa: BLE001 (Pillow's decoders raise errors of every kind for bad bytes)
+        return Dropped(raw.id, "undecodable", f"{type(e).__name__}: {e}"[:200])
+    width, height = pixels.size
+    if min(width, height) < rules.min_side:
+        return Dropped(raw.id, "too_small", f"{width}x{height}")
+    if rules.max_aspect is not None and max(width, height) / min(width, height) > rules.max_aspect:
+        return Dropped(raw.id, "aspect", f"{width}x{height}")
+    size = nearest((width, height), rules.sizes)
+    stored = encode(fit(pixels, size), rules.encoding, rules.quality)
+    return Picture(raw.id, pixel_hash(pixels), looks(pixels), size, stored, caption, raw.label)
+
+
+def decode(data: bytes, channels: int) -> Image.Image:
+    """The upright image with one channel or three; raises whatever Pillow does for bytes that are none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        opened = Image.open(io.BytesIO(data), formats=FORMATS)
+        opened.load()
+    image: Image.Image = ImageOps.exif_transpose(opened)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+def fit(image: Image.Image, size: Size) -> Image.Image:
+    """Scaled to cover the size, cropped at the centre."""
+    return image if image.size == size else ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+
+
+def encode(image: Image.Image, encoding: Encoding, quality: int) -> bytes:
+    out = io.BytesIO()
+    image.save(out, encoding.upper(), **({} if encoding == "png" else {"quality": quality}))
+    return out.getvalue()
+
+
+def pixel_hash(image: Image.Image) -> str:
+    return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()
+
+
+def looks(image: Image.Image) -> int:
+    """Which of 8 x 8 places is brighter than its right neighbour (dHash), as a signed 64-bit integer."""
+    small = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
+    bits = np.packbits(small[:, :-1] > small[:, 1:])
+    return int.from_bytes(bits.tobytes(), "big", signed=True)
+
+
+def near_duplicates(hashes: list[int], distance: int) -> list[bool]:
+    """Which hashes are within `distance` bits of one before them that is not itself such a one.
+
+    Two hashes that differ in at most d bits are equal in one of d + 1 bands, so only those are compared.
+    """
+    edges = np.linspace(0, 64, distance + 2).astype(int)
+    bands = [(int(a), (1 << int(b - a)) - 1) for a, b in itertools.pairwise(edges)]
+    kept: dict[tuple[int, int], list[int]] = {}
+    out = []
+    for signed in hashes:
+        value = signed & (2**64 - 1)
+        keys = [(first, value >> first & mask) for first, mask in bands]
+        near = any((other ^ value).bit_count() <= distance for key in keys for other in kept.get(key, ()))
+        out.append(near)
+        if not near:
+            for key in keys:
+                kept.setdefault(key, []).append(value)
+    return out

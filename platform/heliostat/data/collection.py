@@ -1,0 +1,73 @@
+"""A collection: a dataset in parts that must not be mixed in one batch, as images of different sizes.
+
+`prepare` writes it: each part is a complete dataset in a folder of its own, with its own manifest; the collection's manifest
+lists all their chunks, so that its digest names the whole. A job gives the collection's path; `expand` puts its parts in its
+place, each with its share of the weight, so that an epoch of the collection is an epoch of every part. Every lane's share of
+a step is then of one part (`Shape.unit`), in an order that is as exact and elastic as any.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from heliostat.data import manifest
+from heliostat.data.manifest import Manifest
+from heliostat.errors import ConfigError
+from heliostat.spec import Job, Source
+from heliostat.storage import Location
+
+KIND = "collection"
+
+
+def write(location: Location, rows: list[dict[str, Any]], meta: dict[str, Any]) -> Manifest:
+    """The manifests of all parts (`meta["parts"]`: what is special of each), then the collection's, of rows `PART/shards/...`."""
+    parts = {name: own for name, own in meta["parts"].items() if any(r["path"].startswith(f"{name}/") for r in rows)}
+    held = {}
+    for name, own in parts.items():
+        inside = [{**r, "path": r["path"].removeprefix(f"{name}/")} for r in rows if r["path"].startswith(f"{name}/")]
+        special = {"name": f"{meta['name']}-{name}", "documents": sum(r["rows"] for r in inside), "dropped": {}}
+        made = manifest.write(location.join(name), inside, {**{k: v for k, v in meta.items() if k != "parts"}, **special, **own})
+        held[name] = made.rows
+    return manifest.write(location, rows, {**meta, "kind": KIND, "parts": held})
+
+
+def clear(location: Location) -> None:
+    """Deletes the parts that an earlier dataset at this place had."""
+    for name in location.folders():
+        if location.join(name, manifest.FILE).exists():
+            location.join(name).delete()
+
+
+def expand(job: Job) -> Job:
+    """The job with every source that is a collection replaced by its parts."""
+    found: list[tuple[Source, list[tuple[str, float]]]] = []
+    for source in job.data.sources:
+        place = Location(source.path)
+        held = manifest.read(place).meta if place.join(manifest.FILE).exists() else {}
+        if held.get("kind") != KIND:
+            found.append((source, [(source.path, 1.0)]))
+            continue
+        total = sum(held["parts"].values())
+        found.append((source, [(place.join(name).uri, rows / total) for name, rows in sorted(held["parts"].items())]))
+    if all(parts == [(source.path, 1.0)] for source, parts in found):
+        return job
+    if job.data.sequence_length:
+        raise ConfigError("data.sources: a collection holds images; remove data.sequence_length")
+
+    def shares(weights: list[float]) -> list[float]:
+        return [_round(w * share) for w, (_, parts) in zip(weights, found, strict=True) for _, share in parts]
+
+    paths = [(source, path) for source, parts in found for path, _ in parts]
+    weights = shares([s.weight for s in job.data.sources])
+    sources = [
+        Source(path=path, weight=weight, max_epochs=source.max_epochs)
+        for (source, path), weight in zip(paths, weights, strict=True)
+    ]
+    schedule = [change.model_copy(update={"weights": shares(change.weights)}) for change in job.data.mix_schedule]
+    data = job.data.model_copy(update={"sources": sources, "mix_schedule": schedule, "one_source_batches": True})
+    return job.model_copy(update={"data": data})
+
+
+def _round(weight: float) -> float:
+    """To four digits: weights are honoured exactly, and need a period that is not too long."""
+    return max(round(weight, 4), 0.0001) if weight else 0.0

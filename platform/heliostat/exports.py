@@ -1,0 +1,47 @@
+"""What an exported folder is: `heliostat.json` in it names the recipe and the job that made it, so every command that uses a
+model goes through its recipe, whatever kind it is. A folder without one is taken for a language model of `transformers`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from heliostat import workspace
+from heliostat.errors import ConfigError
+from heliostat.spec import Job
+
+RECORD = "heliostat.json"
+LANGUAGE_MODEL = "jobs.causal_lm:CausalLM"
+
+
+@dataclass(frozen=True)
+class Export:
+    """`job` is the one that trained the model; None for a folder that came from elsewhere."""
+
+    folder: Path
+    recipe: Any  # the class
+    job: dict[str, Any] | None
+
+
+def write(folder: Path, job: Job) -> None:
+    (folder / RECORD).write_text(json.dumps({"recipe": job.recipe, "job": job.dump()}, indent=1))
+
+
+def is_model(folder: Path) -> bool:
+    return (folder / RECORD).is_file() or (folder / "config.json").is_file()
+
+
+def read(folder: Path) -> Export:
+    """ConfigError if the record is damaged or its recipe is not in this workspace."""
+    place = folder / RECORD
+    if not place.is_file():
+        return Export(folder, workspace.import_path("recipe", LANGUAGE_MODEL), None)
+    try:
+        found = json.loads(place.read_text())
+        path, job = found["recipe"], found["job"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise ConfigError(f"{place}: is damaged; export the model again") from e
+    return Export(folder, workspace.import_path(f"{place}: recipe", path), job)

@@ -1,0 +1,146 @@
+"""Images/s of whole heliostat runs against a plain loop of diffusers and accelerate, and what precomputed latents save.
+
+    python tests/benchmarks/diffusion.py [--rounds 3] [--steps 12]
+
+Same U-Net (digits at 32 x 32), batch (16 images a step), fp32, AdamW, clipping and EMA; 2 processes of 1 thread each.
+The plain loop has its images decoded and its captions as tokens in memory; the heliostat runs have everything on: Ray Data,
+receipts, MLflow, checkpoints and an evaluation. Runs are interleaved (plain, ZeRO-1, 2, 3, plain, ...), each is summarised by its
+median step after the first two, and the ratios are medians over the rounds. Then a small latent model is trained with the frozen
+encoders in every step, and on latents and embeddings that the pipeline has computed. Plain runs are at niceness 15, as Ray does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+CLI = [BIN / "python", "-c", "from heliostat.cli import main; main()"]
+CHANNELS = {"block_out_channels": [64, 128, 128], "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"]}  # fmt: skip
+
+
+def run(command: list[Any]) -> str:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'platform'}"}
+    done = subprocess.run([str(c) for c in command], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr[-3000:])
+    return done.stdout.splitlines()[-1] if done.stdout else ""
+
+
+def prepare(folder: Path, name: str, **keys: Any) -> Path:
+    raw = yaml.safe_load((ROOT / "pipelines/quickstart-images.yaml").read_text())
+    raw |= {"output": str(folder / name), "resolution": 32, **keys}
+    path = folder / f"{name}-pipeline.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    run([*CLI, "prepare", path])
+    return folder / name
+
+
+def job(folder: Path, name: str, data: Path, steps: int, **model: Any) -> Path:
+    raw = yaml.safe_load((ROOT / "jobs/quickstart-diffusion.yaml").read_text())
+    raw["name"], raw["data"] = name, {"sources": [{"path": str(data)}]}
+    raw["model"]["backbone"] |= CHANNELS
+    raw["model"] |= {"samples": {}, **model}
+    raw["train"] |= {"steps": steps, "global_batch": 16, "micro_batch": 8, "log_every": 1, "schedule": {"name": "constant"}}
+    raw["evaluate"] = {"every": steps, "samples": 16, "fraction": 0.05}
+    raw["checkpoint"] = {"every": steps // 2}
+    raw["storage"], raw["mlflow"] = str(folder / "runs"), {"uri": f"sqlite:///{folder}/mlflow.db", "experiment": "bench"}
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def plain(path: Path) -> float:
+    loop = ROOT / "tests/benchmarks/yardsticks/plain_diffusers.py"
+    return json.loads(run(["nice", "-n", "15", BIN / "torchrun", "--nproc-per-node", "2", loop, path]))["images_per_second"]
+
+
+def heliostat(path: Path, *settings: str) -> float:
+    command = [*CLI, "train", path, "--overwrite", "--json"]
+    result = json.loads(run([*command, *(part for s in settings for part in ("--set", s))]))
+    from mlflow import MlflowClient
+
+    uri = yaml.safe_load(path.read_text())["mlflow"]["uri"]
+    history = MlflowClient(tracking_uri=uri).get_metric_history(result["run_id"], "train/tokens_per_second")
+    return median(m.value for m in history if m.step > 2)
+
+
+def frozen(folder: Path, data: Path) -> dict[str, Any]:
+    """An autoencoder and a CLIP of the sizes of a small latent model, with weights as they are initialised."""
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from jobs.image_export import tokenizer
+
+    blocks = 3
+    vae = AutoencoderKL(
+        1,
+        1,
+        ("DownEncoderBlock2D",) * blocks,
+        ("UpDecoderBlock2D",) * blocks,
+        (32, 64, 128),
+        latent_channels=4,
+        norm_num_groups=8,
+    )
+    vae.save_pretrained(folder / "vae")
+    config = CLIPTextConfig(vocab_size=512, hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4,
+                            max_position_embeddings=24)  # fmt: skip
+    CLIPTextModel(config).save_pretrained(folder / "clip")
+    tokenizer((data / "tokenizer.json").read_bytes(), 0, 24).save_pretrained(folder / "clip")
+    return {"autoencoder": {"pretrained": str(folder / "vae")}, "text": {"pretrained": str(folder / "clip"), "length": 24}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=12)
+    options = parser.parse_args()
+    sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        images = prepare(folder, "images")
+        path = job(folder, "pixels", images, options.steps)
+        rates: dict[str, list[float]] = {"diffusers and accelerate": [], **{f"ZeRO-{s}": [] for s in (1, 2, 3)}}
+        for _ in range(options.rounds):
+            rates["diffusers and accelerate"].append(plain(path))
+            for stage in (1, 2, 3):
+                rates[f"ZeRO-{stage}"].append(heliostat(path, f"train.zero.stage={stage}"))
+        table(f"{options.rounds} rounds of {options.steps} steps of 16 images, fp32", rates)
+        models = frozen(folder, images)
+        paths = {"latents": models["autoencoder"]["pretrained"], "text": models["text"]["pretrained"]}
+        stored = prepare(
+            folder,
+            "latents",
+            latents={"autoencoder": paths["latents"], "text_encoder": paths["text"], "length": 24},
+            tokenizer=None,
+        )
+        cases = {"encoders in every step": job(folder, "encoding", images, options.steps, **models),
+                 "latents and embeddings stored": job(folder, "stored", stored, options.steps, **models)}  # fmt: skip
+        rates = {label: [] for label in cases}
+        for _ in range(options.rounds):
+            for label, case in cases.items():
+                rates[label].append(heliostat(case))
+        table("a latent model, ZeRO-2", rates)
+
+
+def table(title: str, rates: dict[str, list[float]]) -> None:
+    print(f"\n{title}\n| | images/s, median (all) | ratio to the first, median of the rounds |\n|---|---|---|")
+    first = next(iter(rates.values()))
+    for label, values in rates.items():
+        ratio = median(v / p for v, p in zip(values, first, strict=True))
+        print(f"| {label} | {median(values):.1f} ({', '.join(f'{v:.1f}' for v in values)}) | {ratio:.3f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

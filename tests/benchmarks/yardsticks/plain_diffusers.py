@@ -1,0 +1,62 @@
+"""The yardstick: the training loop of diffusers' own examples, with accelerate's DDP and everything in memory.
+
+    torchrun --nproc-per-node 2 tests/benchmarks/yardsticks/plain_diffusers.py JOB.yaml
+
+The model and the samples are those of the job. Prints one JSON line: median images/s over the steps after the first two.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from heliostat import check
+from heliostat.data.dataset import open_dataset
+
+from jobs import image_rows
+from jobs.image_pipeline import tokenize
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    checked = check.check(Path(sys.argv[1]))
+    job, recipe, dataset = checked.job, checked.recipe, open_dataset(checked.plan)
+    per_rank = job.train.global_batch // accelerator.num_processes
+    torch.manual_seed(job.train.seed)
+    model = recipe.build()
+    average = EMAModel(model.parameters(), decay=job.train.ema.decay)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=job.train.optimizer.lr, fused=True)
+    scheduler = recipe.process.scheduler("ddpm")
+    batches = []
+    for step in range(job.train.steps):
+        content = dataset.read(dataset.order.locate(dataset.order.step(step).ravel()))
+        mine = content.slice(accelerator.process_index * per_rank, per_rank)
+        batches.append((image_rows.pixels(mine), tokenize(recipe.parts.tokenizer, mine["caption"].to_pylist()).input_ids))
+    empty = recipe.parts.empty["text"]
+    model, optimizer = accelerator.prepare(model, optimizer)
+    seconds = []
+    for clean, text in batches:
+        started = time.perf_counter()
+        noise = torch.randn_like(clean)
+        t = torch.randint(0, scheduler.config.num_train_timesteps, (len(clean),))
+        text = torch.where(torch.rand(len(clean), 1) < recipe.model.caption_dropout, empty, text)
+        said = model(scheduler.add_noise(clean, noise, t), t, text)
+        loss = F.mse_loss(said.float(), scheduler.get_velocity(clean, noise, t))
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), job.train.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.step(model.parameters())
+        seconds.append(time.perf_counter() - started)
+    if accelerator.is_main_process:
+        rate = job.train.global_batch / float(np.median(seconds[2:]))
+        sys.stdout.write(json.dumps({"images_per_second": rate, "seconds": seconds}) + "\n")
+
+
+main()

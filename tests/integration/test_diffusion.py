@@ -1,0 +1,315 @@
+"""Text to image in whole runs and in process groups: losses, averages, restarts, buckets, latents, exports and what they draw."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+from heliostat import exports, spec
+from heliostat.data import manifest
+from heliostat.data.dataset import open_dataset, plan
+from heliostat.evaluate import evaluate
+from heliostat.generate import generate, generate_many
+from heliostat.prepare import prepare
+from heliostat.spec import Job
+from heliostat.storage import Location
+from heliostat.track.models import resolve
+from heliostat.train import checkpoint, fragments, zero
+from heliostat.train.ema import Ema
+from heliostat.train.loop import BatchPlan
+from heliostat.train.run import train
+from heliostat.verify import verify
+from PIL import Image
+
+from jobs.text_to_image import TextToImage
+from tests.integration import ranks
+from tests.integration.conftest import curve
+from tests.integration.reference import plain_losses
+from tests.unit import build_images
+from tests.unit.build_images import TEXT, UNET
+from tests.unit.test_text_to_image import clip
+
+PROMPTS = [{"text": f"the digit {word}", "label": word} for word in ("zero", "two", "five")]
+
+
+def tiny_job(dataset: Path, tracking: str, folder: Path, **model: Any) -> dict[str, Any]:
+    samples = {"prompts": PROMPTS, "per_prompt": 2, "steps": 3, "judge": True}
+    return {
+        "name": "tiny", "recipe": "jobs.text_to_image:TextToImage",
+        "model": {"backbone": UNET, "text": TEXT, "objective": {"prediction": "v"}, "samples": samples, **model},
+        "data": {"sources": [{"path": str(dataset)}], "seed": 5},
+        "train": {
+            "steps": 12, "global_batch": 8, "micro_batch": 2, "optimizer": {"lr": 3e-3}, "precision": "fp32",
+            "zero": {"stage": 2},
+            "schedule": {"name": "cosine", "warmup_steps": 2}, "ema": {"decay": 0.9}, "seed": 1,
+            # tiny parameters would otherwise stay gathered, and hide faults of stage 3
+            "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
+        },
+        "evaluate": {"every": 6, "samples": 16, "fraction": 0.1},
+        "checkpoint": {"every": 6},
+        "workers": {"count": 2},
+        "storage": str(folder / "runs"),
+        "mlflow": {"uri": tracking, "experiment": "diffusion"},
+    }  # fmt: skip
+
+
+def write(path: Path, job: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump({**job, "name": path.stem}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_images.digits(tmp_path_factory.mktemp("digits") / "data")
+
+
+# every ZeRO stage and worker count, in process groups ----------------------------------------------------------------
+
+STAGES, WORKERS, STEPS, AFTER = (0, 1, 2, 3), (1, 2, 4), 4, 3
+
+
+def _engine(job: Job) -> tuple[Any, TextToImage, Ema]:
+    recipe = TextToImage(job)
+    recipe.bind([manifest.read(location) for location in job.sources])
+    engine = zero.build_engine(job, recipe)
+    fragments.make_room(engine)
+    return engine, recipe, Ema(engine, 0.9)
+
+
+def _play(engine: Any, recipe: TextToImage, ema: Ema, job: Job, first: int, steps: int) -> list[float]:
+    """Trains as the loop does, without Ray; each step's loss over the global batch."""
+    made = plan(job, [manifest.read(location) for location in job.sources])
+    dataset, draws, losses = open_dataset(made), BatchPlan(job, made), []
+    rank, world, batch = dist.get_rank(), dist.get_world_size(), job.train.global_batch
+    lanes = range(rank, made.shape.lanes, world)
+    for step in range(first, first + steps):
+        content = dataset.read(dataset.order.locate(dataset.order.step(step)[list(lanes)].ravel()))
+        keys, micro, total = draws.keys(step, lanes), job.train.micro_batch, torch.zeros(())
+        for i in range(0, len(content), micro):
+            loss = recipe.loss(engine, recipe.batch(content.slice(i, micro), keys[i : i + micro]))
+            engine.backward(loss * (len(content) // micro * world / batch))
+            if i + micro == len(content) and not engine.zero_optimization_stage():
+                zero.gradient_norm(engine, job.train.grad_clip)  # which clips
+            engine.step()
+            total += loss.detach()
+        ema.update(step + 1)
+        dist.all_reduce(total)
+        losses.append(float(total) / batch)
+    return losses
+
+
+def stages(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
+    """Runs in every rank of three process groups: each trains at every stage and saves, then goes on from another's state."""
+    world = dist.get_world_size()
+    jobs = {}
+    for stage in STAGES:
+        raw = yaml.safe_load((Path(folder) / "job.yaml").read_text())
+        raw["train"]["zero"], raw["workers"] = {"stage": stage}, {"count": world}
+        jobs[stage] = Job.model_validate(raw)
+    engines = {stage: _engine(job) for stage, job in jobs.items()}
+    for stage, (engine, recipe, ema) in engines.items():
+        losses = _play(engine, recipe, ema, jobs[stage], 0, STEPS)
+        saver = checkpoint.Saver(Location(f"{folder}/{stage}-{world}"), spec.Checkpoint(every=1), group)
+        saver.follow(fragments.inner_optimizer(engine))
+        state = fragments.state(engine) | ema.state()
+        saver.save(STEPS, state, {"optimizer_steps": STEPS, "metrics": {}})
+        losses += _play(engine, recipe, ema, jobs[stage], STEPS, AFTER)
+        saver.wait()
+        batch = recipe.batch(open_dataset(plan(jobs[stage], recipe.sources)).read(
+            open_dataset(plan(jobs[stage], recipe.sources)).order.held_out(4)), np.arange(4))  # fmt: skip
+        with torch.no_grad():
+            engine.eval()
+            own = float(recipe.evaluate(engine, batch)["loss"].sum())
+            with ema.applied():
+                averaged = float(recipe.evaluate(engine, batch)["loss"].sum())
+            back = float(recipe.evaluate(engine, batch)["loss"].sum())
+            engine.train()
+        if dist.get_rank() == 0:
+            yield {"stage": stage, "losses": losses, "own": own, "averaged": averaged, "back": back}
+    everyone.wait(ranks.DEADLINE_S)
+    for stage, (engine, recipe, ema) in engines.items():
+        saved = f"{(stage + 1) % 4}-{WORKERS[(WORKERS.index(world) + 1) % 3]}"  # another stage and another worker count
+        found = checkpoint.open_checkpoint(Location(f"{folder}/{saved}"), STEPS)
+        checkpoint.load(found, fragments.state(engine, whole=True) | ema.state(whole=True), group)
+        fragments.after_load(engine, STEPS)
+        losses = _play(engine, recipe, ema, jobs[stage], STEPS, AFTER)
+        if dist.get_rank() == 0:
+            yield {"stage": stage, "from": saved, "continued": losses}
+
+
+@pytest.fixture(scope="module")
+def told(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("stages")
+    job = tiny_job(digits, "sqlite:////dev/null", folder)
+    write(folder / "job.yaml", job)
+    return folder, ranks.run(f"{__name__}:stages", WORKERS, str(folder))
+
+
+def test_every_stage_and_worker_count_gives_the_same_losses_and_averages(told) -> None:
+    """ZeRO 0 to 3 on 1, 2 and 4 workers, fp32: losses within 1e-4; what the average scores, and its every element, too."""
+    folder, rows = told
+    first = [r for r in rows if "losses" in r]
+    assert len(first) == len(STAGES) * len(WORKERS)
+    for row in first:
+        assert row["losses"] == pytest.approx(first[0]["losses"], abs=1e-4)
+        assert row["averaged"] == pytest.approx(first[0]["averaged"], abs=1e-3)
+        assert row["back"] == row["own"] != row["averaged"], "the weights come back bit by bit, and the average is another"
+    found = {p.name: checkpoint.open_checkpoint(Location(str(p)), STEPS) for p in folder.iterdir() if p.is_dir()}
+    reference = found["0-1"]
+    names = reference.names("ema")
+    assert names == reference.names("master") and len(found) == 12
+    for name in names:
+        whole = reference.read(f"ema.{name}")
+        for other in found.values():
+            assert torch.allclose(other.read(f"ema.{name}"), whole, atol=2e-4), name
+    assert any(not torch.allclose(reference.read(f"ema.{n}"), reference.read(f"master.{n}"), atol=1e-4) for n in names)
+
+
+def test_a_run_goes_on_from_another_stage_and_worker_counts_state(told) -> None:
+    """Masters, moments and averages are resharded: the next losses are the unbroken run's."""
+    _, rows = told
+    unbroken = next(r for r in rows if "losses" in r)["losses"][STEPS:]
+    continued = [r for r in rows if "continued" in r]
+    assert len(continued) == 12
+    for row in continued:
+        assert row["continued"] == pytest.approx(unbroken, abs=1e-4), row["from"]
+
+
+# whole runs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(ray_session: None, digits: Path, tracking: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict]:
+    folder = tmp_path_factory.mktemp("finished")
+    job = tiny_job(digits, tracking, folder)
+    job["mlflow"]["register"] = "digits"
+    path = write(folder / "whole.yaml", job)
+    return folder, path, train(path)
+
+
+def test_a_whole_run_gives_the_plain_loops_losses_and_shows_what_it_draws(finished, tracking, tmp_path) -> None:
+    """Losses as one plain process computes them; sample grids and scores in MLflow; receipts that verify."""
+    from mlflow import MlflowClient
+
+    folder, path, result = finished
+    assert curve(tracking, result["run_id"]) == pytest.approx(plain_losses(path, []), abs=1e-4)
+    client = MlflowClient(tracking_uri=tracking)
+    grids = client.list_artifacts(result["run_id"], "images/samples")
+    assert [Path(g.path).name for g in grids] == ["step-00000006.png", "step-00000012.png"]
+    shown = Image.open(client.download_artifacts(result["run_id"], grids[0].path, str(tmp_path)))
+    assert shown.size == (2 * 68, 3 * 68)
+    scores = result["eval"]
+    assert scores["chance"] == 0.1 and scores["classifier_accuracy"] > 0.85 and 0 <= scores["conditional_accuracy"] <= 1
+    assert scores["loss"] < 1.2 and all(f"loss_t{i}" in scores for i in range(4)) and result["unit"] == "samples"
+    report = verify(Location(str(folder / "runs" / "whole")))
+    assert report["ok"] and report["samples"] == 12 * 8
+
+
+def test_it_resumes_on_another_worker_count_with_its_average(finished, tracking, tmp_path) -> None:
+    """From step 6 on 4 workers at stage 3 instead of 2 at stage 2: the curve, the scores and the average go on."""
+    folder, path, result = finished
+    later = shutil.ignore_patterns("*00000012*", "result.json", "run.json")
+    shutil.copytree(folder / "runs/whole", tmp_path / "runs/whole", ignore=later)
+    settings = [f"storage={tmp_path / 'runs'}", "workers.count=4", "train.zero.stage=3", "mlflow.register=null"]
+    again = train(path, settings, resume=True)
+    from mlflow import MlflowClient
+
+    points = sorted(
+        (m.step, m.value) for m in MlflowClient(tracking_uri=tracking).get_metric_history(again["run_id"], "train/loss")
+    )
+    assert [s for s, _ in points] == list(range(7, 13))
+    assert [v for _, v in points] == pytest.approx(curve(tracking, result["run_id"])[6:], abs=1e-4)
+    assert again["eval"]["loss"] == pytest.approx(result["eval"]["loss"], abs=1e-3)
+    one, two = (checkpoint.open_checkpoint(Location(str(f / "runs/whole")), 12) for f in (folder, tmp_path))
+    for name in one.names("ema"):
+        assert torch.allclose(one.read(f"ema.{name}"), two.read(f"ema.{name}"), atol=1e-3)
+    assert verify(Location(str(tmp_path / "runs/whole")))["ok"]
+
+
+def test_the_registered_model_draws_scores_and_loads_with_plain_diffusers(finished, digits, tracking, tmp_path) -> None:
+    """`generate` and `evaluate` find the recipe in the export; the average was exported; plain diffusers draws the same."""
+    from diffusers import DiffusionPipeline
+
+    folder, _, result = finished
+    model = resolve(result["model_uri"], tracking)
+    made = checkpoint.open_checkpoint(Location(str(folder / "runs/whole")), 12)
+    from safetensors.torch import load_file
+
+    name = "conv_in.weight"
+    held = load_file(model / "unet/diffusion_pytorch_model.safetensors")[name]
+    assert torch.equal(held.flatten(), made.read(f"ema.unet.{name}")) and exports.read(model).recipe is TextToImage
+    out = tmp_path / "x.png"
+    answer = generate(model, "the digit two", {"steps": 4, "guidance": 2.0, "sampler": "dpm++"}, 7, str(out))
+    assert answer.facts["file"] == str(out) and Image.open(out).size == (8, 8)
+    generate(model, "the digit two", {"steps": 4}, 7, str(out))
+    pipeline: Any = DiffusionPipeline.from_pretrained(model, trust_remote_code=True)
+    drawn = pipeline("the digit two", num_inference_steps=4, guidance_scale=4.0, generator=torch.Generator("cpu").manual_seed(7))
+    assert np.asarray(drawn.images[0]).tolist() == np.asarray(Image.open(out)).tolist()
+    generate(model, "the digit two", {"steps": 4, "grid": 4}, 7, str(tmp_path / "grid.png"))
+    assert Image.open(tmp_path / "grid.png").size == (272, 68)
+    scores = evaluate(model, str(digits), 16, None, None)
+    assert scores["loss"] == pytest.approx(result["eval"]["loss"], abs=1e-5)
+
+    prompts = ["the digit two"] * 3 + ["zero, handwritten"] * 2
+    assert generate_many(model, prompts, {"steps": 4}, 5, str(tmp_path / "many"), 2) == 5
+    rows = [json.loads(line) for line in (tmp_path / "many/results.jsonl").read_text().splitlines()]
+    assert [(r["prompt"], r["seed"]) for r in rows] == [(p, 5 + i) for i, p in enumerate(prompts)]
+    third = np.asarray(Image.open(tmp_path / "many/00002.png")).astype(int)  # the seed is 7
+    assert np.abs(third - np.asarray(Image.open(out)).astype(int)).max() <= 1
+
+
+def test_latents_a_frozen_text_encoder_and_checkpointing_train_at_stage_3(ray_session, digits, tracking, tmp_path) -> None:
+    """An autoencoder is trained, its export makes latents in the pipeline, and a U-Net is trained on them at ZeRO-3 with
+    activation checkpointing and a frozen CLIP: the losses are one plain process's, the export is a StableDiffusionPipeline."""
+    from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline
+
+    coder = tiny_job(digits, tracking, tmp_path)
+    coder |= {"recipe": "jobs.autoencoder:Autoencoder", "model": {"block_out_channels": [8, 16], "norm_num_groups": 4}}
+    coded = train(write(tmp_path / "coder.yaml", coder))
+    assert coded["eval"]["psnr"] > 3
+    vae = tmp_path / "vae"
+    shutil.copytree(resolve(coded["model_uri"], tracking), vae)
+    assert AutoencoderKL.from_pretrained(vae).config.scaling_factor != 0.18215
+    pipeline = {
+        "name": "latents", "pipeline": "pipelines.images:ImagePipeline", "input": "sklearn:digits",
+        "output": str(tmp_path / "data"), "resolution": 8, "channels": 1,
+        "latents": {"autoencoder": str(vae), "text_encoder": str(clip(tmp_path / "clip", digits)), "length": 8},
+    }  # fmt: skip
+    (tmp_path / "pipeline.yaml").write_text(yaml.safe_dump(pipeline))
+    prepare(tmp_path / "pipeline.yaml", [])
+    job = tiny_job(
+        tmp_path / "data", tracking, tmp_path, text={"pretrained": str(tmp_path / "clip"), "length": 8},
+        autoencoder={"pretrained": str(vae)}, samples={"prompts": PROMPTS[:1], "per_prompt": 2, "steps": 2},
+    )  # fmt: skip
+    job["train"] |= {"zero": {"stage": 3}, "activation_checkpointing": True, "steps": 30, "optimizer": {"lr": 1e-2}}
+    path = write(tmp_path / "latent.yaml", job)
+    result = train(path)
+    losses = curve(tracking, result["run_id"])
+    assert losses == pytest.approx(plain_losses(path, []), abs=2e-4)
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.1
+    plain = DiffusionPipeline.from_pretrained(resolve(result["model_uri"], tracking))
+    assert type(plain) is StableDiffusionPipeline and verify(Location(str(tmp_path / "runs/latent")))["ok"]
+
+
+def test_buckets_train_in_batches_of_one_size_on_any_workers(ray_session, tracking, tmp_path) -> None:
+    """A collection of three sizes: the plain loop's losses, whatever the workers; receipts verify."""
+    from tests.integration.test_images import make_input, make_yaml
+
+    make_input(tmp_path / "in")
+    prepare(make_yaml(tmp_path), [])
+    job = tiny_job(tmp_path / "out", tracking, tmp_path, samples={})
+    job["evaluate"]["fraction"] = 0.2
+    job["data"]["lanes"] = 4
+    path = write(tmp_path / "buckets.yaml", job)
+    result = train(path)
+    assert curve(tracking, result["run_id"]) == pytest.approx(plain_losses(path, ["train.micro_batch=2"]), abs=1e-4)
+    report = verify(Location(str(tmp_path / "runs/buckets")))
+    assert report["ok"] and report["samples"] == 96

@@ -1,0 +1,118 @@
+"""What judges drawn images: the classifier, the grid, FID and KID, and the options of `generate`."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from heliostat import exports
+from heliostat.data import manifest
+from heliostat.errors import ConfigError
+from heliostat.generate import read_prompts
+from heliostat.storage import Location
+from heliostat.track.models import resolve
+from PIL import Image
+
+from jobs.causal_lm import CausalLM
+from jobs.image_gallery import Gallery, grid, png
+from jobs.image_generator import ImageGenerator
+from jobs.image_judge import Judge, real_images
+from jobs.image_quality import fid, kid
+from jobs.text_to_image import TextToImage
+from tests.unit import build_images
+from tests.unit.build_job import job
+
+PROMPTS = [{"text": "the digit two", "label": "two"}, {"text": "anything"}, {"text": "nine, handwritten", "label": "nine"}]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_images.digits(tmp_path_factory.mktemp("digits") / "data", 600)
+
+
+def test_the_classifier_knows_real_digits_and_not_noise(dataset):
+    """Its accuracy is of images that it was not trained on; noise is not what any prompt asks for."""
+    images, labels = real_images([manifest.read(Location(str(dataset)))])
+    judge = Judge(images, labels)
+    assert len(judge.labels) == 10 and 0.9 < judge.accuracy < 1
+    shuffled = list(np.random.default_rng(0).permutation(labels))
+    assert Judge(images, shuffled).accuracy < 0.2, "with labels that mean nothing it knows nothing"
+    with pytest.raises(ConfigError, match="the datasets have no labels"):
+        Judge(images, [""] * len(images))
+
+
+def test_conditional_accuracy_is_the_share_of_labelled_prompts_that_are_shown(dataset):
+    """Real twos and nines in the places of drawn ones score what they should, and swapped ones nothing."""
+    made = TextToImage(job(**build_images.job(dataset, samples={"prompts": PROMPTS, "per_prompt": 2, "judge": True})))
+    made.bind([manifest.read(Location(str(dataset)))])
+    gallery = Gallery(made)
+    assert gallery.count == 6 and gallery.item(3) == ("anything", 3) and gallery.item(4) == ("nine, handwritten", 4)
+    images, labels = real_images(made.sources)
+    judge = gallery.judge_of()
+    sure = [(i, name) for i, name, said in zip(images, labels, judge.says(images), strict=True) if name == said]
+    two, nine = ([i for i, name in sure if name == wanted][:2] for wanted in ("two", "nine"))
+    scores, shown = gallery.judge([*two, *two, *nine])
+    assert scores["conditional_accuracy"] == 1.0 and scores["chance"] == 0.1
+    assert gallery.judge([*nine, *two, *nine])[0]["conditional_accuracy"] == 0.5
+    assert Image.open(io.BytesIO(shown["samples"])).size == (2 * 68, 3 * 68)
+
+
+def test_judging_needs_a_labelled_prompt(dataset):
+    with pytest.raises(ConfigError, match=r"model.samples.judge: needs prompts with a label"):
+        TextToImage(job(**build_images.job(dataset, samples={"prompts": [{"text": "a"}], "judge": True})))
+
+
+@pytest.mark.parametrize(("count", "columns", "size"), [(1, 4, (8, 8)), (4, 4, (272, 68)), (5, 2, (136, 204))])
+def test_a_grid_holds_the_pictures_row_by_row(count, columns, size):
+    pictures = [np.full((8, 8, 1), 10 * i, np.uint8) for i in range(count)]
+    shown = Image.open(io.BytesIO(png(grid(pictures, columns))))
+    assert shown.size == size and shown.mode == "L"
+    side = size[0] // min(columns, max(count, 1)) if count > 1 else 8
+    assert [int(np.asarray(shown)[i // columns * side, i % columns * side]) for i in range(count)] == [
+        10 * i for i in range(count)
+    ]
+
+
+def test_fid_and_kid_of_gaussians_are_what_theory_says():
+    """Equal distributions are near 0; a shift by d adds |d|^2 to FID; other deviations (s1 - s2)^2 in each dimension."""
+    rng = np.random.default_rng(0)
+    one, two, shifted = (rng.normal(m, s, (40_000, 4)) for m, s in ((0, 1), (0, 1), (0.5, 2)))
+    assert fid(one, two) < 0.01 and fid(one, shifted) == pytest.approx(4 * (0.25 + 1), rel=0.03)
+    few = [a[:2000] for a in (one, two, shifted)]
+    assert abs(kid(few[0], few[1])) < 0.02 < kid(few[0], few[2])
+
+
+def test_a_folder_of_a_language_model_needs_no_record_and_a_damaged_one_is_an_error(tmp_path):
+    assert not exports.is_model(tmp_path)
+    with pytest.raises(ConfigError, match="is a folder without a model"):
+        resolve(str(tmp_path), "sqlite:///x")
+    (tmp_path / "config.json").write_text("{}")
+    assert exports.read(tmp_path).recipe is CausalLM and resolve(str(tmp_path), "sqlite:///x") == tmp_path
+    (tmp_path / "heliostat.json").write_text('{"recipe": 1')
+    with pytest.raises(ConfigError, match="is damaged; export the model again"):
+        exports.read(tmp_path)
+
+
+def test_options_of_the_other_kind_of_model_are_refused_by_name(dataset, tmp_path):
+    made = job(**build_images.job(dataset))
+    exports.write(tmp_path, made)
+    assert exports.read(tmp_path).recipe is TextToImage
+    with pytest.raises(
+        ConfigError, match="generate: temperature: unknown key; valid: grid, guidance, height, sampler, steps, width"
+    ):
+        ImageGenerator(tmp_path, {"temperature": 0.5})
+    with pytest.raises(ConfigError, match="generate: guidance: unknown key; valid: max_tokens, temperature, top_p"):
+        CausalLM.generator(tmp_path, {"guidance": 4.0})
+    with pytest.raises(ConfigError, match="'euler' cannot sample a model of prediction 'epsilon'"):
+        ImageGenerator(tmp_path, {"sampler": "euler"})
+
+
+def test_a_prompts_file_is_a_prompt_a_line(tmp_path):
+    (tmp_path / "p.txt").write_text("a seven\n\n  an eight \n")
+    assert read_prompts(tmp_path / "p.txt") == ["a seven", "an eight"]
+    (tmp_path / "empty.txt").write_text("\n")
+    for name, says in (("empty.txt", "holds no prompt"), ("gone.txt", "cannot be read")):
+        with pytest.raises(ConfigError, match=says):
+            read_prompts(tmp_path / name)

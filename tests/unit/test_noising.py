@@ -1,0 +1,160 @@
+"""The forward process: the closed form is the step-by-step noising; targets undo it; weights and samplers are the papers'."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from heliostat.errors import ConfigError
+from heliostat.schema import validate
+
+from jobs.noising import Objective, Process
+
+DIFFUSION = [
+    {"prediction": p, "schedule": s, "steps": n, "zero_terminal_snr": z}
+    for p, s, (n, z) in itertools.product(
+        ("epsilon", "v"), ("linear", "scaled_linear", "squaredcos_cap_v2"), ((1000, False), (50, False), (1000, True))
+    )
+    if not (z and p == "epsilon")
+]
+
+
+def process(**keys) -> Process:
+    return Process(validate(Objective, keys, "objective"))
+
+
+@pytest.mark.parametrize("keys", DIFFUSION, ids=str)
+def test_the_closed_form_is_noising_step_by_step(keys):
+    """x_t = sqrt(1 - b_t) x_{t-1} + sqrt(b_t) noise, carried through as a mean and a variance, to 1e-6; the last step of
+    zero_terminal_snr is pure noise."""
+    made = process(**keys)
+    betas = made.scheduler("ddpm").betas.double()
+    mean, variance = 1.0, 0.0
+    for t, beta in enumerate(betas.tolist()):
+        mean, variance = mean * (1 - beta) ** 0.5, variance * (1 - beta) + beta
+        image, part = made.coefficients(torch.tensor([t]))
+        assert image.item() == pytest.approx(mean, abs=1e-6 if t + 1 < len(betas) else 1e-3)
+        assert part.item() ** 2 == pytest.approx(variance, abs=2e-6 if t + 1 < len(betas) else 1e-3)
+    if keys["zero_terminal_snr"]:
+        assert image.item() < 1e-5 and part.item() == 1.0
+
+
+def test_noised_samples_have_the_closed_forms_distribution():
+    """200,000 numbers, noised in 50 steps: mean and variance to 4 standard errors."""
+    made, n = process(steps=50), 200_000
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.full((n,), 0.7, dtype=torch.float64)
+    x = clean.clone()
+    for t, beta in enumerate(made.scheduler("ddpm").betas.double()):
+        x = (1 - beta).sqrt() * x + beta.sqrt() * torch.randn(n, generator=generator, dtype=torch.float64)
+        if t in (0, 5, 20, 49):
+            image, part = (float(c) for c in made.coefficients(torch.tensor([t])))
+            assert abs(float(x.mean()) - image * 0.7) < 4 * part / n**0.5
+            assert abs(float(x.var()) - part**2) < 4 * part**2 * (2 / n) ** 0.5
+
+
+@pytest.mark.parametrize("keys", [*DIFFUSION, {"prediction": "flow"}, {"prediction": "flow", "shift": 3.0}], ids=str)
+def test_what_the_network_is_taught_gives_back_the_image(keys):
+    """A perfect answer and the noisy image determine the image: x_0 from each of the three predictions."""
+    made = process(**keys)
+    generator = torch.Generator().manual_seed(1)
+    clean, noise = (torch.randn((32, 2, 4, 4), generator=generator) for _ in range(2))
+    t = made.times(torch.rand(32, generator=generator) * 0.9)
+    noisy, target = made.noisy(clean, noise, t), made.target(clean, noise, t)
+    image, part = (c.view(-1, 1, 1, 1) for c in made.coefficients(t))
+    back = {
+        "epsilon": (noisy - part * target) / image,
+        "v": image * noisy - part * target,
+        "flow": noisy - part * target,
+    }[keys["prediction"]]
+    assert torch.allclose(back, clean, atol=2e-4)
+
+
+@pytest.mark.parametrize("keys", DIFFUSION, ids=str)
+def test_noise_and_targets_are_those_of_diffusers(keys):
+    made = process(**keys)
+    theirs: DDPMScheduler = made.scheduler("ddpm")
+    generator = torch.Generator().manual_seed(2)
+    clean, noise = (torch.randn((8, 1, 2, 2), generator=generator) for _ in range(2))
+    t = torch.randint(0, keys["steps"], (8,), generator=generator)
+    assert torch.allclose(made.noisy(clean, noise, t), theirs.add_noise(clean, noise, t), atol=1e-5)
+    expected = theirs.get_velocity(clean, noise, t) if keys["prediction"] == "v" else noise
+    assert torch.allclose(made.target(clean, noise, t), expected, atol=1e-5)
+
+
+def test_min_snr_weights_are_the_papers():
+    """w = min(snr, gamma) over snr (epsilon) and over snr + 1 (v); without it every weight is 1."""
+    t = torch.arange(1000)
+    for prediction in ("epsilon", "v"):
+        made = process(prediction=prediction, min_snr=5.0)
+        image, part = made.coefficients(t)
+        for i in (0, 10, 300, 700, 999):
+            snr = float(image[i] / part[i]) ** 2
+            expected = min(snr, 5.0) / (snr if prediction == "epsilon" else snr + 1)
+            assert float(made.weights(t)[i]) == pytest.approx(expected, rel=1e-4)
+        assert (process(prediction=prediction).weights(t) == 1).all()
+    assert process(prediction="v", min_snr=5.0, zero_terminal_snr=True).weights(t).isfinite().all()
+
+
+def test_times_cover_the_process_evenly():
+    uniform = (torch.arange(10_000) + 0.5) / 10_000
+    assert torch.bincount(process().times(uniform)).tolist() == [10] * 1000
+    assert torch.equal(process(prediction="flow").times(uniform), uniform)
+    logit = process(prediction="flow", timesteps="logit_normal").times(uniform)
+    assert (logit.diff() > 0).all() and 0 < float(logit[0]) < 0.05 and 0.95 < float(logit[-1]) < 1
+    normal = torch.logit(logit)
+    assert abs(float(normal.mean())) < 0.01 and abs(float(normal.std()) - 1) < 0.01
+    assert (process(prediction="flow", shift=3.0).times(uniform) >= uniform).all()
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"prediction": "eps"}, "did you mean 'epsilon'?"),
+        ({"zero_terminal_snr": True}, "zero_terminal_snr needs prediction 'v'"),
+        ({"prediction": "flow", "min_snr": 5.0}, "remove them"),
+        ({"shift": 2.0}, "are of prediction 'flow'; remove them"),
+    ],
+)
+def test_objectives_that_make_no_sense_are_refused(keys, says):
+    with pytest.raises(ConfigError, match=says.replace("?", r"\?")):
+        process(**keys)
+
+
+def test_a_sampler_that_cannot_sample_the_objective_is_refused():
+    with pytest.raises(ConfigError, match="'euler' cannot sample a model of prediction 'epsilon'; use ddpm or ddim or dpm"):
+        process().scheduler("euler")
+    with pytest.raises(ConfigError, match="use euler"):
+        process(prediction="flow").scheduler("ddim")
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpm++", "ddpm"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_a_sampler_with_the_exact_score_of_a_gaussian_samples_that_gaussian(name, prediction):
+    """Data that is normal (mean 0.5, deviation 0.2) has a known best answer; 100 steps sample it to 0.02."""
+    made = process(prediction=prediction)
+    scheduler = made.scheduler(name)
+    scheduler.set_timesteps(100)
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn((4000, 1), generator=generator)
+    for t in scheduler.timesteps:
+        image, part = made.coefficients(torch.tensor([int(t)]))
+        expected = 0.5 + (image * 0.04 / (image**2 * 0.04 + part**2)) * (x - image * 0.5)  # E[x_0 | x_t]
+        noise = (x - image * expected) / part
+        answer = noise if prediction == "epsilon" else image * noise - part * expected
+        x = scheduler.step(answer, t, x, generator=generator).prev_sample
+    assert float(x.mean()) == pytest.approx(0.5, abs=0.02) and float(x.std()) == pytest.approx(0.2, abs=0.02)
+
+
+def test_euler_with_the_exact_velocity_of_a_gaussian_samples_that_gaussian():
+    made = process(prediction="flow")
+    scheduler = made.scheduler("euler")
+    scheduler.set_timesteps(100)
+    x = torch.randn((4000, 1), generator=torch.Generator().manual_seed(3))
+    for t in scheduler.timesteps:
+        s = float(t) / 1000
+        clean = 0.5 + ((1 - s) * 0.04 / ((1 - s) ** 2 * 0.04 + s**2)) * (x - (1 - s) * 0.5)
+        x = scheduler.step((x - clean) / s, t, x).prev_sample
+    assert float(x.mean()) == pytest.approx(0.5, abs=0.02) and float(x.std()) == pytest.approx(0.2, abs=0.02)

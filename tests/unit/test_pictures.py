@@ -1,0 +1,262 @@
+"""The image pipeline's pure functions: decoding, filters, buckets, duplicates, and every kind of source, good and broken."""
+
+import io
+import itertools
+import json
+import tarfile
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from heliostat.errors import ConfigError
+from heliostat.prepare import InputFile
+from PIL import Image
+
+from pipelines import image_sources, image_tasks, pictures
+from pipelines.image_sources import Columns
+from pipelines.pictures import Dropped, Picture, Raw, Rules
+from tests.unit.build_images import image
+
+SQUARE = Rules(((16, 16),))
+
+
+def reason(raw: Raw, rules: Rules = SQUARE) -> str:
+    made = pictures.prepare(raw, rules)
+    return made.reason if isinstance(made, Dropped) else "kept"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "mode"),
+    [*((e, m) for e in ("PNG", "WEBP") for m in ("RGB", "L", "RGBA", "LA", "P")), ("JPEG", "RGB"), ("JPEG", "L")],
+)
+def test_every_kind_of_image_becomes_what_the_rules_say(encoding, mode):
+    """Whatever its mode; the stored bytes decode to the bucket's size and the channels that were asked for."""
+    data = image(40, 30, mode=mode if mode != "P" else "RGB", encoding=encoding)
+    if mode == "P":
+        out = io.BytesIO()
+        Image.open(io.BytesIO(data)).quantize(16).save(out, encoding)
+        data = out.getvalue()
+    for channels, expected in ((1, "L"), (3, "RGB")):
+        made = pictures.prepare(Raw("a", data, "some  text\n"), Rules(((16, 16),), channels))
+        assert isinstance(made, Picture) and made.caption == "some text"
+        stored = Image.open(io.BytesIO(made.image))
+        assert (stored.size, stored.mode, stored.format) == ((16, 16), expected, "PNG")
+
+
+def test_what_is_transparent_becomes_white():
+    out = io.BytesIO()
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(out, "PNG")
+    assert np.asarray(pictures.decode(out.getvalue(), 3)).min() == 255
+
+
+def test_a_photo_is_turned_as_its_exif_says():
+    out = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    Image.new("RGB", (20, 10)).save(out, "JPEG", exif=exif)
+    assert pictures.decode(out.getvalue(), 3).size == (10, 20)
+
+
+@pytest.mark.parametrize(
+    ("raw", "rules", "expected"),
+    [
+        (Raw("a", None, "x"), {}, "no_image"),
+        (Raw("a", image(20, 20), None), {}, "no_caption"),
+        (Raw("a", image(20, 20), " \n"), {}, "no_caption"),
+        (Raw("a", b"", "x"), {}, "undecodable"),
+        (Raw("a", b"not an image", "x"), {}, "undecodable"),
+        (Raw("a", image(20, 20)[:-40], "x"), {}, "undecodable"),
+        (Raw("a", image(20, 20, encoding="JPEG")[:300], "x"), {}, "undecodable"),
+        (Raw("a", b"GIF89a" + image(20, 20), "x"), {}, "undecodable"),
+        (Raw("a", image(20, 20), "x"), {"min_side": 21}, "too_small"),
+        (Raw("a", image(20, 50), "x"), {"max_aspect": 2.4}, "aspect"),
+        (Raw("a", image(20, 50), "x"), {"max_aspect": 2.5}, "kept"),
+        (Raw("a", image(20, 20), "abc"), {"min_caption": 4}, "caption_short"),
+        (Raw("a", image(20, 20), "abc"), {"max_caption": 2}, "caption_long"),
+        (Raw("a", image(20, 20), "abc"), {"min_caption": 3, "max_caption": 3}, "kept"),
+    ],
+)
+def test_bad_and_unwanted_images_are_dropped_with_a_reason(raw, rules, expected):
+    assert reason(raw, Rules(((16, 16),), **rules)) == expected
+    assert expected == "kept" or expected in pictures.REASONS
+
+
+def test_any_damage_to_an_image_is_a_reason_and_never_an_exception():
+    """Bytes cut, flipped and overwritten at random places, of all three formats."""
+    rng = np.random.default_rng(0)
+    for encoding in ("PNG", "JPEG", "WEBP"):
+        whole = image(30, 30, encoding=encoding)
+        for _ in range(60):
+            data = bytearray(whole[: int(rng.integers(1, len(whole) + 1))])
+            for place in rng.integers(0, len(data), 4):
+                data[place] = int(rng.integers(0, 256))
+            assert reason(Raw("a", bytes(data), "x")) in ("kept", "undecodable")
+
+
+@pytest.mark.parametrize(("resolution", "aspect", "step"), [(64, 2.0, 8), (512, 2.0, 64), (256, 4.0, 64), (64, 1.0, 64)])
+def test_buckets_have_the_area_and_aspect_that_were_asked_for(resolution, aspect, step):
+    sizes = pictures.buckets(resolution, aspect, step)
+    assert (resolution, resolution) in sizes and len(set(sizes)) == len(sizes)
+    for width, height in sizes:
+        assert width % step == height % step == 0
+        assert width * height <= resolution * resolution < width * (height + step)
+        assert max(width, height) / min(width, height) <= aspect
+
+
+def test_an_image_goes_to_the_bucket_of_the_nearest_aspect():
+    sizes = pictures.buckets(64, 2.0, 8)
+    for width, height in itertools.product(range(30, 90, 7), repeat=2):
+        chosen = pictures.nearest((width, height), sizes)
+        ratios = [max(w * height / (h * width), h * width / (w * height)) for w, h in sizes]
+        assert ratios[sizes.index(chosen)] == pytest.approx(min(ratios))
+
+
+def test_near_duplicates_are_those_within_the_distance_of_one_that_stays():
+    """As a comparison of all pairs finds them."""
+    rng = np.random.default_rng(0)
+    for distance in (0, 1, 3, 8):
+        base = [int(v) for v in rng.integers(-(2**63), 2**63, 40)]
+        hashes = [h ^ sum(1 << int(b) for b in rng.choice(63, rng.integers(0, 12), False)) for h in base for _ in range(5)]
+        kept: list[int] = []
+        for value, near in zip(hashes, pictures.near_duplicates(hashes, distance), strict=True):
+            assert near == any(((value ^ k) & (2**64 - 1)).bit_count() <= distance for k in kept)
+            if not near:
+                kept.append(value)
+
+
+def test_the_perceptual_hash_survives_scaling_and_compression_and_tells_images_apart():
+    def looks(data: bytes) -> int:
+        return pictures.looks(pictures.decode(data, 3))
+
+    one = image(200, 150, seed=1)
+    again = pictures.encode(pictures.decode(one, 3).resize((90, 70)), "jpeg", 70)
+    assert ((looks(one) ^ looks(again)) & (2**64 - 1)).bit_count() <= 3
+    others = [looks(image(200, 150, seed=s)) for s in range(2, 30)]
+    assert min(((looks(one) ^ o) & (2**64 - 1)).bit_count() for o in others) > 8
+
+
+# sources -------------------------------------------------------------------------------------------------------------
+
+
+def read(uri: str, columns: Columns | None = None) -> dict[str, str]:
+    """id -> caption, or the reason in capitals."""
+    columns = columns or Columns()
+    files = image_sources.listing(uri)
+    found = [r for t in image_sources.tasks(uri, files, columns) for r in image_sources.read(uri, t, columns)]
+    return {r.id: r.reason.upper() if isinstance(r, Dropped) else f"{r.caption}|{r.label}" for r in found}
+
+
+def test_digits_have_captions_of_which_ten_are_held_back():
+    found = read("sklearn:digits")
+    assert len(found) == 1797 and len(set(found.values())) == 50
+    captions = {v.split("|")[0] for v in found.values()}
+    for digit, word in enumerate(image_sources.WORDS):
+        assert image_sources.held_back(digit) not in captions and word in image_sources.held_back(digit)
+    assert all(label in caption for caption, label in (v.split("|") for v in found.values()))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_a_folder_with_a_metadata_file(tmp_path, kind):
+    rows = [{"file_name": f"{i}.png", "caption": f"image {i}", "kind": "x"} for i in range(3)]
+    (tmp_path / "sub").mkdir()
+    for i in range(2):
+        (tmp_path / "sub" / f"{i}.png").write_bytes(image(9, 9, i))
+    name = tmp_path / "sub" / f"metadata.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), name)
+    elif kind == "jsonl":
+        name.write_text("\n".join(json.dumps(r) for r in rows))
+    else:
+        name.write_text("file_name,caption,kind\n" + "\n".join(",".join(r.values()) for r in rows))
+    assert read(str(tmp_path), Columns(label="kind")) == {
+        "sub/0.png": "image 0|x",
+        "sub/1.png": "image 1|x",
+        "sub/2.png": "UNREADABLE",
+    }
+
+
+def test_a_metadata_file_that_cannot_be_read_is_one_error(tmp_path):
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a"')
+    with pytest.raises(ConfigError, match=r"input: metadata.jsonl: cannot be read"):
+        read(str(tmp_path))
+    (tmp_path / "metadata.jsonl").write_text('{"name": "a"}')
+    with pytest.raises(ConfigError, match="has no column 'file_name'; its columns: name"):
+        read(str(tmp_path))
+
+
+def test_parquet_with_bytes_or_structs(tmp_path):
+    data = [image(9, 9), None, image(9, 9)]
+    pq.write_table(pa.table({"image": data, "caption": ["a", "b", None]}), tmp_path / "a.parquet")
+    rows = [{"image": {"bytes": data[0], "path": "x.png"}, "caption": "c"}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet")
+    (tmp_path / "c.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
+    found = read(str(tmp_path))
+    assert found == {
+        "a.parquet#1": "a|",
+        "a.parquet#2": "b|",
+        "a.parquet#3": "None|",
+        "b.parquet#1": "c|",
+        "c.parquet": "CORRUPT",
+    }
+
+
+def tar(members: list[tuple[str, bytes]]) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as file:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+def test_webdataset_tars(tmp_path):
+    picture = image(9, 9)
+    whole = tar([
+        ("x/1.png", picture), ("x/1.txt", b"one"), ("x/1.cls", b"7\n"),
+        ("x/2.v1.jpg", picture), ("x/2.json", json.dumps({"caption": "two", "tag": 5}).encode()),
+        ("x/3.webp", picture),
+        ("x/4.txt", b"four"),
+        ("x/5.png", picture), ("x/5.json", b"{"),
+    ])  # fmt: skip
+    (tmp_path / "a.tar").write_bytes(whole)
+    (tmp_path / "b.tar").write_bytes(whole[: 512 * 3 + len(picture)])
+    found = read(str(tmp_path / "a.tar"), Columns(label="tag"))
+    assert found == {
+        "a.tar/x/1": "one|7",
+        "a.tar/x/2": "two|5",
+        "a.tar/x/3": "None|",
+        "a.tar/x/4": "four|",
+        "a.tar/x/5": "CORRUPT",
+    }
+    assert "CORRUPT" in read(str(tmp_path / "b.tar")).values()
+
+
+def test_an_input_without_images_is_one_error(tmp_path):
+    (tmp_path / "a.gif").write_bytes(b"x")
+    with pytest.raises(ConfigError, match=r"1 files, none of metadata.jsonl"):
+        image_sources.listing(str(tmp_path))
+
+
+def test_a_metadata_file_is_cut_into_tasks(tmp_path):
+    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": f"{i}.png"}) for i in range(1200)))
+    tasks = image_sources.tasks(str(tmp_path), [InputFile("metadata.jsonl", 1, 0)], Columns())
+    assert [len(t["entries"]) for t in tasks] == [512, 512, 176]
+
+
+def test_a_shard_is_the_same_bytes_in_whatever_order_its_images_come():
+    rows = [
+        {"hash": f"{i % 7}{i}", "id": str(i), "caption": "c", "label": "", "image": bytes([i]), "width": 1, "height": 1}
+        for i in range(50)
+    ]
+    table = pa.Table.from_pylist(rows)
+    data = image_tasks.shard(table, 10)
+    assert data == image_tasks.shard(table.take(pa.array(np.random.default_rng(0).permutation(50))), 10)
+    file = pq.ParquetFile(io.BytesIO(data))
+    assert file.num_row_groups == 5 and file.read()["id"].to_pylist() == [
+        r["id"] for r in sorted(rows, key=lambda r: (r["hash"], r["id"]))
+    ]
+    rows[3]["image"] = b"other"
+    content = pq.ParquetFile(io.BytesIO(image_tasks.shard(pa.Table.from_pylist(rows), 10))).metadata.metadata[b"content"]
+    assert content != file.metadata.metadata[b"content"]

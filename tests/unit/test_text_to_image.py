@@ -1,0 +1,285 @@
+"""The text-to-image recipe: draws that belong to samples, losses that are sums, models that make no sense, and its pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline
+from heliostat.data import manifest
+from heliostat.data.dataset import open_dataset, plan
+from heliostat.errors import ConfigError
+from heliostat.storage import Location
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+from jobs import image_export
+from jobs.image_pipeline import TextToImagePipeline, generators
+from jobs.text_to_image import TextToImage
+from tests.unit import build_images
+from tests.unit.build_images import PIXART, SD3, TEXT, UNET
+from tests.unit.build_job import job
+
+BACKBONES = {"unet": UNET, "pixart": PIXART, "sd3": SD3}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small are slower on several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_images.digits(tmp_path_factory.mktemp("digits") / "data", 120)
+
+
+def recipe(dataset: Path, **model: Any) -> TextToImage:
+    made = TextToImage(job(**build_images.job(dataset, **model)))
+    made.bind([manifest.read(Location(str(dataset)))])
+    return made
+
+
+def rows(dataset: Path, count: int = 12) -> Any:
+    made = plan(job(**build_images.job(dataset)), [manifest.read(Location(str(dataset)))])
+    data = open_dataset(made)
+    return data.read(data.order.locate(np.arange(count)))
+
+
+@pytest.mark.parametrize(
+    "objective", [{"prediction": "epsilon"}, {"prediction": "v", "min_snr": 5.0}, {"prediction": "flow"}], ids=str
+)
+@pytest.mark.parametrize("arch", sorted(BACKBONES))
+def test_a_batchs_loss_is_the_sum_of_its_samples_whatever_the_cut(arch, objective, dataset):
+    """Noise, times and caption dropout follow from each sample's key, so micro-batches and their order change nothing."""
+    made, content, keys = recipe(dataset, backbone=BACKBONES[arch], objective=objective), rows(dataset), np.arange(100, 112)
+    torch.manual_seed(0)
+    model = made.build()
+    assert made.terms(made.batch(content, keys)) == 12 * made.terms_per_sample
+    with torch.no_grad():
+        whole = made.loss(model, made.batch(content, keys)).item()
+        parts = sum(made.loss(model, made.batch(content.slice(i, 4), keys[i : i + 4])).item() for i in (0, 4, 8))
+        turned = np.roll(np.arange(12), 5)
+        torch.manual_seed(9)
+        other = made.loss(model, made.batch(content.take(turned), keys[turned])).item()
+        again = made.loss(model, made.batch(content, keys + 1)).item()
+    assert whole == pytest.approx(parts, rel=1e-5) == pytest.approx(other, rel=1e-5)
+    assert abs(whole - again) > 1e-3, "another key, other noise"
+
+
+def test_draws_are_normal_uniform_and_dropped_as_often_as_asked(dataset):
+    from jobs.image_rows import draw
+
+    made = draw(7, np.arange(4000), (1, 4, 4), 0.2, 0.0, True)
+    assert abs(float(made.noise.mean())) < 0.02 and abs(float(made.noise.std()) - 1) < 0.02
+    assert 0.49 < float(made.time.mean()) < 0.51 and float(made.time.max()) < 1
+    assert 0.18 < float(made.dropped.float().mean()) < 0.22
+    assert made.posterior is not None and abs(float((made.posterior * made.noise).mean())) < 0.02
+    offset = draw(7, np.arange(4000), (1, 4, 4), 0.0, 0.5, False).noise
+    assert abs(float(offset.mean(dim=(1, 2, 3)).var()) - (0.25 + 1 / 16)) < 0.02
+    assert torch.equal(draw(7, np.array([5]), (1, 4, 4), 0.2, 0.0, True).noise[0], made.noise[5])
+    assert not torch.equal(draw(8, np.array([5]), (1, 4, 4), 0.2, 0.0, True).noise[0], made.noise[5])
+
+
+def test_a_dropped_caption_is_an_empty_one_in_training_and_never_in_evaluation(dataset):
+    made, content = recipe(dataset, caption_dropout=0.5), rows(dataset)
+    seen: list[torch.Tensor] = []
+
+    class Spy(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, noisy: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+            seen.append(text)
+            return noisy * self.weight
+
+    batch = made.batch(content, np.arange(12))
+    made.loss(Spy(), batch)
+    made.evaluate(Spy(), batch)
+    empty = made.parts.empty["text"]
+    dropped = batch["dropped"]
+    assert 0 < int(dropped.sum()) < 12
+    assert all(torch.equal(seen[0][i], empty if dropped[i] else batch["text"][i]) for i in range(12))
+    assert torch.equal(seen[1], batch["text"])
+    assert (batch["text"] != empty).any(1).all()
+
+
+def test_evaluation_is_on_fixed_noise_and_its_quarters_make_up_the_loss(dataset):
+    made, content = recipe(dataset), rows(dataset)
+    torch.manual_seed(0)
+    model = made.build().eval()
+    with torch.no_grad():
+        one, two = (
+            {n: float(v.sum()) for n, v in made.evaluate(model, made.batch(content, np.arange(12))).items()} for _ in range(2)
+        )
+    assert one == two
+    scores = made.metrics(one)
+    assert sum(one[f"samples_t{i}"] for i in range(4)) == 12 and min(one[f"samples_t{i}"] for i in range(4)) >= 2
+    assert sum(one[f"loss_t{i}"] for i in range(4)) == pytest.approx(one["loss"], rel=1e-5)
+    assert scores["loss"] == pytest.approx(one["loss"] / 12)
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ({"backbone": {"arch": "unett"}}, "model.backbone.arch: 'unett' is no backbone; did you mean 'unet'?"),
+        (
+            {"backbone": {**UNET, "layer_per_block": 1}},
+            "model.backbone.layer_per_block: unknown key for arch 'unet'; did you mean",
+        ),
+        ({"backbone": {**UNET, "norm_num_groups": 3}}, "model.backbone: "),
+        ({"backbone": {**UNET, "in_channels": 4}}, "model.backbone.in_channels: 4, but the data has 1"),
+        ({"backbone": {"pretrained": "/nowhere"}}, "model.backbone.pretrained: '/nowhere' is not a model folder"),
+        ({"text": {"pretrained": "/nowhere"}}, "model.text.pretrained: '/nowhere' is not a model folder"),
+        ({"text": {"hidden_size": 30, "num_attention_heads": 4}}, "num_attention_heads 4 does not divide hidden_size 30"),
+        ({"autoencoder": {"pretrained": "/nowhere"}}, "model.autoencoder.pretrained: '/nowhere' is not a model folder"),
+        ({"objective": {"prediction": "flow"}, "samples": {"sampler": "ddim"}}, "use euler"),
+        ({"objectives": {}}, "objectives: unknown key; did you mean 'objective'?"),
+    ],
+)
+def test_models_that_make_no_sense_are_one_line_that_names_the_key(model, says, dataset):
+    with pytest.raises(ConfigError) as e:
+        recipe(dataset, **model)
+    assert says in str(e.value) and "\n" not in str(e.value)
+
+
+# the pipeline --------------------------------------------------------------------------------------------------------
+
+
+def autoencoder(folder: Path, channels: int = 3) -> Path:
+    torch.manual_seed(3)
+    blocks = {
+        "block_out_channels": (8, 16),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }
+    AutoencoderKL(channels, channels, latent_channels=4, norm_num_groups=4, sample_size=16, **blocks).save_pretrained(folder)
+    return folder
+
+
+def clip(folder: Path, dataset: Path, width: int = 16) -> Path:
+    torch.manual_seed(4)
+    config = CLIPTextConfig(vocab_size=320, hidden_size=width, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                            max_position_embeddings=8)  # fmt: skip
+    CLIPTextModel(config).save_pretrained(folder)
+    image_export.tokenizer((dataset / "tokenizer.json").read_bytes(), 0, 8).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("prediction", "sampler"), [("epsilon", "ddim"), ("v", "ddpm"), ("v", "dpm++"), ("epsilon", "dpm++")])
+def test_latents_are_sampled_as_stable_diffusions_own_pipeline_does(prediction, sampler, dataset, tmp_path):
+    """The same parts, seeds, guidance and steps: pixels to 2e-3 of their range, one by one and in a batch."""
+    from diffusers import UNet2DConditionModel
+
+    from jobs.noising import Objective, Process
+
+    torch.manual_seed(0)
+    keys = {k: v for k, v in UNET.items() if k != "arch"}
+    unet = UNet2DConditionModel(**keys, in_channels=4, out_channels=4, sample_size=8, cross_attention_dim=16).eval()
+    vae = AutoencoderKL.from_pretrained(autoencoder(tmp_path / "vae"))
+    encoder = CLIPTextModel.from_pretrained(clip(tmp_path / "clip", dataset)).eval()
+    tokenizer = image_export.tokenizer((dataset / "tokenizer.json").read_bytes(), 0, 8)
+    scheduler = Process(Objective(prediction=prediction)).scheduler(sampler)
+    parts: dict[str, Any] = {"scheduler": scheduler, "text_encoder": encoder, "tokenizer": tokenizer, "unet": unet, "vae": vae}
+    ours = TextToImagePipeline(**parts)
+    theirs: Any = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    for pipe in (ours, theirs):
+        pipe.set_progress_bar_config(disable=True)
+    prompts = ["the digit one", "seven, handwritten"]
+    call = {"num_inference_steps": 6, "guidance_scale": 3.0, "output_type": "np"}
+    a = ours(prompts, generator=generators([1, 2]), **call).images
+    b = theirs(prompts, generator=generators([1, 2]), **call).images
+    assert a.shape == b.shape == (2, 16, 16, 3) and float(np.abs(a - b).max()) < 2e-3
+    alone = ours(prompts[1], generator=generators([2]), **call).images
+    assert float(np.abs(alone[0] - a[1]).max()) < 2e-3
+    other = ours(prompts[1], generator=generators([3]), **call).images
+    assert float(np.abs(other[0] - a[1]).max()) > 0.02
+
+
+@pytest.mark.parametrize("arch", sorted(BACKBONES))
+@pytest.mark.parametrize("prediction", ["v", "flow"])
+def test_an_exported_folder_loads_with_plain_diffusers_and_draws_the_same(arch, prediction, dataset, tmp_path):
+    """Weights as `export` lays them out, everything else as the recipe saves it; then DiffusionPipeline alone."""
+    from safetensors.torch import save_file
+
+    made = recipe(dataset, backbone=BACKBONES[arch], objective={"prediction": prediction})
+    torch.manual_seed(0)
+    model = made.build().eval()
+    made.save_config(tmp_path)
+    for prefix, file in made.layout.items():
+        mine = {n.removeprefix(prefix): t.contiguous() for n, t in model.state_dict().items() if n.startswith(prefix)}
+        save_file(mine, tmp_path / f"{file}.safetensors", {"format": "pt"})
+    prompts = ["the digit one", "seven, handwritten"]
+    plain: Any = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    plain.set_progress_bar_config(disable=True)
+    draws = [torch.Generator("cpu").manual_seed(s) for s in (5, 6)]
+    theirs = plain(prompts, num_inference_steps=5, guidance_scale=2.0, generator=draws).images
+    ours = image_export.load(tmp_path)(prompts, num_inference_steps=5, guidance_scale=2.0, generator=generators([5, 6])).images
+    assert [np.asarray(i).tolist() for i in theirs] == [np.asarray(i).tolist() for i in ours]
+    assert theirs[0].size == (8, 8) and theirs[0].mode == "L"
+    from jobs.image_pipeline import denoise
+
+    with torch.no_grad():  # as it is drawn while it is trained
+        say = made.sampler_of(model, "cpu")(prompts)
+        scheduler = made.process.scheduler(made.sampler, clip=True)
+        trained = made.pixels_of(denoise(say, scheduler, (2, 1, 8, 8), 5, 2.0, generators([5, 6]), "cpu"))
+    assert all(np.abs(trained[i][:, :, 0].astype(int) - np.asarray(theirs[i]).astype(int)).max() <= 1 for i in range(2))
+
+
+def test_latents_with_clip_and_a_unet_are_exported_as_stable_diffusion(dataset, tmp_path):
+    text = {"pretrained": str(clip(tmp_path / "clip", dataset)), "length": 8}
+    made = recipe(dataset, text=text, autoencoder={"pretrained": str(autoencoder(tmp_path / "vae", 1))})
+    assert made.parts.shape() == (4, 4, 4)
+    torch.manual_seed(0)
+    model = made.build()
+    assert not any("text_encoder" in n or "vae" in n for n, _ in model.named_parameters()), "frozen parts are not trained"
+    from safetensors.torch import save_file
+
+    out = tmp_path / "out"
+    made.save_config(out)
+    mine = {n.removeprefix("unet."): t.contiguous() for n, t in model.state_dict().items()}
+    save_file(mine, out / "unet/diffusion_pytorch_model.safetensors", {"format": "pt"})
+    plain: Any = DiffusionPipeline.from_pretrained(out)
+    assert type(plain) is StableDiffusionPipeline
+
+
+@pytest.mark.parametrize("kind", ["clip", "t5"])
+def test_a_frozen_encoder_conditions_and_is_not_trained(kind, dataset, tmp_path):
+    folder = tmp_path / kind
+    if kind == "clip":
+        clip(folder, dataset, 24)
+    else:
+        torch.manual_seed(5)
+        T5EncoderModel(T5Config(vocab_size=320, d_model=24, d_ff=32, num_layers=1, num_heads=2, d_kv=12)).save_pretrained(folder)
+        image_export.tokenizer((dataset / "tokenizer.json").read_bytes(), 0, 8).save_pretrained(folder)
+    made = recipe(dataset, text={"pretrained": str(folder), "length": 8})
+    torch.manual_seed(0)
+    model = made.build()
+    batch = made.batch(rows(dataset), np.arange(12))
+    loss = made.loss(model, batch)
+    loss.backward()
+    assert made.parts.width == 24 and all(p.grad is None for p in made.parts.text_encoder.parameters())
+    text = made.parts.conditioning(batch["text"], batch["mask"], torch.float32)
+    assert text.shape == (12, 8, 24) and text.std() > 0
+
+
+def test_datasets_that_do_not_belong_together_are_refused(dataset, tmp_path):
+    from jobs import image_rows
+
+    whole = manifest.read(Location(str(dataset)))
+    other = manifest.Manifest(whole.location, whole.chunks, {**whole.meta, "size": [16, 8]})
+    with pytest.raises(ConfigError, match=r"data.one_source_batches: must be true"):
+        image_rows.facts([whole, other], False)
+    assert image_rows.facts([whole, other], True).size == (8, 8)
+    with pytest.raises(ConfigError, match="have other channels"):
+        image_rows.facts([whole, manifest.Manifest(whole.location, whole.chunks, {**whole.meta, "channels": 3})], True)
+    with pytest.raises(ConfigError, match="holds no images"):
+        image_rows.facts([manifest.Manifest(whole.location, whole.chunks, {"kind": "rows"})], True)
+    assert TEXT["length"] == 8
