@@ -45,6 +45,7 @@ class Data(Strict):
     on_bad_sample: Literal["replace", "fail"] = "replace"
     max_bad_fraction: Fraction = 0.01  # of the samples of an epoch; more replaced samples than that stop the run
     memory_limit: ByteSize = ByteSize(2 << 30)  # for samples on their way from storage to the workers, on the whole cluster
+    labels: dict[str, str] = {}  # of the nodes that may fetch samples; none: any node
     document_mask: bool = False  # attention stays inside a document of a packed sequence
 
 
@@ -120,6 +121,7 @@ class Workers(Strict):
     count: Positive = 1
     cpus: Annotated[Float, Field(gt=0)] = 1.0
     gpus: Annotated[Float, Field(ge=0)] = 0.0
+    labels: dict[str, str] = {}  # of the nodes that may hold workers (Ray's node labels)
 
 
 class Mlflow(Strict):
