@@ -80,6 +80,12 @@ def check_storage(job: Job) -> None:
         raise StorageError(f"storage: {e}") from e
 
 
+def check_services(job: Job) -> None:
+    """The store of the runs and MLflow answer."""
+    check_storage(job)
+    _check_mlflow(job.mlflow.uri)
+
+
 def _version(location: Location, digest: str | None) -> Manifest:
     """The version of a dataset with this digest if it is still there, else the newest."""
     try:

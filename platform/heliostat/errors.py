@@ -52,6 +52,10 @@ class TrainingError(HeliostatError):
     """The run failed, after whatever retries it was allowed."""
 
 
+class ClusterError(HeliostatError):
+    """A cluster did not start or stop, cannot be reached, or refused what was asked of it."""
+
+
 class TrackingError(HeliostatError):
     """MLflow cannot be reached or refused us."""
 

@@ -177,12 +177,13 @@ class _Run:
         trainer = api.torch.TorchTrainer(
             _worker,
             train_loop_config=config,
-            datasets={"train": lambda: stream.dataset(fetch, concurrency, memory, size)},
+            datasets={"train": lambda: stream.dataset(fetch, concurrency, memory, size, job.data.labels)},
             dataset_config=stream.OrderedSplit(),
             torch_config=api.torch.TorchConfig(backend="nccl" if workers.gpus else "gloo"),
             scaling_config=api.ScalingConfig(
                 num_workers=workers.count,
                 use_gpu=bool(workers.gpus),
+                label_selector=workers.labels or None,
                 resources_per_worker={"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})},
             ),
             run_config=api.RunConfig(
