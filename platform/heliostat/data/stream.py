@@ -79,6 +79,7 @@ def dataset(task: Fetch, concurrency: int, memory_limit: int, sample_bytes: int,
     context = ray.data.DataContext.get_current().copy()
     context.target_max_block_size = 1  # a block per yielded row
     context.execution_options.preserve_order = True
+    context.execution_options.label_selector = labels or None
     context.execution_options.resource_limits = ExecutionResources(object_store_memory=memory_limit)
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -87,8 +88,7 @@ def dataset(task: Fetch, concurrency: int, memory_limit: int, sample_bytes: int,
         count = task.end - task.begin
         windows = ray.data.range(count, override_num_blocks=count)
         pool = ray.data.TaskPoolStrategy(size=min(concurrency, fits))
-        where: dict[str, Any] = {"label_selector": labels} if labels else {}
-        return windows.map_batches(task, batch_size=1, compute=pool, zero_copy_batch=True, **where)
+        return windows.map_batches(task, batch_size=1, compute=pool, zero_copy_batch=True)
 
 
 class OrderedSplit(DataConfig):
