@@ -33,9 +33,10 @@ def room(workers: Workers, free: Mapping[str, Mapping[str, float]], held: Mappin
 
 
 def room_now(workers: Workers, held: Mapping[str, int]) -> int:
-    """The same of the cluster as it is; nodes that are about to go have no room."""
+    """The same of the cluster as it is; nodes that are about to go, or lack the workers' labels, have no room."""
     free, leaving = ray._private.state.available_resources_per_node(), draining()
-    return room(workers, {n: r for n, r in free.items() if n not in leaving}, held)
+    fit = {n["NodeID"] for n in ray.nodes() if n["Alive"] and workers.labels.items() <= n.get("Labels", {}).items()} - leaving
+    return room(workers, {n: r for n, r in free.items() if n in fit}, held)
 
 
 def draining() -> set[str]:

@@ -94,11 +94,13 @@ def _extend(ranges: list[tuple[int, int]], begin: int, end: int) -> None:
     ranges.append((begin, end))
 
 
-def dataset(task: Fetch, concurrency: int, memory_limit: int, sample_bytes: int) -> Any:
-    """The Ray Dataset of the task's envelopes, one block each; at most `concurrency` windows in flight, and as memory allows."""
+def dataset(task: Fetch, concurrency: int, memory_limit: int, sample_bytes: int, labels: dict[str, str] | None = None) -> Any:
+    """The Ray Dataset of the task's envelopes, one block each; at most `concurrency` windows in flight, and as memory allows.
+    With `labels`, only nodes that carry them fetch."""
     context = ray.data.DataContext.get_current().copy()
     context.target_max_block_size = 1  # a block per yielded row
     context.execution_options.preserve_order = True
+    context.execution_options.label_selector = labels or None
     context.execution_options.resource_limits = ExecutionResources(object_store_memory=memory_limit)
     # envelopes that a fetch task may yield before one is taken: a window's, or (Ray's default is 2) it would pause inside it
     context._max_num_blocks_in_streaming_gen_buffer = task.plan.shape.window // task.plan.shape.envelope
