@@ -5,7 +5,7 @@
 Same model (17M parameters), batch (4,096 tokens a step), precision and thread count (2 processes of 1 thread). The heliostat
 runs have everything on: Ray Data, MLflow, evaluation and checkpoints. Runs are interleaved (plain, ZeRO-1, 2, 3, plain, ...),
 each is summarised by its median step after the first two, and the medians over the rounds are compared. DDP's bf16 is
-autocast over fp32 weights; DeepSpeed's is bf16 weights over fp32 masters. Plain DDP runs at niceness 15, as Ray's workers do.
+autocast over fp32 weights; DeepSpeed's is bf16 weights over fp32 masters.
 """
 
 from __future__ import annotations
@@ -42,9 +42,6 @@ def job(folder: Path, steps: int, precision: str) -> Path:
 
 def plain(path: Path, steps: int) -> float:
     command = [
-        "nice",
-        "-n",
-        "15",
         BIN / "torchrun",
         "--nproc-per-node",
         "2",
