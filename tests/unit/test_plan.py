@@ -166,11 +166,11 @@ def test_prices_are_overridden_key_by_key_and_typing_errors_are_found(tmp_path):
 def test_the_command_prints_one_object_and_a_job_that_cannot_fit_is_exit_code_2(tmp_path):
     """Without the datasets, with a note that says so; without Ray."""
     path = str(write(tmp_path, **{"data.sources.0.path": str(tmp_path / "nothing")}))
-    code, out, _, imported, _ = run("plan", path, "--json")
+    code, out, _, imported = run("plan", path, "--json")
     found = json.loads(out.splitlines()[-1])
     assert code == 0 and "ray" not in imported.split(",") and found["memory"]["total"] < found["memory"]["device"]
     assert "the datasets were not looked at" in found["notes"][0]
-    code, _, lines, _, _ = run("plan", path, "--set", "train.micro_batch=16777216", "--set", "train.global_batch=16777216")
+    code, _, lines, _ = run("plan", path, "--set", "train.micro_batch=16777216", "--set", "train.global_batch=16777216")
     assert code == 2 and len(lines) == 1 and "each worker needs" in lines[0] and "it fits with" in lines[0]
 
 
