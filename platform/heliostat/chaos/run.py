@@ -94,6 +94,7 @@ def chaos(
         except (ChaosError, HeliostatError) as e:
             row, faulty = measure.broken(fault.name), [str(e)]
         rows.append(row)
+        tell(json.dumps(row))
         wrong += [f"{fault.name}: {text}" for text in faulty]
     return rows, wrong
 
