@@ -34,6 +34,7 @@ RECORD = "run.json"
 PACKAGES = ("heliostat", "ray", "torch", "deepspeed", "transformers", "diffusers", "pyarrow", "mlflow", "numpy")
 AWAY_S = 120.0  # how long the end of a command waits for an MLflow that does not answer
 IMAGES = 500  # that wait for MLflow; with more the oldest go
+EXCHANGE_S = 300.0  # the longest that an exchange which has begun may take
 PAUSE_S, PAUSE_MAX_S = 0.5, 15.0  # between two tries; each is twice as long as the one before
 # MLflow's client by itself tries for minutes, in which nothing could be done
 CLIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
@@ -100,7 +101,7 @@ class RunOwner:
         self.post({"kind": "goodput", "report": report, "step": step, "at": time.time()})
         self.post({"kind": "end", "status": status, "reason": reason, "report": report})
         self._start()
-        self._thread.join(2 * AWAY_S)
+        self._thread.join(AWAY_S + EXCHANGE_S)
         if self._fault or self._thread.is_alive():
             told = f"{self._away()}; what it has not got is in {self.job.run_folder.join(outbox.FILE)}, and the next `heliostat "
             told += "train --resume` of this run logs it"
@@ -187,6 +188,7 @@ class RunOwner:
     def _open(self) -> None:
         for name, value in CLIENT.items():
             os.environ.setdefault(name, value)
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a warning for every try
         import mlflow
 
         job = self.job
