@@ -57,7 +57,8 @@ class Scene:
     settings: dict[str, str] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     struck: float = 0.0
-    seen: float | None = None  # when it had an effect, where only the fault itself can tell
+    seen: float | None = None  # when it had an effect, and when that was over, where only the fault itself can tell
+    cured: float | None = None
 
     @property
     def run(self) -> Location:
@@ -201,7 +202,7 @@ def copy(source: Location, target: Location) -> None:
 
 def prepare_corrupt_shard(scene: Scene) -> None:
     """A copy of the datasets, with a byte turned in the chunk that the run wants a sample of at the step."""
-    scene.struck = scene.seen = time.time()
+    scene.struck = scene.seen = scene.cured = time.time()  # a damaged chunk is seen when it is read, and stops nothing
     for i, source in enumerate(scene.checked.job.sources):
         place = Location(str(scene.folder / f"data-{i}"))
         place.delete()
