@@ -11,8 +11,6 @@ import os
 import random
 import signal
 import socket
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,7 +23,7 @@ import psutil
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from heliostat.chaos import proxy
+from heliostat.chaos import disks, proxy
 from heliostat.chaos.nodes import LocalNodes
 from heliostat.chaos.process import ChaosError, Command, workers
 from heliostat.chaos.servers import Server, mlflow_server, s3_server
@@ -266,38 +264,12 @@ def mlflow_down(scene: Scene, command: Command) -> None:
 # disks ---------------------------------------------------------------------------------------------------------------
 
 
-def no_tmpfs(job: Job) -> str | None:
-    if os.geteuid():
-        return "mounts a small tmpfs, which needs root"
-    with tempfile.TemporaryDirectory() as probe:
-        try:
-            mount(Path(probe), 1 << 20)
-        except ChaosError as e:
-            return str(e)
-        unmount(Path(probe))
-    return None
-
-
-def mount(folder: Path, size: int) -> None:
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError as e:
-        raise ChaosError("needs the command `mount`") from e
-    if done.returncode:
-        raise ChaosError(f"cannot mount a tmpfs ({done.stderr.strip()})")
-
-
-def unmount(folder: Path) -> None:
-    subprocess.run(["umount", "-l", str(folder)], capture_output=True, check=False)
-
-
 def prepare_disk(scene: Scene) -> None:
     """The run on a disk of its own, with room for its checkpoints and little more."""
     disk = scene.folder / "disk"
     disk.mkdir(exist_ok=True)
-    mount(disk, (scene.checked.job.checkpoint.keep + 3) * scene.checkpoint_bytes + (32 << 20))
-    scene.stack.callback(unmount, disk)
+    disks.mount(disk, (scene.checked.job.checkpoint.keep + 3) * scene.checkpoint_bytes + (32 << 20))
+    scene.stack.callback(disks.unmount, disk)
     scene.storage = Location(str(disk))
     scene.settings["storage"] = str(disk)
 
@@ -330,7 +302,8 @@ FAULTS = {
         Fault("torn-checkpoint", "the newest checkpoint loses half of a shard, and a worker is killed", torn_checkpoint),
         Fault("mlflow-down", "MLflow's server dies, and comes back", mlflow_down, prepare_mlflow,
               notice="MLflow does not answer", cured="MLflow answers again"),
-        Fault("disk-full", "the disk of the run's folder fills up, and is given room again", disk_full, prepare_disk, no_tmpfs),
+        Fault("disk-full", "the disk of the run's folder fills up, and is given room again", disk_full, prepare_disk,
+              disks.why_not),
     )
 }  # fmt: skip
 

@@ -26,7 +26,7 @@ from heliostat.errors import HeliostatError, TrackingError
 from heliostat.spec import Job
 from heliostat.storage import Location
 from heliostat.track import outbox
-from heliostat.track.outbox import Point
+from heliostat.track.points import Point, points
 
 log = logging.getLogger(__name__)
 
@@ -234,7 +234,7 @@ class RunOwner:
             inputs.append(DatasetInput(dataset, tags))
         self._client.log_inputs(run_id, datasets=inputs)
 
-    def _send(self, new: list[outbox.Point]) -> None:
+    def _send(self, new: list[Point]) -> None:
         from mlflow.entities import Metric
 
         self._client.log_batch(self.run_id, metrics=[Metric(p.key, p.value, int(p.at * 1000), p.step) for p in new])
@@ -242,7 +242,7 @@ class RunOwner:
     def _known(self) -> dict[str, int]:
         """The last place that MLflow has of each metric."""
         found = self._client.get_run(self.run_id).data.to_proto().metrics
-        return {m.key: outbox.Point(m.key, m.value, m.timestamp / 1000, m.step).place for m in found}
+        return {m.key: Point(m.key, m.value, m.timestamp / 1000, m.step).place for m in found}
 
     def _log_images(self) -> None:
         while self._images:
@@ -252,34 +252,6 @@ class RunOwner:
                 file.write_bytes(png)
                 self._client.log_artifact(self.run_id, str(file), f"images/{name}")
             self._images.popleft()
-
-
-def points(event: dict[str, Any]) -> list[Point]:
-    """What an event is logged as."""
-    at = event.get("at", time.time())
-    if event["kind"] == "steps":
-        first, count = event["first"], len(event["loss"])
-        each = event["seconds"] / count
-        out = []
-        for i in range(count):
-            when = at - each * (count - 1 - i)
-            for key in ("loss", "lr", "grad_norm"):
-                out.append(Point(f"train/{key}", event[key][i], when, first + i + 1))
-        for key in ("tokens_per_second", "data_wait", "mfu", "bad_samples"):
-            if event.get(key) is not None:
-                out.append(Point(f"train/{key}", event[key], at, first + count))
-        for name, given in event["sources"].items():
-            out += [Point(f"data/{name}/{key}", value, at, first + count) for key, value in given.items()]
-        return out
-    if event["kind"] == "evaluation":
-        return [Point(f"eval/{k}", v, at, event["step"]) for k, v in event["scores"].items()]
-    if event["kind"] == "goodput":
-        report = event["report"]
-        values = {"fraction": report["goodput"], **{f"{part}_s": seconds for part, seconds in report["parts"].items()}}
-        return [Point(f"goodput/{k}", v, at, event["step"]) for k, v in values.items()]
-    if event["kind"] == "checkpoint":
-        return [Point("checkpoint/blocked_s", event["blocked_s"], at, event["step"])]
-    return []
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, str]:
