@@ -5,6 +5,7 @@
 
 import os
 import secrets
+import shutil
 import subprocess
 import sys
 import time
@@ -126,3 +127,4 @@ class Hosts:
             host.kill()
             subprocess.run(["ip", "netns", "del", host.name], check=False)
         subprocess.run(["ip", "link", "del", f"br{MARK}"], check=False)
+        shutil.rmtree(f"/tmp/hh{MARK}", ignore_errors=True)

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from heliostat.chaos.servers import Server, mlflow_server
 from heliostat.check import check
 from heliostat.errors import TrackingError
+from heliostat.goodput import PARTS
 from heliostat.storage import Location
 from heliostat.track import outbox
 from heliostat.track import run as tracking_run
@@ -42,38 +44,41 @@ def steps(first: int, last: int) -> dict[str, Any]:
 
 
 def ended(first: int, last: int) -> dict[str, Any]:
-    from heliostat.goodput import PARTS
-
     bar = {"parts": dict.fromkeys(PARTS, 1.0), "before": {}, "reached": last}
     return {**REPORT, "parts": dict.fromkeys(PARTS, 1.0), "attempts": [bar]}
 
 
-def until_logged(tracking: str, run: Location, step: int) -> str:
+def until(condition: Callable[[], bool], what: str) -> None:
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        try:
-            run_id = json.loads(run.join("run.json").read())["run_id"]
-            if step in [m.step for m in MlflowClient(tracking_uri=tracking).get_metric_history(run_id, "train/loss")]:
-                return run_id
-        except FileNotFoundError:
-            pass
+    while not condition():
+        assert time.monotonic() < deadline, what
         time.sleep(0.1)
-    raise AssertionError(f"step {step} did not come to MLflow")
+
+
+def run_of(folder: Location) -> str:
+    return json.loads(folder.join("run.json").read())["run_id"]
+
+
+def has(tracking: str, folder: Location, step: int) -> bool:
+    if not folder.join("run.json").exists():
+        return False
+    return step in [m.step for m in MlflowClient(tracking_uri=tracking).get_metric_history(run_of(folder), "train/loss")]
 
 
 def test_metrics_wait_for_the_server_through_attempts_and_commands_and_arrive_once(server, owner_of, tracking, caplog):
     make, run = owner_of
     owner = make()
     owner.post(steps(1, 11))
-    run_id = until_logged(tracking, run, 10)
+    until(lambda: has(tracking, run, 10), "step 10 in MLflow")
+    run_id = run_of(run)
     server.stop()
     began = time.monotonic()
     owner.post(steps(11, 16))
     owner.post(steps(13, 21))  # an attempt that went back
     assert time.monotonic() - began < 0.1  # nobody waits for MLflow
     server.start()
-    until_logged(tracking, run, 20)
-    assert "MLflow does not answer" in caplog.text and "MLflow answers again" in caplog.text
+    until(lambda: "MLflow answers again" in caplog.text, "word of the server's return")
+    assert "MLflow does not answer" in caplog.text and has(tracking, run, 20)
     assert not run.join(outbox.FILE).exists()
     server.stop()
     owner.post(steps(21, 26))
@@ -89,12 +94,14 @@ def test_metrics_wait_for_the_server_through_attempts_and_commands_and_arrive_on
     assert found.info.status == "FINISHED" and later.run_id == run_id and not run.join(outbox.FILE).exists()
 
 
-def test_an_mlflow_that_is_away_at_the_end_of_a_failed_run_does_not_hide_why_it_failed(server, owner_of, caplog):
-    make, run = owner_of
-    owner = make()
-    server.stop()
+def test_an_mlflow_that_never_answers_does_not_hide_why_a_run_failed(job_file, monkeypatch, caplog):
+    """Not even the run could be opened: all of it is in the folder, for the next command."""
+    monkeypatch.setattr(tracking_run, "AWAY_S", 3.0)
+    checked = check(job_file("nowhere"))
+    job = checked.job.model_copy(update={"mlflow": checked.job.mlflow.model_copy(update={"uri": "http://127.0.0.1:9"})})
+    owner = RunOwner(job, checked.manifests)
     owner.post(steps(1, 5))
     owner.finish("FAILED", "a worker failed", ended(1, 4))
     assert "did not take the run's metrics for 3 s" in caplog.text
-    lines = [json.loads(line) for line in run.join(outbox.FILE).read().splitlines()]
+    lines = [json.loads(line) for line in job.run_folder.join(outbox.FILE).read().splitlines()]
     assert [step for key, _, _, step in lines if key == "train/loss"] == [1, 2, 3, 4]

@@ -20,7 +20,7 @@ from heliostat.verify import verify
 from tests.integration import hosts
 from tests.integration.conftest import curve, tiny_job
 
-STEPS = 150
+STEPS = 200
 TRAIN = [sys.executable, "-c", "from heliostat.cli import main; main()", "train"]
 
 pytestmark = pytest.mark.skipif(bool(hosts.why_not()), reason=str(hosts.why_not()))
@@ -30,7 +30,8 @@ pytestmark = pytest.mark.skipif(bool(hosts.why_not()), reason=str(hosts.why_not(
 def job(corpus: str, tracking: str, tmp_path: Path) -> dict:
     """Six lanes: one, two or three workers can play them, each on a node of its own."""
     made = tiny_job(corpus, tracking, tmp_path)
-    made["train"] |= {"steps": STEPS, "global_batch": 12, "log_every": 1}
+    made["train"] |= {"steps": STEPS, "global_batch": 24, "log_every": 1}
+    made["data"]["lanes"] = 6
     made["evaluate"] = None
     made["checkpoint"] = {"every": 5, "keep": 3}
     made["retries"] = {"backoff": 0.2}
@@ -73,7 +74,7 @@ def attempts(run: Location) -> list[tuple[int, str | None]]:
 def test_a_run_outlives_a_drained_a_killed_and_a_cut_off_node(job, tracking, tmp_path):
     """Three nodes; one is drained with notice, and returns; one is killed; one is cut off: the curve is the unbroken run's."""
     whole = tmp_path / "whole.yaml"
-    whole.write_text(yaml.safe_dump({**job, "name": "whole", "workers": {"count": 3}}))
+    whole.write_text(yaml.safe_dump({**job, "name": "whole", "workers": {"count": 1}}))
     expected = curve(tracking, train(whole)["run_id"])
     path, run = tmp_path / "nodes.yaml", Location(job["storage"]).join("nodes")
     path.write_text(yaml.safe_dump({**job, "name": "nodes", "workers": {"count": [1, 3], "placement": "strict_spread"}}))

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from heliostat.chaos import faults, measure, run
+from heliostat.chaos import disks, faults, measure, run
 from heliostat.chaos.command import ISSUE, cells, table
 from heliostat.chaos.measure import Measured
 from heliostat.errors import ConfigError
@@ -99,6 +99,6 @@ def test_every_fault_of_the_default_is_one_and_the_command_shows_them():
 
 
 def test_what_this_machine_cannot_do_is_said_before_anything_starts(monkeypatch):
-    monkeypatch.setattr(faults.os, "geteuid", lambda: 1000)
-    assert faults.no_tmpfs(job()) == "mounts a small tmpfs, which needs root"
+    monkeypatch.setattr(disks.os, "geteuid", lambda: 1000)
+    assert disks.why_not(job()) == "mounts a small tmpfs, which needs root"
     assert "set workers.gpus to 0" in str(faults.cannot_make_nodes(job(**{"workers.gpus": 1})))

@@ -12,7 +12,7 @@ from heliostat.cli import app
 from heliostat.errors import ConfigError
 from heliostat.goodput import PARTS, Attempt, account, report, settle
 from heliostat.storage import Location
-from heliostat.track.run import points
+from heliostat.track.points import points
 from heliostat.train.ledger import Ledger, Recorder
 from typer.testing import CliRunner
 

@@ -6,7 +6,8 @@ import random
 import pytest
 from heliostat.storage import Location
 from heliostat.track import outbox
-from heliostat.track.outbox import FILE, Outbox, Point
+from heliostat.track.outbox import FILE, Outbox
+from heliostat.track.points import Point
 
 
 class Store:

@@ -11,8 +11,6 @@ import os
 import random
 import signal
 import socket
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,7 +23,7 @@ import psutil
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from heliostat.chaos import proxy
+from heliostat.chaos import disks, proxy
 from heliostat.chaos.nodes import LocalNodes
 from heliostat.chaos.process import ChaosError, Command, workers
 from heliostat.chaos.servers import Server, mlflow_server, s3_server
@@ -57,7 +55,8 @@ class Scene:
     settings: dict[str, str] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     struck: float = 0.0
-    seen: float | None = None  # when it had an effect, where only the fault itself can tell
+    seen: float | None = None  # when it had an effect, and when that was over, where only the fault itself can tell
+    cured: float | None = None
 
     @property
     def run(self) -> Location:
@@ -201,7 +200,7 @@ def copy(source: Location, target: Location) -> None:
 
 def prepare_corrupt_shard(scene: Scene) -> None:
     """A copy of the datasets, with a byte turned in the chunk that the run wants a sample of at the step."""
-    scene.struck = scene.seen = time.time()
+    scene.struck = scene.seen = scene.cured = time.time()  # a damaged chunk is seen when it is read, and stops nothing
     for i, source in enumerate(scene.checked.job.sources):
         place = Location(str(scene.folder / f"data-{i}"))
         place.delete()
@@ -265,38 +264,12 @@ def mlflow_down(scene: Scene, command: Command) -> None:
 # disks ---------------------------------------------------------------------------------------------------------------
 
 
-def no_tmpfs(job: Job) -> str | None:
-    if os.geteuid():
-        return "mounts a small tmpfs, which needs root"
-    with tempfile.TemporaryDirectory() as probe:
-        try:
-            mount(Path(probe), 1 << 20)
-        except ChaosError as e:
-            return str(e)
-        unmount(Path(probe))
-    return None
-
-
-def mount(folder: Path, size: int) -> None:
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError as e:
-        raise ChaosError("needs the command `mount`") from e
-    if done.returncode:
-        raise ChaosError(f"cannot mount a tmpfs ({done.stderr.strip()})")
-
-
-def unmount(folder: Path) -> None:
-    subprocess.run(["umount", "-l", str(folder)], capture_output=True, check=False)
-
-
 def prepare_disk(scene: Scene) -> None:
     """The run on a disk of its own, with room for its checkpoints and little more."""
     disk = scene.folder / "disk"
     disk.mkdir(exist_ok=True)
-    mount(disk, (scene.checked.job.checkpoint.keep + 3) * scene.checkpoint_bytes + (32 << 20))
-    scene.stack.callback(unmount, disk)
+    disks.mount(disk, (scene.checked.job.checkpoint.keep + 3) * scene.checkpoint_bytes + (32 << 20))
+    scene.stack.callback(disks.unmount, disk)
     scene.storage = Location(str(disk))
     scene.settings["storage"] = str(disk)
 
@@ -329,7 +302,8 @@ FAULTS = {
         Fault("torn-checkpoint", "the newest checkpoint loses half of a shard, and a worker is killed", torn_checkpoint),
         Fault("mlflow-down", "MLflow's server dies, and comes back", mlflow_down, prepare_mlflow,
               notice="MLflow does not answer", cured="MLflow answers again"),
-        Fault("disk-full", "the disk of the run's folder fills up, and is given room again", disk_full, prepare_disk, no_tmpfs),
+        Fault("disk-full", "the disk of the run's folder fills up, and is given room again", disk_full, prepare_disk,
+              disks.why_not),
     )
 }  # fmt: skip
 

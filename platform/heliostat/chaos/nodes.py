@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from heliostat.chaos.process import ChaosError, end_tree, workers
 from heliostat.cluster.connect import SILENT, worker_environment
 
 START_S = 90.0
+SESSIONS = Path(tempfile.gettempdir()) / f"hx{os.getpid()}"  # short: Ray's sockets lie below, and a path has 107 characters
 
 
 class Node:
@@ -77,6 +80,7 @@ class LocalNodes:
         for node in self.nodes:
             node.kill()
         self.nodes = []
+        shutil.rmtree(SESSIONS, ignore_errors=True)
 
     def _start(self, host: str, *arguments: str) -> None:
         """Starts a node, and returns when the cluster knows it."""
@@ -84,7 +88,7 @@ class LocalNodes:
         environment = {**SILENT, **os.environ, **worker_environment(0), **self.environment}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(workspace.root()), environment.get("PYTHONPATH")]))
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--node-ip-address={host}", *arguments, "--block",
-                   f"--temp-dir={self._short(host)}", "--object-store-memory=200000000"]  # fmt: skip
+                   f"--temp-dir={SESSIONS / host.rpartition('.')[2]}", "--object-store-memory=200000000"]  # fmt: skip
         with log.open("w") as out:
             process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, cwd=workspace.root())
         self.nodes.append(Node(host, process))
@@ -93,7 +97,3 @@ class LocalNodes:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise ChaosError(f"the Ray node at {host} did not start; see {log}")
             time.sleep(0.1)
-
-    def _short(self, host: str) -> Path:
-        """Ray's sockets lie below its folder, and their paths may have 107 characters."""
-        return Path("/tmp") / f"hx{os.getpid()}" / host.rpartition(".")[2]

@@ -94,6 +94,7 @@ def chaos(
         except (ChaosError, HeliostatError) as e:
             row, faulty = measure.broken(fault.name), [str(e)]
         rows.append(row)
+        tell(json.dumps(row))
         wrong += [f"{fault.name}: {text}" for text in faulty]
     return rows, wrong
 
@@ -153,7 +154,7 @@ def _compare(it: Chaos, fault: Fault, scene: Scene, command: Command, whole: Unb
         raise ChaosError("the run did not come upon the damaged shard")
     attempts = goodput.read(scene.run)
     seen = scene.seen or (command.heard(fault.notice, scene.struck) if fault.notice else None)
-    cured = command.heard(fault.cured, scene.struck) if fault.cured else None
+    cured = scene.cured or (command.heard(fault.cured, scene.struck) if fault.cured else None)
     found = Measured(scene.struck, seen, cured, command.lines, attempts)
     row = measure.row(fault.name, found, report, result["train_loss"], whole.loss, goodput.report(attempts)["goodput"])
     return row, measure.problems(row, report, _logged(it.tracking, result["run_id"]), it.checked.job.train.steps)

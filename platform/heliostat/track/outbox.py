@@ -11,9 +11,9 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import islice
-from typing import NamedTuple
 
 from heliostat.storage import Location
+from heliostat.track.points import Point
 
 log = logging.getLogger(__name__)
 
@@ -21,20 +21,6 @@ FILE = "unlogged.jsonl"
 LIMIT = 500_000  # points that may wait, some 100 MB; beyond it the oldest are given up
 BATCH = 1000  # the most metrics that MLflow takes in one call
 HOPELESS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE")  # MLflow's codes for what it will never take
-
-
-class Point(NamedTuple):
-    """A metric's value; `at` is the wall clock, `step` counts finished steps."""
-
-    key: str
-    value: float
-    at: float
-    step: int
-
-    @property
-    def place(self) -> int:
-        """What grows along the metric: the step; for goodput, which is of a time rather than of a step, milliseconds."""
-        return int(self.at * 1000) if self.key.startswith("goodput/") else self.step
 
 
 class Outbox:

@@ -26,7 +26,7 @@ from heliostat.errors import HeliostatError, TrackingError
 from heliostat.spec import Job
 from heliostat.storage import Location
 from heliostat.track import outbox
-from heliostat.track.outbox import Point
+from heliostat.track.points import Point, points
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ RECORD = "run.json"
 PACKAGES = ("heliostat", "ray", "torch", "deepspeed", "transformers", "diffusers", "pyarrow", "mlflow", "numpy")
 AWAY_S = 120.0  # how long the end of a command waits for an MLflow that does not answer
 IMAGES = 500  # that wait for MLflow; with more the oldest go
+EXCHANGE_S = 300.0  # the longest that an exchange which has begun may take
 PAUSE_S, PAUSE_MAX_S = 0.5, 15.0  # between two tries; each is twice as long as the one before
 # MLflow's client by itself tries for minutes, in which nothing could be done
 CLIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
@@ -100,7 +101,7 @@ class RunOwner:
         self.post({"kind": "goodput", "report": report, "step": step, "at": time.time()})
         self.post({"kind": "end", "status": status, "reason": reason, "report": report})
         self._start()
-        self._thread.join(2 * AWAY_S)
+        self._thread.join(AWAY_S + EXCHANGE_S)
         if self._fault or self._thread.is_alive():
             told = f"{self._away()}; what it has not got is in {self.job.run_folder.join(outbox.FILE)}, and the next `heliostat "
             told += "train --resume` of this run logs it"
@@ -187,6 +188,7 @@ class RunOwner:
     def _open(self) -> None:
         for name, value in CLIENT.items():
             os.environ.setdefault(name, value)
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a warning for every try
         import mlflow
 
         job = self.job
@@ -232,7 +234,7 @@ class RunOwner:
             inputs.append(DatasetInput(dataset, tags))
         self._client.log_inputs(run_id, datasets=inputs)
 
-    def _send(self, new: list[outbox.Point]) -> None:
+    def _send(self, new: list[Point]) -> None:
         from mlflow.entities import Metric
 
         self._client.log_batch(self.run_id, metrics=[Metric(p.key, p.value, int(p.at * 1000), p.step) for p in new])
@@ -240,7 +242,7 @@ class RunOwner:
     def _known(self) -> dict[str, int]:
         """The last place that MLflow has of each metric."""
         found = self._client.get_run(self.run_id).data.to_proto().metrics
-        return {m.key: outbox.Point(m.key, m.value, m.timestamp / 1000, m.step).place for m in found}
+        return {m.key: Point(m.key, m.value, m.timestamp / 1000, m.step).place for m in found}
 
     def _log_images(self) -> None:
         while self._images:
@@ -250,34 +252,6 @@ class RunOwner:
                 file.write_bytes(png)
                 self._client.log_artifact(self.run_id, str(file), f"images/{name}")
             self._images.popleft()
-
-
-def points(event: dict[str, Any]) -> list[Point]:
-    """What an event is logged as."""
-    at = event.get("at", time.time())
-    if event["kind"] == "steps":
-        first, count = event["first"], len(event["loss"])
-        each = event["seconds"] / count
-        out = []
-        for i in range(count):
-            when = at - each * (count - 1 - i)
-            for key in ("loss", "lr", "grad_norm"):
-                out.append(Point(f"train/{key}", event[key][i], when, first + i + 1))
-        for key in ("tokens_per_second", "data_wait", "mfu", "bad_samples"):
-            if event.get(key) is not None:
-                out.append(Point(f"train/{key}", event[key], at, first + count))
-        for name, given in event["sources"].items():
-            out += [Point(f"data/{name}/{key}", value, at, first + count) for key, value in given.items()]
-        return out
-    if event["kind"] == "evaluation":
-        return [Point(f"eval/{k}", v, at, event["step"]) for k, v in event["scores"].items()]
-    if event["kind"] == "goodput":
-        report = event["report"]
-        values = {"fraction": report["goodput"], **{f"{part}_s": seconds for part, seconds in report["parts"].items()}}
-        return [Point(f"goodput/{k}", v, at, event["step"]) for k, v in values.items()]
-    if event["kind"] == "checkpoint":
-        return [Point("checkpoint/blocked_s", event["blocked_s"], at, event["step"])]
-    return []
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, str]:
