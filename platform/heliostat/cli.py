@@ -99,10 +99,19 @@ def train(
     resume: Annotated[bool, typer.Option(help="Go on from the run's last checkpoint, if there is one")] = False,
     overwrite: Annotated[bool, typer.Option(help="Delete the run of this name and start anew")] = False,
     allow_data_change: Annotated[bool, typer.Option(help="Resume with other data: a new segment of the run")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Train nothing: work out every rank's share, in this process alone")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="For --dry-run: as many ranks, instead of workers.count")] = None,
     json_: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Train a job: Ray Data streams its samples into DeepSpeed workers; the model ends in MLflow."""
+    if dry_run:
+        from heliostat.cli_plan import show_dry_run
+
+        show_dry_run(job, setting or [], workers, json_)
+        return
+    if workers is not None:
+        raise ConfigError("--workers goes with --dry-run; to train with another number use --set workers.count=N")
     from heliostat.train.run import train as run
 
     result = run(job, setting, resume, overwrite, allow_data_change, verbose)
@@ -334,6 +343,9 @@ def _store(uri: str | None) -> str:
 def _finish(result: dict[str, Any], json_: bool) -> None:
     if json_:
         sys.stdout.write(json.dumps(result) + "\n")
+
+
+from heliostat import cli_plan  # noqa: E402, F401 (registers its commands, and needs what is above)
 
 
 def main() -> None:

@@ -46,6 +46,7 @@ class Data(Strict):
     max_bad_fraction: Fraction = 0.01  # of the samples of an epoch; more replaced samples than that stop the run
     memory_limit: ByteSize = ByteSize(2 << 30)  # for samples on their way from storage to the workers, on the whole cluster
     one_source_batches: bool = False  # a lane's samples of a step are all of one source; collections set it
+    labels: dict[str, str] = {}  # of the nodes that may fetch samples; none: any node
     document_mask: bool = False  # attention stays inside a document of a packed sequence
 
 
@@ -137,6 +138,7 @@ class Workers(Strict):
     cpus: Annotated[Float, Field(gt=0)] = 1.0
     gpus: Annotated[Float, Field(ge=0)] = 0.0
     placement: Literal["pack", "spread", "strict_spread"] = "pack"  # strict_spread: each on a node of its own
+    labels: dict[str, str] = {}  # of the nodes that may hold workers (Ray's node labels)
 
     @property
     def least(self) -> int:

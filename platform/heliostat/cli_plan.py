@@ -1,0 +1,85 @@
+"""`heliostat plan`, and what `heliostat train --dry-run` prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from heliostat.cli import Json, Settings, _finish, app, out
+
+GIB = 1 << 30
+
+
+@app.command()
+def plan(
+    job: Path,
+    cluster: Annotated[
+        Path | None, typer.Option(help="A cluster file: its GPU pool's device, and whether the workers fit")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="A device of the price table, as H100 or A100")] = None,
+    prices: Annotated[Path | None, typer.Option(help="A YAML file laid over the price table (docs/plan.md)")] = None,
+    setting: Settings = None,
+    json_: Json = False,
+) -> None:
+    """Tell what a job needs and will cost: parameters, memory, speed, days, money, failures. Fails if it cannot fit."""
+    from heliostat.plan.report import plan_file
+
+    found = plan_file(job, setting, cluster, device, prices)
+    if not json_:
+        for line in lines(found):
+            out.print(line, markup=False)
+    _finish(found, json_)
+
+
+def lines(p: dict[str, Any]) -> list[str]:
+    """The plan as a person reads it."""
+    m, s, r, c, link = p["memory"], p["speed"], p["run"], p["checkpoint"], p["communication"]
+    name = p["device"]["name"]
+    parts = ", ".join(f"{k} {m[k] / GIB:.2f}" for k in ("weights", "gradients", "optimizer", "working", "activations", "margin"))
+    text = [
+        f"{p['name']}: {p['parameters']['total']:,} parameters on {p['workers']} workers of {name} (estimates, but for counts)",
+        f"memory     {m['total'] / GIB:.2f} GiB a worker of {m['device'] / GIB:.0f}: {parts}"
+        + (f"; on the host {m['host'] / GIB:.1f}" if m["host"] else ""),
+        f"compute    {p['flops']['per_token']:.3g} FLOPs a token, {p['flops']['per_sample']:.3g} a sample",
+        f"network    {link['bytes_per_step'] / 1e9:.2f} GB a step and worker, {link['seconds_per_step']:.2f} s, of which "
+        f"{link['exposed_s']:.2f} s do not hide",
+        f"speed      {s['step_s']:.2f} s a step, {s['tokens_per_second']:,.0f} tokens/s, "
+        f"{s['samples_per_second']:,.2f} samples/s, MFU {s['mfu']:.1%}",
+        f"run        {r['days']:.2f} days at goodput {r['goodput']:.1%}, {r['failures']:.1f} failures expected, "
+        f"{r['energy_kwh']:,.1f} kWh, cost {r['cost']:,.2f} (prices of {p['device']['prices']}; energy alone "
+        f"{r['energy_cost']:,.2f})",
+        f"checkpoint {c['bytes'] / 1e9:.2f} GB, {c['upload_s']:.1f} s to storage, training waits {c['blocked_s']:.2f} s; every "
+        f"{c['every']} steps, best every {c['recommended_every']} (one failure in {c['hours_between_failures']:,.0f} hours)",
+    ]
+    if best := p["recommended"]:
+        text.append(
+            f"best       ZeRO stage {best['stage']}, micro-batch {best['micro_batch']}"
+            f"{', optimizer on the host' if best['offload_optimizer'] else ''}: {best['speed']['step_s']:.2f} s a step, "
+            f"MFU {best['speed']['mfu']:.1%}"
+        )
+    return text + [f"note       {note}" for note in p["notes"]]
+
+
+def show_dry_run(job: Path, settings: list[str], workers: int | None, json_: bool) -> None:
+    from heliostat.plan.dryrun import dry_run
+
+    found = dry_run(job, settings, workers)
+    if not json_:
+        data = found["data"]
+        out.print(
+            f"{found['name']}: {found['parameters']:,} parameters at ZeRO stage {found['stage']} on {found['workers']} ranks: "
+            f"{found['largest_share'] / GIB:.2f} GiB of state on the largest, {found['smallest_share'] / GIB:.2f} on the smallest"
+        )
+        out.print(
+            f"a checkpoint: {found['shards']} shards, {found['tensors']:,} tensors, {found['chunks']:,} slices, "
+            f"{found['checkpoint_bytes']:,} bytes, {found['index_bytes']:,} of them the index"
+        )
+        out.print(
+            f"a step: {data['samples_per_rank']} samples a rank in {data['accumulation']} micro-batches of "
+            f"{data['micro_batch']}, {data['lanes']} lanes, {data['lanes_per_rank']} a rank"
+            + (f"; {found['note']}" if found["note"] else "")
+        )
+        out.print(f"everything divides, fits and has a name; nothing was started ({found['seconds']:.1f} s)")
+    _finish(found, json_)

@@ -1,0 +1,128 @@
+"""`heliostat train JOB.yaml --dry-run --workers N`: what N ranks would do, worked out in one process, and checked.
+
+It validates the job for N workers, DeepSpeed's config with DeepSpeed's own classes, builds the model on the meta device, cuts its
+state as ZeRO does, makes the checkpoint's index that those ranks would write, and the data plan (with the datasets, if they can
+be read). Nothing starts, and no memory is taken for the model. Whatever does not divide, fit or have a name of its own is a
+ConfigError.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from heliostat import check
+from heliostat.data import mixing
+from heliostat.errors import ConfigError, DataError, StorageError
+from heliostat.plan import report, shares
+from heliostat.plan.census import Census, build, census
+from heliostat.spec import Job
+from heliostat.train import blocks, stored
+
+STATE = ("master", "exp_avg", "exp_avg_sq")
+
+
+def dry_run(path: Path, settings: list[str], workers: int | None = None) -> dict[str, Any]:
+    started = time.perf_counter()
+    job, recipe, _ = report.prepare(path, settings + ([f"workers.count={workers}"] if workers else []))
+    check_engine(job)
+    data, note = _data(job, recipe)
+    built = build(recipe)
+    model = census(recipe, built)
+    report.plan(job, recipe, built=built)  # refuses a job that cannot fit
+    owned = shares.slices(model.trained, job.train.zero.stage, job.workers.count)
+    index = checkpoint_index(job, model, owned)
+    sizes = [12 * sum(n for _, _, n in rank) for rank in owned]
+    return {
+        "name": job.name,
+        "workers": job.workers.count,
+        "stage": job.train.zero.stage,
+        "parameters": model.parameters,
+        "largest_share": max(sizes),
+        "smallest_share": min(sizes),
+        "shards": len(index["shards"]),
+        "tensors": len(index["tensors"]),
+        "chunks": sum(len(t["chunks"]) for t in index["tensors"].values()),
+        "checkpoint_bytes": sum(s["bytes"] for s in index["shards"]) + (size := len(stored.encode(index))),
+        "index_bytes": size,
+        "data": data,
+        "note": note,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def check_engine(job: Job) -> None:
+    """ConfigError if DeepSpeed itself would refuse the ZeRO section of the job's config."""
+    from heliostat.train import zero
+
+    zero.prepare_environment(job.workers.gpus)
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**zero.engine_config(job)["zero_optimization"])
+    except ValidationError as e:
+        first = e.errors()[0]
+        raise ConfigError(
+            f"train.deepspeed: zero_optimization.{'.'.join(map(str, first['loc']))}: {first['input']!r}: {first['msg']}"
+        ) from e
+
+
+def _data(job: Job, recipe: Any) -> tuple[dict[str, Any], str]:
+    """The data plan's numbers, of the datasets if they can be read."""
+    note = ""
+    try:
+        shape = check.check_stores(job, recipe).plan.shape
+    except (DataError, StorageError) as e:
+        note = f"the datasets were not read ({e})"
+        size = 4 * job.data.sequence_length if job.data.sequence_length else 1
+        shape = mixing.choose_shape(job.train.global_batch, job.lanes, size, job.data.window)
+    workers = job.workers.count
+    return {
+        "lanes": shape.lanes,
+        "lanes_per_rank": shape.lanes // workers,
+        "samples_per_rank": shape.batch // workers,
+        "micro_batch": job.train.micro_batch,
+        "accumulation": job.accumulation,
+        "superstep": shape.superstep,
+        "window": shape.window,
+    }, note
+
+
+def checkpoint_index(job: Job, model: Census, owned: list[list[shares.Slice]]) -> dict[str, Any]:
+    """`checkpoint.json` as those ranks would write it, with checksums of ten digits; every element must be there once."""
+    tensors: dict[str, Any] = {
+        f"{kind}.{name}": {"dtype": "F32", "shape": [math.prod(shape)], "chunks": []}
+        for kind in STATE
+        for name, shape in model.trained.items()
+    }
+    shards: list[dict[str, Any]] = []
+    for rank, mine in enumerate(owned):
+        if not mine:
+            continue
+        offset = 0
+        for name, start, numel in mine:
+            for kind in STATE:
+                sums = [4294967295] * -(-4 * numel // blocks.BLOCK)
+                chunk = {"shard": len(shards), "start": start, "numel": numel, "crc32": sums, "offset": offset}
+                tensors[f"{kind}.{name}"]["chunks"].append(chunk)
+                offset += 4 * numel
+        shards.append({"file": f"shard-{rank:05d}.safetensors", "bytes": offset})
+    for name, (shape, dtype) in model.buffers.items():
+        tensors[f"buffer.{name}"] = {"dtype": dtype, "shape": list(shape), "chunks": []}
+    _check_whole(tensors)
+    facts = {"name": job.name, "world_size": len(owned), "zero_stage": job.train.zero.stage, "job": job.dump()}
+    return {"format": stored.FORMAT, "step": job.train.steps, **facts, "shards": shards, "tensors": tensors}
+
+
+def _check_whole(tensors: dict[str, Any]) -> None:
+    """AssertionError unless every sliced tensor's chunks are all of it, once."""
+    for name, entry in tensors.items():
+        at = 0
+        for chunk in sorted(entry["chunks"], key=lambda c: c["start"]):
+            assert chunk["start"] == at, f"{name}: {at} to {chunk['start']} is in no shard, or in two"
+            at += chunk["numel"]
+        assert not entry["chunks"] or at == entry["shape"][0], f"{name}: ends at {at} of {entry['shape'][0]}"

@@ -1,0 +1,84 @@
+"""What the plan knows of machines: devices, links, prices (`prices.yaml`, dated; `--prices FILE` is laid over it).
+
+`resolve` picks the device of a job: the one named, or that of the cluster file's GPU pool, or the H100; a job without GPUs is
+planned on CPU cores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from heliostat import schema
+from heliostat.errors import ConfigError
+from heliostat.spec import Job
+
+GIB = 1 << 30
+DEFAULT_GPU = "H100"
+
+
+@dataclass(frozen=True)
+class Device:
+    """One worker's device: a GPU (or a share of one), or the worker's CPU cores. Rates in bytes or FLOP per second."""
+
+    name: str
+    memory: float
+    flops: float  # peak in the job's precision
+    watts: float  # with its share of the node
+    per_node: int
+    link: float  # to a neighbour in the node
+    network: float  # of its node to others
+    host_memory: float  # its share of the node's
+    hour: float  # price
+
+
+def table(over: Path | None = None) -> dict[str, Any]:
+    """`prices.yaml`, with a user's file laid over it."""
+    base = yaml.safe_load(resources.files("heliostat.plan").joinpath("prices.yaml").read_text(encoding="utf-8"))
+    return _merge(base, schema.read_yaml(over), "") if over else base
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any], where: str) -> dict[str, Any]:
+    """`devices` and `instances` may get new names; any other key must be one that the plan reads."""
+    out = dict(base)
+    for key, value in over.items():
+        path = f"{where}{key}"
+        if key not in base and where not in ("devices.", "instances."):
+            raise ConfigError(f"--prices: {path}: unknown key{schema.nearest(str(key), [str(k) for k in base])}")
+        if isinstance(base.get(key), dict):
+            if not isinstance(value, dict):
+                raise ConfigError(f"--prices: {path}: {value!r} should be a mapping")
+            value = _merge(base[key], value, f"{path}.")
+        out[key] = value
+    return out
+
+
+def resolve(job: Job, prices: dict[str, Any], name: str | None = None, instance: str | None = None) -> Device:
+    """`name`: a device of the table; `instance`: a machine type of the table, which may name another price and network."""
+    gpus, cores = job.workers.gpus, job.workers.cpus
+    found = prices["instances"].get(instance or "", {})
+    name = name or (found.get("device", DEFAULT_GPU) if gpus else "cpu")
+    if name not in prices["devices"]:
+        raise ConfigError(f"device {name!r} is not in the price table{schema.nearest(name, list(prices['devices']))}")
+    if (name == "cpu") == bool(gpus):
+        raise ConfigError(f"workers.gpus: is {gpus:g}, but the plan is for {name}; give it GPUs, or plan on another device")
+    raw = {**prices["devices"][name], **{k: v for k, v in found.items() if k != "device"}}
+    try:
+        units = cores if name == "cpu" else gpus  # a device is what one worker has
+        return Device(
+            name=name,
+            memory=raw["memory_gib"] * GIB * units,
+            flops=raw["tflops"][job.train.precision] * 1e12 * units,
+            watts=max(raw["watts"], raw["node_watts"] / raw["per_node"]) * units,
+            per_node=max(1, int(raw["per_node"] / units)),
+            link=raw["link"] * 1e9,
+            network=raw["network"] * raw["per_node"] * 1e9,
+            host_memory=raw["host_memory_gib"] * GIB / raw["per_node"] * units,
+            hour=raw["hour"] * units,
+        )
+    except (KeyError, TypeError) as e:
+        raise ConfigError(f"--prices: devices.{name}: lacks {e}, or it is no number") from e

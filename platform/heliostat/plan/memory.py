@@ -1,0 +1,129 @@
+"""Bytes that training state takes on each worker, by ZeRO stage and offload: pure functions. docs/plan.md has the formulas.
+
+Mixed precision with Adam keeps 2 bytes of weights and 2 of gradients a parameter, and 12 of optimizer state: an fp32 master
+and two moments (Rajbhandari et al. 2020, arXiv 1910.02054, section 3.1). Which of them are divided by the workers is the stage.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from heliostat.plan import shares
+
+LOW = {"fp32": 4, "bf16": 2, "fp16": 2}
+FRAGMENTATION = 0.08  # of everything allocated: blocks that the allocator keeps and cannot use
+CONTEXT = 1.5 * (1 << 30)  # CUDA's and NCCL's own memory on a GPU
+BUCKETS = {"reduce_bucket_size": 500_000_000, "allgather_bucket_size": 500_000_000, "stage3_prefetch_bucket_size": 50_000_000,
+           "stage3_param_persistence_threshold": 100_000, "stage3_max_live_parameters": 1_000_000_000}  # fmt: skip
+# DeepSpeed's defaults (deepspeed/runtime/zero/config.py); elements
+
+
+@dataclass(frozen=True)
+class State:
+    """Bytes on one worker: what is on its device, and what offload moved to its host (or to NVMe)."""
+
+    weights: int
+    gradients: int
+    masters: int
+    moments: int
+    host: int
+    disk: int
+
+    @property
+    def device(self) -> int:
+        return self.weights + self.gradients + self.masters + self.moments
+
+
+def partition(numel: int, workers: int) -> int:
+    return -(-numel // workers)
+
+
+def state(
+    shapes: Mapping[str, tuple[int, ...]],
+    frozen: frozenset[str],
+    workers: int,
+    stage: int,
+    precision: str,
+    offload_optimizer: bool = False,
+    offload_param: str | None = None,
+    persistence: int = BUCKETS["stage3_param_persistence_threshold"],
+    accumulates: bool = True,
+) -> State:
+    """What a worker holds between two steps. Gradients: at their largest, before the optimizer's step."""
+    sizes = {n: math.prod(s) for n, s in shapes.items()}
+    trained = sum(n for name, n in sizes.items() if name not in frozen)
+    low = LOW[precision]
+    share = (
+        sum(partition(n, workers) for name, n in sizes.items() if name not in frozen)
+        if stage == 3
+        else partition(trained, workers)
+    )
+    if stage == 0:
+        return State(weights=4 * sum(sizes.values()), gradients=4 * trained, masters=0, moments=8 * trained, host=0, disk=0)
+    if stage == 3:
+        small = sum(n for n in sizes.values() if n <= persistence)  # these stay gathered
+        weights = low * (sum(partition(n, workers) for n in sizes.values()) + small)
+    else:
+        weights = low * sum(sizes.values())
+    gradients = low * (trained if stage == 1 else share)
+    if stage == 2 and accumulates:
+        gradients = low * _touched({n: s for n, s in shapes.items() if n not in frozen}, workers)
+    masters, moments, host, disk = 4 * share, 8 * share, 0, 0
+    if offload_optimizer:  # the masters' gradients go there too, in fp32
+        host, masters, moments = masters + moments + 4 * share, 0, 0
+        gradients = gradients if stage == 1 else 0
+    if offload_param:
+        moved = low * sum(partition(n, workers) for n in sizes.values())
+        weights -= moved
+        host, disk = (host + moved, 0) if offload_param == "cpu" else (host, moved)
+    return State(weights, gradients, masters, moments, host, disk)
+
+
+def _touched(shapes: Mapping[str, tuple[int, ...]], workers: int) -> int:
+    """Elements of all parameters that a rank owns a part of: stage 2 accumulates whole gradients of them. The largest rank's."""
+    owned = shares.slices(shapes, 2, workers)
+    return max(sum(math.prod(shapes[name]) for name, _, _ in rank) for rank in owned)
+
+
+def working(parameters: int, largest_layer: int, stage: int, precision: str, config: Mapping[str, Any], overlap: bool) -> int:
+    """Bytes of communication buffers, and at stage 3 of parameters that are gathered at the same time; never above the model."""
+    low, value = LOW[precision], {**BUCKETS, **{k: v for k, v in config.items() if k in BUCKETS and isinstance(v, int)}}
+    if stage == 0:
+        return 0
+    reduce = min(value["reduce_bucket_size"], parameters) * (2 if overlap and stage < 3 else 1)
+    if stage < 3:
+        return low * (reduce + min(value["allgather_bucket_size"], parameters))
+    live = max(largest_layer + value["stage3_prefetch_bucket_size"], value["stage3_max_live_parameters"])
+    return low * (reduce + min(live, parameters))
+
+
+@dataclass(frozen=True)
+class Need:
+    """All that a worker's device must hold, in bytes."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    working: int
+    activations: int
+    margin: int
+    host: int
+    disk: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.working + self.activations + self.margin
+
+    def dump(self) -> dict[str, int]:
+        return {**asdict(self), "total": self.total}
+
+
+def need(held: State, working_bytes: int, activation_bytes: int, gpu: bool) -> Need:
+    taken = held.device + working_bytes + activation_bytes
+    margin = int(FRAGMENTATION * taken + (CONTEXT if gpu else 0))
+    return Need(
+        held.weights, held.gradients, held.masters + held.moments, working_bytes, activation_bytes, margin, held.host, held.disk
+    )

@@ -1,0 +1,52 @@
+"""Which slice of every parameter a rank owns under ZeRO: pure functions that say what DeepSpeed 0.19 does.
+
+Stages 1 and 2 lay each parameter group out as one vector, padded to a multiple of 2 N, and cut it into N parts. Stage 3 cuts
+every parameter by itself. At stage 0 all own everything, and `fragments` saves the rank-th part. So a checkpoint's slices are
+known before there is one; the tests compare them with those of real engines.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+ALIGNMENT = 2  # DeepSpeed's nccl_start_alignment_factor
+
+Slice = tuple[str, int, int]  # parameter, start, elements
+
+
+def groups(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
+    """The optimizer's parameter groups, as `zero.parameter_groups` makes them: matrices, vectors."""
+    split = [[n for n, s in shapes.items() if len(s) > 1], [n for n, s in shapes.items() if len(s) <= 1]]
+    return [g for g in split if g]
+
+
+def slices(shapes: Mapping[str, tuple[int, ...]], stage: int, workers: int) -> list[list[Slice]]:
+    """For each rank, the slices of the trained parameters that it owns; together they are every element once."""
+    if stage in (1, 2):
+        out: list[list[Slice]] = [[] for _ in range(workers)]
+        for group in groups(shapes):
+            for rank, piece in _cut_group([(n, math.prod(shapes[n])) for n in group], workers):
+                out[rank].append(piece)
+        return out
+    return [[s for n, shape in shapes.items() if (s := _own(n, math.prod(shape), rank, workers))[2]] for rank in range(workers)]
+
+
+def _own(name: str, numel: int, rank: int, workers: int) -> Slice:
+    per = -(-numel // workers)
+    start = min(rank * per, numel)
+    return name, start, min(per, numel - start)
+
+
+def _cut_group(sizes: list[tuple[str, int]], workers: int) -> Iterator[tuple[int, Slice]]:
+    total = sum(n for _, n in sizes)
+    per = -(-total // (ALIGNMENT * workers)) * ALIGNMENT
+    begin = 0
+    for name, numel in sizes:
+        at = begin
+        while at < begin + numel:
+            rank = at // per
+            end = min((rank + 1) * per, begin + numel)
+            yield rank, (name, at - begin, end - at)
+            at = end
+        begin += numel

@@ -1,0 +1,103 @@
+"""What the plan says of training state is what DeepSpeed engines hold, on real process groups."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.integration import ranks
+from tests.unit.build_job import job
+
+WORKERS = (1, 2, 3)
+CASES = [("fp32", 0), *((p, s) for p in ("fp32", "bf16") for s in (1, 2, 3))]
+
+
+def _job(precision: str, stage: int, workers: int) -> Any:
+    changes: dict[str, Any] = {"train.precision": precision, "train.zero.stage": stage, "workers.count": workers}
+    changes |= {"train.global_batch": 12, "train.micro_batch": 6 // workers, "model.hidden_size": 64, "model.vocab_size": 512}
+    return job(**changes)
+
+
+def engines(_: Any, __: Any) -> Iterator[dict[str, Any]]:
+    """On each rank, for each case: the bytes that an engine really holds after half of its micro-batches, and its slices."""
+    from heliostat.train import fragments, zero
+
+    from jobs.causal_lm import CausalLM
+
+    for precision, stage in CASES:
+        j = _job(precision, stage, dist.get_world_size())
+        recipe = CausalLM(j)
+        engine = zero.build_engine(j, recipe)
+        fragments.make_room(engine)
+        batch = recipe.batch(torch.zeros(j.train.micro_batch, 64, dtype=torch.int32).numpy())
+        for _ in range(3):  # a step, so that stage 3 has gathered what it keeps gathered, and half of the next
+            engine.backward(recipe.loss(engine, batch))
+            engine.step()
+        slices = [
+            (name.removeprefix("master."), int(t.start), t.local.numel())
+            for name, t in fragments.state(engine).items()
+            if name.startswith("master.")
+        ]
+        yield {"case": [precision, stage], "bytes": _held(engine, stage), "slices": slices}
+
+
+def _held(engine: Any, stage: int) -> dict[str, int]:
+    from heliostat.train import fragments
+
+    def size(tensors: Any) -> int:
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+    parameters, inner = list(engine.module.parameters()), fragments.inner_optimizer(engine)
+    low = [getattr(p, "ds_tensor", p.data) for p in parameters]
+    gathered = [p.data for p in parameters if getattr(p, "ds_persist", False)]
+    gradients = [p.grad for p in parameters]
+    if stage == 2:
+        gradients += [g for group in engine.optimizer.all_grad_tensors.values() for g in (group or [])]
+    if stage == 3:
+        gradients = [engine.optimizer.grad_partitions_flat_buffer]
+    return {
+        "weights": size(low) + size(gathered),
+        "gradients": size(gradients),
+        "masters": size(fragments._flat_groups(engine)) if stage else 0,
+        "moments": size(v for s in inner.state.values() for k, v in s.items() if k in fragments.MOMENTS),
+    }
+
+
+@pytest.fixture(scope="module")
+def told() -> list[dict[str, Any]]:
+    return ranks.run("tests.integration.test_plan_real:engines", WORKERS)
+
+
+@pytest.mark.parametrize("part", ["weights", "gradients", "masters", "moments"])
+def test_state_bytes_are_within_two_percent_of_what_engines_hold(told, part, monkeypatch):
+    """At every stage and worker count, in fp32 and bf16."""
+    from heliostat.plan.census import build, census
+    from heliostat.plan.memory import state
+
+    from jobs.causal_lm import CausalLM
+
+    assert len(told) == len(CASES) * sum(WORKERS)
+    for one in told:
+        precision, stage = one["case"]
+        recipe = CausalLM(_job(precision, stage, one["workers"]))
+        model = census(recipe, build(recipe))
+        planned = getattr(state(model.shapes, model.frozen, one["workers"], stage, precision), part)
+        largest = max(o["bytes"][part] for o in told if o["case"] == one["case"] and o["workers"] == one["workers"])
+        assert planned == pytest.approx(largest, rel=0.02), (one["case"], one["workers"], part)
+
+
+def test_the_dry_runs_slices_are_those_that_ranks_save(told):
+    """Parameter, start and length, of every rank, stage and worker count: so the index of a checkpoint is known beforehand."""
+    from heliostat.plan.census import build, census
+    from heliostat.plan.shares import slices
+
+    from jobs.causal_lm import CausalLM
+
+    for one in told:
+        precision, stage = one["case"]
+        recipe = CausalLM(_job(precision, stage, one["workers"]))
+        owned = slices(census(recipe, build(recipe)).trained, stage, one["workers"])[one["rank"]]
+        saved = [tuple(s) for s in one["slices"] if s[2]]
+        assert sorted(saved) == sorted(owned), (one["case"], one["workers"], one["rank"])

@@ -1,0 +1,190 @@
+"""The plan: what it counts is counted right, what it estimates follows its formulas, what cannot fit is refused with a reason."""
+
+import json
+import math
+import time
+
+import pytest
+import torch
+from heliostat.errors import ConfigError
+from heliostat.plan import faults, hardware, memory, report, shares, speed
+from heliostat.plan.census import Meter, activations, build, census
+
+from tests.unit.build_job import ROOT, job, write
+from tests.unit.test_cli_errors import run
+
+GIB = 1 << 30
+
+
+@pytest.fixture(autouse=True)
+def workspace(monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def recipe_of(j):
+    from jobs.causal_lm import CausalLM
+
+    return CausalLM(j)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen3"])
+def test_parameters_are_those_of_the_model_that_is_trained(arch):
+    """Exact, with tied weights counted once: the same modules are built, without memory and with."""
+    size = {"n_embd": 32, "n_layer": 2, "n_head": 4} if arch == "gpt2" else {"hidden_size": 32, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}  # fmt: skip
+    j = job(model={"arch": arch, "vocab_size": 96, **size})
+    recipe = recipe_of(j)
+    counted, real = census(recipe, build(recipe)), recipe.build()
+    assert counted.parameters == sum(p.numel() for p in real.parameters())
+    assert counted.shapes == {n: tuple(p.shape) for n, p in real.named_parameters()}
+
+
+@pytest.mark.parametrize(("precision", "length", "mask"), [("fp32", 64, False), ("bf16", 64, False), ("bf16", 600, False),
+                                                           ("fp32", 64, True)])  # fmt: skip
+def test_activations_are_what_a_real_forward_pass_keeps(precision, length, mask):
+    """Fake tensors and real ones, the same count; eager attention below 512 tokens in bf16, torch's fused one else; packed
+    documents need masks."""
+    j = job(**{"train.precision": precision, "data.sequence_length": length, "data.document_mask": mask})
+    recipe = recipe_of(j)
+    recipe.end = 0
+    counted = activations(j, recipe, build(recipe), report.sample(j, recipe))
+    model = recipe.build().to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    with Meter(model) as meter:
+        recipe.loss(model, recipe.batch(report.sample(j, recipe)))
+    assert counted.kept == pytest.approx(meter.result().kept, rel=0.02)
+    assert counted.checkpointed == pytest.approx(meter.result().checkpointed, rel=0.02)
+    assert counted.checkpointed < counted.kept
+
+
+def test_checkpointed_activations_grow_by_one_input_a_layer():
+    """Layers' insides are kept one layer at a time, so another layer adds its input alone."""
+    kept = []
+    for layers in (2, 3, 4):
+        j = job(**{"model.num_hidden_layers": layers, "train.precision": "fp32"})
+        recipe = recipe_of(j)
+        kept.append(activations(j, recipe, build(recipe), report.sample(j, recipe)))
+    assert kept[1].checkpointed - kept[0].checkpointed == kept[2].checkpointed - kept[1].checkpointed == 4 * 64 * 32
+    assert kept[2].kept - kept[1].kept > 4 * (4 * 64 * 32)
+
+
+def test_state_is_rajbhandaris_sixteen_bytes_a_parameter():
+    """Mixed-precision Adam (arXiv 1910.02054, figure 1): 7.5 billion parameters on 64 workers; gradients in low precision."""
+    shapes = {"w": (7_500_000_000,)}
+    gb = {s: memory.state(shapes, frozenset(), 64, s, "bf16", persistence=0).device / 1e9 for s in (1, 2, 3)}
+    assert gb == pytest.approx({1: 31.4, 2: 16.6, 3: 1.88}, abs=0.05)  # the paper's numbers
+    one = memory.state(shapes, frozenset(), 1, 2, "bf16")
+    assert one.device == 16 * 7_500_000_000
+
+
+def test_offload_moves_state_and_loses_none():
+    """What leaves the device is on the host (with the masters' fp32 gradients) or on disk."""
+    shapes = {"w": (1024, 1024)}
+    n = 1024 * 1024
+    there = memory.state(shapes, frozenset(), 4, 2, "bf16", offload_optimizer=True)
+    assert (there.weights, there.gradients, there.masters, there.moments, there.host) == (2 * n, 0, 0, 0, 16 * n // 4)
+    disk = memory.state(shapes, frozenset(), 4, 3, "bf16", offload_param="nvme", persistence=0)
+    assert (disk.weights, disk.disk) == (0, 2 * n // 4)
+
+
+def test_frozen_parameters_have_weights_alone():
+    state = memory.state({"a": (100,), "b": (300,)}, frozenset("b"), 1, 1, "bf16")
+    assert (state.weights, state.gradients, state.masters, state.moments) == (800, 200, 400, 800)
+
+
+@pytest.mark.parametrize(("stage", "times"), [(0, 2), (1, 2), (2, 5), (3, 12)])
+def test_a_step_moves_what_ring_collectives_move(stage, times):
+    """Four micro-batches: stages 0 and 1 reduce once, 2 every time, 3 also gathers twice every time."""
+    assert speed.volume(1000, 2, 4, stage, accumulation=4) == times * 1000 * 2 * 3 // 4
+
+
+def test_communication_hides_behind_computing_as_far_as_there_is_any():
+    device = hardware.Device("H100", 80 * GIB, 1e15, 700, 8, 450e9, 400e9, 0, 1)
+    efficiency = {"compute": 0.5, "network": 0.5, "overlap": 0.8}
+    step = speed.step(1e15, int(400e9), 16, device, efficiency)
+    assert (step.computing, step.communicating) == (2.0, 2.0) and step.exposed == pytest.approx(0.4)
+    assert speed.step(0.0, int(400e9), 16, device, efficiency).total == 2.0  # nothing to hide behind
+    assert speed.step(1e15, int(400e9), 1, device, efficiency).total == 2.0  # nobody to send to
+
+
+def test_young_dalys_interval_wastes_least():
+    """No interval near it is better; and never shorter than an upload takes."""
+    between, blocked, restart = faults.mean_time_between(50_700, 64), 5.0, 180.0
+    best = faults.best_interval(blocked, between)
+    assert best == pytest.approx(math.sqrt(2 * 5 * 50_700 / 64 * 3600))
+    least = faults.waste(best, blocked, between, restart)
+    assert all(faults.waste(best * f, blocked, between, restart) > least for f in (0.5, 0.9, 1.1, 2.0))
+    assert faults.best_interval(1e-9, between, upload_s=60) == 60
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("workers", [1, 3, 7, 64])
+def test_slices_are_every_element_once(stage, workers):
+    """Sizes that no number of workers divides, one of a single element."""
+    shapes = {"a": (7, 13), "b": (13,), "c": (1,), "d": (11, 13), "e": (3,)}
+    seen = {n: [0] * math.prod(s) for n, s in shapes.items()}
+    for rank in shares.slices(shapes, stage, workers):
+        for name, start, numel in rank:
+            for i in range(start, start + numel):
+                seen[name][i] += 1
+    assert all(set(counts) == {1} for counts in seen.values())
+
+
+def test_the_plan_of_the_8b_job_is_right_where_it_can_be_known():
+    """Parameters, state and checkpoint by arithmetic; FLOPs by Kaplan's formula; one H100 is refused with the reason."""
+    path = ROOT / "jobs" / "llama3-8b.yaml"
+    j, recipe, _ = report.prepare(path, ["data.sources=[{path: nowhere}]"])
+    p = report.plan(j, recipe)
+    n = 8_030_261_248
+    assert p["parameters"]["total"] == n and p["checkpoint"]["bytes"] == 12 * n
+    assert p["memory"]["optimizer"] == pytest.approx(12 * n / 64, rel=1e-3)
+    assert p["flops"]["per_token"] == 6 * (n - 128256 * 4096) + 12 * 32 * 4096 * 8192
+    assert p["memory"]["total"] < 80 * GIB and 0.2 < p["speed"]["mfu"] < 0.6
+    assert p["run"]["tokens"] == 240_000 * 4_194_304
+    alone = ["data.sources=[{path: nowhere}]", "workers.count=1", "train.zero.stage=1", "train.micro_batch=1"]
+    j, recipe, _ = report.prepare(path, alone)
+    with pytest.raises(ConfigError, match=r"each worker needs \d+\.\d GiB .*and H100 has 80; "):
+        report.plan(j, recipe)
+
+
+def test_prices_are_overridden_key_by_key_and_typing_errors_are_found(tmp_path):
+    """A user's table changes what it names and keeps the rest; a new device needs all that the plan reads."""
+    file = tmp_path / "prices.yaml"
+    file.write_text("{devices: {H100: {hour: 2.5}, B200: {memory_gib: 180}}, date: 2026-01-01}")
+    table = hardware.table(file)
+    assert table["devices"]["H100"]["hour"] == 2.5 and table["devices"]["H100"]["memory_gib"] == 80
+    gpu = job(**{"workers.gpus": 1})
+    assert hardware.resolve(gpu, table).hour == 2.5
+    with pytest.raises(ConfigError, match=r"--prices: devices\.B200: lacks 'tflops'"):
+        hardware.resolve(gpu, table, "B200")
+    with pytest.raises(ConfigError, match=r"device 'H10' is not in the price table; did you mean 'H100'"):
+        hardware.resolve(gpu, table, "H10")
+    file.write_text("{storage: {nodes: 1}}")
+    with pytest.raises(ConfigError, match=r"storage\.nodes: unknown key; did you mean 'node'"):
+        hardware.table(file)
+
+
+def test_the_command_prints_one_object_and_a_job_that_cannot_fit_is_exit_code_2(tmp_path):
+    """Without the datasets, with a note that says so; without Ray."""
+    path = str(write(tmp_path, **{"data.sources.0.path": str(tmp_path / "nothing")}))
+    code, out, _, imported, _ = run("plan", path, "--json")
+    found = json.loads(out.splitlines()[-1])
+    assert code == 0 and "ray" not in imported.split(",") and found["memory"]["total"] < found["memory"]["device"]
+    assert "the datasets were not looked at" in found["notes"][0]
+    code, _, lines, _, _ = run("plan", path, "--set", "train.micro_batch=65536", "--set", "train.global_batch=65536")
+    assert code == 2 and len(lines) == 1 and "each worker needs" in lines[0] and "it fits with" in lines[0]
+
+
+def test_a_dry_run_for_64_ranks_takes_seconds_and_finds_what_does_not_divide():
+    """The 8B job: 64 shards of 291 tensors with two moments, and the bytes of the whole state; 48 ranks are refused."""
+    from heliostat.plan.dryrun import dry_run
+
+    path, began = ROOT / "jobs" / "llama3-8b.yaml", time.process_time()
+    found = dry_run(path, ["data.sources=[{path: nowhere}]"], 64)
+    assert time.process_time() - began < 30
+    assert (found["shards"], found["tensors"], found["chunks"]) == (64, 873, 873 * 64)
+    assert found["checkpoint_bytes"] - found["index_bytes"] == 12 * 8_030_261_248
+    assert (found["data"]["accumulation"], found["data"]["lanes_per_rank"]) == (8, 2)
+    with pytest.raises(ConfigError, match=r"512 is not divisible by workers\.count 48"):
+        dry_run(path, [], 48)
+    with pytest.raises(ConfigError, match=r"train\.deepspeed: zero_optimization\.reduce_bucket_size: 'big'"):
+        dry_run(path, ["train.deepspeed.zero_optimization.reduce_bucket_size=big"], 64)
