@@ -112,6 +112,12 @@ def _named(key: str) -> Iterator[None]:
         raise type(e)(f"{key}: {e}") from e
 
 
+def check_services(job: Job) -> None:
+    """The store of the runs and MLflow answer."""
+    check_storage(job)
+    _check_mlflow(job.mlflow.uri)
+
+
 def _version(location: Location, digest: str | None) -> Manifest:
     """The version of a dataset with this digest if it is still there, else the newest."""
     try:

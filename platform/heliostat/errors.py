@@ -85,6 +85,10 @@ class StoppedError(HeliostatError):
     exit_code = 130
 
 
+class ClusterError(HeliostatError):
+    """A cluster did not start or stop, cannot be reached, or refused what was asked of it."""
+
+
 class TrackingError(HeliostatError):
     """MLflow cannot be reached or refused us."""
 

@@ -130,7 +130,7 @@ def _launcher_pools(raw: dict[str, Any]) -> Iterator[Pool]:
             labels=dict(node.get("labels") or {}),
             image=own or docker.get("head_image" if head else "worker_image") or docker.get("image"),
             instance=config.get("InstanceType") or config.get("machineType"),
-            spot="InstanceMarketOptions" in config or bool((config.get("scheduling") or {}).get("preemptible")),
+            spot="InstanceMarketOptions" in config or "SPOT" in str(config.get("scheduling")),
         )
     if raw["provider"]["type"] == "local":  # what a node has is in its start command, or Ray finds out
         workers = len(raw["provider"].get("worker_ips") or [])

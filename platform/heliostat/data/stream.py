@@ -94,8 +94,9 @@ def _extend(ranges: list[tuple[int, int]], begin: int, end: int) -> None:
     ranges.append((begin, end))
 
 
-def dataset(task: Fetch, concurrency: int, memory_limit: int, sample_bytes: int) -> Any:
-    """The Ray Dataset of the task's envelopes, one block each; at most `concurrency` windows in flight, and as memory allows."""
+def dataset(task: Fetch, concurrency: int, memory_limit: int, sample_bytes: int, labels: dict[str, str] | None = None) -> Any:
+    """The Ray Dataset of the task's envelopes, one block each; at most `concurrency` windows in flight, and as memory allows.
+    With `labels`, only nodes that carry them fetch."""
     context = ray.data.DataContext.get_current().copy()
     context.target_max_block_size = 1  # a block per yielded row
     context.execution_options.preserve_order = True
@@ -108,7 +109,8 @@ def dataset(task: Fetch, concurrency: int, memory_limit: int, sample_bytes: int)
     with ray.data.DataContext.current(context):
         windows = ray.data.range(task.count, override_num_blocks=task.count)
         pool = ray.data.TaskPoolStrategy(size=min(concurrency, fits))
-        return windows.map_batches(task, batch_size=1, compute=pool, zero_copy_batch=True)
+        where: dict[str, Any] = {"label_selector": labels} if labels else {}
+        return windows.map_batches(task, batch_size=1, compute=pool, zero_copy_batch=True, **where)
 
 
 class OrderedSplit(DataConfig):

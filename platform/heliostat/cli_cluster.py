@@ -1,0 +1,286 @@
+"""`heliostat cluster ...`, and jobs on clusters: submit, jobs, status, logs, stop, resume.
+
+Exit codes of commands that follow a job: 0 succeeded, 1 failed, 2 bad input, 130 stopped.
+"""
+
+from __future__ import annotations
+
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from heliostat.cli import Json, Settings, _finish, app, out
+from heliostat.errors import ConfigError, HeliostatError
+
+if TYPE_CHECKING:
+    from heliostat.cluster.jobs import Jobs
+    from heliostat.spec import Job
+
+cluster_app = typer.Typer(no_args_is_help=True, help="Clusters from YAML: check, up, down, status, list.")
+app.add_typer(cluster_app, name="cluster")
+
+Target = Annotated[str | None, typer.Option("--cluster", "-c", help="A cluster file, an address, or a local cluster's name")]
+File = Annotated[Path, typer.Argument(help="A cluster file (clusters/*.yaml)")]
+Id = Annotated[str, typer.Argument(help="The job's id: its run's name")]
+Follow = Annotated[bool, typer.Option("--follow", "-f", help="Show the log until the job is over; its outcome is the exit code")]
+
+
+@cluster_app.command("check")
+def check_(
+    file: File, job: Annotated[Path | None, typer.Option(help="Also: does this job fit, and do its stores answer")] = None,
+    setting: Settings = None, json_: Json = False,
+) -> None:  # fmt: skip
+    """Find everything wrong with a cluster file: schema, sizes, labels, secrets written in, open ports."""
+    from heliostat.cluster import check as checks
+
+    report = checks.check(file)
+    if job and not report.errors:
+        from heliostat.check import check_services
+        from heliostat.plan import report as planning
+
+        wanted, recipe, _ = planning.prepare(job, setting)
+        planning.plan(wanted, recipe, report.cluster)
+        check_services(wanted)
+    if not json_:
+        for warning in report.warnings:
+            out.print(f"warning: {warning}", markup=False)
+        for error in report.errors:
+            out.print(f"error: {error}", markup=False)
+        for pool in report.cluster.pools:
+            size = f"{pool.least}" if pool.least == pool.most else f"{pool.least} to {pool.most}"
+            labels = ", ".join(f"{k}={v}" for k, v in pool.labels.items())
+            cpus = "CPUs as found" if pool.cpus is None else f"{pool.cpus:g} CPUs"
+            out.print(f"{pool.name}: {size} nodes of {cpus}, {pool.gpus:g} GPUs{'; ' + labels if labels else ''}", markup=False)
+    _finish({"file": str(file), "errors": report.errors, "warnings": report.warnings}, json_)
+    if report.errors:
+        raise ConfigError(f"{file}: {len(report.errors)} error{'s' * (len(report.errors) > 1)}, see above")
+
+
+@cluster_app.command()
+def up(file: File, json_: Json = False) -> None:
+    """Start a cluster, or join one that runs: processes on this machine, `ray up`, or `kubectl apply`."""
+    from heliostat.cluster import check, launch
+
+    cluster = check.require(file)
+    found = launch.up(cluster)
+    if not json_:
+        out.print(f"cluster {cluster.name}: {found['note']}", markup=False)
+    _finish(found, json_)
+
+
+@cluster_app.command()
+def down(target: Annotated[str, typer.Argument(help="A cluster file, or a local cluster's name")], json_: Json = False) -> None:
+    """Stop a cluster. A local one leaves no process; one that was only joined stays."""
+    from heliostat.cluster import launch
+
+    found = launch.down(target)
+    if not json_:
+        out.print(f"cluster {found['name']}: {found['note']}", markup=False)
+    _finish(found, json_)
+
+
+@cluster_app.command("status")
+def status_(
+    target: Annotated[str | None, typer.Argument(help="A cluster file, an address or a name")] = None, json_: Json = False
+) -> None:
+    """Show a cluster's nodes, what they have, and its jobs."""
+    from heliostat.cluster import http
+    from heliostat.cluster.jobs import Jobs
+    from heliostat.cluster.reach import endpoint
+
+    with endpoint(target) as there:
+        nodes, jobs = http.node_table(there.url, there.token), Jobs(there).list()
+    if not json_:
+        out.print(f"{there.url}: {sum(n['alive'] for n in nodes)} nodes", markup=False)
+        for n in nodes:
+            labels = ", ".join(f"{k}={v}" for k, v in sorted(n["labels"].items()) if k != "ray.io/node-id")
+            role, life = "head" if n["head"] else "worker", "alive" if n["alive"] else "dead"
+            out.print(f"  {n['address']:<15} {role:<6} {life:<5} {n['cpus']:g} CPUs, {n['gpus']:g} GPUs  "
+                      f"{labels}", markup=False)  # fmt: skip
+        for j in jobs:
+            out.print(f"  job {j['id']}: {j['status'].lower()}", markup=False)
+    _finish({"url": there.url, "nodes": nodes, "jobs": jobs}, json_)
+
+
+@cluster_app.command("list")
+def list_(json_: Json = False) -> None:
+    """List the local clusters of this workspace."""
+    from heliostat.cluster import http, local
+
+    found = [
+        {"name": s.name, "url": s.url, "nodes": len(s.nodes), "answers": http.probe(s.url, s.token) == 200} for s in local.known()
+    ]
+    if not json_:
+        for c in found:
+            what = f"{c['nodes']} nodes" if c["nodes"] else "joined"
+            out.print(f"{c['name']}: {c['url']}, {what}{'' if c['answers'] else ', does not answer'}", markup=False)
+        if not found:
+            out.print("no local cluster; start one with `heliostat cluster up clusters/local.yaml`")
+    _finish({"clusters": found}, json_)
+
+
+# jobs --------------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def submit(
+    job: Path,
+    cluster: Target = None,
+    follow: Follow = False,
+    setting: Settings = None,
+    queue: Annotated[str | None, typer.Option(help="Jobs of one queue run one after another")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the run's last checkpoint, if there is one")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Delete the run of this name and start anew")] = False,
+    json_: Json = False,
+) -> None:
+    """Send a job to a cluster: the workspace and heliostat travel, the id is the run's name. Plans and checks first."""
+    from heliostat.cluster import jobs as api
+    from heliostat.cluster.reach import endpoint
+    from heliostat.plan import report as planning
+
+    flags = (["--resume"] if resume else []) + (["--overwrite"] if overwrite else [])
+    with endpoint(cluster) as there:
+        wanted = api.load(job, setting or [], there)
+        planned, recipe, _ = planning.prepare(job, setting)
+        planning.plan(planned, recipe, there.file)
+        if there.here:
+            from heliostat.check import check_services
+
+            check_services(wanted)
+        _submitted(api.Jobs(there), wanted, cluster, queue, tuple(flags), follow, json_)
+
+
+def _submitted(
+    jobs: Jobs, wanted: Job, cluster: str | None, queue: str | None, flags: tuple[str, ...], follow: bool, json_: bool
+) -> None:
+    from heliostat.cluster.jobs import exit_code
+
+    job_id = jobs.submit(wanted, cluster, queue, flags)
+    if not follow:
+        if not json_:
+            out.print(f"job {job_id} is on {jobs.there.url}; see `heliostat status {job_id}`, `heliostat logs {job_id} --follow`")
+        _finish({"id": job_id, "url": jobs.there.url, "run_folder": str(wanted.run_folder)}, json_)
+        return
+    for text in jobs.follow(job_id):
+        (sys.stderr if json_ else sys.stdout).write(text)
+        (sys.stderr if json_ else sys.stdout).flush()
+    found = jobs.get(job_id)
+    _finish({"id": job_id, "status": found["status"], "run_folder": str(wanted.run_folder)}, json_)
+    sys.exit(exit_code(found))
+
+
+@app.command()
+def jobs(cluster: Target = None, json_: Json = False) -> None:
+    """List a cluster's jobs."""
+    from heliostat.cluster.jobs import Jobs
+    from heliostat.cluster.reach import endpoint
+
+    with endpoint(cluster) as there:
+        found = Jobs(there).list()
+    if not json_:
+        for j in found:
+            began = datetime.fromtimestamp(j["started"]).isoformat(sep=" ", timespec="seconds") if j["started"] else ""
+            queue = f"  queue {j['metadata']['queue']}" if j["metadata"].get("queue") else ""
+            out.print(f"{j['id']:<24} {j['status'].lower():<10} {began}{queue}", markup=False)
+    _finish({"jobs": found}, json_)
+
+
+@app.command()
+def status(id_: Id, cluster: Target = None, json_: Json = False) -> None:
+    """Show how far a job is, and when it will be done."""
+    from heliostat.cluster.jobs import progress
+    from heliostat.storage import Location
+
+    found = _look(id_, cluster)
+    found["progress"] = progress(Location(found["run_folder"]), found["steps"])
+    if not json_:
+        p = found["progress"]
+        share = "" if p["step"] is None else f", step {p['step']:,} of {p['steps']:,} ({p['fraction']:.0%})"
+        ahead = f", about {p['eta_s']:.0f} s to go" if p["eta_s"] and found["status"] == "RUNNING" else ""
+        out.print(f"{id_}: {found['status'].lower()}{share}{ahead}; run {found['run_folder']}", markup=False)
+        for note in filter(None, (found["message"] if found["status"] != "RUNNING" else "", p.get("note"))):
+            out.print(f"  {note}", markup=False)
+    _finish(found, json_)
+
+
+def _look(job_id: str, cluster: str | None) -> dict[str, Any]:
+    """A job's state on its cluster; if that is gone, what is remembered."""
+    from heliostat.cluster.jobs import Jobs, Record
+    from heliostat.cluster.reach import endpoint
+
+    record = Record.read(job_id)
+    try:
+        with endpoint(cluster or (record.cluster if record else None)) as there:
+            found = Jobs(there).get(job_id)
+        return {**found, "run_folder": found["metadata"]["run"], "steps": int(found["metadata"]["steps"])}
+    except HeliostatError as e:
+        if record is None:
+            raise
+        return {"id": job_id, "status": "UNKNOWN", "message": str(e), "run_folder": record.run_folder, "steps": record.steps}
+
+
+@app.command()
+def logs(id_: Id, follow: Follow = False, cluster: Target = None) -> None:
+    """Show a job's log: from the cluster, or from storage when the cluster is gone."""
+    from heliostat.cluster.jobs import Jobs, Record, exit_code, stored_logs
+    from heliostat.cluster.reach import endpoint
+    from heliostat.storage import Location
+
+    record = Record.read(id_)
+    try:
+        with endpoint(cluster or (record.cluster if record else None)) as there:
+            jobs = Jobs(there)
+            found = jobs.get(id_)
+            for text in jobs.follow(id_) if follow else [jobs.logs(id_)]:
+                sys.stdout.write(text)
+                sys.stdout.flush()
+            if follow:
+                sys.exit(exit_code(jobs.get(id_)))
+    except HeliostatError:
+        kept = stored_logs(Location(record.run_folder)) if record else None
+        if kept is None:
+            raise
+        sys.stdout.write(kept)
+    else:
+        del found
+
+
+@app.command()
+def stop(
+    id_: Id,
+    now: Annotated[bool, typer.Option(help="Do not wait for a checkpoint")] = False,
+    cluster: Target = None,
+    json_: Json = False,
+) -> None:
+    """Stop a job; it saves a checkpoint first, unless --now."""
+    from heliostat.cluster.jobs import Jobs, Record, progress
+    from heliostat.cluster.reach import endpoint
+    from heliostat.storage import Location
+
+    record = Record.read(id_)
+    with endpoint(cluster or (record.cluster if record else None)) as there:
+        found = Jobs(there).stop(id_, now)
+    found["progress"] = progress(Location(found["metadata"]["run"]), int(found["metadata"]["steps"]))
+    if not json_:
+        out.print(
+            f"{id_}: {found['status'].lower()} at step {found['progress']['step']}; go on with `heliostat resume {id_}`",
+            markup=False,
+        )
+    _finish(found, json_)
+
+
+@app.command()
+def resume(id_: Id, cluster: Target = None, follow: Follow = False, setting: Settings = None, json_: Json = False) -> None:
+    """Send a job again, to go on from its last checkpoint; --set may change what a resumed run may change, as workers.count."""
+    from heliostat.cluster.jobs import Jobs, Record, changed
+    from heliostat.cluster.reach import endpoint
+
+    record = Record.read(id_)
+    if record is None:
+        raise ConfigError(f"{id_}: was not submitted from this workspace; use `heliostat submit JOB.yaml --resume`")
+    where = cluster or record.cluster
+    with endpoint(where) as there:
+        _submitted(Jobs(there), changed(record, setting or []), where, record.queue, ("--resume",), follow, json_)

@@ -1,0 +1,141 @@
+"""What a submitted job runs on the cluster's head: `heliostat train` as a child, with its log kept in storage.
+
+    python -m heliostat.cluster.driver JOB.json --attempt ID [--queue NAME] [-- flags of `heliostat train`]
+
+The log goes to standard output, which the Jobs API shows, and to `logs/ATTEMPT.log` in the run's folder, which stays when the
+cluster is gone. `heliostat stop` makes Ray send SIGTERM to this process and to the training driver alike; this one waits for the
+other, which saves a checkpoint. If `logs/stop-now` lies in the run's folder, it does not wait.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from heliostat.cluster import http
+from heliostat.errors import HeliostatError
+from heliostat.storage import Location
+
+log = logging.getLogger("heliostat")
+
+UPLOAD_S, POLL_S, QUEUE_S = 20.0, 1.0, 2.0
+STOP_NOW = "stop-now"
+
+
+class Driver:
+    def __init__(self, job: Path, attempt: str, flags: list[str]) -> None:
+        raw = json.loads(job.read_text())
+        self.folder = Location(raw["storage"]).join(raw["name"], "logs")
+        self.name, self.attempt = raw["name"], attempt
+        self.command = [sys.executable, "-m", "heliostat", "train", str(job), *flags]
+        self.stopping = threading.Event()
+        self._log = tempfile.NamedTemporaryFile(prefix="heliostat-", suffix=".log")  # noqa: SIM115 (as long as the process)
+
+    def run(self, queue: str | None) -> int:
+        signal.signal(signal.SIGTERM, lambda *_: self.stopping.set())
+        self._remote(lambda: self.folder.join(STOP_NOW).delete())
+        if queue:
+            self._wait_for_turn(queue)
+        if self.stopping.is_set():
+            return 128 + signal.SIGTERM
+        child = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0)
+        reader = threading.Thread(target=self._copy, args=(child,), daemon=True)
+        reader.start()
+        uploaded = time.monotonic()
+        while child.poll() is None:
+            if self.stopping.wait(POLL_S) and self._now():
+                self._kill(child)
+            if self.stopping.is_set():
+                time.sleep(POLL_S)
+            if time.monotonic() - uploaded > UPLOAD_S:
+                self._upload()
+                uploaded = time.monotonic()
+        reader.join(10)
+        self._upload()
+        code = child.returncode
+        return code if code >= 0 else 128 - code
+
+    def _copy(self, child: Any) -> None:
+        while data := child.stdout.read(1 << 16):
+            for target in (sys.stdout.buffer, self._log):
+                target.write(data)
+                target.flush()
+
+    def _upload(self) -> None:
+        self._remote(lambda: self.folder.join(f"{self.attempt}.log").upload(Path(self._log.name)))
+
+    def _remote(self, action: Any) -> None:
+        try:
+            action()
+        except (HeliostatError, OSError) as e:
+            log.warning("the log's copy in storage is behind: %s", e)
+
+    def _now(self) -> bool:
+        try:
+            return self.folder.join(STOP_NOW).exists()
+        except (HeliostatError, OSError):
+            return False
+
+    def _kill(self, child: Any) -> None:
+        try:
+            for process in [*psutil.Process(child.pid).children(recursive=True), child]:
+                process.kill()
+        except psutil.NoSuchProcess:
+            pass
+
+    def _wait_for_turn(self, queue: str) -> None:
+        """Until no job of the queue that was submitted before this one is left."""
+        url, token = jobs_url(), http.own_token()
+        told = False
+        while not self.stopping.is_set():
+            ahead = before(self.name, queue, http.get(f"{url}/api/jobs/", token)[1] or [])
+            if ahead == []:
+                return
+            if ahead and not told:
+                log.info("in queue %s behind %s", queue, ", ".join(ahead))
+                told = True
+            self.stopping.wait(QUEUE_S)
+
+
+def jobs_url() -> str:
+    """The Jobs API, as this cluster's own state tells it."""
+    from ray._private.services import canonicalize_bootstrap_address_or_die
+    from ray.dashboard.utils import ray_address_to_api_server_url
+
+    return ray_address_to_api_server_url(canonicalize_bootstrap_address_or_die(os.environ.get("RAY_ADDRESS", "auto")))
+
+
+def before(name: str, queue: str, jobs: list[dict[str, Any]]) -> list[str] | None:
+    """Names of the queue's unfinished jobs that started before the job of this name; None if it is not among them (yet)."""
+    waiting = [j for j in jobs if (j.get("metadata") or {}).get("queue") == queue and j["status"] in ("PENDING", "RUNNING")]
+    mine = next((j for j in waiting if j["submission_id"] == name), None)
+    if mine is None:
+        return None
+    return sorted(j["submission_id"] for j in waiting if (j["start_time"], j["submission_id"]) < (mine["start_time"], name))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="heliostat.cluster.driver")
+    parser.add_argument("job", type=Path)
+    parser.add_argument("--attempt", required=True)
+    parser.add_argument("--queue")
+    parser.add_argument("flags", nargs="*")
+    given = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    return Driver(given.job.absolute(), given.attempt, given.flags).run(given.queue)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""The few things that are asked of a cluster's dashboard directly. Every request has a deadline, and the token if given."""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_S = 10.0
+
+
+def headers(token: str | None) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+def own_token() -> str | None:
+    """The caller's, as Ray itself finds it: RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token."""
+    if token := os.environ.get("RAY_AUTH_TOKEN"):
+        return token
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    return (path.read_text().strip() or None) if path.is_file() else None
+
+
+def get(url: str, token: str | None = None, timeout: float = TIMEOUT_S) -> tuple[int, Any]:
+    """(status, decoded JSON or None); status 0 if nothing answers."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers(token)), timeout=timeout) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as e:
+        return e.code, None
+    except (OSError, ValueError):
+        return 0, None
+
+
+def probe(url: str, token: str | None = None) -> int:
+    """The status that a Jobs API answers with: 200, 401 without or 403 with a wrong token, 0 if nobody is there."""
+    return get(f"{url}/api/version", token, 3.0)[0]
+
+
+def nodes(url: str, token: str | None) -> int:
+    """Nodes alive."""
+    return sum(n["alive"] for n in node_table(url, token))
+
+
+def node_table(url: str, token: str | None) -> list[dict[str, Any]]:
+    """Address, liveness, resources and labels of every node that was ever there."""
+    status, raw = get(f"{url}/api/v0/nodes?limit=10000&detail=1", token)
+    if status != 200 or not raw.get("result"):
+        return []
+    return [
+        {
+            "address": n["node_ip"],
+            "alive": n["state"] == "ALIVE",
+            "head": bool(n.get("is_head_node")),
+            "cpus": (n.get("resources_total") or {}).get("CPU", 0.0),
+            "gpus": (n.get("resources_total") or {}).get("GPU", 0.0),
+            "labels": n.get("labels") or {},
+        }
+        for n in raw["data"]["result"]["result"]
+    ]

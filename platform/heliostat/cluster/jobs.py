@@ -1,0 +1,280 @@
+"""Jobs on a cluster, through Ray's Jobs API: submit, follow, look, stop, resume.
+
+The submission's id is the run's name, so there is one job for one run: submitting the same job again finds the first. What the
+API forgets with its cluster stays: the run's folder has the log, the ledger (progress) and the result, and
+`.heliostat/jobs/ID.json` remembers where that is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shlex
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from heliostat import goodput, schema, spec, workspace
+from heliostat.cluster import http, pack
+from heliostat.cluster.driver import STOP_NOW
+from heliostat.cluster.reach import Endpoint
+from heliostat.errors import ClusterError, ConfigError, HeliostatError
+from heliostat.goodput import Attempt
+from heliostat.spec import Job
+from heliostat.storage import Location
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+JOB_FILE = "heliostat-job.json"
+RETRY_S = 60.0
+STOP_S = 600  # a checkpoint may take so long; Ray kills the driver afterwards
+FOLLOW_S = 1.0
+OVER = ("SUCCEEDED", "FAILED", "STOPPED")
+# settings without secrets; credentials come from the nodes' own environment, instance profile or Kubernetes secret
+PASSED = (
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "MLFLOW_S3_ENDPOINT_URL",
+    "HF_HUB_OFFLINE",
+)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What this workspace remembers of a submission; `cluster`: what the person named, `job`: the whole job, resolved."""
+
+    id: str
+    cluster: str | None
+    run_folder: str
+    steps: int
+    job: dict[str, Any]
+    queue: str | None
+
+    @staticmethod
+    def place(job_id: str) -> Path:
+        return workspace.root() / ".heliostat" / "jobs" / f"{job_id}.json"
+
+    @staticmethod
+    def read(job_id: str) -> Record | None:
+        try:
+            return Record(**json.loads(Record.place(job_id).read_text()))
+        except FileNotFoundError:
+            return None
+
+    def write(self) -> None:
+        place = Record.place(self.id)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(json.dumps(asdict(self), indent=2))
+
+
+class Jobs:
+    """One cluster's jobs."""
+
+    def __init__(self, there: Endpoint) -> None:
+        from ray.job_submission import JobSubmissionClient
+
+        class Client(JobSubmissionClient):
+            def _do_request(self, *args: Any, **options: Any) -> Any:  # Ray's own requests have no deadline
+                return super()._do_request(*args, **{"timeout": 60, **options})
+
+        self.there = there
+        try:
+            self.client = Client(there.url, headers=http.headers(there.token))
+        except (RuntimeError, ConnectionError) as e:
+            raise ClusterError(f"{there.url}: {e}") from e
+
+    # submitting ------------------------------------------------------------------------------------------------------
+
+    def submit(self, job: Job, cluster: str | None, queue: str | None = None, flags: tuple[str, ...] = ()) -> str:
+        """The submission's id. The same job again is the same submission; another job of this name is an error."""
+        record = Record(job.name, cluster, str(job.run_folder), job.train.steps, job.dump(), queue)
+        digest = hashlib.sha256(json.dumps(record.job, sort_keys=True).encode()).hexdigest()[:16]
+        if found := self.find(job.name):
+            if found["status"] not in OVER or (found["status"] == "SUCCEEDED" and not flags):
+                if found["metadata"].get("digest") != digest:
+                    raise ConfigError(
+                        f"name: {job.name!r} is a job with other settings on this cluster ({found['status'].lower()}); "
+                        "use another name"
+                    )
+                log.info("job %s is there already: %s", job.name, found["status"].lower())
+                record.write()
+                return job.name
+            if not flags:
+                raise ConfigError(
+                    f"name: job {job.name!r} {found['status'].lower()} before; go on with `heliostat resume {job.name}`, "
+                    "or start anew with --overwrite"
+                )
+            self._retry(lambda: self.client.delete_job(job.name), "forgetting the earlier submission")
+        record.write()
+        attempt = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{uuid.uuid4().hex[:6]}"
+        metadata = {"run": record.run_folder, "steps": str(record.steps), "digest": digest, "attempt": attempt}
+        metadata |= {"queue": queue} if queue else {}
+        command = ["python", "-m", "heliostat.cluster.driver", JOB_FILE, "--attempt", attempt]
+        command += (["--queue", queue] if queue else []) + (["--", *flags] if flags else [])
+        with tempfile.TemporaryDirectory(prefix="heliostat-submit-") as name:
+            work, modules = Path(name) / "work", Path(name) / "modules"
+            pack.stage(workspace.root(), work)
+            (work / JOB_FILE).write_text(json.dumps(record.job))
+            environment = {k: os.environ[k] for k in PASSED if k in os.environ}
+            runtime = {
+                "working_dir": str(work),
+                "py_modules": [str(pack.stage_package(modules))],
+                "env_vars": {**environment, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S), "PYTHONUNBUFFERED": "1"},
+            }
+
+            def send() -> None:
+                there = self.find(job.name)  # an answer may have been lost, and the submission not
+                if not (there and there["metadata"].get("attempt") == attempt):
+                    self.client.submit_job(
+                        entrypoint=shlex.join(command), submission_id=job.name, runtime_env=runtime, metadata=metadata
+                    )
+
+            self._retry(send, "submitting")
+        return job.name
+
+    def _retry(self, action: Callable[[], T], what: str) -> T:
+        """Again and again while the cluster fails, within RETRY_S; ClusterError then, or at once if it refuses."""
+        import requests
+
+        deadline, wait = time.monotonic() + RETRY_S, 0.5
+        while True:
+            try:
+                return action()
+            except (requests.RequestException, ConnectionError, RuntimeError, TimeoutError) as e:
+                text = " ".join(str(e).split())
+                refused = isinstance(e, RuntimeError) and not any(f"code {c}" in text for c in (500, 502, 503, 504, 429))
+                if refused or time.monotonic() + wait > deadline:
+                    raise ClusterError(f"{what}: {text[:500]}") from e
+                log.warning("%s: %s; retrying in %.1f s", what, text[:200], wait)
+                time.sleep(wait)
+                wait = min(8.0, 2 * wait)
+
+    # looking ---------------------------------------------------------------------------------------------------------
+
+    def list(self) -> list[dict[str, Any]]:
+        """Every submission, the newest first."""
+        raw = self._retry(self.client.list_jobs, "listing jobs")
+        found = [_plain(j) for j in raw if j.submission_id]
+        return sorted(found, key=lambda j: j["started"] or 0, reverse=True)
+
+    def find(self, job_id: str) -> dict[str, Any] | None:
+        return next((j for j in self.list() if j["id"] == job_id), None)
+
+    def get(self, job_id: str) -> dict[str, Any]:
+        found = self.find(job_id)
+        if found is None:
+            near = schema.nearest(job_id, [j["id"] for j in self.list()])
+            raise ConfigError(f"{job_id}: no such job on {self.there.url}{near}")
+        return found
+
+    def follow(self, job_id: str) -> Iterator[str]:
+        """The log as it grows, until the job is over."""
+        shown = 0
+        while True:
+            over = self.get(job_id)["status"] in OVER
+            text = self._retry(lambda: self.client.get_job_logs(job_id), "reading the log")
+            if text[shown:]:
+                yield text[shown:]
+                shown = len(text)
+            if over:
+                return
+            time.sleep(FOLLOW_S)
+
+    def logs(self, job_id: str) -> str:
+        return self._retry(lambda: self.client.get_job_logs(job_id), "reading the log")
+
+    # stopping --------------------------------------------------------------------------------------------------------
+
+    def stop(self, job_id: str, now: bool = False) -> dict[str, Any]:
+        """Ends a job, after a checkpoint unless `now`; returns when it is over."""
+        found = self.get(job_id)
+        marker = Location(found["metadata"]["run"]).join("logs", STOP_NOW)
+        if found["status"] not in OVER:
+            if now:
+                marker.write(b"")
+            self._retry(lambda: self.client.stop_job(job_id), "stopping")
+            deadline = time.monotonic() + STOP_S + 30
+            while (found := self.get(job_id))["status"] not in OVER:
+                if time.monotonic() > deadline:
+                    raise ClusterError(f"{job_id}: did not stop in {STOP_S + 30} s")
+                time.sleep(FOLLOW_S)
+        if now:
+            marker.delete()
+        return found
+
+
+def _plain(details: Any) -> dict[str, Any]:
+    """A JobDetails of Ray's as plain data; times in seconds."""
+    return {
+        "id": details.submission_id,
+        "status": str(details.status),
+        "message": details.message or "",
+        "metadata": details.metadata or {},
+        "started": details.start_time / 1000 if details.start_time else None,
+        "ended": details.end_time / 1000 if details.end_time else None,
+        "exit_code": details.driver_exit_code,
+    }
+
+
+def exit_code(job: dict[str, Any]) -> int:
+    """Of a command that followed a job: 0 succeeded, 130 stopped, 2 if the job found its input bad, else 1."""
+    if job["status"] == "STOPPED":
+        return 130
+    return 0 if job["status"] == "SUCCEEDED" else 2 if job["exit_code"] == 2 else 1
+
+
+def progress(run: Location, steps: int) -> dict[str, Any]:
+    """How far a run is, from its ledger in storage: steps done, the share, and seconds to go at the present pace."""
+    try:
+        attempts = goodput.read(run)
+    except (HeliostatError, OSError) as e:
+        return {"step": None, "steps": steps, "fraction": None, "eta_s": None, "note": str(e)}
+    if not attempts:
+        return {"step": 0, "steps": steps, "fraction": 0.0, "eta_s": None}
+    last = max(attempts, key=lambda a: a.started)
+    return {"step": last.reached, "steps": steps, "fraction": last.reached / steps, "eta_s": eta(last, steps)}
+
+
+def eta(attempt: Attempt, steps: int) -> float | None:
+    """Steps to go, each as long as this attempt's have taken with all that belongs to them; None before there are any."""
+    done = attempt.reached - attempt.start_step
+    spent = sum(attempt.parts.get(p, 0.0) for p in ("computing", "data", "communicating", "checkpoint", "evaluating"))
+    return (steps - attempt.reached) * spent / done if done else None
+
+
+def stored_logs(run: Location) -> str | None:
+    """The logs of every submission of a run, from storage; None if there are none."""
+    names = [n for n, _ in run.join("logs").files() if n.endswith(".log")]
+    return "".join(run.join("logs", n).read().decode(errors="replace") for n in names) if names else None
+
+
+def load(path: Path, settings: list[str], there: Endpoint) -> Job:
+    """The job for a cluster. Relative paths mean this machine's workspace, which only a cluster on this machine sees."""
+    written = schema.load(Job, path, settings)
+    if not there.here:
+        paths = {f"data.sources.{i}.path": s.path for i, s in enumerate(written.data.sources)} | {"storage": written.storage}
+        if isinstance(written.model.get("pretrained"), str):
+            paths["model.pretrained"] = written.model["pretrained"]
+        uri = written.mlflow.uri
+        if uri.startswith("sqlite:"):
+            raise ConfigError(f"mlflow.uri: {uri} is a file of one machine; a cluster needs a server: http://HOST:PORT")
+        for key, value in paths.items():
+            if "://" not in value and not Path(value).is_absolute():
+                raise ConfigError(
+                    f"{key}: {value!r} is a path of this workspace, which the cluster does not see; use s3://BUCKET/PREFIX"
+                )
+    return spec.resolve(written)
+
+
+def changed(record: Record, settings: list[str]) -> Job:
+    """The job of an earlier submission, with settings changed."""
+    return spec.resolve(schema.validate(Job, schema.apply(record.job, settings), record.id))

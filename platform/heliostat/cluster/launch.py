@@ -1,0 +1,53 @@
+"""Starting and stopping a cluster with the tool that its file is for: our own processes, `ray up` / `ray down`, or kubectl."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from heliostat.cluster import files, local
+from heliostat.cluster.files import ClusterFile
+from heliostat.cluster.reach import tool
+from heliostat.errors import ConfigError
+
+UP_S = 3600.0  # clouds may take long to find machines
+
+
+def up(cluster: ClusterFile) -> dict[str, Any]:
+    if cluster.local:
+        state = local.up(cluster)
+        note = f"{len(state.nodes)} nodes at {state.url}, token in {state.token_file}" if state.nodes else f"joined {state.url}"
+        return {"name": cluster.name, "url": state.url, "nodes": len(state.nodes), "note": note}
+    if cluster.kind == "launcher":
+        tool(["ray", "up", "--yes", str(cluster.path)], f"starting {cluster.name}", UP_S)
+        return {
+            "name": cluster.name,
+            "note": f"is up; `heliostat submit JOB.yaml --cluster {cluster.path}` reaches it through ssh",
+        }
+    verb = "create" if cluster.kind == "RayJob" else "apply"
+    tool(["kubectl", verb, "-f", str(cluster.path)], f"starting {cluster.name}")
+    return {"name": cluster.name, "note": f"was handed to KubeRay: kubectl -n {cluster.namespace} get {cluster.kind.lower()}"}
+
+
+def down(target: str) -> dict[str, Any]:
+    """`target`: a cluster file, or the name of a local cluster."""
+    if not target.endswith((".yaml", ".yml")):
+        return _down_local(target)
+    cluster = files.read(Path(target))
+    if cluster.local:
+        return _down_local(cluster.name)
+    if cluster.kind == "launcher":
+        tool(["ray", "down", "--yes", target], f"stopping {cluster.name}", UP_S)
+        return {"name": cluster.name, "note": "is down"}
+    tool(["kubectl", "delete", "-f", target, "--ignore-not-found"], f"stopping {cluster.name}")
+    return {"name": cluster.name, "note": "is deleted"}
+
+
+def _down_local(name: str) -> dict[str, Any]:
+    state = local.read(name)
+    if state is None:
+        have = ", ".join(s.name for s in local.known()) or "none"
+        raise ConfigError(f"{name}: no such local cluster; there are: {have}")
+    ended = local.down(name)
+    note = f"is down, {ended} processes ended" if state.nodes else "was joined, not started here: it runs on"
+    return {"name": name, "note": note, "processes": ended}

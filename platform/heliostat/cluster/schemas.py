@@ -1,0 +1,97 @@
+"""Is a cluster file what its tool takes? Judged by the tools' own schemas, with messages that name the key and the nearest one.
+
+Cluster-launcher YAML: the JSON schema in the installed ray. KubeRay manifests: the operator's CRDs, which are data from outside
+the repository: the folder `HELIOSTAT_KUBERAY_CRDS` (default `../shared/kuberay-crds`) with `rayclusters.yaml` and `rayjobs.yaml`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from heliostat import workspace
+from heliostat.cluster.files import ClusterFile
+from heliostat.schema import nearest
+
+CRDS = "HELIOSTAT_KUBERAY_CRDS"
+CRD_FILES = {"RayCluster": "rayclusters.yaml", "RayJob": "rayjobs.yaml"}
+
+
+def faults(cluster: ClusterFile) -> list[str] | None:
+    """One line for everything that the schema refuses; None if there is no schema to judge by."""
+    schema = (
+        _launcher() if cluster.kind == "launcher" else _crd(crd_folder() / CRD_FILES[cluster.kind], cluster.raw["apiVersion"])
+    )
+    if schema is None:
+        return None
+    from jsonschema import Draft202012Validator
+
+    errors = sorted(Draft202012Validator(schema).iter_errors(cluster.raw), key=lambda e: list(map(str, e.absolute_path)))
+    return [line for e in errors for line in _lines(e)]
+
+
+def crd_folder() -> Path:
+    return Path(os.environ.get(CRDS) or workspace.root().parent / "shared" / "kuberay-crds")
+
+
+@lru_cache
+def _launcher() -> dict[str, Any]:
+    """Ray's schema, without importing Ray, which takes a second."""
+    from importlib.util import find_spec
+
+    found = find_spec("ray")
+    assert found and found.origin
+    return json.loads((Path(found.origin).parent / "autoscaler" / "ray-schema.json").read_text(encoding="utf-8"))
+
+
+@lru_cache
+def _crd(file: Path, api_version: str) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a megabyte: ten times as fast
+    crd = yaml.load(file.read_text(encoding="utf-8"), loader)  # noqa: S506 (a SafeLoader)
+    versions = {v["name"]: v["schema"]["openAPIV3Schema"] for v in crd["spec"]["versions"]}
+    name = api_version.removeprefix("ray.io/")
+    return strict(versions[name]) if name in versions else {"not": {}, "description": f"apiVersion {api_version}"}
+
+
+def strict(schema: Any) -> Any:
+    """An OpenAPI schema as JSON schema: unknown keys are errors where keys are listed, and int-or-string is either."""
+    if isinstance(schema, list):
+        return [strict(s) for s in schema]
+    if not isinstance(schema, dict):
+        return schema
+    out = {k: {n: strict(p) for n, p in v.items()} if k == "properties" else strict(v) for k, v in schema.items()}
+    if schema.get("x-kubernetes-int-or-string"):
+        out.pop("type", None)
+        out["anyOf"] = [{"type": "integer"}, {"type": "string"}]
+    open_ended = schema.get("x-kubernetes-preserve-unknown-fields") or schema.get("x-kubernetes-embedded-resource")
+    if schema.get("properties") and "additionalProperties" not in schema and not open_ended:
+        out["additionalProperties"] = False
+    if "metadata" in schema.get("properties", {}) and "apiVersion" in schema["properties"]:
+        out["properties"]["metadata"] = {"type": "object"}  # Kubernetes' own, which CRDs do not list
+    return out
+
+
+def _lines(error: Any) -> list[str]:
+    where = ".".join(map(str, error.absolute_path))
+    dot = f"{where}." if where else ""
+    if error.validator == "additionalProperties" and isinstance(error.instance, dict):
+        known = list(error.schema.get("properties", {}))
+        return [f"{dot}{key}: unknown key{nearest(str(key), known)}" for key in error.instance if key not in known]
+    if error.validator == "required":
+        missing = [key for key in error.validator_value if key not in error.instance]
+        return [f"{dot}{key}: is required" for key in missing[:1]]
+    value = json.dumps(error.instance, default=str)
+    value = value if len(value) <= 60 else value[:57] + "..."
+    if error.validator == "type":
+        kinds = error.validator_value if isinstance(error.validator_value, str) else " or ".join(error.validator_value)
+        return [f"{where}: {value} should be of type {kinds}"]
+    if error.validator == "enum":
+        return [f"{where}: {value} is not a choice{nearest(str(error.instance), [str(v) for v in error.validator_value])}"]
+    return [f"{where}: {value}: {error.message if len(error.message) < 120 else error.validator}"]
