@@ -49,7 +49,7 @@ def check_(
             out.print(f"warning: {warning}", markup=False)
         for error in report.errors:
             out.print(f"error: {error}", markup=False)
-        for pool in report.cluster.pools:
+        for pool in report.cluster.pools if not report.errors else ():
             size = f"{pool.least}" if pool.least == pool.most else f"{pool.least} to {pool.most}"
             labels = ", ".join(f"{k}={v}" for k, v in pool.labels.items())
             cpus = "CPUs as found" if pool.cpus is None else f"{pool.cpus:g} CPUs"

@@ -41,13 +41,15 @@ def check(path: Path) -> Report:
     """ConfigError if the file cannot be read at all; else what is wrong with it."""
     cluster = files.read(path)
     refused = schemas.faults(cluster)
+    if refused:  # the rest needs a file of the right form
+        return Report(cluster, [*refused, *_secrets(cluster)], [])
     warnings = [*_ports(cluster), *_sense(cluster)]
     if refused is None:
         warnings.append(
             f"the file was not held against KubeRay's schema: {schemas.crd_folder()} does not have its CRDs; "
             f"set {schemas.CRDS} to a folder that has"
         )
-    return Report(cluster, [*(refused or []), *_impossible(cluster), *_secrets(cluster)], warnings)
+    return Report(cluster, [*_impossible(cluster), *_secrets(cluster)], warnings)
 
 
 def require(path: Path) -> ClusterFile:

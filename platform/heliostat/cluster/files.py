@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,15 @@ class ClusterFile:
     kind: str
     name: str
     raw: dict[str, Any]
-    others: tuple[dict[str, Any], ...]
-    pools: tuple[Pool, ...]
+    others: tuple[dict[str, Any], ...] = ()
+
+    @cached_property
+    def pools(self) -> tuple[Pool, ...]:
+        """ConfigError if the file is so wrong that they cannot be read; its schema says what is (`schemas`)."""
+        try:
+            return tuple(_launcher_pools(self.raw) if self.kind == "launcher" else _kuberay_pools(self.spec))
+        except (KeyError, TypeError, AttributeError, ValueError) as e:
+            raise ConfigError(f"{self.path}: the pools of nodes cannot be read ({type(e).__name__}: {e})") from e
 
     @property
     def provider(self) -> str:
@@ -87,13 +95,11 @@ def read(path: Path) -> ClusterFile:
             raw, kind = kuberay[0], str(kuberay[0].get("kind"))
             if kind not in ("RayCluster", "RayJob"):
                 raise ConfigError(f"{path}: kind: {kind!r} is not one that heliostat starts; use RayCluster or RayJob")
-            spec = raw["spec"]["rayClusterSpec"] if kind == "RayJob" else raw["spec"]
-            others = tuple(d for d in documents if d is not raw)
-            return ClusterFile(path, kind, raw["metadata"]["name"], raw, others, tuple(_kuberay_pools(spec)))
+            return ClusterFile(path, kind, raw["metadata"]["name"], raw, tuple(d for d in documents if d is not raw))
         if len(documents) == 1 and {"cluster_name", "provider"} <= documents[0].keys():
             raw = documents[0]
-            return ClusterFile(path, "launcher", raw["cluster_name"], raw, (), tuple(_launcher_pools(raw)))
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
+            return ClusterFile(path, "launcher", str(raw["provider"]["type"]) and raw["cluster_name"], raw)
+    except (KeyError, TypeError) as e:
         raise ConfigError(f"{path}: is incomplete, or a part of it is of the wrong kind ({type(e).__name__}: {e})") from e
     raise ConfigError(
         f"{path}: is neither cluster-launcher YAML (cluster_name, provider) nor a KubeRay manifest (apiVersion: ray.io/v1)"

@@ -87,6 +87,8 @@ class Jobs:
                 return super()._do_request(*args, **{"timeout": 60, **options})
 
         self.there = there
+        logging.getLogger("ray.dashboard").setLevel(logging.WARNING)
+        logging.getLogger("ray._private.runtime_env").setLevel(logging.WARNING)
         try:
             self.client = Client(there.url, headers=http.headers(there.token))
         except (RuntimeError, ConnectionError) as e:

@@ -99,8 +99,8 @@ def known() -> list[State]:
 def url_of(cluster: ClusterFile) -> str:
     """Where the Jobs API will be: what the head's start command says."""
     text = " ".join(cluster.raw.get("head_start_ray_commands") or [])
-    port = re.search(r"--dashboard-port[= ](\d+)", text)
-    return f"http://{cluster.addresses[0]}:{port[1] if port else 8265}"
+    host, port = re.search(r"--dashboard-host[= ](\S+)", text), re.search(r"--dashboard-port[= ](\d+)", text)
+    return f"http://{host[1] if host else '127.0.0.1'}:{port[1] if port else 8265}"
 
 
 def up(cluster: ClusterFile) -> State:
@@ -216,16 +216,22 @@ def down(name: str) -> int:
     processes = list(_processes(state))
     for process in processes:
         _signal(process.terminate)
-    _, left = psutil.wait_procs(processes, timeout=STOP_S)
-    for process in {*left, *_processes(state)}:  # what was started meanwhile, too
+    _until_gone(state)
+    for process in _processes(state):
         _signal(process.kill)
-    psutil.wait_procs([*left, *_processes(state)], timeout=STOP_S)
+    _until_gone(state)
     if remaining := [p.pid for p in _processes(state)]:
         raise ClusterError(f"{name}: processes {remaining} do not end")
     for node in state.nodes:
         shutil.rmtree(Path(node.folder).parent, ignore_errors=True)
     shutil.rmtree(state.folder, ignore_errors=True)
     return len(processes)
+
+
+def _until_gone(state: State) -> None:
+    deadline = time.monotonic() + STOP_S
+    while any(True for _ in _processes(state)) and time.monotonic() < deadline:
+        time.sleep(0.2)
 
 
 def _signal(send: Any) -> None:

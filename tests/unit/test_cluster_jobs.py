@@ -1,0 +1,159 @@
+"""Jobs on clusters, the parts that need none: exit codes, progress, the queue's order, what may travel to a machine elsewhere."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from heliostat.cluster import jobs
+from heliostat.cluster.driver import before
+from heliostat.cluster.reach import Endpoint
+from heliostat.errors import ConfigError
+from heliostat.goodput import Attempt
+from heliostat.storage import Location
+
+from tests.unit.build_job import ROOT, write
+
+THERE, HERE = Endpoint("http://x", None, here=False), Endpoint("http://x", None, here=True)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "wanted"),
+    [("SUCCEEDED", 0, 0), ("FAILED", 1, 1), ("FAILED", 2, 2), ("FAILED", None, 1), ("FAILED", 137, 1), ("STOPPED", None, 130)],
+)
+def test_exit_codes_tell_how_a_job_ended(status, code, wanted):
+    assert jobs.exit_code({"status": status, "exit_code": code}) == wanted
+
+
+def test_progress_and_time_to_go_are_read_from_the_runs_ledger(tmp_path):
+    """The newest attempt counts; its start-up is not taken for steps."""
+    run = Location(str(tmp_path))
+    assert jobs.progress(run, 100) == {"step": 0, "steps": 100, "fraction": 0.0, "eta_s": None}
+    old = Attempt("a", 1000.0, 1100.0, 1100.0, 0, 1, parts={"computing": 50.0}, marks=[(30, 50.0)])
+    new = Attempt("b", 2000.0, 2100.0, 2100.0, 20, 1, marks=[(60, 70.0)],
+                  parts={"starting": 500.0, "computing": 70.0, "data": 6.0, "checkpoint": 4.0})  # fmt: skip
+    for attempt in (old, new):
+        run.join("ledger", attempt.name).write(attempt.dump())
+    found = jobs.progress(run, 100)
+    assert (found["step"], found["fraction"]) == (60, 0.6)
+    assert found["eta_s"] == pytest.approx(40 * 80 / 40)
+
+
+def test_a_damaged_ledger_is_a_note_not_a_failure(tmp_path):
+    (tmp_path / "ledger").mkdir()
+    (tmp_path / "ledger" / "attempt-x.json").write_text("{")
+    assert jobs.progress(Location(str(tmp_path)), 10)["step"] is None
+
+
+def test_a_queue_is_worked_off_in_the_order_of_submission():
+    """By start time, then by name; finished jobs, other queues and jobs without one do not count."""
+
+    def one(name, start, status="RUNNING", queue="q"):
+        return {"submission_id": name, "start_time": start, "status": status, "metadata": {"queue": queue} if queue else None}
+
+    all_ = [
+        one("a", 1),
+        one("b", 2),
+        one("c", 2),
+        one("old", 0, "SUCCEEDED"),
+        one("other", 0, queue="p"),
+        one("none", 0, queue=None),
+    ]
+    assert before("a", "q", all_) == []
+    assert before("c", "q", all_) == ["a", "b"]
+    assert before("missing", "q", all_) is None
+
+
+def test_paths_of_this_machine_do_not_travel_elsewhere(tmp_path, monkeypatch):
+    """Relative paths and SQLite files mean this machine; a cluster on it takes them, made absolute."""
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path)
+    with pytest.raises(ConfigError, match=r"mlflow\.uri: sqlite:///mlflow\.db is a file of one machine"):
+        jobs.load(path, [], THERE)
+    server = ["mlflow.uri=http://mlflow:5000"]
+    with pytest.raises(ConfigError, match=r"data\.sources\.0\.path: 'data/a' is a path of this workspace"):
+        jobs.load(path, server, THERE)
+    with pytest.raises(ConfigError, match=r"storage: 'runs' is a path of this workspace"):
+        jobs.load(path, [*server, "data.sources.0.path=s3://b/a"], THERE)
+    assert jobs.load(path, [*server, "data.sources.0.path=s3://b/a", "storage=/shared/runs"], THERE).storage == "/shared/runs"
+    assert jobs.load(path, [], HERE).storage == str(tmp_path / "runs")
+
+
+TRAIN = """
+import signal, sys, time
+def stop(*_):
+    print("saving a checkpoint", flush=True)
+    time.sleep(float(sys.argv[1]))
+    print("saved", flush=True)
+    sys.exit(143)
+signal.signal(signal.SIGTERM, stop)
+print("training", flush=True)
+time.sleep(60)
+"""
+RUN = """
+import sys
+from pathlib import Path
+from heliostat.cluster.driver import Driver
+driver = Driver(Path(sys.argv[1]), "attempt-1", [])
+driver.command = [sys.executable, "-c", Path(sys.argv[2]).read_text(), sys.argv[3]]
+sys.exit(driver.run(None))
+"""
+
+
+def _driver(tmp_path, seconds):
+    """The driver around a stand-in for `heliostat train` that takes its time to stop; SIGTERM goes to both, as Ray sends it."""
+    (tmp_path / "job.json").write_text(json.dumps({"name": "r", "storage": str(tmp_path / "runs")}))
+    (tmp_path / "train.py").write_text(TRAIN)
+    command = [sys.executable, "-c", RUN, str(tmp_path / "job.json"), str(tmp_path / "train.py"), str(seconds)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout.readline() == "training\n"
+    import psutil
+
+    for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children()]:
+        one.send_signal(signal.SIGTERM)
+    return process
+
+
+def test_a_stopped_driver_waits_for_the_checkpoint_and_its_log_is_in_storage(tmp_path):
+    process = _driver(tmp_path, 1.5)
+    out, _ = process.communicate(timeout=30)
+    assert out == "saving a checkpoint\nsaved\n" and process.returncode == 143
+    stored = jobs.stored_logs(Location(str(tmp_path / "runs" / "r")))
+    assert stored == "training\nsaving a checkpoint\nsaved\n"
+
+
+def test_a_driver_that_must_stop_now_does_not_wait(tmp_path):
+    began = time.monotonic()
+    process = _driver(tmp_path, 50)
+    assert process.stdout.readline() == "saving a checkpoint\n"
+    Location(str(tmp_path / "runs" / "r" / "logs" / "stop-now")).write(b"")
+    process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGKILL and time.monotonic() - began < 25
+    assert jobs.stored_logs(Location(str(tmp_path / "runs" / "r"))).endswith("saving a checkpoint\n")
+
+
+def test_transient_faults_are_retried_and_refusals_are_not(monkeypatch):
+    from heliostat.errors import ClusterError
+
+    monkeypatch.setattr(jobs, "RETRY_S", 2.0)
+    tries = []
+
+    def act(error):
+        def action():
+            tries.append(1)
+            if len(tries) < 3:
+                raise error
+            return "done"
+
+        return action
+
+    client = jobs.Jobs.__new__(jobs.Jobs)
+    assert client._retry(act(RuntimeError("Request failed with status code 503: busy.")), "trying") == "done" and len(tries) == 3
+    tries.clear()
+    with pytest.raises(ClusterError, match="trying: Request failed with status code 400"):
+        client._retry(act(RuntimeError("Request failed with status code 400: bad.")), "trying")
+    assert len(tries) == 1
+    tries.clear()
+    assert client._retry(act(ConnectionError("reset")), "trying") == "done"
