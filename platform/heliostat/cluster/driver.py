@@ -1,6 +1,6 @@
 """What a submitted job runs on the cluster's head: `heliostat train` as a child, with its log kept in storage.
 
-    python -m heliostat.cluster.driver JOB.json --attempt ID [--queue NAME] [-- flags of `heliostat train`]
+    python -m heliostat.cluster.driver JOB.json --attempt ID [--queue NAME] [--flag=--resume]
 
 The log goes to standard output, which the Jobs API shows, and to `logs/ATTEMPT.log` in the run's folder, which stays when the
 cluster is gone. `heliostat stop` makes Ray send SIGTERM to this process and to the training driver alike; this one waits for the
@@ -131,10 +131,10 @@ def main() -> int:
     parser.add_argument("job", type=Path)
     parser.add_argument("--attempt", required=True)
     parser.add_argument("--queue")
-    parser.add_argument("flags", nargs="*")
+    parser.add_argument("--flag", action="append", default=[])
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    return Driver(given.job.absolute(), given.attempt, given.flags).run(given.queue)
+    return Driver(given.job.absolute(), given.attempt, given.flag).run(given.queue)
 
 
 if __name__ == "__main__":

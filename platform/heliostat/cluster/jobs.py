@@ -121,7 +121,7 @@ class Jobs:
         metadata = {"run": record.run_folder, "steps": str(record.steps), "digest": digest, "attempt": attempt}
         metadata |= {"queue": queue} if queue else {}
         command = ["python", "-m", "heliostat.cluster.driver", JOB_FILE, "--attempt", attempt]
-        command += (["--queue", queue] if queue else []) + (["--", *flags] if flags else [])
+        command += (["--queue", queue] if queue else []) + [f"--flag={flag}" for flag in flags]
         with tempfile.TemporaryDirectory(prefix="heliostat-submit-") as name:
             work, modules = Path(name) / "work", Path(name) / "modules"
             pack.stage(workspace.root(), work)
@@ -179,11 +179,13 @@ class Jobs:
         return found
 
     def follow(self, job_id: str) -> Iterator[str]:
-        """The log as it grows, until the job is over."""
-        shown = 0
+        """The log as it grows, until the job is over. Earlier submissions of this id wrote into the same: they are left out."""
+        shown = None
         while True:
-            over = self.get(job_id)["status"] in OVER
-            text = self._retry(lambda: self.client.get_job_logs(job_id), "reading the log")
+            found = self.get(job_id)
+            over, text = found["status"] in OVER, self.logs(job_id)
+            if shown is None:
+                shown = text.find("\n", max(0, text.rfind(found["metadata"].get("attempt", "")))) + 1
             if text[shown:]:
                 yield text[shown:]
                 shown = len(text)

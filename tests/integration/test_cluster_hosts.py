@@ -1,0 +1,188 @@
+"""Clusters over several hosts, for real: `ray up` over ssh from clusters/ssh.yaml, and autoscaling from a cluster file.
+
+Both take a minute or two and change the machine's network, so they run when HELIOSTAT_HOSTS=1 asks for them, as root.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from heliostat.cluster import http
+
+from tests.integration import hosts
+from tests.integration.conftest import tiny_job
+from tests.integration.test_cluster_local import _free_port
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+WHY = hosts.missing()
+pytestmark = pytest.mark.skipif(bool(WHY), reason=WHY)
+QUICK = {"RAY_UP_enable_autoscaler_v2": "0", "OMP_NUM_THREADS": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
+
+
+def heliostat(folder: Path, env: dict[str, str], *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "heliostat", *arguments],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, f"{arguments}: exit code {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def until(what: str, condition: Callable[[], Any], seconds: float) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"{what}: not in {seconds} s"
+        time.sleep(0.5)
+    return found
+
+
+@pytest.fixture
+def server(tracking: str, tmp_path: Path) -> Iterator[str]:
+    """MLflow over HTTP, on an address that the hosts reach."""
+    port = _free_port()
+    command = [str(BIN / "mlflow"), "server", "--backend-store-uri", tracking, "--workers", "1", "--allowed-hosts", "*"]
+    command += ["--host", "0.0.0.0", "--port", str(port), "--artifacts-destination", str(tmp_path / "artifacts")]
+    env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    until("MLflow", lambda: http.get(f"http://127.0.0.1:{port}/version")[0] == 200 or _healthy(port), 90)
+    yield str(port)
+    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+        one.kill()
+
+
+def _healthy(port: int) -> bool:
+    import urllib.request
+
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=3) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+def test_ray_up_over_ssh_trains_across_hosts_and_nodes_come_and_go(tmp_path, corpus, server) -> None:
+    """clusters/ssh.yaml with test addresses: up, a job of two workers on two hosts, a node more, a node lost, down."""
+    home = tmp_path / "home"
+    (home / ".ray").mkdir(parents=True)
+    (home / ".ray" / "auth_token").write_text("0123456789abcdef" * 4)
+    shutil.copytree(ROOT / "jobs", tmp_path / "jobs", ignore=shutil.ignore_patterns("__pycache__"))
+    env = {**os.environ, **QUICK, "PYTHONPATH": str(ROOT / "platform"), "HOME": str(home), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(home / ".ray" / "auth_token")}
+    with hosts.Hosts(tmp_path, 4) as there:
+        head, *workers = there.addresses
+        raw = yaml.safe_load((ROOT / "clusters" / "ssh.yaml").read_text().replace("/opt/heliostat/bin", str(BIN)))
+        raw["cluster_name"] = f"hosts{os.getpid()}"
+        raw["auth"] = {"ssh_user": "root", "ssh_private_key": str(there.key)}
+        raw["max_workers"] = 2
+        raw["provider"] |= {"head_ip": head, "worker_ips": workers[:2]}
+        small = "ray start --num-cpus=2 --object-store-memory=200000000"
+        raw["worker_start_ray_commands"] = [c.replace("ray start", small) for c in raw["worker_start_ray_commands"]]
+        file = tmp_path / "hosts.yaml"
+        file.write_text(yaml.safe_dump(raw))
+        try:
+            heliostat(tmp_path, env, "cluster", "up", "hosts.yaml")
+
+            def alive(count: int) -> Callable[[], bool]:
+                def there_are() -> bool:
+                    out = json.loads(heliostat(tmp_path, env, "cluster", "status", "hosts.yaml", "--json").splitlines()[-1])
+                    return sum(n["alive"] for n in out["nodes"]) == count
+
+                return there_are
+
+            until("two workers join", alive(3), 60)
+            job = {**tiny_job(corpus, "", tmp_path), "name": "hosts", "workers": {"count": 2, "cpus": 1.5}}
+            job["train"] |= {"steps": 6}
+            job |= {"checkpoint": {"every": 6}, "evaluate": {"every": 6, "samples": 8, "fraction": 0.05}}
+            job["mlflow"] = {"uri": f"http://{hosts.MASTER}:{server}", "experiment": "hosts"}
+            (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+            log = heliostat(tmp_path, env, "submit", "job.yaml", "-c", "hosts.yaml", "--follow")
+            assert "step 6/6" in log
+            saved = json.loads((tmp_path / "runs" / "hosts" / "result.json").read_text())
+            assert saved["steps"] == 6
+
+            raw["provider"]["worker_ips"], raw["max_workers"] = workers, 3
+            file.write_text(yaml.safe_dump(raw))
+            heliostat(tmp_path, env, "cluster", "up", "hosts.yaml")
+            until("a third worker joins", alive(4), 60)
+            there.lose(workers[0])
+            until("the lost node is seen", alive(3), 90)
+        finally:
+            subprocess.run([str(BIN / "ray"), "down", "--yes", str(file)], env=env, capture_output=True, timeout=120, check=False)
+
+
+AUTOSCALE = """
+cluster_name: scaled
+max_workers: 2
+idle_timeout_minutes: 0.1
+provider: {type: fake_multinode, head_node_id: fffffffffffffffffffffffffffffffffffffffffffffffffff00000, launch_multiple: true}
+head_node_type: ray.head.default
+available_node_types:
+  ray.head.default: {resources: {CPU: 0}, node_config: {}, max_workers: 0}
+  train: {resources: {CPU: 2}, labels: {heliostat-pool: train}, node_config: {}, min_workers: 0, max_workers: 2}
+"""
+
+
+def test_a_job_that_needs_more_nodes_gets_them_and_they_go_when_idle(tmp_path, corpus, tracking) -> None:
+    """From a cluster file, with Ray's own autoscaler; only its nodes are processes of this machine."""
+    shutil.copytree(ROOT / "jobs", tmp_path / "jobs", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "scaled.yaml").write_text(AUTOSCALE)
+    (tmp_path / "token").write_text("fedcba9876543210" * 4)
+    env = {
+        **os.environ,
+        **QUICK,
+        "PYTHONPATH": str(ROOT / "platform"),
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "RAY_FAKE_CLUSTER": "1",
+    }
+    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token"), "HELIOSTAT_NODE_DIR": str(tmp_path)}
+    heliostat(tmp_path, env, "cluster", "check", "scaled.yaml")
+    port, dashboard = _free_port(), _free_port()
+    temp = Path("/tmp") / f"hel-{os.getpid()}"
+    command = ["ray", "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=0"]
+    command += ["--node-ip-address=127.0.0.9", f"--temp-dir={temp}", "--object-store-memory=200000000"]
+    command += [f"--autoscaling-config={tmp_path / 'scaled.yaml'}"]
+    with (tmp_path / "head.log").open("wb") as log:
+        head = subprocess.Popen(
+            command, env={**env, "RAY_enable_autoscaler_v2": "1"}, stdout=log, stderr=log, start_new_session=True
+        )
+    url, token = f"http://127.0.0.1:{dashboard}", (tmp_path / "token").read_text()
+    try:
+        until("the head", lambda: http.nodes(url, token) == 1, 60)
+        job = {**tiny_job(corpus, tracking, tmp_path), "name": "scaled"}
+        job["workers"] = {"count": 2, "cpus": 1.5, "labels": {"heliostat-pool": "train"}}  # one on each of two nodes
+        job["train"] |= {"steps": 6}
+        job |= {"checkpoint": {"every": 6}, "evaluate": {"every": 6, "samples": 8, "fraction": 0.05}}
+        (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+        heliostat(tmp_path, env, "submit", "job.yaml", "-c", url)
+        until("two nodes more", lambda: http.nodes(url, token) == 3, 120)
+        log_ = heliostat(tmp_path, env, "logs", "scaled", "--follow")
+        assert "step 6/6" in log_
+        until("they go when idle", lambda: http.nodes(url, token) == 1, 120)
+    finally:
+        mine = [p for p in psutil.process_iter() if _is_of(p, tmp_path)]
+        for one in mine:
+            one.kill()
+        head.wait(20)
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+def _is_of(process: psutil.Process, folder: Path) -> bool:
+    try:
+        return process.environ().get("HELIOSTAT_NODE_DIR") == str(folder)
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return False
