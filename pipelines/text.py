@@ -158,7 +158,8 @@ class TextPipeline(Pipeline):
         limit = int(np.searchsorted(np.cumsum(sizes), self.tokenizer.train_bytes))
         sample = _map(rows, text_tasks.lowest, limit=limit).to_arrow_refs()
         assert self.tokenizer.vocab_size is not None
-        return ray.get(text_tasks.train_on.remote(self.tokenizer.model_dump(), *sample))
+        train_on = text_tasks.train_on.options(label_selector=self.labels or None)
+        return ray.get(train_on.remote(self.tokenizer.model_dump(), *sample))
 
 
 class Totals:

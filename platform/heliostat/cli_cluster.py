@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -165,8 +165,7 @@ def _submitted(
         _finish({"id": job_id, "url": jobs.there.url, "run_folder": str(wanted.run_folder)}, json_)
         return
     for text in jobs.follow(job_id):
-        (sys.stderr if json_ else sys.stdout).write(text)
-        (sys.stderr if json_ else sys.stdout).flush()
+        _write(text, sys.stderr if json_ else sys.stdout)
     found = jobs.get(job_id)
     _finish({"id": job_id, "status": found["status"], "run_folder": str(wanted.run_folder)}, json_)
     sys.exit(exit_code(found))
@@ -230,22 +229,26 @@ def logs(id_: Id, follow: Follow = False, cluster: Target = None) -> None:
     from heliostat.storage import Location
 
     record = Record.read(id_)
+    code = 0
     try:
         with endpoint(cluster or (record.cluster if record else None)) as there:
             jobs = Jobs(there)
-            found = jobs.get(id_)
+            jobs.get(id_)
             for text in jobs.follow(id_) if follow else [jobs.logs(id_)]:
-                sys.stdout.write(text)
-                sys.stdout.flush()
-            if follow:
-                sys.exit(exit_code(jobs.get(id_)))
+                _write(text)
+            code = exit_code(jobs.get(id_)) if follow else 0
     except HeliostatError:
         kept = stored_logs(Location(record.run_folder)) if record else None
         if kept is None:
             raise
-        sys.stdout.write(kept)
-    else:
-        del found
+        _write(kept)
+    sys.exit(code)
+
+
+def _write(text: str, to: TextIO | None = None) -> None:
+    to = to or sys.stdout
+    to.write(text)
+    to.flush()
 
 
 @app.command()

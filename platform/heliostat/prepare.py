@@ -52,6 +52,7 @@ class Pipeline(Strict):
 
     name: str = Field(min_length=1)
     output: str = Field(min_length=1)
+    labels: dict[str, str] = {}  # of the nodes that may do the work (Ray's node labels); none: any node
 
     def check(self) -> None:
         """Raises ConfigError for whatever can be found wrong without Ray and without reading the data."""
@@ -63,7 +64,7 @@ class Pipeline(Strict):
 
     def identity(self) -> dict[str, Any]:
         """The part of the configuration that shapes the data: everything but the places."""
-        return self.model_dump(mode="json", exclude={"input", "output"})
+        return self.model_dump(mode="json", exclude={"input", "output", "labels"})
 
     def write(self, output: Location, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Runs on Ray: writes everything but the manifest, and returns its rows and metadata (with `kind`)."""
@@ -109,6 +110,7 @@ def prepare(path: Path, settings: list[str], force: bool = False) -> dict[str, A
         return _report(done, time.monotonic() - start, up_to_date=True)
 
     connect(cpus=CPUS)
+    _keep_to(pipeline.labels)
     for part in (manifest.FILE, manifest.VERSIONS, RECORD, SHARDS):  # the manifest first: without it there is no dataset
         output.join(part).delete()
     collection.clear(output)
@@ -127,6 +129,13 @@ def prepare(path: Path, settings: list[str], force: bool = False) -> dict[str, A
     write = collection.write if "parts" in meta else manifest.write
     made = write(output, rows, {**meta, "name": pipeline.name, "config": config, "listing": listing})
     return _report(made, time.monotonic() - start, up_to_date=False)
+
+
+def _keep_to(labels: dict[str, str]) -> None:
+    """Ray Data's tasks run on nodes that carry the labels, and on no others."""
+    import ray.data
+
+    ray.data.DataContext.get_current().execution_options.label_selector = labels or None
 
 
 def _check_output(output: Location) -> None:

@@ -81,6 +81,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, corpus: str, tracking: str) -
         text = text.replace(port, str(_free_port()))
     (folder / "cluster.yaml").write_text(text)
     job = {**tiny_job(corpus, tracking, folder), "name": "onto", "workers": {"count": 2, "labels": {"heliostat-pool": "train"}}}
+    job["data"] = {**job["data"], "labels": {"heliostat-pool": "train"}}
     job["train"] |= {"steps": STEPS, "log_every": 5}
     job |= {"checkpoint": {"every": 20}, "evaluate": {"every": STEPS, "samples": 24, "fraction": 0.05}}
     (folder / "onto.yaml").write_text(yaml.safe_dump(job))

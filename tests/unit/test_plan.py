@@ -170,7 +170,7 @@ def test_the_command_prints_one_object_and_a_job_that_cannot_fit_is_exit_code_2(
     found = json.loads(out.splitlines()[-1])
     assert code == 0 and "ray" not in imported.split(",") and found["memory"]["total"] < found["memory"]["device"]
     assert "the datasets were not looked at" in found["notes"][0]
-    code, _, lines, _, _ = run("plan", path, "--set", "train.micro_batch=65536", "--set", "train.global_batch=65536")
+    code, _, lines, _, _ = run("plan", path, "--set", "train.micro_batch=16777216", "--set", "train.global_batch=16777216")
     assert code == 2 and len(lines) == 1 and "each worker needs" in lines[0] and "it fits with" in lines[0]
 
 

@@ -176,6 +176,8 @@ class Jobs:
         if found is None:
             near = schema.nearest(job_id, [j["id"] for j in self.list()])
             raise ConfigError(f"{job_id}: no such job on {self.there.url}{near}")
+        if "run" not in found["metadata"]:
+            raise ConfigError(f"{job_id}: was not submitted with heliostat; use `ray job`")
         return found
 
     def follow(self, job_id: str) -> Iterator[str]:

@@ -33,7 +33,7 @@ from heliostat.errors import ClusterError, ConfigError
 
 log = logging.getLogger(__name__)
 
-START_S, STOP_S = 90.0, 20.0
+START_S, STOP_S, KILL_S = 90.0, 4.0, 20.0  # raylets do not end by SIGTERM alone while others of the cluster end
 MARK = "HELIOSTAT_NODE_DIR"  # every process of a node has it in its environment
 
 
@@ -216,10 +216,10 @@ def down(name: str) -> int:
     processes = list(_processes(state))
     for process in processes:
         _signal(process.terminate)
-    _until_gone(state)
+    _until_gone(state, STOP_S)
     for process in _processes(state):
         _signal(process.kill)
-    _until_gone(state)
+    _until_gone(state, KILL_S)
     if remaining := [p.pid for p in _processes(state)]:
         raise ClusterError(f"{name}: processes {remaining} do not end")
     for node in state.nodes:
@@ -228,8 +228,8 @@ def down(name: str) -> int:
     return len(processes)
 
 
-def _until_gone(state: State) -> None:
-    deadline = time.monotonic() + STOP_S
+def _until_gone(state: State, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
     while any(True for _ in _processes(state)) and time.monotonic() < deadline:
         time.sleep(0.2)
 

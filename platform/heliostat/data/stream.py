@@ -100,6 +100,7 @@ def dataset(task: Fetch, concurrency: int, memory_limit: int, sample_bytes: int,
     context = ray.data.DataContext.get_current().copy()
     context.target_max_block_size = 1  # a block per yielded row
     context.execution_options.preserve_order = True
+    context.execution_options.label_selector = labels or None
     context.execution_options.resource_limits = ExecutionResources(object_store_memory=memory_limit)
     # envelopes that a fetch task may yield before one is taken: a window's, or (Ray's default is 2) it would pause inside it
     context._max_num_blocks_in_streaming_gen_buffer = task.plan.shape.window // task.plan.shape.envelope
@@ -109,8 +110,7 @@ def dataset(task: Fetch, concurrency: int, memory_limit: int, sample_bytes: int,
     with ray.data.DataContext.current(context):
         windows = ray.data.range(task.count, override_num_blocks=task.count)
         pool = ray.data.TaskPoolStrategy(size=min(concurrency, fits))
-        where: dict[str, Any] = {"label_selector": labels} if labels else {}
-        return windows.map_batches(task, batch_size=1, compute=pool, zero_copy_batch=True, **where)
+        return windows.map_batches(task, batch_size=1, compute=pool, zero_copy_batch=True)
 
 
 class OrderedSplit(DataConfig):

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from heliostat import check
@@ -66,6 +67,8 @@ def plan(
     prices = prices or hardware.table()
     name, instance = _device_of(cluster) if cluster and not device else (device, None)
     where = hardware.resolve(job, prices, name, instance)
+    if where.name == "cpu" and (cluster is None or cluster.local):
+        where = replace(where, memory=psutil.virtual_memory().total / job.workers.count)  # this machine's
     if cluster:
         _check_room(job, cluster)
     notes: list[str] = []
