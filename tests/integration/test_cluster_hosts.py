@@ -18,7 +18,7 @@ import pytest
 import yaml
 from heliostat.cluster import http
 
-from tests.integration import hosts
+from tests.integration import ssh_hosts as hosts
 from tests.integration.conftest import tiny_job
 from tests.integration.test_cluster_local import _free_port
 
