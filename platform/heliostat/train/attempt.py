@@ -191,7 +191,7 @@ class Attempt:
         return V2.torch.TorchTrainer(
             _worker,
             train_loop_config=config,
-            datasets={"train": lambda: stream.dataset(fetch, concurrency, memory, size)},
+            datasets={"train": lambda: stream.dataset(fetch, concurrency, memory, size, job.data.labels)},
             dataset_config=stream.OrderedSplit(),
             torch_config=V2.torch.TorchConfig(backend="nccl" if workers.gpus else "gloo"),
             scaling_config=V2.ScalingConfig(
@@ -199,6 +199,7 @@ class Attempt:
                 use_gpu=bool(workers.gpus),
                 resources_per_worker={"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})},
                 placement_strategy=workers.placement.upper(),
+                label_selector=workers.labels or None,
             ),
             run_config=V2.RunConfig(
                 name=f"{job.name}-{uuid.uuid4().hex[:8]}",  # a name used before would restore Ray's own state
