@@ -91,7 +91,7 @@ def test_an_elastic_job_is_planned_on_its_most_workers_and_must_fit_on_its_fewes
     elastic = {"workers.count": [1, 4], "workers.gpus": 1, "train.zero.stage": 3}
     j = job(**elastic)
     assert report.plan(j, recipe_of(j))["workers"] == 4
-    big = {"model.num_hidden_layers": 1, "model.hidden_size": 65536, "model.intermediate_size": 65536, "model.vocab_size": 64}
+    big = {"model.num_hidden_layers": 1, "model.hidden_size": 40960, "model.intermediate_size": 40960, "model.vocab_size": 64}
     j = job(**elastic, **big, **{"train.activation_checkpointing": False})
     with pytest.raises(ConfigError, match="each worker needs"):
         report.plan(j, recipe_of(j))
