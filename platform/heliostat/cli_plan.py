@@ -42,11 +42,14 @@ def lines(p: dict[str, Any]) -> list[str]:
         f"{p['name']}: {p['parameters']['total']:,} parameters on {p['workers']} workers of {name} (estimates, but for counts)",
         f"memory     {m['total'] / GIB:.2f} GiB a worker of {m['device'] / GIB:.0f}: {parts}"
         + (f"; on the host {m['host'] / GIB:.1f}" if m["host"] else ""),
-        f"compute    {p['flops']['per_token']:.3g} FLOPs a token, {p['flops']['per_sample']:.3g} a sample",
+        "compute    "
+        + (f"{p['flops']['per_token']:.3g} FLOPs a token, " if r["tokens"] else "")
+        + f"{p['flops']['per_sample']:.3g} a sample",
         f"network    {link['bytes_per_step'] / 1e9:.2f} GB a step and worker, {link['seconds_per_step']:.2f} s, of which "
         f"{link['exposed_s']:.2f} s do not hide",
-        f"speed      {s['step_s']:.2f} s a step, {s['tokens_per_second']:,.0f} tokens/s, "
-        f"{s['samples_per_second']:,.2f} samples/s, MFU {s['mfu']:.1%}",
+        f"speed      {s['step_s']:.2f} s a step, "
+        + (f"{s['tokens_per_second']:,.0f} tokens/s, " if r["tokens"] else "")
+        + f"{s['samples_per_second']:,.2f} samples/s, MFU {s['mfu']:.1%}",
         f"run        {r['days']:.2f} days at goodput {r['goodput']:.1%}, {r['failures']:.1f} failures expected, "
         f"{r['energy_kwh']:,.1f} kWh, cost {r['cost']:,.2f} (prices of {p['device']['prices']}; energy alone "
         f"{r['energy_cost']:,.2f})",

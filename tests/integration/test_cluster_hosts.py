@@ -122,7 +122,8 @@ def test_ray_up_over_ssh_trains_across_hosts_and_nodes_come_and_go(tmp_path, cor
             there.lose(workers[0])
             until("the lost node is seen", alive(3), 90)
         finally:
-            subprocess.run([str(BIN / "ray"), "down", "--yes", str(file)], env=env, capture_output=True, timeout=120, check=False)
+            heliostat(tmp_path, env, "cluster", "down", "hosts.yaml")
+        assert [there.run(a, "pgrep -c raylet || true").strip() for a in there.addresses if a != workers[0]] == ["0"] * 3
 
 
 AUTOSCALE = """

@@ -4,12 +4,16 @@ import json
 import math
 import time
 
+import numpy as np
 import pytest
 import torch
+from heliostat.data import manifest
 from heliostat.errors import ConfigError
 from heliostat.plan import faults, hardware, memory, report, shares, speed
 from heliostat.plan.census import Meter, activations, build, census
+from heliostat.storage import Location
 
+from tests.unit import build_images
 from tests.unit.build_job import ROOT, job, write
 from tests.unit.test_cli_errors import run
 
@@ -54,6 +58,44 @@ def test_activations_are_what_a_real_forward_pass_keeps(precision, length, mask)
     assert counted.kept == pytest.approx(meter.result().kept, rel=0.02)
     assert counted.checkpointed == pytest.approx(meter.result().checkpointed, rel=0.02)
     assert counted.checkpointed < counted.kept
+
+
+@pytest.mark.parametrize("backbone", ["UNET", "PIXART", "SD3"])
+def test_diffusion_models_are_counted_like_any_other(backbone, tmp_path):
+    """Parameters exact, activations those of a real forward pass; the dataset says what the model's shape is."""
+    from jobs.text_to_image import TextToImage
+
+    data = build_images.digits(tmp_path / "data", 40)
+    j = job(**build_images.job(data, backbone=getattr(build_images, backbone)))
+    recipe = TextToImage(j)
+    recipe.bind([manifest.read(Location(str(data)))])
+    model, real = build(recipe), recipe.build()
+    assert census(recipe, model).parameters == sum(p.numel() for p in real.parameters())
+    counted = activations(j, recipe, model, report.sample(j, recipe))
+    with Meter(real) as meter:
+        recipe.loss(real, recipe.batch(report.sample(j, recipe), np.zeros(1, dtype=np.int64)))
+    assert counted == meter.result() and counted.kept > 0
+
+
+def test_an_average_of_the_weights_is_one_more_fp32_copy_in_memory_and_in_checkpoints():
+    shapes = {"w": (1024, 64)}
+    plain, averaged = (memory.state(shapes, frozenset(), 4, 2, "bf16", ema=e) for e in (False, True))
+    assert averaged.device - plain.device == 4 * 1024 * 64 // 4
+    j = job(**{"train.ema": {"decay": 0.99}})
+    recipe = recipe_of(j)
+    assert report.plan(j, recipe)["checkpoint"]["bytes"] == 16 * census(recipe, build(recipe)).parameters
+
+
+def test_an_elastic_job_is_planned_on_its_most_workers_and_must_fit_on_its_fewest():
+    """A worker's share of the state is largest where the workers are few."""
+    elastic = {"workers.count": [1, 4], "workers.gpus": 1, "train.zero.stage": 3}
+    j = job(**elastic)
+    assert report.plan(j, recipe_of(j))["workers"] == 4
+    big = {"model.num_hidden_layers": 1, "model.hidden_size": 40960, "model.intermediate_size": 40960, "model.vocab_size": 64}
+    j = job(**elastic, **big, **{"train.activation_checkpointing": False})
+    with pytest.raises(ConfigError, match="each worker needs"):
+        report.plan(j, recipe_of(j))
+    assert report.plan(j.on(4), recipe_of(j))["memory"]["total"] < 80 * GIB
 
 
 def test_checkpointed_activations_grow_by_one_input_a_layer():

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from pathlib import Path
 from typing import Any
 
 from heliostat.cluster import files, local
 from heliostat.cluster.files import ClusterFile
 from heliostat.cluster.reach import tool
-from heliostat.errors import ConfigError
+from heliostat.errors import ClusterError, ConfigError
+
+log = logging.getLogger(__name__)
 
 UP_S = 3600.0  # clouds may take long to find machines
 
@@ -19,6 +23,8 @@ def up(cluster: ClusterFile) -> dict[str, Any]:
         note = f"{len(state.nodes)} nodes at {state.url}, token in {state.token_file}" if state.nodes else f"joined {state.url}"
         return {"name": cluster.name, "url": state.url, "nodes": len(state.nodes), "note": note}
     if cluster.kind == "launcher":
+        if cluster.provider == "local":
+            os.environ.setdefault("RAY_UP_enable_autoscaler_v2", "0")  # version 2 leaves one of the hosts unstarted
         tool(["ray", "up", "--yes", str(cluster.path)], f"starting {cluster.name}", UP_S)
         return {
             "name": cluster.name,
@@ -38,9 +44,25 @@ def down(target: str) -> dict[str, Any]:
         return _down_local(cluster.name)
     if cluster.kind == "launcher":
         tool(["ray", "down", "--yes", target], f"stopping {cluster.name}", UP_S)
+        if cluster.provider == "local":
+            _stop_hosts(cluster)
         return {"name": cluster.name, "note": "is down"}
     tool(["kubectl", "delete", "-f", target, "--ignore-not-found"], f"stopping {cluster.name}")
     return {"name": cluster.name, "note": "is deleted"}
+
+
+def _stop_hosts(cluster: ClusterFile) -> None:
+    """`ray down` leaves Ray running on hosts of our own: their own `ray stop` commands, over ssh."""
+    auth = cluster.raw.get("auth") or {}
+    key = ["-i", str(Path(auth["ssh_private_key"]).expanduser())] if "ssh_private_key" in auth else []
+    stop = " ; ".join(c for c in cluster.raw.get("worker_start_ray_commands") or [] if c.strip().endswith("ray stop"))
+    trust = ["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]  # as `ray up` does
+    for address in cluster.addresses if stop else ():
+        where = f"{auth['ssh_user']}@{address}"
+        try:
+            tool(["ssh", *key, *trust, "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", where, stop], f"stopping {address}", 60)
+        except ClusterError as e:
+            log.warning("%s; if the host is there, Ray may still run on it", e)
 
 
 def _down_local(name: str) -> dict[str, Any]:

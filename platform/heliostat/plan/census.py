@@ -75,7 +75,7 @@ def activations(job: Job, recipe: Recipe, model: torch.nn.Module, content: Any) 
     The model must not checkpoint: what a layer keeps is counted, and what checkpointing drops follows from that.
     """
     model = model.to(DTYPES[job.train.precision])
-    batch = recipe.batch(content, np.arange(1))
+    batch = recipe.batch(content, np.zeros(1, dtype=np.int64))
     with FakeTensorMode(allow_non_fake_inputs=True):
         _fake(model)
         fakes = {k: torch.empty(v.shape, dtype=v.dtype) for k, v in batch.items()}

@@ -21,14 +21,18 @@ from heliostat.errors import ConfigError, DataError, StorageError
 from heliostat.plan import report, shares
 from heliostat.plan.census import Census, build, census
 from heliostat.spec import Job
-from heliostat.train import blocks, stored
+from heliostat.train import blocks, ema, fragments, stored
 
-STATE = ("master", "exp_avg", "exp_avg_sq")
+
+def kinds(job: Job) -> list[str]:
+    """What a checkpoint holds of every trained parameter."""
+    return ["master", *fragments.MOMENTS, *([ema.KEY] if job.train.ema else [])]
 
 
 def dry_run(path: Path, settings: list[str], workers: int | None = None) -> dict[str, Any]:
     started = time.perf_counter()
     job, recipe, _ = report.prepare(path, settings + ([f"workers.count={workers}"] if workers else []))
+    job = job.on(job.worker_counts()[-1])
     check_engine(job)
     data, note = _data(job, recipe)
     built = build(recipe)
@@ -36,7 +40,7 @@ def dry_run(path: Path, settings: list[str], workers: int | None = None) -> dict
     report.plan(job, recipe, built=built)  # refuses a job that cannot fit
     owned = shares.slices(model.trained, job.train.zero.stage, job.workers.most)
     index = checkpoint_index(job, model, owned)
-    sizes = [12 * sum(n for _, _, n in rank) for rank in owned]
+    sizes = [4 * len(kinds(job)) * sum(n for _, _, n in rank) for rank in owned]
     return {
         "name": job.name,
         "workers": job.workers.most,
@@ -96,7 +100,7 @@ def checkpoint_index(job: Job, model: Census, owned: list[list[shares.Slice]]) -
     """`checkpoint.json` as those ranks would write it, with checksums of ten digits; every element must be there once."""
     tensors: dict[str, Any] = {
         f"{kind}.{name}": {"dtype": "F32", "shape": [math.prod(shape)], "chunks": []}
-        for kind in STATE
+        for kind in kinds(job)
         for name, shape in model.trained.items()
     }
     shards: list[dict[str, Any]] = []
@@ -105,7 +109,7 @@ def checkpoint_index(job: Job, model: Census, owned: list[list[shares.Slice]]) -
             continue
         offset = 0
         for name, start, numel in mine:
-            for kind in STATE:
+            for kind in kinds(job):
                 sums = [4294967295] * -(-4 * numel // blocks.BLOCK)
                 chunk = {"shard": len(shards), "start": start, "numel": numel, "crc32": sums, "offset": offset}
                 tensors[f"{kind}.{name}"]["chunks"].append(chunk)

@@ -23,7 +23,8 @@ BUCKETS = {"reduce_bucket_size": 500_000_000, "allgather_bucket_size": 500_000_0
 
 @dataclass(frozen=True)
 class State:
-    """Bytes on one worker: what is on its device, and what offload moved to its host (or to NVMe)."""
+    """Bytes on one worker: what is on its device, and what offload moved to its host (or to NVMe). `masters`: with their average,
+    if one is kept (EMA)."""
 
     weights: int
     gradients: int
@@ -51,6 +52,7 @@ def state(
     offload_param: str | None = None,
     persistence: int = BUCKETS["stage3_param_persistence_threshold"],
     accumulates: bool = True,
+    ema: bool = False,
 ) -> State:
     """What a worker holds between two steps. Gradients: at their largest, before the optimizer's step."""
     sizes = {n: math.prod(s) for n, s in shapes.items()}
@@ -62,7 +64,9 @@ def state(
         else partition(trained, workers)
     )
     if stage == 0:
-        return State(weights=4 * sum(sizes.values()), gradients=4 * trained, masters=0, moments=8 * trained, host=0, disk=0)
+        return State(
+            weights=4 * sum(sizes.values()), gradients=4 * trained, masters=4 * trained * ema, moments=8 * trained, host=0, disk=0
+        )
     if stage == 3:
         small = sum(n for n in sizes.values() if n <= persistence)  # these stay gathered
         weights = low * (sum(partition(n, workers) for n in sizes.values()) + small)
@@ -71,7 +75,7 @@ def state(
     gradients = low * (trained if stage == 1 else share)
     if stage == 2 and accumulates:
         gradients = low * _touched({n: s for n, s in shapes.items() if n not in frozen}, workers)
-    masters, moments, host, disk = 4 * share, 8 * share, 0, 0
+    masters, moments, host, disk = 4 * share * (1 + ema), 8 * share, 0, 0
     if offload_optimizer:  # the masters' gradients go there too, in fp32
         host, masters, moments = masters + moments + 4 * share, 0, 0
         gradients = gradients if stage == 1 else 0

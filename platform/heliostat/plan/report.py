@@ -45,10 +45,9 @@ def plan_file(
 
 
 def prepare(path: Path, settings: list[str] | None) -> tuple[Job, Recipe, str]:
-    """The job, an elastic one with the most workers that it allows; its recipe, whose models do not checkpoint activations
-    (`census.activations`) and which knows the datasets; the reason if they cannot be read."""
+    """The job; its recipe, whose models do not checkpoint activations (`census.activations`) and which knows the datasets;
+    the reason if they cannot be read."""
     job, recipe = check.check_file(path, settings)
-    job = job.on(max(job.worker_counts()))
     if job.train.activation_checkpointing:
         recipe = type(recipe)(job.model_copy(update={"train": job.train.model_copy(update={"activation_checkpointing": False})}))
     try:
@@ -56,6 +55,8 @@ def prepare(path: Path, settings: list[str] | None) -> tuple[Job, Recipe, str]:
             location.probe()
         recipe.bind([manifest.read(location) for location in job.sources])
     except (DataError, StorageError) as e:
+        if recipe.kind != "tokens":  # the model's shape follows from the data
+            raise type(e)(f"data.sources: a plan of {job.recipe} needs the dataset: {e}") from e
         return job, recipe, str(e)
     return job, recipe, ""
 
@@ -66,21 +67,22 @@ def plan(
 ) -> dict[str, Any]:  # fmt: skip
     """`built`: the recipe's model of `census.build`, if there is one; it is used up."""
     prices = prices or hardware.table()
+    job, fewest = job.on(job.worker_counts()[-1]), job.on(job.worker_counts()[0])
     name, instance = _device_of(cluster) if cluster and not device else (device, None)
     where = hardware.resolve(job, prices, name, instance)
     if where.name == "cpu" and (cluster is None or cluster.local):
         where = replace(where, memory=psutil.virtual_memory().total / job.workers.most)  # this machine's
     if cluster:
         _check_room(job, cluster)
-    notes: list[str] = []
     built = built or build(recipe)
     model = census(recipe, built)
-    kept = _activations(job, recipe, built, notes)
+    kept = activations(job, recipe, built, sample(job, recipe))
     planner = Planner(job, model, kept, where, prices)
-    chosen = planner.candidate(job.train.zero.stage, job.train.micro_batch, bool(job.train.zero.offload.optimizer))
+    chosen = planner.chosen()
+    for one in (Planner(fewest, model, kept, where, prices), planner):  # an elastic run must fit on few, too
+        if not (mine := one.chosen())["fits"]:
+            raise ConfigError(_refusal(one.job, where, mine, one.recommend()))
     best = planner.recommend()
-    if not chosen["fits"]:
-        raise ConfigError(_refusal(job, where, chosen, best))
     return {
         "name": job.name,
         "device": {**asdict(where), "prices": str(prices["date"])},
@@ -93,7 +95,7 @@ def plan(
         "run": planner.run(chosen),
         "checkpoint": planner.checkpoint(chosen),
         "recommended": {k: best[k] for k in ("stage", "micro_batch", "offload_optimizer", "speed")} if best else None,
-        "notes": notes,
+        "notes": [],
     }
 
 
@@ -113,23 +115,15 @@ def _check_room(job: Job, cluster: ClusterFile) -> None:
         raise ConfigError(f"workers.labels: no pool of {cluster.path} carries {dict(need.labels)}; there are {', '.join(have)}")
     known = [p for p in pools if p.cpus is not None]
     room = sum(p.most * _fit(p.cpus or 0, p.gpus, need.cpus, need.gpus) for p in known)
-    if known and len(known) == len(pools) and room < need.most:
+    if known and len(known) == len(pools) and room < need.least:
         raise ConfigError(
-            f"workers.count: {need.most} workers of {need.cpus:g} CPUs and {need.gpus:g} GPUs do not fit on {cluster.path}, "
+            f"workers.count: {need.least} workers of {need.cpus:g} CPUs and {need.gpus:g} GPUs do not fit on {cluster.path}, "
             f"which has room for {room} at its largest; lower it, or raise the pool's maximum"
         )
 
 
 def _fit(cpus: float, gpus: float, need_cpus: float, need_gpus: float) -> int:
     return int(min(cpus // need_cpus, gpus // need_gpus if need_gpus else math.inf))
-
-
-def _activations(job: Job, recipe: Recipe, model: torch.nn.Module, notes: list[str]) -> Activations:
-    try:
-        return activations(job, recipe, model, sample(job, recipe))
-    except (DataError, StorageError) as e:
-        notes.append(f"activations are left out: a sample is needed to count them ({e})")
-        return Activations(0, 0, 0)
 
 
 def sample(job: Job, recipe: Recipe) -> Any:
@@ -151,6 +145,11 @@ class Planner:
         self.job, self.model, self.kept, self.device, self.prices = job, model, kept, device, prices
         self.workers, self.gpu = job.workers.most, device.name != "cpu"
 
+    def chosen(self) -> dict[str, Any]:
+        """The job as it is."""
+        zero = self.job.train.zero
+        return self.candidate(zero.stage, self.job.train.micro_batch, bool(zero.offload.optimizer))
+
     def candidate(self, stage: int, micro: int, offload_optimizer: bool) -> dict[str, Any]:
         """Memory, communication and speed at a stage and micro-batch, everything else as in the job."""
         job, model, workers = self.job, self.model, self.workers
@@ -162,7 +161,16 @@ class Planner:
         threshold = zero.get("stage3_param_persistence_threshold", memory.BUCKETS["stage3_param_persistence_threshold"])
         accumulation = train.global_batch // (workers * micro)
         held = memory.state(
-            model.shapes, model.frozen, workers, stage, precision, offload_optimizer, param, threshold, accumulation > 1
+            model.shapes,
+            model.frozen,
+            workers,
+            stage,
+            precision,
+            offload_optimizer,
+            param,
+            threshold,
+            accumulation > 1,
+            bool(train.ema),
         )
         live = memory.working(model.parameters, model.layer, stage, precision, zero, self.gpu)
         per_sample = self.kept.checkpointed if train.activation_checkpointing else self.kept.kept
@@ -203,7 +211,8 @@ class Planner:
     def checkpoint(self, chosen: dict[str, Any]) -> dict[str, float]:
         """Size and times of a checkpoint, and the interval that loses least to failures."""
         rates, nodes = self.prices["storage"], -(-self.workers // self.device.per_node)
-        size = 12 * sum(math.prod(s) for s in self.model.trained.values())  # fp32 master and two moments
+        trained = sum(math.prod(s) for s in self.model.trained.values())
+        size = (16 if self.job.train.ema else 12) * trained  # fp32 master and two moments, and the average
         blocked = size / self.workers / (rates["host_copy"] * 1e9) if self.gpu else 0.1
         upload = size / nodes / (rates["node"] * 1e9)
         between = self.between()
