@@ -6,7 +6,7 @@ Same U-Net (digits at 32 x 32), batch (16 images a step), fp32, AdamW, clipping 
 The plain loop has its images decoded and its captions as tokens in memory; the heliostat runs have everything on: Ray Data,
 receipts, MLflow, checkpoints and an evaluation. Runs are interleaved (plain, ZeRO-1, 2, 3, plain, ...), each is summarised by its
 median step after the first two, and the ratios are medians over the rounds. Then a small latent model is trained with the frozen
-encoders in every step, and on latents and embeddings that the pipeline has computed. Plain runs are at niceness 15, as Ray does.
+encoders in every step, and on latents and embeddings that the pipeline has computed.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def job(folder: Path, name: str, data: Path, steps: int, **model: Any) -> Path:
 
 def plain(path: Path) -> float:
     loop = ROOT / "tests/benchmarks/yardsticks/plain_diffusers.py"
-    return json.loads(run(["nice", "-n", "15", BIN / "torchrun", "--nproc-per-node", "2", loop, path]))["images_per_second"]
+    return json.loads(run([BIN / "torchrun", "--nproc-per-node", "2", loop, path]))["images_per_second"]
 
 
 def heliostat(path: Path, *settings: str) -> float:
