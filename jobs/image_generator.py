@@ -69,7 +69,7 @@ class ImageGenerator:
         return [self._answer(r, drawn[i * self.options.grid : (i + 1) * self.options.grid]) for i, r in enumerate(requests)]
 
     def _answer(self, request: Request, images: list[np.ndarray]) -> Generated:
-        place = request.out if str(request.out).lower().endswith(".png") else f"{request.out}.png"
-        Location(str(place)).write(png(grid(images, 4)))
-        facts = {"file": place, "seed": request.seed, "steps": self.steps, "guidance": self.guidance, "images": len(images)}
+        place = Location(str(request.out)).ending(".png")
+        place.write(png(grid(images, 4)))
+        facts = {"file": place.uri, "seed": request.seed, "steps": self.steps, "guidance": self.guidance, "images": len(images)}
         return Generated(request.prompt, f"{request.prompt!r} is in {place}", facts)

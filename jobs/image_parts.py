@@ -61,6 +61,9 @@ class Parts:
         given = self._given()
         if given.get("in_channels", self.shape()[0]) != self.shape()[0]:
             raise ConfigError(f"model.backbone.in_channels: {given['in_channels']}, but the data has {self.shape()[0]}")
+        for key in diffusion_config.TEXT_WIDTHS[self.arch]:
+            if given.get(key, self.width) != self.width:
+                raise ConfigError(f"model.backbone.{key}: {given[key]}, but the text encoder's width is {self.width}")
         with torch.device("meta"):
             self.build()  # what makes no sense is found here
 
@@ -74,14 +77,21 @@ class Parts:
         """Of the text's embeddings."""
         return diffusion_config.text_width(self.model.text)
 
+    def text_width(self) -> int:
+        """`width`, or what the backbone says of it where the encoder's folder is not at hand."""
+        given = self._given().get(diffusion_config.TEXT_WIDTHS[self.arch][0])
+        return given if self.facts is None and given else self.width
+
     def _given(self) -> dict[str, Any]:
         """The backbone's keys, or its folder's configuration."""
         keys = self.model.backbone
         return diffusion_config.folder_config("model.backbone.pretrained", keys["pretrained"]) if "pretrained" in keys else keys
 
     def shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
-        """Channels, height and width of what is noised; `size`: width and height in pixels."""
-        assert self.facts
+        """Channels, height and width of what is noised; `size`: width and height in pixels. Without datasets, the backbone's."""
+        if self.facts is None:
+            given = self._given()
+            return given.get("in_channels", 4), given.get("sample_size", 64), given.get("sample_size", 64)
         width, height = size or self.facts.size
         if self.vae_config is None:
             return self.facts.channels, height, width

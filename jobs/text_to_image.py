@@ -142,7 +142,7 @@ class TextToImage:
             model = self.build()
             text = torch.zeros((1, self.model.text.length), dtype=torch.long)
             if self.model.text.pretrained:
-                text = torch.zeros((1, self.model.text.length, self.parts.width))
+                text = torch.zeros((1, self.model.text.length, self.parts.text_width()))
             with FlopCounterMode(display=False) as counter:
                 model(torch.zeros((1, *self.parts.shape())), torch.zeros((1,), dtype=torch.long), text)
         return 3.0 * counter.get_total_flops()

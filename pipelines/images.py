@@ -116,6 +116,7 @@ class ImagePipeline(Pipeline):
             return self._write(output, inputs)
 
     def _write(self, output: Location, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        output.join(image_tasks.QUARANTINE).delete()  # of an earlier run
         columns = Columns(**self.columns.model_dump())
         tasks = [{"task": json.dumps(t)} for t in image_sources.tasks(self.input, inputs, columns)]
         rows = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(

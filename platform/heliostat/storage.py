@@ -153,6 +153,11 @@ class Location:
         base, mark, query = self.uri.partition("?")  # a key may hold a question mark: escaped, it does not start the query
         return Location("/".join([base.rstrip("/"), *(p.replace("%", "%25").replace("?", "%3F") for p in parts)]) + mark + query)
 
+    def ending(self, suffix: str) -> Location:
+        """The same place if its name ends so, else with the suffix added to it."""
+        base, mark, query = self.uri.partition("?") if self.is_s3 else (self.uri, "", "")
+        return self if base.lower().endswith(suffix) else Location(base + suffix + mark + query)
+
     def absolute(self, root: Path) -> Location:
         """The same place, with a relative path taken from `root`."""
         return self if urlsplit(self.uri).scheme else Location(str(root / self.uri))

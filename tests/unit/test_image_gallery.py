@@ -109,6 +109,11 @@ def test_options_of_the_other_kind_of_model_are_refused_by_name(dataset, tmp_pat
         ImageGenerator(tmp_path, {"sampler": "euler"})
 
 
+def test_where_an_image_goes_ends_in_png_on_s3_too():
+    for given, expected in (("a/x", "a/x.png"), ("a/x.PNG", "a/x.PNG"), ("s3://b/x?scheme=http", "s3://b/x.png?scheme=http")):
+        assert Location(given).ending(".png").uri == expected
+
+
 def test_a_prompts_file_is_a_prompt_a_line(tmp_path):
     (tmp_path / "p.txt").write_text("a seven\n\n  an eight \n")
     assert read_prompts(tmp_path / "p.txt") == ["a seven", "an eight"]

@@ -18,7 +18,7 @@ import torch
 from heliostat import check
 from heliostat.cluster import files
 from heliostat.cluster.files import ClusterFile
-from heliostat.data import manifest
+from heliostat.data import collection, manifest
 from heliostat.errors import ConfigError, DataError, StorageError
 from heliostat.plan import faults, hardware, memory, speed
 from heliostat.plan.census import Activations, Census, activations, build, census
@@ -53,6 +53,9 @@ def prepare(path: Path, settings: list[str] | None) -> tuple[Job, Recipe, str]:
     try:
         for location in job.sources:
             location.probe()
+        given, job = job, collection.expand(job)
+        if job is not given:
+            recipe = type(recipe)(job)
         recipe.bind([manifest.read(location) for location in job.sources])
     except (DataError, StorageError) as e:
         if recipe.kind != "tokens":  # the model's shape follows from the data
