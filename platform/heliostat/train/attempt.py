@@ -112,6 +112,8 @@ class Attempt:
         """Orders a stop, or finds the attempt's fault, where there is a reason to."""
         now = time.time()
         if self.signals.name and self._ordered < INTERRUPTED:
+            if self._phase == "ended":
+                return  # the driver sees to it
             if self._phase not in ("step", "stepped"):
                 self._fault = StoppedError(f"stopped by {self.signals.name} before the first step; nothing was lost")
                 return

@@ -183,6 +183,8 @@ class _Run:
         summary |= show.startup(self.started)
         summary["restarts"] = self.restarts
         self.job.run_folder.join(SUMMARY).write(json.dumps(summary).encode())
+        if signals.name:
+            raise StoppedError(f"stopped by {signals.name} behind the last step; use --resume to export and register the model")
         return summary
 
     def _attempt(self, owner: RunOwner, show: Any, signals: Signals) -> dict[str, Any]:
