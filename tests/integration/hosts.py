@@ -88,22 +88,45 @@ class Host:
     def works(self) -> bool:
         return bool(self.process and workers(self.process.pid))
 
-    def drain(self, node_id: str, seconds: int) -> None:
-        """What a provider's notice of preemption becomes."""
-        command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", f"--address={NET}.1:6379", f"--node-id={node_id}",
-                   "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot",
-                   f"--deadline-remaining-seconds={seconds}"]  # fmt: skip
-        assert self.run(command).wait(60) == 0
+    def console(self) -> "Console":
+        return Console(self)
 
-    def node_id(self, of: "Host") -> str:
-        """Ray's name of another host's node, asked from this one."""
-        code = (
-            "import ray; ray.init(logging_level=40, log_to_driver=False); "
-            f"print([n['NodeID'] for n in ray.nodes() if n['Alive'] and n['NodeManagerAddress'] == '{of.address}'][0])"
-        )
-        asked = self.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-        told, _ = asked.communicate(timeout=90)
-        return told.split()[-1]
+
+class Console:
+    """A client of Ray on the head's host, ready to tell the cluster of a preemption at once."""
+
+    CODE = """
+import sys, time, ray
+from ray._raylet import GcsClient
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+ray.init(logging_level=40, log_to_driver=False)
+client = GcsClient(address=ray.get_runtime_context().gcs_address)
+print("ready", flush=True)
+for line in sys.stdin:
+    address, seconds = line.split()
+    node = next(n["NodeID"] for n in ray.nodes() if n["Alive"] and n["NodeManagerAddress"] == address)
+    until = int((time.time() + float(seconds)) * 1000)
+    print(client.drain_node(node, DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, "spot", until), flush=True)
+"""
+
+    def __init__(self, host: Host) -> None:
+        self.process = host.run([sys.executable, "-c", self.CODE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._answer() == "ready"
+
+    def _answer(self) -> str:
+        assert self.process.stdout
+        return self.process.stdout.readline().strip()
+
+    def drain(self, host: Host, seconds: int) -> None:
+        """What a provider's notice of preemption becomes."""
+        assert self.process.stdin
+        print(host.address, seconds, file=self.process.stdin, flush=True)
+        answer = self._answer()
+        assert answer.startswith("(True"), answer
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
 
 
 class Hosts:

@@ -20,7 +20,7 @@ from heliostat.verify import verify
 from tests.integration import hosts
 from tests.integration.conftest import curve, tiny_job
 
-STEPS = 200
+STEPS = 300  # some 60 are made while a node starts on a fast machine
 TRAIN = [sys.executable, "-c", "from heliostat.cli import main; main()", "train"]
 
 pytestmark = pytest.mark.skipif(bool(hosts.why_not()), reason=str(hosts.why_not()))
@@ -82,10 +82,11 @@ def test_a_run_outlives_a_drained_a_killed_and_a_cut_off_node(job, tracking, tmp
         first, second, third = made.all
         for host in made.all:
             host.start(cpus=3)
+        console = first.console()
         driver = Driver(first, path, tmp_path / "driver.log")
         try:
             driver.gets_on(8)
-            third.drain(first.node_id(third), 60)
+            console.drain(third, 60)
             driver.until(lambda: (2, None) in attempts(run), "an attempt of two workers")
             third.kill()  # its provider takes it
             driver.gets_on()
@@ -98,10 +99,11 @@ def test_a_run_outlives_a_drained_a_killed_and_a_cut_off_node(job, tracking, tmp
             third.cut_off()
             assert driver.process.wait(240) == 0, driver.text()[-3000:]
         finally:
+            console.close()
             driver.process.kill()
             driver.process.wait()
     result = json.loads((tmp_path / "result").read_text().splitlines()[-1])
-    assert curve(tracking, result["run_id"]) == pytest.approx(expected, abs=1e-5)
+    assert curve(tracking, result["run_id"]) == pytest.approx(expected, abs=1e-3)  # other worker counts add up in another order
     report = verify(run)
     assert report["ok"] and report["steps"] == STEPS and report["lost"] == report["repeated"] == 0
     assert attempts(run) == [(3, "preempted"), (2, "resize"), (3, "failed"), (2, "failed"), (1, "finished")]
