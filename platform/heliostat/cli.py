@@ -112,9 +112,11 @@ def train(
         return
     if workers is not None:
         raise ConfigError("--workers goes with --dry-run; to train with another number use --set workers.count=N")
+    import psutil
+
     from heliostat.train.run import train as run
 
-    result = run(job, setting, resume, overwrite, allow_data_change, verbose)
+    result = run(job, setting, resume, overwrite, allow_data_change, verbose, started=psutil.Process().create_time())
     if not json_:
         _print_result(result)
     _finish(result, json_)

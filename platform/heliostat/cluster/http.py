@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import urllib.error
@@ -25,13 +26,13 @@ def own_token() -> str | None:
 
 
 def get(url: str, token: str | None = None, timeout: float = TIMEOUT_S) -> tuple[int, Any]:
-    """(status, decoded JSON or None); status 0 if nothing answers."""
+    """(status, decoded JSON or None); status 0 if nothing answers, or what does speaks no HTTP."""
     try:
         with urllib.request.urlopen(urllib.request.Request(url, headers=headers(token)), timeout=timeout) as answer:
             return answer.status, json.loads(answer.read())
     except urllib.error.HTTPError as e:
         return e.code, None
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):
         return 0, None
 
 

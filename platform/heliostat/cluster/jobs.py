@@ -187,8 +187,8 @@ class Jobs:
             found = self.get(job_id)
             over, text = found["status"] in OVER, self.logs(job_id)
             if shown is None:
-                shown = text.find("\n", max(0, text.rfind(found["metadata"].get("attempt", "")))) + 1
-            if text[shown:]:
+                shown = _beginning(text, found["metadata"]["attempt"], over)
+            if shown is not None and text[shown:]:
                 yield text[shown:]
                 shown = len(text)
             if over:
@@ -216,6 +216,17 @@ class Jobs:
         if now:
             marker.delete()
         return found
+
+
+def _beginning(text: str, attempt: str, over: bool) -> int | None:
+    """Where a submission's part of its id's log begins: behind the line that names the attempt; None before that is written.
+
+    A submission that is over without one never came to its entrypoint: then all that is there is shown.
+    """
+    _, found, behind = text.rpartition(attempt)
+    if found and "\n" in behind:
+        return len(text) - len(behind) + behind.index("\n") + 1
+    return 0 if over else None
 
 
 def _plain(details: Any) -> dict[str, Any]:
