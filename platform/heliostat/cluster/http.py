@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -62,3 +63,10 @@ def node_table(url: str, token: str | None) -> list[dict[str, Any]]:
         }
         for n in raw["data"]["result"]["result"]
     ]
+
+
+def actor_alive(url: str, token: str | None, name: str) -> bool:
+    """Whether an actor of this name is alive, as far as the cluster tells."""
+    wanted = urllib.parse.urlencode({"filter_keys": "name", "filter_predicates": "=", "filter_values": name, "limit": 10000})
+    status, raw = get(f"{url}/api/v0/actors?{wanted}", token)
+    return status == 200 and bool(raw["result"]) and any(a["state"] == "ALIVE" for a in raw["data"]["result"]["result"])
