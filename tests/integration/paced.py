@@ -1,0 +1,15 @@
+"""A recipe that takes its time, so that there is some to strike in; the losses are the same."""
+
+import time
+
+import torch
+
+from jobs.causal_lm import CausalLM
+
+PACED = {"recipe": "tests.integration.paced:Paced"}
+
+
+class Paced(CausalLM):
+    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        time.sleep(0.15)
+        return super().loss(model, batch)
