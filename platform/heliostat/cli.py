@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
+import psutil
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
@@ -116,7 +117,7 @@ def train(
         raise ConfigError("--workers goes with --dry-run; to train with another number use --set workers.count=N")
     from heliostat.train.run import train as run
 
-    result = run(job, setting, resume, overwrite, allow_data_change, verbose)
+    result = run(job, setting, resume, overwrite, allow_data_change, verbose, started=psutil.Process().create_time())
     if not json_:
         _print_result(result)
     _finish(result, json_)

@@ -49,6 +49,7 @@ def log_model(job: Job, run_id: str, step: int, folder: Path, recipe: Recipe, sc
                 metadata={"license": told},
             )
         client: Any = mlflow.MlflowClient()
+        client.update_run(run_id, status="RUNNING")  # the fluent run has ended it, and there is more to come
         client.set_logged_model_tags(info.model_id, {"license": told, "heliostat.step": str(step)})
         if not job.mlflow.register_as:
             return info.model_uri

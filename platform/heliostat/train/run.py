@@ -19,7 +19,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 from rich.console import Console
 
 from heliostat import check, goodput
@@ -58,12 +57,14 @@ def train(
     verbose: bool = False,
     recorded: DataPlan | None = None,
     tags: dict[str, str] | None = None,
+    started: float | None = None,
 ) -> dict[str, Any]:
     """Trains a job to its last step; HeliostatError with one line for whatever stopped it.
 
-    `recorded`: a plan that the data must give, of a run that is made again; `tags`: of a new MLflow run.
+    `recorded`: a plan that the data must give, of a run that is made again; `tags`: of a new MLflow run; `started`: wall clock
+    from which the ledger counts, now if it is not given.
     """
-    started = psutil.Process().create_time()
+    started = started or time.time()
     job, recipe = check.check_file(path, settings)
     check.check_storage(job)
     driver.alone(job.run_folder)
@@ -155,10 +156,12 @@ class _Run:
         return result
 
     def _finish(self, owner: RunOwner, status: str, reason: str = "") -> None:
+        report, outcome = self.ledger.report(), {"KILLED": "interrupted"}.get(status, status.lower())
+        report["attempts"][-1] |= {"outcome": outcome, "reason": reason}
         try:
-            owner.finish(status, reason, self.ledger.report())
+            owner.finish(status, reason, report)
         finally:
-            self.ledger.close({"KILLED": "interrupted"}.get(status, status.lower()), reason)
+            self.ledger.close(outcome, reason)
 
     # training --------------------------------------------------------------------------------------------------------
 
