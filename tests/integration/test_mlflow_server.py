@@ -35,7 +35,7 @@ def missing() -> str:
         return "set HELIOSTAT_SERVER=1 to run MLflow on PostgreSQL and S3 (a minute or two)"
     if not POSTGRES:
         return "not on this machine: PostgreSQL's server (Debian: postgresql)"
-    absent = [m for m in ("psycopg2", "flask_wtf", "moto") if not importlib.util.find_spec(m)]
+    absent = [m for m in ("psycopg", "flask_wtf", "moto") if not importlib.util.find_spec(m)]
     return f"not installed: {', '.join(absent)} (pip install 'heliostat[server,s3-test]')" if absent else ""
 
 
@@ -86,14 +86,14 @@ def server(database: dict[str, str], s3_server: str, password: str, tmp_path_fac
     config = configparser.ConfigParser()
     config["mlflow"] = {
         "default_permission": "READ",
-        "database_uri": "postgresql:///mlflow",
+        "database_uri": "postgresql+psycopg:///mlflow",
         "admin_username": "admin",
         "authorization_function": "mlflow.server.auth:authenticate_request_basic_auth",
     }
     with (folder / "auth.ini").open("w") as f:
         config.write(f)
     command = [shutil.which("mlflow") or str(Path(mlflow.__file__).parents[4] / "bin" / "mlflow"), "server", "--app-name",
-               "basic-auth", "--backend-store-uri", "postgresql:///mlflow", "--artifacts-destination", "s3://mlflow/artifacts",
+               "basic-auth", "--backend-store-uri", "postgresql+psycopg:///mlflow", "--artifacts-destination", "s3://mlflow/artifacts",
                "--host", "127.0.0.1", "--port", "PORT", "--workers", "1"]  # fmt: skip
     environment = {
         **database,

@@ -24,11 +24,12 @@ DEPTH = 20  # generations of parents
 def lineage(client: Any, uri: str, what: str) -> dict[str, Any]:
     """{model: the registered version or None, run: the run's node}; ConfigError for a name that leads to no run."""
     if re.fullmatch(r"[0-9a-f]{32}", what) or _is_folder(what):
-        return {"model": None, "run": run_node(client, store.find(client, what, uri))}
+        return {"model": None, "run": run_node(client, settle(client, store.find(client, what, uri)))}
     version = registry.find(client, what)
     if not version.run_id:
         raise ConfigError(f"{what}: was registered without a run, so nothing is known of where it comes from")
-    return {"model": model_node(client, version), "run": run_node(client, store.find(client, version.run_id, uri))}
+    run = settle(client, store.find(client, version.run_id, uri))
+    return {"model": model_node(client, version), "run": run_node(client, run)}
 
 
 def _is_folder(what: str) -> bool:
@@ -41,7 +42,7 @@ def model_node(client: Any, version: Any) -> dict[str, Any]:
     aliases = client.get_registered_model(version.name).aliases
     return {
         "name": version.name,
-        "version": version.version,
+        "version": str(version.version),
         "uri": f"models:/{version.name}/{version.version}",
         "aliases": sorted(a for a, v in aliases.items() if str(v) == str(version.version)),
         "license": version.tags.get("license"),
@@ -52,7 +53,6 @@ def model_node(client: Any, version: Any) -> dict[str, Any]:
 
 
 def run_node(client: Any, run: Any, depth: int = DEPTH) -> dict[str, Any]:
-    run = settle(client, run)
     run_id, tags = run.info.run_id, run.data.tags
     origins = (read_json(client, run_id, "parents.json") or {}).get("parents", [])
     starts = read_json(client, run_id, ATTEMPTS) or []

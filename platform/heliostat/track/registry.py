@@ -133,13 +133,15 @@ def promote(client: Any, model: str, alias: str, require: list[str], metric: str
         "event": "promoted",
         "require": require,
         "overruled": faults,
-        "replaced": present.version if present is not None and present.version != new.version else None,
+        "replaced": str(present.version) if present is not None and present.version != new.version else None,
     }
     client.set_registered_model_alias(new.name, alias, new.version)
     record(client, new.name, new.version, entry)
     if entry["replaced"]:
-        record(client, new.name, entry["replaced"], {**entry, "event": "replaced", "replaced": None, "replaced_by": new.version})
-    return {"name": new.name, "version": new.version, **entry, "scores": told, "replaced_scores": before}
+        record(
+            client, new.name, entry["replaced"], {**entry, "event": "replaced", "replaced": None, "replaced_by": str(new.version)}
+        )
+    return {"name": new.name, "version": str(new.version), **entry, "scores": told, "replaced_scores": before}
 
 
 def _present(client: Any, name: str, alias: str) -> Any:

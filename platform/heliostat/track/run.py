@@ -39,6 +39,7 @@ AWAY_S = 120.0  # how long the end of a command waits for an MLflow that does no
 IMAGES = 500  # that wait for MLflow; with more the oldest go
 EXCHANGE_S = 300.0  # the longest that an exchange which has begun may take
 PAUSE_S, PAUSE_MAX_S = 0.5, 15.0  # between two tries; each is twice as long as the one before
+NEVER = (HeliostatError, LookupError, TypeError, ValueError, AttributeError)  # would come again at every try
 # MLflow's client by itself tries for minutes, in which nothing could be done
 CLIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 
@@ -198,7 +199,7 @@ class RunOwner:
         try:
             action()
         except Exception as e:
-            if not isinstance(e, HeliostatError) and getattr(e, "error_code", "") not in outbox.HOPELESS:
+            if not isinstance(e, NEVER) and getattr(e, "error_code", "") not in outbox.HOPELESS:
                 raise
             log.error("MLflow lacks something of run %s (%s): %s", self.run_id, what, e)
 
@@ -211,10 +212,10 @@ class RunOwner:
             self._client.log_figure(self.run_id, goodput.chart(report), "goodput.png")
         except Exception as e:  # noqa: BLE001 (whatever MLflow raises: the run's status must be written all the same)
             log.error("MLflow refused the goodput of run %s: %s", self.run_id, e)
-        self._try("its report", self._log_page)
         if end["reason"] or "heliostat.reason" in self._client.get_run(self.run_id).data.tags:  # of an earlier command
             self._client.set_tag(self.run_id, "heliostat.reason", end["reason"][:5000])
         self._client.set_terminated(self.run_id, end["status"])
+        self._try("its report", self._log_page)  # which tells the status, too
 
     def _log_page(self) -> None:
         from heliostat.track import page

@@ -26,7 +26,7 @@ def alone(run: Location) -> None:
     if newest is None or newest.outcome is not None:
         return
     if newest.host == socket.gethostname():
-        if not _alive(newest):
+        if newest.pid == psutil.Process().pid or not _alive(newest):
             return
     else:
         deadline, seen = time.time() + SILENCE_S, newest.seen
@@ -56,6 +56,6 @@ def last(run: Location) -> Attempt | None:
 def _alive(attempt: Attempt) -> bool:
     """Whether the attempt's process is there, and not another one that was given its number."""
     try:
-        return psutil.Process(attempt.pid).create_time() <= attempt.started + 1 and attempt.pid != psutil.Process().pid
+        return psutil.Process(attempt.pid).create_time() <= attempt.started + 1
     except psutil.NoSuchProcess:
         return False
