@@ -33,7 +33,7 @@ from mlflow import MlflowClient
 from tests.integration.conftest import curve, tiny_job
 from tests.integration.test_survival import saved
 
-pytestmark = pytest.mark.usefixtures("ray_session")
+pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(1800)]  # two minutes, on a machine that is not busy
 
 STEPS, TUNED = 30, 10
 WINDOW = 64  # samples: a run of few steps then trains on some shards, and not on others

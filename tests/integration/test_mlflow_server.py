@@ -40,7 +40,11 @@ def missing() -> str:
 
 
 WHY = missing()
-pytestmark = [pytest.mark.skipif(bool(WHY), reason=WHY), pytest.mark.usefixtures("ray_session")]
+pytestmark = [
+    pytest.mark.skipif(bool(WHY), reason=WHY),
+    pytest.mark.usefixtures("ray_session"),
+    pytest.mark.timeout(1800),  # minutes, on a machine that is not busy
+]
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +92,7 @@ def server(database: dict[str, str], s3_server: str, password: str, tmp_path_fac
         "default_permission": "READ",
         "database_uri": "postgresql+psycopg:///mlflow",
         "admin_username": "admin",
+        "auth_cache_ttl_seconds": "60",
         "authorization_function": "mlflow.server.auth:authenticate_request_basic_auth",
     }
     with (folder / "auth.ini").open("w") as f:

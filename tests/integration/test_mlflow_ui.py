@@ -34,7 +34,11 @@ def missing() -> str:
 
 
 WHY = missing()
-pytestmark = [pytest.mark.skipif(bool(WHY), reason=WHY), pytest.mark.usefixtures("ray_session")]
+pytestmark = [
+    pytest.mark.skipif(bool(WHY), reason=WHY),
+    pytest.mark.usefixtures("ray_session"),
+    pytest.mark.timeout(1800),  # minutes, on a machine that is not busy
+]
 
 
 class Squares:

@@ -45,7 +45,6 @@ def log_model(job: Job, run_id: str, step: int, folder: Path, recipe: Recipe, sc
                 registered_model_name=job.mlflow.register_as,
                 params={f"eval.{k}": v for k, v in scores.items()},
                 pip_requirements=list(serving.requirements),
-                step=step,
                 metadata={"license": told},
             )
         client: Any = mlflow.MlflowClient()
