@@ -87,9 +87,9 @@ def story(shards: str, corpus: str, tracking: str, tmp_path_factory: pytest.Temp
     words = [word for s in settings for word in ("--set", s)]
     often = {"MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1"}
     with Command([str(path), *words], folder / "base.log", often) as command:
-        command.until(lambda: saved(run) >= 5, 300, "checkpoint")
+        command.until(lambda: saved(run) >= 5, 900, "checkpoint")
         workers(command.process.pid)[-1].send_signal(signal.SIGKILL)
-        command.until(lambda: len(goodput.read(run)) == 2 and saved(run) >= 15, 300, "checkpoint after the worker's death")
+        command.until(lambda: len(goodput.read(run)) == 2 and saved(run) >= 15, 900, "checkpoint after the worker's death")
         end_tree(command.process.pid)
     from heliostat.track import store, table
 

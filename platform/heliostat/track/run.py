@@ -26,7 +26,7 @@ from heliostat.data.manifest import Manifest
 from heliostat.errors import HeliostatError, TrackingError
 from heliostat.spec import Job
 from heliostat.storage import Location
-from heliostat.track import code, outbox, store
+from heliostat.track import code, curves, outbox, store
 from heliostat.track.points import Point, points
 from heliostat.track.record import Record
 
@@ -66,6 +66,7 @@ class RunOwner:
         self._end: dict[str, Any] | None = None
         self._images: deque[tuple[str, int, bytes]] = deque(maxlen=IMAGES)  # (name, step, PNG) that MLflow has not got yet
         self._starts: deque[dict[str, Any]] = deque()  # of attempts
+        self._filled = False  # with what earlier commands left beside the checkpoints
         self._saved: int | None = None  # the step of a checkpoint of which MLflow does not know yet
         self._thread = threading.Thread(target=self._write, name="mlflow", daemon=True)
 
@@ -166,6 +167,9 @@ class RunOwner:
     def _deliver(self, box: outbox.Outbox) -> None:
         if not self.run_id:
             self._open()
+        if not self._filled:
+            box.precede(curves.missing(self.job.run_folder, self._known()))
+            self._filled = True
         waiting = len(box)
         box.flush()
         self._log_images()

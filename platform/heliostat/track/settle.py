@@ -14,7 +14,7 @@ from heliostat import goodput
 from heliostat.errors import HeliostatError
 from heliostat.spec import Job
 from heliostat.storage import Location
-from heliostat.track import outbox, store
+from heliostat.track import curves, outbox, store
 from heliostat.track.outbox import Outbox
 from heliostat.track.record import Record, read_json
 from heliostat.track.run import TOKEN, record
@@ -74,7 +74,9 @@ ENDS = ("finished", "failed", "interrupted")  # outcomes behind which a command 
 
 def _complete(client: Any, run_id: str, folder: Location) -> None:
     """What the run's folder knows, and MLflow does not."""
-    Outbox(folder, lambda p: store.send(client, run_id, p), lambda: store.known(client, run_id)).flush()
+    box = Outbox(folder, lambda p: store.send(client, run_id, p), lambda: store.known(client, run_id))
+    box.precede(curves.missing(folder, store.known(client, run_id)))
+    box.flush()
     report = goodput.read_report(folder)
     client.log_dict(run_id, report, "goodput.json")
     job = read_json(client, run_id, "job.json")

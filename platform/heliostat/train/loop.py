@@ -27,6 +27,7 @@ from heliostat.errors import LossSpikeError, NonFiniteError
 from heliostat.recipe import Batch, Recipe
 from heliostat.spec import Job
 from heliostat.storage import Location
+from heliostat.track import curves
 from heliostat.train import checkpoint, fragments, pictures, zero
 from heliostat.train.board import queued_s
 from heliostat.train.ema import Ema
@@ -88,6 +89,7 @@ class Worker:
         self._norms: list[float] = []
         self._lane_digests: list[list[int]] = []
         self._bad: list[dict[str, Any]] = []
+        self._told: list[dict[str, Any]] = []  # events of steps and scores since the last checkpoint
 
     # one run ---------------------------------------------------------------------------------------------------------
 
@@ -211,7 +213,7 @@ class Worker:
         self._judge(first, values)
         self.last_loss = values[-1]
         rate = self._per_second(done - first, seconds)
-        self._post(
+        self._tell(
             {
                 "kind": "steps",
                 "first": first,
@@ -282,7 +284,7 @@ class Worker:
                 judged, images = pictures.show(self.gallery, self.engine, self.device, self.control, self._progressed)
                 self.scores |= judged
         self.engine.train()
-        self._post({"kind": "evaluation", "step": done, "scores": self.scores, "at": time.time(), "images": images})
+        self._tell({"kind": "evaluation", "step": done, "scores": self.scores, "at": time.time(), "images": images})
 
     def _progressed(self) -> None:
         self.pulse.progress += 1
@@ -324,7 +326,8 @@ class Worker:
             self.run_folder.join("receipts", f"step-{done:08d}.json").write(
                 receipt.seal(done - len(digests), digests, self.chain, self.plan.digest)
             )
-        self._lane_digests = []
+            curves.write(self.run_folder, done, self._told)
+        self._lane_digests, self._told = [], []
         self.run_bad_samples = quarantine.collect(self.run_folder, done, self._bad, self.bad_samples, self.dataset, self.control)
         self._bad = []
 
@@ -343,6 +346,11 @@ class Worker:
 
     def _now(self) -> dict[str, Any]:
         return {"ledger": self.ledger.totals(), "at": time.time()}
+
+    def _tell(self, event: dict[str, Any]) -> None:
+        """What must not be lost, even if the driver dies before it has it."""
+        self._told.append(event)
+        self._post(event)
 
     def _post(self, event: dict[str, Any]) -> None:
         if self.rank == 0:
