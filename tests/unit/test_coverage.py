@@ -34,7 +34,7 @@ def test_segments_are_cut_at_each_other_and_at_the_last_step(tmp_path: Path):
     assert [(s.first, s.end) for s in cut([plan, later], 30)] == [(0, 20), (20, 30)]
     assert [(s.first, s.end) for s in cut([plan, later], 15)] == [(0, 15)]
     assert [(s.first, s.end, s.plan) for s in cut([plan, back], 30)] == [(0, 12, plan), (12, 30, back)]
-    assert cut([plan], 0) == []
+    assert cut([plan], 0) == cut([], 5) == []
 
 
 def test_a_segment_that_left_samples_out_counts_what_it_took_instead(tmp_path: Path):

@@ -28,7 +28,7 @@ class Segment:
 
 def cut(plans: list[DataPlan], steps: int) -> list[Segment]:
     """The segments of a run that followed these plans, in the order in which they began, and has come to `steps`."""
-    ends = [*(p.begins for p in plans[1:]), steps]
+    ends = [*(p.begins for p in plans[1:]), steps][: len(plans)]
     return [Segment(p.begins, min(e, steps), p) for p, e in zip(plans, ends, strict=True) if p.begins < min(e, steps)]
 
 

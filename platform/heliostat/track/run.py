@@ -41,7 +41,11 @@ EXCHANGE_S = 300.0  # the longest that an exchange which has begun may take
 PAUSE_S, PAUSE_MAX_S = 0.5, 15.0  # between two tries; each is twice as long as the one before
 NEVER = (HeliostatError, LookupError, TypeError, ValueError, AttributeError)  # would come again at every try
 # MLflow's client by itself tries for minutes, in which nothing could be done
-CLIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
+CLIENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # standard output is for results
+}
 
 
 def record(run: Location) -> dict[str, Any]:
