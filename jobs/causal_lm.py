@@ -90,7 +90,8 @@ class CausalLM:
         from transformers.initialization import no_init_weights
         from transformers.integrations import is_deepspeed_zero3_enabled
 
-        if self.pretrained:
+        shapes_only = torch.get_default_device().type == "meta"
+        if self.pretrained and not shapes_only:
             model = transformers.AutoModelForCausalLM.from_pretrained(self.pretrained, config=self.config, dtype=torch.float32)
         elif is_deepspeed_zero3_enabled():
             model = transformers.AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)

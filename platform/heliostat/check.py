@@ -131,7 +131,7 @@ def _version(location: Location, digest: str | None) -> Manifest:
 def _check_data(job: Job, manifests: list[Manifest], recorded: DataPlan | None, change_at: int | None) -> tuple[DataPlan, Order]:
     made = plan(job, manifests, recorded, change_at)
     order = make_order(made, manifests)
-    if order.runs_out is not None and order.runs_out < order.data_step(job.train.steps - 1) + 1:
+    if order.runs_out is not None and order.runs_out < order.data_step(job.last_step - 1) + 1:
         raise ConfigError(
             f"train.steps: {job.train.steps}, but with max_epochs the data lasts for {order.runs_out} steps; raise max_epochs "
             "of a source, or lower train.steps"

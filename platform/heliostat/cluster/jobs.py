@@ -28,6 +28,7 @@ from heliostat.errors import ClusterError, ConfigError, HeliostatError
 from heliostat.goodput import Attempt
 from heliostat.spec import Job
 from heliostat.storage import Location
+from heliostat.track import code
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ class Jobs:
 
     def submit(self, job: Job, cluster: str | None, queue: str | None = None, flags: tuple[str, ...] = ()) -> str:
         """The submission's id. The same job again is the same submission; another job of this name is an error."""
-        record = Record(job.name, cluster, str(job.run_folder), job.train.steps, job.dump(), queue)
+        record = Record(job.name, cluster, str(job.run_folder), job.last_step, job.dump(), queue)
         digest = hashlib.sha256(json.dumps(record.job, sort_keys=True).encode()).hexdigest()[:16]
         if found := self.find(job.name):
             if found["status"] not in OVER or (found["status"] == "SUCCEEDED" and not flags):
@@ -128,7 +129,9 @@ class Jobs:
             work, modules = Path(name) / "work", Path(name) / "modules"
             pack.stage(workspace.root(), work)
             (work / JOB_FILE).write_text(json.dumps(record.job))
+            (work / pack.CODE_FILE).write_text(code.source().dump())
             environment = {k: os.environ[k] for k in PASSED if k in os.environ}
+            environment["HELIOSTAT_CLUSTER"] = cluster or self.there.url
             runtime = {
                 "working_dir": str(work),
                 "py_modules": [str(pack.stage_package(modules))],

@@ -39,6 +39,23 @@ def room_now(workers: Workers, held: Mapping[str, int]) -> int:
     return room(workers, {n: r for n, r in free.items() if n in fit}, held)
 
 
+def census() -> list[dict[str, Any]]:
+    """The cluster's living nodes, as plain data."""
+    return [
+        {
+            "host": node["NodeManagerHostname"],
+            "address": node["NodeManagerAddress"],
+            "cpus": node["Resources"].get("CPU", 0.0),
+            "gpus": node["Resources"].get("GPU", 0.0),
+            "accelerators": [k.split(":", 1)[1] for k in node["Resources"] if k.startswith("accelerator_type:")],
+            "memory_gib": round(node["Resources"].get("memory", 0.0) / 2**30, 1),
+            "labels": {k: v for k, v in node.get("Labels", {}).items() if not k.startswith("ray.io/")},
+        }
+        for node in sorted(ray.nodes(), key=lambda n: n["NodeManagerAddress"])
+        if node["Alive"]
+    ]
+
+
 def draining() -> set[str]:
     """Nodes that have been told to go: preempted by their provider, or drained by a person."""
     return set(ray._private.state.state.get_draining_nodes())

@@ -17,7 +17,7 @@ FOLDER = "segments"
 
 def begin(run: Location, plan: DataPlan, step: int) -> None:
     """Records that the run goes on from `step` with `plan`: whatever is recorded of later steps will be made anew."""
-    for folder in (FOLDER, "receipts", "quarantine"):
+    for folder in (FOLDER, "receipts", "quarantine", "curves"):
         for path, _ in run.join(folder).files():
             if _step(path) > step:
                 run.join(folder, path).delete()

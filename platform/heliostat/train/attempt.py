@@ -179,7 +179,7 @@ class Attempt:
         job, start = self.job, self.start
         workers = job.workers
         replace = job.data.on_bad_sample == "replace"
-        fetch = stream.fetch(start.plan, start.order, start.step, job.train.steps, replace)
+        fetch = stream.fetch(start.plan, start.order, start.step, job.last_step, replace)
         concurrency, memory = max(2, workers.most), job.data.memory_limit
         size = sample_bytes(job.data.sequence_length, start.manifests)
         config = {
