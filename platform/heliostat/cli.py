@@ -350,8 +350,6 @@ def _store(uri: str | None) -> str:
 def _finish(result: dict[str, Any], json_: bool) -> None:
     if json_:
         sys.stdout.write(json.dumps(result) + "\n")
-        sys.stdout.flush()
-        sys.stdout = sys.stderr  # the result is the last line: Ray may have something to say after it
 
 
 from heliostat import cli_cluster, cli_plan, cli_track  # noqa: E402, F401 (they register their commands, and need what is above)
@@ -377,3 +375,6 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)
+    finally:
+        sys.stdout.flush()
+        sys.stdout = sys.stderr  # the result is the last line: Ray may have something to say after it
