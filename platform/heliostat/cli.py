@@ -345,7 +345,7 @@ def _finish(result: dict[str, Any], json_: bool) -> None:
         sys.stdout.write(json.dumps(result) + "\n")
 
 
-from heliostat import cli_cluster, cli_plan  # noqa: E402, F401 (they register their commands, and need what is above)
+from heliostat import cli_cluster, cli_plan, cli_tune  # noqa: E402, F401 (they register their commands, and need what is above)
 
 
 def main() -> None:

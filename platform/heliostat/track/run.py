@@ -51,8 +51,9 @@ def record(run: Location) -> dict[str, Any]:
 class RunOwner:
     """Use: `owner = RunOwner(job, manifests)`, `owner.post(event)` at will, then `owner.finish(...)`."""
 
-    def __init__(self, job: Job, manifests: list[Manifest]) -> None:
-        self.job, self.manifests = job, manifests
+    def __init__(self, job: Job, manifests: list[Manifest], tags: dict[str, str] | None = None) -> None:
+        """`tags`: of a new run, beside its own; one with `mlflow.parentRunId` is a nested run."""
+        self.job, self.manifests, self._tags = job, manifests, tags or {}
         self.run_id = self._made = ""
         self._queue: queue.Queue[dict[str, Any]] = queue.Queue()
         self._answers = threading.Event()  # MLflow's last answer was a good one
@@ -75,6 +76,7 @@ class RunOwner:
 
     def client(self) -> Any:
         """The MlflowClient, once MLflow has answered; TrackingError if it does not for AWAY_S."""
+        self.post({"kind": "hello"})  # the thread may wait for a first event
         self._start()
         if not self._answers.wait(AWAY_S):
             self._patient = False
@@ -92,14 +94,14 @@ class RunOwner:
         except MlflowException as e:
             raise TrackingError(f"mlflow.uri: {self.job.mlflow.uri} failed ({e}); use --resume: training is not repeated") from e
 
-    def finish(self, status: str, reason: str, report: dict[str, Any]) -> None:
-        """Writes all that waits, the run's goodput, and its status: FINISHED, FAILED or KILLED.
+    def finish(self, status: str, reason: str, report: dict[str, Any], tags: dict[str, str] | None = None) -> None:
+        """Writes all that waits, the run's goodput, tags, and its status: FINISHED, FAILED or KILLED.
 
         If MLflow stays away for AWAY_S, the run's next command does it: TrackingError for a run that is FINISHED.
         """
         step = max(a["reached"] for a in report["attempts"])
         self.post({"kind": "goodput", "report": report, "step": step, "at": time.time()})
-        self.post({"kind": "end", "status": status, "reason": reason, "report": report})
+        self.post({"kind": "end", "status": status, "reason": reason, "report": report, "tags": tags or {}})
         self._start()
         self._thread.join(AWAY_S + EXCHANGE_S)
         if self._fault or self._thread.is_alive():
@@ -183,6 +185,8 @@ class RunOwner:
             log.error("MLflow refused the goodput of run %s: %s", self.run_id, e)
         if end["reason"]:
             self._client.set_tag(self.run_id, "heliostat.reason", end["reason"][:5000])
+        for key, value in end["tags"].items():
+            self._client.set_tag(self.run_id, key, value)
         self._client.set_terminated(self.run_id, end["status"])
 
     def _open(self) -> None:
@@ -201,7 +205,7 @@ class RunOwner:
         if not self._made:  # an earlier try may have come to this point
             experiment = self._client.get_experiment_by_name(job.mlflow.experiment)
             experiment_id = experiment.experiment_id if experiment else self._create_experiment()
-            self._made = self._client.create_run(experiment_id, run_name=job.name, tags=_tags(job)).info.run_id
+            self._made = self._client.create_run(experiment_id, run_name=job.name, tags=_tags(job) | self._tags).info.run_id
         params = [mlflow.entities.Param(k, v) for k, v in flatten(job.dump()).items()]
         for i in range(0, len(params), 100):
             self._client.log_batch(self._made, params=params[i : i + 100])

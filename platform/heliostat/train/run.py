@@ -16,6 +16,8 @@ import logging
 import os
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ from heliostat.storage import Location
 from heliostat.track import outbox
 from heliostat.track.run import RunOwner
 from heliostat.train import driver
+from heliostat.train.holds import Holds
 from heliostat.train.ledger import Recorder
 from heliostat.train.signals import Signals
 from heliostat.train.survive import INTERRUPTED, RUN, STOPS, Budget, choose, classify
@@ -47,6 +50,18 @@ from heliostat.train.survive import INTERRUPTED, RUN, STOPS, Budget, choose, cla
 log = logging.getLogger(__name__)
 
 SUMMARY = "summary.json"  # of the training, from its end until there is a result
+
+
+@dataclass
+class Part:
+    """How a run is part of something bigger, a sweep: who hears of it and stops it, and what MLflow is told."""
+
+    started: float  # wall clock
+    signals: Signals
+    holds: Holds
+    hear: Callable[[dict[str, Any]], None]  # gets every event of the workers
+    tags: dict[str, str]  # of the MLflow run
+    closing: dict[str, str] = field(default_factory=dict)  # tags at its end
 
 
 def train(
@@ -93,6 +108,36 @@ def train(
     return result
 
 
+def train_part(job: Job, part: Part) -> dict[str, Any]:
+    """Trains a job to its last step as part of something bigger, from its last checkpoint if it has one; exports nothing.
+
+    Returns the summary of the training, which is also in the run's folder.
+    """
+    from heliostat.train import checkpoint
+
+    job, recipe = check.check_job(job)
+    driver.alone(job.run_folder)
+    found = checkpoint.latest(job.run_folder)
+    recorded = DataPlan.parse(found.index["data"]) if found else None
+    run = _Run(check.check_stores(job, recipe, recorded), found.step if found else 0, part.started, False, part)
+    if found and found.step == job.train.steps and job.run_folder.join(SUMMARY).exists():
+        run.catch_up()
+        return json.loads(job.run_folder.join(SUMMARY).read())
+    return run.fit()
+
+
+def conclude(job: Job) -> dict[str, Any]:
+    """What comes after the training of a run that has all its steps: the model exported, logged and registered; its result."""
+    job, recipe = check.check_job(job)
+    if (result := _finished(job.run_folder)) is not None:
+        return result
+    from heliostat.train import checkpoint
+
+    last = checkpoint.open_checkpoint(job.run_folder, job.train.steps)
+    checked = check.check_stores(job, recipe, DataPlan.parse(last.index["data"]))
+    return _Run(checked, job.train.steps, time.time(), False).conclude()
+
+
 def _finished(run_folder: Location) -> dict[str, Any] | None:
     try:
         return json.loads(run_folder.join("result.json").read())
@@ -101,11 +146,12 @@ def _finished(run_folder: Location) -> dict[str, Any] | None:
 
 
 class _Run:
-    def __init__(self, checked: Checked, start_step: int, started: float, verbose: bool) -> None:
+    def __init__(self, checked: Checked, start_step: int, started: float, verbose: bool, part: Part | None = None) -> None:
         self.job, self.checked = checked.job, checked
         self.plan, self.order = checked.plan, checked.order
         self.counts = checked.job.worker_counts(checked.plan.shape.lanes)
         self.start_step, self.started, self.verbose = start_step, started, verbose
+        self.part = part
         self.console = Console(stderr=True)
         self.budget = Budget(self.job.retries)
         self.restarts = 0
@@ -114,6 +160,10 @@ class _Run:
     def go(self) -> dict[str, Any]:
         """Trains, and concludes."""
         return self._settled(lambda owner: self._conclude(owner, self._fit(owner)))
+
+    def fit(self) -> dict[str, Any]:
+        """Only trains."""
+        return self._settled(self._fit)
 
     def conclude(self) -> dict[str, Any]:
         """Only what comes after the training, where an earlier command did not get through it."""
@@ -132,7 +182,7 @@ class _Run:
 
     def _settled(self, work: Any) -> dict[str, Any]:
         """Does the work with an owner of the MLflow run, whose status is right however it ends."""
-        owner = RunOwner(self.job, self.checked.manifests)
+        owner = RunOwner(self.job, self.checked.manifests, self.part.tags if self.part else None)
         self.ledger.beat(force=True)  # from here on the run has a driver
         try:
             result = work(owner)
@@ -147,7 +197,7 @@ class _Run:
 
     def _finish(self, owner: RunOwner, status: str, reason: str = "") -> None:
         try:
-            owner.finish(status, reason, self.ledger.report())
+            owner.finish(status, reason, self.ledger.report(), self.part.closing if self.part else None)
         finally:
             self.ledger.close({"KILLED": "interrupted"}.get(status, status.lower()), reason)
 
@@ -168,7 +218,7 @@ class _Run:
                 verbose=self.verbose,
             )
             show.phase("ray", time.time())
-            with Signals() as signals:
+            with self.part.signals if self.part else Signals() as signals:
                 while True:
                     show.note("starting the workers")
                     try:
@@ -196,7 +246,15 @@ class _Run:
             nodes.ask_for(self.job.workers, max(self.counts))
             count = choose(self.counts, nodes.room_now(self.job.workers, {}))
         segments.begin(self.job.run_folder, self.plan, self.start_step)
-        start = Start(self.job.on(count), self.counts, self.plan, self.order, self.checked.manifests, self.start_step)
+        start = Start(
+            self.job.on(count),
+            self.counts,
+            self.plan,
+            self.order,
+            self.checked.manifests,
+            self.start_step,
+            self.part.holds if self.part else Holds(),
+        )
 
         def take(event: dict[str, Any]) -> None:
             if event["kind"] == "steps":
@@ -206,6 +264,8 @@ class _Run:
             if event["kind"] == "checkpoint":
                 owner.post({"kind": "goodput", "report": self.ledger.report(), "step": event["step"], "at": event["at"]})
             show.event(event)
+            if self.part:
+                self.part.hear(event)
 
         return Attempt(start, signals, take, self.ledger.beat).run()
 
