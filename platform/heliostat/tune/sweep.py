@@ -128,7 +128,7 @@ class Plan:
         raw["name"], raw["storage"] = self.name(number), str(self.folder.join("trials"))
         if self.sweep.scheduler.name == "pbt":
             raw["checkpoint"]["every"] = self.sweep.scheduler.interval  # what may be cloned is kept until all have come so far
-            raw["checkpoint"]["keep"] = max(2, raw["checkpoint"].get("keep", 2))
+            raw["checkpoint"]["keep"] = max(3, raw["checkpoint"]["keep"])
         return schema.validate(Job, raw, self.name(number))
 
     @property
