@@ -9,6 +9,7 @@ import typer
 
 from heliostat.cli import Json, Settings, Verbose, _finish, app, out
 
+DEFAULT_STORAGE = ".heliostat/runs"
 Storage = Annotated[str, typer.Option(help="Where runs and sweeps live: a folder or s3:// prefix")]
 SweepName = Annotated[str, typer.Argument(help="A sweep's folder (STORAGE/NAME), or its name below --storage")]
 
@@ -33,7 +34,7 @@ def tune(
 
 
 @app.command()
-def sweeps(storage: Storage = ".heliostat/runs", json_: Json = False) -> None:
+def sweeps(storage: Storage = DEFAULT_STORAGE, json_: Json = False) -> None:
     """List the sweeps in a place."""
     from heliostat.storage import Location
     from heliostat.tune.listing import sweeps as find
@@ -54,7 +55,7 @@ def sweep(
     sweep: SweepName,
     top: Annotated[int, typer.Option(min=1, help="As many of the best trials")] = 10,
     stop: Annotated[bool, typer.Option(help="Tell it to stop: its trials stop behind a checkpoint")] = False,
-    storage: Storage = ".heliostat/runs",
+    storage: Storage = DEFAULT_STORAGE,
     json_: Json = False,
 ) -> None:
     """Show a sweep's best trials; or stop it."""
@@ -67,6 +68,22 @@ def sweep(
     if not json_:
         _print(found, top)
     _finish({**found, "trials": found["trials"][:top]}, json_)
+
+
+def write_best(sweep: str) -> Path:
+    """Writes the job of a sweep's best trial as a file beside the sweep, or in the workspace if that is on S3."""
+    import logging
+
+    import yaml
+
+    from heliostat.tune import listing
+
+    folder = listing.find(sweep, DEFAULT_STORAGE)
+    job = listing.best_job(folder)
+    path = Path(f"{job['name']}.yaml") if folder.is_s3 else Path(folder.path) / f"{job['name']}.yaml"
+    path.write_text(yaml.safe_dump(job, sort_keys=False))
+    logging.getLogger("heliostat").info("the job of the best trial is in %s", path)
+    return path
 
 
 def _print(result: dict[str, Any], top: int) -> None:

@@ -72,7 +72,11 @@ def test_values_keep_their_types(tmp_path):
         ),
         ({"searcher": {"name": "bohb"}}, {}, "searcher.name: 'bohb' is not a choice"),
         ({"scheduler": {"name": "asha"}}, {}, "scheduler.grace: is required for 'asha'"),
-        ({"scheduler": {"name": "asha", "grace": 15}}, {}, "scheduler.grace: 15 must be a multiple of the job's evaluate.every 10"),
+        (
+            {"scheduler": {"name": "asha", "grace": 15}},
+            {},
+            "grace: 15 must be a multiple of the job's evaluate.every 10",
+        ),
         ({"scheduler": {"name": "asha", "grace": 100}}, {}, "scheduler.grace: 100 must be below the job's train.steps 100"),
         ({"scheduler": {"name": "asah"}}, {}, "did you mean 'asha'"),
         (

@@ -7,6 +7,7 @@ node's provider wants that, or when the cluster has room for more of them; and e
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 import uuid
@@ -204,7 +205,7 @@ class Attempt:
             "run_folder": str(job.run_folder),
         }
         attempts = job.run_folder.join("ray")
-        return V2.torch.TorchTrainer(
+        return _trainer_class()(
             _worker,
             train_loop_config=config,
             datasets={"train": lambda: stream.dataset(fetch, concurrency, memory, size, job.data.labels)},
@@ -231,6 +232,20 @@ class Attempt:
                 worker_runtime_env=remote_environment(workers.gpus),
             ),
         )
+
+
+def _trainer_class() -> Any:
+    """Ray's, on a Ray of our own without the process that watches over the placement group: it asks the dashboard, which is not
+    there, and a process costs each start more than a second of CPU."""
+    if os.environ.get("RAY_ADDRESS"):
+        return V2.torch.TorchTrainer
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+    class Trainer(V2.torch.TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            return [c for c in super()._create_default_callbacks() if not isinstance(c, PlacementGroupCleanerCallback)]
+
+    return Trainer
 
 
 def _worker(config: dict[str, Any]) -> dict[str, Any]:

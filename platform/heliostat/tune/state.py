@@ -6,6 +6,7 @@ Fed by Ray Tune's callbacks; every change of a record is written at once.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from typing import Any
 
@@ -66,6 +67,7 @@ class State:
             "stop": str(self.folder.join("stop")),
             "tags": tags,
             "root": str(workspace.root()),
+            "cluster": os.environ.get("RAY_ADDRESS", ""),
             "params": record.params,
         }
 

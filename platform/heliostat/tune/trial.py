@@ -32,7 +32,7 @@ PRUNED = "heliostat.pruned"
 
 
 class Trial(tune.Trainable):
-    """`config`: job (plain data), holds (steps), metric, prunes, clone, stop (a place), tags, root (the workspace)."""
+    """`config`: what `State.config` says."""
 
     def setup(self, config: dict[str, Any]) -> None:
         self.given = config
@@ -82,6 +82,8 @@ class Trial(tune.Trainable):
         from heliostat.train.run import Part
 
         os.chdir(self.given["root"])
+        if self.given["cluster"]:  # by this a run knows that Ray is not its own
+            os.environ["RAY_ADDRESS"] = self.given["cluster"]
         configure()
         self._job = Job.model_validate(self.given["job"])
         signals = Signals()
