@@ -21,15 +21,25 @@ def tune(
     resume: Annotated[bool, typer.Option(help="Go on with the sweep: nothing is run twice, nothing is lost")] = False,
     retry_failed: Annotated[bool, typer.Option(help="With --resume: failed trials go on from their last checkpoints")] = False,
     overwrite: Annotated[bool, typer.Option(help="Delete the sweep of this name and start anew")] = False,
+    transfer: Annotated[
+        Path | None, typer.Option(help="A big job: the learning rate is carried to it from the widths that are swept")
+    ] = None,
     json_: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Search for a job's best settings: many runs of it, side by side, through Ray Tune. docs/tuning.md"""
     from heliostat.tune.run import tune as run
 
+    if transfer:
+        from heliostat.tune.sweep import load
+        from heliostat.tune.transfer import check
+
+        check(load(sweep, setting), transfer)
     result = run(sweep, setting, resume or retry_failed, retry_failed, overwrite, verbose)
     if not json_:
         _print(result, len(result["trials"]))
+    if transfer:
+        result["transfer"] = _carry(result["folder"], transfer, json_)
     _finish(result, json_)
 
 
@@ -68,6 +78,22 @@ def sweep(
     if not json_:
         _print(found, top)
     _finish({**found, "trials": found["trials"][:top]}, json_)
+
+
+def _carry(folder: str, big: Path, json_: bool) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from heliostat.storage import Location
+    from heliostat.tune import listing, transfer
+    from heliostat.tune.record import read
+
+    plan, _ = listing.read(Location(folder))
+    found, path = transfer.carry(plan, read(plan.folder), transfer.check(plan, big), big)
+    if not json_:
+        for line in transfer.tell(found):
+            out.print(line, markup=False)
+        out.print(f"the job with this learning rate is in {path}", markup=False)
+    return {**asdict(found), "job": str(path)}
 
 
 def write_best(sweep: str) -> Path:

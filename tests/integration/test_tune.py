@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -123,9 +124,7 @@ def test_a_trial_is_a_run_as_any_other(asha) -> None:
     folder, _, result, *_ = asha
     place = Location(result["best"]["run_folder"])
     assert verify(place)["ok"]
-    alone = train(
-        Path(yaml.safe_load(path.read_text())["job"]), ["name=alone", f"storage={folder}/alone", "train.optimizer.lr=0.001"]
-    )
+    alone = train(folder / "base.yaml", ["name=alone", f"storage={folder}/alone", "train.optimizer.lr=0.001"])
     assert alone["eval"] == json.loads(place.join("summary.json").read())["eval"]
 
 
@@ -142,13 +141,29 @@ def test_a_finished_sweep_is_listed_and_not_repeated(asha, tracking) -> None:
 # a driver that dies --------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def start() -> Iterator[Callable[..., subprocess.Popen]]:
+    """Starts `heliostat tune` in a process of its own; what a failed test leaves of it is killed."""
+    started: list[subprocess.Popen] = []
+
+    def make(path: Path, log: Path, *more: str) -> subprocess.Popen:
+        started.append(_start(path, log, *more))
+        return started[-1]
+
+    yield make
+    for process in started:
+        if process.poll() is None:
+            for child in [*_descendants(process), process]:
+                child.kill()
+
+
 def _start(path: Path, log: Path, *more: str) -> subprocess.Popen:
     command = [sys.executable, "-c", "from heliostat.cli import main; main()", "tune", str(path), "--json", *more]
     env = {**os.environ, "RAY_ADDRESS": ""}
     return subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT, env=env, start_new_session=True)
 
 
-def _wait(condition, process: subprocess.Popen, log: Path, seconds: float = 240) -> None:
+def _wait(condition, process: subprocess.Popen, log: Path, seconds: float = 450) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
@@ -159,13 +174,13 @@ def _descendants(process: subprocess.Popen) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 
-def test_a_killed_driver_loses_and_doubles_nothing_and_a_failed_trial_stays_failed(corpus, tracking, tmp_path) -> None:
+def test_a_killed_driver_loses_and_doubles_nothing_and_a_failed_trial_stays_failed(start, corpus, tracking, tmp_path) -> None:
     path = sweep_file(corpus, tracking, tmp_path, name="killed", space=grid(1e-3, 1e30, 1e-4), concurrency=1)
     base = yaml.safe_load((tmp_path / "base.yaml").read_text())
     base["train"]["grad_clip"], base["checkpoint"]["every"] = 0, 2
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
     folder = Location(f"{tmp_path}/runs/killed")
-    first = _start(path, tmp_path / "first.log")
+    first = start(path, tmp_path / "first.log")
 
     def second_trial_has_begun() -> bool:
         return [r.status for r in record.read(folder)[:2]] == ["finished", "running"]
@@ -177,7 +192,7 @@ def test_a_killed_driver_loses_and_doubles_nothing_and_a_failed_trial_stays_fail
     first.wait()
     _, stay = psutil.wait_procs(others, timeout=60)
     assert not stay
-    second = _start(path, tmp_path / "second.log", "--resume")
+    second = start(path, tmp_path / "second.log", "--resume")
     others = []
     while second.poll() is None:
         others = _descendants(second) or others

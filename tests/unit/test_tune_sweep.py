@@ -158,3 +158,11 @@ def test_as_many_trials_as_find_room_for_all_their_workers(workers, cpus, count)
 def test_gpus_count_too_and_one_machine_holds_at_least_one_trial():
     assert room.gangs(Workers(count=2, gpus=1), {"a": {"CPU": 100.0, "GPU": 5.0}}) == 2
     assert (room.here(Workers(count=2), 2), room.here(Workers(count=4), 2), room.here(Workers(count=1), 8)) == (1, 1, 8)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "jobs/sweeps").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_sweep_file_that_is_handed_out_is_right(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    made = load(path)
+    assert made.sweep.name.startswith(path.stem) and made.trials
+    assert all(rung % made.base["evaluate"]["every"] == 0 for rung in holds(made.sweep, made.job(0, {})))

@@ -36,6 +36,7 @@ ENVIRONMENT = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # most results only say how far a trial is
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # it prints whatever `verbose` says
     "TUNE_GLOBAL_CHECKPOINT_S": "1e9",
 }
 
