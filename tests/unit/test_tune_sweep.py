@@ -79,6 +79,7 @@ def test_values_keep_their_types(tmp_path):
         ),
         ({"scheduler": {"name": "asha", "grace": 100}}, {}, "scheduler.grace: 100 must be below the job's train.steps 100"),
         ({"scheduler": {"name": "asah"}}, {}, "did you mean 'asha'"),
+        ({"scheduler": {"name": "hyperband"}}, {}, "scheduler.name: 'hyperband' is not a choice; valid: asha, median, none, pbt"),
         (
             {"scheduler": {"name": "asha", "grace": 10}, "space": {"train.steps": {"choice": [50, 100]}}},
             {},

@@ -1,8 +1,7 @@
 """What becomes of a trial that waits behind a step: Ray Tune's schedulers, told of earlier commands' trials, within the room.
 
-ASHA and median stopping remember over a resume: the records are replayed to them in the order in which they came. HyperBand's
-brackets begin anew with the trials that are left. PBT is synchronous: its trials stop behind the same step, and the worst clone
-the best from our own checkpoints.
+ASHA and median stopping remember over a resume: the records are replayed to them in the order in which they came. PBT is
+synchronous: its trials stop behind the same step, and the worst clone the best from our own checkpoints.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import (
     AsyncHyperBandScheduler,
     FIFOScheduler,
-    HyperBandScheduler,
     MedianStoppingRule,
     PopulationBasedTraining,
     TrialScheduler,
@@ -36,9 +34,6 @@ def make(state: State) -> Any:
     scheduler: Any
     if given.name == "asha":
         scheduler = Asha(time_attr="step", max_t=steps, grace_period=given.grace or 1, reduction_factor=given.reduction)
-    elif given.name == "hyperband":
-        rounds = max(1, steps // state.plan.base["evaluate"]["every"])
-        scheduler = HyperBand(time_attr="round", max_t=rounds, reduction_factor=given.reduction)
     elif given.name == "median":
         scheduler = Median(time_attr="step", grace_period=given.grace or 1, min_samples_required=given.min_trials)
     elif given.name == "pbt":
@@ -69,10 +64,6 @@ class Within:
 
 
 class Fifo(Within, FIFOScheduler):
-    pass
-
-
-class HyperBand(Within, HyperBandScheduler):
     pass
 
 

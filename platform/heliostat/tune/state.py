@@ -56,12 +56,10 @@ class State:
         job = self.plan.job(record.number, record.params)
         last = record.clones[-1] if record.clones else None
         tags = {"mlflow.parentRunId": self.parent, "heliostat.sweep": self.plan.sweep.name, "heliostat.trial": str(record.number)}
-        assert job.evaluate
         return {
             "job": job.dump(),
             "holds": holds(self.plan.sweep, job),
             "metric": self.plan.sweep.metric,
-            "round": job.evaluate.every,
             "prunes": self.plan.sweep.scheduler.name != "pbt",
             "clone": last and {"id": len(record.clones), "folder": last["folder"], "step": last["step"]},
             "stop": str(self.folder.join("stop")),

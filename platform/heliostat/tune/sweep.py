@@ -41,9 +41,9 @@ class Searcher(Strict):
 
 
 class Scheduler(Strict):
-    name: Literal["none", "asha", "hyperband", "median", "pbt"] = "none"
+    name: Literal["none", "asha", "median", "pbt"] = "none"
     grace: Positive | None = None  # asha, median: steps before which no trial is stopped
-    reduction: Annotated[int, Field(ge=2)] = 3  # asha, hyperband: one in so many goes on
+    reduction: Annotated[int, Field(ge=2)] = 3  # asha: one in so many goes on
     min_trials: Positive = 3  # median: others that must have come as far
     interval: Positive | None = None  # pbt: steps between two exchanges
     quantile: Annotated[Float, Field(gt=0, le=0.5)] = 0.25  # pbt: so many clone as many
@@ -156,7 +156,7 @@ def holds(sweep: Sweep, job: Job) -> list[int]:
     if scheduler.name == "pbt":
         assert scheduler.interval is not None
         return list(range(scheduler.interval, steps, scheduler.interval))
-    if scheduler.name in ("median", "hyperband"):
+    if scheduler.name == "median":
         assert job.evaluate
         return list(range(job.evaluate.every, steps, job.evaluate.every))
     return []

@@ -39,7 +39,6 @@ class Trial(tune.Trainable):
         self._events: queue.Queue[dict[str, Any]] = queue.Queue()
         self._thread: threading.Thread | None = None
         self._held: int | None = None  # the step behind which the run waits
-        self._paused = False
         self._step = 0
 
     # Tune's side -----------------------------------------------------------------------------------------------------
@@ -55,7 +54,6 @@ class Trial(tune.Trainable):
         return self._next()
 
     def save_checkpoint(self, checkpoint_dir: str) -> str:  # type: ignore[override]
-        self._paused = True  # it is followed by a stop
         (Path(checkpoint_dir) / "step").write_text(str(self._step))
         return checkpoint_dir
 
@@ -66,7 +64,7 @@ class Trial(tune.Trainable):
         if self._thread is None:
             return
         if self._held is not None:
-            if self.given["prunes"] and not self._paused:
+            if self.given["prunes"]:
                 self._part.closing[PRUNED] = f"step {self._held}"
             self._part.holds.answer(self._held, go_on=False)
         else:
@@ -125,7 +123,6 @@ class Trial(tune.Trainable):
         told = {"step": event.get("step", self._step)}
         if scores := event.get("scores"):
             told |= {"value": float(scores[self.given["metric"]]), "scores": scores}
-            told["round"] = told["step"] // self.given["round"]
         if event["kind"] == "held":
             self._held = event["step"]
         else:
