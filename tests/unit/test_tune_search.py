@@ -81,6 +81,17 @@ def test_tokens_that_running_trials_may_still_need_are_promised(plan) -> None:
     assert state.affords_another()  # 0.4, one that runs, and one more
 
 
+def test_a_used_up_budget_stops_the_trials_behind_a_checkpoint(plan) -> None:
+    """It counts the hours of earlier commands, too, and is no interruption."""
+    made = plan(budget={"trials": 4, "hours": 2})
+    state = State(made, [], 1, "", 1.9 * 3600)
+    state.tick()
+    assert not state.stopping and not state.folder.join("stop").exists()
+    state = State(made, [], 1, "", 2.1 * 3600)
+    state.tick()
+    assert state.used_up and b"budget.hours" in state.folder.join("stop").read()
+
+
 def test_a_record_comes_back_as_it_was_written(plan) -> None:
     state = State(plan(), [], 1, "", 0.0)
     donor, target = state.add(0, {LR: 1e-3}), state.add(1, {LR: 2e-3})

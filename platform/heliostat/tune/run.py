@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,8 @@ class _Tuning:
             if not self._complete():
                 log.info("sweep %s: up to %d trials side by side", self.plan.sweep.name, concurrency)
                 self._fit()
-            status, reason = ("KILLED", self.state.stopping) if self.state.stopping else ("FINISHED", "")
+            stopped = self.state.stopping and not self.state.used_up
+            status, reason = "KILLED" if stopped else "FINISHED", self.state.stopping
         except BaseException as e:
             status, reason = ("KILLED", "interrupted") if isinstance(e, KeyboardInterrupt) else ("FAILED", str(e))
             raise
@@ -136,8 +138,8 @@ class _Tuning:
             folder.join("result.json").write(json.dumps(result, indent=2).encode())
             folder.join("ray").delete()
             folder.join("stop").delete()
-        if self.signals.name:
-            raise StoppedError(f"stopped by {self.signals.name}; use --resume to go on with the sweep")
+        if stopped:
+            raise StoppedError(f"stopped ({reason}); use --resume to go on with the sweep")
         if not result["best"]:
             raise HeliostatError(f"sweep {self.plan.sweep.name}: no trial has finished; see `heliostat sweep {folder}`")
         return result
@@ -179,7 +181,8 @@ class _Tuning:
         scheduler.replay(self.found)
         trials = searchers.Trials(self.state, searchers.make(self.plan.sweep))
         ray_folder = self.plan.folder.join("ray")
-        with self.signals:
+        with self.signals, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Consider boosting PBT performance")  # by reusing actors, whose run is over
             tuner = ray_tune.Tuner(
                 Trial,
                 tune_config=ray_tune.TuneConfig(search_alg=trials, scheduler=scheduler, num_samples=1),

@@ -29,6 +29,7 @@ class State:
         self.records = {r.number: r for r in found}
         self.trials: list[Any] = []  # Tune's own list
         self.stopping = ""  # why
+        self.used_up = False  # it stops because of its budget, which is an end as any other
         self._spent_s, self._began, self._ticked = spent_s, time.time(), time.time()
         self._ends: dict[int, dict[str, Any]] = {}  # what trials said of their ends
 
@@ -136,14 +137,14 @@ class State:
         self._ticked = now
         budget = self.plan.sweep.budget
         if budget.hours is not None and self.seconds > 3600 * budget.hours:
-            self.stop(f"budget.hours: the {budget.hours:g} hours are used up")
+            self.stop(f"budget.hours: the {budget.hours:g} hours are used up", used_up=True)
         if budget.gpu_hours is not None and self.gpu_hours > budget.gpu_hours:
-            self.stop(f"budget.gpu_hours: the {budget.gpu_hours:g} GPU-hours are used up")
+            self.stop(f"budget.gpu_hours: the {budget.gpu_hours:g} GPU-hours are used up", used_up=True)
 
-    def stop(self, why: str) -> None:
+    def stop(self, why: str, used_up: bool = False) -> None:
         """Tells every trial to stop behind a checkpoint."""
         if not self.stopping:
-            self.stopping = why
+            self.stopping, self.used_up = why, used_up
             log.warning("%s: trials stop behind a checkpoint; --resume goes on", why)
             self.folder.join("stop").write(why.encode())
 

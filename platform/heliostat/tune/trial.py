@@ -18,7 +18,7 @@ from typing import Any
 
 from ray import tune
 
-from heliostat.errors import HeliostatError, StoppedError
+from heliostat.errors import ConfigError, HeliostatError, StoppedError
 from heliostat.spec import Job
 from heliostat.storage import Location
 from heliostat.train.holds import Holds
@@ -27,6 +27,7 @@ from heliostat.train.signals import Signals
 log = logging.getLogger(__name__)
 
 BEAT_S = 1.0  # between two signs of progress
+ALONE_S = 60.0
 END_S = 240.0  # for a run that was told to end
 PRUNED = "heliostat.pruned"
 
@@ -94,6 +95,7 @@ class Trial(tune.Trainable):
         from heliostat.tune.clone import clone
 
         try:
+            self._alone()
             if self.given["clone"]:
                 clone(self.given["clone"], self._job.run_folder)
             summary = train_part(self._job, self._part)
@@ -104,6 +106,19 @@ class Trial(tune.Trainable):
             if not isinstance(e, HeliostatError):
                 log.exception("run %s failed", self._job.name)
             self._events.put({"kind": "over", "ended": "failed", "reason": f"{type(e).__name__}: {e}"})
+
+    def _alone(self) -> None:
+        """Waits for a driver that died to be gone: Ray ends its processes some seconds later."""
+        from heliostat.train import driver
+
+        deadline = time.monotonic() + ALONE_S
+        while time.monotonic() < deadline:
+            try:
+                driver.alone(self._job.run_folder)
+            except ConfigError:
+                time.sleep(1.0)
+            else:
+                return
 
     def _hear(self, event: dict[str, Any]) -> None:
         """In the run's thread."""
