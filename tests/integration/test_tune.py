@@ -218,7 +218,7 @@ def test_pbt_goes_on_bitwise_from_the_donors_checkpoint(ray_session, corpus, tra
     """The clone has the donor's weights, moments and data cursor: it takes the steps that the donor's checkpoint gives under the
     new settings, to the bit, and its receipts are whole."""
     path = sweep_file(
-        corpus, tracking, tmp_path, name="pbt", space={"train.optimizer.lr": {"choice": [1e-7, 1e-3]}}, searcher={"seed": 2},
+        corpus, tracking, tmp_path, name="pbt", space={"train.optimizer.lr": {"loguniform": [1e-6, 1e-2]}}, searcher={"seed": 2},
         budget={"trials": 2}, scheduler={"name": "pbt", "interval": 4, "quantile": 0.5, "resample": 0.0},
     )  # fmt: skip
     before = left()
@@ -231,6 +231,7 @@ def test_pbt_goes_on_bitwise_from_the_donors_checkpoint(ray_session, corpus, tra
     donor = folder.join("trials", f"pbt-{clone['from']:04d}")
     own = folder.join("trials", f"pbt-{cloned[0].number:04d}")
     theirs, mine = stored.open_checkpoint(donor, 4), stored.open_checkpoint(own, 4)
+    assert clone["params"] != record.read(folder)[clone["from"]].params  # times 0.8 or 1.2
     assert clone["step"] == 4 and mine.index["receipt"] == theirs.index["receipt"]
     assert all(torch.equal(mine.read(name), theirs.read(name)) for name in theirs.index["tensors"])
     assert verify(own)["ok"]
