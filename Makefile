@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run run-diffusion test bench lint
+.PHONY: run run-diffusion test test-slow bench lint
 
 .venv/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"heliostat needs Python 3.11 or later, not {sys.version}"'
@@ -22,6 +22,9 @@ run-diffusion: .venv/.installed  ## prepare handwritten digits, train a model th
 test: .venv/.installed  ## unit and integration tests (tests/gpu skips itself without a GPU)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit --numprocesses auto --dist worksteal
 	$(BIN)/python -m pytest tests/integration tests/gpu
+
+test-slow: .venv/.installed  ## chaos, and several hosts made of network namespaces (as root): a quarter of an hour
+	$(BIN)/python -m pytest tests/integration -m slow
 
 bench: .venv/.installed  ## the benchmarks behind docs/benchmarks/, one after another (about half an hour)
 	for b in tests/benchmarks/*.py; do $(BIN)/python $$b || exit 1; done

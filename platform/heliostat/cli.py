@@ -121,9 +121,11 @@ def train(
         return
     if workers is not None:
         raise ConfigError("--workers goes with --dry-run; to train with another number use --set workers.count=N")
+    import psutil
+
     from heliostat.train.run import train as run
 
-    result = run(job, setting, resume, overwrite, allow_data_change, verbose)
+    result = run(job, setting, resume, overwrite, allow_data_change, verbose, started=psutil.Process().create_time())
     if not json_:
         _print_result(result)
     _finish(result, json_)
@@ -352,6 +354,8 @@ def _store(uri: str | None) -> str:
 def _finish(result: dict[str, Any], json_: bool) -> None:
     if json_:
         sys.stdout.write(json.dumps(result) + "\n")
+        sys.stdout.flush()
+        sys.stdout = sys.stderr  # the result is the last line: Ray may have something to say after it
 
 
 from heliostat import cli_cluster, cli_plan, cli_tune  # noqa: E402, F401 (they register their commands, and need what is above)

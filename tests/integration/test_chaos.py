@@ -21,6 +21,7 @@ def chaos_job(corpus: str, tracking: str, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_torn_checkpoint_and_a_damaged_shard_lose_nothing(chaos_job):
     """One costs a restart from the checkpoint before the torn one, the other the samples of a chunk, and neither more."""
     result = CliRunner().invoke(app, ["chaos", str(chaos_job), "--faults", "torn-checkpoint,corrupt-shard", "--json"])

@@ -1,6 +1,6 @@
 """Clusters over several hosts, for real: `ray up` over ssh from clusters/ssh.yaml, and autoscaling from a cluster file.
 
-Both take a minute or two and change the machine's network, so they run when HELIOSTAT_HOSTS=1 asks for them, as root.
+Both take a minute or two and change the machine's network: `make test-slow`, as root.
 """
 
 import json
@@ -25,7 +25,7 @@ from tests.integration.test_cluster_local import _free_port
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 WHY = hosts.missing()
-pytestmark = pytest.mark.skipif(bool(WHY), reason=WHY)
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(WHY), reason=WHY)]
 QUICK = {"RAY_UP_enable_autoscaler_v2": "0", "OMP_NUM_THREADS": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
 
 

@@ -20,6 +20,7 @@ from heliostat.train.run import train
 from heliostat.verify import verify
 
 from tests.integration.conftest import curve
+from tests.integration.paced import PACED
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -66,7 +67,7 @@ def test_a_run_killed_and_resized_again_and_again_trains_on_the_same_samples(job
     unbroken = train(job_file("unbroken"), settings(2))
     path = job_file("broken")
     for workers, after in ((1, 8), (2, 21), (4, 33)):
-        train_and_kill(path, after, settings(workers))
+        train_and_kill(path, after, settings(workers, **PACED, **{"retries.max": 0}))
     result = train(path, settings(1), resume=True)
     expected, got = curve(tracking, unbroken["run_id"]), curve(tracking, result["run_id"])
     assert len(got) == STEPS and got == pytest.approx(expected, abs=1e-5)

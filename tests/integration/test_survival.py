@@ -27,6 +27,7 @@ from mlflow import MlflowClient
 
 from jobs.causal_lm import CausalLM
 from tests.integration.conftest import curve
+from tests.integration.paced import PACED
 from tests.integration.test_exact_data import complete, run_folder
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -41,17 +42,6 @@ def settings(**changes: Any) -> list[str]:
 
 def workers() -> list[psutil.Process]:
     return [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::RayTrainWo")]
-
-
-class Paced(CausalLM):
-    """A recipe that takes its time, so that there is some to strike in; the losses are the same."""
-
-    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        time.sleep(0.15)
-        return super().loss(model, batch)
-
-
-PACED = {"recipe": "tests.integration.test_survival:Paced"}
 
 
 def saved(folder: Location) -> int:

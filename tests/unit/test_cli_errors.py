@@ -89,3 +89,10 @@ def test_a_right_job_passes_offline(tmp_path):
     """Exit code 0, the answer on standard output, nothing on standard error: the tests above do not fail on any job."""
     code, out, lines, imported = run("check", "--offline", str(write(tmp_path, **{"train.precision": "fp32"})))
     assert (code, lines, imported) == (0, [], "") and "the file and the model are right" in out
+
+
+def test_the_result_is_the_last_line_whatever_a_library_says_behind_it():
+    """Ray tells of workers that died at the end of the process, on standard output."""
+    script = "from heliostat.cli import _finish; _finish({'steps': 1}, True); print('(raylet) a worker died')"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == '{"steps": 1}\n' and "(raylet)" in done.stderr

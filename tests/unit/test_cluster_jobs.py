@@ -2,12 +2,14 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
-from heliostat.cluster import jobs
+from heliostat.cluster import http, jobs
 from heliostat.cluster.driver import before
 from heliostat.cluster.reach import Endpoint
 from heliostat.errors import ConfigError
@@ -94,6 +96,7 @@ time.sleep(60)
 """
 RUN = """
 import sys
+import threading
 from pathlib import Path
 from heliostat.cluster.driver import Driver
 driver = Driver(Path(sys.argv[1]), "attempt-1", [])
@@ -157,3 +160,28 @@ def test_transient_faults_are_retried_and_refusals_are_not(monkeypatch):
     assert len(tries) == 1
     tries.clear()
     assert client._retry(act(ConnectionError("reset")), "trying") == "done"
+
+
+def test_a_followed_log_begins_with_the_submission_and_not_with_earlier_ones_of_its_id():
+    log = "python -m heliostat.cluster.driver --attempt one\nstep 1\n"
+    assert jobs._beginning(log, "two", over=False) is None  # it has not come to its entrypoint
+    assert jobs._beginning(log + "python --attempt two", "two", over=False) is None
+    both = log + "python --attempt two\nstep 31\n"
+    at = jobs._beginning(both, "two", over=False)
+    assert at is not None and both[at:] == "step 31\n"
+    assert jobs._beginning(log, "two", over=True) == 0  # and never will: all there is
+
+
+def test_a_port_that_speaks_no_http_does_not_answer():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            peer, _ = server.accept()
+            with peer:
+                peer.recv(1000)
+                peer.sendall(b"\x00\x00\x12\x04\x00\x00\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        assert http.probe(f"http://127.0.0.1:{server.getsockname()[1]}") == 0
+        thread.join()

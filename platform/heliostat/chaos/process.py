@@ -83,7 +83,10 @@ class Command:
         return max((int(found[1]) for _, line in list(self.lines) if (found := STEP.search(line))), default=0)
 
     def result(self) -> dict[str, Any]:
-        return json.loads(self.said)
+        try:
+            return json.loads(self.said)
+        except ValueError as e:
+            raise ChaosError(f"the last line of what the run printed is no result: {self.said!r}; see {self.log}") from e
 
     def until(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
         """Waits; ChaosError if the command ends first, or takes longer."""

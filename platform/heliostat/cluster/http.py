@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -25,13 +27,13 @@ def own_token() -> str | None:
 
 
 def get(url: str, token: str | None = None, timeout: float = TIMEOUT_S) -> tuple[int, Any]:
-    """(status, decoded JSON or None); status 0 if nothing answers."""
+    """(status, decoded JSON or None); status 0 if nothing answers, or what does speaks no HTTP."""
     try:
         with urllib.request.urlopen(urllib.request.Request(url, headers=headers(token)), timeout=timeout) as answer:
             return answer.status, json.loads(answer.read())
     except urllib.error.HTTPError as e:
         return e.code, None
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):
         return 0, None
 
 
@@ -61,3 +63,10 @@ def node_table(url: str, token: str | None) -> list[dict[str, Any]]:
         }
         for n in raw["data"]["result"]["result"]
     ]
+
+
+def actor_alive(url: str, token: str | None, name: str) -> bool:
+    """Whether an actor of this name is alive, as far as the cluster tells."""
+    wanted = urllib.parse.urlencode({"filter_keys": "name", "filter_predicates": "=", "filter_values": name, "limit": 10000})
+    status, raw = get(f"{url}/api/v0/actors?{wanted}", token)
+    return status == 200 and bool(raw["result"]) and any(a["state"] == "ALIVE" for a in raw["data"]["result"]["result"])

@@ -32,10 +32,12 @@ from heliostat.storage import Location
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+SUPERVISOR = "_ray_internal_job_actor_{}"  # Ray's name for it
 JOB_FILE = "heliostat-job.json"
 RETRY_S = 60.0
 STOP_S = 600  # a checkpoint may take so long; Ray kills the driver afterwards
 FOLLOW_S = 1.0
+MONITOR_S = 3.0  # Ray looks each second
 OVER = ("SUCCEEDED", "FAILED", "STOPPED")
 # settings without secrets; credentials come from the nodes' own environment, instance profile or Kubernetes secret
 PASSED = (
@@ -115,7 +117,7 @@ class Jobs:
                     f"name: job {job.name!r} {found['status'].lower()} before; go on with `heliostat resume {job.name}`, "
                     "or start anew with --overwrite"
                 )
-            self._retry(lambda: self.client.delete_job(job.name), "forgetting the earlier submission")
+            self._forget(job.name)
         record.write()
         attempt = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{uuid.uuid4().hex[:6]}"
         metadata = {"run": record.run_folder, "steps": str(record.steps), "digest": digest, "attempt": attempt}
@@ -142,6 +144,20 @@ class Jobs:
 
             self._retry(send, "submitting")
         return job.name
+
+    def _forget(self, job_id: str) -> None:
+        """Frees the id of a submission that is over, once Ray is through with it.
+
+        Ray's monitor of a job that ended looks a moment later at what became of its supervisor, by the id: a new submission under
+        that id would then be taken for the old one, and failed.
+        """
+        deadline = time.monotonic() + RETRY_S
+        while http.actor_alive(self.there.url, self.there.token, SUPERVISOR.format(job_id)):
+            if time.monotonic() > deadline:
+                raise ClusterError(f"{job_id}: is over, but its supervisor has not ended in {RETRY_S:.0f} s; try again later")
+            time.sleep(FOLLOW_S)
+        time.sleep(MONITOR_S)
+        self._retry(lambda: self.client.delete_job(job_id), "forgetting the earlier submission")
 
     def _retry(self, action: Callable[[], T], what: str) -> T:
         """Again and again while the cluster fails, within RETRY_S; ClusterError then, or at once if it refuses."""
@@ -187,11 +203,13 @@ class Jobs:
             found = self.get(job_id)
             over, text = found["status"] in OVER, self.logs(job_id)
             if shown is None:
-                shown = text.find("\n", max(0, text.rfind(found["metadata"].get("attempt", "")))) + 1
-            if text[shown:]:
+                shown = _beginning(text, found["metadata"]["attempt"], over)
+            if shown is not None and text[shown:]:
                 yield text[shown:]
                 shown = len(text)
             if over:
+                if found["status"] == "FAILED" and found["exit_code"] is None:  # it never came to its entrypoint
+                    yield found["message"] + "\n"
                 return
             time.sleep(FOLLOW_S)
 
@@ -216,6 +234,17 @@ class Jobs:
         if now:
             marker.delete()
         return found
+
+
+def _beginning(text: str, attempt: str, over: bool) -> int | None:
+    """Where a submission's part of its id's log begins: behind the line that names the attempt; None before that is written.
+
+    A submission that is over without one never came to its entrypoint: then all that is there is shown.
+    """
+    _, found, behind = text.rpartition(attempt)
+    if found and "\n" in behind:
+        return len(text) - len(behind) + behind.index("\n") + 1
+    return 0 if over else None
 
 
 def _plain(details: Any) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 from rich.console import Console
 
 from heliostat import check, goodput
@@ -71,9 +70,13 @@ def train(
     overwrite: bool = False,
     allow_data_change: bool = False,
     verbose: bool = False,
+    started: float | None = None,
 ) -> dict[str, Any]:
-    """Trains a job to its last step; HeliostatError with one line for whatever stopped it."""
-    started = psutil.Process().create_time()
+    """Trains a job to its last step; HeliostatError with one line for whatever stopped it.
+
+    `started`: wall clock of the command's start, from which the run's time is counted; now, by default.
+    """
+    started = started or time.time()
     job, recipe = check.check_file(path, settings)
     check.check_storage(job)
     driver.alone(job.run_folder)
