@@ -186,7 +186,8 @@ def test_a_killed_driver_loses_and_doubles_nothing_and_a_failed_trial_stays_fail
         return [r.status for r in record.read(folder)[:2]] == ["finished", "running"]
 
     _wait(second_trial_has_begun, first, tmp_path / "first.log")
-    others = _descendants(first)
+    # Ray's agents of a node, which hold nothing of ours, take a minute to see that their raylet is gone
+    others = [p for p in _descendants(first) if not p.name().endswith("Agent")]
     before = record.read(folder)
     first.send_signal(signal.SIGKILL)
     first.wait()
