@@ -41,6 +41,7 @@ PROMPTS = ("def ", "import ")
 class CausalLM:
     kind = "tokens"
     terms_per_sample: int | None
+    scores = ("loss", "perplexity", "bits_per_byte")
     layout = {"": "model"}
 
     def __init__(self, job: Job) -> None:

@@ -39,7 +39,12 @@ class Checked:
 
 def check_file(path: Path, settings: list[str] | None = None) -> tuple[Job, Recipe]:
     """The part that needs no dataset and no store."""
-    job = computable(spec.load(path, settings), cpu_flags())
+    return check_job(spec.load(path, settings))
+
+
+def check_job(job: Job) -> tuple[Job, Recipe]:
+    """The same of a job that was loaded already."""
+    job = computable(job, cpu_flags())
     kind = workspace.import_path("recipe", job.recipe)
     if not isinstance(kind, type):
         raise ConfigError(f"recipe: {job.recipe!r} is not a class")

@@ -95,7 +95,7 @@ def check(
 
 @app.command()
 def train(
-    job: Path,
+    job: Annotated[Path | None, typer.Argument(help="A job file; none with --from-sweep")] = None,
     setting: Settings = None,
     resume: Annotated[bool, typer.Option(help="Go on from the run's last checkpoint, if there is one")] = False,
     overwrite: Annotated[bool, typer.Option(help="Delete the run of this name and start anew")] = False,
@@ -103,11 +103,20 @@ def train(
     alias: Annotated[str | None, typer.Option(help="That the registered model gets, as candidate (mlflow.alias)")] = None,
     dry_run: Annotated[bool, typer.Option(help="Train nothing: work out every rank's share, in this process alone")] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="For --dry-run: as many ranks, instead of workers.count")] = None,
+    from_sweep: Annotated[str | None, typer.Option(help="A sweep's folder or name: train the job that it found")] = None,
+    best: Annotated[bool, typer.Option("--best", help="With --from-sweep: the job of its best trial")] = False,
     json_: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Train a job: Ray Data streams its samples into DeepSpeed workers; the model ends in MLflow."""
     setting = [*(setting or []), *([f"mlflow.alias={alias}"] if alias else [])]
+    if (job is None) == (from_sweep is None) or best != (from_sweep is not None):
+        raise ConfigError("give a job file, or --from-sweep SWEEP --best")
+    if from_sweep is not None:
+        from heliostat.cli_tune import write_best
+
+        job = write_best(from_sweep)
+    assert job
     if dry_run:
         from heliostat.cli_plan import show_dry_run
 
@@ -352,7 +361,7 @@ def _finish(result: dict[str, Any], json_: bool) -> None:
         sys.stdout.write(json.dumps(result) + "\n")
 
 
-from heliostat import cli_cluster, cli_plan, cli_track  # noqa: E402, F401 (they register their commands, and need what is above)
+from heliostat import cli_cluster, cli_plan, cli_track, cli_tune  # noqa: E402, F401 (they register their commands, and need what is above)
 
 
 def main() -> None:

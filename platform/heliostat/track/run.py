@@ -60,6 +60,7 @@ class RunOwner:
     """Use: `owner = RunOwner(job, manifests)`, `owner.post(event)` at will, then `owner.finish(...)`."""
 
     def __init__(self, job: Job, manifests: list[Manifest], tags: dict[str, str] | None = None) -> None:
+        """`tags`: of a new run, beside its own; one with `mlflow.parentRunId` is a nested run."""
         self.job, self.manifests, self._tags = job, manifests, tags or {}
         self.run_id = self._made = ""
         self._queue: queue.Queue[dict[str, Any]] = queue.Queue()
@@ -86,6 +87,7 @@ class RunOwner:
 
     def client(self) -> Any:
         """The MlflowClient, once MLflow has answered; TrackingError if it does not for AWAY_S."""
+        self.post({"kind": "hello"})  # the thread may wait for a first event
         self._start()
         if not self._answers.wait(AWAY_S):
             self._patient = False
@@ -103,14 +105,14 @@ class RunOwner:
         except MlflowException as e:
             raise TrackingError(f"mlflow.uri: {self.job.mlflow.uri} failed ({e}); use --resume: training is not repeated") from e
 
-    def finish(self, status: str, reason: str, report: dict[str, Any]) -> None:
-        """Writes all that waits, the run's goodput, and its status: FINISHED, FAILED or KILLED.
+    def finish(self, status: str, reason: str, report: dict[str, Any], tags: dict[str, str] | None = None) -> None:
+        """Writes all that waits, the run's goodput, tags, and its status: FINISHED, FAILED or KILLED.
 
         If MLflow stays away for AWAY_S, the run's next command does it: TrackingError for a run that is FINISHED.
         """
         step = max(a["reached"] for a in report["attempts"])
         self.post({"kind": "goodput", "report": report, "step": step, "at": time.time()})
-        self.post({"kind": "end", "status": status, "reason": reason, "report": report})
+        self.post({"kind": "end", "status": status, "reason": reason, "report": report, "tags": tags or {}})
         self._start()
         self._thread.join(AWAY_S + EXCHANGE_S)
         if self._fault or self._thread.is_alive():
@@ -222,6 +224,8 @@ class RunOwner:
             log.error("MLflow refused the goodput of run %s: %s", self.run_id, e)
         if end["reason"] or "heliostat.reason" in self._client.get_run(self.run_id).data.tags:  # of an earlier command
             self._client.set_tag(self.run_id, "heliostat.reason", end["reason"][:5000])
+        for key, value in end["tags"].items():
+            self._client.set_tag(self.run_id, key, value)
         self._client.set_terminated(self.run_id, end["status"])
         self._try("its report", self._log_page)  # which tells the status, too
 

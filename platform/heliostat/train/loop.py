@@ -39,9 +39,11 @@ from heliostat.train.spike import Detector
 from heliostat.train.survive import RESIZE, RUN
 from heliostat.train.system import Monitor
 
+HELD_POLL_S = 0.05
+
 
 def worker(config: dict[str, Any]) -> dict[str, Any]:
-    """Ray Train's entry. `config`: job, plan (plain data), start_step, board (actor), run_folder.
+    """Ray Train's entry. `config`: job, plan (plain data), start_step, holds (steps), board (actor), run_folder.
 
     Returns the summary of this attempt (rank 0's is the one that counts).
     """
@@ -54,6 +56,7 @@ class Worker:
         self.plan = DataPlan.parse(config["plan"])
         self.board = config["board"]
         self.start_step: int = config["start_step"]
+        self.holds: list[int] = config["holds"]
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.ledger = Ledger("starting")
         self.pulse = Pulse(self.board, self.rank, self.world)
@@ -130,7 +133,8 @@ class Worker:
             if step == self.start_step:
                 self._phase("stepped")
             last = done == job.last_step
-            saves = last or stop != RUN or done % job.checkpoint.every == 0
+            holds = done in self.holds and not last
+            saves = last or stop != RUN or holds or done % job.checkpoint.every == 0
             # before a save, too: a run that resumes from there has lost no step's loss
             if done % job.train.log_every == 0 or saves or step == self.start_step:
                 now = time.perf_counter()
@@ -147,6 +151,8 @@ class Worker:
             if saves:
                 with self.ledger("checkpoint"):
                     self._save(done)
+            if holds and stop == RUN:
+                stop = self._hold(done)
             since += time.perf_counter() - aside
             if stop != RUN:
                 break
@@ -311,6 +317,17 @@ class Worker:
         self.saver.save(done, self._state(), facts)
         self.pulse.progress += 1
         self._post({"kind": "checkpoint", "step": done, "blocked_s": self.saver.blocked_s, **self._now()})
+
+    def _hold(self, done: int) -> int:
+        """Waits behind a complete checkpoint for the driver's word: RUN, or the code of a stop, the same on every worker."""
+        with self.ledger("checkpoint"):
+            self.saver.wait()
+        with self.ledger("idle"):
+            self._post({"kind": "held", "step": done, "scores": self.scores, **self._now()})
+            while (verdict := ray.get(self.board.verdict.remote(done))) is None:
+                self.pulse.progress += 1  # the watchdog is not to take this for a stall
+                time.sleep(HELD_POLL_S)
+        return verdict
 
     def _seal_receipt(self, done: int) -> None:
         """Chains the steps since the last receipt and writes their digests beside the checkpoints."""

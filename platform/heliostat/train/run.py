@@ -16,6 +16,8 @@ import logging
 import os
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ from heliostat.storage import Location
 from heliostat.track import outbox
 from heliostat.track.run import RunOwner
 from heliostat.train import driver
+from heliostat.train.holds import Holds
 from heliostat.train.ledger import Recorder
 from heliostat.train.signals import Signals
 from heliostat.train.survive import INTERRUPTED, RUN, STOPS, Budget, choose, classify
@@ -46,6 +49,18 @@ from heliostat.train.survive import INTERRUPTED, RUN, STOPS, Budget, choose, cla
 log = logging.getLogger(__name__)
 
 SUMMARY = "summary.json"  # of the training, from its end until there is a result
+
+
+@dataclass
+class Part:
+    """How a run is part of something bigger, a sweep: who hears of it and stops it, and what MLflow is told."""
+
+    started: float  # wall clock
+    signals: Signals
+    holds: Holds
+    hear: Callable[[dict[str, Any]], None]  # gets every event of the workers
+    tags: dict[str, str]  # of the MLflow run
+    closing: dict[str, str] = field(default_factory=dict)  # tags at its end
 
 
 def train(
@@ -101,6 +116,36 @@ def train(
     return result
 
 
+def train_part(job: Job, part: Part) -> dict[str, Any]:
+    """Trains a job to its last step as part of something bigger, from its last checkpoint if it has one; exports nothing.
+
+    Returns the summary of the training, which is also in the run's folder.
+    """
+    from heliostat.train import checkpoint
+
+    job, recipe = check.check_job(job)
+    driver.alone(job.run_folder)
+    found = checkpoint.latest(job.run_folder)
+    recorded = DataPlan.parse(found.index["data"]) if found else None
+    run = _Run(check.check_stores(job, recipe, recorded), found.step if found else 0, part.started, tags=part.tags, part=part)
+    if found and found.step == job.last_step and job.run_folder.join(SUMMARY).exists():
+        run.catch_up()
+        return json.loads(job.run_folder.join(SUMMARY).read())
+    return run.fit()
+
+
+def conclude(job: Job) -> dict[str, Any]:
+    """What comes after the training of a run that has all its steps: the model exported, logged and registered; its result."""
+    job, recipe = check.check_job(job)
+    if (result := _finished(job.run_folder)) is not None:
+        return result
+    from heliostat.train import checkpoint
+
+    last = checkpoint.open_checkpoint(job.run_folder, job.last_step)
+    checked = check.check_stores(job, recipe, DataPlan.parse(last.index["data"]))
+    return _Run(checked, job.last_step, time.time()).conclude()
+
+
 def _finished(run_folder: Location) -> dict[str, Any] | None:
     try:
         return json.loads(run_folder.join("result.json").read())
@@ -110,12 +155,19 @@ def _finished(run_folder: Location) -> dict[str, Any] | None:
 
 class _Run:
     def __init__(
-        self, checked: Checked, start_step: int, started: float, verbose: bool, tags: dict[str, str] | None = None
+        self,
+        checked: Checked,
+        start_step: int,
+        started: float,
+        verbose: bool = False,
+        tags: dict[str, str] | None = None,
+        part: Part | None = None,
     ) -> None:
         self.job, self.checked, self.tags = checked.job, checked, tags or {}
         self.plan, self.order = checked.plan, checked.order
         self.counts = checked.job.worker_counts(checked.plan.shape.lanes)
         self.start_step, self.started, self.verbose = start_step, started, verbose
+        self.part = part
         self.console = Console(stderr=True)
         self.budget = Budget(self.job.retries)
         self.restarts = 0
@@ -124,6 +176,10 @@ class _Run:
     def go(self) -> dict[str, Any]:
         """Trains, and concludes."""
         return self._settled(lambda owner: self._conclude(owner, self._fit(owner)))
+
+    def fit(self) -> dict[str, Any]:
+        """Only trains."""
+        return self._settled(self._fit)
 
     def conclude(self) -> dict[str, Any]:
         """Only what comes after the training, where an earlier command did not get through it."""
@@ -159,7 +215,7 @@ class _Run:
         report, outcome = self.ledger.report(), {"KILLED": "interrupted"}.get(status, status.lower())
         report["attempts"][-1] |= {"outcome": outcome, "reason": reason}
         try:
-            owner.finish(status, reason, report)
+            owner.finish(status, reason, report, self.part.closing if self.part else None)
         finally:
             self.ledger.close(outcome, reason)
 
@@ -180,7 +236,7 @@ class _Run:
                 verbose=self.verbose,
             )
             show.phase("ray", time.time())
-            with Signals() as signals:
+            with self.part.signals if self.part else Signals() as signals:
                 while True:
                     show.note("starting the workers")
                     try:
@@ -211,7 +267,15 @@ class _Run:
         owner.post(
             {"kind": "attempt", "start_step": self.start_step, "workers": count, "nodes": nodes.census(), "at": time.time()}
         )
-        start = Start(self.job.on(count), self.counts, self.plan, self.order, self.checked.manifests, self.start_step)
+        start = Start(
+            self.job.on(count),
+            self.counts,
+            self.plan,
+            self.order,
+            self.checked.manifests,
+            self.start_step,
+            self.part.holds if self.part else Holds(),
+        )
 
         done = self.start_step
 
@@ -227,6 +291,8 @@ class _Run:
             if event["kind"] == "checkpoint":
                 owner.post({"kind": "goodput", "report": self.ledger.report(), "step": event["step"], "at": event["at"]})
             show.event(event)
+            if self.part:
+                self.part.hear(event)
 
         return Attempt(start, signals, take, self.ledger.beat).run()
 
