@@ -6,6 +6,7 @@ Results go to standard output, progress and logs to standard error. `--json` pri
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
@@ -385,5 +386,10 @@ def main() -> None:
         sys.stderr.write("interrupted\n")
         sys.exit(130)
     finally:
-        sys.stdout.flush()
-        sys.stdout = sys.stderr  # the result is the last line: Ray may have something to say after it
+        atexit.register(_nothing_more)  # now, so that it comes before the exit of what a command has imported
+
+
+def _nothing_more() -> None:
+    """The result is the last line of standard output: Ray, as it ends, may have something to say after it."""
+    sys.stdout.flush()
+    sys.stdout = sys.stderr
