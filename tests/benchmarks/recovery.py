@@ -29,7 +29,7 @@ from typing import Any
 
 import psutil
 from heliostat.chaos.process import workers
-from heliostat.train import board, run, show
+from heliostat.train import attempt, placing, run, show
 
 PARTS = ("seen", "ended", "pause", "placing", "processes", "imports", "model", "checkpoint", "data", "first step", "recomputed")
 PHASES = {
@@ -43,7 +43,7 @@ PHASES = {
 }  # fmt: skip (the part that the phase's beginning ends)
 
 
-class Watching(board.Placing):
+class Watching(placing.Placing):
     """In Ray Train's controller: posts when it knows of a death, and when new workers are there."""
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--set", action="append", default=[])
     options = parser.parse_args()
-    board.Placing, show.Show = Watching, Recording  # type: ignore[misc]
+    attempt.Placing, show.Show = Watching, Recording  # type: ignore[misc]
     killed: list[float] = []
     events = Recording.events
 

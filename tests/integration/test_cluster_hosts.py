@@ -130,8 +130,23 @@ AUTOSCALE = """
 cluster_name: scaled
 max_workers: 2
 idle_timeout_minutes: 0.1
-provider: {type: fake_multinode, head_node_id: fffffffffffffffffffffffffffffffffffffffffffffffffff00000, launch_multiple: true}
+upscaling_speed: 1.0
+auth: {}
+docker: {}
+file_mounts: {}
+cluster_synced_files: []
+initialization_commands: []
+setup_commands: []
+head_setup_commands: []
+worker_setup_commands: []
+head_start_ray_commands: []
+worker_start_ray_commands: []
 head_node_type: ray.head.default
+provider:
+  type: external  # `fake_multinode` by name wants an example file that Ray's wheel lacks
+  module: ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider
+  head_node_id: fffffffffffffffffffffffffffffffffffffffffffffffffff00000
+  launch_multiple: true
 available_node_types:
   ray.head.default: {resources: {CPU: 0}, node_config: {}, max_workers: 0}
   train: {resources: {CPU: 2}, labels: {heliostat-pool: train}, node_config: {}, min_workers: 0, max_workers: 2}
@@ -156,7 +171,8 @@ def test_a_job_that_needs_more_nodes_gets_them_and_they_go_when_idle(tmp_path, c
     temp = Path("/tmp") / f"hel-{os.getpid()}"
     command = ["ray", "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=0"]
     command += ["--node-ip-address=127.0.0.9", f"--temp-dir={temp}", "--object-store-memory=200000000"]
-    command += [f"--autoscaling-config={tmp_path / 'scaled.yaml'}"]
+    # the session's own Ray has an agent on the default port
+    command += [f"--autoscaling-config={tmp_path / 'scaled.yaml'}", f"--dashboard-agent-listen-port={_free_port()}"]
     with (tmp_path / "head.log").open("wb") as log:
         head = subprocess.Popen(
             command, env={**env, "RAY_enable_autoscaler_v2": "1"}, stdout=log, stderr=log, start_new_session=True
@@ -176,7 +192,8 @@ def test_a_job_that_needs_more_nodes_gets_them_and_they_go_when_idle(tmp_path, c
         until("they go when idle", lambda: http.nodes(url, token) == 1, 120)
     finally:
         mine = [p for p in psutil.process_iter() if _is_of(p, tmp_path)]
-        for one in mine:
+        # Ray's agents have put their titles over their environment
+        for one in {*mine, *(child for p in mine for child in p.children(recursive=True))}:
             one.kill()
         head.wait(20)
         shutil.rmtree(temp, ignore_errors=True)

@@ -271,9 +271,14 @@ def explain(error: Exception) -> HeliostatError:
     first = getattr(first, "_base_exc", first)  # what Ray Train wraps an exception of the training function in
     text = [line for line in str(first).splitlines() if line.strip()]
     kind = WorkerError if failures and not dead and not _lost_peer(failures) else TrainingError
-    fault = kind(f"the workers failed: {type(first).__name__}{f': {text[-1].strip()}' if text else ''}")
+    fault = kind(f"the workers failed: {type(first).__name__}{f': {_short(text[-1])}' if text else ''}")
     fault.__cause__ = error
     return fault
+
+
+def _short(text: str) -> str:
+    """Ray's message about a dead process, without its guesses at why."""
+    return text.partition(" Some common causes include:")[0].strip()
 
 
 def _root(error: BaseException) -> BaseException:
