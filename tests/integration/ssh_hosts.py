@@ -76,6 +76,7 @@ class Hosts:
         _ip("-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
         _ip("-n", name, "link", "set", "eth0", "up")
         _ip("-n", name, "link", "set", "lo", "up")
+        _ip("-n", name, "route", "add", "default", "via", MASTER)  # Ray takes the address that leads out as its own
         script = START.format(home=home, key=self.folder / "host-key", address=address)
         command = ["ip", "netns", "exec", name, "unshare", "-m", "-p", "-f", "-u", "-i", "--mount-proc", "--kill-child"]
         with (self.folder / f"sshd{number}.log").open("wb") as log:

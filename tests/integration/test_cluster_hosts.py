@@ -90,7 +90,7 @@ def test_ray_up_over_ssh_trains_across_hosts_and_nodes_come_and_go(tmp_path, cor
         raw["auth"] = {"ssh_user": "root", "ssh_private_key": str(there.key)}
         raw["max_workers"] = 2
         raw["provider"] |= {"head_ip": head, "worker_ips": workers[:2]}
-        small = "ray start --num-cpus=2 --object-store-memory=200000000"
+        small = "ray start --num-cpus=3 --object-store-memory=200000000"
         raw["worker_start_ray_commands"] = [c.replace("ray start", small) for c in raw["worker_start_ray_commands"]]
         file = tmp_path / "hosts.yaml"
         file.write_text(yaml.safe_dump(raw))
@@ -105,7 +105,7 @@ def test_ray_up_over_ssh_trains_across_hosts_and_nodes_come_and_go(tmp_path, cor
                 return there_are
 
             until("two workers join", alive(3), 60)
-            job = {**tiny_job(corpus, "", tmp_path), "name": "hosts", "workers": {"count": 2, "cpus": 1.5}}
+            job = {**tiny_job(corpus, "", tmp_path), "name": "hosts", "workers": {"count": 2, "cpus": 2}}
             job["train"] |= {"steps": 6}
             job |= {"checkpoint": {"every": 6}, "evaluate": {"every": 6, "samples": 8, "fraction": 0.05}}
             job["mlflow"] = {"uri": f"http://{hosts.MASTER}:{server}", "experiment": "hosts"}
@@ -149,7 +149,7 @@ provider:
   launch_multiple: true
 available_node_types:
   ray.head.default: {resources: {CPU: 0}, node_config: {}, max_workers: 0}
-  train: {resources: {CPU: 2}, labels: {heliostat-pool: train}, node_config: {}, min_workers: 0, max_workers: 2}
+  train: {resources: {CPU: 3}, labels: {heliostat-pool: train}, node_config: {}, min_workers: 0, max_workers: 2}
 """
 
 
@@ -181,7 +181,7 @@ def test_a_job_that_needs_more_nodes_gets_them_and_they_go_when_idle(tmp_path, c
     try:
         until("the head", lambda: http.nodes(url, token) == 1, 60)
         job = {**tiny_job(corpus, tracking, tmp_path), "name": "scaled"}
-        job["workers"] = {"count": 2, "cpus": 1.5, "labels": {"heliostat-pool": "train"}}  # one on each of two nodes
+        job["workers"] = {"count": 2, "cpus": 2, "labels": {"heliostat-pool": "train"}}  # one on each of two nodes
         job["train"] |= {"steps": 6}
         job |= {"checkpoint": {"every": 6}, "evaluate": {"every": 6, "samples": 8, "fraction": 0.05}}
         (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from heliostat.cluster import check, files, schemas
 from heliostat.errors import ConfigError
-from heliostat.plan import report
+from heliostat.plan import report, room
 
 from tests.unit.build_job import ROOT, job
 
@@ -83,7 +83,7 @@ def test_full_scale_jobs_fit_on_the_clusters_and_data_work_takes_no_training_nod
     """The plan finds room for all workers in the pool that carries the job's labels; data goes to one without GPUs."""
     pools = files.read(ROOT / "clusters" / f"{cluster}.yaml").pools
     wanted, _, _ = report.prepare(ROOT / "jobs" / f"{name}.yaml", ["data.sources=[{path: nowhere}]"])
-    report._check_room(wanted, files.read(ROOT / "clusters" / f"{cluster}.yaml"))
+    room.check(wanted, files.read(ROOT / "clusters" / f"{cluster}.yaml"))
     train = [p for p in pools if wanted.workers.labels.items() <= p.labels.items()]
     data = [p for p in pools if wanted.data.labels.items() <= p.labels.items()]
     assert train and all(p.gpus for p in train)
@@ -108,10 +108,32 @@ def test_a_job_too_big_for_the_cluster_is_refused_before_it_waits_for_ever():
         **{"workers.gpus": 1, "workers.count": 128, "train.global_batch": 256, "workers.labels": {"heliostat-pool": "train"}}
     )
     with pytest.raises(ConfigError, match=r"workers\.count: 128 workers .* has room for 64 at its largest"):
-        report._check_room(big, cluster)
+        room.check(big, cluster)
     lost = job(**{"workers.labels": {"heliostat-pool": "trian"}})
     with pytest.raises(ConfigError, match=r"workers\.labels: no pool .*heliostat-pool=train"):
-        report._check_room(lost, cluster)
+        room.check(lost, cluster)
+
+
+def test_workers_that_leave_the_data_tasks_no_cpu_are_refused(tmp_path):
+    """Half a CPU left on each of two nodes is none; a node more, or a pool for the data, is enough."""
+    pools = """
+  ray.head.default: {resources: {CPU: 0}, node_config: {}}
+  train: {resources: {CPU: 2}, node_config: {}, min_workers: 0, max_workers: MOST, labels: {heliostat-pool: train}}
+"""
+    wanted = job(**{"workers.count": 2, "workers.cpus": 1.5})
+
+    def cluster(most: int, more: str = ""):
+        (tmp_path / "c.yaml").write_text(
+            "cluster_name: c\nmax_workers: 9\nprovider: {type: aws, region: eu-west-1}\nhead_node_type: ray.head.default\n"
+            f"available_node_types:{pools.replace('MOST', str(most))}{more}"
+        )
+        return files.read(tmp_path / "c.yaml")
+
+    with pytest.raises(ConfigError, match=r"workers\.cpus: 2 workers of 1\.5 CPUs leave no node of .* the 1 CPU that reading"):
+        room.check(wanted, cluster(2))
+    room.check(wanted, cluster(3))
+    data = "  data: {resources: {CPU: 4}, node_config: {}, min_workers: 0, max_workers: 1, labels: {heliostat-pool: data}}\n"
+    room.check(job(**{"workers.count": 2, "workers.cpus": 1.5, "workers.labels": {"heliostat-pool": "train"}}), cluster(2, data))
 
 
 KUBE_FAULTS = {

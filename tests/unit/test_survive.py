@@ -101,6 +101,8 @@ def test_room_is_counted_node_by_node_and_leaves_the_data_tasks_a_cpu():
     assert room(workers, {"a": {"CPU": 1, "GPU": 8}, "b": {"CPU": 1}}, {}) == 0
     assert room(workers, {"a": {"CPU": 1}, "b": {"CPU": 8}}, {"a": 1, "b": 2}) == 3
     assert room(spec.Workers(cpus=1.0), {"a": {"CPU": 4}}, {}) == 3
+    assert room(spec.Workers(cpus=1.5), {"a": {"CPU": 2}, "b": {"CPU": 2}}, {}) == 1  # a data task does not span nodes
+    assert room(spec.Workers(cpus=1.5), {"a": {"CPU": 2}, "b": {"CPU": 2}, "c": {"CPU": 1}}, {}) == 2
     assert room(spec.Workers(cpus=1.0, placement="strict_spread"), {"a": {"CPU": 4}, "b": {"CPU": 4}}, {}) == 2
 
 

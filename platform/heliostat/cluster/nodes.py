@@ -16,20 +16,31 @@ from heliostat.spec import Workers
 
 log = logging.getLogger(__name__)
 
-FETCHING = 1.0  # CPUs that the data tasks need beside the workers
+FETCHING = 1.0  # CPUs that a data task needs beside the workers, on one node
 ENDING_S = 20.0
 
 
 def room(workers: Workers, free: Mapping[str, Mapping[str, float]], held: Mapping[str, int]) -> int:
-    """How many workers fit on the nodes. `free`: resources by node; `held`: how many of ours run there already."""
-    need = {"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})}
-    each, spare = 1 if workers.placement == "strict_spread" else 1 << 30, -FETCHING
-    fits = 0
-    for node, resources in free.items():
-        total = {key: resources.get(key, 0.0) + held.get(node, 0) * amount for key, amount in need.items()}
-        fits += min(each, *(int(total[key] / amount + 1e-6) for key, amount in need.items()))
-        spare += total["CPU"]
-    return min(fits, max(0, int(spare / workers.cpus + 1e-6)))
+    """How many workers fit on the nodes, with a data task on one. `free`: resources by node; `held`: how many of ours run there
+    already."""
+    nodes = [{**r, "CPU": r.get("CPU", 0.0) + held.get(n, 0) * workers.cpus,
+              "GPU": r.get("GPU", 0.0) + held.get(n, 0) * workers.gpus} for n, r in free.items()]  # fmt: skip
+    fit = [_fit(workers, node, 0.0) for node in nodes]
+    beside = [f - _fit(workers, node, FETCHING) for f, node in zip(fit, nodes, strict=True) if node["CPU"] >= FETCHING]
+    return sum(fit) - min(beside) if beside else 0
+
+
+def _fit(workers: Workers, node: Mapping[str, float], taken: float) -> int:
+    fits = int((node["CPU"] - taken) / workers.cpus + 1e-6)
+    if workers.gpus:
+        fits = min(fits, int(node["GPU"] / workers.gpus + 1e-6))
+    return min(fits, 1) if workers.placement == "strict_spread" else fits
+
+
+def starved(workers: Workers, held: Mapping[str, int], labels: Mapping[str, str]) -> bool:
+    """Whether the workers leave no node with these labels the CPU that a data task needs."""
+    fit = [n for n in ray.nodes() if n["Alive"] and labels.items() <= n.get("Labels", {}).items()]
+    return all(n["Resources"].get("CPU", 0.0) - held.get(n["NodeID"], 0) * workers.cpus < FETCHING - 1e-6 for n in fit)
 
 
 def room_now(workers: Workers, held: Mapping[str, int]) -> int:

@@ -20,7 +20,7 @@ from heliostat.cluster import files
 from heliostat.cluster.files import ClusterFile
 from heliostat.data import collection, manifest
 from heliostat.errors import ConfigError, DataError, StorageError
-from heliostat.plan import faults, hardware, memory, speed
+from heliostat.plan import faults, hardware, memory, room, speed
 from heliostat.plan.census import Activations, Census, activations, build, census
 from heliostat.plan.hardware import GIB, Device
 from heliostat.recipe import Recipe
@@ -76,7 +76,7 @@ def plan(
     if where.name == "cpu" and (cluster is None or cluster.local):
         where = replace(where, memory=psutil.virtual_memory().total / job.workers.most)  # this machine's
     if cluster:
-        _check_room(job, cluster)
+        room.check(job, cluster)
     built = built or build(recipe)
     model = census(recipe, built)
     kept = activations(job, recipe, built, sample(job, recipe))
@@ -107,26 +107,6 @@ def _device_of(cluster: ClusterFile) -> tuple[str | None, str | None]:
         if pool.gpus:
             return pool.labels.get(files.ACCELERATOR), pool.instance
     return None, None
-
-
-def _check_room(job: Job, cluster: ClusterFile) -> None:
-    """ConfigError if the cluster, at its largest, has no place for all workers."""
-    need = job.workers
-    pools = [p for p in cluster.pools if all(p.labels.get(k) == v for k, v in need.labels.items())]
-    if need.labels and not pools and any(p.labels for p in cluster.pools):
-        have = sorted({f"{k}={v}" for p in cluster.pools for k, v in p.labels.items()})
-        raise ConfigError(f"workers.labels: no pool of {cluster.path} carries {dict(need.labels)}; there are {', '.join(have)}")
-    known = [p for p in pools if p.cpus is not None]
-    room = sum(p.most * _fit(p.cpus or 0, p.gpus, need.cpus, need.gpus) for p in known)
-    if known and len(known) == len(pools) and room < need.least:
-        raise ConfigError(
-            f"workers.count: {need.least} workers of {need.cpus:g} CPUs and {need.gpus:g} GPUs do not fit on {cluster.path}, "
-            f"which has room for {room} at its largest; lower it, or raise the pool's maximum"
-        )
-
-
-def _fit(cpus: float, gpus: float, need_cpus: float, need_gpus: float) -> int:
-    return int(min(cpus // need_cpus, gpus // need_gpus if need_gpus else math.inf))
 
 
 def sample(job: Job, recipe: Recipe) -> Any:

@@ -68,6 +68,7 @@ class Attempt:
         self._held: int | None = None  # the step behind which the workers wait
         self._stop_by: float | None = None  # when those who were told to stop must have ended
         self._look_at = self._grow_at = 0.0
+        self._starved = False  # said to be
         self._fault: HeliostatError | None = None
 
     def run(self) -> dict[str, Any]:
@@ -133,6 +134,12 @@ class Attempt:
                 return
             self._order(INTERRUPTED, f"{self.signals.name}: stopping behind a checkpoint; once more stops at once")
         held = Counter(p["node"] for p in self._pulses.values())
+        if self._phase == "data" and not self._starved and nodes.starved(self.job.workers, held, self.job.data.labels):
+            self._starved = True
+            log.warning(
+                "workers.cpus: %g a worker leave no node the CPU that reading the data needs; waiting %g s (watchdog.start) for "
+                "one: lower workers.cpus, or add a node", self.job.workers.cpus, self.job.watchdog.start,
+            )  # fmt: skip
         if self._ordered < PREEMPTED and self._phase == "stepped":
             if gone := held.keys() & nodes.draining():
                 self._order(PREEMPTED, f"{len(gone)} of the run's nodes are about to go: stopping behind a checkpoint")
