@@ -143,8 +143,8 @@ head_start_ray_commands: []
 worker_start_ray_commands: []
 head_node_type: ray.head.default
 provider:
-  type: external  # `fake_multinode` by name wants an example file that Ray's wheel lacks
-  module: ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider
+  type: external
+  module: tests.integration.nodes_apart.NodesApart
   head_node_id: fffffffffffffffffffffffffffffffffffffffffffffffffff00000
   launch_multiple: true
   gcs_address: 127.0.0.9:PORT
@@ -174,7 +174,9 @@ def test_a_job_that_needs_more_nodes_gets_them_and_they_go_when_idle(tmp_path, c
     command += ["--node-ip-address=127.0.0.9", f"--temp-dir={temp}", "--object-store-memory=200000000"]
     # the session's own Ray has an agent on the default port
     command += [f"--autoscaling-config={tmp_path / 'scaled.yaml'}", f"--dashboard-agent-listen-port={_free_port()}"]
-    scaling = {"RAY_enable_autoscaler_v2": "1", "RAY_CLOUD_INSTANCE_ID": "f" * 51 + "00000", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+    temp.mkdir()
+    scaling = {"PYTHONPATH": f"{env['PYTHONPATH']}:{ROOT}", "HELIOSTAT_NODES": str(temp)}
+    scaling |= {"RAY_enable_autoscaler_v2": "1", "RAY_CLOUD_INSTANCE_ID": "f" * 51 + "00000", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
     with (tmp_path / "head.log").open("wb") as log:
         head = subprocess.Popen(command, env={**env, **scaling}, stdout=log, stderr=log, start_new_session=True)
     url, token = f"http://127.0.0.1:{dashboard}", (tmp_path / "token").read_text()
