@@ -143,10 +143,11 @@ head_start_ray_commands: []
 worker_start_ray_commands: []
 head_node_type: ray.head.default
 provider:
-  type: external  # `fake_multinode` by name wants an example file that Ray's wheel lacks
-  module: ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider
+  type: external
+  module: tests.integration.nodes_apart.NodesApart
   head_node_id: fffffffffffffffffffffffffffffffffffffffffffffffffff00000
   launch_multiple: true
+  gcs_address: 127.0.0.9:PORT
 available_node_types:
   ray.head.default: {resources: {CPU: 0}, node_config: {}, max_workers: 0}
   train: {resources: {CPU: 3}, labels: {heliostat-pool: train}, node_config: {}, min_workers: 0, max_workers: 2}
@@ -156,7 +157,8 @@ available_node_types:
 def test_a_job_that_needs_more_nodes_gets_them_and_they_go_when_idle(tmp_path, corpus, tracking) -> None:
     """From a cluster file, with Ray's own autoscaler; only its nodes are processes of this machine."""
     shutil.copytree(ROOT / "jobs", tmp_path / "jobs", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "scaled.yaml").write_text(AUTOSCALE)
+    port, dashboard = _free_port(), _free_port()
+    (tmp_path / "scaled.yaml").write_text(AUTOSCALE.replace("PORT", str(port)))
     (tmp_path / "token").write_text("fedcba9876543210" * 4)
     env = {
         **os.environ,
@@ -167,16 +169,16 @@ def test_a_job_that_needs_more_nodes_gets_them_and_they_go_when_idle(tmp_path, c
     }
     env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token"), "HELIOSTAT_NODE_DIR": str(tmp_path)}
     heliostat(tmp_path, env, "cluster", "check", "scaled.yaml")
-    port, dashboard = _free_port(), _free_port()
     temp = Path("/tmp") / f"hel-{os.getpid()}"
     command = ["ray", "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=0"]
     command += ["--node-ip-address=127.0.0.9", f"--temp-dir={temp}", "--object-store-memory=200000000"]
     # the session's own Ray has an agent on the default port
     command += [f"--autoscaling-config={tmp_path / 'scaled.yaml'}", f"--dashboard-agent-listen-port={_free_port()}"]
+    temp.mkdir()
+    scaling = {"PYTHONPATH": f"{env['PYTHONPATH']}:{ROOT}", "HELIOSTAT_NODES": str(temp)}
+    scaling |= {"RAY_enable_autoscaler_v2": "1", "RAY_CLOUD_INSTANCE_ID": "f" * 51 + "00000", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
     with (tmp_path / "head.log").open("wb") as log:
-        head = subprocess.Popen(
-            command, env={**env, "RAY_enable_autoscaler_v2": "1"}, stdout=log, stderr=log, start_new_session=True
-        )
+        head = subprocess.Popen(command, env={**env, **scaling}, stdout=log, stderr=log, start_new_session=True)
     url, token = f"http://127.0.0.1:{dashboard}", (tmp_path / "token").read_text()
     try:
         until("the head", lambda: http.nodes(url, token) == 1, 60)
