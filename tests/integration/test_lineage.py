@@ -31,6 +31,7 @@ from heliostat.train.run import train
 from mlflow import MlflowClient
 
 from tests.integration.conftest import curve, tiny_job
+from tests.integration.paced import PACED
 from tests.integration.test_survival import saved
 
 pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(1800)]  # two minutes, on a machine that is not busy
@@ -83,7 +84,7 @@ def shards(corpus: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 def story(shards: str, corpus: str, tracking: str, tmp_path_factory: pytest.TempPathFactory) -> Story:
     folder = tmp_path_factory.mktemp("story")
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    path = write(folder, tracking, shards, "base", recipe="tests.integration.test_survival:Paced")
+    path = write(folder, tracking, shards, "base", **PACED)
     settings = [f"train.steps={STEPS}", "checkpoint.every=5", "evaluate.every=15", "train.log_every=1", "retries.backoff=0.1"]
     run = Location(str(folder / "runs" / "base"))
     words = [word for s in settings for word in ("--set", s)]
