@@ -61,7 +61,8 @@ def run_of(folder: Location) -> str:
 
 
 def has(tracking: str, folder: Location, step: int) -> bool:
-    if not folder.join("run.json").exists():
+    file = folder.join("run.json")
+    if not file.exists() or "run_id" not in json.loads(file.read()):  # a token is written before
         return False
     return step in [m.step for m in MlflowClient(tracking_uri=tracking).get_metric_history(run_of(folder), "train/loss")]
 
