@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from heliostat.cli import Json, Settings, Verbose, _finish, app, out
+from heliostat.cli_cluster import Follow, Queue, Target, send
+from heliostat.errors import ConfigError
 
 DEFAULT_STORAGE = ".heliostat/runs"
 Storage = Annotated[str, typer.Option(help="Where runs and sweeps live: a folder or s3:// prefix")]
@@ -24,12 +26,23 @@ def tune(
     transfer: Annotated[
         Path | None, typer.Option(help="A big job: the learning rate is carried to it from the widths that are swept")
     ] = None,
+    cluster: Target = None,
+    follow: Follow = False,
+    queue: Queue = None,
     json_: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Search for a job's best settings: many runs of it, side by side, through Ray Tune. docs/tuning.md"""
     from heliostat.tune.run import tune as run
 
+    if cluster:
+        if transfer:
+            raise ConfigError(
+                "--transfer: not with --cluster; when the sweep is over, run this with --resume and without --cluster"
+            )
+        flags = {"--resume": resume, "--retry-failed": retry_failed, "--overwrite": overwrite}
+        _submit(sweep, setting or [], cluster, queue, tuple(f for f, given in flags.items() if given), follow, json_)
+        return
     if transfer:
         from heliostat.tune.sweep import load
         from heliostat.tune.transfer import check
@@ -78,6 +91,26 @@ def sweep(
     if not json_:
         _print(found, top)
     _finish({**found, "trials": found["trials"][:top]}, json_)
+
+
+def _submit(
+    path: Path, setting: list[str], cluster: str, queue: str | None, flags: tuple[str, ...], follow: bool, json_: bool
+) -> None:
+    """Sends the sweep to the cluster, as `heliostat submit` does a job; its id is the sweep's name."""
+    from heliostat.cluster import jobs as api
+    from heliostat.cluster.reach import endpoint
+    from heliostat.plan import report as planning
+    from heliostat.tune import sweep as sweeps
+
+    plan = sweeps.load(path, setting)
+    file, fixed = sweeps.base_file(plan.sweep), sweeps.settings(plan.sweep.set_)
+    with endpoint(cluster) as there:
+        job = api.load(file, fixed, there)
+        planned, recipe, _ = planning.prepare(file, fixed)
+        planning.plan(planned, recipe, there.file)
+        whole = {k: v for k, v in plan.sweep.dump().items() if k != "set"}  # which is in the job
+        record = api.Record(plan.sweep.name, cluster, str(plan.folder), plan.trials or 0, job.dump(), queue, whole)
+        send(api.Jobs(there), record, flags, follow, json_)
 
 
 def _carry(folder: str, big: Path, json_: bool) -> dict[str, Any]:

@@ -25,16 +25,16 @@ def room(workers: Workers, free: Mapping[str, Mapping[str, float]], held: Mappin
     already."""
     nodes = [{**r, "CPU": r.get("CPU", 0.0) + held.get(n, 0) * workers.cpus,
               "GPU": r.get("GPU", 0.0) + held.get(n, 0) * workers.gpus} for n, r in free.items()]  # fmt: skip
-    fit = [_fit(workers, node, 0.0) for node in nodes]
-    beside = [f - _fit(workers, node, FETCHING) for f, node in zip(fit, nodes, strict=True) if node["CPU"] >= FETCHING]
+    most = 1 if workers.placement == "strict_spread" else 1 << 30
+    fit = [min(most, fits(workers, node)) for node in nodes]
+    beside = [f - min(most, fits(workers, node, FETCHING)) for f, node in zip(fit, nodes, strict=True) if node["CPU"] >= FETCHING]
     return sum(fit) - min(beside) if beside else 0
 
 
-def _fit(workers: Workers, node: Mapping[str, float], taken: float) -> int:
-    fits = int((node["CPU"] - taken) / workers.cpus + 1e-6)
-    if workers.gpus:
-        fits = min(fits, int(node["GPU"] / workers.gpus + 1e-6))
-    return min(fits, 1) if workers.placement == "strict_spread" else fits
+def fits(workers: Workers, node: Mapping[str, float], taken: float = 0.0) -> int:
+    """How many workers a node with these resources holds beside `taken` CPUs."""
+    count = int((node["CPU"] - taken) / workers.cpus + 1e-6)
+    return min(count, int(node["GPU"] / workers.gpus + 1e-6)) if workers.gpus else count
 
 
 def starved(workers: Workers, held: Mapping[str, int], labels: Mapping[str, str]) -> bool:

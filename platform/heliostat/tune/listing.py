@@ -11,7 +11,7 @@ from heliostat.spec import Job
 from heliostat.storage import Location
 from heliostat.tune import record as records
 from heliostat.tune import report
-from heliostat.tune.sweep import Plan, Sweep, place
+from heliostat.tune.sweep import Plan, Sweep, count, place
 
 STOP_S = 600.0
 
@@ -70,6 +70,13 @@ def show(folder: Location) -> dict[str, Any]:
                           "model_uri": done.get("model_uri") if done.get("trial") == best.number else None},
         "trials": report.rows(plan, all_records),
     }  # fmt: skip
+
+
+def progress(folder: Location) -> tuple[int, int]:
+    """Trials that are over, and how many there are to be, as far as that is known."""
+    all_records, kept = records.read(folder), records.read_json(folder.join("sweep.json"))
+    planned = count(Sweep.model_validate(kept["sweep"])) if kept else None
+    return sum(r.over for r in all_records), max(planned or 0, len(all_records))
 
 
 def stop(folder: Location) -> None:

@@ -5,21 +5,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from heliostat.cluster.nodes import FETCHING
+from heliostat.cluster.nodes import FETCHING, fits
 from heliostat.spec import Workers
 
 TRIAL_CPUS = 0.1  # of Tune's actor for a trial
 
 
 def gangs(workers: Workers, free: Mapping[str, Mapping[str, float]]) -> int:
-    """Trials of `workers` that fit on the nodes together. `free`: resources by node."""
-    need = {"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})}
-    slots = [min(int(r.get(key, 0.0) / amount + 1e-6) for key, amount in need.items()) for r in free.values()]
-    cpus = sum(r.get("CPU", 0.0) for r in free.values())
-    count = min(sum(slots) // workers.most, int(cpus / (workers.most * workers.cpus + FETCHING + TRIAL_CPUS) + 1e-6))
-    if workers.placement == "strict_spread":
-        while count and sum(min(s, count) for s in slots) < count * workers.most:
-            count -= 1
+    """Trials of `workers` that fit on the nodes together, each with a data task on some node. `free`: resources by node."""
+    nodes = [{"CPU": r.get("CPU", 0.0), "GPU": r.get("GPU", 0.0)} for r in free.values()]
+    aside, count = FETCHING + TRIAL_CPUS, 0
+    while beside := [n for n in nodes if n["CPU"] >= aside]:
+        node = min(beside, key=lambda n: fits(workers, n) - fits(workers, n, aside))
+        node["CPU"] -= aside
+        most = count + 1 if workers.placement == "strict_spread" else 1 << 30
+        if sum(min(most, fits(workers, n)) for n in nodes) < (count + 1) * workers.most:
+            break
+        count += 1
     return count
 
 

@@ -81,7 +81,7 @@ def tune(
 
 def _same(plan: Plan, before: dict[str, Any]) -> None:
     """ConfigError if the sweep is another one than that which is resumed; budget and concurrency may change."""
-    free = ("budget", "concurrency", "register_best")
+    free = ("budget", "concurrency", "register_best", "job", "set")  # the last two make the base job, which is compared
     now = {"sweep": {k: v for k, v in plan.sweep.dump().items() if k not in free}, "job": plan.base}
     then = {"sweep": {k: v for k, v in before["sweep"].items() if k not in free}, "job": before["job"]}
     for part in ("sweep", "job"):

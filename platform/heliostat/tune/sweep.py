@@ -20,7 +20,7 @@ from heliostat.schema import Float, Strict
 from heliostat.spec import Fraction, Job, Name, Positive, Seed
 from heliostat.storage import Location
 from heliostat.tune import space as spaces
-from heliostat.tune.space import Domain, Params, Space
+from heliostat.tune.space import Params, Space
 
 Above0 = Annotated[Float, Field(gt=0)]
 OWN = ("name", "storage", "mlflow", "recipe", "evaluate")  # the sweep's own, or what makes trials comparable
@@ -140,7 +140,12 @@ class Plan:
 
 def place(raw: dict[str, Any], params: Params) -> dict[str, Any]:
     """The job with the parameters in their places."""
-    return schema.apply(raw, [f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in params.items()])
+    return schema.apply(raw, settings(params))
+
+
+def settings(params: dict[str, Any]) -> list[str]:
+    """The parameters as `key.path=value`."""
+    return [f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in params.items()]
 
 
 def holds(sweep: Sweep, job: Job) -> list[int]:
@@ -162,27 +167,36 @@ def holds(sweep: Sweep, job: Job) -> list[int]:
     return []
 
 
-def load(path: Path, settings: list[str] | None = None) -> Plan:
-    """The sweep in a YAML file, with `key.path=value` settings (of the sweep) applied, and checked: no Ray, no stores."""
-    sweep = schema.load(Sweep, path, settings)
-    file = Path(sweep.job) if Path(sweep.job).is_absolute() else workspace.root() / sweep.job
+def load(path: Path, changes: list[str] | None = None) -> Plan:
+    """The sweep in a YAML file, with `key.path=value` changes (of the sweep) applied, and checked: no Ray, no stores."""
+    sweep = schema.load(Sweep, path, changes)
+    file = base_file(sweep)
     if not file.is_file():
         raise ConfigError(f"{path}: job: there is no file {sweep.job!r} in {workspace.root()}")
     raw = place(schema.read_yaml(file), sweep.set_)
     return make(sweep, raw, str(path))
 
 
+def base_file(sweep: Sweep) -> Path:
+    """The base job's file."""
+    return Path(sweep.job) if Path(sweep.job).is_absolute() else workspace.root() / sweep.job
+
+
 def make(sweep: Sweep, raw: dict[str, Any], where: str) -> Plan:
     """The same of a sweep and a base job that were read already."""
     base = spec.resolve(schema.validate(Job, raw, f"{where}: job {sweep.job} with set"))
-    trials = len(spaces.grid(sweep.space)) if sweep.searcher.name == "grid" else sweep.budget.trials
-    plan = Plan(sweep, base.dump(), trials)
+    plan = Plan(sweep, base.dump(), count(sweep))
     faults = [*_base_faults(sweep, base), *_budget_faults(plan, base), *_hold_faults(sweep, base)]
     if faults:
         raise ConfigError("\n  ".join([f"{where}:", *faults]) if len(faults) > 1 else f"{where}: {faults[0]}")
     _check_corners(plan, where)
     _check_drawn(plan, where)
     return plan
+
+
+def count(sweep: Sweep) -> int | None:
+    """How many trials there are to be, if that is known."""
+    return len(spaces.grid(sweep.space)) if sweep.searcher.name == "grid" else sweep.budget.trials
 
 
 def _base_faults(sweep: Sweep, base: Job) -> list[str]:
@@ -268,6 +282,3 @@ def tell(params: Params) -> str:
     """The parameters in a line."""
     return ", ".join(f"{key.rpartition('.')[2]} {value:.4g}" if isinstance(value, float) else f"{key.rpartition('.')[2]} {value}"
                      for key, value in params.items())  # fmt: skip
-
-
-__all__ = ["Domain", "Params", "Plan", "Space", "Sweep", "holds", "load", "make", "place", "tell"]
