@@ -1,6 +1,6 @@
 """docs/mlflow-server.md for real: MLflow on PostgreSQL, artifacts on S3, logins; and a run that is recorded there.
 
-It takes a minute or two, so it runs when HELIOSTAT_SERVER=1 asks for it. Debian: postgresql; pip: heliostat[server].
+`make test-slow` runs it. Debian: postgresql; pip: heliostat[server].
 """
 
 import configparser
@@ -31,8 +31,6 @@ POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))[-1:]
 
 def missing() -> str:
     """What keeps the server from being started here; nothing if it can be."""
-    if os.environ.get("HELIOSTAT_SERVER") != "1":
-        return "set HELIOSTAT_SERVER=1 to run MLflow on PostgreSQL and S3 (a minute or two)"
     if not POSTGRES:
         return "not on this machine: PostgreSQL's server (Debian: postgresql)"
     absent = [m for m in ("psycopg", "flask_wtf", "moto") if not importlib.util.find_spec(m)]
@@ -41,6 +39,7 @@ def missing() -> str:
 
 WHY = missing()
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(bool(WHY), reason=WHY),
     pytest.mark.usefixtures("ray_session"),
     pytest.mark.timeout(1800),  # minutes, on a machine that is not busy

@@ -1,11 +1,12 @@
 """What a person sees in MLflow's UI, in a real browser: curves, datasets, images, report, model, the nested trials of a sweep.
 
-It takes a minute or two, so it runs when HELIOSTAT_BROWSER=1 asks for it. Debian: chromium, chromium-driver; pip:
-heliostat[browser-test]. The screenshots go to HELIOSTAT_SCREENSHOTS, or pytest's folder.
+`make test-slow` runs it. Debian: chromium, chromium-driver; pip: heliostat[browser-test]. The screenshots go to
+HELIOSTAT_SCREENSHOTS, or pytest's folder.
 """
 
 import importlib.util
 import io
+import json
 import os
 import shutil
 import time
@@ -18,15 +19,15 @@ import pytest
 import torch
 from heliostat.chaos.servers import Server, mlflow_server
 from heliostat.train.run import train
+from heliostat.tune.run import tune
 from mlflow import MlflowClient
 from PIL import Image
 
 from jobs.causal_lm import CausalLM
+from tests.integration.test_tune import grid, sweep_file
 
 
 def missing() -> str:
-    if os.environ.get("HELIOSTAT_BROWSER") != "1":
-        return "set HELIOSTAT_BROWSER=1 to look at MLflow's UI in Chromium (a minute or two)"
     absent = [t for t in ("chromium", "chromedriver") if not shutil.which(t)]
     if not importlib.util.find_spec("selenium"):
         absent.append("selenium")
@@ -35,6 +36,7 @@ def missing() -> str:
 
 WHY = missing()
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(bool(WHY), reason=WHY),
     pytest.mark.usefixtures("ray_session"),
     pytest.mark.timeout(1800),  # minutes, on a machine that is not busy
@@ -82,36 +84,51 @@ def server(tracking: str, tmp_path: Path) -> Iterator[Server]:
         yield running
 
 
-def test_the_ui_shows_the_run_its_data_images_report_model_and_trials(server, browser, job_file, tracking, tmp_path):
+@pytest.fixture
+def look(server: Server, browser: Any, tmp_path: Path) -> Callable[..., None]:
+    """Opens a page, waits for the texts that it must show, and keeps a picture of it under the name."""
     shots = Path(os.environ.get("HELIOSTAT_SCREENSHOTS", tmp_path))
-    settings = ["recipe=tests.integration.test_mlflow_ui:Drawing", "train.log_every=1", "mlflow.register=seen-lm",
-                "mlflow.alias=champion", "mlflow.experiment=seen"]  # fmt: skip
-    result = train(job_file("seen"), settings)
-    client, run_id = MlflowClient(tracking_uri=tracking), result["run_id"]
-    experiment = client.get_run(run_id).info.experiment_id
-    sweep = client.create_run(experiment, run_name="sweep").info.run_id
-    client.set_tag(run_id, "mlflow.parentRunId", sweep)  # as a trial of it
-    client.set_terminated(sweep)
-    base = f"http://{server.endpoint}/#"
-    here = f"/experiments/{experiment}/runs/{run_id}"
 
-    def look(path: str, name: str, *texts: str, frame: str | None = None) -> None:
+    def look_(path: str, name: str, *texts: str, frame: str | None = None, picture: bool = False) -> None:
         browser.get("about:blank")
-        browser.get(base + path)
+        browser.get(f"http://{server.endpoint}/#{path}")
         for text in texts:
             until(lambda t=text: t.lower() in said(browser, frame).lower(), f"{text!r} at {path}", lambda: said(browser, frame))
+        if picture:
+            until(lambda: any(w and w >= 32 for w in picture_widths(browser)), "a picture", lambda: str(picture_widths(browser)))
         time.sleep(1.0)  # charts are drawn late
         file = shots / f"mlflow-{name}.png"
         browser.save_screenshot(str(file))
         Image.open(file).convert("P", palette=Image.Palette.ADAPTIVE, colors=64).save(file, optimize=True)
 
+    return look_
+
+
+def test_the_ui_shows_the_run_its_data_images_report_and_model(look, job_file, tracking):
+    settings = ["recipe=tests.integration.test_mlflow_ui:Drawing", "train.log_every=1", "mlflow.register=seen-lm",
+                "mlflow.alias=champion", "mlflow.experiment=seen"]  # fmt: skip
+    result = train(job_file("seen"), settings)
+    client, run_id = MlflowClient(tracking_uri=tracking), result["run_id"]
+    here = f"/experiments/{client.get_run(run_id).info.experiment_id}/runs/{run_id}"
     look(here, "run", "Finished", "train.optimizer.lr", "corpus", "seen-lm")
     look(f"{here}/model-metrics", "curves", "train/loss", "eval/loss")
     look(f"{here}/artifacts/report.html", "report", "Where the time went", "Lineage", frame="iframe")
-    look(f"{here}/artifacts/images/squares/step-00000020.png", "images", "step-00000020.png")
-    until(lambda: any(w and w >= 32 for w in picture_widths(browser)), "the picture", lambda: str(picture_widths(browser)))
+    look(f"{here}/artifacts/images/squares/step-00000020.png", "images", "step-00000020.png", picture=True)
     look("/models/seen-lm/versions/1", "model", "seen-lm", "champion", "Held-out scores")
-    look(f"/experiments/{experiment}/runs", "trials", "sweep", "seen")
+
+
+def test_the_ui_shows_a_sweep_its_trials_its_plots_and_their_comparison(look, corpus, tracking, tmp_path):
+    result = tune(sweep_file(corpus, tracking, tmp_path, name="swept", space=grid(1e-4, 3e-3)))
+    client, parent = MlflowClient(tracking_uri=tracking), result["run_id"]
+    experiment = client.get_run(parent).info.experiment_id
+    trials = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
+    here = f"/experiments/{experiment}/runs/{parent}"
+    look(f"/experiments/{experiment}/runs", "trials", "swept", "swept-0000", "swept-0001")
+    look(here, "sweep", "Finished", "swept")
+    look(f"{here}/artifacts/parallel_coordinates.png", "sweep-coordinates", "parallel_coordinates.png", picture=True)
+    look(f"{here}/artifacts/history.png", "sweep-history", "history.png", picture=True)
+    chosen = f"runs={json.dumps([r.info.run_id for r in trials])}&experiments={json.dumps([experiment])}"
+    look(f"/compare-runs?{chosen}", "compare", "swept-0000", "swept-0001", "train.optimizer.lr")
 
 
 def said(browser: Any, frame: str | None) -> str:
