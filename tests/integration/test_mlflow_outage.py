@@ -33,7 +33,8 @@ def owner_of(server: Server, job_file, monkeypatch):
     """A new command's owner of the run."""
     monkeypatch.setattr(tracking_run, "AWAY_S", 3.0)
     monkeypatch.setattr(tracking_run, "PAUSE_MAX_S", 1.0)
-    checked = check(job_file("outage"), [f"mlflow.uri=http://{server.endpoint}"])
+    # an experiment that was made through the server is of no use to who comes to the database past it
+    checked = check(job_file("outage"), [f"mlflow.uri=http://{server.endpoint}", "mlflow.experiment=outage"])
     return lambda: RunOwner(checked.job, checked.manifests), checked.job.run_folder
 
 
