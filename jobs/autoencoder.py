@@ -57,6 +57,7 @@ class Coder(nn.Module):
 class Autoencoder:
     kind = "rows"
     terms_per_sample = 1
+    scores = ("loss", "error", "divergence", "psnr")
     layout = {"vae.": "diffusion_pytorch_model"}
 
     def __init__(self, job: Job) -> None:

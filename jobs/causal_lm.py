@@ -41,6 +41,7 @@ PROMPTS = ("def ", "import ")
 class CausalLM:
     kind = "tokens"
     terms_per_sample: int | None
+    scores = ("loss", "perplexity", "bits_per_byte")
     layout = {"": "model"}
 
     def __init__(self, job: Job) -> None:
@@ -90,7 +91,8 @@ class CausalLM:
         from transformers.initialization import no_init_weights
         from transformers.integrations import is_deepspeed_zero3_enabled
 
-        if self.pretrained:
+        shapes_only = torch.get_default_device().type == "meta"
+        if self.pretrained and not shapes_only:
             model = transformers.AutoModelForCausalLM.from_pretrained(self.pretrained, config=self.config, dtype=torch.float32)
         elif is_deepspeed_zero3_enabled():
             model = transformers.AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)

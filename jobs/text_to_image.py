@@ -44,6 +44,7 @@ GOLDEN = 0.6180339887498949  # multiples of it fill [0, 1) evenly
 class TextToImage:
     kind = "rows"
     terms_per_sample = 1
+    scores: tuple[str, ...]
 
     def __init__(self, job: Job) -> None:
         if job.data.sequence_length:
@@ -58,6 +59,10 @@ class TextToImage:
         self.seed, self.one_source = job.train.seed, job.data.one_source_batches
         if self.model.samples.judge and not any(p.label for p in self.model.samples.prompts):
             raise ConfigError("model.samples.judge: needs prompts with a label; add labels, or set it to false")
+        drawn = self.model.samples if self.model.samples.prompts else None
+        judged = ("conditional_accuracy", "classifier_accuracy", "chance") if drawn and drawn.judge else ()
+        compared = ("fid", "kid") if drawn and drawn.features else ()
+        self.scores = ("loss", *(f"loss_t{i}" for i in range(QUARTERS)), *judged, *compared)
 
     def bind(self, sources: list[Manifest]) -> None:
         self.sources = sources

@@ -39,7 +39,12 @@ class Checked:
 
 def check_file(path: Path, settings: list[str] | None = None) -> tuple[Job, Recipe]:
     """The part that needs no dataset and no store."""
-    job = computable(spec.load(path, settings), cpu_flags())
+    return check_job(spec.load(path, settings))
+
+
+def check_job(job: Job) -> tuple[Job, Recipe]:
+    """The same of a job that was loaded already."""
+    job = computable(job, cpu_flags())
     kind = workspace.import_path("recipe", job.recipe)
     if not isinstance(kind, type):
         raise ConfigError(f"recipe: {job.recipe!r} is not a class")
@@ -131,7 +136,7 @@ def _version(location: Location, digest: str | None) -> Manifest:
 def _check_data(job: Job, manifests: list[Manifest], recorded: DataPlan | None, change_at: int | None) -> tuple[DataPlan, Order]:
     made = plan(job, manifests, recorded, change_at)
     order = make_order(made, manifests)
-    if order.runs_out is not None and order.runs_out < order.data_step(job.train.steps - 1) + 1:
+    if order.runs_out is not None and order.runs_out < order.data_step(job.last_step - 1) + 1:
         raise ConfigError(
             f"train.steps: {job.train.steps}, but with max_epochs the data lasts for {order.runs_out} steps; raise max_epochs "
             "of a source, or lower train.steps"

@@ -15,6 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
+import psutil
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
@@ -95,26 +96,35 @@ def check(
 
 @app.command()
 def train(
-    job: Path,
+    job: Annotated[Path | None, typer.Argument(help="A job file; none with --from-sweep")] = None,
     setting: Settings = None,
     resume: Annotated[bool, typer.Option(help="Go on from the run's last checkpoint, if there is one")] = False,
     overwrite: Annotated[bool, typer.Option(help="Delete the run of this name and start anew")] = False,
     allow_data_change: Annotated[bool, typer.Option(help="Resume with other data: a new segment of the run")] = False,
+    alias: Annotated[str | None, typer.Option(help="That the registered model gets, as candidate (mlflow.alias)")] = None,
     dry_run: Annotated[bool, typer.Option(help="Train nothing: work out every rank's share, in this process alone")] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="For --dry-run: as many ranks, instead of workers.count")] = None,
+    from_sweep: Annotated[str | None, typer.Option(help="A sweep's folder or name: train the job that it found")] = None,
+    best: Annotated[bool, typer.Option("--best", help="With --from-sweep: the job of its best trial")] = False,
     json_: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Train a job: Ray Data streams its samples into DeepSpeed workers; the model ends in MLflow."""
+    setting = [*(setting or []), *([f"mlflow.alias={alias}"] if alias else [])]
+    if (job is None) == (from_sweep is None) or best != (from_sweep is not None):
+        raise ConfigError("give a job file, or --from-sweep SWEEP --best")
+    if from_sweep is not None:
+        from heliostat.cli_tune import write_best
+
+        job = write_best(from_sweep)
+    assert job
     if dry_run:
         from heliostat.cli_plan import show_dry_run
 
-        show_dry_run(job, setting or [], workers, json_)
+        show_dry_run(job, setting, workers, json_)
         return
     if workers is not None:
         raise ConfigError("--workers goes with --dry-run; to train with another number use --set workers.count=N")
-    import psutil
-
     from heliostat.train.run import train as run
 
     result = run(job, setting, resume, overwrite, allow_data_change, verbose, started=psutil.Process().create_time())
@@ -224,13 +234,14 @@ def export(
     """Write a run's checkpoint as a Hugging Face folder."""
     from heliostat import export as exporting
     from heliostat.track.models import find_run
+    from heliostat.track.run import record
     from heliostat.train import checkpoint
 
     place = find_run(run, _store(mlflow))
     found = checkpoint.open_checkpoint(place, step) if step is not None else checkpoint.latest(place)
     if found is None:
         raise ConfigError(f"{place}: holds no complete checkpoint")
-    exporting.export(found, to)
+    exporting.export(found, to, record(place).get("run_id"))
     if not json_:
         out.print(f"step {found.step} of {found.index['name']} is in {to}")
     _finish({"folder": str(to), "step": found.step}, json_)
@@ -289,8 +300,11 @@ def goodput(run: Run, mlflow: TrackingUri = None, json_: Json = False) -> None:
     """Tell where a run's time went, from the command's start to the end, over all its restarts: parts that add up to 100 %."""
     from heliostat import goodput as accounting
     from heliostat.track.models import find_run
+    from heliostat.track.settle import settle_folder
 
-    report = accounting.read_report(find_run(run, _store(mlflow)))
+    place = find_run(run, _store(mlflow))
+    settle_folder(place)
+    report = accounting.read_report(place)
     if not json_:
         rows = accounting.table(report)
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -348,7 +362,7 @@ def _finish(result: dict[str, Any], json_: bool) -> None:
         sys.stdout.write(json.dumps(result) + "\n")
 
 
-from heliostat import cli_cluster, cli_plan  # noqa: E402, F401 (they register their commands, and need what is above)
+from heliostat import cli_cluster, cli_plan, cli_track, cli_tune  # noqa: E402, F401 (they register their commands, and need what is above)
 
 
 def main() -> None:

@@ -16,8 +16,7 @@ from heliostat.cli import Json, Settings, _finish, app, out
 from heliostat.errors import ConfigError, HeliostatError
 
 if TYPE_CHECKING:
-    from heliostat.cluster.jobs import Jobs
-    from heliostat.spec import Job
+    from heliostat.cluster.jobs import Jobs, Record
 
 cluster_app = typer.Typer(no_args_is_help=True, help="Clusters from YAML: check, up, down, status, list.")
 app.add_typer(cluster_app, name="cluster")
@@ -25,6 +24,7 @@ app.add_typer(cluster_app, name="cluster")
 Target = Annotated[str | None, typer.Option("--cluster", "-c", help="A cluster file, an address, or a local cluster's name")]
 File = Annotated[Path, typer.Argument(help="A cluster file (clusters/*.yaml)")]
 Id = Annotated[str, typer.Argument(help="The job's id: its run's name")]
+Queue = Annotated[str | None, typer.Option(help="Jobs of one queue run one after another")]
 Follow = Annotated[bool, typer.Option("--follow", "-f", help="Show the log until the job is over; its outcome is the exit code")]
 
 
@@ -131,7 +131,7 @@ def submit(
     cluster: Target = None,
     follow: Follow = False,
     setting: Settings = None,
-    queue: Annotated[str | None, typer.Option(help="Jobs of one queue run one after another")] = None,
+    queue: Queue = None,
     resume: Annotated[bool, typer.Option(help="Go on from the run's last checkpoint, if there is one")] = False,
     overwrite: Annotated[bool, typer.Option(help="Delete the run of this name and start anew")] = False,
     json_: Json = False,
@@ -150,24 +150,23 @@ def submit(
             from heliostat.check import check_services
 
             check_services(wanted)
-        _submitted(api.Jobs(there), wanted, cluster, queue, tuple(flags), follow, json_)
+        send(api.Jobs(there), api.Record.of(wanted, cluster, queue), tuple(flags), follow, json_)
 
 
-def _submitted(
-    jobs: Jobs, wanted: Job, cluster: str | None, queue: str | None, flags: tuple[str, ...], follow: bool, json_: bool
-) -> None:
+def send(jobs: Jobs, wanted: Record, flags: tuple[str, ...], follow: bool, json_: bool) -> None:
+    """Submits, and with `follow` shows the log until the job is over, whose outcome is then the exit code."""
     from heliostat.cluster.jobs import exit_code
 
-    job_id = jobs.submit(wanted, cluster, queue, flags)
+    job_id = jobs.submit(wanted, flags)
     if not follow:
         if not json_:
             out.print(f"job {job_id} is on {jobs.there.url}; see `heliostat status {job_id}`, `heliostat logs {job_id} --follow`")
-        _finish({"id": job_id, "url": jobs.there.url, "run_folder": str(wanted.run_folder)}, json_)
+        _finish({"id": job_id, "url": jobs.there.url, "run_folder": wanted.run_folder}, json_)
         return
     for text in jobs.follow(job_id):
         _write(text, sys.stderr if json_ else sys.stdout)
     found = jobs.get(job_id)
-    _finish({"id": job_id, "status": found["status"], "run_folder": str(wanted.run_folder)}, json_)
+    _finish({"id": job_id, "status": found["status"], "run_folder": wanted.run_folder}, json_)
     sys.exit(exit_code(found))
 
 
@@ -190,19 +189,23 @@ def jobs(cluster: Target = None, json_: Json = False) -> None:
 @app.command()
 def status(id_: Id, cluster: Target = None, json_: Json = False) -> None:
     """Show how far a job is, and when it will be done."""
-    from heliostat.cluster.jobs import progress
-    from heliostat.storage import Location
-
     found = _look(id_, cluster)
-    found["progress"] = progress(Location(found["run_folder"]), found["steps"])
+    found["progress"] = _progress(found["run_folder"], found["steps"], found.get("metadata", {}))
     if not json_:
         p = found["progress"]
-        share = "" if p["step"] is None else f", step {p['step']:,} of {p['steps']:,} ({p['fraction']:.0%})"
+        share = "" if p["step"] is None else f", {p.get('unit', 'step')} {p['step']:,} of {p['steps']:,} ({p['fraction']:.0%})"
         ahead = f", about {p['eta_s']:.0f} s to go" if p["eta_s"] and found["status"] == "RUNNING" else ""
         out.print(f"{id_}: {found['status'].lower()}{share}{ahead}; run {found['run_folder']}", markup=False)
         for note in filter(None, (found["message"] if found["status"] != "RUNNING" else "", p.get("note"))):
             out.print(f"  {note}", markup=False)
     _finish(found, json_)
+
+
+def _progress(folder: str, steps: int, metadata: dict[str, Any]) -> dict[str, Any]:
+    from heliostat.cluster import jobs as api
+    from heliostat.storage import Location
+
+    return api.sweep_progress(Location(folder)) if metadata.get("kind") == "sweep" else api.progress(Location(folder), steps)
 
 
 def _look(job_id: str, cluster: str | None) -> dict[str, Any]:
@@ -218,7 +221,8 @@ def _look(job_id: str, cluster: str | None) -> dict[str, Any]:
     except HeliostatError as e:
         if record is None:
             raise
-        return {"id": job_id, "status": "UNKNOWN", "message": str(e), "run_folder": record.run_folder, "steps": record.steps}
+        kept = {"run_folder": record.run_folder, "steps": record.steps, "metadata": {"kind": "sweep"} if record.sweep else {}}
+        return {"id": job_id, "status": "UNKNOWN", "message": str(e), **kept}
 
 
 @app.command()
@@ -259,17 +263,17 @@ def stop(
     json_: Json = False,
 ) -> None:
     """Stop a job; it saves a checkpoint first, unless --now."""
-    from heliostat.cluster.jobs import Jobs, Record, progress
+    from heliostat.cluster.jobs import Jobs, Record
     from heliostat.cluster.reach import endpoint
-    from heliostat.storage import Location
 
     record = Record.read(id_)
     with endpoint(cluster or (record.cluster if record else None)) as there:
         found = Jobs(there).stop(id_, now)
-    found["progress"] = progress(Location(found["metadata"]["run"]), int(found["metadata"]["steps"]))
+    found["progress"] = _progress(found["metadata"]["run"], int(found["metadata"]["steps"]), found["metadata"])
     if not json_:
+        p = found["progress"]
         out.print(
-            f"{id_}: {found['status'].lower()} at step {found['progress']['step']}; go on with `heliostat resume {id_}`",
+            f"{id_}: {found['status'].lower()} at {p.get('unit', 'step')} {p['step']}; go on with `heliostat resume {id_}`",
             markup=False,
         )
     _finish(found, json_)
@@ -286,4 +290,4 @@ def resume(id_: Id, cluster: Target = None, follow: Follow = False, setting: Set
         raise ConfigError(f"{id_}: was not submitted from this workspace; use `heliostat submit JOB.yaml --resume`")
     where = cluster or record.cluster
     with endpoint(where) as there:
-        _submitted(Jobs(there), changed(record, setting or []), where, record.queue, ("--resume",), follow, json_)
+        send(Jobs(there), changed(record, setting or [], where), ("--resume",), follow, json_)

@@ -34,8 +34,8 @@ def recipe_of(checkpoint: Checkpoint) -> tuple[Job, Recipe]:
     return job, make_recipe(job, open_dataset(DataPlan.parse(checkpoint.index["data"])))
 
 
-def export(checkpoint: Checkpoint, folder: Path) -> Recipe:
-    """Writes the model at `folder`, which `from_pretrained` then loads; returns the recipe."""
+def export(checkpoint: Checkpoint, folder: Path, run_id: str | None = None) -> Recipe:
+    """Writes the model at `folder`, which `from_pretrained` then loads; returns the recipe. `run_id`: of its MLflow run."""
     job, recipe = recipe_of(checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
@@ -46,7 +46,7 @@ def export(checkpoint: Checkpoint, folder: Path) -> Recipe:
         if mine:
             write_weights(checkpoint, mine, DTYPES[job.train.precision], folder / file, prefix)
     recipe.save_config(folder)
-    exports.write(folder, job)
+    exports.write(folder, job, {"run_id": run_id, "step": checkpoint.step, "data_digest": checkpoint.index["data_digest"]})
     return recipe
 
 

@@ -26,8 +26,9 @@ class Export:
     job: dict[str, Any] | None
 
 
-def write(folder: Path, job: Job) -> None:
-    (folder / RECORD).write_text(json.dumps({"recipe": job.recipe, "job": job.dump()}, indent=1))
+def write(folder: Path, job: Job, origin: dict[str, Any]) -> None:
+    """`origin`: the run and the step that the model comes from."""
+    (folder / RECORD).write_text(json.dumps({"recipe": job.recipe, "job": job.dump(), "origin": origin}, indent=1))
 
 
 def is_model(folder: Path) -> bool:

@@ -145,7 +145,8 @@ def account(attempts: Iterable[Attempt]) -> dict[str, float]:
 
 
 def report(attempts: Iterable[Attempt]) -> dict[str, Any]:
-    """What `heliostat goodput --json` prints: `total_s`, `parts`, `attributed` (their share of it), `goodput`, `attempts`."""
+    """What `heliostat goodput --json` prints: `total_s`, `parts`, `attributed` (their share of it), `goodput`,
+    `worker_hours`, `attempts`."""
     settled = settle(attempts)
     parts = account(s.attempt for s in settled)
     known = sum(parts.values())
@@ -155,6 +156,7 @@ def report(attempts: Iterable[Attempt]) -> dict[str, Any]:
         "parts": parts,
         "attributed": known / total if total else 1.0,
         "goodput": parts["computing"] / total if total else 0.0,
+        "worker_hours": sum(s.attempt.workers * (s.attempt.seen - s.attempt.started) for s in settled) / 3600,
         "attempts": [
             {
                 "started": s.attempt.started,
@@ -163,6 +165,7 @@ def report(attempts: Iterable[Attempt]) -> dict[str, Any]:
                 "start_step": s.attempt.start_step,
                 "reached": s.attempt.reached,
                 "outcome": s.attempt.outcome,
+                "reason": s.attempt.reason,
                 "restart": s.attempt.restart,
                 "before": dict([s.gap]),
                 "parts": s.parts,

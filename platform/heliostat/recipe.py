@@ -68,6 +68,7 @@ class Recipe(Protocol):
 
     kind: str  # of the datasets it eats: "tokens" or "rows"
     terms_per_sample: int | None  # loss terms of every sample, or None where samples differ
+    scores: tuple[str, ...]  # what `metrics`, and the gallery's `judge`, may report
     layout: dict[str, str]  # of an export: a parameter's prefix -> its file there, without .safetensors
 
     def __init__(self, job: Job) -> None:

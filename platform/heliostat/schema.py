@@ -111,19 +111,22 @@ def nearest(word: str, choices: list[str]) -> str:
 
 
 def _model_at(model: type[BaseModel], path: tuple) -> type[BaseModel] | None:
-    """The model whose field the path's last part names, following nested models, lists and unions."""
+    """The model whose field the path's last part names, following nested models, lists, dictionaries and unions."""
     current: Any = model
+    named = False  # the next part is a key of a dictionary
     for part in path[:-1]:
-        if isinstance(part, int):
+        if named or isinstance(part, int):
+            named = False
             continue
         if not (isinstance(current, type) and issubclass(current, BaseModel) and part in current.model_fields):
             return None
-        current = _inner(current.model_fields[part].annotation)
+        annotation = current.model_fields[part].annotation
+        current, named = _inner(annotation), get_origin(annotation) is dict
     return current if isinstance(current, type) and issubclass(current, BaseModel) else None
 
 
 def _inner(annotation: Any) -> Any:
-    if get_origin(annotation) in (Union, types.UnionType, list, Annotated):
+    if get_origin(annotation) in (Union, types.UnionType, list, dict, Annotated):
         models = [_inner(a) for a in get_args(annotation)]
         return next((m for m in models if isinstance(m, type) and issubclass(m, BaseModel)), None)
     return annotation

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, ByteSize, Field, field_validator, model_validator
 
@@ -89,6 +90,7 @@ class Ema(Strict):
 
 class Train(Strict):
     steps: Positive
+    stop_after: Positive | None = None  # ends behind this step; schedules follow `steps` all the same
     global_batch: Positive
     micro_batch: Positive
     optimizer: Optimizer
@@ -170,6 +172,16 @@ class Mlflow(Strict):
     uri: str
     experiment: str
     register_as: Name | None = Field(default=None, alias="register")
+    alias: Name | None = None  # that the registered version gets, as `candidate`
+
+
+class Card(Strict):
+    """What people must know of the model: it travels with it as its model card."""
+
+    license: Name | None = None  # SPDX identifier, as Apache-2.0
+    summary: str = ""
+    intended_use: str = ""
+    limitations: str = ""
 
 
 class Job(Strict):
@@ -186,6 +198,12 @@ class Job(Strict):
     spike: Spike | None = None
     storage: str
     mlflow: Mlflow
+    card: Card = Card()
+
+    @property
+    def last_step(self) -> int:
+        """Where the training ends."""
+        return min(self.train.steps, self.train.stop_after or self.train.steps)
 
     @property
     def accumulation(self) -> int:
@@ -222,7 +240,7 @@ class Job(Strict):
     @model_validator(mode="after")
     def _consistent(self) -> Job:
         faults = [*_batch_faults(self), *_precision_faults(self), *_offload_faults(self), *_checkpoint_faults(self)]
-        faults += _mix_faults(self.data)
+        faults += _mix_faults(self.data) + _mlflow_faults(self.mlflow)
         paths = [s.path for s in self.data.sources]
         if len(set(paths)) < len(paths):
             faults.append("data.sources: a path is given twice; add up its weights")
@@ -310,6 +328,18 @@ def _offload_faults(job: Job) -> list[str]:
         faults.append(f"train.zero.offload.param: needs train.zero.stage 3, not {zero.stage}")
     if (offload.param == "nvme") != bool(offload.nvme_path):
         faults.append("train.zero.offload.nvme_path: give the folder when, and only when, param is 'nvme'")
+    return faults
+
+
+def _mlflow_faults(mlflow: Mlflow) -> list[str]:
+    faults = []
+    if "@" in urlsplit(mlflow.uri).netloc and urlsplit(mlflow.uri).password is not None:
+        faults.append(
+            "mlflow.uri: must not carry a password; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (for a database: "
+            "PGPASSWORD)"
+        )
+    if mlflow.alias and not mlflow.register_as:
+        faults.append(f"mlflow.alias: {mlflow.alias!r} is of a registered model; set mlflow.register too")
     return faults
 
 

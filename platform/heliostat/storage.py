@@ -177,7 +177,7 @@ class Location:
         return self.attempt(get)
 
     def write(self, data: bytes) -> None:
-        self._send(lambda out: out.write(data), len(data))
+        self.send(lambda out: out.write(data), len(data))
 
     def upload(self, local: Path) -> None:
         """Copies a local file here."""
@@ -187,9 +187,10 @@ class Location:
                 while block := f.read(16 << 20):
                     out.write(block)
 
-        self._send(copy, local.stat().st_size)
+        self.send(copy, local.stat().st_size)
 
-    def _send(self, fill: Callable[[pa.NativeFile], object], size: int) -> None:
+    def send(self, fill: Callable[[pa.NativeFile], object], size: int) -> None:
+        """Writes what `fill` puts into the stream, some `size` bytes; it may be called again after a fault."""
         self.attempt(lambda: self._put(fill), retry_budget() + size / UPLOAD_BYTES_PER_S)
 
     def _put(self, fill: Callable[[pa.NativeFile], object]) -> None:

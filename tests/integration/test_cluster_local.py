@@ -130,6 +130,26 @@ def test_a_bad_job_ends_with_its_own_exit_code(work) -> None:
     assert "train.steps: 100000, but with max_epochs the data lasts for" in out
 
 
+def test_a_sweep_runs_on_the_cluster_and_is_found_again(work) -> None:
+    """`heliostat tune --cluster`: the job file travels, trials use the cluster's room, and the commands for jobs know it."""
+    sweep = {"name": "rates", "job": "onto.yaml", "searcher": {"name": "grid"}, "register_best": False}
+    sweep["set"] = {"train.steps": 8, "evaluate.every": 8, "checkpoint.every": 8}
+    sweep["space"] = {"train.optimizer.lr": {"grid": [1e-5, 1e-3]}}
+    (work.folder / "rates.yaml").write_text(yaml.safe_dump(sweep))
+    wrong = "space={train.optimizer.rl: {grid: [1]}}"
+    refused = work.heliostat("tune", "rates.yaml", "-c", "cluster.yaml", "--set", wrong, code=2)
+    assert "train.optimizer.rl: unknown key; valid: betas, eps, lr" in refused
+    done = work.json("tune", "rates.yaml", "-c", "cluster.yaml", "--follow")
+    assert (done["id"], done["status"]) == ("rates", "SUCCEEDED")
+    found = work.json("sweep", done["run_folder"])
+    assert [t["status"] for t in found["trials"]] == ["finished", "finished"]
+    assert found["best"]["params"] == {"train.optimizer.lr": 1e-3}
+    assert work.json("status", "rates")["progress"] == {
+        "step": 2, "steps": 2, "fraction": 1.0, "eta_s": None, "unit": "trial"}  # fmt: skip
+    assert "trial 1" in work.heliostat("logs", "rates")
+    assert work.json("tune", "rates.yaml", "-c", "cluster.yaml")["id"] == "rates"  # it is there already
+
+
 RPC = (  # a harmless method of every service that Ray's processes offer
     "NodeInfoGcsService/GetAllNodeInfo", "InternalKVGcsService/InternalKVKeys", "JobInfoGcsService/GetAllJobInfo",
     "NodeManagerService/GetNodeStats", "ObjectManagerService/Pull", "CoreWorkerService/GetCoreWorkerStats",

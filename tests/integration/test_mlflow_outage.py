@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 
 from tests.integration.conftest import curve
 
-REPORT: dict[str, Any] = {"total_s": 1.0, "parts": {"computing": 1.0}, "goodput": 1.0, "attempts": []}
+REPORT: dict[str, Any] = {"total_s": 1.0, "goodput": 1.0, "worker_hours": 0.1}
 
 
 @pytest.fixture
@@ -33,7 +33,8 @@ def owner_of(server: Server, job_file, monkeypatch):
     """A new command's owner of the run."""
     monkeypatch.setattr(tracking_run, "AWAY_S", 3.0)
     monkeypatch.setattr(tracking_run, "PAUSE_MAX_S", 1.0)
-    checked = check(job_file("outage"), [f"mlflow.uri=http://{server.endpoint}"])
+    # an experiment that was made through the server is of no use to who comes to the database past it
+    checked = check(job_file("outage"), [f"mlflow.uri=http://{server.endpoint}", "mlflow.experiment=outage"])
     return lambda: RunOwner(checked.job, checked.manifests), checked.job.run_folder
 
 
@@ -44,7 +45,8 @@ def steps(first: int, last: int) -> dict[str, Any]:
 
 
 def ended(first: int, last: int) -> dict[str, Any]:
-    bar = {"parts": dict.fromkeys(PARTS, 1.0), "before": {}, "reached": last}
+    bar = {"parts": dict.fromkeys(PARTS, 1.0), "before": {}, "reached": last, "start_step": first - 1, "started": time.time(),
+           "seconds": 1.0, "workers": 2, "outcome": "finished", "reason": "", "restart": False}  # fmt: skip
     return {**REPORT, "parts": dict.fromkeys(PARTS, 1.0), "attempts": [bar]}
 
 
@@ -60,7 +62,8 @@ def run_of(folder: Location) -> str:
 
 
 def has(tracking: str, folder: Location, step: int) -> bool:
-    if not folder.join("run.json").exists():
+    file = folder.join("run.json")
+    if not file.exists() or "run_id" not in json.loads(file.read()):  # a token is written before
         return False
     return step in [m.step for m in MlflowClient(tracking_uri=tracking).get_metric_history(run_of(folder), "train/loss")]
 
@@ -105,3 +108,20 @@ def test_an_mlflow_that_never_answers_does_not_hide_why_a_run_failed(job_file, m
     assert "did not take the run's metrics for 3 s" in caplog.text
     lines = [json.loads(line) for line in job.run_folder.join(outbox.FILE).read().splitlines()]
     assert [step for key, _, _, step in lines if key == "train/loss"] == [1, 2, 3, 4]
+
+
+def test_a_driver_that_dies_before_the_runs_id_is_written_down_leaves_no_second_run(job_file, tracking):
+    """The folder then holds only the token that it made the run with; the next command finds the run by it."""
+    checked = check(job_file("twice"), ["mlflow.experiment=twice"])  # its artifacts go past the server
+    ids = set()
+    for last in (10, 20):
+        owner = RunOwner(checked.job, checked.manifests)
+        owner.post(steps(1, last + 1))
+        owner.finish("FINISHED", "", ended(1, last))
+        place = checked.job.run_folder.join("run.json")
+        told = json.loads(place.read())
+        ids.add(told.pop("run_id"))
+        place.write(json.dumps(told).encode())
+    (run_id,) = ids
+    assert curve(tracking, run_id) == [s / 10 for s in range(1, 21)]
+    assert "report.html" in {f.path for f in MlflowClient(tracking_uri=tracking).list_artifacts(run_id)}

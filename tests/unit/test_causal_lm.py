@@ -143,6 +143,16 @@ def test_a_pretrained_model_is_a_folder_with_a_configuration(tmp_path):
     assert recipe({"pretrained": str(tmp_path)}, 32).config.model_type == "llama"
 
 
+def test_the_shapes_of_a_pretrained_model_are_known_without_reading_its_weights(tmp_path):
+    """As an export and a plan need them: on the meta device, and from the folder's configuration alone."""
+    from transformers import LlamaConfig
+
+    LlamaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8).save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = recipe({"pretrained": str(tmp_path)}, 32).build()
+    assert {p.device.type for p in model.parameters()} == {"meta"} and model.config.hidden_size == 16
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -99,7 +99,7 @@ import sys
 import threading
 from pathlib import Path
 from heliostat.cluster.driver import Driver
-driver = Driver(Path(sys.argv[1]), "attempt-1", [])
+driver = Driver(Path(sys.argv[1]), None, "attempt-1", [])
 driver.command = [sys.executable, "-c", Path(sys.argv[2]).read_text(), sys.argv[3]]
 sys.exit(driver.run(None))
 """

@@ -97,7 +97,7 @@ def test_a_folder_of_a_language_model_needs_no_record_and_a_damaged_one_is_an_er
 
 def test_options_of_the_other_kind_of_model_are_refused_by_name(dataset, tmp_path):
     made = job(**build_images.job(dataset))
-    exports.write(tmp_path, made)
+    exports.write(tmp_path, made, {"run_id": "f" * 32, "step": 1, "data_digest": "d"})
     assert exports.read(tmp_path).recipe is TextToImage
     with pytest.raises(
         ConfigError, match="generate: temperature: unknown key; valid: grid, guidance, height, sampler, steps, width"

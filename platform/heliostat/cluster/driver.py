@@ -1,6 +1,6 @@
-"""What a submitted job runs on the cluster's head: `heliostat train` as a child, with its log kept in storage.
+"""What a submitted job runs on the cluster's head: `heliostat train`, or `tune`, as a child, with its log kept in storage.
 
-    python -m heliostat.cluster.driver JOB.json --attempt ID [--queue NAME] [--flag=--resume]
+    python -m heliostat.cluster.driver JOB.json --attempt ID [--sweep SWEEP.yaml] [--queue NAME] [--flag=--resume]
 
 The log goes to standard output, which the Jobs API shows, and to `logs/ATTEMPT.log` in the run's folder, which stays when the
 cluster is gone. `heliostat stop` makes Ray send SIGTERM to this process and to the training driver alike; this one waits for the
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import yaml
 
 from heliostat.cluster import http
 from heliostat.errors import HeliostatError
@@ -35,11 +36,12 @@ STOP_NOW = "stop-now"
 
 
 class Driver:
-    def __init__(self, job: Path, attempt: str, flags: list[str]) -> None:
+    def __init__(self, job: Path, sweep: Path | None, attempt: str, flags: list[str]) -> None:
         raw = json.loads(job.read_text())
-        self.folder = Location(raw["storage"]).join(raw["name"], "logs")
-        self.name, self.attempt = raw["name"], attempt
-        self.command = [sys.executable, "-m", "heliostat", "train", str(job), *flags]
+        self.name, self.attempt = yaml.safe_load(sweep.read_text())["name"] if sweep else raw["name"], attempt
+        self.folder = Location(raw["storage"]).join(self.name, "logs")
+        what = ["tune", str(sweep)] if sweep else ["train", str(job)]
+        self.command = [sys.executable, "-m", "heliostat", *what, *flags]
         self.stopping = threading.Event()
         self._log = tempfile.NamedTemporaryFile(prefix="heliostat-", suffix=".log")  # noqa: SIM115 (as long as the process)
 
@@ -130,11 +132,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="heliostat.cluster.driver")
     parser.add_argument("job", type=Path)
     parser.add_argument("--attempt", required=True)
+    parser.add_argument("--sweep", type=Path)
     parser.add_argument("--queue")
     parser.add_argument("--flag", action="append", default=[])
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    return Driver(given.job.absolute(), given.attempt, given.flag).run(given.queue)
+    sweep = given.sweep and given.sweep.absolute()
+    return Driver(given.job.absolute(), sweep, given.attempt, given.flag).run(given.queue)
 
 
 if __name__ == "__main__":

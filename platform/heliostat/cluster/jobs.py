@@ -16,9 +16,11 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
+
+import yaml
 
 from heliostat import goodput, schema, spec, workspace
 from heliostat.cluster import http, pack
@@ -28,12 +30,13 @@ from heliostat.errors import ClusterError, ConfigError, HeliostatError
 from heliostat.goodput import Attempt
 from heliostat.spec import Job
 from heliostat.storage import Location
+from heliostat.track import code
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 SUPERVISOR = "_ray_internal_job_actor_{}"  # Ray's name for it
-JOB_FILE = "heliostat-job.json"
+JOB_FILE, SWEEP_FILE = "heliostat-job.json", "heliostat-sweep.yaml"
 RETRY_S = 60.0
 STOP_S = 600  # a checkpoint may take so long; Ray kills the driver afterwards
 FOLLOW_S = 1.0
@@ -52,7 +55,8 @@ PASSED = (
 
 @dataclass(frozen=True)
 class Record:
-    """What this workspace remembers of a submission; `cluster`: what the person named, `job`: the whole job, resolved."""
+    """What this workspace remembers of a submission. `cluster`: what the person named; `job`: the whole job, resolved; `sweep`:
+    the whole sweep, if it is one, whose base job that is: then the id is the sweep's name, and `steps` counts its trials."""
 
     id: str
     cluster: str | None
@@ -60,6 +64,16 @@ class Record:
     steps: int
     job: dict[str, Any]
     queue: str | None
+    sweep: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, job: Job, cluster: str | None, queue: str | None) -> Record:
+        return cls(job.name, cluster, str(job.run_folder), job.last_step, job.dump(), queue)
+
+    @property
+    def digest(self) -> str:
+        whole = json.dumps([self.job, self.sweep] if self.sweep else self.job, sort_keys=True)
+        return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
     @staticmethod
     def place(job_id: str) -> Path:
@@ -98,37 +112,42 @@ class Jobs:
 
     # submitting ------------------------------------------------------------------------------------------------------
 
-    def submit(self, job: Job, cluster: str | None, queue: str | None = None, flags: tuple[str, ...] = ()) -> str:
+    def submit(self, record: Record, flags: tuple[str, ...] = ()) -> str:
         """The submission's id. The same job again is the same submission; another job of this name is an error."""
-        record = Record(job.name, cluster, str(job.run_folder), job.train.steps, job.dump(), queue)
-        digest = hashlib.sha256(json.dumps(record.job, sort_keys=True).encode()).hexdigest()[:16]
-        if found := self.find(job.name):
+        digest, queue = record.digest, record.queue
+        if found := self.find(record.id):
             if found["status"] not in OVER or (found["status"] == "SUCCEEDED" and not flags):
                 if found["metadata"].get("digest") != digest:
                     raise ConfigError(
-                        f"name: {job.name!r} is a job with other settings on this cluster ({found['status'].lower()}); "
+                        f"name: {record.id!r} is a job with other settings on this cluster ({found['status'].lower()}); "
                         "use another name"
                     )
-                log.info("job %s is there already: %s", job.name, found["status"].lower())
+                log.info("job %s is there already: %s", record.id, found["status"].lower())
                 record.write()
-                return job.name
+                return record.id
             if not flags:
                 raise ConfigError(
-                    f"name: job {job.name!r} {found['status'].lower()} before; go on with `heliostat resume {job.name}`, "
+                    f"name: job {record.id!r} {found['status'].lower()} before; go on with `heliostat resume {record.id}`, "
                     "or start anew with --overwrite"
                 )
-            self._forget(job.name)
+            self._forget(record.id)
         record.write()
         attempt = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{uuid.uuid4().hex[:6]}"
         metadata = {"run": record.run_folder, "steps": str(record.steps), "digest": digest, "attempt": attempt}
         metadata |= {"queue": queue} if queue else {}
+        metadata |= {"kind": "sweep"} if record.sweep else {}
         command = ["python", "-m", "heliostat.cluster.driver", JOB_FILE, "--attempt", attempt]
+        command += ["--sweep", SWEEP_FILE] if record.sweep else []
         command += (["--queue", queue] if queue else []) + [f"--flag={flag}" for flag in flags]
         with tempfile.TemporaryDirectory(prefix="heliostat-submit-") as name:
             work, modules = Path(name) / "work", Path(name) / "modules"
             pack.stage(workspace.root(), work)
             (work / JOB_FILE).write_text(json.dumps(record.job))
+            if record.sweep:
+                (work / SWEEP_FILE).write_text(yaml.safe_dump({**record.sweep, "job": JOB_FILE}))
+            (work / pack.CODE_FILE).write_text(code.source().dump())
             environment = {k: os.environ[k] for k in PASSED if k in os.environ}
+            environment["HELIOSTAT_CLUSTER"] = record.cluster or self.there.url
             runtime = {
                 "working_dir": str(work),
                 "py_modules": [str(pack.stage_package(modules))],
@@ -136,14 +155,14 @@ class Jobs:
             }
 
             def send() -> None:
-                there = self.find(job.name)  # an answer may have been lost, and the submission not
+                there = self.find(record.id)  # an answer may have been lost, and the submission not
                 if not (there and there["metadata"].get("attempt") == attempt):
                     self.client.submit_job(
-                        entrypoint=shlex.join(command), submission_id=job.name, runtime_env=runtime, metadata=metadata
+                        entrypoint=shlex.join(command), submission_id=record.id, runtime_env=runtime, metadata=metadata
                     )
 
             self._retry(send, "submitting")
-        return job.name
+        return record.id
 
     def _forget(self, job_id: str) -> None:
         """Frees the id of a submission that is over, once Ray is through with it.
@@ -279,6 +298,17 @@ def progress(run: Location, steps: int) -> dict[str, Any]:
     return {"step": last.reached, "steps": steps, "fraction": last.reached / steps, "eta_s": eta(last, steps)}
 
 
+def sweep_progress(folder: Location) -> dict[str, Any]:
+    """The same of a sweep: trials that are over, of those that there are to be."""
+    from heliostat.tune import listing
+
+    try:
+        over, trials = listing.progress(folder)
+    except (HeliostatError, OSError) as e:
+        return {"step": None, "steps": None, "fraction": None, "eta_s": None, "unit": "trial", "note": str(e)}
+    return {"step": over, "steps": trials, "fraction": over / max(1, trials), "eta_s": None, "unit": "trial"}
+
+
 def eta(attempt: Attempt, steps: int) -> float | None:
     """Steps to go, each as long as this attempt's have taken with all that belongs to them; None before there are any."""
     done = attempt.reached - attempt.start_step
@@ -310,6 +340,10 @@ def load(path: Path, settings: list[str], there: Endpoint) -> Job:
     return spec.resolve(written)
 
 
-def changed(record: Record, settings: list[str]) -> Job:
-    """The job of an earlier submission, with settings changed."""
-    return spec.resolve(schema.validate(Job, schema.apply(record.job, settings), record.id))
+def changed(record: Record, settings: list[str], cluster: str | None) -> Record:
+    """An earlier submission, with settings changed, for this cluster."""
+    if record.sweep:
+        if settings:
+            raise ConfigError(f"{record.id}: is a sweep; change its file, and use `heliostat tune SWEEP.yaml --cluster --resume`")
+        return replace(record, cluster=cluster)
+    return Record.of(spec.resolve(schema.validate(Job, schema.apply(record.job, settings), record.id)), cluster, record.queue)

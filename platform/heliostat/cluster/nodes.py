@@ -25,16 +25,16 @@ def room(workers: Workers, free: Mapping[str, Mapping[str, float]], held: Mappin
     already."""
     nodes = [{**r, "CPU": r.get("CPU", 0.0) + held.get(n, 0) * workers.cpus,
               "GPU": r.get("GPU", 0.0) + held.get(n, 0) * workers.gpus} for n, r in free.items()]  # fmt: skip
-    fit = [_fit(workers, node, 0.0) for node in nodes]
-    beside = [f - _fit(workers, node, FETCHING) for f, node in zip(fit, nodes, strict=True) if node["CPU"] >= FETCHING]
+    most = 1 if workers.placement == "strict_spread" else 1 << 30
+    fit = [min(most, fits(workers, node)) for node in nodes]
+    beside = [f - min(most, fits(workers, node, FETCHING)) for f, node in zip(fit, nodes, strict=True) if node["CPU"] >= FETCHING]
     return sum(fit) - min(beside) if beside else 0
 
 
-def _fit(workers: Workers, node: Mapping[str, float], taken: float) -> int:
-    fits = int((node["CPU"] - taken) / workers.cpus + 1e-6)
-    if workers.gpus:
-        fits = min(fits, int(node["GPU"] / workers.gpus + 1e-6))
-    return min(fits, 1) if workers.placement == "strict_spread" else fits
+def fits(workers: Workers, node: Mapping[str, float], taken: float = 0.0) -> int:
+    """How many workers a node with these resources holds beside `taken` CPUs."""
+    count = int((node["CPU"] - taken) / workers.cpus + 1e-6)
+    return min(count, int(node["GPU"] / workers.gpus + 1e-6)) if workers.gpus else count
 
 
 def starved(workers: Workers, held: Mapping[str, int], labels: Mapping[str, str]) -> bool:
@@ -48,6 +48,23 @@ def room_now(workers: Workers, held: Mapping[str, int]) -> int:
     free, leaving = ray._private.state.available_resources_per_node(), draining()
     fit = {n["NodeID"] for n in ray.nodes() if n["Alive"] and workers.labels.items() <= n.get("Labels", {}).items()} - leaving
     return room(workers, {n: r for n, r in free.items() if n in fit}, held)
+
+
+def census() -> list[dict[str, Any]]:
+    """The cluster's living nodes, as plain data."""
+    return [
+        {
+            "host": node["NodeManagerHostname"],
+            "address": node["NodeManagerAddress"],
+            "cpus": node["Resources"].get("CPU", 0.0),
+            "gpus": node["Resources"].get("GPU", 0.0),
+            "accelerators": [k.split(":", 1)[1] for k in node["Resources"] if k.startswith("accelerator_type:")],
+            "memory_gib": round(node["Resources"].get("memory", 0.0) / 2**30, 1),
+            "labels": {k: v for k, v in node.get("Labels", {}).items() if not k.startswith("ray.io/")},
+        }
+        for node in sorted(ray.nodes(), key=lambda n: n["NodeManagerAddress"])
+        if node["Alive"]
+    ]
 
 
 def draining() -> set[str]:

@@ -16,6 +16,7 @@ from pathspec import GitIgnoreSpec
 from heliostat.errors import ConfigError
 
 LIMIT = 50 << 20
+CODE_FILE = "heliostat-code.json"  # of a workspace that has travelled: what git said of it before
 SHOWN = 8
 NEVER = GitIgnoreSpec.from_lines(
     [

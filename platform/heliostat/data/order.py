@@ -201,9 +201,14 @@ class Order:
         section = self.sections[self._section(self._steps, max(step, int(self._steps[0])))]
         return section.base + section.mixture.counts((step - section.first_step) * self.shape.batch)
 
+    def before(self, position: int) -> np.ndarray:
+        """Samples of each source at positions before this one, int64 [sources]."""
+        section = self.sections[self._section(self._begins, position)]
+        return section.base + section.mixture.counts(position - section.begin)
+
     # the samples -----------------------------------------------------------------------------------------------------
 
-    def _epoch(self, source: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def epoch_chunks(self, source: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(chunks in this epoch's order, samples before the end of each); the last few are kept."""
         key = (source, epoch)
         found = self._epochs.get(key)
@@ -250,7 +255,7 @@ class Order:
             begin, end = max(first, epoch * size), min(last, (epoch + 1) * size)
             shuffled = permutation(end - begin, *self.key, WINDOW, source, int(epoch), window)
             place = begin - epoch * size + shuffled[index[mine] - begin]
-            chunks, ends = self._epoch(source, int(epoch))
+            chunks, ends = self.epoch_chunks(source, int(epoch))
             slot = np.searchsorted(ends, place, side="right")
             chunk[mine] = chunks[slot]
             inner = place - (ends[slot] - split.train[chunks[slot]])

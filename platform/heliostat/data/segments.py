@@ -17,9 +17,9 @@ FOLDER = "segments"
 
 def begin(run: Location, plan: DataPlan, step: int) -> None:
     """Records that the run goes on from `step` with `plan`: whatever is recorded of later steps will be made anew."""
-    for folder in (FOLDER, "receipts", "quarantine"):
+    for folder in (FOLDER, "receipts", "quarantine", "curves"):
         for path, _ in run.join(folder).files():
-            if _step(path) > step:
+            if step_of(path) > step:
                 run.join(folder, path).delete()
     if plan.begins == step:
         run.join(FOLDER, f"step-{step:08d}.json").write(json.dumps(plan.dump()).encode())
@@ -31,5 +31,6 @@ def read(run: Location) -> list[DataPlan]:
     return [DataPlan.parse(json.loads(folder.join(path).read())) for path, _ in folder.files()]
 
 
-def _step(name: str) -> int:
+def step_of(name: str) -> int:
+    """The step that a file of a run is named after."""
     return int(name.removeprefix("step-").partition(".")[0])

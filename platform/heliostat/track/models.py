@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,21 @@ from heliostat.errors import ConfigError, TrackingError
 from heliostat.recipe import Recipe
 from heliostat.spec import Job
 from heliostat.storage import Location
+from heliostat.track import card, registry
+from heliostat.track.checkpoints import KIND
+from heliostat.track.parents import parents
 
 log = logging.getLogger(__name__)
 
 
-def log_model(job: Job, run_id: str, folder: Path, recipe: Recipe, scores: dict[str, float]) -> str:
+def log_model(job: Job, run_id: str, step: int, folder: Path, recipe: Recipe, scores: dict[str, float]) -> str:
     """Logs the folder to the run with signature and input example, registers it if the job says so; returns its URI."""
     import mlflow
 
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     serving = recipe.serving()
     mlflow.set_tracking_uri(job.mlflow.uri)
+    told = card.license_of(job, parents(job))
     try:
         with warnings.catch_warnings(), mlflow.start_run(run_id=run_id):
             warnings.simplefilter("ignore")
@@ -40,11 +45,31 @@ def log_model(job: Job, run_id: str, folder: Path, recipe: Recipe, scores: dict[
                 registered_model_name=job.mlflow.register_as,
                 params={f"eval.{k}": v for k, v in scores.items()},
                 pip_requirements=list(serving.requirements),
+                metadata={"license": told},
             )
+        client: Any = mlflow.MlflowClient()
+        client.update_run(run_id, status="RUNNING")  # the fluent run has ended it, and there is more to come
+        client.set_logged_model_tags(info.model_id, {"license": told, "heliostat.step": str(step)})
+        if not job.mlflow.register_as:
+            return info.model_uri
+        _describe(client, job, str(info.registered_model_version), step, told, (folder / card.FILE).read_text(), scores)
     except mlflow.exceptions.MlflowException as e:
         raise TrackingError(f"mlflow: the model in {folder} could not be logged ({e})") from e
-    version = info.registered_model_version
-    return f"models:/{job.mlflow.register_as}/{version}" if job.mlflow.register_as else info.model_uri
+    return f"models:/{job.mlflow.register_as}/{info.registered_model_version}"
+
+
+def _describe(client: Any, job: Job, version: str, step: int, told: str, text: str, scores: dict[str, float]) -> None:
+    """The registered version's tags, card and alias."""
+    name = job.mlflow.register_as
+    tags = {"license": told, "heliostat.step": str(step), **{f"heliostat.score.eval/{k}": repr(v) for k, v in scores.items()}}
+    for key, value in tags.items():
+        client.set_model_version_tag(name, version, key, value)
+    client.update_model_version(name, version, description=text.split("---\n", 2)[-1][:5000])
+    if job.mlflow.alias:
+        client.set_registered_model_alias(name, job.mlflow.alias, version)
+        registry.record(
+            client, str(name), version, {"alias": job.mlflow.alias, "at": round(time.time(), 3), "event": "registered"}
+        )
 
 
 def resolve(model: str, tracking_uri: str) -> Path:
@@ -66,10 +91,11 @@ def _download(model: str, tracking_uri: str) -> Path:
     try:
         uri = model
         if not model.startswith("models:/"):
-            outputs = client.get_run(model).outputs.model_outputs
-            if not outputs:
+            ids = [o.model_id for o in client.get_run(model).outputs.model_outputs]
+            whole = [i for i in ids if client.get_logged_model(i).model_type != KIND]
+            if not whole:
                 raise ConfigError(f"run {model} has logged no model; has it finished?")
-            uri = f"models:/{outputs[-1].model_id}"
+            uri = f"models:/{whole[-1]}"
         folder = Path(mlflow.artifacts.download_artifacts(uri))
     except mlflow.exceptions.MlflowException as e:
         raise ConfigError(f"{model}: not found in {tracking_uri} ({str(e).splitlines()[0]})") from e

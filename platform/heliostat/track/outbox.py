@@ -53,6 +53,11 @@ class Outbox:
             self._waiting.popleft()
             self._given_up += 1
 
+    def precede(self, points: list[Point]) -> None:
+        """Puts points of earlier steps before all that waits."""
+        self._load()
+        self._waiting.extendleft(reversed(points))
+
     def flush(self) -> int:
         """Sends all that waits, and tells how much was new; raises what the store raises, and keeps what it did not take."""
         self._load()

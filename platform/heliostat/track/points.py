@@ -16,8 +16,8 @@ class Point(NamedTuple):
 
     @property
     def place(self) -> int:
-        """What grows along the metric: the step; for goodput, which is of a time rather than of a step, milliseconds."""
-        return int(self.at * 1000) if self.key.startswith("goodput/") else self.step
+        """What grows along the metric: the step; milliseconds for what is of a time rather than of a step."""
+        return int(self.at * 1000) if self.key.startswith(("goodput/", "system/")) else self.step
 
 
 def points(event: dict[str, Any]) -> list[Point]:
@@ -41,8 +41,11 @@ def points(event: dict[str, Any]) -> list[Point]:
         return [Point(f"eval/{k}", v, at, event["step"]) for k, v in event["scores"].items()]
     if event["kind"] == "goodput":
         report = event["report"]
-        values = {"fraction": report["goodput"], **{f"{part}_s": seconds for part, seconds in report["parts"].items()}}
+        values = {"fraction": report["goodput"], "worker_hours": report["worker_hours"]}
+        values |= {f"{part}_s": seconds for part, seconds in report["parts"].items()}
         return [Point(f"goodput/{k}", v, at, event["step"]) for k, v in values.items()]
+    if event["kind"] == "system":
+        return [Point(f"system/{event['node']}/{k}", v, at, event["step"]) for k, v in event["values"].items()]
     if event["kind"] == "checkpoint":
         return [Point("checkpoint/blocked_s", event["blocked_s"], at, event["step"])]
     return []

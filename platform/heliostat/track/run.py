@@ -11,33 +11,41 @@ import json
 import logging
 import os
 import queue
-import subprocess
 import tempfile
 import threading
 import time
+import uuid
 from collections import deque
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from heliostat import goodput, workspace
+from heliostat import goodput
 from heliostat.data.manifest import Manifest
 from heliostat.errors import HeliostatError, TrackingError
 from heliostat.spec import Job
 from heliostat.storage import Location
-from heliostat.track import outbox
+from heliostat.track import code, curves, outbox, store
 from heliostat.track.points import Point, points
+from heliostat.track.record import Record
 
 log = logging.getLogger(__name__)
 
 RECORD = "run.json"
+TOKEN = "heliostat.token"  # tag: by it a run is found that was made by a driver which died before it wrote the run's id down
 PACKAGES = ("heliostat", "ray", "torch", "deepspeed", "transformers", "diffusers", "pyarrow", "mlflow", "numpy")
 AWAY_S = 120.0  # how long the end of a command waits for an MLflow that does not answer
 IMAGES = 500  # that wait for MLflow; with more the oldest go
 EXCHANGE_S = 300.0  # the longest that an exchange which has begun may take
 PAUSE_S, PAUSE_MAX_S = 0.5, 15.0  # between two tries; each is twice as long as the one before
+NEVER = (HeliostatError, LookupError, TypeError, ValueError, AttributeError)  # would come again at every try
 # MLflow's client by itself tries for minutes, in which nothing could be done
-CLIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
+CLIENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # standard output is for results
+}
 
 
 def record(run: Location) -> dict[str, Any]:
@@ -51,8 +59,9 @@ def record(run: Location) -> dict[str, Any]:
 class RunOwner:
     """Use: `owner = RunOwner(job, manifests)`, `owner.post(event)` at will, then `owner.finish(...)`."""
 
-    def __init__(self, job: Job, manifests: list[Manifest]) -> None:
-        self.job, self.manifests = job, manifests
+    def __init__(self, job: Job, manifests: list[Manifest], tags: dict[str, str] | None = None) -> None:
+        """`tags`: of a new run, beside its own; one with `mlflow.parentRunId` is a nested run."""
+        self.job, self.manifests, self._tags = job, manifests, tags or {}
         self.run_id = self._made = ""
         self._queue: queue.Queue[dict[str, Any]] = queue.Queue()
         self._answers = threading.Event()  # MLflow's last answer was a good one
@@ -61,6 +70,9 @@ class RunOwner:
         self._patient = True  # until somebody has waited in vain
         self._end: dict[str, Any] | None = None
         self._images: deque[tuple[str, int, bytes]] = deque(maxlen=IMAGES)  # (name, step, PNG) that MLflow has not got yet
+        self._starts: deque[dict[str, Any]] = deque()  # of attempts
+        self._filled = False  # with what earlier commands left beside the checkpoints
+        self._saved: int | None = None  # the step of a checkpoint of which MLflow does not know yet
         self._thread = threading.Thread(target=self._write, name="mlflow", daemon=True)
 
     def post(self, event: dict[str, Any]) -> None:
@@ -75,6 +87,7 @@ class RunOwner:
 
     def client(self) -> Any:
         """The MlflowClient, once MLflow has answered; TrackingError if it does not for AWAY_S."""
+        self.post({"kind": "hello"})  # the thread may wait for a first event
         self._start()
         if not self._answers.wait(AWAY_S):
             self._patient = False
@@ -92,14 +105,14 @@ class RunOwner:
         except MlflowException as e:
             raise TrackingError(f"mlflow.uri: {self.job.mlflow.uri} failed ({e}); use --resume: training is not repeated") from e
 
-    def finish(self, status: str, reason: str, report: dict[str, Any]) -> None:
-        """Writes all that waits, the run's goodput, and its status: FINISHED, FAILED or KILLED.
+    def finish(self, status: str, reason: str, report: dict[str, Any], tags: dict[str, str] | None = None) -> None:
+        """Writes all that waits, the run's goodput, tags, and its status: FINISHED, FAILED or KILLED.
 
         If MLflow stays away for AWAY_S, the run's next command does it: TrackingError for a run that is FINISHED.
         """
         step = max(a["reached"] for a in report["attempts"])
         self.post({"kind": "goodput", "report": report, "step": step, "at": time.time()})
-        self.post({"kind": "end", "status": status, "reason": reason, "report": report})
+        self.post({"kind": "end", "status": status, "reason": reason, "report": report, "tags": tags or {}})
         self._start()
         self._thread.join(AWAY_S + EXCHANGE_S)
         if self._fault or self._thread.is_alive():
@@ -121,8 +134,7 @@ class RunOwner:
         box = outbox.Outbox(self.job.run_folder, self._send, self._known)
         while True:
             for event in self._gather(pause):
-                box.add(points(event))
-                self._images.extend((name, event["step"], png) for name, png in event.get("images", {}).items())
+                self._take(event, box)
             if self._end and deadline == float("inf"):
                 deadline = time.monotonic() + (AWAY_S if self._patient else 0.0)
             try:
@@ -135,6 +147,14 @@ class RunOwner:
                 self._answers.set()
             if self._end and (self._fault is None or time.monotonic() > deadline):
                 return
+
+    def _take(self, event: dict[str, Any], box: outbox.Outbox) -> None:
+        box.add(points(event))
+        self._images.extend((name, event["step"], png) for name, png in event.get("images", {}).items())
+        if event["kind"] == "attempt":
+            self._starts.append(event)
+        elif event["kind"] == "checkpoint":
+            self._saved = event["step"]
 
     def _gather(self, pause: float) -> list[dict[str, Any]]:
         """The next events; after a failed exchange those of the pause, which the end of the run cuts short."""
@@ -153,9 +173,19 @@ class RunOwner:
     def _deliver(self, box: outbox.Outbox) -> None:
         if not self.run_id:
             self._open()
+        if not self._filled:
+            box.precede(curves.missing(self.job.run_folder, self._known()))
+            self._filled = True
         waiting = len(box)
         box.flush()
         self._log_images()
+        while self._starts:
+            self._try("where it runs", lambda: self._record.attempt(self._starts[0]))
+            self._starts.popleft()
+        if self._saved is not None and not self._end:
+            step = self._saved
+            self._try("its checkpoints and data", lambda: self._record.sync(step))
+            self._saved = None
         if self._fault:
             away = time.monotonic() - self._since
             log.warning("MLflow answers again after %.0f s: it has the %d metrics that waited", away, waiting)
@@ -174,16 +204,36 @@ class RunOwner:
         except (HeliostatError, OSError) as e:
             log.warning("what waits for MLflow could not be kept in the run's folder: %s", e)
 
-    def _close(self, end: dict[str, Any]) -> None:
-        """The run's goodput as a whole, and a figure; its status."""
+    def _try(self, what: str, action: Callable[[], None]) -> None:
+        """Does it; what can never be done is said, and no more. Raises where it is worth another try."""
         try:
-            self._client.log_dict(self.run_id, end["report"], "goodput.json")
-            self._client.log_figure(self.run_id, goodput.chart(end["report"]), "goodput.png")
+            action()
+        except Exception as e:
+            if not isinstance(e, NEVER) and getattr(e, "error_code", "") not in outbox.HOPELESS:
+                raise
+            log.error("MLflow lacks something of run %s (%s): %s", self.run_id, what, e)
+
+    def _close(self, end: dict[str, Any]) -> None:
+        """All that follows from the run's folder, its goodput as a whole, and a figure; its status."""
+        report = end["report"]
+        self._try("its checkpoints and data", lambda: self._record.sync(report["attempts"][-1]["reached"]))
+        try:
+            self._client.log_dict(self.run_id, report, "goodput.json")
+            self._client.log_figure(self.run_id, goodput.chart(report), "goodput.png")
         except Exception as e:  # noqa: BLE001 (whatever MLflow raises: the run's status must be written all the same)
             log.error("MLflow refused the goodput of run %s: %s", self.run_id, e)
-        if end["reason"]:
+        if end["reason"] or "heliostat.reason" in self._client.get_run(self.run_id).data.tags:  # of an earlier command
             self._client.set_tag(self.run_id, "heliostat.reason", end["reason"][:5000])
+        for key, value in end["tags"].items():
+            self._client.set_tag(self.run_id, key, value)
         self._client.set_terminated(self.run_id, end["status"])
+        self._try("its report", self._log_page)  # which tells the status, too
+
+    def _log_page(self) -> None:
+        from heliostat.track import page
+
+        text = page.page(page.gather(self._client, self._client.get_run(self.run_id)))
+        self._client.log_text(self.run_id, text, page.FILE)
 
     def _open(self) -> None:
         for name, value in CLIENT.items():
@@ -193,22 +243,31 @@ class RunOwner:
 
         job = self.job
         self._client = mlflow.MlflowClient(tracking_uri=job.mlflow.uri)
+        mlflow.set_tracking_uri(job.mlflow.uri)  # for what only MLflow's module functions can do
         found = record(job.run_folder)
-        if found.get("run_id") and found.get("uri") == job.mlflow.uri:
+        if found.get("uri") != job.mlflow.uri:
+            found = {"token": uuid.uuid4().hex, "uri": job.mlflow.uri, "name": job.name}
+        if "run_id" in found:
             self._client.update_run(found["run_id"], status="RUNNING")
+            self._record = Record(self._client, found["run_id"], job)
             self.run_id = found["run_id"]
             return
-        if not self._made:  # an earlier try may have come to this point
-            experiment = self._client.get_experiment_by_name(job.mlflow.experiment)
-            experiment_id = experiment.experiment_id if experiment else self._create_experiment()
-            self._made = self._client.create_run(experiment_id, run_name=job.name, tags=_tags(job)).info.run_id
-        params = [mlflow.entities.Param(k, v) for k, v in flatten(job.dump()).items()]
-        for i in range(0, len(params), 100):
-            self._client.log_batch(self._made, params=params[i : i + 100])
-        self._client.log_dict(self._made, job.dump(), "job.json")
-        self._log_inputs(self._made)
-        job.run_folder.join(RECORD).write(json.dumps({"run_id": self._made, "uri": job.mlflow.uri, "name": job.name}).encode())
+        job.run_folder.join(RECORD).write(json.dumps(found).encode())
+        self._made = self._made or self._make(found["token"])
+        self._record = Record(self._client, self._made, job)
+        self._record.begin(self.manifests)
+        job.run_folder.join(RECORD).write(json.dumps({**found, "run_id": self._made}).encode())
         self.run_id = self._made
+
+    def _make(self, token: str) -> str:
+        """The run's id, of a new run unless an earlier try has made it."""
+        experiment = self._client.get_experiment_by_name(self.job.mlflow.experiment)
+        experiment_id = experiment.experiment_id if experiment else self._create_experiment()
+        if made := self._client.search_runs([experiment_id], f"tags.`{TOKEN}` = '{token}'"):
+            return made[0].info.run_id
+        return self._client.create_run(
+            experiment_id, run_name=self.job.name, tags={**_tags(self.job), **self._tags, TOKEN: token}
+        ).info.run_id
 
     def _create_experiment(self) -> str:
         uri = self.job.mlflow.uri
@@ -217,32 +276,11 @@ class RunOwner:
             place = str(Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" / self.job.mlflow.experiment)
         return self._client.create_experiment(self.job.mlflow.experiment, artifact_location=place)
 
-    def _log_inputs(self, run_id: str) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
-        inputs = []
-        for source, manifest in zip(self.job.data.sources, self.manifests, strict=True):
-            profile = json.dumps({"rows": manifest.rows, "tokens": manifest.tokens, "chunks": len(manifest.chunks)})
-            # MLflow keeps at most 36 characters of a digest; the whole one is in the tag
-            dataset = Dataset(manifest.meta.get("name", manifest.location.name), manifest.digest[:36], "heliostat",
-                              json.dumps({"uri": source.path}), profile=profile)  # fmt: skip
-            tags = [
-                InputTag("mlflow.data.context", "training"),
-                InputTag("digest", manifest.digest),
-                InputTag("weight", str(source.weight)),
-            ]
-            inputs.append(DatasetInput(dataset, tags))
-        self._client.log_inputs(run_id, datasets=inputs)
-
     def _send(self, new: list[Point]) -> None:
-        from mlflow.entities import Metric
-
-        self._client.log_batch(self.run_id, metrics=[Metric(p.key, p.value, int(p.at * 1000), p.step) for p in new])
+        store.send(self._client, self.run_id, new)
 
     def _known(self) -> dict[str, int]:
-        """The last place that MLflow has of each metric."""
-        found = self._client.get_run(self.run_id).data.to_proto().metrics
-        return {m.key: Point(m.key, m.value, m.timestamp / 1000, m.step).place for m in found}
+        return store.known(self._client, self.run_id)
 
     def _log_images(self) -> None:
         while self._images:
@@ -254,17 +292,6 @@ class RunOwner:
             self._images.popleft()
 
 
-def flatten(tree: Any, prefix: str = "") -> dict[str, str]:
-    """Dotted keys to strings, as MLflow's params want them (values are cut at 6,000 characters)."""
-    if isinstance(tree, dict):
-        items = [(f"{prefix}.{k}" if prefix else str(k), v) for k, v in tree.items()]
-    elif isinstance(tree, list):
-        items = [(f"{prefix}.{i}", v) for i, v in enumerate(tree)]
-    else:
-        return {prefix: str(tree)[:6000]}
-    return {k: v for key, value in items for k, v in flatten(value, key).items()}
-
-
 def _tags(job: Job) -> dict[str, str]:
     tags = {"heliostat.name": job.name, "heliostat.recipe": job.recipe, "heliostat.run_folder": str(job.run_folder)}
     for package in PACKAGES:
@@ -272,16 +299,8 @@ def _tags(job: Job) -> dict[str, str]:
             tags[f"heliostat.version.{package}"] = version(package)
         except PackageNotFoundError:
             continue
-    commit = _git("rev-parse", "HEAD")
-    if commit:
-        tags["mlflow.source.git.commit"] = commit
-        tags["heliostat.dirty"] = str(bool(_git("status", "--porcelain")))
+    source = code.source()
+    if source.commit:
+        tags["mlflow.source.git.commit"] = source.commit
+        tags["heliostat.dirty"] = str(source.dirty)
     return tags
-
-
-def _git(*command: str) -> str:
-    try:
-        done = subprocess.run(["git", *command], cwd=workspace.root(), capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""

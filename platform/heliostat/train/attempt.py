@@ -7,12 +7,13 @@ node's provider wants that, or when the cluster has room for more of them; and e
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -27,6 +28,7 @@ from heliostat.data.order import Order
 from heliostat.errors import HeliostatError, PlacementError, StalledError, StoppedError, TrainingError, WorkerError, innermost
 from heliostat.spec import Job
 from heliostat.train import board
+from heliostat.train.holds import Holds
 from heliostat.train.placing import Placing
 from heliostat.train.signals import Signals
 from heliostat.train.survive import INTERRUPTED, PREEMPTED, RESIZE, choose, stalled
@@ -34,6 +36,7 @@ from heliostat.train.survive import INTERRUPTED, PREEMPTED, RESIZE, choose, stal
 log = logging.getLogger(__name__)
 
 POLL_S = 0.25
+HELD_POLL_S = 0.05  # while the workers wait for the driver
 LOOK_S = 1.0  # between two looks at the nodes and the workers' pulses
 GROW_S = 5.0  # between two looks for more room
 STACKS_S = 5.0  # for the workers' stacks to come in, before they are ended
@@ -51,6 +54,7 @@ class Start:
     order: Order
     manifests: list[Manifest]
     step: int
+    holds: Holds = field(default_factory=Holds)
 
 
 class Attempt:
@@ -61,6 +65,7 @@ class Attempt:
         self._pulses: dict[int, dict[str, Any]] = {}
         self._phase, self._since = "placing", time.time()  # what the workers are at, and since when they are watched
         self._ordered = 0
+        self._held: int | None = None  # the step behind which the workers wait
         self._stop_by: float | None = None  # when those who were told to stop must have ended
         self._look_at = self._grow_at = 0.0
         self._starved = False  # said to be
@@ -80,9 +85,10 @@ class Attempt:
         thread = threading.Thread(target=fit, name="fit", daemon=True)
         thread.start()
         while thread.is_alive():
-            thread.join(POLL_S)
+            thread.join(POLL_S if self._held is None else HELD_POLL_S)
             self._beat()
             self._drain()
+            self._release()
             if thread.is_alive() and time.time() >= self._look_at:
                 self._look_at = time.time() + LOOK_S
                 self._look()
@@ -107,7 +113,15 @@ class Attempt:
                 self._phase = event["phase"]
                 if event["phase"] in ("model", "stepped"):
                     self._since = time.time()
+            elif event["kind"] == "held":
+                self._held = event["step"]
             self._take(event)
+
+    def _release(self) -> None:
+        """Tells workers that wait what was decided."""
+        if self._held is not None and (stop := self.start.holds.get(self._held)) is not None:
+            self._board.decide.remote(self._held, stop)
+            self._held = None
 
     def _look(self) -> None:
         """Orders a stop, or finds the attempt's fault, where there is a reason to."""
@@ -186,18 +200,19 @@ class Attempt:
         job, start = self.job, self.start
         workers = job.workers
         replace = job.data.on_bad_sample == "replace"
-        fetch = stream.fetch(start.plan, start.order, start.step, job.train.steps, replace)
+        fetch = stream.fetch(start.plan, start.order, start.step, job.last_step, replace)
         concurrency, memory = max(2, workers.most), job.data.memory_limit
         size = sample_bytes(job.data.sequence_length, start.manifests)
         config = {
             "job": job.dump(),
             "plan": start.plan.dump(),
             "start_step": start.step,
+            "holds": start.holds.steps,
             "board": self._board,
             "run_folder": str(job.run_folder),
         }
         attempts = job.run_folder.join("ray")
-        return V2.torch.TorchTrainer(
+        return _trainer_class()(
             _worker,
             train_loop_config=config,
             datasets={"train": lambda: stream.dataset(fetch, concurrency, memory, size, job.data.labels)},
@@ -224,6 +239,20 @@ class Attempt:
                 worker_runtime_env=remote_environment(workers.gpus),
             ),
         )
+
+
+def _trainer_class() -> Any:
+    """Ray's, on a Ray of our own without the process that watches over the placement group: it asks the dashboard, which is not
+    there, and a process costs each start more than a second of CPU."""
+    if os.environ.get("RAY_ADDRESS"):
+        return V2.torch.TorchTrainer
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+    class Trainer(V2.torch.TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            return [c for c in super()._create_default_callbacks() if not isinstance(c, PlacementGroupCleanerCallback)]
+
+    return Trainer
 
 
 def _worker(config: dict[str, Any]) -> dict[str, Any]:

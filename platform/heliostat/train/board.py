@@ -1,8 +1,9 @@
 """Where workers and driver meet: a small Ray actor on the driver's node, which nobody on the step path waits for.
 
 Rank 0 posts events: plain dicts with a `kind`: `phase` (what the workers are busy with before their first step, and their end),
-`steps` (per-step losses and rates), `evaluation`, `checkpoint`, `stack`. Every worker's pulse says that it lives and how far
-it is, and brings back what the driver has ordered: `stop` (a code of `survive`) and `dump` (post the stacks of all threads).
+`steps` (per-step losses and rates), `evaluation`, `checkpoint`, `held` (they wait for a verdict, see `holds`), `stack`. Every
+worker's pulse says that it lives and how far it is, and brings back what the driver has ordered: `stop` (a code of `survive`) and
+`dump` (post the stacks of all threads).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ class Board:
         self._events: list[dict[str, Any]] = []
         self._pulses: dict[int, dict[str, Any]] = {}
         self._orders: dict[str, Any] = {}
+        self._verdicts: dict[int, int] = {}
 
     def post(self, event: dict[str, Any]) -> None:
         self._events.append(event)
@@ -36,6 +38,16 @@ class Board:
 
     def order(self, **orders: Any) -> None:
         self._orders |= orders
+
+    def decide(self, step: int, stop: int) -> None:
+        """What becomes of the workers that wait behind `step`."""
+        self._verdicts.setdefault(step, stop)
+
+    def verdict(self, step: int) -> int | None:
+        """The decision, once there is one; an order to stop is one too. What one worker was told, all are told."""
+        if step not in self._verdicts and self._orders.get("stop"):
+            self._verdicts[step] = self._orders["stop"]
+        return self._verdicts.get(step)
 
     def drain(self) -> tuple[list[dict[str, Any]], dict[int, dict[str, Any]]]:
         """Events since the last call, and every worker's last pulse."""

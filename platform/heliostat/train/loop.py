@@ -27,6 +27,7 @@ from heliostat.errors import LossSpikeError, NonFiniteError
 from heliostat.recipe import Batch, Recipe
 from heliostat.spec import Job
 from heliostat.storage import Location
+from heliostat.track import curves
 from heliostat.train import checkpoint, fragments, pictures, zero
 from heliostat.train.board import queued_s
 from heliostat.train.ema import Ema
@@ -36,10 +37,13 @@ from heliostat.train.pulse import Pulse, Votes
 from heliostat.train.schedule import factor
 from heliostat.train.spike import Detector
 from heliostat.train.survive import RESIZE, RUN
+from heliostat.train.system import Monitor
+
+HELD_POLL_S = 0.05
 
 
 def worker(config: dict[str, Any]) -> dict[str, Any]:
-    """Ray Train's entry. `config`: job, plan (plain data), start_step, board (actor), run_folder.
+    """Ray Train's entry. `config`: job, plan (plain data), start_step, holds (steps), board (actor), run_folder.
 
     Returns the summary of this attempt (rank 0's is the one that counts).
     """
@@ -52,9 +56,11 @@ class Worker:
         self.plan = DataPlan.parse(config["plan"])
         self.board = config["board"]
         self.start_step: int = config["start_step"]
+        self.holds: list[int] = config["holds"]
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.ledger = Ledger("starting")
         self.pulse = Pulse(self.board, self.rank, self.world)
+        self.monitor = Monitor(self.board, ray.util.get_node_ip_address()) if _first_of_node() else None
         self.run_folder = Location(config["run_folder"])
         # the training group is left to DeepSpeed; saving runs in a thread and must not share a group with the loop
         self.control, saving = dist.new_group(backend="gloo"), dist.new_group(backend="gloo")
@@ -86,6 +92,7 @@ class Worker:
         self._norms: list[float] = []
         self._lane_digests: list[list[int]] = []
         self._bad: list[dict[str, Any]] = []
+        self._told: list[dict[str, Any]] = []  # events of steps and scores since the last checkpoint
 
     # one run ---------------------------------------------------------------------------------------------------------
 
@@ -94,6 +101,8 @@ class Worker:
             return self._run()
         finally:
             self.pulse.end()
+            if self.monitor:
+                self.monitor.end()
 
     def _run(self) -> dict[str, Any]:
         job = self.job
@@ -103,7 +112,7 @@ class Worker:
         since = time.perf_counter()
         logged = self.start_step
         steady_s = steady_wait = waited = 0.0
-        for step in range(self.start_step, job.train.steps):
+        for step in range(self.start_step, job.last_step):
             with self.ledger("data" if step > self.start_step else "starting"):
                 mine = samples.next_step()
             if step == self.start_step:
@@ -123,8 +132,9 @@ class Worker:
             done = step + 1
             if step == self.start_step:
                 self._phase("stepped")
-            last = done == job.train.steps
-            saves = last or stop != RUN or done % job.checkpoint.every == 0
+            last = done == job.last_step
+            holds = done in self.holds and not last
+            saves = last or stop != RUN or holds or done % job.checkpoint.every == 0
             # before a save, too: a run that resumes from there has lost no step's loss
             if done % job.train.log_every == 0 or saves or step == self.start_step:
                 now = time.perf_counter()
@@ -141,6 +151,8 @@ class Worker:
             if saves:
                 with self.ledger("checkpoint"):
                     self._save(done)
+            if holds and stop == RUN:
+                stop = self._hold(done)
             since += time.perf_counter() - aside
             if stop != RUN:
                 break
@@ -150,7 +162,7 @@ class Worker:
         trained = done - self.start_step - 1  # the first step warms up
         return {
             "steps": done,
-            "stop": stop if done < job.train.steps else RUN,
+            "stop": stop if done < job.last_step else RUN,
             "train_loss": self.last_loss,
             "eval": self.scores,
             "tokens_per_second": self._per_second(trained, steady_s),
@@ -207,7 +219,7 @@ class Worker:
         self._judge(first, values)
         self.last_loss = values[-1]
         rate = self._per_second(done - first, seconds)
-        self._post(
+        self._tell(
             {
                 "kind": "steps",
                 "first": first,
@@ -217,7 +229,7 @@ class Worker:
                     self.job.train.optimizer.lr * factor(self.job.train.schedule, s, self.job.train.steps)
                     for s in range(first, done)
                 ],
-                "steps": self.job.train.steps,
+                "steps": self.job.last_step,
                 "seconds": seconds,
                 "tokens_per_second": rate,
                 "data_wait": wait / seconds,
@@ -278,7 +290,7 @@ class Worker:
                 judged, images = pictures.show(self.gallery, self.engine, self.device, self.control, self._progressed)
                 self.scores |= judged
         self.engine.train()
-        self._post({"kind": "evaluation", "step": done, "scores": self.scores, "at": time.time(), "images": images})
+        self._tell({"kind": "evaluation", "step": done, "scores": self.scores, "at": time.time(), "images": images})
 
     def _progressed(self) -> None:
         self.pulse.progress += 1
@@ -306,6 +318,17 @@ class Worker:
         self.pulse.progress += 1
         self._post({"kind": "checkpoint", "step": done, "blocked_s": self.saver.blocked_s, **self._now()})
 
+    def _hold(self, done: int) -> int:
+        """Waits behind a complete checkpoint for the driver's word: RUN, or the code of a stop, the same on every worker."""
+        with self.ledger("checkpoint"):
+            self.saver.wait()
+        with self.ledger("idle"):
+            self._post({"kind": "held", "step": done, "scores": self.scores, **self._now()})
+            while (verdict := ray.get(self.board.verdict.remote(done))) is None:
+                self.pulse.progress += 1  # the watchdog is not to take this for a stall
+                time.sleep(HELD_POLL_S)
+        return verdict
+
     def _seal_receipt(self, done: int) -> None:
         """Chains the steps since the last receipt and writes their digests beside the checkpoints."""
         mine = torch.tensor(self._lane_digests, dtype=torch.int64)
@@ -320,7 +343,8 @@ class Worker:
             self.run_folder.join("receipts", f"step-{done:08d}.json").write(
                 receipt.seal(done - len(digests), digests, self.chain, self.plan.digest)
             )
-        self._lane_digests = []
+            curves.write(self.run_folder, done, self._told)
+        self._lane_digests, self._told = [], []
         self.run_bad_samples = quarantine.collect(self.run_folder, done, self._bad, self.bad_samples, self.dataset, self.control)
         self._bad = []
 
@@ -340,9 +364,18 @@ class Worker:
     def _now(self) -> dict[str, Any]:
         return {"ledger": self.ledger.totals(), "at": time.time()}
 
+    def _tell(self, event: dict[str, Any]) -> None:
+        """What must not be lost, even if the driver dies before it has it."""
+        self._told.append(event)
+        self._post(event)
+
     def _post(self, event: dict[str, Any]) -> None:
         if self.rank == 0:
             self.board.post.remote(event)
+
+
+def _first_of_node() -> bool:
+    return ray.train.get_context().get_local_rank() == 0
 
 
 def make_recipe(job: Job, dataset: Dataset) -> Recipe:

@@ -16,6 +16,8 @@ import logging
 import os
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ from heliostat.storage import Location
 from heliostat.track import outbox
 from heliostat.track.run import RunOwner
 from heliostat.train import driver
+from heliostat.train.holds import Holds
 from heliostat.train.ledger import Recorder
 from heliostat.train.signals import Signals
 from heliostat.train.survive import INTERRUPTED, RUN, STOPS, Budget, choose, classify
@@ -48,6 +51,18 @@ log = logging.getLogger(__name__)
 SUMMARY = "summary.json"  # of the training, from its end until there is a result
 
 
+@dataclass
+class Part:
+    """How a run is part of something bigger, a sweep: who hears of it and stops it, and what MLflow is told."""
+
+    started: float  # wall clock
+    signals: Signals
+    holds: Holds
+    hear: Callable[[dict[str, Any]], None]  # gets every event of the workers
+    tags: dict[str, str]  # of the MLflow run
+    closing: dict[str, str] = field(default_factory=dict)  # tags at its end
+
+
 def train(
     path: Path,
     settings: list[str] | None = None,
@@ -55,11 +70,14 @@ def train(
     overwrite: bool = False,
     allow_data_change: bool = False,
     verbose: bool = False,
+    recorded: DataPlan | None = None,
+    tags: dict[str, str] | None = None,
     started: float | None = None,
 ) -> dict[str, Any]:
     """Trains a job to its last step; HeliostatError with one line for whatever stopped it.
 
-    `started`: wall clock of the command's start, from which the run's time is counted; now, by default.
+    `recorded`: a plan that the data must give, of a run that is made again; `tags`: of a new MLflow run; `started`: wall clock
+    from which the ledger counts, now if it is not given.
     """
     started = started or time.time()
     job, recipe = check.check_file(path, settings)
@@ -73,10 +91,12 @@ def train(
             f"name: run {job.name!r} already has checkpoints up to step {found.step} in {job.run_folder}; "
             "use --resume to go on, --overwrite to start anew, or another name"
         )
-    recorded = DataPlan.parse(found.index["data"]) if found else None
+    recorded = DataPlan.parse(found.index["data"]) if found else recorded
     checked = check.check_stores(job, recipe, recorded)
-    if found and recorded and (changes := recorded.differences(checked.plan)):
-        if not allow_data_change:
+    if recorded and (changes := recorded.differences(checked.plan)):
+        if not allow_data_change or found is None:
+            if found is None:
+                raise ConfigError("the data is not what it was for the recorded run:\n  " + "\n  ".join(changes))
             raise ConfigError(
                 "the run's samples would change on resume; undo this, use another name, or start a new segment of the run with "
                 "--allow-data-change:\n  " + "\n  ".join(changes)
@@ -86,14 +106,44 @@ def train(
     if overwrite:
         job.run_folder.delete()
     start_step = found.step if found else 0
-    run = _Run(checked, start_step, started, verbose)
-    if start_step < job.train.steps:
+    run = _Run(checked, start_step, started, verbose, tags)
+    if start_step < job.last_step:
         return run.go()
-    log.info("run %s has finished: step %d of %d", job.name, start_step, job.train.steps)
+    log.info("run %s has finished: step %d of %d", job.name, start_step, job.last_step)
     if (result := _finished(job.run_folder)) is None:
         return run.conclude()
     run.catch_up()
     return result
+
+
+def train_part(job: Job, part: Part) -> dict[str, Any]:
+    """Trains a job to its last step as part of something bigger, from its last checkpoint if it has one; exports nothing.
+
+    Returns the summary of the training, which is also in the run's folder.
+    """
+    from heliostat.train import checkpoint
+
+    job, recipe = check.check_job(job)
+    driver.alone(job.run_folder)
+    found = checkpoint.latest(job.run_folder)
+    recorded = DataPlan.parse(found.index["data"]) if found else None
+    run = _Run(check.check_stores(job, recipe, recorded), found.step if found else 0, part.started, tags=part.tags, part=part)
+    if found and found.step == job.last_step and job.run_folder.join(SUMMARY).exists():
+        run.catch_up()
+        return json.loads(job.run_folder.join(SUMMARY).read())
+    return run.fit()
+
+
+def conclude(job: Job) -> dict[str, Any]:
+    """What comes after the training of a run that has all its steps: the model exported, logged and registered; its result."""
+    job, recipe = check.check_job(job)
+    if (result := _finished(job.run_folder)) is not None:
+        return result
+    from heliostat.train import checkpoint
+
+    last = checkpoint.open_checkpoint(job.run_folder, job.last_step)
+    checked = check.check_stores(job, recipe, DataPlan.parse(last.index["data"]))
+    return _Run(checked, job.last_step, time.time()).conclude()
 
 
 def _finished(run_folder: Location) -> dict[str, Any] | None:
@@ -104,11 +154,20 @@ def _finished(run_folder: Location) -> dict[str, Any] | None:
 
 
 class _Run:
-    def __init__(self, checked: Checked, start_step: int, started: float, verbose: bool) -> None:
-        self.job, self.checked = checked.job, checked
+    def __init__(
+        self,
+        checked: Checked,
+        start_step: int,
+        started: float,
+        verbose: bool = False,
+        tags: dict[str, str] | None = None,
+        part: Part | None = None,
+    ) -> None:
+        self.job, self.checked, self.tags = checked.job, checked, tags or {}
         self.plan, self.order = checked.plan, checked.order
         self.counts = checked.job.worker_counts(checked.plan.shape.lanes)
         self.start_step, self.started, self.verbose = start_step, started, verbose
+        self.part = part
         self.console = Console(stderr=True)
         self.budget = Budget(self.job.retries)
         self.restarts = 0
@@ -117,6 +176,10 @@ class _Run:
     def go(self) -> dict[str, Any]:
         """Trains, and concludes."""
         return self._settled(lambda owner: self._conclude(owner, self._fit(owner)))
+
+    def fit(self) -> dict[str, Any]:
+        """Only trains."""
+        return self._settled(self._fit)
 
     def conclude(self) -> dict[str, Any]:
         """Only what comes after the training, where an earlier command did not get through it."""
@@ -135,7 +198,7 @@ class _Run:
 
     def _settled(self, work: Any) -> dict[str, Any]:
         """Does the work with an owner of the MLflow run, whose status is right however it ends."""
-        owner = RunOwner(self.job, self.checked.manifests)
+        owner = RunOwner(self.job, self.checked.manifests, self.tags)
         self.ledger.beat(force=True)  # from here on the run has a driver
         try:
             result = work(owner)
@@ -149,10 +212,12 @@ class _Run:
         return result
 
     def _finish(self, owner: RunOwner, status: str, reason: str = "") -> None:
+        report, outcome = self.ledger.report(), {"KILLED": "interrupted"}.get(status, status.lower())
+        report["attempts"][-1] |= {"outcome": outcome, "reason": reason}
         try:
-            owner.finish(status, reason, self.ledger.report())
+            owner.finish(status, reason, report, self.part.closing if self.part else None)
         finally:
-            self.ledger.close({"KILLED": "interrupted"}.get(status, status.lower()), reason)
+            self.ledger.close(outcome, reason)
 
     # training --------------------------------------------------------------------------------------------------------
 
@@ -163,7 +228,7 @@ class _Run:
 
         workers = self.job.workers
         most = max(self.counts)
-        with Show(self.console, self.job.name, self.start_step, self.job.train.steps, _unit(self.job)) as show:
+        with Show(self.console, self.job.name, self.start_step, self.job.last_step, _unit(self.job)) as show:
             # data tasks need CPUs of their own; on a small machine these are logical, and mostly wait
             connect(
                 cpus=max(os.cpu_count() or 1, round(most * workers.cpus) + 2),
@@ -171,7 +236,7 @@ class _Run:
                 verbose=self.verbose,
             )
             show.phase("ray", time.time())
-            with Signals() as signals:
+            with self.part.signals if self.part else Signals() as signals:
                 while True:
                     show.note("starting the workers")
                     try:
@@ -199,16 +264,35 @@ class _Run:
             nodes.ask_for(self.job.workers, max(self.counts))
             count = choose(self.counts, nodes.room_now(self.job.workers, {}))
         segments.begin(self.job.run_folder, self.plan, self.start_step)
-        start = Start(self.job.on(count), self.counts, self.plan, self.order, self.checked.manifests, self.start_step)
+        owner.post(
+            {"kind": "attempt", "start_step": self.start_step, "workers": count, "nodes": nodes.census(), "at": time.time()}
+        )
+        start = Start(
+            self.job.on(count),
+            self.counts,
+            self.plan,
+            self.order,
+            self.checked.manifests,
+            self.start_step,
+            self.part.holds if self.part else Holds(),
+        )
+
+        done = self.start_step
 
         def take(event: dict[str, Any]) -> None:
+            nonlocal done
             if event["kind"] == "steps":
-                event["sources"] = self._sources(event["first"] + len(event["loss"]))
+                done = event["first"] + len(event["loss"])
+                event["sources"] = self._sources(done)
+            elif event["kind"] == "system":
+                event["step"] = done
             owner.post(event)
             self.ledger.event(event)
             if event["kind"] == "checkpoint":
                 owner.post({"kind": "goodput", "report": self.ledger.report(), "step": event["step"], "at": event["at"]})
             show.event(event)
+            if self.part:
+                self.part.hear(event)
 
         return Attempt(start, signals, take, self.ledger.beat).run()
 
@@ -281,16 +365,18 @@ class _Run:
     def _conclude(self, owner: RunOwner, summary: dict[str, Any]) -> dict[str, Any]:
         """Exports the last checkpoint, logs and registers the model, and shows what it can do."""
         from heliostat.export import export
+        from heliostat.track import card
         from heliostat.track.models import log_model
         from heliostat.train import checkpoint
 
         job = self.job
-        last = checkpoint.open_checkpoint(job.run_folder, job.train.steps)
+        last = checkpoint.open_checkpoint(job.run_folder, job.last_step)
         owner.client()  # MLflow is there, and the run is open
         with tempfile.TemporaryDirectory(prefix="heliostat-export-") as name, self.console.status("exporting the model"):
             folder = Path(name) / "model"
-            recipe = export(last, folder)
-            model_uri = log_model(job, owner.run_id, folder, recipe, summary["eval"])
+            recipe = export(last, folder, owner.run_id)
+            card.write(folder, job, owner.run_id, last.step, summary["eval"], self.checked.manifests)
+            model_uri = log_model(job, owner.run_id, last.step, folder, recipe, summary["eval"])
             samples = recipe.demonstrate(folder)
         owner.describe(model_uri, samples)
         result = {"run_id": owner.run_id, **summary, "model_uri": model_uri, "checkpoint": str(last.location)}

@@ -1,0 +1,155 @@
+"""Runs and models as MLflow keeps them: runs, report, lineage, promote, reproduce. docs/mlflow.md tells what is recorded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from heliostat.cli import Json, Run, Settings, TrackingUri, _finish, _store, app, out
+from heliostat.errors import ConfigError
+
+
+def _grid(rows: list[list[str]], right: int) -> None:
+    """Columns from number `right` on are numbers."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = [c.ljust(w) if i < right else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        out.print("  ".join(cells).rstrip(), markup=False)
+
+
+@app.command()
+def runs(
+    experiment: Annotated[str | None, typer.Option(help="Only of this one")] = None,
+    mlflow: TrackingUri = None,
+    json_: Json = False,
+) -> None:
+    """List all runs, newest first: status, step, losses, tokens/s, goodput, worker-hours."""
+    from heliostat.track import store, table
+
+    uri = _store(mlflow)
+    with store.asking(uri):
+        found = table.rows(store.connect(uri), experiment)
+    if not json_:
+        _grid(table.cells(found), right=4)
+    _finish({"runs": found}, json_)
+
+
+@app.command()
+def report(
+    run: Run,
+    to: Annotated[Path, typer.Option("--out", help="An HTML file")] = Path("report.html"),
+    mlflow: TrackingUri = None,
+    json_: Json = False,
+) -> None:
+    """Write one self-contained page about a run: curves, goodput, restarts, samples, lineage."""
+    from heliostat.track import page, store
+    from heliostat.track.settle import settle
+
+    uri = _store(mlflow)
+    if not to.absolute().parent.is_dir():
+        raise ConfigError(f"--out: {to}: there is no folder {to.parent}")
+    with store.asking(uri):
+        client = store.connect(uri)
+        found = settle(client, store.find(client, run, uri))
+        to.write_text(page.page(page.gather(client, found)), encoding="utf-8")
+    if not json_:
+        out.print(f"{to}: {to.stat().st_size:,} bytes", markup=False)
+    _finish({"file": str(to), "run_id": found.info.run_id}, json_)
+
+
+@app.command()
+def lineage(
+    what: Annotated[str | None, typer.Argument(help="models:/NAME/VERSION, NAME@ALIAS, a run id, or a run's folder")] = None,
+    shard: Annotated[str | None, typer.Option(help="Instead: every run that trained on this shard (a path, or its end)")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Instead: every run that trained on the dataset of this digest")] = None,
+    mlflow: TrackingUri = None,
+    json_: Json = False,
+) -> None:
+    """Tell where a model comes from: run, restarts, code, machines, shards, parents; or which models saw a shard or dataset."""
+    from heliostat.track import lineage as tracing
+    from heliostat.track import store
+
+    if sum(x is not None for x in (what, shard, dataset)) != 1:
+        raise ConfigError("lineage: give one of MODEL, --shard or --dataset")
+    if dataset is not None and len(dataset) < 6:
+        raise ConfigError(f"--dataset: {dataset!r} is too short; give at least 6 digits of the digest")
+    uri = _store(mlflow)
+    with store.asking(uri):
+        client = store.connect(uri)
+        if what is None:
+            _backwards(client, shard, dataset, json_)
+            return
+        found = tracing.lineage(client, uri, what)
+    if not json_:
+        for depth, text in tracing.lines(found):
+            out.print("  " * depth + text, markup=False)
+    _finish(found, json_)
+
+
+def _backwards(client: Any, shard: str | None, dataset: str | None, json_: bool) -> None:
+    from heliostat.track.seen import Seen
+
+    rows = Seen(client).answer(shard, dataset)
+    if not json_:
+        for row in rows:
+            how = f"{row['samples']:,} samples" if row["samples"] else "none by itself"
+            how += f", inherited from {', '.join(row['inherited'])}" if row["inherited"] else ""
+            out.print(f"{row['name']} ({row['run_id']}): {how}; {' '.join(row['models']) or 'no registered model'}", markup=False)
+        if not rows:
+            out.print(f"no run has trained on {shard or dataset}", markup=False)
+    _finish({"shard": shard, "dataset": dataset, "runs": rows}, json_)
+
+
+@app.command()
+def promote(
+    model: Annotated[str, typer.Argument(help="NAME@ALIAS or NAME/VERSION")],
+    alias: Annotated[str, typer.Argument(help="That it gets, as champion")],
+    require: Annotated[list[str] | None, typer.Option(help="A score that it must have: 'eval/loss<2.1'; may be repeated")] = None,
+    metric: Annotated[
+        str, typer.Option(help="By which it must not be worse than the model that has the alias now")
+    ] = "eval/loss",
+    maximize: Annotated[bool, typer.Option(help="More of the metric is better")] = False,
+    force: Annotated[bool, typer.Option(help="Promote it all the same; the history says so")] = False,
+    mlflow: TrackingUri = None,
+    json_: Json = False,
+) -> None:
+    """Give a registered model an alias, unless it is worse than what has the alias now, or lacks what is required."""
+    from heliostat.track import registry, store
+
+    uri = _store(mlflow)
+    with store.asking(uri):
+        done = registry.promote(store.connect(uri), model, alias, require or [], metric, "max" if maximize else "min", force)
+    if not json_:
+        instead = f", in place of version {done['replaced']}" if done["replaced"] else ""
+        out.print(f"{done['name']} version {done['version']} is {alias}{instead}", markup=False)
+        for fault in done["overruled"]:
+            out.print(f"  overruled: {fault}", markup=False)
+    _finish(done, json_)
+
+
+@app.command()
+def reproduce(
+    run: Run,
+    steps: Annotated[int | None, typer.Option(min=1, help="Only so many; the learning rate is what it was all the same")] = None,
+    setting: Settings = None,
+    overwrite: Annotated[bool, typer.Option(help="Delete an earlier reproduction of the run")] = False,
+    mlflow: TrackingUri = None,
+    json_: Json = False,
+) -> None:
+    """Train a recorded run again from its record, and compare the losses of every step; tells what differs in the environment."""
+    from heliostat import reproduce as again
+    from heliostat.track import store
+
+    uri = _store(mlflow)
+    with store.asking(uri):
+        told = again.reproduce(store.connect(uri), uri, run, steps, setting or [], overwrite)
+    if not json_:
+        for note in told["notes"]:
+            out.print(f"differs: {note}", markup=False)
+        equal = "equal to the last bit"
+        if not told["bitwise"]:
+            equal = f"equal up to step {told['first_difference'] - 1:,}, and within {told['largest_difference']:.3g} over all"
+        out.print(f"the losses of {told['steps']:,} steps are {equal}; the new run is {told['again']}", markup=False)
+    _finish(told, json_)

@@ -1,0 +1,159 @@
+"""`heliostat tune`, `heliostat sweeps`, `heliostat sweep`, and what `heliostat train --from-sweep` trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from heliostat.cli import Json, Settings, Verbose, _finish, app, out
+from heliostat.cli_cluster import Follow, Queue, Target, send
+from heliostat.errors import ConfigError
+
+DEFAULT_STORAGE = ".heliostat/runs"
+Storage = Annotated[str, typer.Option(help="Where runs and sweeps live: a folder or s3:// prefix")]
+SweepName = Annotated[str, typer.Argument(help="A sweep's folder (STORAGE/NAME), or its name below --storage")]
+
+
+@app.command()
+def tune(
+    sweep: Path,
+    setting: Settings = None,
+    resume: Annotated[bool, typer.Option(help="Go on with the sweep: nothing is run twice, nothing is lost")] = False,
+    retry_failed: Annotated[bool, typer.Option(help="With --resume: failed trials go on from their last checkpoints")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Delete the sweep of this name and start anew")] = False,
+    transfer: Annotated[
+        Path | None, typer.Option(help="A big job: the learning rate is carried to it from the widths that are swept")
+    ] = None,
+    cluster: Target = None,
+    follow: Follow = False,
+    queue: Queue = None,
+    json_: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Search for a job's best settings: many runs of it, side by side, through Ray Tune. docs/tuning.md"""
+    from heliostat.tune.run import tune as run
+
+    if cluster:
+        if transfer:
+            raise ConfigError(
+                "--transfer: not with --cluster; when the sweep is over, run this with --resume and without --cluster"
+            )
+        flags = {"--resume": resume, "--retry-failed": retry_failed, "--overwrite": overwrite}
+        _submit(sweep, setting or [], cluster, queue, tuple(f for f, given in flags.items() if given), follow, json_)
+        return
+    if transfer:
+        from heliostat.tune.sweep import load
+        from heliostat.tune.transfer import check
+
+        check(load(sweep, setting), transfer)
+    result = run(sweep, setting, resume or retry_failed, retry_failed, overwrite, verbose)
+    if not json_:
+        _print(result, len(result["trials"]))
+    if transfer:
+        result["transfer"] = _carry(result["folder"], transfer, json_)
+    _finish(result, json_)
+
+
+@app.command()
+def sweeps(storage: Storage = DEFAULT_STORAGE, json_: Json = False) -> None:
+    """List the sweeps in a place."""
+    from heliostat.storage import Location
+    from heliostat.tune.listing import sweeps as find
+
+    found = find(Location(storage))
+    if not json_:
+        for s in found:
+            best = f"best {s['metric']} {s['best']:.4g}" if s["best"] is not None else "no trial has finished"
+            states = ", ".join(f"{count} {status}" for status, count in s["states"].items()) or "no trials"
+            out.print(f"{s['name']}: {'running, ' if s['running'] else ''}{states}; {best}", markup=False)
+        if not found:
+            out.print(f"no sweep in {storage}; start one with `heliostat tune SWEEP.yaml`")
+    _finish({"sweeps": found}, json_)
+
+
+@app.command()
+def sweep(
+    sweep: SweepName,
+    top: Annotated[int, typer.Option(min=1, help="As many of the best trials")] = 10,
+    stop: Annotated[bool, typer.Option(help="Tell it to stop: its trials stop behind a checkpoint")] = False,
+    storage: Storage = DEFAULT_STORAGE,
+    json_: Json = False,
+) -> None:
+    """Show a sweep's best trials; or stop it."""
+    from heliostat.tune import listing
+
+    folder = listing.find(sweep, storage)
+    if stop:
+        listing.stop(folder)
+    found = listing.show(folder)
+    if not json_:
+        _print(found, top)
+    _finish({**found, "trials": found["trials"][:top]}, json_)
+
+
+def _submit(
+    path: Path, setting: list[str], cluster: str, queue: str | None, flags: tuple[str, ...], follow: bool, json_: bool
+) -> None:
+    """Sends the sweep to the cluster, as `heliostat submit` does a job; its id is the sweep's name."""
+    from heliostat.cluster import jobs as api
+    from heliostat.cluster.reach import endpoint
+    from heliostat.plan import report as planning
+    from heliostat.tune import sweep as sweeps
+
+    plan = sweeps.load(path, setting)
+    file, fixed = sweeps.base_file(plan.sweep), sweeps.settings(plan.sweep.set_)
+    with endpoint(cluster) as there:
+        job = api.load(file, fixed, there)
+        planned, recipe, _ = planning.prepare(file, fixed)
+        planning.plan(planned, recipe, there.file)
+        whole = {k: v for k, v in plan.sweep.dump().items() if k != "set"}  # which is in the job
+        record = api.Record(plan.sweep.name, cluster, str(plan.folder), plan.trials or 0, job.dump(), queue, whole)
+        send(api.Jobs(there), record, flags, follow, json_)
+
+
+def _carry(folder: str, big: Path, json_: bool) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from heliostat.storage import Location
+    from heliostat.tune import listing, transfer
+    from heliostat.tune.record import read
+
+    plan, _ = listing.read(Location(folder))
+    found, path = transfer.carry(plan, read(plan.folder), transfer.check(plan, big), big)
+    if not json_:
+        for line in transfer.tell(found):
+            out.print(line, markup=False)
+        out.print(f"the job with this learning rate is in {path}", markup=False)
+    return {**asdict(found), "job": str(path)}
+
+
+def write_best(sweep: str) -> Path:
+    """Writes the job of a sweep's best trial as a file beside the sweep, or in the workspace if that is on S3."""
+    import logging
+
+    import yaml
+
+    from heliostat.tune import listing
+
+    folder = listing.find(sweep, DEFAULT_STORAGE)
+    job = listing.best_job(folder)
+    path = Path(f"{job['name']}.yaml") if folder.is_s3 else Path(folder.path) / f"{job['name']}.yaml"
+    path.write_text(yaml.safe_dump(job, sort_keys=False))
+    logging.getLogger("heliostat").info("the job of the best trial is in %s", path)
+    return path
+
+
+def _print(result: dict[str, Any], top: int) -> None:
+    from heliostat.tune import report
+
+    for line in report.lines(result["trials"][:top]):
+        out.print(line, markup=False)
+    out.print(f"{result['steps']:,} steps in {len(result['trials'])} trials, {result['seconds']:,.0f} s", markup=False)
+    if best := result["best"]:
+        model = f", model {best['model_uri']}" if best.get("model_uri") else ""
+        out.print(
+            f"best: trial {best['trial']}, {result['metric']} {best['value']:.4g}, run {best['run_id']}{model}", markup=False
+        )
+        out.print(f"\nNext:  heliostat train --from-sweep {result['folder']} --best", markup=False)

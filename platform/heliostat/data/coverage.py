@@ -1,0 +1,82 @@
+"""How many samples of each chunk a run has trained on: exact, from its data plans alone, in time that grows with the chunks.
+
+Whole windows of the sequence are a prefix of every source's stream, and so of its epochs' chunks; only the samples of the last
+window are looked up one by one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from heliostat.data.dataset import DataPlan, make_order
+from heliostat.data.manifest import Manifest
+from heliostat.data.order import Order
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Steps [first, end) of a run, which followed `plan`."""
+
+    first: int
+    end: int
+    plan: DataPlan
+
+
+def cut(plans: list[DataPlan], steps: int) -> list[Segment]:
+    """The segments of a run that followed these plans, in the order in which they began, and has come to `steps`."""
+    ends = [*(p.begins for p in plans[1:]), steps][: len(plans)]
+    return [Segment(p.begins, min(e, steps), p) for p, e in zip(plans, ends, strict=True) if p.begins < min(e, steps)]
+
+
+def segment_counts(segment: Segment, manifests: list[Manifest]) -> list[np.ndarray]:
+    """Samples of each source's chunks that the segment's steps took, int64 [chunks] a source; bad ones count as themselves."""
+    skipping = make_order(segment.plan, manifests)
+    order = make_order(dataclasses.replace(segment.plan, skips=()), manifests)
+    first, end = skipping.data_step(segment.first), skipping.data_step(segment.end - 1) + 1
+    return [b - a for a, b in zip(counts(order, first), counts(order, end), strict=True)]
+
+
+def counts(order: Order, step: int) -> list[np.ndarray]:
+    """Samples of each source's chunks in the sequence's steps before `step`; the order leaves nothing out."""
+    taken = [np.zeros(len(split.samples), np.int64) for split in order.splits]
+    if step <= order.sections[0].first_step:
+        return taken
+    last = order.superstep(step - 1)
+    _, begin, _ = order.window_at(last.begin)
+    for source, samples in enumerate(order.before(begin)):
+        epochs, rest = divmod(int(samples), int(order.epoch_samples[source]))
+        train = order.splits[source].train
+        chunks, ends = order.epoch_chunks(source, epochs)
+        taken[source] += epochs * train
+        taken[source][chunks] += np.clip(rest - (ends - train[chunks]), 0, train[chunks])
+    steps = [order.step(s).ravel() for s in range(last.first_step, step)]
+    located = order.locate(np.concatenate([np.arange(begin, last.begin), *steps]))
+    for source, chunk_counts in enumerate(taken):
+        np.add.at(chunk_counts, located.chunk[located.source == source], 1)
+    return taken
+
+
+def shards(manifest: Manifest, chunk_counts: np.ndarray) -> dict[str, int]:
+    """Samples by shard, those that gave any, in manifest order."""
+    out: dict[str, int] = {}
+    for path, count in zip(manifest.chunks["path"].to_pylist(), chunk_counts.tolist(), strict=True):
+        if count:
+            out[path] = out.get(path, 0) + count
+    return out
+
+
+def ranges(manifest: Manifest, seen: dict[str, int]) -> Iterator[tuple[str, str]]:
+    """The shards in `seen` as (first, last) of what is consecutive in the manifest."""
+    run: list[str] = []
+    for path in dict.fromkeys(manifest.chunks["path"].to_pylist()):
+        if path in seen:
+            run.append(path)
+        elif run:
+            yield run[0], run[-1]
+            run = []
+    if run:
+        yield run[0], run[-1]

@@ -1,0 +1,113 @@
+"""What a run has trained on, as plain data: its segments, and of each source how much of which shards (`data.json`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from heliostat.data import coverage, segments
+from heliostat.data.coverage import Segment
+from heliostat.data.dataset import DataPlan, Dataset, open_dataset
+from heliostat.data.manifest import Manifest
+from heliostat.storage import Location
+
+LISTED = 200  # ranges of shards, and replaced samples, that are written out
+
+
+def record(run: Location, steps: int) -> dict[str, Any]:
+    """{steps, segments: [{first, end, digest, plan, sources}], replaced}, from the run's folder and its datasets' manifests."""
+    replaced = [line for name, _ in run.join("quarantine").files()
+                for line in run.join("quarantine", name).read().decode().splitlines()]  # fmt: skip
+    return {
+        "steps": steps,
+        "segments": [_segment(s) for s in coverage.cut(segments.read(run), steps)],
+        "replaced": [json.loads(line) for line in replaced[:LISTED]],
+        "replaced_count": len(replaced),
+    }
+
+
+def parse(raw: dict[str, Any]) -> list[Segment]:
+    """The segments of such a record."""
+    return [Segment(s["first"], s["end"], DataPlan.parse(s["plan"])) for s in raw["segments"]]
+
+
+def _segment(segment: Segment) -> dict[str, Any]:
+    data = open_dataset(segment.plan)
+    counts = coverage.segment_counts(segment, data.sources)
+    begin, end = data.order.consumed(segment.first), data.order.consumed(segment.end)
+    return {
+        "first": segment.first,
+        "end": segment.end,
+        "digest": segment.plan.digest,
+        "plan": segment.plan.dump(),
+        "sources": [_source(data, i, counts[i], int(begin[i]), int(end[i])) for i in range(len(counts))],
+    }
+
+
+def _source(data: Dataset, number: int, counts: np.ndarray, begin: int, end: int) -> dict[str, Any]:
+    """`samples`: trained on; `range`: of the source's stream, whose epochs follow one another."""
+    manifest, split = data.sources[number], data.order.splits[number]
+    seen = coverage.shards(manifest, counts)
+    found = list(coverage.ranges(manifest, seen))
+    samples = int(counts.sum())
+    return {
+        "uri": data.plan.uris[number],
+        "digest": manifest.digest,
+        "name": manifest.meta.get("name", manifest.location.name),
+        "kind": manifest.kind,
+        "tokenizer": manifest.meta.get("tokenizer"),
+        "weights": [[step, weights[number]] for step, weights in data.plan.mix],
+        "samples": samples,
+        "tokens": samples * (data.plan.sequence_length or 0),
+        "range": [begin, end],
+        "epochs": samples / int(data.order.epoch_samples[number]),
+        "held_out": int(split.held.sum()),
+        "shards": {"seen": len(seen), "total": len(set(manifest.chunks["path"].to_pylist()))},
+        "ranges": found[:LISTED],
+        "ranges_left_out": max(0, len(found) - LISTED),
+    }
+
+
+def of_digest(raw: dict[str, Any], digest: str, before: int | None = None) -> int:
+    """Samples that a record's steps (those before a step, if one is given) took of datasets whose digest begins so."""
+    return sum(int(counts.sum()) for _, manifest, counts in _taken(raw, before, lambda s: s["digest"].startswith(digest)))
+
+
+def of_shard(raw: dict[str, Any], shard: str, before: int | None = None) -> int:
+    """The same of one shard: a whole path or URI, or the end of one, as `part-00017.parquet`. Replaced samples do not count."""
+    total = 0
+    for uri, manifest, counts in _taken(raw, before, lambda s: True):
+        for path, samples in coverage.shards(manifest, counts).items():
+            if same(shard, uri, path):
+                total += samples
+    for bad in raw["replaced"]:
+        if before is None or bad["step"] < before:
+            instead = bad["replaced_by"]
+            total += same(shard, instead["dataset"], instead["shard"]) - same(shard, bad["dataset"], bad["shard"])
+    return total
+
+
+def same(wanted: str, uri: str, path: str) -> bool:
+    """Whether a shard of a dataset is the one that is meant."""
+    whole = Location(uri).join(path)
+    if "://" in wanted or wanted.startswith("/"):
+        return Location(wanted).path == whole.path
+    return f"/{whole.path}".endswith(f"/{wanted}")
+
+
+def _taken(
+    raw: dict[str, Any], before: int | None, wanted: Callable[[dict[str, Any]], bool]
+) -> Iterator[tuple[str, Manifest, np.ndarray]]:
+    """(uri, manifest, samples by chunk) of every source of every segment that is wanted."""
+    for segment, told in zip(parse(raw), raw["segments"], strict=True):
+        end = segment.end if before is None else min(segment.end, before)
+        if end <= segment.first or not any(wanted(s) for s in told["sources"]):
+            continue
+        sources = open_dataset(segment.plan).sources
+        counts = coverage.segment_counts(Segment(segment.first, end, segment.plan), sources)
+        for source, manifest, taken in zip(told["sources"], sources, counts, strict=True):
+            if wanted(source):
+                yield source["uri"], manifest, taken

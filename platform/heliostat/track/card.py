@@ -1,0 +1,53 @@
+"""The model card: `README.md` of the exported folder, with the header that model hubs read, written from the job and the run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from heliostat.data.manifest import Manifest
+from heliostat.spec import Job
+from heliostat.track.parents import parents
+
+FILE = "README.md"
+
+
+def license_of(job: Job, origins: list[dict[str, Any]]) -> str:
+    """The job's; else that of the models it was initialised from, if they agree; else `unknown`."""
+    inherited = {p["license"] for p in origins}
+    only = next(iter(inherited)) if len(inherited) == 1 else None
+    return job.card.license or only or "unknown"
+
+
+def write(folder: Path, job: Job, run_id: str, step: int, scores: dict[str, float], manifests: list[Manifest]) -> None:
+    (folder / FILE).write_text(text(job, run_id, step, scores, manifests, parents(job)))
+
+
+def text(
+    job: Job, run_id: str, step: int, scores: dict[str, float], manifests: list[Manifest], origins: list[dict[str, Any]]
+) -> str:
+    names = [m.meta.get("name", m.location.name) for m in manifests]
+    header = {"license": license_of(job, origins).lower(), "datasets": names, "tags": ["heliostat"]}
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in header.items()), "---", f"# {job.name}", ""]
+    lines += [job.card.summary, ""] if job.card.summary else []
+    lines += [
+        f"Trained with heliostat for {step:,} steps of {job.train.global_batch:,} samples (`{job.recipe}`, "
+        f"{job.train.precision}), MLflow run `{run_id}`. License: {license_of(job, origins)}.",
+        "",
+    ]
+    for title, said in (("Intended use", job.card.intended_use), ("Limitations", job.card.limitations)):
+        lines += [f"## {title}", "", said or "Not stated.", ""]
+    lines += ["## Data", "", "| dataset | weight | rows | tokens | digest |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {name} | {source.weight:g} | {m.rows:,} | {m.tokens:,} | `{m.digest[:12]}` |"
+        for name, source, m in zip(names, job.data.sources, manifests, strict=True)
+    ]
+    if origins:
+        lines += ["", "## Initialised from", ""]
+        lines += [
+            f"- `{p['key']}`: {p['name'] or p['folder']}" + (f", run `{p['run_id']}`" if p["run_id"] else "") for p in origins
+        ]
+    if scores:
+        lines += ["", "## Held-out scores", "", *(f"- {key.replace('_', ' ')}: {value:.6g}" for key, value in scores.items())]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,46 @@
+"""What a run was initialised from: every `pretrained: FOLDER` of its model, and the run that made that folder, if one did.
+
+A folder that `heliostat export` wrote, or that a registered model holds, says in `heliostat.json` where it came from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from heliostat import exports
+from heliostat.spec import Job
+
+
+def parents(job: Job) -> list[dict[str, Any]]:
+    """One for each folder: key, folder, config (a digest), bytes (of the weights), license, and run_id, name, step or null."""
+    return [_parent(key, Path(folder)) for key, folder in _folders(job.model, "model")]
+
+
+def _folders(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
+    for key, value in tree.items():
+        if key == "pretrained" and isinstance(value, str):
+            yield f"{prefix}.{key}", value
+        elif isinstance(value, dict):
+            yield from _folders(value, f"{prefix}.{key}")
+
+
+def _parent(key: str, folder: Path) -> dict[str, Any]:
+    configs = sorted(folder.glob("*.json")) if folder.is_dir() else []
+    config = hashlib.sha256(b"".join(p.read_bytes() for p in configs if p.name in ("config.json", "model_index.json")))
+    origin: dict[str, Any] = {}
+    record = folder / exports.RECORD
+    if record.is_file():
+        raw = json.loads(record.read_text())
+        card = raw["job"].get("card") or {}
+        origin = {"name": raw["job"]["name"], "license": card.get("license"), **raw.get("origin", {})}
+    return {
+        "key": key,
+        "folder": str(folder),
+        "config": config.hexdigest()[:16],
+        "bytes": sum(p.stat().st_size for p in folder.rglob("*.safetensors")),
+        **{name: origin.get(name) for name in ("name", "run_id", "step", "license")},
+    }

@@ -1,0 +1,150 @@
+"""The model registry: naming a version, and moving an alias to it through a gate that keeps a worse model out.
+
+    promote(client, "name@candidate", "champion", ["eval/loss<2.1"])
+
+Every move is kept: on each version that got or lost an alias, tags say when, by whom, on which terms, and what it replaced.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import math
+import operator
+import re
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from heliostat.errors import ConfigError, HeliostatError
+
+OPERATORS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
+HISTORY = "heliostat.history"  # tag of a version: a JSON list of what happened to it, oldest first
+KEPT = 20  # entries of it
+
+
+class GateError(HeliostatError):
+    """A model does not meet what its promotion requires."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """`metric OPERATOR value`."""
+
+    metric: str
+    sign: str
+    value: float
+
+    @staticmethod
+    def parse(text: str) -> Term:
+        found = re.fullmatch(r"\s*([^<>=\s]+)\s*(<=|>=|<|>)\s*(\S+)\s*", text)
+        try:
+            if found:
+                return Term(found[1], found[2], float(found[3]))
+        except ValueError:
+            pass
+        raise ConfigError(f"--require: {text!r} must look like eval/loss<2.1, with one of {', '.join(OPERATORS)}")
+
+    def check(self, metrics: dict[str, float]) -> str:
+        """What is wrong; empty if it holds."""
+        if self.metric not in metrics:
+            return f"{self.metric} is not known of it; there are {', '.join(sorted(metrics)) or 'no scores'}"
+        held = OPERATORS[self.sign](metrics[self.metric], self.value)
+        return "" if held else f"{self.metric} is {metrics[self.metric]:.6g}, required is {self.sign} {self.value:g}"
+
+
+def compare(metric: str, mode: str, new: dict[str, float], present: dict[str, float]) -> str:
+    """Why the new model may not take the place of the present one; empty if it may. Equal is good enough."""
+    for whose, scores in (("the new model", new), ("the present one", present)):
+        if not math.isfinite(scores.get(metric, math.nan)):
+            return f"{whose} has no {metric}, so the two cannot be compared"
+    worse = new[metric] > present[metric] if mode == "min" else new[metric] < present[metric]
+    return f"its {metric} {new[metric]:.6g} is worse than the present model's {present[metric]:.6g}" if worse else ""
+
+
+def parse(model: str) -> tuple[str, str, str]:
+    """(name, version, alias) of NAME@ALIAS or NAME/VERSION, with or without `models:/` before it."""
+    found = re.fullmatch(r"(?:models:/)?([^/@]+)(?:/(\d+)|@([^/@]+))", model)
+    if not found:
+        raise ConfigError(f"{model!r}: name a registered model's version as NAME@ALIAS or NAME/VERSION")
+    return found[1], found[2] or "", found[3] or ""
+
+
+def find(client: Any, model: str) -> Any:
+    """The model version; ConfigError if there is none."""
+    from mlflow.exceptions import MlflowException
+
+    name, version, alias = parse(model)
+    try:
+        return client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, version)
+    except MlflowException as e:
+        raise ConfigError(f"{model}: no such version of a registered model ({str(e).splitlines()[0]})") from e
+
+
+def scores(client: Any, version: Any) -> tuple[dict[str, float], dict[str, str]]:
+    """A version's scores (as `eval/loss`), and the digests of what they were measured on, by dataset."""
+    tags = version.tags
+    told = {k.removeprefix("heliostat.score."): float(v) for k, v in tags.items() if k.startswith("heliostat.score.")}
+    data = {}
+    if version.run_id:
+        for given in client.get_run(version.run_id).inputs.dataset_inputs:
+            held = {t.key: t.value for t in given.tags}
+            data[held.get("digest", given.dataset.digest)] = held.get("held_out_fraction", "")
+    return told, data
+
+
+def history(version: Any) -> list[dict[str, Any]]:
+    return json.loads(version.tags.get(HISTORY, "[]"))
+
+
+def record(client: Any, name: str, version: str, entry: dict[str, Any]) -> None:
+    """Adds to a version's history."""
+    known = history(client.get_model_version(name, version))
+    client.set_model_version_tag(name, version, HISTORY, json.dumps([*known, entry][-KEPT:]))
+
+
+def promote(client: Any, model: str, alias: str, require: list[str], metric: str, mode: str, force: bool) -> dict[str, Any]:
+    """Moves the alias to the model; GateError if a term does not hold, or it is worse than what has the alias now.
+
+    Two models are compared on `metric` if they were scored on the same held-out samples; if not, that is an error too.
+    `force` moves it all the same, and the history says so.
+    """
+    terms = [Term.parse(text) for text in require]
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9._-]{0,99}", alias) or re.fullmatch(r"v\d+", alias) or alias == "latest":
+        raise ConfigError(f"{alias!r} is no alias: use letters, digits, . _ -, and neither `latest` nor a version as v1")
+    new = find(client, model)
+    told, data = scores(client, new)
+    present = _present(client, new.name, alias)
+    faults = [fault for term in terms if (fault := term.check(told))]
+    before: dict[str, float] = {}
+    if present is not None and present.version != new.version:
+        before, its_data = scores(client, present)
+        if data != its_data:
+            faults.append(f"it was scored on other held-out samples than version {present.version}: score both on one dataset "
+                          "with `heliostat evaluate`, and use --force")  # fmt: skip
+        elif fault := compare(metric, mode, told, before):
+            faults.append(fault)
+    if faults and not force:
+        raise GateError(f"{new.name} version {new.version} does not become {alias}: {'; '.join(faults)}")
+    entry: dict[str, Any] = {
+        "alias": alias,
+        "at": round(time.time(), 3),
+        "by": getpass.getuser(),
+        "event": "promoted",
+        "require": require,
+        "overruled": faults,
+        "replaced": str(present.version) if present is not None and present.version != new.version else None,
+    }
+    client.set_registered_model_alias(new.name, alias, new.version)
+    record(client, new.name, new.version, entry)
+    if entry["replaced"]:
+        record(
+            client, new.name, entry["replaced"], {**entry, "event": "replaced", "replaced": None, "replaced_by": str(new.version)}
+        )
+    return {"name": new.name, "version": str(new.version), **entry, "scores": told, "replaced_scores": before}
+
+
+def _present(client: Any, name: str, alias: str) -> Any:
+    """The version that has the alias; None if none has."""
+    version = client.get_registered_model(name).aliases.get(alias)
+    return client.get_model_version(name, version) if version else None

@@ -1,0 +1,89 @@
+"""A run's status is right in the end: what a driver that was killed could not write, the next command that sees the run writes.
+
+Who lives is told by the drivers' ledger. A run whose driver is dead gets the metrics that still waited in its folder, its
+checkpoints, data and goodput, and a status: KILLED for one that died without a word, else what its ledger says.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from heliostat import goodput
+from heliostat.errors import HeliostatError
+from heliostat.spec import Job
+from heliostat.storage import Location
+from heliostat.track import curves, outbox, store
+from heliostat.track.outbox import Outbox
+from heliostat.track.record import Record, read_json
+from heliostat.track.run import TOKEN, record
+from heliostat.train import driver
+
+log = logging.getLogger(__name__)
+
+STATUS = {"finished": "FINISHED", "failed": "FAILED"}
+YOUNG_S = 60.0  # a run may be so old before its driver has written anything
+
+
+def settle(client: Any, run: Any) -> Any:
+    """The run as it is now; MLflow is only written to if the run says RUNNING and nobody runs it."""
+    if run.info.status != "RUNNING":
+        return run
+    folder = Location(run.data.tags[store.FOLDER])
+    try:
+        changed = _settle(client, run, folder)
+    except (HeliostatError, OSError) as e:
+        log.warning("run %s may be over, but its folder does not tell: %s", run.info.run_id, e)
+        return run
+    return client.get_run(run.info.run_id) if changed else run
+
+
+def settle_folder(folder: Location) -> None:
+    """The same from a run's folder. Asks MLflow only where the folder says that something may be left to do."""
+    told = record(folder)
+    last = driver.last(folder)
+    if "run_id" not in told or last is None:
+        return
+    if (last.outcome is None and not driver.lives(last)) or folder.join(outbox.FILE).exists():
+        client = store.connect(told["uri"])
+        settle(client, client.get_run(told["run_id"]))
+
+
+def _settle(client: Any, run: Any, folder: Location) -> bool:
+    run_id, told, last = run.info.run_id, record(folder), driver.last(folder)
+    if told.get("run_id") != run_id and told.get("token") != run.data.tags.get(TOKEN):
+        _end(client, run_id, "KILLED", f"its folder {folder} is gone, or another run's", time.time())
+        return True
+    if last is None:
+        if time.time() - run.info.start_time / 1000 < YOUNG_S:
+            return False
+        _end(client, run_id, "KILLED", "its driver died before it had written anything", run.info.start_time / 1000)
+        return True
+    if last.outcome is None and driver.lives(last):
+        return False
+    _complete(client, run_id, folder)
+    died = f"the driver (process {last.pid} on {last.host}) died without a word"
+    _end(client, run_id, STATUS.get(last.outcome or "", "KILLED"), last.reason if last.outcome in ENDS else died, last.seen)
+    log.warning("run %s was still open in MLflow, and its driver is gone: it is closed now", run_id)
+    return True
+
+
+ENDS = ("finished", "failed", "interrupted")  # outcomes behind which a command ends
+
+
+def _complete(client: Any, run_id: str, folder: Location) -> None:
+    """What the run's folder knows, and MLflow does not."""
+    box = Outbox(folder, lambda p: store.send(client, run_id, p), lambda: store.known(client, run_id))
+    box.precede(curves.missing(folder, store.known(client, run_id)))
+    box.flush()
+    report = goodput.read_report(folder)
+    client.log_dict(run_id, report, "goodput.json")
+    job = read_json(client, run_id, "job.json")
+    if job is not None:
+        Record(client, run_id, Job.model_validate(job)).sync(report["attempts"][-1]["reached"])
+
+
+def _end(client: Any, run_id: str, status: str, reason: str, at: float) -> None:
+    client.set_tag(run_id, "heliostat.reason", reason[:5000])
+    client.set_terminated(run_id, status, end_time=int(at * 1000))

@@ -1,0 +1,66 @@
+"""What a node is busy with while workers train on it: processors, memory, disk, network, GPUs.
+
+The first worker of each node samples, in a thread, and posts to the driver's board. The names are MLflow's own for system
+metrics, below the node's address; MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL sets the seconds between two samples (10).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from typing import Any
+
+import psutil
+import torch
+
+MB = 1e6
+
+
+class Monitor:
+    """Samples until `end`."""
+
+    def __init__(self, board: Any, node: str) -> None:
+        self._board, self._node = board, node
+        self._every = float(os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "10"))
+        self._network = psutil.net_io_counters()
+        self._ended = threading.Event()
+        psutil.cpu_percent()  # the first call only sets a mark
+        threading.Thread(target=self._sample, name="system", daemon=True).start()
+
+    def end(self) -> None:
+        self._ended.set()
+
+    def _sample(self) -> None:
+        while not self._ended.wait(self._every):
+            values = self.host() | gpus()
+            self._board.post.remote({"kind": "system", "node": self._node, "values": values, "at": time.time()})
+
+    def host(self) -> dict[str, float]:
+        memory, disk, before = psutil.virtual_memory(), psutil.disk_usage("/"), self._network
+        self._network = psutil.net_io_counters()
+        return {
+            "cpu_utilization_percentage": psutil.cpu_percent(),
+            "system_memory_usage_megabytes": memory.used / MB,
+            "system_memory_usage_percentage": memory.percent,
+            "disk_usage_percentage": disk.percent,
+            "network_receive_megabytes": (self._network.bytes_recv - before.bytes_recv) / MB,
+            "network_transmit_megabytes": (self._network.bytes_sent - before.bytes_sent) / MB,
+        }
+
+
+def gpus() -> dict[str, float]:
+    """Of every GPU that this process sees; utilisation and power where NVIDIA's `nvidia-ml-py` is installed."""
+    if not torch.cuda.is_available():
+        return {}
+    out: dict[str, float] = {}
+    for i in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(i)
+        out[f"gpu_{i}_memory_usage_megabytes"] = (total - free) / MB
+        out[f"gpu_{i}_memory_usage_percentage"] = 100 * (total - free) / total
+        try:
+            out[f"gpu_{i}_utilization_percentage"] = float(torch.cuda.utilization(i))
+            out[f"gpu_{i}_power_usage_watts"] = torch.cuda.power_draw(i) / 1000
+        except (ModuleNotFoundError, RuntimeError):
+            continue
+    return out

@@ -1,0 +1,59 @@
+"""PBT's exploitation: a trial's run goes on from another's checkpoint, as if it had come there itself.
+
+The data cursor's rule: a checkpoint's step is the run's step, so the cursor is the donor's. Samples follow from the step alone,
+and all trials of a PBT sweep have the same data plan; so the clone goes on with the samples that come after the donor's, and its
+receipts up to there, which are copied, are those that it would have written itself: `heliostat verify` holds.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from heliostat.data import segments
+from heliostat.errors import CheckpointError
+from heliostat.storage import Location
+from heliostat.train import stored
+from heliostat.tune.record import read_json
+
+MARK = "clone.json"  # the last clone that was made
+
+
+def clone(wanted: dict[str, Any], run: Location) -> bool:
+    """Makes the checkpoint of `wanted` (id, folder, step) the newest of the run; False if that was done before."""
+    if (read_json(run.join(MARK)) or {}).get("id") == wanted["id"]:
+        return False
+    donor, step = Location(wanted["folder"]), wanted["step"]
+    found = stored.open_checkpoint(donor, step)
+    for own in stored.steps(run):
+        if own >= step:
+            place = stored.folder(run, own)
+            place.join(stored.INDEX).delete()  # first, so that a half-deleted checkpoint does not exist
+            place.delete()
+    target = stored.folder(run, step)
+    for shard in found.index["shards"]:
+        copy(found.location.join(shard["file"]), target.join(shard["file"]))
+    for folder in (segments.FOLDER, "receipts", "quarantine"):
+        run.join(folder).delete()
+        for name, _ in donor.join(folder).files():
+            if segments.step_of(name) <= step:
+                copy(donor.join(folder, name), run.join(folder, name))
+    copy(found.location.join(stored.INDEX), target.join(stored.INDEX))
+    made = stored.open_checkpoint(run, step)
+    if made.index != found.index:
+        raise CheckpointError(f"{target}: is not what was cloned from {found.location}")
+    run.join(MARK).write(json.dumps(wanted).encode())
+    return True
+
+
+def copy(source: Location, target: Location) -> None:
+    """A file, streamed; it appears whole."""
+    with source.open() as file:
+        size = file.size()
+
+        def fill(out: Any) -> None:
+            file.seek(0)
+            while block := file.read(16 << 20):
+                out.write(block)
+
+        target.send(fill, size)

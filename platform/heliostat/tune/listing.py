@@ -1,0 +1,102 @@
+"""Looking at sweeps in storage: which there are, how far one is, telling one to stop, and the job of its best trial."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import Any
+
+from heliostat.errors import ConfigError, HeliostatError
+from heliostat.spec import Job
+from heliostat.storage import Location
+from heliostat.tune import record as records
+from heliostat.tune import report
+from heliostat.tune.sweep import Plan, Sweep, count, place
+
+STOP_S = 600.0
+
+
+def sweeps(storage: Location) -> list[dict[str, Any]]:
+    """Every sweep below the storage, by name."""
+    found = []
+    for name in storage.folders():
+        folder = storage.join(name)
+        if (kept := records.read_json(folder.join("sweep.json"))) is None:
+            continue
+        all_records, given = records.read(folder), kept["sweep"]
+        best = records.best(all_records, given.get("mode", "min"))
+        found.append({"name": name, "folder": str(folder), "run_id": kept["run_id"], "metric": given.get("metric", "loss"),
+                      "running": running(folder), "states": dict(Counter(r.status for r in all_records)),
+                      "best": best.value if best else None})  # fmt: skip
+    return found
+
+
+def running(folder: Location) -> bool:
+    """Whether a driver has given a sign of life."""
+    driver = records.read_json(folder.join("driver.json"))
+    return driver is not None and time.time() - driver["at"] < records.SILENCE_S
+
+
+def find(sweep: str, storage: str) -> Location:
+    """A sweep's folder, from itself or from its name."""
+    for folder in (Location(sweep), Location(storage).join(sweep)):
+        if folder.join("sweep.json").exists():
+            return folder
+    raise ConfigError(f"{sweep}: is no sweep, nor is there one of this name in {storage}; see `heliostat sweeps`")
+
+
+def read(folder: Location) -> tuple[Plan, dict[str, Any]]:
+    kept = records.read_json(folder.join("sweep.json"))
+    if kept is None:
+        raise ConfigError(f"{folder}: holds no sweep (no sweep.json)")
+    return Plan(Sweep.model_validate(kept["sweep"]), kept["job"], None), kept
+
+
+def show(folder: Location) -> dict[str, Any]:
+    """How far a sweep is: all its trials, the best first."""
+    plan, kept = read(folder)
+    all_records = records.read(folder)
+    best = records.best(all_records, plan.sweep.mode)
+    done = (records.read_json(folder.join("result.json")) or {}).get("best") or {}
+    return {
+        "sweep": plan.sweep.name,
+        "folder": str(folder),
+        "run_id": kept["run_id"],
+        "running": running(folder),
+        "seconds": kept["seconds"],
+        "steps": sum(r.step for r in all_records),
+        "metric": plan.sweep.metric,
+        "best": best and {"trial": best.number, "value": best.value, "params": best.params, "run_id": best.run_id,
+                          "model_uri": done.get("model_uri") if done.get("trial") == best.number else None},
+        "trials": report.rows(plan, all_records),
+    }  # fmt: skip
+
+
+def progress(folder: Location) -> tuple[int, int]:
+    """Trials that are over, and how many there are to be, as far as that is known."""
+    all_records, kept = records.read(folder), records.read_json(folder.join("sweep.json"))
+    planned = count(Sweep.model_validate(kept["sweep"])) if kept else None
+    return sum(r.over for r in all_records), max(planned or 0, len(all_records))
+
+
+def stop(folder: Location) -> None:
+    """Tells a sweep to stop, and waits until it has."""
+    if not running(folder):
+        raise ConfigError(f"{folder}: is not running; nothing to stop")
+    folder.join("stop").write(b"told to stop")
+    deadline = time.monotonic() + STOP_S
+    while running(folder):
+        if time.monotonic() > deadline:
+            raise HeliostatError(f"{folder}: did not stop in {STOP_S:.0f} s")
+        time.sleep(1.0)
+
+
+def best_job(folder: Location) -> dict[str, Any]:
+    """The job of the best trial, as plain data, named after the sweep: the base job with the best values in it."""
+    plan, _ = read(folder)
+    best = records.best(records.read(folder), plan.sweep.mode)
+    if best is None:
+        raise ConfigError(f"{folder}: no trial has finished yet; go on with `heliostat tune SWEEP.yaml --resume`")
+    raw = place(plan.base, best.params)
+    raw["name"] = f"{plan.sweep.name}-best"
+    return Job.model_validate(raw).dump()

@@ -1,0 +1,147 @@
+"""What a sweep leaves in storage, plain JSON below STORAGE/SWEEP: all that a resumed sweep, or a reader, needs.
+
+    sweep.json            the sweep, its base job and its MLflow run
+    records/trial-0003.json   a trial: parameters, status, reports, clones
+    trials/SWEEP-0003/    the trial's run, as any other run's folder
+    driver.json           the process that drives it, with a sign of life
+    stop                  is there while the sweep is told to stop
+    result.json           the outcome
+
+The driver alone writes records; Ray Tune's own state is never read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import psutil
+
+from heliostat.errors import ConfigError
+from heliostat.storage import Location
+from heliostat.tune.space import Params
+
+ALIVE_S = 5.0  # between two signs of life
+SILENCE_S = 4 * ALIVE_S
+OVER = ("finished", "pruned", "failed")
+
+
+@dataclass
+class Record:
+    """One trial. `status`: waiting, running, paused, stopped (a resume goes on with it), finished, pruned or failed."""
+
+    number: int
+    params: Params
+    drawn: Params = field(default_factory=dict)  # as the searcher gave them, with keys whose condition does not hold
+    status: str = "waiting"
+    step: int = 0
+    steps: int = 0
+    reports: list[tuple[int, float, float]] = field(default_factory=list)  # step, the metric, wall clock
+    scores: dict[str, float] = field(default_factory=dict)  # the last
+    clones: list[dict[str, Any]] = field(default_factory=list)  # from, step, params: what it took over from another trial
+    seconds: float = 0.0  # that it ran
+    tokens: float = 0.0  # that it trained on
+    run_id: str = ""
+    reason: str = ""
+
+    @property
+    def value(self) -> float | None:
+        return self.reports[-1][1] if self.reports else None
+
+    @property
+    def over(self) -> bool:
+        return self.status in OVER
+
+
+def place(folder: Location, number: int) -> Location:
+    return folder.join("records", f"trial-{number:04d}.json")
+
+
+def write(folder: Location, record: Record) -> None:
+    place(folder, record.number).write(json.dumps(asdict(record)).encode())
+
+
+def read(folder: Location) -> list[Record]:
+    """All trials, by number."""
+    names = [n for n, _ in folder.join("records").files() if n.endswith(".json")]
+    found = [Record(**json.loads(folder.join("records", n).read())) for n in names]
+    return sorted((_tuples(r) for r in found), key=lambda r: r.number)
+
+
+def _tuples(record: Record) -> Record:
+    record.reports = [(int(s), float(v), float(at)) for s, v, at in record.reports]
+    return record
+
+
+def read_json(place: Location) -> dict[str, Any] | None:
+    try:
+        return json.loads(place.read())
+    except FileNotFoundError:
+        return None
+
+
+def ranked(records: list[Record], mode: str) -> list[Record]:
+    """The best first: finished ones by their value, then the others by how far they came, then by value."""
+    sign = 1 if mode == "min" else -1
+
+    def key(record: Record) -> tuple[bool, int, float]:
+        value = record.value
+        return record.status != "finished", -record.step, float("inf") if value is None or value != value else sign * value
+
+    return sorted(records, key=key)
+
+
+def best(records: list[Record], mode: str) -> Record | None:
+    """The best of the finished trials."""
+    first = next(iter(ranked([r for r in records if r.value is not None], mode)), None)
+    return first if first and first.status == "finished" else None
+
+
+class Claim:
+    """One driver at a time: says in `driver.json` that it lives. `Claim(folder)` raises if another one does."""
+
+    def __init__(self, folder: Location) -> None:
+        self.place = folder.join("driver.json")
+        before = read_json(self.place)
+        if before and self._alive(before):
+            raise ConfigError(
+                f"name: sweep {folder} is being driven by process {before['pid']} on {before['host']}; wait for it, or stop it "
+                f"with `heliostat sweep {folder} --stop`"
+            )
+        self._due = 0.0
+        self.beat()
+
+    def _alive(self, before: dict[str, Any]) -> bool:
+        if before["host"] == socket.gethostname():
+            try:
+                return before["pid"] != os.getpid() and psutil.Process(before["pid"]).create_time() <= before["started"] + 1
+            except psutil.NoSuchProcess:
+                return False
+        deadline = time.monotonic() + SILENCE_S
+        while time.monotonic() < deadline:
+            time.sleep(1.0)
+            now = read_json(self.place)
+            if now is None:
+                return False
+            if now["at"] != before["at"]:
+                return True
+        return False
+
+    def beat(self) -> None:
+        """Call often."""
+        if time.monotonic() >= self._due:
+            self._due = time.monotonic() + ALIVE_S
+            mine = {
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "started": psutil.Process().create_time(),
+                "at": time.time(),
+            }
+            self.place.write(json.dumps(mine).encode())
+
+    def end(self) -> None:
+        self.place.delete()

@@ -1,0 +1,127 @@
+"""What a sweep found, for people: rows of plain data, a table, and two plots."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from heliostat.tune.record import Record, ranked
+from heliostat.tune.sweep import Plan
+
+COLOURS = {"finished": "#31a354", "pruned": "#9ecae1", "failed": "#de2d26"}
+
+
+def rows(plan: Plan, records: list[Record]) -> list[dict[str, Any]]:
+    """The best trial first."""
+    found = []
+    for record in ranked(records, plan.sweep.mode):
+        row: dict[str, Any] = {"trial": record.number, "status": record.status, "step": record.step, "steps": record.steps,
+                               plan.sweep.metric: record.value, **record.params, "seconds": round(record.seconds, 1),
+                               "run_id": record.run_id}  # fmt: skip
+        if record.clones:
+            row["clones"] = ", ".join(f"{c['from']}@{c['step']}" for c in record.clones)
+        if record.reason:
+            row["reason"] = record.reason.splitlines()[0]
+        found.append(row)
+    return found
+
+
+def columns(rows: list[dict[str, Any]]) -> list[str]:
+    """Of all rows, in the order in which they come."""
+    return list(dict.fromkeys(key for row in rows for key in row))
+
+
+def lines(rows: list[dict[str, Any]]) -> list[str]:
+    """The table as text."""
+    names = [c for c in columns(rows) if c not in ("run_id", "steps", "reason")]
+    short = {n: n.rpartition(".")[2] for n in names}
+    if len(set(short.values())) < len(names):
+        short = {n: n for n in names}
+    table = [[short[n] for n in names], *([_cell(row, n) for n in names] for row in rows)]
+    widths = [max(len(line[i]) for line in table) for i in range(len(names))]
+    return ["  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in table]
+
+
+def _cell(row: dict[str, Any], name: str) -> str:
+    value = row.get(name)
+    if value is None:
+        return ""
+    if name == "step":
+        return f"{value}/{row['steps']}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def figures(plan: Plan, records: list[Record]) -> dict[str, Any]:
+    """Every trial's curve, and the parameters beside the metric, by file name; nothing without a report."""
+    reported = [r for r in records if r.reports]
+    if not reported:
+        return {}
+    return {"history.png": _history(plan, reported), "parallel_coordinates.png": _parallel(plan, reported)}
+
+
+def _figure(width: float) -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, 4.5), layout="constrained")
+
+
+def _history(plan: Plan, records: list[Record]) -> Any:
+    figure = _figure(8)
+    axes = figure.subplots()
+    for record in records:
+        axes.plot([s for s, *_ in record.reports], [v for _, v, _ in record.reports], marker="o", markersize=3,
+                  color=COLOURS.get(record.status, "#969696"), label=f"trial {record.number}")  # fmt: skip
+        step, value, _ = record.reports[-1]
+        axes.annotate(str(record.number), (step, value), fontsize=7)
+    axes.set_xlabel("step")
+    axes.set_ylabel(plan.sweep.metric)
+    axes.set_title(f"{plan.sweep.name}: " + ", ".join(f"{k} {c}" for k, c in _counts(records).items()))
+    return figure
+
+
+def _counts(records: list[Record]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for record in records:
+        found[record.status] = found.get(record.status, 0) + 1
+    return found
+
+
+def _parallel(plan: Plan, records: list[Record]) -> Any:
+    keys = list(plan.sweep.space)
+    figure = _figure(max(5.0, 2.2 * (len(keys) + 1)))
+    axes = figure.subplots()
+    values = [r.value for r in records if r.value is not None and math.isfinite(r.value)]
+    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    for record in records:
+        places = [position(plan, key, record.params.get(key)) for key in keys]
+        finite = record.value is not None and math.isfinite(record.value)
+        last = (record.value - low) / (high - low) if finite and high > low else 0.5  # type: ignore[operator]
+        axes.plot(range(len(keys) + 1), [*places, last], color=COLOURS.get(record.status, "#969696"), alpha=0.8)
+    axes.set_xticks(range(len(keys) + 1), [*(k.rpartition(".")[2] for k in keys), plan.sweep.metric])
+    axes.set_yticks([])
+    for i, key in enumerate(keys):
+        edges = plan.sweep.space[key].values
+        axes.annotate(_short(edges[0]), (i, -0.06), ha="center", fontsize=7)
+        axes.annotate(_short(edges[-1] if plan.sweep.space[key].listed else edges[1]), (i, 1.03), ha="center", fontsize=7)
+    axes.annotate(f"{low:.4g}", (len(keys), -0.06), ha="center", fontsize=7)
+    axes.annotate(f"{high:.4g}", (len(keys), 1.03), ha="center", fontsize=7)
+    axes.set_ylim(-0.12, 1.12)
+    axes.set_title(plan.sweep.name)
+    return figure
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)[:12]
+
+
+def position(plan: Plan, key: str, value: Any) -> float:
+    """Where a value lies on its axis, 0 to 1; outside below it, if the key did not count."""
+    domain = plan.sweep.space[key]
+    if value is None:
+        return -0.1
+    if domain.listed:
+        return domain.values.index(value) / max(1, len(domain.values) - 1)
+    low, high = domain.values[:2]
+    if "log" in domain.kind:
+        low, high, value = math.log(low), math.log(high), math.log(value)
+    return (value - low) / (high - low)

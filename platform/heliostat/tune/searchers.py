@@ -1,0 +1,158 @@
+"""Which trial comes next: Ray Tune's side of it, over the sweep's records, so that a resumed sweep repeats and loses nothing.
+
+Random trials follow from the seed and their number, a grid from its order; Optuna is told of every trial that has ended, also of
+those that an earlier command ran. Not more trials are given to Tune than there is room for, so no workers wait half placed.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ray.tune.experiment.config_parser import _create_trial_from_spec, _make_parser
+from ray.tune.search.search_algorithm import SearchAlgorithm
+
+from heliostat.errors import ConfigError
+from heliostat.tune import space as spaces
+from heliostat.tune.record import Record
+from heliostat.tune.space import Domain, Params, Space
+from heliostat.tune.sweep import Sweep, tell
+
+if TYPE_CHECKING:
+    from heliostat.tune.state import State
+
+log = logging.getLogger(__name__)
+
+
+class Searcher(Protocol):
+    def draw(self, number: int) -> Params | None:
+        """A value for every key of the space, for the trial of this number; None if there are no more."""
+
+    def told(self, record: Record) -> None:
+        """A trial has ended, now or in an earlier command."""
+
+
+def make(sweep: Sweep) -> Searcher:
+    if sweep.searcher.name == "optuna":
+        return Optuna(sweep)
+    return Grid(sweep.space) if sweep.searcher.name == "grid" else Random(sweep)
+
+
+class Random:
+    def __init__(self, sweep: Sweep) -> None:
+        self.sweep = sweep
+
+    def draw(self, number: int) -> Params | None:
+        return spaces.draw(self.sweep.space, self.sweep.searcher.seed, number)
+
+    def told(self, record: Record) -> None:
+        pass
+
+
+class Grid:
+    def __init__(self, space: Space) -> None:
+        self.points = spaces.grid(space)
+
+    def draw(self, number: int) -> Params | None:
+        return self.points[number] if number < len(self.points) else None
+
+    def told(self, record: Record) -> None:
+        pass
+
+
+class Optuna:
+    """Tune's OptunaSearch (the TPE sampler). Its trials follow from the seed and from what it was told, in that order."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        require_optuna()
+        import optuna
+        from ray.tune.search.optuna import OptunaSearch
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.space = {key: _distribution(domain) for key, domain in sweep.space.items()}
+        self.search = OptunaSearch(space=self.space, metric="value", mode=sweep.mode, seed=sweep.searcher.seed)
+        self._asked: set[int] = set()
+
+    def draw(self, number: int) -> Params | None:
+        self._asked.add(number)
+        return self.search.suggest(str(number))
+
+    def told(self, record: Record) -> None:
+        failed = record.status == "failed" or record.value is None
+        if record.number in self._asked:
+            self.search.on_trial_complete(str(record.number), None if failed else {"value": record.value}, error=failed)
+        else:
+            self.search.add_evaluated_point(record.drawn, record.value or 0.0, error=failed)
+
+
+def require_optuna() -> None:
+    try:
+        import optuna  # noqa: F401
+    except ImportError as e:
+        raise ConfigError("searcher.name: 'optuna' is not installed here; pip install heliostat[tune], or use 'random'") from e
+
+
+def _distribution(domain: Domain) -> Any:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    values = domain.values
+    if domain.listed:
+        return CategoricalDistribution(values)
+    if "int" in domain.kind:
+        return IntDistribution(values[0], values[1], step=values[2] if len(values) == 3 else 1)
+    if domain.kind == "quniform":
+        return FloatDistribution(values[0], values[1], step=values[2])
+    return FloatDistribution(values[0], values[1], log="log" in domain.kind)
+
+
+class Trials(SearchAlgorithm):
+    """Tune's source of trials: unfinished ones of earlier commands first, then the searcher's, while there is room and budget."""
+
+    def __init__(self, state: State, searcher: Searcher) -> None:
+        self.state, self.searcher = state, searcher
+        self._parser = _make_parser()
+        self._waiting = [r.number for r in state.records.values() if not r.over]
+        for record in state.records.values():
+            if record.over:
+                searcher.told(record)
+        self._next = max(state.records, default=-1) + 1
+
+    def add_configurations(self, experiments: Any) -> None:
+        (self._experiment,) = experiments
+
+    @property
+    def total_samples(self) -> int:
+        return self.state.plan.trials or 0
+
+    def next_trial(self) -> Any:
+        if self._finished or self.state.busy() >= self.state.concurrency:
+            return None
+        record = None if self.state.stopping else self._record()
+        if record is None:
+            self._finished = not self.state.live()  # a trial that ends early leaves some of a budget to others
+            return None
+        spec = {**self._experiment.spec, "config": self.state.config(record)}
+        name = self.state.plan.name(record.number)
+        return _create_trial_from_spec(spec, self._parser, evaluated_params={}, experiment_tag=name, trial_id=name)
+
+    def _record(self) -> Record | None:
+        """The next trial's; None if there is none (yet)."""
+        if self._waiting:
+            return self.state.records[self._waiting.pop(0)]
+        most = self.state.plan.trials
+        while (most is None or self._next < most) and self.state.affords_another():
+            drawn = self.searcher.draw(self._next)
+            if drawn is None:
+                return None
+            record = self.state.add(self._next, drawn)
+            self._next += 1
+            if not record.over:
+                return record
+            log.warning("trial %d is no valid job (%s): %s", record.number, tell(record.params), record.reason)
+            self.searcher.told(record)
+        return None
+
+    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+        record = self.state.ended(trial_id, error)
+        if record.over:
+            self.searcher.told(record)

@@ -1,0 +1,188 @@
+"""The search space: what a sweep may set a job's keys to. Pure: parsing, drawing, grids, corners, and PBT's next values.
+
+    train.optimizer.lr: {loguniform: [1.0e-4, 1.0e-2]}
+    train.optimizer.weight_decay: {choice: [0.0, 0.1]}
+    train.schedule.decay_fraction: {uniform: [0.1, 0.4], when: {train.schedule.name: wsd}}
+
+What is drawn follows from the seed and the trial's number alone. Bounds are inclusive. A key whose `when` does not hold is left
+as the job has it; `when` may name keys that stand before it in the space.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from heliostat.schema import Float, Strict
+
+Range = Annotated[list[Float], Field(min_length=2, max_length=2)]
+Steps = Annotated[list[Float], Field(min_length=3, max_length=3)]
+Whole = Annotated[list[int], Field(min_length=2, max_length=2)]
+WholeSteps = Annotated[list[int], Field(min_length=3, max_length=3)]
+Values = Annotated[list[Any], Field(min_length=1)]
+Params = dict[str, Any]
+
+ALL = 4096  # corners that are checked one by one; of a larger space every pair of keys is
+
+
+class Domain(Strict):
+    """One of these, and `when` it counts."""
+
+    uniform: Range | None = None
+    loguniform: Range | None = None
+    quniform: Steps | None = None  # low, high, and the step between two values
+    qloguniform: Steps | None = None
+    randint: Whole | None = None
+    qrandint: WholeSteps | None = None
+    choice: Values | None = None
+    grid: Values | None = None
+    when: dict[str, Any] = {}  # another key of the space -> the value, or a list of values, that it must have
+
+    @property
+    def kind(self) -> str:
+        return next(k for k in KINDS if getattr(self, k) is not None)
+
+    @property
+    def values(self) -> list[Any]:
+        """As written: the bounds, or the choices."""
+        return getattr(self, self.kind)
+
+    @property
+    def listed(self) -> bool:
+        return self.kind in ("choice", "grid")
+
+    @model_validator(mode="after")
+    def _sound(self) -> Domain:
+        given = [k for k in KINDS if getattr(self, k) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"give one of {', '.join(KINDS)}; {'there are ' + ' and '.join(given) if given else 'there is none'}"
+            )
+        values = self.values
+        if self.listed:
+            if any(v in values[:i] for i, v in enumerate(values)):
+                raise ValueError(f"{self.kind} {values} names a value twice; keep one")
+        elif values[0] >= values[1]:
+            raise ValueError(f"{self.kind} {values} is empty; the first number must be below the second")
+        elif "log" in self.kind and values[0] <= 0:
+            raise ValueError(f"{self.kind} {values} must begin above 0")
+        elif len(values) == 3 and not 0 < values[2] <= values[1] - values[0]:
+            raise ValueError(f"{self.kind} {values}: the step must be above 0, and fit between the bounds")
+        return self
+
+
+KINDS = tuple(k for k in Domain.model_fields if k != "when")
+Space = dict[str, Domain]
+
+
+def faults(space: Space) -> list[str]:
+    """What is wrong with the conditions, one line each."""
+    lines, before = [], list[str]()
+    for key, domain in space.items():
+        for other, wanted in domain.when.items():
+            if other not in before:
+                lines.append(f"space.{key}.when: {other!r} must be a key of the space that stands before it")
+            elif space[other].listed and not set(map(repr, _listed(wanted))) & set(map(repr, space[other].values)):
+                lines.append(f"space.{key}.when: {other} is never {wanted!r}; it is one of {space[other].values}")
+        before.append(key)
+    return lines
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def holds(domain: Domain, params: Params) -> bool:
+    """Whether a key counts beside the values chosen for those before it."""
+    return all(other in params and params[other] in _listed(wanted) for other, wanted in domain.when.items())
+
+
+# choosing ------------------------------------------------------------------------------------------------------------
+
+
+def draw(space: Space, seed: int, number: int) -> Params:
+    """The parameters of a random trial: the same for the same seed and number, whatever else was drawn."""
+    rng, params = np.random.default_rng([seed, number]), Params()
+    for key, domain in space.items():
+        value = sample(domain, rng)  # also where it does not count: a condition must not move what comes after
+        if holds(domain, params):
+            params[key] = value
+    return params
+
+
+def sample(domain: Domain, rng: np.random.Generator) -> Any:
+    values = domain.values
+    if domain.listed:
+        return values[int(rng.integers(len(values)))]
+    if domain.kind == "randint":
+        return int(rng.integers(values[0], values[1] + 1))
+    if domain.kind == "qrandint":
+        return fit(domain, int(rng.integers(values[0], values[1] + 1)))
+    if "log" in domain.kind:
+        return fit(domain, math.exp(rng.uniform(math.log(values[0]), math.log(values[1]))))
+    return fit(domain, float(rng.uniform(values[0], values[1])))
+
+
+def fit(domain: Domain, value: float) -> Any:
+    """The nearest number that the domain holds."""
+    low, high, *step = domain.values
+    if step:
+        count = math.floor((high - low) / step[0] + 1e-9)
+        value = low + min(count, max(0, round((value - low) / step[0]))) * step[0]
+        value = float(f"{value:.12g}") if isinstance(value, float) else value  # 0.1 + 2 * 0.1 is to be 0.3
+    value = min(high, max(low, value))
+    return round(value) if domain.kind in ("randint", "qrandint") else float(value)
+
+
+def grid(space: Space) -> list[Params]:
+    """Every combination of listed values, the last key changing fastest, each once."""
+    return _combinations(space, {key: domain.values for key, domain in space.items()})
+
+
+def _combinations(space: Space, values: dict[str, list[Any]]) -> list[Params]:
+    found = [Params()]
+    for key, domain in space.items():
+        found = [p | chosen for p in found for chosen in ([{key: v} for v in values[key]] if holds(domain, p) else [{}])]
+    return found
+
+
+# checking ------------------------------------------------------------------------------------------------------------
+
+
+def extremes(domain: Domain) -> list[Any]:
+    """The values at the domain's edges; all of a list."""
+    return list(domain.values) if domain.listed else [fit(domain, domain.values[0]), fit(domain, domain.values[1])]
+
+
+def corners(space: Space) -> list[Params]:
+    """The combinations of extremes: all of them; where those are too many, those of each two keys, beside the others' first."""
+    edges = {key: extremes(domain) for key, domain in space.items()}
+    if math.prod(len(e) for e in edges.values()) <= ALL:
+        return _combinations(space, edges)
+    found: dict[str, Params] = {}
+    for pair in itertools.combinations(edges, 2):
+        some = {key: values if key in pair else values[:1] for key, values in edges.items()}
+        found |= {repr(p): p for p in _combinations(space, some)}
+    return list(found.values())
+
+
+# population based training -------------------------------------------------------------------------------------------
+
+
+def explore(space: Space, params: Params, rng: np.random.Generator, resample: float) -> Params:
+    """Values near `params`: each is drawn anew with probability `resample`, else times 0.8 or 1.2, or the next one of a list."""
+    new = dict(params)
+    for key in params:
+        domain = space[key]
+        if rng.random() < resample:
+            new[key] = sample(domain, rng)
+        elif domain.listed:
+            place = domain.values.index(params[key]) + int(rng.choice([-1, 1]))
+            new[key] = domain.values[min(len(domain.values) - 1, max(0, place))]
+        else:
+            new[key] = fit(domain, params[key] * float(rng.choice([0.8, 1.2])))
+    return new

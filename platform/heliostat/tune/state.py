@@ -1,0 +1,175 @@
+"""A sweep as its driver sees it while it runs: the trials' records, what was spent, and whether it is to stop.
+
+Fed by Ray Tune's callbacks; every change of a record is written at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from typing import Any
+
+from heliostat import workspace
+from heliostat.errors import ConfigError
+from heliostat.storage import Location
+from heliostat.tune import record as records
+from heliostat.tune import space as spaces
+from heliostat.tune.record import Record
+from heliostat.tune.space import Params
+from heliostat.tune.sweep import Plan, holds, tell
+
+log = logging.getLogger(__name__)
+
+
+class State:
+    def __init__(self, plan: Plan, found: list[Record], concurrency: int, parent: str, spent_s: float) -> None:
+        """`found`: of earlier commands, which took `spent_s`; `parent`: the sweep's MLflow run."""
+        self.plan, self.concurrency, self.parent = plan, concurrency, parent
+        self.records = {r.number: r for r in found}
+        self.trials: list[Any] = []  # Tune's own list
+        self.stopping = ""  # why
+        self.used_up = False  # it stops because of its budget, which is an end as any other
+        self._spent_s, self._began, self._ticked = spent_s, time.time(), time.time()
+        self._ends: dict[int, dict[str, Any]] = {}  # what trials said of their ends
+
+    @property
+    def folder(self) -> Location:
+        return self.plan.folder
+
+    @property
+    def seconds(self) -> float:
+        """The sweep's own time, over all its commands."""
+        return self._spent_s + time.time() - self._began
+
+    def of(self, trial_id: str) -> Record:
+        return self.records[int(trial_id.rpartition("-")[2])]
+
+    def busy(self) -> int:
+        """Trials that hold workers, or are about to."""
+        return sum(t.status in ("PENDING", "RUNNING") for t in self.trials)
+
+    def live(self) -> bool:
+        return any(not t.is_finished() for t in self.trials)
+
+    def config(self, record: Record) -> dict[str, Any]:
+        """What the trial is given."""
+        job = self.plan.job(record.number, record.params)
+        last = record.clones[-1] if record.clones else None
+        tags = {"mlflow.parentRunId": self.parent, "heliostat.sweep": self.plan.sweep.name, "heliostat.trial": str(record.number)}
+        return {
+            "job": job.dump(),
+            "holds": holds(self.plan.sweep, job),
+            "metric": self.plan.sweep.metric,
+            "prunes": self.plan.sweep.scheduler.name != "pbt",
+            "clone": last and {"id": len(record.clones), "folder": last["folder"], "step": last["step"]},
+            "stop": str(self.folder.join("stop")),
+            "tags": tags,
+            "root": str(workspace.root()),
+            "cluster": os.environ.get("RAY_ADDRESS", ""),
+            "params": record.params,
+        }
+
+    # changes ---------------------------------------------------------------------------------------------------------
+
+    def add(self, number: int, drawn: Params) -> Record:
+        """A new trial; failed at once, if its parameters make no valid job."""
+        space, params = self.plan.sweep.space, Params()
+        for key, domain in space.items():
+            if key in drawn and spaces.holds(domain, params):
+                params[key] = drawn[key]
+        record = Record(number, params, drawn)
+        try:
+            record.steps = self.plan.job(number, params).train.steps
+        except ConfigError as e:
+            record.status, record.reason = "failed", str(e)
+        return self._keep(record)
+
+    def started(self, trial_id: str) -> None:
+        record = self.of(trial_id)
+        if record.status != "running":
+            log.info("trial %d  %s  %s", record.number, "goes on" if record.step else "starts", tell(record.params))
+            record.status = "running"
+            self._keep(record)
+
+    def told(self, trial_id: str, result: dict[str, Any]) -> None:
+        """A trial's result: how far it is, at some steps its scores, at its end how it ended."""
+        record = self.of(trial_id)
+        step = int(result["step"])
+        record.step = max(record.step, step)
+        if "ended" in result:
+            self._ends[record.number] = result
+        if "value" in result and (not record.reports or record.reports[-1][0] != step):
+            record.reports.append((step, float(result["value"]), time.time()))
+            record.scores = {k: float(v) for k, v in result["scores"].items()}
+            log.info("trial %d  step %d/%d  %s %.4f", record.number, step, record.steps, self.plan.sweep.metric, result["value"])
+            self._keep(record)
+
+    def ended(self, trial_id: str, error: bool) -> Record:
+        record = self.of(trial_id)
+        end = self._ends.get(record.number, {})
+        record.status = end.get("ended") or ("failed" if error else "pruned")
+        record.reason = end.get("reason") or ("its process died" if error else "")
+        log.info(
+            "trial %d  %s at step %d%s", record.number, record.status, record.step, f": {record.reason}" if record.reason else ""
+        )
+        return self._keep(record)
+
+    def cloned(self, record: Record, donor: Record, step: int, params: Params) -> None:
+        """The record now goes on from the donor's checkpoint of the step, with these parameters."""
+        folder = str(self.folder.join("trials", self.plan.name(donor.number)))
+        record.clones.append({"from": donor.number, "step": step, "at_step": record.step, "folder": folder,
+                              "old": record.params, "params": params, "at": time.time()})  # fmt: skip
+        log.info("trial %d  clones trial %d at step %d: %s", record.number, donor.number, step, tell(params))
+        record.params, record.step = params, step
+        self._keep(record)
+
+    def tick(self) -> None:
+        """Call often: counts the time that trials run, and sees that the budget is kept."""
+        now = time.time()
+        for trial in self.trials:
+            record = self.of(trial.trial_id)
+            if trial.status == "RUNNING":
+                record.seconds += now - self._ticked
+            elif trial.status == "PAUSED" and record.status == "running":
+                record.status = "paused"
+                self._keep(record)
+        self._ticked = now
+        budget = self.plan.sweep.budget
+        if budget.hours is not None and self.seconds > 3600 * budget.hours:
+            self.stop(f"budget.hours: the {budget.hours:g} hours are used up", used_up=True)
+        if budget.gpu_hours is not None and self.gpu_hours > budget.gpu_hours:
+            self.stop(f"budget.gpu_hours: the {budget.gpu_hours:g} GPU-hours are used up", used_up=True)
+
+    def stop(self, why: str, used_up: bool = False) -> None:
+        """Tells every trial to stop behind a checkpoint."""
+        if not self.stopping:
+            self.stopping, self.used_up = why, used_up
+            log.warning("%s: trials stop behind a checkpoint; --resume goes on", why)
+            self.folder.join("stop").write(why.encode())
+
+    def _keep(self, record: Record) -> Record:
+        record.tokens = record.step * self._per_step(record)
+        self.records[record.number] = record
+        records.write(self.folder, record)
+        return record
+
+    # the budget ------------------------------------------------------------------------------------------------------
+
+    def _per_step(self, record: Record) -> float:
+        batch = record.params.get("train.global_batch", self.plan.base["train"]["global_batch"])
+        length = record.params.get("data.sequence_length", self.plan.base["data"].get("sequence_length"))
+        return float(batch * (length or 1))
+
+    @property
+    def gpu_hours(self) -> float:
+        workers = self.plan.base["workers"]
+        return sum(r.seconds for r in self.records.values()) / 3600 * workers["gpus"] * workers["count"]
+
+    def affords_another(self) -> bool:
+        """Whether a new trial could run to its end, beside those that run, within the budget of tokens."""
+        limit = self.plan.sweep.budget.tokens
+        if limit is None:
+            return True
+        promised = sum((r.step if r.over else r.steps) * self._per_step(r) for r in self.records.values())
+        return promised + self.plan.tokens_per_trial <= limit

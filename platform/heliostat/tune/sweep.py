@@ -1,0 +1,284 @@
+"""The sweep file: a base job, a search space over its keys, a metric, a budget, a searcher and a scheduler. docs/tuning.md
+
+`load` reads it and finds whatever is wrong with it before anything starts: unknown keys, empty ranges, a metric that the job does
+not report, corners of the space that are no valid job, rungs that no evaluation meets, a budget below one trial.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, model_validator
+
+from heliostat import check, schema, spec, workspace
+from heliostat.errors import ConfigError
+from heliostat.schema import Float, Strict
+from heliostat.spec import Fraction, Job, Name, Positive, Seed
+from heliostat.storage import Location
+from heliostat.tune import space as spaces
+from heliostat.tune.space import Params, Space
+
+Above0 = Annotated[Float, Field(gt=0)]
+OWN = ("name", "storage", "mlflow", "recipe", "evaluate")  # the sweep's own, or what makes trials comparable
+FIXED_WHERE_COMPARED = ("train.steps",)
+DATA = ("data", "train.global_batch", "train.micro_batch", "model", "train.ema", "train.steps")  # a checkpoint fits no other
+
+
+class Budget(Strict):
+    trials: Positive | None = None
+    hours: Above0 | None = None  # of the sweep, over all its commands
+    gpu_hours: Above0 | None = None
+    tokens: Above0 | None = None  # that all trials train on; samples, where the job has no tokens
+
+
+class Searcher(Strict):
+    name: Literal["random", "grid", "optuna"] = "random"
+    seed: Seed = 0
+
+
+class Scheduler(Strict):
+    name: Literal["none", "asha", "median", "pbt"] = "none"
+    grace: Positive | None = None  # asha, median: steps before which no trial is stopped
+    reduction: Annotated[int, Field(ge=2)] = 3  # asha: one in so many goes on
+    min_trials: Positive = 3  # median: others that must have come as far
+    interval: Positive | None = None  # pbt: steps between two exchanges
+    quantile: Annotated[Float, Field(gt=0, le=0.5)] = 0.25  # pbt: so many clone as many
+    resample: Fraction = 0.25  # pbt: the probability that a value is drawn anew
+
+
+class Sweep(Strict):
+    name: Name
+    job: str
+    set_: dict[str, Any] = Field(default={}, alias="set")  # keys of the job that all trials share
+    space: Annotated[Space, Field(min_length=1)]
+    metric: str = "loss"
+    mode: Literal["min", "max"] = "min"
+    budget: Budget = Budget()
+    searcher: Searcher = Searcher()
+    scheduler: Scheduler = Scheduler()
+    concurrency: Positive | None = None  # trials side by side; the default is what there is room for
+    register_best: bool = True
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Sweep:
+        faults = spaces.faults(self.space)
+        for key, domain in self.space.items():
+            if domain.kind == "grid" and self.searcher.name != "grid":
+                faults.append(f"space.{key}: grid needs searcher.name 'grid'; with {self.searcher.name!r} use choice")
+            if not domain.listed and self.searcher.name == "grid":
+                faults.append(f"space.{key}: searcher 'grid' needs listed values; write grid: [...] instead of {domain.kind}")
+            if key in self.set_:
+                faults.append(f"space.{key}: is in set, too; remove it from one of them")
+        faults += _scheduler_faults(self)
+        if faults:
+            raise ValueError("\n  ".join(faults))
+        return self
+
+    def dump(self) -> dict[str, Any]:
+        return json.loads(self.model_dump_json(by_alias=True, exclude_defaults=True))
+
+
+def _scheduler_faults(sweep: Sweep) -> list[str]:
+    name, faults = sweep.scheduler.name, []
+    if name == "asha" and sweep.scheduler.grace is None:
+        faults.append("scheduler.grace: is required for 'asha': the steps of its first rung")
+    if name == "pbt":
+        if sweep.scheduler.interval is None:
+            faults.append("scheduler.interval: is required for 'pbt': the steps between two exchanges")
+        if sweep.searcher.name != "random":
+            faults.append(
+                f"searcher.name: 'pbt' begins with random trials, and goes on by itself; remove {sweep.searcher.name!r}"
+            )
+        if sweep.budget.trials is None or sweep.budget.trials < 2:
+            faults.append("budget.trials: 'pbt' needs its population here, 2 or more")
+        for key, domain in sweep.space.items():
+            if _below(key, DATA):
+                faults.append(f"space.{key}: 'pbt' cannot change it in the middle of a run: a checkpoint fits no other")
+            if domain.when:
+                faults.append(f"space.{key}.when: 'pbt' takes no conditions")
+    return faults
+
+
+def _below(key: str, parents: tuple[str, ...]) -> bool:
+    return any(key == parent or key.startswith(f"{parent}.") for parent in parents)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep that was found right: its file, the base job as plain data, how many trials there are to be, if that is known."""
+
+    sweep: Sweep
+    base: dict[str, Any]
+    trials: int | None
+
+    @property
+    def folder(self) -> Location:
+        return Location(self.base["storage"]).join(self.sweep.name)
+
+    def name(self, number: int) -> str:
+        return f"{self.sweep.name}-{number:04d}"
+
+    def job(self, number: int, params: Params) -> Job:
+        """A trial's job; ConfigError if it is none."""
+        raw = place(self.base, params)
+        raw["name"], raw["storage"] = self.name(number), str(self.folder.join("trials"))
+        if self.sweep.scheduler.name == "pbt":
+            raw["checkpoint"]["every"] = self.sweep.scheduler.interval  # what may be cloned is kept until all have come so far
+            raw["checkpoint"]["keep"] = max(3, raw["checkpoint"]["keep"])
+        return schema.validate(Job, raw, self.name(number))
+
+    @property
+    def tokens_per_trial(self) -> int:
+        """Tokens, or samples, that a whole trial of the base job trains on."""
+        train = self.base["train"]
+        return train["steps"] * train["global_batch"] * (self.base["data"].get("sequence_length") or 1)
+
+
+def place(raw: dict[str, Any], params: Params) -> dict[str, Any]:
+    """The job with the parameters in their places."""
+    return schema.apply(raw, settings(params))
+
+
+def settings(params: dict[str, Any]) -> list[str]:
+    """The parameters as `key.path=value`."""
+    return [f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in params.items()]
+
+
+def holds(sweep: Sweep, job: Job) -> list[int]:
+    """The steps behind which a trial waits for the scheduler; its last step is none."""
+    scheduler, steps = sweep.scheduler, job.train.steps
+    if scheduler.name == "asha":
+        assert scheduler.grace is not None
+        rungs, rung = [], scheduler.grace
+        while rung < steps:
+            rungs.append(rung)
+            rung *= scheduler.reduction
+        return rungs
+    if scheduler.name == "pbt":
+        assert scheduler.interval is not None
+        return list(range(scheduler.interval, steps, scheduler.interval))
+    if scheduler.name == "median":
+        assert job.evaluate
+        return list(range(job.evaluate.every, steps, job.evaluate.every))
+    return []
+
+
+def load(path: Path, changes: list[str] | None = None) -> Plan:
+    """The sweep in a YAML file, with `key.path=value` changes (of the sweep) applied, and checked: no Ray, no stores."""
+    sweep = schema.load(Sweep, path, changes)
+    file = base_file(sweep)
+    if not file.is_file():
+        raise ConfigError(f"{path}: job: there is no file {sweep.job!r} in {workspace.root()}")
+    raw = place(schema.read_yaml(file), sweep.set_)
+    return make(sweep, raw, str(path))
+
+
+def base_file(sweep: Sweep) -> Path:
+    """The base job's file."""
+    return Path(sweep.job) if Path(sweep.job).is_absolute() else workspace.root() / sweep.job
+
+
+def make(sweep: Sweep, raw: dict[str, Any], where: str) -> Plan:
+    """The same of a sweep and a base job that were read already."""
+    base = spec.resolve(schema.validate(Job, raw, f"{where}: job {sweep.job} with set"))
+    plan = Plan(sweep, base.dump(), count(sweep))
+    faults = [*_base_faults(sweep, base), *_budget_faults(plan, base), *_hold_faults(sweep, base)]
+    if faults:
+        raise ConfigError("\n  ".join([f"{where}:", *faults]) if len(faults) > 1 else f"{where}: {faults[0]}")
+    _check_corners(plan, where)
+    _check_drawn(plan, where)
+    return plan
+
+
+def count(sweep: Sweep) -> int | None:
+    """How many trials there are to be, if that is known."""
+    return len(spaces.grid(sweep.space)) if sweep.searcher.name == "grid" else sweep.budget.trials
+
+
+def _base_faults(sweep: Sweep, base: Job) -> list[str]:
+    faults = []
+    for key in sweep.space:
+        if _below(key, OWN):
+            faults.append(f"space.{key}: cannot be swept; take it out of the space")
+        if _below(key, FIXED_WHERE_COMPARED) and sweep.scheduler.name != "none":
+            faults.append(f"space.{key}: trials of other lengths cannot be compared; use scheduler 'none', or set {key}")
+    if isinstance(base.workers.count, list):
+        faults.append(f"job: workers.count {base.workers.count} is elastic; a sweep needs a number: set {{workers.count: N}}")
+    if base.evaluate is None:
+        faults.append("job: has no evaluate, so it reports no metric; add it")
+    else:
+        recipe = check.check_job(base)[1]
+        if sweep.metric not in recipe.scores:
+            near = schema.nearest(sweep.metric, list(recipe.scores))
+            faults.append(f"metric: {sweep.metric!r} is no score of {base.recipe}{near}")
+    return faults
+
+
+def _budget_faults(plan: Plan, base: Job) -> list[str]:
+    budget, one = plan.sweep.budget, plan.tokens_per_trial
+    faults = []
+    if budget.tokens is not None and budget.tokens < one:
+        unit = "tokens" if base.data.sequence_length else "samples"
+        faults.append(f"budget.tokens: {budget.tokens:,.0f} is below one trial's {one:,} {unit}; raise it, or lower train.steps")
+    if budget.gpu_hours is not None and not base.workers.gpus:
+        faults.append("budget.gpu_hours: the job's workers have no GPUs (workers.gpus is 0); use hours")
+    if plan.sweep.searcher.name == "grid":
+        if budget.trials is not None and budget.trials < (plan.trials or 0):
+            faults.append(
+                f"budget.trials: {budget.trials} is below the grid's {plan.trials} trials; raise it, or shrink the grid"
+            )
+    elif not any((budget.trials, budget.hours, budget.gpu_hours, budget.tokens)):
+        faults.append(
+            f"budget: searcher {plan.sweep.searcher.name!r} never ends by itself; give trials, hours, gpu_hours or tokens"
+        )
+    return faults
+
+
+def _hold_faults(sweep: Sweep, base: Job) -> list[str]:
+    key = {"asha": "grace", "pbt": "interval", "median": "grace"}.get(sweep.scheduler.name)
+    value = getattr(sweep.scheduler, key) if key else None
+    if key is None or value is None or base.evaluate is None:
+        return []
+    every, faults = base.evaluate.every, []
+    if value % every:
+        near = every * max(1, round(value / every))
+        faults.append(f"scheduler.{key}: {value} must be a multiple of the job's evaluate.every {every}; nearest: {near}")
+    if value >= base.train.steps:
+        faults.append(f"scheduler.{key}: {value} must be below the job's train.steps {base.train.steps}")
+    return faults
+
+
+def _check_corners(plan: Plan, where: str) -> None:
+    """Every corner of the space is a valid job, whose recipe takes it."""
+    seen: set[str] = set()
+    for params in spaces.corners(plan.sweep.space):
+        _check_point(plan, params, f"{where}: the space holds jobs that cannot be trained: {tell(params)}", seen)
+
+
+def _check_drawn(plan: Plan, where: str) -> None:
+    """So is every trial that is known already: between the corners there may be others."""
+    if plan.sweep.searcher.name == "random" and plan.trials:
+        seen: set[str] = set()
+        for number in range(plan.trials):
+            params = spaces.draw(plan.sweep.space, plan.sweep.searcher.seed, number)
+            _check_point(plan, params, f"{where}: trial {number} would be no valid job: {tell(params)}", seen)
+
+
+def _check_point(plan: Plan, params: Params, what: str, seen: set[str]) -> None:
+    try:
+        job = plan.job(0, params)
+        if (model := json.dumps([job.recipe, job.model])) not in seen:
+            seen.add(model)
+            check.check_job(job)
+    except ConfigError as e:
+        raise ConfigError(f"{what}:\n  {str(e).removeprefix(f'{plan.name(0)}: ')}") from e
+
+
+def tell(params: Params) -> str:
+    """The parameters in a line."""
+    return ", ".join(f"{key.rpartition('.')[2]} {value:.4g}" if isinstance(value, float) else f"{key.rpartition('.')[2]} {value}"
+                     for key, value in params.items())  # fmt: skip

@@ -1,0 +1,154 @@
+"""A trial, as Ray Tune runs it: one of our own runs (`train.run.train_part`) in a thread of Tune's actor, with its own workers.
+
+`step` returns when the run waits behind a step that the scheduler wants to see, when it has ended, or after a second with how far
+it is. Asked for another step, the run goes on; stopped, it ends where it waits, or behind a checkpoint. `cleanup` returns when
+the run's workers, actors and placement group are gone. A trial always goes on from what its run's folder holds: what Tune keeps
+as its checkpoint is empty.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from heliostat.errors import ConfigError, HeliostatError, StoppedError
+from heliostat.spec import Job
+from heliostat.storage import Location
+from heliostat.train.holds import Holds
+from heliostat.train.signals import Signals
+
+log = logging.getLogger(__name__)
+
+BEAT_S = 1.0  # between two signs of progress
+ALONE_S = 60.0
+END_S = 240.0  # for a run that was told to end
+PRUNED = "heliostat.pruned"
+
+
+class Trial(tune.Trainable):
+    """`config`: what `State.config` says."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        self.given = config
+        self._events: queue.Queue[dict[str, Any]] = queue.Queue()
+        self._thread: threading.Thread | None = None
+        self._held: int | None = None  # the step behind which the run waits
+        self._step = 0
+
+    # Tune's side -----------------------------------------------------------------------------------------------------
+
+    def step(self) -> dict[str, Any]:
+        if self._thread is None:
+            if self._told_to_stop():
+                return {"step": self._step, "ended": "stopped", "done": True}
+            self._begin()
+        elif self._held is not None:
+            self._part.holds.answer(self._held, go_on=True)
+            self._held = None
+        return self._next()
+
+    def save_checkpoint(self, checkpoint_dir: str) -> str:  # type: ignore[override]
+        (Path(checkpoint_dir) / "step").write_text(str(self._step))
+        return checkpoint_dir
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        pass
+
+    def cleanup(self) -> None:
+        if self._thread is None:
+            return
+        if self._held is not None:
+            if self.given["prunes"]:
+                self._part.closing[PRUNED] = f"step {self._held}"
+            self._part.holds.answer(self._held, go_on=False)
+        else:
+            self._part.signals.name = "the sweep"
+        self._thread.join(END_S)
+        if self._thread.is_alive():
+            log.error("run %s has not ended in %.0f s", self.given["job"]["name"], END_S)
+
+    # the run's side --------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        from heliostat.cluster.connect import configure
+        from heliostat.train.run import Part
+
+        os.chdir(self.given["root"])
+        if self.given["cluster"]:  # by this a run knows that Ray is not its own
+            os.environ["RAY_ADDRESS"] = self.given["cluster"]
+        configure()
+        self._job = Job.model_validate(self.given["job"])
+        signals = Signals()
+        self._part = Part(time.time(), signals, Holds(self.given["holds"]), self._hear, self.given["tags"])
+        self._thread = threading.Thread(target=self._run, name="trial", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        from heliostat.train.run import train_part
+        from heliostat.tune.clone import clone
+
+        try:
+            self._alone()
+            if self.given["clone"]:
+                clone(self.given["clone"], self._job.run_folder)
+            summary = train_part(self._job, self._part)
+            self._events.put({"kind": "over", "ended": "finished", "step": summary["steps"], "scores": summary["eval"]})
+        except StoppedError as e:
+            self._events.put({"kind": "over", "ended": "stopped", "reason": str(e)})
+        except Exception as e:
+            if not isinstance(e, HeliostatError):
+                log.exception("run %s failed", self._job.name)
+            self._events.put({"kind": "over", "ended": "failed", "reason": f"{type(e).__name__}: {e}"})
+
+    def _alone(self) -> None:
+        """Waits for a driver that died to be gone: Ray ends its processes some seconds later."""
+        from heliostat.train import driver
+
+        deadline = time.monotonic() + ALONE_S
+        while time.monotonic() < deadline:
+            try:
+                driver.alone(self._job.run_folder)
+            except ConfigError:
+                time.sleep(1.0)
+            else:
+                return
+
+    def _hear(self, event: dict[str, Any]) -> None:
+        """In the run's thread."""
+        if event["kind"] == "steps":
+            self._step = event["first"] + len(event["loss"])
+        elif event["kind"] == "held":
+            self._events.put(event)
+
+    def _next(self) -> dict[str, Any]:
+        """What Tune is told next."""
+        try:
+            event = self._events.get(timeout=BEAT_S)
+        except queue.Empty:
+            if self._told_to_stop():
+                self._part.signals.name = "the sweep"
+            return {"step": self._step}
+        told = {"step": event.get("step", self._step)}
+        if scores := event.get("scores"):
+            told |= {"value": float(scores[self.given["metric"]]), "scores": scores}
+        if event["kind"] == "held":
+            self._held = event["step"]
+        else:
+            told |= {"done": True, "ended": event["ended"], "reason": event.get("reason", "")}
+            assert self._thread
+            self._thread.join()
+        return told
+
+    def _told_to_stop(self) -> bool:
+        try:
+            return Location(self.given["stop"]).exists()
+        except (HeliostatError, OSError) as e:
+            log.warning("whether the sweep is to stop cannot be seen: %s", e)
+            return False

@@ -1,0 +1,119 @@
+"""What tracking costs a run, and what an outage of MLflow costs it.
+
+    python tests/benchmarks/tracking.py [--seconds 30] [--steps 10000] [--away 10]
+
+1. A loop of 20 steps a second posts every step's loss, learning rate and gradient norm, as the driver does for `train.log_every:
+   1`: the time that `post` keeps it, per step (the goal is below 1 % of a step, 0.5 ms), and what the writing thread takes of the
+   process's processor time, which workers do not share.
+2. So many steps are posted to a server that is killed in their middle and starts again some seconds later: all of them must be in
+   MLflow once, and in order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from heliostat.chaos.servers import Server, mlflow_server
+from heliostat.data.manifest import Manifest
+from heliostat.goodput import PARTS
+from heliostat.spec import Job
+from heliostat.track.run import RunOwner
+from mlflow import MlflowClient
+
+RATE = 20
+
+
+def job(folder: Path, name: str, uri: str) -> Job:
+    return Job.model_validate(
+        {
+            "name": name, "recipe": "jobs.causal_lm:CausalLM", "model": {"arch": "llama"}, "storage": str(folder / "runs"),
+            "data": {"sources": [{"path": str(folder / "none")}], "sequence_length": 64},
+            "train": {"steps": 1_000_000, "global_batch": 8, "micro_batch": 8, "optimizer": {"lr": 1e-3}},
+            "checkpoint": {"every": 1000}, "mlflow": {"uri": uri, "experiment": "benchmark"},
+        }
+    )  # fmt: skip
+
+
+class Unlogged(RunOwner):
+    """A run without datasets: only its curves are measured."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job, list[Manifest]())
+        self.job.data.sources.clear()
+
+
+def event(first: int, count: int) -> dict[str, Any]:
+    values = [5.0 / (first + i + 1) for i in range(count)]
+    return {"kind": "steps", "first": first, "loss": values, "lr": values, "grad_norm": values, "seconds": count / RATE,
+            "tokens_per_second": 1e4, "data_wait": 0.0, "mfu": None, "bad_samples": 0,
+            "sources": {"data": {"tokens": 1.0, "samples": 1.0, "epochs": 0.1}}, "at": time.time()}  # fmt: skip
+
+
+def finish(owner: RunOwner, steps: int) -> None:
+    attempt = {"parts": dict.fromkeys(PARTS, 1.0), "before": {}, "reached": steps, "start_step": 0, "workers": 1, "seconds": 1.0,
+               "started": time.time(), "outcome": "finished", "reason": "", "restart": False}  # fmt: skip
+    report = {"total_s": 1.0, "parts": dict.fromkeys(PARTS, 1.0), "goodput": 1.0, "worker_hours": 0.0, "attempts": [attempt]}
+    owner.finish("FINISHED", "", report)
+
+
+def cost(folder: Path, uri: str, seconds: float) -> None:
+    owner = Unlogged(job(folder, "cost", uri))
+    steps, kept, began, cpu = int(seconds * RATE), [], time.perf_counter(), time.process_time()
+    for step in range(steps):
+        time.sleep(max(0.0, began + step / RATE - time.perf_counter()))
+        before = time.perf_counter()
+        owner.post(event(step, 1))
+        kept.append(time.perf_counter() - before)
+    cpu = time.process_time() - cpu
+    finish(owner, steps)
+    worst = sorted(kept)[int(0.99 * steps)]
+    print(f"| {RATE} steps/s for {seconds:.0f} s | {median(kept) * 1e6:.0f} µs | {worst * 1e6:.0f} µs | "
+          f"{sum(kept) / steps * RATE:.3%} | {cpu / seconds:.1%} |")  # fmt: skip
+
+
+def outage(folder: Path, server: Server, tracking: str, steps: int, away: float) -> bool:
+    owner = Unlogged(job(folder, "outage", f"http://{server.endpoint}"))
+    began = time.perf_counter()
+    for first in range(0, steps, 10):
+        owner.post(event(first, 10))
+        if first == steps // 3:
+            while not owner.run_id:  # the run is open, and being written
+                time.sleep(0.05)
+            server.stop()
+            down = time.perf_counter()
+        if first == 2 * steps // 3:
+            time.sleep(max(0.0, down + away - time.perf_counter()))
+            server.start()
+    posted = time.perf_counter() - began
+    finish(owner, steps)
+    history = MlflowClient(tracking_uri=tracking).get_metric_history(owner.run_id, "train/loss")
+    whole = sorted(m.step for m in history) == list(range(1, steps + 1))
+    print(f"\n{steps:,} steps, the server killed for {away:.0f} s and more in their middle: {len(history):,} losses in MLflow, "
+          f"{'each step once' if whole else 'STEPS ARE MISSING OR TWICE'}; posted in {posted:.1f} s, all written "
+          f"{time.perf_counter() - began - posted:.1f} s later")  # fmt: skip
+    return whole
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=30)
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--away", type=float, default=10)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="heliostat-tracking-") as name:
+        folder = Path(name)
+        tracking = f"sqlite:///{folder}/mlflow.db"
+        with mlflow_server(tracking, folder) as server:
+            print("| load | `post`, median | 99th percentile | share of a step | driver's processor |\n|---|---|---|---|---|")
+            cost(folder, f"http://{server.endpoint}", given.seconds)
+            return 0 if outage(folder, server, tracking, given.steps, given.away) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""What a person sees in MLflow's UI, in a real browser: curves, datasets, images, report, model, the nested trials of a sweep.
+
+`make test-slow` runs it. Debian: chromium, chromium-driver; pip: heliostat[browser-test]. The screenshots go to
+HELIOSTAT_SCREENSHOTS, or pytest's folder.
+"""
+
+import importlib.util
+import io
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from heliostat.chaos.servers import Server, mlflow_server
+from heliostat.train.run import train
+from heliostat.tune.run import tune
+from mlflow import MlflowClient
+from PIL import Image
+
+from jobs.causal_lm import CausalLM
+from tests.integration.test_tune import grid, sweep_file
+
+
+def missing() -> str:
+    absent = [t for t in ("chromium", "chromedriver") if not shutil.which(t)]
+    if not importlib.util.find_spec("selenium"):
+        absent.append("selenium")
+    return f"not on this machine: {', '.join(absent)} (Debian: chromium, chromium-driver; pip: selenium)" if absent else ""
+
+
+WHY = missing()
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(WHY), reason=WHY),
+    pytest.mark.usefixtures("ray_session"),
+    pytest.mark.timeout(1800),  # minutes, on a machine that is not busy
+]
+
+
+class Squares:
+    """A gallery without a model: squares of one grey each."""
+
+    count = 4
+
+    def draw(self, model: torch.nn.Module, device: Any, numbers: list[int]) -> list[np.ndarray]:
+        return [np.full((32, 32, 3), 60 * n, np.uint8) for n in numbers]
+
+    def judge(self, pictures: list[np.ndarray]) -> tuple[dict[str, float], dict[str, bytes]]:
+        out = io.BytesIO()
+        Image.fromarray(np.concatenate(pictures, axis=1)).save(out, "PNG")
+        return {"grey": float(np.mean(pictures))}, {"squares": out.getvalue()}
+
+
+class Drawing(CausalLM):
+    def gallery(self) -> Any:
+        return Squares()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(shutil.which("chromium"))
+    flags = "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update"
+    for flag in f"{flags} disable-sync disable-dev-shm-usage window-size=1400,900".split():
+        options.add_argument(f"--{flag}")
+    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    driver.set_page_load_timeout(120)
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def server(tracking: str, tmp_path: Path) -> Iterator[Server]:
+    with mlflow_server(tracking, tmp_path) as running:
+        yield running
+
+
+@pytest.fixture
+def look(server: Server, browser: Any, tmp_path: Path) -> Callable[..., None]:
+    """Opens a page, waits for the texts that it must show, and keeps a picture of it under the name."""
+    shots = Path(os.environ.get("HELIOSTAT_SCREENSHOTS", tmp_path))
+
+    def look_(path: str, name: str, *texts: str, frame: str | None = None, picture: bool = False) -> None:
+        browser.get("about:blank")
+        browser.get(f"http://{server.endpoint}/#{path}")
+        for text in texts:
+            until(lambda t=text: t.lower() in said(browser, frame).lower(), f"{text!r} at {path}", lambda: said(browser, frame))
+        if picture:
+            until(lambda: any(w and w >= 32 for w in picture_widths(browser)), "a picture", lambda: str(picture_widths(browser)))
+        time.sleep(1.0)  # charts are drawn late
+        file = shots / f"mlflow-{name}.png"
+        browser.save_screenshot(str(file))
+        Image.open(file).convert("P", palette=Image.Palette.ADAPTIVE, colors=64).save(file, optimize=True)
+
+    return look_
+
+
+def test_the_ui_shows_the_run_its_data_images_report_and_model(look, job_file, tracking):
+    settings = ["recipe=tests.integration.test_mlflow_ui:Drawing", "train.log_every=1", "mlflow.register=seen-lm",
+                "mlflow.alias=champion", "mlflow.experiment=seen"]  # fmt: skip
+    result = train(job_file("seen"), settings)
+    client, run_id = MlflowClient(tracking_uri=tracking), result["run_id"]
+    here = f"/experiments/{client.get_run(run_id).info.experiment_id}/runs/{run_id}"
+    look(here, "run", "Finished", "train.optimizer.lr", "corpus", "seen-lm")
+    look(f"{here}/model-metrics", "curves", "train/loss", "eval/loss")
+    look(f"{here}/artifacts/report.html", "report", "Where the time went", "Lineage", frame="iframe")
+    look(f"{here}/artifacts/images/squares/step-00000020.png", "images", "step-00000020.png", picture=True)
+    look("/models/seen-lm/versions/1", "model", "seen-lm", "champion", "Held-out scores")
+
+
+def test_the_ui_shows_a_sweep_its_trials_its_plots_and_their_comparison(look, corpus, tracking, tmp_path):
+    result = tune(sweep_file(corpus, tracking, tmp_path, name="swept", space=grid(1e-4, 3e-3)))
+    client, parent = MlflowClient(tracking_uri=tracking), result["run_id"]
+    experiment = client.get_run(parent).info.experiment_id
+    trials = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
+    here = f"/experiments/{experiment}/runs/{parent}"
+    look(f"/experiments/{experiment}/runs", "trials", "swept", "swept-0000", "swept-0001")
+    look(here, "sweep", "Finished", "swept")
+    look(f"{here}/artifacts/parallel_coordinates.png", "sweep-coordinates", "parallel_coordinates.png", picture=True)
+    look(f"{here}/artifacts/history.png", "sweep-history", "history.png", picture=True)
+    chosen = f"runs={json.dumps([r.info.run_id for r in trials])}&experiments={json.dumps([experiment])}"
+    look(f"/compare-runs?{chosen}", "compare", "swept-0000", "swept-0001", "train.optimizer.lr")
+
+
+def said(browser: Any, frame: str | None) -> str:
+    """The page's text; of the first frame on it, if one is asked for."""
+    from selenium.common.exceptions import WebDriverException
+    from selenium.webdriver.common.by import By
+
+    try:
+        if frame is None:
+            return browser.find_element(By.TAG_NAME, "body").text
+        browser.switch_to.frame(browser.find_element(By.TAG_NAME, frame))
+        return browser.find_element(By.TAG_NAME, "body").text
+    except WebDriverException:  # not there yet, or drawn anew
+        return ""
+    finally:
+        browser.switch_to.default_content()
+
+
+def picture_widths(browser: Any) -> list[int]:
+    return browser.execute_script("return [...document.images].map(i => i.naturalWidth)")
+
+
+def until(condition: Callable[[], bool], what: str, state: Callable[[], str]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} is not there; the page says {state()[:2000]}"
+        time.sleep(0.3)

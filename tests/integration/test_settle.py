@@ -1,0 +1,106 @@
+"""A run that MLflow takes for running gets the status that its folder tells, from whoever sees it next, unless it lives."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from heliostat.goodput import FOLDER, Attempt
+from heliostat.storage import Location
+from heliostat.track import outbox, store
+from heliostat.track.run import RECORD, TOKEN
+from heliostat.track.settle import YOUNG_S, settle, settle_folder
+
+Scene = Callable[..., tuple[Any, str]]
+GONE = 2**22 + 1  # no process has this number
+
+
+@pytest.fixture
+def scene(tracking: str, tmp_path: Path) -> Scene:
+    """(client, run id) of a RUNNING run whose folder holds one attempt, with these facts, and this record of it."""
+
+    def make(record: dict[str, Any] | None = None, **facts: Any) -> tuple[Any, str]:
+        client = store.connect(tracking)
+        name = f"settle-{tmp_path.name}"
+        found = client.get_experiment_by_name(name)
+        place = str(tmp_path / "artifacts")
+        experiment = found.experiment_id if found else client.create_experiment(name, artifact_location=place)
+        tags = {store.NAME: name, store.FOLDER: str(tmp_path / "run"), TOKEN: "mine"}
+        run_id = client.create_run(experiment, tags=tags).info.run_id
+        folder, now = Location(str(tmp_path / "run")), time.time()
+        attempt = Attempt("a", now - 50, now - 40, now - 30, 0, 2, host=socket.gethostname(), pid=GONE)
+        for key, value in facts.items():
+            setattr(attempt, key, value)
+        folder.join(FOLDER, "attempt-1.json").write(attempt.dump())
+        told = {"run_id": run_id, "uri": tracking, "token": "mine"} if record is None else record
+        folder.join(RECORD).write(json.dumps(told).encode())
+        return client, run_id
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("outcome", "reason", "status", "said"),
+    [
+        (None, "", "KILLED", "died without a word"),
+        ("failed", "a shard is gone", "FAILED", "a shard is gone"),
+        ("interrupted", "stopped by SIGTERM", "KILLED", "stopped by SIGTERM"),
+        ("finished", "", "FINISHED", ""),
+        ("resize", "", "KILLED", "died without a word"),  # it was to go on
+    ],
+)
+def test_a_dead_drivers_run_gets_the_status_of_its_ledger(scene, tmp_path, outcome, reason, status, said):
+    client, run_id = scene(outcome=outcome, reason=reason)
+    run = settle(client, client.get_run(run_id))
+    assert run.info.status == status and said in run.data.tags["heliostat.reason"]
+    assert run.info.end_time == pytest.approx((time.time() - 30) * 1000, abs=20_000)  # when it was last seen
+    assert "goodput.json" in {f.path for f in client.list_artifacts(run_id)}
+    assert settle(client, run) is run  # once
+
+
+def test_what_waited_for_mlflow_in_the_folder_is_logged(scene, tmp_path):
+    client, run_id = scene(outcome="finished")
+    lines = [json.dumps(["train/loss", 5.0 - s, 1e9 + s, s]) + "\n" for s in (1, 2, 3)]
+    Location(str(tmp_path / "run")).join(outbox.FILE).write("".join(lines).encode())
+    settle_folder(Location(str(tmp_path / "run")))
+    assert sorted(m.step for m in client.get_metric_history(run_id, "train/loss")) == [1, 2, 3]
+    assert client.get_run(run_id).info.status == "FINISHED"
+    assert not Location(str(tmp_path / "run")).join(outbox.FILE).exists()
+
+
+def test_a_living_drivers_run_is_left_alone(scene):
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        client, run_id = scene(pid=other.pid, started=time.time() + 1)
+        assert settle(client, client.get_run(run_id)).info.status == "RUNNING"
+        client, run_id = scene(host="another", seen=time.time())  # gave a sign of life from another host
+        assert settle(client, client.get_run(run_id)).info.status == "RUNNING"
+        client, run_id = scene(host="another", seen=time.time() - 600)
+        assert settle(client, client.get_run(run_id)).info.status == "KILLED"
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_a_run_whose_folder_is_another_runs_is_over(scene):
+    client, run_id = scene(record={"run_id": "f" * 32, "token": "another's"})
+    run = settle(client, client.get_run(run_id))
+    assert run.info.status == "KILLED" and "another run's" in run.data.tags["heliostat.reason"]
+
+
+def test_a_driver_that_died_before_it_wrote_the_runs_id_down_is_found_by_its_token(scene, tmp_path):
+    client, run_id = scene(record={"token": "mine"})
+    assert "died without a word" in settle(client, client.get_run(run_id)).data.tags["heliostat.reason"]
+
+
+def test_a_run_that_has_only_begun_is_given_time(scene, tmp_path, monkeypatch):
+    client, run_id = scene()
+    Location(str(tmp_path / "run")).join(FOLDER).delete()
+    assert settle(client, client.get_run(run_id)).info.status == "RUNNING"
+    monkeypatch.setattr("heliostat.track.settle.YOUNG_S", -1.0)
+    assert YOUNG_S > 0 and settle(client, client.get_run(run_id)).info.status == "KILLED"

@@ -1,0 +1,98 @@
+"""How much of each chunk a run has trained on is what counting every single sample gives, whatever the order."""
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from heliostat.data import coverage, trained
+from heliostat.data.coverage import Segment, counts, cut
+from heliostat.data.dataset import open_dataset
+
+from tests.unit.test_dataset import make_dataset, make_plan
+from tests.unit.test_order import random_order
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_counts_equal_looking_up_every_sample(seed):
+    order = random_order(seed)
+    for step in {0, 1, 2, 5, 17, 60, int(np.random.default_rng(seed).integers(1, 200))}:
+        expected = [np.zeros(len(split.samples), np.int64) for split in order.splits]
+        for s in range(step):
+            found = order.locate(order.step(s).ravel())
+            for source, chunk in zip(found.source, found.chunk, strict=True):
+                expected[source][chunk] += 1
+        got = counts(order, step)
+        assert all((a == b).all() for a, b in zip(got, expected, strict=True)), step
+
+
+def test_segments_are_cut_at_each_other_and_at_the_last_step(tmp_path: Path):
+    plan = make_plan(make_dataset(tmp_path / "a", 1))
+    later = dataclasses.replace(plan, mix=((20, (1.0,)),))
+    back = dataclasses.replace(plan, skips=((12, 12, 3),))
+    assert [(s.first, s.end) for s in cut([plan, later], 30)] == [(0, 20), (20, 30)]
+    assert [(s.first, s.end) for s in cut([plan, later], 15)] == [(0, 15)]
+    assert [(s.first, s.end, s.plan) for s in cut([plan, back], 30)] == [(0, 12, plan), (12, 30, back)]
+    assert cut([plan], 0) == cut([], 5) == []
+
+
+def test_a_segment_that_left_samples_out_counts_what_it_took_instead(tmp_path: Path):
+    """From step 12 on, what lies 3 steps later in the sequence."""
+    plan = make_plan(make_dataset(tmp_path / "a", 1), make_dataset(tmp_path / "b", 2))
+    skipping = dataclasses.replace(plan, skips=((12, 12, 3),))
+    data = open_dataset(skipping)
+    found = data.order.locate(np.concatenate([data.order.step(s).ravel() for s in range(12, 40)]))
+    got = coverage.segment_counts(Segment(12, 40, skipping), data.sources)
+    for source in (0, 1):
+        expected = Counter(found.chunk[found.source == source].tolist())
+        assert {i: int(n) for i, n in enumerate(got[source]) if n} == expected
+
+
+def record_of(plan, steps: int, replaced: list[dict] | None = None) -> dict:
+    segments = [trained._segment(s) for s in cut([plan], steps)]
+    return {"steps": steps, "segments": segments, "replaced": replaced or [], "replaced_count": len(replaced or [])}
+
+
+def test_a_record_answers_by_shard_and_by_digest_up_to_a_step(tmp_path: Path):
+    a, b = make_dataset(tmp_path / "a", 1), make_dataset(tmp_path / "b", 2)
+    plan = make_plan(a, b)
+    raw = record_of(plan, 10)
+    assert sum(s["samples"] for s in raw["segments"][0]["sources"]) == 10 * plan.shape.batch
+    assert trained.of_digest(raw, a.digest[:8]) + trained.of_digest(raw, b.digest) == 10 * plan.shape.batch
+    assert trained.of_digest(raw, "f" * 64) == trained.of_digest(raw, a.digest, before=0) == 0
+    order = open_dataset(plan).order
+    shards = {}
+    for step in range(4):
+        found = order.locate(order.step(step).ravel())
+        for chunk in found.chunk[found.source == 0]:
+            path = a.chunks["path"][int(chunk)].as_py()
+            shards[path] = shards.get(path, 0) + 1
+    for path in set(a.chunks["path"].to_pylist()):
+        assert trained.of_shard(raw, f"{a.location}/{path}", before=4) == shards.get(path, 0)
+    name = "0.parquet"  # of both datasets
+    both = trained.of_shard(raw, f"{a.location}/shards/{name}") + trained.of_shard(raw, f"{b.location}/shards/{name}")
+    assert trained.of_shard(raw, name) == both and trained.of_shard(raw, "10.parquet") == 0
+
+
+def test_a_replaced_sample_is_its_replacements(tmp_path: Path):
+    a = make_dataset(tmp_path / "a", 1)
+    plan = make_plan(a)
+
+    def place(shard: str) -> dict:
+        return {"dataset": plan.uris[0], "shard": shard, "row_group": 0, "row": 0}
+
+    bad = {"step": 3, **place("shards/0.parquet"), "reason": "damaged", "replaced_by": place("shards/1.parquet")}
+    plain, raw = record_of(plan, 10), record_of(plan, 10, [bad])
+    for shard, change in (("0", -1), ("1", 1), ("2", 0)):
+        name = f"shards/{shard}.parquet"
+        assert trained.of_shard(raw, name) - trained.of_shard(plain, name) == change
+        assert trained.of_shard(raw, name, before=3) == trained.of_shard(plain, name, before=3)
+
+
+def test_ranges_join_what_is_consecutive_in_the_manifest(tmp_path: Path):
+    a = make_dataset(tmp_path / "a", 1, shards=6)
+    names = [f"shards/{i}.parquet" for i in range(6)]
+    seen = {names[i]: 1 for i in (0, 1, 3, 5)}
+    assert list(coverage.ranges(a, seen)) == [(names[0], names[1]), (names[3], names[3]), (names[5], names[5])]
+    assert list(coverage.ranges(a, {})) == []

@@ -1,0 +1,63 @@
+"""A checkpoint never gets ahead of the curves: what lies beside it fills what MLflow lacks, in order and once."""
+
+from typing import Any
+
+import pytest
+from heliostat.data import segments
+from heliostat.storage import Location
+from heliostat.track import curves
+from heliostat.track.outbox import Outbox
+from heliostat.track.points import Point
+
+from tests.unit.test_outbox import Store, steps
+
+
+def event(first: int, end: int) -> dict[str, Any]:
+    values = [s / 7 for s in range(first, end)]
+    return {"kind": "steps", "first": first - 1, "loss": values, "lr": values, "grad_norm": values, "seconds": 1.0, "at": 1e9,
+            "ledger": {"computing": 1.0}}  # fmt: skip
+
+
+def score(step: int) -> dict[str, Any]:
+    return {"kind": "evaluation", "step": step, "scores": {"loss": 1.0}, "at": 1e9, "images": {"x": b"PNG"}}
+
+
+@pytest.fixture
+def run(tmp_path) -> Location:
+    place = Location(str(tmp_path))
+    curves.write(place, 10, [event(1, 6), event(6, 11), score(10)])
+    curves.write(place, 20, [event(11, 21), score(20)])
+    return place
+
+
+def test_only_files_that_end_behind_the_last_known_step_are_read(run):
+    run.join(curves.FOLDER, "step-00000010.json").write(b"damaged")
+    found = curves.missing(run, {"train/loss": 10})
+    assert [p.step for p in found if p.key == "train/loss"] == list(range(11, 21))
+    assert [p.step for p in found if p.key == "eval/loss"] == [20]
+    assert curves.missing(run, {"train/loss": 20}) == []
+
+
+@pytest.mark.parametrize("had", [0, 3, 10, 14, 20, 22])
+def test_a_killed_drivers_curves_are_whole_whatever_it_had_logged_and_kept(run, had):
+    """MLflow has `had` steps, the unlogged ones of the folder come after, and the resumed attempt goes on from step 20."""
+    store = Store(0, 0.0)
+    store.points = steps(1, had + 1)
+    killed = Outbox(run, store.send, store.known)
+    killed.add(steps(had + 1, had + 3))  # what came after these was lost
+    killed.keep()
+    box = Outbox(run, store.send, store.known)
+    box.add(steps(21, 31))  # already waits when the run is opened
+    box.precede(curves.missing(run, store.known()))
+    box.flush()
+    logged = [p.step for p in store.points if p.key == "train/loss"]
+    assert logged == list(range(1, 31))
+    assert sum(p == Point("eval/loss", 1.0, 1e9, 20) for p in store.points) == (had < 20)
+
+
+def test_going_back_removes_the_curves_of_later_steps(run):
+    class Plan:
+        begins = 1
+
+    segments.begin(run, Plan(), 10)  # type: ignore[arg-type]
+    assert [name for name, _ in run.join(curves.FOLDER).files()] == ["step-00000010.json"]

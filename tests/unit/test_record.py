@@ -1,0 +1,141 @@
+"""What is recorded of a run beside its curves: code, parents, card; and what reproducing it compares."""
+
+import math
+import subprocess
+from pathlib import Path
+
+import pytest
+from heliostat import exports, reproduce
+from heliostat.cluster.pack import CODE_FILE
+from heliostat.errors import ConfigError
+from heliostat.track import card, code
+from heliostat.track.parents import parents
+from heliostat.track.record import flatten
+
+from tests.unit.build_job import job
+from tests.unit.test_dataset import make_dataset
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    git("init", "-q")
+    (tmp_path / "a.py").write_text("x = 1\n")
+    (tmp_path / ".env").write_text("PASSWORD=one\n")
+    git("add", "-f", "a.py", ".env")
+    git("-c", "user.name=n", "-c", "user.email=e", "commit", "-qm", "first")
+    return tmp_path
+
+
+def git(*words: str) -> str:
+    return subprocess.run(["git", *words], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_the_difference_from_the_commit_is_kept_applies_again_and_never_holds_secrets(repository):
+    clean = code.source()
+    assert clean.commit == git("rev-parse", "HEAD") and not clean.dirty and clean.facts()["diff"] == ""
+    (repository / "a.py").write_text("x = 2\n")
+    (repository / ".env").write_text("PASSWORD=two\n")
+    (repository / "new.py").write_text("y = 1\n")
+    found = code.source()
+    assert found.dirty and found.untracked == ("new.py",) and "PASSWORD" not in found.diff
+    assert found.digest and found.digest != clean.digest and found == code.source()
+    git("checkout", "-q", "a.py")
+    subprocess.run(["git", "apply"], input=found.diff, text=True, check=True)
+    assert (repository / "a.py").read_text() == "x = 2\n"
+
+
+def test_on_a_cluster_the_code_is_what_git_said_where_it_was_sent_from(repository, tmp_path, monkeypatch):
+    (repository / "a.py").write_text("x = 2\n")
+    sent = code.source()
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / CODE_FILE).write_text(sent.dump())
+    monkeypatch.chdir(there)
+    assert code.source() == sent
+
+
+def test_outside_of_git_the_code_is_not_known(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert code.source() == code.Source() and code.source().facts() == {"commit": "", "diff": ""}
+
+
+def test_the_environment_has_python_and_every_package():
+    found = code.environment()
+    assert {"python", "system", "torch", "ray", "mlflow", "deepspeed"} <= found.keys()
+
+
+def test_parents_are_every_pretrained_folder_however_deep_and_who_made_them(tmp_path):
+    made, foreign = tmp_path / "made", tmp_path / "foreign"
+    for folder in (made, foreign):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(b"12345678")
+    exports.write(made, job(card={"license": "MIT"}), {"run_id": "f" * 32, "step": 70, "data_digest": "d"})
+    found = parents(job(model={"text": {"pretrained": str(made)}, "pretrained": str(foreign)}))
+    assert [(p["key"], p["run_id"], p["step"], p["name"], p["license"]) for p in found] == [
+        ("model.text.pretrained", "f" * 32, 70, "small", "MIT"),
+        ("model.pretrained", None, None, None, None),
+    ]
+    assert all(p["bytes"] == 8 and len(p["config"]) == 16 for p in found)
+    assert parents(job()) == []
+
+
+def test_the_card_says_what_the_job_says_and_where_the_model_comes_from(tmp_path):
+    data = make_dataset(tmp_path / "a", 1)
+    mine = job(card={"license": "MIT", "summary": "Writes.", "limitations": "Knows little."})
+    parent = {"key": "model.pretrained", "folder": "/x", "name": "big", "run_id": "e" * 32, "license": "Apache-2.0"}
+    text = card.text(mine, "a" * 32, 100, {"loss": 2.5}, [data], [parent])
+    assert text.startswith('---\nlicense: "mit"\n') and "Writes." in text and "Knows little." in text and "Not stated." in text
+    assert data.digest[:12] in text and "a" * 32 in text and "e" * 32 in text and "loss: 2.5" in text
+    assert card.license_of(job(), [parent]) == "Apache-2.0" and card.license_of(mine, [parent]) == "MIT"
+    assert card.license_of(job(), []) == card.license_of(job(), [parent, {**parent, "license": "MIT"}]) == "unknown"
+
+
+def test_a_password_in_the_trackers_address_is_refused_and_so_is_an_alias_without_a_model():
+    with pytest.raises(ConfigError, match=r"mlflow\.uri: must not carry a password; set MLFLOW_TRACKING_USERNAME"):
+        job(**{"mlflow.uri": "http://me:secret@host:5000"})
+    with pytest.raises(ConfigError, match=r"mlflow\.alias: 'candidate' is of a registered model; set mlflow\.register"):
+        job(**{"mlflow.alias": "candidate"})
+
+
+def recorded(**changes: object) -> reproduce.Recorded:
+    start = {"code": {"commit": "c1", "diff": ""}, "environment": "e", "changes": {}, "workers": 4}
+    made = {
+        "run_id": "a" * 32, "plan": None, "end": 50,
+        "job": job(**{"workers.count": [1, 4], "mlflow.register": "lm", "mlflow.alias": "x"}).dump(),
+        "curve": {}, "starts": [start], "environment": {"torch": "2.9", "numpy": "2"},
+        "attempts": [{"workers": 4}, {"workers": 2}],
+    }  # fmt: skip
+    return reproduce.Recorded(**{**made, **changes})
+
+
+def test_a_run_is_made_again_on_the_workers_that_it_began_with_to_a_step_and_registers_nothing():
+    made = reproduce.again(recorded(), 30)
+    first = recorded().job
+    assert (made["name"], made["workers"]["count"], made["train"]["stop_after"]) == ("small-again", 4, 30)
+    assert made["mlflow"]["register"] is None and made["mlflow"]["alias"] is None
+    same = {k for k in flatten(first) if not k.startswith(("workers.count", "mlflow.", "name", "train.stop_after"))}
+    assert {k: flatten(first)[k] for k in same}.items() <= flatten(made).items()
+
+
+def test_what_differs_is_told_and_only_that():
+    here = {"torch": "2.10", "numpy": "2", "new": "1"}
+    notes = reproduce.differences(recorded(), code.Source("c2", "+x"), here)
+    assert [n.split(":")[0] for n in notes] == ["code", "code", "environment", "environment", "workers"]
+    assert "torch 2.9 then, 2.10 now" in notes[3] and "new absent then, 1 now" in notes[2] and "2, 4 workers" in notes[4]
+    alone = recorded(attempts=[{"workers": 4}])
+    assert reproduce.differences(alone, code.Source("c1"), alone.environment) == []
+
+
+def test_curves_are_compared_step_by_step_to_the_last_bit():
+    curve = {1: 3.0, 2: 2.0, 3: 1.0}
+    assert reproduce.compare(curve, curve | {4: 9.0}, 3) == {
+        "steps": 3, "bitwise": True, "first_difference": None, "largest_difference": 0.0,
+    }  # fmt: skip
+    near = reproduce.compare(curve, curve | {2: math.nextafter(2.0, 3.0)}, 3)
+    assert not near["bitwise"] and near["first_difference"] == 2 and 0 < near["largest_difference"] < 1e-15
+    assert reproduce.compare(curve, curve | {3: math.nan}, 3)["first_difference"] == 3
+    with pytest.raises(ConfigError, match="step 4: one of the two runs has no loss"):
+        reproduce.compare(curve, curve, 4)

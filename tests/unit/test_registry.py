@@ -1,0 +1,64 @@
+"""The gate in front of an alias: what it is given, what it lets through, and what it says."""
+
+import math
+
+import pytest
+from heliostat.errors import ConfigError
+from heliostat.track.registry import Term, compare, parse
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "holds"),
+    [
+        ("eval/loss<2.1", 2.0999, True), ("eval/loss<2.1", 2.1, False), ("eval/loss<=2.1", 2.1, True),
+        ("eval/loss > 1e-3", 0.5, True), ("eval/loss>=0.5", 0.49, False), ("eval/loss<2.1", math.nan, False),
+    ],
+)  # fmt: skip
+def test_a_term_holds_or_says_what_the_score_is(text, value, holds):
+    said = Term.parse(text).check({"eval/loss": value})
+    assert (said == "") is holds
+    if not holds:
+        assert said.startswith("eval/loss is ") and "required is" in said
+
+
+@pytest.mark.parametrize("text", ["eval/loss", "eval/loss=2", "<2", "eval/loss<", "eval/loss<two", "a b<2", "eval/loss<<2"])
+def test_a_term_that_is_none_is_refused_with_an_example(text):
+    with pytest.raises(ConfigError, match=r"must look like eval/loss<2\.1"):
+        Term.parse(text)
+
+
+def test_a_score_that_is_not_there_does_not_meet_a_term_and_those_that_are_there_are_named():
+    assert Term.parse("eval/bleu>3").check({"eval/loss": 2.0}) == "eval/bleu is not known of it; there are eval/loss"
+
+
+@pytest.mark.parametrize(
+    ("mode", "new", "present", "refused"),
+    [
+        ("min", 2.0, 2.1, False),
+        ("min", 2.1, 2.1, False),
+        ("min", 2.2, 2.1, True),
+        ("max", 2.0, 2.1, True),
+        ("max", 2.2, 2.1, False),
+    ],
+)
+def test_a_worse_model_is_refused_and_an_equal_one_is_not(mode, new, present, refused):
+    assert bool(compare("eval/loss", mode, {"eval/loss": new}, {"eval/loss": present})) is refused
+
+
+def test_models_without_the_score_or_with_one_that_is_not_finite_cannot_be_compared():
+    for new, present in (({}, {"a": 1.0}), ({"a": 1.0}, {}), ({"a": math.nan}, {"a": 1.0}), ({"a": math.inf}, {"a": 1.0})):
+        assert "cannot be compared" in compare("a", "min", new, present)
+
+
+@pytest.mark.parametrize(
+    ("model", "parts"),
+    [("lm@candidate", ("lm", "", "candidate")), ("models:/lm/3", ("lm", "3", "")), ("models:/a.b-c@x", ("a.b-c", "", "x"))],
+)
+def test_a_version_is_named_by_number_or_alias(model, parts):
+    assert parse(model) == parts
+
+
+@pytest.mark.parametrize("model", ["lm", "lm/", "lm@", "lm/x", "models:/lm", "a/b/3", "/3", "@x"])
+def test_what_names_no_version_is_refused(model):
+    with pytest.raises(ConfigError, match="NAME@ALIAS or NAME/VERSION"):
+        parse(model)

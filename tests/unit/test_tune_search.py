@@ -1,0 +1,126 @@
+"""Over a resume: Optuna knows what was tried, the schedulers what was reported, and the budget what was promised."""
+
+import json
+import os
+from typing import Any
+
+import pytest
+import yaml
+from heliostat.errors import ConfigError
+from heliostat.tune import record as records
+from heliostat.tune import schedulers, searchers
+from heliostat.tune.record import Claim, Record
+from heliostat.tune.state import State
+from heliostat.tune.sweep import Plan, load
+
+from tests.unit import build_job
+from tests.unit.build_job import ROOT
+
+LR = "train.optimizer.lr"
+
+
+@pytest.fixture
+def plan(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT))
+    build_job.write(tmp_path)
+
+    def make(**changes: Any) -> Plan:
+        sweep = {"name": "s", "job": "job.yaml", "space": {LR: {"loguniform": [1e-4, 1e-2]}}, "budget": {"trials": 4}, **changes}
+        (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+        return load(tmp_path / "sweep.yaml")
+
+    return make
+
+
+def over(number: int, lr: float, value: float, step: int = 100, status: str = "finished", at: float = 0.0) -> Record:
+    return Record(number, {LR: lr}, {LR: lr}, status, step, 100, [(step, value, at)])
+
+
+def test_optuna_goes_on_as_if_it_had_not_been_interrupted(plan) -> None:
+    """Told of trials that another command ran, it draws where they were good."""
+    pytest.importorskip("optuna", reason="needs optuna: pip install heliostat[tune]")
+    made = plan(searcher={"name": "optuna", "seed": 1}).sweep
+    resumed = searchers.make(made)
+    for n in range(30):  # the lower, the better
+        resumed.told(over(n, 1e-4 * 1.16**n, float(n)))
+    drawn = [resumed.draw(30 + i)[LR] for i in range(12)]
+    assert sum(lr < 1e-3 for lr in drawn) >= 10  # uninformed, half of them would be
+    for number in (30, 31):
+        resumed.told(over(number, drawn[number - 30], 1.0))
+    resumed.told(Record(32, {LR: drawn[2]}, {LR: drawn[2]}, "failed"))
+    assert resumed.draw(42) is not None
+
+
+def test_asha_remembers_its_rungs(plan) -> None:
+    """A trial that is worse than those of the earlier command is stopped, one that is better goes on."""
+    made = plan(scheduler={"name": "asha", "grace": 10, "reduction": 2})
+    before = [over(0, 1e-3, 2.0, 10, at=1.0), over(1, 1e-3, 3.0, 10, "pruned", at=2.0)]
+    state = State(made, before, 1, "", 0.0)
+    scheduler = schedulers.make(state)
+    scheduler.set_search_properties("value", "min")
+    scheduler.replay(before)
+    decisions = []
+    for number, value in ((2, 2.8), (3, 1.5)):
+        trial = schedulers._StandIn(made.name(number))
+        schedulers.AsyncHyperBandScheduler.on_trial_add(scheduler, None, trial)
+        decisions.append(scheduler.on_trial_result(None, trial, {"step": 10, "value": value}))
+    assert decisions == ["STOP", "CONTINUE"]
+
+
+def test_tokens_that_running_trials_may_still_need_are_promised(plan) -> None:
+    one = 100 * 8 * 64
+    made = plan(budget={"tokens": 2.5 * one})
+    state = State(made, [], 1, "", 0.0)
+    assert made.tokens_per_trial == one
+    first, _ = state.add(0, {LR: 1e-3}), state.add(1, {LR: 1e-3})
+    assert not state.affords_another()  # two may still come to their ends
+    first.status, first.step = "pruned", 60
+    assert not state.affords_another()
+    first.step = 40
+    assert state.affords_another()  # 0.4, one that runs, and one more
+
+
+def test_a_used_up_budget_stops_the_trials_behind_a_checkpoint(plan) -> None:
+    """It counts the hours of earlier commands, too, and is no interruption."""
+    made = plan(budget={"trials": 4, "hours": 2})
+    state = State(made, [], 1, "", 1.9 * 3600)
+    state.tick()
+    assert not state.stopping and not state.folder.join("stop").exists()
+    state = State(made, [], 1, "", 2.1 * 3600)
+    state.tick()
+    assert state.used_up and b"budget.hours" in state.folder.join("stop").read()
+
+
+def test_a_record_comes_back_as_it_was_written(plan) -> None:
+    state = State(plan(), [], 1, "", 0.0)
+    donor, target = state.add(0, {LR: 1e-3}), state.add(1, {LR: 2e-3})
+    state.told("s-0001", {"step": 20, "value": 1.5, "scores": {"loss": 1.5}})
+    state.cloned(target, donor, 10, {LR: 1.2e-3})
+    (first, second) = records.read(state.folder)
+    assert (first, second) == (donor, target)
+    assert second.params == {LR: 1.2e-3} and second.clones[0]["from"] == 0 and second.step == 10
+    assert state.config(second)["clone"] == {"id": 1, "folder": f"{state.folder}/trials/s-0000", "step": 10}
+    assert state.config(second)["job"]["train"]["optimizer"]["lr"] == 1.2e-3
+
+
+def test_a_value_that_makes_no_valid_job_is_a_failed_trial(plan) -> None:
+    state = State(plan(), [], 1, "", 0.0)
+    record = state.add(0, {LR: -1.0})
+    assert record.status == "failed" and "train.optimizer.lr" in record.reason
+
+
+def test_one_driver_at_a_time(plan, tmp_path) -> None:
+    """A process that lives keeps its sweep, one that is gone does not."""
+    folder = plan().folder
+    claim = Claim(folder)
+    Claim(folder)  # by the same process
+    kept = records.read_json(folder.join("driver.json"))
+    assert kept
+    folder.join("driver.json").write(json.dumps({**kept, "pid": os.getppid()}).encode())
+    with pytest.raises(ConfigError, match="is being driven by process"):
+        Claim(folder)
+    folder.join("driver.json").write(json.dumps({**kept, "pid": 2**22 - 1}).encode())
+    Claim(folder)
+    claim.end()
+    assert records.read_json(folder.join("driver.json")) is None

@@ -1,0 +1,169 @@
+"""The sweep file: whatever is wrong with it is one clear error before anything starts, and its plan is what it says."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from heliostat.errors import ConfigError
+from heliostat.spec import Workers
+from heliostat.tune import report, room
+from heliostat.tune.record import Record, best, ranked
+from heliostat.tune.sweep import Plan, Sweep, holds, load
+
+from tests.unit import build_job
+from tests.unit.build_job import ROOT
+
+GOOD = {"name": "s", "job": "job.yaml", "space": {"train.optimizer.lr": {"loguniform": [1e-4, 1e-2]}}, "budget": {"trials": 4}}
+
+
+@pytest.fixture(autouse=True)
+def workspace(monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+def plan(tmp_path: Path, base: dict | None = None, **changes) -> Plan:
+    build_job.write(tmp_path, **(base or {}))
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({**GOOD, **changes}))
+    return load(tmp_path / "sweep.yaml")
+
+
+def test_a_trials_job_is_the_base_job_with_its_parameters_below_the_sweeps_folder(tmp_path):
+    made = plan(tmp_path, set={"train.steps": 50}, space={"train.optimizer.lr": {"loguniform": [1e-5, 1e-4]}})
+    job = made.job(3, {"train.optimizer.lr": 1e-5})
+    assert (job.train.optimizer.lr, job.train.steps, job.name) == (1e-5, 50, "s-0003")
+    assert str(job.run_folder) == f"{tmp_path}/runs/s/trials/s-0003"
+
+
+def test_values_keep_their_types(tmp_path):
+    """1e-05 in YAML is a string; a model's keys are not validated as numbers."""
+    made = plan(tmp_path, space={"model.rms_norm_eps": {"choice": [1e-05, 1e-06]}})
+    assert made.job(0, {"model.rms_norm_eps": 1e-05}).model["rms_norm_eps"] == 1e-05
+
+
+@pytest.mark.parametrize(
+    ("changes", "job", "needle"),
+    [
+        ({"space": {"train.optimzer.lr": {"uniform": [0.1, 1]}}}, {}, "train.optimzer: unknown key; did you mean 'optimizer'"),
+        ({"space": {"train.optimizer.lr": {"uniform": [1, 0.1]}}}, {}, "the first number must be below the second"),
+        ({"space": {"train.optimizer.lr": {"uniform": [-1, 1]}}}, {}, "the space holds jobs that cannot be trained: lr -1"),
+        ({"space": {"train.global_batch": {"choice": [8, 9]}}}, {}, "cannot be trained: global_batch 9"),
+        ({"space": {"model.num_attention_heads": {"choice": [4, 5]}}}, {}, "cannot be trained: num_attention_heads 5"),
+        ({"space": {"train.global_batch": {"randint": [8, 16]}}}, {}, "trial 0 would be no valid job: global_batch"),
+        ({"space": {"name": {"choice": ["a", "b"]}}}, {}, "space.name: cannot be swept"),
+        ({"space": {}}, {}, "space"),
+        ({"job": "jbo.yaml"}, {}, "job: there is no file 'jbo.yaml'"),
+        ({"set": {"train.stesp": 5}}, {}, "train.stesp: unknown key; did you mean 'steps'"),
+        ({"set": {"train.optimizer.lr": 1e-3}}, {}, "space.train.optimizer.lr: is in set, too"),
+        ({"metric": "los"}, {}, "metric: 'los' is no score of jobs.causal_lm:CausalLM; did you mean 'loss'"),
+        ({}, {"evaluate": None}, "job: has no evaluate, so it reports no metric"),
+        ({}, {"workers.count": [1, 4]}, "is elastic; a sweep needs a number"),
+        ({"budget": {}}, {}, "budget: searcher 'random' never ends"),
+        ({"budget": {"trials": 0}}, {}, "budget.trials: 0 should be greater than 0"),
+        ({"budget": {"tokens": 1000}}, {}, "budget.tokens: 1,000 is below one trial's 51,200 tokens"),
+        ({"budget": {"gpu_hours": 2}}, {}, "budget.gpu_hours: the job's workers have no GPUs"),
+        ({"searcher": {"name": "grid"}}, {}, "searcher 'grid' needs listed values"),
+        ({"space": {"train.seed": {"grid": [1, 2]}}}, {}, "grid needs searcher.name 'grid'"),
+        (
+            {"space": {"train.seed": {"grid": [1, 2, 3]}}, "searcher": {"name": "grid"}, "budget": {"trials": 2}},
+            {},
+            "budget.trials: 2 is below the grid's 3 trials",
+        ),
+        ({"searcher": {"name": "bohb"}}, {}, "searcher.name: 'bohb' is not a choice"),
+        ({"scheduler": {"name": "asha"}}, {}, "scheduler.grace: is required for 'asha'"),
+        (
+            {"scheduler": {"name": "asha", "grace": 15}},
+            {},
+            "grace: 15 must be a multiple of the job's evaluate.every 10",
+        ),
+        ({"scheduler": {"name": "asha", "grace": 100}}, {}, "scheduler.grace: 100 must be below the job's train.steps 100"),
+        ({"scheduler": {"name": "asah"}}, {}, "did you mean 'asha'"),
+        ({"scheduler": {"name": "hyperband"}}, {}, "scheduler.name: 'hyperband' is not a choice; valid: asha, median, none, pbt"),
+        (
+            {"scheduler": {"name": "asha", "grace": 10}, "space": {"train.steps": {"choice": [50, 100]}}},
+            {},
+            "space.train.steps: trials of other lengths cannot be compared",
+        ),
+        ({"scheduler": {"name": "pbt"}}, {}, "scheduler.interval: is required for 'pbt'"),
+        (
+            {"scheduler": {"name": "pbt", "interval": 10}, "space": {"model.hidden_size": {"choice": [32, 64]}}},
+            {},
+            "space.model.hidden_size: 'pbt' cannot change it in the middle of a run",
+        ),
+        ({"scheduler": {"name": "pbt", "interval": 10}, "budget": {"hours": 1}}, {}, "budget.trials: 'pbt' needs its population"),
+    ],
+)
+def test_a_bad_sweep_is_one_clear_error(tmp_path, changes, job, needle):
+    with pytest.raises(ConfigError) as caught:
+        plan(tmp_path, job, **changes)
+    assert needle in str(caught.value)
+
+
+def test_ashas_rungs_are_where_trials_wait(tmp_path):
+    made = plan(tmp_path, scheduler={"name": "asha", "grace": 10, "reduction": 3})
+    assert holds(made.sweep, made.job(0, {})) == [10, 30, 90]
+    made = plan(tmp_path, scheduler={"name": "median"})
+    assert holds(made.sweep, made.job(0, {})) == list(range(10, 100, 10))
+    assert holds(plan(tmp_path).sweep, made.job(0, {})) == []
+
+
+def test_a_pbt_trials_checkpoints_are_kept_until_all_have_come_so_far(tmp_path):
+    made = plan(tmp_path, {"checkpoint.keep": 1}, scheduler={"name": "pbt", "interval": 20})
+    job = made.job(0, {})
+    assert (job.checkpoint.every, holds(made.sweep, job)) == (20, [20, 40, 60, 80])
+    assert job.checkpoint.keep >= 3
+
+
+def test_a_sweep_dumps_to_what_it_was_loaded_from(tmp_path):
+    made = plan(tmp_path, set={"train.steps": 50}, scheduler={"name": "asha", "grace": 10}).sweep
+    assert Sweep.model_validate(made.dump()) == made
+
+
+def test_the_best_is_a_finished_trial_and_not_one_that_was_luckier_early():
+    trials = [
+        Record(0, {}, status="finished", step=20, reports=[(10, 3.0, 0.0), (20, 2.0, 0.0)]),
+        Record(1, {}, status="pruned", step=10, reports=[(10, 1.0, 0.0)]),
+        Record(2, {}, status="finished", step=20, reports=[(20, 2.5, 0.0)]),
+        Record(3, {}, status="failed"),
+        Record(4, {}, status="finished", step=20, reports=[(20, float("nan"), 0.0)]),
+    ]
+    assert [r.number for r in ranked(trials, "min")] == [0, 2, 4, 1, 3]
+    assert best(trials, "min").number == 0 and best(trials, "max").number == 2
+    assert best(trials[1:2], "min") is None
+
+
+def test_the_table_names_keys_by_their_last_part_unless_two_share_it(tmp_path):
+    made = plan(tmp_path)
+    record = Record(0, {"train.optimizer.lr": 1e-3}, status="finished", step=20, steps=20, reports=[(20, 2.0, 0.0)])
+    head, row = report.lines(report.rows(made, [record]))
+    assert re.split(r" {2,}", head.strip()) == ["trial", "status", "step", "loss", "lr", "seconds"]
+    assert "20/20" in row and "0.001" in row
+
+
+@pytest.mark.parametrize(
+    ("workers", "cpus", "count"),
+    [
+        (Workers(count=2), [8], 2),  # two workers, a CPU for data and a tenth for Tune, twice
+        (Workers(count=2), [2], 0),
+        (Workers(count=2), [2, 2, 2], 1),
+        (Workers(count=3, placement="strict_spread"), [10, 10], 0),
+        (Workers(count=2, placement="strict_spread"), [10, 1], 1),
+        (Workers(count=2, placement="strict_spread"), [10, 3, 3], 5),
+    ],
+)
+def test_as_many_trials_as_find_room_for_all_their_workers(workers, cpus, count):
+    assert room.gangs(workers, {str(i): {"CPU": float(c)} for i, c in enumerate(cpus)}) == count
+
+
+def test_gpus_count_too_and_one_machine_holds_at_least_one_trial():
+    assert room.gangs(Workers(count=2, gpus=1), {"a": {"CPU": 100.0, "GPU": 5.0}}) == 2
+    assert (room.here(Workers(count=2), 2), room.here(Workers(count=4), 2), room.here(Workers(count=1), 8)) == (1, 1, 8)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "jobs/sweeps").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_sweep_file_that_is_handed_out_is_right(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    made = load(path)
+    assert made.sweep.name.startswith(path.stem) and made.trials
+    assert all(rung % made.base["evaluate"]["every"] == 0 for rung in holds(made.sweep, made.job(0, {})))
