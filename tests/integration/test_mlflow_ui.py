@@ -86,12 +86,21 @@ def server(tracking: str, tmp_path: Path) -> Iterator[Server]:
 
 @pytest.fixture
 def look(server: Server, browser: Any, tmp_path: Path) -> Callable[..., None]:
-    """Opens a page, waits for the texts that it must show, and keeps a picture of it under the name."""
+    """Opens a page, presses a button or searches for charts there, waits for the texts that it must show, and keeps a picture of
+    it under the name."""
     shots = Path(os.environ.get("HELIOSTAT_SCREENSHOTS", tmp_path))
 
-    def look_(path: str, name: str, *texts: str, frame: str | None = None, picture: bool = False) -> None:
+    def look_(
+        path: str, name: str, *texts: str, frame: str | None = None, picture: bool = False, press: str = "", charts: str = ""
+    ) -> None:
         browser.get("about:blank")
         browser.get(f"http://{server.endpoint}/#{path}")
+        if press:
+            there(browser, press).click()
+        if charts:
+            there(browser, "input[placeholder='Search metric charts']").send_keys(charts)
+        for shut in browser.find_elements("css selector", "button[data-component-id='mlflow.assistant.chat_panel.close']"):
+            shut.click()
         for text in texts:
             until(lambda t=text: t.lower() in said(browser, frame).lower(), f"{text!r} at {path}", lambda: said(browser, frame))
         if picture:
@@ -111,7 +120,7 @@ def test_the_ui_shows_the_run_its_data_images_report_and_model(look, job_file, t
     client, run_id = MlflowClient(tracking_uri=tracking), result["run_id"]
     here = f"/experiments/{client.get_run(run_id).info.experiment_id}/runs/{run_id}"
     look(here, "run", "Finished", "train.optimizer.lr", "corpus", "seen-lm")
-    look(f"{here}/model-metrics", "curves", "train/loss", "eval/loss")
+    look(f"{here}/model-metrics", "curves", "train/loss", "eval/loss", charts="(train|eval)/loss")
     look(f"{here}/artifacts/report.html", "report", "Where the time went", "Lineage", frame="iframe")
     look(f"{here}/artifacts/images/squares/step-00000020.png", "images", "step-00000020.png", picture=True)
     look("/models/seen-lm/versions/1", "model", "seen-lm", "champion", "Held-out scores")
@@ -123,12 +132,18 @@ def test_the_ui_shows_a_sweep_its_trials_its_plots_and_their_comparison(look, co
     experiment = client.get_run(parent).info.experiment_id
     trials = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
     here = f"/experiments/{experiment}/runs/{parent}"
-    look(f"/experiments/{experiment}/runs", "trials", "swept", "swept-0000", "swept-0001")
+    unfold = "button[data-component-id*='runnamecellrenderer']"
+    look(f"/experiments/{experiment}/runs", "trials", "swept", "swept-0000", "swept-0001", press=unfold)
     look(here, "sweep", "Finished", "swept")
     look(f"{here}/artifacts/parallel_coordinates.png", "sweep-coordinates", "parallel_coordinates.png", picture=True)
     look(f"{here}/artifacts/history.png", "sweep-history", "history.png", picture=True)
     chosen = f"runs={json.dumps([r.info.run_id for r in trials])}&experiments={json.dumps([experiment])}"
     look(f"/compare-runs?{chosen}", "compare", "swept-0000", "swept-0001", "train.optimizer.lr")
+
+
+def there(browser: Any, selector: str) -> Any:
+    until(lambda: bool(browser.find_elements("css selector", selector)), selector, lambda: said(browser, None))
+    return browser.find_element("css selector", selector)
 
 
 def said(browser: Any, frame: str | None) -> str:

@@ -12,11 +12,10 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from heliostat.spec import Workers
+from heliostat.spec import FETCHING, Workers
 
 log = logging.getLogger(__name__)
 
-FETCHING = 1.0  # CPUs that a data task needs beside the workers, on one node
 ENDING_S = 20.0
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 
 from heliostat.cluster.files import ClusterFile, Pool
-from heliostat.cluster.nodes import FETCHING
 from heliostat.errors import ConfigError
-from heliostat.spec import Job
+from heliostat.spec import FETCHING, Job
 
 
 def check(job: Job, cluster: ClusterFile) -> None:

@@ -154,7 +154,7 @@ class _Tuning:
         os.environ.update(ENVIRONMENT)
         if not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):
             count = wanted or room.here(workers, os.cpu_count() or 1)
-            cpus = count * (workers.most * workers.cpus + nodes.FETCHING + 1)
+            cpus = count * (workers.most * workers.cpus + spec.FETCHING + 1)
             connect(max(os.cpu_count() or 1, round(cpus) + 1), round(count * workers.most * workers.gpus), self.verbose)
             return count
         connect(1, verbose=self.verbose)
