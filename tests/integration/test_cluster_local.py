@@ -130,6 +130,7 @@ def test_a_bad_job_ends_with_its_own_exit_code(work) -> None:
     assert "train.steps: 100000, but with max_epochs the data lasts for" in out
 
 
+@pytest.mark.slow  # minutes
 def test_a_sweep_runs_on_the_cluster_and_is_found_again(work) -> None:
     """`heliostat tune --cluster`: the job file travels, trials use the cluster's room, and the commands for jobs know it."""
     sweep = {"name": "rates", "job": "onto.yaml", "searcher": {"name": "grid"}, "register_best": False}
