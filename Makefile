@@ -23,7 +23,7 @@ test: .venv/.installed  ## unit and integration tests (tests/gpu skips itself wi
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit --numprocesses auto --dist worksteal
 	$(BIN)/python -m pytest tests/integration tests/gpu
 
-test-slow: .venv/.installed  ## chaos, and several hosts made of network namespaces (as root): a quarter of an hour
+test-slow: .venv/.installed  ## chaos, several hosts made of network namespaces (as root), MLflow in a browser, sweeps: half an hour and more
 	$(BIN)/python -m pytest tests/integration -m slow
 
 bench: .venv/.installed  ## the benchmarks behind docs/benchmarks/, one after another (about half an hour)

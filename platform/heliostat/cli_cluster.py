@@ -17,6 +17,8 @@ from heliostat.errors import ConfigError, HeliostatError
 
 if TYPE_CHECKING:
     from heliostat.cluster.jobs import Jobs, Record
+    from heliostat.cluster.reach import Endpoint
+    from heliostat.spec import Job
 
 cluster_app = typer.Typer(no_args_is_help=True, help="Clusters from YAML: check, up, down, status, list.")
 app.add_typer(cluster_app, name="cluster")
@@ -139,18 +141,25 @@ def submit(
     """Send a job to a cluster: the workspace and heliostat travel, the id is the run's name. Plans and checks first."""
     from heliostat.cluster import jobs as api
     from heliostat.cluster.reach import endpoint
-    from heliostat.plan import report as planning
 
     flags = (["--resume"] if resume else []) + (["--overwrite"] if overwrite else [])
     with endpoint(cluster) as there:
-        wanted = api.load(job, setting or [], there)
-        planned, recipe, _ = planning.prepare(job, setting)
-        planning.plan(planned, recipe, there.file)
-        if there.here:
-            from heliostat.check import check_services
-
-            check_services(wanted)
+        wanted = checked(job, setting or [], there)
         send(api.Jobs(there), api.Record.of(wanted, cluster, queue), tuple(flags), follow, json_)
+
+
+def checked(file: Path, settings: list[str], there: Endpoint) -> Job:
+    """The job, of which everything was checked that can be from here: its paths, its plan on the cluster, its services."""
+    from heliostat.check import check_services
+    from heliostat.cluster import jobs as api
+    from heliostat.plan import report as planning
+
+    wanted = api.load(file, settings, there)
+    planned, recipe, _ = planning.prepare(file, settings)
+    planning.plan(planned, recipe, there.file)
+    if there.here:
+        check_services(wanted)
+    return wanted
 
 
 def send(jobs: Jobs, wanted: Record, flags: tuple[str, ...], follow: bool, json_: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from heliostat.cli import Json, Settings, Verbose, _finish, app, out
-from heliostat.cli_cluster import Follow, Queue, Target, send
+from heliostat.cli_cluster import Follow, Queue, Target, checked, send
 from heliostat.errors import ConfigError
 
 DEFAULT_STORAGE = ".heliostat/runs"
@@ -99,15 +99,11 @@ def _submit(
     """Sends the sweep to the cluster, as `heliostat submit` does a job; its id is the sweep's name."""
     from heliostat.cluster import jobs as api
     from heliostat.cluster.reach import endpoint
-    from heliostat.plan import report as planning
     from heliostat.tune import sweep as sweeps
 
     plan = sweeps.load(path, setting)
-    file, fixed = sweeps.base_file(plan.sweep), sweeps.settings(plan.sweep.set_)
     with endpoint(cluster) as there:
-        job = api.load(file, fixed, there)
-        planned, recipe, _ = planning.prepare(file, fixed)
-        planning.plan(planned, recipe, there.file)
+        job = checked(sweeps.base_file(plan.sweep), sweeps.settings(plan.sweep.set_), there)
         whole = {k: v for k, v in plan.sweep.dump().items() if k != "set"}  # which is in the job
         record = api.Record(plan.sweep.name, cluster, str(plan.folder), plan.trials or 0, job.dump(), queue, whole)
         send(api.Jobs(there), record, flags, follow, json_)

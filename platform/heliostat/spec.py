@@ -135,9 +135,6 @@ def _count(value: object) -> object:
     return value
 
 
-FETCHING = 1.0  # CPUs that a data task needs beside the workers, on one node
-
-
 class Workers(Strict):
     count: Annotated[int | list[int], BeforeValidator(_count)] = 1  # or [least, most]: elastic
     cpus: Annotated[Float, Field(gt=0)] = 1.0

@@ -20,6 +20,7 @@ from heliostat.cluster import http, jobs, local
 from heliostat.cluster.reach import Endpoint, _answering
 from heliostat.errors import ClusterError, HeliostatError
 from heliostat.storage import Location
+from heliostat.tune import record
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
@@ -140,7 +141,14 @@ def test_a_sweep_runs_on_the_cluster_and_is_found_again(work) -> None:
     wrong = "space={train.optimizer.rl: {grid: [1]}}"
     refused = work.heliostat("tune", "rates.yaml", "-c", "cluster.yaml", "--set", wrong, code=2)
     assert "train.optimizer.rl: unknown key; valid: betas, eps, lr" in refused
-    done = work.json("tune", "rates.yaml", "-c", "cluster.yaml", "--follow")
+    sent = work.json("tune", "rates.yaml", "-c", "cluster.yaml")
+    folder, deadline = Location(sent["run_folder"]), time.monotonic() + 150
+    while [r.status for r in record.read(folder)][:1] != ["running"]:
+        assert time.monotonic() < deadline, work.heliostat("logs", "rates")
+        time.sleep(0.3)
+    assert work.json("stop", "rates")["status"] == "STOPPED"
+    assert not work.json("sweep", sent["run_folder"])["running"]
+    done = work.json("resume", "rates", "--follow")
     assert (done["id"], done["status"]) == ("rates", "SUCCEEDED")
     found = work.json("sweep", done["run_folder"])
     assert [t["status"] for t in found["trials"]] == ["finished", "finished"]

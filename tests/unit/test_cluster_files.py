@@ -112,6 +112,8 @@ def test_a_job_too_big_for_the_cluster_is_refused_before_it_waits_for_ever():
     lost = job(**{"workers.labels": {"heliostat-pool": "trian"}})
     with pytest.raises(ConfigError, match=r"workers\.labels: no pool .*heliostat-pool=train"):
         room.check(lost, cluster)
+    with pytest.raises(ConfigError, match=r"data\.labels: no pool .*heliostat-pool=data"):
+        room.check(job(**{"data.labels": {"heliostat-pool": "date"}}), cluster)
 
 
 def test_workers_that_leave_the_data_tasks_no_cpu_are_refused(tmp_path):

@@ -5,7 +5,7 @@ import random
 
 import pytest
 from heliostat import errors, spec
-from heliostat.cluster.nodes import room
+from heliostat.cluster.room import room, starved
 from heliostat.errors import CheckpointError, ConfigError, CorruptCheckpointError, StorageError, TrainingError, WorkerError
 from heliostat.train.spike import Detector
 from heliostat.train.survive import Budget, choose, classify, stalled
@@ -103,6 +103,9 @@ def test_room_is_counted_node_by_node_and_leaves_the_data_tasks_a_cpu():
     assert room(spec.Workers(cpus=1.0), {"a": {"CPU": 4}}, {}) == 3
     assert room(spec.Workers(cpus=1.5), {"a": {"CPU": 2}, "b": {"CPU": 2}}, {}) == 1  # a data task does not span nodes
     assert room(spec.Workers(cpus=1.5), {"a": {"CPU": 2}, "b": {"CPU": 2}, "c": {"CPU": 1}}, {}) == 2
+    assert room(spec.Workers(cpus=1.5), {"a": {"CPU": 2}, "b": {"CPU": 2}}, {}, apart=True) == 2
+    assert starved(spec.Workers(cpus=1.5), {"a": 2, "b": 2}, {"a": 1, "b": 1})
+    assert not starved(spec.Workers(cpus=1.5), {"a": 2, "b": 2.5}, {"a": 1, "b": 1})
     assert room(spec.Workers(cpus=1.0, placement="strict_spread"), {"a": {"CPU": 4}, "b": {"CPU": 4}}, {}) == 2
 
 

@@ -12,41 +12,32 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from heliostat.spec import FETCHING, Workers
+from heliostat.cluster.room import FETCHING, room, starved
+from heliostat.spec import Job, Workers
 
 log = logging.getLogger(__name__)
 
 ENDING_S = 20.0
 
 
-def room(workers: Workers, free: Mapping[str, Mapping[str, float]], held: Mapping[str, int]) -> int:
-    """How many workers fit on the nodes, with a data task on one. `free`: resources by node; `held`: how many of ours run there
-    already."""
-    nodes = [{**r, "CPU": r.get("CPU", 0.0) + held.get(n, 0) * workers.cpus,
-              "GPU": r.get("GPU", 0.0) + held.get(n, 0) * workers.gpus} for n, r in free.items()]  # fmt: skip
-    most = 1 if workers.placement == "strict_spread" else 1 << 30
-    fit = [min(most, fits(workers, node)) for node in nodes]
-    beside = [f - min(most, fits(workers, node, FETCHING)) for f, node in zip(fit, nodes, strict=True) if node["CPU"] >= FETCHING]
-    return sum(fit) - min(beside) if beside else 0
-
-
-def fits(workers: Workers, node: Mapping[str, float], taken: float = 0.0) -> int:
-    """How many workers a node with these resources holds beside `taken` CPUs."""
-    count = int((node["CPU"] - taken) / workers.cpus + 1e-6)
-    return min(count, int(node["GPU"] / workers.gpus + 1e-6)) if workers.gpus else count
-
-
-def starved(workers: Workers, held: Mapping[str, int], labels: Mapping[str, str]) -> bool:
-    """Whether the workers leave no node with these labels the CPU that a data task needs."""
-    fit = [n for n in ray.nodes() if n["Alive"] and labels.items() <= n.get("Labels", {}).items()]
-    return all(n["Resources"].get("CPU", 0.0) - held.get(n["NodeID"], 0) * workers.cpus < FETCHING - 1e-6 for n in fit)
-
-
-def room_now(workers: Workers, held: Mapping[str, int]) -> int:
-    """The same of the cluster as it is; nodes that are about to go, or lack the workers' labels, have no room."""
+def room_now(job: Job, held: Mapping[str, int]) -> int:
+    """How many workers fit on the cluster as it is, where `held` of the run's own, by node, are already. Nodes that are about to
+    go, or lack the workers' labels, have no room."""
     free, leaving = ray._private.state.available_resources_per_node(), draining()
-    fit = {n["NodeID"] for n in ray.nodes() if n["Alive"] and workers.labels.items() <= n.get("Labels", {}).items()} - leaving
-    return room(workers, {n: r for n, r in free.items() if n in fit}, held)
+    train, data = carrying(job.workers.labels), carrying(job.data.labels)
+    apart = any(cpus >= FETCHING for n, cpus in data.items() if n not in train and n not in leaving)
+    return room(job.workers, {n: r for n, r in free.items() if n in train and n not in leaving}, held, apart)
+
+
+def starved_now(job: Job, held: Mapping[str, int]) -> bool:
+    """Whether the run's workers leave no node the CPU that reading its data needs."""
+    return starved(job.workers, carrying(job.data.labels), held)
+
+
+def carrying(labels: Mapping[str, str]) -> dict[str, float]:
+    """The living nodes with these labels, and their CPUs, whoever uses them."""
+    return {n["NodeID"]: n["Resources"].get("CPU", 0.0) for n in ray.nodes()
+            if n["Alive"] and labels.items() <= n.get("Labels", {}).items()}  # fmt: skip
 
 
 def census() -> list[dict[str, Any]]:

@@ -2,47 +2,37 @@
 
 from __future__ import annotations
 
-import math
-
 from heliostat.cluster.files import ClusterFile, Pool
+from heliostat.cluster.room import FETCHING, room
 from heliostat.errors import ConfigError
-from heliostat.spec import FETCHING, Job
+from heliostat.spec import Job
 
 
 def check(job: Job, cluster: ClusterFile) -> None:
-    """ConfigError if the cluster, at its largest, has no place for all workers."""
+    """ConfigError if the cluster, at its largest, has no place for all workers, or none for reading data beside them."""
     need = job.workers
-    pools = [p for p in cluster.pools if all(p.labels.get(k) == v for k, v in need.labels.items())]
-    if need.labels and not pools and any(p.labels for p in cluster.pools):
-        have = sorted({f"{k}={v}" for p in cluster.pools for k, v in p.labels.items()})
-        raise ConfigError(f"workers.labels: no pool of {cluster.path} carries {dict(need.labels)}; there are {', '.join(have)}")
-    known = [p for p in pools if p.cpus is not None]
-    fits = sum(p.most * _fit(p.cpus or 0, p.gpus, need.cpus, need.gpus) for p in known)
-    if not known or len(known) < len(pools):
-        return
-    if fits < need.least:
+    train, data = _pools(cluster, "workers.labels", need.labels), _pools(cluster, "data.labels", job.data.labels)
+    if not train or any(p.cpus is None for p in [*train, *data]):
+        return  # Ray finds out
+    nodes = {f"{p.name}/{i}": {"CPU": p.cpus or 0.0, "GPU": p.gpus} for p in train for i in range(p.most)}
+    if (fits := room(need, nodes, {}, apart=True)) < need.least:
         raise ConfigError(
             f"workers.count: {need.least} workers of {need.cpus:g} CPUs and {need.gpus:g} GPUs do not fit on {cluster.path}, "
             f"which has room for {fits} at its largest; lower it, or raise the pool's maximum"
         )
-    _check_fetching(job, cluster, known, fits)
-
-
-def _check_fetching(job: Job, cluster: ClusterFile, train: list[Pool], fits: int) -> None:
-    """ConfigError if the workers leave no node the CPU that a data task needs."""
-    need = job.workers
-    data = [p for p in cluster.pools if all(p.labels.get(k) == v for k, v in job.data.labels.items())]
-    if any(p.cpus is None or (p not in train and p.most and p.cpus >= FETCHING) for p in data):
+    if any(p not in train and p.most and (p.cpus or 0.0) >= FETCHING for p in data):
         return
-    shared = [(p, p.cpus) for p in data if p in train and p.cpus and p.cpus >= FETCHING]
-    lost = min((_fit(c, p.gpus, need.cpus, need.gpus) - _fit(c - FETCHING, p.gpus, need.cpus, need.gpus)
-                for p, c in shared), default=fits)  # fmt: skip
-    if fits - lost < need.least:
+    if not any(p in train for p in data) or room(need, nodes, {}) < need.least:
         raise ConfigError(
             f"workers.cpus: {need.least} workers of {need.cpus:g} CPUs leave no node of {cluster.path} the {FETCHING:g} CPU that "
             "reading the data needs; lower workers.cpus or workers.count, or add a node"
         )
 
 
-def _fit(cpus: float, gpus: float, need_cpus: float, need_gpus: float) -> int:
-    return int(min(cpus // need_cpus, gpus // need_gpus if need_gpus else math.inf))
+def _pools(cluster: ClusterFile, field: str, labels: dict[str, str]) -> list[Pool]:
+    """Those that carry the labels; ConfigError if the file knows labels, and not these."""
+    found = [p for p in cluster.pools if labels.items() <= p.labels.items()]
+    if labels and not found and any(p.labels for p in cluster.pools):
+        have = sorted({f"{k}={v}" for p in cluster.pools for k, v in p.labels.items()})
+        raise ConfigError(f"{field}: no pool of {cluster.path} carries {dict(labels)}; there are {', '.join(have)}")
+    return found

@@ -134,7 +134,7 @@ class Attempt:
                 return
             self._order(INTERRUPTED, f"{self.signals.name}: stopping behind a checkpoint; once more stops at once")
         held = Counter(p["node"] for p in self._pulses.values())
-        if self._phase == "data" and not self._starved and nodes.starved(self.job.workers, held, self.job.data.labels):
+        if self._phase == "data" and not self._starved and nodes.starved_now(self.job, held):
             self._starved = True
             log.warning(
                 "workers.cpus: %g a worker leave no node the CPU that reading the data needs; waiting %g s (watchdog.start) for "
@@ -145,7 +145,7 @@ class Attempt:
                 self._order(PREEMPTED, f"{len(gone)} of the run's nodes are about to go: stopping behind a checkpoint")
             elif not self._ordered and now >= self._grow_at and self.job.workers.most < max(self.start.counts):
                 self._grow_at = now + GROW_S
-                better = choose(self.start.counts, nodes.room_now(self.job.workers, held))
+                better = choose(self.start.counts, nodes.room_now(self.job, held))
                 if better > self.job.workers.most:
                     self._order(RESIZE, f"there is room for {better} workers: growing behind the next checkpoint")
         if self._stop_by and now > self._stop_by:

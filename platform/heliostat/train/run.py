@@ -262,7 +262,7 @@ class _Run:
         count = self.counts[0]
         if len(self.counts) > 1:
             nodes.ask_for(self.job.workers, max(self.counts))
-            count = choose(self.counts, nodes.room_now(self.job.workers, {}))
+            count = choose(self.counts, nodes.room_now(self.job, {}))
         segments.begin(self.job.run_folder, self.plan, self.start_step)
         owner.post(
             {"kind": "attempt", "start_step": self.start_step, "workers": count, "nodes": nodes.census(), "at": time.time()}

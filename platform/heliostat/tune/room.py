@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from heliostat.cluster.nodes import fits
-from heliostat.spec import FETCHING, Workers
+from heliostat.cluster.room import FETCHING, fits
+from heliostat.spec import Workers
 
 TRIAL_CPUS = 0.1  # of Tune's actor for a trial
 

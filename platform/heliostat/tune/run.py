@@ -154,13 +154,13 @@ class _Tuning:
         os.environ.update(ENVIRONMENT)
         if not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):
             count = wanted or room.here(workers, os.cpu_count() or 1)
-            cpus = count * (workers.most * workers.cpus + spec.FETCHING + 1)
+            cpus = count * (workers.most * workers.cpus + room.FETCHING + 1)
             connect(max(os.cpu_count() or 1, round(cpus) + 1), round(count * workers.most * workers.gpus), self.verbose)
             return count
         connect(1, verbose=self.verbose)
         free = ray._private.state.available_resources_per_node()
-        fit = {n["NodeID"] for n in ray.nodes() if n["Alive"] and workers.labels.items() <= n.get("Labels", {}).items()}
-        fits = room.gangs(workers, {n: r for n, r in free.items() if n in fit - nodes.draining()})
+        there, leaving = nodes.carrying(workers.labels), nodes.draining()
+        fits = room.gangs(workers, {n: r for n, r in free.items() if n in there and n not in leaving})
         if wanted and wanted > fits:
             log.warning("concurrency: there is room for %d trials of %d workers, not %d", fits, workers.most, wanted)
         return max(1, min(wanted or fits, fits))
