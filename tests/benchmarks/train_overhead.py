@@ -1,18 +1,17 @@
 """Tokens/s of whole heliostat runs against plain torchrun DDP with the data already in memory.
 
-    python tests/benchmarks/train_overhead.py [--rounds 5] [--steps 12] [--precision bf16] [--precision fp32]
+    python tests/benchmarks/train_overhead.py [--steps 60] [--turn 12] [--stages 1 2 3] [--precision bf16] [--precision fp32]
 
 Same model (17M parameters), batch (4,096 tokens a step), precision and thread count (2 processes of 1 thread). The heliostat
-runs have everything on: Ray Data, MLflow, evaluation and checkpoints. Runs are interleaved (plain, ZeRO-1, 2, 3, plain, ...),
-each is summarised by its median step after the first two, and the medians over the rounds are compared. DDP's bf16 is
-autocast over fp32 weights; DeepSpeed's is bf16 weights over fp32 masters.
+runs have everything on: Ray Data, MLflow (a line every step), evaluation and checkpoints. The two train by turns of some
+seconds, all processes of the other stopped (see yardsticks/turns.py); each pair of turns gives a ratio, of the steps that lie
+in them. DDP's bf16 is autocast over fp32 weights; DeepSpeed's is bf16 weights over fp32 masters.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,9 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
+sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
+
+from tests.benchmarks.yardsticks import turns  # noqa: E402
 
 
 def job(folder: Path, steps: int, precision: str) -> Path:
@@ -32,73 +34,66 @@ def job(folder: Path, steps: int, precision: str) -> Path:
     raw["train"] |= {"steps": steps, "global_batch": 16, "micro_batch": 8, "precision": precision, "log_every": 1}
     raw["train"]["schedule"] = {"name": "constant"}
     raw["data"].pop("lanes")
-    raw["evaluate"] = {"every": steps, "samples": 16, "fraction": 0.01}
-    raw["checkpoint"] = {"every": steps // 2}
+    raw["evaluate"] = {"every": steps // 2, "samples": 16, "fraction": 0.01}
+    raw["checkpoint"] = {"every": steps // 3}
+    raw["watchdog"] = {"stall": 3600}  # it stands still between its turns
     raw["storage"], raw["mlflow"]["uri"] = str(folder / "runs"), f"sqlite:///{folder}/mlflow.db"
     path = folder / "bench.yaml"
     path.write_text(yaml.safe_dump(raw))
     return path
 
 
-def plain(path: Path, steps: int) -> float:
-    command = [
-        BIN / "torchrun",
-        "--nproc-per-node",
-        "2",
-        ROOT / "tests/benchmarks/yardsticks/plain_ddp.py",
-        path,
-        str(steps),
-    ]
-    return json.loads(_run(command))["tokens_per_second"]
-
-
-def heliostat(path: Path, stage: int, log: Path) -> tuple[float, float, dict[str, float]]:
-    """(median tokens/s of the steps after the first two, data wait, start-up split)."""
-    command = [BIN / "heliostat", "train", path, "--set", f"train.zero.stage={stage}", "--overwrite", "--json"]
-    result = json.loads(_run(command))
+def steps_of(run_id: str, uri: str, tokens: int) -> list[turns.Step]:
+    """What MLflow has of a run's steps."""
     from mlflow import MlflowClient
 
-    uri = yaml.safe_load(path.read_text())["mlflow"]["uri"]
-    history = MlflowClient(tracking_uri=uri).get_metric_history(result["run_id"], "train/tokens_per_second")
-    return median(m.value for m in history if m.step > 2), result["data_wait"], result["startup"]
+    history = MlflowClient(tracking_uri=uri).get_metric_history(run_id, "train/tokens_per_second")
+    return [turns.Step(m.timestamp / 1000, tokens / m.value) for m in history]
 
 
-def _run(command: list[Any]) -> str:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'platform'}"}
-    done = subprocess.run([str(c) for c in command], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.stderr[-3000:])
-    return done.stdout.splitlines()[-1]
+def compare(path: Path, stage: int, seconds: float, folder: Path) -> tuple[list[float], list[float], dict[str, Any]]:
+    """Tokens/s of plain DDP and of heliostat, turn by turn, and heliostat's result."""
+    job = yaml.safe_load(path.read_text())
+    tokens = job["train"]["global_batch"] * job["data"]["sequence_length"]
+    command = [BIN / "torchrun", "--nproc-per-node", "2", ROOT / "tests/benchmarks/yardsticks/plain_ddp.py", path, 500]
+    plain = turns.Contender(command, folder / "plain.log", lambda text: text.count("\n[") + text.startswith("[") > 2)
+    command = [BIN / "heliostat", "train", path, "--set", f"train.zero.stage={stage}", "--overwrite", "--json"]
+    ours = turns.Contender(command, folder / "heliostat.log", lambda text: " step 3/" in text)
+    turns.play(ours, plain, seconds)
+    lines = (folder / "plain.log").read_text().splitlines()
+    plain_steps = [turns.Step(*json.loads(line)) for line in lines if line.startswith("[")]
+    result = json.loads((folder / "heliostat.log").read_text().splitlines()[-1])
+    paces = turns.paces(ours, steps_of(result["run_id"], job["mlflow"]["uri"], tokens)), turns.paces(plain, plain_steps)
+    both = [(a, b) for a, b in zip(*paces, strict=True) if a and b]
+    return [tokens / b for _, b in both], [tokens / a for a, _ in both], result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--turn", type=float, default=12.0)
+    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--precision", action="append")
     options = parser.parse_args()
-    _run([BIN / "heliostat", "prepare", "pipelines/quickstart.yaml"])
+    subprocess.run([BIN / "heliostat", "prepare", "pipelines/quickstart.yaml"], cwd=ROOT, check=True)
     with tempfile.TemporaryDirectory() as name:
         for precision in options.precision or ["bf16", "fp32"]:
             path = job(Path(name), options.steps, precision)
-            rates: dict[str, list[float]] = {"plain DDP": [], **{f"ZeRO-{s}": [] for s in (1, 2, 3)}}
-            waits, starts = [], []
-            for _ in range(options.rounds):
-                rates["plain DDP"].append(plain(path, options.steps))
-                for stage in (1, 2, 3):
-                    rate, wait, startup = heliostat(path, stage, Path(name))
-                    rates[f"ZeRO-{stage}"].append(rate)
-                    waits.append(wait)
-                    starts.append(startup)
-            print(f"\n{precision}, {options.rounds} rounds of {options.steps} steps, 4,096 tokens a step")
-            print("| | tokens/s, median (all) | ratio to plain, median of the rounds |\n|---|---|---|")
-            for label, values in rates.items():
-                ratio = median(v / p for v, p in zip(values, rates["plain DDP"], strict=True))
-                print(f"| {label} | {median(values):,.0f} ({', '.join(f'{v:,.0f}' for v in values)}) | {ratio:.3f} |")
-            split = ", ".join(f"{k.replace('_', ' ')} {median(s[k] for s in starts):.1f}" for k in starts[0])
+            print(f"\n{precision}, {options.steps} steps of 4,096 tokens, turns of {options.turn:g} s")
             print(
-                f"data wait: median {median(waits):.2%}, worst {max(waits):.2%}; start-up, seconds, medians: {split}", flush=True
+                "| | tokens/s | plain DDP in between | ratio: median (least to most, turns) | data wait |\n|---|---|---|---|---|"
             )
+            starts = []
+            for stage in options.stages:
+                plain, ours, result = compare(path, stage, options.turn, Path(name))
+                ratio = turns.spread([a / b for a, b in zip(ours, plain, strict=True)])
+                print(
+                    f"| ZeRO-{stage} | {median(ours):,.0f} | {median(plain):,.0f} | {ratio} | {result['data_wait']:.2%} |",
+                    flush=True,
+                )
+                starts.append(result["startup"])
+            split = ", ".join(f"{k.replace('_', ' ')} {median(s[k] for s in starts):.1f}" for k in starts[0])
+            print(f"start-up, seconds, medians: {split}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,47 @@
+"""Attention as this project computes it on CPUs: the numbers are those of torch's own, whatever the shapes and the mask."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from jobs import attention
+from tests.unit.test_causal_lm import END, LLAMA, recipe
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (6, 1)])
+def test_values_and_gradients_are_those_of_scaled_dot_product_attention(heads, groups, masked):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, heads, 33, 20), (2, groups, 33, 20), (2, groups, 33, 20)]
+    inputs = [torch.randn(s, generator=generator).requires_grad_() for s in shapes]
+    mask = None
+    if masked:
+        mask = (torch.rand(2, 1, 33, 33, generator=generator) < 0.4).tril() | torch.eye(33, dtype=torch.bool)
+    upstream = torch.randn(2, 33, heads, 20, generator=generator)
+    ours, _ = attention.attend(torch.nn.Identity(), *inputs, mask, scaling=0.3)
+    theirs = F.scaled_dot_product_attention(*inputs, attn_mask=mask, is_causal=not masked, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(ours, theirs.transpose(1, 2))
+    gradients = [torch.autograd.grad(o, inputs, upstream) for o in (ours, theirs.transpose(1, 2))]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+@pytest.mark.parametrize("arch", attention.MODELS)
+def test_a_model_that_uses_it_is_the_model_as_transformers_builds_it(arch, document_mask):
+    """The same logits from the same weights, packed documents or not; what is not short, bf16 and on a CPU is left alone."""
+    keys = {**LLAMA, "arch": arch}
+    data = {"data.document_mask": document_mask}
+    ours, theirs = (recipe(keys, **data, **{"train.precision": precision}) for precision in ("bf16", "fp32"))
+    long = recipe(keys, **data, **{"train.precision": "bf16", "data.sequence_length": attention.LONGEST + 1})
+    assert (ours.grouped, theirs.grouped, long.grouped) == (True, False, False)
+    content = np.random.default_rng(0).integers(0, 96, (3, 64)).astype(np.int32)
+    content[0, [5, 40]] = END
+    logits = []
+    for made in (ours, theirs):
+        torch.manual_seed(0)
+        model = made.build()
+        batch = {k: v for k, v in made.batch(content).items() if k != "labels"}
+        logits.append(model(**batch).logits)
+    assert ours.config._attn_implementation == attention.NAME
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
