@@ -1,8 +1,8 @@
 """Attention for short sequences in bf16 on a CPU: "grouped", an implementation for transformers as "sdpa" is one.
 
-There torch's fused kernel takes 1.2 (512 tokens) to 1.8 times (256 tokens) as long, and transformers' own "eager" longer still: here
-the queries that share a key head are one matrix, so keys and values are never repeated, and softmax writes bf16 at once, so that
-no fp32 copy of the scores is made. Masks are those of "sdpa": none where attention is just causal, else bool, True where it looks.
+There torch's fused kernel takes 1.2 (512 tokens) to 1.8 times (256 tokens) as long, and transformers' own "eager" longer still.
+The queries that share a key head are one matrix, so keys and values are never repeated, and softmax writes bf16 at once, so no
+fp32 copy of the scores is made. Masks are those of "sdpa": none where attention is just causal, else bool, True where it looks.
 """
 
 from __future__ import annotations

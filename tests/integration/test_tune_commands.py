@@ -1,5 +1,5 @@
 """Sweeps as a person handles them: stopped and gone on with, failed trials tried again, the best job trained, a rate carried to a
-big job; and Optuna's trials under median stopping. `make test-slow` runs it.
+big job; Optuna's trials under median stopping; HyperBand's brackets and PB2's model. `make test-slow` runs it.
 """
 
 import json
@@ -13,6 +13,7 @@ from heliostat.cli import app
 from heliostat.storage import Location
 from heliostat.tune import record
 from heliostat.tune.run import tune
+from heliostat.verify import verify
 from typer.testing import CliRunner
 
 from tests.integration.paced import PACED
@@ -84,3 +85,33 @@ def test_optuna_draws_and_median_stopping_prunes(corpus, tracking, tmp_path):
     for trial in result["trials"]:
         assert (trial["step"] == 8) == (trial["status"] == "finished")
     assert len({t["train.optimizer.lr"] for t in result["trials"]}) == 4
+
+
+def test_hyperbands_trials_wait_where_their_brackets_say(corpus, tracking, tmp_path):
+    """Each is judged among those of its bracket only; the bracket that waits on no rung stops nobody."""
+    scheduler = {"name": "hyperband", "grace": 2, "reduction": 2}
+    path = sweep_file(corpus, tracking, tmp_path, name="bands", space=grid(1e-3, 1e-4, 1e-6, 1e-7), scheduler=scheduler)
+    result = tune(path)
+    reported = {r.number: [step for step, *_ in r.reports] for r in record.read(Location(result["folder"]))}
+    assert reported == {0: [2, 4, 8], 1: [4, 8], 2: [8], 3: [2]}
+    assert {t["trial"]: t["status"] for t in result["trials"]} == {0: "finished", 1: "finished", 2: "finished", 3: "pruned"}
+
+
+def test_pb2_takes_what_comes_next_from_its_model(corpus, tracking, tmp_path):
+    """From the second exchange on, the clone's rate is no step of PBT's; what it cloned is whole, as every run is."""
+    path = sweep_file(
+        corpus, tracking, tmp_path, name="bandit", space={"train.optimizer.lr": {"loguniform": [1e-6, 1e-2]}},
+        searcher={"seed": 2}, budget={"trials": 2}, scheduler={"name": "pb2", "interval": 2, "quantile": 0.5, "resample": 0.0},
+    )  # fmt: skip
+    result = tune(path)
+    assert [t["status"] for t in result["trials"]] == ["finished", "finished"]
+    folder = Location(result["folder"])
+    clones = sorted((c for r in record.read(folder) for c in r.clones), key=lambda c: c["step"])
+    assert [c["step"] for c in clones] == [2, 4, 6]
+    rates = [c["params"]["train.optimizer.lr"] for c in clones]
+    assert all(1e-6 <= rate <= 1e-2 for rate in rates)
+    first = next(r for r in record.read(folder) if r.number == clones[0]["from"]).drawn["train.optimizer.lr"]
+    steps = (0.8, 1.2)
+    assert any(rates[0] == pytest.approx(first * s) for s in steps)
+    assert not any(rates[1] == pytest.approx(base * s) for s in steps for base in (first, rates[0]))
+    assert all(verify(folder.join("trials", f"bandit-000{n}"))["ok"] for n in range(2))

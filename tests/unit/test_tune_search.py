@@ -11,7 +11,7 @@ from heliostat.tune import record as records
 from heliostat.tune import schedulers, searchers
 from heliostat.tune.record import Claim, Record
 from heliostat.tune.state import State
-from heliostat.tune.sweep import Plan, load
+from heliostat.tune.sweep import Plan, bracket, load
 
 from tests.unit import build_job
 from tests.unit.build_job import ROOT
@@ -52,18 +52,23 @@ def test_optuna_goes_on_as_if_it_had_not_been_interrupted(plan) -> None:
     assert resumed.draw(42) is not None
 
 
-def test_asha_remembers_its_rungs(plan) -> None:
-    """A trial that is worse than those of the earlier command is stopped, one that is better goes on."""
-    made = plan(scheduler={"name": "asha", "grace": 10, "reduction": 2})
-    before = [over(0, 1e-3, 2.0, 10, at=1.0), over(1, 1e-3, 3.0, 10, "pruned", at=2.0)]
+@pytest.mark.parametrize("name", ["asha", "hyperband"])
+def test_halving_remembers_its_rungs(plan, name) -> None:
+    """A trial that is worse than those of the earlier command is stopped, one that is better goes on; HyperBand's other brackets
+    say nothing of what is good here."""
+    made = plan(scheduler={"name": name, "grace": 10, "reduction": 2})
+    good, bad, *numbers = [n for n in range(20) if bracket(made.sweep, 100, n) == 0][:4]
+    before = [over(good, 1e-3, 2.0, 10, at=1.0), over(bad, 1e-3, 3.0, 10, "pruned", at=2.0)]
+    before += [over(n, 1e-3, 0.1, 10, at=3.0) for n in range(bad) if n != good]
     state = State(made, before, 1, "", 0.0)
     scheduler = schedulers.make(state)
     scheduler.set_search_properties("value", "min")
     scheduler.replay(before)
     decisions = []
-    for number, value in ((2, 2.8), (3, 1.5)):
+    for number, value in zip(numbers, (2.8, 1.5), strict=True):
+        state.add(number, {LR: 1e-3})
         trial = schedulers._StandIn(made.name(number))
-        schedulers.AsyncHyperBandScheduler.on_trial_add(scheduler, None, trial)
+        scheduler.on_trial_add(None, trial)
         decisions.append(scheduler.on_trial_result(None, trial, {"step": 10, "value": value}))
     assert decisions == ["STOP", "CONTINUE"]
 

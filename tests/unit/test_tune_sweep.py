@@ -79,7 +79,14 @@ def test_values_keep_their_types(tmp_path):
         ),
         ({"scheduler": {"name": "asha", "grace": 100}}, {}, "scheduler.grace: 100 must be below the job's train.steps 100"),
         ({"scheduler": {"name": "asah"}}, {}, "did you mean 'asha'"),
-        ({"scheduler": {"name": "hyperband"}}, {}, "scheduler.name: 'hyperband' is not a choice; valid: asha, median, none, pbt"),
+        ({"scheduler": {"name": "bohb"}}, {}, "'bohb' is not a choice; valid: asha, hyperband, median, none, pb2, pbt"),
+        ({"scheduler": {"name": "hyperband"}}, {}, "scheduler.grace: is required for 'hyperband'"),
+        ({"scheduler": {"name": "pb2"}}, {}, "scheduler.interval: is required for 'pb2'"),
+        (
+            {"scheduler": {"name": "pb2", "interval": 10}, "space": {"train.grad_clip": {"choice": [0.5, 1.0]}}},
+            {},
+            "space.train.grad_clip: 'pb2' models ranges; write one instead of choice",
+        ),
         (
             {"scheduler": {"name": "asha", "grace": 10}, "space": {"train.steps": {"choice": [50, 100]}}},
             {},
@@ -102,16 +109,26 @@ def test_a_bad_sweep_is_one_clear_error(tmp_path, changes, job, needle):
 
 def test_ashas_rungs_are_where_trials_wait(tmp_path):
     made = plan(tmp_path, scheduler={"name": "asha", "grace": 10, "reduction": 3})
-    assert holds(made.sweep, made.job(0, {})) == [10, 30, 90]
+    assert holds(made.sweep, made.job(0, {}), 0) == [10, 30, 90]
     made = plan(tmp_path, scheduler={"name": "median"})
-    assert holds(made.sweep, made.job(0, {})) == list(range(10, 100, 10))
-    assert holds(plan(tmp_path).sweep, made.job(0, {})) == []
+    assert holds(made.sweep, made.job(0, {}), 0) == list(range(10, 100, 10))
+    assert holds(plan(tmp_path).sweep, made.job(0, {}), 0) == []
 
 
-def test_a_pbt_trials_checkpoints_are_kept_until_all_have_come_so_far(tmp_path):
-    made = plan(tmp_path, {"checkpoint.keep": 1}, scheduler={"name": "pbt", "interval": 20})
+def test_hyperbands_trials_begin_at_different_rungs(tmp_path):
+    """One bracket begins at each rung, one waits on none, and the most trials are in the one that stops most of them."""
+    made = plan(tmp_path, scheduler={"name": "hyperband", "grace": 10, "reduction": 3}, budget={"trials": 17})
+    waits = [tuple(holds(made.sweep, made.job(n, {}), n)) for n in range(44)]
+    assert set(waits) == {(10, 30, 90), (30, 90), (90,), ()}
+    assert waits[0] == (10, 30, 90)
+    assert waits.count((10, 30, 90)) > waits.count((30, 90)) > waits.count((90,)) >= waits.count(()) > 0
+
+
+@pytest.mark.parametrize("name", ["pbt", "pb2"])
+def test_a_populations_checkpoints_are_kept_until_all_have_come_so_far(tmp_path, name):
+    made = plan(tmp_path, {"checkpoint.keep": 1}, scheduler={"name": name, "interval": 20})
     job = made.job(0, {})
-    assert (job.checkpoint.every, holds(made.sweep, job)) == (20, [20, 40, 60, 80])
+    assert (job.checkpoint.every, holds(made.sweep, job, 0)) == (20, [20, 40, 60, 80])
     assert job.checkpoint.keep >= 3
 
 
@@ -166,4 +183,4 @@ def test_every_sweep_file_that_is_handed_out_is_right(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     made = load(path)
     assert made.sweep.name.startswith(path.stem) and made.trials
-    assert all(rung % made.base["evaluate"]["every"] == 0 for rung in holds(made.sweep, made.job(0, {})))
+    assert all(rung % made.base["evaluate"]["every"] == 0 for rung in holds(made.sweep, made.job(0, {}), 0))

@@ -1,11 +1,12 @@
 """What becomes of a trial that waits behind a step: Ray Tune's schedulers, told of earlier commands' trials, within the room.
 
-ASHA and median stopping remember over a resume: the records are replayed to them in the order in which they came. PBT is
-synchronous: its trials stop behind the same step, and the worst clone the best from our own checkpoints.
+ASHA, HyperBand and median stopping remember over a resume: the records are replayed to them in the order in which they came.
+PBT and PB2 are synchronous: their trials stop behind the same step, and the worst clone the best from our own checkpoints.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,8 +20,11 @@ from ray.tune.schedulers import (
 )
 
 from heliostat.errors import ConfigError
+from heliostat.tune import bandit
 from heliostat.tune import space as spaces
 from heliostat.tune.record import Record
+from heliostat.tune.space import Params
+from heliostat.tune.sweep import bracket, brackets
 
 if TYPE_CHECKING:
     from heliostat.tune.state import State
@@ -32,12 +36,18 @@ def make(state: State) -> Any:
     """The sweep's scheduler; `controller` becomes Tune's own when it starts its first trial."""
     given, steps = state.plan.sweep.scheduler, state.plan.base["train"]["steps"]
     scheduler: Any
-    if given.name == "asha":
-        scheduler = Asha(time_attr="step", max_t=steps, grace_period=given.grace or 1, reduction_factor=given.reduction)
+    if given.halves:
+        scheduler = Halving(
+            time_attr="step",
+            max_t=steps,
+            grace_period=given.grace or 1,
+            reduction_factor=given.reduction,
+            brackets=brackets(state.plan.sweep, steps),
+        )
     elif given.name == "median":
         scheduler = Median(time_attr="step", grace_period=given.grace or 1, min_samples_required=given.min_trials)
-    elif given.name == "pbt":
-        scheduler = Pbt(state)
+    elif given.exchanges:
+        scheduler = Pb2(state) if given.name == "pb2" else Pbt(state)
     else:
         scheduler = Fifo()
     scheduler.watched, scheduler.controller = state, None
@@ -67,15 +77,23 @@ class Fifo(Within, FIFOScheduler):
     pass
 
 
-class Asha(Within, AsyncHyperBandScheduler):
+class Halving(Within, AsyncHyperBandScheduler):
+    """ASHA; and HyperBand in its asynchronous form, which is ASHA on several brackets."""
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        super().on_trial_add(tune_controller, trial)
+        plan = self.watched.plan
+        number = self.watched.of(trial.trial_id).number
+        self._trial_info[trial.trial_id] = self._brackets[bracket(plan.sweep, plan.base["train"]["steps"], number)]  # not by lot
+
     def replay(self, records: list[Record]) -> None:
         """Rungs as they were: what trials reported before."""
         trials: dict[int, Any] = {r.number: _StandIn(self.watched.plan.name(r.number)) for r in records}
         nobody: Any = None  # in the controller's place
         for trial in trials.values():
-            AsyncHyperBandScheduler.on_trial_add(self, nobody, trial)
+            self.on_trial_add(nobody, trial)
         for step, value, record in _in_order(records):
-            AsyncHyperBandScheduler.on_trial_result(self, nobody, trials[record.number], {"step": step, "value": value})
+            self.on_trial_result(nobody, trials[record.number], {"step": step, "value": value})
 
 
 class Median(Within, MedianStoppingRule):
@@ -150,11 +168,10 @@ class Pbt(Within, PopulationBasedTraining):
 
     def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         record, donor = self.watched.of(trial.trial_id), self.watched.of(trial_to_clone.trial_id)
-        sweep, step = self.watched.plan.sweep, int(self._trial_state[trial_to_clone].last_train_time)
-        rng = np.random.default_rng([sweep.searcher.seed, record.number, step])
+        step = int(self._trial_state[trial_to_clone].last_train_time)
+        rng = np.random.default_rng([self.watched.plan.sweep.searcher.seed, record.number, step])
         params = donor.params
-        for _ in range(TRIES):
-            near = spaces.explore(sweep.space, donor.params, rng, sweep.scheduler.resample)
+        for near in self._near(donor, step, rng):
             try:
                 self.watched.plan.job(record.number, near)
             except ConfigError:
@@ -163,3 +180,20 @@ class Pbt(Within, PopulationBasedTraining):
             break
         self.watched.cloned(record, donor, step, params)
         return self.watched.config(record), {}
+
+    def _near(self, donor: Record, step: int, rng: np.random.Generator) -> Iterator[Params]:
+        """Values for a trial that clones the donor at the step; later ones for where the first make no valid job."""
+        sweep = self.watched.plan.sweep
+        for _ in range(TRIES):
+            yield spaces.explore(sweep.space, donor.params, rng, sweep.scheduler.resample)
+
+
+class Pb2(Pbt):
+    """PBT whose next values come from a model of what the population has gained so far."""
+
+    def _near(self, donor: Record, step: int, rng: np.random.Generator) -> Iterator[Params]:
+        sweep = self.watched.plan.sweep
+        records = list(self.watched.records.values())
+        if suggested := bandit.suggest(records, donor.number, step, sweep.space, sweep.mode, rng):
+            yield suggested
+        yield from super()._near(donor, step, rng)

@@ -59,9 +59,9 @@ class State:
         tags = {"mlflow.parentRunId": self.parent, "heliostat.sweep": self.plan.sweep.name, "heliostat.trial": str(record.number)}
         return {
             "job": job.dump(),
-            "holds": holds(self.plan.sweep, job),
+            "holds": holds(self.plan.sweep, job, record.number),
             "metric": self.plan.sweep.metric,
-            "prunes": self.plan.sweep.scheduler.name != "pbt",
+            "prunes": not self.plan.sweep.scheduler.exchanges,
             "clone": last and {"id": len(record.clones), "folder": last["folder"], "step": last["step"]},
             "stop": str(self.folder.join("stop")),
             "tags": tags,

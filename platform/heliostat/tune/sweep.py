@@ -19,6 +19,7 @@ from heliostat.errors import ConfigError
 from heliostat.schema import Float, Strict
 from heliostat.spec import Fraction, Job, Name, Positive, Seed
 from heliostat.storage import Location
+from heliostat.tune import rungs
 from heliostat.tune import space as spaces
 from heliostat.tune.space import Params, Space
 
@@ -41,13 +42,21 @@ class Searcher(Strict):
 
 
 class Scheduler(Strict):
-    name: Literal["none", "asha", "median", "pbt"] = "none"
-    grace: Positive | None = None  # asha, median: steps before which no trial is stopped
-    reduction: Annotated[int, Field(ge=2)] = 3  # asha: one in so many goes on
+    name: Literal["none", "asha", "hyperband", "median", "pbt", "pb2"] = "none"
+    grace: Positive | None = None  # asha, hyperband, median: steps before which no trial is stopped
+    reduction: Annotated[int, Field(ge=2)] = 3  # asha, hyperband: one in so many goes on
     min_trials: Positive = 3  # median: others that must have come as far
-    interval: Positive | None = None  # pbt: steps between two exchanges
-    quantile: Annotated[Float, Field(gt=0, le=0.5)] = 0.25  # pbt: so many clone as many
+    interval: Positive | None = None  # pbt, pb2: steps between two exchanges
+    quantile: Annotated[Float, Field(gt=0, le=0.5)] = 0.25  # pbt, pb2: so many clone as many
     resample: Fraction = 0.25  # pbt: the probability that a value is drawn anew
+
+    @property
+    def halves(self) -> bool:
+        return self.name in ("asha", "hyperband")
+
+    @property
+    def exchanges(self) -> bool:
+        return self.name in ("pbt", "pb2")
 
 
 class Sweep(Strict):
@@ -83,23 +92,26 @@ class Sweep(Strict):
 
 
 def _scheduler_faults(sweep: Sweep) -> list[str]:
-    name, faults = sweep.scheduler.name, []
-    if name == "asha" and sweep.scheduler.grace is None:
-        faults.append("scheduler.grace: is required for 'asha': the steps of its first rung")
-    if name == "pbt":
-        if sweep.scheduler.interval is None:
-            faults.append("scheduler.interval: is required for 'pbt': the steps between two exchanges")
+    scheduler, faults = sweep.scheduler, []
+    name = repr(scheduler.name)
+    if scheduler.halves and scheduler.grace is None:
+        faults.append(f"scheduler.grace: is required for {name}: the steps of its first rung")
+    if scheduler.exchanges:
+        if scheduler.interval is None:
+            faults.append(f"scheduler.interval: is required for {name}: the steps between two exchanges")
         if sweep.searcher.name != "random":
             faults.append(
-                f"searcher.name: 'pbt' begins with random trials, and goes on by itself; remove {sweep.searcher.name!r}"
+                f"searcher.name: {name} begins with random trials, and goes on by itself; remove {sweep.searcher.name!r}"
             )
         if sweep.budget.trials is None or sweep.budget.trials < 2:
-            faults.append("budget.trials: 'pbt' needs its population here, 2 or more")
+            faults.append(f"budget.trials: {name} needs its population here, 2 or more")
         for key, domain in sweep.space.items():
             if _below(key, DATA):
-                faults.append(f"space.{key}: 'pbt' cannot change it in the middle of a run: a checkpoint fits no other")
+                faults.append(f"space.{key}: {name} cannot change it in the middle of a run: a checkpoint fits no other")
             if domain.when:
-                faults.append(f"space.{key}.when: 'pbt' takes no conditions")
+                faults.append(f"space.{key}.when: {name} takes no conditions")
+            if domain.listed and scheduler.name == "pb2":
+                faults.append(f"space.{key}: {name} models ranges; write one instead of {domain.kind}, or use 'pbt'")
     return faults
 
 
@@ -126,7 +138,7 @@ class Plan:
         """A trial's job; ConfigError if it is none."""
         raw = place(self.base, params)
         raw["name"], raw["storage"] = self.name(number), str(self.folder.join("trials"))
-        if self.sweep.scheduler.name == "pbt":
+        if self.sweep.scheduler.exchanges:
             raw["checkpoint"]["every"] = self.sweep.scheduler.interval  # what may be cloned is kept until all have come so far
             raw["checkpoint"]["keep"] = max(3, raw["checkpoint"]["keep"])
         return schema.validate(Job, raw, self.name(number))
@@ -148,23 +160,34 @@ def settings(params: dict[str, Any]) -> list[str]:
     return [f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in params.items()]
 
 
-def holds(sweep: Sweep, job: Job) -> list[int]:
-    """The steps behind which a trial waits for the scheduler; its last step is none."""
+def holds(sweep: Sweep, job: Job, number: int) -> list[int]:
+    """The steps behind which the trial of this number waits for the scheduler; its last step is none."""
     scheduler, steps = sweep.scheduler, job.train.steps
-    if scheduler.name == "asha":
+    if scheduler.halves:
         assert scheduler.grace is not None
-        rungs, rung = [], scheduler.grace
-        while rung < steps:
-            rungs.append(rung)
-            rung *= scheduler.reduction
-        return rungs
-    if scheduler.name == "pbt":
+        all_rungs = rungs.rungs(scheduler.grace, scheduler.reduction, steps)
+        return all_rungs[bracket(sweep, steps, number) :]
+    if scheduler.exchanges:
         assert scheduler.interval is not None
         return list(range(scheduler.interval, steps, scheduler.interval))
     if scheduler.name == "median":
         assert job.evaluate
         return list(range(job.evaluate.every, steps, job.evaluate.every))
     return []
+
+
+def brackets(sweep: Sweep, steps: int) -> int:
+    """HyperBand's: one that begins at each rung, and one that waits on none. ASHA has one."""
+    scheduler = sweep.scheduler
+    if scheduler.name != "hyperband":
+        return 1
+    assert scheduler.grace is not None
+    return len(rungs.rungs(scheduler.grace, scheduler.reduction, steps)) + 1
+
+
+def bracket(sweep: Sweep, steps: int, number: int) -> int:
+    """The bracket of the trial of this number."""
+    return rungs.bracket(number, brackets(sweep, steps), sweep.scheduler.reduction)
 
 
 def load(path: Path, changes: list[str] | None = None) -> Plan:
@@ -239,9 +262,9 @@ def _budget_faults(plan: Plan, base: Job) -> list[str]:
 
 
 def _hold_faults(sweep: Sweep, base: Job) -> list[str]:
-    key = {"asha": "grace", "pbt": "interval", "median": "grace"}.get(sweep.scheduler.name)
-    value = getattr(sweep.scheduler, key) if key else None
-    if key is None or value is None or base.evaluate is None:
+    key = "interval" if sweep.scheduler.exchanges else "grace"
+    value = getattr(sweep.scheduler, key)
+    if sweep.scheduler.name == "none" or value is None or base.evaluate is None:
         return []
     every, faults = base.evaluate.every, []
     if value % every:

@@ -7,6 +7,7 @@ meet the same machine.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -75,10 +76,8 @@ class Contender:
                 return
             for process in new:
                 known.add(process.pid)
-                try:
+                with contextlib.suppress(psutil.NoSuchProcess):
                     process.send_signal(number)
-                except psutil.NoSuchProcess:
-                    pass
 
 
 def play(first: Contender, second: Contender, seconds: float) -> None:
