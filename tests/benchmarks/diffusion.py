@@ -1,12 +1,12 @@
 """Images/s of whole heliostat runs against a plain loop of diffusers and accelerate, and what precomputed latents save.
 
-    python tests/benchmarks/diffusion.py [--rounds 3] [--steps 12] [--stages 1 2 3]
+    python tests/benchmarks/diffusion.py [--steps 60] [--turn 10] [--stages 1 2 3]
 
 Same U-Net (digits at 32 x 32), batch (16 images a step), fp32, AdamW, clipping and EMA; 2 processes of 1 thread each.
 The plain loop has its images decoded and its captions as tokens in memory; the heliostat runs have everything on: Ray Data,
-receipts, MLflow, checkpoints and an evaluation. Runs are interleaved (plain, ZeRO-1, 2, 3, plain, ...), each is summarised by its
-median step after the first two, and the ratios are medians over the rounds. Then a small latent model is trained with the frozen
-encoders in every step, and on latents and embeddings that the pipeline has computed.
+receipts, MLflow, checkpoints and an evaluation. The two train by turns (see yardsticks/turns.py). Then a small latent model is
+trained with the frozen encoders in every step, and on latents and embeddings that the pipeline has computed, in whole runs one
+after the other, three times.
 """
 
 from __future__ import annotations
@@ -25,6 +25,11 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
+sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
+
+from tests.benchmarks.yardsticks import turns  # noqa: E402
+
+LATENT_ROUNDS, LATENT_STEPS = 3, 12
 CLI = [BIN / "python", "-c", "from heliostat.cli import main; main()"]
 CHANNELS = {"block_out_channels": [64, 128, 128], "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
             "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"]}  # fmt: skip
@@ -55,20 +60,21 @@ def job(folder: Path, name: str, data: Path, steps: int, **model: Any) -> Path:
     raw["train"] |= {"steps": steps, "global_batch": 16, "micro_batch": 8, "log_every": 1, "schedule": {"name": "constant"}}
     raw["evaluate"] = {"every": steps, "samples": 16, "fraction": 0.05}
     raw["checkpoint"] = {"every": steps // 2}
+    raw["watchdog"] = {"stall": 3600}  # it stands still between its turns
     raw["storage"], raw["mlflow"] = str(folder / "runs"), {"uri": f"sqlite:///{folder}/mlflow.db", "experiment": "bench"}
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(raw))
     return path
 
 
-def plain(path: Path) -> float:
-    loop = ROOT / "tests/benchmarks/yardsticks/plain_diffusers.py"
-    return json.loads(run([BIN / "torchrun", "--nproc-per-node", "2", loop, path]))["images_per_second"]
+def compare(path: Path, stage: int, seconds: float) -> turns.Outcome:
+    plain = [BIN / "torchrun", "--nproc-per-node", "2", ROOT / "tests/benchmarks/yardsticks/plain_diffusers.py", path]
+    ours = [*CLI, "train", path, "--set", f"train.zero.stage={stage}", "--overwrite", "--json"]
+    return turns.compare(plain, ours, path, seconds)
 
 
-def heliostat(path: Path, *settings: str) -> float:
-    command = [*CLI, "train", path, "--overwrite", "--json"]
-    result = json.loads(run([*command, *(part for s in settings for part in ("--set", s))]))
+def heliostat(path: Path) -> float:
+    result = json.loads(run([*CLI, "train", path, "--overwrite", "--json"]))
     from mlflow import MlflowClient
 
     uri = yaml.safe_load(path.read_text())["mlflow"]["uri"]
@@ -103,21 +109,19 @@ def frozen(folder: Path, data: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--turn", type=float, default=10.0)
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3])
     options = parser.parse_args()
-    sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         images = prepare(folder, "images")
         path = job(folder, "pixels", images, options.steps)
-        rates: dict[str, list[float]] = {"diffusers and accelerate": [], **{f"ZeRO-{s}": [] for s in options.stages}}
-        for _ in range(options.rounds):
-            rates["diffusers and accelerate"].append(plain(path))
-            for stage in options.stages:
-                rates[f"ZeRO-{stage}"].append(heliostat(path, f"train.zero.stage={stage}"))
-        table(f"{options.rounds} rounds of {options.steps} steps of 16 images, fp32", rates)
+        print(
+            f"\n{options.steps} steps of 16 images, fp32, turns of {options.turn:g} s\n| images/s | {turns.ROW} |\n|---|---|---|---|"
+        )
+        for stage in options.stages:
+            print(f"| ZeRO-{stage} | {compare(path, stage, options.turn).row} |", flush=True)
         models = frozen(folder, images)
         paths = {"latents": models["autoencoder"]["pretrained"], "text": models["text"]["pretrained"]}
         stored = prepare(
@@ -126,10 +130,10 @@ def main() -> None:
             latents={"autoencoder": paths["latents"], "text_encoder": paths["text"], "length": 24},
             tokenizer=None,
         )
-        cases = {"encoders in every step": job(folder, "encoding", images, options.steps, **models),
-                 "latents and embeddings stored": job(folder, "stored", stored, options.steps, **models)}  # fmt: skip
-        rates = {label: [] for label in cases}
-        for _ in range(options.rounds):
+        cases = {"encoders in every step": job(folder, "encoding", images, LATENT_STEPS, **models),
+                 "latents and embeddings stored": job(folder, "stored", stored, LATENT_STEPS, **models)}  # fmt: skip
+        rates: dict[str, list[float]] = {label: [] for label in cases}
+        for _ in range(LATENT_ROUNDS):
             for label, case in cases.items():
                 rates[label].append(heliostat(case))
         table("a latent model, ZeRO-2", rates)

@@ -11,7 +11,6 @@ in them. DDP's bf16 is autocast over fp32 weights; DeepSpeed's is bf16 weights o
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -43,29 +42,10 @@ def job(folder: Path, steps: int, precision: str) -> Path:
     return path
 
 
-def steps_of(run_id: str, uri: str, tokens: int) -> list[turns.Step]:
-    """What MLflow has of a run's steps."""
-    from mlflow import MlflowClient
-
-    history = MlflowClient(tracking_uri=uri).get_metric_history(run_id, "train/tokens_per_second")
-    return [turns.Step(m.timestamp / 1000, tokens / m.value) for m in history]
-
-
-def compare(path: Path, stage: int, seconds: float, folder: Path) -> tuple[list[float], list[float], dict[str, Any]]:
-    """Tokens/s of plain DDP and of heliostat, turn by turn, and heliostat's result."""
-    job = yaml.safe_load(path.read_text())
-    tokens = job["train"]["global_batch"] * job["data"]["sequence_length"]
-    command = [BIN / "torchrun", "--nproc-per-node", "2", ROOT / "tests/benchmarks/yardsticks/plain_ddp.py", path, 500]
-    plain = turns.Contender(command, folder / "plain.log", lambda text: text.count("\n[") + text.startswith("[") > 2)
-    command = [BIN / "heliostat", "train", path, "--set", f"train.zero.stage={stage}", "--overwrite", "--json"]
-    ours = turns.Contender(command, folder / "heliostat.log", lambda text: " step 3/" in text)
-    turns.play(ours, plain, seconds)
-    lines = (folder / "plain.log").read_text().splitlines()
-    plain_steps = [turns.Step(*json.loads(line)) for line in lines if line.startswith("[")]
-    result = json.loads((folder / "heliostat.log").read_text().splitlines()[-1])
-    paces = turns.paces(ours, steps_of(result["run_id"], job["mlflow"]["uri"], tokens)), turns.paces(plain, plain_steps)
-    both = [(a, b) for a, b in zip(*paces, strict=True) if a and b]
-    return [tokens / b for _, b in both], [tokens / a for a, _ in both], result
+def compare(path: Path, stage: int, seconds: float) -> turns.Outcome:
+    plain = [BIN / "torchrun", "--nproc-per-node", "2", ROOT / "tests/benchmarks/yardsticks/plain_ddp.py", path, 500]
+    ours = [BIN / "heliostat", "train", path, "--set", f"train.zero.stage={stage}", "--overwrite", "--json"]
+    return turns.compare(plain, ours, path, seconds)
 
 
 def main() -> None:
@@ -80,18 +60,12 @@ def main() -> None:
         for precision in options.precision or ["bf16", "fp32"]:
             path = job(Path(name), options.steps, precision)
             print(f"\n{precision}, {options.steps} steps of 4,096 tokens, turns of {options.turn:g} s")
-            print(
-                "| | tokens/s | plain DDP in between | ratio: median (least to most, turns) | data wait |\n|---|---|---|---|---|"
-            )
+            print(f"| tokens/s | {turns.ROW} | data wait |\n|---|---|---|---|---|")
             starts = []
             for stage in options.stages:
-                plain, ours, result = compare(path, stage, options.turn, Path(name))
-                ratio = turns.spread([a / b for a, b in zip(ours, plain, strict=True)])
-                print(
-                    f"| ZeRO-{stage} | {median(ours):,.0f} | {median(plain):,.0f} | {ratio} | {result['data_wait']:.2%} |",
-                    flush=True,
-                )
-                starts.append(result["startup"])
+                outcome = compare(path, stage, options.turn)
+                print(f"| ZeRO-{stage} | {outcome.row} | {outcome.result['data_wait']:.2%} |", flush=True)
+                starts.append(outcome.result["startup"])
             split = ", ".join(f"{k.replace('_', ' ')} {median(s[k] for s in starts):.1f}" for k in starts[0])
             print(f"start-up, seconds, medians: {split}", flush=True)
 

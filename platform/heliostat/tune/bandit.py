@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -63,14 +63,15 @@ def suggest(records: list[Record], donor: int, step: int, space: Space, mode: st
         return None
     points = np.array([[i.step, sign * i.before, *_units(space, i.params)] for i in known])
     gains = np.array([sign * i.gain for i in known])
-    taken = [_units(space, r.params) for r in records if r.clones and r.clones[-1]["step"] == step]
+    cloned = [_units(space, r.params) for r in records if r.clones and r.clones[-1]["step"] == step]
+    taken: Any = np.array(cloned) if cloned else None
     here = np.array([own[-1].step, sign * own[-1].before])  # the last interval's: what is to come lies outside of what is known
     drawn = np.random.get_state()  # Tune's search takes its starting points from there
     np.random.seed(int(rng.integers(2**32)))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # scikit-learn, of kernel parameters at their bounds
-            found = _select_config(points, gains, np.array(taken) if taken else None, here, dict.fromkeys(space, (0.0, 1.0)), 2)
+            found = _select_config(points, gains, taken, here, dict.fromkeys(space, (0.0, 1.0)), 2)
     finally:
         np.random.set_state(drawn)
     return {key: _value(domain, float(unit)) for (key, domain), unit in zip(space.items(), found, strict=True)}

@@ -2,10 +2,9 @@
 
     torchrun --nproc-per-node 2 tests/benchmarks/yardsticks/plain_ddp.py JOB.yaml STEPS
 
-Prints a JSON line for every step: when it ended and the seconds it took. bf16 is torch's autocast.
+Tells of every step when it ended and what it took. bf16 is torch's autocast.
 """
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -14,6 +13,8 @@ import torch
 import torch.distributed as dist
 from heliostat import check
 from heliostat.data.dataset import open_dataset
+
+from tests.benchmarks.yardsticks import turns
 
 
 def main() -> None:
@@ -44,8 +45,7 @@ def main() -> None:
         optimizer.zero_grad()
         if rank == 0:
             now = time.time()
-            sys.stdout.write(json.dumps([now, now - started]) + "\n")
-            sys.stdout.flush()
+            turns.Step(now, now - started).tell()
 
 
 main()

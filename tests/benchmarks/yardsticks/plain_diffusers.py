@@ -2,15 +2,15 @@
 
     torchrun --nproc-per-node 2 tests/benchmarks/yardsticks/plain_diffusers.py JOB.yaml
 
-The model and the samples are those of the job. Prints one JSON line: median images/s over the steps after the first two.
+The model and the samples are those of the job, over and over. Tells of every step when it ended and what it took; ends when
+it is killed.
 """
 
-import json
+import itertools
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -20,6 +20,7 @@ from heliostat.data.dataset import open_dataset
 
 from jobs import image_rows
 from jobs.image_pipeline import tokenize
+from tests.benchmarks.yardsticks import turns
 
 
 def main() -> None:
@@ -40,9 +41,8 @@ def main() -> None:
         batches.append((image_rows.pixels(mine), tokenize(recipe.parts.tokenizer, mine["caption"].to_pylist()).input_ids))
     empty = recipe.parts.empty["text"]
     model, optimizer = accelerator.prepare(model, optimizer)
-    seconds = []
-    for clean, text in batches:
-        started = time.perf_counter()
+    for clean, text in itertools.chain.from_iterable(itertools.repeat(batches)):
+        started = time.time()
         noise = torch.randn_like(clean)
         t = torch.randint(0, scheduler.config.num_train_timesteps, (len(clean),))
         text = torch.where(torch.rand(len(clean), 1) < recipe.model.caption_dropout, empty, text)
@@ -53,10 +53,9 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
         average.step(model.parameters())
-        seconds.append(time.perf_counter() - started)
-    if accelerator.is_main_process:
-        rate = job.train.global_batch / float(np.median(seconds[2:]))
-        sys.stdout.write(json.dumps({"images_per_second": rate, "seconds": seconds}) + "\n")
+        if accelerator.is_main_process:
+            now = time.time()
+            turns.Step(now, now - started).tell()
 
 
 main()

@@ -1,27 +1,30 @@
-"""Two programs that train, by turns on the same cores.
+"""A plain training loop and a whole heliostat run, by turns on the same cores.
 
 One stands still (SIGSTOP, with all that it has started) while the other runs. The speed of a shared machine changes by a
 tenth within a minute, so that runs one after the other differ by more than what is to be measured; turns of some seconds
-meet the same machine.
+meet the same machine. The plain loop writes a line for every step (`Step.tell`); heliostat's steps are MLflow's.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 import psutil
+import yaml
 
 ROOT = Path(__file__).resolve().parents[3]
 START_S = 300.0
+MARK = "step ended "
 
 
 class Step(NamedTuple):
@@ -29,6 +32,10 @@ class Step(NamedTuple):
 
     at: float
     seconds: float
+
+    def tell(self) -> None:
+        sys.stdout.write(f"{MARK}{json.dumps(self)}\n")
+        sys.stdout.flush()
 
 
 class Contender:
@@ -80,22 +87,57 @@ class Contender:
                     process.send_signal(number)
 
 
-def play(first: Contender, second: Contender, seconds: float) -> None:
-    """Gives each its turn until the first has ended; the second is ended then."""
+class Outcome(NamedTuple):
+    """What trained per second, turn by turn; and heliostat's result."""
+
+    plain: list[float]
+    ours: list[float]
+    result: dict[str, Any]
+
+    @property
+    def row(self) -> str:
+        """ours | plain | ratio: median (least to most, turns)."""
+        ratios = [a / b for a, b in zip(self.ours, self.plain, strict=True)]
+        spread = f"{median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}, {len(ratios)})"
+        return f"{median(self.ours):,.4g} | {median(self.plain):,.4g} | {spread}"
+
+
+ROW = "ours | plain | ratio: median of the pairs of turns (least to most, pairs)"
+
+
+def compare(plain: list[Any], ours: list[Any], job: Path, seconds: float) -> Outcome:
+    """Both commands train the job; turns of so many seconds until heliostat has ended."""
+    raw = yaml.safe_load(job.read_text())
+    size = raw["train"]["global_batch"] * (raw["data"].get("sequence_length") or 1)
+    logs = job.with_name("plain.log"), job.with_name("heliostat.log")
+    second = Contender(plain, logs[0], lambda text: len(_printed(text)) > 2)
+    first = Contender(ours, logs[1], lambda text: " step 3/" in text)
     while not first.ended:
         first.turn(seconds)
         second.turn(seconds)
     second.end()
+    result = json.loads(logs[1].read_text().splitlines()[-1])
+    paces = _paces(first, _logged(result["run_id"], raw["mlflow"]["uri"], size)), _paces(second, _printed(logs[0].read_text()))
+    both = [(a, b) for a, b in zip(*paces, strict=True) if a and b]
+    return Outcome([size / b for _, b in both], [size / a for a, _ in both], result)
 
 
-def paces(contender: Contender, steps: Iterable[Step]) -> list[float | None]:
+def _printed(text: str) -> list[Step]:
+    whole = text[: text.rfind("\n") + 1]
+    return [Step(*json.loads(line.removeprefix(MARK))) for line in whole.splitlines() if line.startswith(MARK)]
+
+
+def _logged(run_id: str, uri: str, size: int) -> list[Step]:
+    from mlflow import MlflowClient
+
+    history = MlflowClient(tracking_uri=uri).get_metric_history(run_id, "train/tokens_per_second")
+    return [Step(m.timestamp / 1000, size / m.value) for m in history]
+
+
+def _paces(contender: Contender, steps: list[Step]) -> list[float | None]:
     """For each turn the mean seconds of the steps that lay in it as a whole, or None where there were fewer than two."""
     out: list[float | None] = []
     for began, ended in contender.turns:
         inside = [s.seconds for s in steps if began <= s.at - s.seconds and s.at <= ended]
         out.append(sum(inside) / len(inside) if len(inside) > 1 else None)
     return out
-
-
-def spread(values: list[float]) -> str:
-    return f"{median(values):.3f} ({min(values):.3f} to {max(values):.3f}, {len(values)} turns)"
