@@ -117,9 +117,8 @@ def main() -> None:
         folder = Path(name)
         images = prepare(folder, "images")
         path = job(folder, "pixels", images, options.steps)
-        print(
-            f"\n{options.steps} steps of 16 images, fp32, turns of {options.turn:g} s\n| images/s | {turns.ROW} |\n|---|---|---|---|"
-        )
+        print(f"\n{options.steps} steps of 16 images, fp32, turns of {options.turn:g} s")
+        print(f"| images/s | {turns.ROW} |\n|---|---|---|---|")
         for stage in options.stages:
             print(f"| ZeRO-{stage} | {compare(path, stage, options.turn).row} |", flush=True)
         models = frozen(folder, images)
