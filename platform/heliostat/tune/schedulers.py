@@ -150,6 +150,7 @@ class Pbt(Within, PopulationBasedTraining):
             own.last_perturbation_time = step
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        self.watched.told(trial.trial_id, result)  # Tune tells its callbacks later, when all may have been exchanged
         own = self._trial_state[trial]
         due = "value" in result and result["step"] - own.last_perturbation_time >= self._perturbation_interval
         if due and len(self._trial_state) < self._population:  # the others have not begun: there was no room

@@ -99,10 +99,12 @@ class State:
         record.step = max(record.step, step)
         if "ended" in result:
             self._ends[record.number] = result
+        if scores := result.get("scores"):  # schedulers are given results without
+            record.scores = {k: float(v) for k, v in scores.items()}
         if "value" in result and (not record.reports or record.reports[-1][0] != step):
             record.reports.append((step, float(result["value"]), time.time()))
-            record.scores = {k: float(v) for k, v in result["scores"].items()}
             log.info("trial %d  step %d/%d  %s %.4f", record.number, step, record.steps, self.plan.sweep.metric, result["value"])
+        if "value" in result:
             self._keep(record)
 
     def ended(self, trial_id: str, error: bool) -> Record:
