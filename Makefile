@@ -26,7 +26,7 @@ test: .venv/.installed  ## unit and integration tests (tests/gpu skips itself wi
 test-slow: .venv/.installed  ## chaos, several hosts made of network namespaces (as root), MLflow in a browser, sweeps: half an hour and more
 	$(BIN)/python -m pytest tests/integration -m slow
 
-bench: .venv/.installed  ## the benchmarks behind docs/benchmarks/, one after another (about half an hour)
+bench: .venv/.installed  ## the benchmarks behind docs/benchmarks/, one after another (hours)
 	for b in tests/benchmarks/*.py; do $(BIN)/python $$b || exit 1; done
 
 lint: .venv/.installed  ## ruff (lint, format) and mypy

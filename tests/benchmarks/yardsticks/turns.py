@@ -50,8 +50,7 @@ class Contender:
         deadline = time.time() + START_S
         while not begun(output.read_text()):
             if self.ended or time.time() > deadline:
-                self.end()
-                sys.exit(output.read_text()[-3000:])
+                self.fail()
             time.sleep(0.1)
         self.stop()
 
@@ -69,6 +68,10 @@ class Contender:
 
     def stop(self) -> None:
         self._signal(signal.SIGSTOP)
+
+    def fail(self) -> None:
+        self.end()
+        sys.exit(self.output.read_text()[-3000:])
 
     def end(self) -> None:
         self._signal(signal.SIGKILL)
@@ -115,6 +118,11 @@ def compare(plain: list[Any], ours: list[Any], job: Path, seconds: float) -> Out
     while not first.ended:
         first.turn(seconds)
         second.turn(seconds)
+        if second.ended:
+            second.fail()
+    if first.process.returncode:
+        second.end()
+        first.fail()
     second.end()
     result = json.loads(logs[1].read_text().splitlines()[-1])
     paces = _paces(first, _logged(result["run_id"], raw["mlflow"]["uri"], size)), _paces(second, _printed(logs[0].read_text()))
