@@ -20,6 +20,8 @@ THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELI
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(64 << 30)}
 # A private Ray has no dashboard to read these, and twenty processes that report them cost two cores 5 % of their time
 SILENT = {"RAY_enable_metrics_collection": "0", "RAY_task_events_report_interval_ms": "0", "RAY_event_stats": "0"}
+# Ray keeps as many idle workers as there are CPUs, each of which wakes up 100 times a second; the last end after this long
+IDLE = {"RAY_num_workers_soft_limit": "0", "RAY_idle_worker_killing_time_threshold_ms": "20000"}
 # Ray would start its workers at niceness 15, where whatever else the machine does comes first
 URGENT = {"RAY_worker_niceness": "0"}
 
@@ -55,9 +57,19 @@ def connect(cpus: int, gpus: int = 0, verbose: bool = False) -> None:
     # environment would start new ones. The workers import jobs/ and pipelines/ from the workspace.
     before = dict(os.environ)
     path = os.pathsep.join(filter(None, [str(workspace.root()), before.get("PYTHONPATH")]))
-    os.environ.update({**SILENT, **URGENT, **before, **worker_environment(gpus), "PYTHONPATH": path})
+    os.environ.update({**SILENT, **IDLE, **URGENT, **before, **worker_environment(gpus), "PYTHONPATH": path})
     try:
         ray.init(num_cpus=cpus, num_gpus=gpus or None, include_dashboard=False, **options)
+        if not verbose:
+            _without_monitors()
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+def _without_monitors() -> None:
+    """Ends the processes of a private Ray that do nothing for us, all the time: one looks for new log lines for the driver ten
+    times a second, the other is the dashboard's, which starts even where there is no dashboard."""
+    node: Any = ray._private.worker._global_node
+    node.kill_log_monitor()
+    node.kill_dashboard()

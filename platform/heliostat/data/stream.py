@@ -1,7 +1,7 @@
 """Streaming the run's samples from storage through Ray Data to the workers, in exactly the order that `order` says.
 
 `dataset(...)` is a Ray Dataset with one block per envelope, in order: a task (`Fetch`) fetches a window and yields its
-envelopes one by one, so each window is read once and the first envelope leaves before the last is cut. `OrderedSplit` hands
+envelopes one by one, so each window is read once and the first envelope leaves before the last is cut. `split` hands
 block b to rank b mod N. `LaneStream` is the worker's side: it checks that every envelope is the one it expects and cuts
 steps from them. A run resumed at step t starts at the superstep that t is in; nothing before it is read.
 """
@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -19,7 +21,6 @@ import numpy as np
 import pyarrow as pa
 import ray
 from ray.data import ExecutionResources
-from ray.train import DataConfig
 
 from heliostat.data.content import Content, join, pack, part, unpack
 from heliostat.data.dataset import Bad, DataPlan, open_dataset
@@ -113,12 +114,17 @@ def dataset(task: Fetch, concurrency: int, memory_limit: int, sample_bytes: int,
         return windows.map_batches(task, batch_size=1, compute=pool, zero_copy_batch=True)
 
 
-class OrderedSplit(DataConfig):
-    """Ray Train's default splits equally and ignores the dataset's own options; this one keeps the order, block by block."""
+def split(data: Any, workers: int) -> list[Any]:
+    """A worker's part each, in order, block by block. The stream runs in an actor of its own on this node (see `end`).
 
-    def configure(self, datasets: dict, world_size: int, worker_handles: Any, worker_node_ids: Any, **kwargs: Any) -> list[dict]:
-        splits = {name: d.streaming_split(world_size, equal=False) for name, d in datasets.items()}
-        return [{name: parts[rank] for name, parts in splits.items()} for rank in range(world_size)]
+    Ray Train could do it, with one more process, and only once the workers have started.
+    """
+    return data.streaming_split(workers, equal=False)
+
+
+def end(parts: list[Any]) -> None:
+    """Ends the stream, and with it the tasks that fetch."""
+    ray.kill(parts[0]._coord_actor)
 
 
 @dataclass(frozen=True)
@@ -167,8 +173,27 @@ class LaneStream:
         return digests, content, json.loads(table["bad"][0].as_py())
 
 
-def iterate(shard: Any, plan: DataPlan, order: Order, rank: int, workers: int, start_step: int) -> LaneStream:
-    """The worker's stream over its Ray Train dataset shard, prefetching a superstep ahead."""
+def iterate(part: Any, plan: DataPlan, order: Order, rank: int, workers: int, start_step: int) -> LaneStream:
+    """The worker's stream over its part, prefetching a superstep ahead, from now on."""
     lanes = plan.shape.lanes // workers
-    batches = shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=2 * lanes)
-    return LaneStream(iter(batches), plan, order, rank, workers, start_step)
+    batches = part.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=2 * lanes)
+    return LaneStream(_begun(iter(batches)), plan, order, rank, workers, start_step)
+
+
+def _begun(envelopes: Iterator[Any]) -> Iterator[Any]:
+    """The same, with the first one fetched while the caller is busy with something else."""
+    first: Future[Any] = Future()
+
+    def fetch() -> None:
+        try:
+            first.set_result(next(envelopes))
+        except Exception as e:  # noqa: BLE001 (raised where the envelope is due)
+            first.set_exception(e)
+
+    threading.Thread(target=fetch, name="first-envelope", daemon=True).start()
+
+    def rest() -> Iterator[Any]:
+        yield first.result()
+        yield from envelopes
+
+    return rest()

@@ -35,7 +35,7 @@ from heliostat.train.survive import INTERRUPTED, PREEMPTED, RESIZE, choose, stal
 
 log = logging.getLogger(__name__)
 
-POLL_S = 0.25
+POLL_S = 0.5
 HELD_POLL_S = 0.05  # while the workers wait for the driver
 LOOK_S = 1.0  # between two looks at the nodes and the workers' pulses
 GROW_S = 5.0  # between two looks for more room
@@ -62,6 +62,7 @@ class Attempt:
         """`take` gets every event of the board, in order, and `beat` is called often, both in the caller's thread."""
         self.start, self.job, self.signals, self._take, self._beat = start, start.job, signals, take, beat
         self._board = board.make()
+        self._parts = self._stream()
         self._pulses: dict[int, dict[str, Any]] = {}
         self._phase, self._since = "placing", time.time()  # what the workers are at, and since when they are watched
         self._ordered = 0
@@ -73,6 +74,12 @@ class Attempt:
 
     def run(self) -> dict[str, Any]:
         """Rank 0's summary, with the stop code if the workers were told to stop; HeliostatError for a failure."""
+        try:
+            return self._run()
+        finally:
+            stream.end(self._parts)
+
+    def _run(self) -> dict[str, Any]:
         trainer = self._trainer()
         outcome: dict[str, Any] = {}
 
@@ -194,15 +201,18 @@ class Attempt:
             if thread.is_alive():
                 raise TrainingError(f"Ray Train did not see within {END_S:.0f} s that its workers had ended") from self._fault
 
-    # Ray Train -------------------------------------------------------------------------------------------------------
+    # Ray Data and Ray Train ------------------------------------------------------------------------------------------
+
+    def _stream(self) -> list[Any]:
+        job, start = self.job, self.start
+        fetch = stream.fetch(start.plan, start.order, start.step, job.last_step, job.data.on_bad_sample == "replace")
+        size = sample_bytes(job.data.sequence_length, start.manifests)
+        most = job.workers.most
+        return stream.split(stream.dataset(fetch, max(2, most), job.data.memory_limit, size, job.data.labels), most)
 
     def _trainer(self) -> Any:
         job, start = self.job, self.start
         workers = job.workers
-        replace = job.data.on_bad_sample == "replace"
-        fetch = stream.fetch(start.plan, start.order, start.step, job.last_step, replace)
-        concurrency, memory = max(2, workers.most), job.data.memory_limit
-        size = sample_bytes(job.data.sequence_length, start.manifests)
         config = {
             "job": job.dump(),
             "plan": start.plan.dump(),
@@ -210,13 +220,12 @@ class Attempt:
             "holds": start.holds.steps,
             "board": self._board,
             "run_folder": str(job.run_folder),
+            "parts": self._parts,
         }
         attempts = job.run_folder.join("ray")
         return _trainer_class()(
             _worker,
             train_loop_config=config,
-            datasets={"train": lambda: stream.dataset(fetch, concurrency, memory, size, job.data.labels)},
-            dataset_config=stream.OrderedSplit(),
             torch_config=V2.torch.TorchConfig(backend="nccl" if workers.gpus else "gloo"),
             scaling_config=V2.ScalingConfig(
                 num_workers=workers.most,
@@ -242,15 +251,17 @@ class Attempt:
 
 
 def _trainer_class() -> Any:
-    """Ray's, on a Ray of our own without the process that watches over the placement group: it asks the dashboard, which is not
-    there, and a process costs each start more than a second of CPU."""
+    """Ray's, on a Ray of our own without two processes, each of which would cost a start more than a second of CPU: one watches
+    over the placement group and asks the dashboard, which is not there; one would split datasets, of which Ray Train has none."""
     if os.environ.get("RAY_ADDRESS"):
         return V2.torch.TorchTrainer
+    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
     class Trainer(V2.torch.TorchTrainer):
         def _create_default_callbacks(self) -> list[Any]:
-            return [c for c in super()._create_default_callbacks() if not isinstance(c, PlacementGroupCleanerCallback)]
+            without = DatasetsCallback | PlacementGroupCleanerCallback
+            return [c for c in super()._create_default_callbacks() if not isinstance(c, without)]
 
     return Trainer
 

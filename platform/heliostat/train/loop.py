@@ -43,7 +43,8 @@ HELD_POLL_S = 0.05
 
 
 def worker(config: dict[str, Any]) -> dict[str, Any]:
-    """Ray Train's entry. `config`: job, plan (plain data), start_step, holds (steps), board (actor), run_folder.
+    """Ray Train's entry. `config`: job, plan (plain data), start_step, holds (steps), board (actor), run_folder,
+    parts (of the stream, one a worker).
 
     Returns the summary of this attempt (rank 0's is the one that counts).
     """
@@ -71,6 +72,8 @@ class Worker:
             self._phase("model", queued_s=queued_s(), start_step=self.start_step, workers=self.world)
         zero.prepare_environment(self.job.workers.gpus)
         self.dataset = open_dataset(self.plan)
+        part = config["parts"][self.rank]
+        self.samples = stream.iterate(part, self.plan, self.dataset.order, self.rank, self.world, self.start_step)
         self.recipe = make_recipe(self.job, self.dataset)
         self.engine = zero.build_engine(self.job, self.recipe)
         fragments.make_room(self.engine)
@@ -107,14 +110,12 @@ class Worker:
     def _run(self) -> dict[str, Any]:
         job = self.job
         self._phase("data")
-        shard = ray.train.get_dataset_shard("train")
-        samples = stream.iterate(shard, self.plan, self.dataset.order, self.rank, self.world, self.start_step)
         since = time.perf_counter()
         logged = self.start_step
         steady_s = steady_wait = waited = 0.0
         for step in range(self.start_step, job.last_step):
             with self.ledger("data" if step > self.start_step else "starting"):
-                mine = samples.next_step()
+                mine = self.samples.next_step()
             if step == self.start_step:
                 self.ledger.switch("compiling" if job.train.compile else "computing")
                 self._phase("step")

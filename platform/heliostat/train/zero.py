@@ -19,7 +19,7 @@ import torch
 from heliostat.recipe import Recipe
 from heliostat.spec import Job
 
-CPU_BUCKET = 2_000_000  # elements; on CPU small buckets stay in cache
+CPU_BUCKET = 32_000_000  # elements; at every bucket the workers wait for one another
 
 
 def prepare_environment(gpus: float) -> None:
@@ -52,9 +52,13 @@ def engine_config(job: Job) -> dict[str, Any]:
     train, offload = job.train, job.train.zero.offload
     zero: dict[str, Any] = {"stage": train.zero.stage}
     if not job.workers.gpus:
-        zero |= {"reduce_bucket_size": CPU_BUCKET, "allgather_bucket_size": CPU_BUCKET}
-        if train.zero.stage == 3:
-            zero |= {"stage3_prefetch_bucket_size": CPU_BUCKET}
+        zero |= {
+            "reduce_bucket_size": CPU_BUCKET,
+            "allgather_bucket_size": CPU_BUCKET,
+            "stage3_prefetch_bucket_size": CPU_BUCKET,
+            # parameters that stay whole would be gathered one by one after every step, with a wait for each
+            "stage3_param_persistence_threshold": 0,
+        }
     else:
         zero |= {"overlap_comm": True, "contiguous_gradients": True}
     if offload.optimizer:

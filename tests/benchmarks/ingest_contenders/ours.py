@@ -55,8 +55,7 @@ def split(task: Task) -> list[Any]:
     job, plan, order, size = planned(task)
     fetch = stream.fetch(plan, order, 0, job.train.steps, replace=True)
     data = stream.dataset(fetch, max(2, task.consumers), job.data.memory_limit, size)
-    parts = stream.OrderedSplit().configure({"train": data}, task.consumers, None, None)
-    return [part["train"] for part in parts]
+    return stream.split(data, task.consumers)
 
 
 def batches(task: Task, rank: int, shard: Any) -> Iterator[Any]:
