@@ -40,8 +40,12 @@ def settings(**changes: Any) -> list[str]:
     return [f"{k}={json.dumps(v)}" for k, v in {**made, **changes}.items()]
 
 
+def actors(name: str) -> list[psutil.Process]:
+    return [p for p in psutil.Process().children(recursive=True) if p.name().startswith(f"ray::{name}"[:15])]
+
+
 def workers() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::RayTrainWo")]
+    return actors("RayTrainWorker")
 
 
 def saved(folder: Location) -> int:
@@ -105,6 +109,8 @@ def test_killed_frozen_and_preempted_workers_cost_time_and_nothing_else(job_file
     (stacks,) = [folder.join("stacks", name).read().decode() for name, _ in folder.join("stacks").files()]
     assert "worker 1: no answer: frozen, or dead" in stacks and "all_reduce" in stacks
     assert MlflowClient(tracking_uri=tracking).get_run(result["run_id"]).info.status == "FINISHED"
+    _, left = psutil.wait_procs(actors("SplitCoordinator"), timeout=20)
+    assert not left, "every attempt ends its own stream of data"
 
 
 def test_a_run_shrinks_to_the_room_there_is_and_grows_behind_a_checkpoint(job_file, tracking, unbroken):

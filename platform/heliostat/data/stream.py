@@ -177,10 +177,10 @@ def iterate(part: Any, plan: DataPlan, order: Order, rank: int, workers: int, st
     """The worker's stream over its part, prefetching a superstep ahead, from now on."""
     lanes = plan.shape.lanes // workers
     batches = part.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=2 * lanes)
-    return LaneStream(_begun(iter(batches)), plan, order, rank, workers, start_step)
+    return LaneStream(begun(iter(batches)), plan, order, rank, workers, start_step)
 
 
-def _begun(envelopes: Iterator[Any]) -> Iterator[Any]:
+def begun(envelopes: Iterator[Any]) -> Iterator[Any]:
     """The same, with the first one fetched while the caller is busy with something else."""
     first: Future[Any] = Future()
 
