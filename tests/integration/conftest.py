@@ -26,12 +26,11 @@ if "HELIOSTAT_TEST_POISON" not in os.environ:  # workers import this module too
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """A private Ray of eight logical CPUs, started once."""
-    import ray
-    from heliostat.cluster.connect import connect
+    from heliostat.cluster.connect import connect, disconnect
 
     connect(cpus=8, gpus=torch.cuda.device_count())
     yield
-    ray.shutdown()
+    disconnect()
 
 
 @pytest.fixture(scope="session")

@@ -6,10 +6,13 @@ dashboard, and more logical CPUs than cores, because the data tasks that feed th
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import logging
 import os
 from typing import Any
 
+import psutil
 import ray
 
 from heliostat import workspace
@@ -24,6 +27,8 @@ SILENT = {"RAY_enable_metrics_collection": "0", "RAY_task_events_report_interval
 IDLE = {"RAY_num_workers_soft_limit": "0", "RAY_idle_worker_killing_time_threshold_ms": "20000"}
 # Ray would start its workers at niceness 15, where whatever else the machine does comes first
 URGENT = {"RAY_worker_niceness": "0"}
+
+END_S = 5.0  # for the processes of a private Ray to end by themselves
 
 
 def worker_environment(gpus: float) -> dict[str, str]:
@@ -60,11 +65,24 @@ def connect(cpus: int, gpus: int = 0, verbose: bool = False) -> None:
     os.environ.update({**SILENT, **IDLE, **URGENT, **before, **worker_environment(gpus), "PYTHONPATH": path})
     try:
         ray.init(num_cpus=cpus, num_gpus=gpus or None, include_dashboard=False, **options)
+        atexit.register(disconnect)
         if not verbose:
             _without_monitors()
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+def disconnect() -> None:
+    """Ends a private Ray, and what is left of it then: now and then an actor's process hangs in its own exit, and would stay."""
+    if not ray.is_initialized():
+        return
+    node: Any = ray._private.worker._global_node
+    with contextlib.suppress(psutil.NoSuchProcess):
+        workers = psutil.Process(node.all_processes["raylet"][0].process.pid).children(recursive=True)
+        ray.shutdown()
+        for process in psutil.wait_procs(workers, timeout=END_S)[1]:
+            process.kill()
 
 
 def _without_monitors() -> None:
