@@ -78,10 +78,12 @@ def disconnect() -> None:
     if not ray.is_initialized():
         return
     node: Any = ray._private.worker._global_node
-    with contextlib.suppress(psutil.NoSuchProcess):
+    workers: list[psutil.Process] = []
+    with contextlib.suppress(psutil.NoSuchProcess):  # the raylet has died: its workers end without it
         workers = psutil.Process(node.all_processes["raylet"][0].process.pid).children(recursive=True)
-        ray.shutdown()
-        for process in psutil.wait_procs(workers, timeout=END_S)[1]:
+    ray.shutdown()
+    for process in psutil.wait_procs(workers, timeout=END_S)[1]:
+        with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
 
 
