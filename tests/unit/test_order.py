@@ -293,7 +293,7 @@ def test_a_source_without_training_samples_is_refused():
 
 
 def test_the_shape_that_is_chosen_is_sound():
-    """Windows are whole envelopes, at least as large as asked for; supersteps have 1 to 64 steps; envelopes are megabytes."""
+    """Windows are whole envelopes, at least as large as asked for; supersteps have 1 to 128 steps; envelopes are megabytes."""
     rng = np.random.default_rng(3)
     for _ in range(2000):
         lanes, per_lane = int(rng.integers(1, 600)), int(rng.integers(1, 70))

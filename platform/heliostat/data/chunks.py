@@ -48,44 +48,31 @@ class Chunks:
     def gather(self, samples: Samples) -> Gathered:
         """The samples' contents, in their order. DataError for a missing shard, StorageError for a store that fails."""
         faults: dict[int, str] = {}
-        chunk_ids, which = np.unique(np.stack([samples.source, samples.chunk]), axis=1, return_inverse=True)
-        members = np.split(np.argsort(which, kind="stable"), np.cumsum(np.bincount(which))[:-1]) if len(samples) else []
+        members = _by_chunk(samples)
+        tokens = np.empty((len(samples), self.length), dtype=np.int32) if self.length else None
 
-        def fill(i: int) -> Content | None:
-            source, chunk = (int(n) for n in chunk_ids[:, i])
+        def fill(mine: np.ndarray) -> Content | None:
+            source, chunk = int(samples.source[mine[0]]), int(samples.chunk[mine[0]])
             try:
-                found = take(self.read(source, chunk), samples.row[members[i]])
+                found = take(self.read(source, chunk), samples.row[mine])
             except DamagedError as e:
-                faults.update(dict.fromkeys(members[i].tolist(), str(e)))
+                faults.update(dict.fromkeys(mine.tolist(), str(e)))
+                if tokens is not None:
+                    tokens[mine] = 0
                 return None
-            if self.length:
-                outside = (found.min(axis=1) < 0) | (found.max(axis=1) >= self._vocabulary[source])
-                if outside.any():
-                    reason = f"{self.place(source, chunk)}: a token outside the vocabulary of {self._vocabulary[source]}"
-                    faults.update(dict.fromkeys(members[i][outside].tolist(), reason))
-                    found[outside] = 0
-            return found
+            if tokens is None:
+                return found
+            outside = found.view(np.uint32).max(axis=1) >= self._vocabulary[source]  # as unsigned, a negative one is large
+            if outside.any():
+                reason = f"{self.place(source, chunk)}: a token outside the vocabulary of {self._vocabulary[source]}"
+                faults.update(dict.fromkeys(mine[outside].tolist(), reason))
+                found[outside] = 0
+            tokens[mine] = found
+            return None
 
         with ThreadPoolExecutor(READERS) as pool:
-            parts = list(pool.map(fill, range(len(members))))
-        return Gathered(self._arrange(parts, members, len(samples)), faults)
-
-    def _arrange(self, parts: list[Content | None], members: list[np.ndarray], count: int) -> Content:
-        """The parts' samples, each at its member's index; where a part is missing, zeros or nulls."""
-        if self.length:
-            out = np.zeros((count, self.length), dtype=np.int32)
-            for mine, found in zip(members, parts, strict=True):
-                if found is not None:
-                    out[mine] = found
-            return out
-        good = [(mine, found) for mine, found in zip(members, parts, strict=True) if found is not None]
-        if not good:
-            return pa.table({})
-        tables = [found for _, found in good]
-        blank = pa.table([pa.nulls(1, f.type) for f in tables[0].schema], schema=tables[0].schema)
-        index = np.full(count, sum(map(len, tables)), dtype=np.int64)
-        index[np.concatenate([mine for mine, _ in good])] = np.arange(sum(map(len, tables)))
-        return take(join([*tables, blank]), index)
+            parts = list(pool.map(fill, members))
+        return Gathered(_arrange(parts, members) if tokens is None else tokens, faults)
 
     def place(self, source: int, chunk: int) -> str:
         return f"{self.sources[source].location.join(self._paths[source][chunk])}: row group {self._groups[source][chunk]}"
@@ -115,3 +102,23 @@ class Chunks:
 def _tokens(column: pa.ChunkedArray) -> np.ndarray:
     """All tokens of a chunk, int32, documents end to end."""
     return column.combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.int32, copy=False)
+
+
+def _by_chunk(samples: Samples) -> list[np.ndarray]:
+    """Which of the samples are in the same chunk: their indices, for each chunk."""
+    order = np.lexsort((samples.chunk, samples.source))
+    source, chunk = samples.source[order], samples.chunk[order]
+    edges = np.flatnonzero((source[1:] != source[:-1]) | (chunk[1:] != chunk[:-1])) + 1
+    return np.split(order, edges) if len(order) else []
+
+
+def _arrange(parts: list[pa.Table | None], members: list[np.ndarray]) -> pa.Table:
+    """The parts' rows, each at its member's index; where a part is missing, nulls."""
+    good = [(mine, found) for mine, found in zip(members, parts, strict=True) if found is not None]
+    if not good:
+        return pa.table({})
+    tables = [found for _, found in good]
+    blank = pa.table([pa.nulls(1, f.type) for f in tables[0].schema], schema=tables[0].schema)
+    index = np.full(sum(map(len, members)), sum(map(len, tables)), dtype=np.int64)
+    index[np.concatenate([mine for mine, _ in good])] = np.arange(sum(map(len, tables)))
+    return take(join([*tables, blank]), index)

@@ -15,9 +15,9 @@ import numpy as np
 from heliostat.errors import ConfigError
 
 MAX_PERIOD = 4_000_000
-ENVELOPE_BYTES = 4 << 20  # Ray Data costs 10-45 ms a block whatever its size, so blocks are megabytes
+ENVELOPE_BYTES = 8 << 20  # Ray Data costs 10-20 ms a block whatever its size, so blocks are megabytes
 WINDOW_BYTES = 32 << 20
-MAX_SUPERSTEP = 64
+MAX_SUPERSTEP = 128
 
 
 def stride_pattern(weights: list[float]) -> np.ndarray:
@@ -79,7 +79,7 @@ class Shape:
 
 
 def choose_shape(batch: int, lanes: int, sample_bytes: int, window: int | None = None, one_source: bool = False) -> Shape:
-    """Envelopes of about 4 MB and at most 64 steps; windows of about 32 MB, or of at least `window` samples. `one_source`: a
+    """Envelopes of about 8 MB and at most 128 steps; windows of about 32 MB, or of at least `window` samples. `one_source`: a
     lane's samples of a step are all of one."""
     per_lane = batch // lanes
     superstep = min(MAX_SUPERSTEP, max(1, ENVELOPE_BYTES // (per_lane * sample_bytes)))

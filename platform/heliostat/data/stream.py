@@ -26,6 +26,7 @@ from heliostat.data.content import Content, join, pack, part, unpack
 from heliostat.data.dataset import Bad, DataPlan, open_dataset
 from heliostat.data.order import Order
 from heliostat.data.receipt import lane_digest, sample_digests
+from heliostat.data.windows import numbered
 
 ENVELOPE = pa.schema(
     [("envelope", pa.int64()), ("digests", pa.large_binary()), ("content", pa.large_binary()), ("bad", pa.string())]
@@ -109,9 +110,8 @@ def dataset(task: Fetch, concurrency: int, memory_limit: int, sample_bytes: int,
     context.print_on_execution_start = False
     fits = max(1, memory_limit // (COPIES * task.plan.shape.window * sample_bytes))
     with ray.data.DataContext.current(context):
-        windows = ray.data.range(task.count, override_num_blocks=task.count)
         pool = ray.data.TaskPoolStrategy(size=min(concurrency, fits))
-        return windows.map_batches(task, batch_size=1, compute=pool, zero_copy_batch=True)
+        return numbered(task.count, context).map_batches(task, batch_size=1, compute=pool, zero_copy_batch=True)
 
 
 def split(data: Any, workers: int) -> list[Any]:
