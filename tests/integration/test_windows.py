@@ -14,6 +14,9 @@ from ray.data.datasource import ReadTask
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
+STANDS_AT = 10
+
+
 class Noting(windows.Windows):
     """Notes how far it is."""
 
@@ -39,12 +42,14 @@ class Noting(windows.Windows):
 def test_windows_are_numbered_in_order_and_shortly_before_they_are_fetched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, fetched = tmp_path / "made", tmp_path / "fetched"
+    """While fetching stands still, so does numbering."""
+    made, go_on = tmp_path / "made", tmp_path / "go-on"
     monkeypatch.setattr(windows, "Windows", lambda count: Noting(count, made))
 
     def fetch(batch: dict[str, Any]) -> dict[str, Any]:
-        time.sleep(0.05)
-        fetched.write_text(str(batch["id"][0]))
+        deadline = time.monotonic() + 120
+        while batch["id"][0] == STANDS_AT and not go_on.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
         return batch
 
     context = ray.data.DataContext.get_current().copy()
@@ -56,9 +61,18 @@ def test_windows_are_numbered_in_order_and_shortly_before_they_are_fetched(
     parts = stream.split(stage, 1)
     try:
         with closing(iter(parts[0].iter_batches(batch_size=1, prefetch_batches=1))) as rows:
-            for number in range(130):
+            for number in range(STANDS_AT // 2):  # not all that are fetched: the consumer is a few ahead itself
                 assert next(rows)["id"] == number
-                if number > 100:  # the first are made while Ray Data does not yet count them
-                    assert int(made.read_text()) - int(fetched.read_text()) <= windows.AHEAD + 16
+            deadline = time.monotonic() + 60
+            while int(made.read_text()) < windows.AHEAD and time.monotonic() < deadline:
+                time.sleep(0.5)
+            time.sleep(5)
+            before = int(made.read_text())
+            assert before >= windows.AHEAD
+            time.sleep(15)  # two hundred come in this time if nothing holds them back
+            assert int(made.read_text()) - before < 50
+            go_on.touch()
+            for number in range(STANDS_AT // 2, 2 * windows.AHEAD):
+                assert next(rows)["id"] == number
     finally:
         stream.end(parts)
