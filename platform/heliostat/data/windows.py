@@ -20,7 +20,7 @@ from ray.data._internal.execution.backpressure_policy import (
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
-AHEAD = 64  # windows that are numbered and wait to be fetched
+AHEAD = 64  # windows that are numbered and wait to be fetched; Ray takes up to some hundred more in one go when it starts
 
 
 class Windows(Datasource):
@@ -46,7 +46,7 @@ class Ahead(BackpressurePolicy):
     """Ray Data holds back what takes much memory; so small blocks as these it would all take at once."""
 
     def max_task_output_bytes_to_read(self, op: Any) -> int | None:
-        if not op.name.startswith("ReadWindows"):
+        if not op.name.startswith("ReadWindows"):  # what Ray calls the task of `Windows`
             return None
         return 0 if self._topology[op].total_enqueued_output_blocks() >= AHEAD else None
 
