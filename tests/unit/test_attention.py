@@ -10,15 +10,16 @@ from tests.unit.test_causal_lm import END, LLAMA, recipe
 
 
 @pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("length", [33, 64, 150, 512])
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (6, 1)])
-def test_values_and_gradients_are_those_of_scaled_dot_product_attention(heads, groups, masked):
+def test_values_and_gradients_are_those_of_scaled_dot_product_attention(heads, groups, length, masked):
     generator = torch.Generator().manual_seed(0)
-    shapes = [(2, heads, 33, 20), (2, groups, 33, 20), (2, groups, 33, 20)]
+    shapes = [(2, heads, length, 20), (2, groups, length, 20), (2, groups, length, 20)]
     inputs = [torch.randn(s, generator=generator).requires_grad_() for s in shapes]
     mask = None
     if masked:
-        mask = (torch.rand(2, 1, 33, 33, generator=generator) < 0.4).tril() | torch.eye(33, dtype=torch.bool)
-    upstream = torch.randn(2, 33, heads, 20, generator=generator)
+        mask = (torch.rand(2, 1, length, length, generator=generator) < 0.4).tril() | torch.eye(length, dtype=torch.bool)
+    upstream = torch.randn(2, length, heads, 20, generator=generator)
     ours, _ = attention.attend(torch.nn.Identity(), *inputs, mask, scaling=0.3)
     theirs = F.scaled_dot_product_attention(*inputs, attn_mask=mask, is_causal=not masked, scale=0.3, enable_gqa=True)
     torch.testing.assert_close(ours, theirs.transpose(1, 2))
@@ -29,11 +30,11 @@ def test_values_and_gradients_are_those_of_scaled_dot_product_attention(heads, g
 @pytest.mark.parametrize("document_mask", [False, True])
 @pytest.mark.parametrize("arch", attention.MODELS)
 def test_a_model_that_uses_it_is_the_model_as_transformers_builds_it(arch, document_mask):
-    """The same logits from the same weights, packed documents or not; what is not short, bf16 and on a CPU is left alone."""
+    """The same logits from the same weights, packed documents or not; what is not short and on a CPU is left alone."""
     keys = {**LLAMA, "arch": arch}
     data = {"data.document_mask": document_mask}
-    ours, theirs = (recipe(keys, **data, **{"train.precision": precision}) for precision in ("bf16", "fp32"))
-    long = recipe(keys, **data, **{"train.precision": "bf16", "data.sequence_length": attention.LONGEST + 1})
+    ours, theirs = (recipe(keys, **data, **{"workers.gpus": gpus}) for gpus in (0, 1))
+    long = recipe(keys, **data, **{"data.sequence_length": attention.LONGEST + 1})
     assert (ours.grouped, theirs.grouped, long.grouped) == (True, False, False)
     content = np.random.default_rng(0).integers(0, 96, (3, 64)).astype(np.int32)
     content[0, [5, 40]] = END

@@ -18,6 +18,7 @@ import torch
 
 from heliostat.recipe import Recipe
 from heliostat.spec import Job
+from heliostat.train import linear
 
 CPU_BUCKET = 32_000_000  # elements; at every bucket the workers wait for one another
 
@@ -115,6 +116,8 @@ def build_engine(job: Job, recipe: Recipe) -> Any:
 
     config = engine_config(job)
     model = build_model(job, recipe, config)
+    if linear.SUPPORTED and not (job.workers.gpus or job.train.compile) and job.train.precision == "fp32":
+        linear.use_onednn(model)
     settings = job.train.optimizer
     optimizer = torch.optim.AdamW(
         parameter_groups(model, settings.weight_decay),
