@@ -6,6 +6,7 @@ The model and the samples are those of the job, over and over. Tells of every st
 it is killed.
 """
 
+import contextlib
 import itertools
 import sys
 import time
@@ -41,14 +42,19 @@ def main() -> None:
         batches.append((image_rows.pixels(mine), tokenize(recipe.parts.tokenizer, mine["caption"].to_pylist()).input_ids))
     empty = recipe.parts.empty["text"]
     model, optimizer = accelerator.prepare(model, optimizer)
+    micro = job.train.micro_batch
     for clean, text in itertools.chain.from_iterable(itertools.repeat(batches)):
         started = time.time()
-        noise = torch.randn_like(clean)
-        t = torch.randint(0, scheduler.config.num_train_timesteps, (len(clean),))
-        text = torch.where(torch.rand(len(clean), 1) < recipe.model.caption_dropout, empty, text)
-        said = model(scheduler.add_noise(clean, noise, t), t, text)
-        loss = F.mse_loss(said.float(), scheduler.get_velocity(clean, noise, t))
-        accelerator.backward(loss)
+        for at in range(0, per_rank, micro):
+            quiet = accelerator.no_sync(model) if at + micro < per_rank else contextlib.nullcontext()
+            with quiet:
+                image, ids = clean[at : at + micro], text[at : at + micro]
+                noise = torch.randn_like(image)
+                t = torch.randint(0, scheduler.config.num_train_timesteps, (len(image),))
+                ids = torch.where(torch.rand(len(image), 1) < recipe.model.caption_dropout, empty, ids)
+                said = model(scheduler.add_noise(image, noise, t), t, ids)
+                loss = F.mse_loss(said.float(), scheduler.get_velocity(image, noise, t))
+                accelerator.backward(loss * micro / per_rank)
         accelerator.clip_grad_norm_(model.parameters(), job.train.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
