@@ -61,7 +61,7 @@ class CausalLM:
         self.vocabulary_given = bool(self.pretrained) or "vocab_size" in job.model
         self.config.use_cache = False
         short = self.length <= attention.LONGEST and self.config.model_type in attention.MODELS
-        self.grouped = short and not job.workers.gpus and job.train.precision != "fp16"
+        self.grouped = short and not job.workers.gpus
         longest = getattr(self.config, "max_position_embeddings", None)
         if longest and longest < self.length:
             names = {"max_position_embeddings", self.config.attribute_map.get("max_position_embeddings")}

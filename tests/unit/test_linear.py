@@ -1,5 +1,7 @@
 """Linear layers multiplied by oneDNN are linear layers: the same values, gradients and state."""
 
+import weakref
+
 import pytest
 import torch
 from heliostat.train import linear
@@ -43,6 +45,22 @@ def test_what_is_frozen_gets_no_gradient():
     model(torch.randn(4, 20)).sum().backward()
     assert model[0].weight.grad is None and model[0].bias.grad is None
     assert model[2].weight.grad is not None
+
+
+def test_a_weight_that_is_emptied_behind_the_forward_pass_and_filled_again_is_all_that_is_kept_of_it():
+    """As ZeRO-3 does it: what was gathered must be free between the two passes."""
+    inputs = torch.randn(5, 20)
+    plain, ours = pair()
+    layer = ours[0]
+    whole, upstream = layer.weight.detach().clone(), torch.randn(5, 33)
+    said = layer(inputs)
+    gathered = weakref.ref(layer.weight.untyped_storage())
+    layer.weight.data = torch.empty(0)
+    assert gathered() is None
+    layer.weight.data = whole
+    torch.testing.assert_close(
+        torch.autograd.grad(said, layer.weight, upstream), torch.autograd.grad(plain[0](inputs), plain[0].weight, upstream)
+    )
 
 
 def test_state_is_unchanged_and_other_kinds_of_linear_layer_stay_theirs():
