@@ -35,10 +35,12 @@ def check_(
     file: File, job: Annotated[Path | None, typer.Option(help="Also: does this job fit, and do its stores answer")] = None,
     setting: Settings = None, json_: Json = False,
 ) -> None:  # fmt: skip
-    """Find everything wrong with a cluster file: schema, sizes, labels, secrets written in, open ports."""
+    """Find what is wrong with a cluster file: schema, sizes, secrets, open ports, what would fail at the first real start."""
     from heliostat.cluster import check as checks
+    from heliostat.cluster import pods
 
     report = checks.check(file)
+    warnings = report.warnings
     if job and not report.errors:
         from heliostat.check import check_services
         from heliostat.plan import report as planning
@@ -46,8 +48,9 @@ def check_(
         wanted, recipe, _ = planning.prepare(job, setting)
         planning.plan(wanted, recipe, report.cluster)
         check_services(wanted)
+        warnings = [*warnings, *pods.grace(report.cluster, wanted)]
     if not json_:
-        for warning in report.warnings:
+        for warning in warnings:
             out.print(f"warning: {warning}", markup=False)
         for error in report.errors:
             out.print(f"error: {error}", markup=False)
@@ -56,7 +59,7 @@ def check_(
             labels = ", ".join(f"{k}={v}" for k, v in pool.labels.items())
             cpus = "CPUs as found" if pool.cpus is None else f"{pool.cpus:g} CPUs"
             out.print(f"{pool.name}: {size} nodes of {cpus}, {pool.gpus:g} GPUs{'; ' + labels if labels else ''}", markup=False)
-    _finish({"file": str(file), "errors": report.errors, "warnings": report.warnings}, json_)
+    _finish({"file": str(file), "errors": report.errors, "warnings": warnings}, json_)
     if report.errors:
         raise ConfigError(f"{file}: {len(report.errors)} error{'s' * (len(report.errors) > 1)}, see above")
 

@@ -146,9 +146,14 @@ def _launcher_pools(raw: dict[str, Any]) -> Iterator[Pool]:
         )
 
 
+def groups(spec: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """(name, group) of a RayCluster spec, the head first."""
+    return [("head", spec["headGroupSpec"]), *((g["groupName"], g) for g in spec.get("workerGroupSpecs") or [])]
+
+
 def _kuberay_pools(spec: dict[str, Any]) -> Iterator[Pool]:
-    groups = [("head", True, spec["headGroupSpec"]), *((g["groupName"], False, g) for g in spec.get("workerGroupSpecs") or [])]
-    for name, head, group in groups:
+    for name, group in groups(spec):
+        head = group is spec["headGroupSpec"]
         container = group["template"]["spec"]["containers"][0]
         resources = container.get("resources") or {}
         amounts = {**(resources.get("requests") or {}), **(resources.get("limits") or {})}

@@ -57,8 +57,9 @@ def endpoint(target: str | None) -> Iterator[Endpoint]:
             ):
                 yield Endpoint(url, token, False, cluster)
         else:
-            service = ["kubectl", "-n", cluster.namespace, "port-forward", f"service/{cluster.name}-head-svc"]
-            with _tunnel(service, kube_token(cluster)) as (url, token):
+            name = kube_name(cluster)
+            service = ["kubectl", "-n", cluster.namespace, "port-forward", f"service/{kube_service(cluster, name)}"]
+            with _tunnel(service, kube_token(cluster, name)) as (url, token):
                 yield Endpoint(url, token, False, cluster)
     else:
         url = target if target.startswith(("http://", "https://")) else f"http://{target}"
@@ -84,11 +85,28 @@ def _port(cluster: ClusterFile) -> str:
     return local.url_of(cluster).rpartition(":")[2] if cluster.provider == "local" else "8265"
 
 
-def kube_token(cluster: ClusterFile) -> str | None:
-    """KubeRay keeps the token in a secret of the cluster's name."""
-    name = (cluster.spec.get("authOptions") or {}).get("secretName") or cluster.name
-    command = ["kubectl", "-n", cluster.namespace, "get", "secret", name, "-o", "jsonpath={.data.auth_token}"]
-    return base64.b64decode(tool(command, f"reading the token of {cluster.name}")).decode() or None
+def kube_name(cluster: ClusterFile) -> str:
+    """The RayCluster's name: the file's, or for a RayJob the one that KubeRay gave the cluster that it made for the job."""
+    if cluster.kind == "RayCluster":
+        return cluster.name
+    command = ["kubectl", "-n", cluster.namespace, "get", "rayjob", cluster.name, "-o", "jsonpath={.status.rayClusterName}"]
+    name = tool(command, f"finding the cluster of the job {cluster.name}").strip()
+    if not name:
+        raise ClusterError(f"{cluster.path}: the job {cluster.name} has no cluster yet; it may wait for its quota (`suspend`)")
+    return name
+
+
+def kube_service(cluster: ClusterFile, name: str) -> str:
+    """The name of the service that leads to the head."""
+    given = (cluster.spec["headGroupSpec"].get("headService") or {}).get("metadata") or {}
+    return given.get("name") or f"{name}-head-svc"
+
+
+def kube_token(cluster: ClusterFile, name: str) -> str | None:
+    """KubeRay keeps the token in a secret of the RayCluster's name."""
+    secret = (cluster.spec.get("authOptions") or {}).get("secretName") or name
+    command = ["kubectl", "-n", cluster.namespace, "get", "secret", secret, "-o", "jsonpath={.data.auth_token}"]
+    return base64.b64decode(tool(command, f"reading the token of {name}")).decode() or None
 
 
 def tool(command: list[str], what: str, timeout: float = 600.0) -> str:
