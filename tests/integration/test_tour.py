@@ -2,7 +2,7 @@
 
 What a command is expected to do is what the README's comment behind it says: "what an error looks like" ends with one line and
 exit code 2; "press Ctrl-C when it trains" gets a SIGINT then; `heliostat ui` one as soon as its page answers. All others succeed.
-The clone's `.venv` is the one that runs this test, with the clone's own code first. A whole hour on a busy machine; `make test-slow`.
+The clone's `.venv` is the one that runs this test, with the clone's own code first. `make test-slow`; long.
 """
 
 import os
