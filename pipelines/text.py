@@ -20,6 +20,8 @@ from typing import Any, Literal
 
 import numpy as np
 import ray
+from heliostat.data import versions
+from heliostat.data.manifest import FILES
 from heliostat.errors import ConfigError
 from heliostat.prepare import InputFile, Pipeline, place
 from heliostat.schema import Strict
@@ -121,7 +123,7 @@ class TextPipeline(Pipeline):
         definition = self.given if self.given is not None else self._train(rows, sizes)
         tokenizer = tokens.load(definition)
         end = tokens.end_id(tokenizer, self.tokenizer.end_of_document)
-        output.join("tokenizer.json").write(definition.encode())
+        beside = {"tokenizer.json": versions.store(output, f"{FILES}/tokenizer-", definition.encode(), ".json")}
 
         shards = max(1, round(int(sizes.sum()) / self.shard_bytes))
         write_group = partial(
@@ -143,6 +145,7 @@ class TextPipeline(Pipeline):
         ).flat_map(partial(text_tasks.footer, output=output.uri))
         return list(footers.iter_rows()), {
             "kind": "tokens",
+            "files": beside,
             "tokenizer": hashlib.sha256(definition.encode()).hexdigest(),
             "vocab_size": tokenizer.get_vocab_size(),
             "end_of_document": end,

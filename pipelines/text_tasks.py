@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-from heliostat.data import manifest
+from heliostat.data import manifest, versions
+from heliostat.data.manifest import SHARDS
 from heliostat.errors import StorageError
-from heliostat.prepare import SHARDS
 from heliostat.storage import Location
 
 from pipelines import documents, sources, tokens
@@ -121,8 +121,8 @@ def write_group(table: pa.Table, output: str, definition: Any, end: int, chunk_t
     tokenizer = tokens.load(ray.get(definition))
     table, duplicates = unique(table)
     encoded = tokens.encode(tokenizer, table["text"].to_pylist(), end)
-    path = f"{SHARDS}/{shard:05d}.parquet"
-    Location(output).join(path).write(tokens.shard(table["id"].to_pylist(), encoded, chunk_tokens))
+    data = tokens.shard(table["id"].to_pylist(), encoded, chunk_tokens)
+    path = versions.store(Location(output), f"{SHARDS}/{shard:05d}/", data, ".parquet")
     counts = np.bincount(np.concatenate(encoded), minlength=tokenizer.get_vocab_size()).astype(np.int64)
     row |= {"path": path, "documents": len(encoded), "duplicates": duplicates, "counts": counts.tobytes()}
     row["bytes"] = int(pc.binary_length(table["text"]).to_numpy().sum())
