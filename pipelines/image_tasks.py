@@ -17,7 +17,7 @@ from heliostat.data.manifest import FILES, SHARDS
 from heliostat.storage import Location
 
 from pipelines import image_sources, pictures
-from pipelines.image_sources import Columns
+from pipelines.image_sources import Columns, Limits
 from pipelines.pictures import Dropped, Rules
 
 # one row per image, or (with a reason and no image) per dropped image
@@ -30,12 +30,12 @@ STORED = ("id", "caption", "label", "width", "height", "image", "latent", "embed
 BLOCK_BYTES = 32 << 20  # of images, per block that a read task yields
 
 
-def extract(batch: pa.Table, input: str, columns: Columns, rules: Rules) -> Iterator[pa.Table]:
+def extract(batch: pa.Table, input: str, columns: Columns, rules: Rules, limits: Limits) -> Iterator[pa.Table]:
     """The images of the tasks in the batch, as tables of ROWS."""
     found: list[dict[str, Any]] = []
     size = 0
     for task in map(json.loads, batch["task"].to_pylist()):
-        for raw in image_sources.read(input, task, columns):
+        for raw in image_sources.read(input, task, columns, limits):
             made = raw if isinstance(raw, Dropped) else pictures.prepare(raw, rules)
             if isinstance(made, Dropped):
                 found.append({"id": made.id, "reason": made.reason, "detail": made.detail})

@@ -30,7 +30,7 @@ from pydantic import Field
 
 from pipelines import image_sources, image_tasks, pictures, sources, tokens
 from pipelines.image_latents import Latents, encoded
-from pipelines.image_sources import Columns
+from pipelines.image_sources import Columns, Limits
 from pipelines.text import ray_data
 
 log = logging.getLogger(__name__)
@@ -62,6 +62,8 @@ class Tokenizer(Strict):
 class ImagePipeline(Pipeline):
     """The keys of an image pipeline's YAML. `input`: see `pipelines.image_sources`."""
 
+    later = frozenset({"max_file_bytes", "max_image_bytes"})
+
     input: str = Field(min_length=1)
     columns: ColumnNames = ColumnNames()
     resolution: int = Field(gt=0)
@@ -71,6 +73,8 @@ class ImagePipeline(Pipeline):
     quality: int = Field(95, ge=1, le=100)
     min_side: int = Field(1, ge=1)
     max_aspect: Float | None = Field(None, ge=1)
+    max_file_bytes: int = Field(Limits.file, ge=1)  # of an input file: a larger one is left out
+    max_image_bytes: int = Field(Limits.image, ge=1)  # of an image, as it is stored
     min_caption: int = Field(1, ge=1)
     max_caption: int | None = Field(None, ge=1)
     duplicates: Literal["keep", "exact", "perceptual"] = "exact"
@@ -119,9 +123,10 @@ class ImagePipeline(Pipeline):
 
     def _write(self, output: Location, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         columns = Columns(**self.columns.model_dump())
-        tasks = [{"task": json.dumps(t)} for t in image_sources.tasks(self.input, inputs, columns)]
+        tasks = [{"task": json.dumps(t)} for t in image_sources.tasks(self.input, inputs, columns, self.max_file_bytes)]
         rows = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
-            partial(image_tasks.extract, input=self.input, columns=columns, rules=self.rules),
+            partial(image_tasks.extract, input=self.input, columns=columns, rules=self.rules,
+                    limits=Limits(self.max_file_bytes, self.max_image_bytes)),
             batch_size=1, batch_format="pyarrow",
         )  # fmt: skip
         rows = rows.materialize()  # read once: a second reading could differ
@@ -144,7 +149,7 @@ class ImagePipeline(Pipeline):
             listed = row["listed"] or listed
             dropped.update(json.loads(row["dropped"]))
             for reason, examples in json.loads(row["examples"]).items():
-                log.warning("dropped: %s, such as %s", pictures.REASONS[reason], ", ".join(examples))
+                log.warning("dropped: %s, such as %s", pictures.REASONS[reason], sources.examples(examples))
         meta = {"kind": "rows", "dropped": dict(sorted(dropped.items())), "documents": counts, "channels": self.channels}
         if listed:
             meta["listed"] = listed

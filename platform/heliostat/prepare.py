@@ -23,7 +23,7 @@ import time
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -54,6 +54,8 @@ class InputFile:
 class Pipeline(Strict):
     """Base of all pipelines: a validated YAML that knows how to become a dataset. Subclasses add keys and the methods."""
 
+    later: ClassVar[frozenset[str]] = frozenset()  # keys that came after others: datasets made without them are up to date
+
     name: str = Field(min_length=1)
     output: str = Field(min_length=1)
     labels: dict[str, str] = {}  # of the nodes that may do the work (Ray's node labels); none: any node
@@ -68,8 +70,9 @@ class Pipeline(Strict):
         raise NotImplementedError
 
     def identity(self) -> dict[str, Any]:
-        """The part of the configuration that shapes the data: everything but the places."""
-        return self.model_dump(mode="json", exclude={"input", "output", "labels", "keep_days"})
+        """The part of the configuration that shapes the data: everything but the places, and later keys at their defaults."""
+        usual = {key for key in self.later if getattr(self, key) == type(self).model_fields[key].default}
+        return self.model_dump(mode="json", exclude={"input", "output", "labels", "keep_days", *usual})
 
     def write(self, output: Location, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Runs on Ray: writes everything but the manifest, and returns its rows and metadata (with `kind`).
@@ -108,8 +111,8 @@ def prepare(path: Path, settings: list[str], force: bool = False) -> dict[str, A
     target, pipeline = load(path, settings)
     output = place(pipeline.output)
     _check_output(output)
-    record = versions.read_record(output)
     pipeline.check()
+    record = versions.read_record(output)
     inputs = pipeline.inputs()
     config = sha256_json({"pipeline": target, **pipeline.identity()})
     listing = sha256_json([(f.path, f.bytes) for f in inputs])
