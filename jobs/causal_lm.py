@@ -76,9 +76,9 @@ class CausalLM:
         if len(tokenizers) > 1:
             raise ConfigError("data.sources: the datasets were made with different tokenizers; prepare them with one")
         vocabulary, self.end = sources[0].meta["vocab_size"], sources[0].meta["end_of_document"]
-        self.tokenizer_json = sources[0].location.join("tokenizer.json").read()
+        self.tokenizer_json = sources[0].file("tokenizer.json").read()
         if hashlib.sha256(self.tokenizer_json).hexdigest() != sources[0].meta["tokenizer"]:
-            raise ConfigError(f"{sources[0].location.join('tokenizer.json')}: is not the tokenizer that made the dataset")
+            raise ConfigError(f"{sources[0].file('tokenizer.json')}: is not the tokenizer that made the dataset")
         if self.vocabulary_given:
             if self.config.vocab_size < vocabulary:
                 raise ConfigError(f"model.vocab_size: {self.config.vocab_size} is below the tokenizer's {vocabulary}")

@@ -141,7 +141,7 @@ class Parts:
         if self.model.text.pretrained:
             return diffusion_config.frozen_tokenizer(self.model.text.pretrained, self.model.text.length)
         assert self.facts
-        definition = self.sources[0].location.join("tokenizer.json").read()
+        definition = self.sources[0].file("tokenizer.json").read()
         return image_export.tokenizer(definition, self.facts.end, self.model.text.length)
 
     @cached_property
@@ -149,7 +149,7 @@ class Parts:
         """A batch's `text` and `mask` of no caption: token ids [length], or the stored embedding [length, width]."""
         assert self.facts
         if self.facts.text:
-            raw = self.sources[0].location.join("empty_caption.bin").read()
+            raw = self.sources[0].file("empty_caption.bin").read()
             return {"text": torch.from_numpy(np.frombuffer(raw, np.float16).reshape(self.facts.text).copy()).float()}
         tokens = tokenize(self.tokenizer, [""])
         return {"text": tokens.input_ids[0], "mask": tokens.attention_mask[0]}

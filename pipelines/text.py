@@ -4,7 +4,9 @@ What holds: the dataset is a pure function of the input's relative paths and byt
 document goes to the shard that its text's SHA-256 names, so duplicates meet in one group and are dropped there (the
 smallest id stays); within a shard documents lie by hash, which is a pseudo-random order that no scheduling can change.
 Texts never pass through the driver. A read task holds its files in memory and a shard task its shard: `shard_bytes`
-bounds the second, so keep input files well below a worker's memory.
+bounds the second, so keep input files well below a worker's memory. What is left out is listed, with the reason, in
+`quarantine.parquet`. No file takes more memory or disk than `max_file_bytes` and `max_document_bytes` allow, however it is
+packed; of Parquet files, the sizes of row groups are believed as their footers tell them.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from typing import Any, Literal
 
 import numpy as np
 import ray
+from heliostat.data import versions
+from heliostat.data.manifest import FILES
 from heliostat.errors import ConfigError
 from heliostat.prepare import InputFile, Pipeline, place
 from heliostat.schema import Strict
@@ -54,18 +58,23 @@ class TokenizerConfig(Strict):
 class TextPipeline(Pipeline):
     """The keys of a text pipeline's YAML. `input`: a file, folder, glob, s3:// prefix, or `python:stdlib`."""
 
+    later = frozenset({"max_document_bytes", "max_file_bytes"})
+
     input: str = Field(min_length=1)
     tokenizer: TokenizerConfig
     text_column: str = "text"  # of .jsonl and .parquet
     normalise: Literal["none", "NFC", "NFKC"] = "NFC"
     min_chars: int = Field(1, ge=1)
     max_chars: int | None = Field(None, ge=1)
+    max_document_bytes: int = Field(1 << 26, ge=1)  # of a document, unpacked: more is left out
+    max_file_bytes: int = Field(1 << 33, ge=1)  # of an input file, as it lies there and unpacked
     chunk_tokens: int = Field(1_000_000, gt=0)  # about; a row group ends with a document
     shard_bytes: int = Field(128_000_000, gt=0)  # of text, about
 
     @property
     def rules(self) -> documents.Rules:
-        return documents.Rules(self.text_column, self.normalise, self.min_chars, self.max_chars)
+        return documents.Rules(self.text_column, self.normalise, self.min_chars, self.max_chars, self.max_document_bytes,
+                               self.max_file_bytes)  # fmt: skip
 
     @cached_property
     def given(self) -> str | None:
@@ -121,7 +130,7 @@ class TextPipeline(Pipeline):
         definition = self.given if self.given is not None else self._train(rows, sizes)
         tokenizer = tokens.load(definition)
         end = tokens.end_id(tokenizer, self.tokenizer.end_of_document)
-        output.join("tokenizer.json").write(definition.encode())
+        beside = {"tokenizer.json": versions.store(output, f"{FILES}/tokenizer-", definition.encode(), ".json")}
 
         shards = max(1, round(int(sizes.sum()) / self.shard_bytes))
         write_group = partial(
@@ -137,12 +146,14 @@ class TextPipeline(Pipeline):
             totals.add(row)
         totals.log()
         if not totals.paths:
-            return [], {"dropped": dict(totals.dropped)}
+            return [], {"dropped": dict(totals.dropped), "listed": totals.listed}
         footers = ray.data.from_items(
             [{"path": p} for p in sorted(totals.paths)], override_num_blocks=-(-len(totals.paths) // FOOTERS_PER_TASK)
         ).flat_map(partial(text_tasks.footer, output=output.uri))
         return list(footers.iter_rows()), {
             "kind": "tokens",
+            "files": beside,
+            "listed": totals.listed,
             "tokenizer": hashlib.sha256(definition.encode()).hexdigest(),
             "vocab_size": tokenizer.get_vocab_size(),
             "end_of_document": end,
@@ -167,6 +178,7 @@ class Totals:
 
     def __init__(self, vocab_size: int) -> None:
         self.documents = self.duplicates = self.bytes = 0
+        self.listed: str | None = None  # where the list of what was left out is
         self.paths: list[str] = []
         self.dropped: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
@@ -182,10 +194,12 @@ class Totals:
         else:
             self.dropped.update(json.loads(row["dropped"]))
             self.examples.update(json.loads(row["examples"]))
+            self.listed = row["listed"]
 
     def log(self) -> None:
         for reason, count in sorted(self.dropped.items()):
-            log.warning("dropped %d: %s, such as %s", count, documents.REASONS[reason], ", ".join(self.examples[reason]))
+            log.warning("dropped %d: %s, such as %s", count, documents.REASONS[reason],
+                        sources.examples(self.examples[reason]))  # fmt: skip
 
 
 @contextmanager

@@ -169,10 +169,12 @@ class Location:
     def exists(self) -> bool:
         return self.attempt(lambda: self.fs.get_file_info(self.path)).type != pafs.FileType.NotFound
 
-    def read(self) -> bytes:
+    def read(self, most: int | None = None) -> bytes:
+        """The file's bytes; at most so many of them, if a number is given."""
+
         def get() -> bytes:
             with self.fs.open_input_file(self.path) as f:
-                return f.read()
+                return f.read() if most is None else f.read(min(most, f.size()))
 
         return self.attempt(get)
 

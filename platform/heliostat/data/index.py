@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from heliostat.data import manifest
+from heliostat.data import manifest, versions
 from heliostat.data.manifest import SHARDS, Manifest
 from heliostat.errors import DataError
 from heliostat.storage import Location
@@ -48,7 +48,10 @@ def index(location: Location) -> Report:
     sizes = {f"{SHARDS}/{path}": size for path, size in location.join(SHARDS).files()}
     listed = dict(zip(before.chunks["path"].to_pylist(), before.chunks["file_bytes"].to_pylist(), strict=True))
     _check_listed(location, listed, sizes)
-    new = sorted(p for p in sizes if p not in listed and p.count("/") == 1 and p.endswith(".parquet"))
+    found = {p for p in sizes if p not in listed and p.count("/") == 1 and p.endswith(".parquet")}
+    new = sorted(found - _of_replaced(location)) if found else []
+    if len(new) < len(found):
+        log.info("%s: %d shards of replaced versions are not taken", location, len(found) - len(new))
     after = _extend(before, new) if new else before
     return Report(
         dataset=str(location),
@@ -60,6 +63,11 @@ def index(location: Location) -> Report:
         rows=after.rows,
         seconds=round(time.monotonic() - start, 2),
     )
+
+
+def _of_replaced(location: Location) -> set[str]:
+    """The shards of every version that is kept: those that the newest does not list were there before it was prepared."""
+    return {path for version in versions.all_versions(location).values() for path in version.chunks["path"].to_pylist()}
 
 
 def _check_listed(location: Location, listed: dict[str, int], sizes: dict[str, int]) -> None:

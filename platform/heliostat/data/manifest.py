@@ -1,10 +1,11 @@
 """The manifest: one Parquet table per dataset, a row per chunk (= Parquet row group). Its digest is the dataset's identity.
 
-A dataset is a folder: `shards/*.parquet`, whatever its kind needs beside them (`tokenizer.json`), and `manifest.parquet`,
+A dataset is a folder: shards below `shards/`, whatever its kind needs beside them (`tokenizer.json`), and `manifest.parquet`,
 which is written last: a folder without it is no dataset. `manifests/` keeps every version under the first digits of its
-digest, so a run can go on with the shards that it began with after others were added. The table's schema metadata holds
-one JSON object under `heliostat`: `kind` ("tokens": rows are documents in a `tokens` list column; "rows": a row is a
-sample), `digest`, and what the pipeline wants to say (tokenizer digest, vocabulary size, counts).
+digest, so a run can go on with the shards that it began with after others were added or the dataset was prepared anew. The
+table's schema metadata holds one JSON object under `heliostat`: `kind` ("tokens": rows are documents in a `tokens` list
+column; "rows": a row is a sample), `digest`, `files` (plain name -> this version's own copy), and what the pipeline wants to
+say (tokenizer digest, vocabulary size, counts). A manifest that names a place outside its folder is refused.
 
 The digest is SHA-256 over the chunk table and the metadata, so it changes with any shard's bytes
 (`footer` hashes the Parquet footer: sizes, offsets, statistics and the content hash that the writer put there).
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from heliostat.errors import DataError
@@ -28,6 +30,8 @@ from heliostat.storage import Location
 FILE = "manifest.parquet"
 VERSIONS = "manifests"
 SHARDS = "shards"
+FILES = "files"  # what versions need beside their shards, each named after its content
+BESIDE = ("tokenizer.json", "empty_caption.bin")  # which versions without `files` in their metadata may have
 SCHEMA = pa.schema(
     [
         ("path", pa.string()),  # relative to the dataset's folder
@@ -63,6 +67,13 @@ class Manifest:
             return self.chunks["rows"].to_numpy()
         assert sequence_length, "a token dataset is cut into sequences of a given length"
         return self.chunks["tokens"].to_numpy() // sequence_length
+
+    def file(self, name: str) -> Location:
+        """Where a file lies that this version needs beside its shards, such as `tokenizer.json`."""
+        if path := self.meta.get("files", {}).get(name):
+            return self.location.join(path)
+        kept = self.location.join(kept_path(self.digest, name))
+        return kept if kept.exists() else self.location.join(name)
 
     @property
     def tokens(self) -> int:
@@ -164,13 +175,23 @@ def write_table(location: Location, chunks: pa.Table, meta: dict[str, Any]) -> M
 
 def keep(version: Manifest) -> None:
     """Sees to it that this version is among those kept: datasets made before there were any have only `manifest.parquet`."""
-    place = version.location.join(VERSIONS, _name(version.digest))
+    place = version.location.join(VERSIONS, version_name(version.digest))
     if not place.exists():
         place.write(_encode(version))
 
 
-def _name(digest: str) -> str:
+def version_name(digest: str) -> str:
     return f"{digest[:12]}.parquet"
+
+
+def kept_path(digest: str, name: str) -> str:
+    """Where a file beside the shards of a version without `files` goes when the version is replaced."""
+    return f"{FILES}/{digest[:12]}-{name}"
+
+
+def read_version(location: Location, name: str) -> Manifest:
+    """The version in a file of `manifests/`; DataError if it cannot be read."""
+    return _read(location, VERSIONS, name)
 
 
 def _encode(made: Manifest) -> bytes:
@@ -190,11 +211,11 @@ def read(location: Location, digest: str | None = None) -> Manifest:
         return newest
     changed = f"{location}: the dataset changed under the run (digest {newest.digest[:12]}, was {digest[:12]})"
     try:
-        found = _read(location, VERSIONS, _name(digest))
+        found = _read(location, VERSIONS, version_name(digest))
     except FileNotFoundError as e:
         raise DataError(f"{changed}, and that version was not kept") from e
     if found.digest != digest:
-        raise DataError(f"{changed}, and {VERSIONS}/{_name(digest)} is {found.digest}, not {digest}")
+        raise DataError(f"{changed}, and {VERSIONS}/{version_name(digest)} is {found.digest}, not {digest}")
     return found
 
 
@@ -207,9 +228,20 @@ def _read(location: Location, *parts: str) -> Manifest:
         chunks = table.replace_schema_metadata(None).cast(SCHEMA)
         if any(column.null_count for column in chunks.columns):
             raise ValueError("values are missing")
-        found = digest(chunks, meta)
+        found, outside = digest(chunks, meta), _outside(chunks, meta)
     except (pa.ArrowException, OSError, AttributeError, KeyError, TypeError, ValueError) as e:
         raise DataError(f"{place}: not a heliostat manifest, or damaged") from e
     if found != meta.get("digest"):
         raise DataError(f"{place}: does not match its own digest; prepare the dataset again")
+    if outside is not None:
+        raise DataError(f"{place}: names {outside!r}, which is not a place inside the dataset; do not use it")
     return Manifest(location, chunks, meta)
+
+
+def _outside(chunks: pa.Table, meta: dict[str, Any]) -> str | None:
+    """The first path that leaves the dataset's folder (`../x`, `/x`) or is none (`a//b`), if there is one."""
+    files, digests = meta.get("files", {}), meta.get("digests", {})
+    named = [*meta.get("parts", {}), *files, *files.values(), *digests, *digests.values()]
+    paths = pa.chunked_array([pc.unique(chunks["path"]), pa.array(named, pa.string())])
+    bad = paths.filter(pc.match_substring_regex(paths, r"(^|[/\\])\.{0,2}([/\\]|$)|[\x00-\x1f\x7f]"))
+    return bad[0].as_py() if len(bad) else None
