@@ -229,5 +229,5 @@ def test_a_dry_run_for_64_ranks_takes_seconds_and_finds_what_does_not_divide():
     assert (found["data"]["accumulation"], found["data"]["lanes_per_rank"]) == (8, 2)
     with pytest.raises(ConfigError, match=r"512 is not divisible by workers\.count 48"):
         dry_run(path, [], 48)
-    with pytest.raises(ConfigError, match=r"train\.deepspeed: zero_optimization\.reduce_bucket_size: 'big'"):
+    with pytest.raises(ConfigError, match=r"train\.deepspeed\.zero_optimization\.reduce_bucket_size: 'big'"):
         dry_run(path, ["train.deepspeed.zero_optimization.reduce_bucket_size=big"], 64)

@@ -1,9 +1,9 @@
 """Where workers and driver meet: a small Ray actor on the driver's node, which nobody on the step path waits for.
 
 Rank 0 posts events: plain dicts with a `kind`: `phase` (what the workers are busy with before their first step, and their end),
-`steps` (per-step losses and rates), `evaluation`, `checkpoint`, `held` (they wait for a verdict, see `holds`), `stack`. Every
-worker's pulse says that it lives and how far it is, and brings back what the driver has ordered: `stop` (a code of `survive`) and
-`dump` (post the stacks of all threads).
+`steps` (per-step losses and rates), `evaluation`, `checkpoint`, `notice` (a text for the terminal), `held` (they wait for a
+verdict, see `holds`), `stack`. Every worker's pulse says that it lives and how far it is, and brings back what the driver has
+ordered: `stop` (a code of `survive`) and `dump` (post the stacks of all threads).
 """
 
 from __future__ import annotations

@@ -48,18 +48,57 @@ __all__ = ["Checkpoint", "Saver", "folder", "latest", "load", "open_checkpoint",
 def load(checkpoint: Checkpoint, state: dict[str, torch.Tensor], group: Any) -> int:
     """Fills this rank's slices; `state` comes from `fragments.state(engine, whole=True)`. Returns the bytes that it read.
 
+    What is stored is read as what it is, then cast to what the engine holds (`casts` tells what that rounds).
+
     All ranks call it together, and all of them raise if one does: CorruptCheckpointError if what is read is not what was
     written. The state is then useless.
     """
-    missing = sorted(set(state) - set(checkpoint.index["tensors"]))
-    wrong = [n for n in state if n not in missing and list(state[n].shape) != checkpoint.index["tensors"][n]["shape"]]
+    tensors = checkpoint.index["tensors"]
+    missing = sorted(set(state) - set(tensors))
+    wrong = [n for n in state if n not in missing and list(state[n].shape) != tensors[n]["shape"]]
     if missing or wrong:
         what = f"has no {missing[0]!r}" if missing else f"holds {wrong[0]!r} in another shape"
         raise CheckpointError(f"{checkpoint.location}: {what}; it was made by another model")
+    held = {n: tensorfile.DTYPES[tensors[n]["dtype"]] for n in state}
+    if odd := next((n for n in state if held[n] != state[n].dtype and not _both_float(held[n], state[n].dtype)), None):
+        what = f"holds {odd!r} as {held[odd]}, and the model has it as {state[odd].dtype}"
+        raise CheckpointError(f"{checkpoint.location}: {what}; it was made by another model")
+    targets = {n: t if t.dtype == held[n] else _blank(t, held[n]) for n, t in state.items()}
     reader = _Reader(checkpoint)
     with _plain_errors(f"{checkpoint.location}: cannot be loaded"):
-        dcp.load(state, storage_reader=reader, process_group=group)
+        dcp.load(targets, storage_reader=reader, process_group=group)
+    for name, target in targets.items():
+        if target is not state[name]:
+            _local(state[name]).copy_(_local(target))
     return reader.bytes_read
+
+
+def casts(checkpoint: Checkpoint, state: dict[str, torch.Tensor]) -> str | None:
+    """What `load` rounds because this engine holds it in fewer bits than the checkpoint does, for a person; None if nothing.
+
+    The same model has other types at another ZeRO stage or precision: buffers that it makes under zero.Init are of low precision.
+    """
+    changed: dict[str, list[str]] = {}
+    for name, tensor in state.items():
+        held = tensorfile.DTYPES[checkpoint.index["tensors"][name]["dtype"]]
+        if torch.promote_types(held, tensor.dtype) != tensor.dtype:
+            changed.setdefault(f"from {held} to {tensor.dtype}".replace("torch.", ""), []).append(name)
+    parts = [f"{len(names)} tensors {how} ({names[0]}{', ...' * (len(names) > 1)})" for how, names in changed.items()]
+    return f"{checkpoint.location}: loaded into an engine of fewer bits, rounded: {'; '.join(parts)}" if parts else None
+
+
+def _both_float(one: torch.dtype, other: torch.dtype) -> bool:
+    return one.is_floating_point and other.is_floating_point
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.local if isinstance(tensor, FlatShard) else tensor.detach()
+
+
+def _blank(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What a tensor, or a slice of one, is loaded into in the type that it is stored in."""
+    made = torch.empty_like(_local(tensor), dtype=dtype)
+    return FlatShard(made, tensor.start, tensor.shape[0]) if isinstance(tensor, FlatShard) else made
 
 
 @contextmanager

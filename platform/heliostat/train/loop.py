@@ -354,10 +354,17 @@ class Worker:
 
     def _restore(self) -> None:
         found = checkpoint.open_checkpoint(self.run_folder, self.start_step)
-        checkpoint.load(found, self._state(whole=True), self.control)
+        state = self._state(whole=True)
+        checkpoint.load(found, state, self.control)
+        self._notice(checkpoint.casts(found, state))
         fragments.after_load(self.engine, found.index["optimizer_steps"])
         self.chain = found.index["receipt"]["chain"]
         self.bad_samples = found.index["bad_samples"] if self.rank == 0 else 0
+
+    def _notice(self, text: str | None) -> None:
+        """Something that a person should read at the terminal, if there is something."""
+        if text:
+            self._post({"kind": "notice", "text": text, "at": time.time()})
 
     def _phase(self, phase: str, **facts: Any) -> None:
         self._post({"kind": "phase", "phase": phase, **facts, **self._now()})

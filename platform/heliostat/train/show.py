@@ -66,6 +66,8 @@ class Show:
             self.phase(event["phase"], event["at"])
             if event["phase"] in PHASES:
                 self.note(PHASES[event["phase"]])
+        elif event["kind"] == "notice":
+            log.warning(event["text"])
         elif event["kind"] == "steps":
             self._on_steps(event)
         elif event["kind"] == "evaluation":
