@@ -29,6 +29,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from heliostat import exclusive
 from heliostat.errors import AccessError, ConfigError, StorageError
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ REFUSED = ("accessdenied", "allaccessdisabled", "expiredtoken", "httpstatus401",
            "invalidtoken", "requesttimetooskewed", "signaturedoesnotmatch", "unrecognizedclient")  # fmt: skip
 MISSING = ("nosuchkey", "resourcenotfound")
 DAMAGED_ON_THE_WAY = ("baddigest", "incompletebody", "invalidpart")  # an upload's, so worth another
-HOPELESS = ("nosuchbucket", "httpstatus301", "httpstatus400", "httpstatus405")
+HOPELESS = ("nosuchbucket", "httpstatus301", "httpstatus400", "httpstatus405", "httpstatus501")
 FINAL = {
     "refused": "access refused; check the credentials and the bucket policy",
     "hopeless": "the store cannot do this; check bucket, credentials, region and endpoint",
@@ -178,6 +179,15 @@ class Location:
 
     def write(self, data: bytes) -> None:
         self.send(lambda out: out.write(data), len(data))
+
+    def create(self, data: bytes) -> bool:
+        """Writes only if nothing is there; False if something is. Of several that try at once, one succeeds.
+
+        False may be the answer to one's own write, if the first answer was lost: let the data tell whose it is.
+        """
+        if self.is_s3:
+            return self.attempt(lambda: exclusive.put_object(self.path, self.query, data, *_patience(retry_budget())))
+        return self.attempt(lambda: exclusive.put_file(self.path, data))
 
     def upload(self, local: Path) -> None:
         """Copies a local file here."""
