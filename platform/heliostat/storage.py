@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 BUDGET = "HELIOSTAT_RETRY_BUDGET_S"
+LISTINGS = 20  # of a folder on disk that others change meanwhile
 UPLOAD_BYTES_PER_S = 10 << 20  # an upload's budget grows by a second for so many bytes, or a long one could never begin again
 # what stores answer, in lower case without punctuation: ACCESS_DENIED, AccessDenied and "Access Denied" are one
 REFUSED = ("accessdenied", "allaccessdisabled", "expiredtoken", "httpstatus401", "httpstatus403", "invalidaccesskeyid",
@@ -220,13 +221,21 @@ class Location:
     def files(self) -> list[tuple[str, int]]:
         """All files below this folder as (path relative to it, bytes), sorted; empty if there is no such folder."""
         selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)
-        found = self.attempt(lambda: self.fs.get_file_info(selector))
+        found = self._listing(selector)
         return sorted((i.path[len(self.path) + 1 :], i.size) for i in found if i.type == pafs.FileType.File)
 
     def folders(self) -> list[str]:
         """Names of the folders directly below, sorted."""
-        found = self.attempt(lambda: self.fs.get_file_info(pafs.FileSelector(self.path, allow_not_found=True)))
+        found = self._listing(pafs.FileSelector(self.path, allow_not_found=True))
         return sorted(i.base_name for i in found if i.type == pafs.FileType.Directory)
+
+    def _listing(self, selector: pafs.FileSelector) -> list[pafs.FileInfo]:
+        for _ in range(LISTINGS):
+            try:
+                return self.attempt(lambda: self.fs.get_file_info(selector))
+            except FileNotFoundError:  # of a file or folder that another process has just removed, or made
+                continue
+        raise StorageError(f"{self.uri}: cannot be listed: other processes change it all the time")
 
     def delete(self) -> None:
         """Deletes the file or the whole folder; nothing happens if it is not there."""

@@ -1,5 +1,5 @@
-"""One driver at a time for a run: of those that start together one trains it, a dead one never stands in the way, and one that was
-taken for dead writes nothing more."""
+"""One driver at a time for a run: of those that start together one trains it, a dead one never stands in the way, and one that
+was taken for dead writes nothing more."""
 
 import json
 import multiprocessing
@@ -15,11 +15,9 @@ from pathlib import Path
 
 import pytest
 from heliostat.errors import ConfigError, LeaseError, StorageError
-from heliostat.spec import Checkpoint
 from heliostat.storage import Location
-from heliostat.train import lease, stored
+from heliostat.train import lease
 from heliostat.train.lease import Fence, Holder
-from heliostat.train.retention import Pruner
 
 ROUNDS = 50
 TOGETHER_S = 0.010
@@ -159,12 +157,16 @@ def test_a_lease_is_renewed_and_its_loss_is_noticed(tmp_path, monkeypatch):
 
 
 def test_who_was_taken_for_dead_prunes_nothing(tmp_path):
+    from heliostat.spec import Checkpoint  # not imported above, because every racer imports this module
+    from heliostat.train import stored
+    from heliostat.train.retention import Pruner
+
     run = Location(str(tmp_path))
     for step in (10, 20, 30):
         stored.folder(run, step).join(stored.INDEX).write(b"{}")
     fence = lease.take(run).fence
     run.join(lease.FOLDER, "00000002.json").write(replace(Holder.me(), pid=7).dump())
-    with pytest.raises(LeaseError, match="process 7 on .* has taken it over; this driver stops, and writes nothing more"):
+    with pytest.raises(LeaseError, match="has taken it over; this driver stops, and writes nothing more"):
         Pruner(run, Checkpoint(every=10, keep=1), fence).prune(30)
     assert stored.steps(run) == [10, 20, 30]
     Pruner(run, Checkpoint(every=10, keep=1), Fence(run, 2)).prune(30)
@@ -201,3 +203,22 @@ def test_a_bucket_that_is_not_there_is_one_clear_error(place):
         pytest.skip("disks have no buckets")
     with pytest.raises(StorageError, match="the store cannot do this"):
         Location(str(place).replace("s3://lease", "s3://other")).create(b"x")
+
+
+def test_who_was_taken_for_dead_makes_no_checkpoint_valid(tmp_path):
+    """Its shards may be there; without `checkpoint.json` there is no checkpoint. Nor does it remove one that is there."""
+    from heliostat.train import stored
+    from heliostat.train.checkpoint import _Writer
+    from torch.distributed.checkpoint.metadata import Metadata
+
+    run = Location(str(tmp_path))
+    with lease.take(run) as held:
+        writer = _Writer(stored.folder(run, 10), 10, {}, held.fence)
+        writer.finish(Metadata({}), [])
+        assert stored.open_checkpoint(run, 10).step == 10
+        run.join(lease.FOLDER, "00000002.json").write(replace(Holder.me(), pid=7).dump())
+        late = _Writer(stored.folder(run, 20), 20, {}, held.fence)
+        for act in (lambda: late.finish(Metadata({}), []), lambda: writer.prepare_global_plan([])):
+            with pytest.raises(LeaseError, match="has taken it over"):
+                act()
+    assert stored.open_checkpoint(run, 10).step == 10 and not stored.folder(run, 20).join(stored.INDEX).exists()
