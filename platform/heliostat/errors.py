@@ -79,6 +79,10 @@ class PlacementError(TrainingError):
     """The cluster had no room for the workers, or not for long enough to start them."""
 
 
+class LeaseError(HeliostatError):
+    """Another driver has taken the run over: this one must not write to it any more."""
+
+
 class StoppedError(HeliostatError):
     """The run was told to stop, and did so behind a checkpoint."""
 

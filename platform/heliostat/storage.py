@@ -29,19 +29,21 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from heliostat import exclusive
 from heliostat.errors import AccessError, ConfigError, StorageError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 BUDGET = "HELIOSTAT_RETRY_BUDGET_S"
+LISTINGS = 20  # of a folder on disk that others change meanwhile
 UPLOAD_BYTES_PER_S = 10 << 20  # an upload's budget grows by a second for so many bytes, or a long one could never begin again
 # what stores answer, in lower case without punctuation: ACCESS_DENIED, AccessDenied and "Access Denied" are one
 REFUSED = ("accessdenied", "allaccessdisabled", "expiredtoken", "httpstatus401", "httpstatus403", "invalidaccesskeyid",
            "invalidtoken", "requesttimetooskewed", "signaturedoesnotmatch", "unrecognizedclient")  # fmt: skip
 MISSING = ("nosuchkey", "resourcenotfound")
 DAMAGED_ON_THE_WAY = ("baddigest", "incompletebody", "invalidpart")  # an upload's, so worth another
-HOPELESS = ("nosuchbucket", "httpstatus301", "httpstatus400", "httpstatus405")
+HOPELESS = ("nosuchbucket", "httpstatus301", "httpstatus400", "httpstatus405", "httpstatus501")
 FINAL = {
     "refused": "access refused; check the credentials and the bucket policy",
     "hopeless": "the store cannot do this; check bucket, credentials, region and endpoint",
@@ -181,6 +183,15 @@ class Location:
     def write(self, data: bytes) -> None:
         self.send(lambda out: out.write(data), len(data))
 
+    def create(self, data: bytes) -> bool:
+        """Writes only if nothing is there; False if something is. Of several that try at once, one succeeds.
+
+        False may be the answer to one's own write, if the first answer was lost: let the data tell whose it is.
+        """
+        if self.is_s3:
+            return self.attempt(lambda: exclusive.put_object(self.path, self.query, data, *_patience(retry_budget())))
+        return self.attempt(lambda: exclusive.put_file(self.path, data))
+
     def upload(self, local: Path) -> None:
         """Copies a local file here."""
 
@@ -212,13 +223,21 @@ class Location:
     def files(self) -> list[tuple[str, int]]:
         """All files below this folder as (path relative to it, bytes), sorted; empty if there is no such folder."""
         selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)
-        found = self.attempt(lambda: self.fs.get_file_info(selector))
+        found = self._listing(selector)
         return sorted((i.path[len(self.path) + 1 :], i.size) for i in found if i.type == pafs.FileType.File)
 
     def folders(self) -> list[str]:
         """Names of the folders directly below, sorted."""
-        found = self.attempt(lambda: self.fs.get_file_info(pafs.FileSelector(self.path, allow_not_found=True)))
+        found = self._listing(pafs.FileSelector(self.path, allow_not_found=True))
         return sorted(i.base_name for i in found if i.type == pafs.FileType.Directory)
+
+    def _listing(self, selector: pafs.FileSelector) -> list[pafs.FileInfo]:
+        for _ in range(LISTINGS):
+            try:
+                return self.attempt(lambda: self.fs.get_file_info(selector))
+            except FileNotFoundError:  # of a file or folder that another process has just removed, or made
+                continue
+        raise StorageError(f"{self.uri}: cannot be listed: other processes change it all the time")
 
     def delete(self) -> None:
         """Deletes the file or the whole folder; nothing happens if it is not there."""

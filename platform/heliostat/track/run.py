@@ -28,11 +28,11 @@ from heliostat.spec import Job
 from heliostat.storage import Location
 from heliostat.track import code, curves, outbox, store
 from heliostat.track.points import Point, points
-from heliostat.track.record import Record
+from heliostat.track.record import Record, read_json
 
 log = logging.getLogger(__name__)
 
-RECORD = "run.json"
+RECORD, SAMPLES = "run.json", "samples.json"
 TOKEN = "heliostat.token"  # tag: by it a run is found that was made by a driver which died before it wrote the run's id down
 PACKAGES = ("heliostat", "ray", "torch", "deepspeed", "transformers", "diffusers", "pyarrow", "mlflow", "numpy")
 AWAY_S = 120.0  # how long the end of a command waits for an MLflow that does not answer
@@ -101,9 +101,21 @@ class RunOwner:
         client = self.client()
         try:
             client.set_tag(self.run_id, "heliostat.model_uri", model_uri)
-            client.log_table(self.run_id, {"prompt": [p for p, _ in samples], "text": [t for _, t in samples]}, "samples.json")
+            self._log_samples(client, [list(sample) for sample in samples])
         except MlflowException as e:
             raise TrackingError(f"mlflow.uri: {self.job.mlflow.uri} failed ({e}); use --resume: training is not repeated") from e
+
+    def _log_samples(self, client: Any, rows: list[list[str]]) -> None:
+        """As `log_table` does, which would add them again if this is done again."""
+        from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
+
+        before = (read_json(client, self.run_id, SAMPLES) or {"data": []})["data"]
+        before = before[: -len(rows)] if rows and before[-len(rows) :] == rows else before
+        client.log_dict(self.run_id, {"columns": ["prompt", "text"], "data": [*before, *rows]}, SAMPLES)
+        tables = json.loads(client.get_run(self.run_id).data.tags.get(MLFLOW_LOGGED_ARTIFACTS, "[]"))
+        mine = {"path": SAMPLES, "type": "table"}
+        if mine not in tables:
+            client.set_tag(self.run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps([*tables, mine]))
 
     def finish(self, status: str, reason: str, report: dict[str, Any], tags: dict[str, str] | None = None) -> None:
         """Writes all that waits, the run's goodput, tags, and its status: FINISHED, FAILED or KILLED.

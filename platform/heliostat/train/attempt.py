@@ -25,10 +25,20 @@ from heliostat.data import stream
 from heliostat.data.dataset import DataPlan, sample_bytes
 from heliostat.data.manifest import Manifest
 from heliostat.data.order import Order
-from heliostat.errors import HeliostatError, PlacementError, StalledError, StoppedError, TrainingError, WorkerError, innermost
+from heliostat.errors import (
+    HeliostatError,
+    LeaseError,
+    PlacementError,
+    StalledError,
+    StoppedError,
+    TrainingError,
+    WorkerError,
+    innermost,
+)
 from heliostat.spec import Job
 from heliostat.train import board
 from heliostat.train.holds import Holds
+from heliostat.train.lease import Fence
 from heliostat.train.placing import Placing
 from heliostat.train.signals import Signals
 from heliostat.train.survive import INTERRUPTED, PREEMPTED, RESIZE, choose, stalled
@@ -54,6 +64,7 @@ class Start:
     order: Order
     manifests: list[Manifest]
     step: int
+    fence: Fence
     holds: Holds = field(default_factory=Holds)
 
 
@@ -93,7 +104,10 @@ class Attempt:
         thread.start()
         while thread.is_alive():
             thread.join(POLL_S if self._held is None else HELD_POLL_S)
-            self._beat()
+            try:
+                self._beat()
+            except LeaseError as e:
+                self._fault = e
             self._drain()
             self._release()
             if thread.is_alive() and time.time() >= self._look_at:
@@ -218,6 +232,7 @@ class Attempt:
             "plan": start.plan.dump(),
             "start_step": start.step,
             "holds": start.holds.steps,
+            "fence": start.fence,
             "board": self._board,
             "run_folder": str(job.run_folder),
             "parts": self._parts,

@@ -36,6 +36,7 @@ from heliostat.errors import CheckpointError, ConfigError, HeliostatError
 from heliostat.storage import Location
 from heliostat.train import blocks, tensorfile
 from heliostat.train.fragments import FlatShard
+from heliostat.train.lease import Fence
 from heliostat.train.retention import Pruner
 from heliostat.train.stored import FORMAT, INDEX, Checkpoint, encode, folder, latest, open_checkpoint, steps
 
@@ -177,11 +178,11 @@ def _done(value: Any) -> torch.futures.Future:
 class _Writer(StorageWriter):
     """DCP's writer: one safetensors file from each rank that has something to write, then `checkpoint.json`.
 
-    What one rank fails at, all ranks raise, and `checkpoint.json` is not written.
+    What one rank fails at, all ranks raise, and `checkpoint.json` is not written. `fence`: of who saves, if others may.
     """
 
-    def __init__(self, target: Location, step: int, facts: dict[str, Any]) -> None:
-        self.target, self.step, self.facts = target, step, facts
+    def __init__(self, target: Location, step: int, facts: dict[str, Any], fence: Fence | None = None) -> None:
+        self.target, self.step, self.facts, self.fence = target, step, facts, fence
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
@@ -197,6 +198,8 @@ class _Writer(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        if self.fence:
+            self.fence.check()
         self.target.join(INDEX).delete()  # an earlier save of this step, or what is left of a dead one
         self.target.delete()
         return plans
@@ -234,6 +237,8 @@ class _Writer(StorageWriter):
                 tensors[item.index.fqn]["chunks"].append({"shard": number, **item.storage_data[1]})
         shards = [result[0].storage_data[0] for result in written]
         index = {"format": FORMAT, "step": self.step, **self.facts, "shards": shards, "tensors": tensors}
+        if self.fence:
+            self.fence.check()
         self.target.join(INDEX).write(encode(index))
 
 
@@ -257,11 +262,11 @@ def _local_folder(target: Location) -> Iterator[Path]:
 class Saver:
     """Saves on behalf of one worker; every worker of the group must call `save` and `wait` in the same order."""
 
-    def __init__(self, run: Location, policy: spec.Checkpoint, group: Any) -> None:
+    def __init__(self, run: Location, policy: spec.Checkpoint, group: Any, fence: Fence | None = None) -> None:
         """`group`: a gloo process group that nothing else uses, because saving runs beside training."""
-        self.run, self.policy, self.group = run, policy, group
+        self.run, self.policy, self.group, self.fence = run, policy, group, fence
         self.blocked_s = 0.0
-        self._pruner = Pruner(run, policy)
+        self._pruner = Pruner(run, policy, fence)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
         self._copied = threading.Event()
@@ -309,7 +314,7 @@ class Saver:
             self._copied.set()
         target = folder(self.run, step)
         with _plain_errors(f"{target}: cannot be saved"):
-            dcp.save(copy, storage_writer=_Writer(target, step, facts), process_group=self.group)
+            dcp.save(copy, storage_writer=_Writer(target, step, facts, self.fence), process_group=self.group)
         if dist.get_rank() == 0:
             self._pruner.prune(step)
 

@@ -32,6 +32,7 @@ from heliostat.train import checkpoint, fragments, pictures, zero
 from heliostat.train.board import queued_s
 from heliostat.train.ema import Ema
 from heliostat.train.heldout import HeldOut
+from heliostat.train.lease import Fence
 from heliostat.train.ledger import Ledger, peak_flops
 from heliostat.train.pulse import Pulse, Votes
 from heliostat.train.schedule import factor
@@ -43,8 +44,8 @@ HELD_POLL_S = 0.05
 
 
 def worker(config: dict[str, Any]) -> dict[str, Any]:
-    """Ray Train's entry. `config`: job, plan (plain data), start_step, holds (steps), board (actor), run_folder,
-    parts (of the stream, one a worker).
+    """Ray Train's entry. `config`: job, plan (plain data), start_step, holds (steps), fence (of the driver's lease),
+    board (actor), run_folder, parts (of the stream, one a worker).
 
     Returns the summary of this attempt (rank 0's is the one that counts).
     """
@@ -66,7 +67,8 @@ class Worker:
         # the training group is left to DeepSpeed; saving runs in a thread and must not share a group with the loop
         self.control, saving = dist.new_group(backend="gloo"), dist.new_group(backend="gloo")
         self.votes = Votes(dist.new_group(backend="gloo"))
-        self.saver = checkpoint.Saver(self.run_folder, self.job.checkpoint, saving)
+        self.fence: Fence = config["fence"]
+        self.saver = checkpoint.Saver(self.run_folder, self.job.checkpoint, saving, self.fence)
 
         if self.rank == 0:
             self._phase("model", queued_s=queued_s(), start_step=self.start_step, workers=self.world)
@@ -341,6 +343,7 @@ class Worker:
         digests = receipt.step_digests(lanes)
         self.chain = receipt.extend(self.chain, digests)
         if self.rank == 0:
+            self.fence.check()
             self.run_folder.join("receipts", f"step-{done:08d}.json").write(
                 receipt.seal(done - len(digests), digests, self.chain, self.plan.digest)
             )

@@ -59,14 +59,14 @@ def tune(
         from heliostat.tune.searchers import require_optuna
 
         require_optuna()
-    before = records.read_json(plan.folder.join("sweep.json"))
-    if before and not overwrite and not resume:
-        raise ConfigError(
-            f"name: sweep {plan.sweep.name!r} is in {plan.folder} already; use --resume to go on, --overwrite to start anew, or "
-            "another name"
-        )
     claim = Claim(plan.folder)
     try:
+        before = records.read_json(plan.folder.join("sweep.json"))
+        if before and not overwrite and not resume:
+            raise ConfigError(
+                f"name: sweep {plan.sweep.name!r} is in {plan.folder} already; use --resume to go on, --overwrite to start "
+                "anew, or another name"
+            )
         if before and overwrite:
             plan.folder.join("sweep.json").delete()
             for folder in ("records", "trials", "result.json", "ray", "stop"):
