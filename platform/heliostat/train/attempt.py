@@ -27,7 +27,7 @@ from heliostat.data.manifest import Manifest
 from heliostat.data.order import Order
 from heliostat.errors import HeliostatError, PlacementError, StalledError, StoppedError, TrainingError, WorkerError, innermost
 from heliostat.spec import Job
-from heliostat.train import board
+from heliostat.train import board, group
 from heliostat.train.holds import Holds
 from heliostat.train.placing import Placing
 from heliostat.train.signals import Signals
@@ -226,7 +226,7 @@ class Attempt:
         return _trainer_class()(
             _worker,
             train_loop_config=config,
-            torch_config=V2.torch.TorchConfig(backend="nccl" if workers.gpus else "gloo"),
+            torch_config=group.config(workers.gpus),
             scaling_config=V2.ScalingConfig(
                 num_workers=workers.most,
                 use_gpu=bool(workers.gpus),
