@@ -11,6 +11,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from heliostat.cluster import private
+
 TIMEOUT_S = 10.0
 
 
@@ -22,7 +24,9 @@ def own_token() -> str | None:
     """The caller's, as Ray itself finds it: RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token."""
     if token := os.environ.get("RAY_AUTH_TOKEN"):
         return token
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    default = Path.home() / ".ray" / "auth_token"
+    private.tighten(default)
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or default)
     return (path.read_text().strip() or None) if path.is_file() else None
 
 

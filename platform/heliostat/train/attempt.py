@@ -36,7 +36,7 @@ from heliostat.errors import (
     innermost,
 )
 from heliostat.spec import Job
-from heliostat.train import board
+from heliostat.train import board, group
 from heliostat.train.holds import Holds
 from heliostat.train.lease import Fence
 from heliostat.train.placing import Placing
@@ -241,7 +241,7 @@ class Attempt:
         return _trainer_class()(
             _worker,
             train_loop_config=config,
-            torch_config=V2.torch.TorchConfig(backend="nccl" if workers.gpus else "gloo"),
+            torch_config=group.config(workers.gpus),
             scaling_config=V2.ScalingConfig(
                 num_workers=workers.most,
                 use_gpu=bool(workers.gpus),
