@@ -20,8 +20,10 @@ from heliostat.spec import Job
 from heliostat.track import code
 from heliostat.track.checkpoints import Checkpoints
 from heliostat.track.parents import parents
+from heliostat.track.points import SPIKE
 
 ATTEMPTS = "attempts.json"
+SPIKES, SPIKES_SHOWN = "heliostat.spikes", 100  # tag: steps, comma-separated; the newest, of more
 PARENT_RUNS = "heliostat.parent_runs"  # tag: run ids, comma-separated
 
 
@@ -62,6 +64,11 @@ class Record:
         """What the run's folder tells after so many steps."""
         self._checkpoints.sync(self.client)
         self.client.log_dict(self.run_id, trained.record(self.job.run_folder, steps), "data.json")
+
+    def spikes(self) -> None:
+        """The steps of the loss spikes that MLflow has, the newest of them, as a tag."""
+        if steps := sorted({m.step for m in self.client.get_metric_history(self.run_id, SPIKE)}):
+            self.client.set_tag(self.run_id, SPIKES, ",".join(map(str, steps[-SPIKES_SHOWN:])))
 
     def _code(self) -> dict[str, Any]:
         """Of this command; its files are written once."""
