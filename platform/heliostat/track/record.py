@@ -77,8 +77,7 @@ class Record:
             digest = hashlib.sha256(json.dumps(packages).encode()).hexdigest()[:12]
             self.client.log_dict(self.run_id, packages, f"code/environment-{digest}.json")
             if source.dirty:
-                text = "".join(f"# not in git: {path}\n" for path in source.untracked) + source.diff
-                self.client.log_text(self.run_id, text, f"code/{source.digest}.diff")
+                self.client.log_text(self.run_id, source.text(), f"code/{source.digest}.diff")
             self._source, self._environment = source, digest
         return {"code": self._source.facts(), "environment": self._environment}
 
