@@ -31,6 +31,7 @@ import pyarrow.fs as pafs
 
 from heliostat import exclusive
 from heliostat.errors import AccessError, ConfigError, StorageError
+from heliostat.redact import carries_secret
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -67,6 +68,8 @@ def _s3(query: str, attempts: int, silence_s: float) -> pafs.S3FileSystem:
     options = {k: v[-1] for k, v in parse_qs(query).items()}
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if endpoint and "endpoint_override" not in options:
+        if carries_secret(endpoint):
+            raise ConfigError("AWS_ENDPOINT_URL: must not carry credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
         parts = urlsplit(endpoint)
         options |= {"scheme": parts.scheme, "endpoint_override": parts.netloc}
     region = options.get("region") or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
@@ -115,13 +118,16 @@ class Location:
     uri: str
 
     def __post_init__(self) -> None:
-        scheme = urlsplit(self.uri).scheme
+        if carries_secret(self.uri):
+            raise ConfigError("a URI must not carry credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+        try:
+            scheme = urlsplit(self.uri).scheme
+        except ValueError as e:  # brackets of an address that is none
+            raise ConfigError(f"{self.uri!r}: is no URI ({e}); use a path, file:// or s3://") from e
         if scheme not in ("", "file", "s3"):
             raise ConfigError(f"{self.uri!r}: scheme {scheme!r} is not supported; use a path, file:// or s3://")
         if not self.uri or (scheme == "s3" and not urlsplit(self.uri).netloc):
             raise ConfigError(f"{self.uri!r}: names no place; use a path, file:///PATH or s3://BUCKET/KEY")
-        if scheme == "s3" and "@" in urlsplit(self.uri).netloc:
-            raise ConfigError("an s3:// URI must not carry credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
 
     def __str__(self) -> str:
         return self.uri

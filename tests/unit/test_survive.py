@@ -138,7 +138,7 @@ def test_a_spike_is_found_and_nothing_else(seed):
 
 def test_nan_is_a_spike_from_the_first_step_and_a_constant_loss_is_none():
     detector = Detector(spec.Spike(window=8))
-    assert detector.spikes(math.nan) == "loss nan" and detector.spikes(math.inf) == "loss inf"
+    assert str(detector.spikes(math.nan)) == "loss nan" and str(detector.spikes(math.inf)) == "loss inf"
     assert not any(detector.spikes(1.0 + 1e-6 * (i % 2)) for i in range(100))
 
 

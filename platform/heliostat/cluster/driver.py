@@ -27,6 +27,7 @@ import yaml
 
 from heliostat.cluster import http
 from heliostat.errors import HeliostatError
+from heliostat.redact import Formatter, excepthook
 from heliostat.storage import Location
 
 log = logging.getLogger("heliostat")
@@ -136,7 +137,10 @@ def main() -> int:
     parser.add_argument("--queue")
     parser.add_argument("--flag", action="append", default=[])
     given = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    handler = logging.StreamHandler()
+    handler.setFormatter(Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    sys.excepthook = excepthook
     sweep = given.sweep and given.sweep.absolute()
     return Driver(given.job.absolute(), sweep, given.attempt, given.flag).run(given.queue)
 

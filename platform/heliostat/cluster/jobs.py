@@ -28,6 +28,7 @@ from heliostat.cluster.driver import STOP_NOW
 from heliostat.cluster.reach import Endpoint
 from heliostat.errors import ClusterError, ConfigError, HeliostatError
 from heliostat.goodput import Attempt
+from heliostat.redact import carries_secret
 from heliostat.spec import Job
 from heliostat.storage import Location
 from heliostat.track import code
@@ -147,6 +148,8 @@ class Jobs:
                 (work / SWEEP_FILE).write_text(yaml.safe_dump({**record.sweep, "job": JOB_FILE}))
             (work / pack.CODE_FILE).write_text(code.source().dump())
             environment = {k: os.environ[k] for k in PASSED if k in os.environ}
+            if secret := [k for k, v in environment.items() if carries_secret(v)]:
+                raise ConfigError(f"{secret[0]}: carries a password, which the cluster would show; give it to the nodes")
             environment["HELIOSTAT_CLUSTER"] = record.cluster or self.there.url
             runtime = {
                 "working_dir": str(work),

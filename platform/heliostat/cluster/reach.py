@@ -19,6 +19,7 @@ from pathlib import Path
 from heliostat.cluster import files, http, local
 from heliostat.cluster.files import ClusterFile
 from heliostat.errors import ClusterError, ConfigError
+from heliostat.redact import carries_secret
 
 TUNNEL_S = 60.0
 
@@ -62,6 +63,8 @@ def endpoint(target: str | None) -> Iterator[Endpoint]:
             with _tunnel(service, kube_token(cluster, name)) as (url, token):
                 yield Endpoint(url, token, False, cluster)
     else:
+        if carries_secret(target if "://" in target else f"http://{target}"):
+            raise ConfigError("--cluster: the address must not carry a token; set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH")
         url = target if target.startswith(("http://", "https://")) else f"http://{target}"
         here = any(url.startswith(f"http://{host}") for host in ("127.", "localhost"))
         token = next((s.token for s in local.known() if s.url == url.rstrip("/")), None) or http.own_token()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any, NamedTuple
 
+SPIKE, SPIKE_LIMIT = "train/spike", "train/spike_limit"  # a spike's loss, and the limit that it is above; at spikes alone
+
 
 class Point(NamedTuple):
     """A metric's value; `at` is the wall clock, `step` counts finished steps."""
@@ -37,6 +39,8 @@ def points(event: dict[str, Any]) -> list[Point]:
         for name, given in event["sources"].items():
             out += [Point(f"data/{name}/{key}", value, at, first + count) for key, value in given.items()]
         return out
+    if event["kind"] == "spike":
+        return [Point(key, event[name], at, event["step"]) for key, name in ((SPIKE, "loss"), (SPIKE_LIMIT, "limit"))]
     if event["kind"] == "evaluation":
         return [Point(f"eval/{k}", v, at, event["step"]) for k, v in event["scores"].items()]
     if event["kind"] == "goodput":

@@ -27,7 +27,7 @@ from heliostat.errors import HeliostatError, TrackingError
 from heliostat.spec import Job
 from heliostat.storage import Location
 from heliostat.track import code, curves, outbox, store
-from heliostat.track.points import Point, points
+from heliostat.track.points import SPIKE, Point, points
 from heliostat.track.record import Record, read_json
 
 log = logging.getLogger(__name__)
@@ -72,6 +72,7 @@ class RunOwner:
         self._images: deque[tuple[str, int, bytes]] = deque(maxlen=IMAGES)  # (name, step, PNG) that MLflow has not got yet
         self._starts: deque[dict[str, Any]] = deque()  # of attempts
         self._filled = False  # with what earlier commands left beside the checkpoints
+        self._spiked = False  # since the tag about it was written
         self._saved: int | None = None  # the step of a checkpoint of which MLflow does not know yet
         self._thread = threading.Thread(target=self._write, name="mlflow", daemon=True)
 
@@ -165,6 +166,8 @@ class RunOwner:
         self._images.extend((name, event["step"], png) for name, png in event.get("images", {}).items())
         if event["kind"] == "attempt":
             self._starts.append(event)
+        elif event["kind"] == "spike":
+            self._spiked = True
         elif event["kind"] == "checkpoint":
             self._saved = event["step"]
 
@@ -186,7 +189,9 @@ class RunOwner:
         if not self.run_id:
             self._open()
         if not self._filled:
-            box.precede(curves.missing(self.job.run_folder, self._known()))
+            earlier = curves.missing(self.job.run_folder, self._known())
+            box.precede(earlier)
+            self._spiked = self._spiked or any(p.key == SPIKE for p in earlier)
             self._filled = True
         waiting = len(box)
         box.flush()
@@ -194,6 +199,9 @@ class RunOwner:
         while self._starts:
             self._try("where it runs", lambda: self._record.attempt(self._starts[0]))
             self._starts.popleft()
+        if self._spiked:
+            self._try("its loss spikes", self._record.spikes)
+            self._spiked = False
         if self._saved is not None and not self._end:
             step = self._saved
             self._try("its checkpoints and data", lambda: self._record.sync(step))

@@ -259,10 +259,11 @@ class Worker:
             spike = self.spikes.spikes(loss) if self.spikes else None
             if not math.isfinite(loss):
                 self._fail(step, f"loss {loss}")
-            elif spike and self.job.spike and self.job.spike.action == "rollback":
-                self._roll_back(step, spike)
-            elif spike:
-                self._post({"kind": "spike", "step": step, "what": spike, "loss": loss, "at": time.time()})
+            elif spike and self.job.spike:
+                action = self.job.spike.action
+                self._tell({"kind": "spike", "step": step + 1, "action": action, **spike._asdict(), "at": time.time()})
+                if action == "rollback":
+                    self._roll_back(step, str(spike))
 
     def _roll_back(self, step: int, what: str) -> None:
         self.saver.wait()  # the save in flight is from before
