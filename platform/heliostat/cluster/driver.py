@@ -33,7 +33,6 @@ from heliostat.cluster.again import Again
 from heliostat.errors import HeliostatError, TrainingError
 from heliostat.spec import Retries
 from heliostat.storage import Location
-from heliostat.track.settle import settle_folder
 
 log = logging.getLogger("heliostat")
 
@@ -71,14 +70,14 @@ class Driver:
         try:
             wait = self.again.wait_s(how)
         except TrainingError as e:
+            from heliostat.track.settle import settle_folder
+
             self._say(str(e))
             self._remote(lambda: settle_folder(self.run_folder, how))
             self._upload()
             return False
-        budget = self.again.budget
-        self._say(
-            f"the driver died without a word, {how}: starting it again in {wait:.0f} s (retry {budget.used} of {budget.retries.max})"
-        )
+        retry = f"retry {self.again.budget.used} of {self.again.budget.retries.max}"
+        self._say(f"the driver died without a word, {how}: starting it again in {wait:.0f} s ({retry})")
         self.flags = self.again.flags(self.flags, pid)
         return not self.stopping.wait(wait)
 
