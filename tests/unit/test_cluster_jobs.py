@@ -100,7 +100,7 @@ import threading
 from pathlib import Path
 from heliostat.cluster.driver import Driver
 driver = Driver(Path(sys.argv[1]), None, "attempt-1", [])
-driver.command = [sys.executable, "-c", Path(sys.argv[2]).read_text(), sys.argv[3]]
+driver.command = [sys.executable, "-c", Path(sys.argv[2]).read_text(), *sys.argv[3:]]
 sys.exit(driver.run(None))
 """
 
@@ -135,6 +135,73 @@ def test_a_driver_that_must_stop_now_does_not_wait(tmp_path):
     process.communicate(timeout=30)
     assert process.returncode == 128 + signal.SIGKILL and time.monotonic() - began < 25
     assert jobs.stored_logs(Location(str(tmp_path / "runs" / "r"))).endswith("saving a checkpoint\n")
+
+
+DIES = """
+import json, os, signal, socket, sys, time
+from pathlib import Path
+from heliostat.goodput import FOLDER, Attempt
+from heliostat.storage import Location
+run, how, flags = Location(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
+starts = Path(sys.argv[1]) / "starts"
+starts.write_text((starts.read_text() if starts.exists() else "") + json.dumps(flags) + "\\n")
+number = len(starts.read_text().splitlines()) - 1
+what = how[min(number, len(how) - 1)]
+now = time.time()
+attempt = Attempt(f"a{number}", now, now, now, 0, 1, host=socket.gethostname(), pid=os.getpid())
+attempt.outcome = "failed" if what == "fails" else "finished" if what == "ends" else None
+if what != "early":
+    run.join(FOLDER, attempt.name).write(attempt.dump())
+if what == "saves":
+    run.join("checkpoints", f"step-{10 * (number + 1):08d}", "checkpoint.json").write(b"{}")
+print("start", number, what, flush=True)
+if what == "ends":
+    sys.exit(0)
+if what in ("fails", "exits"):
+    sys.exit(1)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def _supervised(folder, *how, retries=2, flags=("--overwrite",)):
+    """(exit code, the flags of each start, the log) of a driver whose child ends in these ways, one after another."""
+    run = folder / "runs" / "r"
+    run.mkdir(parents=True)
+    job = {"name": "r", "storage": str(folder / "runs"), "retries": {"max": retries, "backoff": 0.01}}
+    (folder / "job.json").write_text(json.dumps(job))
+    (folder / "train.py").write_text(DIES)
+    command = RUN.replace("[])", f"{list(flags)})")
+    done = subprocess.run(
+        [sys.executable, "-c", command, str(folder / "job.json"), str(folder / "train.py"), str(run), json.dumps(how)],
+        capture_output=True, text=True, timeout=240, cwd=ROOT, check=False,
+    )  # fmt: skip
+    starts = [json.loads(line) for line in (run / "starts").read_text().splitlines()]
+    assert jobs.stored_logs(Location(str(run))) == done.stdout
+    return done.returncode, starts, done.stdout
+
+
+def test_a_dead_driver_is_started_again_and_goes_on_where_it_was(tmp_path):
+    """Killed, or ended by a library without a word; what it has begun is not overwritten, what was there before it is."""
+    code, starts, log = _supervised(tmp_path, "early", "killed", "exits", "ends", retries=3)
+    assert code == 0 and starts == [["--overwrite"], ["--overwrite"], ["--resume"], ["--resume"]]
+    assert "the driver died without a word, killed by SIGKILL: starting it again in 0 s (retry 1 of 3)" in log
+    assert "with exit code 1: starting it again" in log
+
+
+def test_a_driver_that_ends_with_an_error_of_its_own_is_not_started_again(tmp_path):
+    code, starts, _ = _supervised(tmp_path, "fails", "ends")
+    assert code == 1 and len(starts) == 1
+
+
+def test_a_driver_that_dies_again_and_again_without_progress_is_given_up(tmp_path):
+    code, starts, log = _supervised(tmp_path, "killed", retries=2)
+    assert code == 128 + signal.SIGKILL and len(starts) == 3
+    assert "killed by SIGKILL; given up after 2 retries without a new checkpoint" in log
+
+
+def test_progress_between_a_drivers_deaths_begins_a_new_budget(tmp_path):
+    code, starts, _ = _supervised(tmp_path, *["saves"] * 4, "ends", retries=1)
+    assert code == 0 and len(starts) == 5
 
 
 def test_transient_faults_are_retried_and_refusals_are_not(monkeypatch):

@@ -1,6 +1,9 @@
 """What a submitted job runs on the cluster's head: `heliostat train`, or `tune`, as a child, with its log kept in storage.
 
-    python -m heliostat.cluster.driver JOB.json --attempt ID [--sweep SWEEP.yaml] [--queue NAME] [--flag=--resume]
+    python -m heliostat.cluster.driver JOB.yaml [--attempt ID] [--sweep SWEEP.yaml] [--queue NAME] [--flag=--resume]
+
+A child that is killed, or dies without a word, is started again, and goes on from the newest checkpoint, as often as the job's
+`retries` allow (`again`); after that the run's MLflow status is FAILED, with the reason.
 
 The log goes to standard output, which the Jobs API shows, and to `logs/ATTEMPT.log` in the run's folder, which stays when the
 cluster is gone. `heliostat stop` makes Ray send SIGTERM to this process and to the training driver alike; this one waits for the
@@ -10,7 +13,6 @@ other, which saves a checkpoint. If `logs/stop-now` lies in the run's folder, it
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import signal
@@ -25,9 +27,12 @@ from typing import Any
 import psutil
 import yaml
 
+from heliostat import workspace
 from heliostat.cluster import http
-from heliostat.errors import HeliostatError
+from heliostat.cluster.again import Again
+from heliostat.errors import HeliostatError, TrainingError
 from heliostat.redact import Formatter, excepthook
+from heliostat.spec import Retries
 from heliostat.storage import Location
 
 log = logging.getLogger("heliostat")
@@ -38,11 +43,13 @@ STOP_NOW = "stop-now"
 
 class Driver:
     def __init__(self, job: Path, sweep: Path | None, attempt: str, flags: list[str]) -> None:
-        raw = json.loads(job.read_text())
+        raw = yaml.safe_load(job.read_text())
         self.name, self.attempt = yaml.safe_load(sweep.read_text())["name"] if sweep else raw["name"], attempt
-        self.folder = Location(raw["storage"]).join(self.name, "logs")
+        self.run_folder = Location(raw["storage"]).absolute(workspace.root()).join(self.name)
+        self.folder = self.run_folder.join("logs")
+        self.again = Again(self.run_folder, Retries.model_validate(raw.get("retries") or {}), sweep is not None)
         what = ["tune", str(sweep)] if sweep else ["train", str(job)]
-        self.command = [sys.executable, "-m", "heliostat", *what, *flags]
+        self.command, self.flags = [sys.executable, "-m", "heliostat", *what], flags
         self.stopping = threading.Event()
         self._log = tempfile.NamedTemporaryFile(prefix="heliostat-", suffix=".log")  # noqa: SIM115 (as long as the process)
 
@@ -53,7 +60,31 @@ class Driver:
             self._wait_for_turn(queue)
         if self.stopping.is_set():
             return 128 + signal.SIGTERM
-        child = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0)
+        while True:
+            pid, code = self._child()
+            how = "" if self.stopping.is_set() else self.again.died(pid, code)
+            if not how or not self._starts_again(pid, how):
+                return code if code >= 0 else 128 - code
+
+    def _starts_again(self, pid: int, how: str) -> bool:
+        """Waits until the dead child's successor is to start; False if there is to be none."""
+        try:
+            wait = self.again.wait_s(how)
+        except TrainingError as e:
+            from heliostat.track.settle import settle_folder
+
+            self._say(str(e))
+            self._remote(lambda: settle_folder(self.run_folder, how))
+            self._upload()
+            return False
+        retry = f"retry {self.again.budget.used} of {self.again.budget.retries.max}"
+        self._say(f"the driver died without a word, {how}: starting it again in {wait:.0f} s ({retry})")
+        self.flags = self.again.flags(self.flags, pid)
+        return not self.stopping.wait(wait)
+
+    def _child(self) -> tuple[int, int]:
+        """The command, once, to its end: its process's number, and exit code."""
+        child = subprocess.Popen([*self.command, *self.flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0)
         reader = threading.Thread(target=self._copy, args=(child,), daemon=True)
         reader.start()
         uploaded = time.monotonic()
@@ -67,14 +98,19 @@ class Driver:
                 uploaded = time.monotonic()
         reader.join(10)
         self._upload()
-        code = child.returncode
-        return code if code >= 0 else 128 - code
+        return child.pid, child.returncode
 
     def _copy(self, child: Any) -> None:
         while data := child.stdout.read(1 << 16):
-            for target in (sys.stdout.buffer, self._log):
-                target.write(data)
-                target.flush()
+            self._write(data)
+
+    def _say(self, text: str) -> None:
+        self._write(f"{time.strftime('%H:%M:%S')} {text}\n".encode())
+
+    def _write(self, data: bytes) -> None:
+        for target in (sys.stdout.buffer, self._log):
+            target.write(data)
+            target.flush()
 
     def _upload(self) -> None:
         self._remote(lambda: self.folder.join(f"{self.attempt}.log").upload(Path(self._log.name)))
@@ -132,7 +168,7 @@ def before(name: str, queue: str, jobs: list[dict[str, Any]]) -> list[str] | Non
 def main() -> int:
     parser = argparse.ArgumentParser(prog="heliostat.cluster.driver")
     parser.add_argument("job", type=Path)
-    parser.add_argument("--attempt", required=True)
+    parser.add_argument("--attempt", default=time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()))
     parser.add_argument("--sweep", type=Path)
     parser.add_argument("--queue")
     parser.add_argument("--flag", action="append", default=[])

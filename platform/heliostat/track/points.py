@@ -6,6 +6,7 @@ import time
 from typing import Any, NamedTuple
 
 SPIKE, SPIKE_LIMIT = "train/spike", "train/spike_limit"  # a spike's loss, and the limit that it is above; at spikes alone
+SYSTEM = "system/"  # begins the names of what nodes are busy with
 
 
 class Point(NamedTuple):
@@ -19,7 +20,7 @@ class Point(NamedTuple):
     @property
     def place(self) -> int:
         """What grows along the metric: the step; milliseconds for what is of a time rather than of a step."""
-        return int(self.at * 1000) if self.key.startswith(("goodput/", "system/")) else self.step
+        return int(self.at * 1000) if self.key.startswith(("goodput/", SYSTEM)) else self.step
 
 
 def points(event: dict[str, Any]) -> list[Point]:
@@ -49,7 +50,7 @@ def points(event: dict[str, Any]) -> list[Point]:
         values |= {f"{part}_s": seconds for part, seconds in report["parts"].items()}
         return [Point(f"goodput/{k}", v, at, event["step"]) for k, v in values.items()]
     if event["kind"] == "system":
-        return [Point(f"system/{event['node']}/{k}", v, at, event["step"]) for k, v in event["values"].items()]
+        return [Point(f"{SYSTEM}{event['node']}/{k}", v, at, event["step"]) for k, v in event["values"].items()]
     if event["kind"] == "checkpoint":
         return [Point("checkpoint/blocked_s", event["blocked_s"], at, event["step"])]
     return []

@@ -36,7 +36,7 @@ from heliostat.errors import (
     innermost,
 )
 from heliostat.spec import Job
-from heliostat.train import board, group
+from heliostat.train import board, group, stacks
 from heliostat.train.holds import Holds
 from heliostat.train.lease import Fence
 from heliostat.train.placing import Placing
@@ -49,7 +49,6 @@ POLL_S = 0.5
 HELD_POLL_S = 0.05  # while the workers wait for the driver
 LOOK_S = 1.0  # between two looks at the nodes and the workers' pulses
 GROW_S = 5.0  # between two looks for more room
-STACKS_S = 5.0  # for the workers' stacks to come in, before they are ended
 END_S = 120.0  # for Ray Train to see that its workers have ended
 V2: Any = ray.train  # the package is annotated with V1's classes, and holds V2's
 
@@ -75,7 +74,7 @@ class Attempt:
         self._board = board.make()
         self._parts = self._stream()
         self._pulses: dict[int, dict[str, Any]] = {}
-        self._phase, self._since = "placing", time.time()  # what the workers are at, and since when they are watched
+        self._phase, self._since = "placing", time.monotonic()  # what the workers are at, and since when they are watched
         self._ordered = 0
         self._held: int | None = None  # the step behind which the workers wait
         self._stop_by: float | None = None  # when those who were told to stop must have ended
@@ -110,8 +109,8 @@ class Attempt:
                 self._fault = e
             self._drain()
             self._release()
-            if thread.is_alive() and time.time() >= self._look_at:
-                self._look_at = time.time() + LOOK_S
+            if thread.is_alive() and time.monotonic() >= self._look_at:
+                self._look_at = time.monotonic() + LOOK_S
                 self._look()
             if self._fault:
                 self._end_workers(thread)
@@ -125,18 +124,30 @@ class Attempt:
     # the watch -------------------------------------------------------------------------------------------------------
 
     def _drain(self) -> None:
-        try:
-            events, self._pulses = ray.get(self._board.drain.remote(), timeout=10)
-        except ray.exceptions.GetTimeoutError:
-            return
-        for event in events:
+        for event in self._drained():
             if event["kind"] == "phase":
                 self._phase = event["phase"]
                 if event["phase"] in ("model", "stepped"):
-                    self._since = time.time()
+                    self._since = time.monotonic()
             elif event["kind"] == "held":
                 self._held = event["step"]
             self._take(event)
+
+    def _drained(self) -> list[dict[str, Any]]:
+        """The board's events; takes its pulses, with ages turned into times of this clock."""
+        try:
+            events, pulses, lost = ray.get(self._board.drain.remote(), timeout=10)
+        except ray.exceptions.GetTimeoutError:
+            return []
+        except ray.exceptions.RayError as e:
+            died = f"the driver's board died ({type(e).__name__}), so nobody watches over the workers"
+            self._fault = self._fault or TrainingError(died)
+            return []
+        if lost:
+            log.warning("%d events of the workers, the oldest, were lost: the driver was too slow for them", lost)
+        now = time.monotonic()
+        self._pulses = {r: {**p, "moved": now - p["moved"], "at": now - p["at"]} for r, p in pulses.items()}
+        return events
 
     def _release(self) -> None:
         """Tells workers that wait what was decided."""
@@ -146,7 +157,7 @@ class Attempt:
 
     def _look(self) -> None:
         """Orders a stop, or finds the attempt's fault, where there is a reason to."""
-        now = time.time()
+        now = time.monotonic()
         if self.signals.name and self._ordered < INTERRUPTED:
             if self._phase == "ended":
                 return  # the driver sees to it
@@ -186,25 +197,15 @@ class Attempt:
         self._ordered = code
         log.warning(why)
         if code != RESIZE:
-            self._stop_by = time.time() + self.job.checkpoint.grace
+            self._stop_by = time.monotonic() + self.job.checkpoint.grace
         self._board.order.remote(stop=code)
 
     def _keep_stacks(self) -> str:
         """Asks every worker for what its threads are at, and keeps what comes, in the run's folder."""
         self._board.order.remote(dump=True)
-        stacks: dict[int, str] = {}
-        deadline = time.time() + STACKS_S
-        while time.time() < deadline and len(stacks) < self.job.workers.most:
-            time.sleep(POLL_S)
-            events, _ = ray.get(self._board.drain.remote(), timeout=10)
-            for event in events:
-                if event["kind"] == "stack":
-                    stacks[event["rank"]] = event["stack"]
-                else:
-                    self._take(event)
-        parts = [f"worker {r}: {stacks.get(r, 'no answer: frozen, or dead')}" for r in range(self.job.workers.most)]
+        found = stacks.collect(self.job.workers.most, self._drained, self._take)
         place = self.job.run_folder.join("stacks", f"{time.strftime('%Y%m%dT%H%M%S')}.txt")
-        place.write("\n\n".join(parts).encode())
+        place.write(stacks.text(found, self.job.workers.most).encode())
         return str(place)
 
     def _end_workers(self, thread: threading.Thread) -> None:

@@ -62,7 +62,7 @@ class Worker:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.ledger = Ledger("starting")
         self.pulse = Pulse(self.board, self.rank, self.world)
-        self.monitor = Monitor(self.board, ray.util.get_node_ip_address()) if _first_of_node() else None
+        self.monitor = Monitor(self.board, ray.util.get_node_ip_address(), _nodes()) if _first_of_node() else None
         self.run_folder = Location(config["run_folder"])
         # the training group is left to DeepSpeed; saving runs in a thread and must not share a group with the loop
         self.control, saving = dist.new_group(backend="gloo"), dist.new_group(backend="gloo")
@@ -388,6 +388,12 @@ class Worker:
 
 def _first_of_node() -> bool:
     return ray.train.get_context().get_local_rank() == 0
+
+
+def _nodes() -> int:
+    """How many nodes the workers are on, if all have as many as this one."""
+    context = ray.train.get_context()
+    return max(1, round(context.get_world_size() / context.get_local_world_size()))
 
 
 def make_recipe(job: Job, dataset: Dataset) -> Recipe:
