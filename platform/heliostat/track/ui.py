@@ -1,16 +1,23 @@
-"""MLflow's own UI on a store, in the foreground until Ctrl-C."""
+"""MLflow's own UI on a store, in the foreground until Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
+from types import FrameType
 
-from heliostat.errors import ConfigError
+import psutil
+
+from heliostat.errors import ConfigError, HeliostatError
 
 log = logging.getLogger(__name__)
+
+END_S = 5.0
 
 
 def serve(store: str, host: str, port: int) -> None:
@@ -36,4 +43,33 @@ def serve(store: str, host: str, port: int) -> None:
         "--workers",
         "1",
     ]
-    subprocess.run(command, env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}, check=False)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _end)
+    server = subprocess.Popen(command, env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
+    try:
+        code = server.wait()
+    finally:
+        _end_tree(server.pid)
+    if code:
+        raise HeliostatError(f"`mlflow server` ended with exit code {code}; what it said is above")
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def _end_tree(root: int) -> None:
+    """Ends the server and its workers, with the time to do so by themselves."""
+    try:
+        all_of_it = [*psutil.Process(root).children(recursive=True), psutil.Process(root)]
+    except psutil.NoSuchProcess:
+        return
+    for process in all_of_it:
+        _signal(process, signal.SIGTERM)
+    for process in psutil.wait_procs(all_of_it, timeout=END_S)[1]:
+        _signal(process, signal.SIGKILL)
+
+
+def _signal(process: psutil.Process, number: int) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.send_signal(number)
