@@ -2,9 +2,10 @@
 
     python -m heliostat.cluster.driver JOB.json --attempt ID [--sweep SWEEP.yaml] [--queue NAME] [--flag=--resume]
 
-The log goes to standard output, which the Jobs API shows, and to `logs/ATTEMPT.log` in the run's folder, which stays when the
+The log goes to standard output, which the Jobs API shows, and to `logs/` in the run's folder (`logs`), which stays when the
 cluster is gone. `heliostat stop` makes Ray send SIGTERM to this process and to the training driver alike; this one waits for the
-other, which saves a checkpoint. If `logs/stop-now` lies in the run's folder, it does not wait.
+other, which saves a checkpoint. It does not if the Jobs API has a job that is a note to end this attempt now (`stop --now`):
+storage may be what does not answer.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -26,13 +26,15 @@ import psutil
 import yaml
 
 from heliostat.cluster import http
+from heliostat.cluster.logs import LogCopy
 from heliostat.errors import HeliostatError
 from heliostat.storage import Location
 
 log = logging.getLogger("heliostat")
 
 UPLOAD_S, POLL_S, QUEUE_S = 20.0, 1.0, 2.0
-STOP_NOW = "stop-now"
+NOW_S = 5.0  # for the end of the log to reach storage, where the driver was told to end now
+ENDS = "ends"  # in the metadata of the note: the attempt
 
 
 class Driver:
@@ -43,11 +45,12 @@ class Driver:
         what = ["tune", str(sweep)] if sweep else ["train", str(job)]
         self.command = [sys.executable, "-m", "heliostat", *what, *flags]
         self.stopping = threading.Event()
-        self._log = tempfile.NamedTemporaryFile(prefix="heliostat-", suffix=".log")  # noqa: SIM115 (as long as the process)
+        self.jobs_url = jobs_url
+        self._log = LogCopy(self.folder, attempt)
+        self._over = threading.Event()
 
     def run(self, queue: str | None) -> int:
         signal.signal(signal.SIGTERM, lambda *_: self.stopping.set())
-        self._remote(lambda: self.folder.join(STOP_NOW).delete())
         if queue:
             self._wait_for_turn(queue)
         if self.stopping.is_set():
@@ -55,40 +58,45 @@ class Driver:
         child = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0)
         reader = threading.Thread(target=self._copy, args=(child,), daemon=True)
         reader.start()
-        uploaded = time.monotonic()
+        sender = threading.Thread(target=self._send, daemon=True)  # a store that is away keeps nobody else waiting
+        sender.start()
+        killed = False
         while child.poll() is None:
             if self.stopping.wait(POLL_S) and self._now():
                 self._kill(child)
+                killed = True
             if self.stopping.is_set():
                 time.sleep(POLL_S)
-            if time.monotonic() - uploaded > UPLOAD_S:
-                self._upload()
-                uploaded = time.monotonic()
         reader.join(10)
-        self._upload()
+        self._over.set()
+        sender.join(NOW_S if killed else None)
         code = child.returncode
         return code if code >= 0 else 128 - code
 
     def _copy(self, child: Any) -> None:
         while data := child.stdout.read(1 << 16):
-            for target in (sys.stdout.buffer, self._log):
-                target.write(data)
-                target.flush()
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+            self._log.add(data)
 
-    def _upload(self) -> None:
-        self._remote(lambda: self.folder.join(f"{self.attempt}.log").upload(Path(self._log.name)))
-
-    def _remote(self, action: Any) -> None:
-        try:
-            action()
-        except (HeliostatError, OSError) as e:
-            log.warning("the log's copy in storage is behind: %s", e)
+    def _send(self) -> None:
+        """Keeps the log's copy in storage up to date, until it is whole."""
+        over = False
+        while not over:
+            over = self._over.wait(UPLOAD_S)
+            try:
+                self._log.send()
+            except (HeliostatError, OSError) as e:
+                log.warning("the log's copy in storage is behind: %s", e)
 
     def _now(self) -> bool:
+        """Whether the driver is not to wait for a checkpoint."""
         try:
-            return self.folder.join(STOP_NOW).exists()
-        except (HeliostatError, OSError):
+            jobs = http.get(f"{self.jobs_url()}/api/jobs/", http.own_token())[1] or []
+        except (OSError, RuntimeError, ValueError) as e:
+            log.warning("whether to end now cannot be seen: %s", e)
             return False
+        return any((j.get("metadata") or {}).get(ENDS) == self.attempt for j in jobs)
 
     def _kill(self, child: Any) -> None:
         try:
@@ -99,7 +107,7 @@ class Driver:
 
     def _wait_for_turn(self, queue: str) -> None:
         """Until no job of the queue that was submitted before this one is left."""
-        url, token = jobs_url(), http.own_token()
+        url, token = self.jobs_url(), http.own_token()
         told = False
         while not self.stopping.is_set():
             ahead = before(self.name, queue, http.get(f"{url}/api/jobs/", token)[1] or [])
