@@ -6,6 +6,7 @@ It is the current folder. A job or pipeline names its code by import path, `jobs
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,20 @@ from typing import Any
 from heliostat.errors import ConfigError
 from heliostat.schema import nearest
 
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
 
 def root() -> Path:
     return Path.cwd()
+
+
+def check_name(field: str, name: Any) -> str:
+    """The name, if as a part of a path it leads nowhere else; ConfigError that names `field` if it could."""
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise ConfigError(
+            f"{field}: {name!r} is no name; use up to 100 letters, digits, '.', '_' and '-', with a letter or digit first"
+        )
+    return name
 
 
 def import_path(field: str, path: str) -> Any:

@@ -111,7 +111,6 @@ def _confined(gpus: int) -> Iterator[None]:
     ones. The workers import jobs/ and pipelines/ from the workspace.
     """
     from ray._private import ray_constants
-    from ray._raylet import AuthenticationTokenLoader
 
     private.tighten(Path.home() / ".ray" / "auth_token")
     before, clusters = dict(os.environ), ray_constants.ENABLE_RAY_CLUSTER
@@ -121,7 +120,8 @@ def _confined(gpus: int) -> Iterator[None]:
     for name in AUTHENTICATION:  # with the mode unset, Ray turns authentication on whatever the mode was when it was imported
         os.environ.pop(name, None)
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(_token_file())
-    AuthenticationTokenLoader.instance().reset_cache()
+    loader: Any = ray._raylet
+    loader.AuthenticationTokenLoader.instance().reset_cache()
     ray_constants.ENABLE_RAY_CLUSTER = False  # read when Ray was imported
     try:
         yield

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from heliostat.cluster import files, http, local
+from heliostat.cluster import files, http, local, private
 from heliostat.cluster.files import ClusterFile
 from heliostat.errors import ClusterError, ConfigError
 from heliostat.redact import carries_secret
@@ -67,11 +67,17 @@ def endpoint(target: str | None) -> Iterator[Endpoint]:
             raise ConfigError("--cluster: the address must not carry a token; set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH")
         url = target if target.startswith(("http://", "https://")) else f"http://{target}"
         here = any(url.startswith(f"http://{host}") for host in ("127.", "localhost"))
-        token = next((s.token for s in local.known() if s.url == url.rstrip("/")), None) or http.own_token()
-        yield _answering(Endpoint(url.rstrip("/"), token, here))
+        if state := next((s for s in local.known() if s.url == url.rstrip("/")), None):
+            yield _local(state, None)
+        else:
+            yield _answering(Endpoint(url.rstrip("/"), http.own_token(), here))
 
 
 def _local(state: local.State, cluster: ClusterFile | None) -> Endpoint:
+    if http.probe(state.url) and not private.ours(state.url):
+        raise ClusterError(
+            f"{state.url}: what answers there is no process of this user, so it was sent no token; is {state.name} down?"
+        )
     return _answering(Endpoint(state.url, state.token or None, True, cluster))
 
 
@@ -138,7 +144,7 @@ def _tunnel(command: list[str], token: str | None) -> Iterator[tuple[str, str | 
     process = subprocess.Popen([*command, place], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + TUNNEL_S
     try:
-        while http.probe(url, token) != 200:
+        while not (private.ours(url) and http.probe(url, token) == 200):  # the port was free for a moment: for others too
             if process.poll() is not None:
                 said = (process.stderr.read() if process.stderr else "").strip().splitlines()
                 raise ClusterError(f"`{' '.join(command[:3])}` failed: {said[-1] if said else process.returncode}")

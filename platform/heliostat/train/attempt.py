@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,6 +80,7 @@ class Attempt:
         self._stop_by: float | None = None  # when those who were told to stop must have ended
         self._look_at = self._grow_at = 0.0
         self._starved = False  # said to be
+        self._placing, self._reading = nodes.Shortage(self.job), 0.0  # since when the stream is being opened
         self._fault: HeliostatError | None = None
 
     def run(self) -> dict[str, Any]:
@@ -127,6 +128,8 @@ class Attempt:
         for event in self._drained():
             if event["kind"] == "phase":
                 self._phase = event["phase"]
+                if event["phase"] == "data":
+                    self._reading = time.monotonic()
                 if event["phase"] in ("model", "stepped"):
                     self._since = time.monotonic()
             elif event["kind"] == "held":
@@ -166,12 +169,10 @@ class Attempt:
                 return
             self._order(INTERRUPTED, f"{self.signals.name}: stopping behind a checkpoint; once more stops at once")
         held = Counter(p["node"] for p in self._pulses.values())
-        if self._phase == "data" and not self._starved and nodes.starved_now(self.job, held):
-            self._starved = True
-            log.warning(
-                "workers.cpus: %g a worker leave no node the CPU that reading the data needs; waiting %g s (watchdog.start) for "
-                "one: lower workers.cpus, or add a node", self.job.workers.cpus, self.job.watchdog.start,
-            )  # fmt: skip
+        if self._phase == "placing" and nodes.queued(self.job.workers, self.job.workers.most):
+            self._say(self._placing.told())
+        if self._phase == "data" and not self._starved:
+            self._starved = self._say(self._too_little_to_read(held))
         if self._ordered < PREEMPTED and self._phase == "stepped":
             if gone := held.keys() & nodes.draining():
                 self._order(PREEMPTED, f"{len(gone)} of the run's nodes are about to go: stopping behind a checkpoint")
@@ -186,6 +187,22 @@ class Attempt:
             self._fault = StoppedError(f"stopped by a signal; {what}") if interrupted else StalledError(what)
         elif self._phase not in ("placing", "ended"):
             self._watch(now)
+
+    def _too_little_to_read(self, held: Mapping[str, int]) -> str | None:
+        limit = f"waiting {self.job.watchdog.start:g} s (watchdog.start) for one"
+        if nodes.starved_now(self.job, held):
+            short = f"workers.cpus: {self.job.workers.cpus:g} a worker leave no node the CPU that reading the data needs"
+            return f"{short}; {limit}: lower workers.cpus, or add a node"
+        waited = time.monotonic() - self._reading > nodes.SAY_S
+        if os.environ.get("RAY_ADDRESS") and waited and (crowd := nodes.crowded_now(self.job)):
+            return f"{crowd}; {limit}"
+        return None
+
+    def _say(self, text: str | None) -> bool:
+        """Tells the person that the run waits, and for what; whether there was something to tell."""
+        if text:
+            self._take({"kind": "waiting", "text": text, "at": time.time()})
+        return bool(text)
 
     def _watch(self, now: float) -> None:
         limit = self.job.watchdog.stall if self._phase == "stepped" else self.job.watchdog.start

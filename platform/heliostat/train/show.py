@@ -72,6 +72,8 @@ class Show:
             log.warning(event["text"])
         elif event["kind"] == "steps":
             self._on_steps(event)
+        elif event["kind"] == "waiting":
+            log.warning(event["text"])
         elif event["kind"] == "evaluation":
             scores = "  ".join(f"{k} {v:.4g}" for k, v in event["scores"].items())
             log.info("step %d  held-out: %s", event["step"], scores)

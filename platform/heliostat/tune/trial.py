@@ -126,7 +126,7 @@ class Trial(tune.Trainable):
         """In the run's thread."""
         if event["kind"] == "steps":
             self._step = event["first"] + len(event["loss"])
-        elif event["kind"] == "held":
+        elif event["kind"] in ("held", "waiting"):
             self._events.put(event)
 
     def _next(self) -> dict[str, Any]:
@@ -142,6 +142,8 @@ class Trial(tune.Trainable):
             told |= {"value": float(scores[self.given["metric"]]), "scores": scores}
         if event["kind"] == "held":
             self._held = event["step"]
+        elif event["kind"] == "waiting":
+            told["waits"] = event["text"]
         else:
             told |= {"done": True, "ended": event["ended"], "reason": event.get("reason", "")}
             assert self._thread
