@@ -148,7 +148,8 @@ class TextPipeline(Pipeline):
         if not totals.paths:
             return [], {"dropped": dict(totals.dropped), "listed": totals.listed}
         footers = ray.data.from_items(
-            [{"path": p} for p in sorted(totals.paths)], override_num_blocks=-(-len(totals.paths) // FOOTERS_PER_TASK)
+            [{"path": p, "contents": c} for p, c in sorted(totals.paths.items())],
+            override_num_blocks=-(-len(totals.paths) // FOOTERS_PER_TASK),
         ).flat_map(partial(text_tasks.footer, output=output.uri))
         return list(footers.iter_rows()), {
             "kind": "tokens",
@@ -179,14 +180,14 @@ class Totals:
     def __init__(self, vocab_size: int) -> None:
         self.documents = self.duplicates = self.bytes = 0
         self.listed: str | None = None  # where the list of what was left out is
-        self.paths: list[str] = []
+        self.paths: dict[str, str] = {}  # of the shards, with their chunks' digests as JSON
         self.dropped: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
         self.counts = np.zeros(vocab_size, np.int64)
 
     def add(self, row: dict[str, Any]) -> None:
         if row["path"]:
-            self.paths.append(row["path"])
+            self.paths[row["path"]] = row["contents"]
             self.documents += row["documents"]
             self.duplicates += row["duplicates"]
             self.bytes += row["bytes"]

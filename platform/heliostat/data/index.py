@@ -88,7 +88,9 @@ def _extend(before: Manifest, paths: list[str]) -> Manifest:
     for path, rows in zip(paths, found, strict=True):
         if not rows:
             raise DataError(f"{before.location.join(path)}: holds no row group; take it away")
-    added = pa.Table.from_pylist([row for rows in found for row in rows], schema=manifest.SCHEMA)
+    unknown = dict.fromkeys(manifest.LATER.names, "")  # no data is read
+    schema = manifest.schema_of(before.chunks.column_names)
+    added = pa.Table.from_pylist([{**unknown, **row} for rows in found for row in rows], schema=schema)
     manifest.keep(before)
     return manifest.write_table(before.location, pa.concat_tables([before.chunks, added]), _meta(before.meta, added))
 
