@@ -226,6 +226,26 @@ def test_parts_are_replaced_and_removed_like_the_whole(make, tmp_path):
     assert len(list((tmp_path / "out" / PARTS[1] / "manifests").iterdir())) == 1
 
 
+# what it says --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dropped", "duplicates", "said"),
+    [
+        ({"duplicate": 14}, 0, "14 duplicate (listed"),
+        ({"duplicate": 14, "no_caption": 2}, 0, "14 duplicate, 2 no_caption (listed"),
+        ({}, 3, "3 duplicate"),
+        ({"duplicate": 1, "empty": 0}, 2, "3 duplicate (listed"),
+        ({}, 0, "nothing"),
+    ],
+)
+def test_everything_that_was_left_out_is_said(make, dropped, duplicates, said):
+    """Whether the pipeline counts duplicates among what it dropped, as for images, or apart, as for text."""
+    report = {**make(), "dropped": dropped, "duplicates": duplicates}
+    ready, left_out = preparing.explain(report)
+    assert left_out.startswith(f"left out: {said}") and "is ready after" in ready and "30 rows" in ready
+
+
 # whose folder it is --------------------------------------------------------------------------------------------------
 
 
