@@ -103,7 +103,7 @@ def unique(table: pa.Table) -> tuple[pa.Table, int]:
 
 def write_group(table: pa.Table, output: str, definition: Any, end: int, chunk_tokens: int) -> pa.Table:
     """Writes one shard and returns its counts, or counts the dropped documents."""
-    row: dict[str, Any] = dict.fromkeys(("documents", "duplicates", "bytes"), 0)
+    row: dict[str, Any] = dict.fromkeys(("documents", "duplicates", "bytes", "cut"), 0)
     row |= {"path": "", "counts": b"", "dropped": "{}", "examples": "{}", "listed": "", "contents": "[]"}
     shard = table["shard"][0].as_py()
     if shard == DROPPED:
@@ -126,6 +126,7 @@ def write_group(table: pa.Table, output: str, definition: Any, end: int, chunk_t
     row["contents"] = json.dumps(shard_file.content_digests(data, "tokens"))
     counts = np.bincount(np.concatenate(encoded), minlength=tokenizer.get_vocab_size()).astype(np.int64)
     row |= {"path": path, "documents": len(encoded), "duplicates": duplicates, "counts": counts.tobytes()}
+    row["cut"] = sum(map(len, tokens.chunks(np.array([len(e) for e in encoded]), chunk_tokens))) - len(encoded)
     row["bytes"] = int(pc.binary_length(table["text"]).to_numpy().sum())
     return pa.Table.from_pylist([row])
 

@@ -238,6 +238,7 @@ def _report(made: Manifest, seconds: float, up_to_date: bool, pruned: versions.P
         "shards": len(set(made.chunks["path"].to_pylist())),
         "chunks": made.chunks.num_rows,
         "dropped": meta.get("dropped", {}),
+        "listed": str(listed) if (listed := made.location.join(LISTED)).exists() else None,
         "duplicates": meta.get("duplicates", 0),
         "vocab_size": meta.get("vocab_size"),
         "seconds": round(seconds, 2),
@@ -253,7 +254,7 @@ def explain(report: dict[str, Any]) -> list[str]:
     held = f"{report['documents']:,} " + (f"documents, {report['tokens']:,} tokens" if report["tokens"] else "rows")
     left_out = Counter(report["dropped"]) + Counter(duplicate=report["duplicates"])
     told = ", ".join(f"{n:,} {reason}" for reason, n in sorted(left_out.items()))
-    listed = f" (listed in {report['dataset']}/{LISTED})" if report["dropped"] else ""
+    listed = f" (listed in {report['listed']})" if report["listed"] else ""
     return [
         f"dataset {report['dataset']} {state}: {held}, {report['chunks']:,} chunks, digest {report['digest'][:12]}",
         f"left out: {told or 'nothing'}{listed}",

@@ -24,7 +24,11 @@ from heliostat.storage import Location
 log = logging.getLogger(__name__)
 
 READERS = 32  # threads: a footer is one or two small requests, which object storage answers slowly but in parallel
-NOT_IN_FOOTERS = ("bytes", "unigram_entropy")  # what a pipeline counted in the text or the tokens: no longer true with more
+NOT_IN_FOOTERS = (
+    "bytes",
+    "cuts",
+    "unigram_entropy",
+)  # counted in the text or the tokens: no longer true with more
 
 
 @dataclass(frozen=True)
