@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 from heliostat.data import manifest, versions
+from heliostat.data import shard as shard_file
 from heliostat.data.manifest import FILES, SHARDS
 from heliostat.storage import Location
 
@@ -65,7 +66,7 @@ def assign(table: pa.Table, duplicates: Any, shards: dict[str, int]) -> pa.Table
 
 def write_group(table: pa.Table, output: str, chunk_images: int, parts: bool) -> pa.Table:
     """Writes one shard, or the list of what was dropped; returns the counts."""
-    row: dict[str, Any] = {"path": "", "images": 0, "bytes": 0, "dropped": "{}", "examples": "{}", "listed": ""}
+    row: dict[str, Any] = {"path": "", "images": 0, "bytes": 0, "dropped": "{}", "examples": "{}", "listed": "", "contents": "[]"}
     bucket, _, number = table["shard"][0].as_py().partition("/")
     if not bucket:
         listed = table.select(["id", "reason", "detail"]).sort_by([("reason", "ascending"), ("id", "ascending")])
@@ -79,7 +80,8 @@ def write_group(table: pa.Table, output: str, chunk_images: int, parts: bool) ->
     data = shard(table, chunk_images)
     folder = f"{bucket}/{SHARDS}/{number}/" if parts else f"{SHARDS}/{number}/"
     path = versions.store(Location(output), folder, data, ".parquet")
-    return pa.Table.from_pylist([row | {"path": path, "images": len(table), "bytes": len(data)}])
+    return pa.Table.from_pylist([row | {"path": path, "images": len(table), "bytes": len(data),
+                                      "contents": json.dumps(shard_file.content_digests(data, None))}])  # fmt: skip
 
 
 def shard(table: pa.Table, chunk_images: int) -> bytes:
@@ -108,4 +110,5 @@ def _parquet(groups: list[pa.Table]) -> bytes:
 
 
 def footer(row: dict[str, Any], output: str) -> list[dict[str, Any]]:
-    return manifest.read_footer(Location(output), row["path"], None)
+    found = manifest.read_footer(Location(output), row["path"], None)
+    return [{**chunk, "content": content} for chunk, content in zip(found, json.loads(row["contents"]), strict=True)]

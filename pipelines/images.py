@@ -142,10 +142,10 @@ class ImagePipeline(Pipeline):
         write_group = partial(
             image_tasks.write_group, output=output.uri, chunk_images=self.chunk_images, parts=self.buckets is not None
         )
-        counts, dropped, paths, listed = 0, Counter[str](), [], ""
+        counts, dropped, paths, listed = 0, Counter[str](), dict[str, str](), ""
         for row in assigned.groupby("shard").map_groups(write_group, batch_format="pyarrow").iter_rows():
             counts += row["images"]
-            paths += [row["path"]] if row["path"] else []
+            paths |= {row["path"]: row["contents"]} if row["path"] else {}
             listed = row["listed"] or listed
             dropped.update(json.loads(row["dropped"]))
             for reason, examples in json.loads(row["examples"]).items():
@@ -156,7 +156,7 @@ class ImagePipeline(Pipeline):
         if not paths:
             return [], meta
         footers = ray.data.from_items(
-            [{"path": p} for p in sorted(paths)], override_num_blocks=-(-len(paths) // FOOTERS_PER_TASK)
+            [{"path": p, "contents": c} for p, c in sorted(paths.items())], override_num_blocks=-(-len(paths) // FOOTERS_PER_TASK)
         ).flat_map(partial(image_tasks.footer, output=output.uri))
         sizes = {bucket: {"size": [int(n) for n in bucket.split("x")]} for bucket in index.buckets}
         if self.buckets:

@@ -68,7 +68,7 @@ class TextPipeline(Pipeline):
     max_chars: int | None = Field(None, ge=1)
     max_document_bytes: int = Field(1 << 26, ge=1)  # of a document, unpacked: more is left out
     max_file_bytes: int = Field(1 << 33, ge=1)  # of an input file, as it lies there and unpacked
-    chunk_tokens: int = Field(1_000_000, gt=0)  # about; a row group ends with a document
+    chunk_tokens: int = Field(1_000_000, gt=0)  # about, and never twice as many: a document that is longer is cut
     shard_bytes: int = Field(128_000_000, gt=0)  # of text, about
 
     @property
@@ -148,7 +148,8 @@ class TextPipeline(Pipeline):
         if not totals.paths:
             return [], {"dropped": dict(totals.dropped), "listed": totals.listed}
         footers = ray.data.from_items(
-            [{"path": p} for p in sorted(totals.paths)], override_num_blocks=-(-len(totals.paths) // FOOTERS_PER_TASK)
+            [{"path": p, "contents": c} for p, c in sorted(totals.paths.items())],
+            override_num_blocks=-(-len(totals.paths) // FOOTERS_PER_TASK),
         ).flat_map(partial(text_tasks.footer, output=output.uri))
         return list(footers.iter_rows()), {
             "kind": "tokens",
@@ -160,6 +161,7 @@ class TextPipeline(Pipeline):
             "documents": totals.documents,
             "dropped": {reason: totals.dropped[reason] for reason in sorted(totals.dropped)},
             "duplicates": totals.duplicates,
+            **({"cuts": totals.cut} if totals.cut else {}),
             "bytes": totals.bytes,
             "unigram_entropy": tokens.entropy(totals.counts),
         }
@@ -177,19 +179,20 @@ class Totals:
     """The sums over the shards' reports."""
 
     def __init__(self, vocab_size: int) -> None:
-        self.documents = self.duplicates = self.bytes = 0
+        self.documents = self.duplicates = self.bytes = self.cut = 0
         self.listed: str | None = None  # where the list of what was left out is
-        self.paths: list[str] = []
+        self.paths: dict[str, str] = {}  # of the shards, with their chunks' digests as JSON
         self.dropped: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
         self.counts = np.zeros(vocab_size, np.int64)
 
     def add(self, row: dict[str, Any]) -> None:
         if row["path"]:
-            self.paths.append(row["path"])
+            self.paths[row["path"]] = row["contents"]
             self.documents += row["documents"]
             self.duplicates += row["duplicates"]
             self.bytes += row["bytes"]
+            self.cut += row["cut"]
             self.counts += np.frombuffer(row["counts"], np.int64)
         else:
             self.dropped.update(json.loads(row["dropped"]))
@@ -197,6 +200,8 @@ class Totals:
             self.listed = row["listed"]
 
     def log(self) -> None:
+        if self.cut:
+            log.info("documents longer than a chunk may be (chunk_tokens) are cut at %d places; no token is lost", self.cut)
         for reason, count in sorted(self.dropped.items()):
             log.warning("dropped %d: %s, such as %s", count, documents.REASONS[reason],
                         sources.examples(self.examples[reason]))  # fmt: skip

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 from heliostat.data import manifest, versions
+from heliostat.data import shard as shard_file
 from heliostat.data.manifest import FILES, SHARDS
 from heliostat.storage import Location
 
@@ -102,8 +103,8 @@ def unique(table: pa.Table) -> tuple[pa.Table, int]:
 
 def write_group(table: pa.Table, output: str, definition: Any, end: int, chunk_tokens: int) -> pa.Table:
     """Writes one shard and returns its counts, or counts the dropped documents."""
-    row: dict[str, Any] = dict.fromkeys(("documents", "duplicates", "bytes"), 0)
-    row |= {"path": "", "counts": b"", "dropped": "{}", "examples": "{}", "listed": ""}
+    row: dict[str, Any] = dict.fromkeys(("documents", "duplicates", "bytes", "cut"), 0)
+    row |= {"path": "", "counts": b"", "dropped": "{}", "examples": "{}", "listed": "", "contents": "[]"}
     shard = table["shard"][0].as_py()
     if shard == DROPPED:
         by_reason: dict[str, list[str]] = {}
@@ -122,11 +123,14 @@ def write_group(table: pa.Table, output: str, definition: Any, end: int, chunk_t
     encoded = tokens.encode(tokenizer, table["text"].to_pylist(), end)
     data = tokens.shard(table["id"].to_pylist(), encoded, chunk_tokens)
     path = versions.store(Location(output), f"{SHARDS}/{shard:05d}/", data, ".parquet")
+    row["contents"] = json.dumps(shard_file.content_digests(data, "tokens"))
     counts = np.bincount(np.concatenate(encoded), minlength=tokenizer.get_vocab_size()).astype(np.int64)
     row |= {"path": path, "documents": len(encoded), "duplicates": duplicates, "counts": counts.tobytes()}
+    row["cut"] = sum(map(len, tokens.chunks(np.array([len(e) for e in encoded]), chunk_tokens))) - len(encoded)
     row["bytes"] = int(pc.binary_length(table["text"]).to_numpy().sum())
     return pa.Table.from_pylist([row])
 
 
 def footer(row: dict[str, Any], output: str) -> list[dict[str, Any]]:
-    return manifest.read_footer(Location(output), row["path"], "tokens")
+    found = manifest.read_footer(Location(output), row["path"], "tokens")
+    return [{**chunk, "content": content} for chunk, content in zip(found, json.loads(row["contents"]), strict=True)]

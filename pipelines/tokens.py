@@ -91,11 +91,38 @@ def cut(lengths: np.ndarray, target: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(bounds))
 
 
+def piece(target: int) -> int:
+    """How many tokens a chunk has that ends within a document: at most `target`, and 15 times a power of two, so that it is
+    whole sequences of any usual length and nothing is left over where a document is cut."""
+    return max(1, 15 * 2 ** ((target // 15).bit_length() - 1) if target >= 15 else target)
+
+
+def chunks(lengths: np.ndarray, target: int) -> list[list[int]]:
+    """The lengths of the rows of each row group: as `cut` has them, and where that is more than twice `target` (a document that
+    is longer than a chunk may be), in pieces of `piece(target)` tokens for as long as more than that is left."""
+    out: list[list[int]] = []
+    for start, stop in cut(lengths, target):
+        rows, left = lengths[start:stop].tolist()[::-1], int(lengths[start:stop].sum())  # the next document last
+        while left > 2 * target:
+            group, room = list[int](), piece(target)
+            while room:
+                group.append(min(room, rows[-1]))
+                room -= group[-1]
+                rows[-1] -= group[-1]
+                if not rows[-1]:
+                    rows.pop()
+            out.append(group)
+            left -= sum(group)
+        out.append(rows[::-1])
+    return out
+
+
 def shard(ids: list[str], tokens: list[np.ndarray], chunk_tokens: int) -> bytes:
-    """The Parquet file: the same documents in the same order give the same bytes."""
+    """The Parquet file: the same documents in the same order give the same bytes. A row that does not end with the end of its
+    document goes on in the next, of the same name."""
     flat = np.concatenate(tokens)
     lengths = np.array([len(t) for t in tokens], np.int64)
-    ends = np.concatenate([[0], np.cumsum(lengths)])
+    ends = np.cumsum(lengths)
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(
         sink,
@@ -105,12 +132,15 @@ def shard(ids: list[str], tokens: list[np.ndarray], chunk_tokens: int) -> bytes:
         write_statistics=["document"],
         write_page_checksum=True,
     ) as writer:
-        for start, stop in cut(lengths, chunk_tokens):
-            values = pa.array(flat[ends[start] : ends[stop]])
-            offsets = pa.array((ends[start : stop + 1] - ends[start]).astype(np.int32))
-            lists = pa.ListArray.from_arrays(offsets, values, type=SCHEMA.field("tokens").type)
-            table = pa.Table.from_arrays([lists, pa.array(ids[start:stop], pa.string())], schema=SCHEMA)
-            writer.write_table(table, row_group_size=max(1, stop - start))
+        begin = 0
+        for rows in chunks(lengths, chunk_tokens):
+            offsets = np.concatenate([[0], np.cumsum(rows)])
+            values = pa.array(flat[begin : begin + offsets[-1]])
+            names = [ids[i] for i in np.searchsorted(ends, begin + offsets[:-1], side="right")]
+            lists = pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), values, type=SCHEMA.field("tokens").type)
+            table = pa.Table.from_arrays([lists, pa.array(names, pa.string())], schema=SCHEMA)
+            writer.write_table(table, row_group_size=max(1, len(rows)))
+            begin += int(offsets[-1])
         # in the footer, which the manifest hashes: the dataset's digest then changes with any token
         writer.add_key_value_metadata({"content": hashlib.sha256(flat.tobytes()).hexdigest()})
     return sink.getvalue().to_pybytes()

@@ -46,19 +46,13 @@ DEFAULT_STORE = ".heliostat/mlflow.db"
 @app.command()
 def prepare(pipeline: Path, setting: Settings = None, force: bool = False, json_: Json = False, verbose: Verbose = False) -> None:
     """Make a dataset: run a pipeline YAML's Ray Data job. Does nothing if the dataset is up to date."""
+    from heliostat.prepare import explain
     from heliostat.prepare import prepare as run
 
     report = run(pipeline, setting or [], force=force)
     if not json_:
-        state = "is up to date" if report["up_to_date"] else f"is ready after {report['seconds']:.0f} s"
-        held = (
-            f"{report['documents']:,} documents, {report['tokens']:,} tokens"
-            if report["tokens"]
-            else f"{report['documents']:,} rows"
-        )
-        out.print(f"dataset {report['dataset']} {state}: {held}, {report['chunks']:,} chunks, digest {report['digest'][:12]}")
-        dropped = {**report["dropped"], "duplicate": report["duplicates"]}
-        out.print("left out: " + (", ".join(f"{n:,} {reason}" for reason, n in dropped.items() if n) or "nothing"))
+        for line in explain(report):
+            out.print(line, markup=False)
     _finish(report, json_)
 
 

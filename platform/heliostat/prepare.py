@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import time
+from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -237,6 +238,7 @@ def _report(made: Manifest, seconds: float, up_to_date: bool, pruned: versions.P
         "shards": len(set(made.chunks["path"].to_pylist())),
         "chunks": made.chunks.num_rows,
         "dropped": meta.get("dropped", {}),
+        "listed": str(listed) if (listed := made.location.join(LISTED)).exists() else None,
         "duplicates": meta.get("duplicates", 0),
         "vocab_size": meta.get("vocab_size"),
         "seconds": round(seconds, 2),
@@ -244,3 +246,16 @@ def _report(made: Manifest, seconds: float, up_to_date: bool, pruned: versions.P
         "versions_kept": pruned.kept,
         "removed": {"files": pruned.files, "bytes": pruned.bytes},
     }
+
+
+def explain(report: dict[str, Any]) -> list[str]:
+    """The report as a person reads it: what there is now, and what was left out."""
+    state = "is up to date" if report["up_to_date"] else f"is ready after {report['seconds']:.0f} s"
+    held = f"{report['documents']:,} " + (f"documents, {report['tokens']:,} tokens" if report["tokens"] else "rows")
+    left_out = Counter(report["dropped"]) + Counter(duplicate=report["duplicates"])
+    told = ", ".join(f"{n:,} {reason}" for reason, n in sorted(left_out.items()))
+    listed = f" (listed in {report['listed']})" if report["listed"] else ""
+    return [
+        f"dataset {report['dataset']} {state}: {held}, {report['chunks']:,} chunks, digest {report['digest'][:12]}",
+        f"left out: {told or 'nothing'}{listed}",
+    ]

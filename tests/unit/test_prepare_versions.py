@@ -31,6 +31,7 @@ class Numbers(Pipeline):
     shards: int = 3
     fail: str = ""
     parts: list[str] = []
+    dropped: dict[str, int] = {}
 
     def check(self) -> None:
         if self.fail == "check":
@@ -59,7 +60,8 @@ class Numbers(Pipeline):
             versions.store(output, "files/tokenizer-", str(self.first).encode(), ".json")
             beside = {k: v.partition("/")[2] for k, v in beside.items()}
             return rows, {"kind": "rows", "files": beside, "parts": {p: {} for p in self.parts}}
-        return rows, {"kind": "rows", "files": beside}
+        listed = versions.store(output, "files/listed-", b"the list", ".parquet") if self.dropped else None
+        return rows, {"kind": "rows", "files": beside, "dropped": self.dropped, "listed": listed}
 
 
 Make = Callable[..., dict[str, Any]]
@@ -224,6 +226,30 @@ def test_parts_are_replaced_and_removed_like_the_whole(make, tmp_path):
     assert not (tmp_path / "out" / PARTS[0]).exists()
     assert numbers(manifest.read(place.join(PARTS[1]))) == list(range(100, 130))
     assert len(list((tmp_path / "out" / PARTS[1] / "manifests").iterdir())) == 1
+
+
+# what it says --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dropped", "duplicates", "said"),
+    [
+        ({"duplicate": 14}, 0, "14 duplicate (listed in OUT/quarantine.parquet)"),
+        ({"duplicate": 14, "no_caption": 2}, 0, "14 duplicate, 2 no_caption (listed"),
+        ({}, 3, "3 duplicate"),
+        ({"duplicate": 1, "empty": 0}, 2, "3 duplicate (listed"),
+        ({}, 0, "nothing"),
+    ],
+)
+def test_everything_that_was_left_out_is_said(make, tmp_path, dropped, duplicates, said):
+    """Whether the pipeline counts duplicates among what it dropped, as for images, or apart, as for text."""
+    report = {**make(dropped=dropped), "duplicates": duplicates}
+    ready, left_out = preparing.explain(report)
+    assert (
+        left_out.startswith(f"left out: {said}".replace("OUT", str(tmp_path / "out")))
+        and "is ready after" in ready
+        and "30 rows" in ready
+    )
 
 
 # whose folder it is --------------------------------------------------------------------------------------------------

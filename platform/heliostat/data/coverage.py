@@ -7,6 +7,7 @@ window are looked up one by one.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -33,11 +34,17 @@ def cut(plans: list[DataPlan], steps: int) -> list[Segment]:
 
 
 def segment_counts(segment: Segment, manifests: list[Manifest]) -> list[np.ndarray]:
-    """Samples of each source's chunks that the segment's steps took, int64 [chunks] a source; bad ones count as themselves."""
+    """Samples of each source's chunks that the segment's steps took, int64 [chunks] a source; bad ones count as themselves, and
+    what the plan leaves out not at all."""
     skipping = make_order(segment.plan, manifests)
     order = make_order(dataclasses.replace(segment.plan, skips=()), manifests)
-    first, end = skipping.data_step(segment.first), skipping.data_step(segment.end - 1) + 1
-    return [b - a for a, b in zip(counts(order, first), counts(order, end), strict=True)]
+    left_out = [at for at, _ in skipping.skips if segment.first < at < segment.end]
+    total = [np.zeros(len(split.samples), np.int64) for split in order.splits]
+    for first, end in itertools.pairwise(sorted({segment.first, *left_out, segment.end})):
+        before, after = (counts(order, step) for step in (skipping.data_step(first), skipping.data_step(end - 1) + 1))
+        for taken, a, b in zip(total, before, after, strict=True):
+            taken += b - a
+    return total
 
 
 def counts(order: Order, step: int) -> list[np.ndarray]:

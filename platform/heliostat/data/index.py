@@ -24,7 +24,11 @@ from heliostat.storage import Location
 log = logging.getLogger(__name__)
 
 READERS = 32  # threads: a footer is one or two small requests, which object storage answers slowly but in parallel
-NOT_IN_FOOTERS = ("bytes", "unigram_entropy")  # what a pipeline counted in the text or the tokens: no longer true with more
+NOT_IN_FOOTERS = (
+    "bytes",
+    "cuts",
+    "unigram_entropy",
+)  # counted in the text or the tokens: no longer true with more
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,9 @@ def _extend(before: Manifest, paths: list[str]) -> Manifest:
     for path, rows in zip(paths, found, strict=True):
         if not rows:
             raise DataError(f"{before.location.join(path)}: holds no row group; take it away")
-    added = pa.Table.from_pylist([row for rows in found for row in rows], schema=manifest.SCHEMA)
+    unknown = dict.fromkeys(manifest.LATER.names, "")  # no data is read
+    schema = manifest.schema_of(before.chunks.column_names)
+    added = pa.Table.from_pylist([{**unknown, **row} for rows in found for row in rows], schema=schema)
     manifest.keep(before)
     return manifest.write_table(before.location, pa.concat_tables([before.chunks, added]), _meta(before.meta, added))
 

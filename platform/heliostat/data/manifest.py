@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from heliostat.data import shard
 from heliostat.errors import DataError
 from heliostat.storage import Location
 
@@ -43,6 +45,7 @@ SCHEMA = pa.schema(
         ("footer", pa.string()),  # hex digest of the file's Parquet footer
     ]
 )
+LATER = pa.schema([("content", pa.string())])  # columns that came later: hex digest of the chunk's stored bytes, "" if unknown
 
 
 @dataclass(frozen=True)
@@ -87,11 +90,16 @@ class Manifest:
 def digest(chunks: pa.Table, meta: dict[str, Any]) -> str:
     """64 hex digits over the chunk rows and `meta` (without its own digest), independent of Parquet encoding."""
     h = hashlib.sha256(json.dumps({k: v for k, v in meta.items() if k != "digest"}, sort_keys=True).encode())
-    for column in SCHEMA:
+    for column in schema_of(chunks.column_names):
         values = chunks[column.name]
         text = column.type == pa.string()
         h.update("\n".join(values.to_pylist()).encode() if text else values.to_numpy().astype("<i8").tobytes())
     return h.hexdigest()
+
+
+def schema_of(names: Iterable[str]) -> pa.Schema:
+    """Of a manifest that has columns of these names: all of SCHEMA, and those of LATER that it has."""
+    return pa.schema([*SCHEMA, *(field for field in LATER if field.name in set(names))])
 
 
 def read_footer(location: Location, path: str, token_column: str | None, vocab_size: int | None = None) -> list[dict[str, Any]]:
@@ -101,18 +109,13 @@ def read_footer(location: Location, path: str, token_column: str | None, vocab_s
     """
     place = location.join(path)
 
-    def get() -> tuple[int, bytes]:
+    def get() -> shard.Footer:
         with place.fs.open_input_file(place.path) as f:
-            size = f.size()
-            tail = f.read_at(min(size, 64 << 10), max(0, size - (64 << 10)))
-            length = int.from_bytes(tail[-8:-4], "little") + 8
-            if length > size:  # a damaged length would make pyarrow reserve gigabytes
-                raise pa.ArrowInvalid(f"its footer claims {length:,} of the file's {size:,} bytes")
-            return size, tail[-length:] if length <= len(tail) else f.read_at(length, size - length)
+            return shard.read_footer(f)
 
     try:
-        size, footer = place.attempt(get)
-        parquet = pq.read_metadata(io.BytesIO(footer))
+        footer = place.attempt(get)
+        parquet = footer.parquet
         names = [parquet.schema.column(i).path.split(".")[0] for i in range(parquet.num_columns)]
     except FileNotFoundError as e:
         raise DataError(f"{place}: the shard is missing") from e
@@ -120,7 +123,6 @@ def read_footer(location: Location, path: str, token_column: str | None, vocab_s
         raise DataError(f"{place}: not a readable Parquet file ({e})") from e
     if token_column:
         _check_tokens(place, parquet, [i for i, name in enumerate(names) if name == token_column], token_column, vocab_size)
-    footer_digest = hashlib.sha256(footer).hexdigest()[:32]
     rows = []
     for group in range(parquet.num_row_groups):
         info = parquet.row_group(group)
@@ -132,8 +134,8 @@ def read_footer(location: Location, path: str, token_column: str | None, vocab_s
                 "rows": info.num_rows,
                 "tokens": sum(c.num_values for c, name in zip(columns, names, strict=True) if name == token_column),
                 "bytes": sum(c.total_compressed_size for c in columns),
-                "file_bytes": size,
-                "footer": footer_digest,
+                "file_bytes": footer.size,
+                "footer": footer.digest,
             }
         )
     return rows
@@ -161,7 +163,9 @@ def _check_tokens(place: Location, parquet: pq.FileMetaData, columns: list[int],
 
 def write(location: Location, rows: list[dict[str, Any]], meta: dict[str, Any]) -> Manifest:
     """Sorts the rows by path and row group, computes the digest and writes the manifest: the dataset now exists."""
-    return write_table(location, pa.Table.from_pylist(rows, schema=SCHEMA), meta)
+    names = set().union(*rows)
+    filled = [{**{name: "" for name in LATER.names if name in names}, **row} for row in rows]
+    return write_table(location, pa.Table.from_pylist(filled, schema=schema_of(names)), meta)
 
 
 def write_table(location: Location, chunks: pa.Table, meta: dict[str, Any]) -> Manifest:
@@ -225,7 +229,8 @@ def _read(location: Location, *parts: str) -> Manifest:
     try:
         table = pq.read_table(io.BytesIO(raw))
         meta = json.loads(table.schema.metadata[b"heliostat"])
-        chunks = table.replace_schema_metadata(None).cast(SCHEMA)
+        chunks = table.replace_schema_metadata(None)
+        chunks = chunks.select(schema_of(chunks.column_names).names).cast(schema_of(chunks.column_names))
         if any(column.null_count for column in chunks.columns):
             raise ValueError("values are missing")
         found, outside = digest(chunks, meta), _outside(chunks, meta)
