@@ -6,7 +6,9 @@
 
 A sample is `data.sequence_length` consecutive tokens of a chunk, documents end to end. Every token but the first of a sample
 is predicted; with `data.document_mask` attention and positions start anew at each document, and no document's first token is
-predicted. Held-out scores: loss (nats per token), perplexity, and bits per byte of the text that the tokens stand for.
+predicted; architectures in which packed documents see each other all the same are refused (`packing`).
+
+Held-out scores: loss (nats per token), perplexity, and bits per byte of the text that the tokens stand for.
 """
 
 from __future__ import annotations
@@ -31,11 +33,10 @@ from tokenizers import Tokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from jobs import attention
+from jobs import attention, packing
 
 IGNORED = -100
 transformers_logging.disable_progress_bar()
-BLIND = ("opt", "bloom", "mpt")  # their attention knows no position_ids, so it would see across documents
 PROMPTS = ("def ", "import ")
 
 
@@ -54,12 +55,8 @@ class CausalLM:
         self.terms_per_sample = None if self.document_mask else self.length - 1
         self.pretrained = job.model.get("pretrained")
         self.config = _pretrained_config(job.model) if self.pretrained else _config(job.model)
-        if self.document_mask and (self.config.model_type in BLIND or not hasattr(self.config, "num_attention_heads")):
-            raise ConfigError(
-                f"data.document_mask: {self.config.model_type!r} cannot keep packed documents apart; set it to false"
-            )
         self.vocabulary_given = bool(self.pretrained) or "vocab_size" in job.model
-        self.config.use_cache = False
+        _use_no_cache(self.config)
         short = self.length <= attention.LONGEST and self.config.model_type in attention.MODELS
         self.grouped = short and not job.workers.gpus
         longest = getattr(self.config, "max_position_embeddings", None)
@@ -70,6 +67,10 @@ class CausalLM:
                     f"data.sequence_length: {self.length} is longer than the model's max_position_embeddings {longest}"
                 )
             self.config.max_position_embeddings = self.length
+
+    def probe(self) -> None:
+        if self.document_mask:
+            packing.require_apart(self)
 
     def bind(self, sources: list[Manifest]) -> None:
         tokenizers = {m.meta.get("tokenizer") for m in sources}
@@ -110,7 +111,9 @@ class CausalLM:
         return model.train()
 
     def load(self, folder: Path) -> torch.nn.Module:
-        return transformers.AutoModelForCausalLM.from_pretrained(folder)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        _use_no_cache(model.config)
+        return model
 
     # training --------------------------------------------------------------------------------------------------------
 
@@ -216,6 +219,11 @@ class CausalLM:
         params = {"max_tokens": 100, "temperature": 0.8, "top_p": 0.95, "seed": 0}
         prompts = list(PROMPTS[:1])
         return Serving(Path(__file__).with_name("text_server.py"), prompts, infer_signature(prompts, ["text"], params))
+
+
+def _use_no_cache(config: Any) -> None:
+    """With a cache, which `generate` wants and an export's configuration asks for, packed documents would see each other."""
+    config.use_cache = config.get_text_config().use_cache = False
 
 
 def _logits(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -271,15 +271,6 @@ def test_flops_grow_with_length_as_attention_does():
     assert four - 2 * two == 2 * (two - 2 * one) * 2
 
 
-@pytest.mark.parametrize(("arch", "more"), [("opt", {"num_attention_heads": 4}), ("bloom", {}), ("mamba", {})])
-def test_a_document_mask_is_refused_where_it_would_do_nothing(arch, more):
-    """These architectures' layers cannot tell packed documents apart, whatever the positions say."""
-    model = {"arch": arch, "hidden_size": 32, "vocab_size": 96, **more}
-    recipe(model)
-    with pytest.raises(ConfigError, match=r"data\.document_mask"):
-        recipe(model, **{"data.document_mask": True})
-
-
 @pytest.mark.parametrize(("key", "value", "says"), [
     ("hidden_act", "siluu", "model.hidden_act: 'siluu' is no activation; did you mean 'silu'?"),
     ("num_hidden_layers", -1, "model.num_hidden_layers: -1 must be at least 1"),
