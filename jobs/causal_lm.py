@@ -33,7 +33,7 @@ from tokenizers import Tokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from jobs import attention, packing
+from jobs import attention, packing, token_bytes, vocabulary
 
 IGNORED = -100
 transformers_logging.disable_progress_bar()
@@ -80,6 +80,8 @@ class CausalLM:
         self.tokenizer_json = sources[0].location.join("tokenizer.json").read()
         if hashlib.sha256(self.tokenizer_json).hexdigest() != sources[0].meta["tokenizer"]:
             raise ConfigError(f"{sources[0].location.join('tokenizer.json')}: is not the tokenizer that made the dataset")
+        if self.pretrained:
+            self._check_tokenizer(sources[0])
         if self.vocabulary_given:
             if self.config.vocab_size < vocabulary:
                 raise ConfigError(f"model.vocab_size: {self.config.vocab_size} is below the tokenizer's {vocabulary}")
@@ -88,6 +90,20 @@ class CausalLM:
         if not self.pretrained:
             self.config.bos_token_id = self.config.eos_token_id = self.end
             self.config.pad_token_id = None
+
+    def _check_tokenizer(self, source: Manifest) -> None:
+        """ConfigError if the model's tokens mean something else than the dataset's."""
+        folder = Path(self.pretrained)
+        its = vocabulary.of_folder(folder)
+        if its == self.tokenizer_json:
+            return
+        whose = f"model.pretrained: {str(folder)!r}"
+        what = vocabulary.difference(self._raw_tokenizer, vocabulary.load(its, whose), self.end)
+        if what:
+            raise ConfigError(
+                f"{whose} has another tokenizer than data.sources.0.path {str(source.location)!r} ({what}); prepare the dataset "
+                f"with the model's own, `tokenizer: {{path: {folder}}}` in its pipeline's file"
+            )
 
     def build(self) -> torch.nn.Module:
         from transformers.initialization import no_init_weights
@@ -142,7 +158,8 @@ class CausalLM:
         losses = F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="none").view(shape)
         targets = targets.view(shape)
         predicted = targets != IGNORED
-        size = self._token_bytes().to(targets.device)[targets.clamp(min=0)]
+        first = batch["input_ids"] == self.end  # the target opens a document
+        size = self._token_bytes().to(targets.device)[first.long(), targets.clamp(min=0)]
         return {"nats": losses.sum(1), "tokens": predicted.sum(1).float(), "bytes": (size * predicted).sum(1).float()}
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
@@ -162,16 +179,9 @@ class CausalLM:
         return float(self.length * (6 * numel + attention))
 
     def _token_bytes(self) -> torch.Tensor:
-        """Bytes of text behind each token, int64 [vocabulary]; special tokens stand for none."""
+        """Bytes of text behind each token, int64 [2, vocabulary]: inside a document, and as its first."""
         if not hasattr(self, "_bytes"):
-            tokenizer = self._raw_tokenizer
-            special = {i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
-            byte_level = "ByteLevel" in type(tokenizer.decoder).__name__  # then a character of a token is a byte of the text
-            sizes = [0] * self.config.vocab_size
-            for token, i in tokenizer.get_vocab(with_added_tokens=True).items():
-                if i not in special and i < len(sizes):
-                    sizes[i] = len(token) if byte_level else len(tokenizer.decode([i]).encode())
-            self._bytes = torch.tensor(sizes)
+            self._bytes = torch.tensor(token_bytes.sizes(self._raw_tokenizer, self.config.vocab_size))
         return self._bytes
 
     # for people ------------------------------------------------------------------------------------------------------
@@ -198,6 +208,7 @@ class CausalLM:
         config.save_pretrained(folder)
         if self.pretrained:
             transformers.AutoTokenizer.from_pretrained(self.pretrained).save_pretrained(folder)
+            (folder / "tokenizer.json").write_bytes(vocabulary.of_folder(Path(self.pretrained)))  # as it is, not as it is read
         else:
             self.tokenizer().save_pretrained(folder)
 

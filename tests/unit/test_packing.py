@@ -106,7 +106,7 @@ def test_an_exported_model_is_scored_as_in_training(tmp_path):
     content[:, [9, 30]] = END
     scorer = CausalLM(job(model={"pretrained": str(tmp_path)}, **MASK))
     scorer.end = END
-    made._bytes = scorer._bytes = torch.ones(96, dtype=torch.int64)
+    made._bytes = scorer._bytes = torch.ones((2, 96), dtype=torch.int64)
     with torch.no_grad():
         trained = made.evaluate(model, made.batch(content))
         scored = scorer.evaluate(scorer.load(tmp_path).eval(), scorer.batch(content))
