@@ -33,7 +33,7 @@ from tokenizers import Tokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from jobs import attention, packing, token_bytes, vocabulary
+from jobs import attention, flops, packing, token_bytes, vocabulary
 
 IGNORED = -100
 transformers_logging.disable_progress_bar()
@@ -171,12 +171,7 @@ class CausalLM:
         return None
 
     def flops_per_sample(self, model: Any) -> float:
-        """6 per weight and token (Kaplan et al. 2020, arXiv 2001.08361) plus attention's 12 layers x width x length per token."""
-        embeddings = model.get_input_embeddings().weight
-        tied = self.config.tie_word_embeddings
-        numel = sum(_numel(p) for p in model.parameters()) - (0 if tied else _numel(embeddings))
-        attention = 12 * self.config.num_hidden_layers * self.config.hidden_size * self.length
-        return float(self.length * (6 * numel + attention))
+        return flops.per_sample(model, self.config, self.length)
 
     def _token_bytes(self) -> torch.Tensor:
         """Bytes of text behind each token, int64 [2, vocabulary]: inside a document, and as its first."""
@@ -270,10 +265,6 @@ class SummedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None]:
         (gradient,) = ctx.saved_tensors
         return gradient.mul_(upstream[0]), None
-
-
-def _numel(parameter: torch.Tensor) -> int:
-    return getattr(parameter, "ds_numel", None) or parameter.numel()
 
 
 def _config(model: dict[str, Any]) -> Any:
