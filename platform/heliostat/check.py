@@ -55,6 +55,8 @@ def check_job(job: Job) -> tuple[Job, Recipe]:
         raise ConfigError(
             "train.compile: true needs a C++ compiler, and there is none on this machine; install g++ or set it to false"
         )
+    if probe := getattr(recipe, "probe", None):
+        probe()
     return job, recipe
 
 

@@ -74,6 +74,9 @@ class Recipe(Protocol):
     def __init__(self, job: Job) -> None:
         """Reads `job.model`; ConfigError, with no model library's traceback, if it makes no sense. Cheap."""
 
+    def probe(self) -> None:
+        """Driver only, optional: tries, in seconds and without the datasets, what `__init__` cannot tell; ConfigError."""
+
     def bind(self, sources: list[Manifest]) -> None:
         """Takes what the datasets fix (a tokenizer, a vocabulary size); ConfigError if they do not fit the model."""
 
