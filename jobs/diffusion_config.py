@@ -24,6 +24,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.deepspeed import deepspeed_config
 
 from jobs.noising import Objective
+from jobs.pretrained import from_folder
 
 BACKBONES: dict[str, Any] = {"unet": UNet2DConditionModel, "pixart": PixArtTransformer2DModel, "sd3": SD3Transformer2DModel}
 TEXT_WIDTHS = {
@@ -154,14 +155,14 @@ def build_text_encoder(text: Text, vocabulary: int, end: int) -> CLIPTextModel:
 
 
 def frozen_text_encoder(folder: str) -> Any:
-    kind = T5EncoderModel if "t5" in AutoConfig.from_pretrained(folder).model_type else CLIPTextModel
+    kind = T5EncoderModel if "t5" in from_folder("model.text.pretrained", AutoConfig, folder).model_type else CLIPTextModel
     return kind.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
 
 
 def frozen_tokenizer(folder: str, length: int) -> Any:
     """The folder's own tokenizer (in it, or in `../tokenizer`, where diffusers' pipelines have it)."""
     place = Path(folder) if any(Path(folder).glob("tokenizer*")) else Path(folder).parent / "tokenizer"
-    tokenizer = AutoTokenizer.from_pretrained(place)
+    tokenizer = from_folder("model.text.pretrained", AutoTokenizer, place)
     tokenizer.model_max_length = length
     return tokenizer
 
@@ -170,7 +171,7 @@ def text_width(text: Text) -> int:
     if not text.pretrained:
         return text.hidden_size
     folder_config("model.text.pretrained", text.pretrained)
-    config = AutoConfig.from_pretrained(text.pretrained)
+    config = from_folder("model.text.pretrained", AutoConfig, text.pretrained)
     return int(getattr(config, "d_model", None) or config.hidden_size)
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from jobs.pretrained import from_folder
+
 
 def fid(a: np.ndarray, b: np.ndarray) -> float:
     """Of features [n, d] and [m, d]."""
@@ -45,7 +47,8 @@ def extract(folder: str, pictures: list[np.ndarray]) -> np.ndarray:
     """[n, d], the pooled output of the folder's image model."""
     from transformers import AutoImageProcessor, AutoModel
 
-    processor, model = AutoImageProcessor.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    processor = from_folder("model.samples.features.pretrained", AutoImageProcessor, folder)
+    model = from_folder("model.samples.features.pretrained", AutoModel, folder).eval()
     out = []
     for first in range(0, len(pictures), 32):
         three = [p.repeat(3, 2) if p.shape[2] == 1 else p for p in pictures[first : first + 32]]

@@ -13,6 +13,7 @@ import dataclasses
 import math
 import time
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -380,8 +381,9 @@ def _first_of_node() -> bool:
     return ray.train.get_context().get_local_rank() == 0
 
 
-def make_recipe(job: Job, dataset: Dataset) -> Recipe:
-    recipe: Recipe = workspace.import_path("recipe", job.recipe)(job)
+def make_recipe(job: Job, dataset: Dataset, record: Path | None = None) -> Recipe:
+    """`record`: the run's folder, if the job is what its record says."""
+    recipe: Recipe = workspace.import_path("recipe", job.recipe, record)(job)
     recipe.bind(dataset.sources)
     return recipe
 
