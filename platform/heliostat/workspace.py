@@ -56,7 +56,7 @@ def _refuse_foreign(field: str, module_name: str, record: Path) -> None:
             if way.is_relative_to(record.absolute()) or way.is_relative_to(record.resolve()) or _in_model(way):
                 raise ConfigError(
                     f"{field}: {module_name!r} is code in the folder of a model or run ({way}), which is not run; only that of "
-                    "installed packages and of the workspace's own folders is. If you trust it, copy it to jobs/ and name it there"
+                    "installed packages and of the workspace's own folders is. If you trust it, copy it to jobs/, and name it so"
                 )
 
 
