@@ -70,13 +70,8 @@ def _unet(backbone: Any) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
 
 def _pixart(backbone: Any) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
     time, caption = backbone.adaln_single, backbone.caption_projection
-    small = {
-        time.emb.timestep_embedder.linear_1,
-        time.emb.timestep_embedder.linear_2,
-        time.linear,
-        caption.linear_1,
-        caption.linear_2,
-    }
+    embedder = time.emb.timestep_embedder
+    small = {embedder.linear_1, embedder.linear_2, time.linear, caption.linear_1, caption.linear_2}
     nothing = {block.attn2.to_out[0] for block in backbone.transformer_blocks} | {backbone.proj_out}
     fused = dict[nn.Module, int]()  # matrices that are one in the original, of which diffusers makes so many
     for block in backbone.transformer_blocks:
