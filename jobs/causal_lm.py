@@ -34,6 +34,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from jobs import attention, flops, packing, token_bytes, vocabulary
+from jobs.pretrained import from_folder
 
 IGNORED = -100
 transformers_logging.disable_progress_bar()
@@ -114,7 +115,9 @@ class CausalLM:
             self.config._attn_implementation = attention.NAME
         shapes_only = torch.get_default_device().type == "meta"
         if self.pretrained and not shapes_only:
-            model = transformers.AutoModelForCausalLM.from_pretrained(self.pretrained, config=self.config, dtype=torch.float32)
+            model = from_folder(
+                "model.pretrained", transformers.AutoModelForCausalLM, self.pretrained, config=self.config, dtype=torch.float32
+            )
         elif is_deepspeed_zero3_enabled():
             model = transformers.AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
         else:
@@ -127,7 +130,7 @@ class CausalLM:
         return model.train()
 
     def load(self, folder: Path) -> torch.nn.Module:
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        model = from_folder("model", transformers.AutoModelForCausalLM, folder)
         _use_no_cache(model.config)
         return model
 
@@ -202,7 +205,7 @@ class CausalLM:
         config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
         config.save_pretrained(folder)
         if self.pretrained:
-            transformers.AutoTokenizer.from_pretrained(self.pretrained).save_pretrained(folder)
+            from_folder("model.pretrained", transformers.AutoTokenizer, self.pretrained).save_pretrained(folder)
             (folder / "tokenizer.json").write_bytes(vocabulary.of_folder(Path(self.pretrained)))  # as it is, not as it is read
         else:
             self.tokenizer().save_pretrained(folder)
@@ -330,7 +333,7 @@ def _pretrained_config(model: dict[str, Any]) -> Any:
     folder = Path(model["pretrained"])
     if not (folder / "config.json").is_file():
         raise ConfigError(f"model.pretrained: {str(folder)!r} is not a model folder (no config.json)")
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = from_folder("model.pretrained", transformers.AutoConfig, folder)
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ConfigError(f"model.pretrained: {str(folder)!r} holds a {config.model_type!r}, which is no causal language model")
     return config
@@ -349,8 +352,8 @@ class TextGenerator:
 
     def __init__(self, folder: Path, options: dict[str, Any]) -> None:
         self.sampling = validate(Sampling, options, "generate")
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        self.tokenizer = from_folder("model", transformers.AutoTokenizer, folder)
+        model = from_folder("model", transformers.AutoModelForCausalLM, folder)
         self.model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
     def __call__(self, requests: list[Request]) -> list[Generated]:

@@ -64,7 +64,11 @@ class Gallery(Protocol):
 
 
 class Recipe(Protocol):
-    """Everything is called on every rank unless it says otherwise."""
+    """Everything is called on every rank unless it says otherwise.
+
+    A recipe that puts models on the device beside the one that is trained (frozen encoders) tells the plan with
+    `frozen_bytes() -> tuple[int, int]`: what they take in every step, and what they take in an evaluation.
+    """
 
     kind: str  # of the datasets it eats: "tokens" or "rows"
     terms_per_sample: int | None  # loss terms of every sample, or None where samples differ

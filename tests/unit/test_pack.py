@@ -40,10 +40,10 @@ def test_code_travels_and_git_data_and_secrets_never_do(tmp_path):
 
 SECRETS = [
     ".envrc", ".env", "prod.env", "gcp-key.json", ".git-credentials", ".pgpass", ".npmrc", ".pypirc", ".docker/config.json",
-    "application_default_credentials.json", "prod.tfvars", "terraform.tfstate", "infra/terraform.tfstate.backup", "secrets/db.txt",
-    "id_rsa", "id_work", "deploy.pem", "deploy.PEM", "Server.Key", "ID_ED25519", ".SSH/config", "home/.aws/config", "Secrets.YAML",
-    "client_secret.json", "my-service_account.json", "kubeconfig-prod", ".netrc", "hf_token", ".kaggle/kaggle.json",
-    "jobs/.Envrc", ".config/gcloud/x.db",
+    "application_default_credentials.json", "prod.tfvars", "terraform.tfstate", "infra/terraform.tfstate.backup", "id_rsa",
+    "secrets/db.txt", "id_work", "deploy.pem", "deploy.PEM", "Server.Key", "ID_ED25519", ".SSH/config", "home/.aws/config",
+    "Secrets.YAML", "client_secret.json", "my-service_account.json", "kubeconfig-prod", ".netrc", "hf_token",
+    ".kaggle/kaggle.json", "jobs/.Envrc", ".config/gcloud/x.db",
 ]  # fmt: skip
 
 

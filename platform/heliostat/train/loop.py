@@ -13,6 +13,7 @@ import dataclasses
 import math
 import time
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -396,8 +397,9 @@ def _nodes() -> int:
     return max(1, round(context.get_world_size() / context.get_local_world_size()))
 
 
-def make_recipe(job: Job, dataset: Dataset) -> Recipe:
-    recipe: Recipe = workspace.import_path("recipe", job.recipe)(job)
+def make_recipe(job: Job, dataset: Dataset, record: Path | None = None) -> Recipe:
+    """`record`: the run's folder, if the job is what its record says."""
+    recipe: Recipe = workspace.import_path("recipe", job.recipe, record)(job)
     recipe.bind(dataset.sources)
     return recipe
 
