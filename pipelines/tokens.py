@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import math
 from collections.abc import Iterable
 from functools import lru_cache
@@ -11,6 +12,7 @@ from functools import lru_cache
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from heliostat.data.manifest import PLACES, PLACES_KEY
 from heliostat.errors import ConfigError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -21,6 +23,8 @@ SCHEMA = pa.schema(
         pa.field("document", pa.string(), nullable=False),
     ]
 )
+# parts of all documents, by hash, at which a chunk ends, so that they can be held out exactly
+PARTS = [digit / 10**places for places in (4, 3, 2, 1) for digit in (1, 2, 5)]
 BATCH_CHARS = 4 << 20  # of text, per call of the tokenizer: bounds the memory that its encodings take
 
 
@@ -91,10 +95,17 @@ def cut(lengths: np.ndarray, target: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(bounds))
 
 
-def shard(ids: list[str], tokens: list[np.ndarray], chunk_tokens: int) -> bytes:
-    """The Parquet file: the same documents in the same order give the same bytes."""
+def chunks(lengths: np.ndarray, places: np.ndarray, target: int) -> list[tuple[int, int]]:
+    """Ranges of documents, one per row group: `cut` between the `PARTS`; the documents' places fall."""
+    bounds = [0, *sorted(int((places >= part * PLACES).sum()) for part in PARTS), len(lengths)]
+    return [(a + start, a + stop) for a, b in itertools.pairwise(bounds) for start, stop in cut(lengths[a:b], target)]
+
+
+def shard(ids: list[str], tokens: list[np.ndarray], chunk_tokens: int, places: np.ndarray | None = None) -> bytes:
+    """The Parquet file: the same documents in the same order give the same bytes. Their places (`manifest.place`) must fall."""
     flat = np.concatenate(tokens)
     lengths = np.array([len(t) for t in tokens], np.int64)
+    groups = cut(lengths, chunk_tokens) if places is None else chunks(lengths, places, chunk_tokens)
     ends = np.concatenate([[0], np.cumsum(lengths)])
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(
@@ -105,7 +116,7 @@ def shard(ids: list[str], tokens: list[np.ndarray], chunk_tokens: int) -> bytes:
         write_statistics=["document"],
         write_page_checksum=True,
     ) as writer:
-        for start, stop in cut(lengths, chunk_tokens):
+        for start, stop in groups:
             values = pa.array(flat[ends[start] : ends[stop]])
             offsets = pa.array((ends[start : stop + 1] - ends[start]).astype(np.int32))
             lists = pa.ListArray.from_arrays(offsets, values, type=SCHEMA.field("tokens").type)
@@ -113,6 +124,9 @@ def shard(ids: list[str], tokens: list[np.ndarray], chunk_tokens: int) -> bytes:
             writer.write_table(table, row_group_size=max(1, stop - start))
         # in the footer, which the manifest hashes: the dataset's digest then changes with any token
         writer.add_key_value_metadata({"content": hashlib.sha256(flat.tobytes()).hexdigest()})
+        if places is not None:
+            most = [int(places[start:stop].max()) for start, stop in groups]
+            writer.add_key_value_metadata({PLACES_KEY.decode(): json.dumps(most)})
     return sink.getvalue().to_pybytes()
 
 

@@ -18,7 +18,8 @@ META = {"kind": "tokens", "tokenizer": "ab" * 32, "vocab_size": 100, "counts": {
 def some_rows(rng: random.Random, n: int = 12) -> list[dict]:
     return [
         {"path": f"shards/{i // 3:05d}.parquet", "row_group": i % 3, "rows": rng.randrange(1, 99), "tokens": rng.randrange(10**6),
-         "bytes": rng.randrange(10**6), "file_bytes": rng.randrange(10**9), "footer": f"{rng.getrandbits(128):032x}"}
+         "bytes": rng.randrange(10**6), "file_bytes": rng.randrange(10**9), "footer": f"{rng.getrandbits(128):032x}",
+         "place": rng.choice([-1, rng.randrange(manifest.PLACES)])}
         for i in range(n)
     ]  # fmt: skip
 

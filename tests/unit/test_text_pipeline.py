@@ -191,6 +191,20 @@ def test_assign_puts_equal_texts_together():
     hashes = [Document("", str(i % 50)).hash for i in range(100)]
     shards = text_tasks.assign(pa.table({"hash": [*hashes, ""]}), shards=7)["shard"].to_pylist()
     assert shards[:50] == shards[50:100] and set(shards) == {*range(7), text_tasks.DROPPED}
+    by_hash = [shard for _, shard in sorted(zip(hashes, shards, strict=False))]
+    assert by_hash == sorted(by_hash), "a shard holds a range of hashes"
+
+
+def test_a_chunk_ends_where_documents_may_be_held_out():
+    """No chunk has documents on both sides of 1, 2 or 5 parts of ten, a hundred, a thousand or ten thousand."""
+    rng = np.random.default_rng(0)
+    for count in (1, 30, 3000):
+        places = np.sort(rng.integers(0, manifest.PLACES, count))[::-1]
+        ranges = tokens.chunks(rng.integers(1, 100, count), places, 2000)
+        assert [i for a, b in ranges for i in range(a, b)] == list(range(count))
+        for part in (0.0001, 0.002, 0.01, 0.02, 0.05, 0.1, 0.5):
+            sides = [set((places[a:b] < part * manifest.PLACES).tolist()) for a, b in ranges]
+            assert all(len(side) == 1 for side in sides)
 
 
 @pytest.mark.parametrize(
@@ -222,17 +236,18 @@ def test_shard_is_what_the_manifest_says(tmp_path):
     rng = np.random.default_rng(0)
     lists = [rng.integers(0, 500, n).astype(np.int32) for n in rng.integers(1, 200, 300)]
     ids = [f"d{i}" for i in range(300)]
-    data = tokens.shard(ids, lists, 3000)
-    assert data == tokens.shard(ids, lists, 3000)
+    places = np.full(300, manifest.PLACES - 1)
+    data = tokens.shard(ids, lists, 3000, places)
+    assert data == tokens.shard(ids, lists, 3000, places)
     (tmp_path / "s.parquet").write_bytes(data)
     rows = manifest.read_footer(Location(str(tmp_path)), "s.parquet", "tokens")
     assert sum(r["tokens"] for r in rows) == sum(map(len, lists))
-    assert len(rows) == round(sum(map(len, lists)) / 3000)
+    assert len(rows) == round(sum(map(len, lists)) / 3000) and {r["place"] for r in rows} == {manifest.PLACES - 1}
     file = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True)
     assert file.read()["tokens"].to_pylist() == [t.tolist() for t in lists]
     assert [file.metadata.row_group(r["row_group"]).num_rows for r in rows] == [r["rows"] for r in rows]
     changed = [lists[0] ^ 1, *lists[1:]]
-    (tmp_path / "s.parquet").write_bytes(tokens.shard(ids, changed, 3000))
+    (tmp_path / "s.parquet").write_bytes(tokens.shard(ids, changed, 3000, places))
     assert manifest.read_footer(Location(str(tmp_path)), "s.parquet", "tokens")[0]["footer"] != rows[0]["footer"]
 
 

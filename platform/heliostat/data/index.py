@@ -82,7 +82,8 @@ def _extend(before: Manifest, paths: list[str]) -> Manifest:
             raise DataError(f"{before.location.join(path)}: holds no row group; take it away")
     added = pa.Table.from_pylist([row for rows in found for row in rows], schema=manifest.SCHEMA)
     manifest.keep(before)
-    return manifest.write_table(before.location, pa.concat_tables([before.chunks, added]), _meta(before.meta, added))
+    chunks = pa.concat_tables([before.chunks.cast(manifest.SCHEMA), added])
+    return manifest.write_table(before.location, chunks, _meta(before.meta, added))
 
 
 def _meta(before: dict[str, Any], added: pa.Table) -> dict[str, Any]:

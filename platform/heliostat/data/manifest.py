@@ -37,8 +37,12 @@ SCHEMA = pa.schema(
         ("bytes", pa.int64()),  # compressed, of the row group
         ("file_bytes", pa.int64()),
         ("footer", pa.string()),  # hex digest of the file's Parquet footer
+        ("place", pa.int64()),  # the greatest of its documents' places, of PLACES; -1: not known
     ]
 )
+PLACES = 1 << 52  # a document's place is its text's hash, counted from the end: the split holds out those below a fraction
+PLACES_KEY = b"heliostat.places"  # in a shard's footer: of each row group
+SLICE = 1 << 16  # rows that are looked at together, where all would take much memory
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,11 @@ class Manifest:
         return self.chunks["tokens"].to_numpy() // sequence_length
 
     @property
+    def places(self) -> np.ndarray:
+        """Of each chunk, int64; -1: not known."""
+        return self.chunks["place"].to_numpy()
+
+    @property
     def tokens(self) -> int:
         return int(self.chunks["tokens"].to_numpy().sum())
 
@@ -78,9 +87,20 @@ def digest(chunks: pa.Table, meta: dict[str, Any]) -> str:
     h = hashlib.sha256(json.dumps({k: v for k, v in meta.items() if k != "digest"}, sort_keys=True).encode())
     for column in SCHEMA:
         values = chunks[column.name]
-        text = column.type == pa.string()
-        h.update("\n".join(values.to_pylist()).encode() if text else values.to_numpy().astype("<i8").tobytes())
+        if column.name == "place" and ((values := values.fill_null(-1)).to_numpy() < 0).all():  # as it was before there were any
+            continue
+        for start in range(0, len(values), SLICE):
+            part = values.slice(start, SLICE)
+            if column.type == pa.string():
+                h.update(("\n" * (start > 0) + "\n".join(part.to_pylist())).encode())
+            else:
+                h.update(part.to_numpy().astype("<i8").tobytes())
     return h.hexdigest()
+
+
+def place(hash: str) -> int:
+    """The place of a document whose text has this hash (hex)."""
+    return PLACES - 1 - int(hash[:13], 16)
 
 
 def read_footer(location: Location, path: str, token_column: str | None, vocab_size: int | None = None) -> list[dict[str, Any]]:
@@ -110,6 +130,7 @@ def read_footer(location: Location, path: str, token_column: str | None, vocab_s
     if token_column:
         _check_tokens(place, parquet, [i for i, name in enumerate(names) if name == token_column], token_column, vocab_size)
     footer_digest = hashlib.sha256(footer).hexdigest()[:32]
+    places = _places(parquet)
     rows = []
     for group in range(parquet.num_row_groups):
         info = parquet.row_group(group)
@@ -123,9 +144,21 @@ def read_footer(location: Location, path: str, token_column: str | None, vocab_s
                 "bytes": sum(c.total_compressed_size for c in columns),
                 "file_bytes": size,
                 "footer": footer_digest,
+                "place": places[group],
             }
         )
     return rows
+
+
+def _places(parquet: pq.FileMetaData) -> list[int]:
+    """Of each row group, as the footer has them; -1 where it does not, or not for these row groups."""
+    unknown = [-1] * parquet.num_row_groups
+    try:
+        found = json.loads((parquet.metadata or {}).get(PLACES_KEY, b"[]"))
+    except ValueError:
+        return unknown
+    right = isinstance(found, list) and len(found) == len(unknown) and all(type(p) is int and 0 <= p < PLACES for p in found)
+    return found if right else unknown
 
 
 def _check_tokens(place: Location, parquet: pq.FileMetaData, columns: list[int], name: str, vocab_size: int | None) -> None:
@@ -155,7 +188,7 @@ def write(location: Location, rows: list[dict[str, Any]], meta: dict[str, Any]) 
 
 def write_table(location: Location, chunks: pa.Table, meta: dict[str, Any]) -> Manifest:
     """`write` for rows that are a table already."""
-    chunks = chunks.sort_by([("path", "ascending"), ("row_group", "ascending")])
+    chunks = _compact(chunks.cast(SCHEMA).sort_by([("path", "ascending"), ("row_group", "ascending")]))
     made = Manifest(location, chunks, {**meta, "digest": digest(chunks, meta)})
     keep(made)
     location.join(FILE).write(_encode(made))
@@ -169,13 +202,24 @@ def keep(version: Manifest) -> None:
         place.write(_encode(version))
 
 
+def _compact(chunks: pa.Table) -> pa.Table:
+    """With what is the same in all chunks of a file held once, and -1 where no place is given: about 50 bytes a chunk."""
+    for name in ("path", "footer"):
+        column = chunks[name] if pa.types.is_dictionary(chunks[name].type) else chunks[name].dictionary_encode()
+        chunks = chunks.set_column(chunks.schema.get_field_index(name), name, column.unify_dictionaries())
+    places = chunks["place"].fill_null(-1) if "place" in chunks.column_names else pa.array(np.full(len(chunks), -1))
+    chunks = chunks.select([f.name for f in SCHEMA if f.name != "place"]).append_column("place", places)
+    return chunks.combine_chunks()
+
+
 def _name(digest: str) -> str:
     return f"{digest[:12]}.parquet"
 
 
 def _encode(made: Manifest) -> bytes:
     buffer = io.BytesIO()
-    pq.write_table(made.chunks.replace_schema_metadata({"heliostat": json.dumps(made.meta)}), buffer, compression="zstd")
+    chunks = made.chunks.cast(SCHEMA).replace_schema_metadata({"heliostat": json.dumps(made.meta)})
+    pq.write_table(chunks, buffer, compression="zstd")
     return buffer.getvalue()
 
 
@@ -202,9 +246,11 @@ def _read(location: Location, *parts: str) -> Manifest:
     place = location.join(*parts)
     raw = place.read()
     try:
-        table = pq.read_table(io.BytesIO(raw))
+        table = pq.read_table(pa.BufferReader(raw), read_dictionary=["path", "footer"])
         meta = json.loads(table.schema.metadata[b"heliostat"])
-        chunks = table.replace_schema_metadata(None).cast(SCHEMA)
+        chunks = _compact(table.replace_schema_metadata(None))
+        if any(f.type != chunks.schema.field(f.name).type for f in SCHEMA if f.type != pa.string()):
+            raise ValueError("columns of other types")
         if any(column.null_count for column in chunks.columns):
             raise ValueError("values are missing")
         found = digest(chunks, meta)
