@@ -177,7 +177,7 @@ class Dataset:
 
     def __init__(self, plan: DataPlan) -> None:
         self.plan = plan
-        self.sources = [manifest.read(Location(uri), d) for uri, d in zip(plan.uris, plan.digests, strict=True)]
+        self.sources = [manifest.read_shared(Location(uri), d) for uri, d in zip(plan.uris, plan.digests, strict=True)]
         self.order = make_order(plan, self.sources)
         self._chunks = Chunks(self.sources, plan.sequence_length)
 

@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from heliostat.data import mapped
 from heliostat.errors import DataError
 from heliostat.storage import Location
 
@@ -92,6 +93,7 @@ def digest(chunks: pa.Table, meta: dict[str, Any]) -> str:
         for start in range(0, len(values), SLICE):
             part = values.slice(start, SLICE)
             if column.type == pa.string():
+                part = part.cast(column.type)
                 h.update(("\n" * (start > 0) + "\n".join(part.to_pylist())).encode())
             else:
                 h.update(part.to_numpy().astype("<i8").tobytes())
@@ -240,6 +242,20 @@ def read(location: Location, digest: str | None = None) -> Manifest:
     if found.digest != digest:
         raise DataError(f"{changed}, and {VERSIONS}/{_name(digest)} is {found.digest}, not {digest}")
     return found
+
+
+def read_shared(location: Location, digest: str) -> Manifest:
+    """`read` of a version, of which a large table is held once by all processes of this machine."""
+    file = location.join(FILE)
+    if file.attempt(lambda: file.fs.get_file_info(file.path).size or 0) < mapped.LARGE:  # a byte a chunk is less than any has
+        return read(location, digest)
+
+    def build() -> pa.Table:
+        found = read(location, digest)
+        return found.chunks.replace_schema_metadata({"heliostat": json.dumps(found.meta)})
+
+    table = mapped.table(["manifest", digest], build)
+    return Manifest(location, table.replace_schema_metadata(None), json.loads(table.schema.metadata[b"heliostat"]))
 
 
 def _read(location: Location, *parts: str) -> Manifest:

@@ -22,13 +22,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
+from heliostat.data import mapped
 from heliostat.data.mixing import Section, Shape, sections
 from heliostat.data.split import NEWEST, Split
 from heliostat.errors import ConfigError, DataError
 
 CHUNKS, WINDOW = 1, 2  # what a permutation is for, so that equal numbers do not give equal orders
 RUN = 256  # chunks of an epoch whose samples are counted together
+SLICE = 1 << 20  # chunks that are looked at together, where all would take much memory
 
 
 def permutation(size: int, *key: int) -> np.ndarray:
@@ -76,7 +79,7 @@ class Order:
         (step, count): from this step of the run on it takes what is so many steps later in the sequence; `version`: of the
         data plan."""
         for i, split in enumerate(splits):
-            if not split.train.sum():
+            if not split.trained:
                 raise ConfigError(
                     f"data.sources.{i}: holds no training sample; shorten data.sequence_length, lower evaluate.fraction, or "
                     "add data"
@@ -84,7 +87,7 @@ class Order:
         self.splits, self.shape, self.skips = splits, shape, skips or []
         first = mix[0][0]
         self.key = (seed, first) if first else (seed,)  # a sequence that starts later in a run does not repeat the first one
-        self.epoch_samples = np.array([s.train.sum() for s in splits], dtype=np.int64)
+        self.epoch_samples = np.array([s.trained for s in splits], dtype=np.int64)
         limits = max_epochs or [None] * len(splits)
         caps = [None if e is None else int(e * n) for e, n in zip(limits, self.epoch_samples, strict=True)]
         self.sections, self.runs_out = sections(mix, caps, shape, carry=version > 1)
@@ -188,8 +191,7 @@ class Order:
         key = (source, number)
         found = self._epochs.get(key)
         if found is None:  # threads may find it twice; none may find it gone
-            split = self.splits[source]
-            found = self._epochs[key] = Epoch(split, permutation(len(split.samples), *self.key, CHUNKS, source, number))
+            found = self._epochs[key] = Epoch(self.splits[source], (*self.key, CHUNKS, source, number))
             while len(self._epochs) > 2 * len(self.splits):
                 self._epochs.pop(next(iter(self._epochs)), None)
         return found
@@ -246,19 +248,31 @@ class Order:
         return Samples(np.arange(n), source[:n], np.zeros(n, np.int32), chunk[:n], row[:n])
 
 
-class Epoch:
-    """A source's chunks in the order of an epoch. Of their sizes only sums over runs of chunks are kept: 4 bytes a chunk."""
+def shuffled(chunks: int, key: tuple[int, ...]) -> np.ndarray:
+    """The permutation of so many chunks, int32; a large one is held once by all processes of this machine."""
+    if chunks < mapped.LARGE:
+        return permutation(chunks, *key).astype(np.int32)
+    made = mapped.table(["permutation", chunks, *key], lambda: pa.table({"chunk": permutation(chunks, *key).astype(np.int32)}))
+    return made["chunk"].to_numpy()
 
-    def __init__(self, split: Split, chunks: np.ndarray) -> None:
-        self.split, self.chunks = split, chunks.astype(np.int32)
-        train = split.train[self.chunks]
-        self._ends = np.cumsum(np.add.reduceat(train, np.arange(0, len(train), RUN)))  # samples before the end of each run
+
+class Epoch:
+    """A source's chunks in the order of an epoch. Of their sizes only sums over runs of chunks are kept."""
+
+    def __init__(self, split: Split, key: tuple[int, ...]) -> None:
+        self.split, self.chunks = split, shuffled(len(split.samples), key)
+        sums = [np.add.reduceat(self._train(part), np.arange(0, len(part), RUN))
+                for part in np.split(self.chunks, range(SLICE, len(self.chunks), SLICE))]  # fmt: skip
+        self._ends = np.cumsum(np.concatenate(sums))  # samples before the end of each run
+
+    def _train(self, chunks: np.ndarray) -> np.ndarray:
+        return self.split.samples[chunks] - self.split.held[chunks]
 
     def locate(self, places: np.ndarray, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """(chunk, row) of places in the epoch that all lie in [begin, end)."""
         first, last = np.searchsorted(self._ends, [begin, end - 1], side="right").tolist()
         chunks = self.chunks[first * RUN : (last + 1) * RUN]
-        train = self.split.samples[chunks] - self.split.held[chunks]
+        train = self._train(chunks)
         ends = np.cumsum(train) + (self._ends[first - 1] if first else 0)
         slot = np.searchsorted(ends, places, side="right")
         chunk = chunks[slot]

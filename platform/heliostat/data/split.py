@@ -15,7 +15,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
+from heliostat.data import mapped
 from heliostat.data.manifest import PLACES, Manifest
 
 NEWEST = 2  # of the split and the order; recorded in the data plan
@@ -42,6 +44,11 @@ class Split:
     def train(self) -> np.ndarray:
         return self.samples - self.held
 
+    @property
+    def trained(self) -> int:
+        """Training samples of all chunks."""
+        return int(self.samples.sum()) - int(self.held.sum())
+
     def train_rows(self, chunk: np.ndarray, number: np.ndarray) -> np.ndarray:
         """The rows of the chunks' training samples with these numbers."""
         samples, held, start = self.samples[chunk], self.held[chunk], self.start[chunk]
@@ -55,6 +62,18 @@ class Split:
 
 def split(source: Manifest, sequence_length: int | None, fraction: float, version: int = NEWEST) -> Split:
     """Training and held-out samples of a dataset, as a version of the data plan has it."""
+    if len(source.chunks) < mapped.LARGE:
+        return _split(source, sequence_length, fraction, version)
+
+    def build() -> pa.Table:
+        made = _split(source, sequence_length, fraction, version)
+        return pa.table({"samples": made.samples, "held": made.held, "start": made.start})
+
+    shared = mapped.table(["split", source.digest, sequence_length, fraction, version], build)
+    return Split(*(shared[name].to_numpy() for name in ("samples", "held", "start")))
+
+
+def _split(source: Manifest, sequence_length: int | None, fraction: float, version: int) -> Split:
     samples = source.samples(sequence_length)
     if not fraction:
         return whole(samples, np.ones(len(samples)), 0.0)
