@@ -145,10 +145,37 @@ def _check_data(job: Job, manifests: list[Manifest], recorded: DataPlan | None, 
             f"train.steps: {job.train.steps}, but with max_epochs the data lasts for {order.runs_out} steps; raise max_epochs "
             "of a source, or lower train.steps"
         )
-    if job.evaluate and not len(order.held_out(job.evaluate.samples)):
-        total = sum(int(s.samples.sum()) for s in order.splits)
-        raise ConfigError(f"evaluate.fraction: {job.evaluate.fraction} of {total} samples holds none out; raise it")
+    if job.evaluate:
+        for line in held_out_faults(job, order, manifests):
+            log.warning("%s", line)
     return made, order
+
+
+def held_out_faults(job: Job, order: Order, manifests: list[Manifest]) -> list[str]:
+    """What is held out otherwise than the job asks for, a line each; ConfigError if it is nothing at all."""
+    assert job.evaluate
+    wanted, fraction, lines = job.evaluate.samples, job.evaluate.fraction, []
+    held, total = ([int(getattr(s, name).sum()) for s in order.splits] for name in ("held", "samples"))
+    told = [m.kind == "rows" or bool((m.places >= 0).all()) for m in manifests]
+    if not sum(held):
+        fix = "raise it"
+        if not all(told):
+            number = told.index(False)
+            fix = (
+                f"data.sources.{number} does not tell its documents apart, so only whole ones of its "
+                f"{len(order.splits[number].held):,} chunks can be; prepare it anew (`heliostat prepare --force`), or raise it"
+            )
+        raise ConfigError(f"evaluate.fraction: {fraction:g} of {sum(total):,} samples holds none out; {fix}")
+    if (count := len(order.held_out(wanted))) < wanted:
+        lines.append(
+            f"evaluate.samples: {wanted:,} cannot be met, {count:,} are scored: evaluate.fraction {fraction:g} holds out "
+            f"{sum(held):,} of {sum(total):,} samples; raise it, or set evaluate.samples to {count}"
+        )
+    for i, (mine, of, known) in enumerate(zip(held, total, told, strict=True)):
+        if not fraction / 2 <= mine / of <= 2 * fraction:
+            why = "documents are whole" if known else "the dataset does not tell its documents apart, so chunks are whole"
+            lines.append(f"evaluate.fraction: {fraction:g}, but {mine / of:.2g} of data.sources.{i} is held out: {why}")
+    return lines
 
 
 def _check_mlflow(uri: str) -> None:

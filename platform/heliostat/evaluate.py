@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,13 @@ from heliostat.recipe import Recipe
 from heliostat.spec import Job
 from heliostat.storage import Location
 
+log = logging.getLogger(__name__)
+
 BATCH = 8
 
 
 def evaluate(folder: Path, data: str, samples: int, sequence_length: int | None, fraction: float | None) -> dict[str, float]:
-    """The recipe's metrics over `samples` held-out samples: the same ones as in training at the same fraction and length."""
+    """The recipe's metrics over at most `samples` held-out samples: those of training at the same fraction and length."""
     export = exports.read(folder)
     job = collection.expand(_job(export, data, samples, sequence_length, fraction))
     manifests = [read(location) for location in job.sources]
@@ -31,8 +35,15 @@ def evaluate(folder: Path, data: str, samples: int, sequence_length: int | None,
     if manifests[0].kind != recipe.kind:
         raise ConfigError(f"--data: {data} holds {manifests[0].kind!r}, but the model is scored on {recipe.kind!r}")
     recipe.bind(manifests)
-    dataset = open_dataset(plan(job, manifests))
+    made = plan(job, manifests)
+    dataset = open_dataset(dataclasses.replace(made, version=export.data_version) if export.data_version else made)
     held = dataset.order.held_out(samples)
+    if not len(held):
+        raise ConfigError(f"--fraction: {made.held_fraction:g} of {data} holds no sample out; give a larger one")
+    if len(held) < samples:
+        log.warning(
+            "--samples: %d wanted, but --fraction %g holds out %d, which are scored", samples, made.held_fraction, len(held)
+        )
     found = dataset.read(held)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = recipe.load(folder).eval().to(device)

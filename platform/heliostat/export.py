@@ -48,7 +48,8 @@ def export(checkpoint: Checkpoint, folder: Path, run_id: str | None = None) -> R
         if mine:
             write_weights(checkpoint, mine, DTYPES[job.train.precision], folder / file, prefix)
     recipe.save_config(folder)
-    exports.write(folder, job, {"run_id": run_id, "step": checkpoint.step, "data_digest": checkpoint.index["data_digest"]})
+    origin = {"run_id": run_id, "step": checkpoint.step, "data_digest": checkpoint.index["data_digest"]}
+    exports.write(folder, job, {**origin, "data_version": DataPlan.parse(checkpoint.index["data"]).version})
     return recipe
 
 

@@ -19,11 +19,13 @@ LANGUAGE_MODEL = "jobs.causal_lm:CausalLM"
 
 @dataclass(frozen=True)
 class Export:
-    """`job` is the one that trained the model; None for a folder that came from elsewhere."""
+    """`job` is the one that trained the model; None for a folder that came from elsewhere. `data_version`: of its data plan,
+    and so of what was held out; None: not known."""
 
     folder: Path
     recipe: Any  # the class
     job: dict[str, Any] | None
+    data_version: int | None = None
 
 
 def write(folder: Path, job: Job, origin: dict[str, Any]) -> None:
@@ -42,10 +44,10 @@ def read(folder: Path) -> Export:
         return Export(folder, workspace.import_path("recipe", LANGUAGE_MODEL, folder), None)
     try:
         found = json.loads(place.read_text())
-        path, job = found["recipe"], found["job"]
-    except (ValueError, KeyError, TypeError) as e:
+        path, job, version = found["recipe"], found["job"], int(found.get("origin", {}).get("data_version", 1))
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ConfigError(f"{place}: is damaged; export the model again") from e
     recipe = workspace.import_path(f"{place}: recipe", path, folder)
     if not isinstance(recipe, type) or not hasattr(recipe, "generator"):
         raise ConfigError(f"{place}: recipe: {path!r} is no recipe")
-    return Export(folder, recipe, job)
+    return Export(folder, recipe, job, version)

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 from heliostat.data.mixing import Shape
-from heliostat.data.order import Order, hold_out
+from heliostat.data.order import Order
+from heliostat.data.split import whole
 
 SHARDS, SHARD, BATCH, SEED = 64, 1024, 256, 7
 SAMPLES = SHARDS * SHARD
@@ -31,7 +32,7 @@ def full() -> np.ndarray:
 def heliostat(window: int) -> np.ndarray:
     """The samples of every step, lane by lane, as they are trained on. A shard is a chunk."""
     sizes = np.full(SHARDS, SHARD, dtype=np.int64)
-    split = hold_out(sizes, np.arange(SHARDS, dtype=np.uint64), 0.0)
+    split = whole(sizes, np.ones(SHARDS), 0.0)
     shape = Shape(BATCH, LANES, min(64, window // BATCH), window)
     order = Order([split], [(0, [1.0])], SEED, shape)
     found = order.locate(np.concatenate([order.step(t).ravel() for t in range(SAMPLES // BATCH)]))

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from heliostat.data import collection, manifest
-from heliostat.data.mixing import Mixture, choose_shape
-from heliostat.data.order import Order, hold_out
+from heliostat.data.mixing import choose_shape
+from heliostat.data.mixture import Mixture
+from heliostat.data.order import Order
+from heliostat.data.split import whole
 from heliostat.errors import ConfigError, DataError
 from heliostat.storage import Location
 
@@ -18,17 +20,16 @@ from tests.unit.build_job import job
 
 @pytest.mark.parametrize("unit", [1, 2, 5])
 def test_a_mixture_of_units_counts_what_it_gives(unit):
-    """counts(g) is what a count of sources(0..g) says, and a unit is of one source."""
+    """counts(g) is what a count of the first g positions says, and a unit is of one source."""
     mixture = Mixture([3.0, 1.0, 0.5], unit)
-    sources = mixture.sources(np.arange(400))
+    sources, _ = mixture.lay_out(0, 400)
     for g in range(400):
         assert mixture.counts(g).tolist() == np.bincount(sources[:g], minlength=3).tolist()
-    assert mixture.counts(np.arange(400)).T.tolist() == [mixture.counts(g).tolist() for g in range(400)]
     assert all(len(set(part)) == 1 for part in sources.reshape(-1, unit).tolist())
 
 
 def order(sizes: list[list[int]], weights: list[float], batch: int, lanes: int, seed: int = 0, caps=None) -> Order:
-    splits = [hold_out(np.array(s), np.arange(len(s), dtype=np.uint64), 0.0) for s in sizes]
+    splits = [whole(np.array(s), np.ones(len(s)), 0.0) for s in sizes]
     return Order(splits, [(0, weights)], seed, choose_shape(batch, lanes, 400, 200, one_source=True), caps)
 
 

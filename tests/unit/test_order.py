@@ -6,8 +6,10 @@ import itertools
 import numpy as np
 import pytest
 from heliostat.data import mixing, order
-from heliostat.data.mixing import Mixture, Shape, choose_shape, stride_pattern
-from heliostat.data.order import Order, Samples, Split, hold_out, permutation
+from heliostat.data.mixing import Shape, choose_shape
+from heliostat.data.mixture import Mixture
+from heliostat.data.order import Order, Samples, permutation
+from heliostat.data.split import Split, growing_runs, hash64, runs, whole
 from heliostat.errors import ConfigError, DataError
 
 SEEDS = range(40)
@@ -29,7 +31,10 @@ def split_of(rng: np.random.Generator, chunks: int, fraction: float, largest: in
     """A source of chunks of uneven sizes (some empty), at least one sample left to train on."""
     samples = rng.integers(0, largest, chunks)
     samples[0] = largest
-    return hold_out(samples, rng.integers(0, 2**63, chunks).astype(np.uint64), fraction)
+    identity = rng.integers(0, 2**63, chunks).astype(np.uint64)
+    if rng.random() < 0.3:
+        return whole(samples, np.concatenate([[1.0], rng.random(chunks - 1)]), fraction)
+    return (growing_runs if rng.random() < 0.7 else runs)(samples, identity, fraction)
 
 
 def random_order(seed: int, weights: list[float] | None = None) -> Order:
@@ -49,16 +54,11 @@ def rows(samples: Samples) -> np.ndarray:
 
 def training_rows(split: Split) -> set[tuple[int, int]]:
     """(chunk, row) of all samples that are not held out, from the definition."""
-    return {
-        (c, r)
-        for c in range(len(split.samples))
-        for r in range(split.samples[c])
-        if not split.start[c] <= r < split.start[c] + split.held[c]
-    }
+    return {(c, r) for c in range(len(split.samples)) for r in range(split.samples[c])} - held_rows(split)
 
 
 def held_rows(split: Split) -> set[tuple[int, int]]:
-    return {(c, split.start[c] + i) for c in range(len(split.samples)) for i in range(split.held[c])}
+    return {(c, (split.start[c] + i) % split.samples[c]) for c in range(len(split.samples)) for i in range(split.held[c])}
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -66,8 +66,8 @@ def test_every_sample_comes_exactly_once_an_epoch(seed):
     """Each finished epoch of each source is a permutation of its training samples, wherever windows end."""
     o = random_order(seed)
     epochs = 3
-    size = int(max(epochs * n / share for n, share in zip(o.epoch_samples, o.sections[0].mixture.before[:, -1], strict=True)) + 2)
-    found = rows(o.locate(np.arange(size * len(o.sections[0].mixture.pattern))))
+    size = int(max(epochs * n / share for n, share in zip(o.epoch_samples, o.sections[0].mixture.parts, strict=True)) + 2)
+    found = rows(o.locate(np.arange(size * o.sections[0].mixture.period)))
     for s, split in enumerate(o.splits):
         mine = found[found[:, 0] == s]
         assert np.all(np.diff(mine[:, 1]) >= 0), "an epoch began before the one before it ended"
@@ -140,7 +140,7 @@ def test_a_window_holds_the_samples_of_its_stretch_of_the_stream(seed):
     window = o.shape.window
     for number in range(6):
         found = o.locate(np.arange(number * window, (number + 1) * window))
-        first, last = o.sections[0].mixture.counts(np.array([number * window, (number + 1) * window])).T
+        first, last = (o.sections[0].mixture.counts(n * window) for n in (number, number + 1))
         for s, split in enumerate(o.splits):
             mine = found.source == s
             expected: set[tuple[int, int]] = set()
@@ -176,7 +176,7 @@ def test_permutations_are_uniform():
 
 def test_different_seeds_and_epochs_give_different_orders():
     """No two of 20 seeds, and no two of 5 epochs of a run, order the samples alike."""
-    split = hold_out(np.full(10, 20), np.arange(10).astype(np.uint64), 0.0)
+    split = whole(np.full(10, 20), np.ones(10), 0.0)
     shape = Shape(10, 2, 5, 50)
     orders = [rows(Order([split], [(0, [1.0])], seed, shape).locate(np.arange(1000)))[:, 2:] for seed in range(20)]
     assert len({o.tobytes() for o in orders}) == 20
@@ -186,49 +186,15 @@ def test_different_seeds_and_epochs_give_different_orders():
 def test_the_order_is_the_one_that_it_always_was():
     """Known numbers: if this fails, runs made before can no longer be resumed or verified."""
     splits = [
-        hold_out(np.array([5, 3, 0, 6]), np.array([11, 12, 13, 14], np.uint64), 0.2),
-        hold_out(np.array([4, 4]), np.array([2**63 + 1, 7], np.uint64), 0.2),
+        runs(np.array([5, 3, 0, 6]), np.array([11, 12, 13, 14], np.uint64), 0.2),
+        runs(np.array([4, 4]), np.array([2**63 + 1, 7], np.uint64), 0.2),
     ]
     assert [s.held.tolist() for s in splits] == GOLDEN_HELD
     assert [s.start.tolist() for s in splits] == GOLDEN_START
     o = Order(splits, [(0, [2.0, 1.0])], 17, Shape(4, 2, 2, 8))
     assert rows(o.locate(np.arange(24))).tolist() == GOLDEN_ORDER
     assert o.step(3).tolist() == [[10, 11], [14, 15]]
-    assert stride_pattern([5.0, 2.0, 1.0]).tolist() == GOLDEN_PATTERN
-
-
-def test_held_out_samples_stay_when_chunks_are_appended():
-    """A dataset that grows, or is listed in another order, keeps every old chunk's split."""
-    rng = np.random.default_rng(0)
-    for _ in range(100):
-        samples, identity = rng.integers(0, 500, 60), rng.integers(0, 2**63, 60).astype(np.uint64)
-        fraction = float(rng.choice([0.001, 0.01, 0.2, 0.9]))
-        whole, old = hold_out(samples, identity, fraction), hold_out(samples[:40], identity[:40], fraction)
-        assert np.array_equal(whole.held[:40], old.held) and np.array_equal(whole.start[:40], old.start)
-        mixed = rng.permutation(60)
-        other = hold_out(samples[mixed], identity[mixed], fraction)
-        assert np.array_equal(other.held, whole.held[mixed]) and np.array_equal(other.start, whole.start[mixed])
-
-
-def test_held_out_samples_are_a_run_inside_each_chunk():
-    """Never outside the chunk, none at fraction 0, and starts are spread over the chunk."""
-    rng = np.random.default_rng(1)
-    for _ in range(100):
-        samples, identity = rng.integers(0, 50, 200), rng.integers(0, 2**63, 200).astype(np.uint64)
-        split = hold_out(samples, identity, float(rng.uniform(0, 0.99)))
-        assert np.all(split.held >= 0) and np.all(split.start >= 0) and np.all(split.start + split.held <= samples)
-        assert hold_out(samples, identity, 0.0).held.sum() == 0
-    split = hold_out(np.full(4000, 100), np.arange(4000).astype(np.uint64), 0.05)
-    assert abs(split.start.mean() / 95 - 0.5) < 0.03
-
-
-@pytest.mark.parametrize("fraction", [0.001, 0.01, 0.1, 0.5])
-@pytest.mark.parametrize("size", [1, 7, 300])
-def test_the_held_out_share_is_right_however_small_the_chunks(fraction, size):
-    """Over many chunks the held-out total is the fraction of all samples, within five standard deviations."""
-    n = 40_000
-    held = hold_out(np.full(n, size), order.hash64(np.arange(n)), fraction).held.sum()
-    assert abs(held - n * size * fraction) < 5 * np.sqrt(n * 0.25)
+    assert Mixture([5.0, 2.0, 1.0]).lay_out(0, 8)[0].tolist() == GOLDEN_PATTERN
 
 
 def test_held_out_evaluation_does_not_depend_on_the_seed_or_the_shape():
@@ -239,22 +205,9 @@ def test_held_out_evaluation_does_not_depend_on_the_seed_or_the_shape():
         assert np.array_equal(rows(o.held_out(50)), rows(other.held_out(50)))
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
-def test_sources_are_mixed_exactly_over_a_period_and_within_one_percent_of_any_ten_thousand(weights):
-    """Each source's share of any 10,000 consecutive samples is its weight to within 1 % of the samples."""
-    mixture, share = Mixture(weights), np.array(weights) / sum(weights)
-    assert np.allclose(mixture.before[:, -1] / len(mixture.pattern), share, rtol=1e-12, atol=0)
-    starts = np.random.default_rng(0).integers(0, 10**9, 3000)
-    got = mixture.counts(starts + 10_000) - mixture.counts(starts)
-    assert np.all(got.sum(axis=0) == 10_000)
-    assert np.abs(got - 10_000 * share[:, None]).max() <= 100
-    prefixes = mixture.counts(np.arange(1, 50_000))
-    assert np.abs(prefixes - np.arange(1, 50_000) * share[:, None]).max() <= len(weights)
-
-
 def test_held_out_evaluation_is_spread_over_the_dataset():
     """A few samples come from all of the dataset, not from its first chunks, and from the sources by weight."""
-    splits = [hold_out(np.full(500, 40), order.hash64(np.arange(s, 500 + s)), 0.1) for s in (0, 999)]
+    splits = [growing_runs(np.full(500, 40), hash64(np.arange(s, 500 + s)), 0.1) for s in (0, 999)]
     found = Order(splits, [(0, [3.0, 1.0])], 0, Shape(1, 1, 1, 1)).held_out(200)
     assert np.bincount(found.source).tolist() == [150, 50]
     for s, count in ((0, 150), (1, 50)):
@@ -262,32 +215,9 @@ def test_held_out_evaluation_is_spread_over_the_dataset():
         assert np.all(np.abs(tenths - count / 10) <= 3 + count / 50)
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
-def test_counting_sources_agrees_with_listing_them(weights):
-    """counts(g), found by arithmetic, is the number of each source among sources(0 .. g - 1)."""
-    mixture = Mixture(weights)
-    listed = mixture.sources(np.arange(5000))
-    for g in (0, 1, 2, 999, 5000):
-        assert mixture.counts(g).tolist() == [int((listed[:g] == s).sum()) for s in range(len(weights))]
-
-
-def test_weights_that_mean_the_same_give_the_same_mixture():
-    """Only proportions count, and decimal weights are taken as written (0.1 is a tenth)."""
-    assert np.array_equal(stride_pattern([0.1, 0.2]), stride_pattern([1.0, 2.0]))
-    assert np.array_equal(stride_pattern([5.0, 5.0]), stride_pattern([0.5, 0.5]))
-    assert np.bincount(stride_pattern([0.7, 0.2, 0.1])).tolist() == [7, 2, 1]
-
-
-@pytest.mark.parametrize("weights", [[1.0, 0.33333333333333331], [1e-300, 1.0], [1.0, 1e9]])
-def test_weights_that_cannot_be_honoured_are_refused(weights):
-    """A period too long to hold is one ConfigError, not a frozen machine."""
-    with pytest.raises(ConfigError, match=r"data\.sources: weights .* round them"):
-        stride_pattern(weights)
-
-
 def test_a_source_without_training_samples_is_refused():
     """An empty source would be asked for samples for ever; the error names it."""
-    good, empty = (hold_out(np.array(n), np.zeros(2, np.uint64), 0.0) for n in ([3, 4], [0, 0]))
+    good, empty = (whole(np.array(n), np.ones(2), 0.0) for n in ([3, 4], [0, 0]))
     with pytest.raises(ConfigError, match=r"data\.sources\.1: holds no training sample"):
         Order([good, empty], [(0, [1.0, 1.0])], 0, Shape(1, 1, 1, 1))
 
@@ -369,7 +299,7 @@ def test_a_change_of_weights_falls_on_its_step_and_no_sample_is_lost_or_repeated
     for step in range(first, last):
         current = sections.get(step, current)
         found = rows(o.locate(o.step(step).ravel()))
-        assert set(found[:, 0]) <= set(current.mixture.pattern.tolist())
+        assert set(found[:, 0]) <= set(np.flatnonzero(current.mixture.parts).tolist())
         seen.append(found)
     every = np.concatenate(seen)
     assert len(np.unique(every, axis=0)) == len(every)

@@ -8,7 +8,8 @@ import pytest
 from heliostat.data import stream
 from heliostat.data.dataset import DataPlan
 from heliostat.data.mixing import Shape
-from heliostat.data.order import Order, hold_out
+from heliostat.data.order import Order
+from heliostat.data.split import growing_runs
 
 STEPS = 60
 
@@ -17,7 +18,7 @@ def order(seed: int, skips: list[tuple[int, int]]) -> Order:
     rng = np.random.default_rng(seed)
     lanes, per_lane, superstep = (int(n) for n in rng.integers(1, 5, 3))
     shape = Shape(lanes * per_lane, lanes, superstep, per_lane * superstep * int(rng.integers(1, 6)))
-    split = hold_out(rng.integers(1, 40, 12), np.arange(12).astype(np.uint64), 0.1)
+    split = growing_runs(rng.integers(1, 40, 12), np.arange(12).astype(np.uint64), 0.1)
     return Order([split], [(0, [1.0])], seed, shape, skips=skips)
 
 

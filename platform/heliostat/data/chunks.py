@@ -19,6 +19,7 @@ from heliostat.data.content import Content, join, take
 from heliostat.data.manifest import Manifest
 from heliostat.data.order import Samples
 from heliostat.errors import DataError
+from heliostat.storage import Location
 
 READERS = 8  # threads: a window's chunks are read at once, because object storage answers slowly but in parallel
 
@@ -40,10 +41,10 @@ class Chunks:
 
     def __init__(self, sources: list[Manifest], length: int | None) -> None:
         self.sources, self.length = sources, length
-        self._paths = [s.chunks["path"].to_pylist() for s in sources]
+        self._paths = [s.chunks["path"] for s in sources]
         self._groups = [s.chunks["row_group"].to_numpy() for s in sources]
-        self._footers = [s.chunks["footer"].to_pylist() for s in sources]
-        self._contents = [s.chunks["content"].to_pylist() if "content" in s.chunks.column_names else None for s in sources]
+        self._footers = [s.chunks["footer"] for s in sources]
+        self._contents = [s.chunks["content"] for s in sources]
         self._sizes = [s.chunks["tokens" if length else "rows"].to_numpy() for s in sources]
         self._vocabulary = [int(s.meta.get("vocab_size", np.iinfo(np.int32).max)) for s in sources]
 
@@ -76,19 +77,22 @@ class Chunks:
             parts = list(pool.map(fill, members))
         return Gathered(_arrange(parts, members) if tokens is None else tokens, faults)
 
+    def shard(self, source: int, chunk: int) -> Location:
+        """The file that a chunk is in."""
+        return self.sources[source].location.join(self._paths[source][chunk].as_py())
+
     def place(self, source: int, chunk: int) -> str:
-        return f"{self.sources[source].location.join(self._paths[source][chunk])}: row group {self._groups[source][chunk]}"
+        return f"{self.shard(source, chunk)}: row group {self._groups[source][chunk]}"
 
     def read(self, source: int, chunk: int) -> Content:
         """All samples of a chunk; DamagedError says what is wrong with it."""
-        location = self.sources[source].location.join(self._paths[source][chunk])
-        place, length = self.place(source, chunk), self.length
-        group, footer = int(self._groups[source][chunk]), self._footers[source][chunk]
-        contents = self._contents[source]
+        location, place, length = self.shard(source, chunk), self.place(source, chunk), self.length
+        group, footer = int(self._groups[source][chunk]), self._footers[source][chunk].as_py()
+        content = self._contents[source][chunk].as_py()
 
         def get() -> pa.Table:
             with location.fs.open_input_file(location.path) as f:
-                return shard.read_group(f, group, "tokens" if length else None, footer, contents[chunk] if contents else "")
+                return shard.read_group(f, group, "tokens" if length else None, footer, content)
 
         try:
             table = location.attempt(get)

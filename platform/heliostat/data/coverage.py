@@ -57,9 +57,10 @@ def counts(order: Order, step: int) -> list[np.ndarray]:
     for source, samples in enumerate(order.before(begin)):
         epochs, rest = divmod(int(samples), int(order.epoch_samples[source]))
         train = order.splits[source].train
-        chunks, ends = order.epoch_chunks(source, epochs)
+        chunks = order.epoch(source, epochs).chunks
+        sizes = train[chunks]
         taken[source] += epochs * train
-        taken[source][chunks] += np.clip(rest - (ends - train[chunks]), 0, train[chunks])
+        taken[source][chunks] += np.clip(rest - (np.cumsum(sizes) - sizes), 0, sizes)
     steps = [order.step(s).ravel() for s in range(last.first_step, step)]
     located = order.locate(np.concatenate([np.arange(begin, last.begin), *steps]))
     for source, chunk_counts in enumerate(taken):

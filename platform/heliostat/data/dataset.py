@@ -20,7 +20,8 @@ from heliostat.data.chunks import Chunks, Gathered
 from heliostat.data.content import Content, join, take
 from heliostat.data.manifest import Manifest
 from heliostat.data.mixing import Shape, choose_shape
-from heliostat.data.order import Order, Samples, Split, hold_out
+from heliostat.data.order import Order, Samples
+from heliostat.data.split import NEWEST, split
 from heliostat.errors import ConfigError, DataError
 from heliostat.spec import Job
 from heliostat.storage import Location
@@ -39,6 +40,7 @@ class DataPlan:
     held_fraction: float
     shape: Shape
     skips: tuple[tuple[int, int, int], ...] = ()  # (step gone back to, step, count): from there on, so many steps are left out
+    version: int = NEWEST  # of the rules by which the sequence and the held-out samples follow from the rest
 
     @property
     def begins(self) -> int:
@@ -63,17 +65,25 @@ class DataPlan:
         lists = {k: tuple(raw[k]) for k in ("uris", "digests", "max_epochs")}
         mix = tuple((step, tuple(weights)) for step, weights in raw["mix"])
         skips = tuple(tuple(skip) for skip in raw.get("skips", ()))
-        return DataPlan(**{**raw, **lists, "mix": mix, "shape": Shape(**raw["shape"]), "skips": skips})
+        version = raw.get("version", 1)  # runs of before there were others do not name theirs
+        if version not in range(1, NEWEST + 1):
+            raise DataError(f"the data plan is of version {version!r}, and this heliostat knows 1 to {NEWEST}; use a newer one")
+        shape = Shape(**raw["shape"])
+        return DataPlan(**{**raw, **lists, "mix": mix, "shape": shape, "skips": skips, "version": version})
 
     @property
     def digest(self) -> str:
         """Names the global sequence; moving a dataset elsewhere does not change it."""
-        fixed = {k: v for k, v in self.dump().items() if k != "uris" and (k != "skips" or v)}
+        fixed = {k: v for k, v in self.dump().items() if k != "uris"}
+        for key, was in (("skips", []), ("version", 1)):  # as it was before there were any
+            if fixed[key] == was:
+                del fixed[key]
         return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:32]
 
     def differences(self, other: DataPlan) -> list[str]:
         """What changed from this plan to `other`, one line each, in the job file's words."""
-        names = {"digests": "the datasets' content", "mix": "data.sources weights and data.mix_schedule, as [step, weights]",
+        names = {"version": "the version of the data plan", "digests": "the datasets' content",
+                 "mix": "data.sources weights and data.mix_schedule, as [step, weights]",
                  "max_epochs": "data.sources max_epochs", "sequence_length": "data.sequence_length", "seed": "data.seed",
                  "held_fraction": "evaluate.fraction"}  # fmt: skip
         mine, theirs = self.dump(), other.dump()
@@ -126,6 +136,7 @@ def plan(job: Job, manifests: list[Manifest], recorded: DataPlan | None = None, 
         held_fraction=job.evaluate.fraction if job.evaluate else 0.0,
         shape=shape,
         skips=recorded.skips if recorded and first_step is None else (),
+        version=recorded.version if recorded else NEWEST,  # a run keeps what it held out
     )
 
 
@@ -135,18 +146,11 @@ def sample_bytes(sequence_length: int | None, manifests: list[Manifest]) -> int:
     return 4 * sequence_length if sequence_length else max(1, stored // max(1, sum(m.rows for m in manifests)))
 
 
-def split(source: Manifest, sequence_length: int | None, fraction: float) -> Split:
-    """Training and held-out samples of a dataset, by hash of each chunk's content digest and number."""
-    footers = source.chunks["footer"].to_pylist()
-    numbers = source.chunks["row_group"].to_numpy().astype(np.uint64)
-    identity = np.array([int(f[:16], 16) for f in footers], dtype=np.uint64) + numbers
-    return hold_out(source.samples(sequence_length), identity, fraction)
-
-
 def make_order(plan: DataPlan, sources: list[Manifest]) -> Order:
-    splits = [split(s, plan.sequence_length, plan.held_fraction) for s in sources]
+    splits = [split(s, plan.sequence_length, plan.held_fraction, plan.version) for s in sources]
     mix = [(step, list(weights)) for step, weights in plan.mix]
-    return Order(splits, mix, plan.seed, plan.shape, list(plan.max_epochs), [skip[1:] for skip in plan.skips])
+    return Order(splits, mix, plan.seed, plan.shape, list(plan.max_epochs), [skip[1:] for skip in plan.skips],
+                 plan.version)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -173,7 +177,7 @@ class Dataset:
 
     def __init__(self, plan: DataPlan) -> None:
         self.plan = plan
-        self.sources = [manifest.read(Location(uri), d) for uri, d in zip(plan.uris, plan.digests, strict=True)]
+        self.sources = [manifest.read_shared(Location(uri), d) for uri, d in zip(plan.uris, plan.digests, strict=True)]
         self.order = make_order(plan, self.sources)
         self._chunks = Chunks(self.sources, plan.sequence_length)
 

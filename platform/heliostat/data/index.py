@@ -92,11 +92,11 @@ def _extend(before: Manifest, paths: list[str]) -> Manifest:
     for path, rows in zip(paths, found, strict=True):
         if not rows:
             raise DataError(f"{before.location.join(path)}: holds no row group; take it away")
-    unknown = dict.fromkeys(manifest.LATER.names, "")  # no data is read
-    schema = manifest.schema_of(before.chunks.column_names)
-    added = pa.Table.from_pylist([{**unknown, **row} for rows in found for row in rows], schema=schema)
+    # no data is read: `content` stays unknown
+    added = pa.Table.from_pylist([{**manifest.LATER, **row} for rows in found for row in rows], schema=manifest.SCHEMA)
     manifest.keep(before)
-    return manifest.write_table(before.location, pa.concat_tables([before.chunks, added]), _meta(before.meta, added))
+    chunks = pa.concat_tables([before.chunks.cast(manifest.SCHEMA), added])
+    return manifest.write_table(before.location, chunks, _meta(before.meta, added))
 
 
 def _meta(before: dict[str, Any], added: pa.Table) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from heliostat.data import shard
+from heliostat.data import mapped, shard
 from heliostat.errors import DataError
 from heliostat.storage import Location
 
@@ -43,9 +42,15 @@ SCHEMA = pa.schema(
         ("bytes", pa.int64()),  # compressed, of the row group
         ("file_bytes", pa.int64()),
         ("footer", pa.string()),  # hex digest of the file's Parquet footer
+        ("place", pa.int64()),  # the greatest of its documents' places, of PLACES; -1: not known
+        ("content", pa.string()),  # hex digest of the chunk's stored bytes; "": not known
     ]
 )
-LATER = pa.schema([("content", pa.string())])  # columns that came later: hex digest of the chunk's stored bytes, "" if unknown
+# columns that came later, each with the value that says that it is not known: a column of nothing else is left out of the digest
+LATER: dict[str, Any] = {"place": -1, "content": ""}
+PLACES = 1 << 52  # a document's place is its text's hash, counted from the end: the split holds out those below a fraction
+PLACES_KEY = b"heliostat.places"  # in a shard's footer: of each row group
+SLICE = 1 << 16  # rows that are looked at together, where all would take much memory
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,11 @@ class Manifest:
         return kept if kept.exists() else self.location.join(name)
 
     @property
+    def places(self) -> np.ndarray:
+        """Of each chunk, int64; -1: not known."""
+        return self.chunks["place"].to_numpy()
+
+    @property
     def tokens(self) -> int:
         return int(self.chunks["tokens"].to_numpy().sum())
 
@@ -90,16 +100,25 @@ class Manifest:
 def digest(chunks: pa.Table, meta: dict[str, Any]) -> str:
     """64 hex digits over the chunk rows and `meta` (without its own digest), independent of Parquet encoding."""
     h = hashlib.sha256(json.dumps({k: v for k, v in meta.items() if k != "digest"}, sort_keys=True).encode())
-    for column in schema_of(chunks.column_names):
+    for column in SCHEMA:
         values = chunks[column.name]
-        text = column.type == pa.string()
-        h.update("\n".join(values.to_pylist()).encode() if text else values.to_numpy().astype("<i8").tobytes())
+        if column.name in LATER:
+            values = values.fill_null(LATER[column.name])
+            if pc.all(pc.equal(values, LATER[column.name])).as_py():
+                continue
+        for start in range(0, len(values), SLICE):
+            part = values.slice(start, SLICE)
+            if column.type == pa.string():
+                part = part.cast(column.type)
+                h.update(("\n" * (start > 0) + "\n".join(part.to_pylist())).encode())
+            else:
+                h.update(part.to_numpy().astype("<i8").tobytes())
     return h.hexdigest()
 
 
-def schema_of(names: Iterable[str]) -> pa.Schema:
-    """Of a manifest that has columns of these names: all of SCHEMA, and those of LATER that it has."""
-    return pa.schema([*SCHEMA, *(field for field in LATER if field.name in set(names))])
+def place(hash: str) -> int:
+    """The place of a document whose text has this hash (hex)."""
+    return PLACES - 1 - int(hash[:13], 16)
 
 
 def read_footer(location: Location, path: str, token_column: str | None, vocab_size: int | None = None) -> list[dict[str, Any]]:
@@ -123,6 +142,7 @@ def read_footer(location: Location, path: str, token_column: str | None, vocab_s
         raise DataError(f"{place}: not a readable Parquet file ({e})") from e
     if token_column:
         _check_tokens(place, parquet, [i for i, name in enumerate(names) if name == token_column], token_column, vocab_size)
+    places = _places(parquet)
     rows = []
     for group in range(parquet.num_row_groups):
         info = parquet.row_group(group)
@@ -136,9 +156,21 @@ def read_footer(location: Location, path: str, token_column: str | None, vocab_s
                 "bytes": sum(c.total_compressed_size for c in columns),
                 "file_bytes": footer.size,
                 "footer": footer.digest,
+                "place": places[group],
             }
         )
     return rows
+
+
+def _places(parquet: pq.FileMetaData) -> list[int]:
+    """Of each row group, as the footer has them; -1 where it does not, or not for these row groups."""
+    unknown = [-1] * parquet.num_row_groups
+    try:
+        found = json.loads((parquet.metadata or {}).get(PLACES_KEY, b"[]"))
+    except ValueError:
+        return unknown
+    right = isinstance(found, list) and len(found) == len(unknown) and all(type(p) is int and 0 <= p < PLACES for p in found)
+    return found if right else unknown
 
 
 def _check_tokens(place: Location, parquet: pq.FileMetaData, columns: list[int], name: str, vocab_size: int | None) -> None:
@@ -163,14 +195,12 @@ def _check_tokens(place: Location, parquet: pq.FileMetaData, columns: list[int],
 
 def write(location: Location, rows: list[dict[str, Any]], meta: dict[str, Any]) -> Manifest:
     """Sorts the rows by path and row group, computes the digest and writes the manifest: the dataset now exists."""
-    names = set().union(*rows)
-    filled = [{**{name: "" for name in LATER.names if name in names}, **row} for row in rows]
-    return write_table(location, pa.Table.from_pylist(filled, schema=schema_of(names)), meta)
+    return write_table(location, pa.Table.from_pylist(rows, schema=SCHEMA), meta)
 
 
 def write_table(location: Location, chunks: pa.Table, meta: dict[str, Any]) -> Manifest:
     """`write` for rows that are a table already."""
-    chunks = chunks.sort_by([("path", "ascending"), ("row_group", "ascending")])
+    chunks = _compact(_complete(chunks).cast(SCHEMA).sort_by([("path", "ascending"), ("row_group", "ascending")]))
     made = Manifest(location, chunks, {**meta, "digest": digest(chunks, meta)})
     keep(made)
     location.join(FILE).write(_encode(made))
@@ -182,6 +212,23 @@ def keep(version: Manifest) -> None:
     place = version.location.join(VERSIONS, version_name(version.digest))
     if not place.exists():
         place.write(_encode(version))
+
+
+def _complete(chunks: pa.Table) -> pa.Table:
+    """With all columns of SCHEMA, in its order, and `LATER`'s values where none is given."""
+    columns = {column.name: chunks[column.name] for column in SCHEMA if column.name not in LATER}
+    for name, unknown in LATER.items():
+        value = pa.scalar(unknown, SCHEMA.field(name).type)
+        columns[name] = chunks[name].fill_null(value) if name in chunks.column_names else pa.repeat(value, len(chunks))
+    return pa.table(columns)
+
+
+def _compact(chunks: pa.Table) -> pa.Table:
+    """With what is the same in all chunks of a file held once."""
+    for name in ("path", "footer"):
+        column = chunks[name] if pa.types.is_dictionary(chunks[name].type) else chunks[name].dictionary_encode()
+        chunks = chunks.set_column(chunks.schema.get_field_index(name), name, column.unify_dictionaries())
+    return chunks.combine_chunks()
 
 
 def version_name(digest: str) -> str:
@@ -200,7 +247,8 @@ def read_version(location: Location, name: str) -> Manifest:
 
 def _encode(made: Manifest) -> bytes:
     buffer = io.BytesIO()
-    pq.write_table(made.chunks.replace_schema_metadata({"heliostat": json.dumps(made.meta)}), buffer, compression="zstd")
+    chunks = made.chunks.cast(SCHEMA).replace_schema_metadata({"heliostat": json.dumps(made.meta)})
+    pq.write_table(chunks, buffer, compression="zstd")
     return buffer.getvalue()
 
 
@@ -223,14 +271,29 @@ def read(location: Location, digest: str | None = None) -> Manifest:
     return found
 
 
+def read_shared(location: Location, digest: str) -> Manifest:
+    """`read` of a version, of which a large table is held once by all processes of this machine."""
+    file = location.join(FILE)
+    if file.attempt(lambda: file.fs.get_file_info(file.path).size or 0) < mapped.LARGE:  # a byte a chunk is less than any has
+        return read(location, digest)
+
+    def build() -> pa.Table:
+        found = read(location, digest)
+        return found.chunks.replace_schema_metadata({"heliostat": json.dumps(found.meta)})
+
+    table = mapped.table(["manifest", digest], build)
+    return Manifest(location, table.replace_schema_metadata(None), json.loads(table.schema.metadata[b"heliostat"]))
+
+
 def _read(location: Location, *parts: str) -> Manifest:
     place = location.join(*parts)
     raw = place.read()
     try:
-        table = pq.read_table(io.BytesIO(raw))
+        table = pq.read_table(pa.BufferReader(raw), read_dictionary=["path", "footer"])
         meta = json.loads(table.schema.metadata[b"heliostat"])
-        chunks = table.replace_schema_metadata(None)
-        chunks = chunks.select(schema_of(chunks.column_names).names).cast(schema_of(chunks.column_names))
+        chunks = _compact(_complete(table.replace_schema_metadata(None)))
+        if any(f.type != chunks.schema.field(f.name).type for f in SCHEMA if f.type != pa.string()):
+            raise ValueError("columns of other types")
         if any(column.null_count for column in chunks.columns):
             raise ValueError("values are missing")
         found, outside = digest(chunks, meta), _outside(chunks, meta)
@@ -247,6 +310,6 @@ def _outside(chunks: pa.Table, meta: dict[str, Any]) -> str | None:
     """The first path that leaves the dataset's folder (`../x`, `/x`) or is none (`a//b`), if there is one."""
     files, digests = meta.get("files", {}), meta.get("digests", {})
     named = [*meta.get("parts", {}), *files, *files.values(), *digests, *digests.values()]
-    paths = pa.chunked_array([pc.unique(chunks["path"]), pa.array(named, pa.string())])
+    paths = pa.chunked_array([pc.unique(chunks["path"]).cast(pa.string()), pa.array(named, pa.string())])
     bad = paths.filter(pc.match_substring_regex(paths, r"(^|[/\\])\.{0,2}([/\\]|$)|[\x00-\x1f\x7f]"))
     return bad[0].as_py() if len(bad) else None

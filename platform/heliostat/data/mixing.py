@@ -1,61 +1,21 @@
-"""How sources are interleaved by weight, and where a run's global sequence is cut: pure functions, like `order`'s.
+"""Where a run's global sequence is cut: pure functions, like `order`'s.
 
-Weights are honoured exactly over a period, and any prefix is within a sample or so of every source's share (`Mixture`).
-Weights may change at given steps (a curriculum), and a source may be used up (`max_epochs`): `sections` cuts the run there.
+Sources are interleaved by weight (`Mixture`). Weights may change at given steps (a curriculum), and a source may be used up
+(`max_epochs`): `sections` cuts the run there.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from fractions import Fraction
 
 import numpy as np
 
-from heliostat.errors import ConfigError
+from heliostat.data.mixture import Mixture
+from heliostat.errors import DataError
 
-MAX_PERIOD = 4_000_000
 ENVELOPE_BYTES = 8 << 20  # Ray Data costs 10-20 ms a block whatever its size, so blocks are megabytes
 WINDOW_BYTES = 32 << 20
 MAX_SUPERSTEP = 128
-
-
-def stride_pattern(weights: list[float]) -> np.ndarray:
-    """One period of the interleaving: source indices, int16 [P], each source exactly in proportion to its weight.
-
-    Source s's k-th sample is due at virtual time (k + 1/2) / w_s; merging by due time keeps every prefix within a sample
-    or so of its share (stride scheduling: Waldspurger and Weihl 1995). ConfigError if the weights need too long a period.
-    """
-    shares = [Fraction(repr(w)) for w in weights]
-    scale = math.lcm(*(s.denominator for s in shares))
-    counts = [int(s * scale) for s in shares]
-    counts = [c // math.gcd(*counts) for c in counts]
-    if sum(counts) > MAX_PERIOD:
-        raise ConfigError(f"data.sources: weights {weights} have too many digits to be honoured exactly; round them")
-    due = np.concatenate([(np.arange(c) + 0.5) / c for c in counts])
-    return np.repeat(np.arange(len(counts), dtype=np.int16), counts)[np.argsort(due, kind="stable")]
-
-
-class Mixture:
-    """How many samples of each source the first g positions hold, and which source each position has."""
-
-    def __init__(self, weights: list[float], unit: int = 1) -> None:
-        self.unit = unit  # consecutive positions of one source
-        self.pattern = stride_pattern(weights)
-        sources = np.arange(len(weights), dtype=np.int16)
-        self.before = np.zeros((len(weights), len(self.pattern) + 1), dtype=np.int64)
-        np.cumsum(self.pattern[None, :] == sources[:, None], axis=1, out=self.before[:, 1:])
-
-    def counts(self, positions: np.ndarray | int) -> np.ndarray:
-        """int64 [sources, ...]: samples of each source before the positions."""
-        units, inside = np.divmod(positions, self.unit)
-        periods, rest = np.divmod(units, len(self.pattern))
-        whole = self.unit * (np.multiply.outer(self.before[:, -1], periods) + self.before[:, rest])
-        sources = np.arange(len(self.before)).reshape(-1, *([1] * np.ndim(positions)))
-        return whole + (sources == self.pattern[rest]) * inside
-
-    def sources(self, positions: np.ndarray) -> np.ndarray:
-        return self.pattern[positions // self.unit % len(self.pattern)]
 
 
 @dataclass(frozen=True)
@@ -97,18 +57,33 @@ class Section:
     superstep: int
     begin: int  # position of its first sample
     mixture: Mixture
-    base: np.ndarray  # int64 [sources], samples of each source before it
+    origin: int  # the position at which the mixture begins
+    base: np.ndarray  # int64 [sources], samples of each source before `origin`
+
+    def before(self, position: int) -> np.ndarray:
+        """Samples of each source before a position of this section, or its end: int64 [sources]."""
+        return self.base + self.mixture.counts(position - self.origin)
+
+    def lay_out(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """(source, index in the source's stream) of this section's positions [begin, end), int64 both."""
+        source, item = self.mixture.lay_out(begin - self.origin, end - self.origin)
+        return source, self.base[source] + item
 
 
-def sections(mix: list[tuple[int, list[float]]], caps: list[int | None], shape: Shape) -> tuple[list[Section], int | None]:
+def sections(
+    mix: list[tuple[int, list[float]]], caps: list[int | None], shape: Shape, carry: bool = True
+) -> tuple[list[Section], int | None]:
     """The run cut into sections, and the step at which its data runs out (None: never).
 
     `mix`: (step, weights from there on), ascending; `caps`: the most samples to take of each source. A source is left out
     from the first step that would exceed its cap; the others share its weight. Where a section's steps are no multiple of
     the superstep, the rest is a section of one shorter superstep, so that a change falls exactly on its step.
+
+    What a source is owed is carried over every change, so its samples are the sum of its shares to within a few, however
+    often the weights change. Without `carry` each section begins anew: so it was in version 1 of the data plan.
     """
     out: list[Section] = []
-    origin, base = mix[0][0], np.zeros(len(caps), dtype=np.int64)
+    origin, base, owed = mix[0][0], np.zeros(len(caps), dtype=np.int64), None
     most = np.array([np.iinfo(np.int64).max if c is None else c for c in caps])
     ends = [*(step for step, _ in mix[1:]), None]
     for (step, weights), end in zip(mix, ends, strict=True):
@@ -116,31 +91,47 @@ def sections(mix: list[tuple[int, list[float]]], caps: list[int | None], shape: 
         while end is None or step < end:
             if not any(left):
                 return out, step
-            mixture = Mixture(left, shape.unit)
-            steps = _affordable(mixture, most - base, shape.batch)
-            over = mixture.counts(((steps or 0) + 1) * shape.batch) > most - base
-            if end is not None and (steps is None or steps > end - step):
-                steps = end - step
+            mixture = Mixture(left, shape.unit, owed)
+            steps = _affordable(mixture, most - base, shape.batch, None if end is None else end - step)
+            begin, over = step, np.zeros(len(left), dtype=bool)
+            if end is None or steps != end - step:
+                over = mixture.counts(((steps or 0) + 1) * shape.batch) > most - base
             for part, superstep in _cut(steps, shape.superstep):
-                out.append(Section(step, part, superstep, (step - origin) * shape.batch, mixture, base))
+                at = (begin - origin) * shape.batch
+                out.append(Section(step, part, superstep, (step - origin) * shape.batch, mixture, at, base))
                 if part is None:
                     return out, None
-                base = base + mixture.counts(part * shape.batch)
                 step += part
+                if not carry:
+                    base, begin = base + mixture.counts(part * shape.batch), step
+            if carry:
+                taken = (step - begin) * shape.batch
+                base, owed = base + mixture.counts(taken), mixture.owed(taken)
+            if not steps and not any(w and stop for w, stop in zip(left, over, strict=True)):
+                raise DataError(
+                    f"data.sources: at step {step} version 1 of the data plan takes more of a source than max_epochs allows "
+                    "and cannot go on; train under another name, which plans the data anew"
+                )
             left = [0.0 if stop else w for w, stop in zip(left, over, strict=True)]
     raise AssertionError("the last section is endless or runs out")
 
 
-def _affordable(mixture: Mixture, left: np.ndarray, batch: int) -> int | None:
-    """Whole steps until the first source would exceed what is left of it; None if none ever does."""
-    period, most = mixture.unit * mixture.before[:, -1], np.iinfo(np.int64).max
-    limited = (left < most // 2) & (period > 0)
-    if not limited.any():
+def _affordable(mixture: Mixture, left: np.ndarray, batch: int, most: int | None) -> int | None:
+    """Whole steps until the first source would exceed what is left of it, at most `most`; None if none ever does."""
+
+    def fits(steps: int) -> bool:
+        return bool((mixture.counts(steps * batch) <= left).all())
+
+    if most is None and not (mixture.shares[left < np.iinfo(np.int64).max // 2] > 0).any():
         return None
-    low, high = 0, int((left[limited] // period[limited] + 1).min() * mixture.unit * len(mixture.pattern) // batch + 1)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if (mixture.counts(middle * batch) <= left).all() else (low, middle - 1)
+    if most is not None and fits(most):
+        return most
+    low, high = 0, most or 1
+    while most is None and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
     return low
 
 

@@ -22,50 +22,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
-from heliostat.data.mixing import Shape, sections
+from heliostat.data import mapped
+from heliostat.data.mixing import Section, Shape, sections
+from heliostat.data.split import NEWEST, Split
 from heliostat.errors import ConfigError, DataError
 
 CHUNKS, WINDOW = 1, 2  # what a permutation is for, so that equal numbers do not give equal orders
+RUN = 256  # chunks of an epoch whose samples are counted together
+SLICE = 1 << 20  # chunks that are looked at together, where all would take much memory
 
 
 def permutation(size: int, *key: int) -> np.ndarray:
     """A permutation of range(size), int64, fixed by the key on every machine and NumPy version."""
     return np.argsort(np.random.Philox(np.random.SeedSequence(key)).random_raw(size))
-
-
-def hash64(values: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser (Steele et al. 2014), uint64 to uint64: spreads counters and digests evenly."""
-    z = values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
-@dataclass(frozen=True)
-class Split:
-    """A source's chunks divided into training and held-out samples: in each chunk a run of `held` rows from `start`."""
-
-    samples: np.ndarray  # int64 [chunks], all samples
-    held: np.ndarray  # int64 [chunks]
-    start: np.ndarray  # int64 [chunks]
-
-    @property
-    def train(self) -> np.ndarray:
-        return self.samples - self.held
-
-
-def hold_out(samples: np.ndarray, identity: np.ndarray, fraction: float) -> Split:
-    """Splits by hash of each chunk's identity (uint64 [chunks]): the same whatever the seed, order or other chunks.
-
-    A chunk gives floor(samples * fraction + u) samples, u uniform by hash, so the total is right on average however
-    small the chunks; they are consecutive, so that few documents stand on both sides.
-    """
-    first, second = hash64(identity), hash64(identity ^ np.uint64(0x5851F42D4C957F2D))
-    held = np.floor(samples * fraction + first / 2.0**64).astype(np.int64)
-    held = np.minimum(held, samples) if fraction else np.zeros_like(samples)
-    start = (second % (samples - held + 1).astype(np.uint64)).astype(np.int64)
-    return Split(samples.astype(np.int64), held, start)
 
 
 @dataclass(frozen=True)
@@ -102,19 +73,24 @@ class Order:
         shape: Shape,
         max_epochs: list[float | None] | None = None,
         skips: list[tuple[int, int]] | None = None,
+        version: int = NEWEST,
     ) -> None:
         """`mix`: (step, weights from there on), from the sequence's first step; `max_epochs`: None is no limit; `skips`:
-        (step, count): from this step of the run on it takes what is so many steps later in the sequence."""
+        (step, count): from this step of the run on it takes what is so many steps later in the sequence; `version`: of the
+        data plan."""
         for i, split in enumerate(splits):
-            if not split.train.sum():
-                raise ConfigError(f"data.sources.{i}: holds no training sample; shorten data.sequence_length or add data")
+            if not split.trained:
+                raise ConfigError(
+                    f"data.sources.{i}: holds no training sample; shorten data.sequence_length, lower evaluate.fraction, or "
+                    "add data"
+                )
         self.splits, self.shape, self.skips = splits, shape, skips or []
         first = mix[0][0]
         self.key = (seed, first) if first else (seed,)  # a sequence that starts later in a run does not repeat the first one
-        self.epoch_samples = np.array([s.train.sum() for s in splits], dtype=np.int64)
+        self.epoch_samples = np.array([s.trained for s in splits], dtype=np.int64)
         limits = max_epochs or [None] * len(splits)
         caps = [None if e is None else int(e * n) for e, n in zip(limits, self.epoch_samples, strict=True)]
-        self.sections, self.runs_out = sections(mix, caps, shape)
+        self.sections, self.runs_out = sections(mix, caps, shape, carry=version > 1)
         if not self.sections:
             raise ConfigError("data.sources: max_epochs leaves fewer samples than one train.global_batch; raise it")
         counts = [0 if s.steps is None else s.steps // s.superstep * shape.lanes for s in self.sections]
@@ -122,7 +98,7 @@ class Order:
         self._windows = np.concatenate([[0], np.cumsum([-(-c // self.per_window) for c in counts])[:-1]])
         self._steps = np.array([s.first_step for s in self.sections])
         self._begins = np.array([s.begin for s in self.sections])
-        self._epochs: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+        self._epochs: dict[tuple[int, int], Epoch] = {}
 
     # the cut ---------------------------------------------------------------------------------------------------------
 
@@ -199,24 +175,24 @@ class Order:
         """Samples of each source before `step`, left out ones too, int64 [sources]; inside a superstep, within one a lane."""
         step = self.data_step(step)
         section = self.sections[self._section(self._steps, max(step, int(self._steps[0])))]
-        return section.base + section.mixture.counts((step - section.first_step) * self.shape.batch)
+        return section.before(section.begin + (step - section.first_step) * self.shape.batch)
 
     def before(self, position: int) -> np.ndarray:
         """Samples of each source at positions before this one, int64 [sources]."""
-        section = self.sections[self._section(self._begins, position)]
-        return section.base + section.mixture.counts(position - section.begin)
+        return self._at(position).before(position)
+
+    def _at(self, position: int) -> Section:
+        return self.sections[self._section(self._begins, position)]
 
     # the samples -----------------------------------------------------------------------------------------------------
 
-    def epoch_chunks(self, source: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(chunks in this epoch's order, samples before the end of each); the last few are kept."""
-        key = (source, epoch)
+    def epoch(self, source: int, number: int) -> Epoch:
+        """A source's chunks in an epoch's order; the last two of each source are kept."""
+        key = (source, number)
         found = self._epochs.get(key)
         if found is None:  # threads may find it twice; none may find it gone
-            train = self.splits[source].train
-            chunks = permutation(len(train), *self.key, CHUNKS, source, epoch)
-            found = self._epochs[key] = (chunks, np.cumsum(train[chunks]))
-            while len(self._epochs) > 2 * len(self.splits) + 2:
+            found = self._epochs[key] = Epoch(self.splits[source], (*self.key, CHUNKS, source, number))
+            while len(self._epochs) > 2 * len(self.splits):
                 self._epochs.pop(next(iter(self._epochs)), None)
         return found
 
@@ -230,15 +206,13 @@ class Order:
             window, begin, end = self.window_at(int(positions[left[0]]))
             inside = (positions[left] >= begin) & (positions[left] < end)
             at, left = left[inside], left[~inside]
-            section = self.sections[self._section(self._begins, begin)]
-            local = positions[at] - section.begin
-            source[at] = section.mixture.sources(local)
-            edges = section.base[:, None] + section.mixture.counts(np.array([begin, end]) - section.begin)
-            for s in np.unique(source[at]):
+            sources, indices = self._at(begin).lay_out(begin, end)  # in each source's endless stream
+            local = positions[at] - begin
+            source[at] = sources[local]
+            for s in np.unique(source[at]).tolist():
                 mine = source[at] == s
-                # in the source's endless stream
-                index = section.base[s] + section.mixture.counts(local[mine])[s]
-                places = self._locate_in_source(int(s), index, edges[s, 0], edges[s, 1], window)
+                stream = indices[sources == s]
+                places = self._locate_in_source(s, indices[local[mine]], int(stream[0]), int(stream[-1]) + 1, window)
                 epoch[at[mine]], chunk[at[mine]], row[at[mine]] = places
         return Samples(positions, source, epoch, chunk, row)
 
@@ -247,25 +221,19 @@ class Order:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(epoch, chunk, row) of stream indices that all lie in one window, whose part of the stream is [first, last)."""
         size = int(self.epoch_samples[source])
-        split = self.splits[source]
-        epochs = (index // size).astype(np.int32)
+        epochs = index // size
         chunk, row = np.empty(len(index), np.int32), np.empty(len(index), np.int64)
-        for epoch in np.unique(epochs):
+        for epoch in np.unique(epochs).tolist():
             mine = epochs == epoch
-            begin, end = max(first, epoch * size), min(last, (epoch + 1) * size)
-            shuffled = permutation(end - begin, *self.key, WINDOW, source, int(epoch), window)
-            place = begin - epoch * size + shuffled[index[mine] - begin]
-            chunks, ends = self.epoch_chunks(source, int(epoch))
-            slot = np.searchsorted(ends, place, side="right")
-            chunk[mine] = chunks[slot]
-            inner = place - (ends[slot] - split.train[chunks[slot]])
-            row[mine] = np.where(inner >= split.start[chunk[mine]], inner + split.held[chunk[mine]], inner)
-        return epochs, chunk, row
+            begin, end = max(first - epoch * size, 0), min(last - epoch * size, size)
+            shuffled = permutation(end - begin, *self.key, WINDOW, source, epoch, window)
+            place = begin + shuffled[index[mine] - epoch * size - begin]
+            chunk[mine], row[mine] = self.epoch(source, epoch).locate(place, begin, end)
+        return epochs.astype(np.int32), chunk, row
 
     def held_out(self, count: int) -> Samples:
         """At most `count` held-out samples, spread evenly over each source's, sources in proportion to their weights."""
-        mixture = self.sections[0].mixture
-        share = mixture.before[:, -1] / len(mixture.pattern)
+        share = self.sections[0].mixture.shares
         parts = []
         for s, split in enumerate(self.splits):
             total = int(split.held.sum())
@@ -273,8 +241,39 @@ class Order:
             flat = np.arange(take) * total // max(1, take)
             ends = np.cumsum(split.held)
             chunk = np.searchsorted(ends, flat, side="right")
-            row = split.start[chunk] + flat - (ends[chunk] - split.held[chunk])
+            row = split.held_rows(chunk, flat - (ends[chunk] - split.held[chunk]))
             parts.append((np.full(take, s, np.int16), chunk.astype(np.int32), row))
         source, chunk, row = (np.concatenate(x) for x in zip(*parts, strict=True))
         n = min(count, len(source))
         return Samples(np.arange(n), source[:n], np.zeros(n, np.int32), chunk[:n], row[:n])
+
+
+def shuffled(chunks: int, key: tuple[int, ...]) -> np.ndarray:
+    """The permutation of so many chunks, int32; a large one is held once by all processes of this machine."""
+    if chunks < mapped.LARGE:
+        return permutation(chunks, *key).astype(np.int32)
+    made = mapped.table(["permutation", chunks, *key], lambda: pa.table({"chunk": permutation(chunks, *key).astype(np.int32)}))
+    return made["chunk"].to_numpy()
+
+
+class Epoch:
+    """A source's chunks in the order of an epoch. Of their sizes only sums over runs of chunks are kept."""
+
+    def __init__(self, split: Split, key: tuple[int, ...]) -> None:
+        self.split, self.chunks = split, shuffled(len(split.samples), key)
+        sums = [np.add.reduceat(self._train(part), np.arange(0, len(part), RUN))
+                for part in np.split(self.chunks, range(SLICE, len(self.chunks), SLICE))]  # fmt: skip
+        self._ends = np.cumsum(np.concatenate(sums))  # samples before the end of each run
+
+    def _train(self, chunks: np.ndarray) -> np.ndarray:
+        return self.split.samples[chunks] - self.split.held[chunks]
+
+    def locate(self, places: np.ndarray, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """(chunk, row) of places in the epoch that all lie in [begin, end)."""
+        first, last = np.searchsorted(self._ends, [begin, end - 1], side="right").tolist()
+        chunks = self.chunks[first * RUN : (last + 1) * RUN]
+        train = self._train(chunks)
+        ends = np.cumsum(train) + (self._ends[first - 1] if first else 0)
+        slot = np.searchsorted(ends, places, side="right")
+        chunk = chunks[slot]
+        return chunk, self.split.train_rows(chunk, places - (ends[slot] - train[slot]))

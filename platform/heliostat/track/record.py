@@ -34,7 +34,7 @@ class Record:
         self._source: code.Source | None = None
         self._environment = ""
 
-    def begin(self, manifests: list[Manifest]) -> None:
+    def begin(self, manifests: list[Manifest], data_version: int) -> None:
         """What is known before the first step, of a new run."""
         from mlflow.entities import Param
 
@@ -42,7 +42,7 @@ class Record:
         for i in range(0, len(params), 100):
             self.client.log_batch(self.run_id, params=params[i : i + 100])
         self.client.log_dict(self.run_id, self.job.dump(), "job.json")
-        self._log_inputs(manifests)
+        self._log_inputs(manifests, data_version)
         origins = parents(self.job)
         self.client.log_dict(self.run_id, {"parents": origins}, "parents.json")
         if ids := [p["run_id"] for p in origins if p["run_id"]]:
@@ -87,7 +87,7 @@ class Record:
         was, now = flatten(first), flatten(self.job.dump())
         return {k: [was.get(k), now.get(k)] for k in sorted(was.keys() | now.keys()) if was.get(k) != now.get(k)}
 
-    def _log_inputs(self, manifests: list[Manifest]) -> None:
+    def _log_inputs(self, manifests: list[Manifest], data_version: int) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         inputs = []
@@ -98,7 +98,7 @@ class Record:
             dataset = Dataset(manifest.meta.get("name", manifest.location.name), manifest.digest[:36], "heliostat",
                               json.dumps({"uri": source.path}), profile=profile)  # fmt: skip
             tags = {"mlflow.data.context": "training", "digest": manifest.digest, "weight": str(source.weight),
-                    "held_out_fraction": held_out}  # fmt: skip
+                    "held_out_fraction": held_out, "data_version": str(data_version)}  # fmt: skip
             inputs.append(DatasetInput(dataset, [InputTag(k, v) for k, v in tags.items()]))
         self.client.log_inputs(self.run_id, datasets=inputs)
 

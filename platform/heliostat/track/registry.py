@@ -89,7 +89,8 @@ def scores(client: Any, version: Any) -> tuple[dict[str, float], dict[str, str]]
     if version.run_id:
         for given in client.get_run(version.run_id).inputs.dataset_inputs:
             held = {t.key: t.value for t in given.tags}
-            data[held.get("digest", given.dataset.digest)] = held.get("held_out_fraction", "")
+            how = f"{held.get('held_out_fraction', '')}, version {held.get('data_version', 1)}"
+            data[held.get("digest", given.dataset.digest)] = how
     return told, data
 
 

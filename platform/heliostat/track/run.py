@@ -23,6 +23,7 @@ from typing import Any
 
 from heliostat import goodput
 from heliostat.data.manifest import Manifest
+from heliostat.data.split import NEWEST
 from heliostat.errors import HeliostatError, TrackingError
 from heliostat.spec import Job
 from heliostat.storage import Location
@@ -59,9 +60,12 @@ def record(run: Location) -> dict[str, Any]:
 class RunOwner:
     """Use: `owner = RunOwner(job, manifests)`, `owner.post(event)` at will, then `owner.finish(...)`."""
 
-    def __init__(self, job: Job, manifests: list[Manifest], tags: dict[str, str] | None = None) -> None:
-        """`tags`: of a new run, beside its own; one with `mlflow.parentRunId` is a nested run."""
-        self.job, self.manifests, self._tags = job, manifests, tags or {}
+    def __init__(
+        self, job: Job, manifests: list[Manifest], tags: dict[str, str] | None = None, data_version: int = NEWEST
+    ) -> None:
+        """`tags`: of a new run, beside its own; one with `mlflow.parentRunId` is a nested run. `data_version`: of its data
+        plan."""
+        self.job, self.manifests, self._tags, self._data_version = job, manifests, tags or {}, data_version
         self.run_id = self._made = ""
         self._queue: queue.Queue[dict[str, Any]] = queue.Queue()
         self._answers = threading.Event()  # MLflow's last answer was a good one
@@ -275,7 +279,7 @@ class RunOwner:
         job.run_folder.join(RECORD).write(json.dumps(found).encode())
         self._made = self._made or self._make(found["token"])
         self._record = Record(self._client, self._made, job)
-        self._record.begin(self.manifests)
+        self._record.begin(self.manifests, self._data_version)
         job.run_folder.join(RECORD).write(json.dumps({**found, "run_id": self._made}).encode())
         self.run_id = self._made
 

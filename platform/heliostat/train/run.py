@@ -213,7 +213,7 @@ class _Run:
 
     def _settled(self, work: Any) -> dict[str, Any]:
         """Does the work with an owner of the MLflow run, whose status is right however it ends."""
-        owner = RunOwner(self.job, self.checked.manifests, self.tags)
+        owner = RunOwner(self.job, self.checked.manifests, self.tags, self.plan.version)
         self.ledger.beat(force=True)  # from here on the run has a driver
         try:
             result = work(owner)

@@ -1,0 +1,117 @@
+"""Stride scheduling by arithmetic: which source each position of a mix has, and how many of each come before it. No tables.
+
+Source s, whose share is c_s of P, has its j-th sample due at time (j + 1/2 - d_s) * P / c_s, in positions; d_s is what the
+source is owed when the mix begins. The positions take the samples in the order in which they are due (of equals, the first
+source's first), so every prefix is within a sample or so of every source's share (Waldspurger and Weihl 1995).
+
+All times are compared as whole numbers, so the order is the same on every machine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+
+from heliostat.errors import ConfigError
+
+MAX_PERIOD = 4_000_000
+HALVES = 256  # in the order, what a source is owed counts in 1/512 of a sample; the account itself is finer
+OWED = 1 << 40  # parts of a sample in which the account of what a source is owed is kept
+
+
+def proportions(weights: Sequence[float]) -> list[int]:
+    """The smallest whole numbers in these proportions. ConfigError if they add up to too long a period.
+
+    The bound keeps every product in 64 bits, and the fractions that are compared apart in double precision.
+    """
+    shares = [Fraction(repr(w)) for w in weights]
+    scale = math.lcm(*(s.denominator for s in shares))
+    counts = [int(s * scale) for s in shares]
+    counts = [c // math.gcd(*counts) for c in counts]
+    if sum(counts) > MAX_PERIOD:
+        raise ConfigError(f"data.sources: weights {list(weights)} have too many digits to be honoured exactly; round them")
+    return counts
+
+
+class Mixture:
+    """An endless mix. `owed`: what each source is owed at its beginning, in units of `unit` samples, times OWED."""
+
+    def __init__(self, weights: Sequence[float], unit: int = 1, owed: Sequence[int] | None = None) -> None:
+        self.unit = unit  # consecutive positions of one source
+        self.parts = proportions(weights)
+        self.period = sum(self.parts)
+        self._owed = list(owed or [0] * len(self.parts))
+        self._part = np.array(self.parts, dtype=np.int64)
+        self._active = self._part > 0
+        self._debt = np.array([round(d * 2 * HALVES / OWED) for d in self._owed], dtype=np.int64)
+
+    @property
+    def shares(self) -> np.ndarray:
+        """float64 [sources], of one."""
+        return self._part / self.period
+
+    def counts(self, position: int) -> np.ndarray:
+        """Samples of each source before a position, int64 [sources]."""
+        units, inside = divmod(int(position), self.unit)
+        counts, time = self._before(units)
+        source, _ = self._due(counts, self._by(time + 1), time)
+        left = units - int(counts.sum())
+        counts = (counts + np.bincount(source[:left], minlength=len(counts))) * self.unit
+        counts[source[left]] += inside
+        return counts
+
+    def lay_out(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """(source, the how-manieth sample of it) of the positions [begin, end), int64 both."""
+        first, last = begin // self.unit, -(-end // self.unit)
+        counts, time = self._before(first)
+        source, item = self._due(counts, self._by(self._before(last)[1] + 1), time)
+        wanted = slice(first - int(counts.sum()), last - int(counts.sum()))
+        source, item = source[wanted], item[wanted]
+        if self.unit > 1:
+            inside = slice(begin - first * self.unit, end - first * self.unit)
+            source = np.repeat(source, self.unit)[inside]
+            item = (item[:, None] * self.unit + np.arange(self.unit)).ravel()[inside]
+        return source, item
+
+    def owed(self, position: int) -> list[int]:
+        """What each source is owed at a position that a unit starts at, in units times OWED: its share less what it had."""
+        units = position // self.unit
+        taken = (self.counts(position) // self.unit).tolist()
+        due = [(c * units * OWED + self.period // 2) // self.period for c in self.parts]
+        return [d + new - n * OWED for d, new, n in zip(self._owed, due, taken, strict=True)]
+
+    def _by(self, time: int) -> np.ndarray:
+        """Units of each source that are due before a time (a whole number of positions)."""
+        periods, rest = divmod(time, self.period)
+        inside = (2 * HALVES * rest) * self._part + (self._debt - HALVES) * self.period
+        found = periods * self._part - (-inside // (2 * HALVES * self.period))
+        return np.where(self._active, np.maximum(found, 0), 0)
+
+    def _before(self, units: int) -> tuple[np.ndarray, int]:
+        """(units of each source that are due before it, the time): the last time before which no more than `units` are due."""
+        most = int(np.abs(self._debt).sum()) // (2 * HALVES) + len(self.parts) + 1
+        high = units + most  # a time before which more are due
+        low, stride = high - 2 * most, 2 * most
+        while int(self._by(low).sum()) > units:
+            high, low, stride = low, low - stride, 2 * stride
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if int(self._by(middle).sum()) <= units else (low, middle)
+        return self._by(low), low
+
+    def _due(self, first: np.ndarray, last: np.ndarray, time: int) -> tuple[np.ndarray, np.ndarray]:
+        """(source, number) of the units [first, last) of the sources, in the order in which they are due, from `time` on."""
+        sizes = last - first
+        source = np.repeat(np.arange(len(sizes)), sizes)
+        item = np.arange(len(source)) - np.repeat(np.cumsum(sizes) - sizes - first, sizes)
+        if np.count_nonzero(sizes) > 1:
+            periods, rest = divmod(time, self.period)
+            part = self._part[source]
+            due = (2 * (item - periods * part) + 1) * HALVES - self._debt[source]
+            whole, part_of = np.divmod(due * self.period - 2 * HALVES * rest * part, 2 * HALVES * part)
+            order = np.lexsort((source, part_of / (2 * HALVES * part), whole))
+            source, item = source[order], item[order]
+        return source, item

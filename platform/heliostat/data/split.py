@@ -1,0 +1,121 @@
+"""Which samples are held out: a pure function of what is in each chunk, whatever the seed, the order or the other chunks.
+
+A document lies in one chunk, so a chunk that is held out whole holds out whole documents. Each chunk has a place between 0
+and 1; those below `evaluate.fraction` are held out. So what a fraction holds out is held out at every larger one too, and at
+any sequence length. The place is the greatest of the chunk's documents (by hash of their text) where the manifest knows
+it; `prepare` ends a chunk at 1, 2 and 5 parts of ten, a hundred and so on, so there exactly the documents below the fraction
+are held out. Else the place is a hash of the chunk's content digest and number.
+
+Rows are samples, and a chunk of them need not be held out whole where no hash of them is known: then it gives a run of rows
+that starts at a hashed place, grows with the fraction, and goes on with the chunk's first row behind its last.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from heliostat.data import mapped
+from heliostat.data.manifest import PLACES, Manifest
+
+NEWEST = 2  # of the split and the order; recorded in the data plan
+
+
+def hash64(values: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser (Steele et al. 2014), uint64 to uint64: spreads counters and digests evenly."""
+    z = values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+@dataclass(frozen=True)
+class Split:
+    """A source's chunks divided into training and held-out samples: in each chunk a run of `held` rows from `start`, which
+    goes on at row 0 behind the last."""
+
+    samples: np.ndarray  # int64 [chunks], all samples
+    held: np.ndarray  # int64 [chunks]
+    start: np.ndarray  # int64 [chunks]
+
+    @property
+    def train(self) -> np.ndarray:
+        return self.samples - self.held
+
+    @property
+    def trained(self) -> int:
+        """Training samples of all chunks."""
+        return int(self.samples.sum()) - int(self.held.sum())
+
+    def train_rows(self, chunk: np.ndarray, number: np.ndarray) -> np.ndarray:
+        """The rows of the chunks' training samples with these numbers."""
+        samples, held, start = self.samples[chunk], self.held[chunk], self.start[chunk]
+        row = number + np.maximum(start + held - samples, 0)
+        return np.where(row >= start, row + held, row)
+
+    def held_rows(self, chunk: np.ndarray, number: np.ndarray) -> np.ndarray:
+        """The rows of the chunks' held-out samples with these numbers."""
+        return (self.start[chunk] + number) % self.samples[chunk]
+
+
+def split(source: Manifest, sequence_length: int | None, fraction: float, version: int = NEWEST) -> Split:
+    """Training and held-out samples of a dataset, as a version of the data plan has it."""
+    if len(source.chunks) < mapped.LARGE:
+        return _split(source, sequence_length, fraction, version)
+
+    def build() -> pa.Table:
+        made = _split(source, sequence_length, fraction, version)
+        return pa.table({"samples": made.samples, "held": made.held, "start": made.start})
+
+    shared = mapped.table(["split", source.digest, sequence_length, fraction, version], build)
+    return Split(*(shared[name].to_numpy() for name in ("samples", "held", "start")))
+
+
+def _split(source: Manifest, sequence_length: int | None, fraction: float, version: int) -> Split:
+    samples = source.samples(sequence_length)
+    if not fraction:
+        return whole(samples, np.ones(len(samples)), 0.0)
+    if version == 1:
+        return runs(samples, _identity(source), fraction)
+    known = source.places >= 0
+    if source.kind == "rows" and not known.all():
+        return growing_runs(samples, _identity(source), fraction)
+    places = source.places / PLACES
+    places[~known] = hash64(_identity(source))[~known] / 2.0**64
+    return whole(samples, places, fraction)
+
+
+def _identity(source: Manifest) -> np.ndarray:
+    """uint64 [chunks], from the digest of each chunk's file and its number in it."""
+    footers = source.chunks["footer"].unify_dictionaries().combine_chunks()
+    known = np.array([int(f[:16], 16) for f in footers.dictionary.to_pylist()], dtype=np.uint64)
+    return known[footers.indices.to_numpy()] + source.chunks["row_group"].to_numpy().astype(np.uint64)
+
+
+def whole(samples: np.ndarray, places: np.ndarray, fraction: float) -> Split:
+    """The chunks whose place is below the fraction, whole."""
+    held = np.where(places < fraction, samples, 0)
+    return Split(samples.astype(np.int64), held.astype(np.int64), np.broadcast_to(np.int64(0), len(samples)))
+
+
+def growing_runs(samples: np.ndarray, identity: np.ndarray, fraction: float) -> Split:
+    """Of each chunk floor(samples * fraction + u) rows, u uniform by hash: the total is right on average however small the
+    chunks."""
+    first, second = _hashes(identity)
+    held = np.minimum(np.floor(samples * fraction + first / 2.0**64).astype(np.int64), samples)
+    start = (second % np.maximum(samples, 1).astype(np.uint64)).astype(np.int64)
+    return Split(samples.astype(np.int64), held, start)
+
+
+def runs(samples: np.ndarray, identity: np.ndarray, fraction: float) -> Split:
+    """Version 1: as `growing_runs`, but a run ends within its chunk, so where it starts depends on the fraction."""
+    first, second = _hashes(identity)
+    held = np.minimum(np.floor(samples * fraction + first / 2.0**64).astype(np.int64), samples)
+    start = (second % (samples - held + 1).astype(np.uint64)).astype(np.int64)
+    return Split(samples.astype(np.int64), held, start)
+
+
+def _hashes(identity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return hash64(identity), hash64(identity ^ np.uint64(0x5851F42D4C957F2D))

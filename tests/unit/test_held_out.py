@@ -1,0 +1,44 @@
+"""A job hears before it starts what is held out otherwise than it asks for, and is refused where that is nothing."""
+
+from pathlib import Path
+
+import pytest
+from heliostat import check
+from heliostat.data.dataset import make_order, plan
+from heliostat.data.manifest import Manifest
+from heliostat.errors import ConfigError
+
+from tests.unit.build_job import job
+from tests.unit.test_dataset import make_dataset
+from tests.unit.test_split import prepared
+
+
+def faults(*sources: Manifest, **evaluate: float) -> list[str]:
+    made = job(**{"data.sources": [{"path": str(s.location)} for s in sources], "data.sequence_length": 16},
+               **{f"evaluate.{key}": value for key, value in evaluate.items()})  # fmt: skip
+    return check.held_out_faults(made, make_order(plan(made, [*sources]), [*sources]), [*sources])
+
+
+def test_a_number_of_samples_that_cannot_be_met_is_said(tmp_path: Path):
+    """With the numbers and the fix, and nothing else; a number that can be met is no fault."""
+    source = prepared(tmp_path, 2000)
+    (line,) = faults(source, samples=1_000_000, fraction=0.05)
+    held = int(line.split("set evaluate.samples to ")[1])
+    assert line.startswith(f"evaluate.samples: 1,000,000 cannot be met, {held:,} are scored: evaluate.fraction 0.05 holds out")
+    assert held > 100 and faults(source, samples=held, fraction=0.05) == []
+
+
+def test_a_share_that_is_far_from_the_fraction_is_said(tmp_path: Path):
+    """Ten chunks or so cannot give a twentieth each; the source is named."""
+    coarse, fine = make_dataset(tmp_path / "a", 5, shards=2), prepared(tmp_path / "b", 2000)
+    lines = faults(fine, coarse, samples=1, fraction=0.05)
+    assert len(lines) == 1 and "of data.sources.1 is held out: the dataset does not tell its documents apart" in lines[0]
+
+
+def test_a_dataset_of_which_nothing_can_be_held_out_is_refused(tmp_path: Path):
+    """The line says why, how many chunks there are, and both ways out."""
+    source = make_dataset(tmp_path, 1, shards=1)
+    chunks = len(source.chunks)
+    why = rf"holds none out; data\.sources\.0 does not tell its documents apart, so only whole ones of its {chunks} chunks can be"
+    with pytest.raises(ConfigError, match=rf"evaluate\.fraction: 0\.0001 of [\d,]+ samples {why}; prepare it anew"):
+        faults(source, fraction=0.0001)
