@@ -147,6 +147,7 @@ def _broken(it: Chaos, fault: Fault, whole: Unbroken) -> tuple[dict[str, Any], l
             command.arguments = [*arguments[:-1], "--resume"]
             command.start()
             code = command.wait(RUN_S)
+            scene.cured = time.time() if fault.late else None  # no step is left to make
         if code:
             raise ChaosError(f"the run ended with exit code {code}: {command.last_words()}; see {command.log}")
         return _compare(it, fault, scene, command, whole)
