@@ -252,3 +252,12 @@ def test_a_port_that_speaks_no_http_does_not_answer():
         thread.start()
         assert http.probe(f"http://127.0.0.1:{server.getsockname()[1]}") == 0
         thread.join()
+
+
+def test_a_job_file_that_the_supervisor_cannot_read_is_one_clear_line(tmp_path):
+    """In a RayJob it is given the file as a person wrote it."""
+    for text, words in (("name: x\n", "storage: None is none"), ("name: x\nstorage: y\nretries: {mx: 1}\n", "mx")):
+        (tmp_path / "job.yaml").write_text(text)
+        command = [sys.executable, "-m", "heliostat.cluster.driver", str(tmp_path / "job.yaml")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, check=False)
+        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr

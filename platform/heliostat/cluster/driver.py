@@ -27,10 +27,10 @@ from typing import Any
 import psutil
 import yaml
 
-from heliostat import workspace
+from heliostat import schema, workspace
 from heliostat.cluster import http
 from heliostat.cluster.again import Again
-from heliostat.errors import HeliostatError, TrainingError
+from heliostat.errors import ConfigError, HeliostatError, TrainingError
 from heliostat.spec import Retries
 from heliostat.storage import Location
 
@@ -42,11 +42,15 @@ STOP_NOW = "stop-now"
 
 class Driver:
     def __init__(self, job: Path, sweep: Path | None, attempt: str, flags: list[str]) -> None:
-        raw = yaml.safe_load(job.read_text())
+        raw = schema.read_yaml(job)
+        for key in ("name", "storage"):
+            if not isinstance(raw.get(key), str):
+                raise ConfigError(f"{job}: {key}: {raw.get(key)!r} is none; see docs/job.md")
         self.name, self.attempt = yaml.safe_load(sweep.read_text())["name"] if sweep else raw["name"], attempt
         self.run_folder = Location(raw["storage"]).absolute(workspace.root()).join(self.name)
         self.folder = self.run_folder.join("logs")
-        self.again = Again(self.run_folder, Retries.model_validate(raw.get("retries") or {}), sweep is not None)
+        retries = schema.validate(Retries, raw.get("retries") or {}, f"{job}: retries")
+        self.again = Again(self.run_folder, retries, sweep is not None)
         what = ["tune", str(sweep)] if sweep else ["train", str(job)]
         self.command, self.flags = [sys.executable, "-m", "heliostat", *what], flags
         self.stopping = threading.Event()
@@ -174,7 +178,11 @@ def main() -> int:
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     sweep = given.sweep and given.sweep.absolute()
-    return Driver(given.job.absolute(), sweep, given.attempt, given.flag).run(given.queue)
+    try:
+        return Driver(given.job.absolute(), sweep, given.attempt, given.flag).run(given.queue)
+    except HeliostatError as e:
+        log.error(e)
+        return e.exit_code
 
 
 if __name__ == "__main__":
