@@ -140,20 +140,21 @@ def test_a_driver_that_must_stop_now_does_not_wait(tmp_path):
 DIES = """
 import json, os, signal, socket, sys, time
 from pathlib import Path
-from heliostat.goodput import FOLDER, Attempt
-from heliostat.storage import Location
-run, how, flags = Location(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
-starts = Path(sys.argv[1]) / "starts"
-starts.write_text((starts.read_text() if starts.exists() else "") + json.dumps(flags) + "\\n")
-number = len(starts.read_text().splitlines()) - 1
+run, how, flags = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
+with (run / "starts").open("a") as starts:
+    starts.write(json.dumps(flags) + "\\n")
+number = len((run / "starts").read_text().splitlines()) - 1
 what = how[min(number, len(how) - 1)]
-now = time.time()
-attempt = Attempt(f"a{number}", now, now, now, 0, 1, host=socket.gethostname(), pid=os.getpid())
-attempt.outcome = "failed" if what == "fails" else "finished" if what == "ends" else None
+outcome = {"fails": "failed", "ends": "finished"}.get(what)
+attempt = {"id": f"a{number}", "started": time.time(), "known": time.time(), "seen": time.time(), "start_step": 0, "workers": 1,
+           "host": socket.gethostname(), "pid": os.getpid(), "outcome": outcome, "marks": []}
 if what != "early":
-    run.join(FOLDER, attempt.name).write(attempt.dump())
+    (run / "ledger").mkdir(exist_ok=True)
+    (run / "ledger" / f"attempt-{number}.json").write_text(json.dumps(attempt))
 if what == "saves":
-    run.join("checkpoints", f"step-{10 * (number + 1):08d}", "checkpoint.json").write(b"{}")
+    saved = run / "checkpoints" / f"step-{10 * (number + 1):08d}"
+    saved.mkdir(parents=True)
+    (saved / "checkpoint.json").write_text("{}")
 print("start", number, what, flush=True)
 if what == "ends":
     sys.exit(0)
