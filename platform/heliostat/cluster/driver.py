@@ -66,24 +66,33 @@ class Driver:
         while True:
             pid, code = self._child()
             how = "" if self.stopping.is_set() else self.again.died(pid, code)
-            if not how or not self._starts_again(pid, how):
-                return code if code >= 0 else 128 - code
+            if how and self._starts_again(pid, how):
+                continue
+            if how:
+                self._settle(how)
+            return code if code >= 0 else 128 - code
 
     def _starts_again(self, pid: int, how: str) -> bool:
         """Waits until the dead child's successor is to start; False if there is to be none."""
         try:
             wait = self.again.wait_s(how)
         except TrainingError as e:
-            from heliostat.track.settle import settle_folder
-
             self._say(str(e))
-            self._remote(lambda: settle_folder(self.run_folder, how))
-            self._upload()
             return False
         retry = f"retry {self.again.budget.used} of {self.again.budget.retries.max}"
         self._say(f"the driver died without a word, {how}: starting it again in {wait:.0f} s ({retry})")
         self.flags = self.again.flags(self.flags, pid)
         return not self.stopping.wait(wait)
+
+    def _settle(self, how: str) -> None:
+        """Tells MLflow that the run is over, which its dead driver could not."""
+        from heliostat.track.settle import settle_folder
+
+        try:
+            settle_folder(self.run_folder, how)
+        except Exception as e:  # noqa: BLE001 (whatever MLflow raises: the next command that sees the run tells it)
+            log.warning("MLflow was not told that the run is over: %s", e)
+        self._upload()
 
     def _child(self) -> tuple[int, int]:
         """The command, once, to its end: its process's number, and exit code."""

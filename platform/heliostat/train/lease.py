@@ -153,6 +153,7 @@ def holder(folder: Location, number: int) -> Holder | None:
         return None
     if held.machine == _machine():
         return held if held.alive else None
+    log.info("waiting up to %.0f s to see whether process %d on %s, which has %s, lives", SILENCE_S, held.pid, held.host, folder)
     deadline, before = time.monotonic() + SILENCE_S, held
     while time.monotonic() < deadline:
         time.sleep(LOOK_S)
