@@ -195,6 +195,7 @@ class _Run:
     def conclude(self, last: Checkpoint) -> dict[str, Any]:
         """Only what comes after the training, from its last checkpoint, where an earlier command did not get through it."""
         summary = endings.read(self.job.run_folder, last, self.job)
+        self.job.run_folder.join("ray").delete()  # Ray Train's own state, of no use after the fit
         return self._settled(lambda owner: self._conclude(owner, last, summary))
 
     def catch_up(self) -> None:
