@@ -78,8 +78,9 @@ def test_a_command_that_joins_a_cluster_without_a_free_cpu_says_so(others):
     """As `prepare` and `generate`, whose tasks would wait without a word."""
     last = placement_group([{"CPU": 1}])
     ray.get(last.ready())
-    environment = {**os.environ, "RAY_ADDRESS": ray._private.worker._global_node.gcs_address, "RAY_AUTH_MODE": "token",
-                   "RAY_AUTH_TOKEN_PATH": str(connect._token_file())}  # fmt: skip
+    address, token = ray._private.worker._global_node.gcs_address, str(connect._token_file())
+    joining = {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": token}
+    environment = {**os.environ, **connect.CONFINED, **joining}
     code = "from heliostat.cluster.connect import connect; connect(1)"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False)
     remove_placement_group(last)
