@@ -23,6 +23,8 @@ import ray
 from heliostat import workspace
 from heliostat.cluster import private
 
+log = logging.getLogger(__name__)
+
 # workers share the cores, so none may start a thread a core
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 # glibc gives large blocks back to the system at every free and faults them in again at the next step; keep them. In one arena:
@@ -76,6 +78,8 @@ def connect(cpus: int, gpus: int = 0, verbose: bool = False) -> None:
     options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(address="auto", **options)
+        if ray.available_resources().get("CPU", 0.0) < 1:
+            log.warning("none of the cluster's %g CPUs is free; its tasks wait for one", ray.cluster_resources().get("CPU", 0.0))
         return
     with _confined(gpus):
         ray.init(

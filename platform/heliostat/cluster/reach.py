@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from heliostat import workspace
 from heliostat.cluster import files, http, local, private
 from heliostat.cluster.files import ClusterFile
 from heliostat.errors import ClusterError, ConfigError
@@ -43,9 +44,10 @@ def endpoint(target: str | None) -> Iterator[Endpoint]:
             have = f"there are {', '.join(s.name for s in states)}" if states else "none runs here"
             raise ConfigError(f"--cluster: say which ({have}); a cluster file, an address, or a name of `heliostat cluster list`")
         target = states[0].name
-    if state := local.read(target) if "/" not in target and not target.endswith((".yaml", ".yml")) else None:
+    file = target.endswith((".yaml", ".yml"))
+    if state := local.read(target) if workspace.NAME.fullmatch(target) and not file else None:
         yield _local(state, files.read(Path(state.file)) if Path(state.file).is_file() else None)
-    elif target.endswith((".yaml", ".yml")):
+    elif file:
         cluster = files.read(Path(target))
         if cluster.local:
             if not (state := local.read(cluster.name)):
