@@ -21,7 +21,7 @@ NO_SQUARE = ("linear", "mamba", "conv", "recurrent", "mlp", "moe")  # kinds of l
 
 def per_sample(model: torch.nn.Module, config: Any, length: int) -> float:
     """Forward and backward, of one sample of so many tokens."""
-    config = config.get_text_config()
+    config = config.get_text_config(decoder=True)
     return float(length * 6 * (multiplied(model, config) + length * attended(model, config)))
 
 

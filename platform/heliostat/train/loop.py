@@ -35,6 +35,7 @@ from heliostat.train.ema import Ema
 from heliostat.train.heldout import HeldOut
 from heliostat.train.lease import Fence
 from heliostat.train.ledger import Ledger, peak_flops
+from heliostat.train.objective import Objective
 from heliostat.train.pulse import Pulse, Votes
 from heliostat.train.schedule import factor
 from heliostat.train.spike import Detector
@@ -83,6 +84,7 @@ class Worker:
         self.saver.follow(fragments.inner_optimizer(self.engine))
         self.ema = Ema(self.engine, self.job.train.ema.decay) if self.job.train.ema else None
         self.device = self.engine.device
+        self.objective = Objective(self.recipe, self.device)
         self.batch_plan = BatchPlan(self.job, self.plan)
         self.chain = receipt.GENESIS
         self.bad_samples = 0  # replaced so far in the run, on this worker; what earlier attempts replaced is rank 0's
@@ -95,6 +97,7 @@ class Worker:
         self.scored_at = -1
         self.spikes = Detector(self.job.spike) if self.job.spike else None
         self._losses: list[torch.Tensor] = []
+        self._added: list[torch.Tensor] = []  # what is in the objective beside each loss
         self._norms: list[float] = []
         self._lane_digests: list[list[int]] = []
         self._bad: list[dict[str, Any]] = []
@@ -184,12 +187,15 @@ class Worker:
         micros = [self.recipe.batch(rows, numbers) for rows, numbers in parts]
         terms = self._terms(micros)
         total = torch.zeros((), device=self.device)
+        added = torch.zeros(len(self.objective.names), device=self.device)
         for i, micro in enumerate(micros):
             torch.manual_seed(self.batch_plan.seed(step, mine.lanes, i))
-            loss = self.recipe.loss(engine, {k: v.to(self.device, non_blocking=True) for k, v in micro.items()})
-            # DeepSpeed divides by the accumulation and averages over the workers: scaled back to a sum over all terms
-            engine.backward(loss * (len(micros) * self.world / terms))
-            total += loss.detach()
+            batch = {k: v.to(self.device, non_blocking=True) for k, v in micro.items()}
+            part = self.objective.part(engine, batch, len(micros) * self.world, terms)
+            engine.backward(part.objective)
+            total += part.loss
+            if part.added is not None:
+                added += part.added
             if i + 1 == len(micros) and not engine.zero_optimization_stage():
                 self._norms.append(zero.gradient_norm(engine, train.grad_clip))
             engine.step()
@@ -198,6 +204,7 @@ class Worker:
         if engine.zero_optimization_stage():
             self._norms.append(zero.gradient_norm(engine, train.grad_clip))
         self._losses.append(total / terms)
+        self._added.append(added)
         self._lane_digests.append(mine.digests)
         self._bad += [{"step": step, **dataclasses.asdict(b)} for b in mine.bad]
         self.bad_samples += len(mine.bad)
@@ -215,10 +222,12 @@ class Worker:
 
     def _report(self, first: int, done: int, seconds: float, wait: float) -> None:
         """Sums the losses of steps [first, done) over the workers, in one collective, and posts them."""
-        sums = torch.stack([*self._losses, torch.tensor(float(self.bad_samples), device=self.device)]).double()
+        bad_samples = torch.tensor([self.bad_samples], dtype=torch.float32, device=self.device)
+        sums = torch.cat([torch.stack(self._losses), *self._added, bad_samples]).double()
         with self.ledger("communicating"):
             dist.all_reduce(sums)
             *values, bad = sums.tolist()
+        values, added = values[: len(self._losses)], values[len(self._losses) :]
         quarantine.check_budget(int(bad), done, self.job, self.dataset.order)
         self._judge(first, values)
         self.last_loss = values[-1]
@@ -228,6 +237,7 @@ class Worker:
                 "kind": "steps",
                 "first": first,
                 "loss": values,
+                "added": {name: added[i :: len(self.objective.names)] for i, name in enumerate(self.objective.names)},
                 "grad_norm": self._norms,
                 "lr": [
                     self.job.train.optimizer.lr * factor(self.job.train.schedule, s, self.job.train.steps)
@@ -242,7 +252,7 @@ class Worker:
                 **self._now(),
             }
         )
-        self._losses, self._norms = [], []
+        self._losses, self._norms, self._added = [], [], []
 
     def _per_second(self, steps: int, seconds: float) -> float:
         return steps * self.job.train.global_batch * (self.job.data.sequence_length or 1) / seconds if seconds else 0.0
