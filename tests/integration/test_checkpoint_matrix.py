@@ -54,7 +54,7 @@ CASES = [
 
 
 class Model(nn.Module):
-    """Parameters whose sizes no worker count divides, one with a single element, and buffers."""
+    """Parameters whose sizes no worker count divides, one with a single element, one that is not trained, and buffers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,13 +62,14 @@ class Model(nn.Module):
             nn.Linear(7, 13), nn.LayerNorm(13), nn.GELU(), nn.Linear(13, 11, bias=False), nn.Linear(11, 3)
         )
         self.scale = nn.Parameter(torch.ones(1))
+        self.kept = nn.Parameter(torch.linspace(0.1, 1, 7), requires_grad=False)
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
         self.register_buffer("mark", torch.zeros(5, 3))
         self.register_buffer("odd", torch.zeros(()))
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         self.seen += 1
-        return (self.layers(x) * self.scale - y).float().square().mean()
+        return (self.layers(x * self.kept) * self.scale - y).float().square().mean()
 
 
 class Recipe:
@@ -106,12 +107,16 @@ def _play(engine: Any, first: int, steps: int) -> list[float]:
 
 
 def _whole(engine: Any) -> dict[str, torch.Tensor]:
-    """The full masters, moments and buffers, as DeepSpeed tells them."""
+    """The full masters, moments, buffers and parameters that are not trained, as DeepSpeed tells them."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+    from deepspeed.runtime.zero import GatheredParameters
 
     out = {}
     for name, p in engine.module.named_parameters():
-        if engine.zero_optimization_stage():
+        if not p.requires_grad:
+            with GatheredParameters([p]):
+                out[f"frozen.{name}"] = p.detach().clone()
+        elif engine.zero_optimization_stage():
             out[f"master.{name}"] = safe_get_full_fp32_param(p)
             out |= {f"{key}.{name}": safe_get_full_optimizer_state(p, key) for key in fragments.MOMENTS}
         else:
@@ -137,7 +142,8 @@ def _save(case: Case, engine: Any, folder: Path, group: Any) -> None:
     saver = checkpoint.Saver(Location(str(folder / str(case))), spec.Checkpoint(every=1), group)
     saver.follow(fragments.inner_optimizer(engine))
     expected = _whole(engine)
-    saver.save(TRAINED, fragments.state(engine), {"optimizer_steps": fragments.optimizer_steps(engine), "metrics": {}})
+    facts = {"optimizer_steps": fragments.optimizer_steps(engine), "metrics": {}}
+    saver.save(TRAINED, fragments.state(engine), facts, fragments.frozen(engine))
     losses = _play(engine, TRAINED, AFTER)
     saver.wait()
     if dist.get_rank() == 0:
@@ -148,7 +154,7 @@ def _save(case: Case, engine: Any, folder: Path, group: Any) -> None:
 def _load(saved: Case, engine: Any, folder: Path, group: Any) -> dict[str, Any]:
     found = checkpoint.open_checkpoint(Location(str(folder / str(saved))), TRAINED)
     _poison(engine)
-    state = fragments.state(engine, whole=True)
+    state = fragments.state(engine, whole=True) | fragments.frozen(engine, whole=True)
     said = checkpoint.casts(found, state) or ""
     checkpoint.load(found, state, group)
     fragments.after_load(engine, found.index["optimizer_steps"])

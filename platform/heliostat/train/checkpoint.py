@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -36,8 +36,9 @@ from heliostat.errors import CheckpointError, ConfigError, HeliostatError
 from heliostat.storage import Location
 from heliostat.train import blocks, tensorfile
 from heliostat.train.fragments import FlatShard
+from heliostat.train.frozen import Keeper
 from heliostat.train.retention import Pruner
-from heliostat.train.stored import FORMAT, INDEX, Checkpoint, encode, folder, latest, open_checkpoint, steps
+from heliostat.train.stored import FORMAT, FROZEN, INDEX, Checkpoint, encode, folder, latest, open_checkpoint, steps
 
 __all__ = ["Checkpoint", "Saver", "folder", "latest", "load", "open_checkpoint", "steps"]
 
@@ -46,14 +47,15 @@ __all__ = ["Checkpoint", "Saver", "folder", "latest", "load", "open_checkpoint",
 
 
 def load(checkpoint: Checkpoint, state: dict[str, torch.Tensor], group: Any) -> int:
-    """Fills this rank's slices; `state` comes from `fragments.state(engine, whole=True)`. Returns the bytes that it read.
+    """Fills this rank's slices; `state` comes from `fragments.state(engine, whole=True)`, and from `fragments.frozen` where the
+    checkpoint has those. Returns the bytes that it read.
 
     What is stored is read as what it is, then cast to what the engine holds (`casts` tells what that rounds).
 
     All ranks call it together, and all of them raise if one does: CorruptCheckpointError if what is read is not what was
     written. The state is then useless.
     """
-    tensors = checkpoint.index["tensors"]
+    tensors = checkpoint.tensors
     missing = sorted(set(state) - set(tensors))
     wrong = [n for n in state if n not in missing and list(state[n].shape) != tensors[n]["shape"]]
     if missing or wrong:
@@ -64,13 +66,17 @@ def load(checkpoint: Checkpoint, state: dict[str, torch.Tensor], group: Any) -> 
         what = f"holds {odd!r} as {held[odd]}, and the model has it as {state[odd].dtype}"
         raise CheckpointError(f"{checkpoint.location}: {what}; it was made by another model")
     targets = {n: t if t.dtype == held[n] else _blank(t, held[n]) for n, t in state.items()}
-    reader = _Reader(checkpoint)
-    with _plain_errors(f"{checkpoint.location}: cannot be loaded"):
-        dcp.load(targets, storage_reader=reader, process_group=group)
+    total = 0
+    for source in (checkpoint, checkpoint.frozen):
+        if source and (own := {n: t for n, t in targets.items() if checkpoint.holder(n) is source}):
+            reader = _Reader(source)
+            with _plain_errors(f"{source.location}: cannot be loaded"):
+                dcp.load(own, storage_reader=reader, process_group=group)
+            total += reader.bytes_read
     for name, target in targets.items():
         if target is not state[name]:
             _local(state[name]).copy_(_local(target))
-    return reader.bytes_read
+    return total
 
 
 def casts(checkpoint: Checkpoint, state: dict[str, torch.Tensor]) -> str | None:
@@ -80,7 +86,7 @@ def casts(checkpoint: Checkpoint, state: dict[str, torch.Tensor]) -> str | None:
     """
     changed: dict[str, list[str]] = {}
     for name, tensor in state.items():
-        held = tensorfile.DTYPES[checkpoint.index["tensors"][name]["dtype"]]
+        held = tensorfile.DTYPES[checkpoint.tensors[name]["dtype"]]
         if torch.promote_types(held, tensor.dtype) != tensor.dtype:
             changed.setdefault(f"from {held} to {tensor.dtype}".replace("torch.", ""), []).append(name)
     parts = [f"{len(names)} tensors {how} ({names[0]}{', ...' * (len(names) > 1)})" for how, names in changed.items()]
@@ -180,7 +186,7 @@ class _Writer(StorageWriter):
     What one rank fails at, all ranks raise, and `checkpoint.json` is not written.
     """
 
-    def __init__(self, target: Location, step: int, facts: dict[str, Any]) -> None:
+    def __init__(self, target: Location, step: int | None, facts: dict[str, Any]) -> None:
         self.target, self.step, self.facts = target, step, facts
 
     @classmethod
@@ -261,6 +267,7 @@ class Saver:
         """`group`: a gloo process group that nothing else uses, because saving runs beside training."""
         self.run, self.policy, self.group = run, policy, group
         self.blocked_s = 0.0
+        self.frozen = Keeper(run, group, lambda place, slices: self._store(place, None, slices, {}))
         self._pruner = Pruner(run, policy)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
@@ -274,8 +281,10 @@ class Saver:
         optimizer.register_step_pre_hook(lambda *_: self._until_copied())
         self._follows = True
 
-    def save(self, step: int, state: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
-        """`state`: from `fragments.state`; `facts`: what rank 0 puts into `checkpoint.json`."""
+    def save(
+        self, step: int, state: dict[str, torch.Tensor], facts: dict[str, Any], frozen: dict[str, FlatShard] | None = None
+    ) -> None:
+        """`state`: of `fragments.state`; `frozen`: of `fragments.frozen`; `facts`: what rank 0 puts into `checkpoint.json`."""
         best, scores = self.policy.best, facts["metrics"].keys() - {"train_loss"}
         if best and scores and best.metric not in scores:
             raise ConfigError(f"checkpoint.best.metric: {best.metric!r} is no score; there are {', '.join(sorted(scores))}")
@@ -284,7 +293,7 @@ class Saver:
         # the forward pass may change buffers: they are copied now
         state = {n: t if isinstance(t, FlatShard) else t.detach().cpu().clone() for n, t in state.items()}
         self._copied.clear()
-        self._pending = self._thread.submit(self._write, step, state, facts)
+        self._pending = self._thread.submit(self._write, step, state, facts, frozen or {})
         self.blocked_s += time.perf_counter() - started
         if not self._follows:
             self._until_copied()
@@ -302,16 +311,20 @@ class Saver:
         self._copied.wait()
         self.blocked_s += time.perf_counter() - started
 
-    def _write(self, step: int, state: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+    def _write(self, step: int, state: dict[str, torch.Tensor], facts: dict[str, Any], frozen: dict[str, FlatShard]) -> None:
         try:
             copy = {n: self._copy(n, t) if isinstance(t, FlatShard) else t for n, t in state.items()}
         finally:
             self._copied.set()
-        target = folder(self.run, step)
-        with _plain_errors(f"{target}: cannot be saved"):
-            dcp.save(copy, storage_writer=_Writer(target, step, facts), process_group=self.group)
+        if name := self.frozen.keep(frozen):
+            facts = {**facts, FROZEN: name}
+        self._store(folder(self.run, step), step, copy, facts)
         if dist.get_rank() == 0:
             self._pruner.prune(step)
+
+    def _store(self, target: Location, step: int | None, tensors: Mapping[str, torch.Tensor], facts: dict[str, Any]) -> None:
+        with _plain_errors(f"{target}: cannot be saved"):
+            dcp.save(dict(tensors), storage_writer=_Writer(target, step, facts), process_group=self.group)
 
     def _copy(self, name: str, shard: FlatShard) -> FlatShard:
         if name not in self._copies:

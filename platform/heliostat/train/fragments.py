@@ -2,7 +2,8 @@
 
 Whatever the stage, a rank's share of a parameter's fp32 master weight and of its Adam moments is a slice [start, start + n)
 of the flattened parameter. `FlatShard` tells DCP just that, so a checkpoint saved at one stage and world size loads at any
-other. Names: `master.<parameter>`, `exp_avg.<parameter>`, `exp_avg_sq.<parameter>`; persistent buffers are `buffer.<name>`.
+other. Names: `master.<parameter>`, `exp_avg.<parameter>`, `exp_avg_sq.<parameter>`; persistent buffers are `buffer.<name>`, and
+parameters that are not trained `frozen.<parameter>`, in the precision that the engine holds them in.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from heliostat.errors import ConfigError
+from heliostat.train.stored import FROZEN
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -65,6 +69,27 @@ def state(engine: Any, whole: bool = False) -> dict[str, torch.Tensor]:
                 out[f"{key}.{name}"] = FlatShard(local.detach(), start, numel)
     persistent = engine.module.state_dict().keys() if engine.zero_optimization_stage() < 3 else _persistent_buffers(engine.module)
     out |= {f"buffer.{name}": b for name, b in engine.module.named_buffers() if name in persistent}
+    return out
+
+
+def frozen(engine: Any, whole: bool = False) -> dict[str, FlatShard]:
+    """This rank's slices of the parameters that are not trained, as views; below stage 3, where every rank holds all of them, the
+    rank-th part, or the `whole`."""
+    out: dict[str, FlatShard] = {}
+    for name, p in engine.module.named_parameters():
+        if p.requires_grad:
+            continue
+        rank, world = dist.get_rank(), dist.get_world_size()
+        if engine.zero_optimization_stage() == 3:
+            if p.ds_tensor.numel() < p.ds_tensor.ds_numel:
+                raise ConfigError(f"train.zero.offload.param: nvme cannot hold {name!r}, which is not trained; use cpu")
+            values, start, total = p.ds_tensor.data.view(-1), rank * p.ds_tensor.ds_numel, p.ds_numel
+            out[f"{FROZEN}.{name}"] = FlatShard(values[: max(0, total - start)], min(start, total), total)
+        else:
+            if not p.is_contiguous():
+                p.data = p.data.contiguous()
+            shard = FlatShard(p.data.view(-1), 0, p.numel())
+            out[f"{FROZEN}.{name}"] = shard if whole else _part(shard, rank, world)
     return out
 
 
@@ -145,10 +170,13 @@ def optimizer_steps(engine: Any) -> int:
 
 def share(shard: FlatShard, engine: Any, whole: bool) -> FlatShard:
     """What this rank saves of a slice: at stage 0, where every rank holds everything, the rank-th part."""
-    if whole or engine.zero_optimization_stage():
-        return shard
-    per = -(-shard.shape[0] // dist.get_world_size())
-    start = min(dist.get_rank() * per, shard.shape[0])
+    return shard if whole or engine.zero_optimization_stage() else _part(shard, dist.get_rank(), dist.get_world_size())
+
+
+def _part(shard: FlatShard, rank: int, world: int) -> FlatShard:
+    """The rank-th part of what every rank holds whole."""
+    per = -(-shard.shape[0] // world)
+    start = min(rank * per, shard.shape[0])
     return FlatShard(shard.local[start : start + per], start, shard.shape[0])
 
 

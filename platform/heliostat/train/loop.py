@@ -315,7 +315,7 @@ class Worker:
             "metrics": {"train_loss": getattr(self, "last_loss", None), **scores},
             "written": time.time(),
         }
-        self.saver.save(done, self._state(), facts)
+        self.saver.save(done, self._state(), facts, fragments.frozen(self.engine))
         self.pulse.progress += 1
         self._post({"kind": "checkpoint", "step": done, "blocked_s": self.saver.blocked_s, **self._now()})
 
@@ -355,8 +355,14 @@ class Worker:
     def _restore(self) -> None:
         found = checkpoint.open_checkpoint(self.run_folder, self.start_step)
         state = self._state(whole=True)
-        checkpoint.load(found, state, self.control)
+        frozen = fragments.frozen(self.engine, whole=True)
+        if found.frozen:
+            state |= frozen
+        elif frozen:
+            self._notice(f"{found.location}: holds no parameters that are not trained; {len(frozen)} are as the model was built")
         self._notice(checkpoint.casts(found, state))
+        checkpoint.load(found, state, self.control)
+        self.saver.frozen.loaded(found, fragments.frozen(self.engine))
         fragments.after_load(self.engine, found.index["optimizer_steps"])
         self.chain = found.index["receipt"]["chain"]
         self.bad_samples = found.index["bad_samples"] if self.rank == 0 else 0
