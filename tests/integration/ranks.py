@@ -28,7 +28,7 @@ def run(function: str, sizes: tuple[int, ...], *arguments: str, deadline_s: int 
     env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore::FutureWarning"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=deadline_s + 30, check=False)
     assert done.returncode == 0, done.stderr[-5000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]  # DeepSpeed prints too
 
 
 def _rank(rank: int, workers: int, folder: Path, function: Any, everyone: Any, arguments: list[str]) -> None:

@@ -41,15 +41,18 @@ class Case:
     stage: int
     workers: int
     offload: bool = False
+    micros: int = 1  # of each worker in a step; more than one are summed in fp32
 
     def __str__(self) -> str:
-        return f"{self.precision}-zero{self.stage}{'-offload' if self.offload else ''}-{self.workers}"
+        more = f"{'-offload' if self.offload else ''}{f'-{self.micros}micros' if self.micros > 1 else ''}"
+        return f"{self.precision}-zero{self.stage}{more}-{self.workers}"
 
 
 CASES = [
     *(Case("fp32", stage, n) for n in WORKERS for stage in range(4)),
     *(Case("bf16", stage, n) for n in WORKERS for stage in (1, 2, 3)),
     *(Case("fp32", stage, 2, offload=True) for stage in (1, 2, 3)),
+    *(Case("bf16", stage, 3, micros=2) for stage in (1, 2, 3)),
 ]
 
 
@@ -82,7 +85,8 @@ class Recipe:
 
 def _engine(case: Case) -> Any:
     changes = {"train.zero.stage": case.stage, "train.precision": case.precision, "workers.count": case.workers}
-    changes |= {"train.global_batch": BATCH, "train.micro_batch": BATCH // case.workers, "train.optimizer.lr": 0.05}
+    changes |= {"train.global_batch": BATCH, "train.optimizer.lr": 0.05}
+    changes["train.micro_batch"] = BATCH // case.workers // case.micros
     if case.offload:
         changes["train.zero.offload.optimizer"] = "cpu"
     # tiny parameters would otherwise stay gathered, and hide faults of stage 3
@@ -97,19 +101,22 @@ def _play(engine: Any, first: int, steps: int) -> list[float]:
     losses = []
     for step in range(first, first + steps):
         data = torch.randn(BATCH, 10, generator=torch.Generator().manual_seed(step)).to(next(engine.module.parameters()).dtype)
-        mine = data.chunk(dist.get_world_size())[dist.get_rank()]
-        loss = engine(mine[:, :7], mine[:, 7:])
-        engine.backward(loss)
-        engine.step()
-        dist.all_reduce(total := loss.detach().clone())
+        parts = data.chunk(dist.get_world_size())[dist.get_rank()].split(engine.train_micro_batch_size_per_gpu())
+        total = torch.zeros(())
+        for part in parts:
+            loss = engine(part[:, :7], part[:, 7:])
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach() / len(parts)
+        dist.all_reduce(total)
         losses.append(float(total) / dist.get_world_size())
     return losses
 
 
 def _whole(engine: Any) -> dict[str, torch.Tensor]:
     """The full masters, moments, buffers and parameters that are not trained, as DeepSpeed tells them."""
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
     from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     out = {}
     for name, p in engine.module.named_parameters():
@@ -168,7 +175,7 @@ def _load(saved: Case, engine: Any, folder: Path, group: Any) -> dict[str, Any]:
 
 def _paired(saved: Case, loaded: Case) -> bool:
     """All pairs of one precision; of two, every pair of stages, from two workers to three and back."""
-    return saved.precision == loaded.precision or (not (saved.offload or loaded.offload) and saved.workers + loaded.workers == 5
+    return saved.precision == loaded.precision or (not (saved.offload or loaded.offload or saved.micros + loaded.micros > 2) and saved.workers + loaded.workers == 5
                                                    and 2 in (saved.workers, loaded.workers))  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from heliostat.recipe import Batch, Recipe
 from heliostat.spec import Job
 from heliostat.storage import Location
 from heliostat.track import curves
-from heliostat.train import checkpoint, fragments, pictures, zero
+from heliostat.train import checkpoint, fragments, lossscale, pictures, zero
 from heliostat.train.board import queued_s
 from heliostat.train.ema import Ema
 from heliostat.train.heldout import HeldOut
@@ -82,6 +82,7 @@ class Worker:
         self.device = self.engine.device
         self.batch_plan = BatchPlan(self.job, self.plan)
         self.chain = receipt.GENESIS
+        self.skipped = 0  # steps of the run that changed no weight, because fp16 gradients overflowed
         self.bad_samples = 0  # replaced so far in the run, on this worker; what earlier attempts replaced is rank 0's
         if self.start_step:
             self._phase("restore")
@@ -236,10 +237,24 @@ class Worker:
                 "data_wait": wait / seconds,
                 "mfu": self._mfu(done - first, seconds),
                 "bad_samples": int(bad),
+                **self._fp16(done),
                 **self._now(),
             }
         )
         self._losses, self._norms = [], []
+
+    def _fp16(self, done: int) -> dict[str, float]:
+        """The loss scale, and the steps that it has cost; new ones are told at the terminal."""
+        if self.job.train.precision != "fp16":
+            return {}
+        before, self.skipped = self.skipped, done - fragments.optimizer_steps(self.engine)
+        scale = float(self.engine.optimizer.loss_scale)
+        if self.skipped > before:
+            new = self.skipped - before
+            self._notice(
+                f"up to step {done}: {new} more steps were skipped, whose gradients overflowed; the loss scale is {scale:g}"
+            )
+        return {"skipped_steps": self.skipped, "loss_scale": scale}
 
     def _per_second(self, steps: int, seconds: float) -> float:
         return steps * self.job.train.global_batch * (self.job.data.sequence_length or 1) / seconds if seconds else 0.0
@@ -307,6 +322,7 @@ class Worker:
             "world_size": self.world,
             "zero_stage": self.job.train.zero.stage,
             "optimizer_steps": fragments.optimizer_steps(self.engine),
+            "loss_scale": lossscale.read(self.engine),
             "job": self.job.dump(),
             "data": self.plan.dump(),
             "data_digest": self.plan.digest,
@@ -364,6 +380,8 @@ class Worker:
         checkpoint.load(found, state, self.control)
         self.saver.frozen.loaded(found, fragments.frozen(self.engine))
         fragments.after_load(self.engine, found.index["optimizer_steps"])
+        self._notice(lossscale.write(self.engine, found.index.get("loss_scale")))
+        self.skipped = self.start_step - found.index["optimizer_steps"]
         self.chain = found.index["receipt"]["chain"]
         self.bad_samples = found.index["bad_samples"] if self.rank == 0 else 0
 
