@@ -320,9 +320,9 @@ def _precision_faults(job: Job) -> list[str]:
     if job.train.precision == "fp16" and job.train.zero.stage == 0:
         faults.append("train.zero.stage: 0 with train.precision 'fp16' has no masters that a checkpoint could hold; use stage 1")
     if job.train.accumulate == "fp32" and _sums_on_host(job):
+        where = f"train.zero.offload.optimizer at train.zero.stage {job.train.zero.stage}"
         faults.append(
-            f"train.accumulate: fp32 with train.zero.offload.optimizer at train.zero.stage {job.train.zero.stage}: DeepSpeed sums "
-            "on the host in train.precision there; use stage 3, or same"
+            f"train.accumulate: fp32 with {where}: DeepSpeed sums in host memory in low precision; use stage 3, or same"
         )
     return faults
 

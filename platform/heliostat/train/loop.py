@@ -250,10 +250,8 @@ class Worker:
         before, self.skipped = self.skipped, done - fragments.optimizer_steps(self.engine)
         scale = float(self.engine.optimizer.loss_scale)
         if self.skipped > before:
-            new = self.skipped - before
-            self._notice(
-                f"up to step {done}: {new} more steps were skipped, whose gradients overflowed; the loss scale is {scale:g}"
-            )
+            what = f"{self.skipped - before} more steps were skipped, because fp16 gradients overflowed"
+            self._notice(f"up to step {done}: {what}; the loss scale is {scale:g}")
         return {"skipped_steps": self.skipped, "loss_scale": scale}
 
     def _per_second(self, steps: int, seconds: float) -> float:

@@ -1,7 +1,7 @@
 """fp16's dynamic loss scale: part of the state of a run, and what it costs is counted.
 
 Gradients are computed of the loss times a scale, which halves when they overflow (that step is skipped) and doubles after a while
-without (Micikevicius et al. 2018, arXiv 1710.03740, section 3.2). Begun anew on resume, it would skip steps until it was found again.
+without (Micikevicius et al. 2018, arXiv 1710.03740, section 3.2). Begun anew on resume, it would skip steps until it was found.
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ def write(engine: Any, held: dict[str, float] | None) -> str | None:
     """Goes on with what a checkpoint holds; what a person should know if that is nothing and the engine wants it."""
     scaler = _scaler(engine)
     if scaler and not held:
-        return (
-            f"the checkpoint holds no fp16 loss scale: it begins anew at {scaler.cur_scale:g}, and the next steps may be skipped"
-        )
+        return f"the checkpoint holds no fp16 loss scale: it begins anew at {scaler.cur_scale:g}, and steps may be skipped"
     for key, value in (held or {}).items() if scaler else ():
         setattr(scaler, key, value)
     return None
