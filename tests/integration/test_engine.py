@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -268,16 +267,12 @@ def reused(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
     from deepspeed.utils import safe_get_full_grad
 
     rank, world = dist.get_rank(), dist.get_world_size()
-    kinds = [
-        ("fp32", "same", 50),
-        ("fp32", "same", 1 << 20),
-        ("bf16", "same", 50),
-        ("bf16", "same", 1 << 20),
-        ("bf16", "fp32", 50),
-    ]
-    for stage, (precision, accumulate, bucket) in itertools.product((1, 2, 3), kinds):
+    sums = [("fp32", "same"), ("bf16", "same"), ("bf16", "fp32")]
+    kinds = [(s, *sum_, b) for s in (1, 2, 3) for sum_ in sums for b in (50, 1 << 20) if sum_ != ("bf16", "fp32") or b == 50]
+    for stage, precision, accumulate, bucket in kinds:
         changes = {"train.zero.stage": stage, "train.precision": precision, "train.accumulate": accumulate, "train.grad_clip": 0}
-        changes |= {"train.global_batch": 8 * world, "train.deepspeed": {"zero_optimization": {"reduce_bucket_size": bucket}}}
+        keys = {"reduce_bucket_size": bucket, "overlap_comm": bucket == 50}  # which GPUs have
+        changes |= {"train.global_batch": 8 * world, "train.deepspeed": {"zero_optimization": keys}}
         engine = _engine(Reused, 4, **changes)
         for use, loss in USES.items():
             plain = Reused()
@@ -307,5 +302,5 @@ def test_gradients_of_what_is_used_twice_in_a_step_are_autograds() -> None:
     versions that reduced such a gradient too early (its issues 7718 and 8224)."""
     told = ranks.run(f"{__name__}:reused", (2, 3))
     assert len(told) == 2 * 3 * 5 * len(USES)
-    limit = {"fp32": 1e-5, "bf16": 0.03}
+    limit = {"fp32": 1e-5, "bf16": 0.02}
     assert [row for row in told if not row["error"] < limit[row["precision"]]] == []

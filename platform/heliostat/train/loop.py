@@ -13,6 +13,7 @@ import dataclasses
 import math
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -36,10 +37,11 @@ from heliostat.train.ledger import Ledger, peak_flops
 from heliostat.train.pulse import Pulse, Votes
 from heliostat.train.schedule import factor
 from heliostat.train.spike import Detector
-from heliostat.train.survive import RESIZE, RUN
+from heliostat.train.survive import FAILED, RESIZE, RUN
 from heliostat.train.system import Monitor
 
 HELD_POLL_S = 0.05
+SAVING = timedelta(hours=12)  # the longest wait of one worker for another's part of a checkpoint
 
 
 def worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -64,9 +66,10 @@ class Worker:
         self.monitor = Monitor(self.board, ray.util.get_node_ip_address()) if _first_of_node() else None
         self.run_folder = Location(config["run_folder"])
         # the training group is left to DeepSpeed; saving runs in a thread and must not share a group with the loop
-        self.control, saving = dist.new_group(backend="gloo"), dist.new_group(backend="gloo")
+        # which waits for the slowest worker's upload; the watchdog sees whether that gets on
+        self.control, saving = dist.new_group(backend="gloo"), dist.new_group(backend="gloo", timeout=SAVING)
         self.votes = Votes(dist.new_group(backend="gloo"))
-        self.saver = checkpoint.Saver(self.run_folder, self.job.checkpoint, saving)
+        self.saver = checkpoint.Saver(self.run_folder, self.job.checkpoint, saving, self._progressed)
 
         if self.rank == 0:
             self._phase("model", queued_s=queued_s(), start_step=self.start_step, workers=self.world)
@@ -122,10 +125,12 @@ class Worker:
                 self._phase("step")
                 since = time.perf_counter()
             blocked = self.saver.blocked_s
-            self.votes.ask(self.pulse.stop)
+            self.votes.ask(FAILED if self.saver.failed else self.pulse.stop)
             self._step(step, mine)
             self.pulse.progress += 1
             stop = self.votes.result()
+            if stop == FAILED:
+                self.saver.wait()  # raises on every worker
             if stop == RESIZE and (step + 1) % job.checkpoint.every:
                 stop = RUN  # nobody is in a hurry: behind the next checkpoint
             self.ledger.move("computing", "checkpoint", self.saver.blocked_s - blocked)
@@ -375,7 +380,7 @@ class Worker:
         elif frozen:
             self._notice(f"{found.location}: holds no parameters that are not trained; {len(frozen)} are as the model was built")
         self._notice(checkpoint.casts(found, state))
-        checkpoint.load(found, state, self.control)
+        checkpoint.load(found, state, self.control, self._progressed)
         self.saver.frozen.loaded(found, fragments.frozen(self.engine))
         fragments.after_load(self.engine, found.index["optimizer_steps"])
         self._notice(lossscale.write(self.engine, found.index.get("loss_scale")))
