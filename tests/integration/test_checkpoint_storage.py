@@ -216,12 +216,12 @@ def heard(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
     saver.save(10, _state(_whole(10)), FACTS)
     yield {"case": "disk", **steps(saver)}
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    state = _state(_whole(20, 1000))
+    state = _state(_whole(20))
     if dist.get_rank() == 1:  # cannot be copied to the host
-        state["master.small"] = FlatShard(torch.empty(4, device="meta"), 4, 7)
+        state["master.small"] = FlatShard(torch.empty(3, device="meta"), 3, 7)
     saver.save(20, state, FACTS)
     yield {"case": "copy", **steps(saver)}
-    saver.save(30, _state(_whole(30, 1000)), FACTS)
+    saver.save(30, _state(_whole(30)), FACTS)
     saver.wait()
     yield {"case": "after", "steps": 0, "latest": checkpoint.latest(Location(folder)).step}  # type: ignore[union-attr]
 
