@@ -10,7 +10,7 @@ from heliostat.errors import ConfigError
 from heliostat.schema import nearest
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from jobs.pretrained import from_folder
+from jobs import pretrained
 
 
 def from_keys(model: dict[str, Any]) -> Any:
@@ -76,7 +76,7 @@ def from_folder(model: dict[str, Any]) -> Any:
     folder = Path(model["pretrained"])
     if not (folder / "config.json").is_file():
         raise ConfigError(f"model.pretrained: {str(folder)!r} is not a model folder (no config.json)")
-    config = from_folder("model.pretrained", transformers.AutoConfig, folder)
+    config = pretrained.from_folder("model.pretrained", transformers.AutoConfig, folder)
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ConfigError(f"model.pretrained: {str(folder)!r} holds a {config.model_type!r}, which is no causal language model")
     return config

@@ -7,8 +7,11 @@ more than 4 GiB becomes several files with an index, as transformers writes it. 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -20,7 +23,9 @@ from heliostat.spec import Job
 from heliostat.train import tensorfile
 from heliostat.train.blocks import as_bytes, cut
 from heliostat.train.ema import KEY as EMA
-from heliostat.train.stored import Checkpoint
+from heliostat.train.stored import FROZEN, Checkpoint
+
+log = logging.getLogger(__name__)
 
 SHARD_BYTES = 4 << 30
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,33 +48,55 @@ def export(checkpoint: Checkpoint, folder: Path, run_id: str | None = None) -> R
     with torch.device("meta"):
         model = recipe.build()
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    initial = _initial(checkpoint, job, recipe, [n for n, p in model.named_parameters() if not p.requires_grad])
     for prefix, file in recipe.layout.items():
         mine = {name: shape for name, shape in shapes.items() if name.startswith(prefix)}
         if mine:
-            write_weights(checkpoint, mine, DTYPES[job.train.precision], folder / file, prefix)
+            write_weights(checkpoint, mine, DTYPES[job.train.precision], folder / file, prefix, initial)
     recipe.save_config(folder)
     origin = {"run_id": run_id, "step": checkpoint.step, "data_digest": checkpoint.index["data_digest"]}
     exports.write(folder, job, {**origin, "data_version": DataPlan.parse(checkpoint.index["data"]).version})
     return recipe
 
 
+def _initial(checkpoint: Checkpoint, job: Job, recipe: Recipe, frozen: list[str]) -> dict[str, torch.Tensor]:
+    """What is not trained and the checkpoint does not hold, which older ones do not: it is what the model was built with."""
+    held = {*checkpoint.names("master"), *checkpoint.names(FROZEN)}
+    if not (wanted := [n for n in frozen if n not in held]):
+        return {}
+    log.warning("%s: holds no parameters that are not trained; %d are built anew from the seed", checkpoint.location, len(wanted))
+    torch.manual_seed(job.train.seed)
+    built = dict(recipe.build().named_parameters())
+    return {n: built[n].detach() for n in wanted}
+
+
 def write_weights(
-    checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, stem: Path, prefix: str = ""
+    checkpoint: Checkpoint,
+    shapes: dict[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    stem: Path,
+    prefix: str = "",
+    initial: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> None:
     """The parameters of these names and shapes, and the checkpoint's buffers below the prefix, without it, as STEM.safetensors.
 
-    Where the run averaged its weights, the average is taken.
+    Where the run averaged its weights, the average is taken; what was not trained is taken as it is, or `initial`.
     """
     weights = EMA if checkpoint.names(EMA) else "master"
-    missing = sorted(set(shapes) - set(checkpoint.names(weights)))
+    trained, frozen = set(checkpoint.names(weights)), set(checkpoint.names(FROZEN))
+    missing = sorted(set(shapes) - trained - frozen - set(initial))
     if missing:
         raise CheckpointError(f"{checkpoint.location}: has no weights for {missing[0]!r}; it was made by another model")
     cut_ = len(prefix)
-    entries = {n: _entry(checkpoint, n[cut_:], f"{weights}.{n}", shape, dtype) for n, shape in shapes.items()}
+    sources = {n: f"{weights if n in trained else FROZEN}.{n}" for n in shapes}
+    streams = {
+        n: partial(checkpoint.stream, s) if n in trained | frozen else partial(_pieces, initial[n]) for n, s in sources.items()
+    }
+    entries = {n: _entry(n[cut_:], streams[n], shape, dtype) for n, shape in shapes.items()}
     for name in (n for n in checkpoint.names("buffer") if n.startswith(prefix)):
         held = checkpoint.index["tensors"][f"buffer.{name}"]
         kind = tensorfile.DTYPES[held["dtype"]]
-        entries[name] = _entry(checkpoint, name[cut_:], f"buffer.{name}", tuple(held["shape"]), kind)
+        entries[name] = _entry(name[cut_:], partial(checkpoint.stream, f"buffer.{name}"), tuple(held["shape"]), kind)
     entries = {entry.name: entry for entry in entries.values()}
     files = _pack({name: entry.size for name, entry in entries.items()})
     weight_map: dict[str, str] = {}
@@ -82,11 +109,17 @@ def write_weights(
         stem.with_name(f"{stem.name}.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-def _entry(checkpoint: Checkpoint, name: str, source: str, shape: tuple[int, ...], dtype: torch.dtype) -> tensorfile.Entry:
-    """A tensor of the model, read from the checkpoint piece by piece when its turn comes."""
+def _pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    yield tensor.reshape(-1)
+
+
+def _entry(
+    name: str, stream: Callable[[], Iterator[torch.Tensor]], shape: tuple[int, ...], dtype: torch.dtype
+) -> tensorfile.Entry:
+    """A tensor of the model, read piece by piece when its turn comes."""
 
     def parts() -> Iterator[memoryview]:
-        for piece in checkpoint.stream(source):
+        for piece in stream():
             yield from cut(as_bytes(piece.to(dtype)))
 
     return tensorfile.Entry(name, dtype, shape, parts)

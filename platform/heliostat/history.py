@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from heliostat.data import receipt, segments
-from heliostat.errors import ConfigError, CorruptCheckpointError, VerifyError
+from heliostat.errors import CheckpointError, ConfigError, VerifyError
 from heliostat.storage import Location
 from heliostat.train import stored
 
@@ -75,7 +75,7 @@ class History:
         for step in stored.steps(run):
             try:
                 index = stored.open_checkpoint(run, step).index
-            except CorruptCheckpointError:
+            except CheckpointError:
                 continue  # it does not exist
             said = index["receipt"]
             if index["data_digest"] not in {p.digest for p in self.plans[: self.segment(said["steps"] - 1)]}:

@@ -213,11 +213,11 @@ def test_who_was_taken_for_dead_makes_no_checkpoint_valid(tmp_path):
 
     run = Location(str(tmp_path))
     with lease.take(run) as held:
-        writer = _Writer(stored.folder(run, 10), 10, {}, held.fence)
+        writer = _Writer(stored.folder(run, 10), 10, {}, lambda: None, held.fence)
         writer.finish(Metadata({}), [])
         assert stored.open_checkpoint(run, 10).step == 10
         run.join(lease.FOLDER, "00000002.json").write(replace(Holder.me(), pid=7).dump())
-        late = _Writer(stored.folder(run, 20), 20, {}, held.fence)
+        late = _Writer(stored.folder(run, 20), 20, {}, lambda: None, held.fence)
         for act in (lambda: late.finish(Metadata({}), []), lambda: writer.prepare_global_plan([])):
             with pytest.raises(LeaseError, match="has taken it over"):
                 act()

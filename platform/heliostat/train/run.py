@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from heliostat import check, goodput
+from heliostat import check, goodput, spec
 from heliostat.check import Checked
 from heliostat.data import segments
 from heliostat.data.dataset import DataPlan, make_order
@@ -93,6 +93,7 @@ def train(
                 f"name: run {job.name!r} already has checkpoints up to step {found.step} in {job.run_folder}; "
                 "use --resume to go on, --overwrite to start anew, or another name"
             )
+        job = spec.settle(job, found.index["job"] if found else None)
         checked = _check_data(job, recipe, found, recorded, allow_data_change)
         if overwrite:
             held.fence.check()
@@ -135,6 +136,7 @@ def train_part(job: Job, part: Part) -> dict[str, Any]:
     job, recipe = check.check_job(job)
     with lease.take(job.run_folder) as held:
         found = checkpoint.latest(job.run_folder)
+        job = spec.settle(job, found.index["job"] if found else None)
         recorded = DataPlan.parse(found.index["data"]) if found else None
         checked = check.check_stores(job, recipe, recorded)
         run = _Run(checked, held, found.step if found else 0, part.started, tags=part.tags, part=part)
@@ -153,7 +155,7 @@ def conclude(job: Job) -> dict[str, Any]:
 
     with lease.take(job.run_folder) as held:
         last = checkpoint.open_checkpoint(job.run_folder, job.last_step)
-        checked = check.check_stores(job, recipe, DataPlan.parse(last.index["data"]))
+        checked = check.check_stores(spec.settle(job, last.index["job"]), recipe, DataPlan.parse(last.index["data"]))
         return _Run(checked, held, job.last_step, time.time()).conclude(last)
 
 
