@@ -70,6 +70,8 @@ class Pruner:
             used = {open_checkpoint(self.run, step).index.get(FROZEN) for step in kept}
         except CheckpointError:
             return
+        if names - used and self.fence:
+            self.fence.check()
         for name in names - used:
             location = self.run.join("checkpoints", name)
             location.join(INDEX).delete()
