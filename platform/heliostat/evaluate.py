@@ -24,7 +24,13 @@ BATCH = 8
 
 def evaluate(folder: Path, data: str, samples: int, sequence_length: int | None, fraction: float | None) -> dict[str, float]:
     """The recipe's metrics over `samples` held-out samples: the same ones as in training at the same fraction and length."""
-    export = exports.read(folder)
+    with exports.using(folder):
+        return _evaluate(exports.read(folder), data, samples, sequence_length, fraction)
+
+
+def _evaluate(
+    export: exports.Export, data: str, samples: int, sequence_length: int | None, fraction: float | None
+) -> dict[str, float]:
     job = collection.expand(_job(export, data, samples, sequence_length, fraction))
     manifests = [read(location) for location in job.sources]
     recipe: Recipe = export.recipe(job)
@@ -35,7 +41,7 @@ def evaluate(folder: Path, data: str, samples: int, sequence_length: int | None,
     held = dataset.order.held_out(samples)
     found = dataset.read(held)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = recipe.load(folder).eval().to(device)
+    model = recipe.load(export.folder).eval().to(device)
     sums: dict[str, float] = {}
     with torch.no_grad():
         for rows in _batches(held.source):

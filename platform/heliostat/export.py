@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from heliostat import exports
-from heliostat.data.dataset import DataPlan, open_dataset
+from heliostat.data.dataset import open_dataset
 from heliostat.errors import CheckpointError
 from heliostat.recipe import Recipe
 from heliostat.spec import Job
@@ -30,8 +30,8 @@ def recipe_of(checkpoint: Checkpoint) -> tuple[Job, Recipe]:
     """The job and the bound recipe that made a checkpoint, from its own record."""
     from heliostat.train.loop import make_recipe
 
-    job = Job.model_validate(checkpoint.index["job"])
-    return job, make_recipe(job, open_dataset(DataPlan.parse(checkpoint.index["data"])))
+    job = checkpoint.job
+    return job, make_recipe(job, open_dataset(checkpoint.plan))
 
 
 def export(checkpoint: Checkpoint, folder: Path, run_id: str | None = None) -> Recipe:

@@ -6,17 +6,32 @@ was changed, at a step before them, is of an undone future and left out.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from typing_extensions import TypedDict
+
 from heliostat.data import segments
 from heliostat.errors import ConfigError, CorruptCheckpointError, VerifyError
+from heliostat.records import Format, Hex, Whole, open_
 from heliostat.storage import Location
 from heliostat.train import stored
 
 READERS = 8
+
+
+@open_
+class Sealed(TypedDict):
+    """What `data.receipt` writes."""
+
+    first: Whole
+    steps: list[Hex]
+    chain: Hex
+    data_digest: str
+
+
+SEALED = Format(Sealed, "receipt", VerifyError)
 
 
 @dataclass(frozen=True)
@@ -79,11 +94,11 @@ def _receipts(run: Location) -> list[Receipt]:
     folder = run.join("receipts")
 
     def read(name: str) -> Receipt:
-        try:
-            raw = json.loads(folder.join(name).read())
-            return Receipt(name, raw["first"], raw["steps"], raw["chain"], raw["data_digest"])
-        except (ValueError, KeyError, TypeError) as e:
-            raise VerifyError(f"{folder.join(name)}: not a receipt, or damaged") from e
+        raw = SEALED.read(folder.join(name))
+        found = Receipt(name, raw["first"], raw["steps"], raw["chain"], raw["data_digest"])
+        if found.end != segments.step_of(name):
+            raise VerifyError(f"{folder.join(name)}: ends at step {found.end}, and is named after another")
+        return found
 
     with ThreadPoolExecutor(READERS) as pool:
         return sorted(pool.map(read, [name for name, _ in folder.files()]), key=lambda r: r.first)

@@ -30,6 +30,7 @@ from heliostat import workspace
 from heliostat.cluster import http
 from heliostat.cluster.files import ClusterFile
 from heliostat.errors import ClusterError, ConfigError
+from heliostat.records import Format
 
 log = logging.getLogger(__name__)
 
@@ -80,16 +81,18 @@ class State:
         (self.folder / "state.json").write_text(json.dumps(asdict(self), indent=2))
 
 
+STATE = Format(State, "record of a local cluster", ConfigError, fix="end its processes, and delete its folder")
+
+
 def home() -> Path:
     return workspace.root() / ".heliostat" / "clusters"
 
 
 def read(name: str) -> State | None:
     try:
-        raw = json.loads((home() / name / "state.json").read_text())
+        return STATE.read(home() / name / "state.json")
     except FileNotFoundError:
         return None
-    return State(**{**raw, "nodes": [Node(**n) for n in raw["nodes"]]})
 
 
 def known() -> list[State]:

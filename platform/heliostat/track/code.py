@@ -15,6 +15,7 @@ from importlib.metadata import distributions
 
 from heliostat import workspace
 from heliostat.cluster.pack import CODE_FILE, NEVER
+from heliostat.records import Format
 
 DIFF_BYTES = 1 << 20  # of a difference that is kept
 
@@ -43,12 +44,14 @@ class Source:
         return json.dumps(asdict(self))
 
 
+SOURCE = Format(Source, "record of the code that was submitted", fix="submit the job again")
+
+
 def source() -> Source:
     """The workspace as it is now."""
     sent = workspace.root() / CODE_FILE
     if sent.is_file():
-        raw = json.loads(sent.read_text())
-        return Source(raw["commit"], raw["diff"], tuple(raw["untracked"]))
+        return SOURCE.read(sent)
     commit = _git("rev-parse", "HEAD")
     if not commit:
         return Source()

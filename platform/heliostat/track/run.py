@@ -19,11 +19,14 @@ from collections import deque
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
 
 from heliostat import goodput
 from heliostat.data.manifest import Manifest
 from heliostat.errors import HeliostatError, TrackingError
+from heliostat.records import Format, open_
 from heliostat.spec import Job
 from heliostat.storage import Location
 from heliostat.track import code, curves, outbox, store
@@ -48,10 +51,22 @@ CLIENT = {
 }
 
 
+@open_
+class Made(TypedDict):
+    """`run_id` is there as soon as MLflow has the run."""
+
+    token: str
+    uri: str
+    run_id: NotRequired[str]
+
+
+MADE = Format(Made, "record of a run", fix="delete it, and the run goes on as another one in MLflow")
+
+
 def record(run: Location) -> dict[str, Any]:
     """What the run's folder knows of its MLflow run; empty for a new run."""
     try:
-        return json.loads(run.join(RECORD).read())
+        return dict(MADE.read(run.join(RECORD)))
     except FileNotFoundError:
         return {}
 

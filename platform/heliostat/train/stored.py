@@ -19,9 +19,14 @@ from typing import Any
 
 import torch
 
-from heliostat.errors import CheckpointError, CorruptCheckpointError
+from heliostat.data import plans
+from heliostat.data.dataset import DataPlan
+from heliostat.errors import CheckpointError, ConfigError, CorruptCheckpointError
+from heliostat.schema import validate
+from heliostat.spec import Job
 from heliostat.storage import Location
-from heliostat.train import blocks
+from heliostat.text import brief
+from heliostat.train import blocks, checkpoint_index
 from heliostat.train.tensorfile import DTYPES
 
 log = logging.getLogger(__name__)
@@ -48,6 +53,19 @@ class Checkpoint:
 
     location: Location
     index: dict[str, Any]
+
+    @property
+    def job(self) -> Job:
+        """The job that made it; CheckpointError if this version knows none like it."""
+        try:
+            return validate(Job, self.index["job"], f"{self.location.join(INDEX)}: job")
+        except ConfigError as e:
+            raise CheckpointError(str(e)) from e
+
+    @property
+    def plan(self) -> DataPlan:
+        """The data plan that it follows."""
+        return plans.build(self.index["data"], f"{self.location.join(INDEX)}: data")
 
     @property
     def step(self) -> int:
@@ -134,8 +152,10 @@ def open_checkpoint(run: Location, step: int) -> Checkpoint:
         raise CorruptCheckpointError(f"{location}: no complete checkpoint here ({INDEX} is missing)", step) from e
     except ValueError as e:
         raise CorruptCheckpointError(f"{location.join(INDEX)}: is not what was written (CRC-32)", step) from e
-    if index["format"] != FORMAT:
-        raise CheckpointError(f"{location}: format {index['format']} is not the one that this version reads ({FORMAT})")
+    if isinstance(index, dict) and index.get("format", FORMAT) != FORMAT:
+        raise CheckpointError(f"{location}: format {brief(index['format'])} is not the one that this version reads ({FORMAT})")
+    if fault := checkpoint_index.fault(index, step):
+        raise CorruptCheckpointError(f"{location.join(INDEX)}: is no index of a checkpoint ({fault})", step)
     present = dict(location.files())
     for shard in index["shards"]:
         if present.get(shard["file"]) != shard["bytes"]:
