@@ -22,10 +22,11 @@ import torch
 import torch.nn.functional as F
 import transformers  # its names are imported when they are first used: a faulty job is found sooner
 from heliostat.data.manifest import Manifest
-from heliostat.errors import ConfigError
+from heliostat.errors import ConfigError, DataError
 from heliostat.recipe import Batch, Generated, Request, Serving
 from heliostat.schema import Float, Strict, nearest, validate
-from heliostat.spec import Job
+from heliostat.spec import Job, divisors
+from heliostat.text import brief
 from pydantic import Field
 from tokenizers import Tokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -75,9 +76,12 @@ class CausalLM:
         tokenizers = {m.meta.get("tokenizer") for m in sources}
         if len(tokenizers) > 1:
             raise ConfigError("data.sources: the datasets were made with different tokenizers; prepare them with one")
-        vocabulary, self.end = sources[0].meta["vocab_size"], sources[0].meta["end_of_document"]
-        self.tokenizer_json = sources[0].location.join("tokenizer.json").read()
-        if hashlib.sha256(self.tokenizer_json).hexdigest() != sources[0].meta["tokenizer"]:
+        vocabulary, self.end = sources[0].fact("vocab_size"), sources[0].fact("end_of_document")
+        try:
+            self.tokenizer_json = sources[0].location.join("tokenizer.json").read()
+        except FileNotFoundError as e:
+            raise DataError(f"{sources[0].location}: has no tokenizer.json; prepare the dataset again") from e
+        if hashlib.sha256(self.tokenizer_json).hexdigest() != sources[0].fact("tokenizer"):
             raise ConfigError(f"{sources[0].location.join('tokenizer.json')}: is not the tokenizer that made the dataset")
         if self.vocabulary_given:
             if self.config.vocab_size < vocabulary:
@@ -282,7 +286,7 @@ def _config(model: dict[str, Any]) -> Any:
     except ConfigError:
         raise
     except Exception as e:  # transformers raises its own errors for values; the last line is the one that says what is wrong
-        raise ConfigError(f"model: {str(e).splitlines()[-1].strip()}") from e
+        raise ConfigError(f"model: {brief((str(e).splitlines() or [type(e).__name__])[-1])}") from e
     if heads and groups and heads % groups:
         raise ConfigError(
             f"model.num_key_value_heads: {groups} does not divide num_attention_heads {heads}; {_divisor(heads, groups)}"
@@ -310,7 +314,7 @@ def _check_heads(kind: Any, keys: dict[str, Any]) -> None:
 
 
 def _divisor(number: int, near: int) -> str:
-    return f"nearest that does: {min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - near))}"
+    return f"nearest that does: {min(divisors(number), key=lambda d: abs(d - near))}"
 
 
 def _pretrained_config(model: dict[str, Any]) -> Any:

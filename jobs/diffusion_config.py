@@ -17,6 +17,7 @@ import torch
 from diffusers import AutoencoderKL, PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from heliostat.errors import ConfigError
 from heliostat.schema import Float, Strict, nearest
+from heliostat.text import brief
 from pydantic import Field, model_validator
 from transformers import AutoConfig, AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5EncoderModel
 from transformers.initialization import no_init_weights
@@ -129,7 +130,7 @@ def build_backbone(keys: dict[str, Any], defaults: dict[str, Any]) -> Any:
         with partitioned():
             return cls(**config)
     except (ValueError, TypeError, NotImplementedError, IndexError, KeyError, ZeroDivisionError, RuntimeError) as e:
-        raise ConfigError(f"model.backbone: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
+        raise ConfigError(f"model.backbone: {brief(e)}") from e
 
 
 def build_text_encoder(text: Text, vocabulary: int, end: int) -> CLIPTextModel:

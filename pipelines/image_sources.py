@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from heliostat.errors import ConfigError, StorageError
 from heliostat.prepare import InputFile
 from heliostat.storage import Location
+from heliostat.text import brief
 from PIL import Image
 
 from pipelines import sources
@@ -114,7 +115,7 @@ def read_table(path: str, data: bytes) -> list[dict[str, Any]]:
             return list(csv.DictReader(io.StringIO(text)))
         return [json.loads(line) for line in text.splitlines() if line.strip()]
     except (pa.ArrowException, OSError, ValueError) as e:
-        raise ConfigError(f"input: {path}: cannot be read ({str(e).splitlines()[0]})") from e
+        raise ConfigError(f"input: {path}: cannot be read ({brief(e)})") from e
 
 
 # reading -------------------------------------------------------------------------------------------------------------

@@ -22,9 +22,26 @@ from rich.logging import RichHandler
 
 from heliostat.chaos.command import chaos
 from heliostat.errors import ConfigError, HeliostatError, VerifyError
+from heliostat.text import printable
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-out = Console(highlight=False, soft_wrap=True)
+
+
+class Printer(Console):
+    """Standard output: what comes from data moves no cursor and marks up nothing."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(printable(o, lines=True) if isinstance(o, str) else o for o in objects), **{"markup": False, **options})
+
+
+class Lines(logging.Formatter):
+    """The same of what is logged."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), lines=True)
+
+
+out = Printer(highlight=False, soft_wrap=True)
 
 Run = Annotated[str, typer.Argument(help="A run id, or a run's folder (STORAGE/NAME)")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="Change a key: --set train.optimizer.lr=1e-3")]
@@ -371,16 +388,18 @@ def main() -> None:
         os.environ.setdefault(name, value)
     if sys.stderr.isatty():
         handler: logging.Handler = RichHandler(console=Console(stderr=True), show_path=False, show_level=False, markup=False)
-        logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s", datefmt="%H:%M:%S")
+        handler.setFormatter(Lines("%(message)s", "%H:%M:%S"))
     else:
-        logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+        handler = logging.StreamHandler()
+        handler.setFormatter(Lines("%(asctime)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("heliostat").setLevel(logging.DEBUG if verbose else logging.INFO)
     try:
         app()
     except HeliostatError as e:
         if verbose:
             logging.getLogger("heliostat").exception("traceback")
-        sys.stderr.write(f"error: {e}\n")
+        sys.stderr.write(f"error: {printable(str(e), lines=True)}\n")
         sys.exit(e.exit_code)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")

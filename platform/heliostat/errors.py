@@ -4,6 +4,9 @@ The command line prints the line and exits with `exit_code`; a traceback means a
 travel from Ray workers to the driver, so what each takes are its `args`: the message, and what the driver must know.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class HeliostatError(Exception):
     """Base of all errors below."""
@@ -91,6 +94,18 @@ class ClusterError(HeliostatError):
 
 class TrackingError(HeliostatError):
     """MLflow cannot be reached or refused us."""
+
+
+@contextmanager
+def naming(where: object) -> Iterator[None]:
+    """Puts the place that is at fault before an error's own words, unless they name it."""
+    try:
+        yield
+    except HeliostatError as e:
+        if str(where) in str(e):
+            raise
+        e.args = (f"{where}: {e.args[0]}", *e.args[1:])
+        raise
 
 
 def innermost(error: BaseException | None) -> HeliostatError | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,13 @@ from heliostat.data.dataset import open_dataset, plan
 from heliostat.data.manifest import read
 from heliostat.errors import ConfigError
 from heliostat.recipe import Recipe
+from heliostat.records import Format
+from heliostat.schema import validate
 from heliostat.spec import Job
 from heliostat.storage import Location
 
 BATCH = 8
+SETTINGS = Format(dict[str, Any], "tokenizer's configuration", ConfigError)
 
 
 def evaluate(folder: Path, data: str, samples: int, sequence_length: int | None, fraction: float | None) -> dict[str, float]:
@@ -66,7 +68,8 @@ def _job(export: exports.Export, data: str, samples: int, sequence_length: int |
         raise ConfigError("--sequence-length: the model does not say how long its samples are; give it")
     held = fraction or (made.get("evaluate") or {}).get("fraction", 0.01)
     source = {"path": str(Location(data).absolute(workspace.root()))}
-    return Job.model_validate(
+    return validate(
+        Job,
         {
             "name": "evaluate",
             "recipe": made.get("recipe", exports.LANGUAGE_MODEL),
@@ -83,12 +86,15 @@ def _job(export: exports.Export, data: str, samples: int, sequence_length: int |
             "checkpoint": {"every": 1},
             "storage": str(export.folder),
             "mlflow": {"uri": "sqlite:////dev/null", "experiment": "none"},
-        }
+        },
+        f"the job that made {export.folder}",
     )
 
 
 def _trained_length(folder: Path) -> int | None:
     """What an export's tokenizer gives as its longest input: the sequence length of the training."""
     settings = folder / "tokenizer_config.json"
-    length = json.loads(settings.read_text()).get("model_max_length") if settings.is_file() else None
-    return int(length) if length and length < 10_000_000 else None  # transformers writes 1e30 for "unknown"
+    length = SETTINGS.read(settings).get("model_max_length") if settings.is_file() else None
+    return (
+        int(length) if isinstance(length, int | float) and 0 < length < 10_000_000 else None
+    )  # transformers writes 1e30 for "unknown"

@@ -14,7 +14,7 @@ import torch
 
 from heliostat import exports
 from heliostat.data.dataset import open_dataset
-from heliostat.errors import CheckpointError
+from heliostat.errors import CheckpointError, naming
 from heliostat.recipe import Recipe
 from heliostat.spec import Job
 from heliostat.train import tensorfile
@@ -31,7 +31,8 @@ def recipe_of(checkpoint: Checkpoint) -> tuple[Job, Recipe]:
     from heliostat.train.loop import make_recipe
 
     job = checkpoint.job
-    return job, make_recipe(job, open_dataset(checkpoint.plan))
+    with naming(checkpoint.location):
+        return job, make_recipe(job, open_dataset(checkpoint.plan))
 
 
 def export(checkpoint: Checkpoint, folder: Path, run_id: str | None = None) -> Recipe:

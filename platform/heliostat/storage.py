@@ -30,6 +30,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from heliostat.errors import AccessError, ConfigError, StorageError
+from heliostat.text import brief, printable
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -113,7 +114,12 @@ class Location:
     uri: str
 
     def __post_init__(self) -> None:
-        scheme = urlsplit(self.uri).scheme
+        if "\0" in self.uri:
+            raise ConfigError(f"{printable(self.uri)!r}: names no place: it holds a null character")
+        try:
+            scheme = urlsplit(self.uri).scheme
+        except ValueError as e:
+            raise ConfigError(f"{printable(self.uri)!r}: names no place ({e}); use a path, file:// or s3://") from e
         if scheme not in ("", "file", "s3"):
             raise ConfigError(f"{self.uri!r}: scheme {scheme!r} is not supported; use a path, file:// or s3://")
         if not self.uri or (scheme == "s3" and not urlsplit(self.uri).netloc):
@@ -261,7 +267,7 @@ class Location:
                     raise FileNotFoundError(self.uri) from e
                 if not self.is_s3 and Path(self.path).is_dir():
                     raise StorageError(f"{self.uri}: is a folder, not a file") from e
-                reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+                reason = brief(e) or type(e).__name__
                 if meaning in FINAL:
                     raise AccessError(f"{self.uri}: {FINAL[meaning]} ({reason})") from e
                 wait = min(8.0, 0.2 * 2**failures) * random.uniform(0.5, 1.5)

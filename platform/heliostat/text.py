@@ -23,6 +23,7 @@ def _escape(character: str) -> str:
 
 def brief(text: object, longest: int = LONGEST) -> str:
     """The first line that says something, printable, cut to a length: what of a library's words belongs into an error."""
-    line = next((line for line in str(text).splitlines() if line.strip()), "").strip()
+    said = str(text).strip() or (type(text).__name__ if isinstance(text, BaseException) else "")
+    line = said.splitlines()[0].strip() if said else ""
     shown = printable(line[: longest + 1])
     return shown if len(shown) <= longest else f"{shown[: longest - 4]} ..."

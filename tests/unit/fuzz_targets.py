@@ -38,24 +38,18 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as models_
 
 from tests.unit import build_job
+from tests.unit.build_index import index as index_of
 from tests.unit.fuzzing import Target, mutate_bytes, mutate_tree, mutated_json, mutated_yaml
 from tests.unit.test_curves import event, score
 from tests.unit.test_dataset import LENGTH, make_plan
 from tests.unit.test_verify import Run
 
 ROOT = Path(__file__).parents[2]
-KEYS = [
-    "model",
-    "train.",
-    "data",
-    "recipe",
-    "job",
-    "space",
-    "tokenizer",
-    "input",
-    "mlflow.",
-    "evaluate",
-]  # that a schema's error may name
+RESULT = {"run_id": "0" * 32, "model_uri": "m", "samples": [{"prompt": "p", "text": "t"}], "eval": {"loss": 1.0}, "startup": {"ray": 1.0},
+          "tokens_per_second": 1.0, "data_wait": 0.0, "seconds_to_first_step": 1.0, "checkpoint": "c", "unit": "tokens",
+          "reference": {"d": None}}  # fmt: skip
+# that a schema's error may name
+KEYS = ["model", "train.", "data", "recipe", "job", "space", "tokenizer", "input", "mlflow.", "evaluate"]
 
 
 def _file(
@@ -76,9 +70,10 @@ def _file(
 
 def jobs(folder: Path) -> Target:
     (folder / "text.yaml").write_text(yaml.safe_dump(build_job.raw(**{
-        "train.precision": "fp32", "data.sources": [{"path": "a", "weight": 0.5}, {"path": "s3://b/c", "max_epochs": 2}], "data.lanes": 4,
-        "data.mix_schedule": [{"step": 5, "weights": [1, 2]}], "checkpoint": {"every": 10, "keep_every": 20, "best": {"metric": "loss"}},
-        "workers": {"count": [1, 4], "cpus": 1, "labels": {"a": "b"}}, "card": {"license": "MIT"}, "spike": {"window": 10}})))  # fmt: skip
+        "data.sources": [{"path": "a", "weight": 0.5}, {"path": "s3://b/c", "max_epochs": 2}], "data.lanes": 4,
+        "data.mix_schedule": [{"step": 5, "weights": [1, 2]}], "train.precision": "fp32", "card": {"license": "MIT"},
+        "checkpoint": {"every": 10, "keep_every": 20, "best": {"metric": "loss"}}, "spike": {"window": 10},
+        "workers": {"count": [1, 4], "cpus": 1, "labels": {"a": "b"}}})))  # fmt: skip
     image = yaml.safe_load((ROOT / "jobs" / "quickstart-diffusion.yaml").read_text())
     image["model"]["samples"]["prompts"] = image["model"]["samples"]["prompts"][:2]
     (folder / "image.yaml").write_text(yaml.safe_dump(image))
@@ -228,14 +223,17 @@ def receipts(folder: Path) -> Target:
 
 def plans(folder: Path) -> Target:
     _run(folder)
-    return Target(folder, _file("run/segments/*.json", mutated_json, "step "), _read_run)
+    return Target(
+        folder, _file("run/segments/*.json", mutated_json, "segments", f"{folder.name}-data", "data.sources"), _read_run
+    )
 
 
 def ledgers(folder: Path) -> Target:
     for number, outcome in enumerate(["failed", None]):
         parts = {"starting": 3.0, "computing": 20.0, "data": 1.5}
-        made = goodput.Attempt(f"a{number}", 1e9 + 100 * number, 1e9 + 100 * number + 24.5, 1e9 + 100 * number + 25, 0, 2, bool(number), "host",
-                               42, outcome, "", "lost", parts, [(10, 9.0), (20, 20.0)])  # fmt: skip
+        began = 1e9 + 100 * number
+        made = goodput.Attempt(f"a{number}", began, began + 24.5, began + 25, 0, 2, bool(number), "host", 42, outcome, "", "lost", parts,
+                               [(10, 9.0), (20, 20.0)])  # fmt: skip
         Location(str(folder)).join("run", goodput.FOLDER, made.name).write(made.dump())
 
     def read(copied: Path) -> None:
@@ -266,13 +264,12 @@ def checkpoints(folder: Path) -> Target:
         memoryview(weights.numpy().tobytes())])], {})  # fmt: skip
     crc = [zlib.crc32(weights.numpy().tobytes())]
     job = build_job.job(**{"train.precision": "fp32"}).dump()
-    made = {
-        "format": stored.FORMAT, "step": 20, "name": "small", "world_size": 1, "zero_stage": 1, "written": 1e9, "metrics": {"loss": 1.0},
-        "optimizer_steps": 20, "bad_samples": 0, "job": job, "data": run.plan(19).dump(), "data_digest": run.plan(19).digest, "receipt": {"steps": 20, "chain": run.chains[20]},
+    made = index_of(20, job=job, data=run.plan(19).dump(), data_digest=run.plan(19).digest, metrics={"loss": 1.0}, **{
+        "receipt": {"steps": 20, "chain": run.chains[20]},
         "shards": [{"file": "s0.safetensors", "bytes": (Path(place.path) / "s0.safetensors").stat().st_size}],
         "tensors": {"master.w": {"dtype": "F32", "shape": [3, 4], "chunks": [
             {"shard": 0, "start": 0, "numel": 12, "offset": begins["w"], "crc32": crc}]}},
-    }  # fmt: skip
+    })  # fmt: skip
     place.join(stored.INDEX).write(stored.encode(made))
 
     def mutate(rng: random.Random, copied: Path) -> list[str]:
@@ -301,9 +298,7 @@ def records(folder: Path) -> Target:
     run = _run(folder)
     place = run.location
     place.join(run_record.RECORD).write(json.dumps({"run_id": "0" * 32, "token": "x", "uri": "sqlite:///x"}).encode())
-    place.join("result.json").write(
-        json.dumps({"run_id": "0" * 32, "model_uri": "m", "samples": [], "eval": {"loss": 1.0}}).encode()
-    )
+    place.join("result.json").write(json.dumps(RESULT).encode())
     bad = {"step": 3, "dataset": "d", "shard": "s", "row_group": 0, "row": 1, "reason": "r",
            "replaced_by": {"dataset": "d", "shard": "s", "row_group": 0, "row": 2}}  # fmt: skip
     place.join("quarantine", "step-00000010.jsonl").write(f"{json.dumps(bad)}\n{json.dumps(bad)}\n".encode())
@@ -327,11 +322,13 @@ def records(folder: Path) -> Target:
     (folder / code.CODE_FILE).parent.mkdir(parents=True, exist_ok=True)
     (folder / code.CODE_FILE).write_text(json.dumps({"commit": "c", "diff": "d", "untracked": ["a"]}))
     (folder / "model").mkdir()
-    (folder / "model" / "heliostat.json").write_text(json.dumps(
-        {"recipe": "jobs.causal_lm:CausalLM", "job": build_job.BASE, "origin": {"run_id": "r", "step": 3, "data_digest": "d"}}))  # fmt: skip
+    made = {"recipe": "jobs.causal_lm:CausalLM", "job": build_job.BASE, "origin": {"run_id": "r", "step": 3, "data_digest": "d"}}
+    (folder / "model" / "heliostat.json").write_text(json.dumps(made))
     (folder / "model" / "config.json").write_text("{}")
-    patterns = ["run/run.json", "run/result.json", "run/quarantine/*", f"run/{outbox.FILE}", "sweep/*.json", "sweep/records/*", ".heliostat/jobs/*",
-                ".heliostat/clusters/c/*", code.CODE_FILE, "model/heliostat.json"]  # fmt: skip
+    patterns = [
+        "run/run.json", "run/result.json", "run/quarantine/*", f"run/{outbox.FILE}", "sweep/*.json", "sweep/records/*",
+        ".heliostat/jobs/*", ".heliostat/clusters/c/*", code.CODE_FILE, "model/heliostat.json",
+    ]  # fmt: skip
 
     def mutate(rng: random.Random, copied: Path) -> list[str]:
         return _file(rng.choice(patterns), mutated_json, "space", "train.", "sweep")(rng, copied)

@@ -23,19 +23,21 @@ from typing import Any
 
 import yaml
 from heliostat.errors import HeliostatError
+from heliostat.text import printable
 
 ROOT = Path(__file__).parents[2]
 CPU_S = 10.0  # of one reading: more is a hang
 ROOM = 6 << 30  # bytes that one reading may ask for: more is a bomb
 LONGEST = 1000  # characters of a line
 VALUES: list[Any] = [
-    None, True, False, 0, -1, 1, 2, 7, 10**9, 10**12, 2**31, 2**63, -(2**63), 10**30, 0.5, -0.5, 1e308, float("nan"), float("inf"),
-    "", "x", "0", "../../x", "/", "s3://", "s3://b/k?", "file://", "http://[", "http://x:y:z", "\x1b[31mred\x1b[0m", "a\nb",
+    None, True, False, 0, -1, 1, 2, 7, 10**9, 10**12, 2**31, 2**63, -(2**63), 10**30, 0.5, -0.5, 1e308, float("nan"),
+    float("inf"), "", "x", "0", "../../x", "/", "s3://", "s3://b/k?", "file://", "http://[", "http://x:y:z", "\x1b[31mred\x1b[0m", "a\nb",
     "\u202eevil", "\x00", "\x9b2J", "é" * 50, "x" * 10_000, [], {}, [[]], [None], [1, 2, 3], {"": None}, {"a": {"b": 1}},
     {"a": "\x1b[2J"},
 ]  # fmt: skip
 PIECES = [
-    b"", b"\x00", b"\xff\xfe", b"\x1b[2J", b"[" * 3000, b"{" * 3000, b'"', b"&a [*a, *a]", b"!!python/object/apply:os.system ['true']",
+    b"", b"\x00", b"\xff\xfe", b"\x1b[2J", b"[" * 3000, b"{" * 3000, b'"', b"&a [*a, *a]",
+    b"!!python/object/apply:os.system ['true']",
     b"1e999", b"NaN", b"-", b": ", b"\n---\n", b"\t", b"9" * 5000, "\u202e".encode(), b"\\u0000",
 ]  # fmt: skip
 
@@ -213,7 +215,7 @@ def run(target: Target, seed: int, rounds: int, scratch: Path) -> Report:
             with limits():
                 target.read(copied)
         except HeliostatError as e:
-            if fault := unclear(str(e), names):
+            if fault := unclear(printable(str(e), lines=True), names):  # as the command line shows it
                 report.add(f"{type(e).__name__}, {fault} ({where(e)})", name, str(e))
             else:
                 report.refused += 1

@@ -1,7 +1,7 @@
 """Whatever is in a file that heliostat reads, a person gets an answer or one line that names the file and the fault.
 
-A fixed seed and some seconds here. By hand `HELIOSTAT_FUZZ=50 HELIOSTAT_FUZZ_SEED=7 pytest tests/unit/test_fuzz.py -s` takes fifty
-times as many rounds, of another seed, and prints what became of them.
+A fixed seed and some seconds here. By hand, `HELIOSTAT_FUZZ=50 HELIOSTAT_FUZZ_SEED=7 pytest tests/unit/test_fuzz.py -s` takes
+fifty times as many rounds, of another seed, and prints what became of them.
 """
 
 import os

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from heliostat.errors import ConfigError, HeliostatError
+from heliostat.text import brief
 
 OPERATORS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
 HISTORY = "heliostat.history"  # tag of a version: a JSON list of what happened to it, oldest first
@@ -78,7 +79,7 @@ def find(client: Any, model: str) -> Any:
     try:
         return client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, version)
     except MlflowException as e:
-        raise ConfigError(f"{model}: no such version of a registered model ({str(e).splitlines()[0]})") from e
+        raise ConfigError(f"{model}: no such version of a registered model ({brief(e)})") from e
 
 
 def scores(client: Any, version: Any) -> tuple[dict[str, float], dict[str, str]]:

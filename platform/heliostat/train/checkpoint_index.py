@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any
 
 from pydantic import Field
 from typing_extensions import TypedDict
@@ -52,15 +52,15 @@ class Index(TypedDict):
     data_digest: str
     shards: list[Shard]
     tensors: dict[str, Tensor]
-    name: NotRequired[str]
-    job: NotRequired[dict[str, Any]]
-    data: NotRequired[dict[str, Any]]
-    metrics: NotRequired[dict[str, float | None]]
-    written: NotRequired[Number]
-    world_size: NotRequired[Whole]
-    zero_stage: NotRequired[Whole]
-    optimizer_steps: NotRequired[Whole]
-    bad_samples: NotRequired[Whole]
+    name: str
+    job: dict[str, Any]
+    data: dict[str, Any]
+    metrics: dict[str, float | None]
+    written: Number
+    world_size: Whole
+    zero_stage: Whole
+    optimizer_steps: Whole
+    bad_samples: Whole
 
 
 INDEX = Format(Index, "index")

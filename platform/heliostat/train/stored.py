@@ -23,6 +23,7 @@ from heliostat.data import plans
 from heliostat.data.dataset import DataPlan
 from heliostat.errors import CheckpointError, ConfigError, CorruptCheckpointError
 from heliostat.schema import validate
+from heliostat.spec import Checkpoint as Policy
 from heliostat.spec import Job
 from heliostat.storage import Location
 from heliostat.text import brief
@@ -61,6 +62,11 @@ class Checkpoint:
             return validate(Job, self.index["job"], f"{self.location.join(INDEX)}: job")
         except ConfigError as e:
             raise CheckpointError(str(e)) from e
+
+    @property
+    def policy(self) -> Policy:
+        """Of that job, which checkpoints stay."""
+        return validate(Policy, self.index["job"].get("checkpoint"), f"{self.location.join(INDEX)}: job.checkpoint")
 
     @property
     def plan(self) -> DataPlan:
@@ -104,7 +110,7 @@ class Checkpoint:
         try:
             total, damaged = location.attempt(read)
         except OSError as e:
-            raise CorruptCheckpointError(f"{location}: cannot be read ({str(e).splitlines()[0]})", self.step) from e
+            raise CorruptCheckpointError(f"{location}: cannot be read ({brief(e)})", self.step) from e
         if damaged:
             where = f"bytes {damaged.offset} to {damaged.offset + damaged.size}"
             raise CorruptCheckpointError(f"{location}: {where} are not what was written (CRC-32)", self.step)
