@@ -197,10 +197,18 @@ class CausalLM:
         config.use_cache = True
         config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
         config.save_pretrained(folder)
+        self._generation(config).save_pretrained(folder)
         if self.pretrained:
             transformers.AutoTokenizer.from_pretrained(self.pretrained).save_pretrained(folder)
         else:
             self.tokenizer().save_pretrained(folder)
+
+    def _generation(self, config: Any) -> Any:
+        """How the model writes unless it is told otherwise, and where it stops: as the pretrained folder says, or as its config."""
+        kind = transformers.GenerationConfig
+        if self.pretrained and (Path(self.pretrained) / "generation_config.json").is_file():
+            return kind.from_pretrained(self.pretrained)
+        return kind.from_model_config(config)
 
     def demonstrate(self, folder: Path) -> list[tuple[str, str]]:
         continued = TextGenerator(folder, {"max_tokens": 48})([Request(prompt, 0, None) for prompt in PROMPTS])

@@ -96,16 +96,22 @@ def index(dataset: Annotated[str, typer.Argument(help="A prepared dataset: a fol
 
 @app.command()
 def check(
-    job: Path, setting: Settings = None, offline: Annotated[bool, typer.Option(help="Leave out datasets and stores")] = False
+    job: Path,
+    setting: Settings = None,
+    offline: Annotated[bool, typer.Option(help="Leave out datasets, stores and machines")] = False,
+    cluster: Annotated[
+        Path | None, typer.Option(help="The file of the cluster that the job is for; the default is this machine")
+    ] = None,
 ) -> None:
     """Find everything wrong with a job before anything starts."""
     from heliostat import check as checks
 
     if offline:
         checks.check_file(job, setting)
-        out.print(f"{job}: the file and the model are right; datasets and stores were not looked at")
+        out.print(f"{job}: the file and the model are right; datasets, stores and machines were not looked at")
         return
     checked = checks.check(job, setting)
+    checks.check_devices(checked.job, cluster)
     shape, steps, samples = checked.plan.shape, checked.job.train.steps, int(checked.order.epoch_samples.sum())
     out.print(f"{job}: right. {samples:,} training samples, {steps * shape.batch / samples:.2f} epochs in {steps:,} steps; "
               f"{shape.lanes} lanes, supersteps of {shape.superstep} steps, windows of {shape.window:,} samples")  # fmt: skip
@@ -169,7 +175,8 @@ def _print_result(result: dict[str, Any]) -> None:
         out.print(accounting.line(result["goodput"]))
     out.print(f"model {result['model_uri']}, run {result['run_id']}, checkpoint {result['checkpoint']}")
     prompt = result["samples"][0]["prompt"] if result["samples"] else ""
-    out.print(f"\nNext:  heliostat generate {result['model_uri']} --prompt '{prompt}'\n       heliostat ui")
+    name = result["run_id"] if result["model_uri"].startswith("models:/m-") else result["model_uri"]  # not registered: by its run
+    out.print(f"\nNext:  heliostat generate {name} --prompt '{prompt}'\n       heliostat ui")
 
 
 @app.command()
@@ -404,6 +411,10 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)
+    except SystemExit as e:
+        if e.code == 130:  # typer makes it of Ctrl-C, and says nothing
+            sys.stderr.write("interrupted\n")
+        raise
     finally:
         atexit.register(_nothing_more)  # now, so that it comes before the exit of what a command has imported
 

@@ -14,7 +14,7 @@ import torch
 
 from heliostat import exports
 from heliostat.data.dataset import open_dataset
-from heliostat.errors import CheckpointError, naming
+from heliostat.errors import CheckpointError, ConfigError, naming
 from heliostat.recipe import Recipe
 from heliostat.spec import Job
 from heliostat.train import tensorfile
@@ -38,6 +38,10 @@ def recipe_of(checkpoint: Checkpoint) -> tuple[Job, Recipe]:
 def export(checkpoint: Checkpoint, folder: Path, run_id: str | None = None) -> Recipe:
     """Writes the model at `folder`, which `from_pretrained` then loads; returns the recipe. `run_id`: of its MLflow run."""
     job, recipe = recipe_of(checkpoint)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(
+            f"{folder}: is not empty, and its files would be mixed with the model's; give another folder, or clear it"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
         model = recipe.build()

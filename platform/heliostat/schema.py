@@ -77,9 +77,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     found = documents(path)
     if len(found) > 1:
         raise ConfigError(f"{path}: holds {len(found)} documents; take out what begins at the second `---`")
-    if not found or not isinstance(found[0], dict):
-        raise ConfigError(f"{path}: must be a mapping of keys to values, not {type(found[0]).__name__ if found else 'empty'}")
-    return found[0]
+    raw = found[0] if found else None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: must be a mapping of keys to values, not {type(raw).__name__}")
+    return raw
 
 
 def bounded(tree: Any, seen: tuple[int, ...] = ()) -> int:

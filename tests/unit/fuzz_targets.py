@@ -31,7 +31,6 @@ from heliostat.track import code, curves, outbox
 from heliostat.track import run as run_record
 from heliostat.track.parents import parents
 from heliostat.train import retention, stored, tensorfile
-from heliostat.train import run as training
 from heliostat.tune import listing, sweep
 from heliostat.tune import record as trials
 from tokenizers import Tokenizer, decoders, pre_tokenizers
@@ -45,9 +44,6 @@ from tests.unit.test_dataset import LENGTH, make_plan
 from tests.unit.test_verify import Run
 
 ROOT = Path(__file__).parents[2]
-RESULT = {"run_id": "0" * 32, "model_uri": "m", "samples": [{"prompt": "p", "text": "t"}], "eval": {"loss": 1.0}, "startup": {"ray": 1.0},
-          "tokens_per_second": 1.0, "data_wait": 0.0, "seconds_to_first_step": 1.0, "checkpoint": "c", "unit": "tokens",
-          "reference": {"d": None}}  # fmt: skip
 # that a schema's error may name
 KEYS = ["model", "train.", "data", "recipe", "job", "space", "tokenizer", "input", "mlflow.", "evaluate"]
 
@@ -298,7 +294,6 @@ def records(folder: Path) -> Target:
     run = _run(folder)
     place = run.location
     place.join(run_record.RECORD).write(json.dumps({"run_id": "0" * 32, "token": "x", "uri": "sqlite:///x"}).encode())
-    place.join("result.json").write(json.dumps(RESULT).encode())
     bad = {"step": 3, "dataset": "d", "shard": "s", "row_group": 0, "row": 1, "reason": "r",
            "replaced_by": {"dataset": "d", "shard": "s", "row_group": 0, "row": 2}}  # fmt: skip
     place.join("quarantine", "step-00000010.jsonl").write(f"{json.dumps(bad)}\n{json.dumps(bad)}\n".encode())
@@ -326,7 +321,7 @@ def records(folder: Path) -> Target:
     (folder / "model" / "heliostat.json").write_text(json.dumps(made))
     (folder / "model" / "config.json").write_text("{}")
     patterns = [
-        "run/run.json", "run/result.json", "run/quarantine/*", f"run/{outbox.FILE}", "sweep/*.json", "sweep/records/*",
+        "run/run.json", "run/quarantine/*", f"run/{outbox.FILE}", "sweep/*.json", "sweep/records/*",
         ".heliostat/jobs/*", ".heliostat/clusters/c/*", code.CODE_FILE, "model/heliostat.json",
     ]  # fmt: skip
 
@@ -337,7 +332,6 @@ def records(folder: Path) -> Target:
         os.chdir(copied)  # the workspace; the caller goes back
         place = Location(str(copied / "run"))
         run_record.record(place).get("run_id")
-        training._finished(place)
         trained.record(place, 23)
         sent: list[Any] = []
         outbox.Outbox(place, sent.extend, dict).flush()

@@ -16,6 +16,8 @@ import psutil
 import ray
 
 from heliostat import workspace
+from heliostat.check import require_gpus
+from heliostat.cluster import start
 
 # workers share the cores, so none may start a thread a core
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -57,15 +59,16 @@ def connect(cpus: int, gpus: int = 0, verbose: bool = False) -> None:
         return
     options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(address="auto", **options)
+        start.init(address="auto", **options)
         return
+    gpus = min(gpus, require_gpus(gpus)) if gpus else 0  # Ray would hand out as many as it is told of
     # A private Ray's processes inherit this environment, so that the ones started ahead fit every task; a runtime
     # environment would start new ones. The workers import jobs/ and pipelines/ from the workspace.
     before = dict(os.environ)
     path = os.pathsep.join(filter(None, [str(workspace.root()), before.get("PYTHONPATH")]))
     os.environ.update({**SILENT, **IDLE, **URGENT, **before, **worker_environment(gpus), "PYTHONPATH": path})
     try:
-        ray.init(num_cpus=cpus, num_gpus=gpus or None, include_dashboard=False, **options)
+        start.init(num_cpus=cpus, num_gpus=gpus or None, include_dashboard=False, **options)
         atexit.register(disconnect)
         if not verbose:
             _without_monitors()

@@ -138,8 +138,8 @@ class RunOwner:
             log.error(told)
 
     def _away(self) -> str:
-        reason = str(self._fault or "no answer").strip().splitlines()[0]
-        return f"mlflow.uri: {self.job.mlflow.uri} did not take the run's metrics for {AWAY_S:.0f} s ({reason[:200]})"
+        reason = store.fault(self._fault) if self._fault else "no answer"
+        return f"mlflow.uri: {self.job.mlflow.uri} did not take the run's metrics for {AWAY_S:.0f} s ({reason})"
 
     # the writing thread ----------------------------------------------------------------------------------------------
 
@@ -210,8 +210,7 @@ class RunOwner:
     def _failed(self, error: Exception, box: outbox.Outbox) -> None:
         if self._fault is None:
             self._since = time.monotonic()
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            log.warning("MLflow does not answer: metrics are kept until it does, and training goes on (%s)", reason[:200])
+            log.warning("MLflow takes no metrics: they are kept until it does, and training goes on (%s)", store.fault(error))
         self._fault = error
         self._answers.clear()
         try:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from typing_extensions import TypedDict
 
+from heliostat.data import plans
 from heliostat.errors import DataError
 from heliostat.records import Format, Hex, Number, Whole, open_
 from heliostat.train.blocks import BLOCK
@@ -70,6 +71,10 @@ def fault(index: Any, step: int) -> str:
     """What is wrong with the index of the checkpoint of a step; empty if nothing."""
     try:
         found = INDEX.build(index, "it")
+    except DataError as e:
+        return str(e)
+    try:
+        plans.build(found["data"], "data")
     except DataError as e:
         return str(e)
     if found["step"] != step:

@@ -40,7 +40,7 @@ from heliostat.spec import Job
 from heliostat.storage import Location
 from heliostat.track import outbox
 from heliostat.track.run import RunOwner
-from heliostat.train import driver, results
+from heliostat.train import driver
 from heliostat.train.holds import Holds
 from heliostat.train.ledger import Recorder
 from heliostat.train.signals import Signals
@@ -91,7 +91,7 @@ def train(
             f"name: run {job.name!r} already has checkpoints up to step {found.step} in {job.run_folder}; "
             "use --resume to go on, --overwrite to start anew, or another name"
         )
-    recorded = found.plan if found else recorded
+    recorded = DataPlan.parse(found.index["data"]) if found else recorded
     checked = check.check_stores(job, recipe, recorded)
     if recorded and (changes := recorded.differences(checked.plan)):
         if not allow_data_change or found is None:
@@ -126,11 +126,11 @@ def train_part(job: Job, part: Part) -> dict[str, Any]:
     job, recipe = check.check_job(job)
     driver.alone(job.run_folder)
     found = checkpoint.latest(job.run_folder)
-    recorded = found.plan if found else None
+    recorded = DataPlan.parse(found.index["data"]) if found else None
     run = _Run(check.check_stores(job, recipe, recorded), found.step if found else 0, part.started, tags=part.tags, part=part)
     if found and found.step == job.last_step and job.run_folder.join(SUMMARY).exists():
         run.catch_up()
-        return results.SUMMARY.read(job.run_folder.join(SUMMARY))
+        return json.loads(job.run_folder.join(SUMMARY).read())
     return run.fit()
 
 
@@ -142,13 +142,13 @@ def conclude(job: Job) -> dict[str, Any]:
     from heliostat.train import checkpoint
 
     last = checkpoint.open_checkpoint(job.run_folder, job.last_step)
-    checked = check.check_stores(job, recipe, last.plan)
+    checked = check.check_stores(job, recipe, DataPlan.parse(last.index["data"]))
     return _Run(checked, job.last_step, time.time()).conclude()
 
 
 def _finished(run_folder: Location) -> dict[str, Any] | None:
     try:
-        return results.RESULT.read(run_folder.join("result.json"))
+        return json.loads(run_folder.join("result.json").read())
     except FileNotFoundError:
         return None
 
@@ -184,7 +184,7 @@ class _Run:
     def conclude(self) -> dict[str, Any]:
         """Only what comes after the training, where an earlier command did not get through it."""
         try:
-            summary = results.SUMMARY.read(self.job.run_folder.join(SUMMARY))
+            summary = json.loads(self.job.run_folder.join(SUMMARY).read())
         except FileNotFoundError as e:
             raise CheckpointError(
                 f"{self.job.run_folder}: all steps are done, but there is no result.json; use `heliostat export`"
