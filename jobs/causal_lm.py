@@ -204,7 +204,7 @@ class CausalLM:
             self.tokenizer().save_pretrained(folder)
 
     def _generation(self, config: Any) -> Any:
-        """How the model writes unless it is told otherwise, and where it stops: as the pretrained folder says, or as its config."""
+        """How the model writes unless it is told otherwise, and where it stops: as the pretrained folder or its config says."""
         kind = transformers.GenerationConfig
         if self.pretrained and (Path(self.pretrained) / "generation_config.json").is_file():
             return kind.from_pretrained(self.pretrained)

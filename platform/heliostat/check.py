@@ -107,7 +107,7 @@ def check_stores(job: Job, recipe: Recipe, recorded: DataPlan | None = None, cha
 
 
 def check_devices(job: Job, cluster: Path | None) -> None:
-    """ConfigError unless the workers fit on the cluster of a file, or, where none is named, the GPUs that they ask for are here."""
+    """ConfigError unless the workers fit on a file's cluster or, where none is named, the GPUs that they ask for are here."""
     if cluster is not None:
         from heliostat.cluster import files
         from heliostat.plan import room
@@ -124,8 +124,8 @@ def require_gpus(wanted: float) -> int:
     if found := torch.cuda.device_count():
         return found
     raise ConfigError(
-        f"workers.gpus: {wanted:g}, but this machine has no GPU that can be used, and no cluster is named; use `heliostat submit`, "
-        "name the cluster's file with `heliostat check --cluster`, or set workers.gpus to 0"
+        f"workers.gpus: {wanted:g}, but this machine has no GPU that can be used, and no cluster is named; use `heliostat "
+        "submit`, name the cluster's file with `heliostat check --cluster`, or set workers.gpus to 0"
     )
 
 

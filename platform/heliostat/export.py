@@ -39,9 +39,7 @@ def export(checkpoint: Checkpoint, folder: Path, run_id: str | None = None) -> R
     """Writes the model at `folder`, which `from_pretrained` then loads; returns the recipe. `run_id`: of its MLflow run."""
     job, recipe = recipe_of(checkpoint)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(
-            f"{folder}: is not empty, and its files would be mixed with the model's; give another folder, or clear it"
-        )
+        raise ConfigError(f"{folder}: is not empty, and its files would be mixed with the model's; give another folder")
     folder.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
         model = recipe.build()

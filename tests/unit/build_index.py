@@ -14,7 +14,7 @@ DATA = DataPlan(("a",), ("d",), ((0, (1.0,)),), (None,), 64, 1, 0.0, Shape(8, 4,
 def index(step: int, **facts: Any) -> dict[str, Any]:
     """Of a checkpoint without tensors, behind `step`; `facts` are laid over it."""
     return {
-        "format": FORMAT, "step": step, "name": "small", "world_size": 1, "zero_stage": 1, "optimizer_steps": step,
-        "job": {}, "data": DATA, "data_digest": "", "receipt": {"steps": step, "chain": ""}, "bad_samples": 0, "metrics": {}, "written": 0.0,
+        "format": FORMAT, "step": step, "name": "small", "world_size": 1, "zero_stage": 1, "optimizer_steps": step, "job": {},
+        "data": DATA, "data_digest": "", "receipt": {"steps": step, "chain": ""}, "bad_samples": 0, "metrics": {}, "written": 0.0,
         "shards": [], "tensors": {}, **facts,
     }  # fmt: skip

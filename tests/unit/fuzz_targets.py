@@ -162,10 +162,9 @@ def manifests(folder: Path) -> Target:
             path.write_bytes(mutate_bytes(rng, path.read_bytes()))
             return names
         before = manifest.read(Location(str(copied / "data")))
+        meta_before = {k: v for k, v in before.meta.items() if k != "digest"}
         while True:
-            made = mutate_tree(
-                rng, {"rows": before.chunks.to_pylist(), "meta": {k: v for k, v in before.meta.items() if k != "digest"}}
-            )
+            made = mutate_tree(rng, {"rows": before.chunks.to_pylist(), "meta": meta_before})
             try:
                 table = pa.Table.from_pylist(made["rows"], schema=manifest.SCHEMA)
                 meta = {**made["meta"], "digest": manifest.digest(table, made["meta"])}
@@ -228,8 +227,9 @@ def ledgers(folder: Path) -> Target:
     for number, outcome in enumerate(["failed", None]):
         parts = {"starting": 3.0, "computing": 20.0, "data": 1.5}
         began = 1e9 + 100 * number
-        made = goodput.Attempt(f"a{number}", began, began + 24.5, began + 25, 0, 2, bool(number), "host", 42, outcome, "", "lost", parts,
-                               [(10, 9.0), (20, 20.0)])  # fmt: skip
+        marks = [(10, 9.0), (20, 20.0)]
+        made = goodput.Attempt(f"a{number}", began, began + 24.5, began + 25, 0, 2, bool(number), "host", 42, outcome, "", "lost",
+                               parts, marks)  # fmt: skip
         Location(str(folder)).join("run", goodput.FOLDER, made.name).write(made.dump())
 
     def read(copied: Path) -> None:

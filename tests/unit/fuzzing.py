@@ -31,8 +31,8 @@ ROOM = 6 << 30  # bytes that one reading may ask for: more is a bomb
 LONGEST = 1000  # characters of a line
 VALUES: list[Any] = [
     None, True, False, 0, -1, 1, 2, 7, 10**9, 10**12, 2**31, 2**63, -(2**63), 10**30, 0.5, -0.5, 1e308, float("nan"),
-    float("inf"), "", "x", "0", "../../x", "/", "s3://", "s3://b/k?", "file://", "http://[", "http://x:y:z", "\x1b[31mred\x1b[0m", "a\nb",
-    "\u202eevil", "\x00", "\x9b2J", "é" * 50, "x" * 10_000, [], {}, [[]], [None], [1, 2, 3], {"": None}, {"a": {"b": 1}},
+    float("inf"), "", "x", "0", "../../x", "/", "s3://", "s3://b/k?", "file://", "http://[", "http://x:y:z", "\x1b[31mred\x1b[0m",
+    "a\nb", "\u202eevil", "\x00", "\x9b2J", "é" * 50, "x" * 10_000, [], {}, [[]], [None], [1, 2, 3], {"": None}, {"a": {"b": 1}},
     {"a": "\x1b[2J"},
 ]  # fmt: skip
 PIECES = [

@@ -67,8 +67,8 @@ def endpoint(target: str | None) -> Iterator[Endpoint]:
         if url != target and not re.fullmatch(r"(?:[^/:@]+|\[[0-9a-fA-F:]+\]):\d+/?", target):
             names = [s.name for s in local.known()]
             raise ConfigError(
-                f"--cluster: {target!r} is no local cluster that runs{schema.nearest(target, names)}, no cluster file (FILE.yaml) and no "
-                "address (HOST:PORT or http://HOST:PORT)"
+                f"--cluster: {target!r} is no local cluster that runs{schema.nearest(target, names)}, no cluster file "
+                "(FILE.yaml) and no address (HOST:PORT or http://HOST:PORT)"
             )
         here = any(url.startswith(f"http://{host}") for host in ("127.", "localhost"))
         token = next((s.token for s in local.known() if s.url == url.rstrip("/")), None) or http.own_token()

@@ -18,7 +18,7 @@ END_S = 5.0
 
 
 def init(**options: Any) -> None:
-    """`ray.init`; ClusterError if it fails twice. Ray gives its processes 30 s to come up, which a busy machine may need more of."""
+    """`ray.init`; ClusterError if it fails twice. Ray gives its processes 30 s to come up, and a busy machine may need more."""
     for left in reversed(range(TRIES)):
         before = _children()
         try:

@@ -1,0 +1,45 @@
+"""What `heliostat export` writes into, and what lies there afterwards."""
+
+import json
+
+import pytest
+from heliostat.errors import ConfigError
+from heliostat.export import export
+from heliostat.storage import Location
+from heliostat.train import stored
+
+from tests.unit import fuzz_targets
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """A checkpoint of a language model, whose weights do not matter here."""
+    monkeypatch.chdir(fuzz_targets.ROOT)
+    (tmp_path / "right").mkdir()
+    fuzz_targets.checkpoints(tmp_path / "right")
+    return stored.open_checkpoint(Location(str(tmp_path / "right" / "run")), 20)
+
+
+def test_a_folder_that_holds_something_is_not_written_into(made, tmp_path):
+    """Nor is a file replaced; nothing in it has changed."""
+    (tmp_path / "to").mkdir()
+    (tmp_path / "to" / "config.json").write_text("mine")
+    for place in (tmp_path / "to", tmp_path / "to" / "config.json"):
+        with pytest.raises(ConfigError, match="is not empty"):
+            export(made, place)
+    assert [p.name for p in (tmp_path / "to").iterdir()] == ["config.json"]
+    assert (tmp_path / "to" / "config.json").read_text() == "mine"
+
+
+def test_how_the_model_writes_is_exported(made, tmp_path):
+    """Where it stops is known to whatever loads the folder; of a pretrained one, what its folder says."""
+    from heliostat.export import recipe_of
+
+    recipe = recipe_of(made)[1]
+    recipe.save_config(tmp_path / "one")
+    found = json.loads((tmp_path / "one" / "generation_config.json").read_text())
+    assert found["eos_token_id"] == found["bos_token_id"] == 0
+    (tmp_path / "one" / "generation_config.json").write_text(json.dumps({**found, "temperature": 0.5, "do_sample": True}))
+    recipe.pretrained = str(tmp_path / "one")
+    recipe.save_config(tmp_path / "two")
+    assert json.loads((tmp_path / "two" / "generation_config.json").read_text())["temperature"] == 0.5
