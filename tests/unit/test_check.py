@@ -1,4 +1,4 @@
-"""What is found wrong before anything starts, where a person could not have known: machines, and servers that answer with errors."""
+"""What is found wrong before anything starts, where a person could not have known: machines, and servers with errors."""
 
 import contextlib
 import threading
@@ -87,7 +87,9 @@ def test_a_body_is_told_where_the_client_tells_it():
 
 
 def test_a_server_that_is_down_is_told_by_its_cause():
-    said = "API request to http://h failed with exception Pool(host='h'): Max retries exceeded with url: /x (Caused by Refused('no'))"
+    said = (
+        "API request to http://h failed with exception P(host='h'): Max retries exceeded with url: /x (Caused by Refused('no'))"
+    )
     assert store.fault(said) == "Refused('no')"
 
 

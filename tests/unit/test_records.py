@@ -80,9 +80,9 @@ def test_a_data_plan_of_any_age_comes_back_and_an_impossible_one_is_refused():
     del old["skips"]
     assert plans.build(old, "x") == plan
     wrong = [{"shape": {**shape, "lanes": 3}}, {"shape": {**shape, "window": 15}}, {"shape": {**shape, "window": 10**12}},
-             {"mix": [[0, [1.0]]]}, {"mix": [[0, [0.0, 0.0]]]}, {"mix": [[5, [1, 1]], [5, [1, 1]]]}, {"mix": []}, {"digests": ["d"]},
-             {"max_epochs": [None, -1.0]}, {"sequence_length": "64"}, {"seed": -1}, {"held_fraction": 1.5}, {"unheard": 1},
-             {"skips": [[1, 2]]}]  # fmt: skip
+             {"mix": [[0, [1.0]]]}, {"mix": [[0, [0.0, 0.0]]]}, {"mix": [[5, [1, 1]], [5, [1, 1]]]}, {"mix": []},
+             {"digests": ["d"]}, {"max_epochs": [None, -1.0]}, {"sequence_length": "64"}, {"seed": -1}, {"held_fraction": 1.5},
+             {"unheard": 1}, {"skips": [[1, 2]]}]  # fmt: skip
     for change in wrong:
         with pytest.raises(DataError, match=r"^x: is (no data plan|a data plan of another version)"):
             plans.build({**raw, **change}, "x")

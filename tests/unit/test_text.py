@@ -82,6 +82,7 @@ def test_what_is_suggested_next_is_a_name_that_every_command_takes(monkeypatch, 
     monkeypatch.setattr(cli, "out", cli.Printer(file=shown, highlight=False, soft_wrap=True))
     uri = "models:/m/3" if registered else "models:/m-0123456789abcdef0123456789abcdef"
     result = {"samples": [], "eval": {"loss": 1.0}, "reference": {}, "startup": {}, "tokens_per_second": 1.0, "unit": "tokens",
-              "data_wait": 0.0, "seconds_to_first_step": 1.0, "model_uri": uri, "run_id": "a" * 32, "checkpoint": "c"}  # fmt: skip
+              "data_wait": 0.0, "seconds_to_first_step": 1.0, "model_uri": uri, "run_id": "a" * 32,
+              "checkpoint": "c"}  # fmt: skip
     cli._print_result(result)
     assert f"heliostat generate {'models:/m/3' if registered else 'a' * 32} --prompt" in shown.getvalue()
