@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers  # its names are imported when they are first used: a faulty job is found sooner
+from heliostat import exports
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, DataError
 from heliostat.recipe import Batch, Generated, Request, Serving
@@ -101,7 +102,7 @@ class CausalLM:
             self.config._attn_implementation = attention.NAME
         shapes_only = torch.get_default_device().type == "meta"
         if self.pretrained and not shapes_only:
-            model = transformers.AutoModelForCausalLM.from_pretrained(self.pretrained, config=self.config, dtype=torch.float32)
+            model = whole(self.pretrained, config=self.config, dtype=torch.float32)
         elif is_deepspeed_zero3_enabled():
             model = transformers.AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
         else:
@@ -114,7 +115,7 @@ class CausalLM:
         return model.train()
 
     def load(self, folder: Path) -> torch.nn.Module:
-        return transformers.AutoModelForCausalLM.from_pretrained(folder)
+        return whole(folder)
 
     # training --------------------------------------------------------------------------------------------------------
 
@@ -332,10 +333,19 @@ def _pretrained_config(model: dict[str, Any]) -> Any:
     folder = Path(model["pretrained"])
     if not (folder / "config.json").is_file():
         raise ConfigError(f"model.pretrained: {str(folder)!r} is not a model folder (no config.json)")
-    config = transformers.AutoConfig.from_pretrained(folder)
+    with exports.using(folder):
+        config = transformers.AutoConfig.from_pretrained(folder)
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ConfigError(f"model.pretrained: {str(folder)!r} holds a {config.model_type!r}, which is no causal language model")
     return config
+
+
+def whole(folder: str | Path, **options: Any) -> Any:
+    """The model in a folder; ConfigError if a weight is missing, for which transformers would take random numbers."""
+    model, told = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    if absent := sorted(map(str, told["missing_keys"])):
+        raise ConfigError(f"{folder}: lacks {len(absent)} of the model's weights, as {absent[0]}; is the folder whole?")
+    return model
 
 
 class Sampling(Strict):
@@ -352,7 +362,7 @@ class TextGenerator:
     def __init__(self, folder: Path, options: dict[str, Any]) -> None:
         self.sampling = validate(Sampling, options, "generate")
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        model = whole(folder)
         self.model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
     def __call__(self, requests: list[Request]) -> list[Generated]:

@@ -41,7 +41,7 @@ class Lines(logging.Formatter):
         return printable(super().format(record), lines=True)
 
 
-out = Printer(highlight=False, soft_wrap=True)
+out = Printer(highlight=False, soft_wrap=True, markup=False)
 
 Run = Annotated[str, typer.Argument(help="A run id, or a run's folder (STORAGE/NAME)")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="Change a key: --set train.optimizer.lr=1e-3")]

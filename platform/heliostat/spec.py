@@ -313,10 +313,10 @@ def _elastic_faults(job: Job) -> list[str]:
         return [f"data.lanes: {lanes} must divide train.global_batch {batch}; nearest: {near}"]
     if job.worker_counts():
         return []
-    near = min(_fitting(job, lanes, 1, lanes), key=lambda n: abs(n - workers.least), default=None)
+    nearest = min(_fitting(job, lanes, 1, lanes), key=lambda n: abs(n - workers.least), default=None)
     return [
         f"workers.count: from {workers.least} to {workers.most} there is no number that divides the {lanes} lanes into whole "
-        f"micro-batches; {f'nearest: {near}' if near else 'train.micro_batch must divide train.global_batch'}"
+        f"micro-batches; {f'nearest: {nearest}' if nearest else 'train.micro_batch must divide train.global_batch'}"
     ]
 
 

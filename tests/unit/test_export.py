@@ -7,8 +7,11 @@ from heliostat.errors import ConfigError
 from heliostat.export import export
 from heliostat.storage import Location
 from heliostat.train import stored
+from safetensors.torch import load_file, save_file
 
+from jobs.causal_lm import CausalLM
 from tests.unit import fuzz_targets
+from tests.unit.build_job import job
 
 
 @pytest.fixture
@@ -43,3 +46,20 @@ def test_how_the_model_writes_is_exported(made, tmp_path):
     recipe.pretrained = str(tmp_path / "one")
     recipe.save_config(tmp_path / "two")
     assert json.loads((tmp_path / "two" / "generation_config.json").read_text())["temperature"] == 0.5
+
+
+def test_a_model_folder_that_lacks_a_weight_is_refused(tmp_path, monkeypatch):
+    """transformers would take random numbers for it, with a warning that nobody reads: for writing, scoring and fine-tuning."""
+    monkeypatch.chdir(fuzz_targets.ROOT)
+    (tmp_path / "right").mkdir()
+    target = fuzz_targets.models(tmp_path / "right")
+    target.read(tmp_path / "right")
+    place = tmp_path / "right" / "model" / "model.safetensors"
+    tensors = load_file(place)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, place, {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"model: lacks 1 of the model's weights, as model\.layers\.1\.mlp\.up_proj\.weight"):
+        target.read(tmp_path / "right")
+    changes = {"model": {"pretrained": str(place.parent)}, "train.precision": "fp32", "data.sequence_length": 16}
+    with pytest.raises(ConfigError, match="lacks 1 of the model's weights"):
+        CausalLM(job(**changes)).build()

@@ -16,11 +16,13 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from heliostat.errors import ConfigError, HeliostatError
+from heliostat.errors import ConfigError, HeliostatError, TrackingError
+from heliostat.records import Format
 from heliostat.text import brief
 
 OPERATORS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
 HISTORY = "heliostat.history"  # tag of a version: a JSON list of what happened to it, oldest first
+EVENTS = Format(list[dict[str, Any]], "history of a model", TrackingError, fix="delete the tag to begin another")
 KEPT = 20  # entries of it
 
 
@@ -95,7 +97,8 @@ def scores(client: Any, version: Any) -> tuple[dict[str, float], dict[str, str]]
 
 
 def history(version: Any) -> list[dict[str, Any]]:
-    return json.loads(version.tags.get(HISTORY, "[]"))
+    where = f"models:/{version.name}/{version.version}: tag {HISTORY}"
+    return EVENTS.parse(version.tags.get(HISTORY, "[]").encode(), where)
 
 
 def record(client: Any, name: str, version: str, entry: dict[str, Any]) -> None:
