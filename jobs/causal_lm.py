@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 import transformers  # its names are imported when they are first used: a faulty job is found sooner
 from heliostat.data.manifest import Manifest
-from heliostat.errors import ConfigError
+from heliostat.errors import ConfigError, DataError
 from heliostat.recipe import Batch, Generated, Request, Serving
 from heliostat.schema import Float, Strict, validate
 from heliostat.spec import Job
@@ -80,17 +80,21 @@ class CausalLM:
         tokenizers = {m.meta.get("tokenizer") for m in sources}
         if len(tokenizers) > 1:
             raise ConfigError("data.sources: the datasets were made with different tokenizers; prepare them with one")
-        vocabulary, self.end = sources[0].meta["vocab_size"], sources[0].meta["end_of_document"]
-        self.tokenizer_json = sources[0].file("tokenizer.json").read()
-        if hashlib.sha256(self.tokenizer_json).hexdigest() != sources[0].meta["tokenizer"]:
-            raise ConfigError(f"{sources[0].file('tokenizer.json')}: is not the tokenizer that made the dataset")
+        size, self.end = sources[0].fact("vocab_size"), sources[0].fact("end_of_document")
+        made = sources[0].file("tokenizer.json")
+        try:
+            self.tokenizer_json = made.read()
+        except FileNotFoundError as e:
+            raise DataError(f"{made}: is not there; prepare the dataset again") from e
+        if hashlib.sha256(self.tokenizer_json).hexdigest() != sources[0].fact("tokenizer"):
+            raise ConfigError(f"{made}: is not the tokenizer that made the dataset")
         if self.pretrained:
             self._check_tokenizer(Path(self.pretrained), sources[0])
         if self.vocabulary_given:
-            if self.config.vocab_size < vocabulary:
-                raise ConfigError(f"model.vocab_size: {self.config.vocab_size} is below the tokenizer's {vocabulary}")
+            if self.config.vocab_size < size:
+                raise ConfigError(f"model.vocab_size: {self.config.vocab_size} is below the tokenizer's {size}")
         else:
-            self.config.vocab_size = -(-vocabulary // 64) * 64  # a multiple that matrix units like
+            self.config.vocab_size = -(-size // 64) * 64  # a multiple that matrix units like
         if not self.pretrained:
             self.config.bos_token_id = self.config.eos_token_id = self.end
             self.config.pad_token_id = None
@@ -117,9 +121,7 @@ class CausalLM:
             self.config._attn_implementation = attention.NAME
         shapes_only = torch.get_default_device().type == "meta"
         if self.pretrained and not shapes_only:
-            model = from_folder(
-                "model.pretrained", transformers.AutoModelForCausalLM, self.pretrained, config=self.config, dtype=torch.float32
-            )
+            model = whole("model.pretrained", self.pretrained, config=self.config, dtype=torch.float32)
         elif is_deepspeed_zero3_enabled():
             model = transformers.AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
         else:
@@ -132,7 +134,7 @@ class CausalLM:
         return model.train()
 
     def load(self, folder: Path) -> torch.nn.Module:
-        model = from_folder("model", transformers.AutoModelForCausalLM, folder)
+        model = whole("model", folder)
         _use_no_cache(model.config)
         return model
 
@@ -210,11 +212,19 @@ class CausalLM:
         config.use_cache = True
         config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
         config.save_pretrained(folder)
+        self._generation(config).save_pretrained(folder)
         if self.pretrained:
             from_folder("model.pretrained", transformers.AutoTokenizer, self.pretrained).save_pretrained(folder)
             (folder / "tokenizer.json").write_bytes(vocabulary.of_folder(Path(self.pretrained)))  # as it is, not as it is read
         else:
             self.tokenizer().save_pretrained(folder)
+
+    def _generation(self, config: Any) -> Any:
+        """How the model writes unless it is told otherwise, and where it stops: as the pretrained folder or its config says."""
+        kind = transformers.GenerationConfig
+        if self.pretrained and (Path(self.pretrained) / "generation_config.json").is_file():
+            return kind.from_pretrained(self.pretrained)
+        return kind.from_model_config(config)
 
     def demonstrate(self, folder: Path) -> list[tuple[str, str]]:
         continued = TextGenerator(folder, {"max_tokens": 48})([Request(prompt, 0, None) for prompt in PROMPTS])
@@ -279,6 +289,14 @@ class SummedCrossEntropy(torch.autograd.Function):
         return gradient.mul_(upstream[0]), None
 
 
+def whole(key: str, folder: str | Path, **options: Any) -> Any:
+    """The model in a folder; ConfigError if a weight is missing, for which transformers would take random numbers."""
+    model, told = from_folder(key, transformers.AutoModelForCausalLM, folder, output_loading_info=True, **options)
+    if absent := sorted(map(str, told["missing_keys"])):
+        raise ConfigError(f"{folder}: lacks {len(absent)} of the model's weights, as {absent[0]}; is the folder whole?")
+    return model
+
+
 class Sampling(Strict):
     """How text is generated; temperature 0 takes the likeliest token each time."""
 
@@ -293,7 +311,7 @@ class TextGenerator:
     def __init__(self, folder: Path, options: dict[str, Any]) -> None:
         self.sampling = validate(Sampling, options, "generate")
         self.tokenizer = from_folder("model", transformers.AutoTokenizer, folder)
-        model = from_folder("model", transformers.AutoModelForCausalLM, folder)
+        model = whole("model", folder)
         self.model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
     def __call__(self, requests: list[Request]) -> list[Generated]:

@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from heliostat import exports
 from heliostat.errors import ConfigError
 from heliostat.schema import nearest
+from heliostat.spec import divisors
+from heliostat.text import brief
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from jobs import pretrained
@@ -38,7 +41,7 @@ def from_keys(model: dict[str, Any]) -> Any:
     except ConfigError:
         raise
     except Exception as e:  # transformers raises its own errors for values; the last line is the one that says what is wrong
-        raise ConfigError(f"model: {str(e).splitlines()[-1].strip()}") from e
+        raise ConfigError(f"model: {brief((str(e).splitlines() or [type(e).__name__])[-1])}") from e
     if heads and groups and heads % groups:
         raise ConfigError(
             f"model.num_key_value_heads: {groups} does not divide num_attention_heads {heads}; {_divisor(heads, groups)}"
@@ -66,7 +69,7 @@ def _check_heads(kind: Any, keys: dict[str, Any]) -> None:
 
 
 def _divisor(number: int, near: int) -> str:
-    return f"nearest that does: {min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - near))}"
+    return f"nearest that does: {min(divisors(number), key=lambda d: abs(d - near))}"
 
 
 def from_folder(model: dict[str, Any]) -> Any:
@@ -76,7 +79,8 @@ def from_folder(model: dict[str, Any]) -> Any:
     folder = Path(model["pretrained"])
     if not (folder / "config.json").is_file():
         raise ConfigError(f"model.pretrained: {str(folder)!r} is not a model folder (no config.json)")
-    config = pretrained.from_folder("model.pretrained", transformers.AutoConfig, folder)
+    with exports.using(folder):
+        config = pretrained.from_folder("model.pretrained", transformers.AutoConfig, folder)
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ConfigError(f"model.pretrained: {str(folder)!r} holds a {config.model_type!r}, which is no causal language model")
     return config

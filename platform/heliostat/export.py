@@ -16,8 +16,8 @@ from types import MappingProxyType
 import torch
 
 from heliostat import exports
-from heliostat.data.dataset import DataPlan, open_dataset
-from heliostat.errors import CheckpointError
+from heliostat.data.dataset import open_dataset
+from heliostat.errors import CheckpointError, ConfigError, naming
 from heliostat.recipe import Recipe
 from heliostat.spec import Job
 from heliostat.train import tensorfile
@@ -35,15 +35,16 @@ def recipe_of(checkpoint: Checkpoint) -> tuple[Job, Recipe]:
     """The job and the bound recipe that made a checkpoint, from its own record."""
     from heliostat.train.loop import make_recipe
 
-    job = Job.model_validate(checkpoint.index["job"])
-    place = checkpoint.location
-    dataset = open_dataset(DataPlan.parse(checkpoint.index["data"]))
-    return job, make_recipe(job, dataset, None if place.is_s3 else Path(place.path).parents[1])
+    job, place = checkpoint.job, checkpoint.location
+    with naming(place):
+        return job, make_recipe(job, open_dataset(checkpoint.plan), None if place.is_s3 else Path(place.path).parents[1])
 
 
 def export(checkpoint: Checkpoint, folder: Path, run_id: str | None = None) -> Recipe:
     """Writes the model at `folder`, which `from_pretrained` then loads; returns the recipe. `run_id`: of its MLflow run."""
     job, recipe = recipe_of(checkpoint)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder}: is not empty, and its files would be mixed with the model's; give another folder")
     folder.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
         model = recipe.build()
@@ -55,7 +56,7 @@ def export(checkpoint: Checkpoint, folder: Path, run_id: str | None = None) -> R
             write_weights(checkpoint, mine, DTYPES[job.train.precision], folder / file, prefix, initial)
     recipe.save_config(folder)
     origin = {"run_id": run_id, "step": checkpoint.step, "data_digest": checkpoint.index["data_digest"]}
-    exports.write(folder, job, {**origin, "data_version": DataPlan.parse(checkpoint.index["data"]).version})
+    exports.write(folder, job, {**origin, "data_version": checkpoint.plan.version})
     return recipe
 
 

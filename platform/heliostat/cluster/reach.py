@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import re
 import shutil
 import socket
 import subprocess
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from heliostat import workspace
+from heliostat import schema, workspace
 from heliostat.cluster import files, http, local, private
 from heliostat.cluster.files import ClusterFile
 from heliostat.errors import ClusterError, ConfigError
@@ -68,6 +69,12 @@ def endpoint(target: str | None) -> Iterator[Endpoint]:
         if carries_secret(target if "://" in target else f"http://{target}"):
             raise ConfigError("--cluster: the address must not carry a token; set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH")
         url = target if target.startswith(("http://", "https://")) else f"http://{target}"
+        if url != target and not re.fullmatch(r"(?:[^/:@]+|\[[0-9a-fA-F:]+\]):\d+/?", target):
+            names = [s.name for s in local.known()]
+            raise ConfigError(
+                f"--cluster: {target!r} is no local cluster that runs{schema.nearest(target, names)}, no cluster file "
+                "(FILE.yaml) and no address (HOST:PORT or http://HOST:PORT)"
+            )
         here = any(url.startswith(f"http://{host}") for host in ("127.", "localhost"))
         if state := next((s for s in local.known() if s.url == url.rstrip("/")), None):
             yield _local(state, None)

@@ -20,6 +20,7 @@ from heliostat.data.manifest import Manifest
 from heliostat.data.order import Samples
 from heliostat.errors import DataError
 from heliostat.storage import Location
+from heliostat.text import brief
 
 READERS = 8  # threads: a window's chunks are read at once, because object storage answers slowly but in parallel
 
@@ -100,7 +101,7 @@ class Chunks:
         except FileNotFoundError as e:
             raise DataError(f"{location}: the shard is missing; put it back, or prepare the dataset again") from e
         except (pa.ArrowException, OSError, IndexError, KeyError, ValueError) as e:
-            raise DamagedError(f"{place}: cannot be read ({str(e).splitlines()[0]})") from e
+            raise DamagedError(f"{place}: cannot be read ({brief(e)})") from e
         if len(found) != (expected := self._sizes[source][chunk]):
             raise DamagedError(f"{place}: has {len(found)} {'tokens' if length else 'rows'}, not {expected}")
         return found[: len(found) // length * length].reshape(-1, length) if length else found

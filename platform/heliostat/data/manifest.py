@@ -24,9 +24,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from heliostat.data import mapped, shard
+from heliostat.data import mapped, shard, soundness
 from heliostat.errors import DataError
 from heliostat.storage import Location
+from heliostat.text import brief
 
 FILE = "manifest.parquet"
 VERSIONS = "manifests"
@@ -60,6 +61,12 @@ class Manifest:
     location: Location
     chunks: pa.Table
     meta: dict[str, Any] = field(default_factory=dict)
+
+    def fact(self, name: str) -> Any:
+        """What the metadata must say for this dataset to be used so; DataError if it does not."""
+        if self.meta.get(name) is None:
+            raise DataError(f"{self.location}: its manifest does not say its {name!r}; prepare the dataset again")
+        return self.meta[name]
 
     @property
     def kind(self) -> str:
@@ -139,7 +146,7 @@ def read_footer(location: Location, path: str, token_column: str | None, vocab_s
     except FileNotFoundError as e:
         raise DataError(f"{place}: the shard is missing") from e
     except (pa.ArrowException, OSError, ValueError) as e:
-        raise DataError(f"{place}: not a readable Parquet file ({e})") from e
+        raise DataError(f"{place}: not a readable Parquet file ({brief(e)})") from e
     if token_column:
         _check_tokens(place, parquet, [i for i, name in enumerate(names) if name == token_column], token_column, vocab_size)
     places = _places(parquet)
@@ -303,6 +310,8 @@ def _read(location: Location, *parts: str) -> Manifest:
         raise DataError(f"{place}: does not match its own digest; prepare the dataset again")
     if outside is not None:
         raise DataError(f"{place}: names {outside!r}, which is not a place inside the dataset; do not use it")
+    if fault := soundness.fault(chunks, meta):
+        raise DataError(f"{place}: is no manifest of a dataset ({fault}); prepare the dataset again")
     return Manifest(location, chunks, meta)
 
 

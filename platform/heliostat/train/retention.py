@@ -117,7 +117,7 @@ def survey(run: Location) -> list[dict[str, Any]]:
             row |= {"whole": False, "fault": str(e)}
         rows.append(row)
     if whole:
-        policy = Policy.model_validate(whole[-1].index["job"]["checkpoint"])
+        policy = whole[-1].policy
         kept = retained([c.step for c in whole], policy, {c.step: score(c, policy) for c in whole})
         for row in rows:
             row["kept"] = kept.get(row["step"], [])

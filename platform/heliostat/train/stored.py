@@ -22,9 +22,15 @@ from typing import Any
 
 import torch
 
-from heliostat.errors import CheckpointError, CorruptCheckpointError
+from heliostat.data import plans
+from heliostat.data.dataset import DataPlan
+from heliostat.errors import CheckpointError, ConfigError, CorruptCheckpointError
+from heliostat.schema import validate
+from heliostat.spec import Checkpoint as Policy
+from heliostat.spec import Job
 from heliostat.storage import Location
-from heliostat.train import blocks
+from heliostat.text import brief
+from heliostat.train import blocks, checkpoint_index
 from heliostat.train.tensorfile import DTYPES
 
 log = logging.getLogger(__name__)
@@ -59,6 +65,24 @@ class Checkpoint:
     location: Location
     index: dict[str, Any]
     frozen: Checkpoint | None = None
+
+    @property
+    def job(self) -> Job:
+        """The job that made it; CheckpointError if this version knows none like it."""
+        try:
+            return validate(Job, self.index["job"], f"{self.location.join(INDEX)}: job")
+        except ConfigError as e:
+            raise CheckpointError(str(e)) from e
+
+    @property
+    def policy(self) -> Policy:
+        """Of that job, which checkpoints stay."""
+        return validate(Policy, self.index["job"].get("checkpoint"), f"{self.location.join(INDEX)}: job.checkpoint")
+
+    @property
+    def plan(self) -> DataPlan:
+        """The data plan that it follows."""
+        return plans.build(self.index["data"], f"{self.location.join(INDEX)}: data")
 
     @property
     def step(self) -> int:
@@ -114,7 +138,7 @@ class Checkpoint:
         try:
             total, damaged = location.attempt(read)
         except OSError as e:
-            raise self.fault(f"{location}: cannot be read ({str(e).splitlines()[0]})") from e
+            raise self.fault(f"{location}: cannot be read ({brief(e)})") from e
         if damaged:
             where = f"bytes {damaged.offset} to {damaged.offset + damaged.size}"
             raise self.fault(f"{location}: {where} are not what was written (CRC-32)")
@@ -180,9 +204,11 @@ def _open(location: Location, step: int | None) -> Checkpoint:
         raise _fault(f"{location}: no complete checkpoint here ({INDEX} is missing)", step) from e
     except ValueError as e:
         raise _fault(f"{location.join(INDEX)}: is not what was written (CRC-32)", step) from e
-    if index["format"] not in READABLE:
-        what = f"format {index['format']} is none that this version of heliostat reads ({', '.join(map(str, READABLE))})"
-        raise CheckpointError(f"{location}: {what}; use a newer one")
+    if isinstance(index, dict) and index.get("format") not in READABLE:
+        what = f"format {brief(index.get('format'))} is none that this version of heliostat reads"
+        raise CheckpointError(f"{location}: {what} ({', '.join(map(str, READABLE))}); use a newer one")
+    if fault := checkpoint_index.fault(index, step):
+        raise _fault(f"{location.join(INDEX)}: is no index of a checkpoint ({fault})", step)
     present = dict(location.files())
     for shard in index["shards"]:
         if present.get(shard["file"]) != shard["bytes"]:
