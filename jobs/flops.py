@@ -33,7 +33,7 @@ def multiplied(model: torch.nn.Module, config: Any) -> float:
         if isinstance(module, torch.nn.Embedding):
             continue
         for kind, weight in module._parameters.items():
-            shape = () if weight is None else getattr(weight, "ds_shape", weight.shape)
+            shape: tuple[int, ...] = () if weight is None else getattr(weight, "ds_shape", weight.shape)
             if len(shape) < 2 or "bias" in kind:
                 continue
             routed = bool(experts and chosen) and (EXPERT.search(name) or (len(shape) == 3 and shape[0] == experts))

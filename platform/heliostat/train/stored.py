@@ -126,7 +126,7 @@ class Checkpoint:
             ways = min(-(-READ_THREADS // len(by_shard)), len(found))
             jobs += [(shard, found[i::ways]) for i in range(ways)]
         with ThreadPoolExecutor(READ_THREADS) as pool:
-            return sum(pool.map(lambda job: self._read(*job, progressed), jobs))
+            return sum(pool.map(lambda job: self._read(job[0], job[1], progressed), jobs))
 
     def _read(self, shard: int, wanted: list[list[blocks.Block]], progressed: Callable[[], None]) -> int:
         location = self.location.join(self.index["shards"][shard]["file"])

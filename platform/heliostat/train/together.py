@@ -27,5 +27,5 @@ def together(group: Any, work: Callable[[], T]) -> list[T]:
     dist.all_gather_object(told, mine, group=group)
     for rank, (_, error) in enumerate(told):
         if error is not None:
-            raise mine[1] if rank == dist.get_rank(group) else error  # this rank's own has its cause
+            raise (mine[1] or error) if rank == dist.get_rank(group) else error  # this rank's own has its cause
     return [value for value, _ in told]
