@@ -34,7 +34,7 @@ def initialise(arch: str, backbone: Any) -> None:
             _set(parameter, value)
 
 
-def _set(parameter: nn.Parameter, value: torch.Tensor) -> None:
+def _set(parameter: torch.Tensor, value: torch.Tensor) -> None:
     """Puts a value into a parameter, also into one that ZeRO-3 has divided."""
     if hasattr(parameter, "ds_id"):
         import deepspeed
