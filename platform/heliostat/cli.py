@@ -376,9 +376,10 @@ def main() -> None:
             logging.getLogger("heliostat").exception("traceback")
         sys.stderr.write(f"error: {e}\n")
         sys.exit(e.exit_code)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        sys.exit(130)
+    except SystemExit as e:
+        if e.code == 130:  # what Typer makes of Ctrl-C, without a word
+            sys.stderr.write("interrupted\n")
+        raise
     finally:
         atexit.register(_nothing_more)  # now, so that it comes before the exit of what a command has imported
 
