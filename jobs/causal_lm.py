@@ -6,7 +6,9 @@
 
 A sample is `data.sequence_length` consecutive tokens of a chunk, documents end to end. Every token but the first of a sample
 is predicted; with `data.document_mask` attention and positions start anew at each document, and no document's first token is
-predicted. Held-out scores: loss (nats per token), perplexity, and bits per byte of the text that the tokens stand for.
+predicted; architectures in which packed documents see each other all the same are refused (`packing`).
+
+Held-out scores: loss (nats per token), perplexity, and bits per byte of the text that the tokens stand for.
 """
 
 from __future__ import annotations
@@ -31,11 +33,11 @@ from tokenizers import Tokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from jobs import attention
+from jobs import attention, flops, packing, token_bytes, vocabulary
+from jobs.pretrained import from_folder
 
 IGNORED = -100
 transformers_logging.disable_progress_bar()
-BLIND = ("opt", "bloom", "mpt")  # their attention knows no position_ids, so it would see across documents
 PROMPTS = ("def ", "import ")
 
 
@@ -54,12 +56,8 @@ class CausalLM:
         self.terms_per_sample = None if self.document_mask else self.length - 1
         self.pretrained = job.model.get("pretrained")
         self.config = _pretrained_config(job.model) if self.pretrained else _config(job.model)
-        if self.document_mask and (self.config.model_type in BLIND or not hasattr(self.config, "num_attention_heads")):
-            raise ConfigError(
-                f"data.document_mask: {self.config.model_type!r} cannot keep packed documents apart; set it to false"
-            )
         self.vocabulary_given = bool(self.pretrained) or "vocab_size" in job.model
-        self.config.use_cache = False
+        _use_no_cache(self.config)
         short = self.length <= attention.LONGEST and self.config.model_type in attention.MODELS
         self.grouped = short and not job.workers.gpus
         longest = getattr(self.config, "max_position_embeddings", None)
@@ -71,14 +69,20 @@ class CausalLM:
                 )
             self.config.max_position_embeddings = self.length
 
+    def probe(self) -> None:
+        if self.document_mask:
+            packing.require_apart(self)
+
     def bind(self, sources: list[Manifest]) -> None:
         tokenizers = {m.meta.get("tokenizer") for m in sources}
         if len(tokenizers) > 1:
             raise ConfigError("data.sources: the datasets were made with different tokenizers; prepare them with one")
         vocabulary, self.end = sources[0].meta["vocab_size"], sources[0].meta["end_of_document"]
-        self.tokenizer_json = sources[0].location.join("tokenizer.json").read()
+        self.tokenizer_json = sources[0].file("tokenizer.json").read()
         if hashlib.sha256(self.tokenizer_json).hexdigest() != sources[0].meta["tokenizer"]:
-            raise ConfigError(f"{sources[0].location.join('tokenizer.json')}: is not the tokenizer that made the dataset")
+            raise ConfigError(f"{sources[0].file('tokenizer.json')}: is not the tokenizer that made the dataset")
+        if self.pretrained:
+            self._check_tokenizer(sources[0])
         if self.vocabulary_given:
             if self.config.vocab_size < vocabulary:
                 raise ConfigError(f"model.vocab_size: {self.config.vocab_size} is below the tokenizer's {vocabulary}")
@@ -87,6 +91,20 @@ class CausalLM:
         if not self.pretrained:
             self.config.bos_token_id = self.config.eos_token_id = self.end
             self.config.pad_token_id = None
+
+    def _check_tokenizer(self, source: Manifest) -> None:
+        """ConfigError if the model's tokens mean something else than the dataset's."""
+        folder = Path(self.pretrained)
+        its = vocabulary.of_folder(folder)
+        if its == self.tokenizer_json:
+            return
+        whose = f"model.pretrained: {str(folder)!r}"
+        what = vocabulary.difference(self._raw_tokenizer, vocabulary.load(its, whose), self.end)
+        if what:
+            raise ConfigError(
+                f"{whose} has another tokenizer than data.sources.0.path {str(source.location)!r} ({what}); prepare the dataset "
+                f"with the model's own, `tokenizer: {{path: {folder}}}` in its pipeline's file"
+            )
 
     def build(self) -> torch.nn.Module:
         from transformers.initialization import no_init_weights
@@ -97,7 +115,9 @@ class CausalLM:
             self.config._attn_implementation = attention.NAME
         shapes_only = torch.get_default_device().type == "meta"
         if self.pretrained and not shapes_only:
-            model = transformers.AutoModelForCausalLM.from_pretrained(self.pretrained, config=self.config, dtype=torch.float32)
+            model = from_folder(
+                "model.pretrained", transformers.AutoModelForCausalLM, self.pretrained, config=self.config, dtype=torch.float32
+            )
         elif is_deepspeed_zero3_enabled():
             model = transformers.AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
         else:
@@ -110,7 +130,9 @@ class CausalLM:
         return model.train()
 
     def load(self, folder: Path) -> torch.nn.Module:
-        return transformers.AutoModelForCausalLM.from_pretrained(folder)
+        model = from_folder("model", transformers.AutoModelForCausalLM, folder)
+        _use_no_cache(model.config)
+        return model
 
     # training --------------------------------------------------------------------------------------------------------
 
@@ -139,7 +161,8 @@ class CausalLM:
         losses = F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="none").view(shape)
         targets = targets.view(shape)
         predicted = targets != IGNORED
-        size = self._token_bytes().to(targets.device)[targets.clamp(min=0)]
+        first = batch["input_ids"] == self.end  # the target opens a document
+        size = self._token_bytes().to(targets.device)[first.long(), targets.clamp(min=0)]
         return {"nats": losses.sum(1), "tokens": predicted.sum(1).float(), "bytes": (size * predicted).sum(1).float()}
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
@@ -151,24 +174,12 @@ class CausalLM:
         return None
 
     def flops_per_sample(self, model: Any) -> float:
-        """6 per weight and token (Kaplan et al. 2020, arXiv 2001.08361) plus attention's 12 layers x width x length per token."""
-        embeddings = model.get_input_embeddings().weight
-        tied = self.config.tie_word_embeddings
-        numel = sum(_numel(p) for p in model.parameters()) - (0 if tied else _numel(embeddings))
-        attention = 12 * self.config.num_hidden_layers * self.config.hidden_size * self.length
-        return float(self.length * (6 * numel + attention))
+        return flops.per_sample(model, self.config, self.length)
 
     def _token_bytes(self) -> torch.Tensor:
-        """Bytes of text behind each token, int64 [vocabulary]; special tokens stand for none."""
+        """Bytes of text behind each token, int64 [2, vocabulary]: inside a document, and as its first."""
         if not hasattr(self, "_bytes"):
-            tokenizer = self._raw_tokenizer
-            special = {i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
-            byte_level = "ByteLevel" in type(tokenizer.decoder).__name__  # then a character of a token is a byte of the text
-            sizes = [0] * self.config.vocab_size
-            for token, i in tokenizer.get_vocab(with_added_tokens=True).items():
-                if i not in special and i < len(sizes):
-                    sizes[i] = len(token) if byte_level else len(tokenizer.decode([i]).encode())
-            self._bytes = torch.tensor(sizes)
+            self._bytes = torch.tensor(token_bytes.sizes(self._raw_tokenizer, self.config.vocab_size))
         return self._bytes
 
     # for people ------------------------------------------------------------------------------------------------------
@@ -194,7 +205,8 @@ class CausalLM:
         config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
         config.save_pretrained(folder)
         if self.pretrained:
-            transformers.AutoTokenizer.from_pretrained(self.pretrained).save_pretrained(folder)
+            from_folder("model.pretrained", transformers.AutoTokenizer, self.pretrained).save_pretrained(folder)
+            (folder / "tokenizer.json").write_bytes(vocabulary.of_folder(Path(self.pretrained)))  # as it is, not as it is read
         else:
             self.tokenizer().save_pretrained(folder)
 
@@ -216,6 +228,11 @@ class CausalLM:
         params = {"max_tokens": 100, "temperature": 0.8, "top_p": 0.95, "seed": 0}
         prompts = list(PROMPTS[:1])
         return Serving(Path(__file__).with_name("text_server.py"), prompts, infer_signature(prompts, ["text"], params))
+
+
+def _use_no_cache(config: Any) -> None:
+    """With a cache, which `generate` wants and an export's configuration asks for, packed documents would see each other."""
+    config.use_cache = config.get_text_config().use_cache = False
 
 
 def _logits(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -251,10 +268,6 @@ class SummedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None]:
         (gradient,) = ctx.saved_tensors
         return gradient.mul_(upstream[0]), None
-
-
-def _numel(parameter: torch.Tensor) -> int:
-    return getattr(parameter, "ds_numel", None) or parameter.numel()
 
 
 def _config(model: dict[str, Any]) -> Any:
@@ -320,7 +333,7 @@ def _pretrained_config(model: dict[str, Any]) -> Any:
     folder = Path(model["pretrained"])
     if not (folder / "config.json").is_file():
         raise ConfigError(f"model.pretrained: {str(folder)!r} is not a model folder (no config.json)")
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = from_folder("model.pretrained", transformers.AutoConfig, folder)
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ConfigError(f"model.pretrained: {str(folder)!r} holds a {config.model_type!r}, which is no causal language model")
     return config
@@ -339,8 +352,8 @@ class TextGenerator:
 
     def __init__(self, folder: Path, options: dict[str, Any]) -> None:
         self.sampling = validate(Sampling, options, "generate")
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        self.tokenizer = from_folder("model", transformers.AutoTokenizer, folder)
+        model = from_folder("model", transformers.AutoModelForCausalLM, folder)
         self.model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
     def __call__(self, requests: list[Request]) -> list[Generated]:

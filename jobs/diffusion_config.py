@@ -23,7 +23,9 @@ from transformers.initialization import no_init_weights
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.deepspeed import deepspeed_config
 
+from jobs.initial import initialise
 from jobs.noising import Objective
+from jobs.pretrained import from_folder
 
 BACKBONES: dict[str, Any] = {"unet": UNet2DConditionModel, "pixart": PixArtTransformer2DModel, "sd3": SD3Transformer2DModel}
 TEXT_WIDTHS = {
@@ -56,6 +58,10 @@ class Folder(Strict):
     pretrained: str
 
 
+class Features(Folder):
+    images: int = Field(default=5000, gt=1)  # real ones that drawn ones are compared with, at most; all, if there are fewer
+
+
 class Prompt(Strict):
     text: str = Field(min_length=1)
     label: str | None = None  # of the datasets': what its samples should show
@@ -71,7 +77,7 @@ class Samples(Strict):
     sampler: Literal["ddpm", "ddim", "dpm++", "euler"] | None = None  # the default is ddim, or euler for flow
     per_prompt: int = Field(default=4, gt=0)
     judge: bool = False  # a classifier of the real images says what the samples of labelled prompts show
-    features: Folder | None = None  # a folder with a transformers image model: FID and KID in its features
+    features: Features | None = None  # a folder with a transformers image model: FID and KID in its features
 
 
 class Model(Strict):
@@ -121,15 +127,17 @@ def partitioned() -> AbstractContextManager[Any]:
 
 def build_backbone(keys: dict[str, Any], defaults: dict[str, Any]) -> Any:
     """From its keys, with `defaults` for those that are left out, or from its folder."""
-    _name, cls = backbone_class(keys)
+    name, cls = backbone_class(keys)
     if "pretrained" in keys:
         return cls.from_pretrained(keys["pretrained"], torch_dtype=torch.float32)
     config = {**defaults, **{k: v for k, v in keys.items() if k != "arch"}}
     try:
         with partitioned():
-            return cls(**config)
+            backbone = cls(**config)
     except (ValueError, TypeError, NotImplementedError, IndexError, KeyError, ZeroDivisionError, RuntimeError) as e:
         raise ConfigError(f"model.backbone: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
+    initialise(name, backbone)
+    return backbone
 
 
 def build_text_encoder(text: Text, vocabulary: int, end: int) -> CLIPTextModel:
@@ -154,14 +162,26 @@ def build_text_encoder(text: Text, vocabulary: int, end: int) -> CLIPTextModel:
 
 
 def frozen_text_encoder(folder: str) -> Any:
-    kind = T5EncoderModel if "t5" in AutoConfig.from_pretrained(folder).model_type else CLIPTextModel
+    kind = T5EncoderModel if "t5" in from_folder("model.text.pretrained", AutoConfig, folder).model_type else CLIPTextModel
     return kind.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+
+
+def frozen_bytes(config: dict[str, Any] | str) -> int:
+    """Of a frozen autoencoder's weights by its configuration, or of a frozen text encoder's by its folder; none are read."""
+    with torch.device("meta"):
+        if isinstance(config, dict):
+            model: Any = AutoencoderKL.from_config(config)
+        else:
+            found = from_folder("model.text.pretrained", AutoConfig, config)
+            kind: Any = T5EncoderModel if "t5" in found.model_type else CLIPTextModel
+            model = kind(found if "t5" in found.model_type else getattr(found, "text_config", found))
+    return 4 * sum(p.numel() for p in model.parameters())  # fp32
 
 
 def frozen_tokenizer(folder: str, length: int) -> Any:
     """The folder's own tokenizer (in it, or in `../tokenizer`, where diffusers' pipelines have it)."""
     place = Path(folder) if any(Path(folder).glob("tokenizer*")) else Path(folder).parent / "tokenizer"
-    tokenizer = AutoTokenizer.from_pretrained(place)
+    tokenizer = from_folder("model.text.pretrained", AutoTokenizer, place)
     tokenizer.model_max_length = length
     return tokenizer
 
@@ -170,7 +190,7 @@ def text_width(text: Text) -> int:
     if not text.pretrained:
         return text.hidden_size
     folder_config("model.text.pretrained", text.pretrained)
-    config = AutoConfig.from_pretrained(text.pretrained)
+    config = from_folder("model.text.pretrained", AutoConfig, text.pretrained)
     return int(getattr(config, "d_model", None) or config.hidden_size)
 
 

@@ -86,9 +86,10 @@ def load(folder: Path) -> Any:
         if kind is None:
             return None
         cls = getattr(diffusers if library == "diffusers" else transformers, kind)
-        if name in ("tokenizer", "scheduler"):
-            return cls.from_pretrained(folder / name)
-        return cls.from_pretrained(folder / name, **{"torch_dtype" if library == "diffusers" else "dtype": torch.float32})
+        options: dict[str, Any] = {} if library == "diffusers" else {"trust_remote_code": False}
+        if name not in ("tokenizer", "scheduler"):
+            options["torch_dtype" if library == "diffusers" else "dtype"] = torch.float32
+        return cls.from_pretrained(folder / name, **options)
 
     names = ("scheduler", "text_encoder", "tokenizer", "unet", "transformer", "vae")
     pipeline: Any = TextToImagePipeline(**{name: part(name) for name in names})

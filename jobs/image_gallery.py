@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from jobs import image_export
+from jobs.diffusion_config import Features
 from jobs.image_judge import Judge, real_images
 from jobs.image_pipeline import denoise, generators
 
@@ -32,6 +33,7 @@ class Gallery:
         self.labels = [p.label for p in self.samples.prompts]
         self.count = len(self.prompts) * self.samples.per_prompt
         self._judge: Judge | None = None
+        self._reference: Any = None  # of real images, for FID and KID
 
     def item(self, number: int) -> tuple[str, int]:
         """A picture's prompt and seed."""
@@ -50,7 +52,9 @@ class Gallery:
             generators([s for _, s in items]),
             device,
         )
-        return list(recipe.pixels_of(sampled))
+        pictures = list(recipe.pixels_of(sampled))
+        recipe.parts.rest()
+        return pictures
 
     def judge(self, pictures: list[np.ndarray]) -> tuple[dict[str, float], dict[str, bytes]]:
         scores: dict[str, float] = {}
@@ -62,10 +66,15 @@ class Gallery:
             scores["classifier_accuracy"] = self.judge_of().accuracy
             scores["chance"] = 1 / len(self.judge_of().labels)
         if self.samples.features:
-            from jobs.image_quality import distances
-
-            scores |= distances(self.samples.features.pretrained, pictures, real_images(self.recipe.sources, len(pictures))[0])
+            scores |= self._reference_of(self.samples.features).distances(pictures)
         return scores, {"samples": png(grid(pictures, self.samples.per_prompt))}
+
+    def _reference_of(self, features: Features) -> Any:
+        if self._reference is None:
+            from jobs.image_quality import Reference
+
+            self._reference = Reference(features.pretrained, self.recipe.sources, features.images)
+        return self._reference
 
     def judge_of(self) -> Judge:
         if self._judge is None:

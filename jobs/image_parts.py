@@ -58,14 +58,24 @@ class Parts:
             raise ConfigError(f"model.text.length: {self.model.text.length}, but the datasets hold {f.text[0]}; set it to that")
         if not self.model.text.pretrained and f.tokenizer is None:
             raise ConfigError("model.text: the datasets have no tokenizer; prepare them with one, or give model.text.pretrained")
-        given = self._given()
-        if given.get("in_channels", self.shape()[0]) != self.shape()[0]:
-            raise ConfigError(f"model.backbone.in_channels: {given['in_channels']}, but the data has {self.shape()[0]}")
+        given, channels = self._given(), self.shape()[0]
+        if given.get("in_channels", channels) != channels:
+            raise ConfigError(f"model.backbone.in_channels: {given['in_channels']}, but the data has {channels}")
+        if (said := self._answers(given)) != channels:
+            more = "; it predicts the variance too, which is not trained here" if said == 2 * channels else ""
+            raise ConfigError(f"model.backbone.out_channels: {said}, but what is to be predicted has {channels}{more}")
+        if self._conditioned(given):
+            raise ConfigError(
+                "model.backbone.use_additional_conditions: the model wants each image's resolution and aspect ratio, which are "
+                "not given here; take one without (use_additional_conditions: false)"
+            )
         for key in diffusion_config.TEXT_WIDTHS[self.arch]:
             if given.get(key, self.width) != self.width:
                 raise ConfigError(f"model.backbone.{key}: {given[key]}, but the text encoder's width is {self.width}")
         with torch.device("meta"):
             self.build()  # what makes no sense is found here
+            if "pretrained" in self.model.backbone:
+                self._try(diffusion_config.BACKBONES[self.arch].from_config(given))
 
     @cached_property
     def vae_config(self) -> dict[str, Any] | None:
@@ -86,6 +96,31 @@ class Parts:
         """The backbone's keys, or its folder's configuration."""
         keys = self.model.backbone
         return diffusion_config.folder_config("model.backbone.pretrained", keys["pretrained"]) if "pretrained" in keys else keys
+
+    def _answers(self, given: dict[str, Any]) -> int:
+        """The channels of what the backbone says."""
+        written = "pretrained" in self.model.backbone or "out_channels" in given
+        default = {"unet": 4, "pixart": 8, "sd3": 16}[self.arch]  # of the classes; None there means as many as go in
+        said = given.get("out_channels", default) if written else None
+        return self.shape()[0] if said is None else said
+
+    def _conditioned(self, given: dict[str, Any]) -> bool:
+        """Whether a PixArt wants sizes: said, or None, which its class takes for yes where a side has 128 latents."""
+        said = given.get("use_additional_conditions")
+        known = "pretrained" in self.model.backbone or "use_additional_conditions" in given
+        return self.arch == "pixart" and known and bool(given.get("sample_size", 128) == 128 if said is None else said)
+
+    @torch.no_grad()
+    def _try(self, backbone: Any) -> None:
+        """ConfigError if the backbone, without storage, cannot answer for one sample."""
+        shape = (1, *self.shape())
+        try:
+            said = predict(backbone, torch.zeros(shape), torch.zeros(1), torch.zeros((1, self.model.text.length, self.width)))
+        except (ValueError, TypeError, AttributeError, IndexError, KeyError, RuntimeError) as e:
+            why = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
+            raise ConfigError(f"model.backbone.pretrained: is not trained by images and captions alone ({why})") from e
+        if said.shape != shape:
+            raise ConfigError(f"model.backbone.pretrained: answers {tuple(said.shape[1:])} for images of {shape[1:]}")
 
     def shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
         """Channels, height and width of what is noised; `size`: width and height in pixels. Without datasets, the backbone's."""
@@ -136,12 +171,31 @@ class Parts:
         """The frozen text encoder, as `vae`."""
         return diffusion_config.frozen_text_encoder(str(self.model.text.pretrained))
 
+    def frozen_bytes(self) -> tuple[int, int]:
+        """What frozen encoders take on the device in every step, and what they take there while pictures are drawn."""
+        assert self.facts
+        text = diffusion_config.frozen_bytes(str(self.model.text.pretrained)) if self.model.text.pretrained else 0
+        vae = diffusion_config.frozen_bytes(self.vae_config) if self.vae_config else 0
+        always = text * (self.facts.text is None) + vae * (self.facts.content == "images")
+        return always, (text + vae if self.model.samples.prompts else always)
+
+    def rest(self) -> None:
+        """Takes off the device what was only needed to draw: encoders whose answers the datasets hold."""
+        assert self.facts
+        idle = {"text_encoder": self.facts.text is not None, "vae": self.facts.content == "latents"}
+        resting = [self.__dict__[name] for name, is_idle in idle.items() if is_idle and self.__dict__.get(name) is not None]
+        on_gpu = [model for model in resting if next(model.parameters()).is_cuda]
+        for model in resting:
+            model.to("cpu")
+        if on_gpu:
+            torch.cuda.empty_cache()  # other allocations than the allocator's must find room, too
+
     @cached_property
     def tokenizer(self) -> Any:
         if self.model.text.pretrained:
             return diffusion_config.frozen_tokenizer(self.model.text.pretrained, self.model.text.length)
         assert self.facts
-        definition = self.sources[0].location.join("tokenizer.json").read()
+        definition = self.sources[0].file("tokenizer.json").read()
         return image_export.tokenizer(definition, self.facts.end, self.model.text.length)
 
     @cached_property
@@ -149,7 +203,7 @@ class Parts:
         """A batch's `text` and `mask` of no caption: token ids [length], or the stored embedding [length, width]."""
         assert self.facts
         if self.facts.text:
-            raw = self.sources[0].location.join("empty_caption.bin").read()
+            raw = self.sources[0].file("empty_caption.bin").read()
             return {"text": torch.from_numpy(np.frombuffer(raw, np.float16).reshape(self.facts.text).copy()).float()}
         tokens = tokenize(self.tokenizer, [""])
         return {"text": tokens.input_ids[0], "mask": tokens.attention_mask[0]}

@@ -4,7 +4,8 @@ Diffusion (Ho et al. 2020, arXiv 2006.11239): q(x_t | x_0) is normal with mean s
 the product of 1 - beta up to t. The network predicts the noise (`epsilon`) or v = sqrt(a_t) noise - sqrt(1 - a_t) x_0 (Salimans
 and Ho 2022, arXiv 2202.00512). Flow matching (`flow`; Liu et al. 2022, arXiv 2209.03003): x_s = (1 - s) x_0 + s noise, s in
 [0, 1], and the network predicts noise - x_0. `zero_terminal_snr` (Lin et al. 2023, arXiv 2305.08891) makes the last step pure
-noise; `min_snr` weights the loss (Hang et al. 2023, arXiv 2303.09556).
+noise; `min_snr` weights the loss (Hang et al. 2023, arXiv 2303.09556). There the last step would weigh nothing, and never be
+learnt, so with both of them the weight is floored as Salimans and Ho's "truncated SNR" is: as if the ratio were at least one.
 """
 
 from __future__ import annotations
@@ -118,5 +119,6 @@ class Process:
             return torch.ones(len(t), device=t.device)
         image, part = self.coefficients(t)
         snr = (image / part) ** 2
-        capped = snr.clamp(max=self.objective.min_snr)
+        floor = 1.0 if self.objective.zero_terminal_snr else 0.0
+        capped = snr.clamp(min=floor).clamp(max=self.objective.min_snr)
         return capped / snr if self.objective.prediction == "epsilon" else capped / (snr + 1)

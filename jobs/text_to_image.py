@@ -61,7 +61,7 @@ class TextToImage:
             raise ConfigError("model.samples.judge: needs prompts with a label; add labels, or set it to false")
         drawn = self.model.samples if self.model.samples.prompts else None
         judged = ("conditional_accuracy", "classifier_accuracy", "chance") if drawn and drawn.judge else ()
-        compared = ("fid", "kid") if drawn and drawn.features else ()
+        compared = ("fid", "kid", "real_images") if drawn and drawn.features else ()
         self.scores = ("loss", *(f"loss_t{i}" for i in range(QUARTERS)), *judged, *compared)
 
     def bind(self, sources: list[Manifest]) -> None:
@@ -151,6 +151,9 @@ class TextToImage:
             with FlopCounterMode(display=False) as counter:
                 model(torch.zeros((1, *self.parts.shape())), torch.zeros((1,), dtype=torch.long), text)
         return 3.0 * counter.get_total_flops()
+
+    def frozen_bytes(self) -> tuple[int, int]:
+        return self.parts.frozen_bytes()
 
     # for people ------------------------------------------------------------------------------------------------------
 

@@ -29,7 +29,10 @@ REASONS = {
     "empty": "nothing but white space",
     "too_short": "fewer than min_chars characters",
     "too_long": "more than max_chars characters",
+    "too_large": "beyond max_file_bytes or max_document_bytes, unpacked; what came before is kept",
+    "outside": "a link that leads out of the input",
 }
+BLOCK = 1 << 20  # bytes that are unpacked at a time
 Form = Literal["none", "NFC", "NFKC"]
 
 
@@ -41,6 +44,8 @@ class Rules:
     normalise: Form = "NFC"
     min_chars: int = 1
     max_chars: int | None = None
+    max_document_bytes: int = 1 << 26
+    max_file_bytes: int = 1 << 33
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class Document:
 class Dropped:
     id: str
     reason: str
+    detail: str = ""
 
 
 def clean(id: str, raw: bytes | str, rules: Rules) -> Document | Dropped:
@@ -84,13 +90,15 @@ def read(path: str, data: bytes, rules: Rules) -> Iterator[Document | Dropped]:
     suffix, codec = sources.kind(path)
     try:
         if suffix == ".parquet":
-            yield from _parquet(path, _unpack(data, codec).read(), rules)
+            yield from _parquet(path, _whole(data, codec, rules.max_file_bytes), rules)
         elif suffix == ".jsonl":
-            yield from _jsonl(path, io.BufferedReader(_unpack(data, codec)), rules)
+            yield from _jsonl(path, _lines(data, codec, rules), rules)
         else:
-            yield clean(path, _unpack(data, codec).read(), rules)
-    except (OSError, EOFError):
-        yield Dropped(path, "corrupt")
+            yield clean(path, _whole(data, codec, min(rules.max_document_bytes, rules.max_file_bytes)), rules)
+    except sources.LeftOutError as e:
+        yield Dropped(path, e.reason, e.detail)
+    except (OSError, EOFError) as e:
+        yield Dropped(path, "corrupt", str(e).partition("\n")[0])
 
 
 def _unpack(data: bytes, codec: str | None) -> pa.NativeFile:
@@ -99,9 +107,40 @@ def _unpack(data: bytes, codec: str | None) -> pa.NativeFile:
     return pa.CompressedInputStream(raw, codec) if codec and data else raw
 
 
-def _jsonl(path: str, lines: Iterable[bytes], rules: Rules) -> Iterator[Document | Dropped]:
+def _whole(data: bytes, codec: str | None, limit: int) -> bytes:
+    """The plain bytes; LeftOutError as soon as there are more than `limit`."""
+    stream, out = _unpack(data, codec), bytearray()
+    while block := stream.read(BLOCK):
+        out += block
+        if len(out) > limit:
+            raise sources.LeftOutError("too_large", f"more than {limit:,} bytes, unpacked")
+    return bytes(out)
+
+
+def _lines(data: bytes, codec: str | None, rules: Rules) -> Iterator[bytes | None]:
+    """The lines of the plain bytes, None for one that is longer than a document may be; LeftOutError behind the last byte that a
+    file may have."""
+    stream, total, skipping = io.BufferedReader(_unpack(data, codec)), 0, False
+    while piece := stream.readline(BLOCK if skipping else rules.max_document_bytes + 1):
+        total += len(piece)
+        if total > rules.max_file_bytes:
+            raise sources.LeftOutError("too_large", f"more than {rules.max_file_bytes:,} bytes, unpacked")
+        ended = piece.endswith(b"\n")
+        if skipping:
+            skipping = not ended
+        elif ended or len(piece) <= rules.max_document_bytes:
+            yield piece
+        else:
+            skipping = True
+            yield None
+
+
+def _jsonl(path: str, lines: Iterable[bytes | None], rules: Rules) -> Iterator[Document | Dropped]:
     for number, line in enumerate(lines, 1):
         id = f"{path}#{number}"
+        if line is None:
+            yield Dropped(id, "too_large", f"a line of more than {rules.max_document_bytes:,} bytes")
+            continue
         if not line.strip():
             continue
         try:
@@ -123,20 +162,33 @@ def _jsonl(path: str, lines: Iterable[bytes], rules: Rules) -> Iterator[Document
 def _parquet(path: str, data: bytes, rules: Rules) -> Iterator[Document | Dropped]:
     row = 0
     try:
-        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
-        if rules.text_column not in file.schema_arrow.names:
+        if rules.text_column not in pq.read_schema(pa.BufferReader(data)).names:
             yield Dropped(path, "no_text")
             return
-        for batch in file.iter_batches(1024, columns=[rules.text_column]):
-            values = batch.column(0)
-            if pa.types.is_dictionary(values.type):
-                values = values.dictionary_decode()
-            if not any(is_text(values.type) for is_text in (pa.types.is_string, pa.types.is_large_string)):
+        total = 0
+        for values in sources.parquet_values(data, rules.text_column, rules.max_file_bytes):
+            texts = values.dictionary if isinstance(values, pa.DictionaryArray) else values
+            if not any(is_text(texts.type) for is_text in (pa.types.is_string, pa.types.is_large_string)):
                 yield Dropped(path, "no_text")
                 return
-            for value in pc.cast(values, pa.large_binary()).to_pylist():  # bytes: Parquet does not check its UTF-8
+            texts = pc.cast(texts, pa.large_binary())  # bytes: Parquet does not check its UTF-8
+            chosen = values.indices if isinstance(values, pa.DictionaryArray) else range(len(texts))
+            for place in chosen:
                 row += 1
-                id = f"{path}#{row}"
-                yield clean(id, value, rules) if value is not None else Dropped(id, "no_text")
-    except (pa.ArrowException, OSError, ValueError):
-        yield Dropped(path, "corrupt")
+                index = place if isinstance(place, int) else place.as_py()
+                value = texts[index] if index is not None else None
+                size = len(value.as_buffer()) if value is not None and value.is_valid else 0
+                total += size
+                if total > rules.max_file_bytes:
+                    raise sources.LeftOutError("too_large", f"more than {rules.max_file_bytes:,} bytes, unpacked")
+                yield _value(f"{path}#{row}", value, size, rules)
+    except (pa.ArrowException, OSError, ValueError) as e:
+        yield Dropped(path, "corrupt", str(e).partition("\n")[0])
+
+
+def _value(id: str, value: pa.Scalar | None, size: int, rules: Rules) -> Document | Dropped:
+    if value is None or not value.is_valid:
+        return Dropped(id, "no_text")
+    if size > rules.max_document_bytes:
+        return Dropped(id, "too_large", f"more than {rules.max_document_bytes:,} bytes")
+    return clean(id, value.as_py(), rules)

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
+from heliostat.data import versions
+from heliostat.data.manifest import FILES
 from heliostat.errors import ConfigError
 from heliostat.schema import Float, Strict
 from heliostat.storage import Location
@@ -121,8 +123,9 @@ def encoded(rows: Any, latents: Latents, output: Location, folders: list[str]) -
     meta: dict[str, Any] = {"content": "latents", "models": latents.models()}
     if latents.text_encoder:
         empty = ray.get(empty_caption.remote(config), timeout=600)
-        for place in [output, *(output.join(f) for f in folders)]:
-            place.join(EMPTY).write(empty.tobytes())
+        places = [output, *(output.join(f) for f in folders)]
+        (path,) = {versions.store(place, f"{FILES}/empty_caption-", empty.tobytes(), ".bin") for place in places}
+        meta["files"] = {EMPTY: path}
         meta["text"] = list(empty.shape)
     done = rows.map_batches(
         Encoder, batch_size=8 * latents.batch, batch_format="pyarrow", fn_constructor_kwargs={"config": config},

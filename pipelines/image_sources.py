@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from heliostat.errors import ConfigError, StorageError
+from heliostat.errors import ConfigError
 from heliostat.prepare import InputFile
-from heliostat.storage import Location
+from heliostat.text import printable
 from PIL import Image
 
-from pipelines import sources
+from pipelines import pictures, sources
 from pipelines.pictures import Dropped, Raw, encode
 
 DIGITS = "sklearn:digits"
@@ -39,6 +39,14 @@ WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 TEMPLATES = (
     "a handwritten {}", "the digit {}", "{} written by hand", "the number {} in ink", "a picture of {}", "{}, handwritten",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Limits:
+    """In bytes: of a file of the input, and of an image in it, as it is stored."""
+
+    file: int = 1 << 33
+    image: int = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,7 @@ def listing(uri: str) -> list[InputFile]:
     return sorted(files, key=lambda f: f.path)
 
 
-def tasks(uri: str, files: list[InputFile], columns: Columns) -> list[dict[str, Any]]:
+def tasks(uri: str, files: list[InputFile], columns: Columns, limit: int = Limits.file) -> list[dict[str, Any]]:
     """What each read task reads: an archive, a table, or some hundred files that a metadata file names."""
     if uri == DIGITS:
         return [{"kind": "digits", "path": "", "entries": []}]
@@ -84,7 +92,11 @@ def tasks(uri: str, files: list[InputFile], columns: Columns) -> list[dict[str, 
     tables = [f.path for f in files if f.path.rsplit("/", 1)[-1] in METADATA]
     for path in tables:
         folder = path.rpartition("/")[0]
-        entries = [_entry(row, folder, path, columns) for row in read_table(path, base.join(path).read())]
+        try:
+            data = sources.fetch(base, path, limit)
+        except sources.LeftOutError as e:
+            raise ConfigError(f"input: {printable(path)}: is not read: {pictures.REASONS[e.reason]} ({e.detail})") from e
+        entries = [_entry(row, folder, path, columns) for row in read_table(path, data)]
         for first in range(0, len(entries), FILES_PER_TASK):
             out.append({"kind": "files", "path": path, "entries": entries[first : first + FILES_PER_TASK]})
     if not tables:
@@ -93,10 +105,18 @@ def tasks(uri: str, files: list[InputFile], columns: Columns) -> list[dict[str, 
 
 
 def _entry(row: dict[str, Any], folder: str, path: str, columns: Columns) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise ConfigError(f"input: {printable(path)}: {str(row)[:40]!r} is no object with a 'file_name'; a line is one")
     if "file_name" not in row:
-        raise ConfigError(f"input: {path}: has no column 'file_name'; its columns: {', '.join(row)}")
-    name = f"{folder}/{row['file_name']}" if folder else str(row["file_name"])
-    return {"path": name, "caption": row.get(columns.caption), "label": _label(row, columns)}
+        found = printable(", ".join(map(str, row)))
+        raise ConfigError(f"input: {printable(path)}: has no column 'file_name'; its columns: {found}")
+    name, caption = str(row["file_name"]), row.get(columns.caption)
+    lost = name.startswith("/") or not name  # what is joined to a folder would lie inside it
+    return {
+        "path": f"{folder}/{name}" if folder and not lost else name,
+        "caption": caption if isinstance(caption, str) else None,
+        "label": _label(row, columns),
+    }
 
 
 def _label(row: dict[str, Any], columns: Columns) -> str:
@@ -113,14 +133,14 @@ def read_table(path: str, data: bytes) -> list[dict[str, Any]]:
         if path.endswith(".csv"):
             return list(csv.DictReader(io.StringIO(text)))
         return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (pa.ArrowException, OSError, ValueError) as e:
-        raise ConfigError(f"input: {path}: cannot be read ({str(e).splitlines()[0]})") from e
+    except (pa.ArrowException, OSError, ValueError, RecursionError, csv.Error) as e:
+        raise ConfigError(f"input: {printable(path)}: cannot be read ({str(e).splitlines()[0]})") from e
 
 
 # reading -------------------------------------------------------------------------------------------------------------
 
 
-def read(uri: str, task: dict[str, Any], columns: Columns) -> Iterator[Raw | Dropped]:
+def read(uri: str, task: dict[str, Any], columns: Columns, limits: Limits = Limits()) -> Iterator[Raw | Dropped]:
     """The images of a task."""
     if task["kind"] == "digits":
         yield from digits()
@@ -128,29 +148,22 @@ def read(uri: str, task: dict[str, Any], columns: Columns) -> Iterator[Raw | Dro
     base = sources.root(uri)
     if task["kind"] == "files":
         for entry in task["entries"]:
-            data = _bytes(base, entry["path"])
+            try:
+                data = sources.fetch(base, entry["path"], limits.image) if entry["path"] else b""
+            except sources.LeftOutError as e:
+                yield Dropped(entry["path"], e.reason, e.detail)
+                continue
             yield Raw(entry["path"], data, entry["caption"], entry["label"]) if data else Dropped(entry["path"], "unreadable")
         return
     path = task["path"] or base.name
-    data = _bytes(base, task["path"])
-    if data is None:
-        yield Dropped(path, "unreadable")
-    elif path.lower().endswith(".tar"):
-        yield from read_tar(path, data, columns)
-    else:
-        yield from read_parquet(path, data, columns)
-
-
-def _bytes(base: Location, path: str) -> bytes | None:
-    """None for a local file that cannot be opened; a store that refuses or fails is an error."""
     try:
-        return (base.join(path) if path else base).read()
-    except FileNotFoundError:
-        return None
-    except StorageError:
-        if base.is_s3:
-            raise
-        return None
+        data = sources.fetch(base, task["path"], limits.file)
+        if path.lower().endswith(".tar"):
+            yield from read_tar(path, data, columns, limits.image)
+        else:
+            yield from read_parquet(path, data, columns, limits)
+    except sources.LeftOutError as e:
+        yield Dropped(path, e.reason, e.detail)
 
 
 def digits() -> Iterator[Raw]:
@@ -162,30 +175,35 @@ def digits() -> Iterator[Raw]:
         yield Raw(f"digits#{number}", encode(image, "png", 0), digit_caption(number, digit), WORDS[digit])
 
 
-def read_parquet(path: str, data: bytes, columns: Columns) -> Iterator[Raw | Dropped]:
-    number = 0
+def read_parquet(path: str, data: bytes, columns: Columns, limits: Limits = Limits()) -> Iterator[Raw | Dropped]:
+    number, total = 0, 0
     try:
-        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
-        wanted = [c for c in (columns.image, columns.caption, columns.label) if c in file.schema_arrow.names]
-        for batch in file.iter_batches(256, columns=wanted):
-            for row in batch.to_pylist():
-                number += 1
-                image = row.get(columns.image)
-                image = image.get("bytes") if isinstance(image, dict) else image
-                caption = row.get(columns.caption)
-                yield Raw(
-                    f"{path}#{number}",
-                    image if isinstance(image, bytes) else None,
-                    caption if isinstance(caption, str) else None,
-                    _label(row, columns),
-                )
+        wanted = [c for c in (columns.image, columns.caption, columns.label) if c]
+        for row in sources.parquet_rows(data, columns.image, wanted, limits.file):
+            number += 1
+            image = row.get(columns.image)
+            image = image.get("bytes") if isinstance(image, dict) else image
+            caption = row.get(columns.caption)
+            total += len(image) if isinstance(image, bytes) else 0
+            if total > limits.file:
+                raise sources.LeftOutError("too_large", f"more than {limits.file:,} bytes, unpacked")
+            if isinstance(image, bytes) and len(image) > limits.image:
+                yield Dropped(f"{path}#{number}", "too_large", f"{len(image):,} bytes")
+                continue
+            yield Raw(
+                f"{path}#{number}",
+                image if isinstance(image, bytes) else None,
+                caption if isinstance(caption, str) else None,
+                _label(row, columns),
+            )
     except (pa.ArrowException, OSError, ValueError):
         yield Dropped(path, "corrupt")
 
 
-def read_tar(path: str, data: bytes, columns: Columns) -> Iterator[Raw | Dropped]:
-    """Consecutive members with one name up to the first point of their last part are a sample."""
-    key, parts = "", dict[str, bytes]()
+def read_tar(path: str, data: bytes, columns: Columns, limit: int = Limits.image) -> Iterator[Raw | Dropped]:
+    """Consecutive members with one name up to the first point of their last part are a sample; one of more than `limit` bytes,
+    which a sparse member only claims to have, leaves its sample out."""
+    key, parts = "", dict[str, bytes | None]()
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             for member in tar:
@@ -197,10 +215,13 @@ def read_tar(path: str, data: bytes, columns: Columns) -> Iterator[Raw | Dropped
                 if here != key:
                     yield from _sample(path, key, parts, columns)
                     key, parts = here, {}
+                if member.size > limit:
+                    parts[suffix.lower()] = None
+                    continue
                 body = tar.extractfile(member)
                 assert body is not None
-                parts[suffix.lower()] = body.read()
-                if len(parts[suffix.lower()]) != member.size:
+                parts[suffix.lower()] = found = body.read()
+                if len(found) != member.size:
                     raise tarfile.ReadError("cut short")
     except (tarfile.TarError, OSError, EOFError):
         yield Dropped(path, "corrupt")
@@ -208,15 +229,18 @@ def read_tar(path: str, data: bytes, columns: Columns) -> Iterator[Raw | Dropped
     yield from _sample(path, key, parts, columns)
 
 
-def _sample(path: str, key: str, parts: dict[str, bytes], columns: Columns) -> Iterable[Raw | Dropped]:
-    if not parts:
+def _sample(path: str, key: str, found: dict[str, bytes | None], columns: Columns) -> Iterable[Raw | Dropped]:
+    if not found:
         return ()
     id = f"{path}/{key}"
+    parts = {suffix: body for suffix, body in found.items() if body is not None}
+    if len(parts) < len(found):
+        return (Dropped(id, "too_large", f"the part .{next(s for s in found if s not in parts)}"),)
     try:
         row = json.loads(parts["json"]) if "json" in parts else {}
         caption = parts["txt"].decode() if "txt" in parts else row.get(columns.caption)
         label = parts["cls"].decode().strip() if "cls" in parts else _label(row, columns)
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return (Dropped(id, "corrupt"),)
     image = next((parts[s.removeprefix(".")] for s in IMAGES if s.removeprefix(".") in parts), None)
     return (Raw(id, image, caption if isinstance(caption, str) else None, label),)

@@ -12,12 +12,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-from heliostat.data import manifest
-from heliostat.data.manifest import SHARDS
+from heliostat.data import manifest, versions
+from heliostat.data import shard as shard_file
+from heliostat.data.manifest import FILES, SHARDS
 from heliostat.storage import Location
 
 from pipelines import image_sources, pictures
-from pipelines.image_sources import Columns
+from pipelines.image_sources import Columns, Limits
 from pipelines.pictures import Dropped, Rules
 
 # one row per image, or (with a reason and no image) per dropped image
@@ -27,16 +28,15 @@ ROWS = pa.schema(
      ("detail", pa.string())]
 )  # fmt: skip
 STORED = ("id", "caption", "label", "width", "height", "image", "latent", "embedding")  # of a shard: those that there are
-QUARANTINE = "quarantine.parquet"
 BLOCK_BYTES = 32 << 20  # of images, per block that a read task yields
 
 
-def extract(batch: pa.Table, input: str, columns: Columns, rules: Rules) -> Iterator[pa.Table]:
+def extract(batch: pa.Table, input: str, columns: Columns, rules: Rules, limits: Limits) -> Iterator[pa.Table]:
     """The images of the tasks in the batch, as tables of ROWS."""
     found: list[dict[str, Any]] = []
     size = 0
     for task in map(json.loads, batch["task"].to_pylist()):
-        for raw in image_sources.read(input, task, columns):
+        for raw in image_sources.read(input, task, columns, limits):
             made = raw if isinstance(raw, Dropped) else pictures.prepare(raw, rules)
             if isinstance(made, Dropped):
                 found.append({"id": made.id, "reason": made.reason, "detail": made.detail})
@@ -66,21 +66,22 @@ def assign(table: pa.Table, duplicates: Any, shards: dict[str, int]) -> pa.Table
 
 def write_group(table: pa.Table, output: str, chunk_images: int, parts: bool) -> pa.Table:
     """Writes one shard, or the list of what was dropped; returns the counts."""
-    row: dict[str, Any] = {"path": "", "images": 0, "bytes": 0, "dropped": "{}", "examples": "{}"}
+    row: dict[str, Any] = {"path": "", "images": 0, "bytes": 0, "dropped": "{}", "examples": "{}", "listed": "", "contents": "[]"}
     bucket, _, number = table["shard"][0].as_py().partition("/")
     if not bucket:
         listed = table.select(["id", "reason", "detail"]).sort_by([("reason", "ascending"), ("id", "ascending")])
-        Location(output).join(QUARANTINE).write(_parquet([listed]))
+        row["listed"] = versions.store(Location(output), f"{FILES}/listed-", _parquet([listed]), ".parquet")
         by_reason: dict[str, list[str]] = {}
         for id, reason in zip(listed["id"].to_pylist(), listed["reason"].to_pylist(), strict=True):
             by_reason.setdefault(reason, []).append(id)
         row["dropped"] = json.dumps({reason: len(ids) for reason, ids in by_reason.items()})
         row["examples"] = json.dumps({reason: ids[:3] for reason, ids in by_reason.items()})
         return pa.Table.from_pylist([row])
-    path = f"{bucket}/{SHARDS}/{number}.parquet" if parts else f"{SHARDS}/{number}.parquet"
     data = shard(table, chunk_images)
-    Location(output).join(path).write(data)
-    return pa.Table.from_pylist([row | {"path": path, "images": len(table), "bytes": len(data)}])
+    folder = f"{bucket}/{SHARDS}/{number}/" if parts else f"{SHARDS}/{number}/"
+    path = versions.store(Location(output), folder, data, ".parquet")
+    return pa.Table.from_pylist([row | {"path": path, "images": len(table), "bytes": len(data),
+                                      "contents": json.dumps(shard_file.content_digests(data, None))}])  # fmt: skip
 
 
 def shard(table: pa.Table, chunk_images: int) -> bytes:
@@ -109,4 +110,5 @@ def _parquet(groups: list[pa.Table]) -> bytes:
 
 
 def footer(row: dict[str, Any], output: str) -> list[dict[str, Any]]:
-    return manifest.read_footer(Location(output), row["path"], None)
+    found = manifest.read_footer(Location(output), row["path"], None)
+    return [{**chunk, "content": content} for chunk, content in zip(found, json.loads(row["contents"]), strict=True)]

@@ -20,6 +20,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
+from heliostat.data import versions
+from heliostat.data.manifest import FILES
 from heliostat.errors import ConfigError
 from heliostat.prepare import InputFile, Pipeline, place
 from heliostat.schema import Float, Strict
@@ -28,7 +30,7 @@ from pydantic import Field
 
 from pipelines import image_sources, image_tasks, pictures, sources, tokens
 from pipelines.image_latents import Latents, encoded
-from pipelines.image_sources import Columns
+from pipelines.image_sources import Columns, Limits
 from pipelines.text import ray_data
 
 log = logging.getLogger(__name__)
@@ -60,6 +62,8 @@ class Tokenizer(Strict):
 class ImagePipeline(Pipeline):
     """The keys of an image pipeline's YAML. `input`: see `pipelines.image_sources`."""
 
+    later = frozenset({"max_file_bytes", "max_image_bytes"})
+
     input: str = Field(min_length=1)
     columns: ColumnNames = ColumnNames()
     resolution: int = Field(gt=0)
@@ -69,6 +73,8 @@ class ImagePipeline(Pipeline):
     quality: int = Field(95, ge=1, le=100)
     min_side: int = Field(1, ge=1)
     max_aspect: Float | None = Field(None, ge=1)
+    max_file_bytes: int = Field(Limits.file, ge=1)  # of an input file: a larger one is left out
+    max_image_bytes: int = Field(Limits.image, ge=1)  # of an image, as it is stored
     min_caption: int = Field(1, ge=1)
     max_caption: int | None = Field(None, ge=1)
     duplicates: Literal["keep", "exact", "perceptual"] = "exact"
@@ -116,11 +122,11 @@ class ImagePipeline(Pipeline):
             return self._write(output, inputs)
 
     def _write(self, output: Location, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        output.join(image_tasks.QUARANTINE).delete()  # of an earlier run
         columns = Columns(**self.columns.model_dump())
-        tasks = [{"task": json.dumps(t)} for t in image_sources.tasks(self.input, inputs, columns)]
+        tasks = [{"task": json.dumps(t)} for t in image_sources.tasks(self.input, inputs, columns, self.max_file_bytes)]
         rows = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
-            partial(image_tasks.extract, input=self.input, columns=columns, rules=self.rules),
+            partial(image_tasks.extract, input=self.input, columns=columns, rules=self.rules,
+                    limits=Limits(self.max_file_bytes, self.max_image_bytes)),
             batch_size=1, batch_format="pyarrow",
         )  # fmt: skip
         rows = rows.materialize()  # read once: a second reading could differ
@@ -136,18 +142,21 @@ class ImagePipeline(Pipeline):
         write_group = partial(
             image_tasks.write_group, output=output.uri, chunk_images=self.chunk_images, parts=self.buckets is not None
         )
-        counts, dropped, paths = 0, Counter[str](), []
+        counts, dropped, paths, listed = 0, Counter[str](), dict[str, str](), ""
         for row in assigned.groupby("shard").map_groups(write_group, batch_format="pyarrow").iter_rows():
             counts += row["images"]
-            paths += [row["path"]] if row["path"] else []
+            paths |= {row["path"]: row["contents"]} if row["path"] else {}
+            listed = row["listed"] or listed
             dropped.update(json.loads(row["dropped"]))
             for reason, examples in json.loads(row["examples"]).items():
-                log.warning("dropped: %s, such as %s", pictures.REASONS[reason], ", ".join(examples))
+                log.warning("dropped: %s, such as %s", pictures.REASONS[reason], sources.examples(examples))
         meta = {"kind": "rows", "dropped": dict(sorted(dropped.items())), "documents": counts, "channels": self.channels}
+        if listed:
+            meta["listed"] = listed
         if not paths:
             return [], meta
         footers = ray.data.from_items(
-            [{"path": p} for p in sorted(paths)], override_num_blocks=-(-len(paths) // FOOTERS_PER_TASK)
+            [{"path": p, "contents": c} for p, c in sorted(paths.items())], override_num_blocks=-(-len(paths) // FOOTERS_PER_TASK)
         ).flat_map(partial(image_tasks.footer, output=output.uri))
         sizes = {bucket: {"size": [int(n) for n in bucket.split("x")]} for bucket in index.buckets}
         if self.buckets:
@@ -155,7 +164,8 @@ class ImagePipeline(Pipeline):
         else:
             told |= sizes.popitem()[1]
         if self.tokenizer:
-            told |= self._tokenizer(output, index.captions)
+            made = self._tokenizer(output, index.captions)
+            told |= {**made, "files": {**told.get("files", {}), **made["files"]}}
         if 0 < len(index.labels) <= CLASSES:
             told["classes"] = sorted(index.labels)
         return list(footers.iter_rows()), {**meta, **told}
@@ -164,9 +174,10 @@ class ImagePipeline(Pipeline):
         assert self.tokenizer
         texts = (text for text in sorted(captions) for _ in range(captions[text]))
         definition = tokens.train(texts, self.tokenizer.vocab_size, END)
-        for folder in [output, *(output.join(f"{w}x{h}") for w, h in self.sizes if self.buckets)]:
-            folder.join("tokenizer.json").write(definition.encode())
+        folders = [output, *(output.join(f"{w}x{h}") for w, h in self.sizes if self.buckets)]
+        (path,) = {versions.store(folder, f"{FILES}/tokenizer-", definition.encode(), ".json") for folder in folders}
         return {
+            "files": {"tokenizer.json": path},
             "tokenizer": hashlib.sha256(definition.encode()).hexdigest(),
             "vocab_size": tokens.load(definition).get_vocab_size(),
             "end_of_document": tokens.end_id(tokens.load(definition), END),

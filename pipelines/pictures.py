@@ -20,6 +20,8 @@ from PIL import Image, ImageOps
 REASONS = {
     "unreadable": "the file vanished or cannot be opened",
     "corrupt": "a broken archive, table or metadata line; what came before the break is kept",
+    "too_large": "more than max_file_bytes, or an image of more than max_image_bytes",
+    "outside": "a file_name or a link that leads out of the input",
     "no_image": "a caption without an image",
     "no_caption": "an image without a caption",
     "undecodable": "bytes that are no whole PNG, JPEG or WebP",

@@ -4,7 +4,9 @@ What holds: the dataset is a pure function of the input's relative paths and byt
 document goes to the shard that its text's SHA-256 names, so duplicates meet in one group and are dropped there (the
 smallest id stays); within a shard documents lie by hash, which is a pseudo-random order that no scheduling can change.
 Texts never pass through the driver. A read task holds its files in memory and a shard task its shard: `shard_bytes`
-bounds the second, so keep input files well below a worker's memory.
+bounds the second, so keep input files well below a worker's memory. What is left out is listed, with the reason, in
+`quarantine.parquet`. No file takes more memory or disk than `max_file_bytes` and `max_document_bytes` allow, however it is
+packed; of Parquet files, the sizes of row groups are believed as their footers tell them.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from typing import Any, Literal
 
 import numpy as np
 import ray
+from heliostat.data import versions
+from heliostat.data.manifest import FILES
 from heliostat.errors import ConfigError
 from heliostat.prepare import InputFile, Pipeline, place
 from heliostat.schema import Strict
@@ -54,18 +58,23 @@ class TokenizerConfig(Strict):
 class TextPipeline(Pipeline):
     """The keys of a text pipeline's YAML. `input`: a file, folder, glob, s3:// prefix, or `python:stdlib`."""
 
+    later = frozenset({"max_document_bytes", "max_file_bytes"})
+
     input: str = Field(min_length=1)
     tokenizer: TokenizerConfig
     text_column: str = "text"  # of .jsonl and .parquet
     normalise: Literal["none", "NFC", "NFKC"] = "NFC"
     min_chars: int = Field(1, ge=1)
     max_chars: int | None = Field(None, ge=1)
-    chunk_tokens: int = Field(1_000_000, gt=0)  # about; a row group ends with a document
+    max_document_bytes: int = Field(1 << 26, ge=1)  # of a document, unpacked: more is left out
+    max_file_bytes: int = Field(1 << 33, ge=1)  # of an input file, as it lies there and unpacked
+    chunk_tokens: int = Field(1_000_000, gt=0)  # about, and never twice as many: a document that is longer is cut
     shard_bytes: int = Field(128_000_000, gt=0)  # of text, about
 
     @property
     def rules(self) -> documents.Rules:
-        return documents.Rules(self.text_column, self.normalise, self.min_chars, self.max_chars)
+        return documents.Rules(self.text_column, self.normalise, self.min_chars, self.max_chars, self.max_document_bytes,
+                               self.max_file_bytes)  # fmt: skip
 
     @cached_property
     def given(self) -> str | None:
@@ -121,7 +130,7 @@ class TextPipeline(Pipeline):
         definition = self.given if self.given is not None else self._train(rows, sizes)
         tokenizer = tokens.load(definition)
         end = tokens.end_id(tokenizer, self.tokenizer.end_of_document)
-        output.join("tokenizer.json").write(definition.encode())
+        beside = {"tokenizer.json": versions.store(output, f"{FILES}/tokenizer-", definition.encode(), ".json")}
 
         shards = max(1, round(int(sizes.sum()) / self.shard_bytes))
         write_group = partial(
@@ -137,18 +146,22 @@ class TextPipeline(Pipeline):
             totals.add(row)
         totals.log()
         if not totals.paths:
-            return [], {"dropped": dict(totals.dropped)}
+            return [], {"dropped": dict(totals.dropped), "listed": totals.listed}
         footers = ray.data.from_items(
-            [{"path": p} for p in sorted(totals.paths)], override_num_blocks=-(-len(totals.paths) // FOOTERS_PER_TASK)
+            [{"path": p, "contents": c} for p, c in sorted(totals.paths.items())],
+            override_num_blocks=-(-len(totals.paths) // FOOTERS_PER_TASK),
         ).flat_map(partial(text_tasks.footer, output=output.uri))
         return list(footers.iter_rows()), {
             "kind": "tokens",
+            "files": beside,
+            "listed": totals.listed,
             "tokenizer": hashlib.sha256(definition.encode()).hexdigest(),
             "vocab_size": tokenizer.get_vocab_size(),
             "end_of_document": end,
             "documents": totals.documents,
             "dropped": {reason: totals.dropped[reason] for reason in sorted(totals.dropped)},
             "duplicates": totals.duplicates,
+            **({"cuts": totals.cut} if totals.cut else {}),
             "bytes": totals.bytes,
             "unigram_entropy": tokens.entropy(totals.counts),
         }
@@ -166,26 +179,32 @@ class Totals:
     """The sums over the shards' reports."""
 
     def __init__(self, vocab_size: int) -> None:
-        self.documents = self.duplicates = self.bytes = 0
-        self.paths: list[str] = []
+        self.documents = self.duplicates = self.bytes = self.cut = 0
+        self.listed: str | None = None  # where the list of what was left out is
+        self.paths: dict[str, str] = {}  # of the shards, with their chunks' digests as JSON
         self.dropped: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
         self.counts = np.zeros(vocab_size, np.int64)
 
     def add(self, row: dict[str, Any]) -> None:
         if row["path"]:
-            self.paths.append(row["path"])
+            self.paths[row["path"]] = row["contents"]
             self.documents += row["documents"]
             self.duplicates += row["duplicates"]
             self.bytes += row["bytes"]
+            self.cut += row["cut"]
             self.counts += np.frombuffer(row["counts"], np.int64)
         else:
             self.dropped.update(json.loads(row["dropped"]))
             self.examples.update(json.loads(row["examples"]))
+            self.listed = row["listed"]
 
     def log(self) -> None:
+        if self.cut:
+            log.info("documents longer than a chunk may be (chunk_tokens) are cut at %d places; no token is lost", self.cut)
         for reason, count in sorted(self.dropped.items()):
-            log.warning("dropped %d: %s, such as %s", count, documents.REASONS[reason], ", ".join(self.examples[reason]))
+            log.warning("dropped %d: %s, such as %s", count, documents.REASONS[reason],
+                        sources.examples(self.examples[reason]))  # fmt: skip
 
 
 @contextmanager

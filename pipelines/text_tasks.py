@@ -10,16 +10,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import ray
-from heliostat.data import manifest
-from heliostat.errors import StorageError
-from heliostat.prepare import SHARDS
+from heliostat.data import manifest, versions
+from heliostat.data import shard as shard_file
+from heliostat.data.manifest import FILES, SHARDS
 from heliostat.storage import Location
 
 from pipelines import documents, sources, tokens
 
 # one row per document, or (with a reason and no text) per dropped document
-ROWS = pa.schema([("hash", pa.string()), ("id", pa.string()), ("text", pa.large_string()), ("reason", pa.string())])
+ROWS = pa.schema([("hash", pa.string()), ("id", pa.string()), ("text", pa.large_string()), ("reason", pa.string()),
+                  ("detail", pa.string())])  # fmt: skip
 DROPPED = -1  # the "shard" of documents that are dropped
 PREFIXES = 1 << 16  # the hash's first 16 bits, in which the tokenizer's sample is measured
 BLOCK_BYTES = 32 << 20  # of text, per block that a read task yields
@@ -33,7 +35,7 @@ def extract(batch: pa.Table, input: str, rules: documents.Rules) -> Iterator[pa.
     for path in (p for paths in batch["paths"].to_pylist() for p in paths):
         for item in read_file(base, path, rules):
             if isinstance(item, documents.Dropped):
-                found.append({"hash": "", "id": item.id, "text": None, "reason": item.reason})
+                found.append({"hash": "", "id": item.id, "text": None, "reason": item.reason, "detail": item.detail})
             else:
                 found.append({"hash": item.hash, "id": item.id, "text": item.text, "reason": None})
                 size += len(item.text)
@@ -44,17 +46,11 @@ def extract(batch: pa.Table, input: str, rules: documents.Rules) -> Iterator[pa.
 
 
 def read_file(base: Location, path: str, rules: documents.Rules) -> Iterator[documents.Document | documents.Dropped]:
-    """A file's documents. A local file that cannot be opened is dropped; a store that refuses or fails is an error."""
-    location = base.join(path) if path else base
+    """A file's documents, or why it is left out; a store that refuses or fails is an error."""
     try:
-        data = location.read()
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        yield documents.Dropped(path or base.name, "unreadable")
-        return
-    except StorageError:
-        if base.is_s3:
-            raise
-        yield documents.Dropped(path or base.name, "unreadable")
+        data = sources.fetch(base, path, rules.max_file_bytes)
+    except sources.LeftOutError as e:
+        yield documents.Dropped(path or base.name, e.reason, e.detail)
         return
     yield from documents.read(path or base.name, data, rules)
 
@@ -107,13 +103,17 @@ def unique(table: pa.Table) -> tuple[pa.Table, int]:
 
 def write_group(table: pa.Table, output: str, definition: Any, end: int, chunk_tokens: int) -> pa.Table:
     """Writes one shard and returns its counts, or counts the dropped documents."""
-    row: dict[str, Any] = dict.fromkeys(("documents", "duplicates", "bytes"), 0)
-    row |= {"path": "", "counts": b"", "dropped": "{}", "examples": "{}"}
+    row: dict[str, Any] = dict.fromkeys(("documents", "duplicates", "bytes", "cut"), 0)
+    row |= {"path": "", "counts": b"", "dropped": "{}", "examples": "{}", "listed": "", "contents": "[]"}
     shard = table["shard"][0].as_py()
     if shard == DROPPED:
         by_reason: dict[str, list[str]] = {}
         for id, reason in zip(table["id"].to_pylist(), table["reason"].to_pylist(), strict=True):
             by_reason.setdefault(reason, []).append(id)
+        listed = table.select(["id", "reason", "detail"]).sort_by([("reason", "ascending"), ("id", "ascending")])
+        sink = pa.BufferOutputStream()
+        pq.write_table(listed, sink, compression="zstd")
+        row["listed"] = versions.store(Location(output), f"{FILES}/listed-", sink.getvalue().to_pybytes(), ".parquet")
         row["dropped"] = json.dumps({reason: len(ids) for reason, ids in by_reason.items()})
         row["examples"] = json.dumps({reason: sorted(ids)[:3] for reason, ids in by_reason.items()})
         return pa.Table.from_pylist([row])
@@ -121,14 +121,18 @@ def write_group(table: pa.Table, output: str, definition: Any, end: int, chunk_t
     tokenizer = tokens.load(ray.get(definition))
     table, duplicates = unique(table)
     encoded = tokens.encode(tokenizer, table["text"].to_pylist(), end)
-    path = f"{SHARDS}/{shard:05d}.parquet"
+    lengths = np.array([len(e) for e in encoded], np.int64)
     places = np.array([manifest.place(h) for h in table["hash"].to_pylist()], np.int64)
-    Location(output).join(path).write(tokens.shard(table["id"].to_pylist(), encoded, chunk_tokens, places))
+    data = tokens.shard(table["id"].to_pylist(), encoded, chunk_tokens, places)
+    path = versions.store(Location(output), f"{SHARDS}/{shard:05d}/", data, ".parquet")
+    row["contents"] = json.dumps(shard_file.content_digests(data, "tokens"))
     counts = np.bincount(np.concatenate(encoded), minlength=tokenizer.get_vocab_size()).astype(np.int64)
     row |= {"path": path, "documents": len(encoded), "duplicates": duplicates, "counts": counts.tobytes()}
+    row["cut"] = sum(map(len, tokens.chunks(lengths, chunk_tokens, places))) - len(encoded)
     row["bytes"] = int(pc.binary_length(table["text"]).to_numpy().sum())
     return pa.Table.from_pylist([row])
 
 
 def footer(row: dict[str, Any], output: str) -> list[dict[str, Any]]:
-    return manifest.read_footer(Location(output), row["path"], "tokens")
+    found = manifest.read_footer(Location(output), row["path"], "tokens")
+    return [{**chunk, "content": content} for chunk, content in zip(found, json.loads(row["contents"]), strict=True)]

@@ -95,18 +95,53 @@ def cut(lengths: np.ndarray, target: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(bounds))
 
 
-def chunks(lengths: np.ndarray, places: np.ndarray, target: int) -> list[tuple[int, int]]:
-    """Ranges of documents, one per row group: `cut` between the `PARTS`; the documents' places fall."""
-    bounds = [0, *sorted(int((places >= part * PLACES).sum()) for part in PARTS), len(lengths)]
-    return [(a + start, a + stop) for a, b in itertools.pairwise(bounds) for start, stop in cut(lengths[a:b], target)]
+def piece(target: int) -> int:
+    """How many tokens a chunk has that ends within a document: at most `target`, and 15 times a power of two, so that it is
+    whole sequences of any usual length and nothing is left over where a document is cut."""
+    return max(1, 15 * 2 ** ((target // 15).bit_length() - 1) if target >= 15 else target)
+
+
+def chunks(lengths: np.ndarray, target: int, places: np.ndarray | None = None) -> list[list[int]]:
+    """The lengths of the rows of each row group: as `cut` has them between the `PARTS` of the documents' places, which fall;
+    and where that is more than twice `target` (a document that is longer than a chunk may be), in pieces of `piece(target)`
+    tokens for as long as more than that is left."""
+    ends = [] if places is None else sorted(int((places >= part * PLACES).sum()) for part in PARTS)
+    out: list[list[int]] = []
+    for first, last in itertools.pairwise([0, *ends, len(lengths)]):
+        for start, stop in cut(lengths[first:last], target):
+            rows = lengths[first + start : first + stop].tolist()[::-1]  # the next document last
+            left = sum(rows)
+            while left > 2 * target:
+                group, room = list[int](), piece(target)
+                while room:
+                    group.append(min(room, rows[-1]))
+                    room -= group[-1]
+                    rows[-1] -= group[-1]
+                    if not rows[-1]:
+                        rows.pop()
+                out.append(group)
+                left -= sum(group)
+            out.append(rows[::-1])
+    return out
+
+
+def greatest(groups: list[list[int]], lengths: np.ndarray, places: np.ndarray) -> list[int]:
+    """The greatest place of each row group's documents; all that share a document that was cut have the same."""
+    ends, begin, out = np.cumsum(lengths), 0, list[int]()
+    for rows in groups:
+        document = int(np.searchsorted(ends, begin, side="right"))
+        out.append(out[-1] if begin > ends[document] - lengths[document] else int(places[document]))
+        begin += sum(rows)
+    return out
 
 
 def shard(ids: list[str], tokens: list[np.ndarray], chunk_tokens: int, places: np.ndarray | None = None) -> bytes:
-    """The Parquet file: the same documents in the same order give the same bytes. Their places (`manifest.place`) must fall."""
+    """The Parquet file: the same documents in the same order give the same bytes. A row that does not end with the end of its
+    document goes on in the next, of the same name. The documents' places (`manifest.place`) must fall."""
     flat = np.concatenate(tokens)
     lengths = np.array([len(t) for t in tokens], np.int64)
-    groups = cut(lengths, chunk_tokens) if places is None else chunks(lengths, places, chunk_tokens)
-    ends = np.concatenate([[0], np.cumsum(lengths)])
+    groups = chunks(lengths, chunk_tokens, places)
+    ends = np.cumsum(lengths)
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(
         sink,
@@ -116,17 +151,19 @@ def shard(ids: list[str], tokens: list[np.ndarray], chunk_tokens: int, places: n
         write_statistics=["document"],
         write_page_checksum=True,
     ) as writer:
-        for start, stop in groups:
-            values = pa.array(flat[ends[start] : ends[stop]])
-            offsets = pa.array((ends[start : stop + 1] - ends[start]).astype(np.int32))
-            lists = pa.ListArray.from_arrays(offsets, values, type=SCHEMA.field("tokens").type)
-            table = pa.Table.from_arrays([lists, pa.array(ids[start:stop], pa.string())], schema=SCHEMA)
-            writer.write_table(table, row_group_size=max(1, stop - start))
+        begin = 0
+        for rows in groups:
+            offsets = np.concatenate([[0], np.cumsum(rows)])
+            values = pa.array(flat[begin : begin + offsets[-1]])
+            names = [ids[i] for i in np.searchsorted(ends, begin + offsets[:-1], side="right")]
+            lists = pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), values, type=SCHEMA.field("tokens").type)
+            table = pa.Table.from_arrays([lists, pa.array(names, pa.string())], schema=SCHEMA)
+            writer.write_table(table, row_group_size=max(1, len(rows)))
+            begin += int(offsets[-1])
         # in the footer, which the manifest hashes: the dataset's digest then changes with any token
         writer.add_key_value_metadata({"content": hashlib.sha256(flat.tobytes()).hexdigest()})
         if places is not None:
-            most = [int(places[start:stop].max()) for start, stop in groups]
-            writer.add_key_value_metadata({PLACES_KEY.decode(): json.dumps(most)})
+            writer.add_key_value_metadata({PLACES_KEY.decode(): json.dumps(greatest(groups, lengths, places))})
     return sink.getvalue().to_pybytes()
 
 

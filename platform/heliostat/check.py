@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from heliostat import spec, workspace
+from heliostat import deepspeed_keys, spec, workspace
 from heliostat.data import collection, manifest
 from heliostat.data.dataset import DataPlan, make_order, plan
 from heliostat.data.manifest import Manifest
@@ -44,6 +44,8 @@ def check_file(path: Path, settings: list[str] | None = None) -> tuple[Job, Reci
 
 def check_job(job: Job) -> tuple[Job, Recipe]:
     """The same of a job that was loaded already."""
+    if faults := deepspeed_keys.faults(job):  # here and not in `spec`, so that recorded jobs can still be read and exported
+        raise ConfigError("\n  ".join(faults))
     job = computable(job, cpu_flags())
     kind = workspace.import_path("recipe", job.recipe)
     if not isinstance(kind, type):
@@ -53,6 +55,8 @@ def check_job(job: Job) -> tuple[Job, Recipe]:
         raise ConfigError(
             "train.compile: true needs a C++ compiler, and there is none on this machine; install g++ or set it to false"
         )
+    if probe := getattr(recipe, "probe", None):
+        probe()
     return job, recipe
 
 

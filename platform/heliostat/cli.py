@@ -22,6 +22,7 @@ from rich.logging import RichHandler
 
 from heliostat.chaos.command import chaos
 from heliostat.errors import ConfigError, HeliostatError, VerifyError
+from heliostat.redact import Formatter, carries_secret, excepthook
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 out = Console(highlight=False, soft_wrap=True)
@@ -45,19 +46,13 @@ DEFAULT_STORE = ".heliostat/mlflow.db"
 @app.command()
 def prepare(pipeline: Path, setting: Settings = None, force: bool = False, json_: Json = False, verbose: Verbose = False) -> None:
     """Make a dataset: run a pipeline YAML's Ray Data job. Does nothing if the dataset is up to date."""
+    from heliostat.prepare import explain
     from heliostat.prepare import prepare as run
 
     report = run(pipeline, setting or [], force=force)
     if not json_:
-        state = "is up to date" if report["up_to_date"] else f"is ready after {report['seconds']:.0f} s"
-        held = (
-            f"{report['documents']:,} documents, {report['tokens']:,} tokens"
-            if report["tokens"]
-            else f"{report['documents']:,} rows"
-        )
-        out.print(f"dataset {report['dataset']} {state}: {held}, {report['chunks']:,} chunks, digest {report['digest'][:12]}")
-        dropped = {**report["dropped"], "duplicate": report["duplicates"]}
-        out.print("left out: " + (", ".join(f"{n:,} {reason}" for reason, n in dropped.items() if n) or "nothing"))
+        for line in explain(report):
+            out.print(line, markup=False)
     _finish(report, json_)
 
 
@@ -354,6 +349,11 @@ def ui(mlflow: TrackingUri = None, host: str = "127.0.0.1", port: int = 5000) ->
 
 
 def _store(uri: str | None) -> str:
+    if uri and carries_secret(uri):
+        raise ConfigError(
+            "--mlflow: carries a password, which every user of this machine can see; set MLFLOW_TRACKING_URI instead, or "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
     return uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(DEFAULT_STORE).absolute()}"
 
 
@@ -371,9 +371,12 @@ def main() -> None:
         os.environ.setdefault(name, value)
     if sys.stderr.isatty():
         handler: logging.Handler = RichHandler(console=Console(stderr=True), show_path=False, show_level=False, markup=False)
-        logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s", datefmt="%H:%M:%S")
+        handler.setFormatter(Formatter("%(message)s", "%H:%M:%S"))
     else:
-        logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+        handler = logging.StreamHandler()
+        handler.setFormatter(Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    sys.excepthook = excepthook
     logging.getLogger("heliostat").setLevel(logging.DEBUG if verbose else logging.INFO)
     try:
         app()

@@ -5,6 +5,7 @@ Exit codes of commands that follow a job: 0 succeeded, 1 failed, 2 bad input, 13
 
 from __future__ import annotations
 
+import os
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -35,10 +36,12 @@ def check_(
     file: File, job: Annotated[Path | None, typer.Option(help="Also: does this job fit, and do its stores answer")] = None,
     setting: Settings = None, json_: Json = False,
 ) -> None:  # fmt: skip
-    """Find everything wrong with a cluster file: schema, sizes, labels, secrets written in, open ports."""
+    """Find what is wrong with a cluster file: schema, sizes, secrets, open ports, what would fail at the first real start."""
     from heliostat.cluster import check as checks
+    from heliostat.cluster import pods
 
     report = checks.check(file)
+    warnings = report.warnings
     if job and not report.errors:
         from heliostat.check import check_services
         from heliostat.plan import report as planning
@@ -46,8 +49,9 @@ def check_(
         wanted, recipe, _ = planning.prepare(job, setting)
         planning.plan(wanted, recipe, report.cluster)
         check_services(wanted)
+        warnings = [*warnings, *pods.grace(report.cluster, wanted)]
     if not json_:
-        for warning in report.warnings:
+        for warning in warnings:
             out.print(f"warning: {warning}", markup=False)
         for error in report.errors:
             out.print(f"error: {error}", markup=False)
@@ -56,18 +60,22 @@ def check_(
             labels = ", ".join(f"{k}={v}" for k, v in pool.labels.items())
             cpus = "CPUs as found" if pool.cpus is None else f"{pool.cpus:g} CPUs"
             out.print(f"{pool.name}: {size} nodes of {cpus}, {pool.gpus:g} GPUs{'; ' + labels if labels else ''}", markup=False)
-    _finish({"file": str(file), "errors": report.errors, "warnings": report.warnings}, json_)
+    _finish({"file": str(file), "errors": report.errors, "warnings": warnings}, json_)
     if report.errors:
         raise ConfigError(f"{file}: {len(report.errors)} error{'s' * (len(report.errors) > 1)}, see above")
 
 
 @cluster_app.command()
-def up(file: File, json_: Json = False) -> None:
+def up(
+    file: File,
+    restart: Annotated[bool, typer.Option("--restart", help="Start Ray anew where it runs; this ends the jobs there")] = False,
+    json_: Json = False,
+) -> None:
     """Start a cluster, or join one that runs: processes on this machine, `ray up`, or `kubectl apply`."""
     from heliostat.cluster import check, launch
 
     cluster = check.require(file)
-    found = launch.up(cluster)
+    found = launch.up(cluster, restart)
     if not json_:
         out.print(f"cluster {cluster.name}: {found['note']}", markup=False)
     _finish(found, json_)
@@ -110,11 +118,12 @@ def status_(
 @cluster_app.command("list")
 def list_(json_: Json = False) -> None:
     """List the local clusters of this workspace."""
-    from heliostat.cluster import http, local
+    from heliostat.cluster import http, local, private
 
     found = [
-        {"name": s.name, "url": s.url, "nodes": len(s.nodes), "answers": http.probe(s.url, s.token) == 200} for s in local.known()
-    ]
+        {"name": s.name, "url": s.url, "nodes": len(s.nodes),
+         "answers": private.ours(s.url) and http.probe(s.url, s.token) == 200} for s in local.known()
+    ]  # fmt: skip
     if not json_:
         for c in found:
             what = f"{c['nodes']} nodes" if c["nodes"] else "joined"
@@ -237,7 +246,8 @@ def _look(job_id: str, cluster: str | None) -> dict[str, Any]:
 @app.command()
 def logs(id_: Id, follow: Follow = False, cluster: Target = None) -> None:
     """Show a job's log: from the cluster, or from storage when the cluster is gone."""
-    from heliostat.cluster.jobs import Jobs, Record, exit_code, stored_logs
+    from heliostat.cluster.jobs import Jobs, Record, exit_code
+    from heliostat.cluster.logs import stored
     from heliostat.cluster.reach import endpoint
     from heliostat.storage import Location
 
@@ -251,7 +261,7 @@ def logs(id_: Id, follow: Follow = False, cluster: Target = None) -> None:
                 _write(text)
             code = exit_code(jobs.get(id_)) if follow else 0
     except HeliostatError:
-        kept = stored_logs(Location(record.run_folder)) if record else None
+        kept = stored(Location(record.run_folder)) if record else None
         if kept is None:
             raise
         _write(kept)
@@ -274,17 +284,18 @@ def stop(
     """Stop a job; it saves a checkpoint first, unless --now."""
     from heliostat.cluster.jobs import Jobs, Record
     from heliostat.cluster.reach import endpoint
+    from heliostat.storage import BUDGET
 
     record = Record.read(id_)
     with endpoint(cluster or (record.cluster if record else None)) as there:
         found = Jobs(there).stop(id_, now)
+    if now:  # the store may be why
+        os.environ[BUDGET] = "3"
     found["progress"] = _progress(found["metadata"]["run"], int(found["metadata"]["steps"]), found["metadata"])
     if not json_:
         p = found["progress"]
-        out.print(
-            f"{id_}: {found['status'].lower()} at {p.get('unit', 'step')} {p['step']}; go on with `heliostat resume {id_}`",
-            markup=False,
-        )
+        at = f" ({p['note']})" if p["step"] is None else f" at {p.get('unit', 'step')} {p['step']}"
+        out.print(f"{id_}: {found['status'].lower()}{at}; go on with `heliostat resume {id_}`", markup=False)
     _finish(found, json_)
 
 

@@ -37,7 +37,8 @@ def lines(p: dict[str, Any]) -> list[str]:
     """The plan as a person reads it."""
     m, s, r, c, link = p["memory"], p["speed"], p["run"], p["checkpoint"], p["communication"]
     name = p["device"]["name"]
-    parts = ", ".join(f"{k} {m[k] / GIB:.2f}" for k in ("weights", "gradients", "optimizer", "working", "activations", "margin"))
+    names = ("weights", "gradients", "optimizer", "working", "activations", *(["frozen"] if m["frozen"] else []), "margin")
+    parts = ", ".join(f"{k} {m[k] / GIB:.2f}" for k in names)
     text = [
         f"{p['name']}: {p['parameters']['total']:,} parameters on {p['workers']} workers of {name} (estimates, but for counts)",
         f"memory     {m['total'] / GIB:.2f} GiB a worker of {m['device'] / GIB:.0f}: {parts}"

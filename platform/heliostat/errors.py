@@ -1,14 +1,20 @@
 """Every error that heliostat raises on purpose: one line for the person, the cause chained for the engineer.
 
 The command line prints the line and exits with `exit_code`; a traceback means a bug. All of them pickle, because they
-travel from Ray workers to the driver, so what each takes are its `args`: the message, and what the driver must know.
+travel from Ray workers to the driver, so what each takes are its `args`: the message, and what the driver must know. No
+message holds the password of a URI, whoever wrote it.
 """
+
+from heliostat.redact import redact
 
 
 class HeliostatError(Exception):
     """Base of all errors below."""
 
     exit_code = 1
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(redact(a) if isinstance(a, str) else a for a in args))
 
 
 class ConfigError(HeliostatError, ValueError):
@@ -77,6 +83,10 @@ class StalledError(TrainingError):
 
 class PlacementError(TrainingError):
     """The cluster had no room for the workers, or not for long enough to start them."""
+
+
+class LeaseError(HeliostatError):
+    """Another driver has taken the run over: this one must not write to it any more."""
 
 
 class StoppedError(HeliostatError):

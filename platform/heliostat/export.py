@@ -31,7 +31,9 @@ def recipe_of(checkpoint: Checkpoint) -> tuple[Job, Recipe]:
     from heliostat.train.loop import make_recipe
 
     job = Job.model_validate(checkpoint.index["job"])
-    return job, make_recipe(job, open_dataset(DataPlan.parse(checkpoint.index["data"])))
+    place = checkpoint.location
+    dataset = open_dataset(DataPlan.parse(checkpoint.index["data"]))
+    return job, make_recipe(job, dataset, None if place.is_s3 else Path(place.path).parents[1])
 
 
 def export(checkpoint: Checkpoint, folder: Path, run_id: str | None = None) -> Recipe:

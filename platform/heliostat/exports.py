@@ -38,13 +38,16 @@ def is_model(folder: Path) -> bool:
 
 
 def read(folder: Path) -> Export:
-    """ConfigError if the record is damaged or its recipe is not in this workspace."""
+    """ConfigError if the record is damaged, or its recipe is neither in this workspace nor installed."""
     place = folder / RECORD
     if not place.is_file():
-        return Export(folder, workspace.import_path("recipe", LANGUAGE_MODEL), None)
+        return Export(folder, workspace.import_path("recipe", LANGUAGE_MODEL, folder), None)
     try:
         found = json.loads(place.read_text())
         path, job, version = found["recipe"], found["job"], int(found.get("origin", {}).get("data_version", 1))
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ConfigError(f"{place}: is damaged; export the model again") from e
-    return Export(folder, workspace.import_path(f"{place}: recipe", path), job, version)
+    recipe = workspace.import_path(f"{place}: recipe", path, folder)
+    if not isinstance(recipe, type) or not hasattr(recipe, "generator"):
+        raise ConfigError(f"{place}: recipe: {path!r} is no recipe")
+    return Export(folder, recipe, job, version)

@@ -6,12 +6,13 @@ was changed, at a step before them, is of an undone future and left out.
 
 from __future__ import annotations
 
+import bisect
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from heliostat.data import segments
+from heliostat.data import receipt, segments
 from heliostat.errors import ConfigError, CorruptCheckpointError, VerifyError
 from heliostat.storage import Location
 from heliostat.train import stored
@@ -21,13 +22,14 @@ READERS = 8
 
 @dataclass(frozen=True)
 class Receipt:
-    """One receipt file: the digests of steps [first, end) and the chain after them."""
+    """One receipt file: the digests of steps [first, end), of a version of `receipt`, and the chain after them."""
 
     where: str
     first: int
     steps: list[str]
     chain: str
     data_digest: str
+    version: int
 
     @property
     def end(self) -> int:
@@ -60,6 +62,11 @@ class History:
             raise ConfigError(f"{run}: has no receipts; the first is written with the first checkpoint")
         self.steps = max(self.links)
 
+    def version(self, step: int) -> int:
+        """By which a step's digest went into the chain: that of the last receipt which begins at the step or before."""
+        at = max(0, bisect.bisect_right(self.receipts, step, key=lambda r: r.first) - 1)
+        return self.receipts[at].version if self.receipts else receipt.VERSION
+
     def segment(self, step: int) -> int:
         """The number of the segment that a step is in."""
         return max(i for i, plan in enumerate(self.plans) if plan.begins <= step)
@@ -81,9 +88,15 @@ def _receipts(run: Location) -> list[Receipt]:
     def read(name: str) -> Receipt:
         try:
             raw = json.loads(folder.join(name).read())
-            return Receipt(name, raw["first"], raw["steps"], raw["chain"], raw["data_digest"])
-        except (ValueError, KeyError, TypeError) as e:
+            found = Receipt(name, raw["first"], raw["steps"], raw["chain"], raw["data_digest"], raw.get("version", 1))
+            newer = found.version not in receipt.CONTENTS
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise VerifyError(f"{folder.join(name)}: not a receipt, or damaged") from e
+        if newer:
+            raise VerifyError(
+                f"{folder.join(name)}: is of version {found.version}, which a newer heliostat wrote; check with that"
+            )
+        return found
 
     with ThreadPoolExecutor(READERS) as pool:
         return sorted(pool.map(read, [name for name, _ in folder.files()]), key=lambda r: r.first)

@@ -64,7 +64,11 @@ class Gallery(Protocol):
 
 
 class Recipe(Protocol):
-    """Everything is called on every rank unless it says otherwise."""
+    """Everything is called on every rank unless it says otherwise.
+
+    A recipe that puts models on the device beside the one that is trained (frozen encoders) tells the plan with
+    `frozen_bytes() -> tuple[int, int]`: what they take in every step, and what they take in an evaluation.
+    """
 
     kind: str  # of the datasets it eats: "tokens" or "rows"
     terms_per_sample: int | None  # loss terms of every sample, or None where samples differ
@@ -73,6 +77,9 @@ class Recipe(Protocol):
 
     def __init__(self, job: Job) -> None:
         """Reads `job.model`; ConfigError, with no model library's traceback, if it makes no sense. Cheap."""
+
+    def probe(self) -> None:
+        """Driver only, optional: tries, in seconds and without the datasets, what `__init__` cannot tell; ConfigError."""
 
     def bind(self, sources: list[Manifest]) -> None:
         """Takes what the datasets fix (a tokenizer, a vocabulary size); ConfigError if they do not fit the model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from heliostat import workspace
@@ -58,6 +59,6 @@ def _recipe(run: Location, data: Dataset) -> Recipe:
     if found is None:
         raise ConfigError(f"{run}: holds no complete checkpoint, so its recipe is not known")
     job = Job.model_validate(found.index["job"])
-    recipe: Recipe = workspace.import_path("recipe", job.recipe)(job)
+    recipe: Recipe = workspace.import_path("recipe", job.recipe, None if run.is_s3 else Path(run.path))(job)
     recipe.bind(data.sources)
     return recipe

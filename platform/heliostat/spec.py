@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, ByteSize, Field, field_validator, model_validator
 
 from heliostat import schema, workspace
 from heliostat.errors import ConfigError
+from heliostat.redact import carries_secret
 from heliostat.schema import Float, Strict
 from heliostat.storage import Location
 
@@ -333,10 +333,10 @@ def _offload_faults(job: Job) -> list[str]:
 
 def _mlflow_faults(mlflow: Mlflow) -> list[str]:
     faults = []
-    if "@" in urlsplit(mlflow.uri).netloc and urlsplit(mlflow.uri).password is not None:
+    if carries_secret(mlflow.uri):
         faults.append(
-            "mlflow.uri: must not carry a password; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (for a database: "
-            "PGPASSWORD)"
+            "mlflow.uri: must not carry a password; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+            "MLFLOW_TRACKING_TOKEN (for PostgreSQL: PGPASSWORD; for MySQL: ?read_default_file=FILE)"
         )
     if mlflow.alias and not mlflow.register_as:
         faults.append(f"mlflow.alias: {mlflow.alias!r} is of a registered model; set mlflow.register too")

@@ -29,19 +29,22 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from heliostat import exclusive
 from heliostat.errors import AccessError, ConfigError, StorageError
+from heliostat.redact import carries_secret
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 BUDGET = "HELIOSTAT_RETRY_BUDGET_S"
+LISTINGS = 20  # of a folder on disk that others change meanwhile
 UPLOAD_BYTES_PER_S = 10 << 20  # an upload's budget grows by a second for so many bytes, or a long one could never begin again
 # what stores answer, in lower case without punctuation: ACCESS_DENIED, AccessDenied and "Access Denied" are one
 REFUSED = ("accessdenied", "allaccessdisabled", "expiredtoken", "httpstatus401", "httpstatus403", "invalidaccesskeyid",
            "invalidtoken", "requesttimetooskewed", "signaturedoesnotmatch", "unrecognizedclient")  # fmt: skip
 MISSING = ("nosuchkey", "resourcenotfound")
 DAMAGED_ON_THE_WAY = ("baddigest", "incompletebody", "invalidpart")  # an upload's, so worth another
-HOPELESS = ("nosuchbucket", "httpstatus301", "httpstatus400", "httpstatus405")
+HOPELESS = ("nosuchbucket", "httpstatus301", "httpstatus400", "httpstatus405", "httpstatus501")
 FINAL = {
     "refused": "access refused; check the credentials and the bucket policy",
     "hopeless": "the store cannot do this; check bucket, credentials, region and endpoint",
@@ -65,6 +68,8 @@ def _s3(query: str, attempts: int, silence_s: float) -> pafs.S3FileSystem:
     options = {k: v[-1] for k, v in parse_qs(query).items()}
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if endpoint and "endpoint_override" not in options:
+        if carries_secret(endpoint):
+            raise ConfigError("AWS_ENDPOINT_URL: must not carry credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
         parts = urlsplit(endpoint)
         options |= {"scheme": parts.scheme, "endpoint_override": parts.netloc}
     region = options.get("region") or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
@@ -113,13 +118,16 @@ class Location:
     uri: str
 
     def __post_init__(self) -> None:
-        scheme = urlsplit(self.uri).scheme
+        if carries_secret(self.uri):
+            raise ConfigError("a URI must not carry credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+        try:
+            scheme = urlsplit(self.uri).scheme
+        except ValueError as e:  # brackets of an address that is none
+            raise ConfigError(f"{self.uri!r}: is no URI ({e}); use a path, file:// or s3://") from e
         if scheme not in ("", "file", "s3"):
             raise ConfigError(f"{self.uri!r}: scheme {scheme!r} is not supported; use a path, file:// or s3://")
         if not self.uri or (scheme == "s3" and not urlsplit(self.uri).netloc):
             raise ConfigError(f"{self.uri!r}: names no place; use a path, file:///PATH or s3://BUCKET/KEY")
-        if scheme == "s3" and "@" in urlsplit(self.uri).netloc:
-            raise ConfigError("an s3:// URI must not carry credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
 
     def __str__(self) -> str:
         return self.uri
@@ -169,15 +177,26 @@ class Location:
     def exists(self) -> bool:
         return self.attempt(lambda: self.fs.get_file_info(self.path)).type != pafs.FileType.NotFound
 
-    def read(self) -> bytes:
+    def read(self, most: int | None = None) -> bytes:
+        """The file's bytes; at most so many of them, if a number is given."""
+
         def get() -> bytes:
             with self.fs.open_input_file(self.path) as f:
-                return f.read()
+                return f.read() if most is None else f.read(min(most, f.size()))
 
         return self.attempt(get)
 
     def write(self, data: bytes) -> None:
         self.send(lambda out: out.write(data), len(data))
+
+    def create(self, data: bytes) -> bool:
+        """Writes only if nothing is there; False if something is. Of several that try at once, one succeeds.
+
+        False may be the answer to one's own write, if the first answer was lost: let the data tell whose it is.
+        """
+        if self.is_s3:
+            return self.attempt(lambda: exclusive.put_object(self.path, self.query, data, *_patience(retry_budget())))
+        return self.attempt(lambda: exclusive.put_file(self.path, data))
 
     def upload(self, local: Path) -> None:
         """Copies a local file here."""
@@ -210,13 +229,21 @@ class Location:
     def files(self) -> list[tuple[str, int]]:
         """All files below this folder as (path relative to it, bytes), sorted; empty if there is no such folder."""
         selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)
-        found = self.attempt(lambda: self.fs.get_file_info(selector))
+        found = self._listing(selector)
         return sorted((i.path[len(self.path) + 1 :], i.size) for i in found if i.type == pafs.FileType.File)
 
     def folders(self) -> list[str]:
         """Names of the folders directly below, sorted."""
-        found = self.attempt(lambda: self.fs.get_file_info(pafs.FileSelector(self.path, allow_not_found=True)))
+        found = self._listing(pafs.FileSelector(self.path, allow_not_found=True))
         return sorted(i.base_name for i in found if i.type == pafs.FileType.Directory)
+
+    def _listing(self, selector: pafs.FileSelector) -> list[pafs.FileInfo]:
+        for _ in range(LISTINGS):
+            try:
+                return self.attempt(lambda: self.fs.get_file_info(selector))
+            except FileNotFoundError:  # of a file or folder that another process has just removed, or made
+                continue
+        raise StorageError(f"{self.uri}: cannot be listed: other processes change it all the time")
 
     def delete(self) -> None:
         """Deletes the file or the whole folder; nothing happens if it is not there."""

@@ -46,11 +46,14 @@ class Unit:
     data: Dataset
     first: int
     end: int
+    versions: frozenset[int]  # of receipts, by which its steps are to be known
 
 
 @dataclass(frozen=True)
 class Recomputed:
-    digests: list[str]
+    """`digests`: of the unit's steps, by version."""
+
+    digests: dict[int, list[str]]
     planned: Samples
     replaced: int
 
@@ -58,15 +61,17 @@ class Recomputed:
 def units(history: History) -> Iterator[Unit]:
     """All steps, cut into whole supersteps of a window or more, so that a window's chunks are read about once."""
     ends = [*(p.begins for p in history.plans[1:]), history.steps]
-    for number, (plan, end) in enumerate(zip(history.plans, ends, strict=True)):
-        step, stop = plan.begins, min(end, history.steps)
+    for number, (plan, last) in enumerate(zip(history.plans, ends, strict=True)):
+        step, stop = plan.begins, min(last, history.steps)
         while step < stop:
             data, first, size = open_dataset(plan), step, 0
             while step < stop and size < plan.shape.window:
                 inside = data.order.superstep(step)
                 step += inside.first_step + inside.steps - data.order.data_step(step)
                 size += inside.end - inside.begin
-            yield Unit(number, data, first, min(step, stop))
+            end = min(step, stop)
+            claimed = {r.version for r in history.receipts if r.first < end and r.end > first}
+            yield Unit(number, data, first, end, frozenset(claimed | {history.version(s) for s in range(first, end)}))
 
 
 def recompute(unit: Unit) -> Recomputed:
@@ -74,10 +79,12 @@ def recompute(unit: Unit) -> Recomputed:
     order = unit.data.order
     places = np.stack([order.step(step) for step in range(unit.first, unit.end)])  # [steps, lanes, samples of a lane]
     loaded = unit.data.load(places.ravel())
-    digests = receipt.sample_digests(loaded.samples, loaded.content).reshape(places.shape)
-    lanes = np.array([[receipt.lane_digest(lane) for lane in step] for step in digests])
+    found = {}
+    for version in unit.versions:
+        digests = receipt.sample_digests(loaded.samples, loaded.content, version).reshape(places.shape)
+        found[version] = receipt.step_digests(np.array([[receipt.lane_digest(lane) for lane in step] for step in digests]))
     planned = order.locate(places.ravel()) if loaded.bad else loaded.samples
-    return Recomputed(receipt.step_digests(lanes), planned, len(loaded.bad))
+    return Recomputed(found, planned, len(loaded.bad))
 
 
 def recomputed(history: History) -> Iterator[tuple[Unit, Recomputed]]:
@@ -137,22 +144,24 @@ class Audit:
         self.repeated += self._seen[1].add(found.planned)
         self.replaced += found.replaced
         near = [r for r in self.history.receipts if r.first < unit.end and r.end > unit.first]
-        for step, digest in enumerate(found.digests, unit.first):
-            self._step(step, digest, self.history.plans[unit.segment], [r for r in near if r.first <= step < r.end])
+        for number, step in enumerate(range(unit.first, unit.end)):
+            digests = {version: steps[number] for version, steps in found.digests.items()}
+            self._step(step, digests, self.history.plans[unit.segment], [r for r in near if r.first <= step < r.end])
 
-    def _step(self, step: int, digest: str, plan: DataPlan, claims: list[Receipt]) -> None:
-        self.chain = receipt.extend(self.chain, [digest])
+    def _step(self, step: int, digests: dict[int, str], plan: DataPlan, claims: list[Receipt]) -> None:
+        own = digests[self.history.version(step)]
+        self.chain = receipt.extend(self.chain, [own])
         differences = []
         for claim in claims:
             if claim.data_digest != plan.digest:
                 differences.append(Difference(step, "data plan", claim.where, plan.digest, claim.data_digest))
-            if claim.steps[step - claim.first] != digest:
+            if claim.steps[step - claim.first] != (digest := digests[claim.version]):
                 differences.append(Difference(step, "digest", claim.where, digest, claim.steps[step - claim.first]))
         if claims:
             self.samples += plan.shape.batch
         else:
             self.lost += plan.shape.batch
-            differences.append(Difference(step, "receipt", None, digest, None))
+            differences.append(Difference(step, "receipt", None, own, None))
         self.agreeing += not differences
         for link in self.history.links.get(step + 1, []):
             if link.chain != self.chain:

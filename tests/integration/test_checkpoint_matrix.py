@@ -1,13 +1,16 @@
 """A checkpoint saved at any ZeRO stage, worker count and offload is the same state, bit by bit, at any other.
 
-What a checkpoint should hold is read from the engine with DeepSpeed's own accessors, not with ours, and every engine is
-poisoned with NaN before it is loaded. Saving runs beside the next steps, as in training.
+Between precisions too, where what is held in fewer bits is rounded. The model is built under zero.Init, as large ones are, which
+makes its float buffers bf16 at stage 3, where they are fp32 below. What a checkpoint should hold is read from the engine with
+DeepSpeed's own accessors, not with ours, and every engine is poisoned with NaN before it is loaded. Saving runs beside the next
+steps, as in training.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from heliostat.storage import Location
 from heliostat.train import checkpoint, fragments, zero
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
 
 from tests.integration import ranks
 from tests.unit.build_job import job
@@ -60,6 +64,7 @@ class Model(nn.Module):
         self.scale = nn.Parameter(torch.ones(1))
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
         self.register_buffer("mark", torch.zeros(5, 3))
+        self.register_buffer("odd", torch.zeros(()))
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         self.seen += 1
@@ -68,7 +73,10 @@ class Model(nn.Module):
 
 class Recipe:
     def build(self) -> nn.Module:
-        return Model()
+        import deepspeed
+
+        with deepspeed.zero.Init(config_dict_or_path=deepspeed_config()) if is_deepspeed_zero3_enabled() else nullcontext():
+            return Model()
 
 
 def _engine(case: Case) -> Any:
@@ -124,7 +132,8 @@ def _poison(engine: Any) -> None:
 
 def _save(case: Case, engine: Any, folder: Path, group: Any) -> None:
     _play(engine, 0, TRAINED)
-    engine.module.mark.fill_(case.stage + case.workers)
+    engine.module.mark.copy_(torch.linspace(0.1, case.stage + case.workers, 15).view(5, 3))  # no bf16 numbers
+    engine.module.odd.fill_(1 / 3)
     saver = checkpoint.Saver(Location(str(folder / str(case))), spec.Checkpoint(every=1), group)
     saver.follow(fragments.inner_optimizer(engine))
     expected = _whole(engine)
@@ -139,12 +148,22 @@ def _save(case: Case, engine: Any, folder: Path, group: Any) -> None:
 def _load(saved: Case, engine: Any, folder: Path, group: Any) -> dict[str, Any]:
     found = checkpoint.open_checkpoint(Location(str(folder / str(saved))), TRAINED)
     _poison(engine)
-    checkpoint.load(found, fragments.state(engine, whole=True), group)
+    state = fragments.state(engine, whole=True)
+    said = checkpoint.casts(found, state) or ""
+    checkpoint.load(found, state, group)
     fragments.after_load(engine, found.index["optimizer_steps"])
     expected, got = load_file(folder / f"{saved}.safetensors"), _whole(engine)
-    unequal = [n for n in expected if not torch.equal(expected[n], got.pop(n))] + sorted(got)
+    types = {n: (expected[n].dtype, got[n].dtype) for n in expected}
+    unequal = [n for n in expected if not torch.equal(expected[n].to(got[n].dtype), got.pop(n))] + sorted(got)
     unbroken = json.loads((folder / f"{saved}.json").read_text())
-    return {"unequal": unequal[:5], "losses": _play(engine, TRAINED, AFTER), "unbroken": unbroken}
+    cast = [f"{n}: {a} -> {b}".replace("torch.", "") for n, (a, b) in types.items() if a != b]
+    return {"unequal": unequal[:5], "losses": _play(engine, TRAINED, AFTER), "unbroken": unbroken, "cast": cast, "said": said}
+
+
+def _paired(saved: Case, loaded: Case) -> bool:
+    """All pairs of one precision; of two, every pair of stages, from two workers to three and back."""
+    return saved.precision == loaded.precision or (not (saved.offload or loaded.offload) and saved.workers + loaded.workers == 5
+                                                   and 2 in (saved.workers, loaded.workers))  # fmt: skip
 
 
 def pairs(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
@@ -155,7 +174,7 @@ def pairs(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
     everyone.wait(ranks.DEADLINE_S)
     for case, engine in engines.items():
         for saved in CASES:
-            if saved.precision == case.precision:
+            if _paired(saved, case):
                 told = _load(saved, engine, Path(folder), group)
                 if dist.get_rank() == 0:
                     yield {"saved": str(saved), "loaded": str(case), **told}
@@ -166,18 +185,44 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return ranks.run(f"{__name__}:pairs", WORKERS, str(tmp_path_factory.mktemp("matrix")))
 
 
+def _of(matrix: list[dict[str, Any]], saved: str, loaded: str) -> list[dict[str, Any]]:
+    return [row for row in matrix if row["saved"].startswith(saved) and row["loaded"].startswith(loaded)]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_any_pair_of_stages_and_worker_counts_holds_the_same_state_bit_by_bit(precision, matrix) -> None:
     """fp32 masters, both moments and buffers; and no pair was left out."""
     cases = [str(c) for c in CASES if c.precision == precision]
-    told = {(row["saved"], row["loaded"]): row["unequal"] for row in matrix if row["saved"].startswith(precision)}
+    told = {(row["saved"], row["loaded"]): row["unequal"] for row in _of(matrix, precision, precision)}
     assert told == {(saved, loaded): [] for saved in cases for loaded in cases}
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 2e-2)])
 def test_the_next_losses_are_those_of_the_unbroken_run(precision, tolerance, matrix) -> None:
     """The weights that the forward pass uses, and the optimizer's step count, are right too."""
-    rows = [row for row in matrix if row["saved"].startswith(precision)]
+    rows = _of(matrix, precision, precision)
     for row in rows:
         assert row["losses"] == pytest.approx(row["unbroken"], rel=tolerance), (row["saved"], row["loaded"])
     assert max(len(set(row["losses"])) for row in rows) == AFTER  # it does train on
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [("fp32", "bf16"), ("bf16", "fp32")])
+def test_a_checkpoint_of_another_precision_holds_the_same_numbers(saved, loaded, matrix) -> None:
+    """Bit by bit, but for buffers that the engine holds in fewer bits: those are rounded. The next losses are near."""
+    rows = _of(matrix, saved, loaded)
+    assert len(rows) == 2 * 3 * 4
+    assert {(row["saved"], row["loaded"]): row["unequal"] for row in rows if row["unequal"]} == {}
+    for row in rows:
+        assert row["losses"] == pytest.approx(row["unbroken"], rel=2e-2), (row["saved"], row["loaded"])
+
+
+def test_buffers_of_other_types_at_other_stages_are_cast_and_rounding_is_said(matrix) -> None:
+    """bf16 has fp32 buffers at stages 1 and 2 and bf16 ones at stage 3: both ways the numbers stay, and only the way to fewer
+    bits is told, with the number of tensors."""
+    cast = {(row["saved"], row["loaded"]): (row["cast"], row["said"]) for row in matrix}
+    down, said = cast["bf16-zero2-2", "bf16-zero3-3"]
+    assert down == ["buffer.mark: float32 -> bfloat16", "buffer.odd: float32 -> bfloat16"]
+    assert said.endswith("rounded: 2 tensors from float32 to bfloat16 (buffer.mark, ...)")
+    up, unsaid = cast["bf16-zero3-3", "bf16-zero2-2"]
+    assert up == ["buffer.mark: bfloat16 -> float32", "buffer.odd: bfloat16 -> float32"] and not unsaid
+    assert not any(said for rows, said in cast.values() if not rows)

@@ -131,6 +131,23 @@ def test_a_bad_job_ends_with_its_own_exit_code(work) -> None:
     assert "train.steps: 100000, but with max_epochs the data lasts for" in out
 
 
+def test_up_starts_the_worker_that_died_and_leaves_what_runs(work) -> None:
+    """A job goes on, on the head and the other worker; only --restart would end them."""
+    head, first, second = before = work.state.nodes
+    token = (work.folder / ".heliostat" / "clusters" / "test" / "token").read_text()
+    client = jobs.Jobs(Endpoint(work.state.url, token, True)).client
+    client.submit_job(entrypoint="sleep 600", submission_id="sleeper")
+    for process in family(local.State("", "", "", [second])):
+        process.kill()
+    found = work.json("cluster", "up", "cluster.yaml")
+    assert found["nodes"] == 3 and work.state.nodes[:2] == [head, first] and work.state.nodes[2] not in before
+    assert head.process and first.process
+    nodes = [n for n in work.json("cluster", "status", "test")["nodes"] if n["address"] == second.address]
+    assert len({n["id"] for n in nodes}) == 2  # the one that died, and another
+    assert client.get_job_status("sleeper") == "RUNNING"
+    client.stop_job("sleeper")
+
+
 @pytest.mark.slow  # minutes
 def test_a_sweep_runs_on_the_cluster_and_is_found_again(work) -> None:
     """`heliostat tune --cluster`: the job file travels, trials use the cluster's room, and the commands for jobs know it."""
@@ -175,13 +192,20 @@ HTTP = (
 )
 
 
+def family(state: local.State) -> list[psutil.Process]:
+    """The nodes' processes by their parents, whatever they call themselves and have in their environment."""
+    shells = [psutil.Process(n.pid) for n in state.nodes]
+    return [*shells, *(p for s in shells for p in s.children(recursive=True))]
+
+
 def _listening(state: local.State) -> set[tuple[str, int]]:
     found = set()
-    for process in local._processes(state):
-        for c in process.net_connections(kind="tcp"):
-            if c.status == psutil.CONN_LISTEN:
-                address = c.laddr.ip.removeprefix("::ffff:")
-                found.add(("127.0.0.1" if address in ("0.0.0.0", "::") else address, c.laddr.port))
+    for process in family(state):
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that has done its work
+            for c in process.net_connections(kind="tcp"):
+                if c.status == psutil.CONN_LISTEN:
+                    address = c.laddr.ip.removeprefix("::ffff:")
+                    found.add(("127.0.0.1" if address in ("0.0.0.0", "::") else address, c.laddr.port))
     return found
 
 
@@ -222,11 +246,12 @@ def test_without_the_token_every_port_of_the_cluster_refuses(work) -> None:
 def test_down_leaves_no_process_and_the_logs_stay(work) -> None:
     """The last test of the cluster: what was on it can still be read."""
     state = work.state
-    ports = _listening(state)
-    assert ports
+    there, ports = family(state), _listening(state)
+    assert len([p for p in there if p.is_running() and "Agent" in p.name()]) == 6 and len(ports) > 17
     found = work.json("cluster", "down", "cluster.yaml")
-    assert found["processes"] >= 6
-    assert list(local._processes(state)) == [] and http.probe(state.url) == 0
+    assert found["processes"] >= 20
+    assert [p for p in there if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
+    assert [p for p in ports if socket.socket().connect_ex(p) == 0] == []
     assert not Path(state.nodes[0].folder).parent.exists()
     assert re.search(rf"step {STEPS}/{STEPS}", work.heliostat("logs", "onto"))
     seen = work.json("status", "onto")

@@ -1,10 +1,25 @@
-"""A private Ray ends with the process that started it."""
+"""A private Ray ends with the process that started it, and is its user's alone."""
 
 import contextlib
+import os
+import pwd
+import stat
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import psutil
+import pytest
+import ray
+from heliostat.cluster import connect, private
+from heliostat.errors import ConfigError
+from heliostat.train.run import train
+
+from tests.integration.test_cluster_local import _call
 
 DRIVER = """
 import atexit, os, time
@@ -32,3 +47,137 @@ def test_a_process_that_does_not_end_by_itself_is_ended():
     assert done.returncode == 0, done.stderr
     with contextlib.suppress(psutil.NoSuchProcess):
         psutil.Process(int(done.stdout)).wait(5)  # until it has been reaped
+
+
+RPC = ("NodeInfoGcsService/GetAllNodeInfo", "NodeManagerService/GetNodeStats", "CoreWorkerService/GetCoreWorkerStats")
+
+
+def family() -> list[psutil.Process]:
+    """This process and those of its Ray: the state server's parent is not this process for long."""
+    me = psutil.Process()
+    return [me, *me.children(recursive=True), *(p for p in psutil.process_iter() if p.name() == "gcs_server")]
+
+
+def listening(processes: Iterable[psutil.Process]) -> dict[tuple[str, int], str]:
+    """Where the processes listen, and the name of each."""
+    found = {}
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for c in process.net_connections("inet"):
+                if c.status == psutil.CONN_LISTEN:
+                    found[c.laddr.ip.removeprefix("::ffff:"), c.laddr.port] = process.name()
+    return found
+
+
+def as_nobody(code: str, *arguments: str) -> str:
+    """What Python code prints that runs as another user, without modules of ours."""
+    if os.geteuid() != 0:
+        pytest.skip("to be another user takes root")
+    command = ["/usr/bin/env", "-i", "python3", "-Ic", code, *arguments]
+    group = pwd.getpwnam("nobody").pw_gid
+    done = subprocess.run(
+        command, user="nobody", group=group, extra_groups=[], cwd="/", capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def session() -> Any:
+    return ray._private.worker._global_node
+
+
+def test_a_private_ray_listens_on_loopback_alone_and_refuses_whoever_has_no_token(ray_session):
+    mine = [p for p in family() if p.name() != "gcs_server" or session().get_session_dir_path() in " ".join(p.cmdline())]
+    ports = listening(mine)
+    assert set(ports.values()) >= {"gcs_server", "raylet"}
+    assert {host for host, _ in ports} == {"127.0.0.1"}, ports
+    token = connect._token_file().read_text()
+    refusing = 0
+    for (host, port), name in ports.items():
+        for method in (
+            "NodeInfoGcsService/GetAllNodeInfo",
+            "NodeManagerService/GetNodeStats",
+            "CoreWorkerService/GetCoreWorkerStats",
+        ):
+            if (said := _call(host, port, method, None)) not in ("UNIMPLEMENTED", "UNAVAILABLE"):
+                refusing += 1
+                assert said == "UNAUTHENTICATED", (name, method)
+                assert _call(host, port, method, token) != "UNAUTHENTICATED", (name, method)
+    assert refusing >= 3
+
+
+LOOK = """
+import os, socket, sys
+for path in sys.argv[1:]:
+    try:
+        if path.endswith((".sock", "plasma_store", "raylet")):
+            socket.socket(socket.AF_UNIX).connect(path)
+        else:
+            open(path).read()
+    except PermissionError:
+        print("refused")
+    else:
+        print("opened", path)
+"""
+
+
+def test_another_user_cannot_open_the_files_and_sockets_of_a_private_ray(ray_session):
+    """Its token, its logs, the socket of its object store, and whatever else lies in its folder."""
+    folder, inside = connect.sessions(), Path(session().get_session_dir_path())
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700 and folder in inside.parents
+    token = connect._token_file()
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600 and len(token.read_text()) == 64
+    paths = [token, inside / "logs" / "raylet.out", inside / "sockets" / "plasma_store", inside / "sockets" / "raylet"]
+    assert all(p.exists() for p in paths)
+    assert as_nobody(LOOK, "/etc/passwd", *map(str, paths)).splitlines() == ["opened /etc/passwd", *["refused"] * len(paths)]
+
+
+def test_the_workers_of_a_private_ray_meet_where_nobody_else_can_write(ray_session, job_file):
+    """torch's own meeting point is a TCP port on every address, that takes anyone's writes; none is opened."""
+    seen: dict[tuple[str, int], str] = {}
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            workers = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::RayTrainWo")]
+            seen.update(listening(workers))
+            time.sleep(0.1)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        assert train(job_file("alone"), ["train.steps=6", "checkpoint.every=6", "evaluate.every=6"])["steps"] == 6
+    finally:
+        done.set()
+        thread.join()
+    assert len(seen) >= 4  # of two workers, each with its own of Ray's, and gloo's
+    assert {host for host, _ in seen} == {"127.0.0.1"}, seen
+
+
+def test_a_folder_that_somebody_else_has_made_is_not_used(tmp_path):
+    with pytest.raises(ConfigError, match="is not a folder of this user"):
+        (tmp_path / "link").symlink_to(tmp_path)
+        private.folder(tmp_path / "link")
+    if os.geteuid() == 0:
+        (tmp_path / "theirs").mkdir()
+        os.chown(tmp_path / "theirs", pwd.getpwnam("nobody").pw_uid, -1)
+        with pytest.raises(ConfigError, match="is not a folder of this user"):
+            private.folder(tmp_path / "theirs")
+
+
+STAY = "import os, time; from heliostat.cluster.connect import connect; connect(cpus=1); print(os.environ.get('RAY_AUTH_MODE'))"
+
+
+def test_a_token_that_others_could_read_is_tightened_and_what_others_say_runs_here_is_not_joined(tmp_path):
+    """Ray's own file of an earlier version, and the note of a cluster in Ray's folder, which every user may write."""
+    home, notes = tmp_path / "home", tmp_path / "tmp"
+    (home / ".ray").mkdir(parents=True)
+    (home / ".ray" / "auth_token").write_text("0" * 64)
+    (home / ".ray" / "auth_token").chmod(0o644)
+    (notes / "ray").mkdir(parents=True)
+    (notes / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
+    env = {**os.environ, "HOME": str(home), "TMPDIR": str(notes), "RAY_AUTH_MODE": "disabled"}
+    done = subprocess.run([sys.executable, "-c", STAY], env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "disabled\n"), done.stderr
+    assert stat.S_IMODE((home / ".ray" / "auth_token").stat().st_mode) == 0o600
+    assert "could be read by other users" in done.stderr

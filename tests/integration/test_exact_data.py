@@ -89,7 +89,7 @@ def own_corpus(corpus, tmp_path) -> Path:
 
 def damage(folder: Path, group: int) -> None:
     """Turns a bit in a row group's page."""
-    file = sorted((folder / "shards").glob("*.parquet"))[0]
+    file = sorted((folder / "shards").rglob("*.parquet"))[0]
     column = pq.ParquetFile(file).metadata.row_group(group).column(0)
     raw = bytearray(file.read_bytes())
     raw[(column.dictionary_page_offset or column.data_page_offset) + column.total_compressed_size // 2] ^= 1
@@ -118,7 +118,7 @@ def test_a_damaged_chunk_is_replaced_listed_and_verified_or_stops_the_run(own_co
 def test_a_curriculum_over_two_sources_and_a_change_of_data_are_followed_to_the_step(own_corpus, corpus, job_file, tracking):
     """A source that comes in at step 13 and is capped; then more shards, refused, and allowed as a segment: all verified."""
     location = Location(str(own_corpus))
-    shards = sorted((own_corpus / "shards").glob("*.parquet"))
+    shards = sorted((own_corpus / "shards").rglob("*.parquet"))
     later = own_corpus / "later.parquet"
     table = pq.read_table(shards[-1])
     pq.write_table(table.slice(0, len(table) // 2), later, write_page_checksum=True)

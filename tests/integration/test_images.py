@@ -121,8 +121,8 @@ def test_latents_and_embeddings_are_what_the_frozen_models_give(tmp_path):
     assert (
         made.meta["content"] == "latents" and made.meta["text"] == [8, 16] and set(made.meta["models"]) == {"autoencoder", "text"}
     )
-    images = {r["id"]: r for p in (tmp_path / "plain/shards").iterdir() for r in pq.read_table(p).to_pylist()}
-    latents = {r["id"]: r for p in (tmp_path / "out/shards").iterdir() for r in pq.read_table(p).to_pylist()}
+    images = {r["id"]: r for p in (tmp_path / "plain/shards").rglob("*.parquet") for r in pq.read_table(p).to_pylist()}
+    latents = {r["id"]: r for p in (tmp_path / "out/shards").rglob("*.parquet") for r in pq.read_table(p).to_pylist()}
     assert set(images) == set(latents) and not any("image" in r for r in latents.values())
     from jobs import diffusion_config
     from jobs.image_pipeline import embed, tokenize

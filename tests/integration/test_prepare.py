@@ -107,7 +107,8 @@ def test_same_digest_twice_and_elsewhere(tmp_path):
         os.utime(file, (1, 1))
     moved = prepare(yaml, [f"input={tmp_path}/moved", f"output={tmp_path}/other"])
     assert not moved["up_to_date"] and moved["digest"] == first["digest"]
-    names = [p.name for p in (tmp_path / "out" / "shards").iterdir()]
+    names = [name for name, _ in Location(f"{tmp_path}/out/shards").files()]
+    assert len(names) == first["shards"]
     for name in names:
         assert (tmp_path / "out" / "shards" / name).read_bytes() == (tmp_path / "other" / "shards" / name).read_bytes()
 
@@ -130,32 +131,36 @@ def test_changed_input_config_and_lost_shard(tmp_path):
     second = prepare(yaml, [])
     assert not second["up_to_date"] and second["digest"] != first["digest"]
     assert TEXTS[3].upper() in documents_of(output).values()
-    third = prepare(yaml, ["shard_bytes=1000000"])
-    assert third["shards"] == 1 and [p for p, _ in output.join("shards").files()] == ["00000.parquet"]
-    output.join("shards/00000.parquet").write(b"cut")
+    third = prepare(yaml, ["shard_bytes=1000000", "keep_days=0"])
+    (path,) = set(manifest.read(output).chunks["path"].to_pylist())
+    assert third["shards"] == 1 and output.join("shards").files() == [
+        (path.removeprefix("shards/"), len(output.join(path).read()))
+    ]
+    output.join(path).write(b"cut")
     assert prepare(yaml, ["shard_bytes=1000000"])["digest"] == third["digest"]
+    assert len(documents_of(output)) == 20
 
 
-def test_an_interrupted_run_leaves_no_dataset(tmp_path, monkeypatch):
-    """A folder lies where a shard has to go, so one upload fails for real after others have succeeded or not."""
+def test_an_interrupted_run_leaves_the_dataset_that_was_there(tmp_path, monkeypatch):
+    """A file lies where a shard's folder has to go, so one upload fails for real after others have succeeded or not."""
     code = (
         "from heliostat.prepare import place\nfrom pipelines.text import TextPipeline\n\n"
         "class Obstructed(TextPipeline):\n    def write(self, output, inputs):\n"
         "        from pathlib import Path\n"
-        "        Path(output.join('shards', '00001.parquet', 'x').path).mkdir(parents=True)\n"
+        "        Path(output.join('shards', '00030').path).touch()\n"
         "        return super().write(output, inputs)\n"
     )
     (tmp_path / "obstructed.py").write_text(code)
     monkeypatch.syspath_prepend(str(tmp_path))
     make_input(tmp_path / "in")
     yaml, output = make_yaml(tmp_path), Location(str(tmp_path / "out"))
-    digest = prepare(yaml, [])["digest"]
-    with pytest.raises(Exception, match="director") as e:
-        prepare(yaml, ["pipeline=obstructed:Obstructed"])
+    digest, before = prepare(yaml, [])["digest"], output.join("shards").files()
+    with pytest.raises(HeliostatError, match="a file lies where a folder is needed") as e:
+        prepare(yaml, ["pipeline=obstructed:Obstructed", "shard_bytes=500"])
     assert not isinstance(e.value, DataError)
-    with pytest.raises(DataError, match="no dataset here"):
-        manifest.read(output)
-    assert prepare(yaml, [])["digest"] == digest
+    assert output.join("shards").files() == sorted([*before, ("00030", 0)])
+    assert manifest.read(output).digest == digest and sorted(documents_of(output).values()) == sorted(TEXTS)
+    assert prepare(yaml, [])["up_to_date"]
 
 
 def test_existing_tokenizer_gives_the_same_tokens(tmp_path):

@@ -15,6 +15,7 @@ from heliostat.storage import Location
 from heliostat.track import outbox, store
 from heliostat.track.run import RECORD, TOKEN
 from heliostat.track.settle import YOUNG_S, settle, settle_folder
+from heliostat.train.summary import RESULT
 
 Scene = Callable[..., tuple[Any, str]]
 GONE = 2**22 + 1  # no process has this number
@@ -47,11 +48,11 @@ def scene(tracking: str, tmp_path: Path) -> Scene:
 @pytest.mark.parametrize(
     ("outcome", "reason", "status", "said"),
     [
-        (None, "", "KILLED", "died without a word"),
+        (None, "", "FAILED", "died without a word"),
         ("failed", "a shard is gone", "FAILED", "a shard is gone"),
         ("interrupted", "stopped by SIGTERM", "KILLED", "stopped by SIGTERM"),
         ("finished", "", "FINISHED", ""),
-        ("resize", "", "KILLED", "died without a word"),  # it was to go on
+        ("resize", "", "FAILED", "died without a word"),  # it was to go on
     ],
 )
 def test_a_dead_drivers_run_gets_the_status_of_its_ledger(scene, tmp_path, outcome, reason, status, said):
@@ -81,7 +82,7 @@ def test_a_living_drivers_run_is_left_alone(scene):
         client, run_id = scene(host="another", seen=time.time())  # gave a sign of life from another host
         assert settle(client, client.get_run(run_id)).info.status == "RUNNING"
         client, run_id = scene(host="another", seen=time.time() - 600)
-        assert settle(client, client.get_run(run_id)).info.status == "KILLED"
+        assert settle(client, client.get_run(run_id)).info.status == "FAILED"
     finally:
         other.kill()
         other.wait()
@@ -103,4 +104,19 @@ def test_a_run_that_has_only_begun_is_given_time(scene, tmp_path, monkeypatch):
     Location(str(tmp_path / "run")).join(FOLDER).delete()
     assert settle(client, client.get_run(run_id)).info.status == "RUNNING"
     monkeypatch.setattr("heliostat.track.settle.YOUNG_S", -1.0)
-    assert YOUNG_S > 0 and settle(client, client.get_run(run_id)).info.status == "KILLED"
+    assert YOUNG_S > 0 and settle(client, client.get_run(run_id)).info.status == "FAILED"
+
+
+def test_a_driver_that_died_behind_its_result_has_finished_its_run(scene, tmp_path):
+    """Only MLflow had not been told; the result of an earlier, shorter training does not count."""
+    for steps, status in ((20, "FINISHED"), (10, "FAILED")):
+        client, run_id = scene(marks=[(20, 3.0)])
+        Location(str(tmp_path / "run")).join(RESULT).write(json.dumps({"steps": steps, "run_id": run_id}).encode())
+        assert settle(client, client.get_run(run_id)).info.status == status
+
+
+def test_what_is_known_of_a_drivers_end_is_part_of_the_reason(scene, tmp_path):
+    client, run_id = scene(marks=[(7, 3.0)])
+    settle_folder(Location(str(tmp_path / "run")), how="killed by SIGKILL")
+    reason = client.get_run(run_id).data.tags["heliostat.reason"]
+    assert "died without a word, killed by SIGKILL; it had come to step 7" in reason

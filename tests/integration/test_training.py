@@ -18,7 +18,8 @@ from heliostat.data.dataset import DataPlan, open_dataset
 from heliostat.errors import ConfigError, NonFiniteError
 from heliostat.evaluate import evaluate
 from heliostat.storage import Location
-from heliostat.track.models import resolve
+from heliostat.track import registry
+from heliostat.track.models import models_of, resolve
 from heliostat.train import checkpoint
 from heliostat.train.run import train
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -111,6 +112,50 @@ def test_a_fresh_process_resumes_bitwise_even_without_a_compiler(finished, track
     chains = [json.loads(Location(s).join("receipts", "step-00000020.json").read())["chain"]
               for s in (f"{finished[0]}/runs/whole", f"{tmp_path}/runs/whole")]  # fmt: skip
     assert chains[0] == chains[1]
+
+
+def test_what_follows_the_last_step_is_done_once_wherever_drivers_die_in_it(finished, tracking, tmp_path) -> None:
+    """From the last checkpoint alone: the same scores and weights, one model, one version, and an MLflow run that is FINISHED."""
+    shutil.copytree(finished[0] / "runs" / "whole", tmp_path / "runs" / "whole")
+    for name in ("run.json", "result.json", "summary.json"):
+        (tmp_path / "runs" / "whole" / name).unlink()
+    job = json.loads(finished[1].read_text()) | {"storage": str(tmp_path / "runs")}
+    job["mlflow"] |= {"register": "late-lm", "alias": "candidate"}
+    path = tmp_path / "late.json"
+    path.write_text(json.dumps(job))
+    done = subprocess.run([sys.executable, "-m", "tests.integration.late", str(path)],
+                          capture_output=True, text=True, timeout=400, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(json.loads(done.stdout.splitlines()[-1])) == 12  # each moment of `late`
+    result, whole = json.loads((tmp_path / "runs" / "whole" / "result.json").read_text()), finished[2]
+    assert {k: result[k] for k in ("steps", "eval", "train_loss")} == {k: whole[k] for k in ("steps", "eval", "train_loss")}
+    assert result["tokens_per_second"] > 0 and 0 < result["seconds_to_first_step"] < 300
+    client = mlflow.MlflowClient(tracking_uri=tracking)
+    run = client.get_run(result["run_id"])
+    assert run.info.status == "FINISHED"
+    (version,) = client.search_model_versions("name = 'late-lm'")
+    assert result["model_uri"] == f"models:/late-lm/{version.version}" and version.run_id == result["run_id"]
+    assert [entry["event"] for entry in registry.history(version)] == ["registered"]
+    assert client.get_model_version_by_alias("late-lm", "candidate").version == version.version
+    (model,) = models_of(client, run)
+    assert model.status.value == "READY"
+    samples = Path(client.download_artifacts(result["run_id"], "samples.json", str(tmp_path)))
+    assert len(json.loads(samples.read_text())["data"]) == len(result["samples"])
+    made, known = (resolve(uri, tracking) / "model.safetensors" for uri in (result["model_uri"], whole["model_uri"]))
+    assert made.read_bytes() == known.read_bytes()
+
+
+def test_a_result_of_an_earlier_end_is_not_taken_for_that_of_a_longer_training(finished, tracking, tmp_path) -> None:
+    """A run that was ended at 10 steps and trained on to 20, whose driver died behind them, is concluded at 20."""
+    folder = tmp_path / "runs" / "whole"
+    shutil.copytree(finished[0] / "runs" / "whole", folder)
+    for name in ("result.json", "summary.json"):
+        earlier = json.loads((folder / name).read_text()) | {"steps": 10}
+        (folder / name).write_text(json.dumps(earlier))
+    settings = [f"storage={tmp_path / 'runs'}", "mlflow.register=null"]
+    result = train(finished[1], settings, resume=True)
+    assert result["steps"] == 20 and result["checkpoint"].endswith("step-00000020")
+    assert train(finished[1], settings, resume=True) == json.loads((folder / "result.json").read_text())
 
 
 def _every_second_is_told(run: Path, wall_s: float) -> None:

@@ -253,33 +253,6 @@ def test_a_batchs_loss_is_the_sum_of_its_samples(arch):
     assert whole == pytest.approx(parts, rel=1e-5) == pytest.approx(naive, rel=1e-4)
 
 
-def test_flops_are_those_of_the_formula():
-    """6 per weight that multiplies and token, plus attention; a tied embedding multiplies once, an untied one not at all."""
-    for length in (16, 64):
-        for tied in (False, True):
-            made = recipe({**LLAMA, "tie_word_embeddings": tied}, length)
-            model = made.build()
-            head, norms = 96 * 32, 5 * 32
-            layer = 32 * 32 * 2 + 2 * 32 * 16 + 3 * 32 * 64  # q and o, k and v of half the heads, the MLP's three
-            expected = length * (6 * (2 * layer + head + norms) + 12 * 2 * 32 * length)
-            assert made.flops_per_sample(model) == expected
-
-
-def test_flops_grow_with_length_as_attention_does():
-    """Twice the length: twice the matrices' FLOPs and four times attention's."""
-    one, two, four = (recipe(LLAMA, n).flops_per_sample(recipe(LLAMA, n).build()) for n in (32, 64, 128))
-    assert four - 2 * two == 2 * (two - 2 * one) * 2
-
-
-@pytest.mark.parametrize(("arch", "more"), [("opt", {"num_attention_heads": 4}), ("bloom", {}), ("mamba", {})])
-def test_a_document_mask_is_refused_where_it_would_do_nothing(arch, more):
-    """These architectures' layers cannot tell packed documents apart, whatever the positions say."""
-    model = {"arch": arch, "hidden_size": 32, "vocab_size": 96, **more}
-    recipe(model)
-    with pytest.raises(ConfigError, match=r"data\.document_mask"):
-        recipe(model, **{"data.document_mask": True})
-
-
 @pytest.mark.parametrize(("key", "value", "says"), [
     ("hidden_act", "siluu", "model.hidden_act: 'siluu' is no activation; did you mean 'silu'?"),
     ("num_hidden_layers", -1, "model.num_hidden_layers: -1 must be at least 1"),

@@ -1,13 +1,18 @@
 """Cluster files: those that are handed out are right, their pools are what the jobs ask for, and faults are found and named."""
 
+import json
+import os
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
-from heliostat.cluster import check, files, schemas
-from heliostat.errors import ConfigError
+from heliostat.cluster import check, files, pods, reach, schemas, written_secrets
+from heliostat.errors import ClusterError, ConfigError
 from heliostat.plan import report, room
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.unit.build_job import ROOT, job
 
@@ -211,12 +216,26 @@ def test_faults_of_a_launcher_file_are_errors_that_name_the_key(case, tmp_path):
 
 
 LAUNCHER_OPEN = {
-    "the dashboard listens on every address": ("--dashboard-host=127.0.0.1", "--dashboard-host=0.0.0.0"),
-    "publishes a port": ("- --shm-size=256g", "- -p 8265:8265"),
+    "the dashboard listens on 0.0.0.0": ("--dashboard-host=127.0.0.1", "--dashboard-host=0.0.0.0"),
+    'the dashboard listens on "0.0.0.0"': ("--dashboard-host=127.0.0.1", '--dashboard-host="0.0.0.0"'),
+    "the dashboard listens on $(hostname -I)": ("--dashboard-host=127.0.0.1", "--dashboard-host $(hostname -I)"),
+    "the dashboard listens on ::": ("--dashboard-host=127.0.0.1", "--dashboard-host ::"),
+    "docker.run_options: publishes a port": ("- --shm-size=256g", "- -p 8265:8265"),
+    "run_options: publishes a port; Ray's": ("- --shm-size=256g", "- -p8265:8265"),
+    "gpu.docker.worker_run_options: publishes a port": ("        - --gpus=all", "        - --gpus=all --publish=8265:8265"),
     "open to the whole internet": (
         "  cache_stopped_nodes: false",
         "  security_group: {GroupName: g, IpPermissions: [{FromPort: 8265, IpRanges: [{CidrIp: 0.0.0.0/0}]}]}\n"
         "  cache_stopped_nodes: false",
+    ),
+    "port 6379 is open to the whole internet": (
+        "  cache_stopped_nodes: false",
+        "  security_group: {GroupName: g, IpPermissions: [{FromPort: 6379, Ipv6Ranges: [{CidrIpv6: '::/0'}]}]}\n"
+        "  cache_stopped_nodes: false",
+    ),
+    "worker_start_ray_commands: the nodes do not ask for a token": (
+        "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=/home/ray/.ray/auth_token FI_PROVIDER=efa",
+        "export FI_PROVIDER=efa",
     ),
     "has no version": ("heliostat:0.1.0", "heliostat:latest"),
     "the head takes work": ("{CPU: 0}", "{CPU: 8}"),
@@ -232,7 +251,10 @@ def test_open_ports_and_odd_choices_of_a_launcher_file_are_warned_of(warning, tm
 def test_a_launcher_file_without_a_token_is_warned_of(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text((ROOT / "clusters" / "ssh.yaml").read_text().replace("RAY_AUTH_MODE=token", "RAY_AUTH_MODE=disabled"))
-    assert any("do not ask for a token" in w for w in check.check(path).warnings)
+    assert [w.partition(":")[0] for w in check.check(path).warnings if "do not ask for a token" in w] == [
+        "head_start_ray_commands",
+        "worker_start_ray_commands",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -269,3 +291,154 @@ def test_ray_itself_takes_the_launcher_files():
             if raw["provider"]["type"] == "local":
                 prepared, _ = prepare_local(raw)
                 assert prepared["max_workers"] == len(raw["provider"]["worker_ips"])
+
+
+WRITTEN = {
+    "a Hugging Face token": "export HF_TOKEN=abcdefghijklmnop",
+    "MLflow's token": "export MLFLOW_TRACKING_TOKEN='abcdefghijklmnop'",
+    "MLflow's password": "export MLFLOW_TRACKING_PASSWORD=hunter2hunter2",
+    "docker's password": "docker login --username me -p hunter2 registry.example.com",
+    "docker's password, long": "docker login -u me --password=hunter2 registry.example.com",
+    "a registry's": "skopeo copy --src-creds=me:hunter2 docker://a docker://b",
+    "sshpass": "sshpass -p hunter2 ssh host",
+    "sshpass, joined": "sshpass -phunter2 scp a host:",
+    "an empty user": "redis-cli -u redis://:hunter2@redis:6379 ping",
+    "a docker option": "docker run --env=WANDB_API_KEY=abcdefghijkl image",
+}
+NOT_WRITTEN = (
+    "export RAY_AUTH_TOKEN_PATH=/home/ray/.ray/auth_token RAY_AUTH_MODE=token",
+    "docker login --username me --password-stdin registry.example.com",
+    "sshpass -e ssh host",
+    "docker run -p 8265 image",
+    "export HF_TOKEN=$HF_TOKEN MLFLOW_TRACKING_TOKEN=${TOKEN}",
+    "export HF_TOKEN_PATH=~/.cache/huggingface/token",
+    "MetadataOptions: {HttpTokens: required, HttpPutResponseHopLimit: 1}",
+)
+
+
+@pytest.mark.parametrize("case", WRITTEN)
+def test_a_secret_written_into_a_command_is_an_error_that_does_not_repeat_it(case, tmp_path):
+    source = ROOT / "clusters" / "aws-h100.yaml"
+    found = check.check(broken(source, tmp_path, ("  - ray stop\n", f"  - {json.dumps(WRITTEN[case])}\n")))
+    assert any("is written in" in e for e in found.errors), found.errors
+    assert not any(secret in e for e in found.errors for secret in ("hunter2", "abcdefgh"))
+
+
+@pytest.mark.parametrize("line", NOT_WRITTEN)
+def test_what_only_names_the_place_of_a_secret_is_none(line):
+    assert written_secrets.found_in(line) is None
+
+
+CLOUD_FAULTS = {
+    "aws-h100": {
+        "setup_commands: not given, so Ray runs its own": ("setup_commands: []", ""),
+        "/root/.ray/auth_token can be read by root alone": ("  /home/ray/.ray/auth_token: ~", "  /root/.ray/auth_token: ~"),
+        "the container sees no GPU without --gpus=all": ("        - --gpus=all\n", ""),
+        "EFA's devices are not in the container": ("        - --device=/dev/infiniband\n", ""),
+        "give --ulimit=memlock": ("    - --ulimit=memlock=-1:-1 ", "    - --ulimit=core=0 "),
+        "Ray watches for no notice": ("python -m heliostat.cluster.spot aws", "true"),
+        "every node gets a public address": ("use_internal_ips: true", "use_internal_ips: false"),
+        "AmazonEC2FullAccess": ("      IamInstanceProfile: {Name: heliostat-head} ", "      # "),
+        "no credentials for the datasets": ("      IamInstanceProfile: {Name: heliostat-worker} ", "      # "),
+        "HttpTokens: required} is missing": ("HttpTokens: required", "HttpTokens: optional"),
+        "is not encrypted": (", Encrypted: true", ""),
+        "leave AssociatePublicIpAddress out": ("NetworkCardIndex: 0,", "NetworkCardIndex: 0, AssociatePublicIpAddress: true,"),
+    },
+    "gcp-h100": {
+        "A3 machines do not take pd-standard": ("diskType: zones/us-central1-a/diskTypes/pd-balanced", "diskName: x"),
+        "no driver for the GPUs": ("common-cu129-ubuntu-2204-nvidia-580", "common-cpu", "install-nvidia-driver", "other"),
+        "the scope cloud-platform opens every service": ("auth/devstorage.read_write", "auth/cloud-platform"),
+        "Ray watches for no notice": ("python -m heliostat.cluster.spot gcp", "true"),
+        "the container sees no GPU": ("worker_run_options: [--gpus=all]", "worker_run_options: []"),
+    },
+    "kuberay-h100": {
+        "no name can be looked up": (
+            "- ports: [{port: 53, protocol: UDP}, {port: 53, protocol: TCP}] ",
+            "- ports: [{port: 54}] ",
+        ),
+        "the autoscaler cannot reach Kubernetes": ("{port: 443, protocol: TCP}, {port: 6443, protocol: TCP}", "{port: 444}"),
+        "pods cannot fetch the credentials": (
+            "          ports: [{port: 80, protocol: TCP}, {port: 988, protocol: TCP}",
+            "          ports: [{port: 81}",
+            "          automountServiceAccountToken: false\n",
+            "          serviceAccountName: reader\n",
+        ),
+        "Prometheus cannot read Ray's metrics": ("{port: 8080, protocol: TCP}", "{port: 8081, protocol: TCP}"),
+        "lacks runAsNonRoot": ("          runAsNonRoot: true ", "          runAsNonRoot: false "),
+        "seccompProfile: {type: RuntimeDefault}": ("          seccompProfile: {type: RuntimeDefault}\n", ""),
+        "lacks allowPrivilegeEscalation: false": ("allowPrivilegeEscalation: false", "allowPrivilegeEscalation: true"),
+        "add the capability IPC_LOCK": (", add: [IPC_LOCK]", "", "nvidia.com/gpu: 8}\n", "nvidia.com/gpu: 8, rdma/ib: 8}\n"),
+        "no tolerations": ("            - {key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}", "            []"),
+        "no nodeSelector": ("          nodeSelector: {nvidia.com/gpu.product: NVIDIA-H100-80GB-HBM3}", "          #"),
+        "without the preStop hook": ("[python, -m, heliostat.cluster.spot, now,", "[python, -m, other, now,"),
+        "terminationGracePeriodSeconds: 120 is too short": ('--seconds, "90"', '--seconds, "110"'),
+    },
+    "kuberay-job": {
+        "the operator cannot ask for the job's state": ("{port: 8265, protocol: TCP}", "{port: 8266, protocol: TCP}")
+    },
+}
+
+
+@pytest.mark.parametrize(("name", "warning"), [(n, w) for n, cases in CLOUD_FAULTS.items() for w in cases])
+def test_what_would_break_or_stand_open_at_the_first_real_start_is_found(name, warning, tmp_path):
+    """Each of these was in a file that the tools' schemas take."""
+    source = ROOT / "clusters" / f"{name}.yaml"
+    needs_crds(source)
+    words = CLOUD_FAULTS[name][warning]
+    found = check.check(broken(source, tmp_path, *zip(words[::2], words[1::2], strict=True)))
+    assert found.errors == []
+    assert any(warning in w for w in found.warnings), found.warnings
+
+
+def test_a_deleted_pods_time_is_held_against_the_jobs_grace():
+    cluster = files.read(ROOT / "clusters" / "kuberay-job.yaml")
+    assert list(pods.grace(cluster, job())) == []
+    assert [w.partition(":")[0] for w in pods.grace(cluster, job(**{"checkpoint.grace": 200}))] == ["gpu"]
+
+
+def test_the_head_on_aws_may_start_nodes_of_one_role_and_nothing_else():
+    """No wildcard over a service's actions; the role that it may pass on is the workers', to EC2 alone."""
+    policies = {p.stem: json.loads(p.read_text())["Statement"] for p in (ROOT / "clusters").glob("aws-*-policy.json")}
+    assert policies.keys() == {"aws-head-policy", "aws-worker-policy"}
+    actions = [a for p in policies.values() for s in p for a in ([s["Action"]] if isinstance(s["Action"], str) else s["Action"])]
+    assert not any(a.endswith("*") for a in actions)
+    passed = next(s for s in policies["aws-head-policy"] if s["Action"] == "iam:PassRole")
+    assert passed["Resource"].endswith(":role/heliostat-worker")
+    assert passed["Condition"] == {"StringEquals": {"iam:PassedToService": "ec2.amazonaws.com"}}
+    assert not any(a.startswith(("ec2:", "iam:")) for s in policies["aws-worker-policy"] for a in s["Action"])
+
+
+def test_the_image_has_a_locked_version_of_everything_that_heliostat_needs_and_the_cuda_that_torch_is_built_for():
+    locked = dict(line.split("==") for line in (ROOT / "clusters" / "constraints.txt").read_text().splitlines() if "==" in line)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for text in [*project["dependencies"], *project["optional-dependencies"]["gcp"]]:
+        wanted = Requirement(text)
+        assert wanted.specifier.contains(locked[canonicalize_name(wanted.name)]), text
+    docker = (ROOT / "clusters" / "Dockerfile").read_text()
+    cuda = re.search(r"^ARG CUDA=(\S+)$", docker, re.MULTILINE)[1]
+    assert cuda.startswith("13.0.") and locked["torch"].startswith("2.13.")  # one goes with the other
+    assert "FROM nvidia/cuda:${CUDA}-" in docker and "--constraint constraints.txt" in docker
+
+
+KUBECTL = """#!/bin/sh
+case "$*" in
+  *"get rayjob gpt-1b"*) printf '%s' "$RAY_CLUSTER" ;;
+  *"get secret gpt-1b-x7k2p"*) printf 'czNjcmV0' ;;
+  *) echo "unexpected: $*" >&2; exit 1 ;;
+esac
+"""
+
+
+def test_a_rayjobs_head_and_token_are_found_by_the_name_that_kuberay_gave_its_cluster(tmp_path, monkeypatch):
+    (tmp_path / "kubectl").write_text(KUBECTL)
+    (tmp_path / "kubectl").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("RAY_CLUSTER", "gpt-1b-x7k2p")
+    cluster = files.read(ROOT / "clusters" / "kuberay-job.yaml")
+    name = reach.kube_name(cluster)
+    assert reach.kube_service(cluster, name) == "gpt-1b-x7k2p-head-svc"
+    assert reach.kube_token(cluster, name) == "s3cret"
+    monkeypatch.setenv("RAY_CLUSTER", "")
+    with pytest.raises(ClusterError, match="has no cluster yet"):
+        reach.kube_name(cluster)
+    assert reach.kube_service(files.read(ROOT / "clusters" / "kuberay-h100.yaml"), "heliostat-h100") == "heliostat-h100-head-svc"

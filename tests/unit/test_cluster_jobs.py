@@ -1,15 +1,17 @@
 """Jobs on clusters, the parts that need none: exit codes, progress, the queue's order, what may travel to a machine elsewhere."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from heliostat.cluster import http, jobs
+from heliostat.cluster import http, jobs, logs
 from heliostat.cluster.driver import before
 from heliostat.cluster.reach import Endpoint
 from heliostat.errors import ConfigError
@@ -95,22 +97,25 @@ print("training", flush=True)
 time.sleep(60)
 """
 RUN = """
+import os
 import sys
 import threading
 from pathlib import Path
 from heliostat.cluster.driver import Driver
 driver = Driver(Path(sys.argv[1]), None, "attempt-1", [])
-driver.command = [sys.executable, "-c", Path(sys.argv[2]).read_text(), sys.argv[3]]
+driver.command = [sys.executable, "-c", Path(sys.argv[2]).read_text(), *sys.argv[3:]]
+driver.jobs_url = lambda: os.environ.get("JOBS_URL", "")
 sys.exit(driver.run(None))
 """
 
 
-def _driver(tmp_path, seconds):
+def _driver(tmp_path, seconds, storage=None, jobs_url="http://127.0.0.1:1"):
     """The driver around a stand-in for `heliostat train` that takes its time to stop; SIGTERM goes to both, as Ray sends it."""
-    (tmp_path / "job.json").write_text(json.dumps({"name": "r", "storage": str(tmp_path / "runs")}))
+    (tmp_path / "job.json").write_text(json.dumps({"name": "r", "storage": storage or str(tmp_path / "runs")}))
     (tmp_path / "train.py").write_text(TRAIN)
     command = [sys.executable, "-c", RUN, str(tmp_path / "job.json"), str(tmp_path / "train.py"), str(seconds)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    environment = {**os.environ, "JOBS_URL": jobs_url}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
     assert process.stdout.readline() == "training\n"
     import psutil
 
@@ -123,18 +128,174 @@ def test_a_stopped_driver_waits_for_the_checkpoint_and_its_log_is_in_storage(tmp
     process = _driver(tmp_path, 1.5)
     out, _ = process.communicate(timeout=30)
     assert out == "saving a checkpoint\nsaved\n" and process.returncode == 143
-    stored = jobs.stored_logs(Location(str(tmp_path / "runs" / "r")))
+    stored = logs.stored(Location(str(tmp_path / "runs" / "r")))
     assert stored == "training\nsaving a checkpoint\nsaved\n"
 
 
-def test_a_driver_that_must_stop_now_does_not_wait(tmp_path):
-    began = time.monotonic()
-    process = _driver(tmp_path, 50)
-    assert process.stdout.readline() == "saving a checkpoint\n"
-    Location(str(tmp_path / "runs" / "r" / "logs" / "stop-now")).write(b"")
-    process.communicate(timeout=30)
-    assert process.returncode == 128 + signal.SIGKILL and time.monotonic() - began < 25
-    assert jobs.stored_logs(Location(str(tmp_path / "runs" / "r"))).endswith("saving a checkpoint\n")
+class Board(BaseHTTPRequestHandler):
+    """A cluster's list of jobs: one of them is a note, from when it is `noted` on."""
+
+    noted = threading.Event()
+
+    def do_GET(self):
+        mine = [{"submission_id": "r", "metadata": {"attempt": "attempt-1"}}]
+        note = [{"submission_id": "stop", "metadata": {"ends": "attempt-1"}}] if self.noted.is_set() else []
+        answer = json.dumps([*mine, *note]).encode()
+        self.send_response(200 if self.path == "/api/jobs/" else 404)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("storage", [None, "s3://bucket/runs?endpoint_override=127.0.0.1:1&scheme=http"])
+def test_a_driver_that_must_stop_now_does_not_wait_for_a_checkpoint_nor_for_a_store_that_is_dead(tmp_path, storage):
+    """The note that it is to end is on the cluster, not in the store."""
+    Board.noted.clear()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Board) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        process = _driver(tmp_path, 50, storage, f"http://127.0.0.1:{server.server_port}")
+        began = time.monotonic()
+        assert process.stdout.readline() == "saving a checkpoint\n"
+        time.sleep(2)
+        assert process.poll() is None  # without the note it waits
+        Board.noted.set()
+        process.communicate(timeout=40)
+        server.shutdown()
+        thread.join()
+    assert process.returncode == 128 + signal.SIGKILL and time.monotonic() - began < 30
+    if storage is None:
+        assert logs.stored(Location(str(tmp_path / "runs" / "r"))).endswith("saving a checkpoint\n")
+
+
+class Store:
+    """Counts the bytes that are written to a folder."""
+
+    def __init__(self, folder):
+        self.folder, self.bytes = folder, 0
+
+    def join(self, name):
+        store = self
+
+        class Object:
+            def write(self, data):
+                store.bytes += len(data)
+                Location(str(store.folder)).join(name).write(data)
+
+        return Object()
+
+
+def test_what_is_new_in_a_log_is_all_that_its_copy_in_storage_costs(tmp_path):
+    """30 MB, brought up to date 100 times: not 1.5 GB written; and it reads as one, with those of earlier versions."""
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "20250101T000000Z-aaaaaa.log").write_text("of an earlier version\n")
+    store, whole = Store(tmp_path / "logs"), b""
+    copy = logs.LogCopy(store, "20260101T000000Z-bbbbbb")
+    for number in range(100):
+        line = (f"{number} ä ".encode() * 50000)[:400_000]
+        copy.add(line)
+        whole += line
+        copy.send()
+    copy.send()
+    assert store.bytes < len(whole) + 100 * logs.PART  # what is new, and the part that it goes on
+    assert logs.stored(Location(str(tmp_path))) == "of an earlier version\n" + whole.decode(errors="replace")
+
+
+class Tailed:
+    """Ray's client of a job whose log comes in pieces, and whose connection breaks once behind the third."""
+
+    pieces = ("--attempt one\nold\n", "python --attempt two\nstep", " 1\n", "step 2\n", "step 3\n")
+
+    def __init__(self):
+        self.connections = 0
+
+    async def tail_job_logs(self, job_id):
+        self.connections += 1
+        for number, piece in enumerate(self.pieces):
+            if self.connections == 1 and number == 3:
+                raise RuntimeError("WebSocket connection closed unexpectedly")
+            yield piece
+
+
+def test_a_followed_log_is_streamed_and_goes_on_behind_a_broken_connection(monkeypatch):
+    """The whole log is read once a connection, not once a second; nothing comes twice or not at all."""
+    monkeypatch.setattr(jobs, "FOLLOW_S", 0.01)
+    cluster = jobs.Jobs.__new__(jobs.Jobs)
+    cluster.client = Tailed()
+    states = iter(["RUNNING"] * 1 + ["SUCCEEDED"] * 9)
+    monkeypatch.setattr(cluster, "get", lambda _: {"status": next(states), "metadata": {"attempt": "two"}, "exit_code": 0})
+    assert list(cluster.follow("r")) == ["step", " 1\n", "step 2\n", "step 3\n"]
+    assert cluster.client.connections == 2
+
+
+DIES = """
+import json, os, signal, socket, sys, time
+from pathlib import Path
+from heliostat.goodput import FOLDER, Attempt
+from heliostat.storage import Location
+run, how, flags = Location(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
+starts = Path(sys.argv[1]) / "starts"
+starts.write_text((starts.read_text() if starts.exists() else "") + json.dumps(flags) + "\\n")
+number = len(starts.read_text().splitlines()) - 1
+what = how[min(number, len(how) - 1)]
+now = time.time()
+attempt = Attempt(f"a{number}", now, now, now, 0, 1, host=socket.gethostname(), pid=os.getpid())
+attempt.outcome = "failed" if what == "fails" else "finished" if what == "ends" else None
+if what != "early":
+    run.join(FOLDER, attempt.name).write(attempt.dump())
+if what == "saves":
+    run.join("checkpoints", f"step-{10 * (number + 1):08d}", "checkpoint.json").write(b"{}")
+print("start", number, what, flush=True)
+if what == "ends":
+    sys.exit(0)
+if what in ("fails", "exits"):
+    sys.exit(1)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def _supervised(folder, *how, retries=2, flags=("--overwrite",)):
+    """(exit code, the flags of each start, the log) of a driver whose child ends in these ways, one after another."""
+    run = folder / "runs" / "r"
+    run.mkdir(parents=True)
+    job = {"name": "r", "storage": str(folder / "runs"), "retries": {"max": retries, "backoff": 0.01}}
+    (folder / "job.json").write_text(json.dumps(job))
+    (folder / "train.py").write_text(DIES)
+    command = RUN.replace("[])", f"{list(flags)})")
+    done = subprocess.run(
+        [sys.executable, "-c", command, str(folder / "job.json"), str(folder / "train.py"), str(run), json.dumps(how)],
+        capture_output=True, text=True, timeout=240, cwd=ROOT, check=False,
+    )  # fmt: skip
+    starts = [json.loads(line) for line in (run / "starts").read_text().splitlines()]
+    assert logs.stored(Location(str(run))) == done.stdout
+    return done.returncode, starts, done.stdout
+
+
+def test_a_dead_driver_is_started_again_and_goes_on_where_it_was(tmp_path):
+    """Killed, or ended by a library without a word; what it has begun is not overwritten, what was there before it is."""
+    code, starts, log = _supervised(tmp_path, "early", "killed", "exits", "ends", retries=3)
+    assert code == 0 and starts == [["--overwrite"], ["--overwrite"], ["--resume"], ["--resume"]]
+    assert "the driver died without a word, killed by SIGKILL: starting it again in 0 s (retry 1 of 3)" in log
+    assert "with exit code 1: starting it again" in log
+
+
+def test_a_driver_that_ends_with_an_error_of_its_own_is_not_started_again(tmp_path):
+    code, starts, _ = _supervised(tmp_path, "fails", "ends")
+    assert code == 1 and len(starts) == 1
+
+
+def test_a_driver_that_dies_again_and_again_without_progress_is_given_up(tmp_path):
+    code, starts, log = _supervised(tmp_path, "killed", retries=2)
+    assert code == 128 + signal.SIGKILL and len(starts) == 3
+    assert "killed by SIGKILL; given up after 2 retries without a new checkpoint" in log
+
+
+def test_progress_between_a_drivers_deaths_begins_a_new_budget(tmp_path):
+    code, starts, _ = _supervised(tmp_path, *["saves"] * 4, "ends", retries=1)
+    assert code == 0 and len(starts) == 5
 
 
 def test_transient_faults_are_retried_and_refusals_are_not(monkeypatch):

@@ -49,6 +49,29 @@ def test_a_segment_that_left_samples_out_counts_what_it_took_instead(tmp_path: P
         assert {i: int(n) for i, n in enumerate(got[source]) if n} == expected
 
 
+TWICE = ((12, 18, 3), (12, 18, 2))
+
+
+@pytest.mark.parametrize(
+    ("first", "skips"),
+    [(12, ((12, 18, 3),)), (20, ((12, 18, 3), (20, 25, 2))), (5, ((5, 30, 4),)), (12, TWICE), (12, ((12, 39, 3),))],
+)
+def test_what_a_rollback_left_out_is_not_counted(tmp_path: Path, first, skips):
+    """Back to a checkpoint, again up to the spike, and on behind it: the samples of the steps that were trained, no others."""
+    plan = dataclasses.replace(make_plan(make_dataset(tmp_path / "a", 1), make_dataset(tmp_path / "b", 2)), skips=skips)
+    data = open_dataset(plan)
+    for end in (first + 1, 26, 40):
+        found = data.order.locate(np.concatenate([data.order.step(s).ravel() for s in range(first, end)]))
+        got = coverage.segment_counts(Segment(first, end, plan), data.sources)
+        for source in (0, 1):
+            expected = Counter(found.chunk[found.source == source].tolist())
+            assert {i: int(n) for i, n in enumerate(got[source]) if n} == expected
+    told = trained._segment(Segment(first, 40, plan))["sources"]
+    assert sum(s["samples"] for s in told) == (40 - first) * plan.shape.batch
+    inside = sum(count for _, at, count in skips if first < at <= 40)
+    assert sum(s["left_out"] for s in told) == inside * plan.shape.batch
+
+
 def record_of(plan, steps: int, replaced: list[dict] | None = None) -> dict:
     segments = [trained._segment(s) for s in cut([plan], steps)]
     return {"steps": steps, "segments": segments, "replaced": replaced or [], "replaced_count": len(replaced or [])}

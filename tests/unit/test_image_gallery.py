@@ -84,6 +84,51 @@ def test_fid_and_kid_of_gaussians_are_what_theory_says():
     assert abs(kid(few[0], few[1])) < 0.02 < kid(few[0], few[2])
 
 
+def test_fid_and_kid_compare_with_all_real_images_or_a_stated_number_and_look_at_them_once(dataset, tmp_path, monkeypatch):
+    """Not with as many as were drawn, which makes both figures too large; every dataset gives its share."""
+    from jobs import image_quality
+
+    looked: list[int] = []
+
+    def mean_and_ink(folder: str, pictures: list[np.ndarray]) -> np.ndarray:
+        looked.append(len(pictures))
+        return np.array([[p.mean() / 255, (p > 128).mean(), p.std() / 255] for p in pictures])
+
+    monkeypatch.setattr(image_quality, "extract", mean_and_ink)  # stands for a network, which takes minutes on this many
+    folder, given = str(tmp_path), {"prompts": PROMPTS, "per_prompt": 2}
+    source = manifest.read(Location(str(dataset)))
+
+    def scores(sources: list[manifest.Manifest], **features: int) -> dict[str, float]:
+        made = TextToImage(job(**build_images.job(dataset, samples={**given, "features": {"pretrained": folder, **features}})))
+        made.sources = sources
+        gallery = Gallery(made)
+        images = real_images([source])[0]
+        first = gallery.judge(images[:6])[0]
+        assert gallery.judge(images[:6])[0] == first
+        return first
+
+    all_of_them = scores([source])
+    assert all_of_them["real_images"] == 600 and looked == [600, 6, 6]
+    known, drawn = (mean_and_ink("", i) for i in (real_images([source])[0], real_images([source])[0][:6]))
+    assert all_of_them["fid"] == pytest.approx(fid(drawn, known)) and all_of_them["kid"] == pytest.approx(kid(drawn, known))
+    assert scores([source], images=100)["real_images"] == 100
+    assert scores([source, source], images=100)["real_images"] == 100
+    assert image_quality.shares([600, 200, 0], 100) == [75, 25, 0] and image_quality.shares([3, 3, 3], 5) == [3, 1, 1]
+    assert image_quality.shares([3, 4], 100) == [3, 4]
+
+
+def test_kid_is_the_same_however_its_matrices_are_cut(monkeypatch):
+    from jobs import image_quality
+
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(0, 1, (57, 5)), rng.normal(0.2, 1, (83, 5))
+    whole = kid(a, b)
+    aa, bb, ab = ((x @ y.T / 5 + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
+    plain = (aa.sum() - np.trace(aa)) / (57 * 56) + (bb.sum() - np.trace(bb)) / (83 * 82) - 2 * ab.mean()
+    monkeypatch.setattr(image_quality, "ROWS", 10)
+    assert whole == pytest.approx(plain) == pytest.approx(kid(a, b))
+
+
 def test_a_folder_of_a_language_model_needs_no_record_and_a_damaged_one_is_an_error(tmp_path):
     assert not exports.is_model(tmp_path)
     with pytest.raises(ConfigError, match="is a folder without a model"):

@@ -52,7 +52,7 @@ def test_the_digest_changes_with_any_value_of_any_row_and_with_any_metadata(tmp_
     rows = some_rows(random.Random(0))
 
     def digest(rows: list[dict], meta: dict) -> str:
-        return manifest.digest(pa.Table.from_pylist(rows, schema=manifest.SCHEMA), meta)
+        return manifest.digest(pa.Table.from_pylist(rows, schema=manifest.schema_of(rows[0])), meta)
 
     seen = {digest(rows, META)}
     variants = 1

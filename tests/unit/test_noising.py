@@ -98,6 +98,18 @@ def test_min_snr_weights_are_the_papers():
     assert process(prediction="v", min_snr=5.0, zero_terminal_snr=True).weights(t).isfinite().all()
 
 
+def test_the_step_of_pure_noise_is_learnt_with_min_snr_too():
+    """Its signal-to-noise ratio is 0, and so would be its weight; where the ratio is above 1, weights are the paper's."""
+    t = torch.arange(1000)
+    floored, paper = (process(prediction="v", min_snr=5.0, zero_terminal_snr=z) for z in (True, False))
+    image, noise = floored.coefficients(t)
+    weights, strong = floored.weights(t), (image / noise) ** 2 >= 1
+    assert weights[999] == 1.0 and weights[~strong].min() >= 0.5 and 0 < int(strong.sum()) < 1000
+    snr = (image / noise) ** 2
+    assert torch.allclose(weights[strong], (snr.clamp(max=5.0) / (snr + 1))[strong])
+    assert float(paper.weights(t)[999]) < 0.01  # as the paper has it, where no step is pure noise
+
+
 def test_times_cover_the_process_evenly():
     uniform = (torch.arange(10_000) + 0.5) / 10_000
     assert torch.bincount(process().times(uniform)).tolist() == [10] * 1000

@@ -80,8 +80,15 @@ def test_a_collection_is_complete_datasets_and_one_digest(buckets):
     assert part.chunks["path"].to_pylist() == ["shards/0.parquet"] * 3
     with pytest.raises(DataError):
         manifest.read(Location(str(buckets / "12x12")))
-    collection.clear(Location(str(buckets)))
-    assert not (buckets / "8x16").exists()
+    assert whole.meta["digests"]["8x16"] == part.digest
+
+
+def test_a_part_that_is_not_the_one_that_its_collection_lists_is_refused(buckets):
+    """As between the moments at which a `prepare` publishes the parts and the whole: never one version's parts with another's."""
+    place = Location(str(buckets / "8x16"))
+    manifest.write(place, rows("shards/1.parquet", 3, 10), manifest.read(place).meta)
+    with pytest.raises(ConfigError, match=r"data.sources: .*set: its part 8x16 is .* is listed: a prepare .* run it again"):
+        collection.expand(job(**{"data.sequence_length": None, "data.sources": [{"path": str(buckets)}]}))
 
 
 def test_a_job_gets_a_collections_parts_with_their_share_of_the_weight(buckets, tmp_path):

@@ -8,6 +8,7 @@ from heliostat.storage import Location
 from heliostat.track import outbox
 from heliostat.track.outbox import FILE, Outbox
 from heliostat.track.points import Point
+from heliostat.train import system
 
 
 class Store:
@@ -85,6 +86,35 @@ def test_beyond_the_limit_the_oldest_are_given_up_and_that_is_said(tmp_path, mon
     box.add(steps(1, 9))
     box.flush()
     assert store.points == steps(4, 9) and "6 metrics, the oldest that waited for MLflow, were given up" in caplog.text
+
+
+def test_system_metrics_fill_a_place_of_their_own(tmp_path, monkeypatch, caplog):
+    """64 nodes of 8 GPUs through an outage: the losses are all there afterwards, and went first; kept in the folder, too."""
+    monkeypatch.setattr(outbox, "LIMIT", 100)
+    monkeypatch.setattr(outbox, "SYSTEM_LIMIT", 50)
+    run, store = Location(str(tmp_path)), Store(0, failing=1.0)
+    box = Outbox(run, store.send, store.known)
+    for step in range(1, 41):
+        box.add(steps(step, step + 1))
+        box.add(Point(f"system/10.0.0.{n}/gpu_0_power_usage_watts", 700.0, 1e9 + step, step) for n in range(64))
+    assert len(box) == 80 + 50
+    with pytest.raises(ConnectionError):
+        box.flush()
+    box.keep()
+    store.failing = 0.0
+    later = Outbox(run, store.send, store.known)
+    assert later.flush() == 130
+    assert store.points[:80] == steps(1, 41) and all(p.key.startswith("system/") for p in store.points[80:])
+    box.flush()
+    assert f"{40 * 64 - 50} system metrics, the oldest that waited for MLflow, were given up" in caplog.text
+
+
+def test_all_nodes_together_sample_no_more_than_mlflow_is_to_hold():
+    """A node of 8 GPUs gives 38 values: by itself every 10 s, and 64 of them fewer than a million values a day."""
+    points = 6 + 4 * 8
+    assert system.interval(1, points) == 10.0
+    for nodes in (2, 8, 64, 1000):
+        assert 86400 / system.interval(nodes, points) * nodes * points < 1e6
 
 
 def test_what_mlflow_will_never_take_holds_up_nothing(tmp_path, caplog):

@@ -62,6 +62,7 @@ FACTS = {
              "reproduces": None, "recipe": "r:R", "job": {"seed": "1", "data_seed": "2"},
              "code": [{"commit": "c0ffee", "diff": "d1"}], "nodes": [], "changes": [], "attempts": [], "tokenizers": [],
              "data": {"segments": [], "replaced_count": 0}, "checkpoints": [], "models": [], "parents": []},
+    "spikes": [(7, 9.5, 4.25)],
     "curves": {key: [(1, 3.0), (2, 2.0)] for key in page.CURVES},
     "goodput": None,
     "samples": [("say <b>", "1 < 2 & 3")],

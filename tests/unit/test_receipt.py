@@ -3,12 +3,14 @@
 import json
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from heliostat.data import receipt
 from heliostat.data.order import Samples
 
 FIELDS = ("source", "epoch", "chunk", "row")
 KNOWN = (9819352960676977638, 5785857764399624621, "5ab3303ef98905215510730ba9ba556d", "4cde1d71491ff9197d576d937eb93df0")
+OLD_ROWS = [14135654418251853381, 6618300805003389570, 14595473063413581146]
 
 
 def some(rng: np.random.Generator, n: int, length: int = 8) -> tuple[Samples, np.ndarray]:
@@ -99,10 +101,16 @@ def test_the_chain_can_be_extended_in_pieces_and_notices_every_change():
 
 
 def test_the_sealed_receipt_holds_all_that_is_needed_to_check_it():
-    """JSON with the first step, the digests, the chain and the data's digest, unchanged."""
+    """JSON with its version, the first step, the digests, the chain and the data's digest, unchanged."""
     steps = receipt.step_digests(np.arange(8, dtype=np.int64).reshape(2, 4))
     chain = receipt.extend("", steps)
-    assert json.loads(receipt.seal(40, steps, chain, "ab")) == {"first": 40, "steps": steps, "chain": chain, "data_digest": "ab"}
+    assert json.loads(receipt.seal(40, steps, chain, "ab")) == {
+        "first": 40,
+        "steps": steps,
+        "chain": chain,
+        "data_digest": "ab",
+        "version": receipt.VERSION,
+    }
 
 
 def test_digests_are_the_ones_that_they_always_were():
@@ -113,3 +121,68 @@ def test_digests_are_the_ones_that_they_always_were():
     lane = receipt.lane_digest(made)
     (step,) = receipt.step_digests(np.array([[lane]], np.int64))
     assert (int(made[0]), lane, step, receipt.extend(receipt.GENESIS, [step])) == KNOWN
+
+
+# rows ----------------------------------------------------------------------------------------------------------------
+
+
+ONE = {
+    "a": pa.array([b"x", None, b""], pa.binary()),
+    "b": pa.array(["y", "", None]),
+    "n": pa.array([1.5, None, -0.0], pa.float32()),
+}
+
+
+def row_digests(columns: dict[str, pa.Array], version: int = receipt.VERSION) -> list[int]:
+    zero = np.zeros(3, np.int64)
+    samples = Samples(zero, zero.astype(np.int16), zero.astype(np.int32), zero.astype(np.int32), zero)
+    return receipt.sample_digests(samples, pa.table(columns), version).tolist()
+
+
+@pytest.mark.parametrize(
+    ("changed", "rows"),
+    [
+        ({**ONE, "a": pa.array([b"x", b"", b""], pa.binary())}, [1]),
+        ({**ONE, "b": pa.array(["y", None, None])}, [1]),
+        ({**ONE, "n": pa.array([1.5, 0.0, -0.0], pa.float32())}, [1]),
+        ({**ONE, "n": pa.array([1.5, None, 0.0], pa.float32())}, [2]),
+        ({**ONE, "n": ONE["n"].cast(pa.float64())}, [0, 1, 2]),
+        ({**ONE, "b": ONE["b"].cast(pa.binary())}, [0, 1, 2]),
+        ({**ONE, "a": ONE["a"].cast(pa.string())}, [0, 1, 2]),
+        ({"b": ONE["a"], "a": ONE["b"], "n": ONE["n"]}, [0, 1, 2]),
+        ({"b": ONE["b"], "a": ONE["a"], "n": ONE["n"]}, [0, 1, 2]),
+        ({"c": ONE["a"], "b": ONE["b"], "n": ONE["n"]}, [0, 1, 2]),
+        ({**ONE, "z": pa.nulls(3)}, [0, 1, 2]),
+    ],
+    ids=["null-empty bytes", "empty-null text", "null-zero", "zero's sign", "float64", "text-bytes", "bytes-text",
+         "names swapped", "columns swapped", "renamed", "a column of nulls"],
+)  # fmt: skip
+def test_a_rows_digest_sees_names_types_and_nulls(changed, rows):
+    """And values: exactly the rows that are not what they were have another digest."""
+    pairs = zip(row_digests(ONE), row_digests(changed), strict=True)
+    assert [i for i, (before, after) in enumerate(pairs) if before != after] == rows
+
+
+def test_a_rows_digest_does_not_depend_on_how_arrow_holds_it():
+    """In one chunk or several, as slices, with a dictionary or without; nested values and times too."""
+    when = pa.array([0, None, 10**18], pa.timestamp("ns", tz="Europe/Berlin"))
+    nested = pa.array(
+        [{"p": [1, None], "q": "x"}, None, {"p": None, "q": ""}], pa.struct({"p": pa.list_(pa.int8()), "q": pa.string()})
+    )
+    columns = {**ONE, "w": when, "s": nested}
+    whole = row_digests(columns)
+    table = pa.table(columns)
+    pieces = pa.concat_tables([table.slice(0, 1), table.slice(1, 2)])
+    assert row_digests(dict(zip(pieces.column_names, pieces.columns, strict=True))) == whole
+    assert row_digests({**columns, "b": ONE["b"].dictionary_encode()}) == whole
+    assert len(set(whole)) == 3
+
+
+def test_receipts_of_version_1_have_the_digests_that_they_always_had():
+    """Known numbers, of rows as of tokens: runs of before are verified by what they recorded."""
+    columns = {"a": pa.array([b"x", None, b""], pa.binary()), "b": pa.array(["y", "", None]), "n": pa.array([1, 2, None])}
+    assert row_digests(columns, 1) == OLD_ROWS
+    one = np.array([1], np.int64)
+    samples = Samples(one, one.astype(np.int16), one.astype(np.int32), one.astype(np.int32), one)
+    tokens = np.array([[1, 2, 3]], np.int32)
+    assert receipt.sample_digests(samples, tokens, 1) == receipt.sample_digests(samples, tokens, 2)

@@ -45,6 +45,29 @@ def test_the_difference_from_the_commit_is_kept_applies_again_and_never_holds_se
     assert (repository / "a.py").read_text() == "x = 2\n"
 
 
+def test_what_may_be_secret_is_not_in_the_difference_and_is_listed(repository):
+    """By name in any case, under a new name, and as a line of a file, also where only its neighbour was changed."""
+    made = {"jobs.yaml": "a: 1\nuri: mysql://u:hunter2@h/d\nkeys:\n  private_key: |\n" + "    hunter2\n" * 9 + "b: 2\n",
+            "Deploy.PEM": "hunter2\n", "infra/x.tfvars": "hunter2\n", "ümläut.yaml": "a: 1\n"}  # fmt: skip
+    for name, text in made.items():
+        (repository / name).parent.mkdir(exist_ok=True)
+        (repository / name).write_text(text)
+    git("add", "-f", *made)
+    git("-c", "user.name=n", "-c", "user.email=e", "commit", "-qm", "second")
+    for name, text in made.items():
+        (repository / name).write_text(text.replace("a: 1", "a: 3").replace("b: 2", "b: 4").replace("hunter2\n", "hunter22\n"))
+    git("mv", ".env", "settings.txt")
+    (repository / "settings.txt").write_text("PASSWORD=one\nhunter2\n")
+    git("add", "-A")
+    found = code.source()
+    assert "hunter2" not in found.text() and "PASSWORD" not in found.diff
+    assert "+a: 3" in found.diff and "+b: 4" in found.diff and "+uri: mysql://u:***@h/d" not in found.diff
+    assert " uri: mysql://u:***@h/d" in found.diff and found.diff.count("+a: 3") == 2
+    (lines,) = set(found.left_out) - {".env", "settings.txt", "Deploy.PEM", "infra/x.tfvars"}
+    assert lines.startswith("jobs.yaml: ") and "lines with secrets" in lines
+    assert "# left out, may be secret: Deploy.PEM\n" in found.text()
+
+
 def test_on_a_cluster_the_code_is_what_git_said_where_it_was_sent_from(repository, tmp_path, monkeypatch):
     (repository / "a.py").write_text("x = 2\n")
     sent = code.source()

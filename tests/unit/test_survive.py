@@ -5,7 +5,7 @@ import random
 
 import pytest
 from heliostat import errors, spec
-from heliostat.cluster.room import room, starved
+from heliostat.cluster.room import missing, room, starved
 from heliostat.errors import CheckpointError, ConfigError, CorruptCheckpointError, StorageError, TrainingError, WorkerError
 from heliostat.train.spike import Detector
 from heliostat.train.survive import Budget, choose, classify, stalled
@@ -109,6 +109,20 @@ def test_room_is_counted_node_by_node_and_leaves_the_data_tasks_a_cpu():
     assert room(spec.Workers(cpus=1.0, placement="strict_spread"), {"a": {"CPU": 4}, "b": {"CPU": 4}}, {}) == 2
 
 
+def test_what_is_missing_is_said_in_numbers_with_what_others_hold():
+    workers, nodes = spec.Workers(cpus=2.0, gpus=1.0), {"a": {"CPU": 8, "GPU": 2}, "b": {"CPU": 8, "GPU": 2}}
+    said = missing(workers, 4, nodes, {"a": {"CPU": 2.0, "GPU": 1.0}, "b": {"CPU": 8.0}})
+    assert said == (
+        "no room for 4 workers of 2 CPUs and 1 GPUs, and 1 CPU for reading the data: the 2 nodes that may take them have 16 CPUs "
+        "and 4 GPUs, of which others hold 6 CPUs and 3 GPUs; as they lie there is room for 1 workers now, and for 4 with nobody "
+        "else there; waiting"
+    )
+    assert missing(workers, 5, nodes, nodes, apart=True).endswith(
+        "for 4 workers now, and for 4 with nobody else there; waiting for more nodes: else lower workers.count or workers.cpus"
+    )
+    assert "no living node with the labels pool=x may take 1 workers" in missing(spec.Workers(labels={"pool": "x"}), 1, {}, {})
+
+
 def pulse(moved: float, at: float) -> dict:
     return {"progress": 0, "moved": moved, "at": at}
 
@@ -138,7 +152,7 @@ def test_a_spike_is_found_and_nothing_else(seed):
 
 def test_nan_is_a_spike_from_the_first_step_and_a_constant_loss_is_none():
     detector = Detector(spec.Spike(window=8))
-    assert detector.spikes(math.nan) == "loss nan" and detector.spikes(math.inf) == "loss inf"
+    assert str(detector.spikes(math.nan)) == "loss nan" and str(detector.spikes(math.inf)) == "loss inf"
     assert not any(detector.spikes(1.0 + 1e-6 * (i % 2)) for i in range(100))
 
 

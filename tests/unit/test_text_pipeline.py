@@ -18,6 +18,7 @@ from pipelines import documents, sources, text_tasks, tokens
 from pipelines.documents import Document, Dropped, Rules
 
 END = "<|endoftext|>"
+KNOWN_SHARD = "ad6595d68eed2d06"
 
 
 def zstd(data: bytes) -> bytes:
@@ -118,7 +119,8 @@ def test_read_parquet():
 
 
 def test_every_reason_is_explained():
-    reasons = {"unreadable", "corrupt", "invalid_json", "no_text", "not_utf8", "binary", "empty", "too_short", "too_long"}
+    reasons = {"unreadable", "corrupt", "invalid_json", "no_text", "not_utf8", "binary", "empty", "too_short", "too_long",
+               "too_large", "outside"}  # fmt: skip
     assert set(documents.REASONS) == reasons
 
 
@@ -195,16 +197,24 @@ def test_assign_puts_equal_texts_together():
     assert by_hash == sorted(by_hash), "a shard holds a range of hashes"
 
 
-def test_a_chunk_ends_where_documents_may_be_held_out():
+def test_a_chunk_ends_where_documents_may_be_held_out_and_one_that_is_cut_stays_on_one_side():
     """No chunk has documents on both sides of 1, 2 or 5 parts of ten, a hundred, a thousand or ten thousand."""
     rng = np.random.default_rng(0)
     for count in (1, 30, 3000):
         places = np.sort(rng.integers(0, manifest.PLACES, count))[::-1]
-        ranges = tokens.chunks(rng.integers(1, 100, count), places, 2000)
-        assert [i for a, b in ranges for i in range(a, b)] == list(range(count))
+        lengths = rng.integers(1, 100, count)
+        lengths[count // 2] = 40_000  # is cut into pieces
+        groups = tokens.chunks(lengths, 2000, places)
+        ends, token = np.cumsum(lengths), np.concatenate([[0], np.cumsum([sum(rows) for rows in groups])])
+        assert token[-1] == lengths.sum() and len(groups) > 19 and max(map(sum, groups)) <= 4000
+        greatest = tokens.greatest(groups, lengths, places)
+        first, last = np.searchsorted(ends, token[:-1], side="right"), np.searchsorted(ends, token[1:])
         for part in (0.0001, 0.002, 0.01, 0.02, 0.05, 0.1, 0.5):
-            sides = [set((places[a:b] < part * manifest.PLACES).tolist()) for a, b in ranges]
-            assert all(len(side) == 1 for side in sides)
+            assert np.array_equal(places[first] < part * manifest.PLACES, places[last] < part * manifest.PLACES)
+        for a, b, most in zip(first, last, greatest, strict=True):
+            assert most >= places[a : b + 1].max()
+        pieces = [g for g, (a, b) in enumerate(zip(first, last, strict=True)) if a <= count // 2 <= b]
+        assert len(pieces) > 15 and len({greatest[g] for g in pieces}) == 1, "a document that is cut is on one side"
 
 
 @pytest.mark.parametrize(
@@ -281,3 +291,46 @@ def test_entropy():
 def test_a_vanished_file_is_counted(tmp_path):
     found = list(text_tasks.read_file(Location(str(tmp_path)), "gone.txt", Rules()))
     assert found == [Dropped("gone.txt", "unreadable")]
+
+
+# documents longer than a chunk ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_chunk_is_longer_than_twice_the_target_and_no_token_is_lost(seed):
+    """Whatever the documents: all tokens in order, and as many whole sequences as in chunks that end with documents."""
+    rng = np.random.default_rng(seed)
+    target = int(rng.choice([1000, 1024, 4000, 50_000]))
+    lengths = rng.integers(1, target // 4, 60)
+    lengths[rng.choice(60, 3, replace=False)] = rng.integers(2 * target, 9 * target, 3)
+    groups = tokens.chunks(lengths, target)
+    assert max(map(sum, groups)) <= 2 * target and min(min(g) for g in groups) > 0
+    assert sum(map(sum, groups)) == lengths.sum()
+    whole = [int(lengths[a:b].sum()) for a, b in tokens.cut(lengths, target)]
+    assert max(whole) > 2 * target
+    for length in (n for n in (2, 8, 16, 24, 30, 32, 48, 60, 64, 480, 1024, 1280, 3072) if tokens.piece(target) % n == 0):
+        assert sum(sum(g) // length for g in groups) == sum(n // length for n in whole)
+    assert tokens.piece(1_000_000) == 983_040 and all(983_040 % n == 0 for n in (2048, 8192, 65_536, 1536, 3072, 2560))
+
+
+def test_chunks_of_usual_documents_are_what_they_always_were():
+    """Known bytes: the digests of datasets without long documents do not change."""
+    rng = np.random.default_rng(0)
+    made = [rng.integers(0, 999, int(n)).astype(np.int32) for n in rng.integers(1, 400, 90)]
+    data = tokens.shard([str(i) for i in range(90)], made, 1000)
+    assert hashlib.sha256(data).hexdigest()[:16] == KNOWN_SHARD
+
+
+def test_a_cut_document_is_read_as_the_tokens_that_it_was(tmp_path):
+    """From its rows, which have its name; the last of them alone ends with the end of the document."""
+    rng = np.random.default_rng(0)
+    made = [np.append(rng.integers(1, 999, n), 0).astype(np.int32) for n in (300, 18_000, 200, 900, 5000)]
+    names = ["a", "long", "b", "c", "longer"]
+    (tmp_path / "x.parquet").write_bytes(tokens.shard(names, made, 1000))
+    found: dict[str, list[int]] = {}
+    for row in pq.read_table(tmp_path / "x.parquet").to_pylist():
+        assert row["tokens"] and found.get(row["document"], [1])[-1] != 0, "a document goes on behind its end"
+        found.setdefault(row["document"], []).extend(row["tokens"])
+    assert {name: found[name] for name in names} == {n: t.tolist() for n, t in zip(names, made, strict=True)}
+    chunks = manifest.read_footer(Location(str(tmp_path)), "x.parquet", "tokens")
+    assert max(c["tokens"] for c in chunks) <= 2000 and sum(c["tokens"] for c in chunks) == sum(map(len, made))

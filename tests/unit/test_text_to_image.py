@@ -46,6 +46,15 @@ def recipe(dataset: Path, **model: Any) -> TextToImage:
     return made
 
 
+def woken(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with numbers where it begins with zeros: as it was made it says nothing, whatever it is asked."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.1)
+    return model
+
+
 def rows(dataset: Path, count: int = 12) -> Any:
     made = plan(job(**build_images.job(dataset)), [manifest.read(Location(str(dataset)))])
     data = open_dataset(made)
@@ -60,7 +69,7 @@ def test_a_batchs_loss_is_the_sum_of_its_samples_whatever_the_cut(arch, objectiv
     """Noise, times and caption dropout follow from each sample's key, so micro-batches and their order change nothing."""
     made, content, keys = recipe(dataset, backbone=BACKBONES[arch], objective=objective), rows(dataset), np.arange(100, 112)
     torch.manual_seed(0)
-    model = made.build()
+    model = woken(made.build())
     assert made.terms(made.batch(content, keys)) == 12 * made.terms_per_sample
     with torch.no_grad():
         whole = made.loss(model, made.batch(content, keys)).item()
@@ -114,7 +123,7 @@ def test_a_dropped_caption_is_an_empty_one_in_training_and_never_in_evaluation(d
 def test_evaluation_is_on_fixed_noise_and_its_quarters_make_up_the_loss(dataset):
     made, content = recipe(dataset), rows(dataset)
     torch.manual_seed(0)
-    model = made.build().eval()
+    model = woken(made.build()).eval()
     with torch.no_grad():
         one, two = (
             {n: float(v.sum()) for n, v in made.evaluate(model, made.batch(content, np.arange(12))).items()} for _ in range(2)
@@ -148,6 +157,127 @@ def test_models_that_make_no_sense_are_one_line_that_names_the_key(model, says, 
     with pytest.raises(ConfigError) as e:
         recipe(dataset, **model)
     assert says in str(e.value) and "\n" not in str(e.value)
+
+
+PIXARTS = {
+    "the variance too": ({"out_channels": 2}, "model.backbone.out_channels: 2, but what is to be predicted has 1; it"),
+    "the class's default": ({}, "model.backbone.out_channels: 8, but what is to be predicted has 1"),
+    "sizes wanted": (
+        {"out_channels": 1, "use_additional_conditions": True}, "model.backbone.use_additional_conditions: the model wants each",
+    ),
+    "another width": ({"out_channels": 1, "caption_channels": 24}, "model.backbone.caption_channels: 24, but the text encoder's"),
+}  # fmt: skip
+
+
+def pixart(folder: Path, **keys: Any) -> str:
+    from diffusers import PixArtTransformer2DModel
+
+    given = {k: v for k, v in PIXART.items() if k != "arch"}
+    made = {**given, "in_channels": 1, "caption_channels": 16, "cross_attention_dim": 16, "sample_size": 8, **keys}
+    PixArtTransformer2DModel(**made).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("case", PIXARTS)
+def test_a_pretrained_pixart_that_cannot_be_trained_is_one_line_before_anything_starts(case, dataset, tmp_path):
+    keys, says = PIXARTS[case]
+    with pytest.raises(ConfigError) as e:
+        recipe(dataset, backbone={"pretrained": pixart(tmp_path, **keys)})
+    assert says in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_pretrained_pixart_that_can_be_trained_is(dataset, tmp_path):
+    """Conditions left at None mean none, at this size, and are taken so."""
+    made = recipe(dataset, backbone={"pretrained": pixart(tmp_path, out_channels=1)})
+    loss = made.loss(made.build(), made.batch(rows(dataset), np.arange(12)))
+    loss.backward()
+    assert loss.isfinite()
+
+
+def test_sizes_that_a_pixart_takes_none_for_are_wanted_where_its_side_is_128(dataset):
+    made = recipe(dataset, backbone=PIXART).parts
+    made.model = made.model.model_copy(update={"backbone": {"pretrained": "x"}})
+    said = [made._conditioned(given) for given in ({}, {"sample_size": 64}, {"use_additional_conditions": False})]
+    assert said == [True, False, False]
+
+
+def test_another_pretrained_backbone_that_wants_more_than_images_and_captions_is_refused_too(dataset, tmp_path):
+    from diffusers import UNet2DConditionModel
+
+    keys = {k: v for k, v in UNET.items() if k != "arch"} | {"in_channels": 1, "out_channels": 1, "cross_attention_dim": 16}
+    UNet2DConditionModel(**keys, addition_embed_type="text_time", addition_time_embed_dim=8,
+                         projection_class_embeddings_input_dim=24).save_pretrained(tmp_path)  # fmt: skip
+    with pytest.raises(ConfigError, match=r"model\.backbone\.pretrained: is not trained by images and captions alone \(") as e:
+        recipe(dataset, backbone={"pretrained": str(tmp_path)})
+    assert "\n" not in str(e.value)
+
+
+# initial weights -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", ["unet", "pixart"])
+def test_a_backbone_from_nothing_begins_as_its_authors_have_it(arch, dataset):
+    """It says nothing, because every branch's last layer is zero (U-Net), or the cross-attention's and the network's (PixArt)."""
+    made = recipe(dataset, backbone=BACKBONES[arch])
+    torch.manual_seed(0)
+    model: Any = made.build()
+    backbone = model.unet if arch == "unet" else model.transformer
+    zero = {n.rpartition(".")[0] for n, p in backbone.named_parameters() if n.endswith("weight") and not p.any()}
+    if arch == "unet":
+        ends = ("conv2", "attentions.0.proj_out", "attentions.1.proj_out", "conv_out")
+        assert zero == {n for n, _ in backbone.named_modules() if n.endswith(ends)} and len(zero) > 10
+    else:
+        assert zero == {"proj_out", *(f"transformer_blocks.{i}.attn2.to_out.0" for i in range(2))}
+        linear = {n: m for n, m in backbone.named_modules() if isinstance(m, torch.nn.Linear)}
+        assert not any(m.bias.any() for m in linear.values() if m.bias is not None)
+        small = ("timestep_embedder.linear_1", "timestep_embedder.linear_2", "adaln_single.linear", "caption_projection.linear_1")
+        for name in (n for n in linear if n.endswith(small)):
+            assert 0.015 < float(linear[name].weight.detach().std()) < 0.025
+        width, parts = 16, {"attn1.to_q": 3, "attn2.to_q": 1, "attn2.to_v": 2, "attn1.to_out.0": 1}
+        for name, count in parts.items():
+            bound = (6 / (width + count * width)) ** 0.5
+            assert 0.9 * bound < float(linear[f"transformer_blocks.1.{name}"].weight.detach().abs().max()) <= bound
+    said = made.loss(model, made.batch(rows(dataset), np.arange(12)))
+    noise = made.batch(rows(dataset), np.arange(12))["noise"]
+    assert said.item() == pytest.approx(float(noise.square().flatten(1).mean(1).sum()), rel=1e-5)  # epsilon, answered with 0
+    torch.manual_seed(0)
+    again = made.build()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+# frozen models -------------------------------------------------------------------------------------------------------
+
+
+def test_frozen_encoders_are_in_the_plan_and_leave_the_device_when_only_drawing_needs_them(dataset, tmp_path):
+    from types import SimpleNamespace
+
+    from heliostat.plan import memory
+    from heliostat.plan.census import build, census
+
+    text = {"pretrained": str(clip(tmp_path / "clip", dataset)), "length": 8}
+    made = recipe(dataset, text=text, autoencoder={"pretrained": str(autoencoder(tmp_path / "vae", 1))},
+                  samples={"prompts": [{"text": "the digit one"}], "per_prompt": 1, "steps": 2})  # fmt: skip
+    parts = made.parts
+    sizes = {n: sum(4 * p.numel() for p in getattr(parts, n).parameters()) for n in ("text_encoder", "vae")}
+    both = sum(sizes.values())
+    assert census(made, build(made)).frozen_models == (both, both)  # images and captions are encoded in every step
+    state = memory.State(10, 10, 10, 10, 0, 0)
+    assert memory.need(state, 0, 100, False, (both, both)).frozen == both
+    assert (
+        memory.need(state, 0, 100, False, (0, both)).frozen == both - 100 and memory.need(state, 0, 2 * both, False).frozen == 0
+    )
+
+    moved = dict.fromkeys(sizes, "")
+    for name in sizes:
+        module = getattr(parts, name)
+        module.to = lambda device, n=name: moved.__setitem__(n, str(device))
+    parts.rest()
+    assert moved == {"text_encoder": "", "vae": ""}  # the next step needs them where they are
+    kept = SimpleNamespace(**{**vars(parts.facts), "content": "latents", "text": (8, 16)})
+    parts.facts = kept  # the datasets hold what the encoders say
+    assert parts.frozen_bytes() == (0, both)
+    parts.rest()
+    assert moved == {"text_encoder": "cpu", "vae": "cpu"}
 
 
 # the pipeline --------------------------------------------------------------------------------------------------------
@@ -211,7 +341,7 @@ def test_an_exported_folder_loads_with_plain_diffusers_and_draws_the_same(arch, 
 
     made = recipe(dataset, backbone=BACKBONES[arch], objective={"prediction": prediction})
     torch.manual_seed(0)
-    model = made.build().eval()
+    model = woken(made.build()).eval()
     made.save_config(tmp_path)
     for prefix, file in made.layout.items():
         mine = {n.removeprefix(prefix): t.contiguous() for n, t in model.state_dict().items() if n.startswith(prefix)}
@@ -261,7 +391,7 @@ def test_a_frozen_encoder_conditions_and_is_not_trained(kind, dataset, tmp_path)
         image_export.tokenizer((dataset / "tokenizer.json").read_bytes(), 0, 8).save_pretrained(folder)
     made = recipe(dataset, text={"pretrained": str(folder), "length": 8})
     torch.manual_seed(0)
-    model = made.build()
+    model = woken(made.build())
     batch = made.batch(rows(dataset), np.arange(12))
     loss = made.loss(model, batch)
     loss.backward()

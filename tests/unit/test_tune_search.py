@@ -1,7 +1,9 @@
 """Over a resume: Optuna knows what was tried, the schedulers what was reported, and the budget what was promised."""
 
-import json
 import os
+import signal
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -115,17 +117,25 @@ def test_a_value_that_makes_no_valid_job_is_a_failed_trial(plan) -> None:
     assert record.status == "failed" and "train.optimizer.lr" in record.reason
 
 
+CLAIM = """
+import os, signal, sys
+from heliostat.storage import Location
+from heliostat.tune.record import Claim
+Claim(Location(sys.argv[1]))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
 def test_one_driver_at_a_time(plan, tmp_path) -> None:
     """A process that lives keeps its sweep, one that is gone does not."""
     folder = plan().folder
     claim = Claim(folder)
-    Claim(folder)  # by the same process
-    kept = records.read_json(folder.join("driver.json"))
-    assert kept
-    folder.join("driver.json").write(json.dumps({**kept, "pid": os.getppid()}).encode())
-    with pytest.raises(ConfigError, match="is being driven by process"):
+    with pytest.raises(ConfigError, match=f"is being driven by process {os.getpid()}"):
         Claim(folder)
-    folder.join("driver.json").write(json.dumps({**kept, "pid": 2**22 - 1}).encode())
-    Claim(folder)
+    claim.end()
+    assert records.read_json(folder.join("driver.json")) is None
+    gone = subprocess.run([sys.executable, "-c", CLAIM, str(folder)], check=False)  # it dies with its claim
+    assert gone.returncode == -signal.SIGKILL and records.read_json(folder.join("driver.json"))
+    claim = Claim(folder)
     claim.end()
     assert records.read_json(folder.join("driver.json")) is None

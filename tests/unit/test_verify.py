@@ -12,9 +12,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from heliostat import cli, verify
-from heliostat.data import manifest, segments
+from heliostat.data import manifest, receipt, segments
 from heliostat.data.dataset import DataPlan, Dataset, open_dataset
 from heliostat.data.manifest import Manifest
 from heliostat.data.mixing import Shape
@@ -433,3 +435,56 @@ def test_a_folder_that_holds_no_run_is_one_line(tmp_path, monkeypatch, capsys, a
     assert (code, out) == (2, "") and err == (
         f"error: {tmp_path}: holds no run (no checkpoints, no receipts); give a run id, or a run's folder STORAGE/NAME\n"
     )
+
+
+def rows_run(tmp_path: Path, versions: list[int | None]) -> tuple[Location, Manifest]:
+    """A run of a dataset of rows, a receipt of each version (None: of version 1, which says none) for every four steps."""
+    rows = []
+    for s in range(3):
+        columns = {"caption": [f"{s}:{i}" for i in range(100)], "image": [None if i % 7 == 0 else bytes([i]) for i in range(100)]}
+        path = tmp_path / f"data/shards/{s}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table(columns), path, row_group_size=20, write_page_checksum=True)
+        rows += manifest.read_footer(Location(str(tmp_path / "data")), f"shards/{s}.parquet", None)
+    source = manifest.write(Location(str(tmp_path / "data")), rows, {"kind": "rows"})
+    plan, run = dataclasses.replace(make_plan(source), sequence_length=None), Location(str(tmp_path / "run"))
+    segments.begin(run, plan, 0)
+    data, chain = Dataset(plan), receipt.GENESIS
+    for number, version in enumerate(versions):
+        steps = []
+        for step in range(4 * number, 4 * number + 4):
+            loaded = data.load(data.order.step(step).ravel())
+            digests = receipt.sample_digests(loaded.samples, loaded.content, version or 1).reshape(plan.shape.lanes, -1)
+            steps += receipt.step_digests(np.array([[receipt.lane_digest(lane) for lane in digests]]))
+        chain = receipt.extend(chain, steps)
+        sealed = json.loads(receipt.seal(4 * number, steps, chain, plan.digest)) | {"version": version}
+        told = json.dumps({k: v for k, v in sealed.items() if v is not None})
+        run.join("receipts", f"step-{4 * number + 4:08d}.json").write(told.encode())
+    return run, source
+
+
+@pytest.mark.parametrize("versions", [[None], [2], [None, None, 2], [None, 2, None], [1, 2]], ids=str)
+def test_each_receipt_is_checked_by_its_own_version(tmp_path, versions):
+    """A run of rows that went on under a newer heliostat, or again under an older one, verifies; the chain too."""
+    run, _ = rows_run(tmp_path, versions)
+    report = verify.verify(run)
+    assert report["ok"] and report["steps"] == 4 * len(versions) and report["lost"] == 0
+
+
+@pytest.mark.parametrize("gap", [1, 2, 3])
+def test_a_gap_between_versions_breaks_no_chain(tmp_path, gap):
+    """Steps without a receipt are computed by the version of the receipt before them."""
+    run, _ = rows_run(tmp_path, [2, None, None, None, 2, 2])
+    run.join("receipts", f"step-{4 * gap + 4:08d}.json").delete()
+    report = verify.verify(run)
+    if gap > 1:
+        assert report["lost"] == 32 and report["first_difference"]["what"] == "receipt" and report["steps"] == 20
+    assert not report["ok"]
+
+
+def test_a_receipt_of_a_version_to_come_is_named(tmp_path):
+    run, _ = rows_run(tmp_path, [2, 2])
+    file = run.join("receipts", "step-00000008.json")
+    file.write(json.dumps(json.loads(file.read()) | {"version": 99}).encode())
+    with pytest.raises(VerifyError, match=r"step-00000008\.json: is of version 99, which a newer heliostat wrote"):
+        verify.verify(run)

@@ -6,7 +6,6 @@ The head (127.0.0.1) has no CPUs: it holds the driver and Ray's own services. Cl
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 import socket
 import subprocess
@@ -19,6 +18,7 @@ import psutil
 
 from heliostat import workspace
 from heliostat.chaos.process import ChaosError, end_tree, workers
+from heliostat.cluster import private
 from heliostat.cluster.connect import SILENT, worker_environment
 
 START_S = 90.0
@@ -47,8 +47,7 @@ class LocalNodes:
             probe.bind(("127.0.0.1", 0))
             self.address = f"127.0.0.1:{probe.getsockname()[1]}"
         token = folder / "ray-token"
-        token.write_text(secrets.token_hex(32))
-        token.chmod(0o600)
+        private.write_token(token)
         self.environment = {
             "RAY_ADDRESS": self.address,
             "RAY_AUTH_MODE": "token",
@@ -84,6 +83,7 @@ class LocalNodes:
 
     def _start(self, host: str, *arguments: str) -> None:
         """Starts a node, and returns when the cluster knows it."""
+        private.folder(SESSIONS)
         log = self._folder / f"node-{host}.log"
         environment = {**SILENT, **os.environ, **worker_environment(0), **self.environment}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(workspace.root()), environment.get("PYTHONPATH")]))

@@ -1,33 +1,20 @@
 """`heliostat cluster check FILE`: everything that can be found wrong with a cluster file before a machine is paid for.
 
-Errors stop `cluster up`: what the tool's schema refuses, what cannot work, secrets written in. Warnings are for a person to
-decide on: open ports, Ray without authentication, pools that no job can ask for.
+Errors stop `cluster up`: what the tool's schema refuses, what cannot work, secrets written in (`written_secrets`). Warnings are
+for a person to decide on: open ports and Ray without authentication (`exposure`), what fails or is unsafe at the first start on a
+cloud (`clouds`) or in Kubernetes (`pods`), pools that no job can ask for.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from heliostat.cluster import files, schemas
-from heliostat.cluster.files import ClusterFile
+from heliostat.cluster import clouds, exposure, files, pods, schemas, written_secrets
+from heliostat.cluster.files import ClusterFile, groups
 from heliostat.errors import ConfigError
 from heliostat.schema import nearest
-
-SECRETS = {
-    "an AWS access key": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
-    "a private key": r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----",
-    "a Google API key": r"\bAIza[0-9A-Za-z_-]{35}\b",
-    "a GitHub or Hugging Face token": r"\b(?:gh[pousr]_[0-9A-Za-z]{36,}|hf_[0-9A-Za-z]{30,})\b",
-    "a password in a URL": r"\w+://[^\s/:@$]+:[^\s/@$]+@",
-    "a secret's value": (
-        r"(?i)\b(?:RAY_AUTH_TOKEN|[A-Z_]*(?:SECRET|PASSWORD|ACCESS_KEY|API_KEY)[A-Z_]*)\s*[=:]\s*['\"]?[^\s'\"$<{#]{8,}"
-    ),
-}
-SECRET_NAMES = re.compile(r"(?i)secret|password|token$|access_key|api_key")
 
 
 @dataclass(frozen=True)
@@ -42,14 +29,14 @@ def check(path: Path) -> Report:
     cluster = files.read(path)
     refused = schemas.faults(cluster)
     if refused:  # the rest needs a file of the right form
-        return Report(cluster, [*refused, *_secrets(cluster)], [])
-    warnings = [*_ports(cluster), *_sense(cluster)]
+        return Report(cluster, [*refused, *written_secrets.faults(cluster)], [])
+    warnings = [*exposure.warnings(cluster), *clouds.warnings(cluster), *pods.warnings(cluster), *_sense(cluster)]
     if refused is None:
         warnings.append(
             f"the file was not held against KubeRay's schema: {schemas.crd_folder()} does not have its CRDs; "
             f"set {schemas.CRDS} to a folder that has"
         )
-    return Report(cluster, [*_impossible(cluster), *_secrets(cluster)], warnings)
+    return Report(cluster, [*_impossible(cluster), *written_secrets.faults(cluster)], warnings)
 
 
 def require(path: Path) -> ClusterFile:
@@ -86,7 +73,9 @@ def _impossible(cluster: ClusterFile) -> Iterator[str]:
 
 def _kuberay_impossible(cluster: ClusterFile) -> Iterator[str]:
     spec = cluster.spec
-    versions = {c["image"].rpartition(":")[2] for g in _groups(spec) for c in g["template"]["spec"]["containers"] if "image" in c}
+    versions = {
+        c["image"].rpartition(":")[2] for _, g in groups(spec) for c in g["template"]["spec"]["containers"] if "image" in c
+    }
     if len(versions) > 1:
         yield f"images: {', '.join(sorted(versions))}: head and workers must have one version of Ray and of heliostat"
     if spec.get("enableInTreeAutoscaling"):
@@ -96,71 +85,6 @@ def _kuberay_impossible(cluster: ClusterFile) -> Iterator[str]:
     names = [g["groupName"] for g in spec.get("workerGroupSpecs") or []]
     if len(set(names)) < len(names):
         yield f"workerGroupSpecs: two groups have one name: {', '.join(names)}"
-
-
-def _groups(spec: dict[str, Any]) -> list[dict[str, Any]]:
-    return [spec["headGroupSpec"], *(spec.get("workerGroupSpecs") or [])]
-
-
-def _secrets(cluster: ClusterFile) -> Iterator[str]:
-    text = cluster.path.read_text(encoding="utf-8")
-    lines = [line.split(" #")[0] for line in text.splitlines() if not line.lstrip().startswith("#")]
-    for number, line in enumerate(lines, 1):
-        for what, pattern in SECRETS.items():
-            if re.search(pattern, line):
-                yield f"line {number} of the file's YAML: {what} is written in; give it by environment or as a Kubernetes secret"
-                break
-    for document in (cluster.raw, *cluster.others):
-        if document.get("kind") == "Secret" and (document.get("data") or document.get("stringData")):
-            yield "a Secret with its values is in the file; make it with `kubectl create secret`"
-        for name, value in _environment(document):
-            if SECRET_NAMES.search(name) and value:
-                yield f"env {name}: its value is written in; use valueFrom.secretKeyRef"
-
-
-def _environment(node: Any) -> Iterator[tuple[str, str]]:
-    """(name, literal value) of every container's environment variables."""
-    if isinstance(node, dict):
-        for entry in node["env"] if isinstance(node.get("env"), list) else []:
-            if isinstance(entry, dict) and isinstance(entry.get("value"), str):
-                yield str(entry.get("name")), entry["value"]
-        for value in node.values():
-            yield from _environment(value)
-    elif isinstance(node, list):
-        for value in node:
-            yield from _environment(value)
-
-
-def _ports(cluster: ClusterFile) -> Iterator[str]:
-    """Whoever reaches Ray's ports runs code on the cluster (CVE-2023-48022), unless a token is asked for."""
-    if cluster.kind == "launcher":
-        text = "\n".join(cluster.commands)
-        if re.search(r"--dashboard-host[= ](?:0\.0\.0\.0|::)", text):
-            yield "the dashboard listens on every address; use --dashboard-host=127.0.0.1, and reach it through an ssh tunnel"
-        if not cluster.local and "RAY_AUTH_MODE=token" not in text:
-            yield "the start commands do not ask for a token; export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH in them"
-        options = [o for key in ("run_options", "head_run_options", "worker_run_options")
-                   for o in (cluster.raw.get("docker") or {}).get(key) or []]  # fmt: skip
-        if any(re.match(r"(-p|--publish)\b", str(o)) for o in options):
-            yield "docker.run_options: publishes a port; Ray's ports must be reachable from the cluster's nodes alone"
-        group = cluster.raw["provider"].get("security_group") or {}
-        for rule in group.get("IpPermissions") or []:
-            if any(r.get("CidrIp") in ("0.0.0.0/0", "::/0") for r in rule.get("IpRanges") or []):
-                yield f"provider.security_group: port {rule.get('FromPort', 'any')} is open to the whole internet"
-        return
-    spec = cluster.spec
-    if (spec.get("authOptions") or {}).get("mode") != "token":
-        yield "authOptions: Ray asks for no token; set mode: token"
-    if (spec.get("networkPolicy") or {}).get("mode") != "DenyAll":
-        yield "networkPolicy: every pod of Kubernetes reaches Ray's ports; set mode: DenyAll"
-    head = spec["headGroupSpec"]
-    if head.get("serviceType", "ClusterIP") != "ClusterIP":
-        yield f"headGroupSpec.serviceType: {head['serviceType']} opens Ray's ports; use ClusterIP and a port-forward"
-    if head.get("enableIngress"):
-        yield "headGroupSpec.enableIngress: opens the dashboard to the outside; use a port-forward"
-    for group in _groups(spec):
-        if group["template"]["spec"].get("hostNetwork"):
-            yield f"{group.get('groupName', 'head')}: hostNetwork: Ray's ports are open on the host's addresses"
 
 
 def _sense(cluster: ClusterFile) -> Iterator[str]:

@@ -1,7 +1,8 @@
 """Connecting the driver to Ray: the cluster we are in or were told of, or a private one on this machine.
 
-`RAY_ADDRESS` (set in every Ray job) names a cluster; otherwise a local Ray starts, with token authentication, no
-dashboard, and more logical CPUs than cores, because the data tasks that feed the workers mostly wait for I/O.
+`RAY_ADDRESS` (set in every Ray job) names a cluster; otherwise a local Ray starts, with no dashboard, and more logical CPUs than
+cores, because the data tasks that feed the workers mostly wait for I/O. It is this user's alone: it listens on loopback, wants a
+token that is made for it, and keeps its files, sockets and the token in a folder that nobody else may enter.
 """
 
 from __future__ import annotations
@@ -10,12 +11,17 @@ import atexit
 import contextlib
 import logging
 import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
 
 from heliostat import workspace
+from heliostat.cluster import private
 
 # workers share the cores, so none may start a thread a core
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -28,6 +34,18 @@ SILENT = {"RAY_enable_metrics_collection": "0", "RAY_task_events_report_interval
 IDLE = {"RAY_num_workers_soft_limit": "0", "RAY_idle_worker_killing_time_threshold_ms": "20000"}
 # Ray would start its workers at niceness 15, where whatever else the machine does comes first
 URGENT = {"RAY_worker_niceness": "0"}
+
+LOOPBACK = "127.0.0.1"
+LOOPBACK_INTERFACE = "lo" if sys.platform == "linux" else "lo0"
+# Of a private Ray and its workers. Ray puts an address that others reach in the place of a loopback one, unless it is in the mode
+# for systems where it has no clusters, which the first variable turns on.
+CONFINED = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "GLOO_SOCKET_IFNAME": LOOPBACK_INTERFACE,
+    "NCCL_SOCKET_IFNAME": LOOPBACK_INTERFACE,
+}
+AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+SOCKET_PATH = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")  # what is left for the folder
 
 END_S = 5.0  # for the processes of a private Ray to end by themselves
 
@@ -59,17 +77,56 @@ def connect(cpus: int, gpus: int = 0, verbose: bool = False) -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(address="auto", **options)
         return
-    # A private Ray's processes inherit this environment, so that the ones started ahead fit every task; a runtime
-    # environment would start new ones. The workers import jobs/ and pipelines/ from the workspace.
-    before = dict(os.environ)
-    path = os.pathsep.join(filter(None, [str(workspace.root()), before.get("PYTHONPATH")]))
-    os.environ.update({**SILENT, **IDLE, **URGENT, **before, **worker_environment(gpus), "PYTHONPATH": path})
-    try:
-        ray.init(num_cpus=cpus, num_gpus=gpus or None, include_dashboard=False, **options)
+    with _confined(gpus):
+        ray.init(
+            address="local",  # never what another user says in /tmp/ray that runs here
+            num_cpus=cpus,
+            num_gpus=gpus or None,
+            include_dashboard=False,
+            _node_ip_address=LOOPBACK,
+            _temp_dir=str(sessions() / "ray"),  # Ray opens this folder itself to everybody
+            **options,
+        )
         atexit.register(disconnect)
         if not verbose:
             _without_monitors()
+
+
+def sessions() -> Path:
+    """The folder of this user's private Rays, their logs, sockets and tokens. Short: a socket's path has 107 characters."""
+    name = f"heliostat-{os.getuid()}"
+    place = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / name
+    return private.folder(place if len(str(place)) <= SOCKET_PATH else Path("/tmp") / name)
+
+
+def _token_file() -> Path:
+    return sessions() / f"token-{os.getpid()}"
+
+
+@contextlib.contextmanager
+def _confined(gpus: int) -> Iterator[None]:
+    """Inside, a Ray that starts is private.
+
+    Its processes inherit this environment, so that the ones started ahead fit every task; a runtime environment would start new
+    ones. The workers import jobs/ and pipelines/ from the workspace.
+    """
+    from ray._private import ray_constants
+
+    private.tighten(Path.home() / ".ray" / "auth_token")
+    before, clusters = dict(os.environ), ray_constants.ENABLE_RAY_CLUSTER
+    path = os.pathsep.join(filter(None, [str(workspace.root()), before.get("PYTHONPATH")]))
+    private.write_token(_token_file())
+    os.environ.update({**SILENT, **IDLE, **URGENT, **before, **worker_environment(gpus), **CONFINED, "PYTHONPATH": path})
+    for name in AUTHENTICATION:  # with the mode unset, Ray turns authentication on whatever the mode was when it was imported
+        os.environ.pop(name, None)
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(_token_file())
+    loader: Any = ray._raylet
+    loader.AuthenticationTokenLoader.instance().reset_cache()
+    ray_constants.ENABLE_RAY_CLUSTER = False  # read when Ray was imported
+    try:
+        yield
     finally:
+        ray_constants.ENABLE_RAY_CLUSTER = clusters
         os.environ.clear()
         os.environ.update(before)
 
@@ -86,6 +143,7 @@ def disconnect() -> None:
     for process in psutil.wait_procs(workers, timeout=END_S)[1]:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+    _token_file().unlink(missing_ok=True)
 
 
 def _without_monitors() -> None:

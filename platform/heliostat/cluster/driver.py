@@ -1,22 +1,24 @@
 """What a submitted job runs on the cluster's head: `heliostat train`, or `tune`, as a child, with its log kept in storage.
 
-    python -m heliostat.cluster.driver JOB.json --attempt ID [--sweep SWEEP.yaml] [--queue NAME] [--flag=--resume]
+    python -m heliostat.cluster.driver JOB.yaml [--attempt ID] [--sweep SWEEP.yaml] [--queue NAME] [--flag=--resume]
 
-The log goes to standard output, which the Jobs API shows, and to `logs/ATTEMPT.log` in the run's folder, which stays when the
+A child that is killed, or dies without a word, is started again, and goes on from the newest checkpoint, as often as the job's
+`retries` allow (`again`); after that the run's MLflow status is FAILED, with the reason.
+
+The log goes to standard output, which the Jobs API shows, and to `logs/` in the run's folder (`logs`), which stays when the
 cluster is gone. `heliostat stop` makes Ray send SIGTERM to this process and to the training driver alike; this one waits for the
-other, which saves a checkpoint. If `logs/stop-now` lies in the run's folder, it does not wait.
+other, which saves a checkpoint. It does not if the Jobs API has a job that is a note to end this attempt now (`stop --now`):
+storage may be what does not answer.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -25,70 +27,121 @@ from typing import Any
 import psutil
 import yaml
 
+from heliostat import workspace
 from heliostat.cluster import http
-from heliostat.errors import HeliostatError
+from heliostat.cluster.again import Again
+from heliostat.cluster.logs import LogCopy
+from heliostat.errors import HeliostatError, TrainingError
+from heliostat.redact import Formatter, excepthook
+from heliostat.spec import Retries
 from heliostat.storage import Location
 
 log = logging.getLogger("heliostat")
 
 UPLOAD_S, POLL_S, QUEUE_S = 20.0, 1.0, 2.0
-STOP_NOW = "stop-now"
+NOW_S = 5.0  # for the end of the log to reach storage, where the driver was told to end now
+ENDS = "ends"  # in the metadata of the note: the attempt
 
 
 class Driver:
     def __init__(self, job: Path, sweep: Path | None, attempt: str, flags: list[str]) -> None:
-        raw = json.loads(job.read_text())
+        raw = yaml.safe_load(job.read_text())
         self.name, self.attempt = yaml.safe_load(sweep.read_text())["name"] if sweep else raw["name"], attempt
-        self.folder = Location(raw["storage"]).join(self.name, "logs")
+        self.run_folder = Location(raw["storage"]).absolute(workspace.root()).join(self.name)
+        self.folder = self.run_folder.join("logs")
+        self.again = Again(self.run_folder, Retries.model_validate(raw.get("retries") or {}), sweep is not None)
         what = ["tune", str(sweep)] if sweep else ["train", str(job)]
-        self.command = [sys.executable, "-m", "heliostat", *what, *flags]
+        self.command, self.flags = [sys.executable, "-m", "heliostat", *what], flags
         self.stopping = threading.Event()
-        self._log = tempfile.NamedTemporaryFile(prefix="heliostat-", suffix=".log")  # noqa: SIM115 (as long as the process)
+        self.jobs_url = jobs_url
+        self._log = LogCopy(self.folder, attempt)
+        self._over = threading.Event()
+        self._killed = False
 
     def run(self, queue: str | None) -> int:
         signal.signal(signal.SIGTERM, lambda *_: self.stopping.set())
-        self._remote(lambda: self.folder.join(STOP_NOW).delete())
         if queue:
             self._wait_for_turn(queue)
         if self.stopping.is_set():
             return 128 + signal.SIGTERM
-        child = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0)
+        sender = threading.Thread(target=self._send, daemon=True)  # a store that is away keeps nobody else waiting
+        sender.start()
+        try:
+            return self._children()
+        finally:
+            self._over.set()
+            sender.join(NOW_S if self._killed else None)
+
+    def _children(self) -> int:
+        """The command, started again while it dies and may; the exit code."""
+        while True:
+            pid, code = self._child()
+            how = "" if self.stopping.is_set() else self.again.died(pid, code)
+            if not how or not self._starts_again(pid, how):
+                return code if code >= 0 else 128 - code
+
+    def _starts_again(self, pid: int, how: str) -> bool:
+        """Waits until the dead child's successor is to start; False if there is to be none."""
+        try:
+            wait = self.again.wait_s(how)
+        except TrainingError as e:
+            from heliostat.track.settle import settle_folder
+
+            self._say(str(e))
+            try:
+                settle_folder(self.run_folder, how)
+            except (HeliostatError, OSError) as unsettled:
+                log.warning("storage: %s", unsettled)
+            return False
+        retry = f"retry {self.again.budget.used} of {self.again.budget.retries.max}"
+        self._say(f"the driver died without a word, {how}: starting it again in {wait:.0f} s ({retry})")
+        self.flags = self.again.flags(self.flags, pid)
+        return not self.stopping.wait(wait)
+
+    def _child(self) -> tuple[int, int]:
+        """The command, once, to its end: its process's number, and exit code."""
+        child = subprocess.Popen([*self.command, *self.flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0)
         reader = threading.Thread(target=self._copy, args=(child,), daemon=True)
         reader.start()
-        uploaded = time.monotonic()
         while child.poll() is None:
             if self.stopping.wait(POLL_S) and self._now():
                 self._kill(child)
+                self._killed = True
             if self.stopping.is_set():
                 time.sleep(POLL_S)
-            if time.monotonic() - uploaded > UPLOAD_S:
-                self._upload()
-                uploaded = time.monotonic()
         reader.join(10)
-        self._upload()
-        code = child.returncode
-        return code if code >= 0 else 128 - code
+        return child.pid, child.returncode
 
     def _copy(self, child: Any) -> None:
         while data := child.stdout.read(1 << 16):
-            for target in (sys.stdout.buffer, self._log):
-                target.write(data)
-                target.flush()
+            self._write(data)
 
-    def _upload(self) -> None:
-        self._remote(lambda: self.folder.join(f"{self.attempt}.log").upload(Path(self._log.name)))
+    def _say(self, text: str) -> None:
+        self._write(f"{time.strftime('%H:%M:%S')} {text}\n".encode())
 
-    def _remote(self, action: Any) -> None:
-        try:
-            action()
-        except (HeliostatError, OSError) as e:
-            log.warning("the log's copy in storage is behind: %s", e)
+    def _write(self, data: bytes) -> None:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+        self._log.add(data)
+
+    def _send(self) -> None:
+        """Keeps the log's copy in storage up to date, until it is whole."""
+        over = False
+        while not over:
+            over = self._over.wait(UPLOAD_S)
+            try:
+                self._log.send()
+            except (HeliostatError, OSError) as e:
+                log.warning("the log's copy in storage is behind: %s", e)
 
     def _now(self) -> bool:
+        """Whether the driver is not to wait for a checkpoint."""
         try:
-            return self.folder.join(STOP_NOW).exists()
-        except (HeliostatError, OSError):
+            jobs = http.get(f"{self.jobs_url()}/api/jobs/", http.own_token())[1] or []
+        except (OSError, RuntimeError, ValueError) as e:
+            log.warning("whether to end now cannot be seen: %s", e)
             return False
+        return any((j.get("metadata") or {}).get(ENDS) == self.attempt for j in jobs)
 
     def _kill(self, child: Any) -> None:
         try:
@@ -99,7 +152,7 @@ class Driver:
 
     def _wait_for_turn(self, queue: str) -> None:
         """Until no job of the queue that was submitted before this one is left."""
-        url, token = jobs_url(), http.own_token()
+        url, token = self.jobs_url(), http.own_token()
         told = False
         while not self.stopping.is_set():
             ahead = before(self.name, queue, http.get(f"{url}/api/jobs/", token)[1] or [])
@@ -131,12 +184,15 @@ def before(name: str, queue: str, jobs: list[dict[str, Any]]) -> list[str] | Non
 def main() -> int:
     parser = argparse.ArgumentParser(prog="heliostat.cluster.driver")
     parser.add_argument("job", type=Path)
-    parser.add_argument("--attempt", required=True)
+    parser.add_argument("--attempt", default=time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()))
     parser.add_argument("--sweep", type=Path)
     parser.add_argument("--queue")
     parser.add_argument("--flag", action="append", default=[])
     given = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    handler = logging.StreamHandler()
+    handler.setFormatter(Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    sys.excepthook = excepthook
     sweep = given.sweep and given.sweep.absolute()
     return Driver(given.job.absolute(), sweep, given.attempt, given.flag).run(given.queue)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from heliostat import workspace
 from heliostat.errors import ConfigError
 from heliostat.schema import nearest
 
@@ -95,10 +96,12 @@ def read(path: Path) -> ClusterFile:
             raw, kind = kuberay[0], str(kuberay[0].get("kind"))
             if kind not in ("RayCluster", "RayJob"):
                 raise ConfigError(f"{path}: kind: {kind!r} is not one that heliostat starts; use RayCluster or RayJob")
-            return ClusterFile(path, kind, raw["metadata"]["name"], raw, tuple(d for d in documents if d is not raw))
+            name = workspace.check_name(f"{path}: metadata.name", raw["metadata"]["name"])
+            return ClusterFile(path, kind, name, raw, tuple(d for d in documents if d is not raw))
         if len(documents) == 1 and {"cluster_name", "provider"} <= documents[0].keys():
             raw = documents[0]
-            return ClusterFile(path, "launcher", str(raw["provider"]["type"]) and raw["cluster_name"], raw)
+            name = workspace.check_name(f"{path}: cluster_name", raw["cluster_name"])
+            return ClusterFile(path, "launcher", str(raw["provider"]["type"]) and name, raw)
     except (KeyError, TypeError) as e:
         raise ConfigError(f"{path}: is incomplete, or a part of it is of the wrong kind ({type(e).__name__}: {e})") from e
     raise ConfigError(
@@ -146,9 +149,14 @@ def _launcher_pools(raw: dict[str, Any]) -> Iterator[Pool]:
         )
 
 
+def groups(spec: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """(name, group) of a RayCluster spec, the head first."""
+    return [("head", spec["headGroupSpec"]), *((g["groupName"], g) for g in spec.get("workerGroupSpecs") or [])]
+
+
 def _kuberay_pools(spec: dict[str, Any]) -> Iterator[Pool]:
-    groups = [("head", True, spec["headGroupSpec"]), *((g["groupName"], False, g) for g in spec.get("workerGroupSpecs") or [])]
-    for name, head, group in groups:
+    for name, group in groups(spec):
+        head = group is spec["headGroupSpec"]
         container = group["template"]["spec"]["containers"][0]
         resources = container.get("resources") or {}
         amounts = {**(resources.get("requests") or {}), **(resources.get("limits") or {})}

@@ -11,6 +11,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from heliostat.cluster import private
+
 TIMEOUT_S = 10.0
 
 
@@ -22,7 +24,9 @@ def own_token() -> str | None:
     """The caller's, as Ray itself finds it: RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token."""
     if token := os.environ.get("RAY_AUTH_TOKEN"):
         return token
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    default = Path.home() / ".ray" / "auth_token"
+    private.tighten(default)
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or default)
     return (path.read_text().strip() or None) if path.is_file() else None
 
 
@@ -42,18 +46,14 @@ def probe(url: str, token: str | None = None) -> int:
     return get(f"{url}/api/version", token, 3.0)[0]
 
 
-def nodes(url: str, token: str | None) -> int:
-    """Nodes alive."""
-    return sum(n["alive"] for n in node_table(url, token))
-
-
 def node_table(url: str, token: str | None) -> list[dict[str, Any]]:
-    """Address, liveness, resources and labels of every node that was ever there."""
+    """Id, address, liveness, resources and labels of every node that was ever there."""
     status, raw = get(f"{url}/api/v0/nodes?limit=10000&detail=1", token)
     if status != 200 or not raw.get("result"):
         return []
     return [
         {
+            "id": n["node_id"],
             "address": n["node_ip"],
             "alive": n["state"] == "ALIVE",
             "head": bool(n.get("is_head_node")),

@@ -7,6 +7,7 @@ API forgets with its cluster stays: the run's folder has the log, the ledger (pr
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import logging
@@ -15,7 +16,7 @@ import shlex
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,10 +25,11 @@ import yaml
 
 from heliostat import goodput, schema, spec, workspace
 from heliostat.cluster import http, pack
-from heliostat.cluster.driver import STOP_NOW
+from heliostat.cluster.driver import ENDS
 from heliostat.cluster.reach import Endpoint
 from heliostat.errors import ClusterError, ConfigError, HeliostatError
 from heliostat.goodput import Attempt
+from heliostat.redact import carries_secret
 from heliostat.spec import Job
 from heliostat.storage import Location
 from heliostat.track import code
@@ -40,6 +42,7 @@ JOB_FILE, SWEEP_FILE = "heliostat-job.json", "heliostat-sweep.yaml"
 RETRY_S = 60.0
 STOP_S = 600  # a checkpoint may take so long; Ray kills the driver afterwards
 FOLLOW_S = 1.0
+QUIET_S = 30.0  # without a new line, after which the cluster is asked whether it is still there
 MONITOR_S = 3.0  # Ray looks each second
 OVER = ("SUCCEEDED", "FAILED", "STOPPED")
 # settings without secrets; credentials come from the nodes' own environment, instance profile or Kubernetes secret
@@ -77,7 +80,7 @@ class Record:
 
     @staticmethod
     def place(job_id: str) -> Path:
-        return workspace.root() / ".heliostat" / "jobs" / f"{job_id}.json"
+        return workspace.root() / ".heliostat" / "jobs" / f"{workspace.check_name('id', job_id)}.json"
 
     @staticmethod
     def read(job_id: str) -> Record | None:
@@ -147,6 +150,8 @@ class Jobs:
                 (work / SWEEP_FILE).write_text(yaml.safe_dump({**record.sweep, "job": JOB_FILE}))
             (work / pack.CODE_FILE).write_text(code.source().dump())
             environment = {k: os.environ[k] for k in PASSED if k in os.environ}
+            if secret := [k for k, v in environment.items() if carries_secret(v)]:
+                raise ConfigError(f"{secret[0]}: carries a password, which the cluster would show; give it to the nodes")
             environment["HELIOSTAT_CLUSTER"] = record.cluster or self.there.url
             runtime = {
                 "working_dir": str(work),
@@ -200,7 +205,7 @@ class Jobs:
     def list(self) -> list[dict[str, Any]]:
         """Every submission, the newest first."""
         raw = self._retry(self.client.list_jobs, "listing jobs")
-        found = [_plain(j) for j in raw if j.submission_id]
+        found = [_plain(j) for j in raw if j.submission_id and ENDS not in (j.metadata or {})]
         return sorted(found, key=lambda j: j["started"] or 0, reverse=True)
 
     def find(self, job_id: str) -> dict[str, Any] | None:
@@ -217,19 +222,42 @@ class Jobs:
 
     def follow(self, job_id: str) -> Iterator[str]:
         """The log as it grows, until the job is over. Earlier submissions of this id wrote into the same: they are left out."""
-        shown = None
+        attempt = self.get(job_id)["metadata"]["attempt"]
+        held: str | None = ""  # what came before the submission's part of the log was found
+        for text in self._tail(job_id):
+            if held is None:
+                yield text
+                continue
+            held += text
+            if (at := _beginning(held, attempt, over=False)) is not None:
+                yield held[at:]
+                held = None
+        if held and (at := _beginning(held, attempt, over=True)) is not None:
+            yield held[at:]
+        found = self.get(job_id)
+        if found["status"] == "FAILED" and found["exit_code"] is None:  # it never came to its entrypoint
+            yield found["message"] + "\n"
+
+    def _tail(self, job_id: str) -> Iterator[str]:
+        """What is new in the log's file, as it comes, until the job is over; behind a broken connection only what is new."""
+        import aiohttp
+
+        came, deadline = 0, time.monotonic() + RETRY_S
         while True:
-            found = self.get(job_id)
-            over, text = found["status"] in OVER, self.logs(job_id)
-            if shown is None:
-                shown = _beginning(text, found["metadata"]["attempt"], over)
-            if shown is not None and text[shown:]:
-                yield text[shown:]
-                shown = len(text)
-            if over:
-                if found["status"] == "FAILED" and found["exit_code"] is None:  # it never came to its entrypoint
-                    yield found["message"] + "\n"
-                return
+            skip = came
+            try:
+                for text in _sync(self.client.tail_job_logs(job_id), lambda: self.get(job_id)):
+                    new, skip = text[skip:], max(0, skip - len(text))
+                    came, deadline = came + len(new), time.monotonic() + RETRY_S
+                    if new:
+                        yield new
+                if self.get(job_id)["status"] in OVER:
+                    return
+            except (OSError, RuntimeError, aiohttp.ClientError) as e:
+                text = " ".join(str(e).split())[:200]
+                if time.monotonic() > deadline:
+                    raise ClusterError(f"following the log: {text}") from e
+                log.warning("following the log: %s; trying again", text)
             time.sleep(FOLLOW_S)
 
     def logs(self, job_id: str) -> str:
@@ -240,19 +268,40 @@ class Jobs:
     def stop(self, job_id: str, now: bool = False) -> dict[str, Any]:
         """Ends a job, after a checkpoint unless `now`; returns when it is over."""
         found = self.get(job_id)
-        marker = Location(found["metadata"]["run"]).join("logs", STOP_NOW)
-        if found["status"] not in OVER:
-            if now:
-                marker.write(b"")
-            self._retry(lambda: self.client.stop_job(job_id), "stopping")
-            deadline = time.monotonic() + STOP_S + 30
-            while (found := self.get(job_id))["status"] not in OVER:
-                if time.monotonic() > deadline:
-                    raise ClusterError(f"{job_id}: did not stop in {STOP_S + 30} s")
-                time.sleep(FOLLOW_S)
-        if now:
-            marker.delete()
+        if found["status"] in OVER:
+            return found
+        note = self._note_to_end(found["metadata"]["attempt"]) if now else None
+        self._retry(lambda: self.client.stop_job(job_id), "stopping")
+        deadline = time.monotonic() + STOP_S + 30
+        while (found := self.get(job_id))["status"] not in OVER:
+            if time.monotonic() > deadline:
+                raise ClusterError(f"{job_id}: did not stop in {STOP_S + 30} s")
+            time.sleep(FOLLOW_S)
+        if note:
+            self._retry(lambda: self.client.delete_job(note), "forgetting the note to stop")
         return found
+
+    def _note_to_end(self, attempt: str) -> str:
+        """A job that does nothing, and whose metadata tell the attempt's driver to end: all that needs is the cluster."""
+        note = f"stop-{attempt}-{uuid.uuid4().hex[:6]}"
+        self._retry(
+            lambda: self.client.submit_job(entrypoint="true", submission_id=note, metadata={ENDS: attempt}), "telling the driver"
+        )
+        return note
+
+
+def _sync(source: AsyncIterator[T], beat: Callable[[], object]) -> Iterator[T]:
+    """An asynchronous iterator's items; `beat` is called while none comes, and may raise."""
+    with asyncio.Runner() as runner:
+        loop = runner.get_loop()
+        while True:
+            coming: asyncio.Task[T] = loop.create_task(anext(source))  # type: ignore[arg-type]
+            while not runner.run(asyncio.wait([coming], timeout=QUIET_S))[0]:
+                beat()
+            try:
+                yield coming.result()
+            except StopAsyncIteration:
+                return
 
 
 def _beginning(text: str, attempt: str, over: bool) -> int | None:
@@ -314,12 +363,6 @@ def eta(attempt: Attempt, steps: int) -> float | None:
     done = attempt.reached - attempt.start_step
     spent = sum(attempt.parts.get(p, 0.0) for p in ("computing", "data", "communicating", "checkpoint", "evaluating"))
     return (steps - attempt.reached) * spent / done if done else None
-
-
-def stored_logs(run: Location) -> str | None:
-    """The logs of every submission of a run, from storage; None if there are none."""
-    names = [n for n, _ in run.join("logs").files() if n.endswith(".log")]
-    return "".join(run.join("logs", n).read().decode(errors="replace") for n in names) if names else None
 
 
 def load(path: Path, settings: list[str], there: Endpoint) -> Job:

@@ -17,22 +17,31 @@ log = logging.getLogger(__name__)
 UP_S = 3600.0  # clouds may take long to find machines
 
 
-def up(cluster: ClusterFile) -> dict[str, Any]:
+def up(cluster: ClusterFile, restart: bool = False) -> dict[str, Any]:
+    """Starts a cluster, or joins one that runs: only with `restart` is Ray started anew where it is, which ends jobs."""
     if cluster.local:
-        state = local.up(cluster)
+        state = local.up(cluster, restart)
         note = f"{len(state.nodes)} nodes at {state.url}, token in {state.token_file}" if state.nodes else f"joined {state.url}"
         return {"name": cluster.name, "url": state.url, "nodes": len(state.nodes), "note": note}
     if cluster.kind == "launcher":
         if cluster.provider == "local":
             os.environ.setdefault("RAY_UP_enable_autoscaler_v2", "0")  # version 2 leaves one of the hosts unstarted
-        tool(["ray", "up", "--yes", str(cluster.path)], f"starting {cluster.name}", UP_S)
+        tool(launcher(cluster, restart), f"starting {cluster.name}", UP_S)
+        kept = "" if restart else "; where Ray ran already, it runs on as it was started (--restart starts it anew)"
         return {
             "name": cluster.name,
-            "note": f"is up; `heliostat submit JOB.yaml --cluster {cluster.path}` reaches it through ssh",
+            "note": f"is up{kept}; `heliostat submit JOB.yaml --cluster {cluster.path}` reaches it through ssh",
         }
+    if restart:
+        raise ConfigError(f"--restart: is not for KubeRay; use `heliostat cluster down {cluster.path}`, and up again")
     verb = "create" if cluster.kind == "RayJob" else "apply"
     tool(["kubectl", verb, "-f", str(cluster.path)], f"starting {cluster.name}")
     return {"name": cluster.name, "note": f"was handed to KubeRay: kubectl -n {cluster.namespace} get {cluster.kind.lower()}"}
+
+
+def launcher(cluster: ClusterFile, restart: bool) -> list[str]:
+    """The `ray up` that starts what is not there; without `--no-restart` it would stop Ray on the head first."""
+    return ["ray", "up", "--yes", *([] if restart else ["--no-restart"]), str(cluster.path)]
 
 
 def down(target: str) -> dict[str, Any]:

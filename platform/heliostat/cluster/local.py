@@ -2,57 +2,36 @@
 
 Every node is a `ray start --block` of the file's own commands, in a session of its own, with token authentication on. What was
 started is written down in `.heliostat/clusters/NAME/` (`state.json`, `token`, `logs/`), so that `down` ends just these processes
-and what they started. A cluster that already answers at the file's address is joined, and left running by `down`.
+and what they started. What runs is left alone by `up`: nodes that died are started again beside those that did not, and a
+cluster that already answers at the file's address is joined, and left running by `down`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
 import os
 import re
-import secrets
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from heliostat import workspace
-from heliostat.cluster import http
+from heliostat.cluster import http, private, processes
 from heliostat.cluster.files import ClusterFile
+from heliostat.cluster.processes import MARK, Node
 from heliostat.errors import ClusterError, ConfigError
 
 log = logging.getLogger(__name__)
 
-START_S, STOP_S, KILL_S = 90.0, 4.0, 20.0  # raylets do not end by SIGTERM alone while others of the cluster end
-MARK = "HELIOSTAT_NODE_DIR"  # every process of a node has it in its environment
-
-
-@dataclass
-class Node:
-    role: str
-    address: str
-    folder: str
-    pid: int
-    created: float  # a pid is used again, a pid with its time of birth is not
-
-    @property
-    def process(self) -> psutil.Process | None:
-        try:
-            process = psutil.Process(self.pid)
-            alive = abs(process.create_time() - self.created) < 1 and process.status() != psutil.STATUS_ZOMBIE
-            return process if alive else None
-        except psutil.NoSuchProcess:
-            return None
+START_S = 90.0
 
 
 @dataclass
@@ -66,7 +45,7 @@ class State:
 
     @property
     def folder(self) -> Path:
-        return home() / self.name
+        return home() / workspace.check_name("the cluster's name", self.name)
 
     @property
     def token_file(self) -> Path:
@@ -85,11 +64,15 @@ def home() -> Path:
 
 
 def read(name: str) -> State | None:
+    place = home() / workspace.check_name("the cluster's name", name) / "state.json"
     try:
-        raw = json.loads((home() / name / "state.json").read_text())
+        raw = json.loads(place.read_text())
     except FileNotFoundError:
         return None
-    return State(**{**raw, "nodes": [Node(**n) for n in raw["nodes"]]})
+    state = State(**{**raw, "name": name, "nodes": [Node(**n) for n in raw["nodes"]]})
+    if any(Path(n.folder).parent.name != _node_folder(name, 0).parent.name for n in state.nodes):  # `down` removes what it names
+        raise ConfigError(f"{place}: names folders that are not this cluster's; was it copied here? Remove it")
+    return state
 
 
 def known() -> list[State]:
@@ -103,22 +86,31 @@ def url_of(cluster: ClusterFile) -> str:
     return f"http://{host[1] if host else '127.0.0.1'}:{port[1] if port else 8265}"
 
 
-def up(cluster: ClusterFile) -> State:
-    """Starts the nodes that do not run; ClusterError with the end of the log if one does not come up."""
-    folder = home() / cluster.name
-    folder.mkdir(parents=True, exist_ok=True)
-    state = read(cluster.name) or State(cluster.name, str(cluster.path), url_of(cluster))
-    if state.nodes and all(n.process for n in state.nodes):
-        log.info("cluster %s runs already at %s", state.name, state.url)
-        return state
-    if state.nodes:
-        log.info("cluster %s has lost nodes; starting it anew", state.name)
+def up(cluster: ClusterFile, restart: bool = False) -> State:
+    """Starts the nodes that do not run; ClusterError with the end of the log if one does not come up. With `restart`, ends those
+    that run first."""
+    state = read(cluster.name)
+    if state and restart:
+        if not state.nodes:
+            raise ConfigError(f"--restart: the cluster at {state.url} was joined; restart it where it was started")
         down(cluster.name)
-        folder.mkdir(parents=True, exist_ok=True)
+        state = None
+    if state and state.nodes:
+        alive = processes.living(state.nodes)
+        if state.nodes[0] in alive:
+            return _complete(cluster, state, alive)
+        if alive:
+            raise ClusterError(
+                f"{cluster.name}: its head has died, and {len(alive)} of its workers run on; "
+                "`heliostat cluster up --restart` ends them, and starts it anew"
+            )
+        log.info("nothing of cluster %s runs any more; starting it anew", state.name)
+        down(cluster.name)
     state = State(cluster.name, str(cluster.path), url_of(cluster))
+    state.folder.mkdir(parents=True, exist_ok=True)
     if answer := http.probe(state.url):
         return _join(state, answer)
-    _write_token(state)
+    private.write_token(state.token_file)
     try:
         _start(cluster, state, "head", cluster.addresses[:1])
         _start(cluster, state, "worker", cluster.addresses[1:])
@@ -128,25 +120,40 @@ def up(cluster: ClusterFile) -> State:
     return state
 
 
-def _join(state: State, answer: int) -> State:
-    """A cluster that is there already, if the caller's own token opens it."""
-    token = http.own_token()
-    if answer == 401 and not (token and http.probe(state.url, token) == 200):
-        raise ConfigError(
-            f"{state.file}: something answers at {state.url} and wants a token that we do not have; change --port and "
-            "--dashboard-port in the file, or give its token in RAY_AUTH_TOKEN_PATH"
-        )
-    state.token_file.touch(mode=0o600)
-    state.token_file.write_text(token or "")
-    state.write()
-    log.info("joined the cluster at %s", state.url)
+def _complete(cluster: ClusterFile, state: State, alive: list[Node]) -> State:
+    """Starts the workers that the file has and that do not run; the others, and what runs on them, stay as they are."""
+    dead = [n for n in state.nodes if n not in alive]
+    processes.end(dead)
+    state.nodes = [n for n in state.nodes if n in alive]
+    there = {n.address for n in state.nodes}
+    if more := [n.address for n in state.nodes if n.address not in cluster.addresses]:
+        log.warning("%s: nodes %s run, and are not in %s; `--restart` starts what the file says", state.name, more, cluster.path)
+    missing = [a for a in cluster.addresses[1:] if a not in there]
+    log.info("cluster %s runs already at %s%s", state.name, state.url, f"; starting {', '.join(missing)}" if missing else "")
+    _start(cluster, state, "worker", missing)
     return state
 
 
-def _write_token(state: State) -> None:
-    state.token_file.unlink(missing_ok=True)
-    state.token_file.touch(mode=0o600)
-    state.token_file.write_text(secrets.token_hex(32))
+def _join(state: State, answer: int) -> State:
+    """A cluster that is there already, if its processes are this user's, and the user's own token opens it."""
+    elsewhere = "change --port and --dashboard-port in the file"
+    if answer not in (200, 401, 403):
+        raise ConfigError(f"{state.file}: something that is no Ray cluster answers at {state.url} ({answer}); {elsewhere}")
+    if not private.ours(state.url):
+        raise ConfigError(
+            f"{state.file}: what answers at {state.url} is no process of this user, so it was sent no token; {elsewhere}, or, "
+            f"if you trust it with your token and your code, say so: `heliostat submit --cluster {state.url}`"
+        )
+    token = http.own_token()
+    if answer != 200 and not (token and http.probe(state.url, token) == 200):
+        raise ConfigError(
+            f"{state.file}: something answers at {state.url} and wants a token that we do not have; {elsewhere}, "
+            "or give its token in RAY_AUTH_TOKEN_PATH"
+        )
+    private.write_token(state.token_file, token or "")
+    state.write()
+    log.info("joined the cluster at %s", state.url)
+    return state
 
 
 def _node_folder(name: str, index: int) -> Path:
@@ -156,10 +163,13 @@ def _node_folder(name: str, index: int) -> Path:
 
 
 def _start(cluster: ClusterFile, state: State, role: str, addresses: list[str]) -> None:
-    for address in addresses:
-        folder = _node_folder(state.name, len(state.nodes))
-        folder.mkdir(parents=True, mode=0o700, exist_ok=True)
-        folder.parent.chmod(0o700)  # logs and sockets are nobody else's business
+    before = {n["id"] for n in http.node_table(state.url, state.token)} if state.nodes and addresses else set()
+    taken = {n.folder for n in state.nodes}
+    free = (f for i in range(1000) if str(f := _node_folder(state.name, i)) not in taken)
+    for address, folder in zip(addresses, free, strict=False):
+        private.folder(folder.parent)  # logs and sockets are nobody else's business
+        shutil.rmtree(folder, ignore_errors=True)  # of a node that died
+        folder.mkdir(mode=0o700)
         logs = state.folder / "logs"
         logs.mkdir(exist_ok=True)
         command = "\n".join(["set -e", *cluster.raw[f"{role}_start_ray_commands"]])
@@ -170,7 +180,7 @@ def _start(cluster: ClusterFile, state: State, role: str, addresses: list[str]) 
             )  # fmt: skip
         state.nodes.append(Node(role, address, str(folder), process.pid, psutil.Process(process.pid).create_time()))
         state.write()
-    _until_ready(state)
+    _until_ready(state, addresses, before)
 
 
 def _environment(state: State, address: str, folder: Path) -> dict[str, str]:
@@ -187,15 +197,17 @@ def _environment(state: State, address: str, folder: Path) -> dict[str, str]:
     }
 
 
-def _until_ready(state: State) -> None:
-    """Until the dashboard counts every node that was started."""
+def _until_ready(state: State, addresses: list[str], before: set[str]) -> None:
+    """Until the dashboard knows every address as that of a living node which was not there before."""
     deadline = time.monotonic() + START_S
-    while True:
+    while addresses:
         for node in state.nodes:
-            if not node.process:
+            if node.address in addresses and not node.process:
                 raise ClusterError(f"{state.name}: the {node.role} {node.address} did not start: {_tail(state, node)}")
-        if http.nodes(state.url, state.token) >= len(state.nodes):
-            return
+        if private.ours(state.url):  # nobody who took the port meanwhile gets the token
+            table = http.node_table(state.url, state.token)
+            if {n["address"] for n in table if n["alive"] and n["id"] not in before} >= set(addresses):
+                return
         if time.monotonic() > deadline:
             raise ClusterError(f"{state.name}: not all nodes came up in {START_S:.0f} s; look at {state.folder / 'logs'}")
         time.sleep(0.3)
@@ -213,38 +225,10 @@ def down(name: str) -> int:
     state = read(name)
     if state is None:
         raise ConfigError(f"{name}: no such cluster here; `heliostat cluster list` shows those that there are")
-    processes = list(_processes(state))
-    for process in processes:
-        _signal(process.terminate)
-    _until_gone(state, STOP_S)
-    for process in _processes(state):
-        _signal(process.kill)
-    _until_gone(state, KILL_S)
-    if remaining := [p.pid for p in _processes(state)]:
+    ended, remaining = processes.end(state.nodes)
+    if remaining:
         raise ClusterError(f"{name}: processes {remaining} do not end")
     for node in state.nodes:
         shutil.rmtree(Path(node.folder).parent, ignore_errors=True)
     shutil.rmtree(state.folder, ignore_errors=True)
-    return len(processes)
-
-
-def _until_gone(state: State, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while any(True for _ in _processes(state)) and time.monotonic() < deadline:
-        time.sleep(0.2)
-
-
-def _signal(send: Any) -> None:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        send()
-
-
-def _processes(state: State) -> Iterator[psutil.Process]:
-    """Every process of the nodes: they all have the node's folder in their environment, wherever they were forked."""
-    folders = {n.folder for n in state.nodes}
-    for process in psutil.process_iter():
-        try:
-            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) in folders:
-                yield process
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
+    return ended

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import time
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -12,12 +13,13 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from heliostat.cluster.room import FETCHING, room, starved
+from heliostat.cluster.room import FETCHING, missing, room, starved
 from heliostat.spec import Job, Workers
 
 log = logging.getLogger(__name__)
 
 ENDING_S = 20.0
+SAY_S, AGAIN_S = 4.0, 60.0
 
 
 def room_now(job: Job, held: Mapping[str, int]) -> int:
@@ -32,6 +34,58 @@ def room_now(job: Job, held: Mapping[str, int]) -> int:
 def starved_now(job: Job, held: Mapping[str, int]) -> bool:
     """Whether the run's workers leave no node the CPU that reading its data needs."""
     return starved(job.workers, carrying(job.data.labels), held)
+
+
+def crowded_now(job: Job) -> str | None:
+    """Whether whoever is there leaves no node the CPU that reading the run's data needs: then with numbers."""
+    there, free = carrying(job.data.labels), ray._private.state.available_resources_per_node()
+    left = {n: free.get(n, {}).get("CPU", 0.0) for n in there}
+    if any(cpus >= FETCHING - 1e-6 for cpus in left.values()):
+        return None
+    total = sum(there.values())
+    return (
+        f"no node has the {FETCHING:g} CPU free that reading the data needs: {len(there)} nodes have {total:g} CPUs, of which "
+        f"{total - sum(left.values()):g} are held, by this run's workers, its reading, and others"
+    )
+
+
+class Shortage:
+    """What is missing where workers wait for room: told some seconds after the start of the wait, and again each minute."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self._due = job, time.monotonic() + SAY_S
+
+    def told(self) -> str | None:
+        """None while it is not time, or there is room."""
+        if time.monotonic() < self._due:
+            return None
+        self._due = time.monotonic() + AGAIN_S
+        return missing_now(self.job)
+
+
+def missing_now(job: Job) -> str | None:
+    """What is missing for the job's workers, in numbers; None if there is room for all of them."""
+    if room_now(job, {}) >= job.workers.most:
+        return None
+    free, leaving = ray._private.state.available_resources_per_node(), draining()
+    train, data = carrying(job.workers.labels), carrying(job.data.labels)
+    all_ = {n["NodeID"]: n["Resources"] for n in ray.nodes() if n["NodeID"] in train and n["NodeID"] not in leaving}
+    apart = any(cpus >= FETCHING for n, cpus in data.items() if n not in train and n not in leaving)
+    return missing(job.workers, job.workers.most, all_, {n: free.get(n, {}) for n in all_}, apart)
+
+
+def queued(workers: Workers, count: int) -> bool:
+    """Whether a placement group of this Ray job for so many workers waits for room."""
+    from ray.core.generated import gcs_pb2
+
+    group: Any = vars(gcs_pb2)["PlacementGroupTableData"]
+    raw = ray._private.state.state._connect_and_get_accessor().get_placement_group_table()
+    mine, waiting = ray.get_runtime_context().get_job_id(), (group.PENDING, group.RESCHEDULING)
+    need = {"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})}
+    return any(
+        g.state in waiting and g.creator_job_id.hex() == mine and [dict(b.unit_resources) for b in g.bundles] == [need] * count
+        for g in map(group.FromString, raw)
+    )
 
 
 def carrying(labels: Mapping[str, str]) -> dict[str, float]:

@@ -1,46 +1,97 @@
 """What of the workspace travels with a job: code and small files, never data, secrets or `.git`.
 
-`.gitignore` files are respected, in every folder. What is left out beside is in `NEVER`. A workspace above the limit is refused
-with its biggest paths, because a mistake here is gigabytes on every node.
+`.gitignore` files are respected, in every folder. What is left out beside is told (`Packed.left_out`): data, what may hold
+secrets by its name (in any case of letters), YAML files with a password in them, and links whose target does not travel. A
+workspace above the limit is refused with its biggest paths, because a mistake here is gigabytes on every node.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pathspec import GitIgnoreSpec
 
+from heliostat import redact
 from heliostat.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 LIMIT = 50 << 20
 CODE_FILE = "heliostat-code.json"  # of a workspace that has travelled: what git said of it before
 SHOWN = 8
-NEVER = GitIgnoreSpec.from_lines(
+MACHINERY = GitIgnoreSpec.from_lines(  # nobody misses it
+    [".git", ".gitignore", ".hg", ".svn", ".venv", "venv", ".heliostat", "node_modules", "__pycache__", "*.pyc", "*.egg-info",
+     "mlruns"]
+)  # fmt: skip
+DATA = GitIgnoreSpec.from_lines(
+    ["*.db", "*.sqlite", "*.sqlite3", "*.parquet", "*.arrow", "*.safetensors", "*.pt", "*.pth", "*.ckpt", "*.tar"]
+)
+SECRETS = GitIgnoreSpec.from_lines(  # in lower case
     [
-        *(".git", ".hg", ".svn", ".venv", "venv", ".heliostat", "node_modules", "__pycache__", "*.pyc", "*.egg-info"),
-        *("mlruns", "*.db", "*.sqlite", "*.sqlite3", "*.parquet", "*.arrow", "*.safetensors", "*.pt", "*.pth", "*.ckpt", "*.tar"),
-        *(".env", ".env.*", "*.pem", "*.key", "*.p12", "*.pfx", "id_rsa*", "id_ed25519*", "id_ecdsa*", ".ssh", ".aws", ".netrc"),
-        *(
-            "credentials",
-            "credentials.*",
-            "auth_token",
-            "kubeconfig*",
-            ".kube",
-            "*service-account*.json",
-            "secrets.*",
-            ".gitignore",
-        ),
+        *("id_*", "!id_*.py"),  # ssh's keys; a module may be called so
+        *("*.pem", "*.key", "*.p12", "*.pfx", "*.p8", "*.ppk", "*.jks", "*.keystore", "*.kdbx", "*.gpg", "*.token"),
+        *(".env", ".env.*", "*.env", ".envrc", ".direnv"),
+        *("secrets", "secrets.*", "*.secret", "*.secrets", "*secret*.y*ml", "*secret*.json", "*secret*.toml"),
+        *("credentials", "credentials.*", ".credentials", "*credentials*.json", ".git-credentials", "auth_token", ".vault-token"),
+        *("key.json", "*-key.json", "*_key.json", "*-keys.json", "*keyfile*.json", "*service-account*.json"),
+        *("*service_account*.json", "*serviceaccount*.json", "kaggle.json", "hf_token", ".hf_token"),
+        *(".ssh", ".aws", ".azure", ".boto", ".s3cfg", ".config/gcloud", ".docker", ".dockercfg", ".gnupg", ".kaggle", ".kube"),
+        *("kubeconfig*", "*.kubeconfig", ".mc", "rclone.conf", ".rclone.conf"),
+        *(".netrc", "_netrc", ".pgpass", "pgpass.conf", ".my.cnf", ".mylogin.cnf", ".htpasswd"),
+        *(".npmrc", ".yarnrc", ".yarnrc.yml", ".pypirc", "pip.conf"),
+        *("*.tfvars", "*.tfvars.json", "*.tfstate", "*.tfstate.*", ".terraform"),
     ]
 )
+YAML = (".yaml", ".yml")
+SECRET, HOLDS, KEPT, LINK = "may hold secrets", "hold a password", "are data", "are links to what does not travel"
 
 
-def files(workspace: Path, limit: int = LIMIT) -> list[Path]:
-    """Relative paths of what travels, sorted; ConfigError above `limit` bytes."""
-    found = sorted(_walk(workspace, Path(), []))
-    sizes = {path: (workspace / path).stat().st_size for path in found}
+@dataclass
+class Packed:
+    """`files`: relative paths of what travels, sorted; `left_out`: of what does not, though no .gitignore says so, by reason."""
+
+    files: list[Path] = field(default_factory=list)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+
+    def leave(self, reason: str, path: Path, folder: bool = False) -> None:
+        self.left_out.setdefault(reason, []).append(f"{path}{'/' if folder else ''}")
+
+
+def private(path: str) -> bool:
+    """Whether a path, relative to the workspace, is never to be shown or sent: a secret by its name, or data."""
+    return bool(_never(path))
+
+
+def _never(path: str) -> str | None:
+    if MACHINERY.match_file(path):
+        return ""
+    return SECRET if SECRETS.match_file(path.lower()) else KEPT if DATA.match_file(path) else None
+
+
+def look(workspace: Path, limit: int = LIMIT) -> Packed:
+    """What travels, and what does not; ConfigError above `limit` bytes."""
+    packed, links = Packed(), list[Path]()
+    for path in _walk(workspace, Path(), [], packed):
+        if (workspace / path).is_symlink():
+            links.append(path)
+        elif path.suffix.lower() in YAML and _holds_password(workspace / path):
+            packed.leave(HOLDS, path)
+        else:
+            packed.files.append(path)
+    travels = set(packed.files)
+    for path in links:
+        target, home = (workspace / path).resolve(), workspace.resolve()
+        if target.is_relative_to(home) and target.relative_to(home) in travels:
+            packed.files.append(path)
+        else:
+            packed.leave(LINK, path)
+    packed.files.sort()
+    sizes = {path: (workspace / path).stat().st_size for path in packed.files}
     if (total := sum(sizes.values())) > limit:
         biggest = sorted(sizes, key=lambda p: -sizes[p])[:SHOWN]
         shown = "\n".join(f"  {sizes[p] / 2**20:8.1f} MiB  {p}" for p in biggest)
@@ -48,41 +99,51 @@ def files(workspace: Path, limit: int = LIMIT) -> list[Path]:
             f"the workspace {workspace} has {total / 2**20:.1f} MiB to send, and the limit is {limit / 2**20:.0f}; data "
             f"belongs into storage. Put what the job does not need into .gitignore. The biggest:\n{shown}"
         )
-    return found
+    return packed
 
 
-def _walk(workspace: Path, folder: Path, specs: list[tuple[Path, GitIgnoreSpec]]) -> Iterator[Path]:
+def _holds_password(path: Path) -> bool:
+    return bool(redact.secret_lines(path.read_text(encoding="utf-8", errors="replace").split("\n"), settings=True))
+
+
+def _walk(workspace: Path, folder: Path, specs: list[tuple[Path, GitIgnoreSpec]], packed: Packed) -> Iterator[Path]:
     ignore = workspace / folder / ".gitignore"
     if ignore.is_file():
         lines = ignore.read_text(encoding="utf-8", errors="replace").splitlines()
         specs = [*specs, (folder, GitIgnoreSpec.from_lines(lines))]
-    for entry in os.scandir(workspace / folder):
-        path = folder / entry.name
-        inside = (workspace / path).resolve().is_relative_to(workspace.resolve())
-        if entry.is_dir(follow_symlinks=False):
-            if not _ignored(path, True, specs):
-                yield from _walk(workspace, path, specs)
-        elif entry.is_file() and inside and not _ignored(path, False, specs):
+    for entry in sorted(os.scandir(workspace / folder), key=lambda e: e.name):
+        path, is_folder = folder / entry.name, entry.is_dir(follow_symlinks=False)
+        if _ignored(path, is_folder, specs):
+            continue
+        reason = _never(f"{path}/" if is_folder else str(path))
+        if reason is not None:
+            if reason:
+                packed.leave(reason, path, is_folder)
+        elif is_folder:
+            yield from _walk(workspace, path, specs, packed)
+        elif entry.is_file() or entry.is_symlink():
             yield path
 
 
 def _ignored(path: Path, folder: bool, specs: list[tuple[Path, GitIgnoreSpec]]) -> bool:
-    """As git decides: the deepest .gitignore that says anything of the path; NEVER above them all."""
-    mark = "/" if folder else ""
-    if NEVER.match_file(f"{path}{mark}"):
-        return True
+    """As git decides: the deepest .gitignore that says anything of the path."""
     for base, spec in reversed(specs):
-        said = spec.check_file(f"{path.relative_to(base)}{mark}").include
+        said = spec.check_file(f"{path.relative_to(base)}{'/' if folder else ''}").include
         if said is not None:
             return said
     return False
 
 
-def stage(workspace: Path, target: Path, limit: int = LIMIT) -> None:
-    """Copies what travels into a folder."""
-    for path in files(workspace, limit):
+def stage(workspace: Path, target: Path, limit: int = LIMIT) -> Packed:
+    """Copies what travels into a folder, and says what does not."""
+    packed = look(workspace, limit)
+    for path in packed.files:
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(workspace / path, target / path)
+    for reason, paths in packed.left_out.items():
+        more = f" and {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
+        log.warning("not sent with the job: %d paths that %s: %s%s", len(paths), reason, ", ".join(paths[:SHOWN]), more)
+    return packed
 
 
 def stage_package(target: Path) -> Path:

@@ -16,9 +16,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from heliostat.cluster import files, http, local
+from heliostat.cluster import files, http, local, private
 from heliostat.cluster.files import ClusterFile
 from heliostat.errors import ClusterError, ConfigError
+from heliostat.redact import carries_secret
 
 TUNNEL_S = 60.0
 
@@ -57,17 +58,26 @@ def endpoint(target: str | None) -> Iterator[Endpoint]:
             ):
                 yield Endpoint(url, token, False, cluster)
         else:
-            service = ["kubectl", "-n", cluster.namespace, "port-forward", f"service/{cluster.name}-head-svc"]
-            with _tunnel(service, kube_token(cluster)) as (url, token):
+            name = kube_name(cluster)
+            service = ["kubectl", "-n", cluster.namespace, "port-forward", f"service/{kube_service(cluster, name)}"]
+            with _tunnel(service, kube_token(cluster, name)) as (url, token):
                 yield Endpoint(url, token, False, cluster)
     else:
+        if carries_secret(target if "://" in target else f"http://{target}"):
+            raise ConfigError("--cluster: the address must not carry a token; set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH")
         url = target if target.startswith(("http://", "https://")) else f"http://{target}"
         here = any(url.startswith(f"http://{host}") for host in ("127.", "localhost"))
-        token = next((s.token for s in local.known() if s.url == url.rstrip("/")), None) or http.own_token()
-        yield _answering(Endpoint(url.rstrip("/"), token, here))
+        if state := next((s for s in local.known() if s.url == url.rstrip("/")), None):
+            yield _local(state, None)
+        else:
+            yield _answering(Endpoint(url.rstrip("/"), http.own_token(), here))
 
 
 def _local(state: local.State, cluster: ClusterFile | None) -> Endpoint:
+    if http.probe(state.url) and not private.ours(state.url):
+        raise ClusterError(
+            f"{state.url}: what answers there is no process of this user, so it was sent no token; is {state.name} down?"
+        )
     return _answering(Endpoint(state.url, state.token or None, True, cluster))
 
 
@@ -84,11 +94,28 @@ def _port(cluster: ClusterFile) -> str:
     return local.url_of(cluster).rpartition(":")[2] if cluster.provider == "local" else "8265"
 
 
-def kube_token(cluster: ClusterFile) -> str | None:
-    """KubeRay keeps the token in a secret of the cluster's name."""
-    name = (cluster.spec.get("authOptions") or {}).get("secretName") or cluster.name
-    command = ["kubectl", "-n", cluster.namespace, "get", "secret", name, "-o", "jsonpath={.data.auth_token}"]
-    return base64.b64decode(tool(command, f"reading the token of {cluster.name}")).decode() or None
+def kube_name(cluster: ClusterFile) -> str:
+    """The RayCluster's name: the file's, or for a RayJob the one that KubeRay gave the cluster that it made for the job."""
+    if cluster.kind == "RayCluster":
+        return cluster.name
+    command = ["kubectl", "-n", cluster.namespace, "get", "rayjob", cluster.name, "-o", "jsonpath={.status.rayClusterName}"]
+    name = tool(command, f"finding the cluster of the job {cluster.name}").strip()
+    if not name:
+        raise ClusterError(f"{cluster.path}: the job {cluster.name} has no cluster yet; it may wait for its quota (`suspend`)")
+    return name
+
+
+def kube_service(cluster: ClusterFile, name: str) -> str:
+    """The name of the service that leads to the head."""
+    given = (cluster.spec["headGroupSpec"].get("headService") or {}).get("metadata") or {}
+    return given.get("name") or f"{name}-head-svc"
+
+
+def kube_token(cluster: ClusterFile, name: str) -> str | None:
+    """KubeRay keeps the token in a secret of the RayCluster's name."""
+    secret = (cluster.spec.get("authOptions") or {}).get("secretName") or name
+    command = ["kubectl", "-n", cluster.namespace, "get", "secret", secret, "-o", "jsonpath={.data.auth_token}"]
+    return base64.b64decode(tool(command, f"reading the token of {name}")).decode() or None
 
 
 def tool(command: list[str], what: str, timeout: float = 600.0) -> str:
@@ -117,7 +144,7 @@ def _tunnel(command: list[str], token: str | None) -> Iterator[tuple[str, str | 
     process = subprocess.Popen([*command, place], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + TUNNEL_S
     try:
-        while http.probe(url, token) != 200:
+        while not (private.ours(url) and http.probe(url, token) == 200):  # the port was free for a moment: for others too
             if process.poll() is not None:
                 said = (process.stderr.read() if process.stderr else "").strip().splitlines()
                 raise ClusterError(f"`{' '.join(command[:3])}` failed: {said[-1] if said else process.returncode}")

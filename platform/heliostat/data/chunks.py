@@ -1,9 +1,9 @@
 """Reading samples from the shards: each chunk once, several at a time, and every fault told apart.
 
-A chunk that is damaged (its pages' checksums, its Parquet structure, its number of tokens) makes all its samples bad, a token
-outside the vocabulary makes its own sample bad: both are the same whenever and wherever they are read, and `Dataset.load`
-replaces them. A shard that is missing, or a store that fails beyond its retry budget, is an error instead: it may be whole
-again tomorrow, and replacing its samples would make the run depend on the weather.
+A chunk that is damaged or was exchanged (its shard's footer, its bytes, its pages' checksums, its Parquet structure, its number
+of tokens) makes all its samples bad, a token outside the vocabulary makes its own sample bad: both are the same whenever and
+wherever they are read, and `Dataset.load` replaces them. A shard that is missing, or a store that fails beyond its retry
+budget, is an error instead: it may be whole again tomorrow, and replacing its samples would make the run depend on the weather.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from heliostat.data import shard
 from heliostat.data.content import Content, join, take
 from heliostat.data.manifest import Manifest
 from heliostat.data.order import Samples
@@ -43,6 +43,8 @@ class Chunks:
         self.sources, self.length = sources, length
         self._paths = [s.chunks["path"] for s in sources]
         self._groups = [s.chunks["row_group"].to_numpy() for s in sources]
+        self._footers = [s.chunks["footer"] for s in sources]
+        self._contents = [s.chunks["content"] if "content" in s.chunks.column_names else None for s in sources]
         self._sizes = [s.chunks["tokens" if length else "rows"].to_numpy() for s in sources]
         self._vocabulary = [int(s.meta.get("vocab_size", np.iinfo(np.int32).max)) for s in sources]
 
@@ -75,21 +77,23 @@ class Chunks:
             parts = list(pool.map(fill, members))
         return Gathered(_arrange(parts, members) if tokens is None else tokens, faults)
 
-    def shard(self, source: int, chunk: int) -> Location:
+    def file(self, source: int, chunk: int) -> Location:
         """The file that a chunk is in."""
         return self.sources[source].location.join(self._paths[source][chunk].as_py())
 
     def place(self, source: int, chunk: int) -> str:
-        return f"{self.shard(source, chunk)}: row group {self._groups[source][chunk]}"
+        return f"{self.file(source, chunk)}: row group {self._groups[source][chunk]}"
 
     def read(self, source: int, chunk: int) -> Content:
         """All samples of a chunk; DamagedError says what is wrong with it."""
-        location, place, length = self.shard(source, chunk), self.place(source, chunk), self.length
+        location, place, length = self.file(source, chunk), self.place(source, chunk), self.length
+        group, footer = int(self._groups[source][chunk]), self._footers[source][chunk].as_py()
+        contents = self._contents[source]
+        content = contents[chunk].as_py() if contents is not None else ""
 
         def get() -> pa.Table:
             with location.fs.open_input_file(location.path) as f:
-                file = pq.ParquetFile(f, page_checksum_verification=True, pre_buffer=True)
-                return file.read_row_group(int(self._groups[source][chunk]), columns=["tokens"] if length else None)
+                return shard.read_group(f, group, "tokens" if length else None, footer, content)
 
         try:
             table = location.attempt(get)

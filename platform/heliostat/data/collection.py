@@ -22,20 +22,13 @@ KIND = "collection"
 def write(location: Location, rows: list[dict[str, Any]], meta: dict[str, Any]) -> Manifest:
     """The manifests of all parts (`meta["parts"]`: what is special of each), then the collection's, of rows `PART/shards/...`."""
     parts = {name: own for name, own in meta["parts"].items() if any(r["path"].startswith(f"{name}/") for r in rows)}
-    held = {}
+    held, digests = {}, {}
     for name, own in parts.items():
         inside = [{**r, "path": r["path"].removeprefix(f"{name}/")} for r in rows if r["path"].startswith(f"{name}/")]
         special = {"name": f"{meta['name']}-{name}", "documents": sum(r["rows"] for r in inside), "dropped": {}}
         made = manifest.write(location.join(name), inside, {**{k: v for k, v in meta.items() if k != "parts"}, **special, **own})
-        held[name] = made.rows
-    return manifest.write(location, rows, {**meta, "kind": KIND, "parts": held})
-
-
-def clear(location: Location) -> None:
-    """Deletes the parts that an earlier dataset at this place had."""
-    for name in location.folders():
-        if location.join(name, manifest.FILE).exists():
-            location.join(name).delete()
+        held[name], digests[name] = made.rows, made.digest
+    return manifest.write(location, rows, {**meta, "kind": KIND, "parts": held, "digests": digests})
 
 
 def expand(job: Job) -> Job:
@@ -47,6 +40,12 @@ def expand(job: Job) -> Job:
         if held.get("kind") != KIND:
             found.append((source, [(source.path, 1.0)]))
             continue
+        for name, digest in held.get("digests", {}).items():
+            if (now := manifest.read(place.join(name)).digest) != digest:
+                raise ConfigError(
+                    f"data.sources: {source.path}: its part {name} is {now[:12]}, but {digest[:12]} is listed: a prepare is at "
+                    "work or broke off; run it again"
+                )
         total = sum(held["parts"].values())
         found.append((source, [(place.join(name).uri, rows / total) for name, rows in sorted(held["parts"].items())]))
     if all(parts == [(source.path, 1.0)] for source, parts in found):

@@ -6,6 +6,8 @@ columns. Nothing else in the engine looks inside.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
@@ -51,16 +53,65 @@ def unpack(data: pa.Buffer, samples: int, tokens: bool) -> Content:
 
 
 def sample_bytes(content: Content) -> Iterator[bytes | memoryview | pa.Buffer]:
-    """Each sample's bytes, for a digest: a row's values, each with its length, column by column."""
+    """Each sample's bytes, for a digest: tokens as they are; of a row the columns' names and types, then its values, each with
+    its length or, if it is null, a mark that no length is."""
     if isinstance(content, np.ndarray):
         yield from np.ascontiguousarray(content)
         return
+    head = hashlib.blake2b(json.dumps([[f.name, kind_of(f.type)] for f in content.schema]).encode(), digest_size=16).digest()
     columns = [_values(column) for column in content.columns]
+    for row in range(len(content)):
+        yield b"".join([head, *(_marked(values[row]) for values in columns)])
+
+
+def kind_of(kind: pa.DataType) -> str:
+    """A type as a word of our own, which no version of Arrow changes; a dictionary is the type that it stands for."""
+    if pa.types.is_dictionary(kind):
+        return kind_of(kind.value_type)
+    if pa.types.is_struct(kind):
+        return f"struct<{','.join(f'{json.dumps(f.name)}:{kind_of(f.type)}' for f in kind)}>"
+    if pa.types.is_map(kind):
+        return f"map<{kind_of(kind.key_type)},{kind_of(kind.item_type)}>"
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return f"list<{kind_of(kind.value_type)}>"
+    return str(kind)
+
+
+def _marked(value: bytes | None) -> bytes:
+    return b"\xff" * 8 if value is None else len(value).to_bytes(8, "little") + value
+
+
+BYTES = (
+    pa.types.is_binary,
+    pa.types.is_large_binary,
+    pa.types.is_fixed_size_binary,
+    pa.types.is_string,
+    pa.types.is_large_string,
+)
+
+
+def _values(column: pa.ChunkedArray) -> list[bytes | None]:
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    kind = column.type
+    if any(is_bytes(kind) for is_bytes in BYTES):  # text too: Parquet does not check its UTF-8
+        return column.cast(pa.large_binary()).to_pylist()
+    if pa.types.is_temporal(kind) and kind.bit_width in (32, 64):  # as numbers: a zone has as many spellings as libraries
+        column = column.cast(pa.int32() if kind.bit_width == 32 else pa.int64())
+    return [None if v is None else repr(v).encode() for v in column.to_pylist()]
+
+
+def sample_bytes_1(content: Content) -> Iterator[bytes | memoryview | pa.Buffer]:
+    """The same as receipts of version 1 have it, which see neither names and types nor, in bytes, what is null."""
+    if isinstance(content, np.ndarray):
+        yield from sample_bytes(content)
+        return
+    columns = [_values_1(column) for column in content.columns]
     for values in zip(*columns, strict=True):
         yield b"".join(len(value).to_bytes(8, "little") + value for value in values)
 
 
-def _values(column: pa.ChunkedArray) -> list[bytes]:
+def _values_1(column: pa.ChunkedArray) -> list[bytes]:
     kind = column.type
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         return [v or b"" for v in column.to_pylist()]

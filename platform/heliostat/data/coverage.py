@@ -7,6 +7,7 @@ window are looked up one by one.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -33,11 +34,17 @@ def cut(plans: list[DataPlan], steps: int) -> list[Segment]:
 
 
 def segment_counts(segment: Segment, manifests: list[Manifest]) -> list[np.ndarray]:
-    """Samples of each source's chunks that the segment's steps took, int64 [chunks] a source; bad ones count as themselves."""
+    """Samples of each source's chunks that the segment's steps took, int64 [chunks] a source; bad ones count as themselves, and
+    what the plan leaves out not at all."""
     skipping = make_order(segment.plan, manifests)
     order = make_order(dataclasses.replace(segment.plan, skips=()), manifests)
-    first, end = skipping.data_step(segment.first), skipping.data_step(segment.end - 1) + 1
-    return [b - a for a, b in zip(counts(order, first), counts(order, end), strict=True)]
+    left_out = [at for at, _ in skipping.skips if segment.first < at < segment.end]
+    total = [np.zeros(len(split.samples), np.int64) for split in order.splits]
+    for first, end in itertools.pairwise(sorted({segment.first, *left_out, segment.end})):
+        before, after = (counts(order, step) for step in (skipping.data_step(first), skipping.data_step(end - 1) + 1))
+        for taken, a, b in zip(total, before, after, strict=True):
+            taken += b - a
+    return total
 
 
 def counts(order: Order, step: int) -> list[np.ndarray]:
@@ -64,7 +71,7 @@ def counts(order: Order, step: int) -> list[np.ndarray]:
 def shards(manifest: Manifest, chunk_counts: np.ndarray) -> dict[str, int]:
     """Samples by shard, those that gave any, in manifest order."""
     out: dict[str, int] = {}
-    for path, count in zip(manifest.chunks["path"].to_pylist(), chunk_counts.tolist(), strict=True):
+    for path, count in zip(manifest.paths, chunk_counts.tolist(), strict=True):
         if count:
             out[path] = out.get(path, 0) + count
     return out
@@ -73,7 +80,7 @@ def shards(manifest: Manifest, chunk_counts: np.ndarray) -> dict[str, int]:
 def ranges(manifest: Manifest, seen: dict[str, int]) -> Iterator[tuple[str, str]]:
     """The shards in `seen` as (first, last) of what is consecutive in the manifest."""
     run: list[str] = []
-    for path in dict.fromkeys(manifest.chunks["path"].to_pylist()):
+    for path in dict.fromkeys(manifest.paths):
         if path in seen:
             run.append(path)
         elif run:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from heliostat.data import manifest
+from heliostat.data import manifest, versions
 from heliostat.data.manifest import SHARDS, Manifest
 from heliostat.errors import DataError
 from heliostat.storage import Location
@@ -24,7 +24,11 @@ from heliostat.storage import Location
 log = logging.getLogger(__name__)
 
 READERS = 32  # threads: a footer is one or two small requests, which object storage answers slowly but in parallel
-NOT_IN_FOOTERS = ("bytes", "unigram_entropy")  # what a pipeline counted in the text or the tokens: no longer true with more
+NOT_IN_FOOTERS = (
+    "bytes",
+    "cuts",
+    "unigram_entropy",
+)  # counted in the text or the tokens: no longer true with more
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,12 @@ def index(location: Location) -> Report:
     start = time.monotonic()
     before = manifest.read(location)
     sizes = {f"{SHARDS}/{path}": size for path, size in location.join(SHARDS).files()}
-    listed = dict(zip(before.chunks["path"].to_pylist(), before.chunks["file_bytes"].to_pylist(), strict=True))
+    listed = dict(zip(before.paths, before.chunks["file_bytes"].to_pylist(), strict=True))
     _check_listed(location, listed, sizes)
-    new = sorted(p for p in sizes if p not in listed and p.count("/") == 1 and p.endswith(".parquet"))
+    found = {p for p in sizes if p not in listed and p.count("/") == 1 and p.endswith(".parquet")}
+    new = sorted(found - _of_replaced(location)) if found else []
+    if len(new) < len(found):
+        log.info("%s: %d shards of replaced versions are not taken", location, len(found) - len(new))
     after = _extend(before, new) if new else before
     return Report(
         dataset=str(location),
@@ -60,6 +67,11 @@ def index(location: Location) -> Report:
         rows=after.rows,
         seconds=round(time.monotonic() - start, 2),
     )
+
+
+def _of_replaced(location: Location) -> set[str]:
+    """The shards of every version that is kept: those that the newest does not list were there before it was prepared."""
+    return {path for version in versions.all_versions(location).values() for path in version.paths}
 
 
 def _check_listed(location: Location, listed: dict[str, int], sizes: dict[str, int]) -> None:
@@ -80,9 +92,10 @@ def _extend(before: Manifest, paths: list[str]) -> Manifest:
     for path, rows in zip(paths, found, strict=True):
         if not rows:
             raise DataError(f"{before.location.join(path)}: holds no row group; take it away")
-    added = pa.Table.from_pylist([row for rows in found for row in rows], schema=manifest.SCHEMA)
+    schema = manifest.schema_of(before.chunks.column_names)  # no data is read: content stays unknown
+    added = pa.Table.from_pylist([{**manifest.UNKNOWN, **row} for rows in found for row in rows], schema=schema)
     manifest.keep(before)
-    chunks = pa.concat_tables([before.chunks.cast(manifest.SCHEMA), added])
+    chunks = pa.concat_tables([before.chunks.cast(schema), added])
     return manifest.write_table(before.location, chunks, _meta(before.meta, added))
 
 

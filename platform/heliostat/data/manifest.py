@@ -1,10 +1,11 @@
 """The manifest: one Parquet table per dataset, a row per chunk (= Parquet row group). Its digest is the dataset's identity.
 
-A dataset is a folder: `shards/*.parquet`, whatever its kind needs beside them (`tokenizer.json`), and `manifest.parquet`,
+A dataset is a folder: shards below `shards/`, whatever its kind needs beside them (`tokenizer.json`), and `manifest.parquet`,
 which is written last: a folder without it is no dataset. `manifests/` keeps every version under the first digits of its
-digest, so a run can go on with the shards that it began with after others were added. The table's schema metadata holds
-one JSON object under `heliostat`: `kind` ("tokens": rows are documents in a `tokens` list column; "rows": a row is a
-sample), `digest`, and what the pipeline wants to say (tokenizer digest, vocabulary size, counts).
+digest, so a run can go on with the shards that it began with after others were added or the dataset was prepared anew. The
+table's schema metadata holds one JSON object under `heliostat`: `kind` ("tokens": rows are documents in a `tokens` list
+column; "rows": a row is a sample), `digest`, `files` (plain name -> this version's own copy), and what the pipeline wants to
+say (tokenizer digest, vocabulary size, counts). A manifest that names a place outside its folder is refused.
 
 The digest is SHA-256 over the chunk table and the metadata, so it changes with any shard's bytes
 (`footer` hashes the Parquet footer: sizes, offsets, statistics and the content hash that the writer put there).
@@ -15,20 +16,24 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from heliostat.data import mapped
+from heliostat.data import mapped, shard
 from heliostat.errors import DataError
 from heliostat.storage import Location
 
 FILE = "manifest.parquet"
 VERSIONS = "manifests"
 SHARDS = "shards"
+FILES = "files"  # what versions need beside their shards, each named after its content
+BESIDE = ("tokenizer.json", "empty_caption.bin")  # which versions without `files` in their metadata may have
 SCHEMA = pa.schema(
     [
         ("path", pa.string()),  # relative to the dataset's folder
@@ -38,9 +43,16 @@ SCHEMA = pa.schema(
         ("bytes", pa.int64()),  # compressed, of the row group
         ("file_bytes", pa.int64()),
         ("footer", pa.string()),  # hex digest of the file's Parquet footer
-        ("place", pa.int64()),  # the greatest of its documents' places, of PLACES; -1: not known
     ]
 )
+# columns that came later, which a dataset has or has not
+LATER = pa.schema(
+    [
+        ("content", pa.string()),  # hex digest of the chunk's stored bytes, "" if unknown
+        ("place", pa.int64()),  # the greatest of its documents' places, of PLACES; -1 if unknown
+    ]
+)
+UNKNOWN = {"content": "", "place": -1}
 PLACES = 1 << 52  # a document's place is its text's hash, counted from the end: the split holds out those below a fraction
 PLACES_KEY = b"heliostat.places"  # in a shard's footer: of each row group
 SLICE = 1 << 16  # rows that are looked at together, where all would take much memory
@@ -69,9 +81,23 @@ class Manifest:
         assert sequence_length, "a token dataset is cut into sequences of a given length"
         return self.chunks["tokens"].to_numpy() // sequence_length
 
+    def file(self, name: str) -> Location:
+        """Where a file lies that this version needs beside its shards, such as `tokenizer.json`."""
+        if path := self.meta.get("files", {}).get(name):
+            return self.location.join(path)
+        kept = self.location.join(kept_path(self.digest, name))
+        return kept if kept.exists() else self.location.join(name)
+
+    @property
+    def paths(self) -> list[str]:
+        """Of each chunk's shard."""
+        return self.chunks["path"].cast(pa.string()).to_pylist()
+
     @property
     def places(self) -> np.ndarray:
-        """Of each chunk, int64; -1: not known."""
+        """Of each chunk, int64; -1 if unknown."""
+        if "place" not in self.chunks.column_names:
+            return np.full(len(self.chunks), UNKNOWN["place"])
         return self.chunks["place"].to_numpy()
 
     @property
@@ -86,10 +112,8 @@ class Manifest:
 def digest(chunks: pa.Table, meta: dict[str, Any]) -> str:
     """64 hex digits over the chunk rows and `meta` (without its own digest), independent of Parquet encoding."""
     h = hashlib.sha256(json.dumps({k: v for k, v in meta.items() if k != "digest"}, sort_keys=True).encode())
-    for column in SCHEMA:
+    for column in schema_of(chunks.column_names):
         values = chunks[column.name]
-        if column.name == "place" and ((values := values.fill_null(-1)).to_numpy() < 0).all():  # as it was before there were any
-            continue
         for start in range(0, len(values), SLICE):
             part = values.slice(start, SLICE)
             if column.type == pa.string():
@@ -98,6 +122,11 @@ def digest(chunks: pa.Table, meta: dict[str, Any]) -> str:
             else:
                 h.update(part.to_numpy().astype("<i8").tobytes())
     return h.hexdigest()
+
+
+def schema_of(names: Iterable[str]) -> pa.Schema:
+    """Of a manifest that has columns of these names: all of SCHEMA, and those of LATER that it has."""
+    return pa.schema([*SCHEMA, *(field for field in LATER if field.name in set(names))])
 
 
 def place(hash: str) -> int:
@@ -112,18 +141,13 @@ def read_footer(location: Location, path: str, token_column: str | None, vocab_s
     """
     place = location.join(path)
 
-    def get() -> tuple[int, bytes]:
+    def get() -> shard.Footer:
         with place.fs.open_input_file(place.path) as f:
-            size = f.size()
-            tail = f.read_at(min(size, 64 << 10), max(0, size - (64 << 10)))
-            length = int.from_bytes(tail[-8:-4], "little") + 8
-            if length > size:  # a damaged length would make pyarrow reserve gigabytes
-                raise pa.ArrowInvalid(f"its footer claims {length:,} of the file's {size:,} bytes")
-            return size, tail[-length:] if length <= len(tail) else f.read_at(length, size - length)
+            return shard.read_footer(f)
 
     try:
-        size, footer = place.attempt(get)
-        parquet = pq.read_metadata(io.BytesIO(footer))
+        footer = place.attempt(get)
+        parquet = footer.parquet
         names = [parquet.schema.column(i).path.split(".")[0] for i in range(parquet.num_columns)]
     except FileNotFoundError as e:
         raise DataError(f"{place}: the shard is missing") from e
@@ -131,8 +155,6 @@ def read_footer(location: Location, path: str, token_column: str | None, vocab_s
         raise DataError(f"{place}: not a readable Parquet file ({e})") from e
     if token_column:
         _check_tokens(place, parquet, [i for i, name in enumerate(names) if name == token_column], token_column, vocab_size)
-    footer_digest = hashlib.sha256(footer).hexdigest()[:32]
-    places = _places(parquet)
     rows = []
     for group in range(parquet.num_row_groups):
         info = parquet.row_group(group)
@@ -144,23 +166,22 @@ def read_footer(location: Location, path: str, token_column: str | None, vocab_s
                 "rows": info.num_rows,
                 "tokens": sum(c.num_values for c, name in zip(columns, names, strict=True) if name == token_column),
                 "bytes": sum(c.total_compressed_size for c in columns),
-                "file_bytes": size,
-                "footer": footer_digest,
-                "place": places[group],
+                "file_bytes": footer.size,
+                "footer": footer.digest,
             }
         )
-    return rows
+    places = _places(parquet)
+    return [{**row, "place": most} for row, most in zip(rows, places, strict=True)] if places else rows
 
 
 def _places(parquet: pq.FileMetaData) -> list[int]:
-    """Of each row group, as the footer has them; -1 where it does not, or not for these row groups."""
-    unknown = [-1] * parquet.num_row_groups
+    """Of each row group, if the footer has them and has them of just these row groups."""
     try:
         found = json.loads((parquet.metadata or {}).get(PLACES_KEY, b"[]"))
     except ValueError:
-        return unknown
-    right = isinstance(found, list) and len(found) == len(unknown) and all(type(p) is int and 0 <= p < PLACES for p in found)
-    return found if right else unknown
+        return []
+    right = isinstance(found, list) and len(found) == parquet.num_row_groups
+    return found if right and all(type(p) is int and 0 <= p < PLACES for p in found) else []
 
 
 def _check_tokens(place: Location, parquet: pq.FileMetaData, columns: list[int], name: str, vocab_size: int | None) -> None:
@@ -185,12 +206,14 @@ def _check_tokens(place: Location, parquet: pq.FileMetaData, columns: list[int],
 
 def write(location: Location, rows: list[dict[str, Any]], meta: dict[str, Any]) -> Manifest:
     """Sorts the rows by path and row group, computes the digest and writes the manifest: the dataset now exists."""
-    return write_table(location, pa.Table.from_pylist(rows, schema=SCHEMA), meta)
+    names = set().union(*rows)
+    filled = [{**{name: unknown for name, unknown in UNKNOWN.items() if name in names}, **row} for row in rows]
+    return write_table(location, pa.Table.from_pylist(filled, schema=schema_of(names)), meta)
 
 
 def write_table(location: Location, chunks: pa.Table, meta: dict[str, Any]) -> Manifest:
     """`write` for rows that are a table already."""
-    chunks = _compact(chunks.cast(SCHEMA).sort_by([("path", "ascending"), ("row_group", "ascending")]))
+    chunks = _compact(chunks.sort_by([("path", "ascending"), ("row_group", "ascending")]))
     made = Manifest(location, chunks, {**meta, "digest": digest(chunks, meta)})
     keep(made)
     location.join(FILE).write(_encode(made))
@@ -199,28 +222,37 @@ def write_table(location: Location, chunks: pa.Table, meta: dict[str, Any]) -> M
 
 def keep(version: Manifest) -> None:
     """Sees to it that this version is among those kept: datasets made before there were any have only `manifest.parquet`."""
-    place = version.location.join(VERSIONS, _name(version.digest))
+    place = version.location.join(VERSIONS, version_name(version.digest))
     if not place.exists():
         place.write(_encode(version))
 
 
 def _compact(chunks: pa.Table) -> pa.Table:
-    """With what is the same in all chunks of a file held once, and -1 where no place is given: about 50 bytes a chunk."""
+    """With what is the same in all chunks of a file held once."""
     for name in ("path", "footer"):
         column = chunks[name] if pa.types.is_dictionary(chunks[name].type) else chunks[name].dictionary_encode()
         chunks = chunks.set_column(chunks.schema.get_field_index(name), name, column.unify_dictionaries())
-    places = chunks["place"].fill_null(-1) if "place" in chunks.column_names else pa.array(np.full(len(chunks), -1))
-    chunks = chunks.select([f.name for f in SCHEMA if f.name != "place"]).append_column("place", places)
     return chunks.combine_chunks()
 
 
-def _name(digest: str) -> str:
+def version_name(digest: str) -> str:
     return f"{digest[:12]}.parquet"
+
+
+def kept_path(digest: str, name: str) -> str:
+    """Where a file beside the shards of a version without `files` goes when the version is replaced."""
+    return f"{FILES}/{digest[:12]}-{name}"
+
+
+def read_version(location: Location, name: str) -> Manifest:
+    """The version in a file of `manifests/`; DataError if it cannot be read."""
+    return _read(location, VERSIONS, name)
 
 
 def _encode(made: Manifest) -> bytes:
     buffer = io.BytesIO()
-    chunks = made.chunks.cast(SCHEMA).replace_schema_metadata({"heliostat": json.dumps(made.meta)})
+    chunks = made.chunks.cast(schema_of(made.chunks.column_names))
+    chunks = chunks.replace_schema_metadata({"heliostat": json.dumps(made.meta)})
     pq.write_table(chunks, buffer, compression="zstd")
     return buffer.getvalue()
 
@@ -236,11 +268,11 @@ def read(location: Location, digest: str | None = None) -> Manifest:
         return newest
     changed = f"{location}: the dataset changed under the run (digest {newest.digest[:12]}, was {digest[:12]})"
     try:
-        found = _read(location, VERSIONS, _name(digest))
+        found = _read(location, VERSIONS, version_name(digest))
     except FileNotFoundError as e:
         raise DataError(f"{changed}, and that version was not kept") from e
     if found.digest != digest:
-        raise DataError(f"{changed}, and {VERSIONS}/{_name(digest)} is {found.digest}, not {digest}")
+        raise DataError(f"{changed}, and {VERSIONS}/{version_name(digest)} is {found.digest}, not {digest}")
     return found
 
 
@@ -264,14 +296,27 @@ def _read(location: Location, *parts: str) -> Manifest:
     try:
         table = pq.read_table(pa.BufferReader(raw), read_dictionary=["path", "footer"])
         meta = json.loads(table.schema.metadata[b"heliostat"])
-        chunks = _compact(table.replace_schema_metadata(None))
-        if any(f.type != chunks.schema.field(f.name).type for f in SCHEMA if f.type != pa.string()):
+        chunks = table.replace_schema_metadata(None)
+        known = schema_of(chunks.column_names)
+        chunks = _compact(chunks.select(known.names))
+        if any(f.type != chunks.schema.field(f.name).type for f in known if f.name not in ("path", "footer")):
             raise ValueError("columns of other types")
         if any(column.null_count for column in chunks.columns):
             raise ValueError("values are missing")
-        found = digest(chunks, meta)
+        found, outside = digest(chunks, meta), _outside(chunks, meta)
     except (pa.ArrowException, OSError, AttributeError, KeyError, TypeError, ValueError) as e:
         raise DataError(f"{place}: not a heliostat manifest, or damaged") from e
     if found != meta.get("digest"):
         raise DataError(f"{place}: does not match its own digest; prepare the dataset again")
+    if outside is not None:
+        raise DataError(f"{place}: names {outside!r}, which is not a place inside the dataset; do not use it")
     return Manifest(location, chunks, meta)
+
+
+def _outside(chunks: pa.Table, meta: dict[str, Any]) -> str | None:
+    """The first path that leaves the dataset's folder (`../x`, `/x`) or is none (`a//b`), if there is one."""
+    files, digests = meta.get("files", {}), meta.get("digests", {})
+    named = [*meta.get("parts", {}), *files, *files.values(), *digests, *digests.values()]
+    paths = pa.chunked_array([pc.unique(chunks["path"]).cast(pa.string()), pa.array(named, pa.string())])
+    bad = paths.filter(pc.match_substring_regex(paths, r"(^|[/\\])\.{0,2}([/\\]|$)|[\x00-\x1f\x7f]"))
+    return bad[0].as_py() if len(bad) else None

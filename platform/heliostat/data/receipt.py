@@ -3,6 +3,9 @@
 A sample's digest is BLAKE2b-64 over where it is (source, epoch, chunk, row) and its content. A step's digest is BLAKE2b-128
 over its samples' digests in lane order, through one digest a lane, so that each worker hashes only what it has. The chain
 is h(t) = BLAKE2b-128(h(t-1) + step digest), from h(-1) = "". None of it depends on the number of workers.
+
+Receipts say which version of this they are of. Version 2 hashes the names, types and nulls of rows too; of tokens it is the same
+as version 1, whose receipts say none. A run that is resumed goes on with the newest: each receipt is checked by its own.
 """
 
 from __future__ import annotations
@@ -12,17 +15,19 @@ import json
 
 import numpy as np
 
-from heliostat.data.content import Content, sample_bytes
+from heliostat.data.content import Content, sample_bytes, sample_bytes_1
 from heliostat.data.order import Samples
 
 GENESIS = ""
+VERSION = 2
+CONTENTS = {1: sample_bytes_1, 2: sample_bytes}
 
 
-def sample_digests(samples: Samples, contents: Content) -> np.ndarray:
+def sample_digests(samples: Samples, contents: Content, version: int = VERSION) -> np.ndarray:
     """uint64 [n], from the samples' places and their contents."""
     places = np.stack([samples.source, samples.epoch, samples.chunk, samples.row], axis=1).astype("<i8")
     out = bytearray()
-    for place, row in zip(places, sample_bytes(contents), strict=True):
+    for place, row in zip(places, CONTENTS[version](contents), strict=True):
         h = hashlib.blake2b(place, digest_size=8)
         h.update(row)
         out += h.digest()
@@ -48,4 +53,5 @@ def extend(chain: str, steps: list[str]) -> str:
 
 def seal(first: int, steps: list[str], chain: str, data_digest: str) -> bytes:
     """The receipt file of steps [first, first + len(steps)): their digests, and the chain after the last of them."""
-    return json.dumps({"first": first, "steps": steps, "chain": chain, "data_digest": data_digest}).encode()
+    sealed = {"version": VERSION, "first": first, "steps": steps, "chain": chain, "data_digest": data_digest}
+    return json.dumps(sealed).encode()

@@ -48,7 +48,7 @@ def _segment(segment: Segment) -> dict[str, Any]:
 
 
 def _source(data: Dataset, number: int, counts: np.ndarray, begin: int, end: int) -> dict[str, Any]:
-    """`samples`: trained on; `range`: of the source's stream, whose epochs follow one another."""
+    """`samples`: trained on; `range`: of the source's stream, whose epochs follow one another, and in it so many `left_out`."""
     manifest, split = data.sources[number], data.order.splits[number]
     seen = coverage.shards(manifest, counts)
     found = list(coverage.ranges(manifest, seen))
@@ -63,9 +63,10 @@ def _source(data: Dataset, number: int, counts: np.ndarray, begin: int, end: int
         "samples": samples,
         "tokens": samples * (data.plan.sequence_length or 0),
         "range": [begin, end],
+        "left_out": end - begin - samples,
         "epochs": samples / int(data.order.epoch_samples[number]),
         "held_out": int(split.held.sum()),
-        "shards": {"seen": len(seen), "total": len(set(manifest.chunks["path"].to_pylist()))},
+        "shards": {"seen": len(seen), "total": len(set(manifest.paths))},
         "ranges": found[:LISTED],
         "ranges_left_out": max(0, len(found) - LISTED),
     }

@@ -32,6 +32,7 @@ class Census:
     buffers: dict[str, tuple[tuple[int, ...], str]]  # persistent ones: shape, dtype
     layer: int  # parameters of the largest module without submodules of its own kind: what ZeRO-3 gathers at once
     flops: float
+    frozen_models: tuple[int, int] = (0, 0)  # bytes of models beside it on the device: in every step; in evaluations, with those
 
     @property
     def parameters(self) -> int:
@@ -66,6 +67,7 @@ def census(recipe: Recipe, model: torch.nn.Module) -> Census:
         buffers={n: (tuple(b.shape), str(b.dtype).removeprefix("torch.")) for n, b in model.named_buffers() if n in kept},
         layer=max(own, default=0),
         flops=recipe.flops_per_sample(model),
+        frozen_models=recipe.frozen_bytes() if hasattr(recipe, "frozen_bytes") else (0, 0),
     )
 
 

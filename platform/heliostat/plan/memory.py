@@ -113,21 +113,26 @@ class Need:
     optimizer: int
     working: int
     activations: int
+    frozen: int  # encoders that are not trained: those of every step, and what evaluations take beyond the room of activations
     margin: int
     host: int
     disk: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.working + self.activations + self.margin
+        return self.weights + self.gradients + self.optimizer + self.working + self.activations + self.frozen + self.margin
 
     def dump(self) -> dict[str, int]:
         return {**asdict(self), "total": self.total}
 
 
-def need(held: State, working_bytes: int, activation_bytes: int, gpu: bool) -> Need:
-    taken = held.device + working_bytes + activation_bytes
+def need(held: State, working_bytes: int, activation_bytes: int, gpu: bool, frozen_models: tuple[int, int] = (0, 0)) -> Need:
+    """`frozen_models`: bytes of them in every step; and in evaluations, which keep no activations."""
+    always, evaluating = frozen_models
+    frozen = max(always, evaluating - activation_bytes)
+    taken = held.device + working_bytes + activation_bytes + frozen
     margin = int(FRAGMENTATION * taken + (CONTEXT if gpu else 0))
     return Need(
-        held.weights, held.gradients, held.masters + held.moments, working_bytes, activation_bytes, margin, held.host, held.disk
-    )
+        held.weights, held.gradients, held.masters + held.moments, working_bytes, activation_bytes, frozen, margin, held.host,
+        held.disk,
+    )  # fmt: skip

@@ -157,7 +157,7 @@ class Planner:
         )
         live = memory.working(model.parameters, model.layer, stage, precision, zero, self.gpu)
         per_sample = self.kept.checkpointed if train.activation_checkpointing else self.kept.kept
-        need = memory.need(held, live, (per_sample + self.kept.largest) * micro, self.gpu)
+        need = memory.need(held, live, (per_sample + self.kept.largest) * micro, self.gpu, model.frozen_models)
         moved = speed.volume(model.parameters, memory.LOW[precision], workers, stage, accumulation)
         samples = train.global_batch / workers
         done = model.flops * samples * (4 / 3 if train.activation_checkpointing else 1)  # the forward pass once more
@@ -241,7 +241,9 @@ class Planner:
 def _refusal(job: Job, device: Device, chosen: dict[str, Any], best: dict[str, Any] | None) -> str:
     need = chosen["memory"]
     parts = ", ".join(
-        f"{k} {need[k] / GIB:.1f}" for k in ("weights", "gradients", "optimizer", "working", "activations", "margin")
+        f"{k} {need[k] / GIB:.1f}"
+        for k in ("weights", "gradients", "optimizer", "working", "activations", "frozen", "margin")
+        if need[k] or k != "frozen"
     )
     if need["total"] > device.memory:
         what = f"needs {need['total'] / GIB:.1f} GiB ({parts}), and {device.name} has {device.memory / GIB:.0f}"

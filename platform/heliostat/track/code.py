@@ -1,7 +1,7 @@
 """The code that a run is made by: commit, what differs from it, Python and packages.
 
-On a cluster there is no `.git`: `heliostat submit` sends what it knew in a file of the workspace (`pack`). Files that may hold
-secrets (those that never travel to a cluster either) are left out of the difference, and only named.
+On a cluster there is no `.git`: `heliostat submit` sends what it knew in a file of the workspace (`pack`). What may hold
+secrets is not in the difference (`diff`), and only named.
 """
 
 from __future__ import annotations
@@ -9,32 +9,43 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import subprocess
 from dataclasses import asdict, dataclass
 from importlib.metadata import distributions
 
 from heliostat import workspace
-from heliostat.cluster.pack import CODE_FILE, NEVER
+from heliostat.cluster.pack import CODE_FILE
+from heliostat.track.diff import difference, git
 
 DIFF_BYTES = 1 << 20  # of a difference that is kept
+UNTRACKED = 1000  # files that git does not know and that are named
 
 
 @dataclass(frozen=True)
 class Source:
-    """`diff`: from the commit to the files that ran, as `git apply` takes it; `untracked`: files that git does not know."""
+    """`diff`: from the commit to the files that ran, as `git apply` takes it; `untracked`: files that git does not know;
+    `left_out`: what the difference lacks, because it may be secret."""
 
     commit: str = ""
     diff: str = ""
     untracked: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     @property
     def dirty(self) -> bool:
-        return bool(self.diff or self.untracked)
+        return bool(self.diff or self.untracked or self.left_out)
 
     @property
     def digest(self) -> str:
         """Names the difference; empty where there is none."""
-        return hashlib.sha256(f"{self.diff}\0{self.untracked}".encode()).hexdigest()[:12] if self.dirty else ""
+        told = f"{self.diff}\0{self.untracked}" + (f"\0{self.left_out}" if self.left_out else "")
+        return hashlib.sha256(told.encode()).hexdigest()[:12] if self.dirty else ""
+
+    def text(self) -> str:
+        """The difference, behind what it lacks."""
+        notes = [f"# not in git: {path}" for path in self.untracked] + [
+            f"# left out, may be secret: {path}" for path in self.left_out
+        ]
+        return "".join(f"{note}\n" for note in notes) + self.diff
 
     def facts(self) -> dict[str, str]:
         return {"commit": self.commit, "diff": self.digest}
@@ -48,16 +59,16 @@ def source() -> Source:
     sent = workspace.root() / CODE_FILE
     if sent.is_file():
         raw = json.loads(sent.read_text())
-        return Source(raw["commit"], raw["diff"], tuple(raw["untracked"]))
-    commit = _git("rev-parse", "HEAD")
+        return Source(raw["commit"], raw["diff"], tuple(raw["untracked"]), tuple(raw.get("left_out", ())))
+    root = workspace.root()
+    commit = (git(root, "rev-parse", "HEAD") or "").strip()
     if not commit:
         return Source()
-    changed = [path for path in _git("diff", "HEAD", "--name-only", "--relative").splitlines() if not NEVER.match_file(path)]
-    diff = _git("diff", "HEAD", "--no-color", "--relative", "--", *changed) + "\n" if changed else ""
+    diff, left_out = difference(root)
     if len(diff.encode()) > DIFF_BYTES:
         diff = diff.encode()[:DIFF_BYTES].decode(errors="ignore") + f"\n# cut at {DIFF_BYTES} bytes\n"
-    untracked = _git("ls-files", "--others", "--exclude-standard").splitlines()
-    return Source(commit, diff, tuple(untracked[:1000]))
+    untracked = (git(root, "ls-files", "--others", "--exclude-standard", "-z") or "").split("\0")[:-1]
+    return Source(commit, diff, tuple(untracked[:UNTRACKED]), tuple(left_out))
 
 
 def environment() -> dict[str, str]:
@@ -65,11 +76,3 @@ def environment() -> dict[str, str]:
     found = {(d.metadata["Name"] or "").lower().replace("_", "-"): d.version for d in distributions()}
     system = {"python": platform.python_version(), "system": f"{platform.system()} {platform.release()} {platform.machine()}"}
     return system | {name: found[name] for name in sorted(found) if name}
-
-
-def _git(*command: str) -> str:
-    try:
-        done = subprocess.run(["git", *command], cwd=workspace.root(), capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""

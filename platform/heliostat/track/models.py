@@ -11,7 +11,7 @@ import re
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from heliostat import exports
 from heliostat.errors import ConfigError, TrackingError
@@ -19,53 +19,107 @@ from heliostat.recipe import Recipe
 from heliostat.spec import Job
 from heliostat.storage import Location
 from heliostat.track import card, registry
-from heliostat.track.checkpoints import KIND
+from heliostat.track.checkpoints import KIND, STEP
 from heliostat.track.parents import parents
+
+if TYPE_CHECKING:  # with torch, which takes a second
+    from heliostat.train.stored import Checkpoint
 
 log = logging.getLogger(__name__)
 
+MADE_OF = "heliostat.made_of"  # tag of a logged model: its checkpoint's step, and when that was written; of a version: its model
 
-def log_model(job: Job, run_id: str, step: int, folder: Path, recipe: Recipe, scores: dict[str, float]) -> str:
-    """Logs the folder to the run with signature and input example, registers it if the job says so; returns its URI."""
+
+def log_model(job: Job, run_id: str, last: Checkpoint, folder: Path, recipe: Recipe, scores: dict[str, float]) -> str:
+    """Logs the folder to the run with signature and input example, registers it if the job says so; returns its URI.
+
+    A checkpoint's model is logged once and registered once, however often this is called: what an earlier call has made is
+    taken, and what it left unfinished is deleted.
+    """
     import mlflow
 
     logging.getLogger("mlflow").setLevel(logging.ERROR)
-    serving = recipe.serving()
     mlflow.set_tracking_uri(job.mlflow.uri)
     told = card.license_of(job, parents(job))
+    client: Any = mlflow.MlflowClient()
+    made_of = f"{last.step} {last.index['written']!r}"
     try:
-        with warnings.catch_warnings(), mlflow.start_run(run_id=run_id):
-            warnings.simplefilter("ignore")
-            info = mlflow.pyfunc.log_model(
-                name="model",
-                python_model=str(serving.code),
-                artifacts={"model": str(folder)},
-                signature=serving.signature,
-                input_example=serving.example,
-                registered_model_name=job.mlflow.register_as,
-                params={f"eval.{k}": v for k, v in scores.items()},
-                pip_requirements=list(serving.requirements),
-                metadata={"license": told},
-            )
-        client: Any = mlflow.MlflowClient()
+        model_id = _logged(client, run_id, made_of) or _log(job, run_id, made_of, folder, recipe, scores, told)
         client.update_run(run_id, status="RUNNING")  # the fluent run has ended it, and there is more to come
-        client.set_logged_model_tags(info.model_id, {"license": told, "heliostat.step": str(step)})
+        client.set_logged_model_tags(model_id, {"license": told, STEP: str(last.step)})
+        uri = f"models:/{model_id}"
         if not job.mlflow.register_as:
-            return info.model_uri
-        _describe(client, job, str(info.registered_model_version), step, told, (folder / card.FILE).read_text(), scores)
+            return uri
+        version = _registered(client, job.mlflow.register_as, run_id, uri)
+        version = version or mlflow.register_model(uri, job.mlflow.register_as, tags={MADE_OF: uri})
+        _describe(client, job, version, last.step, told, (folder / card.FILE).read_text(), scores)
     except mlflow.exceptions.MlflowException as e:
         raise TrackingError(f"mlflow: the model in {folder} could not be logged ({e})") from e
-    return f"models:/{job.mlflow.register_as}/{info.registered_model_version}"
+    return f"models:/{job.mlflow.register_as}/{version.version}"
 
 
-def _describe(client: Any, job: Job, version: str, step: int, told: str, text: str, scores: dict[str, float]) -> None:
-    """The registered version's tags, card and alias."""
-    name = job.mlflow.register_as
-    tags = {"license": told, "heliostat.step": str(step), **{f"heliostat.score.eval/{k}": repr(v) for k, v in scores.items()}}
+def _log(job: Job, run_id: str, made_of: str, folder: Path, recipe: Recipe, scores: dict[str, float], told: str) -> str:
+    """The new logged model's id."""
+    import mlflow
+
+    serving = recipe.serving()
+    with warnings.catch_warnings(), mlflow.start_run(run_id=run_id):
+        warnings.simplefilter("ignore")
+        info = mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(serving.code),
+            artifacts={"model": str(folder)},
+            signature=serving.signature,
+            input_example=serving.example,
+            params={f"eval.{k}": v for k, v in scores.items()},
+            tags={MADE_OF: made_of},
+            pip_requirements=list(serving.requirements),
+            metadata={"license": told},
+        )
+    return str(info.model_id)
+
+
+def _logged(client: Any, run_id: str, made_of: str) -> str | None:
+    """The id of the model that an earlier call has logged of this checkpoint, if one has come to an end with it."""
+    whole = None
+    for model in models_of(client, client.get_run(run_id)):
+        if model.tags.get(MADE_OF) != made_of:
+            continue
+        if model.status.value == "READY":
+            whole = model.model_id
+        else:
+            client.delete_logged_model(model.model_id)
+    return whole
+
+
+def models_of(client: Any, run: Any) -> list[Any]:
+    """The logged models of a run that are no checkpoints, whole or not, the oldest first."""
+    found = list[Any]()
+    token = None
+    while True:
+        page = client.search_logged_models(
+            [run.info.experiment_id], filter_string=f"source_run_id = '{run.info.run_id}'", page_token=token
+        )
+        found += [m for m in page if m.model_type != KIND]
+        token = page.token
+        if not token:
+            return sorted(found, key=lambda m: m.creation_timestamp)
+
+
+def _registered(client: Any, name: str, run_id: str, uri: str) -> Any:
+    """The version that an earlier call has made of this logged model; None if there is none."""
+    versions = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+    return next((v for v in versions if v.tags.get(MADE_OF) == uri), None)
+
+
+def _describe(client: Any, job: Job, made: Any, step: int, told: str, text: str, scores: dict[str, float]) -> None:
+    """The registered version's tags, card and alias; the alias only once, because it may have been moved on since."""
+    name, version = job.mlflow.register_as, str(made.version)
+    tags = {"license": told, STEP: str(step), **{f"heliostat.score.eval/{k}": repr(v) for k, v in scores.items()}}
     for key, value in tags.items():
         client.set_model_version_tag(name, version, key, value)
     client.update_model_version(name, version, description=text.split("---\n", 2)[-1][:5000])
-    if job.mlflow.alias:
+    if job.mlflow.alias and not any(entry["event"] == "registered" for entry in registry.history(made)):
         client.set_registered_model_alias(name, job.mlflow.alias, version)
         registry.record(
             client, str(name), version, {"alias": job.mlflow.alias, "at": round(time.time(), 3), "event": "registered"}
@@ -91,8 +145,7 @@ def _download(model: str, tracking_uri: str) -> Path:
     try:
         uri = model
         if not model.startswith("models:/"):
-            ids = [o.model_id for o in client.get_run(model).outputs.model_outputs]
-            whole = [i for i in ids if client.get_logged_model(i).model_type != KIND]
+            whole = [m.model_id for m in models_of(client, client.get_run(model)) if m.status.value == "READY"]
             if not whole:
                 raise ConfigError(f"run {model} has logged no model; has it finished?")
             uri = f"models:/{whole[-1]}"

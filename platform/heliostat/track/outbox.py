@@ -1,7 +1,8 @@
 """Points on their way to MLflow: kept in order until the store has them, and each step of a metric sent once.
 
 What MLflow already holds of a metric, from earlier attempts or commands, is not sent again. While the store is away, what waits
-is kept in the run's folder too (`unlogged.jsonl`), so that the run's next command finds it even if this one is killed.
+is kept in the run's folder too (`unlogged.jsonl`), so that the run's next command finds it even if this one is killed. What nodes
+are busy with has a place of its own: however much it is, no loss or score is given up for it, and those go first.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 
 from heliostat.storage import Location
-from heliostat.track.points import Point
+from heliostat.track.points import SYSTEM, Point
 
 log = logging.getLogger(__name__)
 
 FILE = "unlogged.jsonl"
 LIMIT = 500_000  # points that may wait, some 100 MB; beyond it the oldest are given up
+SYSTEM_LIMIT = 50_000  # the same of system metrics
 BATCH = 1000  # the most metrics that MLflow takes in one call
 HOPELESS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE")  # MLflow's codes for what it will never take
 
@@ -29,7 +31,8 @@ class Outbox:
         self._file, self._send, self._known = run.join(FILE), send, known
         self._last: dict[str, int] | None = None  # place by metric; None: to be asked
         self._waiting: deque[Point] = deque()
-        self._given_up = 0
+        self._system: deque[Point] = deque()
+        self._given_up = {"metrics": 0, "system metrics": 0}
         self._loaded = self._kept = False
 
     def _load(self) -> None:
@@ -41,17 +44,23 @@ class Outbox:
             self._kept = True
         except FileNotFoundError:
             earlier = []
-        self._waiting.extendleft(reversed(earlier))
+        for point in reversed(earlier):
+            self._queue(point).appendleft(point)
         self._loaded = True
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + len(self._system)
 
     def add(self, points: Iterable[Point]) -> None:
-        self._waiting.extend(points)
-        while len(self._waiting) > LIMIT:
-            self._waiting.popleft()
-            self._given_up += 1
+        for point in points:
+            self._queue(point).append(point)
+        for what, queue, limit in (("metrics", self._waiting, LIMIT), ("system metrics", self._system, SYSTEM_LIMIT)):
+            while len(queue) > limit:
+                queue.popleft()
+                self._given_up[what] += 1
+
+    def _queue(self, point: Point) -> deque[Point]:
+        return self._system if point.key.startswith(SYSTEM) else self._waiting
 
     def precede(self, points: list[Point]) -> None:
         """Puts points of earlier steps before all that waits."""
@@ -61,11 +70,22 @@ class Outbox:
     def flush(self) -> int:
         """Sends all that waits, and tells how much was new; raises what the store raises, and keeps what it did not take."""
         self._load()
+        sent = self._flush(self._waiting) + self._flush(self._system)
+        if self._kept:
+            self._file.delete()
+            self._kept = False
+        for what, count in self._given_up.items():
+            if count:
+                log.error("%d %s, the oldest that waited for MLflow, were given up", count, what)
+                self._given_up[what] = 0
+        return sent
+
+    def _flush(self, queue: deque[Point]) -> int:
         sent = 0
-        while self._waiting:
+        while queue:
             if self._last is None:
                 self._last = self._known()
-            batch, places, new = list(islice(self._waiting, BATCH)), dict(self._last), []
+            batch, places, new = list(islice(queue, BATCH)), dict(self._last), []
             for point in batch:
                 if point.key not in places or point.place > places[point.key]:
                     places[point.key] = point.place
@@ -75,13 +95,7 @@ class Outbox:
             self._last = places
             sent += len(new)
             for _ in batch:
-                self._waiting.popleft()
-        if self._kept:
-            self._file.delete()
-            self._kept = False
-        if self._given_up:
-            log.error("%d metrics, the oldest that waited for MLflow, were given up", self._given_up)
-            self._given_up = 0
+                queue.popleft()
         return sent
 
     def _deliver(self, points: list[Point]) -> None:
@@ -96,5 +110,5 @@ class Outbox:
     def keep(self) -> None:
         """Writes what waits to the run's folder; nothing waiting still says that the run is not all in MLflow."""
         self._load()
-        self._file.write("".join(json.dumps(point) + "\n" for point in self._waiting).encode())
+        self._file.write("".join(json.dumps(point) + "\n" for point in (*self._waiting, *self._system)).encode())
         self._kept = True

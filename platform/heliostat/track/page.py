@@ -8,6 +8,7 @@ It is an artifact of every run that ends (`report.html`), which MLflow's UI show
 from __future__ import annotations
 
 import base64
+import math
 import tempfile
 from datetime import datetime
 from html import escape
@@ -18,11 +19,13 @@ from heliostat import goodput
 from heliostat.errors import HeliostatError
 from heliostat.storage import Location
 from heliostat.track import lineage, svg, table
+from heliostat.track.points import SPIKE, SPIKE_LIMIT
 from heliostat.track.record import read_json
 from heliostat.track.store import FOLDER
 
 FILE = "report.html"
 CURVES = ("train/loss", "eval/loss", "train/tokens_per_second", "train/lr", "train/grad_norm")
+SPIKES = 20  # the newest, that are listed
 PICTURES, PICTURE_BYTES = 6, 2 << 20  # the newest, and the largest that is shown
 OUTCOMES = {"finished": "#31a354", "failed": "#de2d26", "interrupted": "#fd8d3c", "preempted": "#fdae6b", "resize": "#6baed6"}
 STYLE = """
@@ -48,11 +51,18 @@ def gather(client: Any, run: Any) -> dict[str, Any]:
     return {
         "row": table.row(run, client.get_experiment(run.info.experiment_id).name),
         "node": lineage.run_node(client, run),
+        "spikes": _spikes(client, run_id),
         "curves": {key: [(m.step, m.value) for m in client.get_metric_history(run_id, key)] for key in CURVES},
         "goodput": report,
         "samples": [(row[0], row[1]) for row in samples["data"]],
         "pictures": _pictures(client, run_id),
     }
+
+
+def _spikes(client: Any, run_id: str) -> list[tuple[int, float, float]]:
+    """(step, loss, limit) of the loss spikes, in order."""
+    loss, limit = ({m.step: m.value for m in client.get_metric_history(run_id, key)} for key in (SPIKE, SPIKE_LIMIT))
+    return [(step, loss[step], limit.get(step, math.nan)) for step in sorted(loss)]
 
 
 def _pictures(client: Any, run_id: str) -> list[tuple[str, bytes]]:
@@ -72,6 +82,7 @@ def page(facts: dict[str, Any]) -> str:
         _summary(row),
         "<h2>Curves</h2>",
         *_charts(facts["curves"]),
+        *_spike_lines(facts["spikes"]),
     ]
     if report:
         parts.append("<h2>Where the time went</h2>")
@@ -110,6 +121,15 @@ def _charts(curves: dict[str, list[tuple[float, float]]]) -> list[str]:
         svg.lines("Learning rate", of("train/lr")),
         svg.lines("Gradient norm", of("train/grad_norm")),
     ]
+
+
+def _spike_lines(spikes: list[tuple[int, float, float]]) -> list[str]:
+    if not spikes:
+        return []
+    rows = "".join(f"<tr><td>{step:,}</td><td>{loss:.6g}</td><td>{limit:.6g}</td></tr>" for step, loss, limit in spikes[-SPIKES:])
+    older = f"<p class='muted'>and {len(spikes) - SPIKES:,} before them</p>" if len(spikes) > SPIKES else ""
+    head = "<tr><th>step</th><th>loss</th><th>limit</th></tr>"
+    return [f"<h2>Loss spikes: {len(spikes):,}</h2><table>{head}{rows}</table>{older}"]
 
 
 def _span(number: int, a: dict[str, Any]) -> tuple[float, float, str, str]:

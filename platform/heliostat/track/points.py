@@ -5,6 +5,9 @@ from __future__ import annotations
 import time
 from typing import Any, NamedTuple
 
+SPIKE, SPIKE_LIMIT = "train/spike", "train/spike_limit"  # a spike's loss, and the limit that it is above; at spikes alone
+SYSTEM = "system/"  # begins the names of what nodes are busy with
+
 
 class Point(NamedTuple):
     """A metric's value; `at` is the wall clock, `step` counts finished steps."""
@@ -17,7 +20,7 @@ class Point(NamedTuple):
     @property
     def place(self) -> int:
         """What grows along the metric: the step; milliseconds for what is of a time rather than of a step."""
-        return int(self.at * 1000) if self.key.startswith(("goodput/", "system/")) else self.step
+        return int(self.at * 1000) if self.key.startswith(("goodput/", SYSTEM)) else self.step
 
 
 def points(event: dict[str, Any]) -> list[Point]:
@@ -37,6 +40,8 @@ def points(event: dict[str, Any]) -> list[Point]:
         for name, given in event["sources"].items():
             out += [Point(f"data/{name}/{key}", value, at, first + count) for key, value in given.items()]
         return out
+    if event["kind"] == "spike":
+        return [Point(key, event[name], at, event["step"]) for key, name in ((SPIKE, "loss"), (SPIKE_LIMIT, "limit"))]
     if event["kind"] == "evaluation":
         return [Point(f"eval/{k}", v, at, event["step"]) for k, v in event["scores"].items()]
     if event["kind"] == "goodput":
@@ -45,7 +50,7 @@ def points(event: dict[str, Any]) -> list[Point]:
         values |= {f"{part}_s": seconds for part, seconds in report["parts"].items()}
         return [Point(f"goodput/{k}", v, at, event["step"]) for k, v in values.items()]
     if event["kind"] == "system":
-        return [Point(f"system/{event['node']}/{k}", v, at, event["step"]) for k, v in event["values"].items()]
+        return [Point(f"{SYSTEM}{event['node']}/{k}", v, at, event["step"]) for k, v in event["values"].items()]
     if event["kind"] == "checkpoint":
         return [Point("checkpoint/blocked_s", event["blocked_s"], at, event["step"])]
     return []

@@ -20,8 +20,10 @@ from heliostat.spec import Job
 from heliostat.track import code
 from heliostat.track.checkpoints import Checkpoints
 from heliostat.track.parents import parents
+from heliostat.track.points import SPIKE
 
 ATTEMPTS = "attempts.json"
+SPIKES, SPIKES_SHOWN = "heliostat.spikes", 100  # tag: steps, comma-separated; the newest, of more
 PARENT_RUNS = "heliostat.parent_runs"  # tag: run ids, comma-separated
 
 
@@ -63,6 +65,11 @@ class Record:
         self._checkpoints.sync(self.client)
         self.client.log_dict(self.run_id, trained.record(self.job.run_folder, steps), "data.json")
 
+    def spikes(self) -> None:
+        """The steps of the loss spikes that MLflow has, the newest of them, as a tag."""
+        if steps := sorted({m.step for m in self.client.get_metric_history(self.run_id, SPIKE)}):
+            self.client.set_tag(self.run_id, SPIKES, ",".join(map(str, steps[-SPIKES_SHOWN:])))
+
     def _code(self) -> dict[str, Any]:
         """Of this command; its files are written once."""
         if self._source is None:
@@ -70,8 +77,7 @@ class Record:
             digest = hashlib.sha256(json.dumps(packages).encode()).hexdigest()[:12]
             self.client.log_dict(self.run_id, packages, f"code/environment-{digest}.json")
             if source.dirty:
-                text = "".join(f"# not in git: {path}\n" for path in source.untracked) + source.diff
-                self.client.log_text(self.run_id, text, f"code/{source.digest}.diff")
+                self.client.log_text(self.run_id, source.text(), f"code/{source.digest}.diff")
             self._source, self._environment = source, digest
         return {"code": self._source.facts(), "environment": self._environment}
 

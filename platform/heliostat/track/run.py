@@ -28,12 +28,12 @@ from heliostat.errors import HeliostatError, TrackingError
 from heliostat.spec import Job
 from heliostat.storage import Location
 from heliostat.track import code, curves, outbox, store
-from heliostat.track.points import Point, points
-from heliostat.track.record import Record
+from heliostat.track.points import SPIKE, Point, points
+from heliostat.track.record import Record, read_json
 
 log = logging.getLogger(__name__)
 
-RECORD = "run.json"
+RECORD, SAMPLES = "run.json", "samples.json"
 TOKEN = "heliostat.token"  # tag: by it a run is found that was made by a driver which died before it wrote the run's id down
 PACKAGES = ("heliostat", "ray", "torch", "deepspeed", "transformers", "diffusers", "pyarrow", "mlflow", "numpy")
 AWAY_S = 120.0  # how long the end of a command waits for an MLflow that does not answer
@@ -76,6 +76,7 @@ class RunOwner:
         self._images: deque[tuple[str, int, bytes]] = deque(maxlen=IMAGES)  # (name, step, PNG) that MLflow has not got yet
         self._starts: deque[dict[str, Any]] = deque()  # of attempts
         self._filled = False  # with what earlier commands left beside the checkpoints
+        self._spiked = False  # since the tag about it was written
         self._saved: int | None = None  # the step of a checkpoint of which MLflow does not know yet
         self._thread = threading.Thread(target=self._write, name="mlflow", daemon=True)
 
@@ -105,9 +106,21 @@ class RunOwner:
         client = self.client()
         try:
             client.set_tag(self.run_id, "heliostat.model_uri", model_uri)
-            client.log_table(self.run_id, {"prompt": [p for p, _ in samples], "text": [t for _, t in samples]}, "samples.json")
+            self._log_samples(client, [list(sample) for sample in samples])
         except MlflowException as e:
             raise TrackingError(f"mlflow.uri: {self.job.mlflow.uri} failed ({e}); use --resume: training is not repeated") from e
+
+    def _log_samples(self, client: Any, rows: list[list[str]]) -> None:
+        """As `log_table` does, which would add them again if this is done again."""
+        from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
+
+        before = (read_json(client, self.run_id, SAMPLES) or {"data": []})["data"]
+        before = before[: -len(rows)] if rows and before[-len(rows) :] == rows else before
+        client.log_dict(self.run_id, {"columns": ["prompt", "text"], "data": [*before, *rows]}, SAMPLES)
+        tables = json.loads(client.get_run(self.run_id).data.tags.get(MLFLOW_LOGGED_ARTIFACTS, "[]"))
+        mine = {"path": SAMPLES, "type": "table"}
+        if mine not in tables:
+            client.set_tag(self.run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps([*tables, mine]))
 
     def finish(self, status: str, reason: str, report: dict[str, Any], tags: dict[str, str] | None = None) -> None:
         """Writes all that waits, the run's goodput, tags, and its status: FINISHED, FAILED or KILLED.
@@ -157,6 +170,8 @@ class RunOwner:
         self._images.extend((name, event["step"], png) for name, png in event.get("images", {}).items())
         if event["kind"] == "attempt":
             self._starts.append(event)
+        elif event["kind"] == "spike":
+            self._spiked = True
         elif event["kind"] == "checkpoint":
             self._saved = event["step"]
 
@@ -178,7 +193,9 @@ class RunOwner:
         if not self.run_id:
             self._open()
         if not self._filled:
-            box.precede(curves.missing(self.job.run_folder, self._known()))
+            earlier = curves.missing(self.job.run_folder, self._known())
+            box.precede(earlier)
+            self._spiked = self._spiked or any(p.key == SPIKE for p in earlier)
             self._filled = True
         waiting = len(box)
         box.flush()
@@ -186,6 +203,9 @@ class RunOwner:
         while self._starts:
             self._try("where it runs", lambda: self._record.attempt(self._starts[0]))
             self._starts.popleft()
+        if self._spiked:
+            self._try("its loss spikes", self._record.spikes)
+            self._spiked = False
         if self._saved is not None and not self._end:
             step = self._saved
             self._try("its checkpoints and data", lambda: self._record.sync(step))

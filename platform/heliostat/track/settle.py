@@ -1,7 +1,8 @@
 """A run's status is right in the end: what a driver that was killed could not write, the next command that sees the run writes.
 
 Who lives is told by the drivers' ledger. A run whose driver is dead gets the metrics that still waited in its folder, its
-checkpoints, data and goodput, and a status: KILLED for one that died without a word, else what its ledger says.
+checkpoints, data and goodput, and a status: FINISHED if its result is there, FAILED if its driver died without a word, else what
+the ledger says. KILLED is a run that somebody has stopped, or whose folder is gone.
 """
 
 from __future__ import annotations
@@ -18,28 +19,31 @@ from heliostat.track import curves, outbox, store
 from heliostat.track.outbox import Outbox
 from heliostat.track.record import Record, read_json
 from heliostat.track.run import TOKEN, record
-from heliostat.train import driver
+from heliostat.train import driver, summary
 
 log = logging.getLogger(__name__)
 
-STATUS = {"finished": "FINISHED", "failed": "FAILED"}
+STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}  # by outcomes behind which a command ends
 YOUNG_S = 60.0  # a run may be so old before its driver has written anything
 
 
-def settle(client: Any, run: Any) -> Any:
-    """The run as it is now; MLflow is only written to if the run says RUNNING and nobody runs it."""
+def settle(client: Any, run: Any, how: str = "") -> Any:
+    """The run as it is now; MLflow is only written to if the run says RUNNING and nobody runs it.
+
+    `how`: what is known of the end of a driver that could say nothing itself.
+    """
     if run.info.status != "RUNNING":
         return run
     folder = Location(run.data.tags[store.FOLDER])
     try:
-        changed = _settle(client, run, folder)
+        changed = _settle(client, run, folder, how)
     except (HeliostatError, OSError) as e:
         log.warning("run %s may be over, but its folder does not tell: %s", run.info.run_id, e)
         return run
     return client.get_run(run.info.run_id) if changed else run
 
 
-def settle_folder(folder: Location) -> None:
+def settle_folder(folder: Location, how: str = "") -> None:
     """The same from a run's folder. Asks MLflow only where the folder says that something may be left to do."""
     told = record(folder)
     last = driver.last(folder)
@@ -47,10 +51,10 @@ def settle_folder(folder: Location) -> None:
         return
     if (last.outcome is None and not driver.lives(last)) or folder.join(outbox.FILE).exists():
         client = store.connect(told["uri"])
-        settle(client, client.get_run(told["run_id"]))
+        settle(client, client.get_run(told["run_id"]), how)
 
 
-def _settle(client: Any, run: Any, folder: Location) -> bool:
+def _settle(client: Any, run: Any, folder: Location, how: str) -> bool:
     run_id, told, last = run.info.run_id, record(folder), driver.last(folder)
     if told.get("run_id") != run_id and told.get("token") != run.data.tags.get(TOKEN):
         _end(client, run_id, "KILLED", f"its folder {folder} is gone, or another run's", time.time())
@@ -58,18 +62,20 @@ def _settle(client: Any, run: Any, folder: Location) -> bool:
     if last is None:
         if time.time() - run.info.start_time / 1000 < YOUNG_S:
             return False
-        _end(client, run_id, "KILLED", "its driver died before it had written anything", run.info.start_time / 1000)
+        _end(client, run_id, "FAILED", "its driver died before it had written anything", run.info.start_time / 1000)
         return True
     if last.outcome is None and driver.lives(last):
         return False
     _complete(client, run_id, folder)
-    died = f"the driver (process {last.pid} on {last.host}) died without a word"
-    _end(client, run_id, STATUS.get(last.outcome or "", "KILLED"), last.reason if last.outcome in ENDS else died, last.seen)
+    if (status := STATUS.get(last.outcome or "")) is not None:
+        _end(client, run_id, status, last.reason, last.seen)
+    elif (summary.result(folder, last.reached) or {}).get("run_id") == run_id:
+        _end(client, run_id, "FINISHED", "", last.seen)
+    else:
+        died = f"the driver (process {last.pid} on {last.host}) died without a word{how and f', {how}'}; it had come to step "
+        _end(client, run_id, "FAILED", f"{died}{last.reached}, and --resume goes on from its newest checkpoint", last.seen)
     log.warning("run %s was still open in MLflow, and its driver is gone: it is closed now", run_id)
     return True
-
-
-ENDS = ("finished", "failed", "interrupted")  # outcomes behind which a command ends
 
 
 def _complete(client: Any, run_id: str, folder: Location) -> None:

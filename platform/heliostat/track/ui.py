@@ -1,39 +1,68 @@
-"""MLflow's own UI on a store, in the foreground until Ctrl-C."""
+"""MLflow's own UI on a store, in the foreground until Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
+from types import FrameType
 
-from heliostat.errors import ConfigError
+import psutil
+
+from heliostat.errors import ConfigError, HeliostatError
+from heliostat.redact import redact
 
 log = logging.getLogger(__name__)
+
+END_S = 5.0
 
 
 def serve(store: str, host: str, port: int) -> None:
     """Runs `mlflow server` on the store; if the store is a server already, says where it is."""
     if store.startswith(("http://", "https://")):
-        log.info("MLflow's UI is at %s", store)
+        log.info("MLflow's UI is at %s", redact(store))
         return
     with socket.socket() as probe:
         if probe.connect_ex((host, port)) == 0:
             raise ConfigError(f"--port: {port} on {host} is taken; give another")
     log.info("MLflow's UI: http://%s:%d (starting takes a few seconds; Ctrl-C ends it)", host, port)
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "server",
-        "--backend-store-uri",
-        store,
-        "--host",
-        host,
-        "--port",
-        str(port),
-        "--workers",
-        "1",
-    ]
-    subprocess.run(command, env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}, check=False)
+    command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _end)
+    server = subprocess.Popen(command, env={**os.environ, **environment(store)})
+    try:
+        code = server.wait()
+    finally:
+        _end_tree(server.pid)
+    if code:
+        raise HeliostatError(f"`mlflow server` ended with exit code {code}; what it said is above")
+
+
+def environment(store: str) -> dict[str, str]:
+    """What tells the server its store: a command line would show a database's password to everybody."""
+    return {"MLFLOW_BACKEND_STORE_URI": store, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def _end_tree(root: int) -> None:
+    """Ends the server and its workers, with the time to do so by themselves."""
+    try:
+        all_of_it = [*psutil.Process(root).children(recursive=True), psutil.Process(root)]
+    except psutil.NoSuchProcess:
+        return
+    for process in all_of_it:
+        _signal(process, signal.SIGTERM)
+    for process in psutil.wait_procs(all_of_it, timeout=END_S)[1]:
+        _signal(process, signal.SIGKILL)
+
+
+def _signal(process: psutil.Process, number: int) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.send_signal(number)

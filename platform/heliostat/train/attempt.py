@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,10 +25,20 @@ from heliostat.data import stream
 from heliostat.data.dataset import DataPlan, sample_bytes
 from heliostat.data.manifest import Manifest
 from heliostat.data.order import Order
-from heliostat.errors import HeliostatError, PlacementError, StalledError, StoppedError, TrainingError, WorkerError, innermost
+from heliostat.errors import (
+    HeliostatError,
+    LeaseError,
+    PlacementError,
+    StalledError,
+    StoppedError,
+    TrainingError,
+    WorkerError,
+    innermost,
+)
 from heliostat.spec import Job
-from heliostat.train import board
+from heliostat.train import board, group, stacks
 from heliostat.train.holds import Holds
+from heliostat.train.lease import Fence
 from heliostat.train.placing import Placing
 from heliostat.train.signals import Signals
 from heliostat.train.survive import INTERRUPTED, PREEMPTED, RESIZE, choose, stalled
@@ -39,7 +49,6 @@ POLL_S = 0.5
 HELD_POLL_S = 0.05  # while the workers wait for the driver
 LOOK_S = 1.0  # between two looks at the nodes and the workers' pulses
 GROW_S = 5.0  # between two looks for more room
-STACKS_S = 5.0  # for the workers' stacks to come in, before they are ended
 END_S = 120.0  # for Ray Train to see that its workers have ended
 V2: Any = ray.train  # the package is annotated with V1's classes, and holds V2's
 
@@ -54,6 +63,7 @@ class Start:
     order: Order
     manifests: list[Manifest]
     step: int
+    fence: Fence
     holds: Holds = field(default_factory=Holds)
 
 
@@ -64,12 +74,13 @@ class Attempt:
         self._board = board.make()
         self._parts = self._stream()
         self._pulses: dict[int, dict[str, Any]] = {}
-        self._phase, self._since = "placing", time.time()  # what the workers are at, and since when they are watched
+        self._phase, self._since = "placing", time.monotonic()  # what the workers are at, and since when they are watched
         self._ordered = 0
         self._held: int | None = None  # the step behind which the workers wait
         self._stop_by: float | None = None  # when those who were told to stop must have ended
         self._look_at = self._grow_at = 0.0
         self._starved = False  # said to be
+        self._placing, self._reading = nodes.Shortage(self.job), 0.0  # since when the stream is being opened
         self._fault: HeliostatError | None = None
 
     def run(self) -> dict[str, Any]:
@@ -93,11 +104,14 @@ class Attempt:
         thread.start()
         while thread.is_alive():
             thread.join(POLL_S if self._held is None else HELD_POLL_S)
-            self._beat()
+            try:
+                self._beat()
+            except LeaseError as e:
+                self._fault = e
             self._drain()
             self._release()
-            if thread.is_alive() and time.time() >= self._look_at:
-                self._look_at = time.time() + LOOK_S
+            if thread.is_alive() and time.monotonic() >= self._look_at:
+                self._look_at = time.monotonic() + LOOK_S
                 self._look()
             if self._fault:
                 self._end_workers(thread)
@@ -111,18 +125,32 @@ class Attempt:
     # the watch -------------------------------------------------------------------------------------------------------
 
     def _drain(self) -> None:
-        try:
-            events, self._pulses = ray.get(self._board.drain.remote(), timeout=10)
-        except ray.exceptions.GetTimeoutError:
-            return
-        for event in events:
+        for event in self._drained():
             if event["kind"] == "phase":
                 self._phase = event["phase"]
+                if event["phase"] == "data":
+                    self._reading = time.monotonic()
                 if event["phase"] in ("model", "stepped"):
-                    self._since = time.time()
+                    self._since = time.monotonic()
             elif event["kind"] == "held":
                 self._held = event["step"]
             self._take(event)
+
+    def _drained(self) -> list[dict[str, Any]]:
+        """The board's events; takes its pulses, with ages turned into times of this clock."""
+        try:
+            events, pulses, lost = ray.get(self._board.drain.remote(), timeout=10)
+        except ray.exceptions.GetTimeoutError:
+            return []
+        except ray.exceptions.RayError as e:
+            died = f"the driver's board died ({type(e).__name__}), so nobody watches over the workers"
+            self._fault = self._fault or TrainingError(died)
+            return []
+        if lost:
+            log.warning("%d events of the workers, the oldest, were lost: the driver was too slow for them", lost)
+        now = time.monotonic()
+        self._pulses = {r: {**p, "moved": now - p["moved"], "at": now - p["at"]} for r, p in pulses.items()}
+        return events
 
     def _release(self) -> None:
         """Tells workers that wait what was decided."""
@@ -132,7 +160,7 @@ class Attempt:
 
     def _look(self) -> None:
         """Orders a stop, or finds the attempt's fault, where there is a reason to."""
-        now = time.time()
+        now = time.monotonic()
         if self.signals.name and self._ordered < INTERRUPTED:
             if self._phase == "ended":
                 return  # the driver sees to it
@@ -141,12 +169,10 @@ class Attempt:
                 return
             self._order(INTERRUPTED, f"{self.signals.name}: stopping behind a checkpoint; once more stops at once")
         held = Counter(p["node"] for p in self._pulses.values())
-        if self._phase == "data" and not self._starved and nodes.starved_now(self.job, held):
-            self._starved = True
-            log.warning(
-                "workers.cpus: %g a worker leave no node the CPU that reading the data needs; waiting %g s (watchdog.start) for "
-                "one: lower workers.cpus, or add a node", self.job.workers.cpus, self.job.watchdog.start,
-            )  # fmt: skip
+        if self._phase == "placing" and nodes.queued(self.job.workers, self.job.workers.most):
+            self._say(self._placing.told())
+        if self._phase == "data" and not self._starved:
+            self._starved = self._say(self._too_little_to_read(held))
         if self._ordered < PREEMPTED and self._phase == "stepped":
             if gone := held.keys() & nodes.draining():
                 self._order(PREEMPTED, f"{len(gone)} of the run's nodes are about to go: stopping behind a checkpoint")
@@ -162,6 +188,22 @@ class Attempt:
         elif self._phase not in ("placing", "ended"):
             self._watch(now)
 
+    def _too_little_to_read(self, held: Mapping[str, int]) -> str | None:
+        limit = f"waiting {self.job.watchdog.start:g} s (watchdog.start) for one"
+        if nodes.starved_now(self.job, held):
+            short = f"workers.cpus: {self.job.workers.cpus:g} a worker leave no node the CPU that reading the data needs"
+            return f"{short}; {limit}: lower workers.cpus, or add a node"
+        waited = time.monotonic() - self._reading > nodes.SAY_S
+        if os.environ.get("RAY_ADDRESS") and waited and (crowd := nodes.crowded_now(self.job)):
+            return f"{crowd}; {limit}"
+        return None
+
+    def _say(self, text: str | None) -> bool:
+        """Tells the person that the run waits, and for what; whether there was something to tell."""
+        if text:
+            self._take({"kind": "waiting", "text": text, "at": time.time()})
+        return bool(text)
+
     def _watch(self, now: float) -> None:
         limit = self.job.watchdog.stall if self._phase == "stepped" else self.job.watchdog.start
         if reason := stalled(self._pulses, self.start.job.workers.most, now, limit, self._since):
@@ -172,25 +214,15 @@ class Attempt:
         self._ordered = code
         log.warning(why)
         if code != RESIZE:
-            self._stop_by = time.time() + self.job.checkpoint.grace
+            self._stop_by = time.monotonic() + self.job.checkpoint.grace
         self._board.order.remote(stop=code)
 
     def _keep_stacks(self) -> str:
         """Asks every worker for what its threads are at, and keeps what comes, in the run's folder."""
         self._board.order.remote(dump=True)
-        stacks: dict[int, str] = {}
-        deadline = time.time() + STACKS_S
-        while time.time() < deadline and len(stacks) < self.job.workers.most:
-            time.sleep(POLL_S)
-            events, _ = ray.get(self._board.drain.remote(), timeout=10)
-            for event in events:
-                if event["kind"] == "stack":
-                    stacks[event["rank"]] = event["stack"]
-                else:
-                    self._take(event)
-        parts = [f"worker {r}: {stacks.get(r, 'no answer: frozen, or dead')}" for r in range(self.job.workers.most)]
+        found = stacks.collect(self.job.workers.most, self._drained, self._take)
         place = self.job.run_folder.join("stacks", f"{time.strftime('%Y%m%dT%H%M%S')}.txt")
-        place.write("\n\n".join(parts).encode())
+        place.write(stacks.text(found, self.job.workers.most).encode())
         return str(place)
 
     def _end_workers(self, thread: threading.Thread) -> None:
@@ -218,6 +250,7 @@ class Attempt:
             "plan": start.plan.dump(),
             "start_step": start.step,
             "holds": start.holds.steps,
+            "fence": start.fence,
             "board": self._board,
             "run_folder": str(job.run_folder),
             "parts": self._parts,
@@ -226,7 +259,7 @@ class Attempt:
         return _trainer_class()(
             _worker,
             train_loop_config=config,
-            torch_config=V2.torch.TorchConfig(backend="nccl" if workers.gpus else "gloo"),
+            torch_config=group.config(workers.gpus),
             scaling_config=V2.ScalingConfig(
                 num_workers=workers.most,
                 use_gpu=bool(workers.gpus),

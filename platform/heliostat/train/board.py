@@ -1,37 +1,47 @@
 """Where workers and driver meet: a small Ray actor on the driver's node, which nobody on the step path waits for.
 
 Rank 0 posts events: plain dicts with a `kind`: `phase` (what the workers are busy with before their first step, and their end),
-`steps` (per-step losses and rates), `evaluation`, `checkpoint`, `held` (they wait for a verdict, see `holds`), `stack`. Every
-worker's pulse says that it lives and how far it is, and brings back what the driver has ordered: `stop` (a code of `survive`) and
-`dump` (post the stacks of all threads).
+`steps` (per-step losses and rates), `evaluation`, `checkpoint`, `notice` (a text for the terminal), `held` (they wait for a
+verdict, see `holds`), `stack`. Every worker's pulse says that it lives and how far it is, and brings back what the driver has
+ordered: `stop` (a code of `survive`) and `dump` (post the stacks of all threads).
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-LIMIT = 100_000  # events; a driver that is away this long loses the oldest
+LIMIT = 100_000  # events; a driver that is away this long loses the oldest, and is told how many
+SYSTEM_LIMIT = 10_000  # of them what nodes are busy with: many nodes crowd nothing else out
 
 
-@ray.remote(num_cpus=0)
-class Board:
-    def __init__(self) -> None:
-        self._events: list[dict[str, Any]] = []
+def interval(workers: int) -> float:
+    """Seconds between two pulses of a worker: the board answers some hundred a second with ease."""
+    return max(1.0, workers / 100)
+
+
+class State:
+    """What the board holds. All times are ages, in seconds by this process's clock, so that no two clocks are compared."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._events = Bounded(LIMIT)
+        self._system = Bounded(SYSTEM_LIMIT)
         self._pulses: dict[int, dict[str, Any]] = {}
         self._orders: dict[str, Any] = {}
         self._verdicts: dict[int, int] = {}
 
     def post(self, event: dict[str, Any]) -> None:
-        self._events.append(event)
-        del self._events[:-LIMIT]
+        (self._system if event["kind"] == "system" else self._events).add(event)
 
     def pulse(self, rank: int, progress: int, facts: dict[str, Any]) -> dict[str, Any]:
-        """`moved` and `at` are this clock's, so that no worker's clock matters; `facts`: pid and node."""
-        now, before = time.time(), self._pulses.get(rank)
+        """`facts`: pid and node."""
+        now, before = self._clock(), self._pulses.get(rank)
         moved = before["moved"] if before and before["progress"] == progress else now
         self._pulses[rank] = {**facts, "progress": progress, "moved": moved, "at": now}
         return self._orders
@@ -49,10 +59,36 @@ class Board:
             self._verdicts[step] = self._orders["stop"]
         return self._verdicts.get(step)
 
-    def drain(self) -> tuple[list[dict[str, Any]], dict[int, dict[str, Any]]]:
-        """Events since the last call, and every worker's last pulse."""
-        events, self._events = self._events, []
-        return events, self._pulses
+    def drain(self) -> tuple[list[dict[str, Any]], dict[int, dict[str, Any]], int]:
+        """Events since the last call, every worker's last pulse, and how many events were lost.
+
+        A pulse's `moved` and `at`: how long ago its worker got on, and was heard of.
+        """
+        now = self._clock()
+        (events, lost), (system, more) = self._events.take(), self._system.take()
+        pulses = {r: {**p, "moved": now - p["moved"], "at": now - p["at"]} for r, p in self._pulses.items()}
+        return events + system, pulses, lost + more
+
+
+class Bounded:
+    """The newest of what was added, and how many older ones had to go."""
+
+    def __init__(self, limit: int) -> None:
+        self._kept: deque[dict[str, Any]] = deque(maxlen=limit)
+        self._added = 0
+
+    def add(self, event: dict[str, Any]) -> None:
+        self._kept.append(event)
+        self._added += 1
+
+    def take(self) -> tuple[list[dict[str, Any]], int]:
+        kept, lost = list(self._kept), self._added - len(self._kept)
+        self._kept.clear()
+        self._added = 0
+        return kept, lost
+
+
+Board = ray.remote(num_cpus=0)(State)
 
 
 def make() -> Any:

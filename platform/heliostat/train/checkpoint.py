@@ -36,6 +36,7 @@ from heliostat.errors import CheckpointError, ConfigError, HeliostatError
 from heliostat.storage import Location
 from heliostat.train import blocks, tensorfile
 from heliostat.train.fragments import FlatShard
+from heliostat.train.lease import Fence
 from heliostat.train.retention import Pruner
 from heliostat.train.stored import FORMAT, INDEX, Checkpoint, encode, folder, latest, open_checkpoint, steps
 
@@ -48,18 +49,57 @@ __all__ = ["Checkpoint", "Saver", "folder", "latest", "load", "open_checkpoint",
 def load(checkpoint: Checkpoint, state: dict[str, torch.Tensor], group: Any) -> int:
     """Fills this rank's slices; `state` comes from `fragments.state(engine, whole=True)`. Returns the bytes that it read.
 
+    What is stored is read as what it is, then cast to what the engine holds (`casts` tells what that rounds).
+
     All ranks call it together, and all of them raise if one does: CorruptCheckpointError if what is read is not what was
     written. The state is then useless.
     """
-    missing = sorted(set(state) - set(checkpoint.index["tensors"]))
-    wrong = [n for n in state if n not in missing and list(state[n].shape) != checkpoint.index["tensors"][n]["shape"]]
+    tensors = checkpoint.index["tensors"]
+    missing = sorted(set(state) - set(tensors))
+    wrong = [n for n in state if n not in missing and list(state[n].shape) != tensors[n]["shape"]]
     if missing or wrong:
         what = f"has no {missing[0]!r}" if missing else f"holds {wrong[0]!r} in another shape"
         raise CheckpointError(f"{checkpoint.location}: {what}; it was made by another model")
+    held = {n: tensorfile.DTYPES[tensors[n]["dtype"]] for n in state}
+    if odd := next((n for n in state if held[n] != state[n].dtype and not _both_float(held[n], state[n].dtype)), None):
+        what = f"holds {odd!r} as {held[odd]}, and the model has it as {state[odd].dtype}"
+        raise CheckpointError(f"{checkpoint.location}: {what}; it was made by another model")
+    targets = {n: t if t.dtype == held[n] else _blank(t, held[n]) for n, t in state.items()}
     reader = _Reader(checkpoint)
     with _plain_errors(f"{checkpoint.location}: cannot be loaded"):
-        dcp.load(state, storage_reader=reader, process_group=group)
+        dcp.load(targets, storage_reader=reader, process_group=group)
+    for name, target in targets.items():
+        if target is not state[name]:
+            _local(state[name]).copy_(_local(target))
     return reader.bytes_read
+
+
+def casts(checkpoint: Checkpoint, state: dict[str, torch.Tensor]) -> str | None:
+    """What `load` rounds because this engine holds it in fewer bits than the checkpoint does, for a person; None if nothing.
+
+    The same model has other types at another ZeRO stage or precision: buffers that it makes under zero.Init are of low precision.
+    """
+    changed: dict[str, list[str]] = {}
+    for name, tensor in state.items():
+        held = tensorfile.DTYPES[checkpoint.index["tensors"][name]["dtype"]]
+        if torch.promote_types(held, tensor.dtype) != tensor.dtype:
+            changed.setdefault(f"from {held} to {tensor.dtype}".replace("torch.", ""), []).append(name)
+    parts = [f"{len(names)} tensors {how} ({names[0]}{', ...' * (len(names) > 1)})" for how, names in changed.items()]
+    return f"{checkpoint.location}: loaded into an engine of fewer bits, rounded: {'; '.join(parts)}" if parts else None
+
+
+def _both_float(one: torch.dtype, other: torch.dtype) -> bool:
+    return one.is_floating_point and other.is_floating_point
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.local if isinstance(tensor, FlatShard) else tensor.detach()
+
+
+def _blank(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What a tensor, or a slice of one, is loaded into in the type that it is stored in."""
+    made = torch.empty_like(_local(tensor), dtype=dtype)
+    return FlatShard(made, tensor.start, tensor.shape[0]) if isinstance(tensor, FlatShard) else made
 
 
 @contextmanager
@@ -138,11 +178,11 @@ def _done(value: Any) -> torch.futures.Future:
 class _Writer(StorageWriter):
     """DCP's writer: one safetensors file from each rank that has something to write, then `checkpoint.json`.
 
-    What one rank fails at, all ranks raise, and `checkpoint.json` is not written.
+    What one rank fails at, all ranks raise, and `checkpoint.json` is not written. `fence`: of who saves, if others may.
     """
 
-    def __init__(self, target: Location, step: int, facts: dict[str, Any]) -> None:
-        self.target, self.step, self.facts = target, step, facts
+    def __init__(self, target: Location, step: int, facts: dict[str, Any], fence: Fence | None = None) -> None:
+        self.target, self.step, self.facts, self.fence = target, step, facts, fence
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
@@ -158,6 +198,8 @@ class _Writer(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        if self.fence:
+            self.fence.check()
         self.target.join(INDEX).delete()  # an earlier save of this step, or what is left of a dead one
         self.target.delete()
         return plans
@@ -195,6 +237,8 @@ class _Writer(StorageWriter):
                 tensors[item.index.fqn]["chunks"].append({"shard": number, **item.storage_data[1]})
         shards = [result[0].storage_data[0] for result in written]
         index = {"format": FORMAT, "step": self.step, **self.facts, "shards": shards, "tensors": tensors}
+        if self.fence:
+            self.fence.check()
         self.target.join(INDEX).write(encode(index))
 
 
@@ -218,11 +262,11 @@ def _local_folder(target: Location) -> Iterator[Path]:
 class Saver:
     """Saves on behalf of one worker; every worker of the group must call `save` and `wait` in the same order."""
 
-    def __init__(self, run: Location, policy: spec.Checkpoint, group: Any) -> None:
+    def __init__(self, run: Location, policy: spec.Checkpoint, group: Any, fence: Fence | None = None) -> None:
         """`group`: a gloo process group that nothing else uses, because saving runs beside training."""
-        self.run, self.policy, self.group = run, policy, group
+        self.run, self.policy, self.group, self.fence = run, policy, group, fence
         self.blocked_s = 0.0
-        self._pruner = Pruner(run, policy)
+        self._pruner = Pruner(run, policy, fence)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
         self._copied = threading.Event()
@@ -270,7 +314,7 @@ class Saver:
             self._copied.set()
         target = folder(self.run, step)
         with _plain_errors(f"{target}: cannot be saved"):
-            dcp.save(copy, storage_writer=_Writer(target, step, facts), process_group=self.group)
+            dcp.save(copy, storage_writer=_Writer(target, step, facts, self.fence), process_group=self.group)
         if dist.get_rank() == 0:
             self._pruner.prune(step)
 

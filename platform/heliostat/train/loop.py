@@ -13,6 +13,7 @@ import dataclasses
 import math
 import time
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from heliostat.train import checkpoint, fragments, pictures, zero
 from heliostat.train.board import queued_s
 from heliostat.train.ema import Ema
 from heliostat.train.heldout import HeldOut
+from heliostat.train.lease import Fence
 from heliostat.train.ledger import Ledger, peak_flops
 from heliostat.train.pulse import Pulse, Votes
 from heliostat.train.schedule import factor
@@ -43,8 +45,8 @@ HELD_POLL_S = 0.05
 
 
 def worker(config: dict[str, Any]) -> dict[str, Any]:
-    """Ray Train's entry. `config`: job, plan (plain data), start_step, holds (steps), board (actor), run_folder,
-    parts (of the stream, one a worker).
+    """Ray Train's entry. `config`: job, plan (plain data), start_step, holds (steps), fence (of the driver's lease),
+    board (actor), run_folder, parts (of the stream, one a worker).
 
     Returns the summary of this attempt (rank 0's is the one that counts).
     """
@@ -61,12 +63,13 @@ class Worker:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.ledger = Ledger("starting")
         self.pulse = Pulse(self.board, self.rank, self.world)
-        self.monitor = Monitor(self.board, ray.util.get_node_ip_address()) if _first_of_node() else None
+        self.monitor = Monitor(self.board, ray.util.get_node_ip_address(), _nodes()) if _first_of_node() else None
         self.run_folder = Location(config["run_folder"])
         # the training group is left to DeepSpeed; saving runs in a thread and must not share a group with the loop
         self.control, saving = dist.new_group(backend="gloo"), dist.new_group(backend="gloo")
         self.votes = Votes(dist.new_group(backend="gloo"))
-        self.saver = checkpoint.Saver(self.run_folder, self.job.checkpoint, saving)
+        self.fence: Fence = config["fence"]
+        self.saver = checkpoint.Saver(self.run_folder, self.job.checkpoint, saving, self.fence)
 
         if self.rank == 0:
             self._phase("model", queued_s=queued_s(), start_step=self.start_step, workers=self.world)
@@ -257,10 +260,11 @@ class Worker:
             spike = self.spikes.spikes(loss) if self.spikes else None
             if not math.isfinite(loss):
                 self._fail(step, f"loss {loss}")
-            elif spike and self.job.spike and self.job.spike.action == "rollback":
-                self._roll_back(step, spike)
-            elif spike:
-                self._post({"kind": "spike", "step": step, "what": spike, "loss": loss, "at": time.time()})
+            elif spike and self.job.spike:
+                action = self.job.spike.action
+                self._tell({"kind": "spike", "step": step + 1, "action": action, **spike._asdict(), "at": time.time()})
+                if action == "rollback":
+                    self._roll_back(step, str(spike))
 
     def _roll_back(self, step: int, what: str) -> None:
         self.saver.wait()  # the save in flight is from before
@@ -341,6 +345,7 @@ class Worker:
         digests = receipt.step_digests(lanes)
         self.chain = receipt.extend(self.chain, digests)
         if self.rank == 0:
+            self.fence.check()
             self.run_folder.join("receipts", f"step-{done:08d}.json").write(
                 receipt.seal(done - len(digests), digests, self.chain, self.plan.digest)
             )
@@ -354,10 +359,17 @@ class Worker:
 
     def _restore(self) -> None:
         found = checkpoint.open_checkpoint(self.run_folder, self.start_step)
-        checkpoint.load(found, self._state(whole=True), self.control)
+        state = self._state(whole=True)
+        checkpoint.load(found, state, self.control)
+        self._notice(checkpoint.casts(found, state))
         fragments.after_load(self.engine, found.index["optimizer_steps"])
         self.chain = found.index["receipt"]["chain"]
         self.bad_samples = found.index["bad_samples"] if self.rank == 0 else 0
+
+    def _notice(self, text: str | None) -> None:
+        """Something that a person should read at the terminal, if there is something."""
+        if text:
+            self._post({"kind": "notice", "text": text, "at": time.time()})
 
     def _phase(self, phase: str, **facts: Any) -> None:
         self._post({"kind": "phase", "phase": phase, **facts, **self._now()})
@@ -379,8 +391,15 @@ def _first_of_node() -> bool:
     return ray.train.get_context().get_local_rank() == 0
 
 
-def make_recipe(job: Job, dataset: Dataset) -> Recipe:
-    recipe: Recipe = workspace.import_path("recipe", job.recipe)(job)
+def _nodes() -> int:
+    """How many nodes the workers are on, if all have as many as this one."""
+    context = ray.train.get_context()
+    return max(1, round(context.get_world_size() / context.get_local_world_size()))
+
+
+def make_recipe(job: Job, dataset: Dataset, record: Path | None = None) -> Recipe:
+    """`record`: the run's folder, if the job is what its record says."""
+    recipe: Recipe = workspace.import_path("recipe", job.recipe, record)(job)
     recipe.bind(dataset.sources)
     return recipe
 

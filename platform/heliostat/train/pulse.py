@@ -19,6 +19,7 @@ import ray
 import torch
 import torch.distributed as dist
 
+from heliostat.train.board import interval
 from heliostat.train.survive import PREEMPTED, RUN
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class Pulse:
     def __init__(self, board: Any, rank: int, workers: int) -> None:
         self.progress = 0  # a count of whatever shows that the loop gets on
         self._board, self._rank, self._ordered = board, rank, RUN
-        self._every = max(EVERY_S, workers / 100)  # the board answers some hundred a second with ease
+        self._every = interval(workers)
         self._facts = {"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="pulse", daemon=True)

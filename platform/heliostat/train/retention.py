@@ -13,6 +13,7 @@ from typing import Any
 from heliostat.errors import CorruptCheckpointError
 from heliostat.spec import Checkpoint as Policy
 from heliostat.storage import Location
+from heliostat.train.lease import Fence
 from heliostat.train.stored import INDEX, Checkpoint, folder, open_checkpoint, steps
 
 
@@ -39,10 +40,10 @@ def retained(whole: Iterable[int], policy: Policy, scores: Mapping[int, float] |
 
 
 class Pruner:
-    """Applies a policy to a run's folder; the scores that it has read it remembers."""
+    """Applies a policy to a run's folder; the scores that it has read it remembers. `fence`: of who prunes, if others may."""
 
-    def __init__(self, run: Location, policy: Policy) -> None:
-        self.run, self.policy = run, policy
+    def __init__(self, run: Location, policy: Policy, fence: Fence | None = None) -> None:
+        self.run, self.policy, self.fence = run, policy, fence
         self._scores: dict[int, float] = {}
 
     def prune(self, saved: int) -> None:
@@ -52,7 +53,10 @@ class Pruner:
         found = {step: f"{folder(self.run, step).name}/{INDEX}" in files for step in steps(self.run)}
         whole = [step for step, complete in found.items() if complete and step <= saved]
         kept = retained(whole, self.policy, self._read_scores(whole) if self.policy.best else None)
-        for step in found.keys() - kept.keys():
+        gone = found.keys() - kept.keys()
+        if gone and self.fence:
+            self.fence.check()
+        for step in gone:
             location = folder(self.run, step)
             location.join(INDEX).delete()  # first, so that a half-deleted checkpoint does not exist
             location.delete()

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -28,27 +28,29 @@ from heliostat.check import Checked
 from heliostat.data import segments
 from heliostat.data.dataset import DataPlan, make_order
 from heliostat.errors import (
-    CheckpointError,
     ConfigError,
     CorruptCheckpointError,
     HeliostatError,
+    LeaseError,
     LossSpikeError,
     StoppedError,
     StorageError,
 )
 from heliostat.spec import Job
-from heliostat.storage import Location
 from heliostat.track import outbox
 from heliostat.track.run import RunOwner
-from heliostat.train import driver
+from heliostat.train import driver, lease
+from heliostat.train import summary as endings
 from heliostat.train.holds import Holds
+from heliostat.train.lease import Lease
 from heliostat.train.ledger import Recorder
 from heliostat.train.signals import Signals
 from heliostat.train.survive import INTERRUPTED, RUN, STOPS, Budget, choose, classify
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:  # with torch, which takes a second
+    from heliostat.train.checkpoint import Checkpoint
 
-SUMMARY = "summary.json"  # of the training, from its end until there is a result
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -82,7 +84,22 @@ def train(
     started = started or time.time()
     job, recipe = check.check_file(path, settings)
     check.check_storage(job)
-    driver.alone(job.run_folder)
+    with lease.take(job.run_folder) as held:
+        return _train(job, recipe, held, resume, overwrite, allow_data_change, verbose, recorded, tags, started)
+
+
+def _train(
+    job: Job,
+    recipe: Any,
+    held: Lease,
+    resume: bool,
+    overwrite: bool,
+    allow_data_change: bool,
+    verbose: bool,
+    recorded: DataPlan | None,
+    tags: dict[str, str] | None,
+    started: float,
+) -> dict[str, Any]:
     from heliostat.train import checkpoint
 
     found = None if overwrite else checkpoint.latest(job.run_folder)
@@ -104,14 +121,14 @@ def train(
         log.warning("the run's samples change at step %d: %s", found.step, "; ".join(changes))
         checked = check.check_stores(job, recipe, recorded, change_at=found.step)
     if overwrite:
-        job.run_folder.delete()
-    start_step = found.step if found else 0
-    run = _Run(checked, start_step, started, verbose, tags)
-    if start_step < job.last_step:
+        held.fence.check()
+        lease.clear(job.run_folder)
+    run = _Run(checked, held, found.step if found else 0, started, verbose, tags)
+    if found is None or found.step < job.last_step:
         return run.go()
-    log.info("run %s has finished: step %d of %d", job.name, start_step, job.last_step)
-    if (result := _finished(job.run_folder)) is None:
-        return run.conclude()
+    log.info("run %s has finished: step %d of %d", job.name, found.step, job.last_step)
+    if (result := endings.result(job.run_folder, found.step)) is None:
+        return run.conclude(found)
     run.catch_up()
     return result
 
@@ -124,46 +141,42 @@ def train_part(job: Job, part: Part) -> dict[str, Any]:
     from heliostat.train import checkpoint
 
     job, recipe = check.check_job(job)
-    driver.alone(job.run_folder)
-    found = checkpoint.latest(job.run_folder)
-    recorded = DataPlan.parse(found.index["data"]) if found else None
-    run = _Run(check.check_stores(job, recipe, recorded), found.step if found else 0, part.started, tags=part.tags, part=part)
-    if found and found.step == job.last_step and job.run_folder.join(SUMMARY).exists():
+    with lease.take(job.run_folder) as held:
+        found = checkpoint.latest(job.run_folder)
+        recorded = DataPlan.parse(found.index["data"]) if found else None
+        checked = check.check_stores(job, recipe, recorded)
+        run = _Run(checked, held, found.step if found else 0, part.started, tags=part.tags, part=part)
+        if found is None or found.step < job.last_step:
+            return run.fit()
         run.catch_up()
-        return json.loads(job.run_folder.join(SUMMARY).read())
-    return run.fit()
+        return endings.read(job.run_folder, found, job)
 
 
 def conclude(job: Job) -> dict[str, Any]:
     """What comes after the training of a run that has all its steps: the model exported, logged and registered; its result."""
     job, recipe = check.check_job(job)
-    if (result := _finished(job.run_folder)) is not None:
+    if (result := endings.result(job.run_folder, job.last_step)) is not None:
         return result
     from heliostat.train import checkpoint
 
-    last = checkpoint.open_checkpoint(job.run_folder, job.last_step)
-    checked = check.check_stores(job, recipe, DataPlan.parse(last.index["data"]))
-    return _Run(checked, job.last_step, time.time()).conclude()
-
-
-def _finished(run_folder: Location) -> dict[str, Any] | None:
-    try:
-        return json.loads(run_folder.join("result.json").read())
-    except FileNotFoundError:
-        return None
+    with lease.take(job.run_folder) as held:
+        last = checkpoint.open_checkpoint(job.run_folder, job.last_step)
+        checked = check.check_stores(job, recipe, DataPlan.parse(last.index["data"]))
+        return _Run(checked, held, job.last_step, time.time()).conclude(last)
 
 
 class _Run:
     def __init__(
         self,
         checked: Checked,
+        held: Lease,
         start_step: int,
         started: float,
         verbose: bool = False,
         tags: dict[str, str] | None = None,
         part: Part | None = None,
     ) -> None:
-        self.job, self.checked, self.tags = checked.job, checked, tags or {}
+        self.job, self.checked, self.lease, self.tags = checked.job, checked, held, tags or {}
         self.plan, self.order = checked.plan, checked.order
         self.counts = checked.job.worker_counts(checked.plan.shape.lanes)
         self.start_step, self.started, self.verbose = start_step, started, verbose
@@ -175,25 +188,27 @@ class _Run:
 
     def go(self) -> dict[str, Any]:
         """Trains, and concludes."""
-        return self._settled(lambda owner: self._conclude(owner, self._fit(owner)))
+        from heliostat.train import checkpoint
+
+        def work(owner: RunOwner) -> dict[str, Any]:
+            summary = self._fit(owner)
+            return self._conclude(owner, checkpoint.open_checkpoint(self.job.run_folder, self.job.last_step), summary)
+
+        return self._settled(work)
 
     def fit(self) -> dict[str, Any]:
         """Only trains."""
         return self._settled(self._fit)
 
-    def conclude(self) -> dict[str, Any]:
-        """Only what comes after the training, where an earlier command did not get through it."""
-        try:
-            summary = json.loads(self.job.run_folder.join(SUMMARY).read())
-        except FileNotFoundError as e:
-            raise CheckpointError(
-                f"{self.job.run_folder}: all steps are done, but there is no result.json; use `heliostat export`"
-            ) from e
-        return self._settled(lambda owner: self._conclude(owner, summary))
+    def conclude(self, last: Checkpoint) -> dict[str, Any]:
+        """Only what comes after the training, from its last checkpoint, where an earlier command did not get through it."""
+        summary = endings.read(self.job.run_folder, last, self.job)
+        return self._settled(lambda owner: self._conclude(owner, last, summary))
 
     def catch_up(self) -> None:
-        """Logs what MLflow could not be told at the end of an earlier command."""
-        if self.job.run_folder.join(outbox.FILE).exists():
+        """Tells MLflow what it could not be told at the end of an earlier command: its metrics, or only that it has finished."""
+        ended = driver.last(self.job.run_folder)
+        if (ended and ended.outcome != "finished") or self.job.run_folder.join(outbox.FILE).exists():
             self._settled(lambda owner: None)
 
     def _settled(self, work: Any) -> dict[str, Any]:
@@ -202,6 +217,9 @@ class _Run:
         self.ledger.beat(force=True)  # from here on the run has a driver
         try:
             result = work(owner)
+        except LeaseError as e:  # the MLflow run is another driver's now
+            self.ledger.close("failed", str(e))
+            raise
         except (KeyboardInterrupt, StoppedError) as e:
             self._finish(owner, "KILLED", str(e) or "interrupted")
             raise
@@ -250,7 +268,8 @@ class _Run:
                         self._turn(stop, summary["steps"])
         summary |= show.startup(self.started)
         summary["restarts"] = self.restarts
-        self.job.run_folder.join(SUMMARY).write(json.dumps(summary).encode())
+        self.lease.fence.check()
+        endings.write(self.job.run_folder, summary)
         if signals.name:
             raise StoppedError(f"stopped by {signals.name} behind the last step; use --resume to export and register the model")
         return summary
@@ -263,6 +282,7 @@ class _Run:
         if len(self.counts) > 1:
             nodes.ask_for(self.job.workers, max(self.counts))
             count = choose(self.counts, nodes.room_now(self.job, {}))
+        self.lease.fence.check()
         segments.begin(self.job.run_folder, self.plan, self.start_step)
         owner.post(
             {"kind": "attempt", "start_step": self.start_step, "workers": count, "nodes": nodes.census(), "at": time.time()}
@@ -274,6 +294,7 @@ class _Run:
             self.order,
             self.checked.manifests,
             self.start_step,
+            self.lease.fence,
             self.part.holds if self.part else Holds(),
         )
 
@@ -294,7 +315,13 @@ class _Run:
             if self.part:
                 self.part.hear(event)
 
-        return Attempt(start, signals, take, self.ledger.beat).run()
+        return Attempt(start, signals, take, self._beat).run()
+
+    def _beat(self) -> None:
+        """Call often."""
+        self.ledger.beat()
+        if self.lease.lost:
+            raise self.lease.lost
 
     def _recover(self, error: HeliostatError, signals: Signals) -> None:
         """Makes ready for another attempt after a failure, or raises the error."""
@@ -323,7 +350,7 @@ class _Run:
             self._leave_out(max(step, error.step - 1), error.step)
         until = time.monotonic() + wait
         while time.monotonic() < until and not signals.name:
-            self.ledger.beat()
+            self._beat()
             time.sleep(0.1)
         if signals.name:
             raise StoppedError(f"stopped by {signals.name} between two attempts; use --resume to go on from step {step}")
@@ -362,21 +389,23 @@ class _Run:
 
     # afterwards ------------------------------------------------------------------------------------------------------
 
-    def _conclude(self, owner: RunOwner, summary: dict[str, Any]) -> dict[str, Any]:
-        """Exports the last checkpoint, logs and registers the model, and shows what it can do."""
+    def _conclude(self, owner: RunOwner, last: Checkpoint, summary: dict[str, Any]) -> dict[str, Any]:
+        """Exports the last checkpoint, logs and registers the model, and shows what it can do.
+
+        All of it may be done again, whenever it was broken off: what is there is taken, and `result.json` comes last.
+        """
         from heliostat.export import export
         from heliostat.track import card
         from heliostat.track.models import log_model
-        from heliostat.train import checkpoint
 
         job = self.job
-        last = checkpoint.open_checkpoint(job.run_folder, job.last_step)
+        self.lease.fence.check()
         owner.client()  # MLflow is there, and the run is open
         with tempfile.TemporaryDirectory(prefix="heliostat-export-") as name, self.console.status("exporting the model"):
             folder = Path(name) / "model"
             recipe = export(last, folder, owner.run_id)
             card.write(folder, job, owner.run_id, last.step, summary["eval"], self.checked.manifests)
-            model_uri = log_model(job, owner.run_id, last.step, folder, recipe, summary["eval"])
+            model_uri = log_model(job, owner.run_id, last, folder, recipe, summary["eval"])
             samples = recipe.demonstrate(folder)
         owner.describe(model_uri, samples)
         result = {"run_id": owner.run_id, **summary, "model_uri": model_uri, "checkpoint": str(last.location)}
@@ -384,7 +413,8 @@ class _Run:
         result["goodput"] = goodput.summary(self.ledger.report())
         result["unit"] = _unit(job)
         result["samples"] = [{"prompt": p, "text": t} for p, t in samples]
-        job.run_folder.join("result.json").write(json.dumps(result, indent=2).encode())
+        self.lease.fence.check()
+        job.run_folder.join(endings.RESULT).write(json.dumps(result, indent=2).encode())
         return result
 
 

@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from heliostat.train.spike import Found
+
 log = logging.getLogger("heliostat")
 
 PHASES = {
@@ -25,7 +27,7 @@ class Show:
     """Fed with the board's events; remembers when each phase began, for the start-up split."""
 
     def __init__(self, console: Console, name: str, start: int, steps: int, unit: str) -> None:
-        self.unit = unit
+        self.unit, self.spikes = unit, 0
         self.phases: dict[str, float] = {}
         self._progress = Progress(
             TextColumn("[bold]{task.fields[name]}"),
@@ -66,11 +68,25 @@ class Show:
             self.phase(event["phase"], event["at"])
             if event["phase"] in PHASES:
                 self.note(PHASES[event["phase"]])
+        elif event["kind"] == "notice":
+            log.warning(event["text"])
         elif event["kind"] == "steps":
             self._on_steps(event)
+        elif event["kind"] == "waiting":
+            log.warning(event["text"])
         elif event["kind"] == "evaluation":
             scores = "  ".join(f"{k} {v:.4g}" for k, v in event["scores"].items())
             log.info("step %d  held-out: %s", event["step"], scores)
+        elif event["kind"] == "spike" and event["action"] == "warn":  # of one that is undone, the driver tells
+            self._on_spike(event)
+
+    def _on_spike(self, event: dict[str, Any]) -> None:
+        self.spikes += 1
+        found = Found(event["loss"], event["usual"], event["limit"])
+        log.warning(
+            "step %d: loss spike (%d so far): %s; training goes on (spike.action: warn). `heliostat samples` with --step %d "
+            "shows what it trained on", event["step"], self.spikes, found, event["step"] - 1,
+        )  # fmt: skip
 
     def _on_steps(self, event: dict[str, Any]) -> None:
         done = event["first"] + len(event["loss"])

@@ -10,11 +10,25 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
+from typing import NamedTuple
 
 from heliostat.spec import Spike
 
 NORMAL = 1.4826  # standard deviations of a normal distribution in one median absolute deviation
 FLOOR = 0.01  # of the median: a window of all but equal losses must not make noise a spike
+
+
+class Found(NamedTuple):
+    """A spike: the step's loss, the window's median, and the limit that the loss is above."""
+
+    loss: float
+    usual: float
+    limit: float
+
+    def __str__(self) -> str:
+        if not math.isfinite(self.loss):
+            return f"loss {self.loss}"
+        return f"loss {self.loss:.4g}, where {self.usual:.4g} is usual and {self.limit:.4g} the limit"
 
 
 class Detector:
@@ -24,15 +38,15 @@ class Detector:
         self.policy = policy
         self._window: deque[float] = deque(maxlen=policy.window)
 
-    def spikes(self, loss: float) -> str | None:
-        """What is wrong with this step's loss, or None. Half a window must be there before anything but NaN is a spike."""
+    def spikes(self, loss: float) -> Found | None:
+        """The spike that this step's loss is, or None. Half a window must be there before anything but NaN is a spike."""
         if not math.isfinite(loss):
-            return f"loss {loss}"
+            return Found(loss, math.nan, math.inf)
         if len(self._window) >= self.policy.window // 2:
             middle = statistics.median(self._window)
             spread = NORMAL * statistics.median(abs(x - middle) for x in self._window)
             limit = middle + self.policy.threshold * max(spread, FLOOR * abs(middle))
             if loss > limit:
-                return f"loss {loss:.4g}, where {middle:.4g} is usual and {limit:.4g} the limit"
+                return Found(loss, middle, limit)
         self._window.append(loss)
         return None

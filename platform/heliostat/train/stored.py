@@ -59,7 +59,10 @@ class Checkpoint:
 
     def slice(self, name: str, chunk: dict[str, Any], first: int, target: torch.Tensor) -> tuple[int, blocks.Slice]:
         """(the shard, the slice) of the elements from `first` of a chunk on, as many as the contiguous target holds."""
-        itemsize = DTYPES[self.index["tensors"][name]["dtype"]].itemsize
+        dtype = DTYPES[self.index["tensors"][name]["dtype"]]
+        if target.dtype != dtype:  # bytes of another type would be taken for numbers
+            raise CheckpointError(f"{self.location}: holds {name!r} as {dtype}, and cannot be read as {target.dtype}")
+        itemsize = dtype.itemsize
         size, start = chunk["numel"] * itemsize, first * itemsize
         return chunk["shard"], blocks.Slice(chunk["offset"], size, chunk["crc32"], start, blocks.as_bytes(target))
 

@@ -18,6 +18,7 @@ from heliostat.errors import (
     CorruptCheckpointError,
     DataError,
     HeliostatError,
+    LeaseError,
     LossSpikeError,
     NonFiniteError,
     PlacementError,
@@ -40,7 +41,7 @@ def classify(error: HeliostatError) -> Kind:
         return "spike"
     if isinstance(error, PlacementError):
         return "queued"
-    if isinstance(error, AccessError | ConfigError | DataError | CheckpointError | NonFiniteError):
+    if isinstance(error, AccessError | ConfigError | DataError | CheckpointError | LeaseError | NonFiniteError):
         return "final"
     return "failure"
 

@@ -4,6 +4,7 @@
     records/trial-0003.json   a trial: parameters, status, reports, clones
     trials/SWEEP-0003/    the trial's run, as any other run's folder
     driver.json           the process that drives it, with a sign of life
+    lease/                whose turn it is to drive it
     stop                  is there while the sweep is told to stop
     result.json           the outcome
 
@@ -19,10 +20,8 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import psutil
-
-from heliostat.errors import ConfigError
 from heliostat.storage import Location
+from heliostat.train import lease
 from heliostat.tune.space import Params
 
 ALIVE_S = 5.0  # between two signs of life
@@ -102,46 +101,26 @@ def best(records: list[Record], mode: str) -> Record | None:
 
 
 class Claim:
-    """One driver at a time: says in `driver.json` that it lives. `Claim(folder)` raises if another one does."""
+    """One driver at a time: a lease of the sweep's folder, and in `driver.json` a sign of life for those who look.
+
+    `Claim(folder)` raises if another one has the lease.
+    """
 
     def __init__(self, folder: Location) -> None:
         self.place = folder.join("driver.json")
-        before = read_json(self.place)
-        if before and self._alive(before):
-            raise ConfigError(
-                f"name: sweep {folder} is being driven by process {before['pid']} on {before['host']}; wait for it, or stop it "
-                f"with `heliostat sweep {folder} --stop`"
-            )
+        self._lease = lease.take(folder, "driven", f"wait for it, or stop it with `heliostat sweep {folder} --stop`")
         self._due = 0.0
         self.beat()
 
-    def _alive(self, before: dict[str, Any]) -> bool:
-        if before["host"] == socket.gethostname():
-            try:
-                return before["pid"] != os.getpid() and psutil.Process(before["pid"]).create_time() <= before["started"] + 1
-            except psutil.NoSuchProcess:
-                return False
-        deadline = time.monotonic() + SILENCE_S
-        while time.monotonic() < deadline:
-            time.sleep(1.0)
-            now = read_json(self.place)
-            if now is None:
-                return False
-            if now["at"] != before["at"]:
-                return True
-        return False
-
     def beat(self) -> None:
-        """Call often."""
+        """Call often; LeaseError if another driver has taken the sweep over."""
+        if self._lease.lost:
+            raise self._lease.lost
         if time.monotonic() >= self._due:
             self._due = time.monotonic() + ALIVE_S
-            mine = {
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
-                "started": psutil.Process().create_time(),
-                "at": time.time(),
-            }
-            self.place.write(json.dumps(mine).encode())
+            self.place.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "at": time.time()}).encode())
 
     def end(self) -> None:
-        self.place.delete()
+        if not self._lease.lost:
+            self.place.delete()
+        self._lease.release()

@@ -59,14 +59,14 @@ def tune(
         from heliostat.tune.searchers import require_optuna
 
         require_optuna()
-    before = records.read_json(plan.folder.join("sweep.json"))
-    if before and not overwrite and not resume:
-        raise ConfigError(
-            f"name: sweep {plan.sweep.name!r} is in {plan.folder} already; use --resume to go on, --overwrite to start anew, or "
-            "another name"
-        )
     claim = Claim(plan.folder)
     try:
+        before = records.read_json(plan.folder.join("sweep.json"))
+        if before and not overwrite and not resume:
+            raise ConfigError(
+                f"name: sweep {plan.sweep.name!r} is in {plan.folder} already; use --resume to go on, --overwrite to start "
+                "anew, or another name"
+            )
         if before and overwrite:
             plan.folder.join("sweep.json").delete()
             for folder in ("records", "trials", "result.json", "ray", "stop"):
@@ -97,6 +97,7 @@ def _same(plan: Plan, before: dict[str, Any]) -> None:
 class _Tuning:
     def __init__(self, plan: Plan, before: dict[str, Any], retry_failed: bool, verbose: bool, claim: Claim) -> None:
         self.plan, self.before, self.verbose, self.claim = plan, before, verbose, claim
+        self.base = Job.model_validate(plan.base)
         self.found = records.read(plan.folder)
         for record in self.found:
             if record.status == "failed" and retry_failed:
@@ -149,7 +150,7 @@ class _Tuning:
         from heliostat.cluster import nodes
         from heliostat.cluster.connect import connect
 
-        workers = Job.model_validate(self.plan.base).workers
+        workers = self.base.workers
         wanted = self.plan.sweep.concurrency
         os.environ.update(ENVIRONMENT)
         if not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):
@@ -161,7 +162,12 @@ class _Tuning:
         free = ray._private.state.available_resources_per_node()
         there, leaving = nodes.carrying(workers.labels), nodes.draining()
         fits = room.gangs(workers, {n: r for n, r in free.items() if n in there and n not in leaving})
-        if wanted and wanted > fits:
+        if not fits:
+            missing = (
+                nodes.missing_now(self.base) or f"no room for a trial's own {room.TRIAL_CPUS:g} CPU beside its workers; waiting"
+            )
+            log.warning("one trial after another: %s", missing)
+        elif wanted and wanted > fits:
             log.warning("concurrency: there is room for %d trials of %d workers, not %d", fits, workers.most, wanted)
         return max(1, min(wanted or fits, fits))
 
@@ -191,7 +197,7 @@ class _Tuning:
                     storage_path=ray_folder.path,
                     storage_filesystem=ray_folder.fs,
                     failure_config=ray_tune.FailureConfig(max_failures=DEATHS),
-                    callbacks=[Watch(self.state, scheduler, trials, self.signals, self.claim)],
+                    callbacks=[Watch(self.state, scheduler, trials, self.signals, self.claim, self.base)],
                     verbose=0,
                 ),
             )

@@ -99,6 +99,8 @@ class State:
         record.step = max(record.step, step)
         if "ended" in result:
             self._ends[record.number] = result
+        if "waits" in result:
+            log.warning("trial %d  %s", record.number, result["waits"])
         if scores := result.get("scores"):  # schedulers are given results without
             record.scores = {k: float(v) for k, v in scores.items()}
         if "value" in result and (not record.reports or record.reports[-1][0] != step):

@@ -22,6 +22,7 @@ from heliostat.errors import ConfigError, HeliostatError, StoppedError
 from heliostat.spec import Job
 from heliostat.storage import Location
 from heliostat.train.holds import Holds
+from heliostat.train.lease import Lease
 from heliostat.train.signals import Signals
 
 log = logging.getLogger(__name__)
@@ -95,9 +96,10 @@ class Trial(tune.Trainable):
         from heliostat.tune.clone import clone
 
         try:
-            self._alone()
-            if self.given["clone"]:
-                clone(self.given["clone"], self._job.run_folder)
+            with self._lease() as held:
+                if self.given["clone"]:
+                    held.fence.check()
+                    clone(self.given["clone"], self._job.run_folder)
             summary = train_part(self._job, self._part)
             self._events.put({"kind": "over", "ended": "finished", "step": summary["steps"], "scores": summary["eval"]})
         except StoppedError as e:
@@ -107,24 +109,24 @@ class Trial(tune.Trainable):
                 log.exception("run %s failed", self._job.name)
             self._events.put({"kind": "over", "ended": "failed", "reason": f"{type(e).__name__}: {e}"})
 
-    def _alone(self) -> None:
-        """Waits for a driver that died to be gone: Ray ends its processes some seconds later."""
-        from heliostat.train import driver
+    def _lease(self) -> Lease:
+        """Of the run, once a driver that died is gone: Ray ends its processes some seconds later."""
+        from heliostat.train import lease
 
         deadline = time.monotonic() + ALONE_S
-        while time.monotonic() < deadline:
+        while True:
             try:
-                driver.alone(self._job.run_folder)
+                return lease.take(self._job.run_folder)
             except ConfigError:
+                if time.monotonic() > deadline:
+                    raise
                 time.sleep(1.0)
-            else:
-                return
 
     def _hear(self, event: dict[str, Any]) -> None:
         """In the run's thread."""
         if event["kind"] == "steps":
             self._step = event["first"] + len(event["loss"])
-        elif event["kind"] == "held":
+        elif event["kind"] in ("held", "waiting"):
             self._events.put(event)
 
     def _next(self) -> dict[str, Any]:
@@ -140,6 +142,8 @@ class Trial(tune.Trainable):
             told |= {"value": float(scores[self.given["metric"]]), "scores": scores}
         if event["kind"] == "held":
             self._held = event["step"]
+        elif event["kind"] == "waiting":
+            told["waits"] = event["text"]
         else:
             told |= {"done": True, "ended": event["ended"], "reason": event.get("reason", "")}
             assert self._thread

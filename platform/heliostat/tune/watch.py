@@ -8,7 +8,9 @@ from typing import Any
 
 from ray.tune import Callback
 
+from heliostat.cluster.nodes import Shortage
 from heliostat.errors import HeliostatError
+from heliostat.spec import Job
 from heliostat.train.signals import Signals
 from heliostat.tune.record import Claim
 from heliostat.tune.state import State
@@ -20,9 +22,10 @@ GONE_S = 300.0  # for the last trials' workers to go
 
 
 class Watch(Callback):
-    def __init__(self, state: State, scheduler: Any, trials: Any, signals: Signals, claim: Claim) -> None:
+    def __init__(self, state: State, scheduler: Any, trials: Any, signals: Signals, claim: Claim, base: Job) -> None:
         self.state, self.scheduler, self.source, self.signals, self.claim = state, scheduler, trials, signals, claim
         self._look_at = 0.0
+        self._base, self._idle = base, Shortage(base)
 
     def __reduce__(self) -> Any:
         return Callback, ()  # Tune pickles its callbacks into a state that nobody reads
@@ -46,6 +49,10 @@ class Watch(Callback):
     def _look(self) -> None:
         self.state.tick()
         self.claim.beat()
+        if any(t.status == "RUNNING" for t in self.state.trials):  # it says itself what it waits for
+            self._idle = Shortage(self._base)
+        elif self.state.live() and (missing := self._idle.told()):
+            log.warning(missing)
         if self.signals.name:
             self.state.stop(self.signals.name)
         try:

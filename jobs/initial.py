@@ -1,0 +1,95 @@
+"""The weights that a backbone begins with, where diffusers leaves torch's default: as the networks' own authors set them.
+
+U-Net: the last layer of every residual branch, and of the network, is zero, so that it begins as the identity and says nothing
+(Ho et al. 2020: `init_scale=0.` in hojonathanho/diffusion; Dhariwal and Nichol 2021, arXiv 2105.05233: `zero_module` in
+openai/guided-diffusion, which latent diffusion took over; Rombach et al. 2022, arXiv 2112.10752). PixArt: `initialize_weights`
+of PixArt-alpha/PixArt-alpha (Chen et al. 2023, arXiv 2310.00426), which is DiT's (Peebles and Xie 2022, arXiv 2212.09748) with
+cross-attention that begins as nothing. SD3's authors have published none, and it keeps diffusers'.
+
+Numbers are drawn on the CPU in the order of the modules, on every rank, so every ZeRO stage and device begins alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import nn
+
+EMBEDDING_STD = 0.02  # of PixArt's layers that take in the timestep and the caption
+
+
+def initialise(arch: str, backbone: Any) -> None:
+    """Sets the weights of a backbone that was just made; does nothing to one without storage."""
+    if next(backbone.parameters()).is_meta or arch == "sd3":
+        return
+    with torch.no_grad():
+        for parameter, value in _unet(backbone) if arch == "unet" else _pixart(backbone):
+            _set(parameter, value)
+
+
+def _set(parameter: nn.Parameter, value: torch.Tensor) -> None:
+    """Puts a value into a parameter, also into one that ZeRO-3 has divided."""
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        gathered: Any = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+    else:
+        gathered = nullcontext()
+    with gathered:
+        if parameter.numel():  # of ranks that do not modify it, too: it is theirs to forget
+            parameter.copy_(value)
+
+
+def _shape(parameter: Any) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)  # of the whole, at ZeRO-3
+
+
+def _zero(layer: Any) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+    for parameter in (layer.weight, layer.bias):
+        if parameter is not None:
+            yield parameter, torch.zeros(_shape(parameter), device="cpu")
+
+
+def _unet(backbone: Any) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+    for module in backbone.modules():
+        if isinstance(module, ResnetBlock2D):
+            yield from _zero(module.conv2)
+        elif isinstance(module, Transformer2DModel):
+            yield from _zero(module.proj_out)
+        elif isinstance(module, Attention) and module.residual_connection:  # those in a Transformer2DModel have none of their own
+            yield from _zero(module.to_out[0])
+    yield from _zero(backbone.conv_out)
+
+
+def _pixart(backbone: Any) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+    time, caption = backbone.adaln_single, backbone.caption_projection
+    embedder = time.emb.timestep_embedder
+    small = {embedder.linear_1, embedder.linear_2, time.linear, caption.linear_1, caption.linear_2}
+    nothing = {block.attn2.to_out[0] for block in backbone.transformer_blocks} | {backbone.proj_out}
+    fused = dict[nn.Module, int]()  # matrices that are one in the original, of which diffusers makes so many
+    for block in backbone.transformer_blocks:
+        fused |= {block.attn1.to_q: 3, block.attn1.to_k: 3, block.attn1.to_v: 3, block.attn2.to_k: 2, block.attn2.to_v: 2}
+    for module in backbone.modules():
+        if module in nothing:
+            yield from _zero(module)
+        elif isinstance(module, nn.Linear):
+            draw = torch.empty(_shape(module.weight), device="cpu")
+            yield module.weight, draw.normal_(std=EMBEDDING_STD) if module in small else _xavier(draw, fused.get(module, 1))
+            if module.bias is not None:
+                yield module.bias, torch.zeros(_shape(module.bias), device="cpu")
+    patches = backbone.pos_embed.proj.weight
+    flat = torch.empty((_shape(patches)[0], math.prod(_shape(patches)[1:])), device="cpu")
+    yield patches, _xavier(flat, 1).view(_shape(patches))
+
+
+def _xavier(matrix: torch.Tensor, parts: int) -> torch.Tensor:
+    """Uniform, by the sum of inputs and outputs; `parts` such matrices are one, whose outputs count together."""
+    bound = math.sqrt(6 / (matrix.shape[1] + parts * matrix.shape[0]))
+    return matrix.uniform_(-bound, bound)

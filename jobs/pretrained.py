@@ -1,0 +1,20 @@
+"""What transformers' Auto classes make of a model's folder. Code that lies in the folder ("remote code") is never run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from heliostat.errors import ConfigError
+
+
+def from_folder(key: str, auto: Any, folder: str | Path, **options: Any) -> Any:
+    """`auto.from_pretrained(folder)`; ConfigError that begins with `key` if that took code of the folder's own."""
+    try:
+        return auto.from_pretrained(folder, trust_remote_code=False, **options)
+    except ValueError as e:
+        if "trust_remote_code" not in str(e):
+            raise
+        raise ConfigError(
+            f"{key}: {str(folder)!r} needs its own code to be run, which is not done; take a model of a class of transformers'"
+        ) from e

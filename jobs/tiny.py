@@ -1,0 +1,142 @@
+"""A small model of the same architecture: what a configuration's code does can then be tried in a second, whatever its size.
+
+Kept: the kinds of layers and their order, the heads' width, how queries share keys, which windows and position ranges are
+shorter than a sample, and every switch. Made small: the number of layers, heads and experts, the widths, and the vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+LENGTH = 48  # tokens of a sample
+VOCABULARY = 96
+LAYERS = 8  # enough for the patterns that configurations of transformers describe by a period
+LARGEST = 80_000_000  # parameters of what is tried
+
+HEADS = ("num_attention_heads", "decoder_attention_heads", "encoder_attention_heads", "attention_heads")
+DEPTHS = ("num_hidden_layers", "decoder_layers", "encoder_layers", "num_layers")
+INNER = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_dim", "decoder_ffn_dim",
+         "encoder_ffn_dim", "n_inner", "d_ff", "ffn_hidden_size", "expert_ffn_hidden_size", "dense_intermediate_size",
+         "moe_shared_expert_intermediate_size", "shared_intermediate_size", "intermediate_size_mlp", "block_ff_dim")  # fmt: skip
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
+RANKS = ("q_lora_rank", "kv_lora_rank", "o_lora_rank")
+REACHES = ("sliding_window", "attention_chunk_size", "original_max_position_embeddings", "attention_window_size", "window_size")
+POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")  # never fewer than a sample has: that is refused
+
+
+def shrunk(config: Any, length: int) -> Iterator[Any]:
+    """Smaller configurations of a model whose samples have `length` tokens, the likeliest to be built first."""
+    given = config.to_dict()
+    names = config.attribute_map
+    for heads, layers in ((2, LAYERS), (2, None), (None, None)):
+        made = _Small(given, names, length, heads, layers).made
+        try:
+            small = type(config).from_dict(made)
+        except Exception:  # noqa: BLE001  a rule of this architecture's own: the next may keep it
+            continue
+        small.use_cache = small.get_text_config().use_cache = False
+        yield small
+
+
+def parameters(recipe: Any) -> int:
+    """Of the recipe's model, built without memory for it."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in recipe.build().parameters())
+
+
+class _Small:
+    """`made`: the configuration with at most so many heads and layers; those of parts that it is made of are small, too."""
+
+    def __init__(self, given: dict[str, Any], names: dict[str, str], length: int, heads: int | None, layers: int | None) -> None:
+        self.made, self.names, self.length = copy.deepcopy(given), names, length
+        for name, part in given.items():
+            if isinstance(part, dict) and "model_type" in part:
+                self.made[name] = _Small(part, {}, length, heads, layers).made
+        self._tokens()
+        self._widths(heads)
+        self._experts()
+        self._reach(self.made)
+        if layers:
+            self._layers(layers)
+
+    def _get(self, name: str) -> Any:
+        return self.made.get(self.names.get(name, name))
+
+    def _set(self, name: str, value: Any) -> None:
+        name = self.names.get(name, name)
+        if self.made.get(name) is not None:
+            self.made[name] = value
+
+    def _tokens(self) -> None:
+        for name, value in self.made.items():
+            if "vocab_size" in name and isinstance(value, int):
+                self.made[name] = VOCABULARY
+            elif name.endswith("token_id") and value is not None:
+                self.made[name] = 0
+
+    def _widths(self, heads: int | None) -> None:
+        width, many, groups = self._get("hidden_size"), self._get("num_attention_heads"), self._get("num_key_value_heads")
+        if not isinstance(width, int):
+            return
+        if not isinstance(many, int):
+            for name, value in list(self.made.items()):
+                if isinstance(value, int) and value and value % width == 0 and width > 128:
+                    self.made[name] = value // width * 128
+            return
+        few = min(heads or many, many)
+        explicit = isinstance(self._get("head_dim"), int) and "qk_rope_head_dim" not in self.made
+        each = self._get("head_dim") if explicit else max(1, width // many)
+        small = min(width, few * each)
+        for name, value in list(self.made.items()):
+            if value == width and name not in ("num_attention_heads", "vocab_size"):
+                self.made[name] = small
+        for name in HEADS:
+            self._set(name, few)
+        if isinstance(groups, int):
+            self._set("num_key_value_heads", few if groups == many else 1 if groups == 1 else max(1, few // 2))
+        for name in INNER:
+            self._set(name, 64 if isinstance(self._get(name), int) else [64] * len(self._get(name) or []))
+        for name in RANKS:
+            self._set(name, 32)
+        expand, one = self._get("mamba_expand"), self._get("mamba_d_head")
+        if isinstance(one, int) and isinstance(expand, int | float):
+            self._set("mamba_n_heads", max(1, int(expand * small) // one))
+
+    def _experts(self) -> None:
+        for name in EXPERTS:
+            value = self._get(name)
+            if isinstance(value, int) and value > 8:
+                self._set(name, 8)
+        for name in CHOSEN:
+            value = self._get(name)
+            if isinstance(value, int) and value > 4:
+                self._set(name, 4)
+        for name in ("n_group", "topk_group"):
+            self._set(name, 1)
+
+    def _reach(self, part: dict[str, Any]) -> None:
+        """What reaches beyond a sample still does, and what does not reach so far still does not."""
+        for name, value in part.items():
+            if isinstance(value, dict) and "model_type" not in value:
+                self._reach(value)
+            elif name in POSITIONS and isinstance(value, int):
+                part[name] = 4 * LENGTH
+            elif name in REACHES and isinstance(value, int):
+                part[name] = 4 * LENGTH if value >= self.length else max(LENGTH // 6, value * LENGTH // self.length)
+
+    def _layers(self, most: int) -> None:
+        depth = self._get("num_hidden_layers")
+        if not isinstance(depth, int) or depth <= most:
+            return
+        lists = [k for k, v in self.made.items() if isinstance(v, list) and len(v) == depth]
+        kinds = [list(map(str, self.made[k])) for k in lists]
+        few = max([most, *(1 + max(k.index(kind) for kind in set(k)) for k in kinds if len(set(k)) <= 8)])
+        for name in lists:
+            self.made[name] = self.made[name][:few]
+        for name in DEPTHS:
+            self._set(name, few)

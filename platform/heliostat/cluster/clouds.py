@@ -1,0 +1,122 @@
+"""Finds what would break, or stand open, at the first real `ray up` of a cluster file on AWS or Google Cloud.
+
+Ray's launcher accepts such files; what is wrong shows when machines are already paid for. The rules come from the providers'
+documentation and from reading Ray 2.60's launcher; none of them was tried on a cloud by us.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from heliostat.cluster.exposure import docker_options
+from heliostat.cluster.files import ClusterFile
+
+BROAD_SCOPE = "https://www.googleapis.com/auth/cloud-platform"
+A3_DISKS = ("pd-balanced", "pd-ssd", "hyperdisk-balanced")  # of A3 High; the default, pd-standard, is refused
+SPOT_WATCHER = "heliostat.cluster.spot"
+
+
+def warnings(cluster: ClusterFile) -> Iterator[str]:
+    if cluster.kind != "launcher" or cluster.provider not in ("aws", "gcp"):
+        return
+    yield from _image(cluster)
+    yield from _docker(cluster)
+    yield from _spot(cluster)
+    yield from _aws(cluster) if cluster.provider == "aws" else _gcp(cluster)
+
+
+def _nodes(cluster: ClusterFile) -> Iterator[tuple[str, dict[str, Any], dict[str, Any], bool]]:
+    """(key of its node_config, node_config, node type, whether it has GPUs) of every node type."""
+    for name, node in (cluster.raw.get("available_node_types") or {}).items():
+        yield f"available_node_types.{name}.node_config", node.get("node_config") or {}, node, bool(_gpus(node))
+
+
+def _gpus(node: dict[str, Any]) -> float:
+    return (node.get("resources") or {}).get("GPU", 0)
+
+
+def _image(cluster: ClusterFile) -> Iterator[str]:
+    missing = [k for k in ("setup_commands", "head_setup_commands", "worker_setup_commands") if k not in cluster.raw]
+    if cluster.raw.get("docker") and missing:
+        yield (
+            f"{', '.join(missing)}: not given, so Ray runs its own, which install packages of no fixed version into the "
+            "running image; set them to []"
+        )
+    if not cluster.raw.get("docker"):
+        return
+    as_root = any(("--user=root" in o or "-u=root" in o or "--user=0" in o) for _, o in docker_options(cluster))
+    for target in cluster.raw.get("file_mounts") or {}:
+        if target.startswith("/root/") and not as_root:
+            yield (
+                f"file_mounts: {target} can be read by root alone, and clusters/Dockerfile's user is ray; put it below "
+                "/home/ray, and RAY_AUTH_TOKEN_PATH with it"
+            )
+
+
+def _docker(cluster: ClusterFile) -> Iterator[str]:
+    """The options of `docker run` that containers with GPUs need."""
+    if not cluster.raw.get("docker"):
+        return
+    shared = [word for where, words in docker_options(cluster) if where.startswith("docker.") for word in words]
+    for _, config, node, gpus in _nodes(cluster):
+        if not gpus:
+            continue
+        own = [str(option) for option in (node.get("docker") or {}).get("worker_run_options") or []]
+        words = " ".join([*shared, *own])
+        name = next(n for n, t in cluster.raw["available_node_types"].items() if t is node)
+        where = f"available_node_types.{name}.docker.worker_run_options"
+        if "--gpus" not in words and "NVIDIA_VISIBLE_DEVICES" not in words:
+            yield f"{where}: the container sees no GPU without --gpus=all (or --env=NVIDIA_VISIBLE_DEVICES=all)"
+        efa = any(str(card.get("InterfaceType", "")).startswith("efa") for card in config.get("NetworkInterfaces") or [])
+        if efa and "/dev/infiniband" not in words:
+            yield f"{where}: EFA's devices are not in the container without --device=/dev/infiniband; NCCL falls back to TCP"
+        if efa and "memlock" not in words:
+            yield f"{where}: EFA registers memory; give --ulimit=memlock=-1:-1"
+
+
+def _spot(cluster: ClusterFile) -> Iterator[str]:
+    spot = [pool.name for pool in cluster.pools if pool.spot and not pool.head]
+    if spot and not any(SPOT_WATCHER in c for c in cluster.raw.get("worker_start_ray_commands") or []):
+        yield (
+            f"worker_start_ray_commands: {', '.join(spot)} are spot machines, and Ray watches for no notice: start "
+            f"`python -m {SPOT_WATCHER} {cluster.provider}` in the background, or lose the steps since the last checkpoint"
+        )
+
+
+def _aws(cluster: ClusterFile) -> Iterator[str]:
+    head = cluster.raw.get("head_node_type")
+    if not cluster.raw["provider"].get("use_internal_ips"):
+        yield "provider.use_internal_ips: every node gets a public address; true, with private subnets, keeps them inside the VPC"
+    for where, config, node, _ in _nodes(cluster):
+        if "IamInstanceProfile" not in config:
+            of_head = "Ray makes the head one of its own with AmazonEC2FullAccess and AmazonS3FullAccess"
+            others = "the nodes have no credentials for the datasets"
+            is_head = cluster.raw["available_node_types"].get(head) is node
+            yield f"{where}.IamInstanceProfile: none, so {of_head if is_head else others}; name one (docs/clusters.md)"
+        if (config.get("MetadataOptions") or {}).get("HttpTokens") != "required":
+            yield f"{where}.MetadataOptions: {{HttpTokens: required}} is missing: a forged request reads the node's credentials"
+        for disk in config.get("BlockDeviceMappings") or []:
+            if "Ebs" in disk and not disk["Ebs"].get("Encrypted"):
+                yield f"{where}.BlockDeviceMappings: {disk.get('DeviceName', 'a disk')} is not encrypted; add Encrypted: true"
+        for card in config.get("NetworkInterfaces") or []:
+            if card.get("AssociatePublicIpAddress"):
+                yield f"{where}.NetworkInterfaces: a public address; leave AssociatePublicIpAddress out, and use a private subnet"
+
+
+def _gcp(cluster: ClusterFile) -> Iterator[str]:
+    for where, config, node, gpus in _nodes(cluster):
+        for disk in config.get("disks") or []:
+            kind = str((disk.get("initializeParams") or {}).get("diskType", "pd-standard")).rpartition("/")[2]
+            if str(config.get("machineType", "")).rpartition("/")[2].startswith("a3-") and kind not in A3_DISKS:
+                yield f"{where}.disks: A3 machines do not take {kind}; set initializeParams.diskType: {' or '.join(A3_DISKS)}"
+        image = " ".join(str((d.get("initializeParams") or {}).get("sourceImage", "")) for d in config.get("disks") or [])
+        items = {i.get("key"): str(i.get("value")) for i in (config.get("metadata") or {}).get("items") or []}
+        if gpus and "nvidia" not in image and items.get("install-nvidia-driver", "").lower() != "true":
+            yield f"{where}: no driver for the GPUs: take an image with one, or set metadata.items install-nvidia-driver: 'True'"
+        for account in config.get("serviceAccounts") or []:
+            if BROAD_SCOPE in (account.get("scopes") or []):
+                yield f"{where}.serviceAccounts: the scope cloud-platform opens every service; name those that the nodes use"
+        is_head = cluster.raw["available_node_types"].get(cluster.raw.get("head_node_type")) is node
+        if not is_head and not config.get("serviceAccounts"):
+            yield f"{where}.serviceAccounts: none, so the nodes have no credentials for the datasets; name one of least rights"

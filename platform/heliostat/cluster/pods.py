@@ -1,0 +1,150 @@
+"""Finds what would break, or is less safe than it could be, in the pods of a KubeRay manifest.
+
+The network policy's rules are those of KubeRay 1.7, the first version that has `networkPolicy`: it lets a cluster's own pods talk
+to one another, a RayJob's submitter to the dashboard, and nothing else: no DNS, no Kubernetes API, no operator, no Prometheus.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from heliostat.cluster.files import GPU_RESOURCES, ClusterFile, groups
+from heliostat.spec import Job
+
+RDMA = re.compile(r"^rdma/|/efa$|/ib$|/roce$|hugepages.*rdma|^vpc\.amazonaws\.com/efa$")
+HOOK = re.compile(r"heliostat\.cluster\.spot\s+now(?:\s+--seconds[ =](\d+(?:\.\d+)?))?")
+HOOK_S = 90.0  # of `heliostat.cluster.spot now` without --seconds
+ENDING_S = 15.0  # what Ray takes to end behind the hook
+METRICS, DASHBOARD, DNS = 8080, 8265, 53
+IDENTITY = {80: "EKS and EC2", 988: "GKE"}  # ports of the services that give pods their credentials
+
+
+def warnings(cluster: ClusterFile) -> Iterator[str]:
+    if cluster.kind == "launcher":
+        return
+    spec = cluster.spec
+    yield from _network(cluster)
+    for name, group in groups(spec):
+        pod = group["template"]["spec"]
+        yield from _privileges(name, pod)
+        if _amount(pod, GPU_RESOURCES):
+            yield from _gpu_pod(name, pod)
+            yield from _ending(name, pod)
+
+
+def grace(cluster: ClusterFile, job: Job) -> Iterator[str]:
+    """Warnings where a deleted pod's time is shorter than what the job allows its last checkpoint."""
+    if cluster.kind == "launcher":
+        return
+    for name, group in groups(cluster.spec):
+        pod = group["template"]["spec"]
+        seconds = _hook_seconds(pod)
+        if _amount(pod, GPU_RESOURCES) and seconds is not None and seconds < job.checkpoint.grace:
+            yield (
+                f"{name}: the preStop hook gives the workers {seconds:g} s, and the job's checkpoint.grace is "
+                f"{job.checkpoint.grace:g}; raise --seconds (and terminationGracePeriodSeconds), or lower checkpoint.grace"
+            )
+
+
+def _network(cluster: ClusterFile) -> Iterator[str]:
+    policy = cluster.spec.get("networkPolicy") or {}
+    mode = policy.get("mode")
+    rules = {who: policy.get(who) or {} for who in ("head", "worker")}
+    if mode in ("DenyAll", "DenyAllEgress"):
+        for who, given in rules.items():
+            out = given.get("egressRules") or []
+            if not _open(out, DNS):
+                yield f"networkPolicy.{who}.egressRules: no name can be looked up, the head's neither; allow port 53"
+        if cluster.spec.get("enableInTreeAutoscaling") and not any(
+            _open(rules["head"].get("egressRules") or [], p) for p in (443, 6443)
+        ):
+            yield "networkPolicy.head.egressRules: the autoscaler cannot reach Kubernetes; allow port 443 or 6443 of its API"
+        named = any(g["template"]["spec"].get("serviceAccountName") for _, g in groups(cluster.spec))
+        if named and not any(_open(rules["worker"].get("egressRules") or [], port) for port in IDENTITY):
+            where = ", ".join(f"{port} for {cloud}" for port, cloud in IDENTITY.items())
+            yield f"networkPolicy.worker.egressRules: pods cannot fetch the credentials of their service account; allow {where}"
+    if mode in ("DenyAll", "DenyAllIngress"):
+        if cluster.kind == "RayJob" and not _open(rules["head"].get("ingressRules") or [], DASHBOARD):
+            yield (
+                f"networkPolicy.head.ingressRules: the operator cannot ask for the job's state; allow port {DASHBOARD} from its "
+                "namespace"
+            )
+        for who, given in rules.items():
+            if not _open(given.get("ingressRules") or [], METRICS):
+                yield f"networkPolicy.{who}.ingressRules: Prometheus cannot read Ray's metrics; allow port {METRICS}"
+
+
+def _open(rules: list[dict[str, Any]], port: int) -> bool:
+    """Whether a rule lets the port through; a rule without ports lets all."""
+    for rule in rules:
+        ports = rule.get("ports")
+        if not ports:
+            return True
+        for entry in ports:
+            first = entry.get("port")
+            if first == port or (isinstance(first, int) and first <= port <= entry.get("endPort", first)):
+                return True
+    return False
+
+
+def _privileges(name: str, pod: dict[str, Any]) -> Iterator[str]:
+    """The restricted Pod Security Standard, as far as a Ray pod can keep it."""
+    shared = pod.get("securityContext") or {}
+    for container in pod["containers"]:
+        own = {**shared, **(container.get("securityContext") or {})}
+        missing = []
+        if own.get("runAsNonRoot") is not True:
+            missing.append("runAsNonRoot: true")
+        if (own.get("seccompProfile") or {}).get("type") not in ("RuntimeDefault", "Localhost"):
+            missing.append("seccompProfile: {type: RuntimeDefault}")
+        if own.get("allowPrivilegeEscalation") is not False:
+            missing.append("allowPrivilegeEscalation: false")
+        if "ALL" not in ((own.get("capabilities") or {}).get("drop") or []):
+            missing.append("capabilities: {drop: [ALL]}")
+        if missing:
+            yield f"{name}: container {container.get('name')}: securityContext lacks {', '.join(missing)}"
+        network = [r for r in _resources(container) if RDMA.search(r)]
+        if network and "IPC_LOCK" not in ((own.get("capabilities") or {}).get("add") or []):
+            yield f"{name}: container {container.get('name')}: {network[0]} registers memory; add the capability IPC_LOCK"
+
+
+def _gpu_pod(name: str, pod: dict[str, Any]) -> Iterator[str]:
+    if not pod.get("tolerations"):
+        yield f"{name}: no tolerations: nodes with GPUs are usually tainted (nvidia.com/gpu), so the pods would wait for ever"
+    if not pod.get("nodeSelector") and not pod.get("affinity"):
+        yield f"{name}: no nodeSelector: the pods may land on nodes with another GPU; name the product"
+
+
+def _ending(name: str, pod: dict[str, Any]) -> Iterator[str]:
+    """A pod that is deleted must drain its Ray node first, and have the time for it."""
+    seconds, allowed = _hook_seconds(pod), float(pod.get("terminationGracePeriodSeconds", 30))
+    if seconds is None:
+        yield (
+            f"{name}: without the preStop hook `python -m heliostat.cluster.spot now` a deleted pod takes its workers with it, "
+            "and the steps since the last checkpoint"
+        )
+    elif seconds + ENDING_S > allowed:
+        yield (
+            f"{name}: terminationGracePeriodSeconds: {allowed:g} is too short for a preStop hook of {seconds:g} s; "
+            f"make it {seconds + ENDING_S:g} or more"
+        )
+
+
+def _hook_seconds(pod: dict[str, Any]) -> float | None:
+    """How long the hook gives the workers; None if there is none."""
+    for container in pod["containers"]:
+        command = (((container.get("lifecycle") or {}).get("preStop") or {}).get("exec") or {}).get("command") or []
+        if found := HOOK.search(" ".join(map(str, command))):
+            return float(found[1]) if found[1] else HOOK_S
+    return None
+
+
+def _resources(container: dict[str, Any]) -> dict[str, Any]:
+    resources = container.get("resources") or {}
+    return {**(resources.get("requests") or {}), **(resources.get("limits") or {})}
+
+
+def _amount(pod: dict[str, Any], names: tuple[str, ...]) -> bool:
+    return any(name in _resources(container) for container in pod["containers"] for name in names)

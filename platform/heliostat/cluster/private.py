@@ -1,0 +1,66 @@
+"""What no other user of a machine may read, write or pose as: folders, files with tokens, and servers that get our token."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import stat
+import urllib.parse
+from pathlib import Path
+
+import psutil
+
+from heliostat.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+WILDCARDS = ("0.0.0.0", "::")
+
+
+def folder(path: Path) -> Path:
+    """The folder, made if it is not there, for this user alone; ConfigError if somebody else has taken its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(mode=0o700)
+    except FileExistsError:
+        found = path.lstat()  # a link would lead to wherever its owner says
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+            raise ConfigError(f"{path}: is not a folder of this user; remove it, or set TMPDIR to another place") from None
+        path.chmod(0o700)
+    return path
+
+
+def write_token(path: Path, token: str | None = None) -> str:
+    """Writes a token, a new one unless it is given, into a file that at no moment anybody else can read; returns it."""
+    token = secrets.token_hex(32) if token is None else token
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(token)
+    return token
+
+
+def tighten(path: Path) -> None:
+    """Takes the rights of others from a file of ours, as of ~/.ray/auth_token, which Ray writes for everybody to read."""
+    try:
+        found = path.stat()
+    except OSError:
+        return
+    if found.st_uid == os.getuid() and found.st_mode & 0o077:
+        path.chmod(found.st_mode & 0o700)
+        log.warning(
+            "%s could be read by other users of this machine, and no longer can; if there are any, make a new one: "
+            "`ray get-auth-token --generate` behind `rm %s`", path, path,
+        )  # fmt: skip
+
+
+def ours(url: str) -> bool:
+    """Whether whatever listens at a loopback address are processes of this user, as far as the system tells."""
+    parts = urllib.parse.urlsplit(url)
+    host = {"localhost": "127.0.0.1"}.get(parts.hostname or "", parts.hostname)
+    try:
+        there = [c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr.port == parts.port]
+        found = [c.pid for c in there if c.laddr.ip.removeprefix("::ffff:") in (host, *WILDCARDS)]
+        return bool(found) and all(pid is not None and psutil.Process(pid).uids().effective == os.getuid() for pid in found)
+    except psutil.Error:
+        return False

@@ -1,0 +1,175 @@
+"""Drains this machine's Ray node when its provider gives notice: spot machines about to be taken, pods about to be deleted.
+
+Ray has no watcher for spot notices on EC2 and GCE. A node that is drained gets no new work, and a run that has workers on it
+stops behind a checkpoint and goes on elsewhere (`train.attempt`).
+
+    python -m heliostat.cluster.spot aws          # beside `ray start`, in the background; EC2 gives some two minutes
+    python -m heliostat.cluster.spot gcp          # the same; Google Cloud gives 30 seconds
+    python -m heliostat.cluster.spot now --seconds 90    # a Kubernetes preStop hook: drains, returns when no worker is left
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+import psutil
+
+from heliostat.errors import ClusterError
+
+log = logging.getLogger(__name__)
+
+METADATA = "http://169.254.169.254"  # of both clouds: link-local, answers this machine alone
+POLL_S = 2.0
+ANSWER_S = 2.0
+AWS_NOTICE_S, GCP_NOTICE_S = 120.0, 30.0  # what the providers promise
+RETRY_S = 5.0
+
+Get = Callable[..., tuple[int, str]]
+
+
+def get(url: str, method: str = "GET", headers: dict[str, str] | None = None) -> tuple[int, str]:
+    """Asks the metadata service, never through a proxy; (status, text). OSError if nothing answers."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    request = urllib.request.Request(url, method=method, headers=headers or {})
+    try:
+        with direct.open(request, timeout=ANSWER_S) as answer:
+            return answer.status, answer.read(65536).decode(errors="replace")
+    except urllib.error.HTTPError as e:
+        return e.code, ""
+
+
+def aws_notice(url: str = METADATA, ask: Get = get) -> float | None:
+    """Seconds until EC2 takes this spot instance, or None. Asks with a session token (IMDSv2: `HttpTokens: required`)."""
+    status, token = ask(f"{url}/latest/api/token", "PUT", {"X-aws-ec2-metadata-token-ttl-seconds": "60"})
+    if status != 200:
+        raise ClusterError(f"{url}: gave no session token (HTTP {status})")
+    status, text = ask(f"{url}/latest/meta-data/spot/instance-action", "GET", {"X-aws-ec2-metadata-token": token})
+    if status == 404:  # no notice
+        return None
+    if status != 200:
+        raise ClusterError(f"{url}: spot/instance-action answered HTTP {status}")
+    try:
+        until = datetime.strptime(json.loads(text)["time"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
+    except (ValueError, KeyError, TypeError):
+        return AWS_NOTICE_S  # a notice all the same
+    return max(0.0, (until - datetime.now(UTC)).total_seconds())
+
+
+def gcp_notice(url: str = METADATA, ask: Get = get) -> float | None:
+    """Seconds until Google Cloud takes this spot machine, or None."""
+    status, text = ask(f"{url}/computeMetadata/v1/instance/preempted", "GET", {"Metadata-Flavor": "Google"})
+    if status != 200:
+        raise ClusterError(f"{url}: instance/preempted answered HTTP {status}")
+    return GCP_NOTICE_S if text.strip() == "TRUE" else None
+
+
+NOTICES = {"aws": aws_notice, "gcp": gcp_notice}
+
+
+def drain(seconds: float, reason: str, address: str | None = None, node_ip: str | None = None) -> str:
+    """Tells the cluster that this machine's node goes in so many seconds; returns the node's id. ClusterError if it cannot."""
+    import ray
+    from ray._private.services import canonicalize_bootstrap_address_or_die
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.core.generated import autoscaler_pb2, gcs_pb2
+
+    preemption = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")  # type: ignore[attr-defined]
+    alive = gcs_pb2.GcsNodeInfo.GcsNodeState.ALIVE  # type: ignore[attr-defined]
+    try:
+        client = GcsClient(address=canonicalize_bootstrap_address_or_die(address or "auto"))
+        here = node_ip or ray.util.get_node_ip_address()
+        nodes = client.get_all_node_info(timeout=RETRY_S).items()
+        mine = [key.hex() for key, n in nodes if n.node_manager_address == here and n.state == alive]
+        if len(mine) != 1:
+            raise ClusterError(f"{len(mine)} Ray nodes live at {here}; one was expected")
+        until = int((time.time() + seconds) * 1000)  # the protocol's: a time of day
+        accepted, why = client.drain_node(mine[0], preemption, reason, until)
+    except (ConnectionError, ray.exceptions.RayError) as e:
+        raise ClusterError(f"Ray's state server cannot be asked: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
+    if not accepted:
+        raise ClusterError(f"the drain was refused: {why}")
+    return mine[0]
+
+
+def watch(notice: Callable[[], float | None], drains: Callable[[float], str], poll_s: float = POLL_S) -> None:
+    """Asks until a notice comes, then drains, again and again until that works or the time is up. Says once when answers stop."""
+    deaf = False
+    while True:
+        try:
+            left = notice()
+            if deaf:
+                log.info("the metadata service answers again")
+            deaf = False
+        except (OSError, ClusterError) as e:
+            if not deaf:
+                log.warning("no answer about spot notices (%s); asking on", e)
+            deaf, left = True, None
+        if left is not None:
+            break
+        time.sleep(poll_s)
+    log.warning("the provider takes this machine in %.0f s: draining its Ray node", left)
+    deadline = time.monotonic() + left
+    while True:
+        try:
+            log.warning("node %s drains", drains(max(0.0, deadline - time.monotonic())))
+            return
+        except ClusterError as e:
+            log.warning("%s", e)
+        if time.monotonic() >= deadline:
+            raise ClusterError("the node was not drained before its time was up")
+        time.sleep(min(poll_s, 1.0))
+
+
+def working() -> bool:
+    """Whether Ray's workers on this machine still run a training worker or a task."""
+    names = (p.info["cmdline"] or [""] for p in psutil.process_iter(["cmdline"]))
+    return any(name and name[0].startswith("ray::") and not name[0].startswith("ray::IDLE") for name in names)
+
+
+def leave(seconds: float, drains: Callable[[float], str], busy: Callable[[], bool] = working) -> bool:
+    """Drains at once and waits, at most so long, until no worker is left; returns whether that came true."""
+    deadline = time.monotonic() + seconds
+    try:
+        log.warning("node %s drains", drains(seconds))
+    except ClusterError as e:
+        log.warning("%s", e)
+        return False
+    while (there := busy()) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return not there
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m heliostat.cluster.spot", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("who", choices=[*NOTICES, "now"], help="who gives notice, or `now`")
+    parser.add_argument("--seconds", type=float, default=90.0, help="with now: how long the workers have (90)")
+    parser.add_argument("--url", default=METADATA, help=f"the metadata service ({METADATA})")
+    parser.add_argument("--address", help="Ray's state server; the default is the one that this machine's Ray uses")
+    parser.add_argument("--node-ip", help="the node's address; the default is the one that Ray takes")
+    given = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+
+    def drains(seconds: float) -> str:
+        return drain(seconds, f"notice of {given.who}", given.address, given.node_ip)
+
+    if given.who == "now":
+        leave(given.seconds, drains)
+        return 0  # a hook that fails would only be logged by Kubernetes; what went wrong is said above
+    try:
+        watch(lambda: NOTICES[given.who](given.url), drains)
+    except ClusterError as e:
+        log.error("%s", e)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

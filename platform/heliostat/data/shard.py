@@ -1,0 +1,111 @@
+"""A shard as a file: its footer, where its row groups lie, and what tells another file in its place.
+
+The manifest holds the digest of every shard's footer, which is compared whenever a chunk is read: a shard that was exchanged is
+not taken for the one that was listed. Of shards that `prepare` wrote it also holds XXH3-128 of each chunk's bytes as they are
+stored, so that not even bytes under the same footer with right checksums pass. XXH3 finds accidents and exchanges at
+memory speed; it is no protection against one who can also write the manifest, whose SHA-256 names the dataset.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+TAIL = 64 << 10  # bytes that are read first: most footers fit
+
+
+@dataclass(frozen=True)
+class Footer:
+    """Of a file of `size` bytes; `digest` is 32 hex digits."""
+
+    size: int
+    digest: str
+    parquet: pq.FileMetaData
+
+
+def read_footer(file: Any) -> Footer:
+    """The footer of an open Parquet file, in one small read or two; an Arrow error, OSError or ValueError if it has none."""
+    size = file.size()
+    tail = file.read_at(min(size, TAIL), max(0, size - TAIL))
+    length = int.from_bytes(tail[-8:-4], "little") + 8
+    if length > size:  # a damaged length would make pyarrow reserve gigabytes
+        raise pa.ArrowInvalid(f"its footer claims {length:,} of the file's {size:,} bytes")
+    raw = tail[-length:] if length <= len(tail) else file.read_at(length, size - length)
+    return Footer(size, hashlib.sha256(raw).hexdigest()[:32], pq.read_metadata(io.BytesIO(raw)))
+
+
+def extent(parquet: pq.FileMetaData, group: int, column: str | None) -> tuple[int, int]:
+    """Where a row group's bytes begin and end in the file, or those of one of its columns."""
+    info = parquet.row_group(group)
+    found = [info.column(i) for i in range(info.num_columns)]
+    ranges = [
+        (min(c.data_page_offset, c.dictionary_page_offset or c.data_page_offset), c.total_compressed_size)
+        for c in found
+        if column is None or c.path_in_schema.split(".")[0] == column
+    ]
+    return min(start for start, _ in ranges), max(start + size for start, size in ranges)
+
+
+def content_digest(raw: Any) -> str:
+    return xxhash.xxh3_128_hexdigest(raw)
+
+
+def content_digests(data: bytes, column: str | None) -> list[str]:
+    """Of every row group of a whole file, what is read of it in training: all, or one column."""
+    parquet = pq.read_metadata(io.BytesIO(data))
+    places = [extent(parquet, group, column) for group in range(parquet.num_row_groups)]
+    return [content_digest(memoryview(data)[start:end]) for start, end in places]
+
+
+class ExchangedError(ValueError):
+    """A shard, or a chunk of it, that is not the one in the manifest."""
+
+
+def read_group(file: Any, group: int, column: str | None, footer: str, content: str) -> pa.Table:
+    """A row group of an open file, or one column of it, if the footer is the one that is expected, and the content is as far as
+    that is known ("" if not)."""
+    found = read_footer(file)
+    if found.digest != footer:
+        raise ExchangedError("another shard lies there: its footer is not the one that the manifest lists")
+    start, end = extent(found.parquet, group, column)
+    if not 0 <= start < end <= found.size:
+        raise pa.ArrowInvalid(f"row group {group} is said to lie outside the file")
+    raw = file.read_buffer(end - start) if file.seek(start) == start else b""
+    if content and content_digest(raw) != content:
+        raise ExchangedError("its bytes are not those that the manifest lists")
+    part = pa.PythonFile(_Part(raw, start, found.size), mode="r")
+    reader = pq.ParquetFile(part, metadata=found.parquet, page_checksum_verification=True)
+    return reader.read_row_group(group, columns=[column] if column else None)
+
+
+class _Part:
+    """The bytes of a file from `start` on, at their place in it, as Python's files are read."""
+
+    closed = False
+
+    def __init__(self, raw: pa.Buffer, start: int, size: int) -> None:
+        self.raw, self.start, self.size, self.at = raw, start, size, 0
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.at = offset + (0, self.at, self.size)[whence]
+        return self.at
+
+    def tell(self) -> int:
+        return self.at
+
+    def read(self, size: int = -1) -> pa.Buffer:
+        begin = self.at - self.start
+        if begin < 0:
+            raise pa.ArrowInvalid("its footer names places outside the row group")
+        found = self.raw.slice(begin, len(self.raw) - begin if size < 0 else min(size, max(0, len(self.raw) - begin)))
+        self.at += len(found)
+        return found
+
+    def close(self) -> None:
+        self.closed = True

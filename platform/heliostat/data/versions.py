@@ -1,0 +1,223 @@
+"""The versions of a prepared dataset that lie beside one another in its folder, and when a replaced one goes.
+
+A shard's name says what is in it (`shards/00017/3f2a....parquet`: its number and the digest of its bytes), and so does the name
+of a file that a version needs beside its shards (`files/tokenizer-9c01....json`). So a new version is written beside the old one
+without touching it, versions share what they have in common, and the same input gives the same names. What holds:
+
+- nothing is removed but files that a version's own manifest names, and files of these two forms which no version names: a
+  `prepare` that was killed left them. They go when they are a day old, because another `prepare` may be writing them;
+- a replaced version stays for `keep_s` seconds, for the runs that read it, and is removed by a `prepare` after that;
+- `prepared.json` is the folder's record: a folder with other files and neither record nor manifest is not ours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.fs as pafs
+
+from heliostat.data import manifest
+from heliostat.data.manifest import FILES, SHARDS, Manifest
+from heliostat.errors import ConfigError, DataError
+from heliostat.storage import Location
+
+log = logging.getLogger(__name__)
+
+RECORD = "prepared.json"
+ORPHAN_S = 86_400  # the age at which a file that no version names is taken for what a killed `prepare` left
+OURS = re.compile(rf"(?:[^/]+/)?(?:{SHARDS}/\d+|{FILES})/(?:[a-z_]+-)?[0-9a-f]{{16}}\.[a-z]+(?:\.[0-9a-f]{{8}}\.partial)?")
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What was removed, and until when (seconds since 1970) the last of the replaced versions stays, if any does."""
+
+    files: int
+    bytes: int
+    kept: int
+    until: float | None
+
+
+NOTHING = Pruned(0, 0, 0, None)
+
+
+def store(location: Location, prefix: str, data: bytes, suffix: str) -> str:
+    """Writes a file named after its content, and returns its path in the dataset: `PREFIX3f2a....SUFFIX`."""
+    path = f"{prefix}{hashlib.sha256(data).hexdigest()[:16]}{suffix}"
+    location.join(path).write(data)
+    return path
+
+
+# the record ----------------------------------------------------------------------------------------------------------
+
+
+def read_record(location: Location) -> dict[str, Any]:
+    """The folder's record, {} if it is empty or not there. ConfigError if it holds something that `prepare` did not write."""
+    try:
+        record = json.loads(location.join(RECORD).read())
+        if isinstance(record, dict):
+            return record | {"replaced": _times(record.get("replaced"))}
+        log.warning("%s: damaged; it is written anew", location.join(RECORD))
+        return {}
+    except FileNotFoundError:
+        pass
+    except ValueError:
+        log.warning("%s: damaged; it is written anew", location.join(RECORD))
+        return {}
+    found = location.attempt(lambda: location.fs.get_file_info(pafs.FileSelector(location.path, allow_not_found=True)))
+    if not found:
+        return {}
+    try:
+        manifest.read(location)
+    except DataError as e:
+        first = min(i.base_name for i in found)
+        raise ConfigError(
+            f"output: {location}: is not empty and holds no dataset of ours ({RECORD} is missing; there is {first!r}); "
+            "give another folder, or empty this one yourself"
+        ) from e
+    return {}
+
+
+def _times(raw: Any) -> dict[str, float]:
+    """When versions were replaced, as far as the record holds that."""
+    return {name: float(t) for name, t in raw.items() if isinstance(t, int | float)} if isinstance(raw, dict) else {}
+
+
+def write_record(location: Location, record: dict[str, Any]) -> None:
+    location.join(RECORD).write(json.dumps(record, indent=1).encode())
+
+
+def claim(location: Location, record: dict[str, Any]) -> dict[str, Any]:
+    """The record with this process as the one that builds; ConfigError if another one on this machine does."""
+    if isinstance(other := record.get("building"), dict):
+        host, pid = other.get("host"), other.get("pid")
+        if host != socket.gethostname():
+            log.warning("%s: a prepare on %r did not finish, or is still at work: two at once would disturb each other",
+                        location, host)  # fmt: skip
+        elif pid != os.getpid() and _alive(pid, other.get("started")):
+            raise ConfigError(f"output: {location}: process {pid} is preparing it; wait for it, or stop it first")
+    mine = {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+    record = {**record, "building": mine}
+    write_record(location, record)
+    return record
+
+
+def release(location: Location, record: dict[str, Any]) -> None:
+    """Writes the record without what `claim` put there."""
+    write_record(location, {k: v for k, v in record.items() if k != "building"})
+
+
+def _alive(pid: Any, started: Any) -> bool:
+    try:
+        return abs(psutil.Process(pid).create_time() - started) < 1
+    except (psutil.Error, TypeError, ValueError):
+        return False
+
+
+# what lies there -----------------------------------------------------------------------------------------------------
+
+
+def listing(location: Location) -> dict[str, pafs.FileInfo]:
+    """Every file below the dataset's folder whose name is of our making, by its path from there."""
+    selector = pafs.FileSelector(location.path, recursive=True, allow_not_found=True)
+    found = location.attempt(lambda: location.fs.get_file_info(selector))
+    paths = ((i.path[len(location.path) + 1 :], i) for i in found if i.type == pafs.FileType.File)
+    return {path: info for path, info in paths if OURS.fullmatch(path)}
+
+
+def all_versions(location: Location) -> dict[str, Manifest]:
+    """Every version that is kept, by the name of its file; DataError if one cannot be read."""
+    return {name: manifest.read_version(location, name) for name, _ in location.join(manifest.VERSIONS).files()}
+
+
+def paths(version: Manifest) -> set[str]:
+    """Every file that belongs to a version, from the dataset's folder; of a collection, also its parts' manifests."""
+    parts, digests, beside = (version.meta.get(key, {}) for key in ("parts", "digests", "files"))
+    folders = ["", *(f"{part}/" for part in parts)]
+    found = {f"{folder}{path}" for folder in folders for name in beside for path in (name, beside[name])}
+    found |= {manifest.kept_path(version.digest, name) for name in manifest.BESIDE if not beside}
+    found |= {f"{part}/{manifest.FILE}" for part in parts}
+    found |= {f"{part}/{manifest.VERSIONS}/{manifest.version_name(digest)}" for part, digest in digests.items()}
+    return found | set(version.paths)
+
+
+# publishing and removing ---------------------------------------------------------------------------------------------
+
+
+def mark(location: Location, newest: Manifest | None, record: dict[str, Any], now: float | None = None) -> dict[str, Any]:
+    """The record, in which every version that is kept but for `newest` is replaced, those that are not yet from now on."""
+    now = time.time() if now is None else now
+    known = record.get("replaced", {})
+    own = manifest.version_name(newest.digest) if newest else ""
+    names = [name for name, _ in location.join(manifest.VERSIONS).files() if name != own]
+    return {**record, "replaced": {name: known.get(name, now) for name in names}}
+
+
+def prune(location: Location, record: dict[str, Any], keep_s: float, now: float | None = None) -> Pruned:
+    """Removes the versions that were replaced `keep_s` seconds ago or more, and what no version names and is old."""
+    now = time.time() if now is None else now
+    try:
+        versions = all_versions(location)
+        newest = manifest.read(location)
+    except DataError as e:
+        log.warning("%s; nothing of the versions before is removed", e)
+        return NOTHING
+    ages = {name: now - when for name, when in record.get("replaced", {}).items() if name in versions}
+    gone = {name for name, age in ages.items() if age >= keep_s and name != manifest.version_name(newest.digest)}
+    needed = set[str]().union(paths(newest), *(paths(v) for name, v in versions.items() if name not in gone))
+    wanted = set[str]().union(*(paths(versions[name]) for name in gone)) - needed
+    ours = listing(location)
+    orphans = {p for p, i in ours.items() if p not in needed and now - (i.mtime_ns or 0) / 1e9 >= ORPHAN_S} - wanted
+    doomed = sorted(wanted | orphans)
+    if doomed:
+        log.info("%s: removing %d files of %d replaced versions and of runs that broke off", location, len(doomed), len(gone))
+    removed = sum(remove(location, path) for path in doomed)
+    for name in sorted(gone):  # last: what breaks off is done again
+        remove(location, f"{manifest.VERSIONS}/{name}")
+    left = [now - age + keep_s for name, age in ages.items() if name not in gone]
+    return Pruned(len(doomed), removed, len(left), max(left, default=None))
+
+
+def remove(location: Location, path: str) -> int:
+    """Deletes one file, and the folders on the way to it that are then empty; returns its bytes."""
+    place = location.join(path)
+    info = place.attempt(lambda: place.fs.get_file_info(place.path))
+    if info.type == pafs.FileType.File:
+        place.attempt(lambda: place.fs.delete_file(place.path))
+    for folder in Path(path).parents if not location.is_s3 else ():
+        if str(folder) != ".":
+            try:
+                Path(location.path, folder).rmdir()
+            except OSError:
+                break
+    return info.size or 0
+
+
+def publish(location: Location, made: Manifest) -> None:
+    """Puts what a version needs beside its shards also under its plain name (`tokenizer.json`), for people and other tools."""
+    for folder in [location, *(location.join(part) for part in made.meta.get("parts", {}))]:
+        for name, path in made.meta.get("files", {}).items():
+            folder.join(name).write(folder.join(path).read())
+
+
+def save_beside(location: Location) -> None:
+    """Copies `tokenizer.json` and the like of a version made before these had names of their own, which a new one replaces."""
+    try:
+        newest = manifest.read(location)
+    except DataError:
+        return
+    for part in newest.meta.get("parts", {}):
+        save_beside(location.join(part))
+    for name in manifest.BESIDE if "files" not in newest.meta else ():
+        if location.join(name).exists():
+            location.join(manifest.kept_path(newest.digest, name)).write(location.join(name).read())

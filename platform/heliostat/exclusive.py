@@ -1,0 +1,83 @@
+"""A put that succeeds only where nothing is: of several processes that try at once, one.
+
+pyarrow has none. On disk it is a hard link to a complete file, so that the file appears whole; where a file system has no
+links, a file that only one can open. On S3 it is `If-None-Match: *`, through boto3, with the credentials and endpoints that
+pyarrow uses. Faults are OSErrors as pyarrow words them, for `storage.diagnose`.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs
+
+
+def put_file(path: str, data: bytes) -> bool:
+    """Writes it if there is no file of this name; False, and nothing is changed, if there is one."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(f"{path}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        partial.write_bytes(data)
+        try:
+            os.link(partial, target)
+        except FileExistsError:
+            return False
+        except OSError:
+            return _open_new(target, data)
+        return True
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _open_new(target: Path, data: bytes) -> bool:
+    try:
+        with target.open("xb") as file:
+            file.write(data)
+    except FileExistsError:
+        return False
+    return True
+
+
+def put_object(path: str, query: str, data: bytes, attempts: int, silence_s: float) -> bool:
+    """The same on S3; `path`: BUCKET/KEY, the rest as for pyarrow's file system.
+
+    The answer to a put may be lost, and its repetition then says False: the data must tell whose it is.
+    """
+    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+
+    bucket, _, key = path.partition("/")
+    try:
+        _client(query, attempts, silence_s).put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+    except ClientError as e:
+        code, status = e.response["Error"]["Code"], e.response["ResponseMetadata"].get("HTTPStatusCode")
+        if code == "PreconditionFailed" or status == 412:
+            return False
+        raise OSError(f"AWS Error {code} (HTTP status {status}): {e.response['Error'].get('Message', '')}") from e
+    except NoCredentialsError as e:
+        raise PermissionError(str(e)) from e
+    except BotoCoreError as e:
+        raise ConnectionError(str(e)) from e
+    return True
+
+
+@lru_cache(maxsize=16)
+def _client(query: str, attempts: int, silence_s: float) -> Any:
+    import boto3
+    from botocore.config import Config
+
+    options = {k: v[-1] for k, v in parse_qs(query).items()}
+    region = options.get("region") or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if host := options.get("endpoint_override"):
+        endpoint = f"{options.get('scheme', 'https')}://{host}"
+    config = Config(
+        connect_timeout=min(5.0, silence_s),
+        read_timeout=silence_s,
+        retries={"total_max_attempts": attempts, "mode": "standard"},
+        s3={"addressing_style": "path"} if endpoint else None,
+    )
+    return boto3.session.Session().client("s3", endpoint_url=endpoint, region_name=region, config=config)

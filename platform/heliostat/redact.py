@@ -1,0 +1,162 @@
+"""Secrets in text: passwords and keys in URIs, and values of keys that are named after what they hold.
+
+Errors and logs pass through `redact`, so no URI shows its password there. Files are searched with `secret_lines`, before they
+travel or are kept. Better a word too much hidden than a password shown: what cannot be told apart is taken for a secret.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import traceback
+from types import TracebackType
+
+HIDDEN = "***"
+USERS = ("git", "mssql", "mysql", "postgres", "postgresql", "sftp", "ssh")  # schemes whose user's name is none
+URI = re.compile(r"""(?<![a-z0-9+.-])([a-z][a-z0-9+.-]*)://([^\s"<>]+)""", re.I)
+PORT = re.compile(r"(\[[^\]]*\]|[^:]*)(:\d*)?")  # a host, with or without one
+NAME = (
+    r"(?:(?:password|passwd|passphrase|pwd|secret|credential|(?:api|access|account|secret|private)[_-]?key(?:[_-]?id)?)s?|"
+    r"(?<!bos_)(?<!cls_)(?<!eos_)(?<!pad_)(?<!sep_)(?<!unk_)(?<!mask_)token)"
+)
+QUERY = re.compile(rf"([?&;][\w.-]*(?:{NAME}|signature|\bsig|odbc_connect)[\w.-]*=)[^\s&\"<>]+", re.I)
+ENDPOINT = re.compile(r"(endpoint_override=)[^\s&\"<>/]*@", re.I)
+
+KEY = re.compile(rf"""(?<![/\w.-])[\w.-]*{NAME}["']?\]?\s*(?::(?=\s|$)|=(?!=))\s*""", re.I)
+LITERAL = re.compile(rf"""((?<![\w.-])[\w.-]*{NAME}["']?\]?\s*(?::|=(?!=))\s*[a-z]?)((["']).{{4,}}?\3)""", re.I)
+# values that name a secret's place, or none
+REFERENCE = re.compile(
+    r"""["']?(\$.*|\{\{.*|<[^>]*>|[*.]+|~/.*|null|none|~|true|false|os\.environ.*|)["']?[,}\])]*(\s+#.*)?""", re.I
+)
+BLOCK = re.compile(r"[|>]\S*(\s+#.*)?")
+COMMENT = re.compile(r"#\s*(-\s+|export\s+)?")
+ENVIRONMENT = re.compile(rf"""^\s*(?:-\s+)?name\s*:\s*["']?[\w.-]*{NAME}["']?\s*$""", re.I)
+VALUE = re.compile(r"""^(\s*(?:-\s+)?value\s*:\s*)(.*)$""")
+PAIR = re.compile(r"""^\s*(?:-\s+)?["']?[\w.-]+["']?\s*:(\s|$)""")
+BEGIN, END = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY"), re.compile(r"-----END [A-Z ]*PRIVATE KEY")
+
+
+def redact(text: str) -> str:
+    """The text, with what is secret in its URIs replaced by ***."""
+    if "://" in text:
+        text = URI.sub(_without_user, text)
+    if "=" in text:
+        text = ENDPOINT.sub(rf"\1{HIDDEN}@", QUERY.sub(rf"\1{HIDDEN}", text))
+    return text
+
+
+def carries_secret(uri: str) -> bool:
+    """Whether a URI holds a password or a key, in whatever place."""
+    whole = re.sub(r"""[\s"<>]""", "_", uri)  # of one URI nothing ends it
+    return redact(whole) != whole
+
+
+def _without_user(match: re.Match[str]) -> str:
+    scheme, rest = match.groups()
+    authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    end = authority.rfind("@")
+    named = ":" in authority[: end if end >= 0 else None]
+    if end < 0 and (not named or (scheme.lower() in ("http", "https") and PORT.fullmatch(authority))):
+        return match[0]  # an @ further back is of the path
+    if named:
+        end = rest.rfind("@")  # a password may hold all that ends an authority
+    if end < 0:
+        return match[0]
+    if scheme.lower().split("+")[0] in USERS:
+        user, mark, _ = rest[:end].partition(":")
+        return f"{scheme}://{user}{mark}{HIDDEN if mark else ''}{rest[end:]}"
+    return f"{scheme}://{HIDDEN}{rest[end:]}"
+
+
+class Formatter(logging.Formatter):
+    """Log lines, tracebacks too, without the secrets of URIs."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
+def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A traceback of what nobody has caught, without the secrets of URIs."""
+    sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
+
+
+SETTINGS = ("", ".cfg", ".conf", ".env", ".ini", ".json", ".properties", ".sh", ".tf", ".toml", ".yaml", ".yml")  # suffixes
+
+# files ---------------------------------------------------------------------------------------------------------------
+
+
+def secret_lines(lines: list[str], settings: bool) -> set[int]:
+    """Numbers, from 0, of the lines that hold a secret: in a file of settings (its suffix is one of SETTINGS) whatever value a
+    key has that is named like one, with the lines that go on with it; in code only a literal."""
+    found = {i for i, line in enumerate(lines) if hide(line, settings) != line} | _keys(lines)
+    return found | (_continued(lines) | _environment(lines) if settings else set())
+
+
+def hide(line: str, settings: bool) -> str:
+    """The line without the secrets that can be told by it alone."""
+    line = redact(line)
+    if not settings:
+        return LITERAL.sub(rf"\1{HIDDEN}", line)
+    for at in _values(line):
+        if (value := line[at:].strip()) and not BLOCK.fullmatch(value):
+            return line[:at] + HIDDEN
+    return line
+
+
+def _values(line: str) -> list[int]:
+    """Where values begin that may be secrets; an empty one may have them on the lines behind."""
+    found = []
+    for match in KEY.finditer(line):
+        before, value = line[: match.start()], line[match.end() :].strip()
+        colon = ":" in match[0]
+        prose = colon and "#" in before and not COMMENT.fullmatch(before[before.index("#") :])
+        known = REFERENCE.fullmatch(value if colon else value.partition(" ")[0])
+        if not prose and (not known or not value):
+            found.append(match.end())
+    return found
+
+
+def _keys(lines: list[str]) -> set[int]:
+    """PEM blocks of private keys."""
+    found, inside = set[int](), False
+    for i, line in enumerate(lines):
+        inside = inside or bool(BEGIN.search(line))
+        if inside:
+            found.add(i)
+        inside = inside and not END.search(line)
+    return found
+
+
+def _continued(lines: list[str]) -> set[int]:
+    """What belongs to a key's value on the lines behind it: all that is indented further, or a list's plain items."""
+    found = set[int]()
+    for i, line in enumerate(lines):
+        values = _values(line)
+        if not values:
+            continue
+        open_value = bool(line[values[-1] :].strip())  # a scalar that goes on; without one a mapping or a list may follow
+        for j in range(i + 1, len(lines)):
+            text = lines[j].strip()
+            deeper = _indent(lines[j]) > _indent(line) or (not open_value and text.startswith("- "))
+            if text and not deeper:
+                break
+            if text and (open_value or not PAIR.match(lines[j])) and not REFERENCE.fullmatch(text.removeprefix("- ")):
+                found.add(j)
+    return found
+
+
+def _environment(lines: list[str]) -> set[int]:
+    """`value` beside a `name` that is named like a secret, as Kubernetes has it."""
+    found = set[int]()
+    for i, line in enumerate(lines):
+        if ENVIRONMENT.match(line):
+            for j in (i - 1, i + 1):
+                value = VALUE.match(lines[j]) if 0 <= j < len(lines) else None
+                if value and not REFERENCE.fullmatch(value[2].strip()):
+                    found.add(j)
+    return found
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())

@@ -1,0 +1,204 @@
+"""One driver at a time: who may write to a run's folder, or to a sweep's.
+
+    with take(run) as held:
+        ...
+        held.fence.check()  # before anything is written that others build on, or removed
+
+`lease/00000007.json` is the seventh lease of the folder, and the highest number rules. A lease is taken by a put that fails if
+its number is taken, so of drivers that start together one gets it. Its holder writes the file again every RENEW_S, and says at
+the end that it is released. The next number is taken once that is said, or the holder is dead: its process is gone, or, on
+another machine, it has been silent for SILENCE_S. Nobody's clock is compared with another's.
+
+The number is the fencing token: whoever was taken for dead, and lives, finds a higher one, and stops without writing. It is
+looked for again before each `checkpoint.json` is written and before anything is pruned.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import threading
+import time
+import uuid
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+from heliostat.errors import ConfigError, HeliostatError, LeaseError
+from heliostat.storage import Location
+
+log = logging.getLogger(__name__)
+
+FOLDER = "lease"
+RENEW_S = 5.0
+SILENCE_S = 3 * RENEW_S  # after which a holder on another machine is taken for dead
+LOOK_S = 1.0
+TRIES = 10  # at a number, while others are faster
+END_S = 10.0  # for a renewal that is under way
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who has a lease; `machine` is this boot of this host and this process namespace: the same, and `pid` can be looked up."""
+
+    id: str
+    host: str
+    machine: str
+    pid: int
+    started: float  # the process, by its own machine's clock
+    beat: int = 0
+    released: bool = False
+
+    @staticmethod
+    def me() -> Holder:
+        process = psutil.Process()
+        return Holder(uuid.uuid4().hex, socket.gethostname(), _machine(), process.pid, process.create_time())
+
+    def dump(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    @property
+    def alive(self) -> bool:
+        """Whether its process is there, and not another one that was given its number; of this machine only."""
+        try:
+            process = psutil.Process(self.pid)
+            return abs(process.create_time() - self.started) < 1 and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+
+@dataclass(frozen=True)
+class Fence:
+    """What a lease's holder hands to whoever writes for it."""
+
+    folder: Location
+    number: int
+
+    def check(self) -> None:
+        """LeaseError if another driver has taken over."""
+        newest = newest_number(self.folder)
+        if newest != self.number:
+            by = _read(self.folder, newest) if newest else None
+            who = f"process {by.pid} on {by.host} has taken it over" if by else "its lease is gone"
+            raise LeaseError(f"{self.folder}: {who}; this driver stops, and writes nothing more")
+
+
+class Lease:
+    """Held from its making, by `take`, to `release`; renewed by a thread."""
+
+    def __init__(self, folder: Location, number: int, holder: Holder) -> None:
+        self.fence = Fence(folder, number)
+        self.lost: LeaseError | None = None  # known to be
+        self._holder, self._place = holder, _place(folder, number)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.release()
+
+    def release(self) -> None:
+        self._ended.set()
+        self._thread.join(END_S)
+        try:
+            if not self.lost:
+                self.fence.check()
+                self._place.write(replace(self._holder, released=True).dump())
+        except (HeliostatError, OSError) as e:  # the next command then waits until this process is gone
+            log.warning("the lease of %s was not given back: %s", self.fence.folder, e)
+
+    def _renew(self) -> None:
+        while not self._ended.wait(RENEW_S):
+            try:
+                self.fence.check()
+                self._holder = replace(self._holder, beat=self._holder.beat + 1)
+                self._place.write(self._holder.dump())
+            except LeaseError as e:
+                self.lost = e
+                return
+            except (HeliostatError, OSError) as e:
+                log.warning("the lease of %s could not be renewed: %s", self.fence.folder, e)
+
+
+def take(folder: Location, doing: str = "trained", instead: str = "wait for it, stop it, or use another name") -> Lease:
+    """ConfigError if another driver has the lease; waits some seconds where only time can tell.
+
+    `doing`, `instead`: what that one does to the folder, and what a person can do, for the error.
+    """
+    for _ in range(TRIES):
+        number = newest_number(folder)
+        if number and (held := holder(folder, number)):
+            raise ConfigError(f"name: {folder} is being {doing} by process {held.pid} on {held.host}; {instead}")
+        mine = Holder.me()
+        place = _place(folder, number + 1)
+        if not place.create(mine.dump()):
+            there = _read(folder, number + 1)
+            if there is None or there.id != mine.id:  # else it is ours, and the answer was lost
+                continue
+        if newest_number(folder) == number + 1:
+            return Lease(folder, number + 1, mine)
+    raise ConfigError(f"name: {folder} is being {doing} by other commands, which were faster {TRIES} times; {instead}")
+
+
+def holder(folder: Location, number: int) -> Holder | None:
+    """Who holds this lease; None if it was given back, or its holder is dead."""
+    held = _read(folder, number)
+    if held is None or held.released:
+        return None
+    if held.machine == _machine():
+        return held if held.alive else None
+    deadline, before = time.monotonic() + SILENCE_S, held
+    while time.monotonic() < deadline:
+        time.sleep(LOOK_S)
+        held = _read(folder, number)
+        if held != before:
+            return held if held and not held.released else None
+    return None
+
+
+def clear(folder: Location) -> None:
+    """Deletes all that is in the folder but its leases: a driver that was taken for dead must not find its number again."""
+    for name in folder.folders():
+        if name != FOLDER:
+            folder.join(name).delete()
+    for name, _ in folder.files():
+        if not name.startswith(f"{FOLDER}/"):
+            folder.join(name).delete()
+
+
+def newest_number(folder: Location) -> int:
+    """0 if nobody has ever had a lease."""
+    names = (name.removesuffix(".json") for name, _ in folder.join(FOLDER).files())
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def _place(folder: Location, number: int) -> Location:
+    return folder.join(FOLDER, f"{number:08d}.json")
+
+
+def _read(folder: Location, number: int) -> Holder | None:
+    """None if the file is gone, or no lease's: nobody can be asked then."""
+    for wait in (0.1, 1.0, 0.0):  # where there are no links, a new file is empty for a moment
+        try:
+            return Holder(**json.loads(_place(folder, number).read()))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError):
+            time.sleep(wait)
+    log.warning("%s: is damaged, and counts for nobody's", _place(folder, number))
+    return None
+
+
+def _machine() -> str:
+    """Names this boot of this host, and this namespace of processes: only there a process's number means something."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()}/{boot}/{Path('/proc/self/ns/pid').readlink()}"
+    except OSError:  # no Linux
+        return f"{socket.gethostname()}/{uuid.getnode():x}"

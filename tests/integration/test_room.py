@@ -1,0 +1,70 @@
+"""Where there is no room for a run or a sweep, it says so with numbers, and goes on when there is."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import yaml
+from heliostat.train.run import train
+from heliostat.tune import run as tuning
+from heliostat.tune.sweep import load
+from ray.util.placement_group import placement_group, remove_placement_group
+
+
+@pytest.fixture
+def others(ray_session: None) -> Iterator[Callable[[], None]]:
+    """All but one of the CPUs are held by others, until this is called."""
+    held = placement_group([{"CPU": 1}] * (int(ray.cluster_resources()["CPU"]) - 1))
+    ray.get(held.ready())
+    gone = []
+
+    def release() -> None:
+        if not gone:
+            gone.append(True)
+            remove_placement_group(held)
+
+    yield release
+    release()
+
+
+def test_a_run_on_a_full_node_says_within_ten_seconds_what_others_hold_and_trains_when_they_are_done(others, job_file, caplog):
+    caplog.set_level(logging.INFO)
+    said: dict[str, float] = {}
+
+    def listen() -> None:
+        deadline = time.monotonic() + 120
+        while "no room" not in said and time.monotonic() < deadline:
+            for record in list(caplog.records):
+                for words in ("placing the workers", "no room"):
+                    if words in record.getMessage():
+                        said.setdefault(words, record.created)
+            time.sleep(0.1)
+        others()
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    result = train(job_file("second"), ["train.steps=6", "checkpoint.every=6", "evaluate.every=6"])
+    thread.join()
+    assert result["steps"] == 6
+    text = next(r.getMessage() for r in caplog.records if "no room" in r.getMessage())
+    assert "no room for 2 workers of 1 CPUs, and 1 CPU for reading the data: the 1 nodes that may take them have 8 CPUs" in text
+    assert "others hold 7 CPUs; as they lie there is room for 0 workers now, and for 7 with nobody else there; waiting" in text
+    assert said["no room"] - said["placing the workers"] < 10
+
+
+def test_a_sweep_without_room_for_one_trial_says_so_before_it_starts(others, job_file, tmp_path: Path, caplog):
+    job_file("tiny")
+    sweep = {"name": "rates", "job": str(tmp_path / "tiny.yaml"), "searcher": {"name": "grid"}, "register_best": False}
+    sweep["space"] = {"train.optimizer.lr": {"grid": [1e-4, 1e-3]}}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    tuner = tuning._Tuning(load(tmp_path / "sweep.yaml", []), {}, False, False, None)
+    assert tuner._connect() == 1
+    assert "one trial after another: no room for 2 workers of 1 CPUs" in caplog.text and "others hold 7 CPUs" in caplog.text
+    others()
+    caplog.clear()
+    time.sleep(1)
+    assert tuner._connect() > 1 and "no room" not in caplog.text

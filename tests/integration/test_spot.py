@@ -1,0 +1,110 @@
+"""A provider's notice, read from a metadata service over HTTP, drains the Ray node that it is for, and only that one."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from heliostat.chaos.nodes import LocalNodes
+
+LEAVING = """
+import json, ray
+ray.init(log_to_driver=False)
+from ray._private.state import state
+leaving = state.get_draining_nodes()  # one without work is gone at once
+print(json.dumps(sorted(n["NodeManagerAddress"] for n in ray.nodes() if n["NodeID"] in leaving or not n["Alive"])))
+"""
+
+
+class Metadata(ThreadingHTTPServer):
+    """What EC2 (IMDSv2) and Google Cloud answer: nothing to announce, until `announced` is set."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Answers)
+        self.announced = threading.Event()
+        self.asked = threading.Event()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Answers(BaseHTTPRequestHandler):
+    server: Metadata
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def answer(self, status: int, text: str = "") -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+        self.server.asked.set()
+
+    def do_PUT(self) -> None:
+        valid = self.path == "/latest/api/token" and self.headers.get("X-aws-ec2-metadata-token-ttl-seconds")
+        self.answer(200, "t0ken") if valid else self.answer(400)
+
+    def do_GET(self) -> None:
+        if self.path == "/latest/meta-data/spot/instance-action":
+            if self.headers.get("X-aws-ec2-metadata-token") != "t0ken":
+                self.answer(401)
+            elif self.server.announced.is_set():
+                at = datetime.now(UTC) + timedelta(seconds=60)
+                self.answer(200, json.dumps({"action": "terminate", "time": at.strftime("%Y-%m-%dT%H:%M:%SZ")}))
+            else:
+                self.answer(404)
+        elif self.path == "/computeMetadata/v1/instance/preempted":
+            right = self.headers.get("Metadata-Flavor") == "Google"
+            self.answer(200, "TRUE" if self.server.announced.is_set() else "FALSE") if right else self.answer(403)
+        else:
+            self.answer(404)
+
+
+@pytest.fixture
+def metadata() -> Iterator[Metadata]:
+    with Metadata() as server:
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalNodes]:
+    with LocalNodes(tmp_path_factory.mktemp("nodes"), 2, cpus=1) as started:
+        yield started
+
+
+def leaving(nodes: LocalNodes) -> list[str]:
+    out = subprocess.run([sys.executable, "-c", LEAVING], env={**os.environ, **nodes.environment}, capture_output=True, text=True,
+                         timeout=120, check=True)  # fmt: skip
+    return json.loads(out.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(("cloud", "address"), [("aws", "127.0.0.2"), ("gcp", "127.0.0.3")])
+def test_a_spot_notice_drains_the_node_and_no_other(
+    cloud: str, address: str, nodes: LocalNodes, metadata: Metadata, tmp_path: Path
+):
+    log = tmp_path / "log"
+    command = [sys.executable, "-m", "heliostat.cluster.spot", cloud, "--url", metadata.url, "--node-ip", address]
+    with log.open("w") as out:
+        process = subprocess.Popen(command, env={**os.environ, **nodes.environment}, stderr=out)
+    try:
+        assert metadata.asked.wait(60), log.read_text()
+        time.sleep(0.5)
+        assert process.poll() is None, log.read_text()  # no notice, no drain
+        metadata.announced.set()
+        assert process.wait(60) == 0, log.read_text()
+    finally:
+        process.kill()
+        process.wait()
+    assert "drains" in log.read_text()
+    assert leaving(nodes) == ["127.0.0.2", "127.0.0.3"][: 1 if cloud == "aws" else 2]  # one after the other

@@ -1,0 +1,158 @@
+"""Local clusters without starting one: names that are no paths, tokens that go to nobody else, and what `ray up` is told."""
+
+import contextlib
+import json
+import os
+import pwd
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from heliostat.cluster import files, launch, local, private
+from heliostat.cluster.jobs import Record
+from heliostat.cluster.reach import endpoint
+from heliostat.errors import ClusterError, ConfigError
+
+from tests.unit.build_job import ROOT
+
+BAD = ("../../x", "/tmp/x", "..", ".hidden", "a/b", "-rf", "", "a b", 7)
+
+
+def cluster_file(folder: Path, name: object = "local", port: int = 8275) -> Path:
+    text = (ROOT / "clusters" / "local.yaml").read_text()
+    path = folder / "cluster.yaml"
+    path.write_text(text.replace("cluster_name: local", f"cluster_name: {json.dumps(name)}").replace("8275", str(port)))
+    return path
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_clusters_name_leads_to_no_other_folder(name, tmp_path, monkeypatch):
+    """`cluster up` and `down` make and delete a folder of this name."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"cluster_name: .* is no name"):
+        files.read(cluster_file(tmp_path, name))
+    with pytest.raises(ConfigError, match=r"metadata.name: .* is no name"):
+        text = f"apiVersion: ray.io/v1\nkind: RayCluster\nmetadata: {{name: {json.dumps(name)}}}\nspec: {{}}\n"
+        (tmp_path / "kube.yaml").write_text(text)
+        files.read(tmp_path / "kube.yaml")
+
+
+def test_down_and_the_commands_for_jobs_take_no_path_for_a_name(tmp_path, monkeypatch):
+    work, other = tmp_path / "work", tmp_path / "other"
+    work.mkdir()
+    other.mkdir()
+    monkeypatch.chdir(work)
+    (other / "state.json").write_text(json.dumps({"name": "other", "file": "x", "url": "http://127.0.0.1:1", "nodes": []}))
+    for name in ("../../../other", str(other)):
+        with pytest.raises(ConfigError, match="is no name"):
+            launch.down(name)
+        with pytest.raises(ConfigError, match="is no name"):
+            Record.read(name)
+    assert (other / "state.json").exists()
+
+
+def test_down_deletes_no_folder_that_a_copied_state_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mine = tmp_path / "mine"
+    (mine / "0").mkdir(parents=True)
+    node = {"role": "head", "address": "127.0.0.2", "folder": str(mine / "0"), "pid": 1 << 22, "created": 0.0}
+    (local.home() / "local").mkdir(parents=True)
+    state = {"name": "local", "file": "x", "url": "http://127.0.0.1:1", "nodes": [node]}
+    (local.home() / "local" / "state.json").write_text(json.dumps(state))
+    with pytest.raises(ConfigError, match="names folders that are not this cluster's"):
+        launch.down("local")
+    assert (mine / "0").is_dir()
+
+
+SERVER = """
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        print(self.headers.get("Authorization"), flush=True)
+        self.send_response(200 if self.headers.get("Authorization") else 401)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+    def log_message(self, *a): pass
+server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+
+
+@contextlib.contextmanager
+def server(user: str | None) -> Iterator[tuple[int, subprocess.Popen]]:
+    """What wants a token, and says which it was given; run by another user, if one is named."""
+    who = {"user": user, "group": pwd.getpwnam(user).pw_gid, "extra_groups": []} if user else {}
+    python = "/usr/bin/python3" if user else sys.executable
+    process = subprocess.Popen([python, "-Ic", SERVER], stdout=subprocess.PIPE, text=True, cwd="/", **who)
+    assert process.stdout
+    try:
+        yield int(process.stdout.readline()), process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def given(process: subprocess.Popen) -> set[str]:
+    process.kill()
+    return set(process.stdout.read().split("\n")) - {"", "None"} if process.stdout else set()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="to be another user takes root")
+def test_the_token_is_not_sent_to_a_server_of_another_user(tmp_path, monkeypatch):
+    """Who listens first on the port of the file would else get the user's own token from `cluster up`, `list` and the others."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+    with server("nobody") as (port, process):
+        cluster = files.read(cluster_file(tmp_path, port=port))
+        with pytest.raises(ConfigError, match="is no process of this user, so it was sent no token"):
+            launch.up(cluster)
+        state = local.State("local", str(cluster.path), local.url_of(cluster))  # joined when it was another
+        state.folder.mkdir(parents=True, exist_ok=True)
+        private.write_token(state.token_file, "secret")
+        state.write()
+        for target in ("local", state.url, str(cluster.path)):
+            with pytest.raises(ClusterError, match="no process of this user"), endpoint(target):
+                pass
+        assert given(process) == set()
+
+
+def test_a_server_of_this_user_gets_the_token_and_a_free_port_belongs_to_nobody(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+    with server(None) as (port, process):
+        assert launch.up(files.read(cluster_file(tmp_path, port=port)))["note"] == f"joined http://127.0.0.1:{port}"
+        assert given(process) == {"Bearer secret"}
+    assert (local.home() / "local" / "token").stat().st_mode & 0o077 == 0
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        assert not private.ours(f"http://127.0.0.1:{s.getsockname()[1]}")
+
+
+def test_what_answers_but_is_no_ray_is_not_joined(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = SERVER.replace("200 if", "404 if").replace("else 401", "else 404")
+    process = subprocess.Popen([sys.executable, "-Ic", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    try:
+        port = int(process.stdout.readline())
+        with pytest.raises(ConfigError, match="something that is no Ray cluster answers"):
+            launch.up(files.read(cluster_file(tmp_path, port=port)))
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("name", ["ssh", "aws-h100", "gcp-h100"])
+def test_up_leaves_ray_alone_where_it_runs_unless_told_to_restart_it(name):
+    """`ray up` without `--no-restart` stops Ray on the head, and every job with it."""
+    from ray.scripts.scripts import up
+
+    known = {option for p in up.params for option in p.opts}
+    cluster = files.read(ROOT / "clusters" / f"{name}.yaml")
+    assert "--no-restart" in launch.launcher(cluster, restart=False) and "--no-restart" in known
+    assert "--no-restart" not in launch.launcher(cluster, restart=True)

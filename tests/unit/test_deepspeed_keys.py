@@ -1,0 +1,91 @@
+"""`train.deepspeed` takes what changes speed and memory; whatever else DeepSpeed would take has a key of the job file."""
+
+import pytest
+from heliostat import check, deepspeed_keys
+from heliostat.deepspeed_keys import INSTEAD, Allowed
+from heliostat.errors import ConfigError
+from heliostat.schema import Strict
+from heliostat.train import zero
+
+from tests.unit.build_job import job
+
+
+def faults(given: dict, **changes) -> list[str]:
+    return deepspeed_keys.faults(job(**{"train.deepspeed": given, **changes}))
+
+
+def nested(key: str, value: object) -> dict:
+    head, _, rest = key.partition(".")
+    return {head: nested(rest, value) if rest else value}
+
+
+@pytest.mark.parametrize("key", sorted(INSTEAD))
+def test_a_key_that_would_be_a_second_word_on_the_job_is_refused_with_the_key_that_does_it(key):
+    """One line: the key, and what to use."""
+    changes = {"train.precision": "fp16", "workers.gpus": 1} if key.startswith("fp16") else {}
+    changes |= {"train.zero.stage": 3, "train.zero.offload.param": "cpu", "train.zero.offload.optimizer": "cpu"}
+    assert faults(nested(key, 2), **changes) == [f"train.deepspeed.{key}: is not taken here: {INSTEAD[key]}"]
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"sequence_paralel_size": 2}, "train.deepspeed.sequence_paralel_size: unknown key"),
+        ({"zero_optimization": {"reduce_bucket": 5}},
+         "train.deepspeed.zero_optimization.reduce_bucket: unknown key; did you mean 'reduce_bucket_size'?"),
+        ({"zero_optimization": {"reduce_bucket_size": 0}},
+         "train.deepspeed.zero_optimization.reduce_bucket_size: 0 should be greater than 0"),
+        ({"zero_optimization": {"overlap_comm": "yes"}},
+         "train.deepspeed.zero_optimization.overlap_comm: 'yes' should be a valid boolean"),
+        ({"zero_optimization": 3}, "train.deepspeed.zero_optimization: 3 should be a valid dictionary"),
+        ({"fp16": {"initial_scale_power": 8}}, "train.deepspeed.fp16: would be ignored; it needs train.precision fp16"),
+        ({"zero_optimization": {"offload_param": {"buffer_count": 2}}},
+         "train.deepspeed.zero_optimization.offload_param: would be ignored; it needs train.zero.offload.param"),
+    ],
+)  # fmt: skip
+def test_an_unknown_or_wrong_or_idle_key_is_refused(given, line):
+    """Each is one line that names the key and the value."""
+    (found,) = faults(given)
+    assert found.startswith(line)
+
+
+def test_the_check_refuses_them_before_anything_starts():
+    """All of them at once."""
+    with pytest.raises(ConfigError) as e:
+        check.check_job(job(**{"train.deepspeed": {"gradient_accumulation_steps": 1, "tensor_parallel": {"autotp_size": 2}}}))
+    first, second = str(e.value).splitlines()
+    assert first.startswith("train.deepspeed.gradient_accumulation_steps: is not taken here: follows from train.global_batch")
+    assert second.strip().startswith("train.deepspeed.tensor_parallel: is not taken here: no key does it")
+
+
+def test_what_is_allowed_reaches_deepspeed_as_given():
+    """And nothing that the job does not name: the defaults here only document DeepSpeed's."""
+    given = {"zero_optimization": {"reduce_bucket_size": 7}, "communication_data_type": "fp32"}
+    assert faults(given) == []
+    made = zero.engine_config(job(**{"train.deepspeed": given}))
+    assert made["zero_optimization"]["reduce_bucket_size"] == 7 and made["communication_data_type"] == "fp32"
+    assert "fp16" not in made and "sub_group_size" not in made["zero_optimization"]
+
+
+def test_the_documented_defaults_are_deepspeeds():
+    """A key that DeepSpeed drops, renames or sets otherwise in a new version is found here."""
+    from deepspeed.runtime.precision_config import DeepSpeedFP16Config
+    from deepspeed.runtime.swap_tensor.aio_config import get_aio_config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
+
+    def values(model: type[Strict]) -> dict:
+        return {k: v for k, v in model().model_dump().items() if not isinstance(v, dict)}
+
+    zeros = DeepSpeedZeroConfig(stage=1).model_dump(by_alias=True)
+    for name, value in values(deepspeed_keys.Zero).items():
+        assert name in zeros and (zeros[name] == value or value == 1 << 62), name
+    for mine, theirs in [
+        (deepspeed_keys.Fp16, DeepSpeedFP16Config().model_dump()),
+        (deepspeed_keys.OffloadOptimizer, DeepSpeedZeroOffloadOptimizerConfig().model_dump()),
+        (deepspeed_keys.OffloadParam, DeepSpeedZeroOffloadParamConfig().model_dump()),
+        (deepspeed_keys.Aio, get_aio_config({"aio": {}})),
+    ]:
+        for name, value in values(mine).items():
+            assert theirs[name] == value, name
+    assert set(Allowed.model_fields) == {"zero_optimization", "fp16", "aio", "communication_data_type"}

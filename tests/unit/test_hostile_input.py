@@ -1,0 +1,252 @@
+"""What a file of the input can do to `prepare`: take bounded memory, and be left out with a reason. It reads nothing outside."""
+
+import gzip
+import io
+import json
+import logging
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from heliostat.data import manifest
+from heliostat.errors import ConfigError, DataError
+from heliostat.storage import Location
+from heliostat.text import printable
+
+from pipelines import documents, image_sources, image_tasks, pictures, sources, text, text_tasks
+from pipelines.documents import Document, Rules
+from pipelines.image_sources import Columns, Limits
+from tests.unit.build_images import image
+
+MIB = 1 << 20
+ROOT = Path(__file__).parents[2]
+READ = """
+import resource, sys
+from heliostat.storage import Location
+from pipelines import documents, image_sources, text_tasks
+def used():
+    return int(open('/proc/self/statm').read().split()[0]) * 4096
+resource.setrlimit(resource.RLIMIT_AS, (used() + (400 << 20),) * 2)
+name = sys.argv[2]
+if name.endswith('.tar') or name.startswith('image'):
+    found = image_sources.read(sys.argv[1], {'kind': 'archive', 'path': name}, image_sources.Columns(),
+                               image_sources.Limits(int(sys.argv[3])))
+else:
+    found = text_tasks.read_file(Location(sys.argv[1]), name, documents.Rules(max_file_bytes=int(sys.argv[3])))
+for last in found:
+    reason = getattr(last, 'reason', 'kept')
+print(reason)
+"""
+
+
+def sparse(size: int) -> bytes:
+    """A tar of a kilobyte or two whose one member claims to be an image of so many bytes."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for name, body in (("a.txt", b"caption"), ("a.png", b"")):
+            info = tarfile.TarInfo(name)
+            info.size = len(body)
+            if not body:
+                info.pax_headers = {"GNU.sparse.map": "0,0", "GNU.sparse.size": str(size)}
+            tar.addfile(info, io.BytesIO(body))
+    return out.getvalue()
+
+
+def repeated(value: bytes, rows: int, column: str) -> bytes:
+    """A Parquet file of few bytes that holds one large value in many rows."""
+    sink = io.BytesIO()
+    values = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array([value], pa.large_binary()))
+    table = pa.table({column: values.cast(pa.dictionary(pa.int32(), pa.large_string())) if column == "text" else values})
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
+
+
+BOMBS = {
+    "a.txt.gz": lambda: gzip.compress(b"a" * (64 * MIB), 1) * 40,
+    "a.jsonl.zst": lambda: pa.compress(b"a" * (64 * MIB), codec="zstd", asbytes=True) * 40,
+    "b.jsonl.gz": lambda: gzip.compress(b'{"text": "x"}\n' * MIB, 1) * 40,
+    "a.parquet": lambda: repeated(b"a" * (4 * MIB), 1000, "text"),
+    "b.parquet.gz": lambda: gzip.compress(b"a" * (64 * MIB), 1) * 40,
+    "image.parquet": lambda: repeated(b"a" * (8 * MIB), 500, "image"),
+    "a.tar": lambda: sparse(2 << 30),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_bomb_takes_bounded_memory_and_is_left_out(tmp_path, name):
+    """Gigabytes in a small file, in a process that may take 400 MiB more than it has: it lives, and says `too_large`."""
+    (tmp_path / name).write_bytes(BOMBS[name]())
+    assert (tmp_path / name).stat().st_size < 16 * MIB
+    limit = (2 if name == "b.jsonl.gz" else 72) * MIB
+    command = [sys.executable, "-c", READ, str(tmp_path), name, str(limit)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.stdout.strip() == "too_large", done.stderr[-2000:]
+
+
+def test_a_file_is_read_as_far_as_the_limit(tmp_path):
+    """A sparse file of a terabyte costs nothing; one of just the limit is read."""
+    with (tmp_path / "huge.txt").open("wb") as f:
+        f.truncate(1 << 40)
+    (tmp_path / "fits.txt").write_bytes(b"a" * 1000)
+    rules = Rules(max_file_bytes=1000)
+    found = [d for name in ("huge.txt", "fits.txt") for d in text_tasks.read_file(Location(str(tmp_path)), name, rules)]
+    assert [getattr(d, "reason", "kept") for d in found] == ["too_large", "kept"]
+
+
+@pytest.mark.parametrize("codec", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("limit", [40, 41, 5000, 1 << 20])
+def test_a_line_that_is_too_long_is_left_out_and_the_lines_about_it_are_kept(codec, limit):
+    """Whatever its length to the limit's; line numbers go on."""
+    lines = [json.dumps({"text": "x" * n}).encode() for n in (10, limit - 12, limit - 11, 3 * limit + 7, 5)]
+    assert [len(line) for line in lines[1:3]] == [limit, limit + 1]
+    data = b"\n".join(lines)
+    data = gzip.compress(data) if codec == ".gz" else pa.compress(data, codec="zstd", asbytes=True) if codec else data
+    found = list(documents.read(f"a.jsonl{codec}", data, Rules(max_document_bytes=limit + 1)))
+    assert [(d.id, d.reason if isinstance(d, documents.Dropped) else len(d.text)) for d in found] == [
+        (f"a.jsonl{codec}#1", 10), (f"a.jsonl{codec}#2", limit - 12), (f"a.jsonl{codec}#3", limit - 11),
+        (f"a.jsonl{codec}#4", "too_large"), (f"a.jsonl{codec}#5", 5)]  # fmt: skip
+
+
+def test_what_comes_before_the_limit_of_a_file_is_kept():
+    data = gzip.compress(b"".join(json.dumps({"text": f"{i}"}).encode() + b"\n" for i in range(1000)))
+    found = list(documents.read("a.jsonl.gz", data, Rules(max_file_bytes=5000)))
+    assert all(isinstance(d, Document) for d in found[:-1]) and len(found) > 300
+    assert found[-1] == documents.Dropped("a.jsonl.gz", "too_large", "more than 5,000 bytes, unpacked")
+
+
+# leaving the input ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def beside(tmp_path: Path) -> Path:
+    """A folder `in` that is the input, and a secret beside it."""
+    (tmp_path / "in/sub").mkdir(parents=True)
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret/key.txt").write_text("the secret")
+    (tmp_path / "secret/key.png").write_bytes(image(9, 9))
+    return tmp_path / "in"
+
+
+def test_a_link_that_leads_out_of_a_text_input_is_left_out(beside):
+    """A link to a file, a link to a folder, a link by way of one; links that stay inside are followed."""
+    (beside / "good.txt").write_text("good")
+    (beside / "file.txt").symlink_to(beside.parent / "secret/key.txt")
+    (beside / "folder").symlink_to("../secret")
+    (beside / "sub/inner.txt").symlink_to("../good.txt")
+    listed = [f.path for f in sources.listing(str(beside))]
+    found = {d.id: getattr(d, "reason", "kept") for p in listed for d in text_tasks.read_file(Location(str(beside)), p, Rules())}
+    assert found == {"good.txt": "kept", "sub/inner.txt": "kept", "file.txt": "outside", "folder/key.txt": "outside"}
+    through = beside.parent / "alias"
+    through.symlink_to(beside)
+    assert sources.inside(Location(str(through)), "good.txt"), "an input may itself be named by a link"
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret/key.png", "PARENT/secret/key.png", "sub/../../secret/key.png", "link.png", "a\0.png"]
+)
+def test_a_file_name_that_leads_out_of_an_image_input_is_left_out(beside, name):
+    """By `..`, as an absolute path, through a link: the image beside the input is never read."""
+    (beside / "sub/link.png").symlink_to("../../secret/key.png")
+    (beside / "sub/good.png").write_bytes(image(9, 9, 1))
+    rows = [{"file_name": name.replace("PARENT", str(beside.parent)), "caption": "x"}, {"file_name": "good.png", "caption": "y"}]
+    (beside / "sub/metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    files = image_sources.listing(str(beside))
+    found = [r for t in image_sources.tasks(str(beside), files, Columns()) for r in image_sources.read(str(beside), t, Columns())]
+    assert [getattr(r, "reason", "kept") for r in found] == ["outside", "kept"]
+
+
+def test_a_metadata_file_that_is_a_link_out_of_the_input_is_one_error(beside):
+    (beside.parent / "secret/rows").write_text('{"file_name": "a.png"}')
+    (beside / "metadata.jsonl").symlink_to("../secret/rows")
+    with pytest.raises(ConfigError, match=r"input: metadata.jsonl: is not read: a file_name or a link that leads out"):
+        image_sources.tasks(str(beside), image_sources.listing(str(beside)), Columns())
+
+
+@pytest.mark.parametrize("path", ["../x.parquet", "/etc/x.parquet", "a/../../x", "a//b", "./a", "a\\..\\..\\b", "", "a\nb", ".."])
+@pytest.mark.parametrize("where", ["path", "files", "parts"])
+def test_a_manifest_that_names_a_place_outside_its_dataset_is_refused(tmp_path, path, where):
+    """With a right digest, in any of the places that name files: nothing there is read, and nothing removed."""
+    row = {"path": path if where == "path" else "shards/0.parquet", "row_group": 0, "rows": 1, "tokens": 0, "bytes": 1,
+           "file_bytes": 1, "footer": "ab" * 16}  # fmt: skip
+    meta = {
+        "kind": "rows",
+        **({} if where == "path" else {"files": {"tokenizer.json": path}} if where == "files" else {"parts": {path: 1}}),
+    }
+    manifest.write(Location(str(tmp_path)), [row], meta)
+    with pytest.raises(DataError, match=r"manifest\.parquet: names .*, which is not a place inside the dataset; do not use it"):
+        manifest.read(Location(str(tmp_path)))
+
+
+# what is said --------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_left_out_is_listed_with_the_reason(tmp_path):
+    """Of text as of images: id, reason and detail."""
+    dropped = [{"hash": "", "id": "b", "reason": "too_large", "detail": "big"}, {"hash": "", "id": "a", "reason": "empty"}]
+    table = text_tasks.assign(pa.Table.from_pylist(dropped, text_tasks.ROWS), 1)
+    row = text_tasks.write_group(table, str(tmp_path), None, 0, 1).to_pylist()[0]
+    assert pq.read_table(tmp_path / row["listed"]).to_pylist() == [
+        {"id": "a", "reason": "empty", "detail": None}, {"id": "b", "reason": "too_large", "detail": "big"}]  # fmt: skip
+
+
+def test_names_of_files_reach_the_terminal_escaped(caplog):
+    """Escape sequences, line breaks, what turns the writing about: as text."""
+    evil = "a\x1b]0;owned\x07\n\r\u202egpj.txt\x9b2J"
+    totals = text.Totals(1)
+    row = {"path": "", "dropped": json.dumps({"empty": 1}), "examples": json.dumps({"empty": [evil]}), "listed": "x"}
+    with caplog.at_level(logging.WARNING):
+        totals.add(row)
+        totals.log()
+    assert printable(evil) == r"a\x1b]0;owned\x07\n\r\u202egpj.txt\x9b2J" and printable(evil) in caplog.messages[0]
+    with pytest.raises(ConfigError) as e:
+        image_sources.read_table(evil, b"{")
+    assert printable(str(e.value)) == str(e.value)
+    assert printable("caf\xe9 \u0645\u0631\u062d\u0628\u0627 \U0001f600") == "caf\xe9 \u0645\u0631\u062d\u0628\u0627 \U0001f600"
+
+
+@pytest.mark.parametrize("line", ["3", "[]", '"x"', "null", "[" * 200_000])
+def test_a_metadata_line_that_is_no_object_is_one_error(tmp_path, line):
+    (tmp_path / "metadata.jsonl").write_text(line)
+    with pytest.raises(ConfigError, match=r"input: metadata\.jsonl: "):
+        image_sources.tasks(str(tmp_path), image_sources.listing(str(tmp_path)), Columns())
+
+
+def test_a_csv_field_without_end_is_one_error(tmp_path):
+    (tmp_path / "metadata.csv").write_text('file_name,caption\n"' + "x" * 200_000)
+    with pytest.raises(ConfigError, match=r"input: metadata\.csv: cannot be read"):
+        image_sources.tasks(str(tmp_path), image_sources.listing(str(tmp_path)), Columns())
+
+
+def test_a_caption_that_is_no_text_is_no_caption(tmp_path):
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "caption": 7}')
+    (tmp_path / "a.png").write_bytes(image(9, 9))
+    (task,) = image_sources.tasks(str(tmp_path), image_sources.listing(str(tmp_path)), Columns())
+    rows = {"task": [json.dumps(task)]}
+    (made,) = image_tasks.extract(pa.table(rows), str(tmp_path), Columns(), pictures.Rules(((8, 8),)), Limits())
+    assert made["reason"].to_pylist() == ["no_caption"]
+
+
+def test_an_image_of_more_bytes_than_allowed_is_left_out_wherever_it_lies(tmp_path):
+    big = image(9, 9)
+    pq.write_table(pa.table({"image": [big], "caption": ["x"]}), tmp_path / "a.parquet")
+    with tarfile.open(tmp_path / "b.tar", "w") as tar:
+        info = tarfile.TarInfo("1.png")
+        info.size = len(big)
+        tar.addfile(info, io.BytesIO(big))
+    for name in ("a.parquet", "b.tar"):
+        task = {"kind": "archive", "path": name}
+        for limit, expected in ((len(big), "kept"), (len(big) - 1, "too_large")):
+            (found,) = image_sources.read(str(tmp_path), task, Columns(), Limits(1 << 20, limit))
+            assert getattr(found, "reason", "kept") == expected
+
+
+@pytest.mark.skipif(os.name != "posix" or sys.platform == "darwin", reason="names that are not UTF-8")
+def test_a_name_that_is_not_utf8_is_one_error(tmp_path):
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/a\xff.txt")).write_text("x")
+    with pytest.raises(ConfigError, match=r"input: .*: a file's name is not UTF-8 .*rename it"):
+        sources.listing(str(tmp_path))

@@ -1,0 +1,224 @@
+"""One driver at a time for a run: of those that start together one trains it, a dead one never stands in the way, and one that
+was taken for dead writes nothing more."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from heliostat.errors import ConfigError, LeaseError, StorageError
+from heliostat.storage import Location
+from heliostat.train import lease
+from heliostat.train.lease import Fence, Holder
+
+ROUNDS = 50
+TOGETHER_S = 0.010
+DIES = """
+import os, signal, sys
+from heliostat.storage import Location
+from heliostat.train import lease
+lease.take(Location(sys.argv[1]))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """HOST:PORT of an S3 server in this process."""
+    server_module = pytest.importorskip("moto.server", reason="needs moto[server]: pip install heliostat[s3-test]")
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    yield ":".join(map(str, server.get_host_and_port()))
+    server.stop()
+
+
+@pytest.fixture(params=["disk", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Location:
+    """A run's folder, new."""
+    if request.param == "disk":
+        return Location(str(tmp_path / "run"))
+    for name, value in (
+        ("AWS_ACCESS_KEY_ID", "testing"),
+        ("AWS_SECRET_ACCESS_KEY", "testing"),
+        ("AWS_EC2_METADATA_DISABLED", "true"),
+    ):
+        monkeypatch.setenv(name, value)
+    import boto3
+
+    host = request.getfixturevalue("s3")
+    bucket = f"lease-{abs(hash(request.node.name)) % 10**8}"
+    boto3.client("s3", endpoint_url=f"http://{host}", region_name="us-east-1").create_bucket(Bucket=bucket)
+    return Location(f"s3://{bucket}/run?endpoint_override={host}&scheme=http")
+
+
+def race(folder: str, gate: object, told: object) -> None:
+    """A command that starts: it takes the lease when the gate opens, and keeps it until all have tried."""
+    for number in range(ROUNDS):
+        run = Location(folder.replace("/run", f"/run-{number}"))
+        gate.wait(60)
+        at = time.monotonic()
+        try:
+            held = lease.take(run)
+        except ConfigError as e:
+            told.put((number, at, os.getpid(), 0, str(e)))
+            gate.wait(60)
+        else:
+            told.put((number, at, os.getpid(), held.fence.number, ""))
+            gate.wait(60)
+            held.release()
+
+
+@pytest.mark.parametrize("before", ["nobody", "a dead driver"])
+def test_of_two_commands_that_start_together_one_trains_the_run(place, before):
+    """50 times, within 10 ms of one another, from two processes; the other is told who does."""
+    if before == "a dead driver":
+        left = replace(Holder.me(), pid=2**22 - 1)
+        for number in range(ROUNDS):
+            Location(str(place).replace("/run", f"/run-{number}")).join(lease.FOLDER, "00000001.json").write(left.dump())
+    context = multiprocessing.get_context("spawn")
+    gate, told = context.Barrier(2), context.Queue()
+    racers = [context.Process(target=race, args=(str(place), gate, told), daemon=True) for _ in range(2)]
+    for racer in racers:
+        racer.start()
+    rounds = dict[int, list[tuple[float, int, int, str]]]()
+    for _ in range(2 * ROUNDS):
+        number, *rest = told.get(timeout=120)
+        rounds.setdefault(number, []).append(tuple(rest))
+    for racer in racers:
+        racer.join(60)
+    won = 2 if before == "a dead driver" else 1
+    for tries in rounds.values():
+        (_, loser, none, refusal), (_, winner, token, _) = sorted(tries, key=lambda t: t[2])
+        assert (none, token) == (0, won) and f"is being trained by process {winner} on" in refusal and loser != winner
+    apart = sorted(abs(a[0] - b[0]) for a, b in rounds.values())
+    assert apart[len(apart) // 2] < TOGETHER_S  # half of them at least; a busy machine may hold a process up
+
+
+def test_a_lease_that_was_given_back_or_whose_process_is_gone_is_free_at_once(place):
+    for number in (1, 2):
+        with lease.take(place) as held:
+            assert held.fence.number == number
+            with pytest.raises(ConfigError, match=f"is being trained by process {os.getpid()} on .*; wait for it, stop it, or"):
+                lease.take(place)
+    gone = subprocess.run([sys.executable, "-c", DIES, str(place)], check=False)
+    assert gone.returncode == -signal.SIGKILL
+    began = time.monotonic()
+    with lease.take(place) as held:
+        assert held.fence.number == 4 and time.monotonic() - began < lease.SILENCE_S / 2
+
+
+def test_a_process_that_was_given_a_dead_drivers_number_is_not_it(tmp_path):
+    run = Location(str(tmp_path))
+    run.join(lease.FOLDER, "00000001.json").write(replace(Holder.me(), started=1.0).dump())
+    lease.take(run).release()
+
+
+@pytest.mark.parametrize("lives", [True, False])
+def test_a_driver_on_another_machine_counts_as_long_as_it_renews_its_lease(tmp_path, monkeypatch, lives):
+    """Whatever its clock says: what counts is that something changes."""
+    monkeypatch.setattr(lease, "SILENCE_S", 2.0)
+    monkeypatch.setattr(lease, "LOOK_S", 0.1)
+    run, file = Location(str(tmp_path)), Location(str(tmp_path)).join(lease.FOLDER, "00000001.json")
+    there = replace(Holder.me(), host="elsewhere", machine="elsewhere/boot/pid:[1]", pid=7)
+    file.write(there.dump())
+    if not lives:
+        lease.take(run).release()
+        return
+    sign = threading.Timer(0.5, lambda: file.write(replace(there, beat=1).dump()))
+    sign.start()
+    with pytest.raises(ConfigError, match="is being trained by process 7 on elsewhere"):
+        lease.take(run)
+    sign.join()
+
+
+def test_a_lease_is_renewed_and_its_loss_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "RENEW_S", 0.05)
+    run = Location(str(tmp_path))
+    held = lease.take(run)
+    file = run.join(lease.FOLDER, "00000001.json")
+    deadline = time.monotonic() + 20
+    while json.loads(file.read())["beat"] < 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert json.loads(file.read())["beat"] >= 3 and held.lost is None
+    run.join(lease.FOLDER, "00000002.json").write(replace(Holder.me(), pid=7, host="elsewhere").dump())
+    while held.lost is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert "process 7 on elsewhere has taken it over" in str(held.lost)
+    held.release()
+    assert not json.loads(file.read())["released"]
+
+
+def test_who_was_taken_for_dead_prunes_nothing(tmp_path):
+    from heliostat.spec import Checkpoint  # not imported above, because every racer imports this module
+    from heliostat.train import stored
+    from heliostat.train.retention import Pruner
+
+    run = Location(str(tmp_path))
+    for step in (10, 20, 30):
+        stored.folder(run, step).join(stored.INDEX).write(b"{}")
+    fence = lease.take(run).fence
+    run.join(lease.FOLDER, "00000002.json").write(replace(Holder.me(), pid=7).dump())
+    with pytest.raises(LeaseError, match="has taken it over; this driver stops, and writes nothing more"):
+        Pruner(run, Checkpoint(every=10, keep=1), fence).prune(30)
+    assert stored.steps(run) == [10, 20, 30]
+    Pruner(run, Checkpoint(every=10, keep=1), Fence(run, 2)).prune(30)
+    assert stored.steps(run) == [30]
+
+
+def test_a_run_that_is_started_anew_keeps_its_leases(tmp_path):
+    """Or a driver that was taken for dead would find its own number again."""
+    run = Location(str(tmp_path))
+    with lease.take(run) as held:
+        run.join("checkpoints", "step-00000010", "checkpoint.json").write(b"{}")
+        run.join("run.json").write(b"{}")
+        lease.clear(run)
+        assert [name for name, _ in run.files()] == ["lease/00000001.json"]
+        held.fence.check()
+
+
+def test_a_put_where_something_is_changes_nothing(place):
+    assert place.create(b"first") and not place.create(b"second") and place.read() == b"first"
+
+
+def test_a_put_where_links_are_unknown_is_exclusive_too(tmp_path, monkeypatch):
+    def link(*_: object) -> None:
+        raise PermissionError("no links here")
+
+    monkeypatch.setattr(os, "link", link)
+    place = Location(str(tmp_path / "x"))
+    assert place.create(b"first") and not place.create(b"second") and place.read() == b"first"
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_bucket_that_is_not_there_is_one_clear_error(place):
+    if not place.is_s3:
+        pytest.skip("disks have no buckets")
+    with pytest.raises(StorageError, match="the store cannot do this"):
+        Location(str(place).replace("s3://lease", "s3://other")).create(b"x")
+
+
+def test_who_was_taken_for_dead_makes_no_checkpoint_valid(tmp_path):
+    """Its shards may be there; without `checkpoint.json` there is no checkpoint. Nor does it remove one that is there."""
+    from heliostat.train import stored
+    from heliostat.train.checkpoint import _Writer
+    from torch.distributed.checkpoint.metadata import Metadata
+
+    run = Location(str(tmp_path))
+    with lease.take(run) as held:
+        writer = _Writer(stored.folder(run, 10), 10, {}, held.fence)
+        writer.finish(Metadata({}), [])
+        assert stored.open_checkpoint(run, 10).step == 10
+        run.join(lease.FOLDER, "00000002.json").write(replace(Holder.me(), pid=7).dump())
+        late = _Writer(stored.folder(run, 20), 20, {}, held.fence)
+        for act in (lambda: late.finish(Metadata({}), []), lambda: writer.prepare_global_plan([])):
+            with pytest.raises(LeaseError, match="has taken it over"):
+                act()
+    assert stored.open_checkpoint(run, 10).step == 10 and not stored.folder(run, 20).join(stored.INDEX).exists()

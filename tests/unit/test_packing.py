@@ -1,0 +1,113 @@
+"""data.document_mask: taken where packed documents do not see each other, refused where they do, and honoured by `evaluate`."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from heliostat import check
+from heliostat.errors import ConfigError
+from transformers import CONFIG_MAPPING
+
+from jobs import packing, tiny
+from jobs.causal_lm import CausalLM
+from tests.unit.build_job import BASE, job
+from tests.unit.test_causal_lm import END, recipe
+
+MASK = {"data.document_mask": True}
+LEAKY = ("afmoe", "biogpt", "bloom", "gpt_oss", "jamba", "mamba", "minimax", "nemotron_h", "openai-gpt", "opt", "qwen3_5_text",
+         "qwen3_next", "recurrent_gemma", "xglm")  # fmt: skip
+APART = ("deepseek_v3", "falcon", "gemma3_text", "gpt2", "gpt_neox", "llama", "mixtral", "olmo2", "phi", "qwen3_moe")
+
+
+@pytest.mark.parametrize("arch", LEAKY)
+def test_an_architecture_that_leaks_is_refused_with_document_mask_alone(arch):
+    """Whatever its size: here each class's defaults, billions of parameters. Before, most were taken, and trained on leaks."""
+    model = {"arch": arch}
+    recipe(model).probe()
+    with pytest.raises(ConfigError, match=r"data\.document_mask: packed documents see each other in .*; set it to false") as e:
+        recipe(model, **MASK).probe()
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("arch", APART)
+def test_an_architecture_that_keeps_documents_apart_is_taken(arch):
+    """Dense ones and mixtures of experts, with windows, latent attention, learned and rotary positions."""
+    recipe({"arch": arch}, **MASK).probe()
+
+
+def test_positions_that_follow_the_longest_document_are_refused():
+    """Rotary frequencies that are chosen by the highest position let a document feel how long others are."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "factor": 4.0}
+    model = {**BASE["model"], "arch": "phi3", "max_position_embeddings": 4096, "pad_token_id": 0}
+    for original, leaks in ((64, False), (16, True)):
+        made = recipe({**model, "rope_parameters": rope, "original_max_position_embeddings": original}, 64, **MASK)
+        if leaks:
+            with pytest.raises(ConfigError, match="packed documents see each other"):
+                made.probe()
+        else:
+            made.probe()
+
+
+def test_the_check_of_a_job_tries_the_attention_that_training_will_use(monkeypatch):
+    """An implementation that ignores its mask is found; `heliostat check` finds it, not the first step."""
+    from jobs import attention
+
+    attend = attention.attend
+    monkeypatch.setattr(attention, "attend", lambda m, q, k, v, mask, *args, **keys: attend(m, q, k, v, None, *args, **keys))
+    monkeypatch.setattr(packing, "_known", {})
+    check.check_job(job(**MASK, **{"workers.gpus": 1}))
+    with pytest.raises(ConfigError, match=r"data\.document_mask"):
+        check.check_job(job(**MASK))
+
+
+def test_what_cannot_be_tried_is_refused_and_says_why(monkeypatch):
+    monkeypatch.setattr(tiny, "LARGEST", 0)
+    monkeypatch.setattr(packing, "_known", {})
+    with pytest.raises(ConfigError, match=r"data\.document_mask: could not try whether 'llama' keeps"):
+        recipe(**MASK).probe()
+
+
+def test_trying_a_model_of_eight_billion_takes_seconds():
+    """CPU time, without imports: the model that is tried has some layers of some heads."""
+    big = {"arch": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+           "intermediate_size": 14336, "vocab_size": 128256}  # fmt: skip
+    recipe(**MASK, **{"data.sequence_length": 32}).probe()
+    made = recipe(big, 8192, **MASK)
+    began = time.process_time()
+    made.probe()
+    assert time.process_time() - began < 5
+
+
+def test_the_small_model_keeps_what_decides():
+    """Kinds of layers, shared keys, and which windows are shorter than a sample."""
+    config = CONFIG_MAPPING["gemma3_text"](
+        num_attention_heads=8, num_key_value_heads=4, sliding_window=1024, num_hidden_layers=26
+    )
+    small = next(tiny.shrunk(config, 4096))
+    assert set(small.layer_types) == set(config.layer_types) and len(small.layer_types) == small.num_hidden_layers == tiny.LAYERS
+    assert (small.num_attention_heads, small.num_key_value_heads, small.head_dim) == (2, 1, config.head_dim)
+    assert small.sliding_window == 1024 * tiny.LENGTH // 4096 == 12
+    assert next(tiny.shrunk(config, 256)).sliding_window > tiny.LENGTH
+
+
+def test_an_exported_model_is_scored_as_in_training(tmp_path):
+    """An export's configuration asks for a cache, for `generate`; with one, documents would see each other while scoring."""
+    torch.manual_seed(0)
+    made = recipe(**MASK)
+    model = made.build().eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    model.save_pretrained(tmp_path)
+    config = Path(tmp_path / "config.json")
+    config.write_text(config.read_text().replace('"use_cache": false', '"use_cache": true'))
+    content = np.random.default_rng(0).integers(1, 96, (3, 64)).astype(np.int32)
+    content[:, [9, 30]] = END
+    scorer = CausalLM(job(model={"pretrained": str(tmp_path)}, **MASK))
+    scorer.end = END
+    made._bytes = scorer._bytes = torch.ones((2, 96), dtype=torch.int64)
+    with torch.no_grad():
+        trained = made.evaluate(model, made.batch(content))
+        scored = scorer.evaluate(scorer.load(tmp_path).eval(), scorer.batch(content))
+    torch.testing.assert_close(scored["nats"], trained["nats"], rtol=1e-5, atol=1e-4)
