@@ -235,7 +235,7 @@ def _report(made: Manifest, seconds: float, up_to_date: bool, pruned: versions.P
         "kind": made.kind,
         "documents": meta.get("documents", made.rows),
         "tokens": made.tokens,
-        "shards": len(set(made.chunks["path"].to_pylist())),
+        "shards": len(set(made.paths)),
         "chunks": made.chunks.num_rows,
         "dropped": meta.get("dropped", {}),
         "listed": str(listed) if (listed := made.location.join(LISTED)).exists() else None,

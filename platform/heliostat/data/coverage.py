@@ -71,7 +71,7 @@ def counts(order: Order, step: int) -> list[np.ndarray]:
 def shards(manifest: Manifest, chunk_counts: np.ndarray) -> dict[str, int]:
     """Samples by shard, those that gave any, in manifest order."""
     out: dict[str, int] = {}
-    for path, count in zip(manifest.chunks["path"].to_pylist(), chunk_counts.tolist(), strict=True):
+    for path, count in zip(manifest.paths, chunk_counts.tolist(), strict=True):
         if count:
             out[path] = out.get(path, 0) + count
     return out
@@ -80,7 +80,7 @@ def shards(manifest: Manifest, chunk_counts: np.ndarray) -> dict[str, int]:
 def ranges(manifest: Manifest, seen: dict[str, int]) -> Iterator[tuple[str, str]]:
     """The shards in `seen` as (first, last) of what is consecutive in the manifest."""
     run: list[str] = []
-    for path in dict.fromkeys(manifest.chunks["path"].to_pylist()):
+    for path in dict.fromkeys(manifest.paths):
         if path in seen:
             run.append(path)
         elif run:

@@ -85,7 +85,7 @@ def _source(data: Dataset, number: int, counts: np.ndarray, begin: int, end: int
         "left_out": end - begin - samples,
         "epochs": samples / int(data.order.epoch_samples[number]),
         "held_out": int(split.held.sum()),
-        "shards": {"seen": len(seen), "total": len(set(manifest.chunks["path"].to_pylist()))},
+        "shards": {"seen": len(seen), "total": len(set(manifest.paths))},
         "ranges": found[:LISTED],
         "ranges_left_out": max(0, len(found) - LISTED),
     }

@@ -148,7 +148,7 @@ def paths(version: Manifest) -> set[str]:
     found |= {manifest.kept_path(version.digest, name) for name in manifest.BESIDE if not beside}
     found |= {f"{part}/{manifest.FILE}" for part in parts}
     found |= {f"{part}/{manifest.VERSIONS}/{manifest.version_name(digest)}" for part, digest in digests.items()}
-    return found | set(version.chunks["path"].to_pylist())
+    return found | set(version.paths)
 
 
 # publishing and removing ---------------------------------------------------------------------------------------------
