@@ -91,6 +91,11 @@ class Manifest:
         return kept if kept.exists() else self.location.join(name)
 
     @property
+    def paths(self) -> list[str]:
+        """Of each chunk's shard."""
+        return self.chunks["path"].to_pylist()
+
+    @property
     def places(self) -> np.ndarray:
         """Of each chunk, int64; -1: not known."""
         return self.chunks["place"].to_numpy()
