@@ -1,13 +1,21 @@
 """What chaos tells of a run follows from what the run left: times from the fault on, and steps that had to be made again."""
 
 import random
+import signal
+import subprocess
+import sys
+from contextlib import ExitStack
+from types import SimpleNamespace
 
 import pytest
 from heliostat.chaos import disks, faults, measure, run
 from heliostat.chaos.command import ISSUE, cells, table
 from heliostat.chaos.measure import Measured
+from heliostat.chaos.process import ChaosError, Command
 from heliostat.errors import ConfigError
 from heliostat.goodput import Attempt
+from heliostat.storage import Location
+from heliostat.train import stored
 from typer.testing import CliRunner
 
 from tests.unit.build_job import job
@@ -115,3 +123,29 @@ def test_what_this_machine_cannot_do_is_said_before_anything_starts(monkeypatch)
     monkeypatch.setattr(disks.os, "geteuid", lambda: 1000)
     assert disks.why_not(job()) == "mounts a small tmpfs, which needs root"
     assert "set workers.gpus to 0" in str(faults.cannot_make_nodes(job(**{"workers.gpus": 1})))
+
+
+@pytest.mark.parametrize("over", [False, True])
+def test_a_driver_is_killed_behind_the_last_checkpoint_or_the_fault_says_that_it_came_too_late(tmp_path, over):
+    """A run that has ended meanwhile was not broken, and must not count as one that has survived."""
+    wanted = job(**{"train.steps": 60, "storage": str(tmp_path)})
+    scene = faults.Scene(SimpleNamespace(job=wanted), tmp_path, 3.5, 0.2, random.Random(1), ExitStack(), Location(str(tmp_path)),
+                         "", 0, late_s=0.2, name="late")  # fmt: skip
+    command = Command([], tmp_path / "log")
+    command.process = subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({0 if over else 60})"])
+    command.until = lambda condition, *_: wait(condition)  # type: ignore[method-assign]
+    index = stored.folder(scene.run, 60).join(stored.INDEX)
+
+    def wait(condition) -> None:
+        assert not condition()
+        index.write(b"{}")
+        assert condition()
+        if over:
+            command.process.wait(30)
+
+    if over:
+        with pytest.raises(ChaosError, match="had come to its end before the fault's moment; try another --seed"):
+            faults.kill_driver_late(scene, command)
+    else:
+        faults.kill_driver_late(scene, command)
+        assert command.process.wait(30) == -signal.SIGKILL and scene.struck > 0
