@@ -162,8 +162,8 @@ def _load(saved: Case, engine: Any, folder: Path, group: Any) -> dict[str, Any]:
     found = checkpoint.open_checkpoint(Location(str(folder / str(saved))), TRAINED)
     _poison(engine)
     state = fragments.state(engine, whole=True) | fragments.frozen(engine, whole=True)
-    said = checkpoint.casts(found, state) or ""
     checkpoint.load(found, state, group)
+    said = checkpoint.casts(found, state) or ""
     fragments.after_load(engine, found.index["optimizer_steps"])
     expected, got = load_file(folder / f"{saved}.safetensors"), _whole(engine)
     types = {n: (expected[n].dtype, got[n].dtype) for n in expected}

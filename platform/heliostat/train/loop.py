@@ -394,8 +394,8 @@ class Worker:
             state |= frozen
         elif frozen:
             self._notice(f"{found.location}: holds no parameters that are not trained; {len(frozen)} are as the model was built")
-        self._notice(checkpoint.casts(found, state))
         checkpoint.load(found, state, self.control, self._progressed)
+        self._notice(checkpoint.casts(found, state))
         self.saver.frozen.loaded(found, fragments.frozen(self.engine))
         fragments.after_load(self.engine, found.index["optimizer_steps"])
         self._notice(lossscale.write(self.engine, found.index.get("loss_scale")))
