@@ -99,6 +99,7 @@ class Train(Strict):
     ema: Ema | None = None  # an average of the weights over the steps, which is evaluated and exported
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     zero: Zero = Zero()
+    accumulate: Literal["fp32", "same"] | None = None  # in which micro-batches are summed; see `settle` for the default
     deepspeed: dict[str, Any] = {}  # merged over the DeepSpeed config that the keys above make
     activation_checkpointing: bool = False
     compile: bool = False
@@ -316,7 +317,18 @@ def _precision_faults(job: Job) -> list[str]:
         faults.append("train.precision: 'fp16' needs GPUs (workers.gpus is 0); use bf16 or fp32")
     if job.train.precision == "bf16" and job.train.zero.stage == 0:
         faults.append("train.zero.stage: 0 with train.precision 'bf16' trains wrongly in DeepSpeed; use stage 1, or fp32")
+    if job.train.precision == "fp16" and job.train.zero.stage == 0:
+        faults.append("train.zero.stage: 0 with train.precision 'fp16' has no masters that a checkpoint could hold; use stage 1")
+    if job.train.accumulate == "fp32" and _sums_on_host(job):
+        where = f"train.zero.offload.optimizer at train.zero.stage {job.train.zero.stage}"
+        faults.append(
+            f"train.accumulate: fp32 with {where}: DeepSpeed sums in host memory in low precision; use stage 3, or same"
+        )
     return faults
+
+
+def _sums_on_host(job: Job) -> bool:
+    return bool(job.train.zero.offload.optimizer) and job.train.zero.stage in (1, 2) and job.train.precision != "fp32"
 
 
 def _offload_faults(job: Job) -> list[str]:
@@ -365,6 +377,17 @@ def _checkpoint_faults(job: Job) -> list[str]:
 def load(path: Path, settings: list[str] | None = None) -> Job:
     """The job in a YAML file, with `key.path=value` settings applied and relative paths taken from the workspace."""
     return resolve(schema.load(Job, path, settings))
+
+
+def settle(job: Job, recorded: dict[str, Any] | None) -> Job:
+    """The job with a value for `train.accumulate`: its own, else what the run that it resumes had (which before there was the key
+    was `same`), else fp32 where it can be had."""
+    if job.train.accumulate:
+        return job
+    value = "fp32" if recorded is None else recorded["train"].get("accumulate") or "same"
+    if _sums_on_host(job):
+        value = "same"
+    return job.model_copy(update={"train": job.train.model_copy(update={"accumulate": value})})
 
 
 def resolve(job: Job) -> Job:

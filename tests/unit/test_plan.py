@@ -114,7 +114,7 @@ def test_state_is_rajbhandaris_sixteen_bytes_a_parameter():
     shapes = {"w": (7_500_000_000,)}
     gb = {s: memory.state(shapes, frozenset(), 64, s, "bf16", persistence=0, accumulates=False).device / 1e9 for s in (1, 2, 3)}
     assert gb == pytest.approx({1: 31.4, 2: 16.6, 3: 1.88}, abs=0.05)  # the paper's numbers
-    one = memory.state(shapes, frozenset(), 1, 2, "bf16")
+    one = memory.state(shapes, frozenset(), 1, 2, "bf16", sums_fp32=False)
     assert one.device == 16 * 7_500_000_000
 
 
@@ -128,8 +128,17 @@ def test_offload_moves_state_and_loses_none():
     assert (disk.weights, disk.disk) == (0, 2 * n // 4)
 
 
+def test_sums_of_micro_batches_in_fp32_take_four_bytes_of_what_a_worker_sums():
+    """Of all parameters at stage 1, beside the micro-batch's own gradients; of its share above; nothing where there is one."""
+    shapes = {"a": (1000,), "b": (3000,)}
+    held = {s: memory.state(shapes, frozenset(), 4, s, "bf16", persistence=0).gradients for s in (1, 2, 3)}
+    assert held == {1: 6 * 4000, 2: 4 * 1000, 3: 4 * 1000}
+    once = [memory.state(shapes, frozenset(), 4, s, "bf16", persistence=0, accumulates=False).gradients for s in (1, 2, 3)]
+    assert once == [2 * 4000, 2 * 1000, 2 * 1000]
+
+
 def test_frozen_parameters_have_weights_alone():
-    state = memory.state({"a": (100,), "b": (300,)}, frozenset("b"), 1, 1, "bf16")
+    state = memory.state({"a": (100,), "b": (300,)}, frozenset("b"), 1, 1, "bf16", sums_fp32=False)
     assert (state.weights, state.gradients, state.masters, state.moments) == (800, 200, 400, 800)
 
 

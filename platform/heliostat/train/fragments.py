@@ -137,7 +137,12 @@ def _flat_groups(engine: Any) -> list[torch.Tensor]:
         return [p for p in engine.module.parameters() if p.requires_grad]
     if stage == 3:
         return [t for t in zero.fp32_partitioned_groups_flat if t is not None]
-    return list(zero.single_partition_of_fp32_groups)
+    return list(zero.fp32_groups_flat_partition if _sums_apart(engine) else zero.single_partition_of_fp32_groups)
+
+
+def _sums_apart(engine: Any) -> bool:
+    """Stage 1 in bf16 that sums gradients in fp32 is an optimizer of its own in DeepSpeed, with other names."""
+    return hasattr(engine.optimizer, "bf16_groups")
 
 
 def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
@@ -159,7 +164,8 @@ def make_room(engine: Any) -> None:
         from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
         zero = engine.optimizer
-        for group, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+        groups = zero.bf16_groups if _sums_apart(engine) else zero.bit16_groups
+        for group, flat in zip(groups, _flat_groups(engine), strict=True):
             lazy_init_hp_params_optimizer_state(group, flat, states)
 
 
@@ -199,6 +205,8 @@ def refresh(engine: Any) -> None:
             zero._reassign_or_swap_out_partitioned_parameters(group)
         if zero.persistent_parameters:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+    elif stage and _sums_apart(engine):
+        zero.update_lp_params()
     elif stage:
         from deepspeed.runtime.utils import all_gather_dp_groups
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from rich.console import Console
 
-from heliostat import check, goodput
+from heliostat import check, goodput, spec
 from heliostat.check import Checked
 from heliostat.data import segments
 from heliostat.data.dataset import DataPlan, make_order
@@ -91,6 +91,7 @@ def train(
             f"name: run {job.name!r} already has checkpoints up to step {found.step} in {job.run_folder}; "
             "use --resume to go on, --overwrite to start anew, or another name"
         )
+    job = spec.settle(job, found.index["job"] if found else None)
     recorded = DataPlan.parse(found.index["data"]) if found else recorded
     checked = check.check_stores(job, recipe, recorded)
     if recorded and (changes := recorded.differences(checked.plan)):
@@ -126,6 +127,7 @@ def train_part(job: Job, part: Part) -> dict[str, Any]:
     job, recipe = check.check_job(job)
     driver.alone(job.run_folder)
     found = checkpoint.latest(job.run_folder)
+    job = spec.settle(job, found.index["job"] if found else None)
     recorded = DataPlan.parse(found.index["data"]) if found else None
     run = _Run(check.check_stores(job, recipe, recorded), found.step if found else 0, part.started, tags=part.tags, part=part)
     if found and found.step == job.last_step and job.run_folder.join(SUMMARY).exists():
@@ -142,7 +144,7 @@ def conclude(job: Job) -> dict[str, Any]:
     from heliostat.train import checkpoint
 
     last = checkpoint.open_checkpoint(job.run_folder, job.last_step)
-    checked = check.check_stores(job, recipe, DataPlan.parse(last.index["data"]))
+    checked = check.check_stores(spec.settle(job, last.index["job"]), recipe, DataPlan.parse(last.index["data"]))
     return _Run(checked, job.last_step, time.time()).conclude()
 
 
