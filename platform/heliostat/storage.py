@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 BUDGET = "HELIOSTAT_RETRY_BUDGET_S"
+UPLOAD_BLOCK = 16 << 20  # bytes that are read of a file at a time
+UPLOAD_WINDOW = 64 << 20  # bytes that are on their way to the store before their arrival is waited for
 UPLOAD_BYTES_PER_S = 10 << 20  # an upload's budget grows by a second for so many bytes, or a long one could never begin again
 # what stores answer, in lower case without punctuation: ACCESS_DENIED, AccessDenied and "Access Denied" are one
 REFUSED = ("accessdenied", "allaccessdisabled", "expiredtoken", "httpstatus401", "httpstatus403", "invalidaccesskeyid",
@@ -179,13 +181,19 @@ class Location:
     def write(self, data: bytes) -> None:
         self.send(lambda out: out.write(data), len(data))
 
-    def upload(self, local: Path) -> None:
-        """Copies a local file here."""
+    def upload(self, local: Path, sent: Callable[[], None] = lambda: None) -> None:
+        """Copies a local file here; calls `sent` whenever a window of it has arrived."""
 
         def copy(out: pa.NativeFile) -> None:
+            window = 0
             with local.open("rb") as f:
-                while block := f.read(16 << 20):
+                while block := f.read(min(UPLOAD_BLOCK, UPLOAD_WINDOW)):
                     out.write(block)
+                    window += len(block)
+                    if window >= UPLOAD_WINDOW:
+                        out.flush()  # waits for the parts that are written in the background
+                        window = 0
+                        sent()
 
         self.send(copy, local.stat().st_size)
 

@@ -4,8 +4,8 @@ A rank reads only the blocks that hold its slices, at any ZeRO stage and world s
 Nothing is ever unpickled.
 
 `Saver.save` returns at once where it follows the optimizer: the copy to host memory runs beside the next forward and backward
-pass, and only the next optimizer step waits for it. Writing and uploading run in the same background thread, whose failure is
-raised by the next call. At most one save is in flight: the next one waits for it.
+pass, and only the next optimizer step waits for it. Writing and uploading run in the same background thread; `failed` tells that
+it came to grief, and the next call raises why, on all workers. At most one save is in flight: the next one waits for it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -39,16 +40,21 @@ from heliostat.train.fragments import FlatShard
 from heliostat.train.frozen import Keeper
 from heliostat.train.retention import Pruner
 from heliostat.train.stored import FORMAT, FROZEN, INDEX, Checkpoint, encode, folder, latest, open_checkpoint, steps
+from heliostat.train.together import together
 
 __all__ = ["Checkpoint", "Saver", "folder", "latest", "load", "open_checkpoint", "steps"]
 
 
+PULSE_S = 1.0  # between two looks at a save that is waited for
+
 # loading -------------------------------------------------------------------------------------------------------------
 
 
-def load(checkpoint: Checkpoint, state: dict[str, torch.Tensor], group: Any) -> int:
+def load(
+    checkpoint: Checkpoint, state: dict[str, torch.Tensor], group: Any, progressed: Callable[[], None] = lambda: None
+) -> int:
     """Fills this rank's slices; `state` comes from `fragments.state(engine, whole=True)`, and from `fragments.frozen` where the
-    checkpoint has those. Returns the bytes that it read.
+    checkpoint has those. Returns the bytes that it read; calls back after each request for some.
 
     What is stored is read as what it is, then cast to what the engine holds (`casts` tells what that rounds).
 
@@ -69,7 +75,7 @@ def load(checkpoint: Checkpoint, state: dict[str, torch.Tensor], group: Any) -> 
     total = 0
     for source in (checkpoint, checkpoint.frozen):
         if source and (own := {n: t for n, t in targets.items() if checkpoint.holder(n) is source}):
-            reader = _Reader(source)
+            reader = _Reader(source, progressed)
             with _plain_errors(f"{source.location}: cannot be loaded"):
                 dcp.load(own, storage_reader=reader, process_group=group)
             total += reader.bytes_read
@@ -122,8 +128,8 @@ def _plain_errors(what: str) -> Iterator[None]:
 class _Reader(StorageReader):
     """DCP's reader over `checkpoint.json`."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: Checkpoint, progressed: Callable[[], None]) -> None:
+        self.checkpoint, self.progressed = checkpoint, progressed
         self.bytes_read = 0
 
     @classmethod
@@ -163,7 +169,7 @@ class _Reader(StorageReader):
             targets.append((item, target, filled))
             first = item.storage_offsets[0] if len(item.storage_offsets) == 1 else 0
             wanted.append(self.checkpoint.slice(item.storage_index.fqn, self.places[item.storage_index], first, filled))
-        self.bytes_read = self.checkpoint.fill(wanted)
+        self.bytes_read = self.checkpoint.fill(wanted, self.progressed)
         for item, target, filled in targets:
             if filled is not target:
                 target.copy_(filled)
@@ -186,8 +192,9 @@ class _Writer(StorageWriter):
     What one rank fails at, all ranks raise, and `checkpoint.json` is not written.
     """
 
-    def __init__(self, target: Location, step: int | None, facts: dict[str, Any]) -> None:
-        self.target, self.step, self.facts = target, step, facts
+    def __init__(self, target: Location, step: int | None, facts: dict[str, Any], wrote: Callable[[], None]) -> None:
+        """`wrote` is called for every block that is written, and for every window of an upload."""
+        self.target, self.step, self.facts, self.wrote = target, step, facts, wrote
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
@@ -217,7 +224,9 @@ class _Writer(StorageWriter):
             offsets, crc32 = list(item.tensor_data.chunk.offsets), list[int]()
             starts[name] = {"saved_offsets": offsets}
             chunks[name] = {"start": offsets[0] if len(offsets) == 1 else 0, "numel": tensor.numel(), "crc32": crc32}
-            entries.append(tensorfile.Entry(name, tensor.dtype, tuple(tensor.shape), partial(_checked, tensor, crc32)))
+            entries.append(
+                tensorfile.Entry(name, tensor.dtype, tuple(tensor.shape), partial(_checked, tensor, crc32, self.wrote))
+            )
         file = f"shard-{dist.get_rank():05d}.safetensors"
         # what torch's own HuggingFaceStorageReader needs to read the folder
         metadata = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(starts)}
@@ -225,7 +234,7 @@ class _Writer(StorageWriter):
             places = tensorfile.write(local / file, entries, metadata)
             shard = {"file": file, "bytes": (local / file).stat().st_size}
             if self.target.is_s3:
-                self.target.join(file).upload(local / file)
+                self.target.join(file).upload(local / file, self.wrote)
         told = [(shard, {**chunks[item.index.fqn], "offset": places[item.index.fqn]}) for item in plan.items]
         return _done([WriteResult(item.index, 0, data) for item, data in zip(plan.items, told, strict=True)])
 
@@ -243,11 +252,12 @@ class _Writer(StorageWriter):
         self.target.join(INDEX).write(encode(index))
 
 
-def _checked(tensor: torch.Tensor, crc32: list[int]) -> Iterator[memoryview]:
+def _checked(tensor: torch.Tensor, crc32: list[int], wrote: Callable[[], None]) -> Iterator[memoryview]:
     """The tensor's blocks, as they are written; the CRC-32 of each joins the list."""
     for block in blocks.cut(blocks.as_bytes(tensor)):
         crc32.append(zlib.crc32(block))
         yield block
+        wrote()
 
 
 @contextmanager
@@ -263,10 +273,12 @@ def _local_folder(target: Location) -> Iterator[Path]:
 class Saver:
     """Saves on behalf of one worker; every worker of the group must call `save` and `wait` in the same order."""
 
-    def __init__(self, run: Location, policy: spec.Checkpoint, group: Any) -> None:
-        """`group`: a gloo process group that nothing else uses, because saving runs beside training."""
+    def __init__(self, run: Location, policy: spec.Checkpoint, group: Any, progressed: Callable[[], None] = lambda: None) -> None:
+        """`group`: a gloo process group that nothing else uses, because saving runs beside training; `progressed` is called while
+        this waits for a save that gets on."""
         self.run, self.policy, self.group = run, policy, group
         self.blocked_s = 0.0
+        self._progressed, self._written = progressed, 0
         self.frozen = Keeper(run, group, lambda place, slices: self._store(place, None, slices, {}))
         self._pruner = Pruner(run, policy)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -298,35 +310,65 @@ class Saver:
         if not self._follows:
             self._until_copied()
 
+    @property
+    def failed(self) -> bool:
+        """Whether the save in flight has gone wrong here: then all workers should `wait`, and hear of it."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+
     def wait(self) -> None:
-        """Until the save in flight is complete; raises what went wrong with it."""
+        """Until the save in flight is complete; what went wrong with it on one worker, all raise."""
         if self._pending:
             started = time.perf_counter()
             pending, self._pending = self._pending, None
-            pending.result()
+            together(self.group, lambda: self._until(pending))
             self.blocked_s += time.perf_counter() - started
+
+    def _until(self, pending: Future) -> None:
+        while futures.wait([pending], PULSE_S).not_done:
+            self._pulse()
+        pending.result()
 
     def _until_copied(self) -> None:
         started = time.perf_counter()
-        self._copied.wait()
+        while not self._copied.wait(PULSE_S):
+            self._pulse()
         self.blocked_s += time.perf_counter() - started
+
+    def _pulse(self) -> None:
+        """Passes on that something was written since the last look: a save that stands still is a stall like any other."""
+        written, self._written = self._written, 0
+        if written:
+            self._progressed()
+
+    def _wrote(self) -> None:
+        self._written += 1
 
     def _write(self, step: int, state: dict[str, torch.Tensor], facts: dict[str, Any], frozen: dict[str, FlatShard]) -> None:
         try:
-            copy = {n: self._copy(n, t) if isinstance(t, FlatShard) else t for n, t in state.items()}
+            copied = {n: self._copy(n, t) if isinstance(t, FlatShard) else t for n, t in state.items()}
+            error = None
+        except Exception as e:  # noqa: BLE001 (raised below, on all workers, which would wait for this one)
+            copied, error = {}, e
         finally:
             self._copied.set()
+        together(self.group, partial(_raise, error))
         if name := self.frozen.keep(frozen):
             facts = {**facts, FROZEN: name}
-        self._store(folder(self.run, step), step, copy, facts)
+        self._store(folder(self.run, step), step, copied, facts)
         if dist.get_rank() == 0:
             self._pruner.prune(step)
 
     def _store(self, target: Location, step: int | None, tensors: Mapping[str, torch.Tensor], facts: dict[str, Any]) -> None:
         with _plain_errors(f"{target}: cannot be saved"):
-            dcp.save(dict(tensors), storage_writer=_Writer(target, step, facts), process_group=self.group)
+            dcp.save(dict(tensors), storage_writer=_Writer(target, step, facts, self._wrote), process_group=self.group)
 
     def _copy(self, name: str, shard: FlatShard) -> FlatShard:
         if name not in self._copies:
             self._copies[name] = torch.empty(shard.local.shape, dtype=shard.dtype, pin_memory=shard.local.is_cuda)
+        self._wrote()
         return FlatShard(self._copies[name].copy_(shard.local), shard.start, shard.shape[0])
+
+
+def _raise(error: Exception | None) -> None:
+    if error:
+        raise error

@@ -13,6 +13,7 @@ import dataclasses
 import math
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from heliostat.recipe import Batch, Recipe
 from heliostat.spec import Job
 from heliostat.storage import Location
 from heliostat.track import curves
-from heliostat.train import checkpoint, fragments, pictures, zero
+from heliostat.train import checkpoint, fragments, lossscale, pictures, zero
 from heliostat.train.board import queued_s
 from heliostat.train.ema import Ema
 from heliostat.train.heldout import HeldOut
@@ -36,10 +37,11 @@ from heliostat.train.ledger import Ledger, peak_flops
 from heliostat.train.pulse import Pulse, Votes
 from heliostat.train.schedule import factor
 from heliostat.train.spike import Detector
-from heliostat.train.survive import RESIZE, RUN
+from heliostat.train.survive import FAILED, RESIZE, RUN
 from heliostat.train.system import Monitor
 
 HELD_POLL_S = 0.05
+SAVING = timedelta(hours=12)  # the longest wait of one worker for another's part of a checkpoint
 
 
 def worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -64,9 +66,10 @@ class Worker:
         self.monitor = Monitor(self.board, ray.util.get_node_ip_address()) if _first_of_node() else None
         self.run_folder = Location(config["run_folder"])
         # the training group is left to DeepSpeed; saving runs in a thread and must not share a group with the loop
-        self.control, saving = dist.new_group(backend="gloo"), dist.new_group(backend="gloo")
+        # which waits for the slowest worker's upload; the watchdog sees whether that gets on
+        self.control, saving = dist.new_group(backend="gloo"), dist.new_group(backend="gloo", timeout=SAVING)
         self.votes = Votes(dist.new_group(backend="gloo"))
-        self.saver = checkpoint.Saver(self.run_folder, self.job.checkpoint, saving)
+        self.saver = checkpoint.Saver(self.run_folder, self.job.checkpoint, saving, self._progressed)
 
         if self.rank == 0:
             self._phase("model", queued_s=queued_s(), start_step=self.start_step, workers=self.world)
@@ -82,6 +85,7 @@ class Worker:
         self.device = self.engine.device
         self.batch_plan = BatchPlan(self.job, self.plan)
         self.chain = receipt.GENESIS
+        self.skipped = 0  # steps of the run that changed no weight, because fp16 gradients overflowed
         self.bad_samples = 0  # replaced so far in the run, on this worker; what earlier attempts replaced is rank 0's
         if self.start_step:
             self._phase("restore")
@@ -121,10 +125,12 @@ class Worker:
                 self._phase("step")
                 since = time.perf_counter()
             blocked = self.saver.blocked_s
-            self.votes.ask(self.pulse.stop)
+            self.votes.ask(FAILED if self.saver.failed else self.pulse.stop)
             self._step(step, mine)
             self.pulse.progress += 1
             stop = self.votes.result()
+            if stop == FAILED:
+                self.saver.wait()  # raises on every worker
             if stop == RESIZE and (step + 1) % job.checkpoint.every:
                 stop = RUN  # nobody is in a hurry: behind the next checkpoint
             self.ledger.move("computing", "checkpoint", self.saver.blocked_s - blocked)
@@ -236,10 +242,22 @@ class Worker:
                 "data_wait": wait / seconds,
                 "mfu": self._mfu(done - first, seconds),
                 "bad_samples": int(bad),
+                **self._fp16(done),
                 **self._now(),
             }
         )
         self._losses, self._norms = [], []
+
+    def _fp16(self, done: int) -> dict[str, float]:
+        """The loss scale, and the steps that it has cost; new ones are told at the terminal."""
+        if self.job.train.precision != "fp16":
+            return {}
+        before, self.skipped = self.skipped, done - fragments.optimizer_steps(self.engine)
+        scale = float(self.engine.optimizer.loss_scale)
+        if self.skipped > before:
+            what = f"{self.skipped - before} more steps were skipped, because fp16 gradients overflowed"
+            self._notice(f"up to step {done}: {what}; the loss scale is {scale:g}")
+        return {"skipped_steps": self.skipped, "loss_scale": scale}
 
     def _per_second(self, steps: int, seconds: float) -> float:
         return steps * self.job.train.global_batch * (self.job.data.sequence_length or 1) / seconds if seconds else 0.0
@@ -307,6 +325,7 @@ class Worker:
             "world_size": self.world,
             "zero_stage": self.job.train.zero.stage,
             "optimizer_steps": fragments.optimizer_steps(self.engine),
+            "loss_scale": lossscale.read(self.engine),
             "job": self.job.dump(),
             "data": self.plan.dump(),
             "data_digest": self.plan.digest,
@@ -360,10 +379,12 @@ class Worker:
             state |= frozen
         elif frozen:
             self._notice(f"{found.location}: holds no parameters that are not trained; {len(frozen)} are as the model was built")
+        checkpoint.load(found, state, self.control, self._progressed)
         self._notice(checkpoint.casts(found, state))
-        checkpoint.load(found, state, self.control)
         self.saver.frozen.loaded(found, fragments.frozen(self.engine))
         fragments.after_load(self.engine, found.index["optimizer_steps"])
+        self._notice(lossscale.write(self.engine, found.index.get("loss_scale")))
+        self.skipped = self.start_step - found.index["optimizer_steps"]
         self.chain = found.index["receipt"]["chain"]
         self.bad_samples = found.index["bad_samples"] if self.rank == 0 else 0
 

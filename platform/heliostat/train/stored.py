@@ -15,7 +15,7 @@ import json
 import logging
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -90,8 +90,9 @@ class Checkpoint:
         size, start = chunk["numel"] * itemsize, first * itemsize
         return chunk["shard"], blocks.Slice(chunk["offset"], size, chunk["crc32"], start, blocks.as_bytes(target))
 
-    def fill(self, wanted: list[tuple[int, blocks.Slice]]) -> int:
-        """Reads the slices of the shards into their targets, several ranges at a time; returns the bytes read."""
+    def fill(self, wanted: list[tuple[int, blocks.Slice]], progressed: Callable[[], None] = lambda: None) -> int:
+        """Reads the slices of the shards into their targets, several ranges at a time; returns the bytes read. Calls back after
+        each request, from several threads."""
         by_shard: dict[int, list[blocks.Slice]] = {}
         for shard, part in wanted:
             by_shard.setdefault(shard, []).append(part)
@@ -101,14 +102,14 @@ class Checkpoint:
             ways = min(-(-READ_THREADS // len(by_shard)), len(found))
             jobs += [(shard, found[i::ways]) for i in range(ways)]
         with ThreadPoolExecutor(READ_THREADS) as pool:
-            return sum(pool.map(lambda job: self._read(*job), jobs))
+            return sum(pool.map(lambda job: self._read(job[0], job[1], progressed), jobs))
 
-    def _read(self, shard: int, wanted: list[list[blocks.Block]]) -> int:
+    def _read(self, shard: int, wanted: list[list[blocks.Block]], progressed: Callable[[], None]) -> int:
         location = self.location.join(self.index["shards"][shard]["file"])
 
         def read() -> tuple[int, blocks.Block | None]:
             with location.open() as file:
-                return blocks.read(file, wanted)
+                return blocks.read(file, wanted, progressed)
 
         try:
             total, damaged = location.attempt(read)

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from heliostat.errors import CheckpointError, HeliostatError
+from heliostat.errors import HeliostatError, WorkerError
 
 T = TypeVar("T")
 
@@ -20,12 +20,12 @@ def together(group: Any, work: Callable[[], T]) -> list[T]:
     except HeliostatError as e:
         mine = None, e
     except Exception as e:  # noqa: BLE001 (raised on every rank, below)
-        fault = CheckpointError(f"worker {dist.get_rank()}: {type(e).__name__}: {e}")
+        fault = WorkerError(f"worker {dist.get_rank()}: {type(e).__name__}: {e}")
         fault.__cause__ = e
         mine = None, fault
     told: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(told, mine, group=group)
     for rank, (_, error) in enumerate(told):
         if error is not None:
-            raise mine[1] if rank == dist.get_rank(group) else error  # this rank's own has its cause
+            raise (mine[1] if rank == dist.get_rank(group) else None) or error  # this rank's own has its cause
     return [value for value, _ in told]
