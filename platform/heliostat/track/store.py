@@ -42,6 +42,12 @@ def asking(uri: str) -> Iterator[None]:
         yield
     except mlflow.exceptions.MlflowException as e:
         raise TrackingError(f"MLflow at {uri}: {str(e).strip().splitlines()[0][:300]}") from e
+    except ModuleNotFoundError as e:
+        raise TrackingError(f"MLflow at {uri}: its database needs the module {e.name!r}, which is not installed") from e
+    except Exception as e:
+        if not type(e).__module__.startswith("sqlalchemy"):
+            raise
+        raise TrackingError(f"MLflow at {uri}: {str(e).strip().splitlines()[0][:300]}") from e
 
 
 def experiments(client: Any, name: str | None = None) -> dict[str, str]:
