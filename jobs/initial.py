@@ -43,21 +43,20 @@ def _set(parameter: torch.Tensor, value: torch.Tensor) -> None:
     else:
         gathered = nullcontext()
     with gathered:
-        if parameter.numel():  # of ranks that do not modify it, too: it is theirs to forget
-            parameter.copy_(value)
+        parameter.copy_(value)
 
 
 def _shape(parameter: Any) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)  # of the whole, at ZeRO-3
 
 
-def _zero(layer: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _zero(layer: Any) -> Iterator[tuple[Any, torch.Tensor]]:
     for parameter in (layer.weight, layer.bias):
         if parameter is not None:
             yield parameter, torch.zeros(_shape(parameter), device="cpu")
 
 
-def _unet(backbone: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _unet(backbone: Any) -> Iterator[tuple[Any, torch.Tensor]]:
     for module in backbone.modules():
         if isinstance(module, ResnetBlock2D):
             yield from _zero(module.conv2)
@@ -68,7 +67,7 @@ def _unet(backbone: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     yield from _zero(backbone.conv_out)
 
 
-def _pixart(backbone: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _pixart(backbone: Any) -> Iterator[tuple[Any, torch.Tensor]]:
     time, caption = backbone.adaln_single, backbone.caption_projection
     embedder = time.emb.timestep_embedder
     small = {embedder.linear_1, embedder.linear_2, time.linear, caption.linear_1, caption.linear_2}

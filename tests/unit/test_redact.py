@@ -99,6 +99,14 @@ def test_a_store_with_a_password_is_no_option_of_a_command_and_no_argument_of_th
     assert "hunter2" not in " ".join(command) and env["MLFLOW_BACKEND_STORE_URI"] == "postgresql://u:hunter2@h/db"
 
 
+@pytest.mark.parametrize("uri", ["postgresql://u:hunter2@127.0.0.1:1/db", "mysql://u:hunter/2@h/db"])
+def test_a_store_of_the_environment_that_fails_is_one_line_without_its_password(uri, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    code, out, lines, _ = run("runs")
+    assert code == 1 and not out and len(lines) == 1 and "hunter" not in lines[0]
+    assert lines[0].startswith(f"error: MLflow at {uri.partition(':')[0]}://u:***@")
+
+
 def test_an_error_that_nobody_has_caught_shows_no_password_either():
     code = "import sys; from heliostat.redact import excepthook; sys.excepthook = excepthook; open('s3://K:hunter2/x@bucket')"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stderr

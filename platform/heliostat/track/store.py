@@ -43,6 +43,12 @@ def asking(uri: str) -> Iterator[None]:
         yield
     except mlflow.exceptions.MlflowException as e:
         raise TrackingError(f"MLflow at {uri}: {fault(e)}") from e
+    except ModuleNotFoundError as e:
+        raise TrackingError(f"MLflow at {uri}: its database needs the module {e.name!r}, which is not installed") from e
+    except Exception as e:
+        if not type(e).__module__.startswith("sqlalchemy"):
+            raise
+        raise TrackingError(f"MLflow at {uri}: {brief(e)}") from e
 
 
 def fault(error: object) -> str:
