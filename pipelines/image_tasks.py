@@ -31,7 +31,7 @@ STORED = ("id", "caption", "label", "width", "height", "image", "latent", "embed
 BLOCK_BYTES = 32 << 20  # of images, per block that a read task yields
 
 
-def extract(batch: pa.Table, input: str, columns: Columns, rules: Rules, limits: Limits) -> Iterator[pa.Table]:
+def extract(batch: pa.Table, input: str, columns: Columns, rules: Rules, limits: Limits = Limits()) -> Iterator[pa.Table]:
     """The images of the tasks in the batch, as tables of ROWS."""
     found: list[dict[str, Any]] = []
     size = 0
