@@ -28,10 +28,11 @@ ROWS = pa.schema(
      ("detail", pa.string())]
 )  # fmt: skip
 STORED = ("id", "caption", "label", "width", "height", "image", "latent", "embedding")  # of a shard: those that there are
+USUAL = Limits()
 BLOCK_BYTES = 32 << 20  # of images, per block that a read task yields
 
 
-def extract(batch: pa.Table, input: str, columns: Columns, rules: Rules, limits: Limits) -> Iterator[pa.Table]:
+def extract(batch: pa.Table, input: str, columns: Columns, rules: Rules, limits: Limits = USUAL) -> Iterator[pa.Table]:
     """The images of the tasks in the batch, as tables of ROWS."""
     found: list[dict[str, Any]] = []
     size = 0

@@ -168,8 +168,7 @@ def _undo(output: Location, before: set[str], record: dict[str, Any], error: Bas
                 "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")  # fmt: skip
     try:
         needed = set[str]().union(*(versions.paths(v) for v in versions.all_versions(output).values()))
-        for path in sorted(set(versions.listing(output)) - before - needed):
-            versions.remove(output, path)
+        versions.remove_all(output, sorted(set(versions.listing(output)) - before - needed))
         versions.release(output, record)
     except HeliostatError as e:
         log.warning("%s; a later prepare removes it", e)

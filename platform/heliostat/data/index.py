@@ -70,8 +70,10 @@ def index(location: Location) -> Report:
 
 
 def _of_replaced(location: Location) -> set[str]:
-    """The shards of every version that is kept: those that the newest does not list were there before it was prepared."""
-    return {path for version in versions.all_versions(location).values() for path in version.chunks["path"].to_pylist()}
+    """The shards of the versions that a `prepare` has replaced: they lie there for the runs that read them."""
+    names = versions.read_record(location).get("replaced", {})
+    kept = [name for name, _ in location.join(manifest.VERSIONS).files() if name in names] if names else []
+    return {path for name in kept for path in manifest.read_version(location, name).chunks["path"].to_pylist()}
 
 
 def _check_listed(location: Location, listed: dict[str, int], sizes: dict[str, int]) -> None:
