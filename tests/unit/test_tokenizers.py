@@ -198,6 +198,10 @@ def test_the_same_tokenizer_is_taken_however_it_is_written(tmp_path):
     AutoTokenizer.from_pretrained(tmp_path / "again").save_pretrained(tmp_path / "again")
     assert AutoTokenizer.from_pretrained(tmp_path / "again")("a text")["input_ids"]
     CausalLM(job(model={"pretrained": str(tmp_path / "again")})).bind([source])
+    scratch = CausalLM(job(**{"model.vocab_size": 1000}))
+    scratch.bind([source])
+    scratch.save_config(tmp_path / "scratch")
+    CausalLM(job(model={"pretrained": str(tmp_path / "scratch")})).bind([source])
     more = Tokenizer.from_str(definition)
     more.add_special_tokens(["<pad>", "<|user|>"])
     more.enable_padding(pad_token="<pad>")
