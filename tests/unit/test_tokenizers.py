@@ -87,12 +87,12 @@ def trained(kind: str, texts: int = len(TEXTS)) -> str:
     return json.dumps(whole)
 
 
-def dataset(folder: Path, definition: str) -> manifest.Manifest:
-    """One document, made with the tokenizer."""
+def dataset(folder: Path, definition: str, texts: list[str] | None = None) -> manifest.Manifest:
+    """Documents, or one, made with the tokenizer."""
     (folder / "shards").mkdir(parents=True)
     tokenizer = Tokenizer.from_str(definition)
     end = tokenizer.token_to_id(END)
-    tokens = [t.tolist() for t in encode(load(definition), ["a text"], end)]
+    tokens = [t.tolist() for t in encode(load(definition), texts or ["a text"], end)]
     pq.write_table(pa.table({"tokens": tokens}), folder / "shards" / "0.parquet", write_page_checksum=True)
     (folder / "tokenizer.json").write_text(definition)
     meta = {"kind": "tokens", "tokenizer": hashlib.sha256(definition.encode()).hexdigest(), "end_of_document": end,
