@@ -6,14 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from heliostat import check
+from heliostat import check, exports
+from heliostat.data.dataset import open_dataset, plan
 from heliostat.errors import ConfigError
+from heliostat.evaluate import evaluate
 from transformers import CONFIG_MAPPING
 
 from jobs import packing, tiny
 from jobs.causal_lm import CausalLM
-from tests.unit.build_job import BASE, job
+from tests.unit.build_job import BASE, ROOT, job
 from tests.unit.test_causal_lm import END, recipe
+from tests.unit.test_tokenizers import TEXTS, dataset, trained
 
 MASK = {"data.document_mask": True}
 LEAKY = ("afmoe", "biogpt", "bloom", "gpt_oss", "jamba", "mamba", "minimax", "nemotron_h", "openai-gpt", "opt", "qwen3_5_text",
@@ -111,3 +114,27 @@ def test_an_exported_model_is_scored_as_in_training(tmp_path):
         trained = made.evaluate(model, made.batch(content))
         scored = scorer.evaluate(scorer.load(tmp_path).eval(), scorer.batch(content))
     torch.testing.assert_close(scored["nats"], trained["nats"], rtol=1e-5, atol=1e-4)
+
+
+def test_heliostat_evaluate_scores_an_export_with_the_mask_that_it_was_trained_with(tmp_path, monkeypatch):
+    """The command's own code, on an export as training writes it, gives the score of the model in memory."""
+    monkeypatch.chdir(ROOT)
+    source = dataset(tmp_path / "data", trained("byte-level"), [text[i : i + 150] for text in TEXTS for i in range(0, 3000, 150)])
+    made_job = job(
+        **MASK, **{"model.vocab_size": 1000, "data.sources": [{"path": str(tmp_path / "data")}], "evaluate.fraction": 0.5}
+    )
+    made = CausalLM(made_job)
+    made.bind([source])
+    torch.manual_seed(0)
+    model = made.build().eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    model.save_pretrained(tmp_path / "model")
+    made.save_config(tmp_path / "model")
+    exports.write(tmp_path / "model", made_job, {})
+    order = open_dataset(plan(made_job, [source]))
+    content = order.read(order.order.held_out(16))
+    with torch.no_grad():
+        sums = {k: float(v.sum()) for k, v in made.evaluate(model, made.batch(content)).items()}
+    scores = evaluate(tmp_path / "model", str(tmp_path / "data"), 16, None, None)
+    assert scores == pytest.approx(made.metrics(sums), rel=1e-5)

@@ -87,12 +87,12 @@ def trained(kind: str, texts: int = len(TEXTS)) -> str:
     return json.dumps(whole)
 
 
-def dataset(folder: Path, definition: str) -> manifest.Manifest:
-    """One document, made with the tokenizer."""
+def dataset(folder: Path, definition: str, texts: list[str] | None = None) -> manifest.Manifest:
+    """Documents, or one, made with the tokenizer."""
     (folder / "shards").mkdir(parents=True)
     tokenizer = Tokenizer.from_str(definition)
     end = tokenizer.token_to_id(END)
-    tokens = [t.tolist() for t in encode(load(definition), ["a text"], end)]
+    tokens = [t.tolist() for t in encode(load(definition), texts or ["a text"], end)]
     pq.write_table(pa.table({"tokens": tokens}), folder / "shards" / "0.parquet", write_page_checksum=True)
     (folder / "tokenizer.json").write_text(definition)
     meta = {"kind": "tokens", "tokenizer": hashlib.sha256(definition.encode()).hexdigest(), "end_of_document": end,
@@ -198,6 +198,10 @@ def test_the_same_tokenizer_is_taken_however_it_is_written(tmp_path):
     AutoTokenizer.from_pretrained(tmp_path / "again").save_pretrained(tmp_path / "again")
     assert AutoTokenizer.from_pretrained(tmp_path / "again")("a text")["input_ids"]
     CausalLM(job(model={"pretrained": str(tmp_path / "again")})).bind([source])
+    scratch = CausalLM(job(**{"model.vocab_size": 1000}))
+    scratch.bind([source])
+    scratch.save_config(tmp_path / "scratch")
+    CausalLM(job(model={"pretrained": str(tmp_path / "scratch")})).bind([source])
     more = Tokenizer.from_str(definition)
     more.add_special_tokens(["<pad>", "<|user|>"])
     more.enable_padding(pad_token="<pad>")
