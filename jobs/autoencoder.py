@@ -27,6 +27,7 @@ from heliostat.errors import ConfigError
 from heliostat.recipe import Batch, Serving
 from heliostat.schema import nearest
 from heliostat.spec import Job
+from heliostat.text import brief
 from torch import nn
 
 from jobs import image_rows
@@ -115,7 +116,7 @@ class Autoencoder:
                 with partitioned():
                     vae = AutoencoderKL(**self.config)
             except (ValueError, TypeError, IndexError, KeyError, ZeroDivisionError, RuntimeError) as e:
-                raise ConfigError(f"model: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
+                raise ConfigError(f"model: {brief(e)}") from e
         if self.checkpointing:
             vae.enable_gradient_checkpointing()
         return Coder(vae).train()

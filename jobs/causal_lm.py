@@ -24,16 +24,16 @@ import torch
 import torch.nn.functional as F
 import transformers  # its names are imported when they are first used: a faulty job is found sooner
 from heliostat.data.manifest import Manifest
-from heliostat.errors import ConfigError
+from heliostat.errors import ConfigError, DataError
 from heliostat.recipe import Batch, Generated, Request, Serving
-from heliostat.schema import Float, Strict, nearest, validate
+from heliostat.schema import Float, Strict, validate
 from heliostat.spec import Job
 from pydantic import Field
 from tokenizers import Tokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from jobs import attention, flops, packing, token_bytes, vocabulary
+from jobs import attention, flops, model_config, packing, router, token_bytes, vocabulary
 from jobs.pretrained import from_folder
 
 IGNORED = -100
@@ -55,13 +55,15 @@ class CausalLM:
         self.document_mask = job.data.document_mask
         self.terms_per_sample = None if self.document_mask else self.length - 1
         self.pretrained = job.model.get("pretrained")
-        self.config = _pretrained_config(job.model) if self.pretrained else _config(job.model)
+        self.config = model_config.from_folder(job.model) if self.pretrained else model_config.from_keys(job.model)
+        self.added = {router.NAME: router.coefficient(self.config) or 0.0} if router.wanted(self.config) else {}
+        self.unbalanced = job.model.get("output_router_logits") is False  # and said so
         self.vocabulary_given = bool(self.pretrained) or "vocab_size" in job.model
         _use_no_cache(self.config)
         short = self.length <= attention.LONGEST and self.config.model_type in attention.MODELS
         self.grouped = short and not job.workers.gpus
         longest = getattr(self.config, "max_position_embeddings", None)
-        if longest and longest < self.length:
+        if longest and 0 < longest < self.length:
             names = {"max_position_embeddings", self.config.attribute_map.get("max_position_embeddings")}
             if self.pretrained or names & set(job.model):
                 raise ConfigError(
@@ -72,29 +74,33 @@ class CausalLM:
     def probe(self) -> None:
         if self.document_mask:
             packing.require_apart(self)
+        router.probe(self, self.unbalanced)
 
     def bind(self, sources: list[Manifest]) -> None:
         tokenizers = {m.meta.get("tokenizer") for m in sources}
         if len(tokenizers) > 1:
             raise ConfigError("data.sources: the datasets were made with different tokenizers; prepare them with one")
-        vocabulary, self.end = sources[0].meta["vocab_size"], sources[0].meta["end_of_document"]
-        self.tokenizer_json = sources[0].file("tokenizer.json").read()
-        if hashlib.sha256(self.tokenizer_json).hexdigest() != sources[0].meta["tokenizer"]:
-            raise ConfigError(f"{sources[0].file('tokenizer.json')}: is not the tokenizer that made the dataset")
+        size, self.end = sources[0].fact("vocab_size"), sources[0].fact("end_of_document")
+        made = sources[0].file("tokenizer.json")
+        try:
+            self.tokenizer_json = made.read()
+        except FileNotFoundError as e:
+            raise DataError(f"{made}: is not there; prepare the dataset again") from e
+        if hashlib.sha256(self.tokenizer_json).hexdigest() != sources[0].fact("tokenizer"):
+            raise ConfigError(f"{made}: is not the tokenizer that made the dataset")
         if self.pretrained:
-            self._check_tokenizer(sources[0])
+            self._check_tokenizer(Path(self.pretrained), sources[0])
         if self.vocabulary_given:
-            if self.config.vocab_size < vocabulary:
-                raise ConfigError(f"model.vocab_size: {self.config.vocab_size} is below the tokenizer's {vocabulary}")
+            if self.config.vocab_size < size:
+                raise ConfigError(f"model.vocab_size: {self.config.vocab_size} is below the tokenizer's {size}")
         else:
-            self.config.vocab_size = -(-vocabulary // 64) * 64  # a multiple that matrix units like
+            self.config.vocab_size = -(-size // 64) * 64  # a multiple that matrix units like
         if not self.pretrained:
             self.config.bos_token_id = self.config.eos_token_id = self.end
             self.config.pad_token_id = None
 
-    def _check_tokenizer(self, source: Manifest) -> None:
+    def _check_tokenizer(self, folder: Path, source: Manifest) -> None:
         """ConfigError if the model's tokens mean something else than the dataset's."""
-        folder = Path(self.pretrained)
         its = vocabulary.of_folder(folder)
         if its == self.tokenizer_json:
             return
@@ -115,9 +121,7 @@ class CausalLM:
             self.config._attn_implementation = attention.NAME
         shapes_only = torch.get_default_device().type == "meta"
         if self.pretrained and not shapes_only:
-            model = from_folder(
-                "model.pretrained", transformers.AutoModelForCausalLM, self.pretrained, config=self.config, dtype=torch.float32
-            )
+            model = whole("model.pretrained", self.pretrained, config=self.config, dtype=torch.float32)
         elif is_deepspeed_zero3_enabled():
             model = transformers.AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
         else:
@@ -130,7 +134,7 @@ class CausalLM:
         return model.train()
 
     def load(self, folder: Path) -> torch.nn.Module:
-        model = from_folder("model", transformers.AutoModelForCausalLM, folder)
+        model = whole("model", folder)
         _use_no_cache(model.config)
         return model
 
@@ -153,10 +157,14 @@ class CausalLM:
         return int((batch["labels"] != IGNORED).sum())
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        return SummedCrossEntropy.apply(*_logits(model, batch))
+        return SummedCrossEntropy.apply(*_flat(_outputs(model, batch), batch))
+
+    def losses(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        outputs = _outputs(model, batch)
+        return SummedCrossEntropy.apply(*_flat(outputs, batch)), outputs.aux_loss.float().reshape(1)
 
     def evaluate(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        logits, targets = _logits(model, batch)
+        logits, targets = _flat(_outputs(model, batch), batch)
         shape = batch["labels"].shape
         losses = F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="none").view(shape)
         targets = targets.view(shape)
@@ -204,11 +212,19 @@ class CausalLM:
         config.use_cache = True
         config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
         config.save_pretrained(folder)
+        self._generation(config).save_pretrained(folder)
         if self.pretrained:
             from_folder("model.pretrained", transformers.AutoTokenizer, self.pretrained).save_pretrained(folder)
             (folder / "tokenizer.json").write_bytes(vocabulary.of_folder(Path(self.pretrained)))  # as it is, not as it is read
         else:
             self.tokenizer().save_pretrained(folder)
+
+    def _generation(self, config: Any) -> Any:
+        """How the model writes unless it is told otherwise, and where it stops: as the pretrained folder or its config says."""
+        kind = transformers.GenerationConfig
+        if self.pretrained and (Path(self.pretrained) / "generation_config.json").is_file():
+            return kind.from_pretrained(self.pretrained)
+        return kind.from_model_config(config)
 
     def demonstrate(self, folder: Path) -> list[tuple[str, str]]:
         continued = TextGenerator(folder, {"max_tokens": 48})([Request(prompt, 0, None) for prompt in PROMPTS])
@@ -232,14 +248,17 @@ class CausalLM:
 
 def _use_no_cache(config: Any) -> None:
     """With a cache, which `generate` wants and an export's configuration asks for, packed documents would see each other."""
-    config.use_cache = config.get_text_config().use_cache = False
+    config.use_cache = config.get_text_config(decoder=True).use_cache = False
 
 
-def _logits(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def _outputs(model: torch.nn.Module, batch: Batch) -> Any:
+    return model(**{k: v for k, v in batch.items() if k != "labels"})
+
+
+def _flat(outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [tokens, vocabulary] and, for each, the next token, or IGNORED at a sample's end. The logits are not sliced: that
     would copy them, forwards and backwards."""
-    logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
-    return logits.flatten(0, 1), F.pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:].flatten()
+    return outputs.logits.flatten(0, 1), F.pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:].flatten()
 
 
 class SummedCrossEntropy(torch.autograd.Function):
@@ -270,73 +289,12 @@ class SummedCrossEntropy(torch.autograd.Function):
         return gradient.mul_(upstream[0]), None
 
 
-def _config(model: dict[str, Any]) -> Any:
-    keys = {k: v for k, v in model.items() if k != "arch"}
-    arch = str(model.get("arch"))
-    if arch not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        near = nearest(arch, list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)) or "; for example: llama, gpt2, qwen3"
-        raise ConfigError(f"model.arch: {arch!r} is no causal language model of transformers{near}")
-    kind = transformers.CONFIG_MAPPING[arch]
-    act = keys.get("hidden_act", keys.get("activation_function"))
-    if isinstance(act, str):
-        _check_activation(act)
-    known = {*kind.__dataclass_fields__, *kind.attribute_map}
-    for key in keys:
-        if key not in known:
-            near = nearest(key, sorted(known))
-            raise ConfigError(f"model.{key}: unknown key for arch {arch!r}{near}")
-    try:
-        _check_heads(kind, keys)
-        config = kind(**keys)
-        for size in ("hidden_size", "num_hidden_layers"):
-            if getattr(config, size, 1) < 1:
-                raise ConfigError(f"model.{size}: {getattr(config, size)} must be at least 1")
-        heads, groups = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
-    except ConfigError:
-        raise
-    except Exception as e:  # transformers raises its own errors for values; the last line is the one that says what is wrong
-        raise ConfigError(f"model: {str(e).splitlines()[-1].strip()}") from e
-    if heads and groups and heads % groups:
-        raise ConfigError(
-            f"model.num_key_value_heads: {groups} does not divide num_attention_heads {heads}; {_divisor(heads, groups)}"
-        )
-    return config
-
-
-def _check_activation(name: str) -> None:
-    from transformers.activations import ACT2FN
-
-    if name not in ACT2FN:
-        raise ConfigError(f"model.hidden_act: {name!r} is no activation{nearest(name, list(ACT2FN))}")
-
-
-def _check_heads(kind: Any, keys: dict[str, Any]) -> None:
-    """ConfigError if the heads must divide the width and do not; an own head size, or defaults that do not, lift the rule."""
-    field, default = kind.__dataclass_fields__.get("head_dim"), kind()
-    if "head_dim" in keys or isinstance(getattr(field, "default", None), int):
-        return
-    usual: list[Any] = [getattr(default, name, None) for name in ("hidden_size", "num_attention_heads")]
-    names = [(name, kind.attribute_map.get(name, name)) for name in ("hidden_size", "num_attention_heads")]
-    width, heads = [next((keys[n] for n in both if n in keys), u) for both, u in zip(names, usual, strict=True)]
-    if all(type(n) is int and n > 0 for n in (*usual, width, heads)) and usual[0] % usual[1] == 0 and width % heads:
-        raise ConfigError(f"model.{names[1][1]}: {heads} does not divide {names[0][1]} {width}; {_divisor(width, heads)}")
-
-
-def _divisor(number: int, near: int) -> str:
-    return f"nearest that does: {min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - near))}"
-
-
-def _pretrained_config(model: dict[str, Any]) -> Any:
-    extra = sorted(set(model) - {"pretrained"})
-    if extra:
-        raise ConfigError(f"model.{extra[0]}: a pretrained model takes its configuration from the folder; remove this key")
-    folder = Path(model["pretrained"])
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"model.pretrained: {str(folder)!r} is not a model folder (no config.json)")
-    config = from_folder("model.pretrained", transformers.AutoConfig, folder)
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ConfigError(f"model.pretrained: {str(folder)!r} holds a {config.model_type!r}, which is no causal language model")
-    return config
+def whole(key: str, folder: str | Path, **options: Any) -> Any:
+    """The model in a folder; ConfigError if a weight is missing, for which transformers would take random numbers."""
+    model, told = from_folder(key, transformers.AutoModelForCausalLM, folder, output_loading_info=True, **options)
+    if absent := sorted(map(str, told["missing_keys"])):
+        raise ConfigError(f"{folder}: lacks {len(absent)} of the model's weights, as {absent[0]}; is the folder whole?")
+    return model
 
 
 class Sampling(Strict):
@@ -353,7 +311,7 @@ class TextGenerator:
     def __init__(self, folder: Path, options: dict[str, Any]) -> None:
         self.sampling = validate(Sampling, options, "generate")
         self.tokenizer = from_folder("model", transformers.AutoTokenizer, folder)
-        model = from_folder("model", transformers.AutoModelForCausalLM, folder)
+        model = whole("model", folder)
         self.model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
     def __call__(self, requests: list[Request]) -> list[Generated]:

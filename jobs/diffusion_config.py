@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +15,10 @@ from typing import Any, Literal
 import torch
 from diffusers import AutoencoderKL, PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from heliostat.errors import ConfigError
+from heliostat.exports import using
+from heliostat.records import Format
 from heliostat.schema import Float, Strict, nearest
+from heliostat.text import brief
 from pydantic import Field, model_validator
 from transformers import AutoConfig, AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5EncoderModel
 from transformers.initialization import no_init_weights
@@ -27,6 +29,7 @@ from jobs.initial import initialise
 from jobs.noising import Objective
 from jobs.pretrained import from_folder
 
+CONFIG = Format(dict[str, Any], "model's configuration", ConfigError)
 BACKBONES: dict[str, Any] = {"unet": UNet2DConditionModel, "pixart": PixArtTransformer2DModel, "sd3": SD3Transformer2DModel}
 TEXT_WIDTHS = {
     "unet": ("cross_attention_dim",),
@@ -111,9 +114,11 @@ def backbone_class(keys: dict[str, Any]) -> tuple[str, Any]:
 
 def folder_config(key: str, folder: str) -> dict[str, Any]:
     try:
-        return json.loads((Path(folder) / "config.json").read_text())
-    except (OSError, ValueError) as e:
+        return CONFIG.read(Path(folder) / "config.json")
+    except OSError as e:
         raise ConfigError(f"{key}: {folder!r} is not a model folder (no config.json that can be read)") from e
+    except ConfigError as e:
+        raise ConfigError(f"{key}: {e}") from e
 
 
 def partitioned() -> AbstractContextManager[Any]:
@@ -135,7 +140,7 @@ def build_backbone(keys: dict[str, Any], defaults: dict[str, Any]) -> Any:
         with partitioned():
             backbone = cls(**config)
     except (ValueError, TypeError, NotImplementedError, IndexError, KeyError, ZeroDivisionError, RuntimeError) as e:
-        raise ConfigError(f"model.backbone: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
+        raise ConfigError(f"model.backbone: {brief(e)}") from e
     initialise(name, backbone)
     return backbone
 
@@ -190,7 +195,8 @@ def text_width(text: Text) -> int:
     if not text.pretrained:
         return text.hidden_size
     folder_config("model.text.pretrained", text.pretrained)
-    config = from_folder("model.text.pretrained", AutoConfig, text.pretrained)
+    with using(Path(text.pretrained)):
+        config = from_folder("model.text.pretrained", AutoConfig, text.pretrained)
     return int(getattr(config, "d_model", None) or config.hidden_size)
 
 

@@ -8,6 +8,7 @@ customary; windows and the causal half are not taken off. Shapes are read, not w
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -21,7 +22,7 @@ NO_SQUARE = ("linear", "mamba", "conv", "recurrent", "mlp", "moe")  # kinds of l
 
 def per_sample(model: torch.nn.Module, config: Any, length: int) -> float:
     """Forward and backward, of one sample of so many tokens."""
-    config = config.get_text_config()
+    config = config.get_text_config(decoder=True)
     return float(length * 6 * (multiplied(model, config) + length * attended(model, config)))
 
 
@@ -33,11 +34,11 @@ def multiplied(model: torch.nn.Module, config: Any) -> float:
         if isinstance(module, torch.nn.Embedding):
             continue
         for kind, weight in module._parameters.items():
-            shape = () if weight is None else getattr(weight, "ds_shape", weight.shape)
+            shape: tuple[int, ...] = () if weight is None else tuple(getattr(weight, "ds_shape", weight.shape))
             if len(shape) < 2 or "bias" in kind:
                 continue
             routed = bool(experts and chosen) and (EXPERT.search(name) or (len(shape) == 3 and shape[0] == experts))
-            total += torch.Size(shape).numel() * (chosen / experts if routed else 1)
+            total += math.prod(shape) * (chosen / experts if routed else 1)
     return total
 
 

@@ -34,7 +34,7 @@ def initialise(arch: str, backbone: Any) -> None:
             _set(parameter, value)
 
 
-def _set(parameter: nn.Parameter, value: torch.Tensor) -> None:
+def _set(parameter: torch.Tensor, value: torch.Tensor) -> None:
     """Puts a value into a parameter, also into one that ZeRO-3 has divided."""
     if hasattr(parameter, "ds_id"):
         import deepspeed
@@ -51,13 +51,13 @@ def _shape(parameter: Any) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)  # of the whole, at ZeRO-3
 
 
-def _zero(layer: Any) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+def _zero(layer: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     for parameter in (layer.weight, layer.bias):
         if parameter is not None:
             yield parameter, torch.zeros(_shape(parameter), device="cpu")
 
 
-def _unet(backbone: Any) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+def _unet(backbone: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     for module in backbone.modules():
         if isinstance(module, ResnetBlock2D):
             yield from _zero(module.conv2)
@@ -68,7 +68,7 @@ def _unet(backbone: Any) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
     yield from _zero(backbone.conv_out)
 
 
-def _pixart(backbone: Any) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+def _pixart(backbone: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     time, caption = backbone.adaln_single, backbone.caption_projection
     embedder = time.emb.timestep_embedder
     small = {embedder.linear_1, embedder.linear_2, time.linear, caption.linear_1, caption.linear_2}

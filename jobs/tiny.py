@@ -39,7 +39,7 @@ def shrunk(config: Any, length: int) -> Iterator[Any]:
             small = type(config).from_dict(made)
         except Exception:  # noqa: BLE001  a rule of this architecture's own: the next may keep it
             continue
-        small.use_cache = small.get_text_config().use_cache = False
+        small.use_cache = small.get_text_config(decoder=True).use_cache = False
         yield small
 
 

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from heliostat.errors import ConfigError
 from heliostat.prepare import InputFile
-from heliostat.text import printable
+from heliostat.text import brief, printable
 from PIL import Image
 
 from pipelines import pictures, sources
@@ -134,7 +134,7 @@ def read_table(path: str, data: bytes) -> list[dict[str, Any]]:
             return list(csv.DictReader(io.StringIO(text)))
         return [json.loads(line) for line in text.splitlines() if line.strip()]
     except (pa.ArrowException, OSError, ValueError, RecursionError, csv.Error) as e:
-        raise ConfigError(f"input: {printable(path)}: cannot be read ({str(e).splitlines()[0]})") from e
+        raise ConfigError(f"input: {printable(path)}: cannot be read ({brief(e)})") from e
 
 
 # reading -------------------------------------------------------------------------------------------------------------

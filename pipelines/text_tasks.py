@@ -121,14 +121,14 @@ def write_group(table: pa.Table, output: str, definition: Any, end: int, chunk_t
     tokenizer = tokens.load(ray.get(definition))
     table, duplicates = unique(table)
     encoded = tokens.encode(tokenizer, table["text"].to_pylist(), end)
-    lengths = np.array([len(e) for e in encoded], np.int64)
     places = np.array([manifest.place(h) for h in table["hash"].to_pylist()], np.int64)
     data = tokens.shard(table["id"].to_pylist(), encoded, chunk_tokens, places)
     path = versions.store(Location(output), f"{SHARDS}/{shard:05d}/", data, ".parquet")
     row["contents"] = json.dumps(shard_file.content_digests(data, "tokens"))
     counts = np.bincount(np.concatenate(encoded), minlength=tokenizer.get_vocab_size()).astype(np.int64)
     row |= {"path": path, "documents": len(encoded), "duplicates": duplicates, "counts": counts.tobytes()}
-    row["cut"] = sum(map(len, tokens.chunks(lengths, chunk_tokens, places))) - len(encoded)
+    groups = tokens.chunks(np.array([len(e) for e in encoded]), chunk_tokens, places)
+    row["cut"] = sum(len(rows) for rows, _ in groups) - len(encoded)
     row["bytes"] = int(pc.binary_length(table["text"]).to_numpy().sum())
     return pa.Table.from_pylist([row])
 

@@ -95,43 +95,44 @@ def cut(lengths: np.ndarray, target: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(bounds))
 
 
+def ranges(lengths: np.ndarray, places: np.ndarray, target: int) -> list[tuple[int, int]]:
+    """Ranges of documents, one per row group: `cut` between the `PARTS`; the documents' places fall."""
+    bounds = [0, *sorted(int((places >= part * PLACES).sum()) for part in PARTS), len(lengths)]
+    return [(a + start, a + stop) for a, b in itertools.pairwise(bounds) for start, stop in cut(lengths[a:b], target)]
+
+
 def piece(target: int) -> int:
     """How many tokens a chunk has that ends within a document: at most `target`, and 15 times a power of two, so that it is
     whole sequences of any usual length and nothing is left over where a document is cut."""
     return max(1, 15 * 2 ** ((target // 15).bit_length() - 1) if target >= 15 else target)
 
 
-def chunks(lengths: np.ndarray, target: int, places: np.ndarray | None = None) -> list[list[int]]:
-    """The lengths of the rows of each row group: as `cut` has them between the `PARTS` of the documents' places, which fall;
-    and where that is more than twice `target` (a document that is longer than a chunk may be), in pieces of `piece(target)`
-    tokens for as long as more than that is left."""
-    ends = [] if places is None else sorted(int((places >= part * PLACES).sum()) for part in PARTS)
+def pieces(lengths: list[int], target: int) -> list[list[int]]:
+    """The lengths of the rows of each row group that these documents become: one group, unless they have more than twice `target`
+    tokens (a document that is longer than a chunk may be); then pieces of `piece(target)` while more than that is left."""
     out: list[list[int]] = []
-    for first, last in itertools.pairwise([0, *ends, len(lengths)]):
-        for start, stop in cut(lengths[first:last], target):
-            rows = lengths[first + start : first + stop].tolist()[::-1]  # the next document last
-            left = sum(rows)
-            while left > 2 * target:
-                group, room = list[int](), piece(target)
-                while room:
-                    group.append(min(room, rows[-1]))
-                    room -= group[-1]
-                    rows[-1] -= group[-1]
-                    if not rows[-1]:
-                        rows.pop()
-                out.append(group)
-                left -= sum(group)
-            out.append(rows[::-1])
-    return out
+    rows, left = lengths[::-1], sum(lengths)  # the next document last
+    while left > 2 * target:
+        group, room = list[int](), piece(target)
+        while room:
+            group.append(min(room, rows[-1]))
+            room -= group[-1]
+            rows[-1] -= group[-1]
+            if not rows[-1]:
+                rows.pop()
+        out.append(group)
+        left -= sum(group)
+    return [*out, rows[::-1]]
 
 
-def greatest(groups: list[list[int]], lengths: np.ndarray, places: np.ndarray) -> list[int]:
-    """The greatest place of each row group's documents; all that share a document that was cut have the same."""
-    ends, begin, out = np.cumsum(lengths), 0, list[int]()
-    for rows in groups:
-        document = int(np.searchsorted(ends, begin, side="right"))
-        out.append(out[-1] if begin > ends[document] - lengths[document] else int(places[document]))
-        begin += sum(rows)
+def chunks(lengths: np.ndarray, target: int, places: np.ndarray | None = None) -> list[tuple[list[int], int]]:
+    """(the lengths of its rows, its place) of each row group. Those that share a document have one place, so that no document
+    is ever held out in part; without places -1."""
+    found = cut(lengths, target) if places is None else ranges(lengths, places, target)
+    out = []
+    for start, stop in found:
+        place = -1 if places is None else int(places[start:stop].max())
+        out += [(rows, place) for rows in pieces(lengths[start:stop].tolist(), target)]
     return out
 
 
@@ -140,8 +141,8 @@ def shard(ids: list[str], tokens: list[np.ndarray], chunk_tokens: int, places: n
     document goes on in the next, of the same name. The documents' places (`manifest.place`) must fall."""
     flat = np.concatenate(tokens)
     lengths = np.array([len(t) for t in tokens], np.int64)
-    groups = chunks(lengths, chunk_tokens, places)
     ends = np.cumsum(lengths)
+    groups = chunks(lengths, chunk_tokens, places)
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(
         sink,
@@ -152,7 +153,7 @@ def shard(ids: list[str], tokens: list[np.ndarray], chunk_tokens: int, places: n
         write_page_checksum=True,
     ) as writer:
         begin = 0
-        for rows in groups:
+        for rows, _ in groups:
             offsets = np.concatenate([[0], np.cumsum(rows)])
             values = pa.array(flat[begin : begin + offsets[-1]])
             names = [ids[i] for i in np.searchsorted(ends, begin + offsets[:-1], side="right")]
@@ -163,7 +164,7 @@ def shard(ids: list[str], tokens: list[np.ndarray], chunk_tokens: int, places: n
         # in the footer, which the manifest hashes: the dataset's digest then changes with any token
         writer.add_key_value_metadata({"content": hashlib.sha256(flat.tobytes()).hexdigest()})
         if places is not None:
-            writer.add_key_value_metadata({PLACES_KEY.decode(): json.dumps(greatest(groups, lengths, places))})
+            writer.add_key_value_metadata({PLACES_KEY.decode(): json.dumps([place for _, place in groups])})
     return sink.getvalue().to_pybytes()
 
 

@@ -7,6 +7,8 @@ DataError or StorageError each, naming the key, the value and the fix.
 from __future__ import annotations
 
 import logging
+import os
+import re
 import shutil
 import urllib.error
 import urllib.request
@@ -24,6 +26,7 @@ from heliostat.errors import ConfigError, DataError, HeliostatError, StorageErro
 from heliostat.recipe import Recipe
 from heliostat.spec import Job
 from heliostat.storage import Location
+from heliostat.text import brief
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +110,29 @@ def check_stores(job: Job, recipe: Recipe, recorded: DataPlan | None = None, cha
     return Checked(job, recipe, manifests, *_check_data(job, manifests, recorded, change_at))
 
 
+def check_devices(job: Job, cluster: Path | None) -> None:
+    """ConfigError unless the workers fit on a file's cluster or, where none is named, the GPUs that they ask for are here."""
+    if cluster is not None:
+        from heliostat.cluster import files
+        from heliostat.plan import room
+
+        room.check(job, files.read(cluster))
+    elif job.workers.gpus and not os.environ.get("RAY_ADDRESS"):
+        require_gpus(job.workers.gpus)
+
+
+def require_gpus(wanted: float) -> int:
+    """How many GPUs this machine has; ConfigError if it has none."""
+    import torch
+
+    if found := torch.cuda.device_count():
+        return found
+    raise ConfigError(
+        f"workers.gpus: {wanted:g}, but this machine has no GPU that can be used, and no cluster is named; use `heliostat "
+        "submit`, name the cluster's file with `heliostat check --cluster`, or set workers.gpus to 0"
+    )
+
+
 def check_storage(job: Job) -> None:
     with _named("storage"):
         Location(job.storage).probe()
@@ -188,6 +214,12 @@ def _check_mlflow(uri: str) -> None:
     elif uri.startswith(("http://", "https://")):
         try:
             urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=3).close()
+        except urllib.error.HTTPError as e:
+            with e:
+                said = brief(" ".join(re.sub("<[^>]*>", " ", e.read(4096).decode(errors="replace")).split()))
+            raise HeliostatError(
+                f"mlflow.uri: {uri} answers, but with an error: {e.code} {e.reason}{f' ({said})' if said else ''}"
+            ) from e
         except (urllib.error.URLError, TimeoutError, OSError) as e:
             raise HeliostatError(
                 f"mlflow.uri: {uri} does not answer ({getattr(e, 'reason', e)}); start it with `mlflow server`"

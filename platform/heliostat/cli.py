@@ -23,9 +23,26 @@ from rich.logging import RichHandler
 from heliostat.chaos.command import chaos
 from heliostat.errors import ConfigError, HeliostatError, VerifyError
 from heliostat.redact import Formatter, carries_secret, excepthook
+from heliostat.text import printable
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-out = Console(highlight=False, soft_wrap=True)
+
+
+class Printer(Console):
+    """Standard output: what comes from data moves no cursor and marks up nothing."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(printable(o, lines=True) if isinstance(o, str) else o for o in objects), **{"markup": False, **options})
+
+
+class Lines(Formatter):
+    """The same of what is logged."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), lines=True)
+
+
+out = Printer(highlight=False, soft_wrap=True, markup=False)
 
 Run = Annotated[str, typer.Argument(help="A run id, or a run's folder (STORAGE/NAME)")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="Change a key: --set train.optimizer.lr=1e-3")]
@@ -74,16 +91,22 @@ def index(dataset: Annotated[str, typer.Argument(help="A prepared dataset: a fol
 
 @app.command()
 def check(
-    job: Path, setting: Settings = None, offline: Annotated[bool, typer.Option(help="Leave out datasets and stores")] = False
+    job: Path,
+    setting: Settings = None,
+    offline: Annotated[bool, typer.Option(help="Leave out datasets, stores and machines")] = False,
+    cluster: Annotated[
+        Path | None, typer.Option(help="The file of the cluster that the job is for; the default is this machine")
+    ] = None,
 ) -> None:
     """Find everything wrong with a job before anything starts."""
     from heliostat import check as checks
 
     if offline:
         checks.check_file(job, setting)
-        out.print(f"{job}: the file and the model are right; datasets and stores were not looked at")
+        out.print(f"{job}: the file and the model are right; datasets, stores and machines were not looked at")
         return
     checked = checks.check(job, setting)
+    checks.check_devices(checked.job, cluster)
     shape, steps, samples = checked.plan.shape, checked.job.train.steps, int(checked.order.epoch_samples.sum())
     out.print(f"{job}: right. {samples:,} training samples, {steps * shape.batch / samples:.2f} epochs in {steps:,} steps; "
               f"{shape.lanes} lanes, supersteps of {shape.superstep} steps, windows of {shape.window:,} samples")  # fmt: skip
@@ -139,15 +162,17 @@ def _print_result(result: dict[str, Any]) -> None:
         if entropy:
             out.print(f"for comparison: the unigram entropy of {name} is {entropy:.4g} nats a token")
     split = ", ".join(f"{k.replace('_', ' ')} {v:.1f}" for k, v in result["startup"].items())
+    split = f" ({split})" if split else ""  # it went with a driver that died behind the last step
     out.print(f"{result['tokens_per_second']:,.0f} {result['unit']}/s, data wait {result['data_wait']:.2%}; "
-              f"{result['seconds_to_first_step']:.1f} s to the first step ({split})")  # fmt: skip
+              f"{result['seconds_to_first_step']:.1f} s to the first step{split}")  # fmt: skip
     if "goodput" in result:  # a run of an older version has none
         from heliostat import goodput as accounting
 
         out.print(accounting.line(result["goodput"]))
     out.print(f"model {result['model_uri']}, run {result['run_id']}, checkpoint {result['checkpoint']}")
     prompt = result["samples"][0]["prompt"] if result["samples"] else ""
-    out.print(f"\nNext:  heliostat generate {result['model_uri']} --prompt '{prompt}'\n       heliostat ui")
+    name = result["run_id"] if result["model_uri"].startswith("models:/m-") else result["model_uri"]  # not registered: by its run
+    out.print(f"\nNext:  heliostat generate {name} --prompt '{prompt}'\n       heliostat ui")
 
 
 @app.command()
@@ -371,10 +396,10 @@ def main() -> None:
         os.environ.setdefault(name, value)
     if sys.stderr.isatty():
         handler: logging.Handler = RichHandler(console=Console(stderr=True), show_path=False, show_level=False, markup=False)
-        handler.setFormatter(Formatter("%(message)s", "%H:%M:%S"))
+        handler.setFormatter(Lines("%(message)s", "%H:%M:%S"))
     else:
         handler = logging.StreamHandler()
-        handler.setFormatter(Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        handler.setFormatter(Lines("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     sys.excepthook = excepthook
     logging.getLogger("heliostat").setLevel(logging.DEBUG if verbose else logging.INFO)
@@ -383,11 +408,15 @@ def main() -> None:
     except HeliostatError as e:
         if verbose:
             logging.getLogger("heliostat").exception("traceback")
-        sys.stderr.write(f"error: {e}\n")
+        sys.stderr.write(f"error: {printable(str(e), lines=True)}\n")
         sys.exit(e.exit_code)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)
+    except SystemExit as e:
+        if e.code == 130:  # typer makes it of Ctrl-C, and says nothing
+            sys.stderr.write("interrupted\n")
+        raise
     finally:
         atexit.register(_nothing_more)  # now, so that it comes before the exit of what a command has imported
 

@@ -5,6 +5,9 @@ travel from Ray workers to the driver, so what each takes are its `args`: the me
 message holds the password of a URI, whoever wrote it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from heliostat.redact import redact
 
 
@@ -101,6 +104,18 @@ class ClusterError(HeliostatError):
 
 class TrackingError(HeliostatError):
     """MLflow cannot be reached or refused us."""
+
+
+@contextmanager
+def naming(where: object) -> Iterator[None]:
+    """Puts the place that is at fault before an error's own words, unless they name it."""
+    try:
+        yield
+    except HeliostatError as e:
+        if str(where) in str(e):
+            raise
+        e.args = (f"{where}: {e.args[0]}", *e.args[1:])
+        raise
 
 
 def innermost(error: BaseException | None) -> HeliostatError | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,26 @@ from heliostat.data.dataset import open_dataset, plan
 from heliostat.data.manifest import read
 from heliostat.errors import ConfigError
 from heliostat.recipe import Recipe
+from heliostat.records import Format
+from heliostat.schema import validate
 from heliostat.spec import Job
 from heliostat.storage import Location
 
 log = logging.getLogger(__name__)
 
 BATCH = 8
+SETTINGS = Format(dict[str, Any], "tokenizer's configuration", ConfigError)
 
 
 def evaluate(folder: Path, data: str, samples: int, sequence_length: int | None, fraction: float | None) -> dict[str, float]:
     """The recipe's metrics over at most `samples` held-out samples: those of training at the same fraction and length."""
-    export = exports.read(folder)
+    with exports.using(folder):
+        return _evaluate(exports.read(folder), data, samples, sequence_length, fraction)
+
+
+def _evaluate(
+    export: exports.Export, data: str, samples: int, sequence_length: int | None, fraction: float | None
+) -> dict[str, float]:
     job = collection.expand(_job(export, data, samples, sequence_length, fraction))
     manifests = [read(location) for location in job.sources]
     recipe: Recipe = export.recipe(job)
@@ -46,7 +54,7 @@ def evaluate(folder: Path, data: str, samples: int, sequence_length: int | None,
         )
     found = dataset.read(held)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = recipe.load(folder).eval().to(device)
+    model = recipe.load(export.folder).eval().to(device)
     sums: dict[str, float] = {}
     with torch.no_grad():
         for rows in _batches(held.source):
@@ -71,7 +79,8 @@ def _job(export: exports.Export, data: str, samples: int, sequence_length: int |
         raise ConfigError("--sequence-length: the model does not say how long its samples are; give it")
     held = fraction or (made.get("evaluate") or {}).get("fraction", 0.01)
     source = {"path": str(Location(data).absolute(workspace.root()))}
-    return Job.model_validate(
+    return validate(
+        Job,
         {
             "name": "evaluate",
             "recipe": made.get("recipe", exports.LANGUAGE_MODEL),
@@ -88,12 +97,15 @@ def _job(export: exports.Export, data: str, samples: int, sequence_length: int |
             "checkpoint": {"every": 1},
             "storage": str(export.folder),
             "mlflow": {"uri": "sqlite:////dev/null", "experiment": "none"},
-        }
+        },
+        f"the job that made {export.folder}",
     )
 
 
 def _trained_length(folder: Path) -> int | None:
     """What an export's tokenizer gives as its longest input: the sequence length of the training."""
     settings = folder / "tokenizer_config.json"
-    length = json.loads(settings.read_text()).get("model_max_length") if settings.is_file() else None
-    return int(length) if length and length < 10_000_000 else None  # transformers writes 1e30 for "unknown"
+    length = SETTINGS.read(settings).get("model_max_length") if settings.is_file() else None
+    return (
+        int(length) if isinstance(length, int | float) and 0 < length < 10_000_000 else None
+    )  # transformers writes 1e30 for "unknown"

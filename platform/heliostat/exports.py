@@ -5,16 +5,51 @@ model goes through its recipe, whatever kind it is. A folder without one is take
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
 
 from heliostat import workspace
-from heliostat.errors import ConfigError
+from heliostat.errors import ConfigError, HeliostatError
+from heliostat.records import Format, Whole, open_
 from heliostat.spec import Job
+from heliostat.text import brief, printable
 
 RECORD = "heliostat.json"
 LANGUAGE_MODEL = "jobs.causal_lm:CausalLM"
+
+
+@open_
+class Trained(TypedDict):
+    """What is used of the job that made a model."""
+
+    name: str
+    model: dict[str, Any]
+    data: dict[str, Any]
+    train: dict[str, Any]
+    evaluate: NotRequired[dict[str, Any] | None]
+    card: NotRequired[dict[str, Any]]
+
+
+@open_
+class Origin(TypedDict):
+    """Where the model comes from: its run, and the version of its data plan."""
+
+    data_version: NotRequired[Whole]
+
+
+@open_
+class Exported(TypedDict):
+    recipe: str
+    job: Trained
+    origin: NotRequired[Origin]
+
+
+EXPORTED = Format(Exported, "record of an exported model", ConfigError, fix="export the model again")
 
 
 @dataclass(frozen=True)
@@ -42,12 +77,24 @@ def read(folder: Path) -> Export:
     place = folder / RECORD
     if not place.is_file():
         return Export(folder, workspace.import_path("recipe", LANGUAGE_MODEL, folder), None)
-    try:
-        found = json.loads(place.read_text())
-        path, job, version = found["recipe"], found["job"], int(found.get("origin", {}).get("data_version", 1))
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ConfigError(f"{place}: is damaged; export the model again") from e
-    recipe = workspace.import_path(f"{place}: recipe", path, folder)
+    found = record(folder)
+    recipe = workspace.import_path(f"{place}: recipe", found["recipe"], folder)
     if not isinstance(recipe, type) or not hasattr(recipe, "generator"):
-        raise ConfigError(f"{place}: recipe: {path!r} is no recipe")
-    return Export(folder, recipe, job, version)
+        raise ConfigError(f"{place}: recipe: {printable(found['recipe'])!r} is no recipe")
+    return Export(folder, recipe, dict(found["job"]), found.get("origin", {}).get("data_version", 1))
+
+
+def record(folder: Path) -> Exported:
+    """What `heliostat.json` says; FileNotFoundError if the folder has none."""
+    return EXPORTED.read(folder / RECORD)
+
+
+@contextmanager
+def using(folder: Path) -> Iterator[None]:
+    """Around the use of a model: what a library says of a folder that it cannot use is one line that names it."""
+    try:
+        yield
+    except HeliostatError:
+        raise
+    except Exception as e:
+        raise ConfigError(f"{folder}: the model cannot be used ({type(e).__name__}: {brief(e)})") from e

@@ -21,7 +21,8 @@ BATCH = 16
 
 def generate(folder: Path, prompt: str, options: dict[str, Any], seed: int, out: str | None) -> Generated:
     """The answer to one prompt, made in this process; a text goes to `out` as it is shown."""
-    (made,) = exports.read(folder).recipe.generator(folder, options)([Request(prompt, seed, out)])
+    with exports.using(folder):
+        (made,) = exports.read(folder).recipe.generator(folder, options)([Request(prompt, seed, out)])
     if out is not None and "file" not in made.facts:
         Location(out).write(f"{made.shown}\n".encode())
     return made
@@ -44,7 +45,8 @@ def generate_many(folder: Path, prompts: list[str], options: dict[str, Any], see
 
     Every node must see the model's folder under the same path.
     """
-    exports.read(folder).recipe.generator(folder, options)  # what is wrong is found before Ray starts
+    with exports.using(folder):
+        exports.read(folder).recipe.generator(folder, options)  # what is wrong is found before Ray starts
     from heliostat.cluster.connect import connect
 
     connect(cpus=workers + 1)
@@ -74,9 +76,11 @@ class Generator:
     """An actor of the pool."""
 
     def __init__(self, folder: str, options: dict[str, Any]) -> None:
+        self.folder = Path(folder)
         self.generator = exports.read(Path(folder)).recipe.generator(Path(folder), options)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         columns = [batch[name].tolist() for name in ("prompt", "seed", "out")]
-        made = self.generator([Request(*values) for values in zip(*columns, strict=True)])
+        with exports.using(self.folder):
+            made = self.generator([Request(*values) for values in zip(*columns, strict=True)])
         return {"number": batch["number"], "result": [json.dumps({"prompt": g.prompt, **g.facts}) for g in made]}

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from heliostat.errors import ConfigError
+from heliostat.records import Format, closed
 from heliostat.storage import Location
 
 FOLDER = "ledger"
@@ -38,9 +39,11 @@ COLOURS = {
     "idle": "#969696",
 }  # fmt: skip
 PARTS = tuple(COLOURS)
+LATEST = 2.0**36  # seconds since 1970: in the year 4147
 COLUMNS, BARS = 8, 20  # attempts that the table and the chart show
 
 
+@closed
 @dataclass
 class Attempt:
     """`parts` add up to `known - started`; what lies between `known` and `seen` belongs to `pending` once the attempt is over."""
@@ -78,6 +81,21 @@ class Attempt:
 
     def dump(self) -> bytes:
         return json.dumps(asdict(self)).encode()
+
+
+def _fault(attempt: Attempt) -> str | None:
+    if unknown := {*attempt.parts, attempt.pending} - set(PARTS):
+        return f"{min(unknown)!r} is none of the parts"
+    times = [attempt.started, attempt.known, attempt.seen]
+    seconds = [*attempt.parts.values(), *(s for _, s in attempt.marks)]
+    if not all(0 <= t < LATEST for t in times) or not all(abs(s) < LATEST for s in seconds):
+        return "a time is no time"
+    if not all(0 <= n < 2**53 for n in (attempt.start_step, attempt.workers, *(step for step, _ in attempt.marks))):
+        return "a step or the number of workers is no count"
+    return None
+
+
+LEDGER = Format(Attempt, "ledger of an attempt", ConfigError, _fault, "delete it to go without it")
 
 
 @dataclass
@@ -181,11 +199,7 @@ def read(run: Location) -> list[Attempt]:
     attempts = []
     for name, _ in folder.files():
         if name.endswith(".json"):
-            try:
-                raw = json.loads(folder.join(name).read())
-                attempts.append(Attempt(**{**raw, "marks": [(step, seconds) for step, seconds in raw["marks"]]}))
-            except (ValueError, KeyError, TypeError) as e:
-                raise ConfigError(f"{folder.join(name)}: is no attempt's ledger, or damaged; delete it to go without it") from e
+            attempts.append(LEDGER.read(folder.join(name)))
     return attempts
 
 

@@ -7,17 +7,34 @@ was changed, at a step before them, is of an undone future and left out.
 from __future__ import annotations
 
 import bisect
-import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NotRequired
+
+from typing_extensions import TypedDict
 
 from heliostat.data import receipt, segments
-from heliostat.errors import ConfigError, CorruptCheckpointError, VerifyError
+from heliostat.errors import CheckpointError, ConfigError, VerifyError
+from heliostat.records import Format, Hex, Whole, open_
 from heliostat.storage import Location
 from heliostat.train import stored
 
 READERS = 8
+
+
+@open_
+class Sealed(TypedDict):
+    """What `data.receipt` writes."""
+
+    first: Whole
+    steps: list[Hex]
+    chain: Hex
+    data_digest: str
+    version: NotRequired[Whole]
+
+
+SEALED = Format(Sealed, "receipt", VerifyError)
 
 
 @dataclass(frozen=True)
@@ -75,7 +92,7 @@ class History:
         for step in stored.steps(run):
             try:
                 index = stored.open_checkpoint(run, step).index
-            except CorruptCheckpointError:
+            except CheckpointError:
                 continue  # it does not exist
             said = index["receipt"]
             if index["data_digest"] not in {p.digest for p in self.plans[: self.segment(said["steps"] - 1)]}:
@@ -86,16 +103,14 @@ def _receipts(run: Location) -> list[Receipt]:
     folder = run.join("receipts")
 
     def read(name: str) -> Receipt:
-        try:
-            raw = json.loads(folder.join(name).read())
-            found = Receipt(name, raw["first"], raw["steps"], raw["chain"], raw["data_digest"], raw.get("version", 1))
-            newer = found.version not in receipt.CONTENTS
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise VerifyError(f"{folder.join(name)}: not a receipt, or damaged") from e
-        if newer:
+        raw = SEALED.read(folder.join(name))
+        found = Receipt(name, raw["first"], raw["steps"], raw["chain"], raw["data_digest"], raw.get("version", 1))
+        if found.version not in receipt.CONTENTS:
             raise VerifyError(
                 f"{folder.join(name)}: is of version {found.version}, which a newer heliostat wrote; check with that"
             )
+        if found.end != segments.step_of(name):
+            raise VerifyError(f"{folder.join(name)}: ends at step {found.end}, and is named after another")
         return found
 
     with ThreadPoolExecutor(READERS) as pool:

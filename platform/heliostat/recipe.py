@@ -73,6 +73,7 @@ class Recipe(Protocol):
     kind: str  # of the datasets it eats: "tokens" or "rows"
     terms_per_sample: int | None  # loss terms of every sample, or None where samples differ
     scores: tuple[str, ...]  # what `metrics`, and the gallery's `judge`, may report
+    added: dict[str, float]  # optional: what is in the objective beside the loss, with its coefficient; `losses` gives it
     layout: dict[str, str]  # of an export: a parameter's prefix -> its file there, without .safetensors
 
     def __init__(self, job: Job) -> None:
@@ -102,6 +103,9 @@ class Recipe(Protocol):
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """The sum of the batch's loss terms; a step's loss is their sum over the global batch by their number there."""
+
+    def losses(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Only where `added` names something: the loss, and a value for each name, [len(added)], a mean over the batch."""
 
     def evaluate(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         """Float [batch] per score and sample, to be summed over the held-out samples."""

@@ -82,6 +82,7 @@ def again(recorded: Recorded, steps: int) -> dict[str, Any]:
     job = json.loads(json.dumps(recorded.job))
     job["name"] = f"{job['name'][:94]}-again"
     job["train"]["stop_after"] = steps
+    job["train"].setdefault("accumulate", "same")  # what runs had before there was a choice
     job["workers"]["count"] = recorded.attempts[0]["workers"] if recorded.attempts else recorded.starts[0]["workers"]
     job["mlflow"] |= {"register": None, "alias": None}
     return Job.model_validate(job).dump()

@@ -11,7 +11,6 @@ from heliostat.data.dataset import Dataset, open_dataset
 from heliostat.errors import ConfigError
 from heliostat.history import History
 from heliostat.recipe import Recipe
-from heliostat.spec import Job
 from heliostat.storage import Location
 from heliostat.train import stored
 
@@ -58,7 +57,7 @@ def _recipe(run: Location, data: Dataset) -> Recipe:
     found = stored.latest(run)
     if found is None:
         raise ConfigError(f"{run}: holds no complete checkpoint, so its recipe is not known")
-    job = Job.model_validate(found.index["job"])
+    job = found.job
     recipe: Recipe = workspace.import_path("recipe", job.recipe, None if run.is_s3 else Path(run.path))(job)
     recipe.bind(data.sources)
     return recipe

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from heliostat.errors import ConfigError
+from heliostat.text import brief
 
 
 class Strict(BaseModel):
@@ -34,6 +35,8 @@ def _number(value: object) -> object:
 
 
 Float = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_number)]
+SHOWN = 200  # characters of a wrong value
+NODES = 2_000_000  # values that a file may hold, those that it repeats by name counted each time
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -48,35 +51,62 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping; ConfigError otherwise."""
+BROKEN = (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError)  # the last four of values: dates that are none
+
+
+def documents(path: Path) -> list[Any]:
+    """What a YAML file's documents hold, empty ones left out; ConfigError that names the file and the line."""
     try:
         with path.open(encoding="utf-8") as f:
-            raw = yaml.load(f, _UniqueKeys)  # noqa: S506 (a SafeLoader)
+            found = [d for d in yaml.load_all(f, _UniqueKeys) if d is not None]
     except FileNotFoundError as e:
         near = nearest(path.name, [p.name for p in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else ""
         raise ConfigError(f"{path}: no such file{near}") from e
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path}: cannot be read ({e})") from e
-    except yaml.YAMLError as e:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from e
-    except ConfigError as e:
-        raise ConfigError(f"{path}: {e}") from e
+    except BROKEN as e:
+        fault = str(e) if isinstance(e, ConfigError) else f"not valid YAML: {brief(' '.join(str(e).split()))}"
+        raise ConfigError(f"{path}: {fault}") from e
+    if bounded(found) > NODES:
+        raise ConfigError(f"{path}: holds more than {NODES:,} values, or repeats itself (with & and *) without end")
+    return found
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping; ConfigError otherwise."""
+    found = documents(path)
+    if len(found) > 1:
+        raise ConfigError(f"{path}: holds {len(found)} documents; take out what begins at the second `---`")
+    raw = found[0] if found else None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: must be a mapping of keys to values, not {type(raw).__name__}")
     return raw
 
 
+def bounded(tree: Any, seen: tuple[int, ...] = ()) -> int:
+    """How many values there are, up to NODES and a bit; what holds itself, or is nested too deep, has more."""
+    if not isinstance(tree, dict | list):
+        return 1
+    if id(tree) in seen or len(seen) > 100:
+        return NODES + 1
+    count = 1
+    for value in tree.values() if isinstance(tree, dict) else tree:
+        count += bounded(value, (*seen, id(tree)))
+        if count > NODES:
+            break
+    return count
+
+
 def apply(raw: dict[str, Any], settings: list[str]) -> dict[str, Any]:
     """`raw` with every `key.path=value` applied (values are YAML; list items by index); the input is not changed."""
-    raw = yaml.safe_load(yaml.safe_dump(raw))
+    raw = _copied(raw)
     for setting in settings:
         path, mark, text = setting.partition("=")
         if not mark or not path:
             raise ConfigError(f"--set {setting!r}: write it as key.path=value")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError as e:
+        except BROKEN as e:
             raise ConfigError(f"--set {setting!r}: the value is not valid YAML") from e
         *parents, last = path.split(".")
         target: Any = raw
@@ -94,6 +124,13 @@ def apply(raw: dict[str, Any], settings: list[str]) -> dict[str, Any]:
         else:
             target[last] = value
     return raw
+
+
+def _copied(tree: Any) -> Any:
+    """The tree with a copy of its own wherever it names one part twice (with & and *), so that a change is of one place."""
+    if isinstance(tree, dict):
+        return {key: _copied(value) for key, value in tree.items()}
+    return [_copied(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def _index(setting: str, key: str, items: list) -> int:
@@ -137,7 +174,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
     lines = []
     for fault in error.errors():
         path = fault["loc"]
-        key = ".".join(str(p) for p in path)
+        key = brief(".".join(str(p) for p in path))
         owner = _model_at(model, path) if path else None
         if fault["type"] == "extra_forbidden":
             known = [field.alias or name for name, field in owner.model_fields.items()] if owner else []
@@ -148,9 +185,9 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
             choices = _literals(owner.model_fields[str(path[-1])].annotation) if owner else []
             same = [c for c in choices if str(c) == str(fault["input"])]  # '2' where 2 is meant
             near = f"; did you mean {same[0]!r}?" if same else nearest(str(fault["input"]), [str(c) for c in choices])
-            lines.append(f"{key}: {fault['input']!r} is not a choice{near}")
+            lines.append(f"{key}: {_shown(fault['input'])} is not a choice{near}")
         else:
-            message, value = fault["msg"], repr(fault["input"])
+            message, value = fault["msg"], _shown(fault["input"])
             if message.startswith("Input should be "):
                 need = f"{value} {message.removeprefix('Input ')}"
             else:
@@ -159,12 +196,17 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
     return lines
 
 
+def _shown(value: object) -> str:
+    """A value as it was written, as far as a line has room for it."""
+    return brief(repr(value if not isinstance(value, str) else value[:SHOWN]), SHOWN)
+
+
 def _literals(annotation: Any) -> list[Any]:
     nested = [_literals(a) for a in get_args(annotation) if get_origin(a)]
     return [c for n in nested for c in n] or list(get_args(annotation))
 
 
-def validate(model: type[M], raw: dict[str, Any], where: str) -> M:
+def validate(model: type[M], raw: Any, where: str) -> M:
     """The model, or one ConfigError with every fault, each on its own line after `where`."""
     try:
         return model.model_validate(raw)

@@ -7,22 +7,40 @@ precision, ZeRO stage and hardware trains correctly, offload fits the stage.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ByteSize, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, field_validator, model_validator
 
 from heliostat import schema, workspace
 from heliostat.errors import ConfigError
 from heliostat.redact import carries_secret
 from heliostat.schema import Float, Strict
 from heliostat.storage import Location
+from heliostat.text import printable
 
+LARGEST = 2**32  # of what is counted by the step; what is beyond it is a slip of the finger
 Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(gt=0, le=LARGEST)]
 NonNegative = Annotated[Float, Field(ge=0)]
 Fraction = Annotated[Float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every random number generator takes
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+
+
+def _experiment(name: str) -> str:
+    """MLflow takes any name; ours may become a folder, and stands in a terminal and a page."""
+    parts = name.removeprefix("/").split("/")  # Databricks' begin with one
+    if not name.strip() or len(name) > 250 or printable(name) != name or "\\" in name or {"", ".", ".."} & set(parts):
+        raise ValueError(
+            f"{printable(name[:60])!r} is no experiment's name: up to 250 characters, none of them a control character or \\, "
+            "and no part between slashes empty, . or .."
+        )
+    return name
+
+
+Experiment = Annotated[str, AfterValidator(_experiment)]
 
 
 class Source(Strict):
@@ -40,7 +58,7 @@ class Data(Strict):
     sources: Annotated[list[Source], Field(min_length=1)]
     sequence_length: Annotated[int, Field(gt=1)] | None = None
     seed: Seed = 0
-    lanes: Positive | None = None  # canonical data-parallel ranks; the default is one per micro-batch of a step
+    lanes: Count | None = None  # canonical data-parallel ranks; the default is one per micro-batch of a step
     window: Positive | None = None  # samples that are shuffled together; the default follows from their size
     mix_schedule: list[MixChange] = []
     on_bad_sample: Literal["replace", "fail"] = "replace"
@@ -91,14 +109,15 @@ class Ema(Strict):
 class Train(Strict):
     steps: Positive
     stop_after: Positive | None = None  # ends behind this step; schedules follow `steps` all the same
-    global_batch: Positive
-    micro_batch: Positive
+    global_batch: Count
+    micro_batch: Count
     optimizer: Optimizer
     schedule: Schedule = Schedule()
     grad_clip: NonNegative = 1.0
     ema: Ema | None = None  # an average of the weights over the steps, which is evaluated and exported
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     zero: Zero = Zero()
+    accumulate: Literal["fp32", "same"] | None = None  # in which micro-batches are summed; see `settle` for the default
     deepspeed: dict[str, Any] = {}  # merged over the DeepSpeed config that the keys above make
     activation_checkpointing: bool = False
     compile: bool = False
@@ -130,7 +149,7 @@ def _count(value: object) -> object:
     """A number, or [least, most]."""
     both: list[Any] = value if isinstance(value, list) else [value, value]
     whole = all(isinstance(n, int) and not isinstance(n, bool) for n in both)
-    if len(both) != 2 or not whole or not 0 < both[0] <= both[1]:
+    if len(both) != 2 or not whole or not 0 < both[0] <= both[1] <= LARGEST:
         raise ValueError(f"{value!r} is neither a number of workers nor [least, most], as [1, 4]")
     return value
 
@@ -170,7 +189,7 @@ class Spike(Strict):
 
 class Mlflow(Strict):
     uri: str
-    experiment: str
+    experiment: Experiment
     register_as: Name | None = Field(default=None, alias="register")
     alias: Name | None = None  # that the registered version gets, as `candidate`
 
@@ -213,9 +232,7 @@ class Job(Strict):
 
     def worker_counts(self, lanes: int | None = None) -> list[int]:
         """Numbers of workers, ascending, that the job allows and that can play its lanes (of a run resumed: its `lanes`)."""
-        batch, micro, lanes = self.train.global_batch, self.train.micro_batch, lanes or self.lanes
-        allowed = range(self.workers.least, self.workers.most + 1)
-        return [n for n in allowed if lanes % n == 0 and batch % n == 0 and batch // n % micro == 0]
+        return _fitting(self, lanes or self.lanes, self.workers.least, self.workers.most)
 
     def on(self, workers: int) -> Job:
         """The job on this fixed number of workers."""
@@ -253,12 +270,26 @@ class Job(Strict):
         return self
 
 
+def _fitting(job: Job, lanes: int, least: int, most: int) -> list[int]:
+    """Numbers of workers in [least, most] that can play the lanes in whole micro-batches."""
+    batch, micro = job.train.global_batch, job.train.micro_batch
+    return [n for n in divisors(math.gcd(lanes, batch)) if least <= n <= most and batch // n % micro == 0]
+
+
+def divisors(number: int) -> list[int]:
+    """Ascending; 1 alone of what is beyond LARGEST, whose square root is too far to try."""
+    if number > LARGEST:
+        return [1]
+    low = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return low + [number // d for d in reversed(low) if d * d != number]
+
+
 def _batch_faults(job: Job) -> list[str]:
     batch, micro, count = job.train.global_batch, job.train.micro_batch, job.workers.count
     if isinstance(count, list):
         return _elastic_faults(job)
     if batch % (micro * count):
-        fits = [n for n in range(1, 2 * count) if batch % (micro * n) == 0]  # 1 is one, unless micro does not divide
+        fits = [n for n in divisors(batch // micro) if n < 2 * count] if batch % micro == 0 else []
         below, above = count * micro * (batch // (count * micro)), count * micro * (batch // (count * micro) + 1)
         near = f"use a global batch of {' or '.join(str(b) for b in (below, above) if b)}"
         workers = f", or workers.count {min(fits, key=lambda n: abs(n - count))}" if fits else ""
@@ -266,7 +297,7 @@ def _batch_faults(job: Job) -> list[str]:
             f"train.global_batch: {batch} is not divisible by workers.count {count} x train.micro_batch {micro}; {near}{workers}"
         ]
     if batch % job.lanes or job.lanes % count:
-        fits = [c for c in range(count, min(batch, max(count, 2 * job.lanes)) + 1, count) if batch % c == 0]
+        fits = [count * d for d in divisors(batch // count)]
         return [
             f"data.lanes: {job.lanes} must divide train.global_batch {batch} and be a multiple of workers.count {count}; "
             f"nearest: {min(fits, key=lambda c: abs(c - job.lanes))}"
@@ -279,15 +310,14 @@ def _batch_faults(job: Job) -> list[str]:
 def _elastic_faults(job: Job) -> list[str]:
     batch, lanes, workers = job.train.global_batch, job.lanes, job.workers
     if batch % lanes:
-        fits = [c for c in range(1, batch + 1) if batch % c == 0]
-        return [f"data.lanes: {lanes} must divide train.global_batch {batch}; nearest: {min(fits, key=lambda c: abs(c - lanes))}"]
+        near = min(divisors(batch), key=lambda c: abs(c - lanes))
+        return [f"data.lanes: {lanes} must divide train.global_batch {batch}; nearest: {near}"]
     if job.worker_counts():
         return []
-    fits = [n for n in range(1, lanes + 1) if lanes % n == 0 and batch // n % job.train.micro_batch == 0]
-    near = min(fits, key=lambda n: abs(n - workers.least), default=None)
+    nearest = min(_fitting(job, lanes, 1, lanes), key=lambda n: abs(n - workers.least), default=None)
     return [
         f"workers.count: from {workers.least} to {workers.most} there is no number that divides the {lanes} lanes into whole "
-        f"micro-batches; {f'nearest: {near}' if near else 'train.micro_batch must divide train.global_batch'}"
+        f"micro-batches; {f'nearest: {nearest}' if nearest else 'train.micro_batch must divide train.global_batch'}"
     ]
 
 
@@ -316,7 +346,18 @@ def _precision_faults(job: Job) -> list[str]:
         faults.append("train.precision: 'fp16' needs GPUs (workers.gpus is 0); use bf16 or fp32")
     if job.train.precision == "bf16" and job.train.zero.stage == 0:
         faults.append("train.zero.stage: 0 with train.precision 'bf16' trains wrongly in DeepSpeed; use stage 1, or fp32")
+    if job.train.precision == "fp16" and job.train.zero.stage == 0:
+        faults.append("train.zero.stage: 0 with train.precision 'fp16' has no masters that a checkpoint could hold; use stage 1")
+    if job.train.accumulate == "fp32" and _sums_on_host(job):
+        where = f"train.zero.offload.optimizer at train.zero.stage {job.train.zero.stage}"
+        faults.append(
+            f"train.accumulate: fp32 with {where}: DeepSpeed sums in host memory in low precision; use stage 3, or same"
+        )
     return faults
+
+
+def _sums_on_host(job: Job) -> bool:
+    return bool(job.train.zero.offload.optimizer) and job.train.zero.stage in (1, 2) and job.train.precision != "fp32"
 
 
 def _offload_faults(job: Job) -> list[str]:
@@ -365,6 +406,17 @@ def _checkpoint_faults(job: Job) -> list[str]:
 def load(path: Path, settings: list[str] | None = None) -> Job:
     """The job in a YAML file, with `key.path=value` settings applied and relative paths taken from the workspace."""
     return resolve(schema.load(Job, path, settings))
+
+
+def settle(job: Job, recorded: dict[str, Any] | None) -> Job:
+    """The job with a value for `train.accumulate`: its own, else what the run that it resumes had (which before there was the key
+    was `same`), else fp32 where it can be had."""
+    if job.train.accumulate:
+        return job
+    value = "fp32" if recorded is None else recorded["train"].get("accumulate") or "same"
+    if _sums_on_host(job):
+        value = "same"
+    return job.model_copy(update={"train": job.train.model_copy(update={"accumulate": value})})
 
 
 def resolve(job: Job) -> Job:

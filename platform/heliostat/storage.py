@@ -32,18 +32,22 @@ import pyarrow.fs as pafs
 from heliostat import exclusive
 from heliostat.errors import AccessError, ConfigError, StorageError
 from heliostat.redact import carries_secret
+from heliostat.text import brief, printable
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 BUDGET = "HELIOSTAT_RETRY_BUDGET_S"
 LISTINGS = 20  # of a folder on disk that others change meanwhile
+UPLOAD_BLOCK = 16 << 20  # bytes that are read of a file at a time
+UPLOAD_WINDOW = 64 << 20  # bytes that are on their way to the store before their arrival is waited for
 UPLOAD_BYTES_PER_S = 10 << 20  # an upload's budget grows by a second for so many bytes, or a long one could never begin again
 # what stores answer, in lower case without punctuation: ACCESS_DENIED, AccessDenied and "Access Denied" are one
 REFUSED = ("accessdenied", "allaccessdisabled", "expiredtoken", "httpstatus401", "httpstatus403", "invalidaccesskeyid",
            "invalidtoken", "requesttimetooskewed", "signaturedoesnotmatch", "unrecognizedclient")  # fmt: skip
 MISSING = ("nosuchkey", "resourcenotfound")
 DAMAGED_ON_THE_WAY = ("baddigest", "incompletebody", "invalidpart")  # an upload's, so worth another
+NO_BUCKET = "NO_SUCH_BUCKET"  # in the words of the S3 client
 HOPELESS = ("nosuchbucket", "httpstatus301", "httpstatus400", "httpstatus405", "httpstatus501")
 FINAL = {
     "refused": "access refused; check the credentials and the bucket policy",
@@ -120,10 +124,12 @@ class Location:
     def __post_init__(self) -> None:
         if carries_secret(self.uri):
             raise ConfigError("a URI must not carry credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+        if "\0" in self.uri:
+            raise ConfigError(f"{printable(self.uri)!r}: names no place: it holds a null character")
         try:
             scheme = urlsplit(self.uri).scheme
         except ValueError as e:  # brackets of an address that is none
-            raise ConfigError(f"{self.uri!r}: is no URI ({e}); use a path, file:// or s3://") from e
+            raise ConfigError(f"{printable(self.uri)!r}: is no URI ({e}); use a path, file:// or s3://") from e
         if scheme not in ("", "file", "s3"):
             raise ConfigError(f"{self.uri!r}: scheme {scheme!r} is not supported; use a path, file:// or s3://")
         if not self.uri or (scheme == "s3" and not urlsplit(self.uri).netloc):
@@ -198,13 +204,19 @@ class Location:
             return self.attempt(lambda: exclusive.put_object(self.path, self.query, data, *_patience(retry_budget())))
         return self.attempt(lambda: exclusive.put_file(self.path, data))
 
-    def upload(self, local: Path) -> None:
-        """Copies a local file here."""
+    def upload(self, local: Path, sent: Callable[[], None] = lambda: None) -> None:
+        """Copies a local file here; calls `sent` whenever a window of it has arrived."""
 
         def copy(out: pa.NativeFile) -> None:
+            window = 0
             with local.open("rb") as f:
-                while block := f.read(16 << 20):
+                while block := f.read(min(UPLOAD_BLOCK, UPLOAD_WINDOW)):
                     out.write(block)
+                    window += len(block)
+                    if window >= UPLOAD_WINDOW:
+                        out.flush()  # waits for the parts that are written in the background
+                        window = 0
+                        sent()
 
         self.send(copy, local.stat().st_size)
 
@@ -262,9 +274,19 @@ class Location:
         if not self.is_s3:
             self.attempt(lambda: self.fs.get_file_info(self.path), budget_s=0)
             return
-        bucket = self.path.split("/", 1)[0]
-        if self.attempt(lambda: _s3(self.query, 1, 2.0).get_file_info(bucket), budget_s=0).type == pafs.FileType.NotFound:
-            raise StorageError(f"{self.uri}: there is no bucket {bucket!r}; make it, or check the name and the endpoint")
+        try:
+            found = self.attempt(lambda: _s3(self.query, 1, 2.0).get_file_info(self._bucket), budget_s=0).type
+        except FileNotFoundError as e:
+            raise self._no_bucket() from e
+        if found == pafs.FileType.NotFound:
+            raise self._no_bucket()
+
+    @property
+    def _bucket(self) -> str:
+        return self.path.split("/", 1)[0]
+
+    def _no_bucket(self) -> StorageError:
+        return AccessError(f"{self.uri}: there is no bucket {self._bucket!r}; make it, or check the name and the endpoint")
 
     def attempt(self, operation: Callable[[], T], budget_s: float | None = None) -> T:
         """Runs an operation on this place, such as reading a row group, again and again while the store fails.
@@ -288,12 +310,15 @@ class Location:
                     raise FileNotFoundError(self.uri) from e
                 if not self.is_s3 and Path(self.path).is_dir():
                     raise StorageError(f"{self.uri}: is a folder, not a file") from e
-                reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+                reason = brief(e) or type(e).__name__
+                if meaning == "hopeless" and NO_BUCKET in str(e):
+                    raise self._no_bucket() from e
                 if meaning in FINAL:
                     raise AccessError(f"{self.uri}: {FINAL[meaning]} ({reason})") from e
                 wait = min(8.0, 0.2 * 2**failures) * random.uniform(0.5, 1.5)
                 if now + wait + (now - begun) > deadline:
-                    raise StorageError(f"{self.uri}: storage failed for {now - start:.0f} s: {reason}") from e
+                    lasted = f"storage failed for {now - start:.0f} s" if failures else "storage failed at the first request"
+                    raise StorageError(f"{self.uri}: {lasted}: {reason}") from e
                 log.warning("%s: %s; retrying in %.1f s", self.uri, reason, wait)
                 time.sleep(wait)
                 failures += 1

@@ -1,12 +1,29 @@
-"""Text from outside, made fit for a terminal or a log line."""
+"""Text that others wrote, as a terminal may have it: names of files, samples, captions, what a library or a server says."""
 
 from __future__ import annotations
 
 import re
 
-UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# C0 and C1 control characters and DEL; separators of lines and paragraphs; marks, embeddings, overrides and isolates of direction
+UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+LONGEST = 300
 
 
-def printable(text: str) -> str:
-    """Escapes control characters, line breaks, lone surrogates and what turns the direction of writing, as `\\x1b`."""
-    return UNPRINTABLE.sub(lambda found: ascii(found.group())[1:-1], text)
+def printable(text: str, lines: bool = False) -> str:
+    """The text with everything that moves a terminal's cursor, colours it, or turns its writing around shown as an escape.
+
+    `lines`: line breaks and tabs stay.
+    """
+    return UNSAFE.sub(lambda found: found[0] if lines and found[0] in "\n\t" else _escape(found[0]), text)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode()
+
+
+def brief(text: object, longest: int = LONGEST) -> str:
+    """The first line that says something, printable, cut to a length: what of a library's words belongs into an error."""
+    said = str(text).strip() or (type(text).__name__ if isinstance(text, BaseException) else "")
+    line = said.splitlines()[0].strip() if said else ""
+    shown = printable(line[: longest + 1])
+    return shown if len(shown) <= longest else f"{shown[: longest - 4]} ..."

@@ -31,7 +31,7 @@ def run(function: str, sizes: tuple[int, ...], *arguments: str, deadline_s: int 
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def _rank(rank: int, workers: int, folder: Path, function: Any, everyone: Any, arguments: list[str]) -> None:
+def _rank(rank: int, workers: int, folder: Path, function: Any, everyone: Any, arguments: list[str], results: int) -> None:
     import torch
     import torch.distributed as dist
 
@@ -39,12 +39,14 @@ def _rank(rank: int, workers: int, folder: Path, function: Any, everyone: Any, a
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/group-{workers}", rank=rank, world_size=workers)
     for told in function(dist.new_group(backend="gloo"), everyone, *arguments):
-        os.write(1, (json.dumps({"rank": rank, "workers": workers, **told}) + "\n").encode())  # whole lines, from many
+        os.write(results, (json.dumps({"rank": rank, "workers": workers, **told}) + "\n").encode())  # whole lines, from many
 
 
 def main(deadline_s: str, path: str, sizes: str, arguments: list[str]) -> int:
     from heliostat.train import zero
 
+    results = os.dup(1)
+    os.dup2(2, 1)  # DeepSpeed prints, and what is yielded must be alone
     zero.prepare_environment(0)
     module, _, name = path.partition(":")
     function = getattr(importlib.import_module(module), name)
@@ -53,7 +55,7 @@ def main(deadline_s: str, path: str, sizes: str, arguments: list[str]) -> int:
     everyone = context.Barrier(sum(groups))
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            context.Process(target=_rank, args=(r, n, Path(folder), function, everyone, arguments), daemon=True)
+            context.Process(target=_rank, args=(r, n, Path(folder), function, everyone, arguments, results), daemon=True)
             for n in groups
             for r in range(n)
         ]

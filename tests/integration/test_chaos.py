@@ -22,11 +22,13 @@ def chaos_job(corpus: str, tracking: str, tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_torn_checkpoint_and_a_damaged_shard_lose_nothing(chaos_job):
-    """One costs a restart from the checkpoint before the torn one, the other the samples of a chunk, and neither more."""
-    result = CliRunner().invoke(app, ["chaos", str(chaos_job), "--faults", "torn-checkpoint,corrupt-shard", "--json"])
+def test_a_torn_checkpoint_a_damaged_shard_and_a_driver_killed_behind_the_last_step_lose_nothing(chaos_job):
+    """One costs a restart from the checkpoint before the torn one, one the samples of a chunk, one a command, and none more."""
+    given = ["chaos", str(chaos_job), "--faults", "torn-checkpoint,corrupt-shard,kill-driver-late", "--json"]
+    result = CliRunner().invoke(app, given)
     assert result.exit_code == 0, result.output
-    torn, corrupt = json.loads(result.stdout.splitlines()[-1])
+    torn, corrupt, late = json.loads(result.stdout.splitlines()[-1])
+    assert (late["lost"], late["repeated"], late["recomputed_steps"], late["loss_difference"]) == (0, 0, 0, 0)
     assert [torn["fault"], corrupt["fault"]] == ["torn-checkpoint", "corrupt-shard"]
     assert {key: torn[key] for key in ("lost", "repeated")} == {key: corrupt[key] for key in ("lost", "repeated")} == {
         "lost": 0, "repeated": 0,

@@ -5,20 +5,26 @@ Process groups without Ray or DeepSpeed, each rank with its slices of a few tens
 
 from __future__ import annotations
 
+import resource
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from heliostat import spec
+from heliostat import spec, storage
+from heliostat.chaos.proxy import Fault, FaultProxy
 from heliostat.errors import CheckpointError, ConfigError, CorruptCheckpointError, HeliostatError, StorageError
 from heliostat.storage import Location
 from heliostat.train import checkpoint
 from heliostat.train.fragments import FlatShard
+from heliostat.train.pulse import Votes
+from heliostat.train.survive import FAILED, RUN
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from tests.integration import ranks
@@ -185,3 +191,80 @@ def refusals(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]
 
 def test_a_score_that_is_not_there_and_another_models_checkpoint_are_refused(tmp_path: Path) -> None:
     assert ranks.run(f"{__name__}:refusals", (1,), str(tmp_path)) == [{"rank": 0, "workers": 1, "done": True}]
+
+
+def heard(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
+    """A loop like the training's: steps with a vote, and nothing that waits for the save."""
+    votes = Votes(dist.new_group(backend="gloo"))
+
+    def steps(saver: checkpoint.Saver) -> dict[str, Any]:
+        for step in range(2000):
+            votes.ask(FAILED if saver.failed else RUN)
+            time.sleep(0.02)
+            if votes.result() == FAILED:
+                try:
+                    saver.wait()
+                except HeliostatError as e:
+                    return {"steps": step, "error": type(e).__name__, "text": str(e)}
+                return {"steps": step, "error": None}
+        return {"steps": 2000}
+
+    saver = checkpoint.Saver(Location(folder), spec.Checkpoint(every=10), group)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if dist.get_rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))  # its disk takes no more
+    saver.save(10, _state(_whole(10)), FACTS)
+    yield {"case": "disk", **steps(saver)}
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    state = _state(_whole(20))
+    if dist.get_rank() == 1:  # cannot be copied to the host
+        state["master.small"] = FlatShard(torch.empty(3, device="meta"), 3, 7)
+    saver.save(20, state, FACTS)
+    yield {"case": "copy", **steps(saver)}
+    saver.save(30, _state(_whole(30)), FACTS)
+    saver.wait()
+    yield {"case": "after", "steps": 0, "latest": checkpoint.latest(Location(folder)).step}  # type: ignore[union-attr]
+
+
+def test_a_save_that_fails_on_one_worker_is_heard_of_by_all_at_a_next_step(tmp_path: Path) -> None:
+    """All of them leave behind the same step with that worker's error, none waits for ever, and no checkpoint is there; the next
+    save of the same workers is sound."""
+    told: dict[str, list[dict[str, Any]]] = {}
+    for row in ranks.run(f"{__name__}:heard", (3,), str(tmp_path)):
+        told.setdefault(row["case"], []).append(row)
+    for case, error, text in [("disk", "StorageError", "shard-00001.safetensors: cannot be written (file too large)"),
+                              ("copy", "WorkerError", "worker 1: NotImplementedError")]:  # fmt: skip
+        rows = told[case]
+        assert len(rows) == 3 and {(row["steps"], row["error"]) for row in rows} == {(rows[0]["steps"], error)}
+        assert rows[0]["steps"] < 2000 and all(text in row["text"] for row in rows)
+    assert [row["latest"] for row in told["after"]] == [30] * 3
+
+
+def slow(group: Any, everyone: Any, uri: str) -> Iterator[dict[str, Any]]:
+    storage.UPLOAD_WINDOW = 10 << 20  # a part of an upload
+    checkpoint.PULSE_S = 0.05
+    pulses: list[float] = []
+    run = Location(uri)
+    saver = checkpoint.Saver(run, spec.Checkpoint(every=10), group, progressed=lambda: pulses.append(time.monotonic()))
+    saver.save(10, _state({"master.large": torch.zeros(11_000_000)}), FACTS)
+    saver._until_copied()
+    started = time.monotonic()
+    saver.wait()
+    inside = [at - started for at in pulses if at > started]
+    loading: list[float] = []
+    state = _state({"master.large": torch.ones(11_000_000)})
+    checkpoint.load(checkpoint.open_checkpoint(run, 10), state, group, lambda: loading.append(time.monotonic()))
+    yield {"pulses": inside, "waited": time.monotonic() - started, "loading": len(loading)}
+
+
+def test_a_slow_upload_that_gets_on_is_no_stall(s3_server: str, tmp_path: Path) -> None:
+    """Every part that reaches the store is a pulse while the save is waited for, so that the longest silence is a part's; and
+    loading gives a pulse for each request."""
+    boto3.client("s3", endpoint_url=f"http://{s3_server}", region_name="us-east-1").create_bucket(Bucket="slow")
+    with FaultProxy(s3_server, [Fault("delay", seconds=1.0, key="/slow/*shard*")]) as proxy:
+        uri = f"s3://slow/run?endpoint_override={proxy.endpoint}&scheme=http"
+        (row,) = ranks.run(f"{__name__}:slow", (1,), uri)
+    assert row["waited"] > 4  # four parts of 10 MiB
+    later = [at for at in row["pulses"] if at > 1]
+    assert len(later) >= 3, row["pulses"]
+    assert row["loading"] >= 5

@@ -6,6 +6,7 @@ import re
 import shutil
 import socket
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import grpc
 import psutil
 import pytest
 import yaml
+from heliostat.chaos.servers import s3_server
 from heliostat.cli import app
 from heliostat.cluster import http, jobs, local
 from heliostat.cluster.reach import Endpoint, _answering
@@ -146,6 +148,29 @@ def test_up_starts_the_worker_that_died_and_leaves_what_runs(work) -> None:
     assert len({n["id"] for n in nodes}) == 2  # the one that died, and another
     assert client.get_job_status("sleeper") == "RUNNING"
     client.stop_job("sleeper")
+
+
+@pytest.mark.slow  # what it adds to the driver's own test is Ray's part in it
+def test_a_job_whose_store_is_dead_is_stopped_now(work, tmp_path) -> None:
+    """Within seconds, and the job is STOPPED; the note that tells the driver is gone, and shows in no list."""
+    raw = yaml.safe_load((work.folder / "onto.yaml").read_text())
+    raw |= {"name": "dead", "checkpoint": {"every": 100000}}
+    raw["train"] |= {"steps": 100000}
+    raw["evaluate"]["every"] = 100000
+    with s3_server(tmp_path) as store:
+        raw["storage"] = f"s3://bucket/runs?endpoint_override={store.endpoint}&scheme=http"
+        urllib.request.urlopen(urllib.request.Request(f"http://{store.endpoint}/bucket", method="PUT"), timeout=10).close()
+        (work.folder / "dead.yaml").write_text(yaml.safe_dump(raw))
+        run = Location(work.json("submit", "dead.yaml", "-c", "cluster.yaml")["run_folder"])
+        deadline = time.monotonic() + 150
+        while not jobs.progress(run, STEPS)["step"]:
+            assert time.monotonic() < deadline, work.heliostat("logs", "dead")
+            time.sleep(0.3)
+    began = time.monotonic()
+    assert work.json("stop", "dead", "--now")["status"] == "STOPPED"
+    assert time.monotonic() - began < 60
+    assert [j["id"] for j in work.json("jobs", "-c", "cluster.yaml")["jobs"]].count("dead") == 1
+    assert not any(j["id"].startswith("stop-") for j in work.json("jobs", "-c", "cluster.yaml")["jobs"])
 
 
 @pytest.mark.slow  # minutes

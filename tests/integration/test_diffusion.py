@@ -183,6 +183,30 @@ def test_a_run_goes_on_from_another_stage_and_worker_counts_state(told) -> None:
         assert row["continued"] == pytest.approx(unbroken, abs=1e-4), row["from"]
 
 
+def beginnings(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
+    """How far the initial weights of stage 3 are from those of stage 0, on each rank."""
+    import deepspeed
+
+    for backbone in ("UNET", "PIXART"):
+        raw = yaml.safe_load((Path(folder) / "job.yaml").read_text())
+        raw["model"]["backbone"] = getattr(build_images, backbone)
+        whole, divided = (
+            _engine(Job.model_validate({**raw, "train": {**raw["train"], "zero": {"stage": s}}}))[0] for s in (0, 3)
+        )
+        with deepspeed.zero.GatheredParameters(list(divided.module.parameters())):
+            pairs = zip(whole.module.named_parameters(), divided.module.parameters(), strict=True)
+            far = {name: float((a - b.view_as(a)).abs().max()) for (name, a), b in pairs}
+        zeros = sum(not p.any() for n, p in whole.module.named_parameters() if n.endswith("weight"))
+        yield {"backbone": backbone, "far": max(far.values()), "parameters": len(far), "zeros": zeros}
+
+
+def test_a_backbone_begins_alike_whether_zero_has_divided_it_or_not(digits, tmp_path) -> None:
+    """Its authors' initial weights, to the last bit: zeros and draws reach the parts of every rank."""
+    write(tmp_path / "job.yaml", tiny_job(digits, "sqlite:////dev/null", tmp_path))
+    rows = ranks.run(f"{__name__}:beginnings", (2,), str(tmp_path))
+    assert len(rows) == 4 and all(row["far"] == 0.0 and row["parameters"] > 40 and row["zeros"] > 2 for row in rows)
+
+
 # whole runs ----------------------------------------------------------------------------------------------------------
 
 

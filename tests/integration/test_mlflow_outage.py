@@ -81,7 +81,7 @@ def test_metrics_wait_for_the_server_through_attempts_and_commands_and_arrive_on
     assert time.monotonic() - began < 0.1  # nobody waits for MLflow
     server.start()
     until(lambda: "MLflow answers again" in caplog.text, "word of the server's return")
-    assert "MLflow does not answer" in caplog.text and has(tracking, run, 20)
+    assert "MLflow takes no metrics" in caplog.text and has(tracking, run, 20)
     assert not run.join(outbox.FILE).exists()
     server.stop()
     owner.post(steps(21, 26))

@@ -55,7 +55,9 @@ def _held(engine: Any, stage: int) -> dict[str, int]:
     low = [getattr(p, "ds_tensor", p.data) for p in parameters]
     gathered = [p.data for p in parameters if getattr(p, "ds_persist", False)]
     gradients = [p.grad for p in parameters]
+    gradients += getattr(engine.optimizer, "fp32_groups_gradients_flat", [])
     if stage == 2:
+        gradients += [g.flat_partition for g in engine.optimizer.averaged_gradients.values() if g]
         gradients += [g for group in engine.optimizer.all_grad_tensors.values() for g in (group or [])]
     if stage == 3:
         gradients = [engine.optimizer.grad_partitions_flat_buffer]

@@ -1,6 +1,9 @@
 """Where there is no room for a run or a sweep, it says so with numbers, and goes on when there is."""
 
 import logging
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +12,7 @@ from pathlib import Path
 import pytest
 import ray
 import yaml
+from heliostat.cluster import connect
 from heliostat.train.run import train
 from heliostat.tune import run as tuning
 from heliostat.tune.sweep import load
@@ -68,3 +72,16 @@ def test_a_sweep_without_room_for_one_trial_says_so_before_it_starts(others, job
     caplog.clear()
     time.sleep(1)
     assert tuner._connect() > 1 and "no room" not in caplog.text
+
+
+def test_a_command_that_joins_a_cluster_without_a_free_cpu_says_so(others):
+    """As `prepare` and `generate`, whose tasks would wait without a word."""
+    last = placement_group([{"CPU": 1}])
+    ray.get(last.ready())
+    address, token = ray._private.worker._global_node.gcs_address, str(connect._token_file())
+    joining = {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": token}
+    environment = {**os.environ, **connect.CONFINED, **joining}
+    code = "from heliostat.cluster.connect import connect; connect(1)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False)
+    remove_placement_group(last)
+    assert done.returncode == 0 and "none of the cluster's 8 CPUs is free; its tasks wait for one" in done.stderr, done.stderr

@@ -9,7 +9,7 @@ import torch
 from heliostat.errors import ConfigError
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from jobs.causal_lm import IGNORED, CausalLM, SummedCrossEntropy, _config
+from jobs.causal_lm import IGNORED, CausalLM, SummedCrossEntropy
 from tests.unit.build_job import BASE, job
 
 LLAMA = BASE["model"]
@@ -173,7 +173,7 @@ def test_every_architecture_of_transformers_is_accepted_or_refused_in_one_line()
     refused = []
     for arch in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         try:
-            _config({"arch": arch})
+            recipe({"arch": arch})
         except ConfigError as e:
             assert "\n" not in str(e)
             refused.append(arch)

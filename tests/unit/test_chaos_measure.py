@@ -75,11 +75,24 @@ def test_a_run_that_did_not_end_has_a_row_without_numbers():
     assert table([row]).row_count == 1
 
 
-def test_faults_strike_between_the_second_checkpoint_and_the_middle_and_by_the_seed():
-    for seed in range(200):
-        at = faults.when(faults.rng(seed, "hang"), steps=60, every=5)
-        assert 11 <= at <= 30 and at == faults.when(faults.rng(seed, "hang"), 60, 5)
-    assert len({faults.when(faults.rng(s, "hang"), 60, 5) for s in range(50)}) > 10
+def test_faults_strike_at_any_moment_and_by_the_seed():
+    """Before the first checkpoint, while one is saved, within a step; not so late that what they need is over."""
+    moments = [faults.when(faults.rng(seed, "hang"), steps=60, every=5) for seed in range(400)]
+    assert moments == [faults.when(faults.rng(seed, "hang"), 60, 5) for seed in range(400)]
+    assert min(moments) < 3 and max(moments) > 46 and all(1 <= m <= 60 - 2 * 5 - 1 for m in moments)
+    assert len({int(m) for m in moments}) > 40 and len({round(m % 1, 1) for m in moments}) >= 10
+    assert sum(int(m) % 5 == 0 for m in moments) > 40  # behind these steps a checkpoint is saved
+
+
+def test_a_moment_within_a_step_is_as_far_into_it_as_steps_are_long():
+    assert measure.pace_s([said(10.0, 1), (10.5, "evaluating"), said(12.0, 5), said(13.0, 7)]) == 0.5
+    assert measure.pace_s([]) == measure.pace_s([said(10.0, 1)]) == 0.0
+
+
+def test_a_model_that_is_registered_twice_or_not_at_all_is_a_problem():
+    assert measure.unregistered(1, expected=True) == measure.unregistered(0, expected=False) == []
+    assert measure.unregistered(2, expected=True) == ["its model was registered 2 times"]
+    assert measure.unregistered(0, expected=True) and measure.unregistered(1, expected=False)
 
 
 @pytest.mark.parametrize(

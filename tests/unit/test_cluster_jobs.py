@@ -234,20 +234,21 @@ def test_a_followed_log_is_streamed_and_goes_on_behind_a_broken_connection(monke
 DIES = """
 import json, os, signal, socket, sys, time
 from pathlib import Path
-from heliostat.goodput import FOLDER, Attempt
-from heliostat.storage import Location
-run, how, flags = Location(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
-starts = Path(sys.argv[1]) / "starts"
-starts.write_text((starts.read_text() if starts.exists() else "") + json.dumps(flags) + "\\n")
-number = len(starts.read_text().splitlines()) - 1
+run, how, flags = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
+with (run / "starts").open("a") as starts:
+    starts.write(json.dumps(flags) + "\\n")
+number = len((run / "starts").read_text().splitlines()) - 1
 what = how[min(number, len(how) - 1)]
-now = time.time()
-attempt = Attempt(f"a{number}", now, now, now, 0, 1, host=socket.gethostname(), pid=os.getpid())
-attempt.outcome = "failed" if what == "fails" else "finished" if what == "ends" else None
+outcome = {"fails": "failed", "ends": "finished"}.get(what)
+attempt = {"id": f"a{number}", "started": time.time(), "known": time.time(), "seen": time.time(), "start_step": 0, "workers": 1,
+           "host": socket.gethostname(), "pid": os.getpid(), "outcome": outcome, "marks": []}
 if what != "early":
-    run.join(FOLDER, attempt.name).write(attempt.dump())
+    (run / "ledger").mkdir(exist_ok=True)
+    (run / "ledger" / f"attempt-{number}.json").write_text(json.dumps(attempt))
 if what == "saves":
-    run.join("checkpoints", f"step-{10 * (number + 1):08d}", "checkpoint.json").write(b"{}")
+    saved = run / "checkpoints" / f"step-{10 * (number + 1):08d}"
+    saved.mkdir(parents=True)
+    (saved / "checkpoint.json").write_text("{}")
 print("start", number, what, flush=True)
 if what == "ends":
     sys.exit(0)
@@ -346,3 +347,12 @@ def test_a_port_that_speaks_no_http_does_not_answer():
         thread.start()
         assert http.probe(f"http://127.0.0.1:{server.getsockname()[1]}") == 0
         thread.join()
+
+
+def test_a_job_file_that_the_supervisor_cannot_read_is_one_clear_line(tmp_path):
+    """In a RayJob it is given the file as a person wrote it."""
+    for text, words in (("name: x\n", "storage: None is none"), ("name: x\nstorage: y\nretries: {mx: 1}\n", "mx")):
+        (tmp_path / "job.yaml").write_text(text)
+        command = [sys.executable, "-m", "heliostat.cluster.driver", str(tmp_path / "job.yaml")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, check=False)
+        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr

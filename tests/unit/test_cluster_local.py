@@ -147,6 +147,16 @@ def test_what_answers_but_is_no_ray_is_not_joined(tmp_path, monkeypatch):
         process.wait()
 
 
+def test_an_address_that_a_person_names_is_taken_at_their_word(tmp_path, monkeypatch):
+    """With or without http://, and whoever listens there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+    with server("nobody" if os.geteuid() == 0 else None) as (port, _):
+        for target in (f"127.0.0.1:{port}", f"http://127.0.0.1:{port}/"):
+            with endpoint(target) as there:
+                assert (there.url, there.token, there.here) == (f"http://127.0.0.1:{port}", "secret", True)
+
+
 @pytest.mark.parametrize("name", ["ssh", "aws-h100", "gcp-h100"])
 def test_up_leaves_ray_alone_where_it_runs_unless_told_to_restart_it(name):
     """`ray up` without `--no-restart` stops Ray on the head, and every job with it."""

@@ -411,7 +411,7 @@ def test_a_manifest_without_content_digests_reads_as_it_did(tmp_path):
     made = plain(tmp_path / "a", (1, 2), listed=False)
     rows = [{k: v for k, v in row.items() if k != "content"} for row in made.chunks.to_pylist()]
     old = manifest.write(made.location, rows, {"kind": "tokens"})
-    assert "content" not in old.chunks.column_names and old.digest != made.digest
+    assert set(old.chunks["content"].to_pylist()) == {""} and old.digest == made.digest
     assert manifest.read(old.location).chunks.equals(old.chunks)
     samples = Dataset(make_plan(old)).order.locate(np.arange(40))
     assert np.array_equal(Dataset(make_plan(old)).read(samples), Dataset(make_plan(made)).read(samples))

@@ -213,12 +213,28 @@ def test_who_was_taken_for_dead_makes_no_checkpoint_valid(tmp_path):
 
     run = Location(str(tmp_path))
     with lease.take(run) as held:
-        writer = _Writer(stored.folder(run, 10), 10, {}, held.fence)
+        writer = _Writer(stored.folder(run, 10), 10, {}, lambda: None, held.fence)
         writer.finish(Metadata({}), [])
         assert stored.open_checkpoint(run, 10).step == 10
         run.join(lease.FOLDER, "00000002.json").write(replace(Holder.me(), pid=7).dump())
-        late = _Writer(stored.folder(run, 20), 20, {}, held.fence)
+        late = _Writer(stored.folder(run, 20), 20, {}, lambda: None, held.fence)
         for act in (lambda: late.finish(Metadata({}), []), lambda: writer.prepare_global_plan([])):
             with pytest.raises(LeaseError, match="has taken it over"):
                 act()
     assert stored.open_checkpoint(run, 10).step == 10 and not stored.folder(run, 20).join(stored.INDEX).exists()
+
+
+def test_a_command_takes_the_lease_before_it_looks_at_what_there_is(tmp_path):
+    """Of two, the second is refused before it has read a checkpoint or a dataset, and a command that fails gives it back."""
+    from heliostat.errors import HeliostatError
+    from heliostat.train.run import train
+
+    from tests.unit.build_job import write
+
+    path = write(tmp_path, storage=str(tmp_path / "runs"), **{"mlflow.uri": f"sqlite:///{tmp_path}/mlflow.db"})
+    run = Location(str(tmp_path / "runs" / "small"))
+    with lease.take(run), pytest.raises(ConfigError, match=f"is being trained by process {os.getpid()}"):
+        train(path)
+    with pytest.raises(HeliostatError, match="data/a"):  # there is no such dataset
+        train(path)
+    assert json.loads(run.join(lease.FOLDER, "00000002.json").read())["released"]

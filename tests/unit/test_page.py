@@ -74,4 +74,6 @@ def test_the_page_escapes_whatever_was_said_and_needs_no_network():
     text = page.page(FACTS)
     assert "it &lt;broke&gt;" in text and "1 &lt; 2 &amp; 3" in text and "<broke>" not in text and "say <b>" not in text
     assert "data:image/png;base64,iVBORw==" in text and "http" not in text and "<script" not in text
-    assert "sweep: s1" in text and "code/d1.diff" in text and text.count("<svg") == 4
+    assert "sweep: s1" in text and "code/d1.diff" in text and text.count("<svg") == 5
+    dense = {**FACTS, "curves": {**FACTS["curves"], "train/router_loss": []}}
+    assert page.page(dense).count("<svg") == 4

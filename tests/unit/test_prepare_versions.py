@@ -228,6 +228,48 @@ def test_parts_are_replaced_and_removed_like_the_whole(make, tmp_path):
     assert len(list((tmp_path / "out" / PARTS[1] / "manifests").iterdir())) == 1
 
 
+SLOW = """
+import time
+from pathlib import Path
+from heliostat import prepare
+from heliostat.data import versions
+prepare.connect = prepare._keep_to = lambda *_, **__: None  # it asks nothing of Ray
+
+class Slow(prepare.Pipeline):
+    def check(self):
+        pass
+    def inputs(self):
+        self.wait("inputs")
+        return [prepare.InputFile("x", 1, 0)]
+    def write(self, output, inputs):
+        versions.store(output, "shards/00000/", b"x", ".parquet")
+        self.wait("write")
+    def wait(self, where):
+        if where == self.name:
+            Path(self.output).with_name("here").touch()
+            time.sleep(300)
+"""
+
+
+@pytest.mark.parametrize("where", ["inputs", "write"])
+def test_ctrl_c_says_that_it_was_heard_and_what_there_is(tmp_path, where):
+    """Exit code 130 and a line, not silence; what was written is gone, and that is said too."""
+    (tmp_path / "slow_pipeline.py").write_text(SLOW)
+    keys = {"name": where, "pipeline": "slow_pipeline:Slow", "output": str(tmp_path / "out")}
+    (tmp_path / "p.yaml").write_text(json.dumps(keys))
+    command = [sys.executable, "-m", "heliostat", "prepare", str(tmp_path / "p.yaml")]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    running = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "here").exists() and running.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    running.send_signal(signal.SIGINT)
+    _, told = running.communicate(timeout=100)
+    assert running.returncode == 130 and told.splitlines()[-1] == "interrupted" and "Traceback" not in told
+    assert ("removing what was written: the dataset there is what it was before" in told) == (where == "write")
+    assert set(files(tmp_path / "out")) <= {versions.RECORD}
+
+
 # what it says --------------------------------------------------------------------------------------------------------
 
 

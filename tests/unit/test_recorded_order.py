@@ -108,7 +108,8 @@ def test_a_run_of_version_1_keeps_its_held_out_samples_and_its_dataset_its_diges
     made = listed(kind)
     assert manifest.digest(made.chunks, made.meta) == MANIFESTS[kind]
     written = manifest.write(Location(str(tmp_path)), made.chunks.to_pylist(), made.meta)
-    assert set(pq.read_table(tmp_path / manifest.FILE).column_names) == set(manifest.SCHEMA.names)
+    file = tmp_path / manifest.FILE
+    pq.write_table(pq.read_table(file).drop_columns(["place"]), file)
     found = manifest.read(written.location)
     assert found.digest == MANIFESTS[kind] and found.chunks.equals(written.chunks) and set(found.places.tolist()) == {-1}
     old = split(found, length, 0.05, version=1)

@@ -1,9 +1,11 @@
 """The gate in front of an alias: what it is given, what it lets through, and what it says."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
-from heliostat.errors import ConfigError
+from heliostat.errors import ConfigError, TrackingError
+from heliostat.track import lineage, registry
 from heliostat.track.registry import Term, compare, parse
 
 
@@ -62,3 +64,19 @@ def test_a_version_is_named_by_number_or_alias(model, parts):
 def test_what_names_no_version_is_refused(model):
     with pytest.raises(ConfigError, match="NAME@ALIAS or NAME/VERSION"):
         parse(model)
+
+
+def test_a_model_that_was_not_registered_leads_to_its_run(monkeypatch):
+    """`models:/m-...` is how MLflow calls it, and what `heliostat train` tells of a job without mlflow.register."""
+    name = f"m-{'a' * 32}"
+    client = SimpleNamespace(get_logged_model={name: SimpleNamespace(source_run_id="b" * 32)}.__getitem__)
+    monkeypatch.setattr(lineage.store, "find", lambda client, run, uri: (run, uri))
+    monkeypatch.setattr(lineage, "settle", lambda client, run: run)
+    monkeypatch.setattr(lineage, "run_node", lambda client, run: run)
+    assert lineage.lineage(client, "uri", f"models:/{name}") == {"model": None, "run": ("b" * 32, "uri")}
+
+
+def test_a_history_that_is_none_is_one_line():
+    version = SimpleNamespace(name="m", version="3", tags={registry.HISTORY: "{"})
+    with pytest.raises(TrackingError, match=r"^models:/m/3: tag heliostat\.history: is no history of a model, or damaged"):
+        registry.history(version)

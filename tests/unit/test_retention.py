@@ -12,9 +12,10 @@ from heliostat.errors import CheckpointError, ConfigError, CorruptCheckpointErro
 from heliostat.spec import Checkpoint as Policy
 from heliostat.storage import Location
 from heliostat.train.retention import Pruner, retained, survey
-from heliostat.train.stored import FORMAT, encode, folder, latest, steps
+from heliostat.train.stored import encode, folder, latest, steps
 from typer.testing import CliRunner
 
+from tests.unit.build_index import index
 from tests.unit.build_job import job
 
 
@@ -104,9 +105,7 @@ def _save(run: Location, step: int, loss: float | None = None, policy: Policy | 
     """A complete checkpoint of no tensors."""
     facts = {"written": 0.0, "world_size": 1, "zero_stage": 1, "metrics": {} if loss is None else {"loss": loss}}
     facts |= {"job": {"checkpoint": (policy or Policy(every=10)).model_dump()}}
-    folder(run, step).join("checkpoint.json").write(
-        encode({"format": FORMAT, "step": step, **facts, "shards": [], "tensors": {}})
-    )
+    folder(run, step).join("checkpoint.json").write(encode(index(step, **facts)))
 
 
 def _torn(run: Location, step: int) -> None:

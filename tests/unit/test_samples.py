@@ -15,6 +15,7 @@ from heliostat.storage import Location
 from heliostat.train import stored
 
 from pipelines import tokens
+from tests.unit.build_index import index
 from tests.unit.build_job import job
 from tests.unit.test_dataset import LENGTH, make_plan
 from tests.unit.test_verify import command
@@ -56,8 +57,7 @@ def make_run(folder: Path, source: manifest.Manifest, *changes: DataPlan) -> Loc
     )
     model = {"data.sources.0.path": str(source.location), "data.sequence_length": LENGTH, "model.vocab_size": None}
     facts = {"receipt": {"steps": STEPS, "chain": ""}, "data_digest": plan.digest, "job": job(**model).dump()}
-    index = stored.encode({"format": stored.FORMAT, "step": STEPS, "shards": [], "tensors": {}, **facts})
-    stored.folder(place, STEPS).join(stored.INDEX).write(index)
+    stored.folder(place, STEPS).join(stored.INDEX).write(stored.encode(index(STEPS, **facts)))
     return place
 
 

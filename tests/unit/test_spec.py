@@ -83,6 +83,14 @@ def test_a_huge_batch_is_checked_at_once(workspace):
     [
         ({"train.precision": "bf16", "train.zero.stage": 0}, "train.zero.stage: 0 with train.precision 'bf16' trains wrongly"),
         ({"train.precision": "fp16"}, "train.precision: 'fp16' needs GPUs (workers.gpus is 0); use bf16 or fp32"),
+        (
+            {"train.precision": "fp16", "workers.gpus": 1, "train.zero.stage": 0},
+            "train.zero.stage: 0 with train.precision 'fp16'",
+        ),
+        (
+            {"train.accumulate": "fp32", "train.zero.offload.optimizer": "cpu", "train.zero.stage": 2},
+            "train.accumulate: fp32 with train.zero.offload.optimizer at train.zero.stage 2: DeepSpeed sums",
+        ),
         ({"train.zero.offload.param": "cpu", "train.zero.stage": 2}, "train.zero.offload.param: needs train.zero.stage 3, not 2"),
         (
             {"train.zero.offload.optimizer": "cpu", "train.zero.stage": 0, "train.precision": "fp32"},
@@ -108,6 +116,8 @@ def test_a_combination_that_cannot_train_is_refused(changes, start):
         {"train.precision": "fp16", "workers.gpus": 1},
         {"train.zero.stage": 3, "train.zero.offload.param": "cpu", "train.zero.offload.optimizer": "cpu"},
         {"train.zero.stage": 3, "train.zero.offload.param": "nvme", "train.zero.offload.nvme_path": "/nvme"},
+        {"train.accumulate": "fp32", "train.zero.offload.optimizer": "cpu", "train.zero.stage": 3},
+        {"train.accumulate": "same", "train.zero.offload.optimizer": "cpu", "train.zero.stage": 2},
         {"train.schedule.warmup_steps": 99},
         {"evaluate": None},
     ],
@@ -232,3 +242,40 @@ def test_a_source_may_come_later():
     made = job(**{"data.sources": [{"path": "a"}, {"path": "b", "weight": 0}], "data.memory_limit": "512MiB",
                   "data.mix_schedule": [{"step": 5, "weights": [1.0, 1.0]}]})  # fmt: skip
     assert made.data.mix_schedule[0].weights == [1.0, 1.0] and made.data.memory_limit == 512 << 20
+
+
+@pytest.mark.parametrize(
+    ("changes", "recorded", "value"),
+    [
+        ({}, None, "fp32"),
+        ({}, {"accumulate": "same"}, "same"),
+        ({}, {"accumulate": "fp32"}, "fp32"),
+        ({}, {}, "same"),  # a run from before there was the key
+        ({"train.accumulate": "fp32"}, {}, "fp32"),
+        ({"train.accumulate": "same"}, None, "same"),
+        ({"train.zero.offload.optimizer": "cpu"}, None, "same"),
+        ({"train.zero.offload.optimizer": "cpu"}, {"accumulate": "fp32"}, "same"),
+    ],
+)
+def test_a_resumed_run_sums_micro_batches_as_it_did(changes, recorded, value):
+    """A new run takes fp32 where it can be had; what the job file says goes before both."""
+    settled = spec.settle(job(**changes), None if recorded is None else {"train": recorded})
+    assert settled.train.accumulate == value
+    assert spec.settle(settled, {"train": {}}) == settled and schema.validate(Job, settled.dump(), "dump") == settled
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({"train.precision": "bf16"}, {"grad_accum_dtype": "fp32"}),
+        ({"train.precision": "bf16", "train.accumulate": "same"}, None),
+        ({"train.precision": "bf16", "workers.count": 4}, None),  # one micro-batch a step: nothing to sum
+        ({"train.precision": "fp32", "train.zero.stage": 0}, None),
+        ({"train.precision": "fp32"}, None),
+    ],
+)
+def test_deepspeed_is_told_to_sum_in_fp32_only_where_there_is_something_to_sum(changes, wanted):
+    """fp32 sums in fp32 anyway, and DeepSpeed fails at stage 0 when told to."""
+    from heliostat.train.zero import engine_config
+
+    assert engine_config(job(**changes)).get("data_types") == wanted

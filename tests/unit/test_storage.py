@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -243,10 +244,10 @@ REFUSED = [
     ),
     OSError("Got the following 1 errors when deleting objects in S3 bucket 'b':\n- key 'x': Access Denied"),
 ]
+NO_BUCKET = (
+    "When uploading object with key 'x' in bucket 'b': AWS Error NO_SUCH_BUCKET during PutObject operation: no such bucket"
+)
 HOPELESS = [
-    OSError(
-        "When uploading object with key 'x' in bucket 'b': AWS Error NO_SUCH_BUCKET during PutObject operation: no such bucket"
-    ),
     OSError(HEAD.format("UNKNOWN (HTTP status 400)", "No response body.")),
     OSError(HEAD.format("UNKNOWN (HTTP status 301)", "No response body.")),
 ]
@@ -284,7 +285,9 @@ def test_a_store_that_fails_for_ever_is_an_error_within_the_budget(no_sleep, mon
     def never() -> None:
         raise OSError("AWS Error SLOW_DOWN during GetObject operation: still down\nwith details")
 
-    with pytest.raises(StorageError, match=r"^s3://b/k: storage failed for \d+ s: AWS Error SLOW_DOWN.*: still down$") as e:
+    with pytest.raises(
+        StorageError, match=r"^s3://b/k: storage failed (for \d+ s|at the first request): AWS Error SLOW_DOWN.*: still down$"
+    ) as e:
         Location("s3://b/k").attempt(never)
     assert isinstance(e.value.__cause__, OSError)
     assert float(budget or 60) / 2 <= sum(no_sleep) + 0.3 and sum(no_sleep) <= float(budget or 60)
@@ -331,9 +334,20 @@ def test_refused_credentials_fail_at_once_and_say_so(no_sleep, error):
 
 @pytest.mark.parametrize("error", HOPELESS)
 def test_requests_that_cannot_succeed_fail_at_once(no_sleep, error):
-    """A missing bucket or a request that the store calls bad: one attempt, and what to look at."""
+    """A request that the store calls bad: one attempt, and what to look at."""
     with pytest.raises(StorageError, match="s3://b/k: the store cannot do this; check bucket, credentials, region and endpoint"):
         Location("s3://b/k").attempt(fail_with(error))
+    assert no_sleep == []
+
+
+def test_a_missing_bucket_is_said_to_be_missing(no_sleep, monkeypatch):
+    """By whatever is asked for in it, at once, and not as a store that failed for 0 s."""
+    with pytest.raises(StorageError, match=r"^s3://b/k: there is no bucket 'b'; make it"):
+        Location("s3://b/k").attempt(fail_with(OSError(NO_BUCKET)))
+    for fault in (OSError(NO_BUCKET), OSError("AWS Error RESOURCE_NOT_FOUND during HeadBucket operation: ")):
+        monkeypatch.setattr(storage, "_s3", lambda *_, fault=fault: SimpleNamespace(get_file_info=lambda _: fail_with(fault)()))
+        with pytest.raises(StorageError, match=r"^s3://b/k: there is no bucket 'b'; make it"):
+            Location("s3://b/k").probe()
     assert no_sleep == []
 
 

@@ -197,24 +197,16 @@ def test_assign_puts_equal_texts_together():
     assert by_hash == sorted(by_hash), "a shard holds a range of hashes"
 
 
-def test_a_chunk_ends_where_documents_may_be_held_out_and_one_that_is_cut_stays_on_one_side():
+def test_a_chunk_ends_where_documents_may_be_held_out():
     """No chunk has documents on both sides of 1, 2 or 5 parts of ten, a hundred, a thousand or ten thousand."""
     rng = np.random.default_rng(0)
     for count in (1, 30, 3000):
         places = np.sort(rng.integers(0, manifest.PLACES, count))[::-1]
-        lengths = rng.integers(1, 100, count)
-        lengths[count // 2] = 40_000  # is cut into pieces
-        groups = tokens.chunks(lengths, 2000, places)
-        ends, token = np.cumsum(lengths), np.concatenate([[0], np.cumsum([sum(rows) for rows in groups])])
-        assert token[-1] == lengths.sum() and len(groups) > 19 and max(map(sum, groups)) <= 4000
-        greatest = tokens.greatest(groups, lengths, places)
-        first, last = np.searchsorted(ends, token[:-1], side="right"), np.searchsorted(ends, token[1:])
+        ranges = tokens.ranges(rng.integers(1, 100, count), places, 2000)
+        assert [i for a, b in ranges for i in range(a, b)] == list(range(count))
         for part in (0.0001, 0.002, 0.01, 0.02, 0.05, 0.1, 0.5):
-            assert np.array_equal(places[first] < part * manifest.PLACES, places[last] < part * manifest.PLACES)
-        for a, b, most in zip(first, last, greatest, strict=True):
-            assert most >= places[a : b + 1].max()
-        pieces = [g for g, (a, b) in enumerate(zip(first, last, strict=True)) if a <= count // 2 <= b]
-        assert len(pieces) > 15 and len({greatest[g] for g in pieces}) == 1, "a document that is cut is on one side"
+            sides = [set((places[a:b] < part * manifest.PLACES).tolist()) for a, b in ranges]
+            assert all(len(side) == 1 for side in sides)
 
 
 @pytest.mark.parametrize(
@@ -303,7 +295,7 @@ def test_no_chunk_is_longer_than_twice_the_target_and_no_token_is_lost(seed):
     target = int(rng.choice([1000, 1024, 4000, 50_000]))
     lengths = rng.integers(1, target // 4, 60)
     lengths[rng.choice(60, 3, replace=False)] = rng.integers(2 * target, 9 * target, 3)
-    groups = tokens.chunks(lengths, target)
+    groups = [rows for rows, _ in tokens.chunks(lengths, target)]
     assert max(map(sum, groups)) <= 2 * target and min(min(g) for g in groups) > 0
     assert sum(map(sum, groups)) == lengths.sum()
     whole = [int(lengths[a:b].sum()) for a, b in tokens.cut(lengths, target)]
@@ -311,6 +303,25 @@ def test_no_chunk_is_longer_than_twice_the_target_and_no_token_is_lost(seed):
     for length in (n for n in (2, 8, 16, 24, 30, 32, 48, 60, 64, 480, 1024, 1280, 3072) if tokens.piece(target) % n == 0):
         assert sum(sum(g) // length for g in groups) == sum(n // length for n in whole)
     assert tokens.piece(1_000_000) == 983_040 and all(983_040 % n == 0 for n in (2048, 8192, 65_536, 1536, 3072, 2560))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_document_is_held_out_in_part_even_one_that_is_cut(seed):
+    """Whatever fraction is held out: the documents of the chunks on both sides are others."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 400, 200)
+    lengths[rng.choice(200, 10, replace=False)] = rng.integers(3000, 9000, 10)
+    places = np.sort(rng.integers(0, manifest.PLACES, 200))[::-1]
+    made = tokens.chunks(lengths, 1000, places)
+    ends, begin, documents = np.cumsum(lengths), 0, []
+    for rows, _ in made:
+        inside = np.arange(begin, begin + sum(rows))
+        documents.append(set(np.searchsorted(ends, inside, side="right").tolist()))
+        begin += sum(rows)
+    for fraction in rng.random(200):
+        held = [bool(place < fraction * manifest.PLACES) for _, place in made]
+        sides = [set().union(*(d for d, h in zip(documents, held, strict=True) if h is side)) for side in (True, False)]
+        assert not sides[0] & sides[1]
 
 
 def test_chunks_of_usual_documents_are_what_they_always_were():

@@ -26,6 +26,7 @@ from heliostat.history import History
 from heliostat.storage import Location
 from heliostat.train import stored
 
+from tests.unit.build_index import index
 from tests.unit.test_dataset import LENGTH, make_dataset, make_plan, naive
 
 CUTS = (0, 3, 10, 11, 20, 23)  # where checkpoints were, and so where receipts begin and end; supersteps have two steps
@@ -87,15 +88,9 @@ class Run:
         self.file(end).write(json.dumps({**right, "data_digest": self.plan(first).digest, **changes}).encode())
 
     def checkpoint(self, step: int, data_digest: str | None = None, **receipt: Any) -> None:
-        index = {
-            "format": stored.FORMAT,
-            "step": step,
-            "shards": [],
-            "tensors": {},
-            "receipt": {"steps": step, "chain": self.chains[step], **receipt},
-            "data_digest": data_digest or self.plan(step - 1).digest,
-        }
-        stored.folder(self.location, step).join(stored.INDEX).write(stored.encode(index))
+        facts = {"steps": step, "chain": self.chains[step], **receipt}
+        made = index(step, receipt=facts, data_digest=data_digest or self.plan(step - 1).digest)
+        stored.folder(self.location, step).join(stored.INDEX).write(stored.encode(made))
 
     def difference(self) -> tuple[int, str]:
         """The first step that `verify` finds wrong, and what is wrong with it."""
@@ -331,7 +326,7 @@ def test_a_damaged_receipt_is_named(run):
     whole = run.file(10).read()
     for content in (whole[:50], b"[]", b"{}", b"\xff"):
         run.file(10).write(content)
-        with pytest.raises(VerifyError, match=r"receipts/step-00000010\.json: not a receipt, or damaged"):
+        with pytest.raises(VerifyError, match=r"receipts/step-00000010\.json: is no receipt, or damaged"):
             verify.verify(run.location)
 
 

@@ -23,7 +23,7 @@ ISSUE = "kill-worker,kill-node,hang,sigterm,s3-503,corrupt-shard,torn-checkpoint
 
 def chaos(
     job: Path,
-    faults: Annotated[str, typer.Option(help="Which, separated by commas; also kill-driver, restart-head")] = ISSUE,
+    faults: Annotated[str, typer.Option(help="Which, by commas; also kill-driver, kill-driver-late, restart-head")] = ISSUE,
     seed: Annotated[int, typer.Option(help="Of when and whom the faults strike")] = 0,
     rate: Annotated[float, typer.Option(min=0.01, max=0.9, help="s3-503: the share of requests that are refused")] = 0.2,
     setting: Annotated[list[str] | None, typer.Option("--set", help="Change a key: --set train.steps=100")] = None,

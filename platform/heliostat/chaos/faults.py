@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
@@ -34,6 +33,7 @@ from heliostat.train import stored
 
 SEEING_S = 120.0  # for a run to come upon the fault
 KEYS = {"AWS_ACCESS_KEY_ID": "chaos", "AWS_SECRET_ACCESS_KEY": "chaos", "AWS_EC2_METADATA_DISABLED": "true"}  # moto takes any
+MODEL = "heliostat-chaos"  # what is registered where a fault needs that
 ROOM_LEFT = 64 << 10  # bytes that a full disk still has: for a receipt, not for a checkpoint
 
 
@@ -43,13 +43,14 @@ class Scene:
 
     checked: Checked
     folder: Path
-    at: int  # the step at which the fault strikes
+    at: float  # the step at which the fault strikes, and how far into the next one
     rate: float
     random: random.Random
     stack: ExitStack  # of what is to be undone behind the run
     storage: Location
     tracking: str
     checkpoint_bytes: int  # of a checkpoint of the unbroken run
+    late_s: float  # how long the unbroken run took from its last step to its end
     name: str = ""
     tool: Any = None  # what `prepare` made for `strike`
     settings: dict[str, str] = field(default_factory=dict)
@@ -81,6 +82,7 @@ class Fault:
     notice: str = ""  # what the run's command says when it has seen it; else an attempt's end tells
     cured: str = ""  # and when it is over; else the next new step tells
     submitted_again: bool = False  # it ends the command
+    late: bool = False  # it strikes behind the last step
 
 
 # processes -----------------------------------------------------------------------------------------------------------
@@ -106,6 +108,22 @@ def sigterm(scene: Scene, command: Command) -> None:
 
 
 def kill_driver(scene: Scene, command: Command) -> None:
+    command.process.kill()
+
+
+def prepare_late(scene: Scene) -> None:
+    """The run registers its model, so that there is the more to do behind its last step."""
+    scene.settings["mlflow.register"] = MODEL
+
+
+def kill_driver_late(scene: Scene, command: Command) -> None:
+    """At any moment between the last checkpoint and the command's end, by as long as the unbroken run took for that."""
+    last = stored.folder(scene.run, scene.checked.job.last_step).join(stored.INDEX)
+    command.until(last.exists, SEEING_S, "the last checkpoint was written")
+    time.sleep(scene.random.uniform(0.0, scene.late_s))
+    if command.process.poll() is not None:
+        raise ChaosError("the run had come to its end before the fault's moment; try another --seed")
+    scene.struck = time.time()
     command.process.kill()
 
 
@@ -207,7 +225,7 @@ def prepare_corrupt_shard(scene: Scene) -> None:
         copy(source, place)
         scene.settings[f"data.sources.{i}.path"] = str(place)
     order = scene.checked.order
-    wanted = order.locate(order.step(scene.at).ravel()[:1])
+    wanted = order.locate(order.step(int(scene.at)).ravel()[:1])
     number, chunk = int(wanted.source[0]), int(wanted.chunk[0])
     row = scene.checked.manifests[number].chunks.slice(chunk, 1).to_pylist()[0]
     flip(scene.folder / f"data-{number}" / row["path"], row["row_group"])
@@ -229,8 +247,9 @@ def met_corrupt_shard(scene: Scene, command: Command) -> None:
 
 def torn_checkpoint(scene: Scene, command: Command) -> None:
     """The next checkpoint loses half of a shard as soon as it is complete, and a worker dies: the one before is needed."""
+    command.until(lambda: bool(whole_checkpoints(scene.run)), SEEING_S, "checkpoint was written")
     known = set(whole_checkpoints(scene.run))
-    command.until(lambda: bool(known and set(whole_checkpoints(scene.run)) - known), SEEING_S, "checkpoint was written")
+    command.until(lambda: bool(set(whole_checkpoints(scene.run)) - known), SEEING_S, "other checkpoint was written")
     newest = max(whole_checkpoints(scene.run))
     folder = Path(stored.folder(scene.run, newest).path)
     shard = max(folder.glob("*.safetensors"), key=lambda p: p.stat().st_size)
@@ -295,6 +314,8 @@ FAULTS = {
         Fault("sigterm", "the command gets SIGTERM, and is submitted again", sigterm, notice="SIGTERM: stopping",
               submitted_again=True),
         Fault("kill-driver", "the command's process is killed, and it is submitted again", kill_driver, submitted_again=True),
+        Fault("kill-driver-late", "the command's process is killed behind the last checkpoint, and it is submitted again",
+              kill_driver_late, prepare_late, submitted_again=True, late=True),
         Fault("restart-head", "the cluster's head dies and starts again, and the command is submitted again", restart_head,
               prepare_head, cannot_make_nodes, submitted_again=True),
         Fault("s3-503", "the object store refuses a share of the requests", s3_503, prepare_s3, no_s3),
@@ -313,7 +334,6 @@ def rng(seed: int, name: str) -> random.Random:
     return random.Random(f"{seed}:{name}")
 
 
-def when(random_: random.Random, steps: int, every: int) -> int:
-    """A step between the second checkpoint and the middle of the run."""
-    first = min(2 * every + 1, steps // 2)
-    return int(np.clip(random_.randint(first, max(first, steps // 2)), 1, steps - 1))
+def when(random_: random.Random, steps: int, every: int) -> float:
+    """Any moment of the run: a step, and how far into the next one; two checkpoints are still to come, for what needs them."""
+    return random_.uniform(1.0, max(2.0, steps - 2 * every - 1.0))

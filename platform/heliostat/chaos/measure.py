@@ -48,6 +48,14 @@ def recovered_s(found: Measured) -> float | None:
     return None if after is None else after - found.struck
 
 
+def pace_s(lines: Lines) -> float:
+    """Seconds a step, from what was said so far; 0 before there are two."""
+    steps = [(at, int(told[1])) for at, line in lines if (told := STEP.search(line))]
+    if len(steps) < 2 or steps[-1][1] <= steps[0][1]:
+        return 0.0
+    return (steps[-1][0] - steps[0][0]) / (steps[-1][1] - steps[0][1])
+
+
 def recomputed_steps(attempts: Iterable[Attempt]) -> int:
     """Steps that were reported, and made again by a later attempt."""
     ordered = sorted(attempts, key=lambda a: a.started)
@@ -90,3 +98,8 @@ def problems(row: dict[str, Any], report: dict[str, Any], curve: list[int], step
     if not math.isfinite(row["loss_difference"]):
         found.append("its last loss is not finite")
     return found
+
+
+def unregistered(versions: int, expected: bool) -> list[str]:
+    """What is wrong with the versions that a run has registered: one, where one was expected."""
+    return [] if versions == int(expected) else [f"its model was registered {versions} times"]

@@ -38,6 +38,7 @@ RUN_S = 1800.0  # the longest that one run may take
 class Unbroken:
     loss: float
     checkpoint_bytes: int
+    late_s: float  # from its last step to its end
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def chaos(
     if job.train.steps < 4 * job.checkpoint.every:
         raise ConfigError(
             f"checkpoint.every: {job.checkpoint.every} gives fewer than four checkpoints in {job.train.steps} steps, too few to "
-            f"break the run between two; set it to {max(1, job.train.steps // 8)}"
+            f"break the run among them; set it to {max(1, job.train.steps // 8)}"
         )
     for fault in faults:
         if reason := fault.unable(job):
@@ -118,7 +119,8 @@ def _unbroken(it: Chaos) -> Unbroken:
         result = command.result()
     run = Location(str(it.work / "runs")).join(name)
     sizes = [sum(size for _, size in stored.folder(run, step).files()) for step in stored.steps(run)]
-    return Unbroken(result["train_loss"], max(sizes))
+    late = [a.parts.get("idle", 0.0) + a.seen - a.known for a in goodput.read(run) if a.outcome == "finished"]
+    return Unbroken(result["train_loss"], max(sizes), max(late))
 
 
 def _broken(it: Chaos, fault: Fault, whole: Unbroken) -> tuple[dict[str, Any], list[str]]:
@@ -129,13 +131,15 @@ def _broken(it: Chaos, fault: Fault, whole: Unbroken) -> tuple[dict[str, Any], l
     at = when(random_, job.train.steps, job.checkpoint.every)
     with ExitStack() as stack:
         scene = Scene(it.checked, folder, at, it.rate, random_, stack, Location(str(it.work / "runs")), it.tracking,
-                      whole.checkpoint_bytes, fault.name)  # fmt: skip
+                      whole.checkpoint_bytes, whole.late_s, fault.name)  # fmt: skip
         scene.tool = fault.prepare(scene)
         log_file = it.work / f"{fault.name}.log"
         log_file.unlink(missing_ok=True)
         arguments = [*it.arguments(fault.name, scene.settings), "--overwrite"]
         command = stack.enter_context(Command(arguments, log_file, scene.environment))
-        command.until(lambda: command.step >= at, RUN_S, f"step {at}")
+        last = job.last_step if fault.late else int(at)
+        command.until(lambda: command.step >= last, RUN_S, f"step {last}")
+        time.sleep(0.0 if fault.late else at % 1 * measure.pace_s(command.lines))
         scene.struck = scene.struck or time.time()
         fault.strike(scene, command)
         code = command.wait(RUN_S)
@@ -143,6 +147,7 @@ def _broken(it: Chaos, fault: Fault, whole: Unbroken) -> tuple[dict[str, Any], l
             command.arguments = [*arguments[:-1], "--resume"]
             command.start()
             code = command.wait(RUN_S)
+            scene.cured = time.time() if fault.late else None  # no step is left to make
         if code:
             raise ChaosError(f"the run ended with exit code {code}: {command.last_words()}; see {command.log}")
         return _compare(it, fault, scene, command, whole)
@@ -157,7 +162,8 @@ def _compare(it: Chaos, fault: Fault, scene: Scene, command: Command, whole: Unb
     cured = scene.cured or (command.heard(fault.cured, scene.struck) if fault.cured else None)
     found = Measured(scene.struck, seen, cured, command.lines, attempts)
     row = measure.row(fault.name, found, report, result["train_loss"], whole.loss, goodput.report(attempts)["goodput"])
-    return row, measure.problems(row, report, _logged(it.tracking, result["run_id"]), it.checked.job.train.steps)
+    faulty = measure.problems(row, report, _logged(it.tracking, result["run_id"]), it.checked.job.train.steps)
+    return row, faulty + measure.unregistered(_registered(it.tracking, result["run_id"]), fault.late)
 
 
 def _logged(tracking: str, run_id: str) -> list[int]:
@@ -165,3 +171,10 @@ def _logged(tracking: str, run_id: str) -> list[int]:
     from mlflow import MlflowClient
 
     return sorted(m.step for m in MlflowClient(tracking_uri=tracking).get_metric_history(run_id, "train/loss"))
+
+
+def _registered(tracking: str, run_id: str) -> int:
+    """How many versions of a model the run has registered."""
+    from mlflow import MlflowClient
+
+    return len(MlflowClient(tracking_uri=tracking).search_model_versions(f"run_id = '{run_id}'"))

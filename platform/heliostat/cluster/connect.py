@@ -21,7 +21,10 @@ import psutil
 import ray
 
 from heliostat import workspace
-from heliostat.cluster import private
+from heliostat.check import require_gpus
+from heliostat.cluster import private, start
+
+log = logging.getLogger(__name__)
 
 # workers share the cores, so none may start a thread a core
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -75,10 +78,13 @@ def connect(cpus: int, gpus: int = 0, verbose: bool = False) -> None:
         return
     options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(address="auto", **options)
+        start.init(address="auto", **options)
+        if ray.available_resources().get("CPU", 0.0) < 1:
+            log.warning("none of the cluster's %g CPUs is free; its tasks wait for one", ray.cluster_resources().get("CPU", 0.0))
         return
+    gpus = min(gpus, require_gpus(gpus)) if gpus else 0  # Ray would hand out as many as it is told of
     with _confined(gpus):
-        ray.init(
+        start.init(
             address="local",  # never what another user says in /tmp/ray that runs here
             num_cpus=cpus,
             num_gpus=gpus or None,

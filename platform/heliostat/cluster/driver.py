@@ -27,11 +27,11 @@ from typing import Any
 import psutil
 import yaml
 
-from heliostat import workspace
+from heliostat import schema, workspace
 from heliostat.cluster import http
 from heliostat.cluster.again import Again
 from heliostat.cluster.logs import LogCopy
-from heliostat.errors import HeliostatError, TrainingError
+from heliostat.errors import ConfigError, HeliostatError, TrainingError
 from heliostat.redact import Formatter, excepthook
 from heliostat.spec import Retries
 from heliostat.storage import Location
@@ -45,11 +45,15 @@ ENDS = "ends"  # in the metadata of the note: the attempt
 
 class Driver:
     def __init__(self, job: Path, sweep: Path | None, attempt: str, flags: list[str]) -> None:
-        raw = yaml.safe_load(job.read_text())
+        raw = schema.read_yaml(job)
+        for key in ("name", "storage"):
+            if not isinstance(raw.get(key), str):
+                raise ConfigError(f"{job}: {key}: {raw.get(key)!r} is none; see docs/job.md")
         self.name, self.attempt = yaml.safe_load(sweep.read_text())["name"] if sweep else raw["name"], attempt
         self.run_folder = Location(raw["storage"]).absolute(workspace.root()).join(self.name)
         self.folder = self.run_folder.join("logs")
-        self.again = Again(self.run_folder, Retries.model_validate(raw.get("retries") or {}), sweep is not None)
+        retries = schema.validate(Retries, raw.get("retries") or {}, f"{job}: retries")
+        self.again = Again(self.run_folder, retries, sweep is not None)
         what = ["tune", str(sweep)] if sweep else ["train", str(job)]
         self.command, self.flags = [sys.executable, "-m", "heliostat", *what], flags
         self.stopping = threading.Event()
@@ -77,26 +81,32 @@ class Driver:
         while True:
             pid, code = self._child()
             how = "" if self.stopping.is_set() else self.again.died(pid, code)
-            if not how or not self._starts_again(pid, how):
-                return code if code >= 0 else 128 - code
+            if how and self._starts_again(pid, how):
+                continue
+            if how:
+                self._settle(how)
+            return code if code >= 0 else 128 - code
 
     def _starts_again(self, pid: int, how: str) -> bool:
         """Waits until the dead child's successor is to start; False if there is to be none."""
         try:
             wait = self.again.wait_s(how)
         except TrainingError as e:
-            from heliostat.track.settle import settle_folder
-
             self._say(str(e))
-            try:
-                settle_folder(self.run_folder, how)
-            except (HeliostatError, OSError) as unsettled:
-                log.warning("storage: %s", unsettled)
             return False
         retry = f"retry {self.again.budget.used} of {self.again.budget.retries.max}"
         self._say(f"the driver died without a word, {how}: starting it again in {wait:.0f} s ({retry})")
         self.flags = self.again.flags(self.flags, pid)
         return not self.stopping.wait(wait)
+
+    def _settle(self, how: str) -> None:
+        """Tells MLflow that the run is over, which its dead driver could not."""
+        from heliostat.track.settle import settle_folder
+
+        try:
+            settle_folder(self.run_folder, how)
+        except Exception as e:  # noqa: BLE001 (whatever MLflow raises: the next command that sees the run tells it)
+            log.warning("MLflow was not told that the run is over: %s", e)
 
     def _child(self) -> tuple[int, int]:
         """The command, once, to its end: its process's number, and exit code."""
@@ -138,7 +148,7 @@ class Driver:
         """Whether the driver is not to wait for a checkpoint."""
         try:
             jobs = http.get(f"{self.jobs_url()}/api/jobs/", http.own_token())[1] or []
-        except (OSError, RuntimeError, ValueError) as e:
+        except Exception as e:  # noqa: BLE001 (whatever Ray raises: the driver waits on)
             log.warning("whether to end now cannot be seen: %s", e)
             return False
         return any((j.get("metadata") or {}).get(ENDS) == self.attempt for j in jobs)
@@ -194,7 +204,11 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     sys.excepthook = excepthook
     sweep = given.sweep and given.sweep.absolute()
-    return Driver(given.job.absolute(), sweep, given.attempt, given.flag).run(given.queue)
+    try:
+        return Driver(given.job.absolute(), sweep, given.attempt, given.flag).run(given.queue)
+    except HeliostatError as e:
+        log.error(e)
+        return e.exit_code
 
 
 if __name__ == "__main__":

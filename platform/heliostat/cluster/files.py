@@ -12,11 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from heliostat import workspace
 from heliostat.errors import ConfigError
-from heliostat.schema import nearest
+from heliostat.schema import documents
 
 ACCELERATOR = "ray.io/accelerator-type"  # Ray's own label of a node's GPU
 GPU_RESOURCES = ("nvidia.com/gpu", "amd.com/gpu")
@@ -110,15 +108,7 @@ def read(path: Path) -> ClusterFile:
 
 
 def _documents(path: Path) -> list[dict[str, Any]]:
-    try:
-        found = [d for d in yaml.safe_load_all(path.read_text(encoding="utf-8")) if d is not None]
-    except FileNotFoundError as e:
-        near = nearest(path.name, [p.name for p in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else ""
-        raise ConfigError(f"{path}: no such file{near}") from e
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{path}: cannot be read ({e})") from e
-    except yaml.YAMLError as e:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from e
+    found = documents(path)
     if not found or not all(isinstance(d, dict) for d in found):
         raise ConfigError(f"{path}: must hold mappings of keys to values")
     return found

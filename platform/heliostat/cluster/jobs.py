@@ -29,6 +29,7 @@ from heliostat.cluster.driver import ENDS
 from heliostat.cluster.reach import Endpoint
 from heliostat.errors import ClusterError, ConfigError, HeliostatError
 from heliostat.goodput import Attempt
+from heliostat.records import Format, closed
 from heliostat.redact import carries_secret
 from heliostat.spec import Job
 from heliostat.storage import Location
@@ -56,6 +57,7 @@ PASSED = (
 )
 
 
+@closed
 @dataclass(frozen=True)
 class Record:
     """What this workspace remembers of a submission. `cluster`: what the person named; `job`: the whole job, resolved; `sweep`:
@@ -85,7 +87,7 @@ class Record:
     @staticmethod
     def read(job_id: str) -> Record | None:
         try:
-            return Record(**json.loads(Record.place(job_id).read_text()))
+            return SUBMITTED.read(Record.place(job_id))
         except FileNotFoundError:
             return None
 
@@ -93,6 +95,9 @@ class Record:
         place = Record.place(self.id)
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(json.dumps(asdict(self), indent=2))
+
+
+SUBMITTED = Format(Record, "record of a submission", ConfigError, fix="delete it, and give --cluster")
 
 
 class Jobs:

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -28,6 +28,7 @@ from heliostat.cluster import http, private, processes
 from heliostat.cluster.files import ClusterFile
 from heliostat.cluster.processes import MARK, Node
 from heliostat.errors import ClusterError, ConfigError
+from heliostat.records import Format
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,9 @@ class State:
         (self.folder / "state.json").write_text(json.dumps(asdict(self), indent=2))
 
 
+STATE = Format(State, "record of a local cluster", ConfigError, fix="end its processes, and delete its folder")
+
+
 def home() -> Path:
     return workspace.root() / ".heliostat" / "clusters"
 
@@ -66,13 +70,12 @@ def home() -> Path:
 def read(name: str) -> State | None:
     place = home() / workspace.check_name("the cluster's name", name) / "state.json"
     try:
-        raw = json.loads(place.read_text())
+        state = STATE.read(place)
     except FileNotFoundError:
         return None
-    state = State(**{**raw, "name": name, "nodes": [Node(**n) for n in raw["nodes"]]})
     if any(Path(n.folder).parent.name != _node_folder(name, 0).parent.name for n in state.nodes):  # `down` removes what it names
         raise ConfigError(f"{place}: names folders that are not this cluster's; was it copied here? Remove it")
-    return state
+    return replace(state, name=name)
 
 
 def known() -> list[State]:

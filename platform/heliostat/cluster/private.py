@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -59,8 +60,19 @@ def ours(url: str) -> bool:
     parts = urllib.parse.urlsplit(url)
     host = {"localhost": "127.0.0.1"}.get(parts.hostname or "", parts.hostname)
     try:
-        there = [c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr.port == parts.port]
-        found = [c.pid for c in there if c.laddr.ip.removeprefix("::ffff:") in (host, *WILDCARDS)]
+        found = [pid for ip, pid in _listeners(parts.port) if ip.removeprefix("::ffff:") in (host, *WILDCARDS)]
         return bool(found) and all(pid is not None and psutil.Process(pid).uids().effective == os.getuid() for pid in found)
     except psutil.Error:
         return False
+
+
+def _listeners(port: int | None) -> list[tuple[str, int | None]]:
+    """The addresses where a port is listened at, and by which process, if that may be known."""
+    try:
+        there = [(c, c.pid) for c in psutil.net_connections("tcp")]
+    except psutil.AccessDenied:  # as on macOS, where only those of this user's own processes can be seen
+        there = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                there += [(c, process.pid) for c in process.net_connections("tcp")]
+    return [(c.laddr.ip, pid) for c, pid in there if c.status == psutil.CONN_LISTEN and c.laddr.port == port]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import re
 import shutil
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from heliostat import schema, workspace
 from heliostat.cluster import files, http, local, private
 from heliostat.cluster.files import ClusterFile
 from heliostat.errors import ClusterError, ConfigError
@@ -43,9 +45,10 @@ def endpoint(target: str | None) -> Iterator[Endpoint]:
             have = f"there are {', '.join(s.name for s in states)}" if states else "none runs here"
             raise ConfigError(f"--cluster: say which ({have}); a cluster file, an address, or a name of `heliostat cluster list`")
         target = states[0].name
-    if state := local.read(target) if "/" not in target and not target.endswith((".yaml", ".yml")) else None:
+    file = target.endswith((".yaml", ".yml"))
+    if state := local.read(target) if workspace.NAME.fullmatch(target) and not file else None:
         yield _local(state, files.read(Path(state.file)) if Path(state.file).is_file() else None)
-    elif target.endswith((".yaml", ".yml")):
+    elif file:
         cluster = files.read(Path(target))
         if cluster.local:
             if not (state := local.read(cluster.name)):
@@ -66,6 +69,12 @@ def endpoint(target: str | None) -> Iterator[Endpoint]:
         if carries_secret(target if "://" in target else f"http://{target}"):
             raise ConfigError("--cluster: the address must not carry a token; set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH")
         url = target if target.startswith(("http://", "https://")) else f"http://{target}"
+        if url != target and not re.fullmatch(r"(?:[^/:@]+|\[[0-9a-fA-F:]+\]):\d+/?", target):
+            names = [s.name for s in local.known()]
+            raise ConfigError(
+                f"--cluster: {target!r} is no local cluster that runs{schema.nearest(target, names)}, no cluster file "
+                "(FILE.yaml) and no address (HOST:PORT or http://HOST:PORT)"
+            )
         here = any(url.startswith(f"http://{host}") for host in ("127.", "localhost"))
         if state := next((s for s in local.known() if s.url == url.rstrip("/")), None):
             yield _local(state, None)

@@ -20,6 +20,7 @@ from heliostat.data.manifest import Manifest
 from heliostat.data.order import Samples
 from heliostat.errors import DataError
 from heliostat.storage import Location
+from heliostat.text import brief
 
 READERS = 8  # threads: a window's chunks are read at once, because object storage answers slowly but in parallel
 
@@ -44,7 +45,7 @@ class Chunks:
         self._paths = [s.chunks["path"] for s in sources]
         self._groups = [s.chunks["row_group"].to_numpy() for s in sources]
         self._footers = [s.chunks["footer"] for s in sources]
-        self._contents = [s.chunks["content"] if "content" in s.chunks.column_names else None for s in sources]
+        self._contents = [s.chunks["content"] for s in sources]
         self._sizes = [s.chunks["tokens" if length else "rows"].to_numpy() for s in sources]
         self._vocabulary = [int(s.meta.get("vocab_size", np.iinfo(np.int32).max)) for s in sources]
 
@@ -77,19 +78,18 @@ class Chunks:
             parts = list(pool.map(fill, members))
         return Gathered(_arrange(parts, members) if tokens is None else tokens, faults)
 
-    def file(self, source: int, chunk: int) -> Location:
+    def shard(self, source: int, chunk: int) -> Location:
         """The file that a chunk is in."""
         return self.sources[source].location.join(self._paths[source][chunk].as_py())
 
     def place(self, source: int, chunk: int) -> str:
-        return f"{self.file(source, chunk)}: row group {self._groups[source][chunk]}"
+        return f"{self.shard(source, chunk)}: row group {self._groups[source][chunk]}"
 
     def read(self, source: int, chunk: int) -> Content:
         """All samples of a chunk; DamagedError says what is wrong with it."""
-        location, place, length = self.file(source, chunk), self.place(source, chunk), self.length
+        location, place, length = self.shard(source, chunk), self.place(source, chunk), self.length
         group, footer = int(self._groups[source][chunk]), self._footers[source][chunk].as_py()
-        contents = self._contents[source]
-        content = contents[chunk].as_py() if contents is not None else ""
+        content = self._contents[source][chunk].as_py()
 
         def get() -> pa.Table:
             with location.fs.open_input_file(location.path) as f:
@@ -101,7 +101,7 @@ class Chunks:
         except FileNotFoundError as e:
             raise DataError(f"{location}: the shard is missing; put it back, or prepare the dataset again") from e
         except (pa.ArrowException, OSError, IndexError, KeyError, ValueError) as e:
-            raise DamagedError(f"{place}: cannot be read ({str(e).splitlines()[0]})") from e
+            raise DamagedError(f"{place}: cannot be read ({brief(e)})") from e
         if len(found) != (expected := self._sizes[source][chunk]):
             raise DamagedError(f"{place}: has {len(found)} {'tokens' if length else 'rows'}, not {expected}")
         return found[: len(found) // length * length].reshape(-1, length) if length else found

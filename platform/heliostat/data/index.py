@@ -50,7 +50,7 @@ def index(location: Location) -> Report:
     start = time.monotonic()
     before = manifest.read(location)
     sizes = {f"{SHARDS}/{path}": size for path, size in location.join(SHARDS).files()}
-    listed = dict(zip(before.paths, before.chunks["file_bytes"].to_pylist(), strict=True))
+    listed = dict(zip(before.chunks["path"].to_pylist(), before.chunks["file_bytes"].to_pylist(), strict=True))
     _check_listed(location, listed, sizes)
     found = {p for p in sizes if p not in listed and p.count("/") == 1 and p.endswith(".parquet")}
     new = sorted(found - _of_replaced(location)) if found else []
@@ -71,7 +71,7 @@ def index(location: Location) -> Report:
 
 def _of_replaced(location: Location) -> set[str]:
     """The shards of every version that is kept: those that the newest does not list were there before it was prepared."""
-    return {path for version in versions.all_versions(location).values() for path in version.paths}
+    return {path for version in versions.all_versions(location).values() for path in version.chunks["path"].to_pylist()}
 
 
 def _check_listed(location: Location, listed: dict[str, int], sizes: dict[str, int]) -> None:
@@ -92,10 +92,10 @@ def _extend(before: Manifest, paths: list[str]) -> Manifest:
     for path, rows in zip(paths, found, strict=True):
         if not rows:
             raise DataError(f"{before.location.join(path)}: holds no row group; take it away")
-    schema = manifest.schema_of(before.chunks.column_names)  # no data is read: content stays unknown
-    added = pa.Table.from_pylist([{**manifest.UNKNOWN, **row} for rows in found for row in rows], schema=schema)
+    # no data is read: `content` stays unknown
+    added = pa.Table.from_pylist([{**manifest.LATER, **row} for rows in found for row in rows], schema=manifest.SCHEMA)
     manifest.keep(before)
-    chunks = pa.concat_tables([before.chunks.cast(schema), added])
+    chunks = pa.concat_tables([before.chunks.cast(manifest.SCHEMA), added])
     return manifest.write_table(before.location, chunks, _meta(before.meta, added))
 
 

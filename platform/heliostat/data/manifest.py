@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,9 +24,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from heliostat.data import mapped, shard
+from heliostat.data import mapped, shard, soundness
 from heliostat.errors import DataError
 from heliostat.storage import Location
+from heliostat.text import brief
 
 FILE = "manifest.parquet"
 VERSIONS = "manifests"
@@ -43,16 +43,12 @@ SCHEMA = pa.schema(
         ("bytes", pa.int64()),  # compressed, of the row group
         ("file_bytes", pa.int64()),
         ("footer", pa.string()),  # hex digest of the file's Parquet footer
+        ("place", pa.int64()),  # the greatest of its documents' places, of PLACES; -1: not known
+        ("content", pa.string()),  # hex digest of the chunk's stored bytes; "": not known
     ]
 )
-# columns that came later, which a dataset has or has not
-LATER = pa.schema(
-    [
-        ("content", pa.string()),  # hex digest of the chunk's stored bytes, "" if unknown
-        ("place", pa.int64()),  # the greatest of its documents' places, of PLACES; -1 if unknown
-    ]
-)
-UNKNOWN = {"content": "", "place": -1}
+# columns that came later, each with the value that says that it is not known: a column of nothing else is left out of the digest
+LATER: dict[str, Any] = {"place": -1, "content": ""}
 PLACES = 1 << 52  # a document's place is its text's hash, counted from the end: the split holds out those below a fraction
 PLACES_KEY = b"heliostat.places"  # in a shard's footer: of each row group
 SLICE = 1 << 16  # rows that are looked at together, where all would take much memory
@@ -65,6 +61,12 @@ class Manifest:
     location: Location
     chunks: pa.Table
     meta: dict[str, Any] = field(default_factory=dict)
+
+    def fact(self, name: str) -> Any:
+        """What the metadata must say for this dataset to be used so; DataError if it does not."""
+        if self.meta.get(name) is None:
+            raise DataError(f"{self.location}: its manifest does not say its {name!r}; prepare the dataset again")
+        return self.meta[name]
 
     @property
     def kind(self) -> str:
@@ -89,15 +91,8 @@ class Manifest:
         return kept if kept.exists() else self.location.join(name)
 
     @property
-    def paths(self) -> list[str]:
-        """Of each chunk's shard."""
-        return self.chunks["path"].cast(pa.string()).to_pylist()
-
-    @property
     def places(self) -> np.ndarray:
-        """Of each chunk, int64; -1 if unknown."""
-        if "place" not in self.chunks.column_names:
-            return np.full(len(self.chunks), UNKNOWN["place"])
+        """Of each chunk, int64; -1: not known."""
         return self.chunks["place"].to_numpy()
 
     @property
@@ -112,8 +107,12 @@ class Manifest:
 def digest(chunks: pa.Table, meta: dict[str, Any]) -> str:
     """64 hex digits over the chunk rows and `meta` (without its own digest), independent of Parquet encoding."""
     h = hashlib.sha256(json.dumps({k: v for k, v in meta.items() if k != "digest"}, sort_keys=True).encode())
-    for column in schema_of(chunks.column_names):
+    for column in SCHEMA:
         values = chunks[column.name]
+        if column.name in LATER:
+            values = values.fill_null(LATER[column.name])
+            if pc.all(pc.equal(values, LATER[column.name])).as_py():
+                continue
         for start in range(0, len(values), SLICE):
             part = values.slice(start, SLICE)
             if column.type == pa.string():
@@ -122,11 +121,6 @@ def digest(chunks: pa.Table, meta: dict[str, Any]) -> str:
             else:
                 h.update(part.to_numpy().astype("<i8").tobytes())
     return h.hexdigest()
-
-
-def schema_of(names: Iterable[str]) -> pa.Schema:
-    """Of a manifest that has columns of these names: all of SCHEMA, and those of LATER that it has."""
-    return pa.schema([*SCHEMA, *(field for field in LATER if field.name in set(names))])
 
 
 def place(hash: str) -> int:
@@ -152,9 +146,10 @@ def read_footer(location: Location, path: str, token_column: str | None, vocab_s
     except FileNotFoundError as e:
         raise DataError(f"{place}: the shard is missing") from e
     except (pa.ArrowException, OSError, ValueError) as e:
-        raise DataError(f"{place}: not a readable Parquet file ({e})") from e
+        raise DataError(f"{place}: not a readable Parquet file ({brief(e)})") from e
     if token_column:
         _check_tokens(place, parquet, [i for i, name in enumerate(names) if name == token_column], token_column, vocab_size)
+    places = _places(parquet)
     rows = []
     for group in range(parquet.num_row_groups):
         info = parquet.row_group(group)
@@ -168,20 +163,21 @@ def read_footer(location: Location, path: str, token_column: str | None, vocab_s
                 "bytes": sum(c.total_compressed_size for c in columns),
                 "file_bytes": footer.size,
                 "footer": footer.digest,
+                "place": places[group],
             }
         )
-    places = _places(parquet)
-    return [{**row, "place": most} for row, most in zip(rows, places, strict=True)] if places else rows
+    return rows
 
 
 def _places(parquet: pq.FileMetaData) -> list[int]:
-    """Of each row group, if the footer has them and has them of just these row groups."""
+    """Of each row group, as the footer has them; -1 where it does not, or not for these row groups."""
+    unknown = [-1] * parquet.num_row_groups
     try:
         found = json.loads((parquet.metadata or {}).get(PLACES_KEY, b"[]"))
     except ValueError:
-        return []
-    right = isinstance(found, list) and len(found) == parquet.num_row_groups
-    return found if right and all(type(p) is int and 0 <= p < PLACES for p in found) else []
+        return unknown
+    right = isinstance(found, list) and len(found) == len(unknown) and all(type(p) is int and 0 <= p < PLACES for p in found)
+    return found if right else unknown
 
 
 def _check_tokens(place: Location, parquet: pq.FileMetaData, columns: list[int], name: str, vocab_size: int | None) -> None:
@@ -206,14 +202,12 @@ def _check_tokens(place: Location, parquet: pq.FileMetaData, columns: list[int],
 
 def write(location: Location, rows: list[dict[str, Any]], meta: dict[str, Any]) -> Manifest:
     """Sorts the rows by path and row group, computes the digest and writes the manifest: the dataset now exists."""
-    names = set().union(*rows)
-    filled = [{**{name: unknown for name, unknown in UNKNOWN.items() if name in names}, **row} for row in rows]
-    return write_table(location, pa.Table.from_pylist(filled, schema=schema_of(names)), meta)
+    return write_table(location, pa.Table.from_pylist(rows, schema=SCHEMA), meta)
 
 
 def write_table(location: Location, chunks: pa.Table, meta: dict[str, Any]) -> Manifest:
     """`write` for rows that are a table already."""
-    chunks = _compact(chunks.sort_by([("path", "ascending"), ("row_group", "ascending")]))
+    chunks = _compact(_complete(chunks).cast(SCHEMA).sort_by([("path", "ascending"), ("row_group", "ascending")]))
     made = Manifest(location, chunks, {**meta, "digest": digest(chunks, meta)})
     keep(made)
     location.join(FILE).write(_encode(made))
@@ -225,6 +219,15 @@ def keep(version: Manifest) -> None:
     place = version.location.join(VERSIONS, version_name(version.digest))
     if not place.exists():
         place.write(_encode(version))
+
+
+def _complete(chunks: pa.Table) -> pa.Table:
+    """With all columns of SCHEMA, in its order, and `LATER`'s values where none is given."""
+    columns = {column.name: chunks[column.name] for column in SCHEMA if column.name not in LATER}
+    for name, unknown in LATER.items():
+        value = pa.scalar(unknown, SCHEMA.field(name).type)
+        columns[name] = chunks[name].fill_null(value) if name in chunks.column_names else pa.repeat(value, len(chunks))
+    return pa.table(columns)
 
 
 def _compact(chunks: pa.Table) -> pa.Table:
@@ -251,8 +254,7 @@ def read_version(location: Location, name: str) -> Manifest:
 
 def _encode(made: Manifest) -> bytes:
     buffer = io.BytesIO()
-    chunks = made.chunks.cast(schema_of(made.chunks.column_names))
-    chunks = chunks.replace_schema_metadata({"heliostat": json.dumps(made.meta)})
+    chunks = made.chunks.cast(SCHEMA).replace_schema_metadata({"heliostat": json.dumps(made.meta)})
     pq.write_table(chunks, buffer, compression="zstd")
     return buffer.getvalue()
 
@@ -296,10 +298,8 @@ def _read(location: Location, *parts: str) -> Manifest:
     try:
         table = pq.read_table(pa.BufferReader(raw), read_dictionary=["path", "footer"])
         meta = json.loads(table.schema.metadata[b"heliostat"])
-        chunks = table.replace_schema_metadata(None)
-        known = schema_of(chunks.column_names)
-        chunks = _compact(chunks.select(known.names))
-        if any(f.type != chunks.schema.field(f.name).type for f in known if f.name not in ("path", "footer")):
+        chunks = _compact(_complete(table.replace_schema_metadata(None)))
+        if any(f.type != chunks.schema.field(f.name).type for f in SCHEMA if f.type != pa.string()):
             raise ValueError("columns of other types")
         if any(column.null_count for column in chunks.columns):
             raise ValueError("values are missing")
@@ -310,6 +310,8 @@ def _read(location: Location, *parts: str) -> Manifest:
         raise DataError(f"{place}: does not match its own digest; prepare the dataset again")
     if outside is not None:
         raise DataError(f"{place}: names {outside!r}, which is not a place inside the dataset; do not use it")
+    if fault := soundness.fault(chunks, meta):
+        raise DataError(f"{place}: is no manifest of a dataset ({fault}); prepare the dataset again")
     return Manifest(location, chunks, meta)
 
 

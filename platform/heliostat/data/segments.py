@@ -7,9 +7,12 @@ steps after the one that a run resumes from is removed: they are made anew.
 
 from __future__ import annotations
 
+import itertools
 import json
 
+from heliostat.data import plans
 from heliostat.data.dataset import DataPlan
+from heliostat.errors import DataError
 from heliostat.storage import Location
 
 FOLDER = "segments"
@@ -28,9 +31,15 @@ def begin(run: Location, plan: DataPlan, step: int) -> None:
 def read(run: Location) -> list[DataPlan]:
     """Every plan that the run has followed, by the step at which it began to."""
     folder = run.join(FOLDER)
-    return [DataPlan.parse(json.loads(folder.join(path).read())) for path, _ in folder.files()]
+    found = [plans.read(folder.join(path)) for path, _ in folder.files()]
+    if any(a.begins >= b.begins for a, b in itertools.pairwise(found)):
+        raise DataError(f"{folder}: the data plans do not begin one after another, as their names say; one is not this run's")
+    return found
 
 
 def step_of(name: str) -> int:
-    """The step that a file of a run is named after."""
-    return int(name.removeprefix("step-").partition(".")[0])
+    """The step that a file of a run is named after; DataError for a file that is not named so."""
+    number = name.removeprefix("step-").partition(".")[0]
+    if not number.isdecimal():
+        raise DataError(f"{name}: is not named after a step, as step-00000100.json; take it out of the run's folder")
+    return int(number)

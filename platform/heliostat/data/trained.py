@@ -2,36 +2,55 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+from typing_extensions import TypedDict
 
-from heliostat.data import coverage, segments
+from heliostat.data import coverage, plans, segments
 from heliostat.data.coverage import Segment
-from heliostat.data.dataset import DataPlan, Dataset, open_dataset
+from heliostat.data.dataset import Dataset, open_dataset
 from heliostat.data.manifest import Manifest
+from heliostat.records import Format, Whole, open_
 from heliostat.storage import Location
 
+
+@open_
+class Place(TypedDict):
+    dataset: str
+    shard: str
+    row_group: Whole
+    row: Whole
+
+
+@open_
+class Replaced(Place):
+    """A line of `quarantine`'s lists."""
+
+    step: Whole
+    reason: str
+    replaced_by: Place
+
+
+REPLACED = Format(Replaced, "list of replaced samples")
 LISTED = 200  # ranges of shards, and replaced samples, that are written out
 
 
 def record(run: Location, steps: int) -> dict[str, Any]:
     """{steps, segments: [{first, end, digest, plan, sources}], replaced}, from the run's folder and its datasets' manifests."""
-    replaced = [line for name, _ in run.join("quarantine").files()
-                for line in run.join("quarantine", name).read().decode().splitlines()]  # fmt: skip
+    replaced = [bad for name, _ in run.join("quarantine").files() for bad in REPLACED.read_lines(run.join("quarantine", name))]
     return {
         "steps": steps,
         "segments": [_segment(s) for s in coverage.cut(segments.read(run), steps)],
-        "replaced": [json.loads(line) for line in replaced[:LISTED]],
+        "replaced": replaced[:LISTED],
         "replaced_count": len(replaced),
     }
 
 
 def parse(raw: dict[str, Any]) -> list[Segment]:
     """The segments of such a record."""
-    return [Segment(s["first"], s["end"], DataPlan.parse(s["plan"])) for s in raw["segments"]]
+    return [Segment(s["first"], s["end"], plans.build(s["plan"], "data.json")) for s in raw["segments"]]
 
 
 def _segment(segment: Segment) -> dict[str, Any]:

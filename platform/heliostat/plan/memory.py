@@ -53,8 +53,10 @@ def state(
     persistence: int = BUCKETS["stage3_param_persistence_threshold"],
     accumulates: bool = True,
     ema: bool = False,
+    sums_fp32: bool = True,
 ) -> State:
-    """What a worker holds between two steps. Gradients: at their largest, before the optimizer's step."""
+    """What a worker holds between two steps. Gradients: at their largest, before the optimizer's step; several micro-batches are
+    summed in fp32 (`sums_fp32`) or in the precision."""
     sizes = {n: math.prod(s) for n, s in shapes.items()}
     trained = sum(n for name, n in sizes.items() if name not in frozen)
     low = LOW[precision]
@@ -73,7 +75,9 @@ def state(
     else:
         weights = low * sum(sizes.values())
     gradients = low * (trained if stage == 1 else share)
-    if stage == 2 and accumulates:
+    if accumulates and sums_fp32 and low < 4 and not (offload_optimizer and stage < 3):
+        gradients = (low + 4) * trained if stage == 1 else 4 * share  # at stage 1 beside those of the micro-batch
+    elif stage == 2 and accumulates:
         gradients = low * _touched({n: s for n, s in shapes.items() if n not in frozen}, workers)
     masters, moments, host, disk = 4 * share * (1 + ema), 8 * share, 0, 0
     if offload_optimizer:  # the masters' gradients go there too, in fp32

@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import torch
 
-from heliostat import check
+from heliostat import check, spec
 from heliostat.cluster import files
 from heliostat.cluster.files import ClusterFile
 from heliostat.data import collection, manifest
@@ -154,6 +154,7 @@ class Planner:
             threshold,
             accumulation > 1,
             bool(train.ema),
+            spec.settle(job, None).train.accumulate == "fp32",
         )
         live = memory.working(model.parameters, model.layer, stage, precision, zero, self.gpu)
         per_sample = self.kept.checkpointed if train.activation_checkpointing else self.kept.kept

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from heliostat.errors import CorruptCheckpointError
+from heliostat.errors import CheckpointError
 from heliostat.storage import Location
 
 KIND = "heliostat.checkpoint"  # the logged models' type
@@ -37,7 +37,7 @@ class Checkpoints:
         for step in set(there) - self._settled:
             try:
                 index = stored.open_checkpoint(self.run, step).index
-            except CorruptCheckpointError:
+            except CheckpointError:
                 continue  # not complete yet, or never
             known = self._known.get(step)
             if known and known.tags.get(WRITTEN) != str(index["written"]):  # made again, after the run went back

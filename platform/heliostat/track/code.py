@@ -14,6 +14,7 @@ from importlib.metadata import distributions
 
 from heliostat import workspace
 from heliostat.cluster.pack import CODE_FILE
+from heliostat.records import Format
 from heliostat.track.diff import difference, git
 
 DIFF_BYTES = 1 << 20  # of a difference that is kept
@@ -54,12 +55,14 @@ class Source:
         return json.dumps(asdict(self))
 
 
+SOURCE = Format(Source, "record of the code that was submitted", fix="submit the job again")
+
+
 def source() -> Source:
     """The workspace as it is now."""
     sent = workspace.root() / CODE_FILE
     if sent.is_file():
-        raw = json.loads(sent.read_text())
-        return Source(raw["commit"], raw["diff"], tuple(raw["untracked"]), tuple(raw.get("left_out", ())))
+        return SOURCE.read(sent)
     root = workspace.root()
     commit = (git(root, "rev-parse", "HEAD") or "").strip()
     if not commit:

@@ -8,13 +8,55 @@ logs from there what MLflow lacks.
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, NotRequired
 
+from typing_extensions import TypedDict
+
+from heliostat.data.segments import step_of
+from heliostat.records import Format, Number, Whole, open_
 from heliostat.storage import Location
 from heliostat.track.points import Point, points
 
 FOLDER = "curves"
 MARK = "train/loss"  # of every step: how far MLflow's curves go
+
+
+@open_
+class Event(TypedDict):
+    kind: str
+    at: Number
+    step: NotRequired[Whole]
+    first: NotRequired[Whole]
+    loss: NotRequired[list[float]]
+    lr: NotRequired[list[float]]
+    grad_norm: NotRequired[list[float]]
+    seconds: NotRequired[Number]
+    tokens_per_second: NotRequired[float | None]
+    data_wait: NotRequired[float | None]
+    mfu: NotRequired[float | None]
+    bad_samples: NotRequired[float | None]
+    sources: NotRequired[dict[str, dict[str, float]]]
+    scores: NotRequired[dict[str, float | None]]
+    blocked_s: NotRequired[float]
+
+
+NEEDED = {
+    "steps": ("first", "loss", "lr", "grad_norm", "seconds"),
+    "evaluation": ("step", "scores"),
+    "checkpoint": ("step", "blocked_s"),
+}
+
+
+def _fault(events: list[Event]) -> str | None:
+    for number, event in enumerate(events):
+        if missing := [key for key in NEEDED.get(event["kind"], ()) if key not in event]:
+            return f"{number}: an event of kind {event['kind']!r} has no {missing[0]!r}"
+        if event["kind"] == "steps" and not len(event["loss"]) == len(event["lr"]) == len(event["grad_norm"]) > 0:
+            return f"{number}: its loss, lr and grad_norm are not of as many steps"
+    return None
+
+
+EVENTS = Format(list[Event], "list of a run's curves", check=_fault, fix="delete it to go without these steps' curves")
 
 
 def write(run: Location, done: int, events: list[dict[str, Any]]) -> None:
@@ -27,7 +69,7 @@ def missing(run: Location, known: dict[str, int]) -> list[Point]:
     """In order, all points of the files that end behind the last step that MLflow has."""
     folder, last, out = run.join(FOLDER), known.get(MARK, 0), list[Point]()
     for name, _ in folder.files():
-        if int(name.removeprefix("step-").partition(".")[0]) > last:
-            for event in json.loads(folder.join(name).read()):
+        if step_of(name) > last:
+            for event in EVENTS.read(folder.join(name)):
                 out += points({"sources": {}, **event})
     return out

@@ -25,6 +25,9 @@ def lineage(client: Any, uri: str, what: str) -> dict[str, Any]:
     """{model: the registered version or None, run: the run's node}; ConfigError for a name that leads to no run."""
     if re.fullmatch(r"[0-9a-f]{32}", what) or _is_folder(what):
         return {"model": None, "run": run_node(client, settle(client, store.find(client, what, uri)))}
+    if logged := re.fullmatch(r"models:/(m-[0-9a-f]{32})", what):  # a model that was not registered is its run's
+        made_by = client.get_logged_model(logged[1]).source_run_id
+        return {"model": None, "run": run_node(client, settle(client, store.find(client, made_by, uri)))}
     version = registry.find(client, what)
     if not version.run_id:
         raise ConfigError(f"{what}: was registered without a run, so nothing is known of where it comes from")

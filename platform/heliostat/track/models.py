@@ -18,6 +18,7 @@ from heliostat.errors import ConfigError, TrackingError
 from heliostat.recipe import Recipe
 from heliostat.spec import Job
 from heliostat.storage import Location
+from heliostat.text import brief
 from heliostat.track import card, registry
 from heliostat.track.checkpoints import KIND, STEP
 from heliostat.track.parents import parents
@@ -151,7 +152,7 @@ def _download(model: str, tracking_uri: str) -> Path:
             uri = f"models:/{whole[-1]}"
         folder = Path(mlflow.artifacts.download_artifacts(uri))
     except mlflow.exceptions.MlflowException as e:
-        raise ConfigError(f"{model}: not found in {tracking_uri} ({str(e).splitlines()[0]})") from e
+        raise ConfigError(f"{model}: not found in {tracking_uri} ({brief(e)})") from e
     return folder / "artifacts" / "model"
 
 

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import islice
 
+from heliostat.records import Format
 from heliostat.storage import Location
 from heliostat.track.points import SYSTEM, Point
 
@@ -23,6 +24,14 @@ LIMIT = 500_000  # points that may wait, some 100 MB; beyond it the oldest are g
 SYSTEM_LIMIT = 50_000  # the same of system metrics
 BATCH = 1000  # the most metrics that MLflow takes in one call
 HOPELESS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE")  # MLflow's codes for what it will never take
+
+
+WAITING = Format(
+    Point,
+    "list of points that wait for MLflow",
+    check=lambda point: None if 0 <= point.at < 2.0**36 and 0 <= point.step < 2**53 else "its time or its step is none",
+    fix="delete the file to go without them",
+)
 
 
 class Outbox:
@@ -40,7 +49,7 @@ class Outbox:
         if self._loaded:
             return
         try:
-            earlier = [Point(*json.loads(line)) for line in self._file.read().splitlines()]
+            earlier = WAITING.read_lines(self._file)
             self._kept = True
         except FileNotFoundError:
             earlier = []

@@ -24,7 +24,7 @@ from heliostat.track.record import read_json
 from heliostat.track.store import FOLDER
 
 FILE = "report.html"
-CURVES = ("train/loss", "eval/loss", "train/tokens_per_second", "train/lr", "train/grad_norm")
+CURVES = ("train/loss", "eval/loss", "train/router_loss", "train/tokens_per_second", "train/lr", "train/grad_norm")
 SPIKES = 20  # the newest, that are listed
 PICTURES, PICTURE_BYTES = 6, 2 << 20  # the newest, and the largest that is shown
 OUTCOMES = {"finished": "#31a354", "failed": "#de2d26", "interrupted": "#fd8d3c", "preempted": "#fdae6b", "resize": "#6baed6"}
@@ -117,6 +117,7 @@ def _charts(curves: dict[str, list[tuple[float, float]]]) -> list[str]:
 
     return [
         svg.lines("Loss", of("train/loss", "eval/loss")),
+        *([svg.lines("Router's loss of the experts", of("train/router_loss"))] if curves["train/router_loss"] else []),
         svg.lines("Throughput, tokens or samples a second", of("train/tokens_per_second")),
         svg.lines("Learning rate", of("train/lr")),
         svg.lines("Gradient norm", of("train/grad_norm")),

@@ -6,7 +6,6 @@ A folder that `heliostat export` wrote, or that a registered model holds, says i
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ def _parent(key: str, folder: Path) -> dict[str, Any]:
     origin: dict[str, Any] = {}
     record = folder / exports.RECORD
     if record.is_file():
-        raw = json.loads(record.read_text())
+        raw = exports.record(folder)
         card = raw["job"].get("card") or {}
         origin = {"name": raw["job"]["name"], "license": card.get("license"), **raw.get("origin", {})}
     return {

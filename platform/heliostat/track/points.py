@@ -34,7 +34,9 @@ def points(event: dict[str, Any]) -> list[Point]:
             when = at - each * (count - 1 - i)
             for key in ("loss", "lr", "grad_norm"):
                 out.append(Point(f"train/{key}", event[key][i], when, first + i + 1))
-        for key in ("tokens_per_second", "data_wait", "mfu", "bad_samples"):
+            for name, values in event.get("added", {}).items():  # not in the events of older runs
+                out.append(Point(f"train/{name}", values[i], when, first + i + 1))
+        for key in ("tokens_per_second", "data_wait", "mfu", "bad_samples", "skipped_steps", "loss_scale"):
             if event.get(key) is not None:
                 out.append(Point(f"train/{key}", event[key], at, first + count))
         for name, given in event["sources"].items():

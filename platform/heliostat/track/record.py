@@ -12,10 +12,14 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from pydantic import JsonValue
 
 from heliostat.data import trained
 from heliostat.data.manifest import Manifest
+from heliostat.errors import TrackingError
+from heliostat.records import Format
 from heliostat.spec import Job
 from heliostat.track import code
 from heliostat.track.checkpoints import Checkpoints
@@ -23,6 +27,8 @@ from heliostat.track.parents import parents
 from heliostat.track.points import SPIKE
 
 ATTEMPTS = "attempts.json"
+STARTS = Format(list[dict[str, Any]], "list of a run's starts", fix="delete it to begin another")
+ARTIFACT: Format[Any] = Format(cast(Any, JsonValue), "record in MLflow", TrackingError)
 SPIKES, SPIKES_SHOWN = "heliostat.spikes", 100  # tag: steps, comma-separated; the newest, of more
 PARENT_RUNS = "heliostat.parent_runs"  # tag: run ids, comma-separated
 
@@ -54,7 +60,7 @@ class Record:
         place = self.job.run_folder.join(ATTEMPTS)
         told = self._code() | {"cluster": os.environ.get("HELIOSTAT_CLUSTER", ""), "changes": self._changes()}
         entry = {k: event[k] for k in ("at", "start_step", "workers", "nodes")} | told
-        known = json.loads(place.read()) if place.exists() else []
+        known = STARTS.read(place) if place.exists() else []
         if entry["at"] not in [a["at"] for a in known]:
             known.append(entry)
             place.write(json.dumps(known).encode())
@@ -120,4 +126,4 @@ def read_json(client: Any, run_id: str, artifact: str) -> Any:
     if artifact not in {f.path for f in client.list_artifacts(run_id, folder)}:
         return None
     with tempfile.TemporaryDirectory(prefix="heliostat-") as local:
-        return json.loads(Path(client.download_artifacts(run_id, artifact, local)).read_text())
+        return ARTIFACT.parse(Path(client.download_artifacts(run_id, artifact, local)).read_bytes(), f"run {run_id}: {artifact}")

@@ -16,10 +16,13 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from heliostat.errors import ConfigError, HeliostatError
+from heliostat.errors import ConfigError, HeliostatError, TrackingError
+from heliostat.records import Format
+from heliostat.text import brief
 
 OPERATORS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
 HISTORY = "heliostat.history"  # tag of a version: a JSON list of what happened to it, oldest first
+EVENTS = Format(list[dict[str, Any]], "history of a model", TrackingError, fix="delete the tag to begin another")
 KEPT = 20  # entries of it
 
 
@@ -78,7 +81,7 @@ def find(client: Any, model: str) -> Any:
     try:
         return client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, version)
     except MlflowException as e:
-        raise ConfigError(f"{model}: no such version of a registered model ({str(e).splitlines()[0]})") from e
+        raise ConfigError(f"{model}: no such version of a registered model ({brief(e)})") from e
 
 
 def scores(client: Any, version: Any) -> tuple[dict[str, float], dict[str, str]]:
@@ -95,7 +98,8 @@ def scores(client: Any, version: Any) -> tuple[dict[str, float], dict[str, str]]
 
 
 def history(version: Any) -> list[dict[str, Any]]:
-    return json.loads(version.tags.get(HISTORY, "[]"))
+    where = f"models:/{version.name}/{version.version}: tag {HISTORY}"
+    return EVENTS.parse(version.tags.get(HISTORY, "[]").encode(), where)
 
 
 def record(client: Any, name: str, version: str, entry: dict[str, Any]) -> None:

@@ -19,12 +19,15 @@ from collections import deque
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
 
 from heliostat import goodput
 from heliostat.data.manifest import Manifest
 from heliostat.data.split import NEWEST
 from heliostat.errors import HeliostatError, TrackingError
+from heliostat.records import Format, open_
 from heliostat.spec import Job
 from heliostat.storage import Location
 from heliostat.track import code, curves, outbox, store
@@ -49,10 +52,22 @@ CLIENT = {
 }
 
 
+@open_
+class Made(TypedDict):
+    """`run_id` is there as soon as MLflow has the run."""
+
+    token: str
+    uri: str
+    run_id: NotRequired[str]
+
+
+MADE = Format(Made, "record of a run", fix="delete it, and the run goes on as another one in MLflow")
+
+
 def record(run: Location) -> dict[str, Any]:
     """What the run's folder knows of its MLflow run; empty for a new run."""
     try:
-        return json.loads(run.join(RECORD).read())
+        return dict(MADE.read(run.join(RECORD)))
     except FileNotFoundError:
         return {}
 
@@ -140,8 +155,8 @@ class RunOwner:
             log.error(told)
 
     def _away(self) -> str:
-        reason = str(self._fault or "no answer").strip().splitlines()[0]
-        return f"mlflow.uri: {self.job.mlflow.uri} did not take the run's metrics for {AWAY_S:.0f} s ({reason[:200]})"
+        reason = store.fault(self._fault) if self._fault else "no answer"
+        return f"mlflow.uri: {self.job.mlflow.uri} did not take the run's metrics for {AWAY_S:.0f} s ({reason})"
 
     # the writing thread ----------------------------------------------------------------------------------------------
 
@@ -219,8 +234,7 @@ class RunOwner:
     def _failed(self, error: Exception, box: outbox.Outbox) -> None:
         if self._fault is None:
             self._since = time.monotonic()
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            log.warning("MLflow does not answer: metrics are kept until it does, and training goes on (%s)", reason[:200])
+            log.warning("MLflow takes no metrics: they are kept until it does, and training goes on (%s)", store.fault(error))
         self._fault = error
         self._answers.clear()
         try:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from heliostat.errors import ConfigError, TrackingError
+from heliostat.text import brief
 from heliostat.track.points import Point
 
 NAME, FOLDER = "heliostat.name", "heliostat.run_folder"  # tags of every run that `heliostat train` makes
@@ -41,7 +42,17 @@ def asking(uri: str) -> Iterator[None]:
     try:
         yield
     except mlflow.exceptions.MlflowException as e:
-        raise TrackingError(f"MLflow at {uri}: {str(e).strip().splitlines()[0][:300]}") from e
+        raise TrackingError(f"MLflow at {uri}: {fault(e)}") from e
+
+
+def fault(error: object) -> str:
+    """What an error of MLflow's client comes to, in a line: which status the server answered with, and why; or why it did not."""
+    said = " ".join(re.sub("<[^>]*>", " ", str(error)).split())
+    if status := re.search(r"error code (\d{3})|too many (\d{3}) error responses", said):
+        body = re.search(r"[Rr]esponse body: '?(.+)", said)
+        return f"it answered {status[1] or status[2]}" + (f": {brief(body[1])}" if body else "")
+    cause = re.search(r"\(Caused by (.+)\)$", said)
+    return brief(cause[1] if cause else said or type(error).__name__)
 
 
 def experiments(client: Any, name: str | None = None) -> dict[str, str]:

@@ -7,7 +7,7 @@ for each chunk, and a whole chunk costs nothing more. Neighbouring blocks of a f
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,14 +78,17 @@ def _size(run: list[Block]) -> int:
     return run[-1].offset + run[-1].size - run[0].offset
 
 
-def read(file: pa.NativeFile, wanted: list[list[Block]]) -> tuple[int, Block | None]:
-    """Fills the targets; (bytes read, the first block that is not what was written)."""
+def read(
+    file: pa.NativeFile, wanted: list[list[Block]], progressed: Callable[[], None] = lambda: None
+) -> tuple[int, Block | None]:
+    """Fills the targets; (bytes read, the first block that is not what was written). Calls back after each request."""
     scratch, total = np.empty(RUN_BLOCKS * BLOCK, np.uint8), 0
     memory, source = scratch.data, torch.from_numpy(scratch)
     for run in wanted:
         size = _size(run)
         file.seek(run[0].offset)
         total += file.readinto(memory[:size])
+        progressed()
         for block in run:
             at = block.offset - run[0].offset
             if zlib.crc32(memory[at : at + block.size]) != block.crc32:

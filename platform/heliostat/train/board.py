@@ -94,7 +94,7 @@ Board = ray.remote(num_cpus=0)(State)
 def make() -> Any:
     """A board on this node: it must not die with a worker's."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    return Board.options(scheduling_strategy=here).remote()
 
 
 def queued_s() -> float:

@@ -4,8 +4,8 @@ A rank reads only the blocks that hold its slices, at any ZeRO stage and world s
 Nothing is ever unpickled.
 
 `Saver.save` returns at once where it follows the optimizer: the copy to host memory runs beside the next forward and backward
-pass, and only the next optimizer step waits for it. Writing and uploading run in the same background thread, whose failure is
-raised by the next call. At most one save is in flight: the next one waits for it.
+pass, and only the next optimizer step waits for it. Writing and uploading run in the same background thread; `failed` tells that
+it came to grief, and the next call raises why, on all workers. At most one save is in flight: the next one waits for it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -36,25 +37,32 @@ from heliostat.errors import CheckpointError, ConfigError, HeliostatError
 from heliostat.storage import Location
 from heliostat.train import blocks, tensorfile
 from heliostat.train.fragments import FlatShard
+from heliostat.train.frozen import Keeper
 from heliostat.train.lease import Fence
 from heliostat.train.retention import Pruner
-from heliostat.train.stored import FORMAT, INDEX, Checkpoint, encode, folder, latest, open_checkpoint, steps
+from heliostat.train.stored import FORMAT, FROZEN, INDEX, Checkpoint, encode, folder, latest, open_checkpoint, steps
+from heliostat.train.together import together
 
 __all__ = ["Checkpoint", "Saver", "folder", "latest", "load", "open_checkpoint", "steps"]
 
 
+PULSE_S = 1.0  # between two looks at a save that is waited for
+
 # loading -------------------------------------------------------------------------------------------------------------
 
 
-def load(checkpoint: Checkpoint, state: dict[str, torch.Tensor], group: Any) -> int:
-    """Fills this rank's slices; `state` comes from `fragments.state(engine, whole=True)`. Returns the bytes that it read.
+def load(
+    checkpoint: Checkpoint, state: dict[str, torch.Tensor], group: Any, progressed: Callable[[], None] = lambda: None
+) -> int:
+    """Fills this rank's slices; `state` comes from `fragments.state(engine, whole=True)`, and from `fragments.frozen` where the
+    checkpoint has those. Returns the bytes that it read; calls back after each request for some.
 
     What is stored is read as what it is, then cast to what the engine holds (`casts` tells what that rounds).
 
     All ranks call it together, and all of them raise if one does: CorruptCheckpointError if what is read is not what was
     written. The state is then useless.
     """
-    tensors = checkpoint.index["tensors"]
+    tensors = checkpoint.tensors
     missing = sorted(set(state) - set(tensors))
     wrong = [n for n in state if n not in missing and list(state[n].shape) != tensors[n]["shape"]]
     if missing or wrong:
@@ -65,13 +73,17 @@ def load(checkpoint: Checkpoint, state: dict[str, torch.Tensor], group: Any) -> 
         what = f"holds {odd!r} as {held[odd]}, and the model has it as {state[odd].dtype}"
         raise CheckpointError(f"{checkpoint.location}: {what}; it was made by another model")
     targets = {n: t if t.dtype == held[n] else _blank(t, held[n]) for n, t in state.items()}
-    reader = _Reader(checkpoint)
-    with _plain_errors(f"{checkpoint.location}: cannot be loaded"):
-        dcp.load(targets, storage_reader=reader, process_group=group)
+    total = 0
+    for source in (checkpoint, checkpoint.frozen):
+        if source and (own := {n: t for n, t in targets.items() if checkpoint.holder(n) is source}):
+            reader = _Reader(source, progressed)
+            with _plain_errors(f"{source.location}: cannot be loaded"):
+                dcp.load(own, storage_reader=reader, process_group=group)
+            total += reader.bytes_read
     for name, target in targets.items():
         if target is not state[name]:
             _local(state[name]).copy_(_local(target))
-    return reader.bytes_read
+    return total
 
 
 def casts(checkpoint: Checkpoint, state: dict[str, torch.Tensor]) -> str | None:
@@ -81,7 +93,7 @@ def casts(checkpoint: Checkpoint, state: dict[str, torch.Tensor]) -> str | None:
     """
     changed: dict[str, list[str]] = {}
     for name, tensor in state.items():
-        held = tensorfile.DTYPES[checkpoint.index["tensors"][name]["dtype"]]
+        held = tensorfile.DTYPES[checkpoint.tensors[name]["dtype"]]
         if torch.promote_types(held, tensor.dtype) != tensor.dtype:
             changed.setdefault(f"from {held} to {tensor.dtype}".replace("torch.", ""), []).append(name)
     parts = [f"{len(names)} tensors {how} ({names[0]}{', ...' * (len(names) > 1)})" for how, names in changed.items()]
@@ -117,8 +129,8 @@ def _plain_errors(what: str) -> Iterator[None]:
 class _Reader(StorageReader):
     """DCP's reader over `checkpoint.json`."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: Checkpoint, progressed: Callable[[], None]) -> None:
+        self.checkpoint, self.progressed = checkpoint, progressed
         self.bytes_read = 0
 
     @classmethod
@@ -158,7 +170,7 @@ class _Reader(StorageReader):
             targets.append((item, target, filled))
             first = item.storage_offsets[0] if len(item.storage_offsets) == 1 else 0
             wanted.append(self.checkpoint.slice(item.storage_index.fqn, self.places[item.storage_index], first, filled))
-        self.bytes_read = self.checkpoint.fill(wanted)
+        self.bytes_read = self.checkpoint.fill(wanted, self.progressed)
         for item, target, filled in targets:
             if filled is not target:
                 target.copy_(filled)
@@ -181,8 +193,11 @@ class _Writer(StorageWriter):
     What one rank fails at, all ranks raise, and `checkpoint.json` is not written. `fence`: of who saves, if others may.
     """
 
-    def __init__(self, target: Location, step: int, facts: dict[str, Any], fence: Fence | None = None) -> None:
-        self.target, self.step, self.facts, self.fence = target, step, facts, fence
+    def __init__(
+        self, target: Location, step: int | None, facts: dict[str, Any], wrote: Callable[[], None], fence: Fence | None
+    ) -> None:
+        """`wrote` is called for every block that is written, and for every window of an upload."""
+        self.target, self.step, self.facts, self.wrote, self.fence = target, step, facts, wrote, fence
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
@@ -214,7 +229,9 @@ class _Writer(StorageWriter):
             offsets, crc32 = list(item.tensor_data.chunk.offsets), list[int]()
             starts[name] = {"saved_offsets": offsets}
             chunks[name] = {"start": offsets[0] if len(offsets) == 1 else 0, "numel": tensor.numel(), "crc32": crc32}
-            entries.append(tensorfile.Entry(name, tensor.dtype, tuple(tensor.shape), partial(_checked, tensor, crc32)))
+            entries.append(
+                tensorfile.Entry(name, tensor.dtype, tuple(tensor.shape), partial(_checked, tensor, crc32, self.wrote))
+            )
         file = f"shard-{dist.get_rank():05d}.safetensors"
         # what torch's own HuggingFaceStorageReader needs to read the folder
         metadata = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(starts)}
@@ -222,7 +239,7 @@ class _Writer(StorageWriter):
             places = tensorfile.write(local / file, entries, metadata)
             shard = {"file": file, "bytes": (local / file).stat().st_size}
             if self.target.is_s3:
-                self.target.join(file).upload(local / file)
+                self.target.join(file).upload(local / file, self.wrote)
         told = [(shard, {**chunks[item.index.fqn], "offset": places[item.index.fqn]}) for item in plan.items]
         return _done([WriteResult(item.index, 0, data) for item, data in zip(plan.items, told, strict=True)])
 
@@ -242,11 +259,12 @@ class _Writer(StorageWriter):
         self.target.join(INDEX).write(encode(index))
 
 
-def _checked(tensor: torch.Tensor, crc32: list[int]) -> Iterator[memoryview]:
+def _checked(tensor: torch.Tensor, crc32: list[int], wrote: Callable[[], None]) -> Iterator[memoryview]:
     """The tensor's blocks, as they are written; the CRC-32 of each joins the list."""
     for block in blocks.cut(blocks.as_bytes(tensor)):
         crc32.append(zlib.crc32(block))
         yield block
+        wrote()
 
 
 @contextmanager
@@ -262,10 +280,20 @@ def _local_folder(target: Location) -> Iterator[Path]:
 class Saver:
     """Saves on behalf of one worker; every worker of the group must call `save` and `wait` in the same order."""
 
-    def __init__(self, run: Location, policy: spec.Checkpoint, group: Any, fence: Fence | None = None) -> None:
-        """`group`: a gloo process group that nothing else uses, because saving runs beside training."""
+    def __init__(
+        self,
+        run: Location,
+        policy: spec.Checkpoint,
+        group: Any,
+        fence: Fence | None = None,
+        progressed: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`group`: a gloo process group that nothing else uses, because saving runs beside training; `progressed` is called while
+        this waits for a save that gets on."""
         self.run, self.policy, self.group, self.fence = run, policy, group, fence
         self.blocked_s = 0.0
+        self._progressed, self._written = progressed, 0
+        self.frozen = Keeper(run, group, lambda place, slices: self._store(place, None, slices, {}))
         self._pruner = Pruner(run, policy, fence)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
@@ -279,8 +307,10 @@ class Saver:
         optimizer.register_step_pre_hook(lambda *_: self._until_copied())
         self._follows = True
 
-    def save(self, step: int, state: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
-        """`state`: from `fragments.state`; `facts`: what rank 0 puts into `checkpoint.json`."""
+    def save(
+        self, step: int, state: dict[str, torch.Tensor], facts: dict[str, Any], frozen: dict[str, FlatShard] | None = None
+    ) -> None:
+        """`state`: of `fragments.state`; `frozen`: of `fragments.frozen`; `facts`: what rank 0 puts into `checkpoint.json`."""
         best, scores = self.policy.best, facts["metrics"].keys() - {"train_loss"}
         if best and scores and best.metric not in scores:
             raise ConfigError(f"checkpoint.best.metric: {best.metric!r} is no score; there are {', '.join(sorted(scores))}")
@@ -289,36 +319,72 @@ class Saver:
         # the forward pass may change buffers: they are copied now
         state = {n: t if isinstance(t, FlatShard) else t.detach().cpu().clone() for n, t in state.items()}
         self._copied.clear()
-        self._pending = self._thread.submit(self._write, step, state, facts)
+        self._pending = self._thread.submit(self._write, step, state, facts, frozen or {})
         self.blocked_s += time.perf_counter() - started
         if not self._follows:
             self._until_copied()
 
+    @property
+    def failed(self) -> bool:
+        """Whether the save in flight has gone wrong here: then all workers should `wait`, and hear of it."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+
     def wait(self) -> None:
-        """Until the save in flight is complete; raises what went wrong with it."""
+        """Until the save in flight is complete; what went wrong with it on one worker, all raise."""
         if self._pending:
             started = time.perf_counter()
             pending, self._pending = self._pending, None
-            pending.result()
+            together(self.group, lambda: self._until(pending))
             self.blocked_s += time.perf_counter() - started
+
+    def _until(self, pending: Future) -> None:
+        while futures.wait([pending], PULSE_S).not_done:
+            self._pulse()
+        pending.result()
 
     def _until_copied(self) -> None:
         started = time.perf_counter()
-        self._copied.wait()
+        while not self._copied.wait(PULSE_S):
+            self._pulse()
         self.blocked_s += time.perf_counter() - started
 
-    def _write(self, step: int, state: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+    def _pulse(self) -> None:
+        """Passes on that something was written since the last look: a save that stands still is a stall like any other."""
+        written, self._written = self._written, 0
+        if written:
+            self._progressed()
+
+    def _wrote(self) -> None:
+        self._written += 1
+
+    def _write(self, step: int, state: dict[str, torch.Tensor], facts: dict[str, Any], frozen: dict[str, FlatShard]) -> None:
         try:
-            copy = {n: self._copy(n, t) if isinstance(t, FlatShard) else t for n, t in state.items()}
+            copied = {n: self._copy(n, t) if isinstance(t, FlatShard) else t for n, t in state.items()}
+            error = None
+        except Exception as e:  # noqa: BLE001 (raised below, on all workers, which would wait for this one)
+            copied, error = {}, e
         finally:
             self._copied.set()
-        target = folder(self.run, step)
-        with _plain_errors(f"{target}: cannot be saved"):
-            dcp.save(copy, storage_writer=_Writer(target, step, facts, self.fence), process_group=self.group)
+        together(self.group, partial(_raise, error))
+        if name := self.frozen.keep(frozen):
+            facts = {**facts, FROZEN: name}
+        self._store(folder(self.run, step), step, copied, facts)
         if dist.get_rank() == 0:
             self._pruner.prune(step)
+
+    def _store(self, target: Location, step: int | None, tensors: Mapping[str, torch.Tensor], facts: dict[str, Any]) -> None:
+        with _plain_errors(f"{target}: cannot be saved"):
+            dcp.save(
+                dict(tensors), storage_writer=_Writer(target, step, facts, self._wrote, self.fence), process_group=self.group
+            )
 
     def _copy(self, name: str, shard: FlatShard) -> FlatShard:
         if name not in self._copies:
             self._copies[name] = torch.empty(shard.local.shape, dtype=shard.dtype, pin_memory=shard.local.is_cuda)
+        self._wrote()
         return FlatShard(self._copies[name].copy_(shard.local), shard.start, shard.shape[0])
+
+
+def _raise(error: Exception | None) -> None:
+    if error:
+        raise error

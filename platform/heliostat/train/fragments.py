@@ -2,7 +2,8 @@
 
 Whatever the stage, a rank's share of a parameter's fp32 master weight and of its Adam moments is a slice [start, start + n)
 of the flattened parameter. `FlatShard` tells DCP just that, so a checkpoint saved at one stage and world size loads at any
-other. Names: `master.<parameter>`, `exp_avg.<parameter>`, `exp_avg_sq.<parameter>`; persistent buffers are `buffer.<name>`.
+other. Names: `master.<parameter>`, `exp_avg.<parameter>`, `exp_avg_sq.<parameter>`; persistent buffers are `buffer.<name>`, and
+parameters that are not trained `frozen.<parameter>`, in the precision that the engine holds them in.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from heliostat.errors import ConfigError
+from heliostat.train.stored import FROZEN
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -68,6 +72,27 @@ def state(engine: Any, whole: bool = False) -> dict[str, torch.Tensor]:
     return out
 
 
+def frozen(engine: Any, whole: bool = False) -> dict[str, FlatShard]:
+    """This rank's slices of the parameters that are not trained, as views; below stage 3, where every rank holds all of them, the
+    rank-th part, or the `whole`."""
+    out: dict[str, FlatShard] = {}
+    for name, p in engine.module.named_parameters():
+        if p.requires_grad:
+            continue
+        rank, world = dist.get_rank(), dist.get_world_size()
+        if engine.zero_optimization_stage() == 3:
+            if p.ds_tensor.numel() < p.ds_tensor.ds_numel:
+                raise ConfigError(f"train.zero.offload.param: nvme cannot hold {name!r}, which is not trained; use cpu")
+            values, start, total = p.ds_tensor.data.view(-1), rank * p.ds_tensor.ds_numel, p.ds_numel
+            out[f"{FROZEN}.{name}"] = FlatShard(values[: max(0, total - start)], min(start, total), total)
+        else:
+            if not p.is_contiguous():
+                p.data = p.data.contiguous()
+            shard = FlatShard(p.data.view(-1), 0, p.numel())
+            out[f"{FROZEN}.{name}"] = shard if whole else _part(shard, rank, world)
+    return out
+
+
 def _persistent_buffers(module: torch.nn.Module) -> set[str]:
     return {
         f"{prefix}.{name}" if prefix else name
@@ -112,7 +137,12 @@ def _flat_groups(engine: Any) -> list[torch.Tensor]:
         return [p for p in engine.module.parameters() if p.requires_grad]
     if stage == 3:
         return [t for t in zero.fp32_partitioned_groups_flat if t is not None]
-    return list(zero.single_partition_of_fp32_groups)
+    return list(zero.fp32_groups_flat_partition if _sums_apart(engine) else zero.single_partition_of_fp32_groups)
+
+
+def _sums_apart(engine: Any) -> bool:
+    """Stage 1 in bf16 that sums gradients in fp32 is an optimizer of its own in DeepSpeed, with other names."""
+    return hasattr(engine.optimizer, "bf16_groups")
 
 
 def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
@@ -134,7 +164,8 @@ def make_room(engine: Any) -> None:
         from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
         zero = engine.optimizer
-        for group, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+        groups = zero.bf16_groups if _sums_apart(engine) else zero.bit16_groups
+        for group, flat in zip(groups, _flat_groups(engine), strict=True):
             lazy_init_hp_params_optimizer_state(group, flat, states)
 
 
@@ -145,10 +176,13 @@ def optimizer_steps(engine: Any) -> int:
 
 def share(shard: FlatShard, engine: Any, whole: bool) -> FlatShard:
     """What this rank saves of a slice: at stage 0, where every rank holds everything, the rank-th part."""
-    if whole or engine.zero_optimization_stage():
-        return shard
-    per = -(-shard.shape[0] // dist.get_world_size())
-    start = min(dist.get_rank() * per, shard.shape[0])
+    return shard if whole or engine.zero_optimization_stage() else _part(shard, dist.get_rank(), dist.get_world_size())
+
+
+def _part(shard: FlatShard, rank: int, world: int) -> FlatShard:
+    """The rank-th part of what every rank holds whole."""
+    per = -(-shard.shape[0] // world)
+    start = min(rank * per, shard.shape[0])
     return FlatShard(shard.local[start : start + per], start, shard.shape[0])
 
 
@@ -171,6 +205,8 @@ def refresh(engine: Any) -> None:
             zero._reassign_or_swap_out_partitioned_parameters(group)
         if zero.persistent_parameters:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+    elif stage and _sums_apart(engine):
+        zero.update_lp_params()
     elif stage:
         from deepspeed.runtime.utils import all_gather_dp_groups
 

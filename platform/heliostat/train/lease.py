@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import socket
 import threading
 import time
@@ -42,7 +43,7 @@ END_S = 10.0  # for a renewal that is under way
 
 @dataclass(frozen=True)
 class Holder:
-    """Who has a lease; `machine` is this boot of this host and this process namespace: the same, and `pid` can be looked up."""
+    """Who has a lease; where `machine` is one's own (`_machine`), `pid` can be looked up."""
 
     id: str
     host: str
@@ -153,6 +154,7 @@ def holder(folder: Location, number: int) -> Holder | None:
         return None
     if held.machine == _machine():
         return held if held.alive else None
+    log.info("waiting up to %.0f s to see whether process %d on %s, which has %s, lives", SILENCE_S, held.pid, held.host, folder)
     deadline, before = time.monotonic() + SILENCE_S, held
     while time.monotonic() < deadline:
         time.sleep(LOOK_S)
@@ -196,9 +198,10 @@ def _read(folder: Location, number: int) -> Holder | None:
 
 
 def _machine() -> str:
-    """Names this boot of this host, and this namespace of processes: only there a process's number means something."""
+    """Names this boot of this host, this namespace of processes, and this user, who may be unable to see others' processes: only
+    there a process's number means something."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{socket.gethostname()}/{boot}/{Path('/proc/self/ns/pid').readlink()}"
+        return f"{socket.gethostname()}/{boot}/{Path('/proc/self/ns/pid').readlink()}/{os.getuid()}"
     except OSError:  # no Linux
-        return f"{socket.gethostname()}/{uuid.getnode():x}"
+        return f"{socket.gethostname()}/{uuid.getnode():x}/{os.getuid()}"

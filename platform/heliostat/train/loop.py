@@ -13,6 +13,7 @@ import dataclasses
 import math
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +30,21 @@ from heliostat.recipe import Batch, Recipe
 from heliostat.spec import Job
 from heliostat.storage import Location
 from heliostat.track import curves
-from heliostat.train import checkpoint, fragments, pictures, zero
+from heliostat.train import checkpoint, fragments, lossscale, pictures, zero
 from heliostat.train.board import queued_s
 from heliostat.train.ema import Ema
 from heliostat.train.heldout import HeldOut
 from heliostat.train.lease import Fence
 from heliostat.train.ledger import Ledger, peak_flops
+from heliostat.train.objective import Objective
 from heliostat.train.pulse import Pulse, Votes
 from heliostat.train.schedule import factor
 from heliostat.train.spike import Detector
-from heliostat.train.survive import RESIZE, RUN
+from heliostat.train.survive import FAILED, RESIZE, RUN
 from heliostat.train.system import Monitor
 
 HELD_POLL_S = 0.05
+SAVING = timedelta(hours=12)  # the longest wait of one worker for another's part of a checkpoint
 
 
 def worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -66,10 +69,11 @@ class Worker:
         self.monitor = Monitor(self.board, ray.util.get_node_ip_address(), _nodes()) if _first_of_node() else None
         self.run_folder = Location(config["run_folder"])
         # the training group is left to DeepSpeed; saving runs in a thread and must not share a group with the loop
-        self.control, saving = dist.new_group(backend="gloo"), dist.new_group(backend="gloo")
+        # which waits for the slowest worker's upload; the watchdog sees whether that gets on
+        self.control, saving = dist.new_group(backend="gloo"), dist.new_group(backend="gloo", timeout=SAVING)
         self.votes = Votes(dist.new_group(backend="gloo"))
         self.fence: Fence = config["fence"]
-        self.saver = checkpoint.Saver(self.run_folder, self.job.checkpoint, saving, self.fence)
+        self.saver = checkpoint.Saver(self.run_folder, self.job.checkpoint, saving, self.fence, self._progressed)
 
         if self.rank == 0:
             self._phase("model", queued_s=queued_s(), start_step=self.start_step, workers=self.world)
@@ -83,8 +87,10 @@ class Worker:
         self.saver.follow(fragments.inner_optimizer(self.engine))
         self.ema = Ema(self.engine, self.job.train.ema.decay) if self.job.train.ema else None
         self.device = self.engine.device
+        self.objective = Objective(self.recipe, self.device)
         self.batch_plan = BatchPlan(self.job, self.plan)
         self.chain = receipt.GENESIS
+        self.skipped = 0  # steps of the run that changed no weight, because fp16 gradients overflowed
         self.bad_samples = 0  # replaced so far in the run, on this worker; what earlier attempts replaced is rank 0's
         if self.start_step:
             self._phase("restore")
@@ -95,6 +101,7 @@ class Worker:
         self.scored_at = -1
         self.spikes = Detector(self.job.spike) if self.job.spike else None
         self._losses: list[torch.Tensor] = []
+        self._added: list[torch.Tensor] = []  # what is in the objective beside each loss
         self._norms: list[float] = []
         self._lane_digests: list[list[int]] = []
         self._bad: list[dict[str, Any]] = []
@@ -124,10 +131,12 @@ class Worker:
                 self._phase("step")
                 since = time.perf_counter()
             blocked = self.saver.blocked_s
-            self.votes.ask(self.pulse.stop)
+            self.votes.ask(FAILED if self.saver.failed else self.pulse.stop)
             self._step(step, mine)
             self.pulse.progress += 1
             stop = self.votes.result()
+            if stop == FAILED:
+                self.saver.wait()  # raises on every worker
             if stop == RESIZE and (step + 1) % job.checkpoint.every:
                 stop = RUN  # nobody is in a hurry: behind the next checkpoint
             self.ledger.move("computing", "checkpoint", self.saver.blocked_s - blocked)
@@ -184,12 +193,15 @@ class Worker:
         micros = [self.recipe.batch(rows, numbers) for rows, numbers in parts]
         terms = self._terms(micros)
         total = torch.zeros((), device=self.device)
+        added = torch.zeros(len(self.objective.names), device=self.device)
         for i, micro in enumerate(micros):
             torch.manual_seed(self.batch_plan.seed(step, mine.lanes, i))
-            loss = self.recipe.loss(engine, {k: v.to(self.device, non_blocking=True) for k, v in micro.items()})
-            # DeepSpeed divides by the accumulation and averages over the workers: scaled back to a sum over all terms
-            engine.backward(loss * (len(micros) * self.world / terms))
-            total += loss.detach()
+            batch = {k: v.to(self.device, non_blocking=True) for k, v in micro.items()}
+            part = self.objective.part(engine, batch, len(micros) * self.world, terms)
+            engine.backward(part.objective)
+            total += part.loss
+            if part.added is not None:
+                added += part.added
             if i + 1 == len(micros) and not engine.zero_optimization_stage():
                 self._norms.append(zero.gradient_norm(engine, train.grad_clip))
             engine.step()
@@ -198,6 +210,7 @@ class Worker:
         if engine.zero_optimization_stage():
             self._norms.append(zero.gradient_norm(engine, train.grad_clip))
         self._losses.append(total / terms)
+        self._added.append(added)
         self._lane_digests.append(mine.digests)
         self._bad += [{"step": step, **dataclasses.asdict(b)} for b in mine.bad]
         self.bad_samples += len(mine.bad)
@@ -215,10 +228,12 @@ class Worker:
 
     def _report(self, first: int, done: int, seconds: float, wait: float) -> None:
         """Sums the losses of steps [first, done) over the workers, in one collective, and posts them."""
-        sums = torch.stack([*self._losses, torch.tensor(float(self.bad_samples), device=self.device)]).double()
+        bad_samples = torch.tensor([self.bad_samples], dtype=torch.float32, device=self.device)
+        sums = torch.cat([torch.stack(self._losses), *self._added, bad_samples]).double()
         with self.ledger("communicating"):
             dist.all_reduce(sums)
             *values, bad = sums.tolist()
+        values, added = values[: len(self._losses)], values[len(self._losses) :]
         quarantine.check_budget(int(bad), done, self.job, self.dataset.order)
         self._judge(first, values)
         self.last_loss = values[-1]
@@ -228,6 +243,7 @@ class Worker:
                 "kind": "steps",
                 "first": first,
                 "loss": values,
+                "added": {name: added[i :: len(self.objective.names)] for i, name in enumerate(self.objective.names)},
                 "grad_norm": self._norms,
                 "lr": [
                     self.job.train.optimizer.lr * factor(self.job.train.schedule, s, self.job.train.steps)
@@ -239,10 +255,22 @@ class Worker:
                 "data_wait": wait / seconds,
                 "mfu": self._mfu(done - first, seconds),
                 "bad_samples": int(bad),
+                **self._fp16(done),
                 **self._now(),
             }
         )
-        self._losses, self._norms = [], []
+        self._losses, self._norms, self._added = [], [], []
+
+    def _fp16(self, done: int) -> dict[str, float]:
+        """The loss scale, and the steps that it has cost; new ones are told at the terminal."""
+        if self.job.train.precision != "fp16":
+            return {}
+        before, self.skipped = self.skipped, done - fragments.optimizer_steps(self.engine)
+        scale = float(self.engine.optimizer.loss_scale)
+        if self.skipped > before:
+            what = f"{self.skipped - before} more steps were skipped, because fp16 gradients overflowed"
+            self._notice(f"up to step {done}: {what}; the loss scale is {scale:g}")
+        return {"skipped_steps": self.skipped, "loss_scale": scale}
 
     def _per_second(self, steps: int, seconds: float) -> float:
         return steps * self.job.train.global_batch * (self.job.data.sequence_length or 1) / seconds if seconds else 0.0
@@ -311,6 +339,7 @@ class Worker:
             "world_size": self.world,
             "zero_stage": self.job.train.zero.stage,
             "optimizer_steps": fragments.optimizer_steps(self.engine),
+            "loss_scale": lossscale.read(self.engine),
             "job": self.job.dump(),
             "data": self.plan.dump(),
             "data_digest": self.plan.digest,
@@ -319,7 +348,7 @@ class Worker:
             "metrics": {"train_loss": getattr(self, "last_loss", None), **scores},
             "written": time.time(),
         }
-        self.saver.save(done, self._state(), facts)
+        self.saver.save(done, self._state(), facts, fragments.frozen(self.engine))
         self.pulse.progress += 1
         self._post({"kind": "checkpoint", "step": done, "blocked_s": self.saver.blocked_s, **self._now()})
 
@@ -360,9 +389,17 @@ class Worker:
     def _restore(self) -> None:
         found = checkpoint.open_checkpoint(self.run_folder, self.start_step)
         state = self._state(whole=True)
-        checkpoint.load(found, state, self.control)
+        frozen = fragments.frozen(self.engine, whole=True)
+        if found.frozen:
+            state |= frozen
+        elif frozen:
+            self._notice(f"{found.location}: holds no parameters that are not trained; {len(frozen)} are as the model was built")
         self._notice(checkpoint.casts(found, state))
+        checkpoint.load(found, state, self.control, self._progressed)
+        self.saver.frozen.loaded(found, fragments.frozen(self.engine))
         fragments.after_load(self.engine, found.index["optimizer_steps"])
+        self._notice(lossscale.write(self.engine, found.index.get("loss_scale")))
+        self.skipped = self.start_step - found.index["optimizer_steps"]
         self.chain = found.index["receipt"]["chain"]
         self.bad_samples = found.index["bad_samples"] if self.rank == 0 else 0
 

@@ -1,7 +1,7 @@
 """Which checkpoints stay: the newest, every so many steps for ever, and the best by a score of the evaluation.
 
 After a save, everything else goes: complete checkpoints that no rule keeps, what dead saves left, and checkpoints of later
-steps, from which the run has turned back because they could not be loaded.
+steps, from which the run has turned back because they could not be loaded. Frozen parameters that a checkpoint names stay.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from heliostat.errors import CorruptCheckpointError
+from heliostat.errors import CheckpointError
 from heliostat.spec import Checkpoint as Policy
 from heliostat.storage import Location
 from heliostat.train.lease import Fence
-from heliostat.train.stored import INDEX, Checkpoint, folder, open_checkpoint, steps
+from heliostat.train.stored import FROZEN, INDEX, Checkpoint, folder, open_checkpoint, steps
 
 
 def retained(whole: Iterable[int], policy: Policy, scores: Mapping[int, float] | None = None) -> dict[int, list[str]]:
@@ -60,12 +60,28 @@ class Pruner:
             location = folder(self.run, step)
             location.join(INDEX).delete()  # first, so that a half-deleted checkpoint does not exist
             location.delete()
+        self._prune_frozen({path.split("/")[0] for path in files if path.startswith(f"{FROZEN}-")}, list(kept))
+
+    def _prune_frozen(self, names: set[str], kept: list[int]) -> None:
+        """Frozen parameters that no checkpoint names any more go; where one cannot be read, all stay."""
+        if len(names) < 2:
+            return
+        try:
+            used = {open_checkpoint(self.run, step).index.get(FROZEN) for step in kept}
+        except CheckpointError:
+            return
+        if names - used and self.fence:
+            self.fence.check()
+        for name in names - used:
+            location = self.run.join("checkpoints", name)
+            location.join(INDEX).delete()
+            location.delete()
 
     def _read_scores(self, whole: list[int]) -> dict[int, float]:
         for step in set(whole) - self._scores.keys():
             try:
                 self._scores[step] = score(open_checkpoint(self.run, step), self.policy)
-            except CorruptCheckpointError:
+            except CheckpointError:
                 self._scores[step] = math.nan
         return self._scores
 
@@ -97,11 +113,11 @@ def survey(run: Location) -> list[dict[str, Any]]:
             found = open_checkpoint(run, step)
             whole.append(found)
             row |= {k: found.index[k] for k in ("written", "world_size", "zero_stage", "metrics")}
-        except CorruptCheckpointError as e:
+        except CheckpointError as e:
             row |= {"whole": False, "fault": str(e)}
         rows.append(row)
     if whole:
-        policy = Policy.model_validate(whole[-1].index["job"]["checkpoint"])
+        policy = whole[-1].policy
         kept = retained([c.step for c in whole], policy, {c.step: score(c, policy) for c in whole})
         for row in rows:
             row["kept"] = kept.get(row["step"], [])

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from heliostat import check, goodput
+from heliostat import check, goodput, spec
 from heliostat.check import Checked
 from heliostat.data import segments
 from heliostat.data.dataset import DataPlan, make_order
@@ -81,56 +81,49 @@ def train(
     `recorded`: a plan that the data must give, of a run that is made again; `tags`: of a new MLflow run; `started`: wall clock
     from which the ledger counts, now if it is not given.
     """
+    from heliostat.train import checkpoint
+
     started = started or time.time()
     job, recipe = check.check_file(path, settings)
     check.check_storage(job)
     with lease.take(job.run_folder) as held:
-        return _train(job, recipe, held, resume, overwrite, allow_data_change, verbose, recorded, tags, started)
+        found = None if overwrite else checkpoint.latest(job.run_folder)
+        if found and not resume:
+            raise ConfigError(
+                f"name: run {job.name!r} already has checkpoints up to step {found.step} in {job.run_folder}; "
+                "use --resume to go on, --overwrite to start anew, or another name"
+            )
+        job = spec.settle(job, found.index["job"] if found else None)
+        checked = _check_data(job, recipe, found, recorded, allow_data_change)
+        if overwrite:
+            held.fence.check()
+            lease.clear(job.run_folder)
+        run = _Run(checked, held, found.step if found else 0, started, verbose, tags)
+        if found is None or found.step < job.last_step:
+            return run.go()
+        log.info("run %s has finished: step %d of %d", job.name, found.step, job.last_step)
+        if (result := endings.result(job.run_folder, found.step)) is None:
+            return run.conclude(found)
+        run.catch_up()
+        return result
 
 
-def _train(
-    job: Job,
-    recipe: Any,
-    held: Lease,
-    resume: bool,
-    overwrite: bool,
-    allow_data_change: bool,
-    verbose: bool,
-    recorded: DataPlan | None,
-    tags: dict[str, str] | None,
-    started: float,
-) -> dict[str, Any]:
-    from heliostat.train import checkpoint
-
-    found = None if overwrite else checkpoint.latest(job.run_folder)
-    if found and not resume:
-        raise ConfigError(
-            f"name: run {job.name!r} already has checkpoints up to step {found.step} in {job.run_folder}; "
-            "use --resume to go on, --overwrite to start anew, or another name"
-        )
+def _check_data(job: Job, recipe: Any, found: Checkpoint | None, recorded: DataPlan | None, allow_change: bool) -> Checked:
+    """The job with its data plan, of the checkpoint, or recorded, if there is one; ConfigError if that would change."""
     recorded = DataPlan.parse(found.index["data"]) if found else recorded
     checked = check.check_stores(job, recipe, recorded)
-    if recorded and (changes := recorded.differences(checked.plan)):
-        if not allow_data_change or found is None:
-            if found is None:
-                raise ConfigError("the data is not what it was for the recorded run:\n  " + "\n  ".join(changes))
-            raise ConfigError(
-                "the run's samples would change on resume; undo this, use another name, or start a new segment of the run with "
-                "--allow-data-change:\n  " + "\n  ".join(changes)
-            )
-        log.warning("the run's samples change at step %d: %s", found.step, "; ".join(changes))
-        checked = check.check_stores(job, recipe, recorded, change_at=found.step)
-    if overwrite:
-        held.fence.check()
-        lease.clear(job.run_folder)
-    run = _Run(checked, held, found.step if found else 0, started, verbose, tags)
-    if found is None or found.step < job.last_step:
-        return run.go()
-    log.info("run %s has finished: step %d of %d", job.name, found.step, job.last_step)
-    if (result := endings.result(job.run_folder, found.step)) is None:
-        return run.conclude(found)
-    run.catch_up()
-    return result
+    changes = recorded.differences(checked.plan) if recorded else []
+    if not changes:
+        return checked
+    if found is None:
+        raise ConfigError("the data is not what it was for the recorded run:\n  " + "\n  ".join(changes))
+    if not allow_change:
+        raise ConfigError(
+            "the run's samples would change on resume; undo this, use another name, or start a new segment of the run with "
+            "--allow-data-change:\n  " + "\n  ".join(changes)
+        )
+    log.warning("the run's samples change at step %d: %s", found.step, "; ".join(changes))
+    return check.check_stores(job, recipe, recorded, change_at=found.step)
 
 
 def train_part(job: Job, part: Part) -> dict[str, Any]:
@@ -143,6 +136,7 @@ def train_part(job: Job, part: Part) -> dict[str, Any]:
     job, recipe = check.check_job(job)
     with lease.take(job.run_folder) as held:
         found = checkpoint.latest(job.run_folder)
+        job = spec.settle(job, found.index["job"] if found else None)
         recorded = DataPlan.parse(found.index["data"]) if found else None
         checked = check.check_stores(job, recipe, recorded)
         run = _Run(checked, held, found.step if found else 0, part.started, tags=part.tags, part=part)
@@ -161,7 +155,7 @@ def conclude(job: Job) -> dict[str, Any]:
 
     with lease.take(job.run_folder) as held:
         last = checkpoint.open_checkpoint(job.run_folder, job.last_step)
-        checked = check.check_stores(job, recipe, DataPlan.parse(last.index["data"]))
+        checked = check.check_stores(spec.settle(job, last.index["job"]), recipe, DataPlan.parse(last.index["data"]))
         return _Run(checked, held, job.last_step, time.time()).conclude(last)
 
 
@@ -203,6 +197,7 @@ class _Run:
     def conclude(self, last: Checkpoint) -> dict[str, Any]:
         """Only what comes after the training, from its last checkpoint, where an earlier command did not get through it."""
         summary = endings.read(self.job.run_folder, last, self.job)
+        self.job.run_folder.join("ray").delete()  # Ray Train's own state, of no use after the fit
         return self._settled(lambda owner: self._conclude(owner, last, summary))
 
     def catch_up(self) -> None:

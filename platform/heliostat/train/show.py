@@ -91,9 +91,10 @@ class Show:
     def _on_steps(self, event: dict[str, Any]) -> None:
         done = event["first"] + len(event["loss"])
         mfu = f"  MFU {event['mfu']:.1%}" if event.get("mfu") else ""
+        added = "".join(f"{name.replace('_', ' ')} {values[-1]:.4f}  " for name, values in event.get("added", {}).items())
         text = (
-            f"loss {event['loss'][-1]:.4f}  lr {event['lr'][-1]:.2e}  {event['tokens_per_second']:,.0f} {self.unit}/s{mfu}  "
-            f"data wait {event['data_wait']:.1%}"
+            f"loss {event['loss'][-1]:.4f}  {added}lr {event['lr'][-1]:.2e}  "
+            f"{event['tokens_per_second']:,.0f} {self.unit}/s{mfu}  data wait {event['data_wait']:.1%}"
         )
         self._progress.update(self._task, completed=done, note=text)
         if self._plain:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from heliostat import spec
 from heliostat.recipe import Recipe
 from heliostat.spec import Job
 from heliostat.train import linear
@@ -79,6 +80,8 @@ def engine_config(job: Job) -> dict[str, Any]:
     }
     if train.precision != "fp32":
         config[train.precision] = {"enabled": True}
+        if spec.settle(job, None).train.accumulate == "fp32" and job.accumulation > 1:
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
     return _merge(config, train.deepspeed)
 
 

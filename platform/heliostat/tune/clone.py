@@ -30,6 +30,10 @@ def clone(wanted: dict[str, Any], run: Location) -> bool:
             place = stored.folder(run, own)
             place.join(stored.INDEX).delete()  # first, so that a half-deleted checkpoint does not exist
             place.delete()
+    if found.frozen:
+        place = run.join("checkpoints", found.frozen.location.name)
+        for name in (*(shard["file"] for shard in found.frozen.index["shards"]), stored.INDEX):
+            copy(found.frozen.location.join(name), place.join(name))
     target = stored.folder(run, step)
     for shard in found.index["shards"]:
         copy(found.location.join(shard["file"]), target.join(shard["file"]))

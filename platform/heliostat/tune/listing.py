@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Any
 
 from heliostat.errors import ConfigError, HeliostatError
+from heliostat.schema import validate
 from heliostat.spec import Job
 from heliostat.storage import Location
 from heliostat.tune import record as records
@@ -49,7 +50,11 @@ def read(folder: Location) -> tuple[Plan, dict[str, Any]]:
     kept = records.read_json(folder.join("sweep.json"))
     if kept is None:
         raise ConfigError(f"{folder}: holds no sweep (no sweep.json)")
-    return Plan(Sweep.model_validate(kept["sweep"]), kept["job"], None), kept
+    return Plan(_sweep(folder, kept), kept["job"], None), kept
+
+
+def _sweep(folder: Location, kept: dict[str, Any]) -> Sweep:
+    return validate(Sweep, kept["sweep"], f"{folder.join('sweep.json')}: sweep")
 
 
 def show(folder: Location) -> dict[str, Any]:
@@ -75,7 +80,7 @@ def show(folder: Location) -> dict[str, Any]:
 def progress(folder: Location) -> tuple[int, int]:
     """Trials that are over, and how many there are to be, as far as that is known."""
     all_records, kept = records.read(folder), records.read_json(folder.join("sweep.json"))
-    planned = count(Sweep.model_validate(kept["sweep"])) if kept else None
+    planned = count(_sweep(folder, kept)) if kept else None
     return sum(r.over for r in all_records), max(planned or 0, len(all_records))
 
 
@@ -99,4 +104,4 @@ def best_job(folder: Location) -> dict[str, Any]:
         raise ConfigError(f"{folder}: no trial has finished yet; go on with `heliostat tune SWEEP.yaml --resume`")
     raw = place(plan.base, best.params)
     raw["name"] = f"{plan.sweep.name}-best"
-    return Job.model_validate(raw).dump()
+    return validate(Job, raw, f"{folder}: the job of trial {best.number}").dump()

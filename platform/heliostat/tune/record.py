@@ -20,6 +20,10 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from typing_extensions import TypedDict
+
+from heliostat.errors import ConfigError
+from heliostat.records import Format, Number, Whole, closed, open_
 from heliostat.storage import Location
 from heliostat.train import lease
 from heliostat.tune.space import Params
@@ -27,8 +31,10 @@ from heliostat.tune.space import Params
 ALIVE_S = 5.0  # between two signs of life
 SILENCE_S = 4 * ALIVE_S
 OVER = ("finished", "pruned", "failed")
+STATES = ("waiting", "running", "paused", "stopped", *OVER)
 
 
+@closed
 @dataclass
 class Record:
     """One trial. `status`: waiting, running, paused, stopped (a resume goes on with it), finished, pruned or failed."""
@@ -56,6 +62,36 @@ class Record:
         return self.status in OVER
 
 
+@open_
+class Kept(TypedDict):
+    sweep: dict[str, Any]
+    job: dict[str, Any]
+    run_id: str
+    seconds: Number
+
+
+@open_
+class Driver(TypedDict):
+    host: str
+    pid: Whole
+    started: Number
+    at: Number
+
+
+def _fault(record: Record) -> str | None:
+    if record.number < 0 or record.status not in STATES:
+        return f"trial {record.number} is {record.status!r}"
+    return None
+
+
+TRIAL = Format(Record, "record of a trial", ConfigError, _fault)
+ANY = Format(dict[str, Any], "record of a sweep", ConfigError)
+KEPT: dict[str, Format[Any]] = {
+    "sweep.json": Format(Kept, "record of a sweep", ConfigError),
+    "driver.json": Format(Driver, "sign of life of a sweep", ConfigError, fix="delete it if nothing drives the sweep"),
+}
+
+
 def place(folder: Location, number: int) -> Location:
     return folder.join("records", f"trial-{number:04d}.json")
 
@@ -67,18 +103,13 @@ def write(folder: Location, record: Record) -> None:
 def read(folder: Location) -> list[Record]:
     """All trials, by number."""
     names = [n for n, _ in folder.join("records").files() if n.endswith(".json")]
-    found = [Record(**json.loads(folder.join("records", n).read())) for n in names]
-    return sorted((_tuples(r) for r in found), key=lambda r: r.number)
-
-
-def _tuples(record: Record) -> Record:
-    record.reports = [(int(s), float(v), float(at)) for s, v, at in record.reports]
-    return record
+    return sorted((TRIAL.read(folder.join("records", n)) for n in names), key=lambda r: r.number)
 
 
 def read_json(place: Location) -> dict[str, Any] | None:
+    """What one of the folder's other files says; None if it is not there."""
     try:
-        return json.loads(place.read())
+        return KEPT.get(place.name, ANY).read(place)
     except FileNotFoundError:
         return None
 

@@ -30,7 +30,7 @@ class State:
         self.trials: list[Any] = []  # Tune's own list
         self.stopping = ""  # why
         self.used_up = False  # it stops because of its budget, which is an end as any other
-        self._spent_s, self._began, self._ticked = spent_s, time.time(), time.time()
+        self._spent_s, self._began, self._ticked = spent_s, time.monotonic(), time.monotonic()
         self._ends: dict[int, dict[str, Any]] = {}  # what trials said of their ends
 
     @property
@@ -40,7 +40,7 @@ class State:
     @property
     def seconds(self) -> float:
         """The sweep's own time, over all its commands."""
-        return self._spent_s + time.time() - self._began
+        return self._spent_s + time.monotonic() - self._began
 
     def of(self, trial_id: str) -> Record:
         return self.records[int(trial_id.rpartition("-")[2])]
@@ -130,7 +130,7 @@ class State:
 
     def tick(self) -> None:
         """Call often: counts the time that trials run, and sees that the budget is kept."""
-        now = time.time()
+        now = time.monotonic()
         for trial in self.trials:
             record = self.of(trial.trial_id)
             if trial.status == "RUNNING":

@@ -7,6 +7,7 @@ not report, corners of the space that are no valid job, rungs that no evaluation
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,11 +27,12 @@ from heliostat.tune.space import Params, Space
 Above0 = Annotated[Float, Field(gt=0)]
 OWN = ("name", "storage", "mlflow", "recipe", "evaluate")  # the sweep's own, or what makes trials comparable
 FIXED_WHERE_COMPARED = ("train.steps",)
+MOST = 100_000  # trials of a sweep
 DATA = ("data", "train.global_batch", "train.micro_batch", "model", "train.ema", "train.steps")  # a checkpoint fits no other
 
 
 class Budget(Strict):
-    trials: Positive | None = None
+    trials: Annotated[int, Field(gt=0, le=MOST)] | None = None
     hours: Above0 | None = None  # of the sweep, over all its commands
     gpu_hours: Above0 | None = None
     tokens: Above0 | None = None  # that all trials train on; samples, where the job has no tokens
@@ -82,6 +84,9 @@ class Sweep(Strict):
                 faults.append(f"space.{key}: searcher 'grid' needs listed values; write grid: [...] instead of {domain.kind}")
             if key in self.set_:
                 faults.append(f"space.{key}: is in set, too; remove it from one of them")
+        points = math.prod(len(d.values) for d in self.space.values() if d.listed)
+        if self.searcher.name == "grid" and points > MOST:
+            faults.append(f"space: the grid has {points:,} points, and a sweep at most {MOST:,} trials; list fewer values")
         faults += _scheduler_faults(self)
         if faults:
             raise ValueError("\n  ".join(faults))
@@ -283,10 +288,10 @@ def _check_corners(plan: Plan, where: str) -> None:
 
 
 def _check_drawn(plan: Plan, where: str) -> None:
-    """So is every trial that is known already: between the corners there may be others."""
+    """So is every trial that is known already, of the first thousands: between the corners there may be others."""
     if plan.sweep.searcher.name == "random" and plan.trials:
         seen: set[str] = set()
-        for number in range(plan.trials):
+        for number in range(min(plan.trials, spaces.ALL)):
             params = spaces.draw(plan.sweep.space, plan.sweep.searcher.seed, number)
             _check_point(plan, params, f"{where}: trial {number} would be no valid job: {tell(params)}", seen)
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from heliostat.errors import TrackingError
 from heliostat.storage import Location
+from heliostat.text import brief
 from heliostat.track.record import flatten
 from heliostat.track.run import CLIENT, record
 from heliostat.tune import report
@@ -50,7 +51,7 @@ class Parent:
                 return action()
             except Exception as e:  # MLflow raises whatever its store does
                 if time.monotonic() + wait > deadline:
-                    raise TrackingError(f"mlflow.uri: {self.uri} failed ({str(e).splitlines()[0][:200]})") from e
+                    raise TrackingError(f"mlflow.uri: {self.uri} failed ({brief(e)})") from e
                 time.sleep(wait)
                 wait = min(5.0, 2 * wait)
 

@@ -1,0 +1,51 @@
+"""Starting Ray, or joining it: what goes wrong is one line, and what a busy machine was too slow for is tried once more."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import Any
+
+import psutil
+import ray
+
+from heliostat.errors import ClusterError
+from heliostat.text import brief
+
+log = logging.getLogger(__name__)
+TRIES = 2
+END_S = 5.0
+
+
+def init(**options: Any) -> None:
+    """`ray.init`; ClusterError if it fails twice. Ray gives its processes 30 s to come up, and a busy machine may need more."""
+    for left in reversed(range(TRIES)):
+        before = _children()
+        try:
+            ray.init(**options)
+        except BaseException as e:
+            _end(before)
+            if not isinstance(e, Exception):
+                raise
+            if not left:
+                raise ClusterError(f"Ray did not start, {TRIES} times: {brief(e)}; is the machine too busy, or full?") from e
+            log.warning("Ray did not start (%s); trying once more", brief(e))
+        else:
+            return
+
+
+def _children() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
+
+
+def _end(before: set[psutil.Process]) -> None:
+    """Ends what a start that failed has left."""
+    with contextlib.suppress(Exception):  # it may have got anywhere
+        ray.shutdown()
+    left = _children() - before
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    for process in psutil.wait_procs(left, timeout=END_S)[1]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()

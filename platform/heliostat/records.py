@@ -1,0 +1,82 @@
+"""Records: the JSON that heliostat leaves beside a run, a sweep or a model, read back as what it was, or refused in one line.
+
+A `Format` says once what a record is; whatever reads one goes through it, so that a file that is cut, edited or foreign is one
+error that names the file and its first fault, and nothing behind it meets a value that it does not expect.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Generic, TypeVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+
+from heliostat.errors import DataError, HeliostatError
+from heliostat.storage import Location
+from heliostat.text import brief, printable
+
+T = TypeVar("T")
+Whole = Annotated[int, Field(ge=0, lt=2**53)]  # a count or a place: arithmetic on a few of them stays within 64 bits
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Hex = Annotated[str, Field(pattern=r"^([0-9a-f]{2})*$")]
+closed = with_config(ConfigDict(extra="forbid"))  # a dataclass whose records hold its fields and no others
+open_ = with_config(ConfigDict(extra="allow"))  # a TypedDict whose records may hold more
+
+
+class Format(Generic[T]):
+    """One kind of record. `kind`: a dataclass or any type that pydantic knows; `check` gives what is wrong with a value of that
+    type, or nothing; `fix` is what a person can do."""
+
+    def __init__(
+        self,
+        kind: type[T],
+        what: str,
+        error: type[HeliostatError] = DataError,
+        check: Callable[[T], str | None] | None = None,
+        fix: str = "",
+    ) -> None:
+        self.kind, self.what, self.error, self.check, self.fix = kind, what, error, check, fix
+
+    @cached_property
+    def _adapter(self) -> TypeAdapter[T]:
+        return TypeAdapter(self.kind)
+
+    def read(self, place: Location | Path) -> T:
+        """The record at a place; FileNotFoundError if there is none."""
+        return self.parse(_bytes(place), place)
+
+    def read_lines(self, place: Location | Path) -> list[T]:
+        """A record a line, empty lines left out."""
+        lines = _bytes(place).split(b"\n")
+        return [self.parse(line, f"{place}: line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+
+    def build(self, raw: Any, where: object) -> T:
+        """The same of plain data that was decoded already."""
+        return self.parse(json.dumps(raw).encode(), where)
+
+    def parse(self, data: bytes, where: object) -> T:
+        try:
+            found = self._adapter.validate_json(data, strict=True)
+        except ValidationError as e:
+            raise self._error(where, _first(e)) from e
+        if self.check and (fault := self.check(found)):
+            raise self._error(where, fault)
+        return found
+
+    def _error(self, where: object, fault: str) -> HeliostatError:
+        return self.error(f"{where}: is no {self.what}, or damaged ({fault}){f'; {self.fix}' if self.fix else ''}")
+
+
+def _bytes(place: Location | Path) -> bytes:
+    return place.read() if isinstance(place, Location) else place.read_bytes()
+
+
+def _first(error: ValidationError) -> str:
+    """The first fault: where in the record, and what."""
+    fault = error.errors(include_url=False, include_context=False)[0]
+    where = printable(".".join(str(part) for part in fault["loc"]))[:200]
+    said = brief(fault["msg"].removeprefix("Value error, "))
+    return f"{where}: {said}" if where else said

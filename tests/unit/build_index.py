@@ -1,0 +1,20 @@
+"""The facts of a checkpoint's index that a test does not care for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from heliostat.data.dataset import DataPlan
+from heliostat.data.mixing import Shape
+from heliostat.train.stored import FORMAT
+
+DATA = DataPlan(("a",), ("d",), ((0, (1.0,)),), (None,), 64, 1, 0.0, Shape(8, 4, 2, 16)).dump()
+
+
+def index(step: int, **facts: Any) -> dict[str, Any]:
+    """Of a checkpoint without tensors, behind `step`; `facts` are laid over it."""
+    return {
+        "format": FORMAT, "step": step, "name": "small", "world_size": 1, "zero_stage": 1, "optimizer_steps": step, "job": {},
+        "data": DATA, "data_digest": "", "receipt": {"steps": step, "chain": ""}, "bad_samples": 0, "metrics": {}, "written": 0.0,
+        "shards": [], "tensors": {}, **facts,
+    }  # fmt: skip

@@ -1,0 +1,141 @@
+"""What is found wrong before anything starts, where a person could not have known: machines, and servers with errors."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import mlflow
+import pytest
+from heliostat import check
+from heliostat.cluster import local, reach
+from heliostat.errors import ConfigError, HeliostatError, TrackingError
+from heliostat.spec import LARGEST, divisors
+from heliostat.track import store
+
+from tests.unit.build_job import job
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def nothing_here(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+
+
+@contextlib.contextmanager
+def server(status: int, body: str) -> Iterator[str]:
+    """Answers everything so."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        do_POST = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    running = HTTPServer(("127.0.0.1", 0), Answer)
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{running.server_port}"
+    running.shutdown()
+    running.server_close()
+
+
+def test_a_job_of_gpus_is_not_right_where_there_are_none_and_no_cluster_is_named():
+    """Named, the cluster's file decides; in a cluster Ray does."""
+    wanted = job(workers={"gpus": 1, "cpus": 8})
+    with pytest.raises(ConfigError, match=r"^workers\.gpus: 1, but this machine has no GPU"):
+        check.check_devices(wanted, None)
+    check.check_devices(wanted, ROOT / "clusters" / "aws-h100.yaml")
+    with pytest.raises(ConfigError, match=r"^workers\.count: .* do not fit on .*aws-h100\.yaml"):
+        check.check_devices(job(workers={"gpus": 9}), ROOT / "clusters" / "aws-h100.yaml")
+    check.check_devices(job(), None)
+
+
+def test_in_a_cluster_gpus_are_rays_business(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    check.check_devices(job(workers={"gpus": 1}), None)
+
+
+def test_a_server_that_answers_with_an_error_is_not_said_to_be_silent():
+    """The status and its cause are told: what helps with a full disk is not what helps with a server that is down."""
+    full = "<html><p>No space left\n on device</p>"
+    with server(503, full) as uri, pytest.raises(HeliostatError) as e:
+        check._check_mlflow(uri)
+    assert str(e.value) == f"mlflow.uri: {uri} answers, but with an error: 503 Service Unavailable (No space left on device)"
+
+
+@pytest.mark.parametrize("status", [500, 503])
+def test_the_cause_of_an_error_of_mlflows_client_is_not_cut_off(monkeypatch, status):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
+    with server(status, "No space left on device") as uri, pytest.raises(TrackingError) as e, store.asking(uri):
+        mlflow.MlflowClient(tracking_uri=uri).get_run("0" * 32)
+    assert str(e.value).startswith(f"MLflow at {uri}: it answered {status}") and "\n" not in str(e.value)
+
+
+def test_a_body_is_told_where_the_client_tells_it():
+    said = "API request to endpoint /api/2.0 failed with error code 507 != 200. Response body: '<b>disk\nfull</b>'"
+    assert store.fault(said) == "it answered 507: disk full '"
+
+
+def test_a_server_that_is_down_is_told_by_its_cause():
+    said = (
+        "API request to http://h failed with exception P(host='h'): Max retries exceeded with url: /x (Caused by Refused('no'))"
+    )
+    assert store.fault(said) == "Refused('no')"
+
+
+def test_a_mistyped_name_of_a_cluster_is_no_address(monkeypatch):
+    """It is said which there are; an address has a port."""
+    monkeypatch.setattr(local, "known", lambda: [local.State("local", "f", "http://127.0.0.1:1")])
+    for name in ("locel", "my-cluster", "host.example.com", "user@host:1", "a/b:80"):
+        with pytest.raises(ConfigError, match=r"^--cluster: .* is no local cluster that runs"), reach.endpoint(name):
+            pass
+    with pytest.raises(ConfigError, match="did you mean 'local'"), reach.endpoint("locel"):
+        pass
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"workers": {"count": 10**9}},
+        {"workers": {"count": [1, LARGEST]}},
+        {"workers": {"count": [10**9, LARGEST]}},
+        {"train.global_batch": LARGEST, "data.lanes": LARGEST - 1},
+        {"train.global_batch": LARGEST - 5, "train.micro_batch": 1, "workers": {"count": [2, 5]}},  # a prime
+        {"train.global_batch": LARGEST, "train.micro_batch": 3},
+        {"model.hidden_size": LARGEST - 5},
+        {"data.lanes": 10**30},
+        {"train.global_batch": 10**30},
+    ],
+)
+def test_large_numbers_are_checked_by_arithmetic(changes):
+    """In time that does not grow with them: CPU seconds, so that a busy machine does not matter."""
+    before = time.process_time()
+    with contextlib.suppress(ConfigError):
+        check.check_job(job(**changes))
+    assert time.process_time() - before < 5
+
+
+def test_divisors_are_all_that_there_are():
+    for number in [*range(1, 300), 3600, 65537]:
+        assert divisors(number) == [d for d in range(1, number + 1) if number % d == 0]
+
+
+@pytest.mark.parametrize("name", ["../../x", "..", "a/../b", "", "   ", "a\x1b[2J", "a\\b", "a//b", "x" * 300])
+def test_an_experiments_name_cannot_lead_out_of_a_folder(name):
+    with pytest.raises(ConfigError, match=r"mlflow\.experiment: .* is no experiment's name"):
+        job(**{"mlflow.experiment": name})
+
+
+def test_names_of_experiments_that_are_used_stay_right():
+    for name in ("quickstart", "a b", "team/vision 2", "/Users/someone@example.com/runs", "Größe"):
+        assert job(**{"mlflow.experiment": name}).mlflow.experiment == name

@@ -1,0 +1,66 @@
+"""Ray's start on a busy machine: tried once more, then one line; nothing that a failed start has begun is left."""
+
+import subprocess
+import sys
+
+import psutil
+import pytest
+from heliostat import check
+from heliostat.cluster import connect, start
+from heliostat.errors import ClusterError, ConfigError
+
+SLOW = "The current node timed out during startup. This could happen because some of the raylet failed to startup.\nmore"
+
+
+@pytest.fixture
+def rays(monkeypatch):
+    """What `ray.init` does at each try; a process that it starts each time, as a raylet that came up too late."""
+    tries: list[BaseException | None] = []
+    started: list[subprocess.Popen] = []
+
+    def init(**options: object) -> None:
+        started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]))
+        if fault := tries.pop(0):
+            raise fault
+
+    monkeypatch.setattr(start.ray, "init", init)
+    yield tries, started
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def test_a_start_that_was_too_slow_is_tried_once_more(rays, caplog):
+    tries, started = rays
+    tries += [RuntimeError(SLOW), None]
+    start.init()
+    assert not tries and "trying once more" in caplog.text
+    assert not psutil.pid_exists(started[0].pid) or started[0].poll() is not None
+    assert started[1].poll() is None
+
+
+def test_a_second_failure_is_one_line(rays):
+    tries, started = rays
+    tries += [RuntimeError(SLOW), ConnectionError(SLOW)]
+    with pytest.raises(ClusterError, match=r"^Ray did not start, 2 times: The current .*failed to startup\.; is the") as e:
+        start.init()
+    assert "\n" not in str(e.value) and all(p.wait(5) is not None for p in started)
+
+
+def test_ctrl_c_while_ray_starts_is_no_reason_to_try_again(rays):
+    tries, started = rays
+    tries += [KeyboardInterrupt(), None]
+    with pytest.raises(KeyboardInterrupt):
+        start.init()
+    assert len(started) == 1 and started[0].wait(5) is not None
+
+
+def test_gpus_that_are_not_here_are_refused_before_ray_starts(rays, monkeypatch):
+    """Where no cluster is named; Ray would hand out as many as it is told of."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(connect.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(ConfigError, match=r"^workers\.gpus: 2, but this machine has no GPU.* `heliostat submit`"):
+        connect.connect(cpus=2, gpus=2)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert check.require_gpus(2) == 1

@@ -1,0 +1,88 @@
+"""Text from data reaches a terminal as text: no control character of it moves the cursor, colours, or turns the writing."""
+
+import io
+import logging
+import unicodedata
+
+import pytest
+from heliostat import cli
+from heliostat.text import brief, printable
+
+EVIL = "\x1b[2J\x1b]0;title\x07\x9b31m\u202egnp.exe\u2066\r\x00\x7f"
+
+
+def test_no_control_character_and_no_override_of_direction_is_left():
+    """Of all of Unicode's; everything else stays as it is, and nothing is escaped twice."""
+    everything = "".join(map(chr, range(0x110000)))
+    shown = printable(everything)
+    assert not {c for c in shown if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")}
+    assert not {
+        c for c in shown if unicodedata.bidirectional(c) in ("LRE", "LRO", "RLE", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+    }
+    assert printable("Grüße, 世界 🌍 \\x1b") == "Grüße, 世界 🌍 \\x1b" and printable(shown) == shown
+    assert printable("\x1b[2J") == "\\x1b[2J" and printable("\u202ea") == "\\u202ea" and printable("a\nb\tc") == "a\\nb\\tc"
+
+
+def test_line_breaks_and_tabs_stay_where_they_are_asked_for():
+    assert printable("a\n\tb\r\x1b", lines=True) == "a\n\tb\\r\\x1b"
+
+
+def test_a_librarys_words_are_one_line():
+    """The first, cut to a length; an exception that says nothing is its kind."""
+    assert brief(ValueError("\n  first \x1b\nsecond")) == "first \\x1b"
+    assert brief(KeyError()) == "KeyError" and brief("") == ""
+    assert len(brief("x" * 10_000)) == 300 and brief("x" * 10_000).endswith("xxx ...")
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_sample_with_control_characters_is_shown_escaped(monkeypatch, full):
+    """In whole or in part, its place and the reason of a bad one too; what looks like markup is not taken for it."""
+    shown = io.StringIO()
+    monkeypatch.setattr(cli, "out", cli.Printer(file=shown, highlight=False, soft_wrap=True))
+    bad = {"shard": f"s{EVIL}", "row_group": 0, "row": 0, "reason": EVIL}
+    place = {"lane": 0, "place": 0, "source": "d", "shard": f"{EVIL}.parquet", "row_group": 0, "row": 0, "epoch": 0}
+    cli._print_sample({**place, "text": f"[bold]{EVIL}\n\tmore", "replaces": bad}, full)
+    text = shown.getvalue()
+    assert printable(text, lines=True) == text and text.count("\\x1b[2J") >= 3 and "[bold]" in text
+    assert text.endswith("more\n") == full  # on a line of its own, behind a tab
+
+
+def test_a_log_line_with_control_characters_is_written_escaped():
+    """Names of files stand in warnings."""
+    record = logging.LogRecord("x", logging.WARNING, "", 0, "%s: cannot be read", (EVIL,), None)
+    assert cli.Lines("%(message)s").format(record) == f"{printable(EVIL)}: cannot be read"
+
+
+def test_an_error_with_control_characters_is_written_escaped(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["heliostat", "index", f"/nowhere/{EVIL.replace(chr(0), '')}"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    error = capsys.readouterr().err
+    assert end.value.code == 1 and printable(error, lines=True) == error and "\\x1b[2J" in error
+
+
+def test_ctrl_c_is_said_in_a_word(monkeypatch, capsys):
+    """typer makes an exit of it, and says nothing."""
+    from heliostat.data import index
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(index, "index", interrupted)
+    monkeypatch.setattr("sys.argv", ["heliostat", "index", "/nowhere"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 130 and capsys.readouterr().err.strip() == "interrupted"
+
+
+@pytest.mark.parametrize("registered", [True, False])
+def test_what_is_suggested_next_is_a_name_that_every_command_takes(monkeypatch, registered):
+    """A model that was not registered is called by its run."""
+    shown = io.StringIO()
+    monkeypatch.setattr(cli, "out", cli.Printer(file=shown, highlight=False, soft_wrap=True))
+    uri = "models:/m/3" if registered else "models:/m-0123456789abcdef0123456789abcdef"
+    result = {"samples": [], "eval": {"loss": 1.0}, "reference": {}, "startup": {}, "tokens_per_second": 1.0, "unit": "tokens",
+              "data_wait": 0.0, "seconds_to_first_step": 1.0, "model_uri": uri, "run_id": "a" * 32,
+              "checkpoint": "c"}  # fmt: skip
+    cli._print_result(result)
+    assert f"heliostat generate {'models:/m/3' if registered else 'a' * 32} --prompt" in shown.getvalue()
