@@ -50,7 +50,7 @@ def index(location: Location) -> Report:
     start = time.monotonic()
     before = manifest.read(location)
     sizes = {f"{SHARDS}/{path}": size for path, size in location.join(SHARDS).files()}
-    listed = dict(zip(before.chunks["path"].to_pylist(), before.chunks["file_bytes"].to_pylist(), strict=True))
+    listed = dict(zip(before.paths, before.chunks["file_bytes"].to_pylist(), strict=True))
     _check_listed(location, listed, sizes)
     found = {p for p in sizes if p not in listed and p.count("/") == 1 and p.endswith(".parquet")}
     new = sorted(found - _of_replaced(location)) if found else []
@@ -71,7 +71,7 @@ def index(location: Location) -> Report:
 
 def _of_replaced(location: Location) -> set[str]:
     """The shards of every version that is kept: those that the newest does not list were there before it was prepared."""
-    return {path for version in versions.all_versions(location).values() for path in version.chunks["path"].to_pylist()}
+    return {path for version in versions.all_versions(location).values() for path in version.paths}
 
 
 def _check_listed(location: Location, listed: dict[str, int], sizes: dict[str, int]) -> None:

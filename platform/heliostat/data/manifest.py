@@ -91,6 +91,11 @@ class Manifest:
         return kept if kept.exists() else self.location.join(name)
 
     @property
+    def paths(self) -> list[str]:
+        """Of each chunk's shard."""
+        return self.chunks["path"].cast(pa.string()).to_pylist()
+
+    @property
     def places(self) -> np.ndarray:
         """Of each chunk, int64; -1: not known."""
         return self.chunks["place"].to_numpy()
@@ -299,7 +304,8 @@ def _read(location: Location, *parts: str) -> Manifest:
         table = pq.read_table(pa.BufferReader(raw), read_dictionary=["path", "footer"])
         meta = json.loads(table.schema.metadata[b"heliostat"])
         chunks = _compact(_complete(table.replace_schema_metadata(None)))
-        if any(f.type != chunks.schema.field(f.name).type for f in SCHEMA if f.type != pa.string()):
+        types = {f.name: getattr(f.type, "value_type", f.type) for f in chunks.schema}
+        if any(f.type != types[f.name] for f in SCHEMA):
             raise ValueError("columns of other types")
         if any(column.null_count for column in chunks.columns):
             raise ValueError("values are missing")

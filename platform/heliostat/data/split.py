@@ -83,7 +83,8 @@ def _split(source: Manifest, sequence_length: int | None, fraction: float, versi
     if source.kind == "rows" and not known.all():
         return growing_runs(samples, _identity(source), fraction)
     places = source.places / PLACES
-    places[~known] = hash64(_identity(source))[~known] / 2.0**64
+    if not known.all():
+        places[~known] = hash64(_identity(source))[~known] / 2.0**64
     return whole(samples, places, fraction)
 
 
