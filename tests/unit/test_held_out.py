@@ -1,9 +1,10 @@
 """A job hears before it starts what is held out otherwise than it asks for, and is refused where that is nothing."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
-from heliostat import check
+from heliostat import check, exports
 from heliostat.data.dataset import make_order, plan
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
@@ -42,3 +43,24 @@ def test_a_dataset_of_which_nothing_can_be_held_out_is_refused(tmp_path: Path):
     why = rf"holds none out; data\.sources\.0 does not tell its documents apart, so only whole ones of its {chunks} chunks can be"
     with pytest.raises(ConfigError, match=rf"evaluate\.fraction: 0\.0001 of [\d,]+ samples {why}; prepare it anew"):
         faults(source, fraction=0.0001)
+
+
+def test_a_recorded_run_keeps_what_it_held_out(tmp_path: Path):
+    """Resumed, made again or with changed data it stays on its version of the plan; only a new run takes the newest."""
+    source = prepared(tmp_path, 400)
+    made = job(**{"data.sources.0.path": str(source.location), "data.sequence_length": 16})
+    new = plan(made, [source])
+    old = dataclasses.replace(new, version=1)
+    assert new.version == 2 and plan(made, [source], old) == old and plan(made, [source], new) == new
+    assert plan(made, [source], old, first_step=20).version == 1
+    assert make_order(old, [source]).held_out(99).chunk.tolist() != make_order(new, [source]).held_out(99).chunk.tolist()
+
+
+def test_a_model_is_scored_on_what_its_own_run_held_out(tmp_path: Path):
+    """An export says of which version its data plan was; one that does not is of before there were others."""
+    exports.write(tmp_path, job(), {"run_id": "r", "step": 1})
+    assert exports.read(tmp_path).data_version == 1
+    exports.write(tmp_path, job(), {"run_id": "r", "step": 1, "data_version": 2})
+    assert exports.read(tmp_path).data_version == 2
+    (tmp_path / exports.RECORD).unlink()
+    assert exports.read(tmp_path).data_version is None

@@ -27,7 +27,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the files come to lie; everything is large."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(mapped, "LARGE", 1)
-    return tmp_path / f"heliostat-{os.getuid()}"
+    return tmp_path / f"heliostat-tables-{os.getuid()}"
 
 
 def test_a_dataset_in_shared_files_gives_the_samples_of_one_in_memory(folder: Path, tmp_path: Path, monkeypatch):

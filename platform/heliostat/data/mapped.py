@@ -1,7 +1,7 @@
 """Large tables in files of this machine, mapped into memory: its processes share one copy, which the kernel may drop and read
 again. Whatever has fewer than LARGE rows stays in the process's own memory.
 
-The files lie in a folder of this user alone (`heliostat-UID` in the folder for temporary files). A table is made by one
+The files lie in a folder of this user alone (`heliostat-tables-UID` in the folder for temporary files). A table is made by one
 process while the others wait; where no file can be written, each process keeps a table of its own. Files that none has opened
 for a day are deleted when the next is written.
 """
@@ -47,7 +47,7 @@ def table(key: Any, build: Callable[[], pa.Table]) -> pa.Table:
 
 
 def _folder() -> Path:
-    return Path(tempfile.gettempdir()) / f"heliostat-{os.getuid()}"
+    return Path(tempfile.gettempdir()) / f"heliostat-tables-{os.getuid()}"
 
 
 def _open(file: Path) -> pa.Table | None:

@@ -1,10 +1,10 @@
 """Which samples are held out: a pure function of what is in each chunk, whatever the seed, the order or the other chunks.
 
-A document lies in one chunk, so a chunk that is held out whole holds out whole documents. Each chunk has a place between 0
-and 1; those below `evaluate.fraction` are held out. So what a fraction holds out is held out at every larger one too, and at
-any sequence length. The place is the greatest of the chunk's documents (by hash of their text) where the manifest knows
-it; `prepare` ends a chunk at 1, 2 and 5 parts of ten, a hundred and so on, so there exactly the documents below the fraction
-are held out. Else the place is a hash of the chunk's content digest and number.
+A document lies in one chunk, or in chunks of one place, so chunks that are held out whole hold out whole documents. Each chunk
+has a place between 0 and 1; those below `evaluate.fraction` are held out. So what a fraction holds out is held out at every
+larger one too, and at any sequence length. The place is the greatest of the chunk's documents (by hash of their text) where the
+manifest knows it; `prepare` ends a chunk at 1, 2 and 5 parts of ten, a hundred and so on, so there exactly the documents below
+the fraction are held out. Else the place is a hash of the chunk's content digest and number.
 
 Rows are samples, and a chunk of them need not be held out whole where no hash of them is known: then it gives a run of rows
 that starts at a hashed place, grows with the fraction, and goes on with the chunk's first row behind its last.
@@ -83,7 +83,8 @@ def _split(source: Manifest, sequence_length: int | None, fraction: float, versi
     if source.kind == "rows" and not known.all():
         return growing_runs(samples, _identity(source), fraction)
     places = source.places / PLACES
-    places[~known] = hash64(_identity(source))[~known] / 2.0**64
+    if not known.all():
+        places[~known] = hash64(_identity(source))[~known] / 2.0**64
     return whole(samples, places, fraction)
 
 
