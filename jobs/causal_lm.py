@@ -292,7 +292,7 @@ class SummedCrossEntropy(torch.autograd.Function):
 def whole(key: str, folder: str | Path, **options: Any) -> Any:
     """The model in a folder; ConfigError if a weight is missing, for which transformers would take random numbers."""
     model, told = from_folder(key, transformers.AutoModelForCausalLM, folder, output_loading_info=True, **options)
-    if absent := sorted(map(str, told["missing_keys"])):
+    if absent := sorted(set(told["missing_keys"]) - set(model.all_tied_weights_keys)):
         raise ConfigError(f"{folder}: lacks {len(absent)} of the model's weights, as {absent[0]}; is the folder whole?")
     return model
 

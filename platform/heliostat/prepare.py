@@ -100,7 +100,7 @@ def load(path: Path, settings: list[str]) -> tuple[str, Pipeline]:
     target = raw.pop("pipeline", None)
     if not isinstance(target, str):
         raise ConfigError(f"{path}: pipeline: {target!r} must name a class, such as pipelines.text:TextPipeline")
-    cls = workspace.import_path("pipeline", target)
+    cls = workspace.import_path(f"{path}: pipeline", target)
     if not (isinstance(cls, type) and issubclass(cls, Pipeline)):
         raise ConfigError(f"{path}: pipeline: {target!r} must be a subclass of heliostat.prepare.Pipeline")
     return target, validate(cls, raw, str(path))

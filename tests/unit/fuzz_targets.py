@@ -388,7 +388,7 @@ TARGETS: dict[str, tuple[Callable[[Path], Target], int]] = {  # and rounds in CI
     "sweeps": (sweeps, 40),
     "clusters": (clusters, 40),
     "manifests": (manifests, 60),
-    "indexes": (indexes, 60),
+    "indexes": (indexes, 20),
     "receipts": (receipts, 30),
     "segments": (plans, 40),
     "ledgers": (ledgers, 80),

@@ -27,6 +27,11 @@ class Report:
 def check(path: Path) -> Report:
     """ConfigError if the file cannot be read at all; else what is wrong with it."""
     cluster = files.read(path)
+    with files.shaped(path):
+        return _report(cluster)
+
+
+def _report(cluster: ClusterFile) -> Report:
     refused = schemas.faults(cluster)
     if refused:  # the rest needs a file of the right form
         return Report(cluster, [*refused, *written_secrets.faults(cluster)], [])

@@ -7,6 +7,7 @@ only reads out the pools of nodes, their sizes, labels and images. `cluster.chec
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 from heliostat import workspace
 from heliostat.errors import ConfigError
 from heliostat.schema import documents
+from heliostat.text import brief
 
 ACCELERATOR = "ray.io/accelerator-type"  # Ray's own label of a node's GPU
 GPU_RESOURCES = ("nvidia.com/gpu", "amd.com/gpu")
@@ -49,10 +51,8 @@ class ClusterFile:
     @cached_property
     def pools(self) -> tuple[Pool, ...]:
         """ConfigError if the file is so wrong that they cannot be read; its schema says what is (`schemas`)."""
-        try:
+        with shaped(self.path):
             return tuple(_launcher_pools(self.raw) if self.kind == "launcher" else _kuberay_pools(self.spec))
-        except (KeyError, TypeError, AttributeError, ValueError) as e:
-            raise ConfigError(f"{self.path}: the pools of nodes cannot be read ({type(e).__name__}: {e})") from e
 
     @property
     def provider(self) -> str:
@@ -81,6 +81,18 @@ class ClusterFile:
     def commands(self) -> list[str]:
         """Every shell command of a launcher file."""
         return [c for key, value in self.raw.items() if key.endswith("_commands") for c in value]
+
+
+@contextmanager
+def shaped(path: Path) -> Iterator[None]:
+    """Around what reads parts of the file whose kind no schema has vouched for."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as e:
+        fault = f"{type(e).__name__}: {brief(e)}"
+        raise ConfigError(f"{path}: a part of it is missing or of the wrong kind, so it cannot be read ({fault})") from e
 
 
 def read(path: Path) -> ClusterFile:

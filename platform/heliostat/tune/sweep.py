@@ -20,6 +20,7 @@ from heliostat.errors import ConfigError
 from heliostat.schema import Float, Strict
 from heliostat.spec import Fraction, Job, Name, Positive, Seed
 from heliostat.storage import Location
+from heliostat.text import brief
 from heliostat.tune import rungs
 from heliostat.tune import space as spaces
 from heliostat.tune.space import Params, Space
@@ -242,7 +243,7 @@ def _base_faults(sweep: Sweep, base: Job) -> list[str]:
         recipe = check.check_job(base)[1]
         if sweep.metric not in recipe.scores:
             near = schema.nearest(sweep.metric, list(recipe.scores))
-            faults.append(f"metric: {sweep.metric!r} is no score of {base.recipe}{near}")
+            faults.append(f"metric: {brief(repr(sweep.metric), 100)} is no score of {base.recipe}{near}")
     return faults
 
 
