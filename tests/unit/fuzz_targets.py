@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -137,6 +138,7 @@ def _text(place: Location) -> manifest.Manifest:
     table = pa.table({"tokens": pa.array([rng.integers(0, 26, 40).tolist() for _ in range(60)], pa.list_(pa.int32()))})
     pq.write_table(table, f"{place.path}/shards/0.parquet", row_group_size=10)
     rows = manifest.read_footer(place, "shards/0.parquet", "tokens")
+    rows = [{**row, "place": manifest.PLACES // 10 * number} for number, row in enumerate(rows)]  # the first may be held out
     meta = {"kind": "tokens", "tokenizer": hashlib.sha256(text).hexdigest(), "vocab_size": 96, "end_of_document": 0, "name": "d",
             "documents": 60}  # fmt: skip
     return manifest.write(place, rows, meta)
@@ -312,7 +314,9 @@ def records(folder: Path) -> Target:
     cluster_folder.mkdir(parents=True)
     submitted = cluster_jobs.Record("j", "c", "runs/j", 10, build_job.BASE, None)
     (jobs_folder / "j.json").write_text(json.dumps(dataclasses.asdict(submitted)))
-    state = local.State("c", "c.yaml", "http://127.0.0.1:1", [local.Node("head", "127.0.0.1", "/tmp/x", 1, 1e9)])
+    with patch.object(local, "home", lambda: folder.parent / "fuzzed" / ".heliostat" / "clusters"):  # of the copy that is read
+        node = local.Node("head", "127.0.0.1", str(local._node_folder("c", 0)), 1, 1e9)
+    state = local.State("c", "c.yaml", "http://127.0.0.1:1", [node])
     (cluster_folder / "state.json").write_text(json.dumps(dataclasses.asdict(state)))
     (folder / code.CODE_FILE).parent.mkdir(parents=True, exist_ok=True)
     (folder / code.CODE_FILE).write_text(json.dumps({"commit": "c", "diff": "d", "untracked": ["a"]}))

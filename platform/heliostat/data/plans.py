@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
 from pydantic import Field
 from typing_extensions import TypedDict
@@ -38,6 +38,7 @@ class Plan(TypedDict):
     held_fraction: Annotated[float, Field(ge=0, lt=1)]
     shape: Shape
     skips: list[tuple[Whole, Whole, Whole]]
+    version: NotRequired[Annotated[int, Field(ge=1)]]
 
 
 def _fault(plan: Plan) -> str | None:
@@ -67,6 +68,8 @@ def build(raw: Any, where: object) -> DataPlan:
     PLAN.build(raw, where)
     try:
         return DataPlan.parse(raw)
+    except DataError as e:
+        raise DataError(f"{where}: {e}") from e
     except (TypeError, ValueError, KeyError) as e:  # a key of another version's
         raise DataError(f"{where}: is a data plan of another version of heliostat ({e})") from e
 
