@@ -138,7 +138,9 @@ def _text(place: Location) -> manifest.Manifest:
     table = pa.table({"tokens": pa.array([rng.integers(0, 26, 40).tolist() for _ in range(60)], pa.list_(pa.int32()))})
     pq.write_table(table, f"{place.path}/shards/0.parquet", row_group_size=10)
     rows = manifest.read_footer(place, "shards/0.parquet", "tokens")
-    rows = [{**row, "place": manifest.PLACES // 10 * number} for number, row in enumerate(rows)]  # the first may be held out
+    rows = [
+        {**row, "place": manifest.PLACES // 10 * number + number} for number, row in enumerate(rows)
+    ]  # the first may be held out
     meta = {"kind": "tokens", "tokenizer": hashlib.sha256(text).hexdigest(), "vocab_size": 96, "end_of_document": 0, "name": "d",
             "documents": 60}  # fmt: skip
     return manifest.write(place, rows, meta)

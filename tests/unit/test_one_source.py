@@ -58,7 +58,8 @@ def test_a_capped_source_never_gives_more_than_its_cap():
 
 
 def rows(path: str, groups: int, size: int) -> list[dict]:
-    return [{"path": path, "row_group": g, "rows": size, "tokens": 0, "bytes": 10, "file_bytes": 99, "footer": path[:4]}
+    footer = path[:4].encode().hex() * 4
+    return [{"path": path, "row_group": g, "rows": size, "tokens": 0, "bytes": 10, "file_bytes": 99, "footer": footer}
             for g in range(groups)]  # fmt: skip
 
 

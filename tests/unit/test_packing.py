@@ -4,12 +4,15 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from heliostat import check, exports
+from heliostat.data import manifest
 from heliostat.data.dataset import open_dataset, plan
 from heliostat.errors import ConfigError
 from heliostat.evaluate import evaluate
+from heliostat.storage import Location
 from transformers import CONFIG_MAPPING
 
 from jobs import packing, tiny
@@ -116,10 +119,21 @@ def test_an_exported_model_is_scored_as_in_training(tmp_path):
     torch.testing.assert_close(scored["nats"], trained["nats"], rtol=1e-5, atol=1e-4)
 
 
+def in_two_parts(place: Location) -> manifest.Manifest:
+    """The dataset with its documents in two chunks, of which the second may be held out."""
+    file = Path(place.path) / "shards" / "0.parquet"
+    table = pq.read_table(file)
+    pq.write_table(table, file, row_group_size=len(table) // 2, write_page_checksum=True)
+    rows = manifest.read_footer(place, "shards/0.parquet", "tokens")
+    rows = [{**row, "place": 0 if row["row_group"] else manifest.PLACES - 1} for row in rows]
+    return manifest.write(place, rows, manifest.read(place).meta)
+
+
 def test_heliostat_evaluate_scores_an_export_with_the_mask_that_it_was_trained_with(tmp_path, monkeypatch):
     """The command's own code, on an export as training writes it, gives the score of the model in memory."""
     monkeypatch.chdir(ROOT)
-    source = dataset(tmp_path / "data", trained("byte-level"), [text[i : i + 150] for text in TEXTS for i in range(0, 3000, 150)])
+    dataset(tmp_path / "data", trained("byte-level"), [text[i : i + 150] for text in TEXTS for i in range(0, 3000, 150)])
+    source = in_two_parts(Location(str(tmp_path / "data")))
     made_job = job(
         **MASK, **{"model.vocab_size": 1000, "data.sources": [{"path": str(tmp_path / "data")}], "evaluate.fraction": 0.5}
     )
@@ -131,8 +145,8 @@ def test_heliostat_evaluate_scores_an_export_with_the_mask_that_it_was_trained_w
         torch.nn.init.normal_(p, std=0.2)
     model.save_pretrained(tmp_path / "model")
     made.save_config(tmp_path / "model")
-    exports.write(tmp_path / "model", made_job, {})
     order = open_dataset(plan(made_job, [source]))
+    exports.write(tmp_path / "model", made_job, {"data_version": order.plan.version})
     content = order.read(order.order.held_out(16))
     with torch.no_grad():
         sums = {k: float(v.sum()) for k, v in made.evaluate(model, made.batch(content)).items()}

@@ -99,5 +99,8 @@ def test_a_manifest_with_a_right_digest_that_cannot_be_true_is_refused(tmp_path,
     manifest.write(place, rows, META)
     manifest.read(place)
     manifest.write(place, [{**rows[0], **change}, *rows[1:]], META)
-    with pytest.raises(DataError, match=r"\.parquet: is no manifest of a dataset \((path|rows|tokens|footer|row_group): "):
+    with pytest.raises(
+        DataError,
+        match=r"\.parquet: (is no manifest of a dataset \((rows|tokens|footer|row_group): |names .* not a place inside)",
+    ):
         manifest.read(place)

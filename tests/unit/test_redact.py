@@ -92,8 +92,14 @@ def test_a_store_with_a_password_is_no_option_of_a_command_and_no_argument_of_th
     """`ps` shows command lines to every user: the command refuses one, and passes the environment's on as environment."""
     code, _, lines, _ = run("ui", "--mlflow", "postgresql://u:hunter2@h/db")
     assert code == 2 and len(lines) == 1 and "set MLFLOW_TRACKING_URI instead" in lines[0] and "hunter2" not in lines[0]
-    started = []
-    monkeypatch.setattr(ui.subprocess, "run", lambda command, env, **_: started.append((command, env)))
+    started, popen = [], subprocess.Popen
+
+    def start(command, env):
+        started.append((command, env))
+        return popen([sys.executable, "-c", ""])
+
+    monkeypatch.setattr(ui.subprocess, "Popen", start)
+    monkeypatch.setattr(ui.signal, "signal", lambda *_: None)
     ui.serve("postgresql://u:hunter2@h/db", "127.0.0.1", 59871)
     ((command, env),) = started
     assert "hunter2" not in " ".join(command) and env["MLFLOW_BACKEND_STORE_URI"] == "postgresql://u:hunter2@h/db"

@@ -74,7 +74,6 @@ class Kept(TypedDict):
 class Driver(TypedDict):
     host: str
     pid: Whole
-    started: Number
     at: Number
 
 
