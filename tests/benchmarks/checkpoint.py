@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tests.integration import ranks  # noqa: E402
+from tests.unit import build_index  # noqa: E402
 from tests.unit.build_job import job  # noqa: E402
 
 SHAPES = {50: {"hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 8},
@@ -105,7 +106,7 @@ def save_and_load(group: Any, everyone: Any, folder: str, size: str, rounds: str
     train(made)
 
     def save(step: int) -> None:
-        saver.save(step, fragments.state(made), {"optimizer_steps": fragments.optimizer_steps(made), "metrics": {}})
+        saver.save(step, fragments.state(made), build_index.facts(optimizer_steps=fragments.optimizer_steps(made)))
 
     def save_whole(step: int) -> None:
         save(step)

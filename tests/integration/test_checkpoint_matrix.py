@@ -26,6 +26,7 @@ from torch import nn
 from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
 
 from tests.integration import ranks
+from tests.unit import build_index
 from tests.unit.build_job import job
 
 WORKERS = (1, 2, 3, 4)
@@ -149,7 +150,7 @@ def _save(case: Case, engine: Any, folder: Path, group: Any) -> None:
     saver = checkpoint.Saver(Location(str(folder / str(case))), spec.Checkpoint(every=1), group)
     saver.follow(fragments.inner_optimizer(engine))
     expected = _whole(engine)
-    facts = {"optimizer_steps": fragments.optimizer_steps(engine), "metrics": {}}
+    facts = build_index.facts(optimizer_steps=fragments.optimizer_steps(engine))
     saver.save(TRAINED, fragments.state(engine), facts, fragments.frozen(engine))
     losses = _play(engine, TRAINED, AFTER)
     saver.wait()

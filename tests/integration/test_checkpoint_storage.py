@@ -28,9 +28,10 @@ from heliostat.train.survive import FAILED, RUN
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from tests.integration import ranks
+from tests.unit import build_index
 
 SIZES = {"master.large": 3_000_001, "exp_avg.large": 3_000_001, "master.small": 7, "exp_avg.one": 1}
-FACTS: dict[str, Any] = {"metrics": {"loss": 1.0}}
+FACTS: dict[str, Any] = build_index.facts(metrics={"loss": 1.0})
 
 
 def _whole(seed: int, scale: int = 1) -> dict[str, torch.Tensor]:

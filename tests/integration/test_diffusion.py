@@ -33,7 +33,7 @@ from jobs.text_to_image import TextToImage
 from tests.integration import ranks
 from tests.integration.conftest import curve
 from tests.integration.reference import plain_losses
-from tests.unit import build_images
+from tests.unit import build_images, build_index
 from tests.unit.build_images import TEXT, UNET
 from tests.unit.test_text_to_image import clip
 
@@ -120,7 +120,7 @@ def stages(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
         saver = checkpoint.Saver(Location(f"{folder}/{stage}-{world}"), spec.Checkpoint(every=1), group)
         saver.follow(fragments.inner_optimizer(engine))
         state = fragments.state(engine) | ema.state()
-        saver.save(STEPS, state, {"optimizer_steps": STEPS, "metrics": {}})
+        saver.save(STEPS, state, build_index.facts(optimizer_steps=STEPS))
         losses += _play(engine, recipe, ema, jobs[stage], STEPS, AFTER)
         saver.wait()
         batch = recipe.batch(open_dataset(plan(jobs[stage], recipe.sources)).read(

@@ -16,6 +16,7 @@ from torch import nn
 from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
 
 from tests.integration import ranks
+from tests.unit import build_index
 from tests.unit.build_job import job
 
 BATCH, STEPS = 12, 3
@@ -144,7 +145,7 @@ def loss_scale(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any
             _train(made[0], 3, 12)
             steps, held = fragments.optimizer_steps(made[0]), lossscale.read(made[0])
             saver = checkpoint.Saver(run, spec.Checkpoint(every=1), group)
-            saver.save(12, fragments.state(made[0]), {"optimizer_steps": steps, "loss_scale": held, "metrics": {}})
+            saver.save(12, fragments.state(made[0]), build_index.facts(optimizer_steps=steps, loss_scale=held))
             saver.wait()
             found = checkpoint.open_checkpoint(run, 12)
             checkpoint.load(found, fragments.state(made[1], whole=True), group)

@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tests.integration import ranks
+from tests.unit import build_index
 
 TENSORS, NUMEL = 24, 4 << 20  # 400 MB in fp32
-FACTS: dict[str, Any] = {"metrics": {}}
+FACTS: dict[str, Any] = build_index.facts()
 
 
 def _peak_mb(reset: bool = False) -> float:

@@ -20,6 +20,7 @@ from torch import nn
 
 from tests.integration import ranks
 from tests.integration.test_engine import Recipe
+from tests.unit import build_index
 from tests.unit.build_job import job
 
 AFMOE = {
@@ -60,7 +61,7 @@ def _engine(recipe: Any, stage: int, precision: str = "bf16") -> Any:
 
 
 def _save(saver: checkpoint.Saver, step: int, engine: Any) -> None:
-    facts = {"optimizer_steps": 0, "metrics": {}, "written": 0.0, "world_size": 2, "zero_stage": 2, "job": job().dump()}
+    facts = build_index.facts(world_size=2, zero_stage=2, job=job().dump())
     saver.save(step, fragments.state(engine), facts, fragments.frozen(engine))
     saver.wait()
 

@@ -11,6 +11,12 @@ from heliostat.train.stored import FORMAT
 DATA = DataPlan(("a",), ("d",), ((0, (1.0,)),), (None,), 64, 1, 0.0, Shape(8, 4, 2, 16)).dump()
 
 
+def facts(**given: Any) -> dict[str, Any]:
+    """What whoever saves a checkpoint says of it; `given` is laid over it."""
+    saved = index(int(given.get("optimizer_steps", 0)), **given)
+    return {k: v for k, v in saved.items() if k not in ("format", "step", "shards", "tensors")}
+
+
 def index(step: int, **facts: Any) -> dict[str, Any]:
     """Of a checkpoint without tensors, behind `step`; `facts` are laid over it."""
     return {

@@ -222,12 +222,11 @@ def test_who_was_taken_for_dead_makes_no_checkpoint_valid(tmp_path):
     from heliostat.train.checkpoint import _Writer
     from torch.distributed.checkpoint.metadata import Metadata
 
-    from tests.unit.build_index import index
+    from tests.unit.build_index import facts
 
     run = Location(str(tmp_path))
     with lease.take(run) as held:
-        facts = {k: v for k, v in index(10).items() if k not in ("format", "step", "shards", "tensors")}
-        writer = _Writer(stored.folder(run, 10), 10, facts, lambda: None, held.fence)
+        writer = _Writer(stored.folder(run, 10), 10, facts(), lambda: None, held.fence)
         writer.finish(Metadata({}), [])
         assert stored.open_checkpoint(run, 10).step == 10
         run.join(lease.FOLDER, "00000002.json").write(replace(Holder.me(), pid=7).dump())
