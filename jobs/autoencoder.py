@@ -15,6 +15,7 @@ from __future__ import annotations
 import base64
 import inspect
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -229,5 +230,7 @@ class Reconstructions:
         after = ((made.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
         return [np.concatenate([self.images[n], after[i]], axis=1) for i, n in enumerate(numbers)]
 
-    def judge(self, pictures: list[np.ndarray]) -> tuple[dict[str, float], dict[str, bytes]]:
+    def judge(
+        self, pictures: list[np.ndarray], progressed: Callable[[], None] = lambda: None
+    ) -> tuple[dict[str, float], dict[str, bytes]]:
         return {}, {"reconstructions": png(grid(pictures, 2))}

@@ -8,6 +8,7 @@ the chance level, are reported beside it.
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,9 @@ class Gallery:
         recipe.parts.rest()
         return pictures
 
-    def judge(self, pictures: list[np.ndarray]) -> tuple[dict[str, float], dict[str, bytes]]:
+    def judge(
+        self, pictures: list[np.ndarray], progressed: Callable[[], None] = lambda: None
+    ) -> tuple[dict[str, float], dict[str, bytes]]:
         scores: dict[str, float] = {}
         if self.samples.judge:
             wanted = [self.labels[i // self.samples.per_prompt] for i in range(self.count)]
@@ -66,14 +69,14 @@ class Gallery:
             scores["classifier_accuracy"] = self.judge_of().accuracy
             scores["chance"] = 1 / len(self.judge_of().labels)
         if self.samples.features:
-            scores |= self._reference_of(self.samples.features).distances(pictures)
+            scores |= self._reference_of(self.samples.features, progressed).distances(pictures, progressed)
         return scores, {"samples": png(grid(pictures, self.samples.per_prompt))}
 
-    def _reference_of(self, features: Features) -> Any:
+    def _reference_of(self, features: Features, progressed: Callable[[], None]) -> Any:
         if self._reference is None:
             from jobs.image_quality import Reference
 
-            self._reference = Reference(features.pretrained, self.recipe.sources, features.images)
+            self._reference = Reference(features.pretrained, self.recipe.sources, features.images, progressed)
         return self._reference
 
     def judge_of(self) -> Judge:

@@ -6,7 +6,7 @@ small pictures. Its accuracy is measured on every fifth image, which it is not t
 
 from __future__ import annotations
 
-import io
+from collections.abc import Callable
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -51,8 +51,11 @@ def _small(picture: np.ndarray) -> np.ndarray:
     return np.asarray(image if max(image.size) <= SIDE else image.resize((SIDE, SIDE), Image.Resampling.BOX))
 
 
-def real_images(sources: list[Manifest], limit: int = LIMIT) -> tuple[list[np.ndarray], list[str]]:
-    """At most `limit` images of the datasets with their labels, in the shards' order, which is by hash."""
+def real_images(
+    sources: list[Manifest], limit: int = LIMIT, progressed: Callable[[], None] = lambda: None
+) -> tuple[list[np.ndarray], list[str]]:
+    """At most `limit` images of the datasets with their labels, in the shards' order, which is by hash; calls back for every
+    row group, of which nothing else of its shard is read."""
     from jobs.image_rows import decode
 
     images: list[np.ndarray] = []
@@ -61,7 +64,9 @@ def real_images(sources: list[Manifest], limit: int = LIMIT) -> tuple[list[np.nd
         for path, group in zip(source.chunks["path"].to_pylist(), source.chunks["row_group"].to_pylist(), strict=True):
             if len(images) >= limit:
                 break
-            table = pq.ParquetFile(io.BytesIO(source.location.join(path).read())).read_row_group(group)
+            with source.location.join(path).open() as file:
+                table = pq.ParquetFile(file).read_row_group(group)
+            progressed()
             if "image" not in table.column_names:
                 raise ConfigError("model.samples: the datasets hold no images; remove judge and features")
             images += [decode(data) for data in table["image"].to_pylist()]

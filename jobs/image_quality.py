@@ -8,6 +8,8 @@ images, drawn and real. The real ones are looked at once (`Reference`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from heliostat.data.manifest import Manifest
@@ -63,22 +65,24 @@ def shares(rows: list[int], limit: int) -> list[int]:
 class Reference:
     """Features of at most `limit` real images, of every dataset its share: the same from one evaluation to the next."""
 
-    def __init__(self, folder: str, sources: list[Manifest], limit: int) -> None:
+    def __init__(self, folder: str, sources: list[Manifest], limit: int, progressed: Callable[[], None] = lambda: None) -> None:
+        """Calls back for every row group that is read and every 32 images that go through the model."""
         parts = zip(sources, shares([source.rows for source in sources], limit), strict=True)
         self.folder = folder
-        self.known = extract(folder, [image for source, count in parts for image in real_images([source], count)[0]])
+        self.known = extract(folder, [image for source, count in parts for image in real_images([source], count, progressed)[0]],
+                             progressed)  # fmt: skip
         self._within = _alike(self.known, self.known, same=True)
 
-    def distances(self, pictures: list[np.ndarray]) -> dict[str, float]:
+    def distances(self, pictures: list[np.ndarray], progressed: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Of drawn images from them; and how many there are of them."""
-        drawn = extract(self.folder, pictures)
+        drawn = extract(self.folder, pictures, progressed)
         near = _alike(drawn, drawn, same=True) + self._within - 2 * _alike(drawn, self.known)
         return {"fid": fid(drawn, self.known), "kid": near, "real_images": float(len(self.known))}
 
 
 @torch.no_grad()
-def extract(folder: str, pictures: list[np.ndarray]) -> np.ndarray:
-    """[n, d], the pooled output of the folder's image model."""
+def extract(folder: str, pictures: list[np.ndarray], progressed: Callable[[], None] = lambda: None) -> np.ndarray:
+    """[n, d], the pooled output of the folder's image model; calls back for every 32 images."""
     from transformers import AutoImageProcessor, AutoModel
 
     processor = from_folder("model.samples.features.pretrained", AutoImageProcessor, folder)
@@ -89,4 +93,5 @@ def extract(folder: str, pictures: list[np.ndarray]) -> np.ndarray:
         three = [p.repeat(3, 2) if p.shape[2] == 1 else p for p in pictures[first : first + 32]]
         found = model(**processor(images=three, return_tensors="pt").to(device))
         out.append(found.pooler_output.flatten(1).float().cpu().numpy())
+        progressed()
     return np.concatenate(out)

@@ -72,8 +72,11 @@ def _divisor(number: int, near: int) -> str:
     return f"nearest that does: {min(divisors(number), key=lambda d: abs(d - near))}"
 
 
+ROUTER = "output_router_logits"  # the one key that a job may give beside `pretrained`: it is of the training, not of the model
+
+
 def from_folder(model: dict[str, Any]) -> Any:
-    extra = sorted(set(model) - {"pretrained"})
+    extra = sorted(set(model) - {"pretrained", ROUTER})
     if extra:
         raise ConfigError(f"model.{extra[0]}: a pretrained model takes its configuration from the folder; remove this key")
     folder = Path(model["pretrained"])
@@ -81,6 +84,13 @@ def from_folder(model: dict[str, Any]) -> Any:
         raise ConfigError(f"model.pretrained: {str(folder)!r} is not a model folder (no config.json)")
     with exports.using(folder):
         config = pretrained.from_folder("model.pretrained", transformers.AutoConfig, folder)
+    if ROUTER in model:
+        inner = config.get_text_config(decoder=True)
+        if not hasattr(inner, ROUTER):
+            raise ConfigError(
+                f"model.{ROUTER}: {str(folder)!r} holds a {config.model_type!r}, which has no router; remove this key"
+            )
+        setattr(inner, ROUTER, bool(model[ROUTER]))
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ConfigError(f"model.pretrained: {str(folder)!r} holds a {config.model_type!r}, which is no causal language model")
     return config

@@ -118,18 +118,19 @@ def check_devices(job: Job, cluster: Path | None) -> None:
 
         room.check(job, files.read(cluster))
     elif job.workers.gpus and not os.environ.get("RAY_ADDRESS"):
-        require_gpus(job.workers.gpus)
+        require_gpus(job.workers.least * job.workers.gpus)
 
 
 def require_gpus(wanted: float) -> int:
-    """How many GPUs this machine has; ConfigError if it has none."""
+    """How many GPUs this machine has; ConfigError if it has fewer than the workers ask for together."""
     import torch
 
-    if found := torch.cuda.device_count():
+    if (found := torch.cuda.device_count()) >= wanted:
         return found
+    have = f"{found} that can be used" if found else "none that can be used"
     raise ConfigError(
-        f"workers.gpus: {wanted:g}, but this machine has no GPU that can be used, and no cluster is named; use `heliostat "
-        "submit`, name the cluster's file with `heliostat check --cluster`, or set workers.gpus to 0"
+        f"workers.gpus: the workers ask for {wanted:g} GPUs, but this machine has {have}, and no cluster is named; use "
+        "`heliostat submit`, name the cluster's file with `heliostat check --cluster`, or lower workers.gpus or workers.count"
     )
 
 
@@ -192,7 +193,7 @@ def held_out_faults(job: Job, order: Order, manifests: list[Manifest]) -> list[s
                 f"{len(order.splits[number].held):,} chunks can be; prepare it anew (`heliostat prepare --force`), or raise it"
             )
         raise ConfigError(f"evaluate.fraction: {fraction:g} of {sum(total):,} samples holds none out; {fix}")
-    if (count := len(order.held_out(wanted))) < wanted:
+    if (count := len(order.held_out(wanted))) < min(wanted, sum(order.held_shares(wanted))):
         lines.append(
             f"evaluate.samples: {wanted:,} cannot be met, {count:,} are scored: evaluate.fraction {fraction:g} holds out "
             f"{sum(held):,} of {sum(total):,} samples; raise it, or set evaluate.samples to {count}"

@@ -53,7 +53,11 @@ def report(
     with store.asking(uri):
         client = store.connect(uri)
         found = settle(client, store.find(client, run, uri))
-        to.write_text(page.page(page.gather(client, found)), encoding="utf-8")
+        made = page.page(page.gather(client, found))
+    try:
+        to.write_text(made, encoding="utf-8")
+    except OSError as e:
+        raise ConfigError(f"--out: {to} cannot be written ({e.strerror})") from e
     if not json_:
         out.print(f"{to}: {to.stat().st_size:,} bytes", markup=False)
     _finish({"file": str(to), "run_id": found.info.run_id}, json_)

@@ -136,7 +136,10 @@ def write_best(sweep: str) -> Path:
     folder = listing.find(sweep, DEFAULT_STORAGE)
     job = listing.best_job(folder)
     path = Path(f"{job['name']}.yaml") if folder.is_s3 else Path(folder.path) / f"{job['name']}.yaml"
-    path.write_text(yaml.safe_dump(job, sort_keys=False))
+    try:
+        path.write_text(yaml.safe_dump(job, sort_keys=False))
+    except OSError as e:
+        raise ConfigError(f"{path}: the best trial's job cannot be written ({e.strerror})") from e
     logging.getLogger("heliostat").info("the job of the best trial is in %s", path)
     return path
 

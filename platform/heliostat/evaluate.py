@@ -48,7 +48,7 @@ def _evaluate(
     held = dataset.order.held_out(samples)
     if not len(held):
         raise ConfigError(f"--fraction: {made.held_fraction:g} of {data} holds no sample out; give a larger one")
-    if len(held) < samples:
+    if len(held) < min(samples, sum(dataset.order.held_shares(samples))):
         log.warning(
             "--samples: %d wanted, but --fraction %g holds out %d, which are scored", samples, made.held_fraction, len(held)
         )

@@ -59,7 +59,7 @@ class Gallery(Protocol):
     def draw(self, model: torch.nn.Module, device: Any, numbers: list[int]) -> list[np.ndarray]:
         """The pictures of these numbers, uint8 [height, width, channels]; any rank may be asked for any."""
 
-    def judge(self, pictures: list[np.ndarray]) -> tuple[dict[str, float], dict[str, bytes]]:
+    def judge(self, pictures: list[np.ndarray], progressed: Callable[[], None]) -> tuple[dict[str, float], dict[str, bytes]]:
         """Rank 0 only, given all of them in order: scores, and PNG images for the log by name."""
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from heliostat.errors import ConfigError
 from heliostat.schema import nearest
+from heliostat.text import brief
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 MODEL_FILES = ("heliostat.json", "model_index.json")  # one of them makes a folder a model's
@@ -54,6 +55,8 @@ def import_path(field: str, path: str, record: Path | None = None) -> Any:
             here = [f"{f}.{p.stem}" for f in ("jobs", "pipelines") for p in (root() / f).glob("*.py")]
             raise ConfigError(f"{field}: no module {module_name!r} in {root()}{nearest(module_name, here)}") from e
         raise ConfigError(f"{field}: {module_name} needs the module {e.name!r}, which is not installed") from e
+    except Exception as e:  # whatever the module does as it is imported; --verbose shows where
+        raise ConfigError(f"{field}: {module_name} cannot be imported ({type(e).__name__}: {brief(e)})") from e
     if not hasattr(module, attribute):
         names = [n for n, o in vars(module).items() if isinstance(o, type) and o.__module__ == module_name]
         raise ConfigError(f"{field}: {module_name} has no {attribute!r}{nearest(attribute, names)}")

@@ -111,7 +111,7 @@ def node(story: Story, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 
 
 def test_a_run_whose_driver_was_killed_is_settled_by_the_next_command_and_goes_on_as_the_same_run(story, capsys):
-    assert story.killed["status"] == "KILLED" and "died without a word" in story.killed["reason"]
+    assert story.killed["status"] == "FAILED" and "died without a word" in story.killed["reason"]
     found = ask(capsys, "runs", "--experiment", "lineage", "--mlflow", story.tracking)["runs"]
     rows = {r["name"]: r for r in found if r["name"] in ("base", "tuned")}
     assert rows["base"]["run_id"] == story.killed["run_id"] == story.base["run_id"] and len(rows) == 2

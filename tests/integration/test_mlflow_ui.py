@@ -51,7 +51,7 @@ class Squares:
     def draw(self, model: torch.nn.Module, device: Any, numbers: list[int]) -> list[np.ndarray]:
         return [np.full((32, 32, 3), 60 * n, np.uint8) for n in numbers]
 
-    def judge(self, pictures: list[np.ndarray]) -> tuple[dict[str, float], dict[str, bytes]]:
+    def judge(self, pictures: list[np.ndarray], progressed: Callable[[], None]) -> tuple[dict[str, float], dict[str, bytes]]:
         out = io.BytesIO()
         Image.fromarray(np.concatenate(pictures, axis=1)).save(out, "PNG")
         return {"grey": float(np.mean(pictures))}, {"squares": out.getvalue()}

@@ -89,13 +89,13 @@ def test_a_living_drivers_run_is_left_alone(scene):
 
 
 def test_a_run_whose_folder_is_another_runs_is_over(scene):
-    client, run_id = scene(record={"run_id": "f" * 32, "token": "another's"})
+    client, run_id = scene(record={"run_id": "f" * 32, "token": "another's", "uri": "sqlite:///x"})
     run = settle(client, client.get_run(run_id))
     assert run.info.status == "KILLED" and "another run's" in run.data.tags["heliostat.reason"]
 
 
 def test_a_driver_that_died_before_it_wrote_the_runs_id_down_is_found_by_its_token(scene, tmp_path):
-    client, run_id = scene(record={"token": "mine"})
+    client, run_id = scene(record={"token": "mine", "uri": "sqlite:///x"})
     assert "died without a word" in settle(client, client.get_run(run_id)).data.tags["heliostat.reason"]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from heliostat.chaos.nodes import LocalNodes
+from heliostat.cluster import spot
 
 LEAVING = """
 import json, ray
@@ -108,3 +110,20 @@ def test_a_spot_notice_drains_the_node_and_no_other(
         process.wait()
     assert "drains" in log.read_text()
     assert leaving(nodes) == ["127.0.0.2", "127.0.0.3"][: 1 if cloud == "aws" else 2]  # one after the other
+
+
+def test_an_answer_that_is_none_does_not_end_the_watch():
+    """It counts as no answer, is said once, and asked for again."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def cut_off() -> None:
+            client, _ = server.accept()
+            with client:
+                client.recv(65536)
+                client.sendall(b"nonsense\r\n\r\n")
+
+        thread = threading.Thread(target=cut_off)
+        thread.start()
+        with pytest.raises(OSError, match="BadStatusLine"):
+            spot.get(f"http://127.0.0.1:{server.getsockname()[1]}/x")
+        thread.join()

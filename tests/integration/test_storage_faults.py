@@ -216,7 +216,7 @@ def test_a_dataset_is_indexed_through_a_failing_store_as_through_a_good_one(root
 def test_a_missing_bucket_fails_at_once(root, proxy):
     """It is no fault that passes: the message says what to check."""
     nowhere = Location(str(root).replace("faults", "nowhere"))
-    with pytest.raises(StorageError, match="the store cannot do this; check bucket"):
+    with pytest.raises(StorageError, match="there is no bucket 'nowhere'; make it"):
         nowhere.write(b"x")
     with pytest.raises(FileNotFoundError):
         nowhere.read()

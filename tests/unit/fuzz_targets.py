@@ -247,7 +247,9 @@ def ledgers(folder: Path) -> Target:
 def curve_files(folder: Path) -> Target:
     place = Location(str(folder / "run"))
     curves.write(place, 10, [{**event(1, 6), "sources": {"a": {"samples": 2.0}}, "mfu": None}, event(6, 11), score(10)])
-    curves.write(place, 20, [event(11, 21), {"kind": "checkpoint", "step": 20, "blocked_s": 0.1, "at": 1e9}, score(20)])
+    spike = {"kind": "spike", "step": 13, "loss": 9.0, "usual": 1.0, "limit": 4.0, "action": "warn", "at": 1e9}
+    more = {**event(11, 21), "added": {"router_loss": [0.5] * 10}}
+    curves.write(place, 20, [more, spike, {"kind": "checkpoint", "step": 20, "blocked_s": 0.1, "at": 1e9}, score(20)])
 
     def read(copied: Path) -> None:
         curves.missing(Location(str(copied / "run")), {})

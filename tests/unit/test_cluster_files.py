@@ -298,6 +298,8 @@ WRITTEN = {
     "MLflow's token": "export MLFLOW_TRACKING_TOKEN='abcdefghijklmnop'",
     "MLflow's password": "export MLFLOW_TRACKING_PASSWORD=hunter2hunter2",
     "docker's password": "docker login --username me -p hunter2 registry.example.com",
+    "docker's password, joined": "docker login -u me -phunter2 registry.example.com",
+    "a header": "curl -H 'Authorization: Bearer abcdefghijklmnop' https://example.com",
     "docker's password, long": "docker login -u me --password=hunter2 registry.example.com",
     "a registry's": "skopeo copy --src-creds=me:hunter2 docker://a docker://b",
     "sshpass": "sshpass -p hunter2 ssh host",
@@ -337,6 +339,8 @@ CLOUD_FAULTS = {
         "EFA's devices are not in the container": ("        - --device=/dev/infiniband\n", ""),
         "give --ulimit=memlock": ("    - --ulimit=memlock=-1:-1 ", "    - --ulimit=core=0 "),
         "Ray watches for no notice": ("python -m heliostat.cluster.spot aws", "true"),
+        "nothing logs in to change-me.dkr.ecr": ("  - aws ecr get-login-password", "  - 'true' #"),
+        "head_start_ray_commands: the nodes do not ask": ("    ray start --head --port", "    /opt/start.sh --port"),
         "every node gets a public address": ("use_internal_ips: true", "use_internal_ips: false"),
         "AmazonEC2FullAccess": ("      IamInstanceProfile: {Name: heliostat-head} ", "      # "),
         "no credentials for the datasets": ("      IamInstanceProfile: {Name: heliostat-worker} ", "      # "),
@@ -349,6 +353,7 @@ CLOUD_FAULTS = {
         "no driver for the GPUs": ("common-cu129-ubuntu-2204-nvidia-580", "common-cpu", "install-nvidia-driver", "other"),
         "the scope cloud-platform opens every service": ("auth/devstorage.read_write", "auth/cloud-platform"),
         "Ray watches for no notice": ("python -m heliostat.cluster.spot gcp", "true"),
+        "nothing logs in to us-central1-docker.pkg.dev": ("  - gcloud auth configure-docker", "  - 'true' #"),
         "the container sees no GPU": ("worker_run_options: [--gpus=all]", "worker_run_options: []"),
     },
     "kuberay-h100": {
@@ -368,13 +373,21 @@ CLOUD_FAULTS = {
         "seccompProfile: {type: RuntimeDefault}": ("          seccompProfile: {type: RuntimeDefault}\n", ""),
         "lacks allowPrivilegeEscalation: false": ("allowPrivilegeEscalation: false", "allowPrivilegeEscalation: true"),
         "add the capability IPC_LOCK": (", add: [IPC_LOCK]", "", "nvidia.com/gpu: 8}\n", "nvidia.com/gpu: 8, rdma/ib: 8}\n"),
+        "autoscaler: container autoscaler: securityContext lacks": (
+            "allowPrivilegeEscalation: false",
+            "allowPrivilegeEscalation: true",
+        ),
         "no tolerations": ("            - {key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}", "            []"),
         "no nodeSelector": ("          nodeSelector: {nvidia.com/gpu.product: NVIDIA-H100-80GB-HBM3}", "          #"),
         "without the preStop hook": ("[python, -m, heliostat.cluster.spot, now,", "[python, -m, other, now,"),
         "terminationGracePeriodSeconds: 120 is too short": ('--seconds, "90"', '--seconds, "110"'),
     },
     "kuberay-job": {
-        "the operator cannot ask for the job's state": ("{port: 8265, protocol: TCP}", "{port: 8266, protocol: TCP}")
+        "the operator cannot ask for the job's state": ("{port: 8265, protocol: TCP}", "{port: 8266, protocol: TCP}"),
+        "submitter: container ray-job-submitter: securityContext": (
+            "          securityContext: *restricted   # like",
+            "          # like",
+        ),
     },
 }
 
@@ -388,6 +401,16 @@ def test_what_would_break_or_stand_open_at_the_first_real_start_is_found(name, w
     found = check.check(broken(source, tmp_path, *zip(words[::2], words[1::2], strict=True)))
     assert found.errors == []
     assert any(warning in w for w in found.warnings), found.warnings
+
+
+def test_a_rayjob_without_a_submitter_of_its_own_is_warned_of(tmp_path):
+    """KubeRay's own has no securityContext, which a restricted namespace refuses."""
+    source = ROOT / "clusters" / "kuberay-job.yaml"
+    needs_crds(source)
+    raw = yaml.safe_load(source.read_text())
+    del raw["spec"]["submitterPodTemplate"]
+    (tmp_path / source.name).write_text(yaml.safe_dump(raw))
+    assert [w.partition(":")[0] for w in check.check(tmp_path / source.name).warnings] == ["submitterPodTemplate"]
 
 
 def test_a_deleted_pods_time_is_held_against_the_jobs_grace():
@@ -411,7 +434,7 @@ def test_the_head_on_aws_may_start_nodes_of_one_role_and_nothing_else():
 def test_the_image_has_a_locked_version_of_everything_that_heliostat_needs_and_the_cuda_that_torch_is_built_for():
     locked = dict(line.split("==") for line in (ROOT / "clusters" / "constraints.txt").read_text().splitlines() if "==" in line)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    for text in [*project["dependencies"], *project["optional-dependencies"]["gcp"]]:
+    for text in [*project["dependencies"], *(t for extra in ("gcp", "tune") for t in project["optional-dependencies"][extra])]:
         wanted = Requirement(text)
         assert wanted.specifier.contains(locked[canonicalize_name(wanted.name)]), text
     docker = (ROOT / "clusters" / "Dockerfile").read_text()

@@ -72,6 +72,14 @@ def test_what_a_rollback_left_out_is_not_counted(tmp_path: Path, first, skips):
     assert sum(s["left_out"] for s in told) == inside * plan.shape.batch
 
 
+def test_a_run_that_left_nothing_out_says_so_at_every_step(tmp_path: Path):
+    """Also within a superstep, where the lanes are at other places of the sequence."""
+    plan = make_plan(make_dataset(tmp_path / "a", 1), make_dataset(tmp_path / "b", 2))
+    for end in range(1, 24):
+        told = trained._segment(Segment(0, end, plan))["sources"]
+        assert [s["left_out"] for s in told] == [0, 0] and sum(s["samples"] for s in told) == end * plan.shape.batch
+
+
 def record_of(plan, steps: int, replaced: list[dict] | None = None) -> dict:
     segments = [trained._segment(s) for s in cut([plan], steps)]
     return {"steps": steps, "segments": segments, "replaced": replaced or [], "replaced_count": len(replaced or [])}

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 from heliostat.data import segments
+from heliostat.errors import DataError
 from heliostat.storage import Location
 from heliostat.track import curves
 from heliostat.track.outbox import Outbox
@@ -53,6 +54,18 @@ def test_a_killed_drivers_curves_are_whole_whatever_it_had_logged_and_kept(run, 
     logged = [p.step for p in store.points if p.key == "train/loss"]
     assert logged == list(range(1, 31))
     assert sum(p == Point("eval/loss", 1.0, 1e9, 20) for p in store.points) == (had < 20)
+
+
+def test_spikes_and_added_losses_are_curves_too(run):
+    """What is told of a step beside its loss comes back from the run's folder, or is refused in a line."""
+    spike = {"kind": "spike", "step": 22, "loss": 9.0, "usual": 1.0, "limit": 4.0, "action": "warn", "at": 1e9}
+    curves.write(run, 30, [{**event(21, 31), "added": {"router_loss": [0.5] * 10}}, spike])
+    found = curves.missing(run, {"train/loss": 20})
+    assert [(p.value, p.step) for p in found if p.key == "train/spike"] == [(9.0, 22)]
+    assert [p.step for p in found if p.key == "train/router_loss"] == list(range(21, 31))
+    curves.write(run, 30, [{**event(21, 31), "added": {"router_loss": [0.5] * 9}}])
+    with pytest.raises(DataError, match="not of as many steps"):
+        curves.missing(run, {"train/loss": 20})
 
 
 def test_going_back_removes_the_curves_of_later_steps(run):

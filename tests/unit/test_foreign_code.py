@@ -109,3 +109,13 @@ def test_a_language_models_own_classes_are_not_run(home):
     with pytest.raises(ConfigError, match=r"model\.pretrained: .* its own code"):
         CausalLM(job(model={"pretrained": str(folder)}))
     assert not list(home.rglob("ran"))
+
+
+def test_a_recipe_that_cannot_be_imported_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "half_written.py").write_text("def f(:\n")
+    (tmp_path / "wants_more.py").write_text("from json import nothing_such\n")
+    for name, why in (("half_written", "SyntaxError"), ("wants_more", "ImportError")):
+        with pytest.raises(ConfigError, match=rf"^recipe: {name} cannot be imported \({why}: "):
+            workspace.import_path("recipe", f"{name}:Thing")

@@ -29,6 +29,12 @@ def test_a_number_of_samples_that_cannot_be_met_is_said(tmp_path: Path):
     assert held > 100 and faults(source, samples=held, fraction=0.05) == []
 
 
+def test_shares_that_are_rounded_are_no_fault(tmp_path: Path):
+    """Three equal sources are asked for 85 each of 256; where they have plenty, nothing is wrong."""
+    sources = [prepared(tmp_path / name, 2000) for name in "abc"]
+    assert faults(*sources, samples=64, fraction=0.1) == []
+
+
 def test_a_share_that_is_far_from_the_fraction_is_said(tmp_path: Path):
     """Ten chunks or so cannot give a twentieth each; the source is named."""
     coarse, fine = make_dataset(tmp_path / "a", 5, shards=2), prepared(tmp_path / "b", 2000)

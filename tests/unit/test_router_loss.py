@@ -5,6 +5,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+import transformers
 from heliostat.errors import ConfigError
 from heliostat.track.points import points
 from heliostat.train.objective import Objective
@@ -101,6 +102,17 @@ def test_the_router_loss_is_a_curve_of_its_own_in_mlflow_and_at_the_terminal(cap
     caplog.set_level(logging.INFO, logger="heliostat")
     Show(Console(force_terminal=False), "run", 0, 10, "tokens").event(event)
     assert "loss 2.0000  router loss 1.2500  lr" in caplog.text
+
+
+def test_a_pretrained_mixture_can_be_told_to_train_its_router(tmp_path):
+    """The one key that a job may give beside `pretrained`; a model without a router refuses it."""
+    transformers.MixtralConfig(**{k: v for k, v in MODELS["mixtral"].items() if k not in ("arch", "output_router_logits")},
+                               ).save_pretrained(tmp_path / "moe")  # fmt: skip
+    transformers.LlamaConfig().save_pretrained(tmp_path / "dense")
+    assert recipe({"pretrained": str(tmp_path / "moe"), "output_router_logits": True}).config.output_router_logits is True
+    assert not recipe({"pretrained": str(tmp_path / "moe")}).config.output_router_logits
+    with pytest.raises(ConfigError, match=r"^model\.output_router_logits: .* has no router"):
+        recipe({"pretrained": str(tmp_path / "dense"), "output_router_logits": True})
 
 
 def test_experts_that_nothing_balances_are_told_of_and_a_loss_that_is_not_there_is_refused(caplog):

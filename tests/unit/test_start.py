@@ -9,6 +9,8 @@ from heliostat import check
 from heliostat.cluster import connect, start
 from heliostat.errors import ClusterError, ConfigError
 
+from tests.unit.build_job import job
+
 SLOW = "The current node timed out during startup. This could happen because some of the raylet failed to startup.\nmore"
 
 
@@ -60,7 +62,9 @@ def test_gpus_that_are_not_here_are_refused_before_ray_starts(rays, monkeypatch)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(connect.ray, "is_initialized", lambda: False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    with pytest.raises(ConfigError, match=r"^workers\.gpus: 2, but this machine has no GPU.* `heliostat submit`"):
+    with pytest.raises(ConfigError, match=r"^workers\.gpus: the workers ask for .* this machine has none .* `heliostat submit`"):
         connect.connect(cpus=2, gpus=2)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    assert check.require_gpus(2) == 1
+    assert check.require_gpus(1) == 1
+    with pytest.raises(ConfigError, match="ask for 8 GPUs, but this machine has 1 that can be used"):
+        check.check_devices(job(**{"workers.gpus": 1, "workers.count": 8, "train.global_batch": 16}), None)

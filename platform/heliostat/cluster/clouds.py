@@ -6,6 +6,7 @@ documentation and from reading Ray 2.60's launcher; none of them was tried on a 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,12 +16,14 @@ from heliostat.cluster.files import ClusterFile
 BROAD_SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 A3_DISKS = ("pd-balanced", "pd-ssd", "hyperdisk-balanced")  # of A3 High; the default, pd-standard, is refused
 SPOT_WATCHER = "heliostat.cluster.spot"
+PRIVATE_REGISTRY = re.compile(r"\.dkr\.ecr\.[\w-]+\.amazonaws\.com$|-docker\.pkg\.dev$|^(?:\w+\.)?gcr\.io$")
 
 
 def warnings(cluster: ClusterFile) -> Iterator[str]:
     if cluster.kind != "launcher" or cluster.provider not in ("aws", "gcp"):
         return
     yield from _image(cluster)
+    yield from _registry(cluster)
     yield from _docker(cluster)
     yield from _spot(cluster)
     yield from _aws(cluster) if cluster.provider == "aws" else _gcp(cluster)
@@ -52,6 +55,19 @@ def _image(cluster: ClusterFile) -> Iterator[str]:
                 f"file_mounts: {target} can be read by root alone, and clusters/Dockerfile's user is ray; put it below "
                 "/home/ray, and RAY_AUTH_TOKEN_PATH with it"
             )
+
+
+def _registry(cluster: ClusterFile) -> Iterator[str]:
+    """Ray pulls the image with a plain `docker pull`: a private registry wants a login first."""
+    nodes = (cluster.raw.get("available_node_types") or {}).values()
+    given = [
+        *(cluster.raw.get("initialization_commands") or []),
+        *(c for n in nodes for c in n.get("initialization_commands") or []),
+    ]
+    for image in sorted({pool.image for pool in cluster.pools if pool.image}):
+        host = image.partition("/")[0]
+        if PRIVATE_REGISTRY.search(host) and not any("docker" in c and host in c for c in given):
+            yield f"initialization_commands: nothing logs in to {host}, so the nodes cannot pull {image}"
 
 
 def _docker(cluster: ClusterFile) -> Iterator[str]:

@@ -82,7 +82,7 @@ def connect(cpus: int, gpus: int = 0, verbose: bool = False) -> None:
         if ray.available_resources().get("CPU", 0.0) < 1:
             log.warning("none of the cluster's %g CPUs is free; its tasks wait for one", ray.cluster_resources().get("CPU", 0.0))
         return
-    gpus = min(gpus, require_gpus(gpus)) if gpus else 0  # Ray would hand out as many as it is told of
+    gpus = min(gpus, require_gpus(1)) if gpus else 0  # Ray would hand out as many as it is told of
     with _confined(gpus):
         start.init(
             address="local",  # never what another user says in /tmp/ray that runs here

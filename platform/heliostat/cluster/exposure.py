@@ -33,7 +33,7 @@ def _launcher(cluster: ClusterFile) -> Iterator[str]:
     if not cluster.local:
         for key in ("head_start_ray_commands", "worker_start_ray_commands"):
             starts = [c for c in cluster.raw.get(key) or [] if "ray start" in c]  # each in a shell of its own
-            if not all(map(_asks_for_token, starts)):
+            if not starts or not all(map(_asks_for_token, starts)):  # none: Ray runs its own, without
                 yield f"{key}: the nodes do not ask for a token; export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH in them"
     for where, options in docker_options(cluster):
         if any(re.match(r"(-p|-P|--publish)", option) for option in options):

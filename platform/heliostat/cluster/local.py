@@ -54,7 +54,10 @@ class State:
 
     @property
     def token(self) -> str:
-        return self.token_file.read_text().strip()
+        try:
+            return self.token_file.read_text().strip()
+        except OSError as e:
+            raise ConfigError(f"{self.token_file}: cannot be read ({e.strerror}); `heliostat cluster down {self.name}`") from e
 
     def write(self) -> None:
         (self.folder / "state.json").write_text(json.dumps(asdict(self), indent=2))

@@ -26,12 +26,28 @@ def warnings(cluster: ClusterFile) -> Iterator[str]:
         return
     spec = cluster.spec
     yield from _network(cluster)
+    yield from _made_by_kuberay(cluster)
     for name, group in groups(spec):
         pod = group["template"]["spec"]
         yield from _privileges(name, pod)
         if _amount(pod, GPU_RESOURCES):
             yield from _gpu_pod(name, pod)
             yield from _ending(name, pod)
+
+
+def _made_by_kuberay(cluster: ClusterFile) -> Iterator[str]:
+    """The containers that no group has: the autoscaler in the head's pod, and a RayJob's submitter."""
+    spec = cluster.spec
+    if spec.get("enableInTreeAutoscaling"):
+        own = (spec.get("autoscalerOptions") or {}).get("securityContext") or {}
+        pod = {**spec["headGroupSpec"]["template"]["spec"], "containers": [{"name": "autoscaler", "securityContext": own}]}
+        yield from _privileges("autoscaler", pod)
+    if cluster.kind == "RayJob" and cluster.raw["spec"].get("submissionMode", "K8sJobMode") == "K8sJobMode":
+        template = cluster.raw["spec"].get("submitterPodTemplate")
+        if template is None:
+            yield "submitterPodTemplate: none, so the pod that submits has no securityContext; a restricted namespace refuses it"
+        else:
+            yield from _privileges("submitter", template["spec"])
 
 
 def grace(cluster: ClusterFile, job: Job) -> Iterator[str]:

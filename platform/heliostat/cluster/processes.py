@@ -58,7 +58,11 @@ def _folder(process: psutil.Process, folders: set[str]) -> str | None:
 
 def living(nodes: list[Node]) -> list[Node]:
     """Those that run: what was started for a node may have been killed, and its raylet work on."""
-    raylets = {p.environ().get(MARK) for p in of(nodes) if p.name() == "raylet"}
+    raylets = set[str | None]()
+    for process in of(nodes):
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):  # it ends meanwhile
+            if process.name() == "raylet":
+                raylets.add(process.environ().get(MARK))
     return [n for n in nodes if n.process or n.folder in raylets]
 
 

@@ -11,6 +11,7 @@ stops behind a checkpoint and goes on elsewhere (`train.attempt`).
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import logging
 import sys
@@ -31,6 +32,7 @@ POLL_S = 2.0
 ANSWER_S = 2.0
 AWS_NOTICE_S, GCP_NOTICE_S = 120.0, 30.0  # what the providers promise
 RETRY_S = 5.0
+NO_WORK = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")  # what a node runs that has nothing to do
 
 Get = Callable[..., tuple[int, str]]
 
@@ -44,6 +46,8 @@ def get(url: str, method: str = "GET", headers: dict[str, str] | None = None) ->
             return answer.status, answer.read(65536).decode(errors="replace")
     except urllib.error.HTTPError as e:
         return e.code, ""
+    except http.client.HTTPException as e:  # an answer that is none
+        raise OSError(f"{type(e).__name__}: {e}") from e
 
 
 def aws_notice(url: str = METADATA, ask: Get = get) -> float | None:
@@ -129,9 +133,9 @@ def watch(notice: Callable[[], float | None], drains: Callable[[float], str], po
 
 
 def working() -> bool:
-    """Whether Ray's workers on this machine still run a training worker or a task."""
-    names = (p.info["cmdline"] or [""] for p in psutil.process_iter(["cmdline"]))
-    return any(name and name[0].startswith("ray::") and not name[0].startswith("ray::IDLE") for name in names)
+    """Whether one of Ray's processes on this machine still runs a training worker, an actor or a task."""
+    names = ((p.info["cmdline"] or [""])[0] for p in psutil.process_iter(["cmdline"]))
+    return any(name.startswith("ray::") and not name.startswith(NO_WORK) for name in names)
 
 
 def leave(seconds: float, drains: Callable[[float], str], busy: Callable[[], bool] = working) -> bool:

@@ -16,9 +16,10 @@ PATTERNS = {
     "a Google API key": r"\bAIza[0-9A-Za-z_-]{35}\b",
     "a GitHub or Hugging Face token": r"\b(?:gh[pousr]_[0-9A-Za-z]{36,}|hf_[0-9A-Za-z]{30,})\b",
     "a password in a URL": r"\w+://[^\s/:@$]*:[^\s/@$]+@",
-    # sshpass takes it as -pVALUE too, docker login only apart
+    # both take it as -pVALUE, too
     "a password for sshpass": r"\bsshpass\s+(?:-\w\s+\S+\s+)*-p\s*['\"]?[^\s'\"$-][^\s'\"]*",
-    "a password for a registry": r"\blogin\b.*\s(?:-p|--password)[\s=]+['\"]?[^\s'\"$<-]",
+    "a password for a registry": r"\blogin\b.*\s(?:-p\s*|--password[\s=]+)['\"]?[^\s'\"$<-]",
+    "a bearer token": r"(?i)\bbearer\s+[^\s'\"$<{]{8,}",
     "credentials for a registry": r"\s--(?:src-|dest-)?creds[\s=]+['\"]?[^\s'\"$<-]",
     "a secret's value": rf"(?i)\b(?P<name>{WORDS})['\"]?\s*[=:]\s*(?P<value>{VALUE})",
 }

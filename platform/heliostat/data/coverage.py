@@ -47,6 +47,15 @@ def segment_counts(segment: Segment, manifests: list[Manifest]) -> list[np.ndarr
     return total
 
 
+def left_out(segment: Segment, manifests: list[Manifest]) -> list[int]:
+    """How many samples of each source the plan leaves out within the segment: those of the sequence that no step took."""
+    skipping = make_order(segment.plan, manifests)
+    order = make_order(dataclasses.replace(segment.plan, skips=()), manifests)
+    before, after = (counts(order, at) for at in (skipping.data_step(segment.first), skipping.data_step(segment.end - 1) + 1))
+    passed = [int(b.sum() - a.sum()) for a, b in zip(before, after, strict=True)]
+    return [n - int(taken.sum()) for n, taken in zip(passed, segment_counts(segment, manifests), strict=True)]
+
+
 def counts(order: Order, step: int) -> list[np.ndarray]:
     """Samples of each source's chunks in the sequence's steps before `step`; the order leaves nothing out."""
     taken = [np.zeros(len(split.samples), np.int64) for split in order.splits]

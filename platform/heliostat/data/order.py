@@ -231,13 +231,16 @@ class Order:
             chunk[mine], row[mine] = self.epoch(source, epoch).locate(place, begin, end)
         return epochs.astype(np.int32), chunk, row
 
+    def held_shares(self, count: int) -> list[int]:
+        """How many held-out samples each source is asked for, by its weight; rounded, so the sum may be other than `count`."""
+        return [max(1, round(count * share)) for share in self.sections[0].mixture.shares]
+
     def held_out(self, count: int) -> Samples:
         """At most `count` held-out samples, spread evenly over each source's, sources in proportion to their weights."""
-        share = self.sections[0].mixture.shares
-        parts = []
+        parts, asked = [], self.held_shares(count)
         for s, split in enumerate(self.splits):
             total = int(split.held.sum())
-            take = min(total, max(1, round(count * share[s])))
+            take = min(total, asked[s])
             flat = np.arange(take) * total // max(1, take)
             ends = np.cumsum(split.held)
             chunk = np.searchsorted(ends, flat, side="right")

@@ -80,9 +80,10 @@ def _split(source: Manifest, sequence_length: int | None, fraction: float, versi
     if version == 1:
         return runs(samples, _identity(source), fraction)
     known = source.places >= 0
-    if source.kind == "rows" and not known.all():
-        return growing_runs(samples, _identity(source), fraction)
     places = source.places / PLACES
+    if source.kind == "rows" and not known.all():
+        told, grown = whole(samples, places, fraction), growing_runs(samples, _identity(source), fraction)
+        return Split(grown.samples, np.where(known, told.held, grown.held), np.where(known, told.start, grown.start))
     if not known.all():
         places[~known] = hash64(_identity(source))[~known] / 2.0**64
     return whole(samples, places, fraction)

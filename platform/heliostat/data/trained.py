@@ -57,17 +57,18 @@ def _segment(segment: Segment) -> dict[str, Any]:
     data = open_dataset(segment.plan)
     counts = coverage.segment_counts(segment, data.sources)
     begin, end = data.order.consumed(segment.first), data.order.consumed(segment.end)
+    left_out = coverage.left_out(segment, data.sources)
     return {
         "first": segment.first,
         "end": segment.end,
         "digest": segment.plan.digest,
         "plan": segment.plan.dump(),
-        "sources": [_source(data, i, counts[i], int(begin[i]), int(end[i])) for i in range(len(counts))],
+        "sources": [_source(data, i, counts[i], left_out[i], int(begin[i]), int(end[i])) for i in range(len(counts))],
     }
 
 
-def _source(data: Dataset, number: int, counts: np.ndarray, begin: int, end: int) -> dict[str, Any]:
-    """`samples`: trained on; `range`: of the source's stream, whose epochs follow one another, and in it so many `left_out`."""
+def _source(data: Dataset, number: int, counts: np.ndarray, left_out: int, begin: int, end: int) -> dict[str, Any]:
+    """`samples`: trained on; `range`: of the source's stream, whose epochs follow one another, to within a sample a lane."""
     manifest, split = data.sources[number], data.order.splits[number]
     seen = coverage.shards(manifest, counts)
     found = list(coverage.ranges(manifest, seen))
@@ -82,7 +83,7 @@ def _source(data: Dataset, number: int, counts: np.ndarray, begin: int, end: int
         "samples": samples,
         "tokens": samples * (data.plan.sequence_length or 0),
         "range": [begin, end],
-        "left_out": end - begin - samples,
+        "left_out": left_out,
         "epochs": samples / int(data.order.epoch_samples[number]),
         "held_out": int(split.held.sum()),
         "shards": {"seen": len(seen), "total": len(set(manifest.paths))},

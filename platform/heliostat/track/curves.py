@@ -27,7 +27,7 @@ class Event(TypedDict):
     at: Number
     step: NotRequired[Whole]
     first: NotRequired[Whole]
-    loss: NotRequired[list[float]]
+    loss: NotRequired[list[float] | float]  # of steps; of a spike
     lr: NotRequired[list[float]]
     grad_norm: NotRequired[list[float]]
     seconds: NotRequired[Number]
@@ -38,12 +38,19 @@ class Event(TypedDict):
     sources: NotRequired[dict[str, dict[str, float]]]
     scores: NotRequired[dict[str, float | None]]
     blocked_s: NotRequired[float]
+    added: NotRequired[dict[str, list[float]]]
+    skipped_steps: NotRequired[float | None]
+    loss_scale: NotRequired[float | None]
+    usual: NotRequired[float]
+    limit: NotRequired[float]
+    action: NotRequired[str]
 
 
 NEEDED = {
     "steps": ("first", "loss", "lr", "grad_norm", "seconds"),
     "evaluation": ("step", "scores"),
     "checkpoint": ("step", "blocked_s"),
+    "spike": ("step", "loss", "limit"),
 }
 
 
@@ -51,8 +58,13 @@ def _fault(events: list[Event]) -> str | None:
     for number, event in enumerate(events):
         if missing := [key for key in NEEDED.get(event["kind"], ()) if key not in event]:
             return f"{number}: an event of kind {event['kind']!r} has no {missing[0]!r}"
-        if event["kind"] == "steps" and not len(event["loss"]) == len(event["lr"]) == len(event["grad_norm"]) > 0:
-            return f"{number}: its loss, lr and grad_norm are not of as many steps"
+        losses = event.get("loss")
+        if event["kind"] == "spike" and isinstance(losses, list):
+            return f"{number}: a spike has one loss"
+        if event["kind"] == "steps":
+            curves = [losses, event["lr"], event["grad_norm"], *event.get("added", {}).values()]
+            if not isinstance(losses, list) or not losses or any(len(c) != len(losses) for c in curves if isinstance(c, list)):
+                return f"{number}: its loss, lr, grad_norm and what is added are not of as many steps"
     return None
 
 

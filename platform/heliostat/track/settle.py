@@ -13,6 +13,7 @@ from typing import Any
 
 from heliostat import goodput
 from heliostat.errors import HeliostatError
+from heliostat.schema import validate
 from heliostat.spec import Job
 from heliostat.storage import Location
 from heliostat.track import curves, outbox, store
@@ -87,7 +88,7 @@ def _complete(client: Any, run_id: str, folder: Location) -> None:
     client.log_dict(run_id, report, "goodput.json")
     job = read_json(client, run_id, "job.json")
     if job is not None:
-        Record(client, run_id, Job.model_validate(job)).sync(report["attempts"][-1]["reached"])
+        Record(client, run_id, validate(Job, job, f"run {run_id}: job.json")).sync(report["attempts"][-1]["reached"])
 
 
 def _end(client: Any, run_id: str, status: str, reason: str, at: float) -> None:

@@ -37,7 +37,7 @@ def show(
     images: dict[str, bytes] = {}
     if rank == 0:
         by_number = {n: picture for numbers, pictures in parts for n, picture in zip(numbers, pictures, strict=True)}
-        scores, images = gallery.judge([by_number[n] for n in range(gallery.count)])
+        scores, images = gallery.judge([by_number[n] for n in range(gallery.count)], progressed)
         told = [scores]
     dist.broadcast_object_list(told, src=0, group=group)
     return told[0], images

@@ -85,6 +85,7 @@ def train(
 
     started = started or time.time()
     job, recipe = check.check_file(path, settings)
+    check.check_devices(job, None)
     check.check_storage(job)
     with lease.take(job.run_folder) as held:
         found = None if overwrite else checkpoint.latest(job.run_folder)
@@ -341,6 +342,9 @@ class _Run:
         log.warning("%s; going on from step %d in %.0f s (%s)", error, step, wait, again)
         self._restart("failed", str(error))
         self.start_step = step
+        if len(kept := tuple(skip for skip in self.plan.skips if skip[0] <= step)) < len(self.plan.skips):
+            self.plan = dataclasses.replace(self.plan, skips=kept)  # what was left out from a later step on is decided anew
+            self.order = make_order(self.plan, self.checked.manifests)
         if isinstance(error, LossSpikeError):
             self._leave_out(max(step, error.step - 1), error.step)
         until = time.monotonic() + wait

@@ -207,8 +207,8 @@ def _open(location: Location, step: int | None) -> Checkpoint:
     if isinstance(index, dict) and index.get("format") not in READABLE:
         what = f"format {brief(index.get('format'))} is none that this version of heliostat reads"
         raise CheckpointError(f"{location}: {what} ({', '.join(map(str, READABLE))}); use a newer one")
-    if fault := checkpoint_index.fault(index, step):
-        raise _fault(f"{location.join(INDEX)}: is no index of a checkpoint ({fault})", step)
+    if fault := checkpoint_index.fault(index, step):  # its checksum holds: not torn, but foreign, or of a newer heliostat
+        raise CheckpointError(f"{location.join(INDEX)}: is no index that this version of heliostat reads ({fault})")
     present = dict(location.files())
     for shard in index["shards"]:
         if present.get(shard["file"]) != shard["bytes"]:
