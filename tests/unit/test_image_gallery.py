@@ -91,7 +91,7 @@ def test_fid_and_kid_compare_with_all_real_images_or_a_stated_number_and_look_at
 
     looked: list[int] = []
 
-    def mean_and_ink(folder: str, pictures: list[np.ndarray], progressed: Callable[[], None]) -> np.ndarray:
+    def mean_and_ink(folder: str, pictures: list[np.ndarray], progressed: Callable[[], None] = lambda: None) -> np.ndarray:
         progressed()
         looked.append(len(pictures))
         return np.array([[p.mean() / 255, (p > 128).mean(), p.std() / 255] for p in pictures])
