@@ -92,7 +92,7 @@ def check_stores(job: Job, recipe: Recipe, recorded: DataPlan | None = None, cha
     for i, location in enumerate(job.sources):
         with _named(f"data.sources.{i}.path"):
             location.probe()
-    given, job = job, collection.expand(job)
+    given, job = job, collection.expand(job, recorded if change_at is None else None)
     if job is not given:
         recipe = type(recipe)(job)
     manifests = []

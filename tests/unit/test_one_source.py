@@ -92,6 +92,29 @@ def test_a_part_that_is_not_the_one_that_its_collection_lists_is_refused(buckets
         collection.expand(job(**{"data.sequence_length": None, "data.sources": [{"path": str(buckets)}]}))
 
 
+def test_a_run_keeps_the_version_of_a_collection_that_it_began_with(buckets):
+    """Whatever `prepare` has published since, or is about to: its parts, their shares, their digests."""
+    from heliostat.data.dataset import plan
+
+    base = {
+        "data.sequence_length": None,
+        "data.sources": [{"path": str(buckets)}],
+        "train.global_batch": 8,
+        "train.micro_batch": 4,
+    }
+    began = collection.expand(job(**base))
+    recorded = plan(began, [manifest.read(Location(s.path)) for s in began.data.sources])
+    place, meta = Location(str(buckets)), manifest.read(Location(str(buckets))).meta
+    more = rows("8x16/shards/1.parquet", 9, 10) + rows("12x12/shards/0.parquet", 2, 10)
+    kept = {k: v for k, v in meta.items() if k not in ("digest", "digests")}
+    sizes = {"8x16": {"size": [8, 16]}, "12x12": {"size": [12, 12]}}
+    collection.write(place, more, {**kept, "parts": sizes})
+    assert collection.expand(job(**base), recorded) == began
+    assert [Path(s.path).name for s in collection.expand(job(**base)).data.sources] == ["12x12", "8x16"]
+    manifest.write(place.join("8x16"), rows("shards/2.parquet", 1, 10), manifest.read(place.join("8x16")).meta)  # half published
+    assert collection.expand(job(**base), recorded) == began
+
+
 def test_a_job_gets_a_collections_parts_with_their_share_of_the_weight(buckets, tmp_path):
     base = {"data.sequence_length": None, "train.global_batch": 8, "train.micro_batch": 4}
     plain = job(**base)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from heliostat.data import manifest
+from heliostat.data import manifest, versions
+from heliostat.data.dataset import DataPlan
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.spec import Job, Source
@@ -31,17 +32,31 @@ def write(location: Location, rows: list[dict[str, Any]], meta: dict[str, Any]) 
     return manifest.write(location, rows, {**meta, "kind": KIND, "parts": held, "digests": digests})
 
 
-def expand(job: Job) -> Job:
-    """The job with every source that is a collection replaced by its parts."""
+def _held(place: Location, recorded: DataPlan | None) -> tuple[dict[str, Any], bool]:
+    """(the metadata of a dataset, whether it is the version that a run recorded): of a collection, which a `prepare` may have
+    replaced meanwhile, the version whose parts the run trains on; else the newest. Empty if nothing is there."""
+    newest = manifest.read(place) if place.join(manifest.FILE).exists() else None
+    if newest is None or newest.kind != KIND or recorded is None:
+        return newest.meta if newest else {}, False
+    trained = dict(zip(recorded.uris, recorded.digests, strict=True))
+    for found in (newest, *versions.all_versions(place).values()):
+        parts = found.meta.get("digests", {})
+        if parts and all(trained.get(place.join(name).uri) == digest for name, digest in parts.items()):
+            return found.meta, True
+    return newest.meta, False
+
+
+def expand(job: Job, recorded: DataPlan | None = None) -> Job:
+    """The job with every source that is a collection replaced by its parts, of the version that `recorded` has if it is given."""
     found: list[tuple[Source, list[tuple[str, float]]]] = []
     for source in job.data.sources:
         place = Location(source.path)
-        held = manifest.read(place).meta if place.join(manifest.FILE).exists() else {}
+        held, as_recorded = _held(place, recorded)
         if held.get("kind") != KIND:
             found.append((source, [(source.path, 1.0)]))
             continue
         for name, digest in held.get("digests", {}).items():
-            if (now := manifest.read(place.join(name)).digest) != digest:
+            if not as_recorded and (now := manifest.read(place.join(name)).digest) != digest:
                 raise ConfigError(
                     f"data.sources: {source.path}: its part {name} is {now[:12]}, but {digest[:12]} is listed: a prepare is at "
                     "work or broke off; run it again"
