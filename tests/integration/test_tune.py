@@ -95,7 +95,7 @@ def test_asha_finds_the_best_rate_in_fewer_steps_and_stops_the_others_where_they
 
 def test_nothing_of_a_sweep_is_left(asha) -> None:
     folder, _, _, before, after = asha
-    assert after == before
+    assert after[0] == before[0] and after[1] <= before[1]  # what another test has left may go meanwhile
     assert not [n for n in ("stop", "driver.json", "ray") if (folder / "runs" / "asha" / n).exists()]
 
 
