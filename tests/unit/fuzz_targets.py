@@ -149,6 +149,7 @@ def _text(place: Location) -> manifest.Manifest:
 def _train_on(copied: Path) -> None:
     """What comes before a run's first step, and reading that step and what is held out."""
     changes = {"data.sources.0.path": str(copied / "data"), "storage": str(copied / "runs"), "data.sequence_length": LENGTH,
+               "data.window": 1024,  # where few samples are left, a larger one would be of thousands of epochs
                "mlflow.uri": f"sqlite:///{copied}/mlflow.db", "train.precision": "fp32"}  # fmt: skip
     checked = check.check_stores(*check.check_job(build_job.job(**changes)))
     data = open_dataset(checked.plan)
