@@ -115,6 +115,8 @@ def test_every_command_of_the_readme_works_in_its_order(clone: Path, tmp_path: P
             lines = said.strip().splitlines() or [""]
             if code not in expected or "Traceback (most recent call last)" in said:
                 wrong.append(f"{command.text}: exit {code}: {' | '.join(lines[-5:])}")
+            if "no run has trained on" in said:
+                wrong.append(f"{command.text}: found nothing: {said}")
             if expected == {2} and len(lines) != 1:
                 wrong.append(f"{command.text}: {len(lines)} lines where one says it: {said}")
     finally:

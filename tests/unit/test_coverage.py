@@ -106,6 +106,15 @@ def test_a_record_answers_by_shard_and_by_digest_up_to_a_step(tmp_path: Path):
     assert trained.of_shard(raw, name) == both and trained.of_shard(raw, "10.parquet") == 0
 
 
+def test_a_shard_is_found_by_its_path_by_the_end_of_it_and_by_the_folder_of_its_contents():
+    """`prepare` names a shard's file after its content, in a folder of its number."""
+    uri, path = "/data/text", "shards/00017/f7122eddf445c2ad.parquet"
+    for wanted in (f"{uri}/{path}", path, "f7122eddf445c2ad.parquet", f"{uri}/shards/00017", "shards/00017", "00017"):
+        assert trained.same(wanted, uri, path), wanted
+    for wanted in ("00018", "shards/0017", "7", "ards/00017", "/data/other/shards/00017"):
+        assert not trained.same(wanted, uri, path), wanted
+
+
 def test_a_replaced_sample_is_its_replacements(tmp_path: Path):
     a = make_dataset(tmp_path / "a", 1)
     plan = make_plan(a)

@@ -112,11 +112,12 @@ def of_shard(raw: dict[str, Any], shard: str, before: int | None = None) -> int:
 
 
 def same(wanted: str, uri: str, path: str) -> bool:
-    """Whether a shard of a dataset is the one that is meant."""
-    whole = Location(uri).join(path)
+    """Whether a shard of a dataset is the one that is meant; `shards/00017` is that of any content, whose name is the file's."""
+    whole = Location(uri).join(path).path
+    named = (whole, whole.rpartition("/")[0])
     if "://" in wanted or wanted.startswith("/"):
-        return Location(wanted).path == whole.path
-    return f"/{whole.path}".endswith(f"/{wanted}")
+        return Location(wanted).path in named
+    return any(f"/{place}".endswith(f"/{wanted}") for place in named)
 
 
 def _taken(
