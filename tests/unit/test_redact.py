@@ -94,7 +94,7 @@ def test_a_store_with_a_password_is_no_option_of_a_command_and_no_argument_of_th
     assert code == 2 and len(lines) == 1 and "set MLFLOW_TRACKING_URI instead" in lines[0] and "hunter2" not in lines[0]
     started, popen = [], subprocess.Popen
 
-    def start(command, env):
+    def start(command, env, **_):
         started.append((command, env))
         return popen([sys.executable, "-c", ""])
 

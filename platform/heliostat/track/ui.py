@@ -33,7 +33,8 @@ def serve(store: str, host: str, port: int) -> None:
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _end)
-    server = subprocess.Popen(command, env={**os.environ, **environment(store)})
+    # in a session of its own: Ctrl-C is ours to pass on, or the server would answer it with a traceback
+    server = subprocess.Popen(command, env={**os.environ, **environment(store)}, start_new_session=True)
     try:
         code = server.wait()
     finally:
