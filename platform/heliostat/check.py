@@ -17,14 +17,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from heliostat import deepspeed_keys, spec, workspace
+from heliostat.config import deepspeed_keys, spec, workspace
+from heliostat.config.spec import Job
 from heliostat.data import collection, manifest
 from heliostat.data.dataset import DataPlan, make_order, plan
 from heliostat.data.manifest import Manifest
 from heliostat.data.order import Order
 from heliostat.errors import ConfigError, DataError, HeliostatError, StorageError
-from heliostat.recipe import Recipe
-from heliostat.spec import Job
+from heliostat.recipes.protocol import Recipe
 from heliostat.storage import Location
 from heliostat.text import brief
 
@@ -113,10 +113,10 @@ def check_stores(job: Job, recipe: Recipe, recorded: DataPlan | None = None, cha
 def check_devices(job: Job, cluster: Path | None) -> None:
     """ConfigError unless the workers fit on a file's cluster or, where none is named, the GPUs that they ask for are here."""
     if cluster is not None:
-        from heliostat.cluster import files
-        from heliostat.plan import room
+        from heliostat.cluster import cluster_file
+        from heliostat.plan import pools
 
-        room.check(job, files.read(cluster))
+        pools.check(job, cluster_file.read(cluster))
     elif job.workers.gpus and not os.environ.get("RAY_ADDRESS"):
         require_gpus(job.workers.least * job.workers.gpus)
 

@@ -63,8 +63,8 @@ DEFAULT_STORE = ".heliostat/mlflow.db"
 @app.command()
 def prepare(pipeline: Path, setting: Settings = None, force: bool = False, json_: Json = False, verbose: Verbose = False) -> None:
     """Make a dataset: run a pipeline YAML's Ray Data job. Does nothing if the dataset is up to date."""
-    from heliostat.prepare import explain
-    from heliostat.prepare import prepare as run
+    from heliostat.pipelines.prepare import explain
+    from heliostat.pipelines.prepare import prepare as run
 
     report = run(pipeline, setting or [], force=force)
     if not json_:
@@ -166,7 +166,7 @@ def _print_result(result: dict[str, Any]) -> None:
     out.print(f"{result['tokens_per_second']:,.0f} {result['unit']}/s, data wait {result['data_wait']:.2%}; "
               f"{result['seconds_to_first_step']:.1f} s to the first step{split}")  # fmt: skip
     if "goodput" in result:  # a run of an older version has none
-        from heliostat import goodput as accounting
+        from heliostat.runs import goodput as accounting
 
         out.print(accounting.line(result["goodput"]))
     out.print(f"model {result['model_uri']}, run {result['run_id']}, checkpoint {result['checkpoint']}")
@@ -198,7 +198,7 @@ def generate(
     json_: Json = False,
 ) -> None:
     """Let a model write or draw. MODEL: models:/NAME/VERSION, a run id, or a folder."""
-    from heliostat import generate as generating
+    from heliostat.inference import generate as generating
     from heliostat.track.models import resolve
 
     given = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "steps": steps, "guidance": guidance,
@@ -234,7 +234,7 @@ def evaluate(
     json_: Json = False,
 ) -> None:
     """Score a model on a dataset's held-out split. MODEL: models:/NAME/VERSION, a run id, or a folder."""
-    from heliostat.evaluate import evaluate as run
+    from heliostat.inference.evaluate import evaluate as run
     from heliostat.track.models import resolve
 
     scores = run(resolve(model, _store(mlflow)), data, samples, sequence_length, fraction)
@@ -252,13 +252,13 @@ def export(
     json_: Json = False,
 ) -> None:
     """Write a run's checkpoint as a Hugging Face folder."""
-    from heliostat import export as exporting
+    from heliostat.checkpoint import saver
+    from heliostat.inference import export as exporting
+    from heliostat.track.logger import record
     from heliostat.track.models import find_run
-    from heliostat.track.run import record
-    from heliostat.train import checkpoint
 
     place = find_run(run, _store(mlflow))
-    found = checkpoint.open_checkpoint(place, step) if step is not None else checkpoint.latest(place)
+    found = saver.open_checkpoint(place, step) if step is not None else saver.latest(place)
     if found is None:
         raise ConfigError(f"{place}: holds no complete checkpoint")
     exporting.export(found, to, record(place).get("run_id"))
@@ -270,8 +270,8 @@ def export(
 @app.command()
 def checkpoints(run: Run, mlflow: TrackingUri = None, json_: Json = False) -> None:
     """List a run's checkpoints: what each is, whether it is whole, and which rule keeps it."""
+    from heliostat.checkpoint.retention import survey
     from heliostat.track.models import find_run
-    from heliostat.train.retention import survey
 
     place = find_run(run, _store(mlflow))
     rows = survey(place)
@@ -302,7 +302,7 @@ def _print_checkpoints(rows: list[dict[str, Any]]) -> None:
 @app.command()
 def verify(run: Run, mlflow: TrackingUri = None, json_: Json = False) -> None:
     """Check a run's receipts against its datasets: what every step trained on, and that nothing was lost or repeated."""
-    from heliostat import verify as verifying
+    from heliostat.runs import verify as verifying
     from heliostat.track.models import find_run
 
     place = find_run(run, _store(mlflow))
@@ -318,9 +318,9 @@ def verify(run: Run, mlflow: TrackingUri = None, json_: Json = False) -> None:
 @app.command()
 def goodput(run: Run, mlflow: TrackingUri = None, json_: Json = False) -> None:
     """Tell where a run's time went, from the command's start to the end, over all its restarts: parts that add up to 100 %."""
-    from heliostat import goodput as accounting
+    from heliostat.runs import goodput as accounting
     from heliostat.track.models import find_run
-    from heliostat.track.settle import settle_folder
+    from heliostat.track.reconcile import settle_folder
 
     place = find_run(run, _store(mlflow))
     settle_folder(place)
@@ -343,7 +343,7 @@ def samples(
     json_: Json = False,
 ) -> None:
     """Show the samples that a step trained on: their places in the datasets, and their text."""
-    from heliostat.samples import samples as read
+    from heliostat.runs.samples import samples as read
     from heliostat.track.models import find_run
 
     found = read(find_run(run, _store(mlflow)), step)

@@ -17,9 +17,9 @@ from heliostat.cli import Json, Settings, _finish, app, out
 from heliostat.errors import ConfigError, HeliostatError
 
 if TYPE_CHECKING:
-    from heliostat.cluster.jobs import Jobs, Record
-    from heliostat.cluster.reach import Endpoint
-    from heliostat.spec import Job
+    from heliostat.cluster.endpoint import Endpoint
+    from heliostat.config.spec import Job
+    from heliostat.submit.jobs import Jobs, Record
 
 cluster_app = typer.Typer(no_args_is_help=True, help="Clusters from YAML: check, up, down, status, list.")
 app.add_typer(cluster_app, name="cluster")
@@ -37,14 +37,14 @@ def check_(
     setting: Settings = None, json_: Json = False,
 ) -> None:  # fmt: skip
     """Find what is wrong with a cluster file: schema, sizes, secrets, open ports, what would fail at the first real start."""
-    from heliostat.cluster import check as checks
     from heliostat.cluster import pods
+    from heliostat.cluster import review as checks
 
     report = checks.check(file)
     warnings = report.warnings
     if job and not report.errors:
         from heliostat.check import check_services
-        from heliostat.plan import report as planning
+        from heliostat.plan import planner as planning
 
         wanted, recipe, _ = planning.prepare(job, setting)
         planning.plan(wanted, recipe, report.cluster)
@@ -72,9 +72,9 @@ def up(
     json_: Json = False,
 ) -> None:
     """Start a cluster, or join one that runs: processes on this machine, `ray up`, or `kubectl apply`."""
-    from heliostat.cluster import check, launch
+    from heliostat.cluster import launch, review
 
-    cluster = check.require(file)
+    cluster = review.require(file)
     found = launch.up(cluster, restart)
     if not json_:
         out.print(f"cluster {cluster.name}: {found['note']}", markup=False)
@@ -97,12 +97,12 @@ def status_(
     target: Annotated[str | None, typer.Argument(help="A cluster file, an address or a name")] = None, json_: Json = False
 ) -> None:
     """Show a cluster's nodes, what they have, and its jobs."""
-    from heliostat.cluster import http
-    from heliostat.cluster.jobs import Jobs
-    from heliostat.cluster.reach import endpoint
+    from heliostat.cluster import dashboard
+    from heliostat.cluster.endpoint import endpoint
+    from heliostat.submit.jobs import Jobs
 
     with endpoint(target) as there:
-        nodes, jobs = http.node_table(there.url, there.token), Jobs(there).list()
+        nodes, jobs = dashboard.node_table(there.url, there.token), Jobs(there).list()
     if not json_:
         out.print(f"{there.url}: {sum(n['alive'] for n in nodes)} nodes", markup=False)
         for n in nodes:
@@ -118,11 +118,11 @@ def status_(
 @cluster_app.command("list")
 def list_(json_: Json = False) -> None:
     """List the local clusters of this workspace."""
-    from heliostat.cluster import http, local, private
+    from heliostat.cluster import dashboard, local, private
 
     found = [
         {"name": s.name, "url": s.url, "nodes": len(s.nodes),
-         "answers": private.ours(s.url) and http.probe(s.url, s.token) == 200} for s in local.known()
+         "answers": private.ours(s.url) and dashboard.probe(s.url, s.token) == 200} for s in local.known()
     ]  # fmt: skip
     if not json_:
         for c in found:
@@ -148,8 +148,8 @@ def submit(
     json_: Json = False,
 ) -> None:
     """Send a job to a cluster: the workspace and heliostat travel, the id is the run's name. Plans and checks first."""
-    from heliostat.cluster import jobs as api
-    from heliostat.cluster.reach import endpoint
+    from heliostat.cluster.endpoint import endpoint
+    from heliostat.submit import jobs as api
 
     flags = (["--resume"] if resume else []) + (["--overwrite"] if overwrite else [])
     with endpoint(cluster) as there:
@@ -160,8 +160,8 @@ def submit(
 def checked(file: Path, settings: list[str], there: Endpoint) -> Job:
     """The job, of which everything was checked that can be from here: its paths, its plan on the cluster, its services."""
     from heliostat.check import check_services
-    from heliostat.cluster import jobs as api
-    from heliostat.plan import report as planning
+    from heliostat.plan import planner as planning
+    from heliostat.submit import jobs as api
 
     wanted = api.load(file, settings, there)
     planned, recipe, _ = planning.prepare(file, settings)
@@ -173,7 +173,7 @@ def checked(file: Path, settings: list[str], there: Endpoint) -> Job:
 
 def send(jobs: Jobs, wanted: Record, flags: tuple[str, ...], follow: bool, json_: bool) -> None:
     """Submits, and with `follow` shows the log until the job is over, whose outcome is then the exit code."""
-    from heliostat.cluster.jobs import exit_code
+    from heliostat.submit.jobs import exit_code
 
     job_id = jobs.submit(wanted, flags)
     if not follow:
@@ -191,8 +191,8 @@ def send(jobs: Jobs, wanted: Record, flags: tuple[str, ...], follow: bool, json_
 @app.command()
 def jobs(cluster: Target = None, json_: Json = False) -> None:
     """List a cluster's jobs."""
-    from heliostat.cluster.jobs import Jobs
-    from heliostat.cluster.reach import endpoint
+    from heliostat.cluster.endpoint import endpoint
+    from heliostat.submit.jobs import Jobs
 
     with endpoint(cluster) as there:
         found = Jobs(there).list()
@@ -220,16 +220,16 @@ def status(id_: Id, cluster: Target = None, json_: Json = False) -> None:
 
 
 def _progress(folder: str, steps: int, metadata: dict[str, Any]) -> dict[str, Any]:
-    from heliostat.cluster import jobs as api
     from heliostat.storage import Location
+    from heliostat.submit import jobs as api
 
     return api.sweep_progress(Location(folder)) if metadata.get("kind") == "sweep" else api.progress(Location(folder), steps)
 
 
 def _look(job_id: str, cluster: str | None) -> dict[str, Any]:
     """A job's state on its cluster; if that is gone, what is remembered."""
-    from heliostat.cluster.jobs import Jobs, Record
-    from heliostat.cluster.reach import endpoint
+    from heliostat.cluster.endpoint import endpoint
+    from heliostat.submit.jobs import Jobs, Record
 
     record = Record.read(job_id)
     try:
@@ -246,10 +246,10 @@ def _look(job_id: str, cluster: str | None) -> dict[str, Any]:
 @app.command()
 def logs(id_: Id, follow: Follow = False, cluster: Target = None) -> None:
     """Show a job's log: from the cluster, or from storage when the cluster is gone."""
-    from heliostat.cluster.jobs import Jobs, Record, exit_code
-    from heliostat.cluster.logs import stored
-    from heliostat.cluster.reach import endpoint
+    from heliostat.cluster.endpoint import endpoint
     from heliostat.storage import Location
+    from heliostat.submit.jobs import Jobs, Record, exit_code
+    from heliostat.submit.logs import stored
 
     record = Record.read(id_)
     code = 0
@@ -282,9 +282,9 @@ def stop(
     json_: Json = False,
 ) -> None:
     """Stop a job; it saves a checkpoint first, unless --now."""
-    from heliostat.cluster.jobs import Jobs, Record
-    from heliostat.cluster.reach import endpoint
+    from heliostat.cluster.endpoint import endpoint
     from heliostat.storage import BUDGET
+    from heliostat.submit.jobs import Jobs, Record
 
     record = Record.read(id_)
     with endpoint(cluster or (record.cluster if record else None)) as there:
@@ -302,8 +302,8 @@ def stop(
 @app.command()
 def resume(id_: Id, cluster: Target = None, follow: Follow = False, setting: Settings = None, json_: Json = False) -> None:
     """Send a job again, to go on from its last checkpoint; --set may change what a resumed run may change, as workers.count."""
-    from heliostat.cluster.jobs import Jobs, Record, changed
-    from heliostat.cluster.reach import endpoint
+    from heliostat.cluster.endpoint import endpoint
+    from heliostat.submit.jobs import Jobs, Record, changed
 
     record = Record.read(id_)
     if record is None:

@@ -24,7 +24,7 @@ def plan(
     json_: Json = False,
 ) -> None:
     """Tell what a job needs and will cost: parameters, memory, speed, days, money, failures. Fails if it cannot fit."""
-    from heliostat.plan.report import plan_file
+    from heliostat.plan.planner import plan_file
 
     found = plan_file(job, setting, cluster, device, prices)
     if not json_:

@@ -26,13 +26,13 @@ def runs(
     json_: Json = False,
 ) -> None:
     """List all runs, newest first: status, step, losses, tokens/s, goodput, worker-hours."""
-    from heliostat.track import store, table
+    from heliostat.track import mlflow_client, run_table
 
     uri = _store(mlflow)
-    with store.asking(uri):
-        found = table.rows(store.connect(uri), experiment)
+    with mlflow_client.asking(uri):
+        found = run_table.rows(mlflow_client.connect(uri), experiment)
     if not json_:
-        _grid(table.cells(found), right=4)
+        _grid(run_table.cells(found), right=4)
     _finish({"runs": found}, json_)
 
 
@@ -44,15 +44,15 @@ def report(
     json_: Json = False,
 ) -> None:
     """Write one self-contained page about a run: curves, goodput, restarts, samples, lineage."""
-    from heliostat.track import page, store
-    from heliostat.track.settle import settle
+    from heliostat.track import mlflow_client, page
+    from heliostat.track.reconcile import settle
 
     uri = _store(mlflow)
     if not to.absolute().parent.is_dir():
         raise ConfigError(f"--out: {to}: there is no folder {to.parent}")
-    with store.asking(uri):
-        client = store.connect(uri)
-        found = settle(client, store.find(client, run, uri))
+    with mlflow_client.asking(uri):
+        client = mlflow_client.connect(uri)
+        found = settle(client, mlflow_client.find(client, run, uri))
         made = page.page(page.gather(client, found))
     try:
         to.write_text(made, encoding="utf-8")
@@ -73,15 +73,15 @@ def lineage(
 ) -> None:
     """Tell where a model comes from: run, restarts, code, machines, shards, parents; or which models saw a shard or dataset."""
     from heliostat.track import lineage as tracing
-    from heliostat.track import store
+    from heliostat.track import mlflow_client
 
     if sum(x is not None for x in (what, shard, dataset)) != 1:
         raise ConfigError("lineage: give one of MODEL, --shard or --dataset")
     if dataset is not None and len(dataset) < 6:
         raise ConfigError(f"--dataset: {dataset!r} is too short; give at least 6 digits of the digest")
     uri = _store(mlflow)
-    with store.asking(uri):
-        client = store.connect(uri)
+    with mlflow_client.asking(uri):
+        client = mlflow_client.connect(uri)
         if what is None:
             _backwards(client, shard, dataset, json_)
             return
@@ -93,7 +93,7 @@ def lineage(
 
 
 def _backwards(client: Any, shard: str | None, dataset: str | None, json_: bool) -> None:
-    from heliostat.track.seen import Seen
+    from heliostat.track.lineage_of_data import Seen
 
     rows = Seen(client).answer(shard, dataset)
     if not json_:
@@ -120,11 +120,13 @@ def promote(
     json_: Json = False,
 ) -> None:
     """Give a registered model an alias, unless it is worse than what has the alias now, or lacks what is required."""
-    from heliostat.track import registry, store
+    from heliostat.track import mlflow_client, registry
 
     uri = _store(mlflow)
-    with store.asking(uri):
-        done = registry.promote(store.connect(uri), model, alias, require or [], metric, "max" if maximize else "min", force)
+    with mlflow_client.asking(uri):
+        done = registry.promote(
+            mlflow_client.connect(uri), model, alias, require or [], metric, "max" if maximize else "min", force
+        )
     if not json_:
         instead = f", in place of version {done['replaced']}" if done["replaced"] else ""
         out.print(f"{done['name']} version {done['version']} is {alias}{instead}", markup=False)
@@ -143,12 +145,12 @@ def reproduce(
     json_: Json = False,
 ) -> None:
     """Train a recorded run again from its record, and compare the losses of every step; tells what differs in the environment."""
-    from heliostat import reproduce as again
-    from heliostat.track import store
+    from heliostat.track import mlflow_client
+    from heliostat.train import reproduce as again
 
     uri = _store(mlflow)
-    with store.asking(uri):
-        told = again.reproduce(store.connect(uri), uri, run, steps, setting or [], overwrite)
+    with mlflow_client.asking(uri):
+        told = again.reproduce(mlflow_client.connect(uri), uri, run, steps, setting or [], overwrite)
     if not json_:
         for note in told["notes"]:
             out.print(f"differs: {note}", markup=False)

@@ -33,7 +33,7 @@ def tune(
     verbose: Verbose = False,
 ) -> None:
     """Search for a job's best settings: many runs of it, side by side, through Ray Tune. docs/tuning.md"""
-    from heliostat.tune.run import tune as run
+    from heliostat.tune.driver import tune as run
 
     if cluster:
         if transfer:
@@ -97,8 +97,8 @@ def _submit(
     path: Path, setting: list[str], cluster: str, queue: str | None, flags: tuple[str, ...], follow: bool, json_: bool
 ) -> None:
     """Sends the sweep to the cluster, as `heliostat submit` does a job; its id is the sweep's name."""
-    from heliostat.cluster import jobs as api
-    from heliostat.cluster.reach import endpoint
+    from heliostat.cluster.endpoint import endpoint
+    from heliostat.submit import jobs as api
     from heliostat.tune import sweep as sweeps
 
     plan = sweeps.load(path, setting)
@@ -114,7 +114,7 @@ def _carry(folder: str, big: Path, json_: bool) -> dict[str, Any]:
 
     from heliostat.storage import Location
     from heliostat.tune import listing, transfer
-    from heliostat.tune.record import read
+    from heliostat.tune.trial_record import read
 
     plan, _ = listing.read(Location(folder))
     found, path = transfer.carry(plan, read(plan.folder), transfer.check(plan, big), big)

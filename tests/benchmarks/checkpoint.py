@@ -45,12 +45,12 @@ class Recipe:
 
 
 def engine(size: str, stage: int, workers: int, universal: bool = False) -> Any:
-    from heliostat.train import fragments, zero
+    from heliostat.train.worker import deepspeed_engine, zero_state
 
     changes: dict[str, Any] = {"train.zero.stage": stage, "workers.count": workers, "train.global_batch": workers}
     changes |= {"train.micro_batch": 1, "train.deepspeed": {"checkpoint": {"load_universal": universal}}}
-    made = zero.build_engine(job(**changes), Recipe(size))  # type: ignore[arg-type]
-    fragments.make_room(made)
+    made = deepspeed_engine.build_engine(job(**changes), Recipe(size))  # type: ignore[arg-type]
+    zero_state.make_room(made)
     return made
 
 
@@ -82,31 +82,33 @@ def timed(group: Any, name: str, action: Callable[[], object]) -> dict[str, Any]
 
 
 def load(made: Any, group: Any, folder: str) -> int:
+    from heliostat.checkpoint import saver as checkpoint
     from heliostat.storage import Location
-    from heliostat.train import checkpoint, fragments
+    from heliostat.train.worker import zero_state
 
     found = checkpoint.latest(Location(folder))
     assert found
-    read = checkpoint.load(found, fragments.state(made, whole=True), group)
-    fragments.after_load(made, found.index["optimizer_steps"])
+    read = checkpoint.load(found, zero_state.state(made, whole=True), group)
+    zero_state.after_load(made, found.index["optimizer_steps"])
     return read
 
 
 def save_and_load(group: Any, everyone: Any, folder: str, size: str, rounds: str) -> Iterator[dict[str, Any]]:
     """ZeRO-3 on 4: training steps, saves and loads."""
     import torch.distributed as dist
-    from heliostat import spec
+    from heliostat.checkpoint import saver as checkpoint
+    from heliostat.config import spec
     from heliostat.storage import Location
-    from heliostat.train import checkpoint, fragments
+    from heliostat.train.worker import zero_state
 
     made = engine(size, 3, dist.get_world_size())
     yield {"name": "parameters", "seconds": sum(p.ds_numel for p in made.module.parameters())}
     saver = checkpoint.Saver(Location(folder), spec.Checkpoint(every=1, keep=1), dist.new_group(backend="gloo"))
-    saver.follow(fragments.inner_optimizer(made))
+    saver.follow(zero_state.inner_optimizer(made))
     train(made)
 
     def save(step: int) -> None:
-        saver.save(step, fragments.state(made), build_index.facts(optimizer_steps=fragments.optimizer_steps(made)))
+        saver.save(step, zero_state.state(made), build_index.facts(optimizer_steps=zero_state.optimizer_steps(made)))
 
     def save_whole(step: int) -> None:
         save(step)

@@ -90,9 +90,8 @@ def heliostat(path: Path) -> float:
 def frozen(folder: Path, data: Path) -> dict[str, Any]:
     """An autoencoder and a CLIP of the sizes of a small latent model, with weights as they are initialised."""
     from diffusers import AutoencoderKL
+    from heliostat.recipes.images.diffusers_folder import tokenizer
     from transformers import CLIPTextConfig, CLIPTextModel
-
-    from jobs.image_export import tokenizer
 
     blocks = 3
     vae = AutoencoderKL(

@@ -29,7 +29,8 @@ from typing import Any
 
 import psutil
 from heliostat.chaos.process import workers
-from heliostat.train import attempt, placing, run, show
+from heliostat.train import run
+from heliostat.train.driver import attempt, placement, progress
 
 PARTS = ("seen", "ended", "pause", "placing", "processes", "imports", "model", "checkpoint", "data", "first step", "recomputed")
 PHASES = {
@@ -43,7 +44,7 @@ PHASES = {
 }  # fmt: skip (the part that the phase's beginning ends)
 
 
-class Watching(placing.Placing):
+class Watching(placement.Placing):
     """In Ray Train's controller: posts when it knows of a death, and when new workers are there."""
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
@@ -55,7 +56,7 @@ class Watching(placing.Placing):
         self._board.post.remote({"kind": "phase", "phase": "started", "at": time.time()})
 
 
-class Recording(show.Show):
+class Recording(progress.Show):
     """The terminal's view, which also keeps every event with its time."""
 
     events: list[tuple[str, float, int]] = []
@@ -91,7 +92,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--set", action="append", default=[])
     options = parser.parse_args()
-    attempt.Placing, show.Show = Watching, Recording  # type: ignore[misc]
+    attempt.Placing, progress.Show = Watching, Recording  # type: ignore[misc]
     killed: list[float] = []
     events = Recording.events
 
@@ -109,7 +110,7 @@ def main() -> None:
         settings = [f"storage={folder}", f"mlflow.uri=sqlite:///{folder}/mlflow.db", "name=recovery", "train.log_every=1",
                     "mlflow.register=null", *options.set]  # fmt: skip
         run.train(options.job, settings)
-        from heliostat import goodput
+        from heliostat.runs import goodput
         from heliostat.storage import Location
 
         ended = sorted(a.seen for a in goodput.read(Location(folder).join("recovery")) if a.outcome == "failed")

@@ -20,10 +20,10 @@ from statistics import median
 from typing import Any
 
 from heliostat.chaos.servers import Server, mlflow_server
+from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
-from heliostat.goodput import PARTS
-from heliostat.spec import Job
-from heliostat.track.run import RunOwner
+from heliostat.runs.goodput import PARTS
+from heliostat.track.logger import RunOwner
 from mlflow import MlflowClient
 
 RATE = 20
@@ -32,7 +32,7 @@ RATE = 20
 def job(folder: Path, name: str, uri: str) -> Job:
     return Job.model_validate(
         {
-            "name": name, "recipe": "jobs.causal_lm:CausalLM", "model": {"arch": "llama"}, "storage": str(folder / "runs"),
+            "name": name, "recipe": "heliostat.recipes.text.causal_lm:CausalLM", "model": {"arch": "llama"}, "storage": str(folder / "runs"),
             "data": {"sources": [{"path": str(folder / "none")}], "sequence_length": 64},
             "train": {"steps": 1_000_000, "global_batch": 8, "micro_batch": 8, "optimizer": {"lr": 1e-3}},
             "checkpoint": {"every": 1000}, "mlflow": {"uri": uri, "experiment": "benchmark"},

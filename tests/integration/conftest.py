@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from heliostat.prepare import prepare
+from heliostat.pipelines.prepare import prepare
 from mlflow import MlflowClient
 
 # before Ray starts: its workers inherit them
@@ -53,7 +53,7 @@ def corpus(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> str:
         shutil.copytree(stdlib / package, folder / "raw" / package, ignore=shutil.ignore_patterns("__pycache__"))
     pipeline = {
         "name": "corpus",
-        "pipeline": "pipelines.text:TextPipeline",
+        "pipeline": "heliostat.pipelines.text.pipeline:TextPipeline",
         "input": str(folder / "raw"),
         "output": str(folder / "data"),
         "tokenizer": {"vocab_size": 512},
@@ -74,7 +74,7 @@ def tiny_job(corpus: str, tracking: str, folder: Path) -> dict[str, Any]:
     """A job of seconds on the corpus, in fp32, with its runs below the folder."""
     return {
         "name": "tiny",
-        "recipe": "jobs.causal_lm:CausalLM",
+        "recipe": "heliostat.recipes.text.causal_lm:CausalLM",
         "model": {"arch": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128},
         "data": {"sequence_length": 64, "sources": [{"path": corpus}], "seed": 5},
         "train": {

@@ -56,7 +56,8 @@ def deadly(writes: list[str], told: int) -> None:
 
 def main(path: Path) -> int:
     import mlflow.pyfunc  # noqa: F401
-    from heliostat.train import checkpoint, run  # noqa: F401
+    from heliostat.checkpoint import saver  # noqa: F401
+    from heliostat.train import run
 
     writes: list[str] = []
     for _ in range(LIMIT):

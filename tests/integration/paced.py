@@ -3,8 +3,7 @@
 import time
 
 import torch
-
-from jobs.causal_lm import CausalLM
+from heliostat.recipes.text.causal_lm import CausalLM
 
 PACED = {"recipe": "tests.integration.paced:Paced"}
 

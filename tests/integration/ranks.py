@@ -43,11 +43,11 @@ def _rank(rank: int, workers: int, folder: Path, function: Any, everyone: Any, a
 
 
 def main(deadline_s: str, path: str, sizes: str, arguments: list[str]) -> int:
-    from heliostat.train import zero
+    from heliostat.train.worker import deepspeed_engine
 
     results = os.dup(1)
     os.dup2(2, 1)  # DeepSpeed prints, and what is yielded must be alone
-    zero.prepare_environment(0)
+    deepspeed_engine.prepare_environment(0)
     module, _, name = path.partition(":")
     function = getattr(importlib.import_module(module), name)
     context = multiprocessing.get_context("fork")

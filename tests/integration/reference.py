@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from heliostat import check
 from heliostat.data.dataset import open_dataset
-from heliostat.train.schedule import factor
+from heliostat.train.worker.lr_schedule import factor
 
 
 def plain_losses(path: Path, settings: list[str]) -> list[float]:

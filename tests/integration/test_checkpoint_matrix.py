@@ -18,9 +18,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from heliostat import spec
+from heliostat.checkpoint import saver as checkpoint
+from heliostat.config import spec
 from heliostat.storage import Location
-from heliostat.train import checkpoint, fragments, zero
+from heliostat.train.worker import deepspeed_engine, zero_state
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
@@ -92,8 +93,8 @@ def _engine(case: Case) -> Any:
         changes["train.zero.offload.optimizer"] = "cpu"
     # tiny parameters would otherwise stay gathered, and hide faults of stage 3
     changes["train.deepspeed"] = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-    engine = zero.build_engine(job(**changes), Recipe())  # type: ignore[arg-type]
-    fragments.make_room(engine)
+    engine = deepspeed_engine.build_engine(job(**changes), Recipe())  # type: ignore[arg-type]
+    zero_state.make_room(engine)
     return engine
 
 
@@ -126,18 +127,18 @@ def _whole(engine: Any) -> dict[str, torch.Tensor]:
                 out[f"frozen.{name}"] = p.detach().clone()
         elif engine.zero_optimization_stage():
             out[f"master.{name}"] = safe_get_full_fp32_param(p)
-            out |= {f"{key}.{name}": safe_get_full_optimizer_state(p, key) for key in fragments.MOMENTS}
+            out |= {f"{key}.{name}": safe_get_full_optimizer_state(p, key) for key in zero_state.MOMENTS}
         else:
             out[f"master.{name}"] = p.data
-            out |= {f"{key}.{name}": engine.optimizer.state[p][key] for key in fragments.MOMENTS}
+            out |= {f"{key}.{name}": engine.optimizer.state[p][key] for key in zero_state.MOMENTS}
     out |= {f"buffer.{name}": b for name, b in engine.module.named_buffers()}
     return {name: t.detach().reshape(-1).clone() for name, t in out.items()}
 
 
 def _poison(engine: Any) -> None:
     """What a load does not write will be seen."""
-    for tensor in fragments.state(engine, whole=True).values():
-        local = tensor.local if isinstance(tensor, fragments.FlatShard) else tensor
+    for tensor in zero_state.state(engine, whole=True).values():
+        local = tensor.local if isinstance(tensor, zero_state.FlatShard) else tensor
         local.fill_(float("nan") if local.is_floating_point() else -1)
     for p in engine.module.parameters():
         getattr(p, "ds_tensor", p).data.fill_(float("nan"))
@@ -148,10 +149,10 @@ def _save(case: Case, engine: Any, folder: Path, group: Any) -> None:
     engine.module.mark.copy_(torch.linspace(0.1, case.stage + case.workers, 15).view(5, 3))  # no bf16 numbers
     engine.module.odd.fill_(1 / 3)
     saver = checkpoint.Saver(Location(str(folder / str(case))), spec.Checkpoint(every=1), group)
-    saver.follow(fragments.inner_optimizer(engine))
+    saver.follow(zero_state.inner_optimizer(engine))
     expected = _whole(engine)
-    facts = build_index.facts(optimizer_steps=fragments.optimizer_steps(engine))
-    saver.save(TRAINED, fragments.state(engine), facts, fragments.frozen(engine))
+    facts = build_index.facts(optimizer_steps=zero_state.optimizer_steps(engine))
+    saver.save(TRAINED, zero_state.state(engine), facts, zero_state.frozen(engine))
     losses = _play(engine, TRAINED, AFTER)
     saver.wait()
     if dist.get_rank() == 0:
@@ -162,10 +163,10 @@ def _save(case: Case, engine: Any, folder: Path, group: Any) -> None:
 def _load(saved: Case, engine: Any, folder: Path, group: Any) -> dict[str, Any]:
     found = checkpoint.open_checkpoint(Location(str(folder / str(saved))), TRAINED)
     _poison(engine)
-    state = fragments.state(engine, whole=True) | fragments.frozen(engine, whole=True)
+    state = zero_state.state(engine, whole=True) | zero_state.frozen(engine, whole=True)
     checkpoint.load(found, state, group)
     said = checkpoint.casts(found, state) or ""
-    fragments.after_load(engine, found.index["optimizer_steps"])
+    zero_state.after_load(engine, found.index["optimizer_steps"])
     expected, got = load_file(folder / f"{saved}.safetensors"), _whole(engine)
     types = {n: (expected[n].dtype, got[n].dtype) for n in expected}
     unequal = [n for n in expected if not torch.equal(expected[n].to(got[n].dtype), got.pop(n))] + sorted(got)

@@ -17,14 +17,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from heliostat import spec, storage
+from heliostat import storage
 from heliostat.chaos.proxy import Fault, FaultProxy
+from heliostat.checkpoint import saver as checkpoint
+from heliostat.config import spec
 from heliostat.errors import CheckpointError, ConfigError, CorruptCheckpointError, HeliostatError, StorageError
 from heliostat.storage import Location
-from heliostat.train import checkpoint
-from heliostat.train.fragments import FlatShard
-from heliostat.train.pulse import Votes
-from heliostat.train.survive import FAILED, RUN
+from heliostat.train.driver.recovery import FAILED, RUN
+from heliostat.train.worker.heartbeat import Votes
+from heliostat.train.worker.zero_state import FlatShard
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from tests.integration import ranks

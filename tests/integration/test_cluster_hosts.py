@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from heliostat.cluster import http
+from heliostat.cluster import dashboard as http
 
 from tests.integration import ssh_hosts as hosts
 from tests.integration.conftest import tiny_job

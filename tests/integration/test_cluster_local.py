@@ -18,11 +18,12 @@ import pytest
 import yaml
 from heliostat.chaos.servers import s3_server
 from heliostat.cli import app
-from heliostat.cluster import http, jobs, local
-from heliostat.cluster.reach import Endpoint, _answering
+from heliostat.cluster import dashboard, local
+from heliostat.cluster.endpoint import Endpoint, _answering
 from heliostat.errors import ClusterError, HeliostatError
 from heliostat.storage import Location
-from heliostat.tune import record
+from heliostat.submit import jobs
+from heliostat.tune import trial_record
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
@@ -185,7 +186,7 @@ def test_a_sweep_runs_on_the_cluster_and_is_found_again(work) -> None:
     assert "train.optimizer.rl: unknown key; valid: betas, eps, lr" in refused
     sent = work.json("tune", "rates.yaml", "-c", "cluster.yaml")
     folder, deadline = Location(sent["run_folder"]), time.monotonic() + 150
-    while [r.status for r in record.read(folder)][:1] != ["running"]:
+    while [r.status for r in trial_record.read(folder)][:1] != ["running"]:
         assert time.monotonic() < deadline, work.heliostat("logs", "rates")
         time.sleep(0.3)
     assert work.json("stop", "rates")["status"] == "STOPPED"
@@ -258,9 +259,9 @@ def test_without_the_token_every_port_of_the_cluster_refuses(work) -> None:
                 assert _call(host, port, method, token) != "UNAUTHENTICATED", (host, port, method)
         url = f"http://{host}:{port}"
         for path in HTTP:
-            if http.get(url + path, token)[0] == 200:
+            if dashboard.get(url + path, token)[0] == 200:
                 paths.add(path)
-                assert (http.get(url + path)[0], http.get(url + path, "0" * 64)[0]) == (401, 403), (host, port, path)
+                assert (dashboard.get(url + path)[0], dashboard.get(url + path, "0" * 64)[0]) == (401, 403), (host, port, path)
     assert services >= {"NodeInfoGcsService/GetAllNodeInfo", "NodeManagerService/GetNodeStats", "ObjectManagerService/Pull"}
     assert paths >= {"/api/version", "/api/jobs/", "/api/v0/nodes"}
     assert (work.folder / ".heliostat" / "clusters" / "test" / "token").stat().st_mode & 0o077 == 0

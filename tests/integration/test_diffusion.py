@@ -13,23 +13,25 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from heliostat import exports, spec
+from heliostat.checkpoint import saver as checkpoint
+from heliostat.config import spec
+from heliostat.config.spec import Job
 from heliostat.data import manifest
 from heliostat.data.dataset import open_dataset, plan
-from heliostat.evaluate import evaluate
-from heliostat.generate import generate, generate_many
-from heliostat.prepare import prepare
-from heliostat.spec import Job
+from heliostat.inference.evaluate import evaluate
+from heliostat.inference.generate import generate, generate_many
+from heliostat.pipelines.prepare import prepare
+from heliostat.recipes import exported
+from heliostat.recipes.images.text_to_image import TextToImage
+from heliostat.runs.verify import verify
 from heliostat.storage import Location
 from heliostat.track.models import resolve
-from heliostat.train import checkpoint, fragments, zero
-from heliostat.train.ema import Ema
-from heliostat.train.loop import BatchPlan
 from heliostat.train.run import train
-from heliostat.verify import verify
+from heliostat.train.worker import deepspeed_engine, zero_state
+from heliostat.train.worker.ema import Ema
+from heliostat.train.worker.loop import BatchPlan
 from PIL import Image
 
-from jobs.text_to_image import TextToImage
 from tests.integration import ranks
 from tests.integration.conftest import curve
 from tests.integration.reference import plain_losses
@@ -43,7 +45,7 @@ PROMPTS = [{"text": f"the digit {word}", "label": word} for word in ("zero", "tw
 def tiny_job(dataset: Path, tracking: str, folder: Path, **model: Any) -> dict[str, Any]:
     samples = {"prompts": PROMPTS, "per_prompt": 2, "steps": 3, "judge": True}
     return {
-        "name": "tiny", "recipe": "jobs.text_to_image:TextToImage",
+        "name": "tiny", "recipe": "heliostat.recipes.images.text_to_image:TextToImage",
         "model": {"backbone": UNET, "text": TEXT, "objective": {"prediction": "v"}, "samples": samples, **model},
         "data": {"sources": [{"path": str(dataset)}], "seed": 5},
         "train": {
@@ -79,8 +81,8 @@ STAGES, WORKERS, STEPS, AFTER = (0, 1, 2, 3), (1, 2, 4), 3, 2
 def _engine(job: Job) -> tuple[Any, TextToImage, Ema]:
     recipe = TextToImage(job)
     recipe.bind([manifest.read(location) for location in job.sources])
-    engine = zero.build_engine(job, recipe)
-    fragments.make_room(engine)
+    engine = deepspeed_engine.build_engine(job, recipe)
+    zero_state.make_room(engine)
     return engine, recipe, Ema(engine, 0.9)
 
 
@@ -97,7 +99,7 @@ def _play(engine: Any, recipe: TextToImage, ema: Ema, job: Job, first: int, step
             loss = recipe.loss(engine, recipe.batch(content.slice(i, micro), keys[i : i + micro]))
             engine.backward(loss * (len(content) // micro * world / batch))
             if i + micro == len(content) and not engine.zero_optimization_stage():
-                zero.gradient_norm(engine, job.train.grad_clip)  # which clips
+                deepspeed_engine.gradient_norm(engine, job.train.grad_clip)  # which clips
             engine.step()
             total += loss.detach()
         ema.update(step + 1)
@@ -118,8 +120,8 @@ def stages(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
     for stage, (engine, recipe, ema) in engines.items():
         losses = _play(engine, recipe, ema, jobs[stage], 0, STEPS)
         saver = checkpoint.Saver(Location(f"{folder}/{stage}-{world}"), spec.Checkpoint(every=1), group)
-        saver.follow(fragments.inner_optimizer(engine))
-        state = fragments.state(engine) | ema.state()
+        saver.follow(zero_state.inner_optimizer(engine))
+        state = zero_state.state(engine) | ema.state()
         saver.save(STEPS, state, build_index.facts(optimizer_steps=STEPS))
         losses += _play(engine, recipe, ema, jobs[stage], STEPS, AFTER)
         saver.wait()
@@ -138,8 +140,8 @@ def stages(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
     for stage, (engine, recipe, ema) in engines.items():
         saved = f"{(stage + 1) % 4}-{WORKERS[(WORKERS.index(world) + 1) % 3]}"  # another stage and another worker count
         found = checkpoint.open_checkpoint(Location(f"{folder}/{saved}"), STEPS)
-        checkpoint.load(found, fragments.state(engine, whole=True) | ema.state(whole=True), group)
-        fragments.after_load(engine, STEPS)
+        checkpoint.load(found, zero_state.state(engine, whole=True) | ema.state(whole=True), group)
+        zero_state.after_load(engine, STEPS)
         losses = _play(engine, recipe, ema, jobs[stage], STEPS, AFTER)
         if dist.get_rank() == 0:
             yield {"stage": stage, "from": saved, "continued": losses}
@@ -269,7 +271,7 @@ def test_the_registered_model_draws_scores_and_loads_with_plain_diffusers(finish
 
     name = "conv_in.weight"
     held = load_file(model / "unet/diffusion_pytorch_model.safetensors")[name]
-    assert torch.equal(held.flatten(), made.read(f"ema.unet.{name}")) and exports.read(model).recipe is TextToImage
+    assert torch.equal(held.flatten(), made.read(f"ema.unet.{name}")) and exported.read(model).recipe is TextToImage
     out = tmp_path / "x.png"
     answer = generate(model, "the digit two", {"steps": 4, "guidance": 2.0, "sampler": "dpm++"}, 7, str(out))
     assert answer.facts["file"] == str(out) and Image.open(out).size == (8, 8)
@@ -296,14 +298,17 @@ def test_latents_a_frozen_text_encoder_and_checkpointing_train_at_stage_3(ray_se
     from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline
 
     coder = tiny_job(digits, tracking, tmp_path)
-    coder |= {"recipe": "jobs.autoencoder:Autoencoder", "model": {"block_out_channels": [8, 16], "norm_num_groups": 4}}
+    coder |= {
+        "recipe": "heliostat.recipes.images.autoencoder:Autoencoder",
+        "model": {"block_out_channels": [8, 16], "norm_num_groups": 4},
+    }
     coded = train(write(tmp_path / "coder.yaml", coder))
     assert coded["eval"]["psnr"] > 3
     vae = tmp_path / "vae"
     shutil.copytree(resolve(coded["model_uri"], tracking), vae)
     assert AutoencoderKL.from_pretrained(vae).config.scaling_factor != 0.18215
     pipeline = {
-        "name": "latents", "pipeline": "pipelines.images:ImagePipeline", "input": "sklearn:digits",
+        "name": "latents", "pipeline": "heliostat.pipelines.images.pipeline:ImagePipeline", "input": "sklearn:digits",
         "output": str(tmp_path / "data"), "resolution": 8, "channels": 1,
         "latents": {"autoencoder": str(vae), "text_encoder": str(clip(tmp_path / "clip", digits)), "length": 8},
     }  # fmt: skip

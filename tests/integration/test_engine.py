@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from heliostat import spec
+from heliostat.checkpoint import saver as checkpoint
+from heliostat.config import spec
 from heliostat.storage import Location
-from heliostat.train import checkpoint, fragments, lossscale, zero
+from heliostat.train.worker import deepspeed_engine, zero_state
+from heliostat.train.worker import loss_scale as lossscale
 from torch import nn
 from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
 
@@ -48,8 +50,8 @@ def _engine(model: type[nn.Module], micro: int, **changes: Any) -> Any:
     changes = {"train.global_batch": BATCH, "train.micro_batch": micro, "workers.count": dist.get_world_size(), **changes}
     keys = changes.pop("train.deepspeed", {})
     keys = {**keys, "zero_optimization": {"stage3_param_persistence_threshold": 0, **keys.get("zero_optimization", {})}}
-    engine = zero.build_engine(job(**changes, **{"train.deepspeed": keys}), Recipe(model))  # type: ignore[arg-type]
-    fragments.make_room(engine)
+    engine = deepspeed_engine.build_engine(job(**changes, **{"train.deepspeed": keys}), Recipe(model))  # type: ignore[arg-type]
+    zero_state.make_room(engine)
     return engine
 
 
@@ -103,7 +105,7 @@ def every_key(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
         expected, plan = _masters(plain), [(key, {"zero_optimization": {key: value}}) for key, value, at in KEYS if stage in at]
         for key, given in [*plan, ("communication_data_type", {"communication_data_type": "fp32"})]:
             _train(engine := _engine(Layers, 3, **usual, **{"train.deepspeed": given}), 3)
-            held = {n: t for n, t in fragments.state(engine).items() if n.startswith("master.")}
+            held = {n: t for n, t in zero_state.state(engine).items() if n.startswith("master.")}
             elements = torch.tensor(sum(t.local.numel() for t in held.values()))
             dist.all_reduce(elements)  # what a checkpoint would hold: every element once
             if dist.get_rank() == 0:
@@ -115,7 +117,7 @@ def every_key(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
 
 def test_every_key_that_is_allowed_computes_the_same_and_shards_as_a_checkpoint_expects() -> None:
     """Three steps of two micro-batches on two workers, at each stage that reads the key."""
-    from heliostat import deepspeed_keys
+    from heliostat.config import deepspeed_keys
 
     told = ranks.run(f"{__name__}:every_key", (2,))
     assert len(told) == sum(len(at) for _, _, at in KEYS) + 3
@@ -143,18 +145,18 @@ def loss_scale(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any
             made = [_engine(Steep, 3, **fp16, **{"train.zero.stage": stage, "train.accumulate": accumulate}) for _ in range(2)]
             run = Location(f"{folder}/{stage}-{accumulate}")
             _train(made[0], 3, 12)
-            steps, held = fragments.optimizer_steps(made[0]), lossscale.read(made[0])
+            steps, held = zero_state.optimizer_steps(made[0]), lossscale.read(made[0])
             saver = checkpoint.Saver(run, spec.Checkpoint(every=1), group)
-            saver.save(12, fragments.state(made[0]), build_index.facts(optimizer_steps=steps, loss_scale=held))
+            saver.save(12, zero_state.state(made[0]), build_index.facts(optimizer_steps=steps, loss_scale=held))
             saver.wait()
             found = checkpoint.open_checkpoint(run, 12)
-            checkpoint.load(found, fragments.state(made[1], whole=True), group)
-            fragments.after_load(made[1], steps)
+            checkpoint.load(found, zero_state.state(made[1], whole=True), group)
+            zero_state.after_load(made[1], steps)
             anew = lossscale.write(made[1], None)
             lossscale.write(made[1], found.index["loss_scale"])
             for engine in made:
                 _train(engine, 3, 6)
-            ends = [{"scale": lossscale.read(e), "steps": fragments.optimizer_steps(e)} for e in made]
+            ends = [{"scale": lossscale.read(e), "steps": zero_state.optimizer_steps(e)} for e in made]
             gap = float((_masters(made[0]) - _masters(made[1])).abs().max())
             if dist.get_rank() == 0:
                 yield {

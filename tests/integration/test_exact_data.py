@@ -11,13 +11,13 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from heliostat.checkpoint import saver
 from heliostat.data import manifest
 from heliostat.data.index import index
 from heliostat.errors import ConfigError, DataError, HeliostatError
+from heliostat.runs.verify import verify
 from heliostat.storage import Location
-from heliostat.train import checkpoint
 from heliostat.train.run import train
-from heliostat.verify import verify
 
 from tests.integration.conftest import curve
 from tests.integration.paced import PACED
@@ -42,7 +42,7 @@ def train_and_kill(path: Path, after: int, options: list[str]) -> None:
 
     def killer() -> None:
         deadline = time.monotonic() + 150
-        while not any(s >= after and complete(folder, s) for s in checkpoint.steps(folder)):
+        while not any(s >= after and complete(folder, s) for s in saver.steps(folder)):
             if time.monotonic() > deadline:
                 return
             time.sleep(0.02)
@@ -59,7 +59,7 @@ def train_and_kill(path: Path, after: int, options: list[str]) -> None:
 
 
 def complete(folder: Location, step: int) -> bool:
-    return checkpoint.folder(folder, step).join(checkpoint.INDEX).exists()
+    return saver.folder(folder, step).join(saver.INDEX).exists()
 
 
 def test_a_run_killed_and_resized_again_and_again_trains_on_the_same_samples(job_file, tracking):

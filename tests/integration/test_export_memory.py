@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from heliostat import export, spec
+from heliostat.checkpoint import saver as checkpoint
+from heliostat.config import spec
+from heliostat.inference import export
 from heliostat.storage import Location
-from heliostat.train import checkpoint
-from heliostat.train.fragments import FlatShard
+from heliostat.train.worker.zero_state import FlatShard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 

@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from heliostat import export, spec
+from heliostat.checkpoint import layout
+from heliostat.checkpoint import saver as checkpoint
+from heliostat.config import spec
 from heliostat.errors import CheckpointError
+from heliostat.inference import export
 from heliostat.storage import Location
-from heliostat.train import checkpoint, fragments, stored, zero
+from heliostat.train.worker import deepspeed_engine, zero_state
 from heliostat.tune.clone import clone
 from safetensors.torch import load_file
 from torch import nn
@@ -55,29 +58,29 @@ def _engine(recipe: Any, stage: int, precision: str = "bf16") -> Any:
     world = dist.get_world_size()
     changes = {"train.zero.stage": stage, "train.precision": precision, "workers.count": world, "train.global_batch": world}
     changes |= {"train.micro_batch": 1, "train.deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
-    made = zero.build_engine(job(**changes), recipe)
-    fragments.make_room(made)
+    made = deepspeed_engine.build_engine(job(**changes), recipe)
+    zero_state.make_room(made)
     return made
 
 
 def _save(saver: checkpoint.Saver, step: int, engine: Any) -> None:
     facts = build_index.facts(world_size=2, zero_stage=2, job=job().dump())
-    saver.save(step, fragments.state(engine), facts, fragments.frozen(engine))
+    saver.save(step, zero_state.state(engine), facts, zero_state.frozen(engine))
     saver.wait()
 
 
 def _load(run: Location, step: int, engine: Any, saver: checkpoint.Saver, group: Any) -> None:
     found = checkpoint.open_checkpoint(run, step)
-    checkpoint.load(found, fragments.state(engine, whole=True) | fragments.frozen(engine, whole=True), group)
-    fragments.after_load(engine, 0)
-    saver.frozen.loaded(found, fragments.frozen(engine))
+    checkpoint.load(found, zero_state.state(engine, whole=True) | zero_state.frozen(engine, whole=True), group)
+    zero_state.after_load(engine, 0)
+    saver.frozen.loaded(found, zero_state.frozen(engine))
 
 
 def afmoe(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
     for stage in (0, 1, 2, 3):
         engine = _engine(Afmoe(), stage, "bf16" if stage else "fp32")
         shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in engine.module.named_parameters()}
-        for slices in fragments.frozen(engine, whole=True).values():
+        for slices in zero_state.frozen(engine, whole=True).values():
             slices.local.copy_(torch.arange(slices.start, slices.start + len(slices.local)) / 8)  # as if it were pretrained
         run = Location(f"{folder}/{stage}")
         _save(checkpoint.Saver(run, spec.Checkpoint(every=1), group), 1, engine)
@@ -101,7 +104,7 @@ def life(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
         if dist.get_rank() == 0:
             place = Path(folder, "checkpoints")
             files = {f"{p.parent.name}/{p.name}": p.stat().st_mtime_ns for p in sorted(place.glob("frozen-*/*"))}
-            used = {s: checkpoint.open_checkpoint(run, s).index["frozen"] for s in stored.steps(run)}
+            used = {s: checkpoint.open_checkpoint(run, s).index["frozen"] for s in layout.steps(run)}
             yield {"case": case, "files": files, "used": used}
         dist.barrier()
 
@@ -117,7 +120,7 @@ def life(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
         _load(run, 4, engine, saver, group)
         _save(saver, 5, engine)
         yield from told("resumed")
-        next(iter(fragments.frozen(engine).values())).local.mul_(2)
+        next(iter(zero_state.frozen(engine).values())).local.mul_(2)
         _save(saver, 6, engine)
         yield from told("changed")
         _save(saver, 7, engine)
@@ -175,12 +178,12 @@ def test_what_is_lost_of_them_is_found_and_no_checkpoint_before_is_tried(tmp_pat
 
 def test_a_checkpoint_from_before_they_were_saved_exports_them_as_the_model_was_built(caplog: pytest.LogCaptureFixture) -> None:
     """And says so; what the checkpoint has is not built anew."""
-    old = stored.Checkpoint(Location("/nowhere"), {"step": 1, "tensors": {"master.head.weight": {}, "master.head.bias": {}}})
+    old = layout.Checkpoint(Location("/nowhere"), {"step": 1, "tensors": {"master.head.weight": {}, "master.head.bias": {}}})
     names = [n for n, p in Adapted().named_parameters() if not p.requires_grad]
     with caplog.at_level(logging.WARNING):
         initial = export._initial(old, job(), Recipe(Adapted), names)  # type: ignore[arg-type]
     torch.manual_seed(job().train.seed)
     assert torch.equal(initial["base.weight"], Adapted().base.weight) and set(initial) == {"base.weight", "base.bias"}
     assert "holds no parameters that are not trained; 2 are built anew from the seed" in caplog.text
-    frozen = stored.Checkpoint(Location("/nowhere"), {"step": None, "tensors": {f"frozen.{n}": {} for n in names}})
-    assert export._initial(stored.Checkpoint(old.location, old.index, frozen), job(), Recipe(Adapted), names) == {}  # type: ignore[arg-type]
+    frozen = layout.Checkpoint(Location("/nowhere"), {"step": None, "tensors": {f"frozen.{n}": {} for n in names}})
+    assert export._initial(layout.Checkpoint(old.location, old.index, frozen), job(), Recipe(Adapted), names) == {}  # type: ignore[arg-type]

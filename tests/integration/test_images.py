@@ -13,12 +13,12 @@ import pytest
 import torch
 from heliostat.data import manifest
 from heliostat.errors import HeliostatError
-from heliostat.prepare import prepare
+from heliostat.pipelines.images import sources
+from heliostat.pipelines.prepare import prepare
+from heliostat.recipes.images import rows as image_rows
 from heliostat.storage import Location
 from PIL import Image
 
-from jobs import image_rows
-from pipelines import image_sources
 from tests.unit.build_images import image
 from tests.unit.test_text_to_image import autoencoder, clip
 
@@ -47,7 +47,7 @@ def make_input(folder: Path) -> None:
 
 
 def make_yaml(tmp_path: Path, **more: object) -> Path:
-    config = {"name": "test", "pipeline": "pipelines.images:ImagePipeline", "input": str(tmp_path / "in"),
+    config = {"name": "test", "pipeline": "heliostat.pipelines.images.pipeline:ImagePipeline", "input": str(tmp_path / "in"),
               "output": str(tmp_path / "out"), "resolution": 32, "columns": {"label": "kind"}, "min_side": 8,
               "buckets": {"step": 8, "max_aspect": 2.0}, "duplicates": "perceptual", "distance": 3,
               "tokenizer": {"vocab_size": 300}, "chunk_images": 5, "shard_images": 10}  # fmt: skip
@@ -81,8 +81,8 @@ def test_every_source_with_buckets_duplicates_and_bad_images(tmp_path, monkeypat
     listed = pq.read_table(output / "quarantine.parquet").to_pylist()
     assert len(listed) == sum(DROPPED.values()) and {"a.parquet#43", "c.tar"} <= {row["id"] for row in listed}
     assert prepare(yaml, [])["up_to_date"]
-    tasks = image_sources.tasks
-    monkeypatch.setattr(image_sources, "tasks", lambda *a: tasks(*a)[::-1])
+    tasks = sources.tasks
+    monkeypatch.setattr(sources, "tasks", lambda *a: tasks(*a)[::-1])
     assert prepare(yaml, [], force=True)["digest"] == report["digest"]
 
 
@@ -124,8 +124,8 @@ def test_latents_and_embeddings_are_what_the_frozen_models_give(tmp_path):
     images = {r["id"]: r for p in (tmp_path / "plain/shards").rglob("*.parquet") for r in pq.read_table(p).to_pylist()}
     latents = {r["id"]: r for p in (tmp_path / "out/shards").rglob("*.parquet") for r in pq.read_table(p).to_pylist()}
     assert set(images) == set(latents) and not any("image" in r for r in latents.values())
-    from jobs import diffusion_config
-    from jobs.image_pipeline import embed, tokenize
+    from heliostat.recipes.images import config as diffusion_config
+    from heliostat.recipes.images.pipeline import embed, tokenize
 
     vae = diffusion_config.frozen_autoencoder(folders["autoencoder"])
     encoder = diffusion_config.frozen_text_encoder(folders["text_encoder"])

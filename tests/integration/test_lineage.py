@@ -16,17 +16,18 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from heliostat import cli, goodput
+from heliostat import cli
 from heliostat.chaos.process import Command, end_tree, workers
+from heliostat.checkpoint import layout
 from heliostat.data import manifest
 from heliostat.data.dataset import open_dataset
-from heliostat.data.segments import read as read_segments
 from heliostat.errors import ConfigError
-from heliostat.prepare import prepare
+from heliostat.pipelines.prepare import prepare
+from heliostat.runs import goodput
+from heliostat.runs.segments import read as read_segments
 from heliostat.storage import Location
 from heliostat.track.models import resolve
 from heliostat.track.registry import GateError
-from heliostat.train import stored
 from heliostat.train.run import train
 from mlflow import MlflowClient
 
@@ -94,9 +95,9 @@ def story(shards: str, corpus: str, tracking: str, tmp_path_factory: pytest.Temp
         workers(command.process.pid)[-1].send_signal(signal.SIGKILL)
         command.until(lambda: len(goodput.read(run)) == 2 and saved(run) >= 15, 900, "checkpoint after the worker's death")
         end_tree(command.process.pid)
-    from heliostat.track import store, table
+    from heliostat.track import mlflow_client, run_table
 
-    (killed,) = [r for r in table.rows(store.connect(tracking), "lineage") if r["name"] == "base"]
+    (killed,) = [r for r in run_table.rows(mlflow_client.connect(tracking), "lineage") if r["name"] == "base"]
     base = train(path, [*settings, "workers.count=1", "mlflow.alias=candidate"], resume=True)
     model = {"pretrained": str(resolve("models:/lineage-lm@candidate", tracking))}
     small = write(folder, tracking, corpus, "tuned", model=model, workers={"count": 1})
@@ -182,12 +183,12 @@ def test_a_dataset_is_traced_to_every_model_that_saw_it_itself_or_through_its_pa
 
 
 def test_checkpoints_are_logged_models_by_reference_and_removed_ones_are_marked(story, node):
-    there = stored.steps(Location(story.run))
+    there = layout.steps(Location(story.run))
     assert sorted(c["step"] for c in node["checkpoints"] if not c["deleted"]) == there == [STEPS - 5, STEPS]
     assert any(c["deleted"] for c in node["checkpoints"]) or len(node["checkpoints"]) == 2
     for told in node["checkpoints"]:
         if not told["deleted"]:
-            found = stored.open_checkpoint(Location(story.run), told["step"])
+            found = layout.open_checkpoint(Location(story.run), told["step"])
             assert (told["uri"], told["receipt"]) == (str(found.location), found.index["receipt"]["chain"])
             assert told["scores"] == {k: v for k, v in found.index["metrics"].items() if v is not None}
             assert told["workers"] == 1

@@ -10,11 +10,11 @@ import pytest
 from heliostat.chaos.servers import Server, mlflow_server
 from heliostat.check import check
 from heliostat.errors import TrackingError
-from heliostat.goodput import PARTS
+from heliostat.runs.goodput import PARTS
 from heliostat.storage import Location
+from heliostat.track import logger as tracking_run
 from heliostat.track import outbox
-from heliostat.track import run as tracking_run
-from heliostat.track.run import RunOwner
+from heliostat.track.logger import RunOwner
 from mlflow import MlflowClient
 
 from tests.integration.conftest import curve

@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 import torch
 from heliostat.chaos.servers import Server, mlflow_server
+from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.train.run import train
-from heliostat.tune.run import tune
+from heliostat.tune.driver import tune
 from mlflow import MlflowClient
 from PIL import Image
 
-from jobs.causal_lm import CausalLM
 from tests.integration.test_tune import grid, sweep_file
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from heliostat import goodput
 from heliostat.chaos.process import STEP
+from heliostat.runs import goodput
+from heliostat.runs.verify import verify
 from heliostat.storage import Location
 from heliostat.train.run import train
-from heliostat.verify import verify
 
 from tests.integration import hosts
 from tests.integration.conftest import curve, tiny_job

@@ -24,34 +24,33 @@ def _job(precision: str, stage: int, workers: int) -> Any:
 
 def engines(_: Any, __: Any) -> Iterator[dict[str, Any]]:
     """On each rank, for each case: the bytes that an engine really holds after half of its micro-batches, and its slices."""
-    from heliostat.train import fragments, zero
-
-    from jobs.causal_lm import CausalLM
+    from heliostat.recipes.text.causal_lm import CausalLM
+    from heliostat.train.worker import deepspeed_engine, zero_state
 
     for precision, stage in CASES:
         j = _job(precision, stage, dist.get_world_size())
         recipe = CausalLM(j)
-        engine = zero.build_engine(j, recipe)
-        fragments.make_room(engine)
+        engine = deepspeed_engine.build_engine(j, recipe)
+        zero_state.make_room(engine)
         batch = recipe.batch(torch.zeros(j.train.micro_batch, 64, dtype=torch.int32).numpy())
         for _ in range(3):  # a step, so that stage 3 has gathered what it keeps gathered, and half of the next
             engine.backward(recipe.loss(engine, batch))
             engine.step()
         slices = [
             (name.removeprefix("master."), int(t.start), t.local.numel())
-            for name, t in fragments.state(engine).items()
+            for name, t in zero_state.state(engine).items()
             if name.startswith("master.")
         ]
         yield {"case": [precision, stage], "bytes": _held(engine, stage), "slices": slices}
 
 
 def _held(engine: Any, stage: int) -> dict[str, int]:
-    from heliostat.train import fragments
+    from heliostat.train.worker import zero_state
 
     def size(tensors: Any) -> int:
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
-    parameters, inner = list(engine.module.parameters()), fragments.inner_optimizer(engine)
+    parameters, inner = list(engine.module.parameters()), zero_state.inner_optimizer(engine)
     low = [getattr(p, "ds_tensor", p.data) for p in parameters]
     gathered = [p.data for p in parameters if getattr(p, "ds_persist", False)]
     gradients = [p.grad for p in parameters]
@@ -64,8 +63,8 @@ def _held(engine: Any, stage: int) -> dict[str, int]:
     return {
         "weights": size(low) + size(gathered),
         "gradients": size(gradients),
-        "masters": size(fragments._flat_groups(engine)) if stage else 0,
-        "moments": size(v for s in inner.state.values() for k, v in s.items() if k in fragments.MOMENTS),
+        "masters": size(zero_state._flat_groups(engine)) if stage else 0,
+        "moments": size(v for s in inner.state.values() for k, v in s.items() if k in zero_state.MOMENTS),
     }
 
 
@@ -77,10 +76,9 @@ def told() -> list[dict[str, Any]]:
 @pytest.mark.parametrize("part", ["weights", "gradients", "masters", "moments"])
 def test_state_bytes_are_within_two_percent_of_what_engines_hold(told, part, monkeypatch):
     """At every stage and worker count, in fp32 and bf16."""
-    from heliostat.plan.census import build, census
     from heliostat.plan.memory import state
-
-    from jobs.causal_lm import CausalLM
+    from heliostat.plan.model_stats import build, census
+    from heliostat.recipes.text.causal_lm import CausalLM
 
     assert len(told) == len(CASES) * sum(WORKERS)
     for one in told:
@@ -95,10 +93,9 @@ def test_state_bytes_are_within_two_percent_of_what_engines_hold(told, part, mon
 
 def test_the_dry_runs_slices_are_those_that_ranks_save(told):
     """Parameter, start and length, of every rank, stage and worker count: so the index of a checkpoint is known beforehand."""
-    from heliostat.plan.census import build, census
-    from heliostat.plan.shares import slices
-
-    from jobs.causal_lm import CausalLM
+    from heliostat.plan.model_stats import build, census
+    from heliostat.plan.zero_layout import slices
+    from heliostat.recipes.text.causal_lm import CausalLM
 
     for one in told:
         precision, stage = one["case"]

@@ -11,11 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 from heliostat.data import manifest
 from heliostat.errors import DataError, HeliostatError, StorageError
-from heliostat.prepare import prepare
+from heliostat.pipelines.prepare import prepare
+from heliostat.pipelines.text import sources
 from heliostat.storage import Location
 from tokenizers import Tokenizer
-
-from pipelines import sources
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -57,7 +56,7 @@ def make_yaml(tmp_path: Path, **more: object) -> Path:
     path = tmp_path / "pipeline.yaml"
     config = {
         "name": "test",
-        "pipeline": "pipelines.text:TextPipeline",
+        "pipeline": "heliostat.pipelines.text.pipeline:TextPipeline",
         "input": str(tmp_path / "in"),
         "output": str(tmp_path / "out"),
         "tokenizer": {"vocab_size": 400, "train_bytes": 10_000},
@@ -144,7 +143,7 @@ def test_changed_input_config_and_lost_shard(tmp_path):
 def test_an_interrupted_run_leaves_the_dataset_that_was_there(tmp_path, monkeypatch):
     """A file lies where a shard's folder has to go, so one upload fails for real after others have succeeded or not."""
     code = (
-        "from heliostat.prepare import place\nfrom pipelines.text import TextPipeline\n\n"
+        "from heliostat.pipelines.prepare import place\nfrom pipelines.text import TextPipeline\n\n"
         "class Obstructed(TextPipeline):\n    def write(self, output, inputs):\n"
         "        from pathlib import Path\n"
         "        Path(output.join('shards', '00030').path).touch()\n"

@@ -14,7 +14,7 @@ import ray
 import yaml
 from heliostat.cluster import connect
 from heliostat.train.run import train
-from heliostat.tune import run as tuning
+from heliostat.tune import driver as tuning
 from heliostat.tune.sweep import load
 from ray.util.placement_group import placement_group, remove_placement_group
 

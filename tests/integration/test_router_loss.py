@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from heliostat.spec import Job
-from heliostat.train import zero
-from heliostat.train.objective import Objective
+from heliostat.config.spec import Job
+from heliostat.recipes.text.causal_lm import CausalLM
+from heliostat.train.worker import deepspeed_engine
+from heliostat.train.worker.objective import Objective
 
-from jobs.causal_lm import CausalLM
 from tests.integration import ranks
 from tests.unit.build_job import BASE, job
 
@@ -38,7 +38,7 @@ def stages(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
     rank, world = dist.get_rank(), dist.get_world_size()
     for stage in STAGES:
         j, recipe = made(stage, world)
-        engine = zero.build_engine(j, recipe)
+        engine = deepspeed_engine.build_engine(j, recipe)
         objective, told = Objective(recipe, engine.device), []
         for step in range(STEPS):
             mine = micros(recipe, step)[rank::world]
@@ -49,9 +49,9 @@ def stages(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
                 assert part.added is not None
                 sums += torch.stack([part.loss / (recipe.terms(micro) * MICROS), part.added[0]])
                 if i + 1 == len(mine) and not stage:
-                    norm = zero.gradient_norm(engine, CLIP)
+                    norm = deepspeed_engine.gradient_norm(engine, CLIP)
                 engine.step()
-            norm = norm or zero.gradient_norm(engine, CLIP)
+            norm = norm or deepspeed_engine.gradient_norm(engine, CLIP)
             dist.all_reduce(sums)
             told.append([*sums.tolist(), norm])
         if rank == 0:
@@ -63,7 +63,7 @@ def plain() -> list[list[float]]:
     j, recipe = made(1, 1)
     torch.manual_seed(j.train.seed)
     model, told = recipe.build(), []
-    groups = zero.parameter_groups(model, j.train.optimizer.weight_decay)
+    groups = deepspeed_engine.parameter_groups(model, j.train.optimizer.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=j.train.optimizer.eps)
     for step in range(STEPS):
         losses, routers = [], []

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from heliostat.goodput import FOLDER, Attempt
+from heliostat.runs.goodput import FOLDER, Attempt
+from heliostat.runs.summary import RESULT
 from heliostat.storage import Location
-from heliostat.track import outbox, store
-from heliostat.track.run import RECORD, TOKEN
-from heliostat.track.settle import YOUNG_S, settle, settle_folder
-from heliostat.train.summary import RESULT
+from heliostat.track import mlflow_client, outbox
+from heliostat.track.logger import RECORD, TOKEN
+from heliostat.track.reconcile import YOUNG_S, settle, settle_folder
 
 Scene = Callable[..., tuple[Any, str]]
 GONE = 2**22 + 1  # no process has this number
@@ -26,12 +26,12 @@ def scene(tracking: str, tmp_path: Path) -> Scene:
     """(client, run id) of a RUNNING run whose folder holds one attempt, with these facts, and this record of it."""
 
     def make(record: dict[str, Any] | None = None, **facts: Any) -> tuple[Any, str]:
-        client = store.connect(tracking)
+        client = mlflow_client.connect(tracking)
         name = f"settle-{tmp_path.name}"
         found = client.get_experiment_by_name(name)
         place = str(tmp_path / "artifacts")
         experiment = found.experiment_id if found else client.create_experiment(name, artifact_location=place)
-        tags = {store.NAME: name, store.FOLDER: str(tmp_path / "run"), TOKEN: "mine"}
+        tags = {mlflow_client.NAME: name, mlflow_client.FOLDER: str(tmp_path / "run"), TOKEN: "mine"}
         run_id = client.create_run(experiment, tags=tags).info.run_id
         folder, now = Location(str(tmp_path / "run")), time.time()
         attempt = Attempt("a", now - 50, now - 40, now - 30, 0, 2, host=socket.gethostname(), pid=GONE)
@@ -103,7 +103,7 @@ def test_a_run_that_has_only_begun_is_given_time(scene, tmp_path, monkeypatch):
     client, run_id = scene()
     Location(str(tmp_path / "run")).join(FOLDER).delete()
     assert settle(client, client.get_run(run_id)).info.status == "RUNNING"
-    monkeypatch.setattr("heliostat.track.settle.YOUNG_S", -1.0)
+    monkeypatch.setattr("heliostat.track.reconcile.YOUNG_S", -1.0)
     assert YOUNG_S > 0 and settle(client, client.get_run(run_id)).info.status == "FAILED"
 
 

@@ -6,14 +6,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from heliostat.config.spec import Spike
 from heliostat.errors import LossSpikeError
-from heliostat.spec import Spike
 from heliostat.storage import Location
-from heliostat.track import curves, page
-from heliostat.track.run import RunOwner
-from heliostat.train.loop import Worker
-from heliostat.train.show import Show
-from heliostat.train.spike import Detector
+from heliostat.track import local_curves, page
+from heliostat.track.logger import RunOwner
+from heliostat.train.driver.progress import Show
+from heliostat.train.worker.loop import Worker
+from heliostat.train.worker.loss_spikes import Detector
 from mlflow import MlflowClient
 from rich.console import Console
 
@@ -59,7 +59,7 @@ def test_a_spike_that_is_not_undone_is_told_on_the_terminal_in_the_log_in_mlflow
         owner.post(event)
     client = owner.client()
     # the second spike reached the run's folder, and the driver died before MLflow had it
-    curves.write(Location(str(Path(mine.run_folder.path))), 40, [*events[1:], steps(31, 41)])
+    local_curves.write(Location(str(Path(mine.run_folder.path))), 40, [*events[1:], steps(31, 41)])
     owner.finish("KILLED", "died", ended(1, 30))
     run = client.get_run(owner.run_id)
     assert run.data.tags["heliostat.spikes"] == "21" and run.data.metrics["train/spike"] == 9.0

@@ -16,16 +16,16 @@ import pytest
 import ray
 import torch
 import yaml
-from heliostat import goodput
 from heliostat.check import check
+from heliostat.checkpoint import saver
 from heliostat.errors import WorkerError
+from heliostat.recipes.text.causal_lm import CausalLM
+from heliostat.runs import goodput
+from heliostat.runs.verify import verify
 from heliostat.storage import Location
-from heliostat.train import checkpoint
 from heliostat.train.run import train
-from heliostat.verify import verify
 from mlflow import MlflowClient
 
-from jobs.causal_lm import CausalLM
 from tests.integration.conftest import curve
 from tests.integration.paced import PACED
 from tests.integration.test_exact_data import complete, run_folder
@@ -50,7 +50,7 @@ def workers() -> list[psutil.Process]:
 
 def saved(folder: Location) -> int:
     """The newest whole checkpoint's step."""
-    return max((s for s in checkpoint.steps(folder) if complete(folder, s)), default=0)
+    return max((s for s in saver.steps(folder) if complete(folder, s)), default=0)
 
 
 def when(condition: Callable[[], bool], act: Callable[[], None]) -> threading.Thread:
@@ -141,7 +141,7 @@ def test_a_driver_told_to_stop_leaves_a_checkpoint_and_another_command_ends_the_
     _, told = driver.communicate(timeout=300)
     assert driver.returncode == 130, told[-3000:]
     assert "error: stopped at step" in told and "Traceback" not in told
-    newest = checkpoint.latest(folder)
+    newest = saver.latest(folder)
     assert newest is not None and 10 < newest.step < 30
     run_id = json.loads(folder.join("run.json").read())["run_id"]
     assert MlflowClient(tracking_uri=tracking).get_run(run_id).info.status == "KILLED"
@@ -186,7 +186,7 @@ def test_a_loss_spike_is_undone_and_its_samples_are_left_out(job_file, tracking,
     assert max(curve(tracking, result["run_id"])) < 8
     report = verify(run_folder(path))
     assert report["ok"] and report["steps"] == STEPS and report["lost"] == report["repeated"] == 0
-    newest = checkpoint.latest(run_folder(path))
+    newest = saver.latest(run_folder(path))
     assert newest is not None and DataPlan.parse(newest.index["data"]).skips == ((30, 32, 2),)
     after = open_dataset(DataPlan.parse(newest.index["data"])).order
     assert [after.data_step(s) for s in (31, 32, 33)] == [31, 34, 35]
@@ -201,7 +201,7 @@ def test_a_checkpoint_damaged_in_its_bytes_is_passed_over_and_the_run_goes_on_fr
     path = job_file("damaged")
     folder = run_folder(path)
     train(path, settings(**{"train.steps": 20}))
-    shard = next(Path(checkpoint.folder(folder, 20).path).glob("*.safetensors"))
+    shard = next(Path(saver.folder(folder, 20).path).glob("*.safetensors"))
     raw = bytearray(shard.read_bytes())
     raw[len(raw) // 2] ^= 1
     shard.write_bytes(raw)

@@ -13,14 +13,14 @@ import mlflow
 import numpy as np
 import pytest
 import torch
+from heliostat.checkpoint import saver
 from heliostat.data import manifest
 from heliostat.data.dataset import DataPlan, open_dataset
 from heliostat.errors import ConfigError, NonFiniteError
-from heliostat.evaluate import evaluate
+from heliostat.inference.evaluate import evaluate
 from heliostat.storage import Location
 from heliostat.track import registry
 from heliostat.track.models import models_of, resolve
-from heliostat.train import checkpoint
 from heliostat.train.run import train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -183,7 +183,7 @@ def test_a_checkpoint_continues_at_any_stage_and_worker_count(stage, workers, fi
 def test_the_receipt_is_recomputed_from_the_shards_alone(finished) -> None:
     from heliostat.data import receipt
 
-    found = checkpoint.latest(Location(f"{finished[0]}/runs/whole"))
+    found = saver.latest(Location(f"{finished[0]}/runs/whole"))
     assert found is not None
     dataset = open_dataset(DataPlan.parse(found.index["data"]))
     lanes = []
@@ -199,7 +199,7 @@ def test_plain_transformers_gets_the_recorded_evaluation_loss(finished, tracking
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.decode(tokenizer("def f():")["input_ids"]) == "def f():"
-    found = checkpoint.latest(Location(f"{finished[0]}/runs/whole"))
+    found = saver.latest(Location(f"{finished[0]}/runs/whole"))
     assert found is not None
     dataset = open_dataset(DataPlan.parse(found.index["data"]))
     tokens = torch.from_numpy(dataset.read(dataset.order.held_out(24))).long()
@@ -245,7 +245,7 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_step_and_samples(job_file
     settings += ["checkpoint.every=1", "evaluate=null"]
     with pytest.raises(NonFiniteError, match=r"step [1-5]: (gradient norm|loss) \S+; .*0:\d+:\d+"):
         train(job_file(), settings)
-    found = checkpoint.latest(Location(str(tmp_path / "runs" / "tiny")))
+    found = saver.latest(Location(str(tmp_path / "runs" / "tiny")))
     assert found is not None
     assert all(torch.isfinite(found.read(f"master.{n}")).all() for n in found.names("master"))
     run_id = json.loads((tmp_path / "runs" / "tiny" / "run.json").read_text())["run_id"]
@@ -262,7 +262,7 @@ def test_dataset_and_storage_on_s3_give_the_same_run(finished, s3_server, corpus
     settings = [f"data.sources.0.path=s3://heliostat/data{query}", f"storage=s3://heliostat/runs{query}", "mlflow.register=null"]
     result = train(finished[1], settings)
     assert curve(tracking, result["run_id"]) == curve(tracking, finished[2]["run_id"])
-    assert checkpoint.steps(bucket.join("runs", "whole")) == [10, 20]
+    assert saver.steps(bucket.join("runs", "whole")) == [10, 20]
 
     # and resumes from there: byte ranges of the shards, on another number of workers
     for name in ("checkpoints/step-00000020/checkpoint.json", "result.json", "run.json"):
@@ -277,6 +277,6 @@ def test_a_torn_checkpoint_is_passed_over(finished, tmp_path) -> None:
     shutil.copytree(finished[0] / "runs/whole/checkpoints/step-00000020", tmp_path / "runs/whole/checkpoints/step-00000020")
     shard = next((tmp_path / "runs/whole/checkpoints/step-00000020").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1])
-    newest = checkpoint.latest(run)
+    newest = saver.latest(run)
     assert newest is not None
     assert newest.step == 10

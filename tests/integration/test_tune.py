@@ -20,12 +20,12 @@ import pytest
 import ray
 import torch
 import yaml
+from heliostat.checkpoint import layout
+from heliostat.runs.verify import verify
 from heliostat.storage import Location
-from heliostat.train import stored
 from heliostat.train.run import train
-from heliostat.tune import listing, record
-from heliostat.tune.run import tune
-from heliostat.verify import verify
+from heliostat.tune import listing, trial_record
+from heliostat.tune.driver import tune
 
 from tests.integration.conftest import curve, tiny_job
 
@@ -183,12 +183,12 @@ def test_a_killed_driver_loses_and_doubles_nothing_and_a_failed_trial_stays_fail
     first = start(path, tmp_path / "first.log")
 
     def second_trial_has_begun() -> bool:
-        return [r.status for r in record.read(folder)[:2]] == ["finished", "running"]
+        return [r.status for r in trial_record.read(folder)[:2]] == ["finished", "running"]
 
     _wait(second_trial_has_begun, first, tmp_path / "first.log")
     # Ray's agents of a node, which hold nothing of ours, take a minute to see that their raylet is gone
     others = [p for p in _descendants(first) if not p.name().endswith("Agent")]
-    before = record.read(folder)
+    before = trial_record.read(folder)
     first.send_signal(signal.SIGKILL)
     first.wait()
     _, stay = psutil.wait_procs(others, timeout=60)
@@ -204,7 +204,7 @@ def test_a_killed_driver_loses_and_doubles_nothing_and_a_failed_trial_stays_fail
     rows = {row["trial"]: row for row in result["trials"]}
     assert {n: row["status"] for n, row in rows.items()} == {0: "finished", 1: "failed", 2: "finished"}
     assert "NonFiniteError" in rows[1]["reason"]
-    assert record.read(folder)[0].reports == before[0].reports
+    assert trial_record.read(folder)[0].reports == before[0].reports
     runs = nested(tracking, result)
     assert {n: runs[n].info.status for n in runs} == {0: "FINISHED", 1: "FAILED", 2: "FINISHED"}
     for number in (0, 2):
@@ -226,13 +226,13 @@ def test_pbt_goes_on_bitwise_from_the_donors_checkpoint(ray_session, corpus, tra
     result = tune(path)
     assert left() == before
     folder = Location(result["folder"])
-    cloned = [r for r in record.read(folder) if r.clones]
+    cloned = [r for r in trial_record.read(folder) if r.clones]
     assert len(cloned) == 1
     (clone,) = cloned[0].clones
     donor = folder.join("trials", f"pbt-{clone['from']:04d}")
     own = folder.join("trials", f"pbt-{cloned[0].number:04d}")
-    theirs, mine = stored.open_checkpoint(donor, 4), stored.open_checkpoint(own, 4)
-    assert clone["params"] != record.read(folder)[clone["from"]].params  # times 0.8 or 1.2
+    theirs, mine = layout.open_checkpoint(donor, 4), layout.open_checkpoint(own, 4)
+    assert clone["params"] != trial_record.read(folder)[clone["from"]].params  # times 0.8 or 1.2
     assert clone["step"] == 4 and mine.index["receipt"] == theirs.index["receipt"]
     assert all(torch.equal(mine.read(name), theirs.read(name)) for name in theirs.index["tensors"])
     assert verify(own)["ok"]

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import yaml
-from heliostat import goodput, spec
 from heliostat.cli import app
+from heliostat.config import spec
+from heliostat.runs import goodput
+from heliostat.runs.verify import verify
 from heliostat.storage import Location
-from heliostat.tune import record
-from heliostat.tune.run import tune
-from heliostat.verify import verify
+from heliostat.tune import trial_record
+from heliostat.tune.driver import tune
 from typer.testing import CliRunner
 
 from tests.integration.paced import PACED
@@ -42,7 +43,7 @@ def test_a_stopped_sweep_goes_on_its_failed_trial_is_tried_again_and_the_best_jo
     base_of(tmp_path, train={"grad_clip": 0}, checkpoint={"every": 2}, **PACED)
     folder, log = Location(f"{tmp_path}/runs/halted"), tmp_path / "log"
     process = start(path, log)
-    _wait(lambda: [r.status for r in record.read(folder)[:2]] == ["failed", "running"], process, log)
+    _wait(lambda: [r.status for r in trial_record.read(folder)[:2]] == ["failed", "running"], process, log)
     stopped = heliostat("sweep", str(folder), "--stop")
     assert process.wait(60) == 130, log.read_text()[-3000:]
     assert not stopped["running"] and stopped["best"] is None
@@ -92,7 +93,7 @@ def test_hyperbands_trials_wait_where_their_brackets_say(corpus, tracking, tmp_p
     scheduler = {"name": "hyperband", "grace": 2, "reduction": 2}
     path = sweep_file(corpus, tracking, tmp_path, name="bands", space=grid(1e-3, 1e-4, 1e-6, 1e-7), scheduler=scheduler)
     result = tune(path)
-    reported = {r.number: [step for step, *_ in r.reports] for r in record.read(Location(result["folder"]))}
+    reported = {r.number: [step for step, *_ in r.reports] for r in trial_record.read(Location(result["folder"]))}
     assert reported == {0: [2, 4, 8], 1: [4, 8], 2: [8], 3: [2]}
     assert {t["trial"]: t["status"] for t in result["trials"]} == {0: "finished", 1: "finished", 2: "finished", 3: "pruned"}
 
@@ -106,11 +107,11 @@ def test_pb2_takes_what_comes_next_from_its_model(corpus, tracking, tmp_path):
     result = tune(path)
     assert [t["status"] for t in result["trials"]] == ["finished", "finished"]
     folder = Location(result["folder"])
-    clones = sorted((c for r in record.read(folder) for c in r.clones), key=lambda c: c["step"])
+    clones = sorted((c for r in trial_record.read(folder) for c in r.clones), key=lambda c: c["step"])
     assert [c["step"] for c in clones] == [2, 4, 6]
     rates = [c["params"]["train.optimizer.lr"] for c in clones]
     assert all(1e-6 <= rate <= 1e-2 for rate in rates)
-    first = next(r for r in record.read(folder) if r.number == clones[0]["from"]).drawn["train.optimizer.lr"]
+    first = next(r for r in trial_record.read(folder) if r.number == clones[0]["from"]).drawn["train.optimizer.lr"]
     steps = (0.8, 1.2)
     assert any(rates[0] == pytest.approx(first * s) for s in steps)
     assert not any(rates[1] == pytest.approx(base * s) for s in steps for base in (first, rates[0]))

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from heliostat.data import manifest
+from heliostat.pipelines.images import sources, tasks
+from heliostat.pipelines.images.pictures import Rules
+from heliostat.pipelines.images.pipeline import END
+from heliostat.pipelines.text import tokens
 from heliostat.storage import Location
 from PIL import Image
-
-from pipelines import image_sources, image_tasks, tokens
-from pipelines.images import END
-from pipelines.pictures import Rules
 
 UNET: dict[str, Any] = {
     "arch": "unet", "block_out_channels": [8, 16], "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
@@ -30,12 +30,12 @@ TEXT: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attentio
 
 
 def digits(folder: Path, count: int = 400, chunk: int = 40) -> Path:
-    """A prepared dataset of the first digits, with labels and a tokenizer, as `pipelines.images` writes them."""
+    """A prepared dataset of the first digits, with labels and a tokenizer, as `heliostat.pipelines.images.pipeline` writes them."""
     task = pa.table({"task": [json.dumps({"kind": "digits", "path": "", "entries": []})]})
     rules = Rules(((8, 8),), 1)
-    found = pa.concat_tables(image_tasks.extract(task, image_sources.DIGITS, image_sources.Columns(), rules)).slice(0, count)
+    found = pa.concat_tables(tasks.extract(task, sources.DIGITS, sources.Columns(), rules)).slice(0, count)
     (folder / "shards").mkdir(parents=True)
-    (folder / "shards/00000.parquet").write_bytes(image_tasks.shard(found, chunk))
+    (folder / "shards/00000.parquet").write_bytes(tasks.shard(found, chunk))
     definition = tokens.train(sorted(found["caption"].to_pylist()), 300, END)
     (folder / "tokenizer.json").write_text(definition)
     tokenizer = tokens.load(definition)
@@ -50,7 +50,7 @@ def digits(folder: Path, count: int = 400, chunk: int = 40) -> Path:
 def job(dataset: Path, **model: Any) -> dict[str, Any]:
     """`key.path: value` changes of the job as `tests.unit.build_job.job` takes them; `model`: keys of the recipe."""
     return {
-        "recipe": "jobs.text_to_image:TextToImage",
+        "recipe": "heliostat.recipes.images.text_to_image:TextToImage",
         "model": {"backbone": UNET, "text": TEXT, **model},
         "data.sources": [{"path": str(dataset)}],
         "data.sequence_length": None,

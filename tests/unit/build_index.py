@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from heliostat.checkpoint.layout import FORMAT
 from heliostat.data.dataset import DataPlan
 from heliostat.data.mixing import Shape
-from heliostat.train.stored import FORMAT
 
 DATA = DataPlan(("a",), ("d",), ((0, (1.0,)),), (None,), 64, 1, 0.0, Shape(8, 4, 2, 16)).dump()
 

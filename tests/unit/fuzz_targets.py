@@ -18,22 +18,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import yaml
-from heliostat import check, generate, goodput, prepare, verify
-from heliostat.cluster import check as cluster_check
-from heliostat.cluster import files as cluster_files
-from heliostat.cluster import jobs as cluster_jobs
-from heliostat.cluster import local
-from heliostat.data import index, manifest, trained
+from heliostat import check
+from heliostat.checkpoint import layout, retention, safetensors_file
+from heliostat.cluster import cluster_file as cluster_files
+from heliostat.cluster import local, source_code
+from heliostat.cluster import review as cluster_check
+from heliostat.data import index, manifest
 from heliostat.data.dataset import open_dataset
-from heliostat.evaluate import evaluate
-from heliostat.export import recipe_of
+from heliostat.inference import generate
+from heliostat.inference.evaluate import evaluate
+from heliostat.inference.export import recipe_of
+from heliostat.pipelines import prepare
+from heliostat.runs import consumed, goodput, verify
 from heliostat.storage import Location
-from heliostat.track import code, curves, outbox
-from heliostat.track import run as run_record
+from heliostat.submit import jobs as cluster_jobs
+from heliostat.track import local_curves, outbox
+from heliostat.track import logger as run_record
 from heliostat.track.parents import parents
-from heliostat.train import retention, stored, tensorfile
 from heliostat.tune import listing, sweep
-from heliostat.tune import record as trials
+from heliostat.tune import trial_record as trials
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as models_
 
@@ -213,7 +216,7 @@ def _run(folder: Path) -> Run:
 def _read_run(copied: Path) -> None:
     place = Location(str(copied / "run"))
     verify.verify(place)
-    trained.record(place, 23)
+    consumed.record(place, 23)
 
 
 def receipts(folder: Path) -> Target:
@@ -247,13 +250,13 @@ def ledgers(folder: Path) -> Target:
 
 def curve_files(folder: Path) -> Target:
     place = Location(str(folder / "run"))
-    curves.write(place, 10, [{**event(1, 6), "sources": {"a": {"samples": 2.0}}, "mfu": None}, event(6, 11), score(10)])
+    local_curves.write(place, 10, [{**event(1, 6), "sources": {"a": {"samples": 2.0}}, "mfu": None}, event(6, 11), score(10)])
     spike = {"kind": "spike", "step": 13, "loss": 9.0, "usual": 1.0, "limit": 4.0, "action": "warn", "at": 1e9}
     more = {**event(11, 21), "added": {"router_loss": [0.5] * 10}}
-    curves.write(place, 20, [more, spike, {"kind": "checkpoint", "step": 20, "blocked_s": 0.1, "at": 1e9}, score(20)])
+    local_curves.write(place, 20, [more, spike, {"kind": "checkpoint", "step": 20, "blocked_s": 0.1, "at": 1e9}, score(20)])
 
     def read(copied: Path) -> None:
-        curves.missing(Location(str(copied / "run")), {})
+        local_curves.missing(Location(str(copied / "run")), {})
 
     return Target(folder, _file("run/curves/*.json", mutated_json), read)
 
@@ -261,9 +264,9 @@ def curve_files(folder: Path) -> Target:
 def checkpoints(folder: Path) -> Target:
     run = _run(folder)
     run.location.join("checkpoints").delete()
-    place = stored.folder(run.location, 20)
+    place = layout.folder(run.location, 20)
     weights = torch.arange(12, dtype=torch.float32)
-    begins = tensorfile.write(Path(place.path) / "s0.safetensors", [tensorfile.Entry("w", weights.dtype, (12,), lambda: [
+    begins = safetensors_file.write(Path(place.path) / "s0.safetensors", [safetensors_file.Entry("w", weights.dtype, (12,), lambda: [
         memoryview(weights.numpy().tobytes())])], {})  # fmt: skip
     crc = [zlib.crc32(weights.numpy().tobytes())]
     job = build_job.job(**{"train.precision": "fp32"}).dump()
@@ -273,21 +276,21 @@ def checkpoints(folder: Path) -> Target:
         "tensors": {"master.w": {"dtype": "F32", "shape": [3, 4], "chunks": [
             {"shard": 0, "start": 0, "numel": 12, "offset": begins["w"], "crc32": crc}]}},
     })  # fmt: skip
-    place.join(stored.INDEX).write(stored.encode(made))
+    place.join(layout.INDEX).write(layout.encode(made))
 
     def mutate(rng: random.Random, copied: Path) -> list[str]:
-        path = copied / "run" / "checkpoints" / "step-00000020" / stored.INDEX
+        path = copied / "run" / "checkpoints" / "step-00000020" / layout.INDEX
         if rng.random() < 0.2:
             path.write_bytes(mutate_bytes(rng, path.read_bytes()))
         else:
-            path.write_bytes(stored.encode(mutate_tree(rng, made)))
+            path.write_bytes(layout.encode(mutate_tree(rng, made)))
         return [str(copied / "run" / "checkpoints" / "step-00000020"), "checkpoint.json", "checkpoint 20"]
 
     def read(copied: Path) -> None:
         place = Location(str(copied / "run"))
         retention.survey(place)
         verify.History(place)
-        found = stored.open_checkpoint(place, 20)
+        found = layout.open_checkpoint(place, 20)
         for name in found.names("master"):
             found.read(f"master.{name}")
             list(found.stream(f"master.{name}"))
@@ -323,15 +326,19 @@ def records(folder: Path) -> Target:
         node = local.Node("head", "127.0.0.1", str(local._node_folder("c", 0)), 1, 1e9)
     state = local.State("c", "c.yaml", "http://127.0.0.1:1", [node])
     (cluster_folder / "state.json").write_text(json.dumps(dataclasses.asdict(state)))
-    (folder / code.CODE_FILE).parent.mkdir(parents=True, exist_ok=True)
-    (folder / code.CODE_FILE).write_text(json.dumps({"commit": "c", "diff": "d", "untracked": ["a"]}))
+    (folder / source_code.CODE_FILE).parent.mkdir(parents=True, exist_ok=True)
+    (folder / source_code.CODE_FILE).write_text(json.dumps({"commit": "c", "diff": "d", "untracked": ["a"]}))
     (folder / "model").mkdir()
-    made = {"recipe": "jobs.causal_lm:CausalLM", "job": build_job.BASE, "origin": {"run_id": "r", "step": 3, "data_digest": "d"}}
+    made = {
+        "recipe": "heliostat.recipes.text.causal_lm:CausalLM",
+        "job": build_job.BASE,
+        "origin": {"run_id": "r", "step": 3, "data_digest": "d"},
+    }
     (folder / "model" / "heliostat.json").write_text(json.dumps(made))
     (folder / "model" / "config.json").write_text("{}")
     patterns = [
         "run/run.json", "run/quarantine/*", f"run/{outbox.FILE}", "sweep/*.json", "sweep/records/*",
-        ".heliostat/jobs/*", ".heliostat/clusters/c/*", code.CODE_FILE, "model/heliostat.json",
+        ".heliostat/jobs/*", ".heliostat/clusters/c/*", source_code.CODE_FILE, "model/heliostat.json",
     ]  # fmt: skip
 
     def mutate(rng: random.Random, copied: Path) -> list[str]:
@@ -341,7 +348,7 @@ def records(folder: Path) -> Target:
         os.chdir(copied)  # the workspace; the caller goes back
         place = Location(str(copied / "run"))
         run_record.record(place).get("run_id")
-        trained.record(place, 23)
+        consumed.record(place, 23)
         sent: list[Any] = []
         outbox.Outbox(place, sent.extend, dict).flush()
         listing.sweeps(Location(str(copied)))
@@ -350,7 +357,7 @@ def records(folder: Path) -> Target:
         listing.best_job(Location(str(copied / "sweep")))
         cluster_jobs.Record.read("j")
         local.known()
-        code.source()
+        source_code.source()
         parents(build_job.job(model={"pretrained": str(copied / "model")}))
 
     return Target(folder, mutate, read)
@@ -361,9 +368,8 @@ def records(folder: Path) -> Target:
 
 def models(folder: Path) -> Target:
     """A language model as `heliostat export` leaves it, and a dataset that it is scored on."""
-    from heliostat import exports
-
-    from jobs.causal_lm import CausalLM
+    from heliostat.recipes import exported
+    from heliostat.recipes.text.causal_lm import CausalLM
 
     place = folder / "model"
     held = _text(Location(str(folder.parent / f"{folder.name}-data")))
@@ -375,7 +381,7 @@ def models(folder: Path) -> Target:
     torch.manual_seed(0)
     recipe.build().save_pretrained(place)
     recipe.save_config(place)
-    exports.write(place, job, {"run_id": "r", "step": 1, "data_digest": held.digest})
+    exported.write(place, job, {"run_id": "r", "step": 1, "data_digest": held.digest})
 
     def mutated(rng: random.Random, data: bytes) -> bytes:
         return mutate_bytes(rng, data) if data[:1] != b"{" else mutated_json(rng, data)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from heliostat.recipes.text import attention
 
-from jobs import attention
 from tests.unit.test_causal_lm import END, LLAMA, recipe
 
 

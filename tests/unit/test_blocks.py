@@ -7,15 +7,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from heliostat.train import blocks
-from heliostat.train.blocks import Slice
+from heliostat.checkpoint import checksums
+from heliostat.checkpoint.checksums import Slice
 
 B = 64  # bytes a block, for the tests
 
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
-    monkeypatch.setattr(blocks, "BLOCK", B)
+    monkeypatch.setattr(checksums, "BLOCK", B)
 
 
 def _file(rng: random.Random) -> tuple[bytes, list[tuple[int, bytes, list[int]]]]:
@@ -23,7 +23,7 @@ def _file(rng: random.Random) -> tuple[bytes, list[tuple[int, bytes, list[int]]]
     data, chunks = bytearray(rng.randbytes(rng.randrange(20))), []
     for _ in range(rng.randrange(1, 6)):
         content = rng.randbytes(rng.choice([1, B - 1, B, B + 1, rng.randrange(1, 40 * B)]))
-        sums = [zlib.crc32(b) for b in blocks.cut(torch.frombuffer(bytearray(content), dtype=torch.uint8))]
+        sums = [zlib.crc32(b) for b in checksums.cut(torch.frombuffer(bytearray(content), dtype=torch.uint8))]
         chunks.append((len(data), content, sums))
         data += content + rng.randbytes(rng.choice([0, 0, 3]))
     return bytes(data), chunks
@@ -48,15 +48,15 @@ def test_any_parts_of_any_chunks_come_back_and_little_more_is_read(seed):
     rng = random.Random(seed)
     data, chunks = _file(rng)
     parts = _parts(rng, chunks)
-    runs = blocks.runs([p for p, _ in parts])
-    total, damaged = blocks.read(pa.BufferReader(data), runs)
+    runs = checksums.runs([p for p, _ in parts])
+    total, damaged = checksums.read(pa.BufferReader(data), runs)
     assert damaged is None
     assert all(bytes(part.target.numpy()) == expected for part, expected in parts)
     wanted = sum(len(p.target) for p, _ in parts)
     assert wanted <= total < wanted + 2 * B * len(parts) + 1
     if all(len(p.target) == p.size for p, _ in parts):
         assert total == wanted
-    assert all(blocks._size(r) <= blocks.RUN_BLOCKS * B for r in runs)
+    assert all(checksums._size(r) <= checksums.RUN_BLOCKS * B for r in runs)
 
 
 @pytest.mark.parametrize("seed", range(300))
@@ -68,9 +68,9 @@ def test_a_damaged_byte_is_found_exactly_if_its_block_is_needed(seed):
     at = rng.randrange(len(data))
     broken = bytearray(data)
     broken[at] ^= 1 << rng.randrange(8)
-    runs = blocks.runs([p for p, _ in parts])
+    runs = checksums.runs([p for p, _ in parts])
     holding = [b for r in runs for b in r if b.offset <= at < b.offset + b.size]
-    _, damaged = blocks.read(pa.BufferReader(bytes(broken)), runs)
+    _, damaged = checksums.read(pa.BufferReader(bytes(broken)), runs)
     assert damaged == (holding[0] if holding else None)
     if damaged:
         assert not damaged.target.any()
@@ -84,7 +84,7 @@ def test_a_file_cut_short_is_found(seed):
     offset, content, sums = chunks[-1]
     part = Slice(offset, len(content), sums, 0, torch.zeros(len(content), dtype=torch.uint8))
     short = data[: offset + rng.randrange(len(content))]
-    _, damaged = blocks.read(pa.BufferReader(short), blocks.runs([part]))
+    _, damaged = checksums.read(pa.BufferReader(short), checksums.runs([part]))
     assert damaged is not None
 
 
@@ -93,4 +93,4 @@ def test_neighbours_are_read_with_one_request():
     content = np.arange(B * 8, dtype=np.uint8)
     sums = [zlib.crc32(content[i : i + 8]) for i in range(0, len(content), 8)]
     parts = [Slice(8 * i, 8, [s], 0, torch.zeros(8, dtype=torch.uint8)) for i, s in enumerate(sums)]
-    assert len(blocks.runs(parts)) == 1
+    assert len(checksums.runs(parts)) == 1

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from heliostat import spec
-from heliostat.train import attempt, board, stacks
-from heliostat.train.signals import Signals
+from heliostat.config import spec
+from heliostat.train import mailbox
+from heliostat.train.driver import attempt, stack_dumps
+from heliostat.train.driver.signals import Signals
 
 
 class Clock:
@@ -26,9 +27,9 @@ class Clock:
 def test_every_worker_that_lives_is_asked_for_its_stacks_before_it_counts_as_frozen(workers):
     """Each hears of the order with its next pulse, which comes the more rarely the more workers there are."""
     clock, draw = Clock(), random.Random(workers)
-    state = board.State(clock)
+    state = mailbox.State(clock)
     frozen = set(draw.sample(range(workers), max(1, workers // 100)))
-    due = {r: clock.now + draw.uniform(0, board.interval(workers)) for r in range(workers) if r not in frozen}
+    due = {r: clock.now + draw.uniform(0, mailbox.interval(workers)) for r in range(workers) if r not in frozen}
     answers = list[tuple[float, int]]()
 
     def sleep(seconds: float) -> None:
@@ -36,9 +37,9 @@ def test_every_worker_that_lives_is_asked_for_its_stacks_before_it_counts_as_fro
         clock.sleep(seconds)
         for rank, at in due.items():
             if at <= clock.now:
-                due[rank] = at + board.interval(workers)
+                due[rank] = at + mailbox.interval(workers)
                 if state.pulse(rank, 7, {"pid": 1, "node": "n"}).get("dump"):
-                    answers.append((clock.now + draw.uniform(0, stacks.ANSWER_S - 2 * stacks.POLL_S), rank))
+                    answers.append((clock.now + draw.uniform(0, stack_dumps.ANSWER_S - 2 * stack_dumps.POLL_S), rank))
                     due[rank] = float("inf")
         for one in [a for a in answers if a[0] <= clock.now]:
             answers.remove(one)
@@ -47,15 +48,15 @@ def test_every_worker_that_lives_is_asked_for_its_stacks_before_it_counts_as_fro
     state.order(dump=True)
     state.post({"kind": "steps", "first": 3})
     others = list[dict[str, Any]]()
-    found = stacks.collect(workers, lambda: state.drain()[0], others.append, clock, sleep)
+    found = stack_dumps.collect(workers, lambda: state.drain()[0], others.append, clock, sleep)
     assert set(found) == set(range(workers)) - frozen and [e["kind"] for e in others] == ["steps"]
-    told = stacks.text(found, workers)
+    told = stack_dumps.text(found, workers)
     assert told.splitlines()[0].endswith("frozen, or dead: worker " + ", ".join(str(r) for r in sorted(frozen)))
 
 
 def test_pulses_stay_as_many_as_the_board_can_answer():
     for workers in (1, 100, 1024, 10_000):
-        assert workers / board.interval(workers) <= 100
+        assert workers / mailbox.interval(workers) <= 100
 
 
 def watched(limit: float = 60.0) -> attempt.Attempt:
@@ -73,7 +74,7 @@ def watched(limit: float = 60.0) -> attempt.Attempt:
 @pytest.mark.parametrize("jump", [-86400.0, 86400.0])
 def test_a_wall_clock_that_is_set_stalls_nobody_and_hides_no_stall(monkeypatch, jump):
     """An hour of summer time, or a first answer of a time server, is no hour in which nobody got on."""
-    made, state, now = watched(), board.State(), time.time()
+    made, state, now = watched(), mailbox.State(), time.time()
     state.pulse(0, 1, {})
     monkeypatch.setattr(time, "time", lambda: now + jump)
     made._look()
@@ -85,9 +86,9 @@ def test_a_wall_clock_that_is_set_stalls_nobody_and_hides_no_stall(monkeypatch, 
 
 
 def test_what_many_nodes_are_busy_with_crowds_no_loss_out_and_what_is_lost_is_counted(monkeypatch):
-    monkeypatch.setattr(board, "LIMIT", 10)
-    monkeypatch.setattr(board, "SYSTEM_LIMIT", 5)
-    state = board.State()
+    monkeypatch.setattr(mailbox, "LIMIT", 10)
+    monkeypatch.setattr(mailbox, "SYSTEM_LIMIT", 5)
+    state = mailbox.State()
     for step in range(12):
         state.post({"kind": "steps", "first": step})
         for node in range(64):

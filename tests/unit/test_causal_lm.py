@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from heliostat.errors import ConfigError
+from heliostat.recipes.text.causal_lm import IGNORED, CausalLM, SummedCrossEntropy
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from jobs.causal_lm import IGNORED, CausalLM, SummedCrossEntropy
 from tests.unit.build_job import BASE, job
 
 LLAMA = BASE["model"]

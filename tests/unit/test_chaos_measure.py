@@ -8,14 +8,14 @@ from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
-from heliostat.chaos import disks, faults, measure, run
+from heliostat.chaos import disks, experiment, faults, measure
 from heliostat.chaos.command import ISSUE, cells, table
 from heliostat.chaos.measure import Measured
 from heliostat.chaos.process import ChaosError, Command
+from heliostat.checkpoint import layout
 from heliostat.errors import ConfigError
-from heliostat.goodput import Attempt
+from heliostat.runs.goodput import Attempt
 from heliostat.storage import Location
-from heliostat.train import stored
 from typer.testing import CliRunner
 
 from tests.unit.build_job import job
@@ -109,13 +109,13 @@ def test_a_model_that_is_registered_twice_or_not_at_all_is_a_problem():
 )
 def test_a_wrong_list_of_faults_is_one_clear_error(given, words, tmp_path):
     with pytest.raises(ConfigError, match=words):
-        run.choose([n for n in given.split(",") if n])
+        experiment.choose([n for n in given.split(",") if n])
 
 
 def test_every_fault_of_the_default_is_one_and_the_command_shows_them():
     from heliostat.cli import app
 
-    assert [f.name for f in run.choose(ISSUE.split(","))] == ISSUE.split(",")
+    assert [f.name for f in experiment.choose(ISSUE.split(","))] == ISSUE.split(",")
     assert "--faults" in CliRunner().invoke(app, ["chaos", "--help"]).output
 
 
@@ -134,7 +134,7 @@ def test_a_driver_is_killed_behind_the_last_checkpoint_or_the_fault_says_that_it
     command = Command([], tmp_path / "log")
     command.process = subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({0 if over else 60})"])
     command.until = lambda condition, *_: wait(condition)  # type: ignore[method-assign]
-    index = stored.folder(scene.run, 60).join(stored.INDEX)
+    index = layout.folder(scene.run, 60).join(layout.INDEX)
 
     def wait(condition) -> None:
         assert not condition()

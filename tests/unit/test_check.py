@@ -10,10 +10,11 @@ from pathlib import Path
 import mlflow
 import pytest
 from heliostat import check
-from heliostat.cluster import local, reach
+from heliostat.cluster import endpoint as reach
+from heliostat.cluster import local
+from heliostat.config.spec import LARGEST, divisors
 from heliostat.errors import ConfigError, HeliostatError, TrackingError
-from heliostat.spec import LARGEST, divisors
-from heliostat.track import store
+from heliostat.track import mlflow_client
 
 from tests.unit.build_job import job
 
@@ -76,21 +77,21 @@ def test_a_server_that_answers_with_an_error_is_not_said_to_be_silent():
 def test_the_cause_of_an_error_of_mlflows_client_is_not_cut_off(monkeypatch, status):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
-    with server(status, "No space left on device") as uri, pytest.raises(TrackingError) as e, store.asking(uri):
+    with server(status, "No space left on device") as uri, pytest.raises(TrackingError) as e, mlflow_client.asking(uri):
         mlflow.MlflowClient(tracking_uri=uri).get_run("0" * 32)
     assert str(e.value).startswith(f"MLflow at {uri}: it answered {status}") and "\n" not in str(e.value)
 
 
 def test_a_body_is_told_where_the_client_tells_it():
     said = "API request to endpoint /api/2.0 failed with error code 507 != 200. Response body: '<b>disk\nfull</b>'"
-    assert store.fault(said) == "it answered 507: disk full '"
+    assert mlflow_client.fault(said) == "it answered 507: disk full '"
 
 
 def test_a_server_that_is_down_is_told_by_its_cause():
     said = (
         "API request to http://h failed with exception P(host='h'): Max retries exceeded with url: /x (Caused by Refused('no'))"
     )
-    assert store.fault(said) == "Refused('no')"
+    assert mlflow_client.fault(said) == "Refused('no')"
 
 
 def test_a_mistyped_name_of_a_cluster_is_no_address(monkeypatch):

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from heliostat.cluster import check, files, pods, reach, schemas, written_secrets
+from heliostat.cluster import cluster_file, endpoint, pods, review, schemas, written_secrets
 from heliostat.errors import ClusterError, ConfigError
-from heliostat.plan import report, room
+from heliostat.plan import planner
+from heliostat.plan import pools as room
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -48,7 +49,7 @@ def test_there_are_the_files_that_the_readme_names():
 def test_every_file_is_valid_for_its_tool_and_opens_no_port(path):
     """Schema, sizes, secrets: no error; the only warnings are about values that the person must put in."""
     needs_crds(path)
-    found = check.check(path)
+    found = review.check(path)
     assert found.errors == []
     assert [w for w in found.warnings if "change-me" not in w] == []
 
@@ -62,7 +63,7 @@ def test_every_line_of_a_file_is_explained(path):
 
 def test_the_kuberay_cluster_is_this():
     """What operators rely on, spelt out: pools, sizes, labels, authentication, network policy, fault tolerance."""
-    cluster = files.read(ROOT / "clusters" / "kuberay-h100.yaml")
+    cluster = cluster_file.read(ROOT / "clusters" / "kuberay-h100.yaml")
     spec = cluster.spec
     assert [(p.name, p.least, p.most, p.cpus, p.gpus) for p in cluster.pools] == [
         ("head", 1, 1, 0, 0),
@@ -86,9 +87,9 @@ def test_the_kuberay_cluster_is_this():
 @pytest.mark.parametrize("name", ["llama3-8b", "gpt-1b"])
 def test_full_scale_jobs_fit_on_the_clusters_and_data_work_takes_no_training_node(cluster, name):
     """The plan finds room for all workers in the pool that carries the job's labels; data goes to one without GPUs."""
-    pools = files.read(ROOT / "clusters" / f"{cluster}.yaml").pools
-    wanted, _, _ = report.prepare(ROOT / "jobs" / f"{name}.yaml", ["data.sources=[{path: nowhere}]"])
-    room.check(wanted, files.read(ROOT / "clusters" / f"{cluster}.yaml"))
+    pools = cluster_file.read(ROOT / "clusters" / f"{cluster}.yaml").pools
+    wanted, _, _ = planner.prepare(ROOT / "jobs" / f"{name}.yaml", ["data.sources=[{path: nowhere}]"])
+    room.check(wanted, cluster_file.read(ROOT / "clusters" / f"{cluster}.yaml"))
     train = [p for p in pools if wanted.workers.labels.items() <= p.labels.items()]
     data = [p for p in pools if wanted.data.labels.items() <= p.labels.items()]
     assert train and all(p.gpus for p in train)
@@ -97,9 +98,9 @@ def test_full_scale_jobs_fit_on_the_clusters_and_data_work_takes_no_training_nod
 
 def test_the_kuberay_job_asks_for_what_its_training_job_asks_for():
     """16 workers of 8 CPUs and one GPU on two nodes, the job file's name, and the labels."""
-    cluster = files.read(ROOT / "clusters" / "kuberay-job.yaml")
+    cluster = cluster_file.read(ROOT / "clusters" / "kuberay-job.yaml")
     path = re.search(r"jobs/[\w-]+\.yaml", cluster.raw["spec"]["entrypoint"])[0]
-    wanted, _, _ = report.prepare(ROOT / path, ["data.sources=[{path: nowhere}]"])
+    wanted, _, _ = planner.prepare(ROOT / path, ["data.sources=[{path: nowhere}]"])
     gpu = next(p for p in cluster.pools if p.gpus)
     assert cluster.name == wanted.name
     assert gpu.least * gpu.gpus == wanted.workers.count * wanted.workers.gpus
@@ -108,7 +109,7 @@ def test_the_kuberay_job_asks_for_what_its_training_job_asks_for():
 
 
 def test_a_job_too_big_for_the_cluster_is_refused_before_it_waits_for_ever():
-    cluster = files.read(ROOT / "clusters" / "kuberay-h100.yaml")
+    cluster = cluster_file.read(ROOT / "clusters" / "kuberay-h100.yaml")
     big = job(
         **{"workers.gpus": 1, "workers.count": 128, "train.global_batch": 256, "workers.labels": {"heliostat-pool": "train"}}
     )
@@ -134,7 +135,7 @@ def test_workers_that_leave_the_data_tasks_no_cpu_are_refused(tmp_path):
             "cluster_name: c\nmax_workers: 9\nprovider: {type: aws, region: eu-west-1}\nhead_node_type: ray.head.default\n"
             f"available_node_types:{pools.replace('MOST', str(most))}{more}"
         )
-        return files.read(tmp_path / "c.yaml")
+        return cluster_file.read(tmp_path / "c.yaml")
 
     with pytest.raises(ConfigError, match=r"workers\.cpus: 2 workers of 1\.5 CPUs leave no node of .* the 1 CPU that reading"):
         room.check(wanted, cluster(2))
@@ -170,10 +171,10 @@ def test_faults_of_a_kuberay_file_are_errors_that_name_the_key(case, tmp_path):
     source = ROOT / "clusters" / "kuberay-h100.yaml"
     needs_crds(source)
     change, message = KUBE_FAULTS[case]
-    found = check.check(broken(source, tmp_path, change))
+    found = review.check(broken(source, tmp_path, change))
     assert any(message in e for e in found.errors), found.errors
     with pytest.raises(ConfigError):
-        check.require(tmp_path / source.name)
+        review.require(tmp_path / source.name)
 
 
 KUBE_OPEN = {
@@ -187,7 +188,7 @@ KUBE_OPEN = {
 
 @pytest.mark.parametrize("warning", KUBE_OPEN)
 def test_open_ports_of_a_kuberay_file_are_warned_of(warning, tmp_path):
-    found = check.check(broken(ROOT / "clusters" / "kuberay-h100.yaml", tmp_path, KUBE_OPEN[warning]))
+    found = review.check(broken(ROOT / "clusters" / "kuberay-h100.yaml", tmp_path, KUBE_OPEN[warning]))
     assert any(warning in w for w in found.warnings), found.warnings
 
 
@@ -211,7 +212,7 @@ LAUNCHER_FAULTS = {
 @pytest.mark.parametrize("case", LAUNCHER_FAULTS)
 def test_faults_of_a_launcher_file_are_errors_that_name_the_key(case, tmp_path):
     change, message = LAUNCHER_FAULTS[case]
-    found = check.check(broken(ROOT / "clusters" / "aws-h100.yaml", tmp_path, change))
+    found = review.check(broken(ROOT / "clusters" / "aws-h100.yaml", tmp_path, change))
     assert any(message in e for e in found.errors), found.errors
 
 
@@ -244,14 +245,14 @@ LAUNCHER_OPEN = {
 
 @pytest.mark.parametrize("warning", LAUNCHER_OPEN)
 def test_open_ports_and_odd_choices_of_a_launcher_file_are_warned_of(warning, tmp_path):
-    found = check.check(broken(ROOT / "clusters" / "aws-h100.yaml", tmp_path, LAUNCHER_OPEN[warning]))
+    found = review.check(broken(ROOT / "clusters" / "aws-h100.yaml", tmp_path, LAUNCHER_OPEN[warning]))
     assert any(warning in w for w in found.warnings), found.warnings
 
 
 def test_a_launcher_file_without_a_token_is_warned_of(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text((ROOT / "clusters" / "ssh.yaml").read_text().replace("RAY_AUTH_MODE=token", "RAY_AUTH_MODE=disabled"))
-    assert [w.partition(":")[0] for w in check.check(path).warnings if "do not ask for a token" in w] == [
+    assert [w.partition(":")[0] for w in review.check(path).warnings if "do not ask for a token" in w] == [
         "head_start_ray_commands",
         "worker_start_ray_commands",
     ]
@@ -264,19 +265,19 @@ def test_a_file_that_is_no_cluster_file_is_one_error(text, tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"c\.yaml"):
-        files.read(path)
+        cluster_file.read(path)
 
 
 def test_without_the_operators_schema_the_check_says_that_it_did_not_judge(tmp_path, monkeypatch):
     monkeypatch.setenv(schemas.CRDS, str(tmp_path))
-    found = check.check(ROOT / "clusters" / "kuberay-h100.yaml")
+    found = review.check(ROOT / "clusters" / "kuberay-h100.yaml")
     assert any("was not held against KubeRay's schema" in w for w in found.warnings)
 
 
 def test_the_local_cluster_is_recognised_by_its_addresses_and_an_on_premise_one_is_not():
-    assert files.read(ROOT / "clusters" / "local.yaml").local
-    assert not files.read(ROOT / "clusters" / "ssh.yaml").local
-    assert not files.read(ROOT / "clusters" / "aws-h100.yaml").local
+    assert cluster_file.read(ROOT / "clusters" / "local.yaml").local
+    assert not cluster_file.read(ROOT / "clusters" / "ssh.yaml").local
+    assert not cluster_file.read(ROOT / "clusters" / "aws-h100.yaml").local
 
 
 def test_ray_itself_takes_the_launcher_files():
@@ -321,7 +322,7 @@ NOT_WRITTEN = (
 @pytest.mark.parametrize("case", WRITTEN)
 def test_a_secret_written_into_a_command_is_an_error_that_does_not_repeat_it(case, tmp_path):
     source = ROOT / "clusters" / "aws-h100.yaml"
-    found = check.check(broken(source, tmp_path, ("  - ray stop\n", f"  - {json.dumps(WRITTEN[case])}\n")))
+    found = review.check(broken(source, tmp_path, ("  - ray stop\n", f"  - {json.dumps(WRITTEN[case])}\n")))
     assert any("is written in" in e for e in found.errors), found.errors
     assert not any(secret in e for e in found.errors for secret in ("hunter2", "abcdefgh"))
 
@@ -398,7 +399,7 @@ def test_what_would_break_or_stand_open_at_the_first_real_start_is_found(name, w
     source = ROOT / "clusters" / f"{name}.yaml"
     needs_crds(source)
     words = CLOUD_FAULTS[name][warning]
-    found = check.check(broken(source, tmp_path, *zip(words[::2], words[1::2], strict=True)))
+    found = review.check(broken(source, tmp_path, *zip(words[::2], words[1::2], strict=True)))
     assert found.errors == []
     assert any(warning in w for w in found.warnings), found.warnings
 
@@ -410,11 +411,11 @@ def test_a_rayjob_without_a_submitter_of_its_own_is_warned_of(tmp_path):
     raw = yaml.safe_load(source.read_text())
     del raw["spec"]["submitterPodTemplate"]
     (tmp_path / source.name).write_text(yaml.safe_dump(raw))
-    assert [w.partition(":")[0] for w in check.check(tmp_path / source.name).warnings] == ["submitterPodTemplate"]
+    assert [w.partition(":")[0] for w in review.check(tmp_path / source.name).warnings] == ["submitterPodTemplate"]
 
 
 def test_a_deleted_pods_time_is_held_against_the_jobs_grace():
-    cluster = files.read(ROOT / "clusters" / "kuberay-job.yaml")
+    cluster = cluster_file.read(ROOT / "clusters" / "kuberay-job.yaml")
     assert list(pods.grace(cluster, job())) == []
     assert [w.partition(":")[0] for w in pods.grace(cluster, job(**{"checkpoint.grace": 200}))] == ["gpu"]
 
@@ -457,11 +458,14 @@ def test_a_rayjobs_head_and_token_are_found_by_the_name_that_kuberay_gave_its_cl
     (tmp_path / "kubectl").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("RAY_CLUSTER", "gpt-1b-x7k2p")
-    cluster = files.read(ROOT / "clusters" / "kuberay-job.yaml")
-    name = reach.kube_name(cluster)
-    assert reach.kube_service(cluster, name) == "gpt-1b-x7k2p-head-svc"
-    assert reach.kube_token(cluster, name) == "s3cret"
+    cluster = cluster_file.read(ROOT / "clusters" / "kuberay-job.yaml")
+    name = endpoint.kube_name(cluster)
+    assert endpoint.kube_service(cluster, name) == "gpt-1b-x7k2p-head-svc"
+    assert endpoint.kube_token(cluster, name) == "s3cret"
     monkeypatch.setenv("RAY_CLUSTER", "")
     with pytest.raises(ClusterError, match="has no cluster yet"):
-        reach.kube_name(cluster)
-    assert reach.kube_service(files.read(ROOT / "clusters" / "kuberay-h100.yaml"), "heliostat-h100") == "heliostat-h100-head-svc"
+        endpoint.kube_name(cluster)
+    assert (
+        endpoint.kube_service(cluster_file.read(ROOT / "clusters" / "kuberay-h100.yaml"), "heliostat-h100")
+        == "heliostat-h100-head-svc"
+    )

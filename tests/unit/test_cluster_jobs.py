@@ -11,12 +11,13 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from heliostat.cluster import http, jobs, logs
-from heliostat.cluster.driver import before
-from heliostat.cluster.reach import Endpoint
+from heliostat.cluster import dashboard
+from heliostat.cluster.endpoint import Endpoint
 from heliostat.errors import ConfigError
-from heliostat.goodput import Attempt
+from heliostat.runs.goodput import Attempt
 from heliostat.storage import Location
+from heliostat.submit import jobs, logs
+from heliostat.submit.entrypoint import before
 
 from tests.unit.build_job import ROOT, write
 
@@ -101,7 +102,7 @@ import os
 import sys
 import threading
 from pathlib import Path
-from heliostat.cluster.driver import Driver
+from heliostat.submit.entrypoint import Driver
 driver = Driver(Path(sys.argv[1]), None, "attempt-1", [])
 driver.command = [sys.executable, "-c", Path(sys.argv[2]).read_text(), *sys.argv[3:]]
 driver.jobs_url = lambda: os.environ.get("JOBS_URL", "")
@@ -325,7 +326,7 @@ def test_transient_faults_are_retried_and_refusals_are_not(monkeypatch):
 
 
 def test_a_followed_log_begins_with_the_submission_and_not_with_earlier_ones_of_its_id():
-    log = "python -m heliostat.cluster.driver --attempt one\nstep 1\n"
+    log = "python -m heliostat.submit.entrypoint --attempt one\nstep 1\n"
     assert jobs._beginning(log, "two", over=False) is None  # it has not come to its entrypoint
     assert jobs._beginning(log + "python --attempt two", "two", over=False) is None
     both = log + "python --attempt two\nstep 31\n"
@@ -345,7 +346,7 @@ def test_a_port_that_speaks_no_http_does_not_answer():
 
         thread = threading.Thread(target=answer)
         thread.start()
-        assert http.probe(f"http://127.0.0.1:{server.getsockname()[1]}") == 0
+        assert dashboard.probe(f"http://127.0.0.1:{server.getsockname()[1]}") == 0
         thread.join()
 
 
@@ -353,6 +354,6 @@ def test_a_job_file_that_the_supervisor_cannot_read_is_one_clear_line(tmp_path):
     """In a RayJob it is given the file as a person wrote it."""
     for text, words in (("name: x\n", "storage: None is none"), ("name: x\nstorage: y\nretries: {mx: 1}\n", "mx")):
         (tmp_path / "job.yaml").write_text(text)
-        command = [sys.executable, "-m", "heliostat.cluster.driver", str(tmp_path / "job.yaml")]
+        command = [sys.executable, "-m", "heliostat.submit.entrypoint", str(tmp_path / "job.yaml")]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, check=False)
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr

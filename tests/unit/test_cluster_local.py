@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from heliostat.cluster import files, launch, local, private
-from heliostat.cluster.jobs import Record
-from heliostat.cluster.reach import endpoint
+from heliostat.cluster import cluster_file as files
+from heliostat.cluster import launch, local, private
+from heliostat.cluster.endpoint import endpoint
 from heliostat.errors import ClusterError, ConfigError
+from heliostat.submit.jobs import Record
 
 from tests.unit.build_job import ROOT
 

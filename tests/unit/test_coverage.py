@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from heliostat.data import coverage, trained
+from heliostat.data import coverage
 from heliostat.data.coverage import Segment, counts, cut
 from heliostat.data.dataset import open_dataset
+from heliostat.runs import consumed
 
 from tests.unit.test_dataset import make_dataset, make_plan
 from tests.unit.test_order import random_order
@@ -66,7 +67,7 @@ def test_what_a_rollback_left_out_is_not_counted(tmp_path: Path, first, skips):
         for source in (0, 1):
             expected = Counter(found.chunk[found.source == source].tolist())
             assert {i: int(n) for i, n in enumerate(got[source]) if n} == expected
-    told = trained._segment(Segment(first, 40, plan))["sources"]
+    told = consumed._segment(Segment(first, 40, plan))["sources"]
     assert sum(s["samples"] for s in told) == (40 - first) * plan.shape.batch
     inside = sum(count for _, at, count in skips if first < at <= 40)
     assert sum(s["left_out"] for s in told) == inside * plan.shape.batch
@@ -76,12 +77,12 @@ def test_a_run_that_left_nothing_out_says_so_at_every_step(tmp_path: Path):
     """Also within a superstep, where the lanes are at other places of the sequence."""
     plan = make_plan(make_dataset(tmp_path / "a", 1), make_dataset(tmp_path / "b", 2))
     for end in range(1, 24):
-        told = trained._segment(Segment(0, end, plan))["sources"]
+        told = consumed._segment(Segment(0, end, plan))["sources"]
         assert [s["left_out"] for s in told] == [0, 0] and sum(s["samples"] for s in told) == end * plan.shape.batch
 
 
 def record_of(plan, steps: int, replaced: list[dict] | None = None) -> dict:
-    segments = [trained._segment(s) for s in cut([plan], steps)]
+    segments = [consumed._segment(s) for s in cut([plan], steps)]
     return {"steps": steps, "segments": segments, "replaced": replaced or [], "replaced_count": len(replaced or [])}
 
 
@@ -90,8 +91,8 @@ def test_a_record_answers_by_shard_and_by_digest_up_to_a_step(tmp_path: Path):
     plan = make_plan(a, b)
     raw = record_of(plan, 10)
     assert sum(s["samples"] for s in raw["segments"][0]["sources"]) == 10 * plan.shape.batch
-    assert trained.of_digest(raw, a.digest[:8]) + trained.of_digest(raw, b.digest) == 10 * plan.shape.batch
-    assert trained.of_digest(raw, "f" * 64) == trained.of_digest(raw, a.digest, before=0) == 0
+    assert consumed.of_digest(raw, a.digest[:8]) + consumed.of_digest(raw, b.digest) == 10 * plan.shape.batch
+    assert consumed.of_digest(raw, "f" * 64) == consumed.of_digest(raw, a.digest, before=0) == 0
     order = open_dataset(plan).order
     shards = {}
     for step in range(4):
@@ -100,19 +101,19 @@ def test_a_record_answers_by_shard_and_by_digest_up_to_a_step(tmp_path: Path):
             path = a.chunks["path"][int(chunk)].as_py()
             shards[path] = shards.get(path, 0) + 1
     for path in set(a.chunks["path"].to_pylist()):
-        assert trained.of_shard(raw, f"{a.location}/{path}", before=4) == shards.get(path, 0)
+        assert consumed.of_shard(raw, f"{a.location}/{path}", before=4) == shards.get(path, 0)
     name = "0.parquet"  # of both datasets
-    both = trained.of_shard(raw, f"{a.location}/shards/{name}") + trained.of_shard(raw, f"{b.location}/shards/{name}")
-    assert trained.of_shard(raw, name) == both and trained.of_shard(raw, "10.parquet") == 0
+    both = consumed.of_shard(raw, f"{a.location}/shards/{name}") + consumed.of_shard(raw, f"{b.location}/shards/{name}")
+    assert consumed.of_shard(raw, name) == both and consumed.of_shard(raw, "10.parquet") == 0
 
 
 def test_a_shard_is_found_by_its_path_by_the_end_of_it_and_by_the_folder_of_its_contents():
     """`prepare` names a shard's file after its content, in a folder of its number."""
     uri, path = "/data/text", "shards/00017/f7122eddf445c2ad.parquet"
     for wanted in (f"{uri}/{path}", path, "f7122eddf445c2ad.parquet", f"{uri}/shards/00017", "shards/00017", "00017"):
-        assert trained.same(wanted, uri, path), wanted
+        assert consumed.same(wanted, uri, path), wanted
     for wanted in ("00018", "shards/0017", "7", "ards/00017", "/data/other/shards/00017"):
-        assert not trained.same(wanted, uri, path), wanted
+        assert not consumed.same(wanted, uri, path), wanted
 
 
 def test_a_replaced_sample_is_its_replacements(tmp_path: Path):
@@ -126,8 +127,8 @@ def test_a_replaced_sample_is_its_replacements(tmp_path: Path):
     plain, raw = record_of(plan, 10), record_of(plan, 10, [bad])
     for shard, change in (("0", -1), ("1", 1), ("2", 0)):
         name = f"shards/{shard}.parquet"
-        assert trained.of_shard(raw, name) - trained.of_shard(plain, name) == change
-        assert trained.of_shard(raw, name, before=3) == trained.of_shard(plain, name, before=3)
+        assert consumed.of_shard(raw, name) - consumed.of_shard(plain, name) == change
+        assert consumed.of_shard(raw, name, before=3) == consumed.of_shard(plain, name, before=3)
 
 
 def test_ranges_join_what_is_consecutive_in_the_manifest(tmp_path: Path):

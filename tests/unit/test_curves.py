@@ -3,12 +3,12 @@
 from typing import Any
 
 import pytest
-from heliostat.data import segments
 from heliostat.errors import DataError
+from heliostat.runs import segments
 from heliostat.storage import Location
-from heliostat.track import curves
+from heliostat.track import local_curves
+from heliostat.track.metrics import Point
 from heliostat.track.outbox import Outbox
-from heliostat.track.points import Point
 
 from tests.unit.test_outbox import Store, steps
 
@@ -26,17 +26,17 @@ def score(step: int) -> dict[str, Any]:
 @pytest.fixture
 def run(tmp_path) -> Location:
     place = Location(str(tmp_path))
-    curves.write(place, 10, [event(1, 6), event(6, 11), score(10)])
-    curves.write(place, 20, [event(11, 21), score(20)])
+    local_curves.write(place, 10, [event(1, 6), event(6, 11), score(10)])
+    local_curves.write(place, 20, [event(11, 21), score(20)])
     return place
 
 
 def test_only_files_that_end_behind_the_last_known_step_are_read(run):
-    run.join(curves.FOLDER, "step-00000010.json").write(b"damaged")
-    found = curves.missing(run, {"train/loss": 10})
+    run.join(local_curves.FOLDER, "step-00000010.json").write(b"damaged")
+    found = local_curves.missing(run, {"train/loss": 10})
     assert [p.step for p in found if p.key == "train/loss"] == list(range(11, 21))
     assert [p.step for p in found if p.key == "eval/loss"] == [20]
-    assert curves.missing(run, {"train/loss": 20}) == []
+    assert local_curves.missing(run, {"train/loss": 20}) == []
 
 
 @pytest.mark.parametrize("had", [0, 3, 10, 14, 20, 22])
@@ -49,7 +49,7 @@ def test_a_killed_drivers_curves_are_whole_whatever_it_had_logged_and_kept(run, 
     killed.keep()
     box = Outbox(run, store.send, store.known)
     box.add(steps(21, 31))  # already waits when the run is opened
-    box.precede(curves.missing(run, store.known()))
+    box.precede(local_curves.missing(run, store.known()))
     box.flush()
     logged = [p.step for p in store.points if p.key == "train/loss"]
     assert logged == list(range(1, 31))
@@ -59,13 +59,13 @@ def test_a_killed_drivers_curves_are_whole_whatever_it_had_logged_and_kept(run, 
 def test_spikes_and_added_losses_are_curves_too(run):
     """What is told of a step beside its loss comes back from the run's folder, or is refused in a line."""
     spike = {"kind": "spike", "step": 22, "loss": 9.0, "usual": 1.0, "limit": 4.0, "action": "warn", "at": 1e9}
-    curves.write(run, 30, [{**event(21, 31), "added": {"router_loss": [0.5] * 10}}, spike])
-    found = curves.missing(run, {"train/loss": 20})
+    local_curves.write(run, 30, [{**event(21, 31), "added": {"router_loss": [0.5] * 10}}, spike])
+    found = local_curves.missing(run, {"train/loss": 20})
     assert [(p.value, p.step) for p in found if p.key == "train/spike"] == [(9.0, 22)]
     assert [p.step for p in found if p.key == "train/router_loss"] == list(range(21, 31))
-    curves.write(run, 30, [{**event(21, 31), "added": {"router_loss": [0.5] * 9}}])
+    local_curves.write(run, 30, [{**event(21, 31), "added": {"router_loss": [0.5] * 9}}])
     with pytest.raises(DataError, match="not of as many steps"):
-        curves.missing(run, {"train/loss": 20})
+        local_curves.missing(run, {"train/loss": 20})
 
 
 def test_going_back_removes_the_curves_of_later_steps(run):
@@ -73,4 +73,4 @@ def test_going_back_removes_the_curves_of_later_steps(run):
         begins = 1
 
     segments.begin(run, Plan(), 10)  # type: ignore[arg-type]
-    assert [name for name, _ in run.join(curves.FOLDER).files()] == ["step-00000010.json"]
+    assert [name for name, _ in run.join(local_curves.FOLDER).files()] == ["step-00000010.json"]

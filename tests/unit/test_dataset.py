@@ -7,13 +7,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from heliostat.config.spec import Job
 from heliostat.data import content, manifest, shard
 from heliostat.data.dataset import DataPlan, Dataset, open_dataset, plan
 from heliostat.data.mixing import Shape, choose_shape
 from heliostat.data.receipt import sample_digests
 from heliostat.data.split import split
 from heliostat.errors import ConfigError, DataError
-from heliostat.spec import Job
 from heliostat.storage import Location
 
 from tests.unit.build_job import job

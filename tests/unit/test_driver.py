@@ -7,8 +7,8 @@ import sys
 import time
 
 import pytest
-from heliostat.goodput import Attempt
-from heliostat.train import driver
+from heliostat.runs import liveness
+from heliostat.runs.goodput import Attempt
 
 
 def attempt(**facts: object) -> Attempt:
@@ -22,22 +22,22 @@ def attempt(**facts: object) -> Attempt:
 def test_a_process_lives_until_it_is_gone_or_only_waits_for_its_parent():
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
-        assert driver.lives(attempt(pid=other.pid, started=time.time() + 1))
+        assert liveness.lives(attempt(pid=other.pid, started=time.time() + 1))
         other.kill()
         deadline = time.monotonic() + 10
-        while driver.lives(attempt(pid=other.pid, started=time.time() + 1)) and time.monotonic() < deadline:
+        while liveness.lives(attempt(pid=other.pid, started=time.time() + 1)) and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert not driver.lives(attempt(pid=other.pid, started=time.time() + 1))
+        assert not liveness.lives(attempt(pid=other.pid, started=time.time() + 1))
     finally:
         other.kill()
         other.wait()
-    assert not driver.lives(attempt(pid=other.pid))
+    assert not liveness.lives(attempt(pid=other.pid))
 
 
 def test_a_process_that_was_given_a_dead_drivers_number_is_not_it():
-    assert not driver.lives(attempt(started=time.time() - 365 * 86400))
+    assert not liveness.lives(attempt(started=time.time() - 365 * 86400))
 
 
 @pytest.mark.parametrize(("silent", "lives"), [(10, True), (600, False)])
 def test_a_driver_on_another_host_lives_as_long_as_it_gives_signs_of_life(silent, lives):
-    assert driver.lives(attempt(host="elsewhere", pid=1, seen=time.time() - silent)) is lives
+    assert liveness.lives(attempt(host="elsewhere", pid=1, seen=time.time() - silent)) is lives

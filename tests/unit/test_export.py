@@ -3,13 +3,13 @@
 import json
 
 import pytest
+from heliostat.checkpoint import layout
 from heliostat.errors import ConfigError
-from heliostat.export import export
+from heliostat.inference.export import export
+from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.storage import Location
-from heliostat.train import stored
 from safetensors.torch import load_file, save_file
 
-from jobs.causal_lm import CausalLM
 from tests.unit import fuzz_targets
 from tests.unit.build_job import job
 
@@ -20,7 +20,7 @@ def made(tmp_path, monkeypatch):
     monkeypatch.chdir(fuzz_targets.ROOT)
     (tmp_path / "right").mkdir()
     fuzz_targets.checkpoints(tmp_path / "right")
-    return stored.open_checkpoint(Location(str(tmp_path / "right" / "run")), 20)
+    return layout.open_checkpoint(Location(str(tmp_path / "right" / "run")), 20)
 
 
 def test_a_folder_that_holds_something_is_not_written_into(made, tmp_path):
@@ -36,7 +36,7 @@ def test_a_folder_that_holds_something_is_not_written_into(made, tmp_path):
 
 def test_how_the_model_writes_is_exported(made, tmp_path):
     """Where it stops is known to whatever loads the folder; of a pretrained one, what its folder says."""
-    from heliostat.export import recipe_of
+    from heliostat.inference.export import recipe_of
 
     recipe = recipe_of(made)[1]
     recipe.save_config(tmp_path / "one")

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from heliostat.recipes.text import flops
 from torch.utils.flop_counter import FlopCounterMode
 
-from jobs import flops
 from tests.unit.test_causal_lm import recipe
 
 SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 80,

@@ -5,12 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from heliostat import exports, workspace
+from heliostat.config import workspace
 from heliostat.errors import ConfigError
-from heliostat.evaluate import evaluate
-from heliostat.generate import generate
+from heliostat.inference.evaluate import evaluate
+from heliostat.inference.generate import generate
+from heliostat.recipes import exported
+from heliostat.recipes.text.causal_lm import CausalLM
 
-from jobs.causal_lm import CausalLM
 from tests.unit.build_job import job
 
 EVIL = """from pathlib import Path
@@ -80,12 +81,14 @@ def test_code_of_another_models_folder_and_by_a_link_is_refused_too(home, monkey
 def test_the_workspaces_own_folders_and_installed_packages_are_imported_as_ever(home, monkeypatch):
     (home / "jobs2").mkdir()
     (home / "jobs2" / "mine.py").write_text("class Recipe:\n    generator = 1\n")
-    assert exports.read(model(home / "my-model", "jobs2.mine:Recipe")).recipe.generator == 1
-    assert exports.read(model(home / "my-model", "jobs.causal_lm:CausalLM")).recipe is CausalLM  # installed, or on the path
+    assert exported.read(model(home / "my-model", "jobs2.mine:Recipe")).recipe.generator == 1
+    assert (
+        exported.read(model(home / "my-model", "heliostat.recipes.text.causal_lm:CausalLM")).recipe is CausalLM
+    )  # installed, or on the path
     with pytest.raises(ConfigError, match=r"recipe: 'subprocess:Popen' is no recipe"):
-        exports.read(model(home / "my-model", "subprocess:Popen"))
+        exported.read(model(home / "my-model", "subprocess:Popen"))
     with pytest.raises(ConfigError, match=r"no module 'jobs2\.other'"):
-        exports.read(model(home / "my-model", "jobs2.other:Recipe"))
+        exported.read(model(home / "my-model", "jobs2.other:Recipe"))
 
 
 def test_a_runs_record_names_no_code_of_the_runs_own_folder(home):

@@ -4,10 +4,11 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from heliostat import check, exports
+from heliostat import check
 from heliostat.data.dataset import make_order, plan
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
+from heliostat.recipes import exported
 
 from tests.unit.build_job import job
 from tests.unit.test_dataset import make_dataset
@@ -64,9 +65,9 @@ def test_a_recorded_run_keeps_what_it_held_out(tmp_path: Path):
 
 def test_a_model_is_scored_on_what_its_own_run_held_out(tmp_path: Path):
     """An export says of which version its data plan was; one that does not is of before there were others."""
-    exports.write(tmp_path, job(), {"run_id": "r", "step": 1})
-    assert exports.read(tmp_path).data_version == 1
-    exports.write(tmp_path, job(), {"run_id": "r", "step": 1, "data_version": 2})
-    assert exports.read(tmp_path).data_version == 2
-    (tmp_path / exports.RECORD).unlink()
-    assert exports.read(tmp_path).data_version is None
+    exported.write(tmp_path, job(), {"run_id": "r", "step": 1})
+    assert exported.read(tmp_path).data_version == 1
+    exported.write(tmp_path, job(), {"run_id": "r", "step": 1, "data_version": 2})
+    assert exported.read(tmp_path).data_version == 2
+    (tmp_path / exported.RECORD).unlink()
+    assert exported.read(tmp_path).data_version is None

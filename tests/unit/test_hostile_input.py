@@ -15,12 +15,16 @@ import pyarrow.parquet as pq
 import pytest
 from heliostat.data import manifest
 from heliostat.errors import ConfigError, DataError
+from heliostat.pipelines.images import pictures
+from heliostat.pipelines.images import sources as image_sources
+from heliostat.pipelines.images import tasks as image_tasks
+from heliostat.pipelines.images.sources import Columns, Limits
+from heliostat.pipelines.text import documents, pipeline, sources
+from heliostat.pipelines.text import tasks as text_tasks
+from heliostat.pipelines.text.documents import Document, Rules
 from heliostat.storage import Location
 from heliostat.text import printable
 
-from pipelines import documents, image_sources, image_tasks, pictures, sources, text, text_tasks
-from pipelines.documents import Document, Rules
-from pipelines.image_sources import Columns, Limits
 from tests.unit.build_images import image
 
 MIB = 1 << 20
@@ -197,7 +201,7 @@ def test_what_was_left_out_is_listed_with_the_reason(tmp_path):
 def test_names_of_files_reach_the_terminal_escaped(caplog):
     """Escape sequences, line breaks, what turns the writing about: as text."""
     evil = "a\x1b]0;owned\x07\n\r\u202egpj.txt\x9b2J"
-    totals = text.Totals(1)
+    totals = pipeline.Totals(1)
     row = {"path": "", "dropped": json.dumps({"empty": 1}), "examples": json.dumps({"empty": [evil]}), "listed": "x"}
     with caplog.at_level(logging.WARNING):
         totals.add(row)

@@ -8,20 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from heliostat import exports
 from heliostat.data import manifest
 from heliostat.errors import ConfigError
-from heliostat.generate import read_prompts
+from heliostat.inference.generate import read_prompts
+from heliostat.recipes import exported
+from heliostat.recipes.images.gallery import Gallery, grid, png
+from heliostat.recipes.images.generator import ImageGenerator
+from heliostat.recipes.images.judge import Judge, real_images
+from heliostat.recipes.images.quality import fid, kid
+from heliostat.recipes.images.text_to_image import TextToImage
+from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.storage import Location
 from heliostat.track.models import resolve
 from PIL import Image
 
-from jobs.causal_lm import CausalLM
-from jobs.image_gallery import Gallery, grid, png
-from jobs.image_generator import ImageGenerator
-from jobs.image_judge import Judge, real_images
-from jobs.image_quality import fid, kid
-from jobs.text_to_image import TextToImage
 from tests.unit import build_images
 from tests.unit.build_job import job
 
@@ -87,7 +87,7 @@ def test_fid_and_kid_of_gaussians_are_what_theory_says():
 
 def test_fid_and_kid_compare_with_all_real_images_or_a_stated_number_and_look_at_them_once(dataset, tmp_path, monkeypatch):
     """Not with as many as were drawn, which makes both figures too large; every dataset gives its share."""
-    from jobs import image_quality
+    from heliostat.recipes.images import quality
 
     looked: list[int] = []
 
@@ -96,7 +96,7 @@ def test_fid_and_kid_compare_with_all_real_images_or_a_stated_number_and_look_at
         looked.append(len(pictures))
         return np.array([[p.mean() / 255, (p > 128).mean(), p.std() / 255] for p in pictures])
 
-    monkeypatch.setattr(image_quality, "extract", mean_and_ink)  # stands for a network, which takes minutes on this many
+    monkeypatch.setattr(quality, "extract", mean_and_ink)  # stands for a network, which takes minutes on this many
     folder, given = str(tmp_path), {"prompts": PROMPTS, "per_prompt": 2}
     source = manifest.read(Location(str(dataset)))
 
@@ -115,37 +115,37 @@ def test_fid_and_kid_compare_with_all_real_images_or_a_stated_number_and_look_at
     assert all_of_them["fid"] == pytest.approx(fid(drawn, known)) and all_of_them["kid"] == pytest.approx(kid(drawn, known))
     assert scores([source], images=100)["real_images"] == 100
     assert scores([source, source], images=100)["real_images"] == 100
-    assert image_quality.shares([600, 200, 0], 100) == [75, 25, 0] and image_quality.shares([3, 3, 3], 5) == [3, 1, 1]
-    assert image_quality.shares([3, 4], 100) == [3, 4]
+    assert quality.shares([600, 200, 0], 100) == [75, 25, 0] and quality.shares([3, 3, 3], 5) == [3, 1, 1]
+    assert quality.shares([3, 4], 100) == [3, 4]
 
 
 def test_kid_is_the_same_however_its_matrices_are_cut(monkeypatch):
-    from jobs import image_quality
+    from heliostat.recipes.images import quality
 
     rng = np.random.default_rng(1)
     a, b = rng.normal(0, 1, (57, 5)), rng.normal(0.2, 1, (83, 5))
     whole = kid(a, b)
     aa, bb, ab = ((x @ y.T / 5 + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
     plain = (aa.sum() - np.trace(aa)) / (57 * 56) + (bb.sum() - np.trace(bb)) / (83 * 82) - 2 * ab.mean()
-    monkeypatch.setattr(image_quality, "ROWS", 10)
+    monkeypatch.setattr(quality, "ROWS", 10)
     assert whole == pytest.approx(plain) == pytest.approx(kid(a, b))
 
 
 def test_a_folder_of_a_language_model_needs_no_record_and_a_damaged_one_is_an_error(tmp_path):
-    assert not exports.is_model(tmp_path)
+    assert not exported.is_model(tmp_path)
     with pytest.raises(ConfigError, match="is a folder without a model"):
         resolve(str(tmp_path), "sqlite:///x")
     (tmp_path / "config.json").write_text("{}")
-    assert exports.read(tmp_path).recipe is CausalLM and resolve(str(tmp_path), "sqlite:///x") == tmp_path
+    assert exported.read(tmp_path).recipe is CausalLM and resolve(str(tmp_path), "sqlite:///x") == tmp_path
     (tmp_path / "heliostat.json").write_text('{"recipe": 1')
     with pytest.raises(ConfigError, match=r"damaged .*; export the model again"):
-        exports.read(tmp_path)
+        exported.read(tmp_path)
 
 
 def test_options_of_the_other_kind_of_model_are_refused_by_name(dataset, tmp_path):
     made = job(**build_images.job(dataset))
-    exports.write(tmp_path, made, {"run_id": "f" * 32, "step": 1, "data_digest": "d"})
-    assert exports.read(tmp_path).recipe is TextToImage
+    exported.write(tmp_path, made, {"run_id": "f" * 32, "step": 1, "data_digest": "d"})
+    assert exported.read(tmp_path).recipe is TextToImage
     with pytest.raises(
         ConfigError, match="generate: temperature: unknown key; valid: grid, guidance, height, sampler, steps, width"
     ):

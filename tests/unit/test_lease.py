@@ -14,10 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from heliostat import lease
 from heliostat.errors import ConfigError, LeaseError, StorageError
+from heliostat.lease import Fence, Holder
 from heliostat.storage import Location
-from heliostat.train import lease
-from heliostat.train.lease import Fence, Holder
 
 ROUNDS = 50
 TOGETHER_S = 0.010
@@ -168,20 +168,20 @@ def test_a_lease_is_renewed_and_its_loss_is_noticed(tmp_path, monkeypatch):
 
 
 def test_who_was_taken_for_dead_prunes_nothing(tmp_path):
-    from heliostat.spec import Checkpoint  # not imported above, because every racer imports this module
-    from heliostat.train import stored
-    from heliostat.train.retention import Pruner
+    from heliostat.checkpoint import layout
+    from heliostat.checkpoint.retention import Pruner
+    from heliostat.config.spec import Checkpoint  # not imported above, because every racer imports this module
 
     run = Location(str(tmp_path))
     for step in (10, 20, 30):
-        stored.folder(run, step).join(stored.INDEX).write(b"{}")
+        layout.folder(run, step).join(layout.INDEX).write(b"{}")
     fence = lease.take(run).fence
     run.join(lease.FOLDER, "00000002.json").write(replace(Holder.me(), pid=7).dump())
     with pytest.raises(LeaseError, match="has taken it over; this driver stops, and writes nothing more"):
         Pruner(run, Checkpoint(every=10, keep=1), fence).prune(30)
-    assert stored.steps(run) == [10, 20, 30]
+    assert layout.steps(run) == [10, 20, 30]
     Pruner(run, Checkpoint(every=10, keep=1), Fence(run, 2)).prune(30)
-    assert stored.steps(run) == [30]
+    assert layout.steps(run) == [30]
 
 
 def test_a_run_that_is_started_anew_keeps_its_leases(tmp_path):
@@ -218,23 +218,23 @@ def test_a_bucket_that_is_not_there_is_one_clear_error(place):
 
 def test_who_was_taken_for_dead_makes_no_checkpoint_valid(tmp_path):
     """Its shards may be there; without `checkpoint.json` there is no checkpoint. Nor does it remove one that is there."""
-    from heliostat.train import stored
-    from heliostat.train.checkpoint import _Writer
+    from heliostat.checkpoint import layout
+    from heliostat.checkpoint.saver import _Writer
     from torch.distributed.checkpoint.metadata import Metadata
 
     from tests.unit.build_index import facts
 
     run = Location(str(tmp_path))
     with lease.take(run) as held:
-        writer = _Writer(stored.folder(run, 10), 10, facts(), lambda: None, held.fence)
+        writer = _Writer(layout.folder(run, 10), 10, facts(), lambda: None, held.fence)
         writer.finish(Metadata({}), [])
-        assert stored.open_checkpoint(run, 10).step == 10
+        assert layout.open_checkpoint(run, 10).step == 10
         run.join(lease.FOLDER, "00000002.json").write(replace(Holder.me(), pid=7).dump())
-        late = _Writer(stored.folder(run, 20), 20, {}, lambda: None, held.fence)
+        late = _Writer(layout.folder(run, 20), 20, {}, lambda: None, held.fence)
         for act in (lambda: late.finish(Metadata({}), []), lambda: writer.prepare_global_plan([])):
             with pytest.raises(LeaseError, match="has taken it over"):
                 act()
-    assert stored.open_checkpoint(run, 10).step == 10 and not stored.folder(run, 20).join(stored.INDEX).exists()
+    assert layout.open_checkpoint(run, 10).step == 10 and not layout.folder(run, 20).join(layout.INDEX).exists()
 
 
 def test_a_command_takes_the_lease_before_it_looks_at_what_there_is(tmp_path):

@@ -7,13 +7,13 @@ import time
 from pathlib import Path
 
 import pytest
-from heliostat import goodput
 from heliostat.cli import app
 from heliostat.errors import ConfigError
-from heliostat.goodput import PARTS, Attempt, account, report, settle
+from heliostat.runs import goodput
+from heliostat.runs.goodput import PARTS, Attempt, account, report, settle
 from heliostat.storage import Location
-from heliostat.track.points import points
-from heliostat.train.ledger import Ledger, Recorder
+from heliostat.track.metrics import points
+from heliostat.train.time_ledger import Ledger, Recorder
 from typer.testing import CliRunner
 
 CASES = range(300)

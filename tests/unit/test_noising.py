@@ -7,10 +7,9 @@ import itertools
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from heliostat.config.schema import validate
 from heliostat.errors import ConfigError
-from heliostat.schema import validate
-
-from jobs.noising import Objective, Process
+from heliostat.recipes.images.noising import Objective, Process
 
 DIFFUSION = [
     {"prediction": p, "schedule": s, "steps": n, "zero_terminal_snr": z}

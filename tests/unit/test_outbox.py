@@ -6,9 +6,9 @@ import random
 import pytest
 from heliostat.storage import Location
 from heliostat.track import outbox
+from heliostat.track.metrics import Point
 from heliostat.track.outbox import FILE, Outbox
-from heliostat.track.points import Point
-from heliostat.train import system
+from heliostat.train.worker import node_metrics
 
 
 class Store:
@@ -112,9 +112,9 @@ def test_system_metrics_fill_a_place_of_their_own(tmp_path, monkeypatch, caplog)
 def test_all_nodes_together_sample_no_more_than_mlflow_is_to_hold():
     """A node of 8 GPUs gives 38 values: by itself every 10 s, and 64 of them fewer than a million values a day."""
     points = 6 + 4 * 8
-    assert system.interval(1, points) == 10.0
+    assert node_metrics.interval(1, points) == 10.0
     for nodes in (2, 8, 64, 1000):
-        assert 86400 / system.interval(nodes, points) * nodes * points < 1e6
+        assert 86400 / node_metrics.interval(nodes, points) * nodes * points < 1e6
 
 
 def test_what_mlflow_will_never_take_holds_up_nothing(tmp_path, caplog):

@@ -4,7 +4,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from heliostat.cluster import pack
+from heliostat.cluster import workspace_package
 from heliostat.errors import ConfigError
 
 from tests.unit.build_job import ROOT
@@ -17,7 +17,7 @@ def make(folder: Path, *names: str, text: str = "x") -> None:
 
 
 def names(folder: Path) -> list[str]:
-    return [str(p) for p in pack.look(folder).files]
+    return [str(p) for p in workspace_package.look(folder).files]
 
 
 def test_code_travels_and_git_data_and_secrets_never_do(tmp_path):
@@ -50,10 +50,10 @@ SECRETS = [
 @pytest.mark.parametrize("name", SECRETS)
 def test_a_file_that_may_hold_secrets_by_its_name_does_not_travel_in_any_case_of_letters_and_is_listed(tmp_path, name):
     make(tmp_path, "jobs/a.py", "jobs/id_map.py", name)
-    packed = pack.look(tmp_path)
+    packed = workspace_package.look(tmp_path)
     assert [str(p) for p in packed.files] == ["jobs/a.py", "jobs/id_map.py"]
     ((reason, paths),) = packed.left_out.items()
-    assert reason == pack.SECRET and len(paths) == 1 and name.startswith(paths[0])
+    assert reason == workspace_package.SECRET and len(paths) == 1 and name.startswith(paths[0])
 
 
 def test_a_link_to_a_secret_under_another_name_does_not_travel_and_is_listed(tmp_path):
@@ -63,10 +63,10 @@ def test_a_link_to_a_secret_under_another_name_does_not_travel_and_is_listed(tmp
     for name, target in {"notes.txt": ".env", "cert.txt": "kept/KEY.PEM", "more.txt": "private.txt", "chain.txt": "notes.txt",
                          "sub": "folder", "ours.py": "folder/b.py", "gone.txt": "nothing"}.items():  # fmt: skip
         (tmp_path / name).symlink_to(target)
-    packed = pack.look(tmp_path)
+    packed = workspace_package.look(tmp_path)
     assert [str(p) for p in packed.files] == ["a.py", "folder/b.py", "ours.py"]
-    assert packed.left_out[pack.LINK] == ["cert.txt", "chain.txt", "gone.txt", "more.txt", "notes.txt", "sub"]
-    assert packed.left_out[pack.SECRET] == [".env", "kept/KEY.PEM"]
+    assert packed.left_out[workspace_package.LINK] == ["cert.txt", "chain.txt", "gone.txt", "more.txt", "notes.txt", "sub"]
+    assert packed.left_out[workspace_package.SECRET] == [".env", "kept/KEY.PEM"]
 
 
 def test_a_yaml_file_with_a_password_does_not_travel_and_what_is_left_out_is_said(tmp_path, caplog):
@@ -75,7 +75,7 @@ def test_a_yaml_file_with_a_password_does_not_travel_and_what_is_left_out_is_sai
     make(tmp_path / "work", "jobs/b.yaml", text="mlflow:\n  uri: mysql://u:hunter2@h/db\n")
     make(tmp_path / "work", "jobs/c.YML", text="db:\n  password: hunter2\n")
     make(tmp_path / "work", *(f"{i}.pem" for i in range(20)))
-    pack.stage(tmp_path / "work", tmp_path / "there")
+    workspace_package.stage(tmp_path / "work", tmp_path / "there")
     assert sorted(p.name for p in (tmp_path / "there").rglob("*.*")) == ["a.py", "a.yaml"]
     said = caplog.text
     assert "2 paths that hold a password: jobs/b.yaml, jobs/c.YML" in said and "1 paths that are data: data.parquet" in said
@@ -113,10 +113,10 @@ def test_too_much_is_refused_with_the_biggest_paths_first(tmp_path):
     make(tmp_path, "videos/big.bin", text="x" * 3000)
     make(tmp_path, "middle.bin", text="x" * 2000)
     with pytest.raises(ConfigError) as e:
-        pack.look(tmp_path, limit=4000)
+        workspace_package.look(tmp_path, limit=4000)
     lines = str(e.value).splitlines()
     assert ".gitignore" in lines[0] and lines[1].endswith("videos/big.bin") and lines[2].endswith("middle.bin")
-    assert len(pack.look(tmp_path, limit=6000).files) == 3
+    assert len(workspace_package.look(tmp_path, limit=6000).files) == 3
 
 
 def test_a_link_out_of_the_workspace_does_not_travel(tmp_path):
@@ -128,11 +128,11 @@ def test_a_link_out_of_the_workspace_does_not_travel(tmp_path):
 
 
 def test_this_workspace_is_small_enough_and_has_the_recipes(tmp_path):
-    pack.stage(ROOT, tmp_path)
-    assert {pack.LINK, pack.KEPT} & pack.look(ROOT).left_out.keys() == pack.look(
+    workspace_package.stage(ROOT, tmp_path)
+    assert {workspace_package.LINK, workspace_package.KEPT} & workspace_package.look(
         ROOT
-    ).left_out.keys()  # nothing of ours is secret
+    ).left_out.keys() == workspace_package.look(ROOT).left_out.keys()  # nothing of ours is secret
     assert (tmp_path / "jobs" / "causal_lm.py").is_file() and not (tmp_path / ".git").exists()
-    package = pack.stage_package(tmp_path / "modules")
+    package = workspace_package.stage_package(tmp_path / "modules")
     assert (package / "cluster" / "driver.py").is_file() and (package / "plan" / "prices.yaml").is_file()
     assert not list(package.rglob("*.pyc"))

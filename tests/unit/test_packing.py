@@ -7,16 +7,17 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from heliostat import check, exports
+from heliostat import check
 from heliostat.data import manifest
 from heliostat.data.dataset import open_dataset, plan
 from heliostat.errors import ConfigError
-from heliostat.evaluate import evaluate
+from heliostat.inference.evaluate import evaluate
+from heliostat.recipes import exported
+from heliostat.recipes.text import packing, tiny
+from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.storage import Location
 from transformers import CONFIG_MAPPING
 
-from jobs import packing, tiny
-from jobs.causal_lm import CausalLM
 from tests.unit.build_job import BASE, ROOT, job
 from tests.unit.test_causal_lm import END, recipe
 from tests.unit.test_tokenizers import TEXTS, dataset, trained
@@ -58,7 +59,7 @@ def test_positions_that_follow_the_longest_document_are_refused():
 
 def test_the_check_of_a_job_tries_the_attention_that_training_will_use(monkeypatch):
     """An implementation that ignores its mask is found; `heliostat check` finds it, not the first step."""
-    from jobs import attention
+    from heliostat.recipes.text import attention
 
     attend = attention.attend
     monkeypatch.setattr(attention, "attend", lambda m, q, k, v, mask, *args, **keys: attend(m, q, k, v, None, *args, **keys))
@@ -146,7 +147,7 @@ def test_heliostat_evaluate_scores_an_export_with_the_mask_that_it_was_trained_w
     model.save_pretrained(tmp_path / "model")
     made.save_config(tmp_path / "model")
     order = open_dataset(plan(made_job, [source]))
-    exports.write(tmp_path / "model", made_job, {"data_version": order.plan.version})
+    exported.write(tmp_path / "model", made_job, {"data_version": order.plan.version})
     content = order.read(order.order.held_out(16))
     with torch.no_grad():
         sums = {k: float(v.sum()) for k, v in made.evaluate(model, made.batch(content)).items()}

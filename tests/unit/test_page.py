@@ -6,7 +6,7 @@ import random
 import xml.etree.ElementTree as ET
 
 import pytest
-from heliostat import goodput
+from heliostat.runs import goodput
 from heliostat.track import page, svg
 
 

@@ -10,12 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from heliostat.errors import ConfigError
-from heliostat.prepare import InputFile
+from heliostat.pipelines.images import pictures, sources
+from heliostat.pipelines.images import tasks as image_tasks
+from heliostat.pipelines.images.pictures import Dropped, Picture, Raw, Rules
+from heliostat.pipelines.images.sources import Columns
+from heliostat.pipelines.prepare import InputFile
 from PIL import Image
 
-from pipelines import image_sources, image_tasks, pictures
-from pipelines.image_sources import Columns
-from pipelines.pictures import Dropped, Picture, Raw, Rules
 from tests.unit.build_images import image
 
 SQUARE = Rules(((16, 16),))
@@ -142,8 +143,8 @@ def test_the_perceptual_hash_survives_scaling_and_compression_and_tells_images_a
 def read(uri: str, columns: Columns | None = None) -> dict[str, str]:
     """id -> caption, or the reason in capitals."""
     columns = columns or Columns()
-    files = image_sources.listing(uri)
-    found = [r for t in image_sources.tasks(uri, files, columns) for r in image_sources.read(uri, t, columns)]
+    files = sources.listing(uri)
+    found = [r for t in sources.tasks(uri, files, columns) for r in sources.read(uri, t, columns)]
     return {r.id: r.reason.upper() if isinstance(r, Dropped) else f"{r.caption}|{r.label}" for r in found}
 
 
@@ -151,8 +152,8 @@ def test_digits_have_captions_of_which_ten_are_held_back():
     found = read("sklearn:digits")
     assert len(found) == 1797 and len(set(found.values())) == 50
     captions = {v.split("|")[0] for v in found.values()}
-    for digit, word in enumerate(image_sources.WORDS):
-        assert image_sources.held_back(digit) not in captions and word in image_sources.held_back(digit)
+    for digit, word in enumerate(sources.WORDS):
+        assert sources.held_back(digit) not in captions and word in sources.held_back(digit)
     assert all(label in caption for caption, label in (v.split("|") for v in found.values()))
 
 
@@ -236,12 +237,12 @@ def test_webdataset_tars(tmp_path):
 def test_an_input_without_images_is_one_error(tmp_path):
     (tmp_path / "a.gif").write_bytes(b"x")
     with pytest.raises(ConfigError, match=r"1 files, none of metadata.jsonl"):
-        image_sources.listing(str(tmp_path))
+        sources.listing(str(tmp_path))
 
 
 def test_a_metadata_file_is_cut_into_tasks(tmp_path):
     (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": f"{i}.png"}) for i in range(1200)))
-    tasks = image_sources.tasks(str(tmp_path), [InputFile("metadata.jsonl", 1, 0)], Columns())
+    tasks = sources.tasks(str(tmp_path), [InputFile("metadata.jsonl", 1, 0)], Columns())
     assert [len(t["entries"]) for t in tasks] == [512, 512, 176]
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from heliostat.data import manifest
 from heliostat.errors import ConfigError
-from heliostat.plan import faults, hardware, memory, report, shares, speed
-from heliostat.plan.census import Meter, activations, build, census
+from heliostat.plan import failures, hardware, memory, planner, step_time, zero_layout
+from heliostat.plan.model_stats import Meter, activations, build, census
 from heliostat.storage import Location
 
 from tests.unit import build_images
@@ -26,7 +26,7 @@ def workspace(monkeypatch) -> None:
 
 
 def recipe_of(j):
-    from jobs.causal_lm import CausalLM
+    from heliostat.recipes.text.causal_lm import CausalLM
 
     return CausalLM(j)
 
@@ -51,10 +51,10 @@ def test_activations_are_what_a_real_forward_pass_keeps(precision, length, mask)
     j = job(**{"train.precision": precision, "data.sequence_length": length, "data.document_mask": mask})
     recipe = recipe_of(j)
     recipe.end = 0
-    counted = activations(j, recipe, build(recipe), report.sample(j, recipe))
+    counted = activations(j, recipe, build(recipe), planner.sample(j, recipe))
     model = recipe.build().to(torch.bfloat16 if precision == "bf16" else torch.float32)
     with Meter(model) as meter:
-        recipe.loss(model, recipe.batch(report.sample(j, recipe)))
+        recipe.loss(model, recipe.batch(planner.sample(j, recipe)))
     assert counted.kept == pytest.approx(meter.result().kept, rel=0.02)
     assert counted.checkpointed == pytest.approx(meter.result().checkpointed, rel=0.02)
     assert counted.checkpointed < counted.kept
@@ -63,7 +63,7 @@ def test_activations_are_what_a_real_forward_pass_keeps(precision, length, mask)
 @pytest.mark.parametrize("backbone", ["UNET", "PIXART", "SD3"])
 def test_diffusion_models_are_counted_like_any_other(backbone, tmp_path):
     """Parameters exact, activations those of a real forward pass; the dataset says what the model's shape is."""
-    from jobs.text_to_image import TextToImage
+    from heliostat.recipes.images.text_to_image import TextToImage
 
     data = build_images.digits(tmp_path / "data", 40)
     j = job(**build_images.job(data, backbone=getattr(build_images, backbone)))
@@ -71,9 +71,9 @@ def test_diffusion_models_are_counted_like_any_other(backbone, tmp_path):
     recipe.bind([manifest.read(Location(str(data)))])
     model, real = build(recipe), recipe.build()
     assert census(recipe, model).parameters == sum(p.numel() for p in real.parameters())
-    counted = activations(j, recipe, model, report.sample(j, recipe))
+    counted = activations(j, recipe, model, planner.sample(j, recipe))
     with Meter(real) as meter:
-        recipe.loss(real, recipe.batch(report.sample(j, recipe), np.zeros(1, dtype=np.int64)))
+        recipe.loss(real, recipe.batch(planner.sample(j, recipe), np.zeros(1, dtype=np.int64)))
     assert counted == meter.result() and counted.kept > 0
 
 
@@ -83,19 +83,19 @@ def test_an_average_of_the_weights_is_one_more_fp32_copy_in_memory_and_in_checkp
     assert averaged.device - plain.device == 4 * 1024 * 64 // 4
     j = job(**{"train.ema": {"decay": 0.99}})
     recipe = recipe_of(j)
-    assert report.plan(j, recipe)["checkpoint"]["bytes"] == 16 * census(recipe, build(recipe)).parameters
+    assert planner.plan(j, recipe)["checkpoint"]["bytes"] == 16 * census(recipe, build(recipe)).parameters
 
 
 def test_an_elastic_job_is_planned_on_its_most_workers_and_must_fit_on_its_fewest():
     """A worker's share of the state is largest where the workers are few."""
     elastic = {"workers.count": [1, 4], "workers.gpus": 1, "train.zero.stage": 3}
     j = job(**elastic)
-    assert report.plan(j, recipe_of(j))["workers"] == 4
+    assert planner.plan(j, recipe_of(j))["workers"] == 4
     big = {"model.num_hidden_layers": 1, "model.hidden_size": 40960, "model.intermediate_size": 40960, "model.vocab_size": 64}
     j = job(**elastic, **big, **{"train.activation_checkpointing": False})
     with pytest.raises(ConfigError, match="each worker needs"):
-        report.plan(j, recipe_of(j))
-    assert report.plan(j.on(4), recipe_of(j))["memory"]["total"] < 80 * GIB
+        planner.plan(j, recipe_of(j))
+    assert planner.plan(j.on(4), recipe_of(j))["memory"]["total"] < 80 * GIB
 
 
 def test_checkpointed_activations_grow_by_one_input_a_layer():
@@ -104,7 +104,7 @@ def test_checkpointed_activations_grow_by_one_input_a_layer():
     for layers in (2, 3, 4):
         j = job(**{"model.num_hidden_layers": layers, "train.precision": "fp32"})
         recipe = recipe_of(j)
-        kept.append(activations(j, recipe, build(recipe), report.sample(j, recipe)))
+        kept.append(activations(j, recipe, build(recipe), planner.sample(j, recipe)))
     assert kept[1].checkpointed - kept[0].checkpointed == kept[2].checkpointed - kept[1].checkpointed == 4 * 64 * 32
     assert kept[2].kept - kept[1].kept > 4 * (4 * 64 * 32)
 
@@ -145,26 +145,26 @@ def test_frozen_parameters_have_weights_alone():
 @pytest.mark.parametrize(("stage", "times"), [(0, 2), (1, 2), (2, 5), (3, 12)])
 def test_a_step_moves_what_ring_collectives_move(stage, times):
     """Four micro-batches: stages 0 and 1 reduce once, 2 every time, 3 also gathers twice every time."""
-    assert speed.volume(1000, 2, 4, stage, accumulation=4) == times * 1000 * 2 * 3 // 4
+    assert step_time.volume(1000, 2, 4, stage, accumulation=4) == times * 1000 * 2 * 3 // 4
 
 
 def test_communication_hides_behind_computing_as_far_as_there_is_any():
     device = hardware.Device("H100", 80 * GIB, 1e15, 700, 8, 450e9, 400e9, 0, 1)
     efficiency = {"compute": 0.5, "network": 0.5, "overlap": 0.8}
-    step = speed.step(1e15, int(400e9), 16, device, efficiency)
+    step = step_time.step(1e15, int(400e9), 16, device, efficiency)
     assert (step.computing, step.communicating) == (2.0, 2.0) and step.exposed == pytest.approx(0.4)
-    assert speed.step(0.0, int(400e9), 16, device, efficiency).total == 2.0  # nothing to hide behind
-    assert speed.step(1e15, int(400e9), 1, device, efficiency).total == 2.0  # nobody to send to
+    assert step_time.step(0.0, int(400e9), 16, device, efficiency).total == 2.0  # nothing to hide behind
+    assert step_time.step(1e15, int(400e9), 1, device, efficiency).total == 2.0  # nobody to send to
 
 
 def test_young_dalys_interval_wastes_least():
     """No interval near it is better; and never shorter than an upload takes."""
-    between, blocked, restart = faults.mean_time_between(50_700, 64), 5.0, 180.0
-    best = faults.best_interval(blocked, between)
+    between, blocked, restart = failures.mean_time_between(50_700, 64), 5.0, 180.0
+    best = failures.best_interval(blocked, between)
     assert best == pytest.approx(math.sqrt(2 * 5 * 50_700 / 64 * 3600))
-    least = faults.waste(best, blocked, between, restart)
-    assert all(faults.waste(best * f, blocked, between, restart) > least for f in (0.5, 0.9, 1.1, 2.0))
-    assert faults.best_interval(1e-9, between, upload_s=60) == 60
+    least = failures.waste(best, blocked, between, restart)
+    assert all(failures.waste(best * f, blocked, between, restart) > least for f in (0.5, 0.9, 1.1, 2.0))
+    assert failures.best_interval(1e-9, between, upload_s=60) == 60
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -173,7 +173,7 @@ def test_slices_are_every_element_once(stage, workers):
     """Sizes that no number of workers divides, one of a single element."""
     shapes = {"a": (7, 13), "b": (13,), "c": (1,), "d": (11, 13), "e": (3,)}
     seen = {n: [0] * math.prod(s) for n, s in shapes.items()}
-    for rank in shares.slices(shapes, stage, workers):
+    for rank in zero_layout.slices(shapes, stage, workers):
         for name, start, numel in rank:
             for i in range(start, start + numel):
                 seen[name][i] += 1
@@ -183,8 +183,8 @@ def test_slices_are_every_element_once(stage, workers):
 def test_the_plan_of_the_8b_job_is_right_where_it_can_be_known():
     """Parameters, state and checkpoint by arithmetic; FLOPs by Kaplan's formula; one H100 is refused with the reason."""
     path = ROOT / "jobs" / "llama3-8b.yaml"
-    j, recipe, _ = report.prepare(path, ["data.sources=[{path: nowhere}]"])
-    p = report.plan(j, recipe)
+    j, recipe, _ = planner.prepare(path, ["data.sources=[{path: nowhere}]"])
+    p = planner.plan(j, recipe)
     n = 8_030_261_248
     assert p["parameters"]["total"] == n and p["checkpoint"]["bytes"] == 12 * n
     assert p["memory"]["optimizer"] == pytest.approx(12 * n / 64, rel=1e-3)
@@ -193,9 +193,9 @@ def test_the_plan_of_the_8b_job_is_right_where_it_can_be_known():
     assert p["memory"]["total"] < 80 * GIB and 0.2 < p["speed"]["mfu"] < 0.6
     assert p["run"]["tokens"] == 240_000 * 4_194_304
     alone = ["data.sources=[{path: nowhere}]", "workers.count=1", "train.zero.stage=1", "train.micro_batch=1"]
-    j, recipe, _ = report.prepare(path, alone)
+    j, recipe, _ = planner.prepare(path, alone)
     with pytest.raises(ConfigError, match=r"each worker needs \d+\.\d GiB .*and H100 has 80; "):
-        report.plan(j, recipe)
+        planner.plan(j, recipe)
 
 
 def test_prices_are_overridden_key_by_key_and_typing_errors_are_found(tmp_path):

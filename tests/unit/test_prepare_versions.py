@@ -14,11 +14,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from heliostat import prepare as preparing
 from heliostat.data import manifest, versions
 from heliostat.data.index import index
 from heliostat.errors import ConfigError, DataError, StorageError
-from heliostat.prepare import InputFile, Pipeline
+from heliostat.pipelines import prepare as preparing
+from heliostat.pipelines.prepare import InputFile, Pipeline
 from heliostat.storage import Location
 
 PARTS = ("8x8", "16x8")

@@ -5,12 +5,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from heliostat import exports, reproduce
-from heliostat.cluster.pack import CODE_FILE
+from heliostat.cluster import source_code
+from heliostat.cluster.workspace_package import CODE_FILE
 from heliostat.errors import ConfigError
-from heliostat.track import card, code
+from heliostat.recipes import exported
+from heliostat.track import card
 from heliostat.track.parents import parents
-from heliostat.track.record import flatten
+from heliostat.track.run_facts import flatten
+from heliostat.train import reproduce
 
 from tests.unit.build_job import job
 from tests.unit.test_dataset import make_dataset
@@ -32,14 +34,14 @@ def git(*words: str) -> str:
 
 
 def test_the_difference_from_the_commit_is_kept_applies_again_and_never_holds_secrets(repository):
-    clean = code.source()
+    clean = source_code.source()
     assert clean.commit == git("rev-parse", "HEAD") and not clean.dirty and clean.facts()["diff"] == ""
     (repository / "a.py").write_text("x = 2\n")
     (repository / ".env").write_text("PASSWORD=two\n")
     (repository / "new.py").write_text("y = 1\n")
-    found = code.source()
+    found = source_code.source()
     assert found.dirty and found.untracked == ("new.py",) and "PASSWORD" not in found.diff
-    assert found.digest and found.digest != clean.digest and found == code.source()
+    assert found.digest and found.digest != clean.digest and found == source_code.source()
     git("checkout", "-q", "a.py")
     subprocess.run(["git", "apply"], input=found.diff, text=True, check=True)
     assert (repository / "a.py").read_text() == "x = 2\n"
@@ -59,7 +61,7 @@ def test_what_may_be_secret_is_not_in_the_difference_and_is_listed(repository):
     git("mv", ".env", "settings.txt")
     (repository / "settings.txt").write_text("PASSWORD=one\nhunter2\n")
     git("add", "-A")
-    found = code.source()
+    found = source_code.source()
     assert "hunter2" not in found.text() and "PASSWORD" not in found.diff
     assert "+a: 3" in found.diff and "+b: 4" in found.diff and "+uri: mysql://u:***@h/d" not in found.diff
     assert " uri: mysql://u:***@h/d" in found.diff and found.diff.count("+a: 3") == 2
@@ -70,22 +72,22 @@ def test_what_may_be_secret_is_not_in_the_difference_and_is_listed(repository):
 
 def test_on_a_cluster_the_code_is_what_git_said_where_it_was_sent_from(repository, tmp_path, monkeypatch):
     (repository / "a.py").write_text("x = 2\n")
-    sent = code.source()
+    sent = source_code.source()
     there = tmp_path / "there"
     there.mkdir()
     (there / CODE_FILE).write_text(sent.dump())
     monkeypatch.chdir(there)
-    assert code.source() == sent
+    assert source_code.source() == sent
 
 
 def test_outside_of_git_the_code_is_not_known(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert code.source() == code.Source() and code.source().facts() == {"commit": "", "diff": ""}
+    assert source_code.source() == source_code.Source() and source_code.source().facts() == {"commit": "", "diff": ""}
 
 
 def test_the_environment_has_python_and_every_package():
-    found = code.environment()
+    found = source_code.environment()
     assert {"python", "system", "torch", "ray", "mlflow", "deepspeed"} <= found.keys()
 
 
@@ -95,7 +97,7 @@ def test_parents_are_every_pretrained_folder_however_deep_and_who_made_them(tmp_
         folder.mkdir()
         (folder / "config.json").write_text("{}")
         (folder / "model.safetensors").write_bytes(b"12345678")
-    exports.write(made, job(card={"license": "MIT"}), {"run_id": "f" * 32, "step": 70, "data_digest": "d"})
+    exported.write(made, job(card={"license": "MIT"}), {"run_id": "f" * 32, "step": 70, "data_digest": "d"})
     found = parents(job(model={"text": {"pretrained": str(made)}, "pretrained": str(foreign)}))
     assert [(p["key"], p["run_id"], p["step"], p["name"], p["license"]) for p in found] == [
         ("model.text.pretrained", "f" * 32, 70, "small", "MIT"),
@@ -145,11 +147,11 @@ def test_a_run_is_made_again_on_the_workers_that_it_began_with_to_a_step_and_reg
 
 def test_what_differs_is_told_and_only_that():
     here = {"torch": "2.10", "numpy": "2", "new": "1"}
-    notes = reproduce.differences(recorded(), code.Source("c2", "+x"), here)
+    notes = reproduce.differences(recorded(), source_code.Source("c2", "+x"), here)
     assert [n.split(":")[0] for n in notes] == ["code", "code", "environment", "environment", "workers"]
     assert "torch 2.9 then, 2.10 now" in notes[3] and "new absent then, 1 now" in notes[2] and "2, 4 workers" in notes[4]
     alone = recorded(attempts=[{"workers": 4}])
-    assert reproduce.differences(alone, code.Source("c1"), alone.environment) == []
+    assert reproduce.differences(alone, source_code.Source("c1"), alone.environment) == []
 
 
 def test_curves_are_compared_step_by_step_to_the_last_bit():

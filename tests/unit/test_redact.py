@@ -7,8 +7,9 @@ import sys
 import time
 
 import pytest
-from heliostat import errors, redact, spec
-from heliostat.cluster import reach
+from heliostat import errors, redact
+from heliostat.cluster import endpoint as reach
+from heliostat.config import spec
 from heliostat.errors import ConfigError
 from heliostat.storage import Location
 from heliostat.track import ui

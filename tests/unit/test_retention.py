@@ -7,12 +7,12 @@ import random
 from pathlib import Path
 
 import pytest
+from heliostat.checkpoint.layout import encode, folder, latest, steps
+from heliostat.checkpoint.retention import Pruner, retained, survey
 from heliostat.cli import app
+from heliostat.config.spec import Checkpoint as Policy
 from heliostat.errors import CheckpointError, ConfigError, CorruptCheckpointError
-from heliostat.spec import Checkpoint as Policy
 from heliostat.storage import Location
-from heliostat.train.retention import Pruner, retained, survey
-from heliostat.train.stored import encode, folder, latest, steps
 from typer.testing import CliRunner
 
 from tests.unit.build_index import index

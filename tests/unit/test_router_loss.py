@@ -7,9 +7,9 @@ import pytest
 import torch
 import transformers
 from heliostat.errors import ConfigError
-from heliostat.track.points import points
-from heliostat.train.objective import Objective
-from heliostat.train.show import Show
+from heliostat.track.metrics import points
+from heliostat.train.driver.progress import Show
+from heliostat.train.worker.objective import Objective
 from rich.console import Console
 
 from tests.unit.test_causal_lm import LLAMA, recipe

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from heliostat.data import manifest, receipt, segments
+from heliostat.checkpoint import layout
+from heliostat.data import manifest, receipt
 from heliostat.data.dataset import DataPlan, open_dataset
 from heliostat.errors import ConfigError
-from heliostat.samples import samples
+from heliostat.pipelines.text import tokens
+from heliostat.runs import segments
+from heliostat.runs.samples import samples
 from heliostat.storage import Location
-from heliostat.train import stored
 
-from pipelines import tokens
 from tests.unit.build_index import index
 from tests.unit.build_job import job
 from tests.unit.test_dataset import LENGTH, make_plan
@@ -57,7 +58,7 @@ def make_run(folder: Path, source: manifest.Manifest, *changes: DataPlan) -> Loc
     )
     model = {"data.sources.0.path": str(source.location), "data.sequence_length": LENGTH, "model.vocab_size": None}
     facts = {"receipt": {"steps": STEPS, "chain": ""}, "data_digest": plan.digest, "job": job(**model).dump()}
-    stored.folder(place, STEPS).join(stored.INDEX).write(stored.encode(index(STEPS, **facts)))
+    layout.folder(place, STEPS).join(layout.INDEX).write(layout.encode(index(STEPS, **facts)))
     return place
 
 
@@ -126,7 +127,7 @@ def test_a_step_that_has_no_receipt_says_which_have(run):
 
 def test_a_run_without_a_checkpoint_has_no_recipe(run):
     """Its job is in the checkpoints; one line says so."""
-    stored.folder(run, STEPS).delete()
+    layout.folder(run, STEPS).delete()
     with pytest.raises(ConfigError, match="holds no complete checkpoint, so its recipe is not known"):
         samples(run, 0)
 

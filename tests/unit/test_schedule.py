@@ -4,8 +4,8 @@ import itertools
 import random
 
 import pytest
-from heliostat.spec import Schedule
-from heliostat.train.schedule import factor
+from heliostat.config.spec import Schedule
+from heliostat.train.worker.lr_schedule import factor
 
 NAMES = ("cosine", "constant", "linear", "wsd")
 

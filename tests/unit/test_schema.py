@@ -4,9 +4,9 @@ import random
 
 import pytest
 import yaml
-from heliostat import schema, spec
+from heliostat.config import schema, spec
+from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
-from heliostat.spec import Job
 
 from tests.unit.build_job import BASE, raw, write
 

@@ -3,9 +3,10 @@
 import json
 
 import pytest
-from heliostat.goodput import FOLDER, Attempt
+from heliostat.checkpoint import layout
+from heliostat.runs import summary
+from heliostat.runs.goodput import FOLDER, Attempt
 from heliostat.storage import Location
-from heliostat.train import stored, summary
 
 from tests.unit.build_job import job
 
@@ -42,7 +43,7 @@ def test_a_run_without_a_ledger_has_a_summary_too():
 
 def test_a_summary_or_result_counts_for_the_step_that_it_is_of(tmp_path, caplog):
     """Not for a longer training; and one that is damaged is made again, as is one that a damaged ledger cannot help to make."""
-    run, last = Location(str(tmp_path)), stored.Checkpoint(Location(str(tmp_path)), {"step": 100, "metrics": METRICS})
+    run, last = Location(str(tmp_path)), layout.Checkpoint(Location(str(tmp_path)), {"step": 100, "metrics": METRICS})
     summary.write(run, {"steps": 90, "train_loss": 9.0})
     assert summary.read(run, last, job())["train_loss"] == 2.0 / 3.0
     summary.write(run, {"steps": 100, "train_loss": 1.0})

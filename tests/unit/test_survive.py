@@ -4,11 +4,12 @@ import math
 import random
 
 import pytest
-from heliostat import errors, spec
-from heliostat.cluster.room import missing, room, starved
+from heliostat import errors
+from heliostat.cluster.capacity import missing, room, starved
+from heliostat.config import spec
 from heliostat.errors import CheckpointError, ConfigError, CorruptCheckpointError, StorageError, TrainingError, WorkerError
-from heliostat.train.spike import Detector
-from heliostat.train.survive import Budget, choose, classify, stalled
+from heliostat.train.driver.recovery import Budget, choose, classify, stalled
+from heliostat.train.worker.loss_spikes import Detector
 
 from tests.unit.build_job import job
 

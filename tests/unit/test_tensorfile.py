@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 import torch
-from heliostat.train import tensorfile
-from heliostat.train.blocks import as_bytes, cut
-from heliostat.train.tensorfile import Entry
+from heliostat.checkpoint import safetensors_file
+from heliostat.checkpoint.checksums import as_bytes, cut
+from heliostat.checkpoint.safetensors_file import Entry
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -19,9 +19,9 @@ def _entry(name: str, tensor: torch.Tensor) -> Entry:
 def test_the_library_reads_every_type_and_shape(tmp_path: Path) -> None:
     """Scalars, empty tensors and odd sizes before larger elements included; the offsets are where the bytes are."""
     tensors = {"odd": torch.tensor([1, 2, 3], dtype=torch.uint8), "empty": torch.zeros(0, 4), "scalar": torch.tensor(7)}
-    tensors |= {name: torch.arange(6).reshape(2, 3).to(dtype) for name, dtype in tensorfile.DTYPES.items()}
+    tensors |= {name: torch.arange(6).reshape(2, 3).to(dtype) for name, dtype in safetensors_file.DTYPES.items()}
     path = tmp_path / "a" / "t.safetensors"
-    offsets = tensorfile.write(path, [_entry(n, t) for n, t in tensors.items()], {"format": "pt", "who": "me"})
+    offsets = safetensors_file.write(path, [_entry(n, t) for n, t in tensors.items()], {"format": "pt", "who": "me"})
     read = load_file(path)
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[n], t) and read[n].dtype == t.dtype for n, t in tensors.items())
@@ -37,8 +37,8 @@ SCRIPT = """
 import resource, sys, torch
 from pathlib import Path
 from heliostat.errors import StorageError
-from heliostat.train.blocks import as_bytes, cut
-from heliostat.train.tensorfile import Entry, write
+from heliostat.checkpoint.checksums import as_bytes, cut
+from heliostat.checkpoint.safetensors_file import Entry, write
 
 def parts():
     yield from cut(as_bytes(torch.ones(2 << 20)))

@@ -11,11 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 from heliostat.data import manifest
 from heliostat.errors import ConfigError
-from heliostat.prepare import InputFile
+from heliostat.pipelines.prepare import InputFile
+from heliostat.pipelines.text import documents, sources, tasks, tokens
+from heliostat.pipelines.text.documents import Document, Dropped, Rules
 from heliostat.storage import Location
-
-from pipelines import documents, sources, text_tasks, tokens
-from pipelines.documents import Document, Dropped, Rules
 
 END = "<|endoftext|>"
 KNOWN_SHARD = "ad6595d68eed2d06"
@@ -184,15 +183,15 @@ def test_pack():
 
 def test_unique_keeps_the_smallest_id():
     rows = pa.table({"hash": ["b", "a", "b", "a", "c"], "id": ["2", "9", "1", "3", "7"], "text": list("xyxyz")})
-    table, duplicates = text_tasks.unique(rows)
+    table, duplicates = tasks.unique(rows)
     assert table["id"].to_pylist() == ["3", "1", "7"] and duplicates == 2
-    assert text_tasks.unique(rows.slice(0, 0))[1] == 0
+    assert tasks.unique(rows.slice(0, 0))[1] == 0
 
 
 def test_assign_puts_equal_texts_together():
     hashes = [Document("", str(i % 50)).hash for i in range(100)]
-    shards = text_tasks.assign(pa.table({"hash": [*hashes, ""]}), shards=7)["shard"].to_pylist()
-    assert shards[:50] == shards[50:100] and set(shards) == {*range(7), text_tasks.DROPPED}
+    shards = tasks.assign(pa.table({"hash": [*hashes, ""]}), shards=7)["shard"].to_pylist()
+    assert shards[:50] == shards[50:100] and set(shards) == {*range(7), tasks.DROPPED}
     by_hash = [shard for _, shard in sorted(zip(hashes, shards, strict=False))]
     assert by_hash == sorted(by_hash), "a shard holds a range of hashes"
 
@@ -281,7 +280,7 @@ def test_entropy():
 
 
 def test_a_vanished_file_is_counted(tmp_path):
-    found = list(text_tasks.read_file(Location(str(tmp_path)), "gone.txt", Rules()))
+    found = list(tasks.read_file(Location(str(tmp_path)), "gone.txt", Rules()))
     assert found == [Dropped("gone.txt", "unreadable")]
 
 

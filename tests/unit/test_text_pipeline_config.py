@@ -4,15 +4,14 @@ from pathlib import Path
 
 import pytest
 from heliostat.errors import ConfigError
-from heliostat.prepare import load, prepare
-
-from pipelines import tokens
+from heliostat.pipelines.prepare import load, prepare
+from heliostat.pipelines.text import tokens
 
 END = "<|endoftext|>"
 
 GOOD = """
 name: t
-pipeline: pipelines.text:TextPipeline
+pipeline: heliostat.pipelines.text.pipeline:TextPipeline
 input: {tmp}/in
 output: {tmp}/out
 tokenizer: {{vocab_size: 300}}
@@ -23,8 +22,8 @@ tokenizer: {{vocab_size: 300}}
     ("settings", "message"),
     [
         (["pipeline=pipelines.text"], "must look like package.module:Class"),
-        (["pipeline=pipelines.text:TextPipelin"], "did you mean 'TextPipeline'"),
-        (["pipeline=pipelines.text:TokenizerConfig"], "must be a subclass of heliostat.prepare.Pipeline"),
+        (["pipeline=heliostat.pipelines.text.pipeline:TextPipelin"], "did you mean 'TextPipeline'"),
+        (["pipeline=heliostat.pipelines.text.pipeline:TokenizerConfig"], "must be a subclass of heliostat.prepare.Pipeline"),
         (["pipeline=null"], "must name a class"),
         (["chunk_token=5"], "chunk_token: unknown key; did you mean 'chunk_tokens'"),
         (["normalise=NFD"], "normalise: 'NFD' is not a choice"),
@@ -45,7 +44,7 @@ def test_errors_come_before_ray(tmp_path, monkeypatch, settings, message):
     def no_ray(**_):
         raise AssertionError("Ray was started")
 
-    monkeypatch.setattr("heliostat.prepare.connect", no_ray)
+    monkeypatch.setattr("heliostat.pipelines.prepare.connect", no_ray)
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").write_text("text")
     (tmp_path / "bad.json").write_text("{}")
@@ -76,5 +75,5 @@ def test_identity_knows_contents_and_not_places(tmp_path):
 
 def test_quickstart_is_valid():
     target, pipeline = load(Path("pipelines/quickstart.yaml"), [])
-    assert target == "pipelines.text:TextPipeline" and pipeline.name == "quickstart"
+    assert target == "heliostat.pipelines.text.pipeline:TextPipeline" and pipeline.name == "quickstart"
     pipeline.check()

@@ -13,12 +13,12 @@ from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline
 from heliostat.data import manifest
 from heliostat.data.dataset import open_dataset, plan
 from heliostat.errors import ConfigError
+from heliostat.recipes.images import diffusers_folder
+from heliostat.recipes.images.pipeline import TextToImagePipeline, generators
+from heliostat.recipes.images.text_to_image import TextToImage
 from heliostat.storage import Location
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from jobs import image_export
-from jobs.image_pipeline import TextToImagePipeline, generators
-from jobs.text_to_image import TextToImage
 from tests.unit import build_images
 from tests.unit.build_images import PIXART, SD3, TEXT, UNET
 from tests.unit.build_job import job
@@ -83,7 +83,7 @@ def test_a_batchs_loss_is_the_sum_of_its_samples_whatever_the_cut(arch, objectiv
 
 
 def test_draws_are_normal_uniform_and_dropped_as_often_as_asked(dataset):
-    from jobs.image_rows import draw
+    from heliostat.recipes.images.rows import draw
 
     made = draw(7, np.arange(4000), (1, 4, 4), 0.2, 0.0, True)
     assert abs(float(made.noise.mean())) < 0.02 and abs(float(made.noise.std()) - 1) < 0.02
@@ -252,7 +252,7 @@ def test_frozen_encoders_are_in_the_plan_and_leave_the_device_when_only_drawing_
     from types import SimpleNamespace
 
     from heliostat.plan import memory
-    from heliostat.plan.census import build, census
+    from heliostat.plan.model_stats import build, census
 
     text = {"pretrained": str(clip(tmp_path / "clip", dataset)), "length": 8}
     made = recipe(dataset, text=text, autoencoder={"pretrained": str(autoencoder(tmp_path / "vae", 1))},
@@ -299,7 +299,7 @@ def clip(folder: Path, dataset: Path, width: int = 16) -> Path:
     config = CLIPTextConfig(vocab_size=320, hidden_size=width, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
                             max_position_embeddings=8)  # fmt: skip
     CLIPTextModel(config).save_pretrained(folder)
-    image_export.tokenizer((dataset / "tokenizer.json").read_bytes(), 0, 8).save_pretrained(folder)
+    diffusers_folder.tokenizer((dataset / "tokenizer.json").read_bytes(), 0, 8).save_pretrained(folder)
     return folder
 
 
@@ -307,15 +307,14 @@ def clip(folder: Path, dataset: Path, width: int = 16) -> Path:
 def test_latents_are_sampled_as_stable_diffusions_own_pipeline_does(prediction, sampler, dataset, tmp_path):
     """The same parts, seeds, guidance and steps: pixels to 2e-3 of their range, one by one and in a batch."""
     from diffusers import UNet2DConditionModel
-
-    from jobs.noising import Objective, Process
+    from heliostat.recipes.images.noising import Objective, Process
 
     torch.manual_seed(0)
     keys = {k: v for k, v in UNET.items() if k != "arch"}
     unet = UNet2DConditionModel(**keys, in_channels=4, out_channels=4, sample_size=8, cross_attention_dim=16).eval()
     vae = AutoencoderKL.from_pretrained(autoencoder(tmp_path / "vae"))
     encoder = CLIPTextModel.from_pretrained(clip(tmp_path / "clip", dataset)).eval()
-    tokenizer = image_export.tokenizer((dataset / "tokenizer.json").read_bytes(), 0, 8)
+    tokenizer = diffusers_folder.tokenizer((dataset / "tokenizer.json").read_bytes(), 0, 8)
     scheduler = Process(Objective(prediction=prediction)).scheduler(sampler)
     parts: dict[str, Any] = {"scheduler": scheduler, "text_encoder": encoder, "tokenizer": tokenizer, "unet": unet, "vae": vae}
     ours = TextToImagePipeline(**parts)
@@ -351,10 +350,12 @@ def test_an_exported_folder_loads_with_plain_diffusers_and_draws_the_same(arch, 
     plain.set_progress_bar_config(disable=True)
     draws = [torch.Generator("cpu").manual_seed(s) for s in (5, 6)]
     theirs = plain(prompts, num_inference_steps=5, guidance_scale=2.0, generator=draws).images
-    ours = image_export.load(tmp_path)(prompts, num_inference_steps=5, guidance_scale=2.0, generator=generators([5, 6])).images
+    ours = diffusers_folder.load(tmp_path)(
+        prompts, num_inference_steps=5, guidance_scale=2.0, generator=generators([5, 6])
+    ).images
     assert [np.asarray(i).tolist() for i in theirs] == [np.asarray(i).tolist() for i in ours]
     assert theirs[0].size == (8, 8) and theirs[0].mode == "L"
-    from jobs.image_pipeline import denoise
+    from heliostat.recipes.images.pipeline import denoise
 
     with torch.no_grad():  # as it is drawn while it is trained
         say = made.sampler_of(model, "cpu")(prompts)
@@ -388,7 +389,7 @@ def test_a_frozen_encoder_conditions_and_is_not_trained(kind, dataset, tmp_path)
     else:
         torch.manual_seed(5)
         T5EncoderModel(T5Config(vocab_size=320, d_model=24, d_ff=32, num_layers=1, num_heads=2, d_kv=12)).save_pretrained(folder)
-        image_export.tokenizer((dataset / "tokenizer.json").read_bytes(), 0, 8).save_pretrained(folder)
+        diffusers_folder.tokenizer((dataset / "tokenizer.json").read_bytes(), 0, 8).save_pretrained(folder)
     made = recipe(dataset, text={"pretrained": str(folder), "length": 8})
     torch.manual_seed(0)
     model = woken(made.build())
@@ -401,7 +402,7 @@ def test_a_frozen_encoder_conditions_and_is_not_trained(kind, dataset, tmp_path)
 
 
 def test_datasets_that_do_not_belong_together_are_refused(dataset, tmp_path):
-    from jobs import image_rows
+    from heliostat.recipes.images import rows as image_rows
 
     whole = manifest.read(Location(str(dataset)))
     other = manifest.Manifest(whole.location, whole.chunks, {**whole.meta, "size": [16, 8]})

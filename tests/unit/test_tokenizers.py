@@ -13,13 +13,13 @@ import pytest
 import torch
 from heliostat.data import manifest
 from heliostat.errors import ConfigError
+from heliostat.pipelines.text.tokens import encode, load
+from heliostat.recipes.text.causal_lm import CausalLM
+from heliostat.recipes.text.token_bytes import sizes
 from heliostat.storage import Location
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig
 
-from jobs.causal_lm import CausalLM
-from jobs.token_bytes import sizes
-from pipelines.tokens import encode, load
 from tests.unit.build_job import ROOT, job
 
 END = "<|end|>"

@@ -4,10 +4,10 @@ import math
 
 import numpy as np
 import pytest
-from heliostat.tune import bandit, rungs
-from heliostat.tune.bandit import Interval
-from heliostat.tune.record import Record
+from heliostat.tune import pb2, rungs
+from heliostat.tune.pb2 import Interval
 from heliostat.tune.space import Domain
+from heliostat.tune.trial_record import Record
 
 LR, DECAY = "train.optimizer.lr", "train.optimizer.weight_decay"
 SPACE = {LR: Domain(loguniform=[1e-5, 1e-1]), DECAY: Domain(uniform=[0.0, 0.2])}
@@ -17,7 +17,7 @@ def test_an_interval_has_the_values_that_it_was_trained_with_and_a_clone_begins_
     donor = Record(0, {LR: 1e-2}, reports=[(10, 5.0, 1.0), (20, 4.0, 3.0), (30, 3.5, 5.0)])
     clone = Record(1, {LR: 2e-2}, reports=[(10, 9.0, 1.0), (20, 8.0, 3.0), (30, 3.0, 5.0), (40, 2.5, 7.0)])
     clone.clones = [{"from": 0, "step": 20, "at": 4.0, "old": {LR: 1e-5}, "params": {LR: 2e-2}}]
-    assert bandit.intervals([donor, clone]) == [
+    assert pb2.intervals([donor, clone]) == [
         Interval(0, 20, 5.0, pytest.approx(-0.1), {LR: 1e-2}),
         Interval(1, 20, 9.0, pytest.approx(-0.1), {LR: 1e-5}),
         Interval(0, 30, 4.0, pytest.approx(-0.05), {LR: 1e-2}),
@@ -41,25 +41,25 @@ def population(mode: str, size: int = 24) -> list[Record]:
 def test_what_is_suggested_lies_where_the_population_gained_most(mode):
     """Nearer to the best rate than values that explore alone, which are a decade off on average; again for the same seed."""
     records = population(mode)
-    suggested = [bandit.suggest(records, 3, 20, SPACE, mode, np.random.default_rng(seed)) for seed in range(8)]
+    suggested = [pb2.suggest(records, 3, 20, SPACE, mode, np.random.default_rng(seed)) for seed in range(8)]
     assert all(s and 1e-5 <= s[LR] <= 1e-1 and 0 <= s[DECAY] <= 0.2 for s in suggested)
     assert np.median([abs(math.log10(s[LR]) + 3) for s in suggested if s]) < 0.75
-    assert suggested[0] == bandit.suggest(records, 3, 20, SPACE, mode, np.random.default_rng(0))
+    assert suggested[0] == pb2.suggest(records, 3, 20, SPACE, mode, np.random.default_rng(0))
 
 
 def test_trials_that_clone_at_the_same_step_are_given_different_values():
     records = population("min", 6)
-    first = bandit.suggest(records, 3, 20, SPACE, "min", np.random.default_rng(0))
+    first = pb2.suggest(records, 3, 20, SPACE, "min", np.random.default_rng(0))
     assert first
     records[0].clones = [{"from": 3, "step": 20, "at": 3.0, "old": records[0].params, "params": first}]
     records[0].params = first
-    second = bandit.suggest(records, 3, 20, SPACE, "min", np.random.default_rng(1))
+    second = pb2.suggest(records, 3, 20, SPACE, "min", np.random.default_rng(1))
     assert second and abs(math.log10(second[LR] / first[LR])) + abs(second[DECAY] - first[DECAY]) / 0.2 > 0.05
 
 
 def test_with_one_report_there_is_nothing_to_learn_from():
     records = [Record(n, {LR: 1e-3, DECAY: 0.1}, reports=[(10, 5.0, 1.0)]) for n in range(4)]
-    assert bandit.suggest(records, 0, 10, SPACE, "min", np.random.default_rng(0)) is None
+    assert pb2.suggest(records, 0, 10, SPACE, "min", np.random.default_rng(0)) is None
 
 
 @pytest.mark.parametrize("reduction", [2, 3, 4])

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import yaml
 from heliostat.errors import ConfigError
-from heliostat.tune import record as records
 from heliostat.tune import schedulers, searchers
-from heliostat.tune.record import Claim, Record
+from heliostat.tune import trial_record as records
 from heliostat.tune.state import State
 from heliostat.tune.sweep import Plan, bracket, load
+from heliostat.tune.trial_record import Claim, Record
 
 from tests.unit import build_job
 from tests.unit.build_job import ROOT
@@ -120,7 +120,7 @@ def test_a_value_that_makes_no_valid_job_is_a_failed_trial(plan) -> None:
 CLAIM = """
 import os, signal, sys
 from heliostat.storage import Location
-from heliostat.tune.record import Claim
+from heliostat.tune.trial_record import Claim
 Claim(Location(sys.argv[1]))
 os.kill(os.getpid(), signal.SIGKILL)
 """

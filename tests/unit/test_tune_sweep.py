@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from heliostat.config.spec import Workers
 from heliostat.errors import ConfigError
-from heliostat.spec import Workers
-from heliostat.tune import report, room
-from heliostat.tune.record import Record, best, ranked
+from heliostat.tune import concurrency, report
 from heliostat.tune.sweep import Plan, Sweep, holds, load
+from heliostat.tune.trial_record import Record, best, ranked
 
 from tests.unit import build_job
 from tests.unit.build_job import ROOT
@@ -56,7 +56,7 @@ def test_values_keep_their_types(tmp_path):
         ({"job": "jbo.yaml"}, {}, "job: there is no file 'jbo.yaml'"),
         ({"set": {"train.stesp": 5}}, {}, "train.stesp: unknown key; did you mean 'steps'"),
         ({"set": {"train.optimizer.lr": 1e-3}}, {}, "space.train.optimizer.lr: is in set, too"),
-        ({"metric": "los"}, {}, "metric: 'los' is no score of jobs.causal_lm:CausalLM; did you mean 'loss'"),
+        ({"metric": "los"}, {}, "metric: 'los' is no score of heliostat.recipes.text.causal_lm:CausalLM; did you mean 'loss'"),
         ({}, {"evaluate": None}, "job: has no evaluate, so it reports no metric"),
         ({}, {"workers.count": [1, 4]}, "is elastic; a sweep needs a number"),
         ({"budget": {}}, {}, "budget: searcher 'random' never ends"),
@@ -170,12 +170,16 @@ def test_the_table_names_keys_by_their_last_part_unless_two_share_it(tmp_path):
     ],
 )
 def test_as_many_trials_as_find_room_for_all_their_workers(workers, cpus, count):
-    assert room.gangs(workers, {str(i): {"CPU": float(c)} for i, c in enumerate(cpus)}) == count
+    assert concurrency.gangs(workers, {str(i): {"CPU": float(c)} for i, c in enumerate(cpus)}) == count
 
 
 def test_gpus_count_too_and_one_machine_holds_at_least_one_trial():
-    assert room.gangs(Workers(count=2, gpus=1), {"a": {"CPU": 100.0, "GPU": 5.0}}) == 2
-    assert (room.here(Workers(count=2), 2), room.here(Workers(count=4), 2), room.here(Workers(count=1), 8)) == (1, 1, 8)
+    assert concurrency.gangs(Workers(count=2, gpus=1), {"a": {"CPU": 100.0, "GPU": 5.0}}) == 2
+    assert (
+        concurrency.here(Workers(count=2), 2),
+        concurrency.here(Workers(count=4), 2),
+        concurrency.here(Workers(count=1), 8),
+    ) == (1, 1, 8)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "jobs/sweeps").glob("*.yaml")), ids=lambda p: p.stem)

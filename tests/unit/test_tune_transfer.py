@@ -7,8 +7,8 @@ import pytest
 import yaml
 from heliostat.errors import ConfigError
 from heliostat.tune import transfer
-from heliostat.tune.record import Record
 from heliostat.tune.sweep import load
+from heliostat.tune.trial_record import Record
 
 from tests.unit import build_job
 from tests.unit.build_job import ROOT

@@ -15,16 +15,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from heliostat import cli, verify
-from heliostat.data import manifest, receipt, segments
+from heliostat import cli
+from heliostat.checkpoint import layout
+from heliostat.data import manifest, receipt
 from heliostat.data.dataset import DataPlan, Dataset, open_dataset
 from heliostat.data.manifest import Manifest
 from heliostat.data.mixing import Shape
 from heliostat.data.order import Order, Samples, Split
 from heliostat.errors import ConfigError, VerifyError
-from heliostat.history import History
+from heliostat.runs import segments, verify
+from heliostat.runs.history import History
 from heliostat.storage import Location
-from heliostat.train import stored
 
 from tests.unit.build_index import index
 from tests.unit.test_dataset import LENGTH, make_dataset, make_plan, naive
@@ -90,7 +91,7 @@ class Run:
     def checkpoint(self, step: int, data_digest: str | None = None, **receipt: Any) -> None:
         facts = {"steps": step, "chain": self.chains[step], **receipt}
         made = index(step, receipt=facts, data_digest=data_digest or self.plan(step - 1).digest)
-        stored.folder(self.location, step).join(stored.INDEX).write(stored.encode(made))
+        layout.folder(self.location, step).join(layout.INDEX).write(layout.encode(made))
 
     def difference(self) -> tuple[int, str]:
         """The first step that `verify` finds wrong, and what is wrong with it."""
@@ -201,7 +202,7 @@ def test_receipts_may_overlap_if_they_agree(run):
 
 def test_a_torn_checkpoint_says_nothing(run):
     """Without a whole checkpoint.json it does not exist, so nothing is lost."""
-    stored.folder(run.location, 40).join(stored.INDEX).write(b"{}")
+    layout.folder(run.location, 40).join(layout.INDEX).write(b"{}")
     assert verify.verify(run.location) == right(23)
 
 
@@ -267,7 +268,7 @@ def test_a_missing_receipt_is_lost_samples(run, first, end):
 def test_a_run_is_as_long_as_its_receipts(run):
     """Without the last receipt and the checkpoint beyond, it is a right run of fewer steps."""
     run.file(23).delete()
-    stored.folder(run.location, 23).delete()
+    layout.folder(run.location, 23).delete()
     assert verify.verify(run.location) == right(20)
 
 

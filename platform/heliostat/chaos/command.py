@@ -30,7 +30,7 @@ def chaos(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON list as the last line")] = False,
 ) -> None:
     """Break a job's runs on purpose, one fault a run, and compare each with the unbroken run: nothing may be lost."""
-    from heliostat.chaos.run import chaos as run
+    from heliostat.chaos.experiment import chaos as run
     from heliostat.errors import VerifyError
 
     names = [name.strip() for name in faults.split(",") if name.strip()]

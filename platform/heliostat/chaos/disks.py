@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from heliostat.chaos.process import ChaosError
-from heliostat.spec import Job
+from heliostat.config.spec import Job
 
 
 def why_not(job: Job) -> str | None:

@@ -27,9 +27,9 @@ from heliostat.chaos.nodes import LocalNodes
 from heliostat.chaos.process import ChaosError, Command, workers
 from heliostat.chaos.servers import Server, mlflow_server, s3_server
 from heliostat.check import Checked
-from heliostat.spec import Job
+from heliostat.checkpoint import layout
+from heliostat.config.spec import Job
 from heliostat.storage import Location
-from heliostat.train import stored
 
 SEEING_S = 120.0  # for a run to come upon the fault
 KEYS = {"AWS_ACCESS_KEY_ID": "chaos", "AWS_SECRET_ACCESS_KEY": "chaos", "AWS_EC2_METADATA_DISABLED": "true"}  # moto takes any
@@ -118,7 +118,7 @@ def prepare_late(scene: Scene) -> None:
 
 def kill_driver_late(scene: Scene, command: Command) -> None:
     """At any moment between the last checkpoint and the command's end, by as long as the unbroken run took for that."""
-    last = stored.folder(scene.run, scene.checked.job.last_step).join(stored.INDEX)
+    last = layout.folder(scene.run, scene.checked.job.last_step).join(layout.INDEX)
     command.until(last.exists, SEEING_S, "the last checkpoint was written")
     time.sleep(scene.random.uniform(0.0, scene.late_s))
     if command.process.poll() is not None:
@@ -251,7 +251,7 @@ def torn_checkpoint(scene: Scene, command: Command) -> None:
     known = set(whole_checkpoints(scene.run))
     command.until(lambda: bool(set(whole_checkpoints(scene.run)) - known), SEEING_S, "other checkpoint was written")
     newest = max(whole_checkpoints(scene.run))
-    folder = Path(stored.folder(scene.run, newest).path)
+    folder = Path(layout.folder(scene.run, newest).path)
     shard = max(folder.glob("*.safetensors"), key=lambda p: p.stat().st_size)
     scene.struck = time.time()
     os.truncate(shard, shard.stat().st_size // 2)
@@ -259,7 +259,7 @@ def torn_checkpoint(scene: Scene, command: Command) -> None:
 
 
 def whole_checkpoints(run: Location) -> list[int]:
-    return [step for step in stored.steps(run) if stored.folder(run, step).join(stored.INDEX).exists()]
+    return [step for step in layout.steps(run) if layout.folder(run, step).join(layout.INDEX).exists()]
 
 
 # MLflow --------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from heliostat.chaos.process import STEP
-from heliostat.goodput import Attempt
+from heliostat.runs.goodput import Attempt
 
 Lines = Sequence[tuple[float, str]]  # wall clock, and what was said
 

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import psutil
 
-from heliostat import workspace
 from heliostat.chaos.process import ChaosError, end_tree, workers
 from heliostat.cluster import private
 from heliostat.cluster.connect import SILENT, worker_environment
+from heliostat.config import workspace
 
 START_S = 90.0
 SESSIONS = Path(tempfile.gettempdir()) / f"hx{os.getpid()}"  # short: Ray's sockets lie below, and a path has 107 characters

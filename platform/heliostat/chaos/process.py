@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from heliostat import workspace
+from heliostat.config import workspace
 
 log = logging.getLogger(__name__)
 

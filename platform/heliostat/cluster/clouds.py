@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from heliostat.cluster.cluster_file import ClusterFile
 from heliostat.cluster.exposure import docker_options
-from heliostat.cluster.files import ClusterFile
 
 BROAD_SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 A3_DISKS = ("pd-balanced", "pd-ssd", "hyperdisk-balanced")  # of A3 High; the default, pd-standard, is refused

@@ -20,9 +20,9 @@ from typing import Any
 import psutil
 import ray
 
-from heliostat import workspace
 from heliostat.check import require_gpus
 from heliostat.cluster import private, start
+from heliostat.config import workspace
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
-from heliostat.cluster.files import ClusterFile, groups
+from heliostat.cluster.cluster_file import ClusterFile, groups
 
 DOCKER_OPTIONS = ("run_options", "head_run_options", "worker_run_options")
 LOOPBACK = ("127.", "localhost", "::1")

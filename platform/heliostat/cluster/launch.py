@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from heliostat.cluster import files, local
-from heliostat.cluster.files import ClusterFile
-from heliostat.cluster.reach import tool
+from heliostat.cluster import cluster_file, local
+from heliostat.cluster.cluster_file import ClusterFile
+from heliostat.cluster.endpoint import tool
 from heliostat.errors import ClusterError, ConfigError
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def down(target: str) -> dict[str, Any]:
     """`target`: a cluster file, or the name of a local cluster."""
     if not target.endswith((".yaml", ".yml")):
         return _down_local(target)
-    cluster = files.read(Path(target))
+    cluster = cluster_file.read(Path(target))
     if cluster.local:
         return _down_local(cluster.name)
     if cluster.kind == "launcher":

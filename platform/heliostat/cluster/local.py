@@ -23,10 +23,10 @@ from pathlib import Path
 
 import psutil
 
-from heliostat import workspace
-from heliostat.cluster import http, private, processes
-from heliostat.cluster.files import ClusterFile
+from heliostat.cluster import dashboard, private, processes
+from heliostat.cluster.cluster_file import ClusterFile
 from heliostat.cluster.processes import MARK, Node
+from heliostat.config import workspace
 from heliostat.errors import ClusterError, ConfigError
 from heliostat.records import Format
 
@@ -114,7 +114,7 @@ def up(cluster: ClusterFile, restart: bool = False) -> State:
         down(cluster.name)
     state = State(cluster.name, str(cluster.path), url_of(cluster))
     state.folder.mkdir(parents=True, exist_ok=True)
-    if answer := http.probe(state.url):
+    if answer := dashboard.probe(state.url):
         return _join(state, answer)
     private.write_token(state.token_file)
     try:
@@ -150,8 +150,8 @@ def _join(state: State, answer: int) -> State:
             f"{state.file}: what answers at {state.url} is no process of this user, so it was sent no token; {elsewhere}, or, "
             f"if you trust it with your token and your code, say so: `heliostat submit --cluster {state.url}`"
         )
-    token = http.own_token()
-    if answer != 200 and not (token and http.probe(state.url, token) == 200):
+    token = dashboard.own_token()
+    if answer != 200 and not (token and dashboard.probe(state.url, token) == 200):
         raise ConfigError(
             f"{state.file}: something answers at {state.url} and wants a token that we do not have; {elsewhere}, "
             "or give its token in RAY_AUTH_TOKEN_PATH"
@@ -169,7 +169,7 @@ def _node_folder(name: str, index: int) -> Path:
 
 
 def _start(cluster: ClusterFile, state: State, role: str, addresses: list[str]) -> None:
-    before = {n["id"] for n in http.node_table(state.url, state.token)} if state.nodes and addresses else set()
+    before = {n["id"] for n in dashboard.node_table(state.url, state.token)} if state.nodes and addresses else set()
     taken = {n.folder for n in state.nodes}
     free = (f for i in range(1000) if str(f := _node_folder(state.name, i)) not in taken)
     for address, folder in zip(addresses, free, strict=False):
@@ -211,7 +211,7 @@ def _until_ready(state: State, addresses: list[str], before: set[str]) -> None:
             if node.address in addresses and not node.process:
                 raise ClusterError(f"{state.name}: the {node.role} {node.address} did not start: {_tail(state, node)}")
         if private.ours(state.url):  # nobody who took the port meanwhile gets the token
-            table = http.node_table(state.url, state.token)
+            table = dashboard.node_table(state.url, state.token)
             if {n["address"] for n in table if n["alive"] and n["id"] not in before} >= set(addresses):
                 return
         if time.monotonic() > deadline:

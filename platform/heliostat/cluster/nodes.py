@@ -13,8 +13,8 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from heliostat.cluster.room import FETCHING, missing, room, starved
-from heliostat.spec import Job, Workers
+from heliostat.cluster.capacity import FETCHING, missing, room, starved
+from heliostat.config.spec import Job, Workers
 
 log = logging.getLogger(__name__)
 

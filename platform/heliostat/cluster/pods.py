@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from heliostat.cluster.files import GPU_RESOURCES, ClusterFile, groups
-from heliostat.spec import Job
+from heliostat.cluster.cluster_file import GPU_RESOURCES, ClusterFile, groups
+from heliostat.config.spec import Job
 
 RDMA = re.compile(r"^rdma/|/efa$|/ib$|/roce$|hugepages.*rdma|^vpc\.amazonaws\.com/efa$")
 HOOK = re.compile(r"heliostat\.cluster\.spot\s+now(?:\s+--seconds[ =](\d+(?:\.\d+)?))?")

@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
-from heliostat import workspace
-from heliostat.cluster.files import ClusterFile
-from heliostat.schema import nearest
+from heliostat.cluster.cluster_file import ClusterFile
+from heliostat.config import workspace
+from heliostat.config.schema import nearest
 
 CRDS = "HELIOSTAT_KUBERAY_CRDS"
 CRD_FILES = {"RayCluster": "rayclusters.yaml", "RayJob": "rayjobs.yaml"}

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from heliostat.cluster.files import ClusterFile
+from heliostat.cluster.cluster_file import ClusterFile
 
 WORDS = r"[A-Z0-9_]*(?:SECRET|PASSWORD|PASSWD|PASSPHRASE|ACCESS_KEY|API_KEY|APIKEY|AUTH_TOKEN|TOKEN)(?:_[A-Z0-9_]*)?"
 VALUE = r"['\"]?[^\s'\"$<{#]{8,}"  # neither a variable nor a placeholder

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from heliostat.config.spec import Job, Source
 from heliostat.data import manifest, versions
 from heliostat.data.dataset import DataPlan
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
-from heliostat.spec import Job, Source
 from heliostat.storage import Location
 
 KIND = "collection"

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from heliostat.config.spec import Job
 from heliostat.data import manifest
 from heliostat.data.chunks import Chunks, Gathered
 from heliostat.data.content import Content, join, take
@@ -23,7 +24,6 @@ from heliostat.data.mixing import Shape, choose_shape
 from heliostat.data.order import Order, Samples
 from heliostat.data.split import NEWEST, split
 from heliostat.errors import ConfigError, DataError
-from heliostat.spec import Job
 from heliostat.storage import Location
 
 

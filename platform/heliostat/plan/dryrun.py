@@ -16,29 +16,30 @@ from typing import Any
 from pydantic import ValidationError
 
 from heliostat import check
+from heliostat.checkpoint import checksums, layout
+from heliostat.config.spec import Job
 from heliostat.data import mixing
 from heliostat.errors import ConfigError, DataError, StorageError
-from heliostat.plan import report, shares
-from heliostat.plan.census import Census, build, census
-from heliostat.spec import Job
-from heliostat.train import blocks, ema, fragments, stored
+from heliostat.plan import planner, zero_layout
+from heliostat.plan.model_stats import Census, build, census
+from heliostat.train.worker import ema, zero_state
 
 
 def kinds(job: Job) -> list[str]:
     """What a checkpoint holds of every trained parameter."""
-    return ["master", *fragments.MOMENTS, *([ema.KEY] if job.train.ema else [])]
+    return ["master", *zero_state.MOMENTS, *([ema.KEY] if job.train.ema else [])]
 
 
 def dry_run(path: Path, settings: list[str], workers: int | None = None) -> dict[str, Any]:
     started = time.perf_counter()
-    job, recipe, _ = report.prepare(path, settings + ([f"workers.count={workers}"] if workers else []))
+    job, recipe, _ = planner.prepare(path, settings + ([f"workers.count={workers}"] if workers else []))
     job = job.on(job.worker_counts()[-1])
     check_engine(job)
     data, note = _data(job, recipe)
     built = build(recipe)
     model = census(recipe, built)
-    report.plan(job, recipe, built=built)  # refuses a job that cannot fit
-    owned = shares.slices(model.trained, job.train.zero.stage, job.workers.most)
+    planner.plan(job, recipe, built=built)  # refuses a job that cannot fit
+    owned = zero_layout.slices(model.trained, job.train.zero.stage, job.workers.most)
     index = checkpoint_index(job, model, owned)
     sizes = [4 * len(kinds(job)) * sum(n for _, _, n in rank) for rank in owned]
     return {
@@ -51,7 +52,7 @@ def dry_run(path: Path, settings: list[str], workers: int | None = None) -> dict
         "shards": len(index["shards"]),
         "tensors": len(index["tensors"]),
         "chunks": sum(len(t["chunks"]) for t in index["tensors"].values()),
-        "checkpoint_bytes": sum(s["bytes"] for s in index["shards"]) + (size := len(stored.encode(index))),
+        "checkpoint_bytes": sum(s["bytes"] for s in index["shards"]) + (size := len(layout.encode(index))),
         "index_bytes": size,
         "data": data,
         "note": note,
@@ -61,13 +62,13 @@ def dry_run(path: Path, settings: list[str], workers: int | None = None) -> dict
 
 def check_engine(job: Job) -> None:
     """ConfigError if DeepSpeed itself would refuse the ZeRO section of the job's config."""
-    from heliostat.train import zero
+    from heliostat.train.worker import deepspeed_engine
 
-    zero.prepare_environment(job.workers.gpus)
+    deepspeed_engine.prepare_environment(job.workers.gpus)
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     try:
-        DeepSpeedZeroConfig(**zero.engine_config(job)["zero_optimization"])
+        DeepSpeedZeroConfig(**deepspeed_engine.engine_config(job)["zero_optimization"])
     except ValidationError as e:
         first = e.errors()[0]
         raise ConfigError(
@@ -96,7 +97,7 @@ def _data(job: Job, recipe: Any) -> tuple[dict[str, Any], str]:
     }, note
 
 
-def checkpoint_index(job: Job, model: Census, owned: list[list[shares.Slice]]) -> dict[str, Any]:
+def checkpoint_index(job: Job, model: Census, owned: list[list[zero_layout.Slice]]) -> dict[str, Any]:
     """`checkpoint.json` as those ranks would write it, with checksums of ten digits; every element must be there once."""
     tensors: dict[str, Any] = {
         f"{kind}.{name}": {"dtype": "F32", "shape": [math.prod(shape)], "chunks": []}
@@ -110,7 +111,7 @@ def checkpoint_index(job: Job, model: Census, owned: list[list[shares.Slice]]) -
         offset = 0
         for name, start, numel in mine:
             for kind in kinds(job):
-                sums = [4294967295] * -(-4 * numel // blocks.BLOCK)
+                sums = [4294967295] * -(-4 * numel // checksums.BLOCK)
                 chunk = {"shard": len(shards), "start": start, "numel": numel, "crc32": sums, "offset": offset}
                 tensors[f"{kind}.{name}"]["chunks"].append(chunk)
                 offset += 4 * numel
@@ -119,7 +120,7 @@ def checkpoint_index(job: Job, model: Census, owned: list[list[shares.Slice]]) -
         tensors[f"buffer.{name}"] = {"dtype": dtype, "shape": list(shape), "chunks": []}
     _check_whole(tensors)
     facts = {"name": job.name, "world_size": len(owned), "zero_stage": job.train.zero.stage, "job": job.dump()}
-    return {"format": stored.FORMAT, "step": job.train.steps, **facts, "shards": shards, "tensors": tensors}
+    return {"format": layout.FORMAT, "step": job.train.steps, **facts, "shards": shards, "tensors": tensors}
 
 
 def _check_whole(tensors: dict[str, Any]) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 
-from heliostat import schema
+from heliostat.config import schema
+from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
-from heliostat.spec import Job
 
 GIB = 1 << 30
 DEFAULT_GPU = "H100"

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from heliostat.plan import shares
+from heliostat.plan import zero_layout
 
 LOW = {"fp32": 4, "bf16": 2, "fp16": 2}
 FRAGMENTATION = 0.08  # of everything allocated: blocks that the allocator keeps and cannot use
@@ -92,7 +92,7 @@ def state(
 
 def _touched(shapes: Mapping[str, tuple[int, ...]], workers: int) -> int:
     """Elements of all parameters that a rank owns a part of: stage 2 accumulates whole gradients of them. The largest rank's."""
-    owned = shares.slices(shapes, 2, workers)
+    owned = zero_layout.slices(shapes, 2, workers)
     return max(sum(math.prod(shapes[name]) for name, _, _ in rank) for rank in owned)
 
 

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
-from heliostat.spec import Job
 from heliostat.track.parents import parents
 
 FILE = "README.md"

@@ -11,12 +11,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from heliostat import goodput
 from heliostat.errors import ConfigError, HeliostatError
+from heliostat.runs import goodput
 from heliostat.storage import Location
-from heliostat.track import checkpoints, registry, store
-from heliostat.track.record import ATTEMPTS, read_json
-from heliostat.track.settle import settle
+from heliostat.track import checkpoint_models, mlflow_client, registry
+from heliostat.track.reconcile import settle
+from heliostat.track.run_facts import ATTEMPTS, read_json
 
 DEPTH = 20  # generations of parents
 
@@ -24,14 +24,14 @@ DEPTH = 20  # generations of parents
 def lineage(client: Any, uri: str, what: str) -> dict[str, Any]:
     """{model: the registered version or None, run: the run's node}; ConfigError for a name that leads to no run."""
     if re.fullmatch(r"[0-9a-f]{32}", what) or _is_folder(what):
-        return {"model": None, "run": run_node(client, settle(client, store.find(client, what, uri)))}
+        return {"model": None, "run": run_node(client, settle(client, mlflow_client.find(client, what, uri)))}
     if logged := re.fullmatch(r"models:/(m-[0-9a-f]{32})", what):  # a model that was not registered is its run's
         made_by = client.get_logged_model(logged[1]).source_run_id
-        return {"model": None, "run": run_node(client, settle(client, store.find(client, made_by, uri)))}
+        return {"model": None, "run": run_node(client, settle(client, mlflow_client.find(client, made_by, uri)))}
     version = registry.find(client, what)
     if not version.run_id:
         raise ConfigError(f"{what}: was registered without a run, so nothing is known of where it comes from")
-    run = settle(client, store.find(client, version.run_id, uri))
+    run = settle(client, mlflow_client.find(client, version.run_id, uri))
     return {"model": model_node(client, version), "run": run_node(client, run)}
 
 
@@ -62,7 +62,7 @@ def run_node(client: Any, run: Any, depth: int = DEPTH) -> dict[str, Any]:
     data = data_of(client, run)
     return {
         "run_id": run_id,
-        "name": tags[store.NAME],
+        "name": tags[mlflow_client.NAME],
         "experiment": client.get_experiment(run.info.experiment_id).name,
         "status": run.info.status,
         "reason": tags.get("heliostat.reason"),
@@ -70,7 +70,7 @@ def run_node(client: Any, run: Any, depth: int = DEPTH) -> dict[str, Any]:
         "ended": run.info.end_time / 1000 if run.info.end_time else None,
         "sweep": tags.get("mlflow.parentRunId"),
         "reproduces": tags.get("heliostat.reproduces"),
-        "folder": tags[store.FOLDER],
+        "folder": tags[mlflow_client.FOLDER],
         "recipe": tags.get("heliostat.recipe"),
         "job": {"artifact": "job.json", "seed": run.data.params.get("train.seed"), "data_seed": run.data.params.get("data.seed")},
         "code": distinct([s["code"] for s in starts]),
@@ -81,7 +81,7 @@ def run_node(client: Any, run: Any, depth: int = DEPTH) -> dict[str, Any]:
         "changes": [{"start_step": s["start_step"], **s["changes"]} for s in starts if s["changes"]],
         "data": data,
         "tokenizers": distinct([s["tokenizer"] for g in data["segments"] for s in g["sources"] if s["tokenizer"]]),
-        "checkpoints": [checkpoint_node(m) for m in reversed(checkpoints.logged(client, run.info.experiment_id, run_id))],
+        "checkpoints": [checkpoint_node(m) for m in reversed(checkpoint_models.logged(client, run.info.experiment_id, run_id))],
         "models": [model_node(client, v) for v in versions(client, run_id)],
         "parents": [{**p, "run": _parent_node(client, p, depth)} for p in origins],
     }
@@ -97,7 +97,7 @@ def _parent_node(client: Any, parent: dict[str, Any], depth: int) -> dict[str, A
         run = client.get_run(parent["run_id"])
     except MlflowException:
         return None
-    return run_node(client, run, depth - 1) if store.FOLDER in run.data.tags else None
+    return run_node(client, run, depth - 1) if mlflow_client.FOLDER in run.data.tags else None
 
 
 def attempts(client: Any, run: Any) -> list[dict[str, Any]]:
@@ -105,7 +105,7 @@ def attempts(client: Any, run: Any) -> list[dict[str, Any]]:
     report = read_json(client, run.info.run_id, "goodput.json") if run.info.status != "RUNNING" else None
     if report is None:
         try:
-            report = goodput.read_report(Location(run.data.tags[store.FOLDER]))
+            report = goodput.read_report(Location(run.data.tags[mlflow_client.FOLDER]))
         except (HeliostatError, OSError):
             return []
     keys = ("started", "seconds", "workers", "start_step", "reached", "outcome", "reason", "restart")
@@ -120,9 +120,9 @@ def data_of(client: Any, run: Any) -> dict[str, Any]:
 def checkpoint_node(model: Any) -> dict[str, Any]:
     tags = model.tags
     return {
-        "step": int(tags[checkpoints.STEP]),
-        "uri": tags[checkpoints.PLACE],
-        "deleted": tags.get(checkpoints.DELETED) == "true",
+        "step": int(tags[checkpoint_models.STEP]),
+        "uri": tags[checkpoint_models.PLACE],
+        "deleted": tags.get(checkpoint_models.DELETED) == "true",
         "workers": int(tags["heliostat.workers"]),
         "zero_stage": int(tags["heliostat.zero_stage"]),
         "receipt": tags["heliostat.receipt"],

@@ -13,18 +13,18 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from heliostat import exports
+from heliostat.config.spec import Job
 from heliostat.errors import ConfigError, TrackingError
-from heliostat.recipe import Recipe
-from heliostat.spec import Job
+from heliostat.recipes import exported
+from heliostat.recipes.protocol import Recipe
 from heliostat.storage import Location
 from heliostat.text import brief
 from heliostat.track import card, registry
-from heliostat.track.checkpoints import KIND, STEP
+from heliostat.track.checkpoint_models import KIND, STEP
 from heliostat.track.parents import parents
 
 if TYPE_CHECKING:  # with torch, which takes a second
-    from heliostat.train.stored import Checkpoint
+    from heliostat.checkpoint.layout import Checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ def _describe(client: Any, job: Job, made: Any, step: int, told: str, text: str,
 def resolve(model: str, tracking_uri: str) -> Path:
     """A local folder that `from_pretrained` loads, from whatever a person calls the model; ConfigError if there is none."""
     if Path(model).is_dir():
-        if not exports.is_model(Path(model)):
+        if not exported.is_model(Path(model)):
             raise ConfigError(f"{model}: is a folder without a model (no config.json); make one with `heliostat export`")
         return Path(model)
     if not model.startswith("models:/") and not re.fullmatch(r"[0-9a-f]{32}", model):

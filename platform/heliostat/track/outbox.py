@@ -15,7 +15,7 @@ from itertools import islice
 
 from heliostat.records import Format
 from heliostat.storage import Location
-from heliostat.track.points import SYSTEM, Point
+from heliostat.track.metrics import SYSTEM, Point
 
 log = logging.getLogger(__name__)
 

@@ -15,13 +15,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from heliostat import goodput
 from heliostat.errors import HeliostatError
+from heliostat.runs import goodput
 from heliostat.storage import Location
-from heliostat.track import lineage, svg, table
-from heliostat.track.points import SPIKE, SPIKE_LIMIT
-from heliostat.track.record import read_json
-from heliostat.track.store import FOLDER
+from heliostat.track import lineage, run_table, svg
+from heliostat.track.metrics import SPIKE, SPIKE_LIMIT
+from heliostat.track.mlflow_client import FOLDER
+from heliostat.track.run_facts import read_json
 
 FILE = "report.html"
 CURVES = ("train/loss", "eval/loss", "train/router_loss", "train/tokens_per_second", "train/lr", "train/grad_norm")
@@ -49,7 +49,7 @@ def gather(client: Any, run: Any) -> dict[str, Any]:
             report = None
     samples = read_json(client, run_id, "samples.json") or {"data": []}
     return {
-        "row": table.row(run, client.get_experiment(run.info.experiment_id).name),
+        "row": run_table.row(run, client.get_experiment(run.info.experiment_id).name),
         "node": lineage.run_node(client, run),
         "spikes": _spikes(client, run_id),
         "curves": {key: [(m.step, m.value) for m in client.get_metric_history(run_id, key)] for key in CURVES},

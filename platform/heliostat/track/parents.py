@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from heliostat import exports
-from heliostat.spec import Job
+from heliostat.config.spec import Job
+from heliostat.recipes import exported
 
 
 def parents(job: Job) -> list[dict[str, Any]]:
@@ -31,9 +31,9 @@ def _parent(key: str, folder: Path) -> dict[str, Any]:
     configs = sorted(folder.glob("*.json")) if folder.is_dir() else []
     config = hashlib.sha256(b"".join(p.read_bytes() for p in configs if p.name in ("config.json", "model_index.json")))
     origin: dict[str, Any] = {}
-    record = folder / exports.RECORD
+    record = folder / exported.RECORD
     if record.is_file():
-        raw = exports.record(folder)
+        raw = exported.record(folder)
         card = raw["job"].get("card") or {}
         origin = {"name": raw["job"]["name"], "license": card.get("license"), **raw.get("origin", {})}
     return {

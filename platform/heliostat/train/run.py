@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from heliostat import check, goodput, spec
+from heliostat import check, lease
 from heliostat.check import Checked
-from heliostat.data import segments
+from heliostat.config import spec
+from heliostat.config.spec import Job
 from heliostat.data.dataset import DataPlan, make_order
 from heliostat.errors import (
     ConfigError,
@@ -36,19 +37,18 @@ from heliostat.errors import (
     StoppedError,
     StorageError,
 )
-from heliostat.spec import Job
+from heliostat.lease import Lease
+from heliostat.runs import goodput, liveness, segments
+from heliostat.runs import summary as endings
 from heliostat.track import outbox
-from heliostat.track.run import RunOwner
-from heliostat.train import driver, lease
-from heliostat.train import summary as endings
-from heliostat.train.holds import Holds
-from heliostat.train.lease import Lease
-from heliostat.train.ledger import Recorder
-from heliostat.train.signals import Signals
-from heliostat.train.survive import INTERRUPTED, RUN, STOPS, Budget, choose, classify
+from heliostat.track.logger import RunOwner
+from heliostat.train.driver.recovery import INTERRUPTED, RUN, STOPS, Budget, choose, classify
+from heliostat.train.driver.signals import Signals
+from heliostat.train.pauses import Holds
+from heliostat.train.time_ledger import Recorder
 
 if TYPE_CHECKING:  # with torch, which takes a second
-    from heliostat.train.checkpoint import Checkpoint
+    from heliostat.checkpoint.saver import Checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -81,14 +81,14 @@ def train(
     `recorded`: a plan that the data must give, of a run that is made again; `tags`: of a new MLflow run; `started`: wall clock
     from which the ledger counts, now if it is not given.
     """
-    from heliostat.train import checkpoint
+    from heliostat.checkpoint import saver
 
     started = started or time.time()
     job, recipe = check.check_file(path, settings)
     check.check_devices(job, None)
     check.check_storage(job)
     with lease.take(job.run_folder) as held:
-        found = None if overwrite else checkpoint.latest(job.run_folder)
+        found = None if overwrite else saver.latest(job.run_folder)
         if found and not resume:
             raise ConfigError(
                 f"name: run {job.name!r} already has checkpoints up to step {found.step} in {job.run_folder}; "
@@ -132,11 +132,11 @@ def train_part(job: Job, part: Part) -> dict[str, Any]:
 
     Returns the summary of the training, which is also in the run's folder.
     """
-    from heliostat.train import checkpoint
+    from heliostat.checkpoint import saver
 
     job, recipe = check.check_job(job)
     with lease.take(job.run_folder) as held:
-        found = checkpoint.latest(job.run_folder)
+        found = saver.latest(job.run_folder)
         job = spec.settle(job, found.index["job"] if found else None)
         recorded = DataPlan.parse(found.index["data"]) if found else None
         checked = check.check_stores(job, recipe, recorded)
@@ -152,10 +152,10 @@ def conclude(job: Job) -> dict[str, Any]:
     job, recipe = check.check_job(job)
     if (result := endings.result(job.run_folder, job.last_step)) is not None:
         return result
-    from heliostat.train import checkpoint
+    from heliostat.checkpoint import saver
 
     with lease.take(job.run_folder) as held:
-        last = checkpoint.open_checkpoint(job.run_folder, job.last_step)
+        last = saver.open_checkpoint(job.run_folder, job.last_step)
         checked = check.check_stores(spec.settle(job, last.index["job"]), recipe, DataPlan.parse(last.index["data"]))
         return _Run(checked, held, job.last_step, time.time()).conclude(last)
 
@@ -183,11 +183,11 @@ class _Run:
 
     def go(self) -> dict[str, Any]:
         """Trains, and concludes."""
-        from heliostat.train import checkpoint
+        from heliostat.checkpoint import saver
 
         def work(owner: RunOwner) -> dict[str, Any]:
             summary = self._fit(owner)
-            return self._conclude(owner, checkpoint.open_checkpoint(self.job.run_folder, self.job.last_step), summary)
+            return self._conclude(owner, saver.open_checkpoint(self.job.run_folder, self.job.last_step), summary)
 
         return self._settled(work)
 
@@ -203,7 +203,7 @@ class _Run:
 
     def catch_up(self) -> None:
         """Tells MLflow what it could not be told at the end of an earlier command: its metrics, or only that it has finished."""
-        ended = driver.last(self.job.run_folder)
+        ended = liveness.last(self.job.run_folder)
         if (ended and ended.outcome != "finished") or self.job.run_folder.join(outbox.FILE).exists():
             self._settled(lambda owner: None)
 
@@ -238,7 +238,7 @@ class _Run:
     def _fit(self, owner: RunOwner) -> dict[str, Any]:
         """Attempt after attempt, until the last step is done or there is no use in another."""
         from heliostat.cluster.connect import connect
-        from heliostat.train.show import Show
+        from heliostat.train.driver.progress import Show
 
         workers = self.job.workers
         most = max(self.counts)
@@ -272,7 +272,7 @@ class _Run:
 
     def _attempt(self, owner: RunOwner, show: Any, signals: Signals) -> dict[str, Any]:
         from heliostat.cluster import nodes
-        from heliostat.train.attempt import Attempt, Start
+        from heliostat.train.driver.attempt import Attempt, Start
 
         count = self.counts[0]
         if len(self.counts) > 1:
@@ -321,7 +321,7 @@ class _Run:
 
     def _recover(self, error: HeliostatError, signals: Signals) -> None:
         """Makes ready for another attempt after a failure, or raises the error."""
-        from heliostat.train import checkpoint
+        from heliostat.checkpoint import saver
 
         kind = classify(error)
         if kind == "final" or isinstance(error, StoppedError):
@@ -332,7 +332,7 @@ class _Run:
             return
         before = error.step if isinstance(error, CorruptCheckpointError) else None
         try:
-            newest = checkpoint.latest(self.job.run_folder, before)
+            newest = saver.latest(self.job.run_folder, before)
             step = newest.step if newest else 0
         except StorageError as e:  # still away: the next attempt looks from where this one began
             log.warning("%s", e)
@@ -393,7 +393,7 @@ class _Run:
 
         All of it may be done again, whenever it was broken off: what is there is taken, and `result.json` comes last.
         """
-        from heliostat.export import export
+        from heliostat.inference.export import export
         from heliostat.track import card
         from heliostat.track.models import log_model
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from heliostat.data import segments
+from heliostat.checkpoint import layout
 from heliostat.errors import CheckpointError
+from heliostat.runs import segments
 from heliostat.storage import Location
-from heliostat.train import stored
-from heliostat.tune.record import read_json
+from heliostat.tune.trial_record import read_json
 
 MARK = "clone.json"  # the last clone that was made
 
@@ -24,17 +24,17 @@ def clone(wanted: dict[str, Any], run: Location) -> bool:
     if (read_json(run.join(MARK)) or {}).get("id") == wanted["id"]:
         return False
     donor, step = Location(wanted["folder"]), wanted["step"]
-    found = stored.open_checkpoint(donor, step)
-    for own in stored.steps(run):
+    found = layout.open_checkpoint(donor, step)
+    for own in layout.steps(run):
         if own >= step:
-            place = stored.folder(run, own)
-            place.join(stored.INDEX).delete()  # first, so that a half-deleted checkpoint does not exist
+            place = layout.folder(run, own)
+            place.join(layout.INDEX).delete()  # first, so that a half-deleted checkpoint does not exist
             place.delete()
     if found.frozen:
         place = run.join("checkpoints", found.frozen.location.name)
-        for name in (*(shard["file"] for shard in found.frozen.index["shards"]), stored.INDEX):
+        for name in (*(shard["file"] for shard in found.frozen.index["shards"]), layout.INDEX):
             copy(found.frozen.location.join(name), place.join(name))
-    target = stored.folder(run, step)
+    target = layout.folder(run, step)
     for shard in found.index["shards"]:
         copy(found.location.join(shard["file"]), target.join(shard["file"]))
     for folder in (segments.FOLDER, "receipts", "quarantine"):
@@ -42,8 +42,8 @@ def clone(wanted: dict[str, Any], run: Location) -> bool:
         for name, _ in donor.join(folder).files():
             if segments.step_of(name) <= step:
                 copy(donor.join(folder, name), run.join(folder, name))
-    copy(found.location.join(stored.INDEX), target.join(stored.INDEX))
-    made = stored.open_checkpoint(run, step)
+    copy(found.location.join(layout.INDEX), target.join(layout.INDEX))
+    made = layout.open_checkpoint(run, step)
     if made.index != found.index:
         raise CheckpointError(f"{target}: is not what was cloned from {found.location}")
     run.join(MARK).write(json.dumps(wanted).encode())

@@ -6,12 +6,12 @@ import time
 from collections import Counter
 from typing import Any
 
+from heliostat.config.schema import validate
+from heliostat.config.spec import Job
 from heliostat.errors import ConfigError, HeliostatError
-from heliostat.schema import validate
-from heliostat.spec import Job
 from heliostat.storage import Location
-from heliostat.tune import record as records
 from heliostat.tune import report
+from heliostat.tune import trial_record as records
 from heliostat.tune.sweep import Plan, Sweep, count, place
 
 STOP_S = 600.0

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from heliostat.tune.record import Record, ranked
 from heliostat.tune.sweep import Plan
+from heliostat.tune.trial_record import Record, ranked
 
 COLOURS = {"finished": "#31a354", "pruned": "#9ecae1", "failed": "#de2d26"}
 

@@ -20,11 +20,11 @@ from ray.tune.schedulers import (
 )
 
 from heliostat.errors import ConfigError
-from heliostat.tune import bandit
+from heliostat.tune import pb2
 from heliostat.tune import space as spaces
-from heliostat.tune.record import Record
 from heliostat.tune.space import Params
 from heliostat.tune.sweep import bracket, brackets
+from heliostat.tune.trial_record import Record
 
 if TYPE_CHECKING:
     from heliostat.tune.state import State
@@ -195,6 +195,6 @@ class Pb2(Pbt):
     def _near(self, donor: Record, step: int, rng: np.random.Generator) -> Iterator[Params]:
         sweep = self.watched.plan.sweep
         records = list(self.watched.records.values())
-        if suggested := bandit.suggest(records, donor.number, step, sweep.space, sweep.mode, rng):
+        if suggested := pb2.suggest(records, donor.number, step, sweep.space, sweep.mode, rng):
             yield suggested
         yield from super()._near(donor, step, rng)

@@ -14,9 +14,9 @@ from ray.tune.search.search_algorithm import SearchAlgorithm
 
 from heliostat.errors import ConfigError
 from heliostat.tune import space as spaces
-from heliostat.tune.record import Record
 from heliostat.tune.space import Domain, Params, Space
 from heliostat.tune.sweep import Sweep, tell
+from heliostat.tune.trial_record import Record
 
 if TYPE_CHECKING:
     from heliostat.tune.state import State

@@ -10,14 +10,14 @@ import os
 import time
 from typing import Any
 
-from heliostat import workspace
+from heliostat.config import workspace
 from heliostat.errors import ConfigError
 from heliostat.storage import Location
-from heliostat.tune import record as records
 from heliostat.tune import space as spaces
-from heliostat.tune.record import Record
+from heliostat.tune import trial_record as records
 from heliostat.tune.space import Params
 from heliostat.tune.sweep import Plan, holds, tell
+from heliostat.tune.trial_record import Record
 
 log = logging.getLogger(__name__)
 

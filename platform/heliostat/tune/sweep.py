@@ -15,10 +15,11 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from heliostat import check, schema, spec, workspace
+from heliostat import check
+from heliostat.config import schema, spec, workspace
+from heliostat.config.schema import Float, Strict
+from heliostat.config.spec import Fraction, Job, Name, Positive, Seed
 from heliostat.errors import ConfigError
-from heliostat.schema import Float, Strict
-from heliostat.spec import Fraction, Job, Name, Positive, Seed
 from heliostat.storage import Location
 from heliostat.text import brief
 from heliostat.tune import rungs

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import yaml
 
-from heliostat import schema, spec
+from heliostat.config import schema, spec
+from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
-from heliostat.spec import Job
-from heliostat.tune.record import Record
 from heliostat.tune.sweep import Plan
+from heliostat.tune.trial_record import Record
 
 LR, WIDTH = "train.optimizer.lr", "hidden_size"
 MUP = -1.0  # Adam, hidden matrices

@@ -18,12 +18,12 @@ from typing import Any
 
 from ray import tune
 
+from heliostat.config.spec import Job
 from heliostat.errors import ConfigError, HeliostatError, StoppedError
-from heliostat.spec import Job
+from heliostat.lease import Lease
 from heliostat.storage import Location
-from heliostat.train.holds import Holds
-from heliostat.train.lease import Lease
-from heliostat.train.signals import Signals
+from heliostat.train.driver.signals import Signals
+from heliostat.train.pauses import Holds
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class Trial(tune.Trainable):
 
     def _lease(self) -> Lease:
         """Of the run, once a driver that died is gone: Ray ends its processes some seconds later."""
-        from heliostat.train import lease
+        from heliostat import lease
 
         deadline = time.monotonic() + ALONE_S
         while True:

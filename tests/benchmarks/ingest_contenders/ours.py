@@ -15,9 +15,9 @@ RAY = True
 @lru_cache(maxsize=1)
 def planned(task: Task) -> tuple[Any, Any, Any, int]:
     """(job, data plan, order, bytes of a sample) of a run that takes each sample once: no evaluation, a lane a consumer."""
-    from heliostat import schema
+    from heliostat.config import schema
+    from heliostat.config.spec import Job
     from heliostat.data import dataset, manifest
-    from heliostat.spec import Job
 
     mark = f"?endpoint_override={task.endpoint}&scheme=http" if task.endpoint else ""
     job = schema.validate(

@@ -18,9 +18,9 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from heliostat import check
 from heliostat.data.dataset import open_dataset
+from heliostat.recipes.images import rows
+from heliostat.recipes.images.pipeline import tokenize
 
-from jobs import image_rows
-from jobs.image_pipeline import tokenize
 from tests.benchmarks.yardsticks import turns
 
 
@@ -39,7 +39,7 @@ def main() -> None:
     for step in range(job.train.steps):
         content = dataset.read(dataset.order.locate(dataset.order.step(step).ravel()))
         mine = content.slice(accelerator.process_index * per_rank, per_rank)
-        batches.append((image_rows.pixels(mine), tokenize(recipe.parts.tokenizer, mine["caption"].to_pylist()).input_ids))
+        batches.append((rows.pixels(mine), tokenize(recipe.parts.tokenizer, mine["caption"].to_pylist()).input_ids))
     empty = recipe.parts.empty["text"]
     model, optimizer = accelerator.prepare(model, optimizer)
     micro = job.train.micro_batch

@@ -1,0 +1,182 @@
+"""A job run with faults, one after another, each compared with the same job's unbroken run.
+
+    rows = chaos(Path("jobs/chaos.yaml"), ["kill-worker", "hang"], work=Path(".heliostat/chaos"))
+
+Every run is a `heliostat train` of its own, on a private Ray of this machine, with the job's own settings but for its name,
+storage and MLflow store, which lie in the work folder: `FAULT/` with the run, `FAULT.log` with what it said.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from heliostat import check
+from heliostat.chaos import measure
+from heliostat.chaos.faults import FAULTS, Fault, Scene, rng, when
+from heliostat.chaos.measure import Measured
+from heliostat.chaos.process import ChaosError, Command
+from heliostat.check import Checked
+from heliostat.checkpoint import layout
+from heliostat.config import schema, workspace
+from heliostat.errors import ConfigError, HeliostatError
+from heliostat.runs import goodput
+from heliostat.runs.verify import verify
+from heliostat.storage import Location
+
+log = logging.getLogger(__name__)
+
+RUN_S = 1800.0  # the longest that one run may take
+
+
+@dataclass(frozen=True)
+class Unbroken:
+    loss: float
+    checkpoint_bytes: int
+    late_s: float  # from its last step to its end
+
+
+@dataclass(frozen=True)
+class Chaos:
+    path: Path
+    checked: Checked
+    settings: list[str]
+    work: Path
+    seed: int
+    rate: float
+
+    @property
+    def tracking(self) -> str:
+        return f"sqlite:///{self.work}/mlflow.db"
+
+    def arguments(self, name: str, changes: dict[str, str]) -> list[str]:
+        made = {"name": name, "storage": str(self.work / "runs"), "mlflow.uri": self.tracking, "mlflow.register": "null",
+                "train.log_every": "1", **changes}  # fmt: skip
+        settings = [*self.settings, *(f"{key}={value}" for key, value in made.items())]
+        return [str(self.path), *(word for setting in settings for word in ("--set", setting))]
+
+
+def chaos(
+    path: Path,
+    names: list[str],
+    settings: list[str] | None = None,
+    seed: int = 0,
+    rate: float = 0.2,
+    work: Path | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """(a row for each fault, what is wrong); `tell` is called with what is being done. ConfigError before anything starts."""
+    faults = choose(names)
+    checked = check.check(path, settings)
+    job = checked.job
+    if job.train.steps < 4 * job.checkpoint.every:
+        raise ConfigError(
+            f"checkpoint.every: {job.checkpoint.every} gives fewer than four checkpoints in {job.train.steps} steps, too few to "
+            f"break the run among them; set it to {max(1, job.train.steps // 8)}"
+        )
+    for fault in faults:
+        if reason := fault.unable(job):
+            raise ConfigError(f"--faults: {fault.name} cannot be injected here: it {reason}; leave it out")
+    work = (work or workspace.root() / ".heliostat" / "chaos").absolute() / job.name
+    work.mkdir(parents=True, exist_ok=True)
+    it = Chaos(path, checked, settings or [], work, seed, rate)
+    tell("the unbroken run")
+    whole = _unbroken(it)
+    rows, wrong = [], []
+    for number, fault in enumerate(faults, 1):
+        tell(f"{fault.name} ({number} of {len(faults)}): {fault.what}")
+        try:
+            row, faulty = _broken(it, fault, whole)
+        except (ChaosError, HeliostatError) as e:
+            row, faulty = measure.broken(fault.name), [str(e)]
+        rows.append(row)
+        tell(json.dumps(row))
+        wrong += [f"{fault.name}: {text}" for text in faulty]
+    return rows, wrong
+
+
+def choose(names: list[str]) -> list[Fault]:
+    for name in names:
+        if name not in FAULTS:
+            raise ConfigError(f"--faults: {name!r} is no fault{schema.nearest(name, list(FAULTS))}")
+    if len(set(names)) < len(names) or not names:
+        raise ConfigError(f"--faults: {','.join(names)!r}: name each fault once; valid: {', '.join(FAULTS)}")
+    return [FAULTS[name] for name in names]
+
+
+def _unbroken(it: Chaos) -> Unbroken:
+    """The run without faults; the one that is there already, if it is of the same job and data."""
+    same = json.dumps([it.checked.job.dump(), it.checked.plan.digest], sort_keys=True)
+    name = f"unbroken-{hashlib.sha256(same.encode()).hexdigest()[:8]}"
+    with Command([*it.arguments(name, {}), "--resume"], it.work / "unbroken.log") as command:
+        if command.wait(RUN_S):
+            raise HeliostatError(f"the job does not train without faults either: {command.last_words()}; see {command.log}")
+        result = command.result()
+    run = Location(str(it.work / "runs")).join(name)
+    sizes = [sum(size for _, size in layout.folder(run, step).files()) for step in layout.steps(run)]
+    late = [a.parts.get("idle", 0.0) + a.seen - a.known for a in goodput.read(run) if a.outcome == "finished"]
+    return Unbroken(result["train_loss"], max(sizes), max(late))
+
+
+def _broken(it: Chaos, fault: Fault, whole: Unbroken) -> tuple[dict[str, Any], list[str]]:
+    """The fault's row, and what is wrong with the run."""
+    job, folder = it.checked.job, it.work / fault.name
+    folder.mkdir(exist_ok=True)
+    random_ = rng(it.seed, fault.name)
+    at = when(random_, job.train.steps, job.checkpoint.every)
+    with ExitStack() as stack:
+        scene = Scene(it.checked, folder, at, it.rate, random_, stack, Location(str(it.work / "runs")), it.tracking,
+                      whole.checkpoint_bytes, whole.late_s, fault.name)  # fmt: skip
+        scene.tool = fault.prepare(scene)
+        log_file = it.work / f"{fault.name}.log"
+        log_file.unlink(missing_ok=True)
+        arguments = [*it.arguments(fault.name, scene.settings), "--overwrite"]
+        command = stack.enter_context(Command(arguments, log_file, scene.environment))
+        last = job.last_step if fault.late else int(at)
+        command.until(lambda: command.step >= last, RUN_S, f"step {last}")
+        time.sleep(0.0 if fault.late else at % 1 * measure.pace_s(command.lines))
+        scene.struck = scene.struck or time.time()
+        fault.strike(scene, command)
+        code = command.wait(RUN_S)
+        if code and fault.submitted_again:
+            command.arguments = [*arguments[:-1], "--resume"]
+            command.start()
+            code = command.wait(RUN_S)
+            scene.cured = time.time() if fault.late else None  # no step is left to make
+        if code:
+            raise ChaosError(f"the run ended with exit code {code}: {command.last_words()}; see {command.log}")
+        return _compare(it, fault, scene, command, whole)
+
+
+def _compare(it: Chaos, fault: Fault, scene: Scene, command: Command, whole: Unbroken) -> tuple[dict[str, Any], list[str]]:
+    result, report = command.result(), verify(scene.run)
+    if fault.name == "corrupt-shard" and not report["replaced"]:
+        raise ChaosError("the run did not come upon the damaged shard")
+    attempts = goodput.read(scene.run)
+    seen = scene.seen or (command.heard(fault.notice, scene.struck) if fault.notice else None)
+    cured = scene.cured or (command.heard(fault.cured, scene.struck) if fault.cured else None)
+    found = Measured(scene.struck, seen, cured, command.lines, attempts)
+    row = measure.row(fault.name, found, report, result["train_loss"], whole.loss, goodput.report(attempts)["goodput"])
+    faulty = measure.problems(row, report, _logged(it.tracking, result["run_id"]), it.checked.job.train.steps)
+    return row, faulty + measure.unregistered(_registered(it.tracking, result["run_id"]), fault.late)
+
+
+def _logged(tracking: str, run_id: str) -> list[int]:
+    """The steps whose loss MLflow holds."""
+    from mlflow import MlflowClient
+
+    return sorted(m.step for m in MlflowClient(tracking_uri=tracking).get_metric_history(run_id, "train/loss"))
+
+
+def _registered(tracking: str, run_id: str) -> int:
+    """How many versions of a model the run has registered."""
+    from mlflow import MlflowClient
+
+    return len(MlflowClient(tracking_uri=tracking).search_model_versions(f"run_id = '{run_id}'"))

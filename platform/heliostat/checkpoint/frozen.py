@@ -1,0 +1,65 @@
+"""Parameters that are not trained: written once per run, beside the checkpoints, which name them.
+
+Their folder is `checkpoints/frozen-<digest>`, by the content that each rank holds. Every save looks again at what they are:
+should something change them, they are written anew, under another name. A run that goes on from a checkpoint keeps on using its
+folder, on however many workers and in whatever precision, as long as they are what was loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch.distributed as dist
+
+from heliostat.checkpoint import checksums
+from heliostat.checkpoint.agreement import together
+from heliostat.checkpoint.layout import FROZEN, INDEX, Checkpoint
+from heliostat.storage import Location
+from heliostat.train.worker.zero_state import FlatShard
+
+PIECE = 64 * checksums.BLOCK  # bytes on their way from the device at a time
+
+
+class Keeper:
+    """On behalf of one worker; all workers of the group call the same in the same order."""
+
+    def __init__(self, run: Location, group: Any, write: Callable[[Location, dict[str, FlatShard]], None]) -> None:
+        """`write`: saves slices as a folder, together with the other workers."""
+        self.run, self.group, self._write = run, group, write
+        self._loaded = self._folder = ""
+
+    def loaded(self, checkpoint: Checkpoint, slices: dict[str, FlatShard]) -> None:
+        """The slices are now what the checkpoint holds (cast, perhaps): while they stay so, its folder is theirs."""
+        if checkpoint.frozen:
+            self._folder = checkpoint.frozen.location.name
+            self._loaded = self._name(slices)
+
+    def keep(self, slices: dict[str, FlatShard]) -> str | None:
+        """The name of the folder that holds them, written if it is not there; None if no worker has any."""
+        if not any(together(self.group, lambda: bool(slices))):
+            return None
+        name = self._name(slices)
+        if name == self._loaded:
+            name = self._folder
+        place = self.run.join("checkpoints", name)
+        if not together(self.group, lambda: dist.get_rank() == 0 and place.join(INDEX).exists())[0]:
+            self._write(place, {n: FlatShard(s.local.cpu(), s.start, s.shape[0]) for n, s in slices.items()})
+        return name
+
+    def _name(self, slices: dict[str, FlatShard]) -> str:
+        parts = together(self.group, lambda: digest(slices))
+        return f"{FROZEN}-{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:16]}"
+
+
+def digest(slices: Mapping[str, FlatShard]) -> str:
+    """Of what this rank holds: names, types, places and a CRC-32 of each piece."""
+    told = hashlib.sha256()
+    for name in sorted(slices):
+        shard = slices[name]
+        told.update(f"{name} {shard.dtype} {shard.shape[0]} {shard.start} {shard.local.numel()}".encode())
+        for piece in shard.local.split(PIECE // shard.local.element_size()):
+            told.update(zlib.crc32(checksums.as_bytes(piece.cpu()).numpy().data).to_bytes(4, "big"))
+    return told.hexdigest()

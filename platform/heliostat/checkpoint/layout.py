@@ -1,0 +1,229 @@
+"""A checkpoint as it lies in storage: the folder `checkpoints/step-00000100`, made valid by `checkpoint.json`, written last.
+
+`checkpoint.json` lists every shard with its size, and every tensor's chunks: the shard, the elements, the bytes, and a
+CRC-32 of each block of them (`blocks`); its own CRC-32 is its last entry. A checkpoint whose `checkpoint.json` is missing or
+damaged, or with a shard missing or of another size, does not exist; damaged bytes are found when they are read, always
+before they are used. Both are a CorruptCheckpointError, and the checkpoint before is the one to use.
+
+Parameters that are not trained are in a folder of their own, `checkpoints/frozen-<digest>`, of the same form, which every
+checkpoint of the run names. No other checkpoint helps where that is torn: a CheckpointError, which ends the run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from heliostat.checkpoint import checksums
+from heliostat.checkpoint import index as checkpoint_index
+from heliostat.checkpoint.safetensors_file import DTYPES
+from heliostat.config.schema import validate
+from heliostat.config.spec import Checkpoint as Policy
+from heliostat.config.spec import Job
+from heliostat.data import plans
+from heliostat.data.dataset import DataPlan
+from heliostat.errors import CheckpointError, ConfigError, CorruptCheckpointError
+from heliostat.storage import Location
+from heliostat.text import brief
+
+log = logging.getLogger(__name__)
+
+INDEX = "checkpoint.json"
+FORMAT = 3
+READABLE = (2, 3)  # 2 had no frozen parameters
+FROZEN = "frozen"  # what their tensors' names begin with
+READ_THREADS = 8
+PIECE = 64 * checksums.BLOCK  # what is in memory of a tensor that is read as a stream
+
+
+def folder(run: Location, step: int) -> Location:
+    return run.join("checkpoints", f"step-{step:08d}")
+
+
+def steps(run: Location) -> list[int]:
+    """Steps that have a folder, whole or not, ascending."""
+    names = run.join("checkpoints").folders()
+    return [int(n.removeprefix("step-")) for n in names if n.startswith("step-") and n[5:].isdigit()]
+
+
+def frozen_folders(run: Location) -> list[str]:
+    """Names of the folders of frozen parameters, whole or not: one, unless they were changed or resharded by hand."""
+    return [n for n in run.join("checkpoints").folders() if n.startswith(f"{FROZEN}-")]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint: its folder and what `checkpoint.json` says; `frozen`: the one of what is not trained."""
+
+    location: Location
+    index: dict[str, Any]
+    frozen: Checkpoint | None = None
+
+    @property
+    def job(self) -> Job:
+        """The job that made it; CheckpointError if this version knows none like it."""
+        try:
+            return validate(Job, self.index["job"], f"{self.location.join(INDEX)}: job")
+        except ConfigError as e:
+            raise CheckpointError(str(e)) from e
+
+    @property
+    def policy(self) -> Policy:
+        """Of that job, which checkpoints stay."""
+        return validate(Policy, self.index["job"].get("checkpoint"), f"{self.location.join(INDEX)}: job.checkpoint")
+
+    @property
+    def plan(self) -> DataPlan:
+        """The data plan that it follows."""
+        return plans.build(self.index["data"], f"{self.location.join(INDEX)}: data")
+
+    @property
+    def step(self) -> int:
+        return self.index["step"]
+
+    @property
+    def tensors(self) -> dict[str, Any]:
+        """Everything that can be read, by name."""
+        return {**self.index["tensors"], **(self.frozen.tensors if self.frozen else {})}
+
+    def names(self, prefix: str) -> list[str]:
+        """Tensor names below `prefix.`, without it."""
+        return [n.removeprefix(prefix + ".") for n in self.tensors if n.startswith(prefix + ".")]
+
+    def holder(self, name: str) -> Checkpoint:
+        """Whose shards hold a tensor: this one's, or its frozen parameters'."""
+        return self.frozen if self.frozen and name in self.frozen.index["tensors"] else self
+
+    def fault(self, what: str) -> CheckpointError:
+        """The error for damage found here."""
+        return _fault(what, self.index["step"])
+
+    def slice(self, name: str, chunk: dict[str, Any], first: int, target: torch.Tensor) -> tuple[int, checksums.Slice]:
+        """(the shard, the slice) of the elements from `first` of a chunk on, as many as the contiguous target holds."""
+        dtype = DTYPES[self.index["tensors"][name]["dtype"]]
+        if target.dtype != dtype:  # bytes of another type would be taken for numbers
+            raise CheckpointError(f"{self.location}: holds {name!r} as {dtype}, and cannot be read as {target.dtype}")
+        itemsize = dtype.itemsize
+        size, start = chunk["numel"] * itemsize, first * itemsize
+        return chunk["shard"], checksums.Slice(chunk["offset"], size, chunk["crc32"], start, checksums.as_bytes(target))
+
+    def fill(self, wanted: list[tuple[int, checksums.Slice]], progressed: Callable[[], None] = lambda: None) -> int:
+        """Reads the slices of the shards into their targets, several ranges at a time; returns the bytes read. Calls back after
+        each request, from several threads."""
+        by_shard: dict[int, list[checksums.Slice]] = {}
+        for shard, part in wanted:
+            by_shard.setdefault(shard, []).append(part)
+        jobs = []
+        for shard, parts in by_shard.items():
+            found = checksums.runs(parts)
+            ways = min(-(-READ_THREADS // len(by_shard)), len(found))
+            jobs += [(shard, found[i::ways]) for i in range(ways)]
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            return sum(pool.map(lambda job: self._read(job[0], job[1], progressed), jobs))
+
+    def _read(self, shard: int, wanted: list[list[checksums.Block]], progressed: Callable[[], None]) -> int:
+        location = self.location.join(self.index["shards"][shard]["file"])
+
+        def read() -> tuple[int, checksums.Block | None]:
+            with location.open() as file:
+                return checksums.read(file, wanted, progressed)
+
+        try:
+            total, damaged = location.attempt(read)
+        except OSError as e:
+            raise self.fault(f"{location}: cannot be read ({brief(e)})") from e
+        if damaged:
+            where = f"bytes {damaged.offset} to {damaged.offset + damaged.size}"
+            raise self.fault(f"{location}: {where} are not what was written (CRC-32)")
+        return total
+
+    def stream(self, name: str) -> Iterator[torch.Tensor]:
+        """A tensor, flat, put together from every rank's slice, in pieces of at most 64 MiB."""
+        if (holder := self.holder(name)) is not self:
+            yield from holder.stream(name)
+            return
+        entry = self.index["tensors"][name]
+        dtype = DTYPES[entry["dtype"]]
+        for chunk in sorted(entry["chunks"], key=lambda c: c["start"]):
+            for first in range(0, chunk["numel"], PIECE // dtype.itemsize):
+                piece = torch.empty(min(PIECE // dtype.itemsize, chunk["numel"] - first), dtype=dtype)
+                self.fill([self.slice(name, chunk, first, piece)])
+                yield piece
+
+    def read(self, name: str) -> torch.Tensor:
+        """A whole tensor, flat."""
+        if (holder := self.holder(name)) is not self:
+            return holder.read(name)
+        entry = self.index["tensors"][name]
+        out = torch.empty(math.prod(entry["shape"]), dtype=DTYPES[entry["dtype"]])
+        parts = [(c, out[c["start"] : c["start"] + c["numel"]]) for c in entry["chunks"]]
+        self.fill([self.slice(name, chunk, 0, target) for chunk, target in parts])
+        return out
+
+
+def encode(index: dict[str, Any]) -> bytes:
+    """`checkpoint.json`: the index, with a CRC-32 of the bytes before it as its last entry."""
+    body = json.dumps(index)[:-1].encode()
+    return body + b', "crc32": "%08x"}' % zlib.crc32(body)
+
+
+def decode(data: bytes) -> dict[str, Any]:
+    """ValueError unless the bytes are what `encode` made."""
+    body, mark, rest = data.rpartition(b', "crc32": "')
+    if not mark or rest != b'%08x"}' % zlib.crc32(body):
+        raise ValueError("damaged")
+    return json.loads(data)
+
+
+def _fault(what: str, step: int | None) -> CheckpointError:
+    if step is not None:
+        return CorruptCheckpointError(what, step)
+    return CheckpointError(f"{what}; every checkpoint of the run needs it: put it back from a copy")
+
+
+def open_checkpoint(run: Location, step: int) -> Checkpoint:
+    """CorruptCheckpointError, saying why, unless the checkpoint of that step is complete."""
+    found = _open(folder(run, step), step)
+    if name := found.index.get(FROZEN):
+        return Checkpoint(found.location, found.index, _open(run.join("checkpoints", name), None))
+    return found
+
+
+def _open(location: Location, step: int | None) -> Checkpoint:
+    """One folder; None for the step if it is that of frozen parameters."""
+    try:
+        index = decode(location.join(INDEX).read())
+    except FileNotFoundError as e:
+        raise _fault(f"{location}: no complete checkpoint here ({INDEX} is missing)", step) from e
+    except ValueError as e:
+        raise _fault(f"{location.join(INDEX)}: is not what was written (CRC-32)", step) from e
+    if isinstance(index, dict) and index.get("format") not in READABLE:
+        what = f"format {brief(index.get('format'))} is none that this version of heliostat reads"
+        raise CheckpointError(f"{location}: {what} ({', '.join(map(str, READABLE))}); use a newer one")
+    if fault := checkpoint_index.fault(index, step):  # its checksum holds: not torn, but foreign, or of a newer heliostat
+        raise CheckpointError(f"{location.join(INDEX)}: is no index that this version of heliostat reads ({fault})")
+    present = dict(location.files())
+    for shard in index["shards"]:
+        if present.get(shard["file"]) != shard["bytes"]:
+            found = present.get(shard["file"], "nothing")
+            raise _fault(f"{location.join(shard['file'])}: {shard['bytes']} bytes expected, {found} found", step)
+    return Checkpoint(location, index)
+
+
+def latest(run: Location, before: int | None = None) -> Checkpoint | None:
+    """The newest complete checkpoint, if given of a step before that one; torn ones are passed over with a warning."""
+    for step in reversed(steps(run)):
+        if before is None or step < before:
+            try:
+                return open_checkpoint(run, step)
+            except CorruptCheckpointError as e:
+                log.warning("%s; using the checkpoint before", e)
+    return None

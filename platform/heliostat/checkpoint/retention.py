@@ -1,0 +1,124 @@
+"""Which checkpoints stay: the newest, every so many steps for ever, and the best by a score of the evaluation.
+
+After a save, everything else goes: complete checkpoints that no rule keeps, what dead saves left, and checkpoints of later
+steps, from which the run has turned back because they could not be loaded. Frozen parameters that a checkpoint names stay.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from heliostat.checkpoint.layout import FROZEN, INDEX, Checkpoint, folder, open_checkpoint, steps
+from heliostat.config.spec import Checkpoint as Policy
+from heliostat.errors import CheckpointError
+from heliostat.lease import Fence
+from heliostat.storage import Location
+
+
+def retained(whole: Iterable[int], policy: Policy, scores: Mapping[int, float] | None = None) -> dict[int, list[str]]:
+    """The steps that stay of those that are complete, ascending, with the rules that keep each.
+
+    `scores`: the best metric's value by step; a step that has none, or one that is not finite, is never the best. Of equals,
+    the newer is better.
+    """
+    ascending = sorted(whole)
+    kept: dict[int, list[str]] = {s: [] for s in ascending}
+    for step in ascending[-policy.keep :]:
+        kept[step].append("newest")
+    if policy.keep_every:
+        for step in ascending:
+            if step % policy.keep_every == 0:
+                kept[step].append(f"every {policy.keep_every}")
+    if policy.best:
+        sign = 1 if policy.best.mode == "min" else -1
+        ranked = [(sign * value, -step) for step, value in (scores or {}).items() if step in kept and math.isfinite(value)]
+        for _, negative in sorted(ranked)[: policy.best.keep]:
+            kept[-negative].append(f"best {policy.best.metric}")
+    return {step: reasons for step, reasons in kept.items() if reasons}
+
+
+class Pruner:
+    """Applies a policy to a run's folder; the scores that it has read it remembers. `fence`: of who prunes, if others may."""
+
+    def __init__(self, run: Location, policy: Policy, fence: Fence | None = None) -> None:
+        self.run, self.policy, self.fence = run, policy, fence
+        self._scores: dict[int, float] = {}
+
+    def prune(self, saved: int) -> None:
+        """To be called when the checkpoint of step `saved` is complete and no save is in flight."""
+        files = {path for path, _ in self.run.join("checkpoints").files()}
+        self._scores.pop(saved, None)  # of an earlier save of this step
+        found = {step: f"{folder(self.run, step).name}/{INDEX}" in files for step in steps(self.run)}
+        whole = [step for step, complete in found.items() if complete and step <= saved]
+        kept = retained(whole, self.policy, self._read_scores(whole) if self.policy.best else None)
+        gone = found.keys() - kept.keys()
+        if gone and self.fence:
+            self.fence.check()
+        for step in gone:
+            location = folder(self.run, step)
+            location.join(INDEX).delete()  # first, so that a half-deleted checkpoint does not exist
+            location.delete()
+        self._prune_frozen({path.split("/")[0] for path in files if path.startswith(f"{FROZEN}-")}, list(kept))
+
+    def _prune_frozen(self, names: set[str], kept: list[int]) -> None:
+        """Frozen parameters that no checkpoint names any more go; where one cannot be read, all stay."""
+        if len(names) < 2:
+            return
+        try:
+            used = {open_checkpoint(self.run, step).index.get(FROZEN) for step in kept}
+        except CheckpointError:
+            return
+        if names - used and self.fence:
+            self.fence.check()
+        for name in names - used:
+            location = self.run.join("checkpoints", name)
+            location.join(INDEX).delete()
+            location.delete()
+
+    def _read_scores(self, whole: list[int]) -> dict[int, float]:
+        for step in set(whole) - self._scores.keys():
+            try:
+                self._scores[step] = score(open_checkpoint(self.run, step), self.policy)
+            except CheckpointError:
+                self._scores[step] = math.nan
+        return self._scores
+
+
+def score(checkpoint: Checkpoint, policy: Policy) -> float:
+    """The best metric's value in a checkpoint; nan if there is none."""
+    value = checkpoint.index["metrics"].get(policy.best.metric) if policy.best else None
+    return math.nan if value is None else value
+
+
+def survey(run: Location) -> list[dict[str, Any]]:
+    """One row of plain data for each checkpoint's folder, ascending: what it is, whether it is whole, and why it is kept.
+
+    The rules are those of the newest whole checkpoint's job.
+    """
+    sizes: dict[str, int] = {}
+    for path, size in run.join("checkpoints").files():
+        sizes[path.split("/")[0]] = sizes.get(path.split("/")[0], 0) + size
+    rows, whole = [], []
+    for step in steps(run):
+        row: dict[str, Any] = {
+            "step": step,
+            "bytes": sizes.get(folder(run, step).name, 0),
+            "whole": True,
+            "fault": None,
+            "kept": [],
+        }
+        try:
+            found = open_checkpoint(run, step)
+            whole.append(found)
+            row |= {k: found.index[k] for k in ("written", "world_size", "zero_stage", "metrics")}
+        except CheckpointError as e:
+            row |= {"whole": False, "fault": str(e)}
+        rows.append(row)
+    if whole:
+        policy = whole[-1].policy
+        kept = retained([c.step for c in whole], policy, {c.step: score(c, policy) for c in whole})
+        for row in rows:
+            row["kept"] = kept.get(row["step"], [])
+    return rows

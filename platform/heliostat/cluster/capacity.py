@@ -1,0 +1,61 @@
+"""How many workers nodes have room for, with the tasks that read the data beside them. Arithmetic alone: the plan asks it of
+cluster files, the driver and sweeps of nodes that run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from heliostat.config.spec import Workers
+
+Resources = Mapping[str, float]  # of a node: CPU, GPU
+FETCHING = 1.0  # CPUs that a data task needs, on one node
+
+
+def fits(workers: Workers, node: Resources, taken: float = 0.0) -> int:
+    """How many workers a node holds beside `taken` CPUs."""
+    count = int((node.get("CPU", 0.0) - taken) / workers.cpus + 1e-6)
+    return min(count, int(node.get("GPU", 0.0) / workers.gpus + 1e-6)) if workers.gpus else count
+
+
+def room(workers: Workers, free: Mapping[str, Resources], held: Mapping[str, int], apart: bool = False) -> int:
+    """How many workers fit on the nodes, with a data task on one of them; without one if data is read `apart`, on others. `free`:
+    by node; `held`: how many of ours run there already."""
+    nodes = [{"CPU": r.get("CPU", 0.0) + held.get(n, 0) * workers.cpus,
+              "GPU": r.get("GPU", 0.0) + held.get(n, 0) * workers.gpus} for n, r in free.items()]  # fmt: skip
+    most = 1 if workers.placement == "strict_spread" else 1 << 30
+    fit = [min(most, fits(workers, node)) for node in nodes]
+    if apart:
+        return sum(fit)
+    lost = [f - min(most, fits(workers, node, FETCHING)) for f, node in zip(fit, nodes, strict=True) if node["CPU"] >= FETCHING]
+    return sum(fit) - min(lost) if lost else 0
+
+
+def starved(workers: Workers, cpus: Mapping[str, float], held: Mapping[str, int]) -> bool:
+    """Whether the workers leave none of the nodes that may read data the CPU for it. `cpus`: by node, whoever uses them."""
+    return all(total - held.get(n, 0) * workers.cpus < FETCHING - 1e-6 for n, total in cpus.items())
+
+
+def missing(
+    workers: Workers, count: int, all_: Mapping[str, Resources], free: Mapping[str, Resources], apart: bool = False
+) -> str:
+    """Why `count` workers wait, in numbers. `all_`: what the nodes that may take them have, by node; `free`: what nobody uses."""
+    need = f"{count} workers of {_amount(workers.cpus, workers.gpus)}"
+    need += "" if apart else f", and {FETCHING:g} CPU for reading the data"
+    if not all_:
+        labels = ", ".join(f"{k}={v}" for k, v in workers.labels.items())
+        return f"no living node{f' with the labels {labels}' if labels else ''} may take {need}; waiting for one"
+    have = [sum(node.get(kind, 0.0) for node in all_.values()) for kind in ("CPU", "GPU")]
+    left = [sum(free.get(name, {}).get(kind, 0.0) for name in all_) for kind in ("CPU", "GPU")]
+    held = _amount(have[0] - left[0], have[1] - left[1] if workers.gpus else 0)
+    now, empty = room(workers, free, {}, apart), room(workers, all_, {}, apart)
+    text = (
+        f"no room for {need}: the {len(all_)} nodes that may take them have "
+        f"{_amount(have[0], have[1] if workers.gpus else 0)}, of which others hold {held}; "
+        f"as they lie there is room for {now} workers now, and for {empty} with nobody else there"
+    )
+    return f"{text}; {'waiting' if empty >= count else 'waiting for more nodes: else lower workers.count or workers.cpus'}"
+
+
+def _amount(cpus: float, gpus: float) -> str:
+    return f"{cpus:g} CPUs{f' and {gpus:g} GPUs' if gpus else ''}"

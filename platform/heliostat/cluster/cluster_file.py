@@ -1,0 +1,183 @@
+"""Cluster files: Ray cluster-launcher YAML, or KubeRay manifests. Read here into what the rest of heliostat asks of them.
+
+heliostat has no cluster schema of its own: the files are those of the tools that use them (`ray up`, kubectl), and this module
+only reads out the pools of nodes, their sizes, labels and images. `cluster.check` judges them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from heliostat.config import workspace
+from heliostat.config.schema import documents
+from heliostat.errors import ConfigError
+from heliostat.text import brief
+
+ACCELERATOR = "ray.io/accelerator-type"  # Ray's own label of a node's GPU
+GPU_RESOURCES = ("nvidia.com/gpu", "amd.com/gpu")
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Nodes of one kind. `cpus` and `gpus` are of one node; None where the file leaves them to Ray to find out."""
+
+    name: str
+    head: bool
+    least: int
+    most: int
+    cpus: float | None
+    gpus: float
+    labels: dict[str, str] = field(default_factory=dict)
+    image: str | None = None
+    instance: str | None = None
+    spot: bool = False
+
+
+@dataclass(frozen=True)
+class ClusterFile:
+    """`kind`: launcher, RayCluster or RayJob; `raw`: the document that says so; `others`: what lies beside it in the file."""
+
+    path: Path
+    kind: str
+    name: str
+    raw: dict[str, Any]
+    others: tuple[dict[str, Any], ...] = ()
+
+    @cached_property
+    def pools(self) -> tuple[Pool, ...]:
+        """ConfigError if the file is so wrong that they cannot be read; its schema says what is (`schemas`)."""
+        with shaped(self.path):
+            return tuple(_launcher_pools(self.raw) if self.kind == "launcher" else _kuberay_pools(self.spec))
+
+    @property
+    def provider(self) -> str:
+        return self.raw["provider"]["type"] if self.kind == "launcher" else "kubernetes"
+
+    @property
+    def namespace(self) -> str:
+        return self.raw.get("metadata", {}).get("namespace", "default")
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """A KubeRay manifest's RayCluster spec."""
+        return self.raw["spec"]["rayClusterSpec"] if self.kind == "RayJob" else self.raw["spec"]
+
+    @property
+    def local(self) -> bool:
+        """Every address is of this machine: the nodes are processes that heliostat starts itself."""
+        return self.provider == "local" and all(a.startswith("127.") for a in self.addresses)
+
+    @property
+    def addresses(self) -> list[str]:
+        """Of a `local` provider: the head's first."""
+        return [str(self.raw["provider"].get("head_ip", "")), *map(str, self.raw["provider"].get("worker_ips", []))]
+
+    @property
+    def commands(self) -> list[str]:
+        """Every shell command of a launcher file."""
+        return [c for key, value in self.raw.items() if key.endswith("_commands") for c in value]
+
+
+@contextmanager
+def shaped(path: Path) -> Iterator[None]:
+    """Around what reads parts of the file whose kind no schema has vouched for."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as e:
+        fault = f"{type(e).__name__}: {brief(e)}"
+        raise ConfigError(f"{path}: a part of it is missing or of the wrong kind, so it cannot be read ({fault})") from e
+
+
+def read(path: Path) -> ClusterFile:
+    """ConfigError if the file is neither kind, or so wrong that its pools cannot be read."""
+    documents = _documents(path)
+    kuberay = [d for d in documents if str(d.get("apiVersion", "")).startswith("ray.io/")]
+    if len(kuberay) > 1:
+        raise ConfigError(f"{path}: holds {len(kuberay)} Ray resources; one cluster a file, please")
+    try:
+        if kuberay:
+            raw, kind = kuberay[0], str(kuberay[0].get("kind"))
+            if kind not in ("RayCluster", "RayJob"):
+                raise ConfigError(f"{path}: kind: {kind!r} is not one that heliostat starts; use RayCluster or RayJob")
+            name = workspace.check_name(f"{path}: metadata.name", raw["metadata"]["name"])
+            return ClusterFile(path, kind, name, raw, tuple(d for d in documents if d is not raw))
+        if len(documents) == 1 and {"cluster_name", "provider"} <= documents[0].keys():
+            raw = documents[0]
+            name = workspace.check_name(f"{path}: cluster_name", raw["cluster_name"])
+            return ClusterFile(path, "launcher", str(raw["provider"]["type"]) and name, raw)
+    except (KeyError, TypeError) as e:
+        raise ConfigError(f"{path}: is incomplete, or a part of it is of the wrong kind ({type(e).__name__}: {e})") from e
+    raise ConfigError(
+        f"{path}: is neither cluster-launcher YAML (cluster_name, provider) nor a KubeRay manifest (apiVersion: ray.io/v1)"
+    )
+
+
+def _documents(path: Path) -> list[dict[str, Any]]:
+    found = documents(path)
+    if not found or not all(isinstance(d, dict) for d in found):
+        raise ConfigError(f"{path}: must hold mappings of keys to values")
+    return found
+
+
+def _launcher_pools(raw: dict[str, Any]) -> Iterator[Pool]:
+    docker = raw.get("docker") or {}
+    for name, node in (raw.get("available_node_types") or {}).items():
+        head, resources, config = name == raw.get("head_node_type"), node.get("resources") or {}, node.get("node_config") or {}
+        own = (node.get("docker") or {}).get("worker_image")
+        yield Pool(
+            name=name,
+            head=head,
+            least=1 if head else int(node.get("min_workers", 0)),
+            most=1 if head else int(node.get("max_workers", raw.get("max_workers", 0))),
+            cpus=resources.get("CPU"),
+            gpus=resources.get("GPU", 0),
+            labels=dict(node.get("labels") or {}),
+            image=own or docker.get("head_image" if head else "worker_image") or docker.get("image"),
+            instance=config.get("InstanceType") or config.get("machineType"),
+            spot="InstanceMarketOptions" in config or "SPOT" in str(config.get("scheduling")),
+        )
+    if raw["provider"]["type"] == "local":  # what a node has is in its start command, or Ray finds out
+        workers = len(raw["provider"].get("worker_ips") or [])
+        yield Pool("head", True, 1, 1, None, 0, {}, docker.get("image"))
+        yield Pool(
+            "workers", False, min(workers, int(raw.get("min_workers", workers))), workers, None, 0, {}, docker.get("image")
+        )
+
+
+def groups(spec: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """(name, group) of a RayCluster spec, the head first."""
+    return [("head", spec["headGroupSpec"]), *((g["groupName"], g) for g in spec.get("workerGroupSpecs") or [])]
+
+
+def _kuberay_pools(spec: dict[str, Any]) -> Iterator[Pool]:
+    for name, group in groups(spec):
+        head = group is spec["headGroupSpec"]
+        container = group["template"]["spec"]["containers"][0]
+        resources = container.get("resources") or {}
+        amounts = {**(resources.get("requests") or {}), **(resources.get("limits") or {})}
+        params = group.get("rayStartParams") or {}
+        cpus = params.get("num-cpus", amounts.get("cpu"))
+        replicas = int(group.get("replicas", group.get("minReplicas", 0)))
+        yield Pool(
+            name=name,
+            head=head,
+            least=1 if head else int(group.get("minReplicas", replicas)),
+            most=1 if head else int(group.get("maxReplicas", replicas)),
+            cpus=None if cpus is None else quantity(cpus),
+            gpus=next((quantity(amounts[r]) for r in GPU_RESOURCES if r in amounts), 0),
+            labels={str(k): str(v) for k, v in (group.get("labels") or {}).items()},
+            image=container.get("image"),
+        )
+
+
+def quantity(text: Any) -> float:
+    """A Kubernetes quantity of CPUs or GPUs: 8, "8" or "500m"."""
+    text = str(text)
+    return float(text[:-1]) / 1000 if text.endswith("m") else float(text)

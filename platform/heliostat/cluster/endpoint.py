@@ -1,0 +1,169 @@
+"""From what a person names (a cluster file, an address, a local cluster's name) to an address of its Jobs API and the token.
+
+Clouds keep the dashboard on the head's loopback address, so it is reached through `ray dashboard` (ssh) or
+`kubectl port-forward`, which run as long as they are needed.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import re
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from heliostat.cluster import cluster_file, dashboard, local, private
+from heliostat.cluster.cluster_file import ClusterFile
+from heliostat.config import schema, workspace
+from heliostat.errors import ClusterError, ConfigError
+from heliostat.redact import carries_secret
+
+TUNNEL_S = 60.0
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """`here`: the cluster's nodes are on this machine, and see its files."""
+
+    url: str
+    token: str | None
+    here: bool
+    file: ClusterFile | None = None
+
+
+@contextlib.contextmanager
+def endpoint(target: str | None) -> Iterator[Endpoint]:
+    """ClusterError if nothing answers there; None means the only local cluster that runs."""
+    if target is None:
+        states = local.known()
+        if len(states) != 1:
+            have = f"there are {', '.join(s.name for s in states)}" if states else "none runs here"
+            raise ConfigError(f"--cluster: say which ({have}); a cluster file, an address, or a name of `heliostat cluster list`")
+        target = states[0].name
+    file = target.endswith((".yaml", ".yml"))
+    if state := local.read(target) if workspace.NAME.fullmatch(target) and not file else None:
+        yield _local(state, cluster_file.read(Path(state.file)) if Path(state.file).is_file() else None)
+    elif file:
+        cluster = cluster_file.read(Path(target))
+        if cluster.local:
+            if not (state := local.read(cluster.name)):
+                raise ClusterError(f"{target}: this cluster does not run; start it with `heliostat cluster up {target}`")
+            yield _local(state, cluster)
+        elif cluster.kind == "launcher":
+            with _tunnel(["ray", "dashboard", target, "--remote-port", _port(cluster), "--port"], dashboard.own_token()) as (
+                url,
+                token,
+            ):
+                yield Endpoint(url, token, False, cluster)
+        else:
+            name = kube_name(cluster)
+            service = ["kubectl", "-n", cluster.namespace, "port-forward", f"service/{kube_service(cluster, name)}"]
+            with _tunnel(service, kube_token(cluster, name)) as (url, token):
+                yield Endpoint(url, token, False, cluster)
+    else:
+        if carries_secret(target if "://" in target else f"http://{target}"):
+            raise ConfigError("--cluster: the address must not carry a token; set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH")
+        url = target if target.startswith(("http://", "https://")) else f"http://{target}"
+        if url != target and not re.fullmatch(r"(?:[^/:@]+|\[[0-9a-fA-F:]+\]):\d+/?", target):
+            names = [s.name for s in local.known()]
+            raise ConfigError(
+                f"--cluster: {target!r} is no local cluster that runs{schema.nearest(target, names)}, no cluster file "
+                "(FILE.yaml) and no address (HOST:PORT or http://HOST:PORT)"
+            )
+        here = any(url.startswith(f"http://{host}") for host in ("127.", "localhost"))
+        if state := next((s for s in local.known() if s.url == url.rstrip("/")), None):
+            yield _local(state, None)
+        else:
+            yield _answering(Endpoint(url.rstrip("/"), dashboard.own_token(), here))
+
+
+def _local(state: local.State, cluster: ClusterFile | None) -> Endpoint:
+    if dashboard.probe(state.url) and not private.ours(state.url):
+        raise ClusterError(
+            f"{state.url}: what answers there is no process of this user, so it was sent no token; is {state.name} down?"
+        )
+    return _answering(Endpoint(state.url, state.token or None, True, cluster))
+
+
+def _answering(there: Endpoint) -> Endpoint:
+    status = dashboard.probe(there.url, there.token)
+    if status in (401, 403):
+        raise ClusterError(f"{there.url}: refuses our token; give the cluster's in RAY_AUTH_TOKEN_PATH")
+    if status != 200:
+        raise ClusterError(f"{there.url}: no Ray cluster answers here ({status or 'no connection'})")
+    return there
+
+
+def _port(cluster: ClusterFile) -> str:
+    return local.url_of(cluster).rpartition(":")[2] if cluster.provider == "local" else "8265"
+
+
+def kube_name(cluster: ClusterFile) -> str:
+    """The RayCluster's name: the file's, or for a RayJob the one that KubeRay gave the cluster that it made for the job."""
+    if cluster.kind == "RayCluster":
+        return cluster.name
+    command = ["kubectl", "-n", cluster.namespace, "get", "rayjob", cluster.name, "-o", "jsonpath={.status.rayClusterName}"]
+    name = tool(command, f"finding the cluster of the job {cluster.name}").strip()
+    if not name:
+        raise ClusterError(f"{cluster.path}: the job {cluster.name} has no cluster yet; it may wait for its quota (`suspend`)")
+    return name
+
+
+def kube_service(cluster: ClusterFile, name: str) -> str:
+    """The name of the service that leads to the head."""
+    given = (cluster.spec["headGroupSpec"].get("headService") or {}).get("metadata") or {}
+    return given.get("name") or f"{name}-head-svc"
+
+
+def kube_token(cluster: ClusterFile, name: str) -> str | None:
+    """KubeRay keeps the token in a secret of the RayCluster's name."""
+    secret = (cluster.spec.get("authOptions") or {}).get("secretName") or name
+    command = ["kubectl", "-n", cluster.namespace, "get", "secret", secret, "-o", "jsonpath={.data.auth_token}"]
+    return base64.b64decode(tool(command, f"reading the token of {name}")).decode() or None
+
+
+def tool(command: list[str], what: str, timeout: float = 600.0) -> str:
+    """Runs ray or kubectl; ClusterError with its last words if it fails or is not there."""
+    if not shutil.which(command[0]):
+        raise ClusterError(f"{what} needs `{command[0]}`, which is not on the PATH")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    except subprocess.TimeoutExpired as e:
+        raise ClusterError(f"{what}: `{' '.join(command[:3])}` did not end in {timeout:.0f} s") from e
+    if done.returncode:
+        lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+        raise ClusterError(f"{what}: {lines[-1].strip() if lines else f'exit code {done.returncode}'}")
+    return done.stdout
+
+
+@contextlib.contextmanager
+def _tunnel(command: list[str], token: str | None) -> Iterator[tuple[str, str | None]]:
+    """Runs a forwarding command with a free local port put last (`LOCAL:8265` for kubectl) until the body ends."""
+    if not shutil.which(command[0]):
+        raise ClusterError(f"reaching the cluster needs `{command[0]}`, which is not on the PATH")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    place = f"{port}:8265" if command[0] == "kubectl" else str(port)
+    process = subprocess.Popen([*command, place], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + TUNNEL_S
+    try:
+        while not (private.ours(url) and dashboard.probe(url, token) == 200):  # the port was free for a moment: for others too
+            if process.poll() is not None:
+                said = (process.stderr.read() if process.stderr else "").strip().splitlines()
+                raise ClusterError(f"`{' '.join(command[:3])}` failed: {said[-1] if said else process.returncode}")
+            if time.monotonic() > deadline:
+                raise ClusterError(f"`{' '.join(command[:3])}` opened no way to the cluster's Jobs API in {TUNNEL_S:.0f} s")
+            time.sleep(0.5)
+        yield url, token
+    finally:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()

@@ -1,0 +1,104 @@
+"""`heliostat cluster check FILE`: everything that can be found wrong with a cluster file before a machine is paid for.
+
+Errors stop `cluster up`: what the tool's schema refuses, what cannot work, secrets written in (`written_secrets`). Warnings are
+for a person to decide on: open ports and Ray without authentication (`exposure`), what fails or is unsafe at the first start on a
+cloud (`clouds`) or in Kubernetes (`pods`), pools that no job can ask for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from heliostat.cluster import clouds, cluster_file, exposure, pods, schemas, written_secrets
+from heliostat.cluster.cluster_file import ClusterFile, groups
+from heliostat.config.schema import nearest
+from heliostat.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Report:
+    cluster: ClusterFile
+    errors: list[str]
+    warnings: list[str]
+
+
+def check(path: Path) -> Report:
+    """ConfigError if the file cannot be read at all; else what is wrong with it."""
+    cluster = cluster_file.read(path)
+    with cluster_file.shaped(path):
+        return _report(cluster)
+
+
+def _report(cluster: ClusterFile) -> Report:
+    refused = schemas.faults(cluster)
+    if refused:  # the rest needs a file of the right form
+        return Report(cluster, [*refused, *written_secrets.faults(cluster)], [])
+    warnings = [*exposure.warnings(cluster), *clouds.warnings(cluster), *pods.warnings(cluster), *_sense(cluster)]
+    if refused is None:
+        warnings.append(
+            f"the file was not held against KubeRay's schema: {schemas.crd_folder()} does not have its CRDs; "
+            f"set {schemas.CRDS} to a folder that has"
+        )
+    return Report(cluster, [*_impossible(cluster), *written_secrets.faults(cluster)], warnings)
+
+
+def require(path: Path) -> ClusterFile:
+    """The cluster file, or one ConfigError with all its errors."""
+    report = check(path)
+    if report.errors:
+        raise ConfigError("\n  ".join([f"{path}:", *report.errors]) if len(report.errors) > 1 else f"{path}: {report.errors[0]}")
+    return report.cluster
+
+
+def _impossible(cluster: ClusterFile) -> Iterator[str]:
+    raw = cluster.raw
+    heads = [p for p in cluster.pools if p.head]
+    if cluster.kind == "launcher" and raw.get("available_node_types") and not heads:
+        given, known = str(raw.get("head_node_type")), list(raw["available_node_types"])
+        yield f"head_node_type: {given!r} is no node type{nearest(given, known)}"
+    for pool in cluster.pools:
+        if pool.least > pool.most:
+            yield f"pool {pool.name}: at least {pool.least} nodes, but at most {pool.most}"
+        if pool.gpus and not pool.cpus:
+            yield f"pool {pool.name}: {pool.gpus:g} GPUs and no CPU: no worker fits; give it CPUs"
+    if "max_workers" in raw and (most := sum(p.most for p in cluster.pools if not p.head)) and raw["max_workers"] < most:
+        least = sum(p.least for p in cluster.pools if not p.head)
+        if raw["max_workers"] < least:
+            yield f"max_workers: {raw['max_workers']} is below the {least} nodes that the pools start with"
+    if cluster.provider == "local":
+        for address in cluster.addresses:
+            if cluster.addresses.count(address) > 1:
+                yield f"provider.worker_ips: {address} is there twice"
+                break
+    if cluster.kind != "launcher":
+        yield from _kuberay_impossible(cluster)
+
+
+def _kuberay_impossible(cluster: ClusterFile) -> Iterator[str]:
+    spec = cluster.spec
+    versions = {
+        c["image"].rpartition(":")[2] for _, g in groups(spec) for c in g["template"]["spec"]["containers"] if "image" in c
+    }
+    if len(versions) > 1:
+        yield f"images: {', '.join(sorted(versions))}: head and workers must have one version of Ray and of heliostat"
+    if spec.get("enableInTreeAutoscaling"):
+        for group in spec.get("workerGroupSpecs") or []:
+            if "maxReplicas" not in group:
+                yield f"worker group {group['groupName']}: maxReplicas: is required with enableInTreeAutoscaling"
+    names = [g["groupName"] for g in spec.get("workerGroupSpecs") or []]
+    if len(set(names)) < len(names):
+        yield f"workerGroupSpecs: two groups have one name: {', '.join(names)}"
+
+
+def _sense(cluster: ClusterFile) -> Iterator[str]:
+    for pool in cluster.pools:
+        if pool.gpus and not pool.labels:
+            yield f"pool {pool.name}: has GPUs and no labels, so jobs cannot keep other work off it (workers.labels, data.labels)"
+        if pool.image and (":" not in pool.image.rpartition("/")[2] or pool.image.endswith(":latest")):
+            yield f"pool {pool.name}: image {pool.image} has no version: nodes that start later may run other code"
+        if pool.head and pool.cpus and len(cluster.pools) > 1:
+            yield f"pool {pool.name}: the head takes work ({pool.cpus:g} CPUs); with CPU: 0 losing a worker never loses the head"
+    if "change-me" in cluster.path.read_text(encoding="utf-8"):
+        yield "the file still holds change-me: put your own values there"

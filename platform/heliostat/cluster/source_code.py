@@ -1,0 +1,81 @@
+"""The code that a run is made by: commit, what differs from it, Python and packages.
+
+On a cluster there is no `.git`: `heliostat submit` sends what it knew in a file of the workspace (`pack`). What may hold
+secrets is not in the difference (`diff`), and only named.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import distributions
+
+from heliostat.cluster.source_diff import difference, git
+from heliostat.cluster.workspace_package import CODE_FILE
+from heliostat.config import workspace
+from heliostat.records import Format
+
+DIFF_BYTES = 1 << 20  # of a difference that is kept
+UNTRACKED = 1000  # files that git does not know and that are named
+
+
+@dataclass(frozen=True)
+class Source:
+    """`diff`: from the commit to the files that ran, as `git apply` takes it; `untracked`: files that git does not know;
+    `left_out`: what the difference lacks, because it may be secret."""
+
+    commit: str = ""
+    diff: str = ""
+    untracked: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def dirty(self) -> bool:
+        return bool(self.diff or self.untracked or self.left_out)
+
+    @property
+    def digest(self) -> str:
+        """Names the difference; empty where there is none."""
+        told = f"{self.diff}\0{self.untracked}" + (f"\0{self.left_out}" if self.left_out else "")
+        return hashlib.sha256(told.encode()).hexdigest()[:12] if self.dirty else ""
+
+    def text(self) -> str:
+        """The difference, behind what it lacks."""
+        notes = [f"# not in git: {path}" for path in self.untracked] + [
+            f"# left out, may be secret: {path}" for path in self.left_out
+        ]
+        return "".join(f"{note}\n" for note in notes) + self.diff
+
+    def facts(self) -> dict[str, str]:
+        return {"commit": self.commit, "diff": self.digest}
+
+    def dump(self) -> str:
+        return json.dumps(asdict(self))
+
+
+SOURCE = Format(Source, "record of the code that was submitted", fix="submit the job again")
+
+
+def source() -> Source:
+    """The workspace as it is now."""
+    sent = workspace.root() / CODE_FILE
+    if sent.is_file():
+        return SOURCE.read(sent)
+    root = workspace.root()
+    commit = (git(root, "rev-parse", "HEAD") or "").strip()
+    if not commit:
+        return Source()
+    diff, left_out = difference(root)
+    if len(diff.encode()) > DIFF_BYTES:
+        diff = diff.encode()[:DIFF_BYTES].decode(errors="ignore") + f"\n# cut at {DIFF_BYTES} bytes\n"
+    untracked = (git(root, "ls-files", "--others", "--exclude-standard", "-z") or "").split("\0")[:-1]
+    return Source(commit, diff, tuple(untracked[:UNTRACKED]), tuple(left_out))
+
+
+def environment() -> dict[str, str]:
+    """Python, the system, and every installed package's version, by name."""
+    found = {(d.metadata["Name"] or "").lower().replace("_", "-"): d.version for d in distributions()}
+    system = {"python": platform.python_version(), "system": f"{platform.system()} {platform.release()} {platform.machine()}"}
+    return system | {name: found[name] for name in sorted(found) if name}

@@ -1,0 +1,175 @@
+"""Which keys `train.deepspeed` may hold: those that change how fast a step is, or what memory it takes, and not what it computes.
+
+Everything else is refused, with the key of the job file that does it: DeepSpeed would take a second word on the batch, the
+precision or the sharding, and heliostat's data order, loss and checkpoints would go by the first. Also refused are settings of
+what the job does not have, as of a loss scale in bf16. (Settings of another ZeRO stage are taken, so that a job can change it.)
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from heliostat.config.schema import Float, Strict, explain
+from heliostat.config.spec import Job
+
+Elements = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class OffloadOptimizer(Strict):
+    pin_memory: bool = True
+    buffer_count: Positive = 4
+
+
+class OffloadParam(Strict):
+    pin_memory: bool = True
+    buffer_count: Positive = 5
+    buffer_size: Positive = 100_000_000
+    max_in_cpu: Elements = 1_000_000_000
+
+
+class Zero(Strict):
+    reduce_bucket_size: Positive = 500_000_000
+    allgather_bucket_size: Positive = 500_000_000
+    overlap_comm: bool = False
+    contiguous_gradients: bool = True
+    reduce_scatter: bool = True
+    allgather_partitions: bool = True
+    use_multi_rank_bucket_allreduce: bool = True
+    sub_group_size: Positive = 1_000_000_000
+    stage3_prefetch_bucket_size: Elements = 50_000_000
+    stage3_param_persistence_threshold: Elements = 100_000
+    stage3_model_persistence_threshold: Elements = 1 << 62
+    stage3_max_live_parameters: Elements = 1_000_000_000
+    stage3_max_reuse_distance: Elements = 1_000_000_000
+    stage3_module_granularity_threshold: Elements = 0
+    stage3_use_all_reduce_for_fetch_params: bool = False
+    stage3_allgather_sequential: bool = False
+    memory_efficient_linear: bool = True
+    offload_optimizer: OffloadOptimizer = OffloadOptimizer()
+    offload_param: OffloadParam = OffloadParam()
+
+
+class Fp16(Strict):
+    loss_scale: Annotated[Float, Field(ge=0)] = 0.0  # 0: dynamic
+    initial_scale_power: Annotated[int, Field(ge=0, le=32)] = 16
+    loss_scale_window: Positive = 1000
+    hysteresis: Positive = 2
+    consecutive_hysteresis: bool = False
+    min_loss_scale: Positive = 1
+
+
+class Aio(Strict):
+    block_size: Positive = 1 << 20
+    queue_depth: Positive = 8
+    intra_op_parallelism: Positive = 1
+    single_submit: bool = False
+    overlap_events: bool = True
+
+
+class Allowed(Strict):
+    """Defaults are DeepSpeed's, for the reader; only what the job names is passed on."""
+
+    zero_optimization: Zero = Zero()
+    fp16: Fp16 = Fp16()
+    aio: Aio = Aio()
+    communication_data_type: Literal["fp32", "bf16", "fp16"] | None = None  # in which gradients travel
+
+
+SET = "heliostat sets it"
+DATA_PARALLEL = "no key does it: heliostat shards over data-parallel workers only (train.zero, workers.count)"
+OFFLOAD = "use train.zero.offload"
+MLFLOW = "losses and rates are in MLflow (mlflow.uri)"
+INSTEAD = {
+    "train_batch_size": "use train.global_batch",
+    "train_micro_batch_size_per_gpu": "use train.micro_batch",
+    "gradient_accumulation_steps": "follows from train.global_batch, train.micro_batch and workers.count; change those",
+    "managed_gradient_accumulation": SET,
+    "gradient_clipping": "use train.grad_clip",
+    "prescale_gradients": SET,
+    "gradient_predivide_factor": SET,
+    "gradient_allreduce_op": SET,
+    "optimizer": "use train.optimizer",
+    "scheduler": "use train.schedule",
+    "bf16": "use train.precision",
+    "bfloat16": "use train.precision",
+    "torch_autocast": "use train.precision",
+    "amp": "use train.precision",
+    "fp16.enabled": "use train.precision",
+    "fp16.auto_cast": "use train.precision",
+    "fp16.fp16_master_weights_and_grads": "use train.precision; masters are always fp32",
+    "data_types": "use train.accumulate (fp32 or same) and train.precision",
+    "zero_optimization.stage": "use train.zero.stage",
+    "zero_optimization.offload_optimizer.device": "use train.zero.offload.optimizer",
+    "zero_optimization.offload_optimizer.nvme_path": OFFLOAD,
+    "zero_optimization.offload_param.device": "use train.zero.offload.param",
+    "zero_optimization.offload_param.nvme_path": "use train.zero.offload.nvme_path",
+    "zero_optimization.cpu_offload": "use train.zero.offload.optimizer",
+    "zero_optimization.cpu_offload_param": "use train.zero.offload.param",
+    "zero_optimization.cpu_offload_use_pin_memory": OFFLOAD,
+    "zero_optimization.load_from_fp32_weights": "heliostat's checkpoints always hold fp32 masters (checkpoint)",
+    "zero_optimization.elastic_checkpoint": "heliostat's checkpoints load on any number of workers (checkpoint)",
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save": "use `heliostat export`",
+    "activation_checkpointing": "use train.activation_checkpointing",
+    "compile": "use train.compile",
+    "checkpoint": "use checkpoint",
+    "load_universal_checkpoint": "heliostat's checkpoints load at any stage (checkpoint)",
+    "seed": "use train.seed",
+    "elasticity": "use workers.count: [least, most]",
+    "data_efficiency": "use data.mix_schedule",
+    "curriculum_learning": "use data.mix_schedule",
+    "dataloader_drop_last": "use train.global_batch; every step has a whole batch",
+    "steps_per_print": "use train.log_every",
+    "wall_clock_breakdown": "the ledger says where the time went (`heliostat goodput`)",
+    "memory_breakdown": "`heliostat plan` says what memory is needed",
+    "dump_state": "`heliostat check` shows what is wrong with a job",
+    "flops_profiler": MLFLOW,
+    "comms_logger": "the ledger says where the time went (`heliostat goodput`)",
+    "tensorboard": MLFLOW,
+    "wandb": MLFLOW,
+    "csv_monitor": MLFLOW,
+    "comet": MLFLOW,
+    "zero_allow_untested_optimizer": SET,
+    "zero_force_ds_cpu_optimizer": SET,
+    "tensor_parallel": DATA_PARALLEL,
+    "autotp": DATA_PARALLEL,
+    "autotp_size": DATA_PARALLEL,
+    "sequence_parallel_size": DATA_PARALLEL,
+    "pipeline": DATA_PARALLEL,
+    "expert_parallel": DATA_PARALLEL,
+    "data_parallel_size": "use workers.count",
+}
+
+
+def faults(job: Job) -> list[str]:
+    """One line for each key that `train.deepspeed` may not hold, or holds with a wrong value."""
+    given = job.train.deepspeed
+    lines = [f"train.deepspeed.{key}: is not taken here: {INSTEAD[key]}" for key in INSTEAD if _has(given, key)]
+    try:
+        Allowed.model_validate(_without(given, list(INSTEAD)))
+    except ValidationError as e:
+        lines += [f"train.deepspeed.{line}" for line in explain(e, Allowed)]
+    offload = job.train.zero.offload
+    needs = [
+        ("fp16", job.train.precision == "fp16", "train.precision fp16"),
+        ("aio", offload.param == "nvme", "train.zero.offload.param nvme"),
+        ("zero_optimization.offload_optimizer", bool(offload.optimizer), "train.zero.offload.optimizer"),
+        ("zero_optimization.offload_param", bool(offload.param), "train.zero.offload.param"),
+    ]
+    lines += [
+        f"train.deepspeed.{key}: would be ignored; it needs {need}" for key, met, need in needs if _has(given, key) and not met
+    ]
+    return lines
+
+
+def _has(given: Any, key: str) -> bool:
+    head, _, rest = key.partition(".")
+    return isinstance(given, dict) and head in given and (not rest or _has(given[head], rest))
+
+
+def _without(given: dict[str, Any], keys: list[str]) -> dict[str, Any]:
+    """The mapping less the keys that have a line of their own."""
+    below = {k: [key.partition(".")[2] for key in keys if key.startswith(f"{k}.")] for k in given}
+    return {k: _without(v, below[k]) if isinstance(v, dict) else v for k, v in given.items() if k not in keys}

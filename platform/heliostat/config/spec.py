@@ -1,0 +1,449 @@
+"""The job file: one YAML is the whole job. `load` validates it; `docs/job.md` explains every key.
+
+Cross-field rules are checked here too, so a Job that exists can be trained: the batch divides, the combination of
+precision, ZeRO stage and hardware trains correctly, offload fits the stage.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, field_validator, model_validator
+
+from heliostat.config import schema, workspace
+from heliostat.config.schema import Float, Strict
+from heliostat.errors import ConfigError
+from heliostat.redact import carries_secret
+from heliostat.storage import Location
+from heliostat.text import printable
+
+LARGEST = 2**32  # of what is counted by the step; what is beyond it is a slip of the finger
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(gt=0, le=LARGEST)]
+NonNegative = Annotated[Float, Field(ge=0)]
+Fraction = Annotated[Float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every random number generator takes
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+
+
+def _experiment(name: str) -> str:
+    """MLflow takes any name; ours may become a folder, and stands in a terminal and a page."""
+    parts = name.removeprefix("/").split("/")  # Databricks' begin with one
+    if not name.strip() or len(name) > 250 or printable(name) != name or "\\" in name or {"", ".", ".."} & set(parts):
+        raise ValueError(
+            f"{printable(name[:60])!r} is no experiment's name: up to 250 characters, none of them a control character or \\, "
+            "and no part between slashes empty, . or .."
+        )
+    return name
+
+
+Experiment = Annotated[str, AfterValidator(_experiment)]
+
+
+class Source(Strict):
+    path: str
+    weight: NonNegative = 1.0
+    max_epochs: Annotated[Float, Field(gt=0)] | None = None  # then the source is left out, and the others share its weight
+
+
+class MixChange(Strict):
+    step: Positive
+    weights: list[NonNegative]  # one a source, from this step on
+
+
+class Data(Strict):
+    sources: Annotated[list[Source], Field(min_length=1)]
+    sequence_length: Annotated[int, Field(gt=1)] | None = None
+    seed: Seed = 0
+    lanes: Count | None = None  # canonical data-parallel ranks; the default is one per micro-batch of a step
+    window: Positive | None = None  # samples that are shuffled together; the default follows from their size
+    mix_schedule: list[MixChange] = []
+    on_bad_sample: Literal["replace", "fail"] = "replace"
+    max_bad_fraction: Fraction = 0.01  # of the samples of an epoch; more replaced samples than that stop the run
+    memory_limit: ByteSize = ByteSize(2 << 30)  # for samples on their way from storage to the workers, on the whole cluster
+    one_source_batches: bool = False  # a lane's samples of a step are all of one source; collections set it
+    labels: dict[str, str] = {}  # of the nodes that may fetch samples; none: any node
+    document_mask: bool = False  # attention stays inside a document of a packed sequence
+
+
+class Optimizer(Strict):
+    name: Literal["adamw"] = "adamw"
+    lr: Annotated[Float, Field(gt=0)]
+    betas: Annotated[list[Annotated[Float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
+    eps: Annotated[Float, Field(gt=0)] = 1e-8
+    weight_decay: NonNegative = 0.1
+
+
+class Schedule(Strict):
+    name: Literal["cosine", "constant", "linear", "wsd"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    final_ratio: Fraction = 0.1
+    decay_fraction: Fraction = 0.2  # of the steps; wsd only
+
+
+class Offload(Strict):
+    optimizer: Literal["cpu"] | None = None
+    param: Literal["cpu", "nvme"] | None = None
+    nvme_path: str | None = None
+
+
+class Zero(Strict):
+    stage: Literal[0, 1, 2, 3] = 1
+    offload: Offload = Offload()
+
+    @field_validator("stage", mode="before")
+    @classmethod
+    def _no_bool(cls, value: object) -> object:
+        if isinstance(value, bool):  # equal to 0 or 1, and so to a choice
+            raise ValueError(f"{value} is not a choice; valid: 0, 1, 2, 3")
+        return value
+
+
+class Ema(Strict):
+    decay: Annotated[Float, Field(gt=0, lt=1)] = 0.9999
+
+
+class Train(Strict):
+    steps: Positive
+    stop_after: Positive | None = None  # ends behind this step; schedules follow `steps` all the same
+    global_batch: Count
+    micro_batch: Count
+    optimizer: Optimizer
+    schedule: Schedule = Schedule()
+    grad_clip: NonNegative = 1.0
+    ema: Ema | None = None  # an average of the weights over the steps, which is evaluated and exported
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    zero: Zero = Zero()
+    accumulate: Literal["fp32", "same"] | None = None  # in which micro-batches are summed; see `settle` for the default
+    deepspeed: dict[str, Any] = {}  # merged over the DeepSpeed config that the keys above make
+    activation_checkpointing: bool = False
+    compile: bool = False
+    seed: Seed = 0
+    log_every: Positive = 10
+
+
+class Evaluate(Strict):
+    every: Positive
+    samples: Positive = 256
+    fraction: Annotated[Float, Field(gt=0, lt=1)] = 0.01
+
+
+class Best(Strict):
+    metric: str = "loss"  # a score of the evaluation
+    mode: Literal["min", "max"] = "min"
+    keep: Positive = 1
+
+
+class Checkpoint(Strict):
+    every: Positive
+    keep: Positive = 2
+    keep_every: Positive | None = None  # steps; those checkpoints stay for ever
+    best: Best | None = None
+    grace: Annotated[Float, Field(gt=0)] = 60.0  # seconds for the last checkpoint after SIGTERM, Ctrl-C or a preemption notice
+
+
+def _count(value: object) -> object:
+    """A number, or [least, most]."""
+    both: list[Any] = value if isinstance(value, list) else [value, value]
+    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in both)
+    if len(both) != 2 or not whole or not 0 < both[0] <= both[1] <= LARGEST:
+        raise ValueError(f"{value!r} is neither a number of workers nor [least, most], as [1, 4]")
+    return value
+
+
+class Workers(Strict):
+    count: Annotated[int | list[int], BeforeValidator(_count)] = 1  # or [least, most]: elastic
+    cpus: Annotated[Float, Field(gt=0)] = 1.0
+    gpus: Annotated[Float, Field(ge=0)] = 0.0
+    placement: Literal["pack", "spread", "strict_spread"] = "pack"  # strict_spread: each on a node of its own
+    labels: dict[str, str] = {}  # of the nodes that may hold workers (Ray's node labels)
+
+    @property
+    def least(self) -> int:
+        return self.count[0] if isinstance(self.count, list) else self.count
+
+    @property
+    def most(self) -> int:
+        return self.count[1] if isinstance(self.count, list) else self.count
+
+
+class Retries(Strict):
+    max: Annotated[int, Field(ge=0)] = 10  # failures in a row without a new checkpoint between them; preemptions do not count
+    backoff: NonNegative = 1.0  # seconds before the first retry; each next one waits twice as long
+    backoff_max: NonNegative = 60.0
+
+
+class Watchdog(Strict):
+    stall: Annotated[Float, Field(gt=0)] = 300.0  # seconds in which some worker must get on: a step, a batch of an evaluation
+    start: Annotated[Float, Field(gt=0)] = 1800.0  # the same before the first step is done
+
+
+class Spike(Strict):
+    window: Annotated[int, Field(ge=4)] = 50  # steps whose losses say what is usual
+    threshold: Annotated[Float, Field(gt=0)] = 8.0  # robust standard deviations above their median
+    action: Literal["warn", "rollback"] = "warn"
+
+
+class Mlflow(Strict):
+    uri: str
+    experiment: Experiment
+    register_as: Name | None = Field(default=None, alias="register")
+    alias: Name | None = None  # that the registered version gets, as `candidate`
+
+
+class Card(Strict):
+    """What people must know of the model: it travels with it as its model card."""
+
+    license: Name | None = None  # SPDX identifier, as Apache-2.0
+    summary: str = ""
+    intended_use: str = ""
+    limitations: str = ""
+
+
+class Job(Strict):
+    name: Name
+    recipe: str
+    model: dict[str, Any]
+    data: Data
+    train: Train
+    evaluate: Evaluate | None = None
+    checkpoint: Checkpoint
+    workers: Workers = Workers()
+    retries: Retries = Retries()
+    watchdog: Watchdog = Watchdog()
+    spike: Spike | None = None
+    storage: str
+    mlflow: Mlflow
+    card: Card = Card()
+
+    @property
+    def last_step(self) -> int:
+        """Where the training ends."""
+        return min(self.train.steps, self.train.stop_after or self.train.steps)
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of a worker in a step, for a job of a fixed number of workers."""
+        assert isinstance(self.workers.count, int)
+        return self.train.global_batch // (self.workers.count * self.train.micro_batch)
+
+    def worker_counts(self, lanes: int | None = None) -> list[int]:
+        """Numbers of workers, ascending, that the job allows and that can play its lanes (of a run resumed: its `lanes`)."""
+        return _fitting(self, lanes or self.lanes, self.workers.least, self.workers.most)
+
+    def on(self, workers: int) -> Job:
+        """The job on this fixed number of workers."""
+        return self.model_copy(update={"workers": self.workers.model_copy(update={"count": workers})})
+
+    @property
+    def lanes(self) -> int:
+        return self.data.lanes or self.train.global_batch // self.train.micro_batch
+
+    @property
+    def run_folder(self) -> Location:
+        return Location(self.storage).join(self.name)
+
+    @property
+    def sources(self) -> list[Location]:
+        return [Location(s.path) for s in self.data.sources]
+
+    def dump(self) -> dict[str, Any]:
+        """The resolved job as plain data, in the shape of the file."""
+        return json.loads(self.model_dump_json(by_alias=True))
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Job:
+        faults = [*_batch_faults(self), *_precision_faults(self), *_offload_faults(self), *_checkpoint_faults(self)]
+        faults += _mix_faults(self.data) + _mlflow_faults(self.mlflow)
+        paths = [s.path for s in self.data.sources]
+        if len(set(paths)) < len(paths):
+            faults.append("data.sources: a path is given twice; add up its weights")
+        if self.train.schedule.warmup_steps >= self.train.steps:
+            faults.append(
+                f"train.schedule.warmup_steps: {self.train.schedule.warmup_steps} must be below train.steps {self.train.steps}"
+            )
+        if faults:
+            raise ValueError("\n  ".join(faults))
+        return self
+
+
+def _fitting(job: Job, lanes: int, least: int, most: int) -> list[int]:
+    """Numbers of workers in [least, most] that can play the lanes in whole micro-batches."""
+    batch, micro = job.train.global_batch, job.train.micro_batch
+    return [n for n in divisors(math.gcd(lanes, batch)) if least <= n <= most and batch // n % micro == 0]
+
+
+def divisors(number: int) -> list[int]:
+    """Ascending; 1 alone of what is beyond LARGEST, whose square root is too far to try."""
+    if number > LARGEST:
+        return [1]
+    low = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return low + [number // d for d in reversed(low) if d * d != number]
+
+
+def _batch_faults(job: Job) -> list[str]:
+    batch, micro, count = job.train.global_batch, job.train.micro_batch, job.workers.count
+    if isinstance(count, list):
+        return _elastic_faults(job)
+    if batch % (micro * count):
+        fits = [n for n in divisors(batch // micro) if n < 2 * count] if batch % micro == 0 else []
+        below, above = count * micro * (batch // (count * micro)), count * micro * (batch // (count * micro) + 1)
+        near = f"use a global batch of {' or '.join(str(b) for b in (below, above) if b)}"
+        workers = f", or workers.count {min(fits, key=lambda n: abs(n - count))}" if fits else ""
+        return [
+            f"train.global_batch: {batch} is not divisible by workers.count {count} x train.micro_batch {micro}; {near}{workers}"
+        ]
+    if batch % job.lanes or job.lanes % count:
+        fits = [count * d for d in divisors(batch // count)]
+        return [
+            f"data.lanes: {job.lanes} must divide train.global_batch {batch} and be a multiple of workers.count {count}; "
+            f"nearest: {min(fits, key=lambda c: abs(c - job.lanes))}"
+        ]
+    if (batch // count) % micro:
+        return [f"train.micro_batch: {micro} does not divide the {batch // count} samples that a worker gets in a step"]
+    return []
+
+
+def _elastic_faults(job: Job) -> list[str]:
+    batch, lanes, workers = job.train.global_batch, job.lanes, job.workers
+    if batch % lanes:
+        near = min(divisors(batch), key=lambda c: abs(c - lanes))
+        return [f"data.lanes: {lanes} must divide train.global_batch {batch}; nearest: {near}"]
+    if job.worker_counts():
+        return []
+    nearest = min(_fitting(job, lanes, 1, lanes), key=lambda n: abs(n - workers.least), default=None)
+    return [
+        f"workers.count: from {workers.least} to {workers.most} there is no number that divides the {lanes} lanes into whole "
+        f"micro-batches; {f'nearest: {nearest}' if nearest else 'train.micro_batch must divide train.global_batch'}"
+    ]
+
+
+def _mix_faults(data: Data) -> list[str]:
+    faults, before = [], 0
+    for i, change in enumerate(data.mix_schedule):
+        key = f"data.mix_schedule.{i}"
+        if len(change.weights) != len(data.sources):
+            faults.append(f"{key}.weights: {len(change.weights)} given, one for each of the {len(data.sources)} sources wanted")
+        if change.step <= before:
+            faults.append(f"{key}.step: {change.step} must be above {before}; list the changes in the order of their steps")
+        before = change.step
+    mixes = [[s.weight for s in data.sources], *(c.weights for c in data.mix_schedule)]
+    for i, weights in enumerate(mixes):
+        if not any(weights):
+            faults.append(f"{f'data.mix_schedule.{i - 1}.weights' if i else 'data.sources'}: all weights are 0")
+    for i in range(len(data.sources)):
+        if not any(weights[i] for weights in mixes if i < len(weights)):
+            faults.append(f"data.sources.{i}.weight: is 0 at every step; remove the source, or give it a weight")
+    return faults
+
+
+def _precision_faults(job: Job) -> list[str]:
+    faults = []
+    if job.train.precision == "fp16" and not job.workers.gpus:
+        faults.append("train.precision: 'fp16' needs GPUs (workers.gpus is 0); use bf16 or fp32")
+    if job.train.precision == "bf16" and job.train.zero.stage == 0:
+        faults.append("train.zero.stage: 0 with train.precision 'bf16' trains wrongly in DeepSpeed; use stage 1, or fp32")
+    if job.train.precision == "fp16" and job.train.zero.stage == 0:
+        faults.append("train.zero.stage: 0 with train.precision 'fp16' has no masters that a checkpoint could hold; use stage 1")
+    if job.train.accumulate == "fp32" and _sums_on_host(job):
+        where = f"train.zero.offload.optimizer at train.zero.stage {job.train.zero.stage}"
+        faults.append(
+            f"train.accumulate: fp32 with {where}: DeepSpeed sums in host memory in low precision; use stage 3, or same"
+        )
+    return faults
+
+
+def _sums_on_host(job: Job) -> bool:
+    return bool(job.train.zero.offload.optimizer) and job.train.zero.stage in (1, 2) and job.train.precision != "fp32"
+
+
+def _offload_faults(job: Job) -> list[str]:
+    zero, offload = job.train.zero, job.train.zero.offload
+    faults = []
+    if offload.optimizer and zero.stage == 0:
+        faults.append("train.zero.offload.optimizer: needs train.zero.stage 1, 2 or 3")
+    if offload.param and zero.stage != 3:
+        faults.append(f"train.zero.offload.param: needs train.zero.stage 3, not {zero.stage}")
+    if (offload.param == "nvme") != bool(offload.nvme_path):
+        faults.append("train.zero.offload.nvme_path: give the folder when, and only when, param is 'nvme'")
+    return faults
+
+
+def _mlflow_faults(mlflow: Mlflow) -> list[str]:
+    faults = []
+    if carries_secret(mlflow.uri):
+        faults.append(
+            "mlflow.uri: must not carry a password; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+            "MLFLOW_TRACKING_TOKEN (for PostgreSQL: PGPASSWORD; for MySQL: ?read_default_file=FILE)"
+        )
+    if mlflow.alias and not mlflow.register_as:
+        faults.append(f"mlflow.alias: {mlflow.alias!r} is of a registered model; set mlflow.register too")
+    return faults
+
+
+def _checkpoint_faults(job: Job) -> list[str]:
+    policy, faults = job.checkpoint, []
+    if policy.keep_every and policy.keep_every % policy.every:
+        near = policy.every * max(1, round(policy.keep_every / policy.every))
+        faults.append(
+            f"checkpoint.keep_every: {policy.keep_every} must be a multiple of checkpoint.every {policy.every}; nearest: {near}"
+        )
+    if policy.best and not job.evaluate:
+        faults.append("checkpoint.best: needs scores; add evaluate, or remove checkpoint.best")
+    elif policy.best and job.evaluate and policy.every % job.evaluate.every:  # a score must be of the very step
+        faults.append(
+            f"checkpoint.best: evaluate.every {job.evaluate.every} must divide checkpoint.every {policy.every}, "
+            "so that each checkpoint is scored"
+        )
+    if policy.best and policy.best.metric == "train_loss":
+        faults.append("checkpoint.best.metric: 'train_loss' is of the training data; name a score of the evaluation, as loss")
+    return faults
+
+
+def load(path: Path, settings: list[str] | None = None) -> Job:
+    """The job in a YAML file, with `key.path=value` settings applied and relative paths taken from the workspace."""
+    return resolve(schema.load(Job, path, settings))
+
+
+def settle(job: Job, recorded: dict[str, Any] | None) -> Job:
+    """The job with a value for `train.accumulate`: its own, else what the run that it resumes had (which before there was the key
+    was `same`), else fp32 where it can be had."""
+    if job.train.accumulate:
+        return job
+    value = "fp32" if recorded is None else recorded["train"].get("accumulate") or "same"
+    if _sums_on_host(job):
+        value = "same"
+    return job.model_copy(update={"train": job.train.model_copy(update={"accumulate": value})})
+
+
+def resolve(job: Job) -> Job:
+    """Makes every path absolute, because Ray's workers run in other folders."""
+    root = workspace.root()
+    raw = job.dump()
+    for i, source in enumerate(raw["data"]["sources"]):
+        source["path"] = _absolute(f"data.sources.{i}.path", source["path"], root)
+    raw["storage"] = _absolute("storage", job.storage, root)
+    raw["model"] = _pretrained(raw["model"], root)
+    uri = job.mlflow.uri
+    if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
+        raw["mlflow"]["uri"] = f"sqlite:///{root / uri.removeprefix('sqlite:///')}"
+    elif not uri.startswith(("sqlite:", "http://", "https://", "postgresql", "mysql", "mssql", "databricks")):
+        raise ConfigError(f"mlflow.uri: {uri!r} is no MLflow store; use sqlite:///FILE or http://HOST:PORT")
+    return schema.validate(Job, raw, job.name)  # again, because two ways to write a path are now one
+
+
+def _pretrained(model: Any, root: Path) -> Any:
+    """The recipe's keys with every `pretrained: FOLDER` absolute, however deep."""
+    if not isinstance(model, dict):
+        return model
+    return {k: str(root / v) if k == "pretrained" and isinstance(v, str) else _pretrained(v, root) for k, v in model.items()}
+
+
+def _absolute(key: str, path: str, root: Path) -> str:
+    try:
+        return str(Location(path).absolute(root))
+    except ConfigError as e:
+        raise ConfigError(f"{key}: {e}") from e

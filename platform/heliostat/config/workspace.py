@@ -1,0 +1,114 @@
+"""The workspace: the folder with jobs/, pipelines/ and clusters/ that a team edits, and how its code is imported.
+
+It is the current folder. A job or pipeline names its code by import path, `heliostat.recipes.text.causal_lm:CausalLM`, found from there. What a
+model's or a run's own record names is only imported from installed packages and from the workspace's own folders: code that
+came with the model is never run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+import sysconfig
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from typing import Any
+
+from heliostat.config.schema import nearest
+from heliostat.errors import ConfigError
+from heliostat.text import brief
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+MODEL_FILES = ("heliostat.json", "model_index.json")  # one of them makes a folder a model's
+
+
+def root() -> Path:
+    return Path.cwd()
+
+
+def check_name(field: str, name: Any) -> str:
+    """The name, if as a part of a path it leads nowhere else; ConfigError that names `field` if it could."""
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise ConfigError(
+            f"{field}: {name!r} is no name; use up to 100 letters, digits, '.', '_' and '-', with a letter or digit first"
+        )
+    return name
+
+
+def import_path(field: str, path: str, record: Path | None = None) -> Any:
+    """The object at `module.name:Object`; ConfigError that names `field` if it cannot be had.
+
+    `record`: the folder of the model or run whose record holds the path: nothing in a model's folder is then imported.
+    """
+    module_name, mark, attribute = path.partition(":")
+    if not mark or not module_name or not attribute or module_name.startswith("."):
+        raise ConfigError(f"{field}: {path!r} must look like package.module:Class")
+    if str(root()) not in sys.path:
+        sys.path.insert(0, str(root()))
+    if record is not None:
+        _refuse_foreign(field, module_name, record)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as e:
+        if e.name and (module_name == e.name or module_name.startswith(e.name + ".")):
+            here = [f"{f}.{p.stem}" for f in ("jobs", "pipelines") for p in (root() / f).glob("*.py")]
+            raise ConfigError(f"{field}: no module {module_name!r} in {root()}{nearest(module_name, here)}") from e
+        raise ConfigError(f"{field}: {module_name} needs the module {e.name!r}, which is not installed") from e
+    except Exception as e:  # whatever the module does as it is imported; --verbose shows where
+        raise ConfigError(f"{field}: {module_name} cannot be imported ({type(e).__name__}: {brief(e)})") from e
+    if not hasattr(module, attribute):
+        names = [n for n, o in vars(module).items() if isinstance(o, type) and o.__module__ == module_name]
+        raise ConfigError(f"{field}: {module_name} has no {attribute!r}{nearest(attribute, names)}")
+    return getattr(module, attribute)
+
+
+def _refuse_foreign(field: str, module_name: str, record: Path) -> None:
+    """ConfigError if importing the module would run code that lies in the record's folder, or in any model's."""
+    for place in _places(module_name):
+        for way in () if _installed(place.resolve()) else (place.absolute(), place.resolve()):
+            if way.is_relative_to(record.absolute()) or way.is_relative_to(record.resolve()) or _in_model(way):
+                raise ConfigError(
+                    f"{field}: {module_name!r} is code in the folder of a model or run ({way}), which is not run; only that of "
+                    "installed packages and of the workspace's own folders is. If you trust it, copy it to jobs/, and name it so"
+                )
+
+
+def _places(module_name: str) -> list[Path]:
+    """The files and folders that a module and the packages around it may come from, found without importing any."""
+    top, *inner = module_name.split(".")
+    spec = _find(top)
+    if spec is None:
+        return []
+    search = [Path(found) for found in spec.submodule_search_locations or []]
+    places = [*search, *([Path(spec.origin)] if spec.has_location and spec.origin else [])]
+    for part in inner:
+        found = [place for folder in search for place in (folder / part, folder / part / "__init__.py", *folder.glob(f"{part}.*"))
+                 if place.exists()]  # fmt: skip
+        search = [place for place in found if place.is_dir()]
+        places += found
+    return places
+
+
+def _find(name: str) -> ModuleSpec | None:
+    if (there := getattr(sys.modules.get(name), "__spec__", None)) is not None:
+        return there
+    found = (finder.find_spec(name, None) for finder in sys.meta_path if hasattr(finder, "find_spec"))
+    return next((spec for spec in found if spec is not None), None)
+
+
+def _installed(place: Path) -> bool:
+    """Whether it lies where Python keeps the standard library and what pip has installed."""
+    roots = {Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
+    return any(place.is_relative_to(root) for root in roots)
+
+
+def _in_model(place: Path) -> bool:
+    """Whether a folder around it, up to the one that imports are found from, is a model's."""
+    entries = {Path(entry).resolve() for entry in sys.path} | {Path(entry).absolute() for entry in sys.path}
+    for folder in (place, *place.parents):
+        if folder in entries:
+            return False
+        if any((folder / mark).is_file() for mark in MODEL_FILES):
+            return True
+    return False

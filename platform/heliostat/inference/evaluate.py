@@ -1,0 +1,112 @@
+"""Scores an exported model on a dataset's held-out split, in this process, with the scores that training reports."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from heliostat.config import workspace
+from heliostat.config.schema import validate
+from heliostat.config.spec import Job
+from heliostat.data import collection, content
+from heliostat.data.dataset import open_dataset, plan
+from heliostat.data.manifest import read
+from heliostat.errors import ConfigError
+from heliostat.recipes import exported as exports
+from heliostat.recipes.protocol import Recipe
+from heliostat.records import Format
+from heliostat.storage import Location
+
+log = logging.getLogger(__name__)
+
+BATCH = 8
+SETTINGS = Format(dict[str, Any], "tokenizer's configuration", ConfigError)
+
+
+def evaluate(folder: Path, data: str, samples: int, sequence_length: int | None, fraction: float | None) -> dict[str, float]:
+    """The recipe's metrics over at most `samples` held-out samples: those of training at the same fraction and length."""
+    with exports.using(folder):
+        return _evaluate(exports.read(folder), data, samples, sequence_length, fraction)
+
+
+def _evaluate(
+    export: exports.Export, data: str, samples: int, sequence_length: int | None, fraction: float | None
+) -> dict[str, float]:
+    job = collection.expand(_job(export, data, samples, sequence_length, fraction))
+    manifests = [read(location) for location in job.sources]
+    recipe: Recipe = export.recipe(job)
+    if manifests[0].kind != recipe.kind:
+        raise ConfigError(f"--data: {data} holds {manifests[0].kind!r}, but the model is scored on {recipe.kind!r}")
+    recipe.bind(manifests)
+    made = plan(job, manifests)
+    dataset = open_dataset(dataclasses.replace(made, version=export.data_version) if export.data_version else made)
+    held = dataset.order.held_out(samples)
+    if not len(held):
+        raise ConfigError(f"--fraction: {made.held_fraction:g} of {data} holds no sample out; give a larger one")
+    if len(held) < min(samples, sum(dataset.order.held_shares(samples))):
+        log.warning(
+            "--samples: %d wanted, but --fraction %g holds out %d, which are scored", samples, made.held_fraction, len(held)
+        )
+    found = dataset.read(held)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = recipe.load(export.folder).eval().to(device)
+    sums: dict[str, float] = {}
+    with torch.no_grad():
+        for rows in _batches(held.source):
+            part = content.part(found, rows)
+            batch = {k: v.to(device) for k, v in recipe.batch(part, np.arange(rows.start, rows.stop)).items()}
+            for name, value in recipe.evaluate(model, batch).items():
+                sums[name] = sums.get(name, 0.0) + float(value.double().sum())
+    return recipe.metrics(sums)
+
+
+def _batches(source: np.ndarray) -> list[slice]:
+    """Slices of at most BATCH samples, each of one source."""
+    edges = [0, *(np.flatnonzero(np.diff(source)) + 1).tolist(), len(source)]
+    return [slice(i, min(i + BATCH, b)) for a, b in itertools.pairwise(edges) for i in range(a, b, BATCH)]
+
+
+def _job(export: exports.Export, data: str, samples: int, sequence_length: int | None, fraction: float | None) -> Job:
+    """The job that made the model, on other data; for a language model from elsewhere, one that knows no more than its folder."""
+    made: dict[str, Any] = export.job or {"model": {}, "data": {}, "train": {}}
+    length = sequence_length or made["data"].get("sequence_length") or _trained_length(export.folder)
+    if not length and export.job is None:
+        raise ConfigError("--sequence-length: the model does not say how long its samples are; give it")
+    held = fraction or (made.get("evaluate") or {}).get("fraction", 0.01)
+    source = {"path": str(Location(data).absolute(workspace.root()))}
+    return validate(
+        Job,
+        {
+            "name": "evaluate",
+            "recipe": made.get("recipe", exports.LANGUAGE_MODEL),
+            "model": export.recipe.exported(export.folder, made["model"]),
+            "data": {"sources": [source], "sequence_length": length, "document_mask": made["data"].get("document_mask", False)},
+            "train": {
+                "steps": 1,
+                "global_batch": BATCH,
+                "micro_batch": BATCH,
+                "optimizer": {"lr": 1.0},
+                "seed": made["train"].get("seed", 0),
+            },
+            "evaluate": {"every": 1, "samples": samples, "fraction": held},
+            "checkpoint": {"every": 1},
+            "storage": str(export.folder),
+            "mlflow": {"uri": "sqlite:////dev/null", "experiment": "none"},
+        },
+        f"the job that made {export.folder}",
+    )
+
+
+def _trained_length(folder: Path) -> int | None:
+    """What an export's tokenizer gives as its longest input: the sequence length of the training."""
+    settings = folder / "tokenizer_config.json"
+    length = SETTINGS.read(settings).get("model_max_length") if settings.is_file() else None
+    return (
+        int(length) if isinstance(length, int | float) and 0 < length < 10_000_000 else None
+    )  # transformers writes 1e30 for "unknown"

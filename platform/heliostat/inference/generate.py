@@ -1,0 +1,86 @@
+"""What a model makes of prompts: one here, or many with Ray Data, over as many workers as are asked for.
+
+The recipe of the export (`exports`) says how: `generator(folder, options)` loads the model once and answers requests. The answer
+to a request follows from it and the options alone, so it is the same in whatever batch and on whichever worker it is made.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from heliostat.errors import ConfigError, HeliostatError, innermost
+from heliostat.recipes import exported
+from heliostat.recipes.protocol import Generated, Request
+from heliostat.storage import Location
+
+RESULTS = "results.jsonl"
+BATCH = 16
+
+
+def generate(folder: Path, prompt: str, options: dict[str, Any], seed: int, out: str | None) -> Generated:
+    """The answer to one prompt, made in this process; a text goes to `out` as it is shown."""
+    with exported.using(folder):
+        (made,) = exported.read(folder).recipe.generator(folder, options)([Request(prompt, seed, out)])
+    if out is not None and "file" not in made.facts:
+        Location(out).write(f"{made.shown}\n".encode())
+    return made
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One a line; empty lines are left out."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"--prompts: {path} cannot be read ({e})") from e
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ConfigError(f"--prompts: {path} holds no prompt; write one a line")
+    return prompts
+
+
+def generate_many(folder: Path, prompts: list[str], options: dict[str, Any], seed: int, out: str, workers: int) -> int:
+    """Answers all prompts with an actor pool: the i-th with seed + i; `results.jsonl` in the folder `out` lists them in order.
+
+    Every node must see the model's folder under the same path.
+    """
+    with exported.using(folder):
+        exported.read(folder).recipe.generator(folder, options)  # what is wrong is found before Ray starts
+    from heliostat.cluster.connect import connect
+
+    connect(cpus=workers + 1)
+    import ray
+
+    place = Location(out)
+    items = [{"number": i, "prompt": p, "seed": seed + i, "out": place.join(f"{i:05d}").uri} for i, p in enumerate(prompts)]
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    with ray.data.DataContext.current(context):
+        done = ray.data.from_items(items, override_num_blocks=-(-len(items) // BATCH)).map_batches(
+            Generator,
+            batch_size=BATCH,
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            fn_constructor_kwargs={"folder": str(folder), "options": options},
+        )
+        try:
+            rows = sorted(done.iter_rows(), key=lambda r: r["number"])
+        except Exception as e:
+            cause = innermost(e)
+            raise (HeliostatError(f"generating failed: {e}") if cause is None else type(cause)(str(cause))) from e
+    place.join(RESULTS).write("".join(row["result"] + "\n" for row in rows).encode())
+    return len(rows)
+
+
+class Generator:
+    """An actor of the pool."""
+
+    def __init__(self, folder: str, options: dict[str, Any]) -> None:
+        self.folder = Path(folder)
+        self.generator = exported.read(Path(folder)).recipe.generator(Path(folder), options)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        columns = [batch[name].tolist() for name in ("prompt", "seed", "out")]
+        with exported.using(self.folder):
+            made = self.generator([Request(*values) for values in zip(*columns, strict=True)])
+        return {"number": batch["number"], "result": [json.dumps({"prompt": g.prompt, **g.facts}) for g in made]}

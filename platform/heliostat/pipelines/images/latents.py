@@ -1,0 +1,134 @@
+"""Latents and text embeddings computed once, before training, by an actor pool of Ray Data: frozen encoders never meet ZeRO.
+
+Each actor loads the encoders once, on a GPU if it has one. What is stored of an image is the distribution of its latents (mean
+and log variance, float16), so that training draws from it anew in every epoch, and of its caption the text encoder's last layer.
+`empty_caption.bin` holds what the encoder makes of no caption. The digest of such a dataset follows from arithmetic whose last
+bits differ by machine and batch: the same images on other hardware may give another one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from pydantic import Field
+
+from heliostat.config.schema import Float, Strict
+from heliostat.data import versions
+from heliostat.data.manifest import FILES
+from heliostat.errors import ConfigError
+from heliostat.pipelines.images.pictures import Size
+from heliostat.storage import Location
+
+EMPTY = "empty_caption.bin"
+
+
+class Latents(Strict):
+    """Folders of the frozen models; without `text_encoder`, captions stay text."""
+
+    autoencoder: str
+    text_encoder: str | None = None
+    length: int = Field(77, gt=1)  # tokens of a caption
+    workers: int = Field(1, gt=0)
+    gpus: Float = Field(0.0, ge=0)  # of each worker
+    batch: int = Field(16, gt=0)
+
+    def check(self, sizes: tuple[Size, ...], channels: int) -> None:
+        from heliostat.recipes.images import config as diffusion_config
+
+        config = diffusion_config.folder_config("latents.autoencoder", self.autoencoder)
+        factor = 2 ** (len(config["block_out_channels"]) - 1)
+        for size in sizes:
+            if size[0] % factor or size[1] % factor:
+                raise ConfigError(f"latents.autoencoder: needs sides that are multiples of {factor}, not {size[0]}x{size[1]}")
+        if config["in_channels"] != channels:
+            raise ConfigError(f"channels: {channels}, but the autoencoder takes {config['in_channels']}")
+        if self.text_encoder:
+            diffusion_config.folder_config("latents.text_encoder", self.text_encoder)
+
+    def identity(self) -> dict[str, Any]:
+        return {"models": self.models(), "length": self.length}
+
+    def models(self) -> dict[str, str]:
+        from heliostat.recipes.images import config as diffusion_config
+
+        folders = {"autoencoder": self.autoencoder, **({"text": self.text_encoder} if self.text_encoder else {})}
+        return {name: diffusion_config.folder_digest(folder) for name, folder in folders.items()}
+
+
+class Encoder:
+    """An actor: tables with images in, tables with latents and embeddings out."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        import torch
+
+        from heliostat.recipes.images import config as diffusion_config
+
+        torch.set_num_threads(1)
+        self.config = Latents(**config)
+        self.device = "cuda" if self.config.gpus else "cpu"
+        self.vae = diffusion_config.frozen_autoencoder(self.config.autoencoder).to(self.device)
+        self.text = self.tokenizer = None
+        if self.config.text_encoder:
+            self.text = diffusion_config.frozen_text_encoder(self.config.text_encoder).to(self.device)
+            self.tokenizer = diffusion_config.frozen_tokenizer(self.config.text_encoder, self.config.length)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        keep = [i for i, shard in enumerate(table["shard"].to_pylist()) if shard]
+        latents: list[bytes | None] = [None] * len(table)
+        embeddings: list[bytes | None] = [None] * len(table)
+        sizes = list(zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True))
+        for size in sorted({sizes[i] for i in keep}):
+            mine = [i for i in keep if sizes[i] == size]
+            for first in range(0, len(mine), self.config.batch):
+                rows = mine[first : first + self.config.batch]
+                part = table.take(pa.array(rows))
+                for i, latent in zip(rows, self.latents(part), strict=True):
+                    latents[i] = latent.tobytes()
+                if self.text is not None:
+                    for i, embedding in zip(rows, self.embeddings(part["caption"].to_pylist()), strict=True):
+                        embeddings[i] = embedding.tobytes()
+        out = table.drop_columns(["image"]).append_column("latent", pa.array(latents, pa.large_binary()))
+        return out if self.text is None else out.append_column("embedding", pa.array(embeddings, pa.large_binary()))
+
+    def latents(self, table: pa.Table) -> np.ndarray:
+        import torch
+
+        from heliostat.recipes.images.rows import pixels
+
+        with torch.no_grad():
+            return self.vae.encode(pixels(table).to(self.device)).latent_dist.parameters.cpu().numpy().astype(np.float16)
+
+    def embeddings(self, captions: list[str]) -> np.ndarray:
+        import torch
+
+        from heliostat.recipes.images.pipeline import embed, tokenize
+
+        tokens = tokenize(self.tokenizer, captions)
+        with torch.no_grad():
+            found = embed(self.text, tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device))
+        return found.cpu().numpy().astype(np.float16)
+
+
+@ray.remote
+def empty_caption(config: dict[str, Any]) -> np.ndarray:
+    return Encoder({**config, "gpus": 0.0}).embeddings([""])[0]
+
+
+def encoded(rows: Any, latents: Latents, output: Location, folders: list[str]) -> tuple[Any, dict[str, Any]]:
+    """The rows with latents in the images' place, and what the manifest says of them; `folders`: of the dataset's parts."""
+    config = latents.model_dump()
+    meta: dict[str, Any] = {"content": "latents", "models": latents.models()}
+    if latents.text_encoder:
+        empty = ray.get(empty_caption.remote(config), timeout=600)
+        places = [output, *(output.join(f) for f in folders)]
+        (path,) = {versions.store(place, f"{FILES}/empty_caption-", empty.tobytes(), ".bin") for place in places}
+        meta["files"] = {EMPTY: path}
+        meta["text"] = list(empty.shape)
+    done = rows.map_batches(
+        Encoder, batch_size=8 * latents.batch, batch_format="pyarrow", fn_constructor_kwargs={"config": config},
+        compute=ray.data.ActorPoolStrategy(size=latents.workers), num_gpus=latents.gpus or None,
+    )  # fmt: skip
+    return done.materialize(), meta

@@ -1,0 +1,247 @@
+"""Where images and captions come from: scikit-learn's digits, folders with a metadata file, Parquet, WebDataset tars.
+
+    sklearn:digits      1,797 handwritten digits of 8 x 8 pixels, on every machine: the default that downloads nothing
+    FOLDER              metadata.jsonl, metadata.csv or metadata.parquet with a column `file_name`, and the files it names
+    FOLDER or GLOB      *.parquet: a column of encoded images (bytes, or {bytes, path} as Hugging Face writes them)
+    FOLDER or GLOB      *.tar as WebDataset writes them: KEY.png (.jpg, .webp) with KEY.txt, or KEY.json that has the columns
+
+Ids are places (`a.tar/KEY`, `b.parquet#7`), so they name an image for ever. A digit's caption is one of TEMPLATES, chosen by its
+number; of the 60 pairs of digit and template ten are never used, so that prompts are left which no model has seen.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from heliostat.errors import ConfigError
+from heliostat.pipelines.images import pictures
+from heliostat.pipelines.images.pictures import Dropped, Raw, encode
+from heliostat.pipelines.prepare import InputFile
+from heliostat.pipelines.text import sources
+from heliostat.text import brief, printable
+
+DIGITS = "sklearn:digits"
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+ARCHIVES = (".tar", ".parquet")
+FILES_PER_TASK = 512
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+TEMPLATES = (
+    "a handwritten {}", "the digit {}", "{} written by hand", "the number {} in ink", "a picture of {}", "{}, handwritten",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Limits:
+    """In bytes: of a file of the input, and of an image in it, as it is stored."""
+
+    file: int = 1 << 33
+    image: int = 1 << 26
+
+
+@dataclass(frozen=True)
+class Columns:
+    image: str = "image"
+    caption: str = "caption"
+    label: str | None = None
+
+
+def held_back(digit: int) -> str:
+    """The caption that no image of this digit has."""
+    return TEMPLATES[digit % len(TEMPLATES)].format(WORDS[digit])
+
+
+def digit_caption(number: int, digit: int) -> str:
+    """The caption of the image of this number."""
+    used = [t for i, t in enumerate(TEMPLATES) if i != digit % len(TEMPLATES)]
+    return used[number % len(used)].format(WORDS[digit])
+
+
+# finding -------------------------------------------------------------------------------------------------------------
+
+
+def listing(uri: str) -> list[InputFile]:
+    """Every file that belongs to the input, sorted by path; ConfigError if there is none."""
+    if uri == DIGITS:
+        return [InputFile("digits", 1797 * 64, 0)]
+    base, found = sources.find(uri)
+    tables = {p for p, _ in found if p.rsplit("/", 1)[-1] in METADATA}
+    wanted = (*METADATA, *IMAGES) if tables else ARCHIVES
+    files = [InputFile(p, i.size, i.mtime_ns or 0) for p, i in found if (p or base.path).lower().endswith(wanted)]
+    if not files:
+        seen = f"{len(found)} files, none" if found else "no file there"
+        raise ConfigError(f"input: {uri!r}: {seen} of {', '.join(METADATA)}, *.tar or *.parquet")
+    return sorted(files, key=lambda f: f.path)
+
+
+def tasks(uri: str, files: list[InputFile], columns: Columns, limit: int = Limits.file) -> list[dict[str, Any]]:
+    """What each read task reads: an archive, a table, or some hundred files that a metadata file names."""
+    if uri == DIGITS:
+        return [{"kind": "digits", "path": "", "entries": []}]
+    base, out = sources.root(uri), []
+    tables = [f.path for f in files if f.path.rsplit("/", 1)[-1] in METADATA]
+    for path in tables:
+        folder = path.rpartition("/")[0]
+        try:
+            data = sources.fetch(base, path, limit)
+        except sources.LeftOutError as e:
+            raise ConfigError(f"input: {printable(path)}: is not read: {pictures.REASONS[e.reason]} ({e.detail})") from e
+        entries = [_entry(row, folder, path, columns) for row in read_table(path, data)]
+        for first in range(0, len(entries), FILES_PER_TASK):
+            out.append({"kind": "files", "path": path, "entries": entries[first : first + FILES_PER_TASK]})
+    if not tables:
+        out = [{"kind": "archive", "path": f.path, "entries": []} for f in files]
+    return out
+
+
+def _entry(row: dict[str, Any], folder: str, path: str, columns: Columns) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise ConfigError(f"input: {printable(path)}: {str(row)[:40]!r} is no object with a 'file_name'; a line is one")
+    if "file_name" not in row:
+        found = printable(", ".join(map(str, row)))
+        raise ConfigError(f"input: {printable(path)}: has no column 'file_name'; its columns: {found}")
+    name, caption = str(row["file_name"]), row.get(columns.caption)
+    lost = name.startswith("/") or not name  # what is joined to a folder would lie inside it
+    return {
+        "path": f"{folder}/{name}" if folder and not lost else name,
+        "caption": caption if isinstance(caption, str) else None,
+        "label": _label(row, columns),
+    }
+
+
+def _label(row: dict[str, Any], columns: Columns) -> str:
+    value = row.get(columns.label) if columns.label else None
+    return "" if value is None else str(value)
+
+
+def read_table(path: str, data: bytes) -> list[dict[str, Any]]:
+    """A metadata file's rows; ConfigError if it cannot be read, because then nothing can."""
+    try:
+        if path.endswith(".parquet"):
+            return pq.read_table(io.BytesIO(data)).to_pylist()
+        text = data.decode("utf-8-sig")
+        if path.endswith(".csv"):
+            return list(csv.DictReader(io.StringIO(text)))
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    except (pa.ArrowException, OSError, ValueError, RecursionError, csv.Error) as e:
+        raise ConfigError(f"input: {printable(path)}: cannot be read ({brief(e)})") from e
+
+
+# reading -------------------------------------------------------------------------------------------------------------
+
+
+def read(uri: str, task: dict[str, Any], columns: Columns, limits: Limits = Limits()) -> Iterator[Raw | Dropped]:
+    """The images of a task."""
+    if task["kind"] == "digits":
+        yield from digits()
+        return
+    base = sources.root(uri)
+    if task["kind"] == "files":
+        for entry in task["entries"]:
+            try:
+                data = sources.fetch(base, entry["path"], limits.image) if entry["path"] else b""
+            except sources.LeftOutError as e:
+                yield Dropped(entry["path"], e.reason, e.detail)
+                continue
+            yield Raw(entry["path"], data, entry["caption"], entry["label"]) if data else Dropped(entry["path"], "unreadable")
+        return
+    path = task["path"] or base.name
+    try:
+        data = sources.fetch(base, task["path"], limits.file)
+        if path.lower().endswith(".tar"):
+            yield from read_tar(path, data, columns, limits.image)
+        else:
+            yield from read_parquet(path, data, columns, limits)
+    except sources.LeftOutError as e:
+        yield Dropped(path, e.reason, e.detail)
+
+
+def digits() -> Iterator[Raw]:
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    for number, (pixels, digit) in enumerate(zip(found.images, found.target.tolist(), strict=True)):
+        image = Image.fromarray((255 - pixels * (255 / 16)).round().astype(np.uint8))  # black on white
+        yield Raw(f"digits#{number}", encode(image, "png", 0), digit_caption(number, digit), WORDS[digit])
+
+
+def read_parquet(path: str, data: bytes, columns: Columns, limits: Limits = Limits()) -> Iterator[Raw | Dropped]:
+    number, total = 0, 0
+    try:
+        wanted = [c for c in (columns.image, columns.caption, columns.label) if c]
+        for row in sources.parquet_rows(data, columns.image, wanted, limits.file):
+            number += 1
+            image = row.get(columns.image)
+            image = image.get("bytes") if isinstance(image, dict) else image
+            caption = row.get(columns.caption)
+            total += len(image) if isinstance(image, bytes) else 0
+            if total > limits.file:
+                raise sources.LeftOutError("too_large", f"more than {limits.file:,} bytes, unpacked")
+            if isinstance(image, bytes) and len(image) > limits.image:
+                yield Dropped(f"{path}#{number}", "too_large", f"{len(image):,} bytes")
+                continue
+            yield Raw(
+                f"{path}#{number}",
+                image if isinstance(image, bytes) else None,
+                caption if isinstance(caption, str) else None,
+                _label(row, columns),
+            )
+    except (pa.ArrowException, OSError, ValueError):
+        yield Dropped(path, "corrupt")
+
+
+def read_tar(path: str, data: bytes, columns: Columns, limit: int = Limits.image) -> Iterator[Raw | Dropped]:
+    """Consecutive members with one name up to the first point of their last part are a sample; one of more than `limit` bytes,
+    which a sparse member only claims to have, leaves its sample out."""
+    key, parts = "", dict[str, bytes | None]()
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            for member in tar:
+                if not member.isfile():
+                    continue
+                folder, _, name = member.name.rpartition("/")
+                stem, _, suffix = name.partition(".")
+                here = f"{folder}/{stem}" if folder else stem
+                if here != key:
+                    yield from _sample(path, key, parts, columns)
+                    key, parts = here, {}
+                if member.size > limit:
+                    parts[suffix.lower()] = None
+                    continue
+                body = tar.extractfile(member)
+                assert body is not None
+                parts[suffix.lower()] = found = body.read()
+                if len(found) != member.size:
+                    raise tarfile.ReadError("cut short")
+    except (tarfile.TarError, OSError, EOFError):
+        yield Dropped(path, "corrupt")
+        return
+    yield from _sample(path, key, parts, columns)
+
+
+def _sample(path: str, key: str, found: dict[str, bytes | None], columns: Columns) -> Iterable[Raw | Dropped]:
+    if not found:
+        return ()
+    id = f"{path}/{key}"
+    parts = {suffix: body for suffix, body in found.items() if body is not None}
+    if len(parts) < len(found):
+        return (Dropped(id, "too_large", f"the part .{next(s for s in found if s not in parts)}"),)
+    try:
+        row = json.loads(parts["json"]) if "json" in parts else {}
+        caption = parts["txt"].decode() if "txt" in parts else row.get(columns.caption)
+        label = parts["cls"].decode().strip() if "cls" in parts else _label(row, columns)
+    except (ValueError, AttributeError, RecursionError):
+        return (Dropped(id, "corrupt"),)
+    image = next((parts[s.removeprefix(".")] for s in IMAGES if s.removeprefix(".") in parts), None)
+    return (Raw(id, image, caption if isinstance(caption, str) else None, label),)

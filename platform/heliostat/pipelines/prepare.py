@@ -1,0 +1,262 @@
+"""`heliostat prepare PIPELINE.yaml`: raw data to shards and a manifest, once; a rerun with nothing new does nothing.
+
+A pipeline is a class named by the YAML's `pipeline` key (`heliostat.pipelines.text.pipeline:TextPipeline`). It subclasses `Pipeline`, which
+is the schema of the YAML's other keys, and says what it reads and how it writes. What holds here for every pipeline:
+
+- everything cheap is checked before Ray starts: the keys, the inputs, the output's store;
+- the dataset exists only when it is complete: a new version is written beside the old one and its manifest last, so a run
+  that fails or is interrupted leaves what was there. What it had written itself it removes;
+- the version that it replaces stays for `keep_days`, for the runs that read it (`heliostat.data.versions`);
+- a folder that holds other things is refused, and nothing in it that is not ours is ever removed;
+- a finished dataset of the same configuration and input is kept (`up_to_date`), unless `force` is given;
+- the digest does not depend on where the input and output lie or when they were written. Those facts are kept in
+  `prepared.json`, beside the manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections import Counter
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from heliostat.cluster.connect import connect
+from heliostat.config import workspace
+from heliostat.config.schema import Float, Strict, apply, read_yaml, validate
+from heliostat.data import collection, manifest, versions
+from heliostat.data.manifest import Manifest
+from heliostat.errors import ConfigError, DataError, HeliostatError, StorageError, innermost
+from heliostat.storage import Location
+
+log = logging.getLogger(__name__)
+
+LISTED = "quarantine.parquet"  # what was left out, and why: of the newest version
+DAY_S = 86_400
+CPUS = 4  # logical: the tasks wait for storage much of the time
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One file of the input; `path` is relative to the input's root, `modified` in nanoseconds since 1970."""
+
+    path: str
+    bytes: int
+    modified: int
+
+
+class Pipeline(Strict):
+    """Base of all pipelines: a validated YAML that knows how to become a dataset. Subclasses add keys and the methods."""
+
+    later: ClassVar[frozenset[str]] = frozenset()  # keys that came after others: datasets made without them are up to date
+
+    name: str = Field(min_length=1)
+    output: str = Field(min_length=1)
+    labels: dict[str, str] = {}  # of the nodes that may do the work (Ray's node labels); none: any node
+    keep_days: Float = Field(7.0, ge=0)  # that a version stays after it was replaced, for the runs that read it
+
+    def check(self) -> None:
+        """Raises ConfigError for whatever can be found wrong without Ray and without reading the data."""
+        raise NotImplementedError
+
+    def inputs(self) -> list[InputFile]:
+        """What is to be read, sorted by path; ConfigError if that is nothing."""
+        raise NotImplementedError
+
+    def identity(self) -> dict[str, Any]:
+        """The part of the configuration that shapes the data: everything but the places, and later keys at their defaults."""
+        usual = {key for key in self.later if getattr(self, key) == type(self).model_fields[key].default}
+        return self.model_dump(mode="json", exclude={"input", "output", "labels", "keep_days", *usual})
+
+    def write(self, output: Location, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Runs on Ray: writes everything but the manifest, and returns its rows and metadata (with `kind`).
+
+        What it writes it names after its content (`versions.store`): an older version lies in the same folder. In the
+        metadata, `files` says which of it goes under a plain name as well, and `listed` where the list of what was left out is.
+        """
+        raise NotImplementedError
+
+
+def place(uri: str) -> Location:
+    """The location, with a relative path taken from the workspace."""
+    return Location(uri).absolute(workspace.root())
+
+
+def sha256_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def load(path: Path, settings: list[str]) -> tuple[str, Pipeline]:
+    """The import path of the pipeline and the validated pipeline; ConfigError names every wrong key."""
+    path = path if path.is_absolute() else workspace.root() / path
+    raw = apply(read_yaml(path), settings)
+    target = raw.pop("pipeline", None)
+    if not isinstance(target, str):
+        raise ConfigError(
+            f"{path}: pipeline: {target!r} must name a class, such as heliostat.pipelines.text.pipeline:TextPipeline"
+        )
+    cls = workspace.import_path(f"{path}: pipeline", target)
+    if not (isinstance(cls, type) and issubclass(cls, Pipeline)):
+        raise ConfigError(f"{path}: pipeline: {target!r} must be a subclass of heliostat.prepare.Pipeline")
+    return target, validate(cls, raw, str(path))
+
+
+def prepare(path: Path, settings: list[str], force: bool = False) -> dict[str, Any]:
+    """Makes the dataset that the pipeline YAML describes, or finds it up to date; returns the report as JSON values."""
+    start = time.monotonic()
+    target, pipeline = load(path, settings)
+    output = place(pipeline.output)
+    _check_output(output)
+    pipeline.check()
+    record = versions.read_record(output)
+    inputs = pipeline.inputs()
+    config = sha256_json({"pipeline": target, **pipeline.identity()})
+    listing = sha256_json([(f.path, f.bytes) for f in inputs])
+    wanted = {"config": config, "input": sha256_json([(f.path, f.bytes, f.modified) for f in inputs])}
+    of_made = {k: record.get("made", record).get(k) for k in wanted}  # older records hold the two by themselves
+    if not force and of_made == wanted and (done := _finished(output)):
+        log.info("%s is up to date", output)
+        pruned = versions.prune(output, record, pipeline.keep_days * DAY_S) if record.get("replaced") else versions.NOTHING
+        return _report(done, time.monotonic() - start, True, pruned)
+
+    record = versions.claim(output, record)
+    before = set(versions.listing(output))
+    try:
+        connect(cpus=CPUS)
+        _keep_to(pipeline.labels)
+        rows, meta = _write(pipeline, output, inputs)
+        listed = meta.pop("listed", None)
+        versions.save_beside(output)
+        record = {k: v for k, v in record.items() if k not in ("made", *wanted)}
+        versions.write_record(output, record)  # so that a dataset whose publishing breaks off is not up to date
+        write = collection.write if "parts" in meta else manifest.write
+        made = write(output, rows, {**meta, "name": pipeline.name, "config": config, "listing": listing})
+    except BaseException as e:
+        _undo(output, before, record, e)
+        raise
+    _list(output, listed)
+    versions.publish(output, made)
+    record = versions.mark(output, made, record) | {"made": wanted}
+    versions.release(output, record)
+    pruned = versions.prune(output, record, pipeline.keep_days * DAY_S)
+    return _report(made, time.monotonic() - start, False, pruned)
+
+
+def _write(pipeline: Pipeline, output: Location, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    try:
+        rows, meta = pipeline.write(output, inputs)
+    except HeliostatError:
+        raise
+    except Exception as e:  # Ray wraps what a task raised; ours are meant for the person
+        cause = innermost(e)
+        if cause is None:
+            raise
+        raise type(cause)(str(cause)) from e
+    if not rows:
+        raise DataError(f"{pipeline.name}: nothing is left of {len(inputs)} files; dropped: {meta.get('dropped')}")
+    return rows, meta
+
+
+def _undo(output: Location, before: set[str], record: dict[str, Any], error: BaseException) -> None:
+    """Removes what this run has written, which no version names; where that fails too, it says what is left."""
+    log.warning("%s: %s; removing what was written: the dataset there is what it was before", output,
+                "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")  # fmt: skip
+    try:
+        needed = set[str]().union(*(versions.paths(v) for v in versions.all_versions(output).values()))
+        versions.remove_all(output, sorted(set(versions.listing(output)) - before - needed))
+        versions.release(output, record)
+    except HeliostatError as e:
+        log.warning("%s; a later prepare removes it", e)
+
+
+def _list(output: Location, listed: str | None) -> None:
+    """Puts the list of what was left out under its plain name."""
+    if listed is None:
+        output.join(LISTED).delete()
+        return
+    output.join(LISTED).write(output.join(listed).read())
+    versions.remove(output, listed)
+
+
+def _keep_to(labels: dict[str, str]) -> None:
+    """Ray Data's tasks run on nodes that carry the labels, and on no others."""
+    import ray.data
+
+    ray.data.DataContext.get_current().execution_options.label_selector = labels or None
+
+
+def _check_output(output: Location) -> None:
+    """ConfigError or StorageError if nothing could be written there."""
+    try:
+        output.probe()
+    except StorageError as e:
+        raise StorageError(f"output: {e}") from e
+    if output.is_s3:
+        return
+    nearest = Path(output.path)
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ConfigError(f"output: {output}: {nearest} is not a folder that can be written to")
+
+
+def _finished(output: Location) -> Manifest | None:
+    """The dataset at `output`, if it is complete."""
+    try:
+        found = manifest.read(output)
+    except DataError:
+        return None
+    sizes = dict(output.files())
+    if any(sizes.get(path) != size for path, size in zip(*_columns(found, "path", "file_bytes"), strict=True)):
+        log.warning("%s: shards are missing or cut; preparing it again", output)
+        return None
+    return found
+
+
+def _columns(found: Manifest, *names: str) -> list[list[Any]]:
+    return [found.chunks[name].to_pylist() for name in names]
+
+
+def _report(made: Manifest, seconds: float, up_to_date: bool, pruned: versions.Pruned) -> dict[str, Any]:
+    meta = made.meta
+    if pruned.until is not None:
+        until = datetime.fromtimestamp(pruned.until).isoformat(" ", "minutes")
+        log.info("%s: %d replaced versions stay for the runs that read them, the last until %s; a prepare after that removes "
+                 "them (keep_days)", made.location, pruned.kept, until)  # fmt: skip
+    return {
+        "dataset": str(made.location),
+        "digest": made.digest,
+        "kind": made.kind,
+        "documents": meta.get("documents", made.rows),
+        "tokens": made.tokens,
+        "shards": len(set(made.paths)),
+        "chunks": made.chunks.num_rows,
+        "dropped": meta.get("dropped", {}),
+        "listed": str(listed) if (listed := made.location.join(LISTED)).exists() else None,
+        "duplicates": meta.get("duplicates", 0),
+        "vocab_size": meta.get("vocab_size"),
+        "seconds": round(seconds, 2),
+        "up_to_date": up_to_date,
+        "versions_kept": pruned.kept,
+        "removed": {"files": pruned.files, "bytes": pruned.bytes},
+    }
+
+
+def explain(report: dict[str, Any]) -> list[str]:
+    """The report as a person reads it: what there is now, and what was left out."""
+    state = "is up to date" if report["up_to_date"] else f"is ready after {report['seconds']:.0f} s"
+    held = f"{report['documents']:,} " + (f"documents, {report['tokens']:,} tokens" if report["tokens"] else "rows")
+    left_out = Counter(report["dropped"]) + Counter(duplicate=report["duplicates"])
+    told = ", ".join(f"{n:,} {reason}" for reason, n in sorted(left_out.items()))
+    listed = f" (listed in {report['listed']})" if report["listed"] else ""
+    return [
+        f"dataset {report['dataset']} {state}: {held}, {report['chunks']:,} chunks, digest {report['digest'][:12]}",
+        f"left out: {told or 'nothing'}{listed}",
+    ]

@@ -1,0 +1,176 @@
+"""Documents to token shards: tokenizers, where row groups are cut, and the Parquet bytes. Pure functions."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Iterable
+from functools import lru_cache
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from heliostat.data.manifest import PLACES, PLACES_KEY
+from heliostat.errors import ConfigError
+
+SCHEMA = pa.schema(
+    [
+        # no nulls and no empty lists: the footer's value count is then the token count
+        pa.field("tokens", pa.list_(pa.field("element", pa.int32(), nullable=False)), nullable=False),
+        pa.field("document", pa.string(), nullable=False),
+    ]
+)
+# parts of all documents, by hash, at which a chunk ends, so that they can be held out exactly
+PARTS = [digit / 10**places for places in (4, 3, 2, 1) for digit in (1, 2, 5)]
+BATCH_CHARS = 4 << 20  # of text, per call of the tokenizer: bounds the memory that its encodings take
+
+
+def train(texts: Iterable[str], vocab_size: int, end_of_document: str) -> str:
+    """The `tokenizer.json` text of a byte-level BPE: every string has tokens, and decodes to itself."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[end_of_document],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer.to_str()
+
+
+@lru_cache(maxsize=2)
+def load(definition: str) -> Tokenizer:
+    """The tokenizer, set to take text as it is: no truncation, no padding, special tokens spelled in a text are text."""
+    try:
+        tokenizer = Tokenizer.from_str(definition)
+    except Exception as e:  # the library raises bare Exception
+        raise ConfigError(f"tokenizer.path: not a tokenizer.json of the tokenizers library ({e})") from e
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def end_id(tokenizer: Tokenizer, end_of_document: str) -> int:
+    found = tokenizer.token_to_id(end_of_document)
+    if found is None:
+        added = ", ".join(sorted(t.content for t in tokenizer.get_added_tokens_decoder().values())[:10])
+        raise ConfigError(
+            f"tokenizer.end_of_document: {end_of_document!r} is not in the vocabulary; its special tokens: {added or 'none'}"
+        )
+    return found
+
+
+def encode(tokenizer: Tokenizer, texts: list[str], end: int) -> list[np.ndarray]:
+    """Each text's token ids, int32, with `end` after them."""
+    out: list[np.ndarray] = []
+    start = 0
+    while start < len(texts):
+        stop, chars = start, 0
+        while stop < len(texts) and (stop == start or chars + len(texts[stop]) <= BATCH_CHARS):
+            chars += len(texts[stop])
+            stop += 1
+        for encoding in tokenizer.encode_batch_fast(texts[start:stop], add_special_tokens=False):
+            out.append(np.array([*encoding.ids, end], np.int32))
+        start = stop
+    return out
+
+
+def cut(lengths: np.ndarray, target: int) -> list[tuple[int, int]]:
+    """Ranges of documents, one per row group: about equal tokens, near `target`, never empty, never within a document."""
+    if not len(lengths):
+        return []
+    ends = np.cumsum(lengths)
+    groups = max(1, round(int(ends[-1]) / target))
+    aims = ends[-1] * np.arange(1, groups) / groups
+    after = np.searchsorted(ends, aims)  # the first document that reaches the aim; cut after it, or before if nearer
+    before = np.where(after > 0, ends[after - 1], 0)
+    cuts = after + np.where(ends[after] - aims <= aims - before, 1, 0)
+    bounds = sorted({0, len(lengths), *cuts.tolist()})
+    return list(itertools.pairwise(bounds))
+
+
+def ranges(lengths: np.ndarray, places: np.ndarray, target: int) -> list[tuple[int, int]]:
+    """Ranges of documents, one per row group: `cut` between the `PARTS`; the documents' places fall."""
+    bounds = [0, *sorted(int((places >= part * PLACES).sum()) for part in PARTS), len(lengths)]
+    return [(a + start, a + stop) for a, b in itertools.pairwise(bounds) for start, stop in cut(lengths[a:b], target)]
+
+
+def piece(target: int) -> int:
+    """How many tokens a chunk has that ends within a document: at most `target`, and 15 times a power of two, so that it is
+    whole sequences of any usual length and nothing is left over where a document is cut."""
+    return max(1, 15 * 2 ** ((target // 15).bit_length() - 1) if target >= 15 else target)
+
+
+def pieces(lengths: list[int], target: int) -> list[list[int]]:
+    """The lengths of the rows of each row group that these documents become: one group, unless they have more than twice `target`
+    tokens (a document that is longer than a chunk may be); then pieces of `piece(target)` while more than that is left."""
+    out: list[list[int]] = []
+    rows, left = lengths[::-1], sum(lengths)  # the next document last
+    while left > 2 * target:
+        group, room = list[int](), piece(target)
+        while room:
+            group.append(min(room, rows[-1]))
+            room -= group[-1]
+            rows[-1] -= group[-1]
+            if not rows[-1]:
+                rows.pop()
+        out.append(group)
+        left -= sum(group)
+    return [*out, rows[::-1]]
+
+
+def chunks(lengths: np.ndarray, target: int, places: np.ndarray | None = None) -> list[tuple[list[int], int]]:
+    """(the lengths of its rows, its place) of each row group. Those that share a document have one place, so that no document
+    is ever held out in part; without places -1."""
+    found = cut(lengths, target) if places is None else ranges(lengths, places, target)
+    out = []
+    for start, stop in found:
+        place = -1 if places is None else int(places[start:stop].max())
+        out += [(rows, place) for rows in pieces(lengths[start:stop].tolist(), target)]
+    return out
+
+
+def shard(ids: list[str], tokens: list[np.ndarray], chunk_tokens: int, places: np.ndarray | None = None) -> bytes:
+    """The Parquet file: the same documents in the same order give the same bytes. A row that does not end with the end of its
+    document goes on in the next, of the same name. The documents' places (`manifest.place`) must fall."""
+    flat = np.concatenate(tokens)
+    lengths = np.array([len(t) for t in tokens], np.int64)
+    ends = np.cumsum(lengths)
+    groups = chunks(lengths, chunk_tokens, places)
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(
+        sink,
+        SCHEMA,
+        compression="zstd",
+        use_dictionary=False,
+        write_statistics=["document"],
+        write_page_checksum=True,
+    ) as writer:
+        begin = 0
+        for rows, _ in groups:
+            offsets = np.concatenate([[0], np.cumsum(rows)])
+            values = pa.array(flat[begin : begin + offsets[-1]])
+            names = [ids[i] for i in np.searchsorted(ends, begin + offsets[:-1], side="right")]
+            lists = pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), values, type=SCHEMA.field("tokens").type)
+            table = pa.Table.from_arrays([lists, pa.array(names, pa.string())], schema=SCHEMA)
+            writer.write_table(table, row_group_size=max(1, len(rows)))
+            begin += int(offsets[-1])
+        # in the footer, which the manifest hashes: the dataset's digest then changes with any token
+        writer.add_key_value_metadata({"content": hashlib.sha256(flat.tobytes()).hexdigest()})
+        if places is not None:
+            writer.add_key_value_metadata({PLACES_KEY.decode(): json.dumps([place for _, place in groups])})
+    return sink.getvalue().to_pybytes()
+
+
+def entropy(counts: np.ndarray) -> float:
+    """Nats per token of the unigram distribution; rounded, because the last bits of a logarithm differ by machine."""
+    used = counts[counts > 0].astype(np.float64)
+    p = used / used.sum()
+    return round(math.fsum(-p * np.log(p)), 6)

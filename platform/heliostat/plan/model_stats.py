@@ -1,0 +1,175 @@
+"""A job's model, counted without memory for it: parameters on torch's meta device, activations on fake tensors.
+
+Both are the recipe's own code at work: `build` makes the real modules, `loss` runs the real forward pass on tensors that have
+shapes and no content, and autograd tells what it keeps for the backward pass. So the counts need no formula for an architecture.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from heliostat.config.spec import Job
+from heliostat.recipes.protocol import Recipe
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Census:
+    """Of one model: every parameter's shape (those shared counted once), whether it is trained, and the FLOPs of one sample."""
+
+    shapes: dict[str, tuple[int, ...]]
+    frozen: frozenset[str]
+    buffers: dict[str, tuple[tuple[int, ...], str]]  # persistent ones: shape, dtype
+    layer: int  # parameters of the largest module without submodules of its own kind: what ZeRO-3 gathers at once
+    flops: float
+    frozen_models: tuple[int, int] = (0, 0)  # bytes of models beside it on the device: in every step; in evaluations, with those
+
+    @property
+    def parameters(self) -> int:
+        return sum(math.prod(s) for s in self.shapes.values())
+
+    @property
+    def trained(self) -> dict[str, tuple[int, ...]]:
+        return {n: s for n, s in self.shapes.items() if n not in self.frozen}
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that one sample's forward pass leaves for the backward pass, with and without activation checkpointing."""
+
+    kept: int
+    checkpointed: int
+    largest: int  # the largest single tensor: there is one more of it for a moment
+
+
+def build(recipe: Recipe) -> torch.nn.Module:
+    with torch.device("meta"):
+        return recipe.build()
+
+
+def census(recipe: Recipe, model: torch.nn.Module) -> Census:
+    named = dict(model.named_parameters())
+    kept = model.state_dict().keys()
+    own = [sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules()]
+    return Census(
+        shapes={n: tuple(p.shape) for n, p in named.items()},
+        frozen=frozenset(n for n, p in named.items() if not p.requires_grad),
+        buffers={n: (tuple(b.shape), str(b.dtype).removeprefix("torch.")) for n, b in model.named_buffers() if n in kept},
+        layer=max(own, default=0),
+        flops=recipe.flops_per_sample(model),
+        frozen_models=recipe.frozen_bytes() if hasattr(recipe, "frozen_bytes") else (0, 0),
+    )
+
+
+def activations(job: Job, recipe: Recipe, model: torch.nn.Module, content: Any) -> Activations:
+    """Of one sample; `content` is what `recipe.batch` takes for a batch of one. The model, of `build`, is used up.
+
+    The model must not checkpoint: what a layer keeps is counted, and what checkpointing drops follows from that.
+    """
+    model = model.to(DTYPES[job.train.precision])
+    batch = recipe.batch(content, np.zeros(1, dtype=np.int64))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _fake(model)
+        fakes = {k: torch.empty(v.shape, dtype=v.dtype) for k, v in batch.items()}
+        meter = Meter(model)
+        with meter, nullcontext() if job.data.document_mask else _one_document():
+            recipe.loss(model, fakes)
+    return meter.result()
+
+
+def _one_document() -> Any:
+    """A run finds in its position_ids that sequences are not packed, and goes without a mask. Fake ones have no content to look
+    at, and transformers would make a mask for every case."""
+    from transformers import masking_utils
+
+    return patch.object(masking_utils, "find_packed_sequence_indices", lambda _: None)
+
+
+def _fake(model: torch.nn.Module) -> None:
+    """Gives a meta model fake parameters and buffers on the CPU; shared ones stay shared."""
+    made: dict[torch.Tensor, Any] = {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                if p not in made:
+                    made[p] = torch.nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
+                module._parameters[name] = made[p]
+        for name, b in module._buffers.items():
+            if b is not None:
+                module._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
+
+
+def layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules that activation checkpointing wraps: transformers' own mark, else the members of outermost module lists."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    marked: list[torch.nn.Module] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    return marked or list(_listed(model))
+
+
+def _listed(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    for child in module.children():
+        if isinstance(child, torch.nn.ModuleList):
+            yield from child
+        else:
+            yield from _listed(child)
+
+
+class Meter:
+    """Counts, while it is entered, the bytes that autograd keeps beside the model's own tensors, in all and by layer.
+
+    It works on fake and on real tensors alike, which is how it is tested.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.total = self.largest = 0
+        self._keys = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+        self._alive: list[torch.Tensor] = []  # an address is only unique while its tensor lives
+        self._inputs: list[int] = []
+        self._inside: list[int] = []
+        self._layers = layers(model)
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda t: t)
+
+    def __enter__(self) -> Meter:
+        self._handles = [h for m in self._layers for h in (m.register_forward_pre_hook(self._begin, with_kwargs=True),
+                                                           m.register_forward_hook(self._end))]  # fmt: skip
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error)
+        for handle in self._handles:
+            handle.remove()
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._keys:
+            self._keys.add(storage._cdata)
+            self._alive.append(tensor)
+            self.total += storage.nbytes()
+            self.largest = max(self.largest, storage.nbytes())
+        return tensor
+
+    def _begin(self, module: Any, args: Any, kwargs: Any) -> None:
+        tensors = [
+            t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.is_floating_point() and t.requires_grad
+        ]
+        self._inputs.append(sum(t.numel() * t.element_size() for t in tensors))
+        self._inside.append(self.total)
+
+    def _end(self, *_: Any) -> None:
+        self._inside[-1] = self.total - self._inside[-1]
+
+    def result(self) -> Activations:
+        outside = self.total - sum(self._inside)
+        return Activations(self.total, outside + sum(self._inputs) + max(self._inside, default=0), self.largest)

@@ -1,0 +1,214 @@
+"""The `model:` of a text-to-image job, and the models that it names: backbones, text encoders, autoencoders.
+
+Backbones are diffusers' classes, from keys of their own or from a folder; keys that follow from the data (channels, the text's
+width) may be left out. Frozen encoders are read from folders and are never part of what ZeRO shards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import AutoencoderKL, PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from pydantic import Field, model_validator
+from transformers import AutoConfig, AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5EncoderModel
+from transformers.initialization import no_init_weights
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import deepspeed_config
+
+from heliostat.config.schema import Float, Strict, nearest
+from heliostat.errors import ConfigError
+from heliostat.recipes.exported import using
+from heliostat.recipes.images.initial import initialise
+from heliostat.recipes.images.noising import Objective
+from heliostat.recipes.pretrained import from_folder
+from heliostat.records import Format
+from heliostat.text import brief
+
+CONFIG = Format(dict[str, Any], "model's configuration", ConfigError)
+BACKBONES: dict[str, Any] = {"unet": UNet2DConditionModel, "pixart": PixArtTransformer2DModel, "sd3": SD3Transformer2DModel}
+TEXT_WIDTHS = {
+    "unet": ("cross_attention_dim",),
+    "pixart": ("caption_channels",),
+    "sd3": ("joint_attention_dim", "pooled_projection_dim"),
+}
+
+
+class Text(Strict):
+    """A CLIP text encoder of these keys, trained with the model, or `pretrained`: a folder (CLIP or T5), which stays as it is."""
+
+    pretrained: str | None = None
+    length: int = Field(default=77, gt=1)  # tokens of a caption; what is longer is cut
+    hidden_size: int = Field(default=256, gt=0)
+    num_hidden_layers: int = Field(default=2, gt=0)
+    num_attention_heads: int = Field(default=4, gt=0)
+    intermediate_size: int = Field(default=1024, gt=0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Text:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"num_attention_heads {self.num_attention_heads} does not divide hidden_size {self.hidden_size}")
+        if self.pretrained and self.model_fields_set - {"pretrained", "length"}:
+            raise ValueError("a pretrained encoder takes its shape from its folder; give pretrained and length only")
+        return self
+
+
+class Folder(Strict):
+    pretrained: str
+
+
+class Features(Folder):
+    images: int = Field(default=5000, gt=1)  # real ones that drawn ones are compared with, at most; all, if there are fewer
+
+
+class Prompt(Strict):
+    text: str = Field(min_length=1)
+    label: str | None = None  # of the datasets': what its samples should show
+
+
+class Samples(Strict):
+    """What is drawn after every evaluation, and how `generate` draws unless it is told otherwise."""
+
+    prompts: list[Prompt] = []
+    seed: int = Field(default=0, ge=0)
+    steps: int = Field(default=30, gt=0)
+    guidance: Float = Field(default=4.0, ge=0)
+    sampler: Literal["ddpm", "ddim", "dpm++", "euler"] | None = None  # the default is ddim, or euler for flow
+    per_prompt: int = Field(default=4, gt=0)
+    judge: bool = False  # a classifier of the real images says what the samples of labelled prompts show
+    features: Features | None = None  # a folder with a transformers image model: FID and KID in its features
+
+
+class Model(Strict):
+    backbone: dict[str, Any]
+    text: Text = Text()
+    autoencoder: Folder | None = None  # none: pixels
+    objective: Objective = Objective()
+    caption_dropout: Float = Field(default=0.1, ge=0, lt=1)  # of captions, so that the model knows what no text is (guidance)
+    samples: Samples = Samples()
+
+
+def backbone_class(keys: dict[str, Any]) -> tuple[str, Any]:
+    """(name, class) of `model.backbone`; ConfigError for keys that the class does not have."""
+    if "pretrained" in keys:
+        if extra := sorted(set(keys) - {"pretrained"}):
+            raise ConfigError(f"model.backbone.{extra[0]}: a pretrained backbone is as its folder says; remove it")
+        kind = folder_config("model.backbone.pretrained", keys["pretrained"]).get("_class_name")
+        for name, cls in BACKBONES.items():
+            if cls.__name__ == kind:
+                return name, cls
+        raise ConfigError(f"model.backbone.pretrained: {keys['pretrained']!r} holds a {kind!r}, which is no backbone")
+    name = str(keys.get("arch"))
+    if name not in BACKBONES:
+        raise ConfigError(f"model.backbone.arch: {name!r} is no backbone{nearest(name, list(BACKBONES))}")
+    known = list(inspect.signature(BACKBONES[name].__init__).parameters)[1:]
+    for key in keys:
+        if key != "arch" and key not in known:
+            raise ConfigError(f"model.backbone.{key}: unknown key for arch {name!r}{nearest(key, known)}")
+    return name, BACKBONES[name]
+
+
+def folder_config(key: str, folder: str) -> dict[str, Any]:
+    try:
+        return CONFIG.read(Path(folder) / "config.json")
+    except OSError as e:
+        raise ConfigError(f"{key}: {folder!r} is not a model folder (no config.json that can be read)") from e
+    except ConfigError as e:
+        raise ConfigError(f"{key}: {e}") from e
+
+
+def partitioned() -> AbstractContextManager[Any]:
+    """Around the building of a diffusers model: at ZeRO-3 no worker ever holds all of its weights."""
+    if not is_deepspeed_zero3_enabled():
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.Init(config_dict_or_path=deepspeed_config())
+
+
+def build_backbone(keys: dict[str, Any], defaults: dict[str, Any]) -> Any:
+    """From its keys, with `defaults` for those that are left out, or from its folder."""
+    name, cls = backbone_class(keys)
+    if "pretrained" in keys:
+        return cls.from_pretrained(keys["pretrained"], torch_dtype=torch.float32)
+    config = {**defaults, **{k: v for k, v in keys.items() if k != "arch"}}
+    try:
+        with partitioned():
+            backbone = cls(**config)
+    except (ValueError, TypeError, NotImplementedError, IndexError, KeyError, ZeroDivisionError, RuntimeError) as e:
+        raise ConfigError(f"model.backbone: {brief(e)}") from e
+    initialise(name, backbone)
+    return backbone
+
+
+def build_text_encoder(text: Text, vocabulary: int, end: int) -> CLIPTextModel:
+    config = CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=text.hidden_size,
+        projection_dim=text.hidden_size,
+        num_hidden_layers=text.num_hidden_layers,
+        num_attention_heads=text.num_attention_heads,
+        intermediate_size=text.intermediate_size,
+        max_position_embeddings=text.length,
+        bos_token_id=end,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+    if is_deepspeed_zero3_enabled():
+        return CLIPTextModel._from_config(config, dtype=torch.float32)
+    with no_init_weights():  # as at ZeRO-3: constructors draw no random numbers, so that every stage starts alike
+        model = CLIPTextModel._from_config(config, dtype=torch.float32)
+    model.init_weights()
+    return model
+
+
+def frozen_text_encoder(folder: str) -> Any:
+    kind = T5EncoderModel if "t5" in from_folder("model.text.pretrained", AutoConfig, folder).model_type else CLIPTextModel
+    return kind.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+
+
+def frozen_bytes(config: dict[str, Any] | str) -> int:
+    """Of a frozen autoencoder's weights by its configuration, or of a frozen text encoder's by its folder; none are read."""
+    with torch.device("meta"):
+        if isinstance(config, dict):
+            model: Any = AutoencoderKL.from_config(config)
+        else:
+            found = from_folder("model.text.pretrained", AutoConfig, config)
+            kind: Any = T5EncoderModel if "t5" in found.model_type else CLIPTextModel
+            model = kind(found if "t5" in found.model_type else getattr(found, "text_config", found))
+    return 4 * sum(p.numel() for p in model.parameters())  # fp32
+
+
+def frozen_tokenizer(folder: str, length: int) -> Any:
+    """The folder's own tokenizer (in it, or in `../tokenizer`, where diffusers' pipelines have it)."""
+    place = Path(folder) if any(Path(folder).glob("tokenizer*")) else Path(folder).parent / "tokenizer"
+    tokenizer = from_folder("model.text.pretrained", AutoTokenizer, place)
+    tokenizer.model_max_length = length
+    return tokenizer
+
+
+def text_width(text: Text) -> int:
+    if not text.pretrained:
+        return text.hidden_size
+    folder_config("model.text.pretrained", text.pretrained)
+    with using(Path(text.pretrained)):
+        config = from_folder("model.text.pretrained", AutoConfig, text.pretrained)
+    return int(getattr(config, "d_model", None) or config.hidden_size)
+
+
+def frozen_autoencoder(folder: str) -> Any:
+    return AutoencoderKL.from_pretrained(folder).eval().requires_grad_(False)
+
+
+def folder_digest(folder: str) -> str:
+    """Of a model folder's configuration and weights: what it is, wherever it lies."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in Path(folder).iterdir() if p.suffix in (".json", ".safetensors")):
+        digest.update(path.name.encode())
+        with path.open("rb") as f:
+            digest.update(hashlib.file_digest(f, "sha256").digest())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,119 @@
+"""Pictures that show how far a text-to-image run has come: fixed prompts and seeds, a grid, and what a classifier makes of them.
+
+Conditional accuracy: a classifier trained on the real images says which label each picture shows; the score is the share of
+pictures that show what their prompt asked for. The classifier's own accuracy on real images that it was not trained on, and
+the chance level, are reported beside it.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from heliostat.recipes.images import diffusers_folder
+from heliostat.recipes.images.config import Features
+from heliostat.recipes.images.judge import Judge, real_images
+from heliostat.recipes.images.pipeline import denoise, generators
+
+if TYPE_CHECKING:
+    from heliostat.recipes.images.text_to_image import TextToImage
+
+SHOWN_SIDE = 64  # pixels; smaller pictures are enlarged in the grid
+GAP = 4  # grey pixels after each
+
+
+class Gallery:
+    def __init__(self, recipe: TextToImage) -> None:
+        self.recipe, self.samples = recipe, recipe.model.samples
+        self.prompts = [p.text for p in self.samples.prompts]
+        self.labels = [p.label for p in self.samples.prompts]
+        self.count = len(self.prompts) * self.samples.per_prompt
+        self._judge: Judge | None = None
+        self._reference: Any = None  # of real images, for FID and KID
+
+    def item(self, number: int) -> tuple[str, int]:
+        """A picture's prompt and seed."""
+        return self.prompts[number // self.samples.per_prompt], self.samples.seed + number
+
+    def draw(self, model: Any, device: Any, numbers: list[int]) -> list[np.ndarray]:
+        recipe, items = self.recipe, [self.item(n) for n in numbers]
+        say = recipe.sampler_of(model, device)
+        scheduler = recipe.process.scheduler(recipe.sampler, clip=recipe.parts.vae_config is None)
+        sampled = denoise(
+            say([p for p, _ in items]),
+            scheduler,
+            (len(items), *recipe.parts.shape()),
+            self.samples.steps,
+            self.samples.guidance,
+            generators([s for _, s in items]),
+            device,
+        )
+        pictures = list(recipe.pixels_of(sampled))
+        recipe.parts.rest()
+        return pictures
+
+    def judge(
+        self, pictures: list[np.ndarray], progressed: Callable[[], None] = lambda: None
+    ) -> tuple[dict[str, float], dict[str, bytes]]:
+        scores: dict[str, float] = {}
+        if self.samples.judge:
+            wanted = [self.labels[i // self.samples.per_prompt] for i in range(self.count)]
+            asked = [i for i, label in enumerate(wanted) if label is not None]
+            said = self.judge_of().says([pictures[i] for i in asked])
+            scores["conditional_accuracy"] = float(np.mean([s == wanted[i] for s, i in zip(said, asked, strict=True)]))
+            scores["classifier_accuracy"] = self.judge_of().accuracy
+            scores["chance"] = 1 / len(self.judge_of().labels)
+        if self.samples.features:
+            scores |= self._reference_of(self.samples.features, progressed).distances(pictures, progressed)
+        return scores, {"samples": png(grid(pictures, self.samples.per_prompt))}
+
+    def _reference_of(self, features: Features, progressed: Callable[[], None]) -> Any:
+        if self._reference is None:
+            from heliostat.recipes.images.quality import Reference
+
+            self._reference = Reference(features.pretrained, self.recipe.sources, features.images, progressed)
+        return self._reference
+
+    def judge_of(self) -> Judge:
+        if self._judge is None:
+            self._judge = Judge(*real_images(self.recipe.sources))
+        return self._judge
+
+    def demonstrate(self, folder: Path) -> list[tuple[str, str]]:
+        """Each prompt, drawn once by the exported model, and what the classifier sees in it."""
+        pipeline = diffusers_folder.load(folder)
+        draws = generators([self.samples.seed + i for i in range(len(self.prompts))])
+        steps, guidance = self.samples.steps, self.samples.guidance
+        made = pipeline(self.prompts, num_inference_steps=steps, guidance_scale=guidance, generator=draws)
+        if not self.samples.judge:
+            return [(p, f"  ({image.size[0]}x{image.size[1]})") for p, image in zip(self.prompts, made.images, strict=True)]
+        said = self.judge_of().says([np.asarray(image) for image in made.images])
+        return [(p, f"  (the classifier sees: {s})") for p, s in zip(self.prompts, said, strict=True)]
+
+
+def grid(pictures: list[np.ndarray], columns: int) -> np.ndarray:
+    """uint8 [height, width, channels] of all pictures, of one size, in rows, small ones enlarged; a single one as it is."""
+    pictures = [p if p.ndim == 3 else p[:, :, None] for p in pictures]
+    if len(pictures) == 1:
+        return pictures[0]
+    height, width, channels = pictures[0].shape
+    scale = max(1, SHOWN_SIDE // max(height, width))
+    height, width = height * scale + GAP, width * scale + GAP
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
+    out = np.full((rows * height, columns * width, channels), 128, np.uint8)
+    for i, picture in enumerate(pictures):
+        y, x = i // columns * height, i % columns * width
+        out[y : y + height - GAP, x : x + width - GAP] = picture.repeat(scale, 0).repeat(scale, 1)
+    return out
+
+
+def png(picture: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(picture.squeeze(2) if picture.shape[2] == 1 else picture).save(out, "PNG")
+    return out.getvalue()

@@ -1,0 +1,125 @@
+"""The forward process: how an image is destroyed, and what the network is taught. Pure functions of tensors.
+
+Diffusion (Ho et al. 2020, arXiv 2006.11239): q(x_t | x_0) is normal with mean sqrt(a_t) x_0 and variance 1 - a_t, where a_t is
+the product of 1 - beta up to t. The network predicts the noise (`epsilon`) or v = sqrt(a_t) noise - sqrt(1 - a_t) x_0 (Salimans
+and Ho 2022, arXiv 2202.00512). Flow matching (`flow`; Liu et al. 2022, arXiv 2209.03003): x_s = (1 - s) x_0 + s noise, s in
+[0, 1], and the network predicts noise - x_0. `zero_terminal_snr` (Lin et al. 2023, arXiv 2305.08891) makes the last step pure
+noise; `min_snr` weights the loss (Hang et al. 2023, arXiv 2303.09556). There the last step would weigh nothing, and never be
+learnt, so with both of them the weight is floored as Salimans and Ho's "truncated SNR" is: as if the ratio were at least one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from pydantic import Field, model_validator
+
+from heliostat.config.schema import Float, Strict
+from heliostat.errors import ConfigError
+
+SAMPLERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}
+FLOW_STEPS = 1000  # what the network is told of s: s x 1000
+
+
+class Objective(Strict):
+    prediction: Literal["epsilon", "v", "flow"] = "epsilon"
+    schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "squaredcos_cap_v2"
+    beta_start: Float = Field(default=1e-4, gt=0, lt=1)
+    beta_end: Float = Field(default=0.02, gt=0, lt=1)
+    steps: int = Field(default=1000, gt=1)
+    zero_terminal_snr: bool = False
+    min_snr: Float | None = Field(default=None, gt=0)
+    noise_offset: Float = Field(default=0.0, ge=0)
+    timesteps: Literal["uniform", "logit_normal"] = "uniform"  # logit_normal: flow only
+    shift: Float = Field(default=1.0, gt=0)  # of flow's s towards noise; above 1 for large images
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Objective:
+        flow = self.prediction == "flow"
+        if flow and (self.zero_terminal_snr or self.min_snr or self.noise_offset):
+            raise ValueError("prediction 'flow' has no zero_terminal_snr, min_snr or noise_offset; remove them")
+        if not flow and (self.timesteps != "uniform" or self.shift != 1.0):
+            raise ValueError("timesteps 'logit_normal' and shift are of prediction 'flow'; remove them")
+        if self.zero_terminal_snr and self.prediction == "epsilon":
+            raise ValueError("zero_terminal_snr needs prediction 'v': from pure noise the noise says nothing of the image")
+        return self
+
+
+class Process:
+    """An objective's arithmetic. `t` is what `times` gives: steps (int64) of diffusion, s in [0, 1] of flow."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+        self.flow = objective.prediction == "flow"
+        self._alphas: torch.Tensor | None = None if self.flow else self.scheduler("ddpm").alphas_cumprod.double()
+
+    def scheduler(self, name: str, clip: bool = False) -> Any:
+        """diffusers' scheduler of this process; `clip`: x_0 is known to lie in [-1, 1]."""
+        valid = ("euler",) if self.flow else ("ddpm", "ddim", "dpm++")
+        if name not in valid:
+            what = f"a model of prediction {self.objective.prediction!r}"
+            raise ConfigError(f"sampler: {name!r} cannot sample {what}; use {' or '.join(valid)}")
+        o = self.objective
+        if self.flow:
+            return FlowMatchEulerDiscreteScheduler(num_train_timesteps=FLOW_STEPS, shift=o.shift)
+        settings: dict[str, Any] = {
+            "num_train_timesteps": o.steps,
+            "beta_schedule": o.schedule,
+            "beta_start": o.beta_start,
+            "beta_end": o.beta_end,
+            "prediction_type": "v_prediction" if o.prediction == "v" else "epsilon",
+            "rescale_betas_zero_snr": o.zero_terminal_snr,
+            "timestep_spacing": "trailing",  # from the last step, whatever the number of steps
+        }
+        if name in ("ddpm", "ddim"):
+            settings["clip_sample"] = clip
+        if name == "ddim":
+            settings["set_alpha_to_one"] = True
+        return SAMPLERS[name](**settings)
+
+    def times(self, uniform: torch.Tensor) -> torch.Tensor:
+        """From uniform numbers in [0, 1)."""
+        if not self.flow:
+            return (uniform * self.objective.steps).long()
+        s = uniform
+        if self.objective.timesteps == "logit_normal":
+            s = torch.sigmoid(math.sqrt(2) * torch.erfinv((2 * s - 1).clamp(-1 + 1e-6, 1 - 1e-6)))
+        return self.objective.shift * s / (1 + (self.objective.shift - 1) * s)
+
+    def told(self, t: torch.Tensor) -> torch.Tensor:
+        """The timestep as the network is told it."""
+        return t * FLOW_STEPS if self.flow else t
+
+    def coefficients(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(of the image, of the noise) in the noisy image, fp32 [n]."""
+        if self.flow:
+            return (1 - t).float(), t.float()
+        assert self._alphas is not None
+        a = self._alphas.to(t.device)[t]
+        return a.sqrt().float(), (1 - a).sqrt().float()
+
+    def noisy(self, clean: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        image, part = (c.view(-1, *[1] * (clean.dim() - 1)) for c in self.coefficients(t))
+        return image * clean + part * noise
+
+    def target(self, clean: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """What the network is to say."""
+        if self.flow:
+            return noise - clean
+        if self.objective.prediction == "epsilon":
+            return noise
+        image, part = (c.view(-1, *[1] * (clean.dim() - 1)) for c in self.coefficients(t))
+        return image * noise - part * clean
+
+    def weights(self, t: torch.Tensor) -> torch.Tensor:
+        """Of each sample's squared error in the loss."""
+        if self.objective.min_snr is None:
+            return torch.ones(len(t), device=t.device)
+        image, part = self.coefficients(t)
+        snr = (image / part) ** 2
+        floor = 1.0 if self.objective.zero_terminal_snr else 0.0
+        capped = snr.clamp(min=floor).clamp(max=self.objective.min_snr)
+        return capped / snr if self.objective.prediction == "epsilon" else capped / (snr + 1)

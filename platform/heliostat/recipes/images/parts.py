@@ -1,0 +1,231 @@
+"""The models of a text-to-image job: what is trained, what is frozen, and whether they fit the data and each other.
+
+Frozen encoders are made when they are first needed, so that they are never part of what ZeRO shards.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from heliostat.data.manifest import Manifest
+from heliostat.errors import ConfigError
+from heliostat.recipes.images import config, diffusers_folder, rows
+from heliostat.recipes.images.config import Model
+from heliostat.recipes.images.pipeline import embed, predict, tokenize
+
+
+class Denoiser(nn.Module):
+    """All that is trained: the backbone and, if it is not frozen, the text encoder. The names are a pipeline's."""
+
+    def __init__(self, part: str, backbone: nn.Module, text_encoder: nn.Module | None) -> None:
+        super().__init__()
+        self.part = part
+        self.add_module(part, backbone)
+        if text_encoder is not None:
+            self.text_encoder = text_encoder
+
+    def forward(self, noisy: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """`text`: token ids for the encoder that is trained with it, else embeddings."""
+        if not text.is_floating_point():
+            text = self.text_encoder(input_ids=text)[0]
+        return predict(getattr(self, self.part), noisy, t, text.to(noisy.dtype))
+
+
+class Parts:
+    def __init__(self, model: Model, checkpointing: bool) -> None:
+        self.model, self.checkpointing = model, checkpointing
+        self.arch, _ = config.backbone_class(model.backbone)
+        self.name = "unet" if self.arch == "unet" else "transformer"  # a pipeline's name for the backbone
+        self.facts: rows.Facts | None = None
+
+    def bind(self, sources: list[Manifest], one_source: bool) -> None:
+        """ConfigError if the datasets do not fit the models, or the models make no sense."""
+        self.sources, self.facts = sources, rows.facts(sources, one_source)
+        f = self.facts
+        if f.content == "latents" and self.vae_config is None:
+            raise ConfigError("model.autoencoder: is needed, because the datasets hold latents; give the one that made them")
+        folders = {"autoencoder": self.model.autoencoder, "text": self.model.text if self.model.text.pretrained else None}
+        for name, digest in f.models.items():
+            folder = folders[name]
+            if folder is None or config.folder_digest(str(folder.pretrained)) != digest:
+                raise ConfigError(f"model.{name}.pretrained: is not the model that computed the datasets; give that one")
+        if f.text and f.text != (self.model.text.length, self.width):
+            raise ConfigError(f"model.text.length: {self.model.text.length}, but the datasets hold {f.text[0]}; set it to that")
+        if not self.model.text.pretrained and f.tokenizer is None:
+            raise ConfigError("model.text: the datasets have no tokenizer; prepare them with one, or give model.text.pretrained")
+        given, channels = self._given(), self.shape()[0]
+        if given.get("in_channels", channels) != channels:
+            raise ConfigError(f"model.backbone.in_channels: {given['in_channels']}, but the data has {channels}")
+        if (said := self._answers(given)) != channels:
+            more = "; it predicts the variance too, which is not trained here" if said == 2 * channels else ""
+            raise ConfigError(f"model.backbone.out_channels: {said}, but what is to be predicted has {channels}{more}")
+        if self._conditioned(given):
+            raise ConfigError(
+                "model.backbone.use_additional_conditions: the model wants each image's resolution and aspect ratio, which are "
+                "not given here; take one without (use_additional_conditions: false)"
+            )
+        for key in config.TEXT_WIDTHS[self.arch]:
+            if given.get(key, self.width) != self.width:
+                raise ConfigError(f"model.backbone.{key}: {given[key]}, but the text encoder's width is {self.width}")
+        with torch.device("meta"):
+            self.build()  # what makes no sense is found here
+            if "pretrained" in self.model.backbone:
+                self._try(config.BACKBONES[self.arch].from_config(given))
+
+    @cached_property
+    def vae_config(self) -> dict[str, Any] | None:
+        folder = self.model.autoencoder
+        return config.folder_config("model.autoencoder.pretrained", folder.pretrained) if folder else None
+
+    @cached_property
+    def width(self) -> int:
+        """Of the text's embeddings."""
+        return config.text_width(self.model.text)
+
+    def text_width(self) -> int:
+        """`width`, or what the backbone says of it where the encoder's folder is not at hand."""
+        given = self._given().get(config.TEXT_WIDTHS[self.arch][0])
+        return given if self.facts is None and given else self.width
+
+    def _given(self) -> dict[str, Any]:
+        """The backbone's keys, or its folder's configuration."""
+        keys = self.model.backbone
+        return config.folder_config("model.backbone.pretrained", keys["pretrained"]) if "pretrained" in keys else keys
+
+    def _answers(self, given: dict[str, Any]) -> int:
+        """The channels of what the backbone says."""
+        written = "pretrained" in self.model.backbone or "out_channels" in given
+        default = {"unet": 4, "pixart": 8, "sd3": 16}[self.arch]  # of the classes; None there means as many as go in
+        said = given.get("out_channels", default) if written else None
+        return self.shape()[0] if said is None else said
+
+    def _conditioned(self, given: dict[str, Any]) -> bool:
+        """Whether a PixArt wants sizes: said, or None, which its class takes for yes where a side has 128 latents."""
+        said = given.get("use_additional_conditions")
+        known = "pretrained" in self.model.backbone or "use_additional_conditions" in given
+        return self.arch == "pixart" and known and bool(given.get("sample_size", 128) == 128 if said is None else said)
+
+    @torch.no_grad()
+    def _try(self, backbone: Any) -> None:
+        """ConfigError if the backbone, without storage, cannot answer for one sample."""
+        shape = (1, *self.shape())
+        try:
+            said = predict(backbone, torch.zeros(shape), torch.zeros(1), torch.zeros((1, self.model.text.length, self.width)))
+        except (ValueError, TypeError, AttributeError, IndexError, KeyError, RuntimeError) as e:
+            why = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
+            raise ConfigError(f"model.backbone.pretrained: is not trained by images and captions alone ({why})") from e
+        if said.shape != shape:
+            raise ConfigError(f"model.backbone.pretrained: answers {tuple(said.shape[1:])} for images of {shape[1:]}")
+
+    def shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
+        """Channels, height and width of what is noised; `size`: width and height in pixels. Without datasets, the backbone's."""
+        if self.facts is None:
+            given = self._given()
+            return given.get("in_channels", 4), given.get("sample_size", 64), given.get("sample_size", 64)
+        width, height = size or self.facts.size
+        if self.vae_config is None:
+            return self.facts.channels, height, width
+        factor = 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+        return self.vae_config["latent_channels"], height // factor, width // factor
+
+    def _defaults(self) -> dict[str, Any]:
+        """The backbone's keys that follow from the data and the text encoder."""
+        out: dict[str, Any] = {}
+        keys = self.model.backbone
+        if self.facts:
+            out |= dict.fromkeys(config.TEXT_WIDTHS[self.arch], self.width)
+            channels, height, width = self.shape()
+            out |= {"in_channels": channels, "out_channels": channels, "sample_size": max(height, width)}
+        if self.arch == "pixart":
+            out |= {"cross_attention_dim": keys.get("num_attention_heads", 16) * keys.get("attention_head_dim", 72)}
+            out |= {"use_additional_conditions": False}
+        if self.arch == "sd3":
+            out |= {"caption_projection_dim": keys.get("num_attention_heads", 18) * keys.get("attention_head_dim", 64)}
+        return out
+
+    def build(self) -> nn.Module:
+        trained, end = not self.model.text.pretrained, self.facts.end if self.facts else 0
+        encoder = None
+        if trained:
+            vocabulary = -(-self.facts.vocabulary // 64) * 64 if self.facts else 64
+            encoder = config.build_text_encoder(self.model.text, vocabulary, end)
+        backbone = config.build_backbone(self.model.backbone, self._defaults())
+        if self.checkpointing:
+            backbone.enable_gradient_checkpointing()
+            if encoder is not None:
+                encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return Denoiser(self.name, backbone, encoder).train()
+
+    @cached_property
+    def vae(self) -> Any:
+        """The frozen autoencoder, made when it is first needed: outside ZeRO, whatever the stage."""
+        return config.frozen_autoencoder(self.model.autoencoder.pretrained) if self.model.autoencoder else None
+
+    @cached_property
+    def text_encoder(self) -> Any:
+        """The frozen text encoder, as `vae`."""
+        return config.frozen_text_encoder(str(self.model.text.pretrained))
+
+    def frozen_bytes(self) -> tuple[int, int]:
+        """What frozen encoders take on the device in every step, and what they take there while pictures are drawn."""
+        assert self.facts
+        text = config.frozen_bytes(str(self.model.text.pretrained)) if self.model.text.pretrained else 0
+        vae = config.frozen_bytes(self.vae_config) if self.vae_config else 0
+        always = text * (self.facts.text is None) + vae * (self.facts.content == "images")
+        return always, (text + vae if self.model.samples.prompts else always)
+
+    def rest(self) -> None:
+        """Takes off the device what was only needed to draw: encoders whose answers the datasets hold."""
+        assert self.facts
+        idle = {"text_encoder": self.facts.text is not None, "vae": self.facts.content == "latents"}
+        resting = [self.__dict__[name] for name, is_idle in idle.items() if is_idle and self.__dict__.get(name) is not None]
+        on_gpu = [model for model in resting if next(model.parameters()).is_cuda]
+        for model in resting:
+            model.to("cpu")
+        if on_gpu:
+            torch.cuda.empty_cache()  # other allocations than the allocator's must find room, too
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        if self.model.text.pretrained:
+            return config.frozen_tokenizer(self.model.text.pretrained, self.model.text.length)
+        assert self.facts
+        definition = self.sources[0].file("tokenizer.json").read()
+        return diffusers_folder.tokenizer(definition, self.facts.end, self.model.text.length)
+
+    @cached_property
+    def empty(self) -> dict[str, torch.Tensor]:
+        """A batch's `text` and `mask` of no caption: token ids [length], or the stored embedding [length, width]."""
+        assert self.facts
+        if self.facts.text:
+            raw = self.sources[0].file("empty_caption.bin").read()
+            return {"text": torch.from_numpy(np.frombuffer(raw, np.float16).reshape(self.facts.text).copy()).float()}
+        tokens = tokenize(self.tokenizer, [""])
+        return {"text": tokens.input_ids[0], "mask": tokens.attention_mask[0]}
+
+    @torch.no_grad()
+    def conditioning(self, text: torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        """What the model is given of the captions: ids for the encoder inside it, embeddings of the frozen one."""
+        if text.is_floating_point():
+            return text.to(dtype)
+        if not self.model.text.pretrained:
+            return text
+        assert mask is not None
+        return embed(self.text_encoder.to(text.device), text, mask).to(dtype)
+
+    @torch.no_grad()
+    def clean(self, given: torch.Tensor, posterior: torch.Tensor | None) -> torch.Tensor:
+        """What is noised: the pixels, or a draw from the latents' distribution (stored, or the autoencoder's of pixels)."""
+        if self.vae_config is None:
+            return given
+        if self.facts and self.facts.content == "images":
+            given = self.vae.to(given.device).encode(given).latent_dist.parameters
+        assert posterior is not None
+        mean, logvar = given.chunk(2, dim=1)
+        latents = mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * posterior
+        return (latents - (self.vae_config.get("shift_factor") or 0.0)) * self.vae_config.get("scaling_factor", 0.18215)

@@ -1,0 +1,107 @@
+"""Rows of a prepared image dataset as tensors, and the random draws that belong to each of them.
+
+A sample's draws (noise, timestep, whether its caption is dropped) follow from (train.seed, its key) through Philox, which counts
+instead of remembering, and from nothing else: not from the worker, the micro-batch or what was drawn before. The key is the
+engine's: another one for every place of every step, so a sample meets other noise in every epoch.
+"""
+
+from __future__ import annotations
+
+import io
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+from PIL import Image
+
+from heliostat.data.manifest import Manifest
+from heliostat.errors import ConfigError
+
+DECODERS = ThreadPoolExecutor(4, thread_name_prefix="decode")  # Pillow lets go of the interpreter while it decodes
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the datasets of a job have in common, or `size` of their first."""
+
+    content: str  # "images" or "latents"
+    channels: int  # of an image
+    size: tuple[int, int]  # width, height in pixels
+    tokenizer: str | None
+    vocabulary: int
+    end: int
+    text: tuple[int, int] | None  # tokens and width of stored embeddings
+    models: dict[str, str]  # digests of the frozen models that computed latents and embeddings
+
+
+def facts(sources: list[Manifest], one_source: bool) -> Facts:
+    """ConfigError where the datasets cannot be trained on together."""
+    found = [_facts(m) for m in sources]
+    names = {"content": "hold different things", "channels": "have other channels", "tokenizer": "have different tokenizers",
+             "models": "were computed by different encoders"}  # fmt: skip
+    for key, what in names.items():
+        if len({str(getattr(f, key)) for f in found}) > 1:
+            raise ConfigError(f"data.sources: the datasets {what}; prepare them with one pipeline")
+    if len({f.size for f in found}) > 1 and not one_source:
+        raise ConfigError("data.one_source_batches: must be true, because the datasets hold images of different sizes")
+    return found[0]
+
+
+def _facts(m: Manifest) -> Facts:
+    if m.meta.get("content") not in ("images", "latents"):
+        raise ConfigError(
+            f"data.sources: {m.location} holds no images; make it with heliostat.pipelines.images.pipeline:ImagePipeline"
+        )
+    text = m.meta.get("text")
+    return Facts(
+        m.meta["content"], m.meta["channels"], (m.meta["size"][0], m.meta["size"][1]), m.meta.get("tokenizer"),
+        m.meta.get("vocab_size", 0), m.meta.get("end_of_document", 0), (text[0], text[1]) if text else None,
+        m.meta.get("models", {}),
+    )  # fmt: skip
+
+
+def pixels(content: pa.Table) -> torch.Tensor:
+    """fp32 [n, channels, height, width] in [-1, 1]."""
+    images = list(DECODERS.map(decode, content["image"].to_pylist()))
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def decode(data: bytes) -> np.ndarray:
+    """uint8 [height, width, channels]."""
+    image = np.asarray(Image.open(io.BytesIO(data)))
+    return image if image.ndim == 3 else image[:, :, None]
+
+
+def halves(content: pa.Table, column: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """A column of float16 bytes as fp32 [n, *shape]."""
+    rows = [np.frombuffer(value, np.float16).reshape(shape) for value in content[column].to_pylist()]
+    return torch.from_numpy(np.stack(rows)).float()
+
+
+@dataclass(frozen=True)
+class Draws:
+    time: torch.Tensor  # [n], uniform in [0, 1)
+    dropped: torch.Tensor  # [n], bool: without its caption
+    noise: torch.Tensor  # [n, *shape]
+    posterior: torch.Tensor | None  # [n, *shape], for sampling latents from their distribution
+
+
+def draw(seed: int, keys: np.ndarray, shape: tuple[int, ...], dropout: float, offset: float, posterior: bool) -> Draws:
+    """`offset`: the share of noise that is the same all over a channel (noise offset)."""
+    rows = []
+    for key in keys.tolist():
+        rng = np.random.Generator(np.random.Philox(key=np.array([seed, key], np.uint64)))
+        time, dropped = rng.random(), rng.random() < dropout
+        noise = rng.standard_normal(shape, np.float32)
+        if offset:
+            noise += np.float32(offset) * rng.standard_normal((shape[0], 1, 1), np.float32)
+        rows.append((time, dropped, noise, rng.standard_normal(shape, np.float32) if posterior else None))
+    times, drops, noises, others = zip(*rows, strict=True)
+    return Draws(
+        torch.tensor(times, dtype=torch.float32).clamp_(max=1 - 2**-24),
+        torch.tensor(drops),
+        torch.from_numpy(np.stack(noises)),
+        torch.from_numpy(np.stack(others)) if posterior else None,
+    )

@@ -1,0 +1,219 @@
+"""Text to image by diffusion or flow matching, in pixels or latents, with the backbones of `diffusers`.
+
+    recipe: heliostat.recipes.images.text_to_image:TextToImage
+    model:
+      backbone: {arch: unet, block_out_channels: [64, 128], ...}      # or pixart, sd3; or {pretrained: FOLDER}
+      text: {hidden_size: 128, length: 24}                            # trained with it; or {pretrained: FOLDER}: frozen
+      autoencoder: {pretrained: FOLDER}                               # latents of this frozen AutoencoderKL; none: pixels
+      objective: {prediction: v, zero_terminal_snr: true}             # see jobs.noising
+      samples: {prompts: [...]}                                       # drawn after every evaluation
+
+A sample's loss is the mean squared error of what the network says, weighted by the objective. Its noise, timestep and caption
+dropout belong to the sample and the step (`heliostat.recipes.images.rows`), so they are the same on any number of workers. Held-out scores are
+on noise and timesteps that never change: `loss`, and `loss_t0` to `loss_t3` by quarter of the noise's strength.
+"""
+
+from __future__ import annotations
+
+import shutil
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import nn
+
+from heliostat.config.schema import validate
+from heliostat.config.spec import Job
+from heliostat.data.manifest import Manifest
+from heliostat.errors import ConfigError
+from heliostat.recipes.images import diffusers_folder, rows
+from heliostat.recipes.images.config import Model
+from heliostat.recipes.images.gallery import Gallery
+from heliostat.recipes.images.noising import Process
+from heliostat.recipes.images.parts import Denoiser, Parts
+from heliostat.recipes.images.pipeline import decode, tokenize
+from heliostat.recipes.protocol import Batch, Generated, Serving
+
+QUARTERS = 4
+GOLDEN = 0.6180339887498949  # multiples of it fill [0, 1) evenly
+
+
+class TextToImage:
+    kind = "rows"
+    terms_per_sample = 1
+    scores: tuple[str, ...]
+
+    def __init__(self, job: Job) -> None:
+        if job.data.sequence_length:
+            raise ConfigError("data.sequence_length: images have none; remove it")
+        self.model = validate(Model, job.model, "model")
+        self.parts = Parts(self.model, job.train.activation_checkpointing)
+        name = self.parts.name
+        self.layout = {f"{name}.": f"{name}/diffusion_pytorch_model", "text_encoder.": "text_encoder/model"}
+        self.process = Process(self.model.objective)
+        self.sampler = self.model.samples.sampler or ("euler" if self.process.flow else "ddim")
+        self.process.scheduler(self.sampler)
+        self.seed, self.one_source = job.train.seed, job.data.one_source_batches
+        if self.model.samples.judge and not any(p.label for p in self.model.samples.prompts):
+            raise ConfigError("model.samples.judge: needs prompts with a label; add labels, or set it to false")
+        drawn = self.model.samples if self.model.samples.prompts else None
+        judged = ("conditional_accuracy", "classifier_accuracy", "chance") if drawn and drawn.judge else ()
+        compared = ("fid", "kid", "real_images") if drawn and drawn.features else ()
+        self.scores = ("loss", *(f"loss_t{i}" for i in range(QUARTERS)), *judged, *compared)
+
+    def bind(self, sources: list[Manifest]) -> None:
+        self.sources = sources
+        self.parts.bind(sources, self.one_source)
+
+    def build(self) -> nn.Module:
+        return self.parts.build()
+
+    # training --------------------------------------------------------------------------------------------------------
+
+    def batch(self, content: pa.Table, keys: np.ndarray) -> Batch:
+        facts = self.parts.facts
+        assert facts
+        stored = facts.content == "latents"
+        if stored:
+            channels = self.parts.shape()[0]
+            (size,) = set(zip(content["width"].to_pylist(), content["height"].to_pylist(), strict=True))
+            shape = self.parts.shape(size)
+            out = {"clean": rows.halves(content, "latent", (2 * channels, *shape[1:]))}
+        else:
+            out = {"clean": rows.pixels(content)}
+            shape = self.parts.shape((out["clean"].shape[3], out["clean"].shape[2]))
+        objective = self.model.objective
+        sampled = self.parts.vae_config is not None
+        draws = rows.draw(self.seed, keys, shape, self.model.caption_dropout, objective.noise_offset, sampled)
+        out |= {
+            "time": draws.time,
+            "dropped": draws.dropped,
+            "noise": draws.noise,
+            "key": torch.from_numpy(keys.astype(np.int64)),
+        }
+        if draws.posterior is not None:
+            out["posterior"] = draws.posterior
+        if facts.text:
+            out["text"] = rows.halves(content, "embedding", facts.text)
+        else:
+            tokens = tokenize(self.parts.tokenizer, content["caption"].to_pylist())
+            out |= {"text": tokens.input_ids, "mask": tokens.attention_mask}
+        return out
+
+    def terms(self, batch: Batch) -> int:
+        return len(batch["clean"])
+
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        t = self.process.times(batch["time"])
+        captions: Batch = {key: batch[key] for key in ("text", "mask") if key in batch}
+        for key, empty in self.parts.empty.items():
+            dropped = batch["dropped"].view(-1, *[1] * (captions[key].dim() - 1))
+            captions[key] = torch.where(dropped, empty.to(dropped.device), captions[key])
+        return (self._errors(model, batch | captions, t) * self.process.weights(t)).sum()
+
+    def _errors(self, model: nn.Module, batch: Batch, t: torch.Tensor) -> torch.Tensor:
+        """The mean squared error of each sample."""
+        clean = self.parts.clean(batch["clean"], batch.get("posterior"))
+        dtype = next(model.parameters()).dtype
+        noisy = self.process.noisy(clean, batch["noise"], t)
+        said = model(noisy.to(dtype), self.process.told(t), self.parts.conditioning(batch["text"], batch.get("mask"), dtype))
+        return (said.float() - self.process.target(clean, batch["noise"], t)).square().flatten(1).mean(1)
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        place = torch.remainder((batch["key"] + 0.5) * GOLDEN, 1.0).float()
+        errors = self._errors(model, batch, self.process.times(place))
+        out = {"loss": errors, "samples": torch.ones_like(errors)}
+        quarter = (place * QUARTERS).long()
+        for i in range(QUARTERS):
+            out |= {f"loss_t{i}": errors * (quarter == i), f"samples_t{i}": (quarter == i).float()}
+        return out
+
+    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        names = ["loss", *(f"loss_t{i}" for i in range(QUARTERS))]
+        return {n: sums[n] / max(1.0, sums[n.replace("loss", "samples")]) for n in names}
+
+    def flops_per_sample(self, model: Any) -> float:
+        """Forward, counted operator by operator on a model without storage, times three."""
+        return self._flops
+
+    @cached_property
+    def _flops(self) -> float:
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with torch.device("meta"):
+            model = self.build()
+            text = torch.zeros((1, self.model.text.length), dtype=torch.long)
+            if self.model.text.pretrained:
+                text = torch.zeros((1, self.model.text.length, self.parts.text_width()))
+            with FlopCounterMode(display=False) as counter:
+                model(torch.zeros((1, *self.parts.shape())), torch.zeros((1,), dtype=torch.long), text)
+        return 3.0 * counter.get_total_flops()
+
+    def frozen_bytes(self) -> tuple[int, int]:
+        return self.parts.frozen_bytes()
+
+    # for people ------------------------------------------------------------------------------------------------------
+
+    def describe(self, content: pa.Table) -> str:
+        row = content.select([c for c in ("id", "caption", "label") if c in content.column_names]).to_pylist()[0]
+        return f"{row['caption']} ({row['id']}{', label ' + row['label'] if row.get('label') else ''})"
+
+    def gallery(self) -> Gallery | None:
+        """What is drawn after every evaluation; none without prompts."""
+        return Gallery(self) if self.model.samples.prompts else None
+
+    def sampler_of(self, model: nn.Module, device: Any) -> Any:
+        """say(prompts) -> say(noisy, t), as `image_pipeline.denoise` asks for it, of the model that is being trained."""
+        dtype = next(model.parameters()).dtype
+
+        def of(prompts: list[str]) -> Any:
+            tokens = tokenize(self.parts.tokenizer, [*[""] * len(prompts), *prompts])
+            text = self.parts.conditioning(tokens.input_ids.to(device), tokens.attention_mask.to(device), dtype)
+            return lambda noisy, t: model(noisy.to(dtype), t, text)
+
+        return of
+
+    def pixels_of(self, sampled: torch.Tensor) -> np.ndarray:
+        """uint8 [n, height, width, channels] of what was sampled."""
+        vae = self.parts.vae.to(sampled.device) if self.parts.vae_config is not None else None
+        pixels = decode(vae, sampled).float().cpu()
+        return ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+    # the export ------------------------------------------------------------------------------------------------------
+
+    def save_config(self, folder: Path) -> None:
+        diffusers_folder.save(self, folder)
+        shutil.copy(Path(__file__).with_name("image_pipeline.py"), folder / "pipeline.py")
+
+    def load(self, folder: Path) -> nn.Module:
+        pipeline = diffusers_folder.load(folder)
+        return Denoiser(self.parts.name, pipeline.backbone, None if self.model.text.pretrained else pipeline.text_encoder)
+
+    def demonstrate(self, folder: Path) -> list[tuple[str, str]]:
+        gallery = self.gallery()
+        return gallery.demonstrate(folder) if gallery else []
+
+    @staticmethod
+    def exported(folder: Path, model: dict[str, Any]) -> dict[str, Any]:
+        part = "unet" if (folder / "unet").is_dir() else "transformer"
+        out = {**model, "backbone": {"pretrained": str(folder / part)}}
+        if model.get("autoencoder"):
+            out["autoencoder"] = {"pretrained": str(folder / "vae")}
+        if model.get("text", {}).get("pretrained"):
+            out["text"] = {**model["text"], "pretrained": str(folder / "text_encoder")}
+        return out
+
+    @staticmethod
+    def generator(folder: Path, options: dict[str, Any]) -> Any:
+        from heliostat.recipes.images.generator import ImageGenerator
+
+        return ImageGenerator(folder, options)
+
+    def serving(self) -> Serving:
+        return diffusers_folder.serving(self)
+
+
+__all__ = ["Denoiser", "Generated", "TextToImage"]

@@ -1,0 +1,95 @@
+"""The configuration of a language model, from a job's keys or a folder: what makes no sense is refused by key, in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from heliostat.config.schema import nearest
+from heliostat.config.spec import divisors
+from heliostat.errors import ConfigError
+from heliostat.recipes import exported, pretrained
+from heliostat.text import brief
+
+
+def from_keys(model: dict[str, Any]) -> Any:
+    keys = {k: v for k, v in model.items() if k != "arch"}
+    arch = str(model.get("arch"))
+    if arch not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        near = nearest(arch, list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)) or "; for example: llama, gpt2, qwen3"
+        raise ConfigError(f"model.arch: {arch!r} is no causal language model of transformers{near}")
+    kind = transformers.CONFIG_MAPPING[arch]
+    act = keys.get("hidden_act", keys.get("activation_function"))
+    if isinstance(act, str):
+        _check_activation(act)
+    known = {*kind.__dataclass_fields__, *kind.attribute_map}
+    for key in keys:
+        if key not in known:
+            near = nearest(key, sorted(known))
+            raise ConfigError(f"model.{key}: unknown key for arch {arch!r}{near}")
+    try:
+        _check_heads(kind, keys)
+        config = kind(**keys)
+        for size in ("hidden_size", "num_hidden_layers"):
+            if getattr(config, size, 1) < 1:
+                raise ConfigError(f"model.{size}: {getattr(config, size)} must be at least 1")
+        heads, groups = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
+    except ConfigError:
+        raise
+    except Exception as e:  # transformers raises its own errors for values; the last line is the one that says what is wrong
+        raise ConfigError(f"model: {brief((str(e).splitlines() or [type(e).__name__])[-1])}") from e
+    if heads and groups and heads % groups:
+        raise ConfigError(
+            f"model.num_key_value_heads: {groups} does not divide num_attention_heads {heads}; {_divisor(heads, groups)}"
+        )
+    return config
+
+
+def _check_activation(name: str) -> None:
+    from transformers.activations import ACT2FN
+
+    if name not in ACT2FN:
+        raise ConfigError(f"model.hidden_act: {name!r} is no activation{nearest(name, list(ACT2FN))}")
+
+
+def _check_heads(kind: Any, keys: dict[str, Any]) -> None:
+    """ConfigError if the heads must divide the width and do not; an own head size, or defaults that do not, lift the rule."""
+    field, default = kind.__dataclass_fields__.get("head_dim"), kind()
+    if "head_dim" in keys or isinstance(getattr(field, "default", None), int):
+        return
+    usual: list[Any] = [getattr(default, name, None) for name in ("hidden_size", "num_attention_heads")]
+    names = [(name, kind.attribute_map.get(name, name)) for name in ("hidden_size", "num_attention_heads")]
+    width, heads = [next((keys[n] for n in both if n in keys), u) for both, u in zip(names, usual, strict=True)]
+    if all(type(n) is int and n > 0 for n in (*usual, width, heads)) and usual[0] % usual[1] == 0 and width % heads:
+        raise ConfigError(f"model.{names[1][1]}: {heads} does not divide {names[0][1]} {width}; {_divisor(width, heads)}")
+
+
+def _divisor(number: int, near: int) -> str:
+    return f"nearest that does: {min(divisors(number), key=lambda d: abs(d - near))}"
+
+
+ROUTER = "output_router_logits"  # the one key that a job may give beside `pretrained`: it is of the training, not of the model
+
+
+def from_folder(model: dict[str, Any]) -> Any:
+    extra = sorted(set(model) - {"pretrained", ROUTER})
+    if extra:
+        raise ConfigError(f"model.{extra[0]}: a pretrained model takes its configuration from the folder; remove this key")
+    folder = Path(model["pretrained"])
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"model.pretrained: {str(folder)!r} is not a model folder (no config.json)")
+    with exported.using(folder):
+        config = pretrained.from_folder("model.pretrained", transformers.AutoConfig, folder)
+    if ROUTER in model:
+        inner = config.get_text_config(decoder=True)
+        if not hasattr(inner, ROUTER):
+            raise ConfigError(
+                f"model.{ROUTER}: {str(folder)!r} holds a {config.model_type!r}, which has no router; remove this key"
+            )
+        setattr(inner, ROUTER, bool(model[ROUTER]))
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ConfigError(f"model.pretrained: {str(folder)!r} holds a {config.model_type!r}, which is no causal language model")
+    return config

@@ -1,0 +1,65 @@
+"""The loss that keeps a mixture of experts balanced: Switch Transformer's (Fedus et al. 2021, arXiv 2101.03961), as the model's
+own code in transformers computes it over a micro-batch. It is switched on as there, with `output_router_logits: true`.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import torch
+
+from heliostat.errors import ConfigError
+from heliostat.recipes.text import tiny
+
+log = logging.getLogger(__name__)
+NAME = "router_loss"
+COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
+
+
+def coefficient(config: Any) -> float | None:
+    """What the router's loss is multiplied with in the objective; None for a model that has none."""
+    parts = (config.get_text_config(decoder=True), getattr(config, "ffn_config", None))
+    return next((float(c) for part in parts for name in COEFFICIENTS if (c := getattr(part, name, None)) is not None), None)
+
+
+def wanted(config: Any) -> bool:
+    return bool(getattr(config.get_text_config(decoder=True), "output_router_logits", False))
+
+
+def probe(recipe: Any, refused: bool) -> None:
+    """ConfigError if the router's loss is asked for and the model gives none; a warning if it is not thought of. `refused`: the
+    job says that it wants none."""
+    config = recipe.config
+    weight = coefficient(config)
+    if not wanted(config):
+        if weight and not refused and _given(recipe):
+            log.warning(
+                "model.output_router_logits: is not set, so the router's loss (coefficient %g) is left out of the objective, and "
+                "few experts may end with most tokens; set it to true, or to false if that is meant",
+                weight,
+            )
+        return
+    if weight is None or not _given(recipe):
+        raise ConfigError(
+            f"model.output_router_logits: {config.model_type!r} gives no router loss to add to the objective; set it to false"
+        )
+
+
+@torch.no_grad()
+def _given(recipe: Any) -> bool:
+    """Whether a small model of the recipe's gives a router's loss if it is asked for."""
+    for config in tiny.shrunk(recipe.config, recipe.length):
+        small = copy.copy(recipe)
+        small.config, small.pretrained = config, None
+        config.get_text_config(decoder=True).output_router_logits = True
+        try:
+            if tiny.parameters(small) > tiny.LARGEST:
+                continue
+            with torch.random.fork_rng(devices=[]):
+                given = small.build()(input_ids=torch.arange(tiny.LENGTH)[None])
+        except Exception:  # noqa: BLE001  whatever this architecture's own code raises
+            continue
+        return isinstance(getattr(given, "aux_loss", None), torch.Tensor)
+    return True  # it is too large to be tried: the first step will tell

@@ -1,0 +1,69 @@
+"""Whether two tokenizers are one: the same text has the same tokens in both, and each token stands for the same text.
+
+Files are no measure: the same tokenizer is written in many ways. What does not matter to training is left out: templates,
+padding and truncation, and special tokens that only one of them has, because no text is ever given one.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import transformers
+from tokenizers import Tokenizer
+
+from heliostat.errors import ConfigError
+
+STEPS = {"normalizer": "normalizers", "pre_tokenizer": "pre-tokenizers"}
+
+
+def of_folder(folder: Path) -> bytes:
+    """The tokenizer.json of a model's folder, made from what else it holds if it has none."""
+    file = folder / "tokenizer.json"
+    if file.is_file():
+        return file.read_bytes()
+    try:
+        made = transformers.AutoTokenizer.from_pretrained(folder)
+        return made.backend_tokenizer.to_str().encode()
+    except Exception as e:
+        raise ConfigError(
+            f"model.pretrained: {str(folder)!r} holds no tokenizer that can be read; put its tokenizer.json there"
+        ) from e
+
+
+def load(definition: bytes, whose: str) -> Tokenizer:
+    try:
+        return Tokenizer.from_str(definition.decode())
+    except Exception as e:  # the library raises bare Exception
+        raise ConfigError(f"{whose}: its tokenizer.json is none of the tokenizers library ({e})") from e
+
+
+def difference(data: Tokenizer, model: Tokenizer, end: int) -> str | None:
+    """In which way a model's tokenizer is another than the data's, if it is; `end`: the token that ends documents."""
+    ours, theirs = (json.loads(t.to_str()) for t in (data, model))
+    if ours["model"]["type"] != theirs["model"]["type"]:
+        return f"the dataset's is {ours['model']['type']}, the model's {theirs['model']['type']}"
+    if data.id_to_token(end) != model.id_to_token(end):
+        return f"the dataset's documents end with {_named(data, end)}, which is {_named(model, end)} in the model's"
+    special = _special(data) | _special(model)
+    plain = [{t: i for t, i in x.get_vocab(with_added_tokens=True).items() if t not in special} for x in (data, model)]
+    if plain[0] != plain[1]:
+        _, first = min((i, t) for t, i in plain[0].items() ^ plain[1].items())
+        where = ["missing" if p.get(first) is None else f"token {p[first]}" for p in plain]
+        sizes = f"of {len(plain[0]):,} and {len(plain[1]):,} tokens"
+        return f"vocabularies {sizes}; {first!r} is {where[0]} in the dataset's and {where[1]} in the model's"
+    if ours["model"].get("merges") != theirs["model"].get("merges"):
+        return "the same tokens, but other merges"
+    for key in sorted({*ours["model"], *theirs["model"]} - {"vocab", "merges"}):
+        if ours["model"].get(key) != theirs["model"].get(key):
+            return f"{key} is {ours['model'].get(key)!r} in the dataset's and {theirs['model'].get(key)!r} in the model's"
+    return next((f"their {many} differ" for one, many in STEPS.items() if ours[one] != theirs[one]), None)
+
+
+def _special(tokenizer: Tokenizer) -> set[str]:
+    return {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+
+
+def _named(tokenizer: Tokenizer, i: int) -> Any:
+    return repr(token) if (token := tokenizer.id_to_token(i)) is not None else "missing"

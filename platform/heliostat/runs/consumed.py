@@ -1,0 +1,136 @@
+"""What a run has trained on, as plain data: its segments, and of each source how much of which shards (`data.json`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from typing_extensions import TypedDict
+
+from heliostat.data import coverage, plans
+from heliostat.data.coverage import Segment
+from heliostat.data.dataset import Dataset, open_dataset
+from heliostat.data.manifest import Manifest
+from heliostat.records import Format, Whole, open_
+from heliostat.runs import segments
+from heliostat.storage import Location
+
+
+@open_
+class Place(TypedDict):
+    dataset: str
+    shard: str
+    row_group: Whole
+    row: Whole
+
+
+@open_
+class Replaced(Place):
+    """A line of `quarantine`'s lists."""
+
+    step: Whole
+    reason: str
+    replaced_by: Place
+
+
+REPLACED = Format(Replaced, "list of replaced samples")
+LISTED = 200  # ranges of shards, and replaced samples, that are written out
+
+
+def record(run: Location, steps: int) -> dict[str, Any]:
+    """{steps, segments: [{first, end, digest, plan, sources}], replaced}, from the run's folder and its datasets' manifests."""
+    replaced = [bad for name, _ in run.join("quarantine").files() for bad in REPLACED.read_lines(run.join("quarantine", name))]
+    return {
+        "steps": steps,
+        "segments": [_segment(s) for s in coverage.cut(segments.read(run), steps)],
+        "replaced": replaced[:LISTED],
+        "replaced_count": len(replaced),
+    }
+
+
+def parse(raw: dict[str, Any]) -> list[Segment]:
+    """The segments of such a record."""
+    return [Segment(s["first"], s["end"], plans.build(s["plan"], "data.json")) for s in raw["segments"]]
+
+
+def _segment(segment: Segment) -> dict[str, Any]:
+    data = open_dataset(segment.plan)
+    counts = coverage.segment_counts(segment, data.sources)
+    begin, end = data.order.consumed(segment.first), data.order.consumed(segment.end)
+    left_out = coverage.left_out(segment, data.sources)
+    return {
+        "first": segment.first,
+        "end": segment.end,
+        "digest": segment.plan.digest,
+        "plan": segment.plan.dump(),
+        "sources": [_source(data, i, counts[i], left_out[i], int(begin[i]), int(end[i])) for i in range(len(counts))],
+    }
+
+
+def _source(data: Dataset, number: int, counts: np.ndarray, left_out: int, begin: int, end: int) -> dict[str, Any]:
+    """`samples`: trained on; `range`: of the source's stream, whose epochs follow one another, to within a sample a lane."""
+    manifest, split = data.sources[number], data.order.splits[number]
+    seen = coverage.shards(manifest, counts)
+    found = list(coverage.ranges(manifest, seen))
+    samples = int(counts.sum())
+    return {
+        "uri": data.plan.uris[number],
+        "digest": manifest.digest,
+        "name": manifest.meta.get("name", manifest.location.name),
+        "kind": manifest.kind,
+        "tokenizer": manifest.meta.get("tokenizer"),
+        "weights": [[step, weights[number]] for step, weights in data.plan.mix],
+        "samples": samples,
+        "tokens": samples * (data.plan.sequence_length or 0),
+        "range": [begin, end],
+        "left_out": left_out,
+        "epochs": samples / int(data.order.epoch_samples[number]),
+        "held_out": int(split.held.sum()),
+        "shards": {"seen": len(seen), "total": len(set(manifest.paths))},
+        "ranges": found[:LISTED],
+        "ranges_left_out": max(0, len(found) - LISTED),
+    }
+
+
+def of_digest(raw: dict[str, Any], digest: str, before: int | None = None) -> int:
+    """Samples that a record's steps (those before a step, if one is given) took of datasets whose digest begins so."""
+    return sum(int(counts.sum()) for _, manifest, counts in _taken(raw, before, lambda s: s["digest"].startswith(digest)))
+
+
+def of_shard(raw: dict[str, Any], shard: str, before: int | None = None) -> int:
+    """The same of one shard: a whole path or URI, or the end of one, as `part-00017.parquet`. Replaced samples do not count."""
+    total = 0
+    for uri, manifest, counts in _taken(raw, before, lambda s: True):
+        for path, samples in coverage.shards(manifest, counts).items():
+            if same(shard, uri, path):
+                total += samples
+    for bad in raw["replaced"]:
+        if before is None or bad["step"] < before:
+            instead = bad["replaced_by"]
+            total += same(shard, instead["dataset"], instead["shard"]) - same(shard, bad["dataset"], bad["shard"])
+    return total
+
+
+def same(wanted: str, uri: str, path: str) -> bool:
+    """Whether a shard of a dataset is the one that is meant; `shards/00017` is that of any content, whose name is the file's."""
+    whole = Location(uri).join(path).path
+    named = (whole, whole.rpartition("/")[0])
+    if "://" in wanted or wanted.startswith("/"):
+        return Location(wanted).path in named
+    return any(f"/{place}".endswith(f"/{wanted}") for place in named)
+
+
+def _taken(
+    raw: dict[str, Any], before: int | None, wanted: Callable[[dict[str, Any]], bool]
+) -> Iterator[tuple[str, Manifest, np.ndarray]]:
+    """(uri, manifest, samples by chunk) of every source of every segment that is wanted."""
+    for segment, told in zip(parse(raw), raw["segments"], strict=True):
+        end = segment.end if before is None else min(segment.end, before)
+        if end <= segment.first or not any(wanted(s) for s in told["sources"]):
+            continue
+        sources = open_dataset(segment.plan).sources
+        counts = coverage.segment_counts(Segment(segment.first, end, segment.plan), sources)
+        for source, manifest, taken in zip(told["sources"], sources, counts, strict=True):
+            if wanted(source):
+                yield source["uri"], manifest, taken

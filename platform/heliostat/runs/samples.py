@@ -1,0 +1,63 @@
+"""The samples that a step trained on: where each comes from, and its content as the recipe shows it to a person."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from heliostat.checkpoint import layout
+from heliostat.config import workspace
+from heliostat.data.content import part
+from heliostat.data.dataset import Dataset, open_dataset
+from heliostat.errors import ConfigError
+from heliostat.recipes.protocol import Recipe
+from heliostat.runs.history import History
+from heliostat.storage import Location
+
+
+def samples(run: Location, step: int) -> list[dict[str, Any]]:
+    """The step's global batch, lane by lane: {lane, place, source, shard, row_group, row, epoch, text, replaces}.
+
+    `row` counts the chunk's samples; `replaces` is null, or the place of the bad sample that this one stands in for and what
+    was wrong with it.
+    """
+    history = History(run)
+    if not 0 <= step < history.steps:
+        raise ConfigError(f"--step {step}: the run has receipts of steps 0 to {history.steps - 1}")
+    data = open_dataset(history.plans[history.segment(step)])
+    recipe = _recipe(run, data)
+    places = data.order.step(step)
+    loaded = data.load(places.ravel())
+    bad = {b.position: {**_place(data, b.source, b.chunk, b.row), "reason": b.reason} for b in loaded.bad}
+    out = []
+    for i, position in enumerate(places.ravel().tolist()):
+        lane, place = divmod(i, places.shape[1])
+        source, chunk, row, epoch = (int(getattr(loaded.samples, f)[i]) for f in ("source", "chunk", "row", "epoch"))
+        out.append(
+            {
+                "lane": lane,
+                "place": place,
+                "source": data.plan.uris[source],
+                **_place(data, source, chunk, row),
+                "epoch": epoch,
+                "text": recipe.describe(part(loaded.content, slice(i, i + 1))),
+                "replaces": bad.get(position),
+            }
+        )
+    return out
+
+
+def _place(data: Dataset, source: int, chunk: int, row: int) -> dict[str, Any]:
+    chunks = data.sources[source].chunks
+    return {"shard": chunks["path"][chunk].as_py(), "row_group": chunks["row_group"][chunk].as_py(), "row": row}
+
+
+def _recipe(run: Location, data: Dataset) -> Recipe:
+    """The run's recipe, bound to the data; the job is in every checkpoint."""
+    found = layout.latest(run)
+    if found is None:
+        raise ConfigError(f"{run}: holds no complete checkpoint, so its recipe is not known")
+    job = found.job
+    recipe: Recipe = workspace.import_path("recipe", job.recipe, None if run.is_s3 else Path(run.path))(job)
+    recipe.bind(data.sources)
+    return recipe

@@ -1,0 +1,83 @@
+"""What is known of a training at its end: `summary.json` from the last step on, `result.json` once its model is made.
+
+Both are of one step, and say which. A driver that dies behind the last checkpoint leaves no summary, or one of an earlier end:
+then scores and loss are the checkpoint's own, to the bit, and rates and times the ledger's.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import TYPE_CHECKING, Any
+
+from heliostat.config.spec import Job
+from heliostat.errors import HeliostatError
+from heliostat.runs import goodput
+from heliostat.runs.goodput import Attempt
+from heliostat.storage import Location
+
+if TYPE_CHECKING:  # with torch, which takes a second
+    from heliostat.checkpoint.layout import Checkpoint
+
+log = logging.getLogger(__name__)
+
+SUMMARY, RESULT = "summary.json", "result.json"
+TRAINING = ("data", "computing", "communicating")  # the parts of an attempt that rates are of
+
+
+def write(run: Location, summary: dict[str, Any]) -> None:
+    run.join(SUMMARY).write(json.dumps(summary).encode())
+
+
+def read(run: Location, last: Checkpoint, job: Job) -> dict[str, Any]:
+    """The summary of the training that ended with this checkpoint."""
+    found = _of_step(run.join(SUMMARY), last.step)
+    if found is None:
+        log.info("%s: no command has written down how the training ended: its last checkpoint and its ledger tell", run)
+        found = from_checkpoint(last.step, last.index["metrics"], job, _attempts(run))
+    return found
+
+
+def result(run: Location, step: int) -> dict[str, Any] | None:
+    """The result of the run that ended with this step; None if there is none, or only that of another end."""
+    return _of_step(run.join(RESULT), step)
+
+
+def from_checkpoint(step: int, metrics: dict[str, Any], job: Job, attempts: list[Attempt]) -> dict[str, Any]:
+    """`metrics`: of the checkpoint's index; `attempts`: the ledger's."""
+    ordered = sorted(attempts, key=lambda a: a.started)
+    trained = next((a for a in reversed(ordered) if a.reached > a.start_step), None)
+    parts = trained.parts if trained else {}
+    seconds = sum(parts.get(p, 0.0) for p in TRAINING)
+    done = trained.reached - trained.start_step if trained else 0
+    begun = max((i for i, a in enumerate(ordered) if not a.restart and trained and a.started <= trained.started), default=0)
+    return {
+        "steps": step,
+        "train_loss": metrics["train_loss"],
+        "eval": {k: v for k, v in metrics.items() if k != "train_loss"},
+        "tokens_per_second": done * job.train.global_batch * (job.data.sequence_length or 1) / seconds if seconds else 0.0,
+        "data_wait": parts.get("data", 0.0) / seconds if seconds else 0.0,
+        "checkpoint_blocked_s": parts.get("checkpoint", 0.0),
+        "seconds_to_first_step": sum(ordered[begun].parts.get(p, 0.0) for p in ("queued", "starting")) if ordered else 0.0,
+        "startup": {},  # its parts went with the driver
+        "restarts": sum(a.restart for a in ordered[begun:] if trained and a.started <= trained.started),
+    }
+
+
+def _of_step(place: Location, step: int) -> dict[str, Any] | None:
+    try:
+        found = json.loads(place.read())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        log.warning("%s: is damaged, and is made again", place)
+        return None
+    return found if isinstance(found, dict) and found.get("steps") == step else None
+
+
+def _attempts(run: Location) -> list[Attempt]:
+    try:
+        return goodput.read(run)
+    except (HeliostatError, OSError) as e:
+        log.warning("rates and times of the training are not known: %s", e)
+        return []

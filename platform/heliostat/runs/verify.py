@@ -1,0 +1,211 @@
+"""Checking a run against its data: every receipt is recomputed from the manifests and the shards alone.
+
+`verify` loads what every step had to train on, hashes it as training did, and compares: each step's digest, each link of the
+chain, and the chain that each checkpoint recorded. It goes on behind a difference, and recomputes steps that no receipt
+covers, so one fault does not hide the rest. Several windows are loaded at once, because object storage answers slowly; memory
+is bounded by them and by one bit for each sample of the epochs under way.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from heliostat.data import receipt
+from heliostat.data.dataset import DataPlan, Dataset, open_dataset
+from heliostat.data.order import Samples
+from heliostat.runs.history import History, Receipt
+from heliostat.storage import Location
+
+AHEAD = 3  # units loaded at once
+
+
+@dataclass(frozen=True)
+class Difference:
+    """`what`: "digest", "chain", "data plan", or "receipt" where none covers the step (then nothing is `found`)."""
+
+    step: int
+    what: str
+    where: str | None
+    expected: str
+    found: str | None
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Steps [first, end) of one segment, loaded together."""
+
+    segment: int
+    data: Dataset
+    first: int
+    end: int
+    versions: frozenset[int]  # of receipts, by which its steps are to be known
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """`digests`: of the unit's steps, by version."""
+
+    digests: dict[int, list[str]]
+    planned: Samples
+    replaced: int
+
+
+def units(history: History) -> Iterator[Unit]:
+    """All steps, cut into whole supersteps of a window or more, so that a window's chunks are read about once."""
+    ends = [*(p.begins for p in history.plans[1:]), history.steps]
+    for number, (plan, last) in enumerate(zip(history.plans, ends, strict=True)):
+        step, stop = plan.begins, min(last, history.steps)
+        while step < stop:
+            data, first, size = open_dataset(plan), step, 0
+            while step < stop and size < plan.shape.window:
+                inside = data.order.superstep(step)
+                step += inside.first_step + inside.steps - data.order.data_step(step)
+                size += inside.end - inside.begin
+            end = min(step, stop)
+            claimed = {r.version for r in history.receipts if r.first < end and r.end > first}
+            yield Unit(number, data, first, end, frozenset(claimed | {history.version(s) for s in range(first, end)}))
+
+
+def recompute(unit: Unit) -> Recomputed:
+    """A unit's step digests, from its samples' contents, and the places that the order has for them."""
+    order = unit.data.order
+    places = np.stack([order.step(step) for step in range(unit.first, unit.end)])  # [steps, lanes, samples of a lane]
+    loaded = unit.data.load(places.ravel())
+    found = {}
+    for version in unit.versions:
+        digests = receipt.sample_digests(loaded.samples, loaded.content, version).reshape(places.shape)
+        found[version] = receipt.step_digests(np.array([[receipt.lane_digest(lane) for lane in step] for step in digests]))
+    planned = order.locate(places.ravel()) if loaded.bad else loaded.samples
+    return Recomputed(found, planned, len(loaded.bad))
+
+
+def recomputed(history: History) -> Iterator[tuple[Unit, Recomputed]]:
+    """Every unit in order, while the next ones are being loaded."""
+    with ThreadPoolExecutor(AHEAD) as pool:
+        pending: deque[tuple[Unit, Future[Recomputed]]] = deque()
+        try:
+            for unit in units(history):
+                pending.append((unit, pool.submit(recompute, unit)))
+                if len(pending) == AHEAD:
+                    done, future = pending.popleft()
+                    yield done, future.result()
+            while pending:
+                done, future = pending.popleft()
+                yield done, future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+class Seen:
+    """Which samples the epochs of a segment have held, one bit a sample; a source's last two epochs are kept."""
+
+    def __init__(self, data: Dataset) -> None:
+        counts = [split.samples for split in data.order.splits]
+        self._starts = [np.cumsum(n) - n for n in counts]
+        self._bytes = [int(n.sum()) // 8 + 1 for n in counts]
+        self._bits: dict[tuple[int, int], np.ndarray] = {}
+
+    def add(self, samples: Samples) -> int:
+        """How many of the samples their epoch has held before."""
+        repeated = 0
+        for source, epoch in np.unique(np.stack([samples.source, samples.epoch], axis=1), axis=0).tolist():
+            mine = (samples.source == source) & (samples.epoch == epoch)
+            number = np.unique(self._starts[source][samples.chunk[mine]] + samples.row[mine])
+            bits = self._bits.setdefault((source, epoch), np.zeros(self._bytes[source], np.uint8))
+            byte, bit = number >> 3, np.left_shift(1, number & 7).astype(np.uint8)
+            repeated += int(mine.sum()) - int(((bits[byte] & bit) == 0).sum())
+            np.bitwise_or.at(bits, byte, bit)
+        for source in range(len(self._bytes)):
+            for epoch in sorted(e for s, e in self._bits if s == source)[:-2]:
+                del self._bits[source, epoch]
+        return repeated
+
+
+class Audit:
+    """Compares what was recomputed with what the run says, unit by unit."""
+
+    def __init__(self, history: History) -> None:
+        self.history, self.chain = history, receipt.GENESIS
+        self.agreeing = self.samples = self.lost = self.repeated = self.replaced = 0
+        self.first: Difference | None = None
+        self._seen: tuple[int, Seen] | None = None
+
+    def take(self, unit: Unit, found: Recomputed) -> None:
+        if self._seen is None or self._seen[0] != unit.segment:
+            self._seen = (unit.segment, Seen(unit.data))
+        self.repeated += self._seen[1].add(found.planned)
+        self.replaced += found.replaced
+        near = [r for r in self.history.receipts if r.first < unit.end and r.end > unit.first]
+        for number, step in enumerate(range(unit.first, unit.end)):
+            digests = {version: steps[number] for version, steps in found.digests.items()}
+            self._step(step, digests, self.history.plans[unit.segment], [r for r in near if r.first <= step < r.end])
+
+    def _step(self, step: int, digests: dict[int, str], plan: DataPlan, claims: list[Receipt]) -> None:
+        own = digests[self.history.version(step)]
+        self.chain = receipt.extend(self.chain, [own])
+        differences = []
+        for claim in claims:
+            if claim.data_digest != plan.digest:
+                differences.append(Difference(step, "data plan", claim.where, plan.digest, claim.data_digest))
+            if claim.steps[step - claim.first] != (digest := digests[claim.version]):
+                differences.append(Difference(step, "digest", claim.where, digest, claim.steps[step - claim.first]))
+        if claims:
+            self.samples += plan.shape.batch
+        else:
+            self.lost += plan.shape.batch
+            differences.append(Difference(step, "receipt", None, own, None))
+        self.agreeing += not differences
+        for link in self.history.links.get(step + 1, []):
+            if link.chain != self.chain:
+                differences.append(Difference(step, "chain", link.where, self.chain, link.chain))
+        if differences and self.first is None:
+            self.first = differences[0]
+
+    def report(self) -> dict[str, Any]:
+        return {
+            "ok": self.first is None and not self.repeated,
+            "steps": self.agreeing,
+            "samples": self.samples,
+            "lost": self.lost,
+            "repeated": self.repeated,
+            "replaced": self.replaced,
+            "first_difference": asdict(self.first) if self.first else None,
+        }
+
+
+def verify(run: Location) -> dict[str, Any]:
+    """Whether the run trained on what it had to: {ok, steps, samples, lost, repeated, replaced, first_difference}.
+
+    `steps`: those that all their receipts have right; `samples`: those that receipts cover; `lost`: planned samples before the
+    last step known of that none covers; `repeated`: samples that their epoch held before (an epoch has as many places as
+    samples: while this is 0, each comes once); `replaced`: bad samples that another stood in for.
+    """
+    history = History(run)
+    audit, console = Audit(history), Console(stderr=True)
+    columns = (TextColumn("verifying"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("", total=history.steps)
+        for unit, found in recomputed(history):
+            audit.take(unit, found)
+            progress.update(task, completed=unit.end)
+    return audit.report()
+
+
+def explain(report: dict[str, Any]) -> str:
+    """The line about a run that is not right, with the first step that differs."""
+    first = report["first_difference"]
+    if not first:
+        return f"{report['repeated']:,} samples come twice within an epoch; the order of samples is at fault"
+    step, where, expected, found = (first[k] for k in ("step", "where", "expected", "found"))
+    if first["what"] == "receipt":
+        return f"step {step} is the first that no receipt covers, with {report['lost']:,} samples in all; a file is missing"
+    names = {"digest": "its samples' digest", "chain": "the chain after it", "data plan": "its data plan"}
+    return f"step {step} is the first that differs: {names[first['what']]} is {expected}, {where} says {found}"

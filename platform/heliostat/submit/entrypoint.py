@@ -1,0 +1,215 @@
+"""What a submitted job runs on the cluster's head: `heliostat train`, or `tune`, as a child, with its log kept in storage.
+
+    python -m heliostat.submit.entrypoint JOB.yaml [--attempt ID] [--sweep SWEEP.yaml] [--queue NAME] [--flag=--resume]
+
+A child that is killed, or dies without a word, is started again, and goes on from the newest checkpoint, as often as the job's
+`retries` allow (`again`); after that the run's MLflow status is FAILED, with the reason.
+
+The log goes to standard output, which the Jobs API shows, and to `logs/` in the run's folder (`logs`), which stays when the
+cluster is gone. `heliostat stop` makes Ray send SIGTERM to this process and to the training driver alike; this one waits for the
+other, which saves a checkpoint. It does not if the Jobs API has a job that is a note to end this attempt now (`stop --now`):
+storage may be what does not answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from heliostat.cluster import dashboard as http
+from heliostat.config import schema, workspace
+from heliostat.config.spec import Retries
+from heliostat.errors import ConfigError, HeliostatError, TrainingError
+from heliostat.redact import Formatter, excepthook
+from heliostat.storage import Location
+from heliostat.submit.logs import LogCopy
+from heliostat.submit.restarts import Again
+
+log = logging.getLogger("heliostat")
+
+UPLOAD_S, POLL_S, QUEUE_S = 20.0, 1.0, 2.0
+NOW_S = 5.0  # for the end of the log to reach storage, where the driver was told to end now
+ENDS = "ends"  # in the metadata of the note: the attempt
+
+
+class Driver:
+    def __init__(self, job: Path, sweep: Path | None, attempt: str, flags: list[str]) -> None:
+        raw = schema.read_yaml(job)
+        for key in ("name", "storage"):
+            if not isinstance(raw.get(key), str):
+                raise ConfigError(f"{job}: {key}: {raw.get(key)!r} is none; see docs/job.md")
+        self.name, self.attempt = yaml.safe_load(sweep.read_text())["name"] if sweep else raw["name"], attempt
+        self.run_folder = Location(raw["storage"]).absolute(workspace.root()).join(self.name)
+        self.folder = self.run_folder.join("logs")
+        retries = schema.validate(Retries, raw.get("retries") or {}, f"{job}: retries")
+        self.again = Again(self.run_folder, retries, sweep is not None)
+        what = ["tune", str(sweep)] if sweep else ["train", str(job)]
+        self.command, self.flags = [sys.executable, "-m", "heliostat", *what], flags
+        self.stopping = threading.Event()
+        self.jobs_url = jobs_url
+        self._log = LogCopy(self.folder, attempt)
+        self._over = threading.Event()
+        self._killed = False
+
+    def run(self, queue: str | None) -> int:
+        signal.signal(signal.SIGTERM, lambda *_: self.stopping.set())
+        if queue:
+            self._wait_for_turn(queue)
+        if self.stopping.is_set():
+            return 128 + signal.SIGTERM
+        sender = threading.Thread(target=self._send, daemon=True)  # a store that is away keeps nobody else waiting
+        sender.start()
+        try:
+            return self._children()
+        finally:
+            self._over.set()
+            sender.join(NOW_S if self._killed else None)
+
+    def _children(self) -> int:
+        """The command, started again while it dies and may; the exit code."""
+        while True:
+            pid, code = self._child()
+            how = "" if self.stopping.is_set() else self.again.died(pid, code)
+            if how and self._starts_again(pid, how):
+                continue
+            if how:
+                self._settle(how)
+            return code if code >= 0 else 128 - code
+
+    def _starts_again(self, pid: int, how: str) -> bool:
+        """Waits until the dead child's successor is to start; False if there is to be none."""
+        try:
+            wait = self.again.wait_s(how)
+        except TrainingError as e:
+            self._say(str(e))
+            return False
+        retry = f"retry {self.again.budget.used} of {self.again.budget.retries.max}"
+        self._say(f"the driver died without a word, {how}: starting it again in {wait:.0f} s ({retry})")
+        self.flags = self.again.flags(self.flags, pid)
+        return not self.stopping.wait(wait)
+
+    def _settle(self, how: str) -> None:
+        """Tells MLflow that the run is over, which its dead driver could not."""
+        from heliostat.track.reconcile import settle_folder
+
+        try:
+            settle_folder(self.run_folder, how)
+        except Exception as e:  # noqa: BLE001 (whatever MLflow raises: the next command that sees the run tells it)
+            log.warning("MLflow was not told that the run is over: %s", e)
+
+    def _child(self) -> tuple[int, int]:
+        """The command, once, to its end: its process's number, and exit code."""
+        child = subprocess.Popen([*self.command, *self.flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0)
+        reader = threading.Thread(target=self._copy, args=(child,), daemon=True)
+        reader.start()
+        while child.poll() is None:
+            if self.stopping.wait(POLL_S) and self._now():
+                self._kill(child)
+                self._killed = True
+            if self.stopping.is_set():
+                time.sleep(POLL_S)
+        reader.join(10)
+        return child.pid, child.returncode
+
+    def _copy(self, child: Any) -> None:
+        while data := child.stdout.read(1 << 16):
+            self._write(data)
+
+    def _say(self, text: str) -> None:
+        self._write(f"{time.strftime('%H:%M:%S')} {text}\n".encode())
+
+    def _write(self, data: bytes) -> None:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+        self._log.add(data)
+
+    def _send(self) -> None:
+        """Keeps the log's copy in storage up to date, until it is whole."""
+        over = False
+        while not over:
+            over = self._over.wait(UPLOAD_S)
+            try:
+                self._log.send()
+            except (HeliostatError, OSError) as e:
+                log.warning("the log's copy in storage is behind: %s", e)
+
+    def _now(self) -> bool:
+        """Whether the driver is not to wait for a checkpoint."""
+        try:
+            jobs = http.get(f"{self.jobs_url()}/api/jobs/", http.own_token())[1] or []
+        except Exception as e:  # noqa: BLE001 (whatever Ray raises: the driver waits on)
+            log.warning("whether to end now cannot be seen: %s", e)
+            return False
+        return any((j.get("metadata") or {}).get(ENDS) == self.attempt for j in jobs)
+
+    def _kill(self, child: Any) -> None:
+        try:
+            for process in [*psutil.Process(child.pid).children(recursive=True), child]:
+                process.kill()
+        except psutil.NoSuchProcess:
+            pass
+
+    def _wait_for_turn(self, queue: str) -> None:
+        """Until no job of the queue that was submitted before this one is left."""
+        url, token = self.jobs_url(), http.own_token()
+        told = False
+        while not self.stopping.is_set():
+            ahead = before(self.name, queue, http.get(f"{url}/api/jobs/", token)[1] or [])
+            if ahead == []:
+                return
+            if ahead and not told:
+                log.info("in queue %s behind %s", queue, ", ".join(ahead))
+                told = True
+            self.stopping.wait(QUEUE_S)
+
+
+def jobs_url() -> str:
+    """The Jobs API, as this cluster's own state tells it."""
+    from ray._private.services import canonicalize_bootstrap_address_or_die
+    from ray.dashboard.utils import ray_address_to_api_server_url
+
+    return ray_address_to_api_server_url(canonicalize_bootstrap_address_or_die(os.environ.get("RAY_ADDRESS", "auto")))
+
+
+def before(name: str, queue: str, jobs: list[dict[str, Any]]) -> list[str] | None:
+    """Names of the queue's unfinished jobs that started before the job of this name; None if it is not among them (yet)."""
+    waiting = [j for j in jobs if (j.get("metadata") or {}).get("queue") == queue and j["status"] in ("PENDING", "RUNNING")]
+    mine = next((j for j in waiting if j["submission_id"] == name), None)
+    if mine is None:
+        return None
+    return sorted(j["submission_id"] for j in waiting if (j["start_time"], j["submission_id"]) < (mine["start_time"], name))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="heliostat.submit.entrypoint")
+    parser.add_argument("job", type=Path)
+    parser.add_argument("--attempt", default=time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()))
+    parser.add_argument("--sweep", type=Path)
+    parser.add_argument("--queue")
+    parser.add_argument("--flag", action="append", default=[])
+    given = parser.parse_args()
+    handler = logging.StreamHandler()
+    handler.setFormatter(Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    sys.excepthook = excepthook
+    sweep = given.sweep and given.sweep.absolute()
+    try:
+        return Driver(given.job.absolute(), sweep, given.attempt, given.flag).run(given.queue)
+    except HeliostatError as e:
+        log.error(e)
+        return e.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

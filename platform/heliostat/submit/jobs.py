@@ -1,0 +1,397 @@
+"""Jobs on a cluster, through Ray's Jobs API: submit, follow, look, stop, resume.
+
+The submission's id is the run's name, so there is one job for one run: submitting the same job again finds the first. What the
+API forgets with its cluster stays: the run's folder has the log, the ledger (progress) and the result, and
+`.heliostat/jobs/ID.json` remembers where that is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import os
+import shlex
+import tempfile
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from heliostat.cluster import dashboard, source_code, workspace_package
+from heliostat.cluster.endpoint import Endpoint
+from heliostat.config import schema, spec, workspace
+from heliostat.config.spec import Job
+from heliostat.errors import ClusterError, ConfigError, HeliostatError
+from heliostat.records import Format, closed
+from heliostat.redact import carries_secret
+from heliostat.runs import goodput
+from heliostat.runs.goodput import Attempt
+from heliostat.storage import Location
+from heliostat.submit.entrypoint import ENDS
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+SUPERVISOR = "_ray_internal_job_actor_{}"  # Ray's name for it
+JOB_FILE, SWEEP_FILE = "heliostat-job.json", "heliostat-sweep.yaml"
+RETRY_S = 60.0
+STOP_S = 600  # a checkpoint may take so long; Ray kills the driver afterwards
+FOLLOW_S = 1.0
+QUIET_S = 30.0  # without a new line, after which the cluster is asked whether it is still there
+MONITOR_S = 3.0  # Ray looks each second
+OVER = ("SUCCEEDED", "FAILED", "STOPPED")
+# settings without secrets; credentials come from the nodes' own environment, instance profile or Kubernetes secret
+PASSED = (
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "MLFLOW_S3_ENDPOINT_URL",
+    "HF_HUB_OFFLINE",
+)
+
+
+@closed
+@dataclass(frozen=True)
+class Record:
+    """What this workspace remembers of a submission. `cluster`: what the person named; `job`: the whole job, resolved; `sweep`:
+    the whole sweep, if it is one, whose base job that is: then the id is the sweep's name, and `steps` counts its trials."""
+
+    id: str
+    cluster: str | None
+    run_folder: str
+    steps: int
+    job: dict[str, Any]
+    queue: str | None
+    sweep: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, job: Job, cluster: str | None, queue: str | None) -> Record:
+        return cls(job.name, cluster, str(job.run_folder), job.last_step, job.dump(), queue)
+
+    @property
+    def digest(self) -> str:
+        whole = json.dumps([self.job, self.sweep] if self.sweep else self.job, sort_keys=True)
+        return hashlib.sha256(whole.encode()).hexdigest()[:16]
+
+    @staticmethod
+    def place(job_id: str) -> Path:
+        return workspace.root() / ".heliostat" / "jobs" / f"{workspace.check_name('id', job_id)}.json"
+
+    @staticmethod
+    def read(job_id: str) -> Record | None:
+        try:
+            return SUBMITTED.read(Record.place(job_id))
+        except FileNotFoundError:
+            return None
+
+    def write(self) -> None:
+        place = Record.place(self.id)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(json.dumps(asdict(self), indent=2))
+
+
+SUBMITTED = Format(Record, "record of a submission", ConfigError, fix="delete it, and give --cluster")
+
+
+class Jobs:
+    """One cluster's jobs."""
+
+    def __init__(self, there: Endpoint) -> None:
+        from ray.job_submission import JobSubmissionClient
+
+        class Client(JobSubmissionClient):
+            def _do_request(self, *args: Any, **options: Any) -> Any:  # Ray's own requests have no deadline
+                return super()._do_request(*args, **{"timeout": 60, **options})
+
+        self.there = there
+        logging.getLogger("ray.dashboard").setLevel(logging.WARNING)
+        logging.getLogger("ray._private.runtime_env").setLevel(logging.WARNING)
+        try:
+            self.client = Client(there.url, headers=dashboard.headers(there.token))
+        except (RuntimeError, ConnectionError) as e:
+            raise ClusterError(f"{there.url}: {e}") from e
+
+    # submitting ------------------------------------------------------------------------------------------------------
+
+    def submit(self, record: Record, flags: tuple[str, ...] = ()) -> str:
+        """The submission's id. The same job again is the same submission; another job of this name is an error."""
+        digest, queue = record.digest, record.queue
+        if found := self.find(record.id):
+            if found["status"] not in OVER or (found["status"] == "SUCCEEDED" and not flags):
+                if found["metadata"].get("digest") != digest:
+                    raise ConfigError(
+                        f"name: {record.id!r} is a job with other settings on this cluster ({found['status'].lower()}); "
+                        "use another name"
+                    )
+                log.info("job %s is there already: %s", record.id, found["status"].lower())
+                record.write()
+                return record.id
+            if not flags:
+                raise ConfigError(
+                    f"name: job {record.id!r} {found['status'].lower()} before; go on with `heliostat resume {record.id}`, "
+                    "or start anew with --overwrite"
+                )
+            self._forget(record.id)
+        record.write()
+        attempt = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{uuid.uuid4().hex[:6]}"
+        metadata = {"run": record.run_folder, "steps": str(record.steps), "digest": digest, "attempt": attempt}
+        metadata |= {"queue": queue} if queue else {}
+        metadata |= {"kind": "sweep"} if record.sweep else {}
+        command = ["python", "-m", "heliostat.submit.entrypoint", JOB_FILE, "--attempt", attempt]
+        command += ["--sweep", SWEEP_FILE] if record.sweep else []
+        command += (["--queue", queue] if queue else []) + [f"--flag={flag}" for flag in flags]
+        with tempfile.TemporaryDirectory(prefix="heliostat-submit-") as name:
+            work, modules = Path(name) / "work", Path(name) / "modules"
+            workspace_package.stage(workspace.root(), work)
+            (work / JOB_FILE).write_text(json.dumps(record.job))
+            if record.sweep:
+                (work / SWEEP_FILE).write_text(yaml.safe_dump({**record.sweep, "job": JOB_FILE}))
+            (work / workspace_package.CODE_FILE).write_text(source_code.source().dump())
+            environment = {k: os.environ[k] for k in PASSED if k in os.environ}
+            if secret := [k for k, v in environment.items() if carries_secret(v)]:
+                raise ConfigError(f"{secret[0]}: carries a password, which the cluster would show; give it to the nodes")
+            environment["HELIOSTAT_CLUSTER"] = record.cluster or self.there.url
+            runtime = {
+                "working_dir": str(work),
+                "py_modules": [str(workspace_package.stage_package(modules))],
+                "env_vars": {**environment, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S), "PYTHONUNBUFFERED": "1"},
+            }
+
+            def send() -> None:
+                there = self.find(record.id)  # an answer may have been lost, and the submission not
+                if not (there and there["metadata"].get("attempt") == attempt):
+                    self.client.submit_job(
+                        entrypoint=shlex.join(command), submission_id=record.id, runtime_env=runtime, metadata=metadata
+                    )
+
+            self._retry(send, "submitting")
+        return record.id
+
+    def _forget(self, job_id: str) -> None:
+        """Frees the id of a submission that is over, once Ray is through with it.
+
+        Ray's monitor of a job that ended looks a moment later at what became of its supervisor, by the id: a new submission under
+        that id would then be taken for the old one, and failed.
+        """
+        deadline = time.monotonic() + RETRY_S
+        while dashboard.actor_alive(self.there.url, self.there.token, SUPERVISOR.format(job_id)):
+            if time.monotonic() > deadline:
+                raise ClusterError(f"{job_id}: is over, but its supervisor has not ended in {RETRY_S:.0f} s; try again later")
+            time.sleep(FOLLOW_S)
+        time.sleep(MONITOR_S)
+        self._retry(lambda: self.client.delete_job(job_id), "forgetting the earlier submission")
+
+    def _retry(self, action: Callable[[], T], what: str) -> T:
+        """Again and again while the cluster fails, within RETRY_S; ClusterError then, or at once if it refuses."""
+        import requests
+
+        deadline, wait = time.monotonic() + RETRY_S, 0.5
+        while True:
+            try:
+                return action()
+            except (requests.RequestException, ConnectionError, RuntimeError, TimeoutError) as e:
+                text = " ".join(str(e).split())
+                refused = isinstance(e, RuntimeError) and not any(f"code {c}" in text for c in (500, 502, 503, 504, 429))
+                if refused or time.monotonic() + wait > deadline:
+                    raise ClusterError(f"{what}: {text[:500]}") from e
+                log.warning("%s: %s; retrying in %.1f s", what, text[:200], wait)
+                time.sleep(wait)
+                wait = min(8.0, 2 * wait)
+
+    # looking ---------------------------------------------------------------------------------------------------------
+
+    def list(self) -> list[dict[str, Any]]:
+        """Every submission, the newest first."""
+        raw = self._retry(self.client.list_jobs, "listing jobs")
+        found = [_plain(j) for j in raw if j.submission_id and ENDS not in (j.metadata or {})]
+        return sorted(found, key=lambda j: j["started"] or 0, reverse=True)
+
+    def find(self, job_id: str) -> dict[str, Any] | None:
+        return next((j for j in self.list() if j["id"] == job_id), None)
+
+    def get(self, job_id: str) -> dict[str, Any]:
+        found = self.find(job_id)
+        if found is None:
+            near = schema.nearest(job_id, [j["id"] for j in self.list()])
+            raise ConfigError(f"{job_id}: no such job on {self.there.url}{near}")
+        if "run" not in found["metadata"]:
+            raise ConfigError(f"{job_id}: was not submitted with heliostat; use `ray job`")
+        return found
+
+    def follow(self, job_id: str) -> Iterator[str]:
+        """The log as it grows, until the job is over. Earlier submissions of this id wrote into the same: they are left out."""
+        attempt = self.get(job_id)["metadata"]["attempt"]
+        held: str | None = ""  # what came before the submission's part of the log was found
+        for text in self._tail(job_id):
+            if held is None:
+                yield text
+                continue
+            held += text
+            if (at := _beginning(held, attempt, over=False)) is not None:
+                yield held[at:]
+                held = None
+        if held and (at := _beginning(held, attempt, over=True)) is not None:
+            yield held[at:]
+        found = self.get(job_id)
+        if found["status"] == "FAILED" and found["exit_code"] is None:  # it never came to its entrypoint
+            yield found["message"] + "\n"
+
+    def _tail(self, job_id: str) -> Iterator[str]:
+        """What is new in the log's file, as it comes, until the job is over; behind a broken connection only what is new."""
+        import aiohttp
+
+        came, deadline = 0, time.monotonic() + RETRY_S
+        while True:
+            skip = came
+            try:
+                for text in _sync(self.client.tail_job_logs(job_id), lambda: self.get(job_id)):
+                    new, skip = text[skip:], max(0, skip - len(text))
+                    came, deadline = came + len(new), time.monotonic() + RETRY_S
+                    if new:
+                        yield new
+                if self.get(job_id)["status"] in OVER:
+                    return
+            except (OSError, RuntimeError, aiohttp.ClientError) as e:
+                text = " ".join(str(e).split())[:200]
+                if time.monotonic() > deadline:
+                    raise ClusterError(f"following the log: {text}") from e
+                log.warning("following the log: %s; trying again", text)
+            time.sleep(FOLLOW_S)
+
+    def logs(self, job_id: str) -> str:
+        return self._retry(lambda: self.client.get_job_logs(job_id), "reading the log")
+
+    # stopping --------------------------------------------------------------------------------------------------------
+
+    def stop(self, job_id: str, now: bool = False) -> dict[str, Any]:
+        """Ends a job, after a checkpoint unless `now`; returns when it is over."""
+        found = self.get(job_id)
+        if found["status"] in OVER:
+            return found
+        note = self._note_to_end(found["metadata"]["attempt"]) if now else None
+        self._retry(lambda: self.client.stop_job(job_id), "stopping")
+        deadline = time.monotonic() + STOP_S + 30
+        while (found := self.get(job_id))["status"] not in OVER:
+            if time.monotonic() > deadline:
+                raise ClusterError(f"{job_id}: did not stop in {STOP_S + 30} s")
+            time.sleep(FOLLOW_S)
+        if note:
+            self._retry(lambda: self.client.delete_job(note), "forgetting the note to stop")
+        return found
+
+    def _note_to_end(self, attempt: str) -> str:
+        """A job that does nothing, and whose metadata tell the attempt's driver to end: all that needs is the cluster."""
+        note = f"stop-{attempt}-{uuid.uuid4().hex[:6]}"
+        self._retry(
+            lambda: self.client.submit_job(entrypoint="true", submission_id=note, metadata={ENDS: attempt}), "telling the driver"
+        )
+        return note
+
+
+def _sync(source: AsyncIterator[T], beat: Callable[[], object]) -> Iterator[T]:
+    """An asynchronous iterator's items; `beat` is called while none comes, and may raise."""
+    with asyncio.Runner() as runner:
+        loop = runner.get_loop()
+        while True:
+            coming: asyncio.Task[T] = loop.create_task(anext(source))  # type: ignore[arg-type]
+            while not runner.run(asyncio.wait([coming], timeout=QUIET_S))[0]:
+                beat()
+            try:
+                yield coming.result()
+            except StopAsyncIteration:
+                return
+
+
+def _beginning(text: str, attempt: str, over: bool) -> int | None:
+    """Where a submission's part of its id's log begins: behind the line that names the attempt; None before that is written.
+
+    A submission that is over without one never came to its entrypoint: then all that is there is shown.
+    """
+    _, found, behind = text.rpartition(attempt)
+    if found and "\n" in behind:
+        return len(text) - len(behind) + behind.index("\n") + 1
+    return 0 if over else None
+
+
+def _plain(details: Any) -> dict[str, Any]:
+    """A JobDetails of Ray's as plain data; times in seconds."""
+    return {
+        "id": details.submission_id,
+        "status": str(details.status),
+        "message": details.message or "",
+        "metadata": details.metadata or {},
+        "started": details.start_time / 1000 if details.start_time else None,
+        "ended": details.end_time / 1000 if details.end_time else None,
+        "exit_code": details.driver_exit_code,
+    }
+
+
+def exit_code(job: dict[str, Any]) -> int:
+    """Of a command that followed a job: 0 succeeded, 130 stopped, 2 if the job found its input bad, else 1."""
+    if job["status"] == "STOPPED":
+        return 130
+    return 0 if job["status"] == "SUCCEEDED" else 2 if job["exit_code"] == 2 else 1
+
+
+def progress(run: Location, steps: int) -> dict[str, Any]:
+    """How far a run is, from its ledger in storage: steps done, the share, and seconds to go at the present pace."""
+    try:
+        attempts = goodput.read(run)
+    except (HeliostatError, OSError) as e:
+        return {"step": None, "steps": steps, "fraction": None, "eta_s": None, "note": str(e)}
+    if not attempts:
+        return {"step": 0, "steps": steps, "fraction": 0.0, "eta_s": None}
+    last = max(attempts, key=lambda a: a.started)
+    return {"step": last.reached, "steps": steps, "fraction": last.reached / steps, "eta_s": eta(last, steps)}
+
+
+def sweep_progress(folder: Location) -> dict[str, Any]:
+    """The same of a sweep: trials that are over, of those that there are to be."""
+    from heliostat.tune import listing
+
+    try:
+        over, trials = listing.progress(folder)
+    except (HeliostatError, OSError) as e:
+        return {"step": None, "steps": None, "fraction": None, "eta_s": None, "unit": "trial", "note": str(e)}
+    return {"step": over, "steps": trials, "fraction": over / max(1, trials), "eta_s": None, "unit": "trial"}
+
+
+def eta(attempt: Attempt, steps: int) -> float | None:
+    """Steps to go, each as long as this attempt's have taken with all that belongs to them; None before there are any."""
+    done = attempt.reached - attempt.start_step
+    spent = sum(attempt.parts.get(p, 0.0) for p in ("computing", "data", "communicating", "checkpoint", "evaluating"))
+    return (steps - attempt.reached) * spent / done if done else None
+
+
+def load(path: Path, settings: list[str], there: Endpoint) -> Job:
+    """The job for a cluster. Relative paths mean this machine's workspace, which only a cluster on this machine sees."""
+    written = schema.load(Job, path, settings)
+    if not there.here:
+        paths = {f"data.sources.{i}.path": s.path for i, s in enumerate(written.data.sources)} | {"storage": written.storage}
+        if isinstance(written.model.get("pretrained"), str):
+            paths["model.pretrained"] = written.model["pretrained"]
+        uri = written.mlflow.uri
+        if uri.startswith("sqlite:"):
+            raise ConfigError(f"mlflow.uri: {uri} is a file of one machine; a cluster needs a server: http://HOST:PORT")
+        for key, value in paths.items():
+            if "://" not in value and not Path(value).is_absolute():
+                raise ConfigError(
+                    f"{key}: {value!r} is a path of this workspace, which the cluster does not see; use s3://BUCKET/PREFIX"
+                )
+    return spec.resolve(written)
+
+
+def changed(record: Record, settings: list[str], cluster: str | None) -> Record:
+    """An earlier submission, with settings changed, for this cluster."""
+    if record.sweep:
+        if settings:
+            raise ConfigError(f"{record.id}: is a sweep; change its file, and use `heliostat tune SWEEP.yaml --cluster --resume`")
+        return replace(record, cluster=cluster)
+    return Record.of(spec.resolve(schema.validate(Job, schema.apply(record.job, settings), record.id)), cluster, record.queue)

@@ -1,0 +1,47 @@
+"""Lineage backwards: which runs, and so which models, have trained on a shard or a dataset.
+
+Exact, to the sample: computed from the data plans that each run recorded in MLflow, and the datasets' manifests.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from heliostat.runs import consumed
+from heliostat.track import mlflow_client
+from heliostat.track.lineage import DEPTH, data_of, distinct, versions
+from heliostat.track.run_facts import read_json
+
+
+class Seen:
+    """What each run has trained on of something: by itself, or through the models that it was initialised from."""
+
+    def __init__(self, client: Any) -> None:
+        self.client = client
+        self.runs = {r.info.run_id: r for r in mlflow_client.runs(client, list(mlflow_client.experiments(client)))}
+
+    def answer(self, shard: str | None = None, digest: str | None = None) -> list[dict[str, Any]]:
+        """One row for each run that saw it, newest first: run_id, name, samples, inherited (from which runs), models."""
+        rows = []
+        for run_id, run in self.runs.items():
+            samples = self._direct(run, shard, digest, None)
+            inherited = self._inherited(run, shard, digest, DEPTH)
+            if samples or inherited:
+                models = [f"models:/{v.name}/{v.version}" for v in versions(self.client, run_id)]
+                rows.append({"run_id": run_id, "name": run.data.tags[mlflow_client.NAME], "status": run.info.status, "samples": samples,
+                             "inherited": inherited, "models": models})  # fmt: skip
+        return rows
+
+    def _inherited(self, run: Any, shard: str | None, digest: str | None, depth: int) -> list[str]:
+        """Run ids of the ancestors that saw it, before the step that the run was initialised from."""
+        out: list[str] = []
+        for parent in (read_json(self.client, run.info.run_id, "parents.json") or {}).get("parents", []):
+            above = self.runs.get(parent["run_id"] or "")
+            if above is not None and depth:
+                mine = [parent["run_id"]] if self._direct(above, shard, digest, parent["step"]) else []
+                out += mine + self._inherited(above, shard, digest, depth - 1)
+        return distinct(out)
+
+    def _direct(self, run: Any, shard: str | None, digest: str | None, before: int | None) -> int:
+        data = data_of(self.client, run)
+        return consumed.of_digest(data, digest, before) if digest else consumed.of_shard(data, str(shard), before)

@@ -1,0 +1,87 @@
+"""The curves of a run beside its checkpoints, so that a checkpoint never gets ahead of them.
+
+Metrics travel to MLflow through the driver, and one that is killed takes with it what had not arrived. So rank 0 writes the
+events of all steps since the last checkpoint to `curves/step-00000100.json` before that checkpoint: whoever opens the run next
+logs from there what MLflow lacks.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
+
+from heliostat.records import Format, Number, Whole, open_
+from heliostat.runs.segments import step_of
+from heliostat.storage import Location
+from heliostat.track.metrics import Point, points
+
+FOLDER = "curves"
+MARK = "train/loss"  # of every step: how far MLflow's curves go
+
+
+@open_
+class Event(TypedDict):
+    kind: str
+    at: Number
+    step: NotRequired[Whole]
+    first: NotRequired[Whole]
+    loss: NotRequired[list[float] | float]  # of steps; of a spike
+    lr: NotRequired[list[float]]
+    grad_norm: NotRequired[list[float]]
+    seconds: NotRequired[Number]
+    tokens_per_second: NotRequired[float | None]
+    data_wait: NotRequired[float | None]
+    mfu: NotRequired[float | None]
+    bad_samples: NotRequired[float | None]
+    sources: NotRequired[dict[str, dict[str, float]]]
+    scores: NotRequired[dict[str, float | None]]
+    blocked_s: NotRequired[float]
+    added: NotRequired[dict[str, list[float]]]
+    skipped_steps: NotRequired[float | None]
+    loss_scale: NotRequired[float | None]
+    usual: NotRequired[float]
+    limit: NotRequired[float]
+    action: NotRequired[str]
+
+
+NEEDED = {
+    "steps": ("first", "loss", "lr", "grad_norm", "seconds"),
+    "evaluation": ("step", "scores"),
+    "checkpoint": ("step", "blocked_s"),
+    "spike": ("step", "loss", "limit"),
+}
+
+
+def _fault(events: list[Event]) -> str | None:
+    for number, event in enumerate(events):
+        if missing := [key for key in NEEDED.get(event["kind"], ()) if key not in event]:
+            return f"{number}: an event of kind {event['kind']!r} has no {missing[0]!r}"
+        losses = event.get("loss")
+        if event["kind"] == "spike" and isinstance(losses, list):
+            return f"{number}: a spike has one loss"
+        if event["kind"] == "steps":
+            curves = [losses, event["lr"], event["grad_norm"], *event.get("added", {}).values()]
+            if not isinstance(losses, list) or not losses or any(len(c) != len(losses) for c in curves if isinstance(c, list)):
+                return f"{number}: its loss, lr, grad_norm and what is added are not of as many steps"
+    return None
+
+
+EVENTS = Format(list[Event], "list of a run's curves", check=_fault, fix="delete it to go without these steps' curves")
+
+
+def write(run: Location, done: int, events: list[dict[str, Any]]) -> None:
+    """The events of the steps up to `done` that no earlier file holds."""
+    kept = [{k: v for k, v in event.items() if k not in ("ledger", "images")} for event in events]
+    run.join(FOLDER, f"step-{done:08d}.json").write(json.dumps(kept).encode())
+
+
+def missing(run: Location, known: dict[str, int]) -> list[Point]:
+    """In order, all points of the files that end behind the last step that MLflow has."""
+    folder, last, out = run.join(FOLDER), known.get(MARK, 0), list[Point]()
+    for name, _ in folder.files():
+        if step_of(name) > last:
+            for event in EVENTS.read(folder.join(name)):
+                out += points({"sources": {}, **event})
+    return out

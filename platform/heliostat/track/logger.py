@@ -1,0 +1,347 @@
+"""The owner of one MLflow run: everything that a run leaves in MLflow goes through here, from the driver's process.
+
+It writes through MlflowClient with an explicit run id, which is kept beside the checkpoints (`run.json`), so that a resumed
+run continues the same MLflow run. Events are queued and written by one thread: a server that is slow, or away, never slows
+training. What it does not take waits (`outbox`) and is tried again; at the end for AWAY_S, and then by the run's next command.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import tempfile
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
+
+from heliostat.cluster import source_code
+from heliostat.config.spec import Job
+from heliostat.data.manifest import Manifest
+from heliostat.data.split import NEWEST
+from heliostat.errors import HeliostatError, TrackingError
+from heliostat.records import Format, open_
+from heliostat.runs import goodput
+from heliostat.storage import Location
+from heliostat.track import local_curves, mlflow_client, outbox
+from heliostat.track.metrics import SPIKE, Point, points
+from heliostat.track.run_facts import Record, read_json
+
+log = logging.getLogger(__name__)
+
+RECORD, SAMPLES = "run.json", "samples.json"
+TOKEN = "heliostat.token"  # tag: by it a run is found that was made by a driver which died before it wrote the run's id down
+PACKAGES = ("heliostat", "ray", "torch", "deepspeed", "transformers", "diffusers", "pyarrow", "mlflow", "numpy")
+AWAY_S = 120.0  # how long the end of a command waits for an MLflow that does not answer
+IMAGES = 500  # that wait for MLflow; with more the oldest go
+EXCHANGE_S = 300.0  # the longest that an exchange which has begun may take
+PAUSE_S, PAUSE_MAX_S = 0.5, 15.0  # between two tries; each is twice as long as the one before
+NEVER = (HeliostatError, LookupError, TypeError, ValueError, AttributeError)  # would come again at every try
+# MLflow's client by itself tries for minutes, in which nothing could be done
+CLIENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # standard output is for results
+}
+
+
+@open_
+class Made(TypedDict):
+    """`run_id` is there as soon as MLflow has the run."""
+
+    token: str
+    uri: str
+    run_id: NotRequired[str]
+
+
+MADE = Format(Made, "record of a run", fix="delete it, and the run goes on as another one in MLflow")
+
+
+def record(run: Location) -> dict[str, Any]:
+    """What the run's folder knows of its MLflow run; empty for a new run."""
+    try:
+        return dict(MADE.read(run.join(RECORD)))
+    except FileNotFoundError:
+        return {}
+
+
+class RunOwner:
+    """Use: `owner = RunOwner(job, manifests)`, `owner.post(event)` at will, then `owner.finish(...)`."""
+
+    def __init__(
+        self, job: Job, manifests: list[Manifest], tags: dict[str, str] | None = None, data_version: int = NEWEST
+    ) -> None:
+        """`tags`: of a new run, beside its own; one with `mlflow.parentRunId` is a nested run. `data_version`: of its data
+        plan."""
+        self.job, self.manifests, self._tags, self._data_version = job, manifests, tags or {}, data_version
+        self.run_id = self._made = ""
+        self._queue: queue.Queue[dict[str, Any]] = queue.Queue()
+        self._answers = threading.Event()  # MLflow's last answer was a good one
+        self._fault: Exception | None = None  # of the last exchange
+        self._since = 0.0  # of an outage
+        self._patient = True  # until somebody has waited in vain
+        self._end: dict[str, Any] | None = None
+        self._images: deque[tuple[str, int, bytes]] = deque(maxlen=IMAGES)  # (name, step, PNG) that MLflow has not got yet
+        self._starts: deque[dict[str, Any]] = deque()  # of attempts
+        self._filled = False  # with what earlier commands left beside the checkpoints
+        self._spiked = False  # since the tag about it was written
+        self._saved: int | None = None  # the step of a checkpoint of which MLflow does not know yet
+        self._thread = threading.Thread(target=self._write, name="mlflow", daemon=True)
+
+    def post(self, event: dict[str, Any]) -> None:
+        self._queue.put(event)
+        if event["kind"] == "steps":
+            self._start()
+
+    def _start(self) -> None:
+        """Not before the first step: importing MLflow takes seconds, which starting workers would wait for."""
+        if not self._thread.ident:
+            self._thread.start()
+
+    def client(self) -> Any:
+        """The MlflowClient, once MLflow has answered; TrackingError if it does not for AWAY_S."""
+        self.post({"kind": "hello"})  # the thread may wait for a first event
+        self._start()
+        if not self._answers.wait(AWAY_S):
+            self._patient = False
+            raise TrackingError(f"{self._away()}; use --resume when it answers again: training is not repeated") from self._fault
+        return self._client
+
+    def describe(self, model_uri: str, samples: list[tuple[str, str]]) -> None:
+        """The run's model, and what it wrote for each prompt."""
+        from mlflow.exceptions import MlflowException
+
+        client = self.client()
+        try:
+            client.set_tag(self.run_id, "heliostat.model_uri", model_uri)
+            self._log_samples(client, [list(sample) for sample in samples])
+        except MlflowException as e:
+            raise TrackingError(f"mlflow.uri: {self.job.mlflow.uri} failed ({e}); use --resume: training is not repeated") from e
+
+    def _log_samples(self, client: Any, rows: list[list[str]]) -> None:
+        """As `log_table` does, which would add them again if this is done again."""
+        from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
+
+        before = (read_json(client, self.run_id, SAMPLES) or {"data": []})["data"]
+        before = before[: -len(rows)] if rows and before[-len(rows) :] == rows else before
+        client.log_dict(self.run_id, {"columns": ["prompt", "text"], "data": [*before, *rows]}, SAMPLES)
+        tables = json.loads(client.get_run(self.run_id).data.tags.get(MLFLOW_LOGGED_ARTIFACTS, "[]"))
+        mine = {"path": SAMPLES, "type": "table"}
+        if mine not in tables:
+            client.set_tag(self.run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps([*tables, mine]))
+
+    def finish(self, status: str, reason: str, report: dict[str, Any], tags: dict[str, str] | None = None) -> None:
+        """Writes all that waits, the run's goodput, tags, and its status: FINISHED, FAILED or KILLED.
+
+        If MLflow stays away for AWAY_S, the run's next command does it: TrackingError for a run that is FINISHED.
+        """
+        step = max(a["reached"] for a in report["attempts"])
+        self.post({"kind": "goodput", "report": report, "step": step, "at": time.time()})
+        self.post({"kind": "end", "status": status, "reason": reason, "report": report, "tags": tags or {}})
+        self._start()
+        self._thread.join(AWAY_S + EXCHANGE_S)
+        if self._fault or self._thread.is_alive():
+            told = f"{self._away()}; what it has not got is in {self.job.run_folder.join(outbox.FILE)}, and the next `heliostat "
+            told += "train --resume` of this run logs it"
+            if status == "FINISHED":
+                raise TrackingError(told) from self._fault
+            log.error(told)
+
+    def _away(self) -> str:
+        reason = mlflow_client.fault(self._fault) if self._fault else "no answer"
+        return f"mlflow.uri: {self.job.mlflow.uri} did not take the run's metrics for {AWAY_S:.0f} s ({reason})"
+
+    # the writing thread ----------------------------------------------------------------------------------------------
+
+    def _write(self) -> None:
+        """Until the end was posted and written, or it is too late for that."""
+        pause, deadline = 0.0, float("inf")
+        box = outbox.Outbox(self.job.run_folder, self._send, self._known)
+        while True:
+            for event in self._gather(pause):
+                self._take(event, box)
+            if self._end and deadline == float("inf"):
+                deadline = time.monotonic() + (AWAY_S if self._patient else 0.0)
+            try:
+                self._deliver(box)
+            except Exception as e:  # noqa: BLE001 (whatever MLflow, or the store of the run's folder, raises)
+                pause = min(PAUSE_MAX_S, max(PAUSE_S, 2 * pause))
+                self._failed(e, box)
+            else:
+                pause, self._fault = 0.0, None
+                self._answers.set()
+            if self._end and (self._fault is None or time.monotonic() > deadline):
+                return
+
+    def _take(self, event: dict[str, Any], box: outbox.Outbox) -> None:
+        box.add(points(event))
+        self._images.extend((name, event["step"], png) for name, png in event.get("images", {}).items())
+        if event["kind"] == "attempt":
+            self._starts.append(event)
+        elif event["kind"] == "spike":
+            self._spiked = True
+        elif event["kind"] == "checkpoint":
+            self._saved = event["step"]
+
+    def _gather(self, pause: float) -> list[dict[str, Any]]:
+        """The next events; after a failed exchange those of the pause, which the end of the run cuts short."""
+        events, until = list[dict[str, Any]](), time.monotonic() + pause
+        while True:
+            try:
+                left = until - time.monotonic()
+                event = self._queue.get(timeout=max(0.0, left)) if pause or events else self._queue.get()
+            except queue.Empty:
+                return events
+            if event["kind"] == "end":
+                self._end = event
+                return events
+            events.append(event)
+
+    def _deliver(self, box: outbox.Outbox) -> None:
+        if not self.run_id:
+            self._open()
+        if not self._filled:
+            earlier = local_curves.missing(self.job.run_folder, self._known())
+            box.precede(earlier)
+            self._spiked = self._spiked or any(p.key == SPIKE for p in earlier)
+            self._filled = True
+        waiting = len(box)
+        box.flush()
+        self._log_images()
+        while self._starts:
+            self._try("where it runs", lambda: self._record.attempt(self._starts[0]))
+            self._starts.popleft()
+        if self._spiked:
+            self._try("its loss spikes", self._record.spikes)
+            self._spiked = False
+        if self._saved is not None and not self._end:
+            step = self._saved
+            self._try("its checkpoints and data", lambda: self._record.sync(step))
+            self._saved = None
+        if self._fault:
+            away = time.monotonic() - self._since
+            log.warning("MLflow answers again after %.0f s: it has the %d metrics that waited", away, waiting)
+        if self._end:
+            self._close(self._end)
+
+    def _failed(self, error: Exception, box: outbox.Outbox) -> None:
+        if self._fault is None:
+            self._since = time.monotonic()
+            log.warning(
+                "MLflow takes no metrics: they are kept until it does, and training goes on (%s)", mlflow_client.fault(error)
+            )
+        self._fault = error
+        self._answers.clear()
+        try:
+            box.keep()
+        except (HeliostatError, OSError) as e:
+            log.warning("what waits for MLflow could not be kept in the run's folder: %s", e)
+
+    def _try(self, what: str, action: Callable[[], None]) -> None:
+        """Does it; what can never be done is said, and no more. Raises where it is worth another try."""
+        try:
+            action()
+        except Exception as e:
+            if not isinstance(e, NEVER) and getattr(e, "error_code", "") not in outbox.HOPELESS:
+                raise
+            log.error("MLflow lacks something of run %s (%s): %s", self.run_id, what, e)
+
+    def _close(self, end: dict[str, Any]) -> None:
+        """All that follows from the run's folder, its goodput as a whole, and a figure; its status."""
+        report = end["report"]
+        self._try("its checkpoints and data", lambda: self._record.sync(report["attempts"][-1]["reached"]))
+        try:
+            self._client.log_dict(self.run_id, report, "goodput.json")
+            self._client.log_figure(self.run_id, goodput.chart(report), "goodput.png")
+        except Exception as e:  # noqa: BLE001 (whatever MLflow raises: the run's status must be written all the same)
+            log.error("MLflow refused the goodput of run %s: %s", self.run_id, e)
+        if end["reason"] or "heliostat.reason" in self._client.get_run(self.run_id).data.tags:  # of an earlier command
+            self._client.set_tag(self.run_id, "heliostat.reason", end["reason"][:5000])
+        for key, value in end["tags"].items():
+            self._client.set_tag(self.run_id, key, value)
+        self._client.set_terminated(self.run_id, end["status"])
+        self._try("its report", self._log_page)  # which tells the status, too
+
+    def _log_page(self) -> None:
+        from heliostat.track import page
+
+        text = page.page(page.gather(self._client, self._client.get_run(self.run_id)))
+        self._client.log_text(self.run_id, text, page.FILE)
+
+    def _open(self) -> None:
+        for name, value in CLIENT.items():
+            os.environ.setdefault(name, value)
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a warning for every try
+        import mlflow
+
+        job = self.job
+        self._client = mlflow.MlflowClient(tracking_uri=job.mlflow.uri)
+        mlflow.set_tracking_uri(job.mlflow.uri)  # for what only MLflow's module functions can do
+        found = record(job.run_folder)
+        if found.get("uri") != job.mlflow.uri:
+            found = {"token": uuid.uuid4().hex, "uri": job.mlflow.uri, "name": job.name}
+        if "run_id" in found:
+            self._client.update_run(found["run_id"], status="RUNNING")
+            self._record = Record(self._client, found["run_id"], job)
+            self.run_id = found["run_id"]
+            return
+        job.run_folder.join(RECORD).write(json.dumps(found).encode())
+        self._made = self._made or self._make(found["token"])
+        self._record = Record(self._client, self._made, job)
+        self._record.begin(self.manifests, self._data_version)
+        job.run_folder.join(RECORD).write(json.dumps({**found, "run_id": self._made}).encode())
+        self.run_id = self._made
+
+    def _make(self, token: str) -> str:
+        """The run's id, of a new run unless an earlier try has made it."""
+        experiment = self._client.get_experiment_by_name(self.job.mlflow.experiment)
+        experiment_id = experiment.experiment_id if experiment else self._create_experiment()
+        if made := self._client.search_runs([experiment_id], f"tags.`{TOKEN}` = '{token}'"):
+            return made[0].info.run_id
+        return self._client.create_run(
+            experiment_id, run_name=self.job.name, tags={**_tags(self.job), **self._tags, TOKEN: token}
+        ).info.run_id
+
+    def _create_experiment(self) -> str:
+        uri = self.job.mlflow.uri
+        place = None
+        if uri.startswith("sqlite:///"):  # MLflow's own default is a folder below wherever the process happens to run
+            place = str(Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" / self.job.mlflow.experiment)
+        return self._client.create_experiment(self.job.mlflow.experiment, artifact_location=place)
+
+    def _send(self, new: list[Point]) -> None:
+        mlflow_client.send(self._client, self.run_id, new)
+
+    def _known(self) -> dict[str, int]:
+        return mlflow_client.known(self._client, self.run_id)
+
+    def _log_images(self) -> None:
+        while self._images:
+            name, step, png = self._images[0]
+            with tempfile.TemporaryDirectory(prefix="heliostat-") as folder:
+                file = Path(folder) / f"step-{step:08d}.png"
+                file.write_bytes(png)
+                self._client.log_artifact(self.run_id, str(file), f"images/{name}")
+            self._images.popleft()
+
+
+def _tags(job: Job) -> dict[str, str]:
+    tags = {"heliostat.name": job.name, "heliostat.recipe": job.recipe, "heliostat.run_folder": str(job.run_folder)}
+    for package in PACKAGES:
+        try:
+            tags[f"heliostat.version.{package}"] = version(package)
+        except PackageNotFoundError:
+            continue
+    source = source_code.source()
+    if source.commit:
+        tags["mlflow.source.git.commit"] = source.commit
+        tags["heliostat.dirty"] = str(source.dirty)
+    return tags

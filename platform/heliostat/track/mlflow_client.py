@@ -1,0 +1,107 @@
+"""A run in MLflow's store, as the commands see it: metrics to and from it, and finding runs, with one clear error."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from heliostat.errors import ConfigError, TrackingError
+from heliostat.text import brief
+from heliostat.track.metrics import Point
+
+NAME, FOLDER = "heliostat.name", "heliostat.run_folder"  # tags of every run that `heliostat train` makes
+
+
+def send(client: Any, run_id: str, points: list[Point]) -> None:
+    from mlflow.entities import Metric
+
+    client.log_batch(run_id, metrics=[Metric(p.key, p.value, int(p.at * 1000), p.step) for p in points])
+
+
+def known(client: Any, run_id: str) -> dict[str, int]:
+    """The last place that MLflow has of each metric."""
+    found = client.get_run(run_id).data.to_proto().metrics
+    return {m.key: Point(m.key, m.value, m.timestamp / 1000, m.step).place for m in found}
+
+
+def connect(uri: str) -> Any:
+    """An MlflowClient."""
+    import mlflow
+
+    mlflow.set_tracking_uri(uri)
+    return mlflow.MlflowClient(tracking_uri=uri)
+
+
+@contextmanager
+def asking(uri: str) -> Iterator[None]:
+    """Whatever MLflow raises inside is a TrackingError of one line."""
+    import mlflow
+
+    try:
+        yield
+    except mlflow.exceptions.MlflowException as e:
+        raise TrackingError(f"MLflow at {uri}: {fault(e)}") from e
+    except ModuleNotFoundError as e:
+        raise TrackingError(f"MLflow at {uri}: its database needs the module {e.name!r}, which is not installed") from e
+    except Exception as e:
+        if not type(e).__module__.startswith("sqlalchemy"):
+            raise
+        raise TrackingError(f"MLflow at {uri}: {brief(e)}") from e
+
+
+def fault(error: object) -> str:
+    """What an error of MLflow's client comes to, in a line: which status the server answered with, and why; or why it did not."""
+    said = " ".join(re.sub("<[^>]*>", " ", str(error)).split())
+    if status := re.search(r"error code (\d{3})|too many (\d{3}) error responses", said):
+        body = re.search(r"[Rr]esponse body: '?(.+)", said)
+        return f"it answered {status[1] or status[2]}" + (f": {brief(body[1])}" if body else "")
+    cause = re.search(r"\(Caused by (.+)\)$", said)
+    return brief(cause[1] if cause else said or type(error).__name__)
+
+
+def experiments(client: Any, name: str | None = None) -> dict[str, str]:
+    """Names by id; of one experiment, if its name is given."""
+    if name is not None:
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            raise ConfigError(f"--experiment: {name!r} is no experiment; there are {', '.join(experiments(client).values())}")
+        return {found.experiment_id: found.name}
+    out, token = dict[str, str](), None
+    while True:
+        page = client.search_experiments(page_token=token)
+        out |= {e.experiment_id: e.name for e in page}
+        token = page.token
+        if not token:
+            return out
+
+
+def runs(client: Any, experiment_ids: list[str]) -> list[Any]:
+    """All runs that heliostat made, newest first."""
+    found, token = [], None
+    while True:
+        page = client.search_runs(experiment_ids, f"tags.`{NAME}` LIKE '%'", page_token=token, order_by=["start_time DESC"])
+        found += page
+        token = page.token
+        if not token:
+            return found
+
+
+def find(client: Any, run: str, uri: str) -> Any:
+    """The run of an id, or of a run's folder; ConfigError if MLflow does not know it, or heliostat did not make it."""
+    from mlflow.exceptions import MlflowException
+
+    from heliostat.storage import Location
+    from heliostat.track.logger import record
+
+    run_id = run if re.fullmatch(r"[0-9a-f]{32}", run) else record(Location(run)).get("run_id")
+    if run_id is None:
+        raise ConfigError(f"{run!r}: is neither a run id (32 hex digits), nor a run's folder with a run.json")
+    try:
+        found = client.get_run(run_id)
+    except MlflowException as e:
+        raise ConfigError(f"{run!r}: no such run in {uri}") from e
+    if FOLDER not in found.data.tags:
+        raise ConfigError(f"{run!r}: is a run of {uri} that `heliostat train` did not make")
+    return found

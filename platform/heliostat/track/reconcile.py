@@ -1,0 +1,95 @@
+"""A run's status is right in the end: what a driver that was killed could not write, the next command that sees the run writes.
+
+Who lives is told by the drivers' ledger. A run whose driver is dead gets the metrics that still waited in its folder, its
+checkpoints, data and goodput, and a status: FINISHED if its result is there, FAILED if its driver died without a word, else what
+the ledger says. KILLED is a run that somebody has stopped, or whose folder is gone.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from heliostat.config.schema import validate
+from heliostat.config.spec import Job
+from heliostat.errors import HeliostatError
+from heliostat.runs import goodput, liveness, summary
+from heliostat.storage import Location
+from heliostat.track import local_curves, mlflow_client, outbox
+from heliostat.track.logger import TOKEN, record
+from heliostat.track.outbox import Outbox
+from heliostat.track.run_facts import Record, read_json
+
+log = logging.getLogger(__name__)
+
+STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}  # by outcomes behind which a command ends
+YOUNG_S = 60.0  # a run may be so old before its driver has written anything
+
+
+def settle(client: Any, run: Any, how: str = "") -> Any:
+    """The run as it is now; MLflow is only written to if the run says RUNNING and nobody runs it.
+
+    `how`: what is known of the end of a driver that could say nothing itself.
+    """
+    if run.info.status != "RUNNING":
+        return run
+    folder = Location(run.data.tags[mlflow_client.FOLDER])
+    try:
+        changed = _settle(client, run, folder, how)
+    except (HeliostatError, OSError) as e:
+        log.warning("run %s may be over, but its folder does not tell: %s", run.info.run_id, e)
+        return run
+    return client.get_run(run.info.run_id) if changed else run
+
+
+def settle_folder(folder: Location, how: str = "") -> None:
+    """The same from a run's folder. Asks MLflow only where the folder says that something may be left to do."""
+    told = record(folder)
+    last = liveness.last(folder)
+    if "run_id" not in told or last is None:
+        return
+    if (last.outcome is None and not liveness.lives(last)) or folder.join(outbox.FILE).exists():
+        client = mlflow_client.connect(told["uri"])
+        settle(client, client.get_run(told["run_id"]), how)
+
+
+def _settle(client: Any, run: Any, folder: Location, how: str) -> bool:
+    run_id, told, last = run.info.run_id, record(folder), liveness.last(folder)
+    if told.get("run_id") != run_id and told.get("token") != run.data.tags.get(TOKEN):
+        _end(client, run_id, "KILLED", f"its folder {folder} is gone, or another run's", time.time())
+        return True
+    if last is None:
+        if time.time() - run.info.start_time / 1000 < YOUNG_S:
+            return False
+        _end(client, run_id, "FAILED", "its driver died before it had written anything", run.info.start_time / 1000)
+        return True
+    if last.outcome is None and liveness.lives(last):
+        return False
+    _complete(client, run_id, folder)
+    if (status := STATUS.get(last.outcome or "")) is not None:
+        _end(client, run_id, status, last.reason, last.seen)
+    elif (summary.result(folder, last.reached) or {}).get("run_id") == run_id:
+        _end(client, run_id, "FINISHED", "", last.seen)
+    else:
+        died = f"the driver (process {last.pid} on {last.host}) died without a word{how and f', {how}'}; it had come to step "
+        _end(client, run_id, "FAILED", f"{died}{last.reached}, and --resume goes on from its newest checkpoint", last.seen)
+    log.warning("run %s was still open in MLflow, and its driver is gone: it is closed now", run_id)
+    return True
+
+
+def _complete(client: Any, run_id: str, folder: Location) -> None:
+    """What the run's folder knows, and MLflow does not."""
+    box = Outbox(folder, lambda p: mlflow_client.send(client, run_id, p), lambda: mlflow_client.known(client, run_id))
+    box.precede(local_curves.missing(folder, mlflow_client.known(client, run_id)))
+    box.flush()
+    report = goodput.read_report(folder)
+    client.log_dict(run_id, report, "goodput.json")
+    job = read_json(client, run_id, "job.json")
+    if job is not None:
+        Record(client, run_id, validate(Job, job, f"run {run_id}: job.json")).sync(report["attempts"][-1]["reached"])
+
+
+def _end(client: Any, run_id: str, status: str, reason: str, at: float) -> None:
+    client.set_tag(run_id, "heliostat.reason", reason[:5000])
+    client.set_terminated(run_id, status, end_time=int(at * 1000))

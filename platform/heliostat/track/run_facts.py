@@ -1,0 +1,129 @@
+"""What a run leaves in MLflow beside its curves: params, job, code, machines, data, parents, checkpoints.
+
+All of it follows from the job and the run's folder, so it may be written again at any time: what an outage or a killed driver
+left out, the next `sync` adds. Artifacts: `job.json`, `attempts.json` (each start of the workers: step, workers, nodes, code,
+what had changed in the job), `code/` (differences from the commit, package versions), `data.json`, `parents.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, cast
+
+from pydantic import JsonValue
+
+from heliostat.cluster import source_code
+from heliostat.config.spec import Job
+from heliostat.data.manifest import Manifest
+from heliostat.errors import TrackingError
+from heliostat.records import Format
+from heliostat.runs import consumed
+from heliostat.track.checkpoint_models import Checkpoints
+from heliostat.track.metrics import SPIKE
+from heliostat.track.parents import parents
+
+ATTEMPTS = "attempts.json"
+STARTS = Format(list[dict[str, Any]], "list of a run's starts", fix="delete it to begin another")
+ARTIFACT: Format[Any] = Format(cast(Any, JsonValue), "record in MLflow", TrackingError)
+SPIKES, SPIKES_SHOWN = "heliostat.spikes", 100  # tag: steps, comma-separated; the newest, of more
+PARENT_RUNS = "heliostat.parent_runs"  # tag: run ids, comma-separated
+
+
+class Record:
+    def __init__(self, client: Any, run_id: str, job: Job) -> None:
+        self.client, self.run_id, self.job = client, run_id, job
+        self._checkpoints = Checkpoints(run_id, client.get_run(run_id).info.experiment_id, job.run_folder)
+        self._source: source_code.Source | None = None
+        self._environment = ""
+
+    def begin(self, manifests: list[Manifest], data_version: int) -> None:
+        """What is known before the first step, of a new run."""
+        from mlflow.entities import Param
+
+        params = [Param(k, v) for k, v in flatten(self.job.dump()).items()]
+        for i in range(0, len(params), 100):
+            self.client.log_batch(self.run_id, params=params[i : i + 100])
+        self.client.log_dict(self.run_id, self.job.dump(), "job.json")
+        self._log_inputs(manifests, data_version)
+        origins = parents(self.job)
+        self.client.log_dict(self.run_id, {"parents": origins}, "parents.json")
+        if ids := [p["run_id"] for p in origins if p["run_id"]]:
+            self.client.set_tag(self.run_id, PARENT_RUNS, ",".join(ids))
+
+    def attempt(self, event: dict[str, Any]) -> None:
+        """The workers start: {start_step, workers, nodes, at}."""
+        self._checkpoints.back(event["start_step"])
+        place = self.job.run_folder.join(ATTEMPTS)
+        told = self._code() | {"cluster": os.environ.get("HELIOSTAT_CLUSTER", ""), "changes": self._changes()}
+        entry = {k: event[k] for k in ("at", "start_step", "workers", "nodes")} | told
+        known = STARTS.read(place) if place.exists() else []
+        if entry["at"] not in [a["at"] for a in known]:
+            known.append(entry)
+            place.write(json.dumps(known).encode())
+        self.client.log_dict(self.run_id, known, ATTEMPTS)
+
+    def sync(self, steps: int) -> None:
+        """What the run's folder tells after so many steps."""
+        self._checkpoints.sync(self.client)
+        self.client.log_dict(self.run_id, consumed.record(self.job.run_folder, steps), "data.json")
+
+    def spikes(self) -> None:
+        """The steps of the loss spikes that MLflow has, the newest of them, as a tag."""
+        if steps := sorted({m.step for m in self.client.get_metric_history(self.run_id, SPIKE)}):
+            self.client.set_tag(self.run_id, SPIKES, ",".join(map(str, steps[-SPIKES_SHOWN:])))
+
+    def _code(self) -> dict[str, Any]:
+        """Of this command; its files are written once."""
+        if self._source is None:
+            source, packages = source_code.source(), source_code.environment()
+            digest = hashlib.sha256(json.dumps(packages).encode()).hexdigest()[:12]
+            self.client.log_dict(self.run_id, packages, f"code/environment-{digest}.json")
+            if source.dirty:
+                self.client.log_text(self.run_id, source.text(), f"code/{source.digest}.diff")
+            self._source, self._environment = source, digest
+        return {"code": self._source.facts(), "environment": self._environment}
+
+    def _changes(self) -> dict[str, list[Any]]:
+        """How this command's job differs from the one that the run began with, by key: [was, is]."""
+        first = read_json(self.client, self.run_id, "job.json") or {}
+        was, now = flatten(first), flatten(self.job.dump())
+        return {k: [was.get(k), now.get(k)] for k in sorted(was.keys() | now.keys()) if was.get(k) != now.get(k)}
+
+    def _log_inputs(self, manifests: list[Manifest], data_version: int) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        inputs = []
+        held_out = str(self.job.evaluate.fraction if self.job.evaluate else 0.0)
+        for source, manifest in zip(self.job.data.sources, manifests, strict=True):
+            profile = json.dumps({"rows": manifest.rows, "tokens": manifest.tokens, "chunks": len(manifest.chunks)})
+            # MLflow keeps at most 36 characters of a digest; the whole one is in the tag
+            dataset = Dataset(manifest.meta.get("name", manifest.location.name), manifest.digest[:36], "heliostat",
+                              json.dumps({"uri": source.path}), profile=profile)  # fmt: skip
+            tags = {"mlflow.data.context": "training", "digest": manifest.digest, "weight": str(source.weight),
+                    "held_out_fraction": held_out, "data_version": str(data_version)}  # fmt: skip
+            inputs.append(DatasetInput(dataset, [InputTag(k, v) for k, v in tags.items()]))
+        self.client.log_inputs(self.run_id, datasets=inputs)
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, str]:
+    """Dotted keys to strings, as MLflow's params want them (values are cut at 6,000 characters)."""
+    if isinstance(tree, dict):
+        items = [(f"{prefix}.{k}" if prefix else str(k), v) for k, v in tree.items()]
+    elif isinstance(tree, list):
+        items = [(f"{prefix}.{i}", v) for i, v in enumerate(tree)]
+    else:
+        return {prefix: str(tree)[:6000]}
+    return {k: v for key, value in items for k, v in flatten(value, key).items()}
+
+
+def read_json(client: Any, run_id: str, artifact: str) -> Any:
+    """A JSON artifact of a run; None if it has none of that name."""
+    folder = artifact.rpartition("/")[0] or None
+    if artifact not in {f.path for f in client.list_artifacts(run_id, folder)}:
+        return None
+    with tempfile.TemporaryDirectory(prefix="heliostat-") as local:
+        return ARTIFACT.parse(Path(client.download_artifacts(run_id, artifact, local)).read_bytes(), f"run {run_id}: {artifact}")

@@ -1,0 +1,345 @@
+"""One attempt at a run: the workers started once, by Ray Train, and watched from the driver until they end.
+
+The driver's thread never waits for long. It drains the board; tells the workers to stop behind a checkpoint when a person or a
+node's provider wants that, or when the cluster has room for more of them; and ends them when nothing gets on any more.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+import ray.train.torch
+
+from heliostat.cluster import nodes
+from heliostat.cluster.connect import remote_environment
+from heliostat.config.spec import Job
+from heliostat.data import stream
+from heliostat.data.dataset import DataPlan, sample_bytes
+from heliostat.data.manifest import Manifest
+from heliostat.data.order import Order
+from heliostat.errors import (
+    HeliostatError,
+    LeaseError,
+    PlacementError,
+    StalledError,
+    StoppedError,
+    TrainingError,
+    WorkerError,
+    innermost,
+)
+from heliostat.lease import Fence
+from heliostat.train import mailbox
+from heliostat.train.driver import rendezvous, stack_dumps
+from heliostat.train.driver.placement import Placing
+from heliostat.train.driver.recovery import INTERRUPTED, PREEMPTED, RESIZE, choose, stalled
+from heliostat.train.driver.signals import Signals
+from heliostat.train.pauses import Holds
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.5
+HELD_POLL_S = 0.05  # while the workers wait for the driver
+LOOK_S = 1.0  # between two looks at the nodes and the workers' pulses
+GROW_S = 5.0  # between two looks for more room
+END_S = 120.0  # for Ray Train to see that its workers have ended
+V2: Any = ray.train  # the package is annotated with V1's classes, and holds V2's
+
+
+@dataclass(frozen=True)
+class Start:
+    """What an attempt begins with; `job` has a fixed number of workers, `counts` are those that it may move to."""
+
+    job: Job
+    counts: list[int]
+    plan: DataPlan
+    order: Order
+    manifests: list[Manifest]
+    step: int
+    fence: Fence
+    holds: Holds = field(default_factory=Holds)
+
+
+class Attempt:
+    def __init__(self, start: Start, signals: Signals, take: Callable[[dict[str, Any]], None], beat: Callable[[], None]) -> None:
+        """`take` gets every event of the board, in order, and `beat` is called often, both in the caller's thread."""
+        self.start, self.job, self.signals, self._take, self._beat = start, start.job, signals, take, beat
+        self._board = mailbox.make()
+        self._parts = self._stream()
+        self._pulses: dict[int, dict[str, Any]] = {}
+        self._phase, self._since = "placing", time.monotonic()  # what the workers are at, and since when they are watched
+        self._ordered = 0
+        self._held: int | None = None  # the step behind which the workers wait
+        self._stop_by: float | None = None  # when those who were told to stop must have ended
+        self._look_at = self._grow_at = 0.0
+        self._starved = False  # said to be
+        self._placing, self._reading = nodes.Shortage(self.job), 0.0  # since when the stream is being opened
+        self._fault: HeliostatError | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Rank 0's summary, with the stop code if the workers were told to stop; HeliostatError for a failure."""
+        try:
+            return self._run()
+        finally:
+            stream.end(self._parts)
+
+    def _run(self) -> dict[str, Any]:
+        trainer = self._trainer()
+        outcome: dict[str, Any] = {}
+
+        def fit() -> None:
+            try:
+                outcome["summary"] = trainer.fit().return_value
+            except Exception as e:  # noqa: BLE001 (raised again below, in the caller's thread)
+                outcome["error"] = e
+
+        thread = threading.Thread(target=fit, name="fit", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(POLL_S if self._held is None else HELD_POLL_S)
+            try:
+                self._beat()
+            except LeaseError as e:
+                self._fault = e
+            self._drain()
+            self._release()
+            if thread.is_alive() and time.monotonic() >= self._look_at:
+                self._look_at = time.monotonic() + LOOK_S
+                self._look()
+            if self._fault:
+                self._end_workers(thread)
+                raise self._fault
+        self._drain()
+        if "error" in outcome:
+            raise explain(outcome["error"])
+        self.job.run_folder.join("ray").delete()  # Ray Train's own state, of no use after the fit
+        return outcome["summary"]
+
+    # the watch -------------------------------------------------------------------------------------------------------
+
+    def _drain(self) -> None:
+        for event in self._drained():
+            if event["kind"] == "phase":
+                self._phase = event["phase"]
+                if event["phase"] == "data":
+                    self._reading = time.monotonic()
+                if event["phase"] in ("model", "stepped"):
+                    self._since = time.monotonic()
+            elif event["kind"] == "held":
+                self._held = event["step"]
+            self._take(event)
+
+    def _drained(self) -> list[dict[str, Any]]:
+        """The board's events; takes its pulses, with ages turned into times of this clock."""
+        try:
+            events, pulses, lost = ray.get(self._board.drain.remote(), timeout=10)
+        except ray.exceptions.GetTimeoutError:
+            return []
+        except ray.exceptions.RayError as e:
+            died = f"the driver's board died ({type(e).__name__}), so nobody watches over the workers"
+            self._fault = self._fault or TrainingError(died)
+            return []
+        if lost:
+            log.warning("%d events of the workers, the oldest, were lost: the driver was too slow for them", lost)
+        now = time.monotonic()
+        self._pulses = {r: {**p, "moved": now - p["moved"], "at": now - p["at"]} for r, p in pulses.items()}
+        return events
+
+    def _release(self) -> None:
+        """Tells workers that wait what was decided."""
+        if self._held is not None and (stop := self.start.holds.get(self._held)) is not None:
+            self._board.decide.remote(self._held, stop)
+            self._held = None
+
+    def _look(self) -> None:
+        """Orders a stop, or finds the attempt's fault, where there is a reason to."""
+        now = time.monotonic()
+        if self.signals.name and self._ordered < INTERRUPTED:
+            if self._phase == "ended":
+                return  # the driver sees to it
+            if self._phase not in ("step", "stepped"):
+                self._fault = StoppedError(f"stopped by {self.signals.name} before the first step; nothing was lost")
+                return
+            self._order(INTERRUPTED, f"{self.signals.name}: stopping behind a checkpoint; once more stops at once")
+        held = Counter(p["node"] for p in self._pulses.values())
+        if self._phase == "placing" and nodes.queued(self.job.workers, self.job.workers.most):
+            self._say(self._placing.told())
+        if self._phase == "data" and not self._starved:
+            self._starved = self._say(self._too_little_to_read(held))
+        if self._ordered < PREEMPTED and self._phase == "stepped":
+            if gone := held.keys() & nodes.draining():
+                self._order(PREEMPTED, f"{len(gone)} of the run's nodes are about to go: stopping behind a checkpoint")
+            elif not self._ordered and now >= self._grow_at and self.job.workers.most < max(self.start.counts):
+                self._grow_at = now + GROW_S
+                better = choose(self.start.counts, nodes.room_now(self.job, held))
+                if better > self.job.workers.most:
+                    self._order(RESIZE, f"there is room for {better} workers: growing behind the next checkpoint")
+        if self._stop_by and now > self._stop_by:
+            what = f"the workers wrote no checkpoint within checkpoint.grace ({self.job.checkpoint.grace:g} s)"
+            interrupted = self._ordered == INTERRUPTED
+            self._fault = StoppedError(f"stopped by a signal; {what}") if interrupted else StalledError(what)
+        elif self._phase not in ("placing", "ended"):
+            self._watch(now)
+
+    def _too_little_to_read(self, held: Mapping[str, int]) -> str | None:
+        limit = f"waiting {self.job.watchdog.start:g} s (watchdog.start) for one"
+        if nodes.starved_now(self.job, held):
+            short = f"workers.cpus: {self.job.workers.cpus:g} a worker leave no node the CPU that reading the data needs"
+            return f"{short}; {limit}: lower workers.cpus, or add a node"
+        waited = time.monotonic() - self._reading > nodes.SAY_S
+        if os.environ.get("RAY_ADDRESS") and waited and (crowd := nodes.crowded_now(self.job)):
+            return f"{crowd}; {limit}"
+        return None
+
+    def _say(self, text: str | None) -> bool:
+        """Tells the person that the run waits, and for what; whether there was something to tell."""
+        if text:
+            self._take({"kind": "waiting", "text": text, "at": time.time()})
+        return bool(text)
+
+    def _watch(self, now: float) -> None:
+        limit = self.job.watchdog.stall if self._phase == "stepped" else self.job.watchdog.start
+        if reason := stalled(self._pulses, self.start.job.workers.most, now, limit, self._since):
+            where = self._keep_stacks()
+            self._fault = StalledError(f"{reason} (watchdog: {limit:g} s); the workers' stacks are in {where}")
+
+    def _order(self, code: int, why: str) -> None:
+        self._ordered = code
+        log.warning(why)
+        if code != RESIZE:
+            self._stop_by = time.monotonic() + self.job.checkpoint.grace
+        self._board.order.remote(stop=code)
+
+    def _keep_stacks(self) -> str:
+        """Asks every worker for what its threads are at, and keeps what comes, in the run's folder."""
+        self._board.order.remote(dump=True)
+        found = stack_dumps.collect(self.job.workers.most, self._drained, self._take)
+        place = self.job.run_folder.join("stacks", f"{time.strftime('%Y%m%dT%H%M%S')}.txt")
+        place.write(stack_dumps.text(found, self.job.workers.most).encode())
+        return str(place)
+
+    def _end_workers(self, thread: threading.Thread) -> None:
+        if self._pulses:
+            nodes.kill(list(self._pulses.values()))
+            thread.join(END_S)
+            self._drain()
+            if thread.is_alive():
+                raise TrainingError(f"Ray Train did not see within {END_S:.0f} s that its workers had ended") from self._fault
+
+    # Ray Data and Ray Train ------------------------------------------------------------------------------------------
+
+    def _stream(self) -> list[Any]:
+        job, start = self.job, self.start
+        fetch = stream.fetch(start.plan, start.order, start.step, job.last_step, job.data.on_bad_sample == "replace")
+        size = sample_bytes(job.data.sequence_length, start.manifests)
+        most = job.workers.most
+        return stream.split(stream.dataset(fetch, max(2, most), job.data.memory_limit, size, job.data.labels), most)
+
+    def _trainer(self) -> Any:
+        job, start = self.job, self.start
+        workers = job.workers
+        config = {
+            "job": job.dump(),
+            "plan": start.plan.dump(),
+            "start_step": start.step,
+            "holds": start.holds.steps,
+            "fence": start.fence,
+            "board": self._board,
+            "run_folder": str(job.run_folder),
+            "parts": self._parts,
+        }
+        attempts = job.run_folder.join("ray")
+        return _trainer_class()(
+            _worker,
+            train_loop_config=config,
+            torch_config=rendezvous.config(workers.gpus),
+            scaling_config=V2.ScalingConfig(
+                num_workers=workers.most,
+                use_gpu=bool(workers.gpus),
+                resources_per_worker={"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})},
+                placement_strategy=workers.placement.upper(),
+                label_selector=workers.labels or None,
+            ),
+            run_config=V2.RunConfig(
+                name=f"{job.name}-{uuid.uuid4().hex[:8]}",  # a name used before would restore Ray's own state
+                storage_path=attempts.path,
+                storage_filesystem=attempts.fs,
+                callbacks=[Placing(self._board)],
+                # the run's own loop decides what comes after a failure, and where there is no room
+                failure_config=V2.FailureConfig(
+                    max_failures=0,
+                    max_preemption_failures=0,
+                    controller_failure_limit=0 if len(start.counts) > 1 else -1,
+                ),
+                worker_runtime_env=remote_environment(workers.gpus),
+            ),
+        )
+
+
+def _trainer_class() -> Any:
+    """Ray's, on a Ray of our own without two processes, each of which would cost a start more than a second of CPU: one watches
+    over the placement group and asks the dashboard, which is not there; one would split datasets, of which Ray Train has none."""
+    if os.environ.get("RAY_ADDRESS"):
+        return V2.torch.TorchTrainer
+    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+    class Trainer(V2.torch.TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            without = DatasetsCallback | PlacementGroupCleanerCallback
+            return [c for c in super()._create_default_callbacks() if not isinstance(c, without)]
+
+    return Trainer
+
+
+def _worker(config: dict[str, Any]) -> dict[str, Any]:
+    from heliostat.train.worker.loop import worker
+
+    return worker(config)
+
+
+def explain(error: Exception) -> HeliostatError:
+    """The one line for a failed fit: our own error from a worker if there is one, else Ray's, with the cause chained."""
+    failures = getattr(error, "worker_failures", {})
+    controller = getattr(error, "controller_failure", None)
+    for cause in [*failures.values(), controller]:
+        if known := innermost(cause):
+            known.args = (str(known).partition("\nFailed to apply UDF")[0], *known.args[1:])  # Ray Data's addition
+            return known
+    if type(controller).__name__.startswith("WorkerGroupStartup"):
+        fault: TrainingError = PlacementError(f"the workers could not be placed or started: {controller}")
+        fault.__cause__ = error
+        return fault
+    dead = [e for e in failures.values() if isinstance(_root(e), ray.exceptions.RayActorError | ray.exceptions.OutOfMemoryError)]
+    first = next(iter([*dead, *failures.values()]), error)
+    first = getattr(first, "_base_exc", first)  # what Ray Train wraps an exception of the training function in
+    text = [line for line in str(first).splitlines() if line.strip()]
+    kind = WorkerError if failures and not dead and not _lost_peer(failures) else TrainingError
+    fault = kind(f"the workers failed: {type(first).__name__}{f': {_short(text[-1])}' if text else ''}")
+    fault.__cause__ = error
+    return fault
+
+
+def _short(text: str) -> str:
+    """Ray's message about a dead process, without its guesses at why."""
+    return text.partition(" Some common causes include:")[0].strip()
+
+
+def _root(error: BaseException) -> BaseException:
+    while (inner := getattr(error, "health_check_failure", None) or getattr(error, "cause", None)) is not None:
+        error = inner
+    return error
+
+
+def _lost_peer(failures: dict[int, Exception]) -> bool:
+    """Whether what the workers raised is of a collective that another worker, or the network, has left."""
+    words = ("connection closed by peer", "connection reset", "gloo", "nccl", "timed out", "broken pipe", "socket")
+    return any(word in str(e).lower() for e in failures.values() for word in words)

@@ -1,0 +1,23 @@
+"""What the driver's side does around the start of the workers; it is called in Ray Train's controller."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+
+
+class Placing(WorkerGroupCallback):
+    """Posts when Ray Train asks for room for the workers, and readies each worker's process when they have started."""
+
+    def __init__(self, board: Any) -> None:
+        self._board = board
+
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        self._board.post.remote({"kind": "phase", "phase": "placing", "at": time.time()})
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        from heliostat.train.worker.heartbeat import heed_sigterm
+
+        worker_group.execute(heed_sigterm)

@@ -1,0 +1,86 @@
+"""What becomes of a run when an attempt ends: pure decisions, so that `run` only carries them out.
+
+Errors that would come again (a faulty job, damaged data, a non-finite loss) are final. A corrupt checkpoint means going on from
+the one before, a loss spike from before the spike; both, and everything that a machine may be blamed for (a dead worker or node,
+memory, a store's outage, a stall), count as failures: so many may follow each other without a new checkpoint between them, each
+after a longer pause. Preemptions, resizes and waiting for room are no failures and have no limit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from heliostat.config.spec import Retries
+from heliostat.errors import (
+    AccessError,
+    CheckpointError,
+    ConfigError,
+    CorruptCheckpointError,
+    DataError,
+    HeliostatError,
+    LeaseError,
+    LossSpikeError,
+    NonFiniteError,
+    PlacementError,
+    WorkerError,
+)
+
+# Codes of a stop that the workers agree on; the highest wins.
+RUN, RESIZE, PREEMPTED, INTERRUPTED = 0, 1, 2, 3
+FAILED = 4  # a save failed on some worker: all raise its error
+STOPS = {RESIZE: "resize", PREEMPTED: "preempted", INTERRUPTED: "interrupted"}
+
+Kind = Literal["final", "corrupt", "spike", "failure", "queued"]
+
+
+def classify(error: HeliostatError) -> Kind:
+    """What an attempt's error means for the run."""
+    if isinstance(error, CorruptCheckpointError):
+        return "corrupt"
+    if isinstance(error, LossSpikeError):
+        return "spike"
+    if isinstance(error, PlacementError):
+        return "queued"
+    if isinstance(error, AccessError | ConfigError | DataError | CheckpointError | LeaseError | NonFiniteError):
+        return "final"
+    return "failure"
+
+
+@dataclass
+class Budget:
+    """Failures in a row, where a new checkpoint begins a new row."""
+
+    retries: Retries
+    used: int = 0
+    checkpoint: int = -1  # the newest that was there at the last failure
+    last: tuple[str, int] = ("", -1)
+
+    def spend(self, error: HeliostatError, checkpoint: int) -> float:
+        """Books a failure, with the step of the newest checkpoint; seconds to wait before the next attempt, or raises it."""
+        self.used = 1 if checkpoint > self.checkpoint else self.used + 1
+        same, self.last = self.last == (str(error), checkpoint), (str(error), checkpoint)
+        self.checkpoint = max(self.checkpoint, checkpoint)
+        if same and isinstance(error, WorkerError):
+            raise WorkerError(f"{error}; a second time, so it was not tried again") from error
+        if self.used > self.retries.max:
+            raise type(error)(f"{error}; given up after {self.retries.max} retries without a new checkpoint") from error
+        return min(self.retries.backoff_max, self.retries.backoff * 2 ** (self.used - 1))
+
+
+def choose(allowed: list[int], room: int) -> int:
+    """How many workers to start: the most that there is room for; the least, which then wait, where there is room for none."""
+    return max((n for n in allowed if n <= room), default=min(allowed))
+
+
+def stalled(pulses: dict[int, dict], workers: int, now: float, limit: float, since: float) -> str | None:
+    """Why the workers count as stalled, or None. `pulses`: by rank, `progress` made last at `moved`, heard of at `at`.
+
+    One worker's progress is enough: the others may wait for it. A worker that is silent for as long is stalled itself.
+    `since`: when the watch began.
+    """
+    moved = max([since, *(p["moved"] for p in pulses.values())])
+    if now - moved > limit:
+        return f"no worker got on for {now - moved:.0f} s"
+    silent = [r for r in range(workers) if now - max(since, pulses[r]["at"] if r in pulses else since) > limit]
+    return f"no sign of life from worker {silent[0]} for {limit:.0f} s" if silent else None

@@ -1,0 +1,123 @@
+"""Running a recorded run again, from its record in MLflow, and comparing the two loss curves step by step.
+
+The job, its seeds and the versions of its datasets come from the record; the code is what is in the workspace now, and is
+compared with what the run was made by. On the same machine, packages, code and worker counts, in fp32, the curves are equal to
+the last bit. The new run is another run beside the first (NAME-again), and registers no model.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from heliostat.cluster import source_code
+from heliostat.config.spec import Job
+from heliostat.errors import ConfigError
+from heliostat.runs import consumed
+from heliostat.track import mlflow_client
+from heliostat.track.lineage import attempts, data_of
+from heliostat.track.run_facts import ATTEMPTS, read_json
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """`plan`: of the run's first segment, which ends at step `end`; `curve`: the losses of steps 1, 2, ..."""
+
+    run_id: str
+    job: dict[str, Any]
+    plan: Any
+    end: int
+    curve: dict[int, float]
+    starts: list[dict[str, Any]]
+    environment: dict[str, str]
+    attempts: list[dict[str, Any]]
+
+
+def reproduce(client: Any, uri: str, run: str, steps: int | None, settings: list[str], overwrite: bool) -> dict[str, Any]:
+    """Trains the run's first `steps` steps again (all of its first segment, if none are given), and tells what differs."""
+    from heliostat.train.run import train
+
+    found = mlflow_client.find(client, run, uri)
+    recorded = read(client, found)
+    count = min(steps or recorded.end, recorded.end)
+    if steps and steps > recorded.end:
+        raise ConfigError(f"--steps {steps}: the run's record goes to step {recorded.end}, where it ends or its data changed")
+    notes = differences(recorded, source_code.source(), source_code.environment())
+    for note in notes:
+        log.warning("%s", note)
+    job = again(recorded, count)
+    with tempfile.TemporaryDirectory(prefix="heliostat-") as folder:
+        path = Path(folder) / "job.json"
+        path.write_text(json.dumps(job))
+        result = train(
+            path, settings, overwrite=overwrite, recorded=recorded.plan, tags={"heliostat.reproduces": recorded.run_id}
+        )
+    curve = read_curve(client, result["run_id"])
+    return {"run_id": recorded.run_id, "again": result["run_id"], "notes": notes, **compare(recorded.curve, curve, count)}
+
+
+def read(client: Any, run: Any) -> Recorded:
+    """What MLflow knows of a run; ConfigError if that is too little."""
+    run_id = run.info.run_id
+    job, data, starts = read_json(client, run_id, "job.json"), data_of(client, run), read_json(client, run_id, ATTEMPTS)
+    if job is None or not data["segments"] or not starts:
+        raise ConfigError(f"run {run_id}: its record has no job, data or machines; it ended before its first checkpoint")
+    first = consumed.parse(data)[0]
+    environment = read_json(client, run_id, f"code/environment-{starts[0]['environment']}.json") or {}
+    return Recorded(run_id, job, first.plan, first.end, read_curve(client, run_id), starts, environment, attempts(client, run))
+
+
+def read_curve(client: Any, run_id: str) -> dict[int, float]:
+    return {m.step: m.value for m in client.get_metric_history(run_id, "train/loss")}
+
+
+def again(recorded: Recorded, steps: int) -> dict[str, Any]:
+    """The job of the new run: the recorded one, on as many workers as it began with, up to a step."""
+    job = json.loads(json.dumps(recorded.job))
+    job["name"] = f"{job['name'][:94]}-again"
+    job["train"]["stop_after"] = steps
+    job["train"].setdefault("accumulate", "same")  # what runs had before there was a choice
+    job["workers"]["count"] = recorded.attempts[0]["workers"] if recorded.attempts else recorded.starts[0]["workers"]
+    job["mlflow"] |= {"register": None, "alias": None}
+    return Job.model_validate(job).dump()
+
+
+def differences(recorded: Recorded, source: source_code.Source, environment: dict[str, str]) -> list[str]:
+    """What is other now than when the run was made, and what of the run is not made again: one line each."""
+    was, notes = recorded.starts[0]["code"], []
+    now = source.facts()
+    if was["commit"] != now["commit"]:
+        notes.append(f"code: commit {was['commit'] or 'unknown'} then, {now['commit'] or 'unknown'} now")
+    if was["diff"] != now["diff"]:
+        there = f"code/{was['diff']}.diff in the run's artifacts" if was["diff"] else "none"
+        notes.append(f"code: changes beyond the commit differ (then: {there}; now: {now['diff'] or 'none'})")
+    for name in sorted(recorded.environment.keys() | environment.keys()):
+        before, here = recorded.environment.get(name, "absent"), environment.get(name, "absent")
+        if before != here:
+            notes.append(f"environment: {name} {before} then, {here} now")
+    counts = sorted({a["workers"] for a in recorded.attempts})
+    if len(counts) > 1:
+        notes.append(f"workers: the run was made on {', '.join(map(str, counts))} workers; sums are rounded in another order now")
+    changed = {key for start in recorded.starts for key in start["changes"]} - {"workers.count"}
+    if changed:
+        notes.append(f"job: the run went on with other settings later ({', '.join(sorted(changed))}); they are not made again")
+    return notes
+
+
+def compare(recorded: dict[int, float], curve: dict[int, float], steps: int) -> dict[str, Any]:
+    """{steps, bitwise, first_difference, largest_difference}: of the losses of steps 1 to `steps`."""
+    both = [s for s in range(1, steps + 1) if s in recorded and s in curve]
+    if len(both) < steps:
+        missing = next(s for s in range(1, steps + 1) if s not in recorded or s not in curve)
+        raise ConfigError(f"step {missing}: one of the two runs has no loss of it in MLflow, so they cannot be compared")
+    gaps = {s: abs(recorded[s] - curve[s]) for s in both}
+    first = next((s for s in both if recorded[s] != curve[s]), None)
+    largest = max(gaps.values(), key=lambda g: math.inf if math.isnan(g) else g)
+    return {"steps": steps, "bitwise": first is None, "first_difference": first, "largest_difference": largest}

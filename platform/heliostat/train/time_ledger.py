@@ -1,0 +1,214 @@
+"""Measuring where time goes: `Ledger` on a worker's side, `Recorder` on the driver's. What the parts mean: `heliostat.runs.goodput`.
+
+A worker's ledger is always in one part, and one clock reading ends a part and begins the next, so the parts add up to the
+worker's time exactly. Rank 0's totals travel with its events, so a lost event loses nothing. The loop's time at the engine is
+`computing`: on GPUs too, because every step ends by reading the gradient norm, which waits for the device.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+from heliostat.errors import HeliostatError
+from heliostat.runs import goodput
+from heliostat.runs.goodput import Attempt
+from heliostat.storage import Location
+
+log = logging.getLogger(__name__)
+
+EVERY_S = 5.0  # a killed driver's file is at most so old
+PEAK_BF16 = {  # dense FLOP/s, from the makers' data sheets
+    "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "MI300X": 1307e12,
+}  # fmt: skip
+
+
+class Ledger:
+    """`switch(part)` from here on; `with ledger(part): ...` and back. Parts do not overlap: inner ones interrupt outer ones."""
+
+    def __init__(self, part: str) -> None:
+        self.part = part
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._since = time.perf_counter()
+
+    def switch(self, part: str) -> None:
+        now = time.perf_counter()
+        self._seconds[self.part] += now - self._since
+        self.part, self._since = part, now
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        outer = self.part
+        self.switch(part)
+        try:
+            yield
+        finally:
+            self.switch(outer)
+
+    def move(self, source: str, target: str, seconds: float) -> None:
+        """Books seconds of one part under another, where only later it is known what they were."""
+        self._seconds[source] -= seconds
+        self._seconds[target] += seconds
+
+    def compiled(self, first: bool) -> None:
+        """Call after the first step, which was all booked as compiling, and the second, whose time tells what was not."""
+        if not first:
+            spent = self.totals()
+            self.move("compiling", "computing", min(spent["compiling"], spent["computing"]))
+        self.switch("computing")
+
+    def totals(self) -> dict[str, float]:
+        """Seconds by part since the beginning, up to now."""
+        self.switch(self.part)
+        return dict(self._seconds)
+
+
+class Recorder:
+    """The driver's side of the run's ledger: fed with the board's events, it keeps a file for each attempt.
+
+    Writing runs in a thread of its own, and a store that refuses it costs a warning: the ledger never stops a run.
+    """
+
+    def __init__(self, run: Location, started: float, start_step: int, workers: int) -> None:
+        """`started`: wall clock of the command's start."""
+        self.run = run
+        self.attempts = [self._attempt(started, start_step, workers)]
+        self._earlier: list[Attempt] | None = None
+        self._joined: float | None = None  # when this attempt's rank 0 began to count
+        self._head: dict[str, float] = {}  # the parts until then
+        self._placing: list[float] = []  # when Ray Train asked for room for the workers
+        self._saved_at: set[int] = set()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
+        self._writing: Future | None = None
+        self._due = 0.0  # when the file is to be written again
+
+    def event(self, event: dict[str, Any]) -> None:
+        """Takes an event of the board. Those with `ledger`, the worker's totals, move on what is known."""
+        kind, at, now = event["kind"], event["at"], self.attempts[-1]
+        phase = event["phase"] if kind == "phase" else ""
+        if self._joined is None and phase not in ("placing", "model"):
+            return  # late, from workers that have failed
+        if phase in ("placing", "model") and self._joined is not None:
+            self.restart(at)
+            now = self.attempts[-1]
+        if phase == "placing":
+            self._placing.append(at)
+            self._note("queued", at)
+        elif phase == "model":
+            self._join(event)
+        elif phase in ("step", "ended"):
+            now.pending = "lost" if phase == "step" else "idle"
+        if "ledger" in event:
+            self._count(event["ledger"])
+        if kind == "steps":
+            self._mark(event["first"] + len(event["loss"]))
+        elif kind == "checkpoint":
+            self._saved_at.add(event["step"])
+        self.beat(force=kind == "checkpoint")
+
+    def _attempt(self, started: float, start_step: int, workers: int, restart: bool = False) -> Attempt:
+        mine, driver = uuid.uuid4().hex[:8], (socket.gethostname(), os.getpid())
+        return Attempt(mine, started, started, started, start_step, workers, restart, *driver)
+
+    def _note(self, pending: str, at: float) -> None:
+        """The time up to now, while there is no worker yet, is of the part that was pending."""
+        now, at = self.attempts[-1], max(at, self.attempts[-1].known)  # another machine's clock may be behind
+        now.parts[now.pending] = now.parts.get(now.pending, 0.0) + at - now.known
+        now.known, now.pending = at, pending
+
+    def _join(self, event: dict[str, Any]) -> None:
+        """A worker has begun; `queued_s` is how long its placement group, the last one asked for, waited."""
+        now, at = self.attempts[-1], event["at"]
+        self._joined = max(now.known, at - sum(event["ledger"].values()))
+        if self._placing:
+            queued = self._placing[-1] - self._placing[0] + event["queued_s"]
+            self._note("starting", min(self._placing[0] + queued, self._joined))
+        self._note("starting", self._joined)
+        now.start_step, now.workers = event["start_step"], event["workers"]
+        self._head = dict(now.parts)
+
+    def _count(self, totals: dict[str, float]) -> None:
+        now = self.attempts[-1]
+        assert self._joined is not None
+        now.parts = {p: self._head.get(p, 0.0) + totals.get(p, 0.0) for p in {*self._head, *totals}}
+        now.known = self._joined + sum(totals.values())
+        now.seen = max(now.seen, now.known)
+
+    def _mark(self, step: int) -> None:
+        """Keeps the marks at checkpoints, where later attempts may begin, and the last."""
+        now = self.attempts[-1]
+        if now.marks and now.marks[-1][0] not in self._saved_at:
+            now.marks.pop()
+        now.marks.append((step, now.parts.get("computing", 0.0)))
+
+    def restart(self, at: float | None = None, outcome: str = "failed", reason: str = "") -> None:
+        """The workers have ended (now, or at a time) and the driver goes on: from here it is another attempt."""
+        at = at or time.time()
+        failed = self.attempts[-1]
+        failed.reason = reason
+        if failed.pending == "idle":  # they have ended in peace, to begin again
+            failed.pending = "restarting"
+        self._end(outcome, max(at, failed.known))
+        self.attempts.append(self._attempt(failed.seen, failed.reached, failed.workers, restart=True))
+        self._joined, self._placing, self._saved_at = None, [], set()
+
+    def _end(self, outcome: str, at: float) -> None:
+        ended = self.attempts[-1]
+        ended.seen, ended.outcome = max(at, ended.known), outcome
+        self._write(ended)
+
+    def beat(self, force: bool = False) -> None:
+        """Call often: writes the file when it is old, unless the last write is still under way."""
+        now = time.monotonic()
+        self._due = min(self._due, now if force else self._due)
+        if now >= self._due and (self._writing is None or self._writing.done()):
+            self._due = now + EVERY_S
+            self._seen()
+            self._write(self.attempts[-1])
+
+    def _seen(self) -> None:
+        self.attempts[-1].seen = max(self.attempts[-1].known, time.time())
+
+    def _write(self, attempt: Attempt) -> None:
+        place, data = self.run.join(goodput.FOLDER, attempt.name), attempt.dump()
+        self._writing = self._thread.submit(_store, place, data)
+
+    def report(self) -> dict[str, Any]:
+        """The run's goodput up to now, with all that earlier commands have done."""
+        if self._earlier is None:
+            try:
+                mine = {a.id for a in self.attempts}
+                self._earlier = [a for a in goodput.read(self.run) if a.id not in mine]
+            except (HeliostatError, OSError) as e:
+                log.warning("goodput without the run's earlier attempts: %s", e)
+                self._earlier = []
+        self._seen()
+        return goodput.report([*self._earlier, *self.attempts])
+
+    def close(self, outcome: str, reason: str = "") -> None:
+        """The command's end; the file is written when this returns."""
+        self.attempts[-1].reason = reason
+        self._end(outcome, time.time())
+        self._thread.shutdown(wait=True)
+
+
+def _store(place: Location, data: bytes) -> None:
+    try:
+        place.write(data)
+    except (HeliostatError, OSError) as e:
+        log.warning("the run's ledger is behind: %s", e)
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """Peak FLOP/s of a device by name, None where it is not known (CPUs, other GPUs, fp32)."""
+    if precision == "fp32":
+        return None
+    return next((peak for name, peak in PEAK_BF16.items() if name in device_name), None)

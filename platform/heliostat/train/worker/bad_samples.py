@@ -1,0 +1,56 @@
+"""Bad samples of a run: the budget that stops it, and the list that says which they were and what took their place.
+
+`quarantine/step-00000100.jsonl` in the run's folder lists the samples replaced in the steps that the receipt of that name
+covers: step, dataset, shard, row group, row, reason, and the replacement's shard, row group and row. No file: none were.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch.distributed as dist
+
+from heliostat.config.spec import Job
+from heliostat.data.dataset import Dataset
+from heliostat.data.order import Order
+from heliostat.errors import DataError
+from heliostat.storage import Location
+
+
+def check_budget(bad: int, steps: int, job: Job, order: Order) -> None:
+    """DataError if more samples were replaced than `data.max_bad_fraction` of an epoch, or of all those trained on."""
+    base = max(int(order.epoch_samples.sum()), steps * job.train.global_batch)
+    allowed = job.data.max_bad_fraction * base
+    if bad > allowed:
+        raise DataError(
+            f"data.max_bad_fraction: {bad} bad samples were replaced by step {steps}, more than {job.data.max_bad_fraction:g} "
+            f"of {base:,}; look at the shards that the warnings name, prepare them again, or raise the fraction"
+        )
+
+
+def collect(run: Location, done: int, mine: list[dict[str, Any]], count: int, dataset: Dataset, group: Any) -> int:
+    """Writes the list of what all workers have replaced since the last receipt; returns the run's total. Collective."""
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, (mine, count), group=group)
+    entries = sorted((b for part, _ in gathered for b in part), key=lambda b: (b["step"], b["position"]))
+    if entries and dist.get_rank() == 0:
+        lines = [json.dumps(describe(b, dataset)) for b in entries]
+        run.join("quarantine", f"step-{done:08d}.jsonl").write("\n".join(lines).encode() + b"\n")
+    return sum(total for _, total in gathered)
+
+
+def describe(bad: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
+    """An entry of the list, with names instead of numbers."""
+
+    def place(source: int, chunk: int, row: int) -> dict[str, Any]:
+        chunks = dataset.sources[source].chunks
+        return {
+            "dataset": dataset.plan.uris[source],
+            "shard": chunks["path"][chunk].as_py(),
+            "row_group": chunks["row_group"][chunk].as_py(),
+            "row": row,
+        }
+
+    where = place(bad["source"], bad["chunk"], bad["row"])
+    return {"step": bad["step"], **where, "reason": bad["reason"], "replaced_by": place(*bad["by"])}

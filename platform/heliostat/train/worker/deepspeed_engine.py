@@ -1,0 +1,142 @@
+"""DeepSpeed: the config that a job means, and the engine built from it.
+
+ZeRO shards optimizer state (stage 1), gradients (2) and parameters (3) over the workers (Rajbhandari et al. 2020, arXiv
+1910.02054). Import this module only in a worker: `prepare_environment` must run before DeepSpeed is first imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from heliostat.config import spec
+from heliostat.config.spec import Job
+from heliostat.recipes.protocol import Recipe
+from heliostat.train.worker import onednn
+
+CPU_BUCKET = 32_000_000  # elements; at every bucket the workers wait for one another
+
+
+def prepare_environment(gpus: float) -> None:
+    """Makes DeepSpeed importable and usable on this machine, with or without a C++ compiler."""
+    if not gpus:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    with _without("mlflow"):  # DeepSpeed's autotuner takes it where it is: 3 of the 11 s that a worker's imports took
+        import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # On CPU every initialize compiles a shared-memory all-reduce that training never calls: 27 s, and a crash without g++.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+@contextmanager
+def _without(module: str) -> Iterator[None]:
+    """Inside, importing the module fails, unless that was done before."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
+
+
+def engine_config(job: Job) -> dict[str, Any]:
+    """The DeepSpeed config of a job; `train.deepspeed` is merged over it, key by key."""
+    train, offload = job.train, job.train.zero.offload
+    zero: dict[str, Any] = {"stage": train.zero.stage}
+    if not job.workers.gpus:
+        zero |= {
+            "reduce_bucket_size": CPU_BUCKET,
+            "allgather_bucket_size": CPU_BUCKET,
+            "stage3_prefetch_bucket_size": CPU_BUCKET,
+            # parameters that stay whole would be gathered one by one after every step, with a wait for each
+            "stage3_param_persistence_threshold": 0,
+        }
+    else:
+        zero |= {"overlap_comm": True, "contiguous_gradients": True}
+    if offload.optimizer:
+        zero["offload_optimizer"] = {"device": offload.optimizer, "pin_memory": bool(job.workers.gpus)}
+    if offload.param:
+        where = {"nvme_path": offload.nvme_path} if offload.nvme_path else {}
+        zero["offload_param"] = {"device": offload.param, "pin_memory": bool(job.workers.gpus), **where}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": job.accumulation,
+        "zero_optimization": zero,
+        # at stage 0 the loop clips, because DeepSpeed would not tell the norm
+        "gradient_clipping": train.grad_clip if train.zero.stage else 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW is as fast and needs no compiler
+        "steps_per_print": 2**62,
+    }
+    if train.precision != "fp32":
+        config[train.precision] = {"enabled": True}
+        if spec.settle(job, None).train.accumulate == "fp32" and job.accumulation > 1:
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return _merge(config, train.deepspeed)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    nested = {k: _merge(base[k], v) for k, v in over.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
+    return {**base, **over, **nested}
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; vectors (norms, biases) do not. ZeRO-3 flattens parameters and keeps the true shape in `ds_shape`."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) > 1]
+    vectors = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [g for g in groups if g["params"]]
+
+
+def build_model(job: Job, recipe: Recipe, config: dict[str, Any]) -> torch.nn.Module:
+    """The model with its initial weights, the same on every worker; at stage 3 no worker ever holds all of them."""
+    torch.manual_seed(job.train.seed)
+    if job.train.zero.stage < 3:
+        return recipe.build()
+    importlib.import_module("torch._dynamo")  # its first import fails under zero.Init
+    from transformers.integrations import HfDeepSpeedConfig
+
+    stage = HfDeepSpeedConfig(config)  # while it lives, transformers builds and initialises models partitioned
+    model = recipe.build()
+    del stage
+    return model
+
+
+def build_engine(job: Job, recipe: Recipe) -> Any:
+    """A DeepSpeedEngine on the process group that Ray Train made."""
+    import deepspeed
+
+    config = engine_config(job)
+    model = build_model(job, recipe, config)
+    if onednn.SUPPORTED and not (job.workers.gpus or job.train.compile) and job.train.precision == "fp32":
+        onednn.use_onednn(model)
+    settings = job.train.optimizer
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, settings.weight_decay),
+        lr=settings.lr,
+        betas=(settings.betas[0], settings.betas[1]),
+        eps=settings.eps,
+        fused=True,
+    )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    if job.train.compile:
+        engine.compile()
+    return engine
+
+
+def gradient_norm(engine: Any, clip: float) -> float:
+    """The global gradient norm before clipping. Stages 1 to 3: of the step just made; stage 0: call before the step."""
+    if engine.zero_optimization_stage():
+        return float(engine.get_global_grad_norm())
+    return float(torch.nn.utils.clip_grad_norm_(engine.module.parameters(), clip or float("inf")))

@@ -1,0 +1,58 @@
+"""The exponential moving average of the weights, held like them: each rank averages the fp32 slices that ZeRO gave it.
+
+After step t (from 1) the average moves towards the weights by 1 - min(decay, (1 + t) / (10 + t)), so that it does not remember
+the start for long. Checkpoints hold it as `ema.<parameter>`, saved and resharded like the masters. `applied` puts it in the
+weights' place for an evaluation and takes it out again, bit by bit; exports take it instead of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from heliostat.train.worker import zero_state
+from heliostat.train.worker.zero_state import FlatShard
+
+KEY = "ema"
+
+
+class Ema:
+    def __init__(self, engine: Any, decay: float) -> None:
+        self.engine, self.decay = engine, decay
+        self._masters = _masters(engine)
+        self._averages = {n: s.local.detach().clone() for n, s in self._masters.items()}
+
+    def update(self, step: int) -> None:
+        """After the optimizer's step number `step`, from 1."""
+        rate = 1 - min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self._averages.values()), [s.local for s in self._masters.values()], rate)
+
+    def state(self, whole: bool = False) -> dict[str, torch.Tensor]:
+        """This rank's slices, as views, beside those of `fragments.state`."""
+        shards = (zero_state.share(FlatShard(self._averages[n], s.start, s.shape[0]), self.engine, whole)
+                  for n, s in self._masters.items())  # fmt: skip
+        return {f"{KEY}.{n}": shard for n, shard in zip(self._masters, shards, strict=True)}
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model computes with the averages meanwhile. No checkpoint may be saved, and no step made, inside."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        for name, shard in self._masters.items():
+            before = shard.local.clone()
+            shard.local.copy_(self._averages[name])
+            self._averages[name].copy_(before)
+        zero_state.refresh(self.engine)
+
+
+def _masters(engine: Any) -> dict[str, FlatShard]:
+    state = zero_state.state(engine, whole=True)
+    return {n.removeprefix("master."): t for n, t in state.items() if n.startswith("master.") and isinstance(t, FlatShard)}

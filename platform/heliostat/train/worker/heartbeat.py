@@ -1,0 +1,112 @@
+"""A worker's pulse: a thread that tells the board that it lives and how far it is, and heeds what the driver orders.
+
+The loop only counts (`pulse.progress += 1`) and asks (`pulse.stop`). Workers stop together: at every step each gives the
+highest stop code it knows of, and `Votes` tells all of them the highest of all, behind the step's own work.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+from types import FrameType
+from typing import Any
+
+import ray
+import torch
+import torch.distributed as dist
+
+from heliostat.train.driver.recovery import PREEMPTED, RUN
+from heliostat.train.mailbox import interval
+
+log = logging.getLogger(__name__)
+
+EVERY_S = 1.0
+ANSWER_S = 30.0
+_told_to_end = threading.Event()  # this process has had a SIGTERM
+
+
+def heed_sigterm() -> None:
+    """Called in the main thread of a worker's process: SIGTERM asks for a last checkpoint instead of ending it.
+
+    The main thread is inside Ray, where Python's handlers wait; the wake-up pipe does not.
+    """
+    readable, writable = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    os.set_blocking(readable, True)
+    signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
+
+    def ignore(number: int, frame: FrameType | None) -> None:
+        pass
+
+    signal.signal(signal.SIGTERM, ignore)
+
+    def listen() -> None:
+        while numbers := os.read(readable, 64):
+            if signal.SIGTERM in numbers:
+                _told_to_end.set()
+
+    threading.Thread(target=listen, name="sigterm", daemon=True).start()
+
+
+class Pulse:
+    def __init__(self, board: Any, rank: int, workers: int) -> None:
+        self.progress = 0  # a count of whatever shows that the loop gets on
+        self._board, self._rank, self._ordered = board, rank, RUN
+        self._every = interval(workers)
+        self._facts = {"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="pulse", daemon=True)
+        self._thread.start()
+
+    @property
+    def stop(self) -> int:
+        """The highest stop code that this worker knows of."""
+        return max(self._ordered, PREEMPTED if _told_to_end.is_set() else RUN)
+
+    def end(self) -> None:
+        self._ended.set()
+
+    def _beat(self) -> None:
+        dumped = False
+        while True:
+            try:
+                orders = ray.get(self._board.pulse.remote(self._rank, self.progress, self._facts), timeout=ANSWER_S)
+            except ray.exceptions.RayError as e:  # without a board there is no driver, and Ray ends this process
+                log.warning("worker %d: no answer from the driver's board (%s)", self._rank, type(e).__name__)
+                orders = {}
+            self._ordered = max(self._ordered, orders.get("stop", RUN))
+            if orders.get("dump") and not dumped:
+                dumped = True
+                self._board.post.remote({"kind": "stack", "rank": self._rank, "stack": stacks()})
+            if self._ended.wait(self._every):
+                return
+
+
+def stacks() -> str:
+    """What every thread of this process is at."""
+    names = {t.ident: t.name for t in threading.enumerate()}
+    parts = []
+    for ident, frame in sys._current_frames().items():
+        parts.append(f"thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}")
+    return "\n".join(parts)
+
+
+class Votes:
+    """Use: `ask(code)`, a step's work, `result()`. The group is to be used by nothing else in between."""
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+        self._code = torch.zeros((), dtype=torch.int32)
+        self._work: Any = None
+
+    def ask(self, code: int) -> None:
+        self._code.fill_(code)
+        self._work = dist.all_reduce(self._code, dist.ReduceOp.MAX, group=self._group, async_op=True)
+
+    def result(self) -> int:
+        """The highest code that any worker has asked for."""
+        self._work.wait()
+        return int(self._code)

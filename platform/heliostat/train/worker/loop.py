@@ -1,0 +1,463 @@
+"""What every worker runs: the training loop, under Ray Train, around a DeepSpeed engine.
+
+A step's global batch, its micro-batches' random numbers and its learning rate follow from the step alone, so a resumed run
+needs no state but the checkpoint, and with the default lanes (one per micro-batch) the same micro-batches are played on any
+number of workers. A step's loss is the sum of all its loss terms over their number, whatever the micro-batches held.
+
+At every step the workers vote whether to stop behind it (`pulse`): told to, they write a checkpoint and end as if finished.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+import torch.distributed as dist
+
+from heliostat.checkpoint import saver as checkpoint
+from heliostat.config import workspace
+from heliostat.config.spec import Job
+from heliostat.data import content, receipt, stream
+from heliostat.data.dataset import DataPlan, Dataset, open_dataset
+from heliostat.errors import LossSpikeError, NonFiniteError
+from heliostat.lease import Fence
+from heliostat.recipes.protocol import Batch, Recipe
+from heliostat.storage import Location
+from heliostat.track import local_curves
+from heliostat.train.driver.recovery import FAILED, RESIZE, RUN
+from heliostat.train.mailbox import queued_s
+from heliostat.train.time_ledger import Ledger, peak_flops
+from heliostat.train.worker import bad_samples as quarantine
+from heliostat.train.worker import deepspeed_engine, zero_state
+from heliostat.train.worker import gallery as pictures
+from heliostat.train.worker import loss_scale as lossscale
+from heliostat.train.worker.ema import Ema
+from heliostat.train.worker.evaluation import HeldOut
+from heliostat.train.worker.heartbeat import Pulse, Votes
+from heliostat.train.worker.loss_spikes import Detector
+from heliostat.train.worker.lr_schedule import factor
+from heliostat.train.worker.node_metrics import Monitor
+from heliostat.train.worker.objective import Objective
+
+HELD_POLL_S = 0.05
+SAVING = timedelta(hours=12)  # the longest wait of one worker for another's part of a checkpoint
+
+
+def worker(config: dict[str, Any]) -> dict[str, Any]:
+    """Ray Train's entry. `config`: job, plan (plain data), start_step, holds (steps), fence (of the driver's lease),
+    board (actor), run_folder, parts (of the stream, one a worker).
+
+    Returns the summary of this attempt (rank 0's is the one that counts).
+    """
+    return Worker(config).run()
+
+
+class Worker:
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.job = Job.model_validate(config["job"])
+        self.plan = DataPlan.parse(config["plan"])
+        self.board = config["board"]
+        self.start_step: int = config["start_step"]
+        self.holds: list[int] = config["holds"]
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.ledger = Ledger("starting")
+        self.pulse = Pulse(self.board, self.rank, self.world)
+        self.monitor = Monitor(self.board, ray.util.get_node_ip_address(), _nodes()) if _first_of_node() else None
+        self.run_folder = Location(config["run_folder"])
+        # the training group is left to DeepSpeed; saving runs in a thread and must not share a group with the loop
+        # which waits for the slowest worker's upload; the watchdog sees whether that gets on
+        self.control, saving = dist.new_group(backend="gloo"), dist.new_group(backend="gloo", timeout=SAVING)
+        self.votes = Votes(dist.new_group(backend="gloo"))
+        self.fence: Fence = config["fence"]
+        self.saver = checkpoint.Saver(self.run_folder, self.job.checkpoint, saving, self.fence, self._progressed)
+
+        if self.rank == 0:
+            self._phase("model", queued_s=queued_s(), start_step=self.start_step, workers=self.world)
+        deepspeed_engine.prepare_environment(self.job.workers.gpus)
+        self.dataset = open_dataset(self.plan)
+        part = config["parts"][self.rank]
+        self.samples = stream.iterate(part, self.plan, self.dataset.order, self.rank, self.world, self.start_step)
+        self.recipe = make_recipe(self.job, self.dataset)
+        self.engine = deepspeed_engine.build_engine(self.job, self.recipe)
+        zero_state.make_room(self.engine)
+        self.saver.follow(zero_state.inner_optimizer(self.engine))
+        self.ema = Ema(self.engine, self.job.train.ema.decay) if self.job.train.ema else None
+        self.device = self.engine.device
+        self.objective = Objective(self.recipe, self.device)
+        self.batch_plan = BatchPlan(self.job, self.plan)
+        self.chain = receipt.GENESIS
+        self.skipped = 0  # steps of the run that changed no weight, because fp16 gradients overflowed
+        self.bad_samples = 0  # replaced so far in the run, on this worker; what earlier attempts replaced is rank 0's
+        if self.start_step:
+            self._phase("restore")
+            self._restore()
+        self.held_out = HeldOut(self.job, self.dataset, self.rank, self.world) if self.job.evaluate else None
+        self.gallery = self.recipe.gallery() if self.job.evaluate else None
+        self.scores: dict[str, float] = {}
+        self.scored_at = -1
+        self.spikes = Detector(self.job.spike) if self.job.spike else None
+        self._losses: list[torch.Tensor] = []
+        self._added: list[torch.Tensor] = []  # what is in the objective beside each loss
+        self._norms: list[float] = []
+        self._lane_digests: list[list[int]] = []
+        self._bad: list[dict[str, Any]] = []
+        self._told: list[dict[str, Any]] = []  # events of steps and scores since the last checkpoint
+
+    # one run ---------------------------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        try:
+            return self._run()
+        finally:
+            self.pulse.end()
+            if self.monitor:
+                self.monitor.end()
+
+    def _run(self) -> dict[str, Any]:
+        job = self.job
+        self._phase("data")
+        since = time.perf_counter()
+        logged = self.start_step
+        steady_s = steady_wait = waited = 0.0
+        for step in range(self.start_step, job.last_step):
+            with self.ledger("data" if step > self.start_step else "starting"):
+                mine = self.samples.next_step()
+            if step == self.start_step:
+                self.ledger.switch("compiling" if job.train.compile else "computing")
+                self._phase("step")
+                since = time.perf_counter()
+            blocked = self.saver.blocked_s
+            self.votes.ask(FAILED if self.saver.failed else self.pulse.stop)
+            self._step(step, mine)
+            self.pulse.progress += 1
+            stop = self.votes.result()
+            if stop == FAILED:
+                self.saver.wait()  # raises on every worker
+            if stop == RESIZE and (step + 1) % job.checkpoint.every:
+                stop = RUN  # nobody is in a hurry: behind the next checkpoint
+            self.ledger.move("computing", "checkpoint", self.saver.blocked_s - blocked)
+            if job.train.compile and step <= self.start_step + 1:
+                self.ledger.compiled(first=step == self.start_step)
+            done = step + 1
+            if step == self.start_step:
+                self._phase("stepped")
+            last = done == job.last_step
+            holds = done in self.holds and not last
+            saves = last or stop != RUN or holds or done % job.checkpoint.every == 0
+            # before a save, too: a run that resumes from there has lost no step's loss
+            if done % job.train.log_every == 0 or saves or step == self.start_step:
+                now = time.perf_counter()
+                waited, before = self.ledger.totals().get("data", 0.0), waited
+                wait = waited - before
+                if step > self.start_step:
+                    steady_s, steady_wait = steady_s + now - since, steady_wait + wait
+                self._report(logged, done, now - since, wait)
+                logged, since = done, now
+            aside = time.perf_counter()
+            if self.held_out and (done % job.evaluate.every == 0 or last):  # type: ignore[union-attr]
+                with self.ledger("evaluating"):
+                    self._evaluate(done)
+            if saves:
+                with self.ledger("checkpoint"):
+                    self._save(done)
+            if holds and stop == RUN:
+                stop = self._hold(done)
+            since += time.perf_counter() - aside
+            if stop != RUN:
+                break
+        with self.ledger("checkpoint"):
+            self.saver.wait()
+        self._phase("ended")
+        trained = done - self.start_step - 1  # the first step warms up
+        return {
+            "steps": done,
+            "stop": stop if done < job.last_step else RUN,
+            "train_loss": self.last_loss,
+            "eval": self.scores,
+            "tokens_per_second": self._per_second(trained, steady_s),
+            "data_wait": steady_wait / steady_s if steady_s else 0.0,
+            "checkpoint_blocked_s": self.saver.blocked_s,
+        }
+
+    def _step(self, step: int, mine: stream.StepSamples) -> None:
+        """Forward, backward and the optimizer's step over this worker's share of the global batch."""
+        engine, train = self.engine, self.job.train
+        for group in engine.optimizer.param_groups:
+            group["lr"] = train.optimizer.lr * factor(train.schedule, step, train.steps)
+        keys = self.batch_plan.keys(step, mine.lanes)
+        parts = zip(content.split(mine.content, train.micro_batch), content.split(keys, train.micro_batch), strict=True)
+        micros = [self.recipe.batch(rows, numbers) for rows, numbers in parts]
+        terms = self._terms(micros)
+        total = torch.zeros((), device=self.device)
+        added = torch.zeros(len(self.objective.names), device=self.device)
+        for i, micro in enumerate(micros):
+            torch.manual_seed(self.batch_plan.seed(step, mine.lanes, i))
+            batch = {k: v.to(self.device, non_blocking=True) for k, v in micro.items()}
+            part = self.objective.part(engine, batch, len(micros) * self.world, terms)
+            engine.backward(part.objective)
+            total += part.loss
+            if part.added is not None:
+                added += part.added
+            if i + 1 == len(micros) and not engine.zero_optimization_stage():
+                self._norms.append(deepspeed_engine.gradient_norm(engine, train.grad_clip))
+            engine.step()
+        if self.ema and engine.was_step_applied():
+            self.ema.update(step + 1)
+        if engine.zero_optimization_stage():
+            self._norms.append(deepspeed_engine.gradient_norm(engine, train.grad_clip))
+        self._losses.append(total / terms)
+        self._added.append(added)
+        self._lane_digests.append(mine.digests)
+        self._bad += [{"step": step, **dataclasses.asdict(b)} for b in mine.bad]
+        self.bad_samples += len(mine.bad)
+        if train.precision != "fp16" and not math.isfinite(self._norms[-1]):  # fp16's loss scaler skips such steps itself
+            self._fail(step, f"gradient norm {self._norms[-1]}")
+
+    def _terms(self, micros: list[Batch]) -> Any:
+        """The number of loss terms in the global batch."""
+        if self.recipe.terms_per_sample:
+            return self.recipe.terms_per_sample * self.job.train.global_batch
+        count = torch.tensor(sum(self.recipe.terms(m) for m in micros), dtype=torch.float32, device=self.device)
+        with self.ledger("communicating"):
+            dist.all_reduce(count)
+        return count
+
+    def _report(self, first: int, done: int, seconds: float, wait: float) -> None:
+        """Sums the losses of steps [first, done) over the workers, in one collective, and posts them."""
+        bad_samples = torch.tensor([self.bad_samples], dtype=torch.float32, device=self.device)
+        sums = torch.cat([torch.stack(self._losses), *self._added, bad_samples]).double()
+        with self.ledger("communicating"):
+            dist.all_reduce(sums)
+            *values, bad = sums.tolist()
+        values, added = values[: len(self._losses)], values[len(self._losses) :]
+        quarantine.check_budget(int(bad), done, self.job, self.dataset.order)
+        self._judge(first, values)
+        self.last_loss = values[-1]
+        rate = self._per_second(done - first, seconds)
+        self._tell(
+            {
+                "kind": "steps",
+                "first": first,
+                "loss": values,
+                "added": {name: added[i :: len(self.objective.names)] for i, name in enumerate(self.objective.names)},
+                "grad_norm": self._norms,
+                "lr": [
+                    self.job.train.optimizer.lr * factor(self.job.train.schedule, s, self.job.train.steps)
+                    for s in range(first, done)
+                ],
+                "steps": self.job.last_step,
+                "seconds": seconds,
+                "tokens_per_second": rate,
+                "data_wait": wait / seconds,
+                "mfu": self._mfu(done - first, seconds),
+                "bad_samples": int(bad),
+                **self._fp16(done),
+                **self._now(),
+            }
+        )
+        self._losses, self._norms, self._added = [], [], []
+
+    def _fp16(self, done: int) -> dict[str, float]:
+        """The loss scale, and the steps that it has cost; new ones are told at the terminal."""
+        if self.job.train.precision != "fp16":
+            return {}
+        before, self.skipped = self.skipped, done - zero_state.optimizer_steps(self.engine)
+        scale = float(self.engine.optimizer.loss_scale)
+        if self.skipped > before:
+            what = f"{self.skipped - before} more steps were skipped, because fp16 gradients overflowed"
+            self._notice(f"up to step {done}: {what}; the loss scale is {scale:g}")
+        return {"skipped_steps": self.skipped, "loss_scale": scale}
+
+    def _per_second(self, steps: int, seconds: float) -> float:
+        return steps * self.job.train.global_batch * (self.job.data.sequence_length or 1) / seconds if seconds else 0.0
+
+    def _mfu(self, steps: int, seconds: float) -> float | None:
+        if self.device.type != "cuda":
+            return None
+        peak = peak_flops(torch.cuda.get_device_name(self.device), self.job.train.precision)
+        flops = self.recipe.flops_per_sample(self.engine.module) * self.job.train.global_batch * steps
+        return flops / seconds / (peak * self.world) if peak else None
+
+    def _judge(self, first: int, losses: list[float]) -> None:
+        """Raises what ends the attempt: for a loss that is not finite, or a spike that the job wants undone. Collective."""
+        for step, loss in enumerate(losses, first):
+            spike = self.spikes.spikes(loss) if self.spikes else None
+            if not math.isfinite(loss):
+                self._fail(step, f"loss {loss}")
+            elif spike and self.job.spike:
+                action = self.job.spike.action
+                self._tell({"kind": "spike", "step": step + 1, "action": action, **spike._asdict(), "at": time.time()})
+                if action == "rollback":
+                    self._roll_back(step, str(spike))
+
+    def _roll_back(self, step: int, what: str) -> None:
+        self.saver.wait()  # the save in flight is from before
+        raise LossSpikeError(f"step {step}: {what}", step)
+
+    def _fail(self, step: int, what: str) -> None:
+        if self.job.spike and self.job.spike.action == "rollback":
+            self._roll_back(step, what)
+        ids = self.dataset.order.locate(self.dataset.order.step(step).ravel())
+        names = [f"{s}:{c}:{r}" for s, c, r in zip(ids.source[:8], ids.chunk[:8], ids.row[:8], strict=True)]
+        more = f" and {len(ids) - 8} more" if len(ids) > 8 else ""
+        self.saver.wait()  # the save in flight is from before: let it complete
+        raise NonFiniteError(
+            f"step {step}: {what}; training stopped before another checkpoint. Samples (source:chunk:row): "
+            f"{', '.join(names)}{more}. Lower train.optimizer.lr, or look at the data, and use --resume"
+        )
+
+    # evaluation ------------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, done: int) -> None:
+        assert self.held_out
+        self.engine.eval()
+        images: dict[str, bytes] = {}
+        with self.ema.applied() if self.ema else nullcontext():
+            sums = self.held_out.sums(self.recipe, self.engine, self.device, self.control, self._progressed)
+            self.scores, self.scored_at = self.recipe.metrics(sums), done
+            if self.gallery:
+                judged, images = pictures.show(self.gallery, self.engine, self.device, self.control, self._progressed)
+                self.scores |= judged
+        self.engine.train()
+        self._tell({"kind": "evaluation", "step": done, "scores": self.scores, "at": time.time(), "images": images})
+
+    def _progressed(self) -> None:
+        self.pulse.progress += 1
+
+    # checkpoints -----------------------------------------------------------------------------------------------------
+
+    def _save(self, done: int) -> None:
+        self._seal_receipt(done)
+        best = self.job.checkpoint.best  # a checkpoint out of turn was not scored, and is not to be taken for the best
+        scores = self.scores if best is None or self.scored_at == done else {}
+        facts = {
+            "name": self.job.name,
+            "world_size": self.world,
+            "zero_stage": self.job.train.zero.stage,
+            "optimizer_steps": zero_state.optimizer_steps(self.engine),
+            "loss_scale": lossscale.read(self.engine),
+            "job": self.job.dump(),
+            "data": self.plan.dump(),
+            "data_digest": self.plan.digest,
+            "receipt": {"steps": done, "chain": self.chain},
+            "bad_samples": self.run_bad_samples,
+            "metrics": {"train_loss": getattr(self, "last_loss", None), **scores},
+            "written": time.time(),
+        }
+        self.saver.save(done, self._state(), facts, zero_state.frozen(self.engine))
+        self.pulse.progress += 1
+        self._post({"kind": "checkpoint", "step": done, "blocked_s": self.saver.blocked_s, **self._now()})
+
+    def _hold(self, done: int) -> int:
+        """Waits behind a complete checkpoint for the driver's word: RUN, or the code of a stop, the same on every worker."""
+        with self.ledger("checkpoint"):
+            self.saver.wait()
+        with self.ledger("idle"):
+            self._post({"kind": "held", "step": done, "scores": self.scores, **self._now()})
+            while (verdict := ray.get(self.board.verdict.remote(done))) is None:
+                self.pulse.progress += 1  # the watchdog is not to take this for a stall
+                time.sleep(HELD_POLL_S)
+        return verdict
+
+    def _seal_receipt(self, done: int) -> None:
+        """Chains the steps since the last receipt and writes their digests beside the checkpoints."""
+        mine = torch.tensor(self._lane_digests, dtype=torch.int64)
+        parts = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(parts, mine, group=self.control)
+        lanes = np.empty((len(mine), self.plan.shape.lanes), dtype=np.int64)
+        for rank, part in enumerate(parts):
+            lanes[:, rank :: self.world] = part.numpy()
+        digests = receipt.step_digests(lanes)
+        self.chain = receipt.extend(self.chain, digests)
+        if self.rank == 0:
+            self.fence.check()
+            self.run_folder.join("receipts", f"step-{done:08d}.json").write(
+                receipt.seal(done - len(digests), digests, self.chain, self.plan.digest)
+            )
+            local_curves.write(self.run_folder, done, self._told)
+        self._lane_digests, self._told = [], []
+        self.run_bad_samples = quarantine.collect(self.run_folder, done, self._bad, self.bad_samples, self.dataset, self.control)
+        self._bad = []
+
+    def _state(self, whole: bool = False) -> dict[str, torch.Tensor]:
+        return zero_state.state(self.engine, whole) | (self.ema.state(whole) if self.ema else {})
+
+    def _restore(self) -> None:
+        found = checkpoint.open_checkpoint(self.run_folder, self.start_step)
+        state = self._state(whole=True)
+        frozen = zero_state.frozen(self.engine, whole=True)
+        if found.frozen:
+            state |= frozen
+        elif frozen:
+            self._notice(f"{found.location}: holds no parameters that are not trained; {len(frozen)} are as the model was built")
+        checkpoint.load(found, state, self.control, self._progressed)
+        self._notice(checkpoint.casts(found, state))
+        self.saver.frozen.loaded(found, zero_state.frozen(self.engine))
+        zero_state.after_load(self.engine, found.index["optimizer_steps"])
+        self._notice(lossscale.write(self.engine, found.index.get("loss_scale")))
+        self.skipped = self.start_step - found.index["optimizer_steps"]
+        self.chain = found.index["receipt"]["chain"]
+        self.bad_samples = found.index["bad_samples"] if self.rank == 0 else 0
+
+    def _notice(self, text: str | None) -> None:
+        """Something that a person should read at the terminal, if there is something."""
+        if text:
+            self._post({"kind": "notice", "text": text, "at": time.time()})
+
+    def _phase(self, phase: str, **facts: Any) -> None:
+        self._post({"kind": "phase", "phase": phase, **facts, **self._now()})
+
+    def _now(self) -> dict[str, Any]:
+        return {"ledger": self.ledger.totals(), "at": time.time()}
+
+    def _tell(self, event: dict[str, Any]) -> None:
+        """What must not be lost, even if the driver dies before it has it."""
+        self._told.append(event)
+        self._post(event)
+
+    def _post(self, event: dict[str, Any]) -> None:
+        if self.rank == 0:
+            self.board.post.remote(event)
+
+
+def _first_of_node() -> bool:
+    return ray.train.get_context().get_local_rank() == 0
+
+
+def _nodes() -> int:
+    """How many nodes the workers are on, if all have as many as this one."""
+    context = ray.train.get_context()
+    return max(1, round(context.get_world_size() / context.get_local_world_size()))
+
+
+def make_recipe(job: Job, dataset: Dataset, record: Path | None = None) -> Recipe:
+    """`record`: the run's folder, if the job is what its record says."""
+    recipe: Recipe = workspace.import_path("recipe", job.recipe, record)(job)
+    recipe.bind(dataset.sources)
+    return recipe
+
+
+class BatchPlan:
+    """Random seeds that belong to samples, not to workers."""
+
+    def __init__(self, job: Job, plan: DataPlan) -> None:
+        self.seed_base, self.micro, self.per_lane = job.train.seed, job.train.micro_batch, plan.shape.per_lane
+        self.batch = plan.shape.batch
+
+    def keys(self, step: int, lanes: range) -> np.ndarray:
+        """A number for each of this worker's samples, lanes in order: the step and the sample's place in the global batch."""
+        return (step * self.batch + np.array(lanes)[:, None] * self.per_lane + np.arange(self.per_lane)).ravel()
+
+    def seed(self, step: int, lanes: range, micro: int) -> int:
+        """The seed of this worker's micro-batch: from the step and the place of its first sample in the global batch."""
+        lane, inside = divmod(micro * self.micro, self.per_lane)
+        place = lanes[lane] * self.per_lane + inside
+        return int(np.random.SeedSequence([self.seed_base, step, place]).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -1,0 +1,221 @@
+"""ZeRO's shards as tensors that stock torch.distributed.checkpoint can save and reshard.
+
+Whatever the stage, a rank's share of a parameter's fp32 master weight and of its Adam moments is a slice [start, start + n)
+of the flattened parameter. `FlatShard` tells DCP just that, so a checkpoint saved at one stage and world size loads at any
+other. Names: `master.<parameter>`, `exp_avg.<parameter>`, `exp_avg_sq.<parameter>`; persistent buffers are `buffer.<name>`, and
+parameters that are not trained `frozen.<parameter>`, in the precision that the engine holds them in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from heliostat.checkpoint.layout import FROZEN
+from heliostat.errors import ConfigError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class FlatShard(torch.Tensor):
+    """The slice [start, start + n) that `local` holds of a flat tensor of `numel` elements; only DCP's protocol works."""
+
+    local: torch.Tensor
+    start: int
+
+    @staticmethod
+    def __new__(cls, local: torch.Tensor, start: int, numel: int) -> FlatShard:
+        shard = torch.Tensor._make_wrapper_subclass(cls, (numel,), dtype=local.dtype, device=local.device)
+        shard.local, shard.start = local, start
+        return shard
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        raise TypeError(f"a FlatShard has no {func}")
+
+    def _chunk(self) -> ChunkStorageMetadata:
+        return ChunkStorageMetadata(offsets=torch.Size([self.start]), sizes=torch.Size([self.local.numel()]))
+
+    def __create_write_items__(self, name: str, _: Any) -> list[WriteItem]:
+        if not self.local.numel():
+            return []
+        data = TensorWriteData(self._chunk(), TensorProperties(dtype=self.dtype), torch.Size([self.shape[0]]))
+        return [WriteItem(MetadataIndex(name, torch.Size([self.start])), WriteItemType.SHARD, tensor_data=data)]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [self._chunk()] if self.local.numel() else []
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
+        return self.local
+
+
+def state(engine: Any, whole: bool = False) -> dict[str, torch.Tensor]:
+    """This rank's slices of all training state, as views: loading into them changes the engine.
+
+    At stage 0 every rank holds everything: it saves the rank-th part, and loads the `whole`.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    out: dict[str, torch.Tensor] = {}
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            for key, local, start, numel in _slices(engine, parameter, (0, 1) if whole else (rank, world)):
+                out[f"{key}.{name}"] = FlatShard(local.detach(), start, numel)
+    persistent = engine.module.state_dict().keys() if engine.zero_optimization_stage() < 3 else _persistent_buffers(engine.module)
+    out |= {f"buffer.{name}": b for name, b in engine.module.named_buffers() if name in persistent}
+    return out
+
+
+def frozen(engine: Any, whole: bool = False) -> dict[str, FlatShard]:
+    """This rank's slices of the parameters that are not trained, as views; below stage 3, where every rank holds all of them, the
+    rank-th part, or the `whole`."""
+    out: dict[str, FlatShard] = {}
+    for name, p in engine.module.named_parameters():
+        if p.requires_grad:
+            continue
+        rank, world = dist.get_rank(), dist.get_world_size()
+        if engine.zero_optimization_stage() == 3:
+            if p.ds_tensor.numel() < p.ds_tensor.ds_numel:
+                raise ConfigError(f"train.zero.offload.param: nvme cannot hold {name!r}, which is not trained; use cpu")
+            values, start, total = p.ds_tensor.data.view(-1), rank * p.ds_tensor.ds_numel, p.ds_numel
+            out[f"{FROZEN}.{name}"] = FlatShard(values[: max(0, total - start)], min(start, total), total)
+        else:
+            if not p.is_contiguous():
+                p.data = p.data.contiguous()
+            shard = FlatShard(p.data.view(-1), 0, p.numel())
+            out[f"{FROZEN}.{name}"] = shard if whole else _part(shard, rank, world)
+    return out
+
+
+def _persistent_buffers(module: torch.nn.Module) -> set[str]:
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, m in module.named_modules()
+        for name in m._buffers
+        if name not in m._non_persistent_buffers_set
+    }
+
+
+def _slices(engine: Any, p: Any, part: tuple[int, int]) -> Iterator[tuple[str, torch.Tensor, int, int]]:
+    """(key, local values, start, numel) for the master weight and each moment; nothing if this rank has none of them."""
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        rank, world = part
+        per = -(-p.numel() // world)
+        start, stop = min(rank * per, p.numel()), min((rank + 1) * per, p.numel())
+        moments = engine.optimizer.state[p]
+        for key, tensor in [("master", p.data), *((k, moments[k]) for k in MOMENTS)]:
+            yield key, tensor.view(-1)[start:stop], start, p.numel()
+    elif stage == 3:
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        per = p.ds_tensor.ds_numel
+        start = min(dist.get_rank() * per, p.ds_numel)
+        size = min(per, p.ds_numel - start)
+        for key, tensor in [
+            ("master", safe_get_local_fp32_param(p)),
+            *((k, safe_get_local_optimizer_state(p, k)) for k in MOMENTS),
+        ]:
+            yield key, tensor.view(-1)[:size], start, p.ds_numel
+    elif p._hp_mapping is not None:
+        at = p._hp_mapping.lp_fragment_address
+        fragments = [("master", p._hp_mapping.hp_fragment), *((k, p._hp_mapping.get_optim_state_fragment(k)) for k in MOMENTS)]
+        for key, tensor in fragments:
+            yield key, tensor.view(-1)[: at.numel], at.start, p.numel()
+
+
+def _flat_groups(engine: Any) -> list[torch.Tensor]:
+    """The fp32 tensors that the inner optimizer steps: parameters at stage 0, flat partitions above."""
+    stage, zero = engine.zero_optimization_stage(), engine.optimizer
+    if stage == 0:
+        return [p for p in engine.module.parameters() if p.requires_grad]
+    if stage == 3:
+        return [t for t in zero.fp32_partitioned_groups_flat if t is not None]
+    return list(zero.fp32_groups_flat_partition if _sums_apart(engine) else zero.single_partition_of_fp32_groups)
+
+
+def _sums_apart(engine: Any) -> bool:
+    """Stage 1 in bf16 that sums gradients in fp32 is an optimizer of its own in DeepSpeed, with other names."""
+    return hasattr(engine.optimizer, "bf16_groups")
+
+
+def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
+    return engine.optimizer.optimizer if engine.zero_optimization_stage() else engine.optimizer
+
+
+def make_room(engine: Any) -> None:
+    """Creates the optimizer state that torch makes lazily at the first step, so that there is something to load into.
+
+    New runs need it too: DeepSpeed links parameters to their moments after the first parameter group's first step, when the
+    other groups have none.
+    """
+    states = inner_optimizer(engine).state
+    for tensor in _flat_groups(engine):
+        if tensor not in states:
+            states[tensor] = {"step": torch.zeros((), dtype=torch.float32, device=tensor.device)}
+            states[tensor] |= {k: torch.zeros_like(tensor) for k in MOMENTS}
+    if engine.zero_optimization_stage() in (1, 2):
+        from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+        zero = engine.optimizer
+        groups = zero.bf16_groups if _sums_apart(engine) else zero.bit16_groups
+        for group, flat in zip(groups, _flat_groups(engine), strict=True):
+            lazy_init_hp_params_optimizer_state(group, flat, states)
+
+
+def optimizer_steps(engine: Any) -> int:
+    """How many steps the optimizer has really made (with fp16, overflowing steps are skipped)."""
+    return int(next(iter(inner_optimizer(engine).state.values()))["step"])
+
+
+def share(shard: FlatShard, engine: Any, whole: bool) -> FlatShard:
+    """What this rank saves of a slice: at stage 0, where every rank holds everything, the rank-th part."""
+    return shard if whole or engine.zero_optimization_stage() else _part(shard, dist.get_rank(), dist.get_world_size())
+
+
+def _part(shard: FlatShard, rank: int, world: int) -> FlatShard:
+    """The rank-th part of what every rank holds whole."""
+    per = -(-shard.shape[0] // world)
+    start = min(rank * per, shard.shape[0])
+    return FlatShard(shard.local[start : start + per], start, shard.shape[0])
+
+
+def after_load(engine: Any, steps: int) -> None:
+    """Makes the engine whole after its slices were loaded: the step count, and the weights that the forward pass uses."""
+    for values in inner_optimizer(engine).state.values():
+        values["step"].fill_(float(steps))
+    refresh(engine)
+
+
+def refresh(engine: Any) -> None:
+    """Takes the weights that the forward pass uses from the fp32 masters."""
+    stage, zero = engine.zero_optimization_stage(), engine.optimizer
+    if stage == 3:
+        zero._partition_all_parameters()  # what is still gathered from the last forward pass would be used again
+        for low, master in zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True):
+            if low is not None:
+                low.data.copy_(master.data)
+        for group in range(len(zero.fp16_groups)):
+            zero._reassign_or_swap_out_partitioned_parameters(group)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+    elif stage and _sums_apart(engine):
+        zero.update_lp_params()
+    elif stage:
+        from deepspeed.runtime.utils import all_gather_dp_groups
+
+        for i, parts in enumerate(zero.parallel_partitioned_bit16_groups):
+            parts[dist.get_rank(zero.real_dp_process_group[i])].data.copy_(zero.single_partition_of_fp32_groups[i].data)
+        all_gather_dp_groups(
+            groups_flat=zero.bit16_groups_flat,
+            partitioned_param_groups=zero.parallel_partitioned_bit16_groups,
+            dp_process_group=zero.real_dp_process_group,
+            start_alignment_factor=zero.nccl_start_alignment_factor,
+            allgather_bucket_size=zero.allgather_bucket_size,
+        )

@@ -1,0 +1,234 @@
+"""`heliostat tune`: a sweep from its file to its result, through Ray Tune.
+
+    from heliostat.tune.driver import tune
+    result = tune(Path("jobs/sweeps/quickstart.yaml"))
+
+The sweep's folder (`record`) is all that a resume needs. Ray Tune's own state lies in `ray/` there while the sweep runs; it is
+never read, and goes at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from heliostat import check
+from heliostat.config import spec
+from heliostat.config.spec import Job
+from heliostat.errors import ConfigError, HeliostatError, StoppedError
+from heliostat.train.driver.signals import Signals
+from heliostat.tune import concurrency as room
+from heliostat.tune import report
+from heliostat.tune import trial_record as records
+from heliostat.tune.state import State
+from heliostat.tune.sweep import Plan, load
+from heliostat.tune.trial_record import Claim, Record
+
+log = logging.getLogger(__name__)
+
+DEATHS = 3  # of a trial's own process, or its node, that are survived; what its workers suffer the run itself survives
+ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # most results only say how far a trial is
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # it prints whatever `verbose` says
+    "TUNE_GLOBAL_CHECKPOINT_S": "1e9",
+}
+
+
+def tune(
+    path: Path,
+    settings: list[str] | None = None,
+    resume: bool = False,
+    retry_failed: bool = False,
+    overwrite: bool = False,
+    verbose: bool = False,
+) -> dict[str, Any]:
+    """Runs a sweep to its end, or goes on with it; HeliostatError with one line for whatever stopped it."""
+    plan = load(path, settings)
+    base = Job.model_validate(plan.base)
+    job, recipe = check.check_job(base)
+    check.check_stores(job, recipe)
+    if plan.sweep.searcher.name == "optuna":
+        from heliostat.tune.searchers import require_optuna
+
+        require_optuna()
+    claim = Claim(plan.folder)
+    try:
+        before = records.read_json(plan.folder.join("sweep.json"))
+        if before and not overwrite and not resume:
+            raise ConfigError(
+                f"name: sweep {plan.sweep.name!r} is in {plan.folder} already; use --resume to go on, --overwrite to start "
+                "anew, or another name"
+            )
+        if before and overwrite:
+            plan.folder.join("sweep.json").delete()
+            for folder in ("records", "trials", "result.json", "ray", "stop"):
+                plan.folder.join(folder).delete()
+            before = None
+        if before:
+            _same(plan, before)
+        return _Tuning(plan, before or {}, retry_failed, verbose, claim).go()
+    finally:
+        claim.end()
+
+
+def _same(plan: Plan, before: dict[str, Any]) -> None:
+    """ConfigError if the sweep is another one than that which is resumed; budget and concurrency may change."""
+    free = ("budget", "concurrency", "register_best", "job", "set")  # the last two make the base job, which is compared
+    now = {"sweep": {k: v for k, v in plan.sweep.dump().items() if k not in free}, "job": plan.base}
+    then = {"sweep": {k: v for k, v in before["sweep"].items() if k not in free}, "job": before["job"]}
+    for part in ("sweep", "job"):
+        keys = [k for k in {*now[part], *then[part]} if now[part].get(k) != then[part].get(k)]
+        if keys:
+            key = sorted(keys)[0]
+            raise ConfigError(
+                f"{part}.{key}: was {json.dumps(then[part].get(key))} when the sweep began, and is "
+                f"{json.dumps(now[part].get(key))}; undo this, or use another name"
+            )
+
+
+class _Tuning:
+    def __init__(self, plan: Plan, before: dict[str, Any], retry_failed: bool, verbose: bool, claim: Claim) -> None:
+        self.plan, self.before, self.verbose, self.claim = plan, before, verbose, claim
+        self.base = Job.model_validate(plan.base)
+        self.found = records.read(plan.folder)
+        for record in self.found:
+            if record.status == "failed" and retry_failed:
+                record.status, record.reason = "waiting", ""
+        self.signals = Signals()
+
+    def go(self) -> dict[str, Any]:
+        from heliostat.tune.parent_run import Parent
+
+        folder = self.plan.folder
+        folder.join("stop").delete()
+        concurrency = self._connect()
+        parent = Parent(self.plan, self.before.get("run_id", ""))
+        self.kept = {"sweep": self.plan.sweep.dump(), "job": self.plan.base, "run_id": parent.run_id,
+                     "created": self.before.get("created", time.time()), "seconds": self.before.get("seconds", 0.0)}  # fmt: skip
+        folder.join("sweep.json").write(json.dumps(self.kept).encode())
+        self.state = State(self.plan, self.found, concurrency, parent.run_id, self.kept["seconds"])
+        result: dict[str, Any] = {}
+        status, reason = "FAILED", ""
+        try:
+            if not self._complete():
+                log.info("sweep %s: up to %d trials side by side", self.plan.sweep.name, concurrency)
+                self._fit()
+            stopped = self.state.stopping and not self.state.used_up
+            status, reason = "KILLED" if stopped else "FINISHED", self.state.stopping
+        except BaseException as e:
+            status, reason = ("KILLED", "interrupted") if isinstance(e, KeyboardInterrupt) else ("FAILED", str(e))
+            raise
+        finally:
+            all_records = sorted(self.state.records.values(), key=lambda r: r.number)
+            parent.settle(all_records)
+            for record in all_records:
+                records.write(folder, record)
+            folder.join("sweep.json").write(json.dumps({**self.kept, "seconds": self.state.seconds}).encode())
+            result |= self._result(parent.run_id, all_records)
+            if status == "FINISHED":
+                self._conclude(parent, result, all_records)
+            parent.close(status, reason, all_records, result)
+            folder.join("result.json").write(json.dumps(result, indent=2).encode())
+            folder.join("ray").delete()
+            folder.join("stop").delete()
+        if stopped:
+            raise StoppedError(f"stopped ({reason}); use --resume to go on with the sweep")
+        if not result["best"]:
+            raise HeliostatError(f"sweep {self.plan.sweep.name}: no trial has finished; see `heliostat sweep {folder}`")
+        return result
+
+    def _connect(self) -> int:
+        """Joins or starts Ray; how many trials run side by side."""
+        from heliostat.cluster import nodes
+        from heliostat.cluster.connect import connect
+
+        workers = self.base.workers
+        wanted = self.plan.sweep.concurrency
+        os.environ.update(ENVIRONMENT)
+        if not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):
+            count = wanted or room.here(workers, os.cpu_count() or 1)
+            cpus = count * (workers.most * workers.cpus + room.FETCHING + 1)
+            connect(max(os.cpu_count() or 1, round(cpus) + 1), round(count * workers.most * workers.gpus), self.verbose)
+            return count
+        connect(1, verbose=self.verbose)
+        free = ray._private.state.available_resources_per_node()
+        there, leaving = nodes.carrying(workers.labels), nodes.draining()
+        fits = room.gangs(workers, {n: r for n, r in free.items() if n in there and n not in leaving})
+        if not fits:
+            missing = (
+                nodes.missing_now(self.base) or f"no room for a trial's own {room.TRIAL_CPUS:g} CPU beside its workers; waiting"
+            )
+            log.warning("one trial after another: %s", missing)
+        elif wanted and wanted > fits:
+            log.warning("concurrency: there is room for %d trials of %d workers, not %d", fits, workers.most, wanted)
+        return max(1, min(wanted or fits, fits))
+
+    def _complete(self) -> bool:
+        found = self.state.records
+        return self.plan.trials is not None and len(found) >= self.plan.trials and all(r.over for r in found.values())
+
+    def _fit(self) -> None:
+        from ray import tune as ray_tune
+
+        from heliostat.tune import schedulers, searchers
+        from heliostat.tune.callbacks import Watch
+        from heliostat.tune.trial import Trial
+
+        scheduler = schedulers.make(self.state)
+        scheduler.set_search_properties("value", self.plan.sweep.mode)
+        scheduler.replay(self.found)
+        trials = searchers.Trials(self.state, searchers.make(self.plan.sweep))
+        ray_folder = self.plan.folder.join("ray")
+        with self.signals, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Consider boosting PBT performance")  # by reusing actors, whose run is over
+            tuner = ray_tune.Tuner(
+                Trial,
+                tune_config=ray_tune.TuneConfig(search_alg=trials, scheduler=scheduler, num_samples=1),
+                run_config=ray_tune.RunConfig(
+                    name=f"{self.plan.sweep.name}-{int(time.time())}",
+                    storage_path=ray_folder.path,
+                    storage_filesystem=ray_folder.fs,
+                    failure_config=ray_tune.FailureConfig(max_failures=DEATHS),
+                    callbacks=[Watch(self.state, scheduler, trials, self.signals, self.claim, self.base)],
+                    verbose=0,
+                ),
+            )
+            tuner.fit()
+
+    def _result(self, run_id: str, all_records: list[Record]) -> dict[str, Any]:
+        best = records.best(all_records, self.plan.sweep.mode)
+        rows = report.rows(self.plan, all_records)
+        totals = {"steps": sum(r.step for r in all_records), "tokens": sum(r.tokens for r in all_records)}
+        return {
+            "sweep": self.plan.sweep.name,
+            "folder": str(self.plan.folder),
+            "run_id": run_id,
+            "seconds": round(self.state.seconds, 1),
+            **totals,
+            "metric": self.plan.sweep.metric,
+            "best": best and {"trial": best.number, "value": best.value, "params": best.params, "run_id": best.run_id,
+                              "run_folder": str(self.plan.folder.join("trials", self.plan.name(best.number)))},
+            "trials": rows,
+        }  # fmt: skip
+
+    def _conclude(self, parent: Any, result: dict[str, Any], all_records: list[Record]) -> None:
+        """The best trial's model is exported, logged to its run, and registered, if the job says so."""
+        best = records.best(all_records, self.plan.sweep.mode)
+        if best is None or not self.plan.sweep.register_best:
+            return
+        from heliostat.train.run import conclude
+
+        log.info("trial %d is the best: %s %.4g", best.number, self.plan.sweep.metric, best.value)
+        outcome = conclude(spec.resolve(self.plan.job(best.number, best.params)))
+        result["best"]["model_uri"] = outcome["model_uri"]
+        parent.mark_model(outcome["model_uri"], best.number)

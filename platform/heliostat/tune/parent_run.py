@@ -1,0 +1,128 @@
+"""A sweep in MLflow: the parent run of its trials' runs, from the driver's process.
+
+Trials write their own runs; the parent has the sweep's file, the table of trials, the plots, PBT's lineage and the best model.
+Waits for an MLflow that is busy or away within AWAY_S; what is missing then is written by the next `heliostat tune --resume`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from heliostat.errors import TrackingError
+from heliostat.storage import Location
+from heliostat.text import brief
+from heliostat.track.logger import CLIENT, record
+from heliostat.track.run_facts import flatten
+from heliostat.tune import report
+from heliostat.tune.sweep import Plan
+from heliostat.tune.trial_record import Record
+
+log = logging.getLogger(__name__)
+
+AWAY_S = 60.0
+T = TypeVar("T")
+STATUS = {"finished": "FINISHED", "failed": "FAILED"}  # of a trial's run; the others are KILLED
+
+
+class Parent:
+    """`Parent(plan, run_id)`: the sweep's run, made if there is none yet."""
+
+    def __init__(self, plan: Plan, run_id: str) -> None:
+        for name, value in CLIENT.items():
+            os.environ.setdefault(name, value)
+        import mlflow
+
+        self.plan, self.uri = plan, plan.base["mlflow"]["uri"]
+        self.client = mlflow.MlflowClient(tracking_uri=self.uri)
+        self.run_id = run_id or self._create()
+        self._do(lambda: self.client.update_run(self.run_id, status="RUNNING"))
+
+    def _do(self, action: Callable[[], T]) -> T:
+        """Again and again, while MLflow fails: other processes write to the same store."""
+        deadline, wait = time.monotonic() + AWAY_S, 0.2
+        while True:
+            try:
+                return action()
+            except Exception as e:  # MLflow raises whatever its store does
+                if time.monotonic() + wait > deadline:
+                    raise TrackingError(f"mlflow.uri: {self.uri} failed ({brief(e)})") from e
+                time.sleep(wait)
+                wait = min(5.0, 2 * wait)
+
+    def _create(self) -> str:
+        name, sweep = self.plan.base["mlflow"]["experiment"], self.plan.sweep
+        found = self._do(lambda: self.client.get_experiment_by_name(name))
+        place = None
+        if self.uri.startswith("sqlite:///"):
+            place = str(Path(self.uri.removeprefix("sqlite:///")).parent / "mlartifacts" / name)
+        experiment = (
+            found.experiment_id if found else self._do(lambda: self.client.create_experiment(name, artifact_location=place))
+        )
+        tags = {"heliostat.sweep": sweep.name, "heliostat.sweep_folder": str(self.plan.folder)}
+        made = self._do(lambda: self.client.create_run(experiment, run_name=sweep.name, tags=tags).info.run_id)
+        from mlflow.entities import Param
+
+        params = [Param(k, v) for k, v in flatten(sweep.dump()).items()]
+        self._do(lambda: self.client.log_batch(made, params=params))
+        self._do(lambda: self.client.log_dict(made, {"sweep": sweep.dump(), "job": self.plan.base}, "sweep.json"))
+        return made
+
+    def settle(self, records: list[Record]) -> None:
+        """Gives every trial's run the status that its record has: a trial whose process died could not. Notes the run ids."""
+        for found in records:
+            known = record(self.trial(found))
+            if "run_id" not in known:
+                continue  # it never came to a first step
+            found.run_id = known["run_id"]
+            run = self._do(lambda known=known: self.client.get_run(known["run_id"]))  # type: ignore[misc]
+            wanted = STATUS.get(found.status, "KILLED")
+            if run.info.status != wanted:
+                self._do(lambda run=run, wanted=wanted: self.client.set_terminated(run.info.run_id, wanted))  # type: ignore[misc]
+            tags = {"heliostat.status": found.status}
+            tags |= {"heliostat.pruned": f"step {found.step}"} if found.status == "pruned" else {}
+            tags |= {"heliostat.clones": json.dumps(found.clones)[:5000]} if found.clones else {}
+            for key, value in tags.items():
+                if run.data.tags.get(key) != value:
+                    self._do(lambda run=run, k=key, v=value: self.client.set_tag(run.info.run_id, k, v))  # type: ignore[misc]
+
+    def trial(self, found: Record) -> Location:
+        return self.plan.folder.join("trials", self.plan.name(found.number))
+
+    def close(self, status: str, reason: str, records: list[Record], result: dict[str, Any]) -> None:
+        """The table, the plots, the lineage, the outcome."""
+        sweep = self.plan.sweep
+        rows = report.rows(self.plan, records)
+        columns = {key: [row.get(key) for row in rows] for key in report.columns(rows)}
+        if rows:
+            self._do(lambda: self.client.log_table(self.run_id, columns, f"trials-{time.strftime('%Y%m%dT%H%M%S')}.json"))
+        self._do(lambda: self.client.log_dict(self.run_id, {"trials": rows}, "trials.json"))
+        lineage = [{"trial": r.number, **c} for r in records for c in r.clones]
+        if lineage:
+            self._do(lambda: self.client.log_dict(self.run_id, {"clones": lineage}, "lineage.json"))
+        for name, figure in report.figures(self.plan, records).items():
+            self._do(lambda name=name, figure=figure: self.client.log_figure(self.run_id, figure, name))  # type: ignore[misc]
+        best = result.get("best")
+        tags = {"heliostat.reason": reason} if reason else {}
+        if best:
+            tags |= {"heliostat.best_trial": str(best["trial"]), "heliostat.best_run": best["run_id"]}
+            if uri := best.get("model_uri"):
+                tags["heliostat.model_uri"] = uri
+            self._do(lambda: self.client.log_metric(self.run_id, f"best/{sweep.metric}", best["value"]))
+        for key, value in tags.items():
+            self._do(lambda k=key, v=value: self.client.set_tag(self.run_id, k, v))  # type: ignore[misc]
+        self._do(lambda: self.client.set_terminated(self.run_id, status))
+
+    def mark_model(self, model_uri: str, number: int) -> None:
+        """The sweep in the registered model's lineage."""
+        if not model_uri.startswith("models:/") or model_uri.count("/") != 2:
+            return
+        name, version = model_uri.removeprefix("models:/").split("/")
+        tags = {"heliostat.sweep": self.plan.sweep.name, "heliostat.sweep_run": self.run_id, "heliostat.trial": str(number)}
+        for key, value in tags.items():
+            self._do(lambda k=key, v=value: self.client.set_model_version_tag(name, version, k, v))  # type: ignore[misc]

@@ -1,0 +1,92 @@
+"""PB2's next values: a Gaussian process over what the population's intervals have gained, and its upper confidence bound.
+
+Parker-Holder et al. 2020, arXiv 2002.02518. The process, its kernel, which forgets with time, and the search for the bound's
+maximum are Ray Tune's. The intervals are read from the trials' records, so that a resumed sweep knows what it knew. Values are
+scaled to [0, 1] over their ranges, in logarithms where the range is.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from heliostat.tune.space import Domain, Params, Space, fit
+from heliostat.tune.trial_record import Record
+
+
+class Interval(NamedTuple):
+    """A trial's way from one report to the next, with the same values."""
+
+    number: int
+    step: int  # at its end
+    before: float  # the metric at its beginning
+    gain: float  # of the metric, per step
+    params: Params
+
+
+def intervals(records: list[Record]) -> list[Interval]:
+    """All of them, in the order of their ends. What a clone did before it became one is its own; from there on it has begun
+    with what its donor had reported."""
+    by_number = {r.number: r for r in records}
+    return sorted((i for r in records for i in _of(r, by_number)), key=lambda i: i.step)
+
+
+def _of(record: Record, by_number: dict[int, Record]) -> Iterator[Interval]:
+    clones = list(record.clones)
+    params = clones[0]["old"] if clones else record.params
+    since: tuple[int, float] | None = None
+    for step, value, at in record.reports:
+        while clones and clones[0]["at"] <= at:
+            clone = clones.pop(0)
+            params = clone["params"]
+            donor = [v for s, v, told in by_number[clone["from"]].reports if s == clone["step"] and told <= clone["at"]]
+            since = (clone["step"], donor[-1]) if donor else None
+        if since and step > since[0]:
+            yield Interval(record.number, step, since[1], (value - since[1]) / (step - since[0]), params)
+        since = (step, value)
+
+
+def suggest(records: list[Record], donor: int, step: int, space: Space, mode: str, rng: np.random.Generator) -> Params | None:
+    """The values for a trial that clones `donor` at `step`; None while there are no two reports to learn from.
+
+    Trials that have cloned at this step already are taken into account, so that they are not all given the same.
+    """
+    from ray.tune.schedulers.pb2 import _select_config
+
+    known, sign = intervals(records), 1.0 if mode == "max" else -1.0
+    own = [i for i in known if i.number == donor]
+    if not own:
+        return None
+    points = np.array([[i.step, sign * i.before, *_units(space, i.params)] for i in known])
+    gains = np.array([sign * i.gain for i in known])
+    cloned = [_units(space, r.params) for r in records if r.clones and r.clones[-1]["step"] == step]
+    taken: Any = np.array(cloned) if cloned else None
+    here = np.array([own[-1].step, sign * own[-1].before])  # the last interval's: what is to come lies outside of what is known
+    drawn = np.random.get_state()  # Tune's search takes its starting points from there
+    np.random.seed(int(rng.integers(2**32)))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # scikit-learn, of kernel parameters at their bounds
+            found = _select_config(points, gains, taken, here, dict.fromkeys(space, (0.0, 1.0)), 2)
+    finally:
+        np.random.set_state(drawn)
+    return {key: _value(domain, float(unit)) for (key, domain), unit in zip(space.items(), found, strict=True)}
+
+
+def _units(space: Space, params: Params) -> list[float]:
+    return [_unit(domain, params[key]) for key, domain in space.items()]
+
+
+def _unit(domain: Domain, value: float) -> float:
+    low, high, value = (math.log(v) if "log" in domain.kind else v for v in (*domain.values[:2], value))
+    return (value - low) / (high - low)
+
+
+def _value(domain: Domain, unit: float) -> float:
+    low, high = (math.log(v) if "log" in domain.kind else v for v in domain.values[:2])
+    value = low + unit * (high - low)
+    return fit(domain, math.exp(value) if "log" in domain.kind else value)

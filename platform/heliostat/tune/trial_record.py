@@ -1,0 +1,156 @@
+"""What a sweep leaves in storage, plain JSON below STORAGE/SWEEP: all that a resumed sweep, or a reader, needs.
+
+    sweep.json            the sweep, its base job and its MLflow run
+    records/trial-0003.json   a trial: parameters, status, reports, clones
+    trials/SWEEP-0003/    the trial's run, as any other run's folder
+    driver.json           the process that drives it, with a sign of life
+    lease/                whose turn it is to drive it
+    stop                  is there while the sweep is told to stop
+    result.json           the outcome
+
+The driver alone writes records; Ray Tune's own state is never read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from typing_extensions import TypedDict
+
+from heliostat import lease
+from heliostat.errors import ConfigError
+from heliostat.records import Format, Number, Whole, closed, open_
+from heliostat.storage import Location
+from heliostat.tune.space import Params
+
+ALIVE_S = 5.0  # between two signs of life
+SILENCE_S = 4 * ALIVE_S
+OVER = ("finished", "pruned", "failed")
+STATES = ("waiting", "running", "paused", "stopped", *OVER)
+
+
+@closed
+@dataclass
+class Record:
+    """One trial. `status`: waiting, running, paused, stopped (a resume goes on with it), finished, pruned or failed."""
+
+    number: int
+    params: Params
+    drawn: Params = field(default_factory=dict)  # as the searcher gave them, with keys whose condition does not hold
+    status: str = "waiting"
+    step: int = 0
+    steps: int = 0
+    reports: list[tuple[int, float, float]] = field(default_factory=list)  # step, the metric, wall clock
+    scores: dict[str, float] = field(default_factory=dict)  # the last
+    clones: list[dict[str, Any]] = field(default_factory=list)  # from, step, params: what it took over from another trial
+    seconds: float = 0.0  # that it ran
+    tokens: float = 0.0  # that it trained on
+    run_id: str = ""
+    reason: str = ""
+
+    @property
+    def value(self) -> float | None:
+        return self.reports[-1][1] if self.reports else None
+
+    @property
+    def over(self) -> bool:
+        return self.status in OVER
+
+
+@open_
+class Kept(TypedDict):
+    sweep: dict[str, Any]
+    job: dict[str, Any]
+    run_id: str
+    seconds: Number
+
+
+@open_
+class Driver(TypedDict):
+    host: str
+    pid: Whole
+    at: Number
+
+
+def _fault(record: Record) -> str | None:
+    if record.number < 0 or record.status not in STATES:
+        return f"trial {record.number} is {record.status!r}"
+    return None
+
+
+TRIAL = Format(Record, "record of a trial", ConfigError, _fault)
+ANY = Format(dict[str, Any], "record of a sweep", ConfigError)
+KEPT: dict[str, Format[Any]] = {
+    "sweep.json": Format(Kept, "record of a sweep", ConfigError),
+    "driver.json": Format(Driver, "sign of life of a sweep", ConfigError, fix="delete it if nothing drives the sweep"),
+}
+
+
+def place(folder: Location, number: int) -> Location:
+    return folder.join("records", f"trial-{number:04d}.json")
+
+
+def write(folder: Location, record: Record) -> None:
+    place(folder, record.number).write(json.dumps(asdict(record)).encode())
+
+
+def read(folder: Location) -> list[Record]:
+    """All trials, by number."""
+    names = [n for n, _ in folder.join("records").files() if n.endswith(".json")]
+    return sorted((TRIAL.read(folder.join("records", n)) for n in names), key=lambda r: r.number)
+
+
+def read_json(place: Location) -> dict[str, Any] | None:
+    """What one of the folder's other files says; None if it is not there."""
+    try:
+        return KEPT.get(place.name, ANY).read(place)
+    except FileNotFoundError:
+        return None
+
+
+def ranked(records: list[Record], mode: str) -> list[Record]:
+    """The best first: finished ones by their value, then the others by how far they came, then by value."""
+    sign = 1 if mode == "min" else -1
+
+    def key(record: Record) -> tuple[bool, int, float]:
+        value = record.value
+        return record.status != "finished", -record.step, float("inf") if value is None or value != value else sign * value
+
+    return sorted(records, key=key)
+
+
+def best(records: list[Record], mode: str) -> Record | None:
+    """The best of the finished trials."""
+    first = next(iter(ranked([r for r in records if r.value is not None], mode)), None)
+    return first if first and first.status == "finished" else None
+
+
+class Claim:
+    """One driver at a time: a lease of the sweep's folder, and in `driver.json` a sign of life for those who look.
+
+    `Claim(folder)` raises if another one has the lease.
+    """
+
+    def __init__(self, folder: Location) -> None:
+        self.place = folder.join("driver.json")
+        self._lease = lease.take(folder, "driven", f"wait for it, or stop it with `heliostat sweep {folder} --stop`")
+        self._due = 0.0
+        self.beat()
+
+    def beat(self) -> None:
+        """Call often; LeaseError if another driver has taken the sweep over."""
+        if self._lease.lost:
+            raise self._lease.lost
+        if time.monotonic() >= self._due:
+            self._due = time.monotonic() + ALIVE_S
+            self.place.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "at": time.time()}).encode())
+
+    def end(self) -> None:
+        if not self._lease.lost:
+            self.place.delete()
+        self._lease.release()
