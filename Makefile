@@ -29,7 +29,8 @@ test-slow: .venv/.installed  ## chaos, several hosts made of network namespaces 
 bench: .venv/.installed  ## the benchmarks behind docs/benchmarks/, one after another (hours)
 	for b in tests/benchmarks/*.py; do $(BIN)/python $$b || exit 1; done
 
-lint: .venv/.installed  ## ruff (lint, format) and mypy
+lint: .venv/.installed  ## ruff (lint, format), mypy, and which rooms may import which (pyproject.toml)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports

@@ -17,13 +17,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from heliostat.config import deepspeed_keys, spec, workspace
+from heliostat.cluster.capacity import require_gpus
+from heliostat.config import deepspeed_keys, spec
 from heliostat.config.spec import Job
 from heliostat.data import collection, manifest
 from heliostat.data.dataset import DataPlan, make_order, plan
 from heliostat.data.manifest import Manifest
 from heliostat.data.order import Order
 from heliostat.errors import ConfigError, DataError, HeliostatError, StorageError
+from heliostat.recipes.loading import recipe_class
 from heliostat.recipes.protocol import Recipe
 from heliostat.storage import Location
 from heliostat.text import brief
@@ -50,10 +52,7 @@ def check_job(job: Job) -> tuple[Job, Recipe]:
     if faults := deepspeed_keys.faults(job):  # here and not in `spec`, so that recorded jobs can still be read and exported
         raise ConfigError("\n  ".join(faults))
     job = computable(job, cpu_flags())
-    kind = workspace.import_path("recipe", job.recipe)
-    if not isinstance(kind, type):
-        raise ConfigError(f"recipe: {job.recipe!r} is not a class")
-    recipe = kind(job)
+    recipe = recipe_class(job)(job)
     if job.train.compile and not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
         raise ConfigError(
             "train.compile: true needs a C++ compiler, and there is none on this machine; install g++ or set it to false"
@@ -113,25 +112,11 @@ def check_stores(job: Job, recipe: Recipe, recorded: DataPlan | None = None, cha
 def check_devices(job: Job, cluster: Path | None) -> None:
     """ConfigError unless the workers fit on a file's cluster or, where none is named, the GPUs that they ask for are here."""
     if cluster is not None:
-        from heliostat.cluster import cluster_file
-        from heliostat.plan import pools
+        from heliostat.cluster import cluster_file, pools
 
         pools.check(job, cluster_file.read(cluster))
     elif job.workers.gpus and not os.environ.get("RAY_ADDRESS"):
         require_gpus(job.workers.least * job.workers.gpus)
-
-
-def require_gpus(wanted: float) -> int:
-    """How many GPUs this machine has; ConfigError if it has fewer than the workers ask for together."""
-    import torch
-
-    if (found := torch.cuda.device_count()) >= wanted:
-        return found
-    have = f"{found} that can be used" if found else "none that can be used"
-    raise ConfigError(
-        f"workers.gpus: the workers ask for {wanted:g} GPUs, but this machine has {have}, and no cluster is named; use "
-        "`heliostat submit`, name the cluster's file with `heliostat check --cluster`, or lower workers.gpus or workers.count"
-    )
 
 
 def check_storage(job: Job) -> None:

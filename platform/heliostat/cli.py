@@ -254,7 +254,7 @@ def export(
     """Write a run's checkpoint as a Hugging Face folder."""
     from heliostat.checkpoint import saver
     from heliostat.inference import export as exporting
-    from heliostat.track.logger import record
+    from heliostat.runs.mlflow_id import record
     from heliostat.track.models import find_run
 
     place = find_run(run, _store(mlflow))

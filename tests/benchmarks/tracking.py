@@ -32,7 +32,7 @@ RATE = 20
 def job(folder: Path, name: str, uri: str) -> Job:
     return Job.model_validate(
         {
-            "name": name, "recipe": "heliostat.recipes.text.causal_lm:CausalLM", "model": {"arch": "llama"}, "storage": str(folder / "runs"),
+            "name": name, "recipe": "heliostat.recipes:CausalLM", "model": {"arch": "llama"}, "storage": str(folder / "runs"),
             "data": {"sources": [{"path": str(folder / "none")}], "sequence_length": 64},
             "train": {"steps": 1_000_000, "global_batch": 8, "micro_batch": 8, "optimizer": {"lr": 1e-3}},
             "checkpoint": {"every": 1000}, "mlflow": {"uri": uri, "experiment": "benchmark"},

@@ -53,7 +53,7 @@ def corpus(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> str:
         shutil.copytree(stdlib / package, folder / "raw" / package, ignore=shutil.ignore_patterns("__pycache__"))
     pipeline = {
         "name": "corpus",
-        "pipeline": "heliostat.pipelines.text.pipeline:TextPipeline",
+        "pipeline": "heliostat.pipelines:TextPipeline",
         "input": str(folder / "raw"),
         "output": str(folder / "data"),
         "tokenizer": {"vocab_size": 512},
@@ -74,7 +74,7 @@ def tiny_job(corpus: str, tracking: str, folder: Path) -> dict[str, Any]:
     """A job of seconds on the corpus, in fp32, with its runs below the folder."""
     return {
         "name": "tiny",
-        "recipe": "heliostat.recipes.text.causal_lm:CausalLM",
+        "recipe": "heliostat.recipes:CausalLM",
         "model": {"arch": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128},
         "data": {"sequence_length": 64, "sources": [{"path": corpus}], "seed": 5},
         "train": {

@@ -20,12 +20,12 @@ import torch.distributed.checkpoint as dcp
 from heliostat import storage
 from heliostat.chaos.proxy import Fault, FaultProxy
 from heliostat.checkpoint import saver as checkpoint
+from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.config import spec
 from heliostat.errors import CheckpointError, ConfigError, CorruptCheckpointError, HeliostatError, StorageError
 from heliostat.storage import Location
-from heliostat.train.driver.recovery import FAILED, RUN
+from heliostat.train.stop_codes import FAILED, RUN
 from heliostat.train.worker.heartbeat import Votes
-from heliostat.train.worker.zero_state import FlatShard
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from tests.integration import ranks

@@ -45,7 +45,7 @@ PROMPTS = [{"text": f"the digit {word}", "label": word} for word in ("zero", "tw
 def tiny_job(dataset: Path, tracking: str, folder: Path, **model: Any) -> dict[str, Any]:
     samples = {"prompts": PROMPTS, "per_prompt": 2, "steps": 3, "judge": True}
     return {
-        "name": "tiny", "recipe": "heliostat.recipes.images.text_to_image:TextToImage",
+        "name": "tiny", "recipe": "heliostat.recipes:TextToImage",
         "model": {"backbone": UNET, "text": TEXT, "objective": {"prediction": "v"}, "samples": samples, **model},
         "data": {"sources": [{"path": str(dataset)}], "seed": 5},
         "train": {
@@ -299,7 +299,7 @@ def test_latents_a_frozen_text_encoder_and_checkpointing_train_at_stage_3(ray_se
 
     coder = tiny_job(digits, tracking, tmp_path)
     coder |= {
-        "recipe": "heliostat.recipes.images.autoencoder:Autoencoder",
+        "recipe": "heliostat.recipes:Autoencoder",
         "model": {"block_out_channels": [8, 16], "norm_num_groups": 4},
     }
     coded = train(write(tmp_path / "coder.yaml", coder))
@@ -308,7 +308,7 @@ def test_latents_a_frozen_text_encoder_and_checkpointing_train_at_stage_3(ray_se
     shutil.copytree(resolve(coded["model_uri"], tracking), vae)
     assert AutoencoderKL.from_pretrained(vae).config.scaling_factor != 0.18215
     pipeline = {
-        "name": "latents", "pipeline": "heliostat.pipelines.images.pipeline:ImagePipeline", "input": "sklearn:digits",
+        "name": "latents", "pipeline": "heliostat.pipelines:ImagePipeline", "input": "sklearn:digits",
         "output": str(tmp_path / "data"), "resolution": 8, "channels": 1,
         "latents": {"autoencoder": str(vae), "text_encoder": str(clip(tmp_path / "clip", digits)), "length": 8},
     }  # fmt: skip

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from heliostat.checkpoint import saver as checkpoint
+from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.config import spec
 from heliostat.inference import export
 from heliostat.storage import Location
-from heliostat.train.worker.zero_state import FlatShard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 

@@ -47,7 +47,7 @@ def make_input(folder: Path) -> None:
 
 
 def make_yaml(tmp_path: Path, **more: object) -> Path:
-    config = {"name": "test", "pipeline": "heliostat.pipelines.images.pipeline:ImagePipeline", "input": str(tmp_path / "in"),
+    config = {"name": "test", "pipeline": "heliostat.pipelines:ImagePipeline", "input": str(tmp_path / "in"),
               "output": str(tmp_path / "out"), "resolution": 32, "columns": {"label": "kind"}, "min_side": 8,
               "buckets": {"step": 8, "max_aspect": 2.0}, "duplicates": "perceptual", "distance": 3,
               "tokenizer": {"vocab_size": 300}, "chunk_images": 5, "shard_images": 10}  # fmt: skip

@@ -56,7 +56,7 @@ def make_yaml(tmp_path: Path, **more: object) -> Path:
     path = tmp_path / "pipeline.yaml"
     config = {
         "name": "test",
-        "pipeline": "heliostat.pipelines.text.pipeline:TextPipeline",
+        "pipeline": "heliostat.pipelines:TextPipeline",
         "input": str(tmp_path / "in"),
         "output": str(tmp_path / "out"),
         "tokenizer": {"vocab_size": 400, "train_bytes": 10_000},

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 from heliostat.runs.goodput import FOLDER, Attempt
+from heliostat.runs.mlflow_id import RECORD, TOKEN
 from heliostat.runs.summary import RESULT
 from heliostat.storage import Location
 from heliostat.track import mlflow_client, outbox
-from heliostat.track.logger import RECORD, TOKEN
 from heliostat.track.reconcile import YOUNG_S, settle, settle_folder
 
 Scene = Callable[..., tuple[Any, str]]

@@ -30,7 +30,7 @@ TEXT: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attentio
 
 
 def digits(folder: Path, count: int = 400, chunk: int = 40) -> Path:
-    """A prepared dataset of the first digits, with labels and a tokenizer, as `heliostat.pipelines.images.pipeline` writes them."""
+    """A prepared dataset of the first digits, with labels and a tokenizer, as the image pipeline writes them."""
     task = pa.table({"task": [json.dumps({"kind": "digits", "path": "", "entries": []})]})
     rules = Rules(((8, 8),), 1)
     found = pa.concat_tables(tasks.extract(task, sources.DIGITS, sources.Columns(), rules)).slice(0, count)
@@ -50,7 +50,7 @@ def digits(folder: Path, count: int = 400, chunk: int = 40) -> Path:
 def job(dataset: Path, **model: Any) -> dict[str, Any]:
     """`key.path: value` changes of the job as `tests.unit.build_job.job` takes them; `model`: keys of the recipe."""
     return {
-        "recipe": "heliostat.recipes.images.text_to_image:TextToImage",
+        "recipe": "heliostat.recipes:TextToImage",
         "model": {"backbone": UNET, "text": TEXT, **model},
         "data.sources": [{"path": str(dataset)}],
         "data.sequence_length": None,

@@ -13,7 +13,7 @@ from heliostat.config.spec import Job
 ROOT = Path(__file__).parents[2]
 BASE: dict[str, Any] = {
     "name": "small",
-    "recipe": "heliostat.recipes.text.causal_lm:CausalLM",
+    "recipe": "heliostat.recipes:CausalLM",
     "model": {"arch": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
               "intermediate_size": 64, "vocab_size": 96},
     "data": {"sources": [{"path": "data/a", "weight": 1.0}], "sequence_length": 64},

@@ -29,11 +29,10 @@ from heliostat.inference import generate
 from heliostat.inference.evaluate import evaluate
 from heliostat.inference.export import recipe_of
 from heliostat.pipelines import prepare
-from heliostat.runs import consumed, goodput, verify
+from heliostat.runs import consumed, goodput, mlflow_id, verify
 from heliostat.storage import Location
 from heliostat.submit import jobs as cluster_jobs
 from heliostat.track import local_curves, outbox
-from heliostat.track import logger as run_record
 from heliostat.track.parents import parents
 from heliostat.tune import listing, sweep
 from heliostat.tune import trial_record as trials
@@ -266,8 +265,8 @@ def checkpoints(folder: Path) -> Target:
     run.location.join("checkpoints").delete()
     place = layout.folder(run.location, 20)
     weights = torch.arange(12, dtype=torch.float32)
-    begins = safetensors_file.write(Path(place.path) / "s0.safetensors", [safetensors_file.Entry("w", weights.dtype, (12,), lambda: [
-        memoryview(weights.numpy().tobytes())])], {})  # fmt: skip
+    entry = safetensors_file.Entry("w", weights.dtype, (12,), lambda: [memoryview(weights.numpy().tobytes())])
+    begins = safetensors_file.write(Path(place.path) / "s0.safetensors", [entry], {})
     crc = [zlib.crc32(weights.numpy().tobytes())]
     job = build_job.job(**{"train.precision": "fp32"}).dump()
     made = index_of(20, job=job, data=run.plan(19).dump(), data_digest=run.plan(19).digest, metrics={"loss": 1.0}, **{
@@ -303,7 +302,7 @@ def records(folder: Path) -> Target:
     """What else a run, a sweep, a submission and a local cluster leave."""
     run = _run(folder)
     place = run.location
-    place.join(run_record.RECORD).write(json.dumps({"run_id": "0" * 32, "token": "x", "uri": "sqlite:///x"}).encode())
+    place.join(mlflow_id.RECORD).write(json.dumps({"run_id": "0" * 32, "token": "x", "uri": "sqlite:///x"}).encode())
     bad = {"step": 3, "dataset": "d", "shard": "s", "row_group": 0, "row": 1, "reason": "r",
            "replaced_by": {"dataset": "d", "shard": "s", "row_group": 0, "row": 2}}  # fmt: skip
     place.join("quarantine", "step-00000010.jsonl").write(f"{json.dumps(bad)}\n{json.dumps(bad)}\n".encode())
@@ -330,7 +329,7 @@ def records(folder: Path) -> Target:
     (folder / source_code.CODE_FILE).write_text(json.dumps({"commit": "c", "diff": "d", "untracked": ["a"]}))
     (folder / "model").mkdir()
     made = {
-        "recipe": "heliostat.recipes.text.causal_lm:CausalLM",
+        "recipe": "heliostat.recipes:CausalLM",
         "job": build_job.BASE,
         "origin": {"run_id": "r", "step": 3, "data_digest": "d"},
     }
@@ -347,7 +346,7 @@ def records(folder: Path) -> Target:
     def read(copied: Path) -> None:
         os.chdir(copied)  # the workspace; the caller goes back
         place = Location(str(copied / "run"))
-        run_record.record(place).get("run_id")
+        mlflow_id.record(place).get("run_id")
         consumed.record(place, 23)
         sent: list[Any] = []
         outbox.Outbox(place, sent.extend, dict).flush()

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 from heliostat.cluster import cluster_file, endpoint, pods, review, schemas, written_secrets
+from heliostat.cluster import pools as room
 from heliostat.errors import ClusterError, ConfigError
 from heliostat.plan import planner
-from heliostat.plan import pools as room
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 

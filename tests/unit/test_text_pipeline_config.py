@@ -11,7 +11,7 @@ END = "<|endoftext|>"
 
 GOOD = """
 name: t
-pipeline: heliostat.pipelines.text.pipeline:TextPipeline
+pipeline: heliostat.pipelines:TextPipeline
 input: {tmp}/in
 output: {tmp}/out
 tokenizer: {{vocab_size: 300}}
@@ -75,5 +75,5 @@ def test_identity_knows_contents_and_not_places(tmp_path):
 
 def test_quickstart_is_valid():
     target, pipeline = load(Path("pipelines/quickstart.yaml"), [])
-    assert target == "heliostat.pipelines.text.pipeline:TextPipeline" and pipeline.name == "quickstart"
+    assert target == "heliostat.pipelines:TextPipeline" and pipeline.name == "quickstart"
     pipeline.check()

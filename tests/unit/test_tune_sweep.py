@@ -56,7 +56,7 @@ def test_values_keep_their_types(tmp_path):
         ({"job": "jbo.yaml"}, {}, "job: there is no file 'jbo.yaml'"),
         ({"set": {"train.stesp": 5}}, {}, "train.stesp: unknown key; did you mean 'steps'"),
         ({"set": {"train.optimizer.lr": 1e-3}}, {}, "space.train.optimizer.lr: is in set, too"),
-        ({"metric": "los"}, {}, "metric: 'los' is no score of heliostat.recipes.text.causal_lm:CausalLM; did you mean 'loss'"),
+        ({"metric": "los"}, {}, "metric: 'los' is no score of heliostat.recipes:CausalLM; did you mean 'loss'"),
         ({}, {"evaluate": None}, "job: has no evaluate, so it reports no metric"),
         ({}, {"workers.count": [1, 4]}, "is elastic; a sweep needs a number"),
         ({"budget": {}}, {}, "budget: searcher 'random' never ends"),

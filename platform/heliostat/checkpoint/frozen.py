@@ -16,9 +16,9 @@ import torch.distributed as dist
 
 from heliostat.checkpoint import checksums
 from heliostat.checkpoint.agreement import together
+from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.checkpoint.layout import FROZEN, INDEX, Checkpoint
 from heliostat.storage import Location
-from heliostat.train.worker.zero_state import FlatShard
 
 PIECE = 64 * checksums.BLOCK  # bytes on their way from the device at a time
 

@@ -40,6 +40,7 @@ INDEX = "checkpoint.json"
 FORMAT = 3
 READABLE = (2, 3)  # 2 had no frozen parameters
 FROZEN = "frozen"  # what their tensors' names begin with
+EMA = "ema"  # what the names of the weights' averages begin with
 READ_THREADS = 8
 PIECE = 64 * checksums.BLOCK  # what is in memory of a tensor that is read as a stream
 

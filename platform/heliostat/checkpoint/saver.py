@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 
 from heliostat.checkpoint import checksums, safetensors_file
 from heliostat.checkpoint.agreement import together
+from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.checkpoint.frozen import Keeper
 from heliostat.checkpoint.layout import FORMAT, FROZEN, INDEX, Checkpoint, encode, folder, latest, open_checkpoint, steps
 from heliostat.checkpoint.retention import Pruner
@@ -41,7 +42,6 @@ from heliostat.config import spec
 from heliostat.errors import CheckpointError, ConfigError, HeliostatError
 from heliostat.lease import Fence
 from heliostat.storage import Location
-from heliostat.train.worker.zero_state import FlatShard
 
 __all__ = ["Checkpoint", "Saver", "folder", "latest", "load", "open_checkpoint", "steps"]
 

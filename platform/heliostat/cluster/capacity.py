@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from heliostat.config.spec import Workers
+from heliostat.errors import ConfigError
 
 Resources = Mapping[str, float]  # of a node: CPU, GPU
 FETCHING = 1.0  # CPUs that a data task needs, on one node
@@ -34,6 +35,19 @@ def room(workers: Workers, free: Mapping[str, Resources], held: Mapping[str, int
 def starved(workers: Workers, cpus: Mapping[str, float], held: Mapping[str, int]) -> bool:
     """Whether the workers leave none of the nodes that may read data the CPU for it. `cpus`: by node, whoever uses them."""
     return all(total - held.get(n, 0) * workers.cpus < FETCHING - 1e-6 for n, total in cpus.items())
+
+
+def require_gpus(wanted: float) -> int:
+    """How many GPUs this machine has; ConfigError if it has fewer than the workers ask for together."""
+    import torch
+
+    if (found := torch.cuda.device_count()) >= wanted:
+        return found
+    have = f"{found} that can be used" if found else "none that can be used"
+    raise ConfigError(
+        f"workers.gpus: the workers ask for {wanted:g} GPUs, but this machine has {have}, and no cluster is named; use "
+        "`heliostat submit`, name the cluster's file with `heliostat check --cluster`, or lower workers.gpus or workers.count"
+    )
 
 
 def missing(

@@ -20,8 +20,8 @@ from typing import Any
 import psutil
 import ray
 
-from heliostat.check import require_gpus
 from heliostat.cluster import private, start
+from heliostat.cluster.capacity import require_gpus
 from heliostat.config import workspace
 
 log = logging.getLogger(__name__)

@@ -1,8 +1,9 @@
-"""The workspace: the folder with jobs/, pipelines/ and clusters/ that a team edits, and how its code is imported.
+"""The workspace: the folder with jobs/, pipelines/ and clusters/ that a team edits, and how code is imported by name.
 
-It is the current folder. A job or pipeline names its code by import path, `heliostat.recipes.text.causal_lm:CausalLM`, found from there. What a
-model's or a run's own record names is only imported from installed packages and from the workspace's own folders: code that
-came with the model is never run.
+It is the current folder. A job or pipeline names its code by import path, `package.module:Class`: the package's own
+(`heliostat.recipes:CausalLM`), or the workspace's (`jobs.mine:Recipe`, found from here). What a model's or a run's
+own record names is only imported from installed packages and from the workspace's own folders: code that came with the model is
+never run.
 """
 
 from __future__ import annotations
@@ -20,6 +21,13 @@ from heliostat.errors import ConfigError
 from heliostat.text import brief
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+BUILT_IN = {  # where the recipes and pipelines of the package are, by the modules that they had when they lay in the workspace
+    "jobs.causal_lm": "heliostat.recipes",
+    "jobs.text_to_image": "heliostat.recipes",
+    "jobs.autoencoder": "heliostat.recipes",
+    "pipelines.text": "heliostat.pipelines",
+    "pipelines.images": "heliostat.pipelines",
+}
 MODEL_FILES = ("heliostat.json", "model_index.json")  # one of them makes a folder a model's
 
 
@@ -46,6 +54,8 @@ def import_path(field: str, path: str, record: Path | None = None) -> Any:
         raise ConfigError(f"{field}: {path!r} must look like package.module:Class")
     if str(root()) not in sys.path:
         sys.path.insert(0, str(root()))
+    if module_name in BUILT_IN and not _there(module_name):
+        module_name = BUILT_IN[module_name]
     if record is not None:
         _refuse_foreign(field, module_name, record)
     try:
@@ -53,12 +63,14 @@ def import_path(field: str, path: str, record: Path | None = None) -> Any:
     except ModuleNotFoundError as e:
         if e.name and (module_name == e.name or module_name.startswith(e.name + ".")):
             here = [f"{f}.{p.stem}" for f in ("jobs", "pipelines") for p in (root() / f).glob("*.py")]
-            raise ConfigError(f"{field}: no module {module_name!r} in {root()}{nearest(module_name, here)}") from e
+            near = nearest(module_name, [*here, *BUILT_IN, "heliostat.recipes", "heliostat.pipelines"])
+            raise ConfigError(f"{field}: no module {module_name!r} in {root()}{near}") from e
         raise ConfigError(f"{field}: {module_name} needs the module {e.name!r}, which is not installed") from e
     except Exception as e:  # whatever the module does as it is imported; --verbose shows where
         raise ConfigError(f"{field}: {module_name} cannot be imported ({type(e).__name__}: {brief(e)})") from e
     if not hasattr(module, attribute):
-        names = [n for n, o in vars(module).items() if isinstance(o, type) and o.__module__ == module_name]
+        own = [n for n, o in vars(module).items() if isinstance(o, type) and o.__module__ == module_name]
+        names = list(getattr(module, "__all__", own))
         raise ConfigError(f"{field}: {module_name} has no {attribute!r}{nearest(attribute, names)}")
     return getattr(module, attribute)
 
@@ -72,6 +84,11 @@ def _refuse_foreign(field: str, module_name: str, record: Path) -> None:
                     f"{field}: {module_name!r} is code in the folder of a model or run ({way}), which is not run; only that of "
                     "installed packages and of the workspace's own folders is. If you trust it, copy it to jobs/, and name it so"
                 )
+
+
+def _there(module_name: str) -> bool:
+    """Whether a module of a package can be found, without importing either."""
+    return len(_places(module_name)) > len(_places(module_name.rpartition(".")[0]))
 
 
 def _places(module_name: str) -> list[Path]:

@@ -17,13 +17,13 @@ import torch
 
 from heliostat.checkpoint import safetensors_file
 from heliostat.checkpoint.checksums import as_bytes, cut
-from heliostat.checkpoint.layout import FROZEN, Checkpoint
+from heliostat.checkpoint.layout import EMA, FROZEN, Checkpoint
 from heliostat.config.spec import Job
 from heliostat.data.dataset import open_dataset
 from heliostat.errors import CheckpointError, ConfigError, naming
 from heliostat.recipes import exported
+from heliostat.recipes.loading import load
 from heliostat.recipes.protocol import Recipe
-from heliostat.train.worker.ema import KEY as EMA
 
 log = logging.getLogger(__name__)
 
@@ -33,11 +33,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def recipe_of(checkpoint: Checkpoint) -> tuple[Job, Recipe]:
     """The job and the bound recipe that made a checkpoint, from its own record."""
-    from heliostat.train.worker.loop import make_recipe
 
     job, place = checkpoint.job, checkpoint.location
     with naming(place):
-        return job, make_recipe(job, open_dataset(checkpoint.plan), None if place.is_s3 else Path(place.path).parents[1])
+        return job, load(job, open_dataset(checkpoint.plan).sources, None if place.is_s3 else Path(place.path).parents[1])
 
 
 def export(checkpoint: Checkpoint, folder: Path, run_id: str | None = None) -> Recipe:

@@ -1,0 +1,15 @@
+"""How data gets ready: `pipeline: heliostat.pipelines:NAME` in a pipeline file."""
+
+from typing import TYPE_CHECKING
+
+from heliostat import lazy
+
+if TYPE_CHECKING:
+    from heliostat.pipelines.images.pipeline import ImagePipeline
+    from heliostat.pipelines.text.pipeline import TextPipeline
+
+__all__ = ["ImagePipeline", "TextPipeline"]
+__getattr__, __dir__ = lazy.names(
+    __name__,
+    {"ImagePipeline": "heliostat.pipelines.images.pipeline", "TextPipeline": "heliostat.pipelines.text.pipeline"},
+)

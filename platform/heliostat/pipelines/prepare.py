@@ -1,6 +1,6 @@
 """`heliostat prepare PIPELINE.yaml`: raw data to shards and a manifest, once; a rerun with nothing new does nothing.
 
-A pipeline is a class named by the YAML's `pipeline` key (`heliostat.pipelines.text.pipeline:TextPipeline`). It subclasses `Pipeline`, which
+A pipeline is a class named by the YAML's `pipeline` key (`heliostat.pipelines:TextPipeline`). It subclasses `Pipeline`, which
 is the schema of the YAML's other keys, and says what it reads and how it writes. What holds here for every pipeline:
 
 - everything cheap is checked before Ray starts: the keys, the inputs, the output's store;
@@ -99,9 +99,7 @@ def load(path: Path, settings: list[str]) -> tuple[str, Pipeline]:
     raw = apply(read_yaml(path), settings)
     target = raw.pop("pipeline", None)
     if not isinstance(target, str):
-        raise ConfigError(
-            f"{path}: pipeline: {target!r} must name a class, such as heliostat.pipelines.text.pipeline:TextPipeline"
-        )
+        raise ConfigError(f"{path}: pipeline: {target!r} must name a class, such as heliostat.pipelines:TextPipeline")
     cls = workspace.import_path(f"{path}: pipeline", target)
     if not (isinstance(cls, type) and issubclass(cls, Pipeline)):
         raise ConfigError(f"{path}: pipeline: {target!r} must be a subclass of heliostat.prepare.Pipeline")

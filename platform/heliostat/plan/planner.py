@@ -17,13 +17,13 @@ import torch
 
 from heliostat import check
 from heliostat.cluster import cluster_file
+from heliostat.cluster import pools as room
 from heliostat.cluster.cluster_file import ClusterFile
 from heliostat.config import spec
 from heliostat.config.spec import Job
 from heliostat.data import collection, manifest
 from heliostat.errors import ConfigError, DataError, StorageError
 from heliostat.plan import failures, hardware, memory, step_time
-from heliostat.plan import pools as room
 from heliostat.plan.hardware import GIB, Device
 from heliostat.plan.model_stats import Activations, Census, activations, build, census
 from heliostat.recipes.protocol import Recipe

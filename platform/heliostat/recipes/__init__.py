@@ -1,0 +1,20 @@
+"""What can be trained: `recipe: heliostat.recipes:NAME` in a job file. `protocol` says what a recipe is."""
+
+from typing import TYPE_CHECKING
+
+from heliostat import lazy
+
+if TYPE_CHECKING:
+    from heliostat.recipes.images.autoencoder import Autoencoder
+    from heliostat.recipes.images.text_to_image import TextToImage
+    from heliostat.recipes.text.causal_lm import CausalLM
+
+__all__ = ["Autoencoder", "CausalLM", "TextToImage"]
+__getattr__, __dir__ = lazy.names(
+    __name__,
+    {
+        "Autoencoder": "heliostat.recipes.images.autoencoder",
+        "CausalLM": "heliostat.recipes.text.causal_lm",
+        "TextToImage": "heliostat.recipes.images.text_to_image",
+    },
+)

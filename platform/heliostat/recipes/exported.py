@@ -20,7 +20,7 @@ from heliostat.records import Format, Whole, open_
 from heliostat.text import brief, printable
 
 RECORD = "heliostat.json"
-LANGUAGE_MODEL = "heliostat.recipes.text.causal_lm:CausalLM"
+LANGUAGE_MODEL = "heliostat.recipes:CausalLM"
 
 
 @open_

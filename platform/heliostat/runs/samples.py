@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from heliostat.checkpoint import layout
-from heliostat.config import workspace
 from heliostat.data.content import part
 from heliostat.data.dataset import Dataset, open_dataset
 from heliostat.errors import ConfigError
+from heliostat.recipes.loading import load
 from heliostat.recipes.protocol import Recipe
 from heliostat.runs.history import History
 from heliostat.storage import Location
@@ -58,6 +58,4 @@ def _recipe(run: Location, data: Dataset) -> Recipe:
     if found is None:
         raise ConfigError(f"{run}: holds no complete checkpoint, so its recipe is not known")
     job = found.job
-    recipe: Recipe = workspace.import_path("recipe", job.recipe, None if run.is_s3 else Path(run.path))(job)
-    recipe.bind(data.sources)
-    return recipe
+    return load(job, data.sources, None if run.is_s3 else Path(run.path))

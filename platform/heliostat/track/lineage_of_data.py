@@ -28,8 +28,9 @@ class Seen:
             inherited = self._inherited(run, shard, digest, DEPTH)
             if samples or inherited:
                 models = [f"models:/{v.name}/{v.version}" for v in versions(self.client, run_id)]
-                rows.append({"run_id": run_id, "name": run.data.tags[mlflow_client.NAME], "status": run.info.status, "samples": samples,
-                             "inherited": inherited, "models": models})  # fmt: skip
+                name, status = run.data.tags[mlflow_client.NAME], run.info.status
+                row = {"run_id": run_id, "name": name, "status": status, "samples": samples}
+                rows.append({**row, "inherited": inherited, "models": models})
         return rows
 
     def _inherited(self, run: Any, shard: str | None, digest: str | None, depth: int) -> list[str]:

@@ -19,26 +19,22 @@ from collections import deque
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NotRequired
-
-from typing_extensions import TypedDict
+from typing import Any
 
 from heliostat.cluster import source_code
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.data.split import NEWEST
 from heliostat.errors import HeliostatError, TrackingError
-from heliostat.records import Format, open_
 from heliostat.runs import goodput
-from heliostat.storage import Location
+from heliostat.runs.mlflow_id import RECORD, TOKEN, record
 from heliostat.track import local_curves, mlflow_client, outbox
 from heliostat.track.metrics import SPIKE, Point, points
 from heliostat.track.run_facts import Record, read_json
 
 log = logging.getLogger(__name__)
 
-RECORD, SAMPLES = "run.json", "samples.json"
-TOKEN = "heliostat.token"  # tag: by it a run is found that was made by a driver which died before it wrote the run's id down
+SAMPLES = "samples.json"
 PACKAGES = ("heliostat", "ray", "torch", "deepspeed", "transformers", "diffusers", "pyarrow", "mlflow", "numpy")
 AWAY_S = 120.0  # how long the end of a command waits for an MLflow that does not answer
 IMAGES = 500  # that wait for MLflow; with more the oldest go
@@ -51,26 +47,6 @@ CLIENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # standard output is for results
 }
-
-
-@open_
-class Made(TypedDict):
-    """`run_id` is there as soon as MLflow has the run."""
-
-    token: str
-    uri: str
-    run_id: NotRequired[str]
-
-
-MADE = Format(Made, "record of a run", fix="delete it, and the run goes on as another one in MLflow")
-
-
-def record(run: Location) -> dict[str, Any]:
-    """What the run's folder knows of its MLflow run; empty for a new run."""
-    try:
-        return dict(MADE.read(run.join(RECORD)))
-    except FileNotFoundError:
-        return {}
 
 
 class RunOwner:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from heliostat.errors import ConfigError, TrackingError
+from heliostat.runs.mlflow_id import record
 from heliostat.text import brief
 from heliostat.track.metrics import Point
 
@@ -93,7 +94,6 @@ def find(client: Any, run: str, uri: str) -> Any:
     from mlflow.exceptions import MlflowException
 
     from heliostat.storage import Location
-    from heliostat.track.logger import record
 
     run_id = run if re.fullmatch(r"[0-9a-f]{32}", run) else record(Location(run)).get("run_id")
     if run_id is None:

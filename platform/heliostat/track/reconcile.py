@@ -15,9 +15,9 @@ from heliostat.config.schema import validate
 from heliostat.config.spec import Job
 from heliostat.errors import HeliostatError
 from heliostat.runs import goodput, liveness, summary
+from heliostat.runs.mlflow_id import TOKEN, record
 from heliostat.storage import Location
 from heliostat.track import local_curves, mlflow_client, outbox
-from heliostat.track.logger import TOKEN, record
 from heliostat.track.outbox import Outbox
 from heliostat.track.run_facts import Record, read_json
 

@@ -42,9 +42,10 @@ from heliostat.runs import goodput, liveness, segments
 from heliostat.runs import summary as endings
 from heliostat.track import outbox
 from heliostat.track.logger import RunOwner
-from heliostat.train.driver.recovery import INTERRUPTED, RUN, STOPS, Budget, choose, classify
+from heliostat.train.driver.recovery import Budget, choose, classify
 from heliostat.train.driver.signals import Signals
 from heliostat.train.pauses import Holds
+from heliostat.train.stop_codes import INTERRUPTED, RUN, STOPS
 from heliostat.train.time_ledger import Recorder
 
 if TYPE_CHECKING:  # with torch, which takes a second

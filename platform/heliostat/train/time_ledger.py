@@ -1,4 +1,4 @@
-"""Measuring where time goes: `Ledger` on a worker's side, `Recorder` on the driver's. What the parts mean: `heliostat.runs.goodput`.
+"""Measuring where time goes: `Ledger` on a worker's side, `Recorder` on the driver's. What the parts mean: `runs.goodput`.
 
 A worker's ledger is always in one part, and one clock reading ends a part and begins the next, so the parts add up to the
 worker's time exactly. Rank 0's totals travel with its events, so a lost event loses nothing. The loop's time at the engine is

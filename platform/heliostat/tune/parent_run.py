@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from heliostat.errors import TrackingError
+from heliostat.runs.mlflow_id import record
 from heliostat.storage import Location
 from heliostat.text import brief
-from heliostat.track.logger import CLIENT, record
+from heliostat.track.logger import CLIENT
 from heliostat.track.run_facts import flatten
 from heliostat.tune import report
 from heliostat.tune.sweep import Plan

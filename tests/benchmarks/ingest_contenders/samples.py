@@ -23,9 +23,9 @@ from PIL import Image
 
 from ingest_contenders.task import FILES, touch
 
-GROUPS = 2  # row groups of a Parquet file: 4 MiB each, about the million tokens that platform/heliostat/pipelines/text/pipeline.py writes
+GROUPS = 2  # row groups of a Parquet file: 4 MiB each, about the million tokens that the text pipeline writes
 VOCABULARY = 50_000
-# without nulls, as platform/heliostat/pipelines/text/pipeline.py writes it: reading takes a quarter less CPU time than with them allowed
+# without nulls, as the text pipeline writes it: reading takes a quarter less CPU time than with them allowed
 TOKENS = pa.field("tokens", pa.list_(pa.field("element", pa.int32(), nullable=False)), nullable=False)
 WORDS = ["small", "big", "red", "green", "blue", "old", "new", "round", "square", "cat", "house", "tree", "ship", "star"]
 

@@ -1,6 +1,6 @@
 """An AutoencoderKL of `diffusers`, trained on the datasets of text to image: latent diffusion from nothing, without downloads.
 
-    recipe: heliostat.recipes.images.autoencoder:Autoencoder
+    recipe: heliostat.recipes:Autoencoder
     model: {block_out_channels: [32, 64], latent_channels: 4, kl_weight: 1.0e-6, ...}      # any key of AutoencoderKL; or
     model: {pretrained: FOLDER, kl_weight: 1.0e-6}
 

@@ -1,15 +1,15 @@
 """Text to image by diffusion or flow matching, in pixels or latents, with the backbones of `diffusers`.
 
-    recipe: heliostat.recipes.images.text_to_image:TextToImage
+    recipe: heliostat.recipes:TextToImage
     model:
       backbone: {arch: unet, block_out_channels: [64, 128], ...}      # or pixart, sd3; or {pretrained: FOLDER}
       text: {hidden_size: 128, length: 24}                            # trained with it; or {pretrained: FOLDER}: frozen
       autoencoder: {pretrained: FOLDER}                               # latents of this frozen AutoencoderKL; none: pixels
-      objective: {prediction: v, zero_terminal_snr: true}             # see jobs.noising
+      objective: {prediction: v, zero_terminal_snr: true}             # see `noising`
       samples: {prompts: [...]}                                       # drawn after every evaluation
 
 A sample's loss is the mean squared error of what the network says, weighted by the objective. Its noise, timestep and caption
-dropout belong to the sample and the step (`heliostat.recipes.images.rows`), so they are the same on any number of workers. Held-out scores are
+dropout belong to the sample and the step (`rows`), so they are the same on any number of workers. Held-out scores are
 on noise and timesteps that never change: `loss`, and `loss_t0` to `loss_t3` by quarter of the noise's strength.
 """
 

@@ -1,6 +1,6 @@
 """Next-token prediction with any causal language model that `transformers` can build.
 
-    recipe: heliostat.recipes.text.causal_lm:CausalLM
+    recipe: heliostat.recipes:CausalLM
     model: {arch: llama, hidden_size: 256, ...}        # from a configuration: any key of that architecture's config class
     model: {pretrained: /models/llama-3-8b}            # from a folder in Hugging Face's format: weights and tokenizer must match
 

@@ -40,9 +40,10 @@ from heliostat.lease import Fence
 from heliostat.train import mailbox
 from heliostat.train.driver import rendezvous, stack_dumps
 from heliostat.train.driver.placement import Placing
-from heliostat.train.driver.recovery import INTERRUPTED, PREEMPTED, RESIZE, choose, stalled
+from heliostat.train.driver.recovery import choose, stalled
 from heliostat.train.driver.signals import Signals
 from heliostat.train.pauses import Holds
+from heliostat.train.stop_codes import INTERRUPTED, PREEMPTED, RESIZE
 
 log = logging.getLogger(__name__)
 

@@ -26,11 +26,6 @@ from heliostat.errors import (
     WorkerError,
 )
 
-# Codes of a stop that the workers agree on; the highest wins.
-RUN, RESIZE, PREEMPTED, INTERRUPTED = 0, 1, 2, 3
-FAILED = 4  # a save failed on some worker: all raise its error
-STOPS = {RESIZE: "resize", PREEMPTED: "preempted", INTERRUPTED: "interrupted"}
-
 Kind = Literal["final", "corrupt", "spike", "failure", "queued"]
 
 

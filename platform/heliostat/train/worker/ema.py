@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 
+from heliostat.checkpoint.flat_shard import FlatShard
+from heliostat.checkpoint.layout import EMA
 from heliostat.train.worker import zero_state
-from heliostat.train.worker.zero_state import FlatShard
-
-KEY = "ema"
 
 
 class Ema:
@@ -34,7 +33,7 @@ class Ema:
         """This rank's slices, as views, beside those of `fragments.state`."""
         shards = (zero_state.share(FlatShard(self._averages[n], s.start, s.shape[0]), self.engine, whole)
                   for n, s in self._masters.items())  # fmt: skip
-        return {f"{KEY}.{n}": shard for n, shard in zip(self._masters, shards, strict=True)}
+        return {f"{EMA}.{n}": shard for n, shard in zip(self._masters, shards, strict=True)}
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -19,8 +19,8 @@ import ray
 import torch
 import torch.distributed as dist
 
-from heliostat.train.driver.recovery import PREEMPTED, RUN
 from heliostat.train.mailbox import interval
+from heliostat.train.stop_codes import PREEMPTED, RUN
 
 log = logging.getLogger(__name__)
 

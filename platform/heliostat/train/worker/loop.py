@@ -14,7 +14,6 @@ import math
 import time
 from contextlib import nullcontext
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,17 +22,17 @@ import torch
 import torch.distributed as dist
 
 from heliostat.checkpoint import saver as checkpoint
-from heliostat.config import workspace
 from heliostat.config.spec import Job
 from heliostat.data import content, receipt, stream
-from heliostat.data.dataset import DataPlan, Dataset, open_dataset
+from heliostat.data.dataset import DataPlan, open_dataset
 from heliostat.errors import LossSpikeError, NonFiniteError
 from heliostat.lease import Fence
-from heliostat.recipes.protocol import Batch, Recipe
+from heliostat.recipes.loading import load as load_recipe
+from heliostat.recipes.protocol import Batch
 from heliostat.storage import Location
 from heliostat.track import local_curves
-from heliostat.train.driver.recovery import FAILED, RESIZE, RUN
 from heliostat.train.mailbox import queued_s
+from heliostat.train.stop_codes import FAILED, RESIZE, RUN
 from heliostat.train.time_ledger import Ledger, peak_flops
 from heliostat.train.worker import bad_samples as quarantine
 from heliostat.train.worker import deepspeed_engine, zero_state
@@ -85,7 +84,7 @@ class Worker:
         self.dataset = open_dataset(self.plan)
         part = config["parts"][self.rank]
         self.samples = stream.iterate(part, self.plan, self.dataset.order, self.rank, self.world, self.start_step)
-        self.recipe = make_recipe(self.job, self.dataset)
+        self.recipe = load_recipe(self.job, self.dataset.sources)
         self.engine = deepspeed_engine.build_engine(self.job, self.recipe)
         zero_state.make_room(self.engine)
         self.saver.follow(zero_state.inner_optimizer(self.engine))
@@ -436,13 +435,6 @@ def _nodes() -> int:
     """How many nodes the workers are on, if all have as many as this one."""
     context = ray.train.get_context()
     return max(1, round(context.get_world_size() / context.get_local_world_size()))
-
-
-def make_recipe(job: Job, dataset: Dataset, record: Path | None = None) -> Recipe:
-    """`record`: the run's folder, if the job is what its record says."""
-    recipe: Recipe = workspace.import_path("recipe", job.recipe, record)(job)
-    recipe.bind(dataset.sources)
-    return recipe
 
 
 class BatchPlan:

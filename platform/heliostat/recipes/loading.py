@@ -1,0 +1,26 @@
+"""Loads the recipe that a job names, bound to its datasets: the one way from `recipe: package.module:Class` to an object."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from heliostat.config import workspace
+from heliostat.config.spec import Job
+from heliostat.data.manifest import Manifest
+from heliostat.errors import ConfigError
+from heliostat.recipes.protocol import Recipe
+
+
+def recipe_class(job: Job, record: Path | None = None) -> type[Recipe]:
+    """The class; ConfigError if there is none. `record`: the run's folder, if the job is what its record says."""
+    kind = workspace.import_path("recipe", job.recipe, record)
+    if not isinstance(kind, type):
+        raise ConfigError(f"recipe: {job.recipe!r} is not a class")
+    return kind
+
+
+def load(job: Job, sources: list[Manifest], record: Path | None = None) -> Recipe:
+    """A recipe that knows its datasets; ConfigError if they do not fit the model."""
+    recipe = recipe_class(job, record)(job)
+    recipe.bind(sources)
+    return recipe

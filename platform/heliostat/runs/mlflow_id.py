@@ -1,0 +1,33 @@
+"""Which MLflow run a run is: `run.json` in its folder, written before MLflow is asked, so that there is never a second one."""
+
+from __future__ import annotations
+
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
+
+from heliostat.records import Format, open_
+from heliostat.storage import Location
+
+RECORD = "run.json"
+TOKEN = "heliostat.token"  # tag: by it a run is found that was made by a driver which died before it wrote the run's id down
+
+
+@open_
+class Made(TypedDict):
+    """`run_id` is there as soon as MLflow has the run."""
+
+    token: str
+    uri: str
+    run_id: NotRequired[str]
+
+
+MADE = Format(Made, "record of a run", fix="delete it, and the run goes on as another one in MLflow")
+
+
+def record(run: Location) -> dict[str, Any]:
+    """What the run's folder knows of its MLflow run; empty for a new run."""
+    try:
+        return dict(MADE.read(run.join(RECORD)))
+    except FileNotFoundError:
+        return {}
