@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from statistics import median
 
+from heliostat.events import ModelPhase, Steps
 from heliostat.storage import Location
 from heliostat.train.time_ledger import Ledger, Recorder
 
@@ -45,10 +46,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         recorder = Recorder(Location(folder), time.time(), 0, 2)
         facts = {"queued_s": 0.0, "start_step": 0, "workers": 2, "ledger": ledger.totals()}
-        recorder.event({"kind": "phase", "phase": "model", "at": time.time(), **facts})
+        recorder.event(ModelPhase(**facts))
 
         def report(i: int) -> None:
-            recorder.event({"kind": "steps", "first": i, "loss": [0.0], "ledger": ledger.totals(), "at": time.time()})
+            recorder.event(Steps(first=i, loss=[0.0], grad_norm=[0.0], lr=[0.0], seconds=1.0, ledger=ledger.totals()))
 
         each, all_told = microseconds(step, steps), microseconds(report, steps // 10)
         recorder.close("finished")

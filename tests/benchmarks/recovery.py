@@ -29,6 +29,7 @@ from typing import Any
 
 import psutil
 from heliostat.chaos.process import workers
+from heliostat.events import Event, Phase, Steps
 from heliostat.train import run
 from heliostat.train.driver import attempt, placement, progress
 
@@ -49,11 +50,11 @@ class Watching(placement.Placing):
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
         if worker_group_status.errors:
-            self._board.post.remote({"kind": "phase", "phase": "seen", "at": time.time()})
+            self._board.post.remote(Phase(phase="seen"))
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         super().after_worker_group_start(worker_group)
-        self._board.post.remote({"kind": "phase", "phase": "started", "at": time.time()})
+        self._board.post.remote(Phase(phase="started"))
 
 
 class Recording(progress.Show):
@@ -61,11 +62,11 @@ class Recording(progress.Show):
 
     events: list[tuple[str, float, int]] = []
 
-    def event(self, event: dict[str, Any]) -> None:
-        if event["kind"] == "phase":
-            self.events.append((event["phase"], event["at"], 0))
-        elif event["kind"] == "steps":
-            self.events.append(("made", event["at"], event["first"] + len(event["loss"])))
+    def event(self, event: Event) -> None:
+        if isinstance(event, Phase):
+            self.events.append((event.phase, event.at, 0))
+        elif isinstance(event, Steps):
+            self.events.append(("made", event.at, event.done))
         super().event(event)
 
     def note(self, text: str) -> None:

@@ -17,11 +17,11 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from heliostat.chaos.servers import Server, mlflow_server
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
+from heliostat.events import Steps
 from heliostat.runs.goodput import PARTS
 from heliostat.track.logger import RunOwner
 from mlflow import MlflowClient
@@ -48,11 +48,10 @@ class Unlogged(RunOwner):
         self.job.data.sources.clear()
 
 
-def event(first: int, count: int) -> dict[str, Any]:
+def event(first: int, count: int) -> Steps:
     values = [5.0 / (first + i + 1) for i in range(count)]
-    return {"kind": "steps", "first": first, "loss": values, "lr": values, "grad_norm": values, "seconds": count / RATE,
-            "tokens_per_second": 1e4, "data_wait": 0.0, "mfu": None, "bad_samples": 0,
-            "sources": {"data": {"tokens": 1.0, "samples": 1.0, "epochs": 0.1}}, "at": time.time()}  # fmt: skip
+    return Steps(first=first, loss=values, lr=values, grad_norm=values, seconds=count / RATE, tokens_per_second=1e4,
+                 data_wait=0.0, bad_samples=0, sources={"data": {"tokens": 1.0, "samples": 1.0, "epochs": 0.1}})  # fmt: skip
 
 
 def finish(owner: RunOwner, steps: int) -> None:

@@ -10,6 +10,7 @@ import pytest
 from heliostat.chaos.servers import Server, mlflow_server
 from heliostat.check import check
 from heliostat.errors import TrackingError
+from heliostat.events import Steps
 from heliostat.runs.goodput import PARTS
 from heliostat.storage import Location
 from heliostat.track import logger as tracking_run
@@ -38,10 +39,9 @@ def owner_of(server: Server, job_file, monkeypatch):
     return lambda: RunOwner(checked.job, checked.manifests), checked.job.run_folder
 
 
-def steps(first: int, last: int) -> dict[str, Any]:
+def steps(first: int, last: int) -> Steps:
     values = [s / 10 for s in range(first, last)]
-    return {"kind": "steps", "first": first - 1, "loss": values, "lr": values, "grad_norm": values, "seconds": 1.0,
-            "sources": {}, "at": time.time()}  # fmt: skip
+    return Steps(first=first - 1, loss=values, lr=values, grad_norm=values, seconds=1.0)
 
 
 def ended(first: int, last: int) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from heliostat.cluster import local, source_code
 from heliostat.cluster import review as cluster_check
 from heliostat.data import index, manifest
 from heliostat.data.dataset import open_dataset
+from heliostat.events import Saved, Spike
 from heliostat.inference import generate
 from heliostat.inference.evaluate import evaluate
 from heliostat.inference.export import recipe_of
@@ -249,10 +250,10 @@ def ledgers(folder: Path) -> Target:
 
 def curve_files(folder: Path) -> Target:
     place = Location(str(folder / "run"))
-    local_curves.write(place, 10, [{**event(1, 6), "sources": {"a": {"samples": 2.0}}, "mfu": None}, event(6, 11), score(10)])
-    spike = {"kind": "spike", "step": 13, "loss": 9.0, "usual": 1.0, "limit": 4.0, "action": "warn", "at": 1e9}
-    more = {**event(11, 21), "added": {"router_loss": [0.5] * 10}}
-    local_curves.write(place, 20, [more, spike, {"kind": "checkpoint", "step": 20, "blocked_s": 0.1, "at": 1e9}, score(20)])
+    local_curves.write(place, 10, [event(1, 6, sources={"a": {"samples": 2.0}}), event(6, 11), score(10)])
+    spike = Spike(step=13, loss=9.0, usual=1.0, limit=4.0, at=1e9)
+    more = event(11, 21, added={"router_loss": [0.5] * 10})
+    local_curves.write(place, 20, [more, spike, Saved(step=20, blocked_s=0.1, at=1e9), score(20)])
 
     def read(copied: Path) -> None:
         local_curves.missing(Location(str(copied / "run")), {})

@@ -3,10 +3,10 @@
 import random
 import time
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from heliostat.config import spec
+from heliostat.events import Event, NodeSample, Notice, Stack
 from heliostat.train import mailbox
 from heliostat.train.driver import attempt, stack_dumps
 from heliostat.train.driver.signals import Signals
@@ -43,13 +43,13 @@ def test_every_worker_that_lives_is_asked_for_its_stacks_before_it_counts_as_fro
                     due[rank] = float("inf")
         for one in [a for a in answers if a[0] <= clock.now]:
             answers.remove(one)
-            state.post({"kind": "stack", "rank": one[1], "stack": "in all_reduce"})
+            state.post(Stack(rank=one[1], stack="in all_reduce"))
 
     state.order(dump=True)
-    state.post({"kind": "steps", "first": 3})
-    others = list[dict[str, Any]]()
+    state.post(Notice(text="others"))
+    others = list[Event]()
     found = stack_dumps.collect(workers, lambda: state.drain()[0], others.append, clock, sleep)
-    assert set(found) == set(range(workers)) - frozen and [e["kind"] for e in others] == ["steps"]
+    assert set(found) == set(range(workers)) - frozen and [type(e) for e in others] == [Notice]
     told = stack_dumps.text(found, workers)
     assert told.splitlines()[0].endswith("frozen, or dead: worker " + ", ".join(str(r) for r in sorted(frozen)))
 
@@ -90,10 +90,10 @@ def test_what_many_nodes_are_busy_with_crowds_no_loss_out_and_what_is_lost_is_co
     monkeypatch.setattr(mailbox, "SYSTEM_LIMIT", 5)
     state = mailbox.State()
     for step in range(12):
-        state.post({"kind": "steps", "first": step})
+        state.post(Notice(text=str(step)))
         for node in range(64):
-            state.post({"kind": "system", "node": node})
+            state.post(NodeSample(node=str(node), values={}))
     events, _, lost = state.drain()
-    assert [e["first"] for e in events if e["kind"] == "steps"] == list(range(2, 12))
+    assert [e.text for e in events if isinstance(e, Notice)] == [str(step) for step in range(2, 12)]
     assert len(events) == 15 and lost == 2 + 12 * 64 - 5
     assert state.drain() == ([], {}, 0)

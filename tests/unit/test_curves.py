@@ -1,9 +1,12 @@
 """A checkpoint never gets ahead of the curves: what lies beside it fills what MLflow lacks, in order and once."""
 
+import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from heliostat.errors import DataError
+from heliostat.events import Evaluation, Spike, Steps
 from heliostat.runs import segments
 from heliostat.storage import Location
 from heliostat.track import local_curves
@@ -13,14 +16,14 @@ from heliostat.track.outbox import Outbox
 from tests.unit.test_outbox import Store, steps
 
 
-def event(first: int, end: int) -> dict[str, Any]:
+def event(first: int, end: int, **facts: Any) -> Steps:
     values = [s / 7 for s in range(first, end)]
-    return {"kind": "steps", "first": first - 1, "loss": values, "lr": values, "grad_norm": values, "seconds": 1.0, "at": 1e9,
-            "ledger": {"computing": 1.0}}  # fmt: skip
+    told = Steps(first=first - 1, loss=values, lr=values, grad_norm=values, seconds=1.0, at=1e9, ledger={"computing": 1.0})
+    return replace(told, **facts)
 
 
-def score(step: int) -> dict[str, Any]:
-    return {"kind": "evaluation", "step": step, "scores": {"loss": 1.0}, "at": 1e9, "images": {"x": b"PNG"}}
+def score(step: int) -> Evaluation:
+    return Evaluation(step=step, scores={"loss": 1.0}, at=1e9, images={"x": b"PNG"})
 
 
 @pytest.fixture
@@ -58,14 +61,27 @@ def test_a_killed_drivers_curves_are_whole_whatever_it_had_logged_and_kept(run, 
 
 def test_spikes_and_added_losses_are_curves_too(run):
     """What is told of a step beside its loss comes back from the run's folder, or is refused in a line."""
-    spike = {"kind": "spike", "step": 22, "loss": 9.0, "usual": 1.0, "limit": 4.0, "action": "warn", "at": 1e9}
-    local_curves.write(run, 30, [{**event(21, 31), "added": {"router_loss": [0.5] * 10}}, spike])
+    spike = Spike(step=22, loss=9.0, usual=1.0, limit=4.0, action="warn", at=1e9)
+    local_curves.write(run, 30, [event(21, 31, added={"router_loss": [0.5] * 10}), spike])
     found = local_curves.missing(run, {"train/loss": 20})
     assert [(p.value, p.step) for p in found if p.key == "train/spike"] == [(9.0, 22)]
     assert [p.step for p in found if p.key == "train/router_loss"] == list(range(21, 31))
-    local_curves.write(run, 30, [{**event(21, 31), "added": {"router_loss": [0.5] * 9}}])
+    local_curves.write(run, 30, [event(21, 31, added={"router_loss": [0.5] * 9})])
     with pytest.raises(DataError, match="not of as many steps"):
         local_curves.missing(run, {"train/loss": 20})
+
+
+def test_curves_of_earlier_versions_are_read(run):
+    """They lack what is newer, and hold what is no longer told; a kind of event that is not known is no curve."""
+    old = {"kind": "steps", "first": 20, "loss": [1.0], "lr": [0.1], "grad_norm": [2.0], "steps": 30, "seconds": 1.0, "at": 1e9,
+           "sources": {"a": {"samples": 8.0}}}  # fmt: skip
+    saved = {"kind": "checkpoint", "step": 21, "blocked_s": 0.5, "at": 1e9}
+    text = json.dumps([old, saved, {"kind": "held", "step": 21, "at": 1e9}])
+    run.join(local_curves.FOLDER, "step-00000021.json").write(text.encode())
+    assert [(p.key, p.value, p.step) for p in local_curves.missing(run, {"train/loss": 20})] == [
+        ("train/loss", 1.0, 21), ("train/lr", 0.1, 21), ("train/grad_norm", 2.0, 21), ("data/a/samples", 8.0, 21),
+        ("checkpoint/blocked_s", 0.5, 21),
+    ]  # fmt: skip
 
 
 def test_going_back_removes_the_curves_of_later_steps(run):

@@ -4,11 +4,13 @@ import dataclasses
 import json
 import random
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 from heliostat.cli import app
 from heliostat.errors import ConfigError
+from heliostat.events import Event, Goodput, ModelPhase, Phase, Saved, Steps
 from heliostat.runs import goodput
 from heliostat.runs.goodput import PARTS, Attempt, account, report, settle
 from heliostat.storage import Location
@@ -197,34 +199,34 @@ def test_a_late_report_of_workers_that_have_failed_is_not_the_next_attempts(tmp_
     recorder.close("failed")
 
 
-def _events(clock: float, start: int, saves: tuple[int, ...], until: int, ended: bool = False) -> list[dict]:
+def _events(clock: float, start: int, saves: tuple[int, ...], until: int, ended: bool = False) -> list[Event]:
     """What a worker posts: 1 s for its start, then 2 s of computing and half a second of waiting for data in a step."""
     seconds = {"starting": 0.0}
 
-    def event(kind: str, **facts) -> dict:
-        return {"kind": kind, **facts, "ledger": dict(seconds), "at": clock + sum(seconds.values())}
+    def event(kind: type[Event], **facts) -> Event:
+        return kind(**facts, ledger=dict(seconds), at=clock + sum(seconds.values()))
 
-    found = [event("phase", phase="model", queued_s=3.0, start_step=start, workers=2)]
+    found = [event(ModelPhase, queued_s=3.0, start_step=start, workers=2)]
     seconds["starting"] = 1.0
-    found.append(event("phase", phase="step"))
+    found.append(event(Phase, phase="step"))
     for step in range(start, until):
         seconds["computing"] = seconds.get("computing", 0.0) + 2.0
         seconds["data"] = seconds.get("data", 0.0) + 0.5
-        found.append(event("steps", first=step, loss=[0.0]))
+        found.append(event(Steps, first=step, loss=[0.0], grad_norm=[0.0], lr=[0.0], seconds=1.0))
         if step + 1 in saves:
             seconds["checkpoint"] = seconds.get("checkpoint", 0.0) + 0.25
-            found.append(event("checkpoint", step=step + 1))
-    return [*found, event("phase", phase="ended")] if ended else found
+            found.append(event(Saved, step=step + 1, blocked_s=0.0))
+    return [*found, event(Phase, phase="ended")] if ended else found
 
 
 def test_a_recorder_splits_a_command_with_a_restart_in_it_and_its_files_tell_the_same(tmp_path):
     run, now = Location(str(tmp_path)), time.time()
     recorder = Recorder(run, now - 100, 0, 2)
-    placing = {"kind": "phase", "phase": "placing"}
-    for event in [{**placing, "at": now - 95}, {**placing, "at": now - 90}, *_events(now - 85, 0, (2, 4), 5)]:
+    placing = partial(Phase, phase="placing")
+    for event in [placing(at=now - 95), placing(at=now - 90), *_events(now - 85, 0, (2, 4), 5)]:
         recorder.event(event)
     recorder.restart(now - 60)
-    for event in [{**placing, "at": now - 58}, *_events(now - 54, 4, (6,), 6, ended=True)]:
+    for event in [placing(at=now - 58), *_events(now - 54, 4, (6,), 6, ended=True)]:
         recorder.event(event)
     recorder.close("finished")
     found = goodput.read(run)
@@ -317,7 +319,7 @@ def test_a_run_without_a_ledger_is_one_clear_error(tmp_path):
 
 def test_mlflow_gets_every_part_and_the_fraction(tmp_path):
     found = report(History(3).attempts)
-    logged = points({"kind": "goodput", "report": found, "step": 7, "at": 1.0})
+    logged = points(Goodput(report=found, step=7, at=1.0))
     assert {key: value for key, value, _, _ in logged} == {
         "goodput/fraction": found["goodput"], "goodput/worker_hours": found["worker_hours"],
         **{f"goodput/{p}_s": s for p, s in found["parts"].items()},

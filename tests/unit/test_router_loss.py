@@ -1,12 +1,14 @@
 """Mixtures of experts: the router's loss is in the objective as transformers has it, and is told apart from the loss."""
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import transformers
 from heliostat.errors import ConfigError
+from heliostat.events import Steps
 from heliostat.track.metrics import points
 from heliostat.train.driver.progress import Show
 from heliostat.train.worker.objective import Objective
@@ -93,12 +95,11 @@ def test_a_dense_models_objective_is_bitwise_its_loss():
 
 
 def test_the_router_loss_is_a_curve_of_its_own_in_mlflow_and_at_the_terminal(caplog):
-    event = {"kind": "steps", "first": 4, "loss": [3.0, 2.0], "grad_norm": [1.0, 1.0], "lr": [0.1, 0.1], "seconds": 1.0,
-             "tokens_per_second": 9.0, "data_wait": 0.0, "sources": {}, "added": {"router_loss": [1.5, 1.25]}}  # fmt: skip
+    event = Steps(first=4, loss=[3.0, 2.0], grad_norm=[1.0, 1.0], lr=[0.1, 0.1], seconds=1.0, tokens_per_second=9.0,
+                  data_wait=0.0, added={"router_loss": [1.5, 1.25]})  # fmt: skip
     found = {(p.key, p.step): p.value for p in points(event)}
     assert (found["train/router_loss", 5], found["train/router_loss", 6], found["train/loss", 6]) == (1.5, 1.25, 2.0)
-    older = {k: v for k, v in event.items() if k != "added"}
-    assert not any(p.key == "train/router_loss" for p in points(older))
+    assert not any(p.key == "train/router_loss" for p in points(replace(event, added={})))
     caplog.set_level(logging.INFO, logger="heliostat")
     Show(Console(force_terminal=False), "run", 0, 10, "tokens").event(event)
     assert "loss 2.0000  router loss 1.2500  lr" in caplog.text

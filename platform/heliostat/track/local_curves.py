@@ -8,10 +8,11 @@ logs from there what MLflow lacks.
 from __future__ import annotations
 
 import json
-from typing import Any, NotRequired
+from typing import NotRequired
 
 from typing_extensions import TypedDict
 
+from heliostat import events
 from heliostat.records import Format, Number, Whole, open_
 from heliostat.runs.segments import step_of
 from heliostat.storage import Location
@@ -22,7 +23,7 @@ MARK = "train/loss"  # of every step: how far MLflow's curves go
 
 
 @open_
-class Event(TypedDict):
+class Recorded(TypedDict):
     kind: str
     at: Number
     step: NotRequired[Whole]
@@ -54,8 +55,8 @@ NEEDED = {
 }
 
 
-def _fault(events: list[Event]) -> str | None:
-    for number, event in enumerate(events):
+def _fault(read: list[Recorded]) -> str | None:
+    for number, event in enumerate(read):
         if missing := [key for key in NEEDED.get(event["kind"], ()) if key not in event]:
             return f"{number}: an event of kind {event['kind']!r} has no {missing[0]!r}"
         losses = event.get("loss")
@@ -68,13 +69,12 @@ def _fault(events: list[Event]) -> str | None:
     return None
 
 
-EVENTS = Format(list[Event], "list of a run's curves", check=_fault, fix="delete it to go without these steps' curves")
+EVENTS = Format(list[Recorded], "list of a run's curves", check=_fault, fix="delete it to go without these steps' curves")
 
 
-def write(run: Location, done: int, events: list[dict[str, Any]]) -> None:
+def write(run: Location, done: int, told: list[events.Event]) -> None:
     """The events of the steps up to `done` that no earlier file holds."""
-    kept = [{k: v for k, v in event.items() if k not in ("ledger", "images")} for event in events]
-    run.join(FOLDER, f"step-{done:08d}.json").write(json.dumps(kept).encode())
+    run.join(FOLDER, f"step-{done:08d}.json").write(json.dumps([events.dump(event) for event in told]).encode())
 
 
 def missing(run: Location, known: dict[str, int]) -> list[Point]:
@@ -83,5 +83,6 @@ def missing(run: Location, known: dict[str, int]) -> list[Point]:
     for name, _ in folder.files():
         if step_of(name) > last:
             for event in EVENTS.read(folder.join(name)):
-                out += points({"sources": {}, **event})
+                found = events.parse(dict(event))
+                out += points(found) if found else []
     return out

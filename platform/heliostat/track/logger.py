@@ -17,6 +17,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.data.split import NEWEST
 from heliostat.errors import HeliostatError, TrackingError
+from heliostat.events import AttemptStarted, Evaluation, Event, Goodput, Saved, Spike, Steps
 from heliostat.runs import goodput
 from heliostat.runs.mlflow_id import RECORD, TOKEN, record
 from heliostat.track import local_curves, mlflow_client, outbox
@@ -49,6 +51,16 @@ CLIENT = {
 }
 
 
+@dataclass(kw_only=True)
+class End(Event):
+    """The command's end, the last that is posted."""
+
+    status: str
+    reason: str
+    report: dict[str, Any]
+    tags: dict[str, str]
+
+
 class RunOwner:
     """Use: `owner = RunOwner(job, manifests)`, `owner.post(event)` at will, then `owner.finish(...)`."""
 
@@ -59,22 +71,22 @@ class RunOwner:
         plan."""
         self.job, self.manifests, self._tags, self._data_version = job, manifests, tags or {}, data_version
         self.run_id = self._made = ""
-        self._queue: queue.Queue[dict[str, Any]] = queue.Queue()
+        self._queue: queue.Queue[Event] = queue.Queue()
         self._answers = threading.Event()  # MLflow's last answer was a good one
         self._fault: Exception | None = None  # of the last exchange
         self._since = 0.0  # of an outage
         self._patient = True  # until somebody has waited in vain
-        self._end: dict[str, Any] | None = None
+        self._end: End | None = None
         self._images: deque[tuple[str, int, bytes]] = deque(maxlen=IMAGES)  # (name, step, PNG) that MLflow has not got yet
-        self._starts: deque[dict[str, Any]] = deque()  # of attempts
+        self._starts: deque[AttemptStarted] = deque()  # of attempts
         self._filled = False  # with what earlier commands left beside the checkpoints
         self._spiked = False  # since the tag about it was written
         self._saved: int | None = None  # the step of a checkpoint of which MLflow does not know yet
         self._thread = threading.Thread(target=self._write, name="mlflow", daemon=True)
 
-    def post(self, event: dict[str, Any]) -> None:
+    def post(self, event: Event) -> None:
         self._queue.put(event)
-        if event["kind"] == "steps":
+        if isinstance(event, Steps):
             self._start()
 
     def _start(self) -> None:
@@ -84,7 +96,7 @@ class RunOwner:
 
     def client(self) -> Any:
         """The MlflowClient, once MLflow has answered; TrackingError if it does not for AWAY_S."""
-        self.post({"kind": "hello"})  # the thread may wait for a first event
+        self.post(Event())  # the thread may wait for a first event
         self._start()
         if not self._answers.wait(AWAY_S):
             self._patient = False
@@ -120,8 +132,8 @@ class RunOwner:
         If MLflow stays away for AWAY_S, the run's next command does it: TrackingError for a run that is FINISHED.
         """
         step = max(a["reached"] for a in report["attempts"])
-        self.post({"kind": "goodput", "report": report, "step": step, "at": time.time()})
-        self.post({"kind": "end", "status": status, "reason": reason, "report": report, "tags": tags or {}})
+        self.post(Goodput(report=report, step=step))
+        self.post(End(status=status, reason=reason, report=report, tags=tags or {}))
         self._start()
         self._thread.join(AWAY_S + EXCHANGE_S)
         if self._fault or self._thread.is_alive():
@@ -157,26 +169,28 @@ class RunOwner:
             if self._end and (self._fault is None or time.monotonic() > deadline):
                 return
 
-    def _take(self, event: dict[str, Any], box: outbox.Outbox) -> None:
+    def _take(self, event: Event, box: outbox.Outbox) -> None:
         box.add(points(event))
-        self._images.extend((name, event["step"], png) for name, png in event.get("images", {}).items())
-        if event["kind"] == "attempt":
-            self._starts.append(event)
-        elif event["kind"] == "spike":
-            self._spiked = True
-        elif event["kind"] == "checkpoint":
-            self._saved = event["step"]
+        match event:
+            case Evaluation():
+                self._images.extend((name, event.step, png) for name, png in event.images.items())
+            case AttemptStarted():
+                self._starts.append(event)
+            case Spike():
+                self._spiked = True
+            case Saved():
+                self._saved = event.step
 
-    def _gather(self, pause: float) -> list[dict[str, Any]]:
+    def _gather(self, pause: float) -> list[Event]:
         """The next events; after a failed exchange those of the pause, which the end of the run cuts short."""
-        events, until = list[dict[str, Any]](), time.monotonic() + pause
+        events, until = list[Event](), time.monotonic() + pause
         while True:
             try:
                 left = until - time.monotonic()
                 event = self._queue.get(timeout=max(0.0, left)) if pause or events else self._queue.get()
             except queue.Empty:
                 return events
-            if event["kind"] == "end":
+            if isinstance(event, End):
                 self._end = event
                 return events
             events.append(event)
@@ -230,20 +244,20 @@ class RunOwner:
                 raise
             log.error("MLflow lacks something of run %s (%s): %s", self.run_id, what, e)
 
-    def _close(self, end: dict[str, Any]) -> None:
+    def _close(self, end: End) -> None:
         """All that follows from the run's folder, its goodput as a whole, and a figure; its status."""
-        report = end["report"]
+        report = end.report
         self._try("its checkpoints and data", lambda: self._record.sync(report["attempts"][-1]["reached"]))
         try:
             self._client.log_dict(self.run_id, report, "goodput.json")
             self._client.log_figure(self.run_id, goodput.chart(report), "goodput.png")
         except Exception as e:  # noqa: BLE001 (whatever MLflow raises: the run's status must be written all the same)
             log.error("MLflow refused the goodput of run %s: %s", self.run_id, e)
-        if end["reason"] or "heliostat.reason" in self._client.get_run(self.run_id).data.tags:  # of an earlier command
-            self._client.set_tag(self.run_id, "heliostat.reason", end["reason"][:5000])
-        for key, value in end["tags"].items():
+        if end.reason or "heliostat.reason" in self._client.get_run(self.run_id).data.tags:  # of an earlier command
+            self._client.set_tag(self.run_id, "heliostat.reason", end.reason[:5000])
+        for key, value in end.tags.items():
             self._client.set_tag(self.run_id, key, value)
-        self._client.set_terminated(self.run_id, end["status"])
+        self._client.set_terminated(self.run_id, end.status)
         self._try("its report", self._log_page)  # which tells the status, too
 
     def _log_page(self) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from heliostat.events import Evaluation, Event, Goodput, NodeSample, Saved, Spike, Steps
 
 SPIKE, SPIKE_LIMIT = "train/spike", "train/spike_limit"  # a spike's loss, and the limit that it is above; at spikes alone
 SYSTEM = "system/"  # begins the names of what nodes are busy with
@@ -23,36 +24,35 @@ class Point(NamedTuple):
         return int(self.at * 1000) if self.key.startswith(("goodput/", SYSTEM)) else self.step
 
 
-def points(event: dict[str, Any]) -> list[Point]:
+def points(event: Event) -> list[Point]:
     """What an event is logged as."""
-    at = event.get("at", time.time())
-    if event["kind"] == "steps":
-        first, count = event["first"], len(event["loss"])
-        each = event["seconds"] / count
-        out = []
-        for i in range(count):
-            when = at - each * (count - 1 - i)
-            for key in ("loss", "lr", "grad_norm"):
-                out.append(Point(f"train/{key}", event[key][i], when, first + i + 1))
-            for name, values in event.get("added", {}).items():  # not in the events of older runs
-                out.append(Point(f"train/{name}", values[i], when, first + i + 1))
-        for key in ("tokens_per_second", "data_wait", "mfu", "bad_samples", "skipped_steps", "loss_scale"):
-            if event.get(key) is not None:
-                out.append(Point(f"train/{key}", event[key], at, first + count))
-        for name, given in event["sources"].items():
-            out += [Point(f"data/{name}/{key}", value, at, first + count) for key, value in given.items()]
-        return out
-    if event["kind"] == "spike":
-        return [Point(key, event[name], at, event["step"]) for key, name in ((SPIKE, "loss"), (SPIKE_LIMIT, "limit"))]
-    if event["kind"] == "evaluation":
-        return [Point(f"eval/{k}", v, at, event["step"]) for k, v in event["scores"].items()]
-    if event["kind"] == "goodput":
-        report = event["report"]
-        values = {"fraction": report["goodput"], "worker_hours": report["worker_hours"]}
-        values |= {f"{part}_s": seconds for part, seconds in report["parts"].items()}
-        return [Point(f"goodput/{k}", v, at, event["step"]) for k, v in values.items()]
-    if event["kind"] == "system":
-        return [Point(f"{SYSTEM}{event['node']}/{k}", v, at, event["step"]) for k, v in event["values"].items()]
-    if event["kind"] == "checkpoint":
-        return [Point("checkpoint/blocked_s", event["blocked_s"], at, event["step"])]
+    match event:
+        case Steps():
+            return _of_steps(event)
+        case Spike():
+            return [Point(SPIKE, event.loss, event.at, event.step), Point(SPIKE_LIMIT, event.limit, event.at, event.step)]
+        case Evaluation():
+            return [Point(f"eval/{k}", v, event.at, event.step) for k, v in event.scores.items()]
+        case Goodput(report=report):
+            values = {"fraction": report["goodput"], "worker_hours": report["worker_hours"]}
+            values |= {f"{part}_s": seconds for part, seconds in report["parts"].items()}
+            return [Point(f"goodput/{k}", v, event.at, event.step) for k, v in values.items()]
+        case NodeSample():
+            return [Point(f"{SYSTEM}{event.node}/{k}", v, event.at, event.step) for k, v in event.values.items()]
+        case Saved():
+            return [Point("checkpoint/blocked_s", event.blocked_s, event.at, event.step)]
     return []
+
+
+def _of_steps(event: Steps) -> list[Point]:
+    each, out = event.seconds / len(event.loss), []
+    for i in range(len(event.loss)):
+        when, step = event.at - each * (len(event.loss) - 1 - i), event.first + i + 1
+        curves = {"loss": event.loss, "lr": event.lr, "grad_norm": event.grad_norm, **event.added}
+        out += [Point(f"train/{name}", values[i], when, step) for name, values in curves.items()]
+    for key in ("tokens_per_second", "data_wait", "mfu", "bad_samples", "skipped_steps", "loss_scale"):
+        if (value := getattr(event, key)) is not None:
+            out.append(Point(f"train/{key}", value, event.at, event.done))
+    for name, given in event.sources.items():
+        out += [Point(f"data/{name}/{key}", value, event.at, event.done) for key, value in given.items()]
+    return out

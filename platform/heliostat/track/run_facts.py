@@ -20,6 +20,7 @@ from heliostat.cluster import source_code
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.errors import TrackingError
+from heliostat.events import AttemptStarted
 from heliostat.records import Format
 from heliostat.runs import consumed
 from heliostat.track.checkpoint_models import Checkpoints
@@ -54,12 +55,12 @@ class Record:
         if ids := [p["run_id"] for p in origins if p["run_id"]]:
             self.client.set_tag(self.run_id, PARENT_RUNS, ",".join(ids))
 
-    def attempt(self, event: dict[str, Any]) -> None:
-        """The workers start: {start_step, workers, nodes, at}."""
-        self._checkpoints.back(event["start_step"])
+    def attempt(self, event: AttemptStarted) -> None:
+        """Adds a start of the workers to the run's record."""
+        self._checkpoints.back(event.start_step)
         place = self.job.run_folder.join(ATTEMPTS)
         told = self._code() | {"cluster": os.environ.get("HELIOSTAT_CLUSTER", ""), "changes": self._changes()}
-        entry = {k: event[k] for k in ("at", "start_step", "workers", "nodes")} | told
+        entry = {k: getattr(event, k) for k in ("at", "start_step", "workers", "nodes")} | told
         known = STARTS.read(place) if place.exists() else []
         if entry["at"] not in [a["at"] for a in known]:
             known.append(entry)

@@ -1,9 +1,7 @@
 """Where workers and driver meet: a small Ray actor on the driver's node, which nobody on the step path waits for.
 
-Rank 0 posts events: plain dicts with a `kind`: `phase` (what the workers are busy with before their first step, and their end),
-`steps` (per-step losses and rates), `evaluation`, `checkpoint`, `notice` (a text for the terminal), `held` (they wait for a
-verdict, see `holds`), `stack`. Every worker's pulse says that it lives and how far it is, and brings back what the driver has
-ordered: `stop` (a code of `survive`) and `dump` (post the stacks of all threads).
+Rank 0 posts what happens (`heliostat.events`). Every worker's pulse says that it lives and how far it is, and brings back what
+the driver has ordered: `stop` (a code of `stop_codes`) and `dump` (post the stacks of all threads).
 """
 
 from __future__ import annotations
@@ -15,6 +13,8 @@ from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from heliostat.events import Event, NodeSample
 
 LIMIT = 100_000  # events; a driver that is away this long loses the oldest, and is told how many
 SYSTEM_LIMIT = 10_000  # of them what nodes are busy with: many nodes crowd nothing else out
@@ -36,8 +36,8 @@ class State:
         self._orders: dict[str, Any] = {}
         self._verdicts: dict[int, int] = {}
 
-    def post(self, event: dict[str, Any]) -> None:
-        (self._system if event["kind"] == "system" else self._events).add(event)
+    def post(self, event: Event) -> None:
+        (self._system if isinstance(event, NodeSample) else self._events).add(event)
 
     def pulse(self, rank: int, progress: int, facts: dict[str, Any]) -> dict[str, Any]:
         """`facts`: pid and node."""
@@ -59,7 +59,7 @@ class State:
             self._verdicts[step] = self._orders["stop"]
         return self._verdicts.get(step)
 
-    def drain(self) -> tuple[list[dict[str, Any]], dict[int, dict[str, Any]], int]:
+    def drain(self) -> tuple[list[Event], dict[int, dict[str, Any]], int]:
         """Events since the last call, every worker's last pulse, and how many events were lost.
 
         A pulse's `moved` and `at`: how long ago its worker got on, and was heard of.
@@ -74,14 +74,14 @@ class Bounded:
     """The newest of what was added, and how many older ones had to go."""
 
     def __init__(self, limit: int) -> None:
-        self._kept: deque[dict[str, Any]] = deque(maxlen=limit)
+        self._kept: deque[Event] = deque(maxlen=limit)
         self._added = 0
 
-    def add(self, event: dict[str, Any]) -> None:
+    def add(self, event: Event) -> None:
         self._kept.append(event)
         self._added += 1
 
-    def take(self) -> tuple[list[dict[str, Any]], int]:
+    def take(self) -> tuple[list[Event], int]:
         kept, lost = list(self._kept), self._added - len(self._kept)
         self._kept.clear()
         self._added = 0

@@ -37,6 +37,7 @@ from heliostat.errors import (
     StoppedError,
     StorageError,
 )
+from heliostat.events import AttemptStarted, Event, Goodput, NodeSample, Saved, Steps
 from heliostat.lease import Lease
 from heliostat.runs import goodput, liveness, segments
 from heliostat.runs import summary as endings
@@ -61,7 +62,7 @@ class Part:
     started: float  # wall clock
     signals: Signals
     holds: Holds
-    hear: Callable[[dict[str, Any]], None]  # gets every event of the workers
+    hear: Callable[[Event], None]  # gets every event of the workers
     tags: dict[str, str]  # of the MLflow run
     closing: dict[str, str] = field(default_factory=dict)  # tags at its end
 
@@ -281,9 +282,7 @@ class _Run:
             count = choose(self.counts, nodes.room_now(self.job, {}))
         self.lease.fence.check()
         segments.begin(self.job.run_folder, self.plan, self.start_step)
-        owner.post(
-            {"kind": "attempt", "start_step": self.start_step, "workers": count, "nodes": nodes.census(), "at": time.time()}
-        )
+        owner.post(AttemptStarted(start_step=self.start_step, workers=count, nodes=nodes.census()))
         start = Start(
             self.job.on(count),
             self.counts,
@@ -297,17 +296,17 @@ class _Run:
 
         done = self.start_step
 
-        def take(event: dict[str, Any]) -> None:
+        def take(event: Event) -> None:
             nonlocal done
-            if event["kind"] == "steps":
-                done = event["first"] + len(event["loss"])
-                event["sources"] = self._sources(done)
-            elif event["kind"] == "system":
-                event["step"] = done
+            if isinstance(event, Steps):
+                done = event.done
+                event.sources = self._sources(done)
+            elif isinstance(event, NodeSample):
+                event.step = done
             owner.post(event)
             self.ledger.event(event)
-            if event["kind"] == "checkpoint":
-                owner.post({"kind": "goodput", "report": self.ledger.report(), "step": event["step"], "at": event["at"]})
+            if isinstance(event, Saved):
+                owner.post(Goodput(report=self.ledger.report(), step=event.step, at=event.at))
             show.event(event)
             if self.part:
                 self.part.hear(event)

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from heliostat.errors import HeliostatError
+from heliostat.events import Event, ModelPhase, Phase, Saved, Steps
 from heliostat.runs import goodput
 from heliostat.runs.goodput import Attempt
 from heliostat.storage import Location
@@ -90,10 +91,10 @@ class Recorder:
         self._writing: Future | None = None
         self._due = 0.0  # when the file is to be written again
 
-    def event(self, event: dict[str, Any]) -> None:
-        """Takes an event of the board. Those with `ledger`, the worker's totals, move on what is known."""
-        kind, at, now = event["kind"], event["at"], self.attempts[-1]
-        phase = event["phase"] if kind == "phase" else ""
+    def event(self, event: Event) -> None:
+        """Takes an event of the workers. Those with `ledger`, the worker's totals, move on what is known."""
+        at, now = event.at, self.attempts[-1]
+        phase = event.phase if isinstance(event, Phase) else ""
         if self._joined is None and phase not in ("placing", "model"):
             return  # late, from workers that have failed
         if phase in ("placing", "model") and self._joined is not None:
@@ -102,17 +103,17 @@ class Recorder:
         if phase == "placing":
             self._placing.append(at)
             self._note("queued", at)
-        elif phase == "model":
+        elif isinstance(event, ModelPhase):
             self._join(event)
         elif phase in ("step", "ended"):
             now.pending = "lost" if phase == "step" else "idle"
-        if "ledger" in event:
-            self._count(event["ledger"])
-        if kind == "steps":
-            self._mark(event["first"] + len(event["loss"]))
-        elif kind == "checkpoint":
-            self._saved_at.add(event["step"])
-        self.beat(force=kind == "checkpoint")
+        if event.ledger is not None:
+            self._count(event.ledger)
+        if isinstance(event, Steps):
+            self._mark(event.done)
+        elif isinstance(event, Saved):
+            self._saved_at.add(event.step)
+        self.beat(force=isinstance(event, Saved))
 
     def _attempt(self, started: float, start_step: int, workers: int, restart: bool = False) -> Attempt:
         mine, driver = uuid.uuid4().hex[:8], (socket.gethostname(), os.getpid())
@@ -124,15 +125,15 @@ class Recorder:
         now.parts[now.pending] = now.parts.get(now.pending, 0.0) + at - now.known
         now.known, now.pending = at, pending
 
-    def _join(self, event: dict[str, Any]) -> None:
+    def _join(self, event: ModelPhase) -> None:
         """A worker has begun; `queued_s` is how long its placement group, the last one asked for, waited."""
-        now, at = self.attempts[-1], event["at"]
-        self._joined = max(now.known, at - sum(event["ledger"].values()))
+        now, at = self.attempts[-1], event.at
+        self._joined = max(now.known, at - sum((event.ledger or {}).values()))
         if self._placing:
-            queued = self._placing[-1] - self._placing[0] + event["queued_s"]
+            queued = self._placing[-1] - self._placing[0] + event.queued_s
             self._note("starting", min(self._placing[0] + queued, self._joined))
         self._note("starting", self._joined)
-        now.start_step, now.workers = event["start_step"], event["workers"]
+        now.start_step, now.workers = event.start_step, event.workers
         self._head = dict(now.parts)
 
     def _count(self, totals: dict[str, float]) -> None:

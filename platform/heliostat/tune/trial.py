@@ -13,6 +13,7 @@ import os
 import queue
 import threading
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ray import tune
 
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError, HeliostatError, StoppedError
+from heliostat.events import Event, Paused, Scores, Steps, Waiting
 from heliostat.lease import Lease
 from heliostat.storage import Location
 from heliostat.train.driver.signals import Signals
@@ -33,12 +35,22 @@ END_S = 240.0  # for a run that was told to end
 PRUNED = "heliostat.pruned"
 
 
+@dataclass(kw_only=True)
+class Over(Event):
+    """The run has ended: finished, stopped or failed."""
+
+    ended: str
+    reason: str = ""
+    step: int | None = None
+    scores: Scores = field(default_factory=dict)
+
+
 class Trial(tune.Trainable):
     """`config`: what `State.config` says."""
 
     def setup(self, config: dict[str, Any]) -> None:
         self.given = config
-        self._events: queue.Queue[dict[str, Any]] = queue.Queue()
+        self._events: queue.Queue[Paused | Waiting | Over] = queue.Queue()
         self._thread: threading.Thread | None = None
         self._held: int | None = None  # the step behind which the run waits
         self._step = 0
@@ -101,13 +113,13 @@ class Trial(tune.Trainable):
                     held.fence.check()
                     clone(self.given["clone"], self._job.run_folder)
             summary = train_part(self._job, self._part)
-            self._events.put({"kind": "over", "ended": "finished", "step": summary["steps"], "scores": summary["eval"]})
+            self._events.put(Over(ended="finished", step=summary["steps"], scores=summary["eval"]))
         except StoppedError as e:
-            self._events.put({"kind": "over", "ended": "stopped", "reason": str(e)})
+            self._events.put(Over(ended="stopped", reason=str(e)))
         except Exception as e:
             if not isinstance(e, HeliostatError):
                 log.exception("run %s failed", self._job.name)
-            self._events.put({"kind": "over", "ended": "failed", "reason": f"{type(e).__name__}: {e}"})
+            self._events.put(Over(ended="failed", reason=f"{type(e).__name__}: {e}"))
 
     def _lease(self) -> Lease:
         """Of the run, once a driver that died is gone: Ray ends its processes some seconds later."""
@@ -122,11 +134,11 @@ class Trial(tune.Trainable):
                     raise
                 time.sleep(1.0)
 
-    def _hear(self, event: dict[str, Any]) -> None:
+    def _hear(self, event: Event) -> None:
         """In the run's thread."""
-        if event["kind"] == "steps":
-            self._step = event["first"] + len(event["loss"])
-        elif event["kind"] in ("held", "waiting"):
+        if isinstance(event, Steps):
+            self._step = event.done
+        elif isinstance(event, Paused | Waiting):
             self._events.put(event)
 
     def _next(self) -> dict[str, Any]:
@@ -137,15 +149,15 @@ class Trial(tune.Trainable):
             if self._told_to_stop():
                 self._part.signals.name = "the sweep"
             return {"step": self._step}
-        told = {"step": event.get("step", self._step)}
-        if scores := event.get("scores"):
-            told |= {"value": float(scores[self.given["metric"]]), "scores": scores}
-        if event["kind"] == "held":
-            self._held = event["step"]
-        elif event["kind"] == "waiting":
-            told["waits"] = event["text"]
+        if isinstance(event, Waiting):
+            return {"step": self._step, "waits": event.text}
+        told: dict[str, Any] = {"step": self._step if event.step is None else event.step}
+        if event.scores:
+            told |= {"value": float(event.scores[self.given["metric"]]), "scores": event.scores}
+        if isinstance(event, Paused):
+            self._held = event.step
         else:
-            told |= {"done": True, "ended": event["ended"], "reason": event.get("reason", "")}
+            told |= {"done": True, "ended": event.ended, "reason": event.reason}
             assert self._thread
             self._thread.join()
         return told

@@ -36,6 +36,7 @@ from heliostat.errors import (
     WorkerError,
     innermost,
 )
+from heliostat.events import Event, Paused, Phase, Waiting
 from heliostat.lease import Fence
 from heliostat.train import mailbox
 from heliostat.train.driver import rendezvous, stack_dumps
@@ -70,7 +71,7 @@ class Start:
 
 
 class Attempt:
-    def __init__(self, start: Start, signals: Signals, take: Callable[[dict[str, Any]], None], beat: Callable[[], None]) -> None:
+    def __init__(self, start: Start, signals: Signals, take: Callable[[Event], None], beat: Callable[[], None]) -> None:
         """`take` gets every event of the board, in order, and `beat` is called often, both in the caller's thread."""
         self.start, self.job, self.signals, self._take, self._beat = start, start.job, signals, take, beat
         self._board = mailbox.make()
@@ -128,17 +129,17 @@ class Attempt:
 
     def _drain(self) -> None:
         for event in self._drained():
-            if event["kind"] == "phase":
-                self._phase = event["phase"]
-                if event["phase"] == "data":
+            if isinstance(event, Phase):
+                self._phase = event.phase
+                if event.phase == "data":
                     self._reading = time.monotonic()
-                if event["phase"] in ("model", "stepped"):
+                if event.phase in ("model", "stepped"):
                     self._since = time.monotonic()
-            elif event["kind"] == "held":
-                self._held = event["step"]
+            elif isinstance(event, Paused):
+                self._held = event.step
             self._take(event)
 
-    def _drained(self) -> list[dict[str, Any]]:
+    def _drained(self) -> list[Event]:
         """The board's events; takes its pulses, with ages turned into times of this clock."""
         try:
             events, pulses, lost = ray.get(self._board.drain.remote(), timeout=10)
@@ -203,7 +204,7 @@ class Attempt:
     def _say(self, text: str | None) -> bool:
         """Tells the person that the run waits, and for what; whether there was something to tell."""
         if text:
-            self._take({"kind": "waiting", "text": text, "at": time.time()})
+            self._take(Waiting(text=text))
         return bool(text)
 
     def _watch(self, now: float) -> None:

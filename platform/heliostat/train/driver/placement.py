@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+
+from heliostat.events import Phase
 
 
 class Placing(WorkerGroupCallback):
@@ -15,7 +16,7 @@ class Placing(WorkerGroupCallback):
         self._board = board
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
-        self._board.post.remote({"kind": "phase", "phase": "placing", "at": time.time()})
+        self._board.post.remote(Phase(phase="placing"))
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         from heliostat.train.worker.heartbeat import heed_sigterm

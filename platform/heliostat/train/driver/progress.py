@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from heliostat.events import Evaluation, Event, Notice, Phase, Spike, Steps
 from heliostat.train.worker.loss_spikes import Found
 
 log = logging.getLogger("heliostat")
@@ -63,38 +64,37 @@ class Show:
         split = {n: round(b - a, 2) for n, a, b in zip(names, marks, marks[1:], strict=False)}
         return {"seconds_to_first_step": round(marks[-1] - started, 2), "startup": split}
 
-    def event(self, event: dict[str, Any]) -> None:
-        if event["kind"] == "phase":
-            self.phase(event["phase"], event["at"])
-            if event["phase"] in PHASES:
-                self.note(PHASES[event["phase"]])
-        elif event["kind"] == "notice":
-            log.warning(event["text"])
-        elif event["kind"] == "steps":
-            self._on_steps(event)
-        elif event["kind"] == "waiting":
-            log.warning(event["text"])
-        elif event["kind"] == "evaluation":
-            scores = "  ".join(f"{k} {v:.4g}" for k, v in event["scores"].items())
-            log.info("step %d  held-out: %s", event["step"], scores)
-        elif event["kind"] == "spike" and event["action"] == "warn":  # of one that is undone, the driver tells
-            self._on_spike(event)
+    def event(self, event: Event) -> None:
+        match event:
+            case Phase():
+                self.phase(event.phase, event.at)
+                if event.phase in PHASES:
+                    self.note(PHASES[event.phase])
+            case Notice():
+                log.warning(event.text)
+            case Steps():
+                self._on_steps(event)
+            case Evaluation():
+                scores = "  ".join(f"{k} {v:.4g}" for k, v in event.scores.items())
+                log.info("step %d  held-out: %s", event.step, scores)
+            case Spike(action="warn"):  # of one that is undone, the driver tells
+                self._on_spike(event)
 
-    def _on_spike(self, event: dict[str, Any]) -> None:
+    def _on_spike(self, event: Spike) -> None:
         self.spikes += 1
-        found = Found(event["loss"], event["usual"], event["limit"])
+        found = Found(event.loss, event.usual, event.limit)
         log.warning(
             "step %d: loss spike (%d so far): %s; training goes on (spike.action: warn). `heliostat samples` with --step %d "
-            "shows what it trained on", event["step"], self.spikes, found, event["step"] - 1,
+            "shows what it trained on", event.step, self.spikes, found, event.step - 1,
         )  # fmt: skip
 
-    def _on_steps(self, event: dict[str, Any]) -> None:
-        done = event["first"] + len(event["loss"])
-        mfu = f"  MFU {event['mfu']:.1%}" if event.get("mfu") else ""
-        added = "".join(f"{name.replace('_', ' ')} {values[-1]:.4f}  " for name, values in event.get("added", {}).items())
+    def _on_steps(self, event: Steps) -> None:
+        done = event.done
+        mfu = f"  MFU {event.mfu:.1%}" if event.mfu else ""
+        added = "".join(f"{name.replace('_', ' ')} {values[-1]:.4f}  " for name, values in event.added.items())
         text = (
-            f"loss {event['loss'][-1]:.4f}  {added}lr {event['lr'][-1]:.2e}  "
-            f"{event['tokens_per_second']:,.0f} {self.unit}/s{mfu}  data wait {event['data_wait']:.1%}"
+            f"loss {event.loss[-1]:.4f}  {added}lr {event.lr[-1]:.2e}  "
+            f"{event.tokens_per_second:,.0f} {self.unit}/s{mfu}  data wait {event.data_wait:.1%}"
         )
         self._progress.update(self._task, completed=done, note=text)
         if self._plain:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
 
+from heliostat.events import Event, Stack
 from heliostat.train.mailbox import interval
 
 ANSWER_S = 5.0  # for a worker that has heard of it, to look and to answer
@@ -19,8 +19,8 @@ def wait_s(workers: int) -> float:
 
 def collect(
     workers: int,
-    drain: Callable[[], list[dict[str, Any]]],
-    take: Callable[[dict[str, Any]], None],
+    drain: Callable[[], list[Event]],
+    take: Callable[[Event], None],
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> dict[int, str]:
@@ -30,8 +30,8 @@ def collect(
     while len(stacks) < workers and clock() < deadline:
         sleep(POLL_S)
         for event in drain():
-            if event["kind"] == "stack":
-                stacks[event["rank"]] = event["stack"]
+            if isinstance(event, Stack):
+                stacks[event.rank] = event.stack
             else:
                 take(event)
     return stacks

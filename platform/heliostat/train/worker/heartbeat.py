@@ -19,6 +19,7 @@ import ray
 import torch
 import torch.distributed as dist
 
+from heliostat.events import Stack
 from heliostat.train.mailbox import interval
 from heliostat.train.stop_codes import PREEMPTED, RUN
 
@@ -80,7 +81,7 @@ class Pulse:
             self._ordered = max(self._ordered, orders.get("stop", RUN))
             if orders.get("dump") and not dumped:
                 dumped = True
-                self._board.post.remote({"kind": "stack", "rank": self._rank, "stack": stacks()})
+                self._board.post.remote(Stack(rank=self._rank, stack=stacks()))
             if self._ended.wait(self._every):
                 return
 

@@ -26,6 +26,7 @@ from heliostat.config.spec import Job
 from heliostat.data import content, receipt, stream
 from heliostat.data.dataset import DataPlan, open_dataset
 from heliostat.errors import LossSpikeError, NonFiniteError
+from heliostat.events import Evaluation, Event, ModelPhase, Notice, Paused, Phase, Saved, Spike, Steps
 from heliostat.lease import Fence
 from heliostat.recipes.loading import load as load_recipe
 from heliostat.recipes.protocol import Batch
@@ -79,7 +80,8 @@ class Worker:
         self.saver = checkpoint.Saver(self.run_folder, self.job.checkpoint, saving, self.fence, self._progressed)
 
         if self.rank == 0:
-            self._phase("model", queued_s=queued_s(), start_step=self.start_step, workers=self.world)
+            waited, begun = queued_s(), self.ledger.totals()
+            self._post(ModelPhase(queued_s=waited, start_step=self.start_step, workers=self.world, ledger=begun))
         deepspeed_engine.prepare_environment(self.job.workers.gpus)
         self.dataset = open_dataset(self.plan)
         part = config["parts"][self.rank]
@@ -108,7 +110,7 @@ class Worker:
         self._norms: list[float] = []
         self._lane_digests: list[list[int]] = []
         self._bad: list[dict[str, Any]] = []
-        self._told: list[dict[str, Any]] = []  # events of steps and scores since the last checkpoint
+        self._told: list[Event] = []  # events of steps and scores since the last checkpoint
 
     # one run ---------------------------------------------------------------------------------------------------------
 
@@ -241,39 +243,37 @@ class Worker:
         self._judge(first, values)
         self.last_loss = values[-1]
         rate = self._per_second(done - first, seconds)
+        schedule, peak = self.job.train.schedule, self.job.train.optimizer.lr
+        skipped, scale = self._fp16(done)
         self._tell(
-            {
-                "kind": "steps",
-                "first": first,
-                "loss": values,
-                "added": {name: added[i :: len(self.objective.names)] for i, name in enumerate(self.objective.names)},
-                "grad_norm": self._norms,
-                "lr": [
-                    self.job.train.optimizer.lr * factor(self.job.train.schedule, s, self.job.train.steps)
-                    for s in range(first, done)
-                ],
-                "steps": self.job.last_step,
-                "seconds": seconds,
-                "tokens_per_second": rate,
-                "data_wait": wait / seconds,
-                "mfu": self._mfu(done - first, seconds),
-                "bad_samples": int(bad),
-                **self._fp16(done),
-                **self._now(),
-            }
+            Steps(
+                first=first,
+                loss=values,
+                added={name: added[i :: len(self.objective.names)] for i, name in enumerate(self.objective.names)},
+                grad_norm=self._norms,
+                lr=[peak * factor(schedule, s, self.job.train.steps) for s in range(first, done)],
+                seconds=seconds,
+                tokens_per_second=rate,
+                data_wait=wait / seconds,
+                mfu=self._mfu(done - first, seconds),
+                bad_samples=int(bad),
+                skipped_steps=skipped,
+                loss_scale=scale,
+                ledger=self.ledger.totals(),
+            )
         )
         self._losses, self._norms, self._added = [], [], []
 
-    def _fp16(self, done: int) -> dict[str, float]:
-        """The loss scale, and the steps that it has cost; new ones are told at the terminal."""
+    def _fp16(self, done: int) -> tuple[int | None, float | None]:
+        """Counts the steps that fp16's loss scale has cost so far, and gives the scale; new ones are told at the terminal."""
         if self.job.train.precision != "fp16":
-            return {}
+            return None, None
         before, self.skipped = self.skipped, done - zero_state.optimizer_steps(self.engine)
         scale = float(self.engine.optimizer.loss_scale)
         if self.skipped > before:
             what = f"{self.skipped - before} more steps were skipped, because fp16 gradients overflowed"
             self._notice(f"up to step {done}: {what}; the loss scale is {scale:g}")
-        return {"skipped_steps": self.skipped, "loss_scale": scale}
+        return self.skipped, scale
 
     def _per_second(self, steps: int, seconds: float) -> float:
         return steps * self.job.train.global_batch * (self.job.data.sequence_length or 1) / seconds if seconds else 0.0
@@ -293,7 +293,7 @@ class Worker:
                 self._fail(step, f"loss {loss}")
             elif spike and self.job.spike:
                 action = self.job.spike.action
-                self._tell({"kind": "spike", "step": step + 1, "action": action, **spike._asdict(), "at": time.time()})
+                self._tell(Spike(step=step + 1, action=action, **spike._asdict()))
                 if action == "rollback":
                     self._roll_back(step, str(spike))
 
@@ -326,7 +326,7 @@ class Worker:
                 judged, images = pictures.show(self.gallery, self.engine, self.device, self.control, self._progressed)
                 self.scores |= judged
         self.engine.train()
-        self._tell({"kind": "evaluation", "step": done, "scores": self.scores, "at": time.time(), "images": images})
+        self._tell(Evaluation(step=done, scores=self.scores, images=images))
 
     def _progressed(self) -> None:
         self.pulse.progress += 1
@@ -353,14 +353,14 @@ class Worker:
         }
         self.saver.save(done, self._state(), facts, zero_state.frozen(self.engine))
         self.pulse.progress += 1
-        self._post({"kind": "checkpoint", "step": done, "blocked_s": self.saver.blocked_s, **self._now()})
+        self._post(Saved(step=done, blocked_s=self.saver.blocked_s, ledger=self.ledger.totals()))
 
     def _hold(self, done: int) -> int:
         """Waits behind a complete checkpoint for the driver's word: RUN, or the code of a stop, the same on every worker."""
         with self.ledger("checkpoint"):
             self.saver.wait()
         with self.ledger("idle"):
-            self._post({"kind": "held", "step": done, "scores": self.scores, **self._now()})
+            self._post(Paused(step=done, scores=self.scores, ledger=self.ledger.totals()))
             while (verdict := ray.get(self.board.verdict.remote(done))) is None:
                 self.pulse.progress += 1  # the watchdog is not to take this for a stall
                 time.sleep(HELD_POLL_S)
@@ -409,20 +409,17 @@ class Worker:
     def _notice(self, text: str | None) -> None:
         """Something that a person should read at the terminal, if there is something."""
         if text:
-            self._post({"kind": "notice", "text": text, "at": time.time()})
+            self._post(Notice(text=text))
 
-    def _phase(self, phase: str, **facts: Any) -> None:
-        self._post({"kind": "phase", "phase": phase, **facts, **self._now()})
+    def _phase(self, phase: str) -> None:
+        self._post(Phase(phase=phase, ledger=self.ledger.totals()))
 
-    def _now(self) -> dict[str, Any]:
-        return {"ledger": self.ledger.totals(), "at": time.time()}
-
-    def _tell(self, event: dict[str, Any]) -> None:
+    def _tell(self, event: Event) -> None:
         """What must not be lost, even if the driver dies before it has it."""
         self._told.append(event)
         self._post(event)
 
-    def _post(self, event: dict[str, Any]) -> None:
+    def _post(self, event: Event) -> None:
         if self.rank == 0:
             self.board.post.remote(event)
 

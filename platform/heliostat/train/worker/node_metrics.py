@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from typing import Any
 
 import psutil
 import torch
+
+from heliostat.events import NodeSample
 
 MB = 1e6
 INTERVAL = "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL"
@@ -45,7 +46,7 @@ class Monitor:
         every = float(fixed) if fixed else EVERY_S
         while not self._ended.wait(every):
             values = self.host() | gpus()
-            self._board.post.remote({"kind": "system", "node": self._node, "values": values, "at": time.time()})
+            self._board.post.remote(NodeSample(node=self._node, values=values))
             if not fixed:
                 every = interval(self._nodes, len(values))
 

@@ -1,0 +1,168 @@
+"""What happens in a run, as the workers and the driver tell it: a dataclass each, one home for their fields.
+
+Workers post them to the mailbox, the driver hands each to whoever wants it: the goodput ledger, MLflow, the terminal, a sweep.
+Those that curves are made of also lie beside the checkpoints (`dump`, `parse`): what a field is called there never changes, and
+a field that is new has a default, so that older runs can be read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+Scores = dict[str, float]
+
+
+@dataclass(kw_only=True)
+class Event:
+    """`at`: wall clock. `ledger`: rank 0's seconds by part so far, where it tells them."""
+
+    at: float = field(default_factory=time.time)
+    ledger: dict[str, float] | None = None
+
+
+@dataclass(kw_only=True)
+class Phase(Event):
+    """What the workers are at: placing, model, restore, data, step, stepped, ended."""
+
+    phase: str
+
+
+@dataclass(kw_only=True)
+class ModelPhase(Phase):
+    """The workers run, and begin to build the model. `queued_s`: how long their placement group waited."""
+
+    phase: str = "model"
+    queued_s: float
+    start_step: int
+    workers: int
+
+
+@dataclass(kw_only=True)
+class Steps(Event):
+    """Steps `first`, `first` + 1, ..., counted from 0, a value each in the lists; the other values are of all of them together."""
+
+    kind: ClassVar[str] = "steps"
+    first: int
+    loss: list[float]
+    grad_norm: list[float]
+    lr: list[float]
+    seconds: float
+    tokens_per_second: float | None = None
+    data_wait: float | None = None  # a fraction of the seconds
+    mfu: float | None = None
+    bad_samples: float | None = None  # replaced so far in the run
+    added: dict[str, list[float]] = field(default_factory=dict)  # what is in the objective beside the loss, by name
+    skipped_steps: float | None = None  # so far, in fp16
+    loss_scale: float | None = None
+    sources: dict[str, dict[str, float]] = field(default_factory=dict)  # the driver's: what each source has given
+
+    @property
+    def done(self) -> int:
+        """How many steps of the run are made."""
+        return self.first + len(self.loss)
+
+
+@dataclass(kw_only=True)
+class Spike(Event):
+    """Step number `step`, counted from 1, has a loss far above what is usual."""
+
+    kind: ClassVar[str] = "spike"
+    step: int
+    loss: float
+    limit: float
+    usual: float = float("nan")
+    action: str = "warn"
+
+
+@dataclass(kw_only=True)
+class Evaluation(Event):
+    """Held-out scores after `step` steps, and the pictures that were drawn, PNG by name."""
+
+    kind: ClassVar[str] = "evaluation"
+    step: int
+    scores: Scores
+    images: dict[str, bytes] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class Saved(Event):
+    """A checkpoint after `step` steps; training has waited for checkpoints `blocked_s` seconds so far."""
+
+    kind: ClassVar[str] = "checkpoint"
+    step: int
+    blocked_s: float
+
+
+@dataclass(kw_only=True)
+class Paused(Event):
+    """The workers wait behind the checkpoint of `step` for a decision."""
+
+    step: int
+    scores: Scores
+
+
+@dataclass(kw_only=True)
+class Notice(Event):
+    """Something that a person should read at the terminal."""
+
+    text: str
+
+
+@dataclass(kw_only=True)
+class Waiting(Notice):
+    """The run waits, and for what."""
+
+
+@dataclass(kw_only=True)
+class Stack(Event):
+    """What a worker's threads are at."""
+
+    rank: int
+    stack: str
+
+
+@dataclass(kw_only=True)
+class NodeSample(Event):
+    """What a node is busy with; `step` is the driver's."""
+
+    node: str
+    values: dict[str, float]
+    step: int = 0
+
+
+@dataclass(kw_only=True)
+class AttemptStarted(Event):
+    """The driver starts workers. `nodes`: what there is of them."""
+
+    start_step: int
+    workers: int
+    nodes: list[dict[str, Any]]
+
+
+@dataclass(kw_only=True)
+class Goodput(Event):
+    """Where the run's seconds went, up to `step` steps."""
+
+    report: dict[str, Any]
+    step: int
+
+
+RECORDED: dict[str, type[Event]] = {e.kind: e for e in (Steps, Spike, Evaluation, Saved)}
+LEFT_OUT = ("ledger", "images")  # of what is recorded
+
+
+def dump(event: Event) -> dict[str, Any]:
+    """An event of RECORDED as JSON values."""
+    kind = next(name for name, cls in RECORDED.items() if type(event) is cls)
+    return {"kind": kind, **{k: v for k, v in vars(event).items() if k not in LEFT_OUT}}
+
+
+def parse(raw: dict[str, Any]) -> Event | None:
+    """An event that `dump` wrote, in this version of heliostat or an earlier one; None for a kind that is not known."""
+    if (cls := RECORDED.get(raw["kind"])) is None:
+        return None
+    known = {f.name for f in dataclasses.fields(cls)}
+    return cls(**{k: v for k, v in raw.items() if k in known})
