@@ -42,7 +42,7 @@ class ModelPhase(Phase):
 
 @dataclass(kw_only=True)
 class Steps(Event):
-    """Steps `first`, `first` + 1, ..., counted from 0, a value each in the lists; the other values are of all of them together."""
+    """Steps `first`, `first` + 1, ..., counted from 0: a value each in the lists; the other values are of all of them."""
 
     kind: ClassVar[str] = "steps"
     first: int
