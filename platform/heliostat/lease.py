@@ -29,11 +29,11 @@ from types import TracebackType
 import psutil
 
 from heliostat.errors import ConfigError, HeliostatError, LeaseError
+from heliostat.run_folder import LEASE
 from heliostat.storage import Location
 
 log = logging.getLogger(__name__)
 
-FOLDER = "lease"
 RENEW_S = 5.0
 SILENCE_S = 3 * RENEW_S  # after which a holder on another machine is taken for dead
 LOOK_S = 1.0
@@ -167,21 +167,21 @@ def holder(folder: Location, number: int) -> Holder | None:
 def clear(folder: Location) -> None:
     """Deletes all that is in the folder but its leases: a driver that was taken for dead must not find its number again."""
     for name in folder.folders():
-        if name != FOLDER:
+        if name != LEASE:
             folder.join(name).delete()
     for name, _ in folder.files():
-        if not name.startswith(f"{FOLDER}/"):
+        if not name.startswith(f"{LEASE}/"):
             folder.join(name).delete()
 
 
 def newest_number(folder: Location) -> int:
     """0 if nobody has ever had a lease."""
-    names = (name.removesuffix(".json") for name, _ in folder.join(FOLDER).files())
+    names = (name.removesuffix(".json") for name, _ in folder.join(LEASE).files())
     return max((int(name) for name in names if name.isdigit()), default=0)
 
 
 def _place(folder: Location, number: int) -> Location:
-    return folder.join(FOLDER, f"{number:08d}.json")
+    return folder.join(LEASE, f"{number:08d}.json")
 
 
 def _read(folder: Location, number: int) -> Holder | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from heliostat import run_folder
 from heliostat.chaos.servers import Server, mlflow_server
 from heliostat.check import check
 from heliostat.errors import TrackingError
@@ -14,7 +15,6 @@ from heliostat.events import Steps
 from heliostat.runs.goodput import PARTS
 from heliostat.storage import Location
 from heliostat.track import logger as tracking_run
-from heliostat.track import outbox
 from heliostat.track.logger import RunOwner
 from mlflow import MlflowClient
 
@@ -82,19 +82,19 @@ def test_metrics_wait_for_the_server_through_attempts_and_commands_and_arrive_on
     server.start()
     until(lambda: "MLflow answers again" in caplog.text, "word of the server's return")
     assert "MLflow takes no metrics" in caplog.text and has(tracking, run, 20)
-    assert not run.join(outbox.FILE).exists()
+    assert not run.join(run_folder.UNLOGGED).exists()
     server.stop()
     owner.post(steps(21, 26))
     with pytest.raises(TrackingError, match=r"did not take the run's metrics for 3 s .*unlogged\.jsonl, and the next"):
         owner.finish("FINISHED", "", ended(1, 25))
-    assert run.join(outbox.FILE).exists()
+    assert run.join(run_folder.UNLOGGED).exists()
     server.start()
     later = make()
     later.post(steps(24, 31))  # resumed from an older checkpoint
     later.finish("FINISHED", "", ended(1, 30))
     assert curve(tracking, run_id) == [s / 10 for s in range(1, 31)]
     found = MlflowClient(tracking_uri=tracking).get_run(run_id)
-    assert found.info.status == "FINISHED" and later.run_id == run_id and not run.join(outbox.FILE).exists()
+    assert found.info.status == "FINISHED" and later.run_id == run_id and not run.join(run_folder.UNLOGGED).exists()
 
 
 def test_an_mlflow_that_never_answers_does_not_hide_why_a_run_failed(job_file, monkeypatch, caplog):
@@ -106,7 +106,7 @@ def test_an_mlflow_that_never_answers_does_not_hide_why_a_run_failed(job_file, m
     owner.post(steps(1, 5))
     owner.finish("FAILED", "a worker failed", ended(1, 4))
     assert "did not take the run's metrics for 3 s" in caplog.text
-    lines = [json.loads(line) for line in job.run_folder.join(outbox.FILE).read().splitlines()]
+    lines = [json.loads(line) for line in job.run_folder.join(run_folder.UNLOGGED).read().splitlines()]
     assert [step for key, _, _, step in lines if key == "train/loss"] == [1, 2, 3, 4]
 
 

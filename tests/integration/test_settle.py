@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from heliostat import run_folder
+from heliostat.run_folder import RESULT
 from heliostat.runs.goodput import FOLDER, Attempt
-from heliostat.runs.mlflow_id import RECORD, TOKEN
-from heliostat.runs.summary import RESULT
+from heliostat.runs.mlflow_id import TOKEN
 from heliostat.storage import Location
-from heliostat.track import mlflow_client, outbox
+from heliostat.track import mlflow_client
 from heliostat.track.reconcile import YOUNG_S, settle, settle_folder
 
 Scene = Callable[..., tuple[Any, str]]
@@ -39,7 +40,7 @@ def scene(tracking: str, tmp_path: Path) -> Scene:
             setattr(attempt, key, value)
         folder.join(FOLDER, "attempt-1.json").write(attempt.dump())
         told = {"run_id": run_id, "uri": tracking, "token": "mine"} if record is None else record
-        folder.join(RECORD).write(json.dumps(told).encode())
+        folder.join(run_folder.MLFLOW_RUN).write(json.dumps(told).encode())
         return client, run_id
 
     return make
@@ -67,11 +68,11 @@ def test_a_dead_drivers_run_gets_the_status_of_its_ledger(scene, tmp_path, outco
 def test_what_waited_for_mlflow_in_the_folder_is_logged(scene, tmp_path):
     client, run_id = scene(outcome="finished")
     lines = [json.dumps(["train/loss", 5.0 - s, 1e9 + s, s]) + "\n" for s in (1, 2, 3)]
-    Location(str(tmp_path / "run")).join(outbox.FILE).write("".join(lines).encode())
+    Location(str(tmp_path / "run")).join(run_folder.UNLOGGED).write("".join(lines).encode())
     settle_folder(Location(str(tmp_path / "run")))
     assert sorted(m.step for m in client.get_metric_history(run_id, "train/loss")) == [1, 2, 3]
     assert client.get_run(run_id).info.status == "FINISHED"
-    assert not Location(str(tmp_path / "run")).join(outbox.FILE).exists()
+    assert not Location(str(tmp_path / "run")).join(run_folder.UNLOGGED).exists()
 
 
 def test_a_living_drivers_run_is_left_alone(scene):

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import yaml
-from heliostat import check
+from heliostat import check, run_folder
 from heliostat.checkpoint import layout, retention, safetensors_file
 from heliostat.cluster import cluster_file as cluster_files
 from heliostat.cluster import local, source_code
@@ -238,7 +238,7 @@ def ledgers(folder: Path) -> Target:
         marks = [(10, 9.0), (20, 20.0)]
         made = goodput.Attempt(f"a{number}", began, began + 24.5, began + 25, 0, 2, bool(number), "host", 42, outcome, "", "lost",
                                parts, marks)  # fmt: skip
-        Location(str(folder)).join("run", goodput.FOLDER, made.name).write(made.dump())
+        Location(str(folder)).join("run", run_folder.LEDGER, made.name).write(made.dump())
 
     def read(copied: Path) -> None:
         found = goodput.read_report(Location(str(copied / "run")))
@@ -303,11 +303,11 @@ def records(folder: Path) -> Target:
     """What else a run, a sweep, a submission and a local cluster leave."""
     run = _run(folder)
     place = run.location
-    place.join(mlflow_id.RECORD).write(json.dumps({"run_id": "0" * 32, "token": "x", "uri": "sqlite:///x"}).encode())
+    place.join(run_folder.MLFLOW_RUN).write(json.dumps({"run_id": "0" * 32, "token": "x", "uri": "sqlite:///x"}).encode())
     bad = {"step": 3, "dataset": "d", "shard": "s", "row_group": 0, "row": 1, "reason": "r",
            "replaced_by": {"dataset": "d", "shard": "s", "row_group": 0, "row": 2}}  # fmt: skip
     place.join("quarantine", "step-00000010.jsonl").write(f"{json.dumps(bad)}\n{json.dumps(bad)}\n".encode())
-    place.join(outbox.FILE).write(b'["train/loss", 1.0, 1e9, 1]\n["train/loss", 0.5, 1e9, 2]\n')
+    place.join(run_folder.UNLOGGED).write(b'["train/loss", 1.0, 1e9, 1]\n["train/loss", 0.5, 1e9, 2]\n')
     swept = yaml.safe_load((ROOT / "jobs" / "sweeps" / "quickstart.yaml").read_text())
     sweep_folder = Location(str(folder / "sweep"))
     sweep_folder.join("sweep.json").write(
@@ -337,7 +337,7 @@ def records(folder: Path) -> Target:
     (folder / "model" / "heliostat.json").write_text(json.dumps(made))
     (folder / "model" / "config.json").write_text("{}")
     patterns = [
-        "run/run.json", "run/quarantine/*", f"run/{outbox.FILE}", "sweep/*.json", "sweep/records/*",
+        "run/run.json", "run/quarantine/*", f"run/{run_folder.UNLOGGED}", "sweep/*.json", "sweep/records/*",
         ".heliostat/jobs/*", ".heliostat/clusters/c/*", source_code.CODE_FILE, "model/heliostat.json",
     ]  # fmt: skip
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from heliostat import run_folder
 from heliostat.errors import DataError
 from heliostat.events import Evaluation, Spike, Steps
 from heliostat.runs import segments
@@ -35,7 +36,7 @@ def run(tmp_path) -> Location:
 
 
 def test_only_files_that_end_behind_the_last_known_step_are_read(run):
-    run.join(local_curves.FOLDER, "step-00000010.json").write(b"damaged")
+    run.join(run_folder.CURVES, "step-00000010.json").write(b"damaged")
     found = local_curves.missing(run, {"train/loss": 10})
     assert [p.step for p in found if p.key == "train/loss"] == list(range(11, 21))
     assert [p.step for p in found if p.key == "eval/loss"] == [20]
@@ -77,7 +78,7 @@ def test_curves_of_earlier_versions_are_read(run):
            "sources": {"a": {"samples": 8.0}}}  # fmt: skip
     saved = {"kind": "checkpoint", "step": 21, "blocked_s": 0.5, "at": 1e9}
     text = json.dumps([old, saved, {"kind": "held", "step": 21, "at": 1e9}])
-    run.join(local_curves.FOLDER, "step-00000021.json").write(text.encode())
+    run.join(run_folder.CURVES, "step-00000021.json").write(text.encode())
     assert [(p.key, p.value, p.step) for p in local_curves.missing(run, {"train/loss": 20})] == [
         ("train/loss", 1.0, 21), ("train/lr", 0.1, 21), ("train/grad_norm", 2.0, 21), ("data/a/samples", 8.0, 21),
         ("checkpoint/blocked_s", 0.5, 21),
@@ -89,4 +90,4 @@ def test_going_back_removes_the_curves_of_later_steps(run):
         begins = 1
 
     segments.begin(run, Plan(), 10)  # type: ignore[arg-type]
-    assert [name for name, _ in run.join(local_curves.FOLDER).files()] == ["step-00000010.json"]
+    assert [name for name, _ in run.join(run_folder.CURVES).files()] == ["step-00000010.json"]

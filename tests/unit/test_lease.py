@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from heliostat import lease
+from heliostat import lease, run_folder
 from heliostat.errors import ConfigError, LeaseError, StorageError
 from heliostat.lease import Fence, Holder
 from heliostat.storage import Location
@@ -93,7 +93,7 @@ def test_of_two_commands_that_start_together_one_trains_the_run(place, before):
     if before == "a dead driver":
         left = replace(Holder.me(), pid=2**22 - 1)
         for number in range(ROUNDS):
-            Location(str(place).replace("/run", f"/run-{number}")).join(lease.FOLDER, "00000001.json").write(left.dump())
+            Location(str(place).replace("/run", f"/run-{number}")).join(run_folder.LEASE, "00000001.json").write(left.dump())
     context = multiprocessing.get_context("spawn")
     gate, told = context.Barrier(2), context.Queue()
     racers = [context.Process(target=race, args=(str(place), gate, told), daemon=True) for _ in range(2)]
@@ -128,7 +128,7 @@ def test_a_lease_that_was_given_back_or_whose_process_is_gone_is_free_at_once(pl
 
 def test_a_process_that_was_given_a_dead_drivers_number_is_not_it(tmp_path):
     run = Location(str(tmp_path))
-    run.join(lease.FOLDER, "00000001.json").write(replace(Holder.me(), started=1.0).dump())
+    run.join(run_folder.LEASE, "00000001.json").write(replace(Holder.me(), started=1.0).dump())
     lease.take(run).release()
 
 
@@ -137,7 +137,7 @@ def test_a_driver_on_another_machine_counts_as_long_as_it_renews_its_lease(tmp_p
     """Whatever its clock says: what counts is that something changes."""
     monkeypatch.setattr(lease, "SILENCE_S", 2.0)
     monkeypatch.setattr(lease, "LOOK_S", 0.1)
-    run, file = Location(str(tmp_path)), Location(str(tmp_path)).join(lease.FOLDER, "00000001.json")
+    run, file = Location(str(tmp_path)), Location(str(tmp_path)).join(run_folder.LEASE, "00000001.json")
     there = replace(Holder.me(), host="elsewhere", machine="elsewhere/boot/pid:[1]", pid=7)
     file.write(there.dump())
     if not lives:
@@ -154,12 +154,12 @@ def test_a_lease_is_renewed_and_its_loss_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(lease, "RENEW_S", 0.05)
     run = Location(str(tmp_path))
     held = lease.take(run)
-    file = run.join(lease.FOLDER, "00000001.json")
+    file = run.join(run_folder.LEASE, "00000001.json")
     deadline = time.monotonic() + 20
     while json.loads(file.read())["beat"] < 3 and time.monotonic() < deadline:
         time.sleep(0.02)
     assert json.loads(file.read())["beat"] >= 3 and held.lost is None
-    run.join(lease.FOLDER, "00000002.json").write(replace(Holder.me(), pid=7, host="elsewhere").dump())
+    run.join(run_folder.LEASE, "00000002.json").write(replace(Holder.me(), pid=7, host="elsewhere").dump())
     while held.lost is None and time.monotonic() < deadline:
         time.sleep(0.02)
     assert "process 7 on elsewhere has taken it over" in str(held.lost)
@@ -176,7 +176,7 @@ def test_who_was_taken_for_dead_prunes_nothing(tmp_path):
     for step in (10, 20, 30):
         layout.folder(run, step).join(layout.INDEX).write(b"{}")
     fence = lease.take(run).fence
-    run.join(lease.FOLDER, "00000002.json").write(replace(Holder.me(), pid=7).dump())
+    run.join(run_folder.LEASE, "00000002.json").write(replace(Holder.me(), pid=7).dump())
     with pytest.raises(LeaseError, match="has taken it over; this driver stops, and writes nothing more"):
         Pruner(run, Checkpoint(every=10, keep=1), fence).prune(30)
     assert layout.steps(run) == [10, 20, 30]
@@ -229,7 +229,7 @@ def test_who_was_taken_for_dead_makes_no_checkpoint_valid(tmp_path):
         writer = _Writer(layout.folder(run, 10), 10, facts(), lambda: None, held.fence)
         writer.finish(Metadata({}), [])
         assert layout.open_checkpoint(run, 10).step == 10
-        run.join(lease.FOLDER, "00000002.json").write(replace(Holder.me(), pid=7).dump())
+        run.join(run_folder.LEASE, "00000002.json").write(replace(Holder.me(), pid=7).dump())
         late = _Writer(layout.folder(run, 20), 20, {}, lambda: None, held.fence)
         for act in (lambda: late.finish(Metadata({}), []), lambda: writer.prepare_global_plan([])):
             with pytest.raises(LeaseError, match="has taken it over"):
@@ -250,4 +250,4 @@ def test_a_command_takes_the_lease_before_it_looks_at_what_there_is(tmp_path):
         train(path)
     with pytest.raises(HeliostatError, match="data/a"):  # there is no such dataset
         train(path)
-    assert json.loads(run.join(lease.FOLDER, "00000002.json").read())["released"]
+    assert json.loads(run.join(run_folder.LEASE, "00000002.json").read())["released"]

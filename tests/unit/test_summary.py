@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from heliostat import run_folder
 from heliostat.checkpoint import layout
 from heliostat.runs import summary
 from heliostat.runs.goodput import FOLDER, Attempt
@@ -49,9 +50,9 @@ def test_a_summary_or_result_counts_for_the_step_that_it_is_of(tmp_path, caplog)
     summary.write(run, {"steps": 100, "train_loss": 1.0})
     assert summary.read(run, last, job()) == {"steps": 100, "train_loss": 1.0}
     for text in (b"{", b"[]", json.dumps({"steps": 90}).encode()):
-        run.join(summary.RESULT).write(text)
+        run.join(run_folder.RESULT).write(text)
         assert summary.result(run, 100) is None
-    run.join(summary.SUMMARY).write(b"")
+    run.join(run_folder.SUMMARY).write(b"")
     run.join(FOLDER, "attempt-1.json").write(b"{")
     assert (
         summary.read(run, last, job())["tokens_per_second"] == 0.0

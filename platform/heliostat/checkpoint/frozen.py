@@ -14,6 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from heliostat import run_folder
 from heliostat.checkpoint import checksums
 from heliostat.checkpoint.agreement import together
 from heliostat.checkpoint.flat_shard import FlatShard
@@ -44,7 +45,7 @@ class Keeper:
         name = self._name(slices)
         if name == self._loaded:
             name = self._folder
-        place = self.run.join("checkpoints", name)
+        place = self.run.join(run_folder.CHECKPOINTS, name)
         if not together(self.group, lambda: dist.get_rank() == 0 and place.join(INDEX).exists())[0]:
             self._write(place, {n: FlatShard(s.local.cpu(), s.start, s.shape[0]) for n, s in slices.items()})
         return name

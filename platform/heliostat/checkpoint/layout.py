@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from heliostat import run_folder
 from heliostat.checkpoint import checksums
 from heliostat.checkpoint import index as checkpoint_index
 from heliostat.checkpoint.safetensors_file import DTYPES
@@ -46,18 +47,18 @@ PIECE = 64 * checksums.BLOCK  # what is in memory of a tensor that is read as a 
 
 
 def folder(run: Location, step: int) -> Location:
-    return run.join("checkpoints", f"step-{step:08d}")
+    return run_folder.checkpoint(run, step)
 
 
 def steps(run: Location) -> list[int]:
     """Steps that have a folder, whole or not, ascending."""
-    names = run.join("checkpoints").folders()
+    names = run.join(run_folder.CHECKPOINTS).folders()
     return [int(n.removeprefix("step-")) for n in names if n.startswith("step-") and n[5:].isdigit()]
 
 
 def frozen_folders(run: Location) -> list[str]:
     """Names of the folders of frozen parameters, whole or not: one, unless they were changed or resharded by hand."""
-    return [n for n in run.join("checkpoints").folders() if n.startswith(f"{FROZEN}-")]
+    return [n for n in run.join(run_folder.CHECKPOINTS).folders() if n.startswith(f"{FROZEN}-")]
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ def open_checkpoint(run: Location, step: int) -> Checkpoint:
     """CorruptCheckpointError, saying why, unless the checkpoint of that step is complete."""
     found = _open(folder(run, step), step)
     if name := found.index.get(FROZEN):
-        return Checkpoint(found.location, found.index, _open(run.join("checkpoints", name), None))
+        return Checkpoint(found.location, found.index, _open(run.join(run_folder.CHECKPOINTS, name), None))
     return found
 
 

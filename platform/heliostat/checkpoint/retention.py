@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from heliostat import run_folder
 from heliostat.checkpoint.layout import FROZEN, INDEX, Checkpoint, folder, open_checkpoint, steps
 from heliostat.config.spec import Checkpoint as Policy
 from heliostat.errors import CheckpointError
@@ -48,7 +49,7 @@ class Pruner:
 
     def prune(self, saved: int) -> None:
         """To be called when the checkpoint of step `saved` is complete and no save is in flight."""
-        files = {path for path, _ in self.run.join("checkpoints").files()}
+        files = {path for path, _ in self.run.join(run_folder.CHECKPOINTS).files()}
         self._scores.pop(saved, None)  # of an earlier save of this step
         found = {step: f"{folder(self.run, step).name}/{INDEX}" in files for step in steps(self.run)}
         whole = [step for step, complete in found.items() if complete and step <= saved]
@@ -73,7 +74,7 @@ class Pruner:
         if names - used and self.fence:
             self.fence.check()
         for name in names - used:
-            location = self.run.join("checkpoints", name)
+            location = self.run.join(run_folder.CHECKPOINTS, name)
             location.join(INDEX).delete()
             location.delete()
 
@@ -98,7 +99,7 @@ def survey(run: Location) -> list[dict[str, Any]]:
     The rules are those of the newest whole checkpoint's job.
     """
     sizes: dict[str, int] = {}
-    for path, size in run.join("checkpoints").files():
+    for path, size in run.join(run_folder.CHECKPOINTS).files():
         sizes[path.split("/")[0]] = sizes.get(path.split("/")[0], 0) + size
     rows, whole = [], []
     for step in steps(run):

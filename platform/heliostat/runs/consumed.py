@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from typing_extensions import TypedDict
 
+from heliostat import run_folder
 from heliostat.data import coverage, plans
 from heliostat.data.coverage import Segment
 from heliostat.data.dataset import Dataset, open_dataset
@@ -40,7 +41,11 @@ LISTED = 200  # ranges of shards, and replaced samples, that are written out
 
 def record(run: Location, steps: int) -> dict[str, Any]:
     """{steps, segments: [{first, end, digest, plan, sources}], replaced}, from the run's folder and its datasets' manifests."""
-    replaced = [bad for name, _ in run.join("quarantine").files() for bad in REPLACED.read_lines(run.join("quarantine", name))]
+    replaced = [
+        bad
+        for name, _ in run.join(run_folder.QUARANTINE).files()
+        for bad in REPLACED.read_lines(run.join(run_folder.QUARANTINE, name))
+    ]
     return {
         "steps": steps,
         "segments": [_segment(s) for s in coverage.cut(segments.read(run), steps)],

@@ -28,11 +28,11 @@ from typing import Any
 
 import numpy as np
 
+from heliostat import run_folder
 from heliostat.errors import ConfigError
 from heliostat.records import Format, closed
 from heliostat.storage import Location
 
-FOLDER = "ledger"
 COLOURS = {
     "queued": "#d9d9d9", "starting": "#fdd0a2", "compiling": "#fdae6b", "data": "#9ecae1", "computing": "#31a354",
     "communicating": "#6baed6", "checkpoint": "#bcbddc", "evaluating": "#c7e9c0", "lost": "#de2d26", "restarting": "#fb6a4a",
@@ -195,7 +195,7 @@ def report(attempts: Iterable[Attempt]) -> dict[str, Any]:
 
 def read(run: Location) -> list[Attempt]:
     """A run's attempts, from its folder."""
-    folder = run.join(FOLDER)
+    folder = run.join(run_folder.LEDGER)
     attempts = []
     for name, _ in folder.files():
         if name.endswith(".json"):
@@ -206,7 +206,7 @@ def read(run: Location) -> list[Attempt]:
 def read_report(run: Location) -> dict[str, Any]:
     attempts = read(run)
     if not attempts:
-        raise ConfigError(f"{run}: has no {FOLDER}/; it was trained by a version that kept none")
+        raise ConfigError(f"{run}: has no {run_folder.LEDGER}/; it was trained by a version that kept none")
     return report(attempts)
 
 

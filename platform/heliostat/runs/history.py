@@ -14,6 +14,7 @@ from typing import NotRequired
 
 from typing_extensions import TypedDict
 
+from heliostat import run_folder
 from heliostat.checkpoint import layout
 from heliostat.data import receipt
 from heliostat.errors import CheckpointError, ConfigError, VerifyError
@@ -70,7 +71,7 @@ class History:
         self.plans = segments.read(run)
         if not self.plans:
             raise ConfigError(
-                f"{run}: does not say what data it follows ({segments.FOLDER}/ is missing); was it made by an older version?"
+                f"{run}: does not say what data it follows ({run_folder.SEGMENTS}/ is missing); was it made by an older version?"
             )
         self.receipts = _receipts(run)
         self.links: dict[int, list[Link]] = {}
@@ -101,7 +102,7 @@ class History:
 
 
 def _receipts(run: Location) -> list[Receipt]:
-    folder = run.join("receipts")
+    folder = run.join(run_folder.RECEIPTS)
 
     def read(name: str) -> Receipt:
         raw = SEALED.read(folder.join(name))
@@ -110,7 +111,7 @@ def _receipts(run: Location) -> list[Receipt]:
             raise VerifyError(
                 f"{folder.join(name)}: is of version {found.version}, which a newer heliostat wrote; check with that"
             )
-        if found.end != segments.step_of(name):
+        if found.end != run_folder.step_of(name):
             raise VerifyError(f"{folder.join(name)}: ends at step {found.end}, and is named after another")
         return found
 

@@ -6,10 +6,10 @@ from typing import Any, NotRequired
 
 from typing_extensions import TypedDict
 
+from heliostat import run_folder
 from heliostat.records import Format, open_
 from heliostat.storage import Location
 
-RECORD = "run.json"
 TOKEN = "heliostat.token"  # tag: by it a run is found that was made by a driver which died before it wrote the run's id down
 
 
@@ -28,6 +28,6 @@ MADE = Format(Made, "record of a run", fix="delete it, and the run goes on as an
 def record(run: Location) -> dict[str, Any]:
     """What the run's folder knows of its MLflow run; empty for a new run."""
     try:
-        return dict(MADE.read(run.join(RECORD)))
+        return dict(MADE.read(run.join(run_folder.MLFLOW_RUN)))
     except FileNotFoundError:
         return {}

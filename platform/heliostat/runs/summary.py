@@ -10,6 +10,7 @@ import json
 import logging
 from typing import TYPE_CHECKING, Any
 
+from heliostat import run_folder
 from heliostat.config.spec import Job
 from heliostat.errors import HeliostatError
 from heliostat.runs import goodput
@@ -21,17 +22,16 @@ if TYPE_CHECKING:  # with torch, which takes a second
 
 log = logging.getLogger(__name__)
 
-SUMMARY, RESULT = "summary.json", "result.json"
 TRAINING = ("data", "computing", "communicating")  # the parts of an attempt that rates are of
 
 
 def write(run: Location, summary: dict[str, Any]) -> None:
-    run.join(SUMMARY).write(json.dumps(summary).encode())
+    run.join(run_folder.SUMMARY).write(json.dumps(summary).encode())
 
 
 def read(run: Location, last: Checkpoint, job: Job) -> dict[str, Any]:
     """The summary of the training that ended with this checkpoint."""
-    found = _of_step(run.join(SUMMARY), last.step)
+    found = _of_step(run.join(run_folder.SUMMARY), last.step)
     if found is None:
         log.info("%s: no command has written down how the training ended: its last checkpoint and its ledger tell", run)
         found = from_checkpoint(last.step, last.index["metrics"], job, _attempts(run))
@@ -40,7 +40,7 @@ def read(run: Location, last: Checkpoint, job: Job) -> dict[str, Any]:
 
 def result(run: Location, step: int) -> dict[str, Any] | None:
     """The result of the run that ended with this step; None if there is none, or only that of another end."""
-    return _of_step(run.join(RESULT), step)
+    return _of_step(run.join(run_folder.RESULT), step)
 
 
 def from_checkpoint(step: int, metrics: dict[str, Any], job: Job, attempts: list[Attempt]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from typing import Any
 import psutil
 import yaml
 
+from heliostat import run_folder
 from heliostat.cluster import dashboard as http
 from heliostat.config import schema, workspace
 from heliostat.config.spec import Retries
@@ -51,7 +52,7 @@ class Driver:
                 raise ConfigError(f"{job}: {key}: {raw.get(key)!r} is none; see docs/job.md")
         self.name, self.attempt = yaml.safe_load(sweep.read_text())["name"] if sweep else raw["name"], attempt
         self.run_folder = Location(raw["storage"]).absolute(workspace.root()).join(self.name)
-        self.folder = self.run_folder.join("logs")
+        self.folder = self.run_folder.join(run_folder.LOGS)
         retries = schema.validate(Retries, raw.get("retries") or {}, f"{job}: retries")
         self.again = Again(self.run_folder, retries, sweep is not None)
         what = ["tune", str(sweep)] if sweep else ["train", str(job)]

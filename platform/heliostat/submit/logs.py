@@ -9,6 +9,7 @@ import os
 import tempfile
 import threading
 
+from heliostat import run_folder
 from heliostat.storage import Location
 
 PART = 1 << 20
@@ -40,5 +41,5 @@ class LogCopy:
 
 def stored(run: Location) -> str | None:
     """The logs of every submission of a run, one behind the other; None if there are none."""
-    names = sorted(n for n, _ in run.join("logs").files() if n.endswith(".log"))
+    names = sorted(n for n, _ in run.join(run_folder.LOGS).files() if n.endswith(".log"))
     return b"".join(run.join("logs", n).read() for n in names).decode(errors="replace") if names else None

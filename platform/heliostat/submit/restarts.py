@@ -13,6 +13,7 @@ import signal
 import socket
 import time
 
+from heliostat import run_folder
 from heliostat.config.spec import Retries
 from heliostat.errors import HeliostatError, TrainingError
 from heliostat.runs import goodput
@@ -72,7 +73,7 @@ class Again:
                 from heliostat.tune import listing
 
                 return listing.progress(self.folder)[0]
-            names = [name for name, _ in self.folder.join("checkpoints").files() if name.endswith("/checkpoint.json")]
+            names = [name for name, _ in self.folder.join(run_folder.CHECKPOINTS).files() if name.endswith("/checkpoint.json")]
         except (HeliostatError, OSError) as e:
             log.warning("how far the run is, is not known: %s", e)
             return -1

@@ -11,12 +11,14 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from heliostat import run_folder
 from heliostat.errors import ConfigError, HeliostatError
+from heliostat.run_folder import ATTEMPTS
 from heliostat.runs import goodput
 from heliostat.storage import Location
 from heliostat.track import checkpoint_models, mlflow_client, registry
 from heliostat.track.reconcile import settle
-from heliostat.track.run_facts import ATTEMPTS, read_json
+from heliostat.track.run_facts import read_json
 
 DEPTH = 20  # generations of parents
 
@@ -38,7 +40,7 @@ def lineage(client: Any, uri: str, what: str) -> dict[str, Any]:
 def _is_folder(what: str) -> bool:
     if what.startswith("models:/") or re.fullmatch(r"[^/@]+(/\d+|@[^/@]+)", what):
         return False
-    return "/" in what and Location(what).join("run.json").exists()
+    return "/" in what and Location(what).join(run_folder.MLFLOW_RUN).exists()
 
 
 def model_node(client: Any, version: Any) -> dict[str, Any]:

@@ -12,13 +12,11 @@ from typing import NotRequired
 
 from typing_extensions import TypedDict
 
-from heliostat import events
+from heliostat import events, run_folder
 from heliostat.records import Format, Number, Whole, open_
-from heliostat.runs.segments import step_of
 from heliostat.storage import Location
 from heliostat.track.metrics import Point, points
 
-FOLDER = "curves"
 MARK = "train/loss"  # of every step: how far MLflow's curves go
 
 
@@ -74,14 +72,14 @@ EVENTS = Format(list[Recorded], "list of a run's curves", check=_fault, fix="del
 
 def write(run: Location, done: int, told: list[events.Event]) -> None:
     """The events of the steps up to `done` that no earlier file holds."""
-    run.join(FOLDER, f"step-{done:08d}.json").write(json.dumps([events.dump(event) for event in told]).encode())
+    run_folder.curves(run, done).write(json.dumps([events.dump(event) for event in told]).encode())
 
 
 def missing(run: Location, known: dict[str, int]) -> list[Point]:
     """In order, all points of the files that end behind the last step that MLflow has."""
-    folder, last, out = run.join(FOLDER), known.get(MARK, 0), list[Point]()
+    folder, last, out = run.join(run_folder.CURVES), known.get(MARK, 0), list[Point]()
     for name, _ in folder.files():
-        if step_of(name) > last:
+        if run_folder.step_of(name) > last:
             for event in EVENTS.read(folder.join(name)):
                 found = events.parse(dict(event))
                 out += points(found) if found else []

@@ -22,6 +22,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from heliostat import run_folder
 from heliostat.cluster import source_code
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
@@ -29,7 +30,7 @@ from heliostat.data.split import NEWEST
 from heliostat.errors import HeliostatError, TrackingError
 from heliostat.events import AttemptStarted, Evaluation, Event, Goodput, Saved, Spike, Steps
 from heliostat.runs import goodput
-from heliostat.runs.mlflow_id import RECORD, TOKEN, record
+from heliostat.runs.mlflow_id import TOKEN, record
 from heliostat.track import local_curves, mlflow_client, outbox
 from heliostat.track.metrics import SPIKE, Point, points
 from heliostat.track.run_facts import Record, read_json
@@ -137,8 +138,10 @@ class RunOwner:
         self._start()
         self._thread.join(AWAY_S + EXCHANGE_S)
         if self._fault or self._thread.is_alive():
-            told = f"{self._away()}; what it has not got is in {self.job.run_folder.join(outbox.FILE)}, and the next `heliostat "
-            told += "train --resume` of this run logs it"
+            kept = self.job.run_folder.join(run_folder.UNLOGGED)
+            told = (
+                f"{self._away()}; what it has not got is in {kept}, and the next `heliostat train --resume` of this run logs it"
+            )
             if status == "FINISHED":
                 raise TrackingError(told) from self._fault
             log.error(told)
@@ -283,11 +286,11 @@ class RunOwner:
             self._record = Record(self._client, found["run_id"], job)
             self.run_id = found["run_id"]
             return
-        job.run_folder.join(RECORD).write(json.dumps(found).encode())
+        job.run_folder.join(run_folder.MLFLOW_RUN).write(json.dumps(found).encode())
         self._made = self._made or self._make(found["token"])
         self._record = Record(self._client, self._made, job)
         self._record.begin(self.manifests, self._data_version)
-        job.run_folder.join(RECORD).write(json.dumps({**found, "run_id": self._made}).encode())
+        job.run_folder.join(run_folder.MLFLOW_RUN).write(json.dumps({**found, "run_id": self._made}).encode())
         self.run_id = self._made
 
     def _make(self, token: str) -> str:

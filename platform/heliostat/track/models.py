@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from heliostat import run_folder
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError, TrackingError
 from heliostat.recipes import exported
@@ -159,7 +160,7 @@ def _download(model: str, tracking_uri: str) -> Path:
 def find_run(run: str, tracking_uri: str) -> Location:
     """A run's folder from its id or from the folder itself; ConfigError if it holds no run."""
     place = Location(run) if "/" in run or Path(run).exists() else _run_folder(run, tracking_uri)
-    if not {"checkpoints", "receipts", "ledger"} & set(place.folders()):
+    if not {run_folder.CHECKPOINTS, run_folder.RECEIPTS, run_folder.LEDGER} & set(place.folders()):
         raise ConfigError(f"{place}: holds no run (no checkpoints, no receipts); give a run id, or a run's folder STORAGE/NAME")
     return place
 

@@ -13,13 +13,13 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import islice
 
+from heliostat import run_folder
 from heliostat.records import Format
 from heliostat.storage import Location
 from heliostat.track.metrics import SYSTEM, Point
 
 log = logging.getLogger(__name__)
 
-FILE = "unlogged.jsonl"
 LIMIT = 500_000  # points that may wait, some 100 MB; beyond it the oldest are given up
 SYSTEM_LIMIT = 50_000  # the same of system metrics
 BATCH = 1000  # the most metrics that MLflow takes in one call
@@ -37,7 +37,7 @@ WAITING = Format(
 class Outbox:
     def __init__(self, run: Location, send: Callable[[list[Point]], None], known: Callable[[], dict[str, int]]) -> None:
         """`send` gives at most BATCH points to the store; `known` asks it for the last place of every metric."""
-        self._file, self._send, self._known = run.join(FILE), send, known
+        self._file, self._send, self._known = run.join(run_folder.UNLOGGED), send, known
         self._last: dict[str, int] | None = None  # place by metric; None: to be asked
         self._waiting: deque[Point] = deque()
         self._system: deque[Point] = deque()

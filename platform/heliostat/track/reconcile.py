@@ -11,13 +11,14 @@ import logging
 import time
 from typing import Any
 
+from heliostat import run_folder
 from heliostat.config.schema import validate
 from heliostat.config.spec import Job
 from heliostat.errors import HeliostatError
 from heliostat.runs import goodput, liveness, summary
 from heliostat.runs.mlflow_id import TOKEN, record
 from heliostat.storage import Location
-from heliostat.track import local_curves, mlflow_client, outbox
+from heliostat.track import local_curves, mlflow_client
 from heliostat.track.outbox import Outbox
 from heliostat.track.run_facts import Record, read_json
 
@@ -49,7 +50,7 @@ def settle_folder(folder: Location, how: str = "") -> None:
     last = liveness.last(folder)
     if "run_id" not in told or last is None:
         return
-    if (last.outcome is None and not liveness.lives(last)) or folder.join(outbox.FILE).exists():
+    if (last.outcome is None and not liveness.lives(last)) or folder.join(run_folder.UNLOGGED).exists():
         client = mlflow_client.connect(told["uri"])
         settle(client, client.get_run(told["run_id"]), how)
 

@@ -22,12 +22,12 @@ from heliostat.data.manifest import Manifest
 from heliostat.errors import TrackingError
 from heliostat.events import AttemptStarted
 from heliostat.records import Format
+from heliostat.run_folder import ATTEMPTS
 from heliostat.runs import consumed
 from heliostat.track.checkpoint_models import Checkpoints
 from heliostat.track.metrics import SPIKE
 from heliostat.track.parents import parents
 
-ATTEMPTS = "attempts.json"
 STARTS = Format(list[dict[str, Any]], "list of a run's starts", fix="delete it to begin another")
 ARTIFACT: Format[Any] = Format(cast(Any, JsonValue), "record in MLflow", TrackingError)
 SPIKES, SPIKES_SHOWN = "heliostat.spikes", 100  # tag: steps, comma-separated; the newest, of more

@@ -18,10 +18,11 @@ from typing import Any
 from heliostat.cluster import source_code
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
+from heliostat.run_folder import ATTEMPTS
 from heliostat.runs import consumed
 from heliostat.track import mlflow_client
 from heliostat.track.lineage import attempts, data_of
-from heliostat.track.run_facts import ATTEMPTS, read_json
+from heliostat.track.run_facts import read_json
 
 log = logging.getLogger(__name__)
 

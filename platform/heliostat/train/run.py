@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from heliostat import check, lease
+from heliostat import run_folder as paths
 from heliostat.check import Checked
 from heliostat.config import spec
 from heliostat.config.spec import Job
@@ -41,7 +42,6 @@ from heliostat.events import AttemptStarted, Event, Goodput, NodeSample, Saved, 
 from heliostat.lease import Lease
 from heliostat.runs import goodput, liveness, segments
 from heliostat.runs import summary as endings
-from heliostat.track import outbox
 from heliostat.track.logger import RunOwner
 from heliostat.train.driver.recovery import Budget, choose, classify
 from heliostat.train.driver.signals import Signals
@@ -200,13 +200,13 @@ class _Run:
     def conclude(self, last: Checkpoint) -> dict[str, Any]:
         """Only what comes after the training, from its last checkpoint, where an earlier command did not get through it."""
         summary = endings.read(self.job.run_folder, last, self.job)
-        self.job.run_folder.join("ray").delete()  # Ray Train's own state, of no use after the fit
+        self.job.run_folder.join(paths.RAY).delete()  # Ray Train's own state, of no use after the fit
         return self._settled(lambda owner: self._conclude(owner, last, summary))
 
     def catch_up(self) -> None:
         """Tells MLflow what it could not be told at the end of an earlier command: its metrics, or only that it has finished."""
         ended = liveness.last(self.job.run_folder)
-        if (ended and ended.outcome != "finished") or self.job.run_folder.join(outbox.FILE).exists():
+        if (ended and ended.outcome != "finished") or self.job.run_folder.join(paths.UNLOGGED).exists():
             self._settled(lambda owner: None)
 
     def _settled(self, work: Any) -> dict[str, Any]:
@@ -413,7 +413,7 @@ class _Run:
         result["unit"] = _unit(job)
         result["samples"] = [{"prompt": p, "text": t} for p, t in samples]
         self.lease.fence.check()
-        job.run_folder.join(endings.RESULT).write(json.dumps(result, indent=2).encode())
+        job.run_folder.join(paths.RESULT).write(json.dumps(result, indent=2).encode())
         return result
 
 

@@ -18,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+from heliostat import run_folder
 from heliostat.errors import HeliostatError
 from heliostat.events import Event, ModelPhase, Phase, Saved, Steps
 from heliostat.runs import goodput
@@ -179,7 +180,7 @@ class Recorder:
         self.attempts[-1].seen = max(self.attempts[-1].known, time.time())
 
     def _write(self, attempt: Attempt) -> None:
-        place, data = self.run.join(goodput.FOLDER, attempt.name), attempt.dump()
+        place, data = self.run.join(run_folder.LEDGER, attempt.name), attempt.dump()
         self._writing = self._thread.submit(_store, place, data)
 
     def report(self) -> dict[str, Any]:

@@ -10,18 +10,16 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from heliostat import run_folder
 from heliostat.checkpoint import layout
 from heliostat.errors import CheckpointError
-from heliostat.runs import segments
 from heliostat.storage import Location
 from heliostat.tune.trial_record import read_json
-
-MARK = "clone.json"  # the last clone that was made
 
 
 def clone(wanted: dict[str, Any], run: Location) -> bool:
     """Makes the checkpoint of `wanted` (id, folder, step) the newest of the run; False if that was done before."""
-    if (read_json(run.join(MARK)) or {}).get("id") == wanted["id"]:
+    if (read_json(run.join(run_folder.CLONE)) or {}).get("id") == wanted["id"]:
         return False
     donor, step = Location(wanted["folder"]), wanted["step"]
     found = layout.open_checkpoint(donor, step)
@@ -31,22 +29,22 @@ def clone(wanted: dict[str, Any], run: Location) -> bool:
             place.join(layout.INDEX).delete()  # first, so that a half-deleted checkpoint does not exist
             place.delete()
     if found.frozen:
-        place = run.join("checkpoints", found.frozen.location.name)
+        place = run.join(run_folder.CHECKPOINTS, found.frozen.location.name)
         for name in (*(shard["file"] for shard in found.frozen.index["shards"]), layout.INDEX):
             copy(found.frozen.location.join(name), place.join(name))
     target = layout.folder(run, step)
     for shard in found.index["shards"]:
         copy(found.location.join(shard["file"]), target.join(shard["file"]))
-    for folder in (segments.FOLDER, "receipts", "quarantine"):
+    for folder in (run_folder.SEGMENTS, run_folder.RECEIPTS, run_folder.QUARANTINE):
         run.join(folder).delete()
         for name, _ in donor.join(folder).files():
-            if segments.step_of(name) <= step:
+            if run_folder.step_of(name) <= step:
                 copy(donor.join(folder, name), run.join(folder, name))
     copy(found.location.join(layout.INDEX), target.join(layout.INDEX))
     made = layout.open_checkpoint(run, step)
     if made.index != found.index:
         raise CheckpointError(f"{target}: is not what was cloned from {found.location}")
-    run.join(MARK).write(json.dumps(wanted).encode())
+    run.join(run_folder.CLONE).write(json.dumps(wanted).encode())
     return True
 
 

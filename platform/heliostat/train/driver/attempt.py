@@ -19,6 +19,7 @@ from typing import Any
 import ray
 import ray.train.torch
 
+from heliostat import run_folder
 from heliostat.cluster import nodes
 from heliostat.cluster.connect import remote_environment
 from heliostat.config.spec import Job
@@ -122,7 +123,7 @@ class Attempt:
         self._drain()
         if "error" in outcome:
             raise explain(outcome["error"])
-        self.job.run_folder.join("ray").delete()  # Ray Train's own state, of no use after the fit
+        self.job.run_folder.join(run_folder.RAY).delete()  # Ray Train's own state, of no use after the fit
         return outcome["summary"]
 
     # the watch -------------------------------------------------------------------------------------------------------
@@ -224,7 +225,7 @@ class Attempt:
         """Asks every worker for what its threads are at, and keeps what comes, in the run's folder."""
         self._board.order.remote(dump=True)
         found = stack_dumps.collect(self.job.workers.most, self._drained, self._take)
-        place = self.job.run_folder.join("stacks", f"{time.strftime('%Y%m%dT%H%M%S')}.txt")
+        place = self.job.run_folder.join(run_folder.STACKS, f"{time.strftime('%Y%m%dT%H%M%S')}.txt")
         place.write(stack_dumps.text(found, self.job.workers.most).encode())
         return str(place)
 
@@ -258,7 +259,7 @@ class Attempt:
             "run_folder": str(job.run_folder),
             "parts": self._parts,
         }
-        attempts = job.run_folder.join("ray")
+        attempts = job.run_folder.join(run_folder.RAY)
         return _trainer_class()(
             _worker,
             train_loop_config=config,

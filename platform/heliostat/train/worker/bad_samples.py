@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from heliostat import run_folder
 from heliostat.config.spec import Job
 from heliostat.data.dataset import Dataset
 from heliostat.data.order import Order
@@ -36,7 +37,7 @@ def collect(run: Location, done: int, mine: list[dict[str, Any]], count: int, da
     entries = sorted((b for part, _ in gathered for b in part), key=lambda b: (b["step"], b["position"]))
     if entries and dist.get_rank() == 0:
         lines = [json.dumps(describe(b, dataset)) for b in entries]
-        run.join("quarantine", f"step-{done:08d}.jsonl").write("\n".join(lines).encode() + b"\n")
+        run_folder.quarantine(run, done).write("\n".join(lines).encode() + b"\n")
     return sum(total for _, total in gathered)
 
 

@@ -21,6 +21,7 @@ import ray
 import torch
 import torch.distributed as dist
 
+from heliostat import run_folder
 from heliostat.checkpoint import saver as checkpoint
 from heliostat.config.spec import Job
 from heliostat.data import content, receipt, stream
@@ -378,7 +379,7 @@ class Worker:
         self.chain = receipt.extend(self.chain, digests)
         if self.rank == 0:
             self.fence.check()
-            self.run_folder.join("receipts", f"step-{done:08d}.json").write(
+            run_folder.receipt(self.run_folder, done).write(
                 receipt.seal(done - len(digests), digests, self.chain, self.plan.digest)
             )
             local_curves.write(self.run_folder, done, self._told)

@@ -1,0 +1,62 @@
+"""What lies where in a run's folder, in one place: everybody who reads or writes there takes the path from here.
+
+checkpoints/step-00000100/   shards, and `checkpoint.json`, written last (`checkpoint.layout`)
+checkpoints/frozen-DIGEST/   parameters that are not trained
+receipts/step-00000100.json  what the steps up to 100 trained on (`data.receipt`)
+segments/step-00000000.json  the data plan that the run follows from that step on (`runs.segments`)
+quarantine/step-*.jsonl      samples that were replaced (`train.worker.bad_samples`)
+curves/step-*.json           losses and scores, until MLflow has them for certain (`track.local_curves`)
+ledger/ATTEMPT.json          where the time of each attempt went (`runs.goodput`)
+lease/00000001.json          who may write here (`lease`)
+logs/ATTEMPT.000000.log      of a submitted job (`submit.logs`)
+stacks/TIME.txt              what workers were at when they stalled
+ray/                         Ray Train's own state, while it runs
+run.json                     which MLflow run this is (`runs.mlflow_id`)
+attempts.json                each start of the workers: code, machines (`track.run_facts`)
+unlogged.jsonl               points that MLflow has not taken yet (`track.outbox`)
+clone.json                   the last checkpoint that population based training put here (`tune.clone`)
+summary.json, result.json    the end: of training, and of everything (`runs.summary`)
+"""
+
+from __future__ import annotations
+
+from heliostat.errors import DataError
+from heliostat.storage import Location
+
+CHECKPOINTS, RECEIPTS, SEGMENTS, QUARANTINE, CURVES = "checkpoints", "receipts", "segments", "quarantine", "curves"
+LEDGER, LEASE, LOGS, STACKS, RAY = "ledger", "lease", "logs", "stacks", "ray"
+MLFLOW_RUN, ATTEMPTS, UNLOGGED, CLONE = "run.json", "attempts.json", "unlogged.jsonl", "clone.json"
+SUMMARY, RESULT = "summary.json", "result.json"
+BY_STEP = (SEGMENTS, RECEIPTS, QUARANTINE, CURVES)  # folders of files that are named after the last step they tell of
+
+
+def checkpoint(run: Location, step: int) -> Location:
+    return run.join(CHECKPOINTS, _name(step))
+
+
+def receipt(run: Location, step: int) -> Location:
+    return run.join(RECEIPTS, f"{_name(step)}.json")
+
+
+def segment(run: Location, step: int) -> Location:
+    return run.join(SEGMENTS, f"{_name(step)}.json")
+
+
+def quarantine(run: Location, step: int) -> Location:
+    return run.join(QUARANTINE, f"{_name(step)}.jsonl")
+
+
+def curves(run: Location, step: int) -> Location:
+    return run.join(CURVES, f"{_name(step)}.json")
+
+
+def step_of(name: str) -> int:
+    """The step that a file or folder of a run is named after; DataError for one that is not named so."""
+    number = name.removeprefix("step-").partition(".")[0]
+    if not number.isdecimal():
+        raise DataError(f"{name}: is not named after a step, as step-00000100.json; take it out of the run's folder")
+    return int(number)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
