@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 from heliostat import run_folder
-from heliostat.run_folder import RESULT
-from heliostat.runs.goodput import FOLDER, Attempt
+from heliostat.run_folder import LEDGER, RESULT
+from heliostat.runs.goodput import Attempt
 from heliostat.runs.mlflow_id import TOKEN
 from heliostat.storage import Location
 from heliostat.track import mlflow_client
@@ -32,13 +32,13 @@ def scene(tracking: str, tmp_path: Path) -> Scene:
         found = client.get_experiment_by_name(name)
         place = str(tmp_path / "artifacts")
         experiment = found.experiment_id if found else client.create_experiment(name, artifact_location=place)
-        tags = {mlflow_client.NAME: name, mlflow_client.FOLDER: str(tmp_path / "run"), TOKEN: "mine"}
+        tags = {mlflow_client.NAME: name, mlflow_client.LEDGER: str(tmp_path / "run"), TOKEN: "mine"}
         run_id = client.create_run(experiment, tags=tags).info.run_id
         folder, now = Location(str(tmp_path / "run")), time.time()
         attempt = Attempt("a", now - 50, now - 40, now - 30, 0, 2, host=socket.gethostname(), pid=GONE)
         for key, value in facts.items():
             setattr(attempt, key, value)
-        folder.join(FOLDER, "attempt-1.json").write(attempt.dump())
+        folder.join(LEDGER, "attempt-1.json").write(attempt.dump())
         told = {"run_id": run_id, "uri": tracking, "token": "mine"} if record is None else record
         folder.join(run_folder.MLFLOW_RUN).write(json.dumps(told).encode())
         return client, run_id
@@ -102,7 +102,7 @@ def test_a_driver_that_died_before_it_wrote_the_runs_id_down_is_found_by_its_tok
 
 def test_a_run_that_has_only_begun_is_given_time(scene, tmp_path, monkeypatch):
     client, run_id = scene()
-    Location(str(tmp_path / "run")).join(FOLDER).delete()
+    Location(str(tmp_path / "run")).join(LEDGER).delete()
     assert settle(client, client.get_run(run_id)).info.status == "RUNNING"
     monkeypatch.setattr("heliostat.track.reconcile.YOUNG_S", -1.0)
     assert YOUNG_S > 0 and settle(client, client.get_run(run_id)).info.status == "FAILED"

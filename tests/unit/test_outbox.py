@@ -4,10 +4,11 @@ import json
 import random
 
 import pytest
+from heliostat.run_folder import UNLOGGED
 from heliostat.storage import Location
 from heliostat.track import outbox
 from heliostat.track.metrics import Point
-from heliostat.track.outbox import FILE, Outbox
+from heliostat.track.outbox import Outbox
 from heliostat.train.worker import node_metrics
 
 
@@ -61,7 +62,7 @@ def test_every_step_arrives_once_and_in_order_through_failures_restarts_and_new_
     box.flush()
     for key in ("train/loss", "train/lr"):
         assert [p.step for p in store.points if p.key == key] == list(range(1, highest))
-    assert not len(box) and not run.join(FILE).exists()
+    assert not len(box) and not run.join(UNLOGGED).exists()
 
 
 def test_what_waits_is_in_the_runs_folder_and_goes_first(tmp_path):
@@ -71,12 +72,12 @@ def test_what_waits_is_in_the_runs_folder_and_goes_first(tmp_path):
     with pytest.raises(ConnectionError):
         box.flush()
     box.keep()
-    assert [Point(*json.loads(line)) for line in run.join(FILE).read().splitlines()] == steps(1, 4)
+    assert [Point(*json.loads(line)) for line in run.join(UNLOGGED).read().splitlines()] == steps(1, 4)
     store.failing = 0.0
     later = Outbox(run, store.send, store.known)
     later.add(steps(4, 6))
     later.flush()
-    assert store.points == steps(1, 6) and not run.join(FILE).exists()
+    assert store.points == steps(1, 6) and not run.join(UNLOGGED).exists()
 
 
 def test_beyond_the_limit_the_oldest_are_given_up_and_that_is_said(tmp_path, monkeypatch, caplog):

@@ -6,7 +6,7 @@ import pytest
 from heliostat import run_folder
 from heliostat.checkpoint import layout
 from heliostat.runs import summary
-from heliostat.runs.goodput import FOLDER, Attempt
+from heliostat.runs.goodput import Attempt
 from heliostat.storage import Location
 
 from tests.unit.build_job import job
@@ -53,7 +53,7 @@ def test_a_summary_or_result_counts_for_the_step_that_it_is_of(tmp_path, caplog)
         run.join(run_folder.RESULT).write(text)
         assert summary.result(run, 100) is None
     run.join(run_folder.SUMMARY).write(b"")
-    run.join(FOLDER, "attempt-1.json").write(b"{")
+    run.join(run_folder.LEDGER, "attempt-1.json").write(b"{")
     assert (
         summary.read(run, last, job())["tokens_per_second"] == 0.0
         and "rates and times of the training are not known" in caplog.text
