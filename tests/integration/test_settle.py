@@ -32,7 +32,7 @@ def scene(tracking: str, tmp_path: Path) -> Scene:
         found = client.get_experiment_by_name(name)
         place = str(tmp_path / "artifacts")
         experiment = found.experiment_id if found else client.create_experiment(name, artifact_location=place)
-        tags = {mlflow_client.NAME: name, mlflow_client.LEDGER: str(tmp_path / "run"), TOKEN: "mine"}
+        tags = {mlflow_client.NAME: name, mlflow_client.FOLDER: str(tmp_path / "run"), TOKEN: "mine"}
         run_id = client.create_run(experiment, tags=tags).info.run_id
         folder, now = Location(str(tmp_path / "run")), time.time()
         attempt = Attempt("a", now - 50, now - 40, now - 30, 0, 2, host=socket.gethostname(), pid=GONE)
