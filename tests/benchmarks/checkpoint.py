@@ -50,7 +50,7 @@ def engine(size: str, stage: int, workers: int, universal: bool = False) -> Any:
     changes: dict[str, Any] = {"train.zero.stage": stage, "workers.count": workers, "train.global_batch": workers}
     changes |= {"train.micro_batch": 1, "train.deepspeed": {"checkpoint": {"load_universal": universal}}}
     made = deepspeed_engine.build_engine(job(**changes), Recipe(size))  # type: ignore[arg-type]
-    zero_state.make_room(made)
+    zero_state.init_optimizer_state(made)
     return made
 
 
@@ -104,7 +104,7 @@ def save_and_load(group: Any, everyone: Any, folder: str, size: str, rounds: str
     made = engine(size, 3, dist.get_world_size())
     yield {"name": "parameters", "seconds": sum(p.ds_numel for p in made.module.parameters())}
     saver = checkpoint.Saver(Location(folder), spec.Checkpoint(every=1, keep=1), dist.new_group(backend="gloo"))
-    saver.follow(zero_state.inner_optimizer(made))
+    saver.attach(zero_state.inner_optimizer(made))
     train(made)
 
     def save(step: int) -> None:

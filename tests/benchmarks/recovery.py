@@ -45,19 +45,19 @@ PHASES = {
 }  # fmt: skip (the part that the phase's beginning ends)
 
 
-class Watching(placement.Placing):
+class Watching(placement.PlacementCallback):
     """In Ray Train's controller: posts when it knows of a death, and when new workers are there."""
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
         if worker_group_status.errors:
-            self._board.post.remote(Phase(phase="seen"))
+            self._mailbox.post.remote(Phase(phase="seen"))
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         super().after_worker_group_start(worker_group)
-        self._board.post.remote(Phase(phase="started"))
+        self._mailbox.post.remote(Phase(phase="started"))
 
 
-class Recording(progress.Show):
+class Recording(progress.ProgressReporter):
     """The terminal's view, which also keeps every event with its time."""
 
     events: list[tuple[str, float, int]] = []
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--set", action="append", default=[])
     options = parser.parse_args()
-    attempt.Placing, progress.Show = Watching, Recording  # type: ignore[misc]
+    attempt.PlacementCallback, progress.ProgressReporter = Watching, Recording  # type: ignore[misc]
     killed: list[float] = []
     events = Recording.events
 

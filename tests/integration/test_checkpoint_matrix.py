@@ -94,7 +94,7 @@ def _engine(case: Case) -> Any:
     # tiny parameters would otherwise stay gathered, and hide faults of stage 3
     changes["train.deepspeed"] = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
     engine = deepspeed_engine.build_engine(job(**changes), Recipe())  # type: ignore[arg-type]
-    zero_state.make_room(engine)
+    zero_state.init_optimizer_state(engine)
     return engine
 
 
@@ -149,7 +149,7 @@ def _save(case: Case, engine: Any, folder: Path, group: Any) -> None:
     engine.module.mark.copy_(torch.linspace(0.1, case.stage + case.workers, 15).view(5, 3))  # no bf16 numbers
     engine.module.odd.fill_(1 / 3)
     saver = checkpoint.Saver(Location(str(folder / str(case))), spec.Checkpoint(every=1), group)
-    saver.follow(zero_state.inner_optimizer(engine))
+    saver.attach(zero_state.inner_optimizer(engine))
     expected = _whole(engine)
     facts = build_index.facts(optimizer_steps=zero_state.optimizer_steps(engine))
     saver.save(TRAINED, zero_state.state(engine), facts, zero_state.frozen(engine))

@@ -25,7 +25,7 @@ from heliostat.config import spec
 from heliostat.errors import CheckpointError, ConfigError, CorruptCheckpointError, HeliostatError, StorageError
 from heliostat.storage import Location
 from heliostat.train.stop_codes import FAILED, RUN
-from heliostat.train.worker.heartbeat import Votes
+from heliostat.train.worker.heartbeat import StopConsensus
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from tests.integration import ranks
@@ -197,7 +197,7 @@ def test_a_score_that_is_not_there_and_another_models_checkpoint_are_refused(tmp
 
 def heard(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
     """A loop like the training's: steps with a vote, and nothing that waits for the save."""
-    votes = Votes(dist.new_group(backend="gloo"))
+    votes = StopConsensus(dist.new_group(backend="gloo"))
 
     def steps(saver: checkpoint.Saver) -> dict[str, Any]:
         for step in range(2000):

@@ -82,7 +82,7 @@ def _engine(job: Job) -> tuple[Any, TextToImage, Ema]:
     recipe = TextToImage(job)
     recipe.bind([manifest.read(location) for location in job.sources])
     engine = deepspeed_engine.build_engine(job, recipe)
-    zero_state.make_room(engine)
+    zero_state.init_optimizer_state(engine)
     return engine, recipe, Ema(engine, 0.9)
 
 
@@ -120,7 +120,7 @@ def stages(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
     for stage, (engine, recipe, ema) in engines.items():
         losses = _play(engine, recipe, ema, jobs[stage], 0, STEPS)
         saver = checkpoint.Saver(Location(f"{folder}/{stage}-{world}"), spec.Checkpoint(every=1), group)
-        saver.follow(zero_state.inner_optimizer(engine))
+        saver.attach(zero_state.inner_optimizer(engine))
         state = zero_state.state(engine) | ema.state()
         saver.save(STEPS, state, build_index.facts(optimizer_steps=STEPS))
         losses += _play(engine, recipe, ema, jobs[stage], STEPS, AFTER)

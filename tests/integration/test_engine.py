@@ -51,7 +51,7 @@ def _engine(model: type[nn.Module], micro: int, **changes: Any) -> Any:
     keys = changes.pop("train.deepspeed", {})
     keys = {**keys, "zero_optimization": {"stage3_param_persistence_threshold": 0, **keys.get("zero_optimization", {})}}
     engine = deepspeed_engine.build_engine(job(**changes, **{"train.deepspeed": keys}), Recipe(model))  # type: ignore[arg-type]
-    zero_state.make_room(engine)
+    zero_state.init_optimizer_state(engine)
     return engine
 
 

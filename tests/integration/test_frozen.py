@@ -59,7 +59,7 @@ def _engine(recipe: Any, stage: int, precision: str = "bf16") -> Any:
     changes = {"train.zero.stage": stage, "train.precision": precision, "workers.count": world, "train.global_batch": world}
     changes |= {"train.micro_batch": 1, "train.deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
     made = deepspeed_engine.build_engine(job(**changes), recipe)
-    zero_state.make_room(made)
+    zero_state.init_optimizer_state(made)
     return made
 
 

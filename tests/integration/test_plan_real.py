@@ -31,7 +31,7 @@ def engines(_: Any, __: Any) -> Iterator[dict[str, Any]]:
         j = _job(precision, stage, dist.get_world_size())
         recipe = CausalLM(j)
         engine = deepspeed_engine.build_engine(j, recipe)
-        zero_state.make_room(engine)
+        zero_state.init_optimizer_state(engine)
         batch = recipe.batch(torch.zeros(j.train.micro_batch, 64, dtype=torch.int32).numpy())
         for _ in range(3):  # a step, so that stage 3 has gathered what it keeps gathered, and half of the next
             engine.backward(recipe.loss(engine, batch))
@@ -77,14 +77,14 @@ def told() -> list[dict[str, Any]]:
 def test_state_bytes_are_within_two_percent_of_what_engines_hold(told, part, monkeypatch):
     """At every stage and worker count, in fp32 and bf16."""
     from heliostat.plan.memory import state
-    from heliostat.plan.model_stats import build, census
+    from heliostat.plan.model_stats import build, stats_of
     from heliostat.recipes.text.causal_lm import CausalLM
 
     assert len(told) == len(CASES) * sum(WORKERS)
     for one in told:
         precision, stage = one["case"]
         recipe = CausalLM(_job(precision, stage, one["workers"]))
-        model = census(recipe, build(recipe))
+        model = stats_of(recipe, build(recipe))
         held = state(model.shapes, model.frozen, one["workers"], stage, precision, persistence=KEPT_WHOLE)
         planned = getattr(held, part)
         largest = max(o["bytes"][part] for o in told if o["case"] == one["case"] and o["workers"] == one["workers"])
@@ -93,13 +93,13 @@ def test_state_bytes_are_within_two_percent_of_what_engines_hold(told, part, mon
 
 def test_the_dry_runs_slices_are_those_that_ranks_save(told):
     """Parameter, start and length, of every rank, stage and worker count: so the index of a checkpoint is known beforehand."""
-    from heliostat.plan.model_stats import build, census
+    from heliostat.plan.model_stats import build, stats_of
     from heliostat.plan.zero_layout import slices
     from heliostat.recipes.text.causal_lm import CausalLM
 
     for one in told:
         precision, stage = one["case"]
         recipe = CausalLM(_job(precision, stage, one["workers"]))
-        owned = slices(census(recipe, build(recipe)).trained, stage, one["workers"])[one["rank"]]
+        owned = slices(stats_of(recipe, build(recipe)).trained, stage, one["workers"])[one["rank"]]
         saved = [tuple(s) for s in one["slices"] if s[2]]
         assert sorted(saved) == sorted(owned), (one["case"], one["workers"], one["rank"])

@@ -11,7 +11,7 @@ from heliostat.errors import LossSpikeError
 from heliostat.storage import Location
 from heliostat.track import local_curves, page
 from heliostat.track.logger import RunOwner
-from heliostat.train.driver.progress import Show
+from heliostat.train.driver.progress import ProgressReporter
 from heliostat.train.worker.loop import Worker
 from heliostat.train.worker.loss_spikes import Detector
 from mlflow import MlflowClient
@@ -31,7 +31,7 @@ def judged(policy: Spike, losses: list[float]) -> tuple[list[dict[str, Any]], st
     worker: Any = Worker.__new__(Worker)
     worker.job, worker.rank, worker._told = job(spike=policy.model_dump()), 0, []
     worker.spikes = Detector(policy)
-    worker.board = SimpleNamespace(post=SimpleNamespace(remote=posted.append))
+    worker.mailbox = SimpleNamespace(post=SimpleNamespace(remote=posted.append))
     worker.saver = SimpleNamespace(wait=lambda: None)
     reason = ""
     try:
@@ -45,7 +45,7 @@ def judged(policy: Spike, losses: list[float]) -> tuple[list[dict[str, Any]], st
 def test_a_spike_that_is_not_undone_is_told_on_the_terminal_in_the_log_in_mlflow_and_in_the_report(tmp_path, tracking, caplog):
     events, reason = judged(Spike(window=10), LOSSES)
     assert not reason and {e["step"]: e["loss"] for e in events} == SPIKES
-    with caplog.at_level(logging.INFO, "heliostat"), Show(Console(file=io.StringIO()), "x", 0, 40, "tokens") as show:
+    with caplog.at_level(logging.INFO, "heliostat"), ProgressReporter(Console(file=io.StringIO()), "x", 0, 40, "tokens") as show:
         for event in events:
             show.event(event)
     said = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
@@ -75,6 +75,6 @@ def test_a_spike_that_is_not_undone_is_told_on_the_terminal_in_the_log_in_mlflow
 def test_a_spike_that_is_undone_is_posted_too_and_ends_the_attempt(caplog):
     events, reason = judged(Spike(window=10, action="rollback"), LOSSES)
     assert reason.startswith("step 20: loss 9") and [e["step"] for e in events] == [21]
-    with Show(Console(file=io.StringIO()), "x", 0, 40, "tokens") as show:
+    with ProgressReporter(Console(file=io.StringIO()), "x", 0, 40, "tokens") as show:
         show.event(events[0])
     assert not caplog.records  # the driver says what becomes of it

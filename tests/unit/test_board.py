@@ -38,7 +38,7 @@ def test_every_worker_that_lives_is_asked_for_its_stacks_before_it_counts_as_fro
         for rank, at in due.items():
             if at <= clock.now:
                 due[rank] = at + mailbox.interval(workers)
-                if state.pulse(rank, 7, {"pid": 1, "node": "n"}).get("dump"):
+                if state.heartbeat(rank, 7, {"pid": 1, "node": "n"}).get("dump"):
                     answers.append((clock.now + draw.uniform(0, stack_dumps.ANSWER_S - 2 * stack_dumps.POLL_S), rank))
                     due[rank] = float("inf")
         for one in [a for a in answers if a[0] <= clock.now]:
@@ -66,7 +66,7 @@ def watched(limit: float = 60.0) -> attempt.Attempt:
     made.start = SimpleNamespace(job=made.job)  # type: ignore[assignment]
     made.signals, made._ordered, made._phase, made._fault, made._stop_by = Signals(), 0, "step", None, None
     made._since = time.monotonic() - 1000
-    made._pulses = {0: {"node": "n", "pid": 1, "moved": time.monotonic(), "at": time.monotonic()}}
+    made._heartbeats = {0: {"node": "n", "pid": 1, "moved": time.monotonic(), "at": time.monotonic()}}
     made._keep_stacks = lambda: "stacks"  # type: ignore[method-assign]
     return made
 
@@ -75,12 +75,12 @@ def watched(limit: float = 60.0) -> attempt.Attempt:
 def test_a_wall_clock_that_is_set_stalls_nobody_and_hides_no_stall(monkeypatch, jump):
     """An hour of summer time, or a first answer of a time server, is no hour in which nobody got on."""
     made, state, now = watched(), mailbox.State(), time.time()
-    state.pulse(0, 1, {})
+    state.heartbeat(0, 1, {})
     monkeypatch.setattr(time, "time", lambda: now + jump)
     made._look()
     assert made._fault is None
     assert 0 <= state.drain()[1][0]["moved"] < 60
-    made._pulses[0]["moved"] = time.monotonic() - 61
+    made._heartbeats[0]["moved"] = time.monotonic() - 61
     made._look()
     assert "no worker got on for 61 s" in str(made._fault)
 

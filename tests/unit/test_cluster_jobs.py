@@ -133,7 +133,7 @@ def test_a_stopped_driver_waits_for_the_checkpoint_and_its_log_is_in_storage(tmp
     assert stored == "training\nsaving a checkpoint\nsaved\n"
 
 
-class Board(BaseHTTPRequestHandler):
+class Mailbox(BaseHTTPRequestHandler):
     """A cluster's list of jobs: one of them is a note, from when it is `noted` on."""
 
     noted = threading.Event()
@@ -154,8 +154,8 @@ class Board(BaseHTTPRequestHandler):
 @pytest.mark.parametrize("storage", [None, "s3://bucket/runs?endpoint_override=127.0.0.1:1&scheme=http"])
 def test_a_driver_that_must_stop_now_does_not_wait_for_a_checkpoint_nor_for_a_store_that_is_dead(tmp_path, storage):
     """The note that it is to end is on the cluster, not in the store."""
-    Board.noted.clear()
-    with ThreadingHTTPServer(("127.0.0.1", 0), Board) as server:
+    Mailbox.noted.clear()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Mailbox) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         process = _driver(tmp_path, 50, storage, f"http://127.0.0.1:{server.server_port}")
@@ -163,7 +163,7 @@ def test_a_driver_that_must_stop_now_does_not_wait_for_a_checkpoint_nor_for_a_st
         assert process.stdout.readline() == "saving a checkpoint\n"
         time.sleep(2)
         assert process.poll() is None  # without the note it waits
-        Board.noted.set()
+        Mailbox.noted.set()
         process.communicate(timeout=40)
         server.shutdown()
         thread.join()

@@ -10,7 +10,7 @@ import torch
 from heliostat.data import manifest
 from heliostat.errors import ConfigError
 from heliostat.plan import failures, hardware, memory, planner, step_time, zero_layout
-from heliostat.plan.model_stats import Meter, activations, build, census
+from heliostat.plan.model_stats import Meter, activations, build, stats_of
 from heliostat.storage import Location
 
 from tests.unit import build_images
@@ -38,7 +38,7 @@ def test_parameters_are_those_of_the_model_that_is_trained(arch):
             "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}  # fmt: skip
     j = job(model={"arch": arch, "vocab_size": 96, **size})
     recipe = recipe_of(j)
-    counted, real = census(recipe, build(recipe)), recipe.build()
+    counted, real = stats_of(recipe, build(recipe)), recipe.build()
     assert counted.parameters == sum(p.numel() for p in real.parameters())
     assert counted.shapes == {n: tuple(p.shape) for n, p in real.named_parameters()}
 
@@ -70,7 +70,7 @@ def test_diffusion_models_are_counted_like_any_other(backbone, tmp_path):
     recipe = TextToImage(j)
     recipe.bind([manifest.read(Location(str(data)))])
     model, real = build(recipe), recipe.build()
-    assert census(recipe, model).parameters == sum(p.numel() for p in real.parameters())
+    assert stats_of(recipe, model).parameters == sum(p.numel() for p in real.parameters())
     counted = activations(j, recipe, model, planner.sample(j, recipe))
     with Meter(real) as meter:
         recipe.loss(real, recipe.batch(planner.sample(j, recipe), np.zeros(1, dtype=np.int64)))
@@ -83,7 +83,7 @@ def test_an_average_of_the_weights_is_one_more_fp32_copy_in_memory_and_in_checkp
     assert averaged.device - plain.device == 4 * 1024 * 64 // 4
     j = job(**{"train.ema": {"decay": 0.99}})
     recipe = recipe_of(j)
-    assert planner.plan(j, recipe)["checkpoint"]["bytes"] == 16 * census(recipe, build(recipe)).parameters
+    assert planner.plan(j, recipe)["checkpoint"]["bytes"] == 16 * stats_of(recipe, build(recipe)).parameters
 
 
 def test_an_elastic_job_is_planned_on_its_most_workers_and_must_fit_on_its_fewest():

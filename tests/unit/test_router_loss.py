@@ -10,7 +10,7 @@ import transformers
 from heliostat.errors import ConfigError
 from heliostat.events import Steps
 from heliostat.track.metrics import points
-from heliostat.train.driver.progress import Show
+from heliostat.train.driver.progress import ProgressReporter
 from heliostat.train.worker.objective import Objective
 from rich.console import Console
 
@@ -101,7 +101,7 @@ def test_the_router_loss_is_a_curve_of_its_own_in_mlflow_and_at_the_terminal(cap
     assert (found["train/router_loss", 5], found["train/router_loss", 6], found["train/loss", 6]) == (1.5, 1.25, 2.0)
     assert not any(p.key == "train/router_loss" for p in points(replace(event, added={})))
     caplog.set_level(logging.INFO, logger="heliostat")
-    Show(Console(force_terminal=False), "run", 0, 10, "tokens").event(event)
+    ProgressReporter(Console(force_terminal=False), "run", 0, 10, "tokens").event(event)
     assert "loss 2.0000  router loss 1.2500  lr" in caplog.text
 
 

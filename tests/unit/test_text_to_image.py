@@ -252,7 +252,7 @@ def test_frozen_encoders_are_in_the_plan_and_leave_the_device_when_only_drawing_
     from types import SimpleNamespace
 
     from heliostat.plan import memory
-    from heliostat.plan.model_stats import build, census
+    from heliostat.plan.model_stats import build
 
     text = {"pretrained": str(clip(tmp_path / "clip", dataset)), "length": 8}
     made = recipe(dataset, text=text, autoencoder={"pretrained": str(autoencoder(tmp_path / "vae", 1))},

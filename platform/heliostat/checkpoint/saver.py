@@ -302,7 +302,7 @@ class Saver:
         self._copies: dict[str, torch.Tensor] = {}  # kept between saves: fresh memory costs more than the copy
         self._follows = False
 
-    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """From now on `save` leaves the copy to the thread, and a step of `optimizer`, which changes the state, waits for it."""
         optimizer.register_step_pre_hook(lambda *_: self._until_copied())
         self._follows = True
@@ -339,16 +339,16 @@ class Saver:
 
     def _until(self, pending: Future) -> None:
         while futures.wait([pending], PULSE_S).not_done:
-            self._pulse()
+            self._pass_on_progress()
         pending.result()
 
     def _until_copied(self) -> None:
         started = time.perf_counter()
         while not self._copied.wait(PULSE_S):
-            self._pulse()
+            self._pass_on_progress()
         self.blocked_s += time.perf_counter() - started
 
-    def _pulse(self) -> None:
+    def _pass_on_progress(self) -> None:
         """Passes on that something was written since the last look: a save that stands still is a stall like any other."""
         written, self._written = self._written, 0
         if written:

@@ -94,7 +94,7 @@ def carrying(labels: Mapping[str, str]) -> dict[str, float]:
             if n["Alive"] and labels.items() <= n.get("Labels", {}).items()}  # fmt: skip
 
 
-def census() -> list[dict[str, Any]]:
+def inventory() -> list[dict[str, Any]]:
     """The cluster's living nodes, as plain data."""
     return [
         {

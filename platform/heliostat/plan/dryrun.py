@@ -21,7 +21,7 @@ from heliostat.config.spec import Job
 from heliostat.data import mixing
 from heliostat.errors import ConfigError, DataError, StorageError
 from heliostat.plan import planner, zero_layout
-from heliostat.plan.model_stats import Census, build, census
+from heliostat.plan.model_stats import ModelStats, build, stats_of
 from heliostat.train.worker import zero_state
 
 
@@ -37,7 +37,7 @@ def dry_run(path: Path, settings: list[str], workers: int | None = None) -> dict
     check_engine(job)
     data, note = _data(job, recipe)
     built = build(recipe)
-    model = census(recipe, built)
+    model = stats_of(recipe, built)
     planner.plan(job, recipe, built=built)  # refuses a job that cannot fit
     owned = zero_layout.slices(model.trained, job.train.zero.stage, job.workers.most)
     index = checkpoint_index(job, model, owned)
@@ -97,7 +97,7 @@ def _data(job: Job, recipe: Any) -> tuple[dict[str, Any], str]:
     }, note
 
 
-def checkpoint_index(job: Job, model: Census, owned: list[list[zero_layout.Slice]]) -> dict[str, Any]:
+def checkpoint_index(job: Job, model: ModelStats, owned: list[list[zero_layout.Slice]]) -> dict[str, Any]:
     """`checkpoint.json` as those ranks would write it, with checksums of ten digits; every element must be there once."""
     tensors: dict[str, Any] = {
         f"{kind}.{name}": {"dtype": "F32", "shape": [math.prod(shape)], "chunks": []}

@@ -24,7 +24,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Census:
+class ModelStats:
     """Of one model: every parameter's shape (those shared counted once), whether it is trained, and the FLOPs of one sample."""
 
     shapes: dict[str, tuple[int, ...]]
@@ -57,11 +57,11 @@ def build(recipe: Recipe) -> torch.nn.Module:
         return recipe.build()
 
 
-def census(recipe: Recipe, model: torch.nn.Module) -> Census:
+def stats_of(recipe: Recipe, model: torch.nn.Module) -> ModelStats:
     named = dict(model.named_parameters())
     kept = model.state_dict().keys()
     own = [sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules()]
-    return Census(
+    return ModelStats(
         shapes={n: tuple(p.shape) for n, p in named.items()},
         frozen=frozenset(n for n, p in named.items() if not p.requires_grad),
         buffers={n: (tuple(b.shape), str(b.dtype).removeprefix("torch.")) for n, b in model.named_buffers() if n in kept},

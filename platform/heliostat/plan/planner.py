@@ -25,7 +25,7 @@ from heliostat.data import collection, manifest
 from heliostat.errors import ConfigError, DataError, StorageError
 from heliostat.plan import failures, hardware, memory, step_time
 from heliostat.plan.hardware import GIB, Device
-from heliostat.plan.model_stats import Activations, Census, activations, build, census
+from heliostat.plan.model_stats import Activations, ModelStats, activations, build, stats_of
 from heliostat.recipes.protocol import Recipe
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def plan(
     if cluster:
         room.check(job, cluster)
     built = built or build(recipe)
-    model = census(recipe, built)
+    model = stats_of(recipe, built)
     kept = activations(job, recipe, built, sample(job, recipe))
     planner = Planner(job, model, kept, where, prices)
     chosen = planner.chosen()
@@ -126,7 +126,7 @@ def sample(job: Job, recipe: Recipe) -> Any:
 class Planner:
     """A job on a device: what other stages and micro-batches would need, and how fast they would be."""
 
-    def __init__(self, job: Job, model: Census, kept: Activations, device: Device, prices: dict[str, Any]) -> None:
+    def __init__(self, job: Job, model: ModelStats, kept: Activations, device: Device, prices: dict[str, Any]) -> None:
         self.job, self.model, self.kept, self.device, self.prices = job, model, kept, device, prices
         self.workers, self.gpu = job.workers.most, device.name != "cpu"
 

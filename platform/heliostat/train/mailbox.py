@@ -1,7 +1,7 @@
 """Where workers and driver meet: a small Ray actor on the driver's node, which nobody on the step path waits for.
 
-Rank 0 posts what happens (`heliostat.events`). Every worker's pulse says that it lives and how far it is, and brings back what
-the driver has ordered: `stop` (a code of `stop_codes`) and `dump` (post the stacks of all threads).
+Rank 0 posts what happens (`heliostat.events`). Every worker's heartbeat says that it lives and how far it is, and brings back
+what the driver has ordered: `stop` (a code of `stop_codes`) and `dump` (post the stacks of all threads).
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ SYSTEM_LIMIT = 10_000  # of them what nodes are busy with: many nodes crowd noth
 
 
 def interval(workers: int) -> float:
-    """Seconds between two pulses of a worker: the board answers some hundred a second with ease."""
+    """Seconds between two heartbeats of a worker: the mailbox answers some hundred a second with ease."""
     return max(1.0, workers / 100)
 
 
 class State:
-    """What the board holds. All times are ages, in seconds by this process's clock, so that no two clocks are compared."""
+    """What the mailbox holds. All times are ages, in seconds by this process's clock, so that no two clocks are compared."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._events = Bounded(LIMIT)
         self._system = Bounded(SYSTEM_LIMIT)
-        self._pulses: dict[int, dict[str, Any]] = {}
+        self._heartbeats: dict[int, dict[str, Any]] = {}
         self._orders: dict[str, Any] = {}
-        self._verdicts: dict[int, int] = {}
+        self._decisions: dict[int, int] = {}
 
     def post(self, event: Event) -> None:
         (self._system if isinstance(event, NodeSample) else self._events).add(event)
 
-    def pulse(self, rank: int, progress: int, facts: dict[str, Any]) -> dict[str, Any]:
+    def heartbeat(self, rank: int, progress: int, facts: dict[str, Any]) -> dict[str, Any]:
         """`facts`: pid and node."""
-        now, before = self._clock(), self._pulses.get(rank)
+        now, before = self._clock(), self._heartbeats.get(rank)
         moved = before["moved"] if before and before["progress"] == progress else now
-        self._pulses[rank] = {**facts, "progress": progress, "moved": moved, "at": now}
+        self._heartbeats[rank] = {**facts, "progress": progress, "moved": moved, "at": now}
         return self._orders
 
     def order(self, **orders: Any) -> None:
@@ -51,23 +51,23 @@ class State:
 
     def decide(self, step: int, stop: int) -> None:
         """What becomes of the workers that wait behind `step`."""
-        self._verdicts.setdefault(step, stop)
+        self._decisions.setdefault(step, stop)
 
-    def verdict(self, step: int) -> int | None:
+    def decision(self, step: int) -> int | None:
         """The decision, once there is one; an order to stop is one too. What one worker was told, all are told."""
-        if step not in self._verdicts and self._orders.get("stop"):
-            self._verdicts[step] = self._orders["stop"]
-        return self._verdicts.get(step)
+        if step not in self._decisions and self._orders.get("stop"):
+            self._decisions[step] = self._orders["stop"]
+        return self._decisions.get(step)
 
     def drain(self) -> tuple[list[Event], dict[int, dict[str, Any]], int]:
-        """Events since the last call, every worker's last pulse, and how many events were lost.
+        """Events since the last call, every worker's last heartbeat, and how many events were lost.
 
-        A pulse's `moved` and `at`: how long ago its worker got on, and was heard of.
+        A heartbeat's `moved` and `at`: how long ago its worker got on, and was heard of.
         """
         now = self._clock()
         (events, lost), (system, more) = self._events.take(), self._system.take()
-        pulses = {r: {**p, "moved": now - p["moved"], "at": now - p["at"]} for r, p in self._pulses.items()}
-        return events + system, pulses, lost + more
+        heartbeats = {r: {**p, "moved": now - p["moved"], "at": now - p["at"]} for r, p in self._heartbeats.items()}
+        return events + system, heartbeats, lost + more
 
 
 class Bounded:
@@ -88,13 +88,13 @@ class Bounded:
         return kept, lost
 
 
-Board = ray.remote(num_cpus=0)(State)
+Mailbox = ray.remote(num_cpus=0)(State)
 
 
 def make() -> Any:
-    """A board on this node: it must not die with a worker's."""
+    """A mailbox on this node: it must not die with a worker's."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return Board.options(scheduling_strategy=here).remote()
+    return Mailbox.options(scheduling_strategy=here).remote()
 
 
 def queued_s() -> float:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from heliostat.train.stop_codes import INTERRUPTED, RUN
 
 
-class Holds:
+class PausePoints:
     """Answers may come from any thread; the first one to a step stands."""
 
     def __init__(self, steps: Iterable[int] = ()) -> None:

@@ -45,7 +45,7 @@ from heliostat.runs import summary as endings
 from heliostat.track.logger import RunOwner
 from heliostat.train.driver.recovery import Budget, choose, classify
 from heliostat.train.driver.signals import Signals
-from heliostat.train.pauses import Holds
+from heliostat.train.pauses import PausePoints
 from heliostat.train.stop_codes import INTERRUPTED, RUN, STOPS
 from heliostat.train.time_ledger import Recorder
 
@@ -56,12 +56,12 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Part:
+class RunHooks:
     """How a run is part of something bigger, a sweep: who hears of it and stops it, and what MLflow is told."""
 
     started: float  # wall clock
     signals: Signals
-    holds: Holds
+    pauses: PausePoints
     hear: Callable[[Event], None]  # gets every event of the workers
     tags: dict[str, str]  # of the MLflow run
     closing: dict[str, str] = field(default_factory=dict)  # tags at its end
@@ -103,10 +103,10 @@ def train(
             lease.clear(job.run_folder)
         run = _Run(checked, held, found.step if found else 0, started, verbose, tags)
         if found is None or found.step < job.last_step:
-            return run.go()
+            return run.run()
         log.info("run %s has finished: step %d of %d", job.name, found.step, job.last_step)
         if (result := endings.result(job.run_folder, found.step)) is None:
-            return run.conclude(found)
+            return run.finalize(found)
         run.catch_up()
         return result
 
@@ -129,7 +129,7 @@ def _check_data(job: Job, recipe: Any, found: Checkpoint | None, recorded: DataP
     return check.check_stores(job, recipe, recorded, change_at=found.step)
 
 
-def train_part(job: Job, part: Part) -> dict[str, Any]:
+def train_with_hooks(job: Job, hooks: RunHooks) -> dict[str, Any]:
     """Trains a job to its last step as part of something bigger, from its last checkpoint if it has one; exports nothing.
 
     Returns the summary of the training, which is also in the run's folder.
@@ -142,14 +142,14 @@ def train_part(job: Job, part: Part) -> dict[str, Any]:
         job = spec.settle(job, found.index["job"] if found else None)
         recorded = DataPlan.parse(found.index["data"]) if found else None
         checked = check.check_stores(job, recipe, recorded)
-        run = _Run(checked, held, found.step if found else 0, part.started, tags=part.tags, part=part)
+        run = _Run(checked, held, found.step if found else 0, hooks.started, tags=hooks.tags, hooks=hooks)
         if found is None or found.step < job.last_step:
-            return run.fit()
+            return run.train_only()
         run.catch_up()
         return endings.read(job.run_folder, found, job)
 
 
-def conclude(job: Job) -> dict[str, Any]:
+def finalize(job: Job) -> dict[str, Any]:
     """What comes after the training of a run that has all its steps: the model exported, logged and registered; its result."""
     job, recipe = check.check_job(job)
     if (result := endings.result(job.run_folder, job.last_step)) is not None:
@@ -159,7 +159,7 @@ def conclude(job: Job) -> dict[str, Any]:
     with lease.take(job.run_folder) as held:
         last = saver.open_checkpoint(job.run_folder, job.last_step)
         checked = check.check_stores(spec.settle(job, last.index["job"]), recipe, DataPlan.parse(last.index["data"]))
-        return _Run(checked, held, job.last_step, time.time()).conclude(last)
+        return _Run(checked, held, job.last_step, time.time()).finalize(last)
 
 
 class _Run:
@@ -171,45 +171,45 @@ class _Run:
         started: float,
         verbose: bool = False,
         tags: dict[str, str] | None = None,
-        part: Part | None = None,
+        hooks: RunHooks | None = None,
     ) -> None:
         self.job, self.checked, self.lease, self.tags = checked.job, checked, held, tags or {}
         self.plan, self.order = checked.plan, checked.order
         self.counts = checked.job.worker_counts(checked.plan.shape.lanes)
         self.start_step, self.started, self.verbose = start_step, started, verbose
-        self.part = part
+        self.hooks = hooks
         self.console = Console(stderr=True)
         self.budget = Budget(self.job.retries)
         self.restarts = 0
         self.ledger = Recorder(self.job.run_folder, started, start_step, max(self.counts))
 
-    def go(self) -> dict[str, Any]:
+    def run(self) -> dict[str, Any]:
         """Trains, and concludes."""
         from heliostat.checkpoint import saver
 
         def work(owner: RunOwner) -> dict[str, Any]:
-            summary = self._fit(owner)
-            return self._conclude(owner, saver.open_checkpoint(self.job.run_folder, self.job.last_step), summary)
+            summary = self._train(owner)
+            return self._finalize(owner, saver.open_checkpoint(self.job.run_folder, self.job.last_step), summary)
 
-        return self._settled(work)
+        return self._with_mlflow_run(work)
 
-    def fit(self) -> dict[str, Any]:
+    def train_only(self) -> dict[str, Any]:
         """Only trains."""
-        return self._settled(self._fit)
+        return self._with_mlflow_run(self._train)
 
-    def conclude(self, last: Checkpoint) -> dict[str, Any]:
+    def finalize(self, last: Checkpoint) -> dict[str, Any]:
         """Only what comes after the training, from its last checkpoint, where an earlier command did not get through it."""
         summary = endings.read(self.job.run_folder, last, self.job)
         self.job.run_folder.join(paths.RAY).delete()  # Ray Train's own state, of no use after the fit
-        return self._settled(lambda owner: self._conclude(owner, last, summary))
+        return self._with_mlflow_run(lambda owner: self._finalize(owner, last, summary))
 
     def catch_up(self) -> None:
         """Tells MLflow what it could not be told at the end of an earlier command: its metrics, or only that it has finished."""
         ended = liveness.last(self.job.run_folder)
         if (ended and ended.outcome != "finished") or self.job.run_folder.join(paths.UNLOGGED).exists():
-            self._settled(lambda owner: None)
+            self._with_mlflow_run(lambda owner: None)
 
-    def _settled(self, work: Any) -> dict[str, Any]:
+    def _with_mlflow_run(self, work: Any) -> dict[str, Any]:
         """Does the work with an owner of the MLflow run, whose status is right however it ends."""
         owner = RunOwner(self.job, self.checked.manifests, self.tags, self.plan.version)
         self.ledger.beat(force=True)  # from here on the run has a driver
@@ -231,20 +231,20 @@ class _Run:
         report, outcome = self.ledger.report(), {"KILLED": "interrupted"}.get(status, status.lower())
         report["attempts"][-1] |= {"outcome": outcome, "reason": reason}
         try:
-            owner.finish(status, reason, report, self.part.closing if self.part else None)
+            owner.finish(status, reason, report, self.hooks.closing if self.hooks else None)
         finally:
             self.ledger.close(outcome, reason)
 
     # training --------------------------------------------------------------------------------------------------------
 
-    def _fit(self, owner: RunOwner) -> dict[str, Any]:
+    def _train(self, owner: RunOwner) -> dict[str, Any]:
         """Attempt after attempt, until the last step is done or there is no use in another."""
         from heliostat.cluster.connect import connect
-        from heliostat.train.driver.progress import Show
+        from heliostat.train.driver.progress import ProgressReporter
 
         workers = self.job.workers
         most = max(self.counts)
-        with Show(self.console, self.job.name, self.start_step, self.job.last_step, _unit(self.job)) as show:
+        with ProgressReporter(self.console, self.job.name, self.start_step, self.job.last_step, _unit(self.job)) as show:
             # data tasks need CPUs of their own; on a small machine these are logical, and mostly wait
             connect(
                 cpus=max(os.cpu_count() or 1, round(most * workers.cpus) + 2),
@@ -252,7 +252,7 @@ class _Run:
                 verbose=self.verbose,
             )
             show.phase("ray", time.time())
-            with self.part.signals if self.part else Signals() as signals:
+            with self.hooks.signals if self.hooks else Signals() as signals:
                 while True:
                     show.note("starting the workers")
                     try:
@@ -263,7 +263,7 @@ class _Run:
                         stop = summary.pop("stop")
                         if stop == RUN:
                             break
-                        self._turn(stop, summary["steps"])
+                        self._handle_stop(stop, summary["steps"])
         summary |= show.startup(self.started)
         summary["restarts"] = self.restarts
         self.lease.fence.check()
@@ -282,7 +282,7 @@ class _Run:
             count = choose(self.counts, nodes.room_now(self.job, {}))
         self.lease.fence.check()
         segments.begin(self.job.run_folder, self.plan, self.start_step)
-        owner.post(AttemptStarted(start_step=self.start_step, workers=count, nodes=nodes.census()))
+        owner.post(AttemptStarted(start_step=self.start_step, workers=count, nodes=nodes.inventory()))
         start = Start(
             self.job.on(count),
             self.counts,
@@ -291,7 +291,7 @@ class _Run:
             self.checked.manifests,
             self.start_step,
             self.lease.fence,
-            self.part.holds if self.part else Holds(),
+            self.hooks.pauses if self.hooks else PausePoints(),
         )
 
         done = self.start_step
@@ -308,8 +308,8 @@ class _Run:
             if isinstance(event, Saved):
                 owner.post(Goodput(report=self.ledger.report(), step=event.step, at=event.at))
             show.event(event)
-            if self.part:
-                self.part.hear(event)
+            if self.hooks:
+                self.hooks.hear(event)
 
         return Attempt(start, signals, take, self._beat).run()
 
@@ -361,7 +361,7 @@ class _Run:
         self.order = make_order(self.plan, self.checked.manifests)
         log.warning("the samples of steps %d to %d are left out", first, last)
 
-    def _turn(self, stop: int, step: int) -> None:
+    def _handle_stop(self, stop: int, step: int) -> None:
         """After a stop that the workers were told to make, behind the checkpoint of `step`."""
         if stop == INTERRUPTED:
             raise StoppedError(f"stopped at step {step}, behind a checkpoint; use --resume to go on")
@@ -388,7 +388,7 @@ class _Run:
 
     # afterwards ------------------------------------------------------------------------------------------------------
 
-    def _conclude(self, owner: RunOwner, last: Checkpoint, summary: dict[str, Any]) -> dict[str, Any]:
+    def _finalize(self, owner: RunOwner, last: Checkpoint, summary: dict[str, Any]) -> dict[str, Any]:
         """Exports the last checkpoint, logs and registers the model, and shows what it can do.
 
         All of it may be done again, whenever it was broken off: what is there is taken, and `result.json` comes last.

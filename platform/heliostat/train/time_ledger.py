@@ -74,7 +74,7 @@ class Ledger:
 
 
 class Recorder:
-    """The driver's side of the run's ledger: fed with the board's events, it keeps a file for each attempt.
+    """The driver's side of the run's ledger: fed with the mailbox's events, it keeps a file for each attempt.
 
     Writing runs in a thread of its own, and a store that refuses it costs a warning: the ledger never stops a run.
     """

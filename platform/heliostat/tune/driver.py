@@ -136,7 +136,7 @@ class _Tuning:
             folder.join("sweep.json").write(json.dumps({**self.kept, "seconds": self.state.seconds}).encode())
             result |= self._result(parent.run_id, all_records)
             if status == "FINISHED":
-                self._conclude(parent, result, all_records)
+                self._finalize(parent, result, all_records)
             parent.close(status, reason, all_records, result)
             folder.join("result.json").write(json.dumps(result, indent=2).encode())
             folder.join("ray").delete()
@@ -221,14 +221,14 @@ class _Tuning:
             "trials": rows,
         }  # fmt: skip
 
-    def _conclude(self, parent: Any, result: dict[str, Any], all_records: list[Record]) -> None:
+    def _finalize(self, parent: Any, result: dict[str, Any], all_records: list[Record]) -> None:
         """The best trial's model is exported, logged to its run, and registered, if the job says so."""
         best = records.best(all_records, self.plan.sweep.mode)
         if best is None or not self.plan.sweep.register_best:
             return
-        from heliostat.train.run import conclude
+        from heliostat.train.run import finalize
 
         log.info("trial %d is the best: %s %.4g", best.number, self.plan.sweep.metric, best.value)
-        outcome = conclude(spec.resolve(self.plan.job(best.number, best.params)))
+        outcome = finalize(spec.resolve(self.plan.job(best.number, best.params)))
         result["best"]["model_uri"] = outcome["model_uri"]
         parent.mark_model(outcome["model_uri"], best.number)

@@ -59,7 +59,7 @@ class State:
         tags = {"mlflow.parentRunId": self.parent, "heliostat.sweep": self.plan.sweep.name, "heliostat.trial": str(record.number)}
         return {
             "job": job.dump(),
-            "holds": holds(self.plan.sweep, job, record.number),
+            "pauses": holds(self.plan.sweep, job, record.number),
             "metric": self.plan.sweep.metric,
             "prunes": not self.plan.sweep.scheduler.exchanges,
             "clone": last and {"id": len(record.clones), "folder": last["folder"], "step": last["step"]},

@@ -1,4 +1,4 @@
-"""A trial, as Ray Tune runs it: one of our own runs (`train.run.train_part`) in a thread of Tune's actor, with its own workers.
+"""A trial, as Ray Tune runs it: one of our own runs (`train_with_hooks`) in a thread of Tune's actor, with its own workers.
 
 `step` returns when the run waits behind a step that the scheduler wants to see, when it has ended, or after a second with how far
 it is. Asked for another step, the run goes on; stopped, it ends where it waits, or behind a checkpoint. `cleanup` returns when
@@ -25,7 +25,7 @@ from heliostat.events import Event, Paused, Scores, Steps, Waiting
 from heliostat.lease import Lease
 from heliostat.storage import Location
 from heliostat.train.driver.signals import Signals
-from heliostat.train.pauses import Holds
+from heliostat.train.pauses import PausePoints
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class Trial(tune.Trainable):
                 return {"step": self._step, "ended": "stopped", "done": True}
             self._begin()
         elif self._held is not None:
-            self._part.holds.answer(self._held, go_on=True)
+            self._hooks.pauses.answer(self._held, go_on=True)
             self._held = None
         return self._next()
 
@@ -79,10 +79,10 @@ class Trial(tune.Trainable):
             return
         if self._held is not None:
             if self.given["prunes"]:
-                self._part.closing[PRUNED] = f"step {self._held}"
-            self._part.holds.answer(self._held, go_on=False)
+                self._hooks.closing[PRUNED] = f"step {self._held}"
+            self._hooks.pauses.answer(self._held, go_on=False)
         else:
-            self._part.signals.name = "the sweep"
+            self._hooks.signals.name = "the sweep"
         self._thread.join(END_S)
         if self._thread.is_alive():
             log.error("run %s has not ended in %.0f s", self.given["job"]["name"], END_S)
@@ -91,7 +91,7 @@ class Trial(tune.Trainable):
 
     def _begin(self) -> None:
         from heliostat.cluster.connect import configure
-        from heliostat.train.run import Part
+        from heliostat.train.run import RunHooks
 
         os.chdir(self.given["root"])
         if self.given["cluster"]:  # by this a run knows that Ray is not its own
@@ -99,12 +99,12 @@ class Trial(tune.Trainable):
         configure()
         self._job = Job.model_validate(self.given["job"])
         signals = Signals()
-        self._part = Part(time.time(), signals, Holds(self.given["holds"]), self._hear, self.given["tags"])
+        self._hooks = RunHooks(time.time(), signals, PausePoints(self.given["pauses"]), self._hear, self.given["tags"])
         self._thread = threading.Thread(target=self._run, name="trial", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
-        from heliostat.train.run import train_part
+        from heliostat.train.run import train_with_hooks
         from heliostat.tune.clone import clone
 
         try:
@@ -112,7 +112,7 @@ class Trial(tune.Trainable):
                 if self.given["clone"]:
                     held.fence.check()
                     clone(self.given["clone"], self._job.run_folder)
-            summary = train_part(self._job, self._part)
+            summary = train_with_hooks(self._job, self._hooks)
             self._events.put(Over(ended="finished", step=summary["steps"], scores=summary["eval"]))
         except StoppedError as e:
             self._events.put(Over(ended="stopped", reason=str(e)))
@@ -147,7 +147,7 @@ class Trial(tune.Trainable):
             event = self._events.get(timeout=BEAT_S)
         except queue.Empty:
             if self._told_to_stop():
-                self._part.signals.name = "the sweep"
+                self._hooks.signals.name = "the sweep"
             return {"step": self._step}
         if isinstance(event, Waiting):
             return {"step": self._step, "waits": event.text}

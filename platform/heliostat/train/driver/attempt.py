@@ -1,6 +1,6 @@
 """One attempt at a run: the workers started once, by Ray Train, and watched from the driver until they end.
 
-The driver's thread never waits for long. It drains the board; tells the workers to stop behind a checkpoint when a person or a
+The driver's thread never waits for long. It drains the mailbox; tells the workers to stop behind a checkpoint when a person or a
 node's provider wants that, or when the cluster has room for more of them; and ends them when nothing gets on any more.
 """
 
@@ -41,17 +41,17 @@ from heliostat.events import Event, Paused, Phase, Waiting
 from heliostat.lease import Fence
 from heliostat.train import mailbox
 from heliostat.train.driver import rendezvous, stack_dumps
-from heliostat.train.driver.placement import Placing
+from heliostat.train.driver.placement import PlacementCallback
 from heliostat.train.driver.recovery import choose, stalled
 from heliostat.train.driver.signals import Signals
-from heliostat.train.pauses import Holds
+from heliostat.train.pauses import PausePoints
 from heliostat.train.stop_codes import INTERRUPTED, PREEMPTED, RESIZE
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.5
 HELD_POLL_S = 0.05  # while the workers wait for the driver
-LOOK_S = 1.0  # between two looks at the nodes and the workers' pulses
+LOOK_S = 1.0  # between two looks at the nodes and the workers' heartbeats
 GROW_S = 5.0  # between two looks for more room
 END_S = 120.0  # for Ray Train to see that its workers have ended
 V2: Any = ray.train  # the package is annotated with V1's classes, and holds V2's
@@ -68,16 +68,16 @@ class Start:
     manifests: list[Manifest]
     step: int
     fence: Fence
-    holds: Holds = field(default_factory=Holds)
+    pauses: PausePoints = field(default_factory=PausePoints)
 
 
 class Attempt:
     def __init__(self, start: Start, signals: Signals, take: Callable[[Event], None], beat: Callable[[], None]) -> None:
-        """`take` gets every event of the board, in order, and `beat` is called often, both in the caller's thread."""
+        """`take` gets every event of the mailbox, in order, and `beat` is called often, both in the caller's thread."""
         self.start, self.job, self.signals, self._take, self._beat = start, start.job, signals, take, beat
-        self._board = mailbox.make()
+        self._mailbox = mailbox.make()
         self._parts = self._stream()
-        self._pulses: dict[int, dict[str, Any]] = {}
+        self._heartbeats: dict[int, dict[str, Any]] = {}
         self._phase, self._since = "placing", time.monotonic()  # what the workers are at, and since when they are watched
         self._ordered = 0
         self._held: int | None = None  # the step behind which the workers wait
@@ -141,25 +141,25 @@ class Attempt:
             self._take(event)
 
     def _drained(self) -> list[Event]:
-        """The board's events; takes its pulses, with ages turned into times of this clock."""
+        """The mailbox's events; takes its heartbeats, with ages turned into times of this clock."""
         try:
-            events, pulses, lost = ray.get(self._board.drain.remote(), timeout=10)
+            events, heartbeats, lost = ray.get(self._mailbox.drain.remote(), timeout=10)
         except ray.exceptions.GetTimeoutError:
             return []
         except ray.exceptions.RayError as e:
-            died = f"the driver's board died ({type(e).__name__}), so nobody watches over the workers"
+            died = f"the driver's mailbox died ({type(e).__name__}), so nobody watches over the workers"
             self._fault = self._fault or TrainingError(died)
             return []
         if lost:
             log.warning("%d events of the workers, the oldest, were lost: the driver was too slow for them", lost)
         now = time.monotonic()
-        self._pulses = {r: {**p, "moved": now - p["moved"], "at": now - p["at"]} for r, p in pulses.items()}
+        self._heartbeats = {r: {**p, "moved": now - p["moved"], "at": now - p["at"]} for r, p in heartbeats.items()}
         return events
 
     def _release(self) -> None:
         """Tells workers that wait what was decided."""
-        if self._held is not None and (stop := self.start.holds.get(self._held)) is not None:
-            self._board.decide.remote(self._held, stop)
+        if self._held is not None and (stop := self.start.pauses.get(self._held)) is not None:
+            self._mailbox.decide.remote(self._held, stop)
             self._held = None
 
     def _look(self) -> None:
@@ -172,7 +172,7 @@ class Attempt:
                 self._fault = StoppedError(f"stopped by {self.signals.name} before the first step; nothing was lost")
                 return
             self._order(INTERRUPTED, f"{self.signals.name}: stopping behind a checkpoint; once more stops at once")
-        held = Counter(p["node"] for p in self._pulses.values())
+        held = Counter(p["node"] for p in self._heartbeats.values())
         if self._phase == "placing" and nodes.queued(self.job.workers, self.job.workers.most):
             self._say(self._placing.told())
         if self._phase == "data" and not self._starved:
@@ -210,7 +210,7 @@ class Attempt:
 
     def _watch(self, now: float) -> None:
         limit = self.job.watchdog.stall if self._phase == "stepped" else self.job.watchdog.start
-        if reason := stalled(self._pulses, self.start.job.workers.most, now, limit, self._since):
+        if reason := stalled(self._heartbeats, self.start.job.workers.most, now, limit, self._since):
             where = self._keep_stacks()
             self._fault = StalledError(f"{reason} (watchdog: {limit:g} s); the workers' stacks are in {where}")
 
@@ -219,19 +219,19 @@ class Attempt:
         log.warning(why)
         if code != RESIZE:
             self._stop_by = time.monotonic() + self.job.checkpoint.grace
-        self._board.order.remote(stop=code)
+        self._mailbox.order.remote(stop=code)
 
     def _keep_stacks(self) -> str:
         """Asks every worker for what its threads are at, and keeps what comes, in the run's folder."""
-        self._board.order.remote(dump=True)
+        self._mailbox.order.remote(dump=True)
         found = stack_dumps.collect(self.job.workers.most, self._drained, self._take)
         place = self.job.run_folder.join(run_folder.STACKS, f"{time.strftime('%Y%m%dT%H%M%S')}.txt")
         place.write(stack_dumps.text(found, self.job.workers.most).encode())
         return str(place)
 
     def _end_workers(self, thread: threading.Thread) -> None:
-        if self._pulses:
-            nodes.kill(list(self._pulses.values()))
+        if self._heartbeats:
+            nodes.kill(list(self._heartbeats.values()))
             thread.join(END_S)
             self._drain()
             if thread.is_alive():
@@ -253,9 +253,9 @@ class Attempt:
             "job": job.dump(),
             "plan": start.plan.dump(),
             "start_step": start.step,
-            "holds": start.holds.steps,
+            "pauses": start.pauses.steps,
             "fence": start.fence,
-            "board": self._board,
+            "mailbox": self._mailbox,
             "run_folder": str(job.run_folder),
             "parts": self._parts,
         }
@@ -275,7 +275,7 @@ class Attempt:
                 name=f"{job.name}-{uuid.uuid4().hex[:8]}",  # a name used before would restore Ray's own state
                 storage_path=attempts.path,
                 storage_filesystem=attempts.fs,
-                callbacks=[Placing(self._board)],
+                callbacks=[PlacementCallback(self._mailbox)],
                 # the run's own loop decides what comes after a failure, and where there is no room
                 failure_config=V2.FailureConfig(
                     max_failures=0,

@@ -9,14 +9,14 @@ from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from heliostat.events import Phase
 
 
-class Placing(WorkerGroupCallback):
+class PlacementCallback(WorkerGroupCallback):
     """Posts when Ray Train asks for room for the workers, and readies each worker's process when they have started."""
 
-    def __init__(self, board: Any) -> None:
-        self._board = board
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox = mailbox
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
-        self._board.post.remote(Phase(phase="placing"))
+        self._mailbox.post.remote(Phase(phase="placing"))
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         from heliostat.train.worker.heartbeat import heed_sigterm

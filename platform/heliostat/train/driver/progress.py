@@ -24,8 +24,8 @@ PHASES = {
 }
 
 
-class Show:
-    """Fed with the board's events; remembers when each phase began, for the start-up split."""
+class ProgressReporter:
+    """Fed with the mailbox's events; remembers when each phase began, for the start-up split."""
 
     def __init__(self, console: Console, name: str, start: int, steps: int, unit: str) -> None:
         self.unit, self.spikes = unit, 0
@@ -42,7 +42,7 @@ class Show:
         self._plain = not console.is_terminal
         self._steps, self._began = steps, (0, 0.0)
 
-    def __enter__(self) -> Show:
+    def __enter__(self) -> ProgressReporter:
         self._progress.start()
         return self
 

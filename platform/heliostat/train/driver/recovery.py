@@ -68,14 +68,14 @@ def choose(allowed: list[int], room: int) -> int:
     return max((n for n in allowed if n <= room), default=min(allowed))
 
 
-def stalled(pulses: dict[int, dict], workers: int, now: float, limit: float, since: float) -> str | None:
-    """Why the workers count as stalled, or None. `pulses`: by rank, `progress` made last at `moved`, heard of at `at`.
+def stalled(heartbeats: dict[int, dict], workers: int, now: float, limit: float, since: float) -> str | None:
+    """Why the workers count as stalled, or None. `heartbeats`: by rank, `progress` made last at `moved`, heard of at `at`.
 
     One worker's progress is enough: the others may wait for it. A worker that is silent for as long is stalled itself.
     `since`: when the watch began.
     """
-    moved = max([since, *(p["moved"] for p in pulses.values())])
+    moved = max([since, *(p["moved"] for p in heartbeats.values())])
     if now - moved > limit:
         return f"no worker got on for {now - moved:.0f} s"
-    silent = [r for r in range(workers) if now - max(since, pulses[r]["at"] if r in pulses else since) > limit]
+    silent = [r for r in range(workers) if now - max(since, heartbeats[r]["at"] if r in heartbeats else since) > limit]
     return f"no sign of life from worker {silent[0]} for {limit:.0f} s" if silent else None

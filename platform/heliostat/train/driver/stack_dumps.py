@@ -13,7 +13,7 @@ POLL_S = 0.5
 
 
 def wait_s(workers: int) -> float:
-    """A worker hears of the order with its next pulse, and the more there are, the rarer those are."""
+    """A worker hears of the order with its next heartbeat, and the more there are, the rarer those are."""
     return interval(workers) + ANSWER_S
 
 

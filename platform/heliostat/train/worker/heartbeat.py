@@ -1,7 +1,7 @@
-"""A worker's pulse: a thread that tells the board that it lives and how far it is, and heeds what the driver orders.
+"""A worker's heartbeat: a thread that tells the mailbox that it lives and how far it is, and heeds what the driver orders.
 
-The loop only counts (`pulse.progress += 1`) and asks (`pulse.stop`). Workers stop together: at every step each gives the
-highest stop code it knows of, and `Votes` tells all of them the highest of all, behind the step's own work.
+The loop only counts (`heartbeat.progress += 1`) and asks (`heartbeat.stop`). Workers stop together: at every step each gives the
+highest stop code it knows of, and `StopConsensus` tells all of them the highest of all, behind the step's own work.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ def heed_sigterm() -> None:
     threading.Thread(target=listen, name="sigterm", daemon=True).start()
 
 
-class Pulse:
-    def __init__(self, board: Any, rank: int, workers: int) -> None:
+class Heartbeat:
+    def __init__(self, mailbox: Any, rank: int, workers: int) -> None:
         self.progress = 0  # a count of whatever shows that the loop gets on
-        self._board, self._rank, self._ordered = board, rank, RUN
+        self._mailbox, self._rank, self._ordered = mailbox, rank, RUN
         self._every = interval(workers)
         self._facts = {"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="pulse", daemon=True)
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._thread.start()
 
     @property
@@ -74,14 +74,14 @@ class Pulse:
         dumped = False
         while True:
             try:
-                orders = ray.get(self._board.pulse.remote(self._rank, self.progress, self._facts), timeout=ANSWER_S)
-            except ray.exceptions.RayError as e:  # without a board there is no driver, and Ray ends this process
-                log.warning("worker %d: no answer from the driver's board (%s)", self._rank, type(e).__name__)
+                orders = ray.get(self._mailbox.heartbeat.remote(self._rank, self.progress, self._facts), timeout=ANSWER_S)
+            except ray.exceptions.RayError as e:  # without a mailbox there is no driver, and Ray ends this process
+                log.warning("worker %d: no answer from the driver's mailbox (%s)", self._rank, type(e).__name__)
                 orders = {}
             self._ordered = max(self._ordered, orders.get("stop", RUN))
             if orders.get("dump") and not dumped:
                 dumped = True
-                self._board.post.remote(Stack(rank=self._rank, stack=stacks()))
+                self._mailbox.post.remote(Stack(rank=self._rank, stack=stacks()))
             if self._ended.wait(self._every):
                 return
 
@@ -95,7 +95,7 @@ def stacks() -> str:
     return "\n".join(parts)
 
 
-class Votes:
+class StopConsensus:
     """Use: `ask(code)`, a step's work, `result()`. The group is to be used by nothing else in between."""
 
     def __init__(self, group: Any) -> None:

@@ -4,7 +4,7 @@ A step's global batch, its micro-batches' random numbers and its learning rate f
 needs no state but the checkpoint, and with the default lanes (one per micro-batch) the same micro-batches are played on any
 number of workers. A step's loss is the sum of all its loss terms over their number, whatever the micro-batches held.
 
-At every step the workers vote whether to stop behind it (`pulse`): told to, they write a checkpoint and end as if finished.
+At every step the workers vote whether to stop behind it (`heartbeat`): told to, they write a checkpoint and end as if finished.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from heliostat.train.worker import gallery as pictures
 from heliostat.train.worker import loss_scale as lossscale
 from heliostat.train.worker.ema import Ema
 from heliostat.train.worker.evaluation import HeldOut
-from heliostat.train.worker.heartbeat import Pulse, Votes
+from heliostat.train.worker.heartbeat import Heartbeat, StopConsensus
 from heliostat.train.worker.loss_spikes import Detector
 from heliostat.train.worker.lr_schedule import factor
-from heliostat.train.worker.node_metrics import Monitor
+from heliostat.train.worker.node_metrics import NodeMonitor
 from heliostat.train.worker.objective import Objective
 
 HELD_POLL_S = 0.05
@@ -54,7 +54,7 @@ SAVING = timedelta(hours=12)  # the longest wait of one worker for another's par
 
 def worker(config: dict[str, Any]) -> dict[str, Any]:
     """Ray Train's entry. `config`: job, plan (plain data), start_step, holds (steps), fence (of the driver's lease),
-    board (actor), run_folder, parts (of the stream, one a worker).
+    mailbox (actor), run_folder, parts (of the stream, one a worker).
 
     Returns the summary of this attempt (rank 0's is the one that counts).
     """
@@ -65,18 +65,18 @@ class Worker:
     def __init__(self, config: dict[str, Any]) -> None:
         self.job = Job.model_validate(config["job"])
         self.plan = DataPlan.parse(config["plan"])
-        self.board = config["board"]
+        self.mailbox = config["mailbox"]
         self.start_step: int = config["start_step"]
-        self.holds: list[int] = config["holds"]
+        self.pauses: list[int] = config["pauses"]
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.ledger = Ledger("starting")
-        self.pulse = Pulse(self.board, self.rank, self.world)
-        self.monitor = Monitor(self.board, ray.util.get_node_ip_address(), _nodes()) if _first_of_node() else None
+        self.heartbeat = Heartbeat(self.mailbox, self.rank, self.world)
+        self.monitor = NodeMonitor(self.mailbox, ray.util.get_node_ip_address(), _nodes()) if _first_of_node() else None
         self.run_folder = Location(config["run_folder"])
         # the training group is left to DeepSpeed; saving runs in a thread and must not share a group with the loop
         # which waits for the slowest worker's upload; the watchdog sees whether that gets on
         self.control, saving = dist.new_group(backend="gloo"), dist.new_group(backend="gloo", timeout=SAVING)
-        self.votes = Votes(dist.new_group(backend="gloo"))
+        self.consensus = StopConsensus(dist.new_group(backend="gloo"))
         self.fence: Fence = config["fence"]
         self.saver = checkpoint.Saver(self.run_folder, self.job.checkpoint, saving, self.fence, self._progressed)
 
@@ -89,8 +89,8 @@ class Worker:
         self.samples = stream.iterate(part, self.plan, self.dataset.order, self.rank, self.world, self.start_step)
         self.recipe = load_recipe(self.job, self.dataset.sources)
         self.engine = deepspeed_engine.build_engine(self.job, self.recipe)
-        zero_state.make_room(self.engine)
-        self.saver.follow(zero_state.inner_optimizer(self.engine))
+        zero_state.init_optimizer_state(self.engine)
+        self.saver.attach(zero_state.inner_optimizer(self.engine))
         self.ema = Ema(self.engine, self.job.train.ema.decay) if self.job.train.ema else None
         self.device = self.engine.device
         self.objective = Objective(self.recipe, self.device)
@@ -119,7 +119,7 @@ class Worker:
         try:
             return self._run()
         finally:
-            self.pulse.end()
+            self.heartbeat.end()
             if self.monitor:
                 self.monitor.end()
 
@@ -137,10 +137,10 @@ class Worker:
                 self._phase("step")
                 since = time.perf_counter()
             blocked = self.saver.blocked_s
-            self.votes.ask(FAILED if self.saver.failed else self.pulse.stop)
+            self.consensus.ask(FAILED if self.saver.failed else self.heartbeat.stop)
             self._step(step, mine)
-            self.pulse.progress += 1
-            stop = self.votes.result()
+            self.heartbeat.progress += 1
+            stop = self.consensus.result()
             if stop == FAILED:
                 self.saver.wait()  # raises on every worker
             if stop == RESIZE and (step + 1) % job.checkpoint.every:
@@ -152,7 +152,7 @@ class Worker:
             if step == self.start_step:
                 self._phase("stepped")
             last = done == job.last_step
-            holds = done in self.holds and not last
+            holds = done in self.pauses and not last
             saves = last or stop != RUN or holds or done % job.checkpoint.every == 0
             # before a save, too: a run that resumes from there has lost no step's loss
             if done % job.train.log_every == 0 or saves or step == self.start_step:
@@ -330,7 +330,7 @@ class Worker:
         self._tell(Evaluation(step=done, scores=self.scores, images=images))
 
     def _progressed(self) -> None:
-        self.pulse.progress += 1
+        self.heartbeat.progress += 1
 
     # checkpoints -----------------------------------------------------------------------------------------------------
 
@@ -353,7 +353,7 @@ class Worker:
             "written": time.time(),
         }
         self.saver.save(done, self._state(), facts, zero_state.frozen(self.engine))
-        self.pulse.progress += 1
+        self.heartbeat.progress += 1
         self._post(Saved(step=done, blocked_s=self.saver.blocked_s, ledger=self.ledger.totals()))
 
     def _hold(self, done: int) -> int:
@@ -362,10 +362,10 @@ class Worker:
             self.saver.wait()
         with self.ledger("idle"):
             self._post(Paused(step=done, scores=self.scores, ledger=self.ledger.totals()))
-            while (verdict := ray.get(self.board.verdict.remote(done))) is None:
-                self.pulse.progress += 1  # the watchdog is not to take this for a stall
+            while (decision := ray.get(self.mailbox.decision.remote(done))) is None:
+                self.heartbeat.progress += 1  # the watchdog is not to take this for a stall
                 time.sleep(HELD_POLL_S)
-        return verdict
+        return decision
 
     def _seal_receipt(self, done: int) -> None:
         """Chains the steps since the last receipt and writes their digests beside the checkpoints."""
@@ -422,7 +422,7 @@ class Worker:
 
     def _post(self, event: Event) -> None:
         if self.rank == 0:
-            self.board.post.remote(event)
+            self.mailbox.post.remote(event)
 
 
 def _first_of_node() -> bool:

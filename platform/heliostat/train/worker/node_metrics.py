@@ -1,6 +1,6 @@
 """What a node is busy with while workers train on it: processors, memory, disk, network, GPUs.
 
-The first worker of each node samples, in a thread, and posts to the driver's board. The names are MLflow's own for system
+The first worker of each node samples, in a thread, and posts to the driver's mailbox. The names are MLflow's own for system
 metrics, below the node's address. Samples are 10 seconds apart, and the more nodes there are, the further: all of them together
 give MLflow no more than POINTS_PER_S. MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL sets the seconds whatever their number.
 """
@@ -27,12 +27,12 @@ def interval(nodes: int, points: int) -> float:
     return max(EVERY_S, nodes * points / POINTS_PER_S)
 
 
-class Monitor:
+class NodeMonitor:
     """Samples until `end`."""
 
-    def __init__(self, board: Any, node: str, nodes: int) -> None:
+    def __init__(self, mailbox: Any, node: str, nodes: int) -> None:
         """`nodes`: how many there are in all."""
-        self._board, self._node, self._nodes = board, node, nodes
+        self._mailbox, self._node, self._nodes = mailbox, node, nodes
         self._network = psutil.net_io_counters()
         self._ended = threading.Event()
         psutil.cpu_percent()  # the first call only sets a mark
@@ -46,7 +46,7 @@ class Monitor:
         every = float(fixed) if fixed else EVERY_S
         while not self._ended.wait(every):
             values = self.host() | gpus()
-            self._board.post.remote(NodeSample(node=self._node, values=values))
+            self._mailbox.post.remote(NodeSample(node=self._node, values=values))
             if not fixed:
                 every = interval(self._nodes, len(values))
 

@@ -114,7 +114,7 @@ def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
     return engine.optimizer.optimizer if engine.zero_optimization_stage() else engine.optimizer
 
 
-def make_room(engine: Any) -> None:
+def init_optimizer_state(engine: Any) -> None:
     """Creates the optimizer state that torch makes lazily at the first step, so that there is something to load into.
 
     New runs need it too: DeepSpeed links parameters to their moments after the first parameter group's first step, when the
