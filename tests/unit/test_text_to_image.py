@@ -252,7 +252,7 @@ def test_frozen_encoders_are_in_the_plan_and_leave_the_device_when_only_drawing_
     from types import SimpleNamespace
 
     from heliostat.plan import memory
-    from heliostat.plan.model_stats import build
+    from heliostat.plan.model_stats import build, stats_of
 
     text = {"pretrained": str(clip(tmp_path / "clip", dataset)), "length": 8}
     made = recipe(dataset, text=text, autoencoder={"pretrained": str(autoencoder(tmp_path / "vae", 1))},
@@ -260,7 +260,7 @@ def test_frozen_encoders_are_in_the_plan_and_leave_the_device_when_only_drawing_
     parts = made.parts
     sizes = {n: sum(4 * p.numel() for p in getattr(parts, n).parameters()) for n in ("text_encoder", "vae")}
     both = sum(sizes.values())
-    assert census(made, build(made)).frozen_models == (both, both)  # images and captions are encoded in every step
+    assert stats_of(made, build(made)).frozen_models == (both, both)  # images and captions are encoded in every step
     state = memory.State(10, 10, 10, 10, 0, 0)
     assert memory.need(state, 0, 100, False, (both, both)).frozen == both
     assert (
