@@ -7,6 +7,7 @@ whatever it yields, on any rank, comes back as plain data with `rank` and `worke
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import multiprocessing
@@ -53,6 +54,7 @@ def main(deadline_s: str, path: str, sizes: str, arguments: list[str]) -> int:
     context = multiprocessing.get_context("fork")
     groups = [int(n) for n in sizes.split(",")]
     everyone = context.Barrier(sum(groups))
+    gc.freeze()  # DeepSpeed collects often, and would look through all that was imported each time
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
             context.Process(target=_rank, args=(r, n, Path(folder), function, everyone, arguments, results), daemon=True)

@@ -1,0 +1,1 @@
+"""Loss curves that the code is held to, to the last bit; see `curves`."""

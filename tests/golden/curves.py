@@ -1,0 +1,200 @@
+"""The golden loss curves: losses and gradient norms of small jobs, in every precision and ZeRO stage, on 1 and 2 workers.
+
+A curve is played by the worker's own step, engine, recipe, data order and cutting of batches; of a run only Ray, checkpoints and
+evaluations are left out. `FOLDER` holds one file for each recipe and precision, with every number as Python's `repr`, which is
+exact. They are written by `python -m tests.golden.write --overwrite`, and by nothing else; a commit that changes them says why.
+
+Numbers are the same to the last bit only where the same kernels compute them, so each file names the `environment` it was made
+in. Elsewhere curves are near (`TOLERANCE`).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from heliostat.config.spec import Job
+from heliostat.data import stream
+from heliostat.data.dataset import DataPlan, open_dataset, plan
+from heliostat.data.manifest import read as read_manifest
+from heliostat.train.time_ledger import Ledger
+from heliostat.train.worker import deepspeed_engine, zero_state
+from heliostat.train.worker.loop import BatchPlan, Worker, make_recipe
+from heliostat.train.worker.objective import Objective
+
+from tests.golden import data
+from tests.integration import ranks
+from tests.unit import build_images
+from tests.unit.build_job import BASE, job
+
+FOLDER = Path(__file__).parent
+STEPS = 20
+DEADLINE_S = 540
+WORKERS = (1, 2)
+STAGES = {"fp32": (0, 1, 2, 3), "bf16": (1, 2, 3)}  # a bf16 job at stage 0 is refused
+VERSIONS = ("torch", "deepspeed", "transformers", "diffusers", "numpy")  # of what computes
+TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}  # relative, in another environment
+ALIKE = {"fp32": 1e-4, "bf16": 5e-2}  # relative, between stages and worker counts in one environment
+
+
+@dataclass(frozen=True)
+class Case:
+    """A curve: `file` is the recipe and precision, and the name of its file."""
+
+    recipe: str
+    precision: str
+    stage: int
+    workers: int
+
+    @property
+    def file(self) -> str:
+        return f"{self.recipe}-{self.precision}"
+
+    @property
+    def name(self) -> str:
+        return f"zero{self.stage} workers{self.workers}"
+
+
+RATE = {"causal_lm": 1e-2, "causal_lm_documents": 1e-2, "text_to_image": 2e-3}  # at which bf16's rounding does not grow
+RECIPES = tuple(RATE)
+CASES = [
+    Case(recipe, precision, stage, workers)
+    for recipe in RECIPES
+    for precision in STAGES
+    for stage in STAGES[precision]
+    for workers in WORKERS
+    if recipe != "causal_lm_documents" or (precision, stage) == ("fp32", 2)
+]
+
+
+def job_of(case: Case, folder: Path) -> Job:
+    """8 samples a step: of text in micro-batches of 2 (4 or 2 a worker), of images in micro-batches of 4 (2 or 1 a worker)."""
+    changes: dict[str, Any] = {"train.precision": case.precision, "train.zero.stage": case.stage, "workers.count": case.workers}
+    changes |= {"train.steps": STEPS, "train.schedule": {"name": "cosine", "warmup_steps": 4}, "data.seed": 5, "train.seed": 11}
+    changes |= {"evaluate": None, "data.window": 64, "data.lanes": 2, "train.optimizer": {"lr": RATE[case.recipe]}}
+    if case.recipe == "text_to_image":
+        images = build_images.job(folder / "text_to_image", caption_dropout=0.2)
+        return job(**{**images, **changes, "train.micro_batch": 4})
+    changes |= {"data.sources": [{"path": str(folder / "causal_lm")}], "data.document_mask": case.recipe == "causal_lm_documents"}
+    return job(**{**changes, "model": {**BASE["model"], "vocab_size": 96}})
+
+
+class Steps(Worker):
+    """A worker that steps, without a run around it."""
+
+    def __init__(self, made: Job, data_plan: DataPlan) -> None:
+        self.job, self.plan = made, data_plan
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.ledger = Ledger("computing")
+        self.dataset = open_dataset(data_plan)
+        self.recipe = make_recipe(made, self.dataset)
+        self.engine = deepspeed_engine.build_engine(made, self.recipe)
+        zero_state.init_optimizer_state(self.engine)
+        self.ema = self.spikes = None
+        self.device = self.engine.device
+        self.objective = Objective(self.recipe, self.device)
+        self.batch_plan = BatchPlan(made, data_plan)
+        self.bad_samples = 0
+        self._losses, self._norms, self._added, self._lane_digests, self._bad = [], [], [], [], []
+
+    def curve(self) -> tuple[list[float], list[float]]:
+        """Losses and gradient norms of all steps."""
+        task = stream.fetch(self.plan, self.dataset.order, 0, STEPS, replace=True)
+        samples = stream.LaneStream(self._mine(task), self.plan, self.dataset.order, self.rank, self.world, 0)
+        for step in range(STEPS):
+            self._step(step, samples.next_step())
+        losses = torch.stack(self._losses).double()
+        dist.all_reduce(losses)
+        return losses.tolist(), list(self._norms)
+
+    def _mine(self, task: stream.Fetch) -> Iterator[Any]:
+        """This worker's envelopes, as the stream deals them."""
+        for window in range(task.count):
+            for table in task({"id": np.array([window])}):
+                if table["envelope"][0].as_py() % self.world == self.rank:
+                    yield table
+
+
+def play(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
+    """In every rank: all curves of this number of workers."""
+    for i, case in enumerate(CASES):
+        if case.workers != dist.get_world_size():
+            continue
+        made = job_of(case, Path(folder))
+        data_plan = plan(made, [read_manifest(location) for location in made.sources])
+        losses, norms = Steps(made, data_plan).curve()
+        if dist.get_rank() == 0:
+            yield {"case": i, "losses": losses, "norms": norms}
+
+
+Curves = dict[Case, list[tuple[float, float]]]  # (loss, gradient norm) of each step
+
+
+def collect(told: list[dict[str, Any]]) -> Curves:
+    """What `play` yielded on all ranks."""
+    found = {CASES[row["case"]]: list(zip(row["losses"], row["norms"], strict=True)) for row in told}
+    return {case: found[case] for case in CASES}
+
+
+def play_all(folder: Path) -> Curves:
+    """All curves as they are now; one process group for each number of workers, and the data below `folder`."""
+    data.build(folder)
+    return collect(ranks.run(f"{__name__}:play", WORKERS, str(folder), deadline_s=DEADLINE_S))
+
+
+def environment() -> dict[str, str]:
+    """What decides which kernels compute: libraries and the CPU."""
+    cpu = {}
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        key, _, value = line.partition(":")
+        cpu.setdefault(key.strip(), value.strip())
+    kind = " ".join(cpu.get(key, "?") for key in ("vendor_id", "cpu family", "model"))
+    versions = {name: importlib.metadata.version(name) for name in VERSIONS}
+    return {**versions, "capability": torch.backends.cpu.get_cpu_capability(), "cpu": kind}
+
+
+def differences(made_in: dict[str, str]) -> list[str]:
+    """What is other here than where a file was made, one line each."""
+    here = environment()
+    return [f"{key}: {made_in.get(key)} -> {here[key]}" for key in here if made_in.get(key) != here[key]]
+
+
+# files ---------------------------------------------------------------------------------------------------------------
+
+
+def write(curves: Curves, folder: Path = FOLDER) -> None:
+    for name in dict.fromkeys(case.file for case in curves):
+        lines = [f"# Golden curves of {name}; written by `python -m tests.golden.write --overwrite`, and held to by",
+                 "# tests/integration/test_golden_curves.py, to the last bit where the environment is this one:"]  # fmt: skip
+        lines += [f"#   {key}: {value}" for key, value in environment().items()]
+        lines += ["# Of each step from 0: loss, gradient norm before clipping."]
+        for case, points in curves.items():
+            if case.file == name:
+                lines += ["", case.name, *(f"{step:2} {loss!r} {norm!r}" for step, (loss, norm) in enumerate(points))]
+        (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
+
+
+def read(folder: Path = FOLDER) -> tuple[Curves, dict[str, dict[str, str]]]:
+    """The curves in all files, and by file's name the environment that it was made in."""
+    curves: Curves = {}
+    environments: dict[str, dict[str, str]] = {}
+    cases = {(case.file, case.name): case for case in CASES}
+    for path in sorted(folder.glob("*.txt")):
+        points: list[tuple[float, float]] = []
+        for line in path.read_text().splitlines():
+            if line.startswith("#   "):
+                key, _, value = line.removeprefix("#   ").partition(": ")
+                environments.setdefault(path.stem, {})[key] = value
+            elif line.startswith("zero"):
+                points = curves.setdefault(cases[path.stem, line], [])
+            elif line and not line.startswith("#"):
+                step, loss, norm = line.split()
+                assert int(step) == len(points), f"{path}: step {step} is out of turn"
+                points.append((float(loss), float(norm)))
+    return curves, environments
