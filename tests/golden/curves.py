@@ -23,9 +23,10 @@ from heliostat.config.spec import Job
 from heliostat.data import stream
 from heliostat.data.dataset import DataPlan, open_dataset, plan
 from heliostat.data.manifest import read as read_manifest
+from heliostat.recipes.loading import load
 from heliostat.train.time_ledger import Ledger
 from heliostat.train.worker import deepspeed_engine, zero_state
-from heliostat.train.worker.loop import BatchPlan, Worker, make_recipe
+from heliostat.train.worker.loop import BatchPlan, Worker
 from heliostat.train.worker.objective import Objective
 
 from tests.golden import data
@@ -93,7 +94,7 @@ class Steps(Worker):
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.ledger = Ledger("computing")
         self.dataset = open_dataset(data_plan)
-        self.recipe = make_recipe(made, self.dataset)
+        self.recipe = load(made, self.dataset.sources)
         self.engine = deepspeed_engine.build_engine(made, self.recipe)
         zero_state.init_optimizer_state(self.engine)
         self.ema = self.spikes = None

@@ -82,9 +82,7 @@ def test_the_workspaces_own_folders_and_installed_packages_are_imported_as_ever(
     (home / "jobs2").mkdir()
     (home / "jobs2" / "mine.py").write_text("class Recipe:\n    generator = 1\n")
     assert exported.read(model(home / "my-model", "jobs2.mine:Recipe")).recipe.generator == 1
-    assert (
-        exported.read(model(home / "my-model", "heliostat.recipes:CausalLM")).recipe is CausalLM
-    )  # installed, or on the path
+    assert exported.read(model(home / "my-model", "heliostat.recipes:CausalLM")).recipe is CausalLM  # installed, or on the path
     with pytest.raises(ConfigError, match=r"recipe: 'subprocess:Popen' is no recipe"):
         exported.read(model(home / "my-model", "subprocess:Popen"))
     with pytest.raises(ConfigError, match=r"no module 'jobs2\.other'"):
