@@ -10,7 +10,7 @@ from heliostat.track.registry import Term, compare, parse
 
 
 @pytest.mark.parametrize(
-    ("text", "value", "pauses"),
+    ("text", "value", "holds"),
     [
         ("eval/loss<2.1", 2.0999, True), ("eval/loss<2.1", 2.1, False), ("eval/loss<=2.1", 2.1, True),
         ("eval/loss > 1e-3", 0.5, True), ("eval/loss>=0.5", 0.49, False), ("eval/loss<2.1", math.nan, False),
