@@ -143,7 +143,7 @@ def test_changed_input_config_and_lost_shard(tmp_path):
 def test_an_interrupted_run_leaves_the_dataset_that_was_there(tmp_path, monkeypatch):
     """A file lies where a shard's folder has to go, so one upload fails for real after others have succeeded or not."""
     code = (
-        "from heliostat.pipelines.prepare import place\nfrom pipelines.text import TextPipeline\n\n"
+        "from heliostat.pipelines.prepare import place\nfrom heliostat.pipelines import TextPipeline\n\n"
         "class Obstructed(TextPipeline):\n    def write(self, output, inputs):\n"
         "        from pathlib import Path\n"
         "        Path(output.join('shards', '00030').path).touch()\n"

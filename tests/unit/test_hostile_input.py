@@ -32,16 +32,16 @@ ROOT = Path(__file__).parents[2]
 READ = """
 import resource, sys
 from heliostat.storage import Location
-from pipelines import documents, image_sources, text_tasks
+from heliostat.pipelines.images import sources
+from heliostat.pipelines.text import documents, tasks
 def used():
     return int(open('/proc/self/statm').read().split()[0]) * 4096
 resource.setrlimit(resource.RLIMIT_AS, (used() + (400 << 20),) * 2)
 name = sys.argv[2]
 if name.endswith('.tar') or name.startswith('image'):
-    found = image_sources.read(sys.argv[1], {'kind': 'archive', 'path': name}, image_sources.Columns(),
-                               image_sources.Limits(int(sys.argv[3])))
+    found = sources.read(sys.argv[1], {'kind': 'archive', 'path': name}, sources.Columns(), sources.Limits(int(sys.argv[3])))
 else:
-    found = text_tasks.read_file(Location(sys.argv[1]), name, documents.Rules(max_file_bytes=int(sys.argv[3])))
+    found = tasks.read_file(Location(sys.argv[1]), name, documents.Rules(max_file_bytes=int(sys.argv[3])))
 for last in found:
     reason = getattr(last, 'reason', 'kept')
 print(reason)

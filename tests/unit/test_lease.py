@@ -24,7 +24,7 @@ TOGETHER_S = 0.010
 DIES = """
 import os, signal, sys
 from heliostat.storage import Location
-from heliostat.train import lease
+from heliostat import lease
 lease.take(Location(sys.argv[1]))
 os.kill(os.getpid(), signal.SIGKILL)
 """

@@ -132,7 +132,11 @@ def test_this_workspace_is_small_enough_and_has_the_recipes(tmp_path):
     assert {workspace_package.LINK, workspace_package.KEPT} & workspace_package.look(
         ROOT
     ).left_out.keys() == workspace_package.look(ROOT).left_out.keys()  # nothing of ours is secret
-    assert (tmp_path / "jobs" / "causal_lm.py").is_file() and not (tmp_path / ".git").exists()
+    assert (tmp_path / "jobs" / "quickstart.yaml").is_file() and not (tmp_path / ".git").exists()
     package = workspace_package.stage_package(tmp_path / "modules")
-    assert (package / "cluster" / "driver.py").is_file() and (package / "plan" / "prices.yaml").is_file()
+    assert (
+        (package / "submit" / "entrypoint.py").is_file()
+        and (package / "recipes" / "text" / "causal_lm.py").is_file()
+        and (package / "plan" / "prices.yaml").is_file()
+    )
     assert not list(package.rglob("*.pyc"))

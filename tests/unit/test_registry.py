@@ -70,7 +70,7 @@ def test_a_model_that_was_not_registered_leads_to_its_run(monkeypatch):
     """`models:/m-...` is how MLflow calls it, and what `heliostat train` tells of a job without mlflow.register."""
     name = f"m-{'a' * 32}"
     client = SimpleNamespace(get_logged_model={name: SimpleNamespace(source_run_id="b" * 32)}.__getitem__)
-    monkeypatch.setattr(lineage.store, "find", lambda client, run, uri: (run, uri))
+    monkeypatch.setattr(lineage.mlflow_client, "find", lambda client, run, uri: (run, uri))
     monkeypatch.setattr(lineage, "settle", lambda client, run: run)
     monkeypatch.setattr(lineage, "run_node", lambda client, run: run)
     assert lineage.lineage(client, "uri", f"models:/{name}") == {"model": None, "run": ("b" * 32, "uri")}

@@ -99,9 +99,7 @@ def load(path: Path, settings: list[str]) -> tuple[str, Pipeline]:
     raw = apply(read_yaml(path), settings)
     target = raw.pop("pipeline", None)
     if not isinstance(target, str):
-        raise ConfigError(
-            f"{path}: pipeline: {target!r} must name a class, such as heliostat.pipelines:TextPipeline"
-        )
+        raise ConfigError(f"{path}: pipeline: {target!r} must name a class, such as heliostat.pipelines:TextPipeline")
     cls = workspace.import_path(f"{path}: pipeline", target)
     if not (isinstance(cls, type) and issubclass(cls, Pipeline)):
         raise ConfigError(f"{path}: pipeline: {target!r} must be a subclass of heliostat.prepare.Pipeline")

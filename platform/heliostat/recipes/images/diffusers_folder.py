@@ -104,4 +104,4 @@ def serving(recipe: TextToImage) -> Serving:
     params = {"steps": samples.steps, "guidance": samples.guidance, "seed": 0}
     prompts = [*(p.text for p in samples.prompts), "an image"][:1]
     signature = infer_signature(prompts, ["base64"], params)
-    return Serving(Path(__file__).with_name("image_server.py"), prompts, signature, REQUIREMENTS)
+    return Serving(Path(__file__).with_name("server.py"), prompts, signature, REQUIREMENTS)

@@ -51,9 +51,7 @@ def facts(sources: list[Manifest], one_source: bool) -> Facts:
 
 def _facts(m: Manifest) -> Facts:
     if m.meta.get("content") not in ("images", "latents"):
-        raise ConfigError(
-            f"data.sources: {m.location} holds no images; make it with heliostat.pipelines:ImagePipeline"
-        )
+        raise ConfigError(f"data.sources: {m.location} holds no images; make it with heliostat.pipelines:ImagePipeline")
     text = m.meta.get("text")
     return Facts(
         m.meta["content"], m.meta["channels"], (m.meta["size"][0], m.meta["size"][1]), m.meta.get("tokenizer"),

@@ -186,7 +186,7 @@ class TextToImage:
 
     def save_config(self, folder: Path) -> None:
         diffusers_folder.save(self, folder)
-        shutil.copy(Path(__file__).with_name("image_pipeline.py"), folder / "pipeline.py")
+        shutil.copy(Path(__file__).with_name("pipeline.py"), folder / "pipeline.py")
 
     def load(self, folder: Path) -> nn.Module:
         pipeline = diffusers_folder.load(folder)

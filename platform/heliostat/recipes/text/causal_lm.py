@@ -243,7 +243,7 @@ class CausalLM:
 
         params = {"max_tokens": 100, "temperature": 0.8, "top_p": 0.95, "seed": 0}
         prompts = list(PROMPTS[:1])
-        return Serving(Path(__file__).with_name("text_server.py"), prompts, infer_signature(prompts, ["text"], params))
+        return Serving(Path(__file__).with_name("server.py"), prompts, infer_signature(prompts, ["text"], params))
 
 
 def _use_no_cache(config: Any) -> None:
