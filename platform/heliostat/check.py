@@ -25,6 +25,7 @@ from heliostat.data.dataset import DataPlan, make_order, plan
 from heliostat.data.manifest import Manifest
 from heliostat.data.order import Order
 from heliostat.errors import ConfigError, DataError, HeliostatError, StorageError
+from heliostat.recipes.conformance import require_abilities
 from heliostat.recipes.loading import recipe_class
 from heliostat.recipes.protocol import Recipe
 from heliostat.storage import Location
@@ -53,12 +54,12 @@ def check_job(job: Job) -> tuple[Job, Recipe]:
         raise ConfigError("\n  ".join(faults))
     job = computable(job, cpu_flags())
     recipe = recipe_class(job)(job)
+    require_abilities(job, recipe)
     if job.train.compile and not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
         raise ConfigError(
             "train.compile: true needs a C++ compiler, and there is none on this machine; install g++ or set it to false"
         )
-    if probe := getattr(recipe, "probe", None):
-        probe()
+    recipe.probe()
     return job, recipe
 
 

@@ -156,8 +156,9 @@ def _print_result(result: dict[str, Any]) -> None:
         out.rule(f"prompt: {sample['prompt']!r}", align="left")
         out.print(sample["prompt"] + sample["text"], markup=False)
     out.rule()
-    scores = "  ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in result["eval"].items())
-    out.print(f"held-out: {scores}")
+    if result["eval"]:
+        scores = "  ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in result["eval"].items())
+        out.print(f"held-out: {scores}")
     for name, entropy in result["reference"].items():
         if entropy:
             out.print(f"for comparison: the unigram entropy of {name} is {entropy:.4g} nats a token")
@@ -169,8 +170,11 @@ def _print_result(result: dict[str, Any]) -> None:
         from heliostat.runs import goodput as accounting
 
         out.print(accounting.line(result["goodput"]))
-    out.print(f"model {result['model_uri']}, run {result['run_id']}, checkpoint {result['checkpoint']}")
+    out.print(f"model {result['model_uri'] or 'not logged'}, run {result['run_id']}, checkpoint {result['checkpoint']}")
     prompt = result["samples"][0]["prompt"] if result["samples"] else ""
+    if not result["model_uri"]:
+        out.print("\nNext:  heliostat ui")
+        return
     name = result["run_id"] if result["model_uri"].startswith("models:/m-") else result["model_uri"]  # not registered: by its run
     out.print(f"\nNext:  heliostat generate {name} --prompt '{prompt}'\n       heliostat ui")
 

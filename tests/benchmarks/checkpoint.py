@@ -28,20 +28,18 @@ sys.path.insert(0, str(ROOT))
 from tests.integration import ranks  # noqa: E402
 from tests.unit import build_index  # noqa: E402
 from tests.unit.build_job import job  # noqa: E402
+from tests.unit.build_recipe import Around  # noqa: E402
 
 SHAPES = {50: {"hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 8},
           200: {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 14}}  # fmt: skip
 DEADLINE_S = 1200
 
 
-class Recipe:
-    def __init__(self, size: str) -> None:
-        self.shape: Any = SHAPES[int(size)]
+def llama(size: str) -> Any:
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
-    def build(self) -> Any:
-        from transformers import AutoModelForCausalLM, LlamaConfig
-
-        return AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=8192, num_attention_heads=8, **self.shape))
+    shape: Any = SHAPES[int(size)]
+    return AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=8192, num_attention_heads=8, **shape))
 
 
 def engine(size: str, stage: int, workers: int, universal: bool = False) -> Any:
@@ -49,7 +47,7 @@ def engine(size: str, stage: int, workers: int, universal: bool = False) -> Any:
 
     changes: dict[str, Any] = {"train.zero.stage": stage, "workers.count": workers, "train.global_batch": workers}
     changes |= {"train.micro_batch": 1, "train.deepspeed": {"checkpoint": {"load_universal": universal}}}
-    made = deepspeed_engine.build_engine(job(**changes), Recipe(size))  # type: ignore[arg-type]
+    made = deepspeed_engine.build_engine(job(**changes), Around(lambda: llama(size)))
     zero_state.init_optimizer_state(made)
     return made
 

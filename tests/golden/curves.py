@@ -99,7 +99,7 @@ class Steps(Worker):
         zero_state.init_optimizer_state(self.engine)
         self.ema = self.spikes = None
         self.device = self.engine.device
-        self.objective = Objective(self.recipe, self.device)
+        self.objective = Objective(self.recipe)
         self.batch_plan = BatchPlan(made, data_plan)
         self.bad_samples = 0
         self._losses, self._norms, self._added, self._lane_digests, self._bad = [], [], [], [], []

@@ -32,7 +32,7 @@ def plain_losses(path: Path, settings: list[str]) -> list[float]:
         batch = recipe.batch(content, keys)
         for group in optimizer.param_groups:
             group["lr"] = settings_.lr * factor(job.train.schedule, step, job.train.steps)
-        loss = recipe.loss(model, batch) / recipe.terms(batch)
+        loss = recipe.loss(model, batch).sum / recipe.terms(batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), job.train.grad_clip)
         optimizer.step()

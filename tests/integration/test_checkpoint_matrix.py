@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,11 @@ from heliostat.storage import Location
 from heliostat.train.worker import deepspeed_engine, zero_state
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
 
 from tests.integration import ranks
 from tests.unit import build_index
 from tests.unit.build_job import job
+from tests.unit.build_recipe import Around
 
 WORKERS = (1, 2, 3, 4)
 BATCH = 12  # divisible by them
@@ -77,14 +76,6 @@ class Model(nn.Module):
         return (self.layers(x * self.kept) * self.scale - y).float().square().mean()
 
 
-class Recipe:
-    def build(self) -> nn.Module:
-        import deepspeed
-
-        with deepspeed.zero.Init(config_dict_or_path=deepspeed_config()) if is_deepspeed_zero3_enabled() else nullcontext():
-            return Model()
-
-
 def _engine(case: Case) -> Any:
     changes = {"train.zero.stage": case.stage, "train.precision": case.precision, "workers.count": case.workers}
     changes |= {"train.global_batch": BATCH, "train.optimizer.lr": 0.05}
@@ -93,7 +84,7 @@ def _engine(case: Case) -> Any:
         changes["train.zero.offload.optimizer"] = "cpu"
     # tiny parameters would otherwise stay gathered, and hide faults of stage 3
     changes["train.deepspeed"] = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-    engine = deepspeed_engine.build_engine(job(**changes), Recipe())  # type: ignore[arg-type]
+    engine = deepspeed_engine.build_engine(job(**changes), Around(Model))
     zero_state.init_optimizer_state(engine)
     return engine
 

@@ -96,7 +96,7 @@ def _play(engine: Any, recipe: TextToImage, ema: Ema, job: Job, first: int, step
         content = dataset.read(dataset.order.locate(dataset.order.step(step)[list(lanes)].ravel()))
         keys, micro, total = draws.keys(step, lanes), job.train.micro_batch, torch.zeros(())
         for i in range(0, len(content), micro):
-            loss = recipe.loss(engine, recipe.batch(content.slice(i, micro), keys[i : i + micro]))
+            loss = recipe.loss(engine, recipe.batch(content.slice(i, micro), keys[i : i + micro])).sum
             engine.backward(loss * (len(content) // micro * world / batch))
             if i + micro == len(content) and not engine.zero_optimization_stage():
                 deepspeed_engine.gradient_norm(engine, job.train.grad_clip)  # which clips

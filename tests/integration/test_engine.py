@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +14,13 @@ from heliostat.storage import Location
 from heliostat.train.worker import deepspeed_engine, zero_state
 from heliostat.train.worker import loss_scale as lossscale
 from torch import nn
-from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
 
 from tests.integration import ranks
 from tests.unit import build_index
 from tests.unit.build_job import job
+from tests.unit.build_recipe import Around
 
 BATCH, STEPS = 12, 3
-
-
-class Recipe:
-    """Any model, built under zero.Init at stage 3, as large ones are."""
-
-    def __init__(self, model: type[nn.Module]) -> None:
-        self.model = model
-
-    def build(self) -> nn.Module:
-        import deepspeed
-
-        with deepspeed.zero.Init(config_dict_or_path=deepspeed_config()) if is_deepspeed_zero3_enabled() else nullcontext():
-            return self.model()
 
 
 class Layers(nn.Module):
@@ -50,7 +36,7 @@ def _engine(model: type[nn.Module], micro: int, **changes: Any) -> Any:
     changes = {"train.global_batch": BATCH, "train.micro_batch": micro, "workers.count": dist.get_world_size(), **changes}
     keys = changes.pop("train.deepspeed", {})
     keys = {**keys, "zero_optimization": {"stage3_param_persistence_threshold": 0, **keys.get("zero_optimization", {})}}
-    engine = deepspeed_engine.build_engine(job(**changes, **{"train.deepspeed": keys}), Recipe(model))  # type: ignore[arg-type]
+    engine = deepspeed_engine.build_engine(job(**changes, **{"train.deepspeed": keys}), Around(model))
     zero_state.init_optimizer_state(engine)
     return engine
 

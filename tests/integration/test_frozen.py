@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tests.integration import ranks
-from tests.integration.test_engine import Recipe
 from tests.unit import build_index
 from tests.unit.build_job import job
+from tests.unit.build_recipe import Around
 
 AFMOE = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2,
@@ -33,13 +33,11 @@ AFMOE = {
 }  # fmt: skip
 
 
-class Afmoe:
+def afmoe_model() -> nn.Module:
     """A model of transformers that keeps a parameter of each router from being trained."""
+    from transformers import AfmoeConfig, AutoModelForCausalLM
 
-    def build(self) -> nn.Module:
-        from transformers import AfmoeConfig, AutoModelForCausalLM
-
-        return AutoModelForCausalLM.from_config(AfmoeConfig(**AFMOE), dtype=torch.float32)
+    return AutoModelForCausalLM.from_config(AfmoeConfig(**AFMOE), dtype=torch.float32)
 
 
 class Adapted(nn.Module):
@@ -78,7 +76,7 @@ def _load(run: Location, step: int, engine: Any, saver: checkpoint.Saver, group:
 
 def afmoe(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
     for stage in (0, 1, 2, 3):
-        engine = _engine(Afmoe(), stage, "bf16" if stage else "fp32")
+        engine = _engine(Around(afmoe_model), stage, "bf16" if stage else "fp32")
         shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in engine.module.named_parameters()}
         for slices in zero_state.frozen(engine, whole=True).values():
             slices.local.copy_(torch.arange(slices.start, slices.start + len(slices.local)) / 8)  # as if it were pretrained
@@ -110,13 +108,13 @@ def life(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
 
     saver = checkpoint.Saver(run, spec.Checkpoint(every=1, keep=2), group)
     if dist.get_world_size() == 2:
-        engine = _engine(Recipe(Adapted), 2)
+        engine = _engine(Around(Adapted), 2)
         for step in (1, 2, 3, 4):
             _save(saver, step, engine)
         yield from told("saved")
     everyone.wait(ranks.DEADLINE_S)
     if dist.get_world_size() == 3:  # goes on at another stage, precision and worker count
-        engine = _engine(Recipe(Adapted), 3, "fp32")
+        engine = _engine(Around(Adapted), 3, "fp32")
         _load(run, 4, engine, saver, group)
         _save(saver, 5, engine)
         yield from told("resumed")
@@ -143,7 +141,7 @@ def test_they_are_written_once_per_run_and_kept_as_long_as_a_checkpoint_names_th
 
 def lost(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
     run, other = Location(f"{folder}/one"), Location(f"{folder}/clone")
-    engine = _engine(Recipe(Adapted), 2)
+    engine = _engine(Around(Adapted), 2)
     saver = checkpoint.Saver(run, spec.Checkpoint(every=1, keep=5), group)
     _save(saver, 1, engine)
     if dist.get_rank() == 0:
@@ -181,9 +179,9 @@ def test_a_checkpoint_from_before_they_were_saved_exports_them_as_the_model_was_
     old = layout.Checkpoint(Location("/nowhere"), {"step": 1, "tensors": {"master.head.weight": {}, "master.head.bias": {}}})
     names = [n for n, p in Adapted().named_parameters() if not p.requires_grad]
     with caplog.at_level(logging.WARNING):
-        initial = export._initial(old, job(), Recipe(Adapted), names)  # type: ignore[arg-type]
+        initial = export._initial(old, job(), Around(Adapted), names)
     torch.manual_seed(job().train.seed)
     assert torch.equal(initial["base.weight"], Adapted().base.weight) and set(initial) == {"base.weight", "base.bias"}
     assert "holds no parameters that are not trained; 2 are built anew from the seed" in caplog.text
     frozen = layout.Checkpoint(Location("/nowhere"), {"step": None, "tensors": {f"frozen.{n}": {} for n in names}})
-    assert export._initial(layout.Checkpoint(old.location, old.index, frozen), job(), Recipe(Adapted), names) == {}  # type: ignore[arg-type]
+    assert export._initial(layout.Checkpoint(old.location, old.index, frozen), job(), Around(Adapted), names) == {}

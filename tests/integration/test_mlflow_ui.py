@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from heliostat.chaos.servers import Server, mlflow_server
+from heliostat.recipes.protocol import Draws
 from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.train.run import train
 from heliostat.tune.driver import tune
@@ -57,7 +58,7 @@ class Squares:
         return {"grey": float(np.mean(pictures))}, {"squares": out.getvalue()}
 
 
-class Drawing(CausalLM):
+class Drawing(CausalLM, Draws):
     def gallery(self) -> Any:
         return Squares()
 

@@ -34,7 +34,7 @@ def engines(_: Any, __: Any) -> Iterator[dict[str, Any]]:
         zero_state.init_optimizer_state(engine)
         batch = recipe.batch(torch.zeros(j.train.micro_batch, 64, dtype=torch.int32).numpy())
         for _ in range(3):  # a step, so that stage 3 has gathered what it keeps gathered, and half of the next
-            engine.backward(recipe.loss(engine, batch))
+            engine.backward(recipe.loss(engine, batch).sum)
             engine.step()
         slices = [
             (name.removeprefix("master."), int(t.start), t.local.numel())

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from heliostat.config.spec import Job
+from heliostat.recipes import building
 from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.train.worker import deepspeed_engine
 from heliostat.train.worker.objective import Objective
@@ -39,7 +40,7 @@ def stages(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
     for stage in STAGES:
         j, recipe = made(stage, world)
         engine = deepspeed_engine.build_engine(j, recipe)
-        objective, told = Objective(recipe, engine.device), []
+        objective, told = Objective(recipe), []
         for step in range(STEPS):
             mine = micros(recipe, step)[rank::world]
             sums, norm = torch.zeros(2), 0.0
@@ -63,7 +64,7 @@ def plain() -> list[list[float]]:
     j, recipe = made(1, 1)
     torch.manual_seed(j.train.seed)
     model, told = recipe.build(), []
-    groups = deepspeed_engine.parameter_groups(model, j.train.optimizer.weight_decay)
+    groups = building.parameter_groups(model, j.train.optimizer.weight_decay, recipe)
     optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=j.train.optimizer.eps)
     for step in range(STEPS):
         losses, routers = [], []

@@ -19,6 +19,7 @@ import yaml
 from heliostat.check import check
 from heliostat.checkpoint import saver
 from heliostat.errors import WorkerError
+from heliostat.recipes.protocol import Loss
 from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.runs import goodput
 from heliostat.runs.verify import verify
@@ -153,15 +154,15 @@ def test_a_driver_told_to_stop_leaves_a_checkpoint_and_another_command_ends_the_
 class Poisoned(CausalLM):
     """A recipe whose loss is 30 times as high for the samples whose first tokens a file lists."""
 
-    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Loss:
         bad = {tuple(row) for row in json.loads(Path(os.environ["HELIOSTAT_TEST_POISON"]).read_text())}
         hit = any(tuple(row[:16].tolist()) in bad for row in batch["input_ids"])
-        return super().loss(model, batch) * (30 if hit else 1)
+        return Loss(super().loss(model, batch).sum * (30 if hit else 1))
 
 
 class Broken(CausalLM):
-    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        return super().loss(model, batch) + "a string"  # type: ignore[operator]
+    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Loss:
+        return super().loss(model, batch).sum + "a string"  # type: ignore[operator]
 
 
 @pytest.fixture

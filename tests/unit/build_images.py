@@ -41,7 +41,7 @@ def digits(folder: Path, count: int = 400, chunk: int = 40) -> Path:
     tokenizer = tokens.load(definition)
     meta = {"name": "digits", "kind": "rows", "content": "images", "channels": 1, "size": [8, 8],
             "tokenizer": hashlib.sha256(definition.encode()).hexdigest(), "vocab_size": tokenizer.get_vocab_size(),
-            "end_of_document": tokens.end_id(tokenizer, END)}  # fmt: skip
+            "end_of_document": tokens.end_id(tokenizer, END), "classes": sorted(set(found["label"].to_pylist()))}  # fmt: skip
     place = Location(str(folder))
     manifest.write(place, manifest.read_footer(place, "shards/00000.parquet", None), meta)
     return folder

@@ -246,8 +246,8 @@ def test_a_batchs_loss_is_the_sum_of_its_samples(arch):
     model = made.build()
     content = np.random.default_rng(0).integers(0, 96, (4, 64)).astype(np.int32)
     with torch.no_grad():
-        whole = made.loss(model, made.batch(content)).item()
-        parts = sum(made.loss(model, made.batch(content[i : i + 1])).item() for i in range(4))
+        whole = made.loss(model, made.batch(content)).sum.item()
+        parts = sum(made.loss(model, made.batch(content[i : i + 1])).sum.item() for i in range(4))
         logits = model(input_ids=torch.from_numpy(content).long()).logits.log_softmax(-1)
     naive = -sum(logits[b, t - 1, int(content[b, t])].item() for b in range(4) for t in range(1, 64))
     assert whole == pytest.approx(parts, rel=1e-5) == pytest.approx(naive, rel=1e-4)

@@ -8,7 +8,7 @@ import torch
 from heliostat import check
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted((ROOT / "jobs").glob("*.yaml"))
+FILES = sorted([*(ROOT / "jobs").glob("*.yaml"), *(ROOT / "jobs" / "examples").glob("*.yaml")])
 
 
 @pytest.fixture(autouse=True)
@@ -26,9 +26,16 @@ def test_every_job_file_passes_the_check(path):
 
 def test_there_are_jobs():
     """The parametrized tests above would pass on an empty folder."""
-    assert {"quickstart", "llama3-8b", "gpt-1b", "quickstart-diffusion", "stable-diffusion-2", "dit-xl-2"} <= {
-        p.stem for p in FILES
-    }
+    assert {
+        "quickstart",
+        "llama3-8b",
+        "gpt-1b",
+        "quickstart-diffusion",
+        "stable-diffusion-2",
+        "dit-xl-2",
+        "masked-lm",
+        "classifier",
+    } <= {p.stem for p in FILES}
 
 
 @pytest.mark.parametrize(

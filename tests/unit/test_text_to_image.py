@@ -72,12 +72,12 @@ def test_a_batchs_loss_is_the_sum_of_its_samples_whatever_the_cut(arch, objectiv
     model = woken(made.build())
     assert made.terms(made.batch(content, keys)) == 12 * made.terms_per_sample
     with torch.no_grad():
-        whole = made.loss(model, made.batch(content, keys)).item()
-        parts = sum(made.loss(model, made.batch(content.slice(i, 4), keys[i : i + 4])).item() for i in (0, 4, 8))
+        whole = made.loss(model, made.batch(content, keys)).sum.item()
+        parts = sum(made.loss(model, made.batch(content.slice(i, 4), keys[i : i + 4])).sum.item() for i in (0, 4, 8))
         turned = np.roll(np.arange(12), 5)
         torch.manual_seed(9)
-        other = made.loss(model, made.batch(content.take(turned), keys[turned])).item()
-        again = made.loss(model, made.batch(content, keys + 1)).item()
+        other = made.loss(model, made.batch(content.take(turned), keys[turned])).sum.item()
+        again = made.loss(model, made.batch(content, keys + 1)).sum.item()
     assert whole == pytest.approx(parts, rel=1e-5) == pytest.approx(other, rel=1e-5)
     assert abs(whole - again) > 1e-3, "another key, other noise"
 
@@ -189,7 +189,7 @@ def test_a_pretrained_pixart_that_cannot_be_trained_is_one_line_before_anything_
 def test_a_pretrained_pixart_that_can_be_trained_is(dataset, tmp_path):
     """Conditions left at None mean none, at this size, and are taken so."""
     made = recipe(dataset, backbone={"pretrained": pixart(tmp_path, out_channels=1)})
-    loss = made.loss(made.build(), made.batch(rows(dataset), np.arange(12)))
+    loss = made.loss(made.build(), made.batch(rows(dataset), np.arange(12))).sum
     loss.backward()
     assert loss.isfinite()
 
@@ -237,7 +237,7 @@ def test_a_backbone_from_nothing_begins_as_its_authors_have_it(arch, dataset):
         for name, count in parts.items():
             bound = (6 / (width + count * width)) ** 0.5
             assert 0.9 * bound < float(linear[f"transformer_blocks.1.{name}"].weight.detach().abs().max()) <= bound
-    said = made.loss(model, made.batch(rows(dataset), np.arange(12)))
+    said = made.loss(model, made.batch(rows(dataset), np.arange(12))).sum
     noise = made.batch(rows(dataset), np.arange(12))["noise"]
     assert said.item() == pytest.approx(float(noise.square().flatten(1).mean(1).sum()), rel=1e-5)  # epsilon, answered with 0
     torch.manual_seed(0)
@@ -275,7 +275,8 @@ def test_frozen_encoders_are_in_the_plan_and_leave_the_device_when_only_drawing_
     assert moved == {"text_encoder": "", "vae": ""}  # the next step needs them where they are
     kept = SimpleNamespace(**{**vars(parts.facts), "content": "latents", "text": (8, 16)})
     parts.facts = kept  # the datasets hold what the encoders say
-    assert parts.frozen_bytes() == (0, both)
+    beside = parts.companions().values()
+    assert sum(c.bytes for c in beside) == both and not any(c.every_step for c in beside)
     parts.rest()
     assert moved == {"text_encoder": "cpu", "vae": "cpu"}
 
@@ -394,7 +395,7 @@ def test_a_frozen_encoder_conditions_and_is_not_trained(kind, dataset, tmp_path)
     torch.manual_seed(0)
     model = woken(made.build())
     batch = made.batch(rows(dataset), np.arange(12))
-    loss = made.loss(model, batch)
+    loss = made.loss(model, batch).sum
     loss.backward()
     assert made.parts.width == 24 and all(p.grad is None for p in made.parts.text_encoder.parameters())
     text = made.parts.conditioning(batch["text"], batch["mask"], torch.float32)

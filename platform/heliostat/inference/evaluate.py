@@ -19,9 +19,10 @@ from heliostat.data.dataset import open_dataset, plan
 from heliostat.data.manifest import read
 from heliostat.errors import ConfigError
 from heliostat.recipes import exported as exports
-from heliostat.recipes.protocol import Recipe
+from heliostat.recipes.protocol import GUIDE, Evaluates, Exports, Recipe
 from heliostat.records import Format
 from heliostat.storage import Location
+from heliostat.train.worker.evaluation import taken
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,8 @@ def _evaluate(
     job = collection.expand(_job(export, data, samples, sequence_length, fraction))
     manifests = [read(location) for location in job.sources]
     recipe: Recipe = export.recipe(job)
+    if not isinstance(recipe, Evaluates) or not isinstance(recipe, Exports):
+        raise ConfigError(f"{export.folder}: is of {job.recipe}, which does not derive from Evaluates and Exports ({GUIDE})")
     if manifests[0].kind != recipe.kind:
         raise ConfigError(f"--data: {data} holds {manifests[0].kind!r}, but the model is scored on {recipe.kind!r}")
     recipe.bind(manifests)
@@ -57,13 +60,17 @@ def _evaluate(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = recipe.load(export.folder).eval().to(device)
     sums: dict[str, float] = {}
+    kept: list[dict[str, np.ndarray]] = []
     with torch.no_grad():
         for rows in _batches(held.source):
             part = content.part(found, rows)
             batch = {k: v.to(device) for k, v in recipe.batch(part, np.arange(rows.start, rows.stop)).items()}
-            for name, value in recipe.evaluate(model, batch).items():
-                sums[name] = sums.get(name, 0.0) + float(value.double().sum())
-    return recipe.metrics(sums)
+            scores = recipe.evaluate(model, batch)
+            kept.append(taken(scores, recipe.gathered, np.ones(rows.stop - rows.start, dtype=bool)))
+            for name in scores.keys() - kept[-1].keys():
+                sums[name] = sums.get(name, 0.0) + float(scores[name].double().sum())
+    arrays = {name: np.concatenate([part[name] for part in kept]) for name in recipe.gathered}
+    return recipe.metrics(sums) | (recipe.measure(arrays) if arrays else {})
 
 
 def _batches(source: np.ndarray) -> list[slice]:

@@ -21,9 +21,9 @@ from heliostat.checkpoint.layout import EMA, FROZEN, Checkpoint
 from heliostat.config.spec import Job
 from heliostat.data.dataset import open_dataset
 from heliostat.errors import CheckpointError, ConfigError, naming
-from heliostat.recipes import exported
+from heliostat.recipes import building, exported
 from heliostat.recipes.loading import load
-from heliostat.recipes.protocol import Recipe
+from heliostat.recipes.protocol import GUIDE, Exports, Recipe, Weight
 
 log = logging.getLogger(__name__)
 
@@ -42,17 +42,19 @@ def recipe_of(checkpoint: Checkpoint) -> tuple[Job, Recipe]:
 def export(checkpoint: Checkpoint, folder: Path, run_id: str | None = None) -> Recipe:
     """Writes the model at `folder`, which `from_pretrained` then loads; returns the recipe. `run_id`: of its MLflow run."""
     job, recipe = recipe_of(checkpoint)
+    if not isinstance(recipe, Exports):
+        raise ConfigError(
+            f"{checkpoint.location}: {job.recipe} is not exported: it does not derive from {Exports.__name__} ({GUIDE})"
+        )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder}: is not empty, and its files would be mixed with the model's; give another folder")
     folder.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
-        model = recipe.build()
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        model = building.build(recipe)
     initial = _initial(checkpoint, job, recipe, [n for n, p in model.named_parameters() if not p.requires_grad])
-    for prefix, file in recipe.layout.items():
-        mine = {name: shape for name, shape in shapes.items() if name.startswith(prefix)}
-        if mine:
-            write_weights(checkpoint, mine, DTYPES[job.train.precision], folder / file, prefix, initial)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    for file, tensors in _files(recipe, shapes, checkpoint).items():
+        write_weights(checkpoint, shapes, DTYPES[job.train.precision], folder / file, tensors, initial)
     recipe.save_config(folder)
     origin = {"run_id": run_id, "step": checkpoint.step, "data_digest": checkpoint.index["data_digest"]}
     exported.write(folder, job, {**origin, "data_version": checkpoint.plan.version})
@@ -66,8 +68,21 @@ def _initial(checkpoint: Checkpoint, job: Job, recipe: Recipe, frozen: list[str]
         return {}
     log.warning("%s: holds no parameters that are not trained; %d are built anew from the seed", checkpoint.location, len(wanted))
     torch.manual_seed(job.train.seed)
-    built = dict(recipe.build().named_parameters())
+    built = dict(building.build(recipe).named_parameters())
     return {n: built[n].detach() for n in wanted}
+
+
+def _files(recipe: Exports, shapes: dict[str, tuple[int, ...]], checkpoint: Checkpoint) -> dict[str, dict[str, Weight]]:
+    """The tensors of each file, as the recipe has them; what it leaves out is said."""
+    files = {file: tensors for file, tensors in recipe.tensors({**shapes, **_buffers(checkpoint)}).items() if tensors}
+    used = {source for tensors in files.values() for weight in tensors.values() for source in weight.sources}
+    if unused := [n for n in shapes if n not in used]:
+        log.warning("%d parameters are in no file of the export, as %s", len(unused), unused[0])
+    return files
+
+
+def _buffers(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    return {n: tuple(checkpoint.index["tensors"][f"buffer.{n}"]["shape"]) for n in checkpoint.names("buffer")}
 
 
 def write_weights(
@@ -75,29 +90,19 @@ def write_weights(
     shapes: dict[str, tuple[int, ...]],
     dtype: torch.dtype,
     stem: Path,
-    prefix: str = "",
+    tensors: Mapping[str, Weight] | None = None,
     initial: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> None:
-    """The parameters of these names and shapes, and the checkpoint's buffers below the prefix, without it, as STEM.safetensors.
+    """The tensors, made of the model's parameters (of these shapes) and the checkpoint's buffers, as STEM.safetensors: all of
+    both if none are given. Buffers that are taken as they are keep their type.
 
     Where the run averaged its weights, the average is taken; what was not trained is taken as it is, or `initial`.
     """
-    weights = EMA if checkpoint.names(EMA) else "master"
-    trained, frozen = set(checkpoint.names(weights)), set(checkpoint.names(FROZEN))
-    missing = sorted(set(shapes) - trained - frozen - set(initial))
-    if missing:
-        raise CheckpointError(f"{checkpoint.location}: has no weights for {missing[0]!r}; it was made by another model")
-    cut_ = len(prefix)
-    sources = {n: f"{weights if n in trained else FROZEN}.{n}" for n in shapes}
-    streams = {
-        n: partial(checkpoint.stream, s) if n in trained | frozen else partial(_pieces, initial[n]) for n, s in sources.items()
-    }
-    entries = {n: _entry(n[cut_:], streams[n], shape, dtype) for n, shape in shapes.items()}
-    for name in (n for n in checkpoint.names("buffer") if n.startswith(prefix)):
-        held = checkpoint.index["tensors"][f"buffer.{name}"]
-        kind = safetensors_file.DTYPES[held["dtype"]]
-        entries[name] = _entry(name[cut_:], partial(checkpoint.stream, f"buffer.{name}"), tuple(held["shape"]), kind)
-    entries = {entry.name: entry for entry in entries.values()}
+    known = {**shapes, **_buffers(checkpoint)}
+    sources = _Sources(checkpoint, known, initial)
+    if tensors is None:
+        tensors = {name: Weight((name,), shape) for name, shape in known.items()}
+    entries = {name: sources.entry(name, weight, dtype) for name, weight in tensors.items()}
     files = _pack({name: entry.size for name, entry in entries.items()})
     weight_map: dict[str, str] = {}
     for number, part in enumerate(files, 1):
@@ -109,8 +114,46 @@ def write_weights(
         stem.with_name(f"{stem.name}.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-def _pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    yield tensor.reshape(-1)
+class _Sources:
+    """A model's tensors by name, wherever they are kept."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], initial: Mapping[str, torch.Tensor]
+    ) -> None:
+        weights = EMA if checkpoint.names(EMA) else "master"
+        kept = ("buffer", FROZEN, weights)  # the last of them that has a name counts
+        self.places = {name: f"{kind}.{name}" for kind in kept for name in checkpoint.names(kind)}
+        self.checkpoint, self.shapes, self.initial = checkpoint, shapes, initial
+
+    def entry(self, name: str, weight: Weight, dtype: torch.dtype) -> safetensors_file.Entry:
+        if missing := [s for s in weight.sources if s not in self.places and s not in self.initial]:
+            raise CheckpointError(f"{self.checkpoint.location}: has no weights for {missing[0]!r}; it was made by another model")
+        if weight.make is not None:
+            return _entry(name, partial(self._made, name, weight), weight.shape, dtype)
+        if len(weight.sources) != 1:
+            raise ConfigError(f"recipe: the export's {name!r} is of {len(weight.sources)} tensors and has no `make` ({GUIDE})")
+        (source,) = weight.sources
+        place = self.places.get(source, "")
+        if place.startswith("buffer."):
+            dtype = safetensors_file.DTYPES[self.checkpoint.index["tensors"][place]["dtype"]]
+        return _entry(name, partial(self._pieces, source), weight.shape, dtype)
+
+    def _pieces(self, source: str) -> Iterator[torch.Tensor]:
+        if source in self.places:
+            yield from self.checkpoint.stream(self.places[source])
+        else:
+            yield self.initial[source].reshape(-1)
+
+    def _made(self, name: str, weight: Weight) -> Iterator[torch.Tensor]:
+        """What `make` gives for the sources, each of its own shape."""
+        assert weight.make
+        made = weight.make(*(self._whole(s).float().view(self.shapes[s]) for s in weight.sources))
+        if tuple(made.shape) != tuple(weight.shape):
+            raise ConfigError(f"recipe: the export's {name!r} was made {tuple(made.shape)}, and is to be {tuple(weight.shape)}")
+        yield made.reshape(-1)
+
+    def _whole(self, source: str) -> torch.Tensor:
+        return self.checkpoint.read(self.places[source]) if source in self.places else self.initial[source].reshape(-1)
 
 
 def _entry(

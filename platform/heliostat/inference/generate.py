@@ -22,7 +22,7 @@ BATCH = 16
 def generate(folder: Path, prompt: str, options: dict[str, Any], seed: int, out: str | None) -> Generated:
     """The answer to one prompt, made in this process; a text goes to `out` as it is shown."""
     with exported.using(folder):
-        (made,) = exported.read(folder).recipe.generator(folder, options)([Request(prompt, seed, out)])
+        (made,) = exported.generator(folder, options)([Request(prompt, seed, out)])
     if out is not None and "file" not in made.facts:
         Location(out).write(f"{made.shown}\n".encode())
     return made
@@ -46,7 +46,7 @@ def generate_many(folder: Path, prompts: list[str], options: dict[str, Any], see
     Every node must see the model's folder under the same path.
     """
     with exported.using(folder):
-        exported.read(folder).recipe.generator(folder, options)  # what is wrong is found before Ray starts
+        exported.generator(folder, options)  # what is wrong is found before Ray starts
     from heliostat.cluster.connect import connect
 
     connect(cpus=workers + 1)
@@ -77,7 +77,7 @@ class Generator:
 
     def __init__(self, folder: str, options: dict[str, Any]) -> None:
         self.folder = Path(folder)
-        self.generator = exported.read(Path(folder)).recipe.generator(Path(folder), options)
+        self.generator = exported.generator(Path(folder), options)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         columns = [batch[name].tolist() for name in ("prompt", "seed", "out")]

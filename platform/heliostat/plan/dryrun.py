@@ -39,7 +39,7 @@ def dry_run(path: Path, settings: list[str], workers: int | None = None) -> dict
     built = build(recipe)
     model = stats_of(recipe, built)
     planner.plan(job, recipe, built=built)  # refuses a job that cannot fit
-    owned = zero_layout.slices(model.trained, job.train.zero.stage, job.workers.most)
+    owned = zero_layout.slices(model.trained, job.train.zero.stage, job.workers.most, model.groups)
     index = checkpoint_index(job, model, owned)
     sizes = [4 * len(kinds(job)) * sum(n for _, _, n in rank) for rank in owned]
     return {

@@ -9,15 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from heliostat.config.spec import Job
+from heliostat.recipes import building
 from heliostat.recipes.protocol import Recipe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -31,7 +33,8 @@ class ModelStats:
     frozen: frozenset[str]
     buffers: dict[str, tuple[tuple[int, ...], str]]  # persistent ones: shape, dtype
     layer: int  # parameters of the largest module without submodules of its own kind: what ZeRO-3 gathers at once
-    flops: float
+    flops: float  # 0: the recipe does not say, and `activations` counts
+    groups: list[list[str]]  # the optimizer's, by names
     frozen_models: tuple[int, int] = (0, 0)  # bytes of models beside it on the device: in every step; in evaluations, with those
 
     @property
@@ -50,41 +53,46 @@ class Activations:
     kept: int
     checkpointed: int
     largest: int  # the largest single tensor: there is one more of it for a moment
+    flops: float = 0.0  # of the forward and backward pass, if they were to be counted
 
 
 def build(recipe: Recipe) -> torch.nn.Module:
     with torch.device("meta"):
-        return recipe.build()
+        return building.build(recipe)
 
 
 def stats_of(recipe: Recipe, model: torch.nn.Module) -> ModelStats:
     named = dict(model.named_parameters())
     kept = model.state_dict().keys()
+    trained = {n: tuple(p.shape) for n, p in named.items() if p.requires_grad}
+    beside = recipe.companions().values()
     own = [sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules()]
     return ModelStats(
         shapes={n: tuple(p.shape) for n, p in named.items()},
         frozen=frozenset(n for n, p in named.items() if not p.requires_grad),
         buffers={n: (tuple(b.shape), str(b.dtype).removeprefix("torch.")) for n, b in model.named_buffers() if n in kept},
         layer=max(own, default=0),
-        flops=recipe.flops_per_sample(model),
-        frozen_models=recipe.frozen_bytes() if hasattr(recipe, "frozen_bytes") else (0, 0),
+        flops=recipe.flops_per_sample(model) or 0.0,
+        groups=[names for _, names in building.grouped(recipe, trained)],
+        frozen_models=(sum(c.bytes for c in beside if c.every_step), sum(c.bytes for c in beside)),
     )
 
 
-def activations(job: Job, recipe: Recipe, model: torch.nn.Module, content: Any) -> Activations:
+def activations(job: Job, recipe: Recipe, model: torch.nn.Module, content: Any, count: bool = False) -> Activations:
     """Of one sample; `content` is what `recipe.batch` takes for a batch of one. The model, of `build`, is used up.
 
-    The model must not checkpoint: what a layer keeps is counted, and what checkpointing drops follows from that.
+    The model must not checkpoint: what a layer keeps is counted, and what checkpointing drops follows from that. `count`: the
+    FLOPs, too, which makes it slower.
     """
     model = model.to(DTYPES[job.train.precision])
     batch = recipe.batch(content, np.zeros(1, dtype=np.int64))
     with FakeTensorMode(allow_non_fake_inputs=True):
         _fake(model)
         fakes = {k: torch.empty(v.shape, dtype=v.dtype) for k, v in batch.items()}
-        meter = Meter(model)
-        with meter, nullcontext() if job.data.document_mask else _one_document():
+        meter, counter = Meter(model), FlopCounterMode(display=False)
+        with meter, nullcontext() if job.data.document_mask else _one_document(), counter if count else nullcontext():
             recipe.loss(model, fakes)
-    return meter.result()
+    return replace(meter.result(), flops=3.0 * counter.get_total_flops() if count else 0.0)
 
 
 def _one_document() -> Any:

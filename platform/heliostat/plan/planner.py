@@ -81,7 +81,8 @@ def plan(
         room.check(job, cluster)
     built = built or build(recipe)
     model = stats_of(recipe, built)
-    kept = activations(job, recipe, built, sample(job, recipe))
+    kept = activations(job, recipe, built, sample(job, recipe), count=not model.flops)
+    model = replace(model, flops=model.flops or kept.flops)
     planner = Planner(job, model, kept, where, prices)
     chosen = planner.chosen()
     for one in (Planner(fewest, model, kept, where, prices), planner):  # an elastic run must fit on few, too

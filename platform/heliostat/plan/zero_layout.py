@@ -15,17 +15,20 @@ ALIGNMENT = 2  # DeepSpeed's nccl_start_alignment_factor
 Slice = tuple[str, int, int]  # parameter, start, elements
 
 
-def groups(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
-    """The optimizer's parameter groups, as `zero.parameter_groups` makes them: matrices, vectors."""
+def usual_groups(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
+    """The optimizer's parameter groups of a recipe that says nothing else: matrices, vectors."""
     split = [[n for n, s in shapes.items() if len(s) > 1], [n for n, s in shapes.items() if len(s) <= 1]]
     return [g for g in split if g]
 
 
-def slices(shapes: Mapping[str, tuple[int, ...]], stage: int, workers: int) -> list[list[Slice]]:
-    """For each rank, the slices of the trained parameters that it owns; together they are every element once."""
+def slices(
+    shapes: Mapping[str, tuple[int, ...]], stage: int, workers: int, groups: list[list[str]] | None = None
+) -> list[list[Slice]]:
+    """For each rank, the slices of the trained parameters that it owns; together they are every element once. `groups`: the
+    optimizer's, by names."""
     if stage in (1, 2):
         out: list[list[Slice]] = [[] for _ in range(workers)]
-        for group in groups(shapes):
+        for group in usual_groups(shapes) if groups is None else groups:
             for rank, piece in _cut_group([(n, math.prod(shapes[n])) for n in group], workers):
                 out[rank].append(piece)
         return out

@@ -5,7 +5,7 @@ model goes through its recipe, whatever kind it is. A folder without one is take
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,8 @@ from typing_extensions import TypedDict
 from heliostat.config import workspace
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError, HeliostatError
+from heliostat.recipes.conformance import require_class
+from heliostat.recipes.protocol import GUIDE, Exports, Generated, Generates, Request
 from heliostat.records import Format, Whole, open_
 from heliostat.text import brief, printable
 
@@ -58,7 +60,7 @@ class Export:
     and so of what was held out; None: not known."""
 
     folder: Path
-    recipe: Any  # the class
+    recipe: Any  # the class: a Recipe that Exports
     job: dict[str, Any] | None
     data_version: int | None = None
 
@@ -79,14 +81,22 @@ def read(folder: Path) -> Export:
         return Export(folder, workspace.import_path("recipe", LANGUAGE_MODEL, folder), None)
     found = record(folder)
     recipe = workspace.import_path(f"{place}: recipe", found["recipe"], folder)
-    if not isinstance(recipe, type) or not hasattr(recipe, "generator"):
-        raise ConfigError(f"{place}: recipe: {printable(found['recipe'])!r} is no recipe")
+    if not issubclass(recipe := require_class(f"{place}: recipe", printable(found["recipe"]), recipe), Exports):
+        raise ConfigError(f"{place}: recipe: {printable(found['recipe'])!r} is not exported ({GUIDE})")
     return Export(folder, recipe, dict(found["job"]), found.get("origin", {}).get("data_version", 1))
 
 
 def record(folder: Path) -> Exported:
     """What `heliostat.json` says; FileNotFoundError if the folder has none."""
     return EXPORTED.read(folder / RECORD)
+
+
+def generator(folder: Path, options: dict[str, Any]) -> Callable[[list[Request]], list[Generated]]:
+    """What answers requests with the model in a folder; ConfigError if its kind answers none."""
+    recipe = read(folder).recipe
+    if not issubclass(recipe, Generates):
+        raise ConfigError(f"{folder}: is of {recipe.__name__}, which answers no prompts")
+    return recipe.generator(folder, options)
 
 
 @contextmanager

@@ -7,16 +7,13 @@ from pathlib import Path
 from heliostat.config import workspace
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
-from heliostat.errors import ConfigError
+from heliostat.recipes.conformance import require_class
 from heliostat.recipes.protocol import Recipe
 
 
 def recipe_class(job: Job, record: Path | None = None) -> type[Recipe]:
     """The class; ConfigError if there is none. `record`: the run's folder, if the job is what its record says."""
-    kind = workspace.import_path("recipe", job.recipe, record)
-    if not isinstance(kind, type):
-        raise ConfigError(f"recipe: {job.recipe!r} is not a class")
-    return kind
+    return require_class("recipe", job.recipe, workspace.import_path("recipe", job.recipe, record))
 
 
 def load(job: Job, sources: list[Manifest], record: Path | None = None) -> Recipe:

@@ -54,8 +54,7 @@ def _place(data: Dataset, source: int, chunk: int, row: int) -> dict[str, Any]:
 
 def _recipe(run: Location, data: Dataset) -> Recipe:
     """The run's recipe, bound to the data; the job is in every checkpoint."""
-    found = layout.latest(run)
-    if found is None:
+    last = layout.latest(run)
+    if last is None:
         raise ConfigError(f"{run}: holds no complete checkpoint, so its recipe is not known")
-    job = found.job
-    return load(job, data.sources, None if run.is_s3 else Path(run.path))
+    return load(last.job, data.sources, None if run.is_s3 else Path(run.path))

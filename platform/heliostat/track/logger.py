@@ -104,13 +104,14 @@ class RunOwner:
             raise TrackingError(f"{self._away()}; use --resume when it answers again: training is not repeated") from self._fault
         return self._client
 
-    def describe(self, model_uri: str, samples: list[tuple[str, str]]) -> None:
-        """The run's model, and what it wrote for each prompt."""
+    def describe(self, model_uri: str | None, samples: list[tuple[str, str]]) -> None:
+        """The run's model, if one is logged, and what it wrote for each prompt."""
         from mlflow.exceptions import MlflowException
 
         client = self.client()
         try:
-            client.set_tag(self.run_id, "heliostat.model_uri", model_uri)
+            if model_uri is not None:
+                client.set_tag(self.run_id, "heliostat.model_uri", model_uri)
             self._log_samples(client, [list(sample) for sample in samples])
         except MlflowException as e:
             raise TrackingError(f"mlflow.uri: {self.job.mlflow.uri} failed ({e}); use --resume: training is not repeated") from e

@@ -17,7 +17,7 @@ from heliostat import run_folder
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError, TrackingError
 from heliostat.recipes import exported
-from heliostat.recipes.protocol import Recipe
+from heliostat.recipes.protocol import Serves
 from heliostat.storage import Location
 from heliostat.text import brief
 from heliostat.track import card, registry
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 MADE_OF = "heliostat.made_of"  # tag of a logged model: its checkpoint's step, and when that was written; of a version: its model
 
 
-def log_model(job: Job, run_id: str, last: Checkpoint, folder: Path, recipe: Recipe, scores: dict[str, float]) -> str:
+def log_model(job: Job, run_id: str, last: Checkpoint, folder: Path, recipe: Serves, scores: dict[str, float]) -> str:
     """Logs the folder to the run with signature and input example, registers it if the job says so; returns its URI.
 
     A checkpoint's model is logged once and registered once, however often this is called: what an earlier call has made is
@@ -60,7 +60,7 @@ def log_model(job: Job, run_id: str, last: Checkpoint, folder: Path, recipe: Rec
     return f"models:/{job.mlflow.register_as}/{version.version}"
 
 
-def _log(job: Job, run_id: str, made_of: str, folder: Path, recipe: Recipe, scores: dict[str, float], told: str) -> str:
+def _log(job: Job, run_id: str, made_of: str, folder: Path, recipe: Serves, scores: dict[str, float], told: str) -> str:
     """The new logged model's id."""
     import mlflow
 

@@ -40,6 +40,7 @@ from heliostat.errors import (
 )
 from heliostat.events import AttemptStarted, Event, Goodput, NodeSample, Saved, Steps
 from heliostat.lease import Lease
+from heliostat.recipes.protocol import Exports, Serves
 from heliostat.runs import goodput, liveness, segments
 from heliostat.runs import summary as endings
 from heliostat.track.logger import RunOwner
@@ -53,6 +54,11 @@ if TYPE_CHECKING:  # with torch, which takes a second
     from heliostat.checkpoint.saver import Checkpoint
 
 log = logging.getLogger(__name__)
+
+LEFT = {  # what a run leaves whose model is not logged, by whether its recipe exports
+    True: "is not served; `heliostat export` writes the model",
+    False: "is not exported; what the run leaves are its checkpoints",
+}
 
 
 @dataclass
@@ -400,12 +406,19 @@ class _Run:
         job = self.job
         self.lease.fence.check()
         owner.client()  # MLflow is there, and the run is open
-        with tempfile.TemporaryDirectory(prefix="heliostat-export-") as name, self.console.status("exporting the model"):
-            folder = Path(name) / "model"
-            recipe = export(last, folder, owner.run_id)
-            card.write(folder, job, owner.run_id, last.step, summary["eval"], self.checked.manifests)
-            model_uri = log_model(job, owner.run_id, last, folder, recipe, summary["eval"])
-            samples = recipe.demonstrate(folder)
+        model_uri: str | None = None
+        samples: list[tuple[str, str]] = []
+        if isinstance(self.checked.recipe, Exports):
+            with tempfile.TemporaryDirectory(prefix="heliostat-export-") as name, self.console.status("exporting the model"):
+                folder = Path(name) / "model"
+                recipe: Any = export(last, folder, owner.run_id)
+                card.write(folder, job, owner.run_id, last.step, summary["eval"], self.checked.manifests)
+                if isinstance(recipe, Serves):
+                    model_uri = log_model(job, owner.run_id, last, folder, recipe, summary["eval"])
+                samples = recipe.demonstrate(folder)
+        if model_uri is None:
+            what = LEFT[isinstance(self.checked.recipe, Exports)]
+            log.warning("no model is logged, because %s %s", job.recipe, what)
         owner.describe(model_uri, samples)
         result = {"run_id": owner.run_id, **summary, "model_uri": model_uri, "checkpoint": str(last.location)}
         result["reference"] = {m.location.name: m.meta.get("unigram_entropy") for m in self.checked.manifests}

@@ -231,4 +231,5 @@ class _Tuning:
         log.info("trial %d is the best: %s %.4g", best.number, self.plan.sweep.metric, best.value)
         outcome = finalize(spec.resolve(self.plan.job(best.number, best.params)))
         result["best"]["model_uri"] = outcome["model_uri"]
-        parent.mark_model(outcome["model_uri"], best.number)
+        if outcome["model_uri"]:
+            parent.mark_model(outcome["model_uri"], best.number)

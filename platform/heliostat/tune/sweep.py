@@ -20,6 +20,7 @@ from heliostat.config import schema, spec, workspace
 from heliostat.config.schema import Float, Strict
 from heliostat.config.spec import Fraction, Job, Name, Positive, Seed
 from heliostat.errors import ConfigError
+from heliostat.recipes.protocol import Evaluates
 from heliostat.storage import Location
 from heliostat.text import brief
 from heliostat.tune import rungs
@@ -242,8 +243,9 @@ def _base_faults(sweep: Sweep, base: Job) -> list[str]:
         faults.append("job: has no evaluate, so it reports no metric; add it")
     else:
         recipe = check.check_job(base)[1]
-        if sweep.metric not in recipe.scores:
-            near = schema.nearest(sweep.metric, list(recipe.scores))
+        scores = recipe.scores if isinstance(recipe, Evaluates) else ()
+        if sweep.metric not in scores:
+            near = schema.nearest(sweep.metric, list(scores))
             faults.append(f"metric: {brief(repr(sweep.metric), 100)} is no score of {base.recipe}{near}")
     return faults
 

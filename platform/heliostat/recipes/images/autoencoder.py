@@ -34,7 +34,7 @@ from heliostat.recipes.images.config import folder_config, partitioned
 from heliostat.recipes.images.diffusers_folder import REQUIREMENTS
 from heliostat.recipes.images.gallery import grid, png
 from heliostat.recipes.images.judge import real_images
-from heliostat.recipes.protocol import Batch, Serving
+from heliostat.recipes.protocol import Batch, Draws, Evaluates, Loss, Recipe, Serves, Serving
 from heliostat.text import brief
 
 SHOWN = 8  # images in the grid, each beside its reconstruction
@@ -56,7 +56,7 @@ class Coder(nn.Module):
         return vae.decode(latents).sample, parameters
 
 
-class Autoencoder:
+class Autoencoder(Recipe, Evaluates, Serves, Draws):
     kind = "rows"
     terms_per_sample = 1
     scores = ("loss", "error", "divergence", "psnr")
@@ -129,12 +129,9 @@ class Autoencoder:
         shape = (self.config["latent_channels"], pixels.shape[2] // self.factor, pixels.shape[3] // self.factor)
         return {"pixels": pixels, "noise": rows.draw(self.seed, keys, shape, 0.0, 0.0, False).noise}
 
-    def terms(self, batch: Batch) -> int:
-        return len(batch["pixels"])
-
-    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
         error, divergence, _ = self._errors(model, batch)
-        return (error + self.kl_weight * divergence).sum()
+        return Loss((error + self.kl_weight * divergence).sum())
 
     def _errors(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of each sample: mean absolute error, mean divergence, mean squared error."""
@@ -199,12 +196,6 @@ class Autoencoder:
     @staticmethod
     def exported(folder: Path, model: dict[str, Any]) -> dict[str, Any]:
         return {"pretrained": str(folder), "kl_weight": model.get("kl_weight", 1e-6)}
-
-    @staticmethod
-    def generator(folder: Path, options: dict[str, Any]) -> Any:
-        raise ConfigError(
-            f"{folder}: is an autoencoder, which answers no prompts; name it in a text-to-image job's model.autoencoder"
-        )
 
     def serving(self) -> Serving:
         from mlflow.models import infer_signature

@@ -17,6 +17,7 @@ from heliostat.errors import ConfigError
 from heliostat.recipes.images import config, diffusers_folder, rows
 from heliostat.recipes.images.config import Model
 from heliostat.recipes.images.pipeline import embed, predict, tokenize
+from heliostat.recipes.protocol import Companion
 
 
 class Denoiser(nn.Module):
@@ -171,13 +172,16 @@ class Parts:
         """The frozen text encoder, as `vae`."""
         return config.frozen_text_encoder(str(self.model.text.pretrained))
 
-    def frozen_bytes(self) -> tuple[int, int]:
-        """What frozen encoders take on the device in every step, and what they take there while pictures are drawn."""
+    def companions(self) -> dict[str, Companion]:
+        """The frozen encoders: on the device in every step or, where datasets hold their answers, while pictures are drawn."""
         assert self.facts
-        text = config.frozen_bytes(str(self.model.text.pretrained)) if self.model.text.pretrained else 0
-        vae = config.frozen_bytes(self.vae_config) if self.vae_config else 0
-        always = text * (self.facts.text is None) + vae * (self.facts.content == "images")
-        return always, (text + vae if self.model.samples.prompts else always)
+        found = {}
+        if self.model.text.pretrained:
+            size = config.frozen_bytes(str(self.model.text.pretrained))
+            found["text_encoder"] = Companion(size, self.facts.text is None)
+        if self.vae_config:
+            found["vae"] = Companion(config.frozen_bytes(self.vae_config), self.facts.content == "images")
+        return {name: c for name, c in found.items() if c.every_step or self.model.samples.prompts}
 
     def rest(self) -> None:
         """Takes off the device what was only needed to draw: encoders whose answers the datasets hold."""

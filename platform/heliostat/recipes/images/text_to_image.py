@@ -35,16 +35,15 @@ from heliostat.recipes.images.gallery import Gallery
 from heliostat.recipes.images.noising import Process
 from heliostat.recipes.images.parts import Denoiser, Parts
 from heliostat.recipes.images.pipeline import decode, tokenize
-from heliostat.recipes.protocol import Batch, Generated, Serving
+from heliostat.recipes.protocol import Batch, Companion, Draws, Evaluates, Generated, Generates, Loss, Recipe, Serves, Serving
 
 QUARTERS = 4
 GOLDEN = 0.6180339887498949  # multiples of it fill [0, 1) evenly
 
 
-class TextToImage:
+class TextToImage(Recipe, Evaluates, Generates, Serves, Draws):
     kind = "rows"
     terms_per_sample = 1
-    scores: tuple[str, ...]
 
     def __init__(self, job: Job) -> None:
         if job.data.sequence_length:
@@ -103,16 +102,13 @@ class TextToImage:
             out |= {"text": tokens.input_ids, "mask": tokens.attention_mask}
         return out
 
-    def terms(self, batch: Batch) -> int:
-        return len(batch["clean"])
-
-    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
         t = self.process.times(batch["time"])
         captions: Batch = {key: batch[key] for key in ("text", "mask") if key in batch}
         for key, empty in self.parts.empty.items():
             dropped = batch["dropped"].view(-1, *[1] * (captions[key].dim() - 1))
             captions[key] = torch.where(dropped, empty.to(dropped.device), captions[key])
-        return (self._errors(model, batch | captions, t) * self.process.weights(t)).sum()
+        return Loss((self._errors(model, batch | captions, t) * self.process.weights(t)).sum())
 
     def _errors(self, model: nn.Module, batch: Batch, t: torch.Tensor) -> torch.Tensor:
         """The mean squared error of each sample."""
@@ -152,8 +148,8 @@ class TextToImage:
                 model(torch.zeros((1, *self.parts.shape())), torch.zeros((1,), dtype=torch.long), text)
         return 3.0 * counter.get_total_flops()
 
-    def frozen_bytes(self) -> tuple[int, int]:
-        return self.parts.frozen_bytes()
+    def companions(self) -> dict[str, Companion]:
+        return self.parts.companions()
 
     # for people ------------------------------------------------------------------------------------------------------
 

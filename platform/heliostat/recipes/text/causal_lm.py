@@ -32,20 +32,32 @@ from heliostat.config.schema import Float, Strict, validate
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, DataError
+from heliostat.recipes.batches import segments
+from heliostat.recipes.huggingface import from_config
 from heliostat.recipes.pretrained import from_folder
-from heliostat.recipes.protocol import Batch, Generated, Request, Serving
+from heliostat.recipes.protocol import (
+    IGNORED,
+    Batch,
+    Evaluates,
+    Generated,
+    Generates,
+    Loss,
+    Part,
+    Recipe,
+    Request,
+    Serves,
+    Serving,
+)
 from heliostat.recipes.text import attention, flops, model_config, packing, router_loss, token_bytes, vocabulary
 
-IGNORED = -100
 transformers_logging.disable_progress_bar()
 PROMPTS = ("def ", "import ")
 
 
-class CausalLM:
+class CausalLM(Recipe, Evaluates, Generates, Serves):
     kind = "tokens"
-    terms_per_sample: int | None
     scores = ("loss", "perplexity", "bits_per_byte")
-    layout = {"": "model"}
+    prompts = PROMPTS
 
     def __init__(self, job: Job) -> None:
         if not job.data.sequence_length:
@@ -56,7 +68,7 @@ class CausalLM:
         self.terms_per_sample = None if self.document_mask else self.length - 1
         self.pretrained = job.model.get("pretrained")
         self.config = model_config.from_folder(job.model) if self.pretrained else model_config.from_keys(job.model)
-        self.added = {router_loss.NAME: router_loss.coefficient(self.config) or 0.0} if router_loss.wanted(self.config) else {}
+        self.router_weight = (router_loss.coefficient(self.config) or 0.0) if router_loss.wanted(self.config) else None
         self.unbalanced = job.model.get("output_router_logits") is False  # and said so
         self.vocabulary_given = bool(self.pretrained) or "vocab_size" in job.model
         _use_no_cache(self.config)
@@ -113,22 +125,14 @@ class CausalLM:
             )
 
     def build(self) -> torch.nn.Module:
-        from transformers.initialization import no_init_weights
-        from transformers.integrations import is_deepspeed_zero3_enabled
-
         if self.grouped:
             attention.register()
             self.config._attn_implementation = attention.NAME
         shapes_only = torch.get_default_device().type == "meta"
         if self.pretrained and not shapes_only:
             model = whole("model.pretrained", self.pretrained, config=self.config, dtype=torch.float32)
-        elif is_deepspeed_zero3_enabled():
-            model = transformers.AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
         else:
-            # as at ZeRO-3: constructors draw no random numbers, so that every stage starts alike
-            with no_init_weights():
-                model = transformers.AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
-            model.init_weights()
+            model = from_config(transformers.AutoModelForCausalLM, self.config)
         if self.checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return model.train()
@@ -146,22 +150,17 @@ class CausalLM:
         labels[:, 0] = IGNORED
         batch = {"input_ids": tokens, "labels": labels}
         if self.document_mask:
-            starts = torch.zeros_like(tokens, dtype=torch.bool)
-            starts[:, 1:] = tokens[:, :-1] == self.end
-            labels[starts] = IGNORED
-            place = torch.arange(self.length)
-            batch["position_ids"] = place - torch.where(starts, place, 0).cummax(dim=1).values
+            documents = segments(tokens, self.end)
+            labels[documents.starts] = IGNORED
+            batch["position_ids"] = documents.positions
         return batch
 
-    def terms(self, batch: Batch) -> int:
-        return int((batch["labels"] != IGNORED).sum())
-
-    def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        return SummedCrossEntropy.apply(*_flat(_outputs(model, batch), batch))
-
-    def losses(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def loss(self, model: torch.nn.Module, batch: Batch) -> Loss:
         outputs = _outputs(model, batch)
-        return SummedCrossEntropy.apply(*_flat(outputs, batch)), outputs.aux_loss.float().reshape(1)
+        summed = SummedCrossEntropy.apply(*_flat(outputs, batch))
+        if self.router_weight is None:
+            return Loss(summed)
+        return Loss(summed, {router_loss.NAME: Part(outputs.aux_loss, self.router_weight)})
 
     def evaluate(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         logits, targets = _flat(_outputs(model, batch), batch)
@@ -177,9 +176,6 @@ class CausalLM:
         loss = sums["nats"] / sums["tokens"]
         perplexity = math.exp(min(loss, 700.0))
         return {"loss": loss, "perplexity": perplexity, "bits_per_byte": sums["nats"] / math.log(2) / max(1.0, sums["bytes"])}
-
-    def gallery(self) -> None:
-        return None
 
     def flops_per_sample(self, model: Any) -> float:
         return flops.per_sample(model, self.config, self.length)
@@ -227,12 +223,8 @@ class CausalLM:
         return kind.from_model_config(config)
 
     def demonstrate(self, folder: Path) -> list[tuple[str, str]]:
-        continued = TextGenerator(folder, {"max_tokens": 48})([Request(prompt, 0, None) for prompt in PROMPTS])
+        continued = TextGenerator(folder, {"max_tokens": 48})([Request(prompt, 0, None) for prompt in self.prompts])
         return [(answer.prompt, answer.facts["text"]) for answer in continued]
-
-    @staticmethod
-    def exported(folder: Path, model: dict[str, Any]) -> dict[str, Any]:
-        return {"pretrained": str(folder)}
 
     @staticmethod
     def generator(folder: Path, options: dict[str, Any]) -> TextGenerator:
@@ -242,7 +234,7 @@ class CausalLM:
         from mlflow.models import infer_signature
 
         params = {"max_tokens": 100, "temperature": 0.8, "top_p": 0.95, "seed": 0}
-        prompts = list(PROMPTS[:1])
+        prompts = list(self.prompts[:1])
         return Serving(Path(__file__).with_name("server.py"), prompts, infer_signature(prompts, ["text"], params))
 
 

@@ -18,6 +18,7 @@ import torch
 
 from heliostat.config import spec
 from heliostat.config.spec import Job
+from heliostat.recipes import building
 from heliostat.recipes.protocol import Recipe
 from heliostat.train.worker import onednn
 
@@ -90,25 +91,16 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return {**base, **over, **nested}
 
 
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; vectors (norms, biases) do not. ZeRO-3 flattens parameters and keeps the true shape in `ds_shape`."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) > 1]
-    vectors = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [g for g in groups if g["params"]]
-
-
 def build_model(job: Job, recipe: Recipe, config: dict[str, Any]) -> torch.nn.Module:
     """The model with its initial weights, the same on every worker; at stage 3 no worker ever holds all of them."""
     torch.manual_seed(job.train.seed)
     if job.train.zero.stage < 3:
-        return recipe.build()
+        return building.build(recipe)
     importlib.import_module("torch._dynamo")  # its first import fails under zero.Init
     from transformers.integrations import HfDeepSpeedConfig
 
     stage = HfDeepSpeedConfig(config)  # while it lives, transformers builds and initialises models partitioned
-    model = recipe.build()
+    model = building.build(recipe)
     del stage
     return model
 
@@ -123,7 +115,7 @@ def build_engine(job: Job, recipe: Recipe) -> Any:
         onednn.use_onednn(model)
     settings = job.train.optimizer
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, settings.weight_decay),
+        building.parameter_groups(model, settings.weight_decay, recipe),
         lr=settings.lr,
         betas=(settings.betas[0], settings.betas[1]),
         eps=settings.eps,
@@ -133,6 +125,12 @@ def build_engine(job: Job, recipe: Recipe) -> Any:
     if job.train.compile:
         engine.compile()
     return engine
+
+
+def set_lr(engine: Any, lr: float) -> None:
+    """The learning rate of a step, for each group of parameters as the recipe scales it."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
 
 
 def gradient_norm(engine: Any, clip: float) -> float:

@@ -9,21 +9,24 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from heliostat.checkpoint.agreement import together
 from heliostat.config.spec import Job
 from heliostat.data import content
 from heliostat.data.dataset import Dataset
-from heliostat.recipes.protocol import Recipe
+from heliostat.recipes.protocol import Evaluates, Recipe
 
 
 class HeldOut:
     """This worker's part of the held-out samples, read once and kept."""
 
-    def __init__(self, job: Job, dataset: Dataset, rank: int, world: int) -> None:
-        assert job.evaluate
+    def __init__(self, job: Job, dataset: Dataset, recipe: Recipe, rank: int, world: int) -> None:
+        assert job.evaluate and isinstance(recipe, Evaluates)
+        self.recipe, self.evaluates = recipe, recipe
         everything = dataset.order.held_out(job.evaluate.samples)
         self.micro = job.train.micro_batch
         sources = everything.source if job.data.one_source_batches else np.zeros(len(everything), int)
-        parts = [dealt(np.flatnonzero(sources == s), rank, world, self.micro) for s in np.unique(sources)]
+        deal = dealt_whole if recipe.gathered else dealt
+        parts = [deal(np.flatnonzero(sources == s), rank, world, self.micro) for s in np.unique(sources)]
         filled = self.keys = np.concatenate([numbers for numbers, _ in parts])
         self.batches = len(filled) // self.micro  # the same on every worker: ZeRO-3 gathers together
         take = type(everything)(*(getattr(everything, f)[filled] for f in ("position", "source", "epoch", "chunk", "row")))
@@ -33,21 +36,49 @@ class HeldOut:
         self.counted[list(found.faults)] = False  # a bad sample scores nothing
 
     @torch.no_grad()
-    def sums(self, recipe: Recipe, model: Any, device: Any, group: Any, progressed: Callable[[], None]) -> dict[str, float]:
-        """Every score of `recipe.evaluate`, summed over all held-out samples on all workers; calls back after each batch."""
+    def scores(self, model: Any, device: Any, group: Any, progressed: Callable[[], None]) -> dict[str, float]:
+        """What the recipe makes of its `evaluate` on all held-out samples, on all workers; calls back after each batch.
+
+        What is gathered comes to rank 0, which measures it; all know what it found.
+        """
         names: list[str] = []
         totals = torch.zeros(0, dtype=torch.float64)
+        kept: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
         for i in range(self.batches):
             rows = slice(i * self.micro, (i + 1) * self.micro)
-            batch = {k: v.to(device) for k, v in recipe.batch(content.part(self.content, rows), self.keys[rows]).items()}
-            scores = recipe.evaluate(model, batch)
-            names = sorted(scores)
+            batch = {k: v.to(device) for k, v in self.recipe.batch(content.part(self.content, rows), self.keys[rows]).items()}
+            scores = self.evaluates.evaluate(model, batch)
+            if self.evaluates.gathered:
+                kept.append((self.keys[rows][self.counted[rows]], taken(scores, self.evaluates.gathered, self.counted[rows])))
+            names = sorted(set(scores) - set(self.evaluates.gathered))
             counted = torch.from_numpy(self.counted[rows])
-            sums = torch.stack([(scores[n].double().cpu() * counted).sum() for n in names])
+            sums = torch.stack([(scores[n].double().cpu() * counted).sum() for n in names]) if names else totals
             totals = sums if not len(totals) else totals + sums
             progressed()
-        dist.all_reduce(totals, group=group)
-        return dict(zip(names, totals.tolist(), strict=True))
+        if len(totals):
+            dist.all_reduce(totals, group=group)
+        found = self.evaluates.metrics(dict(zip(names, totals.tolist(), strict=True)))
+        return found | self._measured(kept, group) if self.evaluates.gathered else found
+
+    def _measured(self, kept: list[tuple[np.ndarray, dict[str, np.ndarray]]], group: Any) -> dict[str, float]:
+        rank, world = dist.get_rank(group), dist.get_world_size(group)
+        parts: list[Any] = [None] * world
+        dist.gather_object(kept, parts if rank == 0 else None, dst=0, group=group)
+        told = together(group, lambda: self.evaluates.measure(in_order(parts)) if rank == 0 else None)
+        return told[0] or {}
+
+
+def taken(scores: dict[str, torch.Tensor], names: tuple[str, ...], counted: np.ndarray) -> dict[str, np.ndarray]:
+    """What is gathered of one batch, of the samples that count; NumPy has no bf16."""
+    tensors = {n: scores[n].detach().cpu() for n in names}
+    return {n: (t.float() if t.dtype == torch.bfloat16 else t).numpy()[counted] for n, t in tensors.items()}
+
+
+def in_order(parts: list[list[tuple[np.ndarray, dict[str, np.ndarray]]]]) -> dict[str, np.ndarray]:
+    """What all workers kept, as one array a name, by the samples' numbers."""
+    batches = [batch for part in parts for batch in part]
+    order = np.argsort(np.concatenate([numbers for numbers, _ in batches]))
+    return {name: np.concatenate([arrays[name] for _, arrays in batches])[order] for name in batches[0][1]}
 
 
 def dealt(samples: np.ndarray, rank: int, world: int, micro: int) -> tuple[np.ndarray, np.ndarray]:
@@ -56,3 +87,11 @@ def dealt(samples: np.ndarray, rank: int, world: int, micro: int) -> tuple[np.nd
     size = -(-len(samples) // (world * micro)) * micro
     filled = np.resize(mine, size) if len(mine) else np.full(size, samples[0])
     return filled, np.arange(size) < len(mine)
+
+
+def dealt_whole(samples: np.ndarray, rank: int, world: int, micro: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same, in micro-batches of the same samples on any number of workers: what is gathered then has the same bits."""
+    batches = -(-len(samples) // micro)
+    mine = rank + world * np.arange(-(-batches // world))
+    places = (np.minimum(mine, batches - 1)[:, None] * micro + np.arange(micro)).ravel()
+    return samples[np.minimum(places, len(samples) - 1)], (places < len(samples)) & np.repeat(mine < batches, micro)

@@ -29,8 +29,9 @@ from heliostat.data.dataset import DataPlan, open_dataset
 from heliostat.errors import LossSpikeError, NonFiniteError
 from heliostat.events import Evaluation, Event, ModelPhase, Notice, Paused, Phase, Saved, Spike, Steps
 from heliostat.lease import Fence
+from heliostat.recipes import building
 from heliostat.recipes.loading import load as load_recipe
-from heliostat.recipes.protocol import Batch
+from heliostat.recipes.protocol import Batch, Draws
 from heliostat.storage import Location
 from heliostat.track import local_curves
 from heliostat.train.mailbox import queued_s
@@ -93,7 +94,7 @@ class Worker:
         self.saver.attach(zero_state.inner_optimizer(self.engine))
         self.ema = Ema(self.engine, self.job.train.ema.decay) if self.job.train.ema else None
         self.device = self.engine.device
-        self.objective = Objective(self.recipe, self.device)
+        self.objective = Objective(self.recipe)
         self.batch_plan = BatchPlan(self.job, self.plan)
         self.chain = receipt.GENESIS
         self.skipped = 0  # steps of the run that changed no weight, because fp16 gradients overflowed
@@ -101,8 +102,8 @@ class Worker:
         if self.start_step:
             self._phase("restore")
             self._restore()
-        self.held_out = HeldOut(self.job, self.dataset, self.rank, self.world) if self.job.evaluate else None
-        self.gallery = self.recipe.gallery() if self.job.evaluate else None
+        self.held_out = HeldOut(self.job, self.dataset, self.recipe, self.rank, self.world) if self.job.evaluate else None
+        self.gallery = self.recipe.gallery() if self.job.evaluate and isinstance(self.recipe, Draws) else None
         self.scores: dict[str, float] = {}
         self.scored_at = -1
         self.spikes = Detector(self.job.spike) if self.job.spike else None
@@ -192,14 +193,13 @@ class Worker:
     def _step(self, step: int, mine: stream.StepSamples) -> None:
         """Forward, backward and the optimizer's step over this worker's share of the global batch."""
         engine, train = self.engine, self.job.train
-        for group in engine.optimizer.param_groups:
-            group["lr"] = train.optimizer.lr * factor(train.schedule, step, train.steps)
+        deepspeed_engine.set_lr(engine, train.optimizer.lr * factor(train.schedule, step, train.steps))
         keys = self.batch_plan.keys(step, mine.lanes)
         parts = zip(content.split(mine.content, train.micro_batch), content.split(keys, train.micro_batch), strict=True)
         micros = [self.recipe.batch(rows, numbers) for rows, numbers in parts]
         terms = self._terms(micros)
         total = torch.zeros((), device=self.device)
-        added = torch.zeros(len(self.objective.names), device=self.device)
+        added: torch.Tensor | None = None
         for i, micro in enumerate(micros):
             torch.manual_seed(self.batch_plan.seed(step, mine.lanes, i))
             batch = {k: v.to(self.device, non_blocking=True) for k, v in micro.items()}
@@ -207,7 +207,7 @@ class Worker:
             engine.backward(part.objective)
             total += part.loss
             if part.added is not None:
-                added += part.added
+                added = part.added if added is None else added + part.added
             if i + 1 == len(micros) and not engine.zero_optimization_stage():
                 self._norms.append(deepspeed_engine.gradient_norm(engine, train.grad_clip))
             engine.step()
@@ -216,7 +216,8 @@ class Worker:
         if engine.zero_optimization_stage():
             self._norms.append(deepspeed_engine.gradient_norm(engine, train.grad_clip))
         self._losses.append(total / terms)
-        self._added.append(added)
+        if added is not None:
+            self._added.append(added)
         self._lane_digests.append(mine.digests)
         self._bad += [{"step": step, **dataclasses.asdict(b)} for b in mine.bad]
         self.bad_samples += len(mine.bad)
@@ -234,6 +235,9 @@ class Worker:
 
     def _report(self, first: int, done: int, seconds: float, wait: float) -> None:
         """Sums the losses of steps [first, done) over the workers, in one collective, and posts them."""
+        if first == self.start_step:
+            self.objective.agree(self.control)
+        names = self.objective.names or []
         bad_samples = torch.tensor([self.bad_samples], dtype=torch.float32, device=self.device)
         sums = torch.cat([torch.stack(self._losses), *self._added, bad_samples]).double()
         with self.ledger("communicating"):
@@ -250,7 +254,7 @@ class Worker:
             Steps(
                 first=first,
                 loss=values,
-                added={name: added[i :: len(self.objective.names)] for i, name in enumerate(self.objective.names)},
+                added={name: added[i :: len(names)] for i, name in enumerate(names)},
                 grad_norm=self._norms,
                 lr=[peak * factor(schedule, s, self.job.train.steps) for s in range(first, done)],
                 seconds=seconds,
@@ -283,8 +287,8 @@ class Worker:
         if self.device.type != "cuda":
             return None
         peak = peak_flops(torch.cuda.get_device_name(self.device), self.job.train.precision)
-        flops = self.recipe.flops_per_sample(self.engine.module) * self.job.train.global_batch * steps
-        return flops / seconds / (peak * self.world) if peak else None
+        flops = self.recipe.flops_per_sample(self.engine.module)
+        return flops * self.job.train.global_batch * steps / seconds / (peak * self.world) if peak and flops else None
 
     def _judge(self, first: int, losses: list[float]) -> None:
         """Raises what ends the attempt: for a loss that is not finite, or a spike that the job wants undone. Collective."""
@@ -321,12 +325,13 @@ class Worker:
         self.engine.eval()
         images: dict[str, bytes] = {}
         with self.ema.applied() if self.ema else nullcontext():
-            sums = self.held_out.sums(self.recipe, self.engine, self.device, self.control, self._progressed)
-            self.scores, self.scored_at = self.recipe.metrics(sums), done
+            self.scores = self.held_out.scores(self.engine, self.device, self.control, self._progressed)
+            self.scored_at = done
             if self.gallery:
                 judged, images = pictures.show(self.gallery, self.engine, self.device, self.control, self._progressed)
                 self.scores |= judged
         self.engine.train()
+        building.rest(self.recipe, self.engine.module)
         self._tell(Evaluation(step=done, scores=self.scores, images=images))
 
     def _progressed(self) -> None:

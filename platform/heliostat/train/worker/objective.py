@@ -1,8 +1,8 @@
-"""What a micro-batch gives the gradient: its loss terms, and whatever else the recipe adds to the objective.
+"""What a micro-batch gives the gradient: its loss terms, and whatever else the recipe's loss names beside them.
 
-The objective of a step is its loss (the sum of all its terms over their number) plus, for everything in the recipe's `added`,
-the coefficient times the mean over the step's micro-batches. DeepSpeed averages over micro-batches and workers, which is just
-right for what is added; the sum of terms is scaled so that it stays a sum.
+The objective of a step is its loss (the sum of all its terms over their number) plus, for every part of a weight, the weight
+times the mean over the step's micro-batches. DeepSpeed averages over micro-batches and workers, which is just right for the
+parts; the sum of terms is scaled so that it stays a sum.
 """
 
 from __future__ import annotations
@@ -11,11 +11,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from heliostat.recipes.protocol import Batch, Recipe
+from heliostat.checkpoint.agreement import together
+from heliostat.errors import ConfigError
+from heliostat.recipes.protocol import GUIDE, Batch, Loss, Recipe
+
+TAKEN = ("loss", "lr", "grad_norm", "tokens_per_second", "data_wait", "mfu", "bad_samples", "skipped_steps", "loss_scale",
+         "spike", "spike_limit")  # what else is logged as `train/NAME`  # fmt: skip
 
 
-class Part(NamedTuple):
-    """Of one micro-batch: what is played backwards; the sum of its terms; its share of what is added, one value a name."""
+class Share(NamedTuple):
+    """Of one micro-batch: what is played backwards; the sum of its terms; its share of each part, one value a name."""
 
     objective: torch.Tensor
     loss: torch.Tensor
@@ -23,17 +28,45 @@ class Part(NamedTuple):
 
 
 class Objective:
-    def __init__(self, recipe: Recipe, device: Any) -> None:
-        self.recipe = recipe
-        given: dict[str, float] = getattr(recipe, "added", {})
-        self.names = list(given)
-        self._coefficients = torch.tensor(list(given.values()), device=device)
+    """`names`: of the parts, as the first micro-batch gave them."""
 
-    def part(self, model: Any, batch: Batch, micros: int, terms: Any) -> Part:
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.names: list[str] | None = None
+
+    def part(self, model: Any, batch: Batch, micros: int, terms: Any) -> Share:
         """`micros`: of all workers in a step; `terms`: of all of them."""
-        if not self.names:
-            loss = self.recipe.loss(model, batch)
-            return Part(loss * (micros / terms), loss.detach(), None)
-        loss, added = self.recipe.losses(model, batch)
-        objective = loss * (micros / terms) + (added * self._coefficients).sum()
-        return Part(objective, loss.detach(), added.detach() / micros)
+        made = self.recipe.loss(model, batch)
+        if not isinstance(made, Loss):
+            raise ConfigError(f"recipe: {self._whose}.loss returned a {type(made).__name__}; it must return a Loss ({GUIDE})")
+        if self.names is None:
+            self._check(names := list(made.parts))
+            self.names = names
+        if list(made.parts) != self.names:
+            raise ConfigError(
+                f"recipe: {self._whose}.loss named {self.names} before and now {list(made.parts)}; always name all, in order"
+            )
+        objective = made.sum * (micros / terms)
+        for part in made.parts.values():
+            if part.weight:
+                objective = objective + part.value.float() * part.weight
+        added = torch.stack([p.value.detach().float().reshape(()) for p in made.parts.values()]) / micros if made.parts else None
+        return Share(objective, made.sum.detach(), added)
+
+    def agree(self, group: Any) -> None:
+        """ConfigError on every rank unless all have the same names; collective."""
+        told = together(group, lambda: self.names)
+        if any(names != told[0] for names in told):
+            raise ConfigError(f"recipe: {self._whose}.loss names other parts on other workers: {told}; name all of them always")
+
+    @property
+    def _whose(self) -> str:
+        return type(self.recipe).__name__
+
+    def _check(self, names: list[str]) -> None:
+        for name in names:
+            if name in TAKEN or not name.isidentifier():
+                raise ConfigError(
+                    f"recipe: {self._whose}.loss names a part {name!r}, which cannot be logged as train/{name}; take another "
+                    f"word, none of {', '.join(TAKEN)}"
+                )

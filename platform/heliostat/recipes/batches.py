@@ -1,0 +1,53 @@
+"""What recipes make batches with: rows of varying length padded, and the documents of a packed sample told apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+
+class Padded(NamedTuple):
+    """`values` int64 [rows, length]; `mask` bool, true where a row has a value; `cut`: values beyond `longest`, left out."""
+
+    values: torch.Tensor
+    mask: torch.Tensor
+    cut: int
+
+    @property
+    def padding(self) -> float:
+        """The share of places that hold nothing."""
+        return 1.0 - float(self.mask.float().mean())
+
+
+def pad(rows: Sequence[Sequence[int] | np.ndarray], fill: int = 0, longest: int | None = None, multiple: int = 8) -> Padded:
+    """Rows of varying length as one tensor: as long as the longest, at most `longest`, and then a multiple of `multiple`, which
+    keeps the number of shapes small."""
+    whole = [len(row) for row in rows]
+    lengths = np.array([min(n, longest) if longest else n for n in whole], dtype=np.int64)
+    width = max(multiple, -(-int(lengths.max(initial=0)) // multiple) * multiple)
+    width = min(width, longest) if longest else width
+    values = np.full((len(whole), width), fill, dtype=np.int64)
+    mask = np.arange(width) < lengths[:, None]
+    if lengths.sum():
+        values[mask] = np.concatenate([np.asarray(row, dtype=np.int64)[:n] for row, n in zip(rows, lengths, strict=True)])
+    return Padded(torch.from_numpy(values), torch.from_numpy(mask), int(sum(whole) - lengths.sum()))
+
+
+class Segments(NamedTuple):
+    """Of packed samples, all [rows, length]: where documents start (never a sample's first token), the number of each token's
+    document in its sample, and its place in that document."""
+
+    starts: torch.Tensor
+    ids: torch.Tensor
+    positions: torch.Tensor
+
+
+def segments(tokens: torch.Tensor, end: int) -> Segments:
+    """Documents end to end, each behind an `end` token."""
+    starts = torch.zeros_like(tokens, dtype=torch.bool)
+    starts[:, 1:] = tokens[:, :-1] == end
+    place = torch.arange(tokens.shape[1])
+    return Segments(starts, starts.long().cumsum(1), place - torch.where(starts, place, 0).cummax(dim=1).values)

@@ -1,0 +1,86 @@
+"""Whether a class is a recipe, and whether a recipe can do what a job asks of it: found before anything starts.
+
+A recipe of the protocol's first form, which had no base classes, is told from a class that is none, and sent to the guide.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from heliostat.config.schema import nearest
+from heliostat.config.spec import Job
+from heliostat.errors import ConfigError
+from heliostat.recipes.protocol import GUIDE, Draws, Evaluates, Exports, Generates, Recipe, Serves
+
+KINDS = ("tokens", "rows")
+MARKS = {  # the method that an ability is known by
+    "evaluate": Evaluates,
+    "save_config": Exports,
+    "generator": Generates,
+    "serving": Serves,
+    "gallery": Draws,
+}
+GONE = {"losses": "`loss` returns named parts", "added": "`loss` returns named parts", "frozen_bytes": "`companions` tells them"}
+
+
+def require_class(field: str, path: str, found: Any) -> type[Recipe]:
+    """The class, if it is a recipe that says all that it must; `path` is what names it."""
+    if not isinstance(found, type):
+        raise ConfigError(f"{field}: {path!r} is not a class")
+    if not issubclass(found, Recipe):
+        if all(hasattr(found, name) for name in ("build", "batch", "loss")):
+            raise ConfigError(
+                f"{field}: {path!r} is of the protocol's first form; derive it from {_named(Recipe)} and what it can do "
+                f'beside, and let `loss` return a Loss: {GUIDE}, "From the first form"'
+            )
+        raise ConfigError(f"{field}: {path!r} is no recipe: it does not derive from {_named(Recipe)} ({GUIDE})")
+    _refuse_gone(field, path, found)
+    if missing := sorted(found.__abstractmethods__):
+        raise ConfigError(f"{field}: {path!r} lacks {', '.join(f'`{name}`' for name in missing)} ({GUIDE})")
+    if getattr(found, "kind", None) not in KINDS:
+        raise ConfigError(f"{field}: {path!r} must say `kind`, the datasets it eats: {' or '.join(map(repr, KINDS))} ({GUIDE})")
+    for name, ability in MARKS.items():
+        if hasattr(found, name) and not issubclass(found, ability):
+            raise ConfigError(
+                f"{field}: {path!r} has `{name}`, which nothing would call; derive it from {_named(ability)} ({GUIDE})"
+            )
+    if issubclass(found, Evaluates) and found.gathered and found.measure is Evaluates.measure:
+        raise ConfigError(f"{field}: {path!r} gathers {', '.join(found.gathered)}, but has no `measure` that uses it ({GUIDE})")
+    if issubclass(found, Serves) and found.serving is Serves.serving and not issubclass(found, Generates):
+        raise ConfigError(
+            f"{field}: {path!r} is served as its `generator` answers, and has none; derive it from {_named(Generates)}, or give "
+            f"it `serving` ({GUIDE})"
+        )
+    return found
+
+
+def _refuse_gone(field: str, path: str, found: Any) -> None:
+    """ConfigError for what the first form of the protocol had, in a class or in what its `__init__` has set."""
+    for name, instead in GONE.items():
+        if hasattr(found, name):
+            raise ConfigError(f"{field}: {path!r} has `{name}`, which is not asked for any more: {instead} ({GUIDE})")
+
+
+def require_abilities(job: Job, recipe: Recipe) -> None:
+    """ConfigError for whatever the job asks for and the recipe cannot do."""
+    _refuse_gone("recipe", job.recipe, recipe)
+    if job.evaluate and not isinstance(recipe, Evaluates):
+        raise _lacks("evaluate", job, "is not scored", Evaluates, "remove evaluate")
+    if job.mlflow.register_as and not isinstance(recipe, Serves):
+        raise _lacks("mlflow.register", job, "is not served, so there is no model to register", Serves, "remove it")
+    as_answers = isinstance(recipe, Serves) and type(recipe).serving is Serves.serving
+    if as_answers and isinstance(recipe, Generates) and not recipe.prompts:
+        raise ConfigError(f"recipe: {job.recipe!r} gives no `prompts`, and MLflow logs one with the model; add some ({GUIDE})")
+    best = job.checkpoint.best
+    if best and isinstance(recipe, Evaluates) and best.metric not in recipe.scores:
+        raise ConfigError(
+            f"checkpoint.best.metric: {best.metric!r} is no score of {job.recipe}{nearest(best.metric, list(recipe.scores))}"
+        )
+
+
+def _lacks(key: str, job: Job, what: str, ability: type, way: str) -> ConfigError:
+    return ConfigError(f"{key}: {job.recipe} {what}; derive it from {_named(ability)} ({GUIDE}), or {way}")
+
+
+def _named(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__name__}"

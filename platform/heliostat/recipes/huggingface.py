@@ -1,0 +1,20 @@
+"""Models of `transformers` from a configuration, with the same initial weights at every ZeRO stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def from_config(auto: Any, config: Any) -> Any:
+    """`auto.from_config(config)` in fp32."""
+    from transformers.initialization import no_init_weights
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if is_deepspeed_zero3_enabled():
+        return auto.from_config(config, dtype=torch.float32)
+    with no_init_weights():  # as at ZeRO-3: constructors draw no random numbers
+        model = auto.from_config(config, dtype=torch.float32)
+    model.init_weights()
+    return model

@@ -1,0 +1,35 @@
+"""An exported model as an MLflow pyfunc that answers as its recipe's `generator` does: the usual answer of `Serves`.
+
+MLflow copies this file into the model. Where it is served, heliostat and the recipe's package must be installed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow.pyfunc.model import PythonModel
+
+from heliostat.recipes import exported
+from heliostat.recipes.protocol import Request
+
+
+class Served(PythonModel):
+    """Prompts in, answers out; params: seed, and those options of `heliostat generate` that the signature names."""
+
+    def load_context(self, context: Any) -> None:
+        self.folder = Path(context.artifacts["model"])
+        self.generators: dict[str, Any] = {}
+
+    def predict(self, context: Any, model_input: list[str], params: dict[str, Any] | None = None) -> list[str]:
+        """One answer a prompt; a model is loaded once for each set of options."""
+        options = dict(params or {})
+        seed = options.pop("seed", 0)
+        key = repr(sorted(options.items()))
+        if key not in self.generators:
+            self.generators[key] = exported.generator(self.folder, options)
+        return [answer.shown for answer in self.generators[key]([Request(prompt, seed, None) for prompt in model_input])]
+
+
+mlflow.models.set_model(Served())

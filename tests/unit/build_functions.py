@@ -1,0 +1,27 @@
+"""The dataset of the example classifier, small, made without Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from heliostat.data import manifest
+from heliostat.data.manifest import Manifest
+from heliostat.storage import Location
+
+from jobs.examples.functions import Functions
+
+
+def dataset(folder: Path, **keys: Any) -> Manifest:
+    """Functions of two packages, unless `keys` say otherwise."""
+    given = {
+        "name": "functions",
+        "output": str(folder),
+        "packages": ["json", "http"],
+        "vocab_size": 384,
+        "chunk_rows": 32,
+        **keys,
+    }
+    pipeline, place = Functions(**given), Location(str(folder))
+    pipeline.check()
+    return manifest.write(place, *pipeline.write(place, pipeline.inputs()))

@@ -1,0 +1,36 @@
+"""A recipe around any model, for tests that play the model by themselves: its forward pass takes `x` and `y` and gives a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from heliostat.recipes.protocol import Batch, Loss, Recipe
+from torch import nn
+
+
+class Around(Recipe):
+    """The model is built under zero.Init at stage 3, as large ones are."""
+
+    kind = "rows"
+
+    def __init__(self, model: Callable[[], nn.Module]) -> None:
+        self.model = model
+
+    def build(self) -> nn.Module:
+        from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
+
+        if not is_deepspeed_zero3_enabled():
+            return self.model()
+        import deepspeed
+
+        with deepspeed.zero.Init(config_dict_or_path=deepspeed_config()):
+            return self.model()
+
+    def batch(self, content: Any, keys: np.ndarray) -> Batch:
+        return {name: torch.tensor(content[name].to_pylist()) for name in ("x", "y")}
+
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        return Loss(model(**batch) * len(batch["x"]))

@@ -1,0 +1,79 @@
+"""The example in docs/guides/recipe.md is a whole recipe: it is run as it stands there."""
+
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from heliostat import check
+from heliostat.data.dataset import open_dataset
+
+from tests.unit import build_images
+
+GUIDE = (Path(__file__).parents[2] / "docs" / "guides" / "recipe.md").read_text()
+
+
+def block(language: str) -> str:
+    return re.search(rf"```{language}\n(.*?)```", GUIDE, re.DOTALL)[1]
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    (tmp_path / "guided").mkdir()
+    (tmp_path / "guided" / "digits.py").write_text(block("python"))
+    build_images.digits(tmp_path / "data")
+    job = yaml.safe_load(block("yaml")) | {"recipe": "guided.digits:Digits", "storage": str(tmp_path / "runs")}
+    job["data"]["sources"][0]["path"] = str(tmp_path / "data")
+    job["mlflow"]["uri"] = f"sqlite:///{tmp_path}/mlflow.db"
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    for name in [n for n in sys.modules if n.startswith("guided")]:
+        del sys.modules[name]
+
+
+def test_the_guides_recipe_passes_the_check_and_learns(workspace):
+    """Its job is valid as it is written, and some steps of it over the engine's own batches lower the loss."""
+    checked = check.check(workspace / "job.yaml")
+    job, recipe, data = checked.job, checked.recipe, open_dataset(checked.plan)
+    torch.manual_seed(0)
+    model = recipe.build()
+    optimizer, losses = torch.optim.AdamW(model.parameters(), job.train.optimizer.lr), []
+    for step in range(60):
+        content = data.read(data.order.locate(data.order.step(step).ravel()))
+        batch = recipe.batch(content, np.arange(32) + 32 * step)
+        loss = recipe.loss(model, batch)
+        assert recipe.terms(batch) == 32 and list(loss.parts) == ["confidence"]
+        (loss.sum / 32).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.sum.item() / 32)
+    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
+    with torch.no_grad():
+        scores = {name: float(value.sum()) for name, value in recipe.evaluate(model, batch).items()}
+    assert set(recipe.metrics(scores)) == set(recipe.scores)
+    assert recipe.describe(content.slice(0, 1)).startswith("id digits#")
+
+
+def test_every_base_class_is_in_the_guide():
+    """And every message that sends a person there names a page that exists."""
+    from heliostat.recipes import protocol
+
+    assert Path(protocol.GUIDE).name == "recipe.md" and "## From the first form" in GUIDE
+    for name in (
+        "Recipe",
+        "Evaluates",
+        "Exports",
+        "Generates",
+        "Serves",
+        "Draws",
+        "Loss",
+        "Part",
+        "Group",
+        "Companion",
+        "Weight",
+    ):
+        assert hasattr(protocol, name) and re.search(rf"\b{name}\b", GUIDE), name
