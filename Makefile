@@ -2,7 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run run-diffusion test test-slow bench lint
+.PHONY: run run-diffusion test test-slow bench lint locked lock
+# whose build is the machine's own, CPU or CUDA of some version: CI takes torch by its version alone, and what comes with it
+OF_TORCH := torch triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cuda-cupti nvidia-cuda-nvrtc \
+	nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft nvidia-cufile nvidia-curand nvidia-cusolver nvidia-cusparse \
+	nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx
+UV ?= uv
+COMPILE = $(UV) pip compile --quiet --generate-hashes --no-annotate --custom-compile-command 'make lock' pyproject.toml
 
 .venv/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"heliostat needs Python 3.11 or later, not {sys.version}"'
@@ -34,3 +40,16 @@ lint: .venv/.installed  ## ruff (lint, format), mypy, and which rooms may import
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+locked:  ## .venv as CI has it: each package of the version and the hash in tests/requirements.lock, torch of the version in the image's
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet "$$(grep -o '^torch==[^ ]*' clusters/requirements.lock)"
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement tests/requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch .venv/.installed
+
+lock:  ## writes both lock files anew, for what pyproject.toml has come to ask for; UPGRADE=--upgrade takes the newest versions
+	$(COMPILE) $(UPGRADE) --extra images --extra tune --extra gcp --python-version 3.12 --python-platform x86_64-manylinux_2_39 \
+		--output-file clusters/requirements.lock
+	$(COMPILE) $(UPGRADE) --extra dev --universal --python-version 3.11 --constraint clusters/requirements.lock \
+		$(addprefix --no-emit-package ,$(OF_TORCH)) --output-file tests/requirements.lock

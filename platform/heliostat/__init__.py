@@ -1,3 +1,41 @@
-"""heliostat: distributed scale-out training on Ray. See README.md for the tour and `heliostat --help` for the commands."""
+"""heliostat: distributed scale-out training on Ray, as a Python library. `heliostat --help` shows the same as commands.
+
+    job = heliostat.load_job("jobs/quickstart.yaml", {"train.steps": 100})
+    run = heliostat.train(job)
+    print(run.losses()[100], run.verify()["ok"])
+
+docs/python-api.md tells of every name. Importing heliostat imports nothing else: each name brings what it needs when it is used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from heliostat.api import Checked as Checked
+    from heliostat.api import ExactStream as ExactStream
+    from heliostat.api import Generated as Generated
+    from heliostat.api import Job as Job
+    from heliostat.api import Run as Run
+    from heliostat.api import check as check
+    from heliostat.api import datasets as datasets
+    from heliostat.api import generate as generate
+    from heliostat.api import load_job as load_job
+    from heliostat.api import prepare as prepare
+    from heliostat.api import train as train
+
+__all__ = ["Checked", "ExactStream", "Generated", "Job", "Run", "check", "datasets", "generate", "load_job", "prepare", "train"]
+MODULES = ("check", "train")  # are of this name too, and are called as the function (`callable_module`)
+
+
+def __getattr__(name: str) -> Any:
+    if name in MODULES:
+        return importlib.import_module(f"heliostat.{name}")
+    if name in __all__:
+        return getattr(importlib.import_module("heliostat.api"), name)
+    raise AttributeError(f"module 'heliostat' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

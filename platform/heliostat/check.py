@@ -1,7 +1,10 @@
 """Everything that can be found wrong with a job before anything expensive starts: under 5 seconds, without Ray.
 
-The file and its cross-field rules (`spec`), the recipe and its model, the datasets, the stores. Faults are one ConfigError,
-DataError or StorageError each, naming the key, the value and the fix.
+    checked = check(load_job(Path("jobs/quickstart.yaml"), ["train.steps=100"]))
+
+The file and its cross-field rules (`load_job`), what does not depend on what the run has done already (`check_setup`: the recipe
+and its model, the machine, the stores), and the datasets with the order of their samples (`check_data`). Faults are one
+ConfigError, DataError or StorageError each, naming the key, the value and the fix.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from heliostat import extras
+from heliostat.callable_module import make_callable
 from heliostat.cluster.capacity import require_gpus
 from heliostat.config import deepspeed_keys, spec
 from heliostat.config.spec import Job
@@ -31,6 +36,7 @@ from heliostat.recipes.protocol import Recipe
 from heliostat.storage import Location
 from heliostat.text import brief
 
+make_callable(__name__)
 log = logging.getLogger(__name__)
 
 
@@ -43,13 +49,31 @@ class Checked:
     order: Order
 
 
+def load_job(path: Path, settings: list[str] | None = None) -> Job:
+    """Reads a job file, with `key.path=value` settings applied; ConfigError names every wrong key."""
+    return spec.load(path, settings)
+
+
+def check(job: Job, cluster: Path | None = None) -> Checked:
+    """Checks all of a job that has not been trained yet; `cluster`: the file of the one that it is for."""
+    return check_data(*check_setup(job, cluster))
+
+
+def check_setup(job: Job, cluster: Path | None = None) -> tuple[Job, Recipe]:
+    """Checks what does not depend on what the run has done already: the recipe and its model, the machine, the stores."""
+    job, recipe = check_job(job)
+    check_devices(job, cluster)
+    check_services(job)
+    return job, recipe
+
+
 def check_file(path: Path, settings: list[str] | None = None) -> tuple[Job, Recipe]:
-    """The part that needs no dataset and no store."""
-    return check_job(spec.load(path, settings))
+    """Loads a job, and checks what needs no dataset, no store and no machine."""
+    return check_job(load_job(path, settings))
 
 
 def check_job(job: Job) -> tuple[Job, Recipe]:
-    """The same of a job that was loaded already."""
+    """Checks what needs no dataset, no store and no machine; returns the job as it can be computed here, and its recipe."""
     if faults := deepspeed_keys.faults(job):  # here and not in `spec`, so that recorded jobs can still be read and exported
         raise ConfigError("\n  ".join(faults))
     job = computable(job, cpu_flags())
@@ -80,15 +104,15 @@ def cpu_flags() -> set[str]:
     return next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith(("flags", "Features"))), set())
 
 
-def check(path: Path, settings: list[str] | None = None, recorded: DataPlan | None = None) -> Checked:
-    """All of it. `recorded`: the plan of the run that the job resumes."""
-    job, recipe = check_file(path, settings)
-    return check_stores(job, recipe, recorded)
+def check_stores(job: Job, recipe: Recipe, recorded: DataPlan | None = None) -> Checked:
+    """Checks the stores, then the datasets."""
+    check_services(job)
+    return check_data(job, recipe, recorded)
 
 
-def check_stores(job: Job, recipe: Recipe, recorded: DataPlan | None = None, change_at: int | None = None) -> Checked:
-    """The datasets and the stores. A resumed run stays on the versions of its datasets that it started with, unless
-    `change_at` names the step from which its data may be other than `recorded`."""
+def check_data(job: Job, recipe: Recipe, recorded: DataPlan | None = None, change_at: int | None = None) -> Checked:
+    """Checks the datasets, and plans the order of their samples. A resumed run stays on the versions of its datasets that it
+    started with, unless `change_at` names the step from which its data may be other than `recorded`."""
     for i, location in enumerate(job.sources):
         with _named(f"data.sources.{i}.path"):
             location.probe()
@@ -104,10 +128,8 @@ def check_stores(job: Job, recipe: Recipe, recorded: DataPlan | None = None, cha
         if found.kind != recipe.kind:
             raise ConfigError(f"{key}: {location} holds {found.kind!r}, but {job.recipe} trains on {recipe.kind!r}")
         manifests.append(found)
-    check_storage(job)
-    _check_mlflow(job.mlflow.uri)
     recipe.bind(manifests)
-    return Checked(job, recipe, manifests, *_check_data(job, manifests, recorded, change_at))
+    return Checked(job, recipe, manifests, *_ordered(job, manifests, recorded, change_at))
 
 
 def check_devices(job: Job, cluster: Path | None) -> None:
@@ -120,11 +142,6 @@ def check_devices(job: Job, cluster: Path | None) -> None:
         require_gpus(job.workers.least * job.workers.gpus)
 
 
-def check_storage(job: Job) -> None:
-    with _named("storage"):
-        Location(job.storage).probe()
-
-
 @contextmanager
 def _named(key: str) -> Iterator[None]:
     """Puts the job's key before what is wrong with the place that it names."""
@@ -135,8 +152,9 @@ def _named(key: str) -> Iterator[None]:
 
 
 def check_services(job: Job) -> None:
-    """The store of the runs and MLflow answer."""
-    check_storage(job)
+    """Checks that the store of the runs and MLflow answer."""
+    with _named("storage"):
+        Location(job.storage).probe()
     _check_mlflow(job.mlflow.uri)
 
 
@@ -150,7 +168,7 @@ def _version(location: Location, digest: str | None) -> Manifest:
         return manifest.read(location)
 
 
-def _check_data(job: Job, manifests: list[Manifest], recorded: DataPlan | None, change_at: int | None) -> tuple[DataPlan, Order]:
+def _ordered(job: Job, manifests: list[Manifest], recorded: DataPlan | None, change_at: int | None) -> tuple[DataPlan, Order]:
     made = plan(job, manifests, recorded, change_at)
     order = make_order(made, manifests)
     if order.runs_out is not None and order.runs_out < order.data_step(job.last_step - 1) + 1:
@@ -192,6 +210,8 @@ def held_out_faults(job: Job, order: Order, manifests: list[Manifest]) -> list[s
 
 
 def _check_mlflow(uri: str) -> None:
+    if uri.startswith("postgresql+psycopg:"):
+        extras.require("server", "psycopg", what="mlflow.uri: PostgreSQL")
     if uri.startswith("sqlite:///"):
         parent = Path(uri.removeprefix("sqlite:///")).parent
         try:

@@ -1,5 +1,8 @@
 """Every error that heliostat raises on purpose: one line for the person, the cause chained for the engineer.
 
+Exit codes: 2 where a person must change something first (the command, a file, a dataset's place, credentials), 130 where the run
+was told to stop, 1 for everything else.
+
 The command line prints the line and exits with `exit_code`; a traceback means a bug. All of them pickle, because they
 travel from Ray workers to the driver, so what each takes are its `args`: the message, and what the driver must know. No
 message holds the password of a URI, whoever wrote it.
@@ -7,6 +10,7 @@ message holds the password of a URI, whoever wrote it.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from heliostat.redact import redact
 
@@ -15,6 +19,7 @@ class HeliostatError(Exception):
     """Base of all errors below."""
 
     exit_code = 1
+    found: dict[str, Any] = {}  # what a command had found out before: `--json` prints it beside the error
 
     def __init__(self, *args: object) -> None:
         super().__init__(*(redact(a) if isinstance(a, str) else a for a in args))
@@ -26,16 +31,28 @@ class ConfigError(HeliostatError, ValueError):
     exit_code = 2
 
 
+class MissingExtraError(ConfigError):
+    """An optional part of heliostat is asked for, and not installed: names the extra."""
+
+
 class StorageError(HeliostatError):
     """Object storage failed beyond its retry budget, or refused us."""
 
 
 class AccessError(StorageError):
-    """Object storage refused us: other credentials or rights are needed, and asking again is of no use."""
+    """The store refuses us, has no such bucket, or no room for a folder there: of no use to ask again before that is changed."""
+
+    exit_code = 2
 
 
 class DataError(HeliostatError):
     """A dataset is missing, unfinished, or not what its manifest says."""
+
+
+class MissingDataError(DataError):
+    """There is no dataset where one is named."""
+
+    exit_code = 2
 
 
 class CheckpointError(HeliostatError):

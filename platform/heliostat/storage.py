@@ -301,7 +301,7 @@ class Location:
             try:
                 return operation()
             except (FileExistsError, NotADirectoryError, IsADirectoryError) as e:
-                raise StorageError(f"{self.uri}: a file lies where a folder is needed, or a folder where a file is") from e
+                raise AccessError(f"{self.uri}: a file lies where a folder is needed, or a folder where a file is") from e
             except OSError as e:
                 meaning, now = diagnose(e), time.monotonic()
                 if meaning == "content" or isinstance(e, FileNotFoundError):
@@ -309,7 +309,7 @@ class Location:
                 if meaning == "missing":
                     raise FileNotFoundError(self.uri) from e
                 if not self.is_s3 and Path(self.path).is_dir():
-                    raise StorageError(f"{self.uri}: is a folder, not a file") from e
+                    raise AccessError(f"{self.uri}: is a folder, not a file") from e
                 reason = brief(e) or type(e).__name__
                 if meaning == "hopeless" and NO_BUCKET in str(e):
                     raise self._no_bucket() from e

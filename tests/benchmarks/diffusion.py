@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
 from tests.benchmarks.yardsticks import turns  # noqa: E402
 
 LATENT_ROUNDS, LATENT_STEPS = 3, 12
-CLI = [BIN / "python", "-c", "from heliostat.cli import main; main()"]
+CLI = [BIN / "python", "-c", "from heliostat.cli.main import main; main()"]
 BATCH = 64
 # what diffusers calls a U-Net's attention_head_dim is the number of heads: 4 of width 32
 CHANNELS = {"attention_head_dim": 4, "block_out_channels": [64, 128, 128],

@@ -11,7 +11,7 @@ from heliostat.train.worker.lr_schedule import factor
 
 def plain_losses(path: Path, settings: list[str]) -> list[float]:
     """Losses of every step, fp32, the whole global batch at once, torch's own AdamW, clipping and mean."""
-    checked = check.check(path, settings)
+    checked = check.check(check.load_job(path, settings))
     job, recipe = checked.job, checked.recipe
     dataset = open_dataset(checked.plan)
     torch.manual_seed(job.train.seed)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from heliostat.cli import app
+from heliostat.cli.main import app
 from typer.testing import CliRunner
 
 from tests.integration.conftest import tiny_job

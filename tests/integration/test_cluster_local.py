@@ -17,7 +17,7 @@ import psutil
 import pytest
 import yaml
 from heliostat.chaos.servers import s3_server
-from heliostat.cli import app
+from heliostat.cli.main import app
 from heliostat.cluster import dashboard, local
 from heliostat.cluster.endpoint import Endpoint, _answering
 from heliostat.errors import ClusterError, HeliostatError

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from heliostat import cli
 from heliostat.chaos.process import Command, end_tree, workers
 from heliostat.checkpoint import layout
+from heliostat.cli.main import app
 from heliostat.data import manifest
 from heliostat.data.dataset import open_dataset
 from heliostat.errors import ConfigError
@@ -56,7 +56,7 @@ class Story:
 def ask(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     """What a command prints with --json."""
     capsys.readouterr()
-    cli.app([*arguments, "--json"], standalone_mode=False)
+    app([*arguments, "--json"], standalone_mode=False)
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from heliostat import run_folder
 from heliostat.chaos.servers import Server, mlflow_server
-from heliostat.check import check
+from heliostat.check import check, load_job
 from heliostat.errors import TrackingError
 from heliostat.events import Steps
 from heliostat.runs.goodput import PARTS
@@ -35,7 +35,7 @@ def owner_of(server: Server, job_file, monkeypatch):
     monkeypatch.setattr(tracking_run, "AWAY_S", 3.0)
     monkeypatch.setattr(tracking_run, "PAUSE_MAX_S", 1.0)
     # an experiment that was made through the server is of no use to who comes to the database past it
-    checked = check(job_file("outage"), [f"mlflow.uri=http://{server.endpoint}", "mlflow.experiment=outage"])
+    checked = check(load_job(job_file("outage"), [f"mlflow.uri=http://{server.endpoint}", "mlflow.experiment=outage"]))
     return lambda: RunOwner(checked.job, checked.manifests), checked.job.run_folder
 
 
@@ -100,7 +100,7 @@ def test_metrics_wait_for_the_server_through_attempts_and_commands_and_arrive_on
 def test_an_mlflow_that_never_answers_does_not_hide_why_a_run_failed(job_file, monkeypatch, caplog):
     """Not even the run could be opened: all of it is in the folder, for the next command."""
     monkeypatch.setattr(tracking_run, "AWAY_S", 3.0)
-    checked = check(job_file("nowhere"))
+    checked = check(load_job(job_file("nowhere")))
     job = checked.job.model_copy(update={"mlflow": checked.job.mlflow.model_copy(update={"uri": "http://127.0.0.1:9"})})
     owner = RunOwner(job, checked.manifests)
     owner.post(steps(1, 5))
@@ -112,7 +112,7 @@ def test_an_mlflow_that_never_answers_does_not_hide_why_a_run_failed(job_file, m
 
 def test_a_driver_that_dies_before_the_runs_id_is_written_down_leaves_no_second_run(job_file, tracking):
     """The folder then holds only the token that it made the run with; the next command finds the run by it."""
-    checked = check(job_file("twice"), ["mlflow.experiment=twice"])  # its artifacts go past the server
+    checked = check(load_job(job_file("twice"), ["mlflow.experiment=twice"]))  # its artifacts go past the server
     ids = set()
     for last in (10, 20):
         owner = RunOwner(checked.job, checked.manifests)

@@ -18,8 +18,8 @@ import boto3
 import mlflow
 import psutil
 import pytest
-from heliostat import cli
 from heliostat.chaos.servers import Server
+from heliostat.cli.main import app
 from heliostat.errors import TrackingError
 from heliostat.train.run import train
 from mlflow import MlflowClient
@@ -144,8 +144,8 @@ def test_a_run_on_postgresql_and_s3_behind_a_login(login, password, job_file, s3
     mlflow.set_tracking_uri(login)
     model = mlflow.pyfunc.load_model("models:/served-lm@candidate")
     assert isinstance(model.predict(["def "], params={"max_tokens": 4})[0], str)
-    cli.app(["lineage", "served-lm@candidate", "--mlflow", login], standalone_mode=False)
+    app(["lineage", "served-lm@candidate", "--mlflow", login], standalone_mode=False)
     assert result["run_id"] in capsys.readouterr().out
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")
     with pytest.raises(TrackingError, match=r"401|not authenticated"):
-        cli.app(["runs", "--mlflow", login], standalone_mode=False)
+        app(["runs", "--mlflow", login], standalone_mode=False)

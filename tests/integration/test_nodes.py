@@ -21,7 +21,7 @@ from tests.integration import hosts
 from tests.integration.conftest import curve, tiny_job
 
 STEPS = 300  # some 60 are made while a node starts on a fast machine
-TRAIN = [sys.executable, "-c", "from heliostat.cli import main; main()", "train"]
+TRAIN = [sys.executable, "-c", "from heliostat.cli.main import main; main()", "train"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(hosts.why_not()), reason=str(hosts.why_not()))]
 

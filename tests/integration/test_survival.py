@@ -16,7 +16,7 @@ import pytest
 import ray
 import torch
 import yaml
-from heliostat.check import check
+from heliostat.check import check, load_job
 from heliostat.checkpoint import saver
 from heliostat.errors import WorkerError
 from heliostat.recipes.protocol import Loss
@@ -135,7 +135,7 @@ def test_a_driver_told_to_stop_leaves_a_checkpoint_and_another_command_ends_the_
     """SIGTERM to `heliostat train`: exit code 130, KILLED in MLflow, no step lost; the resumed run ends with the same curve."""
     path = job_file("stopped")
     folder = run_folder(path)
-    command = [sys.executable, "-c", "from heliostat.cli import main; main()", "train", str(path), "--resume"]
+    command = [sys.executable, "-c", "from heliostat.cli.main import main; main()", "train", str(path), "--resume"]
     command += [word for setting in settings(**PACED) for word in ("--set", setting)]
     driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     when(lambda: saved(folder) >= 10, driver.terminate)
@@ -178,7 +178,7 @@ def test_a_loss_spike_is_undone_and_its_samples_are_left_out(job_file, tracking,
     from heliostat.data.dataset import DataPlan, open_dataset
 
     path = job_file("spiky")
-    data = open_dataset(check(path, settings()).plan)
+    data = open_dataset(check(load_job(path, settings())).plan)
     rows = data.read(data.order.locate(data.order.step(33).ravel()))
     poison.write_text(json.dumps([row[:16].tolist() for row in rows]))
     options = {"recipe": "tests.integration.test_survival:Poisoned", "spike": {"window": 16, "action": "rollback"}}

@@ -77,7 +77,7 @@ def _stopped_at_10(finished, folder: Path) -> list[str]:
 
 
 def _run_cli(arguments: list[str], **env: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", "from heliostat.cli import main; main()", *arguments]
+    command = [sys.executable, "-c", "from heliostat.cli.main import main; main()", *arguments]
     return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=300, check=False)
 
 

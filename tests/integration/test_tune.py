@@ -158,7 +158,7 @@ def start() -> Iterator[Callable[..., subprocess.Popen]]:
 
 
 def _start(path: Path, log: Path, *more: str) -> subprocess.Popen:
-    command = [sys.executable, "-c", "from heliostat.cli import main; main()", "tune", str(path), "--json", *more]
+    command = [sys.executable, "-c", "from heliostat.cli.main import main; main()", "tune", str(path), "--json", *more]
     env = {**os.environ, "RAY_ADDRESS": ""}
     return subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT, env=env, start_new_session=True)
 

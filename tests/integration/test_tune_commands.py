@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from heliostat.cli import app
+from heliostat.cli.main import app
 from heliostat.config import spec
 from heliostat.runs import goodput
 from heliostat.runs.verify import verify

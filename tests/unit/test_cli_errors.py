@@ -16,7 +16,7 @@ from tests.unit.build_job import BASE, write
 ROOT = Path(__file__).parents[2]
 RUNNER = """
 import sys
-from heliostat.cli import main
+from heliostat.cli.main import main
 sys.argv = ["heliostat", *sys.argv[1:]]
 code = 0
 try:
@@ -73,14 +73,14 @@ def test_a_file_that_is_not_there_suggests_the_one_that_is(tmp_path):
     assert code == 2 and lines == ["error: --set 'train.steps': write it as key.path=value"]
 
 
-def test_a_dataset_that_is_not_there_is_exit_code_1(tmp_path):
-    """The job is right, the world is not: another code, with the key and the command that makes the dataset."""
+def test_a_dataset_that_is_not_there_is_exit_code_2(tmp_path):
+    """It is for the user to change: one line with the key and the command that makes the dataset."""
     path = write(
         tmp_path,
         **{"data.sources.0.path": str(tmp_path / "nothing"), "storage": str(tmp_path / "runs"), "train.precision": "fp32"},
     )
     code, out, lines, imported = run("check", str(path))
-    assert code == 1 and out == "" and imported == ""
+    assert code == 2 and out == "" and imported == ""
     assert (
         len(lines) == 1 and lines[0].startswith("error: data.sources.0.path: ") and "make it with `heliostat prepare`" in lines[0]
     )

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from heliostat.cli import app
+from heliostat.cli.main import app
 from heliostat.data import index as indexing
 from heliostat.data import manifest
 from heliostat.data.dataset import Dataset, plan

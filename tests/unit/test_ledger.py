@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from heliostat.cli import app
+from heliostat.cli.main import app
 from heliostat.errors import ConfigError
 from heliostat.events import Event, Goodput, ModelPhase, Phase, Saved, Steps
 from heliostat.runs import goodput

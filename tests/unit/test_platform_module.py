@@ -1,10 +1,13 @@
-"""`platform/` is a source root and must never shadow the standard library's module of that name."""
+"""`platform/` is a source root and must never shadow the standard library's module of that name; its wheel is whole."""
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 USE_BOTH = (
@@ -26,6 +29,34 @@ def python(code: str, *flags: str, cwd: Path = ROOT, pythonpath: Path | None = N
 
 def is_standard(file: str) -> bool:
     return Path(file).is_file() and ROOT not in Path(file).parents and Path(file).name == "platform.py"
+
+
+def build(folder: Path) -> Path:
+    """Builds the wheel into the folder, from a copy of the source, with what is installed here."""
+    source = folder / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        (source / name).write_bytes((ROOT / name).read_bytes())
+    for path in (ROOT / "platform").rglob("*"):
+        relative = path.relative_to(ROOT)
+        if path.is_file() and path.suffix != ".pyc" and not any(p.endswith(".egg-info") for p in relative.parts):
+            (source / relative).parent.mkdir(parents=True, exist_ok=True)
+            (source / relative).write_bytes(path.read_bytes())
+    command = [
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "--wheel-dir",
+        str(folder),
+        str(source),
+    ]
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = folder.glob("heliostat-*.whl")
+    return wheel
 
 
 def test_the_source_root_is_no_package():
@@ -51,40 +82,55 @@ def test_the_installed_package_and_the_standard_module_live_together():
     assert Path(ours).name == "errors.py" and Path(ours).parent.name == "heliostat"
 
 
-def test_a_wheel_holds_only_heliostat_and_leaves_platform_alone(tmp_path):
-    """Built and unpacked to PYTHONPATH, with no installed copy in sight: no `platform` in it, and both imports work."""
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        if (ROOT / name).exists():
-            (source / name).write_bytes((ROOT / name).read_bytes())
-    (source / "README.md").touch()
-    for path in (ROOT / "platform").rglob("*"):
-        relative = path.relative_to(ROOT)
-        if path.is_file() and path.suffix != ".pyc" and not any(p.endswith(".egg-info") for p in relative.parts):
-            (source / relative).parent.mkdir(parents=True, exist_ok=True)
-            (source / relative).write_bytes(path.read_bytes())
-    command = [
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "--no-index",
-        "--wheel-dir",
-        str(tmp_path),
-        str(source),
-    ]
-    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("heliostat-*.whl")
-    with zipfile.ZipFile(wheel) as z:
-        names = z.namelist()
-        z.extractall(tmp_path / "unpacked")
-    assert {n.split("/")[0] for n in names} == {"heliostat", f"{'-'.join(wheel.name.split('-')[:2])}.dist-info"}
-    sources = {str(p.relative_to(ROOT / "platform")) for p in (ROOT / "platform" / "heliostat").rglob("*.py")}
-    assert {n for n in names if n.endswith(".py")} == sources
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory):
+    """The wheel of this source, unpacked."""
+    folder = tmp_path_factory.mktemp("wheel")
+    with zipfile.ZipFile(build(folder)) as z:
+        z.extractall(folder / "unpacked")
+    return folder / "unpacked"
+
+
+def contents(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.suffix != ".pyc"}
+
+
+def test_a_wheel_holds_only_heliostat_and_leaves_platform_alone(unpacked):
+    """Put on PYTHONPATH, with no installed copy in sight: no `platform` in it, and both imports work."""
+    names = {n.split("/")[0] for n in contents(unpacked)}
+    assert "heliostat" in names and len(names) == 2 and any(re.fullmatch(r"heliostat-[\d.]+\.dist-info", n) for n in names)
     # -S: without site-packages, so that neither the editable install nor its import hook can help
-    standard, ours = python(USE_BOTH, "-S", cwd=tmp_path, pythonpath=tmp_path / "unpacked")
+    standard, ours = python(USE_BOTH, "-S", cwd=unpacked.parent, pythonpath=unpacked)
     assert is_standard(standard)
-    assert Path(ours) == tmp_path / "unpacked" / "heliostat" / "errors.py"
+    assert Path(ours) == unpacked / "heliostat" / "errors.py"
+
+
+def test_a_wheel_is_whole(unpacked):
+    """Every file of the package is in it: code, types, tables, and the files of a workspace, so that it needs no clone."""
+    assert contents(unpacked / "heliostat") == contents(ROOT / "platform" / "heliostat")
+    needed = {"py.typed", "recipes/text/causal_lm.py", "recipes/images/text_to_image.py", "pipelines/text/pipeline.py"}
+    needed |= {"pipelines/images/pipeline.py", "plan/prices.yaml", "template/jobs/quickstart.yaml", "template/gitignore"}
+    assert needed <= contents(unpacked / "heliostat")
+    (metadata,) = unpacked.glob("heliostat-*.dist-info/METADATA")
+    extras = set(re.findall(r"^Provides-Extra: (\S+)$", metadata.read_text(), re.MULTILINE))
+    assert {"images", "tune", "server", "gcp"} <= extras
+    (scripts,) = unpacked.glob("heliostat-*.dist-info/entry_points.txt")
+    module, _, function = re.search(r"^heliostat = (\S+)$", scripts.read_text(), re.MULTILINE)[1].partition(":")
+    assert function in (unpacked / f"{module.replace('.', '/')}.py").read_text()
+
+
+def test_what_code_takes_from_beside_it_is_in_the_wheel(unpacked):
+    """Files that an export or MLflow gets a copy of are named by a string, which no move of a module would follow."""
+    named = [(path, name) for path in (unpacked / "heliostat").rglob("*.py")
+             for name in re.findall(r'Path\(__file__\)\.with_name\("([^"]+)"\)', path.read_text())]  # fmt: skip
+    assert named and not [(path, name) for path, name in named if not path.with_name(name).is_file()]
+
+
+def test_what_a_file_names_is_in_the_wheel(unpacked):
+    """The recipes and pipelines of the workspace that it makes come from it, not from a folder that a clone has."""
+    for path in (unpacked / "heliostat" / "template").rglob("*.yaml"):
+        for key, module, name in re.findall(r"^(recipe|pipeline): (\S+):(\S+)", path.read_text(), re.MULTILINE):
+            code = f"import importlib.util, sys; from heliostat import {module.removeprefix('heliostat.')} as m\n"
+            code += f"print(m.__file__, {name!r} in m.__all__)"
+            (told,) = python(code, cwd=unpacked.parent, pythonpath=unpacked)
+            assert told == f"{unpacked}/heliostat/{key}s/__init__.py True"

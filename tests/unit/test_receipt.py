@@ -186,3 +186,10 @@ def test_receipts_of_version_1_have_the_digests_that_they_always_had():
     samples = Samples(one, one.astype(np.int16), one.astype(np.int32), one.astype(np.int32), one)
     tokens = np.array([[1, 2, 3]], np.int32)
     assert receipt.sample_digests(samples, tokens, 1) == receipt.sample_digests(samples, tokens, 2)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 6])
+def test_digests_of_lanes_come_in_the_lanes_order_from_any_number_of_workers(workers):
+    """Worker r has lanes r, r + N, ...: put together, they are the table that one worker has."""
+    table = np.arange(5 * 6, dtype=np.int64).reshape(5, 6)
+    assert np.array_equal(receipt.in_lane_order([table[:, rank::workers] for rank in range(workers)]), table)

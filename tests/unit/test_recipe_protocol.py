@@ -17,9 +17,10 @@ from heliostat.plan.zero_layout import slices, usual_groups
 from heliostat.recipes import building, exported
 from heliostat.recipes.batches import pad
 from heliostat.recipes.conformance import require_class
+from heliostat.recipes.gathering import in_order, taken
 from heliostat.recipes.protocol import IGNORED, Batch, Companion, Evaluates, Exports, Group, Loss, Part, Recipe, Weight
 from heliostat.recipes.text.causal_lm import CausalLM
-from heliostat.train.worker.evaluation import dealt_whole, in_order, taken
+from heliostat.train.worker.evaluation import dealt_whole
 from heliostat.train.worker.objective import Objective
 from torch import nn
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from heliostat.checkpoint.layout import encode, folder, latest, steps
 from heliostat.checkpoint.retention import Pruner, retained, survey
-from heliostat.cli import app
+from heliostat.cli.main import app
 from heliostat.config.spec import Checkpoint as Policy
 from heliostat.errors import CheckpointError, ConfigError, CorruptCheckpointError
 from heliostat.storage import Location

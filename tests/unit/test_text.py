@@ -5,7 +5,8 @@ import logging
 import unicodedata
 
 import pytest
-from heliostat import cli
+from heliostat.cli import audit, common, main
+from heliostat.cli import train as training
 from heliostat.text import brief, printable
 
 EVIL = "\x1b[2J\x1b]0;title\x07\x9b31m\u202egnp.exe\u2066\r\x00\x7f"
@@ -38,10 +39,10 @@ def test_a_librarys_words_are_one_line():
 def test_a_sample_with_control_characters_is_shown_escaped(monkeypatch, full):
     """In whole or in part, its place and the reason of a bad one too; what looks like markup is not taken for it."""
     shown = io.StringIO()
-    monkeypatch.setattr(cli, "out", cli.Printer(file=shown, highlight=False, soft_wrap=True))
+    monkeypatch.setattr(audit, "out", common.Printer(file=shown, highlight=False, soft_wrap=True))
     bad = {"shard": f"s{EVIL}", "row_group": 0, "row": 0, "reason": EVIL}
     place = {"lane": 0, "place": 0, "source": "d", "shard": f"{EVIL}.parquet", "row_group": 0, "row": 0, "epoch": 0}
-    cli._print_sample({**place, "text": f"[bold]{EVIL}\n\tmore", "replaces": bad}, full)
+    audit._print_sample({**place, "text": f"[bold]{EVIL}\n\tmore", "replaces": bad}, full)
     text = shown.getvalue()
     assert printable(text, lines=True) == text and text.count("\\x1b[2J") >= 3 and "[bold]" in text
     assert text.endswith("more\n") == full  # on a line of its own, behind a tab
@@ -50,13 +51,13 @@ def test_a_sample_with_control_characters_is_shown_escaped(monkeypatch, full):
 def test_a_log_line_with_control_characters_is_written_escaped():
     """Names of files stand in warnings."""
     record = logging.LogRecord("x", logging.WARNING, "", 0, "%s: cannot be read", (EVIL,), None)
-    assert cli.Lines("%(message)s").format(record) == f"{printable(EVIL)}: cannot be read"
+    assert main.Lines("%(message)s").format(record) == f"{printable(EVIL)}: cannot be read"
 
 
 def test_an_error_with_control_characters_is_written_escaped(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["heliostat", "index", f"/nowhere/{EVIL.replace(chr(0), '')}"])
     with pytest.raises(SystemExit) as end:
-        cli.main()
+        main.main()
     error = capsys.readouterr().err
     assert end.value.code == 1 and printable(error, lines=True) == error and "\\x1b[2J" in error
 
@@ -71,7 +72,7 @@ def test_ctrl_c_is_said_in_a_word(monkeypatch, capsys):
     monkeypatch.setattr(index, "index", interrupted)
     monkeypatch.setattr("sys.argv", ["heliostat", "index", "/nowhere"])
     with pytest.raises(SystemExit) as end:
-        cli.main()
+        main.main()
     assert end.value.code == 130 and capsys.readouterr().err.strip() == "interrupted"
 
 
@@ -79,10 +80,10 @@ def test_ctrl_c_is_said_in_a_word(monkeypatch, capsys):
 def test_what_is_suggested_next_is_a_name_that_every_command_takes(monkeypatch, registered):
     """A model that was not registered is called by its run."""
     shown = io.StringIO()
-    monkeypatch.setattr(cli, "out", cli.Printer(file=shown, highlight=False, soft_wrap=True))
+    monkeypatch.setattr(training, "out", common.Printer(file=shown, highlight=False, soft_wrap=True))
     uri = "models:/m/3" if registered else "models:/m-0123456789abcdef0123456789abcdef"
     result = {"samples": [], "eval": {"loss": 1.0}, "reference": {}, "startup": {}, "tokens_per_second": 1.0, "unit": "tokens",
               "data_wait": 0.0, "seconds_to_first_step": 1.0, "model_uri": uri, "run_id": "a" * 32,
               "checkpoint": "c"}  # fmt: skip
-    cli._print_result(result)
+    training._print_result(result)
     assert f"heliostat generate {'models:/m/3' if registered else 'a' * 32} --prompt" in shown.getvalue()

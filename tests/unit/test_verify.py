@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from heliostat import cli
 from heliostat.checkpoint import layout
+from heliostat.cli.main import main
 from heliostat.data import manifest, receipt
 from heliostat.data.dataset import DataPlan, Dataset, open_dataset
 from heliostat.data.manifest import Manifest
@@ -399,7 +399,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *arg
     """(exit code, standard output, standard error)"""
     monkeypatch.setattr(sys, "argv", ["heliostat", *arguments])
     with pytest.raises(SystemExit) as e:
-        cli.main()
+        main()
     return e.value.code or 0, *capsys.readouterr()
 
 

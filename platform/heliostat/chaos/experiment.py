@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from heliostat import check
+import heliostat.check as check
 from heliostat.chaos import measure
 from heliostat.chaos.faults import FAULTS, Fault, Scene, rng, when
 from heliostat.chaos.measure import Measured
@@ -74,7 +74,7 @@ def chaos(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """(a row for each fault, what is wrong); `tell` is called with what is being done. ConfigError before anything starts."""
     faults = choose(names)
-    checked = check.check(path, settings)
+    checked = check.check(check.load_job(path, settings))
     job = checked.job
     if job.train.steps < 4 * job.checkpoint.every:
         raise ConfigError(

@@ -22,6 +22,7 @@ import psutil
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from heliostat import extras
 from heliostat.chaos import disks, proxy
 from heliostat.chaos.nodes import LocalNodes
 from heliostat.chaos.process import ChaosError, Command, workers
@@ -173,7 +174,7 @@ def restart_head(scene: Scene, command: Command) -> None:
 
 
 def no_s3(job: Job) -> str | None:
-    return None if importlib.util.find_spec("moto") else "needs an S3 server: pip install 'heliostat[s3-test]'"
+    return None if importlib.util.find_spec("moto") else f"needs an S3 server, and so {extras.advice('s3-test')}"
 
 
 @contextmanager

@@ -56,7 +56,7 @@ class Command:
 
     def start(self) -> None:
         """Starts it, or starts it again, with the `arguments` as they are."""
-        command = [sys.executable, "-c", "from heliostat.cli import main; main()", "train", *self.arguments, "--json"]
+        command = [sys.executable, "-c", "from heliostat.cli.main import main; main()", "train", *self.arguments, "--json"]
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self._environment, cwd=workspace.root()
         )

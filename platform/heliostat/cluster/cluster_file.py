@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from heliostat.config import workspace
+from heliostat.config import kinds, workspace
 from heliostat.config.schema import documents
 from heliostat.errors import ConfigError
 from heliostat.text import brief
@@ -98,6 +98,7 @@ def shaped(path: Path) -> Iterator[None]:
 def read(path: Path) -> ClusterFile:
     """ConfigError if the file is neither kind, or so wrong that its pools cannot be read."""
     documents = _documents(path)
+    kinds.require("cluster", path, documents[0])
     kuberay = [d for d in documents if str(d.get("apiVersion", "")).startswith("ray.io/")]
     if len(kuberay) > 1:
         raise ConfigError(f"{path}: holds {len(kuberay)} Ray resources; one cluster a file, please")

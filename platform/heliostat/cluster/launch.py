@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from heliostat import extras
 from heliostat.cluster import cluster_file, local
 from heliostat.cluster.cluster_file import ClusterFile
 from heliostat.cluster.endpoint import tool
@@ -26,6 +27,7 @@ def up(cluster: ClusterFile, restart: bool = False) -> dict[str, Any]:
     if cluster.kind == "launcher":
         if cluster.provider == "local":
             os.environ.setdefault("RAY_UP_enable_autoscaler_v2", "0")  # version 2 leaves one of the hosts unstarted
+        require_launcher(cluster)
         tool(launcher(cluster, restart), f"starting {cluster.name}", UP_S)
         kept = "" if restart else "; where Ray ran already, it runs on as it was started (--restart starts it anew)"
         return {
@@ -37,6 +39,12 @@ def up(cluster: ClusterFile, restart: bool = False) -> dict[str, Any]:
     verb = "create" if cluster.kind == "RayJob" else "apply"
     tool(["kubectl", verb, "-f", str(cluster.path)], f"starting {cluster.name}")
     return {"name": cluster.name, "note": f"was handed to KubeRay: kubectl -n {cluster.namespace} get {cluster.kind.lower()}"}
+
+
+def require_launcher(cluster: ClusterFile) -> None:
+    """MissingExtraError if Ray's launcher lacks what it reaches the cluster's provider with."""
+    if cluster.provider == "gcp":
+        extras.require("gcp", "googleapiclient", "google_auth_httplib2", what="provider.type: gcp")
 
 
 def launcher(cluster: ClusterFile, restart: bool) -> list[str]:
@@ -52,6 +60,7 @@ def down(target: str) -> dict[str, Any]:
     if cluster.local:
         return _down_local(cluster.name)
     if cluster.kind == "launcher":
+        require_launcher(cluster)
         tool(["ray", "down", "--yes", target], f"stopping {cluster.name}", UP_S)
         if cluster.provider == "local":
             _stop_hosts(cluster)

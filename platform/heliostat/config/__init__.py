@@ -1,0 +1,1 @@
+"""What a person writes: files of jobs, pipelines, sweeps and clusters."""

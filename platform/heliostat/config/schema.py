@@ -14,6 +14,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from heliostat.config import kinds
 from heliostat.errors import ConfigError
 from heliostat.text import brief
 
@@ -62,6 +63,8 @@ def documents(path: Path) -> list[Any]:
     except FileNotFoundError as e:
         near = nearest(path.name, [p.name for p in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else ""
         raise ConfigError(f"{path}: no such file{near}") from e
+    except IsADirectoryError as e:
+        raise ConfigError(f"{path}: is a folder; name a YAML file in it") from e
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path}: cannot be read ({e})") from e
     except BROKEN as e:
@@ -215,5 +218,8 @@ def validate(model: type[M], raw: Any, where: str) -> M:
         raise ConfigError(f"{where}: {lines[0]}" if len(lines) == 1 else "\n  ".join([f"{where}:", *lines])) from e
 
 
-def load(model: type[M], path: Path, settings: list[str] | None = None) -> M:
-    return validate(model, apply(read_yaml(path), settings or []), str(path))
+def load(model: type[M], kind: str, path: Path, settings: list[str] | None = None) -> M:
+    """Reads a file of a kind (`kinds`), with settings applied, and validates it; ConfigError if it is clearly of another."""
+    raw = read_yaml(path)
+    kinds.require(kind, path, raw)
+    return validate(model, apply(raw, settings or []), str(path))

@@ -405,7 +405,7 @@ def _checkpoint_faults(job: Job) -> list[str]:
 
 def load(path: Path, settings: list[str] | None = None) -> Job:
     """The job in a YAML file, with `key.path=value` settings applied and relative paths taken from the workspace."""
-    return resolve(schema.load(Job, path, settings))
+    return resolve(schema.load(Job, "job", path, settings))
 
 
 def settle(job: Job, recorded: dict[str, Any] | None) -> Job:

@@ -16,8 +16,9 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
+from heliostat import extras
 from heliostat.config.schema import nearest
-from heliostat.errors import ConfigError
+from heliostat.errors import ConfigError, MissingExtraError
 from heliostat.text import brief
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -60,19 +61,22 @@ def import_path(field: str, path: str, record: Path | None = None) -> Any:
         _refuse_foreign(field, module_name, record)
     try:
         module = importlib.import_module(module_name)
+        found = getattr(module, attribute, None)  # `heliostat.recipes` imports a name's module only now
     except ModuleNotFoundError as e:
         if e.name and (module_name == e.name or module_name.startswith(e.name + ".")):
             here = [f"{f}.{p.stem}" for f in ("jobs", "pipelines") for p in (root() / f).glob("*.py")]
             near = nearest(module_name, [*here, *BUILT_IN, "heliostat.recipes", "heliostat.pipelines"])
             raise ConfigError(f"{field}: no module {module_name!r} in {root()}{near}") from e
+        if extra := extras.bringing(e.name or ""):
+            raise MissingExtraError(f"{field}: {path} needs {extras.advice(extra)} (there is no module {e.name!r})") from e
         raise ConfigError(f"{field}: {module_name} needs the module {e.name!r}, which is not installed") from e
     except Exception as e:  # whatever the module does as it is imported; --verbose shows where
         raise ConfigError(f"{field}: {module_name} cannot be imported ({type(e).__name__}: {brief(e)})") from e
-    if not hasattr(module, attribute):
+    if found is None:
         own = [n for n, o in vars(module).items() if isinstance(o, type) and o.__module__ == module_name]
         names = list(getattr(module, "__all__", own))
         raise ConfigError(f"{field}: {module_name} has no {attribute!r}{nearest(attribute, names)}")
-    return getattr(module, attribute)
+    return found
 
 
 def _refuse_foreign(field: str, module_name: str, record: Path) -> None:

@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from heliostat.data import mapped, shard, soundness
-from heliostat.errors import DataError
+from heliostat.errors import DataError, MissingDataError
 from heliostat.storage import Location
 from heliostat.text import brief
 
@@ -270,7 +270,7 @@ def read(location: Location, digest: str | None = None) -> Manifest:
     try:
         newest = _read(location, FILE)
     except FileNotFoundError as e:
-        raise DataError(f"{location}: no dataset here ({FILE} is missing); make it with `heliostat prepare`") from e
+        raise MissingDataError(f"{location}: no dataset here ({FILE} is missing); make it with `heliostat prepare`") from e
     if digest is None or newest.digest == digest:
         return newest
     changed = f"{location}: the dataset changed under the run (digest {newest.digest[:12]}, was {digest[:12]})"

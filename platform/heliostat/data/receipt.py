@@ -39,6 +39,14 @@ def lane_digest(digests: np.ndarray) -> int:
     return int.from_bytes(hashlib.blake2b(digests.astype("<u8").tobytes(), digest_size=8).digest(), "little", signed=True)
 
 
+def in_lane_order(parts: list[np.ndarray]) -> np.ndarray:
+    """Lane digests, int64 [steps, lanes], from each worker's, [steps, its lanes], in the order of their ranks."""
+    lanes = np.empty((len(parts[0]), sum(part.shape[1] for part in parts)), dtype=np.int64)
+    for rank, part in enumerate(parts):
+        lanes[:, rank :: len(parts)] = part
+    return lanes
+
+
 def step_digests(lanes: np.ndarray) -> list[str]:
     """One hex digest a step from lane digests, int64 [steps, lanes]."""
     return [hashlib.blake2b(row.astype("<i8").tobytes(), digest_size=16).hexdigest() for row in lanes]

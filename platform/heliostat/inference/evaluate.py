@@ -19,10 +19,10 @@ from heliostat.data.dataset import open_dataset, plan
 from heliostat.data.manifest import read
 from heliostat.errors import ConfigError
 from heliostat.recipes import exported as exports
+from heliostat.recipes.gathering import taken
 from heliostat.recipes.protocol import GUIDE, Evaluates, Exports, Recipe
 from heliostat.records import Format
 from heliostat.storage import Location
-from heliostat.train.worker.evaluation import taken
 
 log = logging.getLogger(__name__)
 

@@ -7,6 +7,7 @@ to a request follows from it and the options alone, so it is the same in whateve
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,20 @@ def generate(folder: Path, prompt: str, options: dict[str, Any], seed: int, out:
     if out is not None and "file" not in made.facts:
         Location(out).write(f"{made.shown}\n".encode())
     return made
+
+
+def answer(
+    folder: Path, prompts: str | Sequence[str], options: dict[str, Any], seed: int, out: str | None
+) -> Generated | list[Generated]:
+    """Answers a prompt, or many in order, the i-th with seed + i, all in this process; files of many go into the folder `out`."""
+    if isinstance(prompts, str):
+        return generate(folder, prompts, options, seed, out)
+    asked = [
+        Request(prompt, seed + i, None if out is None else Location(out).join(f"{i:05d}").uri) for i, prompt in enumerate(prompts)
+    ]
+    with exported.using(folder):
+        ask = exported.read(folder).recipe.generator(folder, options)
+        return [made for i in range(0, len(asked), BATCH) for made in ask(asked[i : i + BATCH])]
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -29,7 +29,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from heliostat.cluster.connect import connect
-from heliostat.config import workspace
+from heliostat.config import kinds, workspace
 from heliostat.config.schema import Float, Strict, apply, read_yaml, validate
 from heliostat.data import collection, manifest, versions
 from heliostat.data.manifest import Manifest
@@ -95,8 +95,10 @@ def sha256_json(value: Any) -> str:
 
 def load(path: Path, settings: list[str]) -> tuple[str, Pipeline]:
     """The import path of the pipeline and the validated pipeline; ConfigError names every wrong key."""
-    path = path if path.is_absolute() else workspace.root() / path
-    raw = apply(read_yaml(path), settings)
+    given, path = path, path if path.is_absolute() else workspace.root() / path
+    written = read_yaml(path)
+    kinds.require("pipeline", given, written)
+    raw = apply(written, settings)
     target = raw.pop("pipeline", None)
     if not isinstance(target, str):
         raise ConfigError(f"{path}: pipeline: {target!r} must name a class, such as heliostat.pipelines:TextPipeline")
@@ -195,7 +197,7 @@ def _check_output(output: Location) -> None:
     try:
         output.probe()
     except StorageError as e:
-        raise StorageError(f"output: {e}") from e
+        raise type(e)(f"output: {e}") from e
     if output.is_s3:
         return
     nearest = Path(output.path)

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from heliostat import check
+import heliostat.check as check
 from heliostat.checkpoint import checksums, layout
 from heliostat.config.spec import Job
 from heliostat.data import mixing
@@ -80,7 +80,7 @@ def _data(job: Job, recipe: Any) -> tuple[dict[str, Any], str]:
     """The data plan's numbers, of the datasets if they can be read."""
     note = ""
     try:
-        shape = check.check_stores(job, recipe).plan.shape
+        shape = check.check_data(job, recipe).plan.shape
     except (DataError, StorageError) as e:
         note = f"the datasets were not read ({e})"
         size = 4 * job.data.sequence_length if job.data.sequence_length else 1

@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import torch
 
-from heliostat import check
+import heliostat.check as check
 from heliostat.cluster import cluster_file
 from heliostat.cluster import pools as room
 from heliostat.cluster.cluster_file import ClusterFile

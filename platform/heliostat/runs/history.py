@@ -73,7 +73,7 @@ class History:
             raise ConfigError(
                 f"{run}: does not say what data it follows ({run_folder.SEGMENTS}/ is missing); was it made by an older version?"
             )
-        self.receipts = _receipts(run)
+        self.receipts = receipts(run)
         self.links: dict[int, list[Link]] = {}
         for link in [*(Link(r.where, r.end, r.chain) for r in self.receipts), *self._checkpoints(run)]:
             self.links.setdefault(link.end, []).append(link)
@@ -101,7 +101,8 @@ class History:
                 yield Link(f"checkpoint {step}", said["steps"], said["chain"])
 
 
-def _receipts(run: Location) -> list[Receipt]:
+def receipts(run: Location) -> list[Receipt]:
+    """Reads every receipt of a run, by the step that each begins at."""
     folder = run.join(run_folder.RECEIPTS)
 
     def read(name: str) -> Receipt:

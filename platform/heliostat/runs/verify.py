@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from heliostat.data import receipt
@@ -23,6 +22,7 @@ from heliostat.data.dataset import DataPlan, Dataset, open_dataset
 from heliostat.data.order import Samples
 from heliostat.runs.history import History, Receipt
 from heliostat.storage import Location
+from heliostat.terminal import console
 
 AHEAD = 3  # units loaded at once
 
@@ -189,7 +189,7 @@ def verify(run: Location) -> dict[str, Any]:
     samples: while this is 0, each comes once); `replaced`: bad samples that another stood in for.
     """
     history = History(run)
-    audit, console = Audit(history), Console(stderr=True)
+    audit = Audit(history)
     columns = (TextColumn("verifying"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task("", total=history.steps)

@@ -372,7 +372,7 @@ def eta(attempt: Attempt, steps: int) -> float | None:
 
 def load(path: Path, settings: list[str], there: Endpoint) -> Job:
     """The job for a cluster. Relative paths mean this machine's workspace, which only a cluster on this machine sees."""
-    written = schema.load(Job, path, settings)
+    written = schema.load(Job, "job", path, settings)
     if not there.here:
         paths = {f"data.sources.{i}.path": s.path for i, s in enumerate(written.data.sources)} | {"storage": written.storage}
         if isinstance(written.model.get("pretrained"), str):

@@ -77,7 +77,12 @@ def write(run: Location, done: int, told: list[events.Event]) -> None:
 
 def missing(run: Location, known: dict[str, int]) -> list[Point]:
     """In order, all points of the files that end behind the last step that MLflow has."""
-    folder, last, out = run.join(run_folder.CURVES), known.get(MARK, 0), list[Point]()
+    return read(run, known.get(MARK, 0))
+
+
+def read(run: Location, last: int = 0) -> list[Point]:
+    """Reads all points of the files that end behind the step `last`, in order."""
+    folder, out = run.join(run_folder.CURVES), list[Point]()
     for name, _ in folder.files():
         if run_folder.step_of(name) > last:
             for event in EVENTS.read(folder.join(name)):

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from heliostat import extras
 from heliostat.errors import ConfigError, TrackingError
 from heliostat.runs.mlflow_id import record
 from heliostat.text import brief
 from heliostat.track.metrics import Point
 
 NAME, FOLDER = "heliostat.name", "heliostat.run_folder"  # tags of every run that `heliostat train` makes
+
+
+DEFAULT = ".heliostat/mlflow.db"  # the quickstart's
+
+
+def default_uri() -> str:
+    """The store where none is named: MLFLOW_TRACKING_URI, else the quickstart's in the current folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(DEFAULT).absolute()}"
 
 
 def send(client: Any, run_id: str, points: list[Point]) -> None:
@@ -45,7 +56,9 @@ def asking(uri: str) -> Iterator[None]:
     except mlflow.exceptions.MlflowException as e:
         raise TrackingError(f"MLflow at {uri}: {fault(e)}") from e
     except ModuleNotFoundError as e:
-        raise TrackingError(f"MLflow at {uri}: its database needs the module {e.name!r}, which is not installed") from e
+        extra = extras.bringing(e.name or "")
+        fix = f" here; it is in {extras.advice(extra)}" if extra else ""
+        raise TrackingError(f"MLflow at {uri}: its database needs the module {e.name!r}, which is not installed{fix}") from e
     except Exception as e:
         if not type(e).__module__.startswith("sqlalchemy"):
             raise

@@ -1,0 +1,5 @@
+"""Training: the driver of a run, the workers' loop, checkpoints. `heliostat.train(job)` calls `heliostat.api.train`."""
+
+from heliostat.callable_module import make_callable
+
+make_callable(__name__)

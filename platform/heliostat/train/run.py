@@ -4,7 +4,8 @@ export, register.
     from heliostat.train.run import train
     result = train(Path("jobs/quickstart.yaml"))
 
-The result is the object that `heliostat train --json` prints; it is also written to `result.json` in the run's folder. What
+The way down is one: load the file, check what does not depend on the run, claim the run, plan its data from where it stands, and
+carry it out. The result is what `heliostat train --json` prints; it is also written to `result.json` in the run's folder. What
 happens when something dies is told in docs/reliability.md.
 """
 
@@ -21,9 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
-from heliostat import check, lease
+import heliostat.check as check
+from heliostat import lease
 from heliostat import run_folder as paths
 from heliostat.check import Checked
 from heliostat.config import spec
@@ -43,6 +43,7 @@ from heliostat.lease import Lease
 from heliostat.recipes.protocol import Exports, Serves
 from heliostat.runs import goodput, liveness, segments
 from heliostat.runs import summary as endings
+from heliostat.terminal import console
 from heliostat.track.logger import RunOwner
 from heliostat.train.driver.recovery import Budget, choose, classify
 from heliostat.train.driver.signals import Signals
@@ -73,9 +74,13 @@ class RunHooks:
     closing: dict[str, str] = field(default_factory=dict)  # tags at its end
 
 
-def train(
-    path: Path,
-    settings: list[str] | None = None,
+def train(path: Path, settings: list[str] | None = None, *options: Any, **named: Any) -> dict[str, Any]:
+    """Loads a job file, with `key.path=value` settings applied, and trains it; the options are those of `train_job`."""
+    return train_job(check.load_job(path, settings), *options, **named)
+
+
+def train_job(
+    job: Job,
     resume: bool = False,
     overwrite: bool = False,
     allow_data_change: bool = False,
@@ -89,38 +94,34 @@ def train(
     `recorded`: a plan that the data must give, of a run that is made again; `tags`: of a new MLflow run; `started`: wall clock
     from which the ledger counts, now if it is not given.
     """
-    from heliostat.checkpoint import saver
-
     started = started or time.time()
-    job, recipe = check.check_file(path, settings)
-    check.check_devices(job, None)
-    check.check_storage(job)
+    job, recipe = check.check_setup(job)
     with lease.take(job.run_folder) as held:
-        found = None if overwrite else saver.latest(job.run_folder)
-        if found and not resume:
-            raise ConfigError(
-                f"name: run {job.name!r} already has checkpoints up to step {found.step} in {job.run_folder}; "
-                "use --resume to go on, --overwrite to start anew, or another name"
-            )
-        job = spec.settle(job, found.index["job"] if found else None)
-        checked = _check_data(job, recipe, found, recorded, allow_data_change)
+        found = None if overwrite else _last_checkpoint(job, resume)
+        checked = _plan(spec.settle(job, found.index["job"] if found else None), recipe, found, recorded, allow_data_change)
         if overwrite:
             held.fence.check()
             lease.clear(job.run_folder)
-        run = _Run(checked, held, found.step if found else 0, started, verbose, tags)
-        if found is None or found.step < job.last_step:
-            return run.run()
-        log.info("run %s has finished: step %d of %d", job.name, found.step, job.last_step)
-        if (result := endings.result(job.run_folder, found.step)) is None:
-            return run.finalize(found)
-        run.catch_up()
-        return result
+        return _carry_out(_Run(checked, held, found.step if found else 0, started, verbose, tags), found)
 
 
-def _check_data(job: Job, recipe: Any, found: Checkpoint | None, recorded: DataPlan | None, allow_change: bool) -> Checked:
-    """The job with its data plan, of the checkpoint, or recorded, if there is one; ConfigError if that would change."""
+def _last_checkpoint(job: Job, resume: bool) -> Checkpoint | None:
+    """Finds where the run stands; ConfigError if it has begun, and the command does not say that it is to go on."""
+    from heliostat.checkpoint import saver
+
+    found = saver.latest(job.run_folder)
+    if found and not resume:
+        raise ConfigError(
+            f"name: run {job.name!r} already has checkpoints up to step {found.step} in {job.run_folder}; "
+            "use --resume to go on, --overwrite to start anew, or another name"
+        )
+    return found
+
+
+def _plan(job: Job, recipe: Any, found: Checkpoint | None, recorded: DataPlan | None, allow_change: bool) -> Checked:
+    """Plans the job's data as the checkpoint, or what is recorded, has it; ConfigError if the samples would be others."""
     recorded = DataPlan.parse(found.index["data"]) if found else recorded
-    checked = check.check_stores(job, recipe, recorded)
+    checked = check.check_data(job, recipe, recorded)
     changes = recorded.differences(checked.plan) if recorded else []
     if not changes:
         return checked
@@ -131,8 +132,20 @@ def _check_data(job: Job, recipe: Any, found: Checkpoint | None, recorded: DataP
             "the run's samples would change on resume; undo this, use another name, or start a new segment of the run with "
             "--allow-data-change:\n  " + "\n  ".join(changes)
         )
-    log.warning("the run's samples change at step %d: %s", found.step, "; ".join(changes))
-    return check.check_stores(job, recipe, recorded, change_at=found.step)
+    log.warning("the run's samples change behind step %d: %s", found.step, "; ".join(changes))
+    return check.check_data(job, recipe, recorded, change_at=found.step)
+
+
+def _carry_out(run: _Run, found: Checkpoint | None) -> dict[str, Any]:
+    """Trains from the checkpoint on and exports; of a run that has all its steps, does what is missing behind them."""
+    job = run.job
+    if found is None or found.step < job.last_step:
+        return run.run()
+    log.info("run %s has finished: step %d of %d", job.name, found.step, job.last_step)
+    if (result := endings.result(job.run_folder, found.step)) is None:
+        return run.finalize(found)
+    run.catch_up()
+    return result
 
 
 def train_with_hooks(job: Job, hooks: RunHooks) -> dict[str, Any]:
@@ -184,7 +197,6 @@ class _Run:
         self.counts = checked.job.worker_counts(checked.plan.shape.lanes)
         self.start_step, self.started, self.verbose = start_step, started, verbose
         self.hooks = hooks
-        self.console = Console(stderr=True)
         self.budget = Budget(self.job.retries)
         self.restarts = 0
         self.ledger = Recorder(self.job.run_folder, started, start_step, max(self.counts))
@@ -250,7 +262,7 @@ class _Run:
 
         workers = self.job.workers
         most = max(self.counts)
-        with ProgressReporter(self.console, self.job.name, self.start_step, self.job.last_step, _unit(self.job)) as show:
+        with ProgressReporter(console, self.job.name, self.start_step, self.job.last_step, _unit(self.job)) as show:
             # data tasks need CPUs of their own; on a small machine these are logical, and mostly wait
             connect(
                 cpus=max(os.cpu_count() or 1, round(most * workers.cpus) + 2),
@@ -409,7 +421,7 @@ class _Run:
         model_uri: str | None = None
         samples: list[tuple[str, str]] = []
         if isinstance(self.checked.recipe, Exports):
-            with tempfile.TemporaryDirectory(prefix="heliostat-export-") as name, self.console.status("exporting the model"):
+            with tempfile.TemporaryDirectory(prefix="heliostat-export-") as name, console.status("exporting the model"):
                 folder = Path(name) / "model"
                 recipe: Any = export(last, folder, owner.run_id)
                 card.write(folder, job, owner.run_id, last.step, summary["eval"], self.checked.manifests)

@@ -19,7 +19,7 @@ from typing import Any
 
 import ray
 
-from heliostat import check
+import heliostat.check as check
 from heliostat.config import spec
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError, HeliostatError, StoppedError

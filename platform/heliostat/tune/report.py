@@ -31,15 +31,13 @@ def columns(rows: list[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(key for row in rows for key in row))
 
 
-def lines(rows: list[dict[str, Any]]) -> list[str]:
-    """The table as text."""
+def cells(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """Makes the rows text, the columns' names first; of a key its last part, where that tells it from the others."""
     names = [c for c in columns(rows) if c not in ("run_id", "steps", "reason")]
     short = {n: n.rpartition(".")[2] for n in names}
     if len(set(short.values())) < len(names):
         short = {n: n for n in names}
-    table = [[short[n] for n in names], *([_cell(row, n) for n in names] for row in rows)]
-    widths = [max(len(line[i]) for line in table) for i in range(len(names))]
-    return ["  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in table]
+    return [[short[n] for n in names], *([_cell(row, n) for n in names] for row in rows)]
 
 
 def _cell(row: dict[str, Any], name: str) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ray.tune.experiment.config_parser import _create_trial_from_spec, _make_parser
 from ray.tune.search.search_algorithm import SearchAlgorithm
 
-from heliostat.errors import ConfigError
+from heliostat import extras
 from heliostat.tune import space as spaces
 from heliostat.tune.space import Domain, Params, Space
 from heliostat.tune.sweep import Sweep, tell
@@ -86,10 +86,7 @@ class Optuna:
 
 
 def require_optuna() -> None:
-    try:
-        import optuna  # noqa: F401
-    except ImportError as e:
-        raise ConfigError("searcher.name: 'optuna' is not installed here; pip install heliostat[tune], or use 'random'") from e
+    extras.require("tune", "optuna", what="searcher.name: 'optuna'")
 
 
 def _distribution(domain: Domain) -> Any:

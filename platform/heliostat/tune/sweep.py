@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from heliostat import check
-from heliostat.config import schema, spec, workspace
+import heliostat.check as check
+from heliostat.config import kinds, schema, spec, workspace
 from heliostat.config.schema import Float, Strict
 from heliostat.config.spec import Fraction, Job, Name, Positive, Seed
 from heliostat.errors import ConfigError
@@ -200,12 +200,13 @@ def bracket(sweep: Sweep, steps: int, number: int) -> int:
 
 def load(path: Path, changes: list[str] | None = None) -> Plan:
     """The sweep in a YAML file, with `key.path=value` changes (of the sweep) applied, and checked: no Ray, no stores."""
-    sweep = schema.load(Sweep, path, changes)
+    sweep = schema.load(Sweep, "sweep", path, changes)
     file = base_file(sweep)
     if not file.is_file():
         raise ConfigError(f"{path}: job: there is no file {sweep.job!r} in {workspace.root()}")
-    raw = place(schema.read_yaml(file), sweep.set_)
-    return make(sweep, raw, str(path))
+    raw = schema.read_yaml(file)
+    kinds.require("job", file, raw)
+    return make(sweep, place(raw, sweep.set_), str(path))
 
 
 def base_file(sweep: Sweep) -> Path:

@@ -22,7 +22,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     steps = int(sys.argv[2])
-    checked = check.check(Path(sys.argv[1]), sys.argv[3:])
+    checked = check.check(check.load_job(Path(sys.argv[1]), sys.argv[3:]))
     job, recipe, dataset = checked.job, checked.recipe, open_dataset(checked.plan)
     per_rank = job.train.global_batch // world
     recipe.grouped = False  # the model as transformers builds it

@@ -27,7 +27,7 @@ from tests.benchmarks.yardsticks import turns
 def main() -> None:
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
-    checked = check.check(Path(sys.argv[1]))
+    checked = check.check(check.load_job(Path(sys.argv[1])))
     job, recipe, dataset = checked.job, checked.recipe, open_dataset(checked.plan)
     per_rank = job.train.global_batch // accelerator.num_processes
     torch.manual_seed(job.train.seed)

@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 import ray
 from pydantic import Field
 
+from heliostat import extras
 from heliostat.config.schema import Float, Strict
 from heliostat.data import versions
 from heliostat.data.manifest import FILES
@@ -106,6 +107,7 @@ class ImagePipeline(Pipeline):
         if self.latents:
             self.latents.check(self.sizes, self.channels)
         if self.input == image_sources.DIGITS:
+            extras.require("images", "sklearn", what=f"input: {self.input}")
             return
         here, there = f"{sources.root(self.input).path}/", f"{place(self.output).path}/"
         if here.startswith(there) or there.startswith(here):

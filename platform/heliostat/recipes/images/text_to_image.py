@@ -25,6 +25,7 @@ import pyarrow as pa
 import torch
 from torch import nn
 
+from heliostat import extras
 from heliostat.config.schema import validate
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
@@ -58,6 +59,8 @@ class TextToImage(Recipe, Evaluates, Generates, Serves, Draws):
         self.seed, self.one_source = job.train.seed, job.data.one_source_batches
         if self.model.samples.judge and not any(p.label for p in self.model.samples.prompts):
             raise ConfigError("model.samples.judge: needs prompts with a label; add labels, or set it to false")
+        if self.model.samples.judge:
+            extras.require("images", "sklearn", what="model.samples.judge")
         drawn = self.model.samples if self.model.samples.prompts else None
         judged = ("conditional_accuracy", "classifier_accuracy", "chance") if drawn and drawn.judge else ()
         compared = ("fid", "kid", "real_images") if drawn and drawn.features else ()

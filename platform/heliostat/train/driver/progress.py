@@ -8,9 +8,11 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.live import Live
+from rich.text import Text
 
 from heliostat.events import Evaluation, Event, Notice, Phase, Spike, Steps
+from heliostat.terminal import duration, fit
 from heliostat.train.worker.loss_spikes import Found
 
 log = logging.getLogger("heliostat")
@@ -22,35 +24,35 @@ PHASES = {
     "data": "opening the data stream",
     "step": "first step",
 }
+BAR = 24  # characters
 
 
 class ProgressReporter:
     """Fed with the mailbox's events; remembers when each phase began, for the start-up split."""
 
     def __init__(self, console: Console, name: str, start: int, steps: int, unit: str) -> None:
-        self.unit, self.spikes = unit, 0
+        self.unit, self.spikes, self.name = unit, 0, name
         self.phases: dict[str, float] = {}
-        self._progress = Progress(
-            TextColumn("[bold]{task.fields[name]}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.completed}/{task.total}  {task.fields[note]}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._progress.add_task("", total=steps, completed=start, name=name, note="starting Ray")
-        self._plain = not console.is_terminal
-        self._steps, self._began = steps, (0, 0.0)
+        self._plain, self._console = not console.is_terminal, console
+        self._done, self._steps, self._parts = start, steps, [(2, "starting Ray")]
+        self._speed = Speed(steps)
+        self._live = None if self._plain else Live(console=console, get_renderable=self._line, refresh_per_second=4)
 
     def __enter__(self) -> ProgressReporter:
-        self._progress.start()
+        if self._live:
+            self._live.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._progress.stop()
+        if self._live:
+            self._live.stop()
+
+    def _line(self) -> Text:
+        left = self._speed.left()
+        return Text(line(self.name, self._done, self._steps, self._parts, left, self._console.width), no_wrap=True)
 
     def note(self, text: str) -> None:
-        self._progress.update(self._task, note=text)
+        self._parts = [(2, text)]
         if self._plain:
             log.info(text)
 
@@ -85,20 +87,46 @@ class ProgressReporter:
         found = Found(event.loss, event.usual, event.limit)
         log.warning(
             "step %d: loss spike (%d so far): %s; training goes on (spike.action: warn). `heliostat samples` with --step %d "
-            "shows what it trained on", event.step, self.spikes, found, event.step - 1,
+            "shows what it trained on", event.step, self.spikes, found, event.step,
         )  # fmt: skip
 
     def _on_steps(self, event: Steps) -> None:
-        done = event.done
-        mfu = f"  MFU {event.mfu:.1%}" if event.mfu else ""
-        added = "".join(f"{name.replace('_', ' ')} {values[-1]:.4f}  " for name, values in event.added.items())
-        text = (
-            f"loss {event.loss[-1]:.4f}  {added}lr {event.lr[-1]:.2e}  "
-            f"{event.tokens_per_second:,.0f} {self.unit}/s{mfu}  data wait {event.data_wait:.1%}"
-        )
-        self._progress.update(self._task, completed=done, note=text)
+        self._done = event.done
+        self._speed.reached(self._done, time.monotonic())
+        self._parts = [
+            (1, f"loss {event.loss[-1]:.4f}"),
+            *((6, f"{name.replace('_', ' ')} {values[-1]:.4f}") for name, values in event.added.items()),
+            (5, f"lr {event.lr[-1]:.2e}"),
+            (3, f"{event.tokens_per_second:,.0f} {self.unit}/s"),
+            (4, f"MFU {event.mfu:.1%}" if event.mfu else ""),
+            (7, f"data wait {event.data_wait:.1%}"),
+        ]
         if self._plain:
-            if not self._began[1]:
-                self._began = (done, time.monotonic())
-            per_step = (time.monotonic() - self._began[1]) / max(1, done - self._began[0])
-            log.info("step %d/%d  %s  ETA %.0f s", done, self._steps, text, per_step * (self._steps - done))
+            left = self._speed.left()
+            ahead = f"  ETA {duration(left)}" if left else ""
+            log.info("step %d/%d  %s%s", self._done, self._steps, "  ".join(t for _, t in self._parts if t), ahead)
+
+
+class Speed:
+    """How long the steps to go will take, from how long those since the first report took."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps, self._began, self._last = steps, (0, 0.0), (0, 0.0)
+
+    def reached(self, done: int, at: float) -> None:
+        if not self._began[1] or done <= self._began[0]:  # the first report, or the run went back
+            self._began = (done, at)
+        self._last = (done, at)
+
+    def left(self) -> float | None:
+        """Seconds; None where nothing is known yet, or nothing is to go."""
+        (first, began), (done, at) = self._began, self._last
+        return (at - began) / (done - first) * (self._steps - done) if first < done < self._steps else None
+
+
+def line(name: str, done: int, steps: int, parts: list[tuple[int, str]], left: float | None, width: int) -> str:
+    """The live line: what matters least goes first where the terminal is too narrow for all of it."""
+    full = round(BAR * done / steps) if steps else 0
+    bar = "━" * full + "╌" * (BAR - full)
+    ahead = f"ETA {duration(left)}" if left is not None else ""
+    return fit([(0, f"{name} {done:,}/{steps:,}"), (8, bar), *parts, (2, ahead)], width)

@@ -13,6 +13,7 @@ from heliostat.checkpoint.agreement import together
 from heliostat.config.spec import Job
 from heliostat.data import content
 from heliostat.data.dataset import Dataset
+from heliostat.recipes.gathering import in_order, taken
 from heliostat.recipes.protocol import Evaluates, Recipe
 
 
@@ -66,19 +67,6 @@ class HeldOut:
         dist.gather_object(kept, parts if rank == 0 else None, dst=0, group=group)
         told = together(group, lambda: self.evaluates.measure(in_order(parts)) if rank == 0 else None)
         return told[0] or {}
-
-
-def taken(scores: dict[str, torch.Tensor], names: tuple[str, ...], counted: np.ndarray) -> dict[str, np.ndarray]:
-    """What is gathered of one batch, of the samples that count; NumPy has no bf16."""
-    tensors = {n: scores[n].detach().cpu() for n in names}
-    return {n: (t.float() if t.dtype == torch.bfloat16 else t).numpy()[counted] for n, t in tensors.items()}
-
-
-def in_order(parts: list[list[tuple[np.ndarray, dict[str, np.ndarray]]]]) -> dict[str, np.ndarray]:
-    """What all workers kept, as one array a name, by the samples' numbers."""
-    batches = [batch for part in parts for batch in part]
-    order = np.argsort(np.concatenate([numbers for numbers, _ in batches]))
-    return {name: np.concatenate([arrays[name] for _, arrays in batches])[order] for name in batches[0][1]}
 
 
 def dealt(samples: np.ndarray, rank: int, world: int, micro: int) -> tuple[np.ndarray, np.ndarray]:

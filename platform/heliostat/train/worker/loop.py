@@ -377,10 +377,7 @@ class Worker:
         mine = torch.tensor(self._lane_digests, dtype=torch.int64)
         parts = [torch.empty_like(mine) for _ in range(self.world)]
         dist.all_gather(parts, mine, group=self.control)
-        lanes = np.empty((len(mine), self.plan.shape.lanes), dtype=np.int64)
-        for rank, part in enumerate(parts):
-            lanes[:, rank :: self.world] = part.numpy()
-        digests = receipt.step_digests(lanes)
+        digests = receipt.step_digests(receipt.in_lane_order([part.numpy() for part in parts]))
         self.chain = receipt.extend(self.chain, digests)
         if self.rank == 0:
             self.fence.check()

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
+
+from heliostat.cli.common import TRAINING, JobFile, Json, Settings, app, finish, print_table
+from heliostat.errors import VerifyError
 
 log = logging.getLogger(__name__)
 
@@ -21,35 +19,31 @@ HEADS = {
 ISSUE = "kill-worker,kill-node,hang,sigterm,s3-503,corrupt-shard,torn-checkpoint,mlflow-down,disk-full"
 
 
+@app.command(rich_help_panel=TRAINING)
 def chaos(
-    job: Path,
-    faults: Annotated[str, typer.Option(help="Which, by commas; also kill-driver, kill-driver-late, restart-head")] = ISSUE,
+    job: JobFile,
+    faults: Annotated[
+        str, typer.Option(metavar="NAME,...", help="Which; also kill-driver, kill-driver-late, restart-head")
+    ] = ISSUE,
     seed: Annotated[int, typer.Option(help="Of when and whom the faults strike")] = 0,
     rate: Annotated[float, typer.Option(min=0.01, max=0.9, help="s3-503: the share of requests that are refused")] = 0.2,
-    setting: Annotated[list[str] | None, typer.Option("--set", help="Change a key: --set train.steps=100")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON list as the last line")] = False,
+    setting: Settings = None,
+    json_: Json = False,
 ) -> None:
     """Break a job's runs on purpose, one fault a run, and compare each with the unbroken run: nothing may be lost."""
     from heliostat.chaos.experiment import chaos as run
-    from heliostat.errors import VerifyError
 
     names = [name.strip() for name in faults.split(",") if name.strip()]
     rows, wrong = run(job, names, setting, seed, rate, tell=log.info)
-    if json_:
-        sys.stdout.write(json.dumps(rows) + "\n")
-    else:
-        Console(width=None if sys.stdout.isatty() else 140).print(table(rows))
-    if wrong:
-        raise VerifyError("\n  ".join(["not every run ended as the unbroken one did:", *wrong]))
+    if not json_:
+        print_table(table(rows))
+    fault = VerifyError("\n  ".join(["not every run ended as the unbroken one did:", *wrong])) if wrong else None
+    finish({"faults": rows}, json_, fault)
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
-    made = Table(*HEADS.values())
-    for column in made.columns[1:]:
-        column.justify = "right"
-    for row in rows:
-        made.add_row(*cells(row))
-    return made
+def table(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """Makes the rows text, the columns' names first."""
+    return [list(HEADS.values()), *(cells(row) for row in rows)]
 
 
 def cells(row: dict[str, Any]) -> list[str]:

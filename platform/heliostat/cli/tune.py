@@ -7,22 +7,26 @@ from typing import Annotated, Any
 
 import typer
 
-from heliostat.cli import Json, Settings, Verbose, _finish, app, out
-from heliostat.cli_cluster import Follow, Queue, Target, checked, send
+from heliostat.cli.common import SWEEPS, Json, Settings, Verbose, app, finish, flag, out, print_table
+from heliostat.cli.jobs import Follow, Queue, Target, checked, send
 from heliostat.errors import ConfigError
 
 DEFAULT_STORAGE = ".heliostat/runs"
 Storage = Annotated[str, typer.Option(help="Where runs and sweeps live: a folder or s3:// prefix")]
-SweepName = Annotated[str, typer.Argument(help="A sweep's folder (STORAGE/NAME), or its name below --storage")]
+SweepName = Annotated[
+    str, typer.Argument(help="A sweep's folder (STORAGE/NAME), or its name below --storage", metavar="SWEEP", show_default=False)
+]
 
 
-@app.command()
+@app.command(rich_help_panel=SWEEPS)
 def tune(
-    sweep: Path,
+    sweep: Annotated[Path, typer.Argument(help="A sweep file, as jobs/sweeps/quickstart.yaml", show_default=False)],
     setting: Settings = None,
-    resume: Annotated[bool, typer.Option(help="Go on with the sweep: nothing is run twice, nothing is lost")] = False,
-    retry_failed: Annotated[bool, typer.Option(help="With --resume: failed trials go on from their last checkpoints")] = False,
-    overwrite: Annotated[bool, typer.Option(help="Delete the sweep of this name and start anew")] = False,
+    resume: Annotated[bool, flag("--resume", help="Go on with the sweep: nothing is run twice, nothing is lost")] = False,
+    retry_failed: Annotated[
+        bool, flag("--retry-failed", help="With --resume: failed trials go on from their last checkpoints")
+    ] = False,
+    overwrite: Annotated[bool, flag("--overwrite", help="Delete the sweep of this name and start anew")] = False,
     transfer: Annotated[
         Path | None, typer.Option(help="A big job: the learning rate is carried to it from the widths that are swept")
     ] = None,
@@ -53,10 +57,10 @@ def tune(
         _print(result, len(result["trials"]))
     if transfer:
         result["transfer"] = _carry(result["folder"], transfer, json_)
-    _finish(result, json_)
+    finish(result, json_)
 
 
-@app.command()
+@app.command(rich_help_panel=SWEEPS)
 def sweeps(storage: Storage = DEFAULT_STORAGE, json_: Json = False) -> None:
     """List the sweeps in a place."""
     from heliostat.storage import Location
@@ -67,17 +71,17 @@ def sweeps(storage: Storage = DEFAULT_STORAGE, json_: Json = False) -> None:
         for s in found:
             best = f"best {s['metric']} {s['best']:.4g}" if s["best"] is not None else "no trial has finished"
             states = ", ".join(f"{count} {status}" for status, count in s["states"].items()) or "no trials"
-            out.print(f"{s['name']}: {'running, ' if s['running'] else ''}{states}; {best}", markup=False)
+            out.print(f"{s['name']}: {'running, ' if s['running'] else ''}{states}; {best}")
         if not found:
             out.print(f"no sweep in {storage}; start one with `heliostat tune SWEEP.yaml`")
-    _finish({"sweeps": found}, json_)
+    finish({"sweeps": found}, json_)
 
 
-@app.command()
+@app.command(rich_help_panel=SWEEPS)
 def sweep(
     sweep: SweepName,
     top: Annotated[int, typer.Option(min=1, help="As many of the best trials")] = 10,
-    stop: Annotated[bool, typer.Option(help="Tell it to stop: its trials stop behind a checkpoint")] = False,
+    stop: Annotated[bool, flag("--stop", help="Tell it to stop: its trials stop behind a checkpoint")] = False,
     storage: Storage = DEFAULT_STORAGE,
     json_: Json = False,
 ) -> None:
@@ -90,7 +94,7 @@ def sweep(
     found = listing.show(folder)
     if not json_:
         _print(found, top)
-    _finish({**found, "trials": found["trials"][:top]}, json_)
+    finish({**found, "trials": found["trials"][:top]}, json_)
 
 
 def _submit(
@@ -120,8 +124,8 @@ def _carry(folder: str, big: Path, json_: bool) -> dict[str, Any]:
     found, path = transfer.carry(plan, read(plan.folder), transfer.check(plan, big), big)
     if not json_:
         for line in transfer.tell(found):
-            out.print(line, markup=False)
-        out.print(f"the job with this learning rate is in {path}", markup=False)
+            out.print(line)
+        out.print(f"the job with this learning rate is in {path}")
     return {**asdict(found), "job": str(path)}
 
 
@@ -147,12 +151,9 @@ def write_best(sweep: str) -> Path:
 def _print(result: dict[str, Any], top: int) -> None:
     from heliostat.tune import report
 
-    for line in report.lines(result["trials"][:top]):
-        out.print(line, markup=False)
-    out.print(f"{result['steps']:,} steps in {len(result['trials'])} trials, {result['seconds']:,.0f} s", markup=False)
+    print_table(report.cells(result["trials"][:top]), left=())
+    out.print(f"{result['steps']:,} steps in {len(result['trials'])} trials, {result['seconds']:,.0f} s")
     if best := result["best"]:
         model = f", model {best['model_uri']}" if best.get("model_uri") else ""
-        out.print(
-            f"best: trial {best['trial']}, {result['metric']} {best['value']:.4g}, run {best['run_id']}{model}", markup=False
-        )
-        out.print(f"\nNext:  heliostat train --from-sweep {result['folder']} --best", markup=False)
+        out.print(f"best: trial {best['trial']}, {result['metric']} {best['value']:.4g}, run {best['run_id']}{model}")
+        out.print(f"\nNext:  heliostat train --from-sweep {result['folder']} --best")

@@ -7,14 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from heliostat.cli import Json, Settings, _finish, app, out
+from heliostat.cli.common import TRAINING, JobFile, Json, Settings, app, finish, out
 
 GIB = 1 << 30
 
 
-@app.command()
+@app.command(rich_help_panel=TRAINING)
 def plan(
-    job: Path,
+    job: JobFile,
     cluster: Annotated[
         Path | None, typer.Option(help="A cluster file: its GPU pool's device, and whether the workers fit")
     ] = None,
@@ -29,8 +29,8 @@ def plan(
     found = plan_file(job, setting, cluster, device, prices)
     if not json_:
         for line in lines(found):
-            out.print(line, markup=False)
-    _finish(found, json_)
+            out.print(line)
+    finish(found, json_)
 
 
 def lines(p: dict[str, Any]) -> list[str]:
@@ -86,4 +86,4 @@ def show_dry_run(job: Path, settings: list[str], workers: int | None, json_: boo
             + (f"; {found['note']}" if found["note"] else "")
         )
         out.print(f"everything divides, fits and has a name; nothing was started ({found['seconds']:.1f} s)")
-    _finish(found, json_)
+    finish(found, json_)

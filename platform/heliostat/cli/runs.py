@@ -1,4 +1,4 @@
-"""Runs and models as MLflow keeps them: runs, report, lineage, promote, reproduce. docs/mlflow.md tells what is recorded."""
+"""Runs and models as MLflow keeps them: runs, report, lineage, promote, reproduce, ui. docs/mlflow.md tells what is recorded."""
 
 from __future__ import annotations
 
@@ -7,36 +7,28 @@ from typing import Annotated, Any
 
 import typer
 
-from heliostat.cli import Json, Run, Settings, TrackingUri, _finish, _store, app, out
+from heliostat.cli.common import MODELS, RUNS, Json, Run, Settings, TrackingUri, app, finish, flag, out, print_table, store_uri
 from heliostat.errors import ConfigError
 
 
-def _grid(rows: list[list[str]], right: int) -> None:
-    """Columns from number `right` on are numbers."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        cells = [c.ljust(w) if i < right else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-        out.print("  ".join(cells).rstrip(), markup=False)
-
-
-@app.command()
+@app.command(rich_help_panel=RUNS)
 def runs(
-    experiment: Annotated[str | None, typer.Option(help="Only of this one")] = None,
+    experiment: Annotated[str | None, typer.Option(help="Only the runs of this MLflow experiment")] = None,
     mlflow: TrackingUri = None,
     json_: Json = False,
 ) -> None:
     """List all runs, newest first: status, step, losses, tokens/s, goodput, worker-hours."""
     from heliostat.track import mlflow_client, run_table
 
-    uri = _store(mlflow)
+    uri = store_uri(mlflow)
     with mlflow_client.asking(uri):
         found = run_table.rows(mlflow_client.connect(uri), experiment)
     if not json_:
-        _grid(run_table.cells(found), right=4)
-    _finish({"runs": found}, json_)
+        print_table(run_table.cells(found), left=range(4))
+    finish({"runs": found}, json_)
 
 
-@app.command()
+@app.command(rich_help_panel=RUNS)
 def report(
     run: Run,
     to: Annotated[Path, typer.Option("--out", help="An HTML file")] = Path("report.html"),
@@ -47,7 +39,7 @@ def report(
     from heliostat.track import mlflow_client, page
     from heliostat.track.reconcile import settle
 
-    uri = _store(mlflow)
+    uri = store_uri(mlflow)
     if not to.absolute().parent.is_dir():
         raise ConfigError(f"--out: {to}: there is no folder {to.parent}")
     with mlflow_client.asking(uri):
@@ -59,11 +51,11 @@ def report(
     except OSError as e:
         raise ConfigError(f"--out: {to} cannot be written ({e.strerror})") from e
     if not json_:
-        out.print(f"{to}: {to.stat().st_size:,} bytes", markup=False)
-    _finish({"file": str(to), "run_id": found.info.run_id}, json_)
+        out.print(f"{to}: {to.stat().st_size:,} bytes")
+    finish({"file": str(to), "run_id": found.info.run_id}, json_)
 
 
-@app.command()
+@app.command(rich_help_panel=RUNS)
 def lineage(
     what: Annotated[str | None, typer.Argument(help="models:/NAME/VERSION, NAME@ALIAS, a run id, or a run's folder")] = None,
     shard: Annotated[str | None, typer.Option(help="Instead: every run that trained on this shard (a path, or its end)")] = None,
@@ -79,7 +71,7 @@ def lineage(
         raise ConfigError("lineage: give one of MODEL, --shard or --dataset")
     if dataset is not None and len(dataset) < 6:
         raise ConfigError(f"--dataset: {dataset!r} is too short; give at least 6 digits of the digest")
-    uri = _store(mlflow)
+    uri = store_uri(mlflow)
     with mlflow_client.asking(uri):
         client = mlflow_client.connect(uri)
         if what is None:
@@ -88,8 +80,8 @@ def lineage(
         found = tracing.lineage(client, uri, what)
     if not json_:
         for depth, text in tracing.lines(found):
-            out.print("  " * depth + text, markup=False)
-    _finish(found, json_)
+            out.print("  " * depth + text)
+    finish(found, json_)
 
 
 def _backwards(client: Any, shard: str | None, dataset: str | None, json_: bool) -> None:
@@ -100,47 +92,47 @@ def _backwards(client: Any, shard: str | None, dataset: str | None, json_: bool)
         for row in rows:
             how = f"{row['samples']:,} samples" if row["samples"] else "none by itself"
             how += f", inherited from {', '.join(row['inherited'])}" if row["inherited"] else ""
-            out.print(f"{row['name']} ({row['run_id']}): {how}; {' '.join(row['models']) or 'no registered model'}", markup=False)
+            out.print(f"{row['name']} ({row['run_id']}): {how}; {' '.join(row['models']) or 'no registered model'}")
         if not rows:
-            out.print(f"no run has trained on {shard or dataset}", markup=False)
-    _finish({"shard": shard, "dataset": dataset, "runs": rows}, json_)
+            out.print(f"no run has trained on {shard or dataset}")
+    finish({"shard": shard, "dataset": dataset, "runs": rows}, json_)
 
 
-@app.command()
+@app.command(rich_help_panel=MODELS)
 def promote(
-    model: Annotated[str, typer.Argument(help="NAME@ALIAS or NAME/VERSION")],
-    alias: Annotated[str, typer.Argument(help="That it gets, as champion")],
+    model: Annotated[str, typer.Argument(help="NAME@ALIAS or NAME/VERSION", show_default=False)],
+    alias: Annotated[str, typer.Argument(help="That it gets, as champion", show_default=False)],
     require: Annotated[list[str] | None, typer.Option(help="A score that it must have: 'eval/loss<2.1'; may be repeated")] = None,
     metric: Annotated[
         str, typer.Option(help="By which it must not be worse than the model that has the alias now")
     ] = "eval/loss",
-    maximize: Annotated[bool, typer.Option(help="More of the metric is better")] = False,
-    force: Annotated[bool, typer.Option(help="Promote it all the same; the history says so")] = False,
+    maximize: Annotated[bool, flag("--maximize", help="More of the metric is better")] = False,
+    force: Annotated[bool, flag("--force", help="Promote it all the same; the history says so")] = False,
     mlflow: TrackingUri = None,
     json_: Json = False,
 ) -> None:
     """Give a registered model an alias, unless it is worse than what has the alias now, or lacks what is required."""
     from heliostat.track import mlflow_client, registry
 
-    uri = _store(mlflow)
+    uri = store_uri(mlflow)
     with mlflow_client.asking(uri):
         done = registry.promote(
             mlflow_client.connect(uri), model, alias, require or [], metric, "max" if maximize else "min", force
         )
     if not json_:
         instead = f", in place of version {done['replaced']}" if done["replaced"] else ""
-        out.print(f"{done['name']} version {done['version']} is {alias}{instead}", markup=False)
+        out.print(f"{done['name']} version {done['version']} is {alias}{instead}")
         for fault in done["overruled"]:
-            out.print(f"  overruled: {fault}", markup=False)
-    _finish(done, json_)
+            out.print(f"  overruled: {fault}")
+    finish(done, json_)
 
 
-@app.command()
+@app.command(rich_help_panel=RUNS)
 def reproduce(
     run: Run,
     steps: Annotated[int | None, typer.Option(min=1, help="Only so many; the learning rate is what it was all the same")] = None,
     setting: Settings = None,
-    overwrite: Annotated[bool, typer.Option(help="Delete an earlier reproduction of the run")] = False,
+    overwrite: Annotated[bool, flag("--overwrite", help="Delete an earlier reproduction of the run")] = False,
     mlflow: TrackingUri = None,
     json_: Json = False,
 ) -> None:
@@ -148,14 +140,26 @@ def reproduce(
     from heliostat.track import mlflow_client
     from heliostat.train import reproduce as again
 
-    uri = _store(mlflow)
+    uri = store_uri(mlflow)
     with mlflow_client.asking(uri):
         told = again.reproduce(mlflow_client.connect(uri), uri, run, steps, setting or [], overwrite)
     if not json_:
         for note in told["notes"]:
-            out.print(f"differs: {note}", markup=False)
+            out.print(f"differs: {note}")
         equal = "equal to the last bit"
         if not told["bitwise"]:
             equal = f"equal up to step {told['first_difference'] - 1:,}, and within {told['largest_difference']:.3g} over all"
-        out.print(f"the losses of {told['steps']:,} steps are {equal}; the new run is {told['again']}", markup=False)
-    _finish(told, json_)
+        out.print(f"the losses of {told['steps']:,} steps are {equal}; the new run is {told['again']}")
+    finish(told, json_)
+
+
+@app.command(rich_help_panel=RUNS)
+def ui(
+    mlflow: TrackingUri = None,
+    host: Annotated[str, typer.Option(help="The address to listen on; one of a network is for all there")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on")] = 5000,
+) -> None:
+    """Open MLflow's UI on the runs' store, and print its address."""
+    from heliostat.track.ui import serve
+
+    serve(store_uri(mlflow), host, port)

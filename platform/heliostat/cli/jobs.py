@@ -1,4 +1,4 @@
-"""`heliostat cluster ...`, and jobs on clusters: submit, jobs, status, logs, stop, resume.
+"""Jobs on clusters: submit, jobs, status, logs, stop, resume.
 
 Exit codes of commands that follow a job: 0 succeeded, 1 failed, 2 bad input, 130 stopped.
 """
@@ -13,138 +13,30 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from heliostat.cli import Json, Settings, _finish, app, out
+from heliostat.cli.common import JOBS, JobFile, Json, Settings, app, finish, flag, out, print_table
 from heliostat.errors import ConfigError, HeliostatError
+from heliostat.terminal import duration
 
 if TYPE_CHECKING:
     from heliostat.cluster.endpoint import Endpoint
     from heliostat.config.spec import Job
     from heliostat.submit.jobs import Jobs, Record
 
-cluster_app = typer.Typer(no_args_is_help=True, help="Clusters from YAML: check, up, down, status, list.")
-app.add_typer(cluster_app, name="cluster")
-
 Target = Annotated[str | None, typer.Option("--cluster", "-c", help="A cluster file, an address, or a local cluster's name")]
-File = Annotated[Path, typer.Argument(help="A cluster file (clusters/*.yaml)")]
-Id = Annotated[str, typer.Argument(help="The job's id: its run's name")]
+Id = Annotated[str, typer.Argument(help="The job's id: its run's name", metavar="ID", show_default=False)]
 Queue = Annotated[str | None, typer.Option(help="Jobs of one queue run one after another")]
-Follow = Annotated[bool, typer.Option("--follow", "-f", help="Show the log until the job is over; its outcome is the exit code")]
+Follow = Annotated[bool, flag("--follow", "-f", help="Show the log until the job is over; its outcome is the exit code")]
 
 
-@cluster_app.command("check")
-def check_(
-    file: File, job: Annotated[Path | None, typer.Option(help="Also: does this job fit, and do its stores answer")] = None,
-    setting: Settings = None, json_: Json = False,
-) -> None:  # fmt: skip
-    """Find what is wrong with a cluster file: schema, sizes, secrets, open ports, what would fail at the first real start."""
-    from heliostat.cluster import pods
-    from heliostat.cluster import review as checks
-
-    report = checks.check(file)
-    warnings = report.warnings
-    if job and not report.errors:
-        from heliostat.check import check_services
-        from heliostat.plan import planner as planning
-
-        wanted, recipe, _ = planning.prepare(job, setting)
-        planning.plan(wanted, recipe, report.cluster)
-        check_services(wanted)
-        warnings = [*warnings, *pods.grace(report.cluster, wanted)]
-    if not json_:
-        for warning in warnings:
-            out.print(f"warning: {warning}", markup=False)
-        for error in report.errors:
-            out.print(f"error: {error}", markup=False)
-        for pool in report.cluster.pools if not report.errors else ():
-            size = f"{pool.least}" if pool.least == pool.most else f"{pool.least} to {pool.most}"
-            labels = ", ".join(f"{k}={v}" for k, v in pool.labels.items())
-            cpus = "CPUs as found" if pool.cpus is None else f"{pool.cpus:g} CPUs"
-            out.print(f"{pool.name}: {size} nodes of {cpus}, {pool.gpus:g} GPUs{'; ' + labels if labels else ''}", markup=False)
-    _finish({"file": str(file), "errors": report.errors, "warnings": warnings}, json_)
-    if report.errors:
-        raise ConfigError(f"{file}: {len(report.errors)} error{'s' * (len(report.errors) > 1)}, see above")
-
-
-@cluster_app.command()
-def up(
-    file: File,
-    restart: Annotated[bool, typer.Option("--restart", help="Start Ray anew where it runs; this ends the jobs there")] = False,
-    json_: Json = False,
-) -> None:
-    """Start a cluster, or join one that runs: processes on this machine, `ray up`, or `kubectl apply`."""
-    from heliostat.cluster import launch, review
-
-    cluster = review.require(file)
-    found = launch.up(cluster, restart)
-    if not json_:
-        out.print(f"cluster {cluster.name}: {found['note']}", markup=False)
-    _finish(found, json_)
-
-
-@cluster_app.command()
-def down(target: Annotated[str, typer.Argument(help="A cluster file, or a local cluster's name")], json_: Json = False) -> None:
-    """Stop a cluster. A local one leaves no process; one that was only joined stays."""
-    from heliostat.cluster import launch
-
-    found = launch.down(target)
-    if not json_:
-        out.print(f"cluster {found['name']}: {found['note']}", markup=False)
-    _finish(found, json_)
-
-
-@cluster_app.command("status")
-def status_(
-    target: Annotated[str | None, typer.Argument(help="A cluster file, an address or a name")] = None, json_: Json = False
-) -> None:
-    """Show a cluster's nodes, what they have, and its jobs."""
-    from heliostat.cluster import dashboard
-    from heliostat.cluster.endpoint import endpoint
-    from heliostat.submit.jobs import Jobs
-
-    with endpoint(target) as there:
-        nodes, jobs = dashboard.node_table(there.url, there.token), Jobs(there).list()
-    if not json_:
-        out.print(f"{there.url}: {sum(n['alive'] for n in nodes)} nodes", markup=False)
-        for n in nodes:
-            labels = ", ".join(f"{k}={v}" for k, v in sorted(n["labels"].items()) if k != "ray.io/node-id")
-            role, life = "head" if n["head"] else "worker", "alive" if n["alive"] else "dead"
-            out.print(f"  {n['address']:<15} {role:<6} {life:<5} {n['cpus']:g} CPUs, {n['gpus']:g} GPUs  "
-                      f"{labels}", markup=False)  # fmt: skip
-        for j in jobs:
-            out.print(f"  job {j['id']}: {j['status'].lower()}", markup=False)
-    _finish({"url": there.url, "nodes": nodes, "jobs": jobs}, json_)
-
-
-@cluster_app.command("list")
-def list_(json_: Json = False) -> None:
-    """List the local clusters of this workspace."""
-    from heliostat.cluster import dashboard, local, private
-
-    found = [
-        {"name": s.name, "url": s.url, "nodes": len(s.nodes),
-         "answers": private.ours(s.url) and dashboard.probe(s.url, s.token) == 200} for s in local.known()
-    ]  # fmt: skip
-    if not json_:
-        for c in found:
-            what = f"{c['nodes']} nodes" if c["nodes"] else "joined"
-            out.print(f"{c['name']}: {c['url']}, {what}{'' if c['answers'] else ', does not answer'}", markup=False)
-        if not found:
-            out.print("no local cluster; start one with `heliostat cluster up clusters/local.yaml`")
-    _finish({"clusters": found}, json_)
-
-
-# jobs --------------------------------------------------------------------------------------------------------------------
-
-
-@app.command()
+@app.command(rich_help_panel=JOBS)
 def submit(
-    job: Path,
+    job: JobFile,
     cluster: Target = None,
     follow: Follow = False,
     setting: Settings = None,
     queue: Queue = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the run's last checkpoint, if there is one")] = False,
-    overwrite: Annotated[bool, typer.Option(help="Delete the run of this name and start anew")] = False,
+    resume: Annotated[bool, flag("--resume", help="Go on from the run's last checkpoint, if there is one")] = False,
+    overwrite: Annotated[bool, flag("--overwrite", help="Delete the run of this name and start anew")] = False,
     json_: Json = False,
 ) -> None:
     """Send a job to a cluster: the workspace and heliostat travel, the id is the run's name. Plans and checks first."""
@@ -179,16 +71,19 @@ def send(jobs: Jobs, wanted: Record, flags: tuple[str, ...], follow: bool, json_
     if not follow:
         if not json_:
             out.print(f"job {job_id} is on {jobs.there.url}; see `heliostat status {job_id}`, `heliostat logs {job_id} --follow`")
-        _finish({"id": job_id, "url": jobs.there.url, "run_folder": wanted.run_folder}, json_)
+        finish({"id": job_id, "url": jobs.there.url, "run_folder": wanted.run_folder}, json_)
         return
     for text in jobs.follow(job_id):
         _write(text, sys.stderr if json_ else sys.stdout)
     found = jobs.get(job_id)
-    _finish({"id": job_id, "status": found["status"], "run_folder": wanted.run_folder}, json_)
-    sys.exit(exit_code(found))
+    told: dict[str, Any] = {"id": job_id, "status": found["status"], "run_folder": wanted.run_folder}
+    if code := exit_code(found):
+        told["error"] = {"type": "JobError", "message": found["message"], "exit_code": code}
+    finish(told, json_)
+    sys.exit(code)
 
 
-@app.command()
+@app.command(rich_help_panel=JOBS)
 def jobs(cluster: Target = None, json_: Json = False) -> None:
     """List a cluster's jobs."""
     from heliostat.cluster.endpoint import endpoint
@@ -197,14 +92,19 @@ def jobs(cluster: Target = None, json_: Json = False) -> None:
     with endpoint(cluster) as there:
         found = Jobs(there).list()
     if not json_:
-        for j in found:
-            began = datetime.fromtimestamp(j["started"]).isoformat(sep=" ", timespec="seconds") if j["started"] else ""
-            queue = f"  queue {j['metadata']['queue']}" if j["metadata"].get("queue") else ""
-            out.print(f"{j['id']:<24} {j['status'].lower():<10} {began}{queue}", markup=False)
-    _finish({"jobs": found}, json_)
+        print_table(_cells(found), left=range(4))
+    finish({"jobs": found}, json_)
 
 
-@app.command()
+def _cells(jobs: list[dict[str, Any]]) -> list[list[str]]:
+    rows = [["job", "status", "began", "queue"]]
+    for j in jobs:
+        began = datetime.fromtimestamp(j["started"]).isoformat(sep=" ", timespec="seconds") if j["started"] else ""
+        rows.append([j["id"], j["status"].lower(), began, j["metadata"].get("queue") or ""])
+    return rows
+
+
+@app.command(rich_help_panel=JOBS)
 def status(id_: Id, cluster: Target = None, json_: Json = False) -> None:
     """Show how far a job is, and when it will be done."""
     found = _look(id_, cluster)
@@ -212,11 +112,11 @@ def status(id_: Id, cluster: Target = None, json_: Json = False) -> None:
     if not json_:
         p = found["progress"]
         share = "" if p["step"] is None else f", {p.get('unit', 'step')} {p['step']:,} of {p['steps']:,} ({p['fraction']:.0%})"
-        ahead = f", about {p['eta_s']:.0f} s to go" if p["eta_s"] and found["status"] == "RUNNING" else ""
-        out.print(f"{id_}: {found['status'].lower()}{share}{ahead}; run {found['run_folder']}", markup=False)
+        ahead = f", about {duration(p['eta_s'])} to go" if p["eta_s"] and found["status"] == "RUNNING" else ""
+        out.print(f"{id_}: {found['status'].lower()}{share}{ahead}; run {found['run_folder']}")
         for note in filter(None, (found["message"] if found["status"] != "RUNNING" else "", p.get("note"))):
-            out.print(f"  {note}", markup=False)
-    _finish(found, json_)
+            out.print(f"  {note}")
+    finish(found, json_)
 
 
 def _progress(folder: str, steps: int, metadata: dict[str, Any]) -> dict[str, Any]:
@@ -243,7 +143,7 @@ def _look(job_id: str, cluster: str | None) -> dict[str, Any]:
         return {"id": job_id, "status": "UNKNOWN", "message": str(e), **kept}
 
 
-@app.command()
+@app.command(rich_help_panel=JOBS)
 def logs(id_: Id, follow: Follow = False, cluster: Target = None) -> None:
     """Show a job's log: from the cluster, or from storage when the cluster is gone."""
     from heliostat.cluster.endpoint import endpoint
@@ -274,10 +174,10 @@ def _write(text: str, to: TextIO | None = None) -> None:
     to.flush()
 
 
-@app.command()
+@app.command(rich_help_panel=JOBS)
 def stop(
     id_: Id,
-    now: Annotated[bool, typer.Option(help="Do not wait for a checkpoint")] = False,
+    now: Annotated[bool, flag("--now", help="Do not wait for a checkpoint")] = False,
     cluster: Target = None,
     json_: Json = False,
 ) -> None:
@@ -295,11 +195,11 @@ def stop(
     if not json_:
         p = found["progress"]
         at = f" ({p['note']})" if p["step"] is None else f" at {p.get('unit', 'step')} {p['step']}"
-        out.print(f"{id_}: {found['status'].lower()}{at}; go on with `heliostat resume {id_}`", markup=False)
-    _finish(found, json_)
+        out.print(f"{id_}: {found['status'].lower()}{at}; go on with `heliostat resume {id_}`")
+    finish(found, json_)
 
 
-@app.command()
+@app.command(rich_help_panel=JOBS)
 def resume(id_: Id, cluster: Target = None, follow: Follow = False, setting: Settings = None, json_: Json = False) -> None:
     """Send a job again, to go on from its last checkpoint; --set may change what a resumed run may change, as workers.count."""
     from heliostat.cluster.endpoint import endpoint

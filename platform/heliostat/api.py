@@ -1,0 +1,151 @@
+"""What `import heliostat` offers: a job loaded, checked and trained, a run looked into, a model that answers, exact data.
+
+Each function does what the command of its name does, and raises what that would print: a HeliostatError of one line.
+docs/python-api.md is the reference.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import heliostat.check as checks
+from heliostat.check import Checked
+from heliostat.config import schema, spec
+from heliostat.config.spec import Job
+from heliostat.errors import ConfigError
+from heliostat.exact_stream import ExactStream
+from heliostat.recipes.protocol import Generated
+from heliostat.run_handle import Run
+
+__all__ = ["Checked", "ExactStream", "Generated", "Job", "Run", "check", "datasets", "generate", "load_job", "prepare", "train"]
+
+Place = str | os.PathLike[str]
+Overrides = Mapping[str, Any] | Sequence[str]
+
+
+def load_job(job: Place | Mapping[str, Any], overrides: Overrides = ()) -> Job:
+    """Loads a job from its YAML file, or from what one would hold; ConfigError names every wrong key.
+
+    `overrides`: {"train.steps": 100}, or ["train.steps=100"] as `--set` takes it. Relative paths are of the current folder.
+    """
+    if isinstance(job, Mapping):
+        return spec.resolve(schema.validate(Job, schema.apply(dict(job), settings(overrides)), "job"))
+    return spec.load(Path(job), settings(overrides))
+
+
+def check(job: Job | Place, cluster: Place | None = None) -> Checked:
+    """Finds everything wrong with a job before anything starts: the model, the machine, the stores, the datasets.
+
+    `cluster`: the file of the cluster that the job is for; the default is this machine, or the cluster of RAY_ADDRESS.
+    """
+    return checks.check(_job(job), Path(cluster) if cluster is not None else None)
+
+
+def prepare(pipeline: Place, overrides: Overrides = (), force: bool = False) -> dict[str, Any]:
+    """Makes a dataset by a pipeline's YAML file; does nothing if it is up to date, unless `force` is given.
+
+    Returns the report that `heliostat prepare --json` prints: dataset, digest, tokens, dropped and more.
+    """
+    from heliostat.pipelines.prepare import prepare as run
+
+    return run(Path(pipeline), settings(overrides), force=force)
+
+
+def train(
+    job: Job | Place,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    allow_data_change: bool = False,
+    verbose: bool = False,
+) -> Run:
+    """Trains a job to its last step, exports and registers its model, and returns the run.
+
+    `resume`: goes on from the run's last checkpoint, if there is one; `overwrite`: deletes the run of this name first;
+    `allow_data_change`: resumes with other data, as a new segment. Blocks; progress goes to standard error. StoppedError after
+    Ctrl-C or SIGTERM, behind a checkpoint.
+    """
+    from heliostat.train.run import train_job
+
+    job = _job(job)
+    train_job(job, resume, overwrite, allow_data_change, verbose)
+    return Run(job.run_folder.uri, job.mlflow.uri)
+
+
+@overload
+def generate(
+    model: Place, prompts: str, *, seed: int = 0, out: str | None = None, tracking_uri: str | None = None, **options: Any
+) -> Generated: ...
+
+
+@overload
+def generate(
+    model: Place,
+    prompts: Sequence[str],
+    *,
+    seed: int = 0,
+    out: str | None = None,
+    tracking_uri: str | None = None,
+    **options: Any,
+) -> list[Generated]: ...
+
+
+def generate(
+    model: Place,
+    prompts: str | Sequence[str],
+    *,
+    seed: int = 0,
+    out: str | None = None,
+    tracking_uri: str | None = None,
+    **options: Any,
+) -> Generated | list[Generated]:
+    """Lets a model write or draw, in this process: one answer to a prompt, or a list of answers, the i-th by seed + i.
+
+    `model`: an exported folder, models:/NAME/VERSION, or a run id; `out`: where an image goes (a text may), or the folder
+    of those of many prompts; `options`: as the command has them, `max_tokens=64`, `steps=20`, each without its dashes.
+    """
+    from heliostat.inference.generate import answer
+    from heliostat.track.mlflow_client import default_uri
+    from heliostat.track.models import resolve
+
+    return answer(resolve(os.fspath(model), tracking_uri or default_uri()), prompts, options, seed, out)
+
+
+def datasets(
+    data: Mapping[str, Any] | Job,
+    *,
+    folder: str,
+    steps: int | None = None,
+    global_batch: int | None = None,
+    held_out: float = 0.0,
+) -> ExactStream:
+    """Plans the exact, elastic order of samples for a `TorchTrainer` of your own: see `heliostat.exact_stream`.
+
+    `data`: the keys of a job's `data`, with `steps`, `global_batch` (samples of a step over all workers) and `held_out` (the
+    fraction of samples that is left out of the order); or a whole Job, which says all of that itself. `folder`: gets the plan,
+    the receipts and the list of bad samples; one that has a plan is gone on with, ConfigError if the samples would be others.
+    """
+    from heliostat.exact_stream import data_job, plan_stream
+
+    if isinstance(data, Job):
+        if steps is not None or global_batch is not None or held_out:
+            raise ConfigError("heliostat.datasets: steps, global_batch and held_out are what the job says; leave them out")
+        return plan_stream(data, folder)
+    if steps is None or global_batch is None:
+        raise ConfigError("heliostat.datasets: give steps and global_batch, the samples of a step over all workers")
+    return plan_stream(data_job(data, steps, global_batch, held_out), folder)
+
+
+def settings(overrides: Overrides) -> list[str]:
+    """The overrides as `--set` takes them."""
+    if isinstance(overrides, Mapping):
+        return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+    return [overrides] if isinstance(overrides, str) else list(overrides)
+
+
+def _job(job: Job | Place) -> Job:
+    return job if isinstance(job, Job) else load_job(job)

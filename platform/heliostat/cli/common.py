@@ -1,0 +1,111 @@
+"""What commands share: the application that they register with, standard output, options, and how a result is printed.
+
+A command prints its result for people, or with `--json` as one object; `finish` ends it. Options and arguments that mean the
+same everywhere are types here, so that their help is written once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Collection
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from heliostat import tables
+from heliostat.errors import ConfigError, HeliostatError
+from heliostat.redact import carries_secret
+from heliostat.text import printable
+
+HELP = {"help_option_names": ["--help", "-h"]}
+
+DATA, TRAINING, MODELS, RUNS = "Data", "Training", "Models", "Runs"  # headings of `heliostat --help`
+SWEEPS, CLUSTERS, JOBS = "Sweeps", "Clusters", "Jobs on clusters"
+PANELS = (DATA, TRAINING, MODELS, RUNS, SWEEPS, CLUSTERS, JOBS)  # in this order
+
+
+class Commands(typer.core.TyperGroup):
+    """Lists the commands of one heading together."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        panels = {name: getattr(command, "rich_help_panel", None) for name, command in self.commands.items()}
+        return sorted(self.commands, key=lambda name: PANELS.index(panels[name]) if panels[name] in PANELS else len(PANELS))
+
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, context_settings=HELP)
+
+
+class Printer(Console):
+    """Standard output: what comes from data moves no cursor and marks up nothing."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(printable(o, lines=True) if isinstance(o, str) else o for o in objects), **{"markup": False, **options})
+
+
+out = Printer(highlight=False, soft_wrap=True, markup=False)
+
+
+def flag(*names: str, help: str, **more: Any) -> Any:
+    """Makes an option without a value."""
+    return typer.Option(*names, help=help, metavar="", **more)
+
+
+JobFile = Annotated[Path, typer.Argument(help="A job file, as jobs/quickstart.yaml", metavar="JOB", show_default=False)]
+Run = Annotated[str, typer.Argument(help="A run id, or a run's folder (STORAGE/NAME)", metavar="RUN", show_default=False)]
+Model = Annotated[
+    str, typer.Argument(help="models:/NAME/VERSION, a run id, or a model's folder", metavar="MODEL", show_default=False)
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the file, as train.optimizer.lr=1e-3; may be repeated"),
+]
+Json = Annotated[bool, flag("--json", help="Print one JSON object, on errors too (docs/cli.md)")]
+Verbose = Annotated[bool, flag("--verbose", "-v", help="Show the logs of Ray and of the workers, and tracebacks")]
+TrackingUri = Annotated[
+    str | None,
+    typer.Option("--mlflow", metavar="URI", help="MLflow's store; the default is MLFLOW_TRACKING_URI, then the quickstart's"),
+]
+
+
+def print_table(rows: list[list[str]], left: Collection[int] = (0,)) -> None:
+    """Prints rows of cells, the head first, none cut; what is piped on has one line a row."""
+    for line in tables.lines(rows, left, out.width if out.is_terminal else None):
+        out.print(line)
+
+
+def store_uri(given: str | None) -> str:
+    """Finds the MLflow store that a command is to ask: as given, of the environment, or the quickstart's."""
+    if given and carries_secret(given):
+        raise ConfigError(
+            "--mlflow: carries a password, which every user of this machine can see; set MLFLOW_TRACKING_URI instead, or "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
+    from heliostat.track.mlflow_client import default_uri
+
+    return given or default_uri()
+
+
+def finish(result: dict[str, Any], json_: bool, fault: HeliostatError | None = None) -> None:
+    """Prints a command's result as one JSON object, if it is asked for; raises `fault`, which then carries the result."""
+    if fault:
+        fault.found = result
+        raise fault
+    if json_:
+        write_json(result)
+
+
+def write_json(result: dict[str, Any]) -> None:
+    """Writes one object on one line; JSON has no NaN and no infinity, so they are null."""
+    sys.stdout.write(json.dumps(_finite(result), allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

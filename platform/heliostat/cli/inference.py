@@ -1,0 +1,106 @@
+"""Models at work: `heliostat generate`, `heliostat evaluate`, `heliostat export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from heliostat.cli.common import MODELS, Json, Model, Run, TrackingUri, app, finish, out, store_uri
+from heliostat.errors import ConfigError
+
+
+@app.command(rich_help_panel=MODELS)
+def generate(
+    model: Model,
+    prompt: Annotated[str | None, typer.Option(help="What the model is to go on from, or to draw")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file with a prompt a line: answered with Ray Data, into --out")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random numbers: the same seed gives the same answer")] = 0,
+    to: Annotated[
+        str | None, typer.Option("--out", help="Where the answer goes; an image needs it, and so does --prompts (a folder)")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="With --prompts: as many models side by side")] = 1,
+    max_tokens: Annotated[int | None, typer.Option(help="Text: at most so many tokens")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Text: 0 takes the likeliest token each time")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Text: choose among the likeliest tokens of this share")] = None,
+    steps: Annotated[int | None, typer.Option(help="Images: steps of the sampler")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Images: how strictly to follow the prompt; 1 is plain")] = None,
+    sampler: Annotated[str | None, typer.Option(help="Images: ddpm, ddim, dpm++ or euler")] = None,
+    grid: Annotated[int | None, typer.Option(help="Images: so many, side by side")] = None,
+    width: Annotated[int | None, typer.Option(help="Images: in pixels")] = None,
+    height: Annotated[int | None, typer.Option(help="Images: in pixels")] = None,
+    mlflow: TrackingUri = None,
+    json_: Json = False,
+) -> None:
+    """Let a model write or draw."""
+    import heliostat.inference.generate as generating
+    from heliostat.track.models import resolve
+
+    given = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "steps": steps, "guidance": guidance,
+             "sampler": sampler, "grid": grid, "width": width, "height": height}  # fmt: skip
+    options = {name: value for name, value in given.items() if value is not None}
+    if (prompt is None) == (prompts is None):
+        raise ConfigError("--prompt: give either one prompt, or a file of them with --prompts")
+    if prompts is not None:
+        if to is None:
+            raise ConfigError("--out: is needed with --prompts; give a folder or an s3:// prefix")
+        asked = generating.read_prompts(prompts)
+        count = generating.generate_many(resolve(model, store_uri(mlflow)), asked, options, seed, to, workers)
+        if not json_:
+            out.print(f"{count:,} answers are in {to}/{generating.RESULTS}")
+        finish({"count": count, "results": f"{to}/{generating.RESULTS}"}, json_)
+        return
+    made = generating.generate(resolve(model, store_uri(mlflow)), str(prompt), options, seed, to)
+    if not json_:
+        out.print(made.shown)
+    finish({"prompt": made.prompt, **made.facts}, json_)
+
+
+@app.command(rich_help_panel=MODELS)
+def evaluate(
+    model: Model,
+    data: Annotated[str, typer.Option(help="A prepared dataset: a folder or s3:// URI", show_default=False)],
+    samples: Annotated[int, typer.Option(min=1, help="At most so many of the held-out ones")] = 256,
+    sequence_length: Annotated[int | None, typer.Option(min=2, help="The default is the model's own")] = None,
+    fraction: Annotated[
+        float | None, typer.Option(min=0.0001, max=0.9999, help="Held-out fraction; the default is the job's, or 0.01")
+    ] = None,
+    mlflow: TrackingUri = None,
+    json_: Json = False,
+) -> None:
+    """Score a model on a dataset's held-out split."""
+    from heliostat.inference.evaluate import evaluate as run
+    from heliostat.track.models import resolve
+
+    scores = run(resolve(model, store_uri(mlflow)), data, samples, sequence_length, fraction)
+    if not json_:
+        out.print("  ".join(f"{k.replace('_', ' ')} {v:.6g}" for k, v in scores.items()))
+    finish(scores, json_)
+
+
+@app.command(rich_help_panel=MODELS)
+def export(
+    run: Run,
+    to: Annotated[Path, typer.Option(help="The folder to write; it must be empty, or not there", show_default=False)],
+    step: Annotated[int | None, typer.Option(help="Of this step's checkpoint; the default is the newest")] = None,
+    mlflow: TrackingUri = None,
+    json_: Json = False,
+) -> None:
+    """Write a run's checkpoint as a Hugging Face folder."""
+    from heliostat.checkpoint import saver
+    from heliostat.inference import export as exporting
+    from heliostat.track.logger import record
+    from heliostat.track.models import find_run
+
+    place = find_run(run, store_uri(mlflow))
+    if step is not None and step not in (there := saver.steps(place)):
+        have = f"there are {', '.join(map(str, there))}" if there else "there is none"
+        raise ConfigError(f"--step {step}: {place} has no checkpoint of it; {have}")
+    found = saver.open_checkpoint(place, step) if step is not None else saver.latest(place)
+    if found is None:
+        raise ConfigError(f"{place}: holds no complete checkpoint")
+    exporting.export(found, to, record(place).get("run_id"))
+    if not json_:
+        out.print(f"step {found.step} of {found.index['name']} is in {to}")
+    finish({"folder": str(to), "step": found.step}, json_)

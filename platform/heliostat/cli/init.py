@@ -1,0 +1,28 @@
+"""`heliostat init`: a workspace to begin with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from heliostat.cli.common import DATA, Json, app, finish, out
+
+
+@app.command(rich_help_panel=DATA)
+def init(
+    folder: Annotated[
+        Path, typer.Argument(help="Becomes the workspace; made if it is missing", show_default="this one")
+    ] = Path(),
+    json_: Json = False,
+) -> None:
+    """Make a workspace: jobs, pipelines and a local cluster to begin with. Files that are there are never overwritten."""
+    from heliostat.workspace_template import create
+
+    written = create(folder)
+    if not json_:
+        out.print(f"{folder} is a workspace with {', '.join(path for path in written if path.endswith('.yaml'))}")
+        go = "" if folder.resolve() == Path.cwd() else f"cd {folder}\n       "
+        out.print(f"\nNext:  {go}heliostat prepare pipelines/quickstart.yaml\n       heliostat train jobs/quickstart.yaml")
+    finish({"folder": str(folder), "files": written}, json_)

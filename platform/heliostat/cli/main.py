@@ -1,0 +1,122 @@
+"""Distributed training on Ray: from raw data, through an exact and elastic run, to a registered model.
+
+Results go to standard output, progress and logs to standard error. With --json a command prints one JSON object, on errors too
+(docs/cli.md).
+
+Exit codes:
+0    done
+1    failed: the run, a check of it, or a machine, store or server that it needs
+2    refused: change the command, a file, a path or credentials first
+130  stopped: by Ctrl-C, a signal or `heliostat stop`
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+
+import heliostat
+from heliostat.cli import logs
+from heliostat.cli.common import app, flag, out, write_json
+from heliostat.errors import HeliostatError
+from heliostat.redact import excepthook, redact
+from heliostat.text import printable
+
+# isort: off
+# They register their commands, in the order in which `heliostat --help` lists those of a heading
+from heliostat.cli import init, data, train, plan, chaos, inference, runs, audit, tune, cluster, jobs  # noqa: F401
+# isort: on
+
+UsageError: Any = typer.BadParameter.__base__  # typer exports only its subclass
+QUIET = {  # other libraries' progress bars and notices, so that ours can be read
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        out.print(f"heliostat {heliostat.__version__}")
+        raise typer.Exit
+
+
+def _help(text: str) -> str:
+    """Makes each paragraph one line, which the terminal wraps; the table of exit codes stays as it is."""
+    return "\n\n".join(p if p.startswith("Exit codes") else " ".join(p.split()) for p in text.split("\n\n"))
+
+
+@app.callback(help=_help(__doc__))
+def heliostat_(
+    version: Annotated[bool, flag("--version", callback=_version, is_eager=True, help="Print the version")] = False,
+) -> None:
+    """Takes the options that stand before a command."""
+
+
+def main() -> None:
+    verbose, json_ = bool({"--verbose", "-v"} & set(sys.argv)), "--json" in sys.argv
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    logs.start(verbose)
+    sys.excepthook = excepthook
+    try:
+        code = _run(json_, verbose)
+    except Exception as e:  # a fault of heliostat's own: its traceback follows
+        if json_:
+            write_json({"error": described(e, 1)})
+        raise
+    finally:
+        atexit.register(_nothing_more)  # now, so that it comes before the exit of what a command has imported
+    sys.exit(code)
+
+
+def _run(json_: bool, verbose: bool) -> int:
+    """Runs the command that was typed, and tells of what ended it; returns the exit code."""
+    e: BaseException
+    try:
+        if (code := app(standalone_mode=False) or 0) != 130:
+            return code
+        e, code, line, found = KeyboardInterrupt(), 130, "interrupted", {}  # typer makes an exit of Ctrl-C, and says nothing
+    except HeliostatError as error:
+        if verbose:
+            logging.getLogger("heliostat").exception("traceback")
+        e, code, line, found = error, error.exit_code, f"error: {error}", error.found
+    except UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            sys.stderr.write(f"{error.format_message()}\n")
+            return 2
+        e, code, line, found = error, 2, f"error: {usage(error)}", {}
+    except (KeyboardInterrupt, typer.Abort) as error:
+        e, code, line, found = error, 130, "interrupted", {}
+    sys.stderr.write(f"{printable(line, lines=True)}\n")
+    if json_:
+        write_json({**found, "error": described(e, code)})
+    return code
+
+
+def usage(error: Any) -> str:
+    """What is wrong with a command line, in one line that names the help to read."""
+    said = error.format_message().strip().removesuffix(".")
+    where = f"{error.ctx.command_path} --help" if error.ctx else "heliostat --help"
+    return f"{said}; see `{where}`"
+
+
+def described(error: BaseException, code: int) -> dict[str, Any]:
+    """The `error` of a JSON answer."""
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        return {"type": "Interrupted", "message": "interrupted", "exit_code": code}
+    if isinstance(error, UsageError):
+        return {"type": "UsageError", "message": usage(error), "exit_code": code}
+    return {"type": type(error).__name__, "message": redact(str(error)), "exit_code": code}
+
+
+def _nothing_more() -> None:
+    """The result is the last line of standard output: Ray, as it ends, may have something to say after it."""
+    sys.stdout.flush()
+    sys.stdout = sys.stderr

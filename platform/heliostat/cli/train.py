@@ -1,0 +1,127 @@
+"""Training: `heliostat check`, `heliostat train`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from heliostat.cli.common import TRAINING, JobFile, Json, Settings, Verbose, app, finish, flag, out, store_uri
+from heliostat.errors import ConfigError
+
+if TYPE_CHECKING:
+    from heliostat.config.spec import Job
+
+
+@app.command(rich_help_panel=TRAINING)
+def check(
+    job: JobFile,
+    setting: Settings = None,
+    offline: Annotated[bool, flag("--offline", help="Leave out datasets, stores and machines")] = False,
+    cluster: Annotated[
+        Path | None, typer.Option(help="The file of the cluster that the job is for; the default is this machine")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Find everything wrong with a job before anything starts."""
+    import heliostat.check as checks
+
+    wanted = checks.load_job(job, setting)
+    found: dict[str, Any] = {"file": str(job), "name": wanted.name, "offline": offline}
+    if offline:
+        checks.check_job(wanted)
+        told = "the file and the model are right; datasets, stores and machines were not looked at"
+    else:
+        checked = checks.check(wanted, cluster)
+        shape, steps, samples = checked.plan.shape, checked.job.train.steps, int(checked.order.epoch_samples.sum())
+        found |= {"samples": samples, "steps": steps, "epochs": steps * shape.batch / samples, "lanes": shape.lanes,
+                  "superstep": shape.superstep, "window": shape.window}  # fmt: skip
+        told = (f"right. {samples:,} training samples, {found['epochs']:.2f} epochs in {steps:,} steps; "
+                f"{shape.lanes} lanes, supersteps of {shape.superstep} steps, windows of {shape.window:,} samples")  # fmt: skip
+    if not json_:
+        out.print(f"{job}: {told}")
+    finish(found, json_)
+
+
+@app.command(rich_help_panel=TRAINING)
+def train(
+    job: Annotated[Path | None, typer.Argument(help="A job file; none with --from-sweep", show_default=False)] = None,
+    setting: Settings = None,
+    resume: Annotated[bool, flag("--resume", help="Go on from the run's last checkpoint, if there is one")] = False,
+    overwrite: Annotated[bool, flag("--overwrite", help="Delete the run of this name and start anew")] = False,
+    allow_data_change: Annotated[
+        bool, flag("--allow-data-change", help="Resume with other data: a new segment of the run")
+    ] = False,
+    alias: Annotated[str | None, typer.Option(help="That the registered model gets, as candidate (mlflow.alias)")] = None,
+    dry_run: Annotated[bool, flag("--dry-run", help="Train nothing: work out every rank's share, in this process alone")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="For --dry-run: as many ranks, instead of workers.count")] = None,
+    from_sweep: Annotated[str | None, typer.Option(help="A sweep's folder or name: train the job that it found")] = None,
+    best: Annotated[bool, flag("--best", help="With --from-sweep: the job of its best trial")] = False,
+    json_: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train a job: Ray Data streams its samples into DeepSpeed workers; the model ends in MLflow."""
+    setting = [*(setting or []), *([f"mlflow.alias={alias}"] if alias else [])]
+    if (job is None) == (from_sweep is None) or best != (from_sweep is not None):
+        raise ConfigError("give a job file, or --from-sweep SWEEP --best")
+    if from_sweep is not None:
+        from heliostat.cli.tune import write_best
+
+        job = write_best(from_sweep)
+    assert job
+    if dry_run:
+        from heliostat.cli.plan import show_dry_run
+
+        show_dry_run(job, setting, workers, json_)
+        return
+    if workers is not None:
+        raise ConfigError("--workers goes with --dry-run; to train with another number use --set workers.count=N")
+    import psutil
+
+    from heliostat.check import load_job
+    from heliostat.train.run import train_job
+
+    wanted, began = load_job(job, setting), psutil.Process().create_time()
+    result = train_job(wanted, resume, overwrite, allow_data_change, verbose, started=began)
+    if not json_:
+        _print_result(result)
+        out.print("\n" + "\n".join(f"{'Next:  ' if i == 0 else ' ' * 7}{c}" for i, c in enumerate(next_commands(result, wanted))))
+    finish(result, json_)
+
+
+def _print_result(result: dict[str, Any]) -> None:
+    for sample in result["samples"]:
+        out.rule(f"prompt: {sample['prompt']!r}", align="left")
+        out.print(sample["prompt"] + sample["text"])
+    out.rule()
+    if result["eval"]:
+        scores = "  ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in result["eval"].items())
+        out.print(f"held-out: {scores}")
+    for name, entropy in result["reference"].items():
+        if entropy:
+            out.print(f"for comparison: the unigram entropy of {name} is {entropy:.4g} nats a token")
+    split = ", ".join(f"{k.replace('_', ' ')} {v:.1f}" for k, v in result["startup"].items())
+    split = f" ({split})" if split else ""  # it went with a driver that died behind the last step
+    out.print(f"{result['tokens_per_second']:,.0f} {result['unit']}/s, data wait {result['data_wait']:.2%}; "
+              f"{result['seconds_to_first_step']:.1f} s to the first step{split}")  # fmt: skip
+    if "goodput" in result:  # a run of an older version has none
+        from heliostat.runs import goodput as accounting
+
+        out.print(accounting.line(result["goodput"]))
+    out.print(f"model {result['model_uri'] or 'not logged'}, run {result['run_id']}, checkpoint {result['checkpoint']}")
+
+
+def next_commands(result: dict[str, Any], job: Job) -> list[str]:
+    """Commands that work with what this run has made: its model, its folder, its MLflow store."""
+    store = [] if job.mlflow.uri == store_uri(None) else ["--mlflow", job.mlflow.uri]
+    uri = result["model_uri"] or ""  # of a recipe that is not served: none
+    model = result["run_id"] if uri.startswith("models:/m-") else uri
+    commands = []
+    if model and result["samples"]:
+        drawn = ["--out", "sample.png"] if result["unit"] == "samples" else []
+        commands.append(["heliostat", "generate", model, "--prompt", result["samples"][0]["prompt"], *drawn, *store])
+    commands.append(["heliostat", "verify", str(job.run_folder)])
+    commands.append(["heliostat", "ui", *store])
+    return [shlex.join(words) for words in commands]

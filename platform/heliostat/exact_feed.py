@@ -1,0 +1,142 @@
+"""The worker's side of an `ExactStream`: its share of every step's samples, and the receipts of what came.
+
+Rank 0 starts the Ray Dataset, in the worker itself, because only there it is known at which step the checkpoint stands; the
+others get their parts from it. The stream ends with the workers, and begins anew wherever the next ones start.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from ray import cloudpickle
+
+from heliostat import run_folder
+from heliostat.data import receipt, stream
+from heliostat.data.content import Content
+from heliostat.data.dataset import open_dataset, sample_bytes
+from heliostat.errors import ConfigError
+from heliostat.runs import segments
+from heliostat.runs.history import receipts
+from heliostat.storage import Location
+from heliostat.train.worker import bad_samples
+
+if TYPE_CHECKING:
+    from heliostat.exact_stream import ExactStream
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A worker's share of a step: `content` is int32 [samples, sequence_length] of tokens, or an Arrow table of rows.
+
+    `step`: counted from 1; `lanes`: the canonical ranks whose samples they are, in this order; `replaced`: how many of the
+    samples stand in for bad ones.
+    """
+
+    step: int
+    content: Content
+    lanes: range
+    replaced: int
+
+
+class Feed(Iterator[Batch]):
+    """A worker's batches, one a step, from the step that it was opened at to the last."""
+
+    def __init__(self, of: ExactStream, step: int) -> None:
+        if not dist.is_initialized():
+            raise ConfigError("ExactStream.start: call it in the training function of a TorchTrainer, on every worker")
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.job, self.plan, self.folder = of.job, of.plan, Location(of.folder)
+        self.done, self.last_step = step, of.steps
+        if self.world not in of.workers:
+            raise ConfigError(
+                f"ExactStream.start: {self.world} workers do not divide the stream's {self.plan.shape.lanes} lanes; use "
+                f"{' or '.join(map(str, of.workers))}"
+            )
+        if not 0 <= step <= of.steps:
+            raise ConfigError(f"ExactStream.start: step {step} is not between 0 and the stream's {of.steps}")
+        self.group = dist.new_group(backend="gloo")  # for what is on the CPU, whatever the training's own is
+        self.dataset = open_dataset(self.plan)
+        self.chain, self.replaced = self._begin(step)  # of the run; of what came before, on rank 0
+        self._digests: list[list[int]] = []  # since the last receipt
+        self._bad: list[dict[str, Any]] = []
+        self._parts = self._share() if step < of.steps else []
+        if self._parts:
+            order, part = self.dataset.order, self._parts[self.rank]
+            self._samples = stream.iterate(part, self.plan, order, self.rank, self.world, step)
+
+    def __next__(self) -> Batch:
+        if self.done == self.last_step:
+            raise StopIteration
+        mine, index = self._samples.next_step(), self.done
+        self.done += 1
+        self._digests.append(mine.digests)
+        self._bad += [{"step": index, **dataclasses.asdict(bad)} for bad in mine.bad]
+        self.replaced += len(mine.bad)
+        for bad in mine.bad:
+            log.warning("step %d: a bad sample was replaced: %s", self.done, bad.reason)
+        return Batch(self.done, mine.content, mine.lanes, len(mine.bad))
+
+    def receipt(self) -> dict[str, Any]:
+        """Seals the steps that came since the last receipt; {"steps", "chain", "replaced"} of the run so far. Collective.
+
+        Call it before the checkpoint of these steps is reported: a run goes on only from a step that has one. DataError if more
+        bad samples were replaced than `data.max_bad_fraction` allows.
+        """
+        done = self.done
+        if self._digests:
+            mine = torch.tensor(self._digests, dtype=torch.int64)
+            parts = [torch.empty_like(mine) for _ in range(self.world)]
+            dist.all_gather(parts, mine, group=self.group)
+            digests = receipt.step_digests(receipt.in_lane_order([part.numpy() for part in parts]))
+            self.chain = receipt.extend(self.chain, digests)
+            if self.rank == 0:
+                sealed = receipt.seal(done - len(digests), digests, self.chain, self.plan.digest)
+                run_folder.receipt(self.folder, done).write(sealed)
+        replaced = bad_samples.collect(self.folder, done, self._bad, self.replaced, self.dataset, self.group)
+        self._digests, self._bad = [], []
+        bad_samples.check_budget(replaced, done, self.job, self.dataset.order)
+        return {"steps": done, "chain": self.chain, "replaced": replaced}
+
+    def close(self) -> None:
+        """Ends the stream before its last step; it ends by itself with the workers."""
+        if self._parts and self.rank == 0:
+            stream.end(self._parts)
+        self._parts = []
+
+    def _begin(self, step: int) -> tuple[str, int]:
+        """Makes the folder ready; the receipts' chain up to the step, and, on rank 0, how many bad samples came before it."""
+        found = [("", 0, "")]
+        if self.rank == 0:
+            ends = {r.end: r.chain for r in receipts(self.folder)} | {0: receipt.GENESIS}
+            if step in ends:
+                segments.begin(self.folder, self.plan, step)
+                listed = self.folder.join(run_folder.QUARANTINE)
+                found = [(ends[step], sum(len(listed.join(name).read().splitlines()) for name, _ in listed.files()), "")]
+            else:
+                known = ", ".join(map(str, sorted(ends)))
+                found = [("", 0, f"no receipt in {self.folder} ends at step {step}; go on from one of {known}")]
+        dist.broadcast_object_list(found, src=0, group=self.group)
+        chain, replaced, fault = found[0]
+        if fault:
+            raise ConfigError(f"ExactStream.start: {fault}")
+        return chain, replaced if self.rank == 0 else 0
+
+    def _share(self) -> list[Any]:
+        """Every worker's part of the stream, which rank 0 starts."""
+        packed = [b""]
+        if self.rank == 0:
+            data = self.job.data
+            task = stream.fetch(self.plan, self.dataset.order, self.done, self.last_step, data.on_bad_sample == "replace")
+            size = sample_bytes(data.sequence_length, self.dataset.sources)
+            made = stream.dataset(task, max(2, self.world), data.memory_limit, size, data.labels)
+            packed = [cloudpickle.dumps(stream.split(made, self.world))]
+        dist.broadcast_object_list(packed, src=0, group=self.group)
+        return cloudpickle.loads(packed[0])

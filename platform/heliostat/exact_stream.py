@@ -1,0 +1,108 @@
+"""The exact, elastic order of samples for a training loop of your own, under Ray Train's `TorchTrainer`.
+
+    stream = heliostat.datasets({"sources": [{"path": "data"}], "sequence_length": 256, "lanes": 4}, steps=100, global_batch=8,
+                                folder="runs/mine")
+
+    def loop(config):                             # on every worker
+        feed = config["stream"].start(done)       # the steps that your checkpoint holds; 0 at first
+        for batch in feed:                        # batch.step, batch.content: this worker's share of the step's global batch
+            ...
+            receipt = feed.receipt()              # wherever you save a checkpoint: behind the step that came last
+
+Every step's global batch follows from the data, the seed and the step: it is the same on any number of workers that divides the
+lanes. The folder gets the data plan, the receipts and the list of bad samples, so that `heliostat verify FOLDER` can check it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from heliostat.check import check_data
+from heliostat.config import schema, spec, workspace
+from heliostat.config.spec import Job
+from heliostat.data.dataset import DataPlan
+from heliostat.data.manifest import Manifest
+from heliostat.errors import ConfigError
+from heliostat.runs import segments
+from heliostat.storage import Location
+
+if TYPE_CHECKING:  # with torch and Ray, which workers need and those who plan do not
+    from heliostat.exact_feed import Feed
+
+
+class AnySamples:
+    """The least of a recipe: takes samples of the kind that the job asks for, whatever is in them."""
+
+    def __init__(self, job: Job) -> None:
+        self.kind = "tokens" if job.data.sequence_length else "rows"
+
+    def bind(self, sources: list[Manifest]) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class ExactStream:
+    """Plain data: give it to the workers in `train_loop_config`."""
+
+    job: Job
+    plan: DataPlan
+    folder: str  # of the plan, the receipts and the list of bad samples
+
+    @property
+    def steps(self) -> int:
+        """How many steps there are."""
+        return self.job.last_step
+
+    @property
+    def workers(self) -> list[int]:
+        """The numbers of workers that can share it: each divides the lanes."""
+        return spec.divisors(self.plan.shape.lanes)
+
+    def start(self, step: int = 0) -> Feed:
+        """Opens this worker's share of the steps behind `step`, up to the last. Collective: all call it, with the same step.
+
+        ConfigError if the number of workers does not divide the lanes, or if no receipt ends at the step. What the folder holds
+        of later steps is removed: they come anew.
+        """
+        from heliostat.exact_feed import Feed
+
+        return Feed(self, step)
+
+
+def plan_stream(job: Job, folder: str) -> ExactStream:
+    """Plans a job's data; where the folder has a plan, goes on by that: ConfigError if the samples would be others."""
+    place = Location(folder).absolute(workspace.root())
+    place.probe()
+    recorded = next(reversed(segments.read(place)), None)
+    checked = check_data(job, AnySamples(job), recorded)  # type: ignore[arg-type]
+    if recorded and (changes := recorded.differences(checked.plan)):
+        raise ConfigError(
+            f"{place}: holds the data plan of other samples; undo this, or give another folder:\n  " + "\n  ".join(changes)
+        )
+    return ExactStream(checked.job, checked.plan, str(place))
+
+
+def data_job(data: Mapping[str, Any], steps: int, global_batch: int, held_out: float) -> Job:
+    """Makes a job that says no more than its data, by the rules and in the keys of a job file's."""
+    lanes = data.get("lanes")
+    divides = isinstance(lanes, int) and isinstance(global_batch, int) and lanes > 0 and global_batch % lanes == 0
+    raw: dict[str, Any] = {
+        "name": "stream",
+        "recipe": "heliostat.exact_stream:AnySamples",
+        "model": {},
+        "data": dict(data),
+        "train": {
+            "steps": steps,
+            "global_batch": global_batch,
+            "micro_batch": global_batch // lanes if divides else 1,  # type: ignore[operator]
+            "optimizer": {"lr": 1.0},
+        },
+        "checkpoint": {"every": 1},
+        "storage": ".",
+        "mlflow": {"uri": "sqlite:///none", "experiment": "none"},
+    }
+    if held_out:
+        raw["evaluate"] = {"every": 1, "fraction": held_out}
+    return spec.resolve(schema.validate(Job, raw, "heliostat.datasets"))

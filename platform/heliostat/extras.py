@@ -1,0 +1,44 @@
+"""What `pip install heliostat` leaves out: which extra brings a module, and the one line that says so where it is missing.
+
+    require("images", "diffusers")     # before anything expensive starts
+
+pyproject.toml says what is in an extra; MODULES says by which of its modules it is missed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+from heliostat.errors import MissingExtraError
+
+MODULES = {
+    "images": ("diffusers", "PIL", "sklearn"),
+    "tune": ("optuna",),
+    "server": ("psycopg", "flask_wtf"),
+    "gcp": ("googleapiclient", "google_auth_httplib2"),
+    "s3-test": ("moto",),
+    "browser-test": ("selenium",),
+}
+
+
+def require(extra: str, *modules: str, what: str = "this") -> None:
+    """Raises MissingExtraError, which names `what` needs them, if a module of the extra is not installed."""
+    unknown = set(modules) - set(MODULES[extra])
+    assert modules and not unknown, f"the extra {extra!r} does not bring {unknown or 'nothing'}"
+    for module in modules:
+        if find_spec(module) is None:
+            raise MissingExtraError(f"{what} needs {advice(extra)} (there is no module {module!r})")
+
+
+def advice(extra: str) -> str:
+    return f"the extra {extra!r}: pip install 'heliostat[{extra}]'"
+
+
+def bringing(module: str) -> str | None:
+    """The extra that brings a module (or the package that it is in); None if none does."""
+    return next((extra for extra, found in _pairs() if module == found or module.startswith(f"{found}.")), None)
+
+
+def _pairs() -> Iterator[tuple[str, str]]:
+    return ((extra, module) for extra, modules in MODULES.items() for module in modules)

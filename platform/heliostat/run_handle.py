@@ -1,0 +1,154 @@
+"""A run as its folder tells it, for Python: curves, checkpoints, receipts, an export, answers of its model.
+
+run = heliostat.Run(".heliostat/runs/quickstart")     # or an MLflow run id
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+from heliostat import run_folder
+from heliostat.config.spec import Job
+from heliostat.errors import CheckpointError
+from heliostat.storage import Location
+
+if TYPE_CHECKING:  # with torch, which takes a second
+    from heliostat.checkpoint.layout import Checkpoint
+    from heliostat.recipes.protocol import Generated
+    from heliostat.runs.history import Receipt
+
+
+class Run:
+    """ConfigError if there is no such run. What it tells is read when it is asked for, so a run under way can be looked into."""
+
+    def __init__(self, run: str | os.PathLike[str], tracking_uri: str | None = None) -> None:
+        """`run`: its folder (STORAGE/NAME, also on S3) or its MLflow run id; `tracking_uri`: of the store that knows the id."""
+        from heliostat.track.mlflow_client import default_uri
+        from heliostat.track.models import find_run
+
+        self._place: Location = find_run(os.fspath(run), tracking_uri or default_uri())
+
+    def __repr__(self) -> str:
+        return f"heliostat.Run({self.folder!r})"
+
+    @property
+    def folder(self) -> str:
+        return str(self._place)
+
+    @property
+    def name(self) -> str:
+        return self._place.name
+
+    @property
+    def run_id(self) -> str | None:
+        """The MLflow run's; None before MLflow has it."""
+        from heliostat.runs.mlflow_id import record
+
+        return record(self._place).get("run_id")
+
+    @property
+    def job(self) -> Job:
+        """The job as the newest checkpoint records it; CheckpointError if there is none."""
+        return self._checkpoint(None).job
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """What `heliostat train --json` printed at the end; None before that."""
+        try:
+            return json.loads(self._place.join(run_folder.RESULT).read())
+        except FileNotFoundError:
+            return None
+
+    def metrics(self) -> dict[str, dict[int, float]]:
+        """Every curve up to the newest checkpoint, by its name in MLflow (`train/loss`, `eval/loss`, ...): values by step.
+
+        Steps count what is done: 1 is the first.
+        """
+        from heliostat.track.local_curves import read
+
+        curves = dict[str, dict[int, float]]()
+        for point in read(self._place):
+            curves.setdefault(point.key, {})[point.step] = point.value
+        return curves
+
+    def losses(self) -> dict[int, float]:
+        """The training loss of every step, 1 the first, up to the newest checkpoint."""
+        return self.metrics().get("train/loss", {})
+
+    def checkpoints(self) -> list[dict[str, Any]]:
+        """The checkpoints, ascending by step: {step, bytes, whole, fault, kept, written, world_size, zero_stage, metrics}.
+
+        `written`: seconds since 1970; one that is not whole has a fault, and nothing from `written` on.
+        """
+        from heliostat.checkpoint.retention import survey
+
+        return survey(self._place)
+
+    def receipts(self) -> list[Receipt]:
+        """The receipts, in order: each of the steps `first` + 1 to `end`, a digest a step, and the chain behind them."""
+        from heliostat.runs.history import receipts
+
+        return receipts(self._place)
+
+    def samples(self, step: int) -> list[dict[str, Any]]:
+        """The samples of a step, counted from 1: {lane, place, source, shard, row_group, row, epoch, text, replaces}."""
+        from heliostat.runs.samples import samples
+
+        return samples(self._place, step)
+
+    def verify(self) -> dict[str, Any]:
+        """Recomputes every receipt from the shards: {ok, steps, samples, lost, repeated, replaced, first_difference}."""
+        from heliostat.runs.verify import verify
+
+        return verify(self._place)
+
+    def goodput(self) -> dict[str, Any]:
+        """Where the time went, in seconds, over all restarts: {total_s, parts, goodput, attempts, ...}."""
+        from heliostat.runs.goodput import read_report
+
+        return read_report(self._place)
+
+    def export(self, to: str | os.PathLike[str], step: int | None = None) -> Path:
+        """Writes a checkpoint (the newest, if no step is given) as a folder that `from_pretrained` loads; returns it.
+
+        ConfigError if the folder is there and not empty; CheckpointError if there is no such checkpoint.
+        """
+        from heliostat.inference.export import export
+
+        folder = Path(to)
+        export(self._checkpoint(step), folder, self.run_id)
+        return folder
+
+    @overload
+    def generate(
+        self, prompts: str, *, step: int | None = None, seed: int = 0, out: str | None = None, **options: Any
+    ) -> Generated: ...
+
+    @overload
+    def generate(
+        self, prompts: Sequence[str], *, step: int | None = None, seed: int = 0, out: str | None = None, **options: Any
+    ) -> list[Generated]: ...
+
+    def generate(
+        self, prompts: str | Sequence[str], *, step: int | None = None, seed: int = 0, out: str | None = None, **options: Any
+    ) -> Generated | list[Generated]:
+        """Lets the model of a checkpoint (the newest, if no step is given) write or draw: as `heliostat.inference.generate`."""
+        from heliostat.inference.generate import answer
+
+        with tempfile.TemporaryDirectory(prefix="heliostat-") as folder:
+            return answer(self.export(Path(folder) / "model", step), prompts, options, seed, out)
+
+    def _checkpoint(self, step: int | None) -> Checkpoint:
+        from heliostat.checkpoint import layout
+
+        if step is not None:
+            return layout.open_checkpoint(self._place, step)
+        found = layout.latest(self._place)
+        if found is None:
+            raise CheckpointError(f"{self._place}: holds no complete checkpoint")
+        return found

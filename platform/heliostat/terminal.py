@@ -1,0 +1,26 @@
+"""The terminal of a person: one console for standard error, so that a live line and log lines do not write over each other."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+console = Console(stderr=True)
+
+
+def duration(seconds: float) -> str:
+    """Says a time in the two largest units that it has, as `42 s`, `5 min 10 s`, `3 h 20 min` or `2 d 4 h`."""
+    whole = max(0, round(seconds))
+    for size, unit, smaller, name in ((86_400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // smaller} {name}"
+    return f"{whole} s"
+
+
+def fit(parts: list[tuple[int, str]], width: int, gap: str = "  ") -> str:
+    """Joins texts to one line of at most `width`: those of the highest rank number are left out first, and what stays keeps
+    its order. The first part alone is cut rather than left out."""
+    kept = [(rank, text) for rank, text in parts if text]
+    while len(kept) > 1 and len(gap.join(text for _, text in kept)) > width:
+        kept.remove(max(kept[1:], key=lambda one: one[0]))
+    line = gap.join(text for _, text in kept)
+    return line if len(line) <= width else line[: max(0, width - 1)] + "…"

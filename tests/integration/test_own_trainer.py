@@ -1,0 +1,27 @@
+"""The exact stream in a TorchTrainer that is not heliostat's: the same samples whatever the workers, and receipts that verify."""
+
+from __future__ import annotations
+
+import heliostat
+import pytest
+from heliostat.errors import ConfigError
+
+from jobs.examples import own_trainer
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+def test_another_number_of_workers_goes_on_with_the_same_samples_and_the_receipts_verify(corpus, tmp_path):
+    """Two workers up to step 6, then one to step 12: the receipts are what the plan, which knows no workers, gives."""
+    first = own_trainer.run(corpus, tmp_path, workers=2, steps=6, every=3)
+    went_on = own_trainer.run(corpus, tmp_path, workers=1, steps=12, every=3)
+    assert (first["steps"], went_on["steps"], first["replaced"], went_on["replaced"]) == (6, 12, 0, 0)
+    assert went_on["loss"] < first["loss"]
+    run = heliostat.Run(tmp_path / "stream")
+    assert [(r.first, r.end) for r in run.receipts()] == [(0, 3), (3, 6), (6, 9), (9, 12)]
+    assert run.receipts()[1].chain == first["chain"] and run.receipts()[3].chain == went_on["chain"]
+    report = run.verify()
+    assert report["ok"] and (report["steps"], report["samples"]) == (12, 12 * 16) and report["lost"] == report["repeated"] == 0
+    with pytest.raises(ConfigError, match=r"holds the data plan of other samples(.|\n)*data\.seed"):
+        heliostat.datasets({"sources": [{"path": corpus}], "sequence_length": 64, "lanes": 4, "seed": 1}, steps=12,
+                           global_batch=16, folder=str(tmp_path / "stream"))  # fmt: skip

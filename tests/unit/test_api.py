@@ -1,0 +1,138 @@
+"""The Python API: what `import heliostat` shows, that it costs nothing until it is used, and what it says of bad input."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import json
+import re
+import subprocess
+import sys
+import typing
+from pathlib import Path
+from types import ModuleType
+
+import heliostat
+import pytest
+from heliostat import api
+from heliostat.errors import ConfigError, MissingDataError
+from ray import cloudpickle
+
+from tests.unit.build_job import raw, write
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "python-api.md").read_text()
+NAMES = ["Checked", "ExactStream", "Generated", "Job", "Run", "check", "datasets", "generate", "load_job", "prepare", "train"]
+
+
+def test_importing_heliostat_imports_nothing_else_and_shows_every_name():
+    code = "import sys; before = set(sys.modules); import heliostat; names = dir(heliostat)\n"
+    code += "import json; print(json.dumps([names, sorted(set(sys.modules) - before)]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    names, modules = json.loads(done.stdout)
+    assert set(NAMES) <= set(names) and heliostat.__all__ == NAMES == api.__all__
+    assert not {m.partition(".")[0] for m in modules} - set(sys.stdlib_module_names) - {"heliostat"}
+    assert [m for m in modules if m.startswith("heliostat")] == ["heliostat"]
+
+
+def test_a_job_is_loaded_without_torch_ray_or_mlflow():
+    code = "import heliostat, sys; heliostat.load_job('jobs/quickstart.yaml')\n"
+    code += "print({'torch', 'ray', 'mlflow'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_resolves_is_typed_and_is_explained(name):
+    found = getattr(heliostat, name)
+    assert callable(found) and f"`{name}" in PAGE
+    if isinstance(found, type):
+        members = [(n, m) for n, m in vars(found).items() if not n.startswith("_")] if name == "Run" else []
+    else:
+        members = [(name, getattr(api, name))]
+        assert str(inspect.signature(found)) == str(inspect.signature(getattr(api, name)))
+    for member, value in members:
+        assert member in PAGE, f"docs/python-api.md does not tell of {member}"
+        function = value.fget if isinstance(value, property) else value
+        missing = [p for p in [*inspect.signature(function).parameters, "return"] if p not in function.__annotations__]
+        assert (missing in ([], ["self"]) and function.__doc__) or member in ("folder", "name")
+
+
+def test_type_checkers_see_the_names_that_python_sees():
+    """`py.typed` is shipped, and the names under TYPE_CHECKING are those of `dir`."""
+    tree = ast.parse((ROOT / "platform/heliostat/__init__.py").read_text())
+    (block,) = [n for n in tree.body if isinstance(n, ast.If)]
+    seen = [a.asname for n in block.body if isinstance(n, ast.ImportFrom) and n.module == "heliostat.api" for a in n.names]
+    assert seen == NAMES and (ROOT / "platform/heliostat/py.typed").is_file()
+    hints = typing.get_type_hints(api.train, vars(api))
+    assert hints["return"] is heliostat.Run
+
+
+@pytest.mark.parametrize("name", heliostat.MODULES)
+def test_a_module_that_is_called_is_a_module_all_the_same(name):
+    """`heliostat.train(job)` and `heliostat.train.run` both work, in whatever order they are asked for, and on workers."""
+    module = getattr(heliostat, name)
+    assert module is importlib.import_module(f"heliostat.{name}") and isinstance(module, ModuleType)
+    assert cloudpickle.loads(cloudpickle.dumps(module)) is module
+    code = f"import heliostat, heliostat.errors, heliostat.{name}; from heliostat import {name} as m\n"
+    code += f"print(m is heliostat.{name}, callable(m), type(m).__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == ["True", "True", "CallableModule"]
+
+
+def test_overrides_are_keys_and_values_or_what_set_takes(tmp_path):
+    path = write(tmp_path)
+    by_dict = heliostat.load_job(path, {"train.steps": 7, "train.optimizer.lr": 1e-5, "name": "7", "data.labels": {"a": "b"}})
+    by_text = heliostat.load_job(str(path), ["train.steps=7", "train.optimizer.lr=1e-5", "name='7'", "data.labels={a: b}"])
+    assert by_dict == by_text and (by_dict.train.steps, by_dict.name) == (7, "7")
+    assert heliostat.load_job(raw(), "train.steps=7").train.steps == 7
+    assert (
+        heliostat.load_job(raw(**{"train.steps": 7}), {"name": "7", "train.optimizer.lr": 1e-5, "data.labels.a": "b"}) == by_dict
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "line"),
+    [
+        (lambda: heliostat.load_job("nowhere.yaml"), r"nowhere\.yaml: no such file"),
+        (lambda: heliostat.load_job(raw(**{"train.stepz": 1})), r"job: train\.stepz: unknown key; did you mean 'steps'\?"),
+        (
+            lambda: heliostat.check(heliostat.load_job(raw(recipe="heliostat.recipes:Nothing"))),
+            r"recipe: heliostat\.recipes has no 'Nothing'",
+        ),
+        (lambda: heliostat.Run("runs/none"), r"none: holds no run"),
+        (lambda: heliostat.generate("0" * 31, "x"), r"is no model: give models:/NAME/VERSION"),
+        (lambda: heliostat.datasets({"sources": []}, folder="f"), r"heliostat\.datasets: give steps and global_batch"),
+        (
+            lambda: heliostat.datasets({"sources": [{"path": "d"}], "lanes": 3}, steps=1, global_batch=8, folder="f"),
+            r"heliostat\.datasets: data\.lanes: 3 must divide train\.global_batch 8",
+        ),
+        (
+            lambda: heliostat.datasets({"sources": [{"path": "d"}], "lane": 3}, steps=1, global_batch=8, folder="f"),
+            r"heliostat\.datasets: data\.lane: unknown key; did you mean 'lanes'\?",
+        ),
+        (
+            lambda: heliostat.datasets(heliostat.load_job(raw()), steps=1, folder="f"),
+            r"heliostat\.datasets: steps, global_batch and held_out are what the job says",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_that_names_it(call, line, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=line) as e:
+        call()
+    assert "\n" not in str(e.value)
+
+
+def test_a_dataset_that_is_missing_says_so_and_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MissingDataError, match=r"data\.sources\.0\.path: "):
+        heliostat.datasets({"sources": [{"path": "d"}], "sequence_length": 8}, steps=1, global_batch=8, folder="f")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_page_tells_of_no_name_that_there_is_not():
+    for name in re.findall(r"heliostat\.([A-Za-z_]+)\(", PAGE):
+        assert name in NAMES, name

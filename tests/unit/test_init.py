@@ -1,0 +1,73 @@
+"""`heliostat init`: a workspace in any folder, the same files as heliostat's own, and nothing of a person's overwritten."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from heliostat.cli.main import app
+from heliostat.errors import ConfigError
+from heliostat.workspace_template import create
+from typer.testing import CliRunner
+
+ROOT = Path(__file__).parents[2]
+TEMPLATE = ROOT / "platform" / "heliostat" / "template"
+
+
+def written(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_the_files_are_those_of_heliostats_own_workspace():
+    """One source in two places: whoever changes jobs/quickstart.yaml copies it to the template."""
+    shipped = {path: (ROOT / path).read_bytes() for path in written(TEMPLATE) if path != "gitignore"}
+    assert written(TEMPLATE).keys() - shipped.keys() == {"gitignore"}
+    stale = [path for path, content in shipped.items() if (TEMPLATE / path).read_bytes() != content]
+    assert not stale, f"cp {stale[0]} platform/heliostat/template/{stale[0]}"
+    quickstart = {str(p.relative_to(ROOT)) for f in ("jobs", "pipelines") for p in (ROOT / f).rglob("quickstart*.yaml")}
+    assert shipped.keys() == quickstart | {"clusters/local.yaml"}
+
+
+def test_a_workspace_is_made_in_a_new_folder_and_the_next_commands_are_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["init", "a/mine"])
+    assert done.exit_code == 0, done.output
+    told = done.stdout.split()
+    assert "a/mine" in told and "cd a/mine heliostat prepare pipelines/quickstart.yaml" in " ".join(told)
+    made = written(tmp_path / "a" / "mine")
+    assert made.pop(".gitignore").decode().splitlines() == [".heliostat/", ".venv/", "__pycache__/"]
+    assert made == {path: content for path, content in written(TEMPLATE).items() if path != "gitignore"}
+    monkeypatch.chdir(tmp_path / "a")
+    (tmp_path / "a" / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "a" / "other")
+    report = json.loads(CliRunner().invoke(app, ["init", "--json"]).stdout)
+    assert report == {"folder": ".", "files": sorted([*made, ".gitignore"])}
+
+
+def test_what_is_there_is_never_overwritten_and_then_nothing_is_written(tmp_path):
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "quickstart.yaml").write_text("mine")
+    with pytest.raises(ConfigError, match=r": has jobs/quickstart\.yaml already; nothing was written; give another folder"):
+        create(tmp_path)
+    assert written(tmp_path) == {"jobs/quickstart.yaml": b"mine"}
+
+
+def test_a_gitignore_that_is_there_gets_the_lines_that_it_lacks(tmp_path):
+    (tmp_path / ".gitignore").write_text("*.log\n.venv/")
+    create(tmp_path)
+    assert (tmp_path / ".gitignore").read_text() == "*.log\n.venv/\n.heliostat/\n__pycache__/\n"
+
+
+@pytest.mark.parametrize("block", ["folder", "below"])
+def test_a_file_where_a_folder_must_be_is_one_line(tmp_path, block):
+    folder = tmp_path / "w"
+    if block == "folder":
+        folder.write_text("")
+    else:
+        folder.mkdir()
+        (folder / "clusters").write_text("")
+    with pytest.raises(ConfigError, match=r"w: (is no folder|cannot become a workspace|has clusters)") as e:
+        create(folder)
+    assert "\n" not in str(e.value)
+    assert len(written(tmp_path)) == 1
