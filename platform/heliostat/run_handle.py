@@ -31,7 +31,7 @@ class Run:
         from heliostat.track.mlflow_client import default_uri
         from heliostat.track.models import find_run
 
-        self._place: Location = find_run(os.fspath(run), tracking_uri or default_uri())
+        self._place: Location = find_run(os.fspath(run), tracking_uri or default_uri()).absolute(Path.cwd())
 
     def __repr__(self) -> str:
         return f"heliostat.Run({self.folder!r})"
