@@ -79,7 +79,8 @@ class NonFiniteError(HeliostatError):
 
 
 class LossSpikeError(HeliostatError):
-    """The loss of `step` is far above what is usual, and the run is to go back to before it and leave its samples out."""
+    """The loss of a step is far above what is usual: the run is to go back to before it and leave its samples out. `step` counts
+    from 0; the message, as all that people read, from 1."""
 
     def __init__(self, message: str, step: int) -> None:
         super().__init__(message, step)

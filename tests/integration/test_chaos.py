@@ -27,7 +27,7 @@ def test_a_torn_checkpoint_a_damaged_shard_and_a_driver_killed_behind_the_last_s
     given = ["chaos", str(chaos_job), "--faults", "torn-checkpoint,corrupt-shard,kill-driver-late", "--json"]
     result = CliRunner().invoke(app, given)
     assert result.exit_code == 0, result.output
-    torn, corrupt, late = json.loads(result.stdout.splitlines()[-1])
+    torn, corrupt, late = json.loads(result.stdout.splitlines()[-1])["faults"]
     assert (late["lost"], late["repeated"], late["recomputed_steps"], late["loss_difference"]) == (0, 0, 0, 0)
     assert [torn["fault"], corrupt["fault"]] == ["torn-checkpoint", "corrupt-shard"]
     assert {key: torn[key] for key in ("lost", "repeated")} == {key: corrupt[key] for key in ("lost", "repeated")} == {

@@ -12,9 +12,10 @@ from heliostat.data import manifest, receipt
 from heliostat.data.dataset import DataPlan, open_dataset
 from heliostat.errors import ConfigError
 from heliostat.pipelines.text import tokens
-from heliostat.runs import segments
+from heliostat.runs import consumed, segments
 from heliostat.runs.samples import samples
 from heliostat.storage import Location
+from heliostat.train.worker import bad_samples
 
 from tests.unit.build_index import index
 from tests.unit.build_job import job
@@ -73,7 +74,7 @@ def row(source: manifest.Manifest, shard: str, row_group: int, row: int) -> list
     return [t for document in group["tokens"].to_pylist() for t in document][row * LENGTH : (row + 1) * LENGTH]
 
 
-@pytest.mark.parametrize("step", range(STEPS))
+@pytest.mark.parametrize("step", range(1, STEPS + 1))
 def test_every_sample_is_the_text_at_its_place(run, source, step):
     """A global batch, lane by lane: the text is that of the named row of the named row group, end-of-document marks included."""
     found = samples(run, step)
@@ -90,29 +91,29 @@ def test_a_replaced_sample_says_what_was_there(tmp_path, monkeypatch, capsys):
     """The place of the bad one and its fault; place and text are those of what was trained on."""
     source = make_text(tmp_path / "text", vocabulary=290)
     run = make_run(tmp_path / "run", source)
-    found = [s for step in range(STEPS) for s in samples(run, step)]
+    found = [s for step in range(1, STEPS + 1) for s in samples(run, step)]
     planned = [s["replaces"] or s for s in found]
     bad = [max(row(source, s["shard"], s["row_group"], s["row"])) >= 290 for s in planned]
     assert [s["replaces"] is not None for s in found] == bad and 0 < sum(bad) < len(bad)
     for sample in (s for s in found if s["replaces"]):
         assert max(row(source, sample["shard"], sample["row_group"], sample["row"])) < 290
         assert "a token outside the vocabulary of 290" in sample["replaces"]["reason"]
-    _, out, _ = command(monkeypatch, capsys, "samples", str(run), "--step", str(bad.index(True) // 8))
+    _, out, _ = command(monkeypatch, capsys, "samples", str(run), "--step", str(bad.index(True) // 8 + 1))
     assert out.count("\n  in place of shards/") == sum(bad[bad.index(True) // 8 * 8 :][:8])
 
 
 def test_the_samples_of_all_steps_are_all_different(run):
     """Within an epoch no place comes twice."""
-    places = [(s["shard"], s["row_group"], s["row"]) for step in range(STEPS) for s in samples(run, step)]
+    places = [(s["shard"], s["row_group"], s["row"]) for step in range(1, STEPS + 1) for s in samples(run, step)]
     assert len(set(places)) == len(places) == STEPS * 8
 
 
 def test_after_a_change_of_data_the_new_order_is_shown(run, source, tmp_path):
     """A step's samples are those of the segment that it is in."""
-    before = [samples(run, step) for step in range(STEPS)]
+    before = [samples(run, step) for step in range(1, STEPS + 1)]
     changed = dataclasses.replace(make_plan(source, seed=9), mix=((3, (1.0,)),))
     other = make_run(tmp_path / "changed", source, changed)
-    after = [samples(other, step) for step in range(STEPS)]
+    after = [samples(other, step) for step in range(1, STEPS + 1)]
     assert after[:3] == before[:3]
     for step in range(3, STEPS):
         expected = open_dataset(changed).order.locate(open_dataset(changed).order.step(step).ravel())
@@ -121,15 +122,15 @@ def test_after_a_change_of_data_the_new_order_is_shown(run, source, tmp_path):
 
 def test_a_step_that_has_no_receipt_says_which_have(run):
     """The first step beyond is refused with the range."""
-    with pytest.raises(ConfigError, match=r"^--step 6: the run has receipts of steps 0 to 5$"):
-        samples(run, STEPS)
+    with pytest.raises(ConfigError, match=r"^--step 7: the run has receipts of steps 1 to 6$"):
+        samples(run, STEPS + 1)
 
 
 def test_a_run_without_a_checkpoint_has_no_recipe(run):
     """Its job is in the checkpoints; one line says so."""
     layout.folder(run, STEPS).delete()
     with pytest.raises(ConfigError, match="holds no complete checkpoint, so its recipe is not known"):
-        samples(run, 0)
+        samples(run, 1)
 
 
 def test_the_command_shows_a_sample_in_two_lines_or_whole(run, monkeypatch, capsys):
@@ -145,3 +146,13 @@ def test_the_command_shows_a_sample_in_two_lines_or_whole(run, monkeypatch, caps
     assert all(s["text"] + "\n" in out for s in expected)
     _, out, _ = command(monkeypatch, capsys, "samples", str(run), "--step", "2", "--json")
     assert json.loads(out) == {"step": 2, "samples": expected}
+
+
+def test_lists_of_replaced_samples_count_steps_from_1_whatever_their_age(tmp_path):
+    """What a run of an older version has listed counts from 0, and is told as what a new one writes."""
+    source = make_text(tmp_path / "text")
+    data = open_dataset(make_plan(source))
+    entry = bad_samples.describe({"step": 4, "source": 0, "chunk": 0, "row": 1, "reason": "r", "by": (0, 0, 2)}, data)
+    old = {**entry, "step": 4}
+    del old["counted_from"]
+    assert entry["step"] == 5 and consumed._from_1(old) == consumed._from_1(entry) == entry

@@ -5,8 +5,7 @@ import logging
 import unicodedata
 
 import pytest
-from heliostat.cli import audit, common, main
-from heliostat.cli import train as training
+from heliostat.cli import audit, common, logs, main
 from heliostat.text import brief, printable
 
 EVIL = "\x1b[2J\x1b]0;title\x07\x9b31m\u202egnp.exe\u2066\r\x00\x7f"
@@ -51,7 +50,7 @@ def test_a_sample_with_control_characters_is_shown_escaped(monkeypatch, full):
 def test_a_log_line_with_control_characters_is_written_escaped():
     """Names of files stand in warnings."""
     record = logging.LogRecord("x", logging.WARNING, "", 0, "%s: cannot be read", (EVIL,), None)
-    assert main.Lines("%(message)s").format(record) == f"{printable(EVIL)}: cannot be read"
+    assert logs.Lines("%(message)s").format(record) == f"{printable(EVIL)}: cannot be read"
 
 
 def test_an_error_with_control_characters_is_written_escaped(monkeypatch, capsys):
@@ -59,7 +58,7 @@ def test_an_error_with_control_characters_is_written_escaped(monkeypatch, capsys
     with pytest.raises(SystemExit) as end:
         main.main()
     error = capsys.readouterr().err
-    assert end.value.code == 1 and printable(error, lines=True) == error and "\\x1b[2J" in error
+    assert end.value.code == 2 and printable(error, lines=True) == error and "\\x1b[2J" in error
 
 
 def test_ctrl_c_is_said_in_a_word(monkeypatch, capsys):
@@ -74,16 +73,3 @@ def test_ctrl_c_is_said_in_a_word(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         main.main()
     assert end.value.code == 130 and capsys.readouterr().err.strip() == "interrupted"
-
-
-@pytest.mark.parametrize("registered", [True, False])
-def test_what_is_suggested_next_is_a_name_that_every_command_takes(monkeypatch, registered):
-    """A model that was not registered is called by its run."""
-    shown = io.StringIO()
-    monkeypatch.setattr(training, "out", common.Printer(file=shown, highlight=False, soft_wrap=True))
-    uri = "models:/m/3" if registered else "models:/m-0123456789abcdef0123456789abcdef"
-    result = {"samples": [], "eval": {"loss": 1.0}, "reference": {}, "startup": {}, "tokens_per_second": 1.0, "unit": "tokens",
-              "data_wait": 0.0, "seconds_to_first_step": 1.0, "model_uri": uri, "run_id": "a" * 32,
-              "checkpoint": "c"}  # fmt: skip
-    training._print_result(result)
-    assert f"heliostat generate {'models:/m/3' if registered else 'a' * 32} --prompt" in shown.getvalue()

@@ -94,11 +94,11 @@ class Run:
         layout.folder(self.location, step).join(layout.INDEX).write(layout.encode(made))
 
     def difference(self) -> tuple[int, str]:
-        """The first step that `verify` finds wrong, and what is wrong with it."""
+        """The index of the first step that `verify` finds wrong, and what is wrong with it."""
         report = verify.verify(self.location)
         first = report["first_difference"]
         assert not report["ok"] and f"step {first['step']} is the first" in verify.explain(report)
-        return first["step"], first["what"]
+        return first["step"] - 1, first["what"]
 
 
 def wrong(digest: str) -> str:
@@ -219,7 +219,7 @@ def test_a_changed_digest_is_found_at_its_step(run, step):
     report = verify.verify(run.location)
     assert not report["ok"] and report["steps"] == 22 and report["samples"] == 184 and report["lost"] == 0
     assert report["first_difference"] == {
-        "step": step,
+        "step": step + 1,
         "what": "digest",
         "where": f"step-{end:08d}.json",
         "expected": run.digests[step],
@@ -417,14 +417,16 @@ def test_the_command_fails_on_a_wrong_run(run, monkeypatch, capsys):
     """Exit code 1 and one line that names the first differing step; with --json the report is printed all the same."""
     run.receipt(3, 10, steps=[*run.digests[3:7], "00", *run.digests[8:10]])
     code, out, err = command(monkeypatch, capsys, "verify", str(run.location), "--json")
-    assert code == 1 and json.loads(out.splitlines()[-1])["first_difference"]["step"] == 7
+    told = json.loads(out)
+    assert code == 1 and told["first_difference"]["step"] == 8 and not told["ok"]
+    assert told["error"]["type"] == "VerifyError" and told["error"]["exit_code"] == 1 and told["error"]["message"] in err
     assert err == (
-        f"error: {run.location}: step 7 is the first that differs: its samples' digest is {run.digests[7]}, "
+        f"error: {run.location}: step 8 is the first that differs: its samples' digest is {run.digests[7]}, "
         "step-00000010.json says 00\n"
     )
 
 
-@pytest.mark.parametrize("arguments", [("verify",), ("samples", "--step", "0")], ids=lambda a: a[0])
+@pytest.mark.parametrize("arguments", [("verify",), ("samples", "--step", "1")], ids=lambda a: a[0])
 def test_a_folder_that_holds_no_run_is_one_line(tmp_path, monkeypatch, capsys, arguments):
     """Bad input, with what to give instead."""
     code, out, err = command(monkeypatch, capsys, *arguments, str(tmp_path))

@@ -23,7 +23,12 @@ ISSUE = "kill-worker,kill-node,hang,sigterm,s3-503,corrupt-shard,torn-checkpoint
 def chaos(
     job: JobFile,
     faults: Annotated[
-        str, typer.Option(metavar="NAME,...", help="Which; also kill-driver, kill-driver-late, restart-head")
+        str,
+        typer.Option(
+            metavar="NAME,...",
+            help="Which; also kill-driver, kill-driver-late, restart-head",
+            show_default=ISSUE.replace(",", ", "),
+        ),
     ] = ISSUE,
     seed: Annotated[int, typer.Option(help="Of when and whom the faults strike")] = 0,
     rate: Annotated[float, typer.Option(min=0.01, max=0.9, help="s3-503: the share of requests that are refused")] = 0.2,

@@ -13,7 +13,7 @@ from heliostat.errors import ConfigError
 cluster_app = typer.Typer(no_args_is_help=True, context_settings=HELP, help="Clusters from YAML: check, up, down, status, list.")
 app.add_typer(cluster_app, name="cluster", rich_help_panel=CLUSTERS)
 
-File = Annotated[Path, typer.Argument(help="A cluster file, as clusters/local.yaml", show_default=False)]
+File = Annotated[Path, typer.Argument(help="A cluster file, as clusters/local.yaml", metavar="FILE", show_default=False)]
 
 
 @cluster_app.command("check")
@@ -68,7 +68,9 @@ def up(
 
 @cluster_app.command()
 def down(
-    target: Annotated[str, typer.Argument(help="A cluster file, or a local cluster's name", show_default=False)],
+    target: Annotated[
+        str, typer.Argument(help="A cluster file, or a local cluster's name", metavar="CLUSTER", show_default=False)
+    ],
     json_: Json = False,
 ) -> None:
     """Stop a cluster. A local one leaves no process; one that was only joined stays."""
@@ -82,7 +84,8 @@ def down(
 
 @cluster_app.command("status")
 def status_(
-    target: Annotated[str | None, typer.Argument(help="A cluster file, an address or a name")] = None, json_: Json = False
+    target: Annotated[str | None, typer.Argument(help="A cluster file, an address or a name", metavar="CLUSTER")] = None,
+    json_: Json = False,
 ) -> None:
     """Show a cluster's nodes, what they have, and its jobs."""
     from heliostat.cluster import dashboard

@@ -12,7 +12,9 @@ from heliostat.cli.common import DATA, Json, Settings, Verbose, app, finish, fla
 
 @app.command(rich_help_panel=DATA)
 def prepare(
-    pipeline: Annotated[Path, typer.Argument(help="A pipeline file, as pipelines/quickstart.yaml", show_default=False)],
+    pipeline: Annotated[
+        Path, typer.Argument(help="A pipeline file, as pipelines/quickstart.yaml", metavar="PIPELINE", show_default=False)
+    ],
     setting: Settings = None,
     force: Annotated[bool, flag("--force", help="Make it again though it is up to date")] = False,
     json_: Json = False,
@@ -31,7 +33,9 @@ def prepare(
 
 @app.command(rich_help_panel=DATA)
 def index(
-    dataset: Annotated[str, typer.Argument(help="A prepared dataset: a folder or s3:// URI", show_default=False)],
+    dataset: Annotated[
+        str, typer.Argument(help="A prepared dataset: a folder or s3:// URI", metavar="DATASET", show_default=False)
+    ],
     json_: Json = False,
 ) -> None:
     """Take shards that were added to a dataset's folder into its manifest: a new version, old ones stay valid."""

@@ -6,7 +6,7 @@ import logging
 import sys
 from datetime import date, datetime
 
-from rich.logging import RichHandler
+from rich.table import Table
 from rich.text import Text
 
 from heliostat.redact import Formatter
@@ -23,13 +23,29 @@ class Lines(Formatter):
         return printable(super().format(record), lines=True)
 
 
+class Terminal(logging.Handler):
+    """Prints above the live line, if there is one; a long message goes on beside its time, not below it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.began = datetime.now().date()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            row = Table.grid(padding=(0, 1))
+            row.add_column(style="dim", no_wrap=True)
+            row.add_column(overflow="fold")
+            row.add_row(stamp(datetime.fromtimestamp(record.created), self.began), Text(self.format(record)))
+            console.print(row)
+        except Exception:  # noqa: BLE001 (as logging's own handlers do: a log line ends no run)
+            self.handleError(record)
+
+
 def start(verbose: bool) -> None:
     """Sends all logs to standard error: warnings of libraries, and heliostat's own from `info` on, or `debug`."""
     handler: logging.Handler
     if sys.stderr.isatty():
-        began = datetime.now().date()
-        handler = RichHandler(console=console, show_path=False, show_level=False, markup=False,
-                              log_time_format=lambda at: Text(stamp(at, began)))  # fmt: skip
+        handler = Terminal()
         handler.setFormatter(Lines("%(message)s"))
     else:
         handler = logging.StreamHandler()
@@ -39,5 +55,5 @@ def start(verbose: bool) -> None:
 
 
 def stamp(at: datetime, began: date) -> str:
-    """A moment as a terminal shows it: with its date when that is another than the command's first."""
+    """Writes a moment as a terminal shows it: with its date when that is another than the command's first."""
     return at.strftime("%H:%M:%S" if at.date() == began else STAMP)

@@ -69,7 +69,7 @@ def main() -> None:
         code = _run(json_, verbose)
     except Exception as e:  # a fault of heliostat's own: its traceback follows
         if json_:
-            write_json({"error": described(e, 1)})
+            write_json({"error": described(e)})
         raise
     finally:
         atexit.register(_nothing_more)  # now, so that it comes before the exit of what a command has imported
@@ -78,42 +78,40 @@ def main() -> None:
 
 def _run(json_: bool, verbose: bool) -> int:
     """Runs the command that was typed, and tells of what ended it; returns the exit code."""
-    e: BaseException
+    ended: BaseException = KeyboardInterrupt()
     try:
-        if (code := app(standalone_mode=False) or 0) != 130:
-            return code
-        e, code, line, found = KeyboardInterrupt(), 130, "interrupted", {}  # typer makes an exit of Ctrl-C, and says nothing
-    except HeliostatError as error:
-        if verbose:
-            logging.getLogger("heliostat").exception("traceback")
-        e, code, line, found = error, error.exit_code, f"error: {error}", error.found
-    except UsageError as error:
-        if type(error).__name__ == "NoArgsIsHelpError":
-            sys.stderr.write(f"{error.format_message()}\n")
-            return 2
-        e, code, line, found = error, 2, f"error: {usage(error)}", {}
-    except (KeyboardInterrupt, typer.Abort) as error:
-        e, code, line, found = error, 130, "interrupted", {}
+        if (code := app(prog_name="heliostat", standalone_mode=False) or 0) != 130:
+            return code  # typer makes 130 of Ctrl-C, and says nothing
+    except (HeliostatError, UsageError, KeyboardInterrupt, typer.Abort) as e:
+        ended = e
+    if type(ended).__name__ == "NoArgsIsHelpError":
+        sys.stderr.write(f"{ended.format_message()}\n")  # type: ignore[attr-defined]
+        return 2
+    if verbose and isinstance(ended, HeliostatError):
+        logging.getLogger("heliostat").error("traceback", exc_info=ended)
+    told = described(ended)
+    line = told["message"] if told["type"] == "Interrupted" else f"error: {told['message']}"
     sys.stderr.write(f"{printable(line, lines=True)}\n")
     if json_:
-        write_json({**found, "error": described(e, code)})
-    return code
+        write_json({**getattr(ended, "found", {}), "error": told})
+    return told["exit_code"]
+
+
+def described(error: BaseException) -> dict[str, Any]:
+    """Makes an error the `error` of a JSON answer."""
+    kind, message, code = type(error).__name__, str(error), getattr(error, "exit_code", 1)
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        kind, message, code = "Interrupted", "interrupted", 130
+    elif isinstance(error, UsageError):
+        kind, message, code = "UsageError", usage(error), 2
+    return {"type": kind, "message": redact(message), "exit_code": code}
 
 
 def usage(error: Any) -> str:
-    """What is wrong with a command line, in one line that names the help to read."""
+    """Says what is wrong with a command line, in one line that names the help to read."""
     said = error.format_message().strip().removesuffix(".")
     where = f"{error.ctx.command_path} --help" if error.ctx else "heliostat --help"
     return f"{said}; see `{where}`"
-
-
-def described(error: BaseException, code: int) -> dict[str, Any]:
-    """The `error` of a JSON answer."""
-    if isinstance(error, KeyboardInterrupt | typer.Abort):
-        return {"type": "Interrupted", "message": "interrupted", "exit_code": code}
-    if isinstance(error, UsageError):
-        return {"type": "UsageError", "message": usage(error), "exit_code": code}
-    return {"type": type(error).__name__, "message": redact(str(error)), "exit_code": code}
 
 
 def _nothing_more() -> None:

@@ -57,7 +57,9 @@ def report(
 
 @app.command(rich_help_panel=RUNS)
 def lineage(
-    what: Annotated[str | None, typer.Argument(help="models:/NAME/VERSION, NAME@ALIAS, a run id, or a run's folder")] = None,
+    what: Annotated[
+        str | None, typer.Argument(help="models:/NAME/VERSION, NAME@ALIAS, a run id, or a run's folder", metavar="WHAT")
+    ] = None,
     shard: Annotated[str | None, typer.Option(help="Instead: every run that trained on this shard (a path, or its end)")] = None,
     dataset: Annotated[str | None, typer.Option(help="Instead: every run that trained on the dataset of this digest")] = None,
     mlflow: TrackingUri = None,
@@ -100,8 +102,8 @@ def _backwards(client: Any, shard: str | None, dataset: str | None, json_: bool)
 
 @app.command(rich_help_panel=MODELS)
 def promote(
-    model: Annotated[str, typer.Argument(help="NAME@ALIAS or NAME/VERSION", show_default=False)],
-    alias: Annotated[str, typer.Argument(help="That it gets, as champion", show_default=False)],
+    model: Annotated[str, typer.Argument(help="NAME@ALIAS or NAME/VERSION", metavar="MODEL", show_default=False)],
+    alias: Annotated[str, typer.Argument(help="That it gets, as champion", metavar="ALIAS", show_default=False)],
     require: Annotated[list[str] | None, typer.Option(help="A score that it must have: 'eval/loss<2.1'; may be repeated")] = None,
     metric: Annotated[
         str, typer.Option(help="By which it must not be worse than the model that has the alias now")

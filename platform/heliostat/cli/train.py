@@ -47,7 +47,9 @@ def check(
 
 @app.command(rich_help_panel=TRAINING)
 def train(
-    job: Annotated[Path | None, typer.Argument(help="A job file; none with --from-sweep", show_default=False)] = None,
+    job: Annotated[
+        Path | None, typer.Argument(help="A job file; none with --from-sweep", metavar="JOB", show_default=False)
+    ] = None,
     setting: Settings = None,
     resume: Annotated[bool, flag("--resume", help="Go on from the run's last checkpoint, if there is one")] = False,
     overwrite: Annotated[bool, flag("--overwrite", help="Delete the run of this name and start anew")] = False,
@@ -84,10 +86,13 @@ def train(
     from heliostat.train.run import train_job
 
     wanted, began = load_job(job, setting), psutil.Process().create_time()
+    usual = store_uri(None)  # now: MLflow sets the variable to what the job names
     result = train_job(wanted, resume, overwrite, allow_data_change, verbose, started=began)
     if not json_:
         _print_result(result)
-        out.print("\n" + "\n".join(f"{'Next:  ' if i == 0 else ' ' * 7}{c}" for i, c in enumerate(next_commands(result, wanted))))
+        out.print(
+            "\n" + "\n".join(f"{'Next:  ' if i == 0 else ' ' * 7}{c}" for i, c in enumerate(next_commands(result, wanted, usual)))
+        )
     finish(result, json_)
 
 
@@ -113,9 +118,9 @@ def _print_result(result: dict[str, Any]) -> None:
     out.print(f"model {result['model_uri'] or 'not logged'}, run {result['run_id']}, checkpoint {result['checkpoint']}")
 
 
-def next_commands(result: dict[str, Any], job: Job) -> list[str]:
-    """Commands that work with what this run has made: its model, its folder, its MLflow store."""
-    store = [] if job.mlflow.uri == store_uri(None) else ["--mlflow", job.mlflow.uri]
+def next_commands(result: dict[str, Any], job: Job, usual: str) -> list[str]:
+    """Lists commands that work with what this run has made: its model, folder, and MLflow store if that is not the `usual`."""
+    store = [] if job.mlflow.uri == usual else ["--mlflow", job.mlflow.uri]
     uri = result["model_uri"] or ""  # of a recipe that is not served: none
     model = result["run_id"] if uri.startswith("models:/m-") else uri
     commands = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,9 @@ SweepName = Annotated[
 
 @app.command(rich_help_panel=SWEEPS)
 def tune(
-    sweep: Annotated[Path, typer.Argument(help="A sweep file, as jobs/sweeps/quickstart.yaml", show_default=False)],
+    sweep: Annotated[
+        Path, typer.Argument(help="A sweep file, as jobs/sweeps/quickstart.yaml", metavar="SWEEP", show_default=False)
+    ],
     setting: Settings = None,
     resume: Annotated[bool, flag("--resume", help="Go on with the sweep: nothing is run twice, nothing is lost")] = False,
     retry_failed: Annotated[
@@ -156,4 +159,4 @@ def _print(result: dict[str, Any], top: int) -> None:
     if best := result["best"]:
         model = f", model {best['model_uri']}" if best.get("model_uri") else ""
         out.print(f"best: trial {best['trial']}, {result['metric']} {best['value']:.4g}, run {best['run_id']}{model}")
-        out.print(f"\nNext:  heliostat train --from-sweep {result['folder']} --best")
+        out.print(f"\nNext:  heliostat train --from-sweep {shlex.quote(result['folder'])} --best")

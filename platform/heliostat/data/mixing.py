@@ -109,7 +109,7 @@ def sections(
                 base, owed = base + mixture.counts(taken), mixture.owed(taken)
             if not steps and not any(w and stop for w, stop in zip(left, over, strict=True)):
                 raise DataError(
-                    f"data.sources: at step {step} version 1 of the data plan takes more of a source than max_epochs allows "
+                    f"data.sources: behind step {step} version 1 of the data plan takes more of a source than max_epochs allows "
                     "and cannot go on; train under another name, which plans the data anew"
                 )
             left = [0.0 if stop else w for w, stop in zip(left, over, strict=True)]

@@ -121,7 +121,7 @@ class Order:
         number = self._section(self._steps, step)
         section = self.sections[number]
         if section.steps is not None and step >= section.first_step + section.steps:
-            raise DataError(f"step {step}: the data runs out at step {self.runs_out}; raise max_epochs or lower train.steps")
+            raise DataError(f"step {step + 1}: the data lasts for {self.runs_out} steps; raise max_epochs or lower train.steps")
         skipped = (step - section.first_step) // section.superstep
         begin, size = section.begin, section.superstep * self.shape.batch
         return Superstep(

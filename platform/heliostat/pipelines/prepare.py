@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import Field
+from rich.text import Text
 
 from heliostat.cluster.connect import connect
 from heliostat.config import kinds, workspace
@@ -35,6 +36,8 @@ from heliostat.data import collection, manifest, versions
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, DataError, HeliostatError, StorageError, innermost
 from heliostat.storage import Location
+from heliostat.terminal import console
+from heliostat.text import printable
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +134,8 @@ def prepare(path: Path, settings: list[str], force: bool = False) -> dict[str, A
     try:
         connect(cpus=CPUS)
         _keep_to(pipeline.labels)
-        rows, meta = _write(pipeline, output, inputs)
+        with console.status(Text(f"preparing {printable(pipeline.name)}")):
+            rows, meta = _write(pipeline, output, inputs)
         listed = meta.pop("listed", None)
         versions.save_beside(output)
         record = {k: v for k, v in record.items() if k not in ("made", *wanted)}

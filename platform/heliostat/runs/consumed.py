@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NotRequired
 
 import numpy as np
 from typing_extensions import TypedDict
@@ -31,6 +31,7 @@ class Replaced(Place):
     """A line of `quarantine`'s lists."""
 
     step: Whole
+    counted_from: NotRequired[Whole]
     reason: str
     replaced_by: Place
 
@@ -41,17 +42,19 @@ LISTED = 200  # ranges of shards, and replaced samples, that are written out
 
 def record(run: Location, steps: int) -> dict[str, Any]:
     """{steps, segments: [{first, end, digest, plan, sources}], replaced}, from the run's folder and its datasets' manifests."""
-    replaced = [
-        bad
-        for name, _ in run.join(run_folder.QUARANTINE).files()
-        for bad in REPLACED.read_lines(run.join(run_folder.QUARANTINE, name))
-    ]
+    lists = [run.join(run_folder.QUARANTINE, name) for name, _ in run.join(run_folder.QUARANTINE).files()]
+    replaced = [_from_1(bad) for place in lists for bad in REPLACED.read_lines(place)]
     return {
         "steps": steps,
         "segments": [_segment(s) for s in coverage.cut(segments.read(run), steps)],
         "replaced": replaced[:LISTED],
         "replaced_count": len(replaced),
     }
+
+
+def _from_1(bad: Any) -> dict[str, Any]:
+    """Counts the step from 1, as older lists do not."""
+    return {**bad, "step": bad["step"] + 1 - bad.get("counted_from", 0), "counted_from": 1}
 
 
 def parse(raw: dict[str, Any]) -> list[Segment]:

@@ -225,7 +225,7 @@ def table(found: dict[str, Any]) -> list[list[str]]:
     for part, seconds, each in values:
         share = seconds / found["total_s"] if found["total_s"] else 0.0
         rows.append([part, f"{seconds:,.1f}", f"{share:.1%}", *(f"{s:,.1f}" for s in each)])
-    steps = [f"{a['start_step']:,}-{a['reached']:,}" for a in attempts]
+    steps = [f"{a['start_step'] + 1:,}-{a['reached']:,}" for a in attempts]
     return [*rows, ["steps", "", "", *steps]] if attempts else rows
 
 

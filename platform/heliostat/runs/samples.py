@@ -16,17 +16,18 @@ from heliostat.storage import Location
 
 
 def samples(run: Location, step: int) -> list[dict[str, Any]]:
-    """The step's global batch, lane by lane: {lane, place, source, shard, row_group, row, epoch, text, replaces}.
+    """Reads the global batch of a step, counted from 1, lane by lane.
 
-    `row` counts the chunk's samples; `replaces` is null, or the place of the bad sample that this one stands in for and what
-    was wrong with it.
+    Each sample is {lane, place, source, shard, row_group, row, epoch, text, replaces}. `row` counts the chunk's samples;
+    `replaces` is null, or the place of the bad sample that this one stands in for and what was wrong with it.
     """
     history = History(run)
-    if not 0 <= step < history.steps:
-        raise ConfigError(f"--step {step}: the run has receipts of steps 0 to {history.steps - 1}")
-    data = open_dataset(history.plans[history.segment(step)])
+    if not 1 <= step <= history.steps:
+        raise ConfigError(f"--step {step}: the run has receipts of steps 1 to {history.steps}")
+    index = step - 1
+    data = open_dataset(history.plans[history.segment(index)])
     recipe = _recipe(run, data)
-    places = data.order.step(step)
+    places = data.order.step(index)
     loaded = data.load(places.ravel())
     bad = {b.position: {**_place(data, b.source, b.chunk, b.row), "reason": b.reason} for b in loaded.bad}
     out = []

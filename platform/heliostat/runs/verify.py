@@ -177,12 +177,13 @@ class Audit:
             "lost": self.lost,
             "repeated": self.repeated,
             "replaced": self.replaced,
-            "first_difference": asdict(self.first) if self.first else None,
+            "first_difference": {**asdict(self.first), "step": self.first.step + 1} if self.first else None,
         }
 
 
 def verify(run: Location) -> dict[str, Any]:
     """Whether the run trained on what it had to: {ok, steps, samples, lost, repeated, replaced, first_difference}.
+    The step of a difference is counted from 1, as everywhere that a person looks.
 
     `steps`: those that all their receipts have right; `samples`: those that receipts cover; `lost`: planned samples before the
     last step known of that none covers; `repeated`: samples that their epoch held before (an epoch has as many places as

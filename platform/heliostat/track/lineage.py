@@ -176,17 +176,17 @@ def _run_lines(run: dict[str, Any], depth: int) -> list[tuple[int, str]]:
     out.append((below, f"job: {run['recipe']}, seed {run['job']['seed']}, data seed {run['job']['data_seed']} (job.json)"))
     for change in run["changes"]:
         what = ", ".join(f"{k} {a} -> {b}" for k, (a, b) in ((k, v) for k, v in change.items() if k != "start_step"))
-        out.append((below + 1, f"from step {change['start_step']:,}: {what}"))
+        out.append((below + 1, f"from step {change['start_step'] + 1:,}: {what}"))
     for node in run["nodes"]:
         gpus = f", {node['gpus']:g} GPUs {', '.join(node['accelerators'])}" if node["gpus"] else ""
         out.append((below, f"node {node['host']} ({node['address']}), {node['cpus']:g} CPUs{gpus}"))
     for number, a in enumerate(run["attempts"], 1):
         how = "restart" if a["restart"] else "command"
         why = f": {a['reason']}" if a["reason"] else ""
-        out.append((below, f"attempt {number} ({how}): steps {a['start_step']:,} to {a['reached']:,} on {a['workers']} workers, "
-                           f"{a['outcome'] or 'without an end'}{why}"))  # fmt: skip
+        span = f"steps {a['start_step'] + 1:,} to {a['reached']:,} on {a['workers']} workers"
+        out.append((below, f"attempt {number} ({how}): {span}, {a['outcome'] or 'without an end'}{why}"))
     for segment in run["data"]["segments"]:
-        out.append((below, f"data of steps {segment['first']:,} to {segment['end']:,} (plan {segment['digest'][:12]})"))
+        out.append((below, f"data of steps {segment['first'] + 1:,} to {segment['end']:,} (plan {segment['digest'][:12]})"))
         out += [(below + 1, _source_line(s)) for s in segment["sources"]]
     if count := run["data"]["replaced_count"]:
         out.append((below, f"{count:,} bad samples were replaced"))
@@ -203,6 +203,6 @@ def _run_lines(run: dict[str, Any], depth: int) -> list[tuple[int, str]]:
 
 def _source_line(s: dict[str, Any]) -> str:
     shown = ", ".join(a if a == b else f"{a} to {b}" for a, b in s["ranges"][:3]) + (" ..." if len(s["ranges"]) > 3 else "")
-    weights = ", ".join(f"{w:g}" + (f" from step {step:,}" if step else "") for step, w in s["weights"])
+    weights = ", ".join(f"{w:g}" + (f" from step {step + 1:,}" if step else "") for step, w in s["weights"])
     return (f"{s['name']} {s['digest'][:12]}, weight {weights}: {s['samples']:,} samples, {s['epochs']:.2f} epochs, "
             f"{s['shards']['seen']} of {s['shards']['total']} shards ({shown}) of {s['uri']}")  # fmt: skip

@@ -108,13 +108,15 @@ def find(client: Any, run: str, uri: str) -> Any:
 
     from heliostat.storage import Location
 
-    run_id = run if re.fullmatch(r"[0-9a-f]{32}", run) else record(Location(run)).get("run_id")
+    told = {"run_id": run} if re.fullmatch(r"[0-9a-f]{32}", run) else record(Location(run))
+    run_id = told.get("run_id")
     if run_id is None:
         raise ConfigError(f"{run!r}: is neither a run id (32 hex digits), nor a run's folder with a run.json")
     try:
         found = client.get_run(run_id)
     except MlflowException as e:
-        raise ConfigError(f"{run!r}: no such run in {uri}") from e
+        fix = f"; it is in another store: give --mlflow {kept}" if (kept := told.get("uri")) and kept != uri else ""
+        raise ConfigError(f"{run!r}: no such run in {uri}{fix}") from e
     if FOLDER not in found.data.tags:
         raise ConfigError(f"{run!r}: is a run of {uri} that `heliostat train` did not make")
     return found

@@ -39,6 +39,7 @@ def log_model(job: Job, run_id: str, last: Checkpoint, folder: Path, recipe: Ser
     taken, and what it left unfinished is deleted.
     """
     import mlflow
+    from mlflow.utils import logging_utils
 
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     mlflow.set_tracking_uri(job.mlflow.uri)
@@ -53,7 +54,12 @@ def log_model(job: Job, run_id: str, last: Checkpoint, folder: Path, recipe: Ser
         if not job.mlflow.register_as:
             return uri
         version = _registered(client, job.mlflow.register_as, run_id, uri)
-        version = version or mlflow.register_model(uri, job.mlflow.register_as, tags={MADE_OF: uri})
+        if version is None:
+            logging_utils.disable_logging()  # it prints that it has made the version, as we do
+            try:
+                version = mlflow.register_model(uri, job.mlflow.register_as, tags={MADE_OF: uri})
+            finally:
+                logging_utils.enable_logging()
         _describe(client, job, version, last.step, told, (folder / card.FILE).read_text(), scores)
     except mlflow.exceptions.MlflowException as e:
         raise TrackingError(f"mlflow: the model in {folder} could not be logged ({e})") from e

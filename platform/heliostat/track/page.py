@@ -135,7 +135,8 @@ def _spike_lines(spikes: list[tuple[int, float, float]]) -> list[str]:
 
 def _span(number: int, a: dict[str, Any]) -> tuple[float, float, str, str]:
     why = f": {a['reason']}" if a.get("reason") else ""
-    text = f"{number}: steps {a['start_step']:,} to {a['reached']:,} on {a['workers']} workers, {a['outcome'] or 'no end'}{why}"
+    span = f"steps {a['start_step'] + 1:,} to {a['reached']:,} on {a['workers']} workers"
+    text = f"{number}: {span}, {a['outcome'] or 'no end'}{why}"
     return a["started"], a["started"] + a["seconds"], OUTCOMES.get(a["outcome"] or "", "#969696"), text[:110]
 
 

@@ -377,7 +377,7 @@ class _Run:
         skips = (*self.plan.skips, (self.start_step, first, last - first + 1))
         self.plan = dataclasses.replace(self.plan, skips=skips)
         self.order = make_order(self.plan, self.checked.manifests)
-        log.warning("the samples of steps %d to %d are left out", first, last)
+        log.warning("the samples of steps %d to %d are left out", first + 1, last + 1)
 
     def _handle_stop(self, stop: int, step: int) -> None:
         """After a stop that the workers were told to make, behind the checkpoint of `step`."""

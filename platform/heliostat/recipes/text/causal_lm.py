@@ -48,21 +48,19 @@ from heliostat.recipes.protocol import (
     Serves,
     Serving,
 )
-from heliostat.recipes.text import attention, flops, model_config, packing, router_loss, token_bytes, vocabulary
+from heliostat.recipes.text import attention, flops, model_config, packing, prompts, router_loss, token_bytes, vocabulary
 
 transformers_logging.disable_progress_bar()
-PROMPTS = ("def ", "import ")
 
 
 class CausalLM(Recipe, Evaluates, Generates, Serves):
     kind = "tokens"
     scores = ("loss", "perplexity", "bits_per_byte")
-    prompts = PROMPTS
 
     def __init__(self, job: Job) -> None:
         if not job.data.sequence_length:
             raise ConfigError("data.sequence_length: is required for a language model")
-        self.length = job.data.sequence_length
+        self.job, self.length = job, job.data.sequence_length
         self.checkpointing = job.train.activation_checkpointing
         self.document_mask = job.data.document_mask
         self.terms_per_sample = None if self.document_mask else self.length - 1
@@ -92,6 +90,7 @@ class CausalLM(Recipe, Evaluates, Generates, Serves):
         tokenizers = {m.meta.get("tokenizer") for m in sources}
         if len(tokenizers) > 1:
             raise ConfigError("data.sources: the datasets were made with different tokenizers; prepare them with one")
+        self.sources = sources
         size, self.end = sources[0].fact("vocab_size"), sources[0].fact("end_of_document")
         made = sources[0].file("tokenizer.json")
         try:
@@ -222,6 +221,11 @@ class CausalLM(Recipe, Evaluates, Generates, Serves):
             return kind.from_pretrained(self.pretrained)
         return kind.from_model_config(config)
 
+    @cached_property
+    def prompts(self) -> tuple[str, ...]:  # type: ignore[override]
+        """What the model is shown with: the first words of held-out documents."""
+        return tuple(prompts.of_held_out(self.job, self.sources, self._raw_tokenizer, self.end))
+
     def demonstrate(self, folder: Path) -> list[tuple[str, str]]:
         continued = TextGenerator(folder, {"max_tokens": 48})([Request(prompt, 0, None) for prompt in self.prompts])
         return [(answer.prompt, answer.facts["text"]) for answer in continued]
@@ -234,8 +238,8 @@ class CausalLM(Recipe, Evaluates, Generates, Serves):
         from mlflow.models import infer_signature
 
         params = {"max_tokens": 100, "temperature": 0.8, "top_p": 0.95, "seed": 0}
-        prompts = list(self.prompts[:1])
-        return Serving(Path(__file__).with_name("server.py"), prompts, infer_signature(prompts, ["text"], params))
+        example = list(self.prompts[:1])
+        return Serving(Path(__file__).with_name("server.py"), example, infer_signature(example, ["text"], params))
 
 
 def _use_no_cache(config: Any) -> None:

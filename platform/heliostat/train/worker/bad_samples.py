@@ -2,6 +2,7 @@
 
 `quarantine/step-00000100.jsonl` in the run's folder lists the samples replaced in the steps that the receipt of that name
 covers: step, dataset, shard, row group, row, reason, and the replacement's shard, row group and row. No file: none were.
+Steps are counted from 1; older lists, without `counted_from`, have them from 0.
 """
 
 from __future__ import annotations
@@ -54,4 +55,4 @@ def describe(bad: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
         }
 
     where = place(bad["source"], bad["chunk"], bad["row"])
-    return {"step": bad["step"], **where, "reason": bad["reason"], "replaced_by": place(*bad["by"])}
+    return {"step": bad["step"] + 1, "counted_from": 1, **where, "reason": bad["reason"], "replaced_by": place(*bad["by"])}

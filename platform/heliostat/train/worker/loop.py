@@ -304,7 +304,7 @@ class Worker:
 
     def _roll_back(self, step: int, what: str) -> None:
         self.saver.wait()  # the save in flight is from before
-        raise LossSpikeError(f"step {step}: {what}", step)
+        raise LossSpikeError(f"step {step + 1}: {what}", step)
 
     def _fail(self, step: int, what: str) -> None:
         if self.job.spike and self.job.spike.action == "rollback":
@@ -314,7 +314,7 @@ class Worker:
         more = f" and {len(ids) - 8} more" if len(ids) > 8 else ""
         self.saver.wait()  # the save in flight is from before: let it complete
         raise NonFiniteError(
-            f"step {step}: {what}; training stopped before another checkpoint. Samples (source:chunk:row): "
+            f"step {step + 1}: {what}; training stopped before another checkpoint. Samples (source:chunk:row): "
             f"{', '.join(names)}{more}. Lower train.optimizer.lr, or look at the data, and use --resume"
         )
 
