@@ -64,7 +64,7 @@ def _held(engine: Any, stage: int) -> dict[str, int]:
         "weights": size(low) + size(gathered),
         "gradients": size(gradients),
         "masters": size(zero_state._flat_groups(engine)) if stage else 0,
-        "moments": size(v for s in inner.state.values() for k, v in s.items() if k in zero_state.MOMENTS),
+        "moments": size(v for s in inner.state.values() for k, v in s.items() if k in engine.moments),
     }
 
 

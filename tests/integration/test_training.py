@@ -240,6 +240,13 @@ def test_the_same_name_is_not_overwritten_and_a_finished_run_is_not_repeated(fin
         train(finished[1], ["data.seed=6", "train.steps=30"], resume=True)
 
 
+def test_an_optimizer_that_the_checkpoints_do_not_fit_is_refused_on_resume(finished) -> None:
+    """In one line that names what they hold."""
+    fault = r"^train\.optimizer: 'sgd' keeps momentum_buffer .* made with 'adamw', hold exp_avg, exp_avg_sq; "
+    with pytest.raises(ConfigError, match=fault):
+        train(finished[1], ["train.optimizer={name: sgd, lr: 0.1}", "train.steps=30"], resume=True)
+
+
 def test_a_non_finite_loss_stops_the_run_and_names_the_step_and_samples(job_file, tracking, tmp_path) -> None:
     settings = ["train.optimizer.lr=1e30", "train.grad_clip=0", "train.schedule.warmup_steps=2"]
     settings += ["checkpoint.every=1", "evaluate=null"]

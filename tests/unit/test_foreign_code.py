@@ -80,7 +80,7 @@ def test_code_of_another_models_folder_and_by_a_link_is_refused_too(home, monkey
 
 def test_the_workspaces_own_folders_and_installed_packages_are_imported_as_ever(home, monkeypatch):
     (home / "jobs2").mkdir()
-    (home / "jobs2" / "mine.py").write_text("from jobs.causal_lm import CausalLM\nclass Recipe(CausalLM):\n    mark = 1\n")
+    (home / "jobs2" / "mine.py").write_text("from heliostat.recipes import CausalLM\nclass Recipe(CausalLM):\n    mark = 1\n")
     assert exported.read(model(home / "my-model", "jobs2.mine:Recipe")).recipe.mark == 1
     assert exported.read(model(home / "my-model", "heliostat.recipes:CausalLM")).recipe is CausalLM  # installed, or on the path
     with pytest.raises(ConfigError, match=r"recipe: 'subprocess:Popen' is no recipe"):

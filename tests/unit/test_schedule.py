@@ -4,10 +4,11 @@ import itertools
 import random
 
 import pytest
-from heliostat.config.spec import Schedule
+from heliostat.config.schedules import REGISTRY, Schedule
 from heliostat.train.worker.lr_schedule import factor
+from pydantic import ValidationError
 
-NAMES = ("cosine", "constant", "linear", "wsd")
+NAMES = tuple(REGISTRY)
 
 
 def random_case(seed: int, name: str) -> tuple[Schedule, int]:
@@ -70,3 +71,11 @@ def test_runs_of_one_step_have_a_rate(name):
     """No division by zero, and a rate that trains."""
     assert 0 < factor(Schedule(name=name), 0, 1) <= 1
     assert factor(Schedule(name=name, warmup_steps=1), 1, 2) > 0
+
+
+def test_an_unknown_name_is_no_schedule():
+    """Nowhere does it become another one."""
+    with pytest.raises(ValidationError, match="Input should be 'cosine', 'constant', 'linear' or 'wsd'"):
+        Schedule(name="cosin")
+    with pytest.raises(KeyError, match="cosin"):
+        factor(Schedule.model_construct(name="cosin", warmup_steps=0), 1, 2)

@@ -41,6 +41,33 @@ def test_values_keep_their_types(tmp_path):
     assert made.job(0, {"model.rms_norm_eps": 1e-05}).model["rms_norm_eps"] == 1e-05
 
 
+OPTIMIZERS = {"train.optimizer": {"choice": [{"lr": 1e-3}, {"name": "sgd", "lr": 0.1}, {"name": "rmsprop", "lr": 0.01}]}}
+PBT = {"scheduler": {"name": "pbt", "interval": 10}}
+
+
+def test_a_space_may_hold_keys_of_an_optimizer_and_whole_ones(tmp_path):
+    """Each with the keys that it has, and with none of those that the base job's has."""
+    made = plan(tmp_path, space=OPTIMIZERS)
+    drawn = {made.job(0, {"train.optimizer": choice}).train.optimizer.name for choice in OPTIMIZERS["train.optimizer"]["choice"]}
+    assert drawn == {"adamw", "sgd", "rmsprop"}
+    base = {"train.optimizer": {"name": "sgd", "lr": 0.1}}
+    made = plan(tmp_path, base, space={"train.optimizer.momentum": {"uniform": [0.5, 0.9]}}, **PBT)
+    assert made.job(0, {"train.optimizer.momentum": 0.75}).train.optimizer.momentum == 0.75
+
+
+def test_trials_that_clone_each_other_keep_the_same_of_every_parameter(tmp_path):
+    """Whatever the base job's optimizer: those of the space are compared."""
+    with pytest.raises(
+        ConfigError, match=r"space: 'pbt' .* exp_avg, exp_avg_sq \(adamw\) and momentum_buffer \(sgd\) and square"
+    ):
+        plan(tmp_path, space=OPTIMIZERS, **PBT)
+    both = [{"name": "sgd", "lr": 0.1}, {"name": "sgd", "lr": 0.1, "nesterov": True}]
+    plan(tmp_path, space={"train.optimizer": {"choice": both}}, **PBT)
+    with pytest.raises(ConfigError, match=r"keep different things of every parameter: nothing \(sgd\) and momentum_buffer"):
+        base = {"train.optimizer": both[0]}
+        plan(tmp_path, base, space={"train.optimizer.momentum": {"uniform": [0.0, 0.9]}}, **PBT)
+
+
 @pytest.mark.parametrize(
     ("changes", "job", "needle"),
     [
@@ -48,6 +75,8 @@ def test_values_keep_their_types(tmp_path):
         ({"space": {"train.optimizer.lr": {"uniform": [1, 0.1]}}}, {}, "the first number must be below the second"),
         ({"space": {"train.optimizer.lr": {"uniform": [-1, 1]}}}, {}, "the space holds jobs that cannot be trained: lr -1"),
         ({"space": {"train.global_batch": {"choice": [8, 9]}}}, {}, "cannot be trained: global_batch 9"),
+        ({"space": {"train.optimizer.momentum": {"uniform": [0, 0.9]}}}, {}, "train.optimizer.momentum: unknown key"),
+        ({"space": {"train.optimizer.name": {"choice": ["adamw", "sgd"]}}}, {}, "write whole ones instead, as space.train.opt"),
         ({"space": {"model.num_attention_heads": {"choice": [4, 5]}}}, {}, "cannot be trained: num_attention_heads 5"),
         ({"space": {"train.global_batch": {"randint": [8, 16]}}}, {}, "trial 0 would be no valid job: global_batch"),
         ({"space": {"name": {"choice": ["a", "b"]}}}, {}, "space.name: cannot be swept"),

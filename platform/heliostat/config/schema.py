@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Tag, ValidationError
 
 from heliostat.config import kinds
 from heliostat.errors import ConfigError
@@ -150,23 +150,33 @@ def nearest(word: str, choices: list[str]) -> str:
     return f"; valid: {', '.join(sorted(choices))}" if 0 < len(choices) <= 30 else ""
 
 
-def _model_at(model: type[BaseModel], path: tuple) -> type[BaseModel] | None:
-    """The model whose field the path's last part names, following nested models, lists, dictionaries and unions."""
+def _walk(model: type[BaseModel], path: tuple[int | str, ...]) -> tuple[type[BaseModel] | None, list[int | str]]:
+    """The model whose field the path's last part names, following nested models, lists, dictionaries and unions; and the path as
+    the file has it, without the tags of union members that pydantic puts between."""
     current: Any = model
+    owner, shown = None, list[int | str]()
     named = False  # the next part is a key of a dictionary
-    for part in path[:-1]:
+    for part in path:
+        if isinstance(current, dict):
+            current = current.get(part)
+            continue
+        owner = current if isinstance(current, type) and issubclass(current, BaseModel) else None
+        shown.append(part)
         if named or isinstance(part, int):
             named = False
             continue
-        if not (isinstance(current, type) and issubclass(current, BaseModel) and part in current.model_fields):
-            return None
-        annotation = current.model_fields[part].annotation
+        annotation = owner.model_fields[part].annotation if owner and part in owner.model_fields else None
         current, named = _inner(annotation), get_origin(annotation) is dict
-    return current if isinstance(current, type) and issubclass(current, BaseModel) else None
+    return owner, shown
 
 
 def _inner(annotation: Any) -> Any:
+    """The model inside of an annotation; of a union whose members have tags, all of them by tag."""
     if get_origin(annotation) in (Union, types.UnionType, list, dict, Annotated):
+        if tagged := {
+            m.tag: _inner(a) for a in get_args(annotation) for m in getattr(a, "__metadata__", ()) if isinstance(m, Tag)
+        }:
+            return tagged
         models = [_inner(a) for a in get_args(annotation)]
         return next((m for m in models if isinstance(m, type) and issubclass(m, BaseModel)), None)
     return annotation
@@ -176,14 +186,16 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
     """One line per fault: the key's path, what is wrong with which value, and the nearest valid choice."""
     lines = []
     for fault in error.errors():
-        path = fault["loc"]
+        owner, path = _walk(model, fault["loc"])
         key = brief(".".join(str(p) for p in path))
-        owner = _model_at(model, path) if path else None
         if fault["type"] == "extra_forbidden":
             known = [field.alias or name for name, field in owner.model_fields.items()] if owner else []
             lines.append(f"{key}: unknown key{nearest(str(path[-1]), known)}")
         elif fault["type"] == "missing":
             lines.append(f"{key}: is required")
+        elif fault["type"] == "union_tag_invalid":  # the name that says which keys there are
+            names = list(_inner(owner.model_fields[str(path[-1])].annotation)) if owner else []
+            lines.append(f"{key}.name: {_shown(fault['input']['name'])} is not a choice{nearest(fault['ctx']['tag'], names)}")
         elif fault["type"] == "literal_error":
             choices = _literals(owner.model_fields[str(path[-1])].annotation) if owner else []
             same = [c for c in choices if str(c) == str(fault["input"])]  # '2' where 2 is meant

@@ -13,7 +13,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, field_validator, model_validator
 
-from heliostat.config import schema, workspace
+from heliostat.config import optimizers, schema, workspace
+from heliostat.config.optimizers import AnyOptimizer
+from heliostat.config.schedules import Schedule
 from heliostat.config.schema import Float, Strict
 from heliostat.errors import ConfigError
 from heliostat.redact import carries_secret
@@ -69,21 +71,6 @@ class Data(Strict):
     document_mask: bool = False  # attention stays inside a document of a packed sequence
 
 
-class Optimizer(Strict):
-    name: Literal["adamw"] = "adamw"
-    lr: Annotated[Float, Field(gt=0)]
-    betas: Annotated[list[Annotated[Float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
-    eps: Annotated[Float, Field(gt=0)] = 1e-8
-    weight_decay: NonNegative = 0.1
-
-
-class Schedule(Strict):
-    name: Literal["cosine", "constant", "linear", "wsd"] = "cosine"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    final_ratio: Fraction = 0.1
-    decay_fraction: Fraction = 0.2  # of the steps; wsd only
-
-
 class Offload(Strict):
     optimizer: Literal["cpu"] | None = None
     param: Literal["cpu", "nvme"] | None = None
@@ -111,7 +98,7 @@ class Train(Strict):
     stop_after: Positive | None = None  # ends behind this step; schedules follow `steps` all the same
     global_batch: Count
     micro_batch: Count
-    optimizer: Optimizer
+    optimizer: AnyOptimizer
     schedule: Schedule = Schedule()
     grad_clip: NonNegative = 1.0
     ema: Ema | None = None  # an average of the weights over the steps, which is evaluated and exported
@@ -410,7 +397,9 @@ def load(path: Path, settings: list[str] | None = None) -> Job:
 
 def settle(job: Job, recorded: dict[str, Any] | None) -> Job:
     """The job with a value for `train.accumulate`: its own, else what the run that it resumes had (which before there was the key
-    was `same`), else fp32 where it can be had."""
+    was `same`), else fp32 where it can be had. ConfigError if the run cannot go on with the job's optimizer."""
+    if recorded is not None:
+        optimizers.require_resumable(job.train.optimizer, recorded["train"].get("optimizer", {}))
     if job.train.accumulate:
         return job
     value = "fp32" if recorded is None else recorded["train"].get("accumulate") or "same"

@@ -22,12 +22,11 @@ from heliostat.data import mixing
 from heliostat.errors import ConfigError, DataError, StorageError
 from heliostat.plan import planner, zero_layout
 from heliostat.plan.model_stats import ModelStats, build, stats_of
-from heliostat.train.worker import zero_state
 
 
 def kinds(job: Job) -> list[str]:
     """What a checkpoint holds of every trained parameter."""
-    return ["master", *zero_state.MOMENTS, *([layout.EMA] if job.train.ema else [])]
+    return ["master", *job.train.optimizer.state, *([layout.EMA] if job.train.ema else [])]
 
 
 def dry_run(path: Path, settings: list[str], workers: int | None = None) -> dict[str, Any]:

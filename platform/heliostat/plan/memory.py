@@ -2,6 +2,7 @@
 
 Mixed precision with Adam keeps 2 bytes of weights and 2 of gradients a parameter, and 12 of optimizer state: an fp32 master
 and two moments (Rajbhandari et al. 2020, arXiv 1910.02054, section 3.1). Which of them are divided by the workers is the stage.
+Other optimizers keep fewer moments, or none.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from heliostat.config.optimizers import STATE_BYTES
 from heliostat.plan import zero_layout
 
 LOW = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -54,9 +56,10 @@ def state(
     accumulates: bool = True,
     ema: bool = False,
     sums_fp32: bool = True,
+    moments: int = 2,
 ) -> State:
     """What a worker holds between two steps. Gradients: at their largest, before the optimizer's step; several micro-batches are
-    summed in fp32 (`sums_fp32`) or in the precision."""
+    summed in fp32 (`sums_fp32`) or in the precision. `moments`: tensors that the optimizer keeps of every parameter."""
     sizes = {n: math.prod(s) for n, s in shapes.items()}
     trained = sum(n for name, n in sizes.items() if name not in frozen)
     low = LOW[precision]
@@ -66,8 +69,9 @@ def state(
         else partition(trained, workers)
     )
     if stage == 0:
+        kept = STATE_BYTES * moments * trained
         return State(
-            weights=4 * sum(sizes.values()), gradients=4 * trained, masters=4 * trained * ema, moments=8 * trained, host=0, disk=0
+            weights=4 * sum(sizes.values()), gradients=4 * trained, masters=4 * trained * ema, moments=kept, host=0, disk=0
         )
     if stage == 3:
         small = sum(n for n in sizes.values() if n <= persistence)  # these stay gathered
@@ -79,15 +83,15 @@ def state(
         gradients = (low + 4) * trained if stage == 1 else 4 * share  # at stage 1 beside those of the micro-batch
     elif stage == 2 and accumulates:
         gradients = low * _touched({n: s for n, s in shapes.items() if n not in frozen}, workers)
-    masters, moments, host, disk = 4 * share * (1 + ema), 8 * share, 0, 0
+    masters, kept, host, disk = 4 * share * (1 + ema), STATE_BYTES * moments * share, 0, 0
     if offload_optimizer:  # the masters' gradients go there too, in fp32
-        host, masters, moments = masters + moments + 4 * share, 0, 0
+        host, masters, kept = masters + kept + 4 * share, 0, 0
         gradients = gradients if stage == 1 else 0
     if offload_param:
         moved = low * sum(partition(n, workers) for n in sizes.values())
         weights -= moved
         host, disk = (host + moved, 0) if offload_param == "cpu" else (host, moved)
-    return State(weights, gradients, masters, moments, host, disk)
+    return State(weights, gradients, masters, kept, host, disk)
 
 
 def _touched(shapes: Mapping[str, tuple[int, ...]], workers: int) -> int:

@@ -20,6 +20,7 @@ from heliostat.cluster import cluster_file
 from heliostat.cluster import pools as room
 from heliostat.cluster.cluster_file import ClusterFile
 from heliostat.config import spec
+from heliostat.config.optimizers import STATE_BYTES
 from heliostat.config.spec import Job
 from heliostat.data import collection, manifest
 from heliostat.errors import ConfigError, DataError, StorageError
@@ -158,6 +159,7 @@ class Planner:
             accumulation > 1,
             bool(train.ema),
             spec.settle(job, None).train.accumulate == "fp32",
+            len(train.optimizer.state),
         )
         live = memory.working(model.parameters, model.layer, stage, precision, zero, self.gpu)
         per_sample = self.kept.checkpointed if train.activation_checkpointing else self.kept.kept
@@ -199,7 +201,8 @@ class Planner:
         """Size and times of a checkpoint, and the interval that loses least to failures."""
         rates, nodes = self.prices["storage"], -(-self.workers // self.device.per_node)
         trained = sum(math.prod(s) for s in self.model.trained.values())
-        size = (16 if self.job.train.ema else 12) * trained  # fp32 master and two moments, and the average
+        train = self.job.train
+        size = (4 + STATE_BYTES * len(train.optimizer.state) + 4 * bool(train.ema)) * trained  # master, moments, average
         blocked = size / self.workers / (rates["host_copy"] * 1e9) if self.gpu else 0.1
         upload = size / nodes / (rates["node"] * 1e9)
         between = self.between()

@@ -236,6 +236,11 @@ def _base_faults(sweep: Sweep, base: Job) -> list[str]:
     for key in sweep.space:
         if _below(key, OWN):
             faults.append(f"space.{key}: cannot be swept; take it out of the space")
+        if key == "train.optimizer.name":
+            faults.append(
+                f"space.{key}: optimizers have other keys each; write whole ones instead, as space.train.optimizer: "
+                "{choice: [{name: adamw, lr: 1.0e-3}, {name: sgd, lr: 0.1}]}"
+            )
         if _below(key, FIXED_WHERE_COMPARED) and sweep.scheduler.name != "none":
             faults.append(f"space.{key}: trials of other lengths cannot be compared; use scheduler 'none', or set {key}")
     if isinstance(base.workers.count, list):
@@ -286,10 +291,18 @@ def _hold_faults(sweep: Sweep, base: Job) -> list[str]:
 
 
 def _check_corners(plan: Plan, where: str) -> None:
-    """Every corner of the space is a valid job, whose recipe takes it."""
+    """Every corner of the space is a valid job, whose recipe takes it; and its checkpoints fit the others, if they are to."""
     seen: set[str] = set()
+    kept: dict[tuple[str, ...], str] = {}
     for params in spaces.corners(plan.sweep.space):
-        _check_point(plan, params, f"{where}: the space holds jobs that cannot be trained: {tell(params)}", seen)
+        job = _check_point(plan, params, f"{where}: the space holds jobs that cannot be trained: {tell(params)}", seen)
+        kept.setdefault(job.train.optimizer.state, job.train.optimizer.name)
+    if plan.sweep.scheduler.exchanges and len(kept) > 1:
+        what = " and ".join(f"{', '.join(state) or 'nothing'} ({name})" for state, name in kept.items())
+        raise ConfigError(
+            f"{where}: space: {plan.sweep.scheduler.name!r} lets trials go on from each other's checkpoints, but optimizers here "
+            f"keep different things of every parameter: {what}; use optimizers that keep the same, or another scheduler"
+        )
 
 
 def _check_drawn(plan: Plan, where: str) -> None:
@@ -301,12 +314,13 @@ def _check_drawn(plan: Plan, where: str) -> None:
             _check_point(plan, params, f"{where}: trial {number} would be no valid job: {tell(params)}", seen)
 
 
-def _check_point(plan: Plan, params: Params, what: str, seen: set[str]) -> None:
+def _check_point(plan: Plan, params: Params, what: str, seen: set[str]) -> Job:
     try:
         job = plan.job(0, params)
         if (model := json.dumps([job.recipe, job.model])) not in seen:
             seen.add(model)
             check.check_job(job)
+        return job
     except ConfigError as e:
         raise ConfigError(f"{what}:\n  {str(e).removeprefix(f'{plan.name(0)}: ')}") from e
 

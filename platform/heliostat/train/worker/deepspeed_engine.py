@@ -114,14 +114,9 @@ def build_engine(job: Job, recipe: Recipe) -> Any:
     if onednn.SUPPORTED and not (job.workers.gpus or job.train.compile) and job.train.precision == "fp32":
         onednn.use_onednn(model)
     settings = job.train.optimizer
-    optimizer = torch.optim.AdamW(
-        building.parameter_groups(model, settings.weight_decay, recipe),
-        lr=settings.lr,
-        betas=(settings.betas[0], settings.betas[1]),
-        eps=settings.eps,
-        fused=True,
-    )
+    optimizer = settings.build(building.parameter_groups(model, settings.weight_decay, recipe))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    engine.moments = settings.state  # which `fragments` reads
     if job.train.compile:
         engine.compile()
     return engine

@@ -1,9 +1,10 @@
 """ZeRO's shards as tensors that stock torch.distributed.checkpoint can save and reshard.
 
-Whatever the stage, a rank's share of a parameter's fp32 master weight and of its Adam moments is a slice [start, start + n)
-of the flattened parameter. `FlatShard` tells DCP just that, so a checkpoint saved at one stage and world size loads at any
-other. Names: `master.<parameter>`, `exp_avg.<parameter>`, `exp_avg_sq.<parameter>`; persistent buffers are `buffer.<name>`, and
-parameters that are not trained `frozen.<parameter>`, in the precision that the engine holds them in.
+Whatever the stage, a rank's share of a parameter's fp32 master weight and of its moments (what the optimizer keeps of it) is a
+slice [start, start + n) of the flattened parameter. `FlatShard` tells DCP just that, so a checkpoint saved at one stage and world
+size loads at any other. Names: `master.<parameter>` and, as the optimizer's class in `heliostat.config.optimizers` says,
+`exp_avg.<parameter>`, `exp_avg_sq.<parameter>`, ...; persistent buffers are `buffer.<name>`, and parameters that are not trained
+`frozen.<parameter>`, in the precision that the engine holds them in.
 """
 
 from __future__ import annotations
@@ -17,8 +18,6 @@ import torch.distributed as dist
 from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.checkpoint.layout import FROZEN
 from heliostat.errors import ConfigError
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def state(engine: Any, whole: bool = False) -> dict[str, torch.Tensor]:
@@ -75,7 +74,7 @@ def _slices(engine: Any, p: Any, part: tuple[int, int]) -> Iterator[tuple[str, t
         per = -(-p.numel() // world)
         start, stop = min(rank * per, p.numel()), min((rank + 1) * per, p.numel())
         moments = engine.optimizer.state[p]
-        for key, tensor in [("master", p.data), *((k, moments[k]) for k in MOMENTS)]:
+        for key, tensor in [("master", p.data), *((k, moments[k]) for k in engine.moments)]:
             yield key, tensor.view(-1)[start:stop], start, p.numel()
     elif stage == 3:
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
@@ -85,12 +84,15 @@ def _slices(engine: Any, p: Any, part: tuple[int, int]) -> Iterator[tuple[str, t
         size = min(per, p.ds_numel - start)
         for key, tensor in [
             ("master", safe_get_local_fp32_param(p)),
-            *((k, safe_get_local_optimizer_state(p, k)) for k in MOMENTS),
+            *((k, safe_get_local_optimizer_state(p, k)) for k in engine.moments),
         ]:
             yield key, tensor.view(-1)[:size], start, p.ds_numel
     elif p._hp_mapping is not None:
         at = p._hp_mapping.lp_fragment_address
-        fragments = [("master", p._hp_mapping.hp_fragment), *((k, p._hp_mapping.get_optim_state_fragment(k)) for k in MOMENTS)]
+        fragments = [
+            ("master", p._hp_mapping.hp_fragment),
+            *((k, p._hp_mapping.get_optim_state_fragment(k)) for k in engine.moments),
+        ]
         for key, tensor in fragments:
             yield key, tensor.view(-1)[: at.numel], at.start, p.numel()
 
@@ -120,11 +122,12 @@ def init_optimizer_state(engine: Any) -> None:
     New runs need it too: DeepSpeed links parameters to their moments after the first parameter group's first step, when the
     other groups have none.
     """
-    states = inner_optimizer(engine).state
+    optimizer = inner_optimizer(engine)
+    states, fused = optimizer.state, optimizer.defaults.get("fused")
     for tensor in _flat_groups(engine):
         if tensor not in states:
-            states[tensor] = {"step": torch.zeros((), dtype=torch.float32, device=tensor.device)}
-            states[tensor] |= {k: torch.zeros_like(tensor) for k in MOMENTS}
+            states[tensor] = {"step": torch.zeros((), dtype=torch.float32, device=tensor.device if fused else "cpu")}
+            states[tensor] |= {k: torch.zeros_like(tensor) for k in engine.moments}
     if engine.zero_optimization_stage() in (1, 2):
         from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
@@ -136,7 +139,7 @@ def init_optimizer_state(engine: Any) -> None:
 
 def optimizer_steps(engine: Any) -> int:
     """How many steps the optimizer has really made (with fp16, overflowing steps are skipped)."""
-    return int(next(iter(inner_optimizer(engine).state.values()))["step"])
+    return engine.global_steps - engine.skipped_steps
 
 
 def share(shard: FlatShard, engine: Any, whole: bool) -> FlatShard:
@@ -153,6 +156,7 @@ def _part(shard: FlatShard, rank: int, world: int) -> FlatShard:
 
 def after_load(engine: Any, steps: int) -> None:
     """Makes the engine whole after its slices were loaded: the step count, and the weights that the forward pass uses."""
+    engine.global_steps, engine.skipped_steps = steps, 0
     for values in inner_optimizer(engine).state.values():
         values["step"].fill_(float(steps))
     refresh(engine)

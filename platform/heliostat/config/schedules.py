@@ -1,0 +1,67 @@
+"""The learning-rate schedules that `train.schedule.name` may name: one function each, of what comes after the warm-up.
+
+All share the keys of `Schedule`; which of them one reads, its function says. docs/guides/schedule.md adds one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from heliostat.config.schema import Float, Strict
+
+Fraction = Annotated[Float, Field(ge=0, le=1)]
+
+
+def cosine(schedule: Schedule, step: int, steps: int) -> float:
+    """Falls to `final_ratio` along half a cosine (Loshchilov & Hutter 2017, arXiv 1608.03983)."""
+    return _down_to(schedule.final_ratio, 0.5 * (1 + math.cos(math.pi * _progress(schedule.warmup_steps, step, steps))))
+
+
+def constant(schedule: Schedule, step: int, steps: int) -> float:
+    """Stays at the peak."""
+    return 1.0
+
+
+def linear(schedule: Schedule, step: int, steps: int) -> float:
+    """Falls to `final_ratio` in a straight line."""
+    return _down_to(schedule.final_ratio, 1 - _progress(schedule.warmup_steps, step, steps))
+
+
+def wsd(schedule: Schedule, step: int, steps: int) -> float:
+    """Warm-up, stable, decay: stays at the peak and falls linearly over the last `decay_fraction` of the steps (Hu et al. 2024,
+    MiniCPM, arXiv 2404.06395)."""
+    start = max(schedule.warmup_steps, steps - round(schedule.decay_fraction * steps))
+    return 1.0 if step < start else _down_to(schedule.final_ratio, 1 - _progress(start, step, steps))
+
+
+def _progress(start: int, step: int, steps: int) -> float:
+    """How far a step is from `start`, where it is 0, to the last step, where it is 1."""
+    return (step - start) / max(1, steps - 1 - start)
+
+
+def _down_to(final: float, shape: float) -> float:
+    return final + (1 - final) * shape
+
+
+REGISTRY: dict[str, Callable[[Schedule, int, int], float]] = {f.__name__: f for f in (cosine, constant, linear, wsd)}
+
+if TYPE_CHECKING:
+    Name = str
+else:
+    Name = Literal[tuple(REGISTRY)]
+
+
+class Schedule(Strict):
+    name: Name = "cosine"
+    """How the learning rate falls behind the warm-up. `wsd`: constant, then linear over the last `decay_fraction` of the
+    steps."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps in which the rate rises linearly to its peak, from a step's share of it. Below `train.steps`."""
+    final_ratio: Fraction = 0.1
+    """The rate at `train.steps`, as a share of the peak. Not of `constant`."""
+    decay_fraction: Fraction = 0.2
+    """The share of the steps in which `wsd` decays; the others ignore it."""

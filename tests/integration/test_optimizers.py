@@ -1,0 +1,184 @@
+"""Every optimizer that a job may name, on real engines: it trains as torch's own does, and its checkpoints are resharded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from heliostat.checkpoint import saver as checkpoint
+from heliostat.config import spec
+from heliostat.plan import memory
+from heliostat.storage import Location
+from heliostat.train.worker import deepspeed_engine, zero_state
+from torch import nn
+
+from tests.integration import ranks
+from tests.integration.test_engine import Recipe
+from tests.unit import build_index
+from tests.unit.build_job import job
+
+WORKERS, BATCH, TRAINED, AFTER = (1, 2), 8, 3, 3
+VARIANTS: dict[str, dict[str, Any]] = {
+    "adamw": {"name": "adamw", "lr": 0.02, "weight_decay": 0.5},
+    "sgd-momentum": {"name": "sgd", "lr": 0.05, "momentum": 0.8, "weight_decay": 0.5},
+    "sgd": {"name": "sgd", "lr": 0.1, "momentum": 0.0, "weight_decay": 0.5},
+    "rmsprop": {"name": "rmsprop", "lr": 0.002, "weight_decay": 0.5},
+}
+
+
+class Layout(NamedTuple):
+    precision: str
+    stage: int
+    workers: int
+
+
+LAYOUTS = [
+    *(Layout("fp32", stage, n) for stage in range(4) for n in WORKERS),
+    *(Layout("bf16", stage, n) for stage in (1, 2, 3) for n in WORKERS),
+]
+
+
+class Model(nn.Module):
+    """Matrices and vectors, both of sizes that the workers divide: what is padded is nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 4))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (self.layers(x) - y).float().square().mean()
+
+
+def _job(variant: str, layout: Layout) -> spec.Job:
+    changes = {"train.optimizer": VARIANTS[variant], "train.precision": layout.precision, "train.zero.stage": layout.stage}
+    changes |= {"workers.count": layout.workers, "train.global_batch": BATCH, "train.micro_batch": 2, "train.grad_clip": 0}
+    changes["train.deepspeed"] = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    return job(**changes)
+
+
+def _data(step: int) -> torch.Tensor:
+    return torch.randn(BATCH, 12, generator=torch.Generator().manual_seed(step))
+
+
+def _play(engine: Any, first: int, steps: int) -> list[float]:
+    """Trains steps [first, first + steps); each step's loss over the global batch."""
+    losses = []
+    for step in range(first, first + steps):
+        mine = _data(step).chunk(dist.get_world_size())[dist.get_rank()].to(next(engine.module.parameters()).dtype).split(2)
+        total = torch.zeros(())
+        for part in mine:
+            loss = engine(part[:, :8], part[:, 8:])
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach() / len(mine)
+        dist.all_reduce(total)
+        losses.append(float(total) / dist.get_world_size())
+    return losses
+
+
+def _plain(variant: str) -> list[float]:
+    """The losses of torch alone: no DeepSpeed, the whole batch at once."""
+    made = _job(variant, LAYOUTS[0])
+    torch.manual_seed(made.train.seed)
+    model, losses = Model(), []
+    optimizer = made.train.optimizer.build(deepspeed_engine.parameter_groups(model, made.train.optimizer.weight_decay))
+    for step in range(TRAINED + AFTER):
+        loss = model(_data(step)[:, :8], _data(step)[:, 8:])
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return losses
+
+
+def _load(run: Location, engine: Any, group: Any) -> None:
+    found, state = checkpoint.open_checkpoint(run, TRAINED), zero_state.state(engine, whole=True)
+    for tensor in state.values():
+        getattr(tensor, "local", tensor).fill_(float("nan"))  # what a load does not write will be seen
+    checkpoint.load(found, state, group)
+    zero_state.after_load(engine, found.index["optimizer_steps"])
+
+
+def _held(engine: Any) -> int:
+    """Bytes of all that torch's optimizer holds here, beside its counters."""
+    states = zero_state.inner_optimizer(engine).state.values()
+    return sum(t.numel() * t.element_size() for s in states for k, t in s.items() if torch.is_tensor(t) and k != "step")
+
+
+def grid(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
+    """In every rank: each optimizer at each layout trains and saves; new engines go on from there, and from another layout's."""
+    world = dist.get_world_size()
+    cases = [(variant, layout) for variant in VARIANTS for layout in LAYOUTS if layout.workers == world]
+    kept = {}
+    for variant, layout in cases:
+        made = _job(variant, layout)
+        engine = deepspeed_engine.build_engine(made, Recipe(Model))  # type: ignore[arg-type]
+        zero_state.init_optimizer_state(engine)
+        losses = _play(engine, 0, TRAINED)
+        saver = checkpoint.Saver(Location(f"{folder}/{variant}/{LAYOUTS.index(layout)}"), spec.Checkpoint(every=1), group)
+        saver.save(TRAINED, zero_state.state(engine), build_index.facts(optimizer_steps=zero_state.optimizer_steps(engine)))
+        saver.wait()
+        names = sorted({name.partition(".")[0] for name in checkpoint.open_checkpoint(saver.run, TRAINED).index["tensors"]})
+        kept[variant, layout] = {"losses": losses + _play(engine, TRAINED, AFTER), "names": names, "bytes": _held(engine)}
+    everyone.wait(ranks.DEADLINE_S)
+    for variant, layout in cases:
+        own = LAYOUTS.index(layout)
+        told = {"variant": variant, "layout": own, **kept[variant, layout]}
+        for what, saved in (("resumed", own), ("resharded", (own + 5) % len(LAYOUTS))):
+            engine = deepspeed_engine.build_engine(_job(variant, layout), Recipe(Model))  # type: ignore[arg-type]
+            zero_state.init_optimizer_state(engine)
+            _load(Location(f"{folder}/{variant}/{saved}"), engine, group)
+            steps = zero_state.optimizer_steps(engine)
+            told |= {what: _play(engine, TRAINED, AFTER), "steps": [steps, zero_state.optimizer_steps(engine)]}
+        yield told
+
+
+Told = dict[tuple[str, Layout], list[dict[str, Any]]]  # one a rank
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
+    found: Told = {}
+    for row in ranks.run(f"{__name__}:grid", WORKERS, str(tmp_path_factory.mktemp("optimizers"))):
+        found.setdefault((row["variant"], LAYOUTS[row["layout"]]), []).append(row)
+    assert set(found) == {(variant, layout) for variant in VARIANTS for layout in LAYOUTS}
+    return found
+
+
+def test_every_optimizer_trains_as_torch_alone_at_every_stage(told: Told) -> None:
+    """With decay of matrices and none of vectors, whatever DeepSpeed makes of the optimizer that it is given."""
+    for variant in VARIANTS:
+        plain = _plain(variant)
+        assert max(plain) > 1.05 * min(plain), "it does learn"
+        for layout in LAYOUTS:
+            tolerance = 1e-5 if layout.precision == "fp32" else 2e-2
+            assert told[variant, layout][0]["losses"] == pytest.approx(plain, rel=tolerance), (variant, layout)
+
+
+def test_a_resumed_run_takes_the_same_steps_bit_by_bit(told: Told) -> None:
+    """At the layout that saved: the moments, masters and step counts are those that were saved."""
+    for case, rows in told.items():
+        assert rows[0]["resumed"] == rows[0]["losses"][TRAINED:], case
+        assert rows[0]["steps"] == [TRAINED, TRAINED + AFTER], case
+
+
+def test_a_checkpoint_of_another_layout_takes_the_same_steps(told: Told) -> None:
+    """Of other workers, stages and precisions: to rounding."""
+    for (variant, layout), rows in told.items():
+        saved = LAYOUTS[(LAYOUTS.index(layout) + 5) % len(LAYOUTS)]
+        tolerance = 1e-5 if layout.precision == saved.precision == "fp32" else 2e-2
+        expected = told[variant, saved][0]["losses"][TRAINED:]
+        assert layout != saved and rows[0]["resharded"] == pytest.approx(expected, rel=tolerance), (variant, layout, saved)
+
+
+def test_checkpoints_hold_and_the_plan_counts_what_the_optimizer_keeps(told: Told) -> None:
+    """The names in every checkpoint, and on every rank the bytes: no more than the plan says, either."""
+    shapes = {name: tuple(p.shape) for name, p in Model().named_parameters()}
+    for (variant, layout), rows in told.items():
+        state = _job(variant, layout).train.optimizer.state
+        planned = memory.state(shapes, frozenset(), layout.workers, layout.stage, layout.precision, moments=len(state)).moments
+        for row in rows:
+            assert row["names"] == sorted(["master", *state]) and row["bytes"] == planned, (variant, layout)
