@@ -140,7 +140,7 @@ def test_a_curriculum_over_two_sources_and_a_change_of_data_are_followed_to_the_
     report = verify(run_folder(path))
     assert report["ok"] and report["steps"] == STEPS and report["lost"] == report["repeated"] == 0
     assert [name for name, _ in run_folder(path).join("segments").files()] == ["step-00000000.json", "step-00000045.json"]
-    given = curve_of(tracking, result["run_id"], "data/corpus.1/samples")
+    given = curve_of(tracking, result["run_id"], "train/data/corpus.1/samples")
     assert given[10] == 0 and 0 < given[30] <= 0.1 * 2**20 and given[STEPS] > 0
 
 

@@ -148,9 +148,11 @@ def test_lineage_tells_the_code_the_packages_and_the_machines(story, node):
     assert {f"code/environment-{digest}.json" for digest in node["environments"]} <= files
     assert {f"code/{c['diff']}.diff" for c in node["code"] if c["diff"]} <= files
     assert len(node["nodes"]) >= 1 and all(n["host"] and n["cpus"] >= 2 for n in node["nodes"])
-    system = [k.split("/") for k in client.get_run(story.base["run_id"]).data.metrics if k.startswith("system/")]
-    assert {address for _, address, _ in system} == {n["address"] for n in node["nodes"]}
-    assert {"cpu_utilization_percentage", "system_memory_usage_megabytes", "network_receive_megabytes"} <= {k[2] for k in system}
+    system = [
+        k.removeprefix("system/").split() for k in client.get_run(story.base["run_id"]).data.metrics if k.startswith("system/")
+    ]
+    assert {address for _, address in system} == {n["address"] for n in node["nodes"]}
+    assert {"cpu_utilization_percentage", "system_memory_usage_megabytes", "network_receive_megabytes"} <= {k[0] for k in system}
 
 
 def test_lineage_tells_the_data_to_the_sample_and_every_shard_that_was_not_seen(story, node, capsys):
@@ -268,7 +270,7 @@ def test_the_report_is_one_page_that_needs_nothing_else_and_is_logged_with_the_r
     to = tmp_path / "mine.html"
     ask(capsys, "report", story.run, "--out", str(to), "--mlflow", story.tracking)
     page = to.read_text()
-    assert page.count("<svg") == 6 and "http" not in page and "<script" not in page
+    assert page.count('class="chart"') >= 6 and "http://" not in page and "https://" not in page and " src='http" not in page
     for text in ("base", "starts of the workers", "3: steps", "on 1 workers", "the workers failed", story.base["run_id"]):
         assert text in page, text
     client = MlflowClient(tracking_uri=story.tracking)

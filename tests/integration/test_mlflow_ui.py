@@ -1,14 +1,16 @@
 """What a person sees in MLflow's UI, in a real browser: curves, datasets, images, report, model, the nested trials of a sweep.
 
+Its server is the one of `heliostat ui`.
+
 `make test-slow` runs it. Debian: chromium, chromium-driver; pip: heliostat[browser-test]. The screenshots go to
 HELIOSTAT_SCREENSHOTS, or pytest's folder.
 """
 
-import importlib.util
+import getpass
 import io
 import json
 import os
-import shutil
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,28 +19,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from heliostat.chaos.servers import Server, mlflow_server
+from heliostat.chaos.servers import Server
 from heliostat.recipes.protocol import Draws
 from heliostat.recipes.text.causal_lm import CausalLM
+from heliostat.track import ui
 from heliostat.train.run import train
 from heliostat.tune.driver import tune
 from mlflow import MlflowClient
 from PIL import Image
 
+from tests.integration.browser import MISSING, chromium
 from tests.integration.test_tune import grid, sweep_file
 
-
-def missing() -> str:
-    absent = [t for t in ("chromium", "chromedriver") if not shutil.which(t)]
-    if not importlib.util.find_spec("selenium"):
-        absent.append("selenium")
-    return f"not on this machine: {', '.join(absent)} (Debian: chromium, chromium-driver; pip: selenium)" if absent else ""
-
-
-WHY = missing()
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(bool(WHY), reason=WHY),
+    pytest.mark.skipif(bool(MISSING), reason=MISSING),
     pytest.mark.usefixtures("ray_session"),
     pytest.mark.timeout(1800),  # minutes, on a machine that is not busy
 ]
@@ -65,34 +60,32 @@ class Drawing(CausalLM, Draws):
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(shutil.which("chromium"))
-    flags = "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update"
-    for flag in f"{flags} disable-sync disable-dev-shm-usage window-size=1400,900".split():
-        options.add_argument(f"--{flag}")
-    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
-    driver.set_page_load_timeout(120)
+    driver = chromium(1440, 1080)
     yield driver
     driver.quit()
 
 
 @pytest.fixture
 def server(tracking: str, tmp_path: Path) -> Iterator[Server]:
-    with mlflow_server(tracking, tmp_path) as running:
+    with Server(ui.command("127.0.0.1", "PORT"), "/health", tmp_path / "ui.log", ui.environment(tracking)) as running:
         yield running
 
 
 @pytest.fixture
 def look(server: Server, browser: Any, tmp_path: Path) -> Callable[..., None]:
-    """Opens a page, presses a button or searches for charts there, waits for the texts that it must show, and keeps a picture of
-    it under the name."""
+    """Opens a page, presses a button or searches for charts there, waits for the texts that it must show, sees that it shows
+    none of others, and keeps a picture of it under the name."""
     shots = Path(os.environ.get("HELIOSTAT_SCREENSHOTS", tmp_path))
 
     def look_(
-        path: str, name: str, *texts: str, frame: str | None = None, picture: bool = False, press: str = "", charts: str = ""
+        path: str,
+        name: str,
+        *texts: str,
+        absent: tuple[str, ...] = (),
+        frame: str | None = None,
+        picture: bool = False,
+        press: str = "",
+        charts: str = "",
     ) -> None:
         browser.get("about:blank")
         browser.get(f"http://{server.endpoint}/#{path}")
@@ -100,30 +93,48 @@ def look(server: Server, browser: Any, tmp_path: Path) -> Callable[..., None]:
             there(browser, press).click()
         if charts:
             there(browser, "input[placeholder='Search metric charts']").send_keys(charts)
-        for shut in browser.find_elements("css selector", "button[data-component-id='mlflow.assistant.chat_panel.close']"):
-            shut.click()
         for text in texts:
             until(lambda t=text: t.lower() in said(browser, frame).lower(), f"{text!r} at {path}", lambda: said(browser, frame))
         if picture:
             until(lambda: any(w and w >= 32 for w in picture_widths(browser)), "a picture", lambda: str(picture_widths(browser)))
-        time.sleep(1.0)  # charts are drawn late
+        time.sleep(1.0)  # charts are drawn late, and so is the assistant
+        for shut in browser.find_elements("css selector", "button[data-component-id='mlflow.assistant.chat_panel.close']"):
+            shut.click()
+            time.sleep(1.0)
+        assert [text for text in absent if text.lower() in said(browser, frame).lower()] == []
         file = shots / f"mlflow-{name}.png"
         browser.save_screenshot(str(file))
-        Image.open(file).convert("P", palette=Image.Palette.ADAPTIVE, colors=64).save(file, optimize=True)
+        Image.open(file).convert("RGB").quantize(96, dither=Image.Dither.NONE).save(file, optimize=True)
 
     return look_
 
 
-def test_the_ui_shows_the_run_its_data_images_report_and_model(look, job_file, tracking):
+def test_the_ui_shows_the_run_its_data_images_report_and_model(look, browser, job_file, tracking):
     settings = ["recipe=tests.integration.test_mlflow_ui:Drawing", "train.log_every=1", "mlflow.register=seen-lm",
-                "mlflow.alias=champion", "mlflow.experiment=seen"]  # fmt: skip
-    result = train(job_file("seen"), settings)
+                "mlflow.alias=champion", "mlflow.experiment=seen", "checkpoint.every=5", "checkpoint.keep=2",
+                "card.summary=Sees *what* is shown."]  # fmt: skip
+    job = job_file("seen")
+    result = train(job, settings)
     client, run_id = MlflowClient(tracking_uri=tracking), result["run_id"]
-    here = f"/experiments/{client.get_run(run_id).info.experiment_id}/runs/{run_id}"
-    look(here, "run", "Finished", "train.optimizer.lr", "corpus", "seen-lm")
+    experiment = client.get_run(run_id).info.experiment_id
+    here = f"/experiments/{experiment}/runs/{run_id}"
+    genai = ("Judges", "Prompts", "AI Gateway")  # what the UI's other mode lists
+    look(f"/experiments/{experiment}", "experiment", "seen", "Model registry", absent=genai)
+    assert "/runs?workflowType=machine_learning" in browser.current_url
+    internal = ("heliostat.token", "made_of", "No description", "None")
+    look(here, "run", "Finished", "train.optimizer.lr", "corpus", "seen-lm", job.name, getpass.getuser(), "Sees what is shown.",
+         absent=internal)  # fmt: skip
+    look(f"{here}/model-metrics", "sections", "train/time")
+    sections = re.findall(r"^(\S+)\n\(\d+\)$", said(browser, None), re.M)
+    assert sections == ["eval", "train", "train/checkpoint", "train/data", "train/data/corpus", "train/time"]
     look(f"{here}/model-metrics", "curves", "train/loss", "eval/loss", charts="(train|eval)/loss")
     look(f"{here}/artifacts/report.html", "report", "Where the time went", "Lineage", frame="iframe")
+    browser.switch_to.frame(browser.find_element("tag name", "iframe"))
+    assert len(browser.find_elements("css selector", ".plot .tip")) >= 6  # made by the page's script, which may run here too
+    browser.switch_to.default_content()
     look(f"{here}/artifacts/images/squares/step-00000020.png", "images", "step-00000020.png", picture=True)
+    gone = ("checkpoint-00000005", "checkpoint-00000010")
+    look(f"/experiments/{experiment}/models", "checkpoints", "checkpoint-00000015", "checkpoint-00000020", absent=gone)
     look("/models/seen-lm/versions/1", "model", "seen-lm", "champion", "Held-out scores")
 
 

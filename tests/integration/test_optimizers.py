@@ -16,9 +16,9 @@ from heliostat.train.worker import deepspeed_engine, zero_state
 from torch import nn
 
 from tests.integration import ranks
-from tests.integration.test_engine import Recipe
 from tests.unit import build_index
 from tests.unit.build_job import job
+from tests.unit.build_recipe import Around
 
 WORKERS, BATCH, TRAINED, AFTER = (1, 2), 8, 3, 3
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -115,7 +115,7 @@ def grid(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
     kept = {}
     for variant, layout in cases:
         made = _job(variant, layout)
-        engine = deepspeed_engine.build_engine(made, Recipe(Model))  # type: ignore[arg-type]
+        engine = deepspeed_engine.build_engine(made, Around(Model))
         zero_state.init_optimizer_state(engine)
         losses = _play(engine, 0, TRAINED)
         saver = checkpoint.Saver(Location(f"{folder}/{variant}/{LAYOUTS.index(layout)}"), spec.Checkpoint(every=1), group)
@@ -128,7 +128,7 @@ def grid(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
         own = LAYOUTS.index(layout)
         told = {"variant": variant, "layout": own, **kept[variant, layout]}
         for what, saved in (("resumed", own), ("resharded", (own + 5) % len(LAYOUTS))):
-            engine = deepspeed_engine.build_engine(_job(variant, layout), Recipe(Model))  # type: ignore[arg-type]
+            engine = deepspeed_engine.build_engine(_job(variant, layout), Around(Model))
             zero_state.init_optimizer_state(engine)
             _load(Location(f"{folder}/{variant}/{saved}"), engine, group)
             steps = zero_state.optimizer_steps(engine)

@@ -13,10 +13,11 @@ import pytest
 from heliostat import run_folder
 from heliostat.run_folder import LEDGER, RESULT
 from heliostat.runs.goodput import Attempt
-from heliostat.runs.mlflow_id import TOKEN
 from heliostat.storage import Location
 from heliostat.track import mlflow_client
 from heliostat.track.reconcile import YOUNG_S, settle, settle_folder
+from heliostat.track.tags import FOLDER as RUN_FOLDER
+from heliostat.track.tags import NAME, TOKEN
 
 Scene = Callable[..., tuple[Any, str]]
 GONE = 2**22 + 1  # no process has this number
@@ -32,7 +33,7 @@ def scene(tracking: str, tmp_path: Path) -> Scene:
         found = client.get_experiment_by_name(name)
         place = str(tmp_path / "artifacts")
         experiment = found.experiment_id if found else client.create_experiment(name, artifact_location=place)
-        tags = {mlflow_client.NAME: name, mlflow_client.FOLDER: str(tmp_path / "run"), TOKEN: "mine"}
+        tags = {NAME: name, RUN_FOLDER: str(tmp_path / "run"), TOKEN: "mine"}
         run_id = client.create_run(experiment, tags=tags).info.run_id
         folder, now = Location(str(tmp_path / "run")), time.time()
         attempt = Attempt("a", now - 50, now - 40, now - 30, 0, 2, host=socket.gethostname(), pid=GONE)

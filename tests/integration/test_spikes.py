@@ -9,8 +9,9 @@ from typing import Any
 from heliostat.config.spec import Spike
 from heliostat.errors import LossSpikeError
 from heliostat.storage import Location
-from heliostat.track import local_curves, page
+from heliostat.track import local_curves
 from heliostat.track.logger import RunOwner
+from heliostat.track.report import page
 from heliostat.train.driver.progress import ProgressReporter
 from heliostat.train.worker.loop import Worker
 from heliostat.train.worker.loss_spikes import Detector

@@ -321,8 +321,8 @@ def test_mlflow_gets_every_part_and_the_fraction(tmp_path):
     found = report(History(3).attempts)
     logged = points(Goodput(report=found, step=7, at=1.0))
     assert {key: value for key, value, _, _ in logged} == {
-        "goodput/fraction": found["goodput"], "goodput/worker_hours": found["worker_hours"],
-        **{f"goodput/{p}_s": s for p, s in found["parts"].items()},
+        "train/time/goodput": found["goodput"], "train/time/worker_hours": found["worker_hours"],
+        **{f"train/time/{p}_s": s for p, s in found["parts"].items()},
     }  # fmt: skip
     goodput.chart(found).savefig(tmp_path / "goodput.png")
     assert (Path(tmp_path) / "goodput.png").read_bytes().startswith(b"\x89PNG")

@@ -142,6 +142,6 @@ def test_goodput_is_of_a_time_and_not_of_a_step(tmp_path):
     store = Store(0, failing=0.0)
     box = Outbox(Location(str(tmp_path)), store.send, store.known)
     for at in (1e9, 1e9 + 3):
-        box.add([Point("goodput/fraction", 0.5, at, 20), Point("eval/loss", 1, at, 20)])
+        box.add([Point("train/time/goodput", 0.5, at, 20), Point("eval/loss", 1, at, 20)])
     box.flush()
-    assert [p.key for p in store.points] == ["goodput/fraction", "eval/loss", "goodput/fraction"]
+    assert [p.key for p in store.points] == ["train/time/goodput", "eval/loss", "train/time/goodput"]

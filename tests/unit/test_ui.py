@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -23,3 +24,19 @@ def test_a_ui_that_is_told_to_end_leaves_no_server_behind(number, tmp_path):
     process.send_signal(number)
     assert process.wait(30) != 0
     assert [p for p in there if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_mlflows_page_is_served_and_opens_as_model_training_where_the_browser_has_not_chosen():
+    from mlflow.server import app
+
+    plain = app.test_client().get("/").text
+    from heliostat.track import ui_app
+
+    assert ui_app.flask_app is app
+    answer = app.test_client().get("/")
+    assert answer.status_code == 200 and answer.mimetype == "text/html" and "<title>MLflow</title>" in answer.text
+    assert answer.text.replace(ui_app.SCRIPT, "") == plain != answer.text
+    assert answer.text.index(ui_app.SCRIPT) < answer.text.index("<script", answer.text.index(ui_app.SCRIPT) + 1)
+    built = Path(str(app.static_folder)) / "static" / "js"
+    assert any("mlflow.workflowType" in file.read_text() for file in built.glob("main.*.js"))  # what the choice is kept under
+    assert "mlflow.workflowType_v1" in ui_app.SCRIPT and '"machine_learning"' in ui_app.SCRIPT

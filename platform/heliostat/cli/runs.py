@@ -36,8 +36,9 @@ def report(
     json_: Json = False,
 ) -> None:
     """Write one self-contained page about a run: curves, goodput, restarts, samples, lineage."""
-    from heliostat.track import mlflow_client, page
+    from heliostat.track import mlflow_client
     from heliostat.track.reconcile import settle
+    from heliostat.track.report import page
 
     uri = store_uri(mlflow)
     if not to.absolute().parent.is_dir():

@@ -83,11 +83,11 @@ def train(
     import psutil
 
     from heliostat.check import load_job
-    from heliostat.train.run import train_job
+    from heliostat.train.run import source, train_job
 
     wanted, began = load_job(job, setting), psutil.Process().create_time()
     usual = store_uri(None)  # now: MLflow sets the variable to what the job names
-    result = train_job(wanted, resume, overwrite, allow_data_change, verbose, started=began)
+    result = train_job(wanted, resume, overwrite, allow_data_change, verbose, tags=source(job), started=began)
     if not json_:
         _print_result(result)
         out.print(

@@ -6,8 +6,10 @@ secrets is not in the difference (`diff`), and only named.
 
 from __future__ import annotations
 
+import getpass
 import hashlib
 import json
+import os
 import platform
 from dataclasses import asdict, dataclass
 from importlib.metadata import distributions
@@ -18,6 +20,7 @@ from heliostat.config import workspace
 from heliostat.records import Format
 
 DIFF_BYTES = 1 << 20  # of a difference that is kept
+USER = "HELIOSTAT_USER"  # on a cluster: who submitted the job
 UNTRACKED = 1000  # files that git does not know and that are named
 
 
@@ -72,6 +75,14 @@ def source() -> Source:
         diff = diff.encode()[:DIFF_BYTES].decode(errors="ignore") + f"\n# cut at {DIFF_BYTES} bytes\n"
     untracked = (git(root, "ls-files", "--others", "--exclude-standard", "-z") or "").split("\0")[:-1]
     return Source(commit, diff, tuple(untracked[:UNTRACKED]), tuple(left_out))
+
+
+def user() -> str:
+    """Names who runs this; on a cluster, who submitted it."""
+    try:
+        return os.environ.get(USER) or getpass.getuser()
+    except (KeyError, OSError):  # a container's process of a user without a name
+        return str(os.getuid())
 
 
 def environment() -> dict[str, str]:

@@ -10,8 +10,6 @@ from heliostat import run_folder
 from heliostat.records import Format, open_
 from heliostat.storage import Location
 
-TOKEN = "heliostat.token"  # tag: by it a run is found that was made by a driver which died before it wrote the run's id down
-
 
 @open_
 class Made(TypedDict):

@@ -158,6 +158,7 @@ class Jobs:
             if secret := [k for k, v in environment.items() if carries_secret(v)]:
                 raise ConfigError(f"{secret[0]}: carries a password, which the cluster would show; give it to the nodes")
             environment["HELIOSTAT_CLUSTER"] = record.cluster or self.there.url
+            environment[source_code.USER] = source_code.user()
             runtime = {
                 "working_dir": str(work),
                 "py_modules": [str(workspace_package.stage_package(modules))],

@@ -13,6 +13,18 @@ from heliostat.track.parents import parents
 FILE = "README.md"
 
 
+def note(job: Job, manifests: list[Manifest]) -> str:
+    """Describes a new run in Markdown, as MLflow's UI shows it: what is trained, on what, and where to look."""
+    length = f" of {job.data.sequence_length:,} tokens" if job.data.sequence_length else ""
+    what = f"`{job.recipe}`: {job.train.steps:,} steps of {job.train.global_batch:,} samples{length}"
+    lines = [job.card.summary, f"{what}, {job.train.precision}, ZeRO stage {job.train.zero.stage}."]
+    for source, m in zip(job.data.sources, manifests, strict=True):
+        size = f"{m.tokens:,} tokens" if m.tokens else f"{m.rows:,} samples"
+        lines.append(f"- data: **{_name(m)}**, {size}, weight {source.weight:g}")
+    lines.append("The whole run on one page is `report.html`, among the artifacts.")
+    return "\n\n".join(line for line in lines if line)
+
+
 def license_of(job: Job, origins: list[dict[str, Any]]) -> str:
     """The job's; else that of the models it was initialised from, if they agree; else `unknown`."""
     inherited = {p["license"] for p in origins}
@@ -27,7 +39,7 @@ def write(folder: Path, job: Job, run_id: str, step: int, scores: dict[str, floa
 def text(
     job: Job, run_id: str, step: int, scores: dict[str, float], manifests: list[Manifest], origins: list[dict[str, Any]]
 ) -> str:
-    names = [m.meta.get("name", m.location.name) for m in manifests]
+    names = [_name(m) for m in manifests]
     header = {"license": license_of(job, origins).lower(), "datasets": names, "tags": ["heliostat"]}
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in header.items()), "---", f"# {job.name}", ""]
     lines += [job.card.summary, ""] if job.card.summary else []
@@ -51,3 +63,7 @@ def text(
     if scores:
         lines += ["", "## Held-out scores", "", *(f"- {key.replace('_', ' ')}: {value:.6g}" for key, value in scores.items())]
     return "\n".join(lines) + "\n"
+
+
+def _name(manifest: Manifest) -> str:
+    return str(manifest.meta.get("name", manifest.location.name))

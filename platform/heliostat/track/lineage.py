@@ -16,7 +16,7 @@ from heliostat.errors import ConfigError, HeliostatError
 from heliostat.run_folder import ATTEMPTS
 from heliostat.runs import goodput
 from heliostat.storage import Location
-from heliostat.track import checkpoint_models, mlflow_client, registry
+from heliostat.track import checkpoint_models, mlflow_client, registry, tags
 from heliostat.track.reconcile import settle
 from heliostat.track.run_facts import read_json
 
@@ -50,30 +50,30 @@ def model_node(client: Any, version: Any) -> dict[str, Any]:
         "version": str(version.version),
         "uri": f"models:/{version.name}/{version.version}",
         "aliases": sorted(a for a, v in aliases.items() if str(v) == str(version.version)),
-        "license": version.tags.get("license"),
-        "step": int(version.tags["heliostat.step"]) if "heliostat.step" in version.tags else None,
+        "license": version.tags.get(tags.LICENSE),
+        "step": int(version.tags[tags.STEP]) if tags.STEP in version.tags else None,
         "scores": registry.scores(client, version)[0],
         "history": registry.history(version),
     }
 
 
 def run_node(client: Any, run: Any, depth: int = DEPTH) -> dict[str, Any]:
-    run_id, tags = run.info.run_id, run.data.tags
+    run_id, told = run.info.run_id, run.data.tags
     origins = (read_json(client, run_id, "parents.json") or {}).get("parents", [])
     starts = read_json(client, run_id, ATTEMPTS) or []
     data = data_of(client, run)
     return {
         "run_id": run_id,
-        "name": tags[mlflow_client.NAME],
+        "name": told[tags.NAME],
         "experiment": client.get_experiment(run.info.experiment_id).name,
         "status": run.info.status,
-        "reason": tags.get("heliostat.reason"),
+        "reason": told.get(tags.REASON),
         "started": run.info.start_time / 1000,
         "ended": run.info.end_time / 1000 if run.info.end_time else None,
-        "sweep": tags.get("mlflow.parentRunId"),
-        "reproduces": tags.get("heliostat.reproduces"),
-        "folder": tags[mlflow_client.FOLDER],
-        "recipe": tags.get("heliostat.recipe"),
+        "sweep": told.get(tags.PARENT_RUN),
+        "reproduces": told.get(tags.REPRODUCES),
+        "folder": told[tags.FOLDER],
+        "recipe": told.get(tags.RECIPE),
         "job": {"artifact": "job.json", "seed": run.data.params.get("train.seed"), "data_seed": run.data.params.get("data.seed")},
         "code": distinct([s["code"] for s in starts]),
         "environments": distinct([s["environment"] for s in starts]),
@@ -83,7 +83,7 @@ def run_node(client: Any, run: Any, depth: int = DEPTH) -> dict[str, Any]:
         "changes": [{"start_step": s["start_step"], **s["changes"]} for s in starts if s["changes"]],
         "data": data,
         "tokenizers": distinct([s["tokenizer"] for g in data["segments"] for s in g["sources"] if s["tokenizer"]]),
-        "checkpoints": [checkpoint_node(m) for m in reversed(checkpoint_models.logged(client, run.info.experiment_id, run_id))],
+        "checkpoints": checkpoint_models.history(client, run),
         "models": [model_node(client, v) for v in versions(client, run_id)],
         "parents": [{**p, "run": _parent_node(client, p, depth)} for p in origins],
     }
@@ -99,7 +99,7 @@ def _parent_node(client: Any, parent: dict[str, Any], depth: int) -> dict[str, A
         run = client.get_run(parent["run_id"])
     except MlflowException:
         return None
-    return run_node(client, run, depth - 1) if mlflow_client.FOLDER in run.data.tags else None
+    return run_node(client, run, depth - 1) if tags.FOLDER in run.data.tags else None
 
 
 def attempts(client: Any, run: Any) -> list[dict[str, Any]]:
@@ -107,7 +107,7 @@ def attempts(client: Any, run: Any) -> list[dict[str, Any]]:
     report = read_json(client, run.info.run_id, "goodput.json") if run.info.status != "RUNNING" else None
     if report is None:
         try:
-            report = goodput.read_report(Location(run.data.tags[mlflow_client.FOLDER]))
+            report = goodput.read_report(Location(run.data.tags[tags.FOLDER]))
         except (HeliostatError, OSError):
             return []
     keys = ("started", "seconds", "workers", "start_step", "reached", "outcome", "reason", "restart")
@@ -117,20 +117,6 @@ def attempts(client: Any, run: Any) -> list[dict[str, Any]]:
 def data_of(client: Any, run: Any) -> dict[str, Any]:
     """What the run has trained on; empty if it has not come to a checkpoint."""
     return read_json(client, run.info.run_id, "data.json") or {"steps": 0, "segments": [], "replaced": [], "replaced_count": 0}
-
-
-def checkpoint_node(model: Any) -> dict[str, Any]:
-    tags = model.tags
-    return {
-        "step": int(tags[checkpoint_models.STEP]),
-        "uri": tags[checkpoint_models.PLACE],
-        "deleted": tags.get(checkpoint_models.DELETED) == "true",
-        "workers": int(tags["heliostat.workers"]),
-        "zero_stage": int(tags["heliostat.zero_stage"]),
-        "receipt": tags["heliostat.receipt"],
-        "scores": {m.key.removeprefix("checkpoint/"): m.value for m in model.metrics or []},
-        "model_id": model.model_id,
-    }
 
 
 def versions(client: Any, run_id: str) -> list[Any]:

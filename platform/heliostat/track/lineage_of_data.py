@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from heliostat.runs import consumed
-from heliostat.track import mlflow_client
+from heliostat.track import mlflow_client, tags
 from heliostat.track.lineage import DEPTH, data_of, distinct, versions
 from heliostat.track.run_facts import read_json
 
@@ -28,7 +28,7 @@ class Seen:
             inherited = self._inherited(run, shard, digest, DEPTH)
             if samples or inherited:
                 models = [f"models:/{v.name}/{v.version}" for v in versions(self.client, run_id)]
-                name, status = run.data.tags[mlflow_client.NAME], run.info.status
+                name, status = run.data.tags[tags.NAME], run.info.status
                 row = {"run_id": run_id, "name": name, "status": status, "samples": samples}
                 rows.append({**row, "inherited": inherited, "models": models})
         return rows

@@ -30,8 +30,8 @@ from heliostat.data.split import NEWEST
 from heliostat.errors import HeliostatError, TrackingError
 from heliostat.events import AttemptStarted, Evaluation, Event, Goodput, Saved, Spike, Steps
 from heliostat.runs import goodput
-from heliostat.runs.mlflow_id import TOKEN, record
-from heliostat.track import local_curves, mlflow_client, outbox
+from heliostat.runs.mlflow_id import record
+from heliostat.track import card, local_curves, mlflow_client, outbox, tags
 from heliostat.track.metrics import SPIKE, Point, points
 from heliostat.track.run_facts import Record, read_json
 
@@ -66,11 +66,11 @@ class RunOwner:
     """Use: `owner = RunOwner(job, manifests)`, `owner.post(event)` at will, then `owner.finish(...)`."""
 
     def __init__(
-        self, job: Job, manifests: list[Manifest], tags: dict[str, str] | None = None, data_version: int = NEWEST
+        self, job: Job, manifests: list[Manifest], extra: dict[str, str] | None = None, data_version: int = NEWEST
     ) -> None:
-        """`tags`: of a new run, beside its own; one with `mlflow.parentRunId` is a nested run. `data_version`: of its data
-        plan."""
-        self.job, self.manifests, self._tags, self._data_version = job, manifests, tags or {}, data_version
+        """`extra`: tags of a new run, beside its own; one with `mlflow.parentRunId` is a nested run. `data_version`: of its
+        data plan."""
+        self.job, self.manifests, self._tags, self._data_version = job, manifests, extra or {}, data_version
         self.run_id = self._made = ""
         self._queue: queue.Queue[Event] = queue.Queue()
         self._answers = threading.Event()  # MLflow's last answer was a good one
@@ -111,7 +111,7 @@ class RunOwner:
         client = self.client()
         try:
             if model_uri is not None:
-                client.set_tag(self.run_id, "heliostat.model_uri", model_uri)
+                client.set_tag(self.run_id, tags.MODEL_URI, model_uri)
             self._log_samples(client, [list(sample) for sample in samples])
         except MlflowException as e:
             raise TrackingError(f"mlflow.uri: {self.job.mlflow.uri} failed ({e}); use --resume: training is not repeated") from e
@@ -128,14 +128,14 @@ class RunOwner:
         if mine not in tables:
             client.set_tag(self.run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps([*tables, mine]))
 
-    def finish(self, status: str, reason: str, report: dict[str, Any], tags: dict[str, str] | None = None) -> None:
+    def finish(self, status: str, reason: str, report: dict[str, Any], closing: dict[str, str] | None = None) -> None:
         """Writes all that waits, the run's goodput, tags, and its status: FINISHED, FAILED or KILLED.
 
         If MLflow stays away for AWAY_S, the run's next command does it: TrackingError for a run that is FINISHED.
         """
         step = max(a["reached"] for a in report["attempts"])
         self.post(Goodput(report=report, step=step))
-        self.post(End(status=status, reason=reason, report=report, tags=tags or {}))
+        self.post(End(status=status, reason=reason, report=report, tags=closing or {}))
         self._start()
         self._thread.join(AWAY_S + EXCHANGE_S)
         if self._fault or self._thread.is_alive():
@@ -257,15 +257,15 @@ class RunOwner:
             self._client.log_figure(self.run_id, goodput.chart(report), "goodput.png")
         except Exception as e:  # noqa: BLE001 (whatever MLflow raises: the run's status must be written all the same)
             log.error("MLflow refused the goodput of run %s: %s", self.run_id, e)
-        if end.reason or "heliostat.reason" in self._client.get_run(self.run_id).data.tags:  # of an earlier command
-            self._client.set_tag(self.run_id, "heliostat.reason", end.reason[:5000])
+        if end.reason or tags.REASON in self._client.get_run(self.run_id).data.tags:  # of an earlier command
+            self._client.set_tag(self.run_id, tags.REASON, end.reason[:5000])
         for key, value in end.tags.items():
             self._client.set_tag(self.run_id, key, value)
         self._client.set_terminated(self.run_id, end.status)
         self._try("its report", self._log_page)  # which tells the status, too
 
     def _log_page(self) -> None:
-        from heliostat.track import page
+        from heliostat.track.report import page
 
         text = page.page(page.gather(self._client, self._client.get_run(self.run_id)))
         self._client.log_text(self.run_id, text, page.FILE)
@@ -284,6 +284,7 @@ class RunOwner:
             found = {"token": uuid.uuid4().hex, "uri": job.mlflow.uri, "name": job.name}
         if "run_id" in found:
             self._client.update_run(found["run_id"], status="RUNNING")
+            self._client.set_tag(found["run_id"], tags.STEPS, str(job.train.steps))
             self._record = Record(self._client, found["run_id"], job)
             self.run_id = found["run_id"]
             return
@@ -296,20 +297,12 @@ class RunOwner:
 
     def _make(self, token: str) -> str:
         """The run's id, of a new run unless an earlier try has made it."""
-        experiment = self._client.get_experiment_by_name(self.job.mlflow.experiment)
-        experiment_id = experiment.experiment_id if experiment else self._create_experiment()
-        if made := self._client.search_runs([experiment_id], f"tags.`{TOKEN}` = '{token}'"):
-            return made[0].info.run_id
-        return self._client.create_run(
-            experiment_id, run_name=self.job.name, tags={**_tags(self.job), **self._tags, TOKEN: token}
-        ).info.run_id
-
-    def _create_experiment(self) -> str:
-        uri = self.job.mlflow.uri
-        place = None
-        if uri.startswith("sqlite:///"):  # MLflow's own default is a folder below wherever the process happens to run
-            place = str(Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" / self.job.mlflow.experiment)
-        return self._client.create_experiment(self.job.mlflow.experiment, artifact_location=place)
+        experiment_id = mlflow_client.experiment(self._client, self.job.mlflow.uri, self.job.mlflow.experiment)
+        for name in (tags.TOKEN, tags.FORMERLY[tags.TOKEN]):
+            if made := self._client.search_runs([experiment_id], f"tags.`{name}` = '{token}'"):
+                return str(made[0].info.run_id)
+        told = {**_tags(self.job, self.manifests), **self._tags, tags.TOKEN: token}
+        return str(self._client.create_run(experiment_id, run_name=self.job.name, tags=told).info.run_id)
 
     def _send(self, new: list[Point]) -> None:
         mlflow_client.send(self._client, self.run_id, new)
@@ -327,15 +320,25 @@ class RunOwner:
             self._images.popleft()
 
 
-def _tags(job: Job) -> dict[str, str]:
-    tags = {"heliostat.name": job.name, "heliostat.recipe": job.recipe, "heliostat.run_folder": str(job.run_folder)}
+def _tags(job: Job, manifests: list[Manifest]) -> dict[str, str]:
+    """Says of a new run who made it from what, for people and for `heliostat` itself."""
+    submitted = bool(os.environ.get("HELIOSTAT_CLUSTER"))
+    told = {
+        tags.NAME: job.name,
+        tags.RECIPE: job.recipe,
+        tags.FOLDER: str(job.run_folder),
+        tags.STEPS: str(job.train.steps),
+        tags.USER: source_code.user(),
+        tags.SOURCE_NAME: f"heliostat submit {job.name}" if submitted else job.recipe,
+        tags.SOURCE_TYPE: "JOB" if submitted else "LOCAL",
+        tags.NOTE: card.note(job, manifests),
+    }
     for package in PACKAGES:
         try:
-            tags[f"heliostat.version.{package}"] = version(package)
+            told[tags.VERSION + package] = version(package)
         except PackageNotFoundError:
             continue
     source = source_code.source()
     if source.commit:
-        tags["mlflow.source.git.commit"] = source.commit
-        tags["heliostat.dirty"] = str(source.dirty)
-    return tags
+        told |= {tags.COMMIT: source.commit, tags.DIRTY: str(source.dirty)}
+    return told

@@ -1,13 +1,23 @@
-"""What MLflow gets of a run's events: points of curves."""
+"""Declares every metric of a run, once: what it is called in MLflow, which events it comes from, and how the report draws it.
+
+What MLflow gets (`points`) and what the report shows (`page`) follow from METRICS: to add a metric of what events already tell,
+add a line there. MLflow's UI shows charts in sections, which are the names up to their last slash in alphabetical order, and
+system metrics behind them: so held-out scores (`eval/`) come first, the training's own curves (`train/`) next, and what is looked
+at less often is below `train/` (`train/data/corpus/epochs`). A metric that had another name in runs recorded before says so.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from heliostat.events import Evaluation, Event, Goodput, NodeSample, Saved, Spike, Steps
 
 SPIKE, SPIKE_LIMIT = "train/spike", "train/spike_limit"  # a spike's loss, and the limit that it is above; at spikes alone
-SYSTEM = "system/"  # begins the names of what nodes are busy with
+CHECKPOINT = "train/checkpoint/"  # begins the names of the scores of checkpoints' logged models
+SYSTEM, TIME = "system/", "train/time/"  # begin the names of what is of a time rather than of a step
 
 
 class Point(NamedTuple):
@@ -21,38 +31,130 @@ class Point(NamedTuple):
     @property
     def place(self) -> int:
         """What grows along the metric: the step; milliseconds for what is of a time rather than of a step."""
-        return int(self.at * 1000) if self.key.startswith(("goodput/", SYSTEM)) else self.step
+        return int(self.at * 1000) if self.key.startswith((TIME, SYSTEM)) else self.step
+
+
+@dataclass(frozen=True)
+class Metric:
+    """`name` in MLflow; its `*`, if it has one, stands for what the event names.
+
+    `value` takes a number from an event of `kind`, or None; of a name with a `*`, numbers by what that stands for. A list is of
+    steps, one number each. Metrics with the same `chart` share it in the report, in whose `section` it is; "" is in no chart, and
+    `{}` in it is what the `*` stands for. `mark` draws dots instead of a line.
+    """
+
+    name: str
+    kind: type[Event]
+    value: Callable[[Any], Any]
+    chart: str = ""
+    unit: str = ""
+    section: str = "Learning"
+    mark: bool = False
+    formerly: str = ""
+
+    def star(self, name: str) -> str | None:
+        """What the `*` stands for in a name ("" for a metric without one); None for another metric's name."""
+        return _star(self.name, name)
+
+
+def _of(key: str) -> Callable[[Any], Any]:
+    return lambda event: getattr(event, key)
+
+
+def _of_source(key: str) -> Callable[[Any], Any]:
+    return lambda event: {source: given.get(key) for source, given in event.sources.items()}
+
+
+def _of_goodput(key: str) -> Callable[[Any], Any]:
+    return lambda event: event.report[key]
+
+
+# charts come in this order in the report, and so do the curves in them
+METRICS = (
+    Metric("train/loss", Steps, _of("loss"), "Loss"),
+    Metric("eval/loss", Evaluation, lambda e: e.scores.get("loss"), "Loss"),
+    Metric(SPIKE, Spike, _of("loss"), "Loss", mark=True),
+    Metric(SPIKE_LIMIT, Spike, _of("limit")),
+    Metric("eval/*", Evaluation, _of("scores"), "{}"),
+    Metric("train/lr", Steps, _of("lr"), "Learning rate", section="Optimizer"),
+    Metric("train/grad_norm", Steps, _of("grad_norm"), "Gradient norm", section="Optimizer"),
+    Metric("train/loss_scale", Steps, _of("loss_scale"), "Loss scale (fp16)", section="Optimizer"),
+    Metric("train/skipped_steps", Steps, _of("skipped_steps"), "Skipped steps (fp16)", section="Optimizer"),
+    Metric("train/tokens_per_second", Steps, _of("tokens_per_second"), "Throughput", "tokens or samples/s", "Speed"),
+    Metric("train/mfu", Steps, _of("mfu"), "Model FLOPs utilisation", "of the peak", "Speed"),
+    Metric("train/data/wait", Steps, _of("data_wait"), "Wait for data", "of the time", "Speed", formerly="train/data_wait"),
+    Metric("train/data/*/epochs", Steps, _of_source("epochs"), "Epochs of each source", section="Data",
+           formerly="data/*/epochs"),
+    Metric("train/data/*/samples", Steps, _of_source("samples"), formerly="data/*/samples"),
+    Metric("train/data/*/tokens", Steps, _of_source("tokens"), formerly="data/*/tokens"),
+    Metric("train/data/bad_samples", Steps, _of("bad_samples"), "Bad samples, replaced", section="Data",
+           formerly="train/bad_samples"),
+    Metric("train/time/goodput", Goodput, _of_goodput("goodput"), formerly="goodput/fraction"),
+    Metric("train/time/worker_hours", Goodput, _of_goodput("worker_hours"), formerly="goodput/worker_hours"),
+    Metric("train/time/*_s", Goodput, _of_goodput("parts"), formerly="goodput/*_s"),
+    Metric(CHECKPOINT + "*", Saved, lambda e: {"blocked_s": e.blocked_s}, formerly="checkpoint/*"),
+    Metric(SYSTEM + "*", NodeSample, lambda e: {f"{key} {e.node}": value for key, value in e.values.items()}),
+    Metric("train/*", Steps, _of("added"), "{}"),  # the recipe's terms beside the loss
+)  # fmt: skip
 
 
 def points(event: Event) -> list[Point]:
-    """What an event is logged as."""
-    match event:
-        case Steps():
-            return _of_steps(event)
-        case Spike():
-            return [Point(SPIKE, event.loss, event.at, event.step), Point(SPIKE_LIMIT, event.limit, event.at, event.step)]
-        case Evaluation():
-            return [Point(f"eval/{k}", v, event.at, event.step) for k, v in event.scores.items()]
-        case Goodput(report=report):
-            values = {"fraction": report["goodput"], "worker_hours": report["worker_hours"]}
-            values |= {f"{part}_s": seconds for part, seconds in report["parts"].items()}
-            return [Point(f"goodput/{k}", v, event.at, event.step) for k, v in values.items()]
-        case NodeSample():
-            return [Point(f"{SYSTEM}{event.node}/{k}", v, event.at, event.step) for k, v in event.values.items()]
-        case Saved():
-            return [Point("checkpoint/blocked_s", event.blocked_s, event.at, event.step)]
-    return []
+    """What an event is logged as.
+
+    A step's loss comes last, so that what has it has all of the step; but first in a run's first event, by which MLflow's UI
+    orders what it lists.
+    """
+    at, first, step, count, each = event.at, 0, getattr(event, "step", 0), 0, 0.0
+    if isinstance(event, Steps):
+        first, step, count = event.first, event.done, len(event.loss)
+        each = event.seconds / count
+    once, stepwise = list[Point](), list[list[Point]]()
+    for key, value in _values(event):
+        if isinstance(value, list):
+            stepwise.append([Point(key, v, at - each * (count - 1 - i), first + i + 1) for i, v in enumerate(value)])
+        else:
+            once.append(Point(key, value, at, step))
+    if not first:
+        return [point for group in zip(*stepwise, strict=True) for point in group] + once
+    return once + [point for group in zip(*reversed(stepwise), strict=True) for point in group]
 
 
-def _of_steps(event: Steps) -> list[Point]:
-    each, out = event.seconds / len(event.loss), []
-    for i in range(len(event.loss)):
-        when, step = event.at - each * (len(event.loss) - 1 - i), event.first + i + 1
-        curves = {"loss": event.loss, "lr": event.lr, "grad_norm": event.grad_norm, **event.added}
-        out += [Point(f"train/{name}", values[i], when, step) for name, values in curves.items()]
-    for key in ("tokens_per_second", "data_wait", "mfu", "bad_samples", "skipped_steps", "loss_scale"):
-        if (value := getattr(event, key)) is not None:
-            out.append(Point(f"train/{key}", value, event.at, event.done))
-    for name, given in event.sources.items():
-        out += [Point(f"data/{name}/{key}", value, event.at, event.done) for key, value in given.items()]
-    return out
+def _values(event: Event) -> Iterable[tuple[str, Any]]:
+    """(name, number or list) of all that an event tells; of a name that two metrics have, the first one's."""
+    known = set[str]()
+    for metric in METRICS:
+        value = metric.value(event) if isinstance(event, metric.kind) else None
+        named = value if "*" in metric.name and isinstance(value, Mapping) else {"": value}
+        for star, number in named.items():
+            name = metric.name.replace("*", star)
+            if number is not None and name not in known:
+                known.add(name)
+                yield name, number
+
+
+def metric_of(name: str) -> Metric | None:
+    """The declaration of a metric's name."""
+    return next((m for m in METRICS if m.star(name) is not None), None)
+
+
+def renamed(name: str) -> str:
+    """A metric's name of today, from the one that it had when it was recorded."""
+    for metric in METRICS:
+        if metric.formerly and (star := _star(metric.formerly, name)) is not None:
+            return metric.name.replace("*", star)
+    return name
+
+
+def latest(recorded: Mapping[str, float]) -> dict[str, float]:
+    """A run's metrics by their names of today; what was logged under those counts, where there is both."""
+    return {renamed(key): value for key, value in recorded.items()} | {
+        key: value for key, value in recorded.items() if renamed(key) == key
+    }
+
+
+def _star(pattern: str, name: str) -> str | None:
+    before, star, behind = pattern.partition("*")
+    if not star:
+        return "" if name == pattern else None
+    found = re.fullmatch(f"{re.escape(before)}(.+){re.escape(behind)}", name)
+    return found[1] if found else None

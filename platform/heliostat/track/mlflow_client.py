@@ -14,9 +14,7 @@ from heliostat.errors import ConfigError, TrackingError
 from heliostat.runs.mlflow_id import record
 from heliostat.text import brief
 from heliostat.track.metrics import Point
-
-NAME, FOLDER = "heliostat.name", "heliostat.run_folder"  # tags of every run that `heliostat train` makes
-
+from heliostat.track.tags import FOLDER, KIND, NAME, TRAINING
 
 DEFAULT = ".heliostat/mlflow.db"  # the quickstart's
 
@@ -89,6 +87,23 @@ def experiments(client: Any, name: str | None = None) -> dict[str, str]:
         token = page.token
         if not token:
             return out
+
+
+def experiment(client: Any, uri: str, name: str) -> str:
+    """Finds or makes the experiment, and returns its id.
+
+    It is marked as one for training models, unless somebody has chosen a kind (MLflow's UI also notes its own guesses there).
+    """
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        place = None
+        if uri.startswith("sqlite:///"):  # MLflow's own default is a folder below wherever the process happens to run
+            place = str(Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" / name)
+        found = client.get_experiment(client.create_experiment(name, artifact_location=place))
+    kind = found.tags.get(KIND, "")
+    if not kind or kind.endswith(("_inferred", "_inferred_type")):
+        client.set_experiment_tag(found.experiment_id, KIND, TRAINING)
+    return str(found.experiment_id)
 
 
 def runs(client: Any, experiment_ids: list[str]) -> list[Any]:

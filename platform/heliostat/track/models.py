@@ -20,16 +20,14 @@ from heliostat.recipes import exported
 from heliostat.recipes.protocol import Serves
 from heliostat.storage import Location
 from heliostat.text import brief
-from heliostat.track import card, registry
-from heliostat.track.checkpoint_models import KIND, STEP
+from heliostat.track import card, registry, tags
+from heliostat.track.checkpoint_models import KIND
 from heliostat.track.parents import parents
 
 if TYPE_CHECKING:  # with torch, which takes a second
     from heliostat.checkpoint.layout import Checkpoint
 
 log = logging.getLogger(__name__)
-
-MADE_OF = "heliostat.made_of"  # tag of a logged model: its checkpoint's step, and when that was written; of a version: its model
 
 
 def log_model(job: Job, run_id: str, last: Checkpoint, folder: Path, recipe: Serves, scores: dict[str, float]) -> str:
@@ -47,9 +45,9 @@ def log_model(job: Job, run_id: str, last: Checkpoint, folder: Path, recipe: Ser
     client: Any = mlflow.MlflowClient()
     made_of = f"{last.step} {last.index['written']!r}"
     try:
-        model_id = _logged(client, run_id, made_of) or _log(job, run_id, made_of, folder, recipe, scores, told)
+        model_id = _logged(client, run_id, made_of) or _log(client, run_id, made_of, folder, recipe, scores, told)
         client.update_run(run_id, status="RUNNING")  # the fluent run has ended it, and there is more to come
-        client.set_logged_model_tags(model_id, {"license": told, STEP: str(last.step)})
+        client.set_logged_model_tags(model_id, {tags.LICENSE: told, tags.STEP: str(last.step)})
         uri = f"models:/{model_id}"
         if not job.mlflow.register_as:
             return uri
@@ -57,7 +55,7 @@ def log_model(job: Job, run_id: str, last: Checkpoint, folder: Path, recipe: Ser
         if version is None:
             logging_utils.disable_logging()  # it prints that it has made the version, as we do
             try:
-                version = mlflow.register_model(uri, job.mlflow.register_as, tags={MADE_OF: uri})
+                version = mlflow.register_model(uri, job.mlflow.register_as, tags={tags.MADE_OF: uri})
             finally:
                 logging_utils.enable_logging()
         _describe(client, job, version, last.step, told, (folder / card.FILE).read_text(), scores)
@@ -66,11 +64,11 @@ def log_model(job: Job, run_id: str, last: Checkpoint, folder: Path, recipe: Ser
     return f"models:/{job.mlflow.register_as}/{version.version}"
 
 
-def _log(job: Job, run_id: str, made_of: str, folder: Path, recipe: Serves, scores: dict[str, float], told: str) -> str:
+def _log(client: Any, run_id: str, made_of: str, folder: Path, recipe: Serves, scores: dict[str, float], told: str) -> str:
     """The new logged model's id."""
     import mlflow
 
-    serving = recipe.serving()
+    serving, source = recipe.serving(), tags.source(client.get_run(run_id).data.tags)
     with warnings.catch_warnings(), mlflow.start_run(run_id=run_id):
         warnings.simplefilter("ignore")
         info = mlflow.pyfunc.log_model(
@@ -80,7 +78,7 @@ def _log(job: Job, run_id: str, made_of: str, folder: Path, recipe: Serves, scor
             signature=serving.signature,
             input_example=serving.example,
             params={f"eval.{k}": v for k, v in scores.items()},
-            tags={MADE_OF: made_of},
+            tags={**source, tags.MADE_OF: made_of},
             pip_requirements=list(serving.requirements),
             metadata={"license": told},
         )
@@ -91,7 +89,7 @@ def _logged(client: Any, run_id: str, made_of: str) -> str | None:
     """The id of the model that an earlier call has logged of this checkpoint, if one has come to an end with it."""
     whole = None
     for model in models_of(client, client.get_run(run_id)):
-        if model.tags.get(MADE_OF) != made_of:
+        if tags.value(model.tags, tags.MADE_OF) != made_of:
             continue
         if model.status.value == "READY":
             whole = model.model_id
@@ -117,14 +115,14 @@ def models_of(client: Any, run: Any) -> list[Any]:
 def _registered(client: Any, name: str, run_id: str, uri: str) -> Any:
     """The version that an earlier call has made of this logged model; None if there is none."""
     versions = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
-    return next((v for v in versions if v.tags.get(MADE_OF) == uri), None)
+    return next((v for v in versions if tags.value(v.tags, tags.MADE_OF) == uri), None)
 
 
 def _describe(client: Any, job: Job, made: Any, step: int, told: str, text: str, scores: dict[str, float]) -> None:
     """The registered version's tags, card and alias; the alias only once, because it may have been moved on since."""
     name, version = job.mlflow.register_as, str(made.version)
-    tags = {"license": told, STEP: str(step), **{f"heliostat.score.eval/{k}": repr(v) for k, v in scores.items()}}
-    for key, value in tags.items():
+    told_of = {tags.LICENSE: told, tags.STEP: str(step), **{f"{tags.SCORE}eval/{k}": repr(v) for k, v in scores.items()}}
+    for key, value in told_of.items():
         client.set_model_version_tag(name, version, key, value)
     client.update_model_version(name, version, description=text.split("---\n", 2)[-1][:5000])
     if job.mlflow.alias and not any(entry["event"] == "registered" for entry in registry.history(made)):
@@ -179,6 +177,6 @@ def _run_folder(run_id: str, tracking_uri: str) -> Location:
         run = mlflow.MlflowClient(tracking_uri=tracking_uri).get_run(run_id)
     except mlflow.exceptions.MlflowException as e:
         raise ConfigError(f"{run_id!r}: no such run in {tracking_uri}") from e
-    if "heliostat.run_folder" not in run.data.tags:
+    if tags.FOLDER not in run.data.tags:
         raise ConfigError(f"{run_id!r}: is a run of {tracking_uri} that `heliostat train` did not make")
-    return Location(run.data.tags["heliostat.run_folder"])
+    return Location(run.data.tags[tags.FOLDER])

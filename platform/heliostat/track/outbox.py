@@ -16,7 +16,7 @@ from itertools import islice
 from heliostat import run_folder
 from heliostat.records import Format
 from heliostat.storage import Location
-from heliostat.track.metrics import SYSTEM, Point
+from heliostat.track.metrics import SYSTEM, Point, renamed
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Outbox:
         except FileNotFoundError:
             earlier = []
         for point in reversed(earlier):
-            self._queue(point).appendleft(point)
+            self._queue(point).appendleft(point._replace(key=renamed(point.key)))
         self._loaded = True
 
     def __len__(self) -> int:

@@ -16,9 +16,9 @@ from heliostat.config.schema import validate
 from heliostat.config.spec import Job
 from heliostat.errors import HeliostatError
 from heliostat.runs import goodput, liveness, summary
-from heliostat.runs.mlflow_id import TOKEN, record
+from heliostat.runs.mlflow_id import record
 from heliostat.storage import Location
-from heliostat.track import local_curves, mlflow_client
+from heliostat.track import local_curves, mlflow_client, tags
 from heliostat.track.outbox import Outbox
 from heliostat.track.run_facts import Record, read_json
 
@@ -35,7 +35,7 @@ def settle(client: Any, run: Any, how: str = "") -> Any:
     """
     if run.info.status != "RUNNING":
         return run
-    folder = Location(run.data.tags[mlflow_client.FOLDER])
+    folder = Location(run.data.tags[tags.FOLDER])
     try:
         changed = _settle(client, run, folder, how)
     except (HeliostatError, OSError) as e:
@@ -57,7 +57,7 @@ def settle_folder(folder: Location, how: str = "") -> None:
 
 def _settle(client: Any, run: Any, folder: Location, how: str) -> bool:
     run_id, told, last = run.info.run_id, record(folder), liveness.last(folder)
-    if told.get("run_id") != run_id and told.get("token") != run.data.tags.get(TOKEN):
+    if told.get("run_id") != run_id and told.get("token") != tags.value(run.data.tags, tags.TOKEN):
         _end(client, run_id, "KILLED", f"its folder {folder} is gone, or another run's", time.time())
         return True
     if last is None:
@@ -92,5 +92,5 @@ def _complete(client: Any, run_id: str, folder: Location) -> None:
 
 
 def _end(client: Any, run_id: str, status: str, reason: str, at: float) -> None:
-    client.set_tag(run_id, "heliostat.reason", reason[:5000])
+    client.set_tag(run_id, tags.REASON, reason[:5000])
     client.set_terminated(run_id, status, end_time=int(at * 1000))

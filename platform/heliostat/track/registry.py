@@ -7,7 +7,6 @@ Every move is kept: on each version that got or lost an alias, tags say when, by
 
 from __future__ import annotations
 
-import getpass
 import json
 import math
 import operator
@@ -16,12 +15,13 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from heliostat.cluster.source_code import user
 from heliostat.errors import ConfigError, HeliostatError, TrackingError
 from heliostat.records import Format
 from heliostat.text import brief
+from heliostat.track.tags import HISTORY, SCORE
 
 OPERATORS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
-HISTORY = "heliostat.history"  # tag of a version: a JSON list of what happened to it, oldest first
 EVENTS = Format(list[dict[str, Any]], "history of a model", TrackingError, fix="delete the tag to begin another")
 KEPT = 20  # entries of it
 
@@ -87,7 +87,7 @@ def find(client: Any, model: str) -> Any:
 def scores(client: Any, version: Any) -> tuple[dict[str, float], dict[str, str]]:
     """A version's scores (as `eval/loss`), and the digests of what they were measured on, by dataset."""
     tags = version.tags
-    told = {k.removeprefix("heliostat.score."): float(v) for k, v in tags.items() if k.startswith("heliostat.score.")}
+    told = {k.removeprefix(SCORE): float(v) for k, v in tags.items() if k.startswith(SCORE)}
     data = {}
     if version.run_id:
         for given in client.get_run(version.run_id).inputs.dataset_inputs:
@@ -134,7 +134,7 @@ def promote(client: Any, model: str, alias: str, require: list[str], metric: str
     entry: dict[str, Any] = {
         "alias": alias,
         "at": round(time.time(), 3),
-        "by": getpass.getuser(),
+        "by": user(),
         "event": "promoted",
         "require": require,
         "overruled": faults,

@@ -10,28 +10,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
-from pathlib import Path
-from typing import Any, cast
-
-from pydantic import JsonValue
+from typing import Any
 
 from heliostat.cluster import source_code
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
-from heliostat.errors import TrackingError
 from heliostat.events import AttemptStarted
 from heliostat.records import Format
 from heliostat.run_folder import ATTEMPTS
 from heliostat.runs import consumed
+from heliostat.track.artifacts import read_json
 from heliostat.track.checkpoint_models import Checkpoints
 from heliostat.track.metrics import SPIKE
 from heliostat.track.parents import parents
+from heliostat.track.tags import PARENT_RUNS, SPIKES
 
 STARTS = Format(list[dict[str, Any]], "list of a run's starts", fix="delete it to begin another")
-ARTIFACT: Format[Any] = Format(cast(Any, JsonValue), "record in MLflow", TrackingError)
-SPIKES, SPIKES_SHOWN = "heliostat.spikes", 100  # tag: steps, comma-separated; the newest, of more
-PARENT_RUNS = "heliostat.parent_runs"  # tag: run ids, comma-separated
+SPIKES_SHOWN = 100  # in the tag: the newest, of more
 
 
 class Record:
@@ -45,7 +40,7 @@ class Record:
         """What is known before the first step, of a new run."""
         from mlflow.entities import Param
 
-        params = [Param(k, v) for k, v in flatten(self.job.dump()).items()]
+        params = [Param(k, v) for k, v in params_of(self.job.dump()).items()]
         for i in range(0, len(params), 100):
             self.client.log_batch(self.run_id, params=params[i : i + 100])
         self.client.log_dict(self.run_id, self.job.dump(), "job.json")
@@ -121,10 +116,12 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, str]:
     return {k: v for key, value in items for k, v in flatten(value, key).items()}
 
 
-def read_json(client: Any, run_id: str, artifact: str) -> Any:
-    """A JSON artifact of a run; None if it has none of that name."""
-    folder = artifact.rpartition("/")[0] or None
-    if artifact not in {f.path for f in client.list_artifacts(run_id, folder)}:
-        return None
-    with tempfile.TemporaryDirectory(prefix="heliostat-") as local:
-        return ARTIFACT.parse(Path(client.download_artifacts(run_id, artifact, local)).read_bytes(), f"run {run_id}: {artifact}")
+def params_of(tree: Any) -> dict[str, str]:
+    """Flattens what is set, for MLflow's params: keys without a value would only be in the way there."""
+    return flatten(_set(tree))
+
+
+def _set(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {k: _set(v) for k, v in tree.items() if v not in (None, "")}
+    return [_set(v) for v in tree] if isinstance(tree, list) else tree

@@ -5,7 +5,8 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from heliostat.track import mlflow_client
+from heliostat.track import mlflow_client, tags
+from heliostat.track.metrics import latest
 from heliostat.track.reconcile import settle
 
 COLUMNS = ("run", "name", "status", "began", "step", "loss", "held-out", "rate", "goodput", "hours")
@@ -19,25 +20,25 @@ def rows(client: Any, experiment: str | None) -> list[dict[str, Any]]:
 
 def row(run: Any, experiment: str) -> dict[str, Any]:
     """`worker_hours` is what the run cost: workers times hours, over all its attempts."""
-    metrics, tags, params = run.data.metrics, run.data.tags, run.data.params
+    metrics, told, params = latest(run.data.metrics), run.data.tags, run.data.params
     at = {m.key: m.step for m in run.data.to_proto().metrics}
     return {
         "run_id": run.info.run_id,
-        "name": tags[mlflow_client.NAME],
+        "name": told[tags.NAME],
         "experiment": experiment,
         "status": run.info.status,
-        "reason": tags.get("heliostat.reason"),
+        "reason": told.get(tags.REASON),
         "started": run.info.start_time / 1000,
         "ended": run.info.end_time / 1000 if run.info.end_time else None,
         "step": at.get("train/loss", 0),
-        "steps": int(params["train.steps"]) if "train.steps" in params else None,
+        "steps": int(steps) if (steps := told.get(tags.STEPS, params.get("train.steps"))) else None,
         "train_loss": metrics.get("train/loss"),
         "eval_loss": metrics.get("eval/loss"),
         "per_second": metrics.get("train/tokens_per_second"),
-        "goodput": metrics.get("goodput/fraction"),
-        "worker_hours": metrics.get("goodput/worker_hours"),
+        "goodput": metrics.get("train/time/goodput"),
+        "worker_hours": metrics.get("train/time/worker_hours"),
         "gpus": float(params.get("workers.gpus", 0)),
-        "sweep": tags.get("mlflow.parentRunId"),
+        "sweep": told.get(tags.PARENT_RUN),
     }
 
 

@@ -30,17 +30,22 @@ def serve(store: str, host: str, port: int) -> None:
         if probe.connect_ex((host, port)) == 0:
             raise ConfigError(f"--port: {port} on {host} is taken; give another")
     log.info("MLflow's UI: http://%s:%d (starting takes a few seconds; Ctrl-C ends it)", host, port)
-    command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _end)
     # in a session of its own: Ctrl-C is ours to pass on, or the server would answer it with a traceback
-    server = subprocess.Popen(command, env={**os.environ, **environment(store)}, start_new_session=True)
+    server = subprocess.Popen(command(host, port), env={**os.environ, **environment(store)}, start_new_session=True)
     try:
         code = server.wait()
     finally:
         _end_tree(server.pid)
     if code:
         raise HeliostatError(f"`mlflow server` ended with exit code {code}; what it said is above")
+
+
+def command(host: str, port: int) -> list[str]:
+    """`mlflow server`, opening as model training (`ui_app`)."""
+    server = [sys.executable, "-m", "mlflow", "server", "--app-name", "heliostat", "--workers", "1"]
+    return [*server, "--host", host, "--port", str(port)]
 
 
 def environment(store: str) -> dict[str, str]:

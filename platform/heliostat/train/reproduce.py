@@ -20,7 +20,7 @@ from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
 from heliostat.run_folder import ATTEMPTS
 from heliostat.runs import consumed
-from heliostat.track import mlflow_client
+from heliostat.track import mlflow_client, tags
 from heliostat.track.lineage import attempts, data_of
 from heliostat.track.run_facts import read_json
 
@@ -58,7 +58,11 @@ def reproduce(client: Any, uri: str, run: str, steps: int | None, settings: list
         path = Path(folder) / "job.json"
         path.write_text(json.dumps(job))
         result = train(
-            path, settings, overwrite=overwrite, recorded=recorded.plan, tags={"heliostat.reproduces": recorded.run_id}
+            path,
+            settings,
+            overwrite=overwrite,
+            recorded=recorded.plan,
+            tags={tags.REPRODUCES: recorded.run_id, tags.SOURCE_NAME: f"heliostat reproduce {recorded.run_id}"},
         )
     curve = read_curve(client, result["run_id"])
     return {"run_id": recorded.run_id, "again": result["run_id"], "notes": notes, **compare(recorded.curve, curve, count)}

@@ -45,6 +45,7 @@ from heliostat.runs import goodput, liveness, segments
 from heliostat.runs import summary as endings
 from heliostat.terminal import console
 from heliostat.track.logger import RunOwner
+from heliostat.track.tags import SOURCE_NAME
 from heliostat.train.driver.recovery import Budget, choose, classify
 from heliostat.train.driver.signals import Signals
 from heliostat.train.pauses import PausePoints
@@ -76,7 +77,13 @@ class RunHooks:
 
 def train(path: Path, settings: list[str] | None = None, *options: Any, **named: Any) -> dict[str, Any]:
     """Loads a job file, with `key.path=value` settings applied, and trains it; the options are those of `train_job`."""
+    named["tags"] = source(path) | (named.get("tags") or {})
     return train_job(check.load_job(path, settings), *options, **named)
+
+
+def source(path: Path) -> dict[str, str]:
+    """Tags a run with the job file that it is of; on a cluster it has another name, and the run says who submitted it."""
+    return {} if os.environ.get("HELIOSTAT_CLUSTER") else {SOURCE_NAME: str(path)}
 
 
 def train_job(

@@ -11,15 +11,16 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
+from heliostat.cluster import source_code
 from heliostat.errors import TrackingError
 from heliostat.runs.mlflow_id import record
 from heliostat.storage import Location
 from heliostat.text import brief
+from heliostat.track import mlflow_client, tags
 from heliostat.track.logger import CLIENT
-from heliostat.track.run_facts import flatten
+from heliostat.track.run_facts import params_of
 from heliostat.tune import report
 from heliostat.tune.sweep import Plan
 from heliostat.tune.trial_record import Record
@@ -58,18 +59,21 @@ class Parent:
 
     def _create(self) -> str:
         name, sweep = self.plan.base["mlflow"]["experiment"], self.plan.sweep
-        found = self._do(lambda: self.client.get_experiment_by_name(name))
-        place = None
-        if self.uri.startswith("sqlite:///"):
-            place = str(Path(self.uri.removeprefix("sqlite:///")).parent / "mlartifacts" / name)
-        experiment = (
-            found.experiment_id if found else self._do(lambda: self.client.create_experiment(name, artifact_location=place))
-        )
-        tags = {"heliostat.sweep": sweep.name, "heliostat.sweep_folder": str(self.plan.folder)}
-        made = self._do(lambda: self.client.create_run(experiment, run_name=sweep.name, tags=tags).info.run_id)
+        experiment = self._do(lambda: mlflow_client.experiment(self.client, self.uri, name))
+        told = {
+            tags.SWEEP: sweep.name,
+            tags.SWEEP_FOLDER: str(self.plan.folder),
+            tags.USER: source_code.user(),
+            tags.SOURCE_NAME: f"heliostat tune {sweep.name}",
+            tags.SOURCE_TYPE: "JOB" if os.environ.get("HELIOSTAT_CLUSTER") else "LOCAL",
+            tags.NOTE: report.note(self.plan),
+        }
+        if commit := source_code.source().commit:
+            told[tags.COMMIT] = commit
+        made = self._do(lambda: self.client.create_run(experiment, run_name=sweep.name, tags=told).info.run_id)
         from mlflow.entities import Param
 
-        params = [Param(k, v) for k, v in flatten(sweep.dump()).items()]
+        params = [Param(k, v) for k, v in params_of(sweep.dump()).items()]
         self._do(lambda: self.client.log_batch(made, params=params))
         self._do(lambda: self.client.log_dict(made, {"sweep": sweep.dump(), "job": self.plan.base}, "sweep.json"))
         return made
@@ -85,10 +89,10 @@ class Parent:
             wanted = STATUS.get(found.status, "KILLED")
             if run.info.status != wanted:
                 self._do(lambda run=run, wanted=wanted: self.client.set_terminated(run.info.run_id, wanted))  # type: ignore[misc]
-            tags = {"heliostat.status": found.status}
-            tags |= {"heliostat.pruned": f"step {found.step}"} if found.status == "pruned" else {}
-            tags |= {"heliostat.clones": json.dumps(found.clones)[:5000]} if found.clones else {}
-            for key, value in tags.items():
+            told = {tags.STATUS: found.status}
+            told |= {tags.PRUNED: f"step {found.step}"} if found.status == "pruned" else {}
+            told |= {tags.CLONES: json.dumps(found.clones)[:5000]} if found.clones else {}
+            for key, value in told.items():
                 if run.data.tags.get(key) != value:
                     self._do(lambda run=run, k=key, v=value: self.client.set_tag(run.info.run_id, k, v))  # type: ignore[misc]
 
@@ -109,13 +113,13 @@ class Parent:
         for name, figure in report.figures(self.plan, records).items():
             self._do(lambda name=name, figure=figure: self.client.log_figure(self.run_id, figure, name))  # type: ignore[misc]
         best = result.get("best")
-        tags = {"heliostat.reason": reason} if reason else {}
+        told = {tags.REASON: reason} if reason else {}
         if best:
-            tags |= {"heliostat.best_trial": str(best["trial"]), "heliostat.best_run": best["run_id"]}
+            told |= {tags.BEST_TRIAL: str(best["trial"]), tags.BEST_RUN: best["run_id"]}
             if uri := best.get("model_uri"):
-                tags["heliostat.model_uri"] = uri
+                told[tags.MODEL_URI] = uri
             self._do(lambda: self.client.log_metric(self.run_id, f"best/{sweep.metric}", best["value"]))
-        for key, value in tags.items():
+        for key, value in told.items():
             self._do(lambda k=key, v=value: self.client.set_tag(self.run_id, k, v))  # type: ignore[misc]
         self._do(lambda: self.client.set_terminated(self.run_id, status))
 
@@ -124,6 +128,6 @@ class Parent:
         if not model_uri.startswith("models:/") or model_uri.count("/") != 2:
             return
         name, version = model_uri.removeprefix("models:/").split("/")
-        tags = {"heliostat.sweep": self.plan.sweep.name, "heliostat.sweep_run": self.run_id, "heliostat.trial": str(number)}
-        for key, value in tags.items():
+        told = {tags.SWEEP: self.plan.sweep.name, tags.SWEEP_RUN: self.run_id, tags.TRIAL: str(number)}
+        for key, value in told.items():
             self._do(lambda k=key, v=value: self.client.set_model_version_tag(name, version, k, v))  # type: ignore[misc]

@@ -26,6 +26,13 @@ def rows(plan: Plan, records: list[Record]) -> list[dict[str, Any]]:
     return found
 
 
+def note(plan: Plan) -> str:
+    """Describes a sweep in Markdown, as MLflow's UI shows it."""
+    sweep = plan.sweep
+    what = f"Sweep of `{sweep.job}`: {sweep.searcher.name} search for the {sweep.mode}imum of `{sweep.metric}` over"
+    return f"{what} {', '.join(f'`{key}`' for key in sweep.space)}.\n\nThe trials are its child runs, and rows of `trials.json`."
+
+
 def columns(rows: list[dict[str, Any]]) -> list[str]:
     """Of all rows, in the order in which they come."""
     return list(dict.fromkeys(key for row in rows for key in row))

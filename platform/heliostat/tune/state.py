@@ -13,6 +13,7 @@ from typing import Any
 from heliostat.config import workspace
 from heliostat.errors import ConfigError
 from heliostat.storage import Location
+from heliostat.track.tags import PARENT_RUN, SOURCE_NAME, SWEEP, TRIAL
 from heliostat.tune import space as spaces
 from heliostat.tune import trial_record as records
 from heliostat.tune.space import Params
@@ -56,7 +57,8 @@ class State:
         """What the trial is given."""
         job = self.plan.job(record.number, record.params)
         last = record.clones[-1] if record.clones else None
-        tags = {"mlflow.parentRunId": self.parent, "heliostat.sweep": self.plan.sweep.name, "heliostat.trial": str(record.number)}
+        sweep = self.plan.sweep.name
+        tags = {PARENT_RUN: self.parent, SWEEP: sweep, TRIAL: str(record.number), SOURCE_NAME: f"heliostat tune {sweep}"}
         return {
             "job": job.dump(),
             "pauses": holds(self.plan.sweep, job, record.number),

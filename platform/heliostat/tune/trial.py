@@ -24,6 +24,7 @@ from heliostat.errors import ConfigError, HeliostatError, StoppedError
 from heliostat.events import Event, Paused, Scores, Steps, Waiting
 from heliostat.lease import Lease
 from heliostat.storage import Location
+from heliostat.track.tags import PRUNED
 from heliostat.train.driver.signals import Signals
 from heliostat.train.pauses import PausePoints
 
@@ -32,7 +33,6 @@ log = logging.getLogger(__name__)
 BEAT_S = 1.0  # between two signs of progress
 ALONE_S = 60.0
 END_S = 240.0  # for a run that was told to end
-PRUNED = "heliostat.pruned"
 
 
 @dataclass(kw_only=True)

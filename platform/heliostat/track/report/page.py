@@ -1,0 +1,202 @@
+"""One self-contained HTML page about a run: curves, goodput, restarts, samples, lineage. It loads nothing from anywhere.
+
+    html = page(gather(client, run))
+
+It is an artifact of every run that ends (`report.html`), which MLflow's UI shows, and what `heliostat report` writes. Which
+curves it has, and in which charts, is declared in `points.METRICS`. Its one script, which shows values below the pointer, is the
+only one that its policy lets a browser run; all text from outside is escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import tempfile
+from datetime import datetime
+from functools import cache
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from heliostat.errors import HeliostatError
+from heliostat.runs import goodput
+from heliostat.storage import Location
+from heliostat.track import lineage, run_table
+from heliostat.track.artifacts import read_json
+from heliostat.track.metrics import METRICS, SPIKE, SPIKE_LIMIT, Metric, metric_of, renamed
+from heliostat.track.report import svg
+from heliostat.track.tags import FOLDER
+
+FILE = "report.html"
+SPIKES = 20  # the newest, that are listed
+PICTURES, PICTURE_BYTES = 6, 2 << 20  # the newest, and the largest that is shown
+OUTCOMES = {"finished": "#31a354", "failed": "#de2d26", "interrupted": "#fd8d3c", "preempted": "#fdae6b", "resize": "#6baed6"}
+Curves = dict[str, svg.Points]
+
+
+def gather(client: Any, run: Any) -> dict[str, Any]:
+    """Collects what the page shows, as plain data."""
+    run_id = run.info.run_id
+    report = read_json(client, run_id, "goodput.json")
+    if report is None:
+        try:
+            report = goodput.read_report(Location(run.data.tags[FOLDER]))
+        except (HeliostatError, OSError):
+            report = None
+    samples = read_json(client, run_id, "samples.json") or {"data": []}
+    return {
+        "row": run_table.row(run, client.get_experiment(run.info.experiment_id).name),
+        "node": lineage.run_node(client, run),
+        "spikes": _spikes(client, run_id),
+        "curves": _curves(client, run),
+        "goodput": report,
+        "samples": [(row[0], row[1]) for row in samples["data"]],
+        "pictures": _pictures(client, run_id),
+    }
+
+
+def _curves(client: Any, run: Any) -> Curves:
+    """(step, value) of every metric that is in a chart, by its name of today."""
+    found: Curves = {}
+    for recorded in run.data.metrics:
+        metric = metric_of(name := renamed(recorded))
+        if metric and metric.chart:
+            history = client.get_metric_history(run.info.run_id, recorded)
+            found.setdefault(name, []).extend((m.step, m.value) for m in history)
+    return {name: sorted(points) for name, points in found.items()}
+
+
+def _spikes(client: Any, run_id: str) -> list[tuple[int, float, float]]:
+    """(step, loss, limit) of the loss spikes, in order."""
+    loss, limit = ({m.step: m.value for m in client.get_metric_history(run_id, key)} for key in (SPIKE, SPIKE_LIMIT))
+    return [(step, loss[step], limit.get(step, math.nan)) for step in sorted(loss)]
+
+
+def _pictures(client: Any, run_id: str) -> list[tuple[str, bytes]]:
+    """(name, PNG) of the newest images of each kind."""
+    found = []
+    for kind in client.list_artifacts(run_id, "images"):
+        small = [f.path for f in client.list_artifacts(run_id, kind.path) if (f.file_size or 0) <= PICTURE_BYTES]
+        found += sorted(small)[-1:]
+    with tempfile.TemporaryDirectory(prefix="heliostat-") as folder:
+        return [(path, Path(client.download_artifacts(run_id, path, folder)).read_bytes()) for path in found[:PICTURES]]
+
+
+def page(facts: dict[str, Any]) -> str:
+    """Draws the page."""
+    row, report = facts["row"], facts["goodput"]
+    parts = [
+        f"<h1>{escape(row['name'])}</h1>",
+        f"<p class='muted'>run {escape(row['run_id'])} of experiment {escape(row['experiment'])}</p>",
+        _summary(row),
+        "<h2>Curves</h2>",
+        *_sections(facts["curves"]),
+        *_spike_lines(facts["spikes"]),
+    ]
+    if report:
+        parts.append("<h2>Where the time went</h2>")
+        spans = svg.timeline("starts of the workers", [_span(i, a) for i, a in enumerate(report["attempts"], 1)])
+        parts.append(_side_by_side([svg.waterfall(f"goodput {report['goodput']:.1%}", report["parts"], goodput.COLOURS), spans]))
+    parts += _samples(facts["samples"], facts["pictures"])
+    parts += ["<h2>Lineage</h2>", _tree(lineage.lines({"model": None, "run": facts["node"]}))]
+    for model in facts["node"]["models"]:
+        aliases = " ".join("@" + a for a in model["aliases"])
+        parts.append(f"<p>model <b>{escape(model['uri'])}</b> {escape(aliases)}</p>")
+    parts.append(f"<script>{_file('hover.js')}</script>")
+    return f"<!doctype html><html lang='en'>{_head(row['name'])}<body>{''.join(parts)}</body></html>"
+
+
+def _head(title: str) -> str:
+    script = base64.b64encode(hashlib.sha256(_file("hover.js").encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{script}'; base-uri 'none'; "
+    return (
+        f"<head><meta charset='utf-8'><meta http-equiv='Content-Security-Policy' content=\"{policy}form-action 'none'\">"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+        f"<title>{escape(title)}</title><style>{_file('style.css')}</style></head>"
+    )
+
+
+@cache
+def _file(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _summary(row: dict[str, Any]) -> str:
+    def when(at: float) -> str:
+        return datetime.fromtimestamp(at).astimezone().isoformat(sep=" ", timespec="seconds")
+
+    told = {
+        "status": row["status"],
+        "step": f"{row['step']:,}" + (f" of {row['steps']:,}" if row["steps"] else ""),
+        "training loss": row["train_loss"],
+        "held-out loss": row["eval_loss"],
+        "tokens or samples/s": f"{row['per_second']:,.0f}" if row["per_second"] else None,
+        "goodput": f"{row['goodput']:.1%}" if row["goodput"] is not None else None,
+        "worker-hours": row["worker_hours"],
+        "began": when(row["started"]),
+        "ended": when(row["ended"]) if row["ended"] else None,
+    }
+    cells = {k: f"{v:.5g}" if isinstance(v, float) else str(v) for k, v in told.items() if v not in (None, "")}
+    boxes = [f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in cells.items()]
+    if row["reason"]:
+        boxes.insert(1, f"<div class='wide'><dt>reason</dt><dd>{escape(row['reason'])}</dd></div>")
+    return f"<dl>{''.join(boxes)}</dl>"
+
+
+def _sections(curves: Curves) -> list[str]:
+    """A heading and the charts of each section, in the order of METRICS."""
+    last = max((points[-1][0] for points in curves.values() if points), default=0.0)
+    out = []
+    for section in dict.fromkeys(m.section for m in METRICS):
+        charts: dict[str, tuple[str, list[svg.Curve]]] = {}
+        for metric, name in ((m, n) for m in METRICS if m.section == section for n in sorted(curves) if metric_of(n) is m):
+            charts.setdefault(_title(metric, name), (metric.unit, []))[1].append(svg.Curve(name, curves[name], metric.mark))
+        drawn = [svg.lines(title, found, (0.0, last), unit) for title, (unit, found) in charts.items()]
+        if any(drawn):
+            out += [f"<h3>{section}</h3>", _side_by_side(drawn)]
+    return out
+
+
+def _title(metric: Metric, name: str) -> str:
+    if "{}" not in metric.chart:
+        return metric.chart
+    title = metric.chart.replace("{}", (metric.star(name) or "").replace("_", " "))
+    return title[:1].upper() + title[1:]
+
+
+def _side_by_side(figures: list[str]) -> str:
+    return f"<div class='grid2'>{''.join(figures)}</div>"
+
+
+def _spike_lines(spikes: list[tuple[int, float, float]]) -> list[str]:
+    if not spikes:
+        return []
+    rows = "".join(f"<tr><td>{step:,}</td><td>{loss:.6g}</td><td>{limit:.6g}</td></tr>" for step, loss, limit in spikes[-SPIKES:])
+    older = f"<p class='muted'>and {len(spikes) - SPIKES:,} before them</p>" if len(spikes) > SPIKES else ""
+    head = "<tr><th>step</th><th>loss</th><th>limit</th></tr>"
+    return [f"<h2>Loss spikes: {len(spikes):,}</h2><table>{head}{rows}</table>{older}"]
+
+
+def _span(number: int, a: dict[str, Any]) -> tuple[float, float, str, str]:
+    why = f": {a['reason']}" if a.get("reason") else ""
+    span = f"steps {a['start_step'] + 1:,} to {a['reached']:,} on {a['workers']} workers"
+    text = f"{number}: {span}, {a['outcome'] or 'no end'}{why}"
+    return a["started"], a["started"] + a["seconds"], OUTCOMES.get(a["outcome"] or "", "#969696"), text
+
+
+def _samples(texts: list[tuple[str, str]], pictures: list[tuple[str, bytes]]) -> list[str]:
+    if not texts and not pictures:
+        return []
+    parts = [f"<p><b>{escape(prompt)}</b></p><pre>{escape(text)}</pre>" for prompt, text in texts]
+    shown = []
+    for name, png in pictures:
+        image = f"<img alt='{escape(name)}' src='data:image/png;base64,{base64.b64encode(png).decode()}'>"
+        shown.append(f"<figure><figcaption>{escape(name)}</figcaption>{image}</figure>")
+    return ["<h2>Samples</h2>", *parts, _side_by_side(shown) if shown else ""]
+
+
+def _tree(lines: list[tuple[int, str]]) -> str:
+    shown = "".join(f"<div style='margin-left:{14 * depth}px'>{escape(text)}</div>" for depth, text in lines)
+    return f"<div class='tree'>{shown}</div>"

@@ -1,0 +1,29 @@
+"""MLflow's server, whose UI opens as model training: `mlflow server --app-name heliostat`, as `heliostat ui` starts it.
+
+MLflow's UI has two modes, and a browser that has chosen neither opens every experiment as one of GenAI, whatever the experiment's
+kind (3.17). The browser keeps the choice; here the page makes it, once, for who has not.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flask import Response
+from mlflow.server import app as flask_app
+from mlflow.server.fastapi_app import app
+
+__all__ = ["app"]
+
+CHOICE = "mlflow.workflowType_v1"  # where the browser keeps it
+SCRIPT = (
+    f"""<script>if (localStorage.getItem("{CHOICE}") === null) localStorage.setItem("{CHOICE}", '"machine_learning"')</script>"""
+)
+
+
+def index() -> Response:
+    """MLflow's one page, with the choice made before its own scripts run."""
+    text = (Path(str(flask_app.static_folder)) / "index.html").read_text(encoding="utf-8")
+    return Response(text.replace("<head>", f"<head>{SCRIPT}", 1), mimetype="text/html", headers={"Cache-Control": "no-cache"})
+
+
+flask_app.view_functions["serve"] = index

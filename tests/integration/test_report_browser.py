@@ -1,0 +1,123 @@
+"""The report in a real browser: on a wide screen and a phone, by day and by night, it is whole, readable, and loads nothing.
+
+Debian: chromium, chromium-driver; pip: heliostat[browser-test]. Pictures go to HELIOSTAT_SCREENSHOTS, or pytest's folder.
+"""
+
+import base64
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from heliostat.runs import goodput
+from heliostat.track.report import page
+
+from tests.integration.browser import MISSING, chromium
+from tests.unit.test_page import FACTS
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=MISSING)]
+
+STEPS = 5000
+CURVES = {
+    "train/loss": [(s, 2 + 6 / (1 + s / 300) + (s % 7) / 20) for s in range(1, STEPS + 1)],
+    "eval/loss": [(s, 2.2 + 6 / (1 + s / 300)) for s in range(500, STEPS + 1, 500)],
+    "train/spike": [(1234, 9.5)],
+    "eval/perplexity": [(s, 1e6 / s) for s in range(500, STEPS + 1, 500)],
+    "train/lr": [(s, 3e-4 * s / STEPS) for s in range(1, STEPS + 1)],
+    "train/grad_norm": [(s, 1.0 + (s % 13) / 10) for s in range(1, STEPS + 1)],
+    "train/tokens_per_second": [(s, 123_456.0 + s) for s in range(100, STEPS + 1, 100)],
+    "train/data/a-source-of-a-rather-long-name/epochs": [(s, s / 1e4) for s in range(100, STEPS + 1, 100)],
+    "train/data/bad_samples": [(s, 0.0) for s in range(100, STEPS + 1, 100)],
+}
+PARTS = {part: 10.0 + 7 * i for i, part in enumerate(goodput.PARTS)}
+
+
+@pytest.fixture
+def open_(tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Opens the page on a screen so wide, light or dark, and takes a picture of all of it."""
+    shots, opened = Path(os.environ.get("HELIOSTAT_SCREENSHOTS", tmp_path)), list[Any]()
+    file = tmp_path / "report.html"
+    file.write_text(page.page({**FACTS, "curves": CURVES, "goodput": {**FACTS["goodput"], "parts": PARTS}}), encoding="utf-8")
+
+    def look(width: int, scheme: str) -> Any:
+        driver = chromium(width, 900)
+        opened.append(driver)
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+        driver.get(file.as_uri())
+        height = driver.execute_script("return document.documentElement.scrollHeight")
+        clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
+        taken = driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
+        (shots / f"report-{width}-{scheme}.png").write_bytes(base64.b64decode(taken["data"]))
+        return driver
+
+    yield look
+    for driver in opened:
+        driver.quit()
+
+
+OVERLAPS = """
+const found = [];
+for (const plot of document.querySelectorAll(".plot")) {
+  const texts = [...plot.querySelectorAll("text")].filter(t => getComputedStyle(t).display !== "none");
+  const boxes = texts.map(t => [t.textContent, t.getBoundingClientRect()]);
+  const inside = plot.getBoundingClientRect();
+  boxes.forEach(([a, r], i) => {
+    if (r.left < 0 || r.right > innerWidth) found.push(a + " is cut");
+    if (r.left < inside.right - 1 && r.right > inside.left + 1 && r.top < inside.bottom - 1 && r.bottom > inside.top + 1)
+      found.push(a + " is on the curves");
+    for (const [b, q] of boxes.slice(i + 1))
+      if (r.left < q.right && q.left < r.right && r.top < q.bottom && q.top < r.bottom) found.push(a + " overlaps " + b);
+  });
+}
+return found;
+"""
+SIZES = """
+return [...document.querySelectorAll("text, td, dd, dt, pre, .legend, .parts span, .spans span")]
+  .filter(e => e.textContent.trim()).map(e => parseFloat(getComputedStyle(e).fontSize));
+"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "columns"), [(1280, 2), (400, 1)])
+def test_the_report_is_readable_on_a_wide_screen_and_a_phone_by_day_and_by_night(open_, width, columns, scheme):
+    browser = open_(width, scheme)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert browser.execute_script(OVERLAPS) == [] and min(browser.execute_script(SIZES)) >= 12
+    tops = browser.execute_script(
+        "return [...document.querySelectorAll('.grid2 .chart')].map(c => c.getBoundingClientRect().top)"
+    )
+    assert len(tops) == 7 and len([t for t in tops if t == tops[0]]) == columns  # side by side where there is room
+    back = browser.execute_script("return getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")
+    text = browser.execute_script("return getComputedStyle(document.body).color.match(/\\d+/g).map(Number)")
+    assert (sum(back) < 100 < 500 < sum(text)) if scheme == "dark" else (sum(text) < 150 < 700 < sum(back))
+    assert not browser.get_log("browser")  # neither an error, nor something that the page's policy refused
+    loaded = browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
+    assert [name for name in loaded if not name.startswith("data:")] == []
+
+
+def test_the_values_below_the_pointer_are_shown(open_):
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    browser = open_(1280, "light")
+    plot = browser.find_element("css selector", ".plot")
+    tip = plot.find_element("css selector", ".tip")
+    assert not tip.is_displayed()
+    for share in (0.22, 0.87):
+        ActionChains(browser).move_to_element_with_offset(plot, round((share - 0.5) * plot.size["width"]), 0).perform()
+        deadline = time.monotonic() + 20
+        while not tip.is_displayed() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        head, loss, held_out, spike = tip.text.splitlines()
+        step = int(head.removeprefix("step ").replace(",", ""))
+        assert abs(step - share * STEPS) < 0.01 * STEPS
+        assert float(loss.removeprefix("train/loss ")) == pytest.approx(dict(CURVES["train/loss"])[step], rel=1e-5)
+        near = min(CURVES["eval/loss"], key=lambda p: abs(p[0] - share * STEPS))
+        assert float(held_out.split()[1]) == pytest.approx(near[1], rel=1e-5) and f"(step {near[0]:,})" in held_out
+        assert spike == "train/spike 9.5 (step 1,234)"
+        edges = browser.execute_script("const r = arguments[0].getBoundingClientRect(); return [r.left, r.right]", tip)
+        assert edges[0] >= 0 and edges[1] <= 1280

@@ -1,0 +1,94 @@
+"""Metrics and tags have one name each, in one place, and what was recorded under former ones is found."""
+
+import re
+from pathlib import Path
+
+import heliostat
+import pytest
+from heliostat import run_folder
+from heliostat.events import Evaluation, Goodput, NodeSample, Saved, Spike, Steps
+from heliostat.storage import Location
+from heliostat.track import outbox, tags
+from heliostat.track.metrics import METRICS, Point, latest, metric_of, points, renamed
+
+SOURCE = Path(heliostat.__file__).parent
+
+
+@pytest.mark.parametrize(
+    ("former", "name"),
+    [
+        ("goodput/fraction", "train/time/goodput"),
+        ("goodput/worker_hours", "train/time/worker_hours"),
+        ("goodput/computing_s", "train/time/computing_s"),
+        ("data/corpus.1/tokens", "train/data/corpus.1/tokens"),
+        ("train/data_wait", "train/data/wait"),
+        ("train/bad_samples", "train/data/bad_samples"),
+        ("checkpoint/blocked_s", "train/checkpoint/blocked_s"),
+        ("checkpoint/bits_per_byte", "train/checkpoint/bits_per_byte"),
+        ("train/loss", "train/loss"),
+        ("eval/loss", "eval/loss"),
+        ("somebody's", "somebody's"),
+    ],
+)
+def test_metrics_of_recorded_runs_are_found_by_their_names_of_today(former, name):
+    assert renamed(former) == name and renamed(name) == name
+    assert latest({former: 1.0}) == {name: 1.0} and latest({former: 1.0, name: 2.0}) == {name: 2.0}
+    assert former == name or latest({name: 2.0, former: 1.0}) == {name: 2.0}
+
+
+def test_a_name_has_one_declaration_and_what_mlflow_shows_first_is_what_people_look_at():
+    """MLflow's UI sorts charts' sections, the names up to their last slash, and puts system metrics behind them."""
+    event = Steps(first=0, loss=[1.0], lr=[1.0], grad_norm=[1.0], seconds=1.0, at=1.0, mfu=0.5, tokens_per_second=1.0,
+                  data_wait=0.0, bad_samples=0, added={"router_loss": [1.0]}, loss_scale=2.0, skipped_steps=0,
+                  sources={"corpus": {"tokens": 1.0, "samples": 1.0, "epochs": 1.0}})  # fmt: skip
+    report = {"goodput": 0.5, "worker_hours": 1.0, "parts": {"idle": 1.0}}
+    others = [Evaluation(step=1, scores={"loss": 1.0, "perplexity": 2.0}), Goodput(report=report, step=1),
+              Saved(step=1, blocked_s=1.0), Spike(step=1, loss=9.0, limit=2.0),
+              NodeSample(node="10.0.0.1", values={"cpu_utilization_percentage": 5.0})]  # fmt: skip
+    logged = [p.key for e in (event, *others) for p in points(e)]
+    assert len(logged) == len(set(logged)) and all(metric_of(key) for key in logged)
+    sections = sorted({key.rpartition("/")[0] for key in logged} - {"system"})
+    assert sections == ["eval", "train", "train/checkpoint", "train/data", "train/data/corpus", "train/time"]
+    assert sorted(k for k in logged if k.startswith("train/") and k.count("/") == 1)[:2] == ["train/grad_norm", "train/loss"]
+    assert "system/cpu_utilization_percentage 10.0.0.1" in logged
+    assert all(metric.chart or not metric.unit for metric in METRICS)
+
+
+def test_a_steps_loss_comes_after_the_rest_of_the_step():
+    """By the loss it is told how far MLflow's curves go, so what has it must have all of the step."""
+    event = Steps(first=4, loss=[3.0, 2.0], lr=[0.1, 0.2], grad_norm=[1.0, 1.5], seconds=4.0, at=10.0, tokens_per_second=7.0)
+    assert points(event) == [
+        Point("train/tokens_per_second", 7.0, 10.0, 6),
+        Point("train/grad_norm", 1.0, 8.0, 5), Point("train/lr", 0.1, 8.0, 5), Point("train/loss", 3.0, 8.0, 5),
+        Point("train/grad_norm", 1.5, 10.0, 6), Point("train/lr", 0.2, 10.0, 6), Point("train/loss", 2.0, 10.0, 6),
+    ]  # fmt: skip
+
+
+def test_a_runs_first_points_come_in_the_order_in_which_metrics_are_declared():
+    """In which MLflow's UI lists them, and takes the first one to compare runs by."""
+    event = Steps(first=0, loss=[3.0, 2.0], lr=[0.1, 0.2], grad_norm=[1.0, 1.5], seconds=4.0, at=10.0, tokens_per_second=7.0)
+    keys = [p.key for p in points(event)]
+    assert keys == ["train/loss", "train/lr", "train/grad_norm"] * 2 + ["train/tokens_per_second"]
+
+
+def test_what_an_earlier_version_could_not_log_is_logged_under_the_names_of_today(tmp_path):
+    place = Location(str(tmp_path))
+    place.join(run_folder.UNLOGGED).write(b'["train/loss", 2.0, 1.0, 3]\n["goodput/fraction", 0.5, 1.0, 3]\n')
+    sent: list[Point] = []
+    outbox.Outbox(place, sent.extend, dict).flush()
+    assert [p.key for p in sent] == ["train/loss", "train/time/goodput"]
+
+
+def test_tags_of_recorded_runs_are_found_by_their_former_names():
+    assert tags.value({"heliostat.token": "t"}, tags.TOKEN) == "t" == tags.value({tags.TOKEN: "t"}, tags.TOKEN)
+    assert tags.value({"heliostat.name": "n"}, tags.NAME) == "n" and tags.value({}, tags.TOKEN) is None
+    assert all(name.startswith("mlflow.heliostat.") for name in tags.FORMERLY)  # which MLflow's UI does not show
+
+
+def test_no_module_spells_a_tag_by_itself():
+    known = {v for k, v in vars(tags).items() if k.isupper() and isinstance(v, str) and v.startswith(("heliostat.", "mlflow."))}
+    known |= set(tags.FORMERLY.values())
+    spelled = re.compile("|".join(rf"[\"']{re.escape(name)}" + ("" if name.endswith(".") else r"[\"']") for name in known))
+    found = [f"{path.relative_to(SOURCE)}: {hit}" for path in SOURCE.rglob("*.py") if path != Path(tags.__file__)
+             for hit in spelled.findall(path.read_text())]  # fmt: skip
+    assert found == []
