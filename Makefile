@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run run-diffusion test test-slow bench lint locked lock
+.PHONY: run run-diffusion test test-slow bench lint docs locked lock
 # whose build is the machine's own, CPU or CUDA of some version: CI takes torch by its version alone, and what comes with it
 OF_TORCH := torch triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cuda-cupti nvidia-cuda-nvrtc \
 	nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft nvidia-cufile nvidia-curand nvidia-cusolver nvidia-cusparse \
@@ -35,7 +35,10 @@ test-slow: .venv/.installed  ## chaos, several hosts made of network namespaces 
 bench: .venv/.installed  ## the benchmarks behind docs/benchmarks/, one after another (hours)
 	for b in tests/benchmarks/*.py; do $(BIN)/python $$b || exit 1; done
 
-lint: .venv/.installed  ## ruff (lint, format), mypy, and which rooms may import which (pyproject.toml)
+docs: .venv/.installed  ## the documentation as a site, build/docs/site; warnings, and whatever it would fetch from elsewhere, are errors
+	$(BIN)/python -m docs.site.build
+
+lint: .venv/.installed docs  ## ruff (lint, format), mypy, which rooms may import which (pyproject.toml), and the documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

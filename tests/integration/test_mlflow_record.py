@@ -10,10 +10,11 @@ import pytest
 from heliostat.checkpoint.layout import INDEX, encode, folder
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
+from heliostat.run_folder import MLFLOW_RUN as RECORD
 from heliostat.storage import Location
 from heliostat.track import checkpoint_models, mlflow_client, run_table, tags
 from heliostat.track.checkpoint_models import KIND, Checkpoints
-from heliostat.track.logger import RECORD, RunOwner
+from heliostat.track.logger import RunOwner
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import PERMISSION_DENIED

@@ -1,6 +1,6 @@
-"""The README's tour, command by command, as it stands there, in a fresh clone: what a newcomer types works, in that order.
+"""The tour (docs/tour.md) and then the README, command by command, in a fresh clone: what a newcomer types works, in that order.
 
-What a command is expected to do is what the README's comment behind it says: "what an error looks like" ends with one line and
+What a command is expected to do is what the page's comment behind it says: "what an error looks like" ends with one line and
 exit code 2; "press Ctrl-C when it trains" gets a SIGINT then; `heliostat ui` one as soon as its page answers. All others succeed.
 The clone's `.venv` is the one that runs this test, with the clone's own code first. `make test-slow`; long.
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+PAGES = ("docs/tour.md", "README.md")
 EACH_S = 1500.0  # the sweep and the diffusion model take minutes on two cores
 ENDS_S = 120.0
 
@@ -31,9 +32,9 @@ class Command:
     comment: str
 
 
-def commands(readme: str) -> Iterator[Command]:
-    """The commands of the README's shell blocks, in order; `make test` is the suite itself."""
-    for block in re.findall(r"^```sh\n(.*?)^```", readme, re.MULTILINE | re.DOTALL):
+def commands(page: str) -> Iterator[Command]:
+    """The commands of a page's shell blocks, in order; `make test` is the suite itself."""
+    for block in re.findall(r"^```sh\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
         for line in block.splitlines():
             text, _, comment = line.partition("  # ") if "  # " in line else (line, "", "")
             if text.strip() and not text.startswith("make test"):
@@ -97,9 +98,17 @@ def run(command: Command, clone: Path, log: Path) -> int:
                     os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_every_command_of_the_readme_works_in_its_order(clone: Path, tmp_path: Path):
-    readme = (clone / "README.md").read_text()
-    found = list(commands(readme))
+def shown(root: Path) -> list[Command]:
+    """The commands of the tour, and those that the README has beyond them: what was run once is not run again."""
+    found: dict[str, Command] = {}
+    for page in PAGES:
+        for command in commands((root / page).read_text()):
+            found.setdefault(command.text, command)
+    return list(found.values())
+
+
+def test_every_command_of_the_tour_and_the_readme_works_in_its_order(clone: Path, tmp_path: Path):
+    found = shown(clone)
     assert len(found) > 30 and any("what an error looks like" in c.comment for c in found)
     wrong: list[str] = []
     try:

@@ -470,7 +470,7 @@ def test_what_is_suggested_next_works_with_the_runs_own_paths(tmp_path, monkeypa
     name, drawn = ("models:/m/3" if registered else "a" * 32), (["--out", "sample.png"] if unit == "samples" else [])
     wanted = [["heliostat", "generate", name, "--prompt", prompt, *drawn, *store]] if prompt else []
     assert [line for line in lines if "generate" in line] == wanted
-    here = load_job(write(tmp_path, **{"mlflow.uri": f"sqlite:///{common.DEFAULT_STORE}"}))
+    here = load_job(write(tmp_path, **{"mlflow.uri": "sqlite:///.heliostat/mlflow.db"}))
     assert not [line for line in training.next_commands(made, here, common.store_uri(None)) if "--mlflow" in line]
 
 

@@ -26,7 +26,7 @@ from tests.unit.build_job import job
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-OURS = {"heliostat", "jobs", "pipelines", "tests"}
+OURS = {"heliostat", "jobs", "pipelines", "docs", "tests"}
 MODULES = {  # where a distribution's module has another name, or it brings more than one
     "boto3": ("boto3", "botocore"),  # one goes with the other, version by version
     "flask-wtf": ("flask_wtf",),
@@ -51,6 +51,8 @@ NOT_IMPORTED = {
     "mypy": "a program",
     "import-linter": "a program",
     "types-pyyaml": "types, for mypy",
+    "zensical": "a program",
+    "pymdown-extensions": "Zensical imports it",
 }
 IMAGES = re.compile(r"(recipes|pipelines)/images/")
 LATE = {"tune/searchers.py": "tune"}  # modules of the core that import what an extra brings, once `extras.require` was asked
@@ -121,7 +123,7 @@ def test_every_dependency_is_imported_or_says_who_needs_it():
 
 def test_a_missing_extra_is_known_by_each_module_that_it_brings():
     """`extras.MODULES` and pyproject.toml say the same of every extra that a person may ask for."""
-    assert extras.MODULES.keys() == PROJECT["optional-dependencies"].keys() - {"dev", "bench"}
+    assert extras.MODULES.keys() == PROJECT["optional-dependencies"].keys() - {"dev", "bench", "docs"}
     for extra, known in extras.MODULES.items():
         brought = [MODULES.get(d, (d.replace("-", "_"),)) for d in distributions(extra)]
         assert all(set(names) & set(known) for names in brought) and set(known) <= {m for names in brought for m in names}

@@ -37,7 +37,7 @@ def workspace(tmp_path, monkeypatch):
 
 def test_the_guides_recipe_passes_the_check_and_learns(workspace):
     """Its job is valid as it is written, and some steps of it over the engine's own batches lower the loss."""
-    checked = check.check(workspace / "job.yaml")
+    checked = check.check(check.load_job(workspace / "job.yaml"))
     job, recipe, data = checked.job, checked.recipe, open_dataset(checked.plan)
     torch.manual_seed(0)
     model = recipe.build()

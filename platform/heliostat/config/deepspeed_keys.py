@@ -20,62 +20,102 @@ Positive = Annotated[int, Field(gt=0)]
 
 class OffloadOptimizer(Strict):
     pin_memory: bool = True
+    """Page-locked memory: faster to copy, and not for others."""
     buffer_count: Positive = 4
+    """Buffers of optimizer state."""
 
 
 class OffloadParam(Strict):
     pin_memory: bool = True
+    """Page-locked memory: faster to copy, and not for others."""
     buffer_count: Positive = 5
+    """Buffers of weights."""
     buffer_size: Positive = 100_000_000
+    """Elements of a buffer."""
     max_in_cpu: Elements = 1_000_000_000
+    """Elements that stay in host memory with NVMe."""
 
 
 class Zero(Strict):
     reduce_bucket_size: Positive = 500_000_000
+    """Elements that are reduced together."""
     allgather_bucket_size: Positive = 500_000_000
+    """Elements that are gathered together."""
     overlap_comm: bool = False
+    """Reduces gradients while the backward pass goes on, with twice the buckets."""
     contiguous_gradients: bool = True
+    """Copies gradients into one buffer as they are made."""
     reduce_scatter: bool = True
+    """Reduce-scatter in place of all-reduce."""
     allgather_partitions: bool = True
+    """All-gather in place of broadcasts."""
     use_multi_rank_bucket_allreduce: bool = True
+    """One all-reduce of a bucket that several workers own parts of."""
     sub_group_size: Positive = 1_000_000_000
+    """Elements that the optimizer steps at a time, at stage 3."""
     stage3_prefetch_bucket_size: Elements = 50_000_000
+    """Elements that are gathered ahead."""
     stage3_param_persistence_threshold: Elements = 100_000
+    """Parameters of fewer elements are kept whole on every worker."""
     stage3_model_persistence_threshold: Elements = 1 << 62
+    """Elements that may be kept so in all."""
     stage3_max_live_parameters: Elements = 1_000_000_000
+    """Elements that are gathered at the same time, at most."""
     stage3_max_reuse_distance: Elements = 1_000_000_000
+    """A parameter that is used again within so many elements is not given back."""
     stage3_module_granularity_threshold: Elements = 0
+    """Modules of smaller parts than that are gathered whole; 0: none are."""
     stage3_use_all_reduce_for_fetch_params: bool = False
+    """Gathers parameters by all-reduce."""
     stage3_allgather_sequential: bool = False
+    """Gathers parameters one after another."""
     memory_efficient_linear: bool = True
+    """A linear layer that keeps no gathered weight for the backward pass."""
     offload_optimizer: OffloadOptimizer = OffloadOptimizer()
+    """With `train.zero.offload.optimizer`."""
     offload_param: OffloadParam = OffloadParam()
+    """With `train.zero.offload.param`."""
 
 
 class Fp16(Strict):
-    loss_scale: Annotated[Float, Field(ge=0)] = 0.0  # 0: dynamic
+    loss_scale: Annotated[Float, Field(ge=0)] = 0.0
+    """Fixed; 0 finds it as the run goes."""
     initial_scale_power: Annotated[int, Field(ge=0, le=32)] = 16
+    """The first scale is 2 to this power."""
     loss_scale_window: Positive = 1000
+    """Steps without an overflow, after which the scale is doubled."""
     hysteresis: Positive = 2
+    """Overflows, after which it is halved."""
     consecutive_hysteresis: bool = False
+    """A step without an overflow begins the count of them anew."""
     min_loss_scale: Positive = 1
+    """It does not fall below."""
 
 
 class Aio(Strict):
     block_size: Positive = 1 << 20
+    """Bytes of a request."""
     queue_depth: Positive = 8
+    """Requests under way."""
     intra_op_parallelism: Positive = 1
+    """Threads of an operation."""
     single_submit: bool = False
+    """Submits requests one by one."""
     overlap_events: bool = True
+    """Submits while others are waited for."""
 
 
 class Allowed(Strict):
     """Defaults are DeepSpeed's, for the reader; only what the job names is passed on."""
 
     zero_optimization: Zero = Zero()
+    """Buckets, buffers and prefetching."""
     fp16: Fp16 = Fp16()
+    """The loss scale, with `train.precision: fp16`."""
     aio: Aio = Aio()
-    communication_data_type: Literal["fp32", "bf16", "fp16"] | None = None  # in which gradients travel
+    """Reading and writing NVMe, with `train.zero.offload.param: nvme`."""
+    communication_data_type: Literal["fp32", "bf16", "fp16"] | None = None
+    """In which gradients travel between workers. Unset: what the precision is."""
 
 
 SET = "heliostat sets it"

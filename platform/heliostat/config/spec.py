@@ -47,39 +47,64 @@ Experiment = Annotated[str, AfterValidator(_experiment)]
 
 class Source(Strict):
     path: str
+    """A prepared dataset, or a collection of them: a folder, or `s3://bucket/prefix`."""
     weight: NonNegative = 1.0
-    max_epochs: Annotated[Float, Field(gt=0)] | None = None  # then the source is left out, and the others share its weight
+    """Its share of the samples, relative to the other sources'."""
+    max_epochs: Annotated[Float, Field(gt=0)] | None = None
+    """So many passes over it; then it is left out, and the other sources share its weight. Unset: no limit."""
 
 
 class MixChange(Strict):
     step: Positive
-    weights: list[NonNegative]  # one a source, from this step on
+    """The weights hold for all steps behind this one."""
+    weights: list[NonNegative]
+    """One for each source, in the order of `data.sources`."""
 
 
 class Data(Strict):
     sources: Annotated[list[Source], Field(min_length=1)]
+    """The datasets that are mixed, each path once."""
     sequence_length: Annotated[int, Field(gt=1)] | None = None
+    """Tokens in a sample. Needed where the datasets hold tokens; images have none."""
     seed: Seed = 0
-    lanes: Count | None = None  # canonical data-parallel ranks; the default is one per micro-batch of a step
-    window: Positive | None = None  # samples that are shuffled together; the default follows from their size
+    """Of the order of samples."""
+    lanes: Count | None = None
+    """Canonical data-parallel ranks, fixed for the run: any number of workers that divides them can continue it. Unset: one
+    for each micro-batch of a step (`train.global_batch` / `train.micro_batch`)."""
+    window: Positive | None = None
+    """Samples that are shuffled together, and fetched by one task. Unset: 32 MB of them."""
     mix_schedule: list[MixChange] = []
+    """A curriculum: other weights behind a step, in ascending order of steps. A source may start with weight 0."""
     on_bad_sample: Literal["replace", "fail"] = "replace"
-    max_bad_fraction: Fraction = 0.01  # of the samples of an epoch; more replaced samples than that stop the run
-    memory_limit: ByteSize = ByteSize(2 << 30)  # for samples on their way from storage to the workers, on the whole cluster
-    one_source_batches: bool = False  # a lane's samples of a step are all of one source; collections set it
-    labels: dict[str, str] = {}  # of the nodes that may fetch samples; none: any node
-    document_mask: bool = False  # attention stays inside a document of a packed sequence
+    """`replace`: a damaged chunk's samples are replaced by others of their window, counted and listed; `fail`: the run stops.
+    See docs/data-order.md#bad-data"""
+    max_bad_fraction: Fraction = 0.01
+    """Replaced samples, as a share of an epoch's (or of all that were trained on, if more), beyond which the run stops."""
+    memory_limit: ByteSize = ByteSize(2 << 30)
+    """Bytes (`512MiB`) for samples on their way from storage to the workers, on the whole cluster."""
+    one_source_batches: bool = False
+    """A lane's samples of a step all come from one source. Set by itself where a source is a collection of buckets."""
+    labels: dict[str, str] = {}
+    """Only nodes that carry these Ray labels fetch samples. Empty: any node."""
+    document_mask: bool = False
+    """Packed documents do not see each other. Refused for models in which they do, see docs/job.md#what-the-check-tries"""
 
 
 class Offload(Strict):
     optimizer: Literal["cpu"] | None = None
+    """Masters and moments live in host memory."""
     param: Literal["cpu", "nvme"] | None = None
+    """Weights live in host memory, or on NVMe. ZeRO stage 3 only."""
     nvme_path: str | None = None
+    """A folder on the node's NVMe, for `param: nvme`."""
 
 
 class Zero(Strict):
     stage: Literal[0, 1, 2, 3] = 1
+    """What is divided among the workers. 0: nothing; 1: optimizer state; 2: gradients, too; 3: weights, too. Stage 0 needs
+    `precision: fp32`."""
     offload: Offload = Offload()
+    """What is moved out of GPU memory."""
 
     @field_validator("stage", mode="before")
     @classmethod
@@ -91,45 +116,76 @@ class Zero(Strict):
 
 class Ema(Strict):
     decay: Annotated[Float, Field(gt=0, lt=1)] = 0.9999
+    """Of the average, at most; at step t it is min(decay, (1 + t) / (10 + t))."""
 
 
 class Train(Strict):
     steps: Positive
-    stop_after: Positive | None = None  # ends behind this step; schedules follow `steps` all the same
+    """Optimizer steps of the whole run. They count from 1; the schedule ends at this one."""
+    stop_after: Positive | None = None
+    """Training ends behind this step, for now; the schedule follows `steps` all the same. Unset: at `steps`."""
     global_batch: Count
+    """Samples of an optimizer step, whatever the number of workers."""
     micro_batch: Count
+    """Samples that a worker plays at once; the number of accumulated micro-batches follows."""
     optimizer: AnyOptimizer
+    """What makes a step of the gradients."""
     schedule: Schedule = Schedule()
+    """The learning rate over the steps."""
     grad_clip: NonNegative = 1.0
-    ema: Ema | None = None  # an average of the weights over the steps, which is evaluated and exported
+    """Limit of the gradient's global norm; 0 for none."""
+    ema: Ema | None = None
+    """An average of the weights over the steps, which is evaluated, drawn from and exported in their place. Unset: no average."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Of weights and computing; masters and moments are fp32 in all. `fp16` needs GPUs. See docs/job.md#precision"""
     zero: Zero = Zero()
-    accumulate: Literal["fp32", "same"] | None = None  # in which micro-batches are summed; see `settle` for the default
-    deepspeed: dict[str, Any] = {}  # merged over the DeepSpeed config that the keys above make
+    """DeepSpeed's ZeRO: how the state is divided among the workers."""
+    accumulate: Literal["fp32", "same"] | None = None
+    """What a step's micro-batches are summed in: fp32, or the `same` as `train.precision`. Unset: fp32, but a resumed run
+    keeps what it had. See docs/job.md#sums-of-micro-batches"""
+    deepspeed: dict[str, Any] = {}
+    """DeepSpeed's own settings of speed and memory, merged over what the keys above make. Which:
+    docs/job.md#deepspeeds-own-keys"""
     activation_checkpointing: bool = False
+    """Computes activations again in the backward pass, which trades time for memory."""
     compile: bool = False
+    """Runs the model through `torch.compile`."""
     seed: Seed = 0
+    """Of initial weights and dropout."""
     log_every: Positive = 10
+    """Steps between two lines of progress; every step's loss is recorded all the same."""
 
 
 class Evaluate(Strict):
     every: Positive
+    """Steps between two evaluations. The last step is always evaluated."""
     samples: Positive = 256
+    """Held-out samples that are scored, at most; where there are fewer, the run says so."""
     fraction: Annotated[Float, Field(gt=0, lt=1)] = 0.01
+    """Share of the documents that is held out by the hash of their text, and never trained on. 1, 2 and 5 parts of ten to ten
+    thousand are exact, see docs/data-order.md#what-is-held-out"""
 
 
 class Best(Strict):
-    metric: str = "loss"  # a score of the evaluation
+    metric: str = "loss"
+    """A score of the evaluation, as the recipe reports it."""
     mode: Literal["min", "max"] = "min"
+    """Whether a low or a high score is good."""
     keep: Positive = 1
+    """So many checkpoints with the best scores stay."""
 
 
 class Checkpoint(Strict):
     every: Positive
+    """Steps between two checkpoints."""
     keep: Positive = 2
-    keep_every: Positive | None = None  # steps; those checkpoints stay for ever
+    """So many of the newest stay."""
+    keep_every: Positive | None = None
+    """Checkpoints at multiples of so many steps stay for ever. Unset: no such rule."""
     best: Best | None = None
-    grace: Annotated[Float, Field(gt=0)] = 60.0  # seconds for the last checkpoint after SIGTERM, Ctrl-C or a preemption notice
+    """The best by a score stay, too. Unset: no such rule. See docs/checkpoints.md#what-is-kept"""
+    grace: Annotated[Float, Field(gt=0)] = 60.0
+    """Seconds for the last checkpoint after SIGTERM, Ctrl-C or a preemption notice."""
 
 
 def _count(value: object) -> object:
@@ -142,11 +198,16 @@ def _count(value: object) -> object:
 
 
 class Workers(Strict):
-    count: Annotated[int | list[int], BeforeValidator(_count)] = 1  # or [least, most]: elastic
+    count: Annotated[int | list[int], BeforeValidator(_count)] = 1
+    """How many; or `[least, most]` for an elastic run, see docs/reliability.md#elastic-runs"""
     cpus: Annotated[Float, Field(gt=0)] = 1.0
+    """Cores of each."""
     gpus: Annotated[Float, Field(ge=0)] = 0.0
-    placement: Literal["pack", "spread", "strict_spread"] = "pack"  # strict_spread: each on a node of its own
-    labels: dict[str, str] = {}  # of the nodes that may hold workers (Ray's node labels)
+    """GPUs of each; 0 trains on CPUs with gloo."""
+    placement: Literal["pack", "spread", "strict_spread"] = "pack"
+    """`pack`: on as few nodes as possible; `spread`: on as many; `strict_spread`: each on a node of its own."""
+    labels: dict[str, str] = {}
+    """Only nodes that carry these Ray labels hold workers. Empty: any node."""
 
     @property
     def least(self) -> int:
@@ -158,53 +219,86 @@ class Workers(Strict):
 
 
 class Retries(Strict):
-    max: Annotated[int, Field(ge=0)] = 10  # failures in a row without a new checkpoint between them; preemptions do not count
-    backoff: NonNegative = 1.0  # seconds before the first retry; each next one waits twice as long
+    max: Annotated[int, Field(ge=0)] = 10
+    """Failures in a row without a new checkpoint between them. Preemptions do not count. See
+    docs/reliability.md#what-is-tried-again"""
+    backoff: NonNegative = 1.0
+    """Seconds before the first retry; each one in a row waits twice as long as the one before."""
     backoff_max: NonNegative = 60.0
+    """The longest wait, in seconds."""
 
 
 class Watchdog(Strict):
-    stall: Annotated[Float, Field(gt=0)] = 300.0  # seconds in which some worker must get on: a step, a batch of an evaluation
-    start: Annotated[Float, Field(gt=0)] = 1800.0  # the same before the first step is done
+    stall: Annotated[Float, Field(gt=0)] = 300.0
+    """Seconds in which some worker must get on: by a step, or a batch of an evaluation."""
+    start: Annotated[Float, Field(gt=0)] = 1800.0
+    """The same before the first step is done."""
 
 
 class Spike(Strict):
-    window: Annotated[int, Field(ge=4)] = 50  # steps whose losses say what is usual
-    threshold: Annotated[Float, Field(gt=0)] = 8.0  # robust standard deviations above their median
+    window: Annotated[int, Field(ge=4)] = 50
+    """Steps whose losses say what is usual."""
+    threshold: Annotated[Float, Field(gt=0)] = 8.0
+    """Robust standard deviations above their median, from which on a loss is a spike."""
     action: Literal["warn", "rollback"] = "warn"
+    """`warn`: say so and go on; `rollback`: go back to the checkpoint before it, and leave the samples at fault out."""
 
 
 class Mlflow(Strict):
     uri: str
+    """The tracking store: `sqlite:///FILE`, or `http://HOST:PORT`. It never holds a password."""
     experiment: Experiment
+    """Of the run: up to 250 characters; no part between slashes is empty, `.` or `..`."""
     register_as: Name | None = Field(default=None, alias="register")
-    alias: Name | None = None  # that the registered version gets, as `candidate`
+    """Name of the registered model that the run makes a version of. Unset: the model is logged, and not registered."""
+    alias: Name | None = None
+    """That the new version gets, as `candidate`."""
 
 
 class Card(Strict):
     """What people must know of the model: it travels with it as its model card."""
 
-    license: Name | None = None  # SPDX identifier, as Apache-2.0
+    license: Name | None = None
+    """SPDX identifier, as `Apache-2.0`. Unset: the parent model's, or `unknown`."""
     summary: str = ""
+    """What the model is."""
     intended_use: str = ""
+    """What it is for."""
     limitations: str = ""
+    """What it is not for, and where it fails."""
 
 
 class Job(Strict):
     name: Name
+    """The run: its folder is `storage/name`, and `--resume` goes on with it."""
     recipe: str
+    """Import path of the recipe: the class that says what is trained."""
     model: dict[str, Any]
+    """The recipe's own keys. CausalLM: `arch` and any key of that architecture's `transformers` config, or `pretrained:
+    FOLDER`, whose tokenizer must be the datasets' (compared by content). TextToImage and Autoencoder: see
+    docs/diffusion.md#models"""
     data: Data
+    """What is trained on, and in which order."""
     train: Train
+    """How it is trained."""
     evaluate: Evaluate | None = None
+    """Scores on samples that are never trained on. Unset: no evaluation."""
     checkpoint: Checkpoint
+    """When the state is saved, and which checkpoints stay."""
     workers: Workers = Workers()
+    """The processes that train, and where they may be."""
     retries: Retries = Retries()
+    """How often the run tries again by itself."""
     watchdog: Watchdog = Watchdog()
+    """When a run that stands still is ended and tried again."""
     spike: Spike | None = None
+    """What is done about loss spikes, see docs/reliability.md#loss-spikes. Unset: nothing."""
     storage: str
+    """Where runs live: a folder, or `s3://bucket/prefix`."""
     mlflow: Mlflow
+    """Where the run is recorded, see docs/mlflow.md"""
     card: Card = Card()
+    """The model card, which travels with the model."""
 
     @property
     def last_step(self) -> int:

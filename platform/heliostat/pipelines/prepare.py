@@ -61,9 +61,13 @@ class Pipeline(Strict):
     later: ClassVar[frozenset[str]] = frozenset()  # keys that came after others: datasets made without them are up to date
 
     name: str = Field(min_length=1)
+    """The dataset's name, which its manifest records."""
     output: str = Field(min_length=1)
-    labels: dict[str, str] = {}  # of the nodes that may do the work (Ray's node labels); none: any node
-    keep_days: Float = Field(7.0, ge=0)  # that a version stays after it was replaced, for the runs that read it
+    """The folder of the dataset, or `s3://bucket/prefix`. It must not lie in the input."""
+    labels: dict[str, str] = {}
+    """Only nodes that carry these Ray labels do the work. Empty: any node."""
+    keep_days: Float = Field(7.0, ge=0)
+    """Days that a version stays after it was replaced, for the runs that read it. See docs/prepare.md#versions"""
 
     def check(self) -> None:
         """Raises ConfigError for whatever can be found wrong without Ray and without reading the data."""

@@ -33,14 +33,23 @@ class Domain(Strict):
     """One of these, and `when` it counts."""
 
     uniform: Range | None = None
+    """`[low, high]`: any number between them."""
     loguniform: Range | None = None
-    quniform: Steps | None = None  # low, high, and the step between two values
+    """`[low, high]`: the same on a logarithmic scale. `low` is above 0."""
+    quniform: Steps | None = None
+    """`[low, high, step]`: numbers that are so many steps above `low`."""
     qloguniform: Steps | None = None
+    """`[low, high, step]`: the same on a logarithmic scale."""
     randint: Whole | None = None
+    """`[low, high]`: any whole number, both bounds among them."""
     qrandint: WholeSteps | None = None
+    """`[low, high, step]`: whole numbers, so many steps apart."""
     choice: Values | None = None
+    """One of these values, which may be mappings."""
     grid: Values | None = None
-    when: dict[str, Any] = {}  # another key of the space -> the value, or a list of values, that it must have
+    """The same for `searcher: {name: grid}`: each combination of listed values is one trial."""
+    when: dict[str, Any] = {}
+    """The key counts only if an earlier key of the space has this value, or one of a list: `{train.schedule.name: wsd}`."""
 
     @property
     def kind(self) -> str:

@@ -36,24 +36,38 @@ DATA = ("data", "train.global_batch", "train.micro_batch", "model", "train.ema",
 
 class Budget(Strict):
     trials: Annotated[int, Field(gt=0, le=MOST)] | None = None
-    hours: Above0 | None = None  # of the sweep, over all its commands
+    """Trials in all. The population, with `pbt` and `pb2`."""
+    hours: Above0 | None = None
+    """Of the sweep, over all its commands."""
     gpu_hours: Above0 | None = None
-    tokens: Above0 | None = None  # that all trials train on; samples, where the job has no tokens
+    """GPUs of the workers times hours, of all trials. Only where workers have GPUs."""
+    tokens: Above0 | None = None
+    """Tokens that all trials train on; samples, where the job has no tokens. At least what one trial needs."""
 
 
 class Searcher(Strict):
     name: Literal["random", "grid", "optuna"] = "random"
+    """Where a trial's values come from, see docs/tuning.md#searchers"""
     seed: Seed = 0
+    """Of random values: they follow from it and the number of the trial alone."""
 
 
 class Scheduler(Strict):
     name: Literal["none", "asha", "hyperband", "median", "pbt", "pb2"] = "none"
-    grace: Positive | None = None  # asha, hyperband, median: steps before which no trial is stopped
-    reduction: Annotated[int, Field(ge=2)] = 3  # asha, hyperband: one in so many goes on
-    min_trials: Positive = 3  # median: others that must have come as far
-    interval: Positive | None = None  # pbt, pb2: steps between two exchanges
-    quantile: Annotated[Float, Field(gt=0, le=0.5)] = 0.25  # pbt, pb2: so many clone as many
-    resample: Fraction = 0.25  # pbt: the probability that a value is drawn anew
+    """Which trials go on, and where they wait for that, see docs/tuning.md#schedulers"""
+    grace: Positive | None = None
+    """asha, hyperband, median: steps before which no trial is stopped, a multiple of the job's `evaluate.every`. asha and
+    hyperband need it."""
+    reduction: Annotated[int, Field(ge=2)] = 3
+    """asha, hyperband: one in so many goes on from each rung."""
+    min_trials: Positive = 3
+    """median: other trials that must have come as far."""
+    interval: Positive | None = None
+    """pbt, pb2, which need it: steps between two exchanges, a multiple of the job's `evaluate.every`."""
+    quantile: Annotated[Float, Field(gt=0, le=0.5)] = 0.25
+    """pbt, pb2: the share of the trials that clones as many of the best."""
+    resample: Fraction = 0.25
+    """pbt: the probability that a value is drawn anew, and not changed by a fifth."""
 
     @property
     def halves(self) -> bool:
@@ -66,16 +80,27 @@ class Scheduler(Strict):
 
 class Sweep(Strict):
     name: Name
+    """The sweep: its folder is the job's `storage/name`."""
     job: str
-    set_: dict[str, Any] = Field(default={}, alias="set")  # keys of the job that all trials share
+    """The base job's file, taken from the workspace."""
+    set_: dict[str, Any] = Field(default={}, alias="set")
+    """Keys of the job that all trials share, as `train.steps: 100`."""
     space: Annotated[Space, Field(min_length=1)]
+    """Keys of the job, and what they may be: a domain for each."""
     metric: str = "loss"
+    """A score of the job's evaluation, by which trials are compared."""
     mode: Literal["min", "max"] = "min"
+    """Whether a low or a high score is good."""
     budget: Budget = Budget()
+    """Where the sweep ends. The grid ends by itself; others need one of these."""
     searcher: Searcher = Searcher()
+    """Where values come from."""
     scheduler: Scheduler = Scheduler()
-    concurrency: Positive | None = None  # trials side by side; the default is what there is room for
+    """Which trials go on."""
+    concurrency: Positive | None = None
+    """Trials side by side. Unset: what there is room for."""
     register_best: bool = True
+    """Export, log and register the best trial's model, under the job's `mlflow.register`."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Sweep:

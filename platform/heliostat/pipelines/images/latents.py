@@ -29,11 +29,17 @@ class Latents(Strict):
     """Folders of the frozen models; without `text_encoder`, captions stay text."""
 
     autoencoder: str
+    """Folder of the frozen `AutoencoderKL`."""
     text_encoder: str | None = None
-    length: int = Field(77, gt=1)  # tokens of a caption
+    """Folder of the frozen text encoder (CLIP, T5). Unset: captions stay text."""
+    length: int = Field(77, gt=1)
+    """Tokens of a caption."""
     workers: int = Field(1, gt=0)
-    gpus: Float = Field(0.0, ge=0)  # of each worker
+    """Actors that encode."""
+    gpus: Float = Field(0.0, ge=0)
+    """GPUs of each; 0 encodes on CPUs."""
     batch: int = Field(16, gt=0)
+    """Images that an actor encodes at once."""
 
     def check(self, sizes: tuple[Size, ...], channels: int) -> None:
         from heliostat.recipes.images import config as diffusion_config

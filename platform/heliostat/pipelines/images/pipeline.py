@@ -48,19 +48,25 @@ class Buckets(Strict):
     """Sizes of the same area and different aspects, all sides multiples of `step`."""
 
     step: int = Field(64, gt=0)
+    """All sides are multiples of it; at most `resolution`."""
     max_aspect: Float = Field(2.0, ge=1)
+    """The longest side of a bucket, in shortest ones."""
 
 
 class ColumnNames(Strict):
     image: str = "image"
+    """Holds the encoded image, as bytes or as `{bytes, path}`."""
     caption: str = "caption"
+    """Holds the caption."""
     label: str | None = None
+    """Holds a class name, which `samples.judge` compares with. Unset: no labels."""
 
 
 class Tokenizer(Strict):
     """A byte-level BPE trained on the captions, for text encoders that are trained with the model."""
 
     vocab_size: int = Field(1024, ge=257)
+    """Tokens: 256 bytes, the end of a document, and what merges make."""
 
 
 class ImagePipeline(Pipeline):
@@ -69,24 +75,44 @@ class ImagePipeline(Pipeline):
     later = frozenset({"max_file_bytes", "max_image_bytes"})
 
     input: str = Field(min_length=1)
+    """What is read: `sklearn:digits`, a folder with a metadata file, `*.parquet` or `*.tar` (WebDataset). See
+    docs/diffusion.md#images"""
     columns: ColumnNames = ColumnNames()
+    """Which columns hold what, in tables and in the JSON of WebDataset."""
     resolution: int = Field(gt=0)
+    """Side of a square image in pixels; with buckets, the root of their area."""
     channels: Literal[1, 3] = 3
-    buckets: Buckets | None = None  # without them every image becomes a square
+    """3 for colour, 1 for grey."""
+    buckets: Buckets | None = None
+    """Sizes of the same area and different aspects, which make the dataset a collection. Unset: every image becomes a square."""
     encoding: pictures.Encoding = "png"
+    """How images are stored."""
     quality: int = Field(95, ge=1, le=100)
+    """Of `jpeg` and `webp`."""
     min_side: int = Field(1, ge=1)
+    """Images with a side of fewer pixels are left out (`too_small`)."""
     max_aspect: Float | None = Field(None, ge=1)
-    max_file_bytes: int = Field(Limits.file, ge=1)  # of an input file: a larger one is left out
-    max_image_bytes: int = Field(Limits.image, ge=1)  # of an image, as it is stored
+    """Images whose longer side is more than so many shorter ones are left out (`aspect`). Unset: no limit."""
+    max_file_bytes: int = Field(Limits.file, ge=1)
+    """Input files of more bytes are left out (`too_large`)."""
+    max_image_bytes: int = Field(Limits.image, ge=1)
+    """Images of more bytes, as they are stored, are left out (`too_large`)."""
     min_caption: int = Field(1, ge=1)
+    """Images with captions of fewer characters are left out (`caption_short`)."""
     max_caption: int | None = Field(None, ge=1)
+    """Images with captions of more characters are left out (`caption_long`). Unset: no limit."""
     duplicates: Literal["keep", "exact", "perceptual"] = "exact"
-    distance: int = Field(3, ge=0, le=16)  # of the 64 bits of the perceptual hash
+    """`keep` all; `exact`: of images with equal pixels one stays; `perceptual`: of those that look alike, too."""
+    distance: int = Field(3, ge=0, le=16)
+    """Bits of 64 in which the perceptual hashes of two images that look alike may differ."""
     tokenizer: Tokenizer | None = None
+    """Trained on the captions, for a text encoder that is trained with the model. Unset: no tokenizer."""
     latents: Latents | None = None
-    chunk_images: int = Field(256, gt=0)  # about
-    shard_images: int = Field(8192, gt=0)  # about
+    """What frozen encoders make of images and captions, computed once. Unset: pixels and captions are stored."""
+    chunk_images: int = Field(256, gt=0)
+    """Images of a chunk, about."""
+    shard_images: int = Field(8192, gt=0)
+    """Images of a shard, about."""
 
     @property
     def rules(self) -> pictures.Rules:

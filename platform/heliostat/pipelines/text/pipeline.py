@@ -44,10 +44,14 @@ FOOTERS_PER_TASK = 64
 class TokenizerConfig(Strict):
     """Either `vocab_size`, and a byte-level BPE is trained, or `path`: a tokenizer.json or a folder that holds one."""
 
-    vocab_size: int | None = Field(None, ge=257)  # 256 bytes and the end of document
+    vocab_size: int | None = Field(None, ge=257)
+    """Trains a byte-level BPE with so many tokens: 256 bytes, the end of a document, and what merges make."""
     train_bytes: int = Field(100_000_000, gt=0)
+    """So much text, of the documents with the lowest hashes, trains it."""
     path: str | None = None
+    """Takes an existing one: a `tokenizer.json`, or a folder that holds one."""
     end_of_document: str = Field("<|endoftext|>", min_length=1)
+    """The token behind each document. An existing tokenizer must have it."""
 
     @model_validator(mode="after")
     def _one(self) -> TokenizerConfig:
@@ -62,15 +66,26 @@ class TextPipeline(Pipeline):
     later = frozenset({"max_document_bytes", "max_file_bytes"})
 
     input: str = Field(min_length=1)
+    """What is read: a file, a folder, a glob (`data/**/*.md`), an `s3://` prefix, or `python:stdlib`. Kinds of files:
+    docs/reference/text-pipeline.md#what-is-read"""
     tokenizer: TokenizerConfig
-    text_column: str = "text"  # of .jsonl and .parquet
+    """Trained from the text, or taken as it is."""
+    text_column: str = "text"
+    """The column of `.jsonl` and `.parquet` that holds the text."""
     normalise: Literal["none", "NFC", "NFKC"] = "NFC"
+    """Unicode's normal form that every text is brought to before anything else. It decides which documents are equal."""
     min_chars: int = Field(1, ge=1)
+    """Documents of fewer characters are left out (`too_short`)."""
     max_chars: int | None = Field(None, ge=1)
-    max_document_bytes: int = Field(1 << 26, ge=1)  # of a document, unpacked: more is left out
-    max_file_bytes: int = Field(1 << 33, ge=1)  # of an input file, as it lies there and unpacked
-    chunk_tokens: int = Field(1_000_000, gt=0)  # about, and never twice as many: a document that is longer is cut
-    shard_bytes: int = Field(128_000_000, gt=0)  # of text, about
+    """Documents of more characters are left out (`too_long`). Unset: no limit."""
+    max_document_bytes: int = Field(1 << 26, ge=1)
+    """Documents of more bytes, unpacked, are left out (`too_large`)."""
+    max_file_bytes: int = Field(1 << 33, ge=1)
+    """Of an input file, as it lies there and unpacked: what comes behind the limit is left out (`too_large`)."""
+    chunk_tokens: int = Field(1_000_000, gt=0)
+    """Tokens of a chunk, about, and never twice as many: a document that is longer is cut. See docs/prepare.md#chunks"""
+    shard_bytes: int = Field(128_000_000, gt=0)
+    """Bytes of text in a shard, about; it bounds the memory of the task that writes it."""
 
     @property
     def rules(self) -> documents.Rules:

@@ -42,11 +42,18 @@ class Text(Strict):
     """A CLIP text encoder of these keys, trained with the model, or `pretrained`: a folder (CLIP or T5), which stays as it is."""
 
     pretrained: str | None = None
-    length: int = Field(default=77, gt=1)  # tokens of a caption; what is longer is cut
+    """A folder with a CLIP or T5 text encoder, which stays as it is; then only `length` may stand beside it. Unset: a CLIP
+    text encoder of the keys below, trained with the model."""
+    length: int = Field(default=77, gt=1)
+    """Tokens of a caption; what is longer is cut."""
     hidden_size: int = Field(default=256, gt=0)
+    """Width."""
     num_hidden_layers: int = Field(default=2, gt=0)
+    """Layers."""
     num_attention_heads: int = Field(default=4, gt=0)
+    """Heads; they divide the width."""
     intermediate_size: int = Field(default=1024, gt=0)
+    """Width of the layers' inside."""
 
     @model_validator(mode="after")
     def _fits(self) -> Text:
@@ -59,37 +66,56 @@ class Text(Strict):
 
 class Folder(Strict):
     pretrained: str
+    """The folder of a model that stays as it is."""
 
 
 class Features(Folder):
-    images: int = Field(default=5000, gt=1)  # real ones that drawn ones are compared with, at most; all, if there are fewer
+    images: int = Field(default=5000, gt=1)
+    """Real images that drawn ones are compared with, at most; all, if there are fewer."""
 
 
 class Prompt(Strict):
     text: str = Field(min_length=1)
-    label: str | None = None  # of the datasets': what its samples should show
+    """What is to be drawn."""
+    label: str | None = None
+    """Of the datasets': what its samples should show, for `judge`. Unset: they are drawn and not judged."""
 
 
 class Samples(Strict):
     """What is drawn after every evaluation, and how `generate` draws unless it is told otherwise."""
 
     prompts: list[Prompt] = []
+    """What is drawn after every evaluation."""
     seed: int = Field(default=0, ge=0)
+    """Of the first image; each next one has the next."""
     steps: int = Field(default=30, gt=0)
+    """Of the sampler."""
     guidance: Float = Field(default=4.0, ge=0)
-    sampler: Literal["ddpm", "ddim", "dpm++", "euler"] | None = None  # the default is ddim, or euler for flow
+    """How strictly images follow the prompt (classifier-free guidance); 1 is plain."""
+    sampler: Literal["ddpm", "ddim", "dpm++", "euler"] | None = None
+    """`euler` is of flow, the others are not. Unset: `ddim`, or `euler` for flow."""
     per_prompt: int = Field(default=4, gt=0)
-    judge: bool = False  # a classifier of the real images says what the samples of labelled prompts show
-    features: Features | None = None  # a folder with a transformers image model: FID and KID in its features
+    """Images of each prompt."""
+    judge: bool = False
+    """A classifier of the real images says what the samples of labelled prompts show, see docs/diffusion.md#what-is-watched"""
+    features: Features | None = None
+    """A folder with an image model of `transformers`: FID and KID in its features. Unset: neither."""
 
 
 class Model(Strict):
     backbone: dict[str, Any]
+    """`arch: unet`, `pixart` or `sd3` and that class's own keys in diffusers, or `pretrained: FOLDER`. Channels, sizes and
+    the text's width follow from the data where they are left out."""
     text: Text = Text()
-    autoencoder: Folder | None = None  # none: pixels
+    """The text encoder."""
+    autoencoder: Folder | None = None
+    """The frozen autoencoder in whose latents the model works. Unset: in pixels."""
     objective: Objective = Objective()
-    caption_dropout: Float = Field(default=0.1, ge=0, lt=1)  # of captions, so that the model knows what no text is (guidance)
+    """The forward process, and what the network says of it."""
+    caption_dropout: Float = Field(default=0.1, ge=0, lt=1)
+    """The share of captions that are left out, so that the model knows what no text is, for guidance."""
     samples: Samples = Samples()
+    """What is drawn after every evaluation, and how `heliostat generate` draws unless it is told otherwise."""
 
 
 def backbone_class(keys: dict[str, Any]) -> tuple[str, Any]:

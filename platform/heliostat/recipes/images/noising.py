@@ -26,15 +26,26 @@ FLOW_STEPS = 1000  # what the network is told of s: s x 1000
 
 class Objective(Strict):
     prediction: Literal["epsilon", "v", "flow"] = "epsilon"
+    """What the network says: the noise, the velocity, or the flow from image to noise (rectified flow)."""
     schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "squaredcos_cap_v2"
+    """How the noise grows over the steps. Not of flow."""
     beta_start: Float = Field(default=1e-4, gt=0, lt=1)
+    """The first step's variance. Not of flow."""
     beta_end: Float = Field(default=0.02, gt=0, lt=1)
+    """The last step's variance. Not of flow."""
     steps: int = Field(default=1000, gt=1)
+    """Of the forward process."""
     zero_terminal_snr: bool = False
+    """The last step is pure noise. Needs `prediction: v`."""
     min_snr: Float | None = Field(default=None, gt=0)
+    """Gamma of the loss weight. With `zero_terminal_snr` the ratio counts as at least 1. Not of flow. Unset: all steps weigh
+    alike."""
     noise_offset: Float = Field(default=0.0, ge=0)
-    timesteps: Literal["uniform", "logit_normal"] = "uniform"  # logit_normal: flow only
-    shift: Float = Field(default=1.0, gt=0)  # of flow's s towards noise; above 1 for large images
+    """The share of noise that is the same all over a channel. Not of flow."""
+    timesteps: Literal["uniform", "logit_normal"] = "uniform"
+    """How times are drawn. `logit_normal` is of flow."""
+    shift: Float = Field(default=1.0, gt=0)
+    """Of flow's times towards noise; above 1 for large images."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Objective:

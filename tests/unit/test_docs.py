@@ -1,0 +1,214 @@
+"""The documentation says what is: its keys, paths, commands, options and names exist, and every page is in the navigation."""
+
+import importlib
+import re
+import shlex
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+import typer
+from heliostat.cli.main import app
+from heliostat.config.deepspeed_keys import Allowed
+from heliostat.config.spec import Job
+from heliostat.pipelines.images.pipeline import ImagePipeline
+from heliostat.pipelines.text.pipeline import TextPipeline
+from heliostat.recipes.images.config import Model
+from heliostat.tune.sweep import Sweep
+from pydantic import BaseModel, Field
+
+from docs.site import build, commands, keys
+
+ROOT = Path(__file__).parents[2]
+PAGES = [p for p in build.sources() if p.suffix == ".md" and p.name != "CHANGELOG.md"] + [Path("README.md")]
+TEXTS = {str(p): (ROOT / p).read_text(encoding="utf-8") for p in PAGES}
+PYTHON = [
+    p.relative_to(ROOT) for folder in ("platform", "jobs", "pipelines", "tests", "docs") for p in (ROOT / folder).rglob("*.py")
+]
+FOLDERS = "platform|jobs|pipelines|clusters|tests|docs"
+NO_MODULES = {
+    "json",
+    "checkpoint",
+    "spikes",
+    "deleted",
+    "history",
+    "reason",
+    "clones",
+    "pruned",
+}  # a file; MLflow's tags and types
+MADE = {"jobs/llama3-8b-transferred.yaml", "jobs/digits.py", "jobs/digits.yaml", "pipeline.py", "shapes.py"}  # as the page says
+
+
+@pytest.mark.parametrize("model", [Job, Allowed, Model, TextPipeline, ImagePipeline, Sweep], ids=lambda m: m.__name__)
+def test_every_key_of_every_schema_has_a_description(model):
+    missing = [
+        f"{section.path}.{name}".lstrip(".")
+        for section in keys.sections(model)
+        for name, told in keys.descriptions(section.model).items()
+        if not told
+    ]
+    assert missing == []
+
+
+def test_every_key_of_a_job_is_in_the_reference_with_its_type_and_default():
+    """The reference follows the models: a key's type, range, default and meaning are there, under the path that --set takes."""
+    text = keys.reference(Job)
+    assert "`warmup_steps`{ #train.schedule.warmup_steps } <small>whole number, at least 0; default `0`</small>" in text
+    assert "`register`{ #mlflow.register }" in text  # by its name in the file
+    assert "<small>`cosine`, `constant`, `linear`, `wsd`" in text
+    assert "<small>bytes, as `512MiB`; default 2 GiB</small>" in text
+    for section in keys.sections(Job):
+        for name, info in section.model.model_fields.items():
+            assert f"`{info.alias or name}`" in text
+        assert not section.path or f"### `{section.path}`" in text
+
+
+class Fast(BaseModel):
+    """Goes fast."""
+
+    name: Literal["fast"] = "fast"
+    """Which it is."""
+    speed: Annotated[float, Field(gt=0)]
+    """How fast."""
+
+
+class Slow(BaseModel):
+    """Goes slowly."""
+
+    name: Literal["slow"] = "slow"
+    """Which it is."""
+
+
+class Mover(BaseModel):
+    ways: dict[str, Annotated[Fast | Slow, Field(discriminator="name")]]
+    """How it goes."""
+
+
+def test_a_key_that_may_hold_several_kinds_has_a_section_for_each():
+    text = keys.reference(Mover)
+    assert "`ways` <small>mapping to [its keys](#ways.KEY); **required**</small>\n:   How it goes." in text
+    assert "### `ways.KEY`, `name: fast` { #ways.KEY }\n\nGoes fast." in text
+    assert "### `ways.KEY`, `name: slow` { #ways.KEY-slow }\n\nGoes slowly." in text
+    assert "`speed`{ #ways.KEY.speed } <small>number, above 0; **required**</small>\n:   How fast." in text
+
+
+def test_every_command_and_option_is_in_the_reference():
+    text = commands.reference(app)
+    for name, command in commands.leaves(typer.main.get_command(app)):
+        assert f"## `{name}`" in text
+        section = text.partition(f"## `{name}`\n")[2].partition("\n## ")[0]
+        for parameter in command.params:
+            if parameter.name != "help":
+                spelled = [*parameter.opts, str(parameter.metavar)]  # an argument is shown by its metavar, if it has one
+                assert any(f"`{word}" in section or f", {word}" in section for word in spelled), (name, spelled)
+
+
+def test_every_page_is_in_the_navigation_and_every_entry_is_a_page():
+    def entries(nav: Any) -> Iterator[str]:
+        for entry in nav if isinstance(nav, list) else [nav]:
+            yield from [entry] if isinstance(entry, str) else (page for inner in entry.values() for page in entries(inner))
+
+    config = tomllib.loads((ROOT / "docs/site/zensical.toml").read_text())
+    listed = list(entries(config["project"]["nav"]))
+    assert sorted(listed) == sorted(str(place) for place in build.sources().values() if place.suffix == ".md")
+
+
+def test_every_marker_of_a_generated_part_is_known_and_each_part_is_in_a_page():
+    found = [name for text in TEXTS.values() for name in build.MARK.findall(text)]
+    assert sorted(found) == sorted(build.GENERATED)
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_path_that_a_page_names_exists(page):
+    """Paths of the repository in text, code and links (a star stands for anything), and Python files by the end of their path."""
+    named = set(re.findall(rf"(?<![\w/.:-])((?:{FOLDERS})/[\w./*-]*[\w*])", TEXTS[page])) - MADE
+    missing = {n for n in named if not any(ROOT.glob(n))}
+    ends = {n for n in re.findall(r"`([\w/]+\.py)`", TEXTS[page]) if not re.match(rf"(?:{FOLDERS})/", n)}
+    missing |= {n for n in ends - MADE if not any(str(p).endswith("/" + n) for p in PYTHON)}
+    assert sorted(missing) == []
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_dotted_name_that_a_page_names_exists(page):
+    named = set(re.findall(r"(?<![\w/.-])heliostat((?:\.[A-Za-z_]\w*)+(?::\w+)?)", TEXTS[page]))
+    wrong = [f"heliostat{n}" for n in named if n.split(".")[1] not in NO_MODULES and not resolves(f"heliostat{n}")]
+    assert sorted(wrong) == []
+
+
+def resolves(name: str) -> bool:
+    parts = name.replace(":", ".").split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:end]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[end:]:
+            if not hasattr(found, part):
+                return False
+            found = getattr(found, part)
+        return True
+    return False
+
+
+def spoken(text: str) -> Iterator[str]:
+    """Yield each heliostat command in a page: lines of shell blocks, and inline code."""
+    blocks = re.findall(r"^ *```(?:sh|bash)\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    for line in [*lines, *re.findall(r"`([^`\n]+)`", re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL))]:
+        for part in re.split(r"&&|;|\|\s", line.partition(" #")[0]):
+            if found := re.match(r"\s*(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?heliostat ([a-z].*)", part):
+                yield found[1]
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_command_and_option_that_a_page_names_exists(page):
+    group = typer.main.get_command(app)
+    wrong = []
+    for line in spoken(TEXTS[page]):
+        words = shlex.split(re.sub(r"[\[\]|()]|\.\.\.", " ", line))
+        command: Any = group
+        while words and hasattr(command, "commands") and words[0] in command.commands:
+            command = command.commands[words.pop(0)]
+        if hasattr(command, "commands"):
+            if (words and command is group) or any(w.startswith("-") for w in words):
+                wrong.append(f"heliostat {line}: no such command")
+            continue
+        options = {o for p in command.params for o in (*p.opts, *p.secondary_opts)} | {"--help"}
+        wrong += [f"heliostat {line}: {w}" for w in words if w.startswith("-") and w.partition("=")[0] not in options]
+    assert wrong == []
+
+
+def test_a_link_to_a_file_of_the_repository_leads_to_a_page_that_shows_it(tmp_path):
+    stage = build.Stage(tmp_path)
+    page, place = Path("docs/tutorials/text.md"), Path("tutorials/text.md")
+    text = "[c](../../clusters/local.yaml) [j](../job.md#keys) [x](https://x.org/a) [n](nowhere.md)\n"
+    text += "```sh\n[c](../../LICENSE)\n```\n"
+    linked = stage.linked(text, page, place)
+    assert "[c](../files/clusters/local.yaml.md) [j](../job.md#keys) [x](https://x.org/a) [n](nowhere.md)" in linked
+    assert "[c](../../LICENSE)" in linked  # code is left alone
+    assert stage.shown == {Path("clusters/local.yaml"): Path("files/clusters/local.yaml.md")}
+
+
+@pytest.mark.parametrize(
+    "html",
+    [
+        '<script src="https://cdn.example/x.js"></script>',
+        '<link rel="stylesheet" href="//fonts.example/css">',
+        '<img src="http://img.example/a.png">',
+        "<style>@import 'https://fonts.example/css';</style>",
+        '<p style="background: url(https://img.example/a.png)">',
+        '<iframe src="https://video.example/"></iframe>',
+    ],
+)
+def test_what_a_page_would_fetch_from_elsewhere_is_found(html, tmp_path):
+    (tmp_path / "page.html").write_text(f"<p>{html}</p>")
+    assert len(build.fetched_from_elsewhere(tmp_path)) == 1
+
+
+def test_a_link_that_a_person_follows_is_no_fetch(tmp_path):
+    (tmp_path / "page.html").write_text(
+        '<a href="https://x.org">x</a><img src="a.png"><link rel="canonical" href="https://x.org">'
+    )
+    assert build.fetched_from_elsewhere(tmp_path) == []
