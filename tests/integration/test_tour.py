@@ -79,10 +79,15 @@ def interrupt(process: subprocess.Popen, log: Path, ready: Callable[[Path], bool
     return process.wait(ENDS_S)
 
 
+def _heed() -> None:
+    """Ctrl-C ends a command, also if this test was started in the background, where shells have it ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run(command: Command, clone: Path, log: Path) -> int:
     with log.open("w") as out:
         process = subprocess.Popen(["bash", "-c", command.text], cwd=clone, env=environment(clone), stdin=subprocess.DEVNULL,
-                                   stdout=out, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+                                   stdout=out, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_heed)  # fmt: skip
         try:
             if "press Ctrl-C" in command.comment:
                 return interrupt(process, log, trains)

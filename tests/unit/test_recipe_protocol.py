@@ -132,7 +132,9 @@ def test_what_a_job_asks_of_a_recipe_that_cannot_do_it_is_refused_by_key(workspa
         check.check_job(job(**least))
     with pytest.raises(ConfigError, match=r"^mlflow\.register: own_recipes:Least is not served, so there is no model"):
         check.check_job(job(**least, evaluate=None, **{"mlflow.register": "mine"}))
-    with pytest.raises(ConfigError, match=r"^checkpoint\.best\.metric: 'los' is no score of jobs\.causal_lm:CausalLM; did you"):
+    with pytest.raises(
+        ConfigError, match=r"^checkpoint\.best\.metric: 'los' is no score of heliostat\.recipes:CausalLM; did you"
+    ):
         check.check_job(job(**{"checkpoint.best": {"metric": "los", "keep": 1}}))
 
 
