@@ -15,7 +15,7 @@ import torch.distributed as dist
 import transformers
 import yaml
 from heliostat.checkpoint import saver
-from heliostat.cli import _print_result
+from heliostat.cli.train import _print_result
 from heliostat.data.dataset import open_dataset, plan
 from heliostat.data.manifest import Manifest, read
 from heliostat.errors import ConfigError

@@ -24,6 +24,7 @@ from heliostat.cli import train as training
 from heliostat.cli.chaos import table as chaos_table
 from heliostat.config import kinds
 from heliostat.errors import AccessError, ConfigError, TrainingError
+from heliostat.events import Steps
 from heliostat.storage import Location
 from heliostat.terminal import duration, fit
 from heliostat.track import run_table
@@ -80,8 +81,9 @@ def test_no_help_is_cut_at_80_columns(name, monkeypatch, capsys):
         assert re.sub(r"\s+", "", parameter.help)[:30] in words or parameter.help.split()[0] in text, parameter.name
 
 
-def test_commands_are_listed_under_headings_in_the_order_of_their_use(monkeypatch, capsys):
-    _, text, _ = run(monkeypatch, capsys, "--help")
+def test_commands_are_listed_under_headings_in_the_order_of_their_use():
+    command = [sys.executable, "-m", "heliostat", "--help"]  # of its own: commands are in the order of their import
+    text = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "80"}).stdout
     places = [text.index(f"─ {panel} ─") for panel in common.PANELS]
     assert places == sorted(places) and text.index(" check ") < text.index(" train ") < text.index(" chaos ")
 
@@ -155,11 +157,11 @@ def test_training_checks_each_thing_once_on_its_way_to_the_first_attempt(tmp_pat
     path = write(tmp_path, storage=str(tmp_path / "runs"), **changes, **{"mlflow.uri": f"sqlite:///{tmp_path}/mlflow.db"})
     calls: list[str] = []
     for module, name in ((check, "load_job"), (check, "check_job"), (check, "check_devices"), (check, "check_services"),
-                         (lease, "take"), (check, "check_data"), (running._Run, "go")):  # fmt: skip
-        act = (lambda self: {}) if name == "go" else getattr(module, name)
+                         (lease, "take"), (check, "check_data"), (running._Run, "run")):  # fmt: skip
+        act = (lambda self: {}) if name == "run" else getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, _act=act, _name=name, **k: (calls.append(_name), _act(*a, **k))[1])
     assert running.train(path) == {}
-    assert calls == ["load_job", "check_job", "check_devices", "check_services", "take", "check_data", "go"]
+    assert calls == ["load_job", "check_job", "check_devices", "check_services", "take", "check_data", "run"]
 
 
 # errors --------------------------------------------------------------------------------------------------------------
@@ -318,7 +320,7 @@ def test_every_file_of_the_workspace_is_of_its_kind(path):
     """By its folder: none is refused where it belongs."""
     from heliostat.config.schema import read_yaml
 
-    wanted = "pipeline" if path.parent.name == "pipelines" else "sweep" if path.parent.name == "sweeps" else "job"
+    wanted = "pipeline" if path.parent.name in ("pipelines", "data") else "sweep" if path.parent.name == "sweeps" else "job"
     assert kinds.kind_of(read_yaml(path)) == wanted
 
 
@@ -404,7 +406,7 @@ def test_there_is_no_time_to_go_before_two_reports_and_none_at_the_end(caplog):
     assert speed.left() == 89.0
     speed.reached(100, 120.0)
     assert speed.left() is None
-    event = {"kind": "steps", "first": 0, "loss": [2.0], "lr": [0.1], "tokens_per_second": 10.0, "data_wait": 0.0}
+    event = Steps(first=0, loss=[2.0], lr=[0.1], grad_norm=[1.0], seconds=1.0, tokens_per_second=10.0, data_wait=0.0)
     with caplog.at_level(logging.INFO, "heliostat"):
         progress.ProgressReporter(Console(file=io.StringIO()), "x", 0, 10, "tokens").event(event)
     assert caplog.messages == ["step 1/10  loss 2.0000  lr 1.00e-01  10 tokens/s  data wait 0.0%"]

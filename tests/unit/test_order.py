@@ -325,7 +325,7 @@ def test_a_capped_source_gives_its_epochs_and_no_more(seed):
     assert o.runs_out is None
     both = Order(splits, [(0, [1.0, 2.0])], seed, shape, [1.0, cap])
     assert both.runs_out is not None and both.runs_out * shape.batch <= o.epoch_samples[0] + cap * o.epoch_samples[1]
-    with pytest.raises(DataError, match=f"runs out at step {both.runs_out}"):
+    with pytest.raises(DataError, match=f"step {both.runs_out + 1}: the data lasts for {both.runs_out} steps"):
         both.step(both.runs_out)
 
 

@@ -415,6 +415,11 @@ def test_errors_survive_the_trip_from_a_worker(kind):
 
 def test_bad_input_exits_with_2_a_stopped_run_with_130_and_everything_else_with_1():
     """The exit codes that scripts rely on: 2 is for what a person must change first, a place that is not there among it."""
-    assert {e.__name__ for e in ALL_ERRORS if e.exit_code == 2} == {"AccessError", "ConfigError", "MissingDataError"}
+    assert {e.__name__ for e in ALL_ERRORS if e.exit_code == 2} == {
+        "AccessError",
+        "ConfigError",
+        "MissingDataError",
+        "MissingExtraError",
+    }
     assert {e.__name__ for e in ALL_ERRORS if e.exit_code == 130} == {"StoppedError"}
     assert {e.exit_code for e in ALL_ERRORS} == {1, 2, 130} and len(ALL_ERRORS) >= 8
