@@ -77,7 +77,7 @@ def parts(task: Any, plan: Any, steps: int) -> dict[str, float]:
     spent["gather"] -= spent["read the chunks"]
     rest = spent.pop("task") - sum(v for k, v in spent.items() if k != "take the steps")
     taking = spent.pop("take the steps")
-    return {**spent, "cut the envelopes": rest, "take the steps": taking}
+    return {**spent, "cut the blocks": rest, "take the steps": taking}
 
 
 def fetch(task: Any, index: int) -> list[pa.Table]:

@@ -115,10 +115,10 @@ class Steps(Worker):
         return losses.tolist(), list(self._norms)
 
     def _mine(self, task: stream.Fetch) -> Iterator[Any]:
-        """This worker's envelopes, as the stream deals them."""
+        """This worker's blocks, as the stream deals them."""
         for window in range(task.count):
             for table in task({"id": np.array([window])}):
-                if table["envelope"][0].as_py() % self.world == self.rank:
+                if table["block"][0].as_py() % self.world == self.rank:
                     yield table
 
 

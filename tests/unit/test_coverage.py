@@ -74,7 +74,7 @@ def test_what_a_rollback_left_out_is_not_counted(tmp_path: Path, first, skips):
 
 
 def test_a_run_that_left_nothing_out_says_so_at_every_step(tmp_path: Path):
-    """Also within a superstep, where the lanes are at other places of the sequence."""
+    """Also within a round, where the lanes are at other places of the sequence."""
     plan = make_plan(make_dataset(tmp_path / "a", 1), make_dataset(tmp_path / "b", 2))
     for end in range(1, 24):
         told = consumed._segment(Segment(0, end, plan))["sources"]

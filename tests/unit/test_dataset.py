@@ -155,7 +155,7 @@ def test_a_plan_survives_json_and_names_the_sequence(tmp_path):
         ({"digests": ("b",)}, "the datasets' content: ['a'] -> ['b']"),
         ({"shape": Shape(16, 4, 2, 32)}, "train.global_batch: 8 -> 16"),
         ({"shape": Shape(8, 8, 2, 32)}, "data.lanes: 4 -> 8"),
-        ({"shape": Shape(8, 4, 1, 32)}, "the superstep: 2 -> 1"),
+        ({"shape": Shape(8, 4, 1, 32)}, "steps per block: 2 -> 1"),
         ({"shape": Shape(8, 4, 2, 64)}, "data.window: 32 -> 64"),
     ],
 )

@@ -42,7 +42,7 @@ def test_every_lane_of_every_step_is_of_one_source_and_an_epoch_holds_each_sampl
     found = [made.locate(made.step(t).ravel()) for t in range(steps)]
     for step in found:
         assert all(len(set(lane)) == 1 for lane in step.source.reshape(lanes, -1).tolist())
-    whole = made.locate(np.arange(240))  # steps take places from all over their superstep
+    whole = made.locate(np.arange(240))  # steps take places from all over their round
     places = list(zip(whole.source.tolist(), whole.epoch.tolist(), whole.chunk.tolist(), whole.row.tolist(), strict=True))
     assert len(set(places)) == 240 and {e for _, e, _, _ in places} == {0}
     assert len({tuple(f.source.reshape(lanes, -1)[:, 0]) for f in found}) > 1 or lanes == 1

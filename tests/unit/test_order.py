@@ -42,9 +42,9 @@ def random_order(seed: int, weights: list[float] | None = None) -> Order:
     rng = np.random.default_rng(seed)
     weights = weights or WEIGHTS[seed % len(WEIGHTS)]
     splits = [split_of(rng, int(rng.integers(1, 12)), float(rng.choice([0.0, 0.1, 0.3]))) for _ in weights]
-    lanes, per_lane, superstep = (int(n) for n in rng.integers(1, 6, 3))
-    envelope = per_lane * superstep
-    return Order(splits, [(0, weights)], seed, Shape(lanes * per_lane, lanes, superstep, envelope * int(rng.integers(1, 8))))
+    lanes, per_lane, steps_per_block = (int(n) for n in rng.integers(1, 6, 3))
+    block = per_lane * steps_per_block
+    return Order(splits, [(0, weights)], seed, Shape(lanes * per_lane, lanes, steps_per_block, block * int(rng.integers(1, 8))))
 
 
 def rows(samples: Samples) -> np.ndarray:
@@ -93,29 +93,29 @@ def test_held_out_samples_never_appear_in_training(seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_global_batch_does_not_depend_on_the_number_of_workers(seed):
-    """What N workers cut from their lanes' envelopes is, together, step(t), for every N that divides the lanes."""
+    """What N workers cut from their lanes' blocks is, together, step(t), for every N that divides the lanes."""
     o = random_order(seed)
     shape = o.shape
     for workers in (n for n in range(1, shape.lanes + 1) if shape.lanes % n == 0):
-        for step in range(2 * shape.superstep + 1):
-            superstep, inner = divmod(step, shape.superstep)
+        for step in range(2 * shape.steps_per_block + 1):
+            number, inner = divmod(step, shape.steps_per_block)
             played = np.full((shape.lanes, shape.per_lane), -1)
             for rank, lane in ((r, lane) for r in range(workers) for lane in range(r, shape.lanes, workers)):
                 assert lane % workers == rank
                 assert np.all(played[lane] == -1), "two workers play one lane"
-                envelope = o.envelope(superstep * shape.lanes + lane)
-                played[lane] = envelope[inner * shape.per_lane : (inner + 1) * shape.per_lane]
+                block = o.block(number * shape.lanes + lane)
+                played[lane] = block[inner * shape.per_lane : (inner + 1) * shape.per_lane]
             assert np.array_equal(played, o.step(step))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_envelopes_and_steps_both_tile_the_sequence(seed):
-    """The envelopes of S supersteps, and their S * K steps, each hold the first S * K * G positions once."""
+    """The blocks of S rounds, and their S * K steps, each hold the first S * K * G positions once."""
     o = random_order(seed)
-    shape, supersteps = o.shape, 3
-    every = np.arange(supersteps * shape.superstep * shape.batch)
-    assert np.array_equal(np.concatenate([o.envelope(b) for b in range(supersteps * shape.lanes)]), every)
-    steps = [o.step(t) for t in range(supersteps * shape.superstep)]
+    shape, rounds = o.shape, 3
+    every = np.arange(rounds * shape.steps_per_block * shape.batch)
+    assert np.array_equal(np.concatenate([o.block(b) for b in range(rounds * shape.lanes)]), every)
+    steps = [o.step(t) for t in range(rounds * shape.steps_per_block)]
     assert all(s.shape == (shape.lanes, shape.per_lane) for s in steps)
     assert np.array_equal(np.sort(np.concatenate([s.ravel() for s in steps])), every)
 
@@ -223,7 +223,7 @@ def test_a_source_without_training_samples_is_refused():
 
 
 def test_the_shape_that_is_chosen_is_sound():
-    """Windows are whole envelopes, at least as large as asked for; supersteps have 1 to 128 steps; envelopes are megabytes."""
+    """Windows are whole blocks, at least as large as asked for; rounds have 1 to 128 steps; blocks are megabytes."""
     rng = np.random.default_rng(3)
     for _ in range(2000):
         lanes, per_lane = int(rng.integers(1, 600)), int(rng.integers(1, 70))
@@ -231,11 +231,11 @@ def test_the_shape_that_is_chosen_is_sound():
         window = None if rng.random() < 0.5 else int(rng.integers(1, 100_000))
         shape = choose_shape(lanes * per_lane, lanes, sample_bytes, window)
         assert (shape.batch, shape.lanes, shape.per_lane) == (lanes * per_lane, lanes, per_lane)
-        assert shape.window % shape.envelope == 0 and shape.envelope == shape.superstep * per_lane
-        assert 1 <= shape.superstep <= mixing.MAX_SUPERSTEP
-        assert shape.superstep == 1 or shape.envelope * sample_bytes <= mixing.ENVELOPE_BYTES
+        assert shape.window % shape.block == 0 and shape.block == shape.steps_per_block * per_lane
+        assert 1 <= shape.steps_per_block <= mixing.MAX_STEPS_PER_BLOCK
+        assert shape.steps_per_block == 1 or shape.block * sample_bytes <= mixing.BLOCK_BYTES
         wanted = window or mixing.WINDOW_BYTES // sample_bytes
-        assert wanted <= shape.window < max(wanted, 1) + shape.envelope
+        assert wanted <= shape.window < max(wanted, 1) + shape.block
 
 
 def changing_order(seed: int) -> Order:
@@ -252,9 +252,9 @@ def changing_order(seed: int) -> Order:
         mix.append((first + int(start), weights.tolist()))
     epochs = [None if rng.random() < 0.5 else float(rng.choice([0.5, 1, 2, 3.5])) for _ in splits]
     epochs[0] = None if rng.random() < 0.7 else 4.0
-    lanes, per_lane, superstep = (int(n) for n in rng.integers(1, 4, 3))
-    envelope = per_lane * superstep
-    shape = Shape(lanes * per_lane, lanes, superstep, envelope * int(rng.integers(1, 8)))
+    lanes, per_lane, steps_per_block = (int(n) for n in rng.integers(1, 4, 3))
+    block = per_lane * steps_per_block
+    shape = Shape(lanes * per_lane, lanes, steps_per_block, block * int(rng.integers(1, 8)))
     return Order(splits, mix, seed, shape, epochs)
 
 
@@ -263,29 +263,29 @@ def last_step(o: Order) -> int:
     if o.runs_out is not None:
         return o.runs_out
     step = o.sections[-1].first_step + 40
-    while (inside := o.superstep(step)).first_step != step or o.envelopes(o.window_of(inside.envelope))[0] != inside.envelope:
+    while (inside := o.round_of(step)).first_step != step or o.blocks(o.window_of(inside.block))[0] != inside.block:
         step += 1
     return step
 
 
 @pytest.mark.parametrize("seed", range(60))
 def test_steps_use_every_position_once_however_weights_change(seed):
-    """Supersteps tile the steps and the positions; envelopes and windows tile the positions in order."""
+    """Rounds tile the steps and the positions; blocks and windows tile the positions in order."""
     o = changing_order(seed)
     first, last = o.sections[0].first_step, last_step(o)
-    step, position, envelope = first, 0, 0
+    step, position, block = first, 0, 0
     while step < last:
-        inside = o.superstep(step)
-        assert (inside.first_step, inside.begin, inside.envelope) == (step, position, envelope)
+        inside = o.round_of(step)
+        assert (inside.first_step, inside.begin, inside.block) == (step, position, block)
         found = np.concatenate([o.step(t) for t in range(step, step + inside.steps)], axis=1)
         assert np.array_equal(np.sort(found.ravel()), np.arange(inside.begin, inside.end))
         for lane in range(o.shape.lanes):
-            assert np.array_equal(found[lane], o.envelope(envelope + lane))
-            window = o.window_of(envelope + lane)
-            assert envelope + lane in o.envelopes(window)
+            assert np.array_equal(found[lane], o.block(block + lane))
+            window = o.window_of(block + lane)
+            assert block + lane in o.blocks(window)
             assert {o.window_at(int(p))[0] for p in found[lane]} == {window}
-        step, position, envelope = step + inside.steps, inside.end, envelope + o.shape.lanes
-    windows = [o.envelopes(w) for w in range(o.window_of(envelope - 1))]
+        step, position, block = step + inside.steps, inside.end, block + o.shape.lanes
+    windows = [o.blocks(w) for w in range(o.window_of(block - 1))]
     assert [e for w in windows for e in w] == list(range(sum(len(w) for w in windows)))
 
 
@@ -318,7 +318,7 @@ def test_a_capped_source_gives_its_epochs_and_no_more(seed):
     splits = [split_of(rng, 5, 0.0), split_of(rng, 3, 0.0)]
     cap = float(rng.choice([0.5, 1, 2]))
     shape = Shape(4, 2, int(rng.integers(1, 5)), 0)
-    shape = dataclasses.replace(shape, window=3 * shape.envelope)
+    shape = dataclasses.replace(shape, window=3 * shape.block)
     o = Order(splits, [(0, [1.0, 2.0])], seed, shape, [None, cap])
     used = int((o.locate(np.arange(8 * int(o.epoch_samples.sum()))).source == 1).sum())
     assert cap * o.epoch_samples[1] - shape.batch < used <= cap * o.epoch_samples[1]
@@ -337,8 +337,8 @@ def test_planning_more_never_changes_earlier_steps(seed):
     mix = [(0, even), (9, [2.0, *even[1:]])]
     o = Order(splits, mix, seed, shape)
     longer = Order(splits, [*mix, (60, [1.0, *[0.0] * (len(splits) - 1)])], seed, shape, [1e6] * len(splits))
-    windows = o.window_of(o.superstep(57).envelope)
-    before = [s for s in range(57) if o.window_of(o.superstep(s).envelope + shape.lanes - 1) < windows]
+    windows = o.window_of(o.round_of(57).block)
+    before = [s for s in range(57) if o.window_of(o.round_of(s).block + shape.lanes - 1) < windows]
     assert len(before) > 40
     for step in before:
         assert np.array_equal(rows(o.locate(o.step(step).ravel())), rows(longer.locate(longer.step(step).ravel())))

@@ -57,9 +57,9 @@ def case(seed: int) -> tuple:
     mix = [(first + int(s), [round(float(w), int(rng.integers(0, 4))) for w in rng.random(sources)]) for s in (0, *starts)]
     mix = [(s, [max(w, 0.0) if any(ws) else 1.0 for w in ws]) for s, ws in mix]
     caps = [None if rng.random() < 0.6 else float(rng.choice([0.5, 1, 2.25])) for _ in splits]
-    lanes, per_lane, superstep = (int(n) for n in rng.integers(1, 6, 3))
+    lanes, per_lane, steps_per_block = (int(n) for n in rng.integers(1, 6, 3))
     unit = per_lane if rng.random() < 0.4 else 1
-    shape = Shape(lanes * per_lane, lanes, superstep, per_lane * superstep * int(rng.integers(1, 8)), unit)
+    shape = Shape(lanes * per_lane, lanes, steps_per_block, per_lane * steps_per_block * int(rng.integers(1, 8)), unit)
     return splits, mix, seed, shape, caps
 
 

@@ -21,12 +21,12 @@ def random_run(seed: int) -> tuple[list, list, Shape]:
     starts = np.cumsum(rng.integers(1, 300, int(rng.integers(0, 4))))
     mix = [(int(s), [round(float(w), int(rng.integers(1, 4))) for w in rng.random(sources)]) for s in (0, *starts)]
     caps = [None if rng.random() < 0.2 else int(rng.integers(0, 20_000)) for _ in range(sources)]
-    lanes, per_lane, superstep = int(rng.integers(1, 5)), int(rng.integers(1, 64)), int(rng.integers(1, 20))
-    shape = Shape(lanes * per_lane, lanes, superstep, per_lane * superstep, per_lane if rng.random() < 0.5 else 1)
+    lanes, per_lane, steps_per_block = int(rng.integers(1, 5)), int(rng.integers(1, 64)), int(rng.integers(1, 20))
+    shape = Shape(lanes * per_lane, lanes, steps_per_block, per_lane * steps_per_block, per_lane if rng.random() < 0.5 else 1)
     return mix, caps, shape
 
 
-def test_a_mix_whose_cap_ends_inside_a_superstep_is_planned():
+def test_a_mix_whose_cap_ends_inside_a_round_is_planned():
     """The rest of a section goes on where the section stopped: no cap is overrun, so none is waited for."""
     shape, caps = Shape(32, 32, 16, 16), [3680, 680, 3060]
     found, end = sections([(0, [0.6, 0.4, 0.9])], caps, shape)

@@ -16,8 +16,8 @@ STEPS = 60
 
 def order(seed: int, skips: list[tuple[int, int]]) -> Order:
     rng = np.random.default_rng(seed)
-    lanes, per_lane, superstep = (int(n) for n in rng.integers(1, 5, 3))
-    shape = Shape(lanes * per_lane, lanes, superstep, per_lane * superstep * int(rng.integers(1, 6)))
+    lanes, per_lane, steps_per_block = (int(n) for n in rng.integers(1, 5, 3))
+    shape = Shape(lanes * per_lane, lanes, steps_per_block, per_lane * steps_per_block * int(rng.integers(1, 6)))
     split = growing_runs(rng.integers(1, 40, 12), np.arange(12).astype(np.uint64), 0.1)
     return Order([split], [(0, [1.0])], seed, shape, skips=skips)
 
@@ -41,12 +41,12 @@ def test_a_step_takes_what_lies_behind_all_that_was_left_out_before_it(seed):
 
 @pytest.mark.parametrize("seed", range(40))
 @pytest.mark.parametrize("start", [0, 7, 31])
-def test_the_stream_brings_each_superstep_that_is_trained_on_once_and_no_other(seed, start):
+def test_the_stream_brings_each_round_that_is_trained_on_once_and_no_other(seed, start):
     made = order(seed, random_skips(seed))
     fetch = stream.fetch(SimpleNamespace(shape=made.shape), made, start, STEPS, replace=True)
-    brought = [n for i in range(fetch.count) for n in made.envelopes(fetch.window(i)) if any(a <= n < b for a, b in fetch.wanted)]
-    supersteps = list(dict.fromkeys(made.superstep(step).envelope for step in range(start, STEPS)))
-    assert brought == [first + lane for first in supersteps for lane in range(made.shape.lanes)]
+    brought = [n for i in range(fetch.count) for n in made.blocks(fetch.window(i)) if any(a <= n < b for a, b in fetch.wanted)]
+    rounds = list(dict.fromkeys(made.round_of(step).block for step in range(start, STEPS)))
+    assert brought == [first + lane for first in rounds for lane in range(made.shape.lanes)]
 
 
 def test_a_plan_with_skips_is_another_sequence_and_one_without_keeps_its_digest():

@@ -30,7 +30,7 @@ from heliostat.storage import Location
 from tests.unit.build_index import index
 from tests.unit.test_dataset import LENGTH, make_dataset, make_plan, naive
 
-CUTS = (0, 3, 10, 11, 20, 23)  # where checkpoints were, and so where receipts begin and end; supersteps have two steps
+CUTS = (0, 3, 10, 11, 20, 23)  # where checkpoints were, and so where receipts begin and end; rounds have two steps
 CHANGE = 10  # the step at which the second run's data was changed
 
 
@@ -158,14 +158,14 @@ def right(steps: int, batch: int = 8) -> dict[str, Any]:
 
 
 def test_a_right_run_verifies(run):
-    """Two sources, more than an epoch of one, receipts that end within supersteps, the last one too."""
+    """Two sources, more than an epoch of one, receipts that end within rounds, the last one too."""
     assert verify.verify(run.location) == right(23)
 
 
 @pytest.mark.parametrize("shape", [Shape(8, 8, 1, 8), Shape(8, 2, 3, 24), Shape(6, 3, 4, 16), Shape(4, 1, 5, 100)], ids=str)
 @pytest.mark.parametrize("steps", [1, 5, 14])
 def test_it_verifies_whatever_the_cut(sources, tmp_path, shape, steps):
-    """Supersteps within windows, windows within supersteps, neither a multiple of the other."""
+    """Rounds within windows, windows within rounds, neither a multiple of the other."""
     made = Run(tmp_path / "run", dataclasses.replace(make_plan(*sources), shape=shape), cuts=(0, steps))
     assert verify.verify(made.location) == right(steps, shape.batch)
 

@@ -37,9 +37,9 @@ def check(
         checked = checks.check(wanted, cluster)
         shape, steps, samples = checked.plan.shape, checked.job.train.steps, int(checked.order.epoch_samples.sum())
         found |= {"samples": samples, "steps": steps, "epochs": steps * shape.batch / samples, "lanes": shape.lanes,
-                  "superstep": shape.superstep, "window": shape.window}  # fmt: skip
+                  "steps_per_block": shape.steps_per_block, "window": shape.window}  # fmt: skip
         told = (f"right. {samples:,} training samples, {found['epochs']:.2f} epochs in {steps:,} steps; "
-                f"{shape.lanes} lanes, supersteps of {shape.superstep} steps, windows of {shape.window:,} samples")  # fmt: skip
+                f"{shape.lanes} lanes, blocks of {shape.steps_per_block} steps, windows of {shape.window:,} samples")  # fmt: skip
     if not json_:
         out.print(f"{job}: {told}")
     finish(found, json_)

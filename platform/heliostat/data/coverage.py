@@ -61,7 +61,7 @@ def counts(order: Order, step: int) -> list[np.ndarray]:
     taken = [np.zeros(len(split.samples), np.int64) for split in order.splits]
     if step <= order.sections[0].first_step:
         return taken
-    last = order.superstep(step - 1)
+    last = order.round_of(step - 1)
     _, begin, _ = order.window_at(last.begin)
     for source, samples in enumerate(order.before(begin)):
         epochs, rest = divmod(int(samples), int(order.epoch_samples[source]))

@@ -26,6 +26,8 @@ from heliostat.data.split import NEWEST, split
 from heliostat.errors import ConfigError, DataError
 from heliostat.storage import Location
 
+RECORDED_AS = {"steps_per_block": "superstep"}  # what a field of the shape is called in recorded plans
+
 
 @dataclass(frozen=True)
 class DataPlan:
@@ -58,7 +60,9 @@ class DataPlan:
         return self.mix[0][1]
 
     def dump(self) -> dict[str, Any]:
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        made = json.loads(json.dumps(dataclasses.asdict(self)))
+        made["shape"] = {RECORDED_AS.get(key, key): value for key, value in made["shape"].items()}
+        return made
 
     @staticmethod
     def parse(raw: dict[str, Any]) -> DataPlan:
@@ -68,7 +72,8 @@ class DataPlan:
         version = raw.get("version", 1)  # runs of before there were others do not name theirs
         if version not in range(1, NEWEST + 1):
             raise DataError(f"the data plan is of version {version!r}, and this heliostat knows 1 to {NEWEST}; use a newer one")
-        shape = Shape(**raw["shape"])
+        fields = {was: field for field, was in RECORDED_AS.items()}
+        shape = Shape(**{fields.get(key, key): value for key, value in raw["shape"].items()})
         return DataPlan(**{**raw, **lists, "mix": mix, "shape": shape, "skips": skips, "version": version})
 
     @property
@@ -88,7 +93,7 @@ class DataPlan:
                  "held_fraction": "evaluate.fraction"}  # fmt: skip
         mine, theirs = self.dump(), other.dump()
         lines = [f"{label}: {mine[key]} -> {theirs[key]}" for key, label in names.items() if mine[key] != theirs[key]]
-        shape = {"batch": "train.global_batch", "lanes": "data.lanes", "superstep": "the superstep", "window": "data.window",
+        shape = {"batch": "train.global_batch", "lanes": "data.lanes", "superstep": "steps per block", "window": "data.window",
                  "unit": "data.one_source_batches, in samples"}  # fmt: skip
         return lines + [
             f"{label}: {mine['shape'][key]} -> {theirs['shape'][key]}"

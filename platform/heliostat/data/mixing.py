@@ -13,9 +13,9 @@ import numpy as np
 from heliostat.data.mixture import Mixture
 from heliostat.errors import DataError
 
-ENVELOPE_BYTES = 8 << 20  # Ray Data costs 10-20 ms a block whatever its size, so blocks are megabytes
+BLOCK_BYTES = 8 << 20  # Ray Data costs 10-20 ms a block whatever its size, so blocks are megabytes
 WINDOW_BYTES = 32 << 20
-MAX_SUPERSTEP = 128
+MAX_STEPS_PER_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Shape:
 
     batch: int  # G
     lanes: int  # C
-    superstep: int  # K
-    window: int  # samples, a multiple of the envelope
+    steps_per_block: int  # K
+    window: int  # samples, a multiple of the block
     unit: int = 1  # consecutive samples of one source; divides a lane's samples of a step
 
     @property
@@ -34,18 +34,18 @@ class Shape:
         return self.batch // self.lanes
 
     @property
-    def envelope(self) -> int:
-        return self.superstep * self.per_lane
+    def block(self) -> int:
+        return self.steps_per_block * self.per_lane
 
 
 def choose_shape(batch: int, lanes: int, sample_bytes: int, window: int | None = None, one_source: bool = False) -> Shape:
-    """Envelopes of about 8 MB and at most 128 steps; windows of about 32 MB, or of at least `window` samples. `one_source`: a
+    """Blocks of about 8 MB and at most 128 steps; windows of about 32 MB, or of at least `window` samples. `one_source`: a
     lane's samples of a step are all of one."""
     per_lane = batch // lanes
-    superstep = min(MAX_SUPERSTEP, max(1, ENVELOPE_BYTES // (per_lane * sample_bytes)))
-    envelope = superstep * per_lane
+    steps_per_block = min(MAX_STEPS_PER_BLOCK, max(1, BLOCK_BYTES // (per_lane * sample_bytes)))
+    block = steps_per_block * per_lane
     wanted = window or WINDOW_BYTES // sample_bytes
-    return Shape(batch, lanes, superstep, envelope * max(1, -(-wanted // envelope)), per_lane if one_source else 1)
+    return Shape(batch, lanes, steps_per_block, block * max(1, -(-wanted // block)), per_lane if one_source else 1)
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Section:
     """Steps that are mixed and cut alike. A change of weights, or a source that is used up, starts a new one."""
 
     first_step: int
-    steps: int | None  # a multiple of `superstep`; None: endless
-    superstep: int
+    steps: int | None  # a multiple of `steps_per_block`; None: endless
+    steps_per_block: int
     begin: int  # position of its first sample
     mixture: Mixture
     origin: int  # the position at which the mixture begins
@@ -77,7 +77,7 @@ def sections(
 
     `mix`: (step, weights from there on), ascending; `caps`: the most samples to take of each source. A source is left out
     from the first step that would exceed its cap; the others share its weight. Where a section's steps are no multiple of
-    the superstep, the rest is a section of one shorter superstep, so that a change falls exactly on its step.
+    the round, the rest is a section of one shorter round, so that a change falls exactly on its step.
 
     What a source is owed is carried over every change, so its samples are the sum of its shares to within a few, however
     often the weights change. Without `carry` each section begins anew: so it was in version 1 of the data plan.
@@ -96,9 +96,9 @@ def sections(
             begin, over = step, np.zeros(len(left), dtype=bool)
             if end is None or steps != end - step:
                 over = mixture.counts(((steps or 0) + 1) * shape.batch) > most - base
-            for part, superstep in _cut(steps, shape.superstep):
+            for part, steps_per_block in _cut(steps, shape.steps_per_block):
                 at = (begin - origin) * shape.batch
-                out.append(Section(step, part, superstep, (step - origin) * shape.batch, mixture, at, base))
+                out.append(Section(step, part, steps_per_block, (step - origin) * shape.batch, mixture, at, base))
                 if part is None:
                     return out, None
                 step += part
@@ -135,9 +135,9 @@ def _affordable(mixture: Mixture, left: np.ndarray, batch: int, most: int | None
     return low
 
 
-def _cut(steps: int | None, superstep: int) -> list[tuple[int | None, int]]:
-    """(steps, superstep) of the sections that `steps` steps are cut into."""
+def _cut(steps: int | None, steps_per_block: int) -> list[tuple[int | None, int]]:
+    """(steps, steps per block) of the sections that `steps` steps are cut into."""
     if steps is None:
-        return [(None, superstep)]
-    whole, rest = steps // superstep * superstep, steps % superstep
-    return [(n, k) for n, k in ((whole, superstep), (rest, rest)) if n]
+        return [(None, steps_per_block)]
+    whole, rest = steps // steps_per_block * steps_per_block, steps % steps_per_block
+    return [(n, k) for n, k in ((whole, steps_per_block), (rest, rest)) if n]

@@ -7,9 +7,9 @@ source brings to it are permuted (the shuffle buffer), and it is fetched by one 
 the global sequence, not on the streams, so every window reads its chunks once, and an epoch may end anywhere in one.
 
 A *lane* is a canonical data-parallel rank: lane l's share of step t never depends on how many workers there are. The
-sequence is cut into *envelopes* of R = K * G / C consecutive samples (G: global batch, C: lanes, K: steps in a
-*superstep*). Envelope b belongs to lane b mod C of superstep b div C, and step j of a superstep takes the j-th G / C
-samples of every lane's envelope. N workers (N divides C): worker r plays the lanes with l mod N = r.
+sequence is cut into *blocks* of R = K * G / C consecutive samples (G: global batch, C: lanes, K: steps in a
+*round*). Block b belongs to lane b mod C of round b div C, and step j of a round takes the j-th G / C
+samples of every lane's block. N workers (N divides C): worker r plays the lanes with l mod N = r.
 
 Why windows of whole chunks: a sample drawn from anywhere costs a request each; a window of B chunks costs about B reads
 for thousands of samples, and mixes B chunks drawn from the whole dataset. Bigger windows shuffle better and start slower.
@@ -54,12 +54,12 @@ class Samples:
 
 
 @dataclass(frozen=True)
-class Superstep:
+class Round:
     first_step: int
     steps: int
     begin: int  # its positions are [begin, end)
     end: int
-    envelope: int  # number of its first envelope
+    block: int  # number of its first block
 
 
 class Order:
@@ -93,8 +93,8 @@ class Order:
         self.sections, self.runs_out = sections(mix, caps, shape, carry=version > 1)
         if not self.sections:
             raise ConfigError("data.sources: max_epochs leaves fewer samples than one train.global_batch; raise it")
-        counts = [0 if s.steps is None else s.steps // s.superstep * shape.lanes for s in self.sections]
-        self._envelopes = np.concatenate([[0], np.cumsum(counts)[:-1]])  # number of each section's first envelope
+        counts = [0 if s.steps is None else s.steps // s.steps_per_block * shape.lanes for s in self.sections]
+        self._blocks = np.concatenate([[0], np.cumsum(counts)[:-1]])  # number of each section's first block
         self._windows = np.concatenate([[0], np.cumsum([-(-c // self.per_window) for c in counts])[:-1]])
         self._steps = np.array([s.first_step for s in self.sections])
         self._begins = np.array([s.begin for s in self.sections])
@@ -104,8 +104,8 @@ class Order:
 
     @property
     def per_window(self) -> int:
-        """Envelopes of a window; a section's last window may hold fewer."""
-        return self.shape.window // self.shape.envelope
+        """Blocks of a window; a section's last window may hold fewer."""
+        return self.shape.window // self.shape.block
 
     def _section(self, starts: np.ndarray, at: int) -> int:
         assert at >= starts[0], "before the sequence's first step"
@@ -115,64 +115,64 @@ class Order:
         """The step of the sequence that a step of the run takes: they differ where samples were left out."""
         return step + sum(count for at, count in self.skips if at <= step)
 
-    def superstep(self, step: int) -> Superstep:
-        """The superstep of the sequence that a step of the run takes its samples from."""
+    def round_of(self, step: int) -> Round:
+        """The round of the sequence that a step of the run takes its samples from."""
         step = self.data_step(step)
         number = self._section(self._steps, step)
         section = self.sections[number]
         if section.steps is not None and step >= section.first_step + section.steps:
             raise DataError(f"step {step + 1}: the data lasts for {self.runs_out} steps; raise max_epochs or lower train.steps")
-        skipped = (step - section.first_step) // section.superstep
-        begin, size = section.begin, section.superstep * self.shape.batch
-        return Superstep(
-            section.first_step + skipped * section.superstep,
-            section.superstep,
+        skipped = (step - section.first_step) // section.steps_per_block
+        begin, size = section.begin, section.steps_per_block * self.shape.batch
+        return Round(
+            section.first_step + skipped * section.steps_per_block,
+            section.steps_per_block,
             begin + skipped * size,
             begin + (skipped + 1) * size,
-            int(self._envelopes[number]) + skipped * self.shape.lanes,
+            int(self._blocks[number]) + skipped * self.shape.lanes,
         )
 
     def step(self, step: int) -> np.ndarray:
         """Positions of a step's global batch, int64 [lanes, samples of a lane]."""
-        shape, inside = self.shape, self.superstep(step)
+        shape, inside = self.shape, self.round_of(step)
         first = inside.begin + (self.data_step(step) - inside.first_step) * shape.per_lane
         lanes = np.arange(shape.lanes)[:, None] * (inside.steps * shape.per_lane)
         return first + lanes + np.arange(shape.per_lane)[None, :]
 
-    def window_of(self, envelope: int) -> int:
-        """The number of the window that an envelope is in."""
-        number = self._section(self._envelopes, envelope)
-        return int(self._windows[number] + (envelope - self._envelopes[number]) // self.per_window)
+    def window_of(self, block: int) -> int:
+        """The number of the window that a block is in."""
+        number = self._section(self._blocks, block)
+        return int(self._windows[number] + (block - self._blocks[number]) // self.per_window)
 
-    def envelopes(self, window: int) -> range:
-        """The numbers of a window's envelopes."""
+    def blocks(self, window: int) -> range:
+        """The numbers of a window's blocks."""
         number = self._section(self._windows, window)
-        section, first = self.sections[number], int(self._envelopes[number])
+        section, first = self.sections[number], int(self._blocks[number])
         begin = first + (window - int(self._windows[number])) * self.per_window
         end = begin + self.per_window
         if section.steps is not None:
-            end = min(end, first + section.steps // section.superstep * self.shape.lanes)
+            end = min(end, first + section.steps // section.steps_per_block * self.shape.lanes)
         return range(begin, end)
 
-    def envelope(self, number: int) -> np.ndarray:
-        """Positions of an envelope, int64 [R]."""
-        index = self._section(self._envelopes, number)
+    def block(self, number: int) -> np.ndarray:
+        """Positions of a block, int64 [R]."""
+        index = self._section(self._blocks, number)
         section = self.sections[index]
-        size = section.superstep * self.shape.per_lane
-        return section.begin + (number - int(self._envelopes[index])) * size + np.arange(size, dtype=np.int64)
+        size = section.steps_per_block * self.shape.per_lane
+        return section.begin + (number - int(self._blocks[index])) * size + np.arange(size, dtype=np.int64)
 
     def window_at(self, position: int) -> tuple[int, int, int]:
         """The number of the window that a position is in, and its positions [begin, end)."""
         index = self._section(self._begins, position)
         section = self.sections[index]
-        size = self.per_window * section.superstep * self.shape.per_lane
+        size = self.per_window * section.steps_per_block * self.shape.per_lane
         number = (position - section.begin) // size
         begin = section.begin + number * size
         end = begin + size if section.steps is None else min(begin + size, section.begin + section.steps * self.shape.batch)
         return int(self._windows[index]) + number, begin, end
 
     def consumed(self, step: int) -> np.ndarray:
-        """Samples of each source before `step`, left out ones too, int64 [sources]; inside a superstep, within one a lane."""
+        """Samples of each source before `step`, left out ones too, int64 [sources]; inside a round, within one a lane."""
         step = self.data_step(step)
         section = self.sections[self._section(self._steps, max(step, int(self._steps[0])))]
         return section.before(section.begin + (step - section.first_step) * self.shape.batch)

@@ -53,7 +53,7 @@ def _fault(plan: Plan) -> str | None:
     if any(limit is not None and not 0 < limit < 1e12 for limit in plan["max_epochs"]):
         return "max_epochs: must be above 0"
     if rest or per_lane % shape["unit"] or shape["window"] % (shape["superstep"] * per_lane):
-        return "shape: lanes must divide the batch, the unit a lane's samples, and an envelope the window"
+        return "shape: lanes must divide the batch, the unit a lane's samples, and a block the window"
     return None
 
 

@@ -1,9 +1,9 @@
 """Streaming the run's samples from storage through Ray Data to the workers, in exactly the order that `order` says.
 
-`dataset(...)` is a Ray Dataset with one block per envelope, in order: a task (`Fetch`) fetches a window and yields its
-envelopes one by one, so each window is read once and the first envelope leaves before the last is cut. `split` hands
-block b to rank b mod N. `LaneStream` is the worker's side: it checks that every envelope is the one it expects and cuts
-steps from them. A run resumed at step t starts at the superstep that t is in; nothing before it is read.
+`dataset(...)` is a Ray Dataset whose blocks are those of the order, in order: a task (`Fetch`) fetches a window and yields its
+blocks one by one, so each window is read once and the first block leaves before the last is cut. `split` hands
+block b to rank b mod N. `LaneStream` is the worker's side: it checks that every block is the one it expects and cuts
+steps from them. A run resumed at step t starts at the round that t is in; nothing before it is read.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from heliostat.data.receipt import lane_digest, sample_digests
 from heliostat.data.windows import numbered
 
 ENVELOPE = pa.schema(
-    [("envelope", pa.int64()), ("digests", pa.large_binary()), ("content", pa.large_binary()), ("bad", pa.string())]
+    [("block", pa.int64()), ("digests", pa.large_binary()), ("content", pa.large_binary()), ("bad", pa.string())]
 )
-COPIES = 4  # of a window while it is fetched: its chunks, its samples, its envelopes on their way, and those just before
+COPIES = 4  # of a window while it is fetched: its chunks, its samples, its blocks on their way, and those just before
 
 
 @dataclass(frozen=True)
 class Fetch:
-    """A map task: the how-manieth window -> its envelopes, as far as they are in one of the `wanted` ranges."""
+    """A map task: a window's index -> its blocks, as far as they are in one of the `wanted` ranges."""
 
     plan: DataPlan
     windows: tuple[tuple[int, int], ...]
@@ -58,8 +58,8 @@ class Fetch:
         data = open_dataset(self.plan)
         order = data.order
         for window in map(self.window, batch["id"].tolist()):
-            numbers = [n for n in order.envelopes(window) if any(first <= n < last for first, last in self.wanted)]
-            positions = [order.envelope(n) for n in numbers]
+            numbers = [n for n in order.blocks(window) if any(first <= n < last for first, last in self.wanted)]
+            positions = [order.block(n) for n in numbers]
             loaded = data.load(np.concatenate(positions), self.replace)
             digests = sample_digests(loaded.samples, loaded.content)
             start = 0
@@ -79,11 +79,11 @@ def _one(data: pa.Buffer) -> pa.Array:
 
 
 def fetch(plan: DataPlan, order: Order, start_step: int, steps: int, replace: bool) -> Fetch:
-    """What fetches the envelopes of steps [start_step, steps), and none that lie wholly within what is left out."""
+    """What fetches the blocks of steps [start_step, steps), and none that lie wholly within what is left out."""
     edges = [start_step, *sorted(at for at, _ in order.skips if start_step < at < steps), steps]
     wanted, windows = list[tuple[int, int]](), list[tuple[int, int]]()
     for begin, end in pairwise(edges):
-        first, last = order.superstep(begin).envelope, order.superstep(end - 1).envelope + plan.shape.lanes
+        first, last = order.round_of(begin).block, order.round_of(end - 1).block + plan.shape.lanes
         _extend(wanted, first, last)
         _extend(windows, order.window_of(first), order.window_of(last - 1) + 1)
     return Fetch(plan, tuple(windows), tuple(wanted), replace)
@@ -97,15 +97,15 @@ def _extend(ranges: list[tuple[int, int]], begin: int, end: int) -> None:
 
 
 def dataset(task: Fetch, concurrency: int, memory_limit: int, sample_bytes: int, labels: dict[str, str] | None = None) -> Any:
-    """The Ray Dataset of the task's envelopes, one block each; at most `concurrency` windows in flight, and as memory allows.
+    """The Ray Dataset of the task's blocks, a Ray block each; at most `concurrency` windows in flight, and as memory allows.
     With `labels`, only nodes that carry them fetch."""
     context = ray.data.DataContext.get_current().copy()
     context.target_max_block_size = 1  # a block per yielded row
     context.execution_options.preserve_order = True
     context.execution_options.label_selector = labels or None
     context.execution_options.resource_limits = ExecutionResources(object_store_memory=memory_limit)
-    # envelopes that a fetch task may yield before one is taken: a window's, or (Ray's default is 2) it would pause inside it
-    context._max_num_blocks_in_streaming_gen_buffer = task.plan.shape.window // task.plan.shape.envelope
+    # blocks that a fetch task may yield before one is taken: a window's, or (Ray's default is 2) it would pause inside it
+    context._max_num_blocks_in_streaming_gen_buffer = task.plan.shape.window // task.plan.shape.block
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     fits = max(1, memory_limit // (COPIES * task.plan.shape.window * sample_bytes))
@@ -139,21 +139,21 @@ class StepSamples:
 
 
 class LaneStream:
-    """Cuts steps from the envelopes that one worker receives. `next_step` must be called for consecutive steps."""
+    """Cuts steps from the blocks that one worker receives. `next_step` must be called for consecutive steps."""
 
-    def __init__(self, envelopes: Iterator[Any], plan: DataPlan, order: Order, rank: int, workers: int, start_step: int) -> None:
-        self.envelopes, self.plan, self.order = envelopes, plan, order
+    def __init__(self, blocks: Iterator[Any], plan: DataPlan, order: Order, rank: int, workers: int, start_step: int) -> None:
+        self.blocks, self.plan, self.order = blocks, plan, order
         self.lanes = range(rank, plan.shape.lanes, workers)
         self.step = start_step
-        self._superstep = -1
+        self._round = -1
         self._held: list[tuple[np.ndarray, Content, list[dict[str, Any]]]] = []
 
     def next_step(self) -> StepSamples:
-        shape, superstep = self.plan.shape, self.order.superstep(self.step)
-        if superstep.first_step != self._superstep:
-            self._held = [self._receive(superstep.envelope + lane) for lane in self.lanes]
-            self._superstep = superstep.first_step
-        inner = self.order.data_step(self.step) - superstep.first_step
+        shape, inside = self.plan.shape, self.order.round_of(self.step)
+        if inside.first_step != self._round:
+            self._held = [self._receive(inside.block + lane) for lane in self.lanes]
+            self._round = inside.first_step
+        inner = self.order.data_step(self.step) - inside.first_step
         rows = slice(inner * shape.per_lane, (inner + 1) * shape.per_lane)
         self.step += 1
         bad = [b for _, _, found in self._held for b in found if rows.start <= b["at"] < rows.stop]
@@ -165,35 +165,35 @@ class LaneStream:
         )
 
     def _receive(self, expected: int) -> tuple[np.ndarray, Content, list[dict[str, Any]]]:
-        table = next(self.envelopes)
-        number = table["envelope"][0].as_py()
-        assert number == expected, f"the stream brought envelope {number} where {expected} was due"
+        table = next(self.blocks)
+        number = table["block"][0].as_py()
+        assert number == expected, f"the stream brought block {number} where {expected} was due"
         digests = np.frombuffer(table["digests"][0].as_buffer(), dtype="<u8")
         content = unpack(table["content"][0].as_buffer(), len(digests), bool(self.plan.sequence_length))
         return digests, content, json.loads(table["bad"][0].as_py())
 
 
 def iterate(part: Any, plan: DataPlan, order: Order, rank: int, workers: int, start_step: int) -> LaneStream:
-    """The worker's stream over its part, prefetching a superstep ahead, from now on."""
+    """The worker's stream over its part, prefetching a round ahead, from now on."""
     lanes = plan.shape.lanes // workers
     batches = part.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=2 * lanes)
     return LaneStream(begun(iter(batches)), plan, order, rank, workers, start_step)
 
 
-def begun(envelopes: Iterator[Any]) -> Iterator[Any]:
+def begun(blocks: Iterator[Any]) -> Iterator[Any]:
     """The same, with the first one fetched while the caller is busy with something else."""
     first: Future[Any] = Future()
 
     def fetch() -> None:
         try:
-            first.set_result(next(envelopes))
-        except Exception as e:  # noqa: BLE001 (raised where the envelope is due)
+            first.set_result(next(blocks))
+        except Exception as e:  # noqa: BLE001 (raised where the block is due)
             first.set_exception(e)
 
-    threading.Thread(target=fetch, name="first-envelope", daemon=True).start()
+    threading.Thread(target=fetch, name="first-block", daemon=True).start()
 
     def rest() -> Iterator[Any]:
         yield first.result()
-        yield from envelopes
+        yield from blocks
 
     return rest()

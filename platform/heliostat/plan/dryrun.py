@@ -91,7 +91,7 @@ def _data(job: Job, recipe: Any) -> tuple[dict[str, Any], str]:
         "samples_per_rank": shape.batch // workers,
         "micro_batch": job.train.micro_batch,
         "accumulation": job.accumulation,
-        "superstep": shape.superstep,
+        "steps_per_block": shape.steps_per_block,
         "window": shape.window,
     }, note
 

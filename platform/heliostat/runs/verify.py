@@ -59,14 +59,14 @@ class Recomputed:
 
 
 def units(history: History) -> Iterator[Unit]:
-    """All steps, cut into whole supersteps of a window or more, so that a window's chunks are read about once."""
+    """All steps, cut into whole rounds of a window or more, so that a window's chunks are read about once."""
     ends = [*(p.begins for p in history.plans[1:]), history.steps]
     for number, (plan, last) in enumerate(zip(history.plans, ends, strict=True)):
         step, stop = plan.begins, min(last, history.steps)
         while step < stop:
             data, first, size = open_dataset(plan), step, 0
             while step < stop and size < plan.shape.window:
-                inside = data.order.superstep(step)
+                inside = data.order.round_of(step)
                 step += inside.first_step + inside.steps - data.order.data_step(step)
                 size += inside.end - inside.begin
             end = min(step, stop)
