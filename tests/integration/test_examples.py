@@ -131,6 +131,7 @@ class Bigrams(Recipe, Evaluates):
 def test_a_recipe_that_is_neither_exported_nor_served_trains_to_its_end(job_file, tracking, tmp_path, caplog, capsys):
     """With scores, checkpoints and a result that says that there is no model; it cannot be exported, and says why."""
     made = yaml.safe_load(job_file("bigrams").read_text()) | {"recipe": f"{__name__}:Bigrams", "model": {}}
+    made["train"]["optimizer"]["lr"] = 0.3
     (tmp_path / "bigrams.yaml").write_text(yaml.safe_dump(made))
     with caplog.at_level(logging.WARNING, logger="heliostat"):
         result = train(tmp_path / "bigrams.yaml")
