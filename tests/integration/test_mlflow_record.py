@@ -53,7 +53,7 @@ def test_a_run_says_what_it_is_who_made_it_from_what_and_nothing_that_has_no_val
     told = run.data.tags
     assert (told[tags.SOURCE_NAME], told[tags.SOURCE_TYPE], told[tags.USER]) == ("jobs/mine.yaml", "LOCAL", getpass.getuser())
     assert len(told[tags.COMMIT]) == 40
-    assert told[tags.NOTE].startswith("Writes *Python*.\n\n`jobs.") and "**a**" not in told[tags.NOTE]
+    assert told[tags.NOTE].startswith("Writes *Python*.\n\n`heliostat.recipes:") and "**a**" not in told[tags.NOTE]
     name = data.meta.get("name", data.location.name)
     assert f"- data: **{name}**, {data.tokens:,} tokens" in told[tags.NOTE] and "report.html" in told[tags.NOTE]
     shown = {k: v for k, v in told.items() if not k.startswith("mlflow.")}  # as the UI does

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from heliostat.checkpoint import saver as checkpoint
 from heliostat.config import spec
 from heliostat.plan import memory
+from heliostat.recipes import building
 from heliostat.storage import Location
 from heliostat.train.worker import deepspeed_engine, zero_state
 from torch import nn
@@ -84,7 +85,8 @@ def _plain(variant: str) -> list[float]:
     made = _job(variant, LAYOUTS[0])
     torch.manual_seed(made.train.seed)
     model, losses = Model(), []
-    optimizer = made.train.optimizer.build(deepspeed_engine.parameter_groups(model, made.train.optimizer.weight_decay))
+    groups = building.parameter_groups(model, made.train.optimizer.weight_decay, Around(Model))
+    optimizer = made.train.optimizer.build(groups)
     for step in range(TRAINED + AFTER):
         loss = model(_data(step)[:, :8], _data(step)[:, 8:])
         losses.append(loss.item())
