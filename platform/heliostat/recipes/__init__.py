@@ -1,4 +1,6 @@
-"""What can be trained: `recipe: heliostat.recipes:NAME` in a job file. `protocol` says what a recipe is."""
+"""Exports the recipes, what can be trained: `recipe: heliostat.recipes:NAME` in a job file; `protocol` defines what a recipe
+is.
+"""
 
 from typing import TYPE_CHECKING
 

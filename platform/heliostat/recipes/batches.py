@@ -1,4 +1,4 @@
-"""What recipes make batches with: rows of varying length padded, and the documents of a packed sample told apart."""
+"""Builds parts of recipes' batches: pads rows of varying length, and finds the documents of packed samples."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 
 
 class Padded(NamedTuple):
-    """`values` int64 [rows, length]; `mask` bool, true where a row has a value; `cut`: values beyond `longest`, left out."""
+    """Holds rows padded to one length: `values` int64 [rows, length]; `mask` bool, true where a row has a value; `cut`: how many
+    values beyond `longest` were left out."""
 
     values: torch.Tensor
     mask: torch.Tensor
@@ -18,13 +19,13 @@ class Padded(NamedTuple):
 
     @property
     def padding(self) -> float:
-        """The share of places that hold nothing."""
+        """Returns the share of places that are padding."""
         return 1.0 - float(self.mask.float().mean())
 
 
 def pad(rows: Sequence[Sequence[int] | np.ndarray], fill: int = 0, longest: int | None = None, multiple: int = 8) -> Padded:
-    """Rows of varying length as one tensor: as long as the longest, at most `longest`, and then a multiple of `multiple`, which
-    keeps the number of shapes small."""
+    """Pads rows of varying length to one tensor: as long as the longest row, at most `longest`, rounded up to a multiple of
+    `multiple`, which keeps the number of shapes small."""
     whole = [len(row) for row in rows]
     lengths = np.array([min(n, longest) if longest else n for n in whole], dtype=np.int64)
     width = max(multiple, -(-int(lengths.max(initial=0)) // multiple) * multiple)
@@ -37,8 +38,8 @@ def pad(rows: Sequence[Sequence[int] | np.ndarray], fill: int = 0, longest: int 
 
 
 class Segments(NamedTuple):
-    """Of packed samples, all [rows, length]: where documents start (never a sample's first token), the number of each token's
-    document in its sample, and its place in that document."""
+    """Holds the documents of packed samples, all [rows, length]: where documents start (never a sample's first token), the number
+    of each token's document in its sample, and its position in that document."""
 
     starts: torch.Tensor
     ids: torch.Tensor
@@ -46,7 +47,7 @@ class Segments(NamedTuple):
 
 
 def segments(tokens: torch.Tensor, end: int) -> Segments:
-    """Documents end to end, each behind an `end` token."""
+    """Finds the documents of packed samples, which lie end to end, each starting behind an `end` token."""
     starts = torch.zeros_like(tokens, dtype=torch.bool)
     starts[:, 1:] = tokens[:, :-1] == end
     place = torch.arange(tokens.shape[1])

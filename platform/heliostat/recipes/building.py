@@ -1,4 +1,4 @@
-"""A recipe's model as the engine trains it: built, with the submodules that it calls frozen left as they are."""
+"""Builds a recipe's model as the engine trains it, with its frozen submodules excluded from training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from heliostat.recipes.protocol import GUIDE, Group, Recipe
 
 
 def build(recipe: Recipe) -> torch.nn.Module:
-    """The model, on the default device; ConfigError if it has no submodule of a name in `frozen`."""
+    """Builds the recipe's model on the default device, its `frozen` submodules frozen; ConfigError if one does not exist."""
     model = recipe.build()
     for module in frozen_modules(recipe, model):
         module.requires_grad_(False)
@@ -36,8 +36,8 @@ def rest(recipe: Recipe, model: torch.nn.Module) -> None:
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float, recipe: Recipe) -> list[dict[str, Any]]:
-    """The trained parameters as the recipe groups them, with `weight_decay` and `lr_scale`: those with the job's weight decay
-    first, then by the model's order. ZeRO-3 flattens parameters and keeps the true shape in `ds_shape`."""
+    """Makes the optimizer's parameter groups from the recipe's, with `weight_decay` and `lr_scale`: those with the job's weight
+    decay first, then in the model's order. ZeRO-3 flattens parameters and keeps the true shape in `ds_shape`."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     found = grouped(recipe, {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in trained.items()})
     return [
@@ -51,7 +51,8 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float, recipe: Recipe
 
 
 def grouped(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[Group, list[str]]]:
-    """The groups of the trained parameters of these shapes, in order, each with its parameters' names."""
+    """Groups the names of trained parameters by the recipe's `group` for their shapes, in order; ConfigError for a weight decay
+    or a learning rate that is negative or not finite."""
     found: dict[Group, list[str]] = {}
     for name, shape in shapes.items():
         found.setdefault(recipe.group(name, shape), []).append(name)

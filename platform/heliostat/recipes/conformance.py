@@ -1,6 +1,6 @@
-"""Whether a class is a recipe, and whether a recipe can do what a job asks of it: found before anything starts.
+"""Checks, before anything starts, whether a class is a recipe, and whether a recipe can do what a job asks of it.
 
-A recipe of the protocol's first form, which had no base classes, is told from a class that is none, and sent to the guide.
+A recipe of the protocol's first form, which had no base classes, gets an error of its own that points to the guide.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GONE = {"losses": "`loss` returns named parts", "added": "`loss` returns named p
 
 
 def require_class(field: str, path: str, found: Any) -> type[Recipe]:
-    """The class, if it is a recipe that says all that it must; `path` is what names it."""
+    """Returns the class if it is a complete recipe, else raises ConfigError; `path` is its import path, for the message."""
     if not isinstance(found, type):
         raise ConfigError(f"{field}: {path!r} is not a class")
     if not issubclass(found, Recipe):
@@ -55,14 +55,14 @@ def require_class(field: str, path: str, found: Any) -> type[Recipe]:
 
 
 def _refuse_gone(field: str, path: str, found: Any) -> None:
-    """ConfigError for what the first form of the protocol had, in a class or in what its `__init__` has set."""
+    """Raises ConfigError for names of the protocol's first form, in a class or set by its `__init__`."""
     for name, instead in GONE.items():
         if hasattr(found, name):
             raise ConfigError(f"{field}: {path!r} has `{name}`, which is not asked for any more: {instead} ({GUIDE})")
 
 
 def require_abilities(job: Job, recipe: Recipe) -> None:
-    """ConfigError for whatever the job asks for and the recipe cannot do."""
+    """Raises ConfigError if the job asks for something that the recipe cannot do."""
     _refuse_gone("recipe", job.recipe, recipe)
     if job.evaluate and not isinstance(recipe, Evaluates):
         raise _lacks("evaluate", job, "is not scored", Evaluates, "remove evaluate")

@@ -1,5 +1,6 @@
-"""What an exported folder is: `heliostat.json` in it names the recipe and the job that made it, so every command that uses a
-model goes through its recipe, whatever kind it is. A folder without one is taken for a language model of `transformers`.
+"""Writes and reads `heliostat.json`, the record in an exported folder: it names the recipe and the job that made the model, so
+every command that uses a model goes through its recipe, whatever kind it is. A folder without a record is taken for a language
+model of `transformers`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ LANGUAGE_MODEL = "heliostat.recipes:CausalLM"
 
 @open_
 class Trained(TypedDict):
-    """What is used of the job that made a model."""
+    """Describes the part of a job that is read from an exported model's record."""
 
     name: str
     model: dict[str, Any]
@@ -39,7 +40,7 @@ class Trained(TypedDict):
 
 @open_
 class Origin(TypedDict):
-    """Where the model comes from: its run, and the version of its data plan."""
+    """Describes where an exported model comes from: its run, and the version of its data plan."""
 
     data_version: NotRequired[Whole]
 
@@ -56,8 +57,8 @@ EXPORTED = Format(Exported, "record of an exported model", ConfigError, fix="exp
 
 @dataclass(frozen=True)
 class Export:
-    """`job` is the one that trained the model; None for a folder that came from elsewhere. `data_version`: of its data plan,
-    and so of what was held out; None: not known."""
+    """Holds an exported folder's recipe and record. `job`: the job that trained the model; None for a folder that came from
+    elsewhere. `data_version`: of its data plan, and so of what was held out; None: not known."""
 
     folder: Path
     recipe: Any  # the class: a Recipe that Exports
@@ -66,7 +67,7 @@ class Export:
 
 
 def write(folder: Path, job: Job, origin: dict[str, Any]) -> None:
-    """`origin`: the run and the step that the model comes from."""
+    """Writes the record of an exported model into its folder; `origin`: the run and the step that the model comes from."""
     (folder / RECORD).write_text(json.dumps({"recipe": job.recipe, "job": job.dump(), "origin": origin}, indent=1))
 
 
@@ -75,7 +76,7 @@ def is_model(folder: Path) -> bool:
 
 
 def read(folder: Path) -> Export:
-    """ConfigError if the record is damaged, or its recipe is neither in this workspace nor installed."""
+    """Reads an exported folder; ConfigError if its record is damaged, or its recipe is not in this workspace or installed."""
     place = folder / RECORD
     if not place.is_file():
         return Export(folder, workspace.import_path("recipe", LANGUAGE_MODEL, folder), None)
@@ -87,12 +88,12 @@ def read(folder: Path) -> Export:
 
 
 def record(folder: Path) -> Exported:
-    """What `heliostat.json` says; FileNotFoundError if the folder has none."""
+    """Reads the record of an exported folder, `heliostat.json`; FileNotFoundError if there is none."""
     return EXPORTED.read(folder / RECORD)
 
 
 def generator(folder: Path, options: dict[str, Any]) -> Callable[[list[Request]], list[Generated]]:
-    """What answers requests with the model in a folder; ConfigError if its kind answers none."""
+    """Loads the generator of an exported model, which answers requests; ConfigError if its recipe does not answer prompts."""
     recipe = read(folder).recipe
     if not issubclass(recipe, Generates):
         raise ConfigError(f"{folder}: is of {recipe.__name__}, which answers no prompts")
@@ -101,7 +102,7 @@ def generator(folder: Path, options: dict[str, Any]) -> Callable[[list[Request]]
 
 @contextmanager
 def using(folder: Path) -> Iterator[None]:
-    """Around the use of a model: what a library says of a folder that it cannot use is one line that names it."""
+    """Turns whatever a library raises while it uses a model's folder into a ConfigError of one line that names the folder."""
     try:
         yield
     except HeliostatError:

@@ -1,4 +1,4 @@
-"""Models of `transformers` from a configuration, with the same initial weights at every ZeRO stage."""
+"""Builds models of `transformers` from a configuration, with the same initial weights at every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def from_config(auto: Any, config: Any) -> Any:
-    """`auto.from_config(config)` in fp32."""
+    """Builds a model with `auto.from_config(config)` in fp32."""
     from transformers.initialization import no_init_weights
     from transformers.integrations import is_deepspeed_zero3_enabled
 

@@ -12,12 +12,12 @@ from heliostat.recipes.protocol import Recipe
 
 
 def recipe_class(job: Job, record: Path | None = None) -> type[Recipe]:
-    """The class; ConfigError if there is none. `record`: the run's folder, if the job is what its record says."""
+    """Imports a job's recipe class; ConfigError if there is none. `record`: the run's folder, if the job is from its record."""
     return require_class("recipe", job.recipe, workspace.import_path("recipe", job.recipe, record))
 
 
 def load(job: Job, sources: list[Manifest], record: Path | None = None) -> Recipe:
-    """A recipe that knows its datasets; ConfigError if they do not fit the model."""
+    """Makes a job's recipe and binds it to its datasets; ConfigError if they do not fit the model."""
     recipe = recipe_class(job, record)(job)
     recipe.bind(sources)
     return recipe

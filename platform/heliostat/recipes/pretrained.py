@@ -1,4 +1,4 @@
-"""What transformers' Auto classes make of a model's folder. Code that lies in the folder ("remote code") is never run."""
+"""Loads a model's folder with an Auto class of transformers. Code that lies in the folder ("remote code") is never run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from heliostat.errors import ConfigError
 
 
 def from_folder(key: str, auto: Any, folder: str | Path, **options: Any) -> Any:
-    """`auto.from_pretrained(folder)`; ConfigError that begins with `key` if that took code of the folder's own."""
+    """Calls `auto.from_pretrained(folder)`; ConfigError that begins with `key` if that needs code from the folder."""
     try:
         return auto.from_pretrained(folder, trust_remote_code=False, **options)
     except ValueError as e:

@@ -1,13 +1,15 @@
-"""The protocol between the engine and a recipe: what it must say for its model to be trained, and what it may say beside that.
+"""Defines the protocol between the engine and a recipe: what a recipe must implement for its model to be trained, and what else
+it can.
 
     class Mine(Recipe, Evaluates, Generates, Serves): ...
 
-`Recipe` is what every recipe says: `build`, `batch` and `loss`; the rest has the usual answer. The other base classes are what a
-recipe can do beside: be scored, exported, asked, served, drawn. What a job asks of a recipe that cannot do it is refused before
-the first step (`heliostat.recipes.conformance`). docs/guides/recipe.md shows how one is written.
+`Recipe` is the base of every recipe, which must implement `build`, `batch` and `loss`; the rest has a default. The other base
+classes are abilities: to be scored, exported, prompted and served, and to draw pictures. A job that asks for an ability that its
+recipe lacks is refused before the first step (`heliostat.recipes.conformance`). docs/guides/recipe.md shows how a recipe is
+written.
 
-The engine owns data order, ZeRO, accumulation, precision, checkpoints, metrics and restarts; a recipe owns the model
-and what a batch, a loss and a score are. A recipe is made anew in every process, from the job and the datasets alone.
+The engine owns data order, ZeRO, accumulation, precision, checkpoints, metrics and restarts; a recipe owns the model and what a
+batch, a loss and a score are. A recipe is made anew in every process, from the job and the datasets alone.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ IGNORED = -100  # in a batch's `labels`, where nothing is asked: padding, and wh
 
 
 class Part(NamedTuple):
-    """Something beside the loss, as a mean over the batch. `weight`: in the objective; 0 only logs it."""
+    """Holds a value beside the loss, as a mean over the batch. `weight`: its factor in the objective; 0 only logs it."""
 
     value: torch.Tensor
     weight: float = 0.0
@@ -44,8 +46,8 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Loss:
-    """What a batch gives. The objective of a step is the sum of its loss terms over their number in the global batch, plus each
-    part's weight times its mean over the step's batches. Every part is logged by its name; the names are always the same."""
+    """Holds the loss of a batch. The objective of a step is the sum of its loss terms over their number in the global batch, plus
+    each part's weight times its mean over the step's batches. Every part is logged by its name; the names are always the same."""
 
     sum: torch.Tensor  # of the batch's loss terms: a scalar
     parts: dict[str, Part] = field(default_factory=dict)
@@ -53,7 +55,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class Group:
-    """How some of the parameters are trained; parameters of equal groups are one."""
+    """Describes how some of the parameters are trained; parameters with equal groups are trained as one group."""
 
     weight_decay: float | None = None  # None: the job's, train.optimizer.weight_decay
     lr: float = 1.0  # times the schedule's learning rate
@@ -61,15 +63,15 @@ class Group:
 
 @dataclass(frozen=True)
 class Companion:
-    """A model beside the one that is trained, as a frozen encoder, which the recipe puts on the device: the plan counts it. It is
-    in no checkpoint, because the job names where it comes from."""
+    """Describes a model on the device beside the one that is trained, such as a frozen encoder. The recipe puts it there, and the
+    plan counts its memory. It is in no checkpoint, because the job names where it comes from."""
 
     bytes: int
     every_step: bool = True  # False: it is there in evaluations only
 
 
 class Recipe(ABC):
-    """What every recipe says. Everything is called on every rank unless it says otherwise."""
+    """Defines what every recipe implements. Every method is called on every rank unless its description restricts that."""
 
     kind: str  # of the datasets it eats: "tokens" or "rows"
     terms_per_sample: int | None = None  # loss terms of every sample, or None where samples differ
@@ -80,18 +82,18 @@ class Recipe(ABC):
         self.job = job
 
     def probe(self) -> None:  # noqa: B027
-        """Driver only: tries, in seconds and without the datasets, what `__init__` cannot tell; ConfigError."""
+        """Tries on the driver, in seconds and without the datasets, what `__init__` cannot check; ConfigError if it fails."""
 
     def bind(self, sources: list[Manifest]) -> None:  # noqa: B027
-        """Takes what the datasets fix (a tokenizer, a vocabulary size); ConfigError if they do not fit the model."""
+        """Takes what the datasets determine (a tokenizer, a vocabulary size); ConfigError if they do not fit the model."""
 
     @abstractmethod
     def build(self) -> torch.nn.Module:
-        """The model in fp32 with its initial weights; the engine has seeded the RNG and, at ZeRO-3, set the stage."""
+        """Builds the model in fp32 with its initial weights; the engine has seeded the RNG and, at ZeRO-3, set the stage."""
 
     @abstractmethod
     def batch(self, content: Any, keys: np.ndarray) -> Batch:
-        """CPU tensors from the samples' contents: int32 [batch, sequence_length] for tokens, an Arrow table of rows.
+        """Makes CPU tensors from the samples' contents: int32 [batch, sequence_length] for tokens, an Arrow table for rows.
 
         `keys`, int64 [batch]: a number for each sample of each step, and for each held-out sample, whatever the number of
         workers; what is drawn at random for a sample should follow from it. `heliostat.recipes.batches` pads rows of varying
@@ -100,28 +102,28 @@ class Recipe(ABC):
 
     @abstractmethod
     def loss(self, model: torch.nn.Module, batch: Batch) -> Loss:
-        """The sum of the batch's loss terms, and what else is to be minimised or logged."""
+        """Computes the sum of the batch's loss terms, and whatever else is minimised or logged."""
 
     def terms(self, batch: Batch) -> int:
-        """The number of loss terms in a batch, before it is played; not called if `terms_per_sample` is set."""
+        """Counts the loss terms of a batch, before its forward pass; not called if `terms_per_sample` is set."""
         if "labels" in batch:
             return int((batch["labels"] != IGNORED).sum())
         return len(next(iter(batch.values())))
 
     def group(self, name: str, shape: tuple[int, ...]) -> Group:
-        """How a trained parameter is trained: matrices decay; vectors (norms, biases) do not."""
+        """Decides how a trained parameter is trained: by default matrices get weight decay, vectors (norms, biases) do not."""
         return Group() if len(shape) > 1 else Group(weight_decay=0.0)
 
     def companions(self) -> dict[str, Companion]:
-        """Models on the device beside the one that is trained, by name."""
+        """Lists, by name, the models on the device beside the one that is trained."""
         return {}
 
     def flops_per_sample(self, model: torch.nn.Module) -> float | None:
-        """Forward and backward FLOPs of one sample, for MFU; None: not known, and no MFU is told."""
+        """Counts the forward and backward FLOPs of one sample, for MFU; None: not known, and MFU is not reported."""
         return None
 
     def describe(self, content: Any) -> str:
-        """One sample, given as the content of a batch of one, as a person reads it."""
+        """Describes one sample, given as the content of a batch of one, for people to read."""
         if self.kind == "tokens":
             return " ".join(map(str, content[0].tolist()))
         row = content.to_pylist()[0]
@@ -129,35 +131,35 @@ class Recipe(ABC):
 
 
 class Evaluates(ABC):
-    """Is scored on the held-out samples: a job may ask for `evaluate`."""
+    """Evaluates its model on the held-out samples: a job may ask for `evaluate`."""
 
     scores: tuple[str, ...] = ("loss",)  # what `metrics`, `measure` and a gallery's `judge` report
     gathered: tuple[str, ...] = ()  # what `evaluate` gives that is no sum: kept of every sample, for `measure`
 
     @abstractmethod
     def evaluate(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        """By name: float [batch], to be summed over the held-out samples; [batch, ...] if it is `gathered`."""
+        """Computes scores by name: float [batch], summed over the held-out samples; [batch, ...] for names in `gathered`."""
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
-        """What people read, from the sums of `evaluate`: each by the sum of `terms`. Must hold `loss`."""
+        """Computes the reported metrics, among them `loss`, from the sums of `evaluate`: by default each over that of `terms`."""
         if "terms" not in sums:
             raise ConfigError(f"recipe: {type(self).__name__}.evaluate gives no `terms` to divide by; add it ({GUIDE})")
         return {name: total / max(1.0, sums["terms"]) for name, total in sums.items() if name != "terms"}
 
     def measure(self, arrays: dict[str, np.ndarray]) -> dict[str, float]:
-        """More for people to read, from what was gathered of all held-out samples, in their order: the same on any number of
-        workers. Rank 0 only."""
+        """Computes more reported metrics from the `gathered` scores of all held-out samples, in the samples' order, so that they
+        are the same on any number of workers. On rank 0 only."""
         return {}
 
 
 class Exports(ABC):
-    """Its checkpoints become a folder that is used without the engine: `heliostat export`, and the end of every run."""
+    """Exports its checkpoints to a folder that is used without the engine: by `heliostat export`, and at the end of every run."""
 
     layout: dict[str, str] = {"": "model"}  # a parameter's prefix, which is cut off -> its file, without .safetensors
 
     def tensors(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, dict[str, Weight]]:
-        """The tensors of each file (without .safetensors) by their names there; `shapes`: of the model's parameters, and of the
-        buffers that checkpoints hold. As `layout` says."""
+        """Maps each file of an export (without .safetensors) to its tensors by their names there, by default as `layout` assigns
+        them. `shapes`: of the model's parameters, and of the buffers that checkpoints hold."""
         return {
             file: {name.removeprefix(prefix): Weight((name,), shape) for name, shape in shapes.items() if name.startswith(prefix)}
             for prefix, file in self.layout.items()
@@ -165,26 +167,26 @@ class Exports(ABC):
 
     @abstractmethod
     def save_config(self, folder: Path) -> None:
-        """Driver only: all of an export but the weights (config.json, tokenizer), so that from_pretrained loads it."""
+        """Writes on the driver all of an export but the weights (config.json, tokenizer), so that from_pretrained loads it."""
 
     @abstractmethod
     def load(self, folder: Path) -> torch.nn.Module:
-        """The exported model, in the precision it was exported in."""
+        """Loads the exported model, in the precision in which it was exported."""
 
     def demonstrate(self, folder: Path) -> list[tuple[str, str]]:
-        """Driver only: (prompt, what the exported model makes of it) for the log and the terminal."""
+        """Runs the exported model on the driver: (prompt, answer) of each example, for the log and the terminal."""
         return []
 
     @staticmethod
     def exported(folder: Path, model: dict[str, Any]) -> dict[str, Any]:
-        """What `job.model` is for an exported folder, given what it was when it was trained."""
+        """Derives `job.model` for an exported folder from the `job.model` that it was trained with."""
         return {"pretrained": str(folder)}
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor of an export: the model's tensor of that name, or what `make` gives for several, which are read in fp32 when its
-    turn comes; one such tensor is in memory at a time."""
+    """Describes a tensor of an export: the model's tensor of that name, or what `make` computes from several, which are read in
+    fp32 when it is written; one such tensor is in memory at a time."""
 
     sources: tuple[str, ...]
     shape: tuple[int, ...]
@@ -192,7 +194,7 @@ class Weight:
 
 
 class Generates(Exports):
-    """Its exports answer prompts: `heliostat generate`."""
+    """Answers prompts with its exports: `heliostat generate`."""
 
     prompts: tuple[str, ...] = ()  # what the exported model is asked at the end of a run
 
@@ -209,11 +211,11 @@ class Generates(Exports):
 
 
 class Serves(Exports):
-    """Its exports are logged to MLflow, which serves them: a job may ask for `mlflow.register`."""
+    """Logs its exports to MLflow, which serves them: a job may ask for `mlflow.register`."""
 
     def serving(self) -> Serving:
-        """Driver only: how MLflow serves the exported folder. As its `generator` answers, by heliostat itself, with the recipe's
-        code; a file of its own needs neither."""
+        """Describes how MLflow serves the exported folder. By default its `generator` answers, which needs heliostat and the
+        recipe's code where it is served; a file of the recipe's own needs neither. On the driver only."""
         from mlflow.models import infer_signature
 
         assert isinstance(self, Generates)
@@ -227,24 +229,24 @@ class Draws(ABC):
 
     @abstractmethod
     def gallery(self) -> Gallery | None:
-        """What is drawn; None if the job asks for nothing."""
+        """Returns the gallery to draw; None if the job asks for none."""
 
 
 class Gallery(Protocol):
-    """Pictures that are drawn after every evaluation."""
+    """Draws `count` pictures after every evaluation and scores them."""
 
     count: int
 
     def draw(self, model: torch.nn.Module, device: Any, numbers: list[int]) -> list[np.ndarray]:
-        """The pictures of these numbers, uint8 [height, width, channels]; any rank may be asked for any."""
+        """Draws the pictures of these numbers, each uint8 [height, width, channels]; any rank may be asked for any of them."""
 
     def judge(self, pictures: list[np.ndarray], progressed: Callable[[], None]) -> tuple[dict[str, float], dict[str, bytes]]:
-        """Rank 0 only, given all of them in order: scores, and PNG images for the log by name."""
+        """Judges all pictures, given in order, on rank 0 only: scores, and PNG images for the log, both by name."""
 
 
 @dataclass(frozen=True)
 class Serving:
-    """An MLflow pyfunc "model from code": the file that defines it (copied into the model), an input, the signature."""
+    """Describes an MLflow pyfunc "model from code": its file, which is copied into the model, an example input, the signature."""
 
     code: Path
     example: Any
@@ -254,7 +256,7 @@ class Serving:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to answer; `out` is where a file goes, if the answer is one (`file` of its facts then says where it is)."""
+    """Holds a prompt to answer; `out` is where a file is written, if the answer is one (its `file` fact then holds the place)."""
 
     prompt: str
     seed: int
@@ -263,7 +265,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Generated:
-    """An answer: as a person reads it, and as JSON values."""
+    """Holds the answer to a prompt: `shown` as text for people, `facts` as JSON values."""
 
     prompt: str
     shown: str

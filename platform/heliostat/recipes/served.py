@@ -1,4 +1,4 @@
-"""An exported model as an MLflow pyfunc that answers as its recipe's `generator` does: the usual answer of `Serves`.
+"""Serves an exported model as an MLflow pyfunc that answers with its recipe's `generator`: what `Serves` logs by default.
 
 MLflow copies this file into the model. Where it is served, heliostat and the recipe's package must be installed.
 """
@@ -16,14 +16,14 @@ from heliostat.recipes.protocol import Request
 
 
 class Served(PythonModel):
-    """Prompts in, answers out; params: seed, and those options of `heliostat generate` that the signature names."""
+    """Answers prompts; params: seed, and those options of `heliostat generate` that the signature names."""
 
     def load_context(self, context: Any) -> None:
         self.folder = Path(context.artifacts["model"])
         self.generators: dict[str, Any] = {}
 
     def predict(self, context: Any, model_input: list[str], params: dict[str, Any] | None = None) -> list[str]:
-        """One answer a prompt; a model is loaded once for each set of options."""
+        """Answers each prompt; a model is loaded once for each set of options."""
         options = dict(params or {})
         seed = options.pop("seed", 0)
         key = repr(sorted(options.items()))

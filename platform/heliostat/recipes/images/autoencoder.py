@@ -1,4 +1,4 @@
-"""An AutoencoderKL of `diffusers`, trained on the datasets of text to image: latent diffusion from nothing, without downloads.
+"""Trains an AutoencoderKL of `diffusers` on the datasets of text to image: latent diffusion from nothing, without downloads.
 
     recipe: heliostat.recipes:Autoencoder
     model: {block_out_channels: [32, 64], latent_channels: 4, kl_weight: 1.0e-6, ...}      # any key of AutoencoderKL; or
@@ -42,7 +42,8 @@ SCALED = 256  # images that the scaling factor is measured on
 
 
 class Coder(nn.Module):
-    """One forward pass: images and noise to reconstructions and the latents' distribution."""
+    """Encodes images, samples latents with the given noise, and decodes them, in one forward pass: returns the reconstructions
+    and the parameters of the latents' distribution."""
 
     def __init__(self, vae: nn.Module) -> None:
         super().__init__()
@@ -134,7 +135,7 @@ class Autoencoder(Recipe, Evaluates, Serves, Draws):
         return Loss((error + self.kl_weight * divergence).sum())
 
     def _errors(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of each sample: mean absolute error, mean divergence, mean squared error."""
+        """Computes three errors of each sample: mean absolute error, mean divergence, mean squared error."""
         dtype = next(model.parameters()).dtype
         made, parameters = model(batch["pixels"].to(dtype), batch["noise"].to(dtype))
         mean, logvar = parameters.float().chunk(2, dim=1)
@@ -181,7 +182,7 @@ class Autoencoder(Recipe, Evaluates, Serves, Draws):
 
     @torch.no_grad()
     def _deviation(self, model: Any) -> float:
-        """The standard deviation of the latents of some images."""
+        """Measures the standard deviation of the latents of some images."""
         images = np.stack([i for i in real_images(self.sources, SCALED)[0] if i.shape[:2] == self.facts.size[::-1]])
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
         return float(torch.cat([model.vae.encode(part).latent_dist.mean for part in pixels.split(32)]).std())
@@ -206,7 +207,7 @@ class Autoencoder(Recipe, Evaluates, Serves, Draws):
 
 
 class Reconstructions:
-    """Some of the images, each beside what the autoencoder makes of it."""
+    """Draws some of the images, each beside its reconstruction by the autoencoder."""
 
     def __init__(self, recipe: Autoencoder) -> None:
         self.recipe, self.count = recipe, SHOWN

@@ -1,4 +1,4 @@
-"""The exported autoencoder as an MLflow pyfunc: base64 of PNG files in, their reconstructions out. MLflow copies this file."""
+"""Serves the exported autoencoder with MLflow, which copies this file: base64 of PNG files in, their reconstructions out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The `model:` of a text-to-image job, and the models that it names: backbones, text encoders, autoencoders.
+"""Defines the `model:` of a text-to-image job, and builds the models that it names: backbones, text encoders, autoencoders.
 
 Backbones are diffusers' classes, from keys of their own or from a folder; keys that follow from the data (channels, the text's
 width) may be left out. Frozen encoders are read from folders and are never part of what ZeRO shards.
@@ -39,7 +39,8 @@ TEXT_WIDTHS = {
 
 
 class Text(Strict):
-    """A CLIP text encoder of these keys, trained with the model, or `pretrained`: a folder (CLIP or T5), which stays as it is."""
+    """Describes the text encoder: a CLIP text encoder of these keys, trained with the model, or `pretrained`: a folder (CLIP or
+    T5), which stays frozen."""
 
     pretrained: str | None = None
     """A folder with a CLIP or T5 text encoder, which stays as it is; then only `length` may stand beside it. Unset: a CLIP
@@ -82,7 +83,7 @@ class Prompt(Strict):
 
 
 class Samples(Strict):
-    """What is drawn after every evaluation, and how `generate` draws unless it is told otherwise."""
+    """Describes what is drawn after every evaluation, and the defaults of `generate`."""
 
     prompts: list[Prompt] = []
     """What is drawn after every evaluation."""
@@ -119,7 +120,7 @@ class Model(Strict):
 
 
 def backbone_class(keys: dict[str, Any]) -> tuple[str, Any]:
-    """(name, class) of `model.backbone`; ConfigError for keys that the class does not have."""
+    """Finds the (name, class) of `model.backbone`; ConfigError if there is none, or for keys that the class does not have."""
     if "pretrained" in keys:
         if extra := sorted(set(keys) - {"pretrained"}):
             raise ConfigError(f"model.backbone.{extra[0]}: a pretrained backbone is as its folder says; remove it")
@@ -148,7 +149,7 @@ def folder_config(key: str, folder: str) -> dict[str, Any]:
 
 
 def partitioned() -> AbstractContextManager[Any]:
-    """Around the building of a diffusers model: at ZeRO-3 no worker ever holds all of its weights."""
+    """Opens the context to build a diffusers model in: at ZeRO-3 no worker ever holds all of its weights."""
     if not is_deepspeed_zero3_enabled():
         return nullcontext()
     import deepspeed
@@ -157,7 +158,7 @@ def partitioned() -> AbstractContextManager[Any]:
 
 
 def build_backbone(keys: dict[str, Any], defaults: dict[str, Any]) -> Any:
-    """From its keys, with `defaults` for those that are left out, or from its folder."""
+    """Builds the backbone from its keys, with `defaults` for those that are left out, or loads it from its folder."""
     name, cls = backbone_class(keys)
     if "pretrained" in keys:
         return cls.from_pretrained(keys["pretrained"], torch_dtype=torch.float32)
@@ -198,7 +199,7 @@ def frozen_text_encoder(folder: str) -> Any:
 
 
 def frozen_bytes(config: dict[str, Any] | str) -> int:
-    """Of a frozen autoencoder's weights by its configuration, or of a frozen text encoder's by its folder; none are read."""
+    """Counts the bytes of a frozen autoencoder, from its configuration, or text encoder, from its folder; reads no weights."""
     with torch.device("meta"):
         if isinstance(config, dict):
             model: Any = AutoencoderKL.from_config(config)
@@ -210,7 +211,7 @@ def frozen_bytes(config: dict[str, Any] | str) -> int:
 
 
 def frozen_tokenizer(folder: str, length: int) -> Any:
-    """The folder's own tokenizer (in it, or in `../tokenizer`, where diffusers' pipelines have it)."""
+    """Loads the tokenizer in a frozen text encoder's folder, or in `../tokenizer`, where diffusers' pipelines have it."""
     place = Path(folder) if any(Path(folder).glob("tokenizer*")) else Path(folder).parent / "tokenizer"
     tokenizer = from_folder("model.text.pretrained", AutoTokenizer, place)
     tokenizer.model_max_length = length
@@ -231,7 +232,7 @@ def frozen_autoencoder(folder: str) -> Any:
 
 
 def folder_digest(folder: str) -> str:
-    """Of a model folder's configuration and weights: what it is, wherever it lies."""
+    """Computes a digest of a model folder's configuration and weights, which identifies the model wherever the folder lies."""
     digest = hashlib.sha256()
     for path in sorted(p for p in Path(folder).iterdir() if p.suffix in (".json", ".safetensors")):
         digest.update(path.name.encode())

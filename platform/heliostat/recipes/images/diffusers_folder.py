@@ -1,4 +1,4 @@
-"""An exported text-to-image model: a folder of a diffusers pipeline, with every part that it needs.
+"""Writes and loads an exported text-to-image model: the folder of a diffusers pipeline, with every part that it needs.
 
 With a U-Net in the latents of an AutoencoderKL, conditioned by CLIP, it is a StableDiffusionPipeline; anything else is the
 TextToImagePipeline of `pipeline.py`, which lies in the folder.
@@ -28,7 +28,7 @@ REQUIREMENTS = ("mlflow", "torch", "transformers", "accelerate", "diffusers", "p
 
 
 def tokenizer(definition: bytes, end: int, length: int) -> PreTrainedTokenizerFast:
-    """A dataset's tokenizer as a text encoder takes it: the caption, an end, and ends up to the length."""
+    """Adapts a dataset's tokenizer to a text encoder: the caption, an end token, and end tokens as padding up to the length."""
     raw = Tokenizer.from_str(definition.decode())
     token = raw.id_to_token(end)
     raw.post_processor = TemplateProcessing(single=f"$A {token}", special_tokens=[(token, end)])
@@ -38,7 +38,7 @@ def tokenizer(definition: bytes, end: int, length: int) -> PreTrainedTokenizerFa
 
 
 def save(recipe: TextToImage, folder: Path) -> None:
-    """All but the weights that were trained."""
+    """Writes all of the export but the trained weights."""
     with torch.device("meta"):
         model: Any = recipe.build()
     backbone = getattr(model, recipe.parts.name)
@@ -78,7 +78,7 @@ def save(recipe: TextToImage, folder: Path) -> None:
 
 
 def load(folder: Path) -> Any:
-    """The pipeline in fp32 on the GPU, if there is one."""
+    """Loads the exported pipeline in fp32, onto the GPU if there is one."""
     index = json.loads((folder / "model_index.json").read_text())
 
     def part(name: str) -> Any:

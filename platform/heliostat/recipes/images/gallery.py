@@ -1,7 +1,7 @@
-"""Pictures that show how far a text-to-image run has come: fixed prompts and seeds, a grid, and what a classifier makes of them.
+"""Draws pictures that show the progress of a text-to-image run: fixed prompts and seeds, a grid, and what a classifier sees.
 
-Conditional accuracy: a classifier trained on the real images says which label each picture shows; the score is the share of
-pictures that show what their prompt asked for. The classifier's own accuracy on real images that it was not trained on, and
+Conditional accuracy: a classifier trained on the real images predicts the label of each picture; the score is the share of
+pictures with the label that their prompt asked for. The classifier's own accuracy on real images that it was not trained on, and
 the chance level, are reported beside it.
 """
 
@@ -37,7 +37,7 @@ class Gallery:
         self._reference: Any = None  # of real images, for FID and KID
 
     def item(self, number: int) -> tuple[str, int]:
-        """A picture's prompt and seed."""
+        """Returns a picture's prompt and seed."""
         return self.prompts[number // self.samples.per_prompt], self.samples.seed + number
 
     def draw(self, model: Any, device: Any, numbers: list[int]) -> list[np.ndarray]:
@@ -85,7 +85,7 @@ class Gallery:
         return self._judge
 
     def demonstrate(self, folder: Path) -> list[tuple[str, str]]:
-        """Each prompt, drawn once by the exported model, and what the classifier sees in it."""
+        """Draws each prompt once with the exported model, and names what the classifier sees in it."""
         pipeline = diffusers_folder.load(folder)
         draws = generators([self.samples.seed + i for i in range(len(self.prompts))])
         steps, guidance = self.samples.steps, self.samples.guidance
@@ -97,7 +97,8 @@ class Gallery:
 
 
 def grid(pictures: list[np.ndarray], columns: int) -> np.ndarray:
-    """uint8 [height, width, channels] of all pictures, of one size, in rows, small ones enlarged; a single one as it is."""
+    """Arranges all pictures, of one size, in rows, small ones enlarged, to uint8 [height, width, channels]; returns a single
+    picture as it is."""
     pictures = [p if p.ndim == 3 else p[:, :, None] for p in pictures]
     if len(pictures) == 1:
         return pictures[0]

@@ -24,7 +24,7 @@ AT_ONCE = 16
 
 
 class Drawing(Strict):
-    """How an image is drawn; what is left out is as the job's `samples` say."""
+    """Describes how an image is drawn; what is left out is taken from the job's `samples`."""
 
     steps: int | None = Field(None, ge=1)
     guidance: Float | None = Field(None, ge=0)

@@ -1,10 +1,10 @@
-"""The weights that a backbone begins with, where diffusers leaves torch's default: as the networks' own authors set them.
+"""Initialises the weights of a backbone as the networks' own authors do, where diffusers leaves torch's default.
 
-U-Net: the last layer of every residual branch, and of the network, is zero, so that it begins as the identity and says nothing
+U-Net: the last layer of every residual branch, and of the network, is zero, so that it begins as the identity and outputs nothing
 (Ho et al. 2020: `init_scale=0.` in hojonathanho/diffusion; Dhariwal and Nichol 2021, arXiv 2105.05233: `zero_module` in
-openai/guided-diffusion, which latent diffusion took over; Rombach et al. 2022, arXiv 2112.10752). PixArt: `initialize_weights`
-of PixArt-alpha/PixArt-alpha (Chen et al. 2023, arXiv 2310.00426), which is DiT's (Peebles and Xie 2022, arXiv 2212.09748) with
-cross-attention that begins as nothing. SD3's authors have published none, and it keeps diffusers'.
+openai/guided-diffusion, which latent diffusion took over; Rombach et al. 2022, arXiv 2112.10752). PixArt: `initialize_weights` of
+PixArt-alpha/PixArt-alpha (Chen et al. 2023, arXiv 2310.00426), which is DiT's (Peebles and Xie 2022, arXiv 2212.09748) with
+cross-attention that begins as zero. SD3's authors have published none, and it keeps diffusers'.
 
 Numbers are drawn on the CPU in the order of the modules, on every rank, so every ZeRO stage and device begins alike.
 """
@@ -35,7 +35,7 @@ def initialise(arch: str, backbone: Any) -> None:
 
 
 def _set(parameter: torch.Tensor, value: torch.Tensor) -> None:
-    """Puts a value into a parameter, also into one that ZeRO-3 has divided."""
+    """Copies a value into a parameter, also into one that ZeRO-3 has partitioned."""
     if hasattr(parameter, "ds_id"):
         import deepspeed
 
@@ -89,6 +89,7 @@ def _pixart(backbone: Any) -> Iterator[tuple[Any, torch.Tensor]]:
 
 
 def _xavier(matrix: torch.Tensor, parts: int) -> torch.Tensor:
-    """Uniform, by the sum of inputs and outputs; `parts` such matrices are one, whose outputs count together."""
+    """Fills a matrix with Xavier-uniform numbers, bounded by the sum of inputs and outputs; `parts` such matrices are one in the
+    original, so their outputs count together."""
     bound = math.sqrt(6 / (matrix.shape[1] + parts * matrix.shape[0]))
     return matrix.uniform_(-bound, bound)

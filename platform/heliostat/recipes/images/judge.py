@@ -1,7 +1,7 @@
-"""A classifier of real images: it says what a picture shows, and how often it is right on real ones that it has not seen.
+"""Classifies pictures with a classifier of the real images, and measures its accuracy on real ones that it was not trained on.
 
-A support vector machine on the pixels, at most 16 x 16 of them: seconds to train, the same every time, and good enough for
-small pictures. Its accuracy is measured on every fifth image, which it is not trained on.
+A support vector machine on the pixels, at most 16 x 16 of them: seconds to train, the same every time, and good enough for small
+pictures. Its accuracy is measured on every fifth image, which it is not trained on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ HELD = 5
 
 class Judge:
     def __init__(self, images: list[np.ndarray], labels: list[str]) -> None:
-        """ConfigError if the images have no labels."""
+        """Trains the classifier on the labelled images; ConfigError if they do not have at least two labels."""
         from sklearn.svm import SVC
 
         self.labels = sorted(set(labels) - {""})
@@ -35,7 +35,7 @@ class Judge:
         self.accuracy = float(np.mean(self._say(pixels[held]) == names[held]))
 
     def says(self, pictures: list[np.ndarray]) -> list[str]:
-        """The label that each picture (uint8 [height, width, channels]) shows."""
+        """Predicts the label of each picture (uint8 [height, width, channels])."""
         return self._say(features(pictures)).tolist()
 
     def _say(self, pixels: np.ndarray) -> np.ndarray:
@@ -43,7 +43,7 @@ class Judge:
 
 
 def features(pictures: list[np.ndarray]) -> np.ndarray:
-    """[n, pixels], all in one scale: pixels that are white in every real image are never quite so in a drawn one."""
+    """Flattens pictures to [n, pixels], all in one scale: pixels white in every real image never quite are in a drawn one."""
     return np.stack([_small(p).ravel() for p in pictures]).astype(np.float32) / 255
 
 
@@ -55,8 +55,8 @@ def _small(picture: np.ndarray) -> np.ndarray:
 def real_images(
     sources: list[Manifest], limit: int = LIMIT, progressed: Callable[[], None] = lambda: None
 ) -> tuple[list[np.ndarray], list[str]]:
-    """At most `limit` images of the datasets with their labels, in the shards' order, which is by hash; calls back for every
-    row group, of which nothing else of its shard is read."""
+    """Reads at most `limit` images of the datasets with their labels, in the shards' order, which is by hash; calls back for
+    every row group, and reads nothing else of its shard."""
     from heliostat.recipes.images.rows import decode
 
     images: list[np.ndarray] = []

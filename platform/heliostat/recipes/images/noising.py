@@ -1,11 +1,11 @@
-"""The forward process: how an image is destroyed, and what the network is taught. Pure functions of tensors.
+"""Computes the forward process, which adds noise to images, and the network's target. Pure functions of tensors.
 
 Diffusion (Ho et al. 2020, arXiv 2006.11239): q(x_t | x_0) is normal with mean sqrt(a_t) x_0 and variance 1 - a_t, where a_t is
 the product of 1 - beta up to t. The network predicts the noise (`epsilon`) or v = sqrt(a_t) noise - sqrt(1 - a_t) x_0 (Salimans
-and Ho 2022, arXiv 2202.00512). Flow matching (`flow`; Liu et al. 2022, arXiv 2209.03003): x_s = (1 - s) x_0 + s noise, s in
-[0, 1], and the network predicts noise - x_0. `zero_terminal_snr` (Lin et al. 2023, arXiv 2305.08891) makes the last step pure
-noise; `min_snr` weights the loss (Hang et al. 2023, arXiv 2303.09556). There the last step would weigh nothing, and never be
-learnt, so with both of them the weight is floored as Salimans and Ho's "truncated SNR" is: as if the ratio were at least one.
+and Ho 2022, arXiv 2202.00512). Flow matching (`flow`; Liu et al. 2022, arXiv 2209.03003): x_s = (1 - s) x_0 + s noise, s in [0,
+1], and the network predicts noise - x_0. `zero_terminal_snr` (Lin et al. 2023, arXiv 2305.08891) makes the last step pure noise;
+`min_snr` weights the loss (Hang et al. 2023, arXiv 2303.09556). There the last step would weigh nothing, and never be learnt, so
+with both of them the weight is floored as Salimans and Ho's "truncated SNR" is: as if the ratio were at least one.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Objective(Strict):
 
 
 class Process:
-    """An objective's arithmetic. `t` is what `times` gives: steps (int64) of diffusion, s in [0, 1] of flow."""
+    """Computes an objective's forward process. Times `t` are steps (int64) for diffusion, s in [0, 1] for flow matching."""
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
@@ -68,7 +68,7 @@ class Process:
         self._alphas: torch.Tensor | None = None if self.flow else self.scheduler("ddpm").alphas_cumprod.double()
 
     def scheduler(self, name: str, clip: bool = False) -> Any:
-        """diffusers' scheduler of this process; `clip`: x_0 is known to lie in [-1, 1]."""
+        """Makes diffusers' scheduler for a sampler; ConfigError if it does not fit. `clip`: x_0 is known to lie in [-1, 1]."""
         valid = ("euler",) if self.flow else ("ddpm", "ddim", "dpm++")
         if name not in valid:
             what = f"a model of prediction {self.objective.prediction!r}"
@@ -92,7 +92,7 @@ class Process:
         return SAMPLERS[name](**settings)
 
     def times(self, uniform: torch.Tensor) -> torch.Tensor:
-        """From uniform numbers in [0, 1)."""
+        """Maps uniform numbers in [0, 1) to times `t`: steps (int64) for diffusion, s in [0, 1] for flow matching."""
         if not self.flow:
             return (uniform * self.objective.steps).long()
         s = uniform
@@ -101,11 +101,11 @@ class Process:
         return self.objective.shift * s / (1 + (self.objective.shift - 1) * s)
 
     def told(self, t: torch.Tensor) -> torch.Tensor:
-        """The timestep as the network is told it."""
+        """Converts times to the network's timesteps: s x 1000 for flow matching, the steps themselves for diffusion."""
         return t * FLOW_STEPS if self.flow else t
 
     def coefficients(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(of the image, of the noise) in the noisy image, fp32 [n]."""
+        """Computes the factors (of the image, of the noise) in the noisy image, fp32 [n]."""
         if self.flow:
             return (1 - t).float(), t.float()
         assert self._alphas is not None
@@ -117,7 +117,7 @@ class Process:
         return image * clean + part * noise
 
     def target(self, clean: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """What the network is to say."""
+        """Computes the network's target: the noise, v or, for flow matching, noise - image."""
         if self.flow:
             return noise - clean
         if self.objective.prediction == "epsilon":
@@ -126,7 +126,7 @@ class Process:
         return image * noise - part * clean
 
     def weights(self, t: torch.Tensor) -> torch.Tensor:
-        """Of each sample's squared error in the loss."""
+        """Computes the weight of each sample's squared error in the loss."""
         if self.objective.min_snr is None:
             return torch.ones(len(t), device=t.device)
         image, part = self.coefficients(t)

@@ -1,4 +1,4 @@
-"""The models of a text-to-image job: what is trained, what is frozen, and whether they fit the data and each other.
+"""Holds the models of a text-to-image job, the trained and the frozen ones, and checks that they fit the data and each other.
 
 Frozen encoders are made when they are first needed, so that they are never part of what ZeRO shards.
 """
@@ -21,7 +21,7 @@ from heliostat.recipes.protocol import Companion
 
 
 class Denoiser(nn.Module):
-    """All that is trained: the backbone and, if it is not frozen, the text encoder. The names are a pipeline's."""
+    """Holds all that is trained, by a pipeline's names: the backbone and, if it is not frozen, the text encoder."""
 
     def __init__(self, part: str, backbone: nn.Module, text_encoder: nn.Module | None) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Denoiser(nn.Module):
             self.text_encoder = text_encoder
 
     def forward(self, noisy: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        """`text`: token ids for the encoder that is trained with it, else embeddings."""
+        """Runs the backbone; `text`: token ids for the text encoder that is trained with it, else embeddings."""
         if not text.is_floating_point():
             text = self.text_encoder(input_ids=text)[0]
         return predict(getattr(self, self.part), noisy, t, text.to(noisy.dtype))
@@ -45,7 +45,7 @@ class Parts:
         self.facts: rows.Facts | None = None
 
     def bind(self, sources: list[Manifest], one_source: bool) -> None:
-        """ConfigError if the datasets do not fit the models, or the models make no sense."""
+        """Takes what the datasets determine; ConfigError if they do not fit the models, or the models do not fit each other."""
         self.sources, self.facts = sources, rows.facts(sources, one_source)
         f = self.facts
         if f.content == "latents" and self.vae_config is None:
@@ -85,35 +85,37 @@ class Parts:
 
     @cached_property
     def width(self) -> int:
-        """Of the text's embeddings."""
+        """Returns the width of the text's embeddings."""
         return config.text_width(self.model.text)
 
     def text_width(self) -> int:
-        """`width`, or what the backbone says of it where the encoder's folder is not at hand."""
+        """Returns the width of the text's embeddings; without datasets, the backbone's own, if given, as the encoder's folder may
+        not be at hand."""
         given = self._given().get(config.TEXT_WIDTHS[self.arch][0])
         return given if self.facts is None and given else self.width
 
     def _given(self) -> dict[str, Any]:
-        """The backbone's keys, or its folder's configuration."""
+        """Returns the backbone's keys, or its folder's configuration."""
         keys = self.model.backbone
         return config.folder_config("model.backbone.pretrained", keys["pretrained"]) if "pretrained" in keys else keys
 
     def _answers(self, given: dict[str, Any]) -> int:
-        """The channels of what the backbone says."""
+        """Returns the number of channels of the backbone's output."""
         written = "pretrained" in self.model.backbone or "out_channels" in given
         default = {"unet": 4, "pixart": 8, "sd3": 16}[self.arch]  # of the classes; None there means as many as go in
         said = given.get("out_channels", default) if written else None
         return self.shape()[0] if said is None else said
 
     def _conditioned(self, given: dict[str, Any]) -> bool:
-        """Whether a PixArt wants sizes: said, or None, which its class takes for yes where a side has 128 latents."""
+        """Tells whether a PixArt needs resolutions and aspect ratios: as its key is set or, where that is None, if its side is
+        128 latents, as its class decides."""
         said = given.get("use_additional_conditions")
         known = "pretrained" in self.model.backbone or "use_additional_conditions" in given
         return self.arch == "pixart" and known and bool(given.get("sample_size", 128) == 128 if said is None else said)
 
     @torch.no_grad()
     def _try(self, backbone: Any) -> None:
-        """ConfigError if the backbone, without storage, cannot answer for one sample."""
+        """Runs the backbone, without storage, on one sample; ConfigError if it fails or its output has another shape."""
         shape = (1, *self.shape())
         try:
             said = predict(backbone, torch.zeros(shape), torch.zeros(1), torch.zeros((1, self.model.text.length, self.width)))
@@ -124,7 +126,8 @@ class Parts:
             raise ConfigError(f"model.backbone.pretrained: answers {tuple(said.shape[1:])} for images of {shape[1:]}")
 
     def shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
-        """Channels, height and width of what is noised; `size`: width and height in pixels. Without datasets, the backbone's."""
+        """Returns the channels, height and width of what is noised, for a `size` (width and height in pixels). Without datasets,
+        it is the backbone's."""
         if self.facts is None:
             given = self._given()
             return given.get("in_channels", 4), given.get("sample_size", 64), given.get("sample_size", 64)
@@ -135,7 +138,7 @@ class Parts:
         return self.vae_config["latent_channels"], height // factor, width // factor
 
     def _defaults(self) -> dict[str, Any]:
-        """The backbone's keys that follow from the data and the text encoder."""
+        """Derives the backbone's keys that follow from the data and the text encoder."""
         out: dict[str, Any] = {}
         keys = self.model.backbone
         if self.facts:
@@ -164,16 +167,17 @@ class Parts:
 
     @cached_property
     def vae(self) -> Any:
-        """The frozen autoencoder, made when it is first needed: outside ZeRO, whatever the stage."""
+        """Loads the frozen autoencoder when it is first needed, so that it stays outside ZeRO, whatever the stage."""
         return config.frozen_autoencoder(self.model.autoencoder.pretrained) if self.model.autoencoder else None
 
     @cached_property
     def text_encoder(self) -> Any:
-        """The frozen text encoder, as `vae`."""
+        """Loads the frozen text encoder when it is first needed, so that it stays outside ZeRO, whatever the stage."""
         return config.frozen_text_encoder(str(self.model.text.pretrained))
 
     def companions(self) -> dict[str, Companion]:
-        """The frozen encoders: on the device in every step or, where datasets hold their answers, while pictures are drawn."""
+        """Lists the frozen encoders, on the device in every step or, where datasets hold their outputs, while pictures are
+        drawn."""
         assert self.facts
         found = {}
         if self.model.text.pretrained:
@@ -184,7 +188,7 @@ class Parts:
         return {name: c for name, c in found.items() if c.every_step or self.model.samples.prompts}
 
     def rest(self) -> None:
-        """Takes off the device what was only needed to draw: encoders whose answers the datasets hold."""
+        """Moves off the device what was only needed to draw: encoders whose outputs the datasets hold."""
         assert self.facts
         idle = {"text_encoder": self.facts.text is not None, "vae": self.facts.content == "latents"}
         resting = [self.__dict__[name] for name, is_idle in idle.items() if is_idle and self.__dict__.get(name) is not None]
@@ -204,7 +208,7 @@ class Parts:
 
     @cached_property
     def empty(self) -> dict[str, torch.Tensor]:
-        """A batch's `text` and `mask` of no caption: token ids [length], or the stored embedding [length, width]."""
+        """Encodes the empty caption as `text` and `mask`: token ids [length], or the stored embedding [length, width]."""
         assert self.facts
         if self.facts.text:
             raw = self.sources[0].file("empty_caption.bin").read()
@@ -214,7 +218,7 @@ class Parts:
 
     @torch.no_grad()
     def conditioning(self, text: torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        """What the model is given of the captions: ids for the encoder inside it, embeddings of the frozen one."""
+        """Prepares captions for the model: token ids for the text encoder inside it, embeddings by the frozen one."""
         if text.is_floating_point():
             return text.to(dtype)
         if not self.model.text.pretrained:
@@ -224,7 +228,7 @@ class Parts:
 
     @torch.no_grad()
     def clean(self, given: torch.Tensor, posterior: torch.Tensor | None) -> torch.Tensor:
-        """What is noised: the pixels, or a draw from the latents' distribution (stored, or the autoencoder's of pixels)."""
+        """Returns what is noised: pixels, or latents drawn from their distribution (stored, or the autoencoder's for pixels)."""
         if self.vae_config is None:
             return given
         if self.facts and self.facts.content == "images":

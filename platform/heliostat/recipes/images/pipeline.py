@@ -1,5 +1,6 @@
-"""A diffusers pipeline from prompt to image, in pixels or latents. An export holds a copy of this file, so that plain diffusers
-loads it: DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True). It needs nothing but diffusers and transformers.
+"""Generates images from prompts as a diffusers pipeline, in pixels or latents. An export holds a copy of this file, so that plain
+diffusers loads it: DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True). It needs nothing but diffusers and
+transformers.
 
 Image i of a call is drawn from its own generator: the same seed gives the same image alone or in a batch.
 """
@@ -16,7 +17,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 
 def predict(backbone: Any, noisy: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """The backbone's answer; `t` [n], `text` [n, tokens, width]."""
+    """Computes the backbone's prediction; `t` [n], `text` [n, tokens, width]; TypeError for a class that is no backbone."""
     kind = type(backbone).__name__
     if kind == "UNet2DConditionModel":
         return backbone(noisy, t, encoder_hidden_states=text).sample
@@ -29,20 +30,20 @@ def predict(backbone: Any, noisy: torch.Tensor, t: torch.Tensor, text: torch.Ten
 
 
 def tokenize(tokenizer: Any, prompts: list[str]) -> Any:
-    """input_ids and attention_mask, padded to the tokenizer's length."""
+    """Tokenizes prompts to input_ids and attention_mask, cut and padded to the tokenizer's length."""
     length = tokenizer.model_max_length
     return tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
 
 
 def embed(text_encoder: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """[n, tokens, width]. T5 does not look at padding; CLIP does, as it was trained to."""
+    """Embeds token ids as [n, tokens, width]. T5 ignores padding; CLIP attends to it, as it was trained to."""
     if "t5" in text_encoder.config.model_type:
         return text_encoder(input_ids=ids, attention_mask=mask)[0]
     return text_encoder(input_ids=ids)[0]
 
 
 def generators(seeds: list[int]) -> list[torch.Generator]:
-    """On the CPU, so that every device draws the same."""
+    """Makes a random generator for each seed, on the CPU, so that every device draws the same."""
     return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
 
@@ -55,7 +56,7 @@ def denoise(
     draws: list[torch.Generator],
     device: Any,
 ) -> torch.Tensor:
-    """Sculpts noise into samples of the shape, fp32. `say(noisy, t)` answers for [without text; with text], 2n samples.
+    """Denoises random samples of the shape, fp32. `say(noisy, t)` predicts for [without text; with text], 2n samples.
 
     Guidance is classifier-free (Ho and Salimans 2022, arXiv 2207.12598): 1 is the model as it is.
     """
@@ -97,7 +98,7 @@ class TextToImagePipeline(DiffusionPipeline):
 
     @property
     def factor(self) -> int:
-        """Pixels to a latent's side."""
+        """Returns how many pixels the side of a latent spans; 1 without an autoencoder."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 1
 
     @torch.no_grad()
@@ -112,7 +113,7 @@ class TextToImagePipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> Any:
-        """`generator`: one, or one for each prompt. Sizes are in pixels; the default is the training's."""
+        """Draws an image for each prompt. `generator`: one, or one a prompt. Sizes are in pixels; the default is training's."""
         prompts = [prompt] if isinstance(prompt, str) else prompt
         device, backbone = self._execution_device, self.backbone
         dtype = next(backbone.parameters()).dtype
@@ -133,7 +134,7 @@ class TextToImagePipeline(DiffusionPipeline):
 
 
 def decode(vae: Any, x: torch.Tensor) -> torch.Tensor:
-    """Pixels in [-1, 1] from what was sampled."""
+    """Decodes samples to pixels in [-1, 1]."""
     if vae is None:
         return x.clamp(-1, 1)
     dtype = next(vae.parameters()).dtype

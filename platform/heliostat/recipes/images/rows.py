@@ -1,8 +1,8 @@
-"""Rows of a prepared image dataset as tensors, and the random draws that belong to each of them.
+"""Converts rows of a prepared image dataset to tensors, and makes the random draws that belong to each of them.
 
-A sample's draws (noise, timestep, whether its caption is dropped) follow from (train.seed, its key) through Philox, which counts
-instead of remembering, and from nothing else: not from the worker, the micro-batch or what was drawn before. The key is the
-engine's: another one for every place of every step, so a sample meets other noise in every epoch.
+A sample's draws (noise, timestep, whether its caption is dropped) follow from (train.seed, its key) through Philox, a
+counter-based generator without state, and from nothing else: not from the worker, the micro-batch or what was drawn before. The
+key is the engine's: another one for every place of every step, so a sample meets other noise in every epoch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DECODERS = ThreadPoolExecutor(4, thread_name_prefix="decode")  # Pillow lets go 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the datasets of a job have in common, or `size` of their first."""
+    """Holds what the datasets of a job have in common; `size` is the first dataset's."""
 
     content: str  # "images" or "latents"
     channels: int  # of an image
@@ -37,7 +37,7 @@ class Facts:
 
 
 def facts(sources: list[Manifest], one_source: bool) -> Facts:
-    """ConfigError where the datasets cannot be trained on together."""
+    """Finds what the datasets have in common; ConfigError if they cannot be trained on together."""
     found = [_facts(m) for m in sources]
     names = {"content": "hold different things", "channels": "have other channels", "tokenizer": "have different tokenizers",
              "models": "were computed by different encoders"}  # fmt: skip
@@ -61,19 +61,19 @@ def _facts(m: Manifest) -> Facts:
 
 
 def pixels(content: pa.Table) -> torch.Tensor:
-    """fp32 [n, channels, height, width] in [-1, 1]."""
+    """Decodes a table's images to fp32 [n, channels, height, width] in [-1, 1]."""
     images = list(DECODERS.map(decode, content["image"].to_pylist()))
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def decode(data: bytes) -> np.ndarray:
-    """uint8 [height, width, channels]."""
+    """Decodes an image file to uint8 [height, width, channels]."""
     image = np.asarray(Image.open(io.BytesIO(data)))
     return image if image.ndim == 3 else image[:, :, None]
 
 
 def halves(content: pa.Table, column: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """A column of float16 bytes as fp32 [n, *shape]."""
+    """Converts a column of float16 bytes to fp32 [n, *shape]."""
     rows = [np.frombuffer(value, np.float16).reshape(shape) for value in content[column].to_pylist()]
     return torch.from_numpy(np.stack(rows)).float()
 
@@ -87,7 +87,7 @@ class Draws:
 
 
 def draw(seed: int, keys: np.ndarray, shape: tuple[int, ...], dropout: float, offset: float, posterior: bool) -> Draws:
-    """`offset`: the share of noise that is the same all over a channel (noise offset)."""
+    """Draws the samples' random numbers. `offset`: the share of noise that is the same all over a channel (noise offset)."""
     rows = []
     for key in keys.tolist():
         rng = np.random.Generator(np.random.Philox(key=np.array([seed, key], np.uint64)))

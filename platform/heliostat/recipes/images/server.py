@@ -1,4 +1,4 @@
-"""The exported text-to-image model as an MLflow pyfunc; MLflow copies this file into the model, so it needs only diffusers.
+"""Serves the exported text-to-image model with MLflow, which copies this file into the model; so it needs only diffusers.
 
 mlflow.pyfunc.load_model("models:/NAME/1").predict(["a handwritten seven"], params={"steps": 20}) gives base64 of PNG files.
 """
@@ -18,7 +18,7 @@ from mlflow.pyfunc.model import PythonModel
 
 
 class ImageServer(PythonModel):
-    """Prompts in, images out; params: steps, guidance, seed (of the first; the i-th has seed + i)."""
+    """Draws an image for each prompt; params: steps, guidance, seed (of the first; the i-th has seed + i)."""
 
     def load_context(self, context: Any) -> None:
         diffusers_logging.disable_progress_bar()

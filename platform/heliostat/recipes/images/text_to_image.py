@@ -1,4 +1,4 @@
-"""Text to image by diffusion or flow matching, in pixels or latents, with the backbones of `diffusers`.
+"""Trains text-to-image models by diffusion or flow matching, in pixels or latents, with the backbones of `diffusers`.
 
     recipe: heliostat.recipes:TextToImage
     model:
@@ -8,9 +8,9 @@
       objective: {prediction: v, zero_terminal_snr: true}             # see `noising`
       samples: {prompts: [...]}                                       # drawn after every evaluation
 
-A sample's loss is the mean squared error of what the network says, weighted by the objective. Its noise, timestep and caption
-dropout belong to the sample and the step (`rows`), so they are the same on any number of workers. Held-out scores are
-on noise and timesteps that never change: `loss`, and `loss_t0` to `loss_t3` by quarter of the noise's strength.
+A sample's loss is the mean squared error of the network's prediction, weighted by the objective. Its noise, timestep and caption
+dropout belong to the sample and the step (`rows`), so they are the same on any number of workers. Held-out scores are on noise
+and timesteps that never change: `loss`, and `loss_t0` to `loss_t3` by quarter of the noise's strength.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class TextToImage(Recipe, Evaluates, Generates, Serves, Draws):
         return Loss((self._errors(model, batch | captions, t) * self.process.weights(t)).sum())
 
     def _errors(self, model: nn.Module, batch: Batch, t: torch.Tensor) -> torch.Tensor:
-        """The mean squared error of each sample."""
+        """Computes the mean squared error of each sample."""
         clean = self.parts.clean(batch["clean"], batch.get("posterior"))
         dtype = next(model.parameters()).dtype
         noisy = self.process.noisy(clean, batch["noise"], t)
@@ -135,7 +135,7 @@ class TextToImage(Recipe, Evaluates, Generates, Serves, Draws):
         return {n: sums[n] / max(1.0, sums[n.replace("loss", "samples")]) for n in names}
 
     def flops_per_sample(self, model: Any) -> float:
-        """Forward, counted operator by operator on a model without storage, times three."""
+        """Counts the FLOPs of one sample: the forward pass, operator by operator on a model without storage, times three."""
         return self._flops
 
     @cached_property
@@ -161,11 +161,11 @@ class TextToImage(Recipe, Evaluates, Generates, Serves, Draws):
         return f"{row['caption']} ({row['id']}{', label ' + row['label'] if row.get('label') else ''})"
 
     def gallery(self) -> Gallery | None:
-        """What is drawn after every evaluation; none without prompts."""
+        """Returns the gallery that is drawn after every evaluation; None without prompts."""
         return Gallery(self) if self.model.samples.prompts else None
 
     def sampler_of(self, model: nn.Module, device: Any) -> Any:
-        """say(prompts) -> say(noisy, t), as `image_pipeline.denoise` asks for it, of the model that is being trained."""
+        """Makes a function from prompts to the `say(noisy, t)` of `pipeline.denoise`: the prediction of the model in training."""
         dtype = next(model.parameters()).dtype
 
         def of(prompts: list[str]) -> Any:
@@ -176,7 +176,7 @@ class TextToImage(Recipe, Evaluates, Generates, Serves, Draws):
         return of
 
     def pixels_of(self, sampled: torch.Tensor) -> np.ndarray:
-        """uint8 [n, height, width, channels] of what was sampled."""
+        """Decodes samples to pixels, uint8 [n, height, width, channels]."""
         vae = self.parts.vae.to(sampled.device) if self.parts.vae_config is not None else None
         pixels = decode(vae, sampled).float().cpu()
         return ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()

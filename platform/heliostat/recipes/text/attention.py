@@ -1,9 +1,10 @@
-"""Causal attention for short sequences on a CPU: "grouped", an implementation for transformers as "sdpa" is one.
+"""Computes causal attention for short sequences on a CPU: "grouped", an implementation for transformers as "sdpa" is one.
 
 There torch's fused kernel takes 1.2 (fp32) to 2 times (bf16) as long, and transformers' own "eager" longer still. Scores are
-computed for a quarter of the queries at a time, against the keys that those may see; the queries that share a key head are
-one matrix, so keys and values are never repeated; softmax writes the scores' own type, so bf16 makes no fp32 copy of them.
-Masks are those of "sdpa": none where attention is just causal, else bool, True where it looks, and never ahead.
+computed for a quarter of the queries at a time, against the keys that those may attend to; the queries that share a key head are
+one matrix, so keys and values are never repeated; softmax writes the scores' own type, so bf16 makes no fp32 copy of them. Masks
+are those of "sdpa": none where attention is just causal, else bool, True where a query attends to a key, and never to a later
+one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ FEWEST = 64  # queries at a time: smaller products are slow
 
 
 def register() -> None:
-    """Makes the implementation known to transformers."""
+    """Registers the implementation with transformers."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -38,7 +39,8 @@ def attend(
     dropout: float = 0.0,
     **unused: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Queries [batch, heads, length, width], keys and values [batch, groups, length, width] -> [batch, length, heads, width]."""
+    """Computes [batch, length, heads, width] from queries [batch, heads, length, width], and keys and values [batch, groups,
+    length, width]."""
     batch, heads, length, width = query.shape
     groups = key.shape[1]
     queries = (query * scaling).reshape(batch * groups, heads // groups, length, width)

@@ -1,12 +1,12 @@
-"""Next-token prediction with any causal language model that `transformers` can build.
+"""Trains any causal language model that `transformers` can build on next-token prediction.
 
     recipe: heliostat.recipes:CausalLM
     model: {arch: llama, hidden_size: 256, ...}        # from a configuration: any key of that architecture's config class
     model: {pretrained: /models/llama-3-8b}            # from a folder in Hugging Face's format: weights and tokenizer must match
 
-A sample is `data.sequence_length` consecutive tokens of a chunk, documents end to end. Every token but the first of a sample
-is predicted; with `data.document_mask` attention and positions start anew at each document, and no document's first token is
-predicted; architectures in which packed documents see each other all the same are refused (`packing`).
+A sample is `data.sequence_length` consecutive tokens of a chunk, documents end to end. Every token but the first of a sample is
+predicted; with `data.document_mask` attention and positions start anew at each document, and no document's first token is
+predicted; architectures in which packed documents attend to each other all the same are refused (`packing`).
 
 Held-out scores: loss (nats per token), perplexity, and bits per byte of the text that the tokens stand for.
 """
@@ -111,7 +111,7 @@ class CausalLM(Recipe, Evaluates, Generates, Serves):
             self.config.pad_token_id = None
 
     def _check_tokenizer(self, folder: Path, source: Manifest) -> None:
-        """ConfigError if the model's tokens mean something else than the dataset's."""
+        """Raises ConfigError if the model's tokens mean something else than the dataset's."""
         its = vocabulary.of_folder(folder)
         if its == self.tokenizer_json:
             return
@@ -180,7 +180,7 @@ class CausalLM(Recipe, Evaluates, Generates, Serves):
         return flops.per_sample(model, self.config, self.length)
 
     def _token_bytes(self) -> torch.Tensor:
-        """Bytes of text behind each token, int64 [2, vocabulary]: inside a document, and as its first."""
+        """Counts the bytes of text behind each token, int64 [2, vocabulary]: inside a document, and as its first token."""
         if not hasattr(self, "_bytes"):
             self._bytes = torch.tensor(token_bytes.sizes(self._raw_tokenizer, self.config.vocab_size))
         return self._bytes
@@ -215,7 +215,8 @@ class CausalLM(Recipe, Evaluates, Generates, Serves):
             self.tokenizer().save_pretrained(folder)
 
     def _generation(self, config: Any) -> Any:
-        """How the model writes unless it is told otherwise, and where it stops: as the pretrained folder or its config says."""
+        """Returns how the exported model generates by default, and where it stops: as the pretrained folder or its config
+        says."""
         kind = transformers.GenerationConfig
         if self.pretrained and (Path(self.pretrained) / "generation_config.json").is_file():
             return kind.from_pretrained(self.pretrained)
@@ -223,7 +224,7 @@ class CausalLM(Recipe, Evaluates, Generates, Serves):
 
     @cached_property
     def prompts(self) -> tuple[str, ...]:  # type: ignore[override]
-        """What the model is shown with: the first words of held-out documents."""
+        """Chooses the prompts that the exported model is shown with: the first words of held-out documents."""
         return tuple(prompts.of_held_out(self.job, self.sources, self._raw_tokenizer, self.end))
 
     def demonstrate(self, folder: Path) -> list[tuple[str, str]]:
@@ -243,7 +244,8 @@ class CausalLM(Recipe, Evaluates, Generates, Serves):
 
 
 def _use_no_cache(config: Any) -> None:
-    """With a cache, which `generate` wants and an export's configuration asks for, packed documents would see each other."""
+    """Switches off the key-value cache, which `generate` wants and an export's configuration asks for: with it, packed documents
+    would attend to each other."""
     config.use_cache = config.get_text_config(decoder=True).use_cache = False
 
 
@@ -252,13 +254,13 @@ def _outputs(model: torch.nn.Module, batch: Batch) -> Any:
 
 
 def _flat(outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [tokens, vocabulary] and, for each, the next token, or IGNORED at a sample's end. The logits are not sliced: that
-    would copy them, forwards and backwards."""
+    """Flattens logits to [tokens, vocabulary] and pairs each with the next token, or IGNORED at a sample's end. The logits are
+    not sliced: that would copy them, forwards and backwards."""
     return outputs.logits.flatten(0, 1), F.pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:].flatten()
 
 
 class SummedCrossEntropy(torch.autograd.Function):
-    """F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum"), in much less memory.
+    """Computes F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum") in much less memory.
 
     The gradient is computed with the loss, a block of rows at a time, so no fp32 copy of the logits ever exists as a whole: at
     8,192 tokens and a vocabulary of 128,256 that is 8 GB less. On a CPU it is as fast as torch's own.
@@ -286,7 +288,7 @@ class SummedCrossEntropy(torch.autograd.Function):
 
 
 def whole(key: str, folder: str | Path, **options: Any) -> Any:
-    """The model in a folder; ConfigError if a weight is missing, for which transformers would take random numbers."""
+    """Loads the model in a folder; ConfigError if a weight is missing, which transformers would initialise at random."""
     model, told = from_folder(key, transformers.AutoModelForCausalLM, folder, output_loading_info=True, **options)
     if absent := sorted(set(told["missing_keys"]) - set(model.all_tied_weights_keys)):
         raise ConfigError(f"{folder}: lacks {len(absent)} of the model's weights, as {absent[0]}; is the folder whole?")
@@ -294,7 +296,7 @@ def whole(key: str, folder: str | Path, **options: Any) -> Any:
 
 
 class Sampling(Strict):
-    """How text is generated; temperature 0 takes the likeliest token each time."""
+    """Describes how text is generated; temperature 0 takes the likeliest token each time."""
 
     max_tokens: int = Field(100, ge=1)
     temperature: Float = Field(0.8, ge=0)

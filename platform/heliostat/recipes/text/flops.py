@@ -1,9 +1,10 @@
-"""FLOPs of a language model's training step, from the shapes that its modules have.
+"""Counts the FLOPs of a language model's training step from the shapes of its modules' weights.
 
-6 for every weight that multiplies a token: 2 forward, 4 backward (Kaplan et al. 2020, arXiv 2001.08361). Embeddings only look
-up, vectors (norms, biases) are not counted, and of the experts those that a token is sent to. Attention multiplies queries with
-keys, and weights with values: 6 x length x heads x (width of a key + width of a value) a token, for the whole square, as it is
-customary; windows and the causal half are not taken off. Shapes are read, not weights, so ZeRO-3's parts do as well.
+6 for every weight that multiplies a token: 2 forward, 4 backward (Kaplan et al. 2020, arXiv 2001.08361). Embeddings are only
+looked up and not counted, nor are vectors (norms, biases), nor experts but those that a token is routed to. Attention multiplies
+queries with keys, and weights with values: 6 x length x heads x (width of a key + width of a value) a token, for the whole
+square, as is customary; windows and the causal half are not taken off. Shapes are read, not weights, so parameters that ZeRO-3
+has partitioned do as well.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ NO_SQUARE = ("linear", "mamba", "conv", "recurrent", "mlp", "moe")  # kinds of l
 
 
 def per_sample(model: torch.nn.Module, config: Any, length: int) -> float:
-    """Forward and backward, of one sample of so many tokens."""
+    """Counts the forward and backward FLOPs of one sample of `length` tokens."""
     config = config.get_text_config(decoder=True)
     return float(length * 6 * (multiplied(model, config) + length * attended(model, config)))
 
 
 def multiplied(model: torch.nn.Module, config: Any) -> float:
-    """Weights that multiply each token."""
+    """Counts the weights that multiply each token."""
     experts, chosen = _first(config, EXPERTS), _first(config, CHOSEN)
     total = 0.0
     for name, module in model.named_modules():
@@ -43,7 +44,7 @@ def multiplied(model: torch.nn.Module, config: Any) -> float:
 
 
 def attended(model: torch.nn.Module, config: Any) -> int:
-    """Multiplications of a token with another, over all layers and heads."""
+    """Counts the multiplications of one token with another, over all layers and heads."""
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
     total = 0
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""The configuration of a language model, from a job's keys or a folder: what makes no sense is refused by key, in one line."""
+"""Reads the configuration of a language model from a job's keys or a folder; errors name the key, in one line."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ def _check_activation(name: str) -> None:
 
 
 def _check_heads(kind: Any, keys: dict[str, Any]) -> None:
-    """ConfigError if the heads must divide the width and do not; an own head size, or defaults that do not, lift the rule."""
+    """Raises ConfigError if the heads must divide the width and do not; a head size of its own, or an architecture whose defaults
+    break the rule, lifts it."""
     field, default = kind.__dataclass_fields__.get("head_dim"), kind()
     if "head_dim" in keys or isinstance(getattr(field, "default", None), int):
         return

@@ -1,5 +1,5 @@
-"""Whether packed documents see each other in a model, found by trying: what comes behind a boundary must not move when what
-comes before it does. Each architecture's own code decides that, and no list of names could keep up with it.
+"""Tests whether packed documents attend to each other in a model: a change of the text before a document boundary must not move
+the logits behind it. Each architecture's own code decides that, and no list of names could keep up with it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _known: dict[str, float] = {}  # leaks that were measured in this process
 
 
 def require_apart(recipe: Any) -> None:
-    """ConfigError unless the recipe's model keeps packed documents apart, with its attention, positions and checkpointing."""
+    """Raises ConfigError unless the model, with its attention, positions and checkpointing, keeps packed documents apart."""
     kind = recipe.config.model_type
     key = json.dumps([recipe.config.to_dict(), recipe.length, recipe.grouped, recipe.checkpointing], default=str, sort_keys=True)
     if key not in _known:
@@ -55,7 +55,7 @@ def _tried(recipe: Any) -> list[torch.Tensor]:
 
 
 def packings() -> list[np.ndarray]:
-    """Samples [1, tokens] with the same last document: behind a long one, behind another, and behind many short ones."""
+    """Makes samples [1, tokens] with the same last document: after one long document, another, and many short ones."""
     draw = np.random.default_rng(0)
     last = draw.integers(6, 90, LAST)
     before = [draw.integers(6, 90, BOUNDARY) for _ in range(2)]
@@ -67,7 +67,7 @@ def packings() -> list[np.ndarray]:
 
 
 def leak(logits: list[torch.Tensor]) -> float:
-    """How far the logits [1, tokens, vocabulary] of `packings` differ behind the boundary, of how far they do before it."""
+    """Divides the difference of the logits [1, tokens, vocabulary] of `packings` behind the boundary by that before it."""
     first, *others = [x.float() for x in logits]
     before = (others[0][:, : BOUNDARY - 1] - first[:, : BOUNDARY - 1]).abs().max().item()
     behind = max((o[:, BOUNDARY:] - first[:, BOUNDARY:]).abs().max().item() for o in others)
@@ -76,7 +76,7 @@ def leak(logits: list[torch.Tensor]) -> float:
 
 @torch.no_grad()
 def logits(recipe: Any) -> list[torch.Tensor]:
-    """Of a small model that the recipe builds, with weights that let every part of it be felt."""
+    """Computes the logits of `packings` with a small model of the recipe's, whose weights give every part an effect."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

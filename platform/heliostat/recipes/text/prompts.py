@@ -1,4 +1,4 @@
-"""Prompts for a language model that nobody has given any: the first words of documents that it has not been trained on."""
+"""Chooses prompts for a language model that was given none: the first words of documents that it has not been trained on."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def _samples(job: Job, data: Dataset) -> np.ndarray:
 
 
 def _beginning(tokens: np.ndarray, end: int) -> np.ndarray:
-    """Takes the first tokens of the document that begins in a sample; of the sample itself, if too little is left of that."""
+    """Takes the first tokens of the document that begins in a sample, or of the sample if too little of that document is left."""
     ends = np.flatnonzero(tokens == end)
     begin = int(ends[0]) + 1 if len(ends) and int(ends[0]) + TOKENS < len(tokens) else 0
     return tokens[begin : begin + TOKENS]
 
 
 def opening(text: str) -> str:
-    """Takes the first words of a text's first line that has any; the last word of the text may be cut, and is left out."""
+    """Takes the first words of the first line that has any; the last word of the text may be cut off, and is left out."""
     lines = text.replace("\ufffd", "").splitlines()
     number = next((i for i, line in enumerate(lines) if any(map(str.isalnum, line))), None)
     if number is None:

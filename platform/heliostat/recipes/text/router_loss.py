@@ -1,5 +1,6 @@
-"""The loss that keeps a mixture of experts balanced: Switch Transformer's (Fedus et al. 2021, arXiv 2101.03961), as the model's
-own code in transformers computes it over a micro-batch. It is switched on as there, with `output_router_logits: true`.
+"""Finds the weight of the loss that keeps a mixture of experts balanced, and checks that the model computes it: Switch
+Transformer's (Fedus et al. 2021, arXiv 2101.03961), as the model's own code in transformers computes it over a micro-batch. It is
+switched on as there, with `output_router_logits: true`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
 
 
 def coefficient(config: Any) -> float | None:
-    """What the router's loss is multiplied with in the objective; None for a model that has none."""
+    """Returns the weight of the router's loss in the objective; None for a model that has none."""
     parts = (config.get_text_config(decoder=True), getattr(config, "ffn_config", None))
     return next((float(c) for part in parts for name in COEFFICIENTS if (c := getattr(part, name, None)) is not None), None)
 
@@ -29,8 +30,8 @@ def wanted(config: Any) -> bool:
 
 
 def probe(recipe: Any, refused: bool) -> None:
-    """ConfigError if the router's loss is asked for and the model gives none; a warning if it is not thought of. `refused`: the
-    job says that it wants none."""
+    """Raises ConfigError if the job asks for a router's loss that the model does not compute; warns if the job does not set it
+    and the model has one. `refused`: the job sets it to false."""
     config = recipe.config
     weight = coefficient(config)
     if not wanted(config):
@@ -49,7 +50,7 @@ def probe(recipe: Any, refused: bool) -> None:
 
 @torch.no_grad()
 def _given(recipe: Any) -> bool:
-    """Whether a small model of the recipe's gives a router's loss if it is asked for."""
+    """Tests whether a small model of the recipe's architecture computes a router's loss if it is asked for."""
     for config in tiny.shrunk(recipe.config, recipe.length):
         small = copy.copy(recipe)
         small.config, small.pretrained = config, None

@@ -1,4 +1,4 @@
-"""The exported language model as an MLflow pyfunc: MLflow copies this file into the model, so it needs only transformers.
+"""Serves the exported language model as an MLflow pyfunc: MLflow copies this file into the model, so it needs only transformers.
 
 mlflow.pyfunc.load_model("models:/NAME/1").predict(["def "], params={"max_tokens": 40})
 """
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 class TextServer(PythonModel):
-    """Prompts in, continuations out; params: max_tokens, temperature (0: greedy), top_p, seed."""
+    """Continues prompts; params: max_tokens, temperature (0: greedy), top_p, seed."""
 
     def load_context(self, context: Any) -> None:
         folder = context.artifacts["model"]
@@ -27,7 +27,7 @@ class TextServer(PythonModel):
 
 
 def continue_text(model: Any, tokenizer: Any, prompt: str, max_tokens: int, temperature: float, top_p: float, seed: int) -> str:
-    """The model's continuation of the prompt; an empty prompt starts a document; temperature 0 takes the likeliest token."""
+    """Generates the continuation of a prompt; an empty one starts a document; temperature 0 takes the likeliest token."""
     ids = tokenizer(prompt or tokenizer.bos_token, return_tensors="pt")["input_ids"].to(model.device)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}

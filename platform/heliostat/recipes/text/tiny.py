@@ -1,7 +1,7 @@
-"""A small model of the same architecture: what a configuration's code does can then be tried in a second, whatever its size.
+"""Shrinks a model's configuration, so that its architecture's code can be tried in a second, whatever the model's size.
 
-Kept: the kinds of layers and their order, the heads' width, how queries share keys, which windows and position ranges are
-shorter than a sample, and every switch. Made small: the number of layers, heads and experts, the widths, and the vocabulary.
+Kept: the kinds of layers and their order, the heads' width, how queries share keys, which windows and position ranges are shorter
+than a sample, and every switch. Made small: the number of layers, heads and experts, the widths, and the vocabulary.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")  
 
 
 def shrunk(config: Any, length: int) -> Iterator[Any]:
-    """Smaller configurations of a model whose samples have `length` tokens, the likeliest to be built first."""
+    """Yields smaller configurations of a model whose samples have `length` tokens, the likeliest to be valid first."""
     given = config.to_dict()
     names = config.attribute_map
     for heads, layers in ((2, LAYERS), (2, None), (None, None)):
@@ -44,13 +44,13 @@ def shrunk(config: Any, length: int) -> Iterator[Any]:
 
 
 def parameters(recipe: Any) -> int:
-    """Of the recipe's model, built without memory for it."""
+    """Counts the parameters of the recipe's model, built without memory for them."""
     with torch.device("meta"):
         return sum(p.numel() for p in recipe.build().parameters())
 
 
 class _Small:
-    """`made`: the configuration with at most so many heads and layers; those of parts that it is made of are small, too."""
+    """Shrinks a configuration, and those nested in it, to at most `heads` heads and `layers` layers: the result is `made`."""
 
     def __init__(self, given: dict[str, Any], names: dict[str, str], length: int, heads: int | None, layers: int | None) -> None:
         self.made, self.names, self.length = copy.deepcopy(given), names, length
@@ -120,7 +120,7 @@ class _Small:
             self._set(name, 1)
 
     def _reach(self, part: dict[str, Any]) -> None:
-        """What reaches beyond a sample still does, and what does not reach so far still does not."""
+        """Scales windows and position ranges: what is longer than a sample stays longer, and what is shorter stays shorter."""
         for name, value in part.items():
             if isinstance(value, dict) and "model_type" not in value:
                 self._reach(value)

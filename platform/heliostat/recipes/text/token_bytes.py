@@ -1,8 +1,9 @@
-"""How many bytes of text each token of a tokenizer stands for, whatever its kind; so bits per byte compare between tokenizers.
+"""Counts the bytes of text that each token of a tokenizer stands for, whatever its kind; so bits per byte compare between
+tokenizers.
 
 Tokens of byte-level tokenizers are bytes, and byte fallback's `<0xE2>` is one. For all others it is what the token adds to a
-decoded text: a space for SentencePiece's `▁the` and WordPiece's `the`, none for `##ing`; special tokens stand for nothing. Where
-a document opens, tokenizers write a space that the text has not, and it is not counted.
+decoded text: a space for SentencePiece's `▁the` and WordPiece's `the`, none for `##ing`; special tokens stand for nothing. At the
+start of a document, tokenizers add a space that is not in the text, and it is not counted.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ FALLBACK = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def sizes(tokenizer: Tokenizer, count: int) -> tuple[list[int], list[int]]:
-    """Bytes behind each of the tokens 0 to `count` - 1: inside a document, and as its first; 0 for those that it lacks."""
+    """Counts the bytes behind each of the tokens 0 to `count` - 1: inside a document, and as its first; 0 if it is missing."""
     added = tokenizer.get_added_tokens_decoder()
     kinds = set(_kinds(json.loads(tokenizer.to_str())["decoder"]))
     vocabulary = {i: token for token, i in tokenizer.get_vocab(with_added_tokens=True).items() if i < count}
@@ -54,12 +55,12 @@ def _kinds(decoder: dict[str, Any] | None) -> Iterator[str]:
 
 
 def _writes_a_space(tokenizer: Tokenizer) -> bool:
-    """Whether a document that begins without a space gets the tokens of one that begins with it."""
+    """Tests whether a document that begins without a space gets the tokens of one that begins with it."""
     return tokenizer.encode("a", add_special_tokens=False).ids == tokenizer.encode(" a", add_special_tokens=False).ids
 
 
 def _between(tokenizer: Tokenizer, tokens: list[int]) -> list[int]:
-    """What each token adds between two others: decoders write spaces before, behind or within words."""
+    """Counts the bytes that each token adds between two others: decoders write spaces before, behind or within words."""
     anchor = next((i for i in tokens if re.fullmatch("[A-Za-z]+", tokenizer.decode([i]).strip())), None)
     around = [] if anchor is None else [anchor]
     without = len(tokenizer.decode([*around, *around]).encode())

@@ -1,6 +1,6 @@
-"""Whether two tokenizers are one: the same text has the same tokens in both, and each token stands for the same text.
+"""Compares two tokenizers: they are equal if the same text has the same tokens in both, and each token stands for the same text.
 
-Files are no measure: the same tokenizer is written in many ways. What does not matter to training is left out: templates,
+Files cannot be compared: the same tokenizer is written in many ways. What does not matter to training is left out: templates,
 padding and truncation, and special tokens that only one of them has, because no text is ever given one.
 """
 
@@ -19,7 +19,7 @@ STEPS = {"normalizer": "normalizers", "pre_tokenizer": "pre-tokenizers"}
 
 
 def of_folder(folder: Path) -> bytes:
-    """The tokenizer.json of a model's folder, made from what else it holds if it has none."""
+    """Reads a model folder's tokenizer.json, or makes it from what else is there; ConfigError if nothing can be read."""
     file = folder / "tokenizer.json"
     if file.is_file():
         return file.read_bytes()
@@ -40,7 +40,7 @@ def load(definition: bytes, whose: str) -> Tokenizer:
 
 
 def difference(data: Tokenizer, model: Tokenizer, end: int) -> str | None:
-    """In which way a model's tokenizer is another than the data's, if it is; `end`: the token that ends documents."""
+    """Describes how a model's tokenizer differs from the dataset's; None if it does not. `end`: the token that ends documents."""
     ours, theirs = (json.loads(t.to_str()) for t in (data, model))
     if ours["model"]["type"] != theirs["model"]["type"]:
         return f"the dataset's is {ours['model']['type']}, the model's {theirs['model']['type']}"
