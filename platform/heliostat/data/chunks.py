@@ -1,4 +1,4 @@
-"""Reading samples from the shards: each chunk once, several at a time, and every fault told apart.
+"""Reads samples from the shards: each chunk once, several at a time, with damage told apart from failures of storage.
 
 A chunk that is damaged or was exchanged (its shard's footer, its bytes, its pages' checksums, its Parquet structure, its number
 of tokens) makes all its samples bad, a token outside the vocabulary makes its own sample bad: both are the same whenever and
@@ -26,19 +26,19 @@ READERS = 8  # threads: a window's chunks are read at once, because object stora
 
 
 class DamagedError(DataError):
-    """A chunk whose content cannot be used."""
+    """Reports that a chunk's content cannot be used."""
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """`faults`: why a sample is bad, by its index; its content is zero or null."""
+    """Holds samples' contents; `faults` maps a bad sample's index to the reason, and its content is zero or null."""
 
     content: Content
     faults: dict[int, str]
 
 
 class Chunks:
-    """The chunks of a run's sources: of tokens, cut into samples of `length`, or of rows if there is no length."""
+    """Reads the chunks of a run's sources: of tokens, cut into samples of `length`, or of rows if there is no length."""
 
     def __init__(self, sources: list[Manifest], length: int | None) -> None:
         self.sources, self.length = sources, length
@@ -50,7 +50,7 @@ class Chunks:
         self._vocabulary = [int(s.meta.get("vocab_size", np.iinfo(np.int32).max)) for s in sources]
 
     def gather(self, samples: Samples) -> Gathered:
-        """The samples' contents, in their order. DataError for a missing shard, StorageError for a store that fails."""
+        """Reads the samples' contents, in their order; DataError for a missing shard, StorageError for a store that fails."""
         faults: dict[int, str] = {}
         members = _by_chunk(samples)
         tokens = np.empty((len(samples), self.length), dtype=np.int32) if self.length else None
@@ -79,14 +79,14 @@ class Chunks:
         return Gathered(_arrange(parts, members) if tokens is None else tokens, faults)
 
     def shard(self, source: int, chunk: int) -> Location:
-        """The file that a chunk is in."""
+        """Locates the file that a chunk is in."""
         return self.sources[source].location.join(self._paths[source][chunk].as_py())
 
     def place(self, source: int, chunk: int) -> str:
         return f"{self.shard(source, chunk)}: row group {self._groups[source][chunk]}"
 
     def read(self, source: int, chunk: int) -> Content:
-        """All samples of a chunk; DamagedError says what is wrong with it."""
+        """Reads all samples of a chunk; DamagedError with the reason if they are unusable, DataError if the shard is missing."""
         location, place, length = self.shard(source, chunk), self.place(source, chunk), self.length
         group, footer = int(self._groups[source][chunk]), self._footers[source][chunk].as_py()
         content = self._contents[source][chunk].as_py()
@@ -108,12 +108,12 @@ class Chunks:
 
 
 def _tokens(column: pa.ChunkedArray) -> np.ndarray:
-    """All tokens of a chunk, int32, documents end to end."""
+    """Concatenates all tokens of a chunk, int32, documents end to end."""
     return column.combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.int32, copy=False)
 
 
 def _by_chunk(samples: Samples) -> list[np.ndarray]:
-    """Which of the samples are in the same chunk: their indices, for each chunk."""
+    """Groups the samples by chunk: an array of their indices for each chunk."""
     order = np.lexsort((samples.chunk, samples.source))
     source, chunk = samples.source[order], samples.chunk[order]
     edges = np.flatnonzero((source[1:] != source[:-1]) | (chunk[1:] != chunk[:-1])) + 1
@@ -121,7 +121,7 @@ def _by_chunk(samples: Samples) -> list[np.ndarray]:
 
 
 def _arrange(parts: list[pa.Table | None], members: list[np.ndarray]) -> pa.Table:
-    """The parts' rows, each at its member's index; where a part is missing, nulls."""
+    """Arranges the parts' rows at their members' indices, with nulls where a part is missing."""
     good = [(mine, found) for mine, found in zip(members, parts, strict=True) if found is not None]
     if not good:
         return pa.table({})

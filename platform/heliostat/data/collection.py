@@ -1,4 +1,4 @@
-"""A collection: a dataset in parts that must not be mixed in one batch, as images of different sizes.
+"""Combines datasets into a collection, whose parts must not be mixed in one batch, such as images of different sizes.
 
 `prepare` writes it: each part is a complete dataset in a folder of its own, with its own manifest; the collection's manifest
 lists all their chunks, so that its digest names the whole. A job gives the collection's path; `expand` puts its parts in its
@@ -21,7 +21,10 @@ KIND = "collection"
 
 
 def write(location: Location, rows: list[dict[str, Any]], meta: dict[str, Any]) -> Manifest:
-    """The manifests of all parts (`meta["parts"]`: what is special of each), then the collection's, of rows `PART/shards/...`."""
+    """Writes the manifests of all parts, then the collection's, from rows whose paths are `PART/shards/...`.
+
+    `meta["parts"]` holds the metadata that is special to each part.
+    """
     parts = {name: own for name, own in meta["parts"].items() if any(r["path"].startswith(f"{name}/") for r in rows)}
     held, digests = {}, {}
     for name, own in parts.items():
@@ -33,8 +36,11 @@ def write(location: Location, rows: list[dict[str, Any]], meta: dict[str, Any]) 
 
 
 def _held(place: Location, recorded: DataPlan | None) -> tuple[dict[str, Any], bool]:
-    """(the metadata of a dataset, whether it is the version that a run recorded): of a collection, which a `prepare` may have
-    replaced meanwhile, the version whose parts the run trains on; else the newest. Empty if nothing is there."""
+    """Returns (a dataset's metadata, whether it is of the version that a run recorded), ({}, False) if there is no dataset.
+
+    Of a collection, which a `prepare` may have replaced meanwhile, it is the version whose parts the run trains on; else the
+    newest.
+    """
     newest = manifest.read(place) if place.join(manifest.FILE).exists() else None
     if newest is None or newest.kind != KIND or recorded is None:
         return newest.meta if newest else {}, False
@@ -47,7 +53,7 @@ def _held(place: Location, recorded: DataPlan | None) -> tuple[dict[str, Any], b
 
 
 def expand(job: Job, recorded: DataPlan | None = None) -> Job:
-    """The job with every source that is a collection replaced by its parts, of the version that `recorded` has if it is given."""
+    """Replaces every source of the job that is a collection by its parts, of the version in `recorded` if it is given."""
     found: list[tuple[Source, list[tuple[str, float]]]] = []
     for source in job.data.sources:
         place = Location(source.path)
@@ -83,5 +89,5 @@ def expand(job: Job, recorded: DataPlan | None = None) -> Job:
 
 
 def _round(weight: float) -> float:
-    """To four digits: weights are honoured exactly, and need a period that is not too long."""
+    """Rounds a weight to four digits: weights are honoured exactly, and need a period that is not too long."""
     return max(round(weight, 4), 0.0001) if weight else 0.0

@@ -1,4 +1,4 @@
-"""What samples hold, and the few things that streaming does with them.
+"""Defines the contents of samples, and the few operations that streaming needs on them.
 
 Token datasets give an int32 array [n, sequence_length]; datasets of rows give an Arrow table of n rows, with the shards' own
 columns. Nothing else in the engine looks inside.
@@ -18,12 +18,12 @@ Content: TypeAlias = Any  # np.ndarray | pa.Table
 
 
 def part(content: Content, rows: slice) -> Content:
-    """Consecutive samples, without a copy."""
+    """Cuts out consecutive samples, without a copy."""
     return content[rows] if isinstance(content, np.ndarray) else content.slice(rows.start, rows.stop - rows.start)
 
 
 def split(content: Content, size: int) -> list[Content]:
-    """Parts of `size` samples each."""
+    """Splits samples into parts of `size` each."""
     return [part(content, slice(i, i + size)) for i in range(0, len(content), size)]
 
 
@@ -36,7 +36,7 @@ def join(parts: list[Content]) -> Content:
 
 
 def pack(content: Content) -> pa.Buffer:
-    """Bytes that `unpack` makes into the same samples, in another process."""
+    """Serializes samples to bytes from which `unpack` makes the same samples in another process."""
     if isinstance(content, np.ndarray):
         return pa.py_buffer(np.ascontiguousarray(content))
     sink = pa.BufferOutputStream()
@@ -53,8 +53,11 @@ def unpack(data: pa.Buffer, samples: int, tokens: bool) -> Content:
 
 
 def sample_bytes(content: Content) -> Iterator[bytes | memoryview | pa.Buffer]:
-    """Each sample's bytes, for a digest: tokens as they are; of a row the columns' names and types, then its values, each with
-    its length or, if it is null, a mark that no length is."""
+    """Yields each sample's bytes, from which its digest is computed.
+
+    Token samples are taken as they are. A row gives a hash of the columns' names and types, then its values, each behind its
+    length or, if it is null, behind a mark that is no length.
+    """
     if isinstance(content, np.ndarray):
         yield from np.ascontiguousarray(content)
         return
@@ -65,7 +68,7 @@ def sample_bytes(content: Content) -> Iterator[bytes | memoryview | pa.Buffer]:
 
 
 def kind_of(kind: pa.DataType) -> str:
-    """A type as a word of our own, which no version of Arrow changes; a dictionary is the type that it stands for."""
+    """Describes an Arrow type by a string that no version of Arrow changes; a dictionary is described as its value type."""
     if pa.types.is_dictionary(kind):
         return kind_of(kind.value_type)
     if pa.types.is_struct(kind):
@@ -102,7 +105,7 @@ def _values(column: pa.ChunkedArray) -> list[bytes | None]:
 
 
 def sample_bytes_1(content: Content) -> Iterator[bytes | memoryview | pa.Buffer]:
-    """The same as receipts of version 1 have it, which see neither names and types nor, in bytes, what is null."""
+    """Yields each sample's bytes as receipts of version 1 hash them: without names and types, with null bytes as empty ones."""
     if isinstance(content, np.ndarray):
         yield from sample_bytes(content)
         return

@@ -1,4 +1,4 @@
-"""How many samples of each chunk a run has trained on: exact, from its data plans alone, in time that grows with the chunks.
+"""Counts the samples of each chunk that a run has trained on: exact, from data plans alone, in time that grows with the chunks.
 
 Whole windows of the sequence are a prefix of every source's stream, and so of its epochs' chunks; only the samples of the last
 window are looked up one by one.
@@ -20,7 +20,7 @@ from heliostat.data.order import Order
 
 @dataclass(frozen=True)
 class Segment:
-    """Steps [first, end) of a run, which followed `plan`."""
+    """Describes steps [first, end) of a run, which followed `plan`."""
 
     first: int
     end: int
@@ -28,14 +28,16 @@ class Segment:
 
 
 def cut(plans: list[DataPlan], steps: int) -> list[Segment]:
-    """The segments of a run that followed these plans, in the order in which they began, and has come to `steps`."""
+    """Cuts a run of `steps` steps into segments, one for each data plan that it followed, in the order in which they began."""
     ends = [*(p.begins for p in plans[1:]), steps][: len(plans)]
     return [Segment(p.begins, min(e, steps), p) for p, e in zip(plans, ends, strict=True) if p.begins < min(e, steps)]
 
 
 def segment_counts(segment: Segment, manifests: list[Manifest]) -> list[np.ndarray]:
-    """Samples of each source's chunks that the segment's steps took, int64 [chunks] a source; bad ones count as themselves, and
-    what the plan leaves out not at all."""
+    """Counts the samples of each source's chunks that a segment's steps took, int64 [chunks] for each source.
+
+    Bad samples count as themselves, not as their replacements; samples that the plan leaves out do not count.
+    """
     skipping = make_order(segment.plan, manifests)
     order = make_order(dataclasses.replace(segment.plan, skips=()), manifests)
     left_out = [at for at, _ in skipping.skips if segment.first < at < segment.end]
@@ -48,7 +50,7 @@ def segment_counts(segment: Segment, manifests: list[Manifest]) -> list[np.ndarr
 
 
 def left_out(segment: Segment, manifests: list[Manifest]) -> list[int]:
-    """How many samples of each source the plan leaves out within the segment: those of the sequence that no step took."""
+    """Counts the samples of each source that the plan leaves out within a segment: those of the sequence that no step took."""
     skipping = make_order(segment.plan, manifests)
     order = make_order(dataclasses.replace(segment.plan, skips=()), manifests)
     before, after = (counts(order, at) for at in (skipping.data_step(segment.first), skipping.data_step(segment.end - 1) + 1))
@@ -57,7 +59,7 @@ def left_out(segment: Segment, manifests: list[Manifest]) -> list[int]:
 
 
 def counts(order: Order, step: int) -> list[np.ndarray]:
-    """Samples of each source's chunks in the sequence's steps before `step`; the order leaves nothing out."""
+    """Counts the samples of each source's chunks in the sequence's steps before `step`, for an order that leaves nothing out."""
     taken = [np.zeros(len(split.samples), np.int64) for split in order.splits]
     if step <= order.sections[0].first_step:
         return taken
@@ -78,7 +80,7 @@ def counts(order: Order, step: int) -> list[np.ndarray]:
 
 
 def shards(manifest: Manifest, chunk_counts: np.ndarray) -> dict[str, int]:
-    """Samples by shard, those that gave any, in manifest order."""
+    """Sums the counts of chunks by shard, in manifest order, without shards of which nothing was taken."""
     out: dict[str, int] = {}
     for path, count in zip(manifest.paths, chunk_counts.tolist(), strict=True):
         if count:
@@ -87,7 +89,7 @@ def shards(manifest: Manifest, chunk_counts: np.ndarray) -> dict[str, int]:
 
 
 def ranges(manifest: Manifest, seen: dict[str, int]) -> Iterator[tuple[str, str]]:
-    """The shards in `seen` as (first, last) of what is consecutive in the manifest."""
+    """Yields the shards in `seen` as ranges (first, last) of shards that are consecutive in the manifest."""
     run: list[str] = []
     for path in dict.fromkeys(manifest.paths):
         if path in seen:

@@ -1,4 +1,4 @@
-"""The run's data: the job's prepared datasets, their split and order, and reading samples from the shards.
+"""Provides the run's data: the job's prepared datasets, their split and order, and the samples read from their shards.
 
 `DataPlan` is small, plain data: what fixes every sample of the run. It is stored with each checkpoint and sent to the
 fetch tasks, which rebuild the rest (`Dataset`) from the manifests.
@@ -31,7 +31,7 @@ RECORDED_AS = {"steps_per_block": "superstep"}  # what a field of the shape is c
 
 @dataclass(frozen=True)
 class DataPlan:
-    """All that the global sequence follows from, and where the shards are."""
+    """Holds everything that determines the global sequence, and where the shards are."""
 
     uris: tuple[str, ...]
     digests: tuple[str, ...]
@@ -46,17 +46,17 @@ class DataPlan:
 
     @property
     def begins(self) -> int:
-        """The step from which a run follows this plan."""
+        """Returns the step from which a run follows this plan."""
         return self.skips[-1][0] if self.skips else self.first_step
 
     @property
     def first_step(self) -> int:
-        """Where the sequence starts: 0, or the step at which a run's data was changed."""
+        """Returns the step at which the sequence starts: 0, or the step at which a run's data was changed."""
         return self.mix[0][0]
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """The weights at the start."""
+        """Returns the sources' weights at the start of the sequence."""
         return self.mix[0][1]
 
     def dump(self) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class DataPlan:
 
     @property
     def digest(self) -> str:
-        """Names the global sequence; moving a dataset elsewhere does not change it."""
+        """Computes the digest that identifies the global sequence: 32 hex digits, the same if a dataset is moved elsewhere."""
         fixed = {k: v for k, v in self.dump().items() if k != "uris"}
         for key, was in (("skips", []), ("version", 1)):  # as it was before there were any
             if fixed[key] == was:
@@ -86,7 +86,7 @@ class DataPlan:
         return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:32]
 
     def differences(self, other: DataPlan) -> list[str]:
-        """What changed from this plan to `other`, one line each, in the job file's words."""
+        """Lists what changed from this plan to `other`, one line each, in the job file's terms."""
         names = {"version": "the version of the data plan", "digests": "the datasets' content",
                  "mix": "data.sources weights and data.mix_schedule, as [step, weights]",
                  "max_epochs": "data.sources max_epochs", "sequence_length": "data.sequence_length", "seed": "data.seed",
@@ -103,10 +103,10 @@ class DataPlan:
 
 
 def plan(job: Job, manifests: list[Manifest], recorded: DataPlan | None = None, first_step: int | None = None) -> DataPlan:
-    """The plan for a job; what the job leaves open (lanes, window) is taken from the `recorded` plan of a run resumed.
+    """Makes the data plan of a job; what the job leaves open (lanes, window) is taken from the `recorded` plan of a resumed run.
 
-    `first_step`: where the sequence starts; the default is the recorded plan's, or 0. Changes of weights that lie before it
-    have happened.
+    `first_step`: where the sequence starts; the default is the recorded plan's, or 0. Changes of weights that lie before it have
+    happened.
     """
     length = job.data.sequence_length
     lanes = job.lanes if job.data.lanes or recorded is None else recorded.shape.lanes
@@ -146,7 +146,7 @@ def plan(job: Job, manifests: list[Manifest], recorded: DataPlan | None = None, 
 
 
 def sample_bytes(sequence_length: int | None, manifests: list[Manifest]) -> int:
-    """Of one sample, on average, as stored; of tokens, as trained on."""
+    """Computes the mean bytes of a sample: as stored for rows, as trained on for tokens."""
     stored = sum(int(m.chunks["bytes"].to_numpy().sum()) for m in manifests)
     return 4 * sequence_length if sequence_length else max(1, stored // max(1, sum(m.rows for m in manifests)))
 
@@ -160,7 +160,7 @@ def make_order(plan: DataPlan, sources: list[Manifest]) -> Order:
 
 @dataclass(frozen=True)
 class Bad:
-    """A sample that could not be used, and the chunk and row of the same window that took its place."""
+    """Describes a sample that could not be used, and the source, chunk and row of the same window that replaced it."""
 
     position: int
     source: int
@@ -178,7 +178,7 @@ class Loaded:
 
 
 class Dataset:
-    """A DataPlan with its manifests read: the order, and the samples themselves."""
+    """Combines a data plan with its manifests, read: the order, and access to the samples themselves."""
 
     def __init__(self, plan: DataPlan) -> None:
         self.plan = plan
@@ -187,22 +187,22 @@ class Dataset:
         self._chunks = Chunks(self.sources, plan.sequence_length)
 
     def gather(self, samples: Samples) -> Gathered:
-        """The samples' contents, and which of them are bad."""
+        """Reads the samples' contents, and reports which of them are bad."""
         return self._chunks.gather(samples)
 
     def read(self, samples: Samples) -> Any:
-        """The samples' contents in order; DataError if any is bad."""
+        """Reads the samples' contents in order; DataError if any is bad."""
         found = self.gather(samples)
         if found.faults:
             raise DataError(next(iter(found.faults.values())))
         return found.content
 
     def load(self, positions: np.ndarray, replace: bool = True) -> Loaded:
-        """The samples at positions of the global sequence, bad ones replaced; DataError for them if not `replace`.
+        """Loads the samples at positions of the global sequence, with bad ones replaced; DataError for bad ones if not `replace`.
 
-        A bad sample's place is taken by the next good one of its source in its window, and after the window's last comes its
-        first; of any source if its own has none. So the choice depends on the window's content alone: not on who reads it,
-        nor on where a resumed run starts.
+        A bad sample is replaced by the next good one of its source in its window (behind the window's last comes its first), or
+        by one of any source if its own has none. So the choice depends on the window's content alone: not on who reads it, nor on
+        where a resumed run starts.
         """
         samples = self.order.locate(positions)
         found = self.gather(samples)
@@ -229,7 +229,7 @@ class Dataset:
 
 
 def _replacement(at: int, window: Samples, read: Gathered, reason: str) -> int:
-    """The index in the window of the sample that replaces the one at index `at`."""
+    """Finds the index in the window of the sample that replaces the one at index `at`; DataError if no sample in it is good."""
     turn = np.roll(np.arange(len(window)), -at)
     same = turn[window.source[turn] == window.source[at]]
     for j in (*same, *turn):
@@ -240,5 +240,5 @@ def _replacement(at: int, window: Samples, read: Gathered, reason: str) -> int:
 
 @lru_cache(maxsize=2)
 def open_dataset(plan: DataPlan) -> Dataset:
-    """The Dataset of a plan, kept per process: fetch tasks run many times in one."""
+    """Opens the dataset of a plan and caches it per process, because fetch tasks run many times in one."""
     return Dataset(plan)

@@ -1,6 +1,6 @@
-"""`heliostat index DATASET`: takes the shards that were added to a dataset's folder into a new version of its manifest.
+"""Indexes the shards that were added to a dataset's folder, as a new version of its manifest: `heliostat index DATASET`.
 
-What holds: only the new shards' footers are read, several at a time, and no data; the shards already listed must be there
+Guarantees: only the new shards' footers are read, several at a time, and no data; the shards already listed must be there
 with the sizes that were recorded. The version before stays readable by its digest, and with it the sample order of the runs
 that began with it. Indexing the same shards at once or bit by bit gives the same digest; nothing new writes nothing.
 """
@@ -33,7 +33,7 @@ NOT_IN_FOOTERS = (
 
 @dataclass(frozen=True)
 class Report:
-    """`previous` is the digest that was the newest before; chunks, tokens and rows are the whole dataset's."""
+    """Reports what indexing did: `previous` is the newest digest before; chunks, tokens and rows are the whole dataset's."""
 
     dataset: str
     digest: str
@@ -46,7 +46,7 @@ class Report:
 
 
 def index(location: Location) -> Report:
-    """DataError if a listed shard is missing or has another size, or a new one does not belong to this dataset."""
+    """Indexes the new shards; DataError if a listed one is missing or has another size, or a new one does not fit the dataset."""
     start = time.monotonic()
     before = manifest.read(location)
     sizes = {f"{SHARDS}/{path}": size for path, size in location.join(SHARDS).files()}
@@ -70,7 +70,7 @@ def index(location: Location) -> Report:
 
 
 def _of_replaced(location: Location) -> set[str]:
-    """The shards of the versions that a `prepare` has replaced: they lie there for the runs that read them."""
+    """Lists the shards of the versions that a `prepare` has replaced, which stay in the folder for the runs that read them."""
     names = versions.read_record(location).get("replaced", {})
     kept = [name for name, _ in location.join(manifest.VERSIONS).files() if name in names] if names else []
     return {path for name in kept for path in manifest.read_version(location, name).chunks["path"].to_pylist()}
@@ -102,7 +102,7 @@ def _extend(before: Manifest, paths: list[str]) -> Manifest:
 
 
 def _meta(before: dict[str, Any], added: pa.Table) -> dict[str, Any]:
-    """The metadata with what is counted in footers brought up to date, and without what is not."""
+    """Updates the metadata by what footers count, and removes what they do not."""
     meta = {k: v for k, v in before.items() if k not in NOT_IN_FOOTERS}
     if "documents" in meta:  # a row each
         meta["documents"] += int(added["rows"].to_numpy().sum())

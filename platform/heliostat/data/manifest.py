@@ -1,11 +1,11 @@
-"""The manifest: one Parquet table per dataset, a row per chunk (= Parquet row group). Its digest is the dataset's identity.
+"""Defines the manifest: a Parquet table per dataset with a row per chunk (Parquet row group), whose digest is its identity.
 
 A dataset is a folder: shards below `shards/`, whatever its kind needs beside them (`tokenizer.json`), and `manifest.parquet`,
 which is written last: a folder without it is no dataset. `manifests/` keeps every version under the first digits of its
 digest, so a run can go on with the shards that it began with after others were added or the dataset was prepared anew. The
 table's schema metadata holds one JSON object under `heliostat`: `kind` ("tokens": rows are documents in a `tokens` list
-column; "rows": a row is a sample), `digest`, `files` (plain name -> this version's own copy), and what the pipeline wants to
-say (tokenizer digest, vocabulary size, counts). A manifest that names a place outside its folder is refused.
+column; "rows": a row is a sample), `digest`, `files` (plain name -> this version's own copy), and what the pipeline adds
+(tokenizer digest, vocabulary size, counts). A manifest that names a place outside its folder is refused.
 
 The digest is SHA-256 over the chunk table and the metadata, so it changes with any shard's bytes
 (`footer` hashes the Parquet footer: sizes, offsets, statistics and the content hash that the writer put there).
@@ -56,14 +56,14 @@ SLICE = 1 << 16  # rows that are looked at together, where all would take much m
 
 @dataclass(frozen=True)
 class Manifest:
-    """`chunks` in manifest order, and the metadata; `location` is the dataset's folder."""
+    """Holds a dataset's `chunks` in manifest order, and its metadata; `location` is the dataset's folder."""
 
     location: Location
     chunks: pa.Table
     meta: dict[str, Any] = field(default_factory=dict)
 
     def fact(self, name: str) -> Any:
-        """What the metadata must say for this dataset to be used so; DataError if it does not."""
+        """Returns a fact from the metadata; DataError if it is missing, and so the dataset cannot be used as intended."""
         if self.meta.get(name) is None:
             raise DataError(f"{self.location}: its manifest does not say its {name!r}; prepare the dataset again")
         return self.meta[name]
@@ -77,14 +77,17 @@ class Manifest:
         return self.meta["digest"]
 
     def samples(self, sequence_length: int | None) -> np.ndarray:
-        """Samples per chunk, int64: rows, or whole sequences (a chunk's last tokens, fewer than one sequence, are left out)."""
+        """Counts the samples of each chunk, int64: rows, or whole sequences.
+
+        A chunk's last tokens, fewer than one sequence, are left out.
+        """
         if self.kind == "rows":
             return self.chunks["rows"].to_numpy()
         assert sequence_length, "a token dataset is cut into sequences of a given length"
         return self.chunks["tokens"].to_numpy() // sequence_length
 
     def file(self, name: str) -> Location:
-        """Where a file lies that this version needs beside its shards, such as `tokenizer.json`."""
+        """Locates a file that this version needs beside its shards, such as `tokenizer.json`."""
         if path := self.meta.get("files", {}).get(name):
             return self.location.join(path)
         kept = self.location.join(kept_path(self.digest, name))
@@ -92,12 +95,12 @@ class Manifest:
 
     @property
     def paths(self) -> list[str]:
-        """Of each chunk's shard."""
+        """Lists the path of each chunk's shard."""
         return self.chunks["path"].to_pylist()
 
     @property
     def places(self) -> np.ndarray:
-        """Of each chunk, int64; -1: not known."""
+        """Returns the place of each chunk, by which it is held out: int64; -1: not known."""
         return self.chunks["place"].to_numpy()
 
     @property
@@ -110,7 +113,7 @@ class Manifest:
 
 
 def digest(chunks: pa.Table, meta: dict[str, Any]) -> str:
-    """64 hex digits over the chunk rows and `meta` (without its own digest), independent of Parquet encoding."""
+    """Computes the digest of the chunk rows and `meta` (without its own digest): 64 hex digits, whatever the Parquet encoding."""
     h = hashlib.sha256(json.dumps({k: v for k, v in meta.items() if k != "digest"}, sort_keys=True).encode())
     for column in SCHEMA:
         values = chunks[column.name]
@@ -129,14 +132,14 @@ def digest(chunks: pa.Table, meta: dict[str, Any]) -> str:
 
 
 def place(hash: str) -> int:
-    """The place of a document whose text has this hash (hex)."""
+    """Computes the place of a document, which decides whether it is held out, from the hash of its text (hex)."""
     return PLACES - 1 - int(hash[:13], 16)
 
 
 def read_footer(location: Location, path: str, token_column: str | None, vocab_size: int | None = None) -> list[dict[str, Any]]:
-    """The manifest rows of one shard, from its footer alone: no data page is read.
+    """Reads the manifest rows of one shard from its footer alone: no data page is read.
 
-    DataError if it is not there, not Parquet, or (as far as the footer tells) not lists of token ids below `vocab_size`.
+    DataError if the shard is missing, not Parquet, or (as far as the footer shows) not lists of token ids below `vocab_size`.
     """
     place = location.join(path)
 
@@ -175,7 +178,7 @@ def read_footer(location: Location, path: str, token_column: str | None, vocab_s
 
 
 def _places(parquet: pq.FileMetaData) -> list[int]:
-    """Of each row group, as the footer has them; -1 where it does not, or not for these row groups."""
+    """Reads the place of each row group from the footer; -1 for all if the footer has none, or none that fit these row groups."""
     unknown = [-1] * parquet.num_row_groups
     try:
         found = json.loads((parquet.metadata or {}).get(PLACES_KEY, b"[]"))
@@ -186,7 +189,10 @@ def _places(parquet: pq.FileMetaData) -> list[int]:
 
 
 def _check_tokens(place: Location, parquet: pq.FileMetaData, columns: list[int], name: str, vocab_size: int | None) -> None:
-    """DataError unless the column is lists of integers; where it has statistics, also without empty ones, in the vocabulary."""
+    """Checks that the column is lists of integers; where it has statistics, also without empty lists and in the vocabulary.
+
+    DataError if it is not so.
+    """
     if not columns:
         raise DataError(f"{place}: has no column {name!r}")
     leaf = parquet.schema.column(columns[0])
@@ -211,7 +217,7 @@ def write(location: Location, rows: list[dict[str, Any]], meta: dict[str, Any]) 
 
 
 def write_table(location: Location, chunks: pa.Table, meta: dict[str, Any]) -> Manifest:
-    """`write` for rows that are a table already."""
+    """Sorts the chunk table by path and row group, computes the digest and writes the manifest: the dataset now exists."""
     chunks = _compact(_complete(chunks).cast(SCHEMA).sort_by([("path", "ascending"), ("row_group", "ascending")]))
     made = Manifest(location, chunks, {**meta, "digest": digest(chunks, meta)})
     keep(made)
@@ -220,14 +226,14 @@ def write_table(location: Location, chunks: pa.Table, meta: dict[str, Any]) -> M
 
 
 def keep(version: Manifest) -> None:
-    """Sees to it that this version is among those kept: datasets made before there were any have only `manifest.parquet`."""
+    """Stores this version in `manifests/` if it is not there: datasets from before versions have only `manifest.parquet`."""
     place = version.location.join(VERSIONS, version_name(version.digest))
     if not place.exists():
         place.write(_encode(version))
 
 
 def _complete(chunks: pa.Table) -> pa.Table:
-    """With all columns of SCHEMA, in its order, and `LATER`'s values where none is given."""
+    """Completes the table to all columns of SCHEMA, in its order, with the values of `LATER` where none is given."""
     columns = {column.name: chunks[column.name] for column in SCHEMA if column.name not in LATER}
     for name, unknown in LATER.items():
         value = pa.scalar(unknown, SCHEMA.field(name).type)
@@ -236,7 +242,7 @@ def _complete(chunks: pa.Table) -> pa.Table:
 
 
 def _compact(chunks: pa.Table) -> pa.Table:
-    """With what is the same in all chunks of a file held once."""
+    """Encodes paths and footers as dictionaries, so that what all chunks of a file share is held once."""
     for name in ("path", "footer"):
         column = chunks[name] if pa.types.is_dictionary(chunks[name].type) else chunks[name].dictionary_encode()
         chunks = chunks.set_column(chunks.schema.get_field_index(name), name, column.unify_dictionaries())
@@ -248,12 +254,12 @@ def version_name(digest: str) -> str:
 
 
 def kept_path(digest: str, name: str) -> str:
-    """Where a file beside the shards of a version without `files` goes when the version is replaced."""
+    """Returns the path to which a file beside the shards of a version without `files` is copied when the version is replaced."""
     return f"{FILES}/{digest[:12]}-{name}"
 
 
 def read_version(location: Location, name: str) -> Manifest:
-    """The version in a file of `manifests/`; DataError if it cannot be read."""
+    """Reads the version in a file of `manifests/`; DataError if it cannot be read."""
     return _read(location, VERSIONS, name)
 
 
@@ -265,8 +271,10 @@ def _encode(made: Manifest) -> bytes:
 
 
 def read(location: Location, digest: str | None = None) -> Manifest:
-    """The newest manifest, or the version of a digest. DataError if there is no finished dataset or no such version of it,
-    or the file does not match its own digest."""
+    """Reads the newest manifest, or the version of a digest.
+
+    DataError if there is no finished dataset or no such version of it, or the file does not match its own digest.
+    """
     try:
         newest = _read(location, FILE)
     except FileNotFoundError as e:
@@ -284,7 +292,7 @@ def read(location: Location, digest: str | None = None) -> Manifest:
 
 
 def read_shared(location: Location, digest: str) -> Manifest:
-    """`read` of a version, of which a large table is held once by all processes of this machine."""
+    """Reads the version of a digest; all processes of this machine share one copy of a large table."""
     file = location.join(FILE)
     if file.attempt(lambda: file.fs.get_file_info(file.path).size or 0) < mapped.LARGE:  # a byte a chunk is less than any has
         return read(location, digest)
@@ -321,7 +329,7 @@ def _read(location: Location, *parts: str) -> Manifest:
 
 
 def _outside(chunks: pa.Table, meta: dict[str, Any]) -> str | None:
-    """The first path that leaves the dataset's folder (`../x`, `/x`) or is none (`a//b`), if there is one."""
+    """Finds the first path that leaves the dataset's folder (`../x`, `/x`) or is invalid (`a//b`), if there is one."""
     files, digests = meta.get("files", {}), meta.get("digests", {})
     named = [*meta.get("parts", {}), *files, *files.values(), *digests, *digests.values()]
     paths = pa.chunked_array([pc.unique(chunks["path"]).cast(pa.string()), pa.array(named, pa.string())])

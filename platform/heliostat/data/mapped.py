@@ -1,5 +1,6 @@
-"""Large tables in files of this machine, mapped into memory: its processes share one copy, which the kernel may drop and read
-again. Whatever has fewer than LARGE rows stays in the process's own memory.
+"""Maps large tables in files of this machine into memory: its processes share one copy, which the kernel may drop and read again.
+
+Tables of fewer than LARGE rows stay in the process's own memory.
 
 The files lie in a folder of this user alone (`heliostat-tables-UID` in the folder for temporary files). A table is made by one
 process while the others wait; where no file can be written, each process keeps a table of its own. Files that none has opened
@@ -30,7 +31,10 @@ DAY_S = 86_400
 
 
 def table(key: Any, build: Callable[[], pa.Table]) -> pa.Table:
-    """What `build` returns; of JSON-like `key`, which names all that it depends on, one file is made on this machine."""
+    """Returns the table that `build` makes, which is built once on this machine and shared by its processes through a file.
+
+    `key` is JSON-like and names everything that the table depends on.
+    """
     file = _folder() / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.arrow"
     if (found := _open(file)) is not None:
         return found
@@ -51,7 +55,7 @@ def _folder() -> Path:
 
 
 def _open(file: Path) -> pa.Table | None:
-    """The table in the file; None if there is none, or another user could have written it."""
+    """Opens the table in the file; None if there is none, or if another user could have written it."""
     try:
         folder = os.lstat(file.parent)
         if folder.st_uid != os.getuid() or folder.st_mode & 0o077 or not file.is_file():
@@ -64,7 +68,7 @@ def _open(file: Path) -> pa.Table | None:
 
 @contextmanager
 def _alone(file: Path) -> Iterator[None]:
-    """Holds the file's lock, which ends with the process. OSError if it cannot be had."""
+    """Holds the file's lock, which ends with the process; OSError if it cannot be acquired."""
     file.parent.mkdir(mode=0o700, exist_ok=True)
     folder = os.lstat(file.parent)
     if folder.st_uid != os.getuid() or folder.st_mode & 0o077:
@@ -83,7 +87,7 @@ def _alone(file: Path) -> Iterator[None]:
 
 
 def _write(file: Path, made: pa.Table) -> None:
-    """Writes the table whole or not at all, and removes what has not been used for long."""
+    """Writes the table whole or not at all, and removes files that have not been used for a day."""
     for other in file.parent.glob("*"):
         if other != file.with_suffix(".lock") and time.time() - other.stat().st_mtime > DAY_S:
             other.unlink(missing_ok=True)

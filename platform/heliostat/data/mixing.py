@@ -1,4 +1,4 @@
-"""Where a run's global sequence is cut: pure functions, like `order`'s.
+"""Cuts a run's global sequence into sections, windows and blocks, with pure functions.
 
 Sources are interleaved by weight (`Mixture`). Weights may change at given steps (a curriculum), and a source may be used up
 (`max_epochs`): `sections` cuts the run there.
@@ -20,7 +20,7 @@ MAX_STEPS_PER_BLOCK = 128
 
 @dataclass(frozen=True)
 class Shape:
-    """The cut of the global sequence; recorded with the run, because the order follows from it."""
+    """Describes how the global sequence is cut; recorded with the run, because the order follows from it."""
 
     batch: int  # G
     lanes: int  # C
@@ -30,7 +30,7 @@ class Shape:
 
     @property
     def per_lane(self) -> int:
-        """Samples of a lane in a step."""
+        """Returns the samples of a lane in a step."""
         return self.batch // self.lanes
 
     @property
@@ -39,8 +39,10 @@ class Shape:
 
 
 def choose_shape(batch: int, lanes: int, sample_bytes: int, window: int | None = None, one_source: bool = False) -> Shape:
-    """Blocks of about 8 MB and at most 128 steps; windows of about 32 MB, or of at least `window` samples. `one_source`: a
-    lane's samples of a step are all of one."""
+    """Chooses blocks of about 8 MB and at most 128 steps, and windows of about 32 MB, or of at least `window` samples.
+
+    `one_source`: all samples of a lane in a step are of one source.
+    """
     per_lane = batch // lanes
     steps_per_block = min(MAX_STEPS_PER_BLOCK, max(1, BLOCK_BYTES // (per_lane * sample_bytes)))
     block = steps_per_block * per_lane
@@ -50,7 +52,7 @@ def choose_shape(batch: int, lanes: int, sample_bytes: int, window: int | None =
 
 @dataclass(frozen=True)
 class Section:
-    """Steps that are mixed and cut alike. A change of weights, or a source that is used up, starts a new one."""
+    """Describes consecutive steps with one mixture and one cut; a change of weights or a used-up source starts a new section."""
 
     first_step: int
     steps: int | None  # a multiple of `steps_per_block`; None: endless
@@ -61,11 +63,11 @@ class Section:
     base: np.ndarray  # int64 [sources], samples of each source before `origin`
 
     def before(self, position: int) -> np.ndarray:
-        """Samples of each source before a position of this section, or its end: int64 [sources]."""
+        """Counts the samples of each source before a position of this section, or before its end: int64 [sources]."""
         return self.base + self.mixture.counts(position - self.origin)
 
     def lay_out(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """(source, index in the source's stream) of this section's positions [begin, end), int64 both."""
+        """Computes (source, index in the source's stream) of this section's positions [begin, end), both int64."""
         source, item = self.mixture.lay_out(begin - self.origin, end - self.origin)
         return source, self.base[source] + item
 
@@ -73,7 +75,7 @@ class Section:
 def sections(
     mix: list[tuple[int, list[float]]], caps: list[int | None], shape: Shape, carry: bool = True
 ) -> tuple[list[Section], int | None]:
-    """The run cut into sections, and the step at which its data runs out (None: never).
+    """Cuts the run into sections, and finds the step at which its data runs out (None: never).
 
     `mix`: (step, weights from there on), ascending; `caps`: the most samples to take of each source. A source is left out
     from the first step that would exceed its cap; the others share its weight. Where a section's steps are no multiple of
@@ -117,7 +119,7 @@ def sections(
 
 
 def _affordable(mixture: Mixture, left: np.ndarray, batch: int, most: int | None) -> int | None:
-    """Whole steps until the first source would exceed what is left of it, at most `most`; None if none ever does."""
+    """Computes how many whole steps the sources' remaining samples (`left`) last, at most `most`; None if they last for ever."""
 
     def fits(steps: int) -> bool:
         return bool((mixture.counts(steps * batch) <= left).all())
@@ -136,7 +138,7 @@ def _affordable(mixture: Mixture, left: np.ndarray, batch: int, most: int | None
 
 
 def _cut(steps: int | None, steps_per_block: int) -> list[tuple[int | None, int]]:
-    """(steps, steps per block) of the sections that `steps` steps are cut into."""
+    """Cuts `steps` steps into sections: a (steps, steps per block) for each."""
     if steps is None:
         return [(None, steps_per_block)]
     whole, rest = steps // steps_per_block * steps_per_block, steps % steps_per_block

@@ -1,4 +1,4 @@
-"""Stride scheduling by arithmetic: which source each position of a mix has, and how many of each come before it. No tables.
+"""Schedules sources by stride, with arithmetic in place of tables: the source of each position, and counts before a position.
 
 Source s, whose share is c_s of P, has its j-th sample due at time (j + 1/2 - d_s) * P / c_s, in positions; d_s is what the
 source is owed when the mix begins. The positions take the samples in the order in which they are due (of equals, the first
@@ -23,9 +23,9 @@ OWED = 1 << 40  # parts of a sample in which the account of what a source is owe
 
 
 def proportions(weights: Sequence[float]) -> list[int]:
-    """The smallest whole numbers in these proportions. ConfigError if they add up to too long a period.
+    """Reduces weights to the smallest whole numbers in the same proportions; ConfigError if they add up to too long a period.
 
-    The bound keeps every product in 64 bits, and the fractions that are compared apart in double precision.
+    The bound keeps every product in 64 bits, and the fractions that are compared distinct in double precision.
     """
     shares = [Fraction(repr(w)) for w in weights]
     scale = math.lcm(*(s.denominator for s in shares))
@@ -37,7 +37,7 @@ def proportions(weights: Sequence[float]) -> list[int]:
 
 
 class Mixture:
-    """An endless mix. `owed`: what each source is owed at its beginning, in units of `unit` samples, times OWED."""
+    """Mixes sources endlessly; `owed` is what each source is owed at the beginning, in units of `unit` samples, times OWED."""
 
     def __init__(self, weights: Sequence[float], unit: int = 1, owed: Sequence[int] | None = None) -> None:
         self.unit = unit  # consecutive positions of one source
@@ -50,11 +50,11 @@ class Mixture:
 
     @property
     def shares(self) -> np.ndarray:
-        """float64 [sources], of one."""
+        """Returns the sources' shares, which sum to 1: float64 [sources]."""
         return self._part / self.period
 
     def counts(self, position: int) -> np.ndarray:
-        """Samples of each source before a position, int64 [sources]."""
+        """Counts the samples of each source before a position, int64 [sources]."""
         units, inside = divmod(int(position), self.unit)
         counts, time = self._before(units)
         source, _ = self._due(counts, self._by(time + 1), time)
@@ -64,7 +64,7 @@ class Mixture:
         return counts
 
     def lay_out(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """(source, the how-manieth sample of it) of the positions [begin, end), int64 both."""
+        """Computes (source, index of the sample among the source's) for the positions [begin, end), both int64."""
         first, last = begin // self.unit, -(-end // self.unit)
         counts, time = self._before(first)
         source, item = self._due(counts, self._by(self._before(last)[1] + 1), time)
@@ -77,21 +77,21 @@ class Mixture:
         return source, item
 
     def owed(self, position: int) -> list[int]:
-        """What each source is owed at a position that a unit starts at, in units times OWED: its share less what it had."""
+        """Computes what each source is owed at the start of a unit, in units times OWED: its share less what was taken of it."""
         units = position // self.unit
         taken = (self.counts(position) // self.unit).tolist()
         due = [(c * units * OWED + self.period // 2) // self.period for c in self.parts]
         return [d + new - n * OWED for d, new, n in zip(self._owed, due, taken, strict=True)]
 
     def _by(self, time: int) -> np.ndarray:
-        """Units of each source that are due before a time (a whole number of positions)."""
+        """Counts the units of each source that are due before a time (a whole number of positions)."""
         periods, rest = divmod(time, self.period)
         inside = (2 * HALVES * rest) * self._part + (self._debt - HALVES) * self.period
         found = periods * self._part - (-inside // (2 * HALVES * self.period))
         return np.where(self._active, np.maximum(found, 0), 0)
 
     def _before(self, units: int) -> tuple[np.ndarray, int]:
-        """(units of each source that are due before it, the time): the last time before which no more than `units` are due."""
+        """Finds the last time before which at most `units` units are due: (units of each source due before it, the time)."""
         most = int(np.abs(self._debt).sum()) // (2 * HALVES) + len(self.parts) + 1
         high = units + most  # a time before which more are due
         low, stride = high - 2 * most, 2 * most
@@ -103,7 +103,7 @@ class Mixture:
         return self._by(low), low
 
     def _due(self, first: np.ndarray, last: np.ndarray, time: int) -> tuple[np.ndarray, np.ndarray]:
-        """(source, number) of the units [first, last) of the sources, in the order in which they are due, from `time` on."""
+        """Sorts the sources' units [first, last) by when they are due, from `time` on: (source, number of the unit)."""
         sizes = last - first
         source = np.repeat(np.arange(len(sizes)), sizes)
         item = np.arange(len(source)) - np.repeat(np.cumsum(sizes) - sizes - first, sizes)

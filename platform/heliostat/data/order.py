@@ -1,4 +1,4 @@
-"""Which samples every step trains on: pure functions of (chunk sizes, weights, seed, step). No I/O, no Ray.
+"""Orders the samples that every step trains on: pure functions of (chunk sizes, weights, seed, step). No I/O, no Ray.
 
 Terms. A *chunk* is a Parquet row group, the unit that storage reads well. Each source's chunks are permuted anew every
 epoch; their samples, one chunk after another, form the source's stream. Sources are interleaved by weight into the run's
@@ -35,13 +35,13 @@ SLICE = 1 << 20  # chunks that are looked at together, where all would take much
 
 
 def permutation(size: int, *key: int) -> np.ndarray:
-    """A permutation of range(size), int64, fixed by the key on every machine and NumPy version."""
+    """Computes a permutation of range(size), int64, which the key determines on every machine and NumPy version."""
     return np.argsort(np.random.Philox(np.random.SeedSequence(key)).random_raw(size))
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Where samples are, all arrays of one length; `position` is the place in the global sequence."""
+    """Locates samples in the sources, as arrays of one length; `position` is the position in the global sequence."""
 
     position: np.ndarray  # int64
     source: np.ndarray  # int16
@@ -63,7 +63,7 @@ class Round:
 
 
 class Order:
-    """The run's global sequence. Building costs O(chunks) per source and epoch touched; nothing is ever skip-read."""
+    """Computes the run's global sequence at O(chunks) per source and epoch touched; nothing is ever read only to be skipped."""
 
     def __init__(
         self,
@@ -75,9 +75,12 @@ class Order:
         skips: list[tuple[int, int]] | None = None,
         version: int = NEWEST,
     ) -> None:
-        """`mix`: (step, weights from there on), from the sequence's first step; `max_epochs`: None is no limit; `skips`:
-        (step, count): from this step of the run on it takes what is so many steps later in the sequence; `version`: of the
-        data plan."""
+        """Builds the sequence from the sources' splits.
+
+        `mix`: (step, weights from there on), from the sequence's first step; `max_epochs`: None is no limit; `skips`: (step,
+        count): from this step of the run on, the sequence is taken `count` steps later; `version`: of the data plan. ConfigError
+        if a source has no training sample, or `max_epochs` leaves less than one step.
+        """
         for i, split in enumerate(splits):
             if not split.trained:
                 raise ConfigError(
@@ -104,7 +107,7 @@ class Order:
 
     @property
     def per_window(self) -> int:
-        """Blocks of a window; a section's last window may hold fewer."""
+        """Returns the blocks of a window; a section's last window may hold fewer."""
         return self.shape.window // self.shape.block
 
     def _section(self, starts: np.ndarray, at: int) -> int:
@@ -112,11 +115,11 @@ class Order:
         return int(np.searchsorted(starts, at, side="right")) - 1
 
     def data_step(self, step: int) -> int:
-        """The step of the sequence that a step of the run takes: they differ where samples were left out."""
+        """Converts a step of the run to the step of the sequence that it takes: they differ where steps were left out."""
         return step + sum(count for at, count in self.skips if at <= step)
 
     def round_of(self, step: int) -> Round:
-        """The round of the sequence that a step of the run takes its samples from."""
+        """Finds the round of the sequence that a step of the run takes its samples from; DataError if the data ends before it."""
         step = self.data_step(step)
         number = self._section(self._steps, step)
         section = self.sections[number]
@@ -133,19 +136,19 @@ class Order:
         )
 
     def step(self, step: int) -> np.ndarray:
-        """Positions of a step's global batch, int64 [lanes, samples of a lane]."""
+        """Computes the positions of a step's global batch, int64 [lanes, samples of a lane]."""
         shape, inside = self.shape, self.round_of(step)
         first = inside.begin + (self.data_step(step) - inside.first_step) * shape.per_lane
         lanes = np.arange(shape.lanes)[:, None] * (inside.steps * shape.per_lane)
         return first + lanes + np.arange(shape.per_lane)[None, :]
 
     def window_of(self, block: int) -> int:
-        """The number of the window that a block is in."""
+        """Finds the number of the window that a block is in."""
         number = self._section(self._blocks, block)
         return int(self._windows[number] + (block - self._blocks[number]) // self.per_window)
 
     def blocks(self, window: int) -> range:
-        """The numbers of a window's blocks."""
+        """Returns the numbers of a window's blocks."""
         number = self._section(self._windows, window)
         section, first = self.sections[number], int(self._blocks[number])
         begin = first + (window - int(self._windows[number])) * self.per_window
@@ -155,14 +158,14 @@ class Order:
         return range(begin, end)
 
     def block(self, number: int) -> np.ndarray:
-        """Positions of a block, int64 [R]."""
+        """Computes the positions of a block, int64 [R]."""
         index = self._section(self._blocks, number)
         section = self.sections[index]
         size = section.steps_per_block * self.shape.per_lane
         return section.begin + (number - int(self._blocks[index])) * size + np.arange(size, dtype=np.int64)
 
     def window_at(self, position: int) -> tuple[int, int, int]:
-        """The number of the window that a position is in, and its positions [begin, end)."""
+        """Finds the window that a position is in: its number, and its positions [begin, end)."""
         index = self._section(self._begins, position)
         section = self.sections[index]
         size = self.per_window * section.steps_per_block * self.shape.per_lane
@@ -172,13 +175,16 @@ class Order:
         return int(self._windows[index]) + number, begin, end
 
     def consumed(self, step: int) -> np.ndarray:
-        """Samples of each source before `step`, left out ones too, int64 [sources]; inside a round, within one a lane."""
+        """Counts the samples of each source before `step`, left-out ones too, int64 [sources].
+
+        Inside a round the count is within one sample for each lane.
+        """
         step = self.data_step(step)
         section = self.sections[self._section(self._steps, max(step, int(self._steps[0])))]
         return section.before(section.begin + (step - section.first_step) * self.shape.batch)
 
     def before(self, position: int) -> np.ndarray:
-        """Samples of each source at positions before this one, int64 [sources]."""
+        """Counts the samples of each source before a position of the global sequence, int64 [sources]."""
         return self._at(position).before(position)
 
     def _at(self, position: int) -> Section:
@@ -187,7 +193,7 @@ class Order:
     # the samples -----------------------------------------------------------------------------------------------------
 
     def epoch(self, source: int, number: int) -> Epoch:
-        """A source's chunks in an epoch's order; the last two of each source are kept."""
+        """Returns a source's chunks in an epoch's order; caches the last two epochs of each source."""
         key = (source, number)
         found = self._epochs.get(key)
         if found is None:  # threads may find it twice; none may find it gone
@@ -197,7 +203,7 @@ class Order:
         return found
 
     def locate(self, positions: np.ndarray) -> Samples:
-        """The samples at positions of the global sequence, int64 [n] in any order."""
+        """Locates the samples at positions of the global sequence, int64 [n] in any order."""
         positions = np.asarray(positions, dtype=np.int64)
         source, epoch = np.empty(len(positions), np.int16), np.empty(len(positions), np.int32)
         chunk, row = np.empty(len(positions), np.int32), np.empty(len(positions), np.int64)
@@ -219,7 +225,7 @@ class Order:
     def _locate_in_source(
         self, source: int, index: np.ndarray, first: int, last: int, window: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(epoch, chunk, row) of stream indices that all lie in one window, whose part of the stream is [first, last)."""
+        """Locates stream indices of one window as (epoch, chunk, row); the window has [first, last) of the source's stream."""
         size = int(self.epoch_samples[source])
         epochs = index // size
         chunk, row = np.empty(len(index), np.int32), np.empty(len(index), np.int64)
@@ -232,11 +238,11 @@ class Order:
         return epochs.astype(np.int32), chunk, row
 
     def held_shares(self, count: int) -> list[int]:
-        """How many held-out samples each source is asked for, by its weight; rounded, so the sum may be other than `count`."""
+        """Computes how many held-out samples each source is asked for, by its weight; rounded, so the sum may not be `count`."""
         return [max(1, round(count * share)) for share in self.sections[0].mixture.shares]
 
     def held_out(self, count: int) -> Samples:
-        """At most `count` held-out samples, spread evenly over each source's, sources in proportion to their weights."""
+        """Chooses at most `count` held-out samples, spread evenly over each source's, sources in proportion to their weights."""
         parts, asked = [], self.held_shares(count)
         for s, split in enumerate(self.splits):
             total = int(split.held.sum())
@@ -252,7 +258,7 @@ class Order:
 
 
 def shuffled(chunks: int, key: tuple[int, ...]) -> np.ndarray:
-    """The permutation of so many chunks, int32; a large one is held once by all processes of this machine."""
+    """Permutes `chunks` chunks, int32; all processes of this machine share one copy of a large permutation."""
     if chunks < mapped.LARGE:
         return permutation(chunks, *key).astype(np.int32)
     made = mapped.table(["permutation", chunks, *key], lambda: pa.table({"chunk": permutation(chunks, *key).astype(np.int32)}))
@@ -260,7 +266,7 @@ def shuffled(chunks: int, key: tuple[int, ...]) -> np.ndarray:
 
 
 class Epoch:
-    """A source's chunks in the order of an epoch. Of their sizes only sums over runs of chunks are kept."""
+    """Holds a source's chunks in the order of an epoch; of their sizes it keeps only sums over runs of chunks."""
 
     def __init__(self, split: Split, key: tuple[int, ...]) -> None:
         self.split, self.chunks = split, shuffled(len(split.samples), key)
@@ -272,7 +278,7 @@ class Epoch:
         return self.split.samples[chunks] - self.split.held[chunks]
 
     def locate(self, places: np.ndarray, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """(chunk, row) of places in the epoch that all lie in [begin, end)."""
+        """Locates places in the epoch, all in [begin, end), as (chunk, row)."""
         first, last = np.searchsorted(self._ends, [begin, end - 1], side="right").tolist()
         chunks = self.chunks[first * RUN : (last + 1) * RUN]
         train = self._train(chunks)

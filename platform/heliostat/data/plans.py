@@ -1,4 +1,4 @@
-"""Data plans as they are recorded (a run's segments, its checkpoints, `data.json`), read back or refused in one line."""
+"""Reads recorded data plans (of a run's segments, its checkpoints, `data.json`), or refuses them with a one-line error."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ RAW, PLAN = Format(dict[str, Any], "data plan"), Format(Plan, "data plan", check
 
 
 def build(raw: Any, where: object) -> DataPlan:
-    """The plan that was dumped as `raw`; DataError that names `where` if it is none."""
+    """Builds the plan that was dumped as `raw`; DataError that names `where` if it is no valid plan."""
     if isinstance(raw, dict):  # plans of before there were any do not name theirs
         shape = raw.get("shape")
         raw = {"skips": [], **raw, **({"shape": {"unit": 1, **shape}} if isinstance(shape, dict) else {})}
@@ -75,5 +75,5 @@ def build(raw: Any, where: object) -> DataPlan:
 
 
 def read(place: Location) -> DataPlan:
-    """The plan in a file; FileNotFoundError if there is none."""
+    """Reads the plan in a file; FileNotFoundError if there is none."""
     return build(RAW.read(place), place)

@@ -1,4 +1,4 @@
-"""A shard as a file: its footer, where its row groups lie, and what tells another file in its place.
+"""Reads shards as files: the footer, the extent of row groups, and the checks that find a file that was exchanged.
 
 The manifest holds the digest of every shard's footer, which is compared whenever a chunk is read: a shard that was exchanged is
 not taken for the one that was listed. Of shards that `prepare` wrote it also holds XXH3-128 of each chunk's bytes as they are
@@ -22,7 +22,7 @@ TAIL = 64 << 10  # bytes that are read first: most footers fit
 
 @dataclass(frozen=True)
 class Footer:
-    """Of a file of `size` bytes; `digest` is 32 hex digits."""
+    """Describes the footer of a shard of `size` bytes; `digest` is 32 hex digits."""
 
     size: int
     digest: str
@@ -30,7 +30,7 @@ class Footer:
 
 
 def read_footer(file: Any) -> Footer:
-    """The footer of an open Parquet file, in one small read or two; an Arrow error, OSError or ValueError if it has none."""
+    """Reads the footer of an open Parquet file in one or two small reads; Arrow error, OSError or ValueError if it has none."""
     size = file.size()
     tail = file.read_at(min(size, TAIL), max(0, size - TAIL))
     length = int.from_bytes(tail[-8:-4], "little") + 8
@@ -41,7 +41,7 @@ def read_footer(file: Any) -> Footer:
 
 
 def extent(parquet: pq.FileMetaData, group: int, column: str | None) -> tuple[int, int]:
-    """Where a row group's bytes begin and end in the file, or those of one of its columns."""
+    """Computes the byte range (begin, end) of a row group in the file, or of one of its columns."""
     info = parquet.row_group(group)
     found = [info.column(i) for i in range(info.num_columns)]
     ranges = [
@@ -57,19 +57,21 @@ def content_digest(raw: Any) -> str:
 
 
 def content_digests(data: bytes, column: str | None) -> list[str]:
-    """Of every row group of a whole file, what is read of it in training: all, or one column."""
+    """Computes the XXH3-128 of the bytes that training reads of each row group of a whole file: all of them, or one column."""
     parquet = pq.read_metadata(io.BytesIO(data))
     places = [extent(parquet, group, column) for group in range(parquet.num_row_groups)]
     return [content_digest(memoryview(data)[start:end]) for start, end in places]
 
 
 class ExchangedError(ValueError):
-    """A shard, or a chunk of it, that is not the one in the manifest."""
+    """Reports that a shard, or a chunk of it, is not the one that the manifest lists."""
 
 
 def read_group(file: Any, group: int, column: str | None, footer: str, content: str) -> pa.Table:
-    """A row group of an open file, or one column of it, if the footer is the one that is expected, and the content is as far as
-    that is known ("" if not)."""
+    """Reads a row group of an open file, or one column of it, after comparing the digests of the footer and of the content.
+
+    `content` is "" where the manifest does not know it. ExchangedError if a digest differs.
+    """
     found = read_footer(file)
     if found.digest != footer:
         raise ExchangedError("another shard lies there: its footer is not the one that the manifest lists")
@@ -85,7 +87,7 @@ def read_group(file: Any, group: int, column: str | None, footer: str, content: 
 
 
 class _Part:
-    """The bytes of a file from `start` on, at their place in it, as Python's files are read."""
+    """Presents the bytes of a file from `start` on as a Python file, at their offsets in the whole file."""
 
     closed = False
 

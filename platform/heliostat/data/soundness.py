@@ -1,4 +1,4 @@
-"""Whether a manifest with a right digest can be what it says: places inside the dataset, counts that are counts, known facts."""
+"""Checks whether a manifest with a matching digest can be true: paths inside the dataset, counts in range, known facts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COUNTS = ("row_group", "rows", "tokens", "bytes", "file_bytes")
 
 @open_
 class Meta(TypedDict):
-    """The facts that the engine itself takes from a manifest; pipelines say more."""
+    """Describes the metadata that the engine itself takes from a manifest; pipelines add more."""
 
     kind: Annotated[str, Field(min_length=1)]
     digest: str
@@ -37,7 +37,7 @@ META = Format(Meta, "metadata")
 
 
 def fault(chunks: pa.Table, meta: dict[str, Any]) -> str:
-    """What cannot be; empty if all can."""
+    """Finds what cannot be true in a manifest's chunks and metadata, and describes it; empty if all can."""
     try:
         META.build(meta, "its metadata")
     except DataError as e:

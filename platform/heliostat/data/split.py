@@ -1,4 +1,4 @@
-"""Which samples are held out: a pure function of what is in each chunk, whatever the seed, the order or the other chunks.
+"""Splits samples into training and held-out ones: a pure function of each chunk's content, whatever the seed or the other chunks.
 
 A document lies in one chunk, or in chunks of one place, so chunks that are held out whole hold out whole documents. Each chunk
 has a place between 0 and 1; those below `evaluate.fraction` are held out. So what a fraction holds out is held out at every
@@ -24,7 +24,7 @@ NEWEST = 2  # of the split and the order; recorded in the data plan
 
 
 def hash64(values: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser (Steele et al. 2014), uint64 to uint64: spreads counters and digests evenly."""
+    """Computes SplitMix64's finaliser (Steele et al. 2014), uint64 to uint64: spreads counters and digests evenly."""
     z = values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -33,8 +33,10 @@ def hash64(values: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Split:
-    """A source's chunks divided into training and held-out samples: in each chunk a run of `held` rows from `start`, which
-    goes on at row 0 behind the last."""
+    """Divides a source's chunks into training and held-out samples.
+
+    In each chunk a run of `held` rows from `start` is held out, which goes on at row 0 behind the chunk's last.
+    """
 
     samples: np.ndarray  # int64 [chunks], all samples
     held: np.ndarray  # int64 [chunks]
@@ -46,22 +48,22 @@ class Split:
 
     @property
     def trained(self) -> int:
-        """Training samples of all chunks."""
+        """Counts the training samples of all chunks."""
         return int(self.samples.sum()) - int(self.held.sum())
 
     def train_rows(self, chunk: np.ndarray, number: np.ndarray) -> np.ndarray:
-        """The rows of the chunks' training samples with these numbers."""
+        """Maps numbers of the chunks' training samples to their rows."""
         samples, held, start = self.samples[chunk], self.held[chunk], self.start[chunk]
         row = number + np.maximum(start + held - samples, 0)
         return np.where(row >= start, row + held, row)
 
     def held_rows(self, chunk: np.ndarray, number: np.ndarray) -> np.ndarray:
-        """The rows of the chunks' held-out samples with these numbers."""
+        """Maps numbers of the chunks' held-out samples to their rows."""
         return (self.start[chunk] + number) % self.samples[chunk]
 
 
 def split(source: Manifest, sequence_length: int | None, fraction: float, version: int = NEWEST) -> Split:
-    """Training and held-out samples of a dataset, as a version of the data plan has it."""
+    """Splits a dataset into training and held-out samples by the rules of a version of the data plan."""
     if len(source.chunks) < mapped.LARGE:
         return _split(source, sequence_length, fraction, version)
 
@@ -90,21 +92,23 @@ def _split(source: Manifest, sequence_length: int | None, fraction: float, versi
 
 
 def _identity(source: Manifest) -> np.ndarray:
-    """uint64 [chunks], from the digest of each chunk's file and its number in it."""
+    """Identifies each chunk by its shard's footer digest and its row group: uint64 [chunks]."""
     footers = source.chunks["footer"].unify_dictionaries().combine_chunks()
     known = np.array([int(f[:16], 16) for f in footers.dictionary.to_pylist()], dtype=np.uint64)
     return known[footers.indices.to_numpy()] + source.chunks["row_group"].to_numpy().astype(np.uint64)
 
 
 def whole(samples: np.ndarray, places: np.ndarray, fraction: float) -> Split:
-    """The chunks whose place is below the fraction, whole."""
+    """Holds out, whole, the chunks whose place is below the fraction."""
     held = np.where(places < fraction, samples, 0)
     return Split(samples.astype(np.int64), held.astype(np.int64), np.broadcast_to(np.int64(0), len(samples)))
 
 
 def growing_runs(samples: np.ndarray, identity: np.ndarray, fraction: float) -> Split:
-    """Of each chunk floor(samples * fraction + u) rows, u uniform by hash: the total is right on average however small the
-    chunks."""
+    """Holds out floor(samples * fraction + u) rows of each chunk, with u uniform by hash.
+
+    The total is right on average however small the chunks are.
+    """
     first, second = _hashes(identity)
     held = np.minimum(np.floor(samples * fraction + first / 2.0**64).astype(np.int64), samples)
     start = (second % np.maximum(samples, 1).astype(np.uint64)).astype(np.int64)
@@ -112,7 +116,10 @@ def growing_runs(samples: np.ndarray, identity: np.ndarray, fraction: float) -> 
 
 
 def runs(samples: np.ndarray, identity: np.ndarray, fraction: float) -> Split:
-    """Version 1: as `growing_runs`, but a run ends within its chunk, so where it starts depends on the fraction."""
+    """Holds out floor(samples * fraction + u) rows of each chunk by the rules of version 1 of the data plan.
+
+    A run of held-out rows ends within its chunk, so where it starts depends on the fraction (in `growing_runs` it does not).
+    """
     first, second = _hashes(identity)
     held = np.minimum(np.floor(samples * fraction + first / 2.0**64).astype(np.int64), samples)
     start = (second % (samples - held + 1).astype(np.uint64)).astype(np.int64)

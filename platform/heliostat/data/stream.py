@@ -1,4 +1,4 @@
-"""Streaming the run's samples from storage through Ray Data to the workers, in exactly the order that `order` says.
+"""Streams the run's samples from storage through Ray Data to the workers, in exactly the order that `order` defines.
 
 `dataset(...)` is a Ray Dataset whose blocks are those of the order, in order: a task (`Fetch`) fetches a window and yields its
 blocks one by one, so each window is read once and the first block leaves before the last is cut. `split` hands
@@ -36,7 +36,7 @@ COPIES = 4  # of a window while it is fetched: its chunks, its samples, its bloc
 
 @dataclass(frozen=True)
 class Fetch:
-    """A map task: a window's index -> its blocks, as far as they are in one of the `wanted` ranges."""
+    """Fetches windows, as a Ray Data map task: a window's index -> those of its blocks that lie in one of the `wanted` ranges."""
 
     plan: DataPlan
     windows: tuple[tuple[int, int], ...]
@@ -74,12 +74,12 @@ class Fetch:
 
 
 def _one(data: pa.Buffer) -> pa.Array:
-    """A column of one binary value, which is not copied."""
+    """Wraps one binary value as an Arrow column, without a copy."""
     return pa.Array.from_buffers(pa.large_binary(), 1, [None, pa.py_buffer(np.array([0, len(data)], np.int64)), data])
 
 
 def fetch(plan: DataPlan, order: Order, start_step: int, steps: int, replace: bool) -> Fetch:
-    """What fetches the blocks of steps [start_step, steps), and none that lie wholly within what is left out."""
+    """Makes the task that fetches the blocks of steps [start_step, steps), without those that consist of left-out steps alone."""
     edges = [start_step, *sorted(at for at, _ in order.skips if start_step < at < steps), steps]
     wanted, windows = list[tuple[int, int]](), list[tuple[int, int]]()
     for begin, end in pairwise(edges):
@@ -90,15 +90,18 @@ def fetch(plan: DataPlan, order: Order, start_step: int, steps: int, replace: bo
 
 
 def _extend(ranges: list[tuple[int, int]], begin: int, end: int) -> None:
-    """Adds [begin, end) to ascending ranges, without what the last one holds already."""
+    """Adds [begin, end) to ascending ranges, merged with the last one where they touch or overlap."""
     if ranges and begin <= ranges[-1][1]:
         begin = ranges.pop()[0]
     ranges.append((begin, end))
 
 
 def dataset(task: Fetch, concurrency: int, memory_limit: int, sample_bytes: int, labels: dict[str, str] | None = None) -> Any:
-    """The Ray Dataset of the task's blocks, a Ray block each; at most `concurrency` windows in flight, and as memory allows.
-    With `labels`, only nodes that carry them fetch."""
+    """Makes the Ray Dataset of the task's blocks, a Ray block each.
+
+    At most `concurrency` windows are in flight, fewer where `memory_limit` does not allow so many. With `labels`, only nodes that
+    carry them fetch.
+    """
     context = ray.data.DataContext.get_current().copy()
     context.target_max_block_size = 1  # a block per yielded row
     context.execution_options.preserve_order = True
@@ -115,9 +118,10 @@ def dataset(task: Fetch, concurrency: int, memory_limit: int, sample_bytes: int,
 
 
 def split(data: Any, workers: int) -> list[Any]:
-    """A worker's part each, in order, block by block. The stream runs in an actor of its own on this node (see `end`).
+    """Splits the stream into one part for each worker, in order, block by block.
 
-    Ray Train could do it, with one more process, and only once the workers have started.
+    The stream runs in an actor of its own on this node, which `end` stops. Ray Train could split it too, but with one more
+    process, and only once the workers have started.
     """
     return data.streaming_split(workers, equal=False)
 
@@ -129,8 +133,11 @@ def end(parts: list[Any]) -> None:
 
 @dataclass(frozen=True)
 class StepSamples:
-    """A worker's share of a step: its samples, lanes in order; `lanes` their numbers; `digests` one a lane; `bad` the
-    samples that were replaced."""
+    """Holds a worker's share of a step.
+
+    `content`: its samples, in lane order; `lanes`: the lanes' numbers; `digests`: one for each lane; `bad`: the samples that were
+    replaced.
+    """
 
     content: Content
     lanes: range
@@ -174,14 +181,14 @@ class LaneStream:
 
 
 def iterate(part: Any, plan: DataPlan, order: Order, rank: int, workers: int, start_step: int) -> LaneStream:
-    """The worker's stream over its part, prefetching a round ahead, from now on."""
+    """Starts a worker's stream over its part, which prefetches a round ahead from now on."""
     lanes = plan.shape.lanes // workers
     batches = part.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=2 * lanes)
     return LaneStream(begun(iter(batches)), plan, order, rank, workers, start_step)
 
 
 def begun(blocks: Iterator[Any]) -> Iterator[Any]:
-    """The same, with the first one fetched while the caller is busy with something else."""
+    """Fetches the first block in a thread while the caller is busy with something else; yields it and the blocks behind it."""
     first: Future[Any] = Future()
 
     def fetch() -> None:

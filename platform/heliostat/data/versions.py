@@ -1,8 +1,8 @@
-"""The versions of a prepared dataset that lie beside one another in its folder, and when a replaced one goes.
+"""Manages the versions of a prepared dataset, which lie side by side in its folder, and removes the replaced ones when due.
 
-A shard's name says what is in it (`shards/00017/3f2a....parquet`: its number and the digest of its bytes), and so does the name
-of a file that a version needs beside its shards (`files/tokenizer-9c01....json`). So a new version is written beside the old one
-without touching it, versions share what they have in common, and the same input gives the same names. What holds:
+A shard is named after its content (`shards/00017/3f2a....parquet`: its number and the digest of its bytes), and so is a file
+that a version needs beside its shards (`files/tokenizer-9c01....json`). So a new version is written beside the old one
+without touching it, versions share what they have in common, and the same input gives the same names. Guarantees:
 
 - nothing is removed but files that a version's own manifest names, and files of these two forms which no version names: a
   `prepare` that was killed left them. They go when they are a day old, because another `prepare` may be writing them;
@@ -43,7 +43,7 @@ OURS = re.compile(rf"(?:[^/]+/)?(?:{SHARDS}/\d+|{FILES})/(?:[a-z_]+-)?[0-9a-f]{{
 
 @dataclass(frozen=True)
 class Pruned:
-    """What was removed, and until when (seconds since 1970) the last of the replaced versions stays, if any does."""
+    """Reports what was removed, and until when (seconds since 1970) the last of the replaced versions stays, if any does."""
 
     files: int
     bytes: int
@@ -65,7 +65,7 @@ def store(location: Location, prefix: str, data: bytes, suffix: str) -> str:
 
 
 def read_record(location: Location) -> dict[str, Any]:
-    """The folder's record, {} if it is empty or not there. ConfigError if it holds something that `prepare` did not write."""
+    """Reads the folder's record, {} if it is missing or damaged; ConfigError if there is none, but files that are no dataset."""
     try:
         record = json.loads(location.join(RECORD).read())
         if isinstance(record, dict):
@@ -92,7 +92,7 @@ def read_record(location: Location) -> dict[str, Any]:
 
 
 def _times(raw: Any) -> dict[str, float]:
-    """When versions were replaced, as far as the record holds that."""
+    """Extracts the times at which versions were replaced, as far as the record holds them."""
     return {name: float(t) for name, t in raw.items() if isinstance(t, int | float)} if isinstance(raw, dict) else {}
 
 
@@ -101,7 +101,7 @@ def write_record(location: Location, record: dict[str, Any]) -> None:
 
 
 def claim(location: Location, record: dict[str, Any]) -> dict[str, Any]:
-    """The record with this process as the one that builds; ConfigError if another one on this machine does."""
+    """Claims the folder for this process, and returns the record with it; ConfigError if another one on this machine builds."""
     if isinstance(other := record.get("building"), dict):
         host, pid = other.get("host"), other.get("pid")
         if host != socket.gethostname():
@@ -116,7 +116,7 @@ def claim(location: Location, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def release(location: Location, record: dict[str, Any]) -> None:
-    """Writes the record without what `claim` put there."""
+    """Writes the record without the entry of the building process, which `claim` added."""
     write_record(location, {k: v for k, v in record.items() if k != "building"})
 
 
@@ -131,7 +131,7 @@ def _alive(pid: Any, started: Any) -> bool:
 
 
 def listing(location: Location) -> dict[str, pafs.FileInfo]:
-    """Every file below the dataset's folder whose name is of our making, by its path from there."""
+    """Lists the files below the dataset's folder whose names have the form that `prepare` gives them, by relative path."""
     selector = pafs.FileSelector(location.path, recursive=True, allow_not_found=True)
     found = location.attempt(lambda: location.fs.get_file_info(selector))
     paths = ((i.path[len(location.path) + 1 :], i) for i in found if i.type == pafs.FileType.File)
@@ -139,12 +139,12 @@ def listing(location: Location) -> dict[str, pafs.FileInfo]:
 
 
 def all_versions(location: Location) -> dict[str, Manifest]:
-    """Every version that is kept, by the name of its file; DataError if one cannot be read."""
+    """Reads every version that is kept, by the name of its file; DataError if one cannot be read."""
     return {name: manifest.read_version(location, name) for name, _ in location.join(manifest.VERSIONS).files()}
 
 
 def paths(version: Manifest) -> set[str]:
-    """Every file that belongs to a version, from the dataset's folder; of a collection, also its parts' manifests."""
+    """Lists every file of a version, relative to the dataset's folder; of a collection, also its parts' manifests."""
     parts, digests, beside = (version.meta.get(key, {}) for key in ("parts", "digests", "files"))
     folders = ["", *(f"{part}/" for part in parts)]
     found = {f"{folder}{path}" for folder in folders for name in beside for path in (name, beside[name])}
@@ -158,7 +158,7 @@ def paths(version: Manifest) -> set[str]:
 
 
 def mark(location: Location, newest: Manifest | None, record: dict[str, Any], now: float | None = None) -> dict[str, Any]:
-    """The record, in which every version that is kept but for `newest` is replaced, those that are not yet from now on."""
+    """Marks every kept version but `newest` as replaced, from now on where it was not before, and returns the record."""
     now = time.time() if now is None else now
     known = record.get("replaced", {})
     own = manifest.version_name(newest.digest) if newest else ""
@@ -167,7 +167,7 @@ def mark(location: Location, newest: Manifest | None, record: dict[str, Any], no
 
 
 def prune(location: Location, record: dict[str, Any], keep_s: float, now: float | None = None) -> Pruned:
-    """Removes the versions that were replaced `keep_s` seconds ago or more, and what no version names and is old."""
+    """Removes the versions that were replaced at least `keep_s` seconds ago, and old files that no version names."""
     now = time.time() if now is None else now
     try:
         versions = all_versions(location)
@@ -220,7 +220,7 @@ def publish(location: Location, made: Manifest) -> None:
 
 
 def save_beside(location: Location) -> None:
-    """Copies `tokenizer.json` and the like of a version made before these had names of their own, which a new one replaces."""
+    """Copies the files beside the shards of a version from before they had names of their own, as a new version replaces them."""
     try:
         newest = manifest.read(location)
     except DataError:

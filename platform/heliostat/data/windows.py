@@ -1,4 +1,4 @@
-"""The numbers of a run's windows as a Ray Dataset, a block each, made shortly before they are fetched.
+"""Yields the numbers of a run's windows as a Ray Dataset, one block each, shortly before they are fetched.
 
 `ray.data.range` would make a task and a pickled description of every window when the stream starts: 1.4 ms and 8 KB a window, so
 minutes and gigabytes where a run reads terabytes. One task that yields them takes the same time whatever their number, and
@@ -24,7 +24,7 @@ AHEAD = 64  # windows that are numbered and wait to be fetched; Ray takes up to 
 
 
 class Windows(Datasource):
-    """Rows {id: 0}, {id: 1}, ... as one task's blocks."""
+    """Yields the rows {id: 0}, {id: 1}, ... as blocks of one task."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -43,7 +43,7 @@ class Windows(Datasource):
 
 
 class Ahead(BackpressurePolicy):
-    """Ray Data holds back what takes much memory; so small blocks as these it would all take at once."""
+    """Limits the numbered windows that wait to be fetched: Ray Data limits only bytes, and would take all these small blocks."""
 
     def max_task_output_bytes_to_read(self, op: Any) -> int | None:
         if not op.name.startswith("ReadWindows"):  # what Ray calls the task of `Windows`
@@ -52,10 +52,10 @@ class Ahead(BackpressurePolicy):
 
 
 def numbered(count: int, context: ray.data.DataContext) -> Any:
-    """The Ray Dataset of rows {id: 0} to {id: count - 1}, which come as fast as the next stage takes them. In blocks of one
-    row, where the context's `target_max_block_size` is 1.
+    """Makes the Ray Dataset of rows {id: 0} to {id: count - 1}, which are produced as fast as the next stage takes them.
 
-    It takes no CPU of Ray's, so it is a task of its own: one that was fused with the next stage would do all of its work.
+    With the context's `target_max_block_size` of 1, each block has one row. The task takes no CPU of Ray's, so it stays a task of
+    its own: one that was fused with the next stage would do all of its work.
     """
     context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, Ahead])
     return ray.data.read_datasource(Windows(count), num_cpus=0, override_num_blocks=1)

@@ -1,4 +1,4 @@
-"""How data gets ready: `pipeline: heliostat.pipelines:NAME` in a pipeline file."""
+"""Provides the pipelines that prepare data, named in a pipeline file as `pipeline: heliostat.pipelines:NAME`."""
 
 from typing import TYPE_CHECKING
 

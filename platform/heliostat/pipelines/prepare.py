@@ -1,7 +1,7 @@
-"""`heliostat prepare PIPELINE.yaml`: raw data to shards and a manifest, once; a rerun with nothing new does nothing.
+"""Prepares raw data as shards and a manifest, once: `heliostat prepare PIPELINE.yaml`; a rerun with nothing new does nothing.
 
 A pipeline is a class named by the YAML's `pipeline` key (`heliostat.pipelines:TextPipeline`). It subclasses `Pipeline`, which
-is the schema of the YAML's other keys, and says what it reads and how it writes. What holds here for every pipeline:
+is the schema of the YAML's other keys, and defines what it reads and how it writes. Guarantees for every pipeline:
 
 - everything cheap is checked before Ray starts: the keys, the inputs, the output's store;
 - the dataset exists only when it is complete: a new version is written beside the old one and its manifest last, so a run
@@ -48,7 +48,7 @@ CPUS = 4  # logical: the tasks wait for storage much of the time
 
 @dataclass(frozen=True)
 class InputFile:
-    """One file of the input; `path` is relative to the input's root, `modified` in nanoseconds since 1970."""
+    """Describes one file of the input; `path` is relative to the input's root, `modified` in nanoseconds since 1970."""
 
     path: str
     bytes: int
@@ -56,7 +56,7 @@ class InputFile:
 
 
 class Pipeline(Strict):
-    """Base of all pipelines: a validated YAML that knows how to become a dataset. Subclasses add keys and the methods."""
+    """Defines a pipeline: a validated YAML that can produce a dataset. Subclasses add keys and implement the methods."""
 
     later: ClassVar[frozenset[str]] = frozenset()  # keys that came after others: datasets made without them are up to date
 
@@ -70,29 +70,30 @@ class Pipeline(Strict):
     """Days that a version stays after it was replaced, for the runs that read it. See docs/prepare.md#versions"""
 
     def check(self) -> None:
-        """Raises ConfigError for whatever can be found wrong without Ray and without reading the data."""
+        """Checks everything that can be checked without Ray and without reading the data; ConfigError if something is wrong."""
         raise NotImplementedError
 
     def inputs(self) -> list[InputFile]:
-        """What is to be read, sorted by path; ConfigError if that is nothing."""
+        """Lists the files to read, sorted by path; ConfigError if there are none."""
         raise NotImplementedError
 
     def identity(self) -> dict[str, Any]:
-        """The part of the configuration that shapes the data: everything but the places, and later keys at their defaults."""
+        """Returns the part of the configuration that shapes the data: all but the locations, and later keys at their defaults."""
         usual = {key for key in self.later if getattr(self, key) == type(self).model_fields[key].default}
         return self.model_dump(mode="json", exclude={"input", "output", "labels", "keep_days", *usual})
 
     def write(self, output: Location, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Runs on Ray: writes everything but the manifest, and returns its rows and metadata (with `kind`).
+        """Writes everything but the manifest, on Ray, and returns the manifest's rows and metadata (with `kind`).
 
-        What it writes it names after its content (`versions.store`): an older version lies in the same folder. In the
-        metadata, `files` says which of it goes under a plain name as well, and `listed` where the list of what was left out is.
+        Files are named after their content (`versions.store`), because an older version lies in the same folder. In the metadata,
+        `files` lists the files that are also published under a plain name, and `listed` is the path of the list of what was left
+        out.
         """
         raise NotImplementedError
 
 
 def place(uri: str) -> Location:
-    """The location, with a relative path taken from the workspace."""
+    """Resolves a URI to a location; a relative path starts at the workspace."""
     return Location(uri).absolute(workspace.root())
 
 
@@ -101,7 +102,7 @@ def sha256_json(value: Any) -> str:
 
 
 def load(path: Path, settings: list[str]) -> tuple[str, Pipeline]:
-    """The import path of the pipeline and the validated pipeline; ConfigError names every wrong key."""
+    """Loads the pipeline's import path and the validated pipeline; ConfigError names every wrong key."""
     given, path = path, path if path.is_absolute() else workspace.root() / path
     written = read_yaml(path)
     kinds.require("pipeline", given, written)
@@ -116,7 +117,7 @@ def load(path: Path, settings: list[str]) -> tuple[str, Pipeline]:
 
 
 def prepare(path: Path, settings: list[str], force: bool = False) -> dict[str, Any]:
-    """Makes the dataset that the pipeline YAML describes, or finds it up to date; returns the report as JSON values."""
+    """Prepares the dataset that the pipeline YAML describes, or finds it up to date; returns the report as JSON values."""
     start = time.monotonic()
     target, pipeline = load(path, settings)
     output = place(pipeline.output)
@@ -173,7 +174,7 @@ def _write(pipeline: Pipeline, output: Location, inputs: list[InputFile]) -> tup
 
 
 def _undo(output: Location, before: set[str], record: dict[str, Any], error: BaseException) -> None:
-    """Removes what this run has written, which no version names; where that fails too, it says what is left."""
+    """Removes what this run has written and no version names; where that fails too, logs that a later prepare removes it."""
     log.warning("%s: %s; removing what was written: the dataset there is what it was before", output,
                 "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")  # fmt: skip
     try:
@@ -185,7 +186,7 @@ def _undo(output: Location, before: set[str], record: dict[str, Any], error: Bas
 
 
 def _list(output: Location, listed: str | None) -> None:
-    """Puts the list of what was left out under its plain name."""
+    """Publishes the list of what was left out under its plain name, or deletes an older list if there is none."""
     if listed is None:
         output.join(LISTED).delete()
         return
@@ -194,14 +195,14 @@ def _list(output: Location, listed: str | None) -> None:
 
 
 def _keep_to(labels: dict[str, str]) -> None:
-    """Ray Data's tasks run on nodes that carry the labels, and on no others."""
+    """Restricts Ray Data's tasks to nodes that carry the labels."""
     import ray.data
 
     ray.data.DataContext.get_current().execution_options.label_selector = labels or None
 
 
 def _check_output(output: Location) -> None:
-    """ConfigError or StorageError if nothing could be written there."""
+    """Checks that the output can be written; ConfigError or StorageError if not."""
     try:
         output.probe()
     except StorageError as e:
@@ -216,7 +217,7 @@ def _check_output(output: Location) -> None:
 
 
 def _finished(output: Location) -> Manifest | None:
-    """The dataset at `output`, if it is complete."""
+    """Returns the manifest of the dataset at `output` if it is complete, else None."""
     try:
         found = manifest.read(output)
     except DataError:
@@ -258,7 +259,7 @@ def _report(made: Manifest, seconds: float, up_to_date: bool, pruned: versions.P
 
 
 def explain(report: dict[str, Any]) -> list[str]:
-    """The report as a person reads it: what there is now, and what was left out."""
+    """Explains the report in plain sentences: what the dataset holds, and what was left out."""
     state = "is up to date" if report["up_to_date"] else f"is ready after {report['seconds']:.0f} s"
     held = f"{report['documents']:,} " + (f"documents, {report['tokens']:,} tokens" if report["tokens"] else "rows")
     left_out = Counter(report["dropped"]) + Counter(duplicate=report["duplicates"])

@@ -1,4 +1,4 @@
-"""Latents and text embeddings computed once, before training, by an actor pool of Ray Data: frozen encoders never meet ZeRO.
+"""Computes latents and text embeddings once, before training, in an actor pool of Ray Data: frozen encoders never meet ZeRO.
 
 Each actor loads the encoders once, on a GPU if it has one. What is stored of an image is the distribution of its latents (mean
 and log variance, float16), so that training draws from it anew in every epoch, and of its caption the text encoder's last layer.
@@ -26,7 +26,7 @@ EMPTY = "empty_caption.bin"
 
 
 class Latents(Strict):
-    """Folders of the frozen models; without `text_encoder`, captions stay text."""
+    """Configures the folders of the frozen models; without `text_encoder`, captions stay text."""
 
     autoencoder: str
     """Folder of the frozen `AutoencoderKL`."""
@@ -65,7 +65,7 @@ class Latents(Strict):
 
 
 class Encoder:
-    """An actor: tables with images in, tables with latents and embeddings out."""
+    """Encodes images and captions in an actor: tables with images in, tables with latents and embeddings out."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         import torch
@@ -124,7 +124,10 @@ def empty_caption(config: dict[str, Any]) -> np.ndarray:
 
 
 def encoded(rows: Any, latents: Latents, output: Location, folders: list[str]) -> tuple[Any, dict[str, Any]]:
-    """The rows with latents in the images' place, and what the manifest says of them; `folders`: of the dataset's parts."""
+    """Encodes the rows' images to latents, which take their place, and returns the rows and the manifest's metadata of them.
+
+    `folders`: of the dataset's parts.
+    """
     config = latents.model_dump()
     meta: dict[str, Any] = {"content": "latents", "models": latents.models()}
     if latents.text_encoder:

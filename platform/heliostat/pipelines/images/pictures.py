@@ -1,4 +1,4 @@
-"""One image with its caption: decoding, filters, resizing, buckets, hashes, encoding. Pure functions from bytes to bytes.
+"""Processes one image with its caption: decoding, filters, resizing, buckets, hashes, encoding; pure functions on bytes.
 
 Whatever is wrong with an image becomes a `Dropped` with one of `REASONS`; nothing here raises for bad data. An image is
 scaled until it covers its bucket and cropped at its centre; what is transparent becomes white.
@@ -39,7 +39,7 @@ Size = tuple[int, int]  # width, height
 
 @dataclass(frozen=True)
 class Rules:
-    """What an image must be, and what it becomes."""
+    """Defines the requirements that an image must meet, and the form in which it is stored."""
 
     sizes: tuple[Size, ...]  # the buckets
     channels: int = 3
@@ -53,7 +53,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class Raw:
-    """An image as its source has it; what is not there is None."""
+    """Holds an image as its source has it; what is missing is None."""
 
     id: str
     image: bytes | None
@@ -63,7 +63,7 @@ class Raw:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image as it is stored; `hash` is of the pixels that were decoded, `looks` the perceptual hash."""
+    """Holds an image as it is stored; `hash` is of the decoded pixels, `looks` is the perceptual hash."""
 
     id: str
     hash: str
@@ -82,7 +82,7 @@ class Dropped:
 
 
 def buckets(resolution: int, max_aspect: float, step: int) -> tuple[Size, ...]:
-    """Sizes of at most resolution x resolution pixels whose sides are multiples of `step`, one a width, widest last.
+    """Lists bucket sizes of at most resolution x resolution pixels whose sides are multiples of `step`, one per width, ascending.
 
     The area bounds the memory of a step; for each width the greatest height that it allows is taken.
     """
@@ -95,13 +95,13 @@ def buckets(resolution: int, max_aspect: float, step: int) -> tuple[Size, ...]:
 
 
 def nearest(size: Size, sizes: tuple[Size, ...]) -> Size:
-    """The bucket whose aspect ratio is nearest (as a ratio), the first of equals."""
+    """Chooses the bucket whose aspect ratio is nearest (as a ratio), the first of equals."""
     aspect = math.log(size[0] / size[1])
     return min(sizes, key=lambda s: (abs(math.log(s[0] / s[1]) - aspect), s))
 
 
 def prepare(raw: Raw, rules: Rules) -> Picture | Dropped:
-    """The image as it is stored, or why it is not."""
+    """Prepares an image for storage, or returns the reason to drop it."""
     caption = " ".join((raw.caption or "").split())
     if raw.image is None:
         return Dropped(raw.id, "no_image")
@@ -126,7 +126,7 @@ def prepare(raw: Raw, rules: Rules) -> Picture | Dropped:
 
 
 def decode(data: bytes, channels: int) -> Image.Image:
-    """The upright image with one channel or three; raises whatever Pillow does for bytes that are none."""
+    """Decodes bytes to an upright image with one channel or three; raises Pillow's own errors for bytes that are no image."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         opened = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -139,7 +139,7 @@ def decode(data: bytes, channels: int) -> Image.Image:
 
 
 def fit(image: Image.Image, size: Size) -> Image.Image:
-    """Scaled to cover the size, cropped at the centre."""
+    """Scales an image to cover the size, and crops it at the centre."""
     return image if image.size == size else ImageOps.fit(image, size, Image.Resampling.LANCZOS)
 
 
@@ -154,14 +154,14 @@ def pixel_hash(image: Image.Image) -> str:
 
 
 def looks(image: Image.Image) -> int:
-    """Which of 8 x 8 places is brighter than its right neighbour (dHash), as a signed 64-bit integer."""
+    """Computes the difference hash (dHash, signed 64-bit integer): which of 8 x 8 places is brighter than its right neighbour."""
     small = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
     bits = np.packbits(small[:, :-1] > small[:, 1:])
     return int.from_bytes(bits.tobytes(), "big", signed=True)
 
 
 def near_duplicates(hashes: list[int], distance: int) -> list[bool]:
-    """Which hashes are within `distance` bits of one before them that is not itself such a one.
+    """Finds hashes within `distance` bits of an earlier one that is not itself such a near-duplicate.
 
     Two hashes that differ in at most d bits are equal in one of d + 1 bands, so only those are compared.
     """

@@ -1,6 +1,6 @@
-"""Images with captions to shards, as Ray Data jobs. Run: `heliostat prepare pipelines/quickstart-images.yaml`.
+"""Turns images with captions into shards with Ray Data jobs. Run: `heliostat prepare pipelines/quickstart-images.yaml`.
 
-What holds: the dataset is a pure function of the input's relative paths and bytes and of the configuration. Every image goes
+Guarantees: the dataset is a pure function of the input's relative paths and bytes and of the configuration. Every image goes
 to the shard that its pixels' SHA-256 names; within a shard images lie by hash, an order that no scheduling can change. Of
 equal images, and of those that look alike if `duplicates: perceptual` asks for it, the one with the smallest hash and id
 stays. What is left out is listed in `quarantine.parquet` (id, reason, detail), and never stops the job. With `buckets` the
@@ -45,7 +45,7 @@ CLASSES = 1000  # the most labels that the manifest lists
 
 
 class Buckets(Strict):
-    """Sizes of the same area and different aspects, all sides multiples of `step`."""
+    """Defines sizes of the same area and different aspects, all sides multiples of `step`."""
 
     step: int = Field(64, gt=0)
     """All sides are multiples of it; at most `resolution`."""
@@ -63,14 +63,14 @@ class ColumnNames(Strict):
 
 
 class Tokenizer(Strict):
-    """A byte-level BPE trained on the captions, for text encoders that are trained with the model."""
+    """Configures a byte-level BPE trained on the captions, for text encoders that are trained with the model."""
 
     vocab_size: int = Field(1024, ge=257)
     """Tokens: 256 bytes, the end of a document, and what merges make."""
 
 
 class ImagePipeline(Pipeline):
-    """The keys of an image pipeline's YAML. `input`: see `heliostat.pipelines.images.sources`."""
+    """Defines the keys of an image pipeline's YAML; `heliostat.pipelines.images.sources` describes `input`."""
 
     later = frozenset({"max_file_bytes", "max_image_bytes"})
 
@@ -216,7 +216,7 @@ class ImagePipeline(Pipeline):
 
 
 class Index:
-    """What must be known of all images at once: duplicates, how many each bucket holds, captions and labels."""
+    """Collects what must be known of all images at once: duplicates, how many each bucket holds, captions and labels."""
 
     def __init__(self, rows: Any, duplicates: str, distance: int) -> None:
         columns = ["hash", "id", "looks", "width", "height", "caption", "label", "reason"]

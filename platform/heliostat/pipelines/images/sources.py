@@ -1,4 +1,4 @@
-"""Where images and captions come from: scikit-learn's digits, folders with a metadata file, Parquet, WebDataset tars.
+"""Reads images and captions from scikit-learn's digits, folders with a metadata file, Parquet, or WebDataset tars.
 
     sklearn:digits      1,797 handwritten digits of 8 x 8 pixels, on every machine: the default that downloads nothing
     FOLDER              metadata.jsonl, metadata.csv or metadata.parquet with a column `file_name`, and the files it names
@@ -44,7 +44,7 @@ TEMPLATES = (
 
 @dataclass(frozen=True)
 class Limits:
-    """In bytes: of a file of the input, and of an image in it, as it is stored."""
+    """Holds the limits, in bytes, of a file of the input, and of an image in it, as it is stored."""
 
     file: int = 1 << 33
     image: int = 1 << 26
@@ -58,12 +58,12 @@ class Columns:
 
 
 def held_back(digit: int) -> str:
-    """The caption that no image of this digit has."""
+    """Returns the caption that no image of this digit has."""
     return TEMPLATES[digit % len(TEMPLATES)].format(WORDS[digit])
 
 
 def digit_caption(number: int, digit: int) -> str:
-    """The caption of the image of this number."""
+    """Returns the caption of the image of this number."""
     used = [t for i, t in enumerate(TEMPLATES) if i != digit % len(TEMPLATES)]
     return used[number % len(used)].format(WORDS[digit])
 
@@ -72,7 +72,7 @@ def digit_caption(number: int, digit: int) -> str:
 
 
 def listing(uri: str) -> list[InputFile]:
-    """Every file that belongs to the input, sorted by path; ConfigError if there is none."""
+    """Lists every file that belongs to the input, sorted by path; ConfigError if there are none."""
     if uri == DIGITS:
         return [InputFile("digits", 1797 * 64, 0)]
     base, found = sources.find(uri)
@@ -86,7 +86,7 @@ def listing(uri: str) -> list[InputFile]:
 
 
 def tasks(uri: str, files: list[InputFile], columns: Columns, limit: int = Limits.file) -> list[dict[str, Any]]:
-    """What each read task reads: an archive, a table, or some hundred files that a metadata file names."""
+    """Plans the read tasks: each reads an archive, a table, or some hundred files that a metadata file names."""
     if uri == DIGITS:
         return [{"kind": "digits", "path": "", "entries": []}]
     base, out = sources.root(uri), []
@@ -126,7 +126,7 @@ def _label(row: dict[str, Any], columns: Columns) -> str:
 
 
 def read_table(path: str, data: bytes) -> list[dict[str, Any]]:
-    """A metadata file's rows; ConfigError if it cannot be read, because then nothing can."""
+    """Reads a metadata file's rows; ConfigError if it cannot be read, because then none of its images can."""
     try:
         if path.endswith(".parquet"):
             return pq.read_table(io.BytesIO(data)).to_pylist()
@@ -142,7 +142,7 @@ def read_table(path: str, data: bytes) -> list[dict[str, Any]]:
 
 
 def read(uri: str, task: dict[str, Any], columns: Columns, limits: Limits = Limits()) -> Iterator[Raw | Dropped]:
-    """The images of a task."""
+    """Reads the images of a task."""
     if task["kind"] == "digits":
         yield from digits()
         return
@@ -202,8 +202,10 @@ def read_parquet(path: str, data: bytes, columns: Columns, limits: Limits = Limi
 
 
 def read_tar(path: str, data: bytes, columns: Columns, limit: int = Limits.image) -> Iterator[Raw | Dropped]:
-    """Consecutive members with one name up to the first point of their last part are a sample; one of more than `limit` bytes,
-    which a sparse member only claims to have, leaves its sample out."""
+    """Yields the samples of a tar: consecutive members with one name up to the first point of their last part are a sample.
+
+    A member of more than `limit` bytes, which a sparse one only claims to have, leaves its sample out.
+    """
     key, parts = "", dict[str, bytes | None]()
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:

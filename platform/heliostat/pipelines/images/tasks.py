@@ -1,4 +1,4 @@
-"""What the image pipeline runs in Ray's workers: read and prepare, assign to shards, write. Tables in, tables out."""
+"""Runs the image pipeline's tasks in Ray's workers: read and prepare, assign to shards, write. Tables in, tables out."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BLOCK_BYTES = 32 << 20  # of images, per block that a read task yields
 
 
 def extract(batch: pa.Table, input: str, columns: Columns, rules: Rules, limits: Limits = USUAL) -> Iterator[pa.Table]:
-    """The images of the tasks in the batch, as tables of ROWS."""
+    """Extracts the images of the tasks in the batch, as tables of ROWS."""
     found: list[dict[str, Any]] = []
     size = 0
     for task in map(json.loads, batch["task"].to_pylist()):
@@ -53,7 +53,7 @@ def extract(batch: pa.Table, input: str, columns: Columns, rules: Rules, limits:
 
 
 def assign(table: pa.Table, duplicates: Any, shards: dict[str, int]) -> pa.Table:
-    """With a column `shard`: by the hash of the pixels, inside the image's bucket; "" for those that are dropped."""
+    """Adds a column `shard`, by the hash of the pixels, inside the image's bucket; "" for images that are dropped."""
     left_out = ray.get(duplicates)
     reasons, chosen = table["reason"].to_pylist(), []
     columns = (table[c].to_pylist() for c in ("id", "hash", "width", "height"))
@@ -86,7 +86,7 @@ def write_group(table: pa.Table, output: str, chunk_images: int, parts: bool) ->
 
 
 def shard(table: pa.Table, chunk_images: int) -> bytes:
-    """The Parquet file of a shard: the same images, in whatever order, give the same bytes."""
+    """Writes a shard as the bytes of a Parquet file: the same images, in whatever order, give the same bytes."""
     table = table.sort_by([("hash", "ascending"), ("id", "ascending")]).select([c for c in STORED if c in table.column_names])
     groups = max(1, round(len(table) / chunk_images))
     edges = [len(table) * i // groups for i in range(groups + 1)]

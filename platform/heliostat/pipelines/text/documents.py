@@ -1,4 +1,4 @@
-"""Files to documents: pure functions from bytes to normalised text, or to the reason why there is none.
+"""Reads documents from files: pure functions from bytes to normalised text, or to the reason why there is none.
 
 Whatever is wrong with a file or a record becomes a `Dropped` with one of `REASONS`; nothing here raises for bad data.
 """
@@ -38,7 +38,7 @@ Form = Literal["none", "NFC", "NFKC"]
 
 @dataclass(frozen=True)
 class Rules:
-    """What a document must be."""
+    """Defines the requirements that a document must meet."""
 
     text_column: str = "text"
     normalise: Form = "NFC"
@@ -66,7 +66,7 @@ class Dropped:
 
 
 def clean(id: str, raw: bytes | str, rules: Rules) -> Document | Dropped:
-    """The normalised document, or why it is dropped. A byte-order mark is removed; line ends stay as they are."""
+    """Normalises a document, or returns the reason to drop it; removes a byte-order mark and keeps line ends as they are."""
     try:
         text = raw.decode("utf-8-sig") if isinstance(raw, bytes) else raw
         text.encode()  # JSON can spell lone surrogates, which no UTF-8 can
@@ -86,7 +86,7 @@ def clean(id: str, raw: bytes | str, rules: Rules) -> Document | Dropped:
 
 
 def read(path: str, data: bytes, rules: Rules) -> Iterator[Document | Dropped]:
-    """Every document of a file. Ids are the path, with `#line` or `#row`, from 1, for files of many documents."""
+    """Yields every document of a file; ids are the path, with `#line` or `#row`, from 1, for files of many documents."""
     suffix, codec = sources.kind(path)
     try:
         if suffix == ".parquet":
@@ -102,13 +102,13 @@ def read(path: str, data: bytes, rules: Rules) -> Iterator[Document | Dropped]:
 
 
 def _unpack(data: bytes, codec: str | None) -> pa.NativeFile:
-    """A reader of the plain bytes; a broken stream is an OSError when its break is reached."""
+    """Opens the plain bytes as a stream, which raises an OSError where broken compression is reached."""
     raw = pa.BufferReader(data)
     return pa.CompressedInputStream(raw, codec) if codec and data else raw
 
 
 def _whole(data: bytes, codec: str | None, limit: int) -> bytes:
-    """The plain bytes; LeftOutError as soon as there are more than `limit`."""
+    """Unpacks the plain bytes; LeftOutError as soon as there are more than `limit`."""
     stream, out = _unpack(data, codec), bytearray()
     while block := stream.read(BLOCK):
         out += block
@@ -118,8 +118,10 @@ def _whole(data: bytes, codec: str | None, limit: int) -> bytes:
 
 
 def _lines(data: bytes, codec: str | None, rules: Rules) -> Iterator[bytes | None]:
-    """The lines of the plain bytes, None for one that is longer than a document may be; LeftOutError behind the last byte that a
-    file may have."""
+    """Yields the lines of the plain bytes, None for a line that is longer than a document may be.
+
+    LeftOutError behind the last byte that a file may have.
+    """
     stream, total, skipping = io.BufferedReader(_unpack(data, codec)), 0, False
     while piece := stream.readline(BLOCK if skipping else rules.max_document_bytes + 1):
         total += len(piece)

@@ -1,12 +1,12 @@
-"""Text to token shards, as Ray Data jobs. Run: `heliostat prepare pipelines/quickstart.yaml`.
+"""Turns text into token shards with Ray Data jobs. Run: `heliostat prepare pipelines/quickstart.yaml`.
 
-What holds: the dataset is a pure function of the input's relative paths and bytes and of the configuration. Every
+Guarantees: the dataset is a pure function of the input's relative paths and bytes and of the configuration. Every
 document goes to the shard that its text's SHA-256 names, so duplicates meet in one group and are dropped there (the
 smallest id stays); within a shard documents lie by hash, which is a pseudo-random order that no scheduling can change.
 Texts never pass through the driver. A read task holds its files in memory and a shard task its shard: `shard_bytes`
 bounds the second, so keep input files well below a worker's memory. What is left out is listed, with the reason, in
 `quarantine.parquet`. No file takes more memory or disk than `max_file_bytes` and `max_document_bytes` allow, however it is
-packed; of Parquet files, the sizes of row groups are believed as their footers tell them.
+packed; of Parquet files, the sizes of row groups are taken from their footers, unchecked.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ FOOTERS_PER_TASK = 64
 
 
 class TokenizerConfig(Strict):
-    """Either `vocab_size`, and a byte-level BPE is trained, or `path`: a tokenizer.json or a folder that holds one."""
+    """Chooses the tokenizer: `vocab_size` trains a byte-level BPE, `path` takes a tokenizer.json or a folder that holds one."""
 
     vocab_size: int | None = Field(None, ge=257)
     """Trains a byte-level BPE with so many tokens: 256 bytes, the end of a document, and what merges make."""
@@ -61,7 +61,7 @@ class TokenizerConfig(Strict):
 
 
 class TextPipeline(Pipeline):
-    """The keys of a text pipeline's YAML. `input`: a file, folder, glob, s3:// prefix, or `python:stdlib`."""
+    """Defines the keys of a text pipeline's YAML; `input` is a file, folder, glob, s3:// prefix, or `python:stdlib`."""
 
     later = frozenset({"max_document_bytes", "max_file_bytes"})
 
@@ -94,7 +94,7 @@ class TextPipeline(Pipeline):
 
     @cached_property
     def given(self) -> str | None:
-        """The text of the existing tokenizer, if one is named."""
+        """Reads the definition of the existing tokenizer, None if none is named; ConfigError if it is missing or not UTF-8."""
         path = self.tokenizer.path
         if path is None:
             return None
@@ -183,7 +183,7 @@ class TextPipeline(Pipeline):
         }
 
     def _train(self, rows: Dataset, sizes: np.ndarray) -> str:
-        """A tokenizer from the documents of the lowest hashes, up to train_bytes: the same sample from any blocks."""
+        """Trains a tokenizer on the documents of the lowest hashes, up to train_bytes: the same sample from any blocks."""
         limit = int(np.searchsorted(np.cumsum(sizes), self.tokenizer.train_bytes))
         sample = _map(rows, text_tasks.lowest, limit=limit).to_arrow_refs()
         assert self.tokenizer.vocab_size is not None
@@ -192,7 +192,7 @@ class TextPipeline(Pipeline):
 
 
 class Totals:
-    """The sums over the shards' reports."""
+    """Sums the shards' reports."""
 
     def __init__(self, vocab_size: int) -> None:
         self.documents = self.duplicates = self.bytes = self.cut = 0
@@ -225,7 +225,7 @@ class Totals:
 
 @contextmanager
 def ray_data() -> Iterator[None]:
-    """Ray Data's settings for these jobs: no progress bars, and groups by sorting.
+    """Sets Ray Data up for these jobs and restores its settings after them: no progress bars, and groups by sorting.
 
     The hash shuffle starts an actor per partition, which costs more than the whole quickstart (9 s against 3.5 s).
     """

@@ -1,4 +1,4 @@
-"""Finding the files of a text input: a file, a folder, a glob, an s3:// prefix, or `python:stdlib`.
+"""Finds the files of a text input: a file, a folder, a glob, an s3:// prefix, or `python:stdlib`.
 
 The listing is the same wherever the input lies: paths are relative to the input's root, sorted. A file is read as far as a limit
 and only if it lies inside the input: neither a link nor a name in a metadata file leads out of it.
@@ -30,7 +30,7 @@ STDLIB_SKIPS = {"site-packages", "dist-packages", "test", "tests", "idle_test", 
 
 
 def kind(path: str) -> tuple[str | None, str | None]:
-    """(suffix, codec) of a path; the suffix is None if it is not a kind of text that we read."""
+    """Returns (suffix, codec) of a path: the suffix is None if it is none of SUFFIXES, the codec None if it is not compressed."""
     lower = path.lower()
     codec = next((c for end, c in COMPRESSED.items() if lower.endswith(end)), None)
     if codec:
@@ -39,7 +39,7 @@ def kind(path: str) -> tuple[str | None, str | None]:
 
 
 def split_glob(uri: str) -> tuple[str, str | None]:
-    """(root, pattern): `data/**/*.md` is (`data`, `**/*.md`); the pattern is None if there is no wildcard."""
+    """Splits a URI into (root, pattern): `data/**/*.md` is (`data`, `**/*.md`); the pattern is None if there is no wildcard."""
     s3 = uri.startswith("s3://")
     base, mark, query = uri.partition("?") if s3 else (uri, "", "")  # on s3:// a question mark starts the query
     parts = base.split("/")
@@ -51,7 +51,7 @@ def split_glob(uri: str) -> tuple[str, str | None]:
 
 
 def glob_regex(pattern: str) -> re.Pattern[str]:
-    """`*`, `?` and `[...]` match within a folder's name; `**` matches any number of folders."""
+    """Compiles a glob: `*`, `?` and `[...]` match within a folder's name, `**` any number of folders; ConfigError if invalid."""
     out = []
     for token in re.findall(r"\*\*/|\*\*|\*|\?|\[[^]/]+\]|.", pattern, re.DOTALL):
         if token == "**/":
@@ -74,12 +74,15 @@ def glob_regex(pattern: str) -> re.Pattern[str]:
 
 
 def root(uri: str) -> Location:
-    """The folder that document ids are relative to. A worker asks for itself: its Python may lie elsewhere."""
+    """Locates the folder that document ids are relative to.
+
+    Each worker computes it for itself, because its Python may be installed elsewhere.
+    """
     return Location(sysconfig.get_paths()["stdlib"]) if uri == STDLIB else place(split_glob(uri)[0])
 
 
 def find(uri: str) -> tuple[Location, list[tuple[str, pafs.FileInfo]]]:
-    """The input's root, and every file of it that fits the pattern, by its path from there; the root itself if it is a file."""
+    """Finds the input's root, and the files in it that match the pattern, by relative path ("" for the root if it is a file)."""
     base, pattern = root(uri), split_glob(uri)[1]
     base.probe()
     info = base.fs.get_file_info(base.path)
@@ -99,7 +102,7 @@ def find(uri: str) -> tuple[Location, list[tuple[str, pafs.FileInfo]]]:
 
 
 def listing(uri: str) -> list[InputFile]:
-    """Every file to read, sorted by path; ConfigError if there is none."""
+    """Lists the files to read, sorted by path; ConfigError if there are none."""
     base, found = find(uri)
     if uri == STDLIB:
         found = [(p, i) for p, i in found if p.endswith(".py") and not STDLIB_SKIPS & set(p.split("/")[:-1])]
@@ -111,8 +114,10 @@ def listing(uri: str) -> list[InputFile]:
 
 
 def parquet_values(data: bytes, column: str, limit: int) -> Iterator[pa.Array]:
-    """A column of a Parquet file, some rows at a time, a dictionary still as one; LeftOutError before a row group of more than
-    `limit` bytes, as its footer tells, is unpacked."""
+    """Yields a column of a Parquet file, some rows at a time, a dictionary as a dictionary.
+
+    LeftOutError before a row group is unpacked whose size in the footer is more than `limit` bytes.
+    """
     file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True, read_dictionary=[column])
     for group in _groups(file, [column], limit):
         for batch in file.iter_batches(1024, row_groups=[group], columns=[column]):
@@ -120,7 +125,11 @@ def parquet_values(data: bytes, column: str, limit: int) -> Iterator[pa.Array]:
 
 
 def parquet_rows(data: bytes, large: str, columns: list[str], limit: int) -> Iterator[dict[str, Any]]:
-    """A Parquet file's rows, as `parquet_values` reads a column; `large` is the one whose values are. A column may be missing."""
+    """Yields a Parquet file's rows, unpacking some at a time; a column that is missing is left out.
+
+    `large` is the column of large values, whose dictionary stays one. LeftOutError before a row group is unpacked whose size in
+    the footer is more than `limit` bytes.
+    """
     schema = pq.read_metadata(pa.BufferReader(data)).schema
     leaves = [path for i in range(len(schema)) if (path := schema.column(i).path) in (large, f"{large}.bytes")]
     file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True, read_dictionary=leaves)
@@ -141,7 +150,7 @@ def _groups(file: pq.ParquetFile, columns: list[str], limit: int) -> Iterator[in
 
 
 class LeftOutError(Exception):
-    """A file of the input that is not read; `reason` is one of the pipelines' reasons."""
+    """Reports that a file of the input is not read; `reason` is one of the pipelines' reasons."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason, detail)
@@ -149,8 +158,11 @@ class LeftOutError(Exception):
 
 
 def fetch(base: Location, path: str, limit: int) -> bytes:
-    """A file of the input, its root itself if there is no path. LeftOutError if it lies outside, is larger than `limit`, or (a
-    local one) cannot be opened; a store that refuses or fails is an error."""
+    """Reads a file of the input, or the root itself if there is no path.
+
+    LeftOutError if it lies outside, is larger than `limit`, or (a local one) cannot be opened; a store that refuses or fails is
+    an error.
+    """
     if not inside(base, path):
         raise LeftOutError("outside", f"leads out of {base}")
     try:
@@ -167,7 +179,7 @@ def fetch(base: Location, path: str, limit: int) -> bytes:
 
 
 def inside(base: Location, path: str) -> bool:
-    """Whether a path leads to a place below `base`, by its name and, on disk, through whatever links there are."""
+    """Checks whether a path leads to a place below `base`, by its name and, on disk, through any links."""
     if "\0" in path or path.startswith("/") or ".." in path.split("/"):
         return False
     if base.is_s3 or not path:
@@ -177,12 +189,12 @@ def inside(base: Location, path: str) -> bool:
 
 
 def examples(ids: list[str]) -> str:
-    """Some ids, as a person reads them in a warning: they are names of files, and so may hold anything."""
+    """Formats some ids for a warning; they are names of files, so they may hold any character."""
     return ", ".join(printable(id) for id in ids)
 
 
 def pack(files: list[InputFile], bytes_per_task: int, files_per_task: int = 2000) -> list[list[str]]:
-    """The paths in lists of about equal bytes, one per read task."""
+    """Packs the paths into lists of about equal bytes, one per read task."""
     tasks: list[list[str]] = []
     size = 0
     for file in files:

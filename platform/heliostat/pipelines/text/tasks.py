@@ -1,4 +1,4 @@
-"""What the text pipeline runs in Ray's workers: read, measure, sample, assign to shards, write. Tables in, tables out."""
+"""Runs the text pipeline's tasks in Ray's workers: read, measure, sample, assign to shards, write. Tables in, tables out."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BLOCK_BYTES = 32 << 20  # of text, per block that a read task yields
 
 
 def extract(batch: pa.Table, input: str, rules: documents.Rules) -> Iterator[pa.Table]:
-    """The documents of the files named in the batch, as tables of ROWS."""
+    """Extracts the documents of the files that the batch names, as tables of ROWS."""
     base = sources.root(input)
     found: list[dict[str, Any]] = []
     size = 0
@@ -46,7 +46,7 @@ def extract(batch: pa.Table, input: str, rules: documents.Rules) -> Iterator[pa.
 
 
 def read_file(base: Location, path: str, rules: documents.Rules) -> Iterator[documents.Document | documents.Dropped]:
-    """A file's documents, or why it is left out; a store that refuses or fails is an error."""
+    """Reads a file's documents, or the reason why it is left out; a store that refuses or fails is an error."""
     try:
         data = sources.fetch(base, path, rules.max_file_bytes)
     except sources.LeftOutError as e:
@@ -64,7 +64,7 @@ def kept(table: pa.Table) -> pa.Table:
 
 
 def prefix_sizes(table: pa.Table) -> pa.Table:
-    """One row: the UTF-8 bytes of text per hash prefix."""
+    """Measures the UTF-8 bytes of text per hash prefix, as one row."""
     table = kept(table)
     lengths = pc.binary_length(table["text"]).to_numpy()
     sizes = np.bincount(prefixes(table), weights=lengths, minlength=PREFIXES).astype(np.int64)
@@ -72,7 +72,7 @@ def prefix_sizes(table: pa.Table) -> pa.Table:
 
 
 def lowest(table: pa.Table, limit: int) -> pa.Table:
-    """The documents whose hash prefix is at most `limit`."""
+    """Selects the documents whose hash prefix is at most `limit`."""
     table = kept(table)
     return table.filter(pa.array(prefixes(table) <= limit)).select(["hash", "id", "text"])
 
@@ -88,13 +88,13 @@ def train_on(config: dict[str, Any], *tables: pa.Table) -> str:
 
 
 def assign(table: pa.Table, shards: int) -> pa.Table:
-    """With a column `shard`, from the hash of the text alone: a shard holds a range of them, and so do its chunks."""
+    """Adds a column `shard`, from the hash of the text alone: a shard holds a range of hashes, and so do its chunks."""
     chosen = [int(h[:13], 16) * shards >> 52 if h else DROPPED for h in table["hash"].to_pylist()]
     return table.append_column("shard", pa.array(chosen, pa.int64()))
 
 
 def unique(table: pa.Table) -> tuple[pa.Table, int]:
-    """The table in hash order with each hash once, of the smallest id, and how many rows that left out."""
+    """Sorts the table by hash and keeps each hash once, with the smallest id; also counts the rows that this removes."""
     table = table.sort_by([("hash", "ascending"), ("id", "ascending")])
     hashes = table["hash"].to_numpy()
     first = np.concatenate([[True], hashes[1:] != hashes[:-1]]) if len(hashes) else np.zeros(0, bool)
@@ -102,7 +102,7 @@ def unique(table: pa.Table) -> tuple[pa.Table, int]:
 
 
 def write_group(table: pa.Table, output: str, definition: Any, end: int, chunk_tokens: int) -> pa.Table:
-    """Writes one shard and returns its counts, or counts the dropped documents."""
+    """Writes one shard and returns its counts, or writes the list of the dropped documents and counts them."""
     row: dict[str, Any] = dict.fromkeys(("documents", "duplicates", "bytes", "cut"), 0)
     row |= {"path": "", "counts": b"", "dropped": "{}", "examples": "{}", "listed": "", "contents": "[]"}
     shard = table["shard"][0].as_py()

@@ -1,4 +1,4 @@
-"""Documents to token shards: tokenizers, where row groups are cut, and the Parquet bytes. Pure functions."""
+"""Turns documents into token shards: tokenizers, the cut into row groups, and the Parquet bytes. Pure functions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BATCH_CHARS = 4 << 20  # of text, per call of the tokenizer: bounds the memory t
 
 
 def train(texts: Iterable[str], vocab_size: int, end_of_document: str) -> str:
-    """The `tokenizer.json` text of a byte-level BPE: every string has tokens, and decodes to itself."""
+    """Trains a byte-level BPE and returns its `tokenizer.json` text: every string can be encoded, and decodes to itself."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -46,7 +46,7 @@ def train(texts: Iterable[str], vocab_size: int, end_of_document: str) -> str:
 
 @lru_cache(maxsize=2)
 def load(definition: str) -> Tokenizer:
-    """The tokenizer, set to take text as it is: no truncation, no padding, special tokens spelled in a text are text."""
+    """Loads a tokenizer that takes text as it is: no truncation, no padding, special tokens spelled in a text are plain text."""
     try:
         tokenizer = Tokenizer.from_str(definition)
     except Exception as e:  # the library raises bare Exception
@@ -68,7 +68,7 @@ def end_id(tokenizer: Tokenizer, end_of_document: str) -> int:
 
 
 def encode(tokenizer: Tokenizer, texts: list[str], end: int) -> list[np.ndarray]:
-    """Each text's token ids, int32, with `end` after them."""
+    """Encodes each text to token ids, int32, with `end` after them."""
     out: list[np.ndarray] = []
     start = 0
     while start < len(texts):
@@ -83,7 +83,7 @@ def encode(tokenizer: Tokenizer, texts: list[str], end: int) -> list[np.ndarray]
 
 
 def cut(lengths: np.ndarray, target: int) -> list[tuple[int, int]]:
-    """Ranges of documents, one per row group: about equal tokens, near `target`, never empty, never within a document."""
+    """Cuts documents into ranges, one per row group: about equal tokens, near `target`, never empty, never within a document."""
     if not len(lengths):
         return []
     ends = np.cumsum(lengths)
@@ -97,20 +97,25 @@ def cut(lengths: np.ndarray, target: int) -> list[tuple[int, int]]:
 
 
 def ranges(lengths: np.ndarray, places: np.ndarray, target: int) -> list[tuple[int, int]]:
-    """Ranges of documents, one per row group: `cut` between the `PARTS`; the documents' places fall."""
+    """Cuts documents into ranges, one per row group, that end at every one of `PARTS` too; the documents' places must descend."""
     bounds = [0, *sorted(int((places >= part * PLACES).sum()) for part in PARTS), len(lengths)]
     return [(a + start, a + stop) for a, b in itertools.pairwise(bounds) for start, stop in cut(lengths[a:b], target)]
 
 
 def piece(target: int) -> int:
-    """How many tokens a chunk has that ends within a document: at most `target`, and 15 times a power of two, so that it is
-    whole sequences of any usual length and nothing is left over where a document is cut."""
+    """Computes the tokens of a chunk that ends within a document: at most `target`, and 15 times a power of two.
+
+    So such a chunk is whole sequences of any usual length, and nothing is left over where a document is cut.
+    """
     return max(1, 15 * 2 ** ((target // 15).bit_length() - 1) if target >= 15 else target)
 
 
 def pieces(lengths: list[int], target: int) -> list[list[int]]:
-    """The lengths of the rows of each row group that these documents become: one group, unless they have more than twice `target`
-    tokens (a document that is longer than a chunk may be); then pieces of `piece(target)` while more than that is left."""
+    """Divides documents into row groups, and returns the lengths of the rows of each.
+
+    They make one group unless they have more than twice `target` tokens (a document may be longer than a chunk); then groups of
+    `piece(target)` tokens while more than that is left.
+    """
     out: list[list[int]] = []
     rows, left = lengths[::-1], sum(lengths)  # the next document last
     while left > 2 * target:
@@ -127,8 +132,10 @@ def pieces(lengths: list[int], target: int) -> list[list[int]]:
 
 
 def chunks(lengths: np.ndarray, target: int, places: np.ndarray | None = None) -> list[tuple[list[int], int]]:
-    """(the lengths of its rows, its place) of each row group. Those that share a document have one place, so that no document
-    is ever held out in part; without places -1."""
+    """Plans the row groups of a shard: (the lengths of its rows, its place) for each.
+
+    Row groups that share a document have one place, so that no document is ever held out in part; without places it is -1.
+    """
     found = cut(lengths, target) if places is None else ranges(lengths, places, target)
     out = []
     for start, stop in found:
@@ -138,8 +145,11 @@ def chunks(lengths: np.ndarray, target: int, places: np.ndarray | None = None) -
 
 
 def shard(ids: list[str], tokens: list[np.ndarray], chunk_tokens: int, places: np.ndarray | None = None) -> bytes:
-    """The Parquet file: the same documents in the same order give the same bytes. A row that does not end with the end of its
-    document goes on in the next, of the same name. The documents' places (`manifest.place`) must fall."""
+    """Writes a shard as the bytes of a Parquet file: the same documents in the same order give the same bytes.
+
+    A row that does not end with the end of its document goes on in the next, of the same name. The documents' places
+    (`manifest.place`) must descend.
+    """
     flat = np.concatenate(tokens)
     lengths = np.array([len(t) for t in tokens], np.int64)
     ends = np.cumsum(lengths)
@@ -170,7 +180,10 @@ def shard(ids: list[str], tokens: list[np.ndarray], chunk_tokens: int, places: n
 
 
 def entropy(counts: np.ndarray) -> float:
-    """Nats per token of the unigram distribution; rounded, because the last bits of a logarithm differ by machine."""
+    """Computes the entropy of the unigram distribution in nats per token.
+
+    It is rounded, because the last bits of a logarithm differ by machine.
+    """
     used = counts[counts > 0].astype(np.float64)
     p = used / used.sum()
     return round(math.fsum(-p * np.log(p)), 6)
