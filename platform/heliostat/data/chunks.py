@@ -1,9 +1,9 @@
-"""Reads samples from the shards: each chunk once, several at a time, with damage told apart from failures of storage.
+"""Reads samples from the shards: each chunk once, several at a time, with damage distinguished from storage failures.
 
 A chunk that is damaged or was exchanged (its shard's footer, its bytes, its pages' checksums, its Parquet structure, its number
 of tokens) makes all its samples bad, a token outside the vocabulary makes its own sample bad: both are the same whenever and
 wherever they are read, and `Dataset.load` replaces them. A shard that is missing, or a store that fails beyond its retry
-budget, is an error instead: it may be whole again tomorrow, and replacing its samples would make the run depend on the weather.
+budget, is an error instead: it may be whole again later, and if its samples were replaced, the run would depend on chance.
 """
 
 from __future__ import annotations
