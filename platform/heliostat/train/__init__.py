@@ -1,4 +1,4 @@
-"""Training: the driver of a run, the workers' loop, checkpoints. `heliostat.train(job)` calls `heliostat.api.train`."""
+"""Trains models: a run's driver, the workers' training loop, checkpoints. `heliostat.train(job)` calls `heliostat.api.train`."""
 
 from heliostat.callable_module import make_callable
 

@@ -1,7 +1,7 @@
-"""Where workers and driver meet: a small Ray actor on the driver's node, which nobody on the step path waits for.
+"""Connects workers and driver through a mailbox: a small Ray actor on the driver's node, which nobody on the step path waits for.
 
-Rank 0 posts what happens (`heliostat.events`). Every worker's heartbeat says that it lives and how far it is, and brings back
-what the driver has ordered: `stop` (a code of `stop_codes`) and `dump` (post the stacks of all threads).
+Rank 0 posts events (`heliostat.events`). Every worker's heartbeat reports that it is alive and how far it is, and returns what
+the driver has ordered: `stop` (a code of `stop_codes`) and `dump` (post the stacks of all threads).
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ SYSTEM_LIMIT = 10_000  # of them what nodes are busy with: many nodes crowd noth
 
 
 def interval(workers: int) -> float:
-    """Seconds between two heartbeats of a worker: the mailbox answers some hundred a second with ease."""
+    """Computes the seconds between two heartbeats of a worker: the mailbox easily answers some hundred a second."""
     return max(1.0, workers / 100)
 
 
 class State:
-    """What the mailbox holds. All times are ages, in seconds by this process's clock, so that no two clocks are compared."""
+    """Holds the mailbox's events, heartbeats, orders and decisions.
+
+    All times are ages, in seconds by this process's clock, so that clocks of different machines are never compared.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -40,7 +43,7 @@ class State:
         (self._system if isinstance(event, NodeSample) else self._events).add(event)
 
     def heartbeat(self, rank: int, progress: int, facts: dict[str, Any]) -> dict[str, Any]:
-        """`facts`: pid and node."""
+        """Stores a worker's heartbeat and returns the driver's orders; `facts`: pid and node."""
         now, before = self._clock(), self._heartbeats.get(rank)
         moved = before["moved"] if before and before["progress"] == progress else now
         self._heartbeats[rank] = {**facts, "progress": progress, "moved": moved, "at": now}
@@ -50,19 +53,22 @@ class State:
         self._orders |= orders
 
     def decide(self, step: int, stop: int) -> None:
-        """What becomes of the workers that wait behind `step`."""
+        """Decides whether the workers that wait behind `step` go on or stop; the first decision for a step stands."""
         self._decisions.setdefault(step, stop)
 
     def decision(self, step: int) -> int | None:
-        """The decision, once there is one; an order to stop is one too. What one worker was told, all are told."""
+        """Returns the stop code decided for the workers that wait behind `step`; None until there is one.
+
+        An order to stop is a decision too. All workers get the same answer as the first one.
+        """
         if step not in self._decisions and self._orders.get("stop"):
             self._decisions[step] = self._orders["stop"]
         return self._decisions.get(step)
 
     def drain(self) -> tuple[list[Event], dict[int, dict[str, Any]], int]:
-        """Events since the last call, every worker's last heartbeat, and how many events were lost.
+        """Drains the events since the last call; returns them, every worker's last heartbeat, and how many events were lost.
 
-        A heartbeat's `moved` and `at`: how long ago its worker got on, and was heard of.
+        A heartbeat's `moved` and `at`: seconds since the worker's last progress, and since the heartbeat itself.
         """
         now = self._clock()
         (events, lost), (system, more) = self._events.take(), self._system.take()
@@ -71,7 +77,7 @@ class State:
 
 
 class Bounded:
-    """The newest of what was added, and how many older ones had to go."""
+    """Keeps the newest events up to a limit, and counts the older ones that were dropped."""
 
     def __init__(self, limit: int) -> None:
         self._kept: deque[Event] = deque(maxlen=limit)
@@ -92,12 +98,12 @@ Mailbox = ray.remote(num_cpus=0)(State)
 
 
 def make() -> Any:
-    """A mailbox on this node: it must not die with a worker's."""
+    """Creates a mailbox actor on this node, the driver's, so that it does not die with a worker's node."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return Mailbox.options(scheduling_strategy=here).remote()
 
 
 def queued_s() -> float:
-    """On a worker: how long its placement group waited for room."""
+    """Returns the seconds that this worker's placement group waited for resources; called in a worker."""
     table = ray.util.placement_group_table(ray.util.get_current_placement_group())
     return table["stats"]["end_to_end_creation_latency_ms"] / 1000

@@ -1,7 +1,7 @@
-"""Where a run waits for a word from outside: behind the checkpoint of certain steps, as a trial of a sweep does.
+"""Pauses a run behind the checkpoints of certain steps until a decision comes from outside, as for a trial of a sweep.
 
-The workers evaluate and save at such a step, the driver posts that they are there (the event `held`), and they wait, doing
-nothing, until `answer` says that they go on (RUN) or end (INTERRUPTED). So what a scheduler stops has not taken a step more.
+The workers evaluate and save at such a step, the driver posts the event `held`, and they wait, doing nothing, until `answer` lets
+them go on (RUN) or ends them (INTERRUPTED). So a trial that a scheduler stops has taken no step beyond.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from heliostat.train.stop_codes import INTERRUPTED, RUN
 
 
 class PausePoints:
-    """Answers may come from any thread; the first one to a step stands."""
+    """Holds a run's pause points and the answers to them; any thread may answer, and the first answer for a step stands."""
 
     def __init__(self, steps: Iterable[int] = ()) -> None:
         self.steps = sorted(steps)

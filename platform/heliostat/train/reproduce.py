@@ -1,8 +1,8 @@
-"""Running a recorded run again, from its record in MLflow, and comparing the two loss curves step by step.
+"""Reproduces a recorded run from its record in MLflow, and compares the two loss curves step by step.
 
-The job, its seeds and the versions of its datasets come from the record; the code is what is in the workspace now, and is
-compared with what the run was made by. On the same machine, packages, code and worker counts, in fp32, the curves are equal to
-the last bit. The new run is another run beside the first (NAME-again), and registers no model.
+The job, its seeds and the versions of its datasets come from the record; the code is the workspace's present one, and is compared
+with the code of the recorded run. On the same machine, packages, code and worker counts, in fp32, the curves are equal to the
+last bit. The new run is separate from the first (NAME-again), and registers no model.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Recorded:
-    """`plan`: of the run's first segment, which ends at step `end`; `curve`: the losses of steps 1, 2, ..."""
+    """Holds a run's record; `plan`: of its first segment, which ends at step `end`; `curve`: the losses of steps 1, 2, ..."""
 
     run_id: str
     job: dict[str, Any]
@@ -42,7 +42,7 @@ class Recorded:
 
 
 def reproduce(client: Any, uri: str, run: str, steps: int | None, settings: list[str], overwrite: bool) -> dict[str, Any]:
-    """Trains the run's first `steps` steps again (all of its first segment, if none are given), and tells what differs."""
+    """Trains the run's first `steps` steps again (all of its first segment, if none are given), and reports what differs."""
     from heliostat.train.run import train
 
     found = mlflow_client.find(client, run, uri)
@@ -69,7 +69,7 @@ def reproduce(client: Any, uri: str, run: str, steps: int | None, settings: list
 
 
 def read(client: Any, run: Any) -> Recorded:
-    """What MLflow knows of a run; ConfigError if that is too little."""
+    """Reads a run's record from MLflow; ConfigError if the record is too incomplete to reproduce the run."""
     run_id = run.info.run_id
     job, data, starts = read_json(client, run_id, "job.json"), data_of(client, run), read_json(client, run_id, ATTEMPTS)
     if job is None or not data["segments"] or not starts:
@@ -84,7 +84,7 @@ def read_curve(client: Any, run_id: str) -> dict[int, float]:
 
 
 def again(recorded: Recorded, steps: int) -> dict[str, Any]:
-    """The job of the new run: the recorded one, on as many workers as it began with, up to a step."""
+    """Builds the job of the new run: the recorded job, on the worker count that it began with, up to step `steps`."""
     job = json.loads(json.dumps(recorded.job))
     job["name"] = f"{job['name'][:94]}-again"
     job["train"]["stop_after"] = steps
@@ -95,7 +95,7 @@ def again(recorded: Recorded, steps: int) -> dict[str, Any]:
 
 
 def differences(recorded: Recorded, source: source_code.Source, environment: dict[str, str]) -> list[str]:
-    """What is other now than when the run was made, and what of the run is not made again: one line each."""
+    """Lists what differs now from when the run was recorded, and what of the run is not reproduced: one line each."""
     was, notes = recorded.starts[0]["code"], []
     now = source.facts()
     if was["commit"] != now["commit"]:
@@ -117,7 +117,7 @@ def differences(recorded: Recorded, source: source_code.Source, environment: dic
 
 
 def compare(recorded: dict[int, float], curve: dict[int, float], steps: int) -> dict[str, Any]:
-    """{steps, bitwise, first_difference, largest_difference}: of the losses of steps 1 to `steps`."""
+    """Compares the losses of steps 1 to `steps`; returns {steps, bitwise, first_difference, largest_difference}."""
     both = [s for s in range(1, steps + 1) if s in recorded and s in curve]
     if len(both) < steps:
         missing = next(s for s in range(1, steps + 1) if s not in recorded or s not in curve)

@@ -1,12 +1,11 @@
-"""One run from the driver's side: check, start the workers, again where it can help, keep MLflow and the terminal informed,
-export, register.
+"""Runs a training job from the driver: starts and restarts the workers, updates MLflow and the terminal, exports, registers.
 
     from heliostat.train.run import train
     result = train(Path("jobs/quickstart.yaml"))
 
-The way down is one: load the file, check what does not depend on the run, claim the run, plan its data from where it stands, and
-carry it out. The result is what `heliostat train --json` prints; it is also written to `result.json` in the run's folder. What
-happens when something dies is told in docs/reliability.md.
+Each run takes the same path: load the file, check what does not depend on the run, claim the run, plan its data from its last
+checkpoint, and carry it out. The result is what `heliostat train --json` prints; it is also written to `result.json` in the run's
+folder. docs/reliability.md describes what happens when something fails.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ LEFT = {  # what a run leaves whose model is not logged, by whether its recipe e
 
 @dataclass
 class RunHooks:
-    """How a run is part of something bigger, a sweep: who hears of it and stops it, and what MLflow is told."""
+    """Embeds a run in something larger, such as a sweep: who gets its events and may stop it, and which tags MLflow gets."""
 
     started: float  # wall clock
     signals: Signals
@@ -76,13 +75,16 @@ class RunHooks:
 
 
 def train(path: Path, settings: list[str] | None = None, *options: Any, **named: Any) -> dict[str, Any]:
-    """Loads a job file, with `key.path=value` settings applied, and trains it; the options are those of `train_job`."""
+    """Loads a job file, applies `key.path=value` settings, and trains the job; the options are those of `train_job`."""
     named["tags"] = source(path) | (named.get("tags") or {})
     return train_job(check.load_job(path, settings), *options, **named)
 
 
 def source(path: Path) -> dict[str, str]:
-    """Tags a run with the job file that it is of; on a cluster it has another name, and the run says who submitted it."""
+    """Returns the tag that records a run's job file.
+
+    None on a cluster: there the file has another name, and the run records its submitter.
+    """
     return {} if os.environ.get("HELIOSTAT_CLUSTER") else {SOURCE_NAME: str(path)}
 
 
@@ -96,10 +98,10 @@ def train_job(
     tags: dict[str, str] | None = None,
     started: float | None = None,
 ) -> dict[str, Any]:
-    """Trains a job to its last step; HeliostatError with one line for whatever stopped it.
+    """Trains a job to its last step; raises a HeliostatError of one line for whatever stopped it.
 
-    `recorded`: a plan that the data must give, of a run that is made again; `tags`: of a new MLflow run; `started`: wall clock
-    from which the ledger counts, now if it is not given.
+    `recorded`: for a run that is reproduced, the data plan that its data must give; `tags`: of a new MLflow run; `started`: wall
+    clock from which the ledger counts, now if it is not given.
     """
     started = started or time.time()
     job, recipe = check.check_setup(job)
@@ -113,7 +115,7 @@ def train_job(
 
 
 def _last_checkpoint(job: Job, resume: bool) -> Checkpoint | None:
-    """Finds where the run stands; ConfigError if it has begun, and the command does not say that it is to go on."""
+    """Finds the run's newest checkpoint; ConfigError if the run has begun, and the command does not ask to resume it."""
     from heliostat.checkpoint import saver
 
     found = saver.latest(job.run_folder)
@@ -126,7 +128,7 @@ def _last_checkpoint(job: Job, resume: bool) -> Checkpoint | None:
 
 
 def _plan(job: Job, recipe: Any, found: Checkpoint | None, recorded: DataPlan | None, allow_change: bool) -> Checked:
-    """Plans the job's data as the checkpoint, or what is recorded, has it; ConfigError if the samples would be others."""
+    """Plans the job's data like the checkpoint, or the recorded plan; ConfigError if the samples would differ."""
     recorded = DataPlan.parse(found.index["data"]) if found else recorded
     checked = check.check_data(job, recipe, recorded)
     changes = recorded.differences(checked.plan) if recorded else []
@@ -144,7 +146,7 @@ def _plan(job: Job, recipe: Any, found: Checkpoint | None, recorded: DataPlan | 
 
 
 def _carry_out(run: _Run, found: Checkpoint | None) -> dict[str, Any]:
-    """Trains from the checkpoint on and exports; of a run that has all its steps, does what is missing behind them."""
+    """Trains from the checkpoint on and exports; if all steps are done, completes what is missing after the training."""
     job = run.job
     if found is None or found.step < job.last_step:
         return run.run()
@@ -156,7 +158,7 @@ def _carry_out(run: _Run, found: Checkpoint | None) -> dict[str, Any]:
 
 
 def train_with_hooks(job: Job, hooks: RunHooks) -> dict[str, Any]:
-    """Trains a job to its last step as part of something bigger, from its last checkpoint if it has one; exports nothing.
+    """Trains a job to its last step as part of something larger, from its last checkpoint if it has one; exports nothing.
 
     Returns the summary of the training, which is also in the run's folder.
     """
@@ -176,7 +178,7 @@ def train_with_hooks(job: Job, hooks: RunHooks) -> dict[str, Any]:
 
 
 def finalize(job: Job) -> dict[str, Any]:
-    """What comes after the training of a run that has all its steps: the model exported, logged and registered; its result."""
+    """Finalizes a run whose steps are all done: exports, logs and registers the model; returns the run's result."""
     job, recipe = check.check_job(job)
     if (result := endings.result(job.run_folder, job.last_step)) is not None:
         return result
@@ -209,7 +211,7 @@ class _Run:
         self.ledger = Recorder(self.job.run_folder, started, start_step, max(self.counts))
 
     def run(self) -> dict[str, Any]:
-        """Trains, and concludes."""
+        """Trains, then exports, logs and registers the model."""
         from heliostat.checkpoint import saver
 
         def work(owner: RunOwner) -> dict[str, Any]:
@@ -219,23 +221,23 @@ class _Run:
         return self._with_mlflow_run(work)
 
     def train_only(self) -> dict[str, Any]:
-        """Only trains."""
+        """Trains without exporting or registering the model."""
         return self._with_mlflow_run(self._train)
 
     def finalize(self, last: Checkpoint) -> dict[str, Any]:
-        """Only what comes after the training, from its last checkpoint, where an earlier command did not get through it."""
+        """Finalizes from the last checkpoint, without training, where an earlier command did not complete this."""
         summary = endings.read(self.job.run_folder, last, self.job)
         self.job.run_folder.join(paths.RAY).delete()  # Ray Train's own state, of no use after the fit
         return self._with_mlflow_run(lambda owner: self._finalize(owner, last, summary))
 
     def catch_up(self) -> None:
-        """Tells MLflow what it could not be told at the end of an earlier command: its metrics, or only that it has finished."""
+        """Logs to MLflow what an earlier command could not log at its end: its metrics, or only that the run has finished."""
         ended = liveness.last(self.job.run_folder)
         if (ended and ended.outcome != "finished") or self.job.run_folder.join(paths.UNLOGGED).exists():
             self._with_mlflow_run(lambda owner: None)
 
     def _with_mlflow_run(self, work: Any) -> dict[str, Any]:
-        """Does the work with an owner of the MLflow run, whose status is right however it ends."""
+        """Does the work with an owner of the MLflow run, whose status is right however the work ends."""
         owner = RunOwner(self.job, self.checked.manifests, self.tags, self.plan.version)
         self.ledger.beat(force=True)  # from here on the run has a driver
         try:
@@ -263,7 +265,7 @@ class _Run:
     # training --------------------------------------------------------------------------------------------------------
 
     def _train(self, owner: RunOwner) -> dict[str, Any]:
-        """Attempt after attempt, until the last step is done or there is no use in another."""
+        """Starts attempts one after another until the last step is done or another attempt would be of no use."""
         from heliostat.cluster.connect import connect
         from heliostat.train.driver.progress import ProgressReporter
 
@@ -339,13 +341,13 @@ class _Run:
         return Attempt(start, signals, take, self._beat).run()
 
     def _beat(self) -> None:
-        """Call often."""
+        """Updates the ledger, and raises the error if the lease was lost; to be called often."""
         self.ledger.beat()
         if self.lease.lost:
             raise self.lease.lost
 
     def _recover(self, error: HeliostatError, signals: Signals) -> None:
-        """Makes ready for another attempt after a failure, or raises the error."""
+        """Prepares another attempt after a failure, or raises the error."""
         from heliostat.checkpoint import saver
 
         kind = classify(error)
@@ -380,14 +382,14 @@ class _Run:
             raise StoppedError(f"stopped by {signals.name} between two attempts; use --resume to go on from step {step}")
 
     def _leave_out(self, first: int, last: int) -> None:
-        """The samples of steps [first, last] are not to be trained on: the sequence goes on behind them."""
+        """Leaves the samples of steps [first, last] out of the training: the sequence goes on behind them."""
         skips = (*self.plan.skips, (self.start_step, first, last - first + 1))
         self.plan = dataclasses.replace(self.plan, skips=skips)
         self.order = make_order(self.plan, self.checked.manifests)
         log.warning("the samples of steps %d to %d are left out", first + 1, last + 1)
 
     def _handle_stop(self, stop: int, step: int) -> None:
-        """After a stop that the workers were told to make, behind the checkpoint of `step`."""
+        """Handles a stop that the workers were ordered to make behind the checkpoint of `step`."""
         if stop == INTERRUPTED:
             raise StoppedError(f"stopped at step {step}, behind a checkpoint; use --resume to go on")
         self.start_step = step
@@ -398,7 +400,7 @@ class _Run:
         self.ledger.restart(outcome=outcome, reason=reason)
 
     def _sources(self, step: int) -> dict[str, dict[str, float]]:
-        """What each source has given in this sequence's steps before `step`, by its name: tokens or samples, and epochs."""
+        """Counts by source name what it contributed to this sequence's steps before `step`: tokens or samples, and epochs."""
         order, manifests = self.order, self.checked.manifests
         names = [m.meta.get("name", m.location.name) for m in manifests]
         taken = order.consumed(step)
@@ -414,9 +416,9 @@ class _Run:
     # afterwards ------------------------------------------------------------------------------------------------------
 
     def _finalize(self, owner: RunOwner, last: Checkpoint, summary: dict[str, Any]) -> dict[str, Any]:
-        """Exports the last checkpoint, logs and registers the model, and shows what it can do.
+        """Exports the last checkpoint, logs and registers the model, and shows sample outputs.
 
-        All of it may be done again, whenever it was broken off: what is there is taken, and `result.json` comes last.
+        Idempotent: after an interruption all of it may run again, which reuses what is there; `result.json` is written last.
         """
         from heliostat.inference.export import export
         from heliostat.track import card
@@ -450,5 +452,5 @@ class _Run:
 
 
 def _unit(job: Job) -> str:
-    """What rates count."""
+    """Returns the unit that rates count: tokens or samples."""
     return "tokens" if job.data.sequence_length else "samples"

@@ -1,4 +1,4 @@
-"""Codes of a stop that the workers agree on; the highest wins."""
+"""Defines the codes of a stop that the workers agree on; the highest wins."""
 
 RUN, RESIZE, PREEMPTED, INTERRUPTED = 0, 1, 2, 3
 FAILED = 4  # a save failed on some worker: all raise its error

@@ -1,7 +1,7 @@
-"""Measuring where time goes: `Ledger` on a worker's side, `Recorder` on the driver's. What the parts mean: `runs.goodput`.
+"""Measures where a run's time goes: `Ledger` on a worker, `Recorder` on the driver; `runs.goodput` defines the parts.
 
-A worker's ledger is always in one part, and one clock reading ends a part and begins the next, so the parts add up to the
-worker's time exactly. Rank 0's totals travel with its events, so a lost event loses nothing. The loop's time at the engine is
+A worker's ledger is always in exactly one part, and one clock reading ends a part and begins the next, so the parts add up to the
+worker's time exactly. Rank 0's totals travel with its events, so a lost event loses nothing. The loop's time in the engine is
 `computing`: on GPUs too, because every step ends by reading the gradient norm, which waits for the device.
 """
 
@@ -34,7 +34,10 @@ PEAK_BF16 = {  # dense FLOP/s, from the makers' data sheets
 
 
 class Ledger:
-    """`switch(part)` from here on; `with ledger(part): ...` and back. Parts do not overlap: inner ones interrupt outer ones."""
+    """Books a worker's time by part: `switch(part)` from now on, `with ledger(part): ...` for a while.
+
+    Parts do not overlap: inner ones interrupt outer ones.
+    """
 
     def __init__(self, part: str) -> None:
         self.part = part
@@ -56,31 +59,34 @@ class Ledger:
             self.switch(outer)
 
     def move(self, source: str, target: str, seconds: float) -> None:
-        """Books seconds of one part under another, where only later it is known what they were."""
+        """Moves seconds booked under one part to another, where only later it is known what they were."""
         self._seconds[source] -= seconds
         self._seconds[target] += seconds
 
     def compiled(self, first: bool) -> None:
-        """Call after the first step, which was all booked as compiling, and the second, whose time tells what was not."""
+        """Splits compiling from computing; called after the first step, booked wholly as compiling, and after the second.
+
+        The second step's time shows how much of the first was not compiling.
+        """
         if not first:
             spent = self.totals()
             self.move("compiling", "computing", min(spent["compiling"], spent["computing"]))
         self.switch("computing")
 
     def totals(self) -> dict[str, float]:
-        """Seconds by part since the beginning, up to now."""
+        """Returns the seconds by part from the beginning up to now."""
         self.switch(self.part)
         return dict(self._seconds)
 
 
 class Recorder:
-    """The driver's side of the run's ledger: fed with the mailbox's events, it keeps a file for each attempt.
+    """Keeps the run's time ledger on the driver from the mailbox's events, in one file for each attempt.
 
     Writing runs in a thread of its own, and a store that refuses it costs a warning: the ledger never stops a run.
     """
 
     def __init__(self, run: Location, started: float, start_step: int, workers: int) -> None:
-        """`started`: wall clock of the command's start."""
+        """Begins the ledger with a first attempt; `started`: wall clock of the command's start."""
         self.run = run
         self.attempts = [self._attempt(started, start_step, workers)]
         self._earlier: list[Attempt] | None = None
@@ -93,7 +99,7 @@ class Recorder:
         self._due = 0.0  # when the file is to be written again
 
     def event(self, event: Event) -> None:
-        """Takes an event of the workers. Those with `ledger`, the worker's totals, move on what is known."""
+        """Takes an event of the workers; the totals in its `ledger`, where it has one, update the attempt's parts."""
         at, now = event.at, self.attempts[-1]
         phase = event.phase if isinstance(event, Phase) else ""
         if self._joined is None and phase not in ("placing", "model"):
@@ -121,13 +127,13 @@ class Recorder:
         return Attempt(mine, started, started, started, start_step, workers, restart, *driver)
 
     def _note(self, pending: str, at: float) -> None:
-        """The time up to now, while there is no worker yet, is of the part that was pending."""
+        """Books the time up to `at`, while there is no worker yet, under the pending part, and makes `pending` the next one."""
         now, at = self.attempts[-1], max(at, self.attempts[-1].known)  # another machine's clock may be behind
         now.parts[now.pending] = now.parts.get(now.pending, 0.0) + at - now.known
         now.known, now.pending = at, pending
 
     def _join(self, event: ModelPhase) -> None:
-        """A worker has begun; `queued_s` is how long its placement group, the last one asked for, waited."""
+        """Books the workers' start; `queued_s`: how long their placement group, the last one requested, waited for resources."""
         now, at = self.attempts[-1], event.at
         self._joined = max(now.known, at - sum((event.ledger or {}).values()))
         if self._placing:
@@ -145,14 +151,14 @@ class Recorder:
         now.seen = max(now.seen, now.known)
 
     def _mark(self, step: int) -> None:
-        """Keeps the marks at checkpoints, where later attempts may begin, and the last."""
+        """Keeps the marks at checkpoints, where later attempts may begin, and the last one."""
         now = self.attempts[-1]
         if now.marks and now.marks[-1][0] not in self._saved_at:
             now.marks.pop()
         now.marks.append((step, now.parts.get("computing", 0.0)))
 
     def restart(self, at: float | None = None, outcome: str = "failed", reason: str = "") -> None:
-        """The workers have ended (now, or at a time) and the driver goes on: from here it is another attempt."""
+        """Closes the attempt because the workers have ended (now, or at `at`), and begins the next one."""
         at = at or time.time()
         failed = self.attempts[-1]
         failed.reason = reason
@@ -168,7 +174,7 @@ class Recorder:
         self._write(ended)
 
     def beat(self, force: bool = False) -> None:
-        """Call often: writes the file when it is old, unless the last write is still under way."""
+        """Writes the attempt's file if it is out of date, unless the last write is still under way; to be called often."""
         now = time.monotonic()
         self._due = min(self._due, now if force else self._due)
         if now >= self._due and (self._writing is None or self._writing.done()):
@@ -184,7 +190,7 @@ class Recorder:
         self._writing = self._thread.submit(_store, place, data)
 
     def report(self) -> dict[str, Any]:
-        """The run's goodput up to now, with all that earlier commands have done."""
+        """Computes the run's goodput up to now, over all attempts, those of earlier commands too."""
         if self._earlier is None:
             try:
                 mine = {a.id for a in self.attempts}
@@ -196,7 +202,7 @@ class Recorder:
         return goodput.report([*self._earlier, *self.attempts])
 
     def close(self, outcome: str, reason: str = "") -> None:
-        """The command's end; the file is written when this returns."""
+        """Closes the ledger at the command's end; the file is written when this returns."""
         self.attempts[-1].reason = reason
         self._end(outcome, time.time())
         self._thread.shutdown(wait=True)
@@ -210,7 +216,7 @@ def _store(place: Location, data: bytes) -> None:
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """Peak FLOP/s of a device by name, None where it is not known (CPUs, other GPUs, fp32)."""
+    """Looks up a device's peak FLOP/s by its name; None where it is not known (CPUs, other GPUs, fp32)."""
     if precision == "fp32":
         return None
     return next((peak for name, peak in PEAK_BF16.items() if name in device_name), None)

@@ -1,7 +1,7 @@
-"""One attempt at a run: the workers started once, by Ray Train, and watched from the driver until they end.
+"""Runs one attempt at a training run: starts the workers once, with Ray Train, and watches them from the driver until they end.
 
-The driver's thread never waits for long. It drains the mailbox; tells the workers to stop behind a checkpoint when a person or a
-node's provider wants that, or when the cluster has room for more of them; and ends them when nothing gets on any more.
+The driver's thread never waits for long. It drains the mailbox; orders the workers to stop behind a checkpoint when a person or a
+node's provider wants that, or when the cluster has room for more of them; and ends them when no worker makes progress any more.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ V2: Any = ray.train  # the package is annotated with V1's classes, and holds V2'
 
 @dataclass(frozen=True)
 class Start:
-    """What an attempt begins with; `job` has a fixed number of workers, `counts` are those that it may move to."""
+    """Holds what an attempt starts from; `job` has a fixed number of workers, `counts` are those that it may change to."""
 
     job: Job
     counts: list[int]
@@ -73,7 +73,10 @@ class Start:
 
 class Attempt:
     def __init__(self, start: Start, signals: Signals, take: Callable[[Event], None], beat: Callable[[], None]) -> None:
-        """`take` gets every event of the mailbox, in order, and `beat` is called often, both in the caller's thread."""
+        """Prepares the attempt.
+
+        `take` gets every event of the mailbox, in order, and `beat` is called often, both in the caller's thread.
+        """
         self.start, self.job, self.signals, self._take, self._beat = start, start.job, signals, take, beat
         self._mailbox = mailbox.make()
         self._parts = self._stream()
@@ -88,7 +91,10 @@ class Attempt:
         self._fault: HeliostatError | None = None
 
     def run(self) -> dict[str, Any]:
-        """Rank 0's summary, with the stop code if the workers were told to stop; HeliostatError for a failure."""
+        """Runs the workers to their end; returns rank 0's summary, with the stop code if they were ordered to stop.
+
+        Raises a HeliostatError if the attempt fails.
+        """
         try:
             return self._run()
         finally:
@@ -141,7 +147,7 @@ class Attempt:
             self._take(event)
 
     def _drained(self) -> list[Event]:
-        """The mailbox's events; takes its heartbeats, with ages turned into times of this clock."""
+        """Drains the mailbox and returns its events; stores the heartbeats, with ages converted to times of this clock."""
         try:
             events, heartbeats, lost = ray.get(self._mailbox.drain.remote(), timeout=10)
         except ray.exceptions.GetTimeoutError:
@@ -157,13 +163,13 @@ class Attempt:
         return events
 
     def _release(self) -> None:
-        """Tells workers that wait what was decided."""
+        """Releases workers that wait at a pause point, as soon as it is decided whether they go on."""
         if self._held is not None and (stop := self.start.pauses.get(self._held)) is not None:
             self._mailbox.decide.remote(self._held, stop)
             self._held = None
 
     def _look(self) -> None:
-        """Orders a stop, or finds the attempt's fault, where there is a reason to."""
+        """Orders the workers to stop, or sets the attempt's fault, where there is a reason to."""
         now = time.monotonic()
         if self.signals.name and self._ordered < INTERRUPTED:
             if self._phase == "ended":
@@ -203,7 +209,7 @@ class Attempt:
         return None
 
     def _say(self, text: str | None) -> bool:
-        """Tells the person that the run waits, and for what; whether there was something to tell."""
+        """Reports to the user that the run waits, and for what; returns whether there was a text to report."""
         if text:
             self._take(Waiting(text=text))
         return bool(text)
@@ -222,7 +228,7 @@ class Attempt:
         self._mailbox.order.remote(stop=code)
 
     def _keep_stacks(self) -> str:
-        """Asks every worker for what its threads are at, and keeps what comes, in the run's folder."""
+        """Collects the stack traces of every worker's threads and writes them to the run's folder; returns the file's place."""
         self._mailbox.order.remote(dump=True)
         found = stack_dumps.collect(self.job.workers.most, self._drained, self._take)
         place = self.job.run_folder.join(run_folder.STACKS, f"{time.strftime('%Y%m%dT%H%M%S')}.txt")
@@ -288,8 +294,11 @@ class Attempt:
 
 
 def _trainer_class() -> Any:
-    """Ray's, on a Ray of our own without two processes, each of which would cost a start more than a second of CPU: one watches
-    over the placement group and asks the dashboard, which is not there; one would split datasets, of which Ray Train has none."""
+    """Returns Ray's trainer class, on a private Ray without two processes that would cost each start over a second of CPU.
+
+    One of them watches over the placement group and asks the dashboard, which is not there; the other would split datasets, of
+    which Ray Train has none.
+    """
     if os.environ.get("RAY_ADDRESS"):
         return V2.torch.TorchTrainer
     from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
@@ -310,7 +319,8 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def explain(error: Exception) -> HeliostatError:
-    """The one line for a failed fit: our own error from a worker if there is one, else Ray's, with the cause chained."""
+    """Explains a failed fit in one line: a worker's own HeliostatError if there is one, else Ray's error, with the cause chained.
+    """
     failures = getattr(error, "worker_failures", {})
     controller = getattr(error, "controller_failure", None)
     for cause in [*failures.values(), controller]:
@@ -332,7 +342,7 @@ def explain(error: Exception) -> HeliostatError:
 
 
 def _short(text: str) -> str:
-    """Ray's message about a dead process, without its guesses at why."""
+    """Shortens Ray's message about a dead process by leaving out its guesses at the cause."""
     return text.partition(" Some common causes include:")[0].strip()
 
 
@@ -343,6 +353,6 @@ def _root(error: BaseException) -> BaseException:
 
 
 def _lost_peer(failures: dict[int, Exception]) -> bool:
-    """Whether what the workers raised is of a collective that another worker, or the network, has left."""
+    """Tells whether the workers' errors come from a collective that another worker, or the network, has dropped out of."""
     words = ("connection closed by peer", "connection reset", "gloo", "nccl", "timed out", "broken pipe", "socket")
     return any(word in str(e).lower() for e in failures.values() for word in words)

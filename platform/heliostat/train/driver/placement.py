@@ -1,4 +1,4 @@
-"""What the driver's side does around the start of the workers; it is called in Ray Train's controller."""
+"""Hooks into Ray Train's controller around the start of the workers, on the driver's side."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from heliostat.events import Phase
 
 
 class PlacementCallback(WorkerGroupCallback):
-    """Posts when Ray Train asks for room for the workers, and readies each worker's process when they have started."""
+    """Posts when Ray Train requests resources for the workers, and prepares each worker's process once they have started."""
 
     def __init__(self, mailbox: Any) -> None:
         self._mailbox = mailbox

@@ -1,4 +1,4 @@
-"""A run's progress for the person at the terminal: a live line where there is a terminal, log lines where there is none."""
+"""Shows a run's progress to the user: a live line on a terminal, log lines where there is none."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BAR = 24  # characters
 
 
 class ProgressReporter:
-    """Fed with the mailbox's events; remembers when each phase began, for the start-up split."""
+    """Reports progress from the mailbox's events; keeps when each phase began, for the breakdown of the start-up time."""
 
     def __init__(self, console: Console, name: str, start: int, steps: int, unit: str) -> None:
         self.unit, self.spikes, self.name = unit, 0, name
@@ -60,7 +60,7 @@ class ProgressReporter:
         self.phases.setdefault(name, at)  # of the first attempt
 
     def startup(self, started: float) -> dict[str, Any]:
-        """Seconds from the command's start to the first finished step, in all and by part."""
+        """Computes the seconds from the command's start to the first finished step, in total and by part."""
         marks = [started, *(self.phases.get(p, started) for p in ("ray", "model", "data", "step", "stepped"))]
         names = ("check_and_ray", "workers", "model", "data", "first_step")
         split = {n: round(b - a, 2) for n, a, b in zip(names, marks, marks[1:], strict=False)}
@@ -108,7 +108,7 @@ class ProgressReporter:
 
 
 class Speed:
-    """How long the steps to go will take, from how long those since the first report took."""
+    """Estimates the time that the remaining steps will take, from the time per step since the first report."""
 
     def __init__(self, steps: int) -> None:
         self._steps, self._began, self._last = steps, (0, 0.0), (0, 0.0)
@@ -119,13 +119,13 @@ class Speed:
         self._last = (done, at)
 
     def left(self) -> float | None:
-        """Seconds; None where nothing is known yet, or nothing is to go."""
+        """Estimates the seconds until the last step; None before there is an estimate, or when no step remains."""
         (first, began), (done, at) = self._began, self._last
         return (at - began) / (done - first) * (self._steps - done) if first < done < self._steps else None
 
 
 def line(name: str, done: int, steps: int, parts: list[tuple[int, str]], left: float | None, width: int) -> str:
-    """The live line: what matters least goes first where the terminal is too narrow for all of it."""
+    """Renders the live progress line; on a narrow terminal the least important parts are dropped first."""
     full = round(BAR * done / steps) if steps else 0
     bar = "━" * full + "╌" * (BAR - full)
     ahead = f"ETA {duration(left)}" if left is not None else ""

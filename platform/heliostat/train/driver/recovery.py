@@ -1,9 +1,9 @@
-"""What becomes of a run when an attempt ends: pure decisions, so that `run` only carries them out.
+"""Decides how a run continues when an attempt ends: pure decisions, so that `run` only carries them out.
 
-Errors that would come again (a faulty job, damaged data, a non-finite loss) are final. A corrupt checkpoint means going on from
-the one before, a loss spike from before the spike; both, and everything that a machine may be blamed for (a dead worker or node,
-memory, a store's outage, a stall), count as failures: so many may follow each other without a new checkpoint between them, each
-after a longer pause. Preemptions, resizes and waiting for room are no failures and have no limit.
+Errors that would recur (a faulty job, damaged data, a non-finite loss) are final. A corrupt checkpoint means resuming from the
+checkpoint before it, a loss spike from before the spike. Both, and everything that a machine may be blamed for (a dead worker or
+node, memory, a store's outage, a stall), count as failures: a limited number may follow each other without a new checkpoint
+between them, each after a longer pause. Preemptions, resizes and waiting for resources are no failures and have no limit.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Kind = Literal["final", "corrupt", "spike", "failure", "queued"]
 
 
 def classify(error: HeliostatError) -> Kind:
-    """What an attempt's error means for the run."""
+    """Classifies an attempt's error by its consequence for the run."""
     if isinstance(error, CorruptCheckpointError):
         return "corrupt"
     if isinstance(error, LossSpikeError):
@@ -44,7 +44,7 @@ def classify(error: HeliostatError) -> Kind:
 
 @dataclass
 class Budget:
-    """Failures in a row, where a new checkpoint begins a new row."""
+    """Counts consecutive failures; a new checkpoint starts the count anew."""
 
     retries: Retries
     used: int = 0
@@ -52,7 +52,10 @@ class Budget:
     last: tuple[str, int] = ("", -1)
 
     def spend(self, error: HeliostatError, checkpoint: int) -> float:
-        """Books a failure, with the step of the newest checkpoint; seconds to wait before the next attempt, or raises it."""
+        """Books a failure; returns the seconds to wait before the next attempt, or raises the error once the retries are used up.
+
+        `checkpoint`: step of the newest checkpoint. A WorkerError that recurs at the same checkpoint is raised at once.
+        """
         self.used = 1 if checkpoint > self.checkpoint else self.used + 1
         same, self.last = self.last == (str(error), checkpoint), (str(error), checkpoint)
         self.checkpoint = max(self.checkpoint, checkpoint)
@@ -64,15 +67,17 @@ class Budget:
 
 
 def choose(allowed: list[int], room: int) -> int:
-    """How many workers to start: the most that there is room for; the least, which then wait, where there is room for none."""
+    """Chooses the number of workers to start: the largest allowed that fits in `room`; if none fits, the smallest, which waits.
+    """
     return max((n for n in allowed if n <= room), default=min(allowed))
 
 
 def stalled(heartbeats: dict[int, dict], workers: int, now: float, limit: float, since: float) -> str | None:
-    """Why the workers count as stalled, or None. `heartbeats`: by rank, `progress` made last at `moved`, heard of at `at`.
+    """Explains why the workers count as stalled; None if they do not.
 
-    One worker's progress is enough: the others may wait for it. A worker that is silent for as long is stalled itself.
-    `since`: when the watch began.
+    `heartbeats`: by rank, with `moved`, the time of the last change in `progress`, and `at`, the time of the last heartbeat.
+    `limit`: seconds. `since`: when the watch began. Progress of one worker is enough: the others may wait for it. A worker
+    without a heartbeat for `limit` is itself stalled.
     """
     moved = max([since, *(p["moved"] for p in heartbeats.values())])
     if now - moved > limit:

@@ -1,7 +1,8 @@
-"""How the workers find one another: on a private Ray by a file in its folder, elsewhere by a TCP port of the first.
+"""Sets up the workers' rendezvous: a file in the session's folder on a private Ray, a TCP port of the first worker elsewhere.
 
-Whoever reaches that port can write what the workers read, and pose as one of them, without a token: on a machine with other users
-even if it listens on loopback. The workers of a private Ray are all on one machine, so a file does, which nobody else can open.
+Whoever reaches that port can, without a token, write what the workers read and pose as one of them: on a machine with other users
+even if it listens on loopback. The workers of a private Ray are all on one machine, so a file, which nobody else can open, is
+enough.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch
 
 
 def config(gpus: float) -> TorchConfig:
-    """Ray Train's setting up of the process group, for the Ray that this process is connected to."""
+    """Returns Ray Train's process group configuration for the Ray that this process is connected to."""
     backend = "nccl" if gpus else "gloo"
     if os.environ.get("RAY_ADDRESS"):
         return TorchConfig(backend=backend)

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM to the driver, taken as a wish to stop: the first is remembered, a second one interrupts at once."""
+"""Handles SIGINT and SIGTERM in the driver as requests to stop: remembers the first one; a second one interrupts at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from typing import Any
 
 
 class Signals:
-    """Inside `with Signals() as signals:` tells the `name` of the first signal, or None; outside all is as before."""
+    """Catches SIGINT and SIGTERM inside `with Signals() as signals:`; `name` is the first signal's, or None.
+
+    On exit the earlier handlers are restored.
+    """
 
     def __init__(self) -> None:
         self.name: str | None = None

@@ -1,4 +1,4 @@
-"""Asking all workers what their threads are at, when none of them gets on any more."""
+"""Collects the stack traces of all workers' threads when no worker makes progress any more."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ POLL_S = 0.5
 
 
 def wait_s(workers: int) -> float:
-    """A worker hears of the order with its next heartbeat, and the more there are, the rarer those are."""
+    """Computes the seconds to wait for all stack traces.
+
+    A worker gets the order with its next heartbeat, and the more workers there are, the rarer those are.
+    """
     return interval(workers) + ANSWER_S
 
 
@@ -24,7 +27,10 @@ def collect(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> dict[int, str]:
-    """The stacks that come within `wait_s`, by rank, once the order is given. `take` gets what else `drain` brings meanwhile."""
+    """Collects the workers' stack traces, by rank, that arrive within `wait_s` after the order.
+
+    `take` gets all other events that `drain` returns meanwhile.
+    """
     stacks: dict[int, str] = {}
     deadline = clock() + wait_s(workers)
     while len(stacks) < workers and clock() < deadline:
@@ -38,7 +44,7 @@ def collect(
 
 
 def text(stacks: dict[int, str], workers: int) -> str:
-    """Those who answered, and by number those who did not."""
+    """Formats the stack traces by worker, headed by the numbers of the workers that did not answer."""
     silent = [str(r) for r in range(workers) if r not in stacks]
     head = [f"no answer in {wait_s(workers):.0f} s, so frozen, or dead: worker {', '.join(silent)}"] if silent else []
     return "\n\n".join([*head, *(f"worker {r}: {stacks[r]}" for r in sorted(stacks))])
