@@ -319,8 +319,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def explain(error: Exception) -> HeliostatError:
-    """Explains a failed fit in one line: a worker's own HeliostatError if there is one, else Ray's error, with the cause chained.
-    """
+    """Explains a failed fit in one line: a worker's own HeliostatError if there is one, else Ray's, with the cause chained."""
     failures = getattr(error, "worker_failures", {})
     controller = getattr(error, "controller_failure", None)
     for cause in [*failures.values(), controller]:

@@ -67,8 +67,7 @@ class Budget:
 
 
 def choose(allowed: list[int], room: int) -> int:
-    """Chooses the number of workers to start: the largest allowed that fits in `room`; if none fits, the smallest, which waits.
-    """
+    """Chooses the worker count to start with: the largest allowed that fits in `room`; if none fits, the smallest, to wait."""
     return max((n for n in allowed if n <= room), default=min(allowed))
 
 

@@ -1,8 +1,8 @@
-"""Bad samples of a run: the budget that stops it, and the list that says which they were and what took their place.
+"""Handles a run's bad samples: the budget that stops it, and the list of the samples replaced and their replacements.
 
-`quarantine/step-00000100.jsonl` in the run's folder lists the samples replaced in the steps that the receipt of that name
-covers: step, dataset, shard, row group, row, reason, and the replacement's shard, row group and row. No file: none were.
-Steps are counted from 1; older lists, without `counted_from`, have them from 0.
+`quarantine/step-00000100.jsonl` in the run's folder lists the samples replaced in the steps that the receipt of that name covers:
+step, dataset, shard, row group, row, reason, and the replacement's shard, row group and row. No file: none were. Steps are
+counted from 1; older lists, without `counted_from`, have them from 0.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from heliostat.storage import Location
 
 
 def check_budget(bad: int, steps: int, job: Job, order: Order) -> None:
-    """DataError if more samples were replaced than `data.max_bad_fraction` of an epoch, or of all those trained on."""
+    """Checks the budget of bad samples.
+
+    DataError if more samples were replaced than `data.max_bad_fraction` of an epoch, or of all those trained on.
+    """
     base = max(int(order.epoch_samples.sum()), steps * job.train.global_batch)
     allowed = job.data.max_bad_fraction * base
     if bad > allowed:
@@ -43,7 +46,7 @@ def collect(run: Location, done: int, mine: list[dict[str, Any]], count: int, da
 
 
 def describe(bad: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
-    """An entry of the list, with names instead of numbers."""
+    """Describes a replaced sample as an entry of the list, with names instead of indices."""
 
     def place(source: int, chunk: int, row: int) -> dict[str, Any]:
         chunks = dataset.sources[source].chunks

@@ -1,4 +1,4 @@
-"""DeepSpeed: the config that a job means, and the engine built from it.
+"""Builds the DeepSpeed config of a job, and the engine from it.
 
 ZeRO shards optimizer state (stage 1), gradients (2) and parameters (3) over the workers (Rajbhandari et al. 2020, arXiv
 1910.02054). Import this module only in a worker: `prepare_environment` must run before DeepSpeed is first imported.
@@ -39,7 +39,7 @@ def prepare_environment(gpus: float) -> None:
 
 @contextmanager
 def _without(module: str) -> Iterator[None]:
-    """Inside, importing the module fails, unless that was done before."""
+    """Makes importing the module fail inside, unless it was imported before."""
     if module in sys.modules:
         yield
         return
@@ -51,7 +51,7 @@ def _without(module: str) -> Iterator[None]:
 
 
 def engine_config(job: Job) -> dict[str, Any]:
-    """The DeepSpeed config of a job; `train.deepspeed` is merged over it, key by key."""
+    """Builds the DeepSpeed config of a job; `train.deepspeed` is merged over it, key by key."""
     train, offload = job.train, job.train.zero.offload
     zero: dict[str, Any] = {"stage": train.zero.stage}
     if not job.workers.gpus:
@@ -92,7 +92,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def build_model(job: Job, recipe: Recipe, config: dict[str, Any]) -> torch.nn.Module:
-    """The model with its initial weights, the same on every worker; at stage 3 no worker ever holds all of them."""
+    """Builds the model with its initial weights, the same on every worker; at stage 3 no worker ever holds all of them."""
     torch.manual_seed(job.train.seed)
     if job.train.zero.stage < 3:
         return building.build(recipe)
@@ -106,7 +106,7 @@ def build_model(job: Job, recipe: Recipe, config: dict[str, Any]) -> torch.nn.Mo
 
 
 def build_engine(job: Job, recipe: Recipe) -> Any:
-    """A DeepSpeedEngine on the process group that Ray Train made."""
+    """Builds a DeepSpeedEngine on the process group that Ray Train made."""
     import deepspeed
 
     config = engine_config(job)
@@ -123,13 +123,16 @@ def build_engine(job: Job, recipe: Recipe) -> Any:
 
 
 def set_lr(engine: Any, lr: float) -> None:
-    """The learning rate of a step, for each group of parameters as the recipe scales it."""
+    """Sets the learning rate of a step, for each parameter group as the recipe scales it."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
 
 
 def gradient_norm(engine: Any, clip: float) -> float:
-    """The global gradient norm before clipping. Stages 1 to 3: of the step just made; stage 0: call before the step."""
+    """Computes the global gradient norm before clipping.
+
+    Stages 1 to 3: of the step just made. Stage 0: clips too, and is to be called before the step.
+    """
     if engine.zero_optimization_stage():
         return float(engine.get_global_grad_norm())
     return float(torch.nn.utils.clip_grad_norm_(engine.module.parameters(), clip or float("inf")))

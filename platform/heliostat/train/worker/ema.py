@@ -1,8 +1,8 @@
-"""The exponential moving average of the weights, held like them: each rank averages the fp32 slices that ZeRO gave it.
+"""Averages the weights exponentially (EMA), sharded like the weights: each rank averages the fp32 slices that ZeRO gave it.
 
-After step t (from 1) the average moves towards the weights by 1 - min(decay, (1 + t) / (10 + t)), so that it does not remember
-the start for long. Checkpoints hold it as `ema.<parameter>`, saved and resharded like the masters. `applied` puts it in the
-weights' place for an evaluation and takes it out again, bit by bit; exports take it instead of the weights.
+After step t (from 1) the average moves towards the weights by 1 - min(decay, (1 + t) / (10 + t)), so that the initial weights
+lose their influence quickly. Checkpoints hold it as `ema.<parameter>`, saved and resharded like the masters. `applied` swaps the
+average with the weights for an evaluation and back again, bit by bit; exports take the average instead of the weights.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ class Ema:
         self._averages = {n: s.local.detach().clone() for n, s in self._masters.items()}
 
     def update(self, step: int) -> None:
-        """After the optimizer's step number `step`, from 1."""
+        """Updates the averages after the optimizer's step number `step`, from 1."""
         rate = 1 - min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self._averages.values()), [s.local for s in self._masters.values()], rate)
 
     def state(self, whole: bool = False) -> dict[str, torch.Tensor]:
-        """This rank's slices, as views, beside those of `fragments.state`."""
+        """Returns this rank's slices of the averages, as views, to be saved beside those of `zero_state.state`."""
         shards = (zero_state.share(FlatShard(self._averages[n], s.start, s.shape[0]), self.engine, whole)
                   for n, s in self._masters.items())  # fmt: skip
         return {f"{EMA}.{n}": shard for n, shard in zip(self._masters, shards, strict=True)}
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The model computes with the averages meanwhile. No checkpoint may be saved, and no step made, inside."""
+        """Computes with the averages in the weights' place inside; no checkpoint may be saved, and no step made, meanwhile."""
         self._exchange()
         try:
             yield

@@ -1,4 +1,4 @@
-"""The held-out samples during training: read once, scored on all workers together."""
+"""Evaluates the held-out samples during training: reads them once, and scores them on all workers together."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from heliostat.recipes.protocol import Evaluates, Recipe
 
 
 class HeldOut:
-    """This worker's part of the held-out samples, read once and kept."""
+    """Holds this worker's part of the held-out samples, read once and kept."""
 
     def __init__(self, job: Job, dataset: Dataset, recipe: Recipe, rank: int, world: int) -> None:
         assert job.evaluate and isinstance(recipe, Evaluates)
@@ -38,9 +38,9 @@ class HeldOut:
 
     @torch.no_grad()
     def scores(self, model: Any, device: Any, group: Any, progressed: Callable[[], None]) -> dict[str, float]:
-        """What the recipe makes of its `evaluate` on all held-out samples, on all workers; calls back after each batch.
+        """Evaluates the recipe's scores on all held-out samples, on all workers together; calls `progressed` after each batch.
 
-        What is gathered comes to rank 0, which measures it; all know what it found.
+        What the recipe gathers is sent to rank 0, which computes its metrics; every worker gets the result.
         """
         names: list[str] = []
         totals = torch.zeros(0, dtype=torch.float64)
@@ -70,7 +70,10 @@ class HeldOut:
 
 
 def dealt(samples: np.ndarray, rank: int, world: int, micro: int) -> tuple[np.ndarray, np.ndarray]:
-    """This worker's part of the samples in whole micro-batches, as many as every other worker's, and which of them count."""
+    """Deals this worker its part of the samples, in whole micro-batches, as many as every other worker's.
+
+    Returns the samples and a mask of those that count.
+    """
     mine = samples[rank::world]
     size = -(-len(samples) // (world * micro)) * micro
     filled = np.resize(mine, size) if len(mine) else np.full(size, samples[0])
@@ -78,7 +81,11 @@ def dealt(samples: np.ndarray, rank: int, world: int, micro: int) -> tuple[np.nd
 
 
 def dealt_whole(samples: np.ndarray, rank: int, world: int, micro: int) -> tuple[np.ndarray, np.ndarray]:
-    """The same, in micro-batches of the same samples on any number of workers: what is gathered then has the same bits."""
+    """Deals this worker its micro-batches, each of the same samples on any number of workers.
+
+    So what is gathered has the same bits on any number. Every worker gets as many micro-batches. Returns the samples and a mask
+    of those that count.
+    """
     batches = -(-len(samples) // micro)
     mine = rank + world * np.arange(-(-batches // world))
     places = (np.minimum(mine, batches - 1)[:, None] * micro + np.arange(micro)).ravel()

@@ -1,6 +1,7 @@
-"""What a recipe draws after an evaluation: the work is shared by all workers, the judgement is rank 0's and everybody's to know.
+"""Draws a recipe's pictures after an evaluation: all workers share the drawing, rank 0 scores, every rank gets the scores.
 
-A recipe's `gallery()` has `count` pictures; picture i follows from the weights and i alone, so it does not matter who draws it.
+A recipe's `gallery()` has `count` pictures; picture i follows from the weights and i alone, so it does not matter which worker
+draws it.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ AT_ONCE = 64
 def show(
     gallery: Gallery, model: Any, device: Any, group: Any, progressed: Callable[[], None]
 ) -> tuple[dict[str, float], dict[str, bytes]]:
-    """(scores, on every rank; PNG images by name, on rank 0); calls back now and then.
+    """Draws the gallery; returns the scores, on every rank, and the PNG images by name, on rank 0.
 
-    Collective: every rank draws equally many, for ZeRO-3's sake.
+    Collective: every rank draws equally many, for ZeRO-3's sake. Calls `progressed` now and then.
     """
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     each = -(-gallery.count // world)

@@ -1,7 +1,8 @@
-"""A worker's heartbeat: a thread that tells the mailbox that it lives and how far it is, and heeds what the driver orders.
+"""Sends a worker's heartbeat: a thread reports its progress to the mailbox and obeys the driver's orders.
 
-The loop only counts (`heartbeat.progress += 1`) and asks (`heartbeat.stop`). Workers stop together: at every step each gives the
-highest stop code it knows of, and `StopConsensus` tells all of them the highest of all, behind the step's own work.
+The loop only counts (`heartbeat.progress += 1`) and asks (`heartbeat.stop`). Workers stop together: at every step each
+contributes the highest stop code it knows of, and `StopConsensus` gives all of them the highest of all, behind the step's own
+work.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ _told_to_end = threading.Event()  # this process has had a SIGTERM
 
 
 def heed_sigterm() -> None:
-    """Called in the main thread of a worker's process: SIGTERM asks for a last checkpoint instead of ending it.
+    """Handles SIGTERM as a request for a last checkpoint instead of an immediate end.
 
-    The main thread is inside Ray, where Python's handlers wait; the wake-up pipe does not.
+    Called in the main thread of a worker's process. The main thread is inside Ray, where Python's handlers wait; the wake-up pipe
+    does not.
     """
     readable, writable = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     os.set_blocking(readable, True)
@@ -64,7 +66,7 @@ class Heartbeat:
 
     @property
     def stop(self) -> int:
-        """The highest stop code that this worker knows of."""
+        """Returns the highest stop code that this worker knows of."""
         return max(self._ordered, PREEMPTED if _told_to_end.is_set() else RUN)
 
     def end(self) -> None:
@@ -87,7 +89,7 @@ class Heartbeat:
 
 
 def stacks() -> str:
-    """What every thread of this process is at."""
+    """Formats the stack trace of every thread of this process."""
     names = {t.ident: t.name for t in threading.enumerate()}
     parts = []
     for ident, frame in sys._current_frames().items():
@@ -96,7 +98,10 @@ def stacks() -> str:
 
 
 class StopConsensus:
-    """Use: `ask(code)`, a step's work, `result()`. The group is to be used by nothing else in between."""
+    """Finds the highest stop code of all workers: `ask(code)`, a step's work, `result()`.
+
+    Nothing else may use the group in between.
+    """
 
     def __init__(self, group: Any) -> None:
         self._group = group
@@ -108,6 +113,6 @@ class StopConsensus:
         self._work = dist.all_reduce(self._code, dist.ReduceOp.MAX, group=self._group, async_op=True)
 
     def result(self) -> int:
-        """The highest code that any worker has asked for."""
+        """Waits for the consensus and returns the highest code that any worker has asked for."""
         self._work.wait()
         return int(self._code)

@@ -1,10 +1,11 @@
-"""What every worker runs: the training loop, under Ray Train, around a DeepSpeed engine.
+"""Runs the training loop on every worker, under Ray Train, around a DeepSpeed engine.
 
-A step's global batch, its micro-batches' random numbers and its learning rate follow from the step alone, so a resumed run
-needs no state but the checkpoint, and with the default lanes (one per micro-batch) the same micro-batches are played on any
-number of workers. A step's loss is the sum of all its loss terms over their number, whatever the micro-batches held.
+A step's global batch, its micro-batches' random numbers and its learning rate follow from the step alone, so a resumed run needs
+no state but the checkpoint, and with the default lanes (one per micro-batch) the same micro-batches are computed on any number of
+workers. A step's loss is the sum of all its loss terms over their number, whatever the micro-batches held.
 
-At every step the workers vote whether to stop behind it (`heartbeat`): told to, they write a checkpoint and end as if finished.
+At every step the workers agree whether to stop behind it (`heartbeat`): when ordered to, they write a checkpoint and end as if
+finished.
 """
 
 from __future__ import annotations
@@ -54,10 +55,10 @@ SAVING = timedelta(hours=12)  # the longest wait of one worker for another's par
 
 
 def worker(config: dict[str, Any]) -> dict[str, Any]:
-    """Ray Train's entry. `config`: job, plan (plain data), start_step, holds (steps), fence (of the driver's lease),
-    mailbox (actor), run_folder, parts (of the stream, one a worker).
+    """Runs a worker: the function that Ray Train calls. Returns the summary of this attempt (rank 0's is the one that counts).
 
-    Returns the summary of this attempt (rank 0's is the one that counts).
+    `config`: job, plan (plain data), start_step, holds (steps), fence (of the driver's lease), mailbox (actor), run_folder, parts
+    (of the stream, one a worker).
     """
     return Worker(config).run()
 
@@ -191,7 +192,7 @@ class Worker:
         }
 
     def _step(self, step: int, mine: stream.StepSamples) -> None:
-        """Forward, backward and the optimizer's step over this worker's share of the global batch."""
+        """Computes the forward and backward passes and the optimizer's step over this worker's share of the global batch."""
         engine, train = self.engine, self.job.train
         deepspeed_engine.set_lr(engine, train.optimizer.lr * factor(train.schedule, step, train.steps))
         keys = self.batch_plan.keys(step, mine.lanes)
@@ -225,7 +226,7 @@ class Worker:
             self._fail(step, f"gradient norm {self._norms[-1]}")
 
     def _terms(self, micros: list[Batch]) -> Any:
-        """The number of loss terms in the global batch."""
+        """Counts the loss terms in the global batch."""
         if self.recipe.terms_per_sample:
             return self.recipe.terms_per_sample * self.job.train.global_batch
         count = torch.tensor(sum(self.recipe.terms(m) for m in micros), dtype=torch.float32, device=self.device)
@@ -270,7 +271,7 @@ class Worker:
         self._losses, self._norms, self._added = [], [], []
 
     def _fp16(self, done: int) -> tuple[int | None, float | None]:
-        """Counts the steps that fp16's loss scale has cost so far, and gives the scale; new ones are told at the terminal."""
+        """Counts the steps skipped so far by fp16's loss scale, and reads the scale; new skips are reported at the terminal."""
         if self.job.train.precision != "fp16":
             return None, None
         before, self.skipped = self.skipped, done - zero_state.optimizer_steps(self.engine)
@@ -291,7 +292,7 @@ class Worker:
         return flops * self.job.train.global_batch * steps / seconds / (peak * self.world) if peak and flops else None
 
     def _judge(self, first: int, losses: list[float]) -> None:
-        """Raises what ends the attempt: for a loss that is not finite, or a spike that the job wants undone. Collective."""
+        """Raises what ends the attempt for a loss that is not finite, or a spike that the job wants undone. Collective."""
         for step, loss in enumerate(losses, first):
             spike = self.spikes.spikes(loss) if self.spikes else None
             if not math.isfinite(loss):
@@ -362,7 +363,7 @@ class Worker:
         self._post(Saved(step=done, blocked_s=self.saver.blocked_s, ledger=self.ledger.totals()))
 
     def _hold(self, done: int) -> int:
-        """Waits behind a complete checkpoint for the driver's word: RUN, or the code of a stop, the same on every worker."""
+        """Waits behind a complete checkpoint for the driver's decision: RUN, or the code of a stop, the same on every worker."""
         with self.ledger("checkpoint"):
             self.saver.wait()
         with self.ledger("idle"):
@@ -373,7 +374,7 @@ class Worker:
         return decision
 
     def _seal_receipt(self, done: int) -> None:
-        """Chains the steps since the last receipt and writes their digests beside the checkpoints."""
+        """Chains the digests of the steps since the last receipt, and writes the receipt beside the checkpoints."""
         mine = torch.tensor(self._lane_digests, dtype=torch.int64)
         parts = [torch.empty_like(mine) for _ in range(self.world)]
         dist.all_gather(parts, mine, group=self.control)
@@ -410,7 +411,7 @@ class Worker:
         self.bad_samples = found.index["bad_samples"] if self.rank == 0 else 0
 
     def _notice(self, text: str | None) -> None:
-        """Something that a person should read at the terminal, if there is something."""
+        """Posts a notice for the user at the terminal, if there is one."""
         if text:
             self._post(Notice(text=text))
 
@@ -418,7 +419,7 @@ class Worker:
         self._post(Phase(phase=phase, ledger=self.ledger.totals()))
 
     def _tell(self, event: Event) -> None:
-        """What must not be lost, even if the driver dies before it has it."""
+        """Posts an event that must not be lost, even if the driver dies before it has it."""
         self._told.append(event)
         self._post(event)
 
@@ -432,24 +433,24 @@ def _first_of_node() -> bool:
 
 
 def _nodes() -> int:
-    """How many nodes the workers are on, if all have as many as this one."""
+    """Computes the number of nodes that the workers are on, if all have as many as this one."""
     context = ray.train.get_context()
     return max(1, round(context.get_world_size() / context.get_local_world_size()))
 
 
 class BatchPlan:
-    """Random seeds that belong to samples, not to workers."""
+    """Assigns random seeds to samples rather than to workers."""
 
     def __init__(self, job: Job, plan: DataPlan) -> None:
         self.seed_base, self.micro, self.per_lane = job.train.seed, job.train.micro_batch, plan.shape.per_lane
         self.batch = plan.shape.batch
 
     def keys(self, step: int, lanes: range) -> np.ndarray:
-        """A number for each of this worker's samples, lanes in order: the step and the sample's place in the global batch."""
+        """Computes a key for each of this worker's samples, lanes in order: from the step and its place in the global batch."""
         return (step * self.batch + np.array(lanes)[:, None] * self.per_lane + np.arange(self.per_lane)).ravel()
 
     def seed(self, step: int, lanes: range, micro: int) -> int:
-        """The seed of this worker's micro-batch: from the step and the place of its first sample in the global batch."""
+        """Computes the seed of this worker's micro-batch from the step and the place of its first sample in the global batch."""
         lane, inside = divmod(micro * self.micro, self.per_lane)
         place = lanes[lane] * self.per_lane + inside
         return int(np.random.SeedSequence([self.seed_base, step, place]).generate_state(1, np.uint64)[0] >> np.uint64(1))

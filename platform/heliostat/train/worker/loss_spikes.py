@@ -1,8 +1,8 @@
-"""Loss spikes: a step's loss far above what the steps before it had.
+"""Detects loss spikes: a step's loss far above the losses of the steps before it.
 
-Robust statistics, so that one spike does not hide the next: the median and the median absolute deviation of the window,
-scaled to a normal's standard deviation (Rousseeuw and Croux 1993). Going back and leaving the samples out is what PaLM's
-training did by hand (Chowdhery et al. 2022, arXiv 2204.02311, section 5.1).
+Robust statistics, so that one spike does not hide the next: the median and the median absolute deviation of the window, scaled to
+a normal's standard deviation (Rousseeuw and Croux 1993). Going back and leaving the samples out is what PaLM's training did by
+hand (Chowdhery et al. 2022, arXiv 2204.02311, section 5.1).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FLOOR = 0.01  # of the median: a window of all but equal losses must not make no
 
 
 class Found(NamedTuple):
-    """A spike: the step's loss, the window's median, and the limit that the loss is above."""
+    """Describes a loss spike: the step's loss, the window's median, and the limit that the loss exceeds."""
 
     loss: float
     usual: float
@@ -32,14 +32,20 @@ class Found(NamedTuple):
 
 
 class Detector:
-    """Fed with every step's loss; spikes do not enter the window. The same losses give the same answers on every worker."""
+    """Detects spikes in the losses of successive steps; spikes do not enter the window.
+
+    The same losses give the same results on every worker.
+    """
 
     def __init__(self, policy: Spike) -> None:
         self.policy = policy
         self._window: deque[float] = deque(maxlen=policy.window)
 
     def spikes(self, loss: float) -> Found | None:
-        """The spike that this step's loss is, or None. Half a window must be there before anything but NaN is a spike."""
+        """Checks a step's loss; returns the spike if it is one, else None.
+
+        A finite loss can only be a spike once half a window is filled.
+        """
         if not math.isfinite(loss):
             return Found(loss, math.nan, math.inf)
         if len(self._window) >= self.policy.window // 2:

@@ -1,5 +1,7 @@
-"""The learning rate as a pure function of the step: nothing to save, nothing to restore. The shapes are in
-`heliostat.config.schedules`."""
+"""Computes the learning rate as a pure function of the step, so there is no state to save or restore.
+
+The shapes are in `heliostat.config.schedules`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from heliostat.config.schedules import REGISTRY, Schedule
 
 
 def factor(schedule: Schedule, step: int, steps: int) -> float:
-    """What the peak rate is multiplied by at step 0, 1, ..., steps - 1. Warm-up is linear from 1/warmup to 1."""
+    """Computes the factor of the peak learning rate at step 0, 1, ..., steps - 1. Warm-up is linear from 1/warmup to 1."""
     if step < schedule.warmup_steps:
         return (step + 1) / schedule.warmup_steps
     return REGISTRY[schedule.name](schedule, step, steps)

@@ -1,4 +1,4 @@
-"""What a node is busy with while workers train on it: processors, memory, disk, network, GPUs.
+"""Measures how busy a node is while workers train on it: processors, memory, disk, network, GPUs.
 
 The first worker of each node samples, in a thread, and posts to the driver's mailbox. The names are MLflow's own for system
 metrics, below the node's address. Samples are 10 seconds apart, and the more nodes there are, the further: all of them together
@@ -23,15 +23,15 @@ POINTS_PER_S = 10.0  # 0.9 million a day: two 8-GPU nodes at every 10 s, 64 at e
 
 
 def interval(nodes: int, points: int) -> float:
-    """Seconds between two samples of a node that gives so many points each time."""
+    """Computes the seconds between two samples of a node that gives `points` metrics each time."""
     return max(EVERY_S, nodes * points / POINTS_PER_S)
 
 
 class NodeMonitor:
-    """Samples until `end`."""
+    """Measures a node's system metrics in a thread until `end`."""
 
     def __init__(self, mailbox: Any, node: str, nodes: int) -> None:
-        """`nodes`: how many there are in all."""
+        """Starts sampling; `nodes`: how many nodes there are in all."""
         self._mailbox, self._node, self._nodes = mailbox, node, nodes
         self._network = psutil.net_io_counters()
         self._ended = threading.Event()
@@ -64,7 +64,7 @@ class NodeMonitor:
 
 
 def gpus() -> dict[str, float]:
-    """Of every GPU that this process sees; utilisation and power where NVIDIA's `nvidia-ml-py` is installed."""
+    """Measures every GPU that this process sees; utilisation and power where NVIDIA's `nvidia-ml-py` is installed."""
     if not torch.cuda.is_available():
         return {}
     out: dict[str, float] = {}

@@ -1,7 +1,7 @@
-"""What a micro-batch gives the gradient: its loss terms, and whatever else the recipe's loss names beside them.
+"""Computes a micro-batch's share of the objective: its loss terms, and the other parts that the recipe's loss returns.
 
-The objective of a step is its loss (the sum of all its terms over their number) plus, for every part of a weight, the weight
-times the mean over the step's micro-batches. DeepSpeed averages over micro-batches and workers, which is just right for the
+The objective of a step is its loss (the sum of all its terms over their number) plus, for every part with a weight, the weight
+times the mean over the step's micro-batches. DeepSpeed averages over micro-batches and workers, which is exactly right for the
 parts; the sum of terms is scaled so that it stays a sum.
 """
 
@@ -20,7 +20,7 @@ TAKEN = ("loss", "lr", "grad_norm", "tokens_per_second", "data_wait", "mfu", "ba
 
 
 class Share(NamedTuple):
-    """Of one micro-batch: what is played backwards; the sum of its terms; its share of each part, one value a name."""
+    """Holds a micro-batch's share: the backward pass's tensor; the sum of its terms; its share of each part, one value a name."""
 
     objective: torch.Tensor
     loss: torch.Tensor
@@ -28,14 +28,14 @@ class Share(NamedTuple):
 
 
 class Objective:
-    """`names`: of the parts, as the first micro-batch gave them."""
+    """Computes the shares of micro-batches; `names`: of the parts, as the first micro-batch gave them."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.names: list[str] | None = None
 
     def part(self, model: Any, batch: Batch, micros: int, terms: Any) -> Share:
-        """`micros`: of all workers in a step; `terms`: of all of them."""
+        """Computes a micro-batch's share; `micros`: micro-batches of all workers in a step; `terms`: their loss terms."""
         made = self.recipe.loss(model, batch)
         if not isinstance(made, Loss):
             raise ConfigError(f"recipe: {self._whose}.loss returned a {type(made).__name__}; it must return a Loss ({GUIDE})")
@@ -54,7 +54,7 @@ class Objective:
         return Share(objective, made.sum.detach(), added)
 
     def agree(self, group: Any) -> None:
-        """ConfigError on every rank unless all have the same names; collective."""
+        """Checks that all ranks have the same names of parts, else raises a ConfigError on every rank; collective."""
         told = together(group, lambda: self.names)
         if any(names != told[0] for names in told):
             raise ConfigError(f"recipe: {self._whose}.loss names other parts on other workers: {told}; name all of them always")

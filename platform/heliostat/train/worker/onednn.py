@@ -1,8 +1,8 @@
-"""Linear layers in fp32 on x86 CPUs, multiplied by oneDNN forwards and for the input's gradient.
+"""Computes linear layers in fp32 on x86 CPUs with oneDNN, in the forward pass and for the input's gradient.
 
-torch multiplies fp32 matrices with MKL, which takes its generic kernels where the processor is not Intel's: on an AMD EPYC
-with AVX-512 oneDNN is 8 to 12 % faster, a whole training step of a small Llama 4 %. The weight's gradient stays with torch,
-which is the faster one there. Values are those of `torch.nn.functional.linear` but for the order in which fp32 is summed.
+torch multiplies fp32 matrices with MKL, which takes its generic kernels where the processor is not Intel's: on an AMD EPYC with
+AVX-512 oneDNN is 8 to 12 % faster, a whole training step of a small Llama 4 %. The weight's gradient stays with torch, which is
+the faster one there. Values are those of `torch.nn.functional.linear` but for the order in which fp32 is summed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ SUPPORTED = platform.machine() == "x86_64" and hasattr(torch.ops.mkldnn, "_linea
 
 
 def use_onednn(model: torch.nn.Module) -> None:
-    """Every `torch.nn.Linear` in the model (not what derives from it) computes with oneDNN from now on. Changes no state."""
+    """Makes every `torch.nn.Linear` in the model (not what derives from it) compute with oneDNN from now on. Changes no state."""
     for module in model.modules():
         if type(module) is torch.nn.Linear:
             module.__class__ = Linear
@@ -28,7 +28,7 @@ class Linear(torch.nn.Linear):
 
 
 class Product(torch.autograd.Function):
-    """input [..., n], weight [m, n], bias [m] or None -> [..., m]."""
+    """Multiplies: input [..., n], weight [m, n], bias [m] or None -> [..., m]."""
 
     @staticmethod
     def forward(ctx: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

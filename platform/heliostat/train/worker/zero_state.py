@@ -1,4 +1,4 @@
-"""ZeRO's shards as tensors that stock torch.distributed.checkpoint can save and reshard.
+"""Exposes ZeRO's shards as tensors that stock torch.distributed.checkpoint (DCP) can save and reshard.
 
 Whatever the stage, a rank's share of a parameter's fp32 master weight and of its moments (what the optimizer keeps of it) is a
 slice [start, start + n) of the flattened parameter. `FlatShard` tells DCP just that, so a checkpoint saved at one stage and world
@@ -21,7 +21,7 @@ from heliostat.errors import ConfigError
 
 
 def state(engine: Any, whole: bool = False) -> dict[str, torch.Tensor]:
-    """This rank's slices of all training state, as views: loading into them changes the engine.
+    """Returns this rank's slices of all training state, as views: loading into them changes the engine.
 
     At stage 0 every rank holds everything: it saves the rank-th part, and loads the `whole`.
     """
@@ -37,8 +37,10 @@ def state(engine: Any, whole: bool = False) -> dict[str, torch.Tensor]:
 
 
 def frozen(engine: Any, whole: bool = False) -> dict[str, FlatShard]:
-    """This rank's slices of the parameters that are not trained, as views; below stage 3, where every rank holds all of them, the
-    rank-th part, or the `whole`."""
+    """Returns this rank's slices of the parameters that are not trained, as views.
+
+    Below stage 3 every rank holds all of them: it saves the rank-th part, and loads the `whole`.
+    """
     out: dict[str, FlatShard] = {}
     for name, p in engine.module.named_parameters():
         if p.requires_grad:
@@ -67,7 +69,7 @@ def _persistent_buffers(module: torch.nn.Module) -> set[str]:
 
 
 def _slices(engine: Any, p: Any, part: tuple[int, int]) -> Iterator[tuple[str, torch.Tensor, int, int]]:
-    """(key, local values, start, numel) for the master weight and each moment; nothing if this rank has none of them."""
+    """Yields (key, local values, start, numel) for the master weight and each moment; nothing if this rank has none of them."""
     stage = engine.zero_optimization_stage()
     if stage == 0:
         rank, world = part
@@ -98,7 +100,7 @@ def _slices(engine: Any, p: Any, part: tuple[int, int]) -> Iterator[tuple[str, t
 
 
 def _flat_groups(engine: Any) -> list[torch.Tensor]:
-    """The fp32 tensors that the inner optimizer steps: parameters at stage 0, flat partitions above."""
+    """Lists the fp32 tensors that the inner optimizer updates: parameters at stage 0, flat partitions above."""
     stage, zero = engine.zero_optimization_stage(), engine.optimizer
     if stage == 0:
         return [p for p in engine.module.parameters() if p.requires_grad]
@@ -108,7 +110,10 @@ def _flat_groups(engine: Any) -> list[torch.Tensor]:
 
 
 def _sums_apart(engine: Any) -> bool:
-    """Stage 1 in bf16 that sums gradients in fp32 is an optimizer of its own in DeepSpeed, with other names."""
+    """Tells whether the engine is at stage 1 in bf16 with gradients summed in fp32.
+
+    DeepSpeed has an optimizer of its own for that, with other attribute names.
+    """
     return hasattr(engine.optimizer, "bf16_groups")
 
 
@@ -138,24 +143,24 @@ def init_optimizer_state(engine: Any) -> None:
 
 
 def optimizer_steps(engine: Any) -> int:
-    """How many steps the optimizer has really made (with fp16, overflowing steps are skipped)."""
+    """Counts the steps that the optimizer has made (with fp16, overflowing steps are skipped)."""
     return engine.global_steps - engine.skipped_steps
 
 
 def share(shard: FlatShard, engine: Any, whole: bool) -> FlatShard:
-    """What this rank saves of a slice: at stage 0, where every rank holds everything, the rank-th part."""
+    """Cuts the part of a slice that this rank saves: at stage 0, where every rank holds everything, the rank-th part."""
     return shard if whole or engine.zero_optimization_stage() else _part(shard, dist.get_rank(), dist.get_world_size())
 
 
 def _part(shard: FlatShard, rank: int, world: int) -> FlatShard:
-    """The rank-th part of what every rank holds whole."""
+    """Cuts the rank-th part of a slice that every rank holds whole."""
     per = -(-shard.shape[0] // world)
     start = min(rank * per, shard.shape[0])
     return FlatShard(shard.local[start : start + per], start, shard.shape[0])
 
 
 def after_load(engine: Any, steps: int) -> None:
-    """Makes the engine whole after its slices were loaded: the step count, and the weights that the forward pass uses."""
+    """Completes the engine after its slices were loaded: sets the step count, and the weights that the forward pass uses."""
     engine.global_steps, engine.skipped_steps = steps, 0
     for values in inner_optimizer(engine).state.values():
         values["step"].fill_(float(steps))
@@ -163,7 +168,7 @@ def after_load(engine: Any, steps: int) -> None:
 
 
 def refresh(engine: Any) -> None:
-    """Takes the weights that the forward pass uses from the fp32 masters."""
+    """Copies the fp32 master weights into the weights that the forward pass uses."""
     stage, zero = engine.zero_optimization_stage(), engine.optimizer
     if stage == 3:
         zero._partition_all_parameters()  # what is still gathered from the last forward pass would be used again
