@@ -1,4 +1,4 @@
-"""Agreement between ranks: what one of them fails at, all of them raise, so that none waits for the others for ever."""
+"""Makes all ranks agree: an error on one of them is raised on all of them, so that none waits for the others for ever."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def together(group: Any, work: Callable[[], T]) -> list[T]:
-    """What `work` returns on every rank of the group, in order; where it failed on one, every rank raises that one's error."""
+    """Runs `work` on every rank of the group and returns all results in rank order; if one fails, every rank raises its error."""
     mine: tuple[T | None, HeliostatError | None]
     try:
         mine = work(), None

@@ -1,7 +1,7 @@
-"""Checksummed blocks: every chunk of a checkpoint carries a CRC-32 for each MiB of it, and no byte is used unchecked.
+"""Checks blocks by checksum: every chunk of a checkpoint carries a CRC-32 for each MiB, and no byte is used unchecked.
 
-A reader that wants a part of a chunk reads the blocks that hold it, so what it reads beyond its part is less than two blocks
-for each chunk, and a whole chunk costs nothing more. Neighbouring blocks of a file are read together.
+A reader that wants a part of a chunk reads the blocks that hold it, so what it reads beyond its part is less than two blocks for
+each chunk, and a whole chunk costs nothing more. Neighbouring blocks of a file are read together.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ RUN_BLOCKS = 8  # read with one request
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous tensor's memory as flat uint8."""
+    """Views a contiguous tensor's memory as flat uint8."""
     return tensor.reshape(-1).view(torch.uint8)
 
 
 def cut(data: torch.Tensor) -> Iterator[memoryview]:
-    """The blocks of a flat uint8 tensor on the CPU."""
+    """Yields the blocks of a flat uint8 tensor on the CPU."""
     view = data.numpy().data
     for start in range(0, len(view), BLOCK):
         yield view[start : start + BLOCK]
@@ -32,7 +32,7 @@ def cut(data: torch.Tensor) -> Iterator[memoryview]:
 
 @dataclass(frozen=True)
 class Slice:
-    """Bytes from `first` on of a chunk that lies at `offset` in its file, and the flat uint8 tensor that they fill."""
+    """Describes bytes to read, from `first` on, of a chunk at `offset` in its file, and the flat uint8 tensor that they fill."""
 
     offset: int
     size: int
@@ -43,7 +43,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Block:
-    """One block in its file, and the part of it that a target gets."""
+    """Describes a block in its file, and the part of it that a target gets."""
 
     offset: int
     size: int
@@ -53,7 +53,7 @@ class Block:
 
 
 def needed(part: Slice) -> Iterator[Block]:
-    """The blocks that hold a slice."""
+    """Yields the blocks that hold a slice."""
     first, last = part.first, part.first + len(part.target)
     for number in range(first // BLOCK, -(-last // BLOCK)):
         start = number * BLOCK
@@ -63,7 +63,7 @@ def needed(part: Slice) -> Iterator[Block]:
 
 
 def runs(parts: list[Slice]) -> list[list[Block]]:
-    """The blocks that the slices of one file need, in the file's order, neighbours together."""
+    """Plans reads: the blocks that the slices of one file need, in the file's order, neighbours grouped into one read."""
     out: list[list[Block]] = []
     for block in sorted((b for p in parts for b in needed(p)), key=lambda b: b.offset):
         last = out[-1][-1] if out else None
@@ -81,7 +81,10 @@ def _size(run: list[Block]) -> int:
 def read(
     file: pa.NativeFile, wanted: list[list[Block]], progressed: Callable[[], None] = lambda: None
 ) -> tuple[int, Block | None]:
-    """Fills the targets; (bytes read, the first block that is not what was written). Calls back after each request."""
+    """Reads blocks, checks them and fills the targets; calls `progressed` after each request.
+
+    Returns the bytes read and the first block whose checksum fails, None if all are intact.
+    """
     scratch, total = np.empty(RUN_BLOCKS * BLOCK, np.uint8), 0
     memory, source = scratch.data, torch.from_numpy(scratch)
     for run in wanted:

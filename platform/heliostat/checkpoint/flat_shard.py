@@ -1,4 +1,4 @@
-"""A rank's slice of a parameter, as a tensor that stock torch.distributed.checkpoint can save and reshard."""
+"""Represents a rank's slice of a parameter as a tensor that stock torch.distributed.checkpoint (DCP) can save and reshard."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 
 class FlatShard(torch.Tensor):
-    """The slice [start, start + n) that `local` holds of a flat tensor of `numel` elements; only DCP's protocol works."""
+    """Represents the slice [start, start + n) that `local` holds of a flat tensor of `numel` elements.
+
+    Supports only DCP's protocol.
+    """
 
     local: torch.Tensor
     start: int

@@ -1,8 +1,8 @@
-"""Parameters that are not trained: written once per run, beside the checkpoints, which name them.
+"""Saves parameters that are not trained once per run, in a folder beside the checkpoints, which name it.
 
-Their folder is `checkpoints/frozen-<digest>`, by the content that each rank holds. Every save looks again at what they are:
-should something change them, they are written anew, under another name. A run that goes on from a checkpoint keeps on using its
-folder, on however many workers and in whatever precision, as long as they are what was loaded.
+Their folder is `checkpoints/frozen-<digest>`, by the content that each rank holds. Every save checks their content again: if it
+has changed, they are written anew, under another name. A resumed run keeps using the folder of the checkpoint that it loaded, on
+any number of workers and in any precision, as long as the parameters are what was loaded.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ PIECE = 64 * checksums.BLOCK  # bytes on their way from the device at a time
 
 
 class Keeper:
-    """On behalf of one worker; all workers of the group call the same in the same order."""
+    """Keeps one worker's parameters that are not trained; all workers of the group make the same calls in the same order."""
 
     def __init__(self, run: Location, group: Any, write: Callable[[Location, dict[str, FlatShard]], None]) -> None:
-        """`write`: saves slices as a folder, together with the other workers."""
+        """Prepares the keeper; `write` saves slices as a folder, together with the other workers."""
         self.run, self.group, self._write = run, group, write
         self._loaded = self._folder = ""
 
     def loaded(self, checkpoint: Checkpoint, slices: dict[str, FlatShard]) -> None:
-        """The slices are now what the checkpoint holds (cast, perhaps): while they stay so, its folder is theirs."""
+        """Notes that the slices were loaded from the checkpoint (perhaps cast): while they stay so, its folder is theirs."""
         if checkpoint.frozen:
             self._folder = checkpoint.frozen.location.name
             self._loaded = self._name(slices)
 
     def keep(self, slices: dict[str, FlatShard]) -> str | None:
-        """The name of the folder that holds them, written if it is not there; None if no worker has any."""
+        """Saves the slices as a folder unless it is there, and returns the folder's name; None if no worker has any slices."""
         if not any(together(self.group, lambda: bool(slices))):
             return None
         name = self._name(slices)
@@ -56,7 +56,7 @@ class Keeper:
 
 
 def digest(slices: Mapping[str, FlatShard]) -> str:
-    """Of what this rank holds: names, types, places and a CRC-32 of each piece."""
+    """Computes a digest of the slices that this rank holds: names, types, places and a CRC-32 of each piece."""
     told = hashlib.sha256()
     for name in sorted(slices):
         shard = slices[name]

@@ -1,4 +1,4 @@
-"""What `checkpoint.json` must say, so that nothing that reads a checkpoint meets a place outside its shards or a type unknown."""
+"""Defines and checks the contents of `checkpoint.json`, so that no reader meets a place outside its shards or an unknown type."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Receipt(TypedDict):
 
 @open_
 class Files(TypedDict):
-    """Of any folder of tensors, that of frozen parameters too."""
+    """Describes the index of any folder of tensors, including that of frozen parameters."""
 
     format: int
     shards: list[Shard]
@@ -75,7 +75,7 @@ FILES, INDEX = Format(Files, "index"), Format(Index, "index")
 
 
 def fault(index: Any, step: int | None) -> str:
-    """What is wrong with the index of the checkpoint of a step, or of a folder of frozen parameters; empty if nothing."""
+    """Finds what is wrong with the index of a step's checkpoint, or of a folder of frozen parameters; empty if nothing is."""
     try:
         found: Files = FILES.build(index, "it")
         if step is not None:

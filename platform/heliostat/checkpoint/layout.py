@@ -1,12 +1,12 @@
-"""A checkpoint as it lies in storage: the folder `checkpoints/step-00000100`, made valid by `checkpoint.json`, written last.
+"""Defines the layout of a checkpoint in storage: a folder `checkpoints/step-00000100`, valid once `checkpoint.json` is written.
 
-`checkpoint.json` lists every shard with its size, and every tensor's chunks: the shard, the elements, the bytes, and a
-CRC-32 of each block of them (`blocks`); its own CRC-32 is its last entry. A checkpoint whose `checkpoint.json` is missing or
-damaged, or with a shard missing or of another size, does not exist; damaged bytes are found when they are read, always
+`checkpoint.json`, written last, lists every shard with its size, and every tensor's chunks: the shard, the elements, the bytes,
+and a CRC-32 of each block of them (`checksums`); its own CRC-32 is its last entry. A checkpoint whose `checkpoint.json` is
+missing or damaged, or with a shard missing or of another size, does not exist; damaged bytes are found when they are read, always
 before they are used. Both are a CorruptCheckpointError, and the checkpoint before is the one to use.
 
 Parameters that are not trained are in a folder of their own, `checkpoints/frozen-<digest>`, of the same form, which every
-checkpoint of the run names. No other checkpoint helps where that is torn: a CheckpointError, which ends the run.
+checkpoint of the run names. No other checkpoint helps where that folder is torn: a CheckpointError, which ends the run.
 """
 
 from __future__ import annotations
@@ -51,19 +51,19 @@ def folder(run: Location, step: int) -> Location:
 
 
 def steps(run: Location) -> list[int]:
-    """Steps that have a folder, whole or not, ascending."""
+    """Lists the steps that have a checkpoint folder, complete or not, ascending."""
     names = run.join(run_folder.CHECKPOINTS).folders()
     return [int(n.removeprefix("step-")) for n in names if n.startswith("step-") and n[5:].isdigit()]
 
 
 def frozen_folders(run: Location) -> list[str]:
-    """Names of the folders of frozen parameters, whole or not: one, unless they were changed or resharded by hand."""
+    """Lists the folders of frozen parameters by name, complete or not: one, unless they were changed or resharded by hand."""
     return [n for n in run.join(run_folder.CHECKPOINTS).folders() if n.startswith(f"{FROZEN}-")]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint: its folder and what `checkpoint.json` says; `frozen`: the one of what is not trained."""
+    """Holds a complete checkpoint: its folder and its index (`checkpoint.json`); `frozen`: the one of its frozen parameters."""
 
     location: Location
     index: dict[str, Any]
@@ -71,7 +71,7 @@ class Checkpoint:
 
     @property
     def job(self) -> Job:
-        """The job that made it; CheckpointError if this version knows none like it."""
+        """Returns the job that made the checkpoint; CheckpointError if this version cannot read that job."""
         try:
             return validate(Job, self.index["job"], f"{self.location.join(INDEX)}: job")
         except ConfigError as e:
@@ -79,12 +79,12 @@ class Checkpoint:
 
     @property
     def policy(self) -> Policy:
-        """Of that job, which checkpoints stay."""
+        """Returns the retention policy of the checkpoint's job."""
         return validate(Policy, self.index["job"].get("checkpoint"), f"{self.location.join(INDEX)}: job.checkpoint")
 
     @property
     def plan(self) -> DataPlan:
-        """The data plan that it follows."""
+        """Returns the data plan that the checkpoint's run follows."""
         return plans.build(self.index["data"], f"{self.location.join(INDEX)}: data")
 
     @property
@@ -93,23 +93,26 @@ class Checkpoint:
 
     @property
     def tensors(self) -> dict[str, Any]:
-        """Everything that can be read, by name."""
+        """Returns the index entries of all tensors that can be read, by name, those of frozen parameters included."""
         return {**self.index["tensors"], **(self.frozen.tensors if self.frozen else {})}
 
     def names(self, prefix: str) -> list[str]:
-        """Tensor names below `prefix.`, without it."""
+        """Lists the names of the tensors below `prefix.`, without the prefix."""
         return [n.removeprefix(prefix + ".") for n in self.tensors if n.startswith(prefix + ".")]
 
     def holder(self, name: str) -> Checkpoint:
-        """Whose shards hold a tensor: this one's, or its frozen parameters'."""
+        """Returns the checkpoint whose shards hold a tensor: this one, or that of its frozen parameters."""
         return self.frozen if self.frozen and name in self.frozen.index["tensors"] else self
 
     def fault(self, what: str) -> CheckpointError:
-        """The error for damage found here."""
+        """Builds the error for damage found in this checkpoint."""
         return _fault(what, self.index["step"])
 
     def slice(self, name: str, chunk: dict[str, Any], first: int, target: torch.Tensor) -> tuple[int, checksums.Slice]:
-        """(the shard, the slice) of the elements from `first` of a chunk on, as many as the contiguous target holds."""
+        """Locates elements of a chunk, from `first` on, as many as the contiguous target holds; returns the shard and the slice.
+
+        CheckpointError if the target's type is not the stored one.
+        """
         dtype = DTYPES[self.index["tensors"][name]["dtype"]]
         if target.dtype != dtype:  # bytes of another type would be taken for numbers
             raise CheckpointError(f"{self.location}: holds {name!r} as {dtype}, and cannot be read as {target.dtype}")
@@ -118,8 +121,10 @@ class Checkpoint:
         return chunk["shard"], checksums.Slice(chunk["offset"], size, chunk["crc32"], start, checksums.as_bytes(target))
 
     def fill(self, wanted: list[tuple[int, checksums.Slice]], progressed: Callable[[], None] = lambda: None) -> int:
-        """Reads the slices of the shards into their targets, several ranges at a time; returns the bytes read. Calls back after
-        each request, from several threads."""
+        """Reads the slices of the shards into their targets, several ranges at a time; returns the bytes read.
+
+        Calls `progressed` after each request, from several threads.
+        """
         by_shard: dict[int, list[checksums.Slice]] = {}
         for shard, part in wanted:
             by_shard.setdefault(shard, []).append(part)
@@ -148,7 +153,7 @@ class Checkpoint:
         return total
 
     def stream(self, name: str) -> Iterator[torch.Tensor]:
-        """A tensor, flat, put together from every rank's slice, in pieces of at most 64 MiB."""
+        """Yields a flat tensor, put together from every rank's slice, in pieces of at most 64 MiB."""
         if (holder := self.holder(name)) is not self:
             yield from holder.stream(name)
             return
@@ -161,7 +166,7 @@ class Checkpoint:
                 yield piece
 
     def read(self, name: str) -> torch.Tensor:
-        """A whole tensor, flat."""
+        """Reads a whole tensor, flat."""
         if (holder := self.holder(name)) is not self:
             return holder.read(name)
         entry = self.index["tensors"][name]
@@ -172,13 +177,13 @@ class Checkpoint:
 
 
 def encode(index: dict[str, Any]) -> bytes:
-    """`checkpoint.json`: the index, with a CRC-32 of the bytes before it as its last entry."""
+    """Encodes an index as the bytes of `checkpoint.json`, with a CRC-32 of the bytes before it as its last entry."""
     body = json.dumps(index)[:-1].encode()
     return body + b', "crc32": "%08x"}' % zlib.crc32(body)
 
 
 def decode(data: bytes) -> dict[str, Any]:
-    """ValueError unless the bytes are what `encode` made."""
+    """Decodes the bytes of `checkpoint.json`; ValueError unless they are what `encode` made."""
     body, mark, rest = data.rpartition(b', "crc32": "')
     if not mark or rest != b'%08x"}' % zlib.crc32(body):
         raise ValueError("damaged")
@@ -192,7 +197,7 @@ def _fault(what: str, step: int | None) -> CheckpointError:
 
 
 def open_checkpoint(run: Location, step: int) -> Checkpoint:
-    """CorruptCheckpointError, saying why, unless the checkpoint of that step is complete."""
+    """Opens the checkpoint of a step; CorruptCheckpointError, with the reason, unless it is complete."""
     found = _open(folder(run, step), step)
     if name := found.index.get(FROZEN):
         return Checkpoint(found.location, found.index, _open(run.join(run_folder.CHECKPOINTS, name), None))
@@ -200,7 +205,7 @@ def open_checkpoint(run: Location, step: int) -> Checkpoint:
 
 
 def _open(location: Location, step: int | None) -> Checkpoint:
-    """One folder; None for the step if it is that of frozen parameters."""
+    """Opens one folder of tensors and checks that it is complete; `step` is None for a folder of frozen parameters."""
     try:
         index = decode(location.join(INDEX).read())
     except FileNotFoundError as e:
@@ -221,7 +226,7 @@ def _open(location: Location, step: int | None) -> Checkpoint:
 
 
 def latest(run: Location, before: int | None = None) -> Checkpoint | None:
-    """The newest complete checkpoint, if given of a step before that one; torn ones are passed over with a warning."""
+    """Finds the newest complete checkpoint, of a step before `before` if that is given; warns of torn ones and skips them."""
     for step in reversed(steps(run)):
         if before is None or step < before:
             try:

@@ -1,6 +1,6 @@
-"""Which checkpoints stay: the newest, every so many steps for ever, and the best by a score of the evaluation.
+"""Decides which checkpoints stay: the newest, one every so many steps for ever, and the best by a score of the evaluation.
 
-After a save, everything else goes: complete checkpoints that no rule keeps, what dead saves left, and checkpoints of later
+After a save, everything else is deleted: complete checkpoints that no rule keeps, what dead saves left, and checkpoints of later
 steps, from which the run has turned back because they could not be loaded. Frozen parameters that a checkpoint names stay.
 """
 
@@ -19,10 +19,10 @@ from heliostat.storage import Location
 
 
 def retained(whole: Iterable[int], policy: Policy, scores: Mapping[int, float] | None = None) -> dict[int, list[str]]:
-    """The steps that stay of those that are complete, ascending, with the rules that keep each.
+    """Selects the steps to retain out of the complete ones, ascending, with the rules that keep each.
 
-    `scores`: the best metric's value by step; a step that has none, or one that is not finite, is never the best. Of equals,
-    the newer is better.
+    `scores`: the best metric's value by step; a step that has none, or one that is not finite, is never the best. Of equals, the
+    newer is better.
     """
     ascending = sorted(whole)
     kept: dict[int, list[str]] = {s: [] for s in ascending}
@@ -41,14 +41,14 @@ def retained(whole: Iterable[int], policy: Policy, scores: Mapping[int, float] |
 
 
 class Pruner:
-    """Applies a policy to a run's folder; the scores that it has read it remembers. `fence`: of who prunes, if others may."""
+    """Applies a retention policy to a run's folder; caches the scores that it has read. `fence`: of who prunes, if others may."""
 
     def __init__(self, run: Location, policy: Policy, fence: Fence | None = None) -> None:
         self.run, self.policy, self.fence = run, policy, fence
         self._scores: dict[int, float] = {}
 
     def prune(self, saved: int) -> None:
-        """To be called when the checkpoint of step `saved` is complete and no save is in flight."""
+        """Deletes what the policy does not keep; to be called when step `saved` is complete and no save is in flight."""
         files = {path for path, _ in self.run.join(run_folder.CHECKPOINTS).files()}
         self._scores.pop(saved, None)  # of an earlier save of this step
         found = {step: f"{folder(self.run, step).name}/{INDEX}" in files for step in steps(self.run)}
@@ -64,7 +64,7 @@ class Pruner:
         self._prune_frozen({path.split("/")[0] for path in files if path.startswith(f"{FROZEN}-")}, list(kept))
 
     def _prune_frozen(self, names: set[str], kept: list[int]) -> None:
-        """Frozen parameters that no checkpoint names any more go; where one cannot be read, all stay."""
+        """Deletes folders of frozen parameters that no checkpoint names any more; if a checkpoint cannot be read, all stay."""
         if len(names) < 2:
             return
         try:
@@ -88,15 +88,16 @@ class Pruner:
 
 
 def score(checkpoint: Checkpoint, policy: Policy) -> float:
-    """The best metric's value in a checkpoint; nan if there is none."""
+    """Returns the best metric's value in a checkpoint; nan if there is none."""
     value = checkpoint.index["metrics"].get(policy.best.metric) if policy.best else None
     return math.nan if value is None else value
 
 
 def survey(run: Location) -> list[dict[str, Any]]:
-    """One row of plain data for each checkpoint's folder, ascending: what it is, whether it is whole, and why it is kept.
+    """Describes each checkpoint's folder as a row of plain data, in ascending order of steps.
 
-    The rules are those of the newest whole checkpoint's job.
+    A row holds what the folder is, whether it is complete, and why it is kept. The rules are those of the newest complete
+    checkpoint's job.
     """
     sizes: dict[str, int] = {}
     for path, size in run.join(run_folder.CHECKPOINTS).files():

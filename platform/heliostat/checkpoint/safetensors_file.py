@@ -1,4 +1,4 @@
-"""Safetensors files written as a stream: the header first, then tensor after tensor, never a whole file in memory.
+"""Writes safetensors files as a stream: the header first, then tensor after tensor, never a whole file in memory.
 
 The format is eight bytes of header length, a JSON header of {name: dtype, shape, data_offsets}, and the bytes. Tensors with
 larger elements come first, as in safetensors' own files, so that all of them are aligned.
@@ -24,7 +24,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to write; `parts` is called when its turn comes, and gives its bytes in order."""
+    """Describes a tensor to write; `parts` is called when the tensor is written, and returns its bytes in order."""
 
     name: str
     dtype: torch.dtype
@@ -37,7 +37,7 @@ class Entry:
 
 
 def write(path: Path, entries: list[Entry], metadata: dict[str, str]) -> dict[str, int]:
-    """Writes the file, and to the disk itself; where each tensor's bytes start in it. StorageError if there is no room."""
+    """Writes the file and syncs it to disk; returns where each tensor's bytes start in it. StorageError if the disk is full."""
     ordered = sorted(entries, key=lambda e: -e.dtype.itemsize)
     header: dict[str, object] = {"__metadata__": metadata}
     offsets, end = {}, 0

@@ -1,11 +1,11 @@
-"""Saving and loading: safetensors shards planned by stock torch.distributed.checkpoint, made valid by `checkpoint.json`.
+"""Saves and loads checkpoints: safetensors shards planned by stock torch.distributed.checkpoint (DCP), and `checkpoint.json`.
 
-A rank reads only the blocks that hold its slices, at any ZeRO stage and world size (`fragments`), and checks each (`stored`).
-Nothing is ever unpickled.
+A rank reads only the blocks that hold its slices, at any ZeRO stage and world size (`zero_state`), and checks each (`checksums`).
+Nothing is ever unpickled. Writing `checkpoint.json` last makes a checkpoint valid.
 
 `Saver.save` returns at once where it follows the optimizer: the copy to host memory runs beside the next forward and backward
-pass, and only the next optimizer step waits for it. Writing and uploading run in the same background thread; `failed` tells that
-it came to grief, and the next call raises why, on all workers. At most one save is in flight: the next one waits for it.
+pass, and only the next optimizer step waits for it. Writing and uploading run in the same background thread; `failed` tells
+whether that has failed, and the next call raises why, on all workers. At most one save is in flight: the next one waits for it.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ PULSE_S = 1.0  # between two looks at a save that is waited for
 def load(
     checkpoint: Checkpoint, state: dict[str, torch.Tensor], group: Any, progressed: Callable[[], None] = lambda: None
 ) -> int:
-    """Fills this rank's slices; `state` comes from `fragments.state(engine, whole=True)`, and from `fragments.frozen` where the
-    checkpoint has those. Returns the bytes that it read; calls back after each request for some.
+    """Loads a checkpoint into this rank's slices; returns the bytes read. Calls `progressed` after each request.
 
-    What is stored is read as what it is, then cast to what the engine holds (`casts` tells what that rounds).
+    `state` comes from `zero_state.state(engine, whole=True)`, and from `zero_state.frozen` where the checkpoint has frozen
+    parameters. Tensors are read in their stored type, then cast to the engine's (`casts` describes what that rounds).
 
-    All ranks call it together, and all of them raise if one does: CorruptCheckpointError if what is read is not what was
-    written. The state is then useless.
+    All ranks call it together, and all of them raise if one does: CorruptCheckpointError if what is read is not what was written.
+    The state is then useless.
     """
     tensors = checkpoint.tensors
     missing = sorted(set(state) - set(tensors))
@@ -87,7 +87,7 @@ def load(
 
 
 def casts(checkpoint: Checkpoint, state: dict[str, torch.Tensor]) -> str | None:
-    """What `load` rounds because this engine holds it in fewer bits than the checkpoint does, for a person; None if nothing.
+    """Describes for the user what `load` rounds because the engine holds it in fewer bits than the checkpoint; None if nothing.
 
     The same model has other types at another ZeRO stage or precision: buffers that it makes under zero.Init are of low precision.
     """
@@ -109,14 +109,14 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _blank(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What a tensor, or a slice of one, is loaded into in the type that it is stored in."""
+    """Allocates a tensor to load a tensor, or a slice of one, into, in the type that it is stored in."""
     made = torch.empty_like(_local(tensor), dtype=dtype)
     return FlatShard(made, tensor.start, tensor.shape[0]) if isinstance(tensor, FlatShard) else made
 
 
 @contextmanager
 def _plain_errors(what: str) -> Iterator[None]:
-    """The first worker's own error, where DCP raises a BaseException that holds every worker's."""
+    """Raises the first worker's own error where DCP raises a BaseException that holds every worker's."""
     try:
         yield
     except CheckpointException as e:
@@ -127,7 +127,7 @@ def _plain_errors(what: str) -> Iterator[None]:
 
 
 class _Reader(StorageReader):
-    """DCP's reader over `checkpoint.json`."""
+    """Reads through DCP by `checkpoint.json`."""
 
     def __init__(self, checkpoint: Checkpoint, progressed: Callable[[], None]) -> None:
         self.checkpoint, self.progressed = checkpoint, progressed
@@ -188,15 +188,15 @@ def _done(value: Any) -> torch.futures.Future:
 
 
 class _Writer(StorageWriter):
-    """DCP's writer: one safetensors file from each rank that has something to write, then `checkpoint.json`.
+    """Writes through DCP: one safetensors file from each rank that has something to write, then `checkpoint.json`.
 
-    What one rank fails at, all ranks raise, and `checkpoint.json` is not written. `fence`: of who saves, if others may.
+    If one rank fails, all ranks raise its error, and `checkpoint.json` is not written. `fence`: of who saves, if others may.
     """
 
     def __init__(
         self, target: Location, step: int | None, facts: dict[str, Any], wrote: Callable[[], None], fence: Fence | None
     ) -> None:
-        """`wrote` is called for every block that is written, and for every window of an upload."""
+        """Prepares the writer; `wrote` is called for every block that is written, and for every window of an upload."""
         self.target, self.step, self.facts, self.wrote, self.fence = target, step, facts, wrote, fence
 
     @classmethod
@@ -260,7 +260,7 @@ class _Writer(StorageWriter):
 
 
 def _checked(tensor: torch.Tensor, crc32: list[int], wrote: Callable[[], None]) -> Iterator[memoryview]:
-    """The tensor's blocks, as they are written; the CRC-32 of each joins the list."""
+    """Yields the tensor's blocks as they are written; appends the CRC-32 of each to the list."""
     for block in checksums.cut(checksums.as_bytes(tensor)):
         crc32.append(zlib.crc32(block))
         yield block
@@ -269,7 +269,7 @@ def _checked(tensor: torch.Tensor, crc32: list[int], wrote: Callable[[], None]) 
 
 @contextmanager
 def _local_folder(target: Location) -> Iterator[Path]:
-    """Where shards are written: the target itself on disk, a temporary folder for S3."""
+    """Provides the folder that shards are written to: the target itself on disk, a temporary folder for S3."""
     if not target.is_s3:
         yield Path(target.path)
     else:
@@ -288,8 +288,11 @@ class Saver:
         fence: Fence | None = None,
         progressed: Callable[[], None] = lambda: None,
     ) -> None:
-        """`group`: a gloo process group that nothing else uses, because saving runs beside training; `progressed` is called while
-        this waits for a save that gets on."""
+        """Prepares a worker's saver.
+
+        `group`: a gloo process group that nothing else uses, because saving runs beside training; `progressed` is called while
+        this waits for a save that makes progress.
+        """
         self.run, self.policy, self.group, self.fence = run, policy, group, fence
         self.blocked_s = 0.0
         self._progressed, self._written = progressed, 0
@@ -303,14 +306,17 @@ class Saver:
         self._follows = False
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """From now on `save` leaves the copy to the thread, and a step of `optimizer`, which changes the state, waits for it."""
+        """Makes later saves copy in the thread: a step of `optimizer`, which changes the state, waits until the copy is done."""
         optimizer.register_step_pre_hook(lambda *_: self._until_copied())
         self._follows = True
 
     def save(
         self, step: int, state: dict[str, torch.Tensor], facts: dict[str, Any], frozen: dict[str, FlatShard] | None = None
     ) -> None:
-        """`state`: of `fragments.state`; `frozen`: of `fragments.frozen`; `facts`: what rank 0 puts into `checkpoint.json`."""
+        """Saves the state of a step as a checkpoint.
+
+        `state`: of `zero_state.state`; `frozen`: of `zero_state.frozen`; `facts`: what rank 0 puts into `checkpoint.json`.
+        """
         best, scores = self.policy.best, facts["metrics"].keys() - {"train_loss"}
         if best and scores and best.metric not in scores:
             raise ConfigError(f"checkpoint.best.metric: {best.metric!r} is no score; there are {', '.join(sorted(scores))}")
@@ -326,11 +332,11 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether the save in flight has gone wrong here: then all workers should `wait`, and hear of it."""
+        """Tells whether the save in flight has failed on this worker: then all workers should `wait`, which raises the error."""
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def wait(self) -> None:
-        """Until the save in flight is complete; what went wrong with it on one worker, all raise."""
+        """Waits until the save in flight is complete; an error of one worker is raised on all of them."""
         if self._pending:
             started = time.perf_counter()
             pending, self._pending = self._pending, None
@@ -349,7 +355,7 @@ class Saver:
         self.blocked_s += time.perf_counter() - started
 
     def _pass_on_progress(self) -> None:
-        """Passes on that something was written since the last look: a save that stands still is a stall like any other."""
+        """Reports progress if something was written since the last check: a save that stands still is a stall like any other."""
         written, self._written = self._written, 0
         if written:
             self._progressed()

@@ -1,4 +1,4 @@
-"""Scores an exported model on a dataset's held-out split, in this process, with the scores that training reports."""
+"""Evaluates an exported model on a dataset's held-out split, in this process, with the scores that training reports."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SETTINGS = Format(dict[str, Any], "tokenizer's configuration", ConfigError)
 
 
 def evaluate(folder: Path, data: str, samples: int, sequence_length: int | None, fraction: float | None) -> dict[str, float]:
-    """The recipe's metrics over at most `samples` held-out samples: those of training at the same fraction and length."""
+    """Computes the recipe's metrics over at most `samples` held-out samples, training's own at the same fraction and length."""
     with exports.using(folder):
         return _evaluate(exports.read(folder), data, samples, sequence_length, fraction)
 
@@ -74,13 +74,13 @@ def _evaluate(
 
 
 def _batches(source: np.ndarray) -> list[slice]:
-    """Slices of at most BATCH samples, each of one source."""
+    """Cuts the samples into slices of at most BATCH samples, each of one source."""
     edges = [0, *(np.flatnonzero(np.diff(source)) + 1).tolist(), len(source)]
     return [slice(i, min(i + BATCH, b)) for a, b in itertools.pairwise(edges) for i in range(a, b, BATCH)]
 
 
 def _job(export: exports.Export, data: str, samples: int, sequence_length: int | None, fraction: float | None) -> Job:
-    """The job that made the model, on other data; for a language model from elsewhere, one that knows no more than its folder."""
+    """Builds the job that made the model, on other data; for a language model from elsewhere, a minimal job from its folder."""
     made: dict[str, Any] = export.job or {"model": {}, "data": {}, "train": {}}
     length = sequence_length or made["data"].get("sequence_length") or _trained_length(export.folder)
     if not length and export.job is None:
@@ -111,7 +111,7 @@ def _job(export: exports.Export, data: str, samples: int, sequence_length: int |
 
 
 def _trained_length(folder: Path) -> int | None:
-    """What an export's tokenizer gives as its longest input: the sequence length of the training."""
+    """Reads the longest input from an export's tokenizer settings, the sequence length of the training; None if unknown."""
     settings = folder / "tokenizer_config.json"
     length = SETTINGS.read(settings).get("model_max_length") if settings.is_file() else None
     return (

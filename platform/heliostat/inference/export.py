@@ -1,4 +1,4 @@
-"""A Hugging Face folder from a checkpoint: no GPU, no process group, and some pieces of 64 MiB in memory, never the model.
+"""Exports a checkpoint as a Hugging Face folder: no GPU, no process group, a few pieces of 64 MiB in memory, never the model.
 
 The weights are the fp32 masters, rounded to the precision that the run computed in: just what its evaluation used. A model of
 more than 4 GiB becomes several files with an index, as transformers writes it. What is damaged is never exported.
@@ -32,7 +32,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def recipe_of(checkpoint: Checkpoint) -> tuple[Job, Recipe]:
-    """The job and the bound recipe that made a checkpoint, from its own record."""
+    """Loads the job and the bound recipe that made a checkpoint, from the checkpoint's own record."""
 
     job, place = checkpoint.job, checkpoint.location
     with naming(place):
@@ -62,7 +62,10 @@ def export(checkpoint: Checkpoint, folder: Path, run_id: str | None = None) -> R
 
 
 def _initial(checkpoint: Checkpoint, job: Job, recipe: Recipe, frozen: list[str]) -> dict[str, torch.Tensor]:
-    """What is not trained and the checkpoint does not hold, which older ones do not: it is what the model was built with."""
+    """Rebuilds initial parameters that are not trained and that the checkpoint, an older one, does not hold.
+
+    Their values are those that the model was built with, from the job's seed.
+    """
     held = {*checkpoint.names("master"), *checkpoint.names(FROZEN)}
     if not (wanted := [n for n in frozen if n not in held]):
         return {}
@@ -73,7 +76,7 @@ def _initial(checkpoint: Checkpoint, job: Job, recipe: Recipe, frozen: list[str]
 
 
 def _files(recipe: Exports, shapes: dict[str, tuple[int, ...]], checkpoint: Checkpoint) -> dict[str, dict[str, Weight]]:
-    """The tensors of each file, as the recipe has them; what it leaves out is said."""
+    """Maps each file to its tensors, as the recipe defines them; warns of parameters that are in no file."""
     files = {file: tensors for file, tensors in recipe.tensors({**shapes, **_buffers(checkpoint)}).items() if tensors}
     used = {source for tensors in files.values() for weight in tensors.values() for source in weight.sources}
     if unused := [n for n in shapes if n not in used]:
@@ -93,10 +96,10 @@ def write_weights(
     tensors: Mapping[str, Weight] | None = None,
     initial: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> None:
-    """The tensors, made of the model's parameters (of these shapes) and the checkpoint's buffers, as STEM.safetensors: all of
-    both if none are given. Buffers that are taken as they are keep their type.
+    """Writes tensors, made of the model's parameters (of these shapes) and the checkpoint's buffers, as STEM.safetensors.
 
-    Where the run averaged its weights, the average is taken; what was not trained is taken as it is, or `initial`.
+    Writes all parameters and buffers if no tensors are given. Buffers that are taken as they are keep their type. Where the run
+    averaged its weights, the average is taken; what was not trained is taken as it is, or from `initial`.
     """
     known = {**shapes, **_buffers(checkpoint)}
     sources = _Sources(checkpoint, known, initial)
@@ -115,7 +118,7 @@ def write_weights(
 
 
 class _Sources:
-    """A model's tensors by name, wherever they are kept."""
+    """Provides a model's tensors by name, from the checkpoint or from initial values."""
 
     def __init__(
         self, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], initial: Mapping[str, torch.Tensor]
@@ -145,7 +148,7 @@ class _Sources:
             yield self.initial[source].reshape(-1)
 
     def _made(self, name: str, weight: Weight) -> Iterator[torch.Tensor]:
-        """What `make` gives for the sources, each of its own shape."""
+        """Computes a tensor with the weight's `make` from the sources, each in its own shape."""
         assert weight.make
         made = weight.make(*(self._whole(s).float().view(self.shapes[s]) for s in weight.sources))
         if tuple(made.shape) != tuple(weight.shape):
@@ -159,7 +162,7 @@ class _Sources:
 def _entry(
     name: str, stream: Callable[[], Iterator[torch.Tensor]], shape: tuple[int, ...], dtype: torch.dtype
 ) -> safetensors_file.Entry:
-    """A tensor of the model, read piece by piece when its turn comes."""
+    """Describes a tensor of the model for the file, read piece by piece when it is written."""
 
     def parts() -> Iterator[memoryview]:
         for piece in stream():
@@ -169,7 +172,7 @@ def _entry(
 
 
 def _pack(sizes: dict[str, int]) -> list[list[str]]:
-    """Names in order, cut into files of at most SHARD_BYTES (or one tensor)."""
+    """Packs names, in order, into files of at most SHARD_BYTES (or one tensor)."""
     files: list[list[str]] = [[]]
     used = 0
     for name, size in sizes.items():

@@ -1,7 +1,7 @@
-"""What a model makes of prompts: one here, or many with Ray Data, over as many workers as are asked for.
+"""Generates from prompts: one in this process, or many with Ray Data, over as many workers as are asked for.
 
-The recipe of the export (`exports`) says how: `generator(folder, options)` loads the model once and answers requests. The answer
-to a request follows from it and the options alone, so it is the same in whatever batch and on whichever worker it is made.
+The recipe of the export (`exports`) defines how: `generator(folder, options)` loads the model once and answers requests. The
+answer to a request follows from it and the options alone, so it is the same in whatever batch and on whichever worker it is made.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BATCH = 16
 
 
 def generate(folder: Path, prompt: str, options: dict[str, Any], seed: int, out: str | None) -> Generated:
-    """The answer to one prompt, made in this process; a text goes to `out` as it is shown."""
+    """Generates the answer to one prompt in this process; a text is written to `out` as it is shown."""
     with exported.using(folder):
         (made,) = exported.generator(folder, options)([Request(prompt, seed, out)])
     if out is not None and "file" not in made.facts:
@@ -44,7 +44,7 @@ def answer(
 
 
 def read_prompts(path: Path) -> list[str]:
-    """One a line; empty lines are left out."""
+    """Reads prompts from a file, one a line; empty lines are left out."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as e:
@@ -88,7 +88,7 @@ def generate_many(folder: Path, prompts: list[str], options: dict[str, Any], see
 
 
 class Generator:
-    """An actor of the pool."""
+    """Generates answers for batches of prompts, as an actor of the pool."""
 
     def __init__(self, folder: str, options: dict[str, Any]) -> None:
         self.folder = Path(folder)

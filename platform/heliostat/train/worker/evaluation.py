@@ -83,7 +83,7 @@ def dealt(samples: np.ndarray, rank: int, world: int, micro: int) -> tuple[np.nd
 def dealt_whole(samples: np.ndarray, rank: int, world: int, micro: int) -> tuple[np.ndarray, np.ndarray]:
     """Deals this worker its micro-batches, each of the same samples on any number of workers.
 
-    So what is gathered has the same bits on any number. Every worker gets as many micro-batches. Returns the samples and a mask
+    So what is gathered has the same bits on any number. Every worker gets equally many. Returns the samples and a mask
     of those that count.
     """
     batches = -(-len(samples) // micro)
