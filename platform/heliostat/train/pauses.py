@@ -1,7 +1,7 @@
 """Pauses a run behind the checkpoints of certain steps until a decision comes from outside, as for a trial of a sweep.
 
-The workers evaluate and save at such a step, the driver posts the event `Paused`, and they wait, doing nothing, until `answer` lets
-them go on (RUN) or ends them (INTERRUPTED). So a trial that a scheduler stops has taken no step beyond.
+The workers evaluate and save at such a step, the driver posts the event `Paused`, and they wait, doing nothing, until `answer`
+lets them go on (RUN) or ends them (INTERRUPTED). So a trial that a scheduler stops has taken no step beyond.
 """
 
 from __future__ import annotations
