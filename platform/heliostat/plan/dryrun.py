@@ -1,9 +1,9 @@
-"""`heliostat train JOB.yaml --dry-run --workers N`: what N ranks would do, worked out in one process, and checked.
+"""Works out in one process what N ranks would do, and checks it: `heliostat train JOB.yaml --dry-run --workers N`.
 
-It validates the job for N workers, DeepSpeed's config with DeepSpeed's own classes, builds the model on the meta device, cuts its
-state as ZeRO does, makes the checkpoint's index that those ranks would write, and the data plan (with the datasets, if they can
-be read). Nothing starts, and no memory is taken for the model. Whatever does not divide, fit or have a name of its own is a
-ConfigError.
+Validates the job for N workers, validates DeepSpeed's config with DeepSpeed's own classes, builds the model on the meta device,
+cuts its state as ZeRO does, makes the checkpoint index that those ranks would write, and makes the data plan (with the datasets,
+if they can be read). Nothing starts, and no memory is taken for the model. Raises ConfigError for whatever does not divide, does
+not fit, or has no name of its own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from heliostat.plan.model_stats import ModelStats, build, stats_of
 
 
 def kinds(job: Job) -> list[str]:
-    """What a checkpoint holds of every trained parameter."""
+    """Lists what a checkpoint holds of every trained parameter: fp32 master, optimizer state, EMA if there is one."""
     return ["master", *job.train.optimizer.state, *([layout.EMA] if job.train.ema else [])]
 
 
@@ -60,7 +60,7 @@ def dry_run(path: Path, settings: list[str], workers: int | None = None) -> dict
 
 
 def check_engine(job: Job) -> None:
-    """ConfigError if DeepSpeed itself would refuse the ZeRO section of the job's config."""
+    """Raises ConfigError if DeepSpeed itself would refuse the ZeRO section of the job's config."""
     from heliostat.train.worker import deepspeed_engine
 
     deepspeed_engine.prepare_environment(job.workers.gpus)
@@ -76,7 +76,7 @@ def check_engine(job: Job) -> None:
 
 
 def _data(job: Job, recipe: Any) -> tuple[dict[str, Any], str]:
-    """The data plan's numbers, of the datasets if they can be read."""
+    """Computes the numbers of the data plan, from the datasets if they can be read; else a note gives the reason."""
     note = ""
     try:
         shape = check.check_data(job, recipe).plan.shape
@@ -97,7 +97,10 @@ def _data(job: Job, recipe: Any) -> tuple[dict[str, Any], str]:
 
 
 def checkpoint_index(job: Job, model: ModelStats, owned: list[list[zero_layout.Slice]]) -> dict[str, Any]:
-    """`checkpoint.json` as those ranks would write it, with checksums of ten digits; every element must be there once."""
+    """Builds the `checkpoint.json` that the ranks would write, with checksums of ten digits.
+
+    Checks that every element is in a shard exactly once.
+    """
     tensors: dict[str, Any] = {
         f"{kind}.{name}": {"dtype": "F32", "shape": [math.prod(shape)], "chunks": []}
         for kind in kinds(job)
@@ -123,7 +126,7 @@ def checkpoint_index(job: Job, model: ModelStats, owned: list[list[zero_layout.S
 
 
 def _check_whole(tensors: dict[str, Any]) -> None:
-    """AssertionError unless every sliced tensor's chunks are all of it, once."""
+    """Raises AssertionError unless the chunks of every sliced tensor cover it completely, each element once."""
     for name, entry in tensors.items():
         at = 0
         for chunk in sorted(entry["chunks"], key=lambda c: c["start"]):

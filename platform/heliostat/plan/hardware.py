@@ -1,4 +1,4 @@
-"""What the plan knows of machines: devices, links, prices (`prices.yaml`, dated; `--prices FILE` is laid over it).
+"""Describes the machines of a plan: devices, links, prices (`prices.yaml`, dated; `--prices FILE` is laid over it).
 
 `resolve` picks the device of a job: the one named, or that of the cluster file's GPU pool, or the H100; a job without GPUs is
 planned on CPU cores.
@@ -23,7 +23,7 @@ DEFAULT_GPU = "H100"
 
 @dataclass(frozen=True)
 class Device:
-    """One worker's device: a GPU (or a share of one), or the worker's CPU cores. Rates in bytes or FLOP per second."""
+    """Describes the device of one worker: a GPU (or a share of one), or CPU cores. Rates are in bytes or FLOP per second."""
 
     name: str
     memory: float
@@ -37,13 +37,16 @@ class Device:
 
 
 def table(over: Path | None = None) -> dict[str, Any]:
-    """`prices.yaml`, with a user's file laid over it."""
+    """Reads the price table `prices.yaml`, with a user's file laid over it."""
     base = yaml.safe_load(resources.files("heliostat.plan").joinpath("prices.yaml").read_text(encoding="utf-8"))
     return _merge(base, schema.read_yaml(over), "") if over else base
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any], where: str) -> dict[str, Any]:
-    """`devices` and `instances` may get new names; any other key must be one that the plan reads."""
+    """Merges a user's price table over the base.
+
+    `devices` and `instances` may get new names; any other key must be one that the plan reads, or it is a ConfigError.
+    """
     out = dict(base)
     for key, value in over.items():
         path = f"{where}{key}"
@@ -58,7 +61,10 @@ def _merge(base: dict[str, Any], over: dict[str, Any], where: str) -> dict[str, 
 
 
 def resolve(job: Job, prices: dict[str, Any], name: str | None = None, instance: str | None = None) -> Device:
-    """`name`: a device of the table; `instance`: a machine type of the table, which may name another price and network."""
+    """Resolves the device that one worker of the job has; ConfigError if it is not in the price table or does not suit the job.
+
+    `name`: a device of the table; `instance`: a machine type of the table, which may name another price and network.
+    """
     gpus, cores = job.workers.gpus, job.workers.cpus
     found = prices["instances"].get(instance or "", {})
     name = name or (found.get("device", DEFAULT_GPU) if gpus else "cpu")

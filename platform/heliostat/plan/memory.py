@@ -1,8 +1,8 @@
-"""Bytes that training state takes on each worker, by ZeRO stage and offload: pure functions. docs/plan.md has the formulas.
+"""Computes the bytes that training state takes on each worker, by ZeRO stage and offload: pure functions.
 
-Mixed precision with Adam keeps 2 bytes of weights and 2 of gradients a parameter, and 12 of optimizer state: an fp32 master
-and two moments (Rajbhandari et al. 2020, arXiv 1910.02054, section 3.1). Which of them are divided by the workers is the stage.
-Other optimizers keep fewer moments, or none.
+docs/plan.md has the formulas. Mixed precision with Adam keeps 2 bytes of weights and 2 of gradients a parameter, and 12 of
+optimizer state: an fp32 master and two moments (Rajbhandari et al. 2020, arXiv 1910.02054, section 3.1). The stage decides which
+of them are divided by the workers. Other optimizers keep fewer moments, or none.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ BUCKETS = {"reduce_bucket_size": 500_000_000, "allgather_bucket_size": 500_000_0
 
 @dataclass(frozen=True)
 class State:
-    """Bytes on one worker: what is on its device, and what offload moved to its host (or to NVMe). `masters`: with their average,
-    if one is kept (EMA)."""
+    """Holds the bytes of training state on one worker: on its device, and moved by offload to its host or to NVMe.
+
+    `masters` includes the average of the weights (EMA), if one is kept.
+    """
 
     weights: int
     gradients: int
@@ -58,8 +60,11 @@ def state(
     sums_fp32: bool = True,
     moments: int = 2,
 ) -> State:
-    """What a worker holds between two steps. Gradients: at their largest, before the optimizer's step; several micro-batches are
-    summed in fp32 (`sums_fp32`) or in the precision. `moments`: tensors that the optimizer keeps of every parameter."""
+    """Computes the bytes of training state that a worker holds between two steps.
+
+    Gradients count at their largest, before the optimizer's step; several micro-batches are summed in fp32 (`sums_fp32`) or in
+    the precision. `moments`: tensors that the optimizer keeps of every parameter.
+    """
     sizes = {n: math.prod(s) for n, s in shapes.items()}
     trained = sum(n for name, n in sizes.items() if name not in frozen)
     low = LOW[precision]
@@ -95,13 +100,19 @@ def state(
 
 
 def _touched(shapes: Mapping[str, tuple[int, ...]], workers: int) -> int:
-    """Elements of all parameters that a rank owns a part of: stage 2 accumulates whole gradients of them. The largest rank's."""
+    """Counts the elements of all parameters of which a rank owns a part, for the rank with the most.
+
+    Stage 2 accumulates the whole gradients of those parameters.
+    """
     owned = zero_layout.slices(shapes, 2, workers)
     return max(sum(math.prod(shapes[name]) for name, _, _ in rank) for rank in owned)
 
 
 def working(parameters: int, largest_layer: int, stage: int, precision: str, config: Mapping[str, Any], overlap: bool) -> int:
-    """Bytes of communication buffers, and at stage 3 of parameters that are gathered at the same time; never above the model."""
+    """Computes the bytes of communication buffers, and at stage 3 of the parameters that are gathered at the same time.
+
+    No buffer is larger than the model.
+    """
     low, value = LOW[precision], {**BUCKETS, **{k: v for k, v in config.items() if k in BUCKETS and isinstance(v, int)}}
     if stage == 0:
         return 0
@@ -114,7 +125,7 @@ def working(parameters: int, largest_layer: int, stage: int, precision: str, con
 
 @dataclass(frozen=True)
 class Need:
-    """All that a worker's device must hold, in bytes."""
+    """Holds all the bytes that a worker needs, by purpose: on its device, and with offload on its host and disk."""
 
     weights: int
     gradients: int
@@ -135,7 +146,10 @@ class Need:
 
 
 def need(held: State, working_bytes: int, activation_bytes: int, gpu: bool, frozen_models: tuple[int, int] = (0, 0)) -> Need:
-    """`frozen_models`: bytes of them in every step; and in evaluations, which keep no activations."""
+    """Adds up the bytes that a worker needs: training state, buffers, activations, frozen models, and a margin.
+
+    `frozen_models`: their bytes in every step, and their bytes in evaluations, which keep no activations.
+    """
     always, evaluating = frozen_models
     frozen = max(always, evaluating - activation_bytes)
     taken = held.device + working_bytes + activation_bytes + frozen

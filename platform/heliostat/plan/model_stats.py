@@ -1,7 +1,8 @@
-"""A job's model, counted without memory for it: parameters on torch's meta device, activations on fake tensors.
+"""Counts a job's model without memory for it: parameters on torch's meta device, activations on fake tensors.
 
 Both are the recipe's own code at work: `build` makes the real modules, `loss` runs the real forward pass on tensors that have
-shapes and no content, and autograd tells what it keeps for the backward pass. So the counts need no formula for an architecture.
+shapes and no content, and autograd reports what it keeps for the backward pass. So the counts need no formula for an
+architecture.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class ModelStats:
-    """Of one model: every parameter's shape (those shared counted once), whether it is trained, and the FLOPs of one sample."""
+    """Describes one model: the shape of every parameter, the frozen ones, persistent buffers, and the FLOPs of one sample.
+
+    Shared parameters are counted once.
+    """
 
     shapes: dict[str, tuple[int, ...]]
     frozen: frozenset[str]
@@ -48,7 +52,7 @@ class ModelStats:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that one sample's forward pass leaves for the backward pass, with and without activation checkpointing."""
+    """Holds the bytes that one sample's forward pass keeps for the backward pass, with and without activation checkpointing."""
 
     kept: int
     checkpointed: int
@@ -79,10 +83,11 @@ def stats_of(recipe: Recipe, model: torch.nn.Module) -> ModelStats:
 
 
 def activations(job: Job, recipe: Recipe, model: torch.nn.Module, content: Any, count: bool = False) -> Activations:
-    """Of one sample; `content` is what `recipe.batch` takes for a batch of one. The model, of `build`, is used up.
+    """Measures the activations of one sample by running the recipe's loss on fake tensors.
 
-    The model must not checkpoint: what a layer keeps is counted, and what checkpointing drops follows from that. `count`: the
-    FLOPs, too, which makes it slower.
+    `content` is what `recipe.batch` takes for a batch of one. The model comes from `build` and cannot be used afterwards. It must
+    not checkpoint activations: what a layer keeps is counted, and what checkpointing drops follows from that. `count`: the FLOPs,
+    too, which makes it slower.
     """
     model = model.to(DTYPES[job.train.precision])
     batch = recipe.batch(content, np.zeros(1, dtype=np.int64))
@@ -96,8 +101,11 @@ def activations(job: Job, recipe: Recipe, model: torch.nn.Module, content: Any, 
 
 
 def _one_document() -> Any:
-    """A run finds in its position_ids that sequences are not packed, and goes without a mask. Fake ones have no content to look
-    at, and transformers would make a mask for every case."""
+    """Replaces transformers' detection of packed sequences by one that finds none, for the duration of a context.
+
+    A real run finds from its position_ids that sequences are not packed, and goes without a mask. Fake position_ids have no
+    content to look at, and transformers would make a mask for every case.
+    """
     from transformers import masking_utils
 
     return patch.object(masking_utils, "find_packed_sequence_indices", lambda _: None)
@@ -118,7 +126,7 @@ def _fake(model: torch.nn.Module) -> None:
 
 
 def layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The modules that activation checkpointing wraps: transformers' own mark, else the members of outermost module lists."""
+    """Lists the modules that activation checkpointing wraps: transformers' marked ones, else the members of outermost lists."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     marked: list[torch.nn.Module] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
@@ -134,7 +142,7 @@ def _listed(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 class Meter:
-    """Counts, while it is entered, the bytes that autograd keeps beside the model's own tensors, in all and by layer.
+    """Counts, as a context manager, the bytes that autograd keeps beside the model's own tensors, in all and by layer.
 
     It works on fake and on real tensors alike, which is how it is tested.
     """

@@ -1,6 +1,7 @@
-"""`heliostat plan`: what a job needs and what it will cost, before anything starts. docs/plan.md has formulas and sources.
+"""Plans a job before anything starts: what it needs and what it will cost (`heliostat plan`).
 
 `plan(job, recipe, ...)` returns plain data (what `--json` prints) or raises ConfigError with the reason why the job cannot run.
+docs/plan.md has formulas and sources.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def plan_file(
     device: str | None = None,
     prices: Path | None = None,
 ) -> dict[str, Any]:
-    """The plan of a job file; its datasets are looked at if they can be reached."""
+    """Plans the job of a job file; its datasets are looked at if they can be reached."""
     job, recipe, unread = prepare(path, settings)
     found = plan(job, recipe, cluster_file.read(cluster) if cluster else None, device, hardware.table(prices))
     if unread:
@@ -48,8 +49,10 @@ def plan_file(
 
 
 def prepare(path: Path, settings: list[str] | None) -> tuple[Job, Recipe, str]:
-    """The job; its recipe, whose models do not checkpoint activations (`census.activations`) and which knows the datasets;
-    the reason if they cannot be read."""
+    """Loads a job file for planning: the job, its recipe, and the reason why the datasets cannot be read ("" if they can).
+
+    The recipe's models do not checkpoint activations (`model_stats.activations` needs that), and it knows the datasets.
+    """
     job, recipe = check.check_file(path, settings)
     if job.train.activation_checkpointing:
         recipe = type(recipe)(job.model_copy(update={"train": job.train.model_copy(update={"activation_checkpointing": False})}))
@@ -71,7 +74,10 @@ def plan(
     job: Job, recipe: Recipe, cluster: ClusterFile | None = None, device: str | None = None, prices: dict[str, Any] | None = None,
     built: torch.nn.Module | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """`built`: the recipe's model of `census.build`, if there is one; it is used up."""
+    """Plans a job: memory, communication, speed, cost, checkpoints; ConfigError with the reason if it cannot run.
+
+    `built`: the recipe's model from `model_stats.build`, if there is one; it cannot be used afterwards.
+    """
     prices = prices or hardware.table()
     job, fewest = job.on(job.worker_counts()[-1]), job.on(job.worker_counts()[0])
     name, instance = _device_of(cluster) if cluster and not device else (device, None)
@@ -114,7 +120,7 @@ def _device_of(cluster: ClusterFile) -> tuple[str | None, str | None]:
 
 
 def sample(job: Job, recipe: Recipe) -> Any:
-    """What `recipe.batch` takes for a batch of one: zeros for tokens, the dataset's first row else."""
+    """Returns what `recipe.batch` takes for a batch of one: zeros for tokens, else the dataset's first row."""
     if recipe.kind == "tokens":
         return np.zeros((1, job.data.sequence_length or 1), dtype=np.int32)
     import pyarrow.parquet as pq
@@ -126,19 +132,19 @@ def sample(job: Job, recipe: Recipe) -> Any:
 
 
 class Planner:
-    """A job on a device: what other stages and micro-batches would need, and how fast they would be."""
+    """Estimates memory and speed of a job on a device, at its own ZeRO stage and micro-batch and at others."""
 
     def __init__(self, job: Job, model: ModelStats, kept: Activations, device: Device, prices: dict[str, Any]) -> None:
         self.job, self.model, self.kept, self.device, self.prices = job, model, kept, device, prices
         self.workers, self.gpu = job.workers.most, device.name != "cpu"
 
     def chosen(self) -> dict[str, Any]:
-        """The job as it is."""
+        """Estimates the job as it is: at its own ZeRO stage, micro-batch and offload."""
         zero = self.job.train.zero
         return self.candidate(zero.stage, self.job.train.micro_batch, bool(zero.offload.optimizer))
 
     def candidate(self, stage: int, micro: int, offload_optimizer: bool) -> dict[str, Any]:
-        """Memory, communication and speed at a stage and micro-batch, everything else as in the job."""
+        """Estimates memory, communication and speed at a ZeRO stage and micro-batch, everything else as in the job."""
         job, model, workers = self.job, self.model, self.workers
         train, precision = job.train, job.train.precision
         from heliostat.train.worker.deepspeed_engine import engine_config
@@ -188,7 +194,10 @@ class Planner:
         }
 
     def recommend(self) -> dict[str, Any] | None:
-        """The fastest that fits: at equal speed the lower stage, without offload, with the larger micro-batch."""
+        """Finds the fastest candidate that fits; None if none does.
+
+        At equal speed it prefers no offload, then the lower stage, then the larger micro-batch.
+        """
         share = self.job.train.global_batch // self.workers
         micros = [m for m in range(1, share + 1) if share % m == 0]
         stages = range(1 if self.job.train.precision == "bf16" else 0, 4)  # stage 0 in bf16 trains wrongly
@@ -198,7 +207,7 @@ class Planner:
         return min(fits, key=key, default=None)
 
     def checkpoint(self, chosen: dict[str, Any]) -> dict[str, float]:
-        """Size and times of a checkpoint, and the interval that loses least to failures."""
+        """Estimates size and times of a checkpoint, and the interval that loses least to failures."""
         rates, nodes = self.prices["storage"], -(-self.workers // self.device.per_node)
         trained = sum(math.prod(s) for s in self.model.trained.values())
         train = self.job.train
@@ -227,7 +236,7 @@ class Planner:
         )
 
     def run(self, chosen: dict[str, Any]) -> dict[str, float]:
-        """The whole run: time, expected failures, energy and cost."""
+        """Estimates the whole run: time, expected failures, energy and cost."""
         seconds = self.job.train.steps * chosen["speed"]["step_s"]
         good = max(0.01, self.checkpoint(chosen)["goodput"])
         wall = seconds / good

@@ -1,6 +1,7 @@
-"""How long a step takes, and what it moves: pure functions over FLOPs, bytes and rates. docs/plan.md has the formulas.
+"""Estimates how long a step takes, and what it moves: pure functions over FLOPs, bytes and rates.
 
-These are estimates from stated shares of the peaks (`efficiency` in prices.yaml), not measurements.
+These are estimates from stated shares of the peaks (`efficiency` in prices.yaml), not measurements. docs/plan.md has the
+formulas.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from heliostat.plan.hardware import Device
 
 
 def volume(numel: int, low: int, workers: int, stage: int, accumulation: int) -> int:
-    """Bytes that each worker sends in an optimizer step (as many come in), with ring collectives.
+    """Computes the bytes that each worker sends in an optimizer step with ring collectives (it receives as many).
 
     Psi parameters: an all-reduce moves 2 Psi, a reduce-scatter or an all-gather Psi (Rajbhandari et al. 2020, section 7).
     Stages 0 and 1 reduce once a step; stage 2 after every micro-batch, because it keeps only its part of the gradients;
@@ -25,7 +26,7 @@ def volume(numel: int, low: int, workers: int, stage: int, accumulation: int) ->
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds of one optimizer step."""
+    """Holds the seconds of one optimizer step."""
 
     computing: float
     communicating: float
@@ -39,9 +40,11 @@ class Step:
 def step(
     flops: float, moved: int, workers: int, device: Device, efficiency: Mapping[str, Any], offloaded: int = 0, copy: float = 20e9
 ) -> Step:
-    """`flops`: of one worker in a step, recomputing included; `offloaded`: bytes to and from host memory.
+    """Estimates the seconds of one optimizer step: computing, communicating, and the part that computing does not hide.
 
-    A ring passes from GPU to GPU inside a node, and from node to node through all of the node's network cards together.
+    `flops`: of one worker in a step, recomputing included; `moved`: bytes that each worker sends; `offloaded`: bytes to and from
+    host memory, at `copy` bytes per second. A ring passes from GPU to GPU inside a node, and from node to node through all of the
+    node's network cards together.
     """
     share = efficiency["compute_cpu" if device.name == "cpu" else "compute"]
     computing = flops / (device.flops * share)

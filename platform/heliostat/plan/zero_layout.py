@@ -1,8 +1,8 @@
-"""Which slice of every parameter a rank owns under ZeRO: pure functions that say what DeepSpeed 0.19 does.
+"""Computes which slice of every parameter a rank owns under ZeRO: pure functions that reproduce DeepSpeed 0.19.
 
 Stages 1 and 2 lay each parameter group out as one vector, padded to a multiple of 2 N, and cut it into N parts. Stage 3 cuts
-every parameter by itself. At stage 0 all own everything, and `fragments` saves the rank-th part. So a checkpoint's slices are
-known before there is one; the tests compare them with those of real engines.
+every parameter by itself. At stage 0 every rank owns everything, and `zero_state` saves the rank-th part. So a checkpoint's
+slices are known before there is one; the tests compare them with those of real engines.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Slice = tuple[str, int, int]  # parameter, start, elements
 
 
 def usual_groups(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
-    """The optimizer's parameter groups of a recipe that says nothing else: matrices, vectors."""
+    """Forms the optimizer's default parameter groups, for a recipe that defines none: matrices, vectors."""
     split = [[n for n, s in shapes.items() if len(s) > 1], [n for n, s in shapes.items() if len(s) <= 1]]
     return [g for g in split if g]
 
@@ -24,8 +24,10 @@ def usual_groups(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
 def slices(
     shapes: Mapping[str, tuple[int, ...]], stage: int, workers: int, groups: list[list[str]] | None = None
 ) -> list[list[Slice]]:
-    """For each rank, the slices of the trained parameters that it owns; together they are every element once. `groups`: the
-    optimizer's, by names."""
+    """Cuts the trained parameters into the slices that each rank owns; together they cover every element once.
+
+    `groups`: the optimizer's parameter groups, by names.
+    """
     if stage in (1, 2):
         out: list[list[Slice]] = [[] for _ in range(workers)]
         for group in usual_groups(shapes) if groups is None else groups:

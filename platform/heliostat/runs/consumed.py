@@ -1,4 +1,4 @@
-"""What a run has trained on, as plain data: its segments, and of each source how much of which shards (`data.json`)."""
+"""Computes what a run has trained on, as plain data (`data.json`): its segments, and how much of which shards of each source."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Place(TypedDict):
 
 @open_
 class Replaced(Place):
-    """A line of `quarantine`'s lists."""
+    """Describes a bad sample that another one replaced: a line of the lists in the run's folder `quarantine`."""
 
     step: Whole
     counted_from: NotRequired[Whole]
@@ -41,7 +41,10 @@ LISTED = 200  # ranges of shards, and replaced samples, that are written out
 
 
 def record(run: Location, steps: int) -> dict[str, Any]:
-    """{steps, segments: [{first, end, digest, plan, sources}], replaced}, from the run's folder and its datasets' manifests."""
+    """Computes what a run has trained on, from its folder and its datasets' manifests.
+
+    Returns {steps, segments: [{first, end, digest, plan, sources}], replaced, replaced_count}.
+    """
     lists = [run.join(run_folder.QUARANTINE, name) for name, _ in run.join(run_folder.QUARANTINE).files()]
     replaced = [_from_1(bad) for place in lists for bad in REPLACED.read_lines(place)]
     return {
@@ -53,12 +56,12 @@ def record(run: Location, steps: int) -> dict[str, Any]:
 
 
 def _from_1(bad: Any) -> dict[str, Any]:
-    """Counts the step from 1, as older lists do not."""
+    """Converts the step of a replaced sample to counting from 1, which older lists do not do."""
     return {**bad, "step": bad["step"] + 1 - bad.get("counted_from", 0), "counted_from": 1}
 
 
 def parse(raw: dict[str, Any]) -> list[Segment]:
-    """The segments of such a record."""
+    """Parses the segments of a record of what a run has trained on (`data.json`)."""
     return [Segment(s["first"], s["end"], plans.build(s["plan"], "data.json")) for s in raw["segments"]]
 
 
@@ -77,7 +80,10 @@ def _segment(segment: Segment) -> dict[str, Any]:
 
 
 def _source(data: Dataset, number: int, counts: np.ndarray, left_out: int, begin: int, end: int) -> dict[str, Any]:
-    """`samples`: trained on; `range`: of the source's stream, whose epochs follow one another, to within a sample a lane."""
+    """Describes what a segment took of one source.
+
+    `samples`: those trained on; `range`: of the source's stream, whose epochs follow one another, to within a sample a lane.
+    """
     manifest, split = data.sources[number], data.order.splits[number]
     seen = coverage.shards(manifest, counts)
     found = list(coverage.ranges(manifest, seen))
@@ -102,12 +108,18 @@ def _source(data: Dataset, number: int, counts: np.ndarray, left_out: int, begin
 
 
 def of_digest(raw: dict[str, Any], digest: str, before: int | None = None) -> int:
-    """Samples that a record's steps (those before a step, if one is given) took of datasets whose digest begins so."""
+    """Counts the samples that a run took of the datasets whose digest begins with `digest`.
+
+    `raw`: the run's record of what it has trained on; `before`: only steps before that one, if it is given.
+    """
     return sum(int(counts.sum()) for _, manifest, counts in _taken(raw, before, lambda s: s["digest"].startswith(digest)))
 
 
 def of_shard(raw: dict[str, Any], shard: str, before: int | None = None) -> int:
-    """The same of one shard: a whole path or URI, or the end of one, as `part-00017.parquet`. Replaced samples do not count."""
+    """Counts the samples that a run took of one shard, in steps before `before`, if it is given. Replaced samples do not count.
+
+    `raw`: the run's record of what it has trained on; `shard`: a whole path or URI, or the end of one, as `part-00017.parquet`.
+    """
     total = 0
     for uri, manifest, counts in _taken(raw, before, lambda s: True):
         for path, samples in coverage.shards(manifest, counts).items():
@@ -121,7 +133,10 @@ def of_shard(raw: dict[str, Any], shard: str, before: int | None = None) -> int:
 
 
 def same(wanted: str, uri: str, path: str) -> bool:
-    """Whether a shard of a dataset is the one that is meant; `shards/00017` is that of any content, whose name is the file's."""
+    """Tells whether a shard of a dataset is the wanted one, which is given by a path, a URI or the end of one.
+
+    It may also be a shard's folder, as `shards/00017`, whatever the content, which names the file in it.
+    """
     whole = Location(uri).join(path).path
     named = (whole, whole.rpartition("/")[0])
     if "://" in wanted or wanted.startswith("/"):
@@ -132,7 +147,7 @@ def same(wanted: str, uri: str, path: str) -> bool:
 def _taken(
     raw: dict[str, Any], before: int | None, wanted: Callable[[dict[str, Any]], bool]
 ) -> Iterator[tuple[str, Manifest, np.ndarray]]:
-    """(uri, manifest, samples by chunk) of every source of every segment that is wanted."""
+    """Yields (uri, manifest, samples by chunk) of every wanted source of every segment, up to the step `before`, if given."""
     for segment, told in zip(parse(raw), raw["segments"], strict=True):
         end = segment.end if before is None else min(segment.end, before)
         if end <= segment.first or not any(wanted(s) for s in told["sources"]):

@@ -1,4 +1,4 @@
-"""Where a run's wall-clock went, over all its attempts: every second belongs to one part, so the parts add up to the whole.
+"""Accounts for a run's wall-clock time over all its attempts: every second belongs to one part, so the parts add up to the whole.
 
 An attempt is one start of the workers: a command (`heliostat train`), or a restart within one. Its driver keeps a file about it
 in the run's folder (`ledger/`); all here is computed from those files, by pure functions.
@@ -46,7 +46,10 @@ COLUMNS, BARS = 8, 20  # attempts that the table and the chart show
 @closed
 @dataclass
 class Attempt:
-    """`parts` add up to `known - started`; what lies between `known` and `seen` belongs to `pending` once the attempt is over."""
+    """Describes one attempt (one start of the workers) as its driver's ledger file holds it.
+
+    `parts` add up to `known - started`; what lies between `known` and `seen` belongs to `pending` once the attempt is over.
+    """
 
     id: str
     started: float  # wall clock, as all times here
@@ -66,7 +69,7 @@ class Attempt:
 
     @property
     def name(self) -> str:
-        """Sorts by time, to the millisecond."""
+        """Returns the file name of the attempt's ledger, which sorts by time, to the millisecond."""
         began = datetime.fromtimestamp(self.started, UTC)
         return f"attempt-{began:%Y%m%dT%H%M%S}.{began.microsecond // 1000:03d}Z-{self.id}.json"
 
@@ -75,7 +78,7 @@ class Attempt:
         return self.marks[-1][0] if self.marks else self.start_step
 
     def computed(self, step: int) -> float:
-        """Seconds of computing up to a step; straight lines between the marks."""
+        """Computes the seconds of computing up to a step, by linear interpolation between the marks."""
         points = [(self.start_step, 0.0), *self.marks]
         return float(np.interp(step, [s for s, _ in points], [seconds for _, seconds in points]))
 
@@ -100,7 +103,10 @@ LEDGER = Format(Attempt, "ledger of an attempt", ConfigError, _fault, "delete it
 
 @dataclass
 class Settled:
-    """An attempt with its parts settled: `gap` is what lies before it, `unknown` what a running one has not reported yet."""
+    """Holds an attempt with its parts settled: every second is attributed, and steps computed again count as lost.
+
+    `gap`: the part and the seconds before the attempt; `unknown`: seconds that a running attempt has not reported yet.
+    """
 
     attempt: Attempt
     gap: tuple[str, float]
@@ -109,7 +115,7 @@ class Settled:
 
 
 def settle(attempts: Iterable[Attempt]) -> list[Settled]:
-    """Every attempt's parts, with what later attempts computed again moved from computing to lost."""
+    """Settles every attempt's parts: moves what later attempts computed again from computing to lost."""
     ordered = sorted(attempts, key=lambda a: (a.started, a.seen))
     kept = kept_steps(ordered)
     settled: list[Settled] = []
@@ -132,11 +138,11 @@ def settle(attempts: Iterable[Attempt]) -> list[Settled]:
 
 
 def kept_steps(attempts: list[Attempt]) -> list[int]:
-    """Up to which step the run still stands on each attempt, in the order in which they began.
+    """Finds, for each attempt in order of start, the last of its steps that the run still stands on.
 
-    Backwards: the checkpoint that an attempt began from is of the latest attempt before it that got there. (One that was
-    killed may have got further than its last mark tells: if none is known to have got there, it is of the latest that began
-    before that step.) Attempts between the two left nothing, and of that one the steps beyond the checkpoint are lost.
+    It goes backwards: the checkpoint that an attempt began from was written by the latest attempt before it that got there. (One
+    that was killed may have got further than its last mark: if none is known to have got there, it was written by the latest that
+    began before that step.) Attempts between the two left nothing, and the writer's steps beyond the checkpoint are lost.
     """
     kept = [a.start_step for a in attempts]
     if not attempts:
@@ -153,7 +159,7 @@ def kept_steps(attempts: list[Attempt]) -> list[int]:
 
 
 def account(attempts: Iterable[Attempt]) -> dict[str, float]:
-    """Seconds by part, over all attempts and what lies between them."""
+    """Adds up the seconds by part, over all attempts and the gaps between them."""
     total = dict.fromkeys(PARTS, 0.0)
     for one in settle(attempts):
         total[one.gap[0]] += one.gap[1]
@@ -163,8 +169,10 @@ def account(attempts: Iterable[Attempt]) -> dict[str, float]:
 
 
 def report(attempts: Iterable[Attempt]) -> dict[str, Any]:
-    """What `heliostat goodput --json` prints: `total_s`, `parts`, `attributed` (their share of it), `goodput`,
-    `worker_hours`, `attempts`."""
+    """Builds the goodput report, which `heliostat goodput --json` prints.
+
+    Its keys: `total_s`, `parts`, `attributed` (the parts' share of the total), `goodput`, `worker_hours`, `attempts`.
+    """
     settled = settle(attempts)
     parts = account(s.attempt for s in settled)
     known = sum(parts.values())
@@ -194,7 +202,7 @@ def report(attempts: Iterable[Attempt]) -> dict[str, Any]:
 
 
 def read(run: Location) -> list[Attempt]:
-    """A run's attempts, from its folder."""
+    """Reads a run's attempts from the ledger in its folder."""
     folder = run.join(run_folder.LEDGER)
     attempts = []
     for name, _ in folder.files():
@@ -211,7 +219,10 @@ def read_report(run: Location) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> list[list[str]]:
-    """Rows of text: a head, the parts that took any time, the total; a column for each of the newest attempts, if several."""
+    """Lays a goodput report out as rows of text: a head, the parts that took any time, the total.
+
+    There is a column for each of the newest attempts, if there are several.
+    """
     attempts = found["attempts"][-COLUMNS:] if len(found["attempts"]) > 1 else []
     first = len(found["attempts"]) - len(attempts) + 1
     rows = [["part", "seconds", "share", *(f"attempt {i}" for i in range(first, first + len(attempts)))]]
@@ -234,14 +245,14 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def line(found: dict[str, Any]) -> str:
-    """Goodput and the largest other parts, in one line."""
+    """Summarises a goodput report in one line: goodput and the largest other parts."""
     others = sorted(((s, p) for p, s in found["parts"].items() if p != "computing"), reverse=True)[:4]
     rest = ", ".join(f"{part} {seconds:.1f}" for seconds, part in others if seconds >= 0.05)
     return f"goodput {found['goodput']:.1%}: computing {found['parts']['computing']:.1f} of {found['total_s']:.1f} s ({rest})"
 
 
 def chart(found: dict[str, Any]) -> Any:
-    """A matplotlib figure: one stacked bar for each attempt, and one for the run."""
+    """Draws a goodput report as a matplotlib figure: one stacked bar for each attempt, and one for the run."""
     from matplotlib.figure import Figure
 
     shown = found["attempts"][-BARS:]  # the newest

@@ -1,7 +1,7 @@
-"""What a run's folder says was trained: its segments (data plans), its receipts, and the links of their chain.
+"""Reads what was trained from a run's folder: its segments (data plans), its receipts, and the links of their hash chain.
 
-Receipts may overlap where a run was resumed from an older checkpoint. A checkpoint of steps that were trained before the data
-was changed, at a step before them, is of an undone future and left out.
+Receipts may overlap where a run was resumed from an older checkpoint. A checkpoint is left out if it is of steps that were
+trained before the data was changed at an earlier step: those steps were undone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ READERS = 8
 
 @open_
 class Sealed(TypedDict):
-    """What `data.receipt` writes."""
+    """Describes the content of a receipt file, as `data.receipt` writes it."""
 
     first: Whole
     steps: list[Hex]
@@ -41,7 +41,7 @@ SEALED = Format(Sealed, "receipt", VerifyError)
 
 @dataclass(frozen=True)
 class Receipt:
-    """One receipt file: the digests of steps [first, end), of a version of `receipt`, and the chain after them."""
+    """Holds one receipt file: the digests of steps [first, end), their version of `receipt`, and the chain after them."""
 
     where: str
     first: int
@@ -57,7 +57,7 @@ class Receipt:
 
 @dataclass(frozen=True)
 class Link:
-    """What a receipt or a checkpoint says the chain is after `end` steps."""
+    """Holds the hash chain after `end` steps, as a receipt or a checkpoint recorded it."""
 
     where: str
     end: int
@@ -65,7 +65,10 @@ class Link:
 
 
 class History:
-    """`plans` by the step at which they begin, `receipts` by first step, `links` by end; `steps`: up to where any reach."""
+    """Holds what a run's folder records of its training; ConfigError if it has no segments or no receipts.
+
+    `plans`: by the step at which they begin; `receipts`: by first step; `links`: by end; `steps`: the largest end of a link.
+    """
 
     def __init__(self, run: Location) -> None:
         self.plans = segments.read(run)
@@ -82,12 +85,15 @@ class History:
         self.steps = max(self.links)
 
     def version(self, step: int) -> int:
-        """By which a step's digest went into the chain: that of the last receipt which begins at the step or before."""
+        """Finds the version by which a step's digest went into the chain.
+
+        It is that of the last receipt that begins at the step or before.
+        """
         at = max(0, bisect.bisect_right(self.receipts, step, key=lambda r: r.first) - 1)
         return self.receipts[at].version if self.receipts else receipt.VERSION
 
     def segment(self, step: int) -> int:
-        """The number of the segment that a step is in."""
+        """Finds the number of the segment that a step is in."""
         return max(i for i, plan in enumerate(self.plans) if plan.begins <= step)
 
     def _checkpoints(self, run: Location) -> Iterator[Link]:
@@ -102,7 +108,7 @@ class History:
 
 
 def receipts(run: Location) -> list[Receipt]:
-    """Reads every receipt of a run, by the step that each begins at."""
+    """Reads every receipt of a run, ordered by the step at which each begins."""
     folder = run.join(run_folder.RECEIPTS)
 
     def read(name: str) -> Receipt:

@@ -1,6 +1,6 @@
-"""Whether a run's driver lives: every driver's ledger says each few seconds that it does, on which host and as which process.
+"""Tells whether a run's driver is alive, from the heartbeat in its ledger: every few seconds, with its host and process.
 
-That there is one at a time is the lease's business (`lease`).
+That at most one driver is alive at a time is ensured by the lease (`lease`).
 """
 
 from __future__ import annotations
@@ -18,20 +18,23 @@ GONE_S = 120.0  # after which a driver on another host is taken for dead, by its
 
 
 def lives(attempt: Attempt) -> bool:
-    """Whether the driver of an attempt without an outcome is there, as far as can be told at once."""
+    """Tells whether the driver of an attempt without an outcome is alive, as far as can be known without waiting.
+
+    On this host its process is looked up; on another host its last heartbeat must be younger than GONE_S.
+    """
     if attempt.host == socket.gethostname():
         return _alive(attempt)
     return time.time() - attempt.seen < GONE_S
 
 
 def last(run: Location) -> Attempt | None:
-    """The run's newest attempt."""
+    """Reads the run's newest attempt from its ledger; None if it has none."""
     attempts = goodput.read(run)
     return max(attempts, key=lambda a: a.started, default=None)
 
 
 def _alive(attempt: Attempt) -> bool:
-    """Whether the attempt's process is there, and not another one that was given its number."""
+    """Checks whether the attempt's process exists, and is not another one that got the same process id later."""
     try:
         process = psutil.Process(attempt.pid)
         return process.create_time() <= attempt.started + 1 and process.status() != psutil.STATUS_ZOMBIE

@@ -1,4 +1,7 @@
-"""Which MLflow run a run is: `run.json` in its folder, written before MLflow is asked, so that there is never a second one."""
+"""Reads which MLflow run belongs to a run: `run.json` in its folder.
+
+The file is written before MLflow is asked, so that there is never a second MLflow run.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from heliostat.storage import Location
 
 @open_
 class Made(TypedDict):
-    """`run_id` is there as soon as MLflow has the run."""
+    """Describes `run.json`; `run_id` is there as soon as MLflow has the run."""
 
     token: str
     uri: str
@@ -24,7 +27,7 @@ MADE = Format(Made, "record of a run", fix="delete it, and the run goes on as an
 
 
 def record(run: Location) -> dict[str, Any]:
-    """What the run's folder knows of its MLflow run; empty for a new run."""
+    """Reads the run's record of its MLflow run (`run.json`); empty for a new run."""
     try:
         return dict(MADE.read(run.join(run_folder.MLFLOW_RUN)))
     except FileNotFoundError:

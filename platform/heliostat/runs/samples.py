@@ -1,4 +1,4 @@
-"""The samples that a step trained on: where each comes from, and its content as the recipe shows it to a person."""
+"""Shows the samples that a step trained on: where each comes from, and its content as the recipe shows it to a person."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _place(data: Dataset, source: int, chunk: int, row: int) -> dict[str, Any]:
 
 
 def _recipe(run: Location, data: Dataset) -> Recipe:
-    """The run's recipe, bound to the data; the job is in every checkpoint."""
+    """Loads the run's recipe from the job in its newest checkpoint, bound to the data; ConfigError if there is none."""
     last = layout.latest(run)
     if last is None:
         raise ConfigError(f"{run}: holds no complete checkpoint, so its recipe is not known")

@@ -1,8 +1,8 @@
-"""A run's segments: the data plans that it followed, one after another, beside its receipts.
+"""Keeps a run's segments: the data plans that it followed, one after another, beside its receipts.
 
 The first is written when the run starts; `--allow-data-change` adds one at the step where it resumes, and so does going back
-before a loss spike, whose samples the new plan leaves out. What was recorded of
-steps after the one that a run resumes from is removed: they are made anew.
+before a loss spike, whose samples the new plan leaves out. What was recorded of steps after the one that a run resumes from is
+removed, because they are trained again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from heliostat.storage import Location
 
 
 def begin(run: Location, plan: DataPlan, step: int) -> None:
-    """Records that the run goes on from `step` with `plan`: whatever is recorded of later steps will be made anew."""
+    """Marks in the run's folder that the run goes on from `step` with `plan`.
+
+    Deletes whatever is recorded of later steps, because they are trained again.
+    """
     for folder in run_folder.BY_STEP:
         for path, _ in run.join(folder).files():
             if run_folder.step_of(path) > step:
@@ -28,7 +31,7 @@ def begin(run: Location, plan: DataPlan, step: int) -> None:
 
 
 def read(run: Location) -> list[DataPlan]:
-    """Every plan that the run has followed, by the step at which it began to."""
+    """Reads every data plan that the run has followed, by the step at which each began; DataError if they are out of order."""
     folder = run.join(run_folder.SEGMENTS)
     found = [plans.read(folder.join(path)) for path, _ in folder.files()]
     if any(a.begins >= b.begins for a, b in itertools.pairwise(found)):

@@ -1,7 +1,7 @@
-"""What is known of a training at its end: `summary.json` from the last step on, `result.json` once its model is made.
+"""Keeps the facts of a training's end: `summary.json` from the last step on, `result.json` once its model is made.
 
-Both are of one step, and say which. A driver that dies behind the last checkpoint leaves no summary, or one of an earlier end:
-then scores and loss are the checkpoint's own, to the bit, and rates and times the ledger's.
+Both files name the step that they are of. A driver that dies behind the last checkpoint leaves no summary, or one of an earlier
+end: then scores and loss are the checkpoint's own, to the bit, and rates and times the ledger's.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def write(run: Location, summary: dict[str, Any]) -> None:
 
 
 def read(run: Location, last: Checkpoint, job: Job) -> dict[str, Any]:
-    """The summary of the training that ended with this checkpoint."""
+    """Reads the summary of the training that ended with this checkpoint; without one, computes it from checkpoint and ledger."""
     found = _of_step(run.join(run_folder.SUMMARY), last.step)
     if found is None:
         log.info("%s: no command has written down how the training ended: its last checkpoint and its ledger tell", run)
@@ -39,12 +39,15 @@ def read(run: Location, last: Checkpoint, job: Job) -> dict[str, Any]:
 
 
 def result(run: Location, step: int) -> dict[str, Any] | None:
-    """The result of the run that ended with this step; None if there is none, or only that of another end."""
+    """Reads the result of the run that ended with this step; None if there is none, or only that of another end."""
     return _of_step(run.join(run_folder.RESULT), step)
 
 
 def from_checkpoint(step: int, metrics: dict[str, Any], job: Job, attempts: list[Attempt]) -> dict[str, Any]:
-    """`metrics`: of the checkpoint's index; `attempts`: the ledger's."""
+    """Computes the summary of a training from its last checkpoint and its ledger.
+
+    `metrics`: of the checkpoint's index; `attempts`: the ledger's.
+    """
     ordered = sorted(attempts, key=lambda a: a.started)
     trained = next((a for a in reversed(ordered) if a.reached > a.start_step), None)
     parts = trained.parts if trained else {}

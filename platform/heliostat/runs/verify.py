@@ -1,4 +1,4 @@
-"""Checking a run against its data: every receipt is recomputed from the manifests and the shards alone.
+"""Verifies a run against its data: recomputes every receipt from the manifests and the shards alone.
 
 `verify` loads what every step had to train on, hashes it as training did, and compares: each step's digest, each link of the
 chain, and the chain that each checkpoint recorded. It goes on behind a difference, and recomputes steps that no receipt
@@ -29,7 +29,10 @@ AHEAD = 3  # units loaded at once
 
 @dataclass(frozen=True)
 class Difference:
-    """`what`: "digest", "chain", "data plan", or "receipt" where none covers the step (then nothing is `found`)."""
+    """Describes a difference between what was recomputed (`expected`) and what the run recorded (`found`).
+
+    `what`: "digest", "chain", "data plan", or "receipt" where none covers the step (then `found` is None).
+    """
 
     step: int
     what: str
@@ -40,7 +43,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Unit:
-    """Steps [first, end) of one segment, loaded together."""
+    """Describes the steps [first, end) of one segment, which are loaded together."""
 
     segment: int
     data: Dataset
@@ -51,7 +54,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Recomputed:
-    """`digests`: of the unit's steps, by version."""
+    """Holds what was recomputed of a unit: step digests by version of `receipt`, planned samples, and how many were replaced."""
 
     digests: dict[int, list[str]]
     planned: Samples
@@ -59,7 +62,7 @@ class Recomputed:
 
 
 def units(history: History) -> Iterator[Unit]:
-    """All steps, cut into whole rounds of a window or more, so that a window's chunks are read about once."""
+    """Cuts all steps into units of whole rounds, a window or more each, so that a window's chunks are read about once."""
     ends = [*(p.begins for p in history.plans[1:]), history.steps]
     for number, (plan, last) in enumerate(zip(history.plans, ends, strict=True)):
         step, stop = plan.begins, min(last, history.steps)
@@ -75,7 +78,7 @@ def units(history: History) -> Iterator[Unit]:
 
 
 def recompute(unit: Unit) -> Recomputed:
-    """A unit's step digests, from its samples' contents, and the places that the order has for them."""
+    """Recomputes a unit's step digests from its samples' contents, and looks up the places that the order plans for them."""
     order = unit.data.order
     places = np.stack([order.step(step) for step in range(unit.first, unit.end)])  # [steps, lanes, samples of a lane]
     loaded = unit.data.load(places.ravel())
@@ -88,7 +91,7 @@ def recompute(unit: Unit) -> Recomputed:
 
 
 def recomputed(history: History) -> Iterator[tuple[Unit, Recomputed]]:
-    """Every unit in order, while the next ones are being loaded."""
+    """Yields every unit in order with what was recomputed of it, while the next ones are being loaded."""
     with ThreadPoolExecutor(AHEAD) as pool:
         pending: deque[tuple[Unit, Future[Recomputed]]] = deque()
         try:
@@ -105,7 +108,7 @@ def recomputed(history: History) -> Iterator[tuple[Unit, Recomputed]]:
 
 
 class Seen:
-    """Which samples the epochs of a segment have held, one bit a sample; a source's last two epochs are kept."""
+    """Tracks which samples the epochs of a segment have held, one bit a sample; a source's last two epochs are kept."""
 
     def __init__(self, data: Dataset) -> None:
         counts = [split.samples for split in data.order.splits]
@@ -114,7 +117,7 @@ class Seen:
         self._bits: dict[tuple[int, int], np.ndarray] = {}
 
     def add(self, samples: Samples) -> int:
-        """How many of the samples their epoch has held before."""
+        """Adds samples, and counts how many of them their epoch has held before."""
         repeated = 0
         for source, epoch in np.unique(np.stack([samples.source, samples.epoch], axis=1), axis=0).tolist():
             mine = (samples.source == source) & (samples.epoch == epoch)
@@ -130,7 +133,7 @@ class Seen:
 
 
 class Audit:
-    """Compares what was recomputed with what the run says, unit by unit."""
+    """Compares what was recomputed with what the run recorded, unit by unit."""
 
     def __init__(self, history: History) -> None:
         self.history, self.chain = history, receipt.GENESIS
@@ -182,12 +185,12 @@ class Audit:
 
 
 def verify(run: Location) -> dict[str, Any]:
-    """Whether the run trained on what it had to: {ok, steps, samples, lost, repeated, replaced, first_difference}.
-    The step of a difference is counted from 1, as everywhere that a person looks.
+    """Verifies that the run trained on what it had to.
 
-    `steps`: those that all their receipts have right; `samples`: those that receipts cover; `lost`: planned samples before the
-    last step known of that none covers; `repeated`: samples that their epoch held before (an epoch has as many places as
-    samples: while this is 0, each comes once); `replaced`: bad samples that another stood in for.
+    Returns {ok, steps, samples, lost, repeated, replaced, first_difference}. `steps`: those whose receipts are all right;
+    `samples`: those that receipts cover; `lost`: planned samples before the last known step that no receipt covers; `repeated`:
+    samples that their epoch held before (an epoch has as many places as samples: while this is 0, each comes once); `replaced`:
+    bad samples that another one replaced. The step of a difference is counted from 1, as everywhere that a person looks.
     """
     history = History(run)
     audit = Audit(history)
@@ -201,7 +204,7 @@ def verify(run: Location) -> dict[str, Any]:
 
 
 def explain(report: dict[str, Any]) -> str:
-    """The line about a run that is not right, with the first step that differs."""
+    """Explains in a line why a run failed verification: the first step that differs, or samples repeated within an epoch."""
     first = report["first_difference"]
     if not first:
         return f"{report['repeated']:,} samples come twice within an epoch; the order of samples is at fault"
