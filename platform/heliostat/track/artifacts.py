@@ -15,7 +15,7 @@ ARTIFACT: Format[Any] = Format(cast(Any, JsonValue), "record in MLflow", Trackin
 
 
 def read_json(client: Any, run_id: str, artifact: str) -> Any:
-    """A JSON artifact of a run; None if it has none of that name."""
+    """Reads a JSON artifact of a run; None if the run has none of that name."""
     folder = artifact.rpartition("/")[0] or None
     if artifact not in {f.path for f in client.list_artifacts(run_id, folder)}:
         return None

@@ -1,4 +1,4 @@
-"""The model card: `README.md` of the exported folder, with the header that model hubs read, written from the job and the run."""
+"""Writes the model card from the job and the run: `README.md` of the exported folder, with the header that model hubs read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ def note(job: Job, manifests: list[Manifest]) -> str:
 
 
 def license_of(job: Job, origins: list[dict[str, Any]]) -> str:
-    """The job's; else that of the models it was initialised from, if they agree; else `unknown`."""
+    """Determines the license of a job's model.
+
+    It is the job's own; else that of the models it was initialised from, if they agree; else `unknown`.
+    """
     inherited = {p["license"] for p in origins}
     only = next(iter(inherited)) if len(inherited) == 1 else None
     return job.card.license or only or "unknown"

@@ -1,9 +1,9 @@
-"""A run's checkpoints in MLflow: logged models by reference, each with its step, scores and place in storage; never a copy.
+"""Logs a run's checkpoints to MLflow as logged models by reference, never as copies: each with its step, scores and location.
 
     Checkpoints(run_id, experiment_id, run_folder).sync(client)
 
 Call it as often as you like: each whole checkpoint is logged once. The logged model of one that retention has removed is deleted,
-so that MLflow's UI lists what can be used; what was known of it stays in the run's artifact `checkpoints.json`.
+so that MLflow's UI lists what can be used; its facts stay in the run's artifact `checkpoints.json`.
 """
 
 from __future__ import annotations
@@ -32,11 +32,14 @@ class Checkpoints:
         self._settled: set[int] = set()  # steps whose logged model is that of the checkpoint in storage
 
     def back(self, step: int) -> None:
-        """The run goes on from this step: later checkpoints will be made again."""
+        """Forgets the checkpoints after `step`, from which the run goes on: later ones will be made again."""
         self._settled = {s for s in self._settled if s <= step}
 
     def sync(self, client: Any) -> None:
-        """Raises what MLflow or the store raise; what was done stays done."""
+        """Logs the complete checkpoints in storage that MLflow lacks, and deletes the logged models of those that are gone.
+
+        Raises what MLflow or the store raise; what was done until then stays done.
+        """
         from heliostat.checkpoint import layout  # with torch, which takes a second
 
         if self._known is None:
@@ -87,7 +90,7 @@ class Checkpoints:
         return self._tag(client, model, tags.LOGGED, "true")
 
     def _delete(self, client: Any, gone: list[Any]) -> None:
-        """Keeps what is known of these checkpoints, then deletes their logged models."""
+        """Saves the facts of these checkpoints in the run's artifact `checkpoints.json`, then deletes their logged models."""
         if not gone:
             return
         kept = read_json(client, self.run_id, GONE) or {}
@@ -115,7 +118,7 @@ class Checkpoints:
 
 
 def facts(model: Any) -> dict[str, Any]:
-    """Tells what a checkpoint's logged model says of it."""
+    """Reads the facts of a checkpoint (step, location, workers, scores, ...) from its logged model."""
     told = model.tags
     metrics = {renamed(m.key): m.value for m in model.metrics or []}
     return {
@@ -131,7 +134,7 @@ def facts(model: Any) -> dict[str, Any]:
 
 
 def history(client: Any, run: Any) -> list[dict[str, Any]]:
-    """Every checkpoint that a run has ever had, those that are gone too, in the order of their steps."""
+    """Lists every checkpoint that a run has ever had, deleted ones too, in the order of their steps."""
     run_id = run.info.run_id
     gone = read_json(client, run_id, GONE) or {}
     there = [facts(m) for m in reversed(logged(client, run.info.experiment_id, run_id)) if m.model_id not in gone]
@@ -139,7 +142,7 @@ def history(client: Any, run: Any) -> list[dict[str, Any]]:
 
 
 def logged(client: Any, experiment_id: str, run_id: str) -> list[Any]:
-    """A run's checkpoints as logged models, newest first."""
+    """Lists the logged models of a run's checkpoints, newest first."""
     found, token = [], None
     while True:
         page = client.search_logged_models([experiment_id], filter_string=f"source_run_id = '{run_id}'", page_token=token)

@@ -1,4 +1,4 @@
-"""Where a model comes from, as one tree of plain data, from MLflow and the run's folder alone.
+"""Traces where a model comes from, as one tree of plain data, from MLflow and the run's folder alone.
 
     lineage(client, uri, "models:/name@champion")    # or NAME/VERSION, a run id, a run's folder
 
@@ -24,7 +24,10 @@ DEPTH = 20  # generations of parents
 
 
 def lineage(client: Any, uri: str, what: str) -> dict[str, Any]:
-    """{model: the registered version or None, run: the run's node}; ConfigError for a name that leads to no run."""
+    """Traces the lineage of a model or a run; ConfigError for a name that leads to no run.
+
+    Returns {model: the registered version or None, run: the run's node}.
+    """
     if re.fullmatch(r"[0-9a-f]{32}", what) or _is_folder(what):
         return {"model": None, "run": run_node(client, settle(client, mlflow_client.find(client, what, uri)))}
     if logged := re.fullmatch(r"models:/(m-[0-9a-f]{32})", what):  # a model that was not registered is its run's
@@ -90,7 +93,7 @@ def run_node(client: Any, run: Any, depth: int = DEPTH) -> dict[str, Any]:
 
 
 def _parent_node(client: Any, parent: dict[str, Any], depth: int) -> dict[str, Any] | None:
-    """None where another store knows the parent's run, or nobody does."""
+    """Builds the node of a parent's run; None if no run is known for the parent, or this store does not have it."""
     from mlflow.exceptions import MlflowException
 
     if not parent["run_id"] or not depth:
@@ -103,7 +106,10 @@ def _parent_node(client: Any, parent: dict[str, Any], depth: int) -> dict[str, A
 
 
 def attempts(client: Any, run: Any) -> list[dict[str, Any]]:
-    """Every start of the workers, from the run's ledger, or, if its folder is gone, from what MLflow was told at the end."""
+    """Lists every start of the workers.
+
+    Reads the goodput report in MLflow if the run has ended, else the ledger in the run's folder; empty if neither can be read.
+    """
     report = read_json(client, run.info.run_id, "goodput.json") if run.info.status != "RUNNING" else None
     if report is None:
         try:
@@ -115,7 +121,7 @@ def attempts(client: Any, run: Any) -> list[dict[str, Any]]:
 
 
 def data_of(client: Any, run: Any) -> dict[str, Any]:
-    """What the run has trained on; empty if it has not come to a checkpoint."""
+    """Reads what the run has trained on; empty if it has not reached a checkpoint."""
     return read_json(client, run.info.run_id, "data.json") or {"steps": 0, "segments": [], "replaced": [], "replaced_count": 0}
 
 
@@ -131,7 +137,7 @@ def distinct(values: list[Any]) -> list[Any]:
 
 
 def lines(found: dict[str, Any]) -> list[tuple[int, str]]:
-    """(depth, text) of the tree."""
+    """Lays the lineage tree out as lines of text: (depth, text)."""
     out: list[tuple[int, str]] = []
     if model := found["model"]:
         out += _model_lines(model, 0)

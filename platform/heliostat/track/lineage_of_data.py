@@ -1,4 +1,4 @@
-"""Lineage backwards: which runs, and so which models, have trained on a shard or a dataset.
+"""Traces lineage backwards: which runs, and so which models, have trained on a shard or a dataset.
 
 Exact, to the sample: computed from the data plans that each run recorded in MLflow, and the datasets' manifests.
 """
@@ -14,14 +14,17 @@ from heliostat.track.run_facts import read_json
 
 
 class Seen:
-    """What each run has trained on of something: by itself, or through the models that it was initialised from."""
+    """Finds the runs that have trained on a shard or a dataset: themselves, or through the models they were initialised from."""
 
     def __init__(self, client: Any) -> None:
         self.client = client
         self.runs = {r.info.run_id: r for r in mlflow_client.runs(client, list(mlflow_client.experiments(client)))}
 
     def answer(self, shard: str | None = None, digest: str | None = None) -> list[dict[str, Any]]:
-        """One row for each run that saw it, newest first: run_id, name, samples, inherited (from which runs), models."""
+        """Finds each run that has trained on the shard, or on datasets whose digest begins with `digest`; newest first.
+
+        Each row holds run_id, name, status, samples, inherited (the ancestors' run ids) and models.
+        """
         rows = []
         for run_id, run in self.runs.items():
             samples = self._direct(run, shard, digest, None)
@@ -34,7 +37,7 @@ class Seen:
         return rows
 
     def _inherited(self, run: Any, shard: str | None, digest: str | None, depth: int) -> list[str]:
-        """Run ids of the ancestors that saw it, before the step that the run was initialised from."""
+        """Lists the run ids of ancestors that trained on the data before the step that the run was initialised from."""
         out: list[str] = []
         for parent in (read_json(self.client, run.info.run_id, "parents.json") or {}).get("parents", []):
             above = self.runs.get(parent["run_id"] or "")

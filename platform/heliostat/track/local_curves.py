@@ -1,4 +1,4 @@
-"""The curves of a run beside its checkpoints, so that a checkpoint never gets ahead of them.
+"""Keeps a run's curves beside its checkpoints, so that a checkpoint never gets ahead of them.
 
 Metrics travel to MLflow through the driver, and one that is killed takes with it what had not arrived. So rank 0 writes the
 events of all steps since the last checkpoint to `curves/step-00000100.json` before that checkpoint: whoever opens the run next
@@ -71,17 +71,17 @@ EVENTS = Format(list[Recorded], "list of a run's curves", check=_fault, fix="del
 
 
 def write(run: Location, done: int, told: list[events.Event]) -> None:
-    """The events of the steps up to `done` that no earlier file holds."""
+    """Writes the events of the steps up to `done` that no earlier file of the run's curves holds."""
     run_folder.curves(run, done).write(json.dumps([events.dump(event) for event in told]).encode())
 
 
 def missing(run: Location, known: dict[str, int]) -> list[Point]:
-    """In order, all points of the files that end behind the last step that MLflow has."""
+    """Reads the points that MLflow may lack: of all files that end behind the last step that MLflow has, in order."""
     return read(run, known.get(MARK, 0))
 
 
 def read(run: Location, last: int = 0) -> list[Point]:
-    """Reads all points of the files that end behind the step `last`, in order."""
+    """Reads all points of the curve files that end behind the step `last`, in order."""
     folder, out = run.join(run_folder.CURVES), list[Point]()
     for name, _ in folder.files():
         if run_folder.step_of(name) > last:

@@ -1,4 +1,4 @@
-"""The owner of one MLflow run: everything that a run leaves in MLflow goes through here, from the driver's process.
+"""Logs one MLflow run: everything that a run leaves in MLflow goes through its owner here, in the driver's process.
 
 It writes through MlflowClient with an explicit run id, which is kept beside the checkpoints (`run.json`), so that a resumed
 run continues the same MLflow run. Events are queued and written by one thread: a server that is slow, or away, never slows
@@ -54,7 +54,7 @@ CLIENT = {
 
 @dataclass(kw_only=True)
 class End(Event):
-    """The command's end, the last that is posted."""
+    """Marks the end of the command: the last event that is posted."""
 
     status: str
     reason: str
@@ -63,13 +63,19 @@ class End(Event):
 
 
 class RunOwner:
-    """Use: `owner = RunOwner(job, manifests)`, `owner.post(event)` at will, then `owner.finish(...)`."""
+    """Owns one MLflow run, and writes everything that goes into it.
+
+    Use: `owner = RunOwner(job, manifests)`, `owner.post(event)` at will, then `owner.finish(...)`.
+    """
 
     def __init__(
         self, job: Job, manifests: list[Manifest], extra: dict[str, str] | None = None, data_version: int = NEWEST
     ) -> None:
-        """`extra`: tags of a new run, beside its own; one with `mlflow.parentRunId` is a nested run. `data_version`: of its
-        data plan."""
+        """Prepares the run; nothing is written to MLflow yet.
+
+        `extra`: further tags of a new run; one with `mlflow.parentRunId` is a nested run. `data_version`: the version of its data
+        plan.
+        """
         self.job, self.manifests, self._tags, self._data_version = job, manifests, extra or {}, data_version
         self.run_id = self._made = ""
         self._queue: queue.Queue[Event] = queue.Queue()
@@ -91,12 +97,15 @@ class RunOwner:
             self._start()
 
     def _start(self) -> None:
-        """Not before the first step: importing MLflow takes seconds, which starting workers would wait for."""
+        """Starts the writing thread, once.
+
+        It is not started before the first step: importing MLflow takes seconds, for which starting workers would have to wait.
+        """
         if not self._thread.ident:
             self._thread.start()
 
     def client(self) -> Any:
-        """The MlflowClient, once MLflow has answered; TrackingError if it does not for AWAY_S."""
+        """Waits until MLflow has answered, and returns the MlflowClient; TrackingError if there is no answer for AWAY_S."""
         self.post(Event())  # the thread may wait for a first event
         self._start()
         if not self._answers.wait(AWAY_S):
@@ -105,7 +114,7 @@ class RunOwner:
         return self._client
 
     def describe(self, model_uri: str | None, samples: list[tuple[str, str]]) -> None:
-        """The run's model, if one is logged, and what it wrote for each prompt."""
+        """Writes the URI of the run's logged model, if there is one, and the text that the model generated for each prompt."""
         from mlflow.exceptions import MlflowException
 
         client = self.client()
@@ -117,7 +126,10 @@ class RunOwner:
             raise TrackingError(f"mlflow.uri: {self.job.mlflow.uri} failed ({e}); use --resume: training is not repeated") from e
 
     def _log_samples(self, client: Any, rows: list[list[str]]) -> None:
-        """As `log_table` does, which would add them again if this is done again."""
+        """Adds rows to the run's table of samples, unless they are its last rows already.
+
+        MLflow's `log_table` would add them again if this is repeated.
+        """
         from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 
         before = (read_json(client, self.run_id, SAMPLES) or {"data": []})["data"]
@@ -154,7 +166,7 @@ class RunOwner:
     # the writing thread ----------------------------------------------------------------------------------------------
 
     def _write(self) -> None:
-        """Until the end was posted and written, or it is too late for that."""
+        """Writes events to MLflow until the end was posted and written, or its deadline has passed."""
         pause, deadline = 0.0, float("inf")
         box = outbox.Outbox(self.job.run_folder, self._send, self._known)
         while True:
@@ -186,7 +198,10 @@ class RunOwner:
                 self._saved = event.step
 
     def _gather(self, pause: float) -> list[Event]:
-        """The next events; after a failed exchange those of the pause, which the end of the run cuts short."""
+        """Collects the next events from the queue, waiting for the first.
+
+        After a failed exchange it collects for as long as the pause before the next try, which the end of the run cuts short.
+        """
         events, until = list[Event](), time.monotonic() + pause
         while True:
             try:
@@ -240,7 +255,10 @@ class RunOwner:
             log.warning("what waits for MLflow could not be kept in the run's folder: %s", e)
 
     def _try(self, what: str, action: Callable[[], None]) -> None:
-        """Does it; what can never be done is said, and no more. Raises where it is worth another try."""
+        """Runs an action on MLflow; an error that would come again at every try is logged as an error and passed over.
+
+        Raises any other error, where another try may succeed.
+        """
         try:
             action()
         except Exception as e:
@@ -249,7 +267,7 @@ class RunOwner:
             log.error("MLflow lacks something of run %s (%s): %s", self.run_id, what, e)
 
     def _close(self, end: End) -> None:
-        """All that follows from the run's folder, its goodput as a whole, and a figure; its status."""
+        """Closes the MLflow run: checkpoints, data, goodput with a figure, reason, tags, the run's status, and the report."""
         report = end.report
         self._try("its checkpoints and data", lambda: self._record.sync(report["attempts"][-1]["reached"]))
         try:
@@ -296,7 +314,7 @@ class RunOwner:
         self.run_id = self._made
 
     def _make(self, token: str) -> str:
-        """The run's id, of a new run unless an earlier try has made it."""
+        """Creates the MLflow run, unless an earlier try has created it already, and returns its id."""
         experiment_id = mlflow_client.experiment(self._client, self.job.mlflow.uri, self.job.mlflow.experiment)
         for name in (tags.TOKEN, tags.FORMERLY[tags.TOKEN]):
             if made := self._client.search_runs([experiment_id], f"tags.`{name}` = '{token}'"):
@@ -321,7 +339,7 @@ class RunOwner:
 
 
 def _tags(job: Job, manifests: list[Manifest]) -> dict[str, str]:
-    """Says of a new run who made it from what, for people and for `heliostat` itself."""
+    """Collects the tags of a new run, for people and for `heliostat` itself: who made it, from what job, code and packages."""
     submitted = bool(os.environ.get("HELIOSTAT_CLUSTER"))
     told = {
         tags.NAME: job.name,

@@ -1,9 +1,10 @@
-"""Declares every metric of a run, once: what it is called in MLflow, which events it comes from, and how the report draws it.
+"""Declares every metric of a run, once: its name in MLflow, which events it comes from, and how the report draws it.
 
-What MLflow gets (`points`) and what the report shows (`page`) follow from METRICS: to add a metric of what events already tell,
+What MLflow gets (`points`) and what the report shows (`page`) follow from METRICS: to add a metric of what events hold already,
 add a line there. MLflow's UI shows charts in sections, which are the names up to their last slash in alphabetical order, and
 system metrics behind them: so held-out scores (`eval/`) come first, the training's own curves (`train/`) next, and what is looked
-at less often is below `train/` (`train/data/corpus/epochs`). A metric that had another name in runs recorded before says so.
+at less often is below `train/` (`train/data/corpus/epochs`). A metric that had another name in runs recorded before has it in
+`formerly`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ SYSTEM, TIME = "system/", "train/time/"  # begin the names of what is of a time 
 
 
 class Point(NamedTuple):
-    """A metric's value; `at` is the wall clock, `step` counts finished steps."""
+    """Holds one value of a metric; `at` is the wall clock, `step` counts finished steps."""
 
     key: str
     value: float
@@ -30,17 +31,21 @@ class Point(NamedTuple):
 
     @property
     def place(self) -> int:
-        """What grows along the metric: the step; milliseconds for what is of a time rather than of a step."""
+        """Returns the coordinate that grows along the metric.
+
+        That is the step; for metrics of a time rather than of a step (system metrics, `train/time/`), milliseconds.
+        """
         return int(self.at * 1000) if self.key.startswith((TIME, SYSTEM)) else self.step
 
 
 @dataclass(frozen=True)
 class Metric:
-    """`name` in MLflow; its `*`, if it has one, stands for what the event names.
+    """Declares one metric: its name, the events it comes from, and its chart in the report.
 
-    `value` takes a number from an event of `kind`, or None; of a name with a `*`, numbers by what that stands for. A list is of
-    steps, one number each. Metrics with the same `chart` share it in the report, in whose `section` it is; "" is in no chart, and
-    `{}` in it is what the `*` stands for. `mark` draws dots instead of a line.
+    `name` is its name in MLflow; a `*` in it stands for what the event names. `value` takes a number from an event of `kind`, or
+    None; for a name with a `*`, numbers by what that stands for. A list holds one number a step. Metrics with the same `chart`
+    share it in the report, in whose `section` it is; with "" the metric is in no chart, and `{}` in it is what the `*` stands
+    for. `mark` draws dots instead of a line.
     """
 
     name: str
@@ -53,7 +58,7 @@ class Metric:
     formerly: str = ""
 
     def star(self, name: str) -> str | None:
-        """What the `*` stands for in a name ("" for a metric without one); None for another metric's name."""
+        """Extracts what the `*` stands for in a name of this metric: "" if it has no `*`; None for another metric's name."""
         return _star(self.name, name)
 
 
@@ -99,10 +104,10 @@ METRICS = (
 
 
 def points(event: Event) -> list[Point]:
-    """What an event is logged as.
+    """Converts an event to the points that are logged for it.
 
-    A step's loss comes last, so that what has it has all of the step; but first in a run's first event, by which MLflow's UI
-    orders what it lists.
+    A step's loss comes last, so that a step whose loss has arrived is complete; but first in a run's first event, by which
+    MLflow's UI orders what it lists.
     """
     at, first, step, count, each = event.at, 0, getattr(event, "step", 0), 0, 0.0
     if isinstance(event, Steps):
@@ -120,7 +125,10 @@ def points(event: Event) -> list[Point]:
 
 
 def _values(event: Event) -> Iterable[tuple[str, Any]]:
-    """(name, number or list) of all that an event tells; of a name that two metrics have, the first one's."""
+    """Yields (name, number or list) for each metric that the event has a value of.
+
+    If two metrics produce the same name, the first one counts.
+    """
     known = set[str]()
     for metric in METRICS:
         value = metric.value(event) if isinstance(event, metric.kind) else None
@@ -133,12 +141,12 @@ def _values(event: Event) -> Iterable[tuple[str, Any]]:
 
 
 def metric_of(name: str) -> Metric | None:
-    """The declaration of a metric's name."""
+    """Finds the declaration that a metric's name belongs to; None if no metric has it."""
     return next((m for m in METRICS if m.star(name) is not None), None)
 
 
 def renamed(name: str) -> str:
-    """A metric's name of today, from the one that it had when it was recorded."""
+    """Maps the name under which a metric was recorded to its present name."""
     for metric in METRICS:
         if metric.formerly and (star := _star(metric.formerly, name)) is not None:
             return metric.name.replace("*", star)
@@ -146,7 +154,10 @@ def renamed(name: str) -> str:
 
 
 def latest(recorded: Mapping[str, float]) -> dict[str, float]:
-    """A run's metrics by their names of today; what was logged under those counts, where there is both."""
+    """Maps a run's metrics to their present names.
+
+    If a metric was logged under both its former and its present name, the latter counts.
+    """
     return {renamed(key): value for key, value in recorded.items()} | {
         key: value for key, value in recorded.items() if renamed(key) == key
     }

@@ -1,4 +1,4 @@
-"""A run in MLflow's store, as the commands see it: metrics to and from it, and finding runs, with one clear error."""
+"""Accesses runs in MLflow's store for the commands: sends metrics, finds runs, and turns failures into one clear error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEFAULT = ".heliostat/mlflow.db"  # the quickstart's
 
 
 def default_uri() -> str:
-    """The store where none is named: MLFLOW_TRACKING_URI, else the quickstart's in the current folder."""
+    """Returns the tracking URI where none is given: MLFLOW_TRACKING_URI, else the quickstart's store in the current folder."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(DEFAULT).absolute()}"
 
 
@@ -31,13 +31,13 @@ def send(client: Any, run_id: str, points: list[Point]) -> None:
 
 
 def known(client: Any, run_id: str) -> dict[str, int]:
-    """The last place that MLflow has of each metric."""
+    """Reads the last place (step or time) that MLflow has of each metric."""
     found = client.get_run(run_id).data.to_proto().metrics
     return {m.key: Point(m.key, m.value, m.timestamp / 1000, m.step).place for m in found}
 
 
 def connect(uri: str) -> Any:
-    """An MlflowClient."""
+    """Connects to MLflow's store at `uri`: returns an MlflowClient, and makes the store MLflow's default."""
     import mlflow
 
     mlflow.set_tracking_uri(uri)
@@ -46,7 +46,7 @@ def connect(uri: str) -> Any:
 
 @contextmanager
 def asking(uri: str) -> Iterator[None]:
-    """Whatever MLflow raises inside is a TrackingError of one line."""
+    """Converts whatever MLflow raises within the context into a TrackingError of one line."""
     import mlflow
 
     try:
@@ -64,7 +64,10 @@ def asking(uri: str) -> Iterator[None]:
 
 
 def fault(error: object) -> str:
-    """What an error of MLflow's client comes to, in a line: which status the server answered with, and why; or why it did not."""
+    """Summarises an error of MLflow's client in one line.
+
+    It gives the status that the server answered with, and why; or the reason why there was no answer.
+    """
     said = " ".join(re.sub("<[^>]*>", " ", str(error)).split())
     if status := re.search(r"error code (\d{3})|too many (\d{3}) error responses", said):
         body = re.search(r"[Rr]esponse body: '?(.+)", said)
@@ -74,7 +77,7 @@ def fault(error: object) -> str:
 
 
 def experiments(client: Any, name: str | None = None) -> dict[str, str]:
-    """Names by id; of one experiment, if its name is given."""
+    """Lists the experiments' names by id, or only the one named `name`; ConfigError if there is no such experiment."""
     if name is not None:
         found = client.get_experiment_by_name(name)
         if found is None:
@@ -107,7 +110,7 @@ def experiment(client: Any, uri: str, name: str) -> str:
 
 
 def runs(client: Any, experiment_ids: list[str]) -> list[Any]:
-    """All runs that heliostat made, newest first."""
+    """Lists all runs that heliostat made in these experiments, newest first."""
     found, token = [], None
     while True:
         page = client.search_runs(experiment_ids, f"tags.`{NAME}` LIKE '%'", page_token=token, order_by=["start_time DESC"])
@@ -118,7 +121,7 @@ def runs(client: Any, experiment_ids: list[str]) -> list[Any]:
 
 
 def find(client: Any, run: str, uri: str) -> Any:
-    """The run of an id, or of a run's folder; ConfigError if MLflow does not know it, or heliostat did not make it."""
+    """Finds the run of an id, or of a run's folder; ConfigError if MLflow does not know it, or heliostat did not make it."""
     from mlflow.exceptions import MlflowException
 
     from heliostat.storage import Location

@@ -1,7 +1,7 @@
-"""Models in MLflow: logging and registering an exported folder, and finding the folder that a person names.
+"""Manages models in MLflow: logs and registers an exported folder, and finds the folder that a person names.
 
 A name is `models:/NAME/VERSION` (or `@ALIAS`), a run id, or a folder; a run's name works where its storage is known.
-`find_run` is the same for a run's folder of checkpoints and receipts.
+`find_run` finds a run's folder of checkpoints and receipts in the same way.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ log = logging.getLogger(__name__)
 
 
 def log_model(job: Job, run_id: str, last: Checkpoint, folder: Path, recipe: Serves, scores: dict[str, float]) -> str:
-    """Logs the folder to the run with signature and input example, registers it if the job says so; returns its URI.
+    """Logs the folder to the run with signature and input example, registers it if the job asks for it; returns its URI.
 
     A checkpoint's model is logged once and registered once, however often this is called: what an earlier call has made is
-    taken, and what it left unfinished is deleted.
+    reused, and what it left unfinished is deleted.
     """
     import mlflow
     from mlflow.utils import logging_utils
@@ -65,7 +65,7 @@ def log_model(job: Job, run_id: str, last: Checkpoint, folder: Path, recipe: Ser
 
 
 def _log(client: Any, run_id: str, made_of: str, folder: Path, recipe: Serves, scores: dict[str, float], told: str) -> str:
-    """The new logged model's id."""
+    """Logs the folder as a new pyfunc model of the run, and returns the logged model's id."""
     import mlflow
 
     serving, source = recipe.serving(), tags.source(client.get_run(run_id).data.tags)
@@ -86,7 +86,10 @@ def _log(client: Any, run_id: str, made_of: str, folder: Path, recipe: Serves, s
 
 
 def _logged(client: Any, run_id: str, made_of: str) -> str | None:
-    """The id of the model that an earlier call has logged of this checkpoint, if one has come to an end with it."""
+    """Finds the id of the model that an earlier call logged completely for this checkpoint; None if there is none.
+
+    Deletes what earlier calls left incomplete.
+    """
     whole = None
     for model in models_of(client, client.get_run(run_id)):
         if tags.value(model.tags, tags.MADE_OF) != made_of:
@@ -99,7 +102,7 @@ def _logged(client: Any, run_id: str, made_of: str) -> str | None:
 
 
 def models_of(client: Any, run: Any) -> list[Any]:
-    """The logged models of a run that are no checkpoints, whole or not, the oldest first."""
+    """Lists the logged models of a run that are no checkpoints, complete or not, oldest first."""
     found = list[Any]()
     token = None
     while True:
@@ -113,13 +116,16 @@ def models_of(client: Any, run: Any) -> list[Any]:
 
 
 def _registered(client: Any, name: str, run_id: str, uri: str) -> Any:
-    """The version that an earlier call has made of this logged model; None if there is none."""
+    """Finds the version that an earlier call registered for this logged model; None if there is none."""
     versions = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
     return next((v for v in versions if tags.value(v.tags, tags.MADE_OF) == uri), None)
 
 
 def _describe(client: Any, job: Job, made: Any, step: int, told: str, text: str, scores: dict[str, float]) -> None:
-    """The registered version's tags, card and alias; the alias only once, because it may have been moved on since."""
+    """Sets the registered version's tags, card and alias.
+
+    The alias is set only once, because it may have been moved to another version since.
+    """
     name, version = job.mlflow.register_as, str(made.version)
     told_of = {tags.LICENSE: told, tags.STEP: str(step), **{f"{tags.SCORE}eval/{k}": repr(v) for k, v in scores.items()}}
     for key, value in told_of.items():
@@ -133,7 +139,7 @@ def _describe(client: Any, job: Job, made: Any, step: int, told: str, text: str,
 
 
 def resolve(model: str, tracking_uri: str) -> Path:
-    """A local folder that `from_pretrained` loads, from whatever a person calls the model; ConfigError if there is none."""
+    """Finds the local folder, for `from_pretrained`, of a model given by any of its names; ConfigError if there is none."""
     if Path(model).is_dir():
         if not exported.is_model(Path(model)):
             raise ConfigError(f"{model}: is a folder without a model (no config.json); make one with `heliostat export`")
@@ -162,7 +168,7 @@ def _download(model: str, tracking_uri: str) -> Path:
 
 
 def find_run(run: str, tracking_uri: str) -> Location:
-    """A run's folder from its id or from the folder itself; ConfigError if it holds no run."""
+    """Finds a run's folder from its id or from the folder itself; ConfigError if it holds no run."""
     place = Location(run) if "/" in run or Path(run).exists() else _run_folder(run, tracking_uri)
     if not {run_folder.CHECKPOINTS, run_folder.RECEIPTS, run_folder.LEDGER} & set(place.folders()):
         raise ConfigError(f"{place}: holds no run (no checkpoints, no receipts); give a run id, or a run's folder STORAGE/NAME")
@@ -170,7 +176,7 @@ def find_run(run: str, tracking_uri: str) -> Location:
 
 
 def _run_folder(run_id: str, tracking_uri: str) -> Location:
-    """Where the run keeps its checkpoints; ConfigError if MLflow does not know the run."""
+    """Looks up a run's folder in MLflow; ConfigError if MLflow does not know the run, or heliostat did not make it."""
     import mlflow
 
     try:

@@ -1,8 +1,8 @@
-"""Points on their way to MLflow: kept in order until the store has them, and each step of a metric sent once.
+"""Keeps points on their way to MLflow in order until the store has them, and sends each step of a metric once.
 
 What MLflow already holds of a metric, from earlier attempts or commands, is not sent again. While the store is away, what waits
-is kept in the run's folder too (`unlogged.jsonl`), so that the run's next command finds it even if this one is killed. What nodes
-are busy with has a place of its own: however much it is, no loss or score is given up for it, and those go first.
+is kept in the run's folder too (`unlogged.jsonl`), so that the run's next command finds it even if this one is killed. System
+metrics have a queue of their own: however many they are, no loss or score is given up for them, and losses and scores go first.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WAITING = Format(
 
 class Outbox:
     def __init__(self, run: Location, send: Callable[[list[Point]], None], known: Callable[[], dict[str, int]]) -> None:
-        """`send` gives at most BATCH points to the store; `known` asks it for the last place of every metric."""
+        """Starts empty: `send` gives at most BATCH points to the store; `known` asks it for the last place of every metric."""
         self._file, self._send, self._known = run.join(run_folder.UNLOGGED), send, known
         self._last: dict[str, int] | None = None  # place by metric; None: to be asked
         self._waiting: deque[Point] = deque()
@@ -45,7 +45,7 @@ class Outbox:
         self._loaded = self._kept = False
 
     def _load(self) -> None:
-        """Takes, once, what an earlier command could not log, as the first of what waits."""
+        """Loads, once, the points that an earlier command could not log, ahead of all others."""
         if self._loaded:
             return
         try:
@@ -77,7 +77,7 @@ class Outbox:
         self._waiting.extendleft(reversed(points))
 
     def flush(self) -> int:
-        """Sends all that waits, and tells how much was new; raises what the store raises, and keeps what it did not take."""
+        """Sends all that waits, and returns how much was new; raises what the store raises, and keeps what it did not take."""
         self._load()
         sent = self._flush(self._waiting) + self._flush(self._system)
         if self._kept:
@@ -117,7 +117,10 @@ class Outbox:
             log.error("MLflow refused %d metrics for good: %s", len(points), e)
 
     def keep(self) -> None:
-        """Writes what waits to the run's folder; nothing waiting still says that the run is not all in MLflow."""
+        """Writes what waits to the run's folder.
+
+        The file is written even if nothing waits, because it marks that MLflow does not have the whole run.
+        """
         self._load()
         self._file.write("".join(json.dumps(point) + "\n" for point in (*self._waiting, *self._system)).encode())
         self._kept = True

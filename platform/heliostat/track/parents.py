@@ -1,6 +1,6 @@
-"""What a run was initialised from: every `pretrained: FOLDER` of its model, and the run that made that folder, if one did.
+"""Finds what a run was initialised from: every `pretrained: FOLDER` of its model, and the run that made that folder, if one did.
 
-A folder that `heliostat export` wrote, or that a registered model holds, says in `heliostat.json` where it came from.
+A folder that `heliostat export` wrote, or that a registered model holds, has its origin in `heliostat.json`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from heliostat.recipes import exported
 
 
 def parents(job: Job) -> list[dict[str, Any]]:
-    """One for each folder: key, folder, config (a digest), bytes (of the weights), license, and run_id, name, step or null."""
+    """Describes each folder that the job's model is initialised from.
+
+    Each entry holds key, folder, config (a digest), bytes (of the weights), license, and run_id, name, step or null.
+    """
     return [_parent(key, Path(folder)) for key, folder in _folders(job.model, "model")]
 
 

@@ -1,8 +1,8 @@
-"""A run's status is right in the end: what a driver that was killed could not write, the next command that sees the run writes.
+"""Corrects a run's status in MLflow: what a driver that was killed could not write, the next command that sees the run writes.
 
-Who lives is told by the drivers' ledger. A run whose driver is dead gets the metrics that still waited in its folder, its
-checkpoints, data and goodput, and a status: FINISHED if its result is there, FAILED if its driver died without a word, else what
-the ledger says. KILLED is a run that somebody has stopped, or whose folder is gone.
+The drivers' ledger tells which drivers are alive. A run whose driver is dead gets the metrics that still waited in its folder,
+its checkpoints, data and goodput, and a status: FINISHED if its result is there, FAILED if its driver died without recording an
+outcome, else what the ledger holds. KILLED is a run that somebody has stopped, or whose folder is gone.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ YOUNG_S = 60.0  # a run may be so old before its driver has written anything
 
 
 def settle(client: Any, run: Any, how: str = "") -> Any:
-    """The run as it is now; MLflow is only written to if the run says RUNNING and nobody runs it.
+    """Completes and closes the run in MLflow if it is RUNNING there but its driver is dead; returns the run as it is then.
 
-    `how`: what is known of the end of a driver that could say nothing itself.
+    Writes to MLflow in no other case. `how`: what is known of the end of a driver that could not record it itself.
     """
     if run.info.status != "RUNNING":
         return run
@@ -45,7 +45,10 @@ def settle(client: Any, run: Any, how: str = "") -> Any:
 
 
 def settle_folder(folder: Location, how: str = "") -> None:
-    """The same from a run's folder. Asks MLflow only where the folder says that something may be left to do."""
+    """Completes and closes the MLflow run of a run's folder if its driver is dead.
+
+    Asks MLflow only where the folder shows that something may be left to do. `how`: what is known of the driver's end.
+    """
     told = record(folder)
     last = liveness.last(folder)
     if "run_id" not in told or last is None:
@@ -80,7 +83,7 @@ def _settle(client: Any, run: Any, folder: Location, how: str) -> bool:
 
 
 def _complete(client: Any, run_id: str, folder: Location) -> None:
-    """What the run's folder knows, and MLflow does not."""
+    """Logs what the run's folder holds and MLflow lacks: metrics, goodput, checkpoints and data."""
     box = Outbox(folder, lambda p: mlflow_client.send(client, run_id, p), lambda: mlflow_client.known(client, run_id))
     box.precede(local_curves.missing(folder, mlflow_client.known(client, run_id)))
     box.flush()

@@ -1,8 +1,8 @@
-"""The model registry: naming a version, and moving an alias to it through a gate that keeps a worse model out.
+"""Manages the model registry: names a version, and moves an alias to it through a gate that keeps a worse model out.
 
     promote(client, "name@candidate", "champion", ["eval/loss<2.1"])
 
-Every move is kept: on each version that got or lost an alias, tags say when, by whom, on which terms, and what it replaced.
+Every move is kept: on each version that got or lost an alias, tags record when, by whom, on which terms, and what it replaced.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ KEPT = 20  # entries of it
 
 
 class GateError(HeliostatError):
-    """A model does not meet what its promotion requires."""
+    """Reports that a model does not meet what its promotion requires."""
 
 
 @dataclass(frozen=True)
 class Term:
-    """`metric OPERATOR value`."""
+    """Holds a requirement of a promotion: `metric OPERATOR value`."""
 
     metric: str
     sign: str
@@ -49,7 +49,7 @@ class Term:
         raise ConfigError(f"--require: {text!r} must look like eval/loss<2.1, with one of {', '.join(OPERATORS)}")
 
     def check(self, metrics: dict[str, float]) -> str:
-        """What is wrong; empty if it holds."""
+        """Checks the requirement against a model's scores: returns what is wrong, empty if it holds."""
         if self.metric not in metrics:
             return f"{self.metric} is not known of it; there are {', '.join(sorted(metrics)) or 'no scores'}"
         held = OPERATORS[self.sign](metrics[self.metric], self.value)
@@ -57,7 +57,10 @@ class Term:
 
 
 def compare(metric: str, mode: str, new: dict[str, float], present: dict[str, float]) -> str:
-    """Why the new model may not take the place of the present one; empty if it may. Equal is good enough."""
+    """Compares the new model with the present one on a metric; equal is good enough.
+
+    Returns why the new one must not take the present one's place; empty if it may.
+    """
     for whose, scores in (("the new model", new), ("the present one", present)):
         if not math.isfinite(scores.get(metric, math.nan)):
             return f"{whose} has no {metric}, so the two cannot be compared"
@@ -66,7 +69,7 @@ def compare(metric: str, mode: str, new: dict[str, float], present: dict[str, fl
 
 
 def parse(model: str) -> tuple[str, str, str]:
-    """(name, version, alias) of NAME@ALIAS or NAME/VERSION, with or without `models:/` before it."""
+    """Parses NAME@ALIAS or NAME/VERSION, with or without `models:/` before it, into (name, version, alias)."""
     found = re.fullmatch(r"(?:models:/)?([^/@]+)(?:/(\d+)|@([^/@]+))", model)
     if not found:
         raise ConfigError(f"{model!r}: name a registered model's version as NAME@ALIAS or NAME/VERSION")
@@ -74,7 +77,7 @@ def parse(model: str) -> tuple[str, str, str]:
 
 
 def find(client: Any, model: str) -> Any:
-    """The model version; ConfigError if there is none."""
+    """Finds the model version of NAME@ALIAS or NAME/VERSION; ConfigError if there is none."""
     from mlflow.exceptions import MlflowException
 
     name, version, alias = parse(model)
@@ -85,7 +88,7 @@ def find(client: Any, model: str) -> Any:
 
 
 def scores(client: Any, version: Any) -> tuple[dict[str, float], dict[str, str]]:
-    """A version's scores (as `eval/loss`), and the digests of what they were measured on, by dataset."""
+    """Reads a version's scores (as `eval/loss`), and which held-out samples of each dataset (by digest) they were measured on."""
     tags = version.tags
     told = {k.removeprefix(SCORE): float(v) for k, v in tags.items() if k.startswith(SCORE)}
     data = {}
@@ -103,7 +106,7 @@ def history(version: Any) -> list[dict[str, Any]]:
 
 
 def record(client: Any, name: str, version: str, entry: dict[str, Any]) -> None:
-    """Adds to a version's history."""
+    """Adds an entry to a version's history, which keeps the newest entries."""
     known = history(client.get_model_version(name, version))
     client.set_model_version_tag(name, version, HISTORY, json.dumps([*known, entry][-KEPT:]))
 
@@ -112,7 +115,7 @@ def promote(client: Any, model: str, alias: str, require: list[str], metric: str
     """Moves the alias to the model; GateError if a term does not hold, or it is worse than what has the alias now.
 
     Two models are compared on `metric` if they were scored on the same held-out samples; if not, that is an error too.
-    `force` moves it all the same, and the history says so.
+    `force` moves it all the same, and the history records what was overruled.
     """
     terms = [Term.parse(text) for text in require]
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9._-]{0,99}", alias) or re.fullmatch(r"v\d+", alias) or alias == "latest":
@@ -150,6 +153,6 @@ def promote(client: Any, model: str, alias: str, require: list[str], metric: str
 
 
 def _present(client: Any, name: str, alias: str) -> Any:
-    """The version that has the alias; None if none has."""
+    """Looks up the version that has the alias; None if none has."""
     version = client.get_registered_model(name).aliases.get(alias)
     return client.get_model_version(name, version) if version else None

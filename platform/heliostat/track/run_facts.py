@@ -1,4 +1,4 @@
-"""What a run leaves in MLflow beside its curves: params, job, code, machines, data, parents, checkpoints.
+"""Writes the facts of a run to MLflow, all but its curves: params, job, code, machines, data, parents, checkpoints.
 
 All of it follows from the job and the run's folder, so it may be written again at any time: what an outage or a killed driver
 left out, the next `sync` adds. Artifacts: `job.json`, `attempts.json` (each start of the workers: step, workers, nodes, code,
@@ -37,7 +37,7 @@ class Record:
         self._environment = ""
 
     def begin(self, manifests: list[Manifest], data_version: int) -> None:
-        """What is known before the first step, of a new run."""
+        """Writes what is known of a new run before its first step: params, job, datasets, parents."""
         from mlflow.entities import Param
 
         params = [Param(k, v) for k, v in params_of(self.job.dump()).items()]
@@ -63,17 +63,17 @@ class Record:
         self.client.log_dict(self.run_id, known, ATTEMPTS)
 
     def sync(self, steps: int) -> None:
-        """What the run's folder tells after so many steps."""
+        """Writes what the run's folder holds after `steps` steps: its checkpoints, and what it has trained on."""
         self._checkpoints.sync(self.client)
         self.client.log_dict(self.run_id, consumed.record(self.job.run_folder, steps), "data.json")
 
     def spikes(self) -> None:
-        """The steps of the loss spikes that MLflow has, the newest of them, as a tag."""
+        """Writes the steps of the newest loss spikes that MLflow has as a tag of the run."""
         if steps := sorted({m.step for m in self.client.get_metric_history(self.run_id, SPIKE)}):
             self.client.set_tag(self.run_id, SPIKES, ",".join(map(str, steps[-SPIKES_SHOWN:])))
 
     def _code(self) -> dict[str, Any]:
-        """Of this command; its files are written once."""
+        """Describes the code and the package environment of this command; their files are written once."""
         if self._source is None:
             source, packages = source_code.source(), source_code.environment()
             digest = hashlib.sha256(json.dumps(packages).encode()).hexdigest()[:12]
@@ -84,7 +84,7 @@ class Record:
         return {"code": self._source.facts(), "environment": self._environment}
 
     def _changes(self) -> dict[str, list[Any]]:
-        """How this command's job differs from the one that the run began with, by key: [was, is]."""
+        """Compares this command's job with the one that the run began with: [was, is] by key."""
         first = read_json(self.client, self.run_id, "job.json") or {}
         was, now = flatten(first), flatten(self.job.dump())
         return {k: [was.get(k), now.get(k)] for k in sorted(was.keys() | now.keys()) if was.get(k) != now.get(k)}
@@ -106,7 +106,7 @@ class Record:
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, str]:
-    """Dotted keys to strings, as MLflow's params want them (values are cut at 6,000 characters)."""
+    """Flattens a tree to strings by dotted keys, as MLflow's params want them (values are cut at 6,000 characters)."""
     if isinstance(tree, dict):
         items = [(f"{prefix}.{k}" if prefix else str(k), v) for k, v in tree.items()]
     elif isinstance(tree, list):

@@ -1,4 +1,4 @@
-"""A table of runs, newest first: how each stands, what it reached, and what it cost."""
+"""Lists runs in a table, newest first: how each stands, what it reached, and what it cost."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ COLUMNS = ("run", "name", "status", "began", "step", "loss", "held-out", "rate",
 
 
 def rows(client: Any, experiment: str | None) -> list[dict[str, Any]]:
-    """One for each run that heliostat made; those whose driver has died are settled first."""
+    """Builds a row for each run that heliostat made; those whose driver has died are settled first."""
     names = mlflow_client.experiments(client, experiment)
     return [row(settle(client, run), names[run.info.experiment_id]) for run in mlflow_client.runs(client, list(names))]
 
 
 def row(run: Any, experiment: str) -> dict[str, Any]:
-    """`worker_hours` is what the run cost: workers times hours, over all its attempts."""
+    """Describes a run as a row of the table.
+
+    `worker_hours` is what the run cost: workers times hours, over all its attempts.
+    """
     metrics, told, params = latest(run.data.metrics), run.data.tags, run.data.params
     at = {m.key: m.step for m in run.data.to_proto().metrics}
     return {
@@ -43,7 +46,7 @@ def row(run: Any, experiment: str) -> dict[str, Any]:
 
 
 def cells(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """Text, with the columns' names first."""
+    """Formats the rows as text, with the columns' names first."""
     return [list(COLUMNS), *(_cells(r) for r in rows)]
 
 

@@ -1,4 +1,4 @@
-"""Names every tag that heliostat writes to MLflow: of runs, logged models, registered versions and experiments.
+"""Declares every tag that heliostat writes to MLflow: of runs, logged models, registered versions and experiments.
 
 MLflow's UI shows all tags but those that begin with `mlflow.`: so what only the machinery needs begins with `mlflow.heliostat.`.
 A tag that was called otherwise in runs recorded before has its former name in FORMERLY; `value` reads both.
@@ -47,10 +47,10 @@ FORMERLY = {TOKEN: "heliostat.token", WRITTEN: "heliostat.written", LOGGED: "hel
 
 
 def source(run: Mapping[str, str]) -> dict[str, str]:
-    """Selects from a run's tags where it comes from, for the models that it logs."""
+    """Selects from a run's tags where its code comes from (source name, type, commit), for the models that it logs."""
     return {name: run[name] for name in (SOURCE_NAME, SOURCE_TYPE, COMMIT) if name in run}
 
 
 def value(tags: Mapping[str, str], name: str) -> str | None:
-    """Reads a tag by its name, or by the name that it had before."""
+    """Reads a tag by its present name, or by its former one."""
     return tags.get(name, tags.get(FORMERLY.get(name, name)))

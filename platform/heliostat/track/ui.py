@@ -1,4 +1,4 @@
-"""MLflow's own UI on a store, in the foreground until Ctrl-C or SIGTERM."""
+"""Runs MLflow's own UI on a store, in the foreground until Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ END_S = 5.0
 
 
 def serve(store: str, host: str, port: int) -> None:
-    """Runs `mlflow server` on the store; if the store is a server already, says where it is."""
+    """Runs `mlflow server` on the store; if the store is a server already, logs its address. ConfigError for a taken port."""
     if store.startswith(("http://", "https://")):
         log.info("MLflow's UI is at %s", redact(store))
         return
@@ -43,13 +43,16 @@ def serve(store: str, host: str, port: int) -> None:
 
 
 def command(host: str, port: int) -> list[str]:
-    """`mlflow server`, opening as model training (`ui_app`)."""
+    """Builds the command line of `mlflow server`, whose UI opens as model training (`ui_app`)."""
     server = [sys.executable, "-m", "mlflow", "server", "--app-name", "heliostat", "--workers", "1"]
     return [*server, "--host", host, "--port", str(port)]
 
 
 def environment(store: str) -> dict[str, str]:
-    """What tells the server its store: a command line would show a database's password to everybody."""
+    """Returns the environment variables that give the server its store.
+
+    On a command line a database's password would be visible to everybody.
+    """
     return {"MLFLOW_BACKEND_STORE_URI": store, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 
 
@@ -58,7 +61,7 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 
 def _end_tree(root: int) -> None:
-    """Ends the server and its workers, with the time to do so by themselves."""
+    """Ends the server and its workers: SIGTERM first, and SIGKILL for those that are left after END_S."""
     try:
         all_of_it = [*psutil.Process(root).children(recursive=True), psutil.Process(root)]
     except psutil.NoSuchProcess:

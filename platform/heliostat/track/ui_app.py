@@ -1,7 +1,7 @@
-"""MLflow's server, whose UI opens as model training: `mlflow server --app-name heliostat`, as `heliostat ui` starts it.
+"""Wraps MLflow's server, so that its UI opens as model training: `mlflow server --app-name heliostat`, run by `heliostat ui`.
 
 MLflow's UI has two modes, and a browser that has chosen neither opens every experiment as one of GenAI, whatever the experiment's
-kind (3.17). The browser keeps the choice; here the page makes it, once, for who has not.
+kind (3.17). The browser keeps the choice; here the page makes it, once, in a browser that has not.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SCRIPT = (
 
 
 def index() -> Response:
-    """MLflow's one page, with the choice made before its own scripts run."""
+    """Serves MLflow's one page, with the choice of mode made before its own scripts run."""
     text = (Path(str(flask_app.static_folder)) / "index.html").read_text(encoding="utf-8")
     return Response(text.replace("<head>", f"<head>{SCRIPT}", 1), mimetype="text/html", headers={"Cache-Control": "no-cache"})
 

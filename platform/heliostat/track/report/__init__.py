@@ -1,1 +1,1 @@
-"""The report: one self-contained HTML page about a run."""
+"""Builds the report: one self-contained HTML page about a run."""

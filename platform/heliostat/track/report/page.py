@@ -1,9 +1,9 @@
-"""One self-contained HTML page about a run: curves, goodput, restarts, samples, lineage. It loads nothing from anywhere.
+"""Builds one self-contained HTML page about a run: curves, goodput, restarts, samples, lineage. It loads nothing from anywhere.
 
     html = page(gather(client, run))
 
 It is an artifact of every run that ends (`report.html`), which MLflow's UI shows, and what `heliostat report` writes. Which
-curves it has, and in which charts, is declared in `points.METRICS`. Its one script, which shows values below the pointer, is the
+curves it has, and in which charts, is declared in `metrics.METRICS`. Its one script, which shows values below the pointer, is the
 only one that its policy lets a browser run; all text from outside is escaped.
 """
 
@@ -37,7 +37,7 @@ Curves = dict[str, svg.Points]
 
 
 def gather(client: Any, run: Any) -> dict[str, Any]:
-    """Collects what the page shows, as plain data."""
+    """Collects from MLflow and the run's folder what the report page shows, as plain data."""
     run_id = run.info.run_id
     report = read_json(client, run_id, "goodput.json")
     if report is None:
@@ -58,7 +58,7 @@ def gather(client: Any, run: Any) -> dict[str, Any]:
 
 
 def _curves(client: Any, run: Any) -> Curves:
-    """(step, value) of every metric that is in a chart, by its name of today."""
+    """Reads the (step, value) points of every metric that is in a chart, by its present name."""
     found: Curves = {}
     for recorded in run.data.metrics:
         metric = metric_of(name := renamed(recorded))
@@ -69,13 +69,13 @@ def _curves(client: Any, run: Any) -> Curves:
 
 
 def _spikes(client: Any, run_id: str) -> list[tuple[int, float, float]]:
-    """(step, loss, limit) of the loss spikes, in order."""
+    """Reads the (step, loss, limit) of each loss spike, in order."""
     loss, limit = ({m.step: m.value for m in client.get_metric_history(run_id, key)} for key in (SPIKE, SPIKE_LIMIT))
     return [(step, loss[step], limit.get(step, math.nan)) for step in sorted(loss)]
 
 
 def _pictures(client: Any, run_id: str) -> list[tuple[str, bytes]]:
-    """(name, PNG) of the newest images of each kind."""
+    """Downloads the newest image of each kind: (name, PNG); those above PICTURE_BYTES are passed over."""
     found = []
     for kind in client.list_artifacts(run_id, "images"):
         small = [f.path for f in client.list_artifacts(run_id, kind.path) if (f.file_size or 0) <= PICTURE_BYTES]
@@ -85,7 +85,7 @@ def _pictures(client: Any, run_id: str) -> list[tuple[str, bytes]]:
 
 
 def page(facts: dict[str, Any]) -> str:
-    """Draws the page."""
+    """Renders the report page as HTML."""
     row, report = facts["row"], facts["goodput"]
     parts = [
         f"<h1>{escape(row['name'])}</h1>",
@@ -146,7 +146,7 @@ def _summary(row: dict[str, Any]) -> str:
 
 
 def _sections(curves: Curves) -> list[str]:
-    """A heading and the charts of each section, in the order of METRICS."""
+    """Draws the charts of each section below its heading, in the order of METRICS."""
     last = max((points[-1][0] for points in curves.values() if points), default=0.0)
     out = []
     for section in dict.fromkeys(m.section for m in METRICS):

@@ -1,4 +1,4 @@
-"""Charts as HTML and SVG text, without any library: curves over steps, stacked bars, and a time line. Pure functions.
+"""Draws charts as HTML and SVG text, without any library: curves over steps, stacked bars, and a time line. Pure functions.
 
 They take the width that they are given: places are percentages, so that text keeps its size on a wide screen and a narrow one.
 The page's style draws them (`style.css`), and its script shows the values below the pointer (`hover.js`).
@@ -19,7 +19,7 @@ UNITS = ((1e9, "G"), (1e6, "M"), (1e4, "k"))  # of labels from this size on
 
 
 class Curve(NamedTuple):
-    """`mark`: dots, of what is there at some steps alone."""
+    """Holds one curve of a chart; `mark`: drawn as dots, because it has values at some steps only."""
 
     name: str
     points: Points
@@ -27,7 +27,10 @@ class Curve(NamedTuple):
 
 
 def thin(points: Points, most: int = MOST) -> Points:
-    """At most so many points: of each stretch the lowest and the highest, so that no spike is lost."""
+    """Reduces a curve to at most `most` points.
+
+    Of each stretch it keeps the lowest and the highest, so that no spike is lost.
+    """
     if len(points) <= most:
         return points
     size = math.ceil(len(points) / (most // 2))
@@ -39,7 +42,10 @@ def thin(points: Points, most: int = MOST) -> Points:
 
 
 def ticks(low: float, high: float, count: int = 7, whole: bool = False) -> list[float]:
-    """About so many round numbers, from the last one below `low` to the first one above `high`; `whole`: no fractions."""
+    """Chooses about `count` round numbers for an axis, from the last one below `low` to the first one above `high`.
+
+    `whole`: without fractions.
+    """
     if not high > low:
         low, high = (min(0.0, 2 * low), max(0.0, 2 * low)) if low else (0.0, 1.0)
     step = _step((high - low) / count, whole)
@@ -54,7 +60,7 @@ def _step(rough: float, whole: bool) -> float:
 
 
 def labels(values: list[float]) -> list[str]:
-    """Texts of an axis's ticks, with as many digits as tell them apart."""
+    """Formats the labels of an axis's ticks, with as many digits as tell them apart."""
     largest, apart = max(abs(v) for v in values), values[1] - values[0] if len(values) > 1 else 1.0
     unit, suffix = next(((u, s) for u, s in UNITS if largest >= u), (1.0, ""))
     unit = 1e3 if suffix == "k" else unit
@@ -67,7 +73,10 @@ def labels(values: list[float]) -> list[str]:
 
 
 def lines(title: str, curves: list[Curve], x_range: tuple[float, float], unit: str = "") -> str:
-    """One chart of curves over the steps of `x_range`. Values that are not finite are left out."""
+    """Draws one chart of curves over the steps of `x_range`; empty if no curve has points.
+
+    Values that are not finite are left out.
+    """
     finite = [c._replace(points=thin(sorted(p for p in c.points if math.isfinite(p[0]) and math.isfinite(p[1])))) for c in curves]
     kept = [c for c in finite if c.points]
     if not kept:
@@ -119,7 +128,7 @@ def _value(value: float) -> str:
 
 
 def waterfall(title: str, parts: dict[str, float], colours: dict[str, str]) -> str:
-    """Seconds by part, the largest first, each beginning where the one before ends."""
+    """Draws seconds by part as a waterfall: the largest first, each beginning where the one before ends."""
     shown = sorted(((name, seconds) for name, seconds in parts.items() if seconds > 0), key=lambda kv: -kv[1])
     total, left, rows = sum(seconds for _, seconds in shown), 0.0, []
     for name, seconds in shown:
@@ -130,7 +139,7 @@ def waterfall(title: str, parts: dict[str, float], colours: dict[str, str]) -> s
 
 
 def timeline(title: str, spans: list[tuple[float, float, str, str]]) -> str:
-    """Spans (begin, end, colour, text), one a row, on one axis of seconds from the first begin."""
+    """Draws spans (begin, end, colour, text), one a row, on one axis of seconds from the first begin."""
     if not spans:
         return ""
     first, last = min(s[0] for s in spans), max(s[1] for s in spans)
