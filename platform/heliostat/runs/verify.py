@@ -187,7 +187,7 @@ class Audit:
 def verify(run: Location) -> dict[str, Any]:
     """Verifies that the run trained on what it had to.
 
-    Returns {ok, steps, samples, lost, repeated, replaced, first_difference}. `steps`: those whose receipts are all right;
+    Returns {ok, steps, samples, lost, repeated, replaced, first_difference}. `steps`: covered steps with all receipts right;
     `samples`: those that receipts cover; `lost`: planned samples before the last known step that no receipt covers; `repeated`:
     samples that their epoch held before (an epoch has as many places as samples: while this is 0, each comes once); `replaced`:
     bad samples that another one replaced. The step of a difference is counted from 1, as everywhere that a person looks.
