@@ -1,5 +1,6 @@
-"""How many workers nodes have room for, with the tasks that read the data beside them. Arithmetic alone: the plan asks it of
-cluster files, the driver and sweeps of nodes that run.
+"""Computes how many workers fit on nodes, beside the tasks that read the data.
+
+Pure arithmetic: the plan applies it to cluster files, the driver and sweeps to running nodes.
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ FETCHING = 1.0  # CPUs that a data task needs, on one node
 
 
 def fits(workers: Workers, node: Resources, taken: float = 0.0) -> int:
-    """How many workers a node holds beside `taken` CPUs."""
+    """Computes how many workers fit on a node of which `taken` CPUs are reserved."""
     count = int((node.get("CPU", 0.0) - taken) / workers.cpus + 1e-6)
     return min(count, int(node.get("GPU", 0.0) / workers.gpus + 1e-6)) if workers.gpus else count
 
 
 def room(workers: Workers, free: Mapping[str, Resources], held: Mapping[str, int], apart: bool = False) -> int:
-    """How many workers fit on the nodes, with a data task on one of them; without one if data is read `apart`, on others. `free`:
-    by node; `held`: how many of ours run there already."""
+    """Computes how many workers fit on the nodes, with a data task on one of them.
+
+    With `apart`, the data is read on other nodes, and no data task is counted here. `free`: free resources by node; `held`: by
+    node, how many of this run's workers are on it already.
+    """
     nodes = [{"CPU": r.get("CPU", 0.0) + held.get(n, 0) * workers.cpus,
               "GPU": r.get("GPU", 0.0) + held.get(n, 0) * workers.gpus} for n, r in free.items()]  # fmt: skip
     most = 1 if workers.placement == "strict_spread" else 1 << 30
@@ -33,12 +37,15 @@ def room(workers: Workers, free: Mapping[str, Resources], held: Mapping[str, int
 
 
 def starved(workers: Workers, cpus: Mapping[str, float], held: Mapping[str, int]) -> bool:
-    """Whether the workers leave none of the nodes that may read data the CPU for it. `cpus`: by node, whoever uses them."""
+    """Checks whether the workers leave no node that may read data the CPU that a data task needs.
+
+    `cpus`: total CPUs by node, whoever uses them; `held`: by node, how many of the workers are on it.
+    """
     return all(total - held.get(n, 0) * workers.cpus < FETCHING - 1e-6 for n, total in cpus.items())
 
 
 def require_gpus(wanted: float) -> int:
-    """How many GPUs this machine has; ConfigError if it has fewer than the workers ask for together."""
+    """Counts this machine's GPUs; ConfigError if the workers together ask for more."""
     import torch
 
     if (found := torch.cuda.device_count()) >= wanted:
@@ -53,7 +60,10 @@ def require_gpus(wanted: float) -> int:
 def missing(
     workers: Workers, count: int, all_: Mapping[str, Resources], free: Mapping[str, Resources], apart: bool = False
 ) -> str:
-    """Why `count` workers wait, in numbers. `all_`: what the nodes that may take them have, by node; `free`: what nobody uses."""
+    """Explains in numbers why `count` workers wait for resources.
+
+    `all_`: by node, the total resources of the nodes that may take the workers; `free`: by node, the resources that nobody uses.
+    """
     need = f"{count} workers of {_amount(workers.cpus, workers.gpus)}"
     need += "" if apart else f", and {FETCHING:g} CPU for reading the data"
     if not all_:

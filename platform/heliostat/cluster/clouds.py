@@ -30,7 +30,7 @@ def warnings(cluster: ClusterFile) -> Iterator[str]:
 
 
 def _nodes(cluster: ClusterFile) -> Iterator[tuple[str, dict[str, Any], dict[str, Any], bool]]:
-    """(key of its node_config, node_config, node type, whether it has GPUs) of every node type."""
+    """Yields (key of its node_config, node_config, node type, whether it has GPUs) of every node type."""
     for name, node in (cluster.raw.get("available_node_types") or {}).items():
         yield f"available_node_types.{name}.node_config", node.get("node_config") or {}, node, bool(_gpus(node))
 
@@ -58,7 +58,7 @@ def _image(cluster: ClusterFile) -> Iterator[str]:
 
 
 def _registry(cluster: ClusterFile) -> Iterator[str]:
-    """Ray pulls the image with a plain `docker pull`: a private registry wants a login first."""
+    """Warns of images in a private registry that no command logs in to: Ray pulls with a plain `docker pull`."""
     nodes = (cluster.raw.get("available_node_types") or {}).values()
     given = [
         *(cluster.raw.get("initialization_commands") or []),
@@ -71,7 +71,7 @@ def _registry(cluster: ClusterFile) -> Iterator[str]:
 
 
 def _docker(cluster: ClusterFile) -> Iterator[str]:
-    """The options of `docker run` that containers with GPUs need."""
+    """Warns of `docker run` options that containers with GPUs need and that are missing."""
     if not cluster.raw.get("docker"):
         return
     shared = [word for where, words in docker_options(cluster) if where.startswith("docker.") for word in words]

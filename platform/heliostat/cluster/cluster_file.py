@@ -1,7 +1,7 @@
-"""Cluster files: Ray cluster-launcher YAML, or KubeRay manifests. Read here into what the rest of heliostat asks of them.
+"""Reads cluster files: Ray cluster-launcher YAML, or KubeRay manifests.
 
 heliostat has no cluster schema of its own: the files are those of the tools that use them (`ray up`, kubectl), and this module
-only reads out the pools of nodes, their sizes, labels and images. `cluster.check` judges them.
+only reads out the pools of nodes, their sizes, labels and images. `cluster.review` judges them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ GPU_RESOURCES = ("nvidia.com/gpu", "amd.com/gpu")
 
 @dataclass(frozen=True)
 class Pool:
-    """Nodes of one kind. `cpus` and `gpus` are of one node; None where the file leaves them to Ray to find out."""
+    """Describes a pool of identical nodes.
+
+    `least` and `most` bound the number of nodes; `cpus` and `gpus` are of one node, `cpus` None where the file leaves it to Ray
+    to find out.
+    """
 
     name: str
     head: bool
@@ -40,7 +44,10 @@ class Pool:
 
 @dataclass(frozen=True)
 class ClusterFile:
-    """`kind`: launcher, RayCluster or RayJob; `raw`: the document that says so; `others`: what lies beside it in the file."""
+    """Holds a cluster file as read.
+
+    `kind`: launcher, RayCluster or RayJob; `raw`: the document that defines the cluster; `others`: the file's other documents.
+    """
 
     path: Path
     kind: str
@@ -50,7 +57,10 @@ class ClusterFile:
 
     @cached_property
     def pools(self) -> tuple[Pool, ...]:
-        """ConfigError if the file is so wrong that they cannot be read; its schema says what is (`schemas`)."""
+        """Returns the pools of nodes.
+
+        ConfigError if the file is too malformed to read them; validating it against its schema (`schemas`) shows where.
+        """
         with shaped(self.path):
             return tuple(_launcher_pools(self.raw) if self.kind == "launcher" else _kuberay_pools(self.spec))
 
@@ -64,28 +74,28 @@ class ClusterFile:
 
     @property
     def spec(self) -> dict[str, Any]:
-        """A KubeRay manifest's RayCluster spec."""
+        """Returns the RayCluster spec of a KubeRay manifest."""
         return self.raw["spec"]["rayClusterSpec"] if self.kind == "RayJob" else self.raw["spec"]
 
     @property
     def local(self) -> bool:
-        """Every address is of this machine: the nodes are processes that heliostat starts itself."""
+        """Tells whether every address is of this machine: then the nodes are processes that heliostat starts itself."""
         return self.provider == "local" and all(a.startswith("127.") for a in self.addresses)
 
     @property
     def addresses(self) -> list[str]:
-        """Of a `local` provider: the head's first."""
+        """Lists the nodes' addresses of a `local` provider, the head's first."""
         return [str(self.raw["provider"].get("head_ip", "")), *map(str, self.raw["provider"].get("worker_ips", []))]
 
     @property
     def commands(self) -> list[str]:
-        """Every shell command of a launcher file."""
+        """Lists every shell command of a launcher file."""
         return [c for key, value in self.raw.items() if key.endswith("_commands") for c in value]
 
 
 @contextmanager
 def shaped(path: Path) -> Iterator[None]:
-    """Around what reads parts of the file whose kind no schema has vouched for."""
+    """Turns errors of reading a file that no schema has validated into ConfigError: missing keys, values of the wrong type."""
     try:
         yield
     except ConfigError:
@@ -96,7 +106,7 @@ def shaped(path: Path) -> Iterator[None]:
 
 
 def read(path: Path) -> ClusterFile:
-    """ConfigError if the file is neither kind, or so wrong that its pools cannot be read."""
+    """Reads a cluster file; ConfigError if it is of neither kind, or lacks its name or another required part."""
     documents = _documents(path)
     kinds.require("cluster", path, documents[0])
     kuberay = [d for d in documents if str(d.get("apiVersion", "")).startswith("ray.io/")]
@@ -153,7 +163,7 @@ def _launcher_pools(raw: dict[str, Any]) -> Iterator[Pool]:
 
 
 def groups(spec: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """(name, group) of a RayCluster spec, the head first."""
+    """Lists (name, group) of a RayCluster spec, the head first."""
     return [("head", spec["headGroupSpec"]), *((g["groupName"], g) for g in spec.get("workerGroupSpecs") or [])]
 
 
@@ -179,6 +189,6 @@ def _kuberay_pools(spec: dict[str, Any]) -> Iterator[Pool]:
 
 
 def quantity(text: Any) -> float:
-    """A Kubernetes quantity of CPUs or GPUs: 8, "8" or "500m"."""
+    """Parses a Kubernetes quantity of CPUs or GPUs: 8, "8" or "500m"."""
     text = str(text)
     return float(text[:-1]) / 1000 if text.endswith("m") else float(text)

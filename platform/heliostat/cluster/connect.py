@@ -1,8 +1,8 @@
-"""Connecting the driver to Ray: the cluster we are in or were told of, or a private one on this machine.
+"""Connects the driver to Ray: to the cluster that it runs in or that is named, or to a private one on this machine.
 
 `RAY_ADDRESS` (set in every Ray job) names a cluster; otherwise a local Ray starts, with no dashboard, and more logical CPUs than
-cores, because the data tasks that feed the workers mostly wait for I/O. It is this user's alone: it listens on loopback, wants a
-token that is made for it, and keeps its files, sockets and the token in a folder that nobody else may enter.
+cores, because the data tasks that feed the workers mostly wait for I/O. It is this user's alone: it listens on loopback, requires
+a token that is made for it, and keeps its files, sockets and the token in a folder that nobody else may enter.
 """
 
 from __future__ import annotations
@@ -54,17 +54,17 @@ END_S = 5.0  # for the processes of a private Ray to end by themselves
 
 
 def worker_environment(gpus: float) -> dict[str, str]:
-    """Environment variables that a training worker starts with."""
+    """Returns the environment variables that a training worker starts with."""
     return {} if gpus else {**THREADS, **ALLOCATOR}
 
 
 def remote_environment(gpus: float) -> dict[str, Any]:
-    """The runtime environment of workers on a cluster that is not our own; a private Ray's processes have inherited it."""
+    """Returns the runtime environment of workers on a cluster named by RAY_ADDRESS; empty on a private Ray, which inherits it."""
     return {"env_vars": worker_environment(gpus)} if os.environ.get("RAY_ADDRESS") else {}
 
 
 def configure() -> None:
-    """What Ray Train takes from the environment of the process that starts a run."""
+    """Sets the environment variables that Ray Train reads in the process that starts a run."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # the driver looks for itself
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")  # then there may be room for fewer
@@ -99,7 +99,10 @@ def connect(cpus: int, gpus: int = 0, verbose: bool = False) -> None:
 
 
 def sessions() -> Path:
-    """The folder of this user's private Rays, their logs, sockets and tokens. Short: a socket's path has 107 characters."""
+    """Returns the folder of this user's private Rays: their logs, sockets and tokens.
+
+    Its path is short, because a socket's path has at most 107 characters.
+    """
     name = f"heliostat-{os.getuid()}"
     place = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / name
     return private.folder(place if len(str(place)) <= SOCKET_PATH else Path("/tmp") / name)
@@ -111,9 +114,9 @@ def _token_file() -> Path:
 
 @contextlib.contextmanager
 def _confined(gpus: int) -> Iterator[None]:
-    """Inside, a Ray that starts is private.
+    """Sets the environment so that a Ray that starts inside the context is private; restores it afterwards.
 
-    Its processes inherit this environment, so that the ones started ahead fit every task; a runtime environment would start new
+    Ray's processes inherit this environment, so that the ones started ahead fit every task; a runtime environment would start new
     ones. The workers import jobs/ and pipelines/ from the workspace.
     """
     from ray._private import ray_constants
@@ -138,7 +141,7 @@ def _confined(gpus: int) -> Iterator[None]:
 
 
 def disconnect() -> None:
-    """Ends a private Ray, and what is left of it then: now and then an actor's process hangs in its own exit, and would stay."""
+    """Ends a private Ray and kills what remains of it: an actor's process sometimes hangs in its own exit."""
     if not ray.is_initialized():
         return
     node: Any = ray._private.worker._global_node
@@ -153,8 +156,11 @@ def disconnect() -> None:
 
 
 def _without_monitors() -> None:
-    """Ends the processes of a private Ray that do nothing for us, all the time: one looks for new log lines for the driver ten
-    times a second, the other is the dashboard's, which starts even where there is no dashboard."""
+    """Ends the two processes of a private Ray that only cost time.
+
+    One polls for new log lines for the driver ten times a second; the other is the dashboard's, which starts even without a
+    dashboard.
+    """
     node: Any = ray._private.worker._global_node
     node.kill_log_monitor()
     node.kill_dashboard()

@@ -1,4 +1,4 @@
-"""The few things that are asked of a cluster's dashboard directly. Every request has a deadline, and the token if given."""
+"""Queries a cluster's dashboard directly: every request has a deadline, and carries the token if there is one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def headers(token: str | None) -> dict[str, str]:
 
 
 def own_token() -> str | None:
-    """The caller's, as Ray itself finds it: RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token."""
+    """Finds the caller's token as Ray does: in RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token; else None."""
     if token := os.environ.get("RAY_AUTH_TOKEN"):
         return token
     default = Path.home() / ".ray" / "auth_token"
@@ -31,7 +31,7 @@ def own_token() -> str | None:
 
 
 def get(url: str, token: str | None = None, timeout: float = TIMEOUT_S) -> tuple[int, Any]:
-    """(status, decoded JSON or None); status 0 if nothing answers, or what does speaks no HTTP."""
+    """Requests a URL and returns (status, decoded JSON or None); status 0 without an answer, or one that is not HTTP."""
     try:
         with urllib.request.urlopen(urllib.request.Request(url, headers=headers(token)), timeout=timeout) as answer:
             return answer.status, json.loads(answer.read())
@@ -42,12 +42,12 @@ def get(url: str, token: str | None = None, timeout: float = TIMEOUT_S) -> tuple
 
 
 def probe(url: str, token: str | None = None) -> int:
-    """The status that a Jobs API answers with: 200, 401 without or 403 with a wrong token, 0 if nobody is there."""
+    """Probes a Jobs API and returns its HTTP status: 200, 401 without a token, 403 with a wrong one, 0 without an answer."""
     return get(f"{url}/api/version", token, 3.0)[0]
 
 
 def node_table(url: str, token: str | None) -> list[dict[str, Any]]:
-    """Id, address, liveness, resources and labels of every node that was ever there."""
+    """Lists the id, address, liveness, resources and labels of every node that ever belonged to the cluster."""
     status, raw = get(f"{url}/api/v0/nodes?limit=10000&detail=1", token)
     if status != 200 or not raw.get("result"):
         return []
@@ -66,7 +66,7 @@ def node_table(url: str, token: str | None) -> list[dict[str, Any]]:
 
 
 def actor_alive(url: str, token: str | None, name: str) -> bool:
-    """Whether an actor of this name is alive, as far as the cluster tells."""
+    """Checks whether an actor of this name is alive; False if the cluster does not answer."""
     wanted = urllib.parse.urlencode({"filter_keys": "name", "filter_predicates": "=", "filter_values": name, "limit": 10000})
     status, raw = get(f"{url}/api/v0/actors?{wanted}", token)
     return status == 200 and bool(raw["result"]) and any(a["state"] == "ALIVE" for a in raw["data"]["result"]["result"])

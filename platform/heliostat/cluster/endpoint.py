@@ -1,7 +1,7 @@
-"""From what a person names (a cluster file, an address, a local cluster's name) to an address of its Jobs API and the token.
+"""Resolves a cluster file, an address or a local cluster's name to the address of its Jobs API and the token.
 
-Clouds keep the dashboard on the head's loopback address, so it is reached through `ray dashboard` (ssh) or
-`kubectl port-forward`, which run as long as they are needed.
+Clouds keep the dashboard on the head's loopback address, so it is reached through `ray dashboard` (ssh) or `kubectl
+port-forward`, which run as long as they are needed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ TUNNEL_S = 60.0
 
 @dataclass(frozen=True)
 class Endpoint:
-    """`here`: the cluster's nodes are on this machine, and see its files."""
+    """Holds the address of a cluster's Jobs API and its token.
+
+    `here`: the cluster's nodes are on this machine, and see its files; `file`: its cluster file, if known.
+    """
 
     url: str
     token: str | None
@@ -38,7 +41,10 @@ class Endpoint:
 
 @contextlib.contextmanager
 def endpoint(target: str | None) -> Iterator[Endpoint]:
-    """ClusterError if nothing answers there; None means the only local cluster that runs."""
+    """Opens the way to a cluster's Jobs API; `target` None means the only local cluster that runs.
+
+    ClusterError if nothing answers there; ConfigError if `target` names no cluster.
+    """
     if target is None:
         states = local.known()
         if len(states) != 1:
@@ -104,7 +110,10 @@ def _port(cluster: ClusterFile) -> str:
 
 
 def kube_name(cluster: ClusterFile) -> str:
-    """The RayCluster's name: the file's, or for a RayJob the one that KubeRay gave the cluster that it made for the job."""
+    """Returns the RayCluster's name: the file's, or for a RayJob that of the cluster which KubeRay made for the job.
+
+    ClusterError if the job has no cluster yet.
+    """
     if cluster.kind == "RayCluster":
         return cluster.name
     command = ["kubectl", "-n", cluster.namespace, "get", "rayjob", cluster.name, "-o", "jsonpath={.status.rayClusterName}"]
@@ -115,20 +124,20 @@ def kube_name(cluster: ClusterFile) -> str:
 
 
 def kube_service(cluster: ClusterFile, name: str) -> str:
-    """The name of the service that leads to the head."""
+    """Returns the name of the Kubernetes service of the head."""
     given = (cluster.spec["headGroupSpec"].get("headService") or {}).get("metadata") or {}
     return given.get("name") or f"{name}-head-svc"
 
 
 def kube_token(cluster: ClusterFile, name: str) -> str | None:
-    """KubeRay keeps the token in a secret of the RayCluster's name."""
+    """Reads the cluster's token from its Kubernetes secret, which KubeRay gives the RayCluster's name; None if it is empty."""
     secret = (cluster.spec.get("authOptions") or {}).get("secretName") or name
     command = ["kubectl", "-n", cluster.namespace, "get", "secret", secret, "-o", "jsonpath={.data.auth_token}"]
     return base64.b64decode(tool(command, f"reading the token of {name}")).decode() or None
 
 
 def tool(command: list[str], what: str, timeout: float = 600.0) -> str:
-    """Runs ray or kubectl; ClusterError with its last words if it fails or is not there."""
+    """Runs ray or kubectl and returns its output; ClusterError with its last line if it fails, or is not installed."""
     if not shutil.which(command[0]):
         raise ClusterError(f"{what} needs `{command[0]}`, which is not on the PATH")
     try:
@@ -143,7 +152,7 @@ def tool(command: list[str], what: str, timeout: float = 600.0) -> str:
 
 @contextlib.contextmanager
 def _tunnel(command: list[str], token: str | None) -> Iterator[tuple[str, str | None]]:
-    """Runs a forwarding command with a free local port put last (`LOCAL:8265` for kubectl) until the body ends."""
+    """Runs a forwarding command until the body ends; a free local port is its last argument (`LOCAL:8265` for kubectl)."""
     if not shutil.which(command[0]):
         raise ClusterError(f"reaching the cluster needs `{command[0]}`, which is not on the PATH")
     with socket.socket() as s:

@@ -46,12 +46,12 @@ def _launcher(cluster: ClusterFile) -> Iterator[str]:
 
 
 def _asks_for_token(command: str) -> bool:
-    """Whether `ray start` runs with token authentication on, and is told where the token is."""
+    """Checks whether `ray start` runs with token authentication on, and is given the token's path."""
     return re.search(r"RAY_AUTH_MODE=['\"]?token\b", command) is not None and "RAY_AUTH_TOKEN_PATH=" in command
 
 
 def docker_options(cluster: ClusterFile) -> Iterator[tuple[str, list[str]]]:
-    """(key, words) of every list of `docker run` options in a launcher file, those of its node types, too."""
+    """Yields (key, words) of every list of `docker run` options in a launcher file, its node types' included."""
     places: list[tuple[str, dict[str, Any]]] = [("docker", cluster.raw.get("docker") or {})]
     for name, node in (cluster.raw.get("available_node_types") or {}).items():
         places.append((f"available_node_types.{name}.docker", node.get("docker") or {}))

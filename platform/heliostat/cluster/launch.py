@@ -1,4 +1,4 @@
-"""Starting and stopping a cluster with the tool that its file is for: our own processes, `ray up` / `ray down`, or kubectl."""
+"""Starts and stops a cluster with the tool that its file is for: heliostat's own processes, `ray up` / `ray down`, or kubectl."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ UP_S = 3600.0  # clouds may take long to find machines
 
 
 def up(cluster: ClusterFile, restart: bool = False) -> dict[str, Any]:
-    """Starts a cluster, or joins one that runs: only with `restart` is Ray started anew where it is, which ends jobs."""
+    """Starts a cluster, or joins a running one; only with `restart` is Ray started anew where it runs, which ends jobs."""
     if cluster.local:
         state = local.up(cluster, restart)
         note = f"{len(state.nodes)} nodes at {state.url}, token in {state.token_file}" if state.nodes else f"joined {state.url}"
@@ -42,18 +42,18 @@ def up(cluster: ClusterFile, restart: bool = False) -> dict[str, Any]:
 
 
 def require_launcher(cluster: ClusterFile) -> None:
-    """MissingExtraError if Ray's launcher lacks what it reaches the cluster's provider with."""
+    """Raises MissingExtraError if a package that Ray's launcher needs for the cluster's provider is not installed."""
     if cluster.provider == "gcp":
         extras.require("gcp", "googleapiclient", "google_auth_httplib2", what="provider.type: gcp")
 
 
 def launcher(cluster: ClusterFile, restart: bool) -> list[str]:
-    """The `ray up` that starts what is not there; without `--no-restart` it would stop Ray on the head first."""
+    """Builds the `ray up` command that starts what does not run; without `--no-restart` it would first stop Ray on the head."""
     return ["ray", "up", "--yes", *([] if restart else ["--no-restart"]), str(cluster.path)]
 
 
 def down(target: str) -> dict[str, Any]:
-    """`target`: a cluster file, or the name of a local cluster."""
+    """Stops a cluster: `target` is a cluster file, or the name of a local cluster."""
     if not target.endswith((".yaml", ".yml")):
         return _down_local(target)
     cluster = cluster_file.read(Path(target))
@@ -70,7 +70,7 @@ def down(target: str) -> dict[str, Any]:
 
 
 def _stop_hosts(cluster: ClusterFile) -> None:
-    """`ray down` leaves Ray running on hosts of our own: their own `ray stop` commands, over ssh."""
+    """Runs the file's `ray stop` commands on hosts of the user's own, over ssh: `ray down` leaves Ray running there."""
     auth = cluster.raw.get("auth") or {}
     key = ["-i", str(Path(auth["ssh_private_key"]).expanduser())] if "ssh_private_key" in auth else []
     stop = " ; ".join(c for c in cluster.raw.get("worker_start_ray_commands") or [] if c.strip().endswith("ray stop"))

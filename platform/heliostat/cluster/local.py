@@ -1,9 +1,9 @@
-"""Real Ray nodes on this machine, from a cluster file whose addresses are all loopback, as clusters/local.yaml.
+"""Starts and stops real Ray nodes on this machine, from a cluster file whose addresses are all loopback, as clusters/local.yaml.
 
 Every node is a `ray start --block` of the file's own commands, in a session of its own, with token authentication on. What was
-started is written down in `.heliostat/clusters/NAME/` (`state.json`, `token`, `logs/`), so that `down` ends just these processes
-and what they started. What runs is left alone by `up`: nodes that died are started again beside those that did not, and a
-cluster that already answers at the file's address is joined, and left running by `down`.
+started is recorded in `.heliostat/clusters/NAME/` (`state.json`, `token`, `logs/`), so that `down` ends just these processes and
+what they started. `up` leaves running nodes alone: it restarts nodes that died beside those that run, and joins a cluster that
+already answers at the file's address, which `down` leaves running.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ START_S = 90.0
 
 @dataclass
 class State:
-    """A local cluster; `nodes` is empty if it was joined."""
+    """Describes a local cluster; `nodes` is empty if it was joined."""
 
     name: str
     file: str
@@ -86,15 +86,17 @@ def known() -> list[State]:
 
 
 def url_of(cluster: ClusterFile) -> str:
-    """Where the Jobs API will be: what the head's start command says."""
+    """Returns the address of the Jobs API, as the head's start command sets it."""
     text = " ".join(cluster.raw.get("head_start_ray_commands") or [])
     host, port = re.search(r"--dashboard-host[= ](\S+)", text), re.search(r"--dashboard-port[= ](\d+)", text)
     return f"http://{host[1] if host else '127.0.0.1'}:{port[1] if port else 8265}"
 
 
 def up(cluster: ClusterFile, restart: bool = False) -> State:
-    """Starts the nodes that do not run; ClusterError with the end of the log if one does not come up. With `restart`, ends those
-    that run first."""
+    """Starts the nodes that do not run; with `restart`, ends the running ones first.
+
+    ClusterError with the end of the log if a node does not start.
+    """
     state = read(cluster.name)
     if state and restart:
         if not state.nodes:
@@ -127,7 +129,7 @@ def up(cluster: ClusterFile, restart: bool = False) -> State:
 
 
 def _complete(cluster: ClusterFile, state: State, alive: list[Node]) -> State:
-    """Starts the workers that the file has and that do not run; the others, and what runs on them, stay as they are."""
+    """Starts the file's workers that do not run; running nodes, and what runs on them, stay as they are."""
     dead = [n for n in state.nodes if n not in alive]
     processes.end(dead)
     state.nodes = [n for n in state.nodes if n in alive]
@@ -141,7 +143,10 @@ def _complete(cluster: ClusterFile, state: State, alive: list[Node]) -> State:
 
 
 def _join(state: State, answer: int) -> State:
-    """A cluster that is there already, if its processes are this user's, and the user's own token opens it."""
+    """Joins a cluster that already answers.
+
+    ConfigError unless its processes are this user's, and the user's own token opens it.
+    """
     elsewhere = "change --port and --dashboard-port in the file"
     if answer not in (200, 401, 403):
         raise ConfigError(f"{state.file}: something that is no Ray cluster answers at {state.url} ({answer}); {elsewhere}")
@@ -163,7 +168,10 @@ def _join(state: State, answer: int) -> State:
 
 
 def _node_folder(name: str, index: int) -> Path:
-    """Short, because sockets below it must have a path under 108 characters, and the same for the same workspace."""
+    """Returns a node's folder, the same for the same workspace.
+
+    Its path is short, because the path of a socket below it must have fewer than 108 characters.
+    """
     key = hashlib.sha256(f"{home()}/{name}".encode()).hexdigest()[:8]
     return Path(tempfile.gettempdir()) / f"heliostat-{key}" / str(index)
 
@@ -204,7 +212,10 @@ def _environment(state: State, address: str, folder: Path) -> dict[str, str]:
 
 
 def _until_ready(state: State, addresses: list[str], before: set[str]) -> None:
-    """Until the dashboard knows every address as that of a living node which was not there before."""
+    """Waits until the dashboard lists every address as that of a living node which was not there before.
+
+    ClusterError if a node's process ends, or not all are ready in time.
+    """
     deadline = time.monotonic() + START_S
     while addresses:
         for node in state.nodes:
@@ -227,7 +238,7 @@ def _tail(state: State, node: Node) -> str:
 
 
 def down(name: str) -> int:
-    """Ends the cluster's processes, all of them, and forgets it; returns how many there were."""
+    """Ends all of the cluster's processes, deletes its record and returns how many processes there were."""
     state = read(name)
     if state is None:
         raise ConfigError(f"{name}: no such cluster here; `heliostat cluster list` shows those that there are")

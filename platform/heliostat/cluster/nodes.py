@@ -1,4 +1,4 @@
-"""What the cluster's nodes have room for, which of them are about to go, and ending processes on them."""
+"""Queries the cluster's nodes for free resources and drains, and ends processes on them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ SAY_S, AGAIN_S = 4.0, 60.0
 
 
 def room_now(job: Job, held: Mapping[str, int]) -> int:
-    """How many workers fit on the cluster as it is, where `held` of the run's own, by node, are already. Nodes that are about to
-    go, or lack the workers' labels, have no room."""
+    """Computes how many workers fit on the cluster as it is; `held`: by node, how many of the run's own are on it already.
+
+    Nodes that drain, or lack the workers' labels, take none.
+    """
     free, leaving = ray._private.state.available_resources_per_node(), draining()
     train, data = carrying(job.workers.labels), carrying(job.data.labels)
     apart = any(cpus >= FETCHING for n, cpus in data.items() if n not in train and n not in leaving)
@@ -32,12 +34,12 @@ def room_now(job: Job, held: Mapping[str, int]) -> int:
 
 
 def starved_now(job: Job, held: Mapping[str, int]) -> bool:
-    """Whether the run's workers leave no node the CPU that reading its data needs."""
+    """Checks whether the run's workers leave no node the CPU that reading its data needs."""
     return starved(job.workers, carrying(job.data.labels), held)
 
 
 def crowded_now(job: Job) -> str | None:
-    """Whether whoever is there leaves no node the CPU that reading the run's data needs: then with numbers."""
+    """Explains, in numbers, that no node has the CPU free that reading the run's data needs; None if one has."""
     there, free = carrying(job.data.labels), ray._private.state.available_resources_per_node()
     left = {n: free.get(n, {}).get("CPU", 0.0) for n in there}
     if any(cpus >= FETCHING - 1e-6 for cpus in left.values()):
@@ -50,13 +52,13 @@ def crowded_now(job: Job) -> str | None:
 
 
 class Shortage:
-    """What is missing where workers wait for room: told some seconds after the start of the wait, and again each minute."""
+    """Reports missing resources while workers wait for them: some seconds after the start of the wait, then every minute."""
 
     def __init__(self, job: Job) -> None:
         self.job, self._due = job, time.monotonic() + SAY_S
 
     def told(self) -> str | None:
-        """None while it is not time, or there is room."""
+        """Returns what is missing; None while no report is due, or if nothing is missing."""
         if time.monotonic() < self._due:
             return None
         self._due = time.monotonic() + AGAIN_S
@@ -64,7 +66,7 @@ class Shortage:
 
 
 def missing_now(job: Job) -> str | None:
-    """What is missing for the job's workers, in numbers; None if there is room for all of them."""
+    """Explains, in numbers, which resources are missing for the job's workers; None if all of them fit."""
     if room_now(job, {}) >= job.workers.most:
         return None
     free, leaving = ray._private.state.available_resources_per_node(), draining()
@@ -75,7 +77,7 @@ def missing_now(job: Job) -> str | None:
 
 
 def queued(workers: Workers, count: int) -> bool:
-    """Whether a placement group of this Ray job for so many workers waits for room."""
+    """Checks whether a placement group of this Ray job for `count` workers waits for resources."""
     from ray.core.generated import gcs_pb2
 
     group: Any = vars(gcs_pb2)["PlacementGroupTableData"]
@@ -89,13 +91,13 @@ def queued(workers: Workers, count: int) -> bool:
 
 
 def carrying(labels: Mapping[str, str]) -> dict[str, float]:
-    """The living nodes with these labels, and their CPUs, whoever uses them."""
+    """Maps the living nodes with these labels to their total CPUs, whoever uses them."""
     return {n["NodeID"]: n["Resources"].get("CPU", 0.0) for n in ray.nodes()
             if n["Alive"] and labels.items() <= n.get("Labels", {}).items()}  # fmt: skip
 
 
 def inventory() -> list[dict[str, Any]]:
-    """The cluster's living nodes, as plain data."""
+    """Lists the cluster's living nodes as plain data."""
     return [
         {
             "host": node["NodeManagerHostname"],
@@ -112,12 +114,12 @@ def inventory() -> list[dict[str, Any]]:
 
 
 def draining() -> set[str]:
-    """Nodes that have been told to go: preempted by their provider, or drained by a person."""
+    """Returns the ids of the nodes that drain: preempted by their provider, or drained by a person."""
     return set(ray._private.state.state.get_draining_nodes())
 
 
 def ask_for(workers: Workers, count: int) -> None:
-    """Tells the autoscaler, where there is one, that so many workers are wanted."""
+    """Requests resources for `count` workers from the autoscaler, where there is one."""
     from ray.autoscaler.sdk import request_resources
 
     need = {"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})}
@@ -134,7 +136,7 @@ def _kill(pids: list[int]) -> None:
 
 
 def kill(processes: list[dict[str, Any]]) -> None:
-    """Ends processes, given as {node, pid}, frozen ones too; returns when that is done, or could not be within 20 s."""
+    """Kills processes, given as {node, pid}, frozen ones too; waits until they have ended, at most 20 s."""
     waiting = []
     for node in Counter(p["node"] for p in processes):
         there = NodeAffinitySchedulingStrategy(node, soft=False)

@@ -36,7 +36,7 @@ def warnings(cluster: ClusterFile) -> Iterator[str]:
 
 
 def _made_by_kuberay(cluster: ClusterFile) -> Iterator[str]:
-    """The containers that no group has: the autoscaler in the head's pod, and a RayJob's submitter."""
+    """Checks the containers that belong to no group: the autoscaler in the head's pod, and a RayJob's submitter."""
     spec = cluster.spec
     if spec.get("enableInTreeAutoscaling"):
         own = (spec.get("autoscalerOptions") or {}).get("securityContext") or {}
@@ -51,7 +51,7 @@ def _made_by_kuberay(cluster: ClusterFile) -> Iterator[str]:
 
 
 def grace(cluster: ClusterFile, job: Job) -> Iterator[str]:
-    """Warnings where a deleted pod's time is shorter than what the job allows its last checkpoint."""
+    """Warns where the preStop hook gives a deleted pod's workers less time than the job's `checkpoint.grace`."""
     if cluster.kind == "launcher":
         return
     for name, group in groups(cluster.spec):
@@ -93,7 +93,7 @@ def _network(cluster: ClusterFile) -> Iterator[str]:
 
 
 def _open(rules: list[dict[str, Any]], port: int) -> bool:
-    """Whether a rule lets the port through; a rule without ports lets all."""
+    """Checks whether a rule lets the port through; a rule without ports lets all through."""
     for rule in rules:
         ports = rule.get("ports")
         if not ports:
@@ -106,7 +106,7 @@ def _open(rules: list[dict[str, Any]], port: int) -> bool:
 
 
 def _privileges(name: str, pod: dict[str, Any]) -> Iterator[str]:
-    """The restricted Pod Security Standard, as far as a Ray pod can keep it."""
+    """Warns of violations of the restricted Pod Security Standard, as far as a Ray pod can meet it."""
     shared = pod.get("securityContext") or {}
     for container in pod["containers"]:
         own = {**shared, **(container.get("securityContext") or {})}
@@ -134,7 +134,7 @@ def _gpu_pod(name: str, pod: dict[str, Any]) -> Iterator[str]:
 
 
 def _ending(name: str, pod: dict[str, Any]) -> Iterator[str]:
-    """A pod that is deleted must drain its Ray node first, and have the time for it."""
+    """Warns if a deleted pod does not drain its Ray node first, or has too little time for it."""
     seconds, allowed = _hook_seconds(pod), float(pod.get("terminationGracePeriodSeconds", 30))
     if seconds is None:
         yield (
@@ -149,7 +149,7 @@ def _ending(name: str, pod: dict[str, Any]) -> Iterator[str]:
 
 
 def _hook_seconds(pod: dict[str, Any]) -> float | None:
-    """How long the hook gives the workers; None if there is none."""
+    """Returns the seconds that the preStop hook gives the workers; None if there is no hook."""
     for container in pod["containers"]:
         command = (((container.get("lifecycle") or {}).get("preStop") or {}).get("exec") or {}).get("command") or []
         if found := HOOK.search(" ".join(map(str, command))):

@@ -1,4 +1,4 @@
-"""Whether a cluster file's pools have room for a job's workers, and for the tasks that read its data beside them."""
+"""Checks whether a cluster file's pools fit a job's workers, and the tasks that read its data beside them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from heliostat.errors import ConfigError
 
 
 def check(job: Job, cluster: ClusterFile) -> None:
-    """ConfigError if the cluster, at its largest, has no place for all workers, or none for reading data beside them."""
+    """Raises ConfigError if the cluster, at its largest, cannot hold all workers, or cannot read data beside them."""
     need = job.workers
     train, data = _pools(cluster, "workers.labels", need.labels), _pools(cluster, "data.labels", job.data.labels)
     if not train or any(p.cpus is None for p in [*train, *data]):
@@ -30,7 +30,7 @@ def check(job: Job, cluster: ClusterFile) -> None:
 
 
 def _pools(cluster: ClusterFile, field: str, labels: dict[str, str]) -> list[Pool]:
-    """Those that carry the labels; ConfigError if the file knows labels, and not these."""
+    """Selects the pools that carry the labels; ConfigError if pools have labels, but none has these."""
     found = [p for p in cluster.pools if labels.items() <= p.labels.items()]
     if labels and not found and any(p.labels for p in cluster.pools):
         have = sorted({f"{k}={v}" for p in cluster.pools for k, v in p.labels.items()})

@@ -1,4 +1,4 @@
-"""What no other user of a machine may read, write or pose as: folders, files with tokens, and servers that get our token."""
+"""Protects against other users of the machine: private folders, token files, and servers that pose as the user's own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WILDCARDS = ("0.0.0.0", "::")
 
 
 def folder(path: Path) -> Path:
-    """The folder, made if it is not there, for this user alone; ConfigError if somebody else has taken its name."""
+    """Makes a folder that this user alone may enter, if it is not there; ConfigError if another user has taken its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         path.mkdir(mode=0o700)
@@ -33,7 +33,7 @@ def folder(path: Path) -> Path:
 
 
 def write_token(path: Path, token: str | None = None) -> str:
-    """Writes a token, a new one unless it is given, into a file that at no moment anybody else can read; returns it."""
+    """Writes a token, a new one unless it is given, into a file that only this user can ever read; returns the token."""
     token = secrets.token_hex(32) if token is None else token
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
@@ -42,7 +42,7 @@ def write_token(path: Path, token: str | None = None) -> str:
 
 
 def tighten(path: Path) -> None:
-    """Takes the rights of others from a file of ours, as of ~/.ray/auth_token, which Ray writes for everybody to read."""
+    """Removes other users' permissions from a file of this user, as ~/.ray/auth_token, which Ray leaves readable by everybody."""
     try:
         found = path.stat()
     except OSError:
@@ -56,7 +56,7 @@ def tighten(path: Path) -> None:
 
 
 def ours(url: str) -> bool:
-    """Whether whatever listens at a loopback address are processes of this user, as far as the system tells."""
+    """Checks whether all processes that listen at a loopback address are this user's, as far as the system shows."""
     parts = urllib.parse.urlsplit(url)
     host = {"localhost": "127.0.0.1"}.get(parts.hostname or "", parts.hostname)
     try:
@@ -67,7 +67,7 @@ def ours(url: str) -> bool:
 
 
 def _listeners(port: int | None) -> list[tuple[str, int | None]]:
-    """The addresses where a port is listened at, and by which process, if that may be known."""
+    """Lists the addresses that listen on a port, each with its process id, or None where that is not visible."""
     try:
         there = [(c, c.pid) for c in psutil.net_connections("tcp")]
     except psutil.AccessDenied:  # as on macOS, where only those of this user's own processes can be seen

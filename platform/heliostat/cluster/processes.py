@@ -1,7 +1,7 @@
-"""The processes of Ray nodes on this machine: which are there, and ending them, every one.
+"""Finds and ends the processes of Ray nodes on this machine.
 
 A node's processes have its folder in their environment (`MARK`). Those that Ray gives a title (its agents, dashboard modules and
-workers) write that over their environment; they are known by the logs below the folder that they hold open.
+workers) overwrite their environment with it; they are recognized by the logs below the folder that they hold open.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Node:
 
     @property
     def process(self) -> psutil.Process | None:
-        """The shell that was started for it."""
+        """Returns the shell that was started for the node; None if it has ended."""
         try:
             process = psutil.Process(self.pid)
             alive = abs(process.create_time() - self.created) < 1 and process.status() != psutil.STATUS_ZOMBIE
@@ -39,7 +39,7 @@ class Node:
 
 
 def of(nodes: list[Node]) -> Iterator[psutil.Process]:
-    """Every process of the nodes, wherever it was forked."""
+    """Yields every process of the nodes, wherever it was forked."""
     folders = {n.folder for n in nodes}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
@@ -57,7 +57,7 @@ def _folder(process: psutil.Process, folders: set[str]) -> str | None:
 
 
 def living(nodes: list[Node]) -> list[Node]:
-    """Those that run: what was started for a node may have been killed, and its raylet work on."""
+    """Selects the nodes that run: a node's shell may have been killed while its raylet runs on."""
     raylets = set[str | None]()
     for process in of(nodes):
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):  # it ends meanwhile
@@ -67,7 +67,7 @@ def living(nodes: list[Node]) -> list[Node]:
 
 
 def end(nodes: list[Node]) -> tuple[int, list[int]]:
-    """Ends all processes of the nodes; how many there were, and the pids of those that do not end."""
+    """Ends all processes of the nodes; returns how many there were, and the pids of those that remain."""
     there = {p.pid: p for p in of(nodes)}
     for process in list(there.values()):  # what they started without the mark
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -83,7 +83,7 @@ def end(nodes: list[Node]) -> tuple[int, list[int]]:
 
 
 def _left(there: dict[int, psutil.Process], nodes: list[Node]) -> list[psutil.Process]:
-    """Of those that were there, and of those that have come since."""
+    """Lists the processes that still run, of those in `there` and of the nodes' new ones, which it adds to `there`."""
     there.update({p.pid: p for p in of(nodes) if p.pid not in there})
     return [p for p in there.values() if _runs(p)]
 

@@ -1,8 +1,8 @@
-"""`heliostat cluster check FILE`: everything that can be found wrong with a cluster file before a machine is paid for.
+"""Checks a cluster file for everything that can be found wrong before a machine is paid for (`heliostat cluster check FILE`).
 
-Errors stop `cluster up`: what the tool's schema refuses, what cannot work, secrets written in (`written_secrets`). Warnings are
-for a person to decide on: open ports and Ray without authentication (`exposure`), what fails or is unsafe at the first start on a
-cloud (`clouds`) or in Kubernetes (`pods`), pools that no job can ask for.
+Errors stop `cluster up`: what the tool's schema refuses, what cannot work, secrets in plain text (`written_secrets`). Warnings
+are for a person to decide on: open ports and Ray without authentication (`exposure`), what fails or is unsafe at the first start
+on a cloud (`clouds`) or in Kubernetes (`pods`), pools that no job can ask for.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Report:
 
 
 def check(path: Path) -> Report:
-    """ConfigError if the file cannot be read at all; else what is wrong with it."""
+    """Reports the errors and warnings of a cluster file; ConfigError if it cannot be read at all."""
     cluster = cluster_file.read(path)
     with cluster_file.shaped(path):
         return _report(cluster)
@@ -45,7 +45,7 @@ def _report(cluster: ClusterFile) -> Report:
 
 
 def require(path: Path) -> ClusterFile:
-    """The cluster file, or one ConfigError with all its errors."""
+    """Returns the cluster file; one ConfigError with all its errors if it has any."""
     report = check(path)
     if report.errors:
         raise ConfigError("\n  ".join([f"{path}:", *report.errors]) if len(report.errors) > 1 else f"{path}: {report.errors[0]}")

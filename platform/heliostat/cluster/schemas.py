@@ -1,4 +1,4 @@
-"""Is a cluster file what its tool takes? Judged by the tools' own schemas, with messages that name the key and the nearest one.
+"""Validates a cluster file against its tool's own schema, with messages that name the key and the nearest valid one.
 
 Cluster-launcher YAML: the JSON schema in the installed ray. KubeRay manifests: the operator's CRDs, which are data from outside
 the repository: the folder `HELIOSTAT_KUBERAY_CRDS` (default `../shared/kuberay-crds`) with `rayclusters.yaml` and `rayjobs.yaml`.
@@ -23,7 +23,7 @@ CRD_FILES = {"RayCluster": "rayclusters.yaml", "RayJob": "rayjobs.yaml"}
 
 
 def faults(cluster: ClusterFile) -> list[str] | None:
-    """One line for everything that the schema refuses; None if there is no schema to judge by."""
+    """Lists the schema's violations, one line each; None if there is no schema to validate against."""
     schema = (
         _launcher() if cluster.kind == "launcher" else _crd(crd_folder() / CRD_FILES[cluster.kind], cluster.raw["apiVersion"])
     )
@@ -41,7 +41,7 @@ def crd_folder() -> Path:
 
 @lru_cache
 def _launcher() -> dict[str, Any]:
-    """Ray's schema, without importing Ray, which takes a second."""
+    """Reads Ray's schema without importing Ray, which takes a second."""
     from importlib.util import find_spec
 
     found = find_spec("ray")
@@ -61,7 +61,7 @@ def _crd(file: Path, api_version: str) -> dict[str, Any] | None:
 
 
 def strict(schema: Any) -> Any:
-    """An OpenAPI schema as JSON schema: unknown keys are errors where keys are listed, and int-or-string is either."""
+    """Converts an OpenAPI schema to JSON schema: unknown keys are errors where keys are listed; int-or-string accepts either."""
     if isinstance(schema, list):
         return [strict(s) for s in schema]
     if not isinstance(schema, dict):

@@ -1,7 +1,7 @@
-"""The code that a run is made by: commit, what differs from it, Python and packages.
+"""Captures the code and environment of a run: commit, difference from it, Python and packages.
 
-On a cluster there is no `.git`: `heliostat submit` sends what it knew in a file of the workspace (`pack`). What may hold
-secrets is not in the difference (`diff`), and only named.
+On a cluster there is no `.git`: `heliostat submit` sends the record in a file of the workspace (`workspace_package`). Files and
+lines that may hold secrets are not in the difference (`source_diff`), and only listed.
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ UNTRACKED = 1000  # files that git does not know and that are named
 
 @dataclass(frozen=True)
 class Source:
-    """`diff`: from the commit to the files that ran, as `git apply` takes it; `untracked`: files that git does not know;
-    `left_out`: what the difference lacks, because it may be secret."""
+    """Describes the source code of a run.
+
+    `diff`: from the commit to the files that ran, as `git apply` takes it; `untracked`: files that git does not track;
+    `left_out`: what the difference lacks, because it may be secret.
+    """
 
     commit: str = ""
     diff: str = ""
@@ -40,12 +43,12 @@ class Source:
 
     @property
     def digest(self) -> str:
-        """Names the difference; empty where there is none."""
+        """Identifies the difference by a hash; empty where there is none."""
         told = f"{self.diff}\0{self.untracked}" + (f"\0{self.left_out}" if self.left_out else "")
         return hashlib.sha256(told.encode()).hexdigest()[:12] if self.dirty else ""
 
     def text(self) -> str:
-        """The difference, behind what it lacks."""
+        """Formats the difference, after a list of what it lacks."""
         notes = [f"# not in git: {path}" for path in self.untracked] + [
             f"# left out, may be secret: {path}" for path in self.left_out
         ]
@@ -62,7 +65,7 @@ SOURCE = Format(Source, "record of the code that was submitted", fix="submit the
 
 
 def source() -> Source:
-    """The workspace as it is now."""
+    """Captures the source code of the workspace as it is now; on a cluster, reads the record sent with the job."""
     sent = workspace.root() / CODE_FILE
     if sent.is_file():
         return SOURCE.read(sent)
@@ -78,7 +81,7 @@ def source() -> Source:
 
 
 def user() -> str:
-    """Names who runs this; on a cluster, who submitted it."""
+    """Returns the name of the user who runs the command; on a cluster, of the user who submitted it."""
     try:
         return os.environ.get(USER) or getpass.getuser()
     except (KeyError, OSError):  # a container's process of a user without a name
@@ -86,7 +89,7 @@ def user() -> str:
 
 
 def environment() -> dict[str, str]:
-    """Python, the system, and every installed package's version, by name."""
+    """Maps Python, the operating system and every installed package to its version."""
     found = {(d.metadata["Name"] or "").lower().replace("_", "-"): d.version for d in distributions()}
     system = {"python": platform.python_version(), "system": f"{platform.system()} {platform.release()} {platform.machine()}"}
     return system | {name: found[name] for name in sorted(found) if name}

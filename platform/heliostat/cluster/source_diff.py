@@ -1,7 +1,7 @@
-"""What differs between a workspace and its commit, as `git apply` takes it, without the secrets that files hold.
+"""Computes the difference between a workspace and its commit, as `git apply` takes it, without the secrets that files hold.
 
-Files that may hold secrets by their name (`pack`) are left out, and so are files that were copied or renamed from one. In the
-others each line with a secret is hidden (`redact`), in what was and in what is. Both are told.
+Files that may hold secrets by their name (`workspace_package`) are left out, and so are files that were copied or renamed from
+one. In the others each line with a secret is hidden (`redact`), in the old and in the new version. Both are reported.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ HUNK = re.compile(r"@@ -(\d+)(?:,\d+)? \+(\d+)(?:,\d+)? @@")
 
 
 def git(root: Path, *command: str) -> str | None:
-    """What git says, as it is; None if it fails, or is not there."""
+    """Runs git and returns its output unchanged; None if it fails, or is not installed."""
     try:
         done = subprocess.run(["git", *command], cwd=root, capture_output=True, timeout=GIT_S, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -38,7 +38,7 @@ def git(root: Path, *command: str) -> str | None:
 
 
 def difference(root: Path) -> tuple[str, list[str]]:
-    """The difference from HEAD, and what it lacks, for a person to read."""
+    """Computes the difference from HEAD, and lists for a person what it leaves out."""
     changed, parts, left_out = _changed(root), [], []
     if changed is None:
         return "", ["all of it: git did not tell what has changed"]
@@ -58,7 +58,10 @@ def difference(root: Path) -> tuple[str, list[str]]:
 
 
 def _changed(root: Path) -> list[tuple[str, str]] | None:
-    """(path, what it was copied or renamed from, or itself) of each changed file; of a renamed one the old path too."""
+    """Lists (path, origin) of each changed file; None if git fails.
+
+    The origin is the path that it was copied or renamed from, or its own; a renamed file's old path is listed, too.
+    """
     told = git(root, "diff", "HEAD", "--name-status", "-z", "-M", "-C", "--relative")
     if told is None:
         return None
@@ -74,7 +77,7 @@ def _changed(root: Path) -> list[tuple[str, str]] | None:
 
 
 def _secrets(root: Path, path: str) -> tuple[set[int], set[int]]:
-    """Line numbers, from 1, that hold secrets: in the commit's file, and in the one that is there."""
+    """Finds the numbers, from 1, of the lines that hold secrets: in the commit's version of a file, and in the current one."""
     settings = Path(path).suffix.lower() in redact.SETTINGS
     try:
         new = (root / path).read_text(errors="replace")
@@ -86,7 +89,10 @@ def _secrets(root: Path, path: str) -> tuple[set[int], set[int]]:
 
 
 def hide(text: str, was: set[int], now: set[int]) -> tuple[str, int]:
-    """A file's difference with the secrets of these lines hidden, and how many lines that were."""
+    """Hides the secrets of these lines in a file's difference; returns it and how many lines were hidden.
+
+    `was`: line numbers in the commit's version; `now`: in the current one.
+    """
     lines, hidden, old, new = text.split("\n"), 0, 0, 0
     for i, line in enumerate(lines):
         if match := HUNK.match(line):

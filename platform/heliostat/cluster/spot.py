@@ -1,10 +1,10 @@
 """Drains this machine's Ray node when its provider gives notice: spot machines about to be taken, pods about to be deleted.
 
 Ray has no watcher for spot notices on EC2 and GCE. A node that is drained gets no new work, and a run that has workers on it
-stops behind a checkpoint and goes on elsewhere (`train.attempt`).
+stops after a checkpoint and continues elsewhere (`train.attempt`).
 
     python -m heliostat.cluster.spot aws          # beside `ray start`, in the background; EC2 gives some two minutes
-    python -m heliostat.cluster.spot gcp          # the same; Google Cloud gives 30 seconds
+    python -m heliostat.cluster.spot gcp          # likewise; Google Cloud gives 30 seconds
     python -m heliostat.cluster.spot now --seconds 90    # a Kubernetes preStop hook: drains, returns when no worker is left
 """
 
@@ -38,7 +38,7 @@ Get = Callable[..., tuple[int, str]]
 
 
 def get(url: str, method: str = "GET", headers: dict[str, str] | None = None) -> tuple[int, str]:
-    """Asks the metadata service, never through a proxy; (status, text). OSError if nothing answers."""
+    """Queries the metadata service, never through a proxy, and returns (status, text); OSError if nothing answers."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     request = urllib.request.Request(url, method=method, headers=headers or {})
     try:
@@ -51,7 +51,10 @@ def get(url: str, method: str = "GET", headers: dict[str, str] | None = None) ->
 
 
 def aws_notice(url: str = METADATA, ask: Get = get) -> float | None:
-    """Seconds until EC2 takes this spot instance, or None. Asks with a session token (IMDSv2: `HttpTokens: required`)."""
+    """Returns the seconds until EC2 takes this spot instance; None without a notice.
+
+    Queries with a session token (IMDSv2: `HttpTokens: required`).
+    """
     status, token = ask(f"{url}/latest/api/token", "PUT", {"X-aws-ec2-metadata-token-ttl-seconds": "60"})
     if status != 200:
         raise ClusterError(f"{url}: gave no session token (HTTP {status})")
@@ -68,7 +71,7 @@ def aws_notice(url: str = METADATA, ask: Get = get) -> float | None:
 
 
 def gcp_notice(url: str = METADATA, ask: Get = get) -> float | None:
-    """Seconds until Google Cloud takes this spot machine, or None."""
+    """Returns the seconds until Google Cloud takes this spot machine; None without a notice."""
     status, text = ask(f"{url}/computeMetadata/v1/instance/preempted", "GET", {"Metadata-Flavor": "Google"})
     if status != 200:
         raise ClusterError(f"{url}: instance/preempted answered HTTP {status}")
@@ -79,7 +82,7 @@ NOTICES = {"aws": aws_notice, "gcp": gcp_notice}
 
 
 def drain(seconds: float, reason: str, address: str | None = None, node_ip: str | None = None) -> str:
-    """Tells the cluster that this machine's node goes in so many seconds; returns the node's id. ClusterError if it cannot."""
+    """Drains this machine's node, which leaves in `seconds`, and returns the node's id; ClusterError if that fails."""
     import ray
     from ray._private.services import canonicalize_bootstrap_address_or_die
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
@@ -104,7 +107,10 @@ def drain(seconds: float, reason: str, address: str | None = None, node_ip: str 
 
 
 def watch(notice: Callable[[], float | None], drains: Callable[[float], str], poll_s: float = POLL_S) -> None:
-    """Asks until a notice comes, then drains, again and again until that works or the time is up. Says once when answers stop."""
+    """Polls until a notice comes, then drains, and retries until that succeeds; ClusterError if the time runs out first.
+
+    Warns once when the metadata service stops answering.
+    """
     deaf = False
     while True:
         try:
@@ -133,13 +139,13 @@ def watch(notice: Callable[[], float | None], drains: Callable[[float], str], po
 
 
 def working() -> bool:
-    """Whether one of Ray's processes on this machine still runs a training worker, an actor or a task."""
+    """Checks whether one of Ray's processes on this machine still runs a training worker, an actor or a task."""
     names = ((p.info["cmdline"] or [""])[0] for p in psutil.process_iter(["cmdline"]))
     return any(name.startswith("ray::") and not name.startswith(NO_WORK) for name in names)
 
 
 def leave(seconds: float, drains: Callable[[float], str], busy: Callable[[], bool] = working) -> bool:
-    """Drains at once and waits, at most so long, until no worker is left; returns whether that came true."""
+    """Drains at once and waits, at most `seconds`, until no worker is left; returns whether that was reached."""
     deadline = time.monotonic() + seconds
     try:
         log.warning("node %s drains", drains(seconds))

@@ -1,4 +1,4 @@
-"""Starting Ray, or joining it: what goes wrong is one line, and what a busy machine was too slow for is tried once more."""
+"""Starts or joins Ray: reports a failure in one line, and tries once more where a busy machine was too slow."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ END_S = 5.0
 
 
 def init(**options: Any) -> None:
-    """`ray.init`; ClusterError if it fails twice. Ray gives its processes 30 s to come up, and a busy machine may need more."""
+    """Calls `ray.init`, again if it fails once; ClusterError if it fails twice.
+
+    Ray gives its processes 30 s to start, and a busy machine may need more.
+    """
     for left in reversed(range(TRIES)):
         before = _children()
         try:
@@ -39,7 +42,7 @@ def _children() -> set[psutil.Process]:
 
 
 def _end(before: set[psutil.Process]) -> None:
-    """Ends what a start that failed has left."""
+    """Ends the processes that a failed start has left."""
     with contextlib.suppress(Exception):  # it may have got anywhere
         ray.shutdown()
     left = _children() - before

@@ -1,8 +1,8 @@
-"""What of the workspace travels with a job: code and small files, never data, secrets or `.git`.
+"""Packages the workspace for a job: code and small files, never data, secrets or `.git`.
 
-`.gitignore` files are respected, in every folder. What is left out beside is told (`Packed.left_out`): data, what may hold
-secrets by its name (in any case of letters), YAML files with a password in them, and links whose target does not travel. A
-workspace above the limit is refused with its biggest paths, because a mistake here is gigabytes on every node.
+`.gitignore` files are respected, in every folder. What else is left out is reported (`Packed.left_out`): data, what may hold
+secrets by its name (in any case of letters), YAML files with a password in them, and links whose target is not sent. A workspace
+above the limit is refused with its biggest paths, because a mistake here is gigabytes on every node.
 """
 
 from __future__ import annotations
@@ -66,7 +66,11 @@ SECRET, HOLDS, KEPT, LINK = "may hold secrets", "hold a password", "are data", "
 
 @dataclass
 class Packed:
-    """`files`: relative paths of what travels, sorted; `left_out`: of what does not, though no .gitignore says so, by reason."""
+    """Lists the files that are sent and those left out.
+
+    `files`: relative paths of the sent ones, sorted; `left_out`: by reason, the paths that are not sent though no .gitignore
+    excludes them.
+    """
 
     files: list[Path] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
@@ -76,7 +80,7 @@ class Packed:
 
 
 def private(path: str) -> bool:
-    """Whether a path, relative to the workspace, is never to be shown or sent: a secret by its name, or data."""
+    """Checks whether a path, relative to the workspace, must never be shown or sent: a secret by its name, or data."""
     return bool(_never(path))
 
 
@@ -87,7 +91,7 @@ def _never(path: str) -> str | None:
 
 
 def look(workspace: Path, limit: int = LIMIT) -> Packed:
-    """What travels, and what does not; ConfigError above `limit` bytes."""
+    """Selects what is sent with a job and what is not; ConfigError above `limit` bytes."""
     packed, links = Packed(), list[Path]()
     for path in _walk(workspace, Path(), [], packed):
         if (workspace / path).is_symlink():
@@ -139,7 +143,7 @@ def _walk(workspace: Path, folder: Path, specs: list[tuple[Path, GitIgnoreSpec]]
 
 
 def _ignored(path: Path, folder: bool, specs: list[tuple[Path, GitIgnoreSpec]]) -> bool:
-    """As git decides: the deepest .gitignore that says anything of the path."""
+    """Decides as git does: by the deepest .gitignore with a pattern that matches the path."""
     for base, spec in reversed(specs):
         said = spec.check_file(f"{path.relative_to(base)}{'/' if folder else ''}").include
         if said is not None:
@@ -148,7 +152,7 @@ def _ignored(path: Path, folder: bool, specs: list[tuple[Path, GitIgnoreSpec]]) 
 
 
 def stage(workspace: Path, target: Path, limit: int = LIMIT) -> Packed:
-    """Copies what travels into a folder, and says what does not."""
+    """Copies what is sent with a job into a folder, and warns of what is not sent."""
     packed = look(workspace, limit)
     for path in packed.files:
         (target / path).parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +164,7 @@ def stage(workspace: Path, target: Path, limit: int = LIMIT) -> Packed:
 
 
 def stage_package(target: Path) -> Path:
-    """Copies the running heliostat package: what a wheel of it holds, and no dependency."""
+    """Copies the running heliostat package: what a wheel of it holds, without dependencies."""
     import heliostat
 
     assert heliostat.__file__

@@ -28,7 +28,7 @@ HARMLESS = re.compile(r"(?i)(?:_PATH|_FILE|_DIR|_MODE|_TTL|_URL|_TYPE|_NAME)$") 
 
 
 def faults(cluster: ClusterFile) -> Iterator[str]:
-    """One line for every secret that the file holds; none repeats it."""
+    """Reports every secret in the file, one line each, without repeating it."""
     text = cluster.path.read_text(encoding="utf-8")
     for number, line in enumerate(text.splitlines(), 1):
         code = "" if line.lstrip().startswith("#") else line.split(" #")[0]
@@ -43,7 +43,7 @@ def faults(cluster: ClusterFile) -> Iterator[str]:
 
 
 def found_in(line: str) -> str | None:
-    """What kind of secret a line holds, or None."""
+    """Detects a secret in a line and returns its kind, or None."""
     for what, pattern in PATTERNS.items():
         for match in re.finditer(pattern, line):
             named = match.groupdict().get("name")
@@ -53,12 +53,12 @@ def found_in(line: str) -> str | None:
 
 
 def _refers(value: str) -> bool:
-    """Whether it is the path of a file that holds a secret, not the secret."""
+    """Checks whether the value is the path of a file that holds a secret, not the secret itself."""
     return value.lstrip("'\"").startswith(("/", "~", "./"))
 
 
 def _environment(node: Any) -> Iterator[tuple[str, str]]:
-    """(name, literal value) of every container's environment variables."""
+    """Yields (name, literal value) of every container's environment variables."""
     if isinstance(node, dict):
         for entry in node["env"] if isinstance(node.get("env"), list) else []:
             if isinstance(entry, dict) and isinstance(entry.get("value"), str):

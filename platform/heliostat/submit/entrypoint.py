@@ -1,14 +1,14 @@
-"""What a submitted job runs on the cluster's head: `heliostat train`, or `tune`, as a child, with its log kept in storage.
+"""Runs a submitted job on the cluster's head: `heliostat train`, or `tune`, as a child process, with its log kept in storage.
 
     python -m heliostat.submit.entrypoint JOB.yaml [--attempt ID] [--sweep SWEEP.yaml] [--queue NAME] [--flag=--resume]
 
-A child that is killed, or dies without a word, is started again, and goes on from the newest checkpoint, as often as the job's
-`retries` allow (`again`); after that the run's MLflow status is FAILED, with the reason.
+A child that is killed, or dies without recording an outcome, is started again, and continues from the newest checkpoint, as often
+as the job's `retries` allow (`restarts`); after that the run's MLflow status is FAILED, with the reason.
 
-The log goes to standard output, which the Jobs API shows, and to `logs/` in the run's folder (`logs`), which stays when the
-cluster is gone. `heliostat stop` makes Ray send SIGTERM to this process and to the training driver alike; this one waits for the
-other, which saves a checkpoint. It does not if the Jobs API has a job that is a note to end this attempt now (`stop --now`):
-storage may be what does not answer.
+The log goes to standard output, which the Jobs API shows, and to `logs/` in the run's folder (`logs`), which outlives the
+cluster. `heliostat stop` makes Ray send SIGTERM to this process and to the training driver alike; this process waits for the
+driver, which saves a checkpoint. It does not wait if the Jobs API lists a marker job that tells this attempt to end now (`stop
+--now`): storage may be what does not answer.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Driver:
             sender.join(NOW_S if self._killed else None)
 
     def _children(self) -> int:
-        """The command, started again while it dies and may; the exit code."""
+        """Runs the command, again as long as it dies and retries are left; returns the exit code."""
         while True:
             pid, code = self._child()
             how = "" if self.stopping.is_set() else self.again.died(pid, code)
@@ -89,7 +89,7 @@ class Driver:
             return code if code >= 0 else 128 - code
 
     def _starts_again(self, pid: int, how: str) -> bool:
-        """Waits until the dead child's successor is to start; False if there is to be none."""
+        """Waits until the dead child's successor is due; False if there is none."""
         try:
             wait = self.again.wait_s(how)
         except TrainingError as e:
@@ -101,7 +101,7 @@ class Driver:
         return not self.stopping.wait(wait)
 
     def _settle(self, how: str) -> None:
-        """Tells MLflow that the run is over, which its dead driver could not."""
+        """Reports to MLflow that the run is over, which its dead driver could not."""
         from heliostat.track.reconcile import settle_folder
 
         try:
@@ -110,7 +110,7 @@ class Driver:
             log.warning("MLflow was not told that the run is over: %s", e)
 
     def _child(self) -> tuple[int, int]:
-        """The command, once, to its end: its process's number, and exit code."""
+        """Runs the command once, to its end, and returns its process id and exit code."""
         child = subprocess.Popen([*self.command, *self.flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0)
         reader = threading.Thread(target=self._copy, args=(child,), daemon=True)
         reader.start()
@@ -136,7 +136,7 @@ class Driver:
         self._log.add(data)
 
     def _send(self) -> None:
-        """Keeps the log's copy in storage up to date, until it is whole."""
+        """Updates the log's copy in storage until it is complete."""
         over = False
         while not over:
             over = self._over.wait(UPLOAD_S)
@@ -146,7 +146,7 @@ class Driver:
                 log.warning("the log's copy in storage is behind: %s", e)
 
     def _now(self) -> bool:
-        """Whether the driver is not to wait for a checkpoint."""
+        """Checks whether the driver must end without waiting for a checkpoint."""
         try:
             jobs = http.get(f"{self.jobs_url()}/api/jobs/", http.own_token())[1] or []
         except Exception as e:  # noqa: BLE001 (whatever Ray raises: the driver waits on)
@@ -162,7 +162,7 @@ class Driver:
             pass
 
     def _wait_for_turn(self, queue: str) -> None:
-        """Until no job of the queue that was submitted before this one is left."""
+        """Waits until no job of the queue that was submitted before this one is left."""
         url, token = self.jobs_url(), http.own_token()
         told = False
         while not self.stopping.is_set():
@@ -176,7 +176,7 @@ class Driver:
 
 
 def jobs_url() -> str:
-    """The Jobs API, as this cluster's own state tells it."""
+    """Returns the address of the Jobs API, from the state of the cluster that this process runs on."""
     from ray._private.services import canonicalize_bootstrap_address_or_die
     from ray.dashboard.utils import ray_address_to_api_server_url
 
@@ -184,7 +184,7 @@ def jobs_url() -> str:
 
 
 def before(name: str, queue: str, jobs: list[dict[str, Any]]) -> list[str] | None:
-    """Names of the queue's unfinished jobs that started before the job of this name; None if it is not among them (yet)."""
+    """Lists the queue's unfinished jobs that started before the job `name`; None if that is not among them (yet)."""
     waiting = [j for j in jobs if (j.get("metadata") or {}).get("queue") == queue and j["status"] in ("PENDING", "RUNNING")]
     mine = next((j for j in waiting if j["submission_id"] == name), None)
     if mine is None:

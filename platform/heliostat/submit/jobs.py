@@ -1,8 +1,8 @@
-"""Jobs on a cluster, through Ray's Jobs API: submit, follow, look, stop, resume.
+"""Manages jobs on a cluster through Ray's Jobs API: submits, follows, lists, stops and resumes them.
 
 The submission's id is the run's name, so there is one job for one run: submitting the same job again finds the first. What the
-API forgets with its cluster stays: the run's folder has the log, the ledger (progress) and the result, and
-`.heliostat/jobs/ID.json` remembers where that is.
+API forgets with its cluster is kept elsewhere: the run's folder has the log, the ledger (progress) and the result, and
+`.heliostat/jobs/ID.json` records where that folder is.
 """
 
 from __future__ import annotations
@@ -60,8 +60,11 @@ PASSED = (
 @closed
 @dataclass(frozen=True)
 class Record:
-    """What this workspace remembers of a submission. `cluster`: what the person named; `job`: the whole job, resolved; `sweep`:
-    the whole sweep, if it is one, whose base job that is: then the id is the sweep's name, and `steps` counts its trials."""
+    """Describes a submission, as this workspace records it.
+
+    `cluster`: the cluster as the user named it; `job`: the whole job, resolved; `sweep`: the whole sweep, if it is one, with
+    `job` as its base: then the id is the sweep's name, and `steps` counts its trials.
+    """
 
     id: str
     cluster: str | None
@@ -101,7 +104,7 @@ SUBMITTED = Format(Record, "record of a submission", ConfigError, fix="delete it
 
 
 class Jobs:
-    """One cluster's jobs."""
+    """Manages the jobs of one cluster."""
 
     def __init__(self, there: Endpoint) -> None:
         from ray.job_submission import JobSubmissionClient
@@ -121,7 +124,11 @@ class Jobs:
     # submitting ------------------------------------------------------------------------------------------------------
 
     def submit(self, record: Record, flags: tuple[str, ...] = ()) -> str:
-        """The submission's id. The same job again is the same submission; another job of this name is an error."""
+        """Submits a job and returns the submission's id.
+
+        Submitting the same job again returns the same submission; ConfigError if another job has this name, or this job ended
+        before and no flag allows it to go on.
+        """
         digest, queue = record.digest, record.queue
         if found := self.find(record.id):
             if found["status"] not in OVER or (found["status"] == "SUCCEEDED" and not flags):
@@ -176,9 +183,9 @@ class Jobs:
         return record.id
 
     def _forget(self, job_id: str) -> None:
-        """Frees the id of a submission that is over, once Ray is through with it.
+        """Frees the id of a finished submission, once Ray has finished with it.
 
-        Ray's monitor of a job that ended looks a moment later at what became of its supervisor, by the id: a new submission under
+        Ray's monitor of a job that ended looks up the state of its supervisor a moment later, by the id: a new submission under
         that id would then be taken for the old one, and failed.
         """
         deadline = time.monotonic() + RETRY_S
@@ -190,7 +197,7 @@ class Jobs:
         self._retry(lambda: self.client.delete_job(job_id), "forgetting the earlier submission")
 
     def _retry(self, action: Callable[[], T], what: str) -> T:
-        """Again and again while the cluster fails, within RETRY_S; ClusterError then, or at once if it refuses."""
+        """Retries an action while the cluster fails, within RETRY_S; ClusterError after that, or at once if it refuses."""
         import requests
 
         deadline, wait = time.monotonic() + RETRY_S, 0.5
@@ -209,7 +216,7 @@ class Jobs:
     # looking ---------------------------------------------------------------------------------------------------------
 
     def list(self) -> list[dict[str, Any]]:
-        """Every submission, the newest first."""
+        """Lists every submission, the newest first."""
         raw = self._retry(self.client.list_jobs, "listing jobs")
         found = [_plain(j) for j in raw if j.submission_id and ENDS not in (j.metadata or {})]
         return sorted(found, key=lambda j: j["started"] or 0, reverse=True)
@@ -227,7 +234,7 @@ class Jobs:
         return found
 
     def follow(self, job_id: str) -> Iterator[str]:
-        """The log as it grows, until the job is over. Earlier submissions of this id wrote into the same: they are left out."""
+        """Yields the log as it grows, until the job is over, without what earlier submissions of this id wrote to the same log."""
         attempt = self.get(job_id)["metadata"]["attempt"]
         held: str | None = ""  # what came before the submission's part of the log was found
         for text in self._tail(job_id):
@@ -245,7 +252,7 @@ class Jobs:
             yield found["message"] + "\n"
 
     def _tail(self, job_id: str) -> Iterator[str]:
-        """What is new in the log's file, as it comes, until the job is over; behind a broken connection only what is new."""
+        """Yields what is added to the log's file until the job is over; after a broken connection, only what is new."""
         import aiohttp
 
         came, deadline = 0, time.monotonic() + RETRY_S
@@ -272,7 +279,7 @@ class Jobs:
     # stopping --------------------------------------------------------------------------------------------------------
 
     def stop(self, job_id: str, now: bool = False) -> dict[str, Any]:
-        """Ends a job, after a checkpoint unless `now`; returns when it is over."""
+        """Stops a job, after a checkpoint unless `now`, waits until it is over and returns it."""
         found = self.get(job_id)
         if found["status"] in OVER:
             return found
@@ -288,7 +295,7 @@ class Jobs:
         return found
 
     def _note_to_end(self, attempt: str) -> str:
-        """A job that does nothing, and whose metadata tell the attempt's driver to end: all that needs is the cluster."""
+        """Submits a marker job, which does nothing: its metadata make the attempt's driver end; this needs only the cluster."""
         note = f"stop-{attempt}-{uuid.uuid4().hex[:6]}"
         self._retry(
             lambda: self.client.submit_job(entrypoint="true", submission_id=note, metadata={ENDS: attempt}), "telling the driver"
@@ -297,7 +304,7 @@ class Jobs:
 
 
 def _sync(source: AsyncIterator[T], beat: Callable[[], object]) -> Iterator[T]:
-    """An asynchronous iterator's items; `beat` is called while none comes, and may raise."""
+    """Yields an asynchronous iterator's items; calls `beat` while none arrives, which may raise."""
     with asyncio.Runner() as runner:
         loop = runner.get_loop()
         while True:
@@ -311,9 +318,9 @@ def _sync(source: AsyncIterator[T], beat: Callable[[], object]) -> Iterator[T]:
 
 
 def _beginning(text: str, attempt: str, over: bool) -> int | None:
-    """Where a submission's part of its id's log begins: behind the line that names the attempt; None before that is written.
+    """Finds where a submission's part of its id's log begins: after the line that names the attempt; None before that is written.
 
-    A submission that is over without one never came to its entrypoint: then all that is there is shown.
+    A submission that is over without that line never reached its entrypoint: then the whole log is its part.
     """
     _, found, behind = text.rpartition(attempt)
     if found and "\n" in behind:
@@ -322,7 +329,7 @@ def _beginning(text: str, attempt: str, over: bool) -> int | None:
 
 
 def _plain(details: Any) -> dict[str, Any]:
-    """A JobDetails of Ray's as plain data; times in seconds."""
+    """Converts Ray's JobDetails to plain data; times in seconds."""
     return {
         "id": details.submission_id,
         "status": str(details.status),
@@ -335,14 +342,14 @@ def _plain(details: Any) -> dict[str, Any]:
 
 
 def exit_code(job: dict[str, Any]) -> int:
-    """Of a command that followed a job: 0 succeeded, 130 stopped, 2 if the job found its input bad, else 1."""
+    """Returns the exit code of a command that followed a job: 0 succeeded, 130 stopped, 2 if the job found its input bad, else 1."""
     if job["status"] == "STOPPED":
         return 130
     return 0 if job["status"] == "SUCCEEDED" else 2 if job["exit_code"] == 2 else 1
 
 
 def progress(run: Location, steps: int) -> dict[str, Any]:
-    """How far a run is, from its ledger in storage: steps done, the share, and seconds to go at the present pace."""
+    """Computes a run's progress from its ledger in storage: steps done, their share, and seconds left at the present pace."""
     try:
         attempts = goodput.read(run)
     except (HeliostatError, OSError) as e:
@@ -354,7 +361,7 @@ def progress(run: Location, steps: int) -> dict[str, Any]:
 
 
 def sweep_progress(folder: Location) -> dict[str, Any]:
-    """The same of a sweep: trials that are over, of those that there are to be."""
+    """Computes a sweep's progress from its record in storage: finished trials, out of all planned ones."""
     from heliostat.tune import listing
 
     try:
@@ -365,14 +372,20 @@ def sweep_progress(folder: Location) -> dict[str, Any]:
 
 
 def eta(attempt: Attempt, steps: int) -> float | None:
-    """Steps to go, each as long as this attempt's have taken with all that belongs to them; None before there are any."""
+    """Estimates the seconds left: the steps left, each as long as this attempt's took with everything that belongs to them.
+
+    None before the attempt has made a step.
+    """
     done = attempt.reached - attempt.start_step
     spent = sum(attempt.parts.get(p, 0.0) for p in ("computing", "data", "communicating", "checkpoint", "evaluating"))
     return (steps - attempt.reached) * spent / done if done else None
 
 
 def load(path: Path, settings: list[str], there: Endpoint) -> Job:
-    """The job for a cluster. Relative paths mean this machine's workspace, which only a cluster on this machine sees."""
+    """Loads a job for a cluster.
+
+    ConfigError if it has paths of this machine's workspace, and the cluster, being elsewhere, does not see them.
+    """
     written = schema.load(Job, "job", path, settings)
     if not there.here:
         paths = {f"data.sources.{i}.path": s.path for i, s in enumerate(written.data.sources)} | {"storage": written.storage}
@@ -390,7 +403,7 @@ def load(path: Path, settings: list[str], there: Endpoint) -> Job:
 
 
 def changed(record: Record, settings: list[str], cluster: str | None) -> Record:
-    """An earlier submission, with settings changed, for this cluster."""
+    """Derives the record of an earlier submission with settings changed, for this cluster; ConfigError for a sweep's settings."""
     if record.sweep:
         if settings:
             raise ConfigError(f"{record.id}: is a sweep; change its file, and use `heliostat tune SWEEP.yaml --cluster --resume`")

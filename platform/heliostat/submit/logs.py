@@ -1,6 +1,6 @@
-"""A job's log as storage keeps it: `logs/ATTEMPT.NNNNNN.log` in the run's folder, parts of a megabyte.
+"""Keeps a job's log in storage: `logs/ATTEMPT.NNNNNN.log` in the run's folder, parts of one MiB.
 
-An object cannot be added to; so what is new costs no more than its part to keep, however long the log is.
+Objects in storage cannot be appended to; in parts, storing what is new costs no more than one part, however long the log is.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ PART = 1 << 20
 
 
 class LogCopy:
-    """`add` and `send` may be called in different threads."""
+    """Copies an attempt's log to storage; `add` and `send` may be called in different threads."""
 
     def __init__(self, folder: Location, attempt: str) -> None:
         self.folder, self.attempt = folder, attempt
@@ -30,7 +30,7 @@ class LogCopy:
         self._written += len(data)
 
     def send(self) -> None:
-        """Writes the parts that storage does not have yet, or not all of."""
+        """Writes the parts that storage lacks, or has only in part."""
         with self._one:
             while self._sent < self._written:
                 number = self._sent // PART
@@ -40,6 +40,6 @@ class LogCopy:
 
 
 def stored(run: Location) -> str | None:
-    """The logs of every submission of a run, one behind the other; None if there are none."""
+    """Reads the logs of every submission of a run, concatenated; None if there are none."""
     names = sorted(n for n, _ in run.join(run_folder.LOGS).files() if n.endswith(".log"))
     return b"".join(run.join("logs", n).read() for n in names).decode(errors="replace") if names else None

@@ -1,8 +1,8 @@
-"""Whether a training command that has ended is to be started again: its driver died, and there is a budget.
+"""Decides whether a training command that has ended is started again: its driver died, and retries are left.
 
-A command that ends by itself says so in the run's ledger, whatever its exit code; one that is killed (out of memory, a fault in a
-library) does not. Its successor goes on from the newest checkpoint. The budget is the job's `retries`: so many deaths in a row,
-where progress begins a new row.
+A command that ends by itself records that in the run's ledger, whatever its exit code; one that is killed (out of memory, a fault
+in a library) does not. Its successor continues from the newest checkpoint. The budget is the job's `retries`: the maximum number
+of deaths in a row, where progress resets the count.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class Again:
-    """Of one run, or one sweep, in `folder`."""
+    """Decides on restarts of the command of one run, or one sweep, in `folder`."""
 
     def __init__(self, folder: Location, retries: Retries, sweep: bool = False) -> None:
         self.folder, self.sweep = folder, sweep
@@ -33,24 +33,24 @@ class Again:
         self._began = time.time()
 
     def died(self, pid: int, code: int) -> str:
-        """How the command died, of this exit code as `Popen` tells it; empty if it ended by itself."""
+        """Describes how the command died, from its exit code as `Popen` returns it; empty if it ended by itself."""
         if code < 0:
             return f"killed by {signal.Signals(-code).name}"
         mine = None if self.sweep or not code else self._attempt(pid)
         return f"with exit code {code}" if mine is not None and mine.outcome is None else ""
 
     def wait_s(self, how: str) -> float:
-        """Seconds until it is to be started again; TrainingError if its budget is used up."""
+        """Returns the seconds to wait before the restart; TrainingError if the retries are used up."""
         return self.budget.spend(TrainingError(f"the driver died without a word, {how}"), self._progress())
 
     def flags(self, given: list[str], pid: int) -> list[str]:
-        """The successor's: it goes on with what the dead one has begun, but does not take an earlier run for that."""
+        """Returns the successor's flags: it resumes what the dead command has begun, but never an earlier run."""
         if not self._has_begun(pid):
             return given
         return [*(f for f in given if f not in ("--overwrite", "--resume")), "--resume"]
 
     def _attempt(self, pid: int) -> Attempt | None:
-        """The newest of this process in the run's ledger."""
+        """Finds this process's newest attempt in the run's ledger; None if there is none, or the ledger cannot be read."""
         try:
             found = [a for a in goodput.read(self.folder) if (a.host, a.pid) == (socket.gethostname(), pid)]
         except (HeliostatError, OSError) as e:
@@ -67,7 +67,7 @@ class Again:
             return False
 
     def _progress(self) -> int:
-        """The newest checkpoint's step, or the number of trials that are over."""
+        """Returns the newest checkpoint's step, or the number of finished trials of a sweep; -1 if that is not known."""
         try:
             if self.sweep:
                 from heliostat.tune import listing
