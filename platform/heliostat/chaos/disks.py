@@ -12,7 +12,7 @@ from heliostat.config.spec import Job
 
 
 def why_not(job: Job) -> str | None:
-    """Why there can be none here."""
+    """Explains why no small disk can be mounted here; None if one can."""
     if os.geteuid():
         return "mounts a small tmpfs, which needs root"
     with tempfile.TemporaryDirectory() as probe:

@@ -1,9 +1,9 @@
-"""A job run with faults, one after another, each compared with the same job's unbroken run.
+"""Runs a job with faults, one after another, and compares each run with the same job's unbroken run.
 
     rows = chaos(Path("jobs/chaos.yaml"), ["kill-worker", "hang"], work=Path(".heliostat/chaos"))
 
 Every run is a `heliostat train` of its own, on a private Ray of this machine, with the job's own settings but for its name,
-storage and MLflow store, which lie in the work folder: `FAULT/` with the run, `FAULT.log` with what it said.
+storage and MLflow store, which lie in the work folder: `FAULT/` with the run, `FAULT.log` with its output.
 """
 
 from __future__ import annotations
@@ -72,7 +72,10 @@ def chaos(
     work: Path | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """(a row for each fault, what is wrong); `tell` is called with what is being done. ConfigError before anything starts."""
+    """Runs the job once without faults and once per fault; returns (a row per fault, what is wrong).
+
+    `tell` is called with a description of each stage. ConfigError before anything starts.
+    """
     faults = choose(names)
     checked = check.check(check.load_job(path, settings))
     job = checked.job
@@ -112,7 +115,7 @@ def choose(names: list[str]) -> list[Fault]:
 
 
 def _unbroken(it: Chaos) -> Unbroken:
-    """The run without faults; the one that is there already, if it is of the same job and data."""
+    """Runs the job without faults, or resumes the earlier such run of the same job and data."""
     same = json.dumps([it.checked.job.dump(), it.checked.plan.digest], sort_keys=True)
     name = f"unbroken-{hashlib.sha256(same.encode()).hexdigest()[:8]}"
     with Command([*it.arguments(name, {}), "--resume"], it.work / "unbroken.log") as command:
@@ -126,7 +129,7 @@ def _unbroken(it: Chaos) -> Unbroken:
 
 
 def _broken(it: Chaos, fault: Fault, whole: Unbroken) -> tuple[dict[str, Any], list[str]]:
-    """The fault's row, and what is wrong with the run."""
+    """Runs the job with a fault; returns the fault's row, and what is wrong with the run."""
     job, folder = it.checked.job, it.work / fault.name
     folder.mkdir(exist_ok=True)
     random_ = rng(it.seed, fault.name)
@@ -169,14 +172,14 @@ def _compare(it: Chaos, fault: Fault, scene: Scene, command: Command, whole: Unb
 
 
 def _logged(tracking: str, run_id: str) -> list[int]:
-    """The steps whose loss MLflow holds."""
+    """Lists the steps whose loss MLflow holds."""
     from mlflow import MlflowClient
 
     return sorted(m.step for m in MlflowClient(tracking_uri=tracking).get_metric_history(run_id, "train/loss"))
 
 
 def _registered(tracking: str, run_id: str) -> int:
-    """How many versions of a model the run has registered."""
+    """Counts the model versions that the run has registered."""
     from mlflow import MlflowClient
 
     return len(MlflowClient(tracking_uri=tracking).search_model_versions(f"run_id = '{run_id}'"))

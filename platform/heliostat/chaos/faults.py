@@ -1,7 +1,7 @@
-"""The faults: each has what it needs beforehand (`prepare`), and what it does when the run has come to the step (`strike`).
+"""Defines the faults: each has a preparation (`prepare`) and an action at the chosen step of the run (`strike`).
 
-None of them reaches into the training code: they send signals to processes, damage files, stop servers and fill disks.
-`FAULTS` names them all; one that this machine cannot inject says why (`unable`).
+None of them reaches into the training code: they send signals to processes, damage files, stop servers and fill disks. `FAULTS`
+lists them all; one that this machine cannot inject gives the reason (`unable`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ ROOM_LEFT = 64 << 10  # bytes that a full disk still has: for a receipt, not for
 
 @dataclass
 class Scene:
-    """One fault's run. `settings` and `environment` are the command's; `storage` and `tracking` are as they are reached here."""
+    """Holds the state of one fault's run.
+
+    `settings` and `environment` are the command's; `storage` and `tracking` are the addresses that this process uses.
+    """
 
     checked: Checked
     folder: Path
@@ -113,12 +116,15 @@ def kill_driver(scene: Scene, command: Command) -> None:
 
 
 def prepare_late(scene: Scene) -> None:
-    """The run registers its model, so that there is the more to do behind its last step."""
+    """Makes the run register its model, so that there is more to do after its last step."""
     scene.settings["mlflow.register"] = MODEL
 
 
 def kill_driver_late(scene: Scene, command: Command) -> None:
-    """At any moment between the last checkpoint and the command's end, by as long as the unbroken run took for that."""
+    """Kills the driver at a random moment between the last checkpoint and the command's end.
+
+    The moment is drawn from as long as the unbroken run took from its last step to its end.
+    """
     last = layout.folder(scene.run, scene.checked.job.last_step).join(layout.INDEX)
     command.until(last.exists, SEEING_S, "the last checkpoint was written")
     time.sleep(scene.random.uniform(0.0, scene.late_s))
@@ -143,7 +149,7 @@ def cannot_make_nodes(job: Job) -> str | None:
 
 
 def prepare_nodes(scene: Scene) -> LocalNodes:
-    """A node for each worker, and one to spare."""
+    """Starts a node for each worker, and a spare one."""
     job = scene.checked.job
     nodes = scene.stack.enter_context(LocalNodes(scene.folder, job.workers.most + 1, job.workers.cpus + 1))
     scene.environment |= nodes.environment
@@ -164,7 +170,7 @@ def prepare_head(scene: Scene) -> LocalNodes:
 
 
 def restart_head(scene: Scene, command: Command) -> None:
-    """The cluster's head dies, and with it Ray's control plane and the run's driver; later there is a cluster again."""
+    """Stops the whole cluster, and with its head Ray's control plane and the run's driver; then starts it again."""
     scene.tool.stop()
     command.until_ended(SEEING_S)
     scene.tool.start()
@@ -179,7 +185,7 @@ def no_s3(job: Job) -> str | None:
 
 @contextmanager
 def environment(values: dict[str, str]) -> Iterator[None]:
-    """This process's environment, which its children inherit, with these values."""
+    """Sets these variables in this process's environment, which its children inherit; restores it afterwards."""
     before = dict(os.environ)
     os.environ.update(values)
     try:
@@ -190,7 +196,7 @@ def environment(values: dict[str, str]) -> Iterator[None]:
 
 
 def prepare_s3(scene: Scene) -> proxy.FaultProxy:
-    """The datasets and the run on S3, behind a proxy that can fail."""
+    """Puts the datasets and the run on S3, behind a proxy that can inject faults."""
     scene.stack.enter_context(environment(KEYS))
     server = scene.stack.enter_context(s3_server(scene.folder))
     between = scene.stack.enter_context(proxy.FaultProxy(server.endpoint, seed=scene.random.randrange(1 << 30)))
@@ -206,7 +212,7 @@ def prepare_s3(scene: Scene) -> proxy.FaultProxy:
 
 
 def s3_503(scene: Scene, command: Command) -> None:
-    """From now to the end of the run, a share of the requests is refused."""
+    """Makes the store refuse a share of the requests, from now to the end of the run."""
     scene.tool.faults = (proxy.Fault("status", rate=scene.rate),)
     command.until(lambda: bool(scene.tool.injected), SEEING_S, "request was refused")
     scene.seen = time.time()
@@ -218,7 +224,7 @@ def copy(source: Location, target: Location) -> None:
 
 
 def prepare_corrupt_shard(scene: Scene) -> None:
-    """A copy of the datasets, with a byte turned in the chunk that the run wants a sample of at the step."""
+    """Copies the datasets, and flips a bit in the chunk with a sample that the run needs at the step."""
     scene.struck = scene.seen = scene.cured = time.time()  # a damaged chunk is seen when it is read, and stops nothing
     for i, source in enumerate(scene.checked.job.sources):
         place = Location(str(scene.folder / f"data-{i}"))
@@ -233,7 +239,7 @@ def prepare_corrupt_shard(scene: Scene) -> None:
 
 
 def flip(shard: Path, row_group: int) -> None:
-    """Turns a bit in the middle of a row group's first column."""
+    """Flips a bit in the middle of a row group's first column."""
     column = pq.read_metadata(shard).row_group(row_group).column(0)
     with shard.open("r+b") as file:
         file.seek(column.data_page_offset + column.total_compressed_size // 2)
@@ -243,11 +249,11 @@ def flip(shard: Path, row_group: int) -> None:
 
 
 def met_corrupt_shard(scene: Scene, command: Command) -> None:
-    """The damage is there from the start; nothing is to be done."""
+    """Does nothing: the damage is there from the start."""
 
 
 def torn_checkpoint(scene: Scene, command: Command) -> None:
-    """The next checkpoint loses half of a shard as soon as it is complete, and a worker dies: the one before is needed."""
+    """Truncates a shard of the next complete checkpoint to half and kills a worker: the run needs the checkpoint before."""
     command.until(lambda: bool(whole_checkpoints(scene.run)), SEEING_S, "checkpoint was written")
     known = set(whole_checkpoints(scene.run))
     command.until(lambda: bool(set(whole_checkpoints(scene.run)) - known), SEEING_S, "other checkpoint was written")
@@ -273,7 +279,7 @@ def prepare_mlflow(scene: Scene) -> Server:
 
 
 def mlflow_down(scene: Scene, command: Command) -> None:
-    """The server dies, and comes back when the run has noticed and gone on for a while."""
+    """Stops the MLflow server, and starts it again once the run has noticed and made some more steps."""
     scene.tool.stop()
     command.until(lambda: bool(command.heard("MLflow does not answer", scene.struck)), SEEING_S, "metric was missed")
     so_far = command.step
@@ -285,7 +291,7 @@ def mlflow_down(scene: Scene, command: Command) -> None:
 
 
 def prepare_disk(scene: Scene) -> None:
-    """The run on a disk of its own, with room for its checkpoints and little more."""
+    """Mounts a disk for the run, with room for its checkpoints and little more."""
     disk = scene.folder / "disk"
     disk.mkdir(exist_ok=True)
     disks.mount(disk, (scene.checked.job.checkpoint.keep + 3) * scene.checkpoint_bytes + (32 << 20))
@@ -295,7 +301,7 @@ def prepare_disk(scene: Scene) -> None:
 
 
 def disk_full(scene: Scene, command: Command) -> None:
-    """Something else fills the disk; once the run has failed of it, room is made."""
+    """Fills the disk, and frees the space once a write of the run has failed because of it."""
     disk = Path(scene.storage.path)
     ballast = disk / "ballast"
     with ballast.open("wb") as file:
@@ -331,10 +337,13 @@ FAULTS = {
 
 
 def rng(seed: int, name: str) -> random.Random:
-    """A fault's own random choices, whatever other faults are asked for."""
+    """Seeds a fault's own random generator, independently of the other faults."""
     return random.Random(f"{seed}:{name}")
 
 
 def when(random_: random.Random, steps: int, every: int) -> float:
-    """Any moment of the run: a step, and how far into the next one; two checkpoints are still to come, for what needs them."""
+    """Draws the moment of a fault: a step, and a fraction of the next.
+
+    Two checkpoints are still to come then, for faults that need them.
+    """
     return random_.uniform(1.0, max(2.0, steps - 2 * every - 1.0))

@@ -1,4 +1,4 @@
-"""What a fault did to a run: pure functions of what the run left behind, and of what its command said and when."""
+"""Measures what a fault did to a run: pure functions of what the run left, and of its command's output with times."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ Lines = Sequence[tuple[float, str]]  # wall clock, and what was said
 
 @dataclass(frozen=True)
 class Measured:
-    """`seen` and `cured`: when the fault was noticed and when it was over, where the attempts do not tell."""
+    """Holds what was observed of a run with a fault.
+
+    `seen` and `cured`: when the fault was noticed and when it was over, where the attempts do not show it.
+    """
 
     struck: float
     seen: float | None
@@ -26,18 +29,18 @@ class Measured:
 
 
 def first_end(attempts: Iterable[Attempt], since: float) -> float | None:
-    """When the first attempt that a fault may have ended was over."""
+    """Returns the end of the first attempt that a fault may have ended; None if there is none."""
     return min((a.seen for a in attempts if a.outcome != "finished" and a.seen >= since), default=None)
 
 
 def detected_s(found: Measured) -> float | None:
-    """From the fault to the first sign that it was noticed."""
+    """Computes the seconds from the fault to the first sign that it was noticed; None if it was not."""
     at = found.seen if found.seen is not None else first_end(found.attempts, found.struck)
     return None if at is None else max(0.0, at - found.struck)
 
 
 def recovered_s(found: Measured) -> float | None:
-    """From the fault to the first step that the run had not made before, behind whatever restarts it cost."""
+    """Computes the seconds from the fault to the first step that the run had not made before, after all restarts it cost."""
     if found.cured is not None:
         return found.cured - found.struck
     ends = [a.seen for a in found.attempts if a.outcome != "finished" and a.seen >= found.struck]
@@ -49,7 +52,7 @@ def recovered_s(found: Measured) -> float | None:
 
 
 def pace_s(lines: Lines) -> float:
-    """Seconds a step, from what was said so far; 0 before there are two."""
+    """Computes the seconds per step from the lines so far; 0 before there are two steps."""
     steps = [(at, int(told[1])) for at, line in lines if (told := STEP.search(line))]
     if len(steps) < 2 or steps[-1][1] <= steps[0][1]:
         return 0.0
@@ -57,13 +60,16 @@ def pace_s(lines: Lines) -> float:
 
 
 def recomputed_steps(attempts: Iterable[Attempt]) -> int:
-    """Steps that were reported, and made again by a later attempt."""
+    """Counts the steps that were reported, and made again by a later attempt."""
     ordered = sorted(attempts, key=lambda a: a.started)
     return sum(max(0, before.reached - after.start_step) for before, after in pairwise(ordered))
 
 
 def row(fault: str, found: Measured, report: dict[str, Any], loss: float, expected: float, goodput: float) -> dict[str, Any]:
-    """The table's row. `report`: of `verify`; `loss` and `expected`: the last step's, of this run and of the unbroken one."""
+    """Builds the fault's row of the table.
+
+    `report`: the result of `verify`; `loss` and `expected`: the last step's loss, of this run and of the unbroken one.
+    """
     return {
         "fault": fault,
         "detected_s": rounded(detected_s(found)),
@@ -81,13 +87,16 @@ def rounded(seconds: float | None) -> float | None:
 
 
 def broken(fault: str) -> dict[str, Any]:
-    """The row of a fault whose run did not come to its end."""
+    """Builds the row of a fault whose run did not finish."""
     keys = ("detected_s", "recovered_s", "recomputed_steps", "lost", "repeated", "loss_difference", "goodput")
     return {"fault": fault, **dict.fromkeys(keys)}
 
 
 def problems(row: dict[str, Any], report: dict[str, Any], curve: list[int], steps: int) -> list[str]:
-    """What is wrong with a run that came to its end; nothing, if it is as good as the unbroken one."""
+    """Lists what is wrong with a finished run; empty if it is as good as the unbroken one.
+
+    `curve`: the steps whose loss MLflow holds; `steps`: how many the job has.
+    """
     found = []
     if row["lost"] or row["repeated"]:
         found.append(f"{row['lost']} samples were lost and {row['repeated']} repeated")
@@ -101,5 +110,5 @@ def problems(row: dict[str, Any], report: dict[str, Any], curve: list[int], step
 
 
 def unregistered(versions: int, expected: bool) -> list[str]:
-    """What is wrong with the versions that a run has registered: one, where one was expected."""
+    """Lists what is wrong with a run's number of registered model versions: one if `expected`, else none."""
     return [] if versions == int(expected) else [f"its model was registered {versions} times"]

@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes on this machine: each a raylet on a loopback address of its own, so that one can be killed.
+"""Starts a Ray cluster of several nodes on this machine: each a raylet on its own loopback address, so that one can be killed.
 
 The head (127.0.0.1) has no CPUs: it holds the driver and Ray's own services. Clients use `environment`.
 """
@@ -33,13 +33,13 @@ class Node:
         return workers(self.process.pid)
 
     def kill(self) -> None:
-        """Everything that runs on it, at once."""
+        """Kills everything that runs on the node, at once."""
         end_tree(self.process.pid)
         self.process.wait()
 
 
 class LocalNodes:
-    """`with LocalNodes(folder, count, cpus) as nodes:`"""
+    """Runs a cluster of local nodes while its context lasts: `with LocalNodes(folder, count, cpus) as nodes:`."""
 
     def __init__(self, folder: Path, count: int, cpus: float) -> None:
         self._folder, self._count, self._cpus = folder, count, cpus
@@ -61,7 +61,7 @@ class LocalNodes:
         return self
 
     def start(self) -> None:
-        """All of them; also again, at the same addresses, when all were stopped."""
+        """Starts all nodes; after `stop`, again at the same addresses."""
         try:
             self._start("127.0.0.1", "--head", f"--port={self.address.rpartition(':')[2]}", "--num-cpus=0",
                         "--include-dashboard=false")  # fmt: skip
@@ -75,14 +75,14 @@ class LocalNodes:
         self.stop()
 
     def stop(self) -> None:
-        """The whole cluster dies, the head first."""
+        """Kills the whole cluster, the head first."""
         for node in self.nodes:
             node.kill()
         self.nodes = []
         shutil.rmtree(SESSIONS, ignore_errors=True)
 
     def _start(self, host: str, *arguments: str) -> None:
-        """Starts a node, and returns when the cluster knows it."""
+        """Starts a node, and waits until it has joined the cluster."""
         private.folder(SESSIONS)
         log = self._folder / f"node-{host}.log"
         environment = {**SILENT, **os.environ, **worker_environment(0), **self.environment}

@@ -1,4 +1,4 @@
-"""`heliostat train` as a process of its own, watched from outside: through what it prints, and the processes below it."""
+"""Runs `heliostat train` as a process, observed from outside: through its output, and the processes below it."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ ENDING_S = 30.0
 
 
 class ChaosError(Exception):
-    """A fault could not be injected, or the run did not come to its end: the row of that fault is not right."""
+    """Reports that a fault could not be injected, or the run did not finish: the row of that fault is not valid."""
 
 
 class Command:
-    """`with Command(arguments, log) as command:` starts it; leaving ends whatever is left of it.
+    """Runs a command while its context lasts: `with Command(arguments, log) as command:`; leaving ends whatever is left of it.
 
-    `lines`: what it has said on standard error, each with its wall clock, over all its starts.
+    `lines`: its output on standard error, each line with its wall-clock time, over all its starts.
     """
 
     def __init__(self, arguments: list[str], log: Path, environment: dict[str, str] | None = None) -> None:
@@ -55,7 +55,7 @@ class Command:
             reader.join(ENDING_S)
 
     def start(self) -> None:
-        """Starts it, or starts it again, with the `arguments` as they are."""
+        """Starts the command, or starts it again, with `arguments` as they are then."""
         command = [sys.executable, "-c", "from heliostat.cli.main import main; main()", "train", *self.arguments, "--json"]
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self._environment, cwd=workspace.root()
@@ -79,7 +79,7 @@ class Command:
 
     @property
     def step(self) -> int:
-        """The highest step that it has told of."""
+        """Returns the highest step in the output so far; 0 if there is none."""
         return max((int(found[1]) for _, line in list(self.lines) if (found := STEP.search(line))), default=0)
 
     def result(self) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class Command:
             raise ChaosError(f"the last line of what the run printed is no result: {self.said!r}; see {self.log}") from e
 
     def until(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
-        """Waits; ChaosError if the command ends first, or takes longer."""
+        """Waits until the condition holds; ChaosError if the command ends first, or it takes longer."""
         deadline = time.monotonic() + seconds
         while not condition():
             if self.process.poll() is not None:
@@ -99,7 +99,7 @@ class Command:
             time.sleep(0.02)
 
     def until_ended(self, seconds: float) -> None:
-        """Waits for its end, and ends it if that does not come: it has lost what it needs."""
+        """Waits until the command ends, and kills it if it does not: it has lost what it needs."""
         try:
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -107,15 +107,15 @@ class Command:
             end_tree(self.process.pid)
 
     def heard(self, words: str, since: float) -> float | None:
-        """When it first said this after a time, in capitals or not."""
+        """Finds when the words first appeared in the output at or after `since`, in any case of letters; None if they did not."""
         return next((at for at, line in list(self.lines) if at >= since and words.lower() in line.lower()), None)
 
     def last_words(self) -> str:
-        """The last line of what it has said: the error, if it ended with one."""
+        """Returns the last line on standard error: the error, if the command ended with one."""
         return next((line for _, line in reversed(self.lines) if line.strip()), "nothing was said")
 
     def wait(self, seconds: float) -> int:
-        """Its exit code."""
+        """Waits until the command ends and returns its exit code; ChaosError if it takes longer."""
         try:
             code = self.process.wait(seconds)
         except subprocess.TimeoutExpired as e:
@@ -126,7 +126,7 @@ class Command:
 
 
 def workers(root: int) -> list[psutil.Process]:
-    """The training workers among a process's descendants."""
+    """Finds the training workers among a process's descendants."""
     found = []
     for process in descendants(root):
         try:

@@ -1,8 +1,10 @@
-"""A proxy in front of an S3 server that makes it fail on purpose, as a crowded or broken store does.
+"""Injects faults between an S3 server and its clients as a proxy, so that it fails as a crowded or broken store does.
 
-What holds: a request or answer without a fault passes byte for byte, with the client's own Host header, so signatures stay
-valid. Each request meets at most one fault, drawn by rate from a seeded generator, and every fault injected is counted.
+Invariants: a request or answer without a fault passes byte for byte, with the client's own Host header, so signatures stay valid.
+Each request meets at most one fault, drawn by rate from a seeded generator, and every fault injected is counted.
+
 `faults` may be exchanged while requests are under way; those that have begun keep the fault that they drew.
+
 Plain HTTP/1.1 on both sides: it is for a store of one's own, not for a cloud's TLS endpoint.
 """
 
@@ -27,11 +29,11 @@ ANSWER_S = 300.0  # the longest wait for a byte of the store's, or of the client
 
 @dataclass(frozen=True)
 class Fault:
-    """One way to fail. `key` is a pattern (`*` and `?`) for `/bucket/key`; `limit` ends the fault after so many times.
+    """Describes a fault. `key` is a pattern (`*` and `?`) for `/bucket/key`; `limit` is the most times that the fault is injected.
 
     status: the request never reaches the store and is answered with `status` and an S3 error of that `code`
     delay:  the request reaches the store `seconds` late
-    reset:  the store does what is asked, but the connection breaks before its answer arrives
+    reset:  the store executes the request, but the connection breaks before its answer arrives
     cut:    half of the request's body reaches the store, or (a request without one) half of the answer's the client
     """
 
@@ -46,7 +48,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Message:
-    """A request or an answer: its first lines as they came, and what the framing of its body follows from."""
+    """Holds the head of a request or an answer: its bytes as received, and the headers that define its body's framing."""
 
     raw: bytes
     start: list[str]  # the first line's three words
@@ -66,7 +68,10 @@ class Message:
 
 
 class FaultProxy:
-    """`with FaultProxy("127.0.0.1:9000", [Fault("status", rate=0.3)]) as proxy:` clients then use `proxy.endpoint`."""
+    """Runs a proxy that injects faults while its context lasts.
+
+    `with FaultProxy("127.0.0.1:9000", [Fault("status", rate=0.3)]) as proxy:` clients then use `proxy.endpoint`.
+    """
 
     def __init__(self, upstream: str, faults: Sequence[Fault] = (), seed: int = 0) -> None:
         host, _, port = upstream.rpartition(":")
@@ -99,7 +104,10 @@ class FaultProxy:
                 connection.shutdown(socket.SHUT_RDWR)
 
     def draw(self, path: str) -> Fault | None:
-        """The fault that this request meets. Every fault whose key matches takes a draw, so one's limit moves no other."""
+        """Draws the fault for a request, or None.
+
+        Every fault whose key matches takes a draw, so the limit of one does not shift the draws of another.
+        """
         with self._lock:
             self.requests += 1
             found = None
@@ -115,12 +123,12 @@ class FaultProxy:
             return found
 
     def ended_within(self, seconds: float) -> bool:
-        """Waits so long, or until the proxy ends: then True."""
+        """Waits `seconds`, or until the proxy ends; returns whether it ended."""
         return self._stopped.wait(seconds)
 
     @contextlib.contextmanager
     def serving(self, connection: socket.socket) -> Iterator[None]:
-        """The connection is broken off if the proxy ends first."""
+        """Registers a connection, which is broken off if the proxy ends within the context."""
         self._open.add(connection)
         try:
             yield
@@ -137,7 +145,7 @@ class _Server(socketserver.ThreadingTCPServer):
 
 
 class _Connection(socketserver.BaseRequestHandler):
-    """One client's connection: its requests in turn, over one connection to the store while that keeps it open."""
+    """Serves one client's connection: its requests in turn, over one connection to the store while that keeps it open."""
 
     server: _Server
 
@@ -160,7 +168,7 @@ class _Connection(socketserver.BaseRequestHandler):
     def _exchange(
         self, request: Message, fault: Fault | None, from_client: BinaryIO, from_store: BinaryIO, upstream: socket.socket
     ) -> bool:
-        """One request and its answer; False if the connection ends with it."""
+        """Forwards one request and its answer, with the fault; returns False if the connection ends with it."""
         kind, client = fault.kind if fault else None, self.request
         body = request_body(request, from_client)
         if fault and kind == "status":
@@ -199,7 +207,7 @@ def buffered(connection: socket.socket) -> BinaryIO:
 
 
 def read_message(source: BinaryIO) -> Message | None:
-    """The next message's head; None at the connection's end."""
+    """Reads the next message's head; None at the connection's end."""
     lines = []
     while (line := source.readline(BLOCK)) not in (b"\r\n", b""):
         lines.append(line)
@@ -223,7 +231,7 @@ def answer_body(answer: Message, method: str, source: BinaryIO) -> Iterator[byte
 
 
 def exactly(source: BinaryIO, length: int | None) -> Iterator[bytes]:
-    """So many bytes; ConnectionError if there are fewer. None: all up to the connection's end."""
+    """Yields `length` bytes in pieces, or with None everything up to the connection's end; ConnectionError if there are fewer."""
     left = length
     while left is None or left > 0:
         piece = source.read1(BLOCK if left is None else min(BLOCK, left))  # type: ignore[attr-defined]
@@ -236,7 +244,7 @@ def exactly(source: BinaryIO, length: int | None) -> Iterator[bytes]:
 
 
 def chunks(source: BinaryIO) -> Iterator[bytes]:
-    """A chunked body as it is on the wire, up to the empty line after the last chunk and its trailers."""
+    """Yields a chunked body as it is on the wire, up to the empty line after the last chunk and its trailers."""
     while True:
         line = source.readline(BLOCK)
         yield line
@@ -251,7 +259,7 @@ def chunks(source: BinaryIO) -> Iterator[bytes]:
 
 
 def half(pieces: Iterator[bytes], length: int | None) -> Iterator[bytes]:
-    """About half of a body of that length; of one whose length is not known, its first piece."""
+    """Yields about half of a body of that length; of one of unknown length, its first piece."""
     left = (length or 0) // 2
     for piece in pieces:
         yield piece[:left] if length else piece
@@ -261,14 +269,14 @@ def half(pieces: Iterator[bytes], length: int | None) -> Iterator[bytes]:
 
 
 def reset(connection: socket.socket) -> None:
-    """Ends a connection as a crash does, not with a goodbye."""
+    """Resets a connection, as a crash does, instead of closing it in order."""
     with contextlib.suppress(OSError):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
         connection.close()
 
 
 def error_answer(fault: Fault, method: str) -> bytes:
-    """An S3 error: XML, but no body where the method is HEAD."""
+    """Builds an S3 error response: XML, but without a body where the method is HEAD."""
     body = f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{fault.code}</Code><Message>injected</Message></Error>'.encode()
     head = f"HTTP/1.1 {fault.status} Injected\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n\r\n"
     return head.encode() + (b"" if method == "HEAD" else body)

@@ -1,4 +1,4 @@
-"""Servers that a run can be made to miss: MLflow's, and an S3 store, each a process of this machine."""
+"""Runs servers that faults can take away from a run: MLflow's, and an S3 store, each a process of this machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ START_S = 180.0  # MLflow makes its tables first
 
 
 class Server:
-    """`start`, and `stop` as a crash does; also a context manager. The port stays the same."""
+    """Runs a server process: `start`, and `stop` as a crash does; also a context manager. The port stays the same."""
 
     def __init__(self, command: list[str], health: str, log: Path, environment: dict[str, str] | None = None) -> None:
         with socket.socket() as probe:
@@ -36,7 +36,7 @@ class Server:
         self.stop()
 
     def start(self) -> None:
-        """Returns when it answers."""
+        """Starts the server and waits until it answers; ChaosError if it does not."""
         with self._log.open("a") as log:
             self._process = subprocess.Popen(self._command, stdout=log, stderr=log, env=self._environment)
         deadline = time.monotonic() + START_S
@@ -61,13 +61,13 @@ class Server:
 
 
 def mlflow_server(store: str, folder: Path) -> Server:
-    """MLflow on a store such as sqlite:///FILE."""
+    """Makes an MLflow server on a store such as sqlite:///FILE."""
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--host", "127.0.0.1", "--port", "PORT",
                "--workers", "1", "--artifacts-destination", str(folder / "artifacts")]  # fmt: skip
     return Server(command, "/health", folder / "mlflow-server.log", {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
 
 
 def s3_server(folder: Path) -> Server:
-    """An S3 store that keeps everything in memory, and takes any key."""
+    """Makes an S3 server that keeps everything in memory, and accepts any key."""
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "PORT"]
     return Server(command, "/moto-api/", folder / "s3-server.log")

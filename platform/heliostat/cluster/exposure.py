@@ -1,6 +1,6 @@
 """Finds what a cluster file leaves open.
 
-Whoever reaches Ray's ports runs code on the cluster (CVE-2023-48022), unless a token is asked for.
+Whoever reaches Ray's ports runs code on the cluster (CVE-2023-48022), unless Ray requires a token.
 """
 
 from __future__ import annotations

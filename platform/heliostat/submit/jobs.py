@@ -126,8 +126,8 @@ class Jobs:
     def submit(self, record: Record, flags: tuple[str, ...] = ()) -> str:
         """Submits a job and returns the submission's id.
 
-        Submitting the same job again returns the same submission; ConfigError if another job has this name, or this job ended
-        before and no flag allows it to go on.
+        Submitting the same job again returns the same submission. ConfigError if another job has this name, or this job ended
+        before and no flag lets it resume or start anew.
         """
         digest, queue = record.digest, record.queue
         if found := self.find(record.id):
@@ -234,7 +234,7 @@ class Jobs:
         return found
 
     def follow(self, job_id: str) -> Iterator[str]:
-        """Yields the log as it grows, until the job is over, without what earlier submissions of this id wrote to the same log."""
+        """Yields the log as it grows, until the job is over, without what earlier submissions of this id wrote to it."""
         attempt = self.get(job_id)["metadata"]["attempt"]
         held: str | None = ""  # what came before the submission's part of the log was found
         for text in self._tail(job_id):
@@ -342,7 +342,7 @@ def _plain(details: Any) -> dict[str, Any]:
 
 
 def exit_code(job: dict[str, Any]) -> int:
-    """Returns the exit code of a command that followed a job: 0 succeeded, 130 stopped, 2 if the job found its input bad, else 1."""
+    """Returns the exit code of a command that followed a job: 0 succeeded, 130 stopped, 2 if the job's input was bad, else 1."""
     if job["status"] == "STOPPED":
         return 130
     return 0 if job["status"] == "SUCCEEDED" else 2 if job["exit_code"] == 2 else 1
