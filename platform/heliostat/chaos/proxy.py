@@ -29,7 +29,7 @@ ANSWER_S = 300.0  # the longest wait for a byte of the store's, or of the client
 
 @dataclass(frozen=True)
 class Fault:
-    """Describes a fault. `key` is a pattern (`*` and `?`) for `/bucket/key`; `limit` is the most times that the fault is injected.
+    """Describes a fault. `key` is a pattern (`*` and `?`) for `/bucket/key`; `limit` is the most times that it is injected.
 
     status: the request never reaches the store and is answered with `status` and an S3 error of that `code`
     delay:  the request reaches the store `seconds` late
