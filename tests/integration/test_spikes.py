@@ -8,6 +8,7 @@ from typing import Any
 
 from heliostat.config.spec import Spike
 from heliostat.errors import LossSpikeError
+from heliostat.events import Event
 from heliostat.storage import Location
 from heliostat.track import local_curves
 from heliostat.track.logger import RunOwner
@@ -26,9 +27,9 @@ LOSSES = [1.0 + 0.01 * (i % 3) for i in range(20)] + [9.0] + [1.0] * 9 + [7.0] +
 SPIKES = {21: 9.0, 31: 7.0}  # finished steps
 
 
-def judged(policy: Spike, losses: list[float]) -> tuple[list[dict[str, Any]], str]:
+def judged(policy: Spike, losses: list[float]) -> tuple[list[Event], str]:
     """What rank 0's loop posts about these losses, and why it ended the attempt."""
-    posted: list[dict[str, Any]] = []
+    posted: list[Event] = []
     worker: Any = Worker.__new__(Worker)
     worker.job, worker.rank, worker._told = job(spike=policy.model_dump()), 0, []
     worker.spikes = Detector(policy)
@@ -45,7 +46,7 @@ def judged(policy: Spike, losses: list[float]) -> tuple[list[dict[str, Any]], st
 
 def test_a_spike_that_is_not_undone_is_told_on_the_terminal_in_the_log_in_mlflow_and_in_the_report(tmp_path, tracking, caplog):
     events, reason = judged(Spike(window=10), LOSSES)
-    assert not reason and {e["step"]: e["loss"] for e in events} == SPIKES
+    assert not reason and {e.step: e.loss for e in events} == SPIKES
     with caplog.at_level(logging.INFO, "heliostat"), ProgressReporter(Console(file=io.StringIO()), "x", 0, 40, "tokens") as show:
         for event in events:
             show.event(event)
@@ -75,7 +76,7 @@ def test_a_spike_that_is_not_undone_is_told_on_the_terminal_in_the_log_in_mlflow
 
 def test_a_spike_that_is_undone_is_posted_too_and_ends_the_attempt(caplog):
     events, reason = judged(Spike(window=10, action="rollback"), LOSSES)
-    assert reason.startswith("step 21: loss 9") and [e["step"] for e in events] == [21]
+    assert reason.startswith("step 21: loss 9") and [e.step for e in events] == [21]
     with ProgressReporter(Console(file=io.StringIO()), "x", 0, 40, "tokens") as show:
         show.event(events[0])
     assert not caplog.records  # the driver says what becomes of it
