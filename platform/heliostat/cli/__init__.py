@@ -1,1 +1,1 @@
-"""The command line: `common` has what commands share, `main` starts it, every other module a group of commands."""
+"""Defines the command line: `common` has what commands share, `main` starts it, every other module is a group of commands."""

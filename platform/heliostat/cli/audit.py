@@ -1,4 +1,4 @@
-"""What a run left behind: `heliostat checkpoints`, `verify`, `goodput`, `samples`."""
+"""Shows what a run left behind: `heliostat checkpoints`, `verify`, `goodput`, `samples`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`heliostat chaos`: breaks a job's runs on purpose, and shows what that cost."""
+"""Breaks a job's runs on purpose, and shows what that cost: `heliostat chaos`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`heliostat cluster ...`: check, up, down, status, list."""
+"""Starts, checks and shows clusters: `heliostat cluster` check, up, down, status, list."""
 
 from __future__ import annotations
 

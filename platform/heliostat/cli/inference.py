@@ -1,4 +1,4 @@
-"""Models at work: `heliostat generate`, `heliostat evaluate`, `heliostat export`."""
+"""Puts models to work: `heliostat generate`, `heliostat evaluate`, `heliostat export`."""
 
 from __future__ import annotations
 

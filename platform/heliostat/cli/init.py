@@ -1,4 +1,4 @@
-"""`heliostat init`: a workspace to begin with."""
+"""Creates a workspace to begin with: `heliostat init`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Log lines on standard error: a time of day on a terminal, with the date from the second day on, date and time in a file."""
+"""Formats log lines on standard error: on a terminal with the time of day, from the second day on with the date too; in a file
+with date and time.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ STAMP = "%Y-%m-%d %H:%M:%S"
 
 
 class Lines(Formatter):
-    """Log lines without secrets, and with whatever would move a terminal's cursor escaped."""
+    """Formats log lines without secrets, and with whatever would move a terminal's cursor escaped."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record), lines=True)

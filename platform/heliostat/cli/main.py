@@ -115,6 +115,6 @@ def usage(error: Any) -> str:
 
 
 def _nothing_more() -> None:
-    """The result is the last line of standard output: Ray, as it ends, may have something to say after it."""
+    """Ensures that the result is the last line of standard output: Ray, as it ends, may have something to say after it."""
     sys.stdout.flush()
     sys.stdout = sys.stderr

@@ -1,4 +1,4 @@
-"""`heliostat plan`, and what `heliostat train --dry-run` prints."""
+"""Prints a job's plan: `heliostat plan`, and `heliostat train --dry-run`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def plan(
 
 
 def lines(p: dict[str, Any]) -> list[str]:
-    """The plan as a person reads it."""
+    """Writes the plan as a person reads it."""
     m, s, r, c, link = p["memory"], p["speed"], p["run"], p["checkpoint"], p["communication"]
     name = p["device"]["name"]
     names = ("weights", "gradients", "optimizer", "working", "activations", *(["frozen"] if m["frozen"] else []), "margin")

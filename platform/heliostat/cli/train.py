@@ -1,4 +1,4 @@
-"""Training: `heliostat check`, `heliostat train`."""
+"""Checks and trains jobs: `heliostat check`, `heliostat train`."""
 
 from __future__ import annotations
 

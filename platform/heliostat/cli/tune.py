@@ -1,4 +1,5 @@
-"""`heliostat tune`, `heliostat sweeps`, `heliostat sweep`, and what `heliostat train --from-sweep` trains."""
+"""Runs and shows sweeps: `heliostat tune`, `heliostat sweeps`, `heliostat sweep`, and what `heliostat train --from-sweep` trains.
+"""
 
 from __future__ import annotations
 

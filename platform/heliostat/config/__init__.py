@@ -1,1 +1,1 @@
-"""What a person writes: files of jobs, pipelines, sweeps and clusters."""
+"""Reads what a person writes: files of jobs, pipelines, sweeps and clusters."""

@@ -1,4 +1,5 @@
-"""Which keys `train.deepspeed` may hold: those that change how fast a step is, or what memory it takes, and not what it computes.
+"""Checks the keys of `train.deepspeed`: it may hold those that change how fast a step is, or what memory it takes, and not what
+it computes.
 
 Everything else is refused, with the key of the job file that does it: DeepSpeed would take a second word on the batch, the
 precision or the sharding, and heliostat's data order, loss and checkpoints would go by the first. Also refused are settings of
@@ -184,7 +185,7 @@ INSTEAD = {
 
 
 def faults(job: Job) -> list[str]:
-    """One line for each key that `train.deepspeed` may not hold, or holds with a wrong value."""
+    """Lists one line for each key that `train.deepspeed` may not hold, or holds with a wrong value."""
     given = job.train.deepspeed
     lines = [f"train.deepspeed.{key}: is not taken here: {INSTEAD[key]}" for key in INSTEAD if _has(given, key)]
     try:
@@ -210,6 +211,6 @@ def _has(given: Any, key: str) -> bool:
 
 
 def _without(given: dict[str, Any], keys: list[str]) -> dict[str, Any]:
-    """The mapping less the keys that have a line of their own."""
+    """Copies the mapping without the keys that have an error line of their own."""
     below = {k: [key.partition(".")[2] for key in keys if key.startswith(f"{k}.")] for k in given}
     return {k: _without(v, below[k]) if isinstance(v, dict) else v for k, v in given.items() if k not in keys}

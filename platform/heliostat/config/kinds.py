@@ -1,6 +1,6 @@
-"""What a YAML file is, told by its keys, so that a file given to the wrong command names the right one.
+"""Detects the kind of a YAML file by its keys, so that a file given to the wrong command gets an error that names the right one.
 
-A file is of a kind if it has one of the keys that only this kind has. What cannot be told is left to the schema's own errors.
+A file is of a kind if it has one of the keys that only this kind has. What cannot be detected is left to the schema's own errors.
 """
 
 from __future__ import annotations

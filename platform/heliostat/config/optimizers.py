@@ -1,5 +1,6 @@
-"""The optimizers that `train.optimizer.name` may name: one class each, which is its keys in the job, what it keeps of every
-parameter, and how torch builds it. Checkpoints, the plan and the checks follow from these; docs/guides/optimizer.md adds one.
+"""Defines the optimizers that `train.optimizer.name` may name: one class each, which holds its keys in the job, the state that it
+keeps of every parameter, and how torch builds it. Checkpoints, the plan and the checks follow from these;
+docs/guides/optimizer.md adds one.
 
 Importing this costs nothing: torch is imported where an optimizer is built. An optimizer belongs here if it is elementwise: an
 element of a parameter is updated from its own gradient and state alone. ZeRO cuts parameters, flat and end to end, anywhere into
@@ -25,7 +26,7 @@ STATE_BYTES = 4  # of an element of each state: fp32, as the masters are
 
 
 class Optimizer(Strict):
-    """What every optimizer has."""
+    """Defines what every optimizer has."""
 
     name: str
     lr: Annotated[Float, Field(gt=0)]
@@ -34,8 +35,8 @@ class Optimizer(Strict):
 
     @property
     def state(self) -> tuple[str, ...]:
-        """The names, torch's own, of the fp32 tensors of a parameter's shape that it keeps for every parameter. They begin as
-        zeros; checkpoints hold them by these names."""
+        """Returns the optimizer state's names, torch's own: of the fp32 tensors of a parameter's shape that are kept for every
+        parameter. They begin as zeros; checkpoints hold them by these names."""
         raise NotImplementedError
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -44,7 +45,7 @@ class Optimizer(Strict):
 
 
 class AdamW(Optimizer):
-    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101)."""
+    """Optimizes by Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101)."""
 
     name: Literal["adamw"] = "adamw"
     """The optimizer's algorithm."""
@@ -67,7 +68,7 @@ class AdamW(Optimizer):
 
 
 class Sgd(Optimizer):
-    """Stochastic gradient descent, with momentum (Sutskever et al. 2013) or, if that is 0, without any state."""
+    """Optimizes by stochastic gradient descent, with momentum (Sutskever et al. 2013) or, if that is 0, without any state."""
 
     name: Literal["sgd"] = "sgd"
     """The optimizer's algorithm."""
@@ -95,7 +96,7 @@ class Sgd(Optimizer):
 
 
 class RmsProp(Optimizer):
-    """Gradients over the root of a running mean of their squares (Tieleman & Hinton 2012, lecture 6.5)."""
+    """Optimizes by RMSProp: gradients over the root of a running mean of their squares (Tieleman & Hinton 2012, lecture 6.5)."""
 
     name: Literal["rmsprop"] = "rmsprop"
     """The optimizer's algorithm."""
@@ -135,7 +136,7 @@ def _refuse(value: Any) -> Any:
 
 
 def _name(value: Any) -> str:
-    """The name that is given; the default's of what is no mapping, whose fault it is to say."""
+    """Returns the optimizer's name as given; the default's where the value is no mapping, which that model's validation reports."""
     return str(value.get("name", DEFAULT) if isinstance(value, dict) else getattr(value, "name", DEFAULT))
 
 
@@ -147,8 +148,8 @@ else:
 
 
 def require_resumable(optimizer: Optimizer, recorded: dict[str, Any]) -> None:
-    """ConfigError if a run whose checkpoints were made with the `recorded` keys cannot go on with this optimizer: what it keeps
-    of every parameter must be what they hold. Its other keys may change."""
+    """Checks that a run whose checkpoints were made with the `recorded` keys can go on with this optimizer; ConfigError if not.
+    The state that it keeps of every parameter must be what the checkpoints hold. Its other keys may change."""
     kind = REGISTRY.get(name := recorded.get("name", DEFAULT))
     held = kind.model_validate(recorded).state if kind else None
     if held == optimizer.state:

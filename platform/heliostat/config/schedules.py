@@ -1,6 +1,7 @@
-"""The learning-rate schedules that `train.schedule.name` may name: one function each, of what comes after the warm-up.
+"""Defines the learning-rate schedules that `train.schedule.name` may name: one function each, of what comes after the warm-up.
 
-All share the keys of `Schedule`; which of them one reads, its function says. docs/guides/schedule.md adds one.
+All share the keys of `Schedule`; which of them a schedule reads stands in its function's docstring. docs/guides/schedule.md adds
+one.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ def linear(schedule: Schedule, step: int, steps: int) -> float:
 
 
 def wsd(schedule: Schedule, step: int, steps: int) -> float:
-    """Warm-up, stable, decay: stays at the peak and falls linearly over the last `decay_fraction` of the steps (Hu et al. 2024,
-    MiniCPM, arXiv 2404.06395)."""
+    """Schedules by warm-up, stable, decay: stays at the peak and falls linearly over the last `decay_fraction` of the steps (Hu
+    et al. 2024, MiniCPM, arXiv 2404.06395)."""
     start = max(schedule.warmup_steps, steps - round(schedule.decay_fraction * steps))
     return 1.0 if step < start else _down_to(schedule.final_ratio, 1 - _progress(start, step, steps))
 
 
 def _progress(start: int, step: int, steps: int) -> float:
-    """How far a step is from `start`, where it is 0, to the last step, where it is 1."""
+    """Computes how far a step is between `start`, which is 0, and the last step, which is 1."""
     return (step - start) / max(1, steps - 1 - start)
 
 

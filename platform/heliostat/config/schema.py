@@ -1,7 +1,7 @@
-"""YAML to validated pydantic models, with errors that name the key, the value and the nearest valid choice.
+"""Validates YAML against pydantic models, with errors that name the key, the value and the nearest valid choice.
 
-`Strict` models refuse unknown keys and wrong types. `load` reads a file, applies `key.path=value` settings and returns
-the model, or raises one ConfigError that lists everything wrong.
+`Strict` models refuse unknown keys and wrong types. `load` reads a file, applies `key.path=value` settings and returns the model,
+or raises one ConfigError that lists everything wrong.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from heliostat.text import brief
 
 
 class Strict(BaseModel):
-    """No unknown keys, no silent conversions (except whole numbers to floats)."""
+    """Refuses unknown keys and silent conversions (except of whole numbers to floats)."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, ser_json_inf_nan="constants")
 
 
 def _number(value: object) -> object:
-    """YAML 1.1 reads 1e-3 (no dot) as a string; a person means the number."""
+    """Converts a string to a number where it is one: YAML 1.1 reads 1e-3 (no dot) as a string; a person means the number."""
     if isinstance(value, str):
         try:
             return float(value)
@@ -42,7 +42,7 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """safe_load that refuses a key given twice, where YAML would silently keep the last."""
+    """Loads YAML as safe_load does, but refuses a key given twice, where YAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -56,7 +56,7 @@ BROKEN = (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError)
 
 
 def documents(path: Path) -> list[Any]:
-    """What a YAML file's documents hold, empty ones left out; ConfigError that names the file and the line."""
+    """Reads the documents of a YAML file, empty ones left out; ConfigError that names the file and the line."""
     try:
         with path.open(encoding="utf-8") as f:
             found = [d for d in yaml.load_all(f, _UniqueKeys) if d is not None]
@@ -76,7 +76,7 @@ def documents(path: Path) -> list[Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping; ConfigError otherwise."""
+    """Reads a YAML file that holds a mapping; ConfigError if it holds anything else."""
     found = documents(path)
     if len(found) > 1:
         raise ConfigError(f"{path}: holds {len(found)} documents; take out what begins at the second `---`")
@@ -87,7 +87,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def bounded(tree: Any, seen: tuple[int, ...] = ()) -> int:
-    """How many values there are, up to NODES and a bit; what holds itself, or is nested too deep, has more."""
+    """Counts the values of a tree, up to a little more than NODES; one that holds itself, or is nested too deep, counts as more."""
     if not isinstance(tree, dict | list):
         return 1
     if id(tree) in seen or len(seen) > 100:
@@ -101,7 +101,7 @@ def bounded(tree: Any, seen: tuple[int, ...] = ()) -> int:
 
 
 def apply(raw: dict[str, Any], settings: list[str]) -> dict[str, Any]:
-    """`raw` with every `key.path=value` applied (values are YAML; list items by index); the input is not changed."""
+    """Applies every `key.path=value` to a copy of `raw` (values are YAML; list items by index); the input is not changed."""
     raw = _copied(raw)
     for setting in settings:
         path, mark, text = setting.partition("=")
@@ -130,7 +130,7 @@ def apply(raw: dict[str, Any], settings: list[str]) -> dict[str, Any]:
 
 
 def _copied(tree: Any) -> Any:
-    """The tree with a copy of its own wherever it names one part twice (with & and *), so that a change is of one place."""
+    """Copies a tree, with a copy of its own wherever it names one part twice (with & and *), so that a change is of one place."""
     if isinstance(tree, dict):
         return {key: _copied(value) for key, value in tree.items()}
     return [_copied(value) for value in tree] if isinstance(tree, list) else tree
@@ -143,7 +143,8 @@ def _index(setting: str, key: str, items: list) -> int:
 
 
 def nearest(word: str, choices: list[str]) -> str:
-    """`; did you mean 'x'?`, or the choices when none is near, or nothing when there are many or none."""
+    """Suggests the nearest choice as `; did you mean 'x'?`, or all choices when none is near, or nothing when there are many or
+    none."""
     close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {close[0]!r}?"
@@ -151,8 +152,8 @@ def nearest(word: str, choices: list[str]) -> str:
 
 
 def _walk(model: type[BaseModel], path: tuple[int | str, ...]) -> tuple[type[BaseModel] | None, list[int | str]]:
-    """The model whose field the path's last part names, following nested models, lists, dictionaries and unions; and the path as
-    the file has it, without the tags of union members that pydantic puts between."""
+    """Finds the model whose field the path's last part names, following nested models, lists, dictionaries and unions; and the
+    path as the file has it, without the tags of union members that pydantic puts between."""
     current: Any = model
     owner, shown = None, list[int | str]()
     named = False  # the next part is a key of a dictionary
@@ -171,7 +172,7 @@ def _walk(model: type[BaseModel], path: tuple[int | str, ...]) -> tuple[type[Bas
 
 
 def _inner(annotation: Any) -> Any:
-    """The model inside of an annotation; of a union whose members have tags, all of them by tag."""
+    """Finds the model inside of an annotation; of a union whose members have tags, all models by tag."""
     if get_origin(annotation) in (Union, types.UnionType, list, dict, Annotated):
         if tagged := {
             m.tag: _inner(a) for a in get_args(annotation) for m in getattr(a, "__metadata__", ()) if isinstance(m, Tag)
@@ -183,7 +184,7 @@ def _inner(annotation: Any) -> Any:
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """One line per fault: the key's path, what is wrong with which value, and the nearest valid choice."""
+    """Explains each fault in one line: the key's path, what is wrong with which value, and the nearest valid choice."""
     lines = []
     for fault in error.errors():
         owner, path = _walk(model, fault["loc"])
@@ -212,7 +213,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
 
 
 def _shown(value: object) -> str:
-    """A value as it was written, as far as a line has room for it."""
+    """Shows a value as it was written, as far as a line has room for it."""
     return brief(repr(value if not isinstance(value, str) else value[:SHOWN]), SHOWN)
 
 
@@ -222,7 +223,7 @@ def _literals(annotation: Any) -> list[Any]:
 
 
 def validate(model: type[M], raw: Any, where: str) -> M:
-    """The model, or one ConfigError with every fault, each on its own line after `where`."""
+    """Validates plain data as the model; one ConfigError with every fault, each on its own line after `where`."""
     try:
         return model.model_validate(raw)
     except ValidationError as e:

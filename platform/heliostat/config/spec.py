@@ -1,7 +1,7 @@
-"""The job file: one YAML is the whole job. `load` validates it; `docs/job.md` explains every key.
+"""Defines the job file: one YAML is the whole job. `load` validates it; `docs/job.md` explains every key.
 
-Cross-field rules are checked here too, so a Job that exists can be trained: the batch divides, the combination of
-precision, ZeRO stage and hardware trains correctly, offload fits the stage.
+Cross-field rules are checked here too, so a Job that exists can be trained: the batch divides, the combination of precision, ZeRO
+stage and hardware trains correctly, offload fits the stage.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
 
 def _experiment(name: str) -> str:
-    """MLflow takes any name; ours may become a folder, and stands in a terminal and a page."""
+    """Checks an experiment's name: MLflow takes any; ours may become a folder, and stands in a terminal and a page."""
     parts = name.removeprefix("/").split("/")  # Databricks' begin with one
     if not name.strip() or len(name) > 250 or printable(name) != name or "\\" in name or {"", ".", ".."} & set(parts):
         raise ValueError(
@@ -189,7 +189,7 @@ class Checkpoint(Strict):
 
 
 def _count(value: object) -> object:
-    """A number, or [least, most]."""
+    """Checks that a value is a number, or [least, most]."""
     both: list[Any] = value if isinstance(value, list) else [value, value]
     whole = all(isinstance(n, int) and not isinstance(n, bool) for n in both)
     if len(both) != 2 or not whole or not 0 < both[0] <= both[1] <= LARGEST:
@@ -256,7 +256,7 @@ class Mlflow(Strict):
 
 
 class Card(Strict):
-    """What people must know of the model: it travels with it as its model card."""
+    """Holds what people must know of the model, its model card, which travels with it."""
 
     license: Name | None = None
     """SPDX identifier, as `Apache-2.0`. Unset: the parent model's, or `unknown`."""
@@ -302,7 +302,7 @@ class Job(Strict):
 
     @property
     def last_step(self) -> int:
-        """Where the training ends."""
+        """Returns the step where the training ends."""
         return min(self.train.steps, self.train.stop_after or self.train.steps)
 
     @property
@@ -312,11 +312,12 @@ class Job(Strict):
         return self.train.global_batch // (self.workers.count * self.train.micro_batch)
 
     def worker_counts(self, lanes: int | None = None) -> list[int]:
-        """Numbers of workers, ascending, that the job allows and that can play its lanes (of a run resumed: its `lanes`)."""
+        """Lists the numbers of workers, ascending, that the job allows and that can play its lanes (of a run resumed: its
+        `lanes`)."""
         return _fitting(self, lanes or self.lanes, self.workers.least, self.workers.most)
 
     def on(self, workers: int) -> Job:
-        """The job on this fixed number of workers."""
+        """Fixes the job's number of workers."""
         return self.model_copy(update={"workers": self.workers.model_copy(update={"count": workers})})
 
     @property
@@ -332,7 +333,7 @@ class Job(Strict):
         return [Location(s.path) for s in self.data.sources]
 
     def dump(self) -> dict[str, Any]:
-        """The resolved job as plain data, in the shape of the file."""
+        """Dumps the resolved job as plain data, in the shape of the file."""
         return json.loads(self.model_dump_json(by_alias=True))
 
     @model_validator(mode="after")
@@ -352,13 +353,13 @@ class Job(Strict):
 
 
 def _fitting(job: Job, lanes: int, least: int, most: int) -> list[int]:
-    """Numbers of workers in [least, most] that can play the lanes in whole micro-batches."""
+    """Lists the numbers of workers in [least, most] that can play the lanes in whole micro-batches."""
     batch, micro = job.train.global_batch, job.train.micro_batch
     return [n for n in divisors(math.gcd(lanes, batch)) if least <= n <= most and batch // n % micro == 0]
 
 
 def divisors(number: int) -> list[int]:
-    """Ascending; 1 alone of what is beyond LARGEST, whose square root is too far to try."""
+    """Lists a number's divisors, ascending; only 1 for a number beyond LARGEST, whose square root is too far to try."""
     if number > LARGEST:
         return [1]
     low = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
@@ -485,13 +486,13 @@ def _checkpoint_faults(job: Job) -> list[str]:
 
 
 def load(path: Path, settings: list[str] | None = None) -> Job:
-    """The job in a YAML file, with `key.path=value` settings applied and relative paths taken from the workspace."""
+    """Loads the job in a YAML file, with `key.path=value` settings applied and relative paths taken from the workspace."""
     return resolve(schema.load(Job, "job", path, settings))
 
 
 def settle(job: Job, recorded: dict[str, Any] | None) -> Job:
-    """The job with a value for `train.accumulate`: its own, else what the run that it resumes had (which before there was the key
-    was `same`), else fp32 where it can be had. ConfigError if the run cannot go on with the job's optimizer."""
+    """Settles the job's `train.accumulate`: its own value, else that of the run that it resumes (`same` for runs from before
+    there was the key), else fp32 where it can be had. ConfigError if the run cannot go on with the job's optimizer."""
     if recorded is not None:
         optimizers.require_resumable(job.train.optimizer, recorded["train"].get("optimizer", {}))
     if job.train.accumulate:
@@ -519,7 +520,7 @@ def resolve(job: Job) -> Job:
 
 
 def _pretrained(model: Any, root: Path) -> Any:
-    """The recipe's keys with every `pretrained: FOLDER` absolute, however deep."""
+    """Makes every `pretrained: FOLDER` in the recipe's keys absolute, however deep."""
     if not isinstance(model, dict):
         return model
     return {k: str(root / v) if k == "pretrained" and isinstance(v, str) else _pretrained(v, root) for k, v in model.items()}

@@ -1,9 +1,8 @@
-"""The workspace: the folder with jobs/, pipelines/ and clusters/ that a team edits, and how code is imported by name.
+"""Finds the workspace, the folder with jobs/, pipelines/ and clusters/ that a team edits, and imports code by name.
 
 It is the current folder. A job or pipeline names its code by import path, `package.module:Class`: the package's own
-(`heliostat.recipes:CausalLM`), or the workspace's (`jobs.mine:Recipe`, found from here). What a model's or a run's
-own record names is only imported from installed packages and from the workspace's own folders: code that came with the model is
-never run.
+(`heliostat.recipes:CausalLM`), or the workspace's (`jobs.mine:Recipe`, found from here). What a model's or a run's own record
+names is only imported from installed packages and from the workspace's own folders: code that came with the model is never run.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ def root() -> Path:
 
 
 def check_name(field: str, name: Any) -> str:
-    """The name, if as a part of a path it leads nowhere else; ConfigError that names `field` if it could."""
+    """Checks that a name, as a part of a path, leads nowhere else, and returns it; ConfigError that names `field` if it could."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise ConfigError(
             f"{field}: {name!r} is no name; use up to 100 letters, digits, '.', '_' and '-', with a letter or digit first"
@@ -46,7 +45,7 @@ def check_name(field: str, name: Any) -> str:
 
 
 def import_path(field: str, path: str, record: Path | None = None) -> Any:
-    """The object at `module.name:Object`; ConfigError that names `field` if it cannot be had.
+    """Imports the object at `module.name:Object`; ConfigError that names `field` if it cannot be had.
 
     `record`: the folder of the model or run whose record holds the path: nothing in a model's folder is then imported.
     """
@@ -80,7 +79,7 @@ def import_path(field: str, path: str, record: Path | None = None) -> Any:
 
 
 def _refuse_foreign(field: str, module_name: str, record: Path) -> None:
-    """ConfigError if importing the module would run code that lies in the record's folder, or in any model's."""
+    """Refuses, by a ConfigError, to import a module that would run code in the record's folder, or in any model's."""
     for place in _places(module_name):
         for way in () if _installed(place.resolve()) else (place.absolute(), place.resolve()):
             if way.is_relative_to(record.absolute()) or way.is_relative_to(record.resolve()) or _in_model(way):
@@ -91,12 +90,12 @@ def _refuse_foreign(field: str, module_name: str, record: Path) -> None:
 
 
 def _there(module_name: str) -> bool:
-    """Whether a module of a package can be found, without importing either."""
+    """Tells whether a module of a package can be found, without importing either."""
     return len(_places(module_name)) > len(_places(module_name.rpartition(".")[0]))
 
 
 def _places(module_name: str) -> list[Path]:
-    """The files and folders that a module and the packages around it may come from, found without importing any."""
+    """Lists the files and folders that a module and the packages around it may come from, found without importing any."""
     top, *inner = module_name.split(".")
     spec = _find(top)
     if spec is None:
@@ -119,13 +118,13 @@ def _find(name: str) -> ModuleSpec | None:
 
 
 def _installed(place: Path) -> bool:
-    """Whether it lies where Python keeps the standard library and what pip has installed."""
+    """Tells whether a path lies where Python keeps the standard library and what pip has installed."""
     roots = {Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
     return any(place.is_relative_to(root) for root in roots)
 
 
 def _in_model(place: Path) -> bool:
-    """Whether a folder around it, up to the one that imports are found from, is a model's."""
+    """Tells whether a folder around a path, up to the one that imports are found from, is a model's."""
     entries = {Path(entry).resolve() for entry in sys.path} | {Path(entry).absolute() for entry in sys.path}
     for folder in (place, *place.parents):
         if folder in entries:

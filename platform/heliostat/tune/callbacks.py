@@ -1,4 +1,4 @@
-"""Ray Tune's callbacks: they keep the sweep's state, see that it stops when told to, and that the last workers are gone."""
+"""Connects Ray Tune's callbacks to the sweep: keeps its state, stops it on request, and waits until the last workers are gone."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ class Watch(Callback):
             log.warning("whether the sweep is to stop cannot be seen: %s", e)
 
     def _until_gone(self) -> None:
-        """Tune itself would kill the actors of the last trials after seconds, and their workers would stay."""
+        """Waits until the actors of the last trials are gone: Tune itself would kill them after seconds, and their workers would
+        stay."""
         manager, deadline = self.scheduler.controller._tune_controller._actor_manager, time.monotonic() + GONE_S
         while manager.num_total_actors and time.monotonic() < deadline:
             manager.next(timeout=0.5)

@@ -1,4 +1,4 @@
-"""PBT's exploitation: a trial's run goes on from another's checkpoint, as if it had come there itself.
+"""Clones a trial for PBT's exploitation: its run goes on from another trial's checkpoint, as if it had come there itself.
 
 The data cursor's rule: a checkpoint's step is the run's step, so the cursor is the donor's. Samples follow from the step alone,
 and all trials of a PBT sweep have the same data plan; so the clone goes on with the samples that come after the donor's, and its
@@ -49,7 +49,7 @@ def clone(wanted: dict[str, Any], run: Location) -> bool:
 
 
 def copy(source: Location, target: Location) -> None:
-    """A file, streamed; it appears whole."""
+    """Copies a file as a stream, so that it appears at the target only when it is whole."""
     with source.open() as file:
         size = file.size()
 

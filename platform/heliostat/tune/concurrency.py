@@ -1,5 +1,6 @@
-"""How many trials run side by side: as many as all workers of each find a place at once, or half-placed trials would wait for
-each other."""
+"""Counts how many trials run side by side: as many as can place all their workers at once, since half-placed trials would wait
+for each other.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ TRIAL_CPUS = 0.1  # of Tune's actor for a trial
 
 
 def gangs(workers: Workers, free: Mapping[str, Mapping[str, float]]) -> int:
-    """Trials of `workers` that fit on the nodes together, each with a data task on some node. `free`: resources by node."""
+    """Counts the trials of `workers` that fit on the nodes together, each with a data task on some node. `free`: resources by
+    node."""
     nodes = [{"CPU": r.get("CPU", 0.0), "GPU": r.get("GPU", 0.0)} for r in free.values()]
     aside, count = FETCHING + TRIAL_CPUS, 0
     while beside := [n for n in nodes if n["CPU"] >= aside]:
@@ -26,5 +28,6 @@ def gangs(workers: Workers, free: Mapping[str, Mapping[str, float]]) -> int:
 
 
 def here(workers: Workers, cores: int) -> int:
-    """The same for this machine's cores, where Ray is started for the sweep alone and the data tasks mostly wait; 1 or more."""
+    """Counts the trials that fit on this machine's cores, at least 1, where Ray is started for the sweep alone and data tasks
+    mostly wait."""
     return 1 if workers.gpus else max(1, int(cores / (workers.most * workers.cpus) + 1e-6))

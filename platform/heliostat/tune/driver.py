@@ -1,4 +1,4 @@
-"""`heliostat tune`: a sweep from its file to its result, through Ray Tune.
+"""Drives `heliostat tune`: a sweep from its file to its result, through Ray Tune.
 
     from heliostat.tune.driver import tune
     result = tune(Path("jobs/sweeps/quickstart.yaml"))
@@ -82,7 +82,7 @@ def tune(
 
 
 def _same(plan: Plan, before: dict[str, Any]) -> None:
-    """ConfigError if the sweep is another one than that which is resumed; budget and concurrency may change."""
+    """Checks that a resumed sweep is the one that was begun; ConfigError if not. Its budget and concurrency may change."""
     free = ("budget", "concurrency", "register_best", "job", "set")  # the last two make the base job, which is compared
     now = {"sweep": {k: v for k, v in plan.sweep.dump().items() if k not in free}, "job": plan.base}
     then = {"sweep": {k: v for k, v in before["sweep"].items() if k not in free}, "job": before["job"]}
@@ -222,7 +222,7 @@ class _Tuning:
         }  # fmt: skip
 
     def _finalize(self, parent: Any, result: dict[str, Any], all_records: list[Record]) -> None:
-        """The best trial's model is exported, logged to its run, and registered, if the job says so."""
+        """Exports the best trial's model, logs it to its run, and registers it if the job asks for that."""
         best = records.best(all_records, self.plan.sweep.mode)
         if best is None or not self.plan.sweep.register_best:
             return

@@ -1,4 +1,4 @@
-"""Looking at sweeps in storage: which there are, how far one is, telling one to stop, and the job of its best trial."""
+"""Looks at sweeps in storage: lists them, reports their progress, requests a stop, and builds the job of the best trial."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STOP_S = 600.0
 
 
 def sweeps(storage: Location) -> list[dict[str, Any]]:
-    """Every sweep below the storage, by name."""
+    """Lists every sweep below the storage, by name."""
     found = []
     for name in storage.folders():
         folder = storage.join(name)
@@ -33,13 +33,13 @@ def sweeps(storage: Location) -> list[dict[str, Any]]:
 
 
 def running(folder: Location) -> bool:
-    """Whether a driver has given a sign of life."""
+    """Tells whether a driver has written the sweep's heartbeat within the last SILENCE_S seconds."""
     driver = records.read_json(folder.join("driver.json"))
     return driver is not None and time.time() - driver["at"] < records.SILENCE_S
 
 
 def find(sweep: str, storage: str) -> Location:
-    """A sweep's folder, from itself or from its name."""
+    """Finds a sweep's folder, given the folder itself or the sweep's name."""
     for folder in (Location(sweep), Location(storage).join(sweep)):
         if folder.join("sweep.json").exists():
             return folder
@@ -58,7 +58,7 @@ def _sweep(folder: Location, kept: dict[str, Any]) -> Sweep:
 
 
 def show(folder: Location) -> dict[str, Any]:
-    """How far a sweep is: all its trials, the best first."""
+    """Reports a sweep's progress: all its trials, the best first."""
     plan, kept = read(folder)
     all_records = records.read(folder)
     best = records.best(all_records, plan.sweep.mode)
@@ -78,7 +78,7 @@ def show(folder: Location) -> dict[str, Any]:
 
 
 def progress(folder: Location) -> tuple[int, int]:
-    """Trials that are over, and how many there are to be, as far as that is known."""
+    """Counts the trials that are over, and the trials that are planned, as far as that is known."""
     all_records, kept = records.read(folder), records.read_json(folder.join("sweep.json"))
     planned = count(_sweep(folder, kept)) if kept else None
     return sum(r.over for r in all_records), max(planned or 0, len(all_records))
@@ -97,7 +97,7 @@ def stop(folder: Location) -> None:
 
 
 def best_job(folder: Location) -> dict[str, Any]:
-    """The job of the best trial, as plain data, named after the sweep: the base job with the best values in it."""
+    """Builds the job of the best trial, as plain data named after the sweep: the base job with the best parameters."""
     plan, _ = read(folder)
     best = records.best(records.read(folder), plan.sweep.mode)
     if best is None:

@@ -1,4 +1,4 @@
-"""A sweep in MLflow: the parent run of its trials' runs, from the driver's process.
+"""Writes a sweep to MLflow, as the parent run of its trials' runs, from the driver's process.
 
 Trials write their own runs; the parent has the sweep's file, the table of trials, the plots, PBT's lineage and the best model.
 Waits for an MLflow that is busy or away within AWAY_S; what is missing then is written by the next `heliostat tune --resume`.
@@ -33,7 +33,7 @@ STATUS = {"finished": "FINISHED", "failed": "FAILED"}  # of a trial's run; the o
 
 
 class Parent:
-    """`Parent(plan, run_id)`: the sweep's run, made if there is none yet."""
+    """Holds the sweep's MLflow run: `Parent(plan, run_id)` creates one if there is none yet."""
 
     def __init__(self, plan: Plan, run_id: str) -> None:
         for name, value in CLIENT.items():
@@ -46,7 +46,7 @@ class Parent:
         self._do(lambda: self.client.update_run(self.run_id, status="RUNNING"))
 
     def _do(self, action: Callable[[], T]) -> T:
-        """Again and again, while MLflow fails: other processes write to the same store."""
+        """Retries an action while MLflow fails, since other processes write to the same store; TrackingError after AWAY_S."""
         deadline, wait = time.monotonic() + AWAY_S, 0.2
         while True:
             try:
@@ -100,7 +100,7 @@ class Parent:
         return self.plan.folder.join("trials", self.plan.name(found.number))
 
     def close(self, status: str, reason: str, records: list[Record], result: dict[str, Any]) -> None:
-        """The table, the plots, the lineage, the outcome."""
+        """Logs the table of trials, PBT's lineage, the plots and the outcome, and ends the sweep's run."""
         sweep = self.plan.sweep
         rows = report.rows(self.plan, records)
         columns = {key: [row.get(key) for row in rows] for key in report.columns(rows)}
@@ -124,7 +124,7 @@ class Parent:
         self._do(lambda: self.client.set_terminated(self.run_id, status))
 
     def mark_model(self, model_uri: str, number: int) -> None:
-        """The sweep in the registered model's lineage."""
+        """Marks a registered model's version with the sweep, its MLflow run and the trial that trained the model."""
         if not model_uri.startswith("models:/") or model_uri.count("/") != 2:
             return
         name, version = model_uri.removeprefix("models:/").split("/")

@@ -1,4 +1,5 @@
-"""PB2's next values: a Gaussian process over what the population's intervals have gained, and its upper confidence bound.
+"""Suggests PB2's next values, by the upper confidence bound of a Gaussian process over what the population's intervals have
+gained.
 
 Parker-Holder et al. 2020, arXiv 2002.02518. The process, its kernel, which forgets with time, and the search for the bound's
 maximum are Ray Tune's. The intervals are read from the trials' records, so that a resumed sweep knows what it knew. Values are
@@ -19,7 +20,7 @@ from heliostat.tune.trial_record import Record
 
 
 class Interval(NamedTuple):
-    """A trial's way from one report to the next, with the same values."""
+    """Describes the interval between two reports of a trial, trained with the same values."""
 
     number: int
     step: int  # at its end
@@ -29,8 +30,8 @@ class Interval(NamedTuple):
 
 
 def intervals(records: list[Record]) -> list[Interval]:
-    """All of them, in the order of their ends. What a clone did before it became one is its own; from there on it has begun
-    with what its donor had reported."""
+    """Lists the intervals of all trials, ordered by their ends. What a clone did before it became one is its own; from there on
+    it has begun with what its donor had reported."""
     by_number = {r.number: r for r in records}
     return sorted((i for r in records for i in _of(r, by_number)), key=lambda i: i.step)
 
@@ -51,7 +52,7 @@ def _of(record: Record, by_number: dict[int, Record]) -> Iterator[Interval]:
 
 
 def suggest(records: list[Record], donor: int, step: int, space: Space, mode: str, rng: np.random.Generator) -> Params | None:
-    """The values for a trial that clones `donor` at `step`; None while there are no two reports to learn from.
+    """Suggests the values for a trial that clones `donor` at `step`; None while there are no two reports to learn from.
 
     Trials that have cloned at this step already are taken into account, so that they are not all given the same.
     """

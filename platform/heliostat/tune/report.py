@@ -1,4 +1,4 @@
-"""What a sweep found, for people: rows of plain data, a table, and two plots."""
+"""Reports what a sweep found, for people: rows of plain data, a table, and two plots."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COLOURS = {"finished": "#31a354", "pruned": "#9ecae1", "failed": "#de2d26"}
 
 
 def rows(plan: Plan, records: list[Record]) -> list[dict[str, Any]]:
-    """The best trial first."""
+    """Lists the trials as rows of plain data, the best first."""
     found = []
     for record in ranked(records, plan.sweep.mode):
         row: dict[str, Any] = {"trial": record.number, "status": record.status, "step": record.step, "steps": record.steps,
@@ -34,7 +34,7 @@ def note(plan: Plan) -> str:
 
 
 def columns(rows: list[dict[str, Any]]) -> list[str]:
-    """Of all rows, in the order in which they come."""
+    """Lists the columns of all rows, in the order in which they come."""
     return list(dict.fromkeys(key for row in rows for key in row))
 
 
@@ -57,7 +57,7 @@ def _cell(row: dict[str, Any], name: str) -> str:
 
 
 def figures(plan: Plan, records: list[Record]) -> dict[str, Any]:
-    """Every trial's curve, and the parameters beside the metric, by file name; nothing without a report."""
+    """Plots every trial's curve, and the parameters beside the metric: the figures by file name, none without a report."""
     reported = [r for r in records if r.reports]
     if not reported:
         return {}
@@ -120,7 +120,7 @@ def _short(value: Any) -> str:
 
 
 def position(plan: Plan, key: str, value: Any) -> float:
-    """Where a value lies on its axis, 0 to 1; outside below it, if the key did not count."""
+    """Computes a value's position on its axis, 0 to 1; -0.1, below the axis, if the key did not count."""
     domain = plan.sweep.space[key]
     if value is None:
         return -0.1

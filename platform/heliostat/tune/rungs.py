@@ -1,4 +1,5 @@
-"""Where trials wait to be judged by successive halving, and where on these rungs a trial of HyperBand begins. Pure."""
+"""Computes the rungs where trials wait to be judged by successive halving, and the rung where a trial of HyperBand begins. Pure.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import math
 
 
 def rungs(grace: int, reduction: int, steps: int) -> list[int]:
-    """grace, grace x reduction, ...: all below a trial's last step."""
+    """Lists the rungs grace, grace x reduction, ... that lie below a trial's last step."""
     found = []
     while grace < steps:
         found.append(grace)
@@ -15,7 +16,7 @@ def rungs(grace: int, reduction: int, steps: int) -> list[int]:
 
 
 def shares(brackets: int, reduction: int) -> list[float]:
-    """Of all trials, the part that each bracket has (Li et al. 2018, arXiv 1603.06560, algorithm 1).
+    """Computes the share of all trials that each bracket gets (Li et al. 2018, arXiv 1603.06560, algorithm 1).
 
     Bracket 0 begins at the first rung, the next at the second; the last waits on none.
     """
@@ -24,7 +25,7 @@ def shares(brackets: int, reduction: int) -> list[float]:
 
 
 def bracket(number: int, brackets: int, reduction: int) -> int:
-    """The bracket of the trial of this number: whatever the budget is, each has had about its share of it."""
+    """Assigns the trial of this number to a bracket, so that whatever the budget is, each bracket has had about its share."""
     parts, counts = shares(brackets, reduction), [0] * brackets
     for i in range(number + 1):
         chosen = max(range(brackets), key=lambda b: parts[b] * (i + 1) - counts[b])

@@ -1,7 +1,8 @@
-"""What becomes of a trial that waits behind a step: Ray Tune's schedulers, told of earlier commands' trials, within the room.
+"""Decides what becomes of a trial that waits behind a step, by Ray Tune's schedulers, which also learn of earlier commands'
+trials and start no more trials than there is room for.
 
-ASHA, HyperBand and median stopping remember over a resume: the records are replayed to them in the order in which they came.
-PBT and PB2 are synchronous: their trials stop behind the same step, and the worst clone the best from our own checkpoints.
+ASHA, HyperBand and median stopping remember over a resume: the records are replayed to them in the order in which they came. PBT
+and PB2 are synchronous: their trials stop behind the same step, and the worst clone the best from our own checkpoints.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ TRIES = 20  # at values near the donor's that make a valid job
 
 
 def make(state: State) -> Any:
-    """The sweep's scheduler; `controller` becomes Tune's own when it starts its first trial."""
+    """Creates the sweep's scheduler; its `controller` becomes Tune's own when Tune starts its first trial."""
     given, steps = state.plan.sweep.scheduler, state.plan.base["train"]["steps"]
     scheduler: Any
     if given.halves:
@@ -78,7 +79,7 @@ class Fifo(Within, FIFOScheduler):
 
 
 class Halving(Within, AsyncHyperBandScheduler):
-    """ASHA; and HyperBand in its asynchronous form, which is ASHA on several brackets."""
+    """Schedules by ASHA, or by HyperBand in its asynchronous form, which is ASHA on several brackets."""
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         super().on_trial_add(tune_controller, trial)
@@ -98,7 +99,7 @@ class Halving(Within, AsyncHyperBandScheduler):
 
 class Median(Within, MedianStoppingRule):
     def replay(self, records: list[Record]) -> None:
-        """The curves of trials that are over."""
+        """Replays the curves of trials that are over."""
         trials = {r.number: _StandIn(self.watched.plan.name(r.number)) for r in records if r.over}
         for step, value, record in _in_order(records):
             if record.number in trials:
@@ -106,7 +107,7 @@ class Median(Within, MedianStoppingRule):
 
 
 class _StandIn:
-    """For a trial of an earlier command."""
+    """Stands in for a trial of an earlier command."""
 
     def __init__(self, trial_id: str) -> None:
         self.trial_id = trial_id
@@ -183,14 +184,15 @@ class Pbt(Within, PopulationBasedTraining):
         return self.watched.config(record), {}
 
     def _near(self, donor: Record, step: int, rng: np.random.Generator) -> Iterator[Params]:
-        """Values for a trial that clones the donor at the step; later ones for where the first make no valid job."""
+        """Yields values for a trial that clones the donor at the step; the later ones are tried where the first make no valid
+        job."""
         sweep = self.watched.plan.sweep
         for _ in range(TRIES):
             yield spaces.explore(sweep.space, donor.params, rng, sweep.scheduler.resample)
 
 
 class Pb2(Pbt):
-    """PBT whose next values come from a model of what the population has gained so far."""
+    """Schedules by PB2: PBT whose next values come from a model of what the population has gained so far."""
 
     def _near(self, donor: Record, step: int, rng: np.random.Generator) -> Iterator[Params]:
         sweep = self.watched.plan.sweep

@@ -1,4 +1,4 @@
-"""Which trial comes next: Ray Tune's side of it, over the sweep's records, so that a resumed sweep repeats and loses nothing.
+"""Chooses the next trial for Ray Tune from the sweep's records, so that a resumed sweep repeats nothing and loses nothing.
 
 Random trials follow from the seed and their number, a grid from its order; Optuna is told of every trial that has ended, also of
 those that an earlier command ran. Not more trials are given to Tune than there is room for, so no workers wait half placed.
@@ -26,10 +26,10 @@ log = logging.getLogger(__name__)
 
 class Searcher(Protocol):
     def draw(self, number: int) -> Params | None:
-        """A value for every key of the space, for the trial of this number; None if there are no more."""
+        """Draws a value for every key of the space, for the trial of this number; None if there are no more trials."""
 
     def told(self, record: Record) -> None:
-        """A trial has ended, now or in an earlier command."""
+        """Takes note of a trial that has ended, in this command or in an earlier one."""
 
 
 def make(sweep: Sweep) -> Searcher:
@@ -133,7 +133,7 @@ class Trials(SearchAlgorithm):
         return _create_trial_from_spec(spec, self._parser, evaluated_params={}, experiment_tag=name, trial_id=name)
 
     def _record(self) -> Record | None:
-        """The next trial's; None if there is none (yet)."""
+        """Returns the next trial's record; None if there is no next trial, or none yet."""
         if self._waiting:
             return self.state.records[self._waiting.pop(0)]
         most = self.state.plan.trials

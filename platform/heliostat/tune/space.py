@@ -1,4 +1,4 @@
-"""The search space: what a sweep may set a job's keys to. Pure: parsing, drawing, grids, corners, and PBT's next values.
+"""Defines the search space, the values that a sweep may set a job's keys to. Pure: parsing, drawing, grids, corners, perturbing.
 
     train.optimizer.lr: {loguniform: [1.0e-4, 1.0e-2]}
     train.optimizer.weight_decay: {choice: [0.0, 0.1]}
@@ -30,7 +30,7 @@ ALL = 4096  # corners that are checked one by one; of a larger space every pair 
 
 
 class Domain(Strict):
-    """One of these, and `when` it counts."""
+    """Describes the values of one key: exactly one of the distributions, and in `when` the condition under which it counts."""
 
     uniform: Range | None = None
     """`[low, high]`: any number between them."""
@@ -89,7 +89,7 @@ Space = dict[str, Domain]
 
 
 def faults(space: Space) -> list[str]:
-    """What is wrong with the conditions, one line each."""
+    """Lists what is wrong with the space's conditions, one line each."""
     lines, before = [], list[str]()
     for key, domain in space.items():
         for other, wanted in domain.when.items():
@@ -106,7 +106,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def holds(domain: Domain, params: Params) -> bool:
-    """Whether a key counts beside the values chosen for those before it."""
+    """Tells whether a key's condition holds, given the values chosen for the keys before it."""
     return all(other in params and params[other] in _listed(wanted) for other, wanted in domain.when.items())
 
 
@@ -114,7 +114,7 @@ def holds(domain: Domain, params: Params) -> bool:
 
 
 def draw(space: Space, seed: int, number: int) -> Params:
-    """The parameters of a random trial: the same for the same seed and number, whatever else was drawn."""
+    """Draws the parameters of a random trial: the same for the same seed and number, whatever else was drawn."""
     rng, params = np.random.default_rng([seed, number]), Params()
     for key, domain in space.items():
         value = sample(domain, rng)  # also where it does not count: a condition must not move what comes after
@@ -137,7 +137,7 @@ def sample(domain: Domain, rng: np.random.Generator) -> Any:
 
 
 def fit(domain: Domain, value: float) -> Any:
-    """The nearest number that the domain holds."""
+    """Rounds a number to the nearest one that the domain holds."""
     low, high, *step = domain.values
     if step:
         count = math.floor((high - low) / step[0] + 1e-9)
@@ -148,7 +148,7 @@ def fit(domain: Domain, value: float) -> Any:
 
 
 def grid(space: Space) -> list[Params]:
-    """Every combination of listed values, the last key changing fastest, each once."""
+    """Lists every combination of the listed values once, the last key changing fastest."""
     return _combinations(space, {key: domain.values for key, domain in space.items()})
 
 
@@ -163,12 +163,13 @@ def _combinations(space: Space, values: dict[str, list[Any]]) -> list[Params]:
 
 
 def extremes(domain: Domain) -> list[Any]:
-    """The values at the domain's edges; all of a list."""
+    """Lists the values at the domain's edges, or all values of a listed domain."""
     return list(domain.values) if domain.listed else [fit(domain, domain.values[0]), fit(domain, domain.values[1])]
 
 
 def corners(space: Space) -> list[Params]:
-    """The combinations of extremes: all of them; where those are too many, those of each two keys, beside the others' first."""
+    """Lists the combinations of all domains' extremes; where those are too many, the combinations of each two keys' extremes, the
+    other keys at their first."""
     edges = {key: extremes(domain) for key, domain in space.items()}
     if math.prod(len(e) for e in edges.values()) <= ALL:
         return _combinations(space, edges)
@@ -183,7 +184,8 @@ def corners(space: Space) -> list[Params]:
 
 
 def explore(space: Space, params: Params, rng: np.random.Generator, resample: float) -> Params:
-    """Values near `params`: each is drawn anew with probability `resample`, else times 0.8 or 1.2, or the next one of a list."""
+    """Perturbs `params`: draws each value anew with probability `resample`, else multiplies it by 0.8 or 1.2, or takes the next
+    or previous one of a list."""
     new = dict(params)
     for key in params:
         domain = space[key]

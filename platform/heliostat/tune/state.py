@@ -1,4 +1,4 @@
-"""A sweep as its driver sees it while it runs: the trials' records, what was spent, and whether it is to stop.
+"""Holds a running sweep as its driver sees it: the trials' records, what was spent of the budget, and whether it is to stop.
 
 Fed by Ray Tune's callbacks; every change of a record is written at once.
 """
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 class State:
     def __init__(self, plan: Plan, found: list[Record], concurrency: int, parent: str, spent_s: float) -> None:
-        """`found`: of earlier commands, which took `spent_s`; `parent`: the sweep's MLflow run."""
+        """Takes the records `found` of earlier commands, which took `spent_s` seconds, and in `parent` the sweep's MLflow run."""
         self.plan, self.concurrency, self.parent = plan, concurrency, parent
         self.records = {r.number: r for r in found}
         self.trials: list[Any] = []  # Tune's own list
@@ -40,21 +40,21 @@ class State:
 
     @property
     def seconds(self) -> float:
-        """The sweep's own time, over all its commands."""
+        """Returns the seconds that the sweep has taken, over all its commands."""
         return self._spent_s + time.monotonic() - self._began
 
     def of(self, trial_id: str) -> Record:
         return self.records[int(trial_id.rpartition("-")[2])]
 
     def busy(self) -> int:
-        """Trials that hold workers, or are about to."""
+        """Counts the trials that hold workers, or are about to."""
         return sum(t.status in ("PENDING", "RUNNING") for t in self.trials)
 
     def live(self) -> bool:
         return any(not t.is_finished() for t in self.trials)
 
     def config(self, record: Record) -> dict[str, Any]:
-        """What the trial is given."""
+        """Builds the configuration that Ray Tune gives to the trial."""
         job = self.plan.job(record.number, record.params)
         last = record.clones[-1] if record.clones else None
         sweep = self.plan.sweep.name
@@ -75,7 +75,7 @@ class State:
     # changes ---------------------------------------------------------------------------------------------------------
 
     def add(self, number: int, drawn: Params) -> Record:
-        """A new trial; failed at once, if its parameters make no valid job."""
+        """Adds a new trial, as failed if its parameters make no valid job."""
         space, params = self.plan.sweep.space, Params()
         for key, domain in space.items():
             if key in drawn and spaces.holds(domain, params):
@@ -95,7 +95,7 @@ class State:
             self._keep(record)
 
     def told(self, trial_id: str, result: dict[str, Any]) -> None:
-        """A trial's result: how far it is, at some steps its scores, at its end how it ended."""
+        """Takes in a trial's result: its step, at some steps its scores, at its end how it ended."""
         record = self.of(trial_id)
         step = int(result["step"])
         record.step = max(record.step, step)
@@ -122,7 +122,7 @@ class State:
         return self._keep(record)
 
     def cloned(self, record: Record, donor: Record, step: int, params: Params) -> None:
-        """The record now goes on from the donor's checkpoint of the step, with these parameters."""
+        """Notes in a trial's record that it goes on from the donor's checkpoint of the step, with these parameters."""
         folder = str(self.folder.join("trials", self.plan.name(donor.number)))
         record.clones.append({"from": donor.number, "step": step, "at_step": record.step, "folder": folder,
                               "old": record.params, "params": params, "at": time.time()})  # fmt: skip
@@ -131,7 +131,7 @@ class State:
         self._keep(record)
 
     def tick(self) -> None:
-        """Call often: counts the time that trials run, and sees that the budget is kept."""
+        """Counts the time that trials run, and stops the sweep when its budget is used up; to be called often."""
         now = time.monotonic()
         for trial in self.trials:
             record = self.of(trial.trial_id)
@@ -173,7 +173,7 @@ class State:
         return sum(r.seconds for r in self.records.values()) / 3600 * workers["gpus"] * workers["count"]
 
     def affords_another(self) -> bool:
-        """Whether a new trial could run to its end, beside those that run, within the budget of tokens."""
+        """Tells whether a new trial could run to its end, beside those that run, within the budget of tokens."""
         limit = self.plan.sweep.budget.tokens
         if limit is None:
             return True

@@ -1,4 +1,4 @@
-"""The sweep file: a base job, a search space over its keys, a metric, a budget, a searcher and a scheduler. docs/tuning.md
+"""Reads the sweep file: a base job, a search space over its keys, a metric, a budget, a searcher and a scheduler. docs/tuning.md
 
 `load` reads it and finds whatever is wrong with it before anything starts: unknown keys, empty ranges, a metric that the job does
 not report, corners of the space that are no valid job, rungs that no evaluation meets, a budget below one trial.
@@ -154,7 +154,7 @@ def _below(key: str, parents: tuple[str, ...]) -> bool:
 
 @dataclass(frozen=True)
 class Plan:
-    """A sweep that was found right: its file, the base job as plain data, how many trials there are to be, if that is known."""
+    """Holds a sweep that passed all checks: its file, the base job as plain data, and the number of trials, if that is known."""
 
     sweep: Sweep
     base: dict[str, Any]
@@ -168,7 +168,7 @@ class Plan:
         return f"{self.sweep.name}-{number:04d}"
 
     def job(self, number: int, params: Params) -> Job:
-        """A trial's job; ConfigError if it is none."""
+        """Builds a trial's job; ConfigError if its parameters make no valid job."""
         raw = place(self.base, params)
         raw["name"], raw["storage"] = self.name(number), str(self.folder.join("trials"))
         if self.sweep.scheduler.exchanges:
@@ -178,23 +178,23 @@ class Plan:
 
     @property
     def tokens_per_trial(self) -> int:
-        """Tokens, or samples, that a whole trial of the base job trains on."""
+        """Returns the number of tokens, or samples, that a whole trial of the base job trains on."""
         train = self.base["train"]
         return train["steps"] * train["global_batch"] * (self.base["data"].get("sequence_length") or 1)
 
 
 def place(raw: dict[str, Any], params: Params) -> dict[str, Any]:
-    """The job with the parameters in their places."""
+    """Sets the parameters in the job."""
     return schema.apply(raw, settings(params))
 
 
 def settings(params: dict[str, Any]) -> list[str]:
-    """The parameters as `key.path=value`."""
+    """Writes the parameters as settings `key.path=value`."""
     return [f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in params.items()]
 
 
 def holds(sweep: Sweep, job: Job, number: int) -> list[int]:
-    """The steps behind which the trial of this number waits for the scheduler; its last step is none."""
+    """Lists the steps behind which the trial of this number waits for the scheduler; its last step is none of them."""
     scheduler, steps = sweep.scheduler, job.train.steps
     if scheduler.halves:
         assert scheduler.grace is not None
@@ -210,7 +210,7 @@ def holds(sweep: Sweep, job: Job, number: int) -> list[int]:
 
 
 def brackets(sweep: Sweep, steps: int) -> int:
-    """HyperBand's: one that begins at each rung, and one that waits on none. ASHA has one."""
+    """Counts the sweep's brackets: HyperBand has one that begins at each rung and one that waits on none, all others have one."""
     scheduler = sweep.scheduler
     if scheduler.name != "hyperband":
         return 1
@@ -219,12 +219,13 @@ def brackets(sweep: Sweep, steps: int) -> int:
 
 
 def bracket(sweep: Sweep, steps: int, number: int) -> int:
-    """The bracket of the trial of this number."""
+    """Returns the number of the bracket that the trial of this number is in."""
     return rungs.bracket(number, brackets(sweep, steps), sweep.scheduler.reduction)
 
 
 def load(path: Path, changes: list[str] | None = None) -> Plan:
-    """The sweep in a YAML file, with `key.path=value` changes (of the sweep) applied, and checked: no Ray, no stores."""
+    """Loads the sweep in a YAML file, with `key.path=value` changes (of the sweep) applied, and checks it, without Ray or any
+    store."""
     sweep = schema.load(Sweep, "sweep", path, changes)
     file = base_file(sweep)
     if not file.is_file():
@@ -235,12 +236,12 @@ def load(path: Path, changes: list[str] | None = None) -> Plan:
 
 
 def base_file(sweep: Sweep) -> Path:
-    """The base job's file."""
+    """Returns the path of the base job's file."""
     return Path(sweep.job) if Path(sweep.job).is_absolute() else workspace.root() / sweep.job
 
 
 def make(sweep: Sweep, raw: dict[str, Any], where: str) -> Plan:
-    """The same of a sweep and a base job that were read already."""
+    """Plans a sweep from its file and its base job, both already read, and checks it."""
     base = spec.resolve(schema.validate(Job, raw, f"{where}: job {sweep.job} with set"))
     plan = Plan(sweep, base.dump(), count(sweep))
     faults = [*_base_faults(sweep, base), *_budget_faults(plan, base), *_hold_faults(sweep, base)]
@@ -252,7 +253,7 @@ def make(sweep: Sweep, raw: dict[str, Any], where: str) -> Plan:
 
 
 def count(sweep: Sweep) -> int | None:
-    """How many trials there are to be, if that is known."""
+    """Returns the number of trials that are planned, if that is known."""
     return len(spaces.grid(sweep.space)) if sweep.searcher.name == "grid" else sweep.budget.trials
 
 
@@ -316,7 +317,8 @@ def _hold_faults(sweep: Sweep, base: Job) -> list[str]:
 
 
 def _check_corners(plan: Plan, where: str) -> None:
-    """Every corner of the space is a valid job, whose recipe takes it; and its checkpoints fit the others, if they are to."""
+    """Checks that every corner of the space is a valid job that its recipe takes, and, where trials clone each other, that their
+    checkpoints fit."""
     seen: set[str] = set()
     kept: dict[tuple[str, ...], str] = {}
     for params in spaces.corners(plan.sweep.space):
@@ -331,7 +333,8 @@ def _check_corners(plan: Plan, where: str) -> None:
 
 
 def _check_drawn(plan: Plan, where: str) -> None:
-    """So is every trial that is known already, of the first thousands: between the corners there may be others."""
+    """Checks that each of the first thousands of trials that are known already is a valid job: there may be faults between the
+    corners."""
     if plan.sweep.searcher.name == "random" and plan.trials:
         seen: set[str] = set()
         for number in range(min(plan.trials, spaces.ALL)):
@@ -351,6 +354,6 @@ def _check_point(plan: Plan, params: Params, what: str, seen: set[str]) -> Job:
 
 
 def tell(params: Params) -> str:
-    """The parameters in a line."""
+    """Writes the parameters in one line."""
     return ", ".join(f"{key.rpartition('.')[2]} {value:.4g}" if isinstance(value, float) else f"{key.rpartition('.')[2]} {value}"
                      for key, value in params.items())  # fmt: skip

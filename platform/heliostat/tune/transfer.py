@@ -1,9 +1,9 @@
-"""Carrying a learning rate from small models to a big one, after muP: sweep it at some small widths, and go on along the line.
+"""Carries a learning rate from small models to a big one, after muP: a sweep at some small widths, extrapolated along a line.
 
 G. Yang et al., "Tensor Programs V: Tuning Large Neural Networks via Zero-Shot Hyperparameter Transfer" (2022, arXiv 2203.03466),
 show that with Adam the best learning rate of hidden matrices falls as 1 / width (their table 8), while in the standard
-parametrization, which our models have, one rate for all parameters moves with the width by a power that depends on the model.
-So the power is measured: from each width's best rate (a parabola through the best three in log lr), a line in log-log. With one
+parametrization, which our models have, one rate for all parameters moves with the width by a power that depends on the model. So
+the power is measured: from each width's best rate (a parabola through the best three in log lr), a line in log-log. With one
 width only, muP's power, -1, is taken. It is an extrapolation: the report says from how far.
 """
 
@@ -29,7 +29,7 @@ MUP = -1.0  # Adam, hidden matrices
 
 @dataclass(frozen=True)
 class Transfer:
-    """`rates`: the best one by width; `power`: of the width."""
+    """Holds a transferred learning rate: `rates` are the best ones by width, `power` is the exponent of the width."""
 
     rates: dict[int, float]
     power: float
@@ -39,8 +39,8 @@ class Transfer:
 
 
 def optimum(points: dict[float, float], mode: str = "min") -> float:
-    """The best rate of (rate -> score): the vertex of the parabola through the best and its neighbours in log rate; the best
-    itself where it lies at the edge."""
+    """Estimates the best learning rate from (rate -> score): the vertex of the parabola through the best and its neighbours in
+    log rate; the best itself where it lies at the edge."""
     sign = 1.0 if mode == "min" else -1.0
     rates = sorted(points)
     best = min(range(len(rates)), key=lambda i: sign * points[rates[i]])
@@ -53,7 +53,7 @@ def optimum(points: dict[float, float], mode: str = "min") -> float:
 
 
 def transfer(rates: dict[int, float], width: int) -> Transfer:
-    """The rate for a width, along the line through the best rates of other widths."""
+    """Extrapolates the learning rate for a width, along the log-log line through the best rates of other widths."""
     if len(rates) == 1:
         ((known, rate),) = rates.items()
         return Transfer(rates, MUP, False, width, rate * (width / known) ** MUP)
@@ -62,7 +62,7 @@ def transfer(rates: dict[int, float], width: int) -> Transfer:
 
 
 def check(plan: Plan, big: Path) -> Job:
-    """The big job; ConfigError if a learning rate cannot be carried to it from this sweep."""
+    """Loads the big job; ConfigError if a learning rate cannot be carried to it from this sweep."""
     job = spec.load(big)
     if LR not in plan.sweep.space:
         raise ConfigError(f"--transfer: the sweep's space has no {LR}; add it")
@@ -95,7 +95,7 @@ def carry(plan: Plan, records: list[Record], big: Job, file: Path) -> tuple[Tran
 
 
 def tell(found: Transfer) -> list[str]:
-    """The transfer in lines for people."""
+    """Describes the transfer in lines for people."""
     lines = [f"width {width:>6,}: best lr {rate:.3g}" for width, rate in found.rates.items()]
     how = "measured" if found.measured else "muP's, as there is one width only"
     far = found.width / max(found.rates)

@@ -1,4 +1,4 @@
-"""A trial, as Ray Tune runs it: one of our own runs (`train_with_hooks`) in a thread of Tune's actor, with its own workers.
+"""Runs a trial for Ray Tune: one of our own runs (`train_with_hooks`) in a thread of Tune's actor, with its own workers.
 
 `step` returns when the run waits behind a step that the scheduler wants to see, when it has ended, or after a second with how far
 it is. Asked for another step, the run goes on; stopped, it ends where it waits, or behind a checkpoint. `cleanup` returns when
@@ -37,7 +37,7 @@ END_S = 240.0  # for a run that was told to end
 
 @dataclass(kw_only=True)
 class Over(Event):
-    """The run has ended: finished, stopped or failed."""
+    """Reports that the run has ended: finished, stopped or failed."""
 
     ended: str
     reason: str = ""
@@ -46,7 +46,7 @@ class Over(Event):
 
 
 class Trial(tune.Trainable):
-    """`config`: what `State.config` says."""
+    """Trains one trial of a sweep as Tune's trainable; `config` is what `State.config` builds."""
 
     def setup(self, config: dict[str, Any]) -> None:
         self.given = config
@@ -122,7 +122,7 @@ class Trial(tune.Trainable):
             self._events.put(Over(ended="failed", reason=f"{type(e).__name__}: {e}"))
 
     def _lease(self) -> Lease:
-        """Of the run, once a driver that died is gone: Ray ends its processes some seconds later."""
+        """Takes the run's lease, waiting for that of a driver that died: Ray ends its processes some seconds later."""
         from heliostat import lease
 
         deadline = time.monotonic() + ALONE_S
@@ -135,14 +135,14 @@ class Trial(tune.Trainable):
                 time.sleep(1.0)
 
     def _hear(self, event: Event) -> None:
-        """In the run's thread."""
+        """Handles the run's events, in the run's thread."""
         if isinstance(event, Steps):
             self._step = event.done
         elif isinstance(event, Paused | Waiting):
             self._events.put(event)
 
     def _next(self) -> dict[str, Any]:
-        """What Tune is told next."""
+        """Builds the next result for Tune, from the run's next event or, after a second without one, from its step."""
         try:
             event = self._events.get(timeout=BEAT_S)
         except queue.Empty:

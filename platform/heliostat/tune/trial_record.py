@@ -1,11 +1,11 @@
-"""What a sweep leaves in storage, plain JSON below STORAGE/SWEEP: all that a resumed sweep, or a reader, needs.
+"""Defines what a sweep leaves in storage, plain JSON below STORAGE/SWEEP: all that a resumed sweep, or a reader, needs.
 
     sweep.json            the sweep, its base job and its MLflow run
     records/trial-0003.json   a trial: parameters, status, reports, clones
     trials/SWEEP-0003/    the trial's run, as any other run's folder
-    driver.json           the process that drives it, with a sign of life
-    lease/                whose turn it is to drive it
-    stop                  is there while the sweep is told to stop
+    driver.json           the process that drives it, with its heartbeat
+    lease/                which driver may drive it
+    stop                  exists while the sweep is requested to stop
     result.json           the outcome
 
 The driver alone writes records; Ray Tune's own state is never read.
@@ -37,7 +37,7 @@ STATES = ("waiting", "running", "paused", "stopped", *OVER)
 @closed
 @dataclass
 class Record:
-    """One trial. `status`: waiting, running, paused, stopped (a resume goes on with it), finished, pruned or failed."""
+    """Describes one trial. `status`: waiting, running, paused, stopped (a resume goes on with it), finished, pruned or failed."""
 
     number: int
     params: Params
@@ -100,13 +100,13 @@ def write(folder: Location, record: Record) -> None:
 
 
 def read(folder: Location) -> list[Record]:
-    """All trials, by number."""
+    """Reads the records of all trials, by number."""
     names = [n for n, _ in folder.join("records").files() if n.endswith(".json")]
     return sorted((TRIAL.read(folder.join("records", n)) for n in names), key=lambda r: r.number)
 
 
 def read_json(place: Location) -> dict[str, Any] | None:
-    """What one of the folder's other files says; None if it is not there."""
+    """Reads one of the folder's other files; None if it does not exist."""
     try:
         return KEPT.get(place.name, ANY).read(place)
     except FileNotFoundError:
@@ -114,7 +114,7 @@ def read_json(place: Location) -> dict[str, Any] | None:
 
 
 def ranked(records: list[Record], mode: str) -> list[Record]:
-    """The best first: finished ones by their value, then the others by how far they came, then by value."""
+    """Sorts trials, the best first: finished ones by their value, then the others by their step, then by value."""
     sign = 1 if mode == "min" else -1
 
     def key(record: Record) -> tuple[bool, int, float]:
@@ -125,13 +125,13 @@ def ranked(records: list[Record], mode: str) -> list[Record]:
 
 
 def best(records: list[Record], mode: str) -> Record | None:
-    """The best of the finished trials."""
+    """Returns the best of the finished trials."""
     first = next(iter(ranked([r for r in records if r.value is not None], mode)), None)
     return first if first and first.status == "finished" else None
 
 
 class Claim:
-    """One driver at a time: a lease of the sweep's folder, and in `driver.json` a sign of life for those who look.
+    """Claims a sweep for one driver at a time: a lease of its folder, and in `driver.json` a heartbeat for readers.
 
     `Claim(folder)` raises if another one has the lease.
     """
@@ -143,7 +143,7 @@ class Claim:
         self.beat()
 
     def beat(self) -> None:
-        """Call often; LeaseError if another driver has taken the sweep over."""
+        """Writes the heartbeat when it is due; to be called often. LeaseError if another driver has taken the sweep over."""
         if self._lease.lost:
             raise self._lease.lost
         if time.monotonic() >= self._due:
