@@ -37,12 +37,12 @@ LANGUAGES = {".py": "python", ".yaml": "yaml", ".json": "json", ".toml": "toml",
 
 
 def reasons(told: dict[str, str]) -> str:
-    """Write why a pipeline leaves something out."""
+    """Writes why a pipeline leaves something out, as a Markdown table."""
     return "\n".join(["| reason | what it means |", "|---|---|", *(f"| `{reason}` | {what} |" for reason, what in told.items())])
 
 
 def figure(file: Path) -> str:
-    """Write a picture into the page itself, where it has the page's colours: as one line, which Markdown leaves alone."""
+    """Writes a picture into the page itself, where it has the page's colours: as one line, which Markdown leaves alone."""
     return f"<figure>{file.read_text(encoding='utf-8').replace(chr(10), ' ')}</figure>"
 
 
@@ -65,7 +65,7 @@ FENCED = re.compile(r"^(`{3,}).*?^\1`*$", re.MULTILINE | re.DOTALL)
 
 
 def sources() -> dict[Path, Path]:
-    """Return every page and picture, by its place in the repository, with its place in the site."""
+    """Maps every page and picture, by its path in the repository, to its path in the site."""
     found = {p.relative_to(ROOT): p.relative_to(ROOT / "docs") for p in sorted((ROOT / "docs").rglob("*"))
              if p.suffix in (".md", ".svg", ".png") and SITE not in p.parents}  # fmt: skip
     return found | {Path(name): Path(name) for name in ROOT_PAGES}
@@ -95,7 +95,7 @@ class Stage:
             target.write_text(f"# `{source}`\n\n`````{LANGUAGES.get(source.suffix, 'text')}\n{text}\n`````\n", encoding="utf-8")
 
     def linked(self, text: str, source: Path, place: Path) -> str:
-        """Return the page with its links changed, those in code blocks left alone."""
+        """Changes the links of a page to the site's, except in code blocks."""
         parts, end = [], 0
         for block in FENCED.finditer(text):
             parts += [LINK.sub(lambda m: self.target(m[1], source, place), text[end : block.start()]), block[0]]
@@ -103,7 +103,7 @@ class Stage:
         return "".join([*parts, LINK.sub(lambda m: self.target(m[1], source, place), text[end:])])
 
     def target(self, link: str, source: Path, place: Path) -> str:
-        """Return where a link leads in the site. One that leads nowhere stays, for the build to find."""
+        """Resolves where a link leads in the site. One that leads nowhere stays, for the build to find."""
         path, mark, anchor = link.partition("#")
         if not path or re.match(r"[a-z]+:", path):
             return link
@@ -139,7 +139,7 @@ class Fetches(HTMLParser):
 
 
 def fetched_from_elsewhere(site: Path) -> list[str]:
-    """Return `FILE: URL` of everything in a built site that comes from another server: by tags, styles and style sheets."""
+    """Lists as `FILE: URL` everything in a built site that comes from another server: by tags, styles and style sheets."""
     found = []
     for file in sorted([*site.rglob("*.html"), *site.rglob("*.css"), *site.rglob("*.svg")]):
         text = file.read_text(encoding="utf-8")
@@ -154,7 +154,7 @@ def fetched_from_elsewhere(site: Path) -> list[str]:
 
 
 def build(folder: Path = BUILD) -> Path:
-    """Build the site into the folder; SystemExit if there is anything to warn of. Return the folder of the built site."""
+    """Builds the site into the folder, and returns the folder of the built site; SystemExit if there is anything to warn of."""
     shutil.rmtree(folder, ignore_errors=True)
     stage = Stage(folder / "pages")
     stage.write()

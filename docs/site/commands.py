@@ -1,4 +1,6 @@
-"""Documents the command line from its typer application, in the words of `--help`, and the exit codes from the typed errors."""
+"""Writes the reference of the command line from its typer application, in the words of `--help`, and that of the exit codes from
+the typed errors.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from docs.site.keys import linked
 
 
 def leaves(command: Any, path: tuple[str, ...] = ("heliostat",)) -> Iterator[tuple[str, Any]]:
-    """Yield (name, command) of all that can be typed, in the order of `--help`."""
+    """Yields (name, command) of all that can be typed, in the order of `--help`."""
     if not hasattr(command, "commands"):
         yield " ".join(path), command
         return
@@ -23,7 +25,7 @@ def leaves(command: Any, path: tuple[str, ...] = ("heliostat",)) -> Iterator[tup
 
 
 def reference(app: typer.Typer) -> str:
-    """Write every command with its arguments and options as Markdown."""
+    """Writes every command with its arguments and options as Markdown."""
     group: Any = typer.main.get_command(app)
     found, lines, heading = list(leaves(group)), [], None
     for name, command in found:
@@ -45,13 +47,13 @@ def reference(app: typer.Typer) -> str:
 
 
 def prose(help: str | None) -> str:
-    """Return a help text as Markdown: a line for each paragraph, and nothing in it that marks up by accident."""
+    """Converts a help text to Markdown: a line for each paragraph, and nothing in it that marks up by accident."""
     paragraphs = [" ".join(p.split()) for p in re.split(r"\n\s*\n", help or "")]
     return linked("\n\n".join(re.sub(r"(?<![`\w])[<*_]|\*", r"\\\g<0>", p) for p in paragraphs))
 
 
 def exit_codes() -> str:
-    """Write which error ends a command with which exit code, from the classes of `heliostat.errors`."""
+    """Writes a table of which error ends a command with which exit code, from the classes of `heliostat.errors`."""
     lines = ["| error | exit code | when |", "|---|---|---|"]
     for name, error in vars(errors).items():
         if isinstance(error, type) and issubclass(error, errors.HeliostatError) and error is not errors.HeliostatError:

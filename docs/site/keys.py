@@ -1,5 +1,6 @@
-"""Documents the keys of a YAML schema from its pydantic models: type, range and default from the model, the meaning from the
-attribute docstring below each field (read from the source, so that importing the models costs nothing for it)."""
+"""Writes the reference of a YAML schema's keys from its pydantic models: type, range and default from the model, the meaning from
+the attribute docstring below each field (read from the source, so that importing the models costs nothing for it).
+"""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ def _source(file: str) -> ast.Module:
 
 
 def descriptions(model: type[BaseModel]) -> dict[str, str]:
-    """Return what each field of the model, and of the models it inherits from, means."""
+    """Reads the meaning of each field of the model, and of the models it inherits from."""
     found: dict[str, str] = {}
     for cls in reversed(model.__mro__):
         if not (issubclass(cls, BaseModel) and cls is not BaseModel):
@@ -42,7 +43,7 @@ def descriptions(model: type[BaseModel]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Section:
-    """The keys of a mapping: the path that leads there (`data.sources[]`), and which of several it is (`adamw`), if it is."""
+    """Describes a mapping's keys: the path that leads there (`data.sources[]`), and which of several it is (`adamw`), if any."""
 
     path: str
     model: type[BaseModel]
@@ -57,7 +58,7 @@ class Section:
 
 
 def sections(model: type[BaseModel], at: str = "", variant: str = "") -> list[Section]:
-    """Return the model and all that its fields hold, in the file's order; of several in one place, the first has no variant."""
+    """Lists the model and all that its fields hold, in the file's order; of several in one place, the first has no variant."""
     found = [Section(at, model, variant)]
     for name, info in model.model_fields.items():
         held = _held(info.annotation)
@@ -68,7 +69,7 @@ def sections(model: type[BaseModel], at: str = "", variant: str = "") -> list[Se
 
 
 def _name_of(model: type[BaseModel]) -> str:
-    """Return what tells one of several models: the value of its field `name`."""
+    """Returns what distinguishes one of several models: the value of its field `name`."""
     return str(model.model_fields["name"].default) if "name" in model.model_fields else model.__name__.lower()
 
 
@@ -81,7 +82,7 @@ def _held(annotation: Any, suffix: str = "") -> list[tuple[type[BaseModel], str]
 
 
 def reference(model: type[BaseModel], at: str = "") -> str:
-    """Write the whole schema as Markdown, below a heading of level 2: a section for each mapping, an entry for each key.
+    """Writes the whole schema as Markdown, below a heading of level 2: a section for each mapping, an entry for each key.
 
     `at`: the key that holds the model's own.
     """
@@ -107,7 +108,7 @@ def _written(section: Section, headed: bool, one_of_several: bool) -> list[str]:
 
 
 def anchor(path: str) -> str:
-    """Return the anchor of a key on the page of its schema: its path."""
+    """Returns the anchor of a key on the page of its schema: its path."""
     return path.replace("[]", "")
 
 
@@ -125,7 +126,7 @@ def _default(info: Any) -> str:
 
 
 def words(schema: dict[str, Any], path: str = "") -> str:
-    """Say in words what a JSON schema allows; `path` leads to the section of the keys that it holds."""
+    """Describes in words what a JSON schema allows; `path` leads to the section of the keys that it holds."""
     if several := schema.get("anyOf") or schema.get("oneOf"):
         return " or ".join(dict.fromkeys(words(s, path) for s in several if s.get("type") != "null"))
     if "$ref" in schema:
@@ -149,7 +150,7 @@ def words(schema: dict[str, Any], path: str = "") -> str:
 
 
 def plural(text: str) -> str:
-    """Put the first noun of a type in the plural: `number, at least 0` is `numbers, at least 0`."""
+    """Puts the first noun of a type in the plural: `number, at least 0` is `numbers, at least 0`."""
     return re.sub(r"^(whole number|number|any value)\b", r"\1s", text).replace("[its keys]", "[keys]")
 
 
@@ -168,7 +169,7 @@ def _number(value: float) -> str:
 
 
 def linked(text: str) -> str:
-    """Make links of the pages that a description names (`docs/checkpoints.md#what-is-kept`), by their place in the repository."""
+    """Makes links of the pages that a description names (`docs/checkpoints.md#what-is-kept`), by their repository path."""
 
     def link(found: re.Match[str]) -> str:
         page, mark = found[1], found[2] or ""

@@ -1,4 +1,4 @@
-"""What the two examples share: a BERT from a job's keys or a folder, its tokenizer, its export, and answers to prompts."""
+"""Shares between the two examples: a BERT from a job's keys or a folder, its tokenizer, its export, and answers to prompts."""
 
 from __future__ import annotations
 
@@ -72,11 +72,11 @@ class Bert(Recipe, Evaluates, Generates, Serves):
     @staticmethod
     @abstractmethod
     def answer(model: Any, tokenizer: Any, prompt: str) -> Generated:
-        """What an exported model makes of a prompt."""
+        """Answers a prompt with an exported model."""
 
 
 def configuration(model: dict[str, Any]) -> Any:
-    """From `pretrained: FOLDER`, or from keys of BertConfig; ConfigError for what makes no sense."""
+    """Builds the configuration from `pretrained: FOLDER`, or from keys of BertConfig; ConfigError for what makes no sense."""
     if "pretrained" in model:
         if not (Path(model["pretrained"]) / "config.json").is_file():
             raise ConfigError(f"model.pretrained: {model['pretrained']!r} is not a model folder (no config.json)")

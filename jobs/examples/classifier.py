@@ -1,4 +1,4 @@
-"""A classifier of texts of varying length: rows with a `text` and a `label`.
+"""Trains a classifier of texts of varying length: rows with a `text` and a `label`.
 
     recipe: jobs.examples.classifier:Classifier
     model: {hidden_size: 128, max_position_embeddings: 256, ...}      # keys of BertConfig; or {pretrained: FOLDER}
@@ -73,7 +73,7 @@ class Classifier(Bert):
 
     @staticmethod
     def answer(model: Any, tokenizer: Any, prompt: str) -> Generated:
-        """The likeliest label."""
+        """Answers a prompt with its likeliest label."""
         padded = pad(tokenizer([prompt])["input_ids"], tokenizer.pad_token_id, model.config.max_position_embeddings)
         chances = model(input_ids=padded.values, attention_mask=padded.mask.long()).logits.softmax(-1)[0]
         label = model.config.id2label[int(chances.argmax())]

@@ -43,7 +43,7 @@ class Functions(Pipeline):
         return [InputFile(str(p.relative_to(STDLIB)), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(found)]
 
     def write(self, output: Location, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """One shard, its rows by their texts' hashes: the same input gives the same bytes."""
+        """Writes one shard, its rows by their texts' hashes: the same input gives the same bytes."""
         dropped, rows = Counter[str](), dict[str, dict[str, str]]()
         for file in inputs:
             source = (STDLIB / file.path).read_text(encoding="utf-8", errors="replace")
@@ -67,13 +67,13 @@ class Functions(Pipeline):
 
 
 def functions(source: str) -> list[str]:
-    """The text of every function and method, without its indentation."""
+    """Extracts the text of every function and method, without its indentation."""
     nodes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
     return [textwrap.dedent(ast.get_source_segment(source, node, padded=True) or "") for node in nodes]
 
 
 def train(texts: list[str], vocab_size: int) -> str:
-    """The `tokenizer.json` of a byte-level BPE."""
+    """Trains a byte-level BPE, and returns its `tokenizer.json`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -85,7 +85,7 @@ def train(texts: list[str], vocab_size: int) -> str:
 
 
 def shard(rows: list[dict[str, str]], chunk_rows: int) -> bytes:
-    """A Parquet file whose footer holds the content's hash, so that the dataset's digest changes with any text."""
+    """Writes a Parquet file whose footer holds the content's hash, so that the dataset's digest changes with any text."""
     sink = io.BytesIO()
     table = pa.Table.from_pylist(rows)
     with pq.ParquetWriter(sink, table.schema, compression="zstd", write_page_checksum=True) as writer:

@@ -1,4 +1,4 @@
-"""A masked language model (Devlin et al. 2018, arXiv 1810.04805) on any dataset of tokens.
+"""Trains a masked language model (Devlin et al. 2018, arXiv 1810.04805) on any dataset of tokens.
 
     recipe: jobs.examples.masked_lm:MaskedLM
     model: {hidden_size: 128, num_hidden_layers: 2, ...}      # keys of BertConfig; or {pretrained: FOLDER}
@@ -61,7 +61,7 @@ class MaskedLM(Bert):
 
     @staticmethod
     def answer(model: Any, tokenizer: Any, prompt: str) -> Generated:
-        """The likeliest word for each [MASK]."""
+        """Answers a prompt with the likeliest word for each [MASK]."""
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         likeliest = model(input_ids=ids).logits[..., : tokenizer.mask_token_id].argmax(-1)
         words = [tokenizer.decode(token) for token in likeliest[ids == tokenizer.mask_token_id]]

@@ -1,4 +1,4 @@
-"""heliostat's exact, elastic stream of samples in a training loop of your own, under Ray Train's TorchTrainer.
+"""Trains with a loop of your own, under Ray Train's TorchTrainer, on heliostat's exact, elastic stream of samples.
 
     heliostat prepare pipelines/quickstart.yaml
     python jobs/examples/own_trainer.py --workers 2 --steps 40

@@ -1,10 +1,10 @@
-"""heliostat: distributed scale-out training on Ray, as a Python library. `heliostat --help` shows the same as commands.
+"""Trains at scale on Ray, distributed, as a Python library. `heliostat --help` shows the same as commands.
 
     job = heliostat.load_job("jobs/quickstart.yaml", {"train.steps": 100})
     run = heliostat.train(job)
     print(run.losses()[100], run.verify()["ok"])
 
-docs/python-api.md tells of every name. Importing heliostat imports nothing else: each name brings what it needs when it is used.
+docs/python-api.md describes every name. Importing heliostat imports nothing else: each name brings what it needs when it is used.
 """
 
 import importlib

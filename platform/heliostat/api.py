@@ -1,4 +1,4 @@
-"""What `import heliostat` offers: a job loaded, checked and trained, a run looked into, a model that answers, exact data.
+"""Defines what `import heliostat` offers: a job loaded, checked and trained, a run looked into, a model that answers, exact data.
 
 Each function does what the command of its name does, and raises what that would print: a HeliostatError of one line.
 docs/python-api.md is the reference.
@@ -141,7 +141,7 @@ def datasets(
 
 
 def settings(overrides: Overrides) -> list[str]:
-    """The overrides as `--set` takes them."""
+    """Converts the overrides to settings as `--set` takes them."""
     if isinstance(overrides, Mapping):
         return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
     return [overrides] if isinstance(overrides, str) else list(overrides)

@@ -1,5 +1,5 @@
-"""A module that may be called as the function of `heliostat.api` that has its name: `heliostat.train(job)`, where
-`heliostat.train` is the package of the training loop too, and stays it.
+"""Makes a module callable as the function of `heliostat.api` that has its name: `heliostat.train(job)`, where `heliostat.train`
+is the package of the training loop too, and stays it.
 
     make_callable(__name__)      # in the module itself
 """

@@ -1,4 +1,4 @@
-"""Everything that can be found wrong with a job before anything expensive starts: under 5 seconds, without Ray.
+"""Checks everything that can be found wrong with a job before anything expensive starts: under 5 seconds, without Ray.
 
     checked = check(load_job(Path("jobs/quickstart.yaml"), ["train.steps=100"]))
 
@@ -88,7 +88,8 @@ def check_job(job: Job) -> tuple[Job, Recipe]:
 
 
 def computable(job: Job, flags: set[str]) -> Job:
-    """The job, in fp32 where it asks for bf16 on a CPU of these `flags` that would take some 60 times as long for it."""
+    """Changes a job's precision from bf16 to fp32 where its workers have no GPU and a CPU of these `flags` would take some 60
+    times as long for bf16."""
     if job.train.precision != "bf16" or job.workers.gpus or not flags or flags & {"avx512bw", "amx_bf16", "bf16"}:
         return job
     log.warning("train.precision: bf16 is computed as fp32: this CPU has no instructions for it, and would take far longer")
@@ -96,7 +97,7 @@ def computable(job: Job, flags: set[str]) -> Job:
 
 
 def cpu_flags() -> set[str]:
-    """What this machine's CPU can do, in Linux's words; nothing where that is not told."""
+    """Reads the instruction sets of this machine's CPU, as Linux names them; empty where they cannot be read."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -133,7 +134,8 @@ def check_data(job: Job, recipe: Recipe, recorded: DataPlan | None = None, chang
 
 
 def check_devices(job: Job, cluster: Path | None) -> None:
-    """ConfigError unless the workers fit on a file's cluster or, where none is named, the GPUs that they ask for are here."""
+    """Checks that the workers fit on a file's cluster or, where none is named, that this machine has their GPUs; ConfigError if
+    not."""
     if cluster is not None:
         from heliostat.cluster import cluster_file, pools
 
@@ -159,7 +161,7 @@ def check_services(job: Job) -> None:
 
 
 def _version(location: Location, digest: str | None) -> Manifest:
-    """The version of a dataset with this digest if it is still there, else the newest."""
+    """Reads the version of a dataset with this digest if it still exists, else the newest."""
     try:
         return manifest.read(location, digest)
     except DataError:
@@ -183,7 +185,7 @@ def _ordered(job: Job, manifests: list[Manifest], recorded: DataPlan | None, cha
 
 
 def held_out_faults(job: Job, order: Order, manifests: list[Manifest]) -> list[str]:
-    """What is held out otherwise than the job asks for, a line each; ConfigError if it is nothing at all."""
+    """Lists what is held out otherwise than the job asks for, a line each; ConfigError if nothing at all is held out."""
     assert job.evaluate
     wanted, fraction, lines = job.evaluate.samples, job.evaluate.fraction, []
     held, total = ([int(getattr(s, name).sum()) for s in order.splits] for name in ("held", "samples"))

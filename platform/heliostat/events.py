@@ -1,8 +1,8 @@
-"""What happens in a run, as the workers and the driver tell it: a dataclass each, one home for their fields.
+"""Defines the events of a run, as the workers and the driver report them: a dataclass each, one home for their fields.
 
 Workers post them to the mailbox, the driver hands each to whoever wants it: the goodput ledger, MLflow, the terminal, a sweep.
-Those that curves are made of also lie beside the checkpoints (`dump`, `parse`): what a field is called there never changes, and
-a field that is new has a default, so that older runs can be read.
+Those that curves are made of also lie beside the checkpoints (`dump`, `parse`): what a field is called there never changes, and a
+field that is new has a default, so that older runs can be read.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Scores = dict[str, float]
 
 @dataclass(kw_only=True)
 class Event:
-    """`at`: wall clock. `ledger`: rank 0's seconds by part so far, where it tells them."""
+    """Describes an event. `at`: wall clock. `ledger`: rank 0's seconds by part so far, where it reports them."""
 
     at: float = field(default_factory=time.time)
     ledger: dict[str, float] | None = None
@@ -25,14 +25,14 @@ class Event:
 
 @dataclass(kw_only=True)
 class Phase(Event):
-    """What the workers are at: placing, model, restore, data, step, stepped, ended."""
+    """Reports the phase that the workers are in: placing, model, restore, data, step, stepped, ended."""
 
     phase: str
 
 
 @dataclass(kw_only=True)
 class ModelPhase(Phase):
-    """The workers run, and begin to build the model. `queued_s`: how long their placement group waited."""
+    """Reports that the workers run, and begin to build the model. `queued_s`: how long their placement group waited."""
 
     phase: str = "model"
     queued_s: float
@@ -42,7 +42,8 @@ class ModelPhase(Phase):
 
 @dataclass(kw_only=True)
 class Steps(Event):
-    """Steps `first`, `first` + 1, ..., counted from 0: a value each in the lists; the other values are of all of them."""
+    """Reports the steps `first`, `first` + 1, ..., counted from 0: the lists hold a value for each; the other values are of all
+    steps."""
 
     kind: ClassVar[str] = "steps"
     first: int
@@ -61,13 +62,13 @@ class Steps(Event):
 
     @property
     def done(self) -> int:
-        """How many steps of the run are made."""
+        """Returns the number of steps of the run that are done."""
         return self.first + len(self.loss)
 
 
 @dataclass(kw_only=True)
 class Spike(Event):
-    """Step number `step`, counted from 1, has a loss far above what is usual."""
+    """Reports that step number `step`, counted from 1, has a loss far above what is usual."""
 
     kind: ClassVar[str] = "spike"
     step: int
@@ -79,7 +80,7 @@ class Spike(Event):
 
 @dataclass(kw_only=True)
 class Evaluation(Event):
-    """Held-out scores after `step` steps, and the pictures that were drawn, PNG by name."""
+    """Reports the held-out scores after `step` steps, and the pictures that were drawn, PNG by name."""
 
     kind: ClassVar[str] = "evaluation"
     step: int
@@ -89,7 +90,7 @@ class Evaluation(Event):
 
 @dataclass(kw_only=True)
 class Saved(Event):
-    """A checkpoint after `step` steps; training has waited for checkpoints `blocked_s` seconds so far."""
+    """Reports a checkpoint after `step` steps; training has waited for checkpoints `blocked_s` seconds so far."""
 
     kind: ClassVar[str] = "checkpoint"
     step: int
@@ -98,7 +99,7 @@ class Saved(Event):
 
 @dataclass(kw_only=True)
 class Paused(Event):
-    """The workers wait behind the checkpoint of `step` for a decision."""
+    """Reports that the workers wait behind the checkpoint of `step` for a decision."""
 
     step: int
     scores: Scores
@@ -106,19 +107,19 @@ class Paused(Event):
 
 @dataclass(kw_only=True)
 class Notice(Event):
-    """Something that a person should read at the terminal."""
+    """Reports something that a person should read at the terminal."""
 
     text: str
 
 
 @dataclass(kw_only=True)
 class Waiting(Notice):
-    """The run waits, and for what."""
+    """Reports that the run waits, and for what."""
 
 
 @dataclass(kw_only=True)
 class Stack(Event):
-    """What a worker's threads are at."""
+    """Reports the stacks of a worker's threads."""
 
     rank: int
     stack: str
@@ -126,7 +127,7 @@ class Stack(Event):
 
 @dataclass(kw_only=True)
 class NodeSample(Event):
-    """What a node is busy with; `step` is the driver's."""
+    """Reports a sample of a node's load; `step` is the driver's."""
 
     node: str
     values: dict[str, float]
@@ -135,7 +136,7 @@ class NodeSample(Event):
 
 @dataclass(kw_only=True)
 class AttemptStarted(Event):
-    """The driver starts workers. `nodes`: what there is of them."""
+    """Reports that the driver starts workers. `nodes`: the cluster's nodes."""
 
     start_step: int
     workers: int
@@ -144,7 +145,7 @@ class AttemptStarted(Event):
 
 @dataclass(kw_only=True)
 class Goodput(Event):
-    """Where the run's seconds went, up to `step` steps."""
+    """Reports where the run's seconds went, up to `step` steps."""
 
     report: dict[str, Any]
     step: int
@@ -155,13 +156,13 @@ LEFT_OUT = ("ledger", "images")  # of what is recorded
 
 
 def dump(event: Event) -> dict[str, Any]:
-    """An event of RECORDED as JSON values."""
+    """Converts an event of RECORDED to JSON values."""
     kind = next(name for name, cls in RECORDED.items() if type(event) is cls)
     return {"kind": kind, **{k: v for k, v in vars(event).items() if k not in LEFT_OUT}}
 
 
 def parse(raw: dict[str, Any]) -> Event | None:
-    """An event that `dump` wrote, in this version of heliostat or an earlier one; None for a kind that is not known."""
+    """Parses an event that `dump` wrote, in this version of heliostat or an earlier one; None for a kind that is not known."""
     if (cls := RECORDED.get(raw["kind"])) is None:
         return None
     known = {f.name for f in dataclasses.fields(cls)}

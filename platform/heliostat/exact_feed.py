@@ -1,4 +1,4 @@
-"""The worker's side of an `ExactStream`: its share of every step's samples, and the receipts of what came.
+"""Feeds a worker from an `ExactStream`: with its share of every step's samples, for which it writes the receipts.
 
 Rank 0 starts the Ray Dataset, in the worker itself, because only there it is known at which step the checkpoint stands; the
 others get their parts from it. The stream ends with the workers, and begins anew wherever the next ones start.
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Batch:
-    """A worker's share of a step: `content` is int32 [samples, sequence_length] of tokens, or an Arrow table of rows.
+    """Holds a worker's share of a step: `content` is int32 [samples, sequence_length] of tokens, or an Arrow table of rows.
 
     `step`: counted from 1; `lanes`: the canonical ranks whose samples they are, in this order; `replaced`: how many of the
     samples stand in for bad ones.
@@ -47,7 +47,7 @@ class Batch:
 
 
 class Feed(Iterator[Batch]):
-    """A worker's batches, one a step, from the step that it was opened at to the last."""
+    """Iterates over a worker's batches, one a step, from the step that it was opened at to the last."""
 
     def __init__(self, of: ExactStream, step: int) -> None:
         if not dist.is_initialized():
@@ -130,7 +130,7 @@ class Feed(Iterator[Batch]):
         return chain, replaced if self.rank == 0 else 0
 
     def _share(self) -> list[Any]:
-        """Every worker's part of the stream, which rank 0 starts."""
+        """Distributes the stream, which rank 0 starts: returns every worker's part of it."""
         packed = [b""]
         if self.rank == 0:
             data = self.job.data

@@ -1,4 +1,4 @@
-"""The exact, elastic order of samples for a training loop of your own, under Ray Train's `TorchTrainer`.
+"""Offers the exact, elastic order of samples to a training loop of your own, under Ray Train's `TorchTrainer`.
 
     stream = heliostat.datasets({"sources": [{"path": "data"}], "sequence_length": 256, "lanes": 4}, steps=100, global_batch=8,
                                 folder="runs/mine")
@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # with torch and Ray, which workers need and those who plan d
 
 
 class AnySamples:
-    """The least of a recipe: takes samples of the kind that the job asks for, whatever is in them."""
+    """Implements the least of a recipe: takes samples of the kind that the job asks for, whatever is in them."""
 
     def __init__(self, job: Job) -> None:
         self.kind = "tokens" if job.data.sequence_length else "rows"
@@ -44,7 +44,7 @@ class AnySamples:
 
 @dataclass(frozen=True)
 class ExactStream:
-    """Plain data: give it to the workers in `train_loop_config`."""
+    """Describes an exact stream of samples as plain data, which is given to the workers in `train_loop_config`."""
 
     job: Job
     plan: DataPlan
@@ -52,12 +52,12 @@ class ExactStream:
 
     @property
     def steps(self) -> int:
-        """How many steps there are."""
+        """Returns the number of steps."""
         return self.job.last_step
 
     @property
     def workers(self) -> list[int]:
-        """The numbers of workers that can share it: each divides the lanes."""
+        """Lists the numbers of workers that can share the stream: each divides the lanes."""
         return spec.divisors(self.plan.shape.lanes)
 
     def start(self, step: int = 0) -> Feed:

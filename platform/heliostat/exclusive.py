@@ -1,6 +1,6 @@
-"""A put that succeeds only where nothing is: of several processes that try at once, one.
+"""Puts a file only where nothing is: of several processes that try at once, one succeeds.
 
-pyarrow has none. On disk it is a hard link to a complete file, so that the file appears whole; where a file system has no
+pyarrow has no such put. On disk it is a hard link to a complete file, so that the file appears whole; where a file system has no
 links, a file that only one can open. On S3 it is `If-None-Match: *`, through boto3, with the credentials and endpoints that
 pyarrow uses. Faults are OSErrors as pyarrow words them, for `storage.diagnose`.
 """
@@ -43,9 +43,10 @@ def _open_new(target: Path, data: bytes) -> bool:
 
 
 def put_object(path: str, query: str, data: bytes, attempts: int, silence_s: float) -> bool:
-    """The same on S3; `path`: BUCKET/KEY, the rest as for pyarrow's file system.
+    """Puts an object on S3 only where none is, and tells whether it did; `path`: BUCKET/KEY, the rest as for pyarrow's file
+    system.
 
-    The answer to a put may be lost, and its repetition then says False: the data must tell whose it is.
+    The answer to a put may be lost, and its repetition then returns False: the data must show whose it is.
     """
     from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 

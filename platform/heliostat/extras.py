@@ -1,8 +1,8 @@
-"""What `pip install heliostat` leaves out: which extra brings a module, and the one line that says so where it is missing.
+"""Maps the modules that `pip install heliostat` leaves out to the extras that bring them, and reports a missing one in one line.
 
     require("images", "diffusers")     # before anything expensive starts
 
-pyproject.toml says what is in an extra; MODULES says by which of its modules it is missed.
+pyproject.toml defines what is in an extra; MODULES lists by which of its modules it is missed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def advice(extra: str) -> str:
 
 
 def bringing(module: str) -> str | None:
-    """The extra that brings a module (or the package that it is in); None if none does."""
+    """Finds the extra that brings a module (or the package that it is in); None if none does."""
     return next((extra for extra, found in _pairs() if module == found or module.startswith(f"{found}.")), None)
 
 

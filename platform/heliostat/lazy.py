@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first used, so that importing the package itself costs nothing."""
+"""Imports the names of a package when they are first used, so that importing the package itself costs nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def names(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """The package's `__getattr__` and `__dir__`. `homes`: in which module each name is."""
+    """Builds a package's `__getattr__` and `__dir__`. `homes`: in which module each name is."""
 
     def get(name: str) -> Any:
         if name not in homes:

@@ -1,13 +1,13 @@
-"""One driver at a time: who may write to a run's folder, or to a sweep's.
+"""Leases a run's or a sweep's folder to one driver at a time, which alone may write there.
 
     with take(run) as held:
         ...
         held.fence.check()  # before anything is written that others build on, or removed
 
 `lease/00000007.json` is the seventh lease of the folder, and the highest number rules. A lease is taken by a put that fails if
-its number is taken, so of drivers that start together one gets it. Its holder writes the file again every RENEW_S, and says at
-the end that it is released. The next number is taken once that is said, or the holder is dead: its process is gone, or, on
-another machine, it has been silent for SILENCE_S. Nobody's clock is compared with another's.
+its number is taken, so of drivers that start together one gets it. Its holder writes the file again every RENEW_S, and at the end
+marks it as released. The next number is taken once it is released, or the holder is dead: its process is gone, or, on another
+machine, it has been silent for SILENCE_S. Nobody's clock is compared with another's.
 
 The number is the fencing token: whoever was taken for dead, and lives, finds a higher one, and stops without writing. It is
 looked for again before each `checkpoint.json` is written and before anything is pruned.
@@ -43,7 +43,7 @@ END_S = 10.0  # for a renewal that is under way
 
 @dataclass(frozen=True)
 class Holder:
-    """Who has a lease; where `machine` is one's own (`_machine`), `pid` can be looked up."""
+    """Describes who holds a lease; where `machine` is this one (`_machine`), `pid` can be looked up."""
 
     id: str
     host: str
@@ -63,7 +63,7 @@ class Holder:
 
     @property
     def alive(self) -> bool:
-        """Whether its process is there, and not another one that was given its number; of this machine only."""
+        """Tells whether the holder's process runs, and is not another one that was given its number; for this machine only."""
         try:
             process = psutil.Process(self.pid)
             return abs(process.create_time() - self.started) < 1 and process.status() != psutil.STATUS_ZOMBIE
@@ -73,13 +73,13 @@ class Holder:
 
 @dataclass(frozen=True)
 class Fence:
-    """What a lease's holder hands to whoever writes for it."""
+    """Holds the fencing token that a lease's holder hands to whoever writes for it."""
 
     folder: Location
     number: int
 
     def check(self) -> None:
-        """LeaseError if another driver has taken over."""
+        """Checks that this lease is still the newest; LeaseError if another driver has taken over."""
         newest = newest_number(self.folder)
         if newest != self.number:
             by = _read(self.folder, newest) if newest else None
@@ -88,7 +88,7 @@ class Fence:
 
 
 class Lease:
-    """Held from its making, by `take`, to `release`; renewed by a thread."""
+    """Holds the lease from its making, by `take`, to `release`; a thread renews it."""
 
     def __init__(self, folder: Location, number: int, holder: Holder) -> None:
         self.fence = Fence(folder, number)
@@ -128,7 +128,8 @@ class Lease:
 
 
 def take(folder: Location, doing: str = "trained", instead: str = "wait for it, stop it, or use another name") -> Lease:
-    """ConfigError if another driver has the lease; waits some seconds where only time can tell.
+    """Takes the folder's lease; ConfigError if another driver has it. Waits some seconds where only time shows whether that one
+    lives.
 
     `doing`, `instead`: what that one does to the folder, and what a person can do, for the error.
     """
@@ -148,7 +149,7 @@ def take(folder: Location, doing: str = "trained", instead: str = "wait for it, 
 
 
 def holder(folder: Location, number: int) -> Holder | None:
-    """Who holds this lease; None if it was given back, or its holder is dead."""
+    """Finds who holds this lease; None if it was given back, or its holder is dead."""
     held = _read(folder, number)
     if held is None or held.released:
         return None
@@ -175,7 +176,7 @@ def clear(folder: Location) -> None:
 
 
 def newest_number(folder: Location) -> int:
-    """0 if nobody has ever had a lease."""
+    """Returns the number of the folder's newest lease; 0 if nobody has ever had one."""
     names = (name.removesuffix(".json") for name, _ in folder.join(LEASE).files())
     return max((int(name) for name in names if name.isdigit()), default=0)
 
@@ -185,7 +186,7 @@ def _place(folder: Location, number: int) -> Location:
 
 
 def _read(folder: Location, number: int) -> Holder | None:
-    """None if the file is gone, or no lease's: nobody can be asked then."""
+    """Reads a lease's holder; None if the file is gone, or is no lease's: there is nobody to ask then."""
     for wait in (0.1, 1.0, 0.0):  # where there are no links, a new file is empty for a moment
         try:
             return Holder(**json.loads(_place(folder, number).read()))
@@ -198,8 +199,8 @@ def _read(folder: Location, number: int) -> Holder | None:
 
 
 def _machine() -> str:
-    """Names this boot of this host, this namespace of processes, and this user, who may be unable to see others' processes: only
-    there a process's number means something."""
+    """Identifies this boot of this host, this namespace of processes, and this user, who may be unable to see others' processes:
+    only there a process's number means something."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{socket.gethostname()}/{boot}/{Path('/proc/self/ns/pid').readlink()}/{os.getuid()}"

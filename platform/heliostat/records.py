@@ -1,6 +1,6 @@
-"""Records: the JSON that heliostat leaves beside a run, a sweep or a model, read back as what it was, or refused in one line.
+"""Reads back the JSON that heliostat leaves beside a run, a sweep or a model: as what it was, or refused in one line.
 
-A `Format` says once what a record is; whatever reads one goes through it, so that a file that is cut, edited or foreign is one
+A `Format` defines once what a record is; whatever reads one goes through it, so that a file that is cut, edited or foreign is one
 error that names the file and its first fault, and nothing behind it meets a value that it does not expect.
 """
 
@@ -27,8 +27,8 @@ open_ = with_config(ConfigDict(extra="allow"))  # a TypedDict whose records may 
 
 
 class Format(Generic[T]):
-    """One kind of record. `kind`: a dataclass or any type that pydantic knows; `check` gives what is wrong with a value of that
-    type, or nothing; `fix` is what a person can do."""
+    """Defines one kind of record. `kind`: a dataclass or any type that pydantic knows; `check` returns what is wrong with a value
+    of that type, or nothing; `fix` is what a person can do."""
 
     def __init__(
         self,
@@ -45,16 +45,16 @@ class Format(Generic[T]):
         return TypeAdapter(self.kind)
 
     def read(self, place: Location | Path) -> T:
-        """The record at a place; FileNotFoundError if there is none."""
+        """Reads the record at a place; FileNotFoundError if there is none."""
         return self.parse(_bytes(place), place)
 
     def read_lines(self, place: Location | Path) -> list[T]:
-        """A record a line, empty lines left out."""
+        """Reads a file of one record a line, empty lines left out."""
         lines = _bytes(place).split(b"\n")
         return [self.parse(line, f"{place}: line {number}") for number, line in enumerate(lines, 1) if line.strip()]
 
     def build(self, raw: Any, where: object) -> T:
-        """The same of plain data that was decoded already."""
+        """Builds the record from plain data that was decoded already."""
         return self.parse(json.dumps(raw).encode(), where)
 
     def parse(self, data: bytes, where: object) -> T:
@@ -75,7 +75,7 @@ def _bytes(place: Location | Path) -> bytes:
 
 
 def _first(error: ValidationError) -> str:
-    """The first fault: where in the record, and what."""
+    """Describes the first fault: where in the record it is, and what is wrong."""
     fault = error.errors(include_url=False, include_context=False)[0]
     where = printable(".".join(str(part) for part in fault["loc"]))[:200]
     said = brief(fault["msg"].removeprefix("Value error, "))

@@ -38,7 +38,7 @@ BEGIN, END = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY"), re.compile(r"-----END
 
 
 def redact(text: str) -> str:
-    """The text, with what is secret in its URIs replaced by ***."""
+    """Replaces what is secret in the text's URIs by ***."""
     if "://" in text:
         text = URI.sub(_without_user, text)
     if "=" in text:
@@ -47,7 +47,7 @@ def redact(text: str) -> str:
 
 
 def carries_secret(uri: str) -> bool:
-    """Whether a URI holds a password or a key, in whatever place."""
+    """Tells whether a URI holds a password or a key, in whatever place."""
     whole = re.sub(r"""[\s"<>]""", "_", uri)  # of one URI nothing ends it
     return redact(whole) != whole
 
@@ -70,14 +70,14 @@ def _without_user(match: re.Match[str]) -> str:
 
 
 class Formatter(logging.Formatter):
-    """Log lines, tracebacks too, without the secrets of URIs."""
+    """Formats log lines, tracebacks too, without the secrets of URIs."""
 
     def format(self, record: logging.LogRecord) -> str:
         return redact(super().format(record))
 
 
 def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """A traceback of what nobody has caught, without the secrets of URIs."""
+    """Writes the traceback of an uncaught error, without the secrets of URIs."""
     sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
 
 
@@ -87,14 +87,14 @@ SETTINGS = ("", ".cfg", ".conf", ".env", ".ini", ".json", ".properties", ".sh", 
 
 
 def secret_lines(lines: list[str], settings: bool) -> set[int]:
-    """Numbers, from 0, of the lines that hold a secret: in a file of settings (its suffix is one of SETTINGS) whatever value a
-    key has that is named like one, with the lines that go on with it; in code only a literal."""
+    """Finds the lines, numbered from 0, that hold a secret: in a file of settings (its suffix is one of SETTINGS) whatever value
+    a key has that is named like one, with the lines that go on with it; in code only a literal."""
     found = {i for i, line in enumerate(lines) if hide(line, settings) != line} | _keys(lines)
     return found | (_continued(lines) | _environment(lines) if settings else set())
 
 
 def hide(line: str, settings: bool) -> str:
-    """The line without the secrets that can be told by it alone."""
+    """Hides the secrets of a line, as far as the line alone shows them."""
     line = redact(line)
     if not settings:
         return LITERAL.sub(rf"\1{HIDDEN}", line)
@@ -105,7 +105,7 @@ def hide(line: str, settings: bool) -> str:
 
 
 def _values(line: str) -> list[int]:
-    """Where values begin that may be secrets; an empty one may have them on the lines behind."""
+    """Finds where values begin that may be secrets; an empty one may have them on the lines behind."""
     found = []
     for match in KEY.finditer(line):
         before, value = line[: match.start()], line[match.end() :].strip()
@@ -118,7 +118,7 @@ def _values(line: str) -> list[int]:
 
 
 def _keys(lines: list[str]) -> set[int]:
-    """PEM blocks of private keys."""
+    """Finds the lines of PEM blocks of private keys."""
     found, inside = set[int](), False
     for i, line in enumerate(lines):
         inside = inside or bool(BEGIN.search(line))
@@ -129,7 +129,7 @@ def _keys(lines: list[str]) -> set[int]:
 
 
 def _continued(lines: list[str]) -> set[int]:
-    """What belongs to a key's value on the lines behind it: all that is indented further, or a list's plain items."""
+    """Finds the lines behind a key that belong to its value: all that are indented further, or a list's plain items."""
     found = set[int]()
     for i, line in enumerate(lines):
         values = _values(line)
@@ -147,7 +147,7 @@ def _continued(lines: list[str]) -> set[int]:
 
 
 def _environment(lines: list[str]) -> set[int]:
-    """`value` beside a `name` that is named like a secret, as Kubernetes has it."""
+    """Finds each `value` beside a `name` that is named like a secret, as Kubernetes writes environment variables."""
     found = set[int]()
     for i, line in enumerate(lines):
         if ENVIRONMENT.match(line):

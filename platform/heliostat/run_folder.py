@@ -1,4 +1,4 @@
-"""What lies where in a run's folder, in one place: everybody who reads or writes there takes the path from here.
+"""Lays out a run's folder, in one place: everybody who reads or writes there takes the path from here.
 
 checkpoints/step-00000100/   shards, and `checkpoint.json`, written last (`checkpoint.layout`)
 checkpoints/frozen-DIGEST/   parameters that are not trained
@@ -9,7 +9,7 @@ curves/step-*.json           losses and scores, until MLflow has them for certai
 ledger/ATTEMPT.json          where the time of each attempt went (`runs.goodput`)
 lease/00000001.json          who may write here (`lease`)
 logs/ATTEMPT.000000.log      of a submitted job (`submit.logs`)
-stacks/TIME.txt              what workers were at when they stalled
+stacks/TIME.txt              the stacks of the workers when they stalled
 ray/                         Ray Train's own state, while it runs
 run.json                     which MLflow run this is (`runs.mlflow_id`)
 attempts.json                each start of the workers: code, machines (`track.run_facts`)
@@ -51,7 +51,7 @@ def curves(run: Location, step: int) -> Location:
 
 
 def step_of(name: str) -> int:
-    """The step that a file or folder of a run is named after; DataError for one that is not named so."""
+    """Parses the step that a file or folder of a run is named after; DataError for one that is not named so."""
     number = name.removeprefix("step-").partition(".")[0]
     if not number.isdecimal():
         raise DataError(f"{name}: is not named after a step, as step-00000100.json; take it out of the run's folder")

@@ -1,4 +1,4 @@
-"""A run as its folder tells it, for Python: curves, checkpoints, receipts, an export, answers of its model.
+"""Opens a run's folder to Python: its curves, checkpoints, receipts, an export, answers of its model.
 
 run = heliostat.Run(".heliostat/runs/quickstart")     # or an MLflow run id
 """
@@ -24,10 +24,12 @@ if TYPE_CHECKING:  # with torch, which takes a second
 
 
 class Run:
-    """ConfigError if there is no such run. What it tells is read when it is asked for, so a run under way can be looked into."""
+    """Opens a run; ConfigError if there is no such run. Everything is read when it is asked for, so a run under way can be looked
+    into."""
 
     def __init__(self, run: str | os.PathLike[str], tracking_uri: str | None = None) -> None:
-        """`run`: its folder (STORAGE/NAME, also on S3) or its MLflow run id; `tracking_uri`: of the store that knows the id."""
+        """Finds the run by its folder (STORAGE/NAME, also on S3) or its MLflow run id; `tracking_uri`: of the store that knows
+        the id."""
         from heliostat.track.mlflow_client import default_uri
         from heliostat.track.models import find_run
 
@@ -46,26 +48,26 @@ class Run:
 
     @property
     def run_id(self) -> str | None:
-        """The MLflow run's; None before MLflow has it."""
+        """Returns the MLflow run's id; None before MLflow has the run."""
         from heliostat.runs.mlflow_id import record
 
         return record(self._place).get("run_id")
 
     @property
     def job(self) -> Job:
-        """The job as the newest checkpoint records it; CheckpointError if there is none."""
+        """Reads the job from the newest checkpoint; CheckpointError if there is none."""
         return self._checkpoint(None).job
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """What `heliostat train --json` printed at the end; None before that."""
+        """Reads what `heliostat train --json` printed at the end; None before that."""
         try:
             return json.loads(self._place.join(run_folder.RESULT).read())
         except FileNotFoundError:
             return None
 
     def metrics(self) -> dict[str, dict[int, float]]:
-        """Every curve up to the newest checkpoint, by its name in MLflow (`train/loss`, `eval/loss`, ...): values by step.
+        """Reads every curve up to the newest checkpoint, by its name in MLflow (`train/loss`, `eval/loss`, ...): values by step.
 
         Steps count what is done: 1 is the first.
         """
@@ -77,11 +79,11 @@ class Run:
         return curves
 
     def losses(self) -> dict[int, float]:
-        """The training loss of every step, 1 the first, up to the newest checkpoint."""
+        """Reads the training loss of every step, 1 the first, up to the newest checkpoint."""
         return self.metrics().get("train/loss", {})
 
     def checkpoints(self) -> list[dict[str, Any]]:
-        """The checkpoints, ascending by step: {step, bytes, whole, fault, kept, written, world_size, zero_stage, metrics}.
+        """Lists the checkpoints, ascending by step: {step, bytes, whole, fault, kept, written, world_size, zero_stage, metrics}.
 
         `written`: seconds since 1970; one that is not whole has a fault, and nothing from `written` on.
         """
@@ -90,13 +92,13 @@ class Run:
         return survey(self._place)
 
     def receipts(self) -> list[Receipt]:
-        """The receipts, in order: each of the steps `first` + 1 to `end`, a digest a step, and the chain behind them."""
+        """Reads the receipts, in order: each of the steps `first` + 1 to `end`, a digest a step, and the chain behind them."""
         from heliostat.runs.history import receipts
 
         return receipts(self._place)
 
     def samples(self, step: int) -> list[dict[str, Any]]:
-        """The samples of a step, counted from 1: {lane, place, source, shard, row_group, row, epoch, text, replaces}."""
+        """Reads the samples of a step, counted from 1: {lane, place, source, shard, row_group, row, epoch, text, replaces}."""
         from heliostat.runs.samples import samples
 
         return samples(self._place, step)
@@ -108,7 +110,7 @@ class Run:
         return verify(self._place)
 
     def goodput(self) -> dict[str, Any]:
-        """Where the time went, in seconds, over all restarts: {total_s, parts, goodput, attempts, ...}."""
+        """Reports where the time went, in seconds, over all restarts: {total_s, parts, goodput, attempts, ...}."""
         from heliostat.runs.goodput import read_report
 
         return read_report(self._place)

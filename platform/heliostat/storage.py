@@ -1,14 +1,14 @@
-"""The one way to reach file:// and s3://: a Location is a URI with the few operations that heliostat needs.
+"""Reaches file:// and s3://, as the one way to do so: a Location is a URI with the few operations that heliostat needs.
 
-Guarantees: a write is atomic (a reader sees the old bytes or the new ones) as long as its source can be read: pyarrow
-completes an S3 upload even when the local file breaks off, so readers of uploads compare sizes. A store that throttles,
-fails, hangs or breaks connections is asked again, with exponential backoff and jitter, until it answers or the budget of
-HELIOSTAT_RETRY_BUDGET_S seconds (60, read at every call) would be exceeded: then StorageError. Refused credentials and
-requests that cannot succeed fail at once and say so; a missing object is FileNotFoundError; what is wrong with the bytes
-themselves is never taken for a fault of the store.
-Credentials come from the environment only (`AWS_*`, instance roles); a URI may carry
-`?endpoint_override=HOST:PORT&scheme=http`, and `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL` is honoured, as in boto3. A
-Location pickles as its URI.
+Guarantees: a write is atomic (a reader sees the old bytes or the new ones) as long as its source can be read: pyarrow completes
+an S3 upload even when the local file breaks off, so readers of uploads compare sizes. A store that throttles, fails, hangs or
+breaks connections is asked again, with exponential backoff and jitter, until it answers or the budget of HELIOSTAT_RETRY_BUDGET_S
+seconds (60, read at every call) would be exceeded: then StorageError. Refused credentials and requests that cannot succeed fail
+at once and say so; a missing object is FileNotFoundError; what is wrong with the bytes themselves is never taken for a fault of
+the store.
+
+Credentials come from the environment only (`AWS_*`, instance roles); a URI may carry `?endpoint_override=HOST:PORT&scheme=http`,
+and `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL` is honoured, as in boto3. A Location pickles as its URI.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ FINAL = {
 
 
 def retry_budget() -> float:
-    """Seconds that a failing store is given."""
+    """Reads the retry budget of a failing store, in seconds; ConfigError if it is no such number."""
     raw = os.environ.get(BUDGET, "60")
     try:
         budget_s = float(raw)
@@ -98,9 +98,9 @@ def _patience(budget_s: float) -> tuple[int, float]:
 
 
 def diagnose(error: OSError) -> str:
-    """What an error means: `refused`, `missing`, `hopeless`, `fault` (of the store, so worth a retry) or `content`.
+    """Classifies an error: `refused`, `missing`, `hopeless`, `fault` (of the store, so worth a retry) or `content`.
 
-    pyarrow has one class for all of them. Whatever its S3 client says names AWS or S3, whatever the operating system says
+    pyarrow has one class for all of them. Whatever its S3 client reports names AWS or S3, whatever the operating system reports
     has a number; an OSError without either is a Parquet or codec library's, about the bytes.
     """
     _, mark, answer = str(error).rpartition("AWS Error")  # before it stand the names of key and bucket
@@ -117,7 +117,7 @@ def diagnose(error: OSError) -> str:
 
 @dataclass(frozen=True)
 class Location:
-    """A file or folder at `uri`: an absolute or relative path, `file:///path`, or `s3://bucket/key[?query]`."""
+    """Locates a file or folder by `uri`: an absolute or relative path, `file:///path`, or `s3://bucket/key[?query]`."""
 
     uri: str
 
@@ -148,7 +148,7 @@ class Location:
 
     @property
     def path(self) -> str:
-        """The path as `fs` takes it: `bucket/key` on S3, an absolute path on disk."""
+        """Returns the path as `fs` takes it: `bucket/key` on S3, an absolute path on disk."""
         if self.is_s3:
             return unquote(self.uri.removeprefix("s3://").partition("?")[0]).rstrip("/")
         return str(Path(self.uri.removeprefix("file://")).absolute())
@@ -168,23 +168,23 @@ class Location:
         return Location("/".join([base.rstrip("/"), *(p.replace("%", "%25").replace("?", "%3F") for p in parts)]) + mark + query)
 
     def ending(self, suffix: str) -> Location:
-        """The same place if its name ends so, else with the suffix added to it."""
+        """Adds the suffix to the location's name, unless the name ends in it already."""
         base, mark, query = self.uri.partition("?") if self.is_s3 else (self.uri, "", "")
         return self if base.lower().endswith(suffix) else Location(base + suffix + mark + query)
 
     def absolute(self, root: Path) -> Location:
-        """The same place, with a relative path taken from `root`."""
+        """Returns the location with a relative path taken from `root`."""
         return self if urlsplit(self.uri).scheme else Location(str(root / self.uri))
 
     def open(self) -> pa.NativeFile:
-        """A random-access, read-only file; FileNotFoundError if there is none."""
+        """Opens a random-access, read-only file; FileNotFoundError if there is none."""
         return self.attempt(lambda: self.fs.open_input_file(self.path))
 
     def exists(self) -> bool:
         return self.attempt(lambda: self.fs.get_file_info(self.path)).type != pafs.FileType.NotFound
 
     def read(self, most: int | None = None) -> bytes:
-        """The file's bytes; at most so many of them, if a number is given."""
+        """Reads the file's bytes; at most `most` of them, if that is given."""
 
         def get() -> bytes:
             with self.fs.open_input_file(self.path) as f:
@@ -239,13 +239,13 @@ class Location:
             Path(partial).unlink(missing_ok=True)
 
     def files(self) -> list[tuple[str, int]]:
-        """All files below this folder as (path relative to it, bytes), sorted; empty if there is no such folder."""
+        """Lists all files below this folder as (path relative to it, bytes), sorted; empty if there is no such folder."""
         selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)
         found = self._listing(selector)
         return sorted((i.path[len(self.path) + 1 :], i.size) for i in found if i.type == pafs.FileType.File)
 
     def folders(self) -> list[str]:
-        """Names of the folders directly below, sorted."""
+        """Lists the names of the folders directly below, sorted."""
         found = self._listing(pafs.FileSelector(self.path, allow_not_found=True))
         return sorted(i.base_name for i in found if i.type == pafs.FileType.Directory)
 
@@ -270,7 +270,8 @@ class Location:
         self.attempt(remove)
 
     def probe(self) -> None:
-        """One quick request: StorageError within seconds if the store is out of reach, refuses us, or lacks the bucket."""
+        """Probes the store by one quick request: StorageError within seconds if it is out of reach, refuses us, or lacks the
+        bucket."""
         if not self.is_s3:
             self.attempt(lambda: self.fs.get_file_info(self.path), budget_s=0)
             return

@@ -26,7 +26,7 @@ def _lines(row: Sequence[str], widths: list[int], left: Collection[int], width: 
 
 
 def bands(widths: Sequence[int], width: int | None) -> list[tuple[int, int]]:
-    """Which columns [begin, end) stand side by side: as many as fit into `width`, at least one."""
+    """Groups the columns into bands [begin, end) that stand side by side: as many as fit into `width`, at least one."""
     found, begin, used = list[tuple[int, int]](), 0, 0
     for i, one in enumerate(widths):
         if width is not None and i > begin and used + len(GAP) + one > width:

@@ -1,4 +1,4 @@
-"""The terminal of a person: one console for standard error, so that a live line and log lines do not write over each other."""
+"""Shares one console for standard error, so that a live line and log lines on a terminal do not write over each other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text that others wrote, as a terminal may have it: names of files, samples, captions, what a library or a server says."""
+"""Makes text that others wrote safe for a terminal: names of files, samples, captions, messages of a library or a server."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ LONGEST = 300
 
 
 def printable(text: str, lines: bool = False) -> str:
-    """The text with everything that moves a terminal's cursor, colours it, or turns its writing around shown as an escape.
+    """Escapes everything in the text that moves a terminal's cursor, colours it, or turns its writing around.
 
     `lines`: line breaks and tabs stay.
     """
@@ -22,7 +22,8 @@ def _escape(character: str) -> str:
 
 
 def brief(text: object, longest: int = LONGEST) -> str:
-    """The first line that says something, printable, cut to a length: what of a library's words belongs into an error."""
+    """Cuts a text to its first line, printable and of at most `longest` characters: what of a library's words belongs into an
+    error."""
     said = str(text).strip() or (type(text).__name__ if isinstance(text, BaseException) else "")
     line = said.splitlines()[0].strip() if said else ""
     shown = printable(line[: longest + 1])

@@ -1,4 +1,4 @@
-"""A new workspace: the quickstart's jobs, pipelines and local cluster, as they come with heliostat.
+"""Creates a new workspace: the quickstart's jobs, pipelines and local cluster, as they come with heliostat.
 
 The files lie in `template/`, each the same as the one of its name in heliostat's own repository.
 """
@@ -36,7 +36,7 @@ def create(folder: Path) -> list[str]:
 
 
 def _refuse(folder: Path, paths: list[str]) -> None:
-    """ConfigError if a path, or a folder that it needs, is something else already."""
+    """Refuses, by a ConfigError, to write where a path, or a folder that it needs, is something else already."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder}: is no folder; give another name")
     blocking = {p for path in paths for p in Path(path).parents if (folder / p).exists() and not (folder / p).is_dir()}
@@ -55,7 +55,7 @@ def _files(folder: Traversable, below: str) -> list[tuple[str, Traversable]]:
 
 
 def _with_lines(text: str, wanted: str) -> str:
-    """The text with those of the wanted lines that it lacks at its end."""
+    """Appends to the text those of the wanted lines that it lacks."""
     missing = [line for line in wanted.splitlines() if line not in text.splitlines()]
     ended = text if not text or text.endswith("\n") else f"{text}\n"
     return ended + "".join(f"{line}\n" for line in missing)

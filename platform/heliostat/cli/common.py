@@ -1,7 +1,7 @@
-"""What commands share: the application that they register with, standard output, options, and how a result is printed.
+"""Defines what commands share: the application that they register with, standard output, options, and how a result is printed.
 
-A command prints its result for people, or with `--json` as one object; `finish` ends it. Options and arguments that mean the
-same everywhere are types here, so that their help is written once.
+A command prints its result for people, or with `--json` as one object; `finish` ends it. Options and arguments that mean the same
+everywhere are types here, so that their help is written once.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pret
 
 
 class Printer(Console):
-    """Standard output: what comes from data moves no cursor and marks up nothing."""
+    """Prints to standard output, so that what comes from data moves no cursor and marks up nothing."""
 
     def print(self, *objects: Any, **options: Any) -> None:
         super().print(*(printable(o, lines=True) if isinstance(o, str) else o for o in objects), **{"markup": False, **options})

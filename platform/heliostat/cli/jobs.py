@@ -1,4 +1,4 @@
-"""Jobs on clusters: submit, jobs, status, logs, stop, resume.
+"""Sends jobs to clusters and looks after them: submit, jobs, status, logs, stop, resume.
 
 Exit codes of commands that follow a job: 0 succeeded, 1 failed, 2 bad input, 130 stopped.
 """
@@ -50,7 +50,7 @@ def submit(
 
 
 def checked(file: Path, settings: list[str], there: Endpoint) -> Job:
-    """The job, of which everything was checked that can be from here: its paths, its plan on the cluster, its services."""
+    """Loads a job and checks everything that can be checked from here: its paths, its plan on the cluster, its services."""
     from heliostat.check import check_services
     from heliostat.plan import planner as planning
     from heliostat.submit import jobs as api
@@ -127,7 +127,7 @@ def _progress(folder: str, steps: int, metadata: dict[str, Any]) -> dict[str, An
 
 
 def _look(job_id: str, cluster: str | None) -> dict[str, Any]:
-    """A job's state on its cluster; if that is gone, what is remembered."""
+    """Looks up a job's state on its cluster; if the cluster is gone, in the job's local record."""
     from heliostat.cluster.endpoint import endpoint
     from heliostat.submit.jobs import Jobs, Record
 

@@ -1,5 +1,4 @@
-"""Runs and shows sweeps: `heliostat tune`, `heliostat sweeps`, `heliostat sweep`, and what `heliostat train --from-sweep` trains.
-"""
+"""Runs and shows sweeps: `heliostat tune`, `heliostat sweeps`, `heliostat sweep`, and `heliostat train --from-sweep`."""
 
 from __future__ import annotations
 

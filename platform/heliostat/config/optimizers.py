@@ -96,7 +96,7 @@ class Sgd(Optimizer):
 
 
 class RmsProp(Optimizer):
-    """Optimizes by RMSProp: gradients over the root of a running mean of their squares (Tieleman & Hinton 2012, lecture 6.5)."""
+    """Optimizes by gradients over the root of a running mean of their squares (Tieleman & Hinton 2012, lecture 6.5)."""
 
     name: Literal["rmsprop"] = "rmsprop"
     """The optimizer's algorithm."""
@@ -136,7 +136,7 @@ def _refuse(value: Any) -> Any:
 
 
 def _name(value: Any) -> str:
-    """Returns the optimizer's name as given; the default's where the value is no mapping, which that model's validation reports."""
+    """Returns the optimizer's name as given; the default's where the value is no mapping, which that model's validation refuses."""
     return str(value.get("name", DEFAULT) if isinstance(value, dict) else getattr(value, "name", DEFAULT))
 
 

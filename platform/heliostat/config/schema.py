@@ -87,7 +87,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def bounded(tree: Any, seen: tuple[int, ...] = ()) -> int:
-    """Counts the values of a tree, up to a little more than NODES; one that holds itself, or is nested too deep, counts as more."""
+    """Counts the values of a tree, up to a little more than NODES; one that holds itself, or is nested too deep, has more."""
     if not isinstance(tree, dict | list):
         return 1
     if id(tree) in seen or len(seen) > 100:

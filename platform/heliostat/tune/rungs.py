@@ -1,5 +1,4 @@
-"""Computes the rungs where trials wait to be judged by successive halving, and the rung where a trial of HyperBand begins. Pure.
-"""
+"""Computes the rungs where trials wait to be judged by successive halving, and where a trial of HyperBand begins. Pure."""
 
 from __future__ import annotations
 
