@@ -72,7 +72,7 @@ def sources() -> dict[Path, Path]:
 
 
 class Stage:
-    """Copies the pages into a folder of their own, generated parts filled in and links led to where things are in the site."""
+    """Copies the pages into a folder of their own, with the generated parts filled in and the links changed to the site's."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.places = folder, sources()

@@ -1,5 +1,5 @@
-"""Functions of Python's standard library, each with the package that it comes from: rows with a text and a label, from what every
-machine has. A pipeline of one's own.
+"""Prepares the functions of Python's standard library, each with the package that it comes from: rows with a text and a label,
+from what every machine has. A pipeline of one's own.
 
     heliostat prepare jobs/examples/data/functions.yaml
 """

@@ -27,7 +27,7 @@ VOCABULARY = 4096
 
 
 def model() -> nn.Module:
-    """Says what token comes next from the one before it alone."""
+    """Builds a model that predicts each token from the one before it alone."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Embedding(VOCABULARY, 32), nn.Linear(32, VOCABULARY))
 
@@ -61,7 +61,7 @@ def _read(checkpoint: Checkpoint | None) -> dict[str, Any] | None:
 
 
 def _report(metrics: dict[str, Any], state: dict[str, Any]) -> None:
-    """Tells Ray Train, from all workers; the first one's state is the checkpoint."""
+    """Reports to Ray Train, from all workers; the state of rank 0 is the checkpoint."""
     if ray.train.get_context().get_world_rank():
         ray.train.report(metrics)
         return

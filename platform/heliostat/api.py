@@ -126,7 +126,7 @@ def datasets(
     """Plans the exact, elastic order of samples for a `TorchTrainer` of your own: see `heliostat.exact_stream`.
 
     `data`: the keys of a job's `data`, with `steps`, `global_batch` (samples of a step over all workers) and `held_out` (the
-    fraction of samples that is left out of the order); or a whole Job, which says all of that itself. `folder`: gets the plan,
+    fraction of samples that is left out of the order); or a whole Job, which holds all of these itself. `folder`: gets the plan,
     the receipts and the list of bad samples; one that has a plan is gone on with, ConfigError if the samples would be others.
     """
     from heliostat.exact_stream import data_job, plan_stream

@@ -1,7 +1,7 @@
 """Defines every error that heliostat raises on purpose: one line for the person, the cause chained for the engineer.
 
 Exit codes: 2 where a person must change something first (the command, a file, a dataset's place, credentials), 130 where the run
-was told to stop, 1 for everything else.
+was stopped on request, 1 for everything else.
 
 The command line prints the line and exits with `exit_code`; a traceback means a bug. All of them pickle, because they travel from
 Ray workers to the driver, so what each takes are its `args`: the message, and what the driver must know. No message holds the
@@ -61,7 +61,7 @@ class CheckpointError(HeliostatError):
 
 
 class CorruptCheckpointError(CheckpointError):
-    """Reports that the checkpoint of `step` is torn, or its bytes are not those that were written: the one before is to be used."""
+    """Reports that the checkpoint of `step` is torn, or its bytes are not those that were written: use the one before."""
 
     def __init__(self, message: str, step: int) -> None:
         super().__init__(message, step)
@@ -127,7 +127,7 @@ class TrackingError(HeliostatError):
 
 @contextmanager
 def naming(where: object) -> Iterator[None]:
-    """Puts the place that is at fault before an error's own words, unless they name it."""
+    """Puts the place that is at fault before an error's own message, unless the message names it."""
     try:
         yield
     except HeliostatError as e:

@@ -136,7 +136,7 @@ class NodeSample(Event):
 
 @dataclass(kw_only=True)
 class AttemptStarted(Event):
-    """Reports that the driver starts workers. `nodes`: the cluster's nodes."""
+    """Reports that the driver starts workers. `nodes`: the inventory of the cluster's nodes."""
 
     start_step: int
     workers: int

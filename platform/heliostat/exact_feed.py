@@ -85,7 +85,8 @@ class Feed(Iterator[Batch]):
         return Batch(self.done, mine.content, mine.lanes, len(mine.bad))
 
     def receipt(self) -> dict[str, Any]:
-        """Seals the steps that came since the last receipt; {"steps", "chain", "replaced"} of the run so far. Collective.
+        """Seals the steps that came since the last receipt, and returns {"steps", "chain", "replaced"} of the run so far.
+        Collective.
 
         Call it before the checkpoint of these steps is reported: a run goes on only from a step that has one. DataError if more
         bad samples were replaced than `data.max_bad_fraction` allows.
@@ -112,7 +113,7 @@ class Feed(Iterator[Batch]):
         self._parts = []
 
     def _begin(self, step: int) -> tuple[str, int]:
-        """Makes the folder ready; the receipts' chain up to the step, and, on rank 0, how many bad samples came before it."""
+        """Prepares the folder, and returns the receipts' chain up to the step and the number of bad samples before it."""
         found = [("", 0, "")]
         if self.rank == 0:
             ends = {r.end: r.chain for r in receipts(self.folder)} | {0: receipt.GENESIS}

@@ -85,7 +85,7 @@ def plan_stream(job: Job, folder: str) -> ExactStream:
 
 
 def data_job(data: Mapping[str, Any], steps: int, global_batch: int, held_out: float) -> Job:
-    """Makes a job that says no more than its data, by the rules and in the keys of a job file's."""
+    """Builds a job of nothing but its data, by the rules and in the keys of a job file's."""
     lanes = data.get("lanes")
     divides = isinstance(lanes, int) and isinstance(global_batch, int) and lanes > 0 and global_batch % lanes == 0
     raw: dict[str, Any] = {

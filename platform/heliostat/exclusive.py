@@ -16,7 +16,7 @@ from urllib.parse import parse_qs
 
 
 def put_file(path: str, data: bytes) -> bool:
-    """Writes it if there is no file of this name; False, and nothing is changed, if there is one."""
+    """Writes a file if there is none of this name; returns False, and changes nothing, if there is one."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(f"{path}.{uuid.uuid4().hex[:8]}.partial")

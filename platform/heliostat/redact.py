@@ -1,4 +1,4 @@
-"""Secrets in text: passwords and keys in URIs, and values of keys that are named after what they hold.
+"""Hides secrets in text: passwords and keys in URIs, and values of keys that are named after what they hold.
 
 Errors and logs pass through `redact`, so no URI shows its password there. Files are searched with `secret_lines`, before they
 travel or are kept. Better a word too much hidden than a password shown: what cannot be told apart is taken for a secret.

@@ -89,7 +89,8 @@ def _s3(query: str, attempts: int, silence_s: float) -> pafs.S3FileSystem:
 
 
 def _patience(budget_s: float) -> tuple[int, float]:
-    """Attempts at one request, and the seconds of silence that each may last: all of them take less than half the budget.
+    """Splits the retry budget into attempts at one request, and the seconds of silence that each may last: all of them take less
+    than half the budget.
 
     The SDK repeats single requests, so that one fault does not undo a large upload (it pauses up to 1 s, then up to 2 s);
     `Location.attempt` repeats whole operations.
@@ -196,9 +197,9 @@ class Location:
         self.send(lambda out: out.write(data), len(data))
 
     def create(self, data: bytes) -> bool:
-        """Writes only if nothing is there; False if something is. Of several that try at once, one succeeds.
+        """Writes only if nothing is there; returns False if something is. Of several that try at once, one succeeds.
 
-        False may be the answer to one's own write, if the first answer was lost: let the data tell whose it is.
+        False may be the answer to one's own write, if the first answer was lost: let the data show whose it is.
         """
         if self.is_s3:
             return self.attempt(lambda: exclusive.put_object(self.path, self.query, data, *_patience(retry_budget())))

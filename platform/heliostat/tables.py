@@ -1,4 +1,4 @@
-"""Tables as text: aligned columns that are never cut. A table that is wider than the terminal goes on in further lines a row."""
+"""Formats tables as text: aligned columns that are never cut. A table wider than the terminal goes on in further lines a row."""
 
 from __future__ import annotations
 

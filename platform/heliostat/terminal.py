@@ -8,7 +8,7 @@ console = Console(stderr=True)
 
 
 def duration(seconds: float) -> str:
-    """Says a time in the two largest units that it has, as `42 s`, `5 min 10 s`, `3 h 20 min` or `2 d 4 h`."""
+    """Formats a duration in the two largest units that it has, as `42 s`, `5 min 10 s`, `3 h 20 min` or `2 d 4 h`."""
     whole = max(0, round(seconds))
     for size, unit, smaller, name in ((86_400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
         if whole >= size:

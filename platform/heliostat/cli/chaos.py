@@ -47,7 +47,7 @@ def chaos(
 
 
 def table(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """Makes the rows text, the columns' names first."""
+    """Formats the rows as text, the columns' names first."""
     return [list(HEADS.values()), *(cells(row) for row in rows)]
 
 

@@ -1,4 +1,4 @@
-"""Datasets: `heliostat prepare`, `heliostat index`."""
+"""Prepares and indexes datasets: `heliostat prepare`, `heliostat index`."""
 
 from __future__ import annotations
 

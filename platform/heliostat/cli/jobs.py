@@ -64,7 +64,7 @@ def checked(file: Path, settings: list[str], there: Endpoint) -> Job:
 
 
 def send(jobs: Jobs, wanted: Record, flags: tuple[str, ...], follow: bool, json_: bool) -> None:
-    """Submits, and with `follow` shows the log until the job is over, whose outcome is then the exit code."""
+    """Submits a job, and with `follow` shows its log until it is over; the exit code is then the job's outcome."""
     from heliostat.submit.jobs import exit_code
 
     job_id = jobs.submit(wanted, flags)

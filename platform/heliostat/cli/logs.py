@@ -26,7 +26,7 @@ class Lines(Formatter):
 
 
 class Terminal(logging.Handler):
-    """Prints above the live line, if there is one; a long message goes on beside its time, not below it."""
+    """Prints log lines above the live line, if there is one; a long message goes on beside its time, not below it."""
 
     def __init__(self) -> None:
         super().__init__()

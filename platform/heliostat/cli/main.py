@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def _run(json_: bool, verbose: bool) -> int:
-    """Runs the command that was typed, and tells of what ended it; returns the exit code."""
+    """Runs the command that was typed, and reports what ended it; returns the exit code."""
     ended: BaseException = KeyboardInterrupt()
     try:
         if (code := app(prog_name="heliostat", standalone_mode=False) or 0) != 130:
@@ -98,7 +98,7 @@ def _run(json_: bool, verbose: bool) -> int:
 
 
 def described(error: BaseException) -> dict[str, Any]:
-    """Makes an error the `error` of a JSON answer."""
+    """Describes an error as the `error` of a JSON answer."""
     kind, message, code = type(error).__name__, str(error), getattr(error, "exit_code", 1)
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         kind, message, code = "Interrupted", "interrupted", 130
@@ -108,7 +108,7 @@ def described(error: BaseException) -> dict[str, Any]:
 
 
 def usage(error: Any) -> str:
-    """Says what is wrong with a command line, in one line that names the help to read."""
+    """Explains what is wrong with a command line, in one line that names the help to read."""
     said = error.format_message().strip().removesuffix(".")
     where = f"{error.ctx.command_path} --help" if error.ctx else "heliostat --help"
     return f"{said}; see `{where}`"

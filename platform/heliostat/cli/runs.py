@@ -1,4 +1,6 @@
-"""Runs and models as MLflow keeps them: runs, report, lineage, promote, reproduce, ui. docs/mlflow.md tells what is recorded."""
+"""Shows runs and models as MLflow keeps them: runs, report, lineage, promote, reproduce, ui. docs/mlflow.md lists what is
+recorded.
+"""
 
 from __future__ import annotations
 

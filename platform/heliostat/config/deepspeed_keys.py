@@ -107,7 +107,7 @@ class Aio(Strict):
 
 
 class Allowed(Strict):
-    """Defaults are DeepSpeed's, for the reader; only what the job names is passed on."""
+    """Lists the keys that are taken. Defaults are DeepSpeed's, for the reader; only what the job names is passed on."""
 
     zero_optimization: Zero = Zero()
     """Buckets, buffers and prefetching."""

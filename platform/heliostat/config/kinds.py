@@ -26,7 +26,7 @@ COMMANDS = {
 
 
 def kind_of(raw: Any) -> str | None:
-    """Tells what a file's content is; None if its keys do not say."""
+    """Detects the kind of a file's content; None if its keys do not show it."""
     keys = set(raw) if isinstance(raw, dict) else set()
     return next((kind for kind, own in KEYS.items() if keys & set(own)), None)
 

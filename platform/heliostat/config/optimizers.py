@@ -40,7 +40,7 @@ class Optimizer(Strict):
         raise NotImplementedError
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """Makes it for parameter groups, which hold `params` and `weight_decay`."""
+        """Builds torch's optimizer for parameter groups, which hold `params` and `weight_decay`."""
         raise NotImplementedError
 
 
@@ -128,7 +128,7 @@ REFUSED = {
 
 
 def _refuse(value: Any) -> Any:
-    """Says why a known optimizer is none of ours."""
+    """Refuses a known optimizer that is not supported, with the reason."""
     name = value.get("name") if isinstance(value, dict) else None
     if isinstance(name, str) and (why := REFUSED.get(name.lower())):
         raise ValueError(f"name {name!r} {why}; use one of {', '.join(REGISTRY)}")
@@ -136,7 +136,8 @@ def _refuse(value: Any) -> Any:
 
 
 def _name(value: Any) -> str:
-    """Returns the optimizer's name as given; the default's where the value is no mapping, which that model's validation refuses."""
+    """Returns the optimizer's name as given; the default's where the value is no mapping, which that model's validation reports
+    as a fault."""
     return str(value.get("name", DEFAULT) if isinstance(value, dict) else getattr(value, "name", DEFAULT))
 
 

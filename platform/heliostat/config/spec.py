@@ -32,7 +32,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
 
 def _experiment(name: str) -> str:
-    """Checks an experiment's name: MLflow takes any; ours may become a folder, and stands in a terminal and a page."""
+    """Validates an experiment's name: MLflow takes any; ours may become a folder, and stands in a terminal and a page."""
     parts = name.removeprefix("/").split("/")  # Databricks' begin with one
     if not name.strip() or len(name) > 250 or printable(name) != name or "\\" in name or {"", ".", ".."} & set(parts):
         raise ValueError(
@@ -189,7 +189,7 @@ class Checkpoint(Strict):
 
 
 def _count(value: object) -> object:
-    """Checks that a value is a number, or [least, most]."""
+    """Validates a number of workers, or [least, most]."""
     both: list[Any] = value if isinstance(value, list) else [value, value]
     whole = all(isinstance(n, int) and not isinstance(n, bool) for n in both)
     if len(both) != 2 or not whole or not 0 < both[0] <= both[1] <= LARGEST:
@@ -307,7 +307,7 @@ class Job(Strict):
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches of a worker in a step, for a job of a fixed number of workers."""
+        """Returns the number of micro-batches of a worker in a step, for a job of a fixed number of workers."""
         assert isinstance(self.workers.count, int)
         return self.train.global_batch // (self.workers.count * self.train.micro_batch)
 

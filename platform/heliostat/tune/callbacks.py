@@ -62,7 +62,7 @@ class Watch(Callback):
             log.warning("whether the sweep is to stop cannot be seen: %s", e)
 
     def _until_gone(self) -> None:
-        """Waits until the actors of the last trials are gone: Tune itself would kill them after seconds, and their workers would
+        """Waits for the actors of the last trials to end: Tune itself would kill them after seconds, and their workers would
         stay."""
         manager, deadline = self.scheduler.controller._tune_controller._actor_manager, time.monotonic() + GONE_S
         while manager.num_total_actors and time.monotonic() < deadline:

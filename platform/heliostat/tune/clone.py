@@ -18,7 +18,7 @@ from heliostat.tune.trial_record import read_json
 
 
 def clone(wanted: dict[str, Any], run: Location) -> bool:
-    """Makes the checkpoint of `wanted` (id, folder, step) the newest of the run; False if that was done before."""
+    """Makes the checkpoint of `wanted` (id, folder, step) the newest of the run; returns False if that was done before."""
     if (read_json(run.join(run_folder.CLONE)) or {}).get("id") == wanted["id"]:
         return False
     donor, step = Location(wanted["folder"]), wanted["step"]

@@ -148,7 +148,7 @@ class _Tuning:
         return result
 
     def _connect(self) -> int:
-        """Joins or starts Ray; how many trials run side by side."""
+        """Joins or starts Ray, and returns how many trials run side by side."""
         from heliostat.cluster import nodes
         from heliostat.cluster.connect import connect
 

@@ -85,7 +85,7 @@ def progress(folder: Location) -> tuple[int, int]:
 
 
 def stop(folder: Location) -> None:
-    """Tells a sweep to stop, and waits until it has."""
+    """Stops a sweep: requests it, and waits until the sweep has stopped."""
     if not running(folder):
         raise ConfigError(f"{folder}: is not running; nothing to stop")
     folder.join("stop").write(b"told to stop")

@@ -39,7 +39,7 @@ def columns(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def cells(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """Makes the rows text, the columns' names first; of a key its last part, where that tells it from the others."""
+    """Formats the rows as text, the columns' names first: of a key its last part, if that distinguishes it from the others."""
     names = [c for c in columns(rows) if c not in ("run_id", "steps", "reason")]
     short = {n: n.rpartition(".")[2] for n in names}
     if len(set(short.values())) < len(names):

@@ -62,7 +62,7 @@ class Within:
     controller: Any
 
     def replay(self, records: list[Record]) -> None:
-        """Takes in what trials of earlier commands reported."""
+        """Replays to the scheduler what trials of earlier commands reported."""
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         self.controller = tune_controller
@@ -88,7 +88,7 @@ class Halving(Within, AsyncHyperBandScheduler):
         self._trial_info[trial.trial_id] = self._brackets[bracket(plan.sweep, plan.base["train"]["steps"], number)]  # not by lot
 
     def replay(self, records: list[Record]) -> None:
-        """Rungs as they were: what trials reported before."""
+        """Restores the rungs from what trials of earlier commands reported."""
         trials: dict[int, Any] = {r.number: _StandIn(self.watched.plan.name(r.number)) for r in records}
         nobody: Any = None  # in the controller's place
         for trial in trials.values():
@@ -119,7 +119,7 @@ def _in_order(records: list[Record]) -> list[tuple[int, float, Record]]:
 
 
 class Pbt(Within, PopulationBasedTraining):
-    """Tune's PBT in its synchronous form: the whole population has reported the same step before anything is exchanged."""
+    """Schedules by Tune's PBT in its synchronous form: the whole population reports the same step before any exchange."""
 
     def __init__(self, state: State) -> None:
         given = state.plan.sweep.scheduler

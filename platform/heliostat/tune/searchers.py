@@ -61,7 +61,7 @@ class Grid:
 
 
 class Optuna:
-    """Tune's OptunaSearch (the TPE sampler). Its trials follow from the seed and from what it was told, in that order."""
+    """Searches by Tune's OptunaSearch (the TPE sampler). Its trials follow from the seed and the results given to it, in order."""
 
     def __init__(self, sweep: Sweep) -> None:
         require_optuna()
@@ -103,7 +103,7 @@ def _distribution(domain: Domain) -> Any:
 
 
 class Trials(SearchAlgorithm):
-    """Tune's source of trials: unfinished ones of earlier commands first, then the searcher's, while there is room and budget."""
+    """Supplies trials to Tune: unfinished ones of earlier commands first, then the searcher's, within the room and the budget."""
 
     def __init__(self, state: State, searcher: Searcher) -> None:
         self.state, self.searcher = state, searcher

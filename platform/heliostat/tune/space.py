@@ -57,7 +57,7 @@ class Domain(Strict):
 
     @property
     def values(self) -> list[Any]:
-        """As written: the bounds, or the choices."""
+        """Returns the bounds, or the choices, as written."""
         return getattr(self, self.kind)
 
     @property

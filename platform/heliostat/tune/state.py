@@ -148,7 +148,7 @@ class State:
             self.stop(f"budget.gpu_hours: the {budget.gpu_hours:g} GPU-hours are used up", used_up=True)
 
     def stop(self, why: str, used_up: bool = False) -> None:
-        """Tells every trial to stop behind a checkpoint."""
+        """Requests every trial to stop behind a checkpoint."""
         if not self.stopping:
             self.stopping, self.used_up = why, used_up
             log.warning("%s: trials stop behind a checkpoint; --resume goes on", why)
