@@ -1,4 +1,4 @@
-"""Trains at scale on Ray, distributed, as a Python library. `heliostat --help` shows the same as commands.
+"""Trains at scale, distributed, on Ray: heliostat as a Python library. `heliostat --help` shows the same as commands.
 
     job = heliostat.load_job("jobs/quickstart.yaml", {"train.steps": 100})
     run = heliostat.train(job)

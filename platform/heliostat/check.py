@@ -88,8 +88,8 @@ def check_job(job: Job) -> tuple[Job, Recipe]:
 
 
 def computable(job: Job, flags: set[str]) -> Job:
-    """Changes a job's precision from bf16 to fp32 where its workers have no GPU and a CPU of these `flags` would take some 60
-    times as long for bf16."""
+    """Changes a job's precision from bf16 to fp32 where workers compute on a CPU of these `flags` that is some 60 times slower in
+    bf16."""
     if job.train.precision != "bf16" or job.workers.gpus or not flags or flags & {"avx512bw", "amx_bf16", "bf16"}:
         return job
     log.warning("train.precision: bf16 is computed as fp32: this CPU has no instructions for it, and would take far longer")
@@ -134,7 +134,7 @@ def check_data(job: Job, recipe: Recipe, recorded: DataPlan | None = None, chang
 
 
 def check_devices(job: Job, cluster: Path | None) -> None:
-    """Checks that the workers fit on a file's cluster or, where none is named, that this machine has their GPUs; ConfigError if
+    """Checks that the workers fit on a file's cluster or, without a file, that their GPUs are on this machine; ConfigError if
     not."""
     if cluster is not None:
         from heliostat.cluster import cluster_file, pools

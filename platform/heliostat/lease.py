@@ -128,8 +128,7 @@ class Lease:
 
 
 def take(folder: Location, doing: str = "trained", instead: str = "wait for it, stop it, or use another name") -> Lease:
-    """Takes the folder's lease; ConfigError if another driver has it. Waits some seconds where only time shows whether that one
-    lives.
+    """Takes the folder's lease; ConfigError if another driver has it. Waits some seconds where only time shows whether it lives.
 
     `doing`, `instead`: what that one does to the folder, and what a person can do, for the error.
     """

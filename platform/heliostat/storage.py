@@ -1,4 +1,4 @@
-"""Reaches file:// and s3://, as the one way to do so: a Location is a URI with the few operations that heliostat needs.
+"""Reaches file:// and s3://, and is the one way to do so: a Location is a URI with the few operations that heliostat needs.
 
 Guarantees: a write is atomic (a reader sees the old bytes or the new ones) as long as its source can be read: pyarrow completes
 an S3 upload even when the local file breaks off, so readers of uploads compare sizes. A store that throttles, fails, hangs or
@@ -56,7 +56,7 @@ FINAL = {
 
 
 def retry_budget() -> float:
-    """Reads the retry budget of a failing store, in seconds; ConfigError if it is no such number."""
+    """Reads from the environment for how many seconds a failing store is retried; ConfigError for what is no such number."""
     raw = os.environ.get(BUDGET, "60")
     try:
         budget_s = float(raw)
@@ -271,7 +271,7 @@ class Location:
         self.attempt(remove)
 
     def probe(self) -> None:
-        """Probes the store by one quick request: StorageError within seconds if it is out of reach, refuses us, or lacks the
+        """Probes the store by one quick request: StorageError within seconds if it is unreachable, refuses us, or lacks the
         bucket."""
         if not self.is_s3:
             self.attempt(lambda: self.fs.get_file_info(self.path), budget_s=0)

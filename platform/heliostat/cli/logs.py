@@ -1,5 +1,5 @@
-"""Formats log lines on standard error: on a terminal with the time of day, from the second day on with the date too; in a file
-with date and time.
+"""Formats log lines on standard error: on a terminal with the time of day, from the second day on also the date; in a file with
+both.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""Shows runs and models as MLflow keeps them: runs, report, lineage, promote, reproduce, ui. docs/mlflow.md lists what is
-recorded.
-"""
+"""Shows runs and models as MLflow keeps them: runs, report, lineage, promote, reproduce, ui. docs/mlflow.md lists the records."""
 
 from __future__ import annotations
 

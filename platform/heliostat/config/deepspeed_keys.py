@@ -1,5 +1,4 @@
-"""Checks the keys of `train.deepspeed`: it may hold those that change how fast a step is, or what memory it takes, and not what
-it computes.
+"""Checks the keys of `train.deepspeed`: those that change a step's speed or memory may be set, those that change its result not.
 
 Everything else is refused, with the key of the job file that does it: DeepSpeed would take a second word on the batch, the
 precision or the sharding, and heliostat's data order, loss and checkpoints would go by the first. Also refused are settings of

@@ -35,8 +35,8 @@ class Optimizer(Strict):
 
     @property
     def state(self) -> tuple[str, ...]:
-        """Returns the optimizer state's names, torch's own: of the fp32 tensors of a parameter's shape that are kept for every
-        parameter. They begin as zeros; checkpoints hold them by these names."""
+        """Returns the names, torch's own, of the optimizer state: fp32 tensors of a parameter's shape, kept for every parameter.
+        They begin as zeros; checkpoints hold them by these names."""
         raise NotImplementedError
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -136,8 +136,7 @@ def _refuse(value: Any) -> Any:
 
 
 def _name(value: Any) -> str:
-    """Returns the optimizer's name as given; the default's where the value is no mapping, which that model's validation reports
-    as a fault."""
+    """Returns the optimizer's name as given; the default's where the value is no mapping, which that model then reports."""
     return str(value.get("name", DEFAULT) if isinstance(value, dict) else getattr(value, "name", DEFAULT))
 
 

@@ -1,7 +1,6 @@
 """Defines the learning-rate schedules that `train.schedule.name` may name: one function each, of what comes after the warm-up.
 
-All share the keys of `Schedule`; which of them a schedule reads stands in its function's docstring. docs/guides/schedule.md adds
-one.
+All share the keys of `Schedule`; each function's docstring names those that it reads. docs/guides/schedule.md adds a schedule.
 """
 
 from __future__ import annotations

@@ -317,7 +317,7 @@ class Job(Strict):
         return _fitting(self, lanes or self.lanes, self.workers.least, self.workers.most)
 
     def on(self, workers: int) -> Job:
-        """Fixes the job's number of workers."""
+        """Copies the job, with this fixed number of workers."""
         return self.model_copy(update={"workers": self.workers.model_copy(update={"count": workers})})
 
     @property

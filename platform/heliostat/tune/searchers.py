@@ -61,7 +61,7 @@ class Grid:
 
 
 class Optuna:
-    """Searches by Tune's OptunaSearch (the TPE sampler). Its trials follow from the seed and the results given to it, in order."""
+    """Searches by Tune's OptunaSearch (the TPE sampler). Trials follow from the seed and the results given to it, in order."""
 
     def __init__(self, sweep: Sweep) -> None:
         require_optuna()
