@@ -54,7 +54,7 @@ def prose(help: str | None) -> str:
 
 def exit_codes() -> str:
     """Writes a table of which error ends a command with which exit code, from the classes of `heliostat.errors`."""
-    lines = ["| error | exit code | when |", "|---|---|---|"]
+    lines = ["| error | exit code | meaning |", "|---|---|---|"]
     for name, error in vars(errors).items():
         if isinstance(error, type) and issubclass(error, errors.HeliostatError) and error is not errors.HeliostatError:
             lines.append(f"| `{name}` | {error.exit_code} | {' '.join((error.__doc__ or '').split())} |")

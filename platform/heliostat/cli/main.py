@@ -1,4 +1,4 @@
-"""Distributed training on Ray: from raw data, through an exact and elastic run, to a registered model.
+"""Trains models on Ray, distributed: from raw data, through an exact and elastic run, to a registered model.
 
 Results go to standard output, progress and logs to standard error. With --json a command prints one JSON object, on errors too
 (docs/cli.md).
