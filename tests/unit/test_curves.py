@@ -72,8 +72,8 @@ def test_spikes_and_added_losses_are_curves_too(run):
         local_curves.missing(run, {"train/loss": 20})
 
 
-def test_curves_of_earlier_versions_are_read(run):
-    """They lack what is newer, and hold what is no longer told; a kind of event that is not known is no curve."""
+def test_curves_of_earlier_versions_are_read(run, caplog):
+    """They lack what is newer, and hold what is no longer told; a kind of event that is not known is no curve, and is said."""
     old = {"kind": "steps", "first": 20, "loss": [1.0], "lr": [0.1], "grad_norm": [2.0], "steps": 30, "seconds": 1.0, "at": 1e9,
            "sources": {"a": {"samples": 8.0}}}  # fmt: skip
     saved = {"kind": "checkpoint", "step": 21, "blocked_s": 0.5, "at": 1e9}
@@ -83,6 +83,7 @@ def test_curves_of_earlier_versions_are_read(run):
         ("train/loss", 1.0, 21), ("train/lr", 0.1, 21), ("train/grad_norm", 2.0, 21), ("train/data/a/samples", 8.0, 21),
         ("train/checkpoint/blocked_s", 0.5, 21),
     }  # fmt: skip
+    assert "an event of kind 'held' is of another version" in caplog.text
 
 
 def test_going_back_removes_the_curves_of_later_steps(run):

@@ -8,6 +8,7 @@ logs from there what MLflow lacks.
 from __future__ import annotations
 
 import json
+import logging
 from typing import NotRequired
 
 from typing_extensions import TypedDict
@@ -16,6 +17,8 @@ from heliostat import events, run_folder
 from heliostat.records import Format, Number, Whole, open_
 from heliostat.storage import Location
 from heliostat.track.metrics import Point, points
+
+log = logging.getLogger(__name__)
 
 MARK = "train/loss"  # of every step: how far MLflow's curves go
 
@@ -86,6 +89,10 @@ def read(run: Location, last: int = 0) -> list[Point]:
     for name, _ in folder.files():
         if run_folder.step_of(name) > last:
             for event in EVENTS.read(folder.join(name)):
-                found = events.parse(dict(event))
-                out += points(found) if found else []
+                if (found := events.parse(dict(event))) is None:
+                    log.warning(
+                        "%s: an event of kind %r is of another version of heliostat; it is not logged", name, event["kind"]
+                    )
+                    continue
+                out += points(found)
     return out
