@@ -1,0 +1,110 @@
+"""Prepares a private Ray: its environment, the folder of its files, and the zygote that its workers are forked from.
+
+    private_ray.ahead(job)    # as early as a command knows that it will train: imports run beside whatever it does before Ray
+    connect(...)              # starts Ray; the zygote serves its workers
+
+Imports neither Ray nor torch.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from heliostat.cluster import private
+from heliostat.cluster.zygote import SUPPORTED, Zygote
+from heliostat.config import workspace
+
+# workers share the cores, so none may start a thread a core
+THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+# glibc gives large blocks back to the system at every free and faults them in again at the next step; keep them. In one arena:
+# the others, which all threads but the first take (Ray Train trains in one of those), lie in pieces of 64 MB, given back whole.
+ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(64 << 30), "MALLOC_ARENA_MAX": "1"}
+# A private Ray has no dashboard to read these, and twenty processes that report them cost two cores 5 % of their time
+SILENT = {"RAY_enable_metrics_collection": "0", "RAY_task_events_report_interval_ms": "0", "RAY_event_stats": "0"}
+# Ray keeps as many idle workers as there are CPUs, each of which wakes up 100 times a second; the last end after this long
+IDLE = {"RAY_num_workers_soft_limit": "0", "RAY_idle_worker_killing_time_threshold_ms": "20000"}
+# Ray would start its workers at niceness 15, where whatever else the machine does comes first
+URGENT = {"RAY_worker_niceness": "0"}
+
+LOOPBACK = "127.0.0.1"
+LOOPBACK_INTERFACE = "lo" if sys.platform == "linux" else "lo0"
+# Of a private Ray and its workers. Ray puts an address that others reach in the place of a loopback one, unless it is in the mode
+# for systems where it has no clusters, which the first variable turns on.
+CONFINED = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "GLOO_SOCKET_IFNAME": LOOPBACK_INTERFACE,
+    "NCCL_SOCKET_IFNAME": LOOPBACK_INTERFACE,
+}
+AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+SOCKET_PATH = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")  # what is left for the folder
+PRELOADED = ("ray.data", "heliostat.train.worker.preload")
+
+_zygotes: list[Zygote] = []  # of this process: one at most
+
+
+def worker_environment(gpus: float) -> dict[str, str]:
+    """Returns the environment variables that a training worker starts with."""
+    return {} if gpus else {**THREADS, **ALLOCATOR}
+
+
+def environment(gpus: float) -> dict[str, str]:
+    """Returns the environment of a private Ray and all its workers.
+
+    Ray's processes inherit it, so that the ones started ahead fit every task; a runtime environment would start new ones. The
+    workers import jobs/ and pipelines/ from the workspace.
+    """
+    before = {name: value for name, value in os.environ.items() if name not in AUTHENTICATION}
+    path = os.pathsep.join(filter(None, [str(workspace.root()), before.get("PYTHONPATH")]))
+    token = {"RAY_AUTH_TOKEN_PATH": str(token_file())}
+    return {**SILENT, **IDLE, **URGENT, **before, **worker_environment(gpus), **CONFINED, "PYTHONPATH": path, **token}
+
+
+def sessions() -> Path:
+    """Returns the folder of this user's private Rays: their logs, sockets and tokens.
+
+    Its path is short, because a socket's path has at most 107 characters.
+    """
+    name = f"heliostat-{os.getuid()}"
+    place = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / name
+    return private.folder(place if len(str(place)) <= SOCKET_PATH else Path("/tmp") / name)
+
+
+def token_file() -> Path:
+    return sessions() / f"token-{os.getpid()}"
+
+
+def ahead(gpus: float, modules: Sequence[str] = PRELOADED) -> Zygote | None:
+    """Starts the zygote of a private Ray if there is none; None where a cluster is named, or forks are not supported."""
+    if os.environ.get("RAY_ADDRESS") or not SUPPORTED:
+        return None
+    if not _zygotes:
+        if not token_file().exists():
+            private.write_token(token_file())
+        atexit.register(end)
+        _zygotes.append(Zygote(sessions(), {**environment(gpus), **_of_ray()}, modules))
+    return _zygotes[0]
+
+
+def _of_ray() -> dict[str, str]:
+    """Returns the variables that Ray gives to its workers, and its library reads when it is imported.
+
+    The first job of a Ray is always number 1, and the raylet lives as long as this process.
+    """
+    return {"RAY_AUTH_MODE": "token", "RAY_JOB_ID": "01000000", "RAY_RAYLET_PID": str(os.getpid())}
+
+
+def zygotes() -> list[int]:
+    """Returns the process id of the zygote, if there is one."""
+    return [zygote.process.pid for zygote in _zygotes]
+
+
+def end() -> None:
+    """Ends the zygote, if there is one, and removes the token of the private Ray."""
+    while _zygotes:
+        _zygotes.pop().end()
+    token_file().unlink(missing_ok=True)

@@ -1,0 +1,27 @@
+"""Asks a zygote to run a command in a fork of it: `zygote_client.py SOCKET PYTHON ARGUMENTS`; starts Python itself if there is none.
+
+Imports next to nothing, because Ray runs it for every worker. `zygote` has the other end.
+"""
+
+import json
+import os
+import socket
+import sys
+
+
+def main() -> None:
+    place, python, *arguments = sys.argv[1:]
+    request = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.connect(place)
+            socket.send_fds(connection, [json.dumps(request).encode() + b"\n"], [0, 1, 2])
+            if connection.recv(32):
+                return
+    except OSError:
+        pass
+    os.execv(python, [python, *arguments])
+
+
+if __name__ == "__main__":
+    main()
