@@ -10,7 +10,6 @@ ledger/ATTEMPT.json          where the time of each attempt went (`runs.goodput`
 lease/00000001.json          who may write here (`lease`)
 logs/ATTEMPT.000000.log      of a submitted job (`submit.logs`)
 stacks/TIME.txt              the stacks of the workers when they stalled
-ray/                         Ray Train's own state, while it runs
 run.json                     which MLflow run this is (`runs.mlflow_id`)
 attempts.json                each start of the workers: code, machines (`track.run_facts`)
 unlogged.jsonl               points that MLflow has not taken yet (`track.outbox`)
@@ -24,7 +23,7 @@ from heliostat.errors import DataError
 from heliostat.storage import Location
 
 CHECKPOINTS, RECEIPTS, SEGMENTS, QUARANTINE, CURVES = "checkpoints", "receipts", "segments", "quarantine", "curves"
-LEDGER, LEASE, LOGS, STACKS, RAY = "ledger", "lease", "logs", "stacks", "ray"
+LEDGER, LEASE, LOGS, STACKS = "ledger", "lease", "logs", "stacks"
 MLFLOW_RUN, ATTEMPTS, UNLOGGED, CLONE = "run.json", "attempts.json", "unlogged.jsonl", "clone.json"
 SUMMARY, RESULT = "summary.json", "result.json"
 BY_STEP = (SEGMENTS, RECEIPTS, QUARANTINE, CURVES)  # folders of files that are named after the last step they tell of

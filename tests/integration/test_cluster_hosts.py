@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 WHY = hosts.missing()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(WHY), reason=WHY)]
-QUICK = {"RAY_UP_enable_autoscaler_v2": "0", "OMP_NUM_THREADS": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
+QUICK = {"RAY_UP_enable_autoscaler_v2": "0", "OMP_NUM_THREADS": "1"}
 
 
 def heliostat(folder: Path, env: dict[str, str], *arguments: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
-from heliostat.cluster import connect, private
+from heliostat.cluster import connect, private, private_ray
 from heliostat.errors import ConfigError
 from heliostat.train.run import train
 
@@ -91,7 +91,7 @@ def test_a_private_ray_listens_on_loopback_alone_and_refuses_whoever_has_no_toke
     ports = listening(mine)
     assert set(ports.values()) >= {"gcs_server", "raylet"}
     assert {host for host, _ in ports} == {"127.0.0.1"}, ports
-    token = connect._token_file().read_text()
+    token = private_ray.token_file().read_text()
     refusing = 0
     for (host, port), name in ports.items():
         for method in (
@@ -123,9 +123,9 @@ for path in sys.argv[1:]:
 
 def test_another_user_cannot_open_the_files_and_sockets_of_a_private_ray(ray_session):
     """Its token, its logs, the socket of its object store, and whatever else lies in its folder."""
-    folder, inside = connect.sessions(), Path(session().get_session_dir_path())
+    folder, inside = private_ray.sessions(), Path(session().get_session_dir_path())
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700 and folder in inside.parents
-    token = connect._token_file()
+    token = private_ray.token_file()
     assert stat.S_IMODE(token.stat().st_mode) == 0o600 and len(token.read_text()) == 64
     paths = [token, inside / "logs" / "raylet.out", inside / "sockets" / "plasma_store", inside / "sockets" / "raylet"]
     assert all(p.exists() for p in paths)
@@ -139,7 +139,7 @@ def test_the_workers_of_a_private_ray_meet_where_nobody_else_can_write(ray_sessi
 
     def watch() -> None:
         while not done.is_set():
-            workers = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::RayTrainWo")]
+            workers = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::TrainWorke")]
             seen.update(listening(workers))
             time.sleep(0.1)
 

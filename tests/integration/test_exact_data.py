@@ -47,7 +47,7 @@ def train_and_kill(path: Path, after: int, options: list[str]) -> None:
                 return
             time.sleep(0.02)
         for process in psutil.Process().children(recursive=True):
-            if process.name().startswith("ray::RayTrainWo"):
+            if process.name().startswith("ray::TrainWorke"):
                 process.kill()
 
     folder = run_folder(path)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import ray
 import yaml
-from heliostat.cluster import connect
+from heliostat.cluster import private_ray
 from heliostat.train.run import train
 from heliostat.tune import driver as tuning
 from heliostat.tune.sweep import load
@@ -78,7 +78,7 @@ def test_a_command_that_joins_a_cluster_without_a_free_cpu_says_so(others):
     """As `prepare` and `generate`, whose tasks would wait without a word."""
     last = placement_group([{"CPU": 1}])
     ray.get(last.ready())
-    address, token = ray._private.worker._global_node.gcs_address, str(connect._token_file())
+    address, token = ray._private.worker._global_node.gcs_address, str(private_ray.token_file())
     joining = {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": token}
     environment = {**os.environ, **connect.CONFINED, **joining}
     code = "from heliostat.cluster.connect import connect; connect(1)"

@@ -46,7 +46,7 @@ def actors(name: str) -> list[psutil.Process]:
 
 
 def workers() -> list[psutil.Process]:
-    return actors("RayTrainWorker")
+    return actors("TrainWorker")
 
 
 def saved(folder: Location) -> int:

@@ -18,7 +18,7 @@ import psutil
 
 from heliostat.chaos.process import ChaosError, end_tree, workers
 from heliostat.cluster import private
-from heliostat.cluster.connect import SILENT, worker_environment
+from heliostat.cluster.private_ray import SILENT, worker_environment
 from heliostat.config import workspace
 
 START_S = 90.0

@@ -22,7 +22,7 @@ from heliostat.config import workspace
 log = logging.getLogger(__name__)
 
 STEP = re.compile(r" step (\d+)/\d+  loss ")
-WORKER = "ray::RayTrainWo"  # as much of its name as Linux keeps
+WORKER = "ray::TrainWorke"  # as much of its name as Linux keeps
 ENDING_S = 30.0
 
 

@@ -33,17 +33,9 @@ def remote_environment(gpus: float) -> dict[str, Any]:
     return {"env_vars": worker_environment(gpus)} if os.environ.get("RAY_ADDRESS") else {}
 
 
-def configure() -> None:
-    """Sets the environment variables that Ray Train reads in the process that starts a run."""
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # the driver looks for itself
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")  # then there may be room for fewer
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")  # how soon a dead worker, or the end, is seen
-
-
 def connect(cpus: int, gpus: int = 0, verbose: bool = False) -> None:
     """Joins or starts Ray with room for `cpus` logical CPUs; does nothing if the process is already connected."""
-    configure()
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if ray.is_initialized():
         return
     options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}

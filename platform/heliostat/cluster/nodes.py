@@ -76,20 +76,6 @@ def missing_now(job: Job) -> str | None:
     return missing(job.workers, job.workers.most, all_, {n: free.get(n, {}) for n in all_}, apart)
 
 
-def queued(workers: Workers, count: int) -> bool:
-    """Checks whether a placement group of this Ray job for `count` workers waits for resources."""
-    from ray.core.generated import gcs_pb2
-
-    group: Any = vars(gcs_pb2)["PlacementGroupTableData"]
-    raw = ray._private.state.state._connect_and_get_accessor().get_placement_group_table()
-    mine, waiting = ray.get_runtime_context().get_job_id(), (group.PENDING, group.RESCHEDULING)
-    need = {"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})}
-    return any(
-        g.state in waiting and g.creator_job_id.hex() == mine and [dict(b.unit_resources) for b in g.bundles] == [need] * count
-        for g in map(group.FromString, raw)
-    )
-
-
 def carrying(labels: Mapping[str, str]) -> dict[str, float]:
     """Maps the living nodes with these labels to their total CPUs, whoever uses them."""
     return {n["NodeID"]: n["Resources"].get("CPU", 0.0) for n in ray.nodes()

@@ -42,7 +42,7 @@ CONFINED = {
 }
 AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 SOCKET_PATH = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")  # what is left for the folder
-PRELOADED = ("ray.data", "heliostat.train.worker.preload")
+PRELOADED = ("ray.data", "heliostat.train.worker.preload")  # by name: the layers above
 
 _zygotes: list[Zygote] = []  # of this process: one at most
 
@@ -78,15 +78,18 @@ def token_file() -> Path:
     return sessions() / f"token-{os.getpid()}"
 
 
-def ahead(gpus: float, modules: Sequence[str] = PRELOADED) -> Zygote | None:
-    """Starts the zygote of a private Ray if there is none; None where a cluster is named, or forks are not supported."""
+def ahead(gpus: float, modules: Sequence[str] = ()) -> Zygote | None:
+    """Starts the zygote of a private Ray if there is none; None where a cluster is named, or forks are not supported.
+
+    `modules`: what it imports beside what every worker needs.
+    """
     if os.environ.get("RAY_ADDRESS") or not SUPPORTED:
         return None
     if not _zygotes:
         if not token_file().exists():
             private.write_token(token_file())
         atexit.register(end)
-        _zygotes.append(Zygote(sessions(), {**environment(gpus), **_of_ray()}, modules))
+        _zygotes.append(Zygote(sessions(), {**environment(gpus), **_of_ray()}, [*PRELOADED, *modules]))
     return _zygotes[0]
 
 

@@ -13,6 +13,7 @@ The zygote has one thread when it forks: it never starts Ray, a process group or
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -56,7 +57,12 @@ class Zygote:
         self.launcher.chmod(0o700)
         command = [sys.executable, "-m", "heliostat.cluster.zygote", str(place), *modules]
         self.process = subprocess.Popen(
-            command, env=dict(environment), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+            command,
+            env=dict(environment),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
 
     def end(self) -> None:
@@ -99,6 +105,7 @@ def main() -> None:
             raise SystemExit(f"{modules} have started threads, which a fork would lose")
         if _next_id() == _next_id():
             raise SystemExit("Ray has drawn random numbers already: all forks would draw the same ones, and name things alike")
+        gc.freeze()  # a collection writes to each object that it looks at, and so would copy all that the forks share
         request = _serve(listener)
     if request:
         _become(request)
@@ -136,7 +143,7 @@ def _next_id() -> bytes:
         os._exit(0)
     os.waitpid(pid, 0)
     os.close(writable)
-    with open(readable, "rb") as drawn:
+    with os.fdopen(readable, "rb") as drawn:
         return drawn.read()
 
 
@@ -213,7 +220,7 @@ def _become(request: Request) -> None:
             sys.path.insert(1, entry)
     program = next(i for i, word in enumerate(request.arguments) if word.endswith(ENTRY))
     sys.argv = request.arguments[program:]
-    sys.stdin, sys.stdout, sys.stderr = (open(n, mode, closefd=False) for n, mode in enumerate("rww"))
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, mode, closefd=False) for n, mode in enumerate("rww"))
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 

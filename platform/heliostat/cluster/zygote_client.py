@@ -1,4 +1,4 @@
-"""Asks a zygote to run a command in a fork of it: `zygote_client.py SOCKET PYTHON ARGUMENTS`; starts Python itself if there is none.
+"""Asks a zygote to run a command in a fork of it, or becomes Python itself: `zygote_client.py SOCKET PYTHON ARGUMENTS`.
 
 Imports next to nothing, because Ray runs it for every worker. `zygote` has the other end.
 """
@@ -11,7 +11,7 @@ import sys
 
 def main() -> None:
     place, python, *arguments = sys.argv[1:]
-    request = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}
+    request = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}  # noqa: PTH109 (pathlib takes 10 ms)
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.connect(place)

@@ -101,9 +101,3 @@ def make() -> Any:
     """Creates a mailbox actor on this node, the driver's, so that it does not die with a worker's node."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return Mailbox.options(scheduling_strategy=here).remote()
-
-
-def queued_s() -> float:
-    """Returns the seconds that this worker's placement group waited for resources; called in a worker."""
-    table = ray.util.placement_group_table(ray.util.get_current_placement_group())
-    return table["stats"]["end_to_end_creation_latency_ms"] / 1000

@@ -25,6 +25,7 @@ import heliostat.check as check
 from heliostat import lease
 from heliostat import run_folder as paths
 from heliostat.check import Checked
+from heliostat.cluster import private_ray
 from heliostat.config import spec
 from heliostat.config.spec import Job
 from heliostat.data.dataset import DataPlan, make_order
@@ -39,6 +40,7 @@ from heliostat.errors import (
 )
 from heliostat.events import AttemptStarted, Event, Goodput, NodeSample, Saved, Steps
 from heliostat.lease import Lease
+from heliostat.recipes import preloads
 from heliostat.recipes.protocol import Exports, Serves
 from heliostat.runs import goodput, liveness, segments
 from heliostat.runs import summary as endings
@@ -104,6 +106,7 @@ def train_job(
     clock from which the ledger counts, now if it is not given.
     """
     started = started or time.time()
+    private_ray.ahead(job.workers.gpus, preloads.modules(job.recipe, job.model))
     job, recipe = check.check_setup(job)
     with lease.take(job.run_folder) as held:
         found = None if overwrite else _last_checkpoint(job, resume)
@@ -227,7 +230,6 @@ class _Run:
     def finalize(self, last: Checkpoint) -> dict[str, Any]:
         """Finalizes from the last checkpoint, without training, where an earlier command did not complete this."""
         summary = endings.read(self.job.run_folder, last, self.job)
-        self.job.run_folder.join(paths.RAY).delete()  # Ray Train's own state, of no use after the fit
         return self._with_mlflow_run(lambda owner: self._finalize(owner, last, summary))
 
     def catch_up(self) -> None:
@@ -267,6 +269,7 @@ class _Run:
     def _train(self, owner: RunOwner) -> dict[str, Any]:
         """Starts attempts one after another until the last step is done or another attempt would be of no use."""
         from heliostat.cluster.connect import connect
+        from heliostat.train.driver.pool import Pool
         from heliostat.train.driver.progress import ProgressReporter
 
         workers = self.job.workers
@@ -279,11 +282,11 @@ class _Run:
                 verbose=self.verbose,
             )
             show.phase("ray", time.time())
-            with self.hooks.signals if self.hooks else Signals() as signals:
+            with self.hooks.signals if self.hooks else Signals() as signals, Pool(workers) as pool:
                 while True:
                     show.note("starting the workers")
                     try:
-                        summary = self._attempt(owner, show, signals)
+                        summary = self._attempt(owner, show, signals, pool)
                     except HeliostatError as e:
                         self._recover(e, signals)
                     else:
@@ -299,14 +302,14 @@ class _Run:
             raise StoppedError(f"stopped by {signals.name} behind the last step; use --resume to export and register the model")
         return summary
 
-    def _attempt(self, owner: RunOwner, show: Any, signals: Signals) -> dict[str, Any]:
+    def _attempt(self, owner: RunOwner, show: Any, signals: Signals, pool: Any) -> dict[str, Any]:
         from heliostat.cluster import nodes
         from heliostat.train.driver.attempt import Attempt, Start
 
         count = self.counts[0]
         if len(self.counts) > 1:
             nodes.ask_for(self.job.workers, max(self.counts))
-            count = choose(self.counts, nodes.room_now(self.job, {}))
+            count = choose(self.counts, nodes.room_now(self.job, pool.held()))
         self.lease.fence.check()
         segments.begin(self.job.run_folder, self.plan, self.start_step)
         owner.post(AttemptStarted(start_step=self.start_step, workers=count, nodes=nodes.inventory()))
@@ -338,7 +341,7 @@ class _Run:
             if self.hooks:
                 self.hooks.hear(event)
 
-        return Attempt(start, signals, take, self._beat).run()
+        return Attempt(start, pool, signals, take, self._beat).run()
 
     def _beat(self) -> None:
         """Updates the ledger, and raises the error if the lease was lost; to be called often."""

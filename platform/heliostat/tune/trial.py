@@ -90,13 +90,11 @@ class Trial(tune.Trainable):
     # the run's side --------------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        from heliostat.cluster.connect import configure
         from heliostat.train.run import RunHooks
 
         os.chdir(self.given["root"])
         if self.given["cluster"]:  # by this a run knows that Ray is not its own
             os.environ["RAY_ADDRESS"] = self.given["cluster"]
-        configure()
         self._job = Job.model_validate(self.given["job"])
         signals = Signals()
         self._hooks = RunHooks(time.time(), signals, PausePoints(self.given["pauses"]), self._hear, self.given["tags"])

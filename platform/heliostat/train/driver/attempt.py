@@ -1,4 +1,4 @@
-"""Runs one attempt at a training run: starts the workers once, with Ray Train, and watches them from the driver until they end.
+"""Runs one attempt at a training run: puts the pool's workers to work once, and watches them from the driver until they end.
 
 The driver's thread never waits for long. It drains the mailbox; orders the workers to stop behind a checkpoint when a person or a
 node's provider wants that, or when the cluster has room for more of them; and ends them when no worker makes progress any more.
@@ -10,18 +10,15 @@ import logging
 import os
 import threading
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-import ray.train.torch
 
 from heliostat import run_folder
 from heliostat.cluster import nodes
-from heliostat.cluster.connect import remote_environment
 from heliostat.config.spec import Job
 from heliostat.data import stream
 from heliostat.data.dataset import DataPlan, sample_bytes
@@ -30,18 +27,16 @@ from heliostat.data.order import Order
 from heliostat.errors import (
     HeliostatError,
     LeaseError,
-    PlacementError,
     StalledError,
     StoppedError,
     TrainingError,
-    WorkerError,
-    innermost,
 )
 from heliostat.events import Event, Paused, Phase, Waiting
 from heliostat.lease import Fence
 from heliostat.train import mailbox
 from heliostat.train.driver import rendezvous, stack_dumps
-from heliostat.train.driver.placement import PlacementCallback
+from heliostat.train.driver.failures import explain, survived
+from heliostat.train.driver.pool import Member, Pool
 from heliostat.train.driver.recovery import choose, stalled
 from heliostat.train.driver.signals import Signals
 from heliostat.train.pauses import PausePoints
@@ -53,8 +48,8 @@ POLL_S = 0.5
 HELD_POLL_S = 0.05  # while the workers wait for the driver
 LOOK_S = 1.0  # between two looks at the nodes and the workers' heartbeats
 GROW_S = 5.0  # between two looks for more room
-END_S = 120.0  # for Ray Train to see that its workers have ended
-V2: Any = ray.train  # the package is annotated with V1's classes, and holds V2's
+END_S = 120.0  # for workers that were killed to have ended
+SETTLE_S = 10.0  # for the others to come back once one worker has failed; those that do not are ended
 
 
 @dataclass(frozen=True)
@@ -72,12 +67,14 @@ class Start:
 
 
 class Attempt:
-    def __init__(self, start: Start, signals: Signals, take: Callable[[Event], None], beat: Callable[[], None]) -> None:
+    def __init__(
+        self, start: Start, pool: Pool, signals: Signals, take: Callable[[Event], None], beat: Callable[[], None]
+    ) -> None:
         """Prepares the attempt.
 
         `take` gets every event of the mailbox, in order, and `beat` is called often, both in the caller's thread.
         """
-        self.start, self.job, self.signals, self._take, self._beat = start, start.job, signals, take, beat
+        self.start, self.job, self.pool, self.signals, self._take, self._beat = start, start.job, pool, signals, take, beat
         self._mailbox = mailbox.make()
         self._parts = self._stream()
         self._heartbeats: dict[int, dict[str, Any]] = {}
@@ -101,16 +98,15 @@ class Attempt:
             stream.end(self._parts)
 
     def _run(self) -> dict[str, Any]:
-        trainer = self._trainer()
         outcome: dict[str, Any] = {}
 
-        def fit() -> None:
+        def train() -> None:
             try:
-                outcome["summary"] = trainer.fit().return_value
+                outcome["summary"] = self._train()
             except Exception as e:  # noqa: BLE001 (raised again below, in the caller's thread)
                 outcome["error"] = e
 
-        thread = threading.Thread(target=fit, name="fit", daemon=True)
+        thread = threading.Thread(target=train, name="train", daemon=True)
         thread.start()
         while thread.is_alive():
             thread.join(POLL_S if self._held is None else HELD_POLL_S)
@@ -128,8 +124,7 @@ class Attempt:
                 raise self._fault
         self._drain()
         if "error" in outcome:
-            raise explain(outcome["error"])
-        self.job.run_folder.join(run_folder.RAY).delete()  # Ray Train's own state, of no use after the fit
+            raise outcome["error"]
         return outcome["summary"]
 
     # the watch -------------------------------------------------------------------------------------------------------
@@ -179,7 +174,7 @@ class Attempt:
                 return
             self._order(INTERRUPTED, f"{self.signals.name}: stopping behind a checkpoint; once more stops at once")
         held = Counter(p["node"] for p in self._heartbeats.values())
-        if self._phase == "placing" and nodes.queued(self.job.workers, self.job.workers.most):
+        if self.pool.waiting.is_set():
             self._say(self._placing.told())
         if self._phase == "data" and not self._starved:
             self._starved = self._say(self._too_little_to_read(held))
@@ -188,7 +183,7 @@ class Attempt:
                 self._order(PREEMPTED, f"{len(gone)} of the run's nodes are about to go: stopping behind a checkpoint")
             elif not self._ordered and now >= self._grow_at and self.job.workers.most < max(self.start.counts):
                 self._grow_at = now + GROW_S
-                better = choose(self.start.counts, nodes.room_now(self.job, held))
+                better = choose(self.start.counts, nodes.room_now(self.job, self.pool.held()))
                 if better > self.job.workers.most:
                     self._order(RESIZE, f"there is room for {better} workers: growing behind the next checkpoint")
         if self._stop_by and now > self._stop_by:
@@ -236,14 +231,58 @@ class Attempt:
         return str(place)
 
     def _end_workers(self, thread: threading.Thread) -> None:
-        if self._heartbeats:
-            nodes.kill(list(self._heartbeats.values()))
-            thread.join(END_S)
-            self._drain()
-            if thread.is_alive():
-                raise TrainingError(f"Ray Train did not see within {END_S:.0f} s that its workers had ended") from self._fault
+        if not self._heartbeats:  # they have not begun
+            self.pool.close()
+            return
+        nodes.kill(list(self._heartbeats.values()))
+        thread.join(END_S)
+        self._drain()
+        if thread.is_alive():
+            raise TrainingError(f"Ray did not see within {END_S:.0f} s that the workers had ended") from self._fault
 
-    # Ray Data and Ray Train ------------------------------------------------------------------------------------------
+    # the workers -----------------------------------------------------------------------------------------------------
+
+    def _train(self) -> dict[str, Any]:
+        """Puts the workers to work; returns rank 0's summary, or raises a HeliostatError once none works any more."""
+        self._mailbox.post.remote(Phase(phase="placing"))
+        members = self.pool.take(self.job.workers.most, patient=len(self.start.counts) == 1)
+        config = self._config()
+        working = {
+            member.actor.run.remote(place, config): member
+            for member, place in zip(members, rendezvous.places(members), strict=True)
+        }
+        summaries, failures = self._gather(working)
+        if not failures:
+            return summaries[members[0].slot]
+        for member in members:
+            if (error := failures.get(member.slot)) is not None and (member.gpus or not survived(error)):
+                self.pool.drop(member)
+        raise explain([failures[m.slot] for m in members if m.slot in failures])
+
+    def _gather(self, working: dict[Any, Member]) -> tuple[dict[Any, dict[str, Any]], dict[Any, Exception]]:
+        """Waits for all workers; returns their summaries and errors, by slot.
+
+        Once one has failed, the others fail too, because they lose it in a collective. Who does not within some seconds is ended.
+        """
+        summaries, failures = dict[Any, dict[str, Any]](), dict[Any, Exception]()
+        waiting, late = list(working), 0.0
+        while waiting:
+            done, waiting = ray.wait(waiting, timeout=max(0.0, late - time.monotonic()) if failures else None)
+            for one in done:
+                slot = working[one].slot
+                try:
+                    summaries[slot] = ray.get(one)
+                except Exception as e:  # noqa: BLE001 (explained by the caller)
+                    if not failures:
+                        late = time.monotonic() + SETTLE_S
+                        stream.end(self._parts)  # which the others may be waiting for
+                    failures[slot] = e
+            if failures and not done:
+                log.warning("%d workers did not end within %.0f s of another's failure, and were ended", len(waiting), SETTLE_S)
+                for one in waiting:
+                    self.pool.drop(working[one])
+                break
+        return summaries, failures
 
     def _stream(self) -> list[Any]:
         job, start = self.job, self.start
@@ -252,106 +291,15 @@ class Attempt:
         most = job.workers.most
         return stream.split(stream.dataset(fetch, max(2, most), job.data.memory_limit, size, job.data.labels), most)
 
-    def _trainer(self) -> Any:
-        job, start = self.job, self.start
-        workers = job.workers
-        config = {
-            "job": job.dump(),
-            "plan": start.plan.dump(),
-            "start_step": start.step,
-            "pauses": start.pauses.steps,
-            "fence": start.fence,
+    def _config(self) -> dict[str, Any]:
+        return {
+            "job": self.job.dump(),
+            "plan": self.start.plan.dump(),
+            "start_step": self.start.step,
+            "pauses": self.start.pauses.steps,
+            "fence": self.start.fence,
             "mailbox": self._mailbox,
-            "run_folder": str(job.run_folder),
+            "run_folder": str(self.job.run_folder),
             "parts": self._parts,
+            "queued_s": self.pool.waited_s,
         }
-        attempts = job.run_folder.join(run_folder.RAY)
-        return _trainer_class()(
-            _worker,
-            train_loop_config=config,
-            torch_config=rendezvous.config(workers.gpus),
-            scaling_config=V2.ScalingConfig(
-                num_workers=workers.most,
-                use_gpu=bool(workers.gpus),
-                resources_per_worker={"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})},
-                placement_strategy=workers.placement.upper(),
-                label_selector=workers.labels or None,
-            ),
-            run_config=V2.RunConfig(
-                name=f"{job.name}-{uuid.uuid4().hex[:8]}",  # a name used before would restore Ray's own state
-                storage_path=attempts.path,
-                storage_filesystem=attempts.fs,
-                callbacks=[PlacementCallback(self._mailbox)],
-                # the run's own loop decides what comes after a failure, and where there is no room
-                failure_config=V2.FailureConfig(
-                    max_failures=0,
-                    max_preemption_failures=0,
-                    controller_failure_limit=0 if len(start.counts) > 1 else -1,
-                ),
-                worker_runtime_env=remote_environment(workers.gpus),
-            ),
-        )
-
-
-def _trainer_class() -> Any:
-    """Returns Ray's trainer class, on a private Ray without two processes that would cost each start over a second of CPU.
-
-    One of them watches over the placement group and asks the dashboard, which is not there; the other would split datasets, of
-    which Ray Train has none.
-    """
-    if os.environ.get("RAY_ADDRESS"):
-        return V2.torch.TorchTrainer
-    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-
-    class Trainer(V2.torch.TorchTrainer):
-        def _create_default_callbacks(self) -> list[Any]:
-            without = DatasetsCallback | PlacementGroupCleanerCallback
-            return [c for c in super()._create_default_callbacks() if not isinstance(c, without)]
-
-    return Trainer
-
-
-def _worker(config: dict[str, Any]) -> dict[str, Any]:
-    from heliostat.train.worker.loop import worker
-
-    return worker(config)
-
-
-def explain(error: Exception) -> HeliostatError:
-    """Explains a failed fit in one line: a worker's own HeliostatError if there is one, else Ray's, with the cause chained."""
-    failures = getattr(error, "worker_failures", {})
-    controller = getattr(error, "controller_failure", None)
-    for cause in [*failures.values(), controller]:
-        if known := innermost(cause):
-            known.args = (str(known).partition("\nFailed to apply UDF")[0], *known.args[1:])  # Ray Data's addition
-            return known
-    if type(controller).__name__.startswith("WorkerGroupStartup"):
-        fault: TrainingError = PlacementError(f"the workers could not be placed or started: {controller}")
-        fault.__cause__ = error
-        return fault
-    dead = [e for e in failures.values() if isinstance(_root(e), ray.exceptions.RayActorError | ray.exceptions.OutOfMemoryError)]
-    first = next(iter([*dead, *failures.values()]), error)
-    first = getattr(first, "_base_exc", first)  # what Ray Train wraps an exception of the training function in
-    text = [line for line in str(first).splitlines() if line.strip()]
-    kind = WorkerError if failures and not dead and not _lost_peer(failures) else TrainingError
-    fault = kind(f"the workers failed: {type(first).__name__}{f': {_short(text[-1])}' if text else ''}")
-    fault.__cause__ = error
-    return fault
-
-
-def _short(text: str) -> str:
-    """Shortens Ray's message about a dead process by leaving out its guesses at the cause."""
-    return text.partition(" Some common causes include:")[0].strip()
-
-
-def _root(error: BaseException) -> BaseException:
-    while (inner := getattr(error, "health_check_failure", None) or getattr(error, "cause", None)) is not None:
-        error = inner
-    return error
-
-
-def _lost_peer(failures: dict[int, Exception]) -> bool:
-    """Tells whether the workers' errors come from a collective that another worker, or the network, has dropped out of."""
-    words = ("connection closed by peer", "connection reset", "gloo", "nccl", "timed out", "broken pipe", "socket")
-    return any(word in str(e).lower() for e in failures.values() for word in words)

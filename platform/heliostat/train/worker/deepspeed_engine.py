@@ -31,6 +31,10 @@ def prepare_environment(gpus: float) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
     with _without("mlflow"):  # DeepSpeed's autotuner takes it where it is: 3 of the 11 s that a worker's imports took
         import deepspeed
+    with (
+        _without_compiler()
+    ):  # which every initialize asks whether an optimizer is one of: 1 s for the compiler that it decorates with
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # On CPU every initialize compiles a shared-memory all-reduce that training never calls: 27 s, and a crash without g++.
@@ -48,6 +52,20 @@ def _without(module: str) -> Iterator[None]:
         yield
     finally:
         del sys.modules[module]
+
+
+@contextmanager
+def _without_compiler() -> Iterator[None]:
+    """Makes `torch.compile` return what it is given inside."""
+
+    def same(function: Any = None, **_: Any) -> Any:
+        return function or same
+
+    compiler, torch.compile = torch.compile, same  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compiler
 
 
 def engine_config(job: Job) -> dict[str, Any]:

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 import threading
 import traceback
-from types import FrameType
 from typing import Any
 
 import ray
@@ -23,35 +21,12 @@ import torch.distributed as dist
 from heliostat.events import Stack
 from heliostat.train.mailbox import interval
 from heliostat.train.stop_codes import PREEMPTED, RUN
+from heliostat.train.worker import sigterm
 
 log = logging.getLogger(__name__)
 
 EVERY_S = 1.0
 ANSWER_S = 30.0
-_told_to_end = threading.Event()  # this process has had a SIGTERM
-
-
-def heed_sigterm() -> None:
-    """Handles SIGTERM as a request for a last checkpoint instead of an immediate end.
-
-    Called in the main thread of a worker's process. The main thread is inside Ray, where Python's handlers wait; the wake-up pipe
-    does not.
-    """
-    readable, writable = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    os.set_blocking(readable, True)
-    signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
-
-    def ignore(number: int, frame: FrameType | None) -> None:
-        pass
-
-    signal.signal(signal.SIGTERM, ignore)
-
-    def listen() -> None:
-        while numbers := os.read(readable, 64):
-            if signal.SIGTERM in numbers:
-                _told_to_end.set()
-
-    threading.Thread(target=listen, name="sigterm", daemon=True).start()
 
 
 class Heartbeat:
@@ -67,7 +42,7 @@ class Heartbeat:
     @property
     def stop(self) -> int:
         """Returns the highest stop code that this worker knows of."""
-        return max(self._ordered, PREEMPTED if _told_to_end.is_set() else RUN)
+        return max(self._ordered, PREEMPTED if sigterm.received.is_set() else RUN)
 
     def end(self) -> None:
         self._ended.set()

@@ -1,4 +1,4 @@
-"""Runs the training loop on every worker, under Ray Train, around a DeepSpeed engine.
+"""Runs the training loop on every worker, around a DeepSpeed engine.
 
 A step's global batch, its micro-batches' random numbers and its learning rate follow from the step alone, so a resumed run needs
 no state but the checkpoint, and with the default lanes (one per micro-batch) the same micro-batches are computed on any number of
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import time
 from contextlib import nullcontext
 from datetime import timedelta
@@ -35,7 +36,6 @@ from heliostat.recipes.loading import load as load_recipe
 from heliostat.recipes.protocol import Batch, Draws
 from heliostat.storage import Location
 from heliostat.track import local_curves
-from heliostat.train.mailbox import queued_s
 from heliostat.train.stop_codes import FAILED, RESIZE, RUN
 from heliostat.train.time_ledger import Ledger, peak_flops
 from heliostat.train.worker import bad_samples as quarantine
@@ -54,17 +54,15 @@ HELD_POLL_S = 0.05
 SAVING = timedelta(hours=12)  # the longest wait of one worker for another's part of a checkpoint
 
 
-def worker(config: dict[str, Any]) -> dict[str, Any]:
-    """Runs a worker: the function that Ray Train calls. Returns the summary of this attempt (rank 0's is the one that counts).
-
-    `config`: job, plan (plain data), start_step, holds (steps), fence (of the driver's lease), mailbox (actor), run_folder, parts
-    (of the stream, one a worker).
-    """
-    return Worker(config).run()
-
-
 class Worker:
+    """Trains in one attempt: `run` returns the attempt's summary (rank 0's is the one that counts)."""
+
     def __init__(self, config: dict[str, Any]) -> None:
+        """Builds the engine, in the process group of the attempt, and loads the checkpoint to start from.
+
+        `config`: job, plan (plain data), start_step, pauses (steps), fence (of the driver's lease), mailbox (actor), run_folder,
+        parts (of the stream, one a worker), queued_s (how long the workers' resources were waited for).
+        """
         self.job = Job.model_validate(config["job"])
         self.plan = DataPlan.parse(config["plan"])
         self.mailbox = config["mailbox"]
@@ -83,7 +81,7 @@ class Worker:
         self.saver = checkpoint.Saver(self.run_folder, self.job.checkpoint, saving, self.fence, self._progressed)
 
         if self.rank == 0:
-            waited, begun = queued_s(), self.ledger.totals()
+            waited, begun = config["queued_s"], self.ledger.totals()
             self._post(ModelPhase(queued_s=waited, start_step=self.start_step, workers=self.world, ledger=begun))
         deepspeed_engine.prepare_environment(self.job.workers.gpus)
         self.dataset = open_dataset(self.plan)
@@ -429,13 +427,12 @@ class Worker:
 
 
 def _first_of_node() -> bool:
-    return ray.train.get_context().get_local_rank() == 0
+    return os.environ["LOCAL_RANK"] == "0"
 
 
 def _nodes() -> int:
     """Computes the number of nodes that the workers are on, if all have as many as this one."""
-    context = ray.train.get_context()
-    return max(1, round(context.get_world_size() / context.get_local_world_size()))
+    return max(1, round(int(os.environ["WORLD_SIZE"]) / int(os.environ["LOCAL_WORLD_SIZE"])))
 
 
 class BatchPlan:

@@ -1,0 +1,35 @@
+"""Names the modules that training with a recipe of the package imports, so that a zygote can import them ahead.
+
+A name may be of nothing that there is: what cannot be imported ahead is left to whoever needs it. Imports nothing itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from heliostat.config import workspace
+
+TEXT = (
+    "heliostat.recipes.text.causal_lm",
+    "heliostat.recipes.text.attention",
+    "transformers.modeling_utils",
+    "transformers.models.{arch}.modeling_{arch}",
+    "transformers.integrations.deepspeed",
+)
+IMAGES = (
+    "heliostat.recipes.images.{module}",
+    "diffusers.models.unets",
+    "diffusers.models.transformers",
+    "diffusers.models.autoencoders",
+)
+
+
+def modules(recipe: str, model: Mapping[str, Any]) -> list[str]:
+    """Returns the modules for a job's `recipe` and `model`; none for a recipe of a user's own, whose import may do anything."""
+    module, _, name = recipe.partition(":")
+    if workspace.BUILT_IN.get(module, module) != "heliostat.recipes":
+        return []
+    if name == "CausalLM":
+        return [one.format(arch=model.get("arch", "auto")) for one in TEXT]
+    return [one.format(module={"TextToImage": "text_to_image"}.get(name, "autoencoder")) for one in IMAGES]

@@ -1,0 +1,123 @@
+"""Runs a run's attempts in a process that outlives them: a Ray actor of the driver's pool (`train.driver.pool`).
+
+Between two attempts a process leaves its process group, and DeepSpeed's state of it: one that has survived and one that is new
+must agree on all that DeepSpeed counts.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+import socket
+import sys
+import traceback
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import ray
+
+from heliostat.train.worker.sigterm import heed_sigterm
+
+TIMEOUT = timedelta(minutes=30)  # of a collective; the watchdog of the driver is quicker
+
+
+@dataclass(frozen=True)
+class Place:
+    """Holds a worker's place in an attempt: its ranks, the rendezvous, and the GPUs that the workers on its node share."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    rendezvous: str  # file://... or tcp://HOST:PORT
+    backend: str
+    gpus: tuple[str, ...] = ()
+
+
+class TrainWorker:
+    def __init__(self) -> None:
+        heed_sigterm()
+
+    def facts(self) -> dict[str, Any]:
+        """Returns this process's id, its node's id and address, and the ids of its GPUs."""
+        context = ray.get_runtime_context()
+        return {
+            "pid": os.getpid(),
+            "node": context.get_node_id(),
+            "address": ray.util.get_node_ip_address(),
+            "gpus": [str(gpu) for gpu in ray.get_gpu_ids()],
+        }
+
+    def free_port(self) -> int:
+        """Finds a TCP port of this node that nothing listens on."""
+        with socket.socket() as found:
+            found.bind((ray.util.get_node_ip_address(), 0))
+            return found.getsockname()[1]
+
+    def run(self, place: Place, config: dict[str, Any]) -> dict[str, Any]:
+        """Runs one attempt's worker and returns its summary; whatever the attempt has left is gone when this ends."""
+        from heliostat.train.worker.loop import Worker
+
+        join(place)
+        try:
+            return Worker(config).run()
+        except BaseException as e:
+            _release(e)
+            raise
+        finally:
+            leave()
+
+
+def join(place: Place) -> None:
+    """Joins the process group of an attempt."""
+    import torch
+    import torch.distributed as dist
+
+    os.environ |= {
+        "RANK": str(place.rank),
+        "LOCAL_RANK": str(place.local_rank),
+        "WORLD_SIZE": str(place.world),
+        "LOCAL_WORLD_SIZE": str(place.local_world),
+    }
+    if place.rendezvous.startswith("tcp://"):
+        host, _, port = place.rendezvous.removeprefix("tcp://").rpartition(":")
+        os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": port}
+    if place.gpus:  # all of the node's, so that NCCL reaches the others' memory; before CUDA starts
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(place.gpus)
+        torch.cuda.set_device(place.local_rank)
+    dist.init_process_group(place.backend, init_method=place.rendezvous, rank=place.rank, world_size=place.world, timeout=TIMEOUT)
+
+
+def leave() -> None:
+    """Leaves the process group, and forgets what DeepSpeed keeps of it in this process.
+
+    That is its communication object, its groups, and the numbers that it gives to parameters and modules, the last in a default
+    argument that is counted in: all ranks must go on from the same number.
+    """
+    import torch.distributed as dist
+
+    gc.collect()  # engines, whose hooks and buffers are in circles
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if "deepspeed" not in sys.modules:
+        return
+    import deepspeed.comm.comm as communication
+    import deepspeed.utils.groups as groups
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    communication.cdb = None
+    importlib.reload(groups)
+    Init.param_id = 0
+    (counter,) = parameter_offload.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__
+    counter[0] = 0
+    parameter_offload.FWD_MODULE_STACK.clear()  # holds the last engine's modules
+
+
+def _release(error: BaseException | None) -> None:
+    """Lets go of what the frames of an error and its causes hold, such as the engine; their lines stay readable."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

@@ -1,0 +1,33 @@
+"""Handles SIGTERM in a worker's process as a request for a last checkpoint; `received` tells the heartbeat."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType
+
+received = threading.Event()  # this process has had a SIGTERM
+
+
+def heed_sigterm() -> None:
+    """Handles SIGTERM as a request for a last checkpoint instead of an immediate end.
+
+    Called in the main thread of a worker's process. The main thread is inside Ray, where Python's handlers wait; the wake-up pipe
+    does not.
+    """
+    readable, writable = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    os.set_blocking(readable, True)
+    signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
+
+    def ignore(number: int, frame: FrameType | None) -> None:
+        pass
+
+    signal.signal(signal.SIGTERM, ignore)
+
+    def listen() -> None:
+        while numbers := os.read(readable, 64):
+            if signal.SIGTERM in numbers:
+                received.set()
+
+    threading.Thread(target=listen, name="sigterm", daemon=True).start()
