@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
-from heliostat.cluster import connect, private, private_ray
+from heliostat.cluster import private, private_ray
 from heliostat.errors import ConfigError
 from heliostat.train.run import train
 

@@ -80,7 +80,7 @@ def test_a_command_that_joins_a_cluster_without_a_free_cpu_says_so(others):
     ray.get(last.ready())
     address, token = ray._private.worker._global_node.gcs_address, str(private_ray.token_file())
     joining = {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": token}
-    environment = {**os.environ, **connect.CONFINED, **joining}
+    environment = {**os.environ, **private_ray.CONFINED, **joining}
     code = "from heliostat.cluster.connect import connect; connect(1)"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False)
     remove_placement_group(last)

@@ -157,15 +157,17 @@ class Pool:
     # processes -------------------------------------------------------------------------------------------------------
 
     def _check(self) -> None:
-        """Drops the processes that do not answer."""
-        asked = {member.slot: member.actor.facts.remote() for member in self._members.values()}
-        ray.wait(list(asked.values()), num_returns=len(asked), timeout=ANSWER_S) if asked else None
-        for slot, answer in asked.items():
+        """Drops the processes that do not answer, or were told to end."""
+        asked = {member: member.actor.facts.remote() for member in self._members.values()}
+        until = time.monotonic() + ANSWER_S
+        for member, answer in asked.items():
             try:
-                ray.get(answer, timeout=0)
+                told_to_end = ray.get(answer, timeout=max(0.0, until - time.monotonic()))["told_to_end"]
             except ray.exceptions.RayError as e:
                 log.debug("a worker's process is not used again: %s", e)
-                self.drop(self._members[slot])
+                told_to_end = True
+            if told_to_end:
+                self.drop(member)
 
     def _start(self, slots: list[Slot]) -> dict[Slot, Member]:
         workers = self.workers

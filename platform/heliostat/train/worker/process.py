@@ -18,7 +18,7 @@ from typing import Any
 
 import ray
 
-from heliostat.train.worker.sigterm import heed_sigterm
+from heliostat.train.worker import sigterm
 
 TIMEOUT = timedelta(minutes=30)  # of a collective; the watchdog of the driver is quicker
 
@@ -38,16 +38,17 @@ class Place:
 
 class TrainWorker:
     def __init__(self) -> None:
-        heed_sigterm()
+        sigterm.heed_sigterm()
 
     def facts(self) -> dict[str, Any]:
-        """Returns this process's id, its node's id and address, and the ids of its GPUs."""
+        """Returns this process's id, its node's id and address, its GPUs' ids, and whether it was told to end."""
         context = ray.get_runtime_context()
         return {
             "pid": os.getpid(),
             "node": context.get_node_id(),
             "address": ray.util.get_node_ip_address(),
             "gpus": [str(gpu) for gpu in ray.get_gpu_ids()],
+            "told_to_end": sigterm.received.is_set(),
         }
 
     def free_port(self) -> int:
