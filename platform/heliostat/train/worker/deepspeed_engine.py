@@ -6,10 +6,12 @@ ZeRO shards optimizer state (stage 1), gradients (2) and parameters (3) over the
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import os
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +24,7 @@ from heliostat.recipes import building
 from heliostat.recipes.protocol import Recipe
 from heliostat.train.worker import onednn
 
+_engines: weakref.WeakSet[Any] = weakref.WeakSet()  # that are in memory
 CPU_BUCKET = 32_000_000  # elements; at every bucket the workers wait for one another
 
 
@@ -134,10 +137,51 @@ def build_engine(job: Job, recipe: Recipe) -> Any:
     settings = job.train.optimizer
     optimizer = settings.build(building.parameter_groups(model, settings.weight_decay, recipe))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    _engines.add(engine)
     engine.moments = settings.state  # which `fragments` reads
     if job.train.compile:
         engine.compile()
     return engine
+
+
+def destroy_engines() -> None:
+    """Takes the engines of this process apart, so that they leave its memory.
+
+    What keeps one is out of the collector's sight: hooks of gradients, a cache of ZeRO-3's coordinator, and the modules of the
+    last forward.
+    """
+    if "deepspeed" not in sys.modules:
+        return
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    for engine in list(_engines):
+        engine.destroy()
+    parameter_offload.FWD_MODULE_STACK.clear()
+    cached = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
+    for cell in cached.__closure__:
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()
+    gc.collect()  # they are in circles
+
+
+def forget_groups() -> None:
+    """Forgets the process groups that DeepSpeed knows, and what it has counted: all ranks of a new group must count alike.
+
+    Those are the numbers that it gives to parameters, and to modules, in a default argument.
+    """
+    if "deepspeed" not in sys.modules:
+        return
+    import deepspeed.comm.comm as communication
+    import deepspeed.utils.groups as groups
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    communication.cdb = None
+    importlib.reload(groups)
+    Init.param_id = 0
+    (counter,) = DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__
+    counter[0] = 0
 
 
 def set_lr(engine: Any, lr: float) -> None:

@@ -6,11 +6,8 @@ must agree on all that DeepSpeed counts.
 
 from __future__ import annotations
 
-import gc
-import importlib
 import os
 import socket
-import sys
 import traceback
 from dataclasses import dataclass
 from datetime import timedelta
@@ -92,29 +89,15 @@ def join(place: Place) -> None:
 
 
 def leave() -> None:
-    """Leaves the process group, and forgets what DeepSpeed keeps of it in this process.
-
-    That is its communication object, its groups, and the numbers that it gives to parameters and modules, the last in a default
-    argument that is counted in: all ranks must go on from the same number.
-    """
+    """Leaves the process group, and whatever of it and of its engine is in this process."""
     import torch.distributed as dist
 
-    gc.collect()  # engines, whose hooks and buffers are in circles
+    from heliostat.train.worker import deepspeed_engine
+
+    deepspeed_engine.destroy_engines()
     if dist.is_initialized():
         dist.destroy_process_group()
-    if "deepspeed" not in sys.modules:
-        return
-    import deepspeed.comm.comm as communication
-    import deepspeed.utils.groups as groups
-    from deepspeed.runtime.zero import parameter_offload
-    from deepspeed.runtime.zero.partition_parameters import Init
-
-    communication.cdb = None
-    importlib.reload(groups)
-    Init.param_id = 0
-    (counter,) = parameter_offload.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__
-    counter[0] = 0
-    parameter_offload.FWD_MODULE_STACK.clear()  # holds the last engine's modules
+    deepspeed_engine.forget_groups()
 
 
 def _release(error: BaseException | None) -> None:
