@@ -45,7 +45,7 @@ def connect(cpus: int, gpus: int = 0, verbose: bool = False) -> None:
             log.warning("none of the cluster's %g CPUs is free; its tasks wait for one", ray.cluster_resources().get("CPU", 0.0))
         return
     gpus = min(gpus, require_gpus(1)) if gpus else 0  # Ray would hand out as many as it is told of
-    with _confined(gpus):
+    with _confined(gpus), _without_monitors(verbose):
         start.init(
             address="local",  # never what another user says in /tmp/ray that runs here
             num_cpus=cpus,
@@ -56,8 +56,6 @@ def connect(cpus: int, gpus: int = 0, verbose: bool = False) -> None:
             **options,
         )
         atexit.register(disconnect)
-        if not verbose:
-            _without_monitors()
 
 
 @contextlib.contextmanager
@@ -103,12 +101,24 @@ def disconnect() -> None:
             process.kill()
 
 
-def _without_monitors() -> None:
-    """Ends the two processes of a private Ray that only cost time.
+@contextlib.contextmanager
+def _without_monitors(verbose: bool) -> Iterator[None]:
+    """Keeps a Ray that starts inside from starting three processes that a private one has no use for, each a second of CPU.
 
-    One polls for new log lines for the driver ten times a second; the other is the dashboard's, which starts even without a
-    dashboard.
+    The autoscaler's, the dashboard's, which starts even without a dashboard, and, unless `verbose`, the one that polls ten times
+    a second for new log lines for the driver.
     """
-    node: Any = ray._private.worker._global_node
-    node.kill_log_monitor()
-    node.kill_dashboard()
+    from ray._private.node import Node
+
+    def nothing(node: Any, **_: Any) -> None:
+        node._webui_url = ""
+
+    names = ["start_monitor", "start_api_server", *([] if verbose else ["start_log_monitor"])]
+    before = {name: getattr(Node, name) for name in names}
+    for name in names:
+        setattr(Node, name, nothing)
+    try:
+        yield
+    finally:
+        for name, method in before.items():
+            setattr(Node, name, method)
