@@ -4,12 +4,9 @@
 
 One run, in which a worker is killed each time that some more steps are done. The parts, in their order:
 
-    seen         until Ray Train's controller, which asks its workers every RAY_TRAIN_HEALTH_CHECK_INTERVAL_S, knows of the death
-    ended        until Ray Train has shut the others down, and its fit has ended with the error
-    pause        retries.backoff, and reading the newest checkpoint's index
-    placing      until Ray Train asks for the new workers' room
-    processes    until every worker's process is there and Ray Train has set up the process group
-    imports      until rank 0's loop begins: Ray Data's dataset, torch, transformers, DeepSpeed
+    ended        until the other workers have come back, and the driver has heard of it
+    pause        reading the newest checkpoint's index, and retries.backoff behind a first retry
+    processes    until the dead worker's new process has answered, and rank 0's loop begins in the new process group
     model        building it, and the engine
     checkpoint   loading it
     data         until the first batch is there
@@ -31,30 +28,17 @@ import psutil
 from heliostat.chaos.process import workers
 from heliostat.events import Event, Phase, Steps
 from heliostat.train import run
-from heliostat.train.driver import attempt, placement, progress
+from heliostat.train.driver import progress
 
-PARTS = ("seen", "ended", "pause", "placing", "processes", "imports", "model", "checkpoint", "data", "first step", "recomputed")
+PARTS = ("ended", "pause", "processes", "model", "checkpoint", "data", "first step", "recomputed")
 PHASES = {
-    "placing": "placing",
-    "started": "processes",
-    "model": "imports",
+    "placing": "pause",
+    "model": "processes",
     "restore": "model",
     "data": "checkpoint",
     "step": "data",
     "stepped": "first step",
 }  # fmt: skip (the part that the phase's beginning ends)
-
-
-class Watching(placement.PlacementCallback):
-    """In Ray Train's controller: posts when it knows of a death, and when new workers are there."""
-
-    def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
-        if worker_group_status.errors:
-            self._mailbox.post.remote(Phase(phase="seen"))
-
-    def after_worker_group_start(self, worker_group: Any) -> None:
-        super().after_worker_group_start(worker_group)
-        self._mailbox.post.remote(Phase(phase="started"))
 
 
 class Recording(progress.ProgressReporter):
@@ -69,17 +53,11 @@ class Recording(progress.ProgressReporter):
             self.events.append(("made", event.at, event.done))
         super().event(event)
 
-    def note(self, text: str) -> None:
-        if text == "starting the workers":
-            self.events.append(("again", time.time(), 0))
-        super().note(text)
-
 
 def split(killed: float, failed: float, events: list[tuple[str, float, int]]) -> dict[str, float]:
     """Seconds by part, for the recovery from one kill. `failed`: when the driver had the error."""
     before = max(step for kind, at, step in events if kind == "made" and at <= failed)
-    seen = min((at for kind, at, _ in events if kind == "seen" and at > killed), default=failed)
-    marks = [("seen", seen), ("ended", failed), ("pause", next(at for kind, at, _ in events if kind == "again" and at > failed))]
+    marks = [("ended", failed)]
     for phase, part in PHASES.items():
         marks.append((part, next(at for kind, at, _ in events if kind == phase and at > failed)))
     marks.append(("recomputed", next(at for kind, at, step in events if kind == "made" and at > failed and step > before)))
@@ -93,7 +71,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--set", action="append", default=[])
     options = parser.parse_args()
-    attempt.PlacementCallback, progress.ProgressReporter = Watching, Recording  # type: ignore[misc]
+    progress.ProgressReporter = Recording  # type: ignore[misc]
     killed: list[float] = []
     events = Recording.events
 

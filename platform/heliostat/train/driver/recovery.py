@@ -52,7 +52,7 @@ class Budget:
     last: tuple[str, int] = ("", -1)
 
     def spend(self, error: HeliostatError, checkpoint: int) -> float:
-        """Books a failure; returns the seconds to wait before the next attempt, or raises the error once the retries are used up.
+        """Books a failure; returns the seconds to wait before the next attempt, none before the first, or raises the error once the retries are used up.
 
         `checkpoint`: step of the newest checkpoint. A WorkerError that recurs at the same checkpoint is raised at once.
         """
@@ -63,7 +63,7 @@ class Budget:
             raise WorkerError(f"{error}; a second time, so it was not tried again") from error
         if self.used > self.retries.max:
             raise type(error)(f"{error}; given up after {self.retries.max} retries without a new checkpoint") from error
-        return min(self.retries.backoff_max, self.retries.backoff * 2 ** (self.used - 1))
+        return min(self.retries.backoff_max, self.retries.backoff * 2 ** (self.used - 2)) if self.used > 1 else 0.0
 
 
 def choose(allowed: list[int], room: int) -> int:
