@@ -22,7 +22,6 @@ import threading
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import psutil
 from heliostat.chaos.process import workers

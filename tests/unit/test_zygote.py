@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +65,26 @@ def test_a_worker_of_another_job_and_one_whose_zygote_has_died_are_started_by_th
 def test_whatever_else_the_launcher_is_asked_runs_with_python_itself(made):
     done = subprocess.run([str(made.launcher), "-c", "print('mine')"], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "mine\n"
+
+
+def test_a_runtime_environment_of_variables_is_applied_and_one_that_asks_for_more_is_ray_s_own_business(made, tmp_path):
+    """As Ray starts a worker with a runtime environment: through a script of its own, which gets both in its arguments."""
+    (tmp_path / "setup_worker.py").write_text("print('{\"set_up\": true}')")
+
+    def told(**context: Any) -> dict[str, Any]:
+        given = zygote.CONTEXT + json.dumps({"env_vars": {"MINE": "3"}, "command_prefix": [], **context})
+        command = [
+            str(made.launcher),
+            str(tmp_path / "setup_worker.py"),
+            str(tmp_path / zygote.ENTRY),
+            "--language=PYTHON",
+            given,
+        ]
+        done = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, timeout=60, check=True)
+        return json.loads(done.stdout)
+
+    assert told(py_executable=sys.executable)["mine"] == "3" and told()["argv"] == []
+    assert told(command_prefix=["source env"]) == told(py_executable="/other/python") == {"set_up": True}
 
 
 def test_half_a_request_is_refused_and_the_next_is_answered(made, tmp_path):

@@ -35,6 +35,7 @@ from typing import Any
 
 SUPPORTED = sys.platform == "linux"
 ENTRY = "default_worker.py"
+CONTEXT = "--serialized-runtime-env-context="
 LIMIT = 1 << 20  # bytes of a request
 BACKLOG = 256
 END_S = 5.0
@@ -147,9 +148,26 @@ def _next_id() -> bytes:
         return drawn.read()
 
 
-def foreign(environment: Mapping[str, str]) -> bool:
-    """Tells whether a worker is for another job than the zygote's forks: Ray's library reads the job's id when it is imported."""
-    return environment.get("RAY_JOB_ID", NO_JOB) not in (NO_JOB, os.environ.get("RAY_JOB_ID"))
+def worker(request: Request) -> Request | None:
+    """Reads Ray's command for a worker, with its runtime environment applied; None if a fork of this process cannot be that worker.
+
+    That is one of another job, because Ray's library reads the job's id when it is imported, and one whose runtime environment
+    asks for more than variables.
+    """
+    words, variables = list[str](), dict[str, str]()
+    program = next(i for i, word in enumerate(request.arguments) if word.endswith(ENTRY))
+    for word in request.arguments[program:]:
+        if word.startswith(CONTEXT):
+            context = json.loads(word.removeprefix(CONTEXT))
+            variables = context.pop("env_vars", {})
+            if any(value for name, value in context.items() if (name, value) != ("py_executable", sys.executable)):
+                return None
+        elif not word.startswith("--language="):
+            words.append(word)
+    environment = request.environment | variables
+    if environment.get("RAY_JOB_ID", NO_JOB) not in (NO_JOB, os.environ.get("RAY_JOB_ID")):
+        return None
+    return Request(words, environment, request.folder)
 
 
 def _serve(listener: socket.socket) -> Request | None:
@@ -171,10 +189,11 @@ def _answer(connection: socket.socket) -> Request | None:
     """Takes a request and forks; returns the request in the new process."""
     connection.settimeout(END_S)
     try:
-        request, streams = receive(connection)
-    except (OSError, ValueError, KeyError):  # whoever asked has gone, and Ray asks anew
+        asked, streams = receive(connection)
+    except (OSError, ValueError, TypeError):  # whoever asked has gone, and Ray asks anew
         return None
-    if foreign(request.environment):
+    request = worker(asked)
+    if request is None:
         for stream in streams:
             os.close(stream)
         return None
@@ -218,8 +237,7 @@ def _become(request: Request) -> None:
     for entry in reversed(request.environment.get("PYTHONPATH", "").split(os.pathsep)):
         if entry and entry not in sys.path:
             sys.path.insert(1, entry)
-    program = next(i for i, word in enumerate(request.arguments) if word.endswith(ENTRY))
-    sys.argv = request.arguments[program:]
+    sys.argv = request.arguments
     sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, mode, closefd=False) for n, mode in enumerate("rww"))
     runpy.run_path(sys.argv[0], run_name="__main__")
 

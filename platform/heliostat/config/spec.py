@@ -223,7 +223,7 @@ class Retries(Strict):
     """Failures in a row without a new checkpoint between them. Preemptions do not count. See
     docs/reliability.md#what-is-tried-again"""
     backoff: NonNegative = 1.0
-    """Seconds before the second retry in a row; the first comes at once, and each further one waits twice as long as the one before."""
+    """Seconds before the second retry in a row; the first comes at once, each further one waits twice as long."""
     backoff_max: NonNegative = 60.0
     """The longest wait, in seconds."""
 

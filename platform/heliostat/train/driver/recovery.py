@@ -52,7 +52,9 @@ class Budget:
     last: tuple[str, int] = ("", -1)
 
     def spend(self, error: HeliostatError, checkpoint: int) -> float:
-        """Books a failure; returns the seconds to wait before the next attempt, none before the first, or raises the error once the retries are used up.
+        """Books a failure; returns the seconds to wait before the next attempt, or raises the error once the retries are used up.
+
+        The first in a row waits for nothing.
 
         `checkpoint`: step of the newest checkpoint. A WorkerError that recurs at the same checkpoint is raised at once.
         """
