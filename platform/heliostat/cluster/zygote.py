@@ -149,7 +149,7 @@ def _next_id() -> bytes:
 
 
 def worker(request: Request) -> Request | None:
-    """Reads Ray's command for a worker, with its runtime environment applied; None if a fork of this process cannot be that worker.
+    """Reads Ray's command for a worker, with its runtime environment applied; None if no fork of this process can be that worker.
 
     That is one of another job, because Ray's library reads the job's id when it is imported, and one whose runtime environment
     asks for more than variables.
