@@ -150,6 +150,9 @@ class Train(Strict):
     """Computes activations again in the backward pass, which trades time for memory."""
     compile: bool = False
     """Runs the model through `torch.compile`."""
+    cpu_kernels: bool = True
+    """Computes on CPUs what is faster so than with torch's own kernels: attention of samples of up to 512 tokens in some
+    architectures, and linear layers in fp32. No effect with GPUs. See docs/benchmarks/train-overhead.md#cpu-kernels"""
     seed: Seed = 0
     """Of initial weights and dropout."""
     log_every: Positive = 10

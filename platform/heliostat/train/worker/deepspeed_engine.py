@@ -20,7 +20,6 @@ from heliostat.config import spec
 from heliostat.config.spec import Job
 from heliostat.recipes import building
 from heliostat.recipes.protocol import Recipe
-from heliostat.train.worker import onednn
 
 CPU_BUCKET = 32_000_000  # elements; at every bucket the workers wait for one another
 
@@ -111,8 +110,6 @@ def build_engine(job: Job, recipe: Recipe) -> Any:
 
     config = engine_config(job)
     model = build_model(job, recipe, config)
-    if onednn.SUPPORTED and not (job.workers.gpus or job.train.compile) and job.train.precision == "fp32":
-        onednn.use_onednn(model)
     settings = job.train.optimizer
     optimizer = settings.build(building.parameter_groups(model, settings.weight_decay, recipe))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)

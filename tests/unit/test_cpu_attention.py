@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from heliostat.recipes.text import attention
+from heliostat.cpu_kernels import attention
+from heliostat.recipes import building
 
 from tests.unit.test_causal_lm import END, LLAMA, recipe
 
@@ -30,19 +31,17 @@ def test_values_and_gradients_are_those_of_scaled_dot_product_attention(heads, g
 @pytest.mark.parametrize("document_mask", [False, True])
 @pytest.mark.parametrize("arch", attention.MODELS)
 def test_a_model_that_uses_it_is_the_model_as_transformers_builds_it(arch, document_mask):
-    """The same logits from the same weights, packed documents or not; what is not short and on a CPU is left alone."""
-    keys = {**LLAMA, "arch": arch}
-    data = {"data.document_mask": document_mask}
-    ours, theirs = (recipe(keys, **data, **{"workers.gpus": gpus}) for gpus in (0, 1))
-    long = recipe(keys, **data, **{"data.sequence_length": attention.LONGEST + 1})
-    assert (ours.grouped, theirs.grouped, long.grouped) == (True, False, False)
+    """The same logits from the same weights, packed documents or not."""
+    keys, data = {**LLAMA, "arch": arch}, {"data.document_mask": document_mask}
+    made = [recipe(keys, **data, **{"train.cpu_kernels": on}) for on in (True, False)]
     content = np.random.default_rng(0).integers(0, 96, (3, 64)).astype(np.int32)
     content[0, [5, 40]] = END
     logits = []
-    for made in (ours, theirs):
+    used = []
+    for one in made:
         torch.manual_seed(0)
-        model = made.build()
-        batch = {k: v for k, v in made.batch(content).items() if k != "labels"}
-        logits.append(model(**batch).logits)
-    assert ours.config._attn_implementation == attention.NAME
+        model = building.build(one)
+        used.append(model.config._attn_implementation == attention.NAME)
+        logits.append(model(**{k: v for k, v in one.batch(content).items() if k != "labels"}).logits)
+    assert used == [True, False]
     torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
