@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from heliostat.cpu_kernels import attention
-from heliostat.recipes import building
+from heliostat import cpu_kernels
+from heliostat.cpu_kernels import attention, linear
 
 from tests.unit.test_causal_lm import END, LLAMA, recipe
 
@@ -40,8 +40,39 @@ def test_a_model_that_uses_it_is_the_model_as_transformers_builds_it(arch, docum
     used = []
     for one in made:
         torch.manual_seed(0)
-        model = building.build(one)
+        model = one.build()
+        cpu_kernels.use(model, one.job, one.causal)
         used.append(model.config._attn_implementation == attention.NAME)
         logits.append(model(**{k: v for k, v in one.batch(content).items() if k != "labels"}).logits)
     assert used == [True, False]
     torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "attends", "multiplies"),
+    [
+        ({}, True, True),
+        ({"train.cpu_kernels": False}, False, False),
+        ({"workers.gpus": 1}, False, False),
+        ({"train.precision": "bf16", "train.zero.stage": 1}, True, False),
+        ({"train.compile": True}, True, False),
+        ({"data.sequence_length": attention.LONGEST + 1}, False, True),
+        ({"model": {"arch": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 96}}, False, True),
+    ],
+    ids=str,
+)
+def test_kernels_are_used_on_cpus_where_they_fit_and_the_job_does_not_switch_them_off(changes, attends, multiplies):
+    """One switch for all of them; GPUs never meet them."""
+    made = recipe(changes.get("model"), **{"train.precision": "fp32", **{k: v for k, v in changes.items() if k != "model"}})
+    model = made.build()
+    cpu_kernels.use(model, made.job, made.causal)
+    assert (model.config._attn_implementation == attention.NAME) == attends
+    assert isinstance(model.lm_head, linear.Linear) == (multiplies and linear.SUPPORTED)
+
+
+def test_a_model_that_does_not_say_that_it_is_causal_keeps_its_attention():
+    """It may look ahead, or use masks of its own."""
+    made = recipe()
+    model = made.build()
+    cpu_kernels.use(model, made.job, causal=False)
+    assert model.config._attn_implementation != attention.NAME

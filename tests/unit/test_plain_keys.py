@@ -54,8 +54,8 @@ def test_what_is_taken_for_right_is_right_for_transformers(arch):
         *({name: value} for name in SIZES for value in (0, -1, 2.0, "4", True, None)),
         *({name: None} for name in OTHERS),
         {"num_attention_heads": 5}, {"hidden_size": 44}, {"num_key_value_heads": 3}, {"hidden_act": "sliu"},
-        {"rms_norm_eps": "1e-6"}, {"initializer_range": 2.0}, {"tie_word_embeddings": 1}, {"hiden_size": 48}, {"arch": "gpt2"}, {"arch": "lama"},
-        {"head_dim": 12}, {"rope_parameters": {}}, {1: 2}, {"vocab_size": 0},
+        {"rms_norm_eps": "1e-6"}, {"initializer_range": 2.0}, {"tie_word_embeddings": 1}, {"hiden_size": 48}, {"arch": "gpt2"},
+        {"arch": "lama"}, {"head_dim": 12}, {"rope_parameters": {}}, {1: 2}, {"vocab_size": 0},
     ],
     ids=str,
 )  # fmt: skip

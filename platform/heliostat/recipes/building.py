@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from heliostat import cpu_kernels
 from heliostat.errors import ConfigError
 from heliostat.recipes.protocol import GUIDE, Group, Recipe
 
@@ -16,7 +15,6 @@ from heliostat.recipes.protocol import GUIDE, Group, Recipe
 def build(recipe: Recipe) -> torch.nn.Module:
     """Builds the recipe's model on the default device, its `frozen` submodules frozen; ConfigError if one does not exist."""
     model = recipe.build()
-    cpu_kernels.use(model, recipe.job, recipe.causal)
     for module in frozen_modules(recipe, model):
         module.requires_grad_(False)
     rest(recipe, model)

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from heliostat import cpu_kernels
 from heliostat.errors import ConfigError
-from heliostat.recipes import building
 from heliostat.recipes.text import tiny
 from heliostat.recipes.text.tiny import LENGTH
 
@@ -85,7 +85,8 @@ def logits(recipe: Any) -> list[torch.Tensor]:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = building.build(recipe)
+            model = recipe.build()
+            cpu_kernels.use(model, recipe.job, recipe.causal)
             for p in model.parameters():
                 p.normal_(std=0.2) if p.dim() > 1 else p.add_(0.1 * torch.randn_like(p))
             out = []

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from heliostat import cpu_kernels
 from heliostat.config import spec
 from heliostat.config.spec import Job
 from heliostat.recipes import building
@@ -110,6 +111,7 @@ def build_engine(job: Job, recipe: Recipe) -> Any:
 
     config = engine_config(job)
     model = build_model(job, recipe, config)
+    cpu_kernels.use(model, job, recipe.causal)
     settings = job.train.optimizer
     optimizer = settings.build(building.parameter_groups(model, settings.weight_decay, recipe))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
