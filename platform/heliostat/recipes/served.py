@@ -10,6 +10,7 @@ from typing import Any
 
 import mlflow
 from mlflow.pyfunc.model import PythonModel
+from mlflow.types.type_hints import TypeFromExample  # a list of strings; with that as the hint, MLflow drops the params
 
 from heliostat.recipes import exported
 from heliostat.recipes.protocol import Request
@@ -22,7 +23,7 @@ class Served(PythonModel):
         self.folder = Path(context.artifacts["model"])
         self.generators: dict[str, Any] = {}
 
-    def predict(self, context: Any, model_input: list[str], params: dict[str, Any] | None = None) -> list[str]:
+    def predict(self, context: Any, model_input: TypeFromExample, params: dict[str, Any] | None = None) -> list[str]:
         """Answers each prompt; a model is loaded once for each set of options."""
         options = dict(params or {})
         seed = options.pop("seed", 0)

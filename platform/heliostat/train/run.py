@@ -49,6 +49,7 @@ from heliostat.track.logger import RunOwner
 from heliostat.track.tags import SOURCE_NAME
 from heliostat.train.driver.recovery import Budget, choose, classify
 from heliostat.train.driver.signals import Signals
+from heliostat.train.driver.warm_up import WarmUp
 from heliostat.train.pauses import PausePoints
 from heliostat.train.stop_codes import INTERRUPTED, RUN, STOPS
 from heliostat.train.time_ledger import Recorder
@@ -201,6 +202,7 @@ class _Run:
         self.hooks = hooks
         self.budget = Budget(self.job.retries)
         self.restarts = 0
+        self.warm_up = WarmUp(checked.recipe)
         self.ledger = Recorder(self.job.run_folder, started, start_step, max(self.counts))
 
     def run(self) -> dict[str, Any]:
@@ -320,6 +322,8 @@ class _Run:
             if isinstance(event, Steps):
                 done = event.done
                 event.sources = self._sources(done)
+                if done >= self.job.last_step and not self.hooks:
+                    self.warm_up.begin()
             elif isinstance(event, NodeSample):
                 event.step = done
             owner.post(event)
@@ -415,6 +419,7 @@ class _Run:
         from heliostat.track.models import log_model
 
         job = self.job
+        self.warm_up.wait()
         self.lease.fence.check()
         owner.client()  # MLflow is there, and the run is open
         model_uri: str | None = None
