@@ -1,15 +1,9 @@
 """Models that are checked without transformers are right for transformers, too; all others are left to it."""
 
-import json
 import random
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-import yaml
-from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
 from heliostat.recipes.text import model_config, plain_keys
 from heliostat.recipes.text.causal_lm import CausalLM
@@ -18,7 +12,6 @@ from heliostat.recipes.text.plain_keys import Plain
 from tests.unit.build_job import BASE, job
 from tests.unit.test_samples import make_text
 
-ROOT = Path(__file__).parents[2]
 ARCHES = get_args(Plain.model_fields["arch"].annotation)
 SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
 OTHERS: dict[str, list[Any]] = {
@@ -98,27 +91,3 @@ def test_what_does_not_fit_the_job_is_found_either_way(tmp_path, monkeypatch, pl
         CausalLM(job(**{"model": model, "data.sequence_length": 33}))
     with pytest.raises(ConfigError, match=r"model\.vocab_size: 1 is below the tokenizer's"):
         bound(tmp_path / "d", **{"model": {**model, "vocab_size": 1}, "data.sequence_length": 16})
-
-
-CHILD = """
-import json, sys
-from pathlib import Path
-from heliostat import check
-found = check.check(check.load_job(Path(sys.argv[1])))
-print(json.dumps([found.recipe.plain is not None, *sys.modules]))
-"""
-
-
-def test_a_right_job_is_checked_without_the_libraries_that_train_it(tmp_path):
-    """The quickstart's model, whole: keys, stores, datasets, order of samples."""
-    quickstart = Job.model_validate(yaml.safe_load((ROOT / "jobs" / "quickstart.yaml").read_text()))
-    raw = quickstart.dump() | {"storage": str(tmp_path / "runs")}
-    raw["data"] |= {"sources": [{"path": str(tmp_path / "data")}], "sequence_length": 16}
-    raw["mlflow"]["uri"] = f"sqlite:///{tmp_path}/mlflow.db"
-    raw["evaluate"]["fraction"] = 0.3
-    make_text(tmp_path / "data")
-    (tmp_path / "job.yaml").write_text(yaml.safe_dump(raw))
-    done = subprocess.run([sys.executable, "-c", CHILD, str(tmp_path / "job.yaml")], capture_output=True, text=True, check=True)
-    plain, *modules = json.loads(done.stdout.splitlines()[-1])
-    heavy = {"torch", "transformers", "ray", "deepspeed", "mlflow", "boto3", "matplotlib", "diffusers", "accelerate"}
-    assert plain and not heavy & {name.partition(".")[0] for name in modules}
