@@ -25,12 +25,13 @@ class Served(PythonModel):
 
     def predict(self, context: Any, model_input: TypeFromExample, params: dict[str, Any] | None = None) -> list[str]:
         """Answers each prompt; a model is loaded once for each set of options."""
+        prompts: Any = model_input
         options = dict(params or {})
         seed = options.pop("seed", 0)
         key = repr(sorted(options.items()))
         if key not in self.generators:
             self.generators[key] = exported.generator(self.folder, options)
-        return [answer.shown for answer in self.generators[key]([Request(prompt, seed, None) for prompt in model_input])]
+        return [answer.shown for answer in self.generators[key]([Request(prompt, seed, None) for prompt in prompts])]
 
 
 mlflow.models.set_model(Served())

@@ -21,7 +21,8 @@ class AutoencoderServer(PythonModel):
 
     @torch.no_grad()
     def predict(self, context: Any, model_input: TypeFromExample, params: dict[str, Any] | None = None) -> list[str]:
-        return [self._again(text) for text in model_input]
+        images: Any = model_input
+        return [self._again(text) for text in images]
 
     def _again(self, text: str) -> str:
         image = Image.open(io.BytesIO(base64.b64decode(text))).convert("L" if self.vae.config.in_channels == 1 else "RGB")

@@ -30,9 +30,10 @@ class ImageServer(PythonModel):
 
     def predict(self, context: Any, model_input: TypeFromExample, params: dict[str, Any] | None = None) -> list[str]:
         p = {"steps": 30, "guidance": 4.0, "seed": 0, **(params or {})}
-        draws = [torch.Generator("cpu").manual_seed(p["seed"] + i) for i in range(len(model_input))]
+        prompts: Any = model_input
+        draws = [torch.Generator("cpu").manual_seed(p["seed"] + i) for i in range(len(prompts))]
         images = self.pipeline(
-            list(model_input), num_inference_steps=p["steps"], guidance_scale=p["guidance"], generator=draws
+            list(prompts), num_inference_steps=p["steps"], guidance_scale=p["guidance"], generator=draws
         ).images
         return [_png(image) for image in images]
 

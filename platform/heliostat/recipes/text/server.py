@@ -24,7 +24,8 @@ class TextServer(PythonModel):
 
     def predict(self, context: Any, model_input: TypeFromExample, params: dict[str, Any] | None = None) -> list[str]:
         p = {"max_tokens": 100, "temperature": 0.8, "top_p": 0.95, "seed": 0, **(params or {})}
-        return [continue_text(self.model, self.tokenizer, prompt, **p) for prompt in model_input]
+        prompts: Any = model_input
+        return [continue_text(self.model, self.tokenizer, prompt, **p) for prompt in prompts]
 
 
 def continue_text(model: Any, tokenizer: Any, prompt: str, max_tokens: int, temperature: float, top_p: float, seed: int) -> str:
