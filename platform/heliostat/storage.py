@@ -15,29 +15,29 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 import re
-import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from heliostat import exclusive
+from heliostat import exclusive, retries
 from heliostat.errors import AccessError, ConfigError, StorageError
 from heliostat.redact import carries_secret
+from heliostat.retries import Backoff, Failure
 from heliostat.text import brief, printable
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 BUDGET = "HELIOSTAT_RETRY_BUDGET_S"
+BACKOFF = Backoff(0.2, 8.0, jitter=0.5)
 LISTINGS = 20  # of a folder on disk that others change meanwhile
 UPLOAD_BLOCK = 16 << 20  # bytes that are read of a file at a time
 UPLOAD_WINDOW = 64 << 20  # bytes that are on their way to the store before their arrival is waited for
@@ -296,31 +296,34 @@ class Location:
         It must be one that may be repeated from its start. FileNotFoundError, and whatever is wrong with the content, pass
         through at once and unchanged. No attempt begins that would end beyond the budget if it took as long as the last.
         """
-        start, failures = time.monotonic(), 0
-        deadline = start + (retry_budget() if budget_s is None else budget_s)
-        while True:
-            begun = time.monotonic()
-            try:
-                return operation()
-            except (FileExistsError, NotADirectoryError, IsADirectoryError) as e:
-                raise AccessError(f"{self.uri}: a file lies where a folder is needed, or a folder where a file is") from e
-            except OSError as e:
-                meaning, now = diagnose(e), time.monotonic()
-                if meaning == "content" or isinstance(e, FileNotFoundError):
-                    raise
-                if meaning == "missing":
-                    raise FileNotFoundError(self.uri) from e
-                if not self.is_s3 and Path(self.path).is_dir():
-                    raise AccessError(f"{self.uri}: is a folder, not a file") from e
-                reason = brief(e) or type(e).__name__
-                if meaning == "hopeless" and NO_BUCKET in str(e):
-                    raise self._no_bucket() from e
-                if meaning in FINAL:
-                    raise AccessError(f"{self.uri}: {FINAL[meaning]} ({reason})") from e
-                wait = min(8.0, 0.2 * 2**failures) * random.uniform(0.5, 1.5)
-                if now + wait + (now - begun) > deadline:
-                    lasted = f"storage failed for {now - start:.0f} s" if failures else "storage failed at the first request"
-                    raise StorageError(f"{self.uri}: {lasted}: {reason}") from e
-                log.warning("%s: %s; retrying in %.1f s", self.uri, reason, wait)
-                time.sleep(wait)
-                failures += 1
+        budget_s = retry_budget() if budget_s is None else budget_s
+        return retries.retry(operation, budget_s, BACKOFF, self._judge, self._give_up, self._tell)
+
+    def _judge(self, error: Exception) -> None:
+        """Raises what an operation's error means here, unless it is a fault of the store, which may pass."""
+        if isinstance(error, (FileExistsError, NotADirectoryError, IsADirectoryError)):
+            raise AccessError(f"{self.uri}: a file lies where a folder is needed, or a folder where a file is") from error
+        if not isinstance(error, OSError) or isinstance(error, FileNotFoundError):
+            raise error
+        meaning = diagnose(error)
+        if meaning == "content":
+            raise error
+        if meaning == "missing":
+            raise FileNotFoundError(self.uri) from error
+        if not self.is_s3 and Path(self.path).is_dir():
+            raise AccessError(f"{self.uri}: is a folder, not a file") from error
+        if meaning == "hopeless" and NO_BUCKET in str(error):
+            raise self._no_bucket() from error
+        if meaning in FINAL:
+            raise AccessError(f"{self.uri}: {FINAL[meaning]} ({_reason(error)})") from error
+
+    def _give_up(self, failure: Failure) -> NoReturn:
+        lasted = f"storage failed for {failure.seconds:.0f} s" if failure.count > 1 else "storage failed at the first request"
+        raise StorageError(f"{self.uri}: {lasted}: {_reason(failure.error)}") from failure.error
+
+    def _tell(self, failure: Failure, wait: float) -> None:
+        log.warning("%s: %s; retrying in %.1f s", self.uri, _reason(failure.error), wait)
+
+
+def _reason(error: Exception) -> str:
+    return brief(error) or type(error).__name__

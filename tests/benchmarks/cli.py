@@ -24,8 +24,8 @@ CASES: dict[str, tuple[list[str], float | None]] = {
     "train --help": (["train", "--help"], None),
     "check, unknown key": (["check", JOB, "--set", "train.stpes=1"], CHECK),
     "check, batch does not divide": (["check", JOB, "--set", "train.global_batch=9"], CHECK),
-    "check --offline, right": (["check", JOB, "--offline"], None),
-    "check, right": (["check", JOB], None),
+    "check --offline, right": (["check", JOB, "--offline"], CHECK),
+    "check, right": (["check", JOB], CHECK),
 }
 # ends where the first attempt would begin: the file loaded, everything checked, the run claimed, its data planned
 TRAIN = """
@@ -33,7 +33,7 @@ import sys
 from heliostat.train import run
 def stop(self):
     raise SystemExit(0)
-run._Run.go = stop
+run._Run.run = stop
 from heliostat.cli.main import main
 sys.argv = ["heliostat", *sys.argv[1:]]
 main()

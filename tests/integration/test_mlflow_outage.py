@@ -12,6 +12,7 @@ from heliostat.chaos.servers import Server, mlflow_server
 from heliostat.check import check, load_job
 from heliostat.errors import TrackingError
 from heliostat.events import Steps
+from heliostat.retries import Backoff
 from heliostat.runs.goodput import PARTS
 from heliostat.storage import Location
 from heliostat.track import logger as tracking_run
@@ -33,7 +34,7 @@ def server(tracking: str, tmp_path: Path):
 def owner_of(server: Server, job_file, monkeypatch):
     """A new command's owner of the run."""
     monkeypatch.setattr(tracking_run, "AWAY_S", 3.0)
-    monkeypatch.setattr(tracking_run, "PAUSE_MAX_S", 1.0)
+    monkeypatch.setattr(tracking_run, "PAUSES", Backoff(0.5, 1.0))
     # an experiment that was made through the server is of no use to who comes to the database past it
     checked = check(load_job(job_file("outage"), [f"mlflow.uri=http://{server.endpoint}", "mlflow.experiment=outage"]))
     return lambda: RunOwner(checked.job, checked.manifests), checked.job.run_folder

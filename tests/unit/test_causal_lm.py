@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 from heliostat.errors import ConfigError
-from heliostat.recipes.text.causal_lm import IGNORED, CausalLM, SummedCrossEntropy
+from heliostat.recipes.protocol import IGNORED
+from heliostat.recipes.text.causal_lm import CausalLM
+from heliostat.recipes.text.next_token import SummedCrossEntropy
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tests.unit.build_job import BASE, job

@@ -1,6 +1,6 @@
 """The command line on bad input: one `error:` line that names the fault, exit code 2, without Ray or a traceback.
 
-How long it takes is in tests/benchmarks/check.py.
+How long it takes is in tests/benchmarks/cli.py.
 """
 
 import json

@@ -39,7 +39,6 @@ def test_flops_are_what_torch_counts(arch):
     for length in (24, 96):
         made = recipe({"arch": arch, **FAMILIES[arch]}, length)
         made.config._attn_implementation = made.config._experts_implementation = "eager"  # torch's counter knows no other
-        made.grouped = False
         torch.manual_seed(0)
         model = made.build()
         with FlopCounterMode(display=False) as counter:

@@ -59,7 +59,7 @@ def test_positions_that_follow_the_longest_document_are_refused():
 
 def test_the_check_of_a_job_tries_the_attention_that_training_will_use(monkeypatch):
     """An implementation that ignores its mask is found; `heliostat check` finds it, not the first step."""
-    from heliostat.recipes.text import attention
+    from heliostat.cpu_kernels import attention
 
     attend = attention.attend
     monkeypatch.setattr(attention, "attend", lambda m, q, k, v, mask, *args, **keys: attend(m, q, k, v, None, *args, **keys))
@@ -113,7 +113,7 @@ def test_an_exported_model_is_scored_as_in_training(tmp_path):
     content[:, [9, 30]] = END
     scorer = CausalLM(job(model={"pretrained": str(tmp_path)}, **MASK))
     scorer.end = END
-    made._bytes = scorer._bytes = torch.ones((2, 96), dtype=torch.int64)
+    made._token_bytes = scorer._token_bytes = torch.ones((2, 96), dtype=torch.int64)
     with torch.no_grad():
         trained = made.evaluate(model, made.batch(content))
         scored = scorer.evaluate(scorer.load(tmp_path).eval(), scorer.batch(content))

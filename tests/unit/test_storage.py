@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from heliostat import errors, storage
+from heliostat import errors, retries, storage
 from heliostat.errors import ConfigError, DataError, HeliostatError, StorageError
 from heliostat.storage import Location
 
@@ -209,8 +209,8 @@ def test_probe_of_a_folder_that_is_not_there_yet_is_fine(tmp_path):
 def no_sleep(monkeypatch) -> list[float]:
     """Retries take no time; the waits are listed, and the clock follows them."""
     waits: list[float] = []
-    monkeypatch.setattr(storage.time, "sleep", waits.append)
-    monkeypatch.setattr(storage.time, "monotonic", lambda: sum(waits))
+    monkeypatch.setattr(retries.time, "sleep", waits.append)
+    monkeypatch.setattr(retries.time, "monotonic", lambda: sum(waits))
     return waits
 
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import torch
+
+if TYPE_CHECKING:  # the driver looks for a run's checkpoints without torch
+    import torch
 
 BLOCK = 1 << 20
 RUN_BLOCKS = 8  # read with one request
@@ -20,6 +23,8 @@ RUN_BLOCKS = 8  # read with one request
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """Views a contiguous tensor's memory as flat uint8."""
+    import torch
+
     return tensor.reshape(-1).view(torch.uint8)
 
 
@@ -85,6 +90,8 @@ def read(
 
     Returns the bytes read and the first block whose checksum fails, None if all are intact.
     """
+    import torch
+
     scratch, total = np.empty(RUN_BLOCKS * BLOCK, np.uint8), 0
     memory, source = scratch.data, torch.from_numpy(scratch)
     for run in wanted:

@@ -9,7 +9,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from heliostat.checkpoint.checksums import BLOCK
-from heliostat.checkpoint.safetensors_file import DTYPES
+from heliostat.checkpoint.element_types import BYTES
 from heliostat.data import plans
 from heliostat.errors import DataError
 from heliostat.records import Format, Hex, Number, Whole, open_
@@ -92,9 +92,9 @@ def fault(index: Any, step: int | None) -> str:
 
 
 def _tensor_fault(tensor: Tensor, shards: list[Shard]) -> str:
-    if tensor["dtype"] not in DTYPES:
+    if tensor["dtype"] not in BYTES:
         return f"dtype {tensor['dtype'][:20]!r} is none"
-    size, numel = DTYPES[tensor["dtype"]].itemsize, math.prod(tensor["shape"])
+    size, numel = BYTES[tensor["dtype"]], math.prod(tensor["shape"])
     end = 0
     for chunk in sorted(tensor["chunks"], key=lambda c: c["start"]):
         if chunk["start"] != end:

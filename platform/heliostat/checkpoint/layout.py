@@ -18,14 +18,11 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from heliostat import run_folder
 from heliostat.checkpoint import checksums
 from heliostat.checkpoint import index as checkpoint_index
-from heliostat.checkpoint.safetensors_file import DTYPES
 from heliostat.config.schema import validate
 from heliostat.config.spec import Checkpoint as Policy
 from heliostat.config.spec import Job
@@ -34,6 +31,9 @@ from heliostat.data.dataset import DataPlan
 from heliostat.errors import CheckpointError, ConfigError, CorruptCheckpointError
 from heliostat.storage import Location
 from heliostat.text import brief
+
+if TYPE_CHECKING:  # torch takes seconds, and what a run has saved is found without it
+    import torch
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +113,8 @@ class Checkpoint:
 
         CheckpointError if the target's type is not the stored one.
         """
+        from heliostat.checkpoint.safetensors_file import DTYPES
+
         dtype = DTYPES[self.index["tensors"][name]["dtype"]]
         if target.dtype != dtype:  # bytes of another type would be taken for numbers
             raise CheckpointError(f"{self.location}: holds {name!r} as {dtype}, and cannot be read as {target.dtype}")
@@ -157,6 +159,10 @@ class Checkpoint:
         if (holder := self.holder(name)) is not self:
             yield from holder.stream(name)
             return
+        import torch
+
+        from heliostat.checkpoint.safetensors_file import DTYPES
+
         entry = self.index["tensors"][name]
         dtype = DTYPES[entry["dtype"]]
         for chunk in sorted(entry["chunks"], key=lambda c: c["start"]):
@@ -169,6 +175,10 @@ class Checkpoint:
         """Reads a whole tensor, flat."""
         if (holder := self.holder(name)) is not self:
             return holder.read(name)
+        import torch
+
+        from heliostat.checkpoint.safetensors_file import DTYPES
+
         entry = self.index["tensors"][name]
         out = torch.empty(math.prod(entry["shape"]), dtype=DTYPES[entry["dtype"]])
         parts = [(c, out[c["start"] : c["start"] + c["numel"]]) for c in entry["chunks"]]

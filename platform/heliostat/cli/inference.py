@@ -88,16 +88,16 @@ def export(
     json_: Json = False,
 ) -> None:
     """Write a run's checkpoint as a Hugging Face folder."""
-    from heliostat.checkpoint import saver
+    from heliostat.checkpoint import layout
     from heliostat.inference import export as exporting
     from heliostat.track.logger import record
     from heliostat.track.models import find_run
 
     place = find_run(run, store_uri(mlflow))
-    if step is not None and step not in (there := saver.steps(place)):
+    if step is not None and step not in (there := layout.steps(place)):
         have = f"there are {', '.join(map(str, there))}" if there else "there is none"
         raise ConfigError(f"--step {step}: {place} has no checkpoint of it; {have}")
-    found = saver.open_checkpoint(place, step) if step is not None else saver.latest(place)
+    found = layout.open_checkpoint(place, step) if step is not None else layout.latest(place)
     if found is None:
         raise ConfigError(f"{place}: holds no complete checkpoint")
     exporting.export(found, to, record(place).get("run_id"))

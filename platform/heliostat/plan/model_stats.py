@@ -19,6 +19,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from heliostat import cpu_kernels
 from heliostat.config.spec import Job
 from heliostat.recipes import building
 from heliostat.recipes.protocol import Recipe
@@ -90,6 +91,7 @@ def activations(job: Job, recipe: Recipe, model: torch.nn.Module, content: Any, 
     too, which makes it slower.
     """
     model = model.to(DTYPES[job.train.precision])
+    cpu_kernels.use(model, job, recipe.causal)
     batch = recipe.batch(content, np.zeros(1, dtype=np.int64))
     with FakeTensorMode(allow_non_fake_inputs=True):
         _fake(model)

@@ -10,6 +10,9 @@ from heliostat.errors import ConfigError
 
 def from_folder(key: str, auto: Any, folder: str | Path, **options: Any) -> Any:
     """Calls `auto.from_pretrained(folder)`; ConfigError that begins with `key` if that needs code from the folder."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     try:
         return auto.from_pretrained(folder, trust_remote_code=False, **options)
     except ValueError as e:

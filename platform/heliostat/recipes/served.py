@@ -10,6 +10,7 @@ from typing import Any
 
 import mlflow
 from mlflow.pyfunc.model import PythonModel
+from mlflow.types.type_hints import TypeFromExample  # a list of strings; with that as the hint, MLflow drops the params
 
 from heliostat.recipes import exported
 from heliostat.recipes.protocol import Request
@@ -22,14 +23,15 @@ class Served(PythonModel):
         self.folder = Path(context.artifacts["model"])
         self.generators: dict[str, Any] = {}
 
-    def predict(self, context: Any, model_input: list[str], params: dict[str, Any] | None = None) -> list[str]:
+    def predict(self, context: Any, model_input: TypeFromExample, params: dict[str, Any] | None = None) -> list[str]:
         """Answers each prompt; a model is loaded once for each set of options."""
+        prompts: Any = model_input
         options = dict(params or {})
         seed = options.pop("seed", 0)
         key = repr(sorted(options.items()))
         if key not in self.generators:
             self.generators[key] = exported.generator(self.folder, options)
-        return [answer.shown for answer in self.generators[key]([Request(prompt, seed, None) for prompt in model_input])]
+        return [answer.shown for answer in self.generators[key]([Request(prompt, seed, None) for prompt in prompts])]
 
 
 mlflow.models.set_model(Served())

@@ -19,7 +19,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 
@@ -30,6 +30,7 @@ from heliostat.config.spec import Job
 from heliostat.errors import ClusterError, ConfigError, HeliostatError
 from heliostat.records import Format, closed
 from heliostat.redact import carries_secret
+from heliostat.retries import Backoff, Failure, retry
 from heliostat.runs import goodput
 from heliostat.runs.goodput import Attempt
 from heliostat.storage import Location
@@ -41,6 +42,7 @@ T = TypeVar("T")
 SUPERVISOR = "_ray_internal_job_actor_{}"  # Ray's name for it
 JOB_FILE, SWEEP_FILE = "heliostat-job.json", "heliostat-sweep.yaml"
 RETRY_S = 60.0
+BACKOFF = Backoff(0.5, 8.0)
 STOP_S = 600  # a checkpoint may take so long; Ray kills the driver afterwards
 FOLLOW_S = 1.0
 QUIET_S = 30.0  # without a new line, after which the cluster is asked whether it is still there
@@ -200,18 +202,22 @@ class Jobs:
         """Retries an action while the cluster fails, within RETRY_S; ClusterError after that, or at once if it refuses."""
         import requests
 
-        deadline, wait = time.monotonic() + RETRY_S, 0.5
-        while True:
-            try:
-                return action()
-            except (requests.RequestException, ConnectionError, RuntimeError, TimeoutError) as e:
-                text = " ".join(str(e).split())
-                refused = isinstance(e, RuntimeError) and not any(f"code {c}" in text for c in (500, 502, 503, 504, 429))
-                if refused or time.monotonic() + wait > deadline:
-                    raise ClusterError(f"{what}: {text[:500]}") from e
-                log.warning("%s: %s; retrying in %.1f s", what, text[:200], wait)
-                time.sleep(wait)
-                wait = min(8.0, 2 * wait)
+        passing = (requests.RequestException, ConnectionError, RuntimeError, TimeoutError)
+
+        def judge(error: Exception) -> None:
+            if not isinstance(error, passing):
+                raise error
+            text = _line(error)
+            if isinstance(error, RuntimeError) and not any(f"code {c}" in text for c in (500, 502, 503, 504, 429)):
+                raise ClusterError(f"{what}: {text[:500]}") from error
+
+        def give_up(failure: Failure) -> NoReturn:
+            raise ClusterError(f"{what}: {_line(failure.error)[:500]}") from failure.error
+
+        def tell(failure: Failure, wait: float) -> None:
+            log.warning("%s: %s; retrying in %.1f s", what, _line(failure.error)[:200], wait)
+
+        return retry(action, RETRY_S, BACKOFF, judge, give_up, tell)
 
     # looking ---------------------------------------------------------------------------------------------------------
 
@@ -315,6 +321,10 @@ def _sync(source: AsyncIterator[T], beat: Callable[[], object]) -> Iterator[T]:
                 yield coming.result()
             except StopAsyncIteration:
                 return
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _beginning(text: str, attempt: str, over: bool) -> int | None:

@@ -29,6 +29,7 @@ from heliostat.data.manifest import Manifest
 from heliostat.data.split import NEWEST
 from heliostat.errors import HeliostatError, TrackingError
 from heliostat.events import AttemptStarted, Evaluation, Event, Goodput, Saved, Spike, Steps
+from heliostat.retries import Backoff
 from heliostat.runs import goodput
 from heliostat.runs.mlflow_id import record
 from heliostat.track import card, local_curves, mlflow_client, outbox, tags
@@ -42,7 +43,7 @@ PACKAGES = ("heliostat", "ray", "torch", "deepspeed", "transformers", "diffusers
 AWAY_S = 120.0  # how long the end of a command waits for an MLflow that does not answer
 IMAGES = 500  # that wait for MLflow; with more the oldest go
 EXCHANGE_S = 300.0  # the longest that an exchange which has begun may take
-PAUSE_S, PAUSE_MAX_S = 0.5, 15.0  # between two tries; each is twice as long as the one before
+PAUSES = Backoff(0.5, 15.0)  # between two tries
 NEVER = (HeliostatError, LookupError, TypeError, ValueError, AttributeError)  # would come again at every try
 # MLflow's client by itself tries for minutes, in which nothing could be done
 CLIENT = {
@@ -167,7 +168,7 @@ class RunOwner:
 
     def _write(self) -> None:
         """Writes events to MLflow until the end was posted and written, or its deadline has passed."""
-        pause, deadline = 0.0, float("inf")
+        pause, failures, deadline = 0.0, 0, float("inf")
         box = outbox.Outbox(self.job.run_folder, self._send, self._known)
         while True:
             for event in self._gather(pause):
@@ -177,10 +178,11 @@ class RunOwner:
             try:
                 self._deliver(box)
             except Exception as e:  # noqa: BLE001 (whatever MLflow, or the store of the run's folder, raises)
-                pause = min(PAUSE_MAX_S, max(PAUSE_S, 2 * pause))
+                failures += 1
+                pause = PAUSES.wait(failures)
                 self._failed(e, box)
             else:
-                pause, self._fault = 0.0, None
+                pause, failures, self._fault = 0.0, 0, None
                 self._answers.set()
             if self._end and (self._fault is None or time.monotonic() > deadline):
                 return

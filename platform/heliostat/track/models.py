@@ -10,8 +10,11 @@ import logging
 import re
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from heliostat import run_folder
 from heliostat.config.spec import Job
@@ -69,7 +72,7 @@ def _log(client: Any, run_id: str, made_of: str, folder: Path, recipe: Serves, s
     import mlflow
 
     serving, source = recipe.serving(), tags.source(client.get_run(run_id).data.tags)
-    with warnings.catch_warnings(), mlflow.start_run(run_id=run_id):
+    with warnings.catch_warnings(), _requirements_unchecked(), mlflow.start_run(run_id=run_id):
         warnings.simplefilter("ignore")
         info = mlflow.pyfunc.log_model(
             name="model",
@@ -83,6 +86,18 @@ def _log(client: Any, run_id: str, made_of: str, folder: Path, recipe: Serves, s
             metadata={"license": told},
         )
     return str(info.model_id)
+
+
+@contextmanager
+def _requirements_unchecked() -> Iterator[None]:
+    """Spares MLflow its look through all that is installed, a second for a warning that nobody can act on: the requirements of
+    a model name no versions."""
+    from mlflow import pyfunc
+    from mlflow.utils import environment
+
+    name = "warn_dependency_requirement_mismatches"
+    with patch.object(pyfunc, name, create=True), patch.object(environment, name, create=True):
+        yield
 
 
 def _logged(client: Any, run_id: str, made_of: str) -> str | None:

@@ -19,12 +19,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import heliostat.check as check
 from heliostat import lease
 from heliostat import run_folder as paths
 from heliostat.check import Checked
+from heliostat.checkpoint import layout
+from heliostat.checkpoint.layout import Checkpoint
 from heliostat.cluster import private_ray
 from heliostat.config import spec
 from heliostat.config.spec import Job
@@ -49,12 +51,10 @@ from heliostat.track.logger import RunOwner
 from heliostat.track.tags import SOURCE_NAME
 from heliostat.train.driver.recovery import Budget, choose, classify
 from heliostat.train.driver.signals import Signals
+from heliostat.train.driver.warm_up import WarmUp
 from heliostat.train.pauses import PausePoints
 from heliostat.train.stop_codes import INTERRUPTED, RUN, STOPS
 from heliostat.train.time_ledger import Recorder
-
-if TYPE_CHECKING:  # with torch, which takes a second
-    from heliostat.checkpoint.saver import Checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -119,9 +119,7 @@ def train_job(
 
 def _last_checkpoint(job: Job, resume: bool) -> Checkpoint | None:
     """Finds the run's newest checkpoint; ConfigError if the run has begun, and the command does not ask to resume it."""
-    from heliostat.checkpoint import saver
-
-    found = saver.latest(job.run_folder)
+    found = layout.latest(job.run_folder)
     if found and not resume:
         raise ConfigError(
             f"name: run {job.name!r} already has checkpoints up to step {found.step} in {job.run_folder}; "
@@ -165,11 +163,9 @@ def train_with_hooks(job: Job, hooks: RunHooks) -> dict[str, Any]:
 
     Returns the summary of the training, which is also in the run's folder.
     """
-    from heliostat.checkpoint import saver
-
     job, recipe = check.check_job(job)
     with lease.take(job.run_folder) as held:
-        found = saver.latest(job.run_folder)
+        found = layout.latest(job.run_folder)
         job = spec.settle(job, found.index["job"] if found else None)
         recorded = DataPlan.parse(found.index["data"]) if found else None
         checked = check.check_stores(job, recipe, recorded)
@@ -185,10 +181,8 @@ def finalize(job: Job) -> dict[str, Any]:
     job, recipe = check.check_job(job)
     if (result := endings.result(job.run_folder, job.last_step)) is not None:
         return result
-    from heliostat.checkpoint import saver
-
     with lease.take(job.run_folder) as held:
-        last = saver.open_checkpoint(job.run_folder, job.last_step)
+        last = layout.open_checkpoint(job.run_folder, job.last_step)
         checked = check.check_stores(spec.settle(job, last.index["job"]), recipe, DataPlan.parse(last.index["data"]))
         return _Run(checked, held, job.last_step, time.time()).finalize(last)
 
@@ -211,15 +205,15 @@ class _Run:
         self.hooks = hooks
         self.budget = Budget(self.job.retries)
         self.restarts = 0
+        self.warm_up = WarmUp(checked.recipe)
         self.ledger = Recorder(self.job.run_folder, started, start_step, max(self.counts))
 
     def run(self) -> dict[str, Any]:
         """Trains, then exports, logs and registers the model."""
-        from heliostat.checkpoint import saver
 
         def work(owner: RunOwner) -> dict[str, Any]:
             summary = self._train(owner)
-            return self._finalize(owner, saver.open_checkpoint(self.job.run_folder, self.job.last_step), summary)
+            return self._finalize(owner, layout.open_checkpoint(self.job.run_folder, self.job.last_step), summary)
 
         return self._with_mlflow_run(work)
 
@@ -331,6 +325,8 @@ class _Run:
             if isinstance(event, Steps):
                 done = event.done
                 event.sources = self._sources(done)
+                if done >= self.job.last_step and not self.hooks:
+                    self.warm_up.begin()
             elif isinstance(event, NodeSample):
                 event.step = done
             owner.post(event)
@@ -351,8 +347,6 @@ class _Run:
 
     def _recover(self, error: HeliostatError, signals: Signals) -> None:
         """Prepares another attempt after a failure, or raises the error."""
-        from heliostat.checkpoint import saver
-
         kind = classify(error)
         if kind == "final" or isinstance(error, StoppedError):
             raise error
@@ -362,7 +356,7 @@ class _Run:
             return
         before = error.step if isinstance(error, CorruptCheckpointError) else None
         try:
-            newest = saver.latest(self.job.run_folder, before)
+            newest = layout.latest(self.job.run_folder, before)
             step = newest.step if newest else 0
         except StorageError as e:  # still away: the next attempt looks from where this one began
             log.warning("%s", e)
@@ -428,6 +422,7 @@ class _Run:
         from heliostat.track.models import log_model
 
         job = self.job
+        self.warm_up.wait()
         self.lease.fence.check()
         owner.client()  # MLflow is there, and the run is open
         model_uri: str | None = None

@@ -11,10 +11,11 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from heliostat.cluster import source_code
 from heliostat.errors import TrackingError
+from heliostat.retries import Backoff, Failure, retry
 from heliostat.runs.mlflow_id import record
 from heliostat.storage import Location
 from heliostat.text import brief
@@ -28,6 +29,7 @@ from heliostat.tune.trial_record import Record
 log = logging.getLogger(__name__)
 
 AWAY_S = 60.0
+BACKOFF = Backoff(0.2, 5.0)
 T = TypeVar("T")
 STATUS = {"finished": "FINISHED", "failed": "FAILED"}  # of a trial's run; the others are KILLED
 
@@ -47,15 +49,11 @@ class Parent:
 
     def _do(self, action: Callable[[], T]) -> T:
         """Retries an action while MLflow fails, since other processes write to the same store; TrackingError after AWAY_S."""
-        deadline, wait = time.monotonic() + AWAY_S, 0.2
-        while True:
-            try:
-                return action()
-            except Exception as e:  # MLflow raises whatever its store does
-                if time.monotonic() + wait > deadline:
-                    raise TrackingError(f"mlflow.uri: {self.uri} failed ({brief(e)})") from e
-                time.sleep(wait)
-                wait = min(5.0, 2 * wait)
+
+        def give_up(failure: Failure) -> NoReturn:
+            raise TrackingError(f"mlflow.uri: {self.uri} failed ({brief(failure.error)})") from failure.error
+
+        return retry(action, AWAY_S, BACKOFF, lambda error: None, give_up)  # MLflow raises whatever its store does
 
     def _create(self) -> str:
         name, sweep = self.plan.base["mlflow"]["experiment"], self.plan.sweep

@@ -25,7 +25,6 @@ def main() -> None:
     checked = check.check(check.load_job(Path(sys.argv[1]), sys.argv[3:]))
     job, recipe, dataset = checked.job, checked.recipe, open_dataset(checked.plan)
     per_rank = job.train.global_batch // world
-    recipe.grouped = False  # the model as transformers builds it
     torch.manual_seed(job.train.seed)
     model = torch.nn.parallel.DistributedDataParallel(recipe.build(), gradient_as_bucket_view=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=job.train.optimizer.lr, fused=True)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from mlflow.pyfunc.model import PythonModel
+from mlflow.types.type_hints import TypeFromExample  # a list of strings; with that as the hint, MLflow drops the params
 from PIL import Image
 
 
@@ -19,8 +20,9 @@ class AutoencoderServer(PythonModel):
         self.vae = AutoencoderKL.from_pretrained(context.artifacts["model"]).to(torch.float32).eval()
 
     @torch.no_grad()
-    def predict(self, context: Any, model_input: list[str], params: dict[str, Any] | None = None) -> list[str]:
-        return [self._again(text) for text in model_input]
+    def predict(self, context: Any, model_input: TypeFromExample, params: dict[str, Any] | None = None) -> list[str]:
+        images: Any = model_input
+        return [self._again(text) for text in images]
 
     def _again(self, text: str) -> str:
         image = Image.open(io.BytesIO(base64.b64decode(text))).convert("L" if self.vae.config.in_channels == 1 else "RGB")

@@ -15,6 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from mlflow.pyfunc.model import PythonModel
+from mlflow.types.type_hints import TypeFromExample  # a list of strings; with that as the hint, MLflow drops the params
 
 
 class ImageServer(PythonModel):
@@ -27,11 +28,12 @@ class ImageServer(PythonModel):
         pipeline.set_progress_bar_config(disable=True)
         self.pipeline: Any = pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
-    def predict(self, context: Any, model_input: list[str], params: dict[str, Any] | None = None) -> list[str]:
+    def predict(self, context: Any, model_input: TypeFromExample, params: dict[str, Any] | None = None) -> list[str]:
         p = {"steps": 30, "guidance": 4.0, "seed": 0, **(params or {})}
-        draws = [torch.Generator("cpu").manual_seed(p["seed"] + i) for i in range(len(model_input))]
+        prompts: Any = model_input
+        draws = [torch.Generator("cpu").manual_seed(p["seed"] + i) for i in range(len(prompts))]
         images = self.pipeline(
-            list(model_input), num_inference_steps=p["steps"], guidance_scale=p["guidance"], generator=draws
+            list(prompts), num_inference_steps=p["steps"], guidance_scale=p["guidance"], generator=draws
         ).images
         return [_png(image) for image in images]
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from heliostat import cpu_kernels
 from heliostat.errors import ConfigError
 from heliostat.recipes.text import tiny
 from heliostat.recipes.text.tiny import LENGTH
@@ -27,7 +28,9 @@ _known: dict[str, float] = {}  # leaks that were measured in this process
 def require_apart(recipe: Any) -> None:
     """Raises ConfigError unless the model, with its attention, positions and checkpointing, keeps packed documents apart."""
     kind = recipe.config.model_type
-    key = json.dumps([recipe.config.to_dict(), recipe.length, recipe.grouped, recipe.checkpointing], default=str, sort_keys=True)
+    job = recipe.job
+    known_by = [recipe.config.to_dict(), recipe.length, recipe.checkpointing, job.workers.gpus, job.train.cpu_kernels]
+    key = json.dumps(known_by, default=str, sort_keys=True)
     if key not in _known:
         _known[key] = leak(_tried(recipe))
     if not _known[key] <= TOLERANCE:
@@ -83,6 +86,7 @@ def logits(recipe: Any) -> list[torch.Tensor]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = recipe.build()
+            cpu_kernels.use(model, recipe.job, recipe.causal)
             for p in model.parameters():
                 p.normal_(std=0.2) if p.dim() > 1 else p.add_(0.1 * torch.randn_like(p))
             out = []

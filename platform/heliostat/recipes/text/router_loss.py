@@ -9,10 +9,7 @@ import copy
 import logging
 from typing import Any
 
-import torch
-
 from heliostat.errors import ConfigError
-from heliostat.recipes.text import tiny
 
 log = logging.getLogger(__name__)
 NAME = "router_loss"
@@ -48,9 +45,12 @@ def probe(recipe: Any, refused: bool) -> None:
         )
 
 
-@torch.no_grad()
 def _given(recipe: Any) -> bool:
     """Tests whether a small model of the recipe's architecture computes a router's loss if it is asked for."""
+    import torch
+
+    from heliostat.recipes.text import tiny
+
     for config in tiny.shrunk(recipe.config, recipe.length):
         small = copy.copy(recipe)
         small.config, small.pretrained = config, None
@@ -58,7 +58,7 @@ def _given(recipe: Any) -> bool:
         try:
             if tiny.parameters(small) > tiny.LARGEST:
                 continue
-            with torch.random.fork_rng(devices=[]):
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 given = small.build()(input_ids=torch.arange(tiny.LENGTH)[None])
         except Exception:  # noqa: BLE001  whatever this architecture's own code raises
             continue

@@ -10,6 +10,7 @@ from typing import Any
 import mlflow
 import torch
 from mlflow.pyfunc.model import PythonModel
+from mlflow.types.type_hints import TypeFromExample  # a list of strings; with that as the hint, MLflow drops the params
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -21,9 +22,10 @@ class TextServer(PythonModel):
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = AutoModelForCausalLM.from_pretrained(folder).eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
-    def predict(self, context: Any, model_input: list[str], params: dict[str, Any] | None = None) -> list[str]:
+    def predict(self, context: Any, model_input: TypeFromExample, params: dict[str, Any] | None = None) -> list[str]:
         p = {"max_tokens": 100, "temperature": 0.8, "top_p": 0.95, "seed": 0, **(params or {})}
-        return [continue_text(self.model, self.tokenizer, prompt, **p) for prompt in model_input]
+        prompts: Any = model_input
+        return [continue_text(self.model, self.tokenizer, prompt, **p) for prompt in prompts]
 
 
 def continue_text(model: Any, tokenizer: Any, prompt: str, max_tokens: int, temperature: float, top_p: float, seed: int) -> str:

@@ -25,6 +25,7 @@ from heliostat.errors import (
     PlacementError,
     WorkerError,
 )
+from heliostat.retries import Backoff
 
 Kind = Literal["final", "corrupt", "spike", "failure", "queued"]
 
@@ -65,7 +66,7 @@ class Budget:
             raise WorkerError(f"{error}; a second time, so it was not tried again") from error
         if self.used > self.retries.max:
             raise type(error)(f"{error}; given up after {self.retries.max} retries without a new checkpoint") from error
-        return min(self.retries.backoff_max, self.retries.backoff * 2 ** (self.used - 2)) if self.used > 1 else 0.0
+        return Backoff(self.retries.backoff, self.retries.backoff_max).wait(self.used - 1) if self.used > 1 else 0.0
 
 
 def choose(allowed: list[int], room: int) -> int:

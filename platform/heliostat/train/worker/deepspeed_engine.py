@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
+from heliostat import cpu_kernels
 from heliostat.config import spec
 from heliostat.config.spec import Job
 from heliostat.recipes import building
 from heliostat.recipes.protocol import Recipe
-from heliostat.train.worker import onednn
 
 _engines: weakref.WeakSet[Any] = weakref.WeakSet()  # that are in memory
 CPU_BUCKET = 32_000_000  # elements; at every bucket the workers wait for one another
@@ -132,8 +132,7 @@ def build_engine(job: Job, recipe: Recipe) -> Any:
 
     config = engine_config(job)
     model = build_model(job, recipe, config)
-    if onednn.SUPPORTED and not (job.workers.gpus or job.train.compile) and job.train.precision == "fp32":
-        onednn.use_onednn(model)
+    cpu_kernels.use(model, job, recipe.causal)
     settings = job.train.optimizer
     optimizer = settings.build(building.parameter_groups(model, settings.weight_decay, recipe))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)

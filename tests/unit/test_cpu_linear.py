@@ -4,9 +4,9 @@ import weakref
 
 import pytest
 import torch
-from heliostat.train.worker import onednn
+from heliostat.cpu_kernels import linear
 
-pytestmark = pytest.mark.skipif(not onednn.SUPPORTED, reason="not an x86 CPU")
+pytestmark = pytest.mark.skipif(not linear.SUPPORTED, reason="not an x86 CPU")
 
 
 def pair(bias=True):
@@ -14,7 +14,7 @@ def pair(bias=True):
     plain = torch.nn.Sequential(torch.nn.Linear(20, 33, bias), torch.nn.GELU(), torch.nn.Linear(33, 7, bias))
     ours = torch.nn.Sequential(torch.nn.Linear(20, 33, bias), torch.nn.GELU(), torch.nn.Linear(33, 7, bias))
     ours.load_state_dict(plain.state_dict())
-    onednn.use_onednn(ours)
+    linear.use(ours)
     return plain, ours
 
 
@@ -71,5 +71,5 @@ def test_state_is_unchanged_and_other_kinds_of_linear_layer_stay_theirs():
     plain, ours = pair()
     assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), ours.state_dict().values(), strict=True))
     special = torch.nn.Sequential(Special(4, 4))
-    onednn.use_onednn(special)
+    linear.use(special)
     assert type(special[0]) is Special

@@ -15,7 +15,7 @@ import torch
 SUPPORTED = platform.machine() == "x86_64" and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def use_onednn(model: torch.nn.Module) -> None:
+def use(model: torch.nn.Module) -> None:
     """Makes every `torch.nn.Linear` in the model (not what derives from it) compute with oneDNN from now on. Changes no state."""
     for module in model.modules():
         if type(module) is torch.nn.Linear:

@@ -20,13 +20,19 @@ LONGEST = 512  # tokens; the scores of all queries are kept for the gradient
 FEWEST = 64  # queries at a time: smaller products are slow
 
 
-def register() -> None:
-    """Registers the implementation with transformers."""
+def fits(model: torch.nn.Module, length: int | None) -> bool:
+    """Tests whether the model attends as it is computed here, and its samples are short."""
+    return length is not None and length <= LONGEST and getattr(getattr(model, "config", None), "model_type", None) in MODELS
+
+
+def use(model: Any) -> None:
+    """Makes a model of transformers compute its attention here, from now on."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.config._attn_implementation = NAME
 
 
 def attend(

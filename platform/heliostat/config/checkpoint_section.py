@@ -1,0 +1,42 @@
+"""Defines the sections `evaluate` and `checkpoint` of the job file: when a run is scored and saved, and what stays of it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from heliostat.config.fields import Positive
+from heliostat.config.schema import Float, Strict
+
+
+class Evaluate(Strict):
+    every: Positive
+    """Steps between two evaluations. The last step is always evaluated."""
+    samples: Positive = 256
+    """Held-out samples that are scored, at most; where there are fewer, the run says so."""
+    fraction: Annotated[Float, Field(gt=0, lt=1)] = 0.01
+    """Share of the documents that is held out by the hash of their text, and never trained on. 1, 2 and 5 parts of ten to ten
+    thousand are exact, see docs/data-order.md#what-is-held-out"""
+
+
+class Best(Strict):
+    metric: str = "loss"
+    """A score of the evaluation, as the recipe reports it."""
+    mode: Literal["min", "max"] = "min"
+    """Whether a low or a high score is good."""
+    keep: Positive = 1
+    """So many checkpoints with the best scores stay."""
+
+
+class Checkpoint(Strict):
+    every: Positive
+    """Steps between two checkpoints."""
+    keep: Positive = 2
+    """So many of the newest stay."""
+    keep_every: Positive | None = None
+    """Checkpoints at multiples of so many steps stay for ever. Unset: no such rule."""
+    best: Best | None = None
+    """The best by a score stay, too. Unset: no such rule. See docs/checkpoints.md#what-is-kept"""
+    grace: Annotated[Float, Field(gt=0)] = 60.0
+    """Seconds for the last checkpoint after SIGTERM, Ctrl-C or a preemption notice."""

@@ -1,0 +1,148 @@
+"""Checks what the sections of a job must be to each other: the batch divides, precision, ZeRO stage and hardware train correctly
+together, offload fits the stage.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from heliostat.config.data_section import Data
+from heliostat.config.tracking_sections import Mlflow
+from heliostat.config.worker_counts import divisors, fitting
+from heliostat.redact import carries_secret
+
+if TYPE_CHECKING:
+    from heliostat.config.spec import Job
+
+
+def faults(job: Job) -> list[str]:
+    """Lists what is wrong, a line each that begins with the key."""
+    found = [*_batch_faults(job), *_precision_faults(job), *_offload_faults(job), *_checkpoint_faults(job)]
+    found += _mix_faults(job.data) + _mlflow_faults(job.mlflow)
+    paths = [s.path for s in job.data.sources]
+    if len(set(paths)) < len(paths):
+        found.append("data.sources: a path is given twice; add up its weights")
+    if job.train.schedule.warmup_steps >= job.train.steps:
+        found.append(
+            f"train.schedule.warmup_steps: {job.train.schedule.warmup_steps} must be below train.steps {job.train.steps}"
+        )
+    return found
+
+
+def _batch_faults(job: Job) -> list[str]:
+    batch, micro, count = job.train.global_batch, job.train.micro_batch, job.workers.count
+    if isinstance(count, list):
+        return _elastic_faults(job)
+    if batch % (micro * count):
+        fits = [n for n in divisors(batch // micro) if n < 2 * count] if batch % micro == 0 else []
+        below, above = count * micro * (batch // (count * micro)), count * micro * (batch // (count * micro) + 1)
+        near = f"use a global batch of {' or '.join(str(b) for b in (below, above) if b)}"
+        workers = f", or workers.count {min(fits, key=lambda n: abs(n - count))}" if fits else ""
+        return [
+            f"train.global_batch: {batch} is not divisible by workers.count {count} x train.micro_batch {micro}; {near}{workers}"
+        ]
+    if batch % job.lanes or job.lanes % count:
+        fits = [count * d for d in divisors(batch // count)]
+        return [
+            f"data.lanes: {job.lanes} must divide train.global_batch {batch} and be a multiple of workers.count {count}; "
+            f"nearest: {min(fits, key=lambda c: abs(c - job.lanes))}"
+        ]
+    if (batch // count) % micro:
+        return [f"train.micro_batch: {micro} does not divide the {batch // count} samples that a worker gets in a step"]
+    return []
+
+
+def _elastic_faults(job: Job) -> list[str]:
+    batch, lanes, workers = job.train.global_batch, job.lanes, job.workers
+    if batch % lanes:
+        near = min(divisors(batch), key=lambda c: abs(c - lanes))
+        return [f"data.lanes: {lanes} must divide train.global_batch {batch}; nearest: {near}"]
+    if job.worker_counts():
+        return []
+    nearest = min(fitting(job, lanes, 1, lanes), key=lambda n: abs(n - workers.least), default=None)
+    return [
+        f"workers.count: from {workers.least} to {workers.most} there is no number that divides the {lanes} lanes into whole "
+        f"micro-batches; {f'nearest: {nearest}' if nearest else 'train.micro_batch must divide train.global_batch'}"
+    ]
+
+
+def _mix_faults(data: Data) -> list[str]:
+    faults, before = [], 0
+    for i, change in enumerate(data.mix_schedule):
+        key = f"data.mix_schedule.{i}"
+        if len(change.weights) != len(data.sources):
+            faults.append(f"{key}.weights: {len(change.weights)} given, one for each of the {len(data.sources)} sources wanted")
+        if change.step <= before:
+            faults.append(f"{key}.step: {change.step} must be above {before}; list the changes in the order of their steps")
+        before = change.step
+    mixes = [[s.weight for s in data.sources], *(c.weights for c in data.mix_schedule)]
+    for i, weights in enumerate(mixes):
+        if not any(weights):
+            faults.append(f"{f'data.mix_schedule.{i - 1}.weights' if i else 'data.sources'}: all weights are 0")
+    for i in range(len(data.sources)):
+        if not any(weights[i] for weights in mixes if i < len(weights)):
+            faults.append(f"data.sources.{i}.weight: is 0 at every step; remove the source, or give it a weight")
+    return faults
+
+
+def _precision_faults(job: Job) -> list[str]:
+    faults = []
+    if job.train.precision == "fp16" and not job.workers.gpus:
+        faults.append("train.precision: 'fp16' needs GPUs (workers.gpus is 0); use bf16 or fp32")
+    if job.train.precision == "bf16" and job.train.zero.stage == 0:
+        faults.append("train.zero.stage: 0 with train.precision 'bf16' trains wrongly in DeepSpeed; use stage 1, or fp32")
+    if job.train.precision == "fp16" and job.train.zero.stage == 0:
+        faults.append("train.zero.stage: 0 with train.precision 'fp16' has no masters that a checkpoint could hold; use stage 1")
+    if job.train.accumulate == "fp32" and sums_on_host(job):
+        where = f"train.zero.offload.optimizer at train.zero.stage {job.train.zero.stage}"
+        faults.append(
+            f"train.accumulate: fp32 with {where}: DeepSpeed sums in host memory in low precision; use stage 3, or same"
+        )
+    return faults
+
+
+def sums_on_host(job: Job) -> bool:
+    return bool(job.train.zero.offload.optimizer) and job.train.zero.stage in (1, 2) and job.train.precision != "fp32"
+
+
+def _offload_faults(job: Job) -> list[str]:
+    zero, offload = job.train.zero, job.train.zero.offload
+    faults = []
+    if offload.optimizer and zero.stage == 0:
+        faults.append("train.zero.offload.optimizer: needs train.zero.stage 1, 2 or 3")
+    if offload.param and zero.stage != 3:
+        faults.append(f"train.zero.offload.param: needs train.zero.stage 3, not {zero.stage}")
+    if (offload.param == "nvme") != bool(offload.nvme_path):
+        faults.append("train.zero.offload.nvme_path: give the folder when, and only when, param is 'nvme'")
+    return faults
+
+
+def _mlflow_faults(mlflow: Mlflow) -> list[str]:
+    faults = []
+    if carries_secret(mlflow.uri):
+        faults.append(
+            "mlflow.uri: must not carry a password; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+            "MLFLOW_TRACKING_TOKEN (for PostgreSQL: PGPASSWORD; for MySQL: ?read_default_file=FILE)"
+        )
+    if mlflow.alias and not mlflow.register_as:
+        faults.append(f"mlflow.alias: {mlflow.alias!r} is of a registered model; set mlflow.register too")
+    return faults
+
+
+def _checkpoint_faults(job: Job) -> list[str]:
+    policy, faults = job.checkpoint, []
+    if policy.keep_every and policy.keep_every % policy.every:
+        near = policy.every * max(1, round(policy.keep_every / policy.every))
+        faults.append(
+            f"checkpoint.keep_every: {policy.keep_every} must be a multiple of checkpoint.every {policy.every}; nearest: {near}"
+        )
+    if policy.best and not job.evaluate:
+        faults.append("checkpoint.best: needs scores; add evaluate, or remove checkpoint.best")
+    elif policy.best and job.evaluate and policy.every % job.evaluate.every:  # a score must be of the very step
+        faults.append(
+            f"checkpoint.best: evaluate.every {job.evaluate.every} must divide checkpoint.every {policy.every}, "
+            "so that each checkpoint is scored"
+        )
+    if policy.best and policy.best.metric == "train_loss":
+        faults.append("checkpoint.best.metric: 'train_loss' is of the training data; name a score of the evaluation, as loss")
+    return faults

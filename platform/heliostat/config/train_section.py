@@ -1,0 +1,81 @@
+"""Defines the section `train` of the job file: the optimizer's steps, and how they are computed."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from heliostat.config.fields import Count, NonNegative, Positive, Seed
+from heliostat.config.optimizers import AnyOptimizer
+from heliostat.config.schedules import Schedule
+from heliostat.config.schema import Float, Strict
+
+
+class Offload(Strict):
+    optimizer: Literal["cpu"] | None = None
+    """Masters and moments live in host memory."""
+    param: Literal["cpu", "nvme"] | None = None
+    """Weights live in host memory, or on NVMe. ZeRO stage 3 only."""
+    nvme_path: str | None = None
+    """A folder on the node's NVMe, for `param: nvme`."""
+
+
+class Zero(Strict):
+    stage: Literal[0, 1, 2, 3] = 1
+    """What is divided among the workers. 0: nothing; 1: optimizer state; 2: gradients, too; 3: weights, too. Stage 0 needs
+    `precision: fp32`."""
+    offload: Offload = Offload()
+    """What is moved out of GPU memory."""
+
+    @field_validator("stage", mode="before")
+    @classmethod
+    def _no_bool(cls, value: object) -> object:
+        if isinstance(value, bool):  # equal to 0 or 1, and so to a choice
+            raise ValueError(f"{value} is not a choice; valid: 0, 1, 2, 3")
+        return value
+
+
+class Ema(Strict):
+    decay: Annotated[Float, Field(gt=0, lt=1)] = 0.9999
+    """Of the average, at most; at step t it is min(decay, (1 + t) / (10 + t))."""
+
+
+class Train(Strict):
+    steps: Positive
+    """Optimizer steps of the whole run. They count from 1; the schedule ends at this one."""
+    stop_after: Positive | None = None
+    """Training ends behind this step, for now; the schedule follows `steps` all the same. Unset: at `steps`."""
+    global_batch: Count
+    """Samples of an optimizer step, whatever the number of workers."""
+    micro_batch: Count
+    """Samples that a worker plays at once; the number of accumulated micro-batches follows."""
+    optimizer: AnyOptimizer
+    """What makes a step of the gradients."""
+    schedule: Schedule = Schedule()
+    """The learning rate over the steps."""
+    grad_clip: NonNegative = 1.0
+    """Limit of the gradient's global norm; 0 for none."""
+    ema: Ema | None = None
+    """An average of the weights over the steps, which is evaluated, drawn from and exported in their place. Unset: no average."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Of weights and computing; masters and moments are fp32 in all. `fp16` needs GPUs. See docs/job.md#precision"""
+    zero: Zero = Zero()
+    """DeepSpeed's ZeRO: how the state is divided among the workers."""
+    accumulate: Literal["fp32", "same"] | None = None
+    """What a step's micro-batches are summed in: fp32, or the `same` as `train.precision`. Unset: fp32, but a resumed run
+    keeps what it had. See docs/job.md#sums-of-micro-batches"""
+    deepspeed: dict[str, Any] = {}
+    """DeepSpeed's own settings of speed and memory, merged over what the keys above make. Which:
+    docs/job.md#deepspeeds-own-keys"""
+    activation_checkpointing: bool = False
+    """Computes activations again in the backward pass, which trades time for memory."""
+    compile: bool = False
+    """Runs the model through `torch.compile`."""
+    cpu_kernels: bool = True
+    """Computes on CPUs what is faster so than with torch's own kernels: attention of samples of up to 512 tokens in some
+    architectures, and linear layers in fp32. No effect with GPUs. See docs/benchmarks/train-overhead.md#cpu-kernels"""
+    seed: Seed = 0
+    """Of initial weights and dropout."""
+    log_every: Positive = 10
+    """Steps between two lines of progress; every step's loss is recorded all the same."""

@@ -1,0 +1,25 @@
+"""Computes which numbers of workers can train a job."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from heliostat.config.fields import LARGEST
+
+if TYPE_CHECKING:
+    from heliostat.config.spec import Job
+
+
+def fitting(job: Job, lanes: int, least: int, most: int) -> list[int]:
+    """Lists the numbers of workers in [least, most] that can play the lanes in whole micro-batches."""
+    batch, micro = job.train.global_batch, job.train.micro_batch
+    return [n for n in divisors(math.gcd(lanes, batch)) if least <= n <= most and batch // n % micro == 0]
+
+
+def divisors(number: int) -> list[int]:
+    """Lists a number's divisors, ascending; only 1 for a number beyond LARGEST, whose square root is too far to try."""
+    if number > LARGEST:
+        return [1]
+    low = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return low + [number // d for d in reversed(low) if d * d != number]

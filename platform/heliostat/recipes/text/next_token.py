@@ -1,0 +1,86 @@
+"""Computes next-token prediction for `CausalLM`: batches, the loss and the held-out scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from heliostat.recipes.batches import segments
+from heliostat.recipes.protocol import IGNORED, Batch, Loss, Part
+from heliostat.recipes.text import router_loss
+
+
+def batch(content: np.ndarray, end: int | None) -> Batch:
+    """Makes a batch of samples, int32 [batch, length]. `end`: the token that ends documents, if they are kept apart."""
+    tokens = torch.from_numpy(np.ascontiguousarray(content)).long()
+    labels = tokens.clone()
+    labels[:, 0] = IGNORED
+    made = {"input_ids": tokens, "labels": labels}
+    if end is not None:
+        documents = segments(tokens, end)
+        labels[documents.starts] = IGNORED
+        made["position_ids"] = documents.positions
+    return made
+
+
+def loss(model: torch.nn.Module, batch: Batch, router_weight: float | None) -> Loss:
+    """Sums the cross entropy of a batch's tokens; adds the router's loss, if it has a weight."""
+    outputs = _outputs(model, batch)
+    summed = SummedCrossEntropy.apply(*_flat(outputs, batch))
+    if router_weight is None:
+        return Loss(summed)
+    return Loss(summed, {router_loss.NAME: Part(outputs.aux_loss, router_weight)})
+
+
+def evaluate(model: torch.nn.Module, batch: Batch, end: int, token_bytes: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Scores each sample: nats, predicted tokens, and the bytes behind them. `token_bytes`: int64 [2, vocabulary], of a token
+    inside a document, and as its first."""
+    logits, targets = _flat(_outputs(model, batch), batch)
+    shape = batch["labels"].shape
+    losses = F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="none").view(shape)
+    targets = targets.view(shape)
+    predicted = targets != IGNORED
+    first = batch["input_ids"] == end  # the target opens a document
+    size = token_bytes.to(targets.device)[first.long(), targets.clamp(min=0)]
+    return {"nats": losses.sum(1), "tokens": predicted.sum(1).float(), "bytes": (size * predicted).sum(1).float()}
+
+
+def _outputs(model: torch.nn.Module, batch: Batch) -> Any:
+    return model(**{k: v for k, v in batch.items() if k != "labels"})
+
+
+def _flat(outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Flattens logits to [tokens, vocabulary] and pairs each with the next token, or IGNORED at a sample's end. The logits are
+    not sliced: that would copy them, forwards and backwards."""
+    return outputs.logits.flatten(0, 1), F.pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:].flatten()
+
+
+class SummedCrossEntropy(torch.autograd.Function):
+    """Computes F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum") in much less memory.
+
+    The gradient is computed with the loss, a block of rows at a time, so no fp32 copy of the logits ever exists as a whole: at
+    8,192 tokens and a vocabulary of 128,256 that is 8 GB less. On a CPU it is as fast as torch's own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        gradient = torch.empty_like(logits)
+        total = torch.zeros((), device=logits.device)
+        rows = max(1, (1 << 20 if logits.device.type == "cpu" else 1 << 26) // logits.shape[1])
+        for block, goal, out in zip(logits.split(rows), targets.split(rows), gradient.split(rows), strict=True):
+            counted = goal != IGNORED
+            at = goal.clamp(min=0).unsqueeze(1)
+            scores = torch.log_softmax(block, dim=1, dtype=torch.float32)
+            total -= (scores.gather(1, at).squeeze(1) * counted).sum()
+            scores.exp_().scatter_add_(1, at, scores.new_full((), -1.0).expand_as(at))
+            out.copy_(scores.mul_(counted.unsqueeze(1)))
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient.mul_(upstream[0]), None

@@ -1,0 +1,45 @@
+"""Recognizes language models whose keys are right without a doubt, so that they are checked without transformers.
+
+Importing torch and a configuration class of transformers takes three seconds of processor time, most of what the check of a small
+job is. For the keys below transformers has no rules but these; tests/unit/test_plain_keys.py holds them against it. All other
+keys, and whatever is wrong, are left to transformers itself (`model_config`), and so is what to say about it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Size = Annotated[int, Field(ge=1)]
+
+
+class Plain(BaseModel):
+    """Describes a dense model with grouped heads, all its sizes given."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    arch: Literal["llama", "mistral", "qwen2", "qwen3"]
+    hidden_size: Size
+    num_hidden_layers: Size
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    intermediate_size: Size
+    vocab_size: Size | None = None
+    max_position_embeddings: Size | None = None
+    hidden_act: Literal["silu", "gelu", "relu"] = "silu"
+    rms_norm_eps: Annotated[float, Field(gt=0, lt=1)] = 1e-6
+    initializer_range: Annotated[float, Field(ge=0, le=1)] = 0.02
+    attention_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    tie_word_embeddings: bool = False
+
+
+def read(model: dict[str, Any]) -> Plain | None:
+    """Reads the keys of a model that is right without a doubt; None for all others."""
+    try:
+        found = Plain(**model)
+    except (ValidationError, TypeError):  # TypeError: a key that is no string
+        return None
+    divide = found.hidden_size % (2 * found.num_attention_heads) == 0  # rotary positions turn pairs
+    share = found.num_attention_heads % found.num_key_value_heads == 0
+    return found if divide and share and None not in model.values() else None

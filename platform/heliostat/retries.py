@@ -1,0 +1,63 @@
+"""Retries what fails for a while: within a budget of seconds, each wait twice as long as the one before."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NoReturn, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Backoff:
+    """Describes the waits between attempts, in seconds."""
+
+    first: float
+    longest: float
+    jitter: float = 0.0  # by what share waits vary at random, so that many that fail together do not come again together
+
+    def wait(self, failures: int) -> float:
+        """Computes the wait behind so many failures in a row, from 1 on."""
+        usual = min(self.longest, self.first * 2 ** min(failures - 1, 64))
+        return usual * random.uniform(1 - self.jitter, 1 + self.jitter)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Describes what has failed so far, when another attempt is decided on."""
+
+    error: Exception
+    count: int
+    seconds: float  # since the first attempt began
+
+
+def retry(
+    action: Callable[[], T],
+    budget_s: float,
+    backoff: Backoff,
+    judge: Callable[[Exception], None],
+    give_up: Callable[[Failure], NoReturn],
+    tell: Callable[[Failure, float], None] = lambda failure, wait: None,
+) -> T:
+    """Runs an action until it succeeds; it must be one that may be repeated from its start.
+
+    `judge` raises for an error that another attempt would not help, and `give_up` once the budget is used up; `tell` hears of
+    each wait. No attempt begins that would end beyond the budget if it took as long as the last.
+    """
+    start, count = time.monotonic(), 0
+    while True:
+        begun = time.monotonic()
+        try:
+            return action()
+        except Exception as e:  # noqa: BLE001 (judged)
+            now = time.monotonic()
+            judge(e)
+            count += 1
+            failure, wait = Failure(e, count, now - start), backoff.wait(count)
+            if now + wait + (now - begun) > start + budget_s:
+                give_up(failure)
+        tell(failure, wait)
+        time.sleep(wait)

@@ -1,0 +1,111 @@
+"""What commands report is whole: JSON that every reader takes, the documented fields, and tables that are not cut."""
+
+import io
+import json
+import re
+from typing import Any
+
+import pytest
+from heliostat import tables
+from heliostat.chaos import measure
+from heliostat.cli import audit, common, main
+from heliostat.cli.chaos import table as chaos_table
+from heliostat.track import run_table
+
+from tests.unit.command_line import FILES, NAMES, ROOT, run
+
+
+def shown(width: int, rows: list[list[str]], left: Any = (0,)) -> list[str]:
+    return tables.lines(rows, left, width)
+
+
+RUN = {"run_id": "8ab935a8627d4edb9e3ad37ac277bbac", "name": "a-run-with-a-long-name", "experiment": "e", "status": "FINISHED",
+       "reason": None, "started": 1.7e9, "ended": None, "step": 100000, "steps": 200000, "train_loss": 6.2277, "eval_loss": 6.254,
+       "per_second": 123456.0, "goodput": 0.325, "worker_hours": 12.345, "gpus": 0.0, "sweep": None}  # fmt: skip
+CHECKPOINT = {"step": 100, "whole": True, "bytes": 5e9, "written": 1.7e9, "world_size": 64, "zero_stage": 3, "fault": None,
+              "metrics": {"loss": 6.25, "perplexity": 520.2, "bits_per_byte": 2.6}, "kept": ["best", "newest"]}  # fmt: skip
+TABLES = {
+    "runs": run_table.cells([RUN, RUN]),
+    "checkpoints": audit._checkpoint_cells([CHECKPOINT]),
+    "chaos": chaos_table([{**measure.broken("kill-worker"), "detected_s": 12.5, "goodput": 0.5}]),
+    "goodput": [["part", "seconds", "share", *(f"attempt {i}" for i in range(1, 9))], ["computing", *["1,234.5"] * 10]],
+    "trials": [
+        ["trial", "status", "step", "loss", *(f"a_rather_long_key_{i}" for i in range(8))],
+        ["1", "finished", *["0.001234"] * 10],
+    ],
+}
+
+
+def test_json_has_no_nan(capsys):
+    """Which no reader but Python's takes."""
+    common.finish({"loss": float("nan"), "all": [float("inf"), (1.5, None)]}, True)
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"loss": None, "all": [None, [1.5, None]]}
+
+
+def test_every_command_that_reports_has_json():
+    """All but what shows text as it comes, serves, or is a group."""
+    without = {
+        name
+        for name, command in NAMES.items()
+        if not hasattr(command, "commands") and "json_" not in {p.name for p in command.params}
+    }
+    assert without <= {"logs", "ui"}, without
+
+
+def test_the_page_of_the_command_line_names_every_command_and_every_exit_code():
+    """With the fields that its JSON has: what scripts and agents rely on."""
+    page = (ROOT / "docs" / "cli.md").read_text()
+    rows = {
+        name for line in page.splitlines() if line.startswith("| `") for name in re.findall(r"`([a-z -]+)`", line.split("|")[1])
+    }
+    leaves = {name for name, command in NAMES.items() if not hasattr(command, "commands")} - {"logs", "ui"}
+    assert leaves - {name.partition(" --")[0] for name in rows} <= {"init"}
+    for code in (0, 1, 2, 130):
+        assert f"| {code} |" in page and re.search(rf"^{code} +\w", main.__doc__ or "", re.M)
+
+
+def test_the_documented_fields_of_reports_are_those_that_are_printed(monkeypatch, capsys):
+    """Of those that can be had without a run."""
+    page = (ROOT / "docs" / "cli.md").read_text()
+    for words, command in (
+        (("check", FILES["job"], "--offline"), "check"),
+        (("cluster", "list"), "cluster list"),
+        (("sweeps",), "sweeps"),
+    ):
+        monkeypatch.chdir(ROOT)
+        code, out, _ = run(monkeypatch, capsys, *words, "--json")
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{command}` |"))
+        assert code == 0 and all(f"`{key}`" in row for key in json.loads(out))
+    row = next(line for line in page.splitlines() if line.startswith("| `runs` |"))
+    assert all(f"`{key}`" in row for key in RUN)
+    row = next(line for line in page.splitlines() if line.startswith("| `chaos` |"))
+    assert all(f"`{key}`" in row for key in measure.broken("x"))
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("name", TABLES)
+def test_no_table_is_cut(name, width):
+    """Every cell is there in whole, in lines of at most the terminal's width; as wide as it is where it is piped on."""
+    rows = TABLES[name]
+    found = shown(width, rows)
+    assert all(len(line) <= width for line in found)
+    for row in rows:
+        assert all(any(cell in line for line in found) for cell in row)
+    assert len(tables.lines(rows)) == len(rows)
+
+
+def test_the_commands_tables_go_through_the_terminals_width(monkeypatch):
+    at = io.StringIO()
+    monkeypatch.setattr(common, "out", common.Printer(file=at, force_terminal=True, width=80, highlight=False, soft_wrap=True))
+    common.print_table(TABLES["runs"], left=range(4))
+    assert max(map(len, at.getvalue().splitlines())) <= 80 and RUN["run_id"] in at.getvalue()
+    at = io.StringIO()
+    monkeypatch.setattr(common, "out", common.Printer(file=at, width=80, highlight=False, soft_wrap=True))
+    common.print_table(TABLES["runs"], left=range(4))
+    assert len(at.getvalue().splitlines()) == len(TABLES["runs"])
+
+
+def test_columns_are_aligned():
+    assert tables.lines([["name", "n"], ["a", "100"]]) == ["name    n", "a     100"]
+    assert tables.lines([["name", "n"], ["a", "100"]], width=5) == ["name", "      n", "a", "    100"]
+    assert tables.lines([]) == []

@@ -1,0 +1,97 @@
+"""What fails for a while is tried again within its budget, with waits that double; what would fail again is not."""
+
+from typing import NoReturn
+
+import pytest
+from heliostat import retries
+from heliostat.retries import Backoff, Failure, retry
+
+
+class Clock:
+    """Time that only sleeping, and the action itself, spend."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, took: float = 0.0) -> None:
+        self.now, self.took, self.waits = 0.0, took, list[float]()
+        monkeypatch.setattr(retries.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(retries.time, "sleep", self.sleep)
+
+    def sleep(self, seconds: float) -> None:
+        self.waits.append(seconds)
+        self.now += seconds
+
+    def failing(self, times: int):
+        left = [times]
+
+        def act() -> str:
+            self.now += self.took
+            left[0] -= 1
+            if left[0] >= 0:
+                raise OSError(f"{left[0]} to come")
+            return "done"
+
+        return act
+
+
+class GivenUpError(Exception):
+    pass
+
+
+def give_up(failure: Failure) -> NoReturn:
+    raise GivenUpError(failure.count, failure.seconds) from failure.error
+
+
+def passing(error: Exception) -> None:
+    pass
+
+
+def test_waits_double_up_to_the_longest(monkeypatch):
+    clock, told = Clock(monkeypatch), []
+    made = retry(clock.failing(5), 60.0, Backoff(0.5, 3.0), passing, give_up, lambda f, wait: told.append((f.count, wait)))
+    assert made == "done" and clock.waits == [0.5, 1.0, 2.0, 3.0, 3.0] and told == list(enumerate(clock.waits, 1))
+    assert Backoff(1.0, 60.0).wait(10_000) == 60.0
+
+
+def test_waits_vary_by_the_jitter_and_no_more():
+    waits = {Backoff(1.0, 8.0, jitter=0.5).wait(1) for _ in range(200)}
+    assert len(waits) > 100 and min(waits) >= 0.5 and max(waits) <= 1.5
+
+
+@pytest.mark.parametrize("took", [0.0, 4.0])
+def test_no_attempt_begins_that_would_end_beyond_the_budget(monkeypatch, took):
+    """If it takes as long as the last; the error says how often and how long it was tried, and what failed last."""
+    clock = Clock(monkeypatch, took)
+    with pytest.raises(GivenUpError) as error:
+        retry(clock.failing(100), 20.0, Backoff(1.0, 8.0), passing, give_up)
+    count, seconds = error.value.args
+    assert seconds == clock.now <= 20.0 and isinstance(error.value.__cause__, OSError)
+    assert clock.now + Backoff(1.0, 8.0).wait(count) + took > 20.0 and count == len(clock.waits) + 1
+
+
+def test_a_budget_of_nothing_is_one_attempt(monkeypatch):
+    clock = Clock(monkeypatch)
+    with pytest.raises(GivenUpError):
+        retry(clock.failing(1), 0.0, Backoff(1.0, 8.0), passing, give_up)
+    assert not clock.waits
+
+
+def test_what_would_fail_again_is_raised_at_once(monkeypatch):
+    clock = Clock(monkeypatch)
+
+    def judge(error: Exception) -> None:
+        raise PermissionError("no") from error
+
+    with pytest.raises(PermissionError):
+        retry(clock.failing(1), 60.0, Backoff(1.0, 8.0), judge, give_up)
+    assert not clock.waits
+
+
+def test_a_person_who_interrupts_is_heard_at_once(monkeypatch):
+    """Ctrl-C is no failure."""
+
+    def act() -> None:
+        raise KeyboardInterrupt
+
+    clock = Clock(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        retry(act, 60.0, Backoff(1.0, 8.0), passing, give_up)
+    assert not clock.waits
