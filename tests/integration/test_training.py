@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from heliostat import check
+from heliostat.check import check_job, load_job
 from heliostat.checkpoint import saver
 from heliostat.data import manifest
 from heliostat.data.dataset import DataPlan, open_dataset, plan
@@ -50,7 +50,7 @@ def grid(group: Any, everyone: Any, path: str) -> Iterator[dict[str, Any]]:
     """In every rank: the job's curve at each stage, by the worker's own step; and of packed documents that are masked."""
     for stage, given in [*((stage, PLAYED) for stage in STAGES), (2, [*packed(Path(path)), MASKED])]:
         settings = [*given, f"train.zero.stage={stage}", f"workers.count={dist.get_world_size()}"]
-        job, _ = check.check_job(check.load_job(Path(path), settings))
+        job, _ = check_job(load_job(Path(path), settings))
         losses, _ = curves.Steps(job, plan(job, [manifest.read(location) for location in job.sources])).curve()
         if dist.get_rank() == 0:
             yield {"stage": stage, "masked": given is not PLAYED, "losses": losses}
