@@ -26,8 +26,8 @@ run-diffusion: .venv/.installed  ## prepare handwritten digits, train a model th
 	$(BIN)/heliostat generate models:/quickstart-diffusion/1 --prompt 'a handwritten seven' --grid 8 --out .heliostat/seven.png
 
 test: .venv/.installed  ## unit and integration tests (tests/gpu skips itself without a GPU)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit --numprocesses auto --dist worksteal
-	$(BIN)/python -m pytest tests/integration tests/gpu
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit --numprocesses auto --dist worksteal --durations 10
+	$(BIN)/python -m pytest tests/integration tests/gpu --durations 10
 
 test-slow: .venv/.installed  ## chaos, several hosts made of network namespaces (as root), MLflow in a browser, sweeps: half an hour and more
 	$(BIN)/python -m pytest tests/integration -m slow

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from heliostat.pipelines.prepare import prepare
+from heliostat.train.run import train
 from mlflow import MlflowClient
 
 # before Ray starts: its workers inherit them
@@ -95,6 +96,19 @@ def tiny_job(corpus: str, tracking: str, folder: Path) -> dict[str, Any]:
         "storage": str(folder / "runs"),
         "mlflow": {"uri": tracking, "experiment": "tests"},
     }
+
+
+UNBROKEN_STEPS = 60
+
+
+@pytest.fixture(scope="session")
+def unbroken(ray_session: None, corpus: str, tracking: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
+    """The file of a tiny job that was trained for UNBROKEN_STEPS without a break, and its losses: those of broken runs."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    path = folder / "unbroken.yaml"
+    path.write_text(yaml.safe_dump({**tiny_job(corpus, tracking, folder), "name": "unbroken"}))
+    settings = [f"train.steps={UNBROKEN_STEPS}", f"evaluate.every={UNBROKEN_STEPS}", "checkpoint.every=10", "train.log_every=1"]
+    return path, curve(tracking, train(path, settings)["run_id"])
 
 
 @pytest.fixture

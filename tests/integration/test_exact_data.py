@@ -19,12 +19,12 @@ from heliostat.runs.verify import verify
 from heliostat.storage import Location
 from heliostat.train.run import train
 
-from tests.integration.conftest import curve
+from tests.integration.conftest import UNBROKEN_STEPS, curve
 from tests.integration.paced import PACED
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
-STEPS = 60
+STEPS = UNBROKEN_STEPS
 
 
 def settings(workers: int, **changes: Any) -> list[str]:
@@ -62,19 +62,18 @@ def complete(folder: Location, step: int) -> bool:
     return saver.folder(folder, step).join(saver.INDEX).exists()
 
 
-def test_a_run_killed_and_resized_again_and_again_trains_on_the_same_samples(job_file, tracking):
+def test_a_run_killed_and_resized_again_and_again_trains_on_the_same_samples(job_file, tracking, unbroken):
     """1 worker, killed; 2, killed; 4, killed; 1 to the end: the curve is the unbroken run's, and the receipts verify."""
-    unbroken = train(job_file("unbroken"), settings(2))
     path = job_file("broken")
     for workers, after in ((1, 8), (2, 21), (4, 33)):
         train_and_kill(path, after, settings(workers, **PACED, **{"retries.max": 0}))
     result = train(path, settings(1), resume=True)
-    expected, got = curve(tracking, unbroken["run_id"]), curve(tracking, result["run_id"])
-    assert len(got) == STEPS and got == pytest.approx(expected, abs=1e-5)
+    got = curve(tracking, result["run_id"])
+    assert len(got) == STEPS and got == pytest.approx(unbroken[1], abs=1e-5)
     report = verify(run_folder(path))
     assert report["ok"] and (report["steps"], report["samples"]) == (STEPS, STEPS * 8)
     assert report["lost"] == report["repeated"] == report["replaced"] == 0 and report["first_difference"] is None
-    assert receipts(path) == receipts(job_file("unbroken"))
+    assert receipts(path) == receipts(unbroken[0])
 
 
 def receipts(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,6 @@ import psutil
 import pytest
 import ray
 import torch
-import yaml
 from heliostat.check import check, load_job
 from heliostat.checkpoint import saver
 from heliostat.errors import WorkerError
@@ -27,13 +27,13 @@ from heliostat.storage import Location
 from heliostat.train.run import train
 from mlflow import MlflowClient
 
-from tests.integration.conftest import curve
+from tests.integration.conftest import UNBROKEN_STEPS, curve
 from tests.integration.paced import PACED
 from tests.integration.test_exact_data import complete, run_folder
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
-STEPS = 60
+STEPS = UNBROKEN_STEPS
 
 
 def settings(**changes: Any) -> list[str]:
@@ -70,16 +70,6 @@ def when(condition: Callable[[], bool], act: Callable[[], None]) -> threading.Th
     return thread
 
 
-@pytest.fixture(scope="module")
-def unbroken(corpus: str, tracking: str, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    from tests.integration.conftest import tiny_job
-
-    folder = tmp_path_factory.mktemp("unbroken")
-    path = folder / "unbroken.yaml"
-    path.write_text(yaml.safe_dump({**tiny_job(corpus, tracking, folder), "name": "unbroken"}))
-    return curve(tracking, train(path, settings())["run_id"])
-
-
 def test_killed_frozen_and_preempted_workers_cost_time_and_nothing_else(job_file, tracking, unbroken):
     """A worker is killed, then one is frozen, then one gets SIGTERM: three restarts in one command, and the unbroken curve."""
     path = job_file("battered")
@@ -99,7 +89,7 @@ def test_killed_frozen_and_preempted_workers_cost_time_and_nothing_else(job_file
     result = train(path, settings(**PACED, **{"watchdog.stall": 8}))
     thread.join(10)
     assert result["restarts"] == 3 and result["steps"] == STEPS
-    assert curve(tracking, result["run_id"]) == pytest.approx(unbroken, abs=1e-5)
+    assert curve(tracking, result["run_id"]) == pytest.approx(unbroken[1], abs=1e-5)
     report = verify(folder)
     assert report["ok"] and report["steps"] == STEPS and report["lost"] == report["repeated"] == 0
     attempts = goodput.read_report(folder)["attempts"]
@@ -124,7 +114,7 @@ def test_a_run_shrinks_to_the_room_there_is_and_grows_behind_a_checkpoint(job_fi
     giving = when(lambda: saved(folder) >= 10, lambda: ray.util.remove_placement_group(others))
     result = train(path, settings(**PACED, **{"workers.count": [1, 4]}))
     giving.join(10)
-    assert curve(tracking, result["run_id"]) == pytest.approx(unbroken, abs=1e-5)
+    assert curve(tracking, result["run_id"]) == pytest.approx(unbroken[1], abs=1e-5)
     attempts = goodput.read_report(folder)["attempts"]
     assert [(a["workers"], a["outcome"]) for a in attempts] == [(2, "resize"), (4, "finished")]
     assert attempts[1]["start_step"] == attempts[0]["reached"] and attempts[0]["reached"] % 10 == 0
@@ -147,7 +137,7 @@ def test_a_driver_told_to_stop_leaves_a_checkpoint_and_another_command_ends_the_
     run_id = json.loads(folder.join("run.json").read())["run_id"]
     assert MlflowClient(tracking_uri=tracking).get_run(run_id).info.status == "KILLED"
     result = train(path, settings(), resume=True)
-    assert result["run_id"] == run_id and curve(tracking, run_id) == pytest.approx(unbroken, abs=1e-5)
+    assert result["run_id"] == run_id and curve(tracking, run_id) == pytest.approx(unbroken[1], abs=1e-5)
     assert sum(a["parts"]["lost"] for a in goodput.read_report(folder)["attempts"]) == pytest.approx(0, abs=1.0)
 
 
@@ -198,16 +188,16 @@ def test_a_bug_in_a_recipe_ends_the_run_after_one_more_try_with_its_own_message(
         train(job_file("buggy"), settings(recipe="tests.integration.test_survival:Broken"))
 
 
-def test_a_checkpoint_damaged_in_its_bytes_is_passed_over_and_the_run_goes_on_from_the_one_before(job_file, tracking, unbroken):
-    path = job_file("damaged")
-    folder = run_folder(path)
-    train(path, settings(**{"train.steps": 20}))
-    shard = next(Path(saver.folder(folder, 20).path).glob("*.safetensors"))
+def test_a_checkpoint_damaged_in_its_bytes_is_passed_over_and_the_run_goes_on_from_the_one_before(unbroken, tracking, tmp_path):
+    """A copy of the unbroken run, as another MLflow run, goes on to more steps."""
+    path, steps, folder = unbroken[0], STEPS + 10, Location(str(tmp_path / "unbroken"))
+    shutil.copytree(run_folder(path).path, folder.path, ignore=shutil.ignore_patterns("run.json", "result.json"))
+    shard = next(Path(saver.folder(folder, STEPS).path).glob("*.safetensors"))
     raw = bytearray(shard.read_bytes())
     raw[len(raw) // 2] ^= 1
     shard.write_bytes(raw)
-    assert complete(folder, 20)
-    result = train(path, settings(), resume=True)
+    assert complete(folder, STEPS)
+    result = train(path, settings(**{"train.steps": steps, "storage": str(tmp_path)}), resume=True)
     assert result["restarts"] == 1
-    assert curve(tracking, result["run_id"])[20:] != [] and verify(folder)["ok"]
-    assert [a["start_step"] for a in goodput.read_report(folder)["attempts"]] == [0, 20, 10]
+    assert len(curve(tracking, result["run_id"])) == steps and verify(folder)["ok"]
+    assert [a["start_step"] for a in goodput.read_report(folder)["attempts"]] == [0, STEPS, STEPS - 10]

@@ -117,13 +117,21 @@ def clusters(folder: Path) -> Target:
     for path in (ROOT / "clusters").glob("*.yaml"):
         (folder / path.name).write_bytes(path.read_bytes())
 
+    def mutate(rng: random.Random, copied: Path) -> list[str]:
+        """One of them; the others are read as they are, once, before the first round."""
+        names = _file("*.yaml", mutated_yaml)(rng, copied)
+        for path in copied.glob("*.yaml"):
+            if path.name not in names:
+                path.unlink()
+        return names
+
     def read(copied: Path) -> None:
         for path in sorted(copied.glob("*.yaml")):
             report = cluster_check.check(path)
             found = cluster_files.read(path)
             _ = report.errors or (found.pools, found.namespace, found.local and found.addresses, found.commands)
 
-    return Target(folder, _file("*.yaml", mutated_yaml), read)
+    return Target(folder, mutate, read)
 
 
 # datasets ------------------------------------------------------------------------------------------------------------

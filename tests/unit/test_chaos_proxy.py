@@ -1,5 +1,6 @@
 """The fault proxy: without a fault every byte passes as it is; faults come at their rate, from a seed, up to their limits."""
 
+import itertools
 import random
 import socket
 import socketserver
@@ -27,17 +28,20 @@ class Handler(socketserver.StreamRequestHandler):
     server: Store
 
     def handle(self) -> None:
-        while head := b"".join(iter(self.rfile.readline, b"\r\n")):
+        while head := self.until(b"\r\n"):
             body, lower = b"", head.lower()
             if b"transfer-encoding: chunked" in lower:
-                while not body.endswith(b"0\r\n\r\n"):
-                    body += self.rfile.readline()
+                body = self.until(b"0\r\n") + b"0\r\n" + self.rfile.readline()
             elif b"content-length:" in lower:
                 body = self.rfile.read(int(lower.split(b"content-length:")[1].split(b"\r\n")[0]))
             self.server.got.append(head + b"\r\n" + body)
             self.wfile.write((b"HTTP/1.1 100 Continue\r\n\r\n" if b"expect" in lower else b"") + self.server.answer)
             if not self.server.patient:
                 return
+
+    def until(self, last: bytes) -> bytes:
+        """The lines before this one, or before the connection's end."""
+        return b"".join(itertools.takewhile(lambda line: line not in (b"", last), iter(self.rfile.readline, None)))
 
 
 @pytest.fixture

@@ -12,35 +12,10 @@ from pathlib import Path
 import pytest
 
 from tests.unit.build_job import BASE, write
+from tests.unit.forked import OFFLINE, run
 
 ROOT = Path(__file__).parents[2]
-RUNNER = """
-import sys
-from heliostat.cli.main import main
-sys.argv = ["heliostat", *sys.argv[1:]]
-code = 0
-try:
-    main()
-except SystemExit as e:
-    code = e.code or 0
-heavy = sorted(m for m in ("ray", "deepspeed", "mlflow") if m in sys.modules)
-sys.stderr.write(f"imported: {','.join(heavy)}\\n")
-sys.exit(code)
-"""
-
-
-def run(*arguments: str) -> tuple[int, str, list[str], str]:
-    """(exit code, standard output, lines of standard error, heavy modules imported)."""
-    done = subprocess.run(
-        [sys.executable, "-c", RUNNER, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    *lines, imported = done.stderr.splitlines()
-    return done.returncode, done.stdout, lines, imported.removeprefix("imported: ")
+RUNNER = "import sys; from tests.unit.forked import command; sys.exit(command(sys.argv[1:]))"
 
 
 BAD = {
@@ -87,14 +62,17 @@ def test_a_dataset_that_is_not_there_is_exit_code_2(tmp_path):
 
 
 def test_a_right_job_passes_offline(tmp_path):
-    """Exit code 0, the answer on standard output, nothing on standard error: the tests above do not fail on any job."""
-    code, out, lines, imported = run("check", "--offline", str(write(tmp_path, **{"train.precision": "fp32"})))
-    assert (code, lines, imported) == (0, [], "") and "the file and the model are right" in out
+    """Exit code 0, the answer on standard output, nothing on standard error: the tests above do not fail on any job. In a process
+    that nothing was imported in."""
+    words = [sys.executable, "-c", RUNNER, "check", "--offline", str(write(tmp_path, **{"train.precision": "fp32"}))]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, **OFFLINE})
+    assert (done.returncode, done.stderr) == (0, "imported: \n") and "the file and the model are right" in done.stdout
 
 
 def test_the_result_is_the_last_line_whatever_a_library_says_behind_it(tmp_path):
     """Ray tells of workers that died at the end of the process, on standard output."""
     script = "import atexit; atexit.register(print, '(raylet) a worker died')\n" + RUNNER
     command = [sys.executable, "-c", script, "cluster", "list", "--json"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
     assert json.loads(done.stdout.splitlines()[-1]) == {"clusters": []} and "(raylet)" in done.stderr

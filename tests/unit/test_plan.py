@@ -15,7 +15,7 @@ from heliostat.storage import Location
 
 from tests.unit import build_images
 from tests.unit.build_job import ROOT, job, write
-from tests.unit.test_cli_errors import run
+from tests.unit.forked import run
 
 GIB = 1 << 30
 

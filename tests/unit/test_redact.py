@@ -15,7 +15,7 @@ from heliostat.storage import Location
 from heliostat.track import ui
 
 from tests.unit.build_job import job, write
-from tests.unit.test_cli_errors import run
+from tests.unit.forked import run
 
 S = "hunter2/x+Y"  # with what ends an authority
 CARRY = [
