@@ -83,7 +83,7 @@ def visit(folder: Path, digest: str) -> str:
 def drive(folder: Path, digest: str) -> str:
     """Reads the manifest and makes the order, as the command that starts a run does."""
     began = time.perf_counter()
-    source = manifest.share(manifest.read(Location(str(folder)), digest))
+    source = manifest.share(lambda: manifest.read(Location(str(folder)), digest))
     read = time.perf_counter()
     order = make_order(plan(folder, digest), [source])
     return f"read {read - began:.1f} s, order of {order.epoch_samples[0]:,} samples {time.perf_counter() - read:.1f} s"

@@ -301,8 +301,14 @@ def read_shared(location: Location, digest: str) -> Manifest:
     return _shared(location, digest, lambda: read(location, digest))
 
 
-def share(found: Manifest) -> Manifest:
-    """Moves a large table to where all processes of this machine share it; leaves a small one in this process's memory."""
+def share(get: Callable[[], Manifest]) -> Manifest:
+    """Gets a manifest and, if its table is large, moves that to where all processes of this machine share it."""
+    made = _moved(get())
+    pa.default_memory_pool().release_unused()  # else Arrow keeps what the table took
+    return made
+
+
+def _moved(found: Manifest) -> Manifest:
     return found if len(found.chunks) < mapped.LARGE else _shared(found.location, found.digest, lambda: found)
 
 
