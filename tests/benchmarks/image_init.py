@@ -90,7 +90,8 @@ def main() -> None:
     marks = 3
     steps = [options.steps * (i + 1) // marks for i in range(marks)]
     print(f"{options.batch} images a step; held-out loss of {HELD_OUT} images, averaged weights")
-    print("| backbone | seed | start | " + " | ".join(f"step {s}" for s in steps) + " |\n|---|---|---|" + "---|" * marks)
+    heads = ["backbone", "seed", "start", *(f"step {s}" for s in steps), "seconds"]
+    print(f"| {' | '.join(heads)} |\n|---|---|---|{'---:|' * (marks + 1)}")
     for arch in options.backbones:
         found: dict[str, list[list[float]]] = {start: [] for start in STARTS}
         for seed in options.seeds:
@@ -100,12 +101,12 @@ def main() -> None:
                 curve = list(losses(checked, start, marks))
                 found[start].append(curve)
                 cells = " | ".join(f"{value:.4f}" for value in curve)
-                print(f"| {arch} | {seed} | {start} | {cells} | ({time.perf_counter() - began:.0f} s)", flush=True)
+                print(f"| {arch} | {seed} | {start} | {cells} | {time.perf_counter() - began:.0f} |", flush=True)
         for start, curves in found.items():
-            print(f"| {arch} | mean | {start} | " + " | ".join(f"{mean(c):.4f}" for c in zip(*curves, strict=True)) + " |")
+            print(f"| {arch} | mean | {start} | " + " | ".join(f"{mean(c):.4f}" for c in zip(*curves, strict=True)) + " | |")
         ratios = [[math.log(a / b) for a, b in zip(*pair, strict=True)] for pair in zip(*found.values(), strict=True)]
         cells = (f"{math.exp(mean(r)):.3f} ({math.exp(min(r)):.3f} to {math.exp(max(r)):.3f})" for r in zip(*ratios, strict=True))
-        print(f"| {arch} | ratio (least to most) | authors' / default | " + " | ".join(cells) + " |", flush=True)
+        print(f"| {arch} | ratio (least to most) | authors' / default | " + " | ".join(cells) + " | |", flush=True)
 
 
 if __name__ == "__main__":
