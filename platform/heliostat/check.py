@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from heliostat import extras
@@ -125,7 +126,7 @@ def check_data(job: Job, recipe: Recipe, recorded: DataPlan | None = None, chang
     for i, location in enumerate(job.sources):
         key = f"data.sources.{i}.path"
         with _named(key):
-            found = _version(location, versions.get(str(location)))
+            found = manifest.share(partial(_version, location, versions.get(str(location))))
         if found.kind != recipe.kind:
             raise ConfigError(f"{key}: {location} holds {found.kind!r}, but {job.recipe} trains on {recipe.kind!r}")
         manifests.append(found)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -297,8 +298,23 @@ def read_shared(location: Location, digest: str) -> Manifest:
     if file.attempt(lambda: file.fs.get_file_info(file.path).size or 0) < mapped.LARGE:  # a byte a chunk is less than any has
         return read(location, digest)
 
+    return _shared(location, digest, lambda: read(location, digest))
+
+
+def share(get: Callable[[], Manifest]) -> Manifest:
+    """Gets a manifest and, if its table is large, moves that to where all processes of this machine share it."""
+    made = _moved(get())
+    pa.default_memory_pool().release_unused()  # else Arrow keeps what the table took
+    return made
+
+
+def _moved(found: Manifest) -> Manifest:
+    return found if len(found.chunks) < mapped.LARGE else _shared(found.location, found.digest, lambda: found)
+
+
+def _shared(location: Location, digest: str, get: Callable[[], Manifest]) -> Manifest:
     def build() -> pa.Table:
-        found = read(location, digest)
+        found = get()
         return found.chunks.replace_schema_metadata({"heliostat": json.dumps(found.meta)})
 
     table = mapped.table(["manifest", digest], build)
