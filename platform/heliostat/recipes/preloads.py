@@ -1,4 +1,4 @@
-"""Names the modules that training with a recipe of the package imports, so that a zygote can import them ahead.
+"""Lists the modules that training with a recipe of the package imports, so that a zygote can import them ahead.
 
 A name may be of nothing that there is: what cannot be imported ahead is left to whoever needs it. Imports nothing itself.
 """
