@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from heliostat.cluster.connect import worker_environment
+from heliostat.cluster.private_ray import worker_environment
 from heliostat.data import chunks, dataset, order, stream
 from ingest_contenders import ours, samples
 from ingest_contenders.task import Task
