@@ -22,7 +22,7 @@ from heliostat.config import workspace
 # workers share the cores, so none may start a thread a core
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 # glibc gives large blocks back to the system at every free and faults them in again at the next step; keep them. In one arena:
-# the others, which all threads but the first take (Ray Train trains in one of those), lie in pieces of 64 MB, given back whole.
+# the others, which all threads but the first take, lie in pieces of 64 MB, given back whole.
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(64 << 30), "MALLOC_ARENA_MAX": "1"}
 # A private Ray has no dashboard to read these, and twenty processes that report them cost two cores 5 % of their time
 SILENT = {"RAY_enable_metrics_collection": "0", "RAY_task_events_report_interval_ms": "0", "RAY_event_stats": "0"}

@@ -92,7 +92,7 @@ class Recorder:
         self._earlier: list[Attempt] | None = None
         self._joined: float | None = None  # when this attempt's rank 0 began to count
         self._head: dict[str, float] = {}  # the parts until then
-        self._placing: list[float] = []  # when Ray Train asked for room for the workers
+        self._placing: list[float] = []  # when the pool was asked for workers
         self._saved_at: set[int] = set()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
         self._writing: Future | None = None

@@ -127,7 +127,7 @@ def build_model(job: Job, recipe: Recipe, config: dict[str, Any]) -> torch.nn.Mo
 
 
 def build_engine(job: Job, recipe: Recipe) -> Any:
-    """Builds a DeepSpeedEngine on the process group that Ray Train made."""
+    """Builds a DeepSpeedEngine on the process group of the attempt."""
     import deepspeed
 
     config = engine_config(job)

@@ -1,0 +1,85 @@
+"""Seconds from a command to the first finished step of the quickstart: cold, and beside a Ray that is kept.
+
+    python tests/benchmarks/start.py [--rounds 5] [--job jobs/quickstart.yaml]
+
+Wants the dataset of `heliostat prepare pipelines/quickstart.yaml`. Cold: `heliostat train` as a process, by the clock of whoever
+started it. Kept: a second `heliostat.train` in a process whose first has left its private Ray there. docs/benchmarks/start.md has
+the table, and what the parts are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 21  # one behind the quickstart's warm-up
+KEPT = """
+import json, sys
+import heliostat
+path, settings = sys.argv[1], json.loads(sys.argv[2])
+for number in range(2):
+    heliostat.train(heliostat.load_job(path, settings | {"name": f"kept-{number}"}))
+"""
+
+
+def settings(folder: str, name: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "storage": folder,
+        "train.steps": STEPS,
+        "checkpoint.every": STEPS,
+        "evaluate": None,
+        "mlflow.register": None,
+        "mlflow.uri": f"sqlite:///{folder}/mlflow.db",
+    }
+
+
+def cold(job: str, folder: str, number: int) -> dict[str, float]:
+    """Trains in a new process; returns the seconds until its first step, by part."""
+    given = [
+        f"{key}={json.dumps(value) if value is None else value}" for key, value in settings(folder, f"cold-{number}").items()
+    ]
+    command = [sys.executable, "-m", "heliostat", "train", job, "--json", *(word for one in given for word in ("--set", one))]
+    began = time.time()
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr
+    first = next(time.time() - began for line in process.stderr if " step 1/" in line)
+    said, _ = process.communicate(timeout=300)
+    return {"command to first step": first, **json.loads(said.splitlines()[-1])["startup"]}
+
+
+def kept(job: str, folder: str) -> dict[str, float]:
+    """Trains twice in a new process; returns the seconds until the second run's first step, by part."""
+    command = [sys.executable, "-c", KEPT, job, json.dumps(settings(folder, ""))]
+    subprocess.run(command, cwd=ROOT, capture_output=True, timeout=600, check=True)
+    result = json.loads((Path(folder) / "kept-1/result.json").read_text())
+    return {"command to first step": result["seconds_to_first_step"], **result["startup"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--job", default="jobs/quickstart.yaml")
+    options = parser.parse_args()
+    found: dict[str, list[dict[str, float]]] = {"cold": [], "a second run beside a kept Ray": []}
+    for number in range(options.rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            found["cold"].append(cold(options.job, folder, number))
+            found["a second run beside a kept Ray"].append(kept(options.job, folder))
+    parts = list(found["cold"][0])
+    print(f"| start, medians of {options.rounds}, s | {' | '.join(part.replace('_', ' ') for part in parts)} |")
+    print("|---|" + "---:|" * len(parts))
+    for name, rounds in found.items():
+        print(f"| {name} | {' | '.join(f'{median(one[part] for one in rounds):.2f}' for part in parts)} |")
+
+
+if __name__ == "__main__":
+    main()
