@@ -27,8 +27,15 @@ if "HELIOSTAT_TEST_POISON" not in os.environ:  # workers import this module too
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """A private Ray of eight logical CPUs, started once."""
+    from heliostat.cluster import private_ray
     from heliostat.cluster.connect import connect, disconnect
+    from heliostat.recipes import preloads
 
+    text, images = (
+        preloads.modules("heliostat.recipes:CausalLM", {"arch": "llama"}),
+        preloads.modules("heliostat.recipes:TextToImage", {}),
+    )
+    private_ray.ahead(torch.cuda.device_count(), [*text, *images])
     connect(cpus=8, gpus=torch.cuda.device_count())
     yield
     disconnect()

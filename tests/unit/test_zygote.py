@@ -103,4 +103,4 @@ def test_a_zygote_ends_with_whoever_has_started_it(made):
 
 def test_only_recipes_of_the_package_are_imported_ahead():
     assert "transformers.models.qwen3.modeling_qwen3" in preloads.modules("heliostat.recipes:CausalLM", {"arch": "qwen3"})
-    assert preloads.modules("jobs.causal_lm:CausalLM", {"arch": "llama"}) and not preloads.modules("jobs.mine:Recipe", {})
+    assert preloads.modules("jobs.causal_lm:CausalLM", {}) != preloads.modules("jobs.mine:Recipe", {}) == [*preloads.TRAINING]

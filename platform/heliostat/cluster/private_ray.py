@@ -1,7 +1,7 @@
 """Prepares a private Ray: its environment, the folder of its files, and the zygote that its workers are forked from.
 
-    private_ray.ahead(job)    # as early as a command knows that it will train: imports run beside whatever it does before Ray
-    connect(...)              # starts Ray; the zygote serves its workers
+    private_ray.ahead(gpus, modules)    # as early as a command knows what its workers need: imports run beside the command's own
+    connect(...)                        # starts Ray; the zygote serves its workers
 
 Imports neither Ray nor torch.
 """
@@ -42,7 +42,7 @@ CONFINED = {
 }
 AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 SOCKET_PATH = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")  # what is left for the folder
-PRELOADED = ("ray.data", "heliostat.train.worker.preload")  # by name: the layers above
+TASKS = ("ray.data",)  # what all tasks and actors need
 
 _zygotes: list[Zygote] = []  # of this process: one at most
 
@@ -78,10 +78,10 @@ def token_file() -> Path:
     return sessions() / f"token-{os.getpid()}"
 
 
-def ahead(gpus: float, modules: Sequence[str] = ()) -> Zygote | None:
-    """Starts the zygote of a private Ray if there is none; None where a cluster is named, or forks are not supported.
+def ahead(gpus: float, modules: Sequence[str] = TASKS) -> Zygote | None:
+    """Starts the zygote of a private Ray, which imports these modules; None where a cluster is named, or forks are not supported.
 
-    `modules`: what it imports beside what every worker needs.
+    If there is one already, it stays as it is: workers import what it has not.
     """
     if os.environ.get("RAY_ADDRESS") or not SUPPORTED:
         return None
@@ -89,7 +89,7 @@ def ahead(gpus: float, modules: Sequence[str] = ()) -> Zygote | None:
         if not token_file().exists():
             private.write_token(token_file())
         atexit.register(end)
-        _zygotes.append(Zygote(sessions(), {**environment(gpus), **_of_ray()}, [*PRELOADED, *modules]))
+        _zygotes.append(Zygote(sessions(), {**environment(gpus), **_of_ray()}, modules))
     return _zygotes[0]
 
 

@@ -29,6 +29,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 from rich.text import Text
 
+from heliostat.cluster import private_ray
 from heliostat.cluster.connect import connect
 from heliostat.config import kinds, workspace
 from heliostat.config.schema import Float, Strict, apply, read_yaml, validate
@@ -137,6 +138,8 @@ def prepare(path: Path, settings: list[str], force: bool = False) -> dict[str, A
     record = versions.claim(output, record)
     before = set(versions.listing(output))
     try:
+        module = type(pipeline).__module__
+        private_ray.ahead(0, [*private_ray.TASKS, *([module] if module.startswith("heliostat.") else [])])
         connect(cpus=CPUS)
         _keep_to(pipeline.labels)
         with console.status(Text(f"preparing {printable(pipeline.name)}")):

@@ -1,4 +1,4 @@
-"""Lists the modules that training with a recipe of the package imports, so that a zygote can import them ahead.
+"""Lists the modules that training workers import, so that a zygote can import them ahead.
 
 A name may be of nothing that there is: what cannot be imported ahead is left to whoever needs it. Imports nothing itself.
 """
@@ -10,6 +10,7 @@ from typing import Any
 
 from heliostat.config import workspace
 
+TRAINING = ("ray.data", "heliostat.train.worker.preload")
 TEXT = (
     "heliostat.recipes.text.causal_lm",
     "heliostat.recipes.text.attention",
@@ -26,10 +27,10 @@ IMAGES = (
 
 
 def modules(recipe: str, model: Mapping[str, Any]) -> list[str]:
-    """Returns the modules for a job's `recipe` and `model`; none for a recipe of a user's own, whose import may do anything."""
+    """Returns the modules for a job's `recipe` and `model`; not those of a user's own recipe, whose import may do anything."""
     module, _, name = recipe.partition(":")
     if workspace.BUILT_IN.get(module, module) != "heliostat.recipes":
-        return []
+        return [*TRAINING]
     if name == "CausalLM":
-        return [one.format(arch=model.get("arch", "auto")) for one in TEXT]
-    return [one.format(module={"TextToImage": "text_to_image"}.get(name, "autoencoder")) for one in IMAGES]
+        return [*TRAINING, *(one.format(arch=model.get("arch", "auto")) for one in TEXT)]
+    return [*TRAINING, *(one.format(module={"TextToImage": "text_to_image"}.get(name, "autoencoder")) for one in IMAGES)]

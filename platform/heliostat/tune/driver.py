@@ -149,13 +149,15 @@ class _Tuning:
 
     def _connect(self) -> int:
         """Joins or starts Ray, and returns how many trials run side by side."""
-        from heliostat.cluster import nodes
+        from heliostat.cluster import nodes, private_ray
         from heliostat.cluster.connect import connect
+        from heliostat.recipes import preloads
 
         workers = self.base.workers
         wanted = self.plan.sweep.concurrency
         os.environ.update(ENVIRONMENT)
         if not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):
+            private_ray.ahead(workers.gpus, preloads.modules(self.base.recipe, self.base.model))
             count = wanted or room.here(workers, os.cpu_count() or 1)
             cpus = count * (workers.most * workers.cpus + room.FETCHING + 1)
             connect(max(os.cpu_count() or 1, round(cpus) + 1), round(count * workers.most * workers.gpus), self.verbose)
