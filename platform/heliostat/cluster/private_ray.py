@@ -96,9 +96,9 @@ def ahead(gpus: float, modules: Sequence[str] = TASKS) -> Zygote | None:
 def _of_ray() -> dict[str, str]:
     """Returns the variables that Ray gives to its workers, and its library reads when it is imported.
 
-    The first job of a Ray is always number 1, and the raylet lives as long as this process.
+    The first job of a Ray is always number 1.
     """
-    return {"RAY_AUTH_MODE": "token", "RAY_JOB_ID": "01000000", "RAY_RAYLET_PID": str(os.getpid())}
+    return {"RAY_AUTH_MODE": "token", "RAY_JOB_ID": "01000000"}
 
 
 def zygotes() -> list[int]:

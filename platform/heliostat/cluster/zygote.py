@@ -95,6 +95,7 @@ class Request:
 def main() -> None:
     """Imports the modules, then forks a process for every request until standard input ends."""
     place, *modules = sys.argv[1:]
+    os.environ["RAY_RAYLET_PID"] = str(os.getpid())  # Ray's workers end when it does: it ends with the raylet's own parent
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(place)  # in a folder that nobody else may enter
         listener.listen(BACKLOG)
