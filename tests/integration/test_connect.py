@@ -139,14 +139,15 @@ def test_the_workers_of_a_private_ray_meet_where_nobody_else_can_write(ray_sessi
 
     def watch() -> None:
         while not done.is_set():
-            workers = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::TrainWorke")]
-            seen.update(listening(workers))
-            time.sleep(0.1)
+            with contextlib.suppress(psutil.NoSuchProcess):  # one that has just ended
+                workers = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::TrainWorke")]
+                seen.update(listening(workers))
+            time.sleep(0.05)
 
     thread = threading.Thread(target=watch)
     thread.start()
     try:
-        assert train(job_file("alone"), ["train.steps=6", "checkpoint.every=6", "evaluate.every=6"])["steps"] == 6
+        assert train(job_file("alone"), ["train.steps=40", "checkpoint.every=40", "evaluate.every=40"])["steps"] == 40
     finally:
         done.set()
         thread.join()
