@@ -300,6 +300,7 @@ class Saver:
         self._pruner = Pruner(run, policy, fence)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
+        self._started: Future | None = None
         self._copied = threading.Event()
         self._copied.set()
         self._copies: dict[str, torch.Tensor] = {}  # kept between saves: fresh memory costs more than the copy
@@ -325,10 +326,15 @@ class Saver:
         # the forward pass may change buffers: they are copied now
         state = {n: t if isinstance(t, FlatShard) else t.detach().cpu().clone() for n, t in state.items()}
         self._copied.clear()
-        self._pending = self._thread.submit(self._write, step, state, facts, frozen or {})
+        self._pending = self._started = self._thread.submit(self._write, step, state, facts, frozen or {})
         self.blocked_s += time.perf_counter() - started
         if not self._follows:
             self._until_copied()
+
+    @property
+    def busy(self) -> bool:
+        """Tells whether a save goes on in the thread."""
+        return self._started is not None and not self._started.done()
 
     @property
     def failed(self) -> bool:

@@ -76,7 +76,8 @@ def _confined(gpus: int) -> Iterator[None]:
     ray_constants.ENABLE_RAY_CLUSTER = False  # read when Ray was imported
     zygote = private_ray.ahead(gpus)
     try:
-        with launching(zygote) if zygote else contextlib.nullcontext():
+        runs = zygote and os.access(zygote.launcher, os.X_OK)  # not where temporary files may not be executed
+        with launching(zygote) if zygote and runs else contextlib.nullcontext():
             yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = clusters

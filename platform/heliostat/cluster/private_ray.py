@@ -81,7 +81,8 @@ def token_file() -> Path:
 def ahead(gpus: float, modules: Sequence[str] = TASKS) -> Zygote | None:
     """Starts the zygote of a private Ray, which imports these modules; None where a cluster is named, or forks are not supported.
 
-    If there is one already, it stays as it is: workers import what it has not.
+    If there is one already, it stays as it is: workers import what it has not. For workers with GPUs no training module is
+    imported ahead: DeepSpeed's import asks CUDA what there is, which a fork could not use afterwards.
     """
     if os.environ.get("RAY_ADDRESS") or not SUPPORTED:
         return None
@@ -89,7 +90,7 @@ def ahead(gpus: float, modules: Sequence[str] = TASKS) -> Zygote | None:
         if not token_file().exists():
             private.write_token(token_file())
         atexit.register(end)
-        _zygotes.append(Zygote(sessions(), {**environment(gpus), **_of_ray()}, modules))
+        _zygotes.append(Zygote(sessions(), {**environment(gpus), **_of_ray()}, TASKS if gpus else modules))
     return _zygotes[0]
 
 

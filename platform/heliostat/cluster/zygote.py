@@ -193,12 +193,15 @@ def _answer(connection: socket.socket) -> Request | None:
         asked, streams = receive(connection)
     except (OSError, ValueError, TypeError):  # whoever asked has gone, and Ray asks anew
         return None
-    request = worker(asked)
-    if request is None:
+    try:
+        request = worker(asked)
+        pid = os.fork() if request else None
+    except (OSError, ValueError, StopIteration):  # no process or memory to be had, or no command of Ray's
+        pid = None
+    if pid is None:
         for stream in streams:
             os.close(stream)
         return None
-    pid = os.fork()
     if not pid:
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
@@ -227,6 +230,8 @@ def receive(connection: socket.socket) -> tuple[Request, list[int]]:
 def _become(request: Request) -> None:
     """Runs the request's program in this process, as if it had been started for it."""
     os.setsid()  # Ray ends a worker's process group with it
+    with contextlib.suppress(OSError):  # as Ray has the kernel do: out of memory, it ends workers first
+        Path("/proc/self/oom_score_adj").write_text(request.environment.get("RAY_worker_oom_score_adjustment", "1000"))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.environ.clear()

@@ -353,6 +353,7 @@ class _Run:
         if kind == "queued":
             log.warning("%s; trying again", error)
             self._restart("failed", str(error))
+            _heed(signals, self.start_step)
             return
         before = error.step if isinstance(error, CorruptCheckpointError) else None
         try:
@@ -375,8 +376,7 @@ class _Run:
         while time.monotonic() < until and not signals.name:
             self._beat()
             time.sleep(0.1)
-        if signals.name:
-            raise StoppedError(f"stopped by {signals.name} between two attempts; use --resume to go on from step {step}")
+        _heed(signals, step)
 
     def _leave_out(self, first: int, last: int) -> None:
         """Leaves the samples of steps [first, last] out of the training: the sequence goes on behind them."""
@@ -447,6 +447,12 @@ class _Run:
         self.lease.fence.check()
         job.run_folder.join(paths.RESULT).write(json.dumps(result, indent=2).encode())
         return result
+
+
+def _heed(signals: Signals, step: int) -> None:
+    """Raises the error of a run that was told to stop while no worker was there."""
+    if signals.name:
+        raise StoppedError(f"stopped by {signals.name} between two attempts; use --resume to go on from step {step}")
 
 
 def _unit(job: Job) -> str:

@@ -33,6 +33,7 @@ from heliostat.errors import (
 )
 from heliostat.events import Event, Paused, Phase, Waiting
 from heliostat.lease import Fence
+from heliostat.text import brief
 from heliostat.train import mailbox
 from heliostat.train.driver import rendezvous, stack_dumps
 from heliostat.train.driver.failures import explain, survived
@@ -233,6 +234,8 @@ class Attempt:
     def _end_workers(self, thread: threading.Thread) -> None:
         if not self._heartbeats:  # they have not begun
             self.pool.close()
+            thread.join(END_S)
+            self.pool.reopen()
             return
         nodes.kill(list(self._heartbeats.values()))
         thread.join(END_S)
@@ -245,40 +248,43 @@ class Attempt:
     def _train(self) -> dict[str, Any]:
         """Puts the workers to work; returns rank 0's summary, or raises a HeliostatError once none works any more."""
         self._mailbox.post.remote(Phase(phase="placing"))
-        members = self.pool.take(self.job.workers.most, patient=len(self.start.counts) == 1)
+        try:
+            members = self.pool.take(self.job.workers.most, patient=len(self.start.counts) == 1)
+            places = rendezvous.places(members)
+        except ray.exceptions.RayError as e:
+            raise TrainingError(f"the workers could not be brought together: {type(e).__name__}: {brief(e)}") from e
         config = self._config()
-        working = {
-            member.actor.run.remote(place, config): member
-            for member, place in zip(members, rendezvous.places(members), strict=True)
-        }
+        working = {member.actor.run.remote(place, config): member for member, place in zip(members, places, strict=True)}
         summaries, failures = self._gather(working)
-        if not failures:
-            return summaries[members[0].slot]
         for member in members:
-            if (error := failures.get(member.slot)) is not None and (member.gpus or not survived(error)):
+            error = failures.get(member.slot)
+            if member.gpus or (error is not None and not survived(error)):  # GPUs: CUDA cannot be given other ones
                 self.pool.drop(member)
+        if members[0].slot in summaries:
+            return summaries[members[0].slot]
         raise explain([failures[m.slot] for m in members if m.slot in failures])
 
     def _gather(self, working: dict[Any, Member]) -> tuple[dict[Any, dict[str, Any]], dict[Any, Exception]]:
         """Waits for all workers; returns their summaries and errors, by slot.
 
-        Once one has failed, the others fail too, because they lose it in a collective. Who does not within some seconds is ended.
+        Once one has ended, the others do too: all at the same step, or because they lose one that has failed in a collective. Who
+        does not within some seconds is ended.
         """
         summaries, failures = dict[Any, dict[str, Any]](), dict[Any, Exception]()
         waiting, late = list(working), 0.0
         while waiting:
-            done, waiting = ray.wait(waiting, timeout=max(0.0, late - time.monotonic()) if failures else None)
+            done, waiting = ray.wait(waiting, timeout=max(0.0, late - time.monotonic()) if late else None)
             for one in done:
+                late = late or time.monotonic() + SETTLE_S
                 slot = working[one].slot
                 try:
                     summaries[slot] = ray.get(one)
                 except Exception as e:  # noqa: BLE001 (explained by the caller)
                     if not failures:
-                        late = time.monotonic() + SETTLE_S
                         stream.end(self._parts)  # which the others may be waiting for
                     failures[slot] = e
-            if failures and not done:
-                log.warning("%d workers did not end within %.0f s of another's failure, and were ended", len(waiting), SETTLE_S)
+            if late and not done:
+                log.warning("%d workers did not end within %.0f s of another, and were ended", len(waiting), SETTLE_S)
                 for one in waiting:
                     self.pool.drop(working[one])
                 break

@@ -1,13 +1,13 @@
-"""Holds the processes of a run's workers, which outlive attempts: Ray actors in placement groups.
+"""Holds the processes of a run's workers, which outlive attempts: Ray actors in a placement group.
 
     with Pool(job.workers) as pool:
-        members = pool.take(2)      # two processes: those that are there, and new ones for what is missing
+        members = pool.take(2)      # two new processes
         ...
         pool.drop(member)           # it has died, or is not to be used again
         members = pool.take(2)      # the survivor, and a new one in the dead one's place
 
-A placement group holds the resources of the first `take`; another is added when more are wanted. Ray moves what a lost node has
-held to another node where there is room; until then that part waits, and is no part of what the pool holds.
+The placement group holds the resources of exactly the workers that were taken last. One of another size, or on nodes that have
+gone or are about to, is given back, with all processes in it, before another is asked for.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from heliostat.cluster import nodes
 from heliostat.cluster.connect import remote_environment
 from heliostat.config.spec import Workers
 from heliostat.errors import PlacementError
+from heliostat.text import brief
 from heliostat.train.worker.process import TrainWorker
 
 log = logging.getLogger(__name__)
@@ -35,14 +36,13 @@ PLACE_S = 30.0  # for resources; then there may be room for fewer workers
 START_S = 120.0  # for the processes to start and answer
 ANSWER_S = 10.0  # for one that is there
 POLL_S = 0.05
-Slot = tuple[int, int]  # a placement group's index, and the bundle's in it
 
 
 @dataclass(frozen=True)
 class Member:
     """Holds a worker's process: its actor, and what it says of itself."""
 
-    slot: Slot
+    slot: int  # the bundle of the placement group
     actor: Any
     pid: int
     node: str
@@ -55,81 +55,77 @@ class Pool:
         self.workers = workers
         self.waiting = threading.Event()  # for resources
         self.waited_s = 0.0  # for resources, by the last `take`
-        self._closed = False
-        self._groups: list[PlacementGroup] = []
-        self._members: dict[Slot, Member] = {}
+        self._closed = threading.Event()
+        self._group: PlacementGroup | None = None
+        self._members: dict[int, Member] = {}
 
     def __enter__(self) -> Pool:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-        self.end()
 
     def held(self) -> Counter[str]:
         """Counts, by node, for how many workers the pool holds resources there, on nodes that stay."""
-        return Counter(self._placed().values())
+        return Counter(self._placed(self._group).values())
 
     def take(self, count: int, patient: bool = True) -> list[Member]:
         """Returns this many processes that live, by node and GPU; PlacementError if they do not start.
 
         Waits for their resources, if not `patient` for 30 s: then there may be room for fewer, and it is a PlacementError too.
         """
-        placed = self._place(count, patient)
-        self._check()
-        for slot in [s for s in self._members if s not in placed]:
-            self._members.pop(slot)  # its node has gone, or is about to
-        kept = sorted(self._members)[:count]
-        for slot in self._members.keys() - set(kept):
-            self.drop(self._members[slot])
-        new = [slot for slot in sorted(placed) if slot not in self._members][: count - len(kept)]
-        self._members |= self._start(new)
-        if self._closed:
-            self.end()
-            raise PlacementError("the workers are no longer wanted")
+        try:
+            group = self._place(count, patient)
+            self._check()
+            self._members |= self._start(group, [slot for slot in range(count) if slot not in self._members])
+            self._go_on()
+        except BaseException:
+            if self._closed.is_set():
+                self._give_back()
+            raise
         return sorted(self._members.values(), key=lambda m: (m.address, m.node, [gpu.zfill(4) for gpu in m.gpus], m.slot))
 
     def drop(self, member: Member) -> None:
         """Ends a process, if it lives; its resources stay the pool's."""
-        self._members.pop(member.slot, None)
+        if self._members.get(member.slot) is member:
+            del self._members[member.slot]
         ray.kill(member.actor)
 
     def close(self) -> None:
-        """Ends a `take` that waits, in another thread, and the pool with it."""
-        self._closed = True
+        """Ends all processes, gives their resources back, and ends a `take` that waits in another thread."""
+        self._closed.set()
+        self._give_back()
 
-    def end(self) -> None:
-        """Ends all processes and gives their resources back."""
-        for member in list(self._members.values()):
-            self.drop(member)
-        while self._groups:
-            remove_placement_group(self._groups.pop())
+    def reopen(self) -> None:
+        """Makes a closed pool one that can be taken from, once no other thread waits in it."""
+        self._closed.clear()
 
     # resources -------------------------------------------------------------------------------------------------------
 
-    def _place(self, count: int, patient: bool) -> dict[Slot, str]:
-        """Waits until the pool holds the resources of this many workers; returns the node of each slot that it holds."""
-        wanted = count - sum(group.bundle_count for group in self._groups)
-        if wanted > 0:
-            if self._groups and self.workers.placement.startswith("strict"):
-                self.end()  # what is added to a group need not be where the group is
-                wanted = count
-            self._groups.append(self._reserve(wanted))
+    def _place(self, count: int, patient: bool) -> PlacementGroup:
+        """Waits until the placement group holds the resources of this many workers, on nodes that stay."""
+        group = self._group
+        if group is None or group.bundle_count != count or len(self._placed(group)) != count:
+            self._give_back()
+            self._group = group = self._reserve(count)
         began = time.monotonic()
         self.waiting.set()
         try:
-            while len(placed := self._placed()) < count:
-                if self._closed:
-                    raise PlacementError("the workers are no longer wanted")
+            while (placed := len(self._placed(group))) < count:
+                self._go_on()
                 if not patient and time.monotonic() - began > PLACE_S:
-                    self._give_back_what_waits()
-                    have = f"{len(placed)} of {count} workers"
+                    self._give_back()
+                    have = f"{placed} of {count} workers"
                     raise PlacementError(f"the workers could not be placed: there is room for {have} after {PLACE_S:.0f} s")
                 time.sleep(POLL_S)
         finally:
             self.waiting.clear()
             self.waited_s = time.monotonic() - began
-        return placed
+        return group
+
+    def _go_on(self) -> None:
+        if self._closed.is_set():
+            raise PlacementError("the workers are no longer wanted")
 
     def _reserve(self, count: int) -> PlacementGroup:
         workers = self.workers
@@ -137,57 +133,68 @@ class Pool:
         labels = {"bundle_label_selector": [dict(workers.labels)] * count} if workers.labels else {}
         return placement_group([need] * count, strategy=workers.placement.upper(), **labels)
 
-    def _placed(self) -> dict[Slot, str]:
-        leaving, placed = nodes.draining(), dict[Slot, str]()
-        alive = nodes.carrying({})
-        for number, group in enumerate(self._groups):
-            for bundle, node in placement_group_table(group)["bundles_to_node_id"].items():
-                if node in alive and node not in leaving:
-                    placed[number, bundle] = node
-        return placed
+    def _placed(self, group: PlacementGroup | None) -> dict[int, str]:
+        """Maps the group's bundles that are placed to their nodes; not those on nodes that have gone, or are about to."""
+        if group is None:
+            return {}
+        alive, leaving = nodes.carrying({}), nodes.draining()
+        placed = placement_group_table(group).get("bundles_to_node_id", {})
+        return {bundle: node for bundle, node in placed.items() if node in alive and node not in leaving}
 
-    def _give_back_what_waits(self) -> None:
-        """Gives back groups that are not placed whole, so that another run, or fewer workers, can have the room."""
-        for number in reversed(range(len(self._groups))):
-            if placement_group_table(self._groups[number])["state"] != "CREATED" and number == len(self._groups) - 1:
-                for slot in [s for s in self._members if s[0] == number]:
-                    self.drop(self._members[slot])
-                remove_placement_group(self._groups.pop())
+    def _give_back(self) -> None:
+        for member in list(self._members.values()):
+            self.drop(member)
+        group, self._group = self._group, None
+        if group is not None:
+            remove_placement_group(group)
 
     # processes -------------------------------------------------------------------------------------------------------
 
     def _check(self) -> None:
-        """Drops the processes that do not answer, or were told to end."""
+        """Drops the processes that do not answer, or are not to be used again."""
         asked = {member: member.actor.facts.remote() for member in self._members.values()}
         until = time.monotonic() + ANSWER_S
         for member, answer in asked.items():
             try:
-                told_to_end = ray.get(answer, timeout=max(0.0, until - time.monotonic()))["told_to_end"]
+                spent = ray.get(answer, timeout=max(0.0, until - time.monotonic()))["spent"]
             except ray.exceptions.RayError as e:
                 log.debug("a worker's process is not used again: %s", e)
-                told_to_end = True
-            if told_to_end:
+                spent = True
+            if spent:
                 self.drop(member)
 
-    def _start(self, slots: list[Slot]) -> dict[Slot, Member]:
+    def _start(self, group: PlacementGroup, slots: list[int]) -> dict[int, Member]:
         workers = self.workers
         actor: Any = ray.remote(TrainWorker)
         actors = {
             slot: actor.options(
                 num_cpus=workers.cpus,
                 num_gpus=workers.gpus or None,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self._groups[slot[0]], slot[1]),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, slot),
                 runtime_env=remote_environment(workers.gpus) or None,
             ).remote()
             for slot in slots
         }
-        asked = {slot: one.facts.remote() for slot, one in actors.items()}
         try:
-            facts = dict(zip(asked, ray.get(list(asked.values()), timeout=START_S), strict=True))
-        except ray.exceptions.RayError as e:
+            facts = self._answers({slot: one.facts.remote() for slot, one in actors.items()})
+        except BaseException:
             for one in actors.values():
                 ray.kill(one)
-            raise PlacementError(f"the workers' processes could not be started: {str(e).splitlines()[0]}") from e
+            raise
         return {
             slot: Member(slot, actors[slot], f["pid"], f["node"], f["address"], tuple(f["gpus"])) for slot, f in facts.items()
         }
+
+    def _answers(self, asked: dict[int, Any]) -> dict[int, dict[str, Any]]:
+        """Waits for what new processes say of themselves."""
+        until, waiting = time.monotonic() + START_S, list(asked.values())
+        while waiting:
+            _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_S)
+            self._go_on()
+            if waiting and time.monotonic() > until:
+                late = f"{len(waiting)} of {len(asked)}"
+                raise PlacementError(f"the workers' processes could not be started: {late} did not answer within {START_S:.0f} s")
+        try:
+            return {slot: ray.get(answer) for slot, answer in asked.items()}
+        except ray.exceptions.RayError as e:
+            raise PlacementError(f"the workers' processes could not be started: {brief(e)}") from e

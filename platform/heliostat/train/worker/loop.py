@@ -72,6 +72,13 @@ class Worker:
         self.ledger = Ledger("starting")
         self.heartbeat = Heartbeat(self.mailbox, self.rank, self.world)
         self.monitor = NodeMonitor(self.mailbox, ray.util.get_node_ip_address(), _nodes()) if _first_of_node() else None
+        try:
+            self._build(config)
+        except BaseException:
+            self.end()
+            raise
+
+    def _build(self, config: dict[str, Any]) -> None:
         self.run_folder = Location(config["run_folder"])
         # the training group is left to DeepSpeed; saving runs in a thread and must not share a group with the loop
         # which waits for the slowest worker's upload; the watchdog sees whether that gets on
@@ -119,9 +126,13 @@ class Worker:
         try:
             return self._run()
         finally:
-            self.heartbeat.end()
-            if self.monitor:
-                self.monitor.end()
+            self.end()
+
+    def end(self) -> None:
+        """Ends the threads that report to the driver."""
+        self.heartbeat.end()
+        if self.monitor:
+            self.monitor.end()
 
     def _run(self) -> dict[str, Any]:
         job = self.job

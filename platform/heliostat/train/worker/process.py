@@ -7,6 +7,7 @@ must agree on all that DeepSpeed counts.
 from __future__ import annotations
 
 import os
+import pickle
 import socket
 import traceback
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 
 import ray
 
+from heliostat.errors import WorkerError
 from heliostat.train.worker import sigterm
 
 TIMEOUT = timedelta(minutes=30)  # of a collective; the watchdog of the driver is quicker
@@ -35,17 +37,18 @@ class Place:
 
 class TrainWorker:
     def __init__(self) -> None:
+        self._spent = False
         sigterm.heed_sigterm()
 
     def facts(self) -> dict[str, Any]:
-        """Returns this process's id, its node's id and address, its GPUs' ids, and whether it was told to end."""
+        """Returns this process's id, its node's id and address, its GPUs' ids, and whether it is not to be used again."""
         context = ray.get_runtime_context()
         return {
             "pid": os.getpid(),
             "node": context.get_node_id(),
             "address": ray.util.get_node_ip_address(),
             "gpus": [str(gpu) for gpu in ray.get_gpu_ids()],
-            "told_to_end": sigterm.received.is_set(),
+            "spent": self._spent or sigterm.received.is_set(),
         }
 
     def free_port(self) -> int:
@@ -59,12 +62,18 @@ class TrainWorker:
         from heliostat.train.worker.loop import Worker
 
         join(place)
+        worker = None
         try:
-            return Worker(config).run()
+            worker = Worker(config)
+            return worker.run()
         except BaseException as e:
             _release(e)
+            if not _arrives(e):
+                raise WorkerError(f"the workers failed: {type(e).__name__}: {e}") from None
             raise
         finally:
+            self._spent |= worker is not None and worker.saver.busy  # it would write into the next attempt's checkpoint
+            del worker
             leave()
 
 
@@ -98,6 +107,15 @@ def leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     deepspeed_engine.forget_groups()
+
+
+def _arrives(error: BaseException) -> bool:
+    """Tells whether the error would reach the driver as it is: a class that does not take its own `args` would not."""
+    try:
+        pickle.loads(pickle.dumps(error))  # noqa: S301 (of this process itself)
+    except Exception:  # noqa: BLE001 (whatever such a class does)
+        return False
+    return True
 
 
 def _release(error: BaseException | None) -> None:
