@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ray
@@ -102,6 +102,13 @@ def inventory() -> list[dict[str, Any]]:
 def draining() -> set[str]:
     """Returns the ids of the nodes that drain: preempted by their provider, or drained by a person."""
     return set(ray._private.state.state.get_draining_nodes())
+
+
+def until_gone(lost: Iterable[str], seconds: float) -> None:
+    """Waits until Ray knows that these nodes have gone, so many seconds at most: until then it would place workers on them."""
+    until = time.monotonic() + seconds
+    while set(lost) & carrying({}).keys() and time.monotonic() < until:
+        time.sleep(0.1)
 
 
 def ask_for(workers: Workers, count: int) -> None:

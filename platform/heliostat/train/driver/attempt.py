@@ -262,6 +262,8 @@ class Attempt:
                 self.pool.drop(member)
         if members[0].slot in summaries:
             return summaries[members[0].slot]
+        unavailable = [m.node for m in members if isinstance(failures.get(m.slot), ray.exceptions.ActorUnavailableError)]
+        nodes.until_gone(unavailable, SETTLE_S)
         raise explain([failures[m.slot] for m in members if m.slot in failures])
 
     def _gather(self, working: dict[Any, Member]) -> tuple[dict[Any, dict[str, Any]], dict[Any, Exception]]:
