@@ -111,6 +111,8 @@ def leave() -> None:
 
 def _arrives(error: BaseException) -> bool:
     """Tells whether the error would reach the driver as it is: a class that does not take its own `args` would not."""
+    if isinstance(error, ray.exceptions.RayError):  # of the stream's, whose cause the driver reads
+        return True
     try:
         pickle.loads(pickle.dumps(error))  # noqa: S301 (of this process itself)
     except Exception:  # noqa: BLE001 (whatever such a class does)
