@@ -79,6 +79,9 @@ def _confined(gpus: int) -> Iterator[None]:
         runs = zygote and os.access(zygote.launcher, os.X_OK)  # not where temporary files may not be executed
         with launching(zygote) if zygote and runs else contextlib.nullcontext():
             yield
+        if zygote and (not runs or zygote.process.poll() is not None):
+            why = f"exit code {zygote.process.poll()}" if runs else f"{zygote.launcher} may not be executed"
+            log.warning("workers take some seconds each to start, because there is no zygote to fork them from (%s)", why)
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = clusters
         os.environ.clear()

@@ -264,7 +264,7 @@ class Attempt:
             return summaries[members[0].slot]
         unavailable = [m.node for m in members if isinstance(failures.get(m.slot), ray.exceptions.ActorUnavailableError)]
         nodes.until_gone(unavailable, SETTLE_S)
-        raise explain([failures[m.slot] for m in members if m.slot in failures])
+        raise explain(list(failures.values()))  # the first is the cause of the others
 
     def _gather(self, working: dict[Any, Member]) -> tuple[dict[Any, dict[str, Any]], dict[Any, Exception]]:
         """Waits for all workers; returns their summaries and errors, by slot.
@@ -288,7 +288,7 @@ class Attempt:
             if late and not done:
                 log.warning("%d workers did not end within %.0f s of another, and were ended", len(waiting), SETTLE_S)
                 for one in waiting:
-                    self.pool.drop(working[one])
+                    failures[working[one].slot] = TrainingError(f"a worker did not end within {SETTLE_S:.0f} s of another")
                 break
         return summaries, failures
 

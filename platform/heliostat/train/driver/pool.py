@@ -26,7 +26,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from heliostat.cluster import nodes
 from heliostat.cluster.connect import remote_environment
 from heliostat.config.spec import Workers
-from heliostat.errors import PlacementError
+from heliostat.errors import PlacementError, TrainingError
 from heliostat.text import brief
 from heliostat.train.worker.process import TrainWorker
 
@@ -70,9 +70,9 @@ class Pool:
         return Counter(self._placed(self._group).values())
 
     def take(self, count: int, patient: bool = True) -> list[Member]:
-        """Returns this many processes that live, by node and GPU; PlacementError if they do not start.
+        """Returns this many processes that live, by node and GPU; TrainingError if they do not start.
 
-        Waits for their resources, if not `patient` for 30 s: then there may be room for fewer, and it is a PlacementError too.
+        Waits for their resources, if not `patient` for 30 s: then there may be room for fewer, and it is a PlacementError.
         """
         try:
             group = self._place(count, patient)
@@ -193,8 +193,8 @@ class Pool:
             self._go_on()
             if waiting and time.monotonic() > until:
                 late = f"{len(waiting)} of {len(asked)}"
-                raise PlacementError(f"the workers' processes could not be started: {late} did not answer within {START_S:.0f} s")
+                raise TrainingError(f"the workers' processes could not be started: {late} did not answer within {START_S:.0f} s")
         try:
             return {slot: ray.get(answer) for slot, answer in asked.items()}
         except ray.exceptions.RayError as e:
-            raise PlacementError(f"the workers' processes could not be started: {brief(e)}") from e
+            raise TrainingError(f"the workers' processes could not be started: {brief(e)}") from e
