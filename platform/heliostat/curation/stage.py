@@ -1,0 +1,63 @@
+"""Defines a curation stage: what happens to one document, as a schema of YAML keys and a function over a batch of documents.
+
+A stage sees documents alone, never each other (what compares documents is the engine's: deduplication), so that its result does
+not depend on the batch, the worker or the order. One stage is one file in `heliostat.curation.stages`. It subclasses `Stage`: its
+fields are the keys that a pipeline file may give, with the paper's values as defaults, and `open` returns the function that does
+the work, called once in each worker, where models and lists are loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from heliostat.config.schema import Strict
+
+
+@dataclass(slots=True)
+class Document:
+    """Holds a document on its way: `text` is bytes as they were read until a stage makes text of them.
+
+    `id` is where it was read (`path#record`); `columns` (`url`, `date`, `source`, `license`, ...) go with it to the shard.
+    """
+
+    id: str
+    text: str | bytes
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Outcome:
+    """Holds what a stage made of one document: None, with one of the stage's reasons, where it is dropped.
+
+    `measures` are the numbers that the decision was made by, whether it was kept or dropped: the funnel draws them beside the
+    thresholds. `counts` are things done to a document that stays: lines removed, addresses masked.
+    """
+
+    document: Document | None
+    reason: str = ""
+    detail: str = ""
+    measures: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+Work = Callable[[list[Document]], list[Outcome]]
+
+
+class Stage(Strict):
+    """Defines a stage by the keys that a pipeline file may give it; subclasses say what it does."""
+
+    reasons: ClassVar[dict[str, str]] = {}
+    """What it drops documents for: a word, and what that word means."""
+    thresholds: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """The measures that it decides by, and the fields that hold their thresholds."""
+    version: ClassVar[int] = 1
+    """Raised whenever the same keys give other documents: what was made by an earlier version is then made again."""
+
+    def check(self) -> None:
+        """Checks what can be checked before anything starts, such as files that a key names; ConfigError if not."""
+
+    def open(self) -> Work:
+        """Loads what the stage needs and returns its function: as many outcomes as documents, in their order."""
+        raise NotImplementedError
