@@ -61,7 +61,7 @@ class Worker:
         """Builds the engine, in the process group of the attempt, and loads the checkpoint to start from.
 
         `config`: job, plan (plain data), start_step, pauses (steps), fence (of the driver's lease), mailbox (actor), run_folder,
-        parts (of the stream, one a worker), queued_s (how long the workers' resources were waited for).
+        part (of the stream, this worker's), queued_s (how long the workers' resources were waited for).
         """
         self.job = Job.model_validate(config["job"])
         self.plan = DataPlan.parse(config["plan"])
@@ -91,8 +91,7 @@ class Worker:
             self._post(ModelPhase(queued_s=waited, start_step=self.start_step, workers=self.world, ledger=begun))
         deepspeed_engine.prepare_environment(self.job.workers.gpus)
         self.dataset = open_dataset(self.plan)
-        part = config["parts"][self.rank]
-        self.samples = stream.iterate(part, self.plan, self.dataset.order, self.rank, self.world, self.start_step)
+        self.samples = stream.iterate(config["part"], self.plan, self.dataset.order, self.rank, self.world, self.start_step)
         self.recipe = load_recipe(self.job, self.dataset.sources)
         self.engine = deepspeed_engine.build_engine(self.job, self.recipe)
         zero_state.init_optimizer_state(self.engine)
