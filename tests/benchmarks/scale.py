@@ -242,7 +242,8 @@ def start(world: int, rounds: int) -> dict[str, Any]:
 def step(world: int, rounds: int) -> dict[str, Any]:
     """A step's share: the vote's hops, whom a rank talks to, and the receipts of some steps on their way to rank 0."""
     one = np.zeros((STEPS, LANES), np.int64)
-    messages = [pickle.dumps([one] * min(1 << n, world - c)) for n, c in enumerate(tree.children(0, world))]
+    branches = [min(1 << n, world - child) for n, child in enumerate(tree.children(0, world))]
+    messages = [pickle.dumps([one.copy() for _ in range(branch)]) for branch in branches]
 
     def seal() -> str:
         parts = [one]

@@ -148,8 +148,9 @@ class Checkpoint:
 
     def fetch_places(self, shards: Iterable[int]) -> None:
         """Reads the indexes of shards, several at a time, unless they are known; a fault if one is not what was written."""
-        missing = [shard for shard in shards if shard not in self.places]
-        with ThreadPoolExecutor(min(READ_THREADS, len(missing)) or 1) as pool:
+        if not (missing := [shard for shard in shards if shard not in self.places]):
+            return
+        with ThreadPoolExecutor(min(READ_THREADS, len(missing))) as pool:
             self.places.update(zip(missing, pool.map(self._read_places, missing), strict=True))
 
     def _read_places(self, number: int) -> shard_index.Places:
