@@ -11,6 +11,8 @@ from heliostat.checkpoint.placement import Chunk, Part
 from heliostat.errors import CheckpointError
 from heliostat.plan import zero_layout
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 ROUNDS = 40
 
@@ -48,9 +50,25 @@ def _up(parts: list[Part]) -> Part:
     return parts[0]
 
 
+class Planned(FlatShard):
+    """Speaks the protocol by which torch.distributed.checkpoint plans what a tensor of several ranks is."""
+
+    def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
+        chunk = ChunkStorageMetadata(torch.Size([self.start]), self.local.shape)
+        data = TensorWriteData(chunk, TensorProperties(dtype=self.dtype), torch.Size([self.shape[0]]))
+        made = WriteItem(MetadataIndex(name, chunk.offsets), WriteItemType.SHARD, tensor_data=data)
+        return [made] if self.local.numel() else []
+
+    @classmethod
+    def __torch_dispatch__(cls, func: object, types: object, args: tuple = (), kwargs: object = None) -> object:  # type: ignore[override]
+        return args[0]  # of detach
+
+
 def _planned_by_torch(states: list[dict[str, torch.Tensor]]) -> set[tuple[str, int, int]]:
+    """Plans with torch.distributed.checkpoint, which gathers the plans of all ranks, as heliostat did up to format 3."""
     planner, plans = DefaultSavePlanner(), []
-    for rank, state in reversed(list(enumerate(states))):  # the planner of rank 0, which plans for all, is set up last
+    for rank, mine in reversed(list(enumerate(states))):  # the planner of rank 0, which plans for all, is set up last
+        state = {n: Planned(t.local, t.start, t.shape[0]) if isinstance(t, FlatShard) else t for n, t in mine.items()}
         planner.set_up_planner(state, None, rank == 0)
         plans.insert(0, planner.create_local_plan())
     items = [item for plan in planner.create_global_plan(plans)[0] for item in plan.items]
