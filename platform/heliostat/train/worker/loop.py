@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import os
 import time
 from contextlib import nullcontext
-from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from heliostat import run_folder
 from heliostat.checkpoint import saver as checkpoint
+from heliostat.checkpoint.agreement import merged
 from heliostat.config.spec import Job
 from heliostat.data import content, receipt, stream
 from heliostat.data.dataset import DataPlan, open_dataset
@@ -51,7 +52,6 @@ from heliostat.train.worker.node_metrics import NodeMonitor
 from heliostat.train.worker.objective import Objective
 
 HELD_POLL_S = 0.05
-SAVING = timedelta(hours=12)  # the longest wait of one worker for another's part of a checkpoint
 
 
 class Worker:
@@ -61,7 +61,7 @@ class Worker:
         """Builds the engine, in the process group of the attempt, and loads the checkpoint to start from.
 
         `config`: job, plan (plain data), start_step, pauses (steps), fence (of the driver's lease), mailbox (actor), run_folder,
-        parts (of the stream, one a worker), queued_s (how long the workers' resources were waited for).
+        part (of the stream, this worker's), queued_s (how long the workers' resources were waited for).
         """
         self.job = Job.model_validate(config["job"])
         self.plan = DataPlan.parse(config["plan"])
@@ -80,20 +80,18 @@ class Worker:
 
     def _build(self, config: dict[str, Any]) -> None:
         self.run_folder = Location(config["run_folder"])
-        # the training group is left to DeepSpeed; saving runs in a thread and must not share a group with the loop
-        # which waits for the slowest worker's upload; the watchdog sees whether that gets on
-        self.control, saving = dist.new_group(backend="gloo"), dist.new_group(backend="gloo", timeout=SAVING)
-        self.consensus = StopConsensus(dist.new_group(backend="gloo"))
+        # the training group is left to DeepSpeed; of this one the loop, the saving and the stop consensus have a channel each
+        self.control = dist.new_group(backend="gloo")
+        self.consensus = StopConsensus(self.control)
         self.fence: Fence = config["fence"]
-        self.saver = checkpoint.Saver(self.run_folder, self.job.checkpoint, saving, self.fence, self._progressed)
+        self.saver = checkpoint.Saver(self.run_folder, self.job.checkpoint, self.control, self.fence, self._progressed)
 
         if self.rank == 0:
             waited, begun = config["queued_s"], self.ledger.totals()
             self._post(ModelPhase(queued_s=waited, start_step=self.start_step, workers=self.world, ledger=begun))
         deepspeed_engine.prepare_environment(self.job.workers.gpus)
         self.dataset = open_dataset(self.plan)
-        part = config["parts"][self.rank]
-        self.samples = stream.iterate(part, self.plan, self.dataset.order, self.rank, self.world, self.start_step)
+        self.samples = stream.iterate(config["part"], self.plan, self.dataset.order, self.rank, self.world, self.start_step)
         self.recipe = load_recipe(self.job, self.dataset.sources)
         self.engine = deepspeed_engine.build_engine(self.job, self.recipe)
         zero_state.init_optimizer_state(self.engine)
@@ -383,13 +381,12 @@ class Worker:
         return decision
 
     def _seal_receipt(self, done: int) -> None:
-        """Chains the digests of the steps since the last receipt, and writes the receipt beside the checkpoints."""
-        mine = torch.tensor(self._lane_digests, dtype=torch.int64)
-        parts = [torch.empty_like(mine) for _ in range(self.world)]
-        dist.all_gather(parts, mine, group=self.control)
-        digests = receipt.step_digests(receipt.in_lane_order([part.numpy() for part in parts]))
-        self.chain = receipt.extend(self.chain, digests)
-        if self.rank == 0:
+        """Gathers the digests of the steps since the last receipt on rank 0, which chains them and writes the receipt."""
+        mine = np.array(self._lane_digests, dtype=np.int64)
+        parts = merged(self.control, lambda: [mine], operator.add)
+        if parts:
+            digests = receipt.step_digests(receipt.in_lane_order(parts))
+            self.chain = receipt.extend(self.chain, digests)
             self.fence.check()
             run_folder.receipt(self.run_folder, done).write(
                 receipt.seal(done - len(digests), digests, self.chain, self.plan.digest)
@@ -403,7 +400,7 @@ class Worker:
         return zero_state.state(self.engine, whole) | (self.ema.state(whole) if self.ema else {})
 
     def _restore(self) -> None:
-        found = checkpoint.open_checkpoint(self.run_folder, self.start_step)
+        found = checkpoint.open_together(self.run_folder, self.start_step, self.control)
         state = self._state(whole=True)
         frozen = zero_state.frozen(self.engine, whole=True)
         if found.frozen:
