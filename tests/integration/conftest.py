@@ -27,9 +27,8 @@ if "HELIOSTAT_TEST_POISON" not in os.environ:  # workers import this module too
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """A private Ray of eight logical CPUs, started once."""
-    from heliostat.cluster import private_ray
+    from heliostat.cluster import preloads, private_ray
     from heliostat.cluster.connect import connect, disconnect
-    from heliostat.recipes import preloads
 
     text, images = (
         preloads.modules("heliostat.recipes:CausalLM", {"arch": "llama"}),

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from heliostat.cluster import zygote
-from heliostat.recipes import preloads
+from heliostat.cluster import preloads, zygote, zygote_server
 
 pytestmark = pytest.mark.skipif(not zygote.SUPPORTED, reason="forks are taken on Linux alone")
 
@@ -29,7 +28,7 @@ print(json.dumps({"argv": sys.argv[1:], "mine": os.environ.get("MINE"), "gone": 
 @pytest.fixture
 def made(tmp_path: Path) -> Iterator[zygote.Zygote]:
     (tmp_path / zygote.ENTRY).write_text(ENTRY)
-    one = zygote.Zygote(tmp_path, {**os.environ, "GONE": "1", "RAY_JOB_ID": "01000000"}, ["colorsys", "no.such.module"])
+    one = zygote.Zygote(tmp_path / "z", {**os.environ, "GONE": "1", "RAY_JOB_ID": "01000000"}, ["colorsys", "no.such.module"])
     deadline = time.monotonic() + 60
     while not (one.folder / "socket").exists():
         assert time.monotonic() < deadline
@@ -72,7 +71,7 @@ def test_a_runtime_environment_of_variables_is_applied_and_one_that_asks_for_mor
     (tmp_path / "setup_worker.py").write_text("print('{\"set_up\": true}')")
 
     def told(**context: Any) -> dict[str, Any]:
-        given = zygote.CONTEXT + json.dumps({"env_vars": {"MINE": "3"}, "command_prefix": [], **context})
+        given = zygote_server.CONTEXT + json.dumps({"env_vars": {"MINE": "3"}, "command_prefix": [], **context})
         command = [
             str(made.launcher),
             str(tmp_path / "setup_worker.py"),

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ import psutil
 
 from heliostat.cluster import dashboard, private, processes
 from heliostat.cluster.cluster_file import ClusterFile
+from heliostat.cluster.node import PLACE as ZYGOTE
 from heliostat.cluster.processes import MARK, Node
 from heliostat.config import workspace
 from heliostat.errors import ClusterError, ConfigError
@@ -199,10 +201,14 @@ def _start(cluster: ClusterFile, state: State, role: str, addresses: list[str]) 
 
 def _environment(state: State, address: str, folder: Path) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k != "PYTHONPATH"}
-    bin_folder = str(Path(sys.executable).parent)
+    bin_folder, forking = str(Path(sys.executable).parent), folder.parent / "bin"
+    forking.mkdir(mode=0o700, exist_ok=True)
+    (forking / "ray").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m heliostat.cluster.node "$@"\n')
+    (forking / "ray").chmod(0o700)
     return {
         **kept,
-        "PATH": os.pathsep.join([bin_folder, kept.get("PATH", os.defpath)]),  # of `ray`, and of the jobs' `python`
+        "PATH": os.pathsep.join([str(forking), bin_folder, kept.get("PATH", os.defpath)]),  # of `ray`, and of the jobs' `python`
+        ZYGOTE: str(folder.parent / "zygote"),
         "HELIOSTAT_NODE_IP": address,
         MARK: str(folder),
         "RAY_AUTH_MODE": "token",
