@@ -24,7 +24,7 @@ from pathlib import Path
 
 import psutil
 
-from heliostat.cluster import dashboard, private, processes
+from heliostat.cluster import dashboard, private, processes, zygote
 from heliostat.cluster.cluster_file import ClusterFile
 from heliostat.cluster.node import PLACE as ZYGOTE
 from heliostat.cluster.processes import MARK, Node
@@ -127,6 +127,7 @@ def up(cluster: ClusterFile, restart: bool = False) -> State:
     except BaseException:
         down(cluster.name)
         raise
+    zygote.wake(_zygote(state.name))
     return state
 
 
@@ -178,6 +179,10 @@ def _node_folder(name: str, index: int) -> Path:
     return Path(tempfile.gettempdir()) / f"heliostat-{key}" / str(index)
 
 
+def _zygote(name: str) -> Path:
+    return _node_folder(name, 0).parent / "zygote"
+
+
 def _start(cluster: ClusterFile, state: State, role: str, addresses: list[str]) -> None:
     before = {n["id"] for n in dashboard.node_table(state.url, state.token)} if state.nodes and addresses else set()
     taken = {n.folder for n in state.nodes}
@@ -208,7 +213,7 @@ def _environment(state: State, address: str, folder: Path) -> dict[str, str]:
     return {
         **kept,
         "PATH": os.pathsep.join([str(forking), bin_folder, kept.get("PATH", os.defpath)]),  # of `ray`, and of the jobs' `python`
-        ZYGOTE: str(folder.parent / "zygote"),
+        ZYGOTE: str(_zygote(state.name)),
         "HELIOSTAT_NODE_IP": address,
         MARK: str(folder),
         "RAY_AUTH_MODE": "token",

@@ -2,7 +2,7 @@
 
     python -m heliostat.cluster.node start --head --block ...    # instead of `ray start --head --block ...`
 
-The zygote lies in the folder that HELIOSTAT_ZYGOTE names. The head's command starts it, and it ends with that; other nodes of the
+The zygote lies in the folder that HELIOSTAT_ZYGOTE names. The head's command starts it, and it ends with that process; other nodes of the
 machine take their workers from the same.
 """
 
@@ -24,12 +24,13 @@ CUDA = Path("/dev/nvidiactl")  # DeepSpeed's import asks CUDA what there is, whi
 def main() -> Any:
     """Runs `ray` with this process's arguments, and returns what it returns."""
     place = Path(os.environ.get(PLACE, ""))
-    forks = SUPPORTED and PLACE in os.environ and {"start", "--block"} <= set(sys.argv)
-    if forks and "--head" in sys.argv:
-        early = [] if CUDA.exists() else preloads.early()
-        zygote = Zygote(place, os.environ, ["ray.data"] if CUDA.exists() else preloads.TRAINING, early)
-        contextlib.ExitStack().callback(zygote.end)
-    with launching(launcher(place)) if forks and os.access(launcher(place), os.X_OK) else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if SUPPORTED and PLACE in os.environ and {"start", "--block"} <= set(sys.argv):
+            if "--head" in sys.argv:
+                early = [] if CUDA.exists() else preloads.early()
+                stack.callback(Zygote(place, os.environ, ["ray.data"] if CUDA.exists() else preloads.TRAINING, early).end)
+            if os.access(launcher(place), os.X_OK):
+                stack.enter_context(launching(launcher(place)))
         from ray.scripts.scripts import main as ray
 
         sys.argv[0] = "ray"

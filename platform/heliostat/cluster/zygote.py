@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -60,6 +61,12 @@ class Zygote:
         self.process.kill()
         self.process.wait(END_S)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def wake(folder: Path) -> None:
+    """Makes the zygote of this folder, if there is one, begin with its imports."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.connect(str(folder / "socket"))
 
 
 def launcher(folder: Path) -> Path:
