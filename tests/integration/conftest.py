@@ -19,7 +19,9 @@ from mlflow import MlflowClient
 os.environ.setdefault("AWS_ACCESS_KEY_ID", "testing")
 os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "testing")
 os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
-if "HELIOSTAT_TEST_POISON" not in os.environ:  # workers import this module too
+SESSION = os.environ.get("PYTEST_XDIST_WORKER", "alone")
+if os.environ.get("HELIOSTAT_TEST_SESSION") != SESSION:  # Ray's workers import this module too
+    os.environ["HELIOSTAT_TEST_SESSION"] = SESSION
     os.environ["HELIOSTAT_TEST_POISON"] = f"{tempfile.mkdtemp(prefix='heliostat-poison-')}/samples.json"
     Path(os.environ["HELIOSTAT_TEST_POISON"]).write_text("[]")
 

@@ -206,13 +206,10 @@ def _start(cluster: ClusterFile, state: State, role: str, addresses: list[str]) 
 
 def _environment(state: State, address: str, folder: Path) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k != "PYTHONPATH"}
-    bin_folder, forking = str(Path(sys.executable).parent), folder.parent / "bin"
-    forking.mkdir(mode=0o700, exist_ok=True)
-    (forking / "ray").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m heliostat.cluster.node "$@"\n')
-    (forking / "ray").chmod(0o700)
+    forking, bin_folder = _ray(folder.parent / "ray").parent, Path(sys.executable).parent
     return {
         **kept,
-        "PATH": os.pathsep.join([str(forking), bin_folder, kept.get("PATH", os.defpath)]),  # of `ray`, and of the jobs' `python`
+        "PATH": os.pathsep.join([str(forking), str(bin_folder), kept.get("PATH", os.defpath)]),  # of `ray`, of the jobs' `python`
         ZYGOTE: str(_zygote(state.name)),
         "HELIOSTAT_NODE_IP": address,
         MARK: str(folder),
@@ -220,6 +217,14 @@ def _environment(state: State, address: str, folder: Path) -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": str(state.token_file),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
+
+
+def _ray(place: Path) -> Path:
+    """Makes the command `ray` of nodes that fork their workers, if it is not there: another node may be running it."""
+    if not place.exists():
+        place.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m heliostat.cluster.node "$@"\n')
+        place.chmod(0o700)
+    return place
 
 
 def _until_ready(state: State, addresses: list[str], before: set[str]) -> None:

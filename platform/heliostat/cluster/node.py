@@ -2,7 +2,7 @@
 
     python -m heliostat.cluster.node start --head --block ...    # instead of `ray start --head --block ...`
 
-The zygote lies in the folder that HELIOSTAT_ZYGOTE names. The head's command starts it, and it ends with that process; other nodes of the
+The zygote lies in the folder that HELIOSTAT_ZYGOTE names. The head starts it, and it ends with that process; other nodes of the
 machine take their workers from the same.
 """
 

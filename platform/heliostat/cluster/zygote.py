@@ -41,6 +41,7 @@ class Zygote:
     def __init__(self, folder: Path, environment: Mapping[str, str], modules: Sequence[str], early: Sequence[str] = ()) -> None:
         self.folder = folder
         folder.mkdir(mode=0o700, exist_ok=True)
+        (folder / "socket").unlink(missing_ok=True)  # of one that was killed
         place, client = folder / "socket", Path(__file__).with_name("zygote_client.py")
         self.launcher = launcher(folder)
         quoted = {"python": sys.executable, "client": str(client), "place": str(place)}
