@@ -88,7 +88,7 @@ def cluster(folder: str) -> Iterator[str]:
 
 
 def submitted(job: str, folder: str, file: str, number: int) -> dict[str, float]:
-    """Submits a job to the cluster; returns the seconds until its first step, by part, those before the driver's by themselves."""
+    """Submits a job to the cluster; returns the seconds until its first step, and the parts that its driver tells."""
     given = settings(folder, f"submitted-{number}")
     words = [f"{key}={json.dumps(value) if value is None else value}" for key, value in given.items()]
     command = [sys.executable, "-m", "heliostat", "submit", job, "--cluster", file, "--follow"]

@@ -35,7 +35,8 @@ class Zygote:
     """Starts a zygote in a folder of its own, which it makes private; ended by `end`, or with this process.
 
     `early` are the modules that do not import Ray. With RAY_JOB_ID in the environment its forks are workers of that job alone;
-    without it, of any job: for each it keeps a fork of its own, which imports the rest.
+    without it, of any job: for each it keeps a fork of its own, which imports the rest. It then begins with the first request, or
+    when it is woken.
     """
 
     def __init__(self, folder: Path, environment: Mapping[str, str], modules: Sequence[str], early: Sequence[str] = ()) -> None:
@@ -65,7 +66,7 @@ class Zygote:
 
 
 def wake(folder: Path) -> None:
-    """Makes the zygote of this folder, if there is one, begin with its imports."""
+    """Makes the zygote of this folder begin with its imports, if there is one."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.connect(str(folder / "socket"))
 

@@ -37,7 +37,6 @@ BACKLOG = 256
 JOB, RAYLET = "RAY_JOB_ID", "RAY_RAYLET_PID"
 NO_JOB = "ffffffff"  # a worker that Ray starts before it is known for what
 NURSERIES = 4  # jobs that a zygote keeps forks for
-QUIET_S = 20.0  # for a node to start in, beside which imports would take time from it; a first request ends it
 IDLE_S = 3.0  # without a request, before the next job's nursery is made
 
 
@@ -77,7 +76,7 @@ def main() -> None:
             prepare([*early, *modules], ray=True)
             request = _serve(_accepted(listener))
         else:
-            select.select([listener, sys.stdin], [], [], QUIET_S)
+            select.select([listener, sys.stdin], [], [])  # a node that starts meanwhile needs the processor itself
             prepare(early)
             request = _Nurseries(modules).serve(listener)
     if request:
