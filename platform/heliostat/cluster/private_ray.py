@@ -93,7 +93,8 @@ def ahead(gpus: float, modules: Sequence[str] = TASKS) -> Zygote | None:
         if not token_file().exists():
             private.write_token(token_file())
         atexit.register(end)
-        _zygotes.append(Zygote(sessions(), {**environment(gpus), **_of_ray()}, TASKS if gpus else modules))
+        folder = Path(tempfile.mkdtemp(prefix="z", dir=sessions()))
+        _zygotes.append(Zygote(folder, {**environment(gpus), **_of_ray()}, TASKS if gpus else modules))
     return _zygotes[0]
 
 
