@@ -43,6 +43,15 @@ class Outcome:
     counts: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Dropped:
+    """Names a document, or a file, that is left out, and why."""
+
+    id: str
+    reason: str
+    detail: str = ""
+
+
 Work = Callable[[list[Document]], list[Outcome]]
 
 
@@ -63,11 +72,26 @@ class Stage(Strict):
 
     def identity(self) -> dict[str, Any]:
         """Returns all that its result follows from: name, version and keys. One whose key names a file puts the digest there."""
-        return {"stage": self.named(), "version": self.version, **self.model_dump(mode="json")}
+        return {"version": self.version, **self.entry()}
+
+    def entry(self) -> dict[str, Any]:
+        """Returns its entry in a pipeline file, with all keys."""
+        return {"stage": self.named(), **self.model_dump(mode="json")}
 
     def check(self) -> None:
         """Checks what can be checked before anything starts, such as files that a key names; ConfigError if not."""
 
     def open(self) -> Work:
         """Loads what the stage needs and returns its function: as many outcomes as documents, in their order."""
+        raise NotImplementedError
+
+
+class GlobalStage(Stage):
+    """Defines a stage that compares documents, in tasks of its own between the others': it has no function over a batch."""
+
+    def compare(self, flow: Any, found: Any, number: int, memory_limit: int) -> list[Any]:
+        """Compares the documents of the runs in `found`, and returns the runs without those that were decided against.
+
+        It is stage `number`; what it leaves out, and its tally, it adds to `found`.
+        """
         raise NotImplementedError
