@@ -72,14 +72,15 @@ class Given:
         return document
 
 
-def curate(folder: Path, texts: dict[str, str], stages: list[dict[str, Any]], pieces: int = 5, memory_limit: int = 1 << 20,
-           columns: dict[str, dict[str, Any]] | None = None, **flow_keys: Any) -> tuple[Curated, HereFlow]:  # fmt: skip
-    """Takes texts by id through stages, dealt out to pieces."""
+def curate(folder: Path, texts: dict[str, str], stages: list[dict[str, Any]], pieces: int | list[list[str]] = 5,
+           memory_limit: int = 1 << 20, columns: dict[str, dict[str, Any]] | None = None,
+           **flow_keys: Any) -> tuple[Curated, HereFlow]:  # fmt: skip
+    """Takes texts by id through stages, dealt out to some pieces, or to pieces that are given."""
     here = HereFlow(Work(Location(str(folder))), **flow_keys)
     engine = Engine(here, Given(texts, columns or {}), ["given"], memory_limit)
-    parts = [Part(id, len(text), 0) for id, text in texts.items()]
-    dealt = [piece for i in range(pieces) if (piece := parts[i::pieces])]
-    return engine.curate(dealt, [parse(entry) for entry in stages]), here
+    parts = {id: Part(id, len(text), 0) for id, text in texts.items()}
+    dealt = [list(parts)[i::pieces] for i in range(pieces)] if isinstance(pieces, int) else pieces
+    return engine.curate([[parts[id] for id in piece] for piece in dealt if piece], [parse(entry) for entry in stages]), here
 
 
 def left(found: Curated, here: HereFlow) -> dict[str, str]:

@@ -101,6 +101,9 @@ def _add(total: dict[str, Any], part: dict[str, Any]) -> None:
             pair = known.setdefault(value, [0, 0])
             pair[0] += kept
             pair[1] += dropped
+    if "largest" in part:  # clusters, as (documents, who was kept)
+        both = [*total.get("largest", []), *part["largest"]]
+        total["largest"] = sorted(both, key=lambda pair: (-pair[0], pair[1]))[:EXAMPLES]
     for rule, found in part["examples"].items():
         both = (total["examples"].get(rule, []), found)
         total["examples"][rule] = list(heapq.merge(*both, key=lambda e: (e[0], e[1])))[:EXAMPLES]

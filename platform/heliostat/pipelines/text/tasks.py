@@ -37,11 +37,13 @@ class TextSource:
     input: str
     rules: documents.Rules
 
-    def read(self, part: Part) -> Iterator[Any]:
-        return read_file(sources.root(self.input), part.path, self.rules, part)
+    def read(self, part: Part) -> Iterator[Raw | documents.Dropped]:
+        for item in read_file(sources.root(self.input), part.path, self.rules, part):
+            yield item if isinstance(item, documents.Dropped) else Raw(item.id, item.text, item.columns)
 
-    def finish(self, document: Raw) -> Any:
-        return documents.clean(document.id, document.text, self.rules, document.columns)
+    def finish(self, document: Raw) -> Raw | documents.Dropped:
+        made = documents.clean(document.id, document.text, self.rules, document.columns)
+        return made if isinstance(made, documents.Dropped) else Raw(made.id, made.text, made.columns)
 
 
 def read_file(base: Location, path: str, rules: documents.Rules,
