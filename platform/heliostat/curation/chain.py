@@ -45,7 +45,7 @@ class Chain:
         for name, stage, work in self.stages:
             if not documents:
                 break
-            sizes, start = [_bytes(d) for d in documents], time.perf_counter()
+            sizes, start = [bytes_of(d) for d in documents], time.perf_counter()
             before = [Document(d.id, d.text, d.columns) for d in documents]  # a stage may change a document in place
             outcomes = work(documents)
             tally.entry(self.tally, name)["seconds"] += time.perf_counter() - start
@@ -53,7 +53,7 @@ class Chain:
                 raise HeliostatError(f"stage {name!r} made {len(outcomes)} outcomes of {len(documents)} documents")
             documents = []
             for old, size, outcome in zip(before, sizes, outcomes, strict=True):
-                after = 0 if outcome.document is None else _bytes(outcome.document)
+                after = 0 if outcome.document is None else bytes_of(outcome.document)
                 tally.count(self.tally, name, stage, old, outcome, (size, after))
                 if outcome.document is None:
                     dropped.append((old.id, name, outcome.reason, outcome.detail, outcome.measures))
@@ -62,7 +62,8 @@ class Chain:
         return documents, dropped
 
 
-def _bytes(document: Document) -> int:
+def bytes_of(document: Document) -> int:
+    """Returns the bytes of a document's text, in UTF-8."""
     text = document.text
     return len(text) if isinstance(text, bytes) or text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 

@@ -62,7 +62,9 @@ class Engine:
         """Takes the pieces through all stages."""
         first, *rest = segments(stages)
         found = Curated()
-        found.runs = self._taken(found, "read", segment.over_pieces, self._over_pieces(pieces, [s for _, s in first]))
+        found.runs = self._taken(
+            found, "read", segment.over_pieces, self._over_pieces(pieces, [s for _, s in first], bool(stages))
+        )
         for part in rest:
             number, head = part[0]
             if isinstance(head, GlobalStage):
@@ -77,11 +79,13 @@ class Engine:
         records = self.flow.all(kind, function, tasks)
         return [run for record in records for run in found.take(record)]
 
-    def _over_pieces(self, pieces: Iterable[list[Part]], stages: list[Stage]) -> Iterator[Task]:
+    def _over_pieces(self, pieces: Iterable[list[Part]], stages: list[Stage], explained: bool) -> Iterator[Task]:
         entries, follows = [s.entry() for s in stages], [s.identity() for s in stages]
         for piece in pieces:
-            follows_from = key("read", self.identity, follows, self.run_bytes, [part.identity for part in piece])
-            yield Task(follows_from, {"piece": piece, "source": self.source, "stages": entries, "run_bytes": self.run_bytes})
+            told = [part.identity for part in piece]
+            follows_from = key("read", self.identity, follows, self.run_bytes, explained, told)
+            yield Task(follows_from, {"piece": piece, "source": self.source, "stages": entries, "run_bytes": self.run_bytes,
+                                      "explained": explained})  # fmt: skip
 
     def _over_runs(self, runs: list[Run], stages: list[Stage], number: int) -> Iterator[Task]:
         entries, follows = [s.entry() for s in stages], [s.identity() for s in stages]

@@ -18,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from heliostat.curation import registry, spill
-from heliostat.curation.chain import Chain, batches
+from heliostat.curation import registry, spill, tally
+from heliostat.curation.chain import Chain, batches, bytes_of
 from heliostat.curation.pieces import Part
 from heliostat.curation.stage import Document, Dropped
 from heliostat.storage import Location
@@ -32,7 +32,7 @@ LEFT_OUT = pa.schema(
     [("key", pa.uint64()), ("id", pa.string()), ("stage", pa.string()), ("reason", pa.string()), ("detail", pa.string()),
      ("measures", pa.string()), ("hash", pa.string())]
 )  # fmt: skip
-READ = "read"  # the stage at which reading leaves something out
+READ, FINISH = "read", "finish"  # the stages at which reading leaves something out, and what is asked of texts after the stages
 LEFT_OUT_ROWS = 100_000  # that are held before they are spilled
 EXAMPLES = 3  # ids that are told for each reason
 Entry = dict[str, Any]  # of a stage, as in a pipeline file
@@ -76,14 +76,31 @@ def survivors(
         yield spill.without(table, gone)
 
 
-def over_pieces(folder: Location, piece: list[Part], source: Source, stages: list[Entry], run_bytes: int) -> dict[str, Any]:
-    """Runs a segment over a piece of the input."""
-    return _run(folder, (d for part in piece for d in source.read(part)), source, stages, 0, run_bytes)
+def over_pieces(folder: Location, piece: list[Part], source: Source, stages: list[Entry], run_bytes: int,
+                explained: bool) -> dict[str, Any]:  # fmt: skip
+    """Runs a segment over a piece of the input; if `explained`, it also counts what was read."""
+    chain = Chain([registry.parse(entry) for entry in stages])
+    documents = (d for part in piece for d in source.read(part))
+    return _run(folder, counted(documents, chain.tally) if explained else documents, source, chain, run_bytes)
 
 
 def over_run(folder: Location, run: Run, source: Source, stages: list[Entry], first: int, run_bytes: int) -> dict[str, Any]:
     """Runs a segment over a run of the segment before, from stage `first` on."""
-    return _run(folder, _documents(folder, run), source, stages, first, run_bytes)
+    return _run(folder, _documents(folder, run), source, Chain([registry.parse(e) for e in stages], first), run_bytes)
+
+
+def counted(documents: Iterable[Document | Dropped], counts: tally.Tally) -> Iterator[Document | Dropped]:
+    """Counts documents as they are read."""
+    found = tally.entry(counts, READ)
+    for item in documents:
+        found["documents"] += 1
+        if isinstance(item, Dropped):
+            found["dropped"][item.reason] = found["dropped"].get(item.reason, 0) + 1
+        else:
+            found["kept"] += 1
+            found["kept_bytes"] += bytes_of(item)
+        yield item
+    found["bytes"] = found["kept_bytes"]  # of what was left out nobody knows them
 
 
 def _documents(folder: Location, run: Run) -> Iterator[Document]:
@@ -92,9 +109,9 @@ def _documents(folder: Location, run: Run) -> Iterator[Document]:
             yield Document(row["id"], row["text"], json.loads(row["columns"]) if row["columns"] else {})
 
 
-def _run(folder: Location, documents: Iterable[Document | Dropped], source: Source, stages: list[Entry], first: int,
+def _run(folder: Location, documents: Iterable[Document | Dropped], source: Source, chain: Chain,
          run_bytes: int) -> dict[str, Any]:  # fmt: skip
-    chain, out = Chain([registry.parse(entry) for entry in stages], first), Spiller(folder, run_bytes)
+    out = Spiller(folder, run_bytes)
     for batch, left_out in batches(documents):
         for item in left_out:
             out.leave_out(item.id, READ, item.reason, item.detail)
@@ -102,9 +119,11 @@ def _run(folder: Location, documents: Iterable[Document | Dropped], source: Sour
         for id, stage, reason, detail, measures in dropped:
             out.leave_out(id, stage, reason, detail, measures)
         for document in kept:
-            made = source.finish(document) if stages else document
+            made = source.finish(document) if chain.stages else document
             if isinstance(made, Dropped):
-                out.leave_out(made.id, READ, made.reason, made.detail)
+                found = tally.entry(chain.tally, FINISH)["dropped"]
+                found[made.reason] = found.get(made.reason, 0) + 1
+                out.leave_out(made.id, FINISH, made.reason, made.detail)
             else:
                 out.add(made)
     return out.record(chain.tally)
@@ -136,7 +155,7 @@ class Spiller:
     def leave_out(self, id: str, stage: str, reason: str, detail: str, measures: dict[str, float] | None = None) -> None:
         self.out.append({"key": key_of(id), "id": id, "stage": stage, "reason": reason, "detail": detail,
                          "measures": json.dumps(measures) if measures else None})  # fmt: skip
-        name = reason if stage == READ else f"{stage}: {reason}"
+        name = reason if stage in (READ, FINISH) else f"{stage}: {reason}"
         self.reasons[name] += 1
         self.examples[name] = heapq.nsmallest(EXAMPLES, [*self.examples.get(name, []), id])
         if len(self.out) >= LEFT_OUT_ROWS:

@@ -23,15 +23,20 @@ ALL = 1 << 64
 
 def write(folder: Location, table: pa.Table, order: tuple[str, ...] = ()) -> str:
     """Sorts a table by `key` (uint64), then by the columns of `order`, and writes it; returns the file's name in the folder."""
-    table = table.sort_by([(name, "ascending") for name in ("key", *order)])
-    sink = pa.BufferOutputStream()
-    rows = max(1, GROUP_BYTES * len(table) // max(1, table.nbytes))
-    pq.write_table(table, sink, compression="zstd", use_dictionary=False, write_statistics=["key"], row_group_size=rows)
-    data = sink.getvalue()
+    data = encode(table, order)
     digest = hashlib.sha256(data).hexdigest()
     name = f"{digest[:2]}/{digest[:32]}.parquet"
     folder.join(name).write(data)
     return name
+
+
+def encode(table: pa.Table, order: tuple[str, ...] = ()) -> bytes:
+    """Sorts a table by `key`, then by the columns of `order`, and returns it as a file whose ranges of keys can be read."""
+    table = table.sort_by([(name, "ascending") for name in ("key", *order)])
+    sink = pa.BufferOutputStream()
+    rows = max(1, GROUP_BYTES * len(table) // max(1, table.nbytes))
+    pq.write_table(table, sink, compression="zstd", use_dictionary=False, write_statistics=["key"], row_group_size=rows)
+    return sink.getvalue().to_pybytes()
 
 
 def read(folder: Location, name: str, low: int = 0, high: int = ALL, columns: list[str] | None = None) -> Iterator[pa.Table]:

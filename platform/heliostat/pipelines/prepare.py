@@ -96,8 +96,8 @@ class Pipeline(Strict):
     def begin_anew(self) -> None:
         """Forgets what an earlier run has left unfinished: `--force` was given."""
 
-    def finish(self) -> None:
-        """Removes what is of no use once the dataset is published."""
+    def finish(self, made: Manifest) -> None:
+        """Removes what is of no use once the dataset is published, and adds what its digest does not cover."""
 
 
 def place(uri: str) -> Location:
@@ -166,7 +166,7 @@ def prepare(path: Path, settings: list[str], force: bool = False) -> dict[str, A
     versions.publish(output, made)
     record = versions.mark(output, made, record) | {"made": wanted}
     versions.release(output, record)
-    pipeline.finish()
+    pipeline.finish(made)
     pruned = versions.prune(output, record, pipeline.keep_days * DAY_S)
     return _report(made, time.monotonic() - start, False, pruned)
 

@@ -85,7 +85,7 @@ class MinHash(GlobalStage):
                  "kept": sum(r.rows for r in after), "kept_bytes": sum(r.bytes for r in after)}  # fmt: skip
         part["seconds"] = sum(seconds for name, seconds in flow.seconds.items() if name.startswith(f"{kind}-"))
         part["dropped"] = {"near_duplicate": part["documents"] - part["kept"]} if part["documents"] > part["kept"] else {}
-        part["counts"] = {"clusters": sum(r["clusters"] for r in chosen), "rounds": rounds}
+        part["counts"] = {"clusters": sum(r["clusters"] for r in chosen)}
         part["largest"] = sorted((pair for r in chosen for pair in r["largest"]), key=lambda p: (-p[0], p[1]))[:LARGEST]
         return part
 

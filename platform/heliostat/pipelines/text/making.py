@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import logging
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from heliostat.curation import pieces, segment, spill
-from heliostat.curation.engine import Curated, Engine, groups
+from heliostat.curation import pieces, reasons, segment, spill
+from heliostat.curation.engine import Curated, Engine, groups, segments, summed
 from heliostat.curation.flow import Flow, Task
 from heliostat.curation.pieces import Part
 from heliostat.curation.stage import Stage
+from heliostat.curation.tally import label
 from heliostat.curation.work import key
 from heliostat.data import versions
 from heliostat.data.manifest import FILES, SHARDS
@@ -45,6 +47,8 @@ class Making:
     memory_limit: int
     shard_bytes: int
     chunk_tokens: int
+    seconds: dict[str, float] = field(default_factory=dict)
+    """CPU seconds of each stage, afterwards; of the work that earlier runs have done, too."""
 
     def run(self, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Writes everything but the manifest, and returns its rows and metadata."""
@@ -56,7 +60,9 @@ class Making:
         end = tokens.end_id(tokenizer, self.tokenizer["end_of_document"])
         beside = {"tokenizer.json": versions.store(self.output, f"{FILES}/tokenizer-", definition.encode(), ".json")}
         totals = Totals(tokenizer.get_vocab_size(), curated.reasons, curated.examples)
+        ends = list(curated.left_out)
         for record in self._shards(curated, definition, end):
+            ends += record["ends"]
             for shard in record["shards"]:
                 totals.add(shard)
         totals.log(self.stages)
@@ -74,7 +80,29 @@ class Making:
             **({"cuts": totals.cut} if totals.cut else {}),
             "bytes": totals.bytes,
             "unigram_entropy": tokens.entropy(totals.counts),
+            **(self._explained(curated, totals, sorted(ends)) if self.stages else {}),
         }
+
+    def _explained(self, curated: Curated, totals: Totals, ends: list[str]) -> dict[str, Any]:
+        """Writes the funnel and what became of each document; returns what the manifest says of them."""
+        total = summed(self.flow, sorted(curated.tallies))
+        shard = {"documents": totals.documents + totals.duplicates, "kept": totals.documents, "kept_bytes": totals.bytes,
+                 "bytes": curated.bytes, "dropped": {"duplicate": totals.duplicates} if totals.duplicates else {},
+                 "counts": {"tokens": int(totals.counts.sum())}}  # fmt: skip
+        told = reasons.explained(self.stages, total, shard)
+        funnel = json.dumps({name: json.loads(json.dumps(told[name], sort_keys=True)) for name in told}).encode()
+        rows = totals.documents + totals.duplicates + sum(totals.dropped.values())
+        shared, parts, output = {"names": self.flow.share(ends)}, reasons.parts(rows), self.output.uri
+        work = (Task(key("ends", ends, part, parts, output), {"part": part, "parts": parts, "output": output}, shared)
+                for part in range(parts))  # fmt: skip
+        written = self.flow.all("ends", reasons.write_ends, work, valid=lambda r: self.output.join(r["path"]).exists())
+        of_stages = {name: round(total[name]["seconds"], 3) for name in total if name not in (segment.READ, segment.FINISH)}
+        first = sum(of_stages.get(label(number, stage), 0.0) for number, stage in segments(self.stages)[0])
+        self.seconds = {segment.READ: round(max(0.0, self.flow.seconds.get("read", 0.0) - first), 3), **of_stages,
+                        "shard": round(self.flow.seconds.get("shards", 0.0), 3)}  # fmt: skip
+        path = versions.store(self.output, f"{FILES}/funnel-", funnel, ".json")
+        listed = [[r["begin"], r["path"]] for r in written]
+        return {"curation": {"funnel": path, "ends": listed}, "also": sorted({path, *(p for _, p in listed)})}
 
     def _pieces(self, inputs: list[InputFile]) -> Iterator[list[Part]]:
         """Cuts the input into pieces; of files that are read in ranges of lines, the lines before each are counted first."""
@@ -171,7 +199,7 @@ class Totals:
         if self.cut:
             log.info("documents longer than a chunk may be (chunk_tokens) are cut at %d places; no token is lost", self.cut)
         told = documents.REASONS | {
-            f"{i} {s.named()}: {r}": f"{s.named()}: {w}" for i, s in enumerate(stages) for r, w in s.reasons.items()
+            f"{label(i, s)}: {r}": f"{s.named()}: {w}" for i, s in enumerate(stages) for r, w in s.reasons.items()
         }
         for reason, count in sorted(self.dropped.items()):
             log.warning("dropped %d: %s, such as %s", count, told.get(reason, reason), sources.examples(self.examples[reason]))

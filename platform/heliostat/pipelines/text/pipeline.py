@@ -12,18 +12,20 @@ from their footers, unchecked.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pyarrow.fs import FileType
-from pydantic import BeforeValidator, ByteSize, Field, SerializeAsAny, model_validator
+from pydantic import BeforeValidator, ByteSize, Field, PrivateAttr, SerializeAsAny, model_validator
 
 from heliostat.config.schema import Strict
-from heliostat.curation import registry
+from heliostat.curation import reasons, registry
 from heliostat.curation.flow import Flow
 from heliostat.curation.stage import Stage
 from heliostat.curation.work import Work
+from heliostat.data.manifest import Manifest, kept_path
 from heliostat.errors import ConfigError
 from heliostat.pipelines.prepare import InputFile, Pipeline, place
 from heliostat.pipelines.text import documents, sources, tokens
@@ -57,6 +59,8 @@ class TokenizerConfig(Strict):
 
 class TextPipeline(Pipeline):
     """Defines the keys of a text pipeline's YAML; `input` is a file, folder, glob, s3:// prefix, or `python:stdlib`."""
+
+    _seconds: dict[str, float] = PrivateAttr(default_factory=dict)
 
     later = frozenset({"max_document_bytes", "max_file_bytes", "columns", "stages"})
     beside = frozenset({"work", "keep_work", "memory_limit"})
@@ -160,12 +164,16 @@ class TextPipeline(Pipeline):
         source = TextSource(self.input, self.rules)
         making = Making(flow, source, output, self.tokenizer.model_dump(), self.given, self.stages, self.memory_limit,
                         self.shard_bytes, self.chunk_tokens)  # fmt: skip
-        return making.run(inputs)
+        rows, meta = making.run(inputs)
+        self._seconds = making.seconds
+        return rows, meta
 
     def begin_anew(self) -> None:
         self.worked.clear()
 
-    def finish(self) -> None:
+    def finish(self, made: Manifest) -> None:
+        if self.stages:
+            made.location.join(kept_path(made.digest, reasons.SECONDS)).write(json.dumps(self._seconds).encode())
         if not self.keep_work:
             self.worked.clear()
 

@@ -27,6 +27,7 @@ from heliostat.pipelines.text import documents, sources, tokens
 from heliostat.storage import Location
 
 PREFIXES = 1 << 16  # the hash's first 16 bits, in which the tokenizer's sample is measured
+OF_READING = pa.array([segment.READ, segment.FINISH])
 LISTED = pa.schema([("id", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
 
 
@@ -220,9 +221,7 @@ def _ends(folder: Location, path: str, kept: dict[str, str], duplicates: list[pa
 
 def list_left_out(folder: Location, names: list[str], output: str) -> dict[str, Any]:
     """Writes the list of what reading left out: id, reason and detail, sorted by reason and id."""
-    tables = [
-        t.filter(pc.equal(t["stage"], segment.READ)).select(LISTED.names) for name in names for t in spill.read(folder, name)
-    ]
+    tables = [t.filter(pc.is_in(t["stage"], OF_READING)).select(LISTED.names) for name in names for t in spill.read(folder, name)]
     table = pa.concat_tables(tables).sort_by([("reason", "ascending"), ("id", "ascending")])
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
