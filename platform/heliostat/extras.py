@@ -15,6 +15,7 @@ from heliostat.errors import MissingExtraError
 MODULES = {
     "images": ("diffusers", "PIL", "sklearn"),
     "tune": ("optuna",),
+    "curate": ("rensa",),
     "server": ("psycopg", "flask_wtf"),
     "gcp": ("googleapiclient", "google_auth_httplib2"),
     "s3-test": ("moto",),
