@@ -1,9 +1,10 @@
 """Defines a curation stage: what happens to one document, as a schema of YAML keys and a function over a batch of documents.
 
 A stage sees documents alone, never each other (what compares documents is the engine's: deduplication), so that its result does
-not depend on the batch, the worker or the order. One stage is one file in `heliostat.curation.stages`. It subclasses `Stage`: its
-fields are the keys that a pipeline file may give, with the paper's values as defaults, and `open` returns the function that does
-the work, called once in each worker, where models and lists are loaded.
+not depend on the batch, the worker or the order. One stage is one file in `heliostat.curation.stages`, whose name is the stage's
+(`gopher_quality.py`: `{stage: gopher_quality}`). It subclasses `Stage`, once: its fields are the keys that a pipeline file may
+give, with the paper's values as defaults, and `open` returns the function that does the work, called once in each worker, where
+models and lists are loaded.
 """
 
 from __future__ import annotations
@@ -54,6 +55,15 @@ class Stage(Strict):
     """The measures that it decides by, and the fields that hold their thresholds."""
     version: ClassVar[int] = 1
     """Raised whenever the same keys give other documents: what was made by an earlier version is then made again."""
+
+    @classmethod
+    def named(cls) -> str:
+        """Returns the name that a pipeline file gives it: its file's."""
+        return cls.__module__.rpartition(".")[2]
+
+    def identity(self) -> dict[str, Any]:
+        """Returns all that its result follows from: name, version and keys. One whose key names a file puts the digest there."""
+        return {"stage": self.named(), "version": self.version, **self.model_dump(mode="json")}
 
     def check(self) -> None:
         """Checks what can be checked before anything starts, such as files that a key names; ConfigError if not."""
