@@ -43,6 +43,15 @@ class Outcome:
     counts: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Dropped:
+    """Names a document, or a file, that is left out, and why."""
+
+    id: str
+    reason: str
+    detail: str = ""
+
+
 Work = Callable[[list[Document]], list[Outcome]]
 
 
@@ -71,3 +80,7 @@ class Stage(Strict):
     def open(self) -> Work:
         """Loads what the stage needs and returns its function: as many outcomes as documents, in their order."""
         raise NotImplementedError
+
+
+class GlobalStage(Stage):
+    """Marks a stage that compares documents: it has no function of its own, the engine does its work between the others'."""
