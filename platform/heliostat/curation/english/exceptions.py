@@ -7,8 +7,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-_NOT = ["ai", "are", "ca", "could", "dare", "did", "does", "do", "had", "has", "have", "is", "may", "might", "must", "need", "ought", "sha", "should", "was", "were", "wo", "would"]
-_NOT_HAVE = set(["ca", "could", "did", "does", "do", "had", "may", "might", "must", "need", "ought", "sha", "should", "wo", "would"])
+_NOT = [
+    "ai",
+    "are",
+    "ca",
+    "could",
+    "dare",
+    "did",
+    "does",
+    "do",
+    "had",
+    "has",
+    "have",
+    "is",
+    "may",
+    "might",
+    "must",
+    "need",
+    "ought",
+    "sha",
+    "should",
+    "was",
+    "were",
+    "wo",
+    "would",
+]
+_NOT_HAVE = set(
+    ["ca", "could", "did", "does", "do", "had", "may", "might", "must", "need", "ought", "sha", "should", "wo", "would"]
+)
 _ENDINGS = {  # of which word: what may follow
     ("he", "she", "it"): ("d", "d ve", "ll", "ll ve", "s"),
     ("we", "you", "they"): ("d", "d ve", "ll", "ll ve", "re", "ve"),
@@ -29,7 +55,24 @@ _ABBREVIATIONS = """
     Sept. St. Tenn. Va. Wash. Wis. a.m. p.m. co. e.g. i.e. v.s. vs. ä. ö. ü. and/or w/o C++ <space> \\n \\t \\")
     'Cause 'Cos 'Coz 'Cuz 'S 'bout 'cause 'cos 'coz 'cuz 'd 'em 'll 'nuff 're 's em ll nuff Ma'am ma'am O'clock o'clock ' ''
 """
-_DROPPED_G = ["Doin", "Goin", "Havin", "Lovin", "Nothin", "Nuthin", "Ol", "Somethin", "doin", "goin", "havin", "lovin", "nothin", "nuthin", "ol", "somethin"]
+_DROPPED_G = [
+    "Doin",
+    "Goin",
+    "Havin",
+    "Lovin",
+    "Nothin",
+    "Nuthin",
+    "Ol",
+    "Somethin",
+    "doin",
+    "goin",
+    "havin",
+    "lovin",
+    "nothin",
+    "nuthin",
+    "ol",
+    "somethin",
+]
 _EMOTICONS = r"""
     (*_*) (-8 (-: (-; (-_-) (._.) (: (; (= (>_<) (^_^) (o: (¬_¬) (ಠ_ಠ) (╯°□°）╯︵┻━┻ )-: ): -_- -__- ._. 0.0 0.o 0_0 0_o 8) 8-) 8-D
     8D :'( :') :'-( :'-) :( :(( :((( :() :) :)) :))) :* :-( :-(( :-((( :-) :-)) :-))) :-* :-/ :-0 :-3 :-> :-D :-O :-P :-X :-]
