@@ -6,7 +6,7 @@ larger than a document may be is dropped, and reading goes on at the next that c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, BinaryIO
 
 from heliostat.curation.encodings import decode
@@ -65,7 +65,8 @@ def _records(path: str, stream: BinaryIO, limits: Limits, kind: str, make: Make)
     """Yields what `make` makes of the records of a kind. One is held back until it is seen that it ends where it says."""
     source, total, at = _Source(stream), 0, 0
     for _ in range(MOST_BREAKS):
-        held, declared, broken = None, -1, ""
+        held: Document | Dropped | None = None
+        declared, broken = -1, ""
         try:
             for record in _iterator(source):
                 at = record.stream_pos
@@ -89,7 +90,7 @@ def _records(path: str, stream: BinaryIO, limits: Limits, kind: str, make: Make)
             if e.errno is not None:  # the stream's own
                 raise
             broken = str(e).partition("\n")[0]
-            held = yield from _judged(path, source, at, declared, held, broken)
+            held, at = yield from _judged(path, source, at, declared, held, broken)
         if held is not None:
             yield held
         found = source.resume(at + 1) if broken else None
@@ -99,16 +100,18 @@ def _records(path: str, stream: BinaryIO, limits: Limits, kind: str, make: Make)
     yield Dropped(path, "corrupt", f"more than {MOST_BREAKS:,} broken places; what is behind byte {at:,} is not read")
 
 
-def _judged(path: str, source: _Source, at: int, declared: int, held: Document | Dropped | None, broken: str):
-    """Decides which record is broken, where something is: that which is held, or what is behind it; returns it."""
+def _judged(
+    path: str, source: _Source, at: int, declared: int, held: Document | Dropped | None, broken: str
+) -> Generator[Document | Dropped, None, tuple[Document | Dropped | None, int]]:
+    """Decides which record is broken, where something is: that which is held, or what is behind it; returns it, and its place."""
     if declared >= 0 and "decompression" in broken:
-        return held  # packed by itself and whole: what is behind it is told when it is read again
+        return held, at  # packed by itself and whole: what is behind it is told when it is read again
     end = source.end(at, declared) if declared >= 0 else None
     if end is None:
-        return Dropped(f"{path}#{at}", "corrupt", broken)
+        return Dropped(f"{path}#{at}", "corrupt", broken), at
     if held is not None:
         yield held
-    return Dropped(f"{path}#{end}", "corrupt", broken)
+    return Dropped(f"{path}#{end}", "corrupt", broken), end
 
 
 def _iterator(source: _Source) -> Iterator[Any]:
