@@ -1,5 +1,7 @@
-"""Runs one of datatrove's filters over a JSONL: a program of `curation_stages.py`, run by a Python that has `datatrove[processing,io]`
-and spaCy. Prints one JSON object: CPU seconds, and for each document the reason why it is dropped, or nothing."""
+"""Runs one of datatrove's filters over a JSONL: a program of `curation_stages.py`, run by a Python that has
+`datatrove[processing,io]` and spaCy. Prints one JSON object: CPU seconds, and for each document the reason why it is dropped,
+or nothing.
+"""
 
 from __future__ import annotations
 

@@ -3,8 +3,9 @@
     apt-get download python3.13-doc linux-doc-6.12 wordnet-base; dpkg-deb -x NAME.deb FOLDER
     python tests/benchmarks/curation_corpus.py FOLDER OUT.jsonl --megabytes 10
 
-Documents are the sources of documentation (.txt, .rst, plain or .gz), the main text of HTML pages, all text of HTML pages (with menus
-and footers), and glosses of WordNet, a hundred lines a document; files are taken in an order that their paths' hashes give.
+Documents are the sources of documentation (.txt, .rst, plain or .gz), the main text of HTML pages, all text of HTML pages (with
+menus and footers), and glosses of WordNet, a hundred lines a document; files are taken in an order that their paths' hashes
+give.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from resiliparse.parse.html import HTMLTree
 
 def documents(path: Path) -> Iterator[str]:
     name = path.name.removesuffix(".gz")
-    if not name.endswith((".txt", ".rst", ".html")) and not path.parent.name == "wordnet":
+    if not name.endswith((".txt", ".rst", ".html")) and path.parent.name != "wordnet":
         return
-    data = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
+    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     text = data.decode("utf-8", "replace")
     if name.endswith(".html"):
         tree = HTMLTree.parse(text)

@@ -71,7 +71,7 @@ class Index:
 
 
 def examples(path: str, data: bytes, fields: list[str]) -> Iterator[tuple[int, str]]:
-    """Yields the texts of an evaluation set with their numbers: of JSON lines, the fields (all strings, if none are named), joined
+    """Yields the numbered texts of an evaluation set: of JSON lines, the fields (all strings, if none is named), joined
     by line ends; of any other file, paragraphs. ConfigError if it cannot be read."""
     try:
         text = data.decode("utf-8-sig")

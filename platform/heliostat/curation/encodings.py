@@ -1,7 +1,9 @@
-"""Decodes pages by the rules of the standard (https://encoding.spec.whatwg.org, https://html.spec.whatwg.org, "encoding sniffing").
+"""Decodes pages by the rules of the standard (https://encoding.spec.whatwg.org, https://html.spec.whatwg.org, "encoding
+sniffing").
 
-A byte-order mark wins; then the `charset` of the Content-Type header; then what a `meta` element in the first 1,024 bytes says; then
-UTF-8 if the bytes are that; then what the bytes look like. Labels mean what browsers take them for (latin1 is windows-1252).
+A byte-order mark wins; then the `charset` of the Content-Type header; then what a `meta` element in the first 1,024 bytes says;
+then UTF-8 if the bytes are that; then what the bytes look like. Labels mean what browsers take them for (latin1 is
+windows-1252).
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Runs a function over one item after another in a process of its own, within a limit of processor time and memory for each.
 
-Parsers written in C cannot be interrupted, and may crash: what they do to their process then happens to one that is replaced, and
-the item is named. The limit is of processor time, so that a busy machine drops nothing else than an idle one; `WALL` times as much
-may pass on the clock. Requests and answers are framed bytes over a socket; nothing of the function's result is executed.
+Parsers written in C cannot be interrupted, and may crash: what they do to their process then happens to one that is replaced,
+and the item is named. The limit is of processor time, so that a busy machine drops nothing else than an idle one; `WALL` times
+as much may pass on the clock. Requests and answers are framed bytes over a socket; nothing of the function's result is
+executed.
 
     with Isolated("heliostat.curation.html:extractor", {"with": "resiliparse"}, seconds=10, megabytes=2048) as extract:
         about, text = extract({"content_type": None}, page)

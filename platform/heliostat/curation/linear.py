@@ -98,7 +98,7 @@ def train(good: Sequence[str], bad: Sequence[str], ngrams: int = 2, bits: int = 
     from scipy.sparse import csr_matrix
     from sklearn.linear_model import LogisticRegression
 
-    examples = {text: 1 for text in good} | {text: 0 for text in bad}
+    examples = dict.fromkeys(good, 1) | dict.fromkeys(bad, 0)
     both = len(set(good) & set(bad))
     if both:
         raise ConfigError(f"{both:,} documents are examples of both kinds; take them out of one")

@@ -1,40 +1,15 @@
 """Lists the strings of English that are split otherwise than by the rules: contractions, abbreviations, hours, emoticons.
 
-They are what spaCy's English tokenizer makes of them, so that a count of words is the one that published thresholds were set with.
+They are what spaCy's English tokenizer makes of them, so that a count of words is the one that published thresholds were set
+with.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-_NOT = [
-    "ai",
-    "are",
-    "ca",
-    "could",
-    "dare",
-    "did",
-    "does",
-    "do",
-    "had",
-    "has",
-    "have",
-    "is",
-    "may",
-    "might",
-    "must",
-    "need",
-    "ought",
-    "sha",
-    "should",
-    "was",
-    "were",
-    "wo",
-    "would",
-]
-_NOT_HAVE = set(
-    ["ca", "could", "did", "does", "do", "had", "may", "might", "must", "need", "ought", "sha", "should", "wo", "would"]
-)
+_NOT = "ai are ca could dare did does do had has have is may might must need ought sha should was were wo would"
+_NOT_HAVE = "ca could did does do had may might must need ought sha should wo would"
 _ENDINGS = {  # of which word: what may follow
     ("he", "she", "it"): ("d", "d ve", "ll", "ll ve", "s"),
     ("we", "you", "they"): ("d", "d ve", "ll", "ll ve", "re", "ve"),
@@ -55,27 +30,10 @@ _ABBREVIATIONS = """
     Sept. St. Tenn. Va. Wash. Wis. a.m. p.m. co. e.g. i.e. v.s. vs. ä. ö. ü. and/or w/o C++ <space> \\n \\t \\")
     'Cause 'Cos 'Coz 'Cuz 'S 'bout 'cause 'cos 'coz 'cuz 'd 'em 'll 'nuff 're 's em ll nuff Ma'am ma'am O'clock o'clock ' ''
 """
-_DROPPED_G = [
-    "Doin",
-    "Goin",
-    "Havin",
-    "Lovin",
-    "Nothin",
-    "Nuthin",
-    "Ol",
-    "Somethin",
-    "doin",
-    "goin",
-    "havin",
-    "lovin",
-    "nothin",
-    "nuthin",
-    "ol",
-    "somethin",
-]
+_DROPPED_G = "Doin Goin Havin Lovin Nothin Nuthin Ol Somethin doin goin havin lovin nothin nuthin ol somethin"
 _EMOTICONS = r"""
-    (*_*) (-8 (-: (-; (-_-) (._.) (: (; (= (>_<) (^_^) (o: (¬_¬) (ಠ_ಠ) (╯°□°）╯︵┻━┻ )-: ): -_- -__- ._. 0.0 0.o 0_0 0_o 8) 8-) 8-D
-    8D :'( :') :'-( :'-) :( :(( :((( :() :) :)) :))) :* :-( :-(( :-((( :-) :-)) :-))) :-* :-/ :-0 :-3 :-> :-D :-O :-P :-X :-]
+    (*_*) (-8 (-: (-; (-_-) (._.) (: (; (= (>_<) (^_^) (o: (¬_¬) (ಠ_ಠ) (╯°□°）╯︵┻━┻ )-: ): -_- -__- ._. 0.0 0.o 0_0 0_o 8) 8-)
+    8-D 8D :'( :') :'-( :'-) :( :(( :((( :() :) :)) :))) :* :-( :-(( :-((( :-) :-)) :-))) :-* :-/ :-0 :-3 :-> :-D :-O :-P :-X :-]
     :-o :-p :-x :-| :-} :/ :0 :1 :3 :> :D :O :P :X :] :o :o) :p :x :| :} ;) ;-) ;-D ;D ;_; <.< </3 <3 <33 <333 =( =) =/ =3 =D =[
     =] =| >.< >.> >:( >:o ><(((*> @_@ O.O O.o O_O O_o V.V V_V XD XDD [-: [: [= ]= ^_^ ^__^ ^___^ o.0 o.O o.o o_0 o_O o_o v.v v_v
     xD xDD ¯\(ツ)/¯ ಠ_ಠ ಠ︵ಠ
@@ -86,7 +44,7 @@ def _contractions() -> Iterator[tuple[str, str]]:
     """Yields contractions in small letters, and what they are split into at the spaces."""
     yield from _ODD.items()
     yield from _ODD_PLAIN.items()
-    found = [(verb, "nt", "n't") for verb in _NOT] + [(verb, "nt ve", "n't 've") for verb in _NOT if verb in _NOT_HAVE]
+    found = [(verb, "nt", "n't") for verb in _NOT.split()] + [(verb, "nt ve", "n't 've") for verb in _NOT_HAVE.split()]
     for words, endings in _ENDINGS.items():
         found += [(word, end, " ".join(f"'{part}" for part in end.split())) for word in words for end in endings]
     for word, plain, marked in found:
@@ -102,7 +60,7 @@ def _all() -> Iterator[tuple[str, str]]:
             yield whole[0].upper() + whole[1:], split[0].upper() + split[1:]
     yield from ((word, word) for word in (_ABBREVIATIONS + _EMOTICONS).split())
     yield from ((f"{letter}.", f"{letter}.") for letter in "abcdefghijklmnopqrstuvwxyz")
-    yield from ((word + mark, word + mark) for word in _DROPPED_G for mark in ("", "'"))
+    yield from ((word + mark, word + mark) for word in _DROPPED_G.split() for mark in ("", "'"))
     yield from ((f"{hour}{half}", f"{hour} {half}") for hour in range(1, 13) for half in ("am", "pm", "a.m.", "p.m."))
     yield from ((f"°{scale}.", f"° {scale} .") for scale in "CFKcfk")
     yield from ((mark, mark) for mark in ("—", "‘S", "‘s"))

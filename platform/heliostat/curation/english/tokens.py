@@ -1,9 +1,9 @@
 """Splits what stands between white space into words, by the rules of spaCy's blank English pipeline.
 
-What is split off first are marks before and behind, one at a time, then units behind numbers; a URL stays whole; the rest is split at
-hyphens, commas, slashes and the like between letters. Exceptions win wherever they appear. The rules follow the documented
-algorithm (https://spacy.io/usage/linguistic-features#how-tokenizer-works). Time is linear: a string of more than `LONGEST`
-characters is one word, as no word is that long.
+What is split off first are marks before and behind, one at a time, then units behind numbers; a URL stays whole; the rest is
+split at hyphens, commas, slashes and the like between letters. Exceptions win wherever they appear. The rules follow the
+documented algorithm (https://spacy.io/usage/linguistic-features#how-tokenizer-works). Time is linear: a string of more than
+`LONGEST` characters is one word, as no word is that long.
 """
 
 from __future__ import annotations
@@ -16,114 +16,37 @@ LONGEST = 2000  # characters of a string that is split at all
 _QUOTES = "'\"”“`‘´’‚,„»«「」『』（）〔〕【】《》〈〉〈〉⟦⟧"
 _MARKS = "…,:;!?¿؟¡()[]{}<>_#*&。？！，、；：～·।،۔؛٪"
 _MONEY = "$£€¥฿₽﷼₴₠₡₢₣₤₥₦₧₨₩₪₫₭₮₯₰₱₲₳₵₶₷₸₹₺₻₼₾₿"
+_QUOTE, _ANY_MARK = (regex.escape(marks, special_only=False) for marks in (_QUOTES, _MARKS + _QUOTES))
 # letters of the scripts that the rules know, with and without case; the symbols that are drawings
-_CASELESS = r"\p{Bengali}\p{Hebrew}\p{Arabic}\p{Sinhala}\p{Devanagari}\p{Kannada}\p{Tamil}\p{Telugu}\p{Hangul}\p{Hiragana}\p{Katakana}ー\p{Han}\p{Ethiopic}"
+_SCRIPTS = "Bengali Hebrew Arabic Sinhala Devanagari Kannada Tamil Telugu Hangul Hiragana Katakana Han Ethiopic"
+_CASELESS = "".join(rf"\p{{{script}}}" for script in _SCRIPTS.split()) + "ー"
 _CASED = r"\p{Latin}\p{Greek}\p{Cyrillic}"
 _LOWER = rf"[[{_CASED}]&&\p{{Ll}}]{_CASELESS}"
 _UPPER = rf"[[{_CASED}]&&\p{{Lu}}]{_CASELESS}"
 _LETTER = rf"[[{_CASED}]&&\p{{L}}]{_CASELESS}"
-_UNITS = [
-    "km",
-    "km²",
-    "km³",
-    "m",
-    "m²",
-    "m³",
-    "dm",
-    "dm²",
-    "dm³",
-    "cm",
-    "cm²",
-    "cm³",
-    "mm",
-    "mm²",
-    "mm³",
-    "ha",
-    "µm",
-    "nm",
-    "yd",
-    "in",
-    "ft",
-    "kg",
-    "g",
-    "mg",
-    "µg",
-    "t",
-    "lb",
-    "oz",
-    "m/s",
-    "km/h",
-    "kmh",
-    "mph",
-    "hPa",
-    "Pa",
-    "mbar",
-    "mb",
-    "MB",
-    "kb",
-    "KB",
-    "gb",
-    "GB",
-    "tb",
-    "TB",
-    "T",
-    "G",
-    "M",
-    "K",
-    "%",
-    "км",
-    "км²",
-    "км³",
-    "м",
-    "м²",
-    "м³",
-    "дм",
-    "дм²",
-    "дм³",
-    "см",
-    "см²",
-    "см³",
-    "мм",
-    "мм²",
-    "мм³",
-    "нм",
-    "кг",
-    "г",
-    "мг",
-    "м/с",
-    "км/ч",
-    "кПа",
-    "Па",
-    "мбар",
-    "Кб",
-    "КБ",
-    "кб",
-    "Мб",
-    "МБ",
-    "мб",
-    "Гб",
-    "ГБ",
-    "гб",
-    "Тб",
-    "ТБ",
-]
+_UNITS = """
+    km km² km³ m m² m³ dm dm² dm³ cm cm² cm³ mm mm² mm³ ha µm nm yd in ft kg g mg µg t lb oz m/s km/h kmh mph hPa Pa mbar mb
+    MB kb KB gb GB tb TB T G M K % км км² км³ м м² м³ дм дм² дм³ см см² см³ мм мм² мм³ нм кг г мг м/с км/ч кПа Па мбар Кб КБ
+    кб Мб МБ мб Гб ГБ гб Тб ТБ
+"""
 
 _PREFIX = regex.compile(
-    rf"\.\.+|(?:US|C|A)\$|\+(?![0-9])|[§%=—–]|[{regex.escape(_MARKS + _QUOTES + _MONEY, special_only=False)}]|\p{{So}}"
+    rf"\.\.+|(?:US|C|A)\$|\+(?![0-9])|[§%=—–]|[{_ANY_MARK}{regex.escape(_MONEY, special_only=False)}]|\p{{So}}"
 )
 _SINGLE = frozenset(_MARKS + _QUOTES + "—–")
 _SYMBOL = regex.compile(r"\p{So}")
 # what stands behind a number: a unit or money; looked for in the last characters only
 _MEASURE = regex.compile(
-    rf"(?<=[0-9])(?:{'|'.join(sorted(map(regex.escape, _UNITS), key=len, reverse=True))}|(?:US|C|A)\$|[{regex.escape(_MONEY)}]|\+)\Z"
+    rf"(?<=[0-9])(?:{'|'.join(sorted(map(regex.escape, _UNITS.split()), key=len, reverse=True))}"
+    rf"|(?:US|C|A)\$|[{regex.escape(_MONEY)}]|\+)\Z"
 )
 _FULL_STOP = regex.compile(
-    rf"(?:(?<=°[FfCcKk])|(?<=[0-9{_LOWER}%²+\-|{regex.escape(_MARKS + _QUOTES, special_only=False)}])|(?<=[{_UPPER}][{_UPPER}]))\.\Z",
+    rf"(?:(?<=°[FfCcKk])|(?<=[0-9{_LOWER}%²+\-|{_ANY_MARK}])|(?<=[{_UPPER}][{_UPPER}]))\.\Z",
     regex.V1,
 )
 _INFIX = regex.compile(
     r"\.\.+|…|\p{So}|(?<=[0-9])[+\-*^](?=[0-9-])"
-    rf"|(?<=[{_LOWER}{regex.escape(_QUOTES, special_only=False)}])\.(?=[{_UPPER}{regex.escape(_QUOTES, special_only=False)}])"
+    rf"|(?<=[{_LOWER}{_QUOTE}])\.(?=[{_UPPER}{_QUOTE}])"
     rf"|(?<=[{_LETTER}]),(?=[{_LETTER}])|(?<=[{_LETTER}0-9])(?:---?|——|[-–—~])(?=[{_LETTER}])"
     rf"|(?<=[{_LETTER}0-9])[:<>=/](?=[{_LETTER}])",
     regex.V1,
@@ -148,7 +71,7 @@ def tokens(text: str) -> tuple[str, ...]:
 
 
 def _split(text: str, known: dict[str, tuple[str, ...]]) -> list[str]:
-    """Strips marks from both ends, each a word of its own, until an exception or nothing more is found; then splits the middle."""
+    """Strips marks from both ends, each a word of its own, until nothing more or an exception is left; splits the rest."""
     before, behind = list[str](), list[str]()
     while text and text not in known:
         size, first, last = len(text), _prefix(text), 0

@@ -1,7 +1,7 @@
 """Turns texts into the numbers of their words, with what the filters ask of each word kept in tables.
 
-What stands between white space is split once and remembered, because a text's words are mostly those of the texts before: a document
-then costs a look-up a word. The memory is bounded: it is emptied when it holds much, which changes no result.
+What stands between white space is split once and remembered, because a text's words are mostly those of the texts before: a
+document then costs a look-up a word. The memory is bounded: it is emptied when it holds much, which changes no result.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MOST_WORDS, MOST_CHARS = 1 << 20, 1 << 25  # that are remembered before a text i
 RECENT_TEXTS, RECENT_CHARS = 256, 1 << 22  # whose words the next stages are likely to ask for
 # what ends a sentence, in any script (Unicode's Sentence_Terminal)
 TERMINALS = frozenset(regex.findall(r"\p{Sentence_Terminal}", "".join(map(chr, range(0x20000)))))
-# What CCNet (Wenzek et al. 2019, arXiv 1911.00359) takes for punctuation, and control characters: a word of nothing else is a symbol.
+# What CCNet (Wenzek et al. 2019, arXiv 1911.00359) takes for punctuation; a word of nothing else is a symbol
 _SYMBOLS = TERMINALS | frozenset(
     "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~«´»–—’“”„…∶━►、。〈〉《》「」【】！％（），．１：；？～"
     + "".join(map(chr, (*range(9), *range(11, 32), *range(127, 160))))

@@ -50,7 +50,7 @@ def read(path: str, stream: BinaryIO, limits: Limits) -> Iterator[Document | Dro
         yield Dropped(path, "unknown_kind", f"its name ends in none of {', '.join(READERS)}")
         return
     try:
-        if READERS[suffix] in (warc.responses, warc.texts, warc.metadata) and codec_of(path) in (None, "gz", "zst"):
+        if READERS[suffix] in (warc.responses, warc.texts, warc.metadata) and codec_of(path) == "gz":
             yield from READERS[suffix](path, stream, limits)  # packed record by record
         else:
             yield from READERS[suffix](path, unpacked(path, stream, limits), limits)

@@ -118,7 +118,9 @@ def arrow(path: str, stream: BinaryIO, limits: Limits) -> Iterator[Document | Dr
                 for values in batch.slice(start, ROWS).to_pylist():
                     row += 1
                     yield record(f"{path}#{row}", values, limits)
-    except (pa.ArrowException, ValueError, MemoryError) as e:
+    except (pa.ArrowException, ValueError, MemoryError, OSError) as e:
+        if isinstance(e, OSError) and e.errno is not None:  # the stream's own
+            raise
         yield Dropped(path, "corrupt", f"behind row {row:,}: {str(e).partition(chr(10))[0]}")
 
 

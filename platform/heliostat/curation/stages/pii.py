@@ -1,9 +1,9 @@
 """Masks personal data, or drops documents that hold it: e-mail, public IP addresses, phone, card and account numbers.
 
-Card numbers are held to Luhn's checksum, accounts (IBAN) to ISO 7064's, phone numbers to Google's libphonenumber, IP addresses to
-the public ranges. FineWeb (Penedo et al. 2024, arXiv 2406.17557) masks e-mail and public IP addresses, which is the default; the others
-by `kinds`. Names and street addresses are not looked for: no model for them comes with its weights. A mask holds nothing that would be
-masked again. Numbers of phones without + and country are looked for in `region` only.
+Card numbers are held to Luhn's checksum, accounts (IBAN) to ISO 7064's, phone numbers to Google's libphonenumber, IP addresses
+to the public ranges. FineWeb (Penedo et al. 2024, arXiv 2406.17557) masks e-mail and public IP addresses, which is the default;
+the others by `kinds`. Names and street addresses are not looked for: no model for them comes with its weights. A mask holds
+nothing that would be masked again. Numbers of phones without + and country are looked for in `region` only.
 """
 
 from __future__ import annotations

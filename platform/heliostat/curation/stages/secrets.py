@@ -1,9 +1,11 @@
-"""Masks secrets in code, or drops files that hold them, as StarCoder does (Li et al. 2023, arXiv 2305.06161): detect-secrets' detectors.
+"""Masks secrets in code, or drops files that hold them, as StarCoder does (Li et al. 2023, arXiv 2305.06161): detect-secrets'
+detectors.
 
-Tokens of clouds and services, private keys, passwords in URLs and JSON web tokens are found by their form. By default all detectors of
-a form are used; those of high entropy and of words such as "password" find much that is none, and are asked for by name
-(`HexHighEntropyString`, `Base64HighEntropyString`, `KeywordDetector`). A line is looked at if it has a run of 16 characters that a
-secret can be of, or one of the marks of shorter ones. Lines of more than 4,096 characters are looked at in pieces.
+Tokens of clouds and services, private keys, passwords in URLs and JSON web tokens are found by their form. By default all
+detectors of a form are used; those of high entropy and of words such as "password" find much that is none, and are asked for by
+name (`HexHighEntropyString`, `Base64HighEntropyString`, `KeywordDetector`). A line is looked at if it has a run of 16
+characters that a secret can be of, or one of the marks of shorter ones. Lines of more than 4,096 characters are looked at in
+pieces.
 """
 
 from __future__ import annotations
