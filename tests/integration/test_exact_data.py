@@ -11,7 +11,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from heliostat.checkpoint import saver
+from heliostat.checkpoint import layout
 from heliostat.data import manifest
 from heliostat.data.index import index
 from heliostat.errors import ConfigError, DataError, HeliostatError
@@ -42,7 +42,7 @@ def train_and_kill(path: Path, after: int, options: list[str]) -> None:
 
     def killer() -> None:
         deadline = time.monotonic() + 150
-        while not any(s >= after and complete(folder, s) for s in saver.steps(folder)):
+        while not any(s >= after and complete(folder, s) for s in layout.steps(folder)):
             if time.monotonic() > deadline:
                 return
             time.sleep(0.02)
@@ -59,7 +59,7 @@ def train_and_kill(path: Path, after: int, options: list[str]) -> None:
 
 
 def complete(folder: Location, step: int) -> bool:
-    return saver.folder(folder, step).join(saver.INDEX).exists()
+    return layout.folder(folder, step).join(layout.INDEX).exists()
 
 
 def test_a_run_killed_and_resized_again_and_again_trains_on_the_same_samples(job_file, tracking, unbroken):

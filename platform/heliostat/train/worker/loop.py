@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 
 from heliostat import run_folder
+from heliostat.checkpoint import agreement
 from heliostat.checkpoint import saver as checkpoint
-from heliostat.checkpoint.agreement import merged
 from heliostat.config.spec import Job
 from heliostat.data import content, receipt, stream
 from heliostat.data.dataset import DataPlan, open_dataset
@@ -383,15 +383,17 @@ class Worker:
     def _seal_receipt(self, done: int) -> None:
         """Gathers the digests of the steps since the last receipt on rank 0, which chains them and writes the receipt."""
         mine = np.array(self._lane_digests, dtype=np.int64)
-        parts = merged(self.control, lambda: [mine], operator.add)
-        if parts:
-            digests = receipt.step_digests(receipt.in_lane_order(parts))
-            self.chain = receipt.extend(self.chain, digests)
+        parts = agreement.merged(self.control, lambda: [mine], operator.add)  # on rank 0
+
+        def seal() -> str:
+            digests = receipt.step_digests(receipt.in_lane_order(parts or []))
+            chain = receipt.extend(self.chain, digests)
             self.fence.check()
-            run_folder.receipt(self.run_folder, done).write(
-                receipt.seal(done - len(digests), digests, self.chain, self.plan.digest)
-            )
+            run_folder.receipt(self.run_folder, done).write(receipt.seal(done - len(digests), digests, chain, self.plan.digest))
             local_curves.write(self.run_folder, done, self._told)
+            return chain
+
+        self.chain = agreement.first(self.control, seal)
         self._lane_digests, self._told = [], []
         self.run_bad_samples = quarantine.collect(self.run_folder, done, self._bad, self.bad_samples, self.dataset, self.control)
         self._bad = []
