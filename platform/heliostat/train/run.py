@@ -303,7 +303,7 @@ class _Run:
         count = self.counts[0]
         if len(self.counts) > 1:
             nodes.ask_for(self.job.workers, max(self.counts))
-            count = choose(self.counts, nodes.room_now(self.job, pool.held()))
+            count = choose(self.counts, nodes.room_now(self.job, pool.held(), pool.avoided()))
         self.lease.fence.check()
         segments.begin(self.job.run_folder, self.plan, self.start_step)
         owner.post(AttemptStarted(start_step=self.start_step, workers=count, nodes=nodes.inventory()))

@@ -97,6 +97,7 @@ class Attempt:
             return self._run()
         finally:
             stream.end(self._parts)
+            ray.kill(self._mailbox)
 
     def _run(self) -> dict[str, Any]:
         outcome: dict[str, Any] = {}
@@ -175,7 +176,7 @@ class Attempt:
                 return
             self._order(INTERRUPTED, f"{self.signals.name}: stopping behind a checkpoint; once more stops at once")
         held = Counter(p["node"] for p in self._heartbeats.values())
-        if self.pool.waiting.is_set():
+        if self.pool.waiting:
             self._say(self._placing.told())
         if self._phase == "data" and not self._starved:
             self._starved = self._say(self._too_little_to_read(held))
@@ -184,7 +185,7 @@ class Attempt:
                 self._order(PREEMPTED, f"{len(gone)} of the run's nodes are about to go: stopping behind a checkpoint")
             elif not self._ordered and now >= self._grow_at and self.job.workers.most < max(self.start.counts):
                 self._grow_at = now + GROW_S
-                better = choose(self.start.counts, nodes.room_now(self.job, self.pool.held()))
+                better = choose(self.start.counts, nodes.room_now(self.job, self.pool.held(), self.pool.avoided()))
                 if better > self.job.workers.most:
                     self._order(RESIZE, f"there is room for {better} workers: growing behind the next checkpoint")
         if self._stop_by and now > self._stop_by:
@@ -262,8 +263,9 @@ class Attempt:
                 self.pool.drop(member)
         if members[0].slot in summaries:
             return summaries[members[0].slot]
-        unavailable = [m.node for m in members if isinstance(failures.get(m.slot), ray.exceptions.ActorUnavailableError)]
-        nodes.until_gone(unavailable, SETTLE_S)
+        here = ray.get_runtime_context().get_node_id()
+        silent = [m for m in members if isinstance(failures.get(m.slot), ray.exceptions.ActorUnavailableError)]
+        self.pool.avoid(m.node for m in silent if m.node != here)
         raise explain(list(failures.values()))  # the first is the cause of the others
 
     def _gather(self, working: dict[Any, Member]) -> tuple[dict[Any, dict[str, Any]], dict[Any, Exception]]:
