@@ -37,9 +37,11 @@ from heliostat.text import brief
 from heliostat.train import mailbox
 from heliostat.train.driver import rendezvous, stack_dumps
 from heliostat.train.driver.failures import explain, survived
+from heliostat.train.driver.memory import Memory
 from heliostat.train.driver.pool import Member, Pool
 from heliostat.train.driver.recovery import choose, stalled
 from heliostat.train.driver.signals import Signals
+from heliostat.train.memory_keeper import Source
 from heliostat.train.pauses import PausePoints
 from heliostat.train.stop_codes import INTERRUPTED, PREEMPTED, RESIZE
 
@@ -64,6 +66,8 @@ class Start:
     manifests: list[Manifest]
     step: int
     fence: Fence
+    memory: Memory
+    source: Source | None = None  # the copies in memory that it starts from; the checkpoint of `step` if there are none
     pauses: PausePoints = field(default_factory=PausePoints)
 
 
@@ -252,9 +256,10 @@ class Attempt:
         try:
             members = self.pool.take(self.job.workers.most, patient=len(self.start.counts) == 1)
             places = rendezvous.places(members)
+            copies = self.start.memory.plan(members, self.start.source)
         except ray.exceptions.RayError as e:
             raise TrainingError(f"the workers could not be brought together: {type(e).__name__}: {brief(e)}") from e
-        config = self._config()
+        config = self._config() | {"memory": copies}
         working = {member.actor.run.remote(place, config): member for member, place in zip(members, places, strict=True)}
         summaries, failures = self._gather(working)
         for member in members:

@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from heliostat import run_folder
 from heliostat.checkpoint import saver as checkpoint
+from heliostat.checkpoint.agreement import together
 from heliostat.config.spec import Job
 from heliostat.data import content, receipt, stream
 from heliostat.data.dataset import DataPlan, open_dataset
@@ -36,10 +37,11 @@ from heliostat.recipes.loading import load as load_recipe
 from heliostat.recipes.protocol import Batch, Draws
 from heliostat.storage import Location
 from heliostat.track import local_curves
+from heliostat.train.memory_keeper import Source
 from heliostat.train.stop_codes import FAILED, RESIZE, RUN
 from heliostat.train.time_ledger import Ledger, peak_flops
 from heliostat.train.worker import bad_samples as quarantine
-from heliostat.train.worker import deepspeed_engine, zero_state
+from heliostat.train.worker import deepspeed_engine, memory_copies, zero_state
 from heliostat.train.worker import gallery as pictures
 from heliostat.train.worker import loss_scale as lossscale
 from heliostat.train.worker.ema import Ema
@@ -47,6 +49,7 @@ from heliostat.train.worker.evaluation import HeldOut
 from heliostat.train.worker.heartbeat import Heartbeat, StopConsensus
 from heliostat.train.worker.loss_spikes import Detector
 from heliostat.train.worker.lr_schedule import factor
+from heliostat.train.worker.memory_copies import MemoryCopies
 from heliostat.train.worker.node_metrics import NodeMonitor
 from heliostat.train.worker.objective import Objective
 
@@ -61,7 +64,8 @@ class Worker:
         """Builds the engine, in the process group of the attempt, and loads the checkpoint to start from.
 
         `config`: job, plan (plain data), start_step, pauses (steps), fence (of the driver's lease), mailbox (actor), run_folder,
-        parts (of the stream, one a worker), queued_s (how long the workers' resources were waited for).
+        parts (of the stream, one a worker), queued_s (how long the workers' resources were waited for), memory (the plan of the
+        copies in memory, if the job wants any).
         """
         self.job = Job.model_validate(config["job"])
         self.plan = DataPlan.parse(config["plan"])
@@ -72,6 +76,7 @@ class Worker:
         self.ledger = Ledger("starting")
         self.heartbeat = Heartbeat(self.mailbox, self.rank, self.world)
         self.monitor = NodeMonitor(self.mailbox, ray.util.get_node_ip_address(), _nodes()) if _first_of_node() else None
+        self.memory: MemoryCopies | None = None
         try:
             self._build(config)
         except BaseException:
@@ -84,6 +89,8 @@ class Worker:
         # which waits for the slowest worker's upload; the watchdog sees whether that gets on
         self.control, saving = dist.new_group(backend="gloo"), dist.new_group(backend="gloo", timeout=SAVING)
         self.consensus = StopConsensus(dist.new_group(backend="gloo"))
+        plan, limit = config["memory"], self.job.checkpoint.memory_limit
+        self.memory = MemoryCopies(plan, limit, self.rank, self.world, self._notice_of_any) if plan else None
         self.fence: Fence = config["fence"]
         self.saver = checkpoint.Saver(self.run_folder, self.job.checkpoint, saving, self.fence, self._progressed)
 
@@ -98,6 +105,8 @@ class Worker:
         self.engine = deepspeed_engine.build_engine(self.job, self.recipe)
         zero_state.init_optimizer_state(self.engine)
         self.saver.attach(zero_state.inner_optimizer(self.engine))
+        if self.memory:
+            self.memory.attach(zero_state.inner_optimizer(self.engine))
         self.ema = Ema(self.engine, self.job.train.ema.decay) if self.job.train.ema else None
         self.device = self.engine.device
         self.objective = Objective(self.recipe)
@@ -105,9 +114,13 @@ class Worker:
         self.chain = receipt.GENESIS
         self.skipped = 0  # steps of the run that changed no weight, because fp16 gradients overflowed
         self.bad_samples = 0  # replaced so far in the run, on this worker; what earlier attempts replaced is rank 0's
+        self._step_digests: list[str] = []  # since the last receipt, of steps that an earlier attempt made
+        self._lane_digests: list[list[int]] = []  # since then, of this attempt's
+        self._bad: list[dict[str, Any]] = []
+        self._told: list[Event] = []  # events of steps and scores since the last checkpoint
         if self.start_step:
             self._phase("restore")
-            self._restore()
+            self._restore_from_memory(plan.source) if plan and plan.source else self._restore()
         self.held_out = HeldOut(self.job, self.dataset, self.recipe, self.rank, self.world) if self.job.evaluate else None
         self.gallery = self.recipe.gallery() if self.job.evaluate and isinstance(self.recipe, Draws) else None
         self.scores: dict[str, float] = {}
@@ -116,9 +129,6 @@ class Worker:
         self._losses: list[torch.Tensor] = []
         self._added: list[torch.Tensor] = []  # what is in the objective beside each loss
         self._norms: list[float] = []
-        self._lane_digests: list[list[int]] = []
-        self._bad: list[dict[str, Any]] = []
-        self._told: list[Event] = []  # events of steps and scores since the last checkpoint
 
     # one run ---------------------------------------------------------------------------------------------------------
 
@@ -133,6 +143,8 @@ class Worker:
         self.heartbeat.end()
         if self.monitor:
             self.monitor.end()
+        if self.memory:
+            self.memory.end()
 
     def _run(self) -> dict[str, Any]:
         job = self.job
@@ -147,7 +159,7 @@ class Worker:
                 self.ledger.switch("compiling" if job.train.compile else "computing")
                 self._phase("step")
                 since = time.perf_counter()
-            blocked = self.saver.blocked_s
+            blocked = self._blocked_s()
             self.consensus.ask(FAILED if self.saver.failed else self.heartbeat.stop)
             self._step(step, mine)
             self.heartbeat.progress += 1
@@ -156,7 +168,7 @@ class Worker:
                 self.saver.wait()  # raises on every worker
             if stop == RESIZE and (step + 1) % job.checkpoint.every:
                 stop = RUN  # nobody is in a hurry: behind the next checkpoint
-            self.ledger.move("computing", "checkpoint", self.saver.blocked_s - blocked)
+            self.ledger.move("computing", "checkpoint", self._blocked_s() - blocked)
             if job.train.compile and step <= self.start_step + 1:
                 self.ledger.compiled(first=step == self.start_step)
             done = step + 1
@@ -165,8 +177,12 @@ class Worker:
             last = done == job.last_step
             holds = done in self.pauses and not last
             saves = last or stop != RUN or holds or done % job.checkpoint.every == 0
+            keeps = self.memory is not None and not last and (saves or done % (job.checkpoint.memory_every or 1) == 0)
+            if self.memory and keeps:
+                with self.ledger("checkpoint"):  # before the report, behind which all copies up to here have arrived
+                    self.memory.wait()
             # before a save, too: a run that resumes from there has lost no step's loss
-            if done % job.train.log_every == 0 or saves or step == self.start_step:
+            if done % job.train.log_every == 0 or saves or keeps or step == self.start_step:
                 now = time.perf_counter()
                 waited, before = self.ledger.totals().get("data", 0.0), waited
                 wait = waited - before
@@ -181,6 +197,9 @@ class Worker:
             if saves:
                 with self.ledger("checkpoint"):
                     self._save(done)
+            if keeps:
+                with self.ledger("checkpoint"):
+                    self._keep(done)
             if holds and stop == RUN:
                 stop = self._hold(done)
             since += time.perf_counter() - aside
@@ -188,6 +207,8 @@ class Worker:
                 break
         with self.ledger("checkpoint"):
             self.saver.wait()
+            if self.memory:
+                self.memory.wait()
         self._phase("ended")
         trained = done - self.start_step - 1  # the first step warms up
         return {
@@ -384,10 +405,12 @@ class Worker:
 
     def _seal_receipt(self, done: int) -> None:
         """Chains the digests of the steps since the last receipt, and writes the receipt beside the checkpoints."""
-        mine = torch.tensor(self._lane_digests, dtype=torch.int64)
-        parts = [torch.empty_like(mine) for _ in range(self.world)]
-        dist.all_gather(parts, mine, group=self.control)
-        digests = receipt.step_digests(receipt.in_lane_order([part.numpy() for part in parts]))
+        digests = self._step_digests
+        if self._lane_digests:
+            mine = torch.tensor(self._lane_digests, dtype=torch.int64)
+            parts = [torch.empty_like(mine) for _ in range(self.world)]
+            dist.all_gather(parts, mine, group=self.control)
+            digests = digests + receipt.step_digests(receipt.in_lane_order([part.numpy() for part in parts]))
         self.chain = receipt.extend(self.chain, digests)
         if self.rank == 0:
             self.fence.check()
@@ -395,9 +418,57 @@ class Worker:
                 receipt.seal(done - len(digests), digests, self.chain, self.plan.digest)
             )
             local_curves.write(self.run_folder, done, self._told)
-        self._lane_digests, self._told = [], []
+        self._step_digests, self._lane_digests, self._told = [], [], []
         self.run_bad_samples = quarantine.collect(self.run_folder, done, self._bad, self.bad_samples, self.dataset, self.control)
         self._bad = []
+
+    def _keep(self, done: int) -> None:
+        """Keeps the state behind a step in memory, with all that a checkpoint and its receipt would tell of the step."""
+        assert self.memory
+        common = {
+            "optimizer_steps": zero_state.optimizer_steps(self.engine),
+            "loss_scale": lossscale.read(self.engine),
+            "chain": self.chain,
+            "digests": list(self._step_digests),
+        }
+        own = {
+            "lanes": list(self._lane_digests),
+            "bad": list(self._bad),
+            "bad_samples": self.bad_samples,
+            "told": list(self._told),
+        }
+        self.memory.keep(done, self._state(), common, own, self.control)
+
+    def _restore_from_memory(self, source: Source) -> None:
+        """Loads the state from copies in memory; parameters that are not trained come from storage, or are as they were built."""
+        state, node = self._state(whole=True), ray.get_runtime_context().get_node_id()
+        same = source.world == self.world and self.job.train.zero.stage > 0  # at stage 0 a worker copies its part, and needs all
+        told: list[dict[str, Any]] = []
+
+        def read() -> None:
+            told.extend(memory_copies.restore(source, state, node, self.rank, same, self._progressed))
+
+        together(self.control, read)
+        if (frozen := zero_state.frozen(self.engine, whole=True)) and source.saved:
+            found = checkpoint.open_checkpoint(self.run_folder, source.saved)
+            checkpoint.load(found, frozen, self.control, self._progressed)
+            self.saver.frozen.loaded(found, zero_state.frozen(self.engine))
+        common, own = told[0]["common"], [copy["own"] for copy in told]
+        self._resume(common["optimizer_steps"], common["loss_scale"])
+        self.chain, self._step_digests = common["chain"], common["digests"]
+        if own[0]["lanes"]:
+            lanes = receipt.in_lane_order([np.array(one["lanes"], dtype=np.int64) for one in own])
+            self._step_digests = self._step_digests + receipt.step_digests(lanes)
+        if self.rank == 0:
+            self.bad_samples = sum(one["bad_samples"] for one in own)
+            self._bad = [bad for one in own for bad in one["bad"]]
+            self._told = own[0]["told"]
+
+    def _resume(self, optimizer_steps: int, loss_scale: Any) -> None:
+        """Completes the engine after its state was loaded."""
+        zero_state.after_load(self.engine, optimizer_steps)
+        self._notice(lossscale.write(self.engine, loss_scale))
+        self.skipped = self.start_step - optimizer_steps
 
     def _state(self, whole: bool = False) -> dict[str, torch.Tensor]:
         return zero_state.state(self.engine, whole) | (self.ema.state(whole) if self.ema else {})
@@ -413,9 +484,7 @@ class Worker:
         checkpoint.load(found, state, self.control, self._progressed)
         self._notice(checkpoint.casts(found, state))
         self.saver.frozen.loaded(found, zero_state.frozen(self.engine))
-        zero_state.after_load(self.engine, found.index["optimizer_steps"])
-        self._notice(lossscale.write(self.engine, found.index.get("loss_scale")))
-        self.skipped = self.start_step - found.index["optimizer_steps"]
+        self._resume(found.index["optimizer_steps"], found.index.get("loss_scale"))
         self.chain = found.index["receipt"]["chain"]
         self.bad_samples = found.index["bad_samples"] if self.rank == 0 else 0
 
@@ -423,6 +492,13 @@ class Worker:
         """Posts a notice for the user at the terminal, if there is one."""
         if text:
             self._post(Notice(text=text))
+
+    def _notice_of_any(self, text: str) -> None:
+        """Posts a notice that is not rank 0's alone."""
+        self.mailbox.post.remote(Notice(text=text))
+
+    def _blocked_s(self) -> float:
+        return self.saver.blocked_s + (self.memory.blocked_s if self.memory else 0.0)
 
     def _phase(self, phase: str) -> None:
         self._post(Phase(phase=phase, ledger=self.ledger.totals()))
