@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
+import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch.distributed as dist
 from heliostat.checkpoint import saver as checkpoint
 from heliostat.config import spec
 from heliostat.storage import Location
-from heliostat.train.worker import deepspeed_engine, process, zero_state
+from heliostat.train.worker import deepspeed_engine, process_group, zero_state
 
 from tests.integration import ranks
 from tests.unit import build_index
@@ -34,7 +36,7 @@ def llama() -> torch.nn.Module:
 
 def _begin(folder: str, number: int, rank: int, world: int, stage: int, precision: str, load: Path | None) -> Any:
     """Joins a new group and builds an engine in it, as an attempt does; loads a checkpoint."""
-    process.join(process.Place(rank, world, rank, world, f"file://{folder}/meeting-{number}", "gloo"))
+    process_group.join(process_group.Place(rank, world, rank, world, f"file://{folder}/meeting-{number}", "gloo"))
     changes = {"train.zero.stage": stage, "train.precision": precision, "workers.count": world, "train.global_batch": 2 * world}
     changes |= {"train.micro_batch": 2, "train.deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
     engine = deepspeed_engine.build_engine(job(**changes), Around(llama))
@@ -72,7 +74,7 @@ def _save(engine: Any, folder: Path) -> None:
 def reform(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
     """Two of three processes train; then the first goes on with the third, which is new to it, as if nothing had happened."""
     me = _claim(folder)
-    process.leave()  # the group that the harness has made
+    process_group.leave()  # the group that the harness has made
     meeting = 0
     for stage, precision in LAYOUTS:
         saved = Path(folder) / f"{stage}-{precision}"
@@ -86,14 +88,14 @@ def reform(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
             whole = _steps(engine, 3, 6)
             kept = weakref.ref(engine.module)
             del engine
-            process.leave()
+            process_group.leave()
         everyone.wait(60)
         meeting += 1
         if me in (0, 2):
             engine = _begin(folder, meeting, min(me, 1), 2, stage, precision, saved)
             again = _steps(engine, 3, 6)
             del engine
-            process.leave()
+            process_group.leave()
             gc.collect()
             if me == 0:
                 yield {"layout": [stage, precision], "whole": whole, "again": again, "freed": kept() is None}
@@ -118,3 +120,41 @@ def test_a_survivor_goes_on_with_a_new_process_to_the_same_losses_at_every_stage
     for one in told:
         assert one["again"] == one["whole"], one
         assert one["freed"], f"{one['layout']}: the engine of an attempt outlives it"
+
+
+def abandoned(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
+    """Of three processes that wait in a collective one ends; the others, told to abort meanwhile, form a group of two."""
+    me = _claim(folder)
+    process_group.leave()
+    process_group.join(process_group.Place(me, 3, me, 3, f"file://{folder}/meeting-of-three", "gloo"))
+    dist.barrier()
+    if me == 2:
+        time.sleep(1)
+        os._exit(0)
+    threading.Timer(0.3, process_group.abort).start()
+    began = time.monotonic()
+    try:
+        dist.all_reduce(torch.ones(1))
+        failed = False
+    except RuntimeError:
+        failed = True
+    waited = time.monotonic() - began
+    process_group.leave()
+    process_group.join(process_group.Place(me, 2, me, 2, f"file://{folder}/meeting-of-two", "gloo"))
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    yield {"failed": failed, "waited": waited, "total": float(total)}
+
+
+def test_an_abort_while_others_wait_in_a_collective_leaves_processes_that_form_another_group(tmp_path):
+    """With gloo the abort does nothing, and is in nobody's way; what it does with NCCL needs GPUs."""
+    told = ranks.run("tests.integration.test_reform:abandoned", (1, 1, 1), str(tmp_path))
+    assert [(t["failed"], t["total"]) for t in told] == [(True, 2.0)] * 2
+    assert all(t["waited"] < 20 for t in told)
+
+
+def test_the_watchdog_of_nccl_is_held_back_unless_the_environment_wants_it(monkeypatch):
+    monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    assert process_group.reforms()
+    monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
+    assert not process_group.reforms()

@@ -44,6 +44,7 @@ from heliostat.train.driver.signals import Signals
 from heliostat.train.memory_keeper import Source
 from heliostat.train.pauses import PausePoints
 from heliostat.train.stop_codes import INTERRUPTED, PREEMPTED, RESIZE
+from heliostat.train.worker.process_group import Place
 
 log = logging.getLogger(__name__)
 
@@ -254,8 +255,7 @@ class Attempt:
         """Puts the workers to work; returns rank 0's summary, or raises a HeliostatError once none works any more."""
         self._mailbox.post.remote(Phase(phase="placing"))
         try:
-            members = self.pool.take(self.job.workers.most, patient=len(self.start.counts) == 1)
-            places = rendezvous.places(members)
+            members, places = self._places()
             copies = self.start.memory.plan(members, self.start.source)
         except ray.exceptions.RayError as e:
             raise TrainingError(f"the workers could not be brought together: {type(e).__name__}: {brief(e)}") from e
@@ -264,7 +264,7 @@ class Attempt:
         summaries, failures = self._gather(working)
         for member in members:
             error = failures.get(member.slot)
-            if member.gpus or (error is not None and not survived(error)):  # GPUs: CUDA cannot be given other ones
+            if error is not None and not survived(error):
                 self.pool.drop(member)
         if members[0].slot in summaries:
             return summaries[members[0].slot]
@@ -272,6 +272,18 @@ class Attempt:
         silent = [m for m in members if isinstance(failures.get(m.slot), ray.exceptions.ActorUnavailableError)]
         self.pool.avoid(m.node for m in silent if m.node != here)
         raise explain(list(failures.values()))  # the first is the cause of the others
+
+    def _places(self) -> tuple[list[Member], list[Place]]:
+        """Takes the workers' processes and gives them their places; those that have had other GPUs in sight are made anew."""
+        while True:
+            members = self.pool.take(self.job.workers.most, patient=len(self.start.counts) == 1)
+            places = rendezvous.places(members)
+            pairs = list(zip(members, places, strict=True))
+            unfit = [member for member, place in pairs if not self.pool.sees(member, place.gpus)]
+            if not unfit:
+                return members, places
+            for member in unfit:
+                self.pool.drop(member)
 
     def _gather(self, working: dict[Any, Member]) -> tuple[dict[Any, dict[str, Any]], dict[Any, Exception]]:
         """Waits for all workers; returns their summaries and errors, by slot.
@@ -291,6 +303,8 @@ class Attempt:
                 except Exception as e:  # noqa: BLE001 (explained by the caller)
                     if not failures:
                         stream.end(self._parts)  # which the others may be waiting for
+                        if working[one].gpus:
+                            self._mailbox.order.remote(abort=True)
                     failures[slot] = e
             if late and not done:
                 log.warning("%d workers did not end within %.0f s of another, and were ended", len(waiting), SETTLE_S)

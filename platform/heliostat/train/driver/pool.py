@@ -57,6 +57,7 @@ class Pool:
         self._closed = threading.Event()
         self._slots = Slots(workers, self._closed)
         self._members: dict[int, Member] = {}
+        self._seen: dict[Member, tuple[str, ...]] = {}  # the GPUs that a process has been given to see
 
     def __enter__(self) -> Pool:
         return self
@@ -109,10 +110,15 @@ class Pool:
             raise
         return sorted(self._members.values(), key=lambda m: (m.address, m.node, [gpu.zfill(4) for gpu in m.gpus], m.slot))
 
+    def sees(self, member: Member, gpus: tuple[str, ...]) -> bool:
+        """Notes that a process is to see these GPUs; returns whether it can, since CUDA cannot be given other ones later."""
+        return self._seen.setdefault(member, gpus) == gpus
+
     def drop(self, member: Member) -> None:
         """Ends a process, if it lives; its resources stay the pool's."""
         if self._members.get(member.slot) is member:
             del self._members[member.slot]
+        self._seen.pop(member, None)
         ray.kill(member.actor)
 
     def close(self) -> None:
