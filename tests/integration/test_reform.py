@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import threading
 import time
 import weakref
 from collections.abc import Iterator
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from heliostat.checkpoint import flat_copy
 from heliostat.checkpoint import saver as checkpoint
 from heliostat.config import spec
 from heliostat.storage import Location
@@ -104,13 +108,13 @@ def reform(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
 
 def _claim(folder: str) -> int:
     """Takes a number that no other process has."""
-    for number in range(3):
+    for number in range(5):
         try:
             os.close(os.open(Path(folder) / f"claim-{number}", os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             continue
         return number
-    raise AssertionError("more than three processes")
+    raise AssertionError("more than five processes")
 
 
 def test_a_survivor_goes_on_with_a_new_process_to_the_same_losses_at_every_stage(tmp_path):
@@ -158,3 +162,79 @@ def test_the_watchdog_of_nccl_is_held_back_unless_the_environment_wants_it(monke
     assert process_group.reforms()
     monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
     assert not process_group.reforms()
+
+
+def _copy_out(engine: Any, folder: Path) -> None:
+    """Leaves this rank's part of the state in a file, as it is kept in memory."""
+    state = zero_state.state(engine)
+    layout = flat_copy.layout(state)
+    buffer = flat_copy.as_buffer(flat_copy.size(layout), False)
+    flat_copy.pack(state, layout, buffer)
+    folder.mkdir(exist_ok=True)
+    (folder / f"{dist.get_rank()}.json").write_text(json.dumps([astuple(r) for r in layout]))
+    np.save(folder / f"{dist.get_rank()}.npy", buffer.numpy())
+    dist.barrier()
+
+
+def _copy_in(engine: Any, folder: Path, steps: int) -> None:
+    """Loads the slices of this rank, of whatever number of ranks, from such files."""
+    ranks = sorted(int(f.stem) for f in folder.glob("*.json"))
+    layouts = {r: [flat_copy.Range(*one) for one in json.loads((folder / f"{r}.json").read_text())] for r in ranks}
+    state = zero_state.state(engine, whole=True)
+    wanted = flat_copy.layout(state)
+    buffer = flat_copy.as_buffer(flat_copy.size(wanted), False)
+    for piece in flat_copy.pieces(layouts, wanted):
+        data = np.load(folder / f"{piece.rank}.npy")[piece.source : piece.source + piece.size]
+        buffer[piece.target : piece.target + piece.size] = torch.from_numpy(data)
+    flat_copy.unpack(state, wanted, buffer)
+    zero_state.after_load(engine, steps)
+
+
+def resized(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
+    """Three train; two of them go on, then three again; beside them others do the same, of which some or all are new to it."""
+    me = _claim(folder)
+    process_group.leave()
+    meetings = iter(range(1000))
+    for stage in (0, 2, 3):
+        three, two = Path(folder) / f"three-{stage}", Path(folder) / f"two-{stage}"
+
+        def go_on(
+            ranks: tuple[int, ...], load: Path | None, copies: bool = False, keep: Path | None = None, stage: int = stage
+        ) -> list[float]:
+            """Trains in those of the processes, from a checkpoint or from copies; keeps both behind the third step."""
+            number = next(meetings)
+            losses: list[float] = []
+            if me in ranks:
+                at = None if copies else load
+                engine = _begin(folder, number, ranks.index(me), len(ranks), stage, "fp32", at)
+                if copies and load:
+                    _copy_in(engine, load.with_suffix(".copies"), 3)
+                first = 3 if load else 0
+                losses = _steps(engine, first, first + 3)
+                if keep:
+                    _save(engine, keep)
+                    _copy_out(engine, keep.with_suffix(".copies"))
+                del engine
+                process_group.leave()
+            everyone.wait(100)
+            return losses
+
+        go_on((0, 1, 2), None, keep=three)
+        shrunk = [go_on((0, 1), three), go_on((3, 4), three), go_on((1, 3), three, copies=True)]
+        go_on((0, 1), None, keep=two)
+        grown = [go_on((0, 1, 2), two), go_on((4, 0, 3), two), go_on((2, 3, 4), two, copies=True)]
+        if me == 3:  # in the last two of each
+            yield {"stage": stage, "shrunk": shrunk[1:], "grown": grown[1:]}
+        if me == 0:
+            yield {"stage": stage, "shrunk": shrunk[:1], "grown": grown[:2]}
+
+
+def test_survivors_of_a_resize_go_on_to_the_losses_of_new_processes_from_storage_and_from_memory(tmp_path):
+    """Three to two, and two to three, to the last bit, at ZeRO 0, 2 and 3."""
+    told = ranks.run("tests.integration.test_reform:resized", (1,) * 5, str(tmp_path))
+    for stage in (0, 2, 3):
+        mine = [t for t in told if t["stage"] == stage]
+        shrunk, grown = ([losses for t in mine for losses in t[way]] for way in ("shrunk", "grown"))
+        assert len(shrunk) == 3 and len(grown) == 4
+        assert all(losses == shrunk[0] for losses in shrunk), (stage, shrunk)
+        assert all(losses == grown[0] for losses in grown), (stage, grown)

@@ -23,7 +23,7 @@ Told = dict[str, Any]
 
 @dataclass(frozen=True)
 class Source:
-    """Names the generation that an attempt starts from, and who has its copies: by rank, the nodes and their keepers."""
+    """Identifies the generation that an attempt starts from, and who has its copies: by rank, the nodes and their keepers."""
 
     id: str
     step: int
