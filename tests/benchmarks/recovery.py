@@ -114,7 +114,7 @@ def kill_nodes(nodes: LocalNodes, times: int, struck: list[float]) -> None:
         nodes.nodes.remove(lost)
         until(lambda number=number: starts() >= 2 * number)
         if number < times:
-            nodes._start(f"127.0.0.{number + 10}", f"--address={nodes.address}", "--num-cpus=3")
+            nodes.add()
 
 
 def alternate() -> None:
