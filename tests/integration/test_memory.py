@@ -92,7 +92,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def keep(plan: Any, step: int, rank: int, seal: bool = True) -> None:
     data, id = np.full(1000, rank, np.uint8), f"{plan.attempt}:{step}"
-    told = {"step": step, "world": 2, "common": {}, "layout": [], "own": {}}
+    told = {"step": step, "world": 2, "common": {"data": "plan"}}
     for keeper in plan.keepers[rank]:
         ray.get([keeper.open.remote(id, rank, 1000), keeper.write.remote(id, rank, 0, data)])
         if seal:
@@ -104,12 +104,13 @@ def test_a_torn_or_a_damaged_generation_is_not_used(memory, caplog):
     for step, complete in ((10, True), (20, False)):
         keep(plan, step, 0)
         keep(plan, step, 1, seal=complete)
-    found = made.newest(at_least=5)
+    found = made.newest(5, "plan")
     assert found and (found.step, found.world) == (10, 2), "the one of step 20 is torn"
-    assert made.newest(at_least=11) is None, "storage is newer"
+    assert made.newest(5, "another") is None, "the run's samples have changed"
+    assert made.newest(11, "plan") is None, "storage is newer"
     keeper = plan.keepers[1][0]
     ray.get(keeper.write.remote(f"{plan.attempt}:10", 1, 500, np.array([7], np.uint8)))
-    assert made.newest(at_least=5) is None
+    assert made.newest(5, "plan") is None
     assert "step 10: the copy of worker 1 in memory is damaged (CRC-32), and is not used" in caplog.text
     ray.kill(keeper)
-    assert made.newest(at_least=5) is None
+    assert made.newest(5, "plan") is None

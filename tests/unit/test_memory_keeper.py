@@ -14,7 +14,7 @@ DATA = np.arange(1000, dtype=np.uint8)
 
 
 def told(step: int, world: int = 2, **common: Any) -> dict[str, Any]:
-    return {"step": step, "world": world, "common": {"chain": "ab", **common}, "layout": [], "own": {"lanes": []}}
+    return {"step": step, "world": world, "common": {"chain": "ab", "data": "plan", **common}}
 
 
 def kept(keeper: MemoryKeeper, id: str, rank: int, step: int, seal: bool = True) -> None:
@@ -31,16 +31,16 @@ def test_a_generation_is_whole_once_every_rank_has_sealed_its_copy_on_some_node(
     kept(other, "a:10", 1, 10)
     kept(one, "a:20", 0, 20)
     kept(other, "a:20", 1, 20, seal=False)
-    assert whole({"n": one.held(), "m": other.held()}) == [("a:10", 10, 2)]
-    assert whole({"n": one.held()}) == [], "the copy of rank 1 is on the node that is gone"
+    assert whole({"n": one.held(), "m": other.held()}, "plan") == [("a:10", 10, 2)]
+    assert whole({"n": one.held()}, "plan") == [], "the copy of rank 1 is on the node that is gone"
     other.seal("a:20", 1, zlib.crc32(DATA.data), told(20))
-    assert whole({"n": one.held(), "m": other.held()}) == [("a:20", 20, 2), ("a:10", 10, 2)]
+    assert whole({"n": one.held(), "m": other.held()}, "plan") == [("a:20", 20, 2), ("a:10", 10, 2)]
 
 
 def test_copies_that_do_not_agree_are_none():
     held = [("a:10", 0, told(10, loss_scale=1.0)), ("a:10", 1, told(10, loss_scale=2.0))]
-    assert whole({"n": held}) == []
-    assert whole({"n": [("a:10", 0, told(10)), ("b:10", 1, told(10))]}) == [], "of two attempts"
+    assert whole({"n": held}, "plan") == []
+    assert whole({"n": [("a:10", 0, told(10)), ("b:10", 1, told(10))]}, "plan") == [], "of two attempts"
 
 
 def test_the_oldest_generation_makes_room_when_a_third_begins():
@@ -49,7 +49,7 @@ def test_the_oldest_generation_makes_room_when_a_third_begins():
         for rank in (0, 1):
             kept(keeper, f"a:{step}", rank, step)
     kept(keeper, "a:30", 0, 30, seal=False)
-    assert [g[0] for g in whole({"n": keeper.held()})] == ["a:20"]
+    assert [g[0] for g in whole({"n": keeper.held()}, "plan")] == ["a:20"]
     assert keeper.read("a:20", 1, [(0, 2), (998, 1000)]).tolist() == [0, 1, 230, 231]
     keeper.begin("a:20")
     assert {id for id, _, _ in keeper.held()} == {"a:20"}

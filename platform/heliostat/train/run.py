@@ -289,7 +289,7 @@ class _Run:
                     try:
                         summary = self._attempt(owner, show, signals, pool, memory)
                     except HeliostatError as e:
-                        self._recover(e, signals)
+                        self._recover(e, signals, memory)
                     else:
                         stop = summary.pop("stop")
                         if stop == RUN:
@@ -352,7 +352,7 @@ class _Run:
 
     def _from_memory(self, memory: Any, avoided: set[str]) -> Source | None:
         """Finds newer copies of the training state in memory than the checkpoint, and makes the next attempt start from them."""
-        source = memory.newest(self.saved_step, avoided) if self.trust_memory else None
+        source = memory.newest(self.saved_step, self.plan.digest, avoided) if self.trust_memory else None
         self.start_step = source.step if source else self.saved_step
         if source:
             log.warning("going on from step %d, of which the nodes' memory holds copies", source.step)
@@ -365,7 +365,7 @@ class _Run:
         if self.lease.lost:
             raise self.lease.lost
 
-    def _recover(self, error: HeliostatError, signals: Signals) -> None:
+    def _recover(self, error: HeliostatError, signals: Signals, memory: Any) -> None:
         """Prepares another attempt after a failure, or raises the error."""
         kind = classify(error)
         if kind == "final" or isinstance(error, StoppedError):
@@ -374,10 +374,12 @@ class _Run:
             log.warning("%s; trying again", error)
             self._restart("failed", str(error))
             self.trust_memory = True  # nothing was tried
+            self._pause(self.job.retries.backoff, signals)
             _heed(signals, self.start_step)
             return
         before = error.step if isinstance(error, CorruptCheckpointError) else None
-        self.trust_memory &= kind == "failure"
+        if kind != "failure":  # the run goes back behind what is in memory
+            memory.forget()
         try:
             newest = layout.latest(self.job.run_folder, before)
             step = newest.step if newest else 0
@@ -394,11 +396,14 @@ class _Run:
             self.order = make_order(self.plan, self.checked.manifests)
         if isinstance(error, LossSpikeError):
             self._leave_out(max(step, error.step - 1), error.step)
-        until = time.monotonic() + wait
+        self._pause(wait, signals)
+        _heed(signals, step)
+
+    def _pause(self, seconds: float, signals: Signals) -> None:
+        until = time.monotonic() + seconds
         while time.monotonic() < until and not signals.name:
             self._beat()
             time.sleep(0.1)
-        _heed(signals, step)
 
     def _leave_out(self, first: int, last: int) -> None:
         """Leaves the samples of steps [first, last] out of the training: the sequence goes on behind them."""

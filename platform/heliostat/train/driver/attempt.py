@@ -304,6 +304,7 @@ class Attempt:
                     if not failures:
                         stream.end(self._parts)  # which the others may be waiting for
                         if working[one].gpus:
+                            late += mailbox.interval(len(working))  # until they hear of it
                             self._mailbox.order.remote(abort=True)
                     failures[slot] = e
             if late and not done:

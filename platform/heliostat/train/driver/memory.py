@@ -38,14 +38,22 @@ class Memory:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops all copies, with those who keep them."""
         for keeper in self._keepers.values():
             ray.kill(keeper)
+        self._keepers = {}
 
-    def newest(self, at_least: int, avoided: Collection[str] = ()) -> Source | None:
-        """Finds the newest whole generation, of a step not before `at_least`; those with a damaged copy are passed over."""
+    def newest(self, at_least: int, data: str, avoided: Collection[str] = ()) -> Source | None:
+        """Finds the newest whole generation, of a step not before `at_least`; those with a damaged copy are passed over.
+
+        `data`: digest of the data plan that it must have followed.
+        """
         keepers = {node: keeper for node, keeper in self._keepers.items() if node not in avoided}
         held: Mapping[str, list[Held]] = self._answers({n: k.held.remote() for n, k in keepers.items()}, ANSWER_S)
-        for id, step, world in whole(held):
+        for id, step, world in whole(held, data):
             if step < at_least:
                 break
             found = self._answers({n: keepers[n].intact.remote(id) for n in held}, CHECK_S)
@@ -88,10 +96,11 @@ def _nodes(source: Source) -> set[str]:
     return {node for holders in source.holders.values() for node, _ in holders}
 
 
-def whole(held: Mapping[str, Iterable[Held]]) -> list[tuple[str, int, int]]:
+def whole(held: Mapping[str, Iterable[Held]], data: str) -> list[tuple[str, int, int]]:
     """Finds the generations of which every rank's copy is held, as (id, step, world), the newest first.
 
-    `held`: by node. One whose copies do not agree in all that is the same for all workers is torn, and is none.
+    `held`: by node. One whose copies do not agree in all that is the same for all workers is torn, and is none. `data`:
+    as in `Memory.newest`.
     """
     by_id: dict[str, dict[int, list[dict[str, Any]]]] = {}
     for copies in held.values():
@@ -100,6 +109,7 @@ def whole(held: Mapping[str, Iterable[Held]]) -> list[tuple[str, int, int]]:
     found = []
     for id, ranks in by_id.items():
         facts = [told for copies in ranks.values() for told in copies]
-        if all(told == facts[0] for told in facts) and ranks.keys() == set(range(facts[0]["world"])):
+        agree = all(told == facts[0] for told in facts) and facts[0]["common"]["data"] == data
+        if agree and ranks.keys() == set(range(facts[0]["world"])):
             found.append((id, facts[0]["step"], facts[0]["world"]))
     return sorted(found, key=lambda g: -g[1])

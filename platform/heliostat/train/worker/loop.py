@@ -430,14 +430,14 @@ class Worker:
             "loss_scale": lossscale.read(self.engine),
             "chain": self.chain,
             "digests": list(self._step_digests),
+            "data": self.plan.digest,
         }
         own = {
-            "lanes": list(self._lane_digests),
             "bad": list(self._bad),
             "bad_samples": self.bad_samples,
             "told": list(self._told),
         }
-        self.memory.keep(done, self._state(), common, own, self.control)
+        self.memory.keep(done, self._state(), common, list(self._lane_digests), own, self.control)
 
     def _restore_from_memory(self, source: Source) -> None:
         """Loads the state from copies in memory; parameters that are not trained come from storage, or are as they were built."""
@@ -453,13 +453,14 @@ class Worker:
             found = checkpoint.open_checkpoint(self.run_folder, source.saved)
             checkpoint.load(found, frozen, self.control, self._progressed)
             self.saver.frozen.loaded(found, zero_state.frozen(self.engine))
-        common, own = told[0]["common"], [copy["own"] for copy in told]
+        common = told[0]["common"]
         self._resume(common["optimizer_steps"], common["loss_scale"])
         self.chain, self._step_digests = common["chain"], common["digests"]
-        if own[0]["lanes"]:
-            lanes = receipt.in_lane_order([np.array(one["lanes"], dtype=np.int64) for one in own])
+        if told[0]["lanes"]:
+            lanes = receipt.in_lane_order([np.array(one["lanes"], dtype=np.int64) for one in told])
             self._step_digests = self._step_digests + receipt.step_digests(lanes)
         if self.rank == 0:
+            own = [copy["own"] for copy in told]
             self.bad_samples = sum(one["bad_samples"] for one in own)
             self._bad = [bad for one in own for bad in one["bad"]]
             self._told = own[0]["told"]

@@ -53,10 +53,19 @@ class MemoryCopies:
         """Makes each step of the optimizer, which changes the state, wait until the copy in flight is made."""
         optimizer.register_step_pre_hook(lambda *_: self._until(lambda: self._copied.wait(POLL_S)))
 
-    def keep(self, step: int, state: Mapping[str, torch.Tensor], common: dict[str, Any], own: dict[str, Any], group: Any) -> None:
+    def keep(
+        self,
+        step: int,
+        state: Mapping[str, torch.Tensor],
+        common: dict[str, Any],
+        lanes: list[list[int]],
+        own: dict[str, Any],
+        group: Any,
+    ) -> None:
         """Copies the state behind a step. All workers call this, and `wait` before it, at the same steps.
 
-        `common` is the same for all of them, `own` is this worker's.
+        `common` is the same for all of them; `lanes` (digests, which all need to go on) and `own` (what the first needs) are this
+        worker's.
         """
         if self._off:
             return
@@ -66,7 +75,8 @@ class MemoryCopies:
         # the forward pass may change buffers: they are copied now
         state = {n: t if isinstance(t, FlatShard) else t.detach().cpu().clone() for n, t in state.items()}
         self._copied.clear()
-        told = {"step": step, "world": self._world, "common": common, "layout": [astuple(r) for r in ranges], "own": own}
+        told = {"step": step, "world": self._world, "common": common, "layout": [astuple(r) for r in ranges]}
+        told |= {"lanes": lanes, "own": own}
         self._pending = self._thread.submit(self._copy, f"{self._plan.attempt}:{step}", state, ranges, told)
 
     def wait(self) -> None:
@@ -137,10 +147,11 @@ def restore(
 ) -> list[dict[str, Any]]:
     """Reads this worker's slices of a generation into the state; returns what every copy tells, in the order of ranks.
 
-    `same`: this worker needs exactly what the worker of its rank had.
+    The first worker alone gets their `own`. `same`: this worker needs exactly what the worker of its rank had.
     """
     near = {old: min(holders, key=lambda h: h[0] != node)[1] for old, holders in source.holders.items()}
-    told = _ask({old: keeper.told.remote(source.id, [old], ["common", "own"]) for old, keeper in near.items()})
+    keys = ["common", "lanes", *(["own"] if rank == 0 else [])]
+    told = _ask({old: keeper.told.remote(source.id, [old], keys) for old, keeper in near.items()})
     needed = [rank] if same else sorted(near)
     layouts = _ask({old: near[old].told.remote(source.id, [old], ["layout"]) for old in needed})
     wanted = flat_copy.layout(state)
