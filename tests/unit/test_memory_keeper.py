@@ -26,7 +26,7 @@ def kept(keeper: MemoryKeeper, id: str, rank: int, step: int, seal: bool = True)
 
 
 def test_a_generation_is_whole_once_every_rank_has_sealed_its_copy_on_some_node():
-    one, other = MemoryKeeper(1 << 20), MemoryKeeper(1 << 20)
+    one, other = MemoryKeeper(), MemoryKeeper()
     kept(one, "a:10", 0, 10)
     kept(other, "a:10", 1, 10)
     kept(one, "a:20", 0, 20)
@@ -44,7 +44,7 @@ def test_copies_that_do_not_agree_are_none():
 
 
 def test_the_oldest_generation_makes_room_when_a_third_begins():
-    keeper = MemoryKeeper(1 << 20)
+    keeper = MemoryKeeper()
     for step in (10, 20):
         for rank in (0, 1):
             kept(keeper, f"a:{step}", rank, step)
@@ -58,7 +58,7 @@ def test_the_oldest_generation_makes_room_when_a_third_begins():
 
 
 def test_damage_is_found_on_the_way_and_while_it_lies_there():
-    keeper = MemoryKeeper(1 << 20)
+    keeper = MemoryKeeper()
     kept(keeper, "a:10", 0, 10)
     kept(keeper, "a:10", 1, 10)
     assert keeper.intact("a:10") == [0, 1]
@@ -70,9 +70,11 @@ def test_damage_is_found_on_the_way_and_while_it_lies_there():
     assert [id for id, _, _ in keeper.held()] == ["a:10", "a:10"]
 
 
-def test_a_limit_is_for_two_generations_of_all_workers_of_the_node():
-    keeper = MemoryKeeper(4000)
-    assert keeper.reserve(0, 1000) is None and keeper.reserve(1, 1000) is None
-    assert "3 workers" in str(keeper.reserve(2, 1))
+def test_what_is_needed_is_two_generations_of_all_workers():
+    keeper = MemoryKeeper()
+    keeper.reserve(0, 1000)
+    keeper.reserve(1, 500)
+    keeper.reserve(1, 500)
+    assert keeper.need() == 3000
     keeper.begin(None)
-    assert keeper.reserve(2, 2000) is None
+    assert keeper.need() == 0

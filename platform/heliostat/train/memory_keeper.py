@@ -53,9 +53,7 @@ class Copy:
 
 
 class MemoryKeeper:
-    def __init__(self, limit: int) -> None:
-        """Prepares the keeper; `limit`: bytes for all copies together."""
-        self._limit = limit
+    def __init__(self) -> None:
         self._reserved: dict[int, int] = {}
         self._copies: dict[tuple[str, int], Copy] = {}  # by id and rank, in the order of their making
         self._unused: list[np.ndarray] = []  # fresh memory costs more than the copy
@@ -65,13 +63,13 @@ class MemoryKeeper:
         self._reserved, self._unused = {}, []
         self._copies = {key: copy for key, copy in self._copies.items() if key[0] == id}
 
-    def reserve(self, rank: int, size: int) -> str | None:
-        """Reserves the memory for a worker's copies of `size` bytes; returns why they do not fit, if they do not."""
+    def reserve(self, rank: int, size: int) -> None:
+        """Notes that a worker wants to keep copies of `size` bytes."""
         self._reserved[rank] = KEPT * size
-        need = sum(self._reserved.values())
-        if need <= self._limit:
-            return None
-        return f"copies of {len(self._reserved)} workers need {need / 2**20:,.0f} MiB and more on a node"
+
+    def need(self) -> int:
+        """Computes the bytes that all copies take together."""
+        return sum(self._reserved.values())
 
     def open(self, id: str, rank: int, size: int) -> None:
         """Begins a copy; drops the oldest generation if it begins another one."""
@@ -111,7 +109,7 @@ class MemoryKeeper:
         return np.concatenate([data[start:stop] for start, stop in ranges])
 
 
-def make(node: str, limit: int, runtime_env: dict[str, Any]) -> Any:
+def make(node: str, runtime_env: dict[str, Any]) -> Any:
     """Creates the keeper of a node."""
     there, actor = NodeAffinitySchedulingStrategy(node, soft=False), ray.remote(num_cpus=0)(MemoryKeeper)
-    return actor.options(scheduling_strategy=there, runtime_env=runtime_env or None).remote(limit)
+    return actor.options(scheduling_strategy=there, runtime_env=runtime_env or None).remote()

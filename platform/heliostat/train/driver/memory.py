@@ -31,7 +31,7 @@ class Memory:
     """Keeps an actor on each node of a run; `with Memory(job) as memory:` ends them."""
 
     def __init__(self, job: Job) -> None:
-        self.on, self._limit, self._gpus = job.checkpoint.memory_every is not None, job.checkpoint.memory_limit, job.workers.gpus
+        self.on, self._gpus = job.checkpoint.memory_every is not None, job.workers.gpus
         self._keepers: dict[str, Any] = {}
 
     def __enter__(self) -> Memory:
@@ -75,7 +75,7 @@ class Memory:
         living = self._answers({n: k.begin.remote(source and source.id) for n, k in self._keepers.items()}, ANSWER_S)
         for node in there:
             if node not in living:
-                self._keepers[node] = memory_keeper.make(node, self._limit, environment)
+                self._keepers[node] = memory_keeper.make(node, environment)
         pairs = {node: list(dict.fromkeys([node, there[(i + 1) % len(there)]])) for i, node in enumerate(there)}
         return Plan(uuid.uuid4().hex[:12], [[self._keepers[n] for n in pairs[m.node]] for m in members], source)
 

@@ -95,18 +95,19 @@ class MemoryCopies:
         self._thread.shutdown(wait=True)
 
     def _begin(self, size: int, state: Mapping[str, torch.Tensor], group: Any) -> bool:
-        """Reserves memory; returns whether there is enough of it for all workers."""
-
-        def reserve() -> str | None:
-            asked = [keeper.reserve.remote(self._rank, size) for keeper in self._plan.keepers[self._rank]]
-            return next(filter(None, ray.get(asked, timeout=ANSWER_S)), None)
-
-        refused = [why for why in together(group, reserve) if why]
-        if refused:
+        """Prepares for copies of so many bytes; returns whether all workers' are within the limit on every node."""
+        keepers = self._plan.keepers[self._rank]
+        together(group, lambda: _need([k.reserve.remote(self._rank, size) for k in keepers]))
+        needs = together(group, lambda: _need([k.need.remote() for k in keepers]))
+        need = max((n for n in needs if n is not None), default=0)
+        why = "a node's keeper does not answer" if None in needs else ""
+        if need > self._limit:
+            limit = f"checkpoint.memory_limit is {self._limit / 2**20:,.1f} MiB"
+            why = f"they need {need / 2**20:,.1f} MiB on a node, and {limit}; raise it, or train on more workers"
+        if why:
             self._off = True
             if self._rank == 0:
-                limit = f"checkpoint.memory_limit is {self._limit / 2**20:,.0f} MiB"
-                self._notice(f"{OFF}: {refused[-1]}, and {limit}; raise it, or train on more workers")
+                self._notice(f"{OFF}: {why}")
             return False
         cuda = any(t.is_cuda for t in (s.local if isinstance(s, FlatShard) else s for s in state.values()))
         self._buffer = flat_copy.as_buffer(size, cuda)
@@ -140,6 +141,14 @@ class MemoryCopies:
             if self._ended.is_set() or time.monotonic() > until:
                 raise TimeoutError(f"no answer from a node's keeper within {ANSWER_S:.0f} s")
         ray.get(asked)
+
+
+def _need(asked: list[Any]) -> int | None:
+    """Returns the most of what keepers answer; None if one does not."""
+    try:
+        return max(answer or 0 for answer in ray.get(asked, timeout=ANSWER_S))
+    except ray.exceptions.RayError:
+        return None
 
 
 def restore(
