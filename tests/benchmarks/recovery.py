@@ -25,7 +25,10 @@ The parts, in their order:
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -61,10 +64,15 @@ class Recording(progress.ProgressReporter):
 
     def event(self, event: Event) -> None:
         if isinstance(event, Phase):
-            self.events.append((event.phase, event.at, 0))
+            self.note(event.phase, event.at, 0)
         elif isinstance(event, Steps):
-            self.events.append(("made", event.at, event.done))
+            self.note("made", event.at, event.done)
         super().event(event)
+
+    def note(self, *event: Any) -> None:
+        self.events.append(event)
+        if "--follow" in sys.argv:
+            print(json.dumps(event), flush=True)
 
 
 events = Recording.events
@@ -142,6 +150,20 @@ def train(options: Any, folder: str) -> list[Any]:
     return sorted(goodput.read(Location(folder).join("recovery")), key=lambda a: a.started)
 
 
+def followed(environment: dict[str, str]) -> list[float]:
+    """Trains in a process that joins a cluster; returns when the attempts that failed had ended."""
+    command = [sys.executable, *sys.argv, "--follow"]
+    with subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True) as driver:
+        assert driver.stdout
+        for line in driver.stdout:
+            told = json.loads(line) if line.startswith(("[", "{")) else []
+            if isinstance(told, dict):
+                return told["ended"]
+            if told:
+                events.append(tuple(told))
+    raise SystemExit("the run did not end as it should")
+
+
 def strike(options: Any, folder: str) -> list[dict[str, float]]:
     """Runs the job with its faults; returns what each cost, by part."""
     struck: list[float] = []
@@ -155,12 +177,8 @@ def strike(options: Any, folder: str) -> list[dict[str, float]]:
         ended = [a.seen for a in train(options, folder) if a.outcome == "failed"]
     else:
         with LocalNodes(Path(folder), 3, 3) as nodes:
-            os.environ |= nodes.environment
             threading.Thread(target=kill_nodes, args=(nodes, options.times, struck), daemon=True).start()
-            ended = [a.seen for a in train(options, folder) if a.outcome == "failed"]
-            import ray
-
-            ray.shutdown()
+            ended = followed(nodes.environment)
     return [split(at, next(f for f in ended if f > at)) for at in struck]
 
 
@@ -170,9 +188,13 @@ def main() -> None:
     parser.add_argument("--job", type=Path, default=Path("jobs/chaos.yaml"))
     parser.add_argument("--times", type=int, default=3)
     parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--follow", action="store_true", help="of the process that is followed")
     options = parser.parse_args()
     progress.ProgressReporter = Recording  # type: ignore[misc]
     with tempfile.TemporaryDirectory() as folder:
+        if options.follow:
+            print(json.dumps({"ended": [a.seen for a in train(options, folder) if a.outcome == "failed"]}))
+            return
         found = strike(options, folder)
     print(f"| part | {' | '.join(f'{options.fault} {i + 1}' for i in range(len(found)))} | median |")
     print("|---|" + "---:|" * (len(found) + 1))
