@@ -128,6 +128,7 @@ def kill_nodes(nodes: LocalNodes, times: int, struck: list[float]) -> None:
 def alternate() -> None:
     """Makes every attempt stop behind its next checkpoint, and the next one have another number of workers."""
     counts, look = iter([3, 2] * 1000), attempt.Attempt._look
+    attempt.LOOK_S = 0.2
     run.choose = lambda allowed, room: next(counts)  # type: ignore[assignment]
 
     def order(self: attempt.Attempt) -> None:
