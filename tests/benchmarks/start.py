@@ -1,4 +1,4 @@
-"""Seconds from a command to the first finished step of the quickstart: cold, and beside a Ray that is kept.
+"""Seconds from a command to the first finished step of the quickstart: cold, beside a Ray that is kept, on a running cluster.
 
     python tests/benchmarks/start.py [--rounds 5] [--job jobs/quickstart.yaml]
 
@@ -10,17 +10,21 @@ the table, and what the parts are.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 21  # one behind the quickstart's warm-up
+SETTLE_S = 15.0  # for what a cluster does by itself after a start, or a job
 KEPT = """
 import json, sys
 import heliostat
@@ -64,16 +68,54 @@ def kept(job: str, folder: str) -> dict[str, float]:
     return {"command to first step": result["seconds_to_first_step"], **result["startup"]}
 
 
+@contextlib.contextmanager
+def cluster(folder: str) -> Iterator[str]:
+    """A cluster of this machine while the context lasts, on ports of its own; its file."""
+    text = (ROOT / "clusters/local.yaml").read_text().replace("cluster_name: local", "cluster_name: start")
+    for port in ("6389", "8275"):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            text = text.replace(port, str(free.getsockname()[1]))
+    file = Path(folder) / "cluster.yaml"
+    file.write_text(text)
+    command = [sys.executable, "-m", "heliostat", "cluster"]
+    subprocess.run([*command, "up", str(file)], cwd=ROOT, capture_output=True, timeout=300, check=True)
+    try:
+        time.sleep(SETTLE_S)
+        yield str(file)
+    finally:
+        subprocess.run([*command, "down", str(file)], cwd=ROOT, capture_output=True, timeout=300, check=True)
+
+
+def submitted(job: str, folder: str, file: str, number: int) -> dict[str, float]:
+    """Submits a job to the cluster; returns the seconds until its first step, and the parts that its driver tells."""
+    given = settings(folder, f"submitted-{number}")
+    words = [f"{key}={json.dumps(value) if value is None else value}" for key, value in given.items()]
+    command = [sys.executable, "-m", "heliostat", "submit", job, "--cluster", file, "--follow"]
+    began = time.time()
+    process = subprocess.Popen(
+        [*command, *(word for one in words for word in ("--set", one))], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout
+    first = next(time.time() - began for line in process.stdout if " step 1/" in line)
+    process.communicate(timeout=300)
+    result = json.loads((Path(folder) / f"submitted-{number}/result.json").read_text())
+    time.sleep(SETTLE_S)
+    return {"command to first step": first, **result["startup"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--job", default="jobs/quickstart.yaml")
     options = parser.parse_args()
-    found: dict[str, list[dict[str, float]]] = {"cold": [], "a second run beside a kept Ray": []}
+    found: dict[str, list[dict[str, float]]] = {"cold": [], "a second run beside a kept Ray": [], "on a running cluster": []}
     for number in range(options.rounds):
         with tempfile.TemporaryDirectory() as folder:
             found["cold"].append(cold(options.job, folder, number))
             found["a second run beside a kept Ray"].append(kept(options.job, folder))
+    with tempfile.TemporaryDirectory() as folder, cluster(folder) as file:
+        found["on a running cluster"] = [submitted(options.job, folder, file, number) for number in range(options.rounds + 1)][1:]
     parts = list(found["cold"][0])
     print(f"| start, medians of {options.rounds}, s | {' | '.join(part.replace('_', ' ') for part in parts)} |")
     print("|---|" + "---:|" * len(parts))

@@ -19,7 +19,9 @@ from mlflow import MlflowClient
 os.environ.setdefault("AWS_ACCESS_KEY_ID", "testing")
 os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "testing")
 os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
-if "HELIOSTAT_TEST_POISON" not in os.environ:  # workers import this module too
+SESSION = os.environ.get("PYTEST_XDIST_WORKER", "alone")
+if os.environ.get("HELIOSTAT_TEST_SESSION") != SESSION:  # Ray's workers import this module too
+    os.environ["HELIOSTAT_TEST_SESSION"] = SESSION
     os.environ["HELIOSTAT_TEST_POISON"] = f"{tempfile.mkdtemp(prefix='heliostat-poison-')}/samples.json"
     Path(os.environ["HELIOSTAT_TEST_POISON"]).write_text("[]")
 
@@ -27,9 +29,8 @@ if "HELIOSTAT_TEST_POISON" not in os.environ:  # workers import this module too
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """A private Ray of eight logical CPUs, started once."""
-    from heliostat.cluster import private_ray
+    from heliostat.cluster import preloads, private_ray
     from heliostat.cluster.connect import connect, disconnect
-    from heliostat.recipes import preloads
 
     text, images = (
         preloads.modules("heliostat.recipes:CausalLM", {"arch": "llama"}),

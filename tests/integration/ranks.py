@@ -1,8 +1,8 @@
 """Runs a function in process groups of one or several sizes at once, without Ray: gloo, one thread a process.
 
-All processes are forked from one that has imported torch and DeepSpeed, so that sixteen start as fast as one. The function is
-named by import path and called with (its process group beside the default one, a barrier over all processes, the arguments);
-whatever it yields, on any rank, comes back as plain data with `rank` and `workers` added.
+All processes are forks of one that has imported torch and DeepSpeed, once for all tests. The function is named by import path and
+called with (its process group beside the default one, a barrier over all processes, the arguments); whatever it yields, on any
+rank, comes back as plain data with `rank` and `workers` added.
 """
 
 from __future__ import annotations
@@ -12,24 +12,26 @@ import importlib
 import json
 import multiprocessing
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from tests.fork_server import ForkServer
+
 DEADLINE_S = 240
+IMPORTED = ("pytest", "boto3", "mlflow", "safetensors.torch", "heliostat.train.run", "heliostat.train.worker.loop",
+            "heliostat.train.worker.preload", "heliostat.recipes.text.causal_lm",
+            "heliostat.recipes.images.text_to_image", "heliostat.inference.export", "transformers.models.llama.modeling_llama",
+            "transformers.integrations.deepspeed", "diffusers.models.unets", "diffusers.models.transformers")  # fmt: skip
+SERVER = ForkServer(IMPORTED, {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore::FutureWarning"})
 
 
 def run(function: str, sizes: tuple[int, ...], *arguments: str, deadline_s: int = DEADLINE_S) -> list[dict[str, Any]]:
     """Everything that the ranks yielded; fails, with what they said, if one of them raised."""
-    command = [sys.executable, "-m", "tests.integration.ranks", str(deadline_s), function, ",".join(map(str, sizes)), *arguments]
-    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore::FutureWarning"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=deadline_s + 30, check=False)
-    assert done.returncode == 0, done.stderr[-5000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    done = SERVER.run(f"{__name__}:main", [str(deadline_s), function, ",".join(map(str, sizes)), *arguments], deadline_s + 30)
+    assert done.code == 0, done.err[-5000:]
+    return [json.loads(line) for line in done.out.splitlines()]
 
 
 def _rank(rank: int, workers: int, folder: Path, function: Any, everyone: Any, arguments: list[str], results: int) -> None:
@@ -43,12 +45,11 @@ def _rank(rank: int, workers: int, folder: Path, function: Any, everyone: Any, a
         os.write(results, (json.dumps({"rank": rank, "workers": workers, **told}) + "\n").encode())  # whole lines, from many
 
 
-def main(deadline_s: str, path: str, sizes: str, arguments: list[str]) -> int:
-    from heliostat.train.worker import deepspeed_engine
-
+def main(given: list[str]) -> int:
+    """Runs the ranks in forks of this process, to their end or the deadline; 0 if none of them failed."""
+    deadline_s, path, sizes, *arguments = given
     results = os.dup(1)
     os.dup2(2, 1)  # DeepSpeed prints, and what is yielded must be alone
-    deepspeed_engine.prepare_environment(0)
     module, _, name = path.partition(":")
     function = getattr(importlib.import_module(module), name)
     context = multiprocessing.get_context("fork")
@@ -65,9 +66,5 @@ def main(deadline_s: str, path: str, sizes: str, arguments: list[str]) -> int:
             process.start()
         deadline = time.monotonic() + float(deadline_s)
         while any(p.exitcode is None for p in ranks) and not any(p.exitcode for p in ranks) and time.monotonic() < deadline:
-            time.sleep(0.05)
+            time.sleep(0.02)
     return 0 if all(p.exitcode == 0 for p in ranks) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4:]))

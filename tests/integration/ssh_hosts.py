@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 BRIDGE, PREFIX = "brheliostat", "hel"
+PROBE = f"helprobe{os.getpid()}"  # of test processes beside each other
 SUBNET = "10.78.0"
 MASTER = f"{SUBNET}.254"  # this machine, as the hosts see it
 START = """
@@ -35,8 +36,8 @@ def missing() -> str:
     tools = [t for t in ("ip", "unshare", "ssh", "ssh-keygen", "rsync", "/usr/sbin/sshd") if not shutil.which(t)]
     if tools:
         return f"not on this machine: {', '.join(tools)} (Debian: iproute2, util-linux, openssh-server, openssh-client, rsync)"
-    done = subprocess.run(["ip", "netns", "add", "helprobe"], capture_output=True, text=True, check=False)
-    subprocess.run(["ip", "netns", "del", "helprobe"], capture_output=True, check=False)
+    done = subprocess.run(["ip", "netns", "add", PROBE], capture_output=True, text=True, check=False)
+    subprocess.run(["ip", "netns", "del", PROBE], capture_output=True, check=False)
     return f"no network namespaces here: {done.stderr.strip()}" if done.returncode else ""
 
 

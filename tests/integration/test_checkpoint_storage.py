@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from tests.integration import ranks
 from tests.unit import build_index
+from tests.unit.build_checkpoint import age
 
 SIZES = {"master.large": 3_000_001, "exp_avg.large": 3_000_001, "master.small": 7, "exp_avg.one": 1}
 FACTS: dict[str, Any] = build_index.facts(metrics={"loss": 1.0})
@@ -84,11 +85,12 @@ def three_save_two_load(group: Any, everyone: Any, folder: str) -> Iterator[dict
     everyone.wait(60)
     if dist.get_world_size() == 2:
         yield {"case": "sound", **_error(run, 20, group)}
-        at = checkpoint.open_checkpoint(run, 20).index["tensors"]["exp_avg.large"]["chunks"]
-        shard = Path(folder) / "checkpoints/step-00000020" / f"shard-{at[0]['shard']:05d}.safetensors"
+        ((number, at),) = checkpoint.open_checkpoint(run, 20).slices("exp_avg.large", 0, torch.empty(5_000))
+        shard = Path(folder) / "checkpoints/step-00000020" / f"shard-{number:05d}.safetensors"
+        dist.barrier()  # the other has opened it
         if dist.get_rank() == 0:  # among the elements that only rank 0 needs
             data = bytearray(shard.read_bytes())
-            data[at[0]["offset"] + 5_000] ^= 16
+            data[at.offset + 5_000] ^= 16
             shard.write_bytes(data)
         dist.barrier()
         yield {"case": "damaged", **_error(run, 20, group)}
@@ -108,19 +110,22 @@ def three_save_two_load(group: Any, everyone: Any, folder: str) -> Iterator[dict
             }
             dcp.load(plain, storage_reader=HuggingFaceStorageReader(path), no_dist=True)
             yield {"case": "torch", "right": all(torch.equal(plain[n], t) for n, t in _whole(10).items())}
+            age(Path(path), 3)
+        dist.barrier()
+        yield {"case": "old", **_error(run, 10, group)}
 
 
 def test_a_flipped_bit_is_found_by_all_ranks_before_anything_is_used(tmp_path: Path) -> None:
     """Only one rank reads the byte; both raise the error that names file and step. What is sound still loads, reading little
-    more than a rank needs, and torch's own reader of the format agrees."""
+    more than a rank needs, in the format of old too, and torch's own reader of the shards agrees."""
     told = ranks.run(f"{__name__}:three_save_two_load", (2, 3), str(tmp_path))
     files = sorted(p.name for p in (tmp_path / "checkpoints/step-00000020").iterdir())
-    assert files == ["checkpoint.json", *(f"shard-0000{r}.safetensors" for r in range(3))]
+    assert files == ["checkpoint.json", *(f"shard-0000{r}.{kind}" for r in range(3) for kind in ("json", "safetensors"))]
     by_case: dict[str, list[dict[str, Any]]] = {}
     for row in told:
         by_case.setdefault(row["case"], []).append(row)
     total = 4 * sum(SIZES.values())
-    for case in ("sound", "before"):
+    for case in ("sound", "before", "old"):
         assert [row["right"] for row in by_case[case]] == [True, True]
         assert total < sum(row["read"] for row in by_case[case]) < total + 5 * 2 * 2**20 + 200
     damaged = by_case["damaged"]

@@ -109,6 +109,7 @@ def test_a_job_is_submitted_stopped_at_half_and_resumed_to_one_finished_run(work
         assert time.monotonic() < deadline, work.heliostat("logs", "onto")
         time.sleep(0.3)
     seen = work.json("status", "onto")
+    assert len(forks(work.state)) == 2
     assert seen["status"] == "RUNNING" and 30 <= seen["progress"]["step"] < STEPS and seen["progress"]["eta_s"] > 0
     stopped = work.json("stop", "onto")
     assert stopped["status"] == "STOPPED" and stopped["progress"]["step"] < STEPS
@@ -222,6 +223,12 @@ def family(state: local.State) -> list[psutil.Process]:
     """The nodes' processes by their parents, whatever they call themselves and have in their environment."""
     shells = [psutil.Process(n.pid) for n in state.nodes]
     return [*shells, *(p for s in shells for p in s.children(recursive=True))]
+
+
+def forks(state: local.State) -> list[psutil.Process]:
+    """The training workers that are forks of the cluster's zygote."""
+    zygotes = [p for p in family(state) if "heliostat.cluster.zygote_server" in p.cmdline()]  # and its nurseries
+    return [p for z in zygotes for p in z.children() if p.name().startswith("ray::TrainWorke")]
 
 
 def _listening(state: local.State) -> set[tuple[str, int]]:

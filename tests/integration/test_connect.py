@@ -49,6 +49,24 @@ def test_a_process_that_does_not_end_by_itself_is_ended():
         psutil.Process(int(done.stdout)).wait(5)  # until it has been reaped
 
 
+LATE = """
+import ray
+from heliostat.cluster.connect import connect
+from heliostat.cluster import private_ray
+
+private_ray.ahead(0, ["torch"])  # an import of a second and more
+connect(cpus=2)
+print("connected")
+"""
+
+
+def test_workers_that_are_late_do_not_hold_the_driver():
+    """As on a machine so busy that their imports take longer than Ray waits for them."""
+    late = {**os.environ, "RAY_worker_register_timeout_seconds": "0"}
+    done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, timeout=120, check=False, env=late)
+    assert done.stdout == "connected\n", done.stderr
+
+
 RPC = ("NodeInfoGcsService/GetAllNodeInfo", "NodeManagerService/GetNodeStats", "CoreWorkerService/GetCoreWorkerStats")
 
 

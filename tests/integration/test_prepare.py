@@ -9,10 +9,11 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
+from heliostat.curation import pieces
+from heliostat.curation.pieces import Part
 from heliostat.data import manifest
 from heliostat.errors import DataError, HeliostatError, StorageError
 from heliostat.pipelines.prepare import prepare
-from heliostat.pipelines.text import sources
 from heliostat.storage import Location
 from tokenizers import Tokenizer
 
@@ -50,6 +51,11 @@ def make_input(folder: Path) -> None:
 
 
 DROPPED = {"binary": 1, "corrupt": 3, "empty": 1, "invalid_json": 1, "no_text": 1, "not_utf8": 1}
+
+
+def shuffled(items: list, parts: int) -> list[list]:
+    """Deals the items out to parts, the last first."""
+    return [items[i::parts][::-1] for i in reversed(range(parts))]
 
 
 def make_yaml(tmp_path: Path, **more: object) -> Path:
@@ -116,7 +122,7 @@ def test_digest_does_not_depend_on_how_the_work_is_cut(tmp_path, monkeypatch):
     make_input(tmp_path / "in")
     yaml = make_yaml(tmp_path, tokenizer={"vocab_size": 300, "train_bytes": 5000})
     first = prepare(yaml, [])
-    monkeypatch.setattr(sources, "pack", lambda files, _: [[f.path for f in files[i::9]] for i in range(9)])
+    monkeypatch.setattr(pieces, "cut", lambda files, *_: ([Part(*f) for f in part] for part in shuffled(list(files), 9)))
     assert prepare(yaml, [], force=True)["digest"] == first["digest"]
 
 

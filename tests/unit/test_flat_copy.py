@@ -7,7 +7,7 @@ import torch
 from heliostat.checkpoint import flat_copy
 from heliostat.checkpoint.flat_copy import Range
 from heliostat.checkpoint.flat_shard import FlatShard
-from heliostat.errors import CheckpointError
+from heliostat.errors import TrainingError
 
 WHOLE = {
     "master.a": torch.arange(103, dtype=torch.float32),
@@ -61,5 +61,5 @@ def test_the_same_ranks_find_their_copy_in_one_piece():
 
 def test_a_byte_that_nobody_has_is_an_error():
     wanted = [Range("master.a", 0, 10, 4, 0)]
-    with pytest.raises(CheckpointError, match=r"lack elements 4 to 10 of 'master\.a'"):
+    with pytest.raises(TrainingError, match=r"lack elements 4 to 10 of 'master\.a'"):
         flat_copy.pieces({0: [Range("master.a", 0, 4, 4, 0)], 1: [Range("master.a", 5, 5, 4, 0)]}, wanted)

@@ -8,18 +8,20 @@ import os
 import subprocess
 import sys
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from heliostat.curation import segment
 from heliostat.data import manifest
 from heliostat.errors import ConfigError, DataError
 from heliostat.pipelines.images import pictures
 from heliostat.pipelines.images import sources as image_sources
 from heliostat.pipelines.images import tasks as image_tasks
 from heliostat.pipelines.images.sources import Columns, Limits
-from heliostat.pipelines.text import documents, pipeline, sources
+from heliostat.pipelines.text import documents, making, sources
 from heliostat.pipelines.text import tasks as text_tasks
 from heliostat.pipelines.text.documents import Document, Rules
 from heliostat.storage import Location
@@ -191,21 +193,23 @@ def test_a_manifest_that_names_a_place_outside_its_dataset_is_refused(tmp_path, 
 
 def test_what_was_left_out_is_listed_with_the_reason(tmp_path):
     """Of text as of images: id, reason and detail."""
-    dropped = [{"hash": "", "id": "b", "reason": "too_large", "detail": "big"}, {"hash": "", "id": "a", "reason": "empty"}]
-    table = text_tasks.assign(pa.Table.from_pylist(dropped, text_tasks.ROWS), 1)
-    row = text_tasks.write_group(table, str(tmp_path), None, 0, 1).to_pylist()[0]
-    assert pq.read_table(tmp_path / row["listed"]).to_pylist() == [
-        {"id": "a", "reason": "empty", "detail": None}, {"id": "b", "reason": "too_large", "detail": "big"}]  # fmt: skip
+    work = Location(str(tmp_path / "work"))
+    spilled = segment.Spiller(work, 1 << 20)
+    spilled.leave_out("b", segment.READ, "too_large", "big")
+    spilled.leave_out("a", segment.READ, "empty", "")
+    record = spilled.record({})
+    assert record["reasons"] == {"empty": 1, "too_large": 1} and record["examples"] == {"empty": ["a"], "too_large": ["b"]}
+    made = text_tasks.list_left_out(work, record["left_out"], str(tmp_path / "out"))
+    assert pq.read_table(tmp_path / "out" / made["listed"]).to_pylist() == [
+        {"id": "a", "reason": "empty", "detail": ""}, {"id": "b", "reason": "too_large", "detail": "big"}]  # fmt: skip
 
 
 def test_names_of_files_reach_the_terminal_escaped(caplog):
     """Escape sequences, line breaks, what turns the writing about: as text."""
     evil = "a\x1b]0;owned\x07\n\r\u202egpj.txt\x9b2J"
-    totals = pipeline.Totals(1)
-    row = {"path": "", "dropped": json.dumps({"empty": 1}), "examples": json.dumps({"empty": [evil]}), "listed": "x"}
+    totals = making.Totals(1, Counter(empty=1), {"empty": [evil]})
     with caplog.at_level(logging.WARNING):
-        totals.add(row)
-        totals.log()
+        totals.log([])
     assert printable(evil) == r"a\x1b]0;owned\x07\n\r\u202egpj.txt\x9b2J" and printable(evil) in caplog.messages[0]
     with pytest.raises(ConfigError) as e:
         image_sources.read_table(evil, b"{")

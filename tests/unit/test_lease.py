@@ -218,20 +218,17 @@ def test_a_bucket_that_is_not_there_is_one_clear_error(place):
 
 def test_who_was_taken_for_dead_makes_no_checkpoint_valid(tmp_path):
     """Its shards may be there; without `checkpoint.json` there is no checkpoint. Nor does it remove one that is there."""
-    from heliostat.checkpoint import layout
-    from heliostat.checkpoint.saver import _Writer
-    from torch.distributed.checkpoint.metadata import Metadata
+    from heliostat.checkpoint import layout, writing
 
     from tests.unit.build_index import facts
 
     run = Location(str(tmp_path))
     with lease.take(run) as held:
-        writer = _Writer(layout.folder(run, 10), 10, facts(), lambda: None, held.fence)
-        writer.finish(Metadata({}), [])
+        writing.finish(layout.folder(run, 10), 10, facts(), None, held.fence)
         assert layout.open_checkpoint(run, 10).step == 10
         run.join(run_folder.LEASE, "00000002.json").write(replace(Holder.me(), pid=7).dump())
-        late = _Writer(layout.folder(run, 20), 20, {}, lambda: None, held.fence)
-        for act in (lambda: late.finish(Metadata({}), []), lambda: writer.prepare_global_plan([])):
+        late, before = layout.folder(run, 20), layout.folder(run, 10)
+        for act in (lambda: writing.finish(late, 20, {}, None, held.fence), lambda: writing.clear(before, held.fence)):
             with pytest.raises(LeaseError, match="has taken it over"):
                 act()
     assert layout.open_checkpoint(run, 10).step == 10 and not layout.folder(run, 20).join(layout.INDEX).exists()

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from dataclasses import astuple, replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import torch
 from heliostat.data import manifest
 from heliostat.errors import ConfigError
 from heliostat.plan import failures, hardware, memory, planner, step_time, zero_layout
-from heliostat.plan.model_stats import Meter, activations, build, stats_of
+from heliostat.plan.model_stats import Meter, activations, build, stats_of, work
+from heliostat.plan.operations import Work
 from heliostat.storage import Location
 
 from tests.unit import build_images
@@ -58,6 +60,48 @@ def test_activations_are_what_a_real_forward_pass_keeps(precision, length, mask)
     assert counted.kept == pytest.approx(meter.result().kept, rel=0.02)
     assert counted.checkpointed == pytest.approx(meter.result().checkpointed, rel=0.02)
     assert counted.checkpointed < counted.kept
+
+
+LAYERED: dict[str, dict[str, object]] = {
+    "llama": {},
+    "gpt2": {"n_embd": 32, "n_layer": 5, "n_head": 4},
+    "gemma3_text": {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"] * 2,
+                    "sliding_window": 16, "num_hidden_layers": 6},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", LAYERED)
+def test_work_of_a_few_layers_stands_for_that_of_all(arch, monkeypatch):
+    """Layers that are alike are counted once and multiplied: the same as counting every one of them."""
+    size = {
+        "hidden_size": 32,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+    }
+    j = job(model={"arch": arch, "vocab_size": 96, **({} if arch == "gpt2" else size), **LAYERED[arch]}, **{"workers.gpus": 1})
+    recipe = recipe_of(j)
+    contents = (planner.sample(j, recipe), planner.sample(j, recipe, 2))
+    few = work(j, recipe, build(recipe), contents)
+    monkeypatch.setattr("heliostat.plan.model_stats._stack", lambda model: None)
+    assert sorted(map(astuple, few)) == sorted(map(astuple, work(j, recipe, build(recipe), contents)))
+
+
+def test_work_is_what_the_model_multiplies():
+    """Products have the FLOPs of Kaplan's formula; attention 7 products of the causal half; weights do not grow with the batch."""
+    j = job(**{"workers.gpus": 1, "model.num_key_value_heads": 4})
+    recipe = recipe_of(j)
+    model = build(recipe)
+    flops = recipe.flops_per_sample(model)
+    found = work(j, recipe, model, (planner.sample(j, recipe), planner.sample(j, recipe, 2)))
+    total = {kind: sum(w.count * w.flops for w in found if w.kind == kind) for kind in ("matmul", "attention", "convolution")}
+    square = 12 * 64 * 64 * 32 * 2  # forward and backward, of both layers, as flops_per_sample counts it
+    assert total == {"matmul": flops - square, "attention": square * 7 / 6 / 2, "convolution": 0}
+    products = [w for w in found if w.kind == "matmul"]
+    assert sum(w.count * w.fixed for w in products) == 3 * 2 * (flops - square) / 6 / 64  # read twice, written once
+    inside = sum(w.count * w.flops for w in products if w.replayed)
+    assert inside == total["matmul"] / 3 - 2 * 64 * 32 * 96  # the forward pass, but for the head
 
 
 @pytest.mark.parametrize("backbone", ["UNET", "PIXART", "SD3"])
@@ -148,13 +192,40 @@ def test_a_step_moves_what_ring_collectives_move(stage, times):
     assert step_time.volume(1000, 2, 4, stage, accumulation=4) == times * 1000 * 2 * 3 // 4
 
 
-def test_communication_hides_behind_computing_as_far_as_there_is_any():
-    device = hardware.Device("H100", 80 * GIB, 1e15, 700, 8, 450e9, 400e9, 0, 1)
-    efficiency = {"compute": 0.5, "network": 0.5, "overlap": 0.8}
-    step = step_time.step(1e15, int(400e9), 16, device, efficiency)
+EFFICIENCY = hardware.Efficiency(0.5, 0.25, 0.2, 0.5, 0.4, 1e-5)
+DEVICE = hardware.Device("H100", 80 * GIB, 1e15, 700, 8, 450e9, 400e9, 0, 1, 2e12, EFFICIENCY)
+
+
+def test_communication_hides_behind_the_computing_that_it_can_run_beside():
+    """Stage 3 gathers and reduces beside all of it; stage 1 reduces behind the last backward pass and gathers afterwards."""
+    network = hardware.Network(0.5, 0.8)
+    three, one = (step_time.Setting(16, stage, 1, 2) for stage in (3, 1))
+    step = step_time.step(1.0, int(400e9), 0.0, three, DEVICE, network)
     assert (step.computing, step.communicating) == (2.0, 2.0) and step.exposed == pytest.approx(0.4)
-    assert step_time.step(0.0, int(400e9), 16, device, efficiency).total == 2.0  # nothing to hide behind
-    assert step_time.step(1e15, int(400e9), 1, device, efficiency).total == 2.0  # nobody to send to
+    step = step_time.step(1.0, int(400e9), 0.0, one, DEVICE, network)
+    assert step.exposed == pytest.approx(2.0 - 2 / 3)  # 0.8 s could, and a backward pass is two thirds of a second
+    assert step_time.step(0.0, int(400e9), 0.0, three, DEVICE, network).total == 2.0  # nothing to hide behind
+    alone = step_time.Setting(1, 3, 1, 2)
+    assert step_time.step(1.0, int(400e9), 0.0, alone, DEVICE, network).total == 2.0  # nobody to send to
+
+
+def test_an_operation_takes_its_arithmetic_and_its_bytes():
+    """At the rates of its kind; small products are bound by memory; a launch is the least, but not where all is compiled."""
+    product = Work("matmul", 1, 1e12, 1e9, 1e9, False)
+    assert step_time.operation(product, 2, DEVICE) == pytest.approx(2e12 / 0.5e15 + 3e9 / 1e12)
+    assert step_time.operation(replace(product, kind="convolution"), 1, DEVICE) == pytest.approx(1e12 / 0.25e15 + 2e9 / 1e12)
+    norm = Work("memory", 1, 0.0, 1e9, 0.0, False)
+    assert step_time.operation(norm, 1, DEVICE) == pytest.approx(1e-3)
+    assert step_time.operation(norm, 1, DEVICE, compiled=True) == pytest.approx(0.4e-3)
+    tiny = replace(norm, moved=8.0)
+    assert step_time.operation(tiny, 1, DEVICE) == 1e-5 > step_time.operation(tiny, 1, DEVICE, compiled=True)
+
+
+def test_checkpointing_plays_again_what_is_in_layers():
+    inside, outside = (Work("matmul", 3, 1e12, 0.0, 0.0, replayed) for replayed in (True, False))
+    plain = step_time.Setting(1, 1, 1, 1)
+    took = [step_time.computing([inside, outside], replace(plain, replayed=r), DEVICE) for r in (0.0, 0.5, 1.0)]
+    assert took == pytest.approx([12e-3, 15e-3, 18e-3])
 
 
 def test_young_dalys_interval_wastes_least():

@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 from heliostat.data import manifest
 from heliostat.errors import ConfigError
-from heliostat.pipelines.prepare import InputFile
 from heliostat.pipelines.text import documents, sources, tasks, tokens
 from heliostat.pipelines.text.documents import Document, Dropped, Rules
 from heliostat.storage import Location
@@ -174,26 +173,24 @@ def test_listing_of_the_standard_library():
     assert not [p for p in paths if {"site-packages", "test", "tests", "__pycache__"} & set(p.split("/"))]
 
 
-def test_pack():
-    files = [InputFile(str(i), 10, 0) for i in range(10)]
-    assert [len(t) for t in sources.pack(files, 35)] == [3, 3, 3, 1]
-    assert [len(t) for t in sources.pack(files, 1)] == [1] * 10
-    assert [len(t) for t in sources.pack(files, 10**9, files_per_task=4)] == [4, 4, 2]
-
-
 def test_unique_keeps_the_smallest_id():
-    rows = pa.table({"hash": ["b", "a", "b", "a", "c"], "id": ["2", "9", "1", "3", "7"], "text": list("xyxyz")})
+    rows = pa.table({"hash": [b"b", b"a", b"b", b"a", b"c"], "id": ["2", "9", "1", "3", "7"], "text": list("xyxyz")})
     table, duplicates = tasks.unique(rows)
-    assert table["id"].to_pylist() == ["3", "1", "7"] and duplicates == 2
-    assert tasks.unique(rows.slice(0, 0))[1] == 0
+    assert table["id"].to_pylist() == ["3", "1", "7"] and duplicates["id"].to_pylist() == ["9", "2"]
+    assert len(tasks.unique(rows.slice(0, 0))[1]) == 0
 
 
-def test_assign_puts_equal_texts_together():
-    hashes = [Document("", str(i % 50)).hash for i in range(100)]
-    shards = tasks.assign(pa.table({"hash": [*hashes, ""]}), shards=7)["shard"].to_pylist()
-    assert shards[:50] == shards[50:100] and set(shards) == {*range(7), tasks.DROPPED}
-    by_hash = [shard for _, shard in sorted(zip(hashes, shards, strict=False))]
-    assert by_hash == sorted(by_hash), "a shard holds a range of hashes"
+@pytest.mark.parametrize("shards", [1, 2, 3, 7, 640, 99_991])
+def test_a_shard_holds_the_range_of_hashes_that_it_always_held(shards):
+    """That of the first 52 bits, as a fraction: also of the hashes next to a bound."""
+    keys = [int(Document("", str(i)).hash[:16], 16) for i in range(300)]
+    keys += [k for s in range(min(shards, 50)) for k in tasks.bounds(s, shards)[:1]]
+    keys += [k - 1 for s in range(min(shards, 50)) for k in tasks.bounds(s, shards)[1:]]
+    for key in keys:
+        shard = (key >> 12) * shards >> 52
+        low, high = tasks.bounds(shard, shards)
+        assert low <= key < high
+    assert tasks.bounds(0, shards)[0] == 0 and tasks.bounds(shards - 1, shards)[1] == 1 << 64
 
 
 def test_a_chunk_ends_where_documents_may_be_held_out():

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from heliostat.cluster import zygote
-from heliostat.recipes import preloads
+from heliostat.cluster import preloads, zygote, zygote_server
 
 pytestmark = pytest.mark.skipif(not zygote.SUPPORTED, reason="forks are taken on Linux alone")
 
@@ -29,7 +31,7 @@ print(json.dumps({"argv": sys.argv[1:], "mine": os.environ.get("MINE"), "gone": 
 @pytest.fixture
 def made(tmp_path: Path) -> Iterator[zygote.Zygote]:
     (tmp_path / zygote.ENTRY).write_text(ENTRY)
-    one = zygote.Zygote(tmp_path, {**os.environ, "GONE": "1", "RAY_JOB_ID": "01000000"}, ["colorsys", "no.such.module"])
+    one = zygote.Zygote(tmp_path / "z", {**os.environ, "GONE": "1", "RAY_JOB_ID": "01000000"}, ["colorsys", "no.such.module"])
     deadline = time.monotonic() + 60
     while not (one.folder / "socket").exists():
         assert time.monotonic() < deadline
@@ -72,7 +74,7 @@ def test_a_runtime_environment_of_variables_is_applied_and_one_that_asks_for_mor
     (tmp_path / "setup_worker.py").write_text("print('{\"set_up\": true}')")
 
     def told(**context: Any) -> dict[str, Any]:
-        given = zygote.CONTEXT + json.dumps({"env_vars": {"MINE": "3"}, "command_prefix": [], **context})
+        given = zygote_server.CONTEXT + json.dumps({"env_vars": {"MINE": "3"}, "command_prefix": [], **context})
         command = [
             str(made.launcher),
             str(tmp_path / "setup_worker.py"),
@@ -84,6 +86,7 @@ def test_a_runtime_environment_of_variables_is_applied_and_one_that_asks_for_mor
         return json.loads(done.stdout)
 
     assert told(py_executable=sys.executable)["mine"] == "3" and told()["argv"] == []
+    assert told(command_prefix=["cd", str(made.folder), "&&"])["folder"] == str(made.folder)
     assert told(command_prefix=["source env"]) == told(py_executable="/other/python") == {"set_up": True}
 
 
@@ -99,6 +102,67 @@ def test_a_zygote_ends_with_whoever_has_started_it(made):
     made.process.stdin.close()
     made.process.wait(30)
     assert not made.folder.exists()
+
+
+def test_code_of_heliostat_that_is_not_the_zygote_s_own_is_imported_by_a_process_of_its_own(made, tmp_path):
+    """A job brings its own, by PYTHONPATH; a copy with the same files is the same."""
+    package = Path(zygote.__file__).parents[1]
+    same = shutil.copytree(package, tmp_path / "a" / "heliostat", ignore=shutil.ignore_patterns("__pycache__")).parent
+    other = shutil.copytree(same, tmp_path / "b")
+    with (other / "heliostat" / "text.py").open("a") as file:
+        file.write("# another\n")
+    assert ask(made, tmp_path, PYTHONPATH=f"{tmp_path}:{same}")["loaded"] is True
+    assert ask(made, tmp_path, PYTHONPATH=f"{tmp_path}:{other}")["loaded"] is False
+
+
+@pytest.fixture
+def anybodys(tmp_path: Path) -> Iterator[zygote.Zygote]:
+    """A zygote that is not of one job; colorsys is imported with what imports Ray."""
+    (tmp_path / zygote.ENTRY).write_text(ENTRY)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    one = zygote.Zygote(tmp_path / "z", environment, ["colorsys"], ["heliostat.errors"])
+    until(lambda: (one.folder / "socket").exists())
+    yield one
+    one.end()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_workers_of_each_job_and_raylet_have_a_nursery_and_that_of_the_next_job_is_made_ahead(anybodys, tmp_path):
+    raylet = subprocess.Popen(["sleep", "600"])
+    children = psutil.Process(anybodys.process.pid).children
+    environment = {"RAY_RAYLET_PID": str(raylet.pid)}
+    second, again = (ask(anybodys, tmp_path, RAY_JOB_ID="02000000", **environment) for _ in range(2))
+    assert second["loaded"] and second["parent"] == again["parent"] in [child.pid for child in children()]
+    until(lambda: len(children()) == 2)
+    (ahead,) = (child.pid for child in children() if child.pid != second["parent"])
+    third, other = (ask(anybodys, tmp_path, RAY_JOB_ID="03000000", RAY_RAYLET_PID=str(pid)) for pid in (raylet.pid, os.getpid()))
+    assert third["parent"] == ahead and other["loaded"] and other["parent"] not in (ahead, second["parent"])
+    raylet.kill()
+    raylet.wait(10)
+    until(lambda: not {ahead, second["parent"]} & {child.pid for child in children()})
+    assert other["parent"] in [child.pid for child in children()]
+
+
+def test_the_nurseries_of_a_zygote_end_with_it(anybodys, tmp_path):
+    nursery = psutil.Process(ask(anybodys, tmp_path, RAY_JOB_ID="01000000")["parent"])
+    anybodys.process.send_signal(signal.SIGKILL)
+    nursery.wait(30)
+
+
+def test_all_modules_that_are_imported_ahead_are_there():
+    """One that has moved would be imported by each worker again."""
+    jobs = ("CausalLM", {"arch": "llama"}), ("TextToImage", {}), ("Autoencoder", {})
+    names = {
+        *preloads.early(),
+        *(name for recipe, model in jobs for name in preloads.modules(f"heliostat.recipes:{recipe}", model)),
+    }
+    assert [name for name in sorted(names) if importlib.util.find_spec(name) is None] == []
 
 
 def test_only_recipes_of_the_package_are_imported_ahead():

@@ -13,7 +13,7 @@ import torch
 
 from heliostat.checkpoint.checksums import as_bytes
 from heliostat.checkpoint.flat_shard import FlatShard
-from heliostat.errors import CheckpointError
+from heliostat.errors import TrainingError
 
 ALIGNED = 64  # bytes, so that each slice of a buffer can be viewed in its type
 
@@ -74,7 +74,7 @@ def unpack(state: Mapping[str, torch.Tensor], ranges: Iterable[Range], buffer: t
 
 
 def pieces(copies: Mapping[int, list[Range]], wanted: list[Range]) -> list[Piece]:
-    """Finds every wanted byte in the ranks' copies, each once, neighbours together; CheckpointError if one is in none of them."""
+    """Finds every wanted byte in the ranks' copies, each once, neighbours together; TrainingError if one is in none of them."""
     by_name: dict[str, list[tuple[int, int, int, Range]]] = {}
     for rank, ranges in copies.items():
         for r in ranges:
@@ -89,7 +89,7 @@ def pieces(copies: Mapping[int, list[Range]], wanted: list[Range]) -> list[Piece
                 _append(found, Piece(rank, source, target, (stop - at) * r.itemsize))
                 at = stop
         if at < end:
-            raise CheckpointError(f"the copies in memory lack elements {at} to {end} of {want.name!r}")
+            raise TrainingError(f"the copies in memory lack elements {at} to {end} of {want.name!r}")
     return found
 
 

@@ -8,15 +8,14 @@ any number of workers and in any precision, as long as the parameters are what w
 from __future__ import annotations
 
 import hashlib
+import operator
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch.distributed as dist
-
 from heliostat import run_folder
 from heliostat.checkpoint import checksums
-from heliostat.checkpoint.agreement import together
+from heliostat.checkpoint.agreement import first, merged
 from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.checkpoint.layout import FROZEN, INDEX, Checkpoint
 from heliostat.storage import Location
@@ -40,19 +39,20 @@ class Keeper:
 
     def keep(self, slices: dict[str, FlatShard]) -> str | None:
         """Saves the slices as a folder unless it is there, and returns the folder's name; None if no worker has any slices."""
-        if not any(together(self.group, lambda: bool(slices))):
+        any_ = merged(self.group, lambda: bool(slices), operator.or_)
+        if not first(self.group, lambda: any_):
             return None
         name = self._name(slices)
         if name == self._loaded:
             name = self._folder
         place = self.run.join(run_folder.CHECKPOINTS, name)
-        if not together(self.group, lambda: dist.get_rank() == 0 and place.join(INDEX).exists())[0]:
+        if not first(self.group, place.join(INDEX).exists):
             self._write(place, {n: FlatShard(s.local.cpu(), s.start, s.shape[0]) for n, s in slices.items()})
         return name
 
     def _name(self, slices: dict[str, FlatShard]) -> str:
-        parts = together(self.group, lambda: digest(slices))
-        return f"{FROZEN}-{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:16]}"
+        parts = merged(self.group, lambda: [digest(slices)], operator.add)  # on rank 0
+        return first(self.group, lambda: f"{FROZEN}-{hashlib.sha256(' '.join(parts or []).encode()).hexdigest()[:16]}")
 
 
 def digest(slices: Mapping[str, FlatShard]) -> str:

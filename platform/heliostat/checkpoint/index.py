@@ -1,14 +1,17 @@
-"""Defines and checks the contents of `checkpoint.json`, so that no reader meets a place outside its shards or an unknown type."""
+"""Defines and checks the contents of `checkpoint.json`, so that no reader meets a place outside its shards or an unknown type.
+
+Since format 4 it says of every tensor which shards hold which elements (`placement`), and where a chunk's bytes are stands in the
+index of its shard (`shard_index`). Formats 2 and 3 listed every chunk of every shard here: `upgrade` makes the newest of them.
+"""
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, NotRequired
 
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from heliostat.checkpoint.checksums import BLOCK
+from heliostat.checkpoint import placement, shard_index
 from heliostat.checkpoint.element_types import BYTES
 from heliostat.data import plans
 from heliostat.errors import DataError
@@ -18,13 +21,24 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]  # of a f
 
 
 @open_
+class Sealed(TypedDict):
+    """Describes the file of a shard's index."""
+
+    bytes: Whole
+    crc32: Whole
+
+
+@open_
 class Shard(TypedDict):
     file: Name
     bytes: Whole
+    index: NotRequired[Sealed]  # since format 4
 
 
 @open_
 class Chunk(TypedDict):
+    """Describes a chunk as formats 2 and 3 have it."""
+
     shard: Whole
     start: Whole
     numel: Whole
@@ -36,7 +50,8 @@ class Chunk(TypedDict):
 class Tensor(TypedDict):
     dtype: str
     shape: list[Whole]
-    chunks: list[Chunk]
+    runs: NotRequired[list[Annotated[list[Whole], Field(min_length=4, max_length=4)]]]
+    chunks: NotRequired[list[Chunk]]
 
 
 @open_
@@ -72,6 +87,7 @@ class Index(Files):
 
 
 FILES, INDEX = Format(Files, "index"), Format(Index, "index")
+LISTED = (2, 3)  # the formats whose index lists every chunk
 
 
 def fault(index: Any, step: int | None) -> str:
@@ -85,23 +101,41 @@ def fault(index: Any, step: int | None) -> str:
                 return f"step: it is of step {whole['step']}"
     except DataError as e:
         return str(e)
+    whole = found["format"] in LISTED
+    if not whole and any("index" not in shard for shard in found["shards"]):
+        return "shards: one has no index"
     for name, tensor in found["tensors"].items():
-        if said := _tensor_fault(tensor, found["shards"]):
+        if said := _tensor_fault(tensor, found["shards"], whole):
             return f"tensors: {name[:200]!r}: {said}"
     return ""
 
 
-def _tensor_fault(tensor: Tensor, shards: list[Shard]) -> str:
+def _tensor_fault(tensor: Tensor, shards: list[Shard], listed: bool) -> str:
     if tensor["dtype"] not in BYTES:
         return f"dtype {tensor['dtype'][:20]!r} is none"
-    size, numel = BYTES[tensor["dtype"]], math.prod(tensor["shape"])
-    end = 0
-    for chunk in sorted(tensor["chunks"], key=lambda c: c["start"]):
-        if chunk["start"] != end:
-            return f"elements {end} to {chunk['start']} are in no chunk, or in two"
-        end += chunk["numel"]
-        if chunk["shard"] >= len(shards) or chunk["offset"] + chunk["numel"] * size > shards[chunk["shard"]]["bytes"]:
-            return "a chunk lies outside its shard"
-        if len(chunk["crc32"]) != -(-chunk["numel"] * size // BLOCK):
-            return "a chunk has not one CRC-32 for each of its blocks"
-    return "" if end == numel else f"its chunks hold {end} of {numel} elements"
+    if ("chunks" if listed else "runs") not in tensor:
+        return f"has no {'chunks' if listed else 'runs'}"
+    runs = _runs(tensor["chunks"]) if listed else tensor["runs"]
+    if said := placement.fault({**tensor, "runs": runs}, len(shards)):
+        return said
+    size = BYTES[tensor["dtype"]]
+    places = tensor["chunks"] if listed else []
+    return next((f for c in places if (f := shard_index.place_fault(c, size, shards[c["shard"]]["bytes"]))), "")
+
+
+def upgrade(index: dict[str, Any]) -> tuple[dict[str, Any], dict[int, shard_index.Places]]:
+    """Returns an index of any format in the newest's form, and the places in each shard where the index itself lists them."""
+    places: dict[int, shard_index.Places] = {}
+    if index["format"] not in LISTED:
+        return index, places
+    tensors = {}
+    for name, entry in index["tensors"].items():
+        tensors[name] = {**{k: v for k, v in entry.items() if k != "chunks"}, "runs": _runs(entry["chunks"])}
+        for chunk in entry["chunks"]:
+            places.setdefault(chunk["shard"], {})[name, chunk["start"]] = chunk
+    return {**index, "tensors": tensors}, places
+
+
+def _runs(chunks: list[Any]) -> list[placement.Run]:
+    ordered = sorted(chunks, key=lambda c: c["start"])
+    return placement.runs(placement.Chunk(c["shard"], c["start"], c["numel"]) for c in ordered)

@@ -1,9 +1,10 @@
 """Defines the layout of a checkpoint in storage: a folder `checkpoints/step-00000100`, valid once `checkpoint.json` is written.
 
-`checkpoint.json`, written last, lists every shard with its size, and every tensor's chunks: the shard, the elements, the bytes,
-and a CRC-32 of each block of them (`checksums`); its own CRC-32 is its last entry. A checkpoint whose `checkpoint.json` is
-missing or damaged, or with a shard missing or of another size, does not exist; damaged bytes are found when they are read, always
-before they are used. Both are a CorruptCheckpointError, and the checkpoint before is the one to use.
+`checkpoint.json`, written last, lists every shard and its index with their sizes, and which shards hold which elements of each
+tensor (`placement`); its own CRC-32 is its last entry. Where in a shard they are, and the CRC-32 of each block of them, says the
+shard's index (`shard_index`). A checkpoint whose `checkpoint.json` is missing or damaged, or with a shard or an index missing or
+of another size, does not exist; a damaged index and damaged bytes are found when they are read, always before they are used. All
+are a CorruptCheckpointError, and the checkpoint before is the one to use.
 
 Parameters that are not trained are in a folder of their own, `checkpoints/frozen-<digest>`, of the same form, which every
 checkpoint of the run names. No other checkpoint helps where that folder is torn: a CheckpointError, which ends the run.
@@ -15,13 +16,13 @@ import json
 import logging
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from heliostat import run_folder
-from heliostat.checkpoint import checksums
+from heliostat.checkpoint import checksums, placement, shard_index
 from heliostat.checkpoint import index as checkpoint_index
 from heliostat.config.schema import validate
 from heliostat.config.spec import Checkpoint as Policy
@@ -38,8 +39,8 @@ if TYPE_CHECKING:  # torch takes seconds, and what a run has saved is found with
 log = logging.getLogger(__name__)
 
 INDEX = "checkpoint.json"
-FORMAT = 3
-READABLE = (2, 3)  # 2 had no frozen parameters
+FORMAT = 4
+READABLE = (2, 3, 4)  # 2 had no frozen parameters; 3 listed every chunk in `checkpoint.json`
 FROZEN = "frozen"  # what their tensors' names begin with
 EMA = "ema"  # what the names of the weights' averages begin with
 READ_THREADS = 8
@@ -63,11 +64,15 @@ def frozen_folders(run: Location) -> list[str]:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Holds a complete checkpoint: its folder and its index (`checkpoint.json`); `frozen`: the one of its frozen parameters."""
+    """Holds a complete checkpoint: its folder and its index (`checkpoint.json`); `frozen`: the one of its frozen parameters.
+
+    `places`: by shard, of the shards whose index is known; the others' are read when they are needed.
+    """
 
     location: Location
     index: dict[str, Any]
     frozen: Checkpoint | None = None
+    places: dict[int, shard_index.Places] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def job(self) -> Job:
@@ -108,19 +113,54 @@ class Checkpoint:
         """Builds the error for damage found in this checkpoint."""
         return _fault(what, self.index["step"])
 
-    def slice(self, name: str, chunk: dict[str, Any], first: int, target: torch.Tensor) -> tuple[int, checksums.Slice]:
-        """Locates elements of a chunk, from `first` on, as many as the contiguous target holds; returns the shard and the slice.
+    def slices(self, name: str, first: int, target: torch.Tensor) -> list[tuple[int, checksums.Slice]]:
+        """Locates the elements of a tensor that a contiguous target is to hold, from `first` on; returns (shard, slice) of each
+        chunk.
 
-        CheckpointError if the target's type is not the stored one.
+        Reads the indexes of the shards that hold them. CheckpointError if the target's type is not the stored one.
         """
         from heliostat.checkpoint.safetensors_file import DTYPES
 
-        dtype = DTYPES[self.index["tensors"][name]["dtype"]]
+        entry = self.index["tensors"][name]
+        dtype, stop = DTYPES[entry["dtype"]], first + target.numel()
         if target.dtype != dtype:  # bytes of another type would be taken for numbers
             raise CheckpointError(f"{self.location}: holds {name!r} as {dtype}, and cannot be read as {target.dtype}")
-        itemsize = dtype.itemsize
-        size, start = chunk["numel"] * itemsize, first * itemsize
-        return chunk["shard"], checksums.Slice(chunk["offset"], size, chunk["crc32"], start, checksums.as_bytes(target))
+        flat, size, out = target.reshape(-1), dtype.itemsize, []
+        for chunk in placement.chunks(entry["runs"], first, stop):
+            low, high = max(first, chunk.start), min(stop, chunk.start + chunk.numel)
+            part, place = checksums.as_bytes(flat[low - first : high - first]), self._place(name, chunk)
+            cut = checksums.Slice(place["offset"], chunk.numel * size, place["crc32"], (low - chunk.start) * size, part)
+            out.append((chunk.shard, cut))
+        return out
+
+    def _place(self, name: str, chunk: placement.Chunk) -> dict[str, Any]:
+        if chunk.shard not in self.places:
+            self.fetch_places([chunk.shard])
+        place = self.places[chunk.shard].get((name, chunk.start))
+        if place is None or place["numel"] != chunk.numel:
+            file = self.location.join(shard_index.name(self.index["shards"][chunk.shard]["file"]))
+            raise self.fault(f"{file}: does not list the elements of {name!r} that {INDEX} places there")
+        return place
+
+    def needed(self, name: str, first: int, numel: int) -> set[int]:
+        """Finds the shards that hold a tensor's elements [first, first + numel)."""
+        return {c.shard for c in placement.chunks(self.index["tensors"][name]["runs"], first, first + numel)}
+
+    def fetch_places(self, shards: Iterable[int]) -> None:
+        """Reads the indexes of shards, several at a time, unless they are known; a fault if one is not what was written."""
+        if not (missing := [shard for shard in shards if shard not in self.places]):
+            return
+        with ThreadPoolExecutor(min(READ_THREADS, len(missing))) as pool:
+            self.places.update(zip(missing, pool.map(self._read_places, missing), strict=True))
+
+    def _read_places(self, number: int) -> shard_index.Places:
+        shard = self.index["shards"][number]
+        file = self.location.join(shard_index.name(shard["file"]))
+        try:
+            return shard_index.decode(file.read(), shard, self.index["tensors"])
+        except (OSError, ValueError) as e:
+            said = f"cannot be read ({brief(e)})" if isinstance(e, OSError) else str(e)
+            raise self.fault(f"{file}: {said}") from e
 
     def fill(self, wanted: list[tuple[int, checksums.Slice]], progressed: Callable[[], None] = lambda: None) -> int:
         """Reads the slices of the shards into their targets, several ranges at a time; returns the bytes read.
@@ -165,10 +205,11 @@ class Checkpoint:
 
         entry = self.index["tensors"][name]
         dtype = DTYPES[entry["dtype"]]
-        for chunk in sorted(entry["chunks"], key=lambda c: c["start"]):
-            for first in range(0, chunk["numel"], PIECE // dtype.itemsize):
-                piece = torch.empty(min(PIECE // dtype.itemsize, chunk["numel"] - first), dtype=dtype)
-                self.fill([self.slice(name, chunk, first, piece)])
+        self.fetch_places(self.needed(name, 0, math.prod(entry["shape"])))
+        for chunk in sorted(placement.chunks(entry["runs"]), key=lambda c: c.start):
+            for first in range(0, chunk.numel, PIECE // dtype.itemsize):
+                piece = torch.empty(min(PIECE // dtype.itemsize, chunk.numel - first), dtype=dtype)
+                self.fill(self.slices(name, chunk.start + first, piece))
                 yield piece
 
     def read(self, name: str) -> torch.Tensor:
@@ -181,8 +222,8 @@ class Checkpoint:
 
         entry = self.index["tensors"][name]
         out = torch.empty(math.prod(entry["shape"]), dtype=DTYPES[entry["dtype"]])
-        parts = [(c, out[c["start"] : c["start"] + c["numel"]]) for c in entry["chunks"]]
-        self.fill([self.slice(name, chunk, 0, target) for chunk, target in parts])
+        self.fetch_places(self.needed(name, 0, out.numel()))
+        self.fill(self.slices(name, 0, out))
         return out
 
 
@@ -210,7 +251,8 @@ def open_checkpoint(run: Location, step: int) -> Checkpoint:
     """Opens the checkpoint of a step; CorruptCheckpointError, with the reason, unless it is complete."""
     found = _open(folder(run, step), step)
     if name := found.index.get(FROZEN):
-        return Checkpoint(found.location, found.index, _open(run.join(run_folder.CHECKPOINTS, name), None))
+        frozen = _open(run.join(run_folder.CHECKPOINTS, name), None)
+        return Checkpoint(found.location, found.index, frozen, found.places)
     return found
 
 
@@ -228,11 +270,19 @@ def _open(location: Location, step: int | None) -> Checkpoint:
     if fault := checkpoint_index.fault(index, step):  # its checksum holds: not torn, but foreign, or of a newer heliostat
         raise CheckpointError(f"{location.join(INDEX)}: is no index that this version of heliostat reads ({fault})")
     present = dict(location.files())
+    for file, size in files(index):
+        if present.get(file) != size:
+            raise _fault(f"{location.join(file)}: {size} bytes expected, {present.get(file, 'nothing')} found", step)
+    index, places = checkpoint_index.upgrade(index)
+    return Checkpoint(location, index, places=places)
+
+
+def files(index: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    """Yields the files that an index lists, with their sizes: each shard, and its index if it has one of its own."""
     for shard in index["shards"]:
-        if present.get(shard["file"]) != shard["bytes"]:
-            found = present.get(shard["file"], "nothing")
-            raise _fault(f"{location.join(shard['file'])}: {shard['bytes']} bytes expected, {found} found", step)
-    return Checkpoint(location, index)
+        yield shard["file"], shard["bytes"]
+        if "index" in shard:
+            yield shard_index.name(shard["file"]), shard["index"]["bytes"]
 
 
 def latest(run: Location, before: int | None = None) -> Checkpoint | None:

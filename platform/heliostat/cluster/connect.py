@@ -77,7 +77,7 @@ def _confined(gpus: int) -> Iterator[None]:
     zygote = private_ray.ahead(gpus)
     try:
         runs = zygote and os.access(zygote.launcher, os.X_OK)  # not where temporary files may not be executed
-        with launching(zygote) if zygote and runs else contextlib.nullcontext():
+        with launching(zygote.launcher) if zygote and runs else contextlib.nullcontext():
             yield
         if zygote and (not runs or zygote.process.poll() is not None):
             why = f"exit code {zygote.process.poll()}" if runs else f"{zygote.launcher} may not be executed"

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,8 +24,9 @@ from pathlib import Path
 
 import psutil
 
-from heliostat.cluster import dashboard, private, processes
+from heliostat.cluster import dashboard, private, processes, zygote
 from heliostat.cluster.cluster_file import ClusterFile
+from heliostat.cluster.node import PLACE as ZYGOTE
 from heliostat.cluster.processes import MARK, Node
 from heliostat.config import workspace
 from heliostat.errors import ClusterError, ConfigError
@@ -125,6 +127,7 @@ def up(cluster: ClusterFile, restart: bool = False) -> State:
     except BaseException:
         down(cluster.name)
         raise
+    zygote.wake(_zygote(state.name))
     return state
 
 
@@ -176,6 +179,10 @@ def _node_folder(name: str, index: int) -> Path:
     return Path(tempfile.gettempdir()) / f"heliostat-{key}" / str(index)
 
 
+def _zygote(name: str) -> Path:
+    return _node_folder(name, 0).parent / "zygote"
+
+
 def _start(cluster: ClusterFile, state: State, role: str, addresses: list[str]) -> None:
     before = {n["id"] for n in dashboard.node_table(state.url, state.token)} if state.nodes and addresses else set()
     taken = {n.folder for n in state.nodes}
@@ -199,16 +206,25 @@ def _start(cluster: ClusterFile, state: State, role: str, addresses: list[str]) 
 
 def _environment(state: State, address: str, folder: Path) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k != "PYTHONPATH"}
-    bin_folder = str(Path(sys.executable).parent)
+    forking, bin_folder = _ray(folder.parent / "ray").parent, Path(sys.executable).parent
     return {
         **kept,
-        "PATH": os.pathsep.join([bin_folder, kept.get("PATH", os.defpath)]),  # of `ray`, and of the jobs' `python`
+        "PATH": os.pathsep.join([str(forking), str(bin_folder), kept.get("PATH", os.defpath)]),  # of `ray`, of the jobs' `python`
+        ZYGOTE: str(_zygote(state.name)),
         "HELIOSTAT_NODE_IP": address,
         MARK: str(folder),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(state.token_file),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
+
+
+def _ray(place: Path) -> Path:
+    """Makes the command `ray` of nodes that fork their workers, if it is not there: another node may be running it."""
+    if not place.exists():
+        place.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m heliostat.cluster.node "$@"\n')
+        place.chmod(0o700)
+    return place
 
 
 def _until_ready(state: State, addresses: list[str], before: set[str]) -> None:

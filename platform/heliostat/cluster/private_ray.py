@@ -28,6 +28,9 @@ ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(64 << 30), "
 SILENT = {"RAY_enable_metrics_collection": "0", "RAY_task_events_report_interval_ms": "0", "RAY_event_stats": "0"}
 # Ray keeps as many idle workers as there are CPUs, each of which wakes up 100 times a second; the last end after this long
 IDLE = {"RAY_num_workers_soft_limit": "0", "RAY_idle_worker_killing_time_threshold_ms": "20000"}
+# Ray holds a driver until its first workers are there, without a deadline, and Ctrl-C does nothing meanwhile. A worker that is
+# not there within a minute is given up, and a busy machine's may import for longer: the driver then hung for ever
+PATIENT = {"RAY_prestart_worker_first_driver": "0", "RAY_worker_register_timeout_seconds": "600"}
 # Ray would start its workers at niceness 15, where whatever else the machine does comes first
 URGENT = {"RAY_worker_niceness": "0"}
 
@@ -61,7 +64,7 @@ def environment(gpus: float) -> dict[str, str]:
     before = {name: value for name, value in os.environ.items() if name not in AUTHENTICATION}
     path = os.pathsep.join(filter(None, [str(workspace.root()), before.get("PYTHONPATH")]))
     token = {"RAY_AUTH_TOKEN_PATH": str(token_file())}
-    return {**SILENT, **IDLE, **URGENT, **before, **worker_environment(gpus), **CONFINED, "PYTHONPATH": path, **token}
+    return {**SILENT, **IDLE, **PATIENT, **URGENT, **before, **worker_environment(gpus), **CONFINED, "PYTHONPATH": path, **token}
 
 
 def sessions() -> Path:
@@ -90,7 +93,8 @@ def ahead(gpus: float, modules: Sequence[str] = TASKS) -> Zygote | None:
         if not token_file().exists():
             private.write_token(token_file())
         atexit.register(end)
-        _zygotes.append(Zygote(sessions(), {**environment(gpus), **_of_ray()}, TASKS if gpus else modules))
+        folder = Path(tempfile.mkdtemp(prefix="z", dir=sessions()))
+        _zygotes.append(Zygote(folder, {**environment(gpus), **_of_ray()}, TASKS if gpus else modules))
     return _zygotes[0]
 
 

@@ -1,9 +1,10 @@
 """Defines a curation stage: what happens to one document, as a schema of YAML keys and a function over a batch of documents.
 
 A stage sees documents alone, never each other (what compares documents is the engine's: deduplication), so that its result does
-not depend on the batch, the worker or the order. One stage is one file in `heliostat.curation.stages`. It subclasses `Stage`: its
-fields are the keys that a pipeline file may give, with the paper's values as defaults, and `open` returns the function that does
-the work, called once in each worker, where models and lists are loaded.
+not depend on the batch, the worker or the order. One stage is one file in `heliostat.curation.stages`, whose name is the stage's
+(`gopher_quality.py`: `{stage: gopher_quality}`). It subclasses `Stage`, once: its fields are the keys that a pipeline file may
+give, with the paper's values as defaults, and `open` returns the function that does the work, called once in each worker, where
+models and lists are loaded.
 """
 
 from __future__ import annotations
@@ -42,6 +43,15 @@ class Outcome:
     counts: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Dropped:
+    """Names a document, or a file, that is left out, and why."""
+
+    id: str
+    reason: str
+    detail: str = ""
+
+
 Work = Callable[[list[Document]], list[Outcome]]
 
 
@@ -55,9 +65,33 @@ class Stage(Strict):
     version: ClassVar[int] = 1
     """Raised whenever the same keys give other documents: what was made by an earlier version is then made again."""
 
+    @classmethod
+    def named(cls) -> str:
+        """Returns the name that a pipeline file gives it: its file's."""
+        return cls.__module__.rpartition(".")[2]
+
+    def identity(self) -> dict[str, Any]:
+        """Returns all that its result follows from: name, version and keys. One whose key names a file puts the digest there."""
+        return {"version": self.version, **self.entry()}
+
+    def entry(self) -> dict[str, Any]:
+        """Returns its entry in a pipeline file, with all keys."""
+        return {"stage": self.named(), **self.model_dump(mode="json")}
+
     def check(self) -> None:
         """Checks what can be checked before anything starts, such as files that a key names; ConfigError if not."""
 
     def open(self) -> Work:
         """Loads what the stage needs and returns its function: as many outcomes as documents, in their order."""
+        raise NotImplementedError
+
+
+class GlobalStage(Stage):
+    """Defines a stage that compares documents, in tasks of its own between the others': it has no function over a batch."""
+
+    def compare(self, flow: Any, found: Any, number: int, memory_limit: int) -> list[Any]:
+        """Compares the documents of the runs in `found`, and returns the runs without those that were decided against.
+
+        It is stage `number`; what it leaves out, and its tally, it adds to `found`.
+        """
         raise NotImplementedError

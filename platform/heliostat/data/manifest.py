@@ -4,8 +4,9 @@ A dataset is a folder: shards below `shards/`, whatever its kind needs beside th
 which is written last: a folder without it is no dataset. `manifests/` keeps every version under the first digits of its
 digest, so a run can go on with the shards that it began with after others were added or the dataset was prepared anew. The
 table's schema metadata holds one JSON object under `heliostat`: `kind` ("tokens": rows are documents in a `tokens` list
-column; "rows": a row is a sample), `digest`, `files` (plain name -> this version's own copy), and what the pipeline adds
-(tokenizer digest, vocabulary size, counts). A manifest that names a place outside its folder is refused.
+column; "rows": a row is a sample), `digest`, `files` (plain name -> this version's own copy), `also` (paths of its other files),
+and what the pipeline adds (tokenizer digest, vocabulary size, counts). A manifest that names a place outside its folder is
+refused.
 
 The digest is SHA-256 over the chunk table and the metadata, so it changes with any shard's bytes
 (`footer` hashes the Parquet footer: sizes, offsets, statistics and the content hash that the writer put there).
@@ -35,6 +36,7 @@ VERSIONS = "manifests"
 SHARDS = "shards"
 FILES = "files"  # what versions need beside their shards, each named after its content
 BESIDE = ("tokenizer.json", "empty_caption.bin")  # which versions without `files` in their metadata may have
+UNCOVERED = ("seconds.json",)  # beside the shards of versions with `also`: what no digest covers
 SCHEMA = pa.schema(
     [
         ("path", pa.string()),  # relative to the dataset's folder
@@ -347,7 +349,7 @@ def _read(location: Location, *parts: str) -> Manifest:
 def _outside(chunks: pa.Table, meta: dict[str, Any]) -> str | None:
     """Finds the first path that leaves the dataset's folder (`../x`, `/x`) or is invalid (`a//b`), if there is one."""
     files, digests = meta.get("files", {}), meta.get("digests", {})
-    named = [*meta.get("parts", {}), *files, *files.values(), *digests, *digests.values()]
+    named = [*meta.get("parts", {}), *files, *files.values(), *digests, *digests.values(), *meta.get("also", [])]
     paths = pa.chunked_array([pc.unique(chunks["path"]).cast(pa.string()), pa.array(named, pa.string())])
     bad = paths.filter(pc.match_substring_regex(paths, r"(^|[/\\])\.{0,2}([/\\]|$)|[\x00-\x1f\x7f]"))
     return bad[0].as_py() if len(bad) else None

@@ -30,6 +30,7 @@ class Meta(TypedDict):
     duplicates: NotRequired[Whole]
     dropped: NotRequired[dict[str, Whole]]
     parts: NotRequired[dict[str, Whole]]
+    also: NotRequired[list[str]]
     unigram_entropy: NotRequired[float | None]
 
 

@@ -151,7 +151,8 @@ def paths(version: Manifest) -> set[str]:
     found |= {manifest.kept_path(version.digest, name) for name in manifest.BESIDE if not beside}
     found |= {f"{part}/{manifest.FILE}" for part in parts}
     found |= {f"{part}/{manifest.VERSIONS}/{manifest.version_name(digest)}" for part, digest in digests.items()}
-    return found | set(version.paths)
+    found |= {manifest.kept_path(version.digest, name) for name in manifest.UNCOVERED if version.meta.get("also")}
+    return found | set(version.paths) | set(version.meta.get("also", []))
 
 
 # publishing and removing ---------------------------------------------------------------------------------------------

@@ -60,6 +60,7 @@ class Pipeline(Strict):
     """Defines a pipeline: a validated YAML that can produce a dataset. Subclasses add keys and implement the methods."""
 
     later: ClassVar[frozenset[str]] = frozenset()  # keys that came after others: datasets made without them are up to date
+    beside: ClassVar[frozenset[str]] = frozenset()  # keys that do not shape the data
 
     name: str = Field(min_length=1)
     """The dataset's name, which its manifest records."""
@@ -81,7 +82,7 @@ class Pipeline(Strict):
     def identity(self) -> dict[str, Any]:
         """Returns the part of the configuration that shapes the data: all but the locations, and later keys at their defaults."""
         usual = {key for key in self.later if getattr(self, key) == type(self).model_fields[key].default}
-        return self.model_dump(mode="json", exclude={"input", "output", "labels", "keep_days", *usual})
+        return self.model_dump(mode="json", exclude={"input", "output", "labels", "keep_days", *self.beside, *usual})
 
     def write(self, output: Location, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Writes everything but the manifest, on Ray, and returns the manifest's rows and metadata (with `kind`).
@@ -91,6 +92,12 @@ class Pipeline(Strict):
         out.
         """
         raise NotImplementedError
+
+    def begin_anew(self) -> None:
+        """Forgets what an earlier run has left unfinished: `--force` was given."""
+
+    def finish(self, made: Manifest) -> None:
+        """Removes what is of no use once the dataset is published, and adds what its digest does not cover."""
 
 
 def place(uri: str) -> Location:
@@ -136,6 +143,8 @@ def prepare(path: Path, settings: list[str], force: bool = False) -> dict[str, A
         return _report(done, time.monotonic() - start, True, pruned)
 
     record = versions.claim(output, record)
+    if force:
+        pipeline.begin_anew()
     before = set(versions.listing(output))
     try:
         module = type(pipeline).__module__
@@ -157,6 +166,7 @@ def prepare(path: Path, settings: list[str], force: bool = False) -> dict[str, A
     versions.publish(output, made)
     record = versions.mark(output, made, record) | {"made": wanted}
     versions.release(output, record)
+    pipeline.finish(made)
     pruned = versions.prune(output, record, pipeline.keep_days * DAY_S)
     return _report(made, time.monotonic() - start, False, pruned)
 

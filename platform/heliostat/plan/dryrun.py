@@ -16,7 +16,8 @@ from typing import Any
 from pydantic import ValidationError
 
 import heliostat.check as check
-from heliostat.checkpoint import checksums, layout
+from heliostat.checkpoint import checksums, layout, placement, shard_index
+from heliostat.checkpoint.element_types import BYTES
 from heliostat.config.spec import Job
 from heliostat.data import mixing
 from heliostat.errors import ConfigError, DataError, StorageError
@@ -39,7 +40,7 @@ def dry_run(path: Path, settings: list[str], workers: int | None = None) -> dict
     model = stats_of(recipe, built)
     planner.plan(job, recipe, built=built)  # refuses a job that cannot fit
     owned = zero_layout.slices(model.trained, job.train.zero.stage, job.workers.most, model.groups)
-    index = checkpoint_index(job, model, owned)
+    index, index_bytes = checkpoint_index(job, model, owned)
     sizes = [4 * len(kinds(job)) * sum(n for _, _, n in rank) for rank in owned]
     return {
         "name": job.name,
@@ -50,9 +51,9 @@ def dry_run(path: Path, settings: list[str], workers: int | None = None) -> dict
         "smallest_share": min(sizes),
         "shards": len(index["shards"]),
         "tensors": len(index["tensors"]),
-        "chunks": sum(len(t["chunks"]) for t in index["tensors"].values()),
-        "checkpoint_bytes": sum(s["bytes"] for s in index["shards"]) + (size := len(layout.encode(index))),
-        "index_bytes": size,
+        "chunks": sum(shards for t in index["tensors"].values() for _, shards, _, _ in t["runs"]),
+        "checkpoint_bytes": sum(s["bytes"] for s in index["shards"]) + index_bytes,
+        "index_bytes": index_bytes,
         "data": data,
         "note": note,
         "seconds": time.perf_counter() - started,
@@ -96,40 +97,48 @@ def _data(job: Job, recipe: Any) -> tuple[dict[str, Any], str]:
     }, note
 
 
-def checkpoint_index(job: Job, model: ModelStats, owned: list[list[zero_layout.Slice]]) -> dict[str, Any]:
-    """Builds the `checkpoint.json` that the ranks would write, with checksums of ten digits.
+def checkpoint_index(job: Job, model: ModelStats, owned: list[list[zero_layout.Slice]]) -> tuple[dict[str, Any], int]:
+    """Builds the `checkpoint.json` that the ranks would write; returns it with the bytes of it and of the shards' indexes.
 
-    Checks that every element is in a shard exactly once.
+    Raises CheckpointError unless every element is in a shard exactly once.
     """
-    tensors: dict[str, Any] = {
-        f"{kind}.{name}": {"dtype": "F32", "shape": [math.prod(shape)], "chunks": []}
-        for kind in kinds(job)
-        for name, shape in model.trained.items()
-    }
-    shards: list[dict[str, Any]] = []
+    whole, size = placement.Part([], {}), 0
     for rank, mine in enumerate(owned):
-        if not mine:
-            continue
-        offset = 0
-        for name, start, numel in mine:
-            for kind in kinds(job):
-                sums = [4294967295] * -(-4 * numel // checksums.BLOCK)
-                chunk = {"shard": len(shards), "start": start, "numel": numel, "crc32": sums, "offset": offset}
-                tensors[f"{kind}.{name}"]["chunks"].append(chunk)
-                offset += 4 * numel
-        shards.append({"file": f"shard-{rank:05d}.safetensors", "bytes": offset})
-    for name, (shape, dtype) in model.buffers.items():
-        tensors[f"buffer.{name}"] = {"dtype": dtype, "shape": list(shape), "chunks": []}
-    _check_whole(tensors)
+        tensors = _tensors(job, model, mine) | _buffers(model, rank, len(owned))
+        if tensors:
+            part, index = _shard(rank, tensors)
+            whole, size = placement.merge(whole, part), size + len(index)
     facts = {"name": job.name, "world_size": len(owned), "zero_stage": job.train.zero.stage, "job": job.dump()}
-    return {"format": layout.FORMAT, "step": job.train.steps, **facts, "shards": shards, "tensors": tensors}
+    root = placement.root(job.train.steps, {"format": layout.FORMAT, **facts}, whole)
+    return root, size + len(layout.encode(root))
 
 
-def _check_whole(tensors: dict[str, Any]) -> None:
-    """Raises AssertionError unless the chunks of every sliced tensor cover it completely, each element once."""
+def _tensors(job: Job, model: ModelStats, mine: list[zero_layout.Slice]) -> placement.Tensors:
+    return {
+        f"{kind}.{name}": {"dtype": "F32", "shape": [math.prod(model.trained[name])], "runs": [[0, 1, start, numel]]}
+        for name, start, numel in mine
+        for kind in kinds(job)
+    }
+
+
+def _buffers(model: ModelStats, rank: int, world: int) -> placement.Tensors:
+    owners = placement.owners((f"buffer.{name}" for name in model.buffers), world)
+    return {
+        f"buffer.{name}": {"dtype": dtype, "shape": list(shape), "runs": [[0, 1, 0, math.prod(shape)]]}
+        for name, (shape, dtype) in model.buffers.items()
+        if owners[f"buffer.{name}"] == rank
+    }
+
+
+def _shard(rank: int, tensors: placement.Tensors) -> tuple[placement.Part, bytes]:
+    """Plans a rank's shard, with checksums of ten digits; returns its part of `checkpoint.json`, and its index."""
+    places, offset = {}, 0
     for name, entry in tensors.items():
-        at = 0
-        for chunk in sorted(entry["chunks"], key=lambda c: c["start"]):
-            assert chunk["start"] == at, f"{name}: {at} to {chunk['start']} is in no shard, or in two"
-            at += chunk["numel"]
-        assert not entry["chunks"] or at == entry["shape"][0], f"{name}: ends at {at} of {entry['shape'][0]}"
+        ((_, _, start, numel),) = entry["runs"]
+        size = numel * BYTES[entry["dtype"]]
+        sums = [4294967295] * -(-size // checksums.BLOCK)
+        places[name] = {"start": start, "numel": numel, "offset": offset, "crc32": sums}
+        offset += size
+    index = shard_index.encode(places)
+    shard = {"file": f"shard-{rank:05d}.safetensors", "bytes": offset, "index": shard_index.seal(index)}
+    return placement.Part([shard], tensors), index

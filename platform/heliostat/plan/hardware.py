@@ -22,6 +22,26 @@ DEFAULT_GPU = "H100"
 
 
 @dataclass(frozen=True)
+class Efficiency:
+    """Holds what work reaches on a device: shares of its peak in the precision by kind of work, and of its memory's bandwidth."""
+
+    matmul: float
+    convolution: float
+    attention: float
+    memory: float
+    fused: float  # the share of other operations' memory traffic that torch.compile leaves
+    launch: float  # seconds that any operation takes at least, uncompiled
+
+
+@dataclass(frozen=True)
+class Network:
+    """Holds the share of a link's rate that large messages reach, and the share that hides of what can run beside computing."""
+
+    rate: float
+    overlap: float
+
+
+@dataclass(frozen=True)
 class Device:
     """Describes the device of one worker: a GPU (or a share of one), or CPU cores. Rates are in bytes or FLOP per second."""
 
@@ -34,6 +54,8 @@ class Device:
     network: float  # of its node to others
     host_memory: float  # its share of the node's
     hour: float  # price
+    bandwidth: float  # of its memory
+    efficiency: Efficiency
 
 
 def table(over: Path | None = None) -> dict[str, Any]:
@@ -45,12 +67,12 @@ def table(over: Path | None = None) -> dict[str, Any]:
 def _merge(base: dict[str, Any], over: dict[str, Any], where: str) -> dict[str, Any]:
     """Merges a user's price table over the base.
 
-    `devices` and `instances` may get new names; any other key must be one that the plan reads, or it is a ConfigError.
+    `devices`, `instances` and `efficiency` may get new names; any other key must be one that the plan reads: else a ConfigError.
     """
     out = dict(base)
     for key, value in over.items():
         path = f"{where}{key}"
-        if key not in base and where not in ("devices.", "instances."):
+        if key not in base and where not in ("devices.", "instances.", "efficiency."):
             raise ConfigError(f"--prices: {path}: unknown key{schema.nearest(str(key), [str(k) for k in base])}")
         if isinstance(base.get(key), dict):
             if not isinstance(value, dict):
@@ -85,6 +107,24 @@ def resolve(job: Job, prices: dict[str, Any], name: str | None = None, instance:
             network=raw["network"] * raw["per_node"] * 1e9,
             host_memory=raw["host_memory_gib"] * GIB / raw["per_node"] * units,
             hour=raw["hour"] * units,
+            bandwidth=raw["bandwidth"] * 1e9 * units,
+            efficiency=efficiency(prices, name),
         )
     except (KeyError, TypeError) as e:
         raise ConfigError(f"--prices: devices.{name}: lacks {e}, or it is no number") from e
+
+
+def efficiency(prices: dict[str, Any], name: str) -> Efficiency:
+    """Reads what work reaches on a device of the table: its own entry, or that of `other`, over which its entry is laid."""
+    raw = {**prices["efficiency"]["other"], **prices["efficiency"].get(name, {})}
+    if wrong := next((k for k, v in raw.items() if not isinstance(v, int | float) or isinstance(v, bool) or v <= 0), None):
+        raise ConfigError(f"--prices: efficiency.{name}.{wrong}: {raw[wrong]!r} should be a number above 0")
+    try:
+        return Efficiency(**raw)
+    except TypeError as e:
+        raise ConfigError(f"--prices: efficiency.{name}: {e}; its keys are {', '.join(Efficiency.__dataclass_fields__)}") from e
+
+
+def network(prices: dict[str, Any]) -> Network:
+    """Reads what communication reaches."""
+    return Network(**prices["network"])

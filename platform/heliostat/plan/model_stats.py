@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from heliostat import cpu_kernels
 from heliostat.config.spec import Job
+from heliostat.plan.operations import Recorder, Work, extended, grouped
 from heliostat.recipes import building
 from heliostat.recipes.protocol import Recipe
+from heliostat.recipes.text import next_token
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -86,20 +88,106 @@ def stats_of(recipe: Recipe, model: torch.nn.Module) -> ModelStats:
 def activations(job: Job, recipe: Recipe, model: torch.nn.Module, content: Any, count: bool = False) -> Activations:
     """Measures the activations of one sample by running the recipe's loss on fake tensors.
 
-    `content` is what `recipe.batch` takes for a batch of one. The model comes from `build` and cannot be used afterwards. It must
+    `content` is what `recipe.batch` takes for a batch of one. The model comes from `build` and trains no more. It must
     not checkpoint activations: what a layer keeps is counted, and what checkpointing drops follows from that. `count`: the FLOPs,
     too, which makes it slower.
     """
-    model = model.to(DTYPES[job.train.precision])
-    cpu_kernels.use(model, job, recipe.causal)
-    batch = recipe.batch(content, np.zeros(1, dtype=np.int64))
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        _fake(model)
-        fakes = {k: torch.empty(v.shape, dtype=v.dtype) for k, v in batch.items()}
-        meter, counter = Meter(model), FlopCounterMode(display=False)
-        with meter, nullcontext() if job.data.document_mask else _one_document(), counter if count else nullcontext():
-            recipe.loss(model, fakes)
+    _as_it_trains(job, recipe, model)
+    counter = FlopCounterMode(display=False)
+    with _on_fakes(job, recipe, model, content) as batch:
+        meter = Meter(model)
+        with meter, counter if count else nullcontext():
+            recipe.loss(model, batch)
     return replace(meter.result(), flops=3.0 * counter.get_total_flops() if count else 0.0)
+
+
+def work(job: Job, recipe: Recipe, model: torch.nn.Module, contents: tuple[Any, Any]) -> tuple[Work, ...]:
+    """Counts the operations of a micro-batch's forward and backward pass by running both on fake tensors.
+
+    `contents` are what `recipe.batch` takes for one sample and for two. The model is that of `activations`, afterwards. Of layers
+    that are alike one runs, and then another with it: the difference is what each of them adds.
+    """
+    _as_it_trains(job, recipe, model)
+    stack = _stack(model)
+    if not stack:
+        return _work(job, recipe, model, contents)
+    kinds = _alike(stack)
+    first = [members[0] for members in kinds]
+    with _only(model, stack, first):
+        base = _work(job, recipe, model, contents)
+    longer = []
+    for members in kinds:
+        if len(members) > 1:
+            with _only(model, stack, [*first, members[1]]):
+                longer.append((_work(job, recipe, model, contents), len(members) - 1))
+    return extended(base, longer)
+
+
+@contextmanager
+def _only(model: torch.nn.Module, stack: torch.nn.ModuleList, some: list[torch.nn.Module]) -> Iterator[None]:
+    """Leaves only some of a stack's layers, in their order, for the duration of a context."""
+    whole = stack._modules
+    places = [i for i, m in enumerate(whole.values()) if m in some]
+    found = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    configs = {k: c for k, c in found.items() if len(getattr(c, "layer_types", None) or ()) == len(whole)}
+    with ExitStack() as patches:
+        for config in configs.values():  # models look up there, by its place, how a layer attends
+            patches.enter_context(patch.object(config, "layer_types", [config.layer_types[i] for i in places]))
+        stack._modules = {str(n): layer for n, layer in enumerate(m for m in whole.values() if m in some)}
+        try:
+            yield
+        finally:
+            stack._modules = whole
+
+
+def _work(job: Job, recipe: Recipe, model: torch.nn.Module, contents: tuple[Any, Any]) -> tuple[Work, ...]:
+    found = []
+    for content in contents:
+        with _on_fakes(job, recipe, model, content) as batch, Recorder(layers(model)) as recorder:
+            loss = recipe.loss(model, batch)
+            sum((p.weight * p.value for p in loss.parts.values() if p.weight), loss.sum).backward()
+        found.append(recorder.found)
+        model.zero_grad(set_to_none=True)
+    return grouped(*found)
+
+
+def _stack(model: torch.nn.Module) -> torch.nn.ModuleList | None:
+    """Finds the list of a transformer's layers, where a model has one such list and applies its members one after the other."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) > 2]
+    stacks = [m for m in lists if all(isinstance(child, GradientCheckpointingLayer) for child in m)]
+    return stacks[0] if len(stacks) == 1 else None
+
+
+def _alike(stack: torch.nn.ModuleList) -> list[list[torch.nn.Module]]:
+    """Groups layers whose weights have the same shapes and that attend in the same way."""
+    kinds: dict[Any, list[torch.nn.Module]] = {}
+    for layer in stack:
+        ways = [getattr(m, name, None) for m in layer.modules() for name in ("attention_type", "layer_type", "sliding_window")]
+        shapes = [tuple(p.shape) for p in layer.parameters()]
+        kinds.setdefault((type(layer), str(shapes), str(ways)), []).append(layer)
+    return list(kinds.values())
+
+
+def _as_it_trains(job: Job, recipe: Recipe, model: torch.nn.Module) -> None:
+    """Gives a model from `build` the precision and the kernels of the job, once."""
+    if not any(isinstance(p, FakeTensor) for p in model.parameters()):
+        model.to(DTYPES[job.train.precision])
+        cpu_kernels.use(model, job, recipe.causal)
+
+
+@contextmanager
+def _on_fakes(job: Job, recipe: Recipe, model: torch.nn.Module, content: Any) -> Iterator[Any]:
+    """Provides the batch of a content as fake tensors, and gives the model such, for the duration of a context."""
+    with ExitStack() as stack:
+        batch = recipe.batch(content, np.zeros(len(content), dtype=np.int64))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        _fake(model)
+        stack.enter_context(patch.object(next_token, "block_rows", len))  # as many operations for one sample as for two
+        if not job.data.document_mask:
+            stack.enter_context(_one_document())
+        yield {k: torch.empty(v.shape, dtype=v.dtype) for k, v in batch.items()}
 
 
 def _one_document() -> Any:

@@ -1,16 +1,19 @@
-"""Estimates how long a step takes, and what it moves: pure functions over FLOPs, bytes and rates.
+"""Estimates how long a step takes, and what it moves: pure functions over operations, bytes and rates.
 
-These are estimates from stated shares of the peaks (`efficiency` in prices.yaml), not measurements. docs/plan.md has the
-formulas.
+An operation takes the time of its arithmetic at the rate that its kind of work reaches on the device, and the time of its bytes
+at the memory's rate; the rates are the peaks of the device times `efficiency` (prices.yaml), fitted to published runs or measured
+by `heliostat plan --calibrate`. docs/plan.md has the formulas.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
-from heliostat.plan.hardware import Device
+from heliostat.plan.hardware import Device, Network
+from heliostat.plan.operations import MEMORY, Work
+
+BACKWARD = 2 / 3  # of a micro-batch's computing: what a reduction of gradients can hide behind
 
 
 def volume(numel: int, low: int, workers: int, stage: int, accumulation: int) -> int:
@@ -25,30 +28,80 @@ def volume(numel: int, low: int, workers: int, stage: int, accumulation: int) ->
 
 
 @dataclass(frozen=True)
+class Setting:
+    """Describes how a step is done by each worker. `replayed`: the share of the layers' forward pass that activation
+    checkpointing plays again."""
+
+    workers: int
+    stage: int
+    micro_batch: int
+    accumulation: int
+    replayed: float = 0.0
+    compiled: bool = False
+
+
+@dataclass(frozen=True)
 class Step:
     """Holds the seconds of one optimizer step."""
 
     computing: float
     communicating: float
     exposed: float  # the part of it that does not hide behind computing
+    updating: float  # the optimizer
+    copying: float  # to and from the host, with offload
 
     @property
     def total(self) -> float:
-        return self.computing + self.exposed
+        return self.computing + self.exposed + self.updating + self.copying
+
+
+def operation(work: Work, micro: int, device: Device, compiled: bool = False) -> float:
+    """Estimates the seconds of one operation on a micro-batch: its arithmetic and its bytes, and never less than a launch."""
+    efficiency, moved = device.efficiency, work.moved * micro + work.fixed
+    if work.kind == MEMORY:
+        traffic = moved / (device.bandwidth * efficiency.memory)
+        return traffic * efficiency.fused if compiled else max(traffic, efficiency.launch)
+    arithmetic = work.flops * micro / (device.flops * getattr(efficiency, work.kind))
+    return max(arithmetic + moved / (device.bandwidth * efficiency.memory), 0.0 if compiled else efficiency.launch)
+
+
+def computing(work: Iterable[Work], setting: Setting, device: Device) -> float:
+    """Estimates the seconds that a micro-batch computes."""
+    return sum(
+        w.count * (1 + setting.replayed * w.replayed) * operation(w, setting.micro_batch, device, setting.compiled) for w in work
+    )
+
+
+def updating(numel: float, moments: int, device: Device) -> float:
+    """Estimates the seconds in which an optimizer reads and writes masters, moments, gradients and weights of its share."""
+    return numel * (8 + 8 * moments + 4 + 2) / (device.bandwidth * device.efficiency.memory)
+
+
+def exposed(moved: int, micro_s: float, setting: Setting, device: Device, network: Network) -> tuple[float, float]:
+    """Estimates the seconds of communication of a step, and those that no computing hides.
+
+    A ring passes from GPU to GPU inside a node, and from node to node through all of the node's network cards together. What
+    stage 3 gathers and reduces runs beside all computing; stage 2 reduces behind every backward pass, stages 0 and 1 behind the last
+    one; what is gathered after the optimizer's step waits.
+    """
+    if setting.workers == 1:
+        return 0.0, 0.0
+    rate = device.link if setting.workers <= device.per_node else min(device.link, device.network)
+    seconds = moved / (rate * network.rate)
+    if setting.stage == 3:
+        beside, behind = seconds, micro_s * setting.accumulation
+    else:
+        passes = setting.accumulation if setting.stage == 2 else 1
+        beside, behind = seconds * passes / (passes + 1), micro_s * BACKWARD * passes
+    return seconds, seconds - min(beside * network.overlap, behind)
 
 
 def step(
-    flops: float, moved: int, workers: int, device: Device, efficiency: Mapping[str, Any], offloaded: int = 0, copy: float = 20e9
+    micro: float, moved: int, updating: float, setting: Setting, device: Device, network: Network, copying: float = 0.0
 ) -> Step:
-    """Estimates the seconds of one optimizer step: computing, communicating, and the part that computing does not hide.
+    """Estimates the seconds of one optimizer step.
 
-    `flops`: of one worker in a step, recomputing included; `moved`: bytes that each worker sends; `offloaded`: bytes to and from
-    host memory, at `copy` bytes per second. A ring passes from GPU to GPU inside a node, and from node to node through all of the
-    node's network cards together.
+    `micro`: seconds that a micro-batch computes; `moved`: bytes that each worker sends.
     """
-    share = efficiency["compute_cpu" if device.name == "cpu" else "compute"]
-    computing = flops / (device.flops * share)
-    rate = device.link if workers <= device.per_node else min(device.link, device.network)
-    communicating = moved / (rate * efficiency["network"]) if workers > 1 else 0.0
-    hidden = min(communicating * efficiency["overlap"], computing)
-    return Step(computing, communicating, communicating - hidden + offloaded / copy)
+    communicating, waits = exposed(moved, micro, setting, device, network)
+    return Step(setting.accumulation * micro, communicating, waits, updating, copying)

@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 KEPT = 2  # generations
 
-# of a copy: step, world, common (what is the same for all workers), layout, lanes and own (what is this worker's alone)
+# of a copy: step, world, common (what is the same for all workers), layout, own (what is this worker's alone)
 Told = dict[str, Any]
 
 

@@ -27,7 +27,7 @@ from heliostat import run_folder as paths
 from heliostat.check import Checked
 from heliostat.checkpoint import layout
 from heliostat.checkpoint.layout import Checkpoint
-from heliostat.cluster import private_ray
+from heliostat.cluster import preloads, private_ray
 from heliostat.config import spec
 from heliostat.config.spec import Job
 from heliostat.data.dataset import DataPlan, make_order
@@ -42,7 +42,6 @@ from heliostat.errors import (
 )
 from heliostat.events import AttemptStarted, Event, Goodput, NodeSample, Saved, Steps
 from heliostat.lease import Lease
-from heliostat.recipes import preloads
 from heliostat.recipes.protocol import Exports, Serves
 from heliostat.runs import goodput, liveness, segments
 from heliostat.runs import summary as endings

@@ -30,11 +30,11 @@ def clone(wanted: dict[str, Any], run: Location) -> bool:
             place.delete()
     if found.frozen:
         place = run.join(run_folder.CHECKPOINTS, found.frozen.location.name)
-        for name in (*(shard["file"] for shard in found.frozen.index["shards"]), layout.INDEX):
+        for name in (*(file for file, _ in layout.files(found.frozen.index)), layout.INDEX):
             copy(found.frozen.location.join(name), place.join(name))
     target = layout.folder(run, step)
-    for shard in found.index["shards"]:
-        copy(found.location.join(shard["file"]), target.join(shard["file"]))
+    for file, _ in layout.files(found.index):
+        copy(found.location.join(file), target.join(file))
     for folder in (run_folder.SEGMENTS, run_folder.RECEIPTS, run_folder.QUARANTINE):
         run.join(folder).delete()
         for name, _ in donor.join(folder).files():

@@ -149,9 +149,8 @@ class _Tuning:
 
     def _connect(self) -> int:
         """Joins or starts Ray, and returns how many trials run side by side."""
-        from heliostat.cluster import nodes, private_ray
+        from heliostat.cluster import nodes, preloads, private_ray
         from heliostat.cluster.connect import connect
-        from heliostat.recipes import preloads
 
         workers = self.base.workers
         wanted = self.plan.sweep.concurrency

@@ -10,15 +10,18 @@ import io
 import json
 import unicodedata
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from heliostat.curation.pieces import Part
+from heliostat.curation.stage import Dropped
 from heliostat.pipelines.text import sources
 
+__all__ = ["REASONS", "Document", "Dropped", "Rules", "clean", "read"]
 REASONS = {
     "unreadable": "the file vanished or cannot be opened",
     "corrupt": "broken compression or Parquet; what came before the break is kept",
@@ -46,26 +49,21 @@ class Rules:
     max_chars: int | None = None
     max_document_bytes: int = 1 << 26
     max_file_bytes: int = 1 << 33
+    columns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Document:
     id: str
     text: str
+    columns: dict[str, Any] = field(default_factory=dict)
 
     @property
     def hash(self) -> str:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
-@dataclass(frozen=True)
-class Dropped:
-    id: str
-    reason: str
-    detail: str = ""
-
-
-def clean(id: str, raw: bytes | str, rules: Rules) -> Document | Dropped:
+def clean(id: str, raw: bytes | str, rules: Rules, columns: dict[str, Any] | None = None) -> Document | Dropped:
     """Normalises a document, or returns the reason to drop it; removes a byte-order mark and keeps line ends as they are."""
     try:
         text = raw.decode("utf-8-sig") if isinstance(raw, bytes) else raw
@@ -82,34 +80,39 @@ def clean(id: str, raw: bytes | str, rules: Rules) -> Document | Dropped:
         return Dropped(id, "too_short")
     if rules.max_chars is not None and len(text) > rules.max_chars:
         return Dropped(id, "too_long")
-    return Document(id, text)
+    return Document(id, text, columns or {})
 
 
-def read(path: str, data: bytes, rules: Rules) -> Iterator[Document | Dropped]:
-    """Yields every document of a file; ids are the path, with `#line` or `#row`, from 1, for files of many documents."""
+def read(path: str, data: bytes | pa.NativeFile, rules: Rules, part: Part | None = None) -> Iterator[Document | Dropped]:
+    """Yields every document of a file, or of a part of it; ids are the path, with `#line` or `#row`, from 1, for files of many
+    documents.
+    """
     suffix, codec = sources.kind(path)
+    file = pa.BufferReader(data) if isinstance(data, bytes) else data
+    part = part or Part(path, 0, 0)
     try:
         if suffix == ".parquet":
-            yield from _parquet(path, _whole(data, codec, rules.max_file_bytes), rules)
+            if codec:
+                file = pa.BufferReader(_whole(file, codec, rules.max_file_bytes))
+            yield from _parquet(path, file, rules, part)
         elif suffix == ".jsonl":
-            yield from _jsonl(path, _lines(data, codec, rules), rules)
+            yield from _jsonl(path, _lines(file, codec, rules, part), rules, part.first)
         else:
-            yield clean(path, _whole(data, codec, min(rules.max_document_bytes, rules.max_file_bytes)), rules)
+            yield clean(path, _whole(file, codec, min(rules.max_document_bytes, rules.max_file_bytes)), rules)
     except sources.LeftOutError as e:
         yield Dropped(path, e.reason, e.detail)
     except (OSError, EOFError) as e:
         yield Dropped(path, "corrupt", str(e).partition("\n")[0])
 
 
-def _unpack(data: bytes, codec: str | None) -> pa.NativeFile:
-    """Opens the plain bytes as a stream, which raises an OSError where broken compression is reached."""
-    raw = pa.BufferReader(data)
-    return pa.CompressedInputStream(raw, codec) if codec and data else raw
+def _unpack(file: pa.NativeFile, codec: str | None) -> pa.NativeFile:
+    """Opens a file's plain bytes as a stream, which raises an OSError where broken compression is reached."""
+    return pa.CompressedInputStream(file, codec) if codec and file.size() else file
 
 
-def _whole(data: bytes, codec: str | None, limit: int) -> bytes:
+def _whole(file: pa.NativeFile, codec: str | None, limit: int) -> bytes:
     """Unpacks the plain bytes; LeftOutError as soon as there are more than `limit`."""
-    stream, out = _unpack(data, codec), bytearray()
+    stream, out = _unpack(file, codec), bytearray()
     while block := stream.read(BLOCK):
         out += block
         if len(out) > limit:
@@ -117,13 +120,18 @@ def _whole(data: bytes, codec: str | None, limit: int) -> bytes:
     return bytes(out)
 
 
-def _lines(data: bytes, codec: str | None, rules: Rules) -> Iterator[bytes | None]:
-    """Yields the lines of the plain bytes, None for a line that is longer than a document may be.
+def _lines(file: pa.NativeFile, codec: str | None, rules: Rules, part: Part) -> Iterator[bytes | None]:
+    """Yields the lines of the plain bytes that begin in the part, None for a line that is longer than a document may be.
 
     LeftOutError behind the last byte that a file may have.
     """
-    stream, total, skipping = io.BufferedReader(_unpack(data, codec)), 0, False
+    total = max(0, part.start - 1)
+    if part.start:  # what the line that begins before the range leaves in it belongs to the range before
+        file.seek(total)
+    stream, skipping = io.BufferedReader(_unpack(file, codec)), part.start > 0
     while piece := stream.readline(BLOCK if skipping else rules.max_document_bytes + 1):
+        if not skipping and part.stop is not None and total >= part.stop:
+            return
         total += len(piece)
         if total > rules.max_file_bytes:
             raise sources.LeftOutError("too_large", f"more than {rules.max_file_bytes:,} bytes, unpacked")
@@ -137,8 +145,21 @@ def _lines(data: bytes, codec: str | None, rules: Rules) -> Iterator[bytes | Non
             yield None
 
 
-def _jsonl(path: str, lines: Iterable[bytes | None], rules: Rules) -> Iterator[Document | Dropped]:
-    for number, line in enumerate(lines, 1):
+def count_lines(file: pa.NativeFile, part: Part) -> int:
+    """Counts the lines that begin in a part of a file of `part.bytes` bytes."""
+    stop = part.bytes if part.stop is None else part.stop
+    found, at = int(part.start == 0), max(0, part.start - 1)
+    while at < stop - 1:
+        block = file.read_at(min(8 * BLOCK, stop - 1 - at), at)
+        if not block:
+            break
+        found += block.count(b"\n")
+        at += len(block)
+    return found
+
+
+def _jsonl(path: str, lines: Iterable[bytes | None], rules: Rules, first: int) -> Iterator[Document | Dropped]:
+    for number, line in enumerate(lines, first):
         id = f"{path}#{number}"
         if line is None:
             yield Dropped(id, "too_large", f"a line of more than {rules.max_document_bytes:,} bytes")
@@ -158,39 +179,42 @@ def _jsonl(path: str, lines: Iterable[bytes | None], rules: Rules) -> Iterator[D
         elif not isinstance(text := record.get(rules.text_column), str):
             yield Dropped(id, "no_text")
         else:
-            yield clean(id, text, rules)
+            yield clean(id, text, rules, {c: record[c] for c in rules.columns if c in record})
 
 
-def _parquet(path: str, data: bytes, rules: Rules) -> Iterator[Document | Dropped]:
-    row = 0
+def _parquet(path: str, file: pa.NativeFile, rules: Rules, part: Part) -> Iterator[Document | Dropped]:
     try:
-        if rules.text_column not in pq.read_schema(pa.BufferReader(data)).names:
-            yield Dropped(path, "no_text")
+        footer = pq.read_metadata(file)
+        if rules.text_column not in footer.schema.to_arrow_schema().names:
+            if part.start == 0:
+                yield Dropped(path, "no_text")
             return
+        opened = pq.ParquetFile(file, metadata=footer, page_checksum_verification=True, read_dictionary=[rules.text_column])
         total = 0
-        for values in sources.parquet_values(data, rules.text_column, rules.max_file_bytes):
+        for row, values, others in sources.parquet_values(opened, rules.text_column, rules.columns, rules.max_file_bytes, part):
             texts = values.dictionary if isinstance(values, pa.DictionaryArray) else values
             if not any(is_text(texts.type) for is_text in (pa.types.is_string, pa.types.is_large_string)):
-                yield Dropped(path, "no_text")
+                if part.start == 0:
+                    yield Dropped(path, "no_text")
                 return
             texts = pc.cast(texts, pa.large_binary())  # bytes: Parquet does not check its UTF-8
             chosen = values.indices if isinstance(values, pa.DictionaryArray) else range(len(texts))
-            for place in chosen:
-                row += 1
+            for number, place in enumerate(chosen):
                 index = place if isinstance(place, int) else place.as_py()
                 value = texts[index] if index is not None else None
                 size = len(value.as_buffer()) if value is not None and value.is_valid else 0
                 total += size
                 if total > rules.max_file_bytes:
                     raise sources.LeftOutError("too_large", f"more than {rules.max_file_bytes:,} bytes, unpacked")
-                yield _value(f"{path}#{row}", value, size, rules)
+                columns = {name: column[number].as_py() for name, column in others.items()}
+                yield _value(f"{path}#{row + number}", value, size, rules, columns)
     except (pa.ArrowException, OSError, ValueError) as e:
         yield Dropped(path, "corrupt", str(e).partition("\n")[0])
 
 
-def _value(id: str, value: pa.Scalar | None, size: int, rules: Rules) -> Document | Dropped:
+def _value(id: str, value: pa.Scalar | None, size: int, rules: Rules, columns: dict[str, Any]) -> Document | Dropped:
     if value is None or not value.is_valid:
         return Dropped(id, "no_text")
     if size > rules.max_document_bytes:
         return Dropped(id, "too_large", f"more than {rules.max_document_bytes:,} bytes")
-    return clean(id, value.as_py(), rules)
+    return clean(id, value.as_py(), rules, columns)

@@ -1,12 +1,12 @@
-"""Turns text into token shards with Ray Data jobs. Run: `heliostat prepare pipelines/quickstart.yaml`.
+"""Turns text into token shards, on Ray. Run: `heliostat prepare pipelines/quickstart.yaml`.
 
 Guarantees: the dataset is a pure function of the input's relative paths and bytes and of the configuration. Every
-document goes to the shard that its text's SHA-256 names, so duplicates meet in one group and are dropped there (the
+document goes to the shard that its text's SHA-256 names, so duplicates meet in one task and are dropped there (the
 smallest id stays); within a shard documents lie by hash, which is a pseudo-random order that no scheduling can change.
-Texts never pass through the driver. A read task holds its files in memory and a shard task its shard: `shard_bytes`
-bounds the second, so keep input files well below a worker's memory. What is left out is listed, with the reason, in
-`quarantine.parquet`. No file takes more memory or disk than `max_file_bytes` and `max_document_bytes` allow, however it is
-packed; of Parquet files, the sizes of row groups are taken from their footers, unchecked.
+Neither texts nor ids pass through the driver. Files are read in ranges or streamed, and a task holds a share of `memory_limit`,
+a shard's task its shard. What is left out is listed, with the reason, in `quarantine.parquet`. No file takes more memory or disk
+than `max_file_bytes` and `max_document_bytes` allow, however it is packed; of Parquet files, the sizes of row groups are taken
+from their footers, unchecked.
 """
 
 from __future__ import annotations
@@ -14,31 +14,28 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cached_property, partial
-from typing import Any, Literal
+from functools import cached_property
+from typing import Annotated, Any, Literal
 
-import numpy as np
-import ray
 from pyarrow.fs import FileType
-from pydantic import Field, model_validator
-from ray.data import Dataset
-from ray.data.context import ShuffleStrategy
+from pydantic import BeforeValidator, ByteSize, Field, PrivateAttr, SerializeAsAny, model_validator
 
 from heliostat.config.schema import Strict
-from heliostat.data import versions
-from heliostat.data.manifest import FILES
+from heliostat.curation import reasons, registry
+from heliostat.curation.flow import Flow
+from heliostat.curation.stage import Stage
+from heliostat.curation.work import Work
+from heliostat.data.manifest import Manifest, kept_path
 from heliostat.errors import ConfigError
 from heliostat.pipelines.prepare import InputFile, Pipeline, place
 from heliostat.pipelines.text import documents, sources, tokens
-from heliostat.pipelines.text import tasks as text_tasks
+from heliostat.pipelines.text.making import Making
+from heliostat.pipelines.text.tasks import TextSource
 from heliostat.storage import Location
 
 log = logging.getLogger(__name__)
 
-FOOTERS_PER_TASK = 64
+SHARD_SHARE = 6  # a shard's task holds its texts, its tokens and its file
 
 
 class TokenizerConfig(Strict):
@@ -63,7 +60,10 @@ class TokenizerConfig(Strict):
 class TextPipeline(Pipeline):
     """Defines the keys of a text pipeline's YAML; `input` is a file, folder, glob, s3:// prefix, or `python:stdlib`."""
 
-    later = frozenset({"max_document_bytes", "max_file_bytes"})
+    _seconds: dict[str, float] = PrivateAttr(default_factory=dict)
+
+    later = frozenset({"max_document_bytes", "max_file_bytes", "columns", "stages"})
+    beside = frozenset({"work", "keep_work", "memory_limit"})
 
     input: str = Field(min_length=1)
     """What is read: a file, a folder, a glob (`data/**/*.md`), an `s3://` prefix, or `python:stdlib`. Kinds of files:
@@ -72,6 +72,11 @@ class TextPipeline(Pipeline):
     """Trained from the text, or taken as it is."""
     text_column: str = "text"
     """The column of `.jsonl` and `.parquet` that holds the text."""
+    columns: list[str] = []
+    """Other columns of `.jsonl` and `.parquet` (`url`, `date`, `source`) that go with each document through the stages."""
+    stages: list[Annotated[SerializeAsAny[Stage], BeforeValidator(registry.parse)]] = []
+    """What documents go through between reading and tokens, in this order: `{stage: NAME, KEY: VALUE}`. See
+    docs/prepare.md#stages"""
     normalise: Literal["none", "NFC", "NFKC"] = "NFC"
     """Unicode's normal form that every text is brought to before anything else. It decides which documents are equal."""
     min_chars: int = Field(1, ge=1)
@@ -80,17 +85,29 @@ class TextPipeline(Pipeline):
     """Documents of more characters are left out (`too_long`). Unset: no limit."""
     max_document_bytes: int = Field(1 << 26, ge=1)
     """Documents of more bytes, unpacked, are left out (`too_large`)."""
-    max_file_bytes: int = Field(1 << 33, ge=1)
+    max_file_bytes: int = Field(1 << 40, ge=1)
     """Of an input file, as it lies there and unpacked: what comes behind the limit is left out (`too_large`)."""
     chunk_tokens: int = Field(1_000_000, gt=0)
     """Tokens of a chunk, about, and never twice as many: a document that is longer is cut. See docs/prepare.md#chunks"""
     shard_bytes: int = Field(128_000_000, gt=0)
     """Bytes of text in a shard, about; it bounds the memory of the task that writes it."""
+    memory_limit: ByteSize = Field(ByteSize(2 << 30), ge=64 << 20)
+    """Bytes of memory that a task may take beside what its process has from the start."""
+    work: str | None = None
+    """The folder or `s3://` prefix of unfinished work, from which a run that was ended goes on. Unset: beside the output, with
+    `.work` behind its name. See docs/prepare.md#work"""
+    keep_work: bool = False
+    """Keeps the work when the dataset is published, so that the next one does again only what is new."""
 
     @property
     def rules(self) -> documents.Rules:
         return documents.Rules(self.text_column, self.normalise, self.min_chars, self.max_chars, self.max_document_bytes,
-                               self.max_file_bytes)  # fmt: skip
+                               self.max_file_bytes, tuple(self.columns))  # fmt: skip
+
+    @property
+    def worked(self) -> Work:
+        """Locates the unfinished work."""
+        return Work(place(self.work) if self.work else place(self.output).ending(".work"))
 
     @cached_property
     def given(self) -> str | None:
@@ -113,11 +130,23 @@ class TextPipeline(Pipeline):
             raise ConfigError(f"max_chars: {self.max_chars} is below min_chars {self.min_chars}; nothing would be kept")
         if self.given is not None:
             tokens.end_id(tokens.load(self.given), self.tokenizer.end_of_document)
+        for stage in self.stages:
+            stage.check()
+        if self.shard_bytes * SHARD_SHARE > self.memory_limit:
+            log.warning("shard_bytes: a shard of %d bytes takes about %d of memory, more than memory_limit (%d)",
+                        self.shard_bytes, self.shard_bytes * SHARD_SHARE, self.memory_limit)  # fmt: skip
+        there = place(self.output).path
+        if self.work and _overlap(self.worked.location.path, there):
+            raise ConfigError(f"work: {self.work!r} and the output {self.output!r} lie in one another; move the work away")
         if self.input == sources.STDLIB:
             return
-        here, there = f"{sources.root(self.input).path}/", f"{place(self.output).path}/"
-        if here.startswith(there) or there.startswith(here):
+        here = sources.root(self.input).path
+        if _overlap(here, there):
             raise ConfigError(f"output: {self.output!r} and the input {self.input!r} lie in one another; move the output away")
+        if _overlap(here, self.worked.location.path):
+            raise ConfigError(
+                f"work: {self.worked.location} and the input {self.input!r} lie in one another; name another folder"
+            )
 
     def inputs(self) -> list[InputFile]:
         return sources.listing(self.input)
@@ -126,118 +155,29 @@ class TextPipeline(Pipeline):
         config = super().identity()
         if self.given is not None:  # what it says, not where it lies
             config["tokenizer"]["path"] = hashlib.sha256(self.given.encode()).hexdigest()
+        if self.stages:
+            config["stages"] = [stage.identity() for stage in self.stages]
         return config
 
     def write(self, output: Location, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        with ray_data():
-            return self._write(output, inputs)
+        flow = Flow(self.worked, self.labels)
+        source = TextSource(self.input, self.rules)
+        making = Making(flow, source, output, self.tokenizer.model_dump(), self.given, self.stages, self.memory_limit,
+                        self.shard_bytes, self.chunk_tokens)  # fmt: skip
+        rows, meta = making.run(inputs)
+        self._seconds = making.seconds
+        return rows, meta
 
-    def _write(self, output: Location, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        tasks = sources.pack(inputs, max(1 << 20, min(64 << 20, sum(f.bytes for f in inputs) // 8)))
-        rows = ray.data.from_items([{"paths": t} for t in tasks], override_num_blocks=len(tasks)).map_batches(
-            partial(text_tasks.extract, input=self.input, rules=self.rules), batch_size=1, batch_format="pyarrow"
-        )
-        # read once: a second reading could differ. The object store spills to disk what does not fit in memory
-        rows = rows.materialize()
-        sizes = sum(
-            (np.frombuffer(row["sizes"], np.int64) for row in _map(rows, text_tasks.prefix_sizes).iter_rows()),
-            np.zeros(text_tasks.PREFIXES, np.int64),
-        )
-        definition = self.given if self.given is not None else self._train(rows, sizes)
-        tokenizer = tokens.load(definition)
-        end = tokens.end_id(tokenizer, self.tokenizer.end_of_document)
-        beside = {"tokenizer.json": versions.store(output, f"{FILES}/tokenizer-", definition.encode(), ".json")}
+    def begin_anew(self) -> None:
+        self.worked.clear()
 
-        shards = max(1, round(int(sizes.sum()) / self.shard_bytes))
-        write_group = partial(
-            text_tasks.write_group,
-            output=output.uri,
-            definition=ray.put(definition),
-            end=end,
-            chunk_tokens=self.chunk_tokens,
-        )
-        done = _map(rows, text_tasks.assign, shards=shards).groupby("shard").map_groups(write_group, batch_format="pyarrow")
-        totals = Totals(tokenizer.get_vocab_size())
-        for row in done.iter_rows():
-            totals.add(row)
-        totals.log()
-        if not totals.paths:
-            return [], {"dropped": dict(totals.dropped), "listed": totals.listed}
-        footers = ray.data.from_items(
-            [{"path": p, "contents": c} for p, c in sorted(totals.paths.items())],
-            override_num_blocks=-(-len(totals.paths) // FOOTERS_PER_TASK),
-        ).flat_map(partial(text_tasks.footer, output=output.uri))
-        return list(footers.iter_rows()), {
-            "kind": "tokens",
-            "files": beside,
-            "listed": totals.listed,
-            "tokenizer": hashlib.sha256(definition.encode()).hexdigest(),
-            "vocab_size": tokenizer.get_vocab_size(),
-            "end_of_document": end,
-            "documents": totals.documents,
-            "dropped": {reason: totals.dropped[reason] for reason in sorted(totals.dropped)},
-            "duplicates": totals.duplicates,
-            **({"cuts": totals.cut} if totals.cut else {}),
-            "bytes": totals.bytes,
-            "unigram_entropy": tokens.entropy(totals.counts),
-        }
-
-    def _train(self, rows: Dataset, sizes: np.ndarray) -> str:
-        """Trains a tokenizer on the documents of the lowest hashes, up to train_bytes: the same sample from any blocks."""
-        limit = int(np.searchsorted(np.cumsum(sizes), self.tokenizer.train_bytes))
-        sample = _map(rows, text_tasks.lowest, limit=limit).to_arrow_refs()
-        assert self.tokenizer.vocab_size is not None
-        train_on = text_tasks.train_on.options(label_selector=self.labels or None)
-        return ray.get(train_on.remote(self.tokenizer.model_dump(), *sample))
+    def finish(self, made: Manifest) -> None:
+        if self.stages:
+            made.location.join(kept_path(made.digest, reasons.SECONDS)).write(json.dumps(self._seconds).encode())
+        if not self.keep_work:
+            self.worked.clear()
 
 
-class Totals:
-    """Sums the shards' reports."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self.documents = self.duplicates = self.bytes = self.cut = 0
-        self.listed: str | None = None  # where the list of what was left out is
-        self.paths: dict[str, str] = {}  # of the shards, with their chunks' digests as JSON
-        self.dropped: Counter[str] = Counter()
-        self.examples: dict[str, list[str]] = {}
-        self.counts = np.zeros(vocab_size, np.int64)
-
-    def add(self, row: dict[str, Any]) -> None:
-        if row["path"]:
-            self.paths[row["path"]] = row["contents"]
-            self.documents += row["documents"]
-            self.duplicates += row["duplicates"]
-            self.bytes += row["bytes"]
-            self.cut += row["cut"]
-            self.counts += np.frombuffer(row["counts"], np.int64)
-        else:
-            self.dropped.update(json.loads(row["dropped"]))
-            self.examples.update(json.loads(row["examples"]))
-            self.listed = row["listed"]
-
-    def log(self) -> None:
-        if self.cut:
-            log.info("documents longer than a chunk may be (chunk_tokens) are cut at %d places; no token is lost", self.cut)
-        for reason, count in sorted(self.dropped.items()):
-            log.warning("dropped %d: %s, such as %s", count, documents.REASONS[reason],
-                        sources.examples(self.examples[reason]))  # fmt: skip
-
-
-@contextmanager
-def ray_data() -> Iterator[None]:
-    """Sets Ray Data up for these jobs and restores its settings after them: no progress bars, and groups by sorting.
-
-    The hash shuffle starts an actor per partition, which costs more than the whole quickstart (9 s against 3.5 s).
-    """
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    context = ray.data.DataContext.get_current()
-    before = context.enable_progress_bars, context.shuffle_strategy
-    context.enable_progress_bars, context.shuffle_strategy = False, ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
-    try:
-        yield
-    finally:
-        context.enable_progress_bars, context.shuffle_strategy = before
-
-
-def _map(rows: Dataset, fn: Any, **kwargs: Any) -> Dataset:
-    return rows.map_batches(fn, batch_size=None, batch_format="pyarrow", fn_kwargs=kwargs)
+def _overlap(a: str, b: str) -> bool:
+    """Tells whether one of two folders lies in the other."""
+    return f"{a}/".startswith(f"{b}/") or f"{b}/".startswith(f"{a}/")

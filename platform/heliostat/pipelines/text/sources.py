@@ -6,6 +6,7 @@ and only if it lies inside the input: neither a link nor a name in a metadata fi
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sysconfig
@@ -13,10 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from heliostat.curation.pieces import Part
 from heliostat.errors import ConfigError, StorageError
 from heliostat.pipelines.prepare import InputFile, place
 from heliostat.storage import Location
@@ -24,6 +27,7 @@ from heliostat.text import printable
 
 STDLIB = "python:stdlib"
 SUFFIXES = (".txt", ".md", ".py", ".rst", ".jsonl", ".parquet")
+AHEAD = 4 << 20  # bytes of a file that are read at a time
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 # not the library itself: installed packages, tests (with data that is broken on purpose) and compiled files
 STDLIB_SKIPS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -113,15 +117,20 @@ def listing(uri: str) -> list[InputFile]:
     return sorted(files, key=lambda f: f.path)
 
 
-def parquet_values(data: bytes, column: str, limit: int) -> Iterator[pa.Array]:
-    """Yields a column of a Parquet file, some rows at a time, a dictionary as a dictionary.
+def parquet_values(file: pq.ParquetFile, column: str, others: tuple[str, ...], limit: int,
+                   part: Part) -> Iterator[tuple[int, pa.Array, dict[str, pa.Array]]]:  # fmt: skip
+    """Yields (the first row's number from 1, a column's values, other columns) of some rows at a time of an open Parquet file.
 
-    LeftOutError before a row group is unpacked whose size in the footer is more than `limit` bytes.
+    A dictionary stays one. Of a part of the file, the row groups that begin in it. LeftOutError before a row group is unpacked
+    whose size in the footer is more than `limit` bytes.
     """
-    file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True, read_dictionary=[column])
-    for group in _groups(file, [column], limit):
-        for batch in file.iter_batches(1024, row_groups=[group], columns=[column]):
-            yield batch.column(0)
+    names = list(dict.fromkeys([column, *(name for name in others if name in file.schema_arrow.names)]))
+    firsts = np.cumsum([1, *(file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups))])
+    for group in _groups(file, names, limit, part):
+        row = int(firsts[group])
+        for batch in file.iter_batches(1024, row_groups=[group], columns=names):
+            yield row, batch.column(column), {name: batch.column(name) for name in names if name in others}
+            row += len(batch)
 
 
 def parquet_rows(data: bytes, large: str, columns: list[str], limit: int) -> Iterator[dict[str, Any]]:
@@ -140,13 +149,21 @@ def parquet_rows(data: bytes, large: str, columns: list[str], limit: int) -> Ite
                 yield {name: batch.column(i)[row].as_py() for i, name in enumerate(batch.schema.names)}
 
 
-def _groups(file: pq.ParquetFile, columns: list[str], limit: int) -> Iterator[int]:
+def _groups(file: pq.ParquetFile, columns: list[str], limit: int, part: Part | None = None) -> Iterator[int]:
     names = [file.metadata.schema.column(i).path.split(".")[0] for i in range(file.metadata.num_columns)]
-    for group in range(file.num_row_groups):
+    for group in range(file.metadata.num_row_groups):
         info = file.metadata.row_group(group)
+        if part is not None and part.stop is not None and not part.start <= _begins(info) < part.stop:
+            continue
         if sum(info.column(i).total_uncompressed_size for i, name in enumerate(names) if name in columns) > limit:
             raise LeftOutError("too_large", f"a row group of more than {limit:,} bytes, unpacked")
         yield group
+
+
+def _begins(info: pq.RowGroupMetaData) -> int:
+    """Returns the offset of the first byte of a row group."""
+    columns = [info.column(i) for i in range(info.num_columns)]
+    return min((min(c.data_page_offset, c.dictionary_page_offset or c.data_page_offset) for c in columns), default=0)
 
 
 class LeftOutError(Exception):
@@ -178,6 +195,65 @@ def fetch(base: Location, path: str, limit: int) -> bytes:
     return data
 
 
+def stream(base: Location, path: str, limit: int) -> pa.NativeFile:
+    """Opens a file of the input, or the root itself, to be read in blocks; each read is repeated while the store fails.
+
+    LeftOutError as of `fetch`.
+    """
+    if not inside(base, path):
+        raise LeftOutError("outside", f"leads out of {base}")
+    place = base.join(path) if path else base
+    try:
+        file = place.open()
+        size = place.attempt(file.size)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as e:
+        raise LeftOutError("unreadable") from e
+    except StorageError as e:
+        if base.is_s3:
+            raise
+        raise LeftOutError("unreadable", str(e)) from e
+    if size > limit:
+        raise LeftOutError("too_large", f"more than {limit:,} bytes")
+    return pa.PythonFile(_Blocks(place, file, size), mode="r")
+
+
+class _Blocks(io.RawIOBase):
+    """Presents a file of a store as a Python file that reads some megabytes ahead."""
+
+    def __init__(self, place: Location, file: pa.NativeFile, size: int) -> None:
+        self.place, self.file, self.length, self.at = place, file, size, 0
+        self.block, self.begin = b"", 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def size(self) -> int:
+        return self.length
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.at = offset + (0, self.at, self.length)[whence]
+        return self.at
+
+    def read(self, size: int = -1) -> bytes:
+        size = self.length - self.at if size is None or size < 0 else min(size, self.length - self.at)
+        if size <= 0:
+            return b""
+        if not (self.begin <= self.at and self.at + size <= self.begin + len(self.block)):
+            ahead, begin = max(size, AHEAD), self.at
+            self.block = self.place.attempt(lambda: self.file.read_at(min(ahead, self.length - begin), begin))
+            self.begin = begin
+        start = self.at - self.begin
+        found = self.block[start : start + size]
+        self.at += len(found)
+        return found
+
+
 def inside(base: Location, path: str) -> bool:
     """Checks whether a path leads to a place below `base`, by its name and, on disk, through any links."""
     if "\0" in path or path.startswith("/") or ".." in path.split("/"):
@@ -193,14 +269,7 @@ def examples(ids: list[str]) -> str:
     return ", ".join(printable(id) for id in ids)
 
 
-def pack(files: list[InputFile], bytes_per_task: int, files_per_task: int = 2000) -> list[list[str]]:
-    """Packs the paths into lists of about equal bytes, one per read task."""
-    tasks: list[list[str]] = []
-    size = 0
-    for file in files:
-        if not tasks or size + file.bytes > bytes_per_task or len(tasks[-1]) >= files_per_task:
-            tasks.append([])
-            size = 0
-        tasks[-1].append(file.path)
-        size += file.bytes
-    return tasks
+def ranged(path: str) -> bool:
+    """Tells whether such a file can be read from the middle: lines and row groups, not compressed as a whole."""
+    suffix, codec = kind(path)
+    return codec is None and suffix in (".jsonl", ".parquet")

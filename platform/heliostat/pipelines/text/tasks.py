@@ -1,138 +1,228 @@
-"""Runs the text pipeline's tasks in Ray's workers: read, measure, sample, assign to shards, write. Tables in, tables out."""
+"""Runs the text pipeline's own tasks in Ray's workers: reading, the tokenizer's sample, shards, the list of what was left out."""
 
 from __future__ import annotations
 
-import json
+import base64
+import io
+import itertools
 import os
+import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import ray
 
+from heliostat.curation import segment, spill
+from heliostat.curation.pieces import Part
+from heliostat.curation.segment import Run, survivors
+from heliostat.curation.stage import Document as Raw
 from heliostat.data import manifest, versions
 from heliostat.data import shard as shard_file
 from heliostat.data.manifest import FILES, SHARDS
 from heliostat.pipelines.text import documents, sources, tokens
 from heliostat.storage import Location
 
-# one row per document, or (with a reason and no text) per dropped document
-ROWS = pa.schema([("hash", pa.string()), ("id", pa.string()), ("text", pa.large_string()), ("reason", pa.string()),
-                  ("detail", pa.string())])  # fmt: skip
-DROPPED = -1  # the "shard" of documents that are dropped
 PREFIXES = 1 << 16  # the hash's first 16 bits, in which the tokenizer's sample is measured
-BLOCK_BYTES = 32 << 20  # of text, per block that a read task yields
+OF_READING = pa.array([segment.READ, segment.FINISH])
+LISTED = pa.schema([("id", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
 
 
-def extract(batch: pa.Table, input: str, rules: documents.Rules) -> Iterator[pa.Table]:
-    """Extracts the documents of the files that the batch names, as tables of ROWS."""
-    base = sources.root(input)
-    found: list[dict[str, Any]] = []
-    size = 0
-    for path in (p for paths in batch["paths"].to_pylist() for p in paths):
-        for item in read_file(base, path, rules):
-            if isinstance(item, documents.Dropped):
-                found.append({"hash": "", "id": item.id, "text": None, "reason": item.reason, "detail": item.detail})
-            else:
-                found.append({"hash": item.hash, "id": item.id, "text": item.text, "reason": None})
-                size += len(item.text)
-            if size >= BLOCK_BYTES or len(found) >= 100_000:
-                yield pa.Table.from_pylist(found, ROWS)
-                found, size = [], 0
-    yield pa.Table.from_pylist(found, ROWS)
+@dataclass(frozen=True)
+class TextSource:
+    """Reads a text input's parts in a task."""
+
+    input: str
+    rules: documents.Rules
+
+    def read(self, part: Part) -> Iterator[Raw | documents.Dropped]:
+        for item in read_file(sources.root(self.input), part.path, self.rules, part):
+            yield item if isinstance(item, documents.Dropped) else Raw(item.id, item.text, item.columns)
+
+    def finish(self, document: Raw) -> Raw | documents.Dropped:
+        made = documents.clean(document.id, document.text, self.rules, document.columns)
+        return made if isinstance(made, documents.Dropped) else Raw(made.id, made.text, made.columns)
 
 
-def read_file(base: Location, path: str, rules: documents.Rules) -> Iterator[documents.Document | documents.Dropped]:
+def read_file(base: Location, path: str, rules: documents.Rules,
+              part: Part | None = None) -> Iterator[documents.Document | documents.Dropped]:  # fmt: skip
     """Reads a file's documents, or the reason why it is left out; a store that refuses or fails is an error."""
     try:
-        data = sources.fetch(base, path, rules.max_file_bytes)
+        file = sources.stream(base, path, rules.max_file_bytes)
     except sources.LeftOutError as e:
-        yield documents.Dropped(path or base.name, e.reason, e.detail)
+        if part is None or part.start == 0:
+            yield documents.Dropped(path or base.name, e.reason, e.detail)
         return
-    yield from documents.read(path or base.name, data, rules)
+    with file:
+        yield from documents.read(path or base.name, file, rules, part)
 
 
-def prefixes(table: pa.Table) -> np.ndarray:
-    return np.array([int(h[:4], 16) for h in table["hash"].to_pylist()], np.int64)
+def count_lines(folder: Location, input: str, part: Part) -> dict[str, Any]:
+    """Counts the lines that begin in a part of a file; 0 where it cannot be read, which reading it will tell."""
+    base = sources.root(input)
+    try:
+        with sources.stream(base, part.path, part.bytes) as file:
+            return {"lines": documents.count_lines(file, part)}
+    except sources.LeftOutError:
+        return {"lines": 0}
 
 
-def kept(table: pa.Table) -> pa.Table:
-    return table.filter(pc.is_null(table["reason"]))
+# the tokenizer's sample ------------------------------------------------------------------------------------------------
 
 
-def prefix_sizes(table: pa.Table) -> pa.Table:
-    """Measures the UTF-8 bytes of text per hash prefix, as one row."""
-    table = kept(table)
-    lengths = pc.binary_length(table["text"]).to_numpy()
-    sizes = np.bincount(prefixes(table), weights=lengths, minlength=PREFIXES).astype(np.int64)
-    return pa.table({"sizes": [sizes.tobytes()]})
+def prefix_sizes(folder: Location, runs: list[Run]) -> dict[str, Any]:
+    """Measures the UTF-8 bytes of text per hash prefix."""
+    sizes = np.zeros(PREFIXES, np.int64)
+    for run in runs:
+        for table in survivors(folder, run, columns=["bytes"]):
+            places = (table["key"].to_numpy() >> np.uint64(48)).astype(np.int64)
+            sizes += np.bincount(places, weights=table["bytes"].to_numpy(), minlength=PREFIXES).astype(np.int64)
+    used = np.flatnonzero(sizes)
+    name = spill.write(folder, pa.table({"key": used.astype(np.uint64), "bytes": sizes[used]}))
+    return {"sizes": name, "files": [name]}
 
 
-def lowest(table: pa.Table, limit: int) -> pa.Table:
+def lowest(folder: Location, runs: list[Run], limit: int) -> dict[str, Any]:
     """Selects the documents whose hash prefix is at most `limit`."""
-    table = kept(table)
-    return table.filter(pa.array(prefixes(table) <= limit)).select(["hash", "id", "text"])
+    found = [t for run in runs for t in survivors(folder, run, 0, (limit + 1) << 48, ["hash", "id", "bytes", "text"])]
+    table = unique(pa.concat_tables(found))[0] if found else None
+    names = [] if table is None else [spill.write(folder, table, ("hash", "id"))]
+    return {"sample": names, "files": names}
 
 
-@ray.remote
-def train_on(config: dict[str, Any], *tables: pa.Table) -> str:
+def train_on(folder: Location, samples: list[str], config: dict[str, Any]) -> dict[str, Any]:
+    """Trains a tokenizer on the selected documents, as far as `train_bytes`."""
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # nothing else runs meanwhile
-    table, _ = unique(pa.concat_tables(t.cast(pa.schema(list(ROWS)[:3])) for t in tables))
-    sizes = np.cumsum(pc.binary_length(table["text"]).to_numpy())
+    held = [t for name in samples for t in spill.read(folder, name)]
+    table, _ = unique(pa.concat_tables(held) if held else segment.RUN.empty_table())
+    sizes = np.cumsum(table["bytes"].to_numpy())
     table = table.slice(0, int(np.searchsorted(sizes, config["train_bytes"])) + 1)
     texts = (text.as_py() for text in table["text"])
-    return tokens.train(texts, config["vocab_size"], config["end_of_document"])
+    name = segment.store(folder, tokens.train(texts, config["vocab_size"], config["end_of_document"]))
+    return {"definition": name, "files": [name]}
 
 
-def assign(table: pa.Table, shards: int) -> pa.Table:
-    """Adds a column `shard`, from the hash of the text alone: a shard holds a range of hashes, and so do its chunks."""
-    chosen = [int(h[:13], 16) * shards >> 52 if h else DROPPED for h in table["hash"].to_pylist()]
-    return table.append_column("shard", pa.array(chosen, pa.int64()))
+# shards ----------------------------------------------------------------------------------------------------------------
 
 
-def unique(table: pa.Table) -> tuple[pa.Table, int]:
-    """Sorts the table by hash and keeps each hash once, with the smallest id; also counts the rows that this removes."""
+@dataclass(frozen=True)
+class Sharding:
+    """Defines how documents become shards: their number, and what is written."""
+
+    output: str
+    shards: int
+    definition: str
+    end: int
+    chunk_tokens: int
+    explained: bool  # whether each document's end is recorded
+
+
+def bounds(shard: int, shards: int) -> tuple[int, int]:
+    """Computes the range of keys of a shard: those of the hashes whose first 52 bits, as a fraction, fall into its part."""
+    return -(-(shard << 52) // shards) << 12, -(-((shard + 1) << 52) // shards) << 12
+
+
+def unique(table: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """Sorts the table by hash and keeps each hash once, with the smallest id; also returns the rows that this removes."""
     table = table.sort_by([("hash", "ascending"), ("id", "ascending")])
-    hashes = table["hash"].to_numpy()
-    first = np.concatenate([[True], hashes[1:] != hashes[:-1]]) if len(hashes) else np.zeros(0, bool)
-    return table.filter(pa.array(first, pa.bool_())), int(len(first) - first.sum())
+    if not len(table):
+        return table, table
+    hashes = table["hash"].combine_chunks()
+    first = np.concatenate(
+        [[True], pc.not_equal(hashes.slice(1), hashes.slice(0, len(hashes) - 1)).to_numpy(zero_copy_only=False)]
+    )
+    return table.filter(pa.array(first)), table.filter(pa.array(~first))
 
 
-def write_group(table: pa.Table, output: str, definition: Any, end: int, chunk_tokens: int) -> pa.Table:
-    """Writes one shard and returns its counts, or writes the list of the dropped documents and counts them."""
-    row: dict[str, Any] = dict.fromkeys(("documents", "duplicates", "bytes", "cut"), 0)
-    row |= {"path": "", "counts": b"", "dropped": "{}", "examples": "{}", "listed": "", "contents": "[]"}
-    shard = table["shard"][0].as_py()
-    if shard == DROPPED:
-        by_reason: dict[str, list[str]] = {}
-        for id, reason in zip(table["id"].to_pylist(), table["reason"].to_pylist(), strict=True):
-            by_reason.setdefault(reason, []).append(id)
-        listed = table.select(["id", "reason", "detail"]).sort_by([("reason", "ascending"), ("id", "ascending")])
-        sink = pa.BufferOutputStream()
-        pq.write_table(listed, sink, compression="zstd")
-        row["listed"] = versions.store(Location(output), f"{FILES}/listed-", sink.getvalue().to_pybytes(), ".parquet")
-        row["dropped"] = json.dumps({reason: len(ids) for reason, ids in by_reason.items()})
-        row["examples"] = json.dumps({reason: sorted(ids)[:3] for reason, ids in by_reason.items()})
-        return pa.Table.from_pylist([row])
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # Ray runs as many of these as there are processors
-    tokenizer = tokens.load(ray.get(definition))
-    table, duplicates = unique(table)
-    encoded = tokens.encode(tokenizer, table["text"].to_pylist(), end)
-    places = np.array([manifest.place(h) for h in table["hash"].to_pylist()], np.int64)
-    data = tokens.shard(table["id"].to_pylist(), encoded, chunk_tokens, places)
-    path = versions.store(Location(output), f"{SHARDS}/{shard:05d}/", data, ".parquet")
-    row["contents"] = json.dumps(shard_file.content_digests(data, "tokens"))
-    counts = np.bincount(np.concatenate(encoded), minlength=tokenizer.get_vocab_size()).astype(np.int64)
-    row |= {"path": path, "documents": len(encoded), "duplicates": duplicates, "counts": counts.tobytes()}
-    groups = tokens.chunks(np.array([len(e) for e in encoded]), chunk_tokens, places)
-    row["cut"] = sum(len(rows) for rows, _ in groups) - len(encoded)
-    row["bytes"] = int(pc.binary_length(table["text"]).to_numpy().sum())
-    return pa.Table.from_pylist([row])
+def gather(folder: Location, runs: list[Run], low: int, high: int) -> tuple[pa.Table | None, list[pa.Table]]:
+    """Reads the documents of a range of keys, of equal texts the one with the smallest id, and returns the others without texts.
+
+    What it holds is no more than twice the texts that stay, and the duplicates' ids.
+    """
+    held, kept_bytes, new_bytes = list[pa.Table](), 1 << 24, 0
+    duplicates = list[pa.Table]()
+    for run in runs:
+        for table in survivors(folder, run, low, high, ["hash", "id", "bytes", "text"]):
+            held.append(table)
+            new_bytes += table.nbytes
+        if new_bytes > kept_bytes:
+            table, gone = unique(pa.concat_tables(held))
+            duplicates.append(gone.select(["hash", "id"]))
+            held, kept_bytes, new_bytes = [table], max(1 << 24, table.nbytes), 0
+    if not held:
+        return None, duplicates
+    table, gone = unique(pa.concat_tables(held))
+    return table, [*duplicates, gone.select(["hash", "id"])]
 
 
-def footer(row: dict[str, Any], output: str) -> list[dict[str, Any]]:
-    found = manifest.read_footer(Location(output), row["path"], "tokens")
-    return [{**chunk, "content": content} for chunk, content in zip(found, json.loads(row["contents"]), strict=True)]
+def write_shards(folder: Location, first: int, stop: int, runs: list[Run], plan: Sharding) -> dict[str, Any]:
+    """Writes some shards, one after another; returns their counts and their part of the manifest."""
+    made = [one for shard in range(first, stop) if (one := _write_shard(folder, runs, shard, plan)) is not None]
+    files = [one.pop("ends") for one in made if one.get("ends")]
+    return {"shards": made, "ends": files, "files": files}
+
+
+def _write_shard(folder: Location, runs: list[Run], shard: int, plan: Sharding) -> dict[str, Any] | None:
+    table, duplicates = gather(folder, runs, *bounds(shard, plan.shards))
+    if table is None:
+        return None
+    tokenizer = tokens.load(plan.definition)
+    encoded: list[np.ndarray] = []
+    for start, stop in _slices(table["bytes"].to_numpy()):
+        encoded += tokens.encode(tokenizer, table["text"].slice(start, stop - start).to_pylist(), plan.end)
+    hashes = [digest.hex() for digest in table["hash"].to_pylist()]
+    ids = table["id"].to_pylist()
+    places = np.array([manifest.place(h) for h in hashes], np.int64)
+    data = tokens.shard(ids, encoded, plan.chunk_tokens, places)
+    output = Location(plan.output)
+    path = versions.store(output, f"{SHARDS}/{shard:05d}/", data, ".parquet")
+    counts = np.bincount(np.concatenate(encoded), minlength=tokenizer.get_vocab_size())
+    groups = tokens.chunks(np.array([len(e) for e in encoded]), plan.chunk_tokens, places)
+    contents = shard_file.content_digests(data, "tokens")
+    chunks = [{**row, "content": c} for row, c in zip(manifest.read_footer(output, path, "tokens"), contents, strict=True)]
+    return {
+        "path": path,
+        "file_bytes": len(data),
+        "documents": len(ids),
+        "duplicates": sum(len(t) for t in duplicates),
+        "bytes": int(table["bytes"].to_numpy().sum()),
+        "cut": sum(len(rows) for rows, _ in groups) - len(ids),
+        "counts": base64.b64encode(zlib.compress(counts.astype(np.int64).tobytes())).decode(),
+        "chunks": chunks,
+        "ends": _ends(folder, path, dict(zip(hashes, ids, strict=True)), duplicates) if plan.explained else None,
+    }
+
+
+def _slices(sizes: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Yields ranges of documents of some megabytes each, so that few texts are Python strings at a time."""
+    places = np.cumsum(sizes) // (8 * tokens.BATCH_CHARS)
+    edges = [0, *(np.flatnonzero(np.diff(places)) + 1).tolist(), len(sizes)]
+    yield from itertools.pairwise(edges)
+
+
+def _ends(folder: Location, path: str, kept: dict[str, str], duplicates: list[pa.Table]) -> str:
+    """Spills what became of documents: those that are in a shard, and exact duplicates with the one that stayed."""
+    rows = [
+        {"key": segment.key_of(id), "id": id, "stage": "shard", "reason": "kept", "detail": path, "hash": h}
+        for h, id in kept.items()
+    ]
+    for table in duplicates:
+        for digest, id in zip(table["hash"].to_pylist(), table["id"].to_pylist(), strict=True):
+            rows.append({"key": segment.key_of(id), "id": id, "stage": "exact", "reason": "duplicate",
+                         "detail": kept[digest.hex()], "hash": digest.hex()})  # fmt: skip
+    return spill.write(folder, pa.Table.from_pylist(rows, segment.LEFT_OUT), ("id", "stage", "reason", "detail"))
+
+
+# what was left out -----------------------------------------------------------------------------------------------------
+
+
+def list_left_out(folder: Location, names: list[str], output: str) -> dict[str, Any]:
+    """Writes the list of what reading left out: id, reason and detail, sorted by reason and id."""
+    tables = [t.filter(pc.is_in(t["stage"], OF_READING)).select(LISTED.names) for name in names for t in spill.read(folder, name)]
+    table = pa.concat_tables(tables).sort_by([("reason", "ascending"), ("id", "ascending")])
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    return {"listed": versions.store(Location(output), f"{FILES}/listed-", sink.getvalue(), ".parquet"), "rows": len(table)}

@@ -58,6 +58,11 @@ def _flat(outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     return outputs.logits.flatten(0, 1), F.pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:].flatten()
 
 
+def block_rows(logits: torch.Tensor) -> int:
+    """Chooses how many rows of logits the loss computes at once: as many as a CPU's caches hold, or as keep a GPU busy."""
+    return max(1, (1 << 20 if logits.device.type == "cpu" else 1 << 26) // logits.shape[1])
+
+
 class SummedCrossEntropy(torch.autograd.Function):
     """Computes F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum") in much less memory.
 
@@ -69,7 +74,7 @@ class SummedCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         gradient = torch.empty_like(logits)
         total = torch.zeros((), device=logits.device)
-        rows = max(1, (1 << 20 if logits.device.type == "cpu" else 1 << 26) // logits.shape[1])
+        rows = block_rows(logits)
         for block, goal, out in zip(logits.split(rows), targets.split(rows), gradient.split(rows), strict=True):
             counted = goal != IGNORED
             at = goal.clamp(min=0).unsqueeze(1)

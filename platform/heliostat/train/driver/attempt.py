@@ -260,7 +260,10 @@ class Attempt:
         except ray.exceptions.RayError as e:
             raise TrainingError(f"the workers could not be brought together: {type(e).__name__}: {brief(e)}") from e
         config = self._config() | {"memory": copies}
-        working = {member.actor.run.remote(place, config): member for member, place in zip(members, places, strict=True)}
+        working = {
+            member.actor.run.remote(place, {**config, "part": part}): member
+            for member, place, part in zip(members, places, self._parts, strict=True)
+        }
         summaries, failures = self._gather(working)
         for member in members:
             error = failures.get(member.slot)
@@ -330,6 +333,5 @@ class Attempt:
             "fence": self.start.fence,
             "mailbox": self._mailbox,
             "run_folder": str(self.job.run_folder),
-            "parts": self._parts,
             "queued_s": self.pool.waited_s,
         }

@@ -23,19 +23,25 @@ ANSWER_S = 30.0
 
 def places(members: Sequence[Member]) -> list[Place]:
     """Gives each member its place, in their order: ranks count through node after node."""
-    rendezvous = meeting(members[0])
-    by_node = [[m for m in members if m.node == member.node] for member in members]
+    return places_at(members, meeting(members[0]))
+
+
+def places_at(members: Sequence[Member], rendezvous: str) -> list[Place]:
+    by_node: dict[str, list[Member]] = {}
+    for member in members:
+        by_node.setdefault(member.node, []).append(member)
+    gpus = {node: tuple(gpu for one in there for gpu in one.gpus) for node, there in by_node.items()}
     return [
         Place(
             rank=rank,
             world=len(members),
-            local_rank=there.index(member),
-            local_world=len(there),
+            local_rank=by_node[member.node].index(member),
+            local_world=len(by_node[member.node]),
             rendezvous=rendezvous,
             backend="nccl" if member.gpus else "gloo",
-            gpus=tuple(gpu for one in there for gpu in one.gpus),
+            gpus=gpus[member.node],
         )
-        for rank, (member, there) in enumerate(zip(members, by_node, strict=True))
+        for rank, member in enumerate(members)
     ]
 
 

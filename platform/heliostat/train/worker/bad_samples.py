@@ -10,9 +10,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import torch.distributed as dist
-
 from heliostat import run_folder
+from heliostat.checkpoint.agreement import merged
 from heliostat.config.spec import Job
 from heliostat.data.dataset import Dataset
 from heliostat.data.order import Order
@@ -35,14 +34,13 @@ def check_budget(bad: int, steps: int, job: Job, order: Order) -> None:
 
 
 def collect(run: Location, done: int, mine: list[dict[str, Any]], count: int, dataset: Dataset, group: Any) -> int:
-    """Writes the list of what all workers have replaced since the last receipt; returns the run's total. Collective."""
-    gathered: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(gathered, (mine, count), group=group)
-    entries = sorted((b for part, _ in gathered for b in part), key=lambda b: (b["step"], b["position"]))
-    if entries and dist.get_rank() == 0:
+    """Writes the list of what all workers have replaced since the last receipt; returns the run's total on rank 0. Collective."""
+    found, total = merged(group, lambda: (mine, count), lambda one, other: (one[0] + other[0], one[1] + other[1])) or ([], 0)
+    entries = sorted(found, key=lambda b: (b["step"], b["position"]))
+    if entries:
         lines = [json.dumps(describe(b, dataset)) for b in entries]
         run_folder.quarantine(run, done).write("\n".join(lines).encode() + b"\n")
-    return sum(total for _, total in gathered)
+    return total
 
 
 def describe(bad: dict[str, Any], dataset: Dataset) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from heliostat.checkpoint.agreement import together
+from heliostat.checkpoint.agreement import first, merged
 from heliostat.config.spec import Job
 from heliostat.data import content
 from heliostat.data.dataset import Dataset
@@ -62,11 +63,8 @@ class HeldOut:
         return found | self._measured(kept, group) if self.evaluates.gathered else found
 
     def _measured(self, kept: list[tuple[np.ndarray, dict[str, np.ndarray]]], group: Any) -> dict[str, float]:
-        rank, world = dist.get_rank(group), dist.get_world_size(group)
-        parts: list[Any] = [None] * world
-        dist.gather_object(kept, parts if rank == 0 else None, dst=0, group=group)
-        told = together(group, lambda: self.evaluates.measure(in_order(parts)) if rank == 0 else None)
-        return told[0] or {}
+        parts = merged(group, lambda: [kept], operator.add)
+        return first(group, lambda: self.evaluates.measure(in_order(parts or [])))
 
 
 def dealt(samples: np.ndarray, rank: int, world: int, micro: int) -> tuple[np.ndarray, np.ndarray]:

@@ -6,12 +6,14 @@ draws it.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from heliostat.checkpoint import agreement
 from heliostat.recipes.protocol import Gallery
 
 AT_ONCE = 64
@@ -32,13 +34,12 @@ def show(
     for first in range(0, each, AT_ONCE):
         drawn += gallery.draw(model, device, mine[first : first + AT_ONCE])
         progressed()
-    parts: list[Any] = [None] * world
-    dist.gather_object((mine, drawn), parts if rank == 0 else None, dst=0, group=group)
-    told: list[Any] = [None]
+    pictures = agreement.merged(group, lambda: dict(zip(mine, drawn, strict=True)), operator.or_) or {}
     images: dict[str, bytes] = {}
-    if rank == 0:
-        by_number = {n: picture for numbers, pictures in parts for n, picture in zip(numbers, pictures, strict=True)}
-        scores, images = gallery.judge([by_number[n] for n in range(gallery.count)], progressed)
-        told = [scores]
-    dist.broadcast_object_list(told, src=0, group=group)
-    return told[0], images
+
+    def judge() -> dict[str, float]:
+        scores, made = gallery.judge([pictures[n] for n in range(gallery.count)], progressed)
+        images.update(made)
+        return scores
+
+    return agreement.first(group, judge), images

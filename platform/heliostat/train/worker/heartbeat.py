@@ -12,12 +12,13 @@ import os
 import sys
 import threading
 import traceback
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import ray
-import torch
-import torch.distributed as dist
 
+from heliostat.checkpoint import tree
+from heliostat.checkpoint.tree import Channel
 from heliostat.events import Stack
 from heliostat.train.mailbox import interval
 from heliostat.train.stop_codes import PREEMPTED, RUN
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 EVERY_S = 1.0
 ANSWER_S = 30.0
+VOTES = 2  # tag of the channel
 
 
 class Heartbeat:
@@ -78,19 +80,17 @@ def stacks() -> str:
 class StopConsensus:
     """Finds the highest stop code of all workers: `ask(code)`, a step's work, `result()`.
 
-    Nothing else may use the group in between.
+    A thread passes the codes along a tree beside the step's work, on a channel of its own of the group.
     """
 
     def __init__(self, group: Any) -> None:
-        self._group = group
-        self._code = torch.zeros((), dtype=torch.int32)
-        self._work: Any = None
+        self._channel = Channel(group, VOTES)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="stop-consensus")
+        self._vote: Future[int]
 
     def ask(self, code: int) -> None:
-        self._code.fill_(code)
-        self._work = dist.all_reduce(self._code, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._vote = self._thread.submit(lambda: tree.down(self._channel, tree.up(self._channel, code, max)))
 
     def result(self) -> int:
         """Waits for the consensus and returns the highest code that any worker has asked for."""
-        self._work.wait()
-        return int(self._code)
+        return self._vote.result()

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import os
 import time
 from contextlib import nullcontext
-from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from heliostat import run_folder
 from heliostat.checkpoint import saver as checkpoint
-from heliostat.checkpoint.agreement import together
+from heliostat.checkpoint.agreement import agreed, merged
 from heliostat.config.spec import Job
 from heliostat.data import content, receipt, stream
 from heliostat.data.dataset import DataPlan, open_dataset
@@ -54,7 +54,6 @@ from heliostat.train.worker.node_metrics import NodeMonitor
 from heliostat.train.worker.objective import Objective
 
 HELD_POLL_S = 0.05
-SAVING = timedelta(hours=12)  # the longest wait of one worker for another's part of a checkpoint
 
 
 class Worker:
@@ -64,7 +63,7 @@ class Worker:
         """Builds the engine, in the process group of the attempt, and loads the checkpoint to start from.
 
         `config`: job, plan (plain data), start_step, pauses (steps), fence (of the driver's lease), mailbox (actor), run_folder,
-        parts (of the stream, one a worker), queued_s (how long the workers' resources were waited for), memory (the plan of the
+        part (of the stream, this worker's), queued_s (how long the workers' resources were waited for), memory (the plan of the
         copies in memory, if the job wants any).
         """
         self.job = Job.model_validate(config["job"])
@@ -85,22 +84,20 @@ class Worker:
 
     def _build(self, config: dict[str, Any]) -> None:
         self.run_folder = Location(config["run_folder"])
-        # the training group is left to DeepSpeed; saving runs in a thread and must not share a group with the loop
-        # which waits for the slowest worker's upload; the watchdog sees whether that gets on
-        self.control, saving = dist.new_group(backend="gloo"), dist.new_group(backend="gloo", timeout=SAVING)
-        self.consensus = StopConsensus(dist.new_group(backend="gloo"))
+        # the training group is left to DeepSpeed; of this one the loop, the saving and the stop consensus have a channel each
+        self.control = dist.new_group(backend="gloo")
+        self.consensus = StopConsensus(self.control)
         plan, limit = config["memory"], self.job.checkpoint.memory_limit
         self.memory = MemoryCopies(plan, limit, self.rank, self.world, self._notice_of_any) if plan else None
         self.fence: Fence = config["fence"]
-        self.saver = checkpoint.Saver(self.run_folder, self.job.checkpoint, saving, self.fence, self._progressed)
+        self.saver = checkpoint.Saver(self.run_folder, self.job.checkpoint, self.control, self.fence, self._progressed)
 
         if self.rank == 0:
             waited, begun = config["queued_s"], self.ledger.totals()
             self._post(ModelPhase(queued_s=waited, start_step=self.start_step, workers=self.world, ledger=begun))
         deepspeed_engine.prepare_environment(self.job.workers.gpus)
         self.dataset = open_dataset(self.plan)
-        part = config["parts"][self.rank]
-        self.samples = stream.iterate(part, self.plan, self.dataset.order, self.rank, self.world, self.start_step)
+        self.samples = stream.iterate(config["part"], self.plan, self.dataset.order, self.rank, self.world, self.start_step)
         self.recipe = load_recipe(self.job, self.dataset.sources)
         self.engine = deepspeed_engine.build_engine(self.job, self.recipe)
         zero_state.init_optimizer_state(self.engine)
@@ -114,7 +111,7 @@ class Worker:
         self.chain = receipt.GENESIS
         self.skipped = 0  # steps of the run that changed no weight, because fp16 gradients overflowed
         self.bad_samples = 0  # replaced so far in the run, on this worker; what earlier attempts replaced is rank 0's
-        self._step_digests: list[str] = []  # since the last receipt, of steps that an earlier attempt made
+        self._step_digests: list[str] = []  # on rank 0: since the last receipt, of steps that an earlier attempt made
         self._lane_digests: list[list[int]] = []  # since then, of this attempt's
         self._bad: list[dict[str, Any]] = []
         self._told: list[Event] = []  # events of steps and scores since the last checkpoint
@@ -404,15 +401,11 @@ class Worker:
         return decision
 
     def _seal_receipt(self, done: int) -> None:
-        """Chains the digests of the steps since the last receipt, and writes the receipt beside the checkpoints."""
-        digests = self._step_digests
-        if self._lane_digests:
-            mine = torch.tensor(self._lane_digests, dtype=torch.int64)
-            parts = [torch.empty_like(mine) for _ in range(self.world)]
-            dist.all_gather(parts, mine, group=self.control)
-            digests = digests + receipt.step_digests(receipt.in_lane_order([part.numpy() for part in parts]))
-        self.chain = receipt.extend(self.chain, digests)
-        if self.rank == 0:
+        """Gathers the digests of the steps since the last receipt on rank 0, which chains them and writes the receipt."""
+        parts = merged(self.control, self._lanes, operator.add)
+        if parts:
+            digests = self._step_digests + _digests(parts)
+            self.chain = receipt.extend(self.chain, digests)
             self.fence.check()
             run_folder.receipt(self.run_folder, done).write(
                 receipt.seal(done - len(digests), digests, self.chain, self.plan.digest)
@@ -422,45 +415,41 @@ class Worker:
         self.run_bad_samples = quarantine.collect(self.run_folder, done, self._bad, self.bad_samples, self.dataset, self.control)
         self._bad = []
 
+    def _lanes(self) -> list[np.ndarray]:
+        """Returns the digests of this worker's lanes, [steps, lanes], since the last receipt: a list of one, to be joined."""
+        return [np.array(self._lane_digests, dtype=np.int64)]
+
     def _keep(self, done: int) -> None:
         """Keeps the state behind a step in memory, with all that a checkpoint and its receipt would tell of the step."""
         assert self.memory
         common = {
             "optimizer_steps": zero_state.optimizer_steps(self.engine),
             "loss_scale": lossscale.read(self.engine),
-            "chain": self.chain,
-            "digests": list(self._step_digests),
             "data": self.plan.digest,
         }
         own = {
+            "chain": self.chain,
+            "digests": list(self._step_digests),
+            "lanes": self._lanes(),
             "bad": list(self._bad),
             "bad_samples": self.bad_samples,
             "told": list(self._told),
         }
-        self.memory.keep(done, self._state(), common, list(self._lane_digests), own, self.control)
+        self.memory.keep(done, self._state(), common, own, self.control)
 
     def _restore_from_memory(self, source: Source) -> None:
         """Loads the state from copies in memory; parameters that are not trained come from storage, or are as they were built."""
         state, node = self._state(whole=True), ray.get_runtime_context().get_node_id()
         same = source.world == self.world and self.job.train.zero.stage > 0  # at stage 0 a worker copies its part, and needs all
-        told: list[dict[str, Any]] = []
-
-        def read() -> None:
-            told.extend(memory_copies.restore(source, state, node, self.rank, same, self._progressed))
-
-        together(self.control, read)
+        common, own = agreed(self.control, lambda: memory_copies.restore(source, state, node, self.rank, same, self._progressed))
         if (frozen := zero_state.frozen(self.engine, whole=True)) and source.saved:
-            found = checkpoint.open_checkpoint(self.run_folder, source.saved)
+            found = checkpoint.open_together(self.run_folder, source.saved, self.control)
             checkpoint.load(found, frozen, self.control, self._progressed)
             self.saver.frozen.loaded(found, zero_state.frozen(self.engine))
-        common = told[0]["common"]
         self._resume(common["optimizer_steps"], common["loss_scale"])
-        self.chain, self._step_digests = common["chain"], common["digests"]
-        if told[0]["lanes"]:
-            lanes = receipt.in_lane_order([np.array(one["lanes"], dtype=np.int64) for one in told])
-            self._step_digests = self._step_digests + receipt.step_digests(lanes)
         if self.rank == 0:
-            own = [copy["own"] for copy in told]
+            self.chain = own[0]["chain"]
+            self._step_digests = own[0]["digests"] + _digests([lanes for one in own for lanes in one["lanes"]])
             self.bad_samples = sum(one["bad_samples"] for one in own)
             self._bad = [bad for one in own for bad in one["bad"]]
             self._told = own[0]["told"]
@@ -475,7 +464,7 @@ class Worker:
         return zero_state.state(self.engine, whole) | (self.ema.state(whole) if self.ema else {})
 
     def _restore(self) -> None:
-        found = checkpoint.open_checkpoint(self.run_folder, self.start_step)
+        found = checkpoint.open_together(self.run_folder, self.start_step, self.control)
         state = self._state(whole=True)
         frozen = zero_state.frozen(self.engine, whole=True)
         if found.frozen:
@@ -512,6 +501,11 @@ class Worker:
     def _post(self, event: Event) -> None:
         if self.rank == 0:
             self.mailbox.post.remote(event)
+
+
+def _digests(lanes: list[np.ndarray]) -> list[str]:
+    """Computes the digests of steps from all workers' lanes; there may be no steps."""
+    return receipt.step_digests(receipt.in_lane_order(lanes)) if len(lanes[0]) else []
 
 
 def _first_of_node() -> bool:

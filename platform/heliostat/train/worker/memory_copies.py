@@ -22,10 +22,10 @@ import ray
 import torch
 
 from heliostat.checkpoint import flat_copy
-from heliostat.checkpoint.agreement import together
+from heliostat.checkpoint.agreement import agreed, together
 from heliostat.checkpoint.flat_copy import Piece, Range
 from heliostat.checkpoint.flat_shard import FlatShard
-from heliostat.errors import CheckpointError
+from heliostat.errors import TrainingError
 from heliostat.text import brief
 from heliostat.train.memory_keeper import Plan, Source
 
@@ -53,19 +53,10 @@ class MemoryCopies:
         """Makes each step of the optimizer, which changes the state, wait until the copy in flight is made."""
         optimizer.register_step_pre_hook(lambda *_: self._until(lambda: self._copied.wait(POLL_S)))
 
-    def keep(
-        self,
-        step: int,
-        state: Mapping[str, torch.Tensor],
-        common: dict[str, Any],
-        lanes: list[list[int]],
-        own: dict[str, Any],
-        group: Any,
-    ) -> None:
+    def keep(self, step: int, state: Mapping[str, torch.Tensor], common: dict[str, Any], own: dict[str, Any], group: Any) -> None:
         """Copies the state behind a step. All workers call this, and `wait` before it, at the same steps.
 
-        `common` is the same for all of them; `lanes` (digests, which all need to go on) and `own` (what the first needs) are this
-        worker's.
+        `common` is the same for all of them, `own` is this worker's.
         """
         if self._off:
             return
@@ -75,8 +66,7 @@ class MemoryCopies:
         # the forward pass may change buffers: they are copied now
         state = {n: t if isinstance(t, FlatShard) else t.detach().cpu().clone() for n, t in state.items()}
         self._copied.clear()
-        told = {"step": step, "world": self._world, "common": common, "layout": [astuple(r) for r in ranges]}
-        told |= {"lanes": lanes, "own": own}
+        told = {"step": step, "world": self._world, "common": common, "layout": [astuple(r) for r in ranges], "own": own}
         self._pending = self._thread.submit(self._copy, f"{self._plan.attempt}:{step}", state, ranges, told)
 
     def wait(self) -> None:
@@ -97,7 +87,7 @@ class MemoryCopies:
     def _begin(self, size: int, state: Mapping[str, torch.Tensor], group: Any) -> bool:
         """Prepares for copies of so many bytes; returns whether all workers' are within the limit on every node."""
         keepers = self._plan.keepers[self._rank]
-        together(group, lambda: _need([k.reserve.remote(self._rank, size) for k in keepers]))
+        agreed(group, lambda: _need([k.reserve.remote(self._rank, size) for k in keepers]))
         needs = together(group, lambda: _need([k.need.remote() for k in keepers]))
         need = max((n for n in needs if n is not None), default=0)
         why = "a node's keeper does not answer" if None in needs else ""
@@ -153,26 +143,26 @@ def _need(asked: list[Any]) -> int | None:
 
 def restore(
     source: Source, state: Mapping[str, torch.Tensor], node: str, rank: int, same: bool, progressed: Callable[[], None]
-) -> list[dict[str, Any]]:
-    """Reads this worker's slices of a generation into the state; returns what every copy tells, in the order of ranks.
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Reads this worker's slices of a generation into the state; returns what is common to all copies.
 
-    The first worker alone gets their `own`. `same`: this worker needs exactly what the worker of its rank had.
+    The first worker also gets what each of them tells of its own. `same`: this worker needs exactly what that of its rank had.
     """
     near = {old: min(holders, key=lambda h: h[0] != node)[1] for old, holders in source.holders.items()}
-    keys = ["common", "lanes", *(["own"] if rank == 0 else [])]
-    told = _ask({old: keeper.told.remote(source.id, [old], keys) for old, keeper in near.items()})
+    own = _ask({old: near[old].told.remote(source.id, [old], ["own"]) for old in sorted(near) if rank == 0})
     needed = [rank] if same else sorted(near)
-    layouts = _ask({old: near[old].told.remote(source.id, [old], ["layout"]) for old in needed})
+    told = _ask({old: near[old].told.remote(source.id, [old], ["common", "layout"]) for old in needed})
+    layouts = {old: [Range(*r) for r in told[old][0]["layout"]] for old in needed}
     wanted = flat_copy.layout(state)
     buffer = flat_copy.as_buffer(flat_copy.size(wanted), False)
     into = buffer.numpy()
-    found = flat_copy.pieces({old: [Range(*r) for r in layouts[old][0]["layout"]] for old in needed}, wanted)
+    found = flat_copy.pieces(layouts, wanted)
     for old, batch in _batches(found):
         ranges = [(p.source, p.source + p.size) for p in batch]
         _spread(_ask({old: near[old].read.remote(source.id, old, ranges)})[old], batch, into)
         progressed()
     flat_copy.unpack(state, wanted, buffer)
-    return [told[old][0] for old in sorted(told)]
+    return told[needed[0]][0]["common"], [found[0]["own"] for found in own.values()]
 
 
 def _batches(found: list[Piece]) -> Iterator[tuple[int, list[Piece]]]:
@@ -202,4 +192,4 @@ def _ask(asked: dict[int, Any]) -> dict[int, Any]:
     try:
         return dict(zip(asked, ray.get(list(asked.values()), timeout=ANSWER_S), strict=True))
     except ray.exceptions.RayError as e:
-        raise CheckpointError(f"the copies in memory cannot be read: {type(e).__name__}: {brief(e)}") from e
+        raise TrainingError(f"the copies in memory cannot be read: {type(e).__name__}: {brief(e)}") from e

@@ -46,6 +46,7 @@ def join(place: Place) -> None:
     if place.gpus:  # all of the node's, so that NCCL reaches the others' memory; before CUDA starts
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(place.gpus)
         torch.cuda.set_device(place.local_rank)
+    os.environ["TORCH_GLOO_LAZY_INIT"] = "1"  # connect to those who are talked to, not to all
     dist.init_process_group(place.backend, init_method=place.rendezvous, rank=place.rank, world_size=place.world, timeout=TIMEOUT)
 
 

@@ -1,8 +1,8 @@
-"""Exposes ZeRO's shards as tensors that stock torch.distributed.checkpoint (DCP) can save and reshard.
+"""Exposes ZeRO's shards as slices of flat tensors, which can be saved and resharded.
 
 Whatever the stage, a rank's share of a parameter's fp32 master weight and of its moments (what the optimizer keeps of it) is a
-slice [start, start + n) of the flattened parameter. `FlatShard` tells DCP just that, so a checkpoint saved at one stage and world
-size loads at any other. Names: `master.<parameter>` and, as the optimizer's class in `heliostat.config.optimizers` says,
+slice [start, start + n) of the flattened parameter. `FlatShard` says just that, so a checkpoint saved at one stage and world size
+loads at any other. Names: `master.<parameter>` and, as the optimizer's class in `heliostat.config.optimizers` says,
 `exp_avg.<parameter>`, `exp_avg_sq.<parameter>`, ...; persistent buffers are `buffer.<name>`, and parameters that are not trained
 `frozen.<parameter>`, in the precision that the engine holds them in.
 """

@@ -13,7 +13,7 @@ from heliostat.config import workspace
 TRAINING = ("ray.data", "heliostat.train.worker.preload")
 TEXT = (
     "heliostat.recipes.text.causal_lm",
-    "heliostat.recipes.text.attention",
+    "heliostat.cpu_kernels",
     "transformers.modeling_utils",
     "transformers.models.{arch}.modeling_{arch}",
     "transformers.integrations.deepspeed",
@@ -34,3 +34,9 @@ def modules(recipe: str, model: Mapping[str, Any]) -> list[str]:
     if name == "CausalLM":
         return [*TRAINING, *(one.format(arch=model.get("arch", "auto")) for one in TEXT)]
     return [*TRAINING, *(one.format(module={"TextToImage": "text_to_image"}.get(name, "autoencoder")) for one in IMAGES)]
+
+
+def early() -> list[str]:
+    """Returns the modules for jobs that are not known yet, as far as they do not import Ray."""
+    text = [one.format(arch="llama") for one in TEXT]
+    return ["heliostat.train.worker.libraries", *text, *(one.format(module="text_to_image") for one in IMAGES)]

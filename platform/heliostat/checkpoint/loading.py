@@ -1,0 +1,107 @@
+"""Loads a checkpoint into a worker's slices, at any ZeRO stage and world size: arithmetic tells which shards hold them.
+
+A worker reads the indexes of those shards, then only the blocks that hold its slices, and checks each (`checksums`). Nothing is
+ever unpickled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from heliostat.checkpoint import safetensors_file
+from heliostat.checkpoint.agreement import agreed, first
+from heliostat.checkpoint.flat_shard import FlatShard
+from heliostat.checkpoint.layout import Checkpoint, open_checkpoint
+from heliostat.errors import CheckpointError, WorkerError
+from heliostat.storage import Location
+
+
+def open_together(run: Location, step: int, group: Any) -> Checkpoint:
+    """Opens the checkpoint of a step on all ranks: rank 0 reads `checkpoint.json`, looks for the shards, and tells the others."""
+    return first(group, lambda: open_checkpoint(run, step))
+
+
+def load(
+    checkpoint: Checkpoint, state: dict[str, torch.Tensor], group: Any, progressed: Callable[[], None] = lambda: None
+) -> int:
+    """Loads a checkpoint into this rank's slices; returns the bytes read. Calls `progressed` after each request.
+
+    `state` comes from `zero_state.state(engine, whole=True)`, and from `zero_state.frozen` where the checkpoint has frozen
+    parameters. Tensors are read in their stored type, then cast to the engine's (`casts` describes what that rounds).
+
+    All ranks call it together, and all of them raise if one does: CorruptCheckpointError if what is read is not what was written.
+    The state is then useless.
+    """
+    _check(checkpoint, state)
+    held = {n: safetensors_file.DTYPES[checkpoint.tensors[n]["dtype"]] for n in state}
+    targets = {n: _target(t, held[n]) for n, t in state.items()}
+
+    def read() -> int:
+        sources = [source for source in (checkpoint, checkpoint.frozen) if source]
+        return sum(_read(s, {n: t for n, t in targets.items() if checkpoint.holder(n) is s}, state, progressed) for s in sources)
+
+    try:
+        total = agreed(group, read)
+    except WorkerError as e:
+        raise CheckpointError(f"{checkpoint.location}: cannot be loaded: {e}") from e
+    for name, target in targets.items():
+        local = _local(state[name])
+        if target.data_ptr() != local.data_ptr():
+            local.copy_(target)
+    return total
+
+
+def _check(checkpoint: Checkpoint, state: dict[str, torch.Tensor]) -> None:
+    """Raises CheckpointError unless the checkpoint holds the tensors of the state in their shapes, and types that can be cast."""
+    tensors = checkpoint.tensors
+    missing = sorted(set(state) - set(tensors))
+    wrong = [n for n in state if n not in missing and list(state[n].shape) != tensors[n]["shape"]]
+    if missing or wrong:
+        what = f"has no {missing[0]!r}" if missing else f"holds {wrong[0]!r} in another shape"
+        raise CheckpointError(f"{checkpoint.location}: {what}; it was made by another model")
+    for name, tensor in state.items():
+        held = safetensors_file.DTYPES[tensors[name]["dtype"]]
+        if held != tensor.dtype and not (held.is_floating_point and tensor.dtype.is_floating_point):
+            what = f"holds {name!r} as {held}, and the model has it as {tensor.dtype}"
+            raise CheckpointError(f"{checkpoint.location}: {what}; it was made by another model")
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.local if isinstance(tensor, FlatShard) else tensor.detach()
+
+
+def _target(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Returns the memory to read into: the tensor's own if that is contiguous and of the stored type, else new."""
+    local = _local(tensor)
+    own = local.dtype == dtype and local.is_contiguous()
+    return local if own else torch.empty(local.shape, dtype=dtype, device=local.device)
+
+
+def _read(
+    source: Checkpoint, targets: dict[str, torch.Tensor], state: dict[str, torch.Tensor], progressed: Callable[[], None]
+) -> int:
+    starts = {n: getattr(state[n], "start", 0) for n in targets}
+    source.fetch_places(_shards(source, targets, starts))
+    return source.fill([part for n, t in targets.items() for part in source.slices(n, starts[n], t)], progressed)
+
+
+def _shards(source: Checkpoint, targets: dict[str, torch.Tensor], starts: dict[str, int]) -> Iterable[int]:
+    return sorted({shard for n, t in targets.items() for shard in source.needed(n, starts[n], t.numel())})
+
+
+def casts(checkpoint: Checkpoint, state: dict[str, torch.Tensor]) -> str | None:
+    """Describes for the user what `load` rounds because the engine holds it in fewer bits than the checkpoint; None if nothing.
+
+    The same model has other types at another ZeRO stage or precision: buffers that it makes under zero.Init are of low precision.
+    """
+    changed: dict[str, list[str]] = {}
+    tensors = checkpoint.tensors
+    for name, tensor in state.items():
+        held = safetensors_file.DTYPES[tensors[name]["dtype"]]
+        if torch.promote_types(held, tensor.dtype) != tensor.dtype:
+            changed.setdefault(f"from {held} to {tensor.dtype}".replace("torch.", ""), []).append(name)
+    parts = [f"{len(names)} tensors {how} ({names[0]}{', ...' * (len(names) > 1)})" for how, names in changed.items()]
+    return f"{checkpoint.location}: loaded into an engine of fewer bits, rounded: {'; '.join(parts)}" if parts else None

@@ -1,0 +1,102 @@
+"""Passes small values along a binomial tree of a process group's ranks: up to rank 0, merged on the way, and down to all.
+
+A rank talks to at most log2(P) others, and a value makes at most log2(P) hops each way. Ranks count through node after node, so
+with a power of two on each node the lower branches stay inside the nodes, and the upper ones join their first ranks.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+HEAD = 1024  # bytes of a value's first message; most values need no other
+SIZE = 8  # bytes of them that hold the value's size
+
+
+@dataclass(frozen=True)
+class Channel:
+    """Names one of several conversations that a gloo group can hold at a time, from as many threads: those of other tags.
+
+    `timeout`: of one message; None is the group's.
+    """
+
+    group: Any
+    tag: int = 0
+    timeout: timedelta | None = None
+
+
+def channel(group: Any) -> Channel:
+    """Returns a channel as it is, and a process group's first one."""
+    return group if isinstance(group, Channel) else Channel(group)
+
+
+def parent(rank: int) -> int:
+    return rank - (rank & -rank)
+
+
+def children(rank: int, world: int) -> list[int]:
+    """Lists the ranks below a rank, ascending; the n-th has the 2^n ranks from its own on in its branch."""
+    reach = rank & -rank or world
+    return [rank + (1 << n) for n in range(world.bit_length()) if 1 << n < reach and rank + (1 << n) < world]
+
+
+def up(where: Channel, mine: T, merge: Callable[[T, T], T]) -> T:
+    """Merges the values of all ranks, in rank order; returns the whole on rank 0, a part of it elsewhere."""
+    rank, world = dist.get_rank(where.group), dist.get_world_size(where.group)
+    for child in children(rank, world):
+        mine = merge(mine, _receive(where, child))
+    if rank:
+        _send(where, parent(rank), mine)
+    return mine
+
+
+def down(where: Channel, value: T) -> T:
+    """Hands rank 0's value to all ranks, and returns it."""
+    rank, world = dist.get_rank(where.group), dist.get_world_size(where.group)
+    if rank:
+        value = _receive(where, parent(rank))
+    for child in reversed(children(rank, world)):  # the longest branch first
+        _send(where, child, value)
+    return value
+
+
+def _send(where: Channel, to: int, value: object) -> None:
+    data = pickle.dumps(value)
+    first = len(data).to_bytes(SIZE, "little") + data[: HEAD - SIZE]
+    _put(where, to, first.ljust(HEAD, b"\0"))
+    if rest := data[HEAD - SIZE :]:
+        _put(where, to, rest)
+
+
+def _receive(where: Channel, source: int) -> Any:
+    first = _get(where, source, HEAD)
+    size = int.from_bytes(first[:SIZE], "little")
+    data = first[SIZE : SIZE + size]
+    if size > len(data):
+        data += _get(where, source, size - len(data))
+    return pickle.loads(data)  # noqa: S301 (of a process of this group, as torch's own collectives of objects do)
+
+
+def _put(where: Channel, to: int, data: bytes) -> None:
+    _wait(where, dist.isend(torch.frombuffer(bytearray(data), dtype=torch.uint8), group=where.group, tag=where.tag, group_dst=to))
+
+
+def _get(where: Channel, source: int, size: int) -> bytes:
+    got = torch.empty(size, dtype=torch.uint8)
+    _wait(where, dist.irecv(got, group=where.group, tag=where.tag, group_src=source))
+    return got.numpy().tobytes()
+
+
+def _wait(where: Channel, work: Any) -> None:
+    if where.timeout is None:
+        work.wait()
+    else:
+        work.wait(where.timeout)

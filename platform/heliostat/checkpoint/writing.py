@@ -1,0 +1,142 @@
+"""Writes a folder of tensors from all ranks: each plans and writes its own shard and the shard's index, then `checkpoint.json`.
+
+What a rank writes it knows by itself: its slices, and its share of the tensors that every rank has whole. Where it has written
+them merges on the way to rank 0 (`placement.merge`). If one rank fails, all ranks raise its error, and there is no
+`checkpoint.json`. torch's own HuggingFaceStorageReader reads the shards too.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from heliostat.checkpoint import checksums, placement, safetensors_file, shard_index
+from heliostat.checkpoint.agreement import first, merged
+from heliostat.checkpoint.flat_shard import FlatShard
+from heliostat.checkpoint.layout import FORMAT, INDEX, encode
+from heliostat.checkpoint.tree import Channel
+from heliostat.errors import CheckpointError, WorkerError
+from heliostat.lease import Fence
+from heliostat.storage import Location
+
+
+def write(
+    target: Location,
+    step: int | None,
+    tensors: Mapping[str, torch.Tensor],
+    facts: dict[str, Any],
+    channel: Channel,
+    wrote: Callable[[], None] = lambda: None,
+    fence: Fence | None = None,
+) -> None:
+    """Writes the tensors of all ranks as one folder; all ranks call it together.
+
+    `facts`: what rank 0 puts into `checkpoint.json`; `wrote` is called for every block that is written, and for every window of
+    an upload; `fence`: of who saves, if others may.
+    """
+    rank, world = dist.get_rank(channel.group), dist.get_world_size(channel.group)
+    try:
+        first(channel, partial(clear, target, fence))
+        part = merged(channel, partial(write_shard, target, mine(tensors, rank, world), rank, wrote), placement.merge)
+        first(channel, partial(finish, target, step, facts, part, fence))
+    except WorkerError as e:
+        raise CheckpointError(f"{target}: cannot be saved: {e}") from e
+
+
+def mine(tensors: Mapping[str, torch.Tensor], rank: int, world: int) -> dict[str, torch.Tensor]:
+    """Selects what a rank writes: its slices that are not empty, and the whole tensors that are its share."""
+    owners = placement.owners((n for n, t in tensors.items() if not isinstance(t, FlatShard)), world)
+    return {n: t for n, t in tensors.items() if (t.local.numel() if isinstance(t, FlatShard) else owners[n] == rank)}
+
+
+def clear(target: Location, fence: Fence | None) -> None:
+    """Removes an earlier save of this step, or what is left of a dead one."""
+    if fence:
+        fence.check()
+    target.join(INDEX).delete()
+    target.delete()
+
+
+def finish(target: Location, step: int | None, facts: dict[str, Any], part: placement.Part | None, fence: Fence | None) -> None:
+    """Makes the folder valid: checks that every element is in it once, then writes `checkpoint.json`."""
+    index = placement.root(step, {"format": FORMAT, **facts}, part or placement.Part([], {}))
+    if fence:
+        fence.check()
+    target.join(INDEX).write(encode(index))
+
+
+def write_shard(target: Location, tensors: dict[str, torch.Tensor], rank: int, wrote: Callable[[], None]) -> placement.Part:
+    """Writes a rank's shard, then its index; returns the rank's part of `checkpoint.json`."""
+    if not tensors:
+        return placement.Part([], {})
+    file = f"shard-{rank:05d}.safetensors"
+    sums: dict[str, list[int]] = {name: [] for name in tensors}
+    entries = [_entry(n, t, sums[n], wrote) for n, t in tensors.items()]
+    with _local_folder(target) as local:
+        offsets = safetensors_file.write(local / file, entries, _metadata(tensors))
+        size = (local / file).stat().st_size
+        if target.is_s3:
+            target.join(file).upload(local / file, wrote)
+    index = shard_index.encode({n: _place(t, offsets[n], sums[n]) for n, t in tensors.items()})
+    target.join(shard_index.name(file)).write(index)
+    return part({"file": file, "bytes": size, "index": shard_index.seal(index)}, tensors)
+
+
+def part(shard: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> placement.Part:
+    """Describes one shard and the tensors in it."""
+    held = {}
+    for name, tensor in tensors.items():
+        start, numel = _cut(tensor)
+        held[name] = {
+            "dtype": safetensors_file.NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "runs": [[0, 1, start, numel]],
+        }
+    return placement.Part([shard], held)
+
+
+def _cut(tensor: torch.Tensor) -> tuple[int, int]:
+    return (tensor.start, tensor.local.numel()) if isinstance(tensor, FlatShard) else (0, tensor.numel())
+
+
+def _place(tensor: torch.Tensor, offset: int, crc32: list[int]) -> dict[str, Any]:
+    start, numel = _cut(tensor)
+    return {"start": start, "numel": numel, "offset": offset, "crc32": crc32}
+
+
+def _entry(name: str, tensor: torch.Tensor, crc32: list[int], wrote: Callable[[], None]) -> safetensors_file.Entry:
+    local = tensor.local if isinstance(tensor, FlatShard) else tensor.contiguous()
+    return safetensors_file.Entry(name, local.dtype, tuple(local.shape), partial(_checked, local, crc32, wrote))
+
+
+def _checked(tensor: torch.Tensor, crc32: list[int], wrote: Callable[[], None]) -> Iterator[memoryview]:
+    """Yields the tensor's blocks as they are written; appends the CRC-32 of each to the list."""
+    for block in checksums.cut(checksums.as_bytes(tensor)):
+        crc32.append(zlib.crc32(block))
+        yield block
+        wrote()
+
+
+def _metadata(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Makes what torch's HuggingFaceStorageReader needs to know of a shard."""
+    starts = {n: {"saved_offsets": [t.start] if isinstance(t, FlatShard) else [0] * t.dim()} for n, t in tensors.items()}
+    return {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(starts)}
+
+
+@contextmanager
+def _local_folder(target: Location) -> Iterator[Path]:
+    """Provides the folder that shards are written to: the target itself on disk, a temporary folder for S3."""
+    if not target.is_s3:
+        yield Path(target.path)
+    else:
+        with tempfile.TemporaryDirectory(prefix="heliostat-") as name:
+            yield Path(name)

@@ -1,0 +1,334 @@
+"""Runs the zygote: imports modules, then forks a process for every request: `zygote_server SOCKET EARLY,MODULES MORE,MODULES`.
+
+It has one thread when it forks: it never starts Ray, a process group or CUDA. Ray's library reads a job's id when it is imported,
+so that all forks of a process that has imported it are workers of one job. A zygote that is not of one job has imported only what
+does not import Ray, and has a fork for each job, a nursery, which imports the rest and forks that job's workers. The nursery of
+the job that comes next, by Ray's numbers, is made when there is nothing else to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import hashlib
+import importlib
+import json
+import os
+import random
+import runpy
+import select
+import shlex
+import shutil
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from heliostat.cluster.zygote import END_S, ENTRY
+
+CONTEXT = "--serialized-runtime-env-context="
+LIMIT = 1 << 20  # bytes of a request
+BACKLOG = 256
+JOB, RAYLET = "RAY_JOB_ID", "RAY_RAYLET_PID"
+NO_JOB = "ffffffff"  # a worker that Ray starts before it is known for what
+NURSERIES = 4  # jobs that a zygote keeps forks for
+IDLE_S = 3.0  # without a request, before the next job's nursery is made
+
+
+@dataclass
+class Request:
+    """Holds a command that a launcher was asked to run."""
+
+    arguments: list[str]
+    environment: dict[str, str]
+    folder: str
+
+
+@dataclass
+class Asked:
+    """Holds a request with the standard streams and the connection of whoever asks."""
+
+    request: Request
+    streams: list[int]
+    connection: socket.socket
+
+    def close(self) -> None:
+        self.connection.close()
+        for stream in self.streams:
+            os.close(stream)
+
+
+def main() -> None:
+    """Serves requests until standard input ends; in the forks, runs what was requested."""
+    place, early, modules = (sys.argv[1], *(names.split(",") for names in sys.argv[2:]))
+    os.environ[RAYLET] = zygote = str(os.getpid())  # Ray's workers end when it does: it ends with the raylet's own parent
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system reaps what was forked
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(place)  # in a folder that nobody else may enter
+        listener.listen(BACKLOG)
+        if JOB in os.environ:
+            prepare([*early, *modules], ray=True)
+            request = _serve(_accepted(listener))
+        else:
+            select.select([listener, sys.stdin], [], [])  # a node that starts meanwhile needs the processor itself
+            prepare(early)
+            request = _Nurseries(modules).serve(listener)
+    if request:
+        _become(request)
+    elif os.getpid() == int(zygote):
+        shutil.rmtree(Path(place).parent, ignore_errors=True)
+
+
+def prepare(modules: Iterable[str], ray: bool = False) -> None:
+    """Imports modules for all later forks; SystemExit if those could not be told apart, or would lose something."""
+    with _own_ids() if ray else contextlib.nullcontext():
+        for module in modules:
+            with contextlib.suppress(ImportError, ValueError):  # of an extra that is not installed; an empty name
+                importlib.import_module(module)
+    if threading.active_count() > 1:
+        raise SystemExit(f"{modules} have started threads, which a fork would lose")
+    if ray and _next_id() == _next_id():
+        raise SystemExit("Ray has drawn random numbers already: all forks would draw the same ones, and name things alike")
+    gc.freeze()  # a collection writes to each object that it looks at, and so would copy all that the forks share
+
+
+@contextlib.contextmanager
+def _own_ids() -> Iterator[None]:
+    """Keeps Ray's random numbers unused inside: they would go on alike in all forks. Actor classes draw an id when defined."""
+    import ray.actor
+
+    kind: Any = ray.actor.ActorClassID
+
+    class Drawn:
+        @staticmethod
+        def from_random() -> Any:
+            return kind(os.urandom(kind.size()))
+
+    ray.actor.ActorClassID = Drawn  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        ray.actor.ActorClassID = kind  # type: ignore[misc]
+
+
+def _next_id() -> bytes:
+    """Returns the random id that Ray would give first in a fork."""
+    import ray
+
+    readable, writable = os.pipe()
+    pid = os.fork()
+    if not pid:
+        os.write(writable, ray.ObjectID.from_random().binary())
+        os._exit(0)
+    os.close(writable)
+    with os.fdopen(readable, "rb") as drawn:
+        return drawn.read()
+
+
+# requests ----------------------------------------------------------------------------------------------------------------
+
+
+def worker(request: Request) -> Request | None:
+    """Reads Ray's command for a worker, with its runtime environment applied; None if no fork of this process can be that worker.
+
+    That is one whose runtime environment asks for more than variables and a folder, or brings other code of heliostat's.
+    """
+    words, variables, folder = list[str](), dict[str, str](), request.folder
+    program = next(i for i, word in enumerate(request.arguments) if word.endswith(ENTRY))
+    for word in request.arguments[program:]:
+        if word.startswith(CONTEXT):
+            context = json.loads(word.removeprefix(CONTEXT))
+            variables = context.pop("env_vars", {})
+            match shlex.split(" ".join(context.get("command_prefix", []))):
+                case ["cd", where, "&&"]:
+                    folder = where
+                    del context["command_prefix"]
+            if any(value for name, value in context.items() if (name, value) != ("py_executable", sys.executable)):
+                return None
+        elif not word.startswith("--language="):
+            words.append(word)
+    environment = request.environment | variables
+    return Request(words, environment, folder) if _is_our_code(environment.get("PYTHONPATH", "")) else None
+
+
+@functools.cache
+def _is_our_code(path: str) -> bool:
+    """Tells whether the package that PYTHONPATH leads to, if it leads to one, has the same files as the one that runs here."""
+    places = (Path(entry, "heliostat") for entry in path.split(os.pathsep) if entry)
+    there = next((place for place in places if (place / "__init__.py").exists()), None)
+    here = Path(__file__).parents[1]
+    return there is None or there == here or _digest(there) == _digest(here)
+
+
+def _digest(package: Path) -> str:
+    files = sorted(p for p in package.rglob("*") if p.is_file() and p.suffix != ".pyc")
+    told = hashlib.sha256()
+    for file in files:
+        told.update(f"{file.relative_to(package)}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
+    return told.hexdigest()
+
+
+def receive(connection: socket.socket, descriptors: int = 3) -> tuple[Request, list[int]]:
+    """Receives a request and descriptors: the three standard streams of whoever sent it."""
+    data, received, _, _ = socket.recv_fds(connection, LIMIT, descriptors)
+    while not data.endswith(b"\n"):
+        more = connection.recv(LIMIT)
+        if not more or len(data) > LIMIT:
+            for one in received:
+                os.close(one)
+            raise ValueError("half a request")
+        data += more
+    return Request(**json.loads(data)), received
+
+
+def _accepted(listener: socket.socket, idle_s: float | None = None) -> Iterator[Asked | None]:
+    """Yields requests for workers until standard input ends, and None after each `idle_s` without one."""
+    while True:
+        readable, _, _ = select.select([listener, sys.stdin], [], [], idle_s)
+        if sys.stdin in readable:
+            return
+        if not readable:
+            yield None
+            continue
+        connection, _ = listener.accept()
+        connection.settimeout(END_S)
+        streams: list[int] = []
+        try:
+            request, streams = receive(connection)
+            wanted = worker(request)
+        except (OSError, ValueError, TypeError, StopIteration):  # whoever asked has gone, and Ray asks anew; no command of Ray's
+            wanted = None
+        asked = Asked(wanted or Request([], {}, ""), streams, connection)
+        if wanted is None or (JOB in os.environ and wanted.environment.get(JOB, NO_JOB) not in (NO_JOB, os.environ[JOB])):
+            asked.close()
+        else:
+            yield asked
+
+
+def _handed(channel: socket.socket) -> Iterator[Asked]:
+    """Yields the requests that a zygote hands to its nursery, until the channel ends."""
+    while True:
+        try:
+            request, (connection, *streams) = receive(channel, 4)
+        except (OSError, ValueError):
+            return
+        yield Asked(request, streams, socket.socket(fileno=connection))
+
+
+def _serve(requests: Iterable[Asked | None]) -> Request | None:
+    """Forks for each request; returns the request in the new process, and None here when there are no more."""
+    for asked in requests:
+        if asked is None:
+            continue
+        try:
+            pid = os.fork()
+        except OSError:  # no process or memory to be had: whoever asked runs Python itself
+            asked.close()
+            continue
+        if not pid:
+            for number, stream in enumerate(asked.streams):
+                os.dup2(stream, number)
+            asked.close()
+            return asked.request
+        with contextlib.suppress(OSError):
+            asked.connection.sendall(b"%d\n" % pid)
+        asked.close()
+    return None
+
+
+class _Nurseries:
+    """Keeps a fork for each of the jobs that a raylet asked for workers of lately, and one for its next job."""
+
+    def __init__(self, modules: Iterable[str]) -> None:
+        self.modules = list(modules)
+        self._channels: dict[tuple[str, str], socket.socket] = {}  # by raylet and job, the one that was asked for last at the end
+        self._newest = 0
+
+    def serve(self, listener: socket.socket) -> Request | None:
+        """Hands each request to its nursery; returns the request in a worker's process, and None in all others."""
+        for asked in _accepted(listener, IDLE_S):
+            key = _nursery(asked.request) if asked else self._ahead()
+            if key and key not in self._channels and (inside := self._fork(*key)):
+                listener.close()
+                if asked:
+                    asked.close()
+                return self._raise(inside, *key)
+            if asked and key:
+                self._hand(asked, key)
+        return None
+
+    def _ahead(self) -> tuple[str, str] | None:
+        """Returns the raylet and the job after the newest of a nursery that is not there yet; closes those of dead raylets."""
+        for key in [key for key in self._channels if not Path("/proc", key[0]).exists()]:
+            self._channels.pop(key).close()
+        job = (self._newest + 1).to_bytes(4, "little").hex()
+        return next(((raylet, job) for raylet, _ in self._channels if (raylet, job) not in self._channels), None)
+
+    def _fork(self, raylet: str, job: str) -> socket.socket | None:
+        """Forks a nursery; returns the inner end of its channel in it, and None in the zygote."""
+        outer, inner = socket.socketpair()
+        if not os.fork():
+            outer.close()
+            return inner
+        inner.close()
+        self._channels[raylet, job] = outer
+        old = [key for key in self._channels if key[0] == raylet]
+        for key in old[:-NURSERIES]:
+            self._channels.pop(key).close()
+        return None
+
+    def _raise(self, channel: socket.socket, raylet: str, job: str) -> Request | None:
+        """Serves the workers of one job, in its nursery."""
+        for other in self._channels.values():
+            other.close()
+        os.environ |= {JOB: job, RAYLET: raylet}
+        prepare(self.modules, ray=True)
+        return _serve(_handed(channel))
+
+    def _hand(self, asked: Asked, key: tuple[str, str]) -> None:
+        channel = self._channels.pop(key)
+        if key[1] != NO_JOB:
+            self._newest = max(self._newest, int.from_bytes(bytes.fromhex(key[1]), "little"))
+        try:
+            told = json.dumps(asdict(asked.request)).encode() + b"\n"
+            socket.send_fds(channel, [told], [asked.connection.fileno(), *asked.streams])
+            self._channels[key] = channel
+        except OSError:  # it has ended: whoever asks runs Python itself
+            channel.close()
+        asked.close()
+
+
+def _nursery(request: Request) -> tuple[str, str]:
+    return request.environment.get(RAYLET, ""), request.environment.get(JOB, NO_JOB)
+
+
+def _become(request: Request) -> None:
+    """Runs the request's program in this process, as if it had been started for it."""
+    os.setsid()  # Ray ends a worker's process group with it
+    with contextlib.suppress(OSError):  # as Ray has the kernel do: out of memory, it ends workers first
+        Path("/proc/self/oom_score_adj").write_text(request.environment.get("RAY_worker_oom_score_adjustment", "1000"))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.environ.clear()
+    os.environ.update(request.environment)
+    os.chdir(request.folder)
+    random.seed()
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed()
+    sys.argv = request.arguments
+    sys.path[0] = str(Path(sys.argv[0]).parent)
+    for entry in reversed(request.environment.get("PYTHONPATH", "").split(os.pathsep)):
+        if entry and entry not in sys.path:
+            sys.path.insert(1, entry)
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, mode, closefd=False) for n, mode in enumerate("rww"))
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Runs documents through the stages that look at them one by one."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+
+from heliostat.curation import registry, tally
+from heliostat.curation.stage import Document, Dropped, Stage, Work
+from heliostat.errors import HeliostatError
+
+BATCH, BATCH_CHARS = 64, 1 << 20  # documents, and their characters, that a stage is given together
+
+
+def batches(documents: Iterable[Document | Dropped]) -> Iterator[tuple[list[Document], list[Dropped]]]:
+    """Yields documents in batches, with what was left out between them."""
+    held, dropped, size = list[Document](), list[Dropped](), 0
+    for item in documents:
+        if isinstance(item, Dropped):
+            dropped.append(item)
+        else:
+            held.append(item)
+            size += len(item.text)
+        if size >= BATCH_CHARS or len(held) + len(dropped) >= BATCH:
+            yield held, dropped
+            held, dropped, size = [], [], 0
+    if held or dropped:
+        yield held, dropped
+
+
+class Chain:
+    """Runs a list of stages, numbered from `first`, and counts in `tally` what they do."""
+
+    def __init__(self, stages: list[Stage], first: int = 0) -> None:
+        self.stages = [
+            (tally.label(first + i, stage), stage, _opened(json.dumps(stage.entry()))) for i, stage in enumerate(stages)
+        ]
+        self.tally: tally.Tally = {}
+
+    def run(self, documents: list[Document]) -> tuple[list[Document], list[tuple[str, str, str, str, dict[str, float]]]]:
+        """Returns the documents that go on, and (id, stage, reason, detail, measures) of the others."""
+        dropped = []
+        for name, stage, work in self.stages:
+            if not documents:
+                break
+            sizes, start = [bytes_of(d) for d in documents], time.perf_counter()
+            before = [Document(d.id, d.text, d.columns) for d in documents]  # a stage may change a document in place
+            outcomes = work(documents)
+            tally.entry(self.tally, name)["seconds"] += time.perf_counter() - start
+            if len(outcomes) != len(documents):
+                raise HeliostatError(f"stage {name!r} made {len(outcomes)} outcomes of {len(documents)} documents")
+            documents = []
+            for old, size, outcome in zip(before, sizes, outcomes, strict=True):
+                after = 0 if outcome.document is None else bytes_of(outcome.document)
+                tally.count(self.tally, name, stage, old, outcome, (size, after))
+                if outcome.document is None:
+                    dropped.append((old.id, name, outcome.reason, outcome.detail, outcome.measures))
+                else:
+                    documents.append(outcome.document)
+        return documents, dropped
+
+
+def bytes_of(document: Document) -> int:
+    """Returns the bytes of a document's text, in UTF-8."""
+    text = document.text
+    return len(text) if isinstance(text, bytes) or text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+
+
+@lru_cache(maxsize=64)
+def _opened(entry: str) -> Work:
+    """Opens a stage once in each process: its models and lists stay for the tasks to come."""
+    return registry.parse(json.loads(entry)).open()

@@ -1,0 +1,48 @@
+"""Decodes pages by the rules of the standard (https://encoding.spec.whatwg.org, https://html.spec.whatwg.org, "encoding
+sniffing").
+
+A byte-order mark wins; then the `charset` of the Content-Type header; then what a `meta` element in the first 1,024 bytes says;
+then UTF-8 if the bytes are that; then what the bytes look like. Labels mean what browsers take them for (latin1 is
+windows-1252).
+"""
+
+from __future__ import annotations
+
+import re
+
+_MARKS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"))
+_CHARSET = re.compile(r"charset\s*=\s*[\"']?\s*([\w.:+-]{1,40})", re.IGNORECASE)
+_META = re.compile(rb"<meta[\s/][^>]{0,1000}", re.IGNORECASE)
+_COMMENT = re.compile(rb"<!--.*?(?:-->|\Z)", re.DOTALL)
+PRESCAN = 1024
+
+
+def sniff(data: bytes, content_type: str | None = None) -> tuple[str, str]:
+    """Returns a page's encoding, by Python's name, and what it was told by: mark, header, meta, utf-8, looks."""
+    from resiliparse.parse.encoding import detect_encoding, map_encoding_to_html5
+
+    for mark, encoding in _MARKS:
+        if data.startswith(mark):
+            return encoding, "mark"
+    if content_type and (found := _CHARSET.search(content_type)) and (encoding := map_encoding_to_html5(found[1], False)):
+        return encoding, "header"
+    for meta in _META.findall(_COMMENT.sub(b"", data[:PRESCAN])):
+        if (said := _CHARSET.search(meta.decode("latin-1"))) and (encoding := map_encoding_to_html5(said[1], False)):
+            return (
+                "utf-8" if encoding.startswith("utf-16") else encoding
+            ), "meta"  # it is readable as ASCII, so it is not UTF-16
+    try:
+        data.decode()
+        return "utf-8", "utf-8"
+    except UnicodeDecodeError:
+        return map_encoding_to_html5(detect_encoding(data[: 1 << 16]) or "windows-1252"), "looks"
+
+
+def decode(data: bytes, content_type: str | None = None) -> tuple[str, str, int]:
+    """Decodes a page: its text, the encoding, and the number of characters that could not be decoded (U+FFFD in their place)."""
+    encoding, _ = sniff(data, content_type)
+    text = data.decode(encoding, "replace").removeprefix("\ufeff")
+    wrong = text.count("\ufffd")
+    if wrong:
+        wrong = max(0, wrong - data.count("\ufffd".encode()) if encoding == "utf-8" else wrong)
+    return text, encoding, wrong

@@ -1,0 +1,129 @@
+"""Takes an input's documents through the stages, on Ray: from pieces of files to spilled runs of what is left.
+
+The result is a pure function of inputs and configuration: what a task makes does not depend on where or when it ran, or how
+often, and what compares documents (`GlobalStage`) does not depend on how they lie in runs. Every task that is finished is
+recorded (`work`), so that the next run begins behind it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from heliostat.curation import segment, tally
+from heliostat.curation.flow import Flow, Task
+from heliostat.curation.pieces import Part
+from heliostat.curation.segment import EXAMPLES, Run, Source
+from heliostat.curation.stage import GlobalStage, Stage
+from heliostat.curation.work import key
+
+RUN_SHARE = 8  # a run's texts are one so many-th of `memory_limit`: they are held as Python strings, a table and a file
+TALLIES = 64  # that a task sums
+
+
+@dataclass
+class Curated:
+    """Holds what the stages left: runs of documents, spills of what was left out, and tallies."""
+
+    runs: list[Run] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    tallies: list[str] = field(default_factory=list)
+    reasons: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        return sum(run.bytes for run in self.runs)
+
+    def take(self, record: dict[str, Any]) -> list[Run]:
+        """Takes what a task left out, and returns its runs."""
+        self.left_out += record["left_out"]
+        self.tallies += [record["tally"]] if record.get("tally") else []
+        self.reasons.update(record["reasons"])
+        for reason, ids in record["examples"].items():
+            self.examples[reason] = heapq.nsmallest(EXAMPLES, [*self.examples.get(reason, []), *ids])
+        return [Run(name, rows, bytes) for name, rows, bytes in record["runs"]]
+
+
+@dataclass
+class Engine:
+    """Runs stages as tasks of a flow; `memory_limit` is what a task may take, in bytes."""
+
+    flow: Flow
+    source: Source
+    identity: list[Any]
+    memory_limit: int
+
+    def curate(self, pieces: Iterable[list[Part]], stages: list[Stage]) -> Curated:
+        """Takes the pieces through all stages."""
+        first, *rest = segments(stages)
+        found = Curated()
+        found.runs = self._taken(
+            found, "read", segment.over_pieces, self._over_pieces(pieces, [s for _, s in first], bool(stages))
+        )
+        for part in rest:
+            number, head = part[0]
+            if isinstance(head, GlobalStage):
+                found.runs = head.compare(self.flow, found, number, self.memory_limit)
+            else:
+                chain = [s for _, s in part]
+                found.runs = self._taken(found, f"stages-{number}", segment.over_run, self._over_runs(found.runs, chain, number))
+        return found
+
+    def _taken(self, found: Curated, kind: str, function: Any, tasks: Iterator[Task]) -> list[Run]:
+        """Runs the tasks of a segment; what they made is put in their order, whichever ended first."""
+        records = self.flow.all(kind, function, tasks)
+        return [run for record in records for run in found.take(record)]
+
+    def _over_pieces(self, pieces: Iterable[list[Part]], stages: list[Stage], explained: bool) -> Iterator[Task]:
+        entries, follows = [s.entry() for s in stages], [s.identity() for s in stages]
+        for piece in pieces:
+            told = [part.identity for part in piece]
+            follows_from = key("read", self.identity, follows, self.run_bytes, explained, told)
+            yield Task(follows_from, {"piece": piece, "source": self.source, "stages": entries, "run_bytes": self.run_bytes,
+                                      "explained": explained})  # fmt: skip
+
+    def _over_runs(self, runs: list[Run], stages: list[Stage], number: int) -> Iterator[Task]:
+        entries, follows = [s.entry() for s in stages], [s.identity() for s in stages]
+        for run in runs:
+            follows_from = key("stages", self.identity, number, follows, self.run_bytes, run.name, run.decided)
+            yield Task(follows_from, {"run": run, "source": self.source, "stages": entries, "first": number,
+                                      "run_bytes": self.run_bytes})  # fmt: skip
+
+    @property
+    def run_bytes(self) -> int:
+        return self.memory_limit // RUN_SHARE
+
+
+def segments(stages: list[Stage]) -> list[list[tuple[int, Stage]]]:
+    """Cuts a list of stages, with their numbers, where documents are compared; the first segment has none that compare."""
+    found = [list[tuple[int, Stage]]()]
+    for number, stage in enumerate(stages):
+        if isinstance(stage, GlobalStage) or any(isinstance(s, GlobalStage) for _, s in found[-1]):
+            found.append([])
+        found[-1].append((number, stage))
+    return found
+
+
+def summed(flow: Flow, names: list[str]) -> tally.Tally:
+    """Sums tallies, in tasks where they are many."""
+    while len(names) > TALLIES:
+        tasks = (Task(key("tally", part), {"names": part}) for part in groups(names, TALLIES))
+        names = [record["tally"] for record in flow.all("tally", _sum, tasks)]
+    return tally.merge([segment.load(flow.work.spill, name) for name in names])
+
+
+def _sum(folder: Any, names: list[str]) -> dict[str, Any]:
+    name = segment.store(folder, tally.merge([segment.load(folder, n) for n in names]))
+    return {"tally": name, "files": [name]}
+
+
+def groups(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Yields the items in groups of a size, the last may be smaller."""
+    left = iter(items)
+    while group := list(islice(left, size)):
+        yield group

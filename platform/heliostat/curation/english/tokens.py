@@ -1,0 +1,182 @@
+"""Splits what stands between white space into words, by the rules of spaCy's blank English pipeline.
+
+What is split off first are marks before and behind, one at a time, then units behind numbers; a URL stays whole; the rest is
+split at hyphens, commas, slashes and the like between letters. Exceptions win wherever they appear. The rules follow the
+documented algorithm (https://spacy.io/usage/linguistic-features#how-tokenizer-works). Time is linear: a string of more than
+`LONGEST` characters is one word, as no word is that long.
+"""
+
+from __future__ import annotations
+
+import regex
+
+from heliostat.curation.english.exceptions import exceptions
+
+LONGEST = 2000  # characters of a string that is split at all
+_QUOTES = "'\"”“`‘´’‚,„»«「」『』（）〔〕【】《》〈〉〈〉⟦⟧"
+_MARKS = "…,:;!?¿؟¡()[]{}<>_#*&。？！，、；：～·।،۔؛٪"
+_MONEY = "$£€¥฿₽﷼₴₠₡₢₣₤₥₦₧₨₩₪₫₭₮₯₰₱₲₳₵₶₷₸₹₺₻₼₾₿"
+_QUOTE, _ANY_MARK = (regex.escape(marks, special_only=False) for marks in (_QUOTES, _MARKS + _QUOTES))
+# letters of the scripts that the rules know, with and without case; the symbols that are drawings
+_SCRIPTS = "Bengali Hebrew Arabic Sinhala Devanagari Kannada Tamil Telugu Hangul Hiragana Katakana Han Ethiopic"
+_CASELESS = "".join(rf"\p{{{script}}}" for script in _SCRIPTS.split()) + "ー"
+_CASED = r"\p{Latin}\p{Greek}\p{Cyrillic}"
+_LOWER = rf"[[{_CASED}]&&\p{{Ll}}]{_CASELESS}"
+_UPPER = rf"[[{_CASED}]&&\p{{Lu}}]{_CASELESS}"
+_LETTER = rf"[[{_CASED}]&&\p{{L}}]{_CASELESS}"
+_UNITS = """
+    km km² km³ m m² m³ dm dm² dm³ cm cm² cm³ mm mm² mm³ ha µm nm yd in ft kg g mg µg t lb oz m/s km/h kmh mph hPa Pa mbar mb
+    MB kb KB gb GB tb TB T G M K % км км² км³ м м² м³ дм дм² дм³ см см² см³ мм мм² мм³ нм кг г мг м/с км/ч кПа Па мбар Кб КБ
+    кб Мб МБ мб Гб ГБ гб Тб ТБ
+"""
+
+_PREFIX = regex.compile(
+    rf"\.\.+|(?:US|C|A)\$|\+(?![0-9])|[§%=—–]|[{_ANY_MARK}{regex.escape(_MONEY, special_only=False)}]|\p{{So}}"
+)
+_SINGLE = frozenset(_MARKS + _QUOTES + "—–")
+_SYMBOL = regex.compile(r"\p{So}")
+# what stands behind a number: a unit or money; looked for in the last characters only
+_MEASURE = regex.compile(
+    rf"(?<=[0-9])(?:{'|'.join(sorted(map(regex.escape, _UNITS.split()), key=len, reverse=True))}"
+    rf"|(?:US|C|A)\$|[{regex.escape(_MONEY)}]|\+)\Z"
+)
+_FULL_STOP = regex.compile(
+    rf"(?:(?<=°[FfCcKk])|(?<=[0-9{_LOWER}%²+\-|{_ANY_MARK}])|(?<=[{_UPPER}][{_UPPER}]))\.\Z",
+    regex.V1,
+)
+_INFIX = regex.compile(
+    r"\.\.+|…|\p{So}|(?<=[0-9])[+\-*^](?=[0-9-])"
+    rf"|(?<=[{_LOWER}{_QUOTE}])\.(?=[{_UPPER}{_QUOTE}])"
+    rf"|(?<=[{_LETTER}]),(?=[{_LETTER}])|(?<=[{_LETTER}0-9])(?:---?|——|[-–—~])(?=[{_LETTER}])"
+    rf"|(?<=[{_LETTER}0-9])[:<>=/](?=[{_LETTER}])",
+    regex.V1,
+)
+_SCHEME = regex.compile(r"[\w+\-.]{2,}+://")
+_LABEL = r"(?:[A-Za-z0-9\u00a1-\uffff][A-Za-z0-9\u00a1-\uffff_-]{0,62}+\.)"
+_HOST = regex.compile(rf"{_LABEL}++[{_LOWER}]{{2,63}}(?::[0-9]{{2,5}})?(?:[/?#]\S*)?", regex.V1)
+_ADDRESS = regex.compile(r"[1-9][0-9]{0,2}(?:\.[0-9]{1,3}){3}(?::[0-9]{2,5})?(?:[/?#]\S*)?")
+
+_EXCEPTIONS = exceptions()
+_LONGEST_EXCEPTION = max(map(len, _EXCEPTIONS))
+
+
+def tokens(text: str) -> tuple[str, ...]:
+    """Splits a string without white space into words."""
+    if text.isascii() and text.isalpha() and text not in _EXCEPTIONS:
+        return (text,)
+    if len(text) > LONGEST:
+        return (text,)
+    found = _EXCEPTIONS.get(text) or _split(text, _EXCEPTIONS)
+    return tuple(_joined(list(found))) if len(found) > 1 else tuple(found)
+
+
+def _split(text: str, known: dict[str, tuple[str, ...]]) -> list[str]:
+    """Strips marks from both ends, each a word of its own, until nothing more or an exception is left; splits the rest."""
+    before, behind = list[str](), list[str]()
+    while text and text not in known:
+        size, first, last = len(text), _prefix(text), 0
+        if first and text[first:] in known:
+            before.append(text[:first])
+            text = text[first:]
+            break
+        last = _suffix(text[first:])
+        if last and text[:-last] in known:
+            behind.append(text[-last:])
+            text = text[:-last]
+            break
+        if first:
+            before.append(text[:first])
+        if last:
+            behind.append(text[size - last :])
+        text = text[first : size - last]
+        if len(text) == size:
+            break
+    return [*before, *(_middle(text, known) if text else ()), *reversed(behind)]
+
+
+def _prefix(text: str) -> int:
+    found = _PREFIX.match(text)
+    return found.end() if found else 0
+
+
+def _suffix(text: str) -> int:
+    """Measures what is to be split off at the end; the longest that fits."""
+    last = text[-1:]
+    if not last:
+        return 0
+    if last == ".":
+        dots = len(text) - len(text.rstrip("."))
+        return dots if dots > 1 else int(_FULL_STOP.search(text, len(text) - 3 if len(text) > 3 else 0) is not None)
+    if last == "…":
+        return 2 if text.endswith("……") else 1
+    if last in "sS" and text[-2:-1] in ("'", "’"):
+        return 2
+    if last in _SINGLE or _SYMBOL.match(last):
+        return 1
+    found = _MEASURE.search(text, len(text) - 8 if len(text) > 8 else 0)
+    return len(found[0]) if found else 0
+
+
+def _middle(text: str, known: dict[str, tuple[str, ...]]) -> list[str]:
+    if text in known:
+        return list(known[text])
+    if _is_url(text):
+        return [text]
+    out, start = list[str](), 0
+    for found in _INFIX.finditer(text):
+        if found.start() == 0:
+            continue
+        if found.start() != start:
+            out.append(text[start : found.start()])
+        out.append(found[0])
+        start = found.end()
+    return [*out, text[start:]] if start < len(text) else out
+
+
+def _is_url(text: str) -> bool:
+    """Checks for a host with a top-level domain, or a public address, with whatever may stand around one."""
+    if "." not in text:
+        return False
+    starts = {0}
+    if scheme := _SCHEME.match(text):
+        starts.add(scheme.end())
+    if (at := text.rfind("@")) > 0:
+        starts.add(at + 1)
+        starts.update(i + 1 for i in (text.find("@", start + 1) for start in tuple(starts)) if i > 0)
+    return any(_HOST.fullmatch(text, start) or (_ADDRESS.fullmatch(text, start) and _public(text[start:])) for start in starts)
+
+
+def _public(address: str) -> bool:
+    """Checks the four numbers at the start of an address: in range, and none of the private networks."""
+    first, second, third, last = (int(number) for number in regex.match(r"(\d+)\.(\d+)\.(\d+)\.(\d+)", address).groups())
+    private = first in (10, 127) or (first, second) in ((169, 254), (192, 168)) or (first == 172 and 16 <= second <= 31)
+    return not private and first <= 223 and max(second, third) <= 255 and 1 <= last <= 254
+
+
+# Emoticons and abbreviations that the rules have split are put together again, inside of longer strings too.
+_SPLIT = {tuple(parts): whole for whole in _EXCEPTIONS if len(parts := _split(whole, {})) > 1}
+_FIRST = {parts[0] for parts in _SPLIT}
+_MOST = max(map(len, _SPLIT))
+
+
+def _joined(found: list[str]) -> list[str]:
+    if _FIRST.isdisjoint(found):
+        return found
+    spans = [
+        (stop - start, start)
+        for start, word in enumerate(found)
+        if word in _FIRST
+        for stop in range(start + 2, min(start + _MOST, len(found)) + 1)
+        if tuple(found[start:stop]) in _SPLIT
+    ]
+    taken, chosen = set[int](), dict[int, int]()
+    for length, start in sorted(spans, key=lambda span: (-span[0], span[1])):
+        if start not in taken and start + length - 1 not in taken:
+            chosen[start] = length
+        taken.update(range(start, start + length))
+    out, at = list[str](), 0
+    while at < len(found):
+        length = chosen.get(at, 1)
+        out += _EXCEPTIONS[_SPLIT[tuple(found[at : at + length])]] if length > 1 else found[at : at + 1]
+        at += length
+    return out

@@ -1,0 +1,140 @@
+"""Runs tasks on Ray, as many at a time as the cluster has room for, and skips those that an earlier run has finished.
+
+The driver holds a record for each task, and neither ids nor texts. Tasks that are started again, by Ray or by a later run, write
+the same files. What a task raises ends the run, after those that are at work have ended.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import ray
+
+from heliostat.curation.work import Work
+
+log = logging.getLogger(__name__)
+
+RETRIES = 5  # of a task whose worker or node died
+LOOK_S = 10.0  # between looks at how many CPUs the cluster has
+END_S = 60.0  # for tasks to end after another has failed
+BATCH = 4096  # keys that are looked up together
+
+
+@dataclass(frozen=True)
+class Task:
+    """Describes a task: the key that its result follows from, and what its function is called with."""
+
+    key: str
+    arguments: dict[str, Any]
+    shared: dict[str, Any] = field(default_factory=dict)
+    """Further arguments, each from `Flow.share`: what is large and the same for many tasks travels to a node once."""
+
+
+@dataclass
+class Flow:
+    """Runs a pipeline's tasks, on nodes that carry the labels; counts what was done and what had been done before."""
+
+    work: Work
+    labels: dict[str, str] = field(default_factory=dict)
+    done: dict[str, int] = field(default_factory=dict)
+    kept: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Of the tasks of each kind, also of those that an earlier run has finished."""
+
+    def share(self, value: Any) -> Any:
+        """Returns what stands for the value in `Task.shared`."""
+        return ray.put(value)
+
+    def cpus(self) -> int:
+        """Returns how many CPUs the cluster has."""
+        return max(1, int(ray.cluster_resources().get("CPU", 1.0)))
+
+    def run(self, kind: str, function: Callable[..., dict[str, Any]], tasks: Iterator[Task], cpus: int = 1,
+            valid: Callable[[dict[str, Any]], bool] = lambda record: True) -> Iterator[tuple[int, dict[str, Any]]]:  # fmt: skip
+        """Yields (the task's number, its record) as tasks finish; a record that is not `valid` is made again.
+
+        The function is called with the work folder and the task's arguments; in its record, `files` names the spill files.
+        """
+        waiting: dict[Any, int] = {}
+        remote = _execute.options(num_cpus=cpus, max_retries=RETRIES, label_selector=self.labels or None, name=kind)
+        room = Room(cpus)
+        try:
+            for number, task, record in self._looked_up(kind, tasks, valid):
+                if record is not None:
+                    self._count(self.kept, kind, record)
+                    yield number, record
+                    continue
+                while len(waiting) >= room():
+                    yield from self._next(kind, waiting)
+                waiting[remote.remote(self.work, kind, task.key, function, task.arguments, **task.shared)] = number
+            while waiting:
+                yield from self._next(kind, waiting)
+        except BaseException:
+            _end(list(waiting))
+            raise
+
+    def all(self, kind: str, function: Callable[..., dict[str, Any]], tasks: Iterator[Task], **more: Any) -> list[dict[str, Any]]:
+        """Runs the tasks and returns their records in the tasks' order."""
+        found = dict(self.run(kind, function, tasks, **more))
+        return [found[number] for number in range(len(found))]
+
+    def _looked_up(self, kind: str, tasks: Iterator[Task], valid: Callable[[dict[str, Any]], bool]) -> Iterator[Any]:
+        number = 0
+        while batch := list(islice(tasks, BATCH)):
+            known = self.work.found(kind, (task.key for task in batch))
+            for task in batch:
+                record = known.get(task.key)
+                yield number, task, record if record is not None and valid(record) else None
+                number += 1
+
+    def _next(self, kind: str, waiting: dict[Any, int]) -> Iterator[tuple[int, dict[str, Any]]]:
+        ready, _ = ray.wait(list(waiting), num_returns=1)
+        for reference in ready:
+            record = ray.get(reference)
+            self._count(self.done, kind, record)
+            yield waiting.pop(reference), record
+
+    def _count(self, counts: dict[str, int], kind: str, record: dict[str, Any]) -> None:
+        counts[kind] = counts.get(kind, 0) + 1
+        self.seconds[kind] = self.seconds.get(kind, 0.0) + record["seconds"]
+
+
+class Room:
+    """Tells how many tasks may be under way: twice as many as there are CPUs, looked up again as nodes come and go."""
+
+    def __init__(self, cpus: int) -> None:
+        self.cpus, self.looked, self.count = cpus, -LOOK_S, 0
+
+    def __call__(self) -> int:
+        if time.monotonic() - self.looked >= LOOK_S:
+            self.count = max(2, 2 * int(ray.cluster_resources().get("CPU", 1.0)) // self.cpus)
+            self.looked = time.monotonic()
+        return self.count
+
+
+def execute(work: Work, kind: str, key: str, function: Callable[..., dict[str, Any]], arguments: dict[str, Any],
+            **shared: Any) -> dict[str, Any]:  # fmt: skip
+    """Runs a task where it is called, and records it."""
+    start = time.monotonic()
+    record = function(work.spill, **arguments, **shared)
+    record["seconds"] = round(time.monotonic() - start, 3)
+    work.finish(kind, key, record)
+    return record
+
+
+_execute = ray.remote(execute)
+
+
+def _end(references: list[Any]) -> None:
+    """Ends tasks that are at work, so that nothing is written after an error was told."""
+    for reference in references:
+        ray.cancel(reference)
+    if references:
+        _, left = ray.wait(references, num_returns=len(references), timeout=END_S)
+        if left:
+            log.warning("%d tasks did not end within %.0f s", len(left), END_S)

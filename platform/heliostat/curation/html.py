@@ -1,0 +1,62 @@
+"""Makes text of HTML pages, with resiliparse or trafilatura; runs in a process of its own (`heliostat.curation.isolated`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from heliostat.curation.encodings import decode
+
+Answer = tuple[dict[str, Any], bytes]
+
+
+def extractor(keys: dict[str, Any]) -> Callable[[dict[str, Any], bytes], Answer]:
+    """Builds the function from a page's bytes to its text, and what is told about it. `keys` are those of the stage."""
+    extract = {"resiliparse": _resiliparse, "trafilatura": _trafilatura}[keys["library"]](keys)
+
+    def work(about: dict[str, Any], data: bytes) -> Answer:
+        page, encoding, wrong = decode(data, about.get("content_type"))
+        if wrong > keys["max_undecodable"] * max(len(page), 1):
+            return {"error": "undecodable", "detail": f"{wrong:,} of {len(page):,} characters are no {encoding}"}, b""
+        text, whole, title = extract(page)
+        answer = {"encoding": encoding, "wrong": wrong, "chars": len(text), "whole": whole, "title": title}
+        return answer, text.encode("utf-8", "replace")
+
+    return work
+
+
+def _resiliparse(keys: dict[str, Any]):
+    from resiliparse.extract.html2text import extract_plain_text
+    from resiliparse.parse.html import HTMLTree
+
+    def extract(page: str) -> tuple[str, int, str]:
+        tree = HTMLTree.parse(page)
+        whole = extract_plain_text(tree, alt_texts=False)
+        text = extract_plain_text(tree, main_content=True, alt_texts=False) if keys["main_content"] else whole
+        return _clean(text), len(whole), (tree.title or "").strip()
+
+    return extract
+
+
+def _trafilatura(keys: dict[str, Any]):
+    from resiliparse.extract.html2text import extract_plain_text
+    from trafilatura import extract as trafilatura_extract
+    from trafilatura import html2txt
+    from trafilatura.utils import load_html
+
+    def extract(page: str) -> tuple[str, int, str]:
+        tree = load_html(page)
+        if tree is None:
+            return "", 0, ""
+        title = (tree.findtext(".//title") or "").strip()
+        whole = extract_plain_text(page, alt_texts=False)
+        if not keys["main_content"]:
+            return _clean(html2txt(tree) or ""), len(whole), title
+        text = trafilatura_extract(tree, favor_precision=True, include_comments=False, deduplicate=False)
+        return _clean(text or ""), len(whole), title
+
+    return extract
+
+
+def _clean(text: str) -> str:
+    return text.replace("\0", "").strip()

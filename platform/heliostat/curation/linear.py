@@ -1,0 +1,136 @@
+"""Holds a linear classifier on hashed n-grams of words: features, training, and a folder of safetensors and JSON.
+
+A text is the mean of its n-grams' weights, as in fastText (Joulin et al. 2016, arXiv 1607.01759) with one number for each n-gram.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from heliostat.errors import ConfigError
+
+_WORD = re.compile(r"[^\W_]+|[^\w\s]")
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)
+MOST_WORDS = 1 << 20
+ABOUT, WEIGHTS = "classifier.json", "weights.safetensors"
+
+
+class Features:
+    """Numbers a text's n-grams of words, up to `ngrams` words long, in 2 to the `bits` buckets."""
+
+    def __init__(self, ngrams: int, bits: int, chars: int) -> None:
+        self.ngrams, self.bits, self.chars = ngrams, bits, chars
+        self._known: dict[str, int] = {}
+
+    def _word(self, word: str) -> int:
+        digest = hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        found = self._known[word] = int.from_bytes(digest, "little")
+        return found
+
+    def __call__(self, text: str) -> np.ndarray:
+        """Returns the buckets of a text's n-grams; of its first `chars` characters only."""
+        if len(self._known) > MOST_WORDS:
+            self._known.clear()
+        known, shift = self._known, np.uint64(64 - self.bits)
+        words = np.array(
+            [known[w] if w in known else self._word(w) for w in _WORD.findall(text[: self.chars].lower())], np.uint64
+        )
+        grams, out = words, [words * _FACTOR >> shift]
+        for n in range(1, self.ngrams):
+            if len(words) <= n:
+                break
+            grams = (grams[:-1] ^ grams[:-1] >> np.uint64(31)) * _FACTOR + words[n:]
+            out.append(grams * _FACTOR >> shift)
+        return np.concatenate(out).astype(np.int64)
+
+
+class Linear:
+    """Scores texts between 0 and 1."""
+
+    def __init__(self, weights: np.ndarray, bias: float, features: Features) -> None:
+        self.weights, self.bias, self.features = weights, bias, features
+
+    def score(self, text: str) -> float:
+        """Returns the probability that a text is like the good examples; that of an empty one follows from their share alone."""
+        buckets = self.features(text)
+        logit = self.bias + (float(self.weights[buckets].mean(dtype=np.float64)) if len(buckets) else 0.0)
+        return 1 / (1 + float(np.exp(-np.clip(logit, -500, 500))))
+
+    def save(self, folder: Path, report: dict[str, Any]) -> None:
+        """Writes the folder: the weights, and what they were made with and from."""
+        from safetensors.numpy import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({"weights": self.weights}, str(folder / WEIGHTS))
+        keys = {"ngrams": self.features.ngrams, "bits": self.features.bits, "chars": self.features.chars, "bias": self.bias}
+        (folder / ABOUT).write_text(json.dumps({"format": 1, **keys, **report}, indent=1) + "\n")
+
+
+def load(folder: Path) -> Linear:
+    """Loads a classifier; ConfigError if the folder holds none."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        about = json.loads((folder / ABOUT).read_text())
+        weights = load_file(str(folder / WEIGHTS))["weights"]
+        features = Features(int(about["ngrams"]), int(about["bits"]), int(about["chars"]))
+        made = Linear(weights, float(about["bias"]), features)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
+        raise ConfigError(f"model: {str(folder)!r} holds no classifier ({type(e).__name__}: {e}); train one first") from e
+    if about.get("format") != 1 or weights.dtype != np.float32 or weights.shape != (1 << features.bits,):
+        raise ConfigError(f"model: {str(folder)!r} holds weights {weights.dtype} {weights.shape} that do not fit its keys")
+    return made
+
+
+def train(good: Sequence[str], bad: Sequence[str], ngrams: int = 2, bits: int = 18, chars: int = 10_000, held_out: float = 0.2):
+    """Trains on examples of both kinds: the classifier, and a report with precision and recall on held-out documents.
+
+    Which are held out follows from the texts' hashes; equal texts count once. ConfigError if there are too few.
+    """
+    from scipy.sparse import csr_matrix
+    from sklearn.linear_model import LogisticRegression
+
+    examples = dict.fromkeys(good, 1) | dict.fromkeys(bad, 0)
+    both = len(set(good) & set(bad))
+    if both:
+        raise ConfigError(f"{both:,} documents are examples of both kinds; take them out of one")
+    ordered = sorted(examples, key=lambda text: hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
+    labels = np.array([examples[text] for text in ordered])
+    test = np.zeros(len(ordered), bool)
+    for label in (0, 1):
+        places = np.flatnonzero(labels == label)
+        if len(places) < 10:
+            raise ConfigError(
+                f"{len(places)} different examples of {'good' if label else 'bad'} documents are too few; give at least 10"
+            )
+        test[places[: max(1, round(held_out * len(places)))]] = True
+    features = Features(ngrams, bits, chars)
+    rows = [features(text) for text in ordered]
+    ends = np.concatenate([[0], np.cumsum([len(r) for r in rows])])
+    values = np.concatenate([np.full(len(r), 1 / max(len(r), 1)) for r in rows])
+    matrix = csr_matrix((values, np.concatenate(rows), ends), shape=(len(rows), 1 << bits))
+    made = LogisticRegression(C=1e4, max_iter=300, class_weight="balanced").fit(matrix[~test], labels[~test])
+    linear = Linear(made.coef_[0].astype(np.float32), float(made.intercept_[0]), features)
+    scores = np.array([linear.score(text) for text, held in zip(ordered, test, strict=True) if held])
+    return linear, _report(scores, labels[test], labels[~test])
+
+
+def _report(scores: np.ndarray, held: np.ndarray, trained: np.ndarray) -> dict[str, Any]:
+    """Reports precision and recall of the good documents at a number of thresholds."""
+    at = {}
+    for threshold in (0.1, 0.25, 0.5, 0.75, 0.9):
+        chosen = scores >= threshold
+        hits = int((chosen & (held == 1)).sum())
+        precision = round(hits / int(chosen.sum()), 4) if chosen.any() else None
+        at[str(threshold)] = {"precision": precision, "recall": round(hits / int((held == 1).sum()), 4)}
+    counts = {"trained_good": int(trained.sum()), "trained_bad": int((trained == 0).sum()), "held_out_good": int(held.sum()),
+              "held_out_bad": int((held == 0).sum())}  # fmt: skip
+    return {"held_out": at, **counts}

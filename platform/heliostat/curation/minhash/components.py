@@ -1,0 +1,116 @@
+"""Finds the connected components of a graph of documents, exactly, with its edges on disk: alternating large and small stars.
+
+(Kiveris, Lattanzi, Mirrokni, Rastogi and Vassilvitskii, Connected Components in MapReduce and Beyond, 2014.) A node is a
+document by its run and row (`run << 32 | row`). A large star connects every larger neighbour of a node to the least of its
+neighbourhood, a small star every smaller one and the node itself; when neither changes an edge, every component is a star about
+its least node. That takes O(log^2 n) rounds, and few in practice. A task of a round holds the edges of its share of the nodes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from heliostat.curation import spill
+from heliostat.curation.flow import Flow, Task
+from heliostat.curation.work import key
+from heliostat.errors import HeliostatError
+from heliostat.storage import Location
+
+ROUNDS = 100  # more than log^2 of the documents there are
+Edges = tuple[np.ndarray, np.ndarray]
+
+
+def pairs(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, Any]:
+    """Spills the edges between documents that share a key of this part of all keys, both ways: each to the least with the key."""
+    found: list[Edges] = []
+    for run, name in enumerate(names):
+        for table in spill.read(folder, name, *spill.share(part, parts)):
+            found.append((table["key"].to_numpy(), (np.uint64(run) << np.uint64(32)) | table["row"].to_numpy().astype(np.uint64)))
+    keys, nodes = _joined(found)
+    order = np.lexsort((nodes, keys))
+    keys, nodes = keys[order], nodes[order]
+    least = nodes[_starts(keys)] if len(keys) else nodes
+    return _spilled(folder, unique((nodes, least)), both=True)
+
+
+def large_star(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, Any]:
+    """Connects the larger neighbours of each node of this part to the least; also sums the edges, to tell if they changed."""
+    u, v = edges = _edges(folder, part, parts, names)
+    down = u > v
+    with np.errstate(over="ignore"):
+        check = int(spill.mixed(spill.mixed(u[down]) + v[down]).sum(dtype=np.uint64))
+    least = np.minimum(u, _least(edges))
+    up = v > u
+    return _spilled(folder, unique((v[up], least[up])), both=False) | {"check": str(check), "edges": int(down.sum())}
+
+
+def small_star(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, Any]:
+    """Connects each node of this part, and its smaller neighbours, to the least of these."""
+    u, v = edges = _edges(folder, part, parts, names)
+    least = _least(edges)
+    return _spilled(folder, unique((np.concatenate([u, v]), np.concatenate([least, least]))), both=True)
+
+
+def stars(flow: Flow, kind: str, names: list[str], parts: int) -> tuple[list[str], int]:
+    """Runs rounds until nothing changes; returns the spills of the edges, which are stars then, and the number of rounds."""
+    before: Any = None
+    for rounds in range(ROUNDS):
+        large = flow.all(f"{kind}-large", large_star, tasks(flow, parts, names))
+        now = (sum(r["edges"] for r in large), sum(int(r["check"]) for r in large) % (1 << 64))
+        if now == before:
+            return names, rounds
+        small = flow.all(f"{kind}-small", small_star, tasks(flow, parts, [r["edges_file"] for r in large]))
+        before, names = now, [r["edges_file"] for r in small]
+    raise HeliostatError(f"{kind}: the clusters did not settle within {ROUNDS} rounds")
+
+
+def tasks(flow: Flow, parts: int, names: list[str], **more: Any) -> Any:
+    """Describes one task for each part of all keys, over spills."""
+    shared, follows = {"names": flow.share(names)}, key(names)
+    return (Task(key(follows, part, parts, more), {"part": part, "parts": parts, **more}, shared) for part in range(parts))
+
+
+def unique(edges: Edges) -> Edges:
+    """Sorts edges, each once, and leaves out those from a node to itself."""
+    u, v = (e[edges[0] != edges[1]] for e in edges)
+    order = np.lexsort((v, u))
+    u, v = u[order], v[order]
+    first = np.ones(len(u), bool)
+    first[1:] = (u[1:] != u[:-1]) | (v[1:] != v[:-1])
+    return u[first], v[first]
+
+
+def _edges(folder: Location, part: int, parts: int, names: list[str]) -> Edges:
+    found = []
+    for name in names:
+        for table in spill.read(folder, name, *spill.share(part, parts)):
+            found.append((table["u"].to_numpy(), table["v"].to_numpy()))
+    return unique(_joined(found))
+
+
+def _joined(found: list[Edges]) -> Edges:
+    none = np.zeros(0, np.uint64)
+    return np.concatenate([none, *(a for a, _ in found)]), np.concatenate([none, *(b for _, b in found)])
+
+
+def _starts(values: np.ndarray) -> np.ndarray:
+    """Returns for each of sorted values where its like begin."""
+    first = np.concatenate([[True], values[1:] != values[:-1]])
+    return np.flatnonzero(first)[np.cumsum(first) - 1]
+
+
+def _least(edges: Edges) -> np.ndarray:
+    """Returns for each sorted edge the least neighbour of its first node."""
+    u, v = edges
+    return v[_starts(u)] if len(u) else v
+
+
+def _spilled(folder: Location, edges: Edges, both: bool) -> dict[str, Any]:
+    u, v = edges
+    if both:
+        u, v = unique((np.concatenate([u, v]), np.concatenate([v, u])))
+    name = spill.write(folder, pa.table({"key": spill.mixed(u), "u": u, "v": v}), ("u", "v"))
+    return {"edges_file": name, "files": [name]}

@@ -1,0 +1,67 @@
+"""Cuts an input's files into pieces of work: a pure function of the listing and a size, and hardly another when files are added.
+
+A large file becomes ranges of bytes, where its kind can be read from the middle; small ones are read together. Where a piece of
+small files ends is decided by the names in it, so that a file that comes or goes changes the piece that it is in, and no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import astuple, dataclass
+
+import xxhash
+
+FILE_BYTES = 4096  # what a file costs beside its bytes
+MOST_FILES = 2000  # of a piece
+LEAST, MOST = 1 << 20, 128 << 20  # bytes of a piece
+
+
+@dataclass(frozen=True)
+class Part:
+    """Describes what is read of one file, of `bytes` bytes and modified when it was: all, or the records that begin in a range.
+
+    `first` is the number of the range's first record, from 1; 0 where the reader finds that out.
+    """
+
+    path: str
+    bytes: int
+    modified: int
+    start: int = 0
+    stop: int | None = None
+    first: int = 1
+
+    @property
+    def identity(self) -> list[object]:
+        """Returns what the part's documents follow from, as JSON values."""
+        return list(astuple(self))
+
+
+def size(total: int) -> int:
+    """Chooses the bytes of a piece for an input of so many: an eighth of it, as a power of two, within limits."""
+    return min(MOST, max(LEAST, 1 << max(0, (total // 8).bit_length() - 1)))
+
+
+def cut(files: Iterable[tuple[str, int, int]], target: int, ranged: Callable[[str], bool]) -> Iterator[list[Part]]:
+    """Yields pieces of about `target` bytes of files (path, bytes, modified) in their order.
+
+    `ranged` says of a path whether such a file can be read from the middle. Ranges of a file are pieces of their own.
+    """
+    piece, held = list[Part](), 0
+    for path, bytes, modified in files:
+        if bytes > 2 * target and ranged(path):
+            yield from ([Part(path, bytes, modified, a, b, 0 if a else 1)] for a, b in ranges(bytes, target))
+            continue
+        piece.append(Part(path, bytes, modified))
+        cost = bytes + FILE_BYTES
+        held += cost
+        if xxhash.xxh64_intdigest(path.encode()) * target < cost << 64 or held >= 2 * target or len(piece) >= MOST_FILES:
+            yield piece
+            piece, held = [], 0
+    if piece:
+        yield piece
+
+
+def ranges(bytes: int, target: int) -> list[tuple[int, int]]:
+    """Cuts a file into ranges of the target's size, the last up to half as much again; a file that grows keeps the others."""
+    count = max(1, (bytes + target // 2) // target)
+    return [(i * target, (i + 1) * target if i + 1 < count else bytes) for i in range(count)]

@@ -1,0 +1,214 @@
+"""Finds the records of a web archive, one after another, and where one begins again behind a broken place."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
+
+PIECE = 1 << 18
+HEAD = 1 << 20  # bytes that a record's head may have
+ROOM = 64 << 20  # bytes of the file behind the start of a record that are held, to look for the next one in them
+GZIP, START, BLANK = b"\x1f\x8b\x08", b"WARC/1.", b"\r\n\r\n"
+
+
+class Broken(Exception):
+    """Reports a broken record, and its place."""
+
+    def __init__(self, place: str, reason: str, detail: str) -> None:
+        super().__init__(place, reason, detail)
+        self.place, self.reason, self.detail = place, reason, detail
+
+
+@dataclass(frozen=True)
+class Record:
+    """Holds a record: its place, its headers by names in small letters, its block (None if it is too large), and its size."""
+
+    place: str
+    headers: dict[str, str]
+    block: bytes | None
+    size: int
+
+
+class Archive:
+    """Reads records of a stream; with `packed`, of members of gzip, in which records usually are one by one."""
+
+    def __init__(self, stream: BinaryIO, packed: bool) -> None:
+        self._source, self._packed = _Source(stream), packed
+        self._decoder: zlib._Decompress | None = None
+        self._plain, self._used = bytearray(), 0  # what is unpacked, and how much of it is read
+        self._member, self._inner = 0, 0  # where the member (or plain record) begins, and how much of it was read before
+        self._start = 0  # behind which the next record is looked for
+        self._current = ""  # the place of the record that is being read
+
+    def records(self, most: int) -> Iterator[Record]:
+        """Yields records; Broken at one that is broken, after which `resume` must be called."""
+        while True:
+            self._skip_blank()
+            if not self._fill(1):
+                return
+            place = self._current = self._place()
+            self._start = self._member
+            self._source.forget(self._start)
+            headers = self._head(place)
+            said = headers.get("content-length", "")
+            if not (said.isascii() and said.isdigit() and len(said) < 19):
+                raise Broken(place, "truncated", "no length is said that can be")
+            block, size = self._block(place, int(said), most)
+            self._current = ""
+            if not self._ends():
+                raise Broken(place, "corrupt", "the record does not end where it says")
+            yield Record(place, headers, block, size)
+
+    def _place(self) -> str:
+        if not self._packed:
+            self._member, self._inner = self._member + self._inner, 0
+        return f"{self._member}+{self._inner}" if self._inner else str(self._member)
+
+    def _head(self, place: str) -> dict[str, str]:
+        while (end := self._plain.find(BLANK, self._used)) < 0:
+            if len(self._plain) - self._used > HEAD:
+                raise Broken(place, "corrupt", f"a head of more than {HEAD:,} bytes")
+            if not self._fill(len(self._plain) - self._used + 1):
+                raise Broken(place, "truncated", "the file ends in a record's head")
+        first, *lines = bytes(self._plain[self._used : end]).decode("utf-8", "replace").split("\r\n")
+        if not first.startswith(START.decode()):
+            raise Broken(place, "corrupt", "no record begins here")
+        self._take(end + len(BLANK) - self._used)
+        return {name.strip().lower(): value.strip() for name, mark, value in (line.partition(":") for line in lines) if mark}
+
+    def _block(self, place: str, declared: int, most: int) -> tuple[bytes | None, int]:
+        pieces, size, member = bytearray(), 0, self._member
+        while size < declared:
+            ready = self._fill(1)
+            if not ready or self._member != member:
+                self._start = self._member - (1 if ready and self._packed else 0)  # the next member is whole
+                raise Broken(place, "truncated", f"{size:,} bytes, and {declared:,} are said")
+            count = min(declared - size, len(self._plain) - self._used)
+            if declared <= most:
+                pieces += self._plain[self._used : self._used + count]
+            self._take(count)
+            size += count
+        return bytes(pieces) if declared <= most else None, size
+
+    def _ends(self) -> bool:
+        """Checks that a record is over: line ends, or the end of its member."""
+        if self._packed and self._decoder is None and len(self._plain) == self._used:
+            return True
+        if self._packed:
+            while self._decoder is not None and len(self._plain) - self._used < len(BLANK) and self._unpack():
+                pass
+        else:
+            self._fill(len(BLANK))
+        rest = self._plain[self._used : self._used + len(BLANK)]
+        return BLANK.startswith(rest)
+
+    def _skip_blank(self) -> None:
+        while self._fill(1) and self._plain[self._used] in b"\r\n":
+            self._take(1)
+
+    def _take(self, count: int) -> None:
+        self._used += count
+        self._inner += count
+        if self._used > 4 * PIECE:
+            del self._plain[: self._used]
+            self._used = 0
+
+    def _fill(self, count: int) -> bool:
+        """Makes at least so many plain bytes ready, of one member if it begins anew; False if there are not so many."""
+        while len(self._plain) - self._used < count:
+            if not self._packed:
+                data = self._source.read(PIECE)
+                if not data:
+                    return False
+                self._plain += data
+            elif not self._unpack():
+                return False
+        return True
+
+    def _unpack(self) -> bool:
+        """Unpacks some more of a member; of the next one only when all of the last is read."""
+        if self._decoder is None:
+            if len(self._plain) > self._used:
+                return False
+            at = self._source.at
+            head = self._source.read(len(GZIP))
+            while head and not head.strip(b"\0") and len(head) < PIECE:
+                at, head = self._source.at, self._source.read(len(GZIP))  # zeros between members are padding
+            if not head:
+                return False
+            self._member, self._inner = at, 0
+            if head != GZIP:
+                raise self._broken("corrupt", "no gzip member begins here")
+            self._decoder = zlib.decompressobj(zlib.MAX_WBITS | 16)
+            data = head
+        else:
+            data = self._decoder.unconsumed_tail or self._source.read(PIECE)
+            if not data:
+                raise self._broken("truncated", "the file ends in a gzip member")
+        try:
+            self._plain += self._decoder.decompress(data, 4 * PIECE)
+        except zlib.error as e:
+            raise self._broken("corrupt", str(e)) from e
+        if self._decoder.eof:
+            self._source.back(len(self._decoder.unused_data))
+            self._decoder = None
+        return True
+
+    def _broken(self, reason: str, detail: str) -> Broken:
+        """Names the record that is being read, or what is behind the last one, and has the next looked for behind this member."""
+        self._start = self._member
+        return Broken(self._current or self._place(), reason, detail)
+
+    def resume(self) -> bool:
+        """Goes to the next place behind the start of the broken record where one may begin; False if there is none."""
+        found = self._source.find(GZIP if self._packed else START, self._start + 1)
+        if found is None:
+            return False
+        self._decoder, self._plain, self._used = None, bytearray(), 0
+        self._member, self._inner, self._start, self._current = found, 0, found, ""
+        return True
+
+
+class _Source:
+    """Hands a stream on, and holds what was read since an offset, to read it again."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._held, self._from, self.at = bytearray(), 0, 0  # bytes, the offset of their first, the offset that is read next
+
+    def read(self, size: int) -> bytes:
+        behind = self.at - self._from
+        if behind >= len(self._held):
+            self._held += self._stream.read(PIECE)
+            if len(self._held) > 2 * ROOM:
+                self.forget(self._from + len(self._held) - ROOM)
+                behind = self.at - self._from
+        out = bytes(self._held[behind : behind + size])
+        self.at += len(out)
+        return out
+
+    def back(self, size: int) -> None:
+        """Goes back some bytes that were read just now."""
+        self.at -= size
+
+    def forget(self, before: int) -> None:
+        """Drops what lies before an offset, once it is much."""
+        size = min(before, self.at) - self._from
+        if size > 4 * PIECE:
+            del self._held[:size]
+            self._from += size
+
+    def find(self, what: bytes, offset: int) -> int | None:
+        """Goes to the first place at or behind an offset that begins so, and returns it; None if there is none."""
+        self.at = max(offset, self._from)
+        while (place := self._held.find(what, self.at - self._from)) < 0:
+            self.at = max(self.at, self._from + len(self._held) - len(what) + 1)
+            block = self._stream.read(PIECE)
+            if not block:
+                return None
+            self._held += block
+            self.forget(self.at)
+        self.at = self._from + place
+        return self.at

@@ -1,0 +1,146 @@
+"""Opens packed streams and cuts lines, within limits, whatever the data holds."""
+
+from __future__ import annotations
+
+import bz2
+import io
+import lzma
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+
+REASONS = {
+    "unknown_kind": "a suffix that nothing reads",
+    "corrupt": "broken packing, records or tables; what came before is kept, and what can be found behind",
+    "truncated": "a record that ends before its length says",
+    "too_large": "beyond max_document_bytes or max_file_bytes, unpacked; what came before is kept",
+    "invalid_json": "a line that is not a JSON object",
+    "no_text": "no text column, or no string in it",
+    "not_utf8": "bytes that are not UTF-8",
+    "not_html": "a response that is no page",
+    "http_status": "a response with another status than 200",
+    "empty": "no byte in it",
+}
+CODECS = {".gz": "gz", ".zst": "zst", ".bz2": "bz2", ".xz": "xz"}
+BLOCK = 1 << 20  # bytes that are unpacked at a time
+XZ_MEMORY = 256 << 20  # that unpacking .xz may take; `xz -9` makes files that need 65 MiB
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Defines how large a document and an unpacked file may be, and which columns hold text and travel with it."""
+
+    max_document_bytes: int = 64 << 20
+    max_file_bytes: int = 1 << 50
+    text_column: str = "text"
+
+
+class LeftOutError(Exception):
+    """Reports that the rest of a file cannot be read; `reason` is one of REASONS."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+
+def codec_of(path: str) -> str | None:
+    """Returns the packing that a path's last suffix names; None if it is none of CODECS."""
+    return next((codec for suffix, codec in CODECS.items() if path.lower().endswith(suffix)), None)
+
+
+def unpacked(path: str, stream: BinaryIO, limits: Limits) -> BinaryIO:
+    """Opens the plain bytes of a stream; LeftOutError where broken packing, or more than `max_file_bytes`, is reached."""
+    codec = codec_of(path)
+    blocks = _plain(stream) if codec is None else _zst(stream) if codec == "zst" else _unpack(stream, codec)
+    return io.BufferedReader(_Blocks(blocks, limits.max_file_bytes), BLOCK)  # type: ignore[return-value]
+
+
+def _plain(stream: BinaryIO) -> Iterator[bytes]:
+    while block := stream.read(BLOCK):
+        yield block
+
+
+def _zst(stream: BinaryIO) -> Iterator[bytes]:
+    try:
+        opened = pa.CompressedInputStream(pa.PythonFile(stream, "r"), "zstd")
+        while block := opened.read(BLOCK):
+            yield block
+    except pa.ArrowInvalid as e:
+        raise LeftOutError("corrupt", str(e).partition("\n")[0]) from e
+    except OSError as e:
+        if e.errno is not None:  # the stream's own
+            raise
+        raise LeftOutError("corrupt", str(e).partition("\n")[0]) from e
+
+
+def _new(codec: str) -> Any:
+    if codec == "gz":
+        return zlib.decompressobj(zlib.MAX_WBITS | 16)
+    return bz2.BZ2Decompressor() if codec == "bz2" else lzma.LZMADecompressor(memlimit=XZ_MEMORY)
+
+
+def _unpack(stream: BinaryIO, codec: str) -> Iterator[bytes]:
+    """Yields the plain bytes of all members, one behind the other, a block at a time however much a block of input makes."""
+    decoder, begun = _new(codec), False
+    while data := stream.read(BLOCK):
+        while data or (begun and codec != "gz" and not decoder.needs_input):
+            try:
+                block = decoder.decompress(data, BLOCK)
+            except (zlib.error, lzma.LZMAError, OSError, ValueError, EOFError) as e:
+                raise LeftOutError("corrupt", str(e)) from e
+            begun = True
+            if block:
+                yield block
+            data = decoder.unconsumed_tail if codec == "gz" else b""
+            if decoder.eof:
+                data, decoder, begun = decoder.unused_data.lstrip(b"\0"), _new(codec), False
+    if begun:
+        raise LeftOutError("corrupt", f"the {codec} stream ends within a member")
+
+
+class _Blocks(io.RawIOBase):
+    """Makes a raw stream of an iterator of blocks; LeftOutError behind `most` bytes."""
+
+    def __init__(self, blocks: Iterator[bytes], most: int) -> None:
+        self._blocks, self._left, self._most, self._total = blocks, memoryview(b""), most, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._left:
+            self._left = memoryview(next(self._blocks, b""))
+            self._total += len(self._left)
+            if self._total > self._most:
+                raise LeftOutError("too_large", f"more than {self._most:,} bytes, unpacked")
+        size = min(len(buffer), len(self._left))
+        buffer[:size] = self._left[:size]
+        self._left = self._left[size:]
+        return size
+
+
+def lines(stream: BinaryIO, most: int) -> Iterator[bytes | None]:
+    """Yields lines with their ends, None for one of more than `most` bytes, of which no more is held."""
+    skipping = False
+    while piece := stream.readline(BLOCK if skipping else most + 1):
+        ended = piece.endswith(b"\n")
+        if skipping:
+            skipping = not ended
+        elif ended or len(piece) <= most:
+            yield piece
+        else:
+            skipping = True
+            yield None
+
+
+def whole(stream: BinaryIO, most: int) -> bytes:
+    """Reads a stream to its end; LeftOutError if there are more than `most` bytes."""
+    out = bytearray()
+    while block := stream.read(BLOCK):
+        out += block
+        if len(out) > most:
+            raise LeftOutError("too_large", f"more than {most:,} bytes, unpacked")
+    return bytes(out)

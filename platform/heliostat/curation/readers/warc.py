@@ -1,0 +1,92 @@
+"""Reads web archives: pages of .warc, texts of .wet, metadata of .wat, packed record by record (.gz), as a whole, or not.
+
+A record's id is `path#offset`, the offset that its packed record has in the file (of other packings than .gz: in the unpacked). A
+record that is broken, does not end where it says, or is larger than a document may be, is dropped, and reading goes on at the
+next that can be found behind its start. Libraries for this skip what they cannot read without a word; this one may not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
+
+from heliostat.curation.encodings import decode
+from heliostat.curation.readers.http import BadResponseError, Response, parse
+from heliostat.curation.readers.records import Archive, Broken
+from heliostat.curation.readers.streams import Limits
+from heliostat.curation.stage import Document, Dropped
+
+MOST_BREAKS = 10_000  # places where reading begins again, in one file
+PAGES = ("text/html", "application/xhtml+xml")
+Make = Callable[[str, dict[str, Any], bytes, Limits], Document | Dropped]
+
+
+def responses(path: str, stream: BinaryIO, limits: Limits) -> Iterator[Document | Dropped]:
+    """Yields the pages that an archive's responses hold, as bytes; plain text as text."""
+    yield from _records(path, stream, limits, "response", _response)
+
+
+def texts(path: str, stream: BinaryIO, limits: Limits) -> Iterator[Document | Dropped]:
+    """Yields the texts that were extracted of pages (WET)."""
+    yield from _records(path, stream, limits, "conversion", _text)
+
+
+def metadata(path: str, stream: BinaryIO, limits: Limits) -> Iterator[Document | Dropped]:
+    """Yields the metadata of records (WAT), JSON as it is there."""
+    yield from _records(path, stream, limits, "metadata", _text)
+
+
+def _response(id: str, columns: dict[str, Any], block: bytes, limits: Limits) -> Document | Dropped:
+    try:
+        found: Response = parse(block, limits.max_document_bytes)
+    except BadResponseError as e:
+        return Dropped(id, e.reason, e.detail)
+    if found.status != 200:
+        return Dropped(id, "http_status", str(found.status))
+    if not found.body.strip():
+        return Dropped(id, "empty")
+    kind = found.content_type.partition(";")[0].strip().lower()
+    columns = columns | ({"content_type": found.content_type} if found.content_type else {})
+    if kind == "text/plain":
+        return Document(id, decode(found.body, found.content_type)[0], columns)
+    if kind in PAGES or (not kind and found.body.lstrip()[:1] == b"<"):
+        return Document(id, found.body, columns)
+    return Dropped(id, "not_html", kind[:100])
+
+
+def _text(id: str, columns: dict[str, Any], block: bytes, limits: Limits) -> Document | Dropped:
+    try:
+        return Document(id, block.decode(), columns) if block.strip() else Dropped(id, "empty")
+    except UnicodeDecodeError as e:
+        return Dropped(id, "not_utf8", f"byte {e.start:,}")
+
+
+def _records(path: str, stream: BinaryIO, limits: Limits, kind: str, make: Make) -> Iterator[Document | Dropped]:
+    """Yields what `make` makes of the records of a kind, and a Dropped for each broken place."""
+    archive, total = Archive(stream, path.lower().endswith(".gz")), 0
+    for _ in range(MOST_BREAKS):
+        try:
+            for record in archive.records(limits.max_document_bytes):
+                total += record.size
+                if total > limits.max_file_bytes:
+                    yield Dropped(path, "too_large", f"more than {limits.max_file_bytes:,} bytes, unpacked")
+                    return
+                if record.headers.get("warc-type", "").lower() != kind:
+                    continue
+                id = f"{path}#{record.place}"
+                if record.block is None:
+                    yield Dropped(id, "too_large", f"{record.size:,} bytes")
+                else:
+                    yield make(id, _columns(record.headers), record.block, limits)
+            return
+        except Broken as e:
+            yield Dropped(f"{path}#{e.place}", e.reason, e.detail)
+            if not archive.resume():
+                return
+    yield Dropped(path, "corrupt", f"more than {MOST_BREAKS:,} broken places; what is behind them is not read")
+
+
+def _columns(headers: dict[str, str]) -> dict[str, Any]:
+    names = {"url": "warc-target-uri", "date": "warc-date", "record_id": "warc-record-id",
+             "crawl_languages": "warc-identified-content-language"}  # fmt: skip
+    return {name: value.strip("<>") for name, header in names.items() if (value := headers.get(header))}

@@ -1,0 +1,48 @@
+"""Finds stages by the names that pipeline files give them: a file of `heliostat.curation.stages` is a stage."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from heliostat.config.schema import explain, nearest
+from heliostat.curation.stage import Stage
+
+STAGES = "heliostat.curation.stages"  # imported one by one, when named
+
+
+def names() -> list[str]:
+    """Lists the stages there are, sorted."""
+    return sorted(
+        m.name
+        for m in pkgutil.iter_modules([str(Path(__file__).parent / "stages")])
+        if not m.name.startswith("_") and not m.ispkg
+    )
+
+
+def find(name: str) -> type[Stage]:
+    """Finds a stage's class; ValueError that names the nearest if there is none."""
+    if name not in names():
+        raise ValueError(f"{name!r} is not a stage{nearest(name, names())}")
+    module = importlib.import_module(f"{STAGES}.{name}")
+    (found,) = (
+        c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Stage) and c.__module__ == module.__name__
+    )
+    return found
+
+
+def parse(raw: Any) -> Stage:
+    """Makes a stage of its entry in a pipeline file, `{stage: NAME, KEY: VALUE}`; ValueError that says what is wrong."""
+    if isinstance(raw, Stage):
+        return raw
+    if not isinstance(raw, dict) or not isinstance(raw.get("stage"), str):
+        raise ValueError(f"{raw!r} is no stage; write it as {{stage: NAME, KEY: VALUE}}")
+    cls = find(raw["stage"])
+    try:
+        return cls.model_validate({key: value for key, value in raw.items() if key != "stage"})
+    except ValidationError as e:
+        raise ValueError(f"{raw['stage']}: {'; '.join(explain(e, cls))}") from e

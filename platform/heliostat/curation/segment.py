@@ -1,0 +1,209 @@
+"""Runs the stages between two places where documents are compared: over pieces of the input, or over what was spilled before.
+
+A segment's task reads documents, runs the stages, and spills what is left in runs, each sorted by the hash of its texts and no
+larger than a share of `memory_limit`. What is left out goes to a spill of its own, and what the stages did to a tally.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from heliostat.curation import registry, spill, tally
+from heliostat.curation.chain import Chain, batches, bytes_of
+from heliostat.curation.pieces import Part
+from heliostat.curation.stage import Document, Dropped
+from heliostat.storage import Location
+
+RUN = pa.schema(
+    [("key", pa.uint64()), ("row", pa.uint32()), ("hash", pa.binary(32)), ("id", pa.string()), ("bytes", pa.int64()),
+     ("columns", pa.string()), ("text", pa.large_string())]
+)  # fmt: skip
+LEFT_OUT = pa.schema(
+    [("key", pa.uint64()), ("id", pa.string()), ("stage", pa.string()), ("reason", pa.string()), ("detail", pa.string()),
+     ("measures", pa.string()), ("hash", pa.string())]
+)  # fmt: skip
+READ, FINISH = "read", "finish"  # the stages at which reading leaves something out, and what is asked of texts after the stages
+LEFT_OUT_ROWS = 100_000  # that are held before they are spilled
+EXAMPLES = 3  # ids that are told for each reason
+Entry = dict[str, Any]  # of a stage, as in a pipeline file
+DECIDED = pa.schema([("key", pa.uint64()), ("row", pa.uint32())])
+
+
+class Source(Protocol):
+    """Reads an input's documents in a task; an object that travels to it."""
+
+    def read(self, part: Part) -> Iterator[Document | Dropped]:
+        """Yields the documents of a part of the input, and what is left out."""
+        ...
+
+    def finish(self, document: Document) -> Document | Dropped:
+        """Returns a document as it is to be stored, after the stages."""
+        ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """Names a spilled run of documents, and the spills of those of its rows that were decided against since."""
+
+    name: str
+    rows: int
+    bytes: int
+    decided: tuple[str, ...] = ()
+
+
+def key_of(id: str) -> int:
+    """Computes the key by which a document's records are found: the hash of its id."""
+    return xxhash.xxh64_intdigest(id.encode("utf-8", "surrogatepass"))
+
+
+def survivors(
+    folder: Location, run: Run, low: int = 0, high: int = spill.ALL, columns: list[str] | None = None
+) -> Iterator[pa.Table]:
+    """Yields the run's documents of a range of keys, without those that were decided against."""
+    decided = [t["row"].to_numpy() for name in run.decided for t in spill.read(folder, name, low, high)]
+    gone = np.unique(np.concatenate(decided)) if decided else np.zeros(0, np.uint32)
+    for table in spill.read(folder, run.name, low, high, None if columns is None else ["row", *columns]):
+        yield spill.without(table, gone)
+
+
+def over_pieces(folder: Location, piece: list[Part], source: Source, stages: list[Entry], run_bytes: int,
+                explained: bool) -> dict[str, Any]:  # fmt: skip
+    """Runs a segment over a piece of the input; if `explained`, it also counts what was read."""
+    chain = Chain([registry.parse(entry) for entry in stages])
+    documents = (d for part in piece for d in source.read(part))
+    return _run(folder, counted(documents, chain.tally) if explained else documents, source, chain, run_bytes)
+
+
+def over_run(folder: Location, run: Run, source: Source, stages: list[Entry], first: int, run_bytes: int) -> dict[str, Any]:
+    """Runs a segment over a run of the segment before, from stage `first` on."""
+    return _run(folder, _documents(folder, run), source, Chain([registry.parse(e) for e in stages], first), run_bytes)
+
+
+def counted(documents: Iterable[Document | Dropped], counts: tally.Tally) -> Iterator[Document | Dropped]:
+    """Counts documents as they are read."""
+    found = tally.entry(counts, READ)
+    for item in documents:
+        found["documents"] += 1
+        if isinstance(item, Dropped):
+            found["dropped"][item.reason] = found["dropped"].get(item.reason, 0) + 1
+        else:
+            found["kept"] += 1
+            found["kept_bytes"] += bytes_of(item)
+        yield item
+    found["bytes"] = found["kept_bytes"]  # of what was left out nobody knows them
+
+
+def _documents(folder: Location, run: Run) -> Iterator[Document]:
+    for table in survivors(folder, run, columns=["id", "columns", "text"]):
+        for row in table.select(["id", "columns", "text"]).to_pylist():
+            yield Document(row["id"], row["text"], json.loads(row["columns"]) if row["columns"] else {})
+
+
+def _run(folder: Location, documents: Iterable[Document | Dropped], source: Source, chain: Chain,
+         run_bytes: int) -> dict[str, Any]:  # fmt: skip
+    out = Spiller(folder, run_bytes)
+    for batch, left_out in batches(documents):
+        for item in left_out:
+            out.leave_out(item.id, READ, item.reason, item.detail)
+        kept, dropped = chain.run(batch)
+        for id, stage, reason, detail, measures in dropped:
+            out.leave_out(id, stage, reason, detail, measures)
+        for document in kept:
+            made = source.finish(document) if chain.stages else document
+            if isinstance(made, Dropped):
+                found = tally.entry(chain.tally, FINISH)["dropped"]
+                found[made.reason] = found.get(made.reason, 0) + 1
+                out.leave_out(made.id, FINISH, made.reason, made.detail)
+            else:
+                out.add(made)
+    return out.record(chain.tally)
+
+
+@dataclass
+class Spiller:
+    """Collects a task's documents, and what it leaves out, and spills both whenever much is held."""
+
+    folder: Location
+    run_bytes: int
+    runs: list[Run] = field(default_factory=list)
+    spilled: list[str] = field(default_factory=list)  # of what was left out
+    held: list[tuple[bytes, str, int, str | None, str]] = field(default_factory=list)
+    out: list[dict[str, Any]] = field(default_factory=list)
+    size: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, document: Document) -> None:
+        assert isinstance(document.text, str)
+        raw = document.text.encode()
+        columns = json.dumps(document.columns, sort_keys=True, default=str) if document.columns else None
+        self.held.append((hashlib.sha256(raw).digest(), document.id, len(raw), columns, document.text))
+        self.size += len(raw) + 200
+        if self.size >= self.run_bytes:
+            self.spill()
+
+    def leave_out(self, id: str, stage: str, reason: str, detail: str, measures: dict[str, float] | None = None) -> None:
+        self.out.append({"key": key_of(id), "id": id, "stage": stage, "reason": reason, "detail": detail,
+                         "measures": json.dumps(measures) if measures else None})  # fmt: skip
+        name = reason if stage in (READ, FINISH) else f"{stage}: {reason}"
+        self.reasons[name] += 1
+        self.examples[name] = heapq.nsmallest(EXAMPLES, [*self.examples.get(name, []), id])
+        if len(self.out) >= LEFT_OUT_ROWS:
+            self.spill_left_out()
+
+    def spill(self) -> None:
+        """Writes what is held as a run: sorted by hash, then id, and numbered in that order."""
+        self.held.sort(key=lambda row: (row[0], row[1]))
+        hashes, ids, sizes, columns, texts = zip(*self.held, strict=True)
+        keys = np.frombuffer(b"".join(hashes), ">u8")[::4].astype(np.uint64)
+        table = pa.Table.from_arrays(
+            [pa.array(values, kind.type) for values, kind in
+             zip((keys, range(len(ids)), hashes, ids, sizes, columns, texts), RUN, strict=True)], schema=RUN,
+        )  # fmt: skip
+        self.runs.append(Run(spill.write(self.folder, table, ("row",)), len(ids), sum(sizes)))
+        self.held, self.size = [], 0
+
+    def spill_left_out(self) -> None:
+        table = pa.Table.from_pylist(self.out, LEFT_OUT)
+        self.spilled.append(spill.write(self.folder, table, ("id", "stage", "reason", "detail")))
+        self.out = []
+
+    def record(self, tally: dict[str, Any]) -> dict[str, Any]:
+        """Spills the rest and returns the task's record."""
+        if self.held:
+            self.spill()
+        if self.out:
+            self.spill_left_out()
+        told = store(self.folder, tally) if tally else None
+        return {
+            "runs": [[run.name, run.rows, run.bytes] for run in self.runs],
+            "left_out": self.spilled,
+            "reasons": dict(sorted(self.reasons.items())),
+            "examples": dict(sorted(self.examples.items())),
+            "tally": told,
+            "files": [*(run.name for run in self.runs), *self.spilled, *([told] if told else [])],
+        }
+
+
+def store(folder: Location, value: Any) -> str:
+    """Writes JSON values to the spill folder under the name of their content."""
+    data = json.dumps(value, sort_keys=True).encode()
+    digest = hashlib.sha256(data).hexdigest()
+    name = f"{digest[:2]}/{digest[:32]}.json"
+    folder.join(name).write(data)
+    return name
+
+
+def load(folder: Location, name: str) -> Any:
+    """Reads what `store` wrote."""
+    return json.loads(folder.join(name).read())

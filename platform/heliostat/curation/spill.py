@@ -1,0 +1,86 @@
+"""Spills tables to the work folder, sorted by a 64-bit key, and reads ranges of keys back: the only shuffle there is.
+
+A task writes what it made as a file named after its content; a later task reads its range of keys out of every such file. So
+nothing is sorted as a whole, a task holds its range alone, and a task that runs twice writes the same file twice. Row groups are
+small and carry the least and greatest key, so that a range costs its own bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from heliostat.storage import Location
+
+GROUP_BYTES = 512 << 10  # of a row group, before compression
+ALL = 1 << 64
+
+
+def write(folder: Location, table: pa.Table, order: tuple[str, ...] = ()) -> str:
+    """Sorts a table by `key` (uint64), then by the columns of `order`, and writes it; returns the file's name in the folder."""
+    data = encode(table, order)
+    digest = hashlib.sha256(data).hexdigest()
+    name = f"{digest[:2]}/{digest[:32]}.parquet"
+    folder.join(name).write(data)
+    return name
+
+
+def encode(table: pa.Table, order: tuple[str, ...] = ()) -> bytes:
+    """Sorts a table by `key`, then by the columns of `order`, and returns it as a file whose ranges of keys can be read."""
+    table = table.sort_by([(name, "ascending") for name in ("key", *order)])
+    sink = pa.BufferOutputStream()
+    rows = max(1, GROUP_BYTES * len(table) // max(1, table.nbytes))
+    pq.write_table(table, sink, compression="zstd", use_dictionary=False, write_statistics=["key"], row_group_size=rows)
+    return sink.getvalue().to_pybytes()
+
+
+def read(folder: Location, name: str, low: int = 0, high: int = ALL, columns: list[str] | None = None) -> Iterator[pa.Table]:
+    """Yields the rows with low <= key < high of a file, a row group at a time."""
+    place = folder.join(name)
+    wanted = None if columns is None else list(dict.fromkeys(["key", *columns]))
+    with place.open() as source:
+        file = pq.ParquetFile(source)
+        for group in _overlapping(file.metadata, low, high):
+            table = place.attempt(lambda group=group: file.read_row_group(group, columns=wanted, use_threads=False))
+            keys = table["key"].to_numpy()
+            start, stop = (int(np.searchsorted(keys, np.uint64(low))), len(keys) if high >= ALL else
+                           int(np.searchsorted(keys, np.uint64(high))))  # fmt: skip
+            if start < stop:
+                yield table.slice(start, stop - start)
+
+
+def _overlapping(metadata: pq.FileMetaData, low: int, high: int) -> list[int]:
+    """Lists the row groups whose keys may lie in the range, by their statistics."""
+    place = metadata.schema.names.index("key") if metadata.num_row_groups else 0
+    found = []
+    for group in range(metadata.num_row_groups):
+        seen = metadata.row_group(group).column(place).statistics
+        if seen is None or not seen.has_min_max or (seen.min < high and seen.max >= low):
+            found.append(group)
+    return found
+
+
+def share(part: int, parts: int) -> tuple[int, int]:
+    """Computes the range of keys of one of several equal parts of all keys."""
+    return -(-part * ALL // parts), -(-(part + 1) * ALL // parts)
+
+
+def mixed(values: np.ndarray) -> np.ndarray:
+    """Mixes 64-bit numbers (splitmix64's finaliser), so that equal shares of the range hold about as many of them."""
+    z = values.astype(np.uint64)
+    with np.errstate(over="ignore"):
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def without(table: pa.Table, dropped: np.ndarray) -> pa.Table:
+    """Removes the rows whose `row` is one of the dropped."""
+    if not len(dropped):
+        return table
+    return table.filter(pc.invert(pc.is_in(table["row"], value_set=pa.array(dropped, table.schema.field("row").type))))

@@ -1,0 +1,93 @@
+"""Drops documents that hold words of a list, as C4 does (Raffel et al. 2020, arXiv 1910.10683, section 2.2).
+
+The lists are files, one word or phrase a line; none comes with heliostat. A word is found whatever the case and as a whole word:
+what stands before and behind is no letter, digit or underscore. For languages without spaces, `whole_words: false` finds it
+anywhere. A document with more than `max_found` of them, repeated ones counted each time, is dropped.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from heliostat.curation import files
+from heliostat.curation.filtering import text_of
+from heliostat.curation.stage import Document, Outcome, Stage, Work
+
+_WORD = re.compile(r"\w+")
+
+
+class BadWords(Stage):
+    """Drops documents that hold words of a list (Raffel et al. 2020)."""
+
+    reasons: ClassVar[dict[str, str]] = {"bad_word": "more words of the lists than max_found"}
+    thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"bad_words": ("max_found",)}
+
+    lists: list[str] = Field(min_length=1)
+    """Files of words and phrases, one a line."""
+    whole_words: bool = True
+    """Finds whole words only; false for languages that put no spaces between words."""
+    max_found: int = Field(0, ge=0)
+    """Documents with more of them are dropped (`bad_word`)."""
+
+    def identity(self) -> dict[str, Any]:
+        return files.digests(super().identity(), self, "lists")
+
+    def check(self) -> None:
+        self._entries()
+
+    def _entries(self) -> list[str]:
+        return sorted({entry.lower() for path in self.lists for entry in files.entries("lists", path)})
+
+    def open(self) -> Work:
+        find = _whole_words(self._entries()) if self.whole_words else _anywhere(self._entries())
+
+        def outcome(document: Document) -> Outcome:
+            found = find(text_of(document).lower())
+            measures = {"bad_words": len(found)}
+            if len(found) > self.max_found:
+                return Outcome(None, "bad_word", ", ".join(sorted(set(found))[:3]), measures)
+            return Outcome(document, measures=measures)
+
+        return lambda documents: [outcome(d) for d in documents]
+
+
+def _whole_words(entries: list[str]):
+    """Returns a function that finds entries as whole words: their words are looked up, and the text around compared."""
+    single = {e for e in entries if _WORD.fullmatch(e)}
+    phrases = defaultdict[str, list[str]](list)
+    for entry in entries:
+        if entry not in single:
+            first = _WORD.search(entry)
+            phrases[first[0] if first else ""].append(entry)
+    signs = phrases.pop("", [])
+
+    def find(text: str) -> list[str]:
+        words = _WORD.findall(text)
+        seen = set(words)
+        found = [w for w in words if w in single] if not single.isdisjoint(seen) else []
+        near = [p for first in seen & phrases.keys() for p in phrases[first]] + signs
+        return found + [p for p in near for _ in range(_count(text, p))]
+
+    return find
+
+
+def _count(text: str, phrase: str) -> int:
+    """Counts the places where a phrase stands by itself."""
+    found, at = 0, text.find(phrase)
+    while at >= 0:
+        end = at + len(phrase)
+        found += not _joins(text[at - 1 : at]) and not _joins(text[end : end + 1])
+        at = text.find(phrase, end)
+    return found
+
+
+def _joins(character: str) -> bool:
+    return character.isalnum() or character == "_"
+
+
+def _anywhere(entries: list[str]):
+    return lambda text: [e for e in entries if e in text for _ in range(text.count(e))]

@@ -1,0 +1,96 @@
+"""Removes lines that are no sentences, and drops documents with too few left: C4 (Raffel et al. 2020, arXiv 1910.10683, section
+2.2).
+
+A line stays if it ends with a terminal mark (. ! ? or a quote; not an ellipsis), has at least three words, none of more than
+1,000 characters, and mentions neither JavaScript nor a privacy or cookie policy; marks of citations ([1], [edit]) are taken out
+of it. A document is dropped if one of its lines has a curly bracket or "lorem ipsum", or if fewer than five sentences are left.
+Decisions and texts agree with datatrove's C4QualityFilter: docs/benchmarks/curation-stages.md. The paper's list of bad words is
+the stage `bad_words`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import ClassVar
+
+from pydantic import Field
+
+from heliostat.curation.english import sentences
+from heliostat.curation.filtering import text_of
+from heliostat.curation.stage import Document, Outcome, Stage, Work
+
+_CITATION = re.compile(r"\[(?:\d*|edit|citation needed)\]")
+_ENDS = (".", "?", "!", '"', "'")
+_POLICIES = re.compile(r"terms of use|privacy policy|cookie policy|uses cookies|use of cookies|use cookies")
+
+
+class C4(Stage):
+    """Removes lines that are no sentences (Raffel et al. 2020)."""
+
+    reasons: ClassVar[dict[str, str]] = {
+        "lorem_ipsum": "a line with `lorem ipsum`",
+        "curly_bracket": "a line with a curly bracket",
+        "few_sentences": "fewer sentences in the lines that stay than min_sentences",
+    }
+    thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"sentences": ("min_sentences",)}
+
+    terminal_marks: bool = True
+    """Removes lines that do not end with a terminal mark."""
+    min_line_words: int = Field(3, ge=0)
+    """Lines of fewer words are removed."""
+    max_word_chars: int = Field(1000, ge=1)
+    """Lines with a longer word are removed."""
+    min_sentences: int = Field(5, ge=0)
+    """Documents of fewer sentences, in the lines that stay, are dropped (`few_sentences`); 0 drops none."""
+    javascript: bool = True
+    """Removes lines that mention JavaScript."""
+    policies: bool = True
+    """Removes lines that mention terms of use, or a privacy or cookie policy."""
+    citations: bool = True
+    """Takes marks such as [1] and [citation needed] out of lines."""
+    curly_brackets: bool = True
+    """Drops documents with a curly bracket (`curly_bracket`)."""
+    lorem_ipsum: bool = True
+    """Drops documents with `lorem ipsum` (`lorem_ipsum`)."""
+
+    def open(self) -> Work:
+        return lambda documents: [self.outcome(d) for d in documents]
+
+    def outcome(self, document: Document) -> Outcome:
+        """Removes a document's lines, or drops it."""
+        kept, found, removed = list[str](), 0, Counter[str]()
+        for line in text_of(document).splitlines():
+            line = line.strip()
+            why, line = self._line(line)
+            if why in self.reasons:
+                return Outcome(None, why, measures={"sentences": found})
+            if why:
+                removed[why] += 1
+                continue
+            found += sentences.count(line)
+            kept.append(line)
+        if found < self.min_sentences:
+            return Outcome(None, "few_sentences", measures={"sentences": found}, counts=dict(removed))
+        document.text = "\n".join(kept).strip()
+        return Outcome(document, measures={"sentences": found}, counts=dict(removed))
+
+    def _line(self, line: str) -> tuple[str, str]:
+        """Returns why a line is removed, or drops its document ("" if it stays), and the line."""
+        if len(line) > self.max_word_chars and max(map(len, line.split())) > self.max_word_chars:
+            return "lines_of_long_words", line
+        short = _CITATION.sub("", line) if self.citations and "[" in line else line
+        if self.terminal_marks and (not short.endswith(_ENDS) or short.endswith("...")):
+            return "lines_without_terminal_mark", line
+        if len(line.split(None, self.min_line_words)) < self.min_line_words:
+            return "short_lines", line
+        small = short.lower()
+        if self.lorem_ipsum and "lorem ipsum" in small:
+            return "lorem_ipsum", line
+        if self.javascript and "javascript" in small:
+            return "javascript_lines", line
+        if self.curly_brackets and "{" in short:
+            return "curly_bracket", line
+        if self.policies and _POLICIES.search(small):
+            return "policy_lines", line
+        return "", short

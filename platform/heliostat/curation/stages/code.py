@@ -1,0 +1,135 @@
+"""Drops source files that nobody wrote: StarCoder's filters (Li et al. 2023, arXiv 2305.06161, section 3.1; Lozhkov et al.
+2024).
+
+Dropped are files of more than 100,000 lines, with lines of more than 100 characters in the mean or one of more than 1,000 (not
+of HTML, JSON, Markdown and the like: there one of more than 100,000), with fewer than 25 % letters or digits, with encoded data
+(base64, hexadecimal, escapes) in a run of more than 1,024 characters or in half of them, XML, data files of 512 lines or more,
+HTML of which less than 20 % is visible; and, by name or first lines, generated, minified and vendored ones. `language` becomes
+a column.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import ClassVar
+
+from pydantic import Field
+
+from heliostat.config.schema import Float
+from heliostat.curation import code_languages
+from heliostat.curation.filtering import first_failed, text_of
+from heliostat.curation.stage import Document, Outcome, Stage, Work
+
+LONG_LINES = {"HTML", "JSON", "Markdown", "Roff", "SMT", "TeX", "Text", "XML"}  # may have long lines
+FEW_LETTERS = {"Assembly", "WebAssembly"}
+DATA = {"Text", "JSON", "YAML", "Web Ontology Language", "Graphviz (DOT)"}
+_ENCODED = re.compile(
+    r"[a-zA-Z0-9+/\n=]{64,}|(?:\\u[0-9a-fA-F]{4}){8,}|(?:(?:0x|\\x)?[0-9a-fA-F]{2}[, \n]{1,2}){8,}|(?:\\x[0-9a-fA-F]{2}){8,}"
+)
+_TAG = re.compile(r"<[^<>]*>")
+
+
+class Code(Stage):
+    """Drops source files that nobody wrote (Li et al. 2023)."""
+
+    reasons: ClassVar[dict[str, str]] = {
+        "empty": "no character in it",
+        "vendored": "a path that other people's code is put at",
+        "generated": "a name, or one of the first five lines, that says a program wrote it",
+        "minified": "a name that says it is minified",
+        "other_language": "a language that is not in `languages`",
+        "many_lines": "more lines than max_lines",
+        "long_lines": "lines that are longer in the mean than max_mean_line",
+        "long_line": "a line that is longer than max_line (max_text_line of HTML, JSON, Markdown and the like)",
+        "few_letters": "a smaller share of letters and digits than min_alphanumeric",
+        "encoded": "encoded data in a run of more than max_encoded_run characters, or more than max_encoded of them",
+        "xml": "an XML declaration in the first 100 characters",
+        "data": "text, JSON or YAML of more than max_data_lines lines",
+        "invisible": "HTML with a smaller share, or fewer characters, of visible text than min_visible and 100",
+    }
+    thresholds: ClassVar[dict[str, tuple[str, ...]]] = {
+        "lines": ("max_lines",),
+        "mean_line": ("max_mean_line",),
+        "longest_line": ("max_line",),
+        "alphanumeric": ("min_alphanumeric",),
+        "encoded": ("max_encoded",),
+    }
+
+    languages: list[str] = []
+    """The languages that are kept, by GitHub's names; empty: all."""
+    max_lines: int = Field(100_000, ge=1)
+    """Files of more lines are dropped (`many_lines`)."""
+    max_mean_line: Float = Field(100.0, gt=0)
+    """The most characters of a line, in the mean (`long_lines`)."""
+    max_line: int = Field(1000, ge=1)
+    """The most characters of one line (`long_line`)."""
+    max_text_line: int = Field(100_000, ge=1)
+    """The same of HTML, JSON, Markdown, Roff, SMT, TeX, text and XML, whose mean does not count."""
+    min_alphanumeric: Float = Field(0.25, ge=0, le=1)
+    """The least share of letters and digits (`few_letters`); assembly is not held to it."""
+    max_encoded: Float = Field(0.5, ge=0, le=1)
+    """The largest share of characters in runs of encoded data (`encoded`)."""
+    max_encoded_run: int = Field(1024, ge=64)
+    """The most characters of one such run."""
+    max_data_lines: int = Field(512, ge=1)
+    """Text, JSON, YAML, OWL and DOT of more lines are dropped (`data`)."""
+    min_visible: Float = Field(0.2, ge=0, le=1)
+    """The least share of visible text in HTML (`invisible`)."""
+    vendored: bool = True
+    """Drops vendored files."""
+    generated: bool = True
+    """Drops generated files."""
+    minified: bool = True
+    """Drops minified files."""
+
+    def open(self) -> Work:
+        return lambda documents: [self.outcome(d) for d in documents]
+
+    def outcome(self, document: Document) -> Outcome:
+        """Measures a file and keeps it, with its language as a column, or drops it."""
+        text, path = text_of(document), str(document.columns.get("path", document.id))
+        if not text:
+            return Outcome(None, "empty")
+        said = document.columns.get("language")
+        language = said if isinstance(said, str) and said in KNOWN else code_languages.language_of(path, text)
+        reason = first_failed(
+            (self.vendored and code_languages.is_vendored(path), "vendored"),
+            (self.generated and code_languages.is_generated(path, text), "generated"),
+            (self.minified and code_languages.is_minified(path), "minified"),
+            (bool(self.languages) and language not in self.languages, "other_language"),
+        )
+        if reason:
+            return Outcome(None, reason, language)
+        reason, measures = self._judge(text, language)
+        if not reason and language:
+            document.columns["language"] = language
+        return Outcome(None if reason else document, reason, language if reason else "", measures)
+
+    def _judge(self, text: str, language: str) -> tuple[str, dict[str, float]]:
+        lengths = [len(line) for line in text.splitlines()] or [0]
+        runs = [found.end() - found.start() for found in _ENCODED.finditer(text)]
+        m = {
+            "lines": len(lengths),
+            "mean_line": sum(lengths) / len(lengths),
+            "longest_line": max(lengths),
+            "alphanumeric": sum(map(str.isalnum, text)) / len(text),
+            "encoded": sum(runs) / len(text),
+        }
+        prose = language in LONG_LINES
+        return first_failed(
+            (m["lines"] > self.max_lines, "many_lines"),
+            (not prose and m["mean_line"] > self.max_mean_line, "long_lines"),
+            (m["longest_line"] > (self.max_text_line if prose else self.max_line), "long_line"),
+            (m["alphanumeric"] < self.min_alphanumeric and language not in FEW_LETTERS, "few_letters"),
+            (m["encoded"] > self.max_encoded or max(runs, default=0) > self.max_encoded_run, "encoded"),
+            (language not in ("XSLT", "SVG") and "<?xml version=" in text[:100], "xml"),
+            (language in DATA and m["lines"] > self.max_data_lines, "data"),
+            (language == "HTML" and self._invisible(text), "invisible"),
+        ), m
+
+    def _invisible(self, text: str) -> bool:
+        visible = len("".join(_TAG.sub("", text).split()))
+        return visible < 100 or visible < self.min_visible * len(text)
+
+
+KNOWN = set(code_languages.BY_SUFFIX.values()) | set(code_languages.BY_NAME.values())

@@ -1,0 +1,75 @@
+"""Drops documents that hold text of evaluation sets: shared n-grams of 13 words (Brown et al. 2020, arXiv 2005.14165, appendix
+C).
+
+Words are runs of letters and digits in small letters, so that punctuation, case and line ends hide nothing. The sets are files:
+JSON lines (all strings of an example, or `fields`), or text whose paragraphs are examples. Examples of fewer words than `n`
+cannot be found, and are counted when the run is checked. A document with at least `min_hits` shared n-grams is dropped; its
+detail lists the first hits: the set, its example, and the word of the document. GPT-3 cut them out and dropped what fell into
+ten pieces.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from heliostat.curation import decontamination, files
+from heliostat.curation.filtering import text_of
+from heliostat.curation.stage import Document, Outcome, Stage, Work
+
+log = logging.getLogger(__name__)
+LISTED = 5  # hits that a document's detail names
+
+
+class Decontaminate(Stage):
+    """Drops documents that hold text of evaluation sets (Brown et al. 2020)."""
+
+    reasons: ClassVar[dict[str, str]] = {"contaminated": "at least min_hits n-grams of an evaluation set"}
+    thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"hits": ("min_hits",)}
+
+    sets: dict[str, str] = Field(min_length=1)
+    """The evaluation sets: a name for each, and its file."""
+    fields: list[str] = []
+    """The fields of JSON lines that are compared; empty: all strings."""
+    n: int = Field(13, ge=2, le=100)
+    """The words of an n-gram."""
+    min_hits: int = Field(1, ge=1)
+    """Documents that share so many n-grams are dropped (`contaminated`)."""
+
+    def identity(self) -> dict[str, Any]:
+        return files.digests(super().identity(), self, "sets")
+
+    def check(self) -> None:
+        for name, count in self._index()[1].items():
+            log.warning("decontaminate: %d examples of %s have fewer than %d words and cannot be found", count, name, self.n)
+
+    def _index(self) -> tuple[decontamination.Index, dict[str, int]]:
+        return decontamination.index(
+            {name: (path, files.read("sets", path)) for name, path in self.sets.items()}, self.fields, self.n
+        )
+
+    def open(self) -> Work:
+        index, hashes = self._index()[0], decontamination.Hashes(self.n)
+
+        def outcome(document: Document) -> Outcome:
+            grams = hashes.grams(text_of(document))
+            hits = index.hits(grams)
+            measures = {"hits": len(hits), "hit_share": len(hits) / len(grams) if len(grams) else 0.0}
+            if len(hits) < self.min_hits:
+                return Outcome(document, measures=measures)
+            return Outcome(None, "contaminated", _listed(index, grams, hits), measures)
+
+        return lambda documents: [outcome(d) for d in documents]
+
+
+def _listed(index: decontamination.Index, grams, hits) -> str:
+    """Lists the first hit of each example, as `set#example at word N`."""
+    seen = dict[str, int]()
+    for at in hits.tolist():
+        seen.setdefault(index.name(grams[at]), at + 1)
+        if len(seen) > LISTED:
+            break
+    more = len(seen) > LISTED
+    return "; ".join(f"{name} at word {at:,}" for name, at in list(seen.items())[:LISTED]) + ("; and more" if more else "")

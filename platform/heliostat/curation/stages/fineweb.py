@@ -1,0 +1,70 @@
+"""Drops documents that look like lists: FineWeb's own quality filter (Penedo et al. 2024, arXiv 2406.17557, section 3.6).
+
+Dropped is a document of which fewer than 12 % of lines end with a terminal mark; of which more than 67 % of lines have at most 30
+characters; of which more than 1 % of characters are in lines that were there before (the paper, and its code, count lines after
+duplicates across documents are gone); or with more than 0.3 line ends a word. Lines of white space alone do not count. Decisions
+agree with datatrove's FineWebQualityFilter: docs/benchmarks/curation-stages.md.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from heliostat.config.schema import Float
+from heliostat.curation.english.words import TERMINALS, shared
+from heliostat.curation.filtering import by_text, first_failed
+from heliostat.curation.repetition import duplicates
+from heliostat.curation.stage import Stage, Work
+
+
+class FineWeb(Stage):
+    """Drops documents that look like lists (Penedo et al. 2024)."""
+
+    reasons: ClassVar[dict[str, str]] = {
+        "empty": "no line with anything in it",
+        "few_terminal_marks": "a smaller share of lines with a terminal mark than min_terminal_lines",
+        "short_lines": "a larger share of short lines than max_short_lines",
+        "duplicate_chars": "a larger share of characters in lines that were there before than max_duplicate_chars",
+        "line_ends": "more line ends a word than max_line_ends",
+    }
+    thresholds: ClassVar[dict[str, tuple[str, ...]]] = {
+        "terminal_lines": ("min_terminal_lines",),
+        "short_lines": ("max_short_lines",),
+        "duplicate_chars": ("max_duplicate_chars",),
+        "line_ends": ("max_line_ends",),
+    }
+
+    min_terminal_lines: Float = Field(0.12, ge=0, le=1)
+    """The least share of lines that end with a terminal mark, of any script (`few_terminal_marks`)."""
+    max_short_lines: Float = Field(0.67, ge=0, le=1)
+    """The largest share of short lines (`short_lines`)."""
+    short_line_chars: int = Field(30, ge=0)
+    """A line of at most so many characters is short."""
+    max_duplicate_chars: Float = Field(0.01, ge=0, le=1)
+    """The largest share of characters in lines that were there before (`duplicate_chars`)."""
+    max_line_ends: Float = Field(0.3, ge=0)
+    """The most line ends a word (`line_ends`)."""
+
+    def open(self) -> Work:
+        return by_text(self.judge)
+
+    def judge(self, text: str) -> tuple[str, dict[str, float]]:
+        """Measures a text, and names the first rule that it fails."""
+        lines = [line for line in text.split("\n") if line and not line.isspace()]
+        if not lines:
+            return "empty", {}
+        ends, words = text.count("\n"), len(shared.numbers(text))
+        m = {
+            "terminal_lines": sum(line[-1] in TERMINALS for line in lines) / len(lines),
+            "short_lines": sum(len(line) <= self.short_line_chars for line in lines) / len(lines),
+            "duplicate_chars": duplicates(lines)[2] / (len(text) - ends),
+            "line_ends": ends / words,
+        }
+        return first_failed(
+            (m["terminal_lines"] < self.min_terminal_lines, "few_terminal_marks"),
+            (m["short_lines"] > self.max_short_lines, "short_lines"),
+            (m["duplicate_chars"] > self.max_duplicate_chars, "duplicate_chars"),
+            (m["line_ends"] > self.max_line_ends, "line_ends"),
+        ), m

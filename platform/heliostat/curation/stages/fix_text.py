@@ -1,0 +1,65 @@
+"""Repairs text that was decoded wrongly ("âœ” No problems"), with ftfy (Speer 2019), as FineWeb applies it.
+
+Mojibake, C1 control characters, surrogates, terminal escapes and other control characters are repaired or removed, and HTML
+entities resolved in lines before the first `<`. What enforces a style is off, as in FineWeb: curly quotes, ligatures and
+full-width characters stay. Lines of plain ASCII without an entity or a control character are left as they are without being
+looked at, which changes nothing and is most of the time. Counted are the lines that were repaired.
+"""
+
+from __future__ import annotations
+
+import re
+
+from heliostat import extras
+from heliostat.curation.filtering import text_of
+from heliostat.curation.stage import Document, Outcome, Stage, Work
+
+_ODD = re.compile(r"[^\t\n\r -%'-~]")  # what ftfy may change something at
+
+
+class FixText(Stage):
+    """Repairs text that was decoded wrongly, with ftfy."""
+
+    uncurl_quotes: bool = False
+    """Makes curly quotes straight."""
+    fix_latin_ligatures: bool = False
+    """Makes two letters of ligatures such as ﬁ."""
+    fix_character_width: bool = False
+    """Makes full-width and half-width characters those of the usual width."""
+    unescape_html: bool = True
+    """Resolves HTML entities, in lines before the first `<`."""
+
+    def check(self) -> None:
+        extras.require("curation", "ftfy", what="stage fix_text")
+
+    def open(self) -> Work:
+        self.check()
+        import ftfy
+
+        config = ftfy.TextFixerConfig(
+            unescape_html="auto" if self.unescape_html else False, uncurl_quotes=self.uncurl_quotes,
+            fix_latin_ligatures=self.fix_latin_ligatures, fix_character_width=self.fix_character_width, fix_line_breaks=False,
+            normalization=None, explain=False,
+        )  # fmt: skip
+
+        def outcome(document: Document) -> Outcome:
+            text = text_of(document)
+            fixed, count = _fixed(text, config, ftfy.fix_text)
+            document.text = fixed
+            return Outcome(document, counts={"repaired_lines": count} if count else {})
+
+        return lambda documents: [outcome(d) for d in documents]
+
+
+def _fixed(text: str, config, fix) -> tuple[str, int]:
+    """Fixes the lines that have an odd character in them; entities only before the first `<`, as in the whole text."""
+    out, at, count, angle = list[str](), 0, 0, text.find("<")
+    while odd := _ODD.search(text, at):
+        start = text.rfind("\n", at, odd.start()) + 1 or at
+        end = text.find("\n", odd.start()) + 1 or len(text)
+        line = text[start:end]
+        fixed = fix(line, config._replace(unescape_html=False) if 0 <= angle < end else config)
+        count += fixed != line
+        out += (text[at:start], fixed)
+        at = end
+    return "".join([*out, text[at:]]), count

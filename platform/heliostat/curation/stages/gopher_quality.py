@@ -1,0 +1,116 @@
+"""Drops documents that do not look like prose: Gopher's quality filter (Rae et al. 2021, arXiv 2112.11446, appendix A.1.1).
+
+Kept is a document of 50 to 100,000 words, of 3 to 10 characters each in the mean, with at most 0.1 hash signs or ellipses a
+word, at most 90 % of lines that begin with a bullet and 30 % that end with an ellipsis, at least 80 % of words with a letter in
+them, and at least two of eight stop words. Words are English words as spaCy splits them (marks are words of their own); those
+that are nothing but marks do not count for number and length. Decisions agree with datatrove's filter of this name:
+docs/benchmarks/curation-stages.md.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from heliostat.config.schema import Float
+from heliostat.curation.english.words import shared
+from heliostat.curation.filtering import by_text, first_failed
+from heliostat.curation.stage import Stage, Work
+
+
+class GopherQuality(Stage):
+    """Drops documents that do not look like prose (Rae et al. 2021)."""
+
+    reasons: ClassVar[dict[str, str]] = {
+        "empty": "no word in it",
+        "few_words": "fewer words than min_words",
+        "many_words": "more words than max_words",
+        "short_words": "words that are shorter in the mean than min_word_length",
+        "long_words": "words that are longer in the mean than max_word_length",
+        "hashes": "more hash signs a word than max_symbols",
+        "ellipses": "more ellipses a word than max_symbols",
+        "bullets": "a larger share of lines that begin with a bullet than max_bullet_lines",
+        "ellipsis_lines": "a larger share of lines that end with an ellipsis than max_ellipsis_lines",
+        "few_letters": "a smaller share of words with a letter than min_alphabetic_words",
+        "few_stop_words": "fewer of the stop words than min_stop_words",
+    }
+    thresholds: ClassVar[dict[str, tuple[str, ...]]] = {
+        "words": ("min_words", "max_words"),
+        "word_length": ("min_word_length", "max_word_length"),
+        "hashes": ("max_symbols",),
+        "ellipses": ("max_symbols",),
+        "bullet_lines": ("max_bullet_lines",),
+        "ellipsis_lines": ("max_ellipsis_lines",),
+        "alphabetic_words": ("min_alphabetic_words",),
+        "stop_words": ("min_stop_words",),
+    }
+
+    min_words: int = Field(50, ge=0)
+    """Documents of fewer words are dropped (`few_words`)."""
+    max_words: int = Field(100_000, ge=0)
+    """Documents of more words are dropped (`many_words`)."""
+    min_word_length: Float = Field(3.0, ge=0)
+    """The least characters of a word, in the mean (`short_words`)."""
+    max_word_length: Float = Field(10.0, ge=0)
+    """The most characters of a word, in the mean (`long_words`)."""
+    max_symbols: Float = Field(0.1, ge=0)
+    """The most hash signs, and the most ellipses, a word (`hashes`, `ellipses`)."""
+    max_bullet_lines: Float = Field(0.9, ge=0, le=1)
+    """The largest share of lines that begin with a bullet (`bullets`)."""
+    max_ellipsis_lines: Float = Field(0.3, ge=0, le=1)
+    """The largest share of lines that end with an ellipsis (`ellipsis_lines`)."""
+    min_alphabetic_words: Float = Field(0.8, ge=0, le=1)
+    """The least share of words with a letter in them (`few_letters`)."""
+    min_stop_words: int = Field(2, ge=0)
+    """So many different stop words must be there (`few_stop_words`)."""
+    stop_words: list[str] = ["the", "be", "to", "of", "and", "that", "have", "with"]
+    """The stop words, in small letters as they are looked for."""
+
+    def open(self) -> Work:
+        return by_text(self.judge)
+
+    def judge(self, text: str) -> tuple[str, dict[str, float]]:
+        """Measures a text, and names the first rule that it fails."""
+        numbers = shared.numbers(text)
+        count = len(numbers)
+        lines = text.splitlines()
+        if not count or not lines:
+            return "empty", {"words": 0}
+        spoken = numbers[~shared.symbol[numbers]]
+        used = np.unique(numbers)
+        m = {
+            "words": len(spoken),
+            "word_length": float(shared.length[spoken].mean()) if len(spoken) else 0.0,
+            "hashes": text.count("#") / count,
+            "ellipses": (text.count("...") + text.count("…")) / count,
+            "bullet_lines": _share(lines, _begins_with_bullet) if "-" in text or "•" in text else 0.0,
+            "ellipsis_lines": _share(lines, _ends_with_ellipsis) if "..." in text or "…" in text else 0.0,
+            "alphabetic_words": float(shared.alphabetic[numbers].mean()),
+            "stop_words": int(np.isin([shared.number(w) for w in set(self.stop_words)], used).sum()),
+        }
+        return first_failed(
+            (m["words"] < self.min_words, "few_words"),
+            (m["words"] > self.max_words, "many_words"),
+            (m["word_length"] < self.min_word_length, "short_words"),
+            (m["word_length"] > self.max_word_length, "long_words"),
+            (m["hashes"] > self.max_symbols, "hashes"),
+            (m["ellipses"] > self.max_symbols, "ellipses"),
+            (m["bullet_lines"] > self.max_bullet_lines, "bullets"),
+            (m["ellipsis_lines"] > self.max_ellipsis_lines, "ellipsis_lines"),
+            (m["alphabetic_words"] < self.min_alphabetic_words, "few_letters"),
+            (m["stop_words"] < self.min_stop_words, "few_stop_words"),
+        ), m
+
+
+def _share(lines: list[str], matches) -> float:
+    return sum(map(matches, lines)) / len(lines)
+
+
+def _begins_with_bullet(line: str) -> bool:
+    return line.lstrip().startswith(("•", "-"))
+
+
+def _ends_with_ellipsis(line: str) -> bool:
+    return line.rstrip().endswith(("...", "…"))

@@ -1,0 +1,96 @@
+"""Drops documents that repeat themselves: Gopher's repetition filter (Rae et al. 2021, arXiv 2112.11446, table A1).
+
+Dropped is a document of which too much is lines or paragraphs that were there before (30 % of their number, 20 % of the
+characters); or the most frequent n-gram of 2, 3, 4 words (20, 18, 16 % of the characters); or n-grams of 5 to 10 words that
+were there before (15 to 10 %). Words are English words as spaCy splits them. Decisions agree with datatrove's filter of this
+name: docs/benchmarks/curation-stages.md.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from heliostat.config.schema import Float
+from heliostat.curation.english.words import shared
+from heliostat.curation.filtering import by_text
+from heliostat.curation.repetition import Repeats, duplicates
+from heliostat.curation.stage import Stage, Work
+
+Share = Annotated[Float, Field(ge=0, le=1)]
+TOP, DUPLICATE = range(2, 5), range(5, 11)
+
+
+class GopherRepetition(Stage):
+    """Drops documents that repeat themselves (Rae et al. 2021)."""
+
+    reasons: ClassVar[dict[str, str]] = {
+        "empty": "no character in it",
+        "lines": "more lines that were there before than max_duplicate_lines",
+        "paragraphs": "more paragraphs that were there before than max_duplicate_paragraphs",
+        "line_chars": "more characters in such lines than max_duplicate_line_chars",
+        "paragraph_chars": "more characters in such paragraphs than max_duplicate_paragraph_chars",
+        **{f"top_{n}_grams": f"the most frequent {n}-gram takes more characters than max_top_{n}_grams" for n in TOP},
+        **{f"{n}_grams": f"more characters in {n}-grams that were there before than max_duplicate_{n}_grams" for n in DUPLICATE},
+    }
+    thresholds: ClassVar[dict[str, tuple[str, ...]]] = {
+        "lines": ("max_duplicate_lines",),
+        "paragraphs": ("max_duplicate_paragraphs",),
+        "line_chars": ("max_duplicate_line_chars",),
+        "paragraph_chars": ("max_duplicate_paragraph_chars",),
+        **{f"top_{n}_grams": (f"max_top_{n}_grams",) for n in TOP},
+        **{f"{n}_grams": (f"max_duplicate_{n}_grams",) for n in DUPLICATE},
+    }
+
+    max_duplicate_lines: Share = 0.3
+    """The largest share of lines that were there before (`lines`)."""
+    max_duplicate_paragraphs: Share = 0.3
+    """The largest share of paragraphs that were there before (`paragraphs`)."""
+    max_duplicate_line_chars: Share = 0.2
+    """The largest share of characters in such lines (`line_chars`)."""
+    max_duplicate_paragraph_chars: Share = 0.2
+    """The largest share of characters in such paragraphs (`paragraph_chars`)."""
+    max_top_2_grams: Share = 0.2
+    """The largest share of characters that the most frequent pair of words takes."""
+    max_top_3_grams: Share = 0.18
+    """The same of three words."""
+    max_top_4_grams: Share = 0.16
+    """The same of four words."""
+    max_duplicate_5_grams: Share = 0.15
+    """The largest share of characters in n-grams of five words that were there before."""
+    max_duplicate_6_grams: Share = 0.14
+    """The same of six words."""
+    max_duplicate_7_grams: Share = 0.13
+    """The same of seven words."""
+    max_duplicate_8_grams: Share = 0.12
+    """The same of eight words."""
+    max_duplicate_9_grams: Share = 0.11
+    """The same of nine words."""
+    max_duplicate_10_grams: Share = 0.10
+    """The same of ten words."""
+
+    def open(self) -> Work:
+        return by_text(self.judge)
+
+    def judge(self, text: str) -> tuple[str, dict[str, float]]:
+        """Measures a text rule by rule, as far as the first that it fails."""
+        if not text:
+            return "empty", {}
+        size, measures = len(text), dict[str, float]()
+        parts, found, chars = duplicates(re.split(r"\n{2,}", text.strip()))
+        measures |= {"paragraphs": found / parts, "paragraph_chars": chars / size}
+        parts, found, chars = duplicates(re.split(r"\n+", text))
+        measures |= {"lines": found / parts, "line_chars": chars / size}
+        failed = self._failed(measures)
+        if failed:
+            return failed, measures
+        numbers = shared.numbers(text)
+        repeats = Repeats(numbers, shared.length[numbers])
+        measures |= {f"top_{n}_grams": repeats.top_chars(n) / size for n in TOP}
+        measures |= {f"{n}_grams": repeats.duplicate_chars(n) / size for n in DUPLICATE}
+        return self._failed(measures), measures
+
+    def _failed(self, measures: dict[str, float]) -> str:
+        return next((name for name, value in measures.items() if value > getattr(self, self.thresholds[name][0])), "")

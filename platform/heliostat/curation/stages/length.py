@@ -1,0 +1,69 @@
+"""Drops documents that are too short or too long, by characters, UTF-8 bytes, words or lines.
+
+Words are what stands between white space. Nothing is dropped by default: Gopher's 50 to 100,000 words are the stage
+`gopher_quality`'s, CCNet keeps 300 to 1,000,000 characters (Wenzek et al. 2019, arXiv 1911.00359).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field, model_validator
+
+from heliostat.curation.filtering import by_text
+from heliostat.curation.stage import Stage, Work
+
+UNITS = ("chars", "bytes", "words", "lines")
+
+
+class Length(Stage):
+    """Drops documents by their length."""
+
+    reasons: ClassVar[dict[str, str]] = {"short": "less than a least length", "long": "more than a largest length"}
+    thresholds: ClassVar[dict[str, tuple[str, ...]]] = {unit: (f"min_{unit}", f"max_{unit}") for unit in UNITS}
+
+    min_chars: int | None = Field(None, ge=0)
+    """The least characters (`short`)."""
+    max_chars: int | None = Field(None, ge=0)
+    """The most characters (`long`)."""
+    min_bytes: int | None = Field(None, ge=0)
+    """The least bytes of UTF-8 (`short`)."""
+    max_bytes: int | None = Field(None, ge=0)
+    """The most bytes of UTF-8 (`long`)."""
+    min_words: int | None = Field(None, ge=0)
+    """The least words (`short`)."""
+    max_words: int | None = Field(None, ge=0)
+    """The most words (`long`)."""
+    min_lines: int | None = Field(None, ge=0)
+    """The least lines (`short`)."""
+    max_lines: int | None = Field(None, ge=0)
+    """The most lines (`long`)."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Length:
+        for low, high in self.thresholds.values():
+            least, most = getattr(self, low), getattr(self, high)
+            if least is not None and most is not None and least > most:
+                raise ValueError(f"{low} {least:,} is more than {high} {most:,}")
+        if not self.model_fields_set:
+            raise ValueError("give at least one limit, such as min_words: 50")
+        return self
+
+    def open(self) -> Work:
+        return by_text(self.judge)
+
+    def judge(self, text: str) -> tuple[str, dict[str, float]]:
+        """Measures a text in the units that have a limit."""
+        sizes = {"chars": lambda: len(text), "bytes": lambda: len(text.encode("utf-8", "surrogatepass")),
+                 "words": lambda: len(text.split()), "lines": lambda: text.count("\n") + (not text.endswith("\n"))}  # fmt: skip
+        measures, reason = dict[str, float](), ""
+        for unit, (low, high) in self.thresholds.items():
+            least, most = getattr(self, low), getattr(self, high)
+            if least is None and most is None:
+                continue
+            size = measures[unit] = sizes[unit]()
+            if least is not None and size < least:
+                reason = reason or "short"
+            if most is not None and size > most:
+                reason = reason or "long"
+        return reason, measures

@@ -1,0 +1,98 @@
+"""Removes lines that are no text: RefinedWeb's line-wise filter (Penedo et al. 2023, arXiv 2306.01116, appendix G.2).
+
+Removed are lines that are mainly capitals, only numbers, a counter ("3 likes"), or one word; and, of at most ten words, those
+that one of the phrases begins, ends or is in ("sign in", "read more...", "items in cart"). A document of which the removed
+lines hold more than 5 % of the words is dropped. The paper takes the phrase out of the line; here the line goes, which is
+simpler to trace.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import ClassVar
+
+from pydantic import Field
+
+from heliostat.config.schema import Float
+from heliostat.curation.filtering import text_of
+from heliostat.curation.stage import Document, Outcome, Stage, Work
+
+_COUNTER = re.compile(
+    r"\W*[\d.,]+[KMkm]?\s+(?:likes?|shares?|comments?|retweets?|reposts?|quotes?|bookmarks?|upvotes?|downvotes?|downloads?|views?|followers?)\W*"
+)
+_NUMBERS = re.compile(r"[\d\W_]+")
+
+
+class Lines(Stage):
+    """Removes lines that are no text (Penedo et al. 2023)."""
+
+    reasons: ClassVar[dict[str, str]] = {
+        "removed_words": "a larger share of words in removed lines than max_removed_words",
+        "empty": "no line is left",
+    }
+    thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"removed_words": ("max_removed_words",)}
+
+    max_capitals: Float = Field(0.5, ge=0, le=1)
+    """Lines are removed if a larger share of their letters are capitals, and they have at least `capital_letters` letters."""
+    capital_letters: int = Field(5, ge=1)
+    """Lines of fewer letters are not looked at for capitals."""
+    numbers: bool = True
+    """Removes lines of numbers and marks only."""
+    counters: bool = True
+    """Removes lines such as `3 likes`."""
+    single_words: bool = True
+    """Removes lines of one word."""
+    begins: list[str] = ["sign in", "sign-in", "sign up", "log in", "skip to content", "subscribe to"]
+    """Short lines that begin so are removed, whatever the case."""
+    ends: list[str] = ["read more...", "read more…", "read more", "show more", "load more", "learn more"]
+    """Short lines that end so are removed, whatever the case."""
+    holds: list[str] = ["items in cart", "all rights reserved", "accept cookies", "accept all cookies"]
+    """Short lines that hold one of these are removed, whatever the case."""
+    short_words: int = Field(10, ge=0)
+    """A line of at most so many words is short."""
+    max_removed_words: Float = Field(0.05, ge=0, le=1)
+    """Documents with a larger share of their words in removed lines are dropped (`removed_words`); 1 drops none."""
+
+    def open(self) -> Work:
+        return lambda documents: [self.outcome(d) for d in documents]
+
+    def outcome(self, document: Document) -> Outcome:
+        """Removes a document's lines, or drops it."""
+        kept, removed, words, lost = list[str](), Counter[str](), 0, 0
+        for line in text_of(document).split("\n"):
+            count = len(line.split())
+            words += count
+            if why := self._why(line.strip(), count):
+                removed[why] += 1
+                lost += count
+            else:
+                kept.append(line)
+        measures, counts = {"removed_words": lost / words if words else 0.0}, dict(removed)
+        if words and lost / words > self.max_removed_words:
+            return Outcome(None, "removed_words", measures=measures, counts=counts)
+        text = "\n".join(kept)
+        if not text.strip():
+            return Outcome(None, "empty", measures=measures, counts=counts)
+        document.text = text
+        return Outcome(document, measures=measures, counts=counts)
+
+    def _why(self, line: str, words: int) -> str:
+        if not words:
+            return ""
+        if self.numbers and _NUMBERS.fullmatch(line):
+            return "lines_of_numbers"
+        if self.single_words and words == 1:
+            return "lines_of_one_word"
+        if not line.islower():
+            capitals = sum(map(str.isupper, line))
+            letters = sum(map(str.isalpha, line)) if capitals * 2 > self.capital_letters else 0
+            if letters >= self.capital_letters and capitals > self.max_capitals * letters:
+                return "lines_of_capitals"
+        if words <= self.short_words:
+            small = line.lower()
+            if self.counters and _COUNTER.fullmatch(small):
+                return "counters"
+            if small.startswith(tuple(self.begins)) or small.endswith(tuple(self.ends)) or any(p in small for p in self.holds):
+                return "boilerplate_lines"
+        return ""

@@ -1,0 +1,102 @@
+"""Drops near duplicates: documents whose sets of word n-grams are much alike, found by MinHash and locality-sensitive hashing.
+
+(Broder, On the resemblance and containment of documents, 1997. The defaults are FineWeb's: Penedo et al., The FineWeb Datasets,
+2024: 14 bands of 8 rows over 5-grams of words.) Documents that share a band are candidates, and candidates of candidates one
+cluster; one of each cluster stays. At a Jaccard similarity of 0.7 a pair is found with probability 0.56, at 0.8 with 0.92, at
+0.9 with 0.9996; at 0.5 with 0.05. Exact duplicates are near duplicates. The clusters are exact for these candidates, and do not
+depend on how the input is cut; memory is that of a part of the keys or edges, whatever the number of documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from pydantic import Field, model_validator
+
+from heliostat import extras
+from heliostat.curation import tally
+from heliostat.curation.engine import Curated, groups
+from heliostat.curation.flow import Flow, Task
+from heliostat.curation.minhash import components
+from heliostat.curation.minhash.keep import LARGEST, Rule, attributes, choose, decide, members
+from heliostat.curation.minhash.signatures import Parameters, sign
+from heliostat.curation.segment import Run, store
+from heliostat.curation.stage import GlobalStage
+from heliostat.curation.work import key
+
+ROW_BYTES = 160  # of memory for each key, edge or member that a task holds, sorting included
+RUNS = 16  # that a task decides on
+
+
+class MinHash(GlobalStage):
+    """Drops near duplicates but one of each cluster."""
+
+    reasons: ClassVar = {"near_duplicate": "much like another document, which stays"}
+
+    bands: int = Field(14, ge=1, le=1000)
+    """Parts of a signature; a pair that agrees in one of them is a candidate."""
+    rows: int = Field(8, ge=1, le=100)
+    """Permutations in a band."""
+    ngram: int = Field(5, ge=1, le=100)
+    """Words that are compared together."""
+    seed: int = Field(1, ge=0)
+    """Of the permutations."""
+    keep: Rule = "longest"
+    """Who of a cluster stays: the `longest`, the `first` by id, the `oldest` by the date in `column`, or the `best`, with the
+    largest number in `column`. Of equals, the first by id."""
+    column: str = ""
+    """The column that `oldest` and `best` compare; it must be one of the pipeline's `columns`, or made by a stage before."""
+
+    @model_validator(mode="after")
+    def _column(self) -> MinHash:
+        if (self.keep in ("oldest", "best")) != bool(self.column):
+            raise ValueError(f"keep: {self.keep!r} {'needs a column' if not self.column else 'compares no column'}")
+        return self
+
+    def check(self) -> None:
+        extras.require("curate", "rensa", what="stages: minhash")
+
+    def compare(self, flow: Flow, found: Curated, number: int, memory_limit: int) -> list[Run]:
+        name, runs = tally.label(number, self), found.runs
+        kind = f"minhash-{number}"
+        parameters = Parameters(self.bands, self.rows, self.ngram, self.seed)
+        signing = (Task(key(run.name, run.decided, vars(parameters)), {"run": run, "parameters": parameters}) for run in runs)
+        signed = flow.all(f"{kind}-sign", sign, signing)
+        parts = max(1, -(-sum(r["rows"] for r in signed) * ROW_BYTES // memory_limit))
+        paired = flow.all(f"{kind}-pairs", components.pairs, components.tasks(flow, parts, [r["keys"] for r in signed]))
+        edges, rounds = components.stars(flow, kind, [r["edges_file"] for r in paired], parts)
+        belonging = flow.all(f"{kind}-members", members, components.tasks(flow, parts, edges))
+        names = [r["members"] for r in belonging]
+        rule = {"rule": self.keep, "column": self.column}
+        compared = flow.all(f"{kind}-attributes", attributes, _by_runs(flow, runs, names, **rule))
+        chosen = flow.all(f"{kind}-choose", choose, components.tasks(flow, parts, [r["attributes"] for r in compared]))
+        deciding = _by_runs(flow, runs, [r["chosen"] for r in chosen], stage=name)
+        decided = flow.all(f"{kind}-decide", decide, deciding)
+        for record in decided:
+            found.take({**record, "runs": []})
+        left = [_without(run, *gone) for run, gone in zip(runs, (d for r in decided for d in r["decided"]), strict=True)]
+        found.tallies.append(store(flow.work.spill, {name: self._told(flow, kind, runs, left, chosen, rounds)}))
+        return left
+
+    def _told(self, flow: Flow, kind: str, before: list[Run], after: list[Run], chosen: list[Any], rounds: int) -> dict[str, Any]:
+        part = tally.entry({}, "")
+        part |= {"documents": sum(r.rows for r in before), "bytes": sum(r.bytes for r in before),
+                 "kept": sum(r.rows for r in after), "kept_bytes": sum(r.bytes for r in after)}  # fmt: skip
+        part["seconds"] = sum(seconds for name, seconds in flow.seconds.items() if name.startswith(f"{kind}-"))
+        part["dropped"] = {"near_duplicate": part["documents"] - part["kept"]} if part["documents"] > part["kept"] else {}
+        part["counts"] = {"clusters": sum(r["clusters"] for r in chosen)}
+        part["largest"] = sorted((pair for r in chosen for pair in r["largest"]), key=lambda p: (-p[0], p[1]))[:LARGEST]
+        return part
+
+
+def _by_runs(flow: Flow, runs: list[Run], names: list[str], **more: Any) -> Iterator[Task]:
+    shared, first, follows = {"names": flow.share(names)}, 0, key(names)
+    for group in groups(runs, RUNS):
+        told = [[run.name, run.decided] for run in group]
+        yield Task(key(follows, first, told, more), {"first": first, "runs": group, **more}, shared)
+        first += len(group)
+
+
+def _without(run: Run, decided: str | None, rows: int, bytes: int) -> Run:
+    return Run(run.name, run.rows - rows, run.bytes - bytes, (*run.decided, decided)) if decided else run

@@ -1,0 +1,76 @@
+"""Masks personal data, or drops documents that hold it: e-mail, public IP addresses, phone, card and account numbers.
+
+Card numbers are held to Luhn's checksum, accounts (IBAN) to ISO 7064's, phone numbers to Google's libphonenumber, IP addresses
+to the public ranges. FineWeb (Penedo et al. 2024, arXiv 2406.17557) masks e-mail and public IP addresses, which is the default;
+the others by `kinds`. Names and street addresses are not looked for: no model for them comes with its weights. A mask holds
+nothing that would be masked again. Numbers of phones without + and country are looked for in `region` only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from heliostat import extras
+from heliostat.curation import personal
+from heliostat.curation.filtering import text_of
+from heliostat.curation.stage import Document, Outcome, Stage, Work
+
+Kind = Literal["iban", "credit_card", "email", "ip", "phone"]
+ORDER: tuple[Kind, ...] = ("iban", "credit_card", "email", "ip", "phone")  # the first wins where two overlap
+
+
+class Pii(Stage):
+    """Masks personal data, or drops documents that hold it."""
+
+    reasons: ClassVar[dict[str, str]] = {"pii": "more of it than max_found, where `action` is drop"}
+    thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"found": ("max_found",)}
+
+    kinds: list[Kind] = Field(["email", "ip"], min_length=1)
+    """What is looked for: `email`, `ip`, `phone`, `credit_card`, `iban`."""
+    action: Literal["mask", "drop"] = "mask"
+    """Puts a mask in the place of what is found, or drops the document."""
+    mask: str = "<{kind}>"
+    """The mask; `{kind}` becomes `email`, `ip`, and so on."""
+    region: str | None = None
+    """The country whose own form of phone numbers is looked for, such as `US`; unset: numbers with + only."""
+    max_found: int = Field(0, ge=0)
+    """Documents with more are dropped, where `action` is `drop` (`pii`)."""
+
+    @model_validator(mode="after")
+    def _mask(self) -> Pii:
+        if any(c.isdigit() or c == "@" for c in self.mask):
+            raise ValueError(f"mask {self.mask!r} must hold neither a digit nor @: it could be taken for what it hides")
+        return self
+
+    def check(self) -> None:
+        if "phone" in self.kinds:
+            extras.require("curation", "phonenumbers", what="stage pii, kind phone")
+
+    def open(self) -> Work:
+        self.check()
+        finders: dict[str, Callable[[str], Iterator[personal.Span]]] = {
+            "iban": personal.ibans, "credit_card": personal.cards, "email": personal.emails, "ip": personal.addresses,
+        }  # fmt: skip
+        if "phone" in self.kinds:
+            finders["phone"] = personal.phones(self.region)
+        kinds = [kind for kind in ORDER if kind in self.kinds]
+        masks = {kind: self.mask.replace("{kind}", kind) for kind in kinds}
+
+        def outcome(document: Document) -> Outcome:
+            text = text_of(document)
+            masked, counts = personal.replaced(text, {kind: list(finders[kind](text)) for kind in kinds}, masks)
+            found = sum(counts.values())
+            if self.action == "drop" and found > self.max_found:
+                return Outcome(None, "pii", ", ".join(f"{n} {kind}" for kind, n in counts.items()), {"found": found})
+            if self.action == "mask":
+                document.text = masked
+            return Outcome(
+                document,
+                measures={"found": found},
+                counts={f"masked_{k}": n for k, n in counts.items()} if self.action == "mask" else {},
+            )
+
+        return lambda documents: [outcome(d) for d in documents]

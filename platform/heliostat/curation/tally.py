@@ -1,0 +1,109 @@
+"""Counts what stages do to documents: the funnel, histograms of measures, and examples of what was dropped and only just kept.
+
+A tally is a dictionary of JSON values by stage (`NUMBER NAME`, such as `2 gopher_quality`), so that tallies of tasks are summed
+in any order to the same result. Histograms have a bin for every value of two significant digits. Examples are the twenty
+documents of a rule whose ids have the lowest hashes, so that they are a random sample which every run chooses again. Seconds are
+the only values that another run does not find again.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from typing import Any
+
+import xxhash
+
+from heliostat.curation.stage import Document, Outcome, Stage
+
+EXAMPLES = 20  # of each rule
+EXCERPT = 1000  # characters
+NEAR = 0.1  # of a threshold: a document that was kept by less was only just kept
+Tally = dict[str, dict[str, Any]]
+
+
+def label(number: int, stage: Stage) -> str:
+    return f"{number} {stage.named()}"
+
+
+def entry(tally: Tally, name: str) -> dict[str, Any]:
+    """Returns a stage's part of the tally, which is there afterwards."""
+    empty = {"documents": 0, "bytes": 0, "kept": 0, "kept_bytes": 0, "seconds": 0.0, "dropped": {}, "counts": {},
+             "histograms": {}, "examples": {}}  # fmt: skip
+    return tally.setdefault(name, empty)
+
+
+def count(tally: Tally, name: str, stage: Stage, before: Document, outcome: Outcome, sizes: tuple[int, int]) -> None:
+    """Counts what a stage made of a document, of `sizes` bytes before and after."""
+    found, kept = entry(tally, name), outcome.document is not None
+    found["documents"] += 1
+    found["bytes"] += sizes[0]
+    found["kept"] += kept
+    found["kept_bytes"] += sizes[1]
+    if not kept:
+        found["dropped"][outcome.reason] = found["dropped"].get(outcome.reason, 0) + 1
+        example(found["examples"], f"dropped {outcome.reason}", before, outcome.detail, outcome.measures)
+    for what, number in outcome.counts.items():
+        found["counts"][what] = found["counts"].get(what, 0) + number
+    for measure, value in outcome.measures.items():
+        bins = found["histograms"].setdefault(measure, {})
+        bins.setdefault(f"{rounded(value):.6g}", [0, 0])[0 if kept else 1] += 1
+    if kept and stage.thresholds:
+        for measure in narrow(stage, outcome.measures):
+            example(found["examples"], f"kept {measure}", before, "", outcome.measures)
+
+
+def narrow(stage: Stage, measures: dict[str, float]) -> list[str]:
+    """Lists the measures that are within a tenth of one of their thresholds."""
+    found = []
+    for measure, fields in stage.thresholds.items():
+        limits = [v for v in (getattr(stage, f, None) for f in fields) if isinstance(v, int | float) and not isinstance(v, bool)]
+        if measure in measures and any(abs(measures[measure] - v) <= NEAR * abs(v) for v in limits):
+            found.append(measure)
+    return found
+
+
+def rounded(value: float) -> float:
+    """Rounds to two significant digits; infinities and NaN stay."""
+    if value == 0 or not math.isfinite(value):
+        return value
+    return round(value, 1 - math.floor(math.log10(abs(value))))
+
+
+def example(examples: dict[str, list[Any]], rule: str, document: Document, detail: str, measures: dict[str, float]) -> None:
+    """Takes a document as an example of a rule if its hash is among the lowest."""
+    found, place = examples.setdefault(rule, []), xxhash.xxh64_intdigest(f"{rule}\0{document.id}".encode())
+    if len(found) < EXAMPLES or place < found[-1][0]:
+        text = document.text if isinstance(document.text, str) else document.text[: 4 * EXCERPT].decode("utf-8", "replace")
+        found.append([place, document.id, text[:EXCERPT], detail, measures])
+        found.sort(key=lambda e: (e[0], e[1]))
+        del found[EXAMPLES:]
+
+
+def merge(tallies: list[Tally]) -> Tally:
+    """Sums tallies."""
+    total: Tally = {}
+    for tally in tallies:
+        for name, part in tally.items():
+            _add(entry(total, name), part)
+    return total
+
+
+def _add(total: dict[str, Any], part: dict[str, Any]) -> None:
+    for key in ("documents", "bytes", "kept", "kept_bytes", "seconds"):
+        total[key] += part[key]
+    for key in ("dropped", "counts"):
+        for what, number in part[key].items():
+            total[key][what] = total[key].get(what, 0) + number
+    for measure, bins in part["histograms"].items():
+        known = total["histograms"].setdefault(measure, {})
+        for value, (kept, dropped) in bins.items():
+            pair = known.setdefault(value, [0, 0])
+            pair[0] += kept
+            pair[1] += dropped
+    if "largest" in part:  # clusters, as (documents, who was kept)
+        both = [*total.get("largest", []), *part["largest"]]
+        total["largest"] = sorted(both, key=lambda pair: (-pair[0], pair[1]))[:EXAMPLES]
+    for rule, found in part["examples"].items():
+        both = (total["examples"].get(rule, []), found)
+        total["examples"][rule] = list(heapq.merge(*both, key=lambda e: (e[0], e[1])))[:EXAMPLES]

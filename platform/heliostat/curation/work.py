@@ -1,0 +1,69 @@
+"""Keeps what unfinished work has done: spill files, and a record of every finished task under the key of what it follows from.
+
+    spill/3f/3f2a....parquet    what tasks hand to later tasks, named after its content
+    done/MAP/9c01....json       the record of a finished task, written last, by the task itself
+
+A key is the SHA-256 of the task's inputs, configuration and the version of this code. So a run that was killed finds the records
+of all that was finished; a changed threshold has other keys from there on; new input has keys of its own. A record whose files
+are missing, or of another size, counts for nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from heliostat.storage import Location
+
+CODE = 1  # raised when the same inputs and configuration give other spill files
+READERS = 32  # threads
+DONE, SPILL = "done", "spill"
+
+
+def key(*parts: Any) -> str:
+    """Computes the key of a task: 32 hex digits of the SHA-256 of JSON values, and of the code's version."""
+    return hashlib.sha256(json.dumps([CODE, *parts], sort_keys=True).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Names the work folder of a pipeline."""
+
+    location: Location
+
+    @property
+    def spill(self) -> Location:
+        return self.location.join(SPILL)
+
+    def finish(self, kind: str, key: str, record: dict[str, Any]) -> None:
+        """Records a finished task, whose files have been written."""
+        self.location.join(DONE, kind, f"{key}.json").write(json.dumps(record).encode())
+
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        """Maps every file of the folder, as it was when the run began, to its bytes."""
+        return dict(self.location.files())
+
+    def found(self, kind: str, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """Reads the records of those tasks that an earlier run has finished and whose files are there."""
+        there = [k for k in keys if f"{DONE}/{kind}/{k}.json" in self._sizes]
+        with ThreadPoolExecutor(READERS) as pool:
+            records = dict(zip(there, pool.map(lambda k: self._read(kind, k), there), strict=True))
+        return {k: record for k, record in records.items() if record is not None}
+
+    def _read(self, kind: str, key: str) -> dict[str, Any] | None:
+        try:
+            record = json.loads(self.location.join(DONE, kind, f"{key}.json").read())
+        except (FileNotFoundError, ValueError):
+            return None
+        whole = isinstance(record, dict) and all(f"{SPILL}/{name}" in self._sizes for name in record.get("files", []))
+        return record if whole else None
+
+    def clear(self) -> None:
+        """Deletes the folder."""
+        self.location.delete()

@@ -1,0 +1,205 @@
+"""Makes a text dataset: reads and curates, trains the tokenizer, writes the shards, and sums what was done for the manifest."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import logging
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from heliostat.curation import pieces, reasons, segment, spill
+from heliostat.curation.engine import Curated, Engine, groups, segments, summed
+from heliostat.curation.flow import Flow, Task
+from heliostat.curation.pieces import Part
+from heliostat.curation.stage import Stage
+from heliostat.curation.tally import label
+from heliostat.curation.work import key
+from heliostat.data import versions
+from heliostat.data.manifest import FILES, SHARDS
+from heliostat.pipelines.prepare import InputFile
+from heliostat.pipelines.text import documents, sources, tasks, tokens
+from heliostat.pipelines.text.tasks import Sharding, TextSource
+from heliostat.storage import Location
+
+log = logging.getLogger(__name__)
+
+SAMPLERS = 64  # tasks, at most, that measure and select what trains the tokenizer
+ALONE = 256  # shards, up to which each has a task of its own
+
+
+@dataclass
+class Making:
+    """Makes the dataset of one pipeline; the fields are its keys."""
+
+    flow: Flow
+    source: TextSource
+    output: Location
+    tokenizer: dict[str, Any]
+    given: str | None
+    stages: list[Stage]
+    memory_limit: int
+    shard_bytes: int
+    chunk_tokens: int
+    seconds: dict[str, float] = field(default_factory=dict)
+    """CPU seconds of each stage, afterwards; of the work that earlier runs have done, too."""
+
+    def run(self, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Writes everything but the manifest, and returns its rows and metadata."""
+        rules = self.source.rules
+        engine = Engine(self.flow, self.source, [self.source.input, vars(rules)], self.memory_limit)
+        curated = engine.curate(self._pieces(inputs), self.stages)
+        definition = self.given if self.given is not None else self._train(curated)
+        tokenizer = tokens.load(definition)
+        end = tokens.end_id(tokenizer, self.tokenizer["end_of_document"])
+        beside = {"tokenizer.json": versions.store(self.output, f"{FILES}/tokenizer-", definition.encode(), ".json")}
+        totals = Totals(tokenizer.get_vocab_size(), curated.reasons, curated.examples)
+        ends = list(curated.left_out)
+        for record in self._shards(curated, definition, end):
+            ends += record["ends"]
+            for shard in record["shards"]:
+                totals.add(shard)
+        totals.log(self.stages)
+        meta = {"dropped": dict(sorted(totals.dropped.items())), "listed": self._listed(curated)}
+        if not totals.chunks:
+            return [], meta
+        return totals.chunks, meta | {
+            "kind": "tokens",
+            "files": beside,
+            "tokenizer": hashlib.sha256(definition.encode()).hexdigest(),
+            "vocab_size": tokenizer.get_vocab_size(),
+            "end_of_document": end,
+            "documents": totals.documents,
+            "duplicates": totals.duplicates,
+            **({"cuts": totals.cut} if totals.cut else {}),
+            "bytes": totals.bytes,
+            "unigram_entropy": tokens.entropy(totals.counts),
+            **(self._explained(curated, totals, sorted(ends)) if self.stages else {}),
+        }
+
+    def _explained(self, curated: Curated, totals: Totals, ends: list[str]) -> dict[str, Any]:
+        """Writes the funnel and what became of each document; returns what the manifest says of them."""
+        total = summed(self.flow, sorted(curated.tallies))
+        shard = {"documents": totals.documents + totals.duplicates, "kept": totals.documents, "kept_bytes": totals.bytes,
+                 "bytes": curated.bytes, "dropped": {"duplicate": totals.duplicates} if totals.duplicates else {},
+                 "counts": {"tokens": int(totals.counts.sum())}}  # fmt: skip
+        told = reasons.explained(self.stages, total, shard)
+        funnel = json.dumps({name: json.loads(json.dumps(told[name], sort_keys=True)) for name in told}).encode()
+        rows = totals.documents + totals.duplicates + sum(totals.dropped.values())
+        shared, parts, output = {"names": self.flow.share(ends)}, reasons.parts(rows), self.output.uri
+        work = (Task(key("ends", ends, part, parts, output), {"part": part, "parts": parts, "output": output}, shared)
+                for part in range(parts))  # fmt: skip
+        written = self.flow.all("ends", reasons.write_ends, work, valid=lambda r: self.output.join(r["path"]).exists())
+        of_stages = {name: round(total[name]["seconds"], 3) for name in total if name not in (segment.READ, segment.FINISH)}
+        first = sum(of_stages.get(label(number, stage), 0.0) for number, stage in segments(self.stages)[0])
+        self.seconds = {segment.READ: round(max(0.0, self.flow.seconds.get("read", 0.0) - first), 3), **of_stages,
+                        "shard": round(self.flow.seconds.get("shards", 0.0), 3)}  # fmt: skip
+        path = versions.store(self.output, f"{FILES}/funnel-", funnel, ".json")
+        listed = [[r["begin"], r["path"]] for r in written]
+        return {"curation": {"funnel": path, "ends": listed}, "also": sorted({path, *(p for _, p in listed)})}
+
+    def _pieces(self, inputs: list[InputFile]) -> Iterator[list[Part]]:
+        """Cuts the input into pieces; of files that are read in ranges of lines, the lines before each are counted first."""
+        target = pieces.size(sum(f.bytes for f in inputs))
+        cut = list(pieces.cut(((f.path, f.bytes, f.modified) for f in inputs), target, self._ranged))
+        unknown = [piece[0] for piece in cut if piece[0].stop is not None and self._lines(piece[0].path)]
+        count = (Task(key("lines", self.source.input, p.identity), {"input": self.source.input, "part": p}) for p in unknown)
+        lines = dict(zip(unknown, (r["lines"] for r in self.flow.all("lines", tasks.count_lines, count)), strict=True))
+        return iter(numbered(cut, lines))
+
+    def _ranged(self, path: str) -> bool:
+        return sources.ranged(path or self.source.input)
+
+    def _lines(self, path: str) -> bool:
+        return sources.kind(path or self.source.input)[0] == ".jsonl"
+
+    def _train(self, curated: Curated) -> str:
+        """Trains a tokenizer on the documents of the lowest hashes, up to train_bytes: the same sample from any runs."""
+        parts = list(groups(curated.runs, max(1, -(-len(curated.runs) // SAMPLERS))))
+        follows = [[[run.name, run.decided] for run in part] for part in parts]
+        measure = (Task(key("sizes", f), {"runs": part}) for f, part in zip(follows, parts, strict=True))
+        sizes = np.zeros(tasks.PREFIXES, np.int64)
+        for record in self.flow.all("sizes", tasks.prefix_sizes, measure):
+            for table in spill.read(self.flow.work.spill, record["sizes"]):
+                sizes[table["key"].to_numpy()] += table["bytes"].to_numpy()
+        limit = int(np.searchsorted(np.cumsum(sizes), self.tokenizer["train_bytes"]))
+        select = (Task(key("sample", f, limit), {"runs": part, "limit": limit}) for f, part in zip(follows, parts, strict=True))
+        samples = [name for record in self.flow.all("sample", tasks.lowest, select) for name in record["sample"]]
+        train = Task(key("tokenizer", samples, self.tokenizer), {"samples": samples, "config": self.tokenizer})
+        (record,) = self.flow.all("tokenizer", tasks.train_on, iter([train]))
+        return segment.load(self.flow.work.spill, record["definition"])
+
+    def _shards(self, curated: Curated, definition: str, end: int) -> Iterator[dict[str, Any]]:
+        """Writes the shards; where there are many, a task writes as many as have room in its memory, one after another."""
+        shards = max(1, round(curated.bytes / self.shard_bytes))
+        plan = Sharding(self.output.uri, shards, definition, end, self.chunk_tokens, bool(self.stages))
+        follows = key("shards", [[run.name, run.decided] for run in curated.runs], vars(plan))
+        each = min(max(1, self.memory_limit // 4 // self.shard_bytes), -(-shards // ALONE))
+        shared = {"runs": self.flow.share(curated.runs), "plan": self.flow.share(plan)}
+        work = (Task(key(follows, first), {"first": first, "stop": min(first + each, shards)}, shared)
+                for first in range(0, shards, each))  # fmt: skip
+        there = dict(self.output.join(SHARDS).files())
+        cpus = max(1, self.flow.cpus() // shards)
+
+        def whole(record: dict[str, Any]) -> bool:
+            return all(there.get(s["path"].removeprefix(f"{SHARDS}/")) == s["file_bytes"] for s in record["shards"])
+
+        for _, record in self.flow.run("shards", tasks.write_shards, work, cpus, whole):
+            yield record
+
+    def _listed(self, curated: Curated) -> str | None:
+        if not curated.left_out:
+            return None
+        task = Task(key("listed", curated.left_out, self.output.uri), {"names": curated.left_out, "output": self.output.uri})
+        (record,) = self.flow.all(
+            "listed", tasks.list_left_out, iter([task]), valid=lambda r: self.output.join(r["listed"]).exists()
+        )
+        return record["listed"]
+
+
+def numbered(cut: list[list[Part]], lines: dict[Part, int]) -> Iterator[list[Part]]:
+    """Numbers the first record of each range by the lines of those before it in its file."""
+    path, first = None, 1
+    for piece in cut:
+        part = piece[0]
+        if part not in lines:
+            yield piece
+            continue
+        if part.path != path:
+            path, first = part.path, 1
+        yield [Part(part.path, part.bytes, part.modified, part.start, part.stop, first)]
+        first += lines[part]
+
+
+class Totals:
+    """Sums the shards' counts."""
+
+    def __init__(self, vocab_size: int, dropped: Counter[str], examples: dict[str, list[str]]) -> None:
+        self.documents = self.duplicates = self.bytes = self.cut = 0
+        self.chunks: list[dict[str, Any]] = []
+        self.dropped, self.examples = dropped, examples
+        self.counts = np.zeros(vocab_size, np.int64)
+
+    def add(self, shard: dict[str, Any]) -> None:
+        self.documents += shard["documents"]
+        self.duplicates += shard["duplicates"]
+        self.bytes += shard["bytes"]
+        self.cut += shard["cut"]
+        self.chunks += shard["chunks"]
+        self.counts += np.frombuffer(zlib.decompress(base64.b64decode(shard["counts"])), np.int64)
+
+    def log(self, stages: list[Stage]) -> None:
+        """Logs what was cut and what was dropped, with examples."""
+        if self.cut:
+            log.info("documents longer than a chunk may be (chunk_tokens) are cut at %d places; no token is lost", self.cut)
+        told = documents.REASONS | {
+            f"{label(i, s)}: {r}": f"{s.named()}: {w}" for i, s in enumerate(stages) for r, w in s.reasons.items()
+        }
+        for reason, count in sorted(self.dropped.items()):
+            log.warning("dropped %d: %s, such as %s", count, told.get(reason, reason), sources.examples(self.examples[reason]))

@@ -1,0 +1,163 @@
+"""Estimates memory, speed and cost of a job on a device, in its own layout and in others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+from heliostat.config import spec
+from heliostat.config.optimizers import STATE_BYTES
+from heliostat.config.spec import Job
+from heliostat.plan import failures, hardware, layouts, memory, step_time
+from heliostat.plan.hardware import Device
+from heliostat.plan.layouts import Layout
+from heliostat.plan.model_stats import Activations, ModelStats
+from heliostat.plan.operations import Work
+
+
+class Planner:
+    """Estimates memory and speed of a job on a device, in its own layout and in others."""
+
+    def __init__(
+        self, job: Job, model: ModelStats, kept: Activations, work: Sequence[Work], device: Device, prices: dict[str, Any]
+    ) -> None:
+        self.job, self.model, self.kept, self.work, self.device, self.prices = job, model, kept, work, device, prices
+        self.workers, self.gpu = job.workers.most, device.name != "cpu"
+        self.network = hardware.network(prices)
+        self._micro: dict[tuple[int, bool], tuple[float, float]] = {}
+
+    def chosen(self) -> dict[str, Any]:
+        """Estimates the job as it is."""
+        return self.candidate(layouts.of(self.job))
+
+    def recommend(self) -> dict[str, Any] | None:
+        """Finds the best layout that fits; None if none does."""
+        best = min(map(self.candidate, layouts.candidates(self.job, self.workers)), key=layouts.order)
+        return best if best["fits"] else None
+
+    def candidate(self, layout: Layout) -> dict[str, Any]:
+        """Estimates memory, communication and speed in a layout, everything else as in the job."""
+        accumulation = self.job.train.global_batch // (self.workers * layout.micro_batch)
+        held, need = self._memory(layout, accumulation)
+        numel, low = self.model.parameters, memory.LOW[self.job.train.precision]
+        moved = step_time.volume(numel, low, self.workers, layout.stage, accumulation)
+        took, replaying = self._time(layout, accumulation, moved, held)
+        per_second = self.job.train.global_batch / took.total
+        return {
+            "layout": layout,
+            "stage": layout.stage,
+            "micro_batch": layout.micro_batch,
+            "activation_checkpointing": layout.checkpointing,
+            "offload_optimizer": layout.offload_optimizer,
+            "fits": need.total <= self.device.memory and need.host <= self.device.host_memory,
+            "memory": {**need.dump(), "device": int(self.device.memory)},
+            "communication": {"bytes_per_step": moved, "seconds_per_step": took.communicating, "exposed_s": took.exposed},
+            "parts": {
+                "forward_backward": took.computing - replaying,
+                "replaying": replaying,
+                "updating": took.updating,
+                "exposed": took.exposed,
+                "copying": took.copying,
+            },
+            "speed": {
+                "step_s": took.total,
+                "samples_per_second": per_second,
+                "tokens_per_second": per_second * (self.job.data.sequence_length or 0),
+                "mfu": self.model.flops * self.job.train.global_batch / took.total / (self.device.flops * self.workers),
+            },
+        }
+
+    def _memory(self, layout: Layout, accumulation: int) -> tuple[memory.State, memory.Need]:
+        train, model = self.job.train, self.model
+        held = memory.state(
+            model.shapes,
+            model.frozen,
+            self.workers,
+            layout.stage,
+            train.precision,
+            layout.offload_optimizer,
+            layout.offload_param,
+            self._zero.get("stage3_param_persistence_threshold", memory.BUCKETS["stage3_param_persistence_threshold"]),
+            accumulation > 1,
+            bool(train.ema),
+            spec.settle(self.job, None).train.accumulate == "fp32",
+            len(train.optimizer.state),
+        )
+        live = memory.working(model.parameters, model.layer, layout.stage, train.precision, self._zero, self.gpu)
+        per_sample = self.kept.checkpointed if layout.checkpointing else self.kept.kept
+        kept = (per_sample + self.kept.largest) * layout.micro_batch
+        return held, memory.need(held, live, kept, self.gpu, model.frozen_models)
+
+    def _time(self, layout: Layout, accumulation: int, moved: int, held: memory.State) -> tuple[step_time.Step, float]:
+        """Estimates a step, and the seconds of it that play the forward pass again."""
+        setting = step_time.Setting(
+            self.workers, layout.stage, layout.micro_batch, accumulation, float(layout.checkpointing), self.job.train.compile
+        )
+        key = layout.micro_batch, layout.checkpointing
+        if key not in self._micro:
+            micro = step_time.computing(self.work, setting, self.device)
+            self._micro[key] = micro, micro - step_time.computing(self.work, replace(setting, replayed=0.0), self.device)
+        micro, replaying = self._micro[key]
+        trained = sum(math.prod(s) for s in self.model.trained.values())
+        updated = step_time.updating(
+            trained / (self.workers if layout.stage else 1), len(self.job.train.optimizer.state), self.device
+        )
+        copied = 2 * (held.host + held.disk) / (self.prices["storage"]["host_copy"] * 1e9)
+        return step_time.step(micro, moved, updated, setting, self.device, self.network, copied), replaying * accumulation
+
+    @cached_property
+    def _zero(self) -> dict[str, Any]:
+        from heliostat.train.worker.deepspeed_engine import engine_config
+
+        found: dict[str, Any] = engine_config(self.job)["zero_optimization"]
+        return found
+
+    def checkpoint(self, chosen: dict[str, Any]) -> dict[str, float]:
+        """Estimates size and times of a checkpoint, and the interval that loses least to failures."""
+        rates, nodes = self.prices["storage"], -(-self.workers // self.device.per_node)
+        trained = sum(math.prod(s) for s in self.model.trained.values())
+        train = self.job.train
+        size = (4 + STATE_BYTES * len(train.optimizer.state) + 4 * bool(train.ema)) * trained  # master, moments, average
+        blocked = size / self.workers / (rates["host_copy"] * 1e9) if self.gpu else 0.1
+        upload = size / nodes / (rates["node"] * 1e9)
+        between = self.between()
+        seconds = failures.best_interval(max(blocked, 1e-3), between, upload)
+        step_s = chosen["speed"]["step_s"]
+        mine = self.job.checkpoint.every * step_s
+        restart = self.prices["node_failures"]["restart_s"]
+        return {
+            "bytes": size,
+            "blocked_s": blocked,
+            "upload_s": upload,
+            "hours_between_failures": between / failures.HOUR,
+            "every": self.job.checkpoint.every,
+            "recommended_every": max(1, round(seconds / step_s)),
+            "goodput": 1 - failures.waste(mine, blocked, between, restart),
+            "recommended_goodput": 1 - failures.waste(max(1, round(seconds / step_s)) * step_s, blocked, between, restart),
+        }
+
+    def between(self) -> float:
+        return failures.mean_time_between(
+            self.prices["node_failures"]["device_hours"], self.workers * max(1, self.job.workers.gpus)
+        )
+
+    def run(self, chosen: dict[str, Any]) -> dict[str, float]:
+        """Estimates the whole run: time, expected failures, energy and cost."""
+        seconds = self.job.train.steps * chosen["speed"]["step_s"]
+        good = max(0.01, self.checkpoint(chosen)["goodput"])
+        wall = seconds / good
+        hours = wall / failures.HOUR
+        energy = self.device.watts * self.workers * self.prices["pue"] * hours / 1000
+        return {
+            "samples": self.job.train.steps * self.job.train.global_batch,
+            "tokens": self.job.train.steps * self.job.train.global_batch * (self.job.data.sequence_length or 0),
+            "days": wall / 86400,
+            "failures": wall / self.between(),
+            "goodput": good,
+            "energy_kwh": energy,
+            "energy_cost": energy * self.prices["energy_per_kwh"],
+            "cost": self.device.hour * self.workers * hours,
+        }

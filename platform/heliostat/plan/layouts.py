@@ -1,0 +1,111 @@
+"""Lists the layouts that a job could train in, and ranks them by time within memory (`heliostat plan JOB --rank`).
+
+A layout is what of a job may change without changing what it learns: ZeRO stage, micro-batch, activation checkpointing, offload.
+A further degree of parallelism is a field of `Layout`, its values in `candidates`, and what it costs in `estimate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from heliostat.config.spec import Job
+
+GIB = 1 << 30
+OFFLOADS = {"none": (None, None), "optimizer": ("cpu", None), "optimizer, weights": ("cpu", "cpu")}  # optimizer, param
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Describes how a job trains on its workers. `offload_param`: where stage 3 keeps its weights, None: on the device."""
+
+    stage: int
+    micro_batch: int
+    checkpointing: bool
+    offload_optimizer: bool
+    offload_param: str | None = None
+
+    @property
+    def family(self) -> tuple[Any, ...]:
+        """What two layouts share that differ in the micro-batch alone."""
+        return self.stage, self.checkpointing, self.offload_optimizer, self.offload_param
+
+    def settings(self) -> dict[str, Any]:
+        """Returns the job's keys that make it train so."""
+        return {
+            "train.zero.stage": self.stage,
+            "train.micro_batch": self.micro_batch,
+            "train.activation_checkpointing": self.checkpointing,
+            "train.zero.offload.optimizer": "cpu" if self.offload_optimizer else None,
+            "train.zero.offload.param": self.offload_param,
+        }
+
+
+def of(job: Job) -> Layout:
+    """Returns the layout that a job asks for."""
+    train, zero = job.train, job.train.zero
+    param = zero.offload.param if zero.stage == 3 else None
+    return Layout(zero.stage, train.micro_batch, train.activation_checkpointing, bool(zero.offload.optimizer), param)
+
+
+def candidates(job: Job, workers: int) -> Iterator[Layout]:
+    """Lists every layout that the job could have on so many workers."""
+    share = job.train.global_batch // workers
+    micros = [m for m in range(1, share + 1) if share % m == 0]
+    for stage in range(0 if job.train.precision == "fp32" else 1, 4):  # stage 0 trains in fp32 alone
+        for optimizer, param in OFFLOADS.values() if job.workers.gpus else [(None, None)]:
+            if (optimizer and not stage) or (param and stage < 3):
+                continue
+            for checkpointing in (False, True):
+                for micro in micros:
+                    yield Layout(stage, micro, checkpointing, bool(optimizer), param)
+
+
+def order(candidate: dict[str, Any]) -> tuple[Any, ...]:
+    """Sorts candidates: those that fit first, the fastest first; at equal speed no offload, then the lower stage, no
+    checkpointing, the larger micro-batch."""
+    layout: Layout = candidate["layout"]
+    plain = (layout.offload_optimizer, layout.offload_param or "", layout.stage, layout.checkpointing, -layout.micro_batch)
+    if not candidate["fits"]:
+        return (1, candidate["memory"]["total"], *plain)
+    return (0, round(candidate["speed"]["step_s"], 3), *plain)
+
+
+def ranked(made: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Ranks candidates: of those that differ in the micro-batch alone the best, each with why it is not the first."""
+    best: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for one in sorted(made, key=order):
+        best.setdefault(one["layout"].family, one)
+    found = list(best.values())
+    return [{**one, "why": why(one, found[0])} for one in found]
+
+
+def why(one: dict[str, Any], first: dict[str, Any]) -> str:
+    """Says why a layout is not the best: what does not fit, or what takes the most of the time that it takes longer."""
+    if not one["fits"]:
+        return _lacks(one["memory"])
+    if one is first:
+        return "the fastest that fits"
+    more = {part: one["parts"][part] - first["parts"][part] for part in first["parts"]}
+    slower = one["speed"]["step_s"] - first["speed"]["step_s"]
+    part = max(more, key=lambda p: more[p])
+    if slower < 5e-4 or more[part] <= 0:
+        return "as fast, and more complicated"
+    return f"+{more[part]:.2f} s {PARTS[part]}"
+
+
+PARTS = {
+    "forward_backward": "of smaller operations",
+    "replaying": "of the forward pass played again",
+    "updating": "of the optimizer's update",
+    "exposed": "of communication that does not hide",
+    "copying": "of copies to and from the host",
+}
+
+
+def _lacks(memory: dict[str, Any]) -> str:
+    if memory["total"] > memory["device"]:
+        largest = max(("weights", "gradients", "optimizer", "working", "activations", "frozen"), key=lambda k: memory[k])
+        return f"{(memory['total'] - memory['device']) / GIB:.1f} GiB too much, {largest} {memory[largest] / GIB:.1f}"
+    return f"{memory['host'] / GIB:.1f} GiB of host memory a worker, more than its share"

@@ -1,0 +1,150 @@
+"""Counts the operations of a training step: what each computes and what it reads and writes, by kind of work.
+
+The forward and the backward pass of the recipe's own loss run on fake tensors, and every operation that torch dispatches is
+noted. Run on one sample and on two, the difference is what a sample adds, and the rest (weights, their gradients) is there once a
+micro-batch. So no formula for an architecture is needed: attention that is written out shows as products and as memory traffic,
+a fused kernel as attention; a frozen model has no backward pass; a routed expert is as large as the tokens that it gets.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+MATMUL, CONVOLUTION, ATTENTION, MEMORY = KINDS = ("matmul", "convolution", "attention", "memory")
+FREE = {"detach", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "lift_fresh", "_unsafe_view",
+        "_local_scalar_dense"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Operation:
+    """Describes one operation as it ran: its kind, FLOPs, bytes read and written, and whether a checkpointed layer's forward
+    pass has it, which is played again."""
+
+    kind: str
+    flops: float
+    moved: float
+    replayed: bool
+
+
+@dataclass(frozen=True)
+class Work:
+    """Describes equal operations of a step: how many, and of each the FLOPs and bytes that a sample adds, and the bytes that it
+    moves whatever the number of samples."""
+
+    kind: str
+    count: int
+    flops: float
+    moved: float
+    fixed: float
+    replayed: bool
+
+
+class Recorder(TorchDispatchMode):
+    """Notes, as a context manager, every operation that torch dispatches in it."""
+
+    def __init__(self, layers: Iterable[torch.nn.Module]) -> None:
+        super().__init__()
+        self.found: list[Operation] = []
+        self._depth, self._layers = 0, list(layers)
+
+    def __enter__(self) -> Recorder:
+        self._handles = [
+            h for m in self._layers for h in (m.register_forward_pre_hook(self._begin), m.register_forward_hook(self._end))
+        ]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for handle in self._handles:
+            handle.remove()
+
+    def _begin(self, *_: Any) -> None:
+        self._depth += 1
+
+    def _end(self, *_: Any) -> None:
+        self._depth -= 1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        space, _, name = func._schema.name.partition("::")
+        if space != "prim" and not func.is_view and name not in FREE:
+            self.found.append(describe(name, args, kwargs or {}, out, self._depth > 0))
+        return out
+
+
+def describe(name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any, replayed: bool) -> Operation:
+    """Describes an operation by its name and tensors."""
+    tensors = {id(t): t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)}
+    moved = float(sum(t.numel() * t.element_size() for t in tensors.values()))
+    kind, flops = _work(name, args, kwargs, out)
+    return Operation(kind, float(flops), moved, replayed)
+
+
+def _work(name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> tuple[str, float]:
+    """Returns an operation's kind, and its FLOPs if it multiplies."""
+    if "scaled_dot_product" in name or name in ("_flash_attention_forward", "_flash_attention_backward"):
+        return ATTENTION, _attention(name, args, kwargs)
+    if name in ("mm", "bmm"):
+        return MATMUL, 2 * math.prod(args[0].shape) * args[1].shape[-1]
+    if name in ("addmm", "baddbmm"):
+        return MATMUL, 2 * math.prod(args[1].shape) * args[2].shape[-1]
+    if name == "_grouped_mm":  # every row of the first meets one expert's matrix; its gradient has three dimensions
+        return MATMUL, 2 * math.prod(args[0].shape) * args[1].shape[-1]
+    if name in ("convolution", "_convolution"):
+        return CONVOLUTION, 2 * math.prod(out.shape) * math.prod(args[1].shape[1:])
+    if name == "convolution_backward":
+        each = 2 * math.prod(args[0].shape) * math.prod(args[2].shape[1:])
+        return CONVOLUTION, each * sum(args[10][:2])
+    return MEMORY, 0
+
+
+def _attention(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> float:
+    """Counts the FLOPs of a fused attention: two products forward and five backward, half of each where it is causal."""
+    backward = "backward" in name
+    query, key, value = args[1:4] if backward else args[:3]
+    pairs = math.prod(query.shape[:-1]) * key.shape[-2]
+    products = 2 * query.shape[-1] * (3 if backward else 1) + 2 * value.shape[-1] * (2 if backward else 1)
+    causal = kwargs.get("is_causal", any(a is True for a in args))
+    return pairs * products * (0.5 if causal else 1.0)
+
+
+def grouped(one: Sequence[Operation], two: Sequence[Operation]) -> tuple[Work, ...]:
+    """Groups the operations of a step on one sample, and on two, into those of equal work, with what each sample adds.
+
+    Where the two are not the same operations, all that one sample needs counts as added by it.
+    """
+    if [o.kind for o in one] != [o.kind for o in two]:
+        two = [Operation(o.kind, 2 * o.flops, 2 * o.moved, o.replayed) for o in one]
+    found = Counter(
+        (a.kind, b.flops - a.flops, b.moved - a.moved, max(0.0, 2 * a.moved - b.moved), a.replayed)
+        for a, b in zip(one, two, strict=True)
+    )
+    return tuple(Work(kind, n, *rest) for (kind, *rest), n in found.items())
+
+
+def times(work: Iterable[Work], factor: int) -> Counter[tuple[Any, ...]]:
+    """Counts operations by what each does, a number of times."""
+    found: Counter[tuple[Any, ...]] = Counter()
+    for w in work:
+        found[w.kind, w.flops, w.moved, w.fixed, w.replayed] += factor * w.count
+    return found
+
+
+def extended(base: Sequence[Work], longer: Sequence[tuple[Sequence[Work], int]]) -> tuple[Work, ...]:
+    """Adds to a model's work that of more layers: of each kind, the work with one layer more, and how many more there are."""
+    found = times(base, 1)
+    for work, more in longer:
+        added = times(work, 1)
+        added.subtract(times(base, 1))
+        for key, count in added.items():
+            found[key] += more * count
+    return tuple(Work(kind, n, *rest) for (kind, *rest), n in found.items() if n)

@@ -1,0 +1,336 @@
+"""CPU seconds and MB of the control plane at 64, 1,024 and 16,384 ranks, simulated in one process.
+
+    python tests/benchmarks/scale.py [--ranks 64 --ranks 1024 --ranks 16384] [--stage 3] [--chunks 1000000]
+
+The functions are the real ones that ranks, mailbox and driver call, with as many ranks, heartbeats and files; what stands between
+them is pickled as on the wire. Nothing trains: the tensors (Llama 3 8B with AdamW, 873 of them) have shapes and no memory. The
+shards are files of the right size without content, so reading and writing their bytes is not in the figures. Each figure is the
+median of --rounds; `rank 0` is the rank with the most to do.
+
+    python tests/benchmarks/scale.py --votes 16     # a vote by the tree, and by gloo's ring, among that many real processes
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import operator
+import pickle
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from heliostat.checkpoint import checksums, layout, placement, shard_index, tree, writing
+from heliostat.checkpoint.flat_shard import FlatShard
+from heliostat.checkpoint.layout import Checkpoint
+from heliostat.data import receipt
+from heliostat.plan import zero_layout
+from heliostat.storage import Location
+from heliostat.train import mailbox
+from heliostat.train.driver import attempt, recovery, rendezvous
+from heliostat.train.driver.pool import Member
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.unit.build_index import facts  # noqa: E402
+
+KINDS = ("master", "exp_avg", "exp_avg_sq")
+HIDDEN, INNER, VOCABULARY, KEYS, LAYERS = 4096, 14336, 128_256, 1024, 32
+NODE = 8  # ranks
+READ = 4  # shards whose indexes are read by rank 0, whatever it restores
+STEPS, LANES = 100, 2  # steps between two receipts, lanes of a rank
+
+
+def shapes() -> dict[str, tuple[int, ...]]:
+    layer = {
+        "self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (KEYS, HIDDEN), "self_attn.v_proj": (KEYS, HIDDEN),
+        "self_attn.o_proj": (HIDDEN, HIDDEN), "mlp.gate_proj": (INNER, HIDDEN), "mlp.up_proj": (INNER, HIDDEN),
+        "mlp.down_proj": (HIDDEN, INNER), "input_layernorm": (HIDDEN,), "post_attention_layernorm": (HIDDEN,),
+    }  # fmt: skip
+    layers = {f"model.layers.{i}.{n}.weight": s for i in range(LAYERS) for n, s in layer.items()}
+    ends = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN), "model.norm.weight": (HIDDEN,)}
+    return {**ends, **layers, "lm_head.weight": (VOCABULARY, HIDDEN)}
+
+
+def timed(action: Callable[[], Any], rounds: int = 1) -> tuple[float, Any]:
+    """Median CPU seconds, and what the action returned."""
+    found, value = [], None
+    for _ in range(rounds):
+        gc.collect()
+        began = time.process_time()
+        value = action()
+        found.append(time.process_time() - began)
+    return statistics.median(found), value
+
+
+def received(message: bytes) -> Any:
+    return pickle.loads(message)  # noqa: S301 (made here)
+
+
+class Ranks:
+    """The ranks of a ZeRO stage, each with its slices of the state."""
+
+    def __init__(self, world: int, stage: int) -> None:
+        self.world, self.stage, self.shapes = world, stage, shapes()
+        self.sizes = {n: math.prod(s) for n, s in self.shapes.items()}
+        self._owned = zero_layout.slices(self.shapes, stage, world) if stage in (1, 2) else None
+
+    def owned(self, rank: int) -> list[zero_layout.Slice]:
+        if self._owned:
+            return self._owned[rank]
+        return [s for n in self.shapes if (s := zero_layout._own(n, self.sizes[n], rank, self.world))[2]]
+
+    def state(self, rank: int) -> dict[str, torch.Tensor]:
+        return {
+            f"{kind}.{name}": FlatShard(torch.empty(numel, device="meta"), start, self.sizes[name])
+            for name, start, numel in self.owned(rank)
+            for kind in KINDS
+        }
+
+    def shard(self, rank: int) -> dict[str, Any]:
+        """As `checkpoint.json` has it; only of the ranks whose indexes are read, these are made."""
+        told = {"file": f"shard-{rank:05d}.safetensors", "bytes": 4 * len(KINDS) * sum(n for _, _, n in self.owned(rank)) + 4096}
+        return {**told, "index": shard_index.seal(self.index(rank)) if rank < READ else {"bytes": 65_536, "crc32": 4294967295}}
+
+    def index(self, rank: int) -> bytes:
+        """With a checksum of ten digits for each block."""
+        places, offset = {}, 4096
+        for name, start, numel in self.owned(rank):
+            for kind in KINDS:
+                sums = [4294967295] * -(-4 * numel // checksums.BLOCK)
+                places[f"{kind}.{name}"] = {"start": start, "numel": numel, "offset": offset, "crc32": sums}
+                offset += 4 * numel
+        return shard_index.encode(places)
+
+    def part(self, rank: int) -> placement.Part:
+        """What `writing.part` makes of a rank, without a tensor for each slice."""
+        tensors = {
+            f"{kind}.{name}": {"dtype": "F32", "shape": [self.sizes[name]], "runs": [[0, 1, start, numel]]}
+            for name, start, numel in self.owned(rank)
+            for kind in KINDS
+        }
+        return placement.Part([self.shard(rank)], tensors)
+
+    def branch(self, rank: int) -> placement.Part:
+        """The part of a rank and all that are below it in the tree."""
+        return self.merge(self.part(rank), [pickle.dumps(self.branch(c)) for c in tree.children(rank, self.world)])
+
+    def merge(self, part: placement.Part, messages: list[bytes]) -> placement.Part:
+        for message in messages:
+            part = placement.merge(part, received(message))
+        return part
+
+
+def save(ranks: Ranks, rounds: int) -> tuple[dict[str, Any], bytes]:
+    """Plans a save; returns the row, and the bytes of `checkpoint.json`."""
+    state = ranks.state(0)
+
+    def plan() -> placement.Part:
+        return writing.part(ranks.shard(0), writing.mine(state, 0, ranks.world))
+
+    planning, own = timed(plan, rounds)
+    assert own == ranks.part(0)
+    messages = [pickle.dumps(ranks.branch(child)) for child in tree.children(0, ranks.world)]
+
+    def finish() -> bytes:
+        whole = ranks.merge(ranks.part(0), messages)
+        return layout.encode(placement.root(100, {"format": layout.FORMAT, **facts(world_size=ranks.world)}, whole))
+
+    root_s, root = timed(finish, rounds)
+    held = timed(lambda: layout.encode(layout.decode(root)), rounds)[0]
+    return {
+        "plan, any rank, s": planning,
+        "plan, rank 0, s": planning + root_s,
+        "longest hold of the interpreter, s": held,
+        "received by rank 0, MB": sum(map(len, messages)) / 1e6,
+        "checkpoint.json, MB": len(root) / 1e6,
+        "a shard's index, MB": len(ranks.index(0)) / 1e6,
+    }, root
+
+
+def lay_out(ranks: Ranks, root: bytes, run: Location) -> Location:
+    """Makes the folder of a checkpoint: files of the right sizes, the first ranks' indexes with their content."""
+    place = layout.folder(run, 100)
+    folder = Path(place.path)
+    folder.mkdir(parents=True)
+    for name, size in layout.files(layout.decode(root)):
+        with (folder / name).open("wb") as f:
+            f.truncate(size)
+    for rank in range(min(READ, ranks.world)):
+        (folder / f"shard-{rank:05d}.json").write_bytes(ranks.index(rank))
+    place.join(layout.INDEX).write(root)
+    return place
+
+
+def restore(ranks: Ranks, run: Location, rounds: int) -> dict[str, Any]:
+    """Opens the checkpoint, and plans reads on the same number of ranks and on half as many."""
+    opening, found = timed(lambda: layout.open_checkpoint(run, 100), rounds)
+    message = pickle.dumps(found)
+
+    def read(other: Ranks) -> tuple[int, int]:
+        """All but the bytes; returns the size of the indexes, and the requests."""
+        told: Checkpoint = received(message)
+        state = other.state(0)
+        needed = {s for n, t in state.items() for s in told.needed(n, t.start, t.local.numel())}  # type: ignore[attr-defined]
+        told.fetch_places(sorted(needed))
+        parts: dict[int, list[checksums.Slice]] = {}
+        for name, tensor in state.items():
+            for shard, part in told.slices(name, tensor.start, tensor.local):  # type: ignore[attr-defined]
+                parts.setdefault(shard, []).append(part)
+        return sum(told.index["shards"][s]["index"]["bytes"] for s in needed), sum(len(checksums.runs(p)) for p in parts.values())
+
+    same, (size, _) = timed(lambda: read(ranks), rounds)
+    half, (more, _) = timed(lambda: read(Ranks(max(1, ranks.world // 2), ranks.stage)), rounds)
+    return {
+        "restore, rank 0, s": opening + same,
+        "restore, any rank, s": same,
+        "resize to half, any rank, s": half,
+        "read by any rank, MB": (len(message) + size) / 1e6,
+        "read on a resize, MB": (len(message) + more) / 1e6,
+    }
+
+
+def driver(world: int, rounds: int) -> dict[str, Any]:
+    """Heartbeats through the mailbox to the driver's watch, as often as they come."""
+    state, hosts = mailbox.State(), [f"{r // NODE:056x}" for r in range(world)]
+
+    def beat() -> None:
+        for rank in range(world):
+            pickle.dumps(state.heartbeat(*received(pickle.dumps((rank, 5, {"pid": rank, "node": hosts[rank]})))))
+
+    beats = timed(beat, rounds)[0] / mailbox.interval(world)
+    drained, message = timed(lambda: pickle.dumps(state.drain()), rounds)
+
+    def take() -> dict[int, dict[str, Any]]:
+        now = time.monotonic()
+        heartbeats = received(message)[1]
+        return {r: {**p, "moved": now - p["moved"], "at": now - p["at"]} for r, p in heartbeats.items()}
+
+    taken, heartbeats = timed(take, rounds)
+    look = timed(
+        lambda: (
+            Counter(p["node"] for p in heartbeats.values()),
+            recovery.stalled(heartbeats, world, time.monotonic(), 1e9, 0.0),
+        ),
+        rounds,
+    )[0]
+    return {
+        "driver, share of a core": taken / attempt.POLL_S + look / attempt.LOOK_S,
+        "mailbox, share of a core": beats + drained / attempt.POLL_S,
+        "heartbeats a drain, MB": len(message) / 1e6,
+    }
+
+
+def start(world: int, rounds: int) -> dict[str, Any]:
+    members = [Member(r, None, r, f"{r // NODE:056x}", "10.0.0.1", (str(r % NODE),)) for r in range(world)]
+    placing, places = timed(lambda: rendezvous.places_at(members, "tcp://10.0.0.1:1"), rounds)
+    sent = timed(lambda: [pickle.dumps(p) for p in places], rounds)[0]
+    return {"places of all ranks, s": placing + sent}
+
+
+def step(world: int, rounds: int) -> dict[str, Any]:
+    """A step's share: the vote's hops, whom a rank talks to, and the receipts of some steps on their way to rank 0."""
+    one = np.zeros((STEPS, LANES), np.int64)
+    branches = [min(1 << n, world - child) for n, child in enumerate(tree.children(0, world))]
+    messages = [pickle.dumps([one.copy() for _ in range(branch)]) for branch in branches]
+
+    def seal() -> str:
+        parts = [one]
+        for message in messages:
+            parts = operator.add(parts, received(message))
+        return receipt.extend(receipt.GENESIS, receipt.step_digests(receipt.in_lane_order(parts)))
+
+    return {
+        "hops of a vote": 2 * (world - 1).bit_length(),
+        "neighbours of rank 0": len(tree.children(0, world)),
+        f"receipt of {STEPS} steps, rank 0, s": timed(seal, rounds)[0],
+        "receipts to rank 0, MB": sum(map(len, messages)) / 1e6,
+    }
+
+
+def manifest(chunks: int, folder: Path) -> dict[str, Any]:
+    """Opens the data of a run with that many chunks, as a worker does, and finds a step's samples."""
+    from heliostat.data.dataset import open_dataset
+
+    from tests.benchmarks import large_order
+
+    digest = large_order.write(folder, chunks)
+    plan = large_order.plan(folder, digest)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    opening, dataset = timed(lambda: open_dataset(plan))
+    finding, _ = timed(lambda: dataset.order.locate(dataset.order.step(1000).ravel()), 3)
+    more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return {"open, s": opening, "a step's samples, s": finding, "memory, MB": more / 1e3}
+
+
+def simulate(world: int, stage: int, rounds: int, folder: Path) -> dict[str, Any]:
+    ranks, run = Ranks(world, stage), Location(str(folder / f"run-{world}-{stage}"))
+    saved, root = save(ranks, rounds)
+    lay_out(ranks, root, run)
+    return {
+        **start(world, rounds), **step(world, rounds), **saved, **restore(ranks, run, rounds), **driver(world, rounds)
+    }  # fmt: skip
+
+
+def vote(group: Any, everyone: Any, rounds: str) -> Iterator[dict[str, Any]]:
+    """Medians of a vote by the tree and by a ring all-reduce, alternating, in milliseconds; descriptors of the group."""
+    import torch.distributed as dist
+
+    where, code = tree.Channel(group), torch.zeros((), dtype=torch.int32)
+    taken: dict[str, list[float]] = {"tree": [], "ring": []}
+    for _ in range(int(rounds)):
+        for name, act in (
+            ("tree", lambda: tree.down(where, tree.up(where, 1, max))),
+            ("ring", lambda: dist.all_reduce(code, dist.ReduceOp.MAX, group=group)),
+        ):
+            dist.barrier(group)
+            began = time.perf_counter()
+            act()
+            taken[name].append((time.perf_counter() - began) * 1e3)
+    if dist.get_rank() == 0:
+        yield {n: statistics.median(t) for n, t in taken.items()} | {"descriptors": len(list(Path("/proc/self/fd").iterdir()))}
+
+
+def table(columns: dict[int, dict[str, Any]]) -> Iterator[str]:
+    yield "| | " + " | ".join(f"{world:,} ranks" for world in columns) + " |"
+    yield "|---|" + "---|" * len(columns)
+    for name in next(iter(columns.values())):
+        yield f"| {name} | " + " | ".join(f"{column[name]:,.3g}" for column in columns.values()) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ranks", type=int, action="append")
+    parser.add_argument("--stage", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--chunks", type=int, default=0)
+    parser.add_argument("--votes", type=int, default=0)
+    options = parser.parse_args()
+    if options.votes:
+        from tests.integration import ranks
+
+        (row,) = ranks.run(f"{__name__}:vote", (options.votes,), "200")
+        print(json.dumps(row))
+        return
+    with tempfile.TemporaryDirectory(prefix="heliostat-scale-") as folder:
+        if options.chunks:
+            print(json.dumps(manifest(options.chunks, Path(folder))), flush=True)
+        columns = {}
+        for world in options.ranks or ():
+            columns[world] = simulate(world, options.stage, options.rounds, Path(folder))
+            print("\n".join(table(columns)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""`prepare` with stages on real Ray: killed and gone on, the same on one node and three, and a reason for every document."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from heliostat.curation import reasons
+from heliostat.data import manifest
+from heliostat.pipelines.prepare import prepare
+from heliostat.storage import Location
+
+ROOT = Path(__file__).parents[2]
+
+
+def make_input(folder: Path, documents: int = 300, seed: int = 0) -> dict[str, str]:
+    """Writes JSON lines with near and exact duplicates and bad records; returns the texts by id."""
+    folder.mkdir(exist_ok=True)
+    rng, texts, number = random.Random(seed), dict[str, str](), 0
+    with (folder / f"{seed}.jsonl").open("w") as f:
+        for i in range(documents):
+            words = [f"w{rng.randrange(3000)}" for _ in range(60 + rng.randrange(90))]
+            if texts and i % 7 == 3:
+                words = [*rng.choice(list(texts.values())).split(), "more"]
+            text = rng.choice(list(texts.values())) if texts and i % 11 == 5 else " ".join(words)
+            number += 1
+            texts[f"{seed}.jsonl#{number}"] = text
+            f.write(json.dumps({"text": text, "url": f"http://h/{i}"}) + "\n")
+            if i % 50 == 9:
+                f.write("{broken\n")
+                number += 1
+    return texts
+
+
+def make_yaml(tmp_path: Path, **more: object) -> Path:
+    path = tmp_path / "pipeline.yaml"
+    config = {
+        "name": "curated",
+        "pipeline": "heliostat.pipelines:TextPipeline",
+        "input": str(tmp_path / "in"),
+        "output": str(tmp_path / "out"),
+        "tokenizer": {"vocab_size": 400, "train_bytes": 20_000},
+        "columns": ["url"],
+        "stages": [{"stage": "minhash"}],
+        "chunk_tokens": 4000,
+        "shard_bytes": 30_000,
+    }
+    path.write_text(json.dumps(config | more))
+    return path
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_every_document_has_a_reason(tmp_path):
+    texts = make_input(tmp_path / "in")
+    report = prepare(make_yaml(tmp_path), [])
+    assert not (tmp_path / "out.work").exists(), "unfinished work goes when the dataset is published"
+    made = manifest.read(Location(str(tmp_path / "out")))
+    found = {row["id"]: row for table in reasons.ends(made) for row in table.to_pylist()}
+    assert set(texts) <= set(found) and len(found) == len(texts) + 6
+    kept = {id for id, row in found.items() if row["reason"] == "kept"}
+    assert len(kept) == report["documents"]
+    assert {row["reason"] for row in found.values()} == {"kept", "near_duplicate", "invalid_json"}
+    for id in list(texts)[:40]:
+        (row,) = reasons.end_of(made, id)
+        assert row["stage"] == ("shard" if id in kept else "0 minhash")
+        if id in kept:
+            assert row["detail"] in made.paths and row["hash"] == hashlib.sha256(texts[id].encode()).hexdigest()
+            assert [r["id"] for r in reasons.kept_as(made, row["hash"])] == [id]
+        else:
+            assert row["detail"].partition(" ")[0] in kept
+    assert reasons.end_of(made, "nowhere") == []
+    told = reasons.funnel(made)
+    assert list(told) == ["read", "0 minhash", "shard"] and told["read"]["dropped"] == {"invalid_json": 6}
+    assert told["read"]["documents"] == len(found) and told["0 minhash"]["documents"] == len(texts)
+    assert told["0 minhash"]["kept"] == told["shard"]["kept"] == report["documents"]
+    assert told["shard"]["counts"]["tokens"] == report["tokens"]
+    assert set(reasons.seconds(made)) == {"read", "0 minhash", "shard"}
+    assert report["dropped"] == {"0 minhash: near_duplicate": told["0 minhash"]["dropped"]["near_duplicate"], "invalid_json": 6}
+    assert prepare(make_yaml(tmp_path), [])["up_to_date"]
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_kept_work_is_gone_on_with(tmp_path):
+    """A changed tokenizer or new input does not read again what was read; the digest is that of a dataset made at once."""
+    make_input(tmp_path / "in")
+    yaml = make_yaml(tmp_path, keep_work=True)
+    prepare(yaml, [])
+    read = sorted((tmp_path / "out.work/done/read").iterdir())
+    prepare(yaml, ["tokenizer.vocab_size=350"])
+    assert sorted((tmp_path / "out.work/done/read").iterdir()) == read
+    make_input(tmp_path / "in", 100, seed=1)
+    grown = prepare(yaml, [])
+    again = {p: p.stat().st_mtime_ns for p in (tmp_path / "out.work/done/read").iterdir()}
+    assert set(read) < set(again)
+    forced = prepare(yaml, [], force=True)
+    assert forced["digest"] == grown["digest"] == prepare(make_yaml(tmp_path), [f"output={tmp_path}/other"])["digest"]
+    assert min(p.stat().st_mtime_ns for p in (tmp_path / "out.work/done/read").iterdir()) > max(again.values()), "begun anew"
+
+
+def test_killed_at_any_moment_the_same_digest(tmp_path):
+    """The driver and all its processes, three times, each time later: what was finished stays, and the digest is the same."""
+    make_input(tmp_path / "in", 3000)
+    yaml = make_yaml(tmp_path, keep_work=True)
+    command = [sys.executable, "-m", "heliostat", "prepare", str(yaml), "--json"]
+    done, finished = tmp_path / "out.work/done", 0
+    for more in (1, 4, 8):
+        run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        try:
+            deadline = time.monotonic() + 120
+            while len(records(done)) < finished + more and run.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.02)
+        finally:
+            os.killpg(run.pid, signal.SIGKILL)
+            run.wait()
+        time.sleep(2)  # for Ray's processes to see that their driver has ended
+        before = records(done)
+        assert len(before) >= finished + more or run.returncode == 0
+        finished = len(before)
+    last = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    report = json.loads(last.stdout.splitlines()[-1])
+    after = records(done)
+    assert all(after[name] == when for name, when in before.items() if not name.startswith(("shards/", "listed/", "ends/")))
+    whole = subprocess.run([*command, "--set", f"output={tmp_path}/whole"], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert json.loads(whole.stdout.splitlines()[-1])["digest"] == report["digest"]
+
+
+def records(done: Path) -> dict[str, int]:
+    """Maps every task that is recorded to when that was."""
+    return {str(p.relative_to(done)): p.stat().st_mtime_ns for p in done.glob("*/*.json")}

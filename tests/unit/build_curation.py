@@ -1,0 +1,95 @@
+"""Runs curation in this process: the same tasks, keys and records as on Ray, in another order each time, some of them twice."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from heliostat.curation import flow, spill
+from heliostat.curation.engine import Curated, Engine
+from heliostat.curation.pieces import Part
+from heliostat.curation.registry import parse
+from heliostat.curation.segment import survivors
+from heliostat.curation.stage import Document
+from heliostat.curation.work import Work
+from heliostat.storage import Location
+from ray import cloudpickle
+
+
+class KilledError(Exception):
+    """Stands for the end of the driver."""
+
+
+@dataclass
+class HereFlow(flow.Flow):
+    """Runs each task where it is called, after a trip through pickle; shuffled by `seed`, every third twice.
+
+    After `most` tasks the run ends where it is.
+    """
+
+    seed: int = 0
+    most: int = 1 << 60
+    ran: list[str] = field(default_factory=list)
+
+    def share(self, value: Any) -> Any:
+        return value
+
+    def cpus(self) -> int:
+        return 2
+
+    def run(self, kind, function, tasks, cpus=1, valid=lambda record: True) -> Iterator[tuple[int, dict[str, Any]]]:
+        todo = list(self._looked_up(kind, tasks, valid))
+        rng = random.Random(f"{self.seed} {kind}")
+        rng.shuffle(todo)
+        for number, task, record in todo:
+            if record is not None:
+                self._count(self.kept, kind, record)
+                yield number, record
+                continue
+            sent = cloudpickle.dumps((self.work, kind, task.key, function, task.arguments, task.shared))
+            for _ in range(1 + (rng.random() < 0.3)):
+                *positional, shared = cloudpickle.loads(sent)
+                made = flow.execute(*positional, **shared)
+            if len(self.ran) >= self.most:
+                raise KilledError
+            self.ran.append(kind)
+            self._count(self.done, kind, made)
+            yield number, made
+
+
+@dataclass(frozen=True)
+class Given:
+    """Reads documents that are given: a part's path is the place of its text in `texts`."""
+
+    texts: dict[str, str]
+    columns: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def read(self, part: Part):
+        yield Document(part.path, self.texts[part.path], dict(self.columns.get(part.path, {})))
+
+    def finish(self, document: Document):
+        return document
+
+
+def curate(folder: Path, texts: dict[str, str], stages: list[dict[str, Any]], pieces: int | list[list[str]] = 5,
+           memory_limit: int = 1 << 20, columns: dict[str, dict[str, Any]] | None = None,
+           **flow_keys: Any) -> tuple[Curated, HereFlow]:  # fmt: skip
+    """Takes texts by id through stages, dealt out to some pieces, or to pieces that are given."""
+    here = HereFlow(Work(Location(str(folder))), **flow_keys)
+    engine = Engine(here, Given(texts, columns or {}), ["given"], memory_limit)
+    parts = {id: Part(id, len(text), 0) for id, text in texts.items()}
+    dealt = [list(parts)[i::pieces] for i in range(pieces)] if isinstance(pieces, int) else pieces
+    return engine.curate([[parts[id] for id in piece] for piece in dealt if piece], [parse(entry) for entry in stages]), here
+
+
+def left(found: Curated, here: HereFlow) -> dict[str, str]:
+    """Returns the documents that are left, by id."""
+    tables = (t for run in found.runs for t in survivors(here.work.spill, run))
+    return {row["id"]: row["text"] for table in tables for row in table.to_pylist()}
+
+
+def left_out(found: Curated, here: HereFlow) -> dict[str, tuple[str, str, str]]:
+    """Returns (stage, reason, detail) of what was left out, by id."""
+    tables = (t for name in found.left_out for t in spill.read(here.work.spill, name))
+    return {row["id"]: (row["stage"], row["reason"], row["detail"]) for table in tables for row in table.to_pylist()}

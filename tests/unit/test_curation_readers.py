@@ -1,0 +1,183 @@
+"""Readers give documents with their columns, and go on behind what is broken; nothing is held whole."""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import tracemalloc
+
+import pyarrow as pa
+import pytest
+from heliostat.curation.readers import READERS, REASONS, Limits, read, suffix_of
+from heliostat.curation.stage import Document, Dropped
+
+LIMITS = Limits(max_document_bytes=1 << 16)
+
+
+def record(uri, body, length=None, kind="response", head=b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n\r\n"):
+    block = (head if kind == "response" else b"") + body
+    said = len(block) if length is None else length
+    return (
+        f"WARC/1.0\r\nWARC-Type: {kind}\r\nWARC-Target-URI: {uri}\r\nWARC-Date: 2024-01-01T00:00:00Z\r\n"
+        f"Content-Length: {said}\r\n\r\n"
+    ).encode() + block + b"\r\n\r\n"  # fmt: skip
+
+
+ONE, TWO, THREE = (record(f"http://{n}/", f"<p>{n}</p>".encode()) for n in ("one", "two", "three"))
+
+
+def items(path, data, limits=LIMITS):
+    found = list(read(path, io.BytesIO(data), limits))
+    assert all(d.reason in REASONS for d in found if isinstance(d, Dropped))
+    assert len({d.id for d in found}) == len(found) and all(d.id.startswith(path) for d in found)
+    return found
+
+
+def brief(found):
+    return [d.text if isinstance(d, Document) else d.reason for d in found]
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, lambda d: pa.compress(d, "zstd", asbytes=True)], ids=["plain", "gz", "zst"])
+def test_pages_of_a_web_archive_with_their_columns(pack):
+    suffix = {bytes: "", gzip.compress: ".gz"}.get(pack, ".zst")
+    data = [pack(r) for r in (record("", b"software: x", kind="warcinfo"), ONE, TWO)]
+    found = items(f"a.warc{suffix}", b"".join(data))
+    assert brief(found) == [b"<p>one</p>", b"<p>two</p>"]
+    assert found[0].columns == {"url": "http://one/", "date": "2024-01-01T00:00:00Z", "content_type": "text/html; charset=utf-8"}
+    if suffix != ".zst":
+        assert [d.id for d in found] == [f"a.warc{suffix}#{len(data[0])}", f"a.warc{suffix}#{len(data[0]) + len(data[1])}"]
+    else:
+        assert items("a.warc.gz", gzip.compress(b"".join([ONE, TWO])))[1].id == f"a.warc.gz#0+{len(ONE)}"
+
+
+@pytest.mark.parametrize(
+    ("middle", "expected"),
+    [
+        (TWO[:-8], ["corrupt"]),  # a truncated record swallows the start of the next, which is found again
+        (record("http://two/", b"<p>two</p>", length=100_000), ["truncated"]),
+        (record("http://two/", b"<p>two</p>", length=10**18), ["truncated"]),
+        (record("http://two/", b"<p>two</p>", length=-5), ["truncated"]),
+        (record("http://two/", b"<p>two</p>", length=20), ["corrupt"]),
+        (b"garbage\r\n" * 9, ["corrupt"]),
+        (b"WARC/1.0\r\nX: " + b"x" * (2 << 20) + b"\r\n\r\n", ["corrupt"]),
+        (record("http://two/", b"x" * 100_000), ["too_large"]),
+        (record("http://two/", b""), ["empty"]),
+        (record("http://two/", b"no response", head=b""), ["corrupt"]),
+        (record("http://two/", b"gone", head=b"HTTP/1.1 404 Not Found\r\n\r\n"), ["http_status"]),
+        (record("http://two/", b"PNG", head=b"HTTP/1.1 200 OK\r\nContent-Type: image/png\r\n\r\n"), ["not_html"]),
+        (record("http://two/", b"\xe9t\xe9", head=b"HTTP/1.1 200 OK\r\nContent-Type: text/plain; charset=latin1\r\n\r\n"), ["été"]),
+        (record("http://two/", b"3\r\n<p>\r\n2\r\nhi\r\n0\r\n\r\n", head=b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"), [b"<p>hi"]),
+        (record("http://two/", gzip.compress(b"<p>z"), head=b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\n"), [b"<p>z"]),
+        (record("http://two/", gzip.compress(b"0" * 10**6), head=b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\n"), ["too_large"]),
+    ],
+)  # fmt: skip
+def test_a_broken_record_is_named_and_the_next_one_read(middle, expected):
+    assert brief(items("a.warc", ONE + middle + THREE)) == [b"<p>one</p>", *expected, b"<p>three</p>"]
+    packed = b"".join(map(gzip.compress, (ONE, middle, THREE)))
+    expected = ["truncated"] if middle == TWO[:-8] else expected  # it cannot swallow what is in another member
+    assert brief(items("a.warc.gz", packed)) == [b"<p>one</p>", *expected, b"<p>three</p>"]
+
+
+@pytest.mark.parametrize("damage", [lambda m: m[:-40], lambda m: m[:20] + b"\0\1\2\3" * 5 + m[40:], lambda m: b"noise" * 20])
+def test_a_broken_packed_record_is_named_and_the_next_one_read(damage):
+    one, two, three = map(gzip.compress, (ONE, TWO, THREE))
+    found = brief(items("a.warc.gz", one + damage(two) + three))
+    assert found[0] == b"<p>one</p>" and found[-1] == b"<p>three</p>" and set(found[1:-1]) <= {"corrupt", "truncated"} and found[1:-1]
+
+
+def test_every_cut_of_an_archive_ends_with_what_was_cut():
+    whole = b"".join(map(gzip.compress, (ONE, TWO)))
+    first = len(gzip.compress(ONE))
+    for end in range(first + 1, len(whole), 7):
+        found = brief(items("a.warc.gz", whole[:end]))
+        assert found in ([b"<p>one</p>", "truncated"], [b"<p>one</p>", "corrupt"], [b"<p>one</p>", b"<p>two</p>", "truncated"]), end
+    assert brief(items("a.warc", b"")) == brief(items("a.warc.gz", b"")) == []
+
+
+def test_texts_and_metadata():
+    wet = record("http://one/", "Größe".encode(), kind="conversion") + record("http://two/", b"\xff", kind="conversion") + ONE
+    assert brief(items("a.wet", wet)) == ["Größe", "not_utf8"]
+    assert brief(items("a.wat", record("http://one/", b'{"a": 1}', kind="metadata"))) == ['{"a": 1}']
+
+
+PACK = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": lambda d: pa.compress(d, "zstd", asbytes=True)}
+
+
+@pytest.mark.parametrize("suffix", PACK)
+def test_packed_lines_in_one_member_or_several_and_what_comes_before_a_break(suffix):
+    lines = [json.dumps({"text": f"line {i} " + "x" * (i % 50), "url": f"http://{i}/", "id": i}).encode() + b"\n" for i in range(6000)]
+    half = b"".join(lines[:3000]), b"".join(lines[3000:])
+    packed = PACK[suffix](half[0]) + PACK[suffix](half[1])
+    found = items(f"a.json{suffix}", packed)
+    assert len(found) == 6000 and found[-1].columns == {"url": "http://5999/", "source_id": 5999} and found[-1].id == f"a.json{suffix}#6000"
+    broken = items(f"a.json{suffix}", packed[:-20])
+    assert broken[-1].reason == "corrupt" and len(broken) > 3000
+    assert brief(items(f"a.json{suffix}", b"no packing at all")) == ["corrupt"]
+
+
+@pytest.mark.parametrize("suffix", PACK)
+def test_a_bomb_and_a_line_without_end_take_little_memory(suffix):
+    lines = b'{"text": "' + b"a" * 30_000_000 + b'"}\n{"text": "behind"}\n'
+    packed = PACK[suffix](lines)
+    tracemalloc.start()
+    found = items(f"a.jsonl{suffix}", packed)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert brief(found) == ["too_large", "behind"] and peak < 20_000_000
+    assert brief(items(f"a.jsonl{suffix}", packed, Limits(max_document_bytes=1 << 16, max_file_bytes=1 << 20))) == ["too_large"] * 2
+    assert brief(items(f"a.html{suffix}", packed)) == ["too_large"]
+
+
+def test_lines_of_json():
+    data = b'{"text": "a"}\n\nnone\n[1]\n{"text": 1}\n{"other": "b"}\n{"text": "\xff"}\n{"text": "last"}'
+    assert brief(items("a.jsonl", data)) == ["a", "invalid_json", "invalid_json", "no_text", "no_text", "not_utf8", "last"]
+    assert brief(items("a.jsonl", b"[" * 100_000 + b"\n" + b'{"text": "b"}')) in (["too_large", "b"], ["invalid_json", "b"])
+
+
+def test_csv():
+    out = io.StringIO()
+    writer = csv.writer(out)
+    writer.writerows([["id", "text", "license"], [7, 'said "so",\nand on', "MIT"], [8, "plain", ""], [9, "too", "many", "fields"], [10, "end", "X"]])
+    found = items("a.csv", "\ufeff".encode() + out.getvalue().encode())
+    assert brief(found) == ['said "so",\nand on', "plain", "corrupt", "end"]
+    assert found[0].columns == {"source_id": "7", "license": "MIT"} and found[0].id == "a.csv#1"
+    assert brief(items("a.tsv", b"text\turl\nhello\thttp://x/\n")) == ["hello"]
+    assert brief(items("a.csv", b"other\nx\n")) == ["no_text"] and brief(items("a.csv", b"")) == []
+    assert brief(items("a.csv", b"text\na\n\xff\nb\n")) == ["a", "not_utf8", "b"]
+    assert brief(items("a.csv", b'text\na\n"' + b"never closed\n" * 20_000 + b'"x\n'))[:2] == ["a", "corrupt"]
+    assert brief(items("a.csv", b"text\n" + b"x" * 100_000 + b"\nb\n")) == ["too_large", "b"]
+
+
+@pytest.mark.parametrize("kind", ["stream", "file"])
+def test_arrow(kind):
+    table = pa.table({"text": ["a", None, "c"] * 1000, "url": ["http://x/"] * 3000})
+    sink = pa.BufferOutputStream()
+    with (pa.ipc.new_stream if kind == "stream" else pa.ipc.new_file)(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=500)
+    data = sink.getvalue().to_pybytes()
+    found = items("a.arrow", data)
+    assert brief(found)[:3] == ["a", "no_text", "c"] and len(found) == 3000 and found[-1].id == "a.arrow#3000"
+    assert found[0].columns == {"url": "http://x/"}
+    cut = items("a.arrow", data[: len(data) // 2])
+    assert cut[-1].reason == "corrupt" and len(cut) > 500
+    assert brief(items("a.arrow", b"noise" * 100)) in (["corrupt"], ["too_large"])
+    assert brief(items("a.arrow", b"\xff\xff\xff\xff\xff\xff\xff\x7f" + data)) in (["corrupt"], ["too_large"])
+
+
+def test_kinds_are_told_by_suffix():
+    assert suffix_of("x/A.WARC.GZ") == ".warc" and suffix_of("a.tar") is None and suffix_of("a.html.xz") == ".html"
+    assert brief(items("a.bin", b"x")) == ["unknown_kind"]
+    assert brief(items("a.txt", b"\xef\xbb\xbfhi")) == ["hi"] and brief(items("a.md", b"\xff")) == ["not_utf8"]
+    assert brief(items("a.html", b" ")) == ["empty"] and all(s.startswith(".") for s in READERS)
+
+
+def test_errors_of_the_stream_pass_through():
+    class Failing(io.BytesIO):
+        def read(self, size=-1):
+            raise OSError(5, "the store has failed")
+
+    for path in ("a.warc.gz", "a.jsonl.zst", "a.csv", "a.arrow", "a.html.xz"):
+        with pytest.raises(OSError, match="the store has failed"):
+            list(read(path, Failing(), LIMITS))

@@ -1,0 +1,166 @@
+"""Near duplicates: the signatures' curve, exact clusters of any graph, who stays, and the same from any cut of the input."""
+
+import itertools
+import random
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from heliostat.curation import spill
+from heliostat.curation.minhash import components
+from heliostat.curation.minhash.signatures import Parameters, keys, words
+from heliostat.curation.registry import parse
+from heliostat.curation.work import Work
+from heliostat.storage import Location
+
+from tests.unit.build_curation import HereFlow, curate, left, left_out
+
+FINEWEB = Parameters(14, 8, 5, 1)
+
+
+def text(rng: random.Random, length: int = 150) -> list[str]:
+    return [f"w{rng.randrange(20_000)}" for _ in range(length)]
+
+
+def changed(rng: random.Random, base: list[str], similarity: float) -> list[str]:
+    """Replaces words in blocks at the end, so that the 5-grams' Jaccard similarity is about what is asked."""
+    shared = 2 * similarity / (1 + similarity)
+    stop = round(len(base) * shared)
+    return base[:stop] + text(rng, len(base) - stop)
+
+
+def jaccard(a: list[str], b: list[str]) -> float:
+    x, y = ({tuple(t[i : i + 5]) for i in range(len(t) - 4)} for t in (a, b))
+    return len(x & y) / len(x | y)
+
+
+@pytest.mark.parametrize("similarity", [0.5, 0.7, 0.8, 0.9])
+def test_pairs_meet_as_often_as_the_curve_says(similarity):
+    """Of 400 planted pairs, within three standard deviations of the binomial."""
+    rng = random.Random(similarity)
+    pairs = [(base, changed(rng, base, similarity)) for base in (text(rng) for _ in range(400))]
+    made, which = keys([" ".join(t) for pair in pairs for t in pair], FINEWEB)
+    assert len(which) == 800
+    met = [bool((made[i] == made[i + 1]).any()) for i in range(0, 800, 2)]
+    wanted = [1 - (1 - jaccard(*pair) ** 8) ** 14 for pair in pairs]
+    spread = 3 * sum(p * (1 - p) for p in wanted) ** 0.5 + 1
+    assert abs(sum(met) - sum(wanted)) < spread, (sum(met), sum(wanted))
+    others = {k for row in made[::2] for k in row.tolist()}
+    assert len(others) == 400 * 14, "texts that have nothing in common share no key"
+
+
+def test_what_a_word_is():
+    assert words("The cat, the Hat!") == ["the", "cat", "the", "hat"]
+    assert words("Ça va? \u6771\u4eac\u3002") == ["ça", "va", "\u6771", "\u4eac"]
+    made, which = keys(["one two", "?!", "One, two.", "one two three"], FINEWEB)
+    assert which.tolist() == [0, 2, 3] and (made[0] == made[1]).all() and not (made[0] == made[2]).any()
+
+
+# clusters ------------------------------------------------------------------------------------------------------------
+
+
+def reference(edges: list[tuple[int, int]]) -> dict[int, int]:
+    """Finds the least node of each node's component by union-find."""
+    parent: dict[int, int] = {}
+
+    def root(x: int) -> int:
+        while parent.setdefault(x, x) != x:
+            parent[x] = parent[parent[x]]
+            x = parent[x]
+        return x
+
+    for a, b in edges:
+        x, y = sorted((root(a), root(b)))
+        parent[y] = x
+    return {x: root(x) for x in list(parent)}
+
+
+def shapes() -> dict[str, list[tuple[int, int]]]:
+    rng = random.Random(0)
+    ids = [rng.getrandbits(40) for _ in range(3000)]
+    return {
+        "path": list(itertools.pairwise(ids)),
+        "star": [(ids[0], x) for x in ids[1:]],
+        "pairs": [(ids[i], ids[i + 1]) for i in range(0, 3000, 2)],
+        "tree": [(ids[i], ids[(i - 1) // 2]) for i in range(1, 3000)],
+        "random": [(rng.choice(ids), rng.choice(ids)) for _ in range(2000)],
+        "sorted path": [(i, i + 1) for i in range(2000)],
+    }
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("shape", shapes())
+def test_components_are_those_of_union_find(tmp_path, shape, parts):
+    edges = [(a, b) for a, b in shapes()[shape] if a != b]
+    u, v = (np.array(side, np.uint64) for side in zip(*[*edges, *((b, a) for a, b in edges)], strict=True))
+    flow = HereFlow(Work(Location(str(tmp_path))))
+    names = [spill.write(flow.work.spill, pa.table({"key": spill.mixed(u), "u": u, "v": v}), ("u", "v"))]
+    stars, rounds = components.stars(flow, "test", names, parts)
+    tables = [t for name in stars for t in spill.read(flow.work.spill, name)]
+    found = {row["u"]: row["v"] for t in tables for row in t.to_pylist() if row["u"] > row["v"]}
+    wanted = reference(edges)
+    assert found == {x: root for x, root in wanted.items() if x != root}
+    assert rounds <= 12
+
+
+# who stays -----------------------------------------------------------------------------------------------------------
+
+
+def planted(clusters: int = 40) -> tuple[dict[str, str], dict[str, set[str]]]:
+    """Returns texts by id, and of each cluster the ids: two to five texts that differ in their last words, and others."""
+    rng, texts, groups = random.Random(7), dict[str, str](), dict[str, set[str]]()
+    for c in range(clusters):
+        base = text(rng, 200)
+        for i in range(rng.randrange(2, 6)):
+            id = f"{rng.randrange(10**6):06d}-{c}"
+            texts[id] = " ".join([*base, *text(rng, i)])
+            groups.setdefault(str(c), set()).add(id)
+    texts |= {f"alone-{i}": " ".join(text(rng)) for i in range(60)}
+    return texts, groups
+
+
+def test_one_of_each_cluster_stays_and_the_others_say_for_whom(tmp_path):
+    texts, groups = planted()
+    found, here = curate(tmp_path, texts, [{"stage": "minhash"}])
+    kept, gone = left(found, here), left_out(found, here)
+    assert {id for id in texts if id.startswith("alone")} <= kept.keys() and kept.keys() | gone.keys() == texts.keys()
+    for members in groups.values():
+        best = min(members, key=lambda id: (-len(texts[id].encode()), id))
+        assert kept.keys() & members == {best}, "the longest stays, of equals the first"
+        for id in members - {best}:
+            assert gone[id] == ("0 minhash", "near_duplicate", f"{best} (one of {len(members)})")
+    assert found.reasons == {"0 minhash: near_duplicate": len(gone)}
+
+
+@pytest.mark.parametrize(("rule", "column"), [("first", ""), ("oldest", "date"), ("best", "quality")])
+def test_the_rule_says_who_stays(tmp_path, rule, column):
+    texts, groups = planted(12)
+    rng = random.Random(1)
+    columns = {id: {"date": f"20{rng.randrange(10, 30)}-01-01", "quality": rng.random()} for id in sorted(texts)}
+    for members in groups.values():
+        columns[min(members)] = {}  # one without a date, and without a number
+    order = {"first": lambda id: id, "oldest": lambda id: (columns[id].get("date", "z"), id),
+             "best": lambda id: (-columns[id].get("quality", -1), id)}[rule]  # fmt: skip
+    stage = {"stage": "minhash", "keep": rule, **({"column": column} if column else {})}
+    found, here = curate(tmp_path, texts, [stage], columns=columns)
+    kept = left(found, here)
+    assert [kept.keys() & members for members in groups.values()] == [{min(members, key=order)} for members in groups.values()]
+
+
+def test_the_same_stay_however_the_input_is_cut(tmp_path):
+    """Other pieces, other runs, other parts of the keys, another order, tasks that run twice: the same decisions."""
+    texts, _ = planted()
+    texts |= {f"copy-{id}": value for id, value in list(texts.items())[:30]}
+    first, here = curate(tmp_path / "a", texts, [{"stage": "minhash"}], pieces=1, memory_limit=1 << 30)
+    backwards = dict(reversed(texts.items()))
+    for seed, pieces, limit in [(1, 7, 1 << 30), (2, 40, 1 << 16), (3, 3, 1 << 18)]:
+        again, there = curate(tmp_path / str(seed), backwards, [{"stage": "minhash"}], pieces, limit, seed=seed)
+        assert left(again, there) == left(first, here) and left_out(again, there) == left_out(first, here)
+    assert there.done["minhash-0-pairs"] == 3, "the keys were in parts"
+
+
+@pytest.mark.parametrize(("keys", "message"), [({"keep": "oldest"}, "'oldest' needs a column"), ({"column": "x"}, "compares no"),
+                                               ({"band": 3}, "band: unknown key; did you mean 'bands'")])  # fmt: skip
+def test_what_is_wrong_is_said(keys, message):
+    with pytest.raises(ValueError, match=message):
+        parse({"stage": "minhash", **keys})

@@ -1,0 +1,48 @@
+"""The plan is held to published training runs: text and diffusion, three devices, 1 to 512 workers (tests/unit/published)."""
+
+import numpy as np
+import pytest
+from heliostat.plan import hardware
+
+from tests.benchmarks import plan_published
+from tests.unit import published
+
+PRICES = hardware.table()
+ERRORS = [abs(published.error(run, PRICES)) for run in published.RUNS]
+
+
+def test_published_runs_are_planned_within_fifteen_percent_and_none_beyond_thirty():
+    assert np.median(ERRORS) < 0.15 and max(ERRORS) < 0.30
+
+
+def test_each_source_is_planned_within_fifteen_percent():
+    """So a source with many runs hides no other."""
+    for source in published.TABLE["sources"]:
+        mine = [e for e, run in zip(ERRORS, published.RUNS, strict=True) if run["source"] == source]
+        assert mine and np.median(mine) < 0.15, source
+
+
+def test_the_table_is_broad_and_has_three_runs_a_fitted_number():
+    devices = {run["device"].partition(" of ")[0] for run in published.RUNS}
+    assert len(published.RUNS) >= 15 and {"A100", "A100-40GB", "H100"} <= devices
+    assert {"length" in run for run in published.RUNS} == {True, False}  # text, and images
+    assert len(plan_published.FITTED) * 3 < len(published.RUNS)
+    assert all(s["url"] and s["date"] for s in published.TABLE["sources"].values())
+
+
+@pytest.mark.parametrize(("name", "length"), [("mpt-125m", 2048), ("tinyllama", 2048)])
+def test_the_operations_of_the_table_are_those_that_the_plan_counts(name, length):
+    """The other models are counted by hand: `python -m tests.benchmarks.plan_published --count`."""
+    numel, work = published.counted()[f"{name} {length}"]
+    found = published.count(name, length)
+    assert found["parameters"] == numel
+    assert sorted(tuple(w) for w in found["work"]) == sorted(published.astuple(w) for w in work)
+
+
+def test_a_slower_device_is_planned_slower():
+    """What the errors are made of moves them: a table that ignored its efficiencies would pass nothing here."""
+    run = next(r for r in published.RUNS if r["model"] == "mpt-7b" and r["device"] == "H100")
+    for kind in ("matmul", "attention", "memory"):
+        entry = {**PRICES["efficiency"]["H100"], kind: PRICES["efficiency"]["H100"][kind] / 2}
+        slower = {**PRICES, "efficiency": {**PRICES["efficiency"], "H100": entry}}
+        assert published.planned(run, slower) < published.planned(run, PRICES)
