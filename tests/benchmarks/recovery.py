@@ -1,12 +1,20 @@
-"""Recovery from a killed worker: seconds from the kill to the next new step, and where they go.
+"""Recovery in place: seconds from a fault to the next new step, and where they go.
 
-    python tests/benchmarks/recovery.py [--job jobs/chaos.yaml] [--kills 3] [--set train.zero.stage=3]
+    python tests/benchmarks/recovery.py [--fault kill] [--job jobs/chaos.yaml] [--times 3] [--set train.zero.stage=3]
 
-One run, in which a worker is killed each time that some more steps are done. The parts, in their order:
+One run, in which the fault strikes each time that some more steps are done:
+
+    kill     SIGKILL to a worker; a new process takes its place
+    resize   three workers become two behind a checkpoint, two become three, and so on; from the last step of the one to the first
+             of the other, the checkpoint included
+    node     a cluster of local nodes, one worker on each: all processes of one are killed; the others go on without it. In
+             between a new node joins, and the run grows again
+
+The parts, in their order:
 
     ended        until the other workers have come back, and the driver has heard of it
     pause        reading the newest checkpoint's index, and retries.backoff behind a first retry
-    processes    until the dead worker's new process has answered, and rank 0's loop begins in the new process group
+    processes    until the new workers' processes have answered, and rank 0's loop begins in the new process group
     model        building it, and the engine
     checkpoint   loading it
     data         until the first batch is there
@@ -17,17 +25,25 @@ One run, in which a worker is killed each time that some more steps are done. Th
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import subprocess
+import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import psutil
+from heliostat.chaos.nodes import LocalNodes
 from heliostat.chaos.process import workers
 from heliostat.events import Event, Phase, Steps
 from heliostat.train import run
-from heliostat.train.driver import progress
+from heliostat.train.driver import attempt, progress
+from heliostat.train.stop_codes import RESIZE
 
 PARTS = ("ended", "pause", "processes", "model", "checkpoint", "data", "first step", "recomputed")
 PHASES = {
@@ -38,6 +54,7 @@ PHASES = {
     "step": "data",
     "stepped": "first step",
 }  # fmt: skip (the part that the phase's beginning ends)
+ELASTIC = ["workers.count=[2, 3]", "train.global_batch=24", "data.lanes=6"]
 
 
 class Recording(progress.ProgressReporter):
@@ -47,58 +64,145 @@ class Recording(progress.ProgressReporter):
 
     def event(self, event: Event) -> None:
         if isinstance(event, Phase):
-            self.events.append((event.phase, event.at, 0))
+            self.note(event.phase, event.at, 0)
         elif isinstance(event, Steps):
-            self.events.append(("made", event.at, event.done))
+            self.note("made", event.at, event.done)
         super().event(event)
 
+    def note(self, *event: Any) -> None:
+        self.events.append(event)
+        if "--follow" in sys.argv:
+            print(json.dumps(event), flush=True)
 
-def split(killed: float, failed: float, events: list[tuple[str, float, int]]) -> dict[str, float]:
-    """Seconds by part, for the recovery from one kill. `failed`: when the driver had the error."""
-    before = max(step for kind, at, step in events if kind == "made" and at <= failed)
-    marks = [("ended", failed)]
+
+events = Recording.events
+
+
+def split(struck: float, ended: float) -> dict[str, float]:
+    """Seconds by part, for the recovery from one fault. `ended`: when the driver knew that the attempt had."""
+    before = max(step for kind, at, step in events if kind == "made" and at <= ended)
+    marks = [("ended", ended)]
     for phase, part in PHASES.items():
-        marks.append((part, next(at for kind, at, _ in events if kind == phase and at > failed)))
-    marks.append(("recomputed", next(at for kind, at, step in events if kind == "made" and at > failed and step > before)))
-    ends = [killed, *(at for _, at in marks)]
+        marks.append((part, next((at for kind, at, _ in events if kind == phase and at > ended), marks[-1][1])))
+    marks.append(("recomputed", next(at for kind, at, step in events if kind == "made" and at > ended and step > before)))
+    ends = [struck, *(at for _, at in marks)]
     return {part: end - start for (part, end), start in zip(marks, ends, strict=False)}
+
+
+def made() -> int:
+    return max((step for kind, _, step in events if kind == "made"), default=0)
+
+
+def starts() -> int:
+    return sum(kind == "stepped" for kind, _, _ in events)
+
+
+def until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def kill(times: int, struck: list[float]) -> None:
+    for number in range(1, times + 1):
+        until(lambda number=number: made() >= 13 * number)
+        workers(psutil.Process().pid)[-1].kill()
+        struck.append(time.time())
+        until(lambda number=number: starts() > number)
+
+
+def kill_nodes(nodes: LocalNodes, times: int, struck: list[float]) -> None:
+    for number in range(1, times + 1):
+        until(lambda number=number: starts() >= 2 * number - 1)
+        since = made()
+        until(lambda since=since: made() >= since + 8)
+        lost = next(node for node in reversed(nodes.nodes) if node.workers())
+        struck.append(time.time())
+        lost.kill()
+        nodes.nodes.remove(lost)
+        until(lambda number=number: starts() >= 2 * number)
+        if number < times:
+            nodes.add()
+
+
+def alternate() -> None:
+    """Makes every attempt stop behind its next checkpoint, and the next one have another number of workers."""
+    counts, look = iter([3, 2] * 1000), attempt.Attempt._look
+    attempt.LOOK_S = 0.2
+    run.choose = lambda allowed, room: next(counts)  # type: ignore[assignment]
+
+    def order(self: attempt.Attempt) -> None:
+        look(self)
+        if self._phase == "stepped" and not self._ordered:
+            self._order(RESIZE, "another number of workers behind the next checkpoint")
+
+    attempt.Attempt._look = order  # type: ignore[method-assign]
+
+
+def train(options: Any, folder: str) -> list[Any]:
+    """Trains with the recording view; returns the ledger's attempts."""
+    settings = [f"storage={folder}", f"mlflow.uri=sqlite:///{folder}/mlflow.db", "name=recovery", "train.log_every=1",
+                "mlflow.register=null", *([] if options.fault == "kill" else ELASTIC),
+                *(["workers.placement=strict_spread"] if options.fault == "node" else []), *options.set]  # fmt: skip
+    run.train(options.job, settings)
+    from heliostat.runs import goodput
+    from heliostat.storage import Location
+
+    return sorted(goodput.read(Location(folder).join("recovery")), key=lambda a: a.started)
+
+
+def followed(environment: dict[str, str]) -> list[float]:
+    """Trains in a process that joins a cluster; returns when the attempts that failed had ended."""
+    command = [sys.executable, *sys.argv, "--follow"]
+    with subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True) as driver:
+        assert driver.stdout
+        for line in driver.stdout:
+            told = json.loads(line) if line.startswith(("[", "{")) else []
+            if isinstance(told, dict):
+                return told["ended"]
+            if told:
+                events.append(tuple(told))
+    raise SystemExit("the run did not end as it should")
+
+
+def strike(options: Any, folder: str) -> list[dict[str, float]]:
+    """Runs the job with its faults; returns what each cost, by part."""
+    struck: list[float] = []
+    if options.fault == "resize":
+        alternate()
+        found = [a for a in train(options, folder) if a.outcome == "resize"]
+        last = [max(at for kind, at, _ in events if kind == "made" and at < a.seen) for a in found]
+        return [split(at, a.seen) for at, a in zip(last, found, strict=True)][1 : options.times + 1]
+    if options.fault == "kill":
+        threading.Thread(target=kill, args=(options.times, struck), daemon=True).start()
+        ended = [a.seen for a in train(options, folder) if a.outcome == "failed"]
+    else:
+        with LocalNodes(Path(folder), 3, 3) as nodes:
+            threading.Thread(target=kill_nodes, args=(nodes, options.times, struck), daemon=True).start()
+            ended = followed(nodes.environment)
+    return [split(at, next(f for f in ended if f > at)) for at in struck]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fault", choices=("kill", "resize", "node"), default="kill")
     parser.add_argument("--job", type=Path, default=Path("jobs/chaos.yaml"))
-    parser.add_argument("--kills", type=int, default=3)
+    parser.add_argument("--times", type=int, default=3)
     parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--follow", action="store_true", help="of the process that is followed")
     options = parser.parse_args()
     progress.ProgressReporter = Recording  # type: ignore[misc]
-    killed: list[float] = []
-    events = Recording.events
-
-    def kill() -> None:
-        for number in range(1, options.kills + 1):
-            while max((step for kind, _, step in events if kind == "made"), default=0) < 13 * number:
-                time.sleep(0.01)
-            workers(psutil.Process().pid)[-1].kill()
-            killed.append(time.time())
-            while not any(kind == "stepped" and at > killed[-1] for kind, at, _ in events):
-                time.sleep(0.05)
-
-    threading.Thread(target=kill, daemon=True).start()
     with tempfile.TemporaryDirectory() as folder:
-        settings = [f"storage={folder}", f"mlflow.uri=sqlite:///{folder}/mlflow.db", "name=recovery", "train.log_every=1",
-                    "mlflow.register=null", *options.set]  # fmt: skip
-        run.train(options.job, settings)
-        from heliostat.runs import goodput
-        from heliostat.storage import Location
-
-        ended = sorted(a.seen for a in goodput.read(Location(folder).join("recovery")) if a.outcome == "failed")
-    found = [split(at, next(f for f in ended if f > at), events) for at in killed]
-    print(f"| part | {' | '.join(f'kill {i + 1}' for i in range(len(found)))} | median |")
+        if options.follow:
+            print(json.dumps({"ended": [a.seen for a in train(options, folder) if a.outcome == "failed"]}))
+            return
+        found = strike(options, folder)
+    print(f"| part | {' | '.join(f'{options.fault} {i + 1}' for i in range(len(found)))} | median |")
     print("|---|" + "---:|" * (len(found) + 1))
     for part in PARTS:
         print(f"| {part} | {' | '.join(f'{one[part]:.2f}' for one in found)} | {median(one[part] for one in found):.2f} |")
     totals = [sum(one.values()) for one in found]
-    print(f"| kill to next new step | {' | '.join(f'{t:.2f}' for t in totals)} | {median(totals):.2f} |")
+    print(f"| fault to next new step | {' | '.join(f'{t:.2f}' for t in totals)} | {median(totals):.2f} |")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ The head (127.0.0.1) has no CPUs: it holds the driver and Ray's own services. Cl
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import socket
@@ -65,11 +66,17 @@ class LocalNodes:
         try:
             self._start("127.0.0.1", "--head", f"--port={self.address.rpartition(':')[2]}", "--num-cpus=0",
                         "--include-dashboard=false")  # fmt: skip
-            for number in range(2, self._count + 2):
-                self._start(f"127.0.0.{number}", f"--address={self.address}", f"--num-cpus={self._cpus:g}")
+            self._numbers = itertools.count(2)
+            for _ in range(self._count):
+                self.add()
         except BaseException:
             self.stop()
             raise
+
+    def add(self) -> Node:
+        """Starts another node, at an address that none has had, and waits until it has joined."""
+        self._start(f"127.0.0.{next(self._numbers)}", f"--address={self.address}", f"--num-cpus={self._cpus:g}")
+        return self.nodes[-1]
 
     def __exit__(self, *_: object) -> None:
         self.stop()

@@ -36,6 +36,25 @@ def room(workers: Workers, free: Mapping[str, Resources], held: Mapping[str, int
     return sum(fit) - min(lost) if lost else 0
 
 
+def spots(workers: Workers, free: Mapping[str, Resources], held: Mapping[str, int], count: int) -> list[str] | None:
+    """Chooses a node for each of `count` workers, as `workers.placement` wishes; None if they do not all fit.
+
+    `free`: by node, the resources that nobody uses; `held`: by node, how many of this run's workers are on it already.
+    """
+    most = 1 if workers.placement == "strict_spread" else 1 << 30
+    left = {n: min(most - held.get(n, 0), fits(workers, node)) for n, node in free.items()}
+    there, found = {n: held.get(n, 0) for n in free}, list[str]()
+    for _ in range(count):
+        fewest = -1 if workers.placement == "pack" else 1
+        # packed: beside others, else where most fit; spread: where the fewest are
+        best = min((n for n in left if left[n] > 0), key=lambda n: (fewest * there[n], -left[n], n), default=None)
+        if best is None:
+            return None
+        there[best], left[best] = there[best] + 1, left[best] - 1
+        found.append(best)
+    return found
+
+
 def starved(workers: Workers, cpus: Mapping[str, float], held: Mapping[str, int]) -> bool:
     """Checks whether the workers leave no node that may read data the CPU that a data task needs.
 

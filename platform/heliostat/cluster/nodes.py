@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import ray
@@ -22,12 +22,12 @@ ENDING_S = 20.0
 SAY_S, AGAIN_S = 4.0, 60.0
 
 
-def room_now(job: Job, held: Mapping[str, int]) -> int:
+def room_now(job: Job, held: Mapping[str, int], avoided: Collection[str] = ()) -> int:
     """Computes how many workers fit on the cluster as it is; `held`: by node, how many of the run's own are on it already.
 
-    Nodes that drain, or lack the workers' labels, take none.
+    Nodes that drain, lack the workers' labels, or are `avoided` take none.
     """
-    free, leaving = ray._private.state.available_resources_per_node(), draining()
+    free, leaving = ray._private.state.available_resources_per_node(), draining().union(avoided)
     train, data = carrying(job.workers.labels), carrying(job.data.labels)
     apart = any(cpus >= FETCHING for n, cpus in data.items() if n not in train and n not in leaving)
     return room(job.workers, {n: r for n, r in free.items() if n in train and n not in leaving}, held, apart)
@@ -82,6 +82,12 @@ def carrying(labels: Mapping[str, str]) -> dict[str, float]:
             if n["Alive"] and labels.items() <= n.get("Labels", {}).items()}  # fmt: skip
 
 
+def free(labels: Mapping[str, str]) -> dict[str, dict[str, float]]:
+    """Maps the living nodes with these labels to the resources that nobody uses."""
+    found, there = ray._private.state.available_resources_per_node(), carrying(labels)
+    return {node: resources for node, resources in found.items() if node in there}
+
+
 def inventory() -> list[dict[str, Any]]:
     """Lists the cluster's living nodes as plain data."""
     return [
@@ -102,13 +108,6 @@ def inventory() -> list[dict[str, Any]]:
 def draining() -> set[str]:
     """Returns the ids of the nodes that drain: preempted by their provider, or drained by a person."""
     return set(ray._private.state.state.get_draining_nodes())
-
-
-def until_gone(lost: Iterable[str], seconds: float) -> None:
-    """Waits until Ray knows that these nodes have gone, so many seconds at most: until then it would place workers on them."""
-    until = time.monotonic() + seconds
-    while set(lost) & carrying({}).keys() and time.monotonic() < until:
-        time.sleep(0.1)
 
 
 def ask_for(workers: Workers, count: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import ByteSize, Field
 
 from heliostat.config.fields import Positive
 from heliostat.config.schema import Float, Strict
@@ -40,3 +40,8 @@ class Checkpoint(Strict):
     """The best by a score stay, too. Unset: no such rule. See docs/checkpoints.md#what-is-kept"""
     grace: Annotated[Float, Field(gt=0)] = 60.0
     """Seconds for the last checkpoint after SIGTERM, Ctrl-C or a preemption notice."""
+    memory_every: Positive | None = None
+    """Steps between two copies of the training state in the memory of its node and of another, from which a run goes on after a
+    failure; it loses at most so many steps. Unset: none, only checkpoints. See docs/reliability.md#copies-in-memory"""
+    memory_limit: ByteSize = ByteSize(8 << 30)
+    """Bytes (`8GiB`) of each node's memory for these copies. Where they need more, none are kept, and the run says so."""

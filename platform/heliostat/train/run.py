@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import heliostat.check as check
 from heliostat import lease
@@ -54,6 +54,9 @@ from heliostat.train.driver.warm_up import WarmUp
 from heliostat.train.pauses import PausePoints
 from heliostat.train.stop_codes import INTERRUPTED, RUN, STOPS
 from heliostat.train.time_ledger import Recorder
+
+if TYPE_CHECKING:  # Ray takes a second
+    from heliostat.train.memory_keeper import Source
 
 log = logging.getLogger(__name__)
 
@@ -201,9 +204,11 @@ class _Run:
         self.plan, self.order = checked.plan, checked.order
         self.counts = checked.job.worker_counts(checked.plan.shape.lanes)
         self.start_step, self.started, self.verbose = start_step, started, verbose
+        self.saved_step = start_step  # of the newest checkpoint in storage; an attempt may start from a newer copy in memory
         self.hooks = hooks
         self.budget = Budget(self.job.retries)
         self.restarts = 0
+        self.trust_memory = True  # copies of the training state there: they are as good as the newest checkpoint, and newer
         self.warm_up = WarmUp(checked.recipe)
         self.ledger = Recorder(self.job.run_folder, started, start_step, max(self.counts))
 
@@ -262,6 +267,7 @@ class _Run:
     def _train(self, owner: RunOwner) -> dict[str, Any]:
         """Starts attempts one after another until the last step is done or another attempt would be of no use."""
         from heliostat.cluster.connect import connect
+        from heliostat.train.driver.memory import Memory
         from heliostat.train.driver.pool import Pool
         from heliostat.train.driver.progress import ProgressReporter
 
@@ -275,13 +281,14 @@ class _Run:
                 verbose=self.verbose,
             )
             show.phase("ray", time.time())
-            with self.hooks.signals if self.hooks else Signals() as signals, Pool(workers) as pool:
+            held = Memory(self.job)
+            with self.hooks.signals if self.hooks else Signals() as signals, Pool(workers) as pool, held as memory:
                 while True:
                     show.note("starting the workers")
                     try:
-                        summary = self._attempt(owner, show, signals, pool)
+                        summary = self._attempt(owner, show, signals, pool, memory)
                     except HeliostatError as e:
-                        self._recover(e, signals)
+                        self._recover(e, signals, memory)
                     else:
                         stop = summary.pop("stop")
                         if stop == RUN:
@@ -295,14 +302,15 @@ class _Run:
             raise StoppedError(f"stopped by {signals.name} behind the last step; use --resume to export and register the model")
         return summary
 
-    def _attempt(self, owner: RunOwner, show: Any, signals: Signals, pool: Any) -> dict[str, Any]:
+    def _attempt(self, owner: RunOwner, show: Any, signals: Signals, pool: Any, memory: Any) -> dict[str, Any]:
         from heliostat.cluster import nodes
         from heliostat.train.driver.attempt import Attempt, Start
 
         count = self.counts[0]
         if len(self.counts) > 1:
             nodes.ask_for(self.job.workers, max(self.counts))
-            count = choose(self.counts, nodes.room_now(self.job, pool.held()))
+            count = choose(self.counts, nodes.room_now(self.job, pool.held(), pool.avoided()))
+        source = self._from_memory(memory, pool.avoided())
         self.lease.fence.check()
         segments.begin(self.job.run_folder, self.plan, self.start_step)
         owner.post(AttemptStarted(start_step=self.start_step, workers=count, nodes=nodes.inventory()))
@@ -314,6 +322,8 @@ class _Run:
             self.checked.manifests,
             self.start_step,
             self.lease.fence,
+            memory,
+            source,
             self.hooks.pauses if self.hooks else PausePoints(),
         )
 
@@ -323,6 +333,7 @@ class _Run:
             nonlocal done
             if isinstance(event, Steps):
                 done = event.done
+                self.trust_memory = True
                 event.sources = self._sources(done)
                 if done >= self.job.last_step and not self.hooks:
                     self.warm_up.begin()
@@ -338,13 +349,22 @@ class _Run:
 
         return Attempt(start, pool, signals, take, self._beat).run()
 
+    def _from_memory(self, memory: Any, avoided: set[str]) -> Source | None:
+        """Finds newer copies of the training state in memory than the checkpoint, and makes the next attempt start from them."""
+        source = memory.newest(self.saved_step, self.plan.digest, avoided) if self.trust_memory else None
+        self.start_step = source.step if source else self.saved_step
+        if source:
+            log.warning("going on from step %d, of which the nodes' memory holds copies", source.step)
+            self.trust_memory = False  # until that has made a step
+        return source
+
     def _beat(self) -> None:
         """Updates the ledger, and raises the error if the lease was lost; to be called often."""
         self.ledger.beat()
         if self.lease.lost:
             raise self.lease.lost
 
-    def _recover(self, error: HeliostatError, signals: Signals) -> None:
+    def _recover(self, error: HeliostatError, signals: Signals, memory: Any) -> None:
         """Prepares another attempt after a failure, or raises the error."""
         kind = classify(error)
         if kind == "final" or isinstance(error, StoppedError):
@@ -352,30 +372,37 @@ class _Run:
         if kind == "queued":
             log.warning("%s; trying again", error)
             self._restart("failed", str(error))
+            self.trust_memory = True  # nothing was tried
+            self._pause(self.job.retries.backoff, signals)
             _heed(signals, self.start_step)
             return
         before = error.step if isinstance(error, CorruptCheckpointError) else None
+        if kind != "failure":  # the run goes back behind what is in memory
+            memory.forget()
         try:
             newest = layout.latest(self.job.run_folder, before)
             step = newest.step if newest else 0
         except StorageError as e:  # still away: the next attempt looks from where this one began
             log.warning("%s", e)
-            step = self.start_step
+            step = self.saved_step
         wait = self.budget.spend(error, step)
         again = f"retry {self.budget.used} of {self.budget.retries.max}"
         log.warning("%s; going on from step %d in %.0f s (%s)", error, step, wait, again)
         self._restart("failed", str(error))
-        self.start_step = step
+        self.start_step = self.saved_step = step
         if len(kept := tuple(skip for skip in self.plan.skips if skip[0] <= step)) < len(self.plan.skips):
             self.plan = dataclasses.replace(self.plan, skips=kept)  # what was left out from a later step on is decided anew
             self.order = make_order(self.plan, self.checked.manifests)
         if isinstance(error, LossSpikeError):
             self._leave_out(max(step, error.step - 1), error.step)
-        until = time.monotonic() + wait
+        self._pause(wait, signals)
+        _heed(signals, step)
+
+    def _pause(self, seconds: float, signals: Signals) -> None:
+        until = time.monotonic() + seconds
         while time.monotonic() < until and not signals.name:
             self._beat()
             time.sleep(0.1)
-        _heed(signals, step)
 
     def _leave_out(self, first: int, last: int) -> None:
         """Leaves the samples of steps [first, last] out of the training: the sequence goes on behind them."""
@@ -388,7 +415,7 @@ class _Run:
         """Handles a stop that the workers were ordered to make behind the checkpoint of `step`."""
         if stop == INTERRUPTED:
             raise StoppedError(f"stopped at step {step}, behind a checkpoint; use --resume to go on")
-        self.start_step = step
+        self.start_step = self.saved_step = step
         self._restart(STOPS[stop])
 
     def _restart(self, outcome: str, reason: str = "") -> None:

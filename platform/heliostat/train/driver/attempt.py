@@ -37,11 +37,14 @@ from heliostat.text import brief
 from heliostat.train import mailbox
 from heliostat.train.driver import rendezvous, stack_dumps
 from heliostat.train.driver.failures import explain, survived
+from heliostat.train.driver.memory import Memory
 from heliostat.train.driver.pool import Member, Pool
 from heliostat.train.driver.recovery import choose, stalled
 from heliostat.train.driver.signals import Signals
+from heliostat.train.memory_keeper import Source
 from heliostat.train.pauses import PausePoints
 from heliostat.train.stop_codes import INTERRUPTED, PREEMPTED, RESIZE
+from heliostat.train.worker.process_group import Place
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +67,8 @@ class Start:
     manifests: list[Manifest]
     step: int
     fence: Fence
+    memory: Memory
+    source: Source | None = None  # the copies in memory that it starts from; the checkpoint of `step` if there are none
     pauses: PausePoints = field(default_factory=PausePoints)
 
 
@@ -97,6 +102,7 @@ class Attempt:
             return self._run()
         finally:
             stream.end(self._parts)
+            ray.kill(self._mailbox)
 
     def _run(self) -> dict[str, Any]:
         outcome: dict[str, Any] = {}
@@ -175,7 +181,7 @@ class Attempt:
                 return
             self._order(INTERRUPTED, f"{self.signals.name}: stopping behind a checkpoint; once more stops at once")
         held = Counter(p["node"] for p in self._heartbeats.values())
-        if self.pool.waiting.is_set():
+        if self.pool.waiting:
             self._say(self._placing.told())
         if self._phase == "data" and not self._starved:
             self._starved = self._say(self._too_little_to_read(held))
@@ -184,7 +190,7 @@ class Attempt:
                 self._order(PREEMPTED, f"{len(gone)} of the run's nodes are about to go: stopping behind a checkpoint")
             elif not self._ordered and now >= self._grow_at and self.job.workers.most < max(self.start.counts):
                 self._grow_at = now + GROW_S
-                better = choose(self.start.counts, nodes.room_now(self.job, self.pool.held()))
+                better = choose(self.start.counts, nodes.room_now(self.job, self.pool.held(), self.pool.avoided()))
                 if better > self.job.workers.most:
                     self._order(RESIZE, f"there is room for {better} workers: growing behind the next checkpoint")
         if self._stop_by and now > self._stop_by:
@@ -249,11 +255,11 @@ class Attempt:
         """Puts the workers to work; returns rank 0's summary, or raises a HeliostatError once none works any more."""
         self._mailbox.post.remote(Phase(phase="placing"))
         try:
-            members = self.pool.take(self.job.workers.most, patient=len(self.start.counts) == 1)
-            places = rendezvous.places(members)
+            members, places = self._places()
+            copies = self.start.memory.plan(members, self.start.source)
         except ray.exceptions.RayError as e:
             raise TrainingError(f"the workers could not be brought together: {type(e).__name__}: {brief(e)}") from e
-        config = self._config()
+        config = self._config() | {"memory": copies}
         working = {
             member.actor.run.remote(place, {**config, "part": part}): member
             for member, place, part in zip(members, places, self._parts, strict=True)
@@ -261,13 +267,26 @@ class Attempt:
         summaries, failures = self._gather(working)
         for member in members:
             error = failures.get(member.slot)
-            if member.gpus or (error is not None and not survived(error)):  # GPUs: CUDA cannot be given other ones
+            if error is not None and not survived(error):
                 self.pool.drop(member)
         if members[0].slot in summaries:
             return summaries[members[0].slot]
-        unavailable = [m.node for m in members if isinstance(failures.get(m.slot), ray.exceptions.ActorUnavailableError)]
-        nodes.until_gone(unavailable, SETTLE_S)
+        here = ray.get_runtime_context().get_node_id()
+        silent = [m for m in members if isinstance(failures.get(m.slot), ray.exceptions.ActorUnavailableError)]
+        self.pool.avoid(m.node for m in silent if m.node != here)
         raise explain(list(failures.values()))  # the first is the cause of the others
+
+    def _places(self) -> tuple[list[Member], list[Place]]:
+        """Takes the workers' processes and gives them their places; those that have had other GPUs in sight are made anew."""
+        while True:
+            members = self.pool.take(self.job.workers.most, patient=len(self.start.counts) == 1)
+            places = rendezvous.places(members)
+            pairs = list(zip(members, places, strict=True))
+            unfit = [member for member, place in pairs if not self.pool.sees(member, place.gpus)]
+            if not unfit:
+                return members, places
+            for member in unfit:
+                self.pool.drop(member)
 
     def _gather(self, working: dict[Any, Member]) -> tuple[dict[Any, dict[str, Any]], dict[Any, Exception]]:
         """Waits for all workers; returns their summaries and errors, by slot.
@@ -287,6 +306,9 @@ class Attempt:
                 except Exception as e:  # noqa: BLE001 (explained by the caller)
                     if not failures:
                         stream.end(self._parts)  # which the others may be waiting for
+                        if working[one].gpus:
+                            late += mailbox.interval(len(working))  # until they hear of it
+                            self._mailbox.order.remote(abort=True)
                     failures[slot] = e
             if late and not done:
                 log.warning("%d workers did not end within %.0f s of another, and were ended", len(waiting), SETTLE_S)

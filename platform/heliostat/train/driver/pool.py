@@ -1,13 +1,14 @@
-"""Holds the processes of a run's workers, which outlive attempts: Ray actors in a placement group.
+"""Holds the processes of a run's workers, which outlive attempts: Ray actors, each in its own slot (`train.driver.slots`).
 
     with Pool(job.workers) as pool:
-        members = pool.take(2)      # two new processes
+        members = pool.take(3)      # three new processes
         ...
         pool.drop(member)           # it has died, or is not to be used again
-        members = pool.take(2)      # the survivor, and a new one in the dead one's place
+        members = pool.take(3)      # the survivors, and a new one in the dead one's place
+        members = pool.take(2)      # two of them; the third's resources are given back
 
-The placement group holds the resources of exactly the workers that were taken last. One of another size, or on nodes that have
-gone or are about to, is given back, with all processes in it, before another is asked for.
+The pool holds the resources of exactly the workers that were taken last. Those on nodes that have gone, or are about to, are
+given back; the other processes stay.
 """
 
 from __future__ import annotations
@@ -16,23 +17,22 @@ import logging
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from heliostat.cluster import nodes
 from heliostat.cluster.connect import remote_environment
 from heliostat.config.spec import Workers
 from heliostat.errors import PlacementError, TrainingError
 from heliostat.text import brief
+from heliostat.train.driver.slots import Slots
 from heliostat.train.worker.process import TrainWorker
 
 log = logging.getLogger(__name__)
 
-PLACE_S = 30.0  # for resources; then there may be room for fewer workers
 START_S = 120.0  # for the processes to start and answer
 ANSWER_S = 10.0  # for one that is there
 POLL_S = 0.05
@@ -42,7 +42,7 @@ POLL_S = 0.05
 class Member:
     """Holds a worker's process: its actor, and what it says of itself."""
 
-    slot: int  # the bundle of the placement group
+    slot: int  # its number
     actor: Any
     pid: int
     node: str
@@ -53,11 +53,11 @@ class Member:
 class Pool:
     def __init__(self, workers: Workers) -> None:
         self.workers = workers
-        self.waiting = threading.Event()  # for resources
         self.waited_s = 0.0  # for resources, by the last `take`
         self._closed = threading.Event()
-        self._group: PlacementGroup | None = None
+        self._slots = Slots(workers, self._closed)
         self._members: dict[int, Member] = {}
+        self._seen: dict[Member, tuple[str, ...]] = {}  # the GPUs that a process has been given to see
 
     def __enter__(self) -> Pool:
         return self
@@ -65,9 +65,29 @@ class Pool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def waiting(self) -> bool:
+        """Tells whether a `take` waits for resources."""
+        return self._slots.waiting.is_set()
+
     def held(self) -> Counter[str]:
         """Counts, by node, for how many workers the pool holds resources there, on nodes that stay."""
-        return Counter(self._placed(self._group).values())
+        return Counter(slot.node for slot in self._slots.staying())
+
+    def avoid(self, lost: Iterable[str]) -> None:
+        """Takes nodes for lost, for some time, before Ray knows that they are."""
+        self._slots.avoid(lost)
+
+    def avoided(self) -> set[str]:
+        return self._slots.avoided()
+
+    def trim(self, count: int) -> list[Member]:
+        """Gives back what is not needed for so many workers, or lies on nodes that do not stay; returns who lives on."""
+        staying = {slot.number for slot in self._slots.staying()}
+        self._give_back(self._slots.held.keys() - staying)
+        self._check()
+        self._give_back(self._slots.surplus(count, self._members))
+        return list(self._members.values())
 
     def take(self, count: int, patient: bool = True) -> list[Member]:
         """Returns this many processes that live, by node and GPU; TrainingError if they do not start.
@@ -75,78 +95,57 @@ class Pool:
         Waits for their resources, if not `patient` for 30 s: then there may be room for fewer, and it is a PlacementError.
         """
         try:
-            group = self._place(count, patient)
-            self._check()
-            self._members |= self._start(group, [slot for slot in range(count) if slot not in self._members])
+            self.trim(count)
+            began = time.monotonic()
+            try:
+                self._slots.fill(count, patient)
+            finally:
+                self.waited_s = time.monotonic() - began
+                self._end(self._members.keys() - self._slots.held.keys())  # their resources have been given back
+            self._members |= self._start([slot for slot in self._slots.held if slot not in self._members])
             self._go_on()
         except BaseException:
             if self._closed.is_set():
-                self._give_back()
+                self._give_all_back()
             raise
         return sorted(self._members.values(), key=lambda m: (m.address, m.node, [gpu.zfill(4) for gpu in m.gpus], m.slot))
+
+    def sees(self, member: Member, gpus: tuple[str, ...]) -> bool:
+        """Notes that a process is to see these GPUs; returns whether it can, since CUDA cannot be given other ones later."""
+        return self._seen.setdefault(member, gpus) == gpus
 
     def drop(self, member: Member) -> None:
         """Ends a process, if it lives; its resources stay the pool's."""
         if self._members.get(member.slot) is member:
             del self._members[member.slot]
+        self._seen.pop(member, None)
         ray.kill(member.actor)
 
     def close(self) -> None:
         """Ends all processes, gives their resources back, and ends a `take` that waits in another thread."""
         self._closed.set()
-        self._give_back()
+        self._give_all_back()
 
     def reopen(self) -> None:
         """Makes a closed pool one that can be taken from, once no other thread waits in it."""
         self._closed.clear()
 
-    # resources -------------------------------------------------------------------------------------------------------
-
-    def _place(self, count: int, patient: bool) -> PlacementGroup:
-        """Waits until the placement group holds the resources of this many workers, on nodes that stay."""
-        group = self._group
-        if group is None or group.bundle_count != count or len(self._placed(group)) != count:
-            self._give_back()
-            self._group = group = self._reserve(count)
-        began = time.monotonic()
-        self.waiting.set()
-        try:
-            while (placed := len(self._placed(group))) < count:
-                self._go_on()
-                if not patient and time.monotonic() - began > PLACE_S:
-                    self._give_back()
-                    have = f"{placed} of {count} workers"
-                    raise PlacementError(f"the workers could not be placed: there is room for {have} after {PLACE_S:.0f} s")
-                time.sleep(POLL_S)
-        finally:
-            self.waiting.clear()
-            self.waited_s = time.monotonic() - began
-        return group
-
     def _go_on(self) -> None:
         if self._closed.is_set():
             raise PlacementError("the workers are no longer wanted")
 
-    def _reserve(self, count: int) -> PlacementGroup:
-        workers = self.workers
-        need = {"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})}
-        labels = {"bundle_label_selector": [dict(workers.labels)] * count} if workers.labels else {}
-        return placement_group([need] * count, strategy=workers.placement.upper(), **labels)
+    def _give_back(self, slots: Iterable[int]) -> None:
+        slots = list(slots)
+        self._end(slots)
+        self._slots.give_back(slots)
 
-    def _placed(self, group: PlacementGroup | None) -> dict[int, str]:
-        """Maps the group's bundles that are placed to their nodes; not those on nodes that have gone, or are about to."""
-        if group is None:
-            return {}
-        alive, leaving = nodes.carrying({}), nodes.draining()
-        placed = placement_group_table(group).get("bundles_to_node_id", {})
-        return {bundle: node for bundle, node in placed.items() if node in alive and node not in leaving}
-
-    def _give_back(self) -> None:
-        for member in list(self._members.values()):
+    def _end(self, slots: Iterable[int]) -> None:
+        for member in [self._members[slot] for slot in slots if slot in self._members]:
             self.drop(member)
-        group, self._group = self._group, None
-        if group is not None:
-            remove_placement_group(group)
+
+    def _give_all_back(self) -> None:
+        self._end(list(self._members))
+        self._slots.give_all_back()
 
     # processes -------------------------------------------------------------------------------------------------------
 
@@ -163,14 +162,14 @@ class Pool:
             if spent:
                 self.drop(member)
 
-    def _start(self, group: PlacementGroup, slots: list[int]) -> dict[int, Member]:
+    def _start(self, slots: list[int]) -> dict[int, Member]:
         workers = self.workers
         actor: Any = ray.remote(TrainWorker)
         actors = {
             slot: actor.options(
                 num_cpus=workers.cpus,
                 num_gpus=workers.gpus or None,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, slot),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._slots.held[slot].group, 0),
                 runtime_env=remote_environment(workers.gpus) or None,
             ).remote()
             for slot in slots

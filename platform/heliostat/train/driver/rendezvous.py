@@ -16,7 +16,7 @@ from typing import Any
 import ray
 
 from heliostat.train.driver.pool import Member
-from heliostat.train.worker.process import Place
+from heliostat.train.worker.process_group import Place
 
 ANSWER_S = 30.0
 

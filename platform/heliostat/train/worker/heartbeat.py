@@ -22,7 +22,7 @@ from heliostat.checkpoint.tree import Channel
 from heliostat.events import Stack
 from heliostat.train.mailbox import interval
 from heliostat.train.stop_codes import PREEMPTED, RUN
-from heliostat.train.worker import sigterm
+from heliostat.train.worker import process_group, sigterm
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class Heartbeat:
         self._ended.set()
 
     def _beat(self) -> None:
-        dumped = False
+        dumped = aborted = False
         while True:
             try:
                 orders = ray.get(self._mailbox.heartbeat.remote(self._rank, self.progress, self._facts), timeout=ANSWER_S)
@@ -61,6 +61,9 @@ class Heartbeat:
             if orders.get("dump") and not dumped:
                 dumped = True
                 self._mailbox.post.remote(Stack(rank=self._rank, stack=stacks()))
+            if orders.get("abort") and not aborted:
+                aborted = True
+                process_group.abort()  # here, because the main thread may be in a collective that does not end
             if self._ended.wait(self._every):
                 return
 

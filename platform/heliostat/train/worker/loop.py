@@ -37,10 +37,11 @@ from heliostat.recipes.loading import load as load_recipe
 from heliostat.recipes.protocol import Batch, Draws
 from heliostat.storage import Location
 from heliostat.track import local_curves
+from heliostat.train.memory_keeper import Source
 from heliostat.train.stop_codes import FAILED, RESIZE, RUN
 from heliostat.train.time_ledger import Ledger, peak_flops
 from heliostat.train.worker import bad_samples as quarantine
-from heliostat.train.worker import deepspeed_engine, zero_state
+from heliostat.train.worker import deepspeed_engine, memory_copies, zero_state
 from heliostat.train.worker import gallery as pictures
 from heliostat.train.worker import loss_scale as lossscale
 from heliostat.train.worker.ema import Ema
@@ -48,6 +49,7 @@ from heliostat.train.worker.evaluation import HeldOut
 from heliostat.train.worker.heartbeat import Heartbeat, StopConsensus
 from heliostat.train.worker.loss_spikes import Detector
 from heliostat.train.worker.lr_schedule import factor
+from heliostat.train.worker.memory_copies import MemoryCopies
 from heliostat.train.worker.node_metrics import NodeMonitor
 from heliostat.train.worker.objective import Objective
 
@@ -61,7 +63,8 @@ class Worker:
         """Builds the engine, in the process group of the attempt, and loads the checkpoint to start from.
 
         `config`: job, plan (plain data), start_step, pauses (steps), fence (of the driver's lease), mailbox (actor), run_folder,
-        part (of the stream, this worker's), queued_s (how long the workers' resources were waited for).
+        part (of the stream, this worker's), queued_s (how long the workers' resources were waited for), memory (the plan of the
+        copies in memory, if the job wants any).
         """
         self.job = Job.model_validate(config["job"])
         self.plan = DataPlan.parse(config["plan"])
@@ -72,6 +75,7 @@ class Worker:
         self.ledger = Ledger("starting")
         self.heartbeat = Heartbeat(self.mailbox, self.rank, self.world)
         self.monitor = NodeMonitor(self.mailbox, ray.util.get_node_ip_address(), _nodes()) if _first_of_node() else None
+        self.memory: MemoryCopies | None = None
         try:
             self._build(config)
         except BaseException:
@@ -83,6 +87,8 @@ class Worker:
         # the training group is left to DeepSpeed; of this one the loop, the saving and the stop consensus have a channel each
         self.control = dist.new_group(backend="gloo")
         self.consensus = StopConsensus(self.control)
+        plan, limit = config["memory"], self.job.checkpoint.memory_limit
+        self.memory = MemoryCopies(plan, limit, self.rank, self.world, self._notice_of_any) if plan else None
         self.fence: Fence = config["fence"]
         self.saver = checkpoint.Saver(self.run_folder, self.job.checkpoint, self.control, self.fence, self._progressed)
 
@@ -96,6 +102,8 @@ class Worker:
         self.engine = deepspeed_engine.build_engine(self.job, self.recipe)
         zero_state.init_optimizer_state(self.engine)
         self.saver.attach(zero_state.inner_optimizer(self.engine))
+        if self.memory:
+            self.memory.attach(zero_state.inner_optimizer(self.engine))
         self.ema = Ema(self.engine, self.job.train.ema.decay) if self.job.train.ema else None
         self.device = self.engine.device
         self.objective = Objective(self.recipe)
@@ -103,9 +111,13 @@ class Worker:
         self.chain = receipt.GENESIS
         self.skipped = 0  # steps of the run that changed no weight, because fp16 gradients overflowed
         self.bad_samples = 0  # replaced so far in the run, on this worker; what earlier attempts replaced is rank 0's
+        self._step_digests: list[str] = []  # on rank 0: since the last receipt, of steps that an earlier attempt made
+        self._lane_digests: list[list[int]] = []  # since then, of this attempt's
+        self._bad: list[dict[str, Any]] = []
+        self._told: list[Event] = []  # events of steps and scores since the last checkpoint
         if self.start_step:
             self._phase("restore")
-            self._restore()
+            self._restore_from_memory(plan.source) if plan and plan.source else self._restore()
         self.held_out = HeldOut(self.job, self.dataset, self.recipe, self.rank, self.world) if self.job.evaluate else None
         self.gallery = self.recipe.gallery() if self.job.evaluate and isinstance(self.recipe, Draws) else None
         self.scores: dict[str, float] = {}
@@ -114,9 +126,6 @@ class Worker:
         self._losses: list[torch.Tensor] = []
         self._added: list[torch.Tensor] = []  # what is in the objective beside each loss
         self._norms: list[float] = []
-        self._lane_digests: list[list[int]] = []
-        self._bad: list[dict[str, Any]] = []
-        self._told: list[Event] = []  # events of steps and scores since the last checkpoint
 
     # one run ---------------------------------------------------------------------------------------------------------
 
@@ -131,6 +140,8 @@ class Worker:
         self.heartbeat.end()
         if self.monitor:
             self.monitor.end()
+        if self.memory:
+            self.memory.end()
 
     def _run(self) -> dict[str, Any]:
         job = self.job
@@ -145,7 +156,7 @@ class Worker:
                 self.ledger.switch("compiling" if job.train.compile else "computing")
                 self._phase("step")
                 since = time.perf_counter()
-            blocked = self.saver.blocked_s
+            blocked = self._blocked_s()
             self.consensus.ask(FAILED if self.saver.failed else self.heartbeat.stop)
             self._step(step, mine)
             self.heartbeat.progress += 1
@@ -154,7 +165,7 @@ class Worker:
                 self.saver.wait()  # raises on every worker
             if stop == RESIZE and (step + 1) % job.checkpoint.every:
                 stop = RUN  # nobody is in a hurry: behind the next checkpoint
-            self.ledger.move("computing", "checkpoint", self.saver.blocked_s - blocked)
+            self.ledger.move("computing", "checkpoint", self._blocked_s() - blocked)
             if job.train.compile and step <= self.start_step + 1:
                 self.ledger.compiled(first=step == self.start_step)
             done = step + 1
@@ -163,8 +174,12 @@ class Worker:
             last = done == job.last_step
             holds = done in self.pauses and not last
             saves = last or stop != RUN or holds or done % job.checkpoint.every == 0
+            keeps = self.memory is not None and not last and (saves or done % (job.checkpoint.memory_every or 1) == 0)
+            if self.memory and keeps:
+                with self.ledger("checkpoint"):  # before the report, behind which all copies up to here have arrived
+                    self.memory.wait()
             # before a save, too: a run that resumes from there has lost no step's loss
-            if done % job.train.log_every == 0 or saves or step == self.start_step:
+            if done % job.train.log_every == 0 or saves or keeps or step == self.start_step:
                 now = time.perf_counter()
                 waited, before = self.ledger.totals().get("data", 0.0), waited
                 wait = waited - before
@@ -179,6 +194,9 @@ class Worker:
             if saves:
                 with self.ledger("checkpoint"):
                     self._save(done)
+            if keeps:
+                with self.ledger("checkpoint"):
+                    self._keep(done)
             if holds and stop == RUN:
                 stop = self._hold(done)
             since += time.perf_counter() - aside
@@ -186,6 +204,8 @@ class Worker:
                 break
         with self.ledger("checkpoint"):
             self.saver.wait()
+            if self.memory:
+                self.memory.wait()
         self._phase("ended")
         trained = done - self.start_step - 1  # the first step warms up
         return {
@@ -382,11 +402,10 @@ class Worker:
 
     def _seal_receipt(self, done: int) -> None:
         """Gathers the digests of the steps since the last receipt on rank 0, which chains them and writes the receipt."""
-        mine = np.array(self._lane_digests, dtype=np.int64)
-        parts = agreement.merged(self.control, lambda: [mine], operator.add)  # on rank 0
+        parts = agreement.merged(self.control, self._lanes, operator.add)  # on rank 0
 
         def seal() -> str:
-            digests = receipt.step_digests(receipt.in_lane_order(parts or []))
+            digests = self._step_digests + _digests(parts or [])
             chain = receipt.extend(self.chain, digests)
             self.fence.check()
             run_folder.receipt(self.run_folder, done).write(receipt.seal(done - len(digests), digests, chain, self.plan.digest))
@@ -394,9 +413,54 @@ class Worker:
             return chain
 
         self.chain = agreement.first(self.control, seal)
-        self._lane_digests, self._told = [], []
+        self._step_digests, self._lane_digests, self._told = [], [], []
         self.run_bad_samples = quarantine.collect(self.run_folder, done, self._bad, self.bad_samples, self.dataset, self.control)
         self._bad = []
+
+    def _lanes(self) -> list[np.ndarray]:
+        """Returns the digests of this worker's lanes, [steps, lanes], since the last receipt: a list of one, to be joined."""
+        return [np.array(self._lane_digests, dtype=np.int64)]
+
+    def _keep(self, done: int) -> None:
+        """Keeps the state behind a step in memory, with all that a checkpoint and its receipt would tell of the step."""
+        assert self.memory
+        common = {
+            "optimizer_steps": zero_state.optimizer_steps(self.engine),
+            "loss_scale": lossscale.read(self.engine),
+            "data": self.plan.digest,
+        }
+        own = {
+            "chain": self.chain,
+            "digests": list(self._step_digests),
+            "lanes": self._lanes(),
+            "bad": list(self._bad),
+            "bad_samples": self.bad_samples,
+            "told": list(self._told),
+        }
+        self.memory.keep(done, self._state(), common, own, self.control)
+
+    def _restore_from_memory(self, source: Source) -> None:
+        """Loads the state from copies in memory; parameters that are not trained come from storage, or are as they were built."""
+        state, node = self._state(whole=True), ray.get_runtime_context().get_node_id()
+        same = source.world == self.world and self.job.train.zero.stage > 0  # at stage 0 a worker copies its part, and needs all
+        common, own = agreement.agreed(self.control, lambda: memory_copies.restore(source, state, node, self.rank, same, self._progressed))
+        if (frozen := zero_state.frozen(self.engine, whole=True)) and source.saved:
+            found = checkpoint.open_together(self.run_folder, source.saved, self.control)
+            checkpoint.load(found, frozen, self.control, self._progressed)
+            self.saver.frozen.loaded(found, zero_state.frozen(self.engine))
+        self._resume(common["optimizer_steps"], common["loss_scale"])
+        if self.rank == 0:
+            self.chain = own[0]["chain"]
+            self._step_digests = own[0]["digests"] + _digests([lanes for one in own for lanes in one["lanes"]])
+            self.bad_samples = sum(one["bad_samples"] for one in own)
+            self._bad = [bad for one in own for bad in one["bad"]]
+            self._told = own[0]["told"]
+
+    def _resume(self, optimizer_steps: int, loss_scale: Any) -> None:
+        """Completes the engine after its state was loaded."""
+        zero_state.after_load(self.engine, optimizer_steps)
+        self._notice(lossscale.write(self.engine, loss_scale))
+        self.skipped = self.start_step - optimizer_steps
 
     def _state(self, whole: bool = False) -> dict[str, torch.Tensor]:
         return zero_state.state(self.engine, whole) | (self.ema.state(whole) if self.ema else {})
@@ -412,9 +476,7 @@ class Worker:
         checkpoint.load(found, state, self.control, self._progressed)
         self._notice(checkpoint.casts(found, state))
         self.saver.frozen.loaded(found, zero_state.frozen(self.engine))
-        zero_state.after_load(self.engine, found.index["optimizer_steps"])
-        self._notice(lossscale.write(self.engine, found.index.get("loss_scale")))
-        self.skipped = self.start_step - found.index["optimizer_steps"]
+        self._resume(found.index["optimizer_steps"], found.index.get("loss_scale"))
         self.chain = found.index["receipt"]["chain"]
         self.bad_samples = found.index["bad_samples"] if self.rank == 0 else 0
 
@@ -422,6 +484,13 @@ class Worker:
         """Posts a notice for the user at the terminal, if there is one."""
         if text:
             self._post(Notice(text=text))
+
+    def _notice_of_any(self, text: str) -> None:
+        """Posts a notice that is not rank 0's alone."""
+        self.mailbox.post.remote(Notice(text=text))
+
+    def _blocked_s(self) -> float:
+        return self.saver.blocked_s + (self.memory.blocked_s if self.memory else 0.0)
 
     def _phase(self, phase: str) -> None:
         self._post(Phase(phase=phase, ledger=self.ledger.totals()))
@@ -434,6 +503,11 @@ class Worker:
     def _post(self, event: Event) -> None:
         if self.rank == 0:
             self.mailbox.post.remote(event)
+
+
+def _digests(lanes: list[np.ndarray]) -> list[str]:
+    """Computes the digests of steps from all workers' lanes; there may be no steps."""
+    return receipt.step_digests(receipt.in_lane_order(lanes)) if lanes and len(lanes[0]) else []
 
 
 def _first_of_node() -> bool:

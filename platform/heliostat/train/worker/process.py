@@ -10,29 +10,13 @@ import os
 import pickle
 import socket
 import traceback
-from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import ray
 
 from heliostat.errors import WorkerError
-from heliostat.train.worker import sigterm
-
-TIMEOUT = timedelta(minutes=30)  # of a collective; the watchdog of the driver is quicker
-
-
-@dataclass(frozen=True)
-class Place:
-    """Holds a worker's place in an attempt: its ranks, the rendezvous, and the GPUs that the workers on its node share."""
-
-    rank: int
-    world: int
-    local_rank: int
-    local_world: int
-    rendezvous: str  # file://... or tcp://HOST:PORT
-    backend: str
-    gpus: tuple[str, ...] = ()
+from heliostat.train.worker import process_group, sigterm
+from heliostat.train.worker.process_group import Place
 
 
 class TrainWorker:
@@ -61,53 +45,24 @@ class TrainWorker:
         """Runs one attempt's worker and returns its summary; whatever the attempt has left is gone when this ends."""
         from heliostat.train.worker.loop import Worker
 
-        join(place)
-        worker = None
+        process_group.join(place)
+        worker, failed = None, True
         try:
             worker = Worker(config)
-            return worker.run()
+            summary = worker.run()
+            failed = False
+            return summary
         except BaseException as e:
+            process_group.abort()  # before anything else: what waits for a dead worker on a GPU would wait for ever
             _release(e)
             if not _arrives(e):
                 raise WorkerError(f"the workers failed: {type(e).__name__}: {e}") from None
             raise
         finally:
             self._spent |= worker is not None and worker.saver.busy  # it would write into the next attempt's checkpoint
+            self._spent |= failed and place.backend == "nccl" and not process_group.reforms()
             del worker
-            leave()
-
-
-def join(place: Place) -> None:
-    """Joins the process group of an attempt."""
-    import torch
-    import torch.distributed as dist
-
-    os.environ |= {
-        "RANK": str(place.rank),
-        "LOCAL_RANK": str(place.local_rank),
-        "WORLD_SIZE": str(place.world),
-        "LOCAL_WORLD_SIZE": str(place.local_world),
-    }
-    if place.rendezvous.startswith("tcp://"):
-        host, _, port = place.rendezvous.removeprefix("tcp://").rpartition(":")
-        os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": port}
-    if place.gpus:  # all of the node's, so that NCCL reaches the others' memory; before CUDA starts
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(place.gpus)
-        torch.cuda.set_device(place.local_rank)
-    os.environ["TORCH_GLOO_LAZY_INIT"] = "1"  # connect to those who are talked to, not to all
-    dist.init_process_group(place.backend, init_method=place.rendezvous, rank=place.rank, world_size=place.world, timeout=TIMEOUT)
-
-
-def leave() -> None:
-    """Leaves the process group, and whatever of it and of its engine is in this process."""
-    import torch.distributed as dist
-
-    from heliostat.train.worker import deepspeed_engine
-
-    deepspeed_engine.destroy_engines()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    deepspeed_engine.forget_groups()
+            process_group.leave()
 
 
 def _arrives(error: BaseException) -> bool:

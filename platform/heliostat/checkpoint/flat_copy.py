@@ -1,0 +1,112 @@
+"""Copies a rank's slices of the training state into one flat buffer, and finds in such buffers what another rank needs.
+
+All slices are ranges of flat tensors (`flat_shard`), so a rank of any world size finds its own in the copies of all ranks of
+another. Pure: who keeps the buffers, and how they travel, is others' business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from heliostat.checkpoint.checksums import as_bytes
+from heliostat.checkpoint.flat_shard import FlatShard
+from heliostat.errors import TrainingError
+
+ALIGNED = 64  # bytes, so that each slice of a buffer can be viewed in its type
+
+
+@dataclass(frozen=True)
+class Range:
+    """Describes a slice [start, start + numel) of a flat tensor, of elements of `itemsize` bytes, at `offset` in a buffer."""
+
+    name: str
+    start: int
+    numel: int
+    itemsize: int
+    offset: int
+
+    @property
+    def size(self) -> int:
+        return self.numel * self.itemsize
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Describes `size` bytes at `source` in the copy of an old rank that belong at `target` in a new rank's buffer."""
+
+    rank: int
+    source: int
+    target: int
+    size: int
+
+
+def layout(state: Mapping[str, torch.Tensor]) -> list[Range]:
+    """Lays the slices out in a buffer, by name."""
+    found, offset = list[Range](), 0
+    for name in sorted(state):
+        local, start = _local(state[name])
+        if local.numel():
+            found.append(Range(name, start, local.numel(), local.element_size(), offset))
+            offset += -(-found[-1].size // ALIGNED) * ALIGNED
+    return found
+
+
+def size(ranges: Iterable[Range]) -> int:
+    """Computes the bytes of the buffer of a layout."""
+    return max((-(-(r.offset + r.size) // ALIGNED) * ALIGNED for r in ranges), default=0)
+
+
+def pack(state: Mapping[str, torch.Tensor], ranges: Iterable[Range], buffer: torch.Tensor) -> None:
+    """Copies the slices into their places in a flat uint8 buffer on the CPU."""
+    for r in ranges:
+        local, _ = _local(state[r.name])
+        buffer[r.offset : r.offset + r.size].view(local.dtype).copy_(local.reshape(-1))
+
+
+def unpack(state: Mapping[str, torch.Tensor], ranges: Iterable[Range], buffer: torch.Tensor) -> None:
+    """Copies the slices from their places in a buffer into the state."""
+    for r in ranges:
+        local, _ = _local(state[r.name])
+        local.copy_(buffer[r.offset : r.offset + r.size].view(local.dtype).view(local.shape))
+
+
+def pieces(copies: Mapping[int, list[Range]], wanted: list[Range]) -> list[Piece]:
+    """Finds every wanted byte in the ranks' copies, each once, neighbours together; TrainingError if one is in none of them."""
+    by_name: dict[str, list[tuple[int, int, int, Range]]] = {}
+    for rank, ranges in copies.items():
+        for r in ranges:
+            by_name.setdefault(r.name, []).append((r.start, r.numel, rank, r))
+    found = list[Piece]()
+    for want in wanted:
+        at, end = want.start, want.start + want.numel
+        for start, numel, rank, r in sorted(by_name.get(want.name, []), key=lambda c: c[:3]):
+            if start <= at < min(start + numel, end) and r.itemsize == want.itemsize:
+                stop = min(start + numel, end)
+                source, target = r.offset + (at - start) * r.itemsize, want.offset + (at - want.start) * r.itemsize
+                _append(found, Piece(rank, source, target, (stop - at) * r.itemsize))
+                at = stop
+        if at < end:
+            raise TrainingError(f"the copies in memory lack elements {at} to {end} of {want.name!r}")
+    return found
+
+
+def _append(found: list[Piece], piece: Piece) -> None:
+    """Appends a piece, as a part of the one before where the bytes between them are padding in both buffers."""
+    if found and found[-1].rank == piece.rank:
+        last = found[-1]
+        gap = piece.source - last.source - last.size
+        if gap == piece.target - last.target - last.size and 0 <= gap < ALIGNED:
+            found[-1] = Piece(last.rank, last.source, last.target, last.size + gap + piece.size)
+            return
+    found.append(piece)
+
+
+def _local(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+    return (tensor.local, tensor.start) if isinstance(tensor, FlatShard) else (tensor.detach(), 0)
+
+
+def as_buffer(nbytes: int, pinned: bool) -> torch.Tensor:
+    return as_bytes(torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned))

@@ -1,0 +1,115 @@
+"""Looks after the copies of the training state in the nodes' memory: who keeps them, and which generation is whole.
+
+A generation is used only if a sealed copy of every worker's part is there, all of the same attempt, step and world size, with the
+same facts, and with the checksum that they were made with. Otherwise storage is used.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import ray
+
+from heliostat.cluster.connect import remote_environment
+from heliostat.config.spec import Job
+from heliostat.train import memory_keeper
+from heliostat.train.driver.pool import Member
+from heliostat.train.memory_keeper import Plan, Source
+
+log = logging.getLogger(__name__)
+
+ANSWER_S = 10.0
+CHECK_S = 120.0  # for the checksums of a node's copies
+
+Held = tuple[str, int, dict[str, Any]]  # id, rank, and what is the same for all copies of the generation
+
+
+class Memory:
+    """Keeps an actor on each node of a run; `with Memory(job) as memory:` ends them."""
+
+    def __init__(self, job: Job) -> None:
+        self.on, self._gpus = job.checkpoint.memory_every is not None, job.workers.gpus
+        self._keepers: dict[str, Any] = {}
+
+    def __enter__(self) -> Memory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops all copies, with those who keep them."""
+        for keeper in self._keepers.values():
+            ray.kill(keeper)
+        self._keepers = {}
+
+    def newest(self, at_least: int, data: str, avoided: Collection[str] = ()) -> Source | None:
+        """Finds the newest whole generation, of a step not before `at_least`; those with a damaged copy are passed over.
+
+        `data`: digest of the data plan that it must have followed.
+        """
+        keepers = {node: keeper for node, keeper in self._keepers.items() if node not in avoided}
+        held: Mapping[str, list[Held]] = self._answers({n: k.held.remote() for n, k in keepers.items()}, ANSWER_S)
+        for id, step, world in whole(held, data):
+            if step < at_least:
+                break
+            found = self._answers({n: keepers[n].intact.remote(id) for n in held}, CHECK_S)
+            holders = {rank: [(n, keepers[n]) for n, ranks in found.items() if rank in ranks] for rank in range(world)}
+            damaged = [rank for rank in range(world) if not holders[rank]]
+            if not damaged:
+                return Source(id, step, world, holders, at_least)
+            log.warning("step %d: the copy of worker %d in memory is damaged (CRC-32), and is not used", step, damaged[0])
+        return None
+
+    def plan(self, members: Sequence[Member], source: Source | None) -> Plan | None:
+        """Plans an attempt's copies; starts keepers on nodes that have none. None if the job wants no copies."""
+        if not self.on:
+            return None
+        there = list(dict.fromkeys(m.node for m in members))
+        for node in [node for node in self._keepers if node not in there and not (source and node in _nodes(source))]:
+            ray.kill(self._keepers.pop(node))
+        environment = remote_environment(self._gpus)
+        living = self._answers({n: k.begin.remote(source and source.id) for n, k in self._keepers.items()}, ANSWER_S)
+        for node in there:
+            if node not in living:
+                self._keepers[node] = memory_keeper.make(node, environment)
+        pairs = {node: list(dict.fromkeys([node, there[(i + 1) % len(there)]])) for i, node in enumerate(there)}
+        return Plan(uuid.uuid4().hex[:12], [[self._keepers[n] for n in pairs[m.node]] for m in members], source)
+
+    def _answers(self, asked: dict[str, Any], seconds: float) -> dict[str, Any]:
+        """Collects what keepers answer in time, by node; those that do not are forgotten."""
+        done, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=seconds) if asked else ([], [])
+        found = {}
+        for node, answer in asked.items():
+            try:
+                found[node] = ray.get(answer, timeout=0 if answer in done else 0.001)
+            except ray.exceptions.RayError as e:
+                log.debug("the copies in the memory of node %s are gone: %s", node, e)
+                ray.kill(self._keepers.pop(node))
+        return found
+
+
+def _nodes(source: Source) -> set[str]:
+    return {node for holders in source.holders.values() for node, _ in holders}
+
+
+def whole(held: Mapping[str, Iterable[Held]], data: str) -> list[tuple[str, int, int]]:
+    """Finds the generations of which every rank's copy is held, as (id, step, world), the newest first.
+
+    `held`: by node. One whose copies do not agree in all that is the same for all workers is torn, and is none. `data`:
+    as in `Memory.newest`.
+    """
+    by_id: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    for copies in held.values():
+        for id, rank, told in copies:
+            by_id.setdefault(id, {}).setdefault(rank, []).append(told)
+    found = []
+    for id, ranks in by_id.items():
+        facts = [told for copies in ranks.values() for told in copies]
+        agree = all(told == facts[0] for told in facts) and facts[0]["common"]["data"] == data
+        if agree and ranks.keys() == set(range(facts[0]["world"])):
+            found.append((id, facts[0]["step"], facts[0]["world"]))
+    return sorted(found, key=lambda g: -g[1])

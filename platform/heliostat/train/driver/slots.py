@@ -1,0 +1,170 @@
+"""Holds the resources of a run's workers: a placement group of one bundle for each, so that one worker's can be given back alone.
+
+    slots = Slots(job.workers, stop)
+    slots.fill(3)            # waits for three, all or none
+    slots.give_back([2])     # the others stay as they are
+
+Several are taken together or not at all: where they do not fit now, a placement group of all that are missing queues for them
+and holds nothing until Ray can place it whole; what it then was given is exchanged for groups of one bundle. Where the rest does
+not come within some seconds, what a run holds already is given back too: no half-placed run holds resources for long.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+
+from heliostat.cluster import nodes
+from heliostat.cluster.capacity import spots
+from heliostat.config.spec import Workers
+from heliostat.errors import PlacementError
+
+log = logging.getLogger(__name__)
+
+PLACE_S = 30.0  # for resources; then there may be room for fewer workers
+AT_ONCE_S = 2.0  # for resources that are free
+AGAIN_S = 3.0  # at most, before a queue is joined again that another run was faster in
+AVOID_S = 60.0  # for a node that does not answer; by then Ray knows whether it lives
+POLL_S, FAST_POLL_S = 0.05, 0.005
+NODE = "ray.io/node-id"  # the label
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Holds the resources of one worker, on a node."""
+
+    number: int
+    group: PlacementGroup
+    node: str
+
+
+class Slots:
+    def __init__(self, workers: Workers, stop: threading.Event) -> None:
+        """Prepares to hold resources for workers; `stop` ends what waits for them."""
+        self.workers, self._stop = workers, stop
+        self.waiting = threading.Event()  # for resources
+        self.held: dict[int, Slot] = {}
+        self._numbers = itertools.count()
+        self._avoided: dict[str, float] = {}
+        self._open: list[PlacementGroup] = []  # asked for, and in nobody's slot yet
+
+    def avoid(self, lost: Iterable[str]) -> None:
+        """Takes nodes for lost, for some time, before Ray knows that they are."""
+        self._avoided |= dict.fromkeys(lost, time.monotonic() + AVOID_S)
+
+    def avoided(self) -> set[str]:
+        return {node for node, until in self._avoided.items() if time.monotonic() < until}
+
+    def staying(self) -> list[Slot]:
+        """Lists the slots on nodes that live and are not about to go."""
+        alive, leaving = nodes.carrying({}), nodes.draining() | self.avoided()
+        return [s for s in self.held.values() if s.node in alive and s.node not in leaving]
+
+    def give_back(self, numbers: Iterable[int]) -> None:
+        for number in list(numbers):
+            if slot := self.held.pop(number, None):
+                remove_placement_group(slot.group)
+
+    def give_all_back(self) -> None:
+        self.give_back(self.held)
+        self._drop_open()
+
+    def surplus(self, count: int, used: Collection[int]) -> list[int]:
+        """Chooses the slots that are not needed for so many workers: those without a process first, then by placement.
+
+        Packed workers leave the nodes that hold the fewest of them, others those that hold the most. `used`: those with one.
+        """
+        left, over = list(self.held.values()), list[int]()
+        while len(left) > count:
+            there = Counter(s.node for s in left)
+            fewest = 1 if self.workers.placement == "pack" else -1
+            out = min(left, key=lambda s: (s.number in used, fewest * there[s.node], -s.number))
+            left.remove(out)
+            over.append(out.number)
+        return over
+
+    def fill(self, count: int, patient: bool = True) -> None:
+        """Waits until resources of `count` workers are held; if not `patient`, PlacementError where they are not within 30 s."""
+        self.waiting.set()
+        try:
+            if not self._take_free(count - len(self.held)):
+                self._queue(count, patient)
+        finally:
+            self.waiting.clear()
+
+    def _take_free(self, missing: int) -> bool:
+        """Takes resources that are free now, if all that are missing are."""
+        held = Counter(s.node for s in self.held.values())
+        free, leaving = nodes.free(self.workers.labels), nodes.draining() | self.avoided()
+        found = spots(self.workers, {n: r for n, r in free.items() if n not in leaving}, held, missing)
+        return found is not None and self._pin(found)
+
+    def _pin(self, found: list[str]) -> bool:
+        """Holds a slot on each of the nodes, if all of them can be had within some seconds, else none."""
+        groups = self._open = [self._ask([node], 1) for node in found]
+        until = time.monotonic() + AT_ONCE_S
+        while not all(map(placed, groups)):
+            self._go_on()
+            if time.monotonic() > until:
+                self._drop_open()
+                return False
+            time.sleep(FAST_POLL_S)
+        made = [Slot(next(self._numbers), group, node) for group, node in zip(groups, found, strict=True)]
+        self.held |= {slot.number: slot for slot in made}
+        self._open = []
+        return True
+
+    def _queue(self, count: int, patient: bool) -> None:
+        """Queues for what is missing, behind others, without holding a part of it."""
+        until = time.monotonic() + PLACE_S
+        while True:
+            ticket, whole = self._ask(None, count - len(self.held)), not self.held
+            self._open = [ticket]
+            while not (found := placed(ticket)):
+                self._go_on()
+                if time.monotonic() > until and not (whole and patient):
+                    have = f"{len(self.held)} of {count} workers"
+                    self.give_all_back()
+                    if not patient:
+                        raise PlacementError(f"the workers could not be placed: there is room for {have} after {PLACE_S:.0f} s")
+                    log.warning("there is room for %s; what they hold is given back until there is room for all", have)
+                    break
+                time.sleep(POLL_S)
+            self._drop_open()
+            if found and self._pin(found):
+                return
+            time.sleep(random.uniform(0, AGAIN_S) if found else 0)  # so that of two runs one is faster
+
+    def _ask(self, only: list[str] | None, count: int) -> PlacementGroup:
+        """Asks for a placement group: on one of the nodes `only`, or on any that may be used."""
+        workers = self.workers
+        need = {"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})}
+        taken = {s.node for s in self.held.values()} if workers.placement == "strict_spread" else set()
+        out = self.avoided() | taken
+        where = {NODE: only[0]} if only else {NODE: f"!in({','.join(sorted(out))})"} if out else {}
+        labels: Any = {"bundle_label_selector": [{**workers.labels, **where}] * count} if workers.labels or where else {}
+        return placement_group([need] * count, strategy=workers.placement.upper(), **labels)
+
+    def _drop_open(self) -> None:
+        groups, self._open = self._open, []
+        for group in groups:
+            remove_placement_group(group)
+
+    def _go_on(self) -> None:
+        if self._stop.is_set():
+            raise PlacementError("the workers are no longer wanted")
+
+
+def placed(group: PlacementGroup) -> list[str]:
+    """Lists the nodes of a placement group's bundles, in their order; empty until all are placed."""
+    found: dict[int, str] = placement_group_table(group).get("bundles_to_node_id", {})
+    return [found[bundle] for bundle in sorted(found)] if found and all(found.values()) else []

@@ -1,0 +1,195 @@
+"""Copies a worker's part of the training state into the memory of its node and of another, and reads it back from there.
+
+The copy into this process's memory runs beside the next forward and backward pass, as a save's does: only the next optimizer step
+waits for it. It leaves for the keepers (`train.memory_keeper`) in a thread of its own, in pieces. Nothing here waits for
+another worker: who dies, or is late, leaves a generation incomplete, and an incomplete one is not used.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import astuple
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from heliostat.checkpoint import flat_copy
+from heliostat.checkpoint.agreement import agreed, together
+from heliostat.checkpoint.flat_copy import Piece, Range
+from heliostat.checkpoint.flat_shard import FlatShard
+from heliostat.errors import TrainingError
+from heliostat.text import brief
+from heliostat.train.memory_keeper import Plan, Source
+
+log = logging.getLogger(__name__)
+
+PIECE = 32 << 20  # bytes that travel at a time
+ANSWER_S = 60.0  # of a keeper
+POLL_S = 0.2
+OFF = "checkpoint.memory_every: no copies are kept in memory"
+
+
+class MemoryCopies:
+    def __init__(self, plan: Plan, limit: int, rank: int, world: int, notice: Callable[[str], None]) -> None:
+        """Prepares the copies of a worker; `notice` says at the terminal that there are none."""
+        self.blocked_s = 0.0
+        self._plan, self._limit, self._rank, self._world, self._notice = plan, limit, rank, world, notice
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="memory")
+        self._pending: Future | None = None
+        self._copied, self._ended = threading.Event(), threading.Event()
+        self._copied.set()
+        self._buffer: torch.Tensor | None = None
+        self._off = False
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Makes each step of the optimizer, which changes the state, wait until the copy in flight is made."""
+        optimizer.register_step_pre_hook(lambda *_: self._until(lambda: self._copied.wait(POLL_S)))
+
+    def keep(self, step: int, state: Mapping[str, torch.Tensor], common: dict[str, Any], own: dict[str, Any], group: Any) -> None:
+        """Copies the state behind a step. All workers call this, and `wait` before it, at the same steps.
+
+        `common` is the same for all of them, `own` is this worker's.
+        """
+        if self._off:
+            return
+        ranges = flat_copy.layout(state)
+        if self._buffer is None and not self._begin(flat_copy.size(ranges), state, group):
+            return
+        # the forward pass may change buffers: they are copied now
+        state = {n: t if isinstance(t, FlatShard) else t.detach().cpu().clone() for n, t in state.items()}
+        self._copied.clear()
+        told = {"step": step, "world": self._world, "common": common, "layout": [astuple(r) for r in ranges], "own": own}
+        self._pending = self._thread.submit(self._copy, f"{self._plan.attempt}:{step}", state, ranges, told)
+
+    def wait(self) -> None:
+        """Waits until the copy in flight has arrived; if it has not, says why, and keeps no more of them."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        self._until(lambda: bool(futures.wait([pending], POLL_S).done))
+        if error := pending.exception():
+            self._off = True
+            self._notice(f"{OFF} by worker {self._rank} until the workers start again: {brief(error)}")
+
+    def end(self) -> None:
+        """Gives up the copy in flight, and ends the thread."""
+        self._ended.set()
+        self._thread.shutdown(wait=True)
+
+    def _begin(self, size: int, state: Mapping[str, torch.Tensor], group: Any) -> bool:
+        """Prepares for copies of so many bytes; returns whether all workers' are within the limit on every node."""
+        keepers = self._plan.keepers[self._rank]
+        agreed(group, lambda: _need([k.reserve.remote(self._rank, size) for k in keepers]))
+        needs = together(group, lambda: _need([k.need.remote() for k in keepers]))
+        need = max((n for n in needs if n is not None), default=0)
+        why = "a node's keeper does not answer" if None in needs else ""
+        if need > self._limit:
+            limit = f"checkpoint.memory_limit is {self._limit / 2**20:,.1f} MiB"
+            why = f"they need {need / 2**20:,.1f} MiB on a node, and {limit}; raise it, or train on more workers"
+        if why:
+            self._off = True
+            if self._rank == 0:
+                self._notice(f"{OFF}: {why}")
+            return False
+        cuda = any(t.is_cuda for t in (s.local if isinstance(s, FlatShard) else s for s in state.values()))
+        self._buffer = flat_copy.as_buffer(size, cuda)
+        return True
+
+    def _until(self, done: Callable[[], bool]) -> None:
+        started = time.perf_counter()
+        while not done():
+            pass
+        self.blocked_s += time.perf_counter() - started
+
+    def _copy(self, id: str, state: dict[str, torch.Tensor], ranges: list[Range], told: dict[str, Any]) -> None:
+        assert self._buffer is not None
+        try:
+            flat_copy.pack(state, ranges, self._buffer)
+        finally:
+            self._copied.set()
+        data = self._buffer.numpy()
+        crc = zlib.crc32(data.data)
+        keepers = self._plan.keepers[self._rank]
+        self._answers([keeper.open.remote(id, self._rank, len(data)) for keeper in keepers])
+        for start in range(0, len(data), PIECE):
+            piece = ray.put(data[start : start + PIECE])
+            self._answers([keeper.write.remote(id, self._rank, start, piece) for keeper in keepers])
+        self._answers([keeper.seal.remote(id, self._rank, crc, told) for keeper in keepers])
+
+    def _answers(self, asked: list[Any]) -> None:
+        """Waits for the keepers; TimeoutError when they do not answer, or when the attempt has ended."""
+        until = time.monotonic() + ANSWER_S
+        while ray.wait(asked, num_returns=len(asked), timeout=POLL_S)[1]:
+            if self._ended.is_set() or time.monotonic() > until:
+                raise TimeoutError(f"no answer from a node's keeper within {ANSWER_S:.0f} s")
+        ray.get(asked)
+
+
+def _need(asked: list[Any]) -> int | None:
+    """Returns the most of what keepers answer; None if one does not."""
+    try:
+        return max(answer or 0 for answer in ray.get(asked, timeout=ANSWER_S))
+    except ray.exceptions.RayError:
+        return None
+
+
+def restore(
+    source: Source, state: Mapping[str, torch.Tensor], node: str, rank: int, same: bool, progressed: Callable[[], None]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Reads this worker's slices of a generation into the state; returns what is common to all copies.
+
+    The first worker also gets what each of them tells of its own. `same`: this worker needs exactly what that of its rank had.
+    """
+    near = {old: min(holders, key=lambda h: h[0] != node)[1] for old, holders in source.holders.items()}
+    own = _ask({old: near[old].told.remote(source.id, [old], ["own"]) for old in sorted(near) if rank == 0})
+    needed = [rank] if same else sorted(near)
+    told = _ask({old: near[old].told.remote(source.id, [old], ["common", "layout"]) for old in needed})
+    layouts = {old: [Range(*r) for r in told[old][0]["layout"]] for old in needed}
+    wanted = flat_copy.layout(state)
+    buffer = flat_copy.as_buffer(flat_copy.size(wanted), False)
+    into = buffer.numpy()
+    found = flat_copy.pieces(layouts, wanted)
+    for old, batch in _batches(found):
+        ranges = [(p.source, p.source + p.size) for p in batch]
+        _spread(_ask({old: near[old].read.remote(source.id, old, ranges)})[old], batch, into)
+        progressed()
+    flat_copy.unpack(state, wanted, buffer)
+    return told[needed[0]][0]["common"], [found[0]["own"] for found in own.values()]
+
+
+def _batches(found: list[Piece]) -> Iterator[tuple[int, list[Piece]]]:
+    """Groups pieces of one rank into batches of some size."""
+    for old in sorted({p.rank for p in found}):
+        batch, total = list[Piece](), 0
+        for whole in (p for p in found if p.rank == old):
+            for first in range(0, whole.size, PIECE):
+                part = Piece(old, whole.source + first, whole.target + first, min(PIECE, whole.size - first))
+                if batch and total + part.size > PIECE:
+                    yield old, batch
+                    batch, total = [], 0
+                batch.append(part)
+                total += part.size
+        if batch:
+            yield old, batch
+
+
+def _spread(data: np.ndarray, batch: list[Piece], into: np.ndarray) -> None:
+    at = 0
+    for piece in batch:
+        into[piece.target : piece.target + piece.size] = data[at : at + piece.size]
+        at += piece.size
+
+
+def _ask(asked: dict[int, Any]) -> dict[int, Any]:
+    try:
+        return dict(zip(asked, ray.get(list(asked.values()), timeout=ANSWER_S), strict=True))
+    except ray.exceptions.RayError as e:
+        raise TrainingError(f"the copies in memory cannot be read: {type(e).__name__}: {brief(e)}") from e

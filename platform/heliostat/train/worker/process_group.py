@@ -1,0 +1,84 @@
+"""Joins, aborts and leaves the process group of an attempt, in a process that outlives it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass
+from datetime import timedelta
+
+TIMEOUT = timedelta(minutes=30)  # of a collective; the watchdog of the driver is quicker
+# NCCL's own watchdog would end the process that has lost a peer, and a second one the process whose watchdog is stuck
+HELD_BACK = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+
+_taking_apart = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Holds a worker's place in an attempt: its ranks, the rendezvous, and the GPUs that the workers on its node share."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    rendezvous: str  # file://... or tcp://HOST:PORT
+    backend: str
+    gpus: tuple[str, ...] = ()
+
+
+def join(place: Place) -> None:
+    """Joins the process group of an attempt."""
+    import torch
+    import torch.distributed as dist
+
+    os.environ |= {
+        "RANK": str(place.rank),
+        "LOCAL_RANK": str(place.local_rank),
+        "WORLD_SIZE": str(place.world),
+        "LOCAL_WORLD_SIZE": str(place.local_world),
+    }
+    if place.rendezvous.startswith("tcp://"):
+        host, _, port = place.rendezvous.removeprefix("tcp://").rpartition(":")
+        os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": port}
+    for name, value in HELD_BACK.items():
+        os.environ.setdefault(name, value)
+    if place.gpus:  # all of the node's, so that NCCL reaches the others' memory; before CUDA starts
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(place.gpus)
+        torch.cuda.set_device(place.local_rank)
+    os.environ["TORCH_GLOO_LAZY_INIT"] = "1"  # connect to those who are talked to, not to all
+    dist.init_process_group(place.backend, init_method=place.rendezvous, rank=place.rank, world_size=place.world, timeout=TIMEOUT)
+
+
+def leave() -> None:
+    """Leaves the process group, and whatever of it and of its engine is in this process."""
+    import torch
+    import torch.distributed as dist
+
+    from heliostat.train.worker import deepspeed_engine
+
+    deepspeed_engine.destroy_engines()
+    with _taking_apart:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    deepspeed_engine.forget_groups()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def reforms() -> bool:
+    """Tells whether this process can form another group of NCCL's behind an abort: not if its watchdog would end it first."""
+    return all(os.environ.get(name, value) == value for name, value in HELD_BACK.items())
+
+
+def abort() -> None:
+    """Aborts NCCL's part of all process groups, from any thread: who waits in a collective for a dead worker comes back.
+
+    Gloo has no such thing, and needs none: it fails when the connection does.
+    """
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d
+
+    with _taking_apart:
+        if dist.is_initialized() and dist.get_backend() == "nccl":
+            distributed_c10d._abort_process_group()

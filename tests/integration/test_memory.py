@@ -1,0 +1,121 @@
+"""Runs that go on from copies of the training state in memory: at a step that has no checkpoint, as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import threading
+import time
+import zlib
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import ray
+from heliostat.config.spec import Workers
+from heliostat.runs import goodput
+from heliostat.runs.verify import verify
+from heliostat.storage import Location
+from heliostat.train.driver.memory import Memory
+from heliostat.train.driver.pool import Pool
+from heliostat.train.run import train
+
+from tests.integration.conftest import UNBROKEN_STEPS, curve
+from tests.integration.paced import PACED
+from tests.integration.test_exact_data import run_folder
+from tests.integration.test_survival import actors, settings, workers
+from tests.unit.build_job import job
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+class Strike(threading.Thread):
+    """Kills processes each time that the run has got to a step, as its ledger tells."""
+
+    def __init__(self, folder: Location, at: dict[int, Any]) -> None:
+        super().__init__(daemon=True)
+        self.folder, self.at = folder, at
+        self.start()
+
+    def run(self) -> None:
+        for step, victims in self.at.items():
+            deadline = time.monotonic() + 150
+            while self.reached() < step and time.monotonic() < deadline:
+                time.sleep(0.05)
+            for process in victims():
+                process.send_signal(signal.SIGKILL)
+
+    def reached(self) -> int:
+        try:
+            return max((a.reached for a in goodput.read(self.folder)), default=0)
+        except Exception:  # noqa: BLE001 (a file that is just being written)
+            return 0
+
+
+def keepers() -> list[psutil.Process]:
+    return actors("MemoryKeeper")
+
+
+def test_a_killed_worker_costs_no_more_steps_than_between_two_copies_in_memory(job_file, tracking, unbroken, monkeypatch):
+    """Killed twice behind the last checkpoint; the second time with the keeper of the copies, and storage is used."""
+    monkeypatch.setattr("heliostat.train.time_ledger.EVERY_S", 0.1)
+    path = job_file("remembered")
+    folder = run_folder(path)
+    strike = Strike(folder, {27: lambda: workers()[-1:], 48: lambda: [*keepers(), *workers()[-1:]]})
+    result = train(path, settings(**PACED, **{"checkpoint.every": 20, "checkpoint.memory_every": 3}))
+    strike.join(10)
+    assert result["restarts"] == 2 and result["steps"] == UNBROKEN_STEPS
+    assert curve(tracking, result["run_id"]) == unbroken[1], "to the last bit"
+    report = verify(folder)
+    assert report["ok"] and report["steps"] == UNBROKEN_STEPS and report["lost"] == report["repeated"] == 0
+    first, second, third = goodput.read_report(folder)["attempts"]
+    assert second["start_step"] % 3 == 0 and second["start_step"] > 20
+    assert 0 <= first["reached"] - second["start_step"] <= 3 + 1  # the copy of the last multiple may be on its way
+    assert third["start_step"] == 40, "its copies were gone, so storage was used"
+
+
+def test_a_limit_that_is_too_small_is_said_and_nothing_is_kept(job_file, caplog):
+    path = job_file("forgetful")
+    made = {"train.steps": 6, "checkpoint.every": 6, "evaluate.every": 6, "checkpoint.memory_every": 2}
+    result = train(path, [f"{k}={json.dumps(v)}" for k, v in {**made, "checkpoint.memory_limit": "100KiB"}.items()])
+    assert result["steps"] == 6
+    text = next(r.getMessage() for r in caplog.records if "memory_every" in r.getMessage())
+    need = re.search(
+        r"no copies are kept in memory: they need (\d+\.\d) MiB on a node, and .*memory_limit is 0.1 MiB; raise", text
+    )
+    assert need, text
+    assert 3 < float(need[1]) < 10, "two generations of 3 x 4 bytes for each of some 170,000 parameters"
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> Any:
+    with Pool(Workers(count=2)) as pool, Memory(job(**{"checkpoint.memory_every": 1})) as made:
+        yield made, made.plan(pool.take(2), None)
+
+
+def keep(plan: Any, step: int, rank: int, seal: bool = True) -> None:
+    data, id = np.full(1000, rank, np.uint8), f"{plan.attempt}:{step}"
+    told = {"step": step, "world": 2, "common": {"data": "plan"}}
+    for keeper in plan.keepers[rank]:
+        ray.get([keeper.open.remote(id, rank, 1000), keeper.write.remote(id, rank, 0, data)])
+        if seal:
+            ray.get(keeper.seal.remote(id, rank, zlib.crc32(data.data), told))
+
+
+def test_a_torn_or_a_damaged_generation_is_not_used(memory, caplog):
+    made, plan = memory
+    for step, complete in ((10, True), (20, False)):
+        keep(plan, step, 0)
+        keep(plan, step, 1, seal=complete)
+    found = made.newest(5, "plan")
+    assert found and (found.step, found.world) == (10, 2), "the one of step 20 is torn"
+    assert made.newest(5, "another") is None, "the run's samples have changed"
+    assert made.newest(11, "plan") is None, "storage is newer"
+    keeper = plan.keepers[1][0]
+    ray.get(keeper.write.remote(f"{plan.attempt}:10", 1, 500, np.array([7], np.uint8)))
+    assert made.newest(5, "plan") is None
+    assert "step 10: the copy of worker 1 in memory is damaged (CRC-32), and is not used" in caplog.text
+    ray.kill(keeper)
+    assert made.newest(5, "plan") is None
