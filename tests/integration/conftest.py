@@ -36,7 +36,7 @@ def ray_session() -> Iterator[None]:
         preloads.modules("heliostat.recipes:CausalLM", {"arch": "llama"}),
         preloads.modules("heliostat.recipes:TextToImage", {}),
     )
-    private_ray.ahead(torch.cuda.device_count(), [*text, *images])
+    private_ray.ahead(torch.cuda.device_count(), [*text, *images, *preloads.TRIALS])
     connect(cpus=8, gpus=torch.cuda.device_count())
     yield
     disconnect()

@@ -227,8 +227,12 @@ def family(state: local.State) -> list[psutil.Process]:
 
 def forks(state: local.State) -> list[psutil.Process]:
     """The training workers that are forks of the cluster's zygote."""
-    zygotes = [p for p in family(state) if "heliostat.cluster.zygote_server" in p.cmdline()]  # and its nurseries
-    return [p for z in zygotes for p in z.children() if p.name().startswith("ray::TrainWorke")]
+    found = []
+    for process in family(state):
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that has done its work
+            if "heliostat.cluster.zygote_server" in process.cmdline():  # the zygote, and its nurseries
+                found += [p for p in process.children() if p.name().startswith("ray::TrainWorke")]
+    return found
 
 
 def _listening(state: local.State) -> set[tuple[str, int]]:

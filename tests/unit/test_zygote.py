@@ -157,7 +157,7 @@ def test_the_nurseries_of_a_zygote_end_with_it(anybodys, tmp_path):
 
 def test_all_modules_that_are_imported_ahead_are_there():
     """One that has moved would be imported by each worker again."""
-    jobs = ("CausalLM", {"arch": "llama"}), ("TextToImage", {}), ("Autoencoder", {})
+    jobs: list[tuple[str, dict[str, Any]]] = [("CausalLM", {"arch": "llama"}), ("TextToImage", {}), ("Autoencoder", {})]
     names = {
         *preloads.early(),
         *(name for recipe, model in jobs for name in preloads.modules(f"heliostat.recipes:{recipe}", model)),

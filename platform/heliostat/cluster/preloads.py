@@ -11,6 +11,14 @@ from typing import Any
 from heliostat.config import workspace
 
 TRAINING = ("ray.data", "heliostat.train.worker.preload")
+TRIALS = (  # what a sweep's trials import beside that: each is a run's driver
+    "heliostat.tune.trial",
+    "heliostat.train.run",
+    "heliostat.train.driver.attempt",
+    "heliostat.train.driver.progress",
+    "heliostat.track.logger",
+    "mlflow",
+)
 TEXT = (
     "heliostat.recipes.text.causal_lm",
     "heliostat.cpu_kernels",
@@ -39,4 +47,4 @@ def modules(recipe: str, model: Mapping[str, Any]) -> list[str]:
 def early() -> list[str]:
     """Returns the modules for jobs that are not known yet, as far as they do not import Ray."""
     text = [one.format(arch="llama") for one in TEXT]
-    return ["heliostat.train.worker.libraries", *text, *(one.format(module="text_to_image") for one in IMAGES)]
+    return ["heliostat.train.worker.libraries", "mlflow", *text, *(one.format(module="text_to_image") for one in IMAGES)]

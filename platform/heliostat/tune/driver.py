@@ -156,7 +156,7 @@ class _Tuning:
         wanted = self.plan.sweep.concurrency
         os.environ.update(ENVIRONMENT)
         if not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):
-            private_ray.ahead(workers.gpus, preloads.modules(self.base.recipe, self.base.model))
+            private_ray.ahead(workers.gpus, [*preloads.modules(self.base.recipe, self.base.model), *preloads.TRIALS])
             count = wanted or room.here(workers, os.cpu_count() or 1)
             cpus = count * (workers.most * workers.cpus + room.FETCHING + 1)
             connect(max(os.cpu_count() or 1, round(cpus) + 1), round(count * workers.most * workers.gpus), self.verbose)
