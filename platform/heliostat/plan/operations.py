@@ -2,8 +2,8 @@
 
 The forward and the backward pass of the recipe's own loss run on fake tensors, and every operation that torch dispatches is
 noted. Run on two samples and on three, the difference is what a sample adds, and the rest (weights, their gradients) is there
-once a micro-batch. So no formula for an architecture is needed: attention that is written out shows as products and as memory traffic,
-a fused kernel as attention; a frozen model has no backward pass; a routed expert is as large as the tokens that it gets.
+once a micro-batch. So no formula for an architecture is needed: attention that is written out shows as products and as memory
+traffic, a fused kernel as attention; a frozen model has no backward pass.
 """
 
 from __future__ import annotations
