@@ -82,19 +82,19 @@ def test_work_of_a_few_layers_stands_for_that_of_all(arch, monkeypatch):
     }
     j = job(model={"arch": arch, "vocab_size": 96, **({} if arch == "gpt2" else size), **LAYERED[arch]}, **{"workers.gpus": 1})
     recipe = recipe_of(j)
-    contents = (planner.sample(j, recipe), planner.sample(j, recipe, 2))
+    contents = (planner.sample(j, recipe, 2), planner.sample(j, recipe, 3))
     few = work(j, recipe, build(recipe), contents)
     monkeypatch.setattr("heliostat.plan.model_stats._stack", lambda model: None)
     assert sorted(map(astuple, few)) == sorted(map(astuple, work(j, recipe, build(recipe), contents)))
 
 
 def test_work_is_what_the_model_multiplies():
-    """Products have the FLOPs of Kaplan's formula; attention 7 products of the causal half; weights do not grow with the batch."""
+    """Products have the FLOPs of Kaplan's formula; attention 7 products of half a square; weights do not grow with the batch."""
     j = job(**{"workers.gpus": 1, "model.num_key_value_heads": 4})
     recipe = recipe_of(j)
     model = build(recipe)
     flops = recipe.flops_per_sample(model)
-    found = work(j, recipe, model, (planner.sample(j, recipe), planner.sample(j, recipe, 2)))
+    found = work(j, recipe, model, (planner.sample(j, recipe, 2), planner.sample(j, recipe, 3)))
     total = {kind: sum(w.count * w.flops for w in found if w.kind == kind) for kind in ("matmul", "attention", "convolution")}
     square = 12 * 64 * 64 * 32 * 2  # forward and backward, of both layers, as flops_per_sample counts it
     assert total == {"matmul": flops - square, "attention": square * 7 / 6 / 2, "convolution": 0}

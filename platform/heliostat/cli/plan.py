@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from heliostat.cli.common import TRAINING, JobFile, Json, Settings, app, finish, out
+from heliostat.cli.common import TRAINING, JobFile, Json, Settings, TrackingUri, app, finish, flag, out, print_table, store_uri
+from heliostat.errors import ConfigError
 
 GIB = 1 << 30
 
@@ -20,17 +21,50 @@ def plan(
     ] = None,
     device: Annotated[str | None, typer.Option(help="A device of the price table, as H100 or A100")] = None,
     prices: Annotated[Path | None, typer.Option(help="A YAML file laid over the price table (docs/plan.md)")] = None,
+    rank: Annotated[bool, flag("--rank", help="Rank the layouts that the job could train in, by time within memory")] = False,
+    calibrate: Annotated[
+        str | None, typer.Option(help="A run (its id or folder) whose measured speed corrects the device's", metavar="RUN")
+    ] = None,
+    write: Annotated[Path | None, typer.Option(help="With --calibrate: write what was measured, for --prices")] = None,
     setting: Settings = None,
+    mlflow: TrackingUri = None,
     json_: Json = False,
 ) -> None:
     """Tell what a job needs and will cost: parameters, memory, speed, days, money, failures. Fails if it cannot fit."""
     from heliostat.plan.planner import plan_file
+    from heliostat.track.models import find_run
 
-    found = plan_file(job, setting, cluster, device, prices)
-    if not json_:
+    if write and not calibrate:
+        raise ConfigError("--write: needs --calibrate RUN")
+    run = find_run(calibrate, store_uri(mlflow)) if calibrate else None
+    found = plan_file(job, setting, cluster, device, prices, run, write, rank)
+    if not json_ and rank:
+        show_ranking(found)
+    elif not json_:
         for line in lines(found):
             out.print(line)
-    finish(found, json_)
+    fits = not rank or found["set"] is not None
+    finish(found, json_, None if fits else ConfigError(f"{job}: no layout fits on {found['workers']} workers; use more"))
+
+
+def show_ranking(p: dict[str, Any]) -> None:
+    out.print(
+        f"{p['name']}: {p['parameters']['total']:,} parameters on {p['workers']} workers of {p['device']['name']} (estimates)"
+    )
+    rows = [["stage", "micro-batch", "checkpointing", "offload", "GiB", "s a step", "MFU", "why"]]
+    for one in p["layouts"]:
+        keys = one["layout"]
+        offload = [k for k in ("optimizer", "param") if keys[f"train.zero.offload.{k}"]]
+        speed = [f"{one['speed']['step_s']:.3f}", f"{one['speed']['mfu']:.1%}"] if one["fits"] else ["", ""]
+        rows.append(
+            [str(one["stage"]), str(one["micro_batch"]), "yes" if one["activation_checkpointing"] else "no", " ".join(offload),
+             f"{one['memory']['total'] / GIB:.1f}", *speed, one["why"]]
+        )  # fmt: skip
+    print_table(rows, (2, 3, 7))
+    if p["set"] is not None:
+        out.print("the best    " + (" ".join(f"--set {s}" for s in p["set"]) or "the job as it is"))
+    for note in p["notes"]:
+        out.print(f"note        {note}")
 
 
 def lines(p: dict[str, Any]) -> list[str]:
@@ -60,6 +94,7 @@ def lines(p: dict[str, Any]) -> list[str]:
     if best := p["recommended"]:
         text.append(
             f"best       ZeRO stage {best['stage']}, micro-batch {best['micro_batch']}"
+            f"{', activation checkpointing' if best['activation_checkpointing'] else ''}"
             f"{', optimizer on the host' if best['offload_optimizer'] else ''}: {best['speed']['step_s']:.2f} s a step, "
             f"MFU {best['speed']['mfu']:.1%}"
         )

@@ -72,7 +72,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any], where: str) -> dict[str, 
     out = dict(base)
     for key, value in over.items():
         path = f"{where}{key}"
-        if key not in base and where not in ("devices.", "instances.", "efficiency."):
+        if key not in base and where not in ("devices.", "instances.") and not where.startswith("efficiency."):
             raise ConfigError(f"--prices: {path}: unknown key{schema.nearest(str(key), [str(k) for k in base])}")
         if isinstance(base.get(key), dict):
             if not isinstance(value, dict):
@@ -116,13 +116,13 @@ def resolve(job: Job, prices: dict[str, Any], name: str | None = None, instance:
 
 def efficiency(prices: dict[str, Any], name: str) -> Efficiency:
     """Reads what work reaches on a device of the table: its own entry, or that of `other`, over which its entry is laid."""
-    raw = {**prices["efficiency"]["other"], **prices["efficiency"].get(name, {})}
-    if wrong := next((k for k, v in raw.items() if not isinstance(v, int | float) or isinstance(v, bool) or v <= 0), None):
-        raise ConfigError(f"--prices: efficiency.{name}.{wrong}: {raw[wrong]!r} should be a number above 0")
-    try:
-        return Efficiency(**raw)
-    except TypeError as e:
-        raise ConfigError(f"--prices: efficiency.{name}: {e}; its keys are {', '.join(Efficiency.__dataclass_fields__)}") from e
+    raw, known = {**prices["efficiency"]["other"], **prices["efficiency"].get(name, {})}, list(Efficiency.__dataclass_fields__)
+    for key, value in raw.items():
+        if key not in known:
+            raise ConfigError(f"--prices: efficiency.{name}.{key}: unknown key{schema.nearest(str(key), known)}")
+        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+            raise ConfigError(f"--prices: efficiency.{name}.{key}: {value!r} should be a number above 0")
+    return Efficiency(**raw)
 
 
 def network(prices: dict[str, Any]) -> Network:

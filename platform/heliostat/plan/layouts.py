@@ -49,6 +49,16 @@ def of(job: Job) -> Layout:
     return Layout(zero.stage, train.micro_batch, train.activation_checkpointing, bool(zero.offload.optimizer), param)
 
 
+def changes(job: Job, layout: Layout) -> list[str]:
+    """Lists the `--set` values that make a job train in a layout: what differs from the job as it is."""
+    was = of(job).settings()
+    return [f"{key}={_yaml(value)}" for key, value in layout.settings().items() if value != was[key]]
+
+
+def _yaml(value: Any) -> str:
+    return "null" if value is None else str(value).lower()
+
+
 def candidates(job: Job, workers: int) -> Iterator[Layout]:
     """Lists every layout that the job could have on so many workers."""
     share = job.train.global_batch // workers

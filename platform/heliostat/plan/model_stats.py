@@ -104,8 +104,8 @@ def activations(job: Job, recipe: Recipe, model: torch.nn.Module, content: Any, 
 def work(job: Job, recipe: Recipe, model: torch.nn.Module, contents: tuple[Any, Any]) -> tuple[Work, ...]:
     """Counts the operations of a micro-batch's forward and backward pass by running both on fake tensors.
 
-    `contents` are what `recipe.batch` takes for one sample and for two. The model is that of `activations`, afterwards. Of layers
-    that are alike one runs, and then another with it: the difference is what each of them adds.
+    `contents` are what `recipe.batch` takes for two samples and for three. The model is that of `activations`, afterwards. Of
+    layers that are alike one runs, and then another with it: the difference is what each of them adds.
     """
     _as_it_trains(job, recipe, model)
     stack = _stack(model)

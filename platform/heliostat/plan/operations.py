@@ -1,9 +1,9 @@
 """Counts the operations of a training step: what each computes and what it reads and writes, by kind of work.
 
 The forward and the backward pass of the recipe's own loss run on fake tensors, and every operation that torch dispatches is
-noted. Run on one sample and on two, the difference is what a sample adds, and the rest (weights, their gradients) is there once a
-micro-batch. So no formula for an architecture is needed: attention that is written out shows as products and as memory traffic,
-a fused kernel as attention; a frozen model has no backward pass; a routed expert is as large as the tokens that it gets.
+noted. Run on two samples and on three, the difference is what a sample adds, and the rest (weights, their gradients) is there
+once a micro-batch. So no formula for an architecture is needed: attention that is written out shows as products and as memory
+traffic, a fused kernel as attention; a frozen model has no backward pass.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -117,16 +117,17 @@ def _attention(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> float:
     return pairs * products * (0.5 if causal else 1.0)
 
 
-def grouped(one: Sequence[Operation], two: Sequence[Operation]) -> tuple[Work, ...]:
-    """Groups the operations of a step on one sample, and on two, into those of equal work, with what each sample adds.
+def grouped(two: Sequence[Operation], three: Sequence[Operation]) -> tuple[Work, ...]:
+    """Groups the operations of a step on two samples, and on three, into those of equal work, with what each sample adds.
 
-    Where the two are not the same operations, all that one sample needs counts as added by it.
+    (A batch of one is special: what is contiguous in it need not be copied.) Where the two are not the same operations, all that
+    two samples need counts as added by them.
     """
-    if [o.kind for o in one] != [o.kind for o in two]:
-        two = [Operation(o.kind, 2 * o.flops, 2 * o.moved, o.replayed) for o in one]
+    if [o.kind for o in two] != [o.kind for o in three]:
+        three = [replace(o, flops=1.5 * o.flops, moved=1.5 * o.moved) for o in two]
     found = Counter(
-        (a.kind, b.flops - a.flops, b.moved - a.moved, max(0.0, 2 * a.moved - b.moved), a.replayed)
-        for a, b in zip(one, two, strict=True)
+        (a.kind, b.flops - a.flops, b.moved - a.moved, max(0.0, 3 * a.moved - 2 * b.moved), a.replayed)
+        for a, b in zip(two, three, strict=True)
     )
     return tuple(Work(kind, n, *rest) for (kind, *rest), n in found.items())
 

@@ -23,11 +23,12 @@ from heliostat.cluster.cluster_file import ClusterFile
 from heliostat.config.spec import Job
 from heliostat.data import collection, manifest
 from heliostat.errors import ConfigError, DataError, StorageError
-from heliostat.plan import hardware
+from heliostat.plan import calibrate, hardware, layouts
 from heliostat.plan.estimate import Planner
 from heliostat.plan.hardware import GIB, Device
 from heliostat.plan.model_stats import activations, build, stats_of, work
 from heliostat.recipes.protocol import Recipe
+from heliostat.storage import Location
 
 CHOICES = ("stage", "micro_batch", "activation_checkpointing", "offload_optimizer")
 log = logging.getLogger(__name__)
@@ -39,13 +40,42 @@ def plan_file(
     cluster: Path | None = None,
     device: str | None = None,
     prices: Path | None = None,
+    run: Location | None = None,
+    write: Path | None = None,
+    rank: bool = False,
 ) -> dict[str, Any]:
-    """Plans the job of a job file; its datasets are looked at if they can be reached."""
+    """Plans the job of a job file; its datasets are looked at if they can be reached.
+
+    `run`: a measured run that the device's efficiencies are taken from, and `write` the file that gets them. `rank`: all layouts
+    instead of the job's own.
+    """
     job, recipe, unread = prepare(path, settings)
-    found = plan(job, recipe, cluster_file.read(cluster) if cluster else None, device, hardware.table(prices))
-    if unread:
-        found["notes"].append(f"the datasets were not looked at: {unread}")
+    table, pools = hardware.table(prices), cluster_file.read(cluster) if cluster else None
+    notes = [f"the datasets were not looked at: {unread}"] if unread else []
+    if run:
+        table, note = calibrated(run, table, pools, device, write)
+        notes.append(note)
+    found = (ranking if rank else plan)(job, recipe, pools, device, table)
+    found["notes"] += notes
     return found
+
+
+def calibrated(
+    run: Location, prices: dict[str, Any], cluster: ClusterFile | None, device: str | None, write: Path | None
+) -> tuple[dict[str, Any], str]:
+    """Plans a run's own job and corrects the efficiencies of its device by what it measured; returns them in the price table."""
+    said = calibrate.measured(run)
+    job, recipe, _ = _prepared(*check.check_job(said.job))
+    planner = planners(job, recipe, cluster, device, prices)[-1]
+    planned, name = planner.chosen(), planner.device.name
+    efficiency = calibrate.corrected(planner.device.efficiency, planned, said.step_s)
+    if write:
+        calibrate.write(write, name, efficiency, run, said)
+    note = (
+        f"{name} as measured in {run}: {said.step_s:.3g} s a step over {said.steps} steps, where the plan said "
+        f"{planned['speed']['step_s']:.3g}" + (f"; written to {write}" if write else "")
+    )
+    return calibrate.laid_over(prices, name, efficiency), note
 
 
 def prepare(path: Path, settings: list[str] | None) -> tuple[Job, Recipe, str]:
@@ -53,7 +83,10 @@ def prepare(path: Path, settings: list[str] | None) -> tuple[Job, Recipe, str]:
 
     The recipe's models do not checkpoint activations (`model_stats.activations` needs that), and it knows the datasets.
     """
-    job, recipe = check.check_file(path, settings)
+    return _prepared(*check.check_file(path, settings))
+
+
+def _prepared(job: Job, recipe: Recipe) -> tuple[Job, Recipe, str]:
     if job.train.activation_checkpointing:
         recipe = type(recipe)(job.model_copy(update={"train": job.train.model_copy(update={"activation_checkpointing": False})}))
     try:
@@ -70,6 +103,29 @@ def prepare(path: Path, settings: list[str] | None) -> tuple[Job, Recipe, str]:
     return job, recipe, ""
 
 
+def planners(
+    job: Job, recipe: Recipe, cluster: ClusterFile | None, device: str | None, prices: dict[str, Any],
+    built: torch.nn.Module | None = None,
+) -> list[Planner]:  # fmt: skip
+    """Counts a job's model, and returns a planner for the fewest workers that the job may have and one for the most.
+
+    `built`: the recipe's model from `model_stats.build`, if there is one; it cannot be used afterwards.
+    """
+    most, fewest = job.on(job.worker_counts()[-1]), job.on(job.worker_counts()[0])
+    name, instance = _device_of(cluster) if cluster and not device else (device, None)
+    where = hardware.resolve(most, prices, name, instance)
+    if where.name == "cpu" and (cluster is None or cluster.local):
+        where = replace(where, memory=psutil.virtual_memory().total / most.workers.most)  # this machine's
+    if cluster:
+        room.check(most, cluster)
+    built = built or build(recipe)
+    model = stats_of(recipe, built)
+    kept = activations(most, recipe, built, sample(most, recipe), count=not model.flops)
+    model = replace(model, flops=model.flops or kept.flops)
+    operations = work(most, recipe, built, (sample(most, recipe, 2), sample(most, recipe, 3)))
+    return [Planner(one, model, kept, operations, where, prices) for one in (fewest, most)]
+
+
 def plan(
     job: Job, recipe: Recipe, cluster: ClusterFile | None = None, device: str | None = None, prices: dict[str, Any] | None = None,
     built: torch.nn.Module | None = None,
@@ -78,38 +134,54 @@ def plan(
 
     `built`: the recipe's model from `model_stats.build`, if there is one; it cannot be used afterwards.
     """
-    prices = prices or hardware.table()
-    job, fewest = job.on(job.worker_counts()[-1]), job.on(job.worker_counts()[0])
-    name, instance = _device_of(cluster) if cluster and not device else (device, None)
-    where = hardware.resolve(job, prices, name, instance)
-    if where.name == "cpu" and (cluster is None or cluster.local):
-        where = replace(where, memory=psutil.virtual_memory().total / job.workers.most)  # this machine's
-    if cluster:
-        room.check(job, cluster)
-    built = built or build(recipe)
-    model = stats_of(recipe, built)
-    kept = activations(job, recipe, built, sample(job, recipe), count=not model.flops)
-    model = replace(model, flops=model.flops or kept.flops)
-    operations = work(job, recipe, built, (sample(job, recipe), sample(job, recipe, 2)))
-    planner = Planner(job, model, kept, operations, where, prices)
-    chosen = planner.chosen()
-    for one in (Planner(fewest, model, kept, operations, where, prices), planner):  # an elastic run must fit on few, too
+    both = planners(job, recipe, cluster, device, prices or hardware.table(), built)
+    for one in both:  # an elastic run must fit on few, too
         if not (mine := one.chosen())["fits"]:
-            raise ConfigError(_refusal(one.job, where, mine, one.recommend()))
-    best = planner.recommend()
+            raise ConfigError(_refusal(one.job, one.device, mine, one.recommend()))
+    planner = both[-1]
+    chosen, best, model = planner.chosen(), planner.recommend(), planner.model
     return {
-        "name": job.name,
-        "device": {**asdict(where), "prices": str(prices["date"])},
-        "workers": job.workers.most,
-        "parameters": {"total": model.parameters, "trained": sum(math.prod(s) for s in model.trained.values())},
+        **_facts(planner),
         "memory": chosen["memory"],
         "flops": {"per_sample": model.flops, "per_token": model.flops / (job.data.sequence_length or 1)},
         "communication": chosen["communication"],
         "speed": chosen["speed"],
+        "parts": chosen["parts"],
         "run": planner.run(chosen),
         "checkpoint": planner.checkpoint(chosen),
         "recommended": {k: best[k] for k in (*CHOICES, "speed")} if best else None,
         "notes": [],
+    }
+
+
+def ranking(
+    job: Job, recipe: Recipe, cluster: ClusterFile | None = None, device: str | None = None, prices: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Ranks the layouts in which a job could train, by time within memory, each with why it is not the best.
+
+    A layout of an elastic job must fit on its fewest workers, too.
+    """
+    fewest, planner = planners(job, recipe, cluster, device, prices or hardware.table())
+    made = []
+    for layout in layouts.candidates(planner.job, planner.workers):
+        few = fewest.candidate(layout)
+        made.append(planner.candidate(layout) if few["fits"] else few)
+    found = layouts.ranked(made)
+    return {
+        **_facts(planner),
+        "layouts": [{**one, "layout": one["layout"].settings()} for one in found],
+        "set": layouts.changes(job, found[0]["layout"]) if found[0]["fits"] else None,
+        "notes": [],
+    }
+
+
+def _facts(planner: Planner) -> dict[str, Any]:
+    model = planner.model
+    return {
+        "name": planner.job.name,
+        "device": {**asdict(planner.device), "prices": str(planner.prices["date"])},
+        "workers": planner.workers,
+        "parameters": {"total": model.parameters, "trained": sum(math.prod(s) for s in model.trained.values())},
     }
 
 

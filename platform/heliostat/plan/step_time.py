@@ -81,8 +81,8 @@ def exposed(moved: int, micro_s: float, setting: Setting, device: Device, networ
     """Estimates the seconds of communication of a step, and those that no computing hides.
 
     A ring passes from GPU to GPU inside a node, and from node to node through all of the node's network cards together. What
-    stage 3 gathers and reduces runs beside all computing; stage 2 reduces behind every backward pass, stages 0 and 1 behind the last
-    one; what is gathered after the optimizer's step waits.
+    stage 3 gathers and reduces runs beside all computing; stage 2 reduces behind every backward pass, stages 0 and 1 behind the
+    last one; what is gathered after the optimizer's step waits.
     """
     if setting.workers == 1:
         return 0.0, 0.0

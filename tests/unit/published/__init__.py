@@ -61,14 +61,14 @@ def count(name: str, length: int | None) -> dict[str, Any]:
         j, recipe = job(**{"workers.gpus": 1, "train.precision": "bf16"}), Denoiser(keys)
         with torch.device("meta"):
             model = recipe.build()
-        contents: Any = ([0], [0, 0])
+        contents: Any = ([0] * 2, [0] * 3)
     else:
         from heliostat.recipes.text.causal_lm import CausalLM
 
         j = job(model=keys, **{"workers.gpus": 1, "train.precision": "bf16", "data.sequence_length": length})
         recipe = CausalLM(j)
         model = model_stats.build(recipe)
-        contents = tuple(np.zeros((n, length), dtype=np.int32) for n in (1, 2))
+        contents = tuple(np.zeros((n, length), dtype=np.int32) for n in (2, 3))
     numel = sum(p.numel() for p in model.parameters())
     work = model_stats.work(j, recipe, model, contents)
     return {"parameters": numel, "work": [astuple(w) for w in work]}

@@ -1,0 +1,138 @@
+"""Layouts ranked by time within memory, and efficiencies corrected by what a run measured."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+import yaml
+from heliostat.config import spec
+from heliostat.errors import ConfigError
+from heliostat.plan import calibrate, hardware, layouts, planner
+from heliostat.plan.layouts import Layout
+from heliostat.recipes.text.causal_lm import CausalLM
+from heliostat.runs.goodput import Attempt
+from heliostat.storage import Location
+
+from tests.unit.build_job import ROOT, job, write
+from tests.unit.forked import run
+
+
+@pytest.fixture(autouse=True)
+def workspace(monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="module")
+def wide() -> dict:
+    """A job of two wide layers on four GPUs: 8 billion parameters, which fit in some layouts and not in others."""
+    sizes = {"hidden_size": 16384, "intermediate_size": 65536, "vocab_size": 4096}
+    changes = {"workers.gpus": 1, "workers.count": 4, "train.global_batch": 64, "data.sequence_length": 512}
+    j = job(**changes, **{f"model.{k}": v for k, v in sizes.items()})
+    return planner.ranking(j, CausalLM(j))
+
+
+def test_layouts_are_ranked_by_time_within_memory_and_each_says_why_it_loses(wide):
+    fit = [one for one in wide["layouts"] if one["fits"]]
+    rest = wide["layouts"][len(fit) :]
+    assert fit and rest and not any(one["fits"] for one in rest)
+    times = [one["speed"]["step_s"] for one in fit]
+    assert times == pytest.approx(sorted(times), abs=1e-3)
+    assert all(one["memory"]["total"] <= one["memory"]["device"] for one in fit)
+    assert fit[0]["why"] == "the fastest that fits"
+    assert all("GiB" in one["why"] for one in rest)
+    copied = [one for one in fit if one["offload_optimizer"] and not one["activation_checkpointing"]]
+    assert copied and all("copies to and from the host" in one["why"] for one in copied)
+    replayed = [one for one in fit if one["activation_checkpointing"] and not one["offload_optimizer"]]
+    assert replayed and any("played again" in one["why"] for one in replayed)
+
+
+def test_one_layout_is_shown_of_those_that_differ_in_the_micro_batch_alone(wide):
+    """The best of them: at a slower micro-batch, or one that does not fit, it would stand further down."""
+    families = [tuple(v for k, v in one["layout"].items() if k != "train.micro_batch") for one in wide["layouts"]]
+    assert len(set(families)) == len(families) == 6 + 6 + 2  # stages 1 to 3, with and without checkpointing and offload
+
+
+def test_what_is_printed_to_set_makes_the_job_the_best_layout(wide, tmp_path):
+    settings = ["workers.gpus=1", "train.global_batch=64", "workers.count=4", *wide["set"]]
+    made = spec.load(write(tmp_path), settings)
+    assert layouts.of(made).settings() == wide["layouts"][0]["layout"]
+
+
+def test_settings_say_only_what_changes():
+    j = job(**{"workers.gpus": 1})
+    same = layouts.of(j)
+    assert layouts.changes(j, same) == []
+    other = Layout(3, 4, True, True, "cpu")
+    assert set(layouts.changes(j, other)) == {
+        "train.zero.stage=3", "train.micro_batch=4", "train.activation_checkpointing=true", "train.zero.offload.optimizer=cpu",
+        "train.zero.offload.param=cpu",
+    }  # fmt: skip
+
+
+def test_cpu_workers_are_offered_no_offload_and_bf16_no_stage_0():
+    found = list(layouts.candidates(job(), 1))
+    assert {c.stage for c in found} == {1, 2, 3} and not any(c.offload_optimizer for c in found)
+    assert {c.stage for c in layouts.candidates(job(**{"train.precision": "fp32"}), 1)} == {0, 1, 2, 3}
+    assert {c.micro_batch for c in found} == {1, 2, 4, 8}
+
+
+def test_the_command_prints_the_table_and_exits_2_if_nothing_fits(tmp_path):
+    path = str(write(tmp_path, **{"data.sources.0.path": str(tmp_path / "nothing"), "workers.gpus": 1}))
+    code, out, _, _ = run("plan", path, "--rank")
+    assert code == 0 and "the fastest that fits" in out and "the best    " in out
+    huge = ["--set", "model.hidden_size=131072", "--set", "model.intermediate_size=524288"]
+    code, out, lines, _ = run("plan", path, "--rank", "--json", *huge)
+    assert code == 2 and "no layout fits" in lines[0] and json.loads(out.splitlines()[-1])["set"] is None
+
+
+# calibration ---------------------------------------------------------------------------------------------------------
+
+
+def attempt(*marks: tuple[int, float]) -> Attempt:
+    return Attempt("a", 0.0, 1.0, 1.0, 0, 1, marks=list(marks))
+
+
+def test_pace_is_taken_between_marks_and_needs_steps():
+    assert calibrate.pace(attempt((10, 30.0), (20, 40.0), (40, 60.0))) == (1.0, 30)  # the first ten warm up
+    assert calibrate.pace(attempt((10, 30.0))) == (3.0, 10)
+    assert calibrate.pace(attempt((1, 5.0))) is None and calibrate.pace(attempt()) is None
+
+
+def test_a_corrected_device_takes_as_long_as_was_measured():
+    """A plan of the same job with what was measured says what was measured; a larger job follows from it."""
+    j = job(**{"train.precision": "fp32", "model.hidden_size": 256, "model.intermediate_size": 512})
+    prices = hardware.table()
+    first = planner.planners(j, CausalLM(j), None, None, prices)[-1]
+    before = first.chosen()["speed"]["step_s"]
+    found = calibrate.corrected(first.device.efficiency, first.chosen(), 3 * before)
+    again = planner.planners(j, CausalLM(j), None, None, calibrate.laid_over(prices, "cpu", found))[-1]
+    assert again.chosen()["speed"]["step_s"] == pytest.approx(3 * before, rel=1e-6)
+
+
+def test_the_file_is_one_that_prices_takes(tmp_path):
+    j, place = job(), Location(str(tmp_path))
+    measured = hardware.Efficiency(0.123456, 0.2, 0.3, 0.4, 0.5, 1e-5)
+    calibrate.write(tmp_path / "cpu.yaml", "cpu", measured, place, calibrate.Measured(j, 0.5, 20))
+    read = hardware.efficiency(hardware.table(tmp_path / "cpu.yaml"), "cpu")
+    assert asdict(read) == pytest.approx(asdict(measured), rel=1e-3)
+    assert yaml.safe_load((tmp_path / "cpu.yaml").read_text()).keys() == {"efficiency"}
+
+
+def test_a_run_without_measurements_is_an_error_that_says_what_is_missing(tmp_path):
+    with pytest.raises(ConfigError, match=r"--calibrate: .*has no checkpoint"):
+        calibrate.measured(Location(str(tmp_path)))
+    path = str(write(tmp_path, **{"data.sources.0.path": str(tmp_path / "nothing")}))
+    code, _, lines, _ = run("plan", path, "--write", "x.yaml")
+    assert code == 2 and "--write: needs --calibrate RUN" in lines[0]
+    code, _, lines, _ = run("plan", path, "--calibrate", str(tmp_path))
+    assert code == 2 and "holds no run" in lines[0]
+
+
+def test_efficiencies_that_make_no_sense_are_refused(tmp_path):
+    file = tmp_path / "prices.yaml"
+    gpu = job(**{"workers.gpus": 1})
+    for text, said in (("{matmul: 0}", r"efficiency\.H100\.matmul: 0 should be a number above 0"),
+                       ("{matmull: 0.5}", r"efficiency\.H100\.matmull: unknown key; did you mean 'matmul'")):  # fmt: skip
+        file.write_text(f"efficiency: {{H100: {text}}}")
+        with pytest.raises(ConfigError, match=said):
+            hardware.resolve(gpu, hardware.table(file), "H100")
