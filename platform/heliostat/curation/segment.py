@@ -53,7 +53,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Run:
-    """Names a spilled run of documents, and the spills of those of its rows that were decided against since."""
+    """Describes a spilled run of documents, and the spills of those of its rows that were decided against since."""
 
     name: str
     rows: int

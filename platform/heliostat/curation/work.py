@@ -32,7 +32,7 @@ def key(*parts: Any) -> str:
 
 @dataclass(frozen=True)
 class Work:
-    """Names the work folder of a pipeline."""
+    """Locates the work folder of a pipeline, and keeps its records."""
 
     location: Location
 

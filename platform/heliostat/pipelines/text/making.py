@@ -164,7 +164,7 @@ class Making:
 
 
 def numbered(cut: list[list[Part]], lines: dict[Part, int]) -> Iterator[list[Part]]:
-    """Numbers the first record of each range by the lines of those before it in its file."""
+    """Yields the pieces with the number of the first record of each range, from the lines of those before it in its file."""
     path, first = None, 1
     for piece in cut:
         part = piece[0]
