@@ -57,7 +57,7 @@ NOT_IMPORTED = {
 IMAGES = re.compile(r"(recipes|pipelines)/images/")
 LATE = {
     "tune/searchers.py": "tune",
-    "curation/minhash/signatures.py": "curate",
+    "curation/minhash/signatures.py": "curation",
 }  # modules of the core that import what an extra brings, once `extras.require` was asked
 
 

@@ -119,7 +119,7 @@ def _run(folder: Location, documents: Iterable[Document | Dropped], source: Sour
         for id, stage, reason, detail, measures in dropped:
             out.leave_out(id, stage, reason, detail, measures)
         for document in kept:
-            made = source.finish(document) if chain.stages else document
+            made = source.finish(document) if chain.stages or isinstance(document.text, bytes) else document
             if isinstance(made, Dropped):
                 found = tally.entry(chain.tally, FINISH)["dropped"]
                 found[made.reason] = found.get(made.reason, 0) + 1

@@ -18,6 +18,7 @@ from heliostat.curation import pieces, reasons, segment, spill
 from heliostat.curation.engine import Curated, Engine, groups, segments, summed
 from heliostat.curation.flow import Flow, Task
 from heliostat.curation.pieces import Part
+from heliostat.curation.readers import REASONS
 from heliostat.curation.stage import Stage
 from heliostat.curation.tally import label
 from heliostat.curation.work import key
@@ -198,8 +199,10 @@ class Totals:
         """Logs what was cut and what was dropped, with examples."""
         if self.cut:
             log.info("documents longer than a chunk may be (chunk_tokens) are cut at %d places; no token is lost", self.cut)
-        told = documents.REASONS | {
-            f"{label(i, s)}: {r}": f"{s.named()}: {w}" for i, s in enumerate(stages) for r, w in s.reasons.items()
-        }
+        told = (
+            REASONS
+            | documents.REASONS
+            | {f"{label(i, s)}: {r}": f"{s.named()}: {w}" for i, s in enumerate(stages) for r, w in s.reasons.items()}
+        )
         for reason, count in sorted(self.dropped.items()):
             log.warning("dropped %d: %s, such as %s", count, told.get(reason, reason), sources.examples(self.examples[reason]))

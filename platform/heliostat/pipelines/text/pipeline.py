@@ -149,7 +149,7 @@ class TextPipeline(Pipeline):
             )
 
     def inputs(self) -> list[InputFile]:
-        return sources.listing(self.input)
+        return sources.listing(self.input, bool(self.stages))
 
     def identity(self) -> dict[str, Any]:
         config = super().identity()
