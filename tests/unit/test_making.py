@@ -83,6 +83,14 @@ def test_a_making_that_ends_after_any_task_goes_on(tmp_path):
     assert made == whole and len(there.ran) <= total - total // 3
 
 
+def test_an_input_that_grows_keeps_its_pieces(tmp_path):
+    """Whose size follows from the input's: not where there is work for another, until they differ much."""
+    work = Work(Location(str(tmp_path)))
+    sizes = [pieces.size(n << 20) for n in (20, 40, 300, 600, 40)]
+    assert sizes == [2 << 20, 4 << 20, 32 << 20, 64 << 20, 4 << 20]
+    assert [work.settled("piece", size, 16) >> 20 for size in sizes] == [2, 2, 32, 32, 32]
+
+
 def test_a_page_without_extract_is_an_error_that_names_it(tmp_path):
     make_input(tmp_path / "in")
     (tmp_path / "in" / "p.html").write_text("<p>Hello")

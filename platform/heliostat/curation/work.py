@@ -1,7 +1,8 @@
 """Keeps what unfinished work has done: spill files, and a record of every finished task under the key of what it follows from.
 
     spill/3f/3f2a....parquet    what tasks hand to later tasks, named after its content
-    done/MAP/9c01....json       the record of a finished task, written last, by the task itself
+    done/read/9c01....json      the record of a finished task, written last, by the task itself
+    piece.json                  the size of the pieces that the input is cut into, which stays as the input grows
 
 A key is the SHA-256 of the task's inputs, configuration and the version of this code. So a run that was killed finds the records
 of all that was finished; a changed threshold has other keys from there on; new input has keys of its own. A record whose files
@@ -63,6 +64,18 @@ class Work:
             return None
         whole = isinstance(record, dict) and all(f"{SPILL}/{name}" in self._sizes for name in record.get("files", []))
         return record if whole else None
+
+    def settled(self, name: str, value: int, factor: int) -> int:
+        """Returns the number that an earlier run settled on, unless the new one is `factor` times as large or small; records it."""
+        place = self.location.join(f"{name}.json")
+        try:
+            known = json.loads(place.read())
+        except (FileNotFoundError, ValueError):
+            known = None
+        if isinstance(known, int) and known * factor > value and value * factor > known:
+            return known
+        place.write(json.dumps(value).encode())
+        return value
 
     def clear(self) -> None:
         """Deletes the folder."""

@@ -107,7 +107,7 @@ class Making:
 
     def _pieces(self, inputs: list[InputFile]) -> Iterator[list[Part]]:
         """Cuts the input into pieces; of files that are read in ranges of lines, the lines before each are counted first."""
-        target = pieces.size(sum(f.bytes for f in inputs))
+        target = self.flow.work.settled("piece", pieces.size(sum(f.bytes for f in inputs)), 16)
         cut = list(pieces.cut(((f.path, f.bytes, f.modified) for f in inputs), target, self._ranged))
         unknown = [piece[0] for piece in cut if piece[0].stop is not None and self._lines(piece[0].path)]
         count = (Task(key("lines", self.source.input, p.identity), {"input": self.source.input, "part": p}) for p in unknown)
