@@ -85,10 +85,28 @@ def test_a_making_that_ends_after_any_task_goes_on(tmp_path):
 
 def test_an_input_that_grows_keeps_its_pieces(tmp_path):
     """Whose size follows from the input's: not where there is work for another, until they differ much."""
-    work = Work(Location(str(tmp_path)))
+    place = Location(str(tmp_path / "work"))
     sizes = [pieces.size(n << 20) for n in (20, 40, 300, 600, 40)]
     assert sizes == [2 << 20, 4 << 20, 32 << 20, 64 << 20, 4 << 20]
-    assert [work.settled("piece", size, 16) >> 20 for size in sizes] == [2, 2, 32, 32, 32]
+    assert [Work(place).begin(size) >> 20 for size in sizes] == [2, 2, 32, 32, 32]
+    Work(place).clear()
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_folder_of_other_things_is_no_work_folder(tmp_path):
+    """It is refused, and nothing in it is removed, nor what lies beside work."""
+    (tmp_path / "spill").mkdir()
+    (tmp_path / "spill/mine").write_text("x")
+    work = Work(Location(str(tmp_path)))
+    with pytest.raises(ConfigError, match=r"work: .*: is not empty, and holds no unfinished work; name another folder"):
+        work.begin(1)
+    work.clear()
+    assert (tmp_path / "spill/mine").exists()
+    other = Work(Location(str(tmp_path / "work")))
+    other.begin(1)
+    (tmp_path / "work/beside").write_text("x")
+    other.clear()
+    assert [p.name for p in (tmp_path / "work").iterdir()] == ["beside"]
 
 
 def test_a_page_without_extract_is_an_error_that_names_it(tmp_path):

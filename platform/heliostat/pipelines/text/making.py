@@ -107,7 +107,7 @@ class Making:
 
     def _pieces(self, inputs: list[InputFile]) -> Iterator[list[Part]]:
         """Cuts the input into pieces; of files that are read in ranges of lines, the lines before each are counted first."""
-        target = self.flow.work.settled("piece", pieces.size(sum(f.bytes for f in inputs)), 16)
+        target = self.flow.work.begin(pieces.size(sum(f.bytes for f in inputs)))
         cut = list(pieces.cut(((f.path, f.bytes, f.modified) for f in inputs), target, self._ranged))
         unknown = [piece[0] for piece in cut if piece[0].stop is not None and self._lines(piece[0].path)]
         count = (Task(key("lines", self.source.input, p.identity), {"input": self.source.input, "part": p}) for p in unknown)
@@ -155,7 +155,7 @@ class Making:
             yield record
 
     def _listed(self, curated: Curated) -> str | None:
-        if not curated.left_out:
+        if all(": " in reason for reason in curated.reasons):  # of stages alone
             return None
         task = Task(key("listed", curated.left_out, self.output.uri), {"names": curated.left_out, "output": self.output.uri})
         (record,) = self.flow.all(
