@@ -1,5 +1,6 @@
 """`prepare` with stages on real Ray: killed and gone on, the same on one node and three, and a reason for every document."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -116,11 +117,12 @@ def test_killed_at_any_moment_the_same_digest(tmp_path):
             while len(records(done)) < finished + more and run.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.02)
         finally:
-            os.killpg(run.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(run.pid, signal.SIGKILL)
             run.wait()
         time.sleep(2)  # for Ray's processes to see that their driver has ended
         before = records(done)
-        assert len(before) >= finished + more or run.returncode == 0
+        assert len(before) >= finished + more or run.returncode == 0, "it ended by itself"
         finished = len(before)
     last = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     report = json.loads(last.stdout.splitlines()[-1])

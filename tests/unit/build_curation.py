@@ -23,13 +23,14 @@ class KilledError(Exception):
 
 @dataclass
 class HereFlow(flow.Flow):
-    """Runs each task where it is called, after a trip through pickle; shuffled by `seed`, every third twice.
+    """Runs each task where it is called, after a trip through pickle; shuffled by `seed`, and a share of them `again`.
 
     After `most` tasks the run ends where it is.
     """
 
     seed: int = 0
     most: int = 1 << 60
+    again: float = 0.3
     ran: list[str] = field(default_factory=list)
 
     def share(self, value: Any) -> Any:
@@ -48,7 +49,7 @@ class HereFlow(flow.Flow):
                 yield number, record
                 continue
             sent = cloudpickle.dumps((self.work, kind, task.key, function, task.arguments, task.shared))
-            for _ in range(1 + (rng.random() < 0.3)):
+            for _ in range(1 + (rng.random() < self.again)):
                 *positional, shared = cloudpickle.loads(sent)
                 made = flow.execute(*positional, **shared)
             if len(self.ran) >= self.most:

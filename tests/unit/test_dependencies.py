@@ -55,7 +55,10 @@ NOT_IMPORTED = {
     "pymdown-extensions": "Zensical imports it",
 }
 IMAGES = re.compile(r"(recipes|pipelines)/images/")
-LATE = {"tune/searchers.py": "tune"}  # modules of the core that import what an extra brings, once `extras.require` was asked
+LATE = {
+    "tune/searchers.py": "tune",
+    "curation/minhash/signatures.py": "curation",
+}  # modules of the core that import what an extra brings, once `extras.require` was asked
 
 
 def distributions(*names: str) -> set[str]:

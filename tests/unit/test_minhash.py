@@ -7,8 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from heliostat.curation import spill
-from heliostat.curation.minhash import components
-from heliostat.curation.minhash.signatures import Parameters, keys, words
+from heliostat.curation.minhash import components, signatures
+from heliostat.curation.minhash.signatures import Parameters, hashes, keys, shingles, words
 from heliostat.curation.registry import parse
 from heliostat.curation.work import Work
 from heliostat.storage import Location
@@ -50,10 +50,33 @@ def test_pairs_meet_as_often_as_the_curve_says(similarity):
 
 
 def test_what_a_word_is():
-    assert words("The cat, the Hat!") == ["the", "cat", "the", "hat"]
-    assert words("Ça va? \u6771\u4eac\u3002") == ["ça", "va", "\u6771", "\u4eac"]
+    assert words("Ça va? \u6771\u4eac\u3002") == "ça va \u6771 \u4eac".encode()
+    starts, found = hashes(words("The cat, the Hat; the_cat 3"))
+    assert starts.tolist() == [0, 4, 9, 13, 18, 26] and found[0] == found[2] and len(set(found.tolist())) == 5
+    (there,) = hashes(words("ça: CAT"))[1][1:]
+    assert there == found[1], "wherever it stands, and whatever is beside it"
     made, which = keys(["one two", "?!", "One, two.", "one two three"], FINEWEB)
     assert which.tolist() == [0, 2, 3] and (made[0] == made[1]).all() and not (made[0] == made[2]).any()
+
+
+def test_a_word_has_one_hash_wherever_the_text_is_cut(monkeypatch):
+    rng = random.Random(3)
+    text = " ".join(f"w{rng.randrange(50)}" * rng.randrange(1, 4) for _ in range(500)).encode()
+    whole = hashes(text)
+    for block in (1, 7, 100):
+        monkeypatch.setattr(signatures, "BLOCK", block)
+        again = hashes(text)
+        assert all((a == b).all() for a, b in zip(again, whole, strict=True))
+    assert len(set(whole[1].tolist())) == len(set(text.split()))
+
+
+def test_shingles_are_the_n_grams_of_each_text():
+    counts = np.array([7, 0, 5, 3, 1, 0])
+    found = np.arange(1, 17, dtype=np.uint64)
+    made, each = shingles(found, counts, 5)
+    assert each.tolist() == [3, 0, 1, 1, 1, 0] and len(made) == 6 == len(set(made.tolist()))
+    alone = [shingles(found[a:b], np.array([b - a]), 5)[0].tolist() for a, b in ((0, 7), (7, 12), (12, 15), (15, 16))]
+    assert [h for part in alone for h in part] == made.tolist()
 
 
 # clusters ------------------------------------------------------------------------------------------------------------

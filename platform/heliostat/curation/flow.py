@@ -61,6 +61,7 @@ class Flow:
         The function is called with the work folder and the task's arguments; in its record, `files` names the spill files.
         """
         waiting: dict[Any, int] = {}
+        work = Work(self.work.location)  # without what was looked up
         remote = _execute.options(num_cpus=cpus, max_retries=RETRIES, label_selector=self.labels or None, name=kind)
         room = Room(cpus)
         try:
@@ -71,7 +72,7 @@ class Flow:
                     continue
                 while len(waiting) >= room():
                     yield from self._next(kind, waiting)
-                waiting[remote.remote(self.work, kind, task.key, function, task.arguments, **task.shared)] = number
+                waiting[remote.remote(work, kind, task.key, function, task.arguments, **task.shared)] = number
             while waiting:
                 yield from self._next(kind, waiting)
         except BaseException:

@@ -53,7 +53,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Run:
-    """Names a spilled run of documents, and the spills of those of its rows that were decided against since."""
+    """Describes a spilled run of documents, and the spills of those of its rows that were decided against since."""
 
     name: str
     rows: int
@@ -119,7 +119,7 @@ def _run(folder: Location, documents: Iterable[Document | Dropped], source: Sour
         for id, stage, reason, detail, measures in dropped:
             out.leave_out(id, stage, reason, detail, measures)
         for document in kept:
-            made = source.finish(document) if chain.stages else document
+            made = source.finish(document) if chain.stages or isinstance(document.text, bytes) else document
             if isinstance(made, Dropped):
                 found = tally.entry(chain.tally, FINISH)["dropped"]
                 found[made.reason] = found.get(made.reason, 0) + 1

@@ -45,7 +45,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Dropped:
-    """Names a document, or a file, that is left out, and why."""
+    """Tells that a document, or a file, is left out, and why."""
 
     id: str
     reason: str

@@ -105,5 +105,5 @@ def _add(total: dict[str, Any], part: dict[str, Any]) -> None:
         both = [*total.get("largest", []), *part["largest"]]
         total["largest"] = sorted(both, key=lambda pair: (-pair[0], pair[1]))[:EXAMPLES]
     for rule, found in part["examples"].items():
-        both = (total["examples"].get(rule, []), found)
-        total["examples"][rule] = list(heapq.merge(*both, key=lambda e: (e[0], e[1])))[:EXAMPLES]
+        known = total["examples"].get(rule, [])
+        total["examples"][rule] = list(heapq.merge(known, found, key=lambda e: (e[0], e[1])))[:EXAMPLES]

@@ -1,7 +1,8 @@
 """Keeps what unfinished work has done: spill files, and a record of every finished task under the key of what it follows from.
 
     spill/3f/3f2a....parquet    what tasks hand to later tasks, named after its content
-    done/MAP/9c01....json       the record of a finished task, written last, by the task itself
+    done/read/9c01....json      the record of a finished task, written last, by the task itself
+    work.json                   marks the folder; the size of the pieces that the input is cut into, which stays as it grows
 
 A key is the SHA-256 of the task's inputs, configuration and the version of this code. So a run that was killed finds the records
 of all that was finished; a changed threshold has other keys from there on; new input has keys of its own. A record whose files
@@ -10,19 +11,23 @@ are missing, or of another size, counts for nothing.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+from heliostat.errors import ConfigError
 from heliostat.storage import Location
 
 CODE = 1  # raised when the same inputs and configuration give other spill files
 READERS = 32  # threads
-DONE, SPILL = "done", "spill"
+DONE, SPILL, MARK = "done", "spill", "work.json"
+SIZES = 16  # times, by which an input may grow before its pieces become larger
 
 
 def key(*parts: Any) -> str:
@@ -32,7 +37,7 @@ def key(*parts: Any) -> str:
 
 @dataclass(frozen=True)
 class Work:
-    """Names the work folder of a pipeline."""
+    """Locates the work folder of a pipeline, and keeps its records."""
 
     location: Location
 
@@ -64,6 +69,31 @@ class Work:
         whole = isinstance(record, dict) and all(f"{SPILL}/{name}" in self._sizes for name in record.get("files", []))
         return record if whole else None
 
+    def begin(self, piece: int) -> int:
+        """Claims the folder and returns the size of pieces: an earlier run's, unless that differs from `piece` by SIZES times.
+
+        ConfigError if other things lie there.
+        """
+        try:
+            known = json.loads(self.location.join(MARK).read())["piece"]
+        except FileNotFoundError:
+            if self._sizes:
+                fault = "is not empty, and holds no unfinished work; name another folder"
+                raise ConfigError(f"work: {self.location}: {fault}") from None
+            known = 0
+        except (ValueError, TypeError, KeyError):
+            known = 0
+        if isinstance(known, int) and known * SIZES > piece and piece * SIZES > known:
+            return known
+        self.location.join(MARK).write(json.dumps({"piece": piece}).encode())
+        return piece
+
     def clear(self) -> None:
-        """Deletes the folder."""
-        self.location.delete()
+        """Deletes the work, and the folder if nothing else is in it."""
+        if not self.location.join(MARK).exists():
+            return
+        for name in (DONE, SPILL, MARK):  # the mark last: what breaks off is done again
+            self.location.join(name).delete()
+        if not self.location.is_s3:
+            with contextlib.suppress(OSError):
+                Path(self.location.path).rmdir()

@@ -61,6 +61,7 @@ class Pipeline(Strict):
 
     later: ClassVar[frozenset[str]] = frozenset()  # keys that came after others: datasets made without them are up to date
     beside: ClassVar[frozenset[str]] = frozenset()  # keys that do not shape the data
+    ray_data: ClassVar[bool] = True  # whether `write` works by Ray Data, whose import takes a second
 
     name: str = Field(min_length=1)
     """The dataset's name, which its manifest records."""
@@ -148,9 +149,11 @@ def prepare(path: Path, settings: list[str], force: bool = False) -> dict[str, A
     before = set(versions.listing(output))
     try:
         module = type(pipeline).__module__
-        private_ray.ahead(0, [*private_ray.TASKS, *([module] if module.startswith("heliostat.") else [])])
+        needed = private_ray.TASKS if pipeline.ray_data else ()
+        private_ray.ahead(0, [*needed, *([module] if module.startswith("heliostat.") else [])])
         connect(cpus=CPUS)
-        _keep_to(pipeline.labels)
+        if pipeline.ray_data:
+            _keep_to(pipeline.labels)
         with console.status(Text(f"preparing {printable(pipeline.name)}")):
             rows, meta = _write(pipeline, output, inputs)
         listed = meta.pop("listed", None)

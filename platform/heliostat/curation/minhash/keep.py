@@ -105,7 +105,7 @@ def choose(folder: Location, part: int, parts: int, names: list[str]) -> dict[st
 
 def decide(folder: Location, first: int, runs: list[Run], stage: str, names: list[str]) -> dict[str, Any]:
     """Spills for each of some runs which of its documents go, and tells why."""
-    out, decided, files = segment.Spiller(folder, 1), [], []
+    out, decided, files = segment.Spiller(folder, 1), list[list[Any]](), list[str]()
     for number in range(first, first + len(runs)):
         held = [t for name in names for t in spill.read(folder, name, number << 32, (number + 1) << 32)]
         if not held:

@@ -55,7 +55,7 @@ class MinHash(GlobalStage):
         return self
 
     def check(self) -> None:
-        extras.require("curate", "rensa", what="stages: minhash")
+        extras.require("curation", "rensa", what="stages: minhash")
 
     def compare(self, flow: Flow, found: Curated, number: int, memory_limit: int) -> list[Run]:
         name, runs = tally.label(number, self), found.runs

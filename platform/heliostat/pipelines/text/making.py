@@ -18,6 +18,7 @@ from heliostat.curation import pieces, reasons, segment, spill
 from heliostat.curation.engine import Curated, Engine, groups, segments, summed
 from heliostat.curation.flow import Flow, Task
 from heliostat.curation.pieces import Part
+from heliostat.curation.readers import REASONS
 from heliostat.curation.stage import Stage
 from heliostat.curation.tally import label
 from heliostat.curation.work import key
@@ -106,7 +107,7 @@ class Making:
 
     def _pieces(self, inputs: list[InputFile]) -> Iterator[list[Part]]:
         """Cuts the input into pieces; of files that are read in ranges of lines, the lines before each are counted first."""
-        target = pieces.size(sum(f.bytes for f in inputs))
+        target = self.flow.work.begin(pieces.size(sum(f.bytes for f in inputs)))
         cut = list(pieces.cut(((f.path, f.bytes, f.modified) for f in inputs), target, self._ranged))
         unknown = [piece[0] for piece in cut if piece[0].stop is not None and self._lines(piece[0].path)]
         count = (Task(key("lines", self.source.input, p.identity), {"input": self.source.input, "part": p}) for p in unknown)
@@ -154,7 +155,7 @@ class Making:
             yield record
 
     def _listed(self, curated: Curated) -> str | None:
-        if not curated.left_out:
+        if all(": " in reason for reason in curated.reasons):  # of stages alone
             return None
         task = Task(key("listed", curated.left_out, self.output.uri), {"names": curated.left_out, "output": self.output.uri})
         (record,) = self.flow.all(
@@ -164,7 +165,7 @@ class Making:
 
 
 def numbered(cut: list[list[Part]], lines: dict[Part, int]) -> Iterator[list[Part]]:
-    """Numbers the first record of each range by the lines of those before it in its file."""
+    """Yields the pieces with the number of the first record of each range, from the lines of those before it in its file."""
     path, first = None, 1
     for piece in cut:
         part = piece[0]
@@ -198,8 +199,10 @@ class Totals:
         """Logs what was cut and what was dropped, with examples."""
         if self.cut:
             log.info("documents longer than a chunk may be (chunk_tokens) are cut at %d places; no token is lost", self.cut)
-        told = documents.REASONS | {
-            f"{label(i, s)}: {r}": f"{s.named()}: {w}" for i, s in enumerate(stages) for r, w in s.reasons.items()
-        }
+        told = (
+            REASONS
+            | documents.REASONS
+            | {f"{label(i, s)}: {r}": f"{s.named()}: {w}" for i, s in enumerate(stages) for r, w in s.reasons.items()}
+        )
         for reason, count in sorted(self.dropped.items()):
             log.warning("dropped %d: %s, such as %s", count, told.get(reason, reason), sources.examples(self.examples[reason]))

@@ -64,6 +64,7 @@ class TextPipeline(Pipeline):
 
     later = frozenset({"max_document_bytes", "max_file_bytes", "columns", "stages"})
     beside = frozenset({"work", "keep_work", "memory_limit"})
+    ray_data = False
 
     input: str = Field(min_length=1)
     """What is read: a file, a folder, a glob (`data/**/*.md`), an `s3://` prefix, or `python:stdlib`. Kinds of files:
@@ -149,7 +150,7 @@ class TextPipeline(Pipeline):
             )
 
     def inputs(self) -> list[InputFile]:
-        return sources.listing(self.input)
+        return sources.listing(self.input, bool(self.stages))
 
     def identity(self) -> dict[str, Any]:
         config = super().identity()

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from heliostat.curation import readers
 from heliostat.curation.pieces import Part
 from heliostat.errors import ConfigError, StorageError
 from heliostat.pipelines.prepare import InputFile, place
@@ -40,6 +41,11 @@ def kind(path: str) -> tuple[str | None, str | None]:
     if codec:
         lower = lower.rpartition(".")[0]
     return next((s for s in SUFFIXES if lower.endswith(s)), None), codec
+
+
+def known(path: str, more: bool) -> bool:
+    """Tells whether such a file is read, `more` kinds among them (READERS)."""
+    return kind(path)[0] is not None or (more and readers.suffix_of(path) is not None)
 
 
 def split_glob(uri: str) -> tuple[str, str | None]:
@@ -105,15 +111,16 @@ def find(uri: str) -> tuple[Location, list[tuple[str, pafs.FileInfo]]]:
     return base, found
 
 
-def listing(uri: str) -> list[InputFile]:
-    """Lists the files to read, sorted by path; ConfigError if there are none."""
+def listing(uri: str, more: bool = False) -> list[InputFile]:
+    """Lists the files to read, sorted by path, `more` kinds too (READERS); ConfigError if there are none."""
     base, found = find(uri)
     if uri == STDLIB:
         found = [(p, i) for p, i in found if p.endswith(".py") and not STDLIB_SKIPS & set(p.split("/")[:-1])]
-    files = [InputFile(p, i.size, i.mtime_ns or 0) for p, i in found if kind(p or base.path)[0]]
+    files = [InputFile(p, i.size, i.mtime_ns or 0) for p, i in found if known(p or base.path, more)]
     if not files:
         seen = f"{len(found)} files, none" if found else "no file there"
-        raise ConfigError(f"input: {uri!r}: {seen} that ends in {', '.join(SUFFIXES)} (or these with .gz, .zst)")
+        ends = ", ".join([*SUFFIXES, *(e for e in readers.READERS if more and e not in SUFFIXES)])
+        raise ConfigError(f"input: {uri!r}: {seen} that ends in {ends} (or these with .gz, .zst{', .bz2, .xz' * more})")
     return sorted(files, key=lambda f: f.path)
 
 
@@ -196,6 +203,11 @@ def fetch(base: Location, path: str, limit: int) -> bytes:
 
 
 def stream(base: Location, path: str, limit: int) -> pa.NativeFile:
+    """Opens a file of the input as `blocks` does, for Arrow."""
+    return pa.PythonFile(blocks(base, path, limit), mode="r")
+
+
+def blocks(base: Location, path: str, limit: int) -> io.RawIOBase:
     """Opens a file of the input, or the root itself, to be read in blocks; each read is repeated while the store fails.
 
     LeftOutError as of `fetch`.
@@ -214,7 +226,7 @@ def stream(base: Location, path: str, limit: int) -> pa.NativeFile:
         raise LeftOutError("unreadable", str(e)) from e
     if size > limit:
         raise LeftOutError("too_large", f"more than {limit:,} bytes")
-    return pa.PythonFile(_Blocks(place, file, size), mode="r")
+    return _Blocks(place, file, size)
 
 
 class _Blocks(io.RawIOBase):
@@ -229,6 +241,11 @@ class _Blocks(io.RawIOBase):
 
     def seekable(self) -> bool:
         return True
+
+    def readinto(self, buffer: Any) -> int:
+        found = self.read(len(buffer))
+        buffer[: len(found)] = found
+        return len(found)
 
     def size(self) -> int:
         return self.length

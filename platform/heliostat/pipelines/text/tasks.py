@@ -16,33 +16,40 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from heliostat.curation import segment, spill
+from heliostat.curation import readers, segment, spill
 from heliostat.curation.pieces import Part
+from heliostat.curation.readers.streams import Limits
 from heliostat.curation.segment import Run, survivors
 from heliostat.curation.stage import Document as Raw
 from heliostat.data import manifest, versions
 from heliostat.data import shard as shard_file
 from heliostat.data.manifest import FILES, SHARDS
+from heliostat.errors import ConfigError
 from heliostat.pipelines.text import documents, sources, tokens
 from heliostat.storage import Location
 
 PREFIXES = 1 << 16  # the hash's first 16 bits, in which the tokenizer's sample is measured
 OF_READING = pa.array([segment.READ, segment.FINISH])
+ARCHIVES = (".warc", ".wet", ".wat")
 LISTED = pa.schema([("id", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
 
 
 @dataclass(frozen=True)
 class TextSource:
-    """Reads a text input's parts in a task."""
+    """Reads a text input's parts in a task: kinds that need no stages as they are read without, others by READERS."""
 
     input: str
     rules: documents.Rules
 
     def read(self, part: Part) -> Iterator[Raw | documents.Dropped]:
-        for item in read_file(sources.root(self.input), part.path, self.rules, part):
+        base = sources.root(self.input)
+        found = read_file if sources.kind(part.path or base.name)[0] else read_other
+        for item in found(base, part.path, self.rules, part):
             yield item if isinstance(item, documents.Dropped) else Raw(item.id, item.text, item.columns)
 
     def finish(self, document: Raw) -> Raw | documents.Dropped:
+        if isinstance(document.text, bytes):
+            raise ConfigError(f"stages: {document.id} is a page, not text; put {{stage: extract}} among the first")
         made = documents.clean(document.id, document.text, self.rules, document.columns)
         return made if isinstance(made, documents.Dropped) else Raw(made.id, made.text, made.columns)
 
@@ -58,6 +65,25 @@ def read_file(base: Location, path: str, rules: documents.Rules,
         return
     with file:
         yield from documents.read(path or base.name, file, rules, part)
+
+
+def read_other(base: Location, path: str, rules: documents.Rules, part: Part) -> Iterator[Raw | documents.Dropped]:
+    """Reads a file of a kind that only pipelines with stages read; pages stay bytes, and keep all that an archive says."""
+    name = path or base.name
+    try:
+        file = io.BufferedReader(sources.blocks(base, path, rules.max_file_bytes))
+    except sources.LeftOutError as e:
+        yield documents.Dropped(name, e.reason, e.detail)
+        return
+    archive = readers.suffix_of(name) in ARCHIVES
+    with file:
+        for item in readers.read(name, file, Limits(rules.max_document_bytes, rules.max_file_bytes, rules.text_column)):
+            if isinstance(item, documents.Dropped):
+                yield item
+                continue
+            columns = {k: v for k, v in item.columns.items() if archive or k in rules.columns}
+            yield Raw(item.id, item.text, columns) if isinstance(item.text, bytes) else documents.clean(
+                item.id, item.text, rules, columns)  # fmt: skip
 
 
 def count_lines(folder: Location, input: str, part: Part) -> dict[str, Any]:

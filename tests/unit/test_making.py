@@ -1,0 +1,187 @@
+"""A text dataset from reading to the manifest's rows, in this process: the same in any order, and again after any end."""
+
+import gzip
+import json
+import random
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+from heliostat.curation import flow, pieces
+from heliostat.curation.engine import Engine
+from heliostat.curation.pieces import Part
+from heliostat.curation.registry import parse
+from heliostat.curation.work import Work
+from heliostat.errors import ConfigError
+from heliostat.pipelines.text import sources
+from heliostat.pipelines.text.documents import Rules
+from heliostat.pipelines.text.making import Making
+from heliostat.pipelines.text.tasks import TextSource
+from heliostat.storage import Location
+
+from tests.unit.build_curation import HereFlow, KilledError
+
+ROOT = Path(__file__).parents[2]
+BPE = {"vocab_size": 300, "train_bytes": 5000, "path": None, "end_of_document": "<|endoftext|>"}
+STAGES = [{"stage": "length", "min_words": 20}, {"stage": "minhash"}, {"stage": "length", "max_words": 118}]
+
+
+def make_input(folder: Path) -> None:
+    rng, texts = random.Random(0), list[str]()
+    folder.mkdir()
+    for i in range(300):
+        words = [f"w{rng.randrange(900)}" for _ in range(10 + i % 110)]
+        texts.append(
+            " ".join([*rng.choice(texts).split(), "end"] if i % 9 == 8 else words) if i % 13 else rng.choice(texts or ["a"])
+        )
+    (folder / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts[:150]))
+    for i in range(150, 200):
+        (folder / f"{i}.txt").write_text(texts[i])
+    with gzip.open(folder / "c.jsonl.gz", "wt") as f:
+        f.write("\n".join(json.dumps({"text": t}) for t in texts[200:]) + "\n{bad")
+    (folder / "d.csv").write_text("url,text\nhttp://a," + " ".join(f"v{i}" for i in range(40)) + "\n")
+
+
+def make(tmp_path: Path, name: str, stages: list[dict[str, Any]], memory_limit: int = 1 << 30, **flow_keys: Any) -> Any:
+    here = HereFlow(Work(Location(f"{tmp_path}/{name}.work")), **flow_keys)
+    source = TextSource(str(tmp_path / "in"), Rules(columns=("url",)))
+    parsed = [parse(entry) for entry in stages]
+    output = Location(f"{tmp_path}/{name}")
+    made = Making(here, source, output, BPE, None, parsed, memory_limit, 4000, 500).run(
+        sources.listing(str(tmp_path / "in"), bool(stages))
+    )
+    rows, meta = made
+    return (sorted(rows, key=lambda row: (row["path"], row["row_group"])), meta), here  # as the manifest has them
+
+
+@pytest.mark.parametrize("stages", [[], STAGES], ids=["plain", "stages"])
+def test_the_same_dataset_in_any_order_from_any_cut(tmp_path, monkeypatch, stages):
+    """Tasks shuffled and repeated, files cut into other pieces, spilled at another limit: the same rows and metadata."""
+    make_input(tmp_path / "in")
+    (first, here) = make(tmp_path, "first", stages)
+    assert len(first[0]) > 8 and first[1]["documents"] > 50
+    monkeypatch.setattr(pieces, "size", lambda total: 3000)
+    for seed, limit in ((1, 1 << 30), (2, 40_000)):
+        again, there = make(tmp_path, f"again{seed}", stages, limit, seed=seed)
+        assert again == first
+        assert there.done["read"] > here.done["read"] and there.done["lines"] > 3
+    assert (first[1]["dropped"].get("1 minhash: near_duplicate", 0) > 5) is bool(stages)
+
+
+def test_a_making_that_ends_after_any_task_goes_on(tmp_path):
+    make_input(tmp_path / "in")
+    whole, here = make(tmp_path, "whole", STAGES)
+    total = len(here.ran)
+    for most in range(0, total, 3):
+        with pytest.raises(KilledError):
+            make(tmp_path, "cut", STAGES, seed=most, most=1)
+    made, there = make(tmp_path, "cut", STAGES)
+    assert made == whole and len(there.ran) <= total - total // 3
+
+
+def test_an_input_that_grows_keeps_its_pieces(tmp_path):
+    """Whose size follows from the input's: not where there is work for another, until they differ much."""
+    place = Location(str(tmp_path / "work"))
+    sizes = [pieces.size(n << 20) for n in (20, 40, 300, 600, 40)]
+    assert sizes == [2 << 20, 4 << 20, 32 << 20, 64 << 20, 4 << 20]
+    assert [Work(place).begin(size) >> 20 for size in sizes] == [2, 2, 32, 32, 32]
+    Work(place).clear()
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_folder_of_other_things_is_no_work_folder(tmp_path):
+    """It is refused, and nothing in it is removed, nor what lies beside work."""
+    (tmp_path / "spill").mkdir()
+    (tmp_path / "spill/mine").write_text("x")
+    work = Work(Location(str(tmp_path)))
+    with pytest.raises(ConfigError, match=r"work: .*: is not empty, and holds no unfinished work; name another folder"):
+        work.begin(1)
+    work.clear()
+    assert (tmp_path / "spill/mine").exists()
+    other = Work(Location(str(tmp_path / "work")))
+    other.begin(1)
+    (tmp_path / "work/beside").write_text("x")
+    other.clear()
+    assert [p.name for p in (tmp_path / "work").iterdir()] == ["beside"]
+
+
+def test_a_page_without_extract_is_an_error_that_names_it(tmp_path):
+    make_input(tmp_path / "in")
+    (tmp_path / "in" / "p.html").write_text("<p>Hello")
+    with pytest.raises(ConfigError, match=r"p\.html is (a page|bytes), not text; put"):
+        make(tmp_path, "out", [{"stage": "minhash"}])
+
+
+def test_kinds_beside_the_first_are_read_with_stages_only(tmp_path):
+    make_input(tmp_path / "in")
+    assert "d.csv" not in {f.path for f in sources.listing(str(tmp_path / "in"))}
+    (_, meta), _ = make(tmp_path, "out", [{"stage": "length", "min_words": 40}])
+    assert meta["curation"]["ends"] and "d.csv" in {f.path for f in sources.listing(str(tmp_path / "in"), True)}
+
+
+MEASURED = """
+import resource, sys, threading, time
+from heliostat.curation import segment, pieces
+from heliostat.pipelines.text import tasks
+from heliostat.pipelines.text.documents import Rules
+from heliostat.storage import Location
+source, limit = tasks.TextSource(sys.argv[1], Rules()), int(sys.argv[2])
+list(source.read(pieces.Part("a.jsonl", 0, 0, 0, 1)))
+folder = Location(sys.argv[1] + ".work")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+part = pieces.Part(sys.argv[3], 0, 0)
+record = segment.over_pieces(folder, [part], source, [], limit // 8, False)
+runs = [segment.Run(*r) for r in record["runs"]]
+after_read = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+found = tasks.gather(folder, runs, 0, 1 << 59)
+print(len(runs), (after_read - before) >> 10, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+"""
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "b.jsonl.gz", "c.parquet"])
+def test_a_task_takes_its_share_of_memory_whatever_the_file(tmp_path, name):
+    """A file of 160 MB with a limit of 64 MiB: read as a whole by one task, and gathered into a shard of a 32nd."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "in").mkdir()
+    rng = random.Random(0)
+    block = ["".join(rng.choices("abcdefghij klmnop", k=20_000)) for _ in range(50)]
+    (tmp_path / "in/a.jsonl").write_text(json.dumps({"text": "x"}) + "\n")
+    rows = [f"{i} {block[i % 50]}" for i in range(8000)]
+    with gzip.open(tmp_path / "in" / name, "wt", 1) if name.endswith("gz") else (tmp_path / "in" / name).open("w") as f:
+        if not name.endswith("parquet"):
+            f.writelines(json.dumps({"text": row}) + "\n" for row in rows)
+    if name.endswith("parquet"):
+        pq.write_table(pa.table({"text": rows}), tmp_path / "in" / name, row_group_size=8000)
+    command = [sys.executable, "-c", MEASURED, str(tmp_path / "in"), str(64 << 20), name]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    runs, read, gathered = map(int, done.stdout.split())
+    assert runs >= 19 and read <= 64 and gathered <= 100, done.stdout
+
+
+class Told(flow.Flow):
+    """Tells records of tasks that never ran."""
+
+    def run(self, kind, function, tasks, cpus=1, valid=lambda record: True):
+        for number, task in enumerate(tasks):
+            name, examples = f"{task.key[:2]}/{task.key}.parquet", {"empty": [f"{number}#1"] * 3}
+            yield number, {"runs": [[name, 5000, 60 << 20]], "left_out": [f"ab/{name}"], "tally": None,
+                           "reasons": {"empty": 7, "corrupt": 1}, "examples": examples, "seconds": 1.0}  # fmt: skip
+
+
+def test_the_driver_holds_little_of_a_hundred_thousand_tasks(tmp_path):
+    """Of a million files in 1e5 tasks: seconds, and less than 2 KB a task."""
+    tracemalloc.start()
+    start = time.monotonic()
+    parts = ([Part(f"f/{i:06d}-{j}.txt", 6 << 20, i) for j in range(10)] for i in range(100_000))
+    engine = Engine(Told(Work(Location(str(tmp_path)))), TextSource("in", Rules()), ["x"], 2 << 30)
+    found = engine.curate(parts, [])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(found.runs) == 100_000 and found.reasons == {"empty": 700_000, "corrupt": 100_000}
+    assert peak < 2000 * 100_000 and time.monotonic() - start < 120
