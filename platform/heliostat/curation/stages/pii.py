@@ -49,7 +49,7 @@ class Pii(Stage):
 
     def check(self) -> None:
         if "phone" in self.kinds:
-            extras.require("curation", "phonenumbers", what="stage pii, kind phone")
+            extras.require("curate", "phonenumbers", what="stage pii, kind phone")
 
     def open(self) -> Work:
         self.check()

@@ -57,7 +57,7 @@ class Secrets(Stage):
         return self
 
     def check(self) -> None:
-        extras.require("curation", "detect_secrets", what="stage secrets")
+        extras.require("curate", "detect_secrets", what="stage secrets")
 
     def open(self) -> Work:
         self.check()
