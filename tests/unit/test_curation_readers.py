@@ -13,6 +13,7 @@ import pytest
 from heliostat.curation.readers import READERS, REASONS, Limits, read, suffix_of
 from heliostat.curation.stage import Document, Dropped
 
+OK = b"HTTP/1.1 200 OK\r\n"
 LIMITS = Limits(max_document_bytes=1 << 16)
 
 
@@ -39,7 +40,9 @@ def brief(found):
     return [d.text if isinstance(d, Document) else d.reason for d in found]
 
 
-@pytest.mark.parametrize("pack", [bytes, gzip.compress, lambda d: pa.compress(d, "zstd", asbytes=True)], ids=["plain", "gz", "zst"])
+@pytest.mark.parametrize(
+    "pack", [bytes, gzip.compress, lambda d: pa.compress(d, "zstd", asbytes=True)], ids=["plain", "gz", "zst"]
+)
 def test_pages_of_a_web_archive_with_their_columns(pack):
     suffix = {bytes: "", gzip.compress: ".gz"}.get(pack, ".zst")
     data = [pack(r) for r in (record("", b"software: x", kind="warcinfo"), ONE, TWO)]
@@ -67,10 +70,10 @@ def test_pages_of_a_web_archive_with_their_columns(pack):
         (record("http://two/", b"no response", head=b""), ["corrupt"]),
         (record("http://two/", b"gone", head=b"HTTP/1.1 404 Not Found\r\n\r\n"), ["http_status"]),
         (record("http://two/", b"PNG", head=b"HTTP/1.1 200 OK\r\nContent-Type: image/png\r\n\r\n"), ["not_html"]),
-        (record("http://two/", b"\xe9t\xe9", head=b"HTTP/1.1 200 OK\r\nContent-Type: text/plain; charset=latin1\r\n\r\n"), ["été"]),
-        (record("http://two/", b"3\r\n<p>\r\n2\r\nhi\r\n0\r\n\r\n", head=b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"), [b"<p>hi"]),
-        (record("http://two/", gzip.compress(b"<p>z"), head=b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\n"), [b"<p>z"]),
-        (record("http://two/", gzip.compress(b"0" * 10**6), head=b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\n"), ["too_large"]),
+        (record("http://two/", b"\xe9t\xe9", head=OK + b"Content-Type: text/plain; charset=latin1\r\n\r\n"), ["été"]),
+        (record("http://two/", b"3\r\n<p>\r\n2\r\nhi\r\n0\r\n\r\n", head=OK + b"Transfer-Encoding: chunked\r\n\r\n"), [b"<p>hi"]),
+        (record("http://two/", gzip.compress(b"<p>z"), head=OK + b"Content-Encoding: gzip\r\n\r\n"), [b"<p>z"]),
+        (record("http://two/", gzip.compress(b"0" * 10**6), head=OK + b"Content-Encoding: gzip\r\n\r\n"), ["too_large"]),
     ],
 )  # fmt: skip
 def test_a_broken_record_is_named_and_the_next_one_read(middle, expected):
@@ -84,7 +87,12 @@ def test_a_broken_record_is_named_and_the_next_one_read(middle, expected):
 def test_a_broken_packed_record_is_named_and_the_next_one_read(damage):
     one, two, three = map(gzip.compress, (ONE, TWO, THREE))
     found = brief(items("a.warc.gz", one + damage(two) + three))
-    assert found[0] == b"<p>one</p>" and found[-1] == b"<p>three</p>" and set(found[1:-1]) <= {"corrupt", "truncated"} and found[1:-1]
+    assert (
+        found[0] == b"<p>one</p>"
+        and found[-1] == b"<p>three</p>"
+        and set(found[1:-1]) <= {"corrupt", "truncated"}
+        and found[1:-1]
+    )
 
 
 def test_every_cut_of_an_archive_ends_with_what_was_cut():
@@ -92,7 +100,9 @@ def test_every_cut_of_an_archive_ends_with_what_was_cut():
     first = len(gzip.compress(ONE))
     for end in range(first + 1, len(whole), 7):
         found = brief(items("a.warc.gz", whole[:end]))
-        assert found in ([b"<p>one</p>", "truncated"], [b"<p>one</p>", "corrupt"], [b"<p>one</p>", b"<p>two</p>", "truncated"]), end
+        assert found in ([b"<p>one</p>", "truncated"], [b"<p>one</p>", "corrupt"], [b"<p>one</p>", b"<p>two</p>", "truncated"]), (
+            end
+        )
     assert brief(items("a.warc", b"")) == brief(items("a.warc.gz", b"")) == []
 
 
@@ -107,11 +117,17 @@ PACK = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst"
 
 @pytest.mark.parametrize("suffix", PACK)
 def test_packed_lines_in_one_member_or_several_and_what_comes_before_a_break(suffix):
-    lines = [json.dumps({"text": f"line {i} " + "x" * (i % 50), "url": f"http://{i}/", "id": i}).encode() + b"\n" for i in range(6000)]
+    lines = [
+        json.dumps({"text": f"line {i} " + "x" * (i % 50), "url": f"http://{i}/", "id": i}).encode() + b"\n" for i in range(6000)
+    ]
     half = b"".join(lines[:3000]), b"".join(lines[3000:])
     packed = PACK[suffix](half[0]) + PACK[suffix](half[1])
     found = items(f"a.json{suffix}", packed)
-    assert len(found) == 6000 and found[-1].columns == {"url": "http://5999/", "source_id": 5999} and found[-1].id == f"a.json{suffix}#6000"
+    assert (
+        len(found) == 6000
+        and found[-1].columns == {"url": "http://5999/", "source_id": 5999}
+        and found[-1].id == f"a.json{suffix}#6000"
+    )
     broken = items(f"a.json{suffix}", packed[:-20])
     assert broken[-1].reason == "corrupt" and len(broken) > 3000
     assert brief(items(f"a.json{suffix}", b"no packing at all")) == ["corrupt"]
@@ -126,7 +142,9 @@ def test_a_bomb_and_a_line_without_end_take_little_memory(suffix):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert brief(found) == ["too_large", "behind"] and peak < 20_000_000
-    assert brief(items(f"a.jsonl{suffix}", packed, Limits(max_document_bytes=1 << 16, max_file_bytes=1 << 20))) == ["too_large"] * 2
+    assert (
+        brief(items(f"a.jsonl{suffix}", packed, Limits(max_document_bytes=1 << 16, max_file_bytes=1 << 20))) == ["too_large"] * 2
+    )
     assert brief(items(f"a.html{suffix}", packed)) == ["too_large"]
 
 
@@ -139,7 +157,15 @@ def test_lines_of_json():
 def test_csv():
     out = io.StringIO()
     writer = csv.writer(out)
-    writer.writerows([["id", "text", "license"], [7, 'said "so",\nand on', "MIT"], [8, "plain", ""], [9, "too", "many", "fields"], [10, "end", "X"]])
+    writer.writerows(
+        [
+            ["id", "text", "license"],
+            [7, 'said "so",\nand on', "MIT"],
+            [8, "plain", ""],
+            [9, "too", "many", "fields"],
+            [10, "end", "X"],
+        ]
+    )
     found = items("a.csv", "\ufeff".encode() + out.getvalue().encode())
     assert brief(found) == ['said "so",\nand on', "plain", "corrupt", "end"]
     assert found[0].columns == {"source_id": "7", "license": "MIT"} and found[0].id == "a.csv#1"
