@@ -47,7 +47,8 @@ class Extract(Stage):
     """The MiB of address space that the parser's process may take (`memory`, `crashed`)."""
 
     def check(self) -> None:
-        extras.require("curation", "resiliparse", *([self.library] if self.library == "trafilatura" else []), what="stage extract")
+        also = [self.library] if self.library == "trafilatura" else []
+        extras.require("curation", "resiliparse", *also, what="stage extract")
 
     def open(self) -> Work:
         self.check()
