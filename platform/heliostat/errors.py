@@ -75,6 +75,10 @@ class VerifyError(HeliostatError):
     """Reports that a run's receipts are damaged, or differ from what its data plan and datasets give."""
 
 
+class NumericsError(HeliostatError):
+    """Reports that a job computes something else than one plain process of torch: names the parameter and the step."""
+
+
 class NonFiniteError(HeliostatError):
     """Reports that the loss or the gradient became NaN or infinite; a retry would repeat it."""
 
