@@ -9,6 +9,7 @@ next losses; and the receipts.
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from pathlib import Path
@@ -27,9 +28,14 @@ def check(checked: checks.Checked) -> dict[str, Any]:
     """Plays the trial and compares; raises the error of a process that failed."""
     began, job = time.monotonic(), checked.job
     with tempfile.TemporaryDirectory(prefix="heliostat-numerics-") as name:
-        folder = Path(name)
-        told = processes.run(job, list(checked.plan.uris), list(checked.plan.digests), folder, _gpus(job))
-        rows = [*_rows(told, LIMITS[told["trial"]["precision"]]), _receipts(Location(str(folder / "run")).join("numerics"))]
+        processes.run(job, list(checked.plan.digests), Path(name), _gpus(job))
+        return {**conclude(Path(name)), "seconds": time.monotonic() - began}
+
+
+def conclude(folder: Path) -> dict[str, Any]:
+    """Compares what the trial's processes have left in their folder."""
+    told = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("trial", "played", "resumed", "plain")}
+    rows = [*_rows(told, LIMITS[told["trial"]["precision"]]), _receipts(Location(told["trial"]["run"]))]
     faults = [fault for row in rows for fault in row.faults]
     return {
         "ok": not faults,
@@ -37,7 +43,6 @@ def check(checked: checks.Checked) -> dict[str, Any]:
         "rows": [{k: v for k, v in row.dump().items() if k != "faults"} | {"faults": len(row.faults)} for row in rows],
         "faults": [{**vars(fault), "text": str(fault)} for fault in faults],
         "losses": {"engine": told["played"]["losses"], "plain": told["plain"]["losses"], "resumed": told["resumed"]["losses"]},
-        "seconds": time.monotonic() - began,
     }
 
 
@@ -70,6 +75,7 @@ def _receipts(run: Location) -> Row:
     row, report = Row("receipts", 0.0), verify.verify(run)
     wrong = report["lost"] + report["repeated"] + (0 if report["ok"] else 1)
     row.add(report["steps"], "", float(wrong), lambda: verify.explain(report))
+    row.count = report["samples"]
     return row
 
 

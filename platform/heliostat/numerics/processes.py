@@ -6,6 +6,7 @@ talk over loopback alone, and end with the process that asked for them: when it 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import multiprocessing
@@ -31,10 +32,9 @@ POLL_S = 0.05
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def run(job: Job, uris: list[str], digests: list[str], folder: Path, gpus: bool) -> dict[str, Any]:
-    """Plays the trial of a job in `folder`; returns what it told. Raises the error of whichever process failed."""
-    given = {"job": job.dump(), "uris": uris, "digests": digests, "gpus": gpus}
-    (folder / "given.json").write_text(json.dumps(given))
+def run(job: Job, digests: list[str], folder: Path, gpus: bool) -> None:
+    """Plays the trial of a job in `folder`, on these versions of its datasets; raises the error of whichever process failed."""
+    give(job, digests, folder, gpus)
     host = subprocess.Popen(
         [sys.executable, "-m", "heliostat.numerics.processes", str(folder)],
         stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=(folder / "log.txt").open("wb"),
@@ -52,7 +52,10 @@ def run(job: Job, uris: list[str], digests: list[str], folder: Path, gpus: bool)
         raise kind(f"--numerics: {told['who']}: {told['message']}")
     if host.returncode:
         raise TrainingError(f"--numerics: its process ended with code {host.returncode}: {_last(folder)}")
-    return {name: json.loads((folder / f"{name}.json").read_text()) for name in ("trial", "played", "resumed", "plain")}
+
+
+def give(job: Job, digests: list[str], folder: Path, gpus: bool) -> None:
+    (folder / "given.json").write_text(json.dumps({"job": job.dump(), "digests": digests, "gpus": gpus}))
 
 
 def _environment(gpus: bool) -> dict[str, str]:
@@ -64,10 +67,8 @@ def _environment(gpus: bool) -> dict[str, str]:
 
 def _end(host: subprocess.Popen[bytes]) -> None:
     """Ends the host and all that it has forked: its session is its own."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(host.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     host.wait(END_S)
     if host.stdin:
         host.stdin.close()
@@ -84,7 +85,7 @@ def _last(folder: Path) -> str:
 def main(folder: Path) -> int:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        return _host(folder)
+        return host(folder)
     except BaseException as e:
         _tell(folder, "the trial", e)
         raise
@@ -97,20 +98,18 @@ def _end_with_parent() -> None:
     os.killpg(os.getpgid(0), signal.SIGKILL)
 
 
-def _host(folder: Path) -> int:
-    import torch
-
+def host(folder: Path) -> int:
+    """Plays the trial that is given in `folder`; returns whether a process has failed."""
+    from heliostat.data import manifest
     from heliostat.numerics import plain, play, small
 
-    torch.set_num_threads(max(1, torch.get_num_threads()))
     given = json.loads((folder / "given.json").read_text())
     job = Job.model_validate(given["job"])
-    sources = _manifests(given)
+    sources = [manifest.read_shared(source, digest) for source, digest in zip(job.sources, given["digests"], strict=True)]
     trial = small.trial(job, sources, folder / "run", given["gpus"])
     laid_out = plan(trial.job, sources)
     open_dataset(laid_out)
     (folder / "trial.json").write_text(json.dumps(_describe(trial)))
-    torch.manual_seed(0)
     gc.freeze()
     context = multiprocessing.get_context("fork")
 
@@ -133,18 +132,12 @@ def _host(folder: Path) -> int:
     return 0 if _ended([last, beside]) else 1
 
 
-def _manifests(given: dict[str, Any]) -> list[Any]:
-    from heliostat.data import manifest
-    from heliostat.storage import Location
-
-    return [manifest.read_shared(Location(uri), digest) for uri, digest in zip(given["uris"], given["digests"], strict=True)]
-
-
 def _describe(trial: Any) -> dict[str, Any]:
     from heliostat.numerics import small
 
     train, other = trial.job.train, small.elsewhere(trial.job)
     return {
+        "run": str(trial.job.run_folder),
         "model": trial.told,
         "workers": small.WORKERS,
         "gpus": bool(trial.job.workers.gpus),
@@ -200,10 +193,8 @@ def _tell(folder: Path, who: str, error: BaseException) -> None:
     raw = json.dumps({"who": who, "message": text, "exit_code": known.exit_code if own else 1})
     part = folder / f"error-{os.getpid()}"
     part.write_text(raw)
-    try:
+    with contextlib.suppress(FileExistsError):
         os.link(part, folder / "error.json")
-    except FileExistsError:
-        pass
 
 
 if __name__ == "__main__":
