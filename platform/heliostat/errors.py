@@ -95,6 +95,18 @@ class LossSpikeError(HeliostatError):
         return self.args[0]
 
 
+class CorruptionError(HeliostatError):
+    """Reports that workers computed other bits than others from the same samples and weights (`train.recheck`): their `nodes` are
+    at fault, or one of them is. `agreed`: the steps that were done when all last agreed."""
+
+    def __init__(self, message: str, nodes: list[str], agreed: int) -> None:
+        super().__init__(message, nodes, agreed)
+        self.nodes, self.agreed = nodes, agreed
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
 class TrainingError(HeliostatError):
     """Reports that the run failed, after all the retries that it was allowed."""
 

@@ -7,6 +7,7 @@ A fault is named by import path, and called with the job's name in the process t
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import os
@@ -53,9 +54,13 @@ def _hosted(folder: Path, name: str, fault: str) -> None:
 
 def main(folder: Path, fault: str, names: list[str]) -> int:
     from heliostat.numerics import plain, play, small  # noqa: F401
+    from heliostat.recipes import preloads
     from heliostat.train.worker import deepspeed_engine
 
     deepspeed_engine.prepare_environment(0)
+    for module in preloads.modules("heliostat.recipes:CausalLM", {"arch": "llama"}):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
     gc.freeze()
     until = time.monotonic() + DEADLINE_S
     for name in names:

@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import ray
@@ -22,12 +22,12 @@ ENDING_S = 20.0
 SAY_S, AGAIN_S = 4.0, 60.0
 
 
-def room_now(job: Job, held: Mapping[str, int]) -> int:
+def room_now(job: Job, held: Mapping[str, int], avoid: Collection[str] = ()) -> int:
     """Computes how many workers fit on the cluster as it is; `held`: by node, how many of the run's own are on it already.
 
-    Nodes that drain, or lack the workers' labels, take none.
+    Nodes that drain, lack the workers' labels, or are to be avoided take none.
     """
-    free, leaving = ray._private.state.available_resources_per_node(), draining()
+    free, leaving = ray._private.state.available_resources_per_node(), draining() | set(avoid)
     train, data = carrying(job.workers.labels), carrying(job.data.labels)
     apart = any(cpus >= FETCHING for n, cpus in data.items() if n not in train and n not in leaving)
     return room(job.workers, {n: r for n, r in free.items() if n in train and n not in leaving}, held, apart)

@@ -21,8 +21,8 @@ from heliostat.numerics.small import STEPS, WORKERS
 from heliostat.numerics.tensors import read
 from heliostat.numerics.thresholds import LIMITS
 from heliostat.recipes import building
-from heliostat.recipes.protocol import Recipe
-from heliostat.train.worker.loop import BatchPlan
+from heliostat.recipes.protocol import Batch, Recipe
+from heliostat.train.worker.batch_plan import BatchPlan
 
 WAIT_S = 300.0  # for the workers' next step
 
@@ -46,30 +46,32 @@ class Plain:
             for name, p in self.trained.items():
                 p.copy_(weights[name].to(self.type) if rounded else weights[name])
 
-    def next_micros(self, step: int) -> list[tuple[int, dict[str, torch.Tensor]]]:
+    def next_micros(self, step: int) -> list[tuple[int, Batch]]:
         """Makes the step's micro-batches, a lane each, with their seeds."""
         mine, size = self.samples.next_step(), self.job.train.micro_batch
         keys = self.batch_plan.keys(step, mine.lanes)
         parts = zip(content.split(mine.content, size), content.split(keys, size), strict=True)
         return [(self.batch_plan.seed(step, mine.lanes, i), self.recipe.batch(*part)) for i, part in enumerate(parts)]
 
-    def gradients(self, micros: list[tuple[int, dict[str, torch.Tensor]]]) -> tuple[float, list[dict[str, torch.Tensor]]]:
+    def gradients(self, micros: list[tuple[int, Batch]]) -> tuple[float, list[dict[str, torch.Tensor]]]:
         """Computes the loss, and each worker's share of the gradient of the objective."""
-        counts = [self.recipe.terms_per_sample * len(next(iter(m.values()))) if self.recipe.terms_per_sample else self.recipe.terms(m)
-                  for _, m in micros]  # fmt: skip
+        terms = sum(self.terms(micro) for _, micro in micros)
         total, parts = 0.0, []
         for worker in range(WORKERS):
             self.model.zero_grad()
             for seed, micro in micros[worker::WORKERS]:
                 torch.manual_seed(seed)
                 made = self.recipe.loss(self.model, micro)
-                objective = made.sum / sum(counts)
+                objective = made.sum / terms
                 for part in made.parts.values():
                     objective = objective + part.value * (part.weight / len(micros))
                 objective.backward()
-                total += made.sum.item() / sum(counts)
+                total += made.sum.item() / terms
             parts.append({n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in self.trained.items()})
         return total, parts
+
+    def terms(self, micro: Batch) -> int:
+        return (self.recipe.terms_per_sample or 0) * self.job.train.micro_batch or self.recipe.terms(micro)
 
     def step(self, weights: compare.Tensors, gradients: compare.Tensors) -> dict[str, torch.Tensor]:
         """Makes the optimizer's step from these weights with this gradient; returns the update of each parameter."""

@@ -29,7 +29,8 @@ from heliostat.recipes.protocol import Recipe
 from heliostat.runs import segments
 from heliostat.train.time_ledger import Ledger
 from heliostat.train.worker import deepspeed_engine, zero_state
-from heliostat.train.worker.loop import BatchPlan, Worker
+from heliostat.train.worker.batch_plan import BatchPlan
+from heliostat.train.worker.loop import Worker
 from heliostat.train.worker.objective import Objective
 
 FREE = SimpleNamespace(check=lambda: None)  # of a run that no other driver can take over

@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Fault:
-    """Describes a difference beyond its limit: of `what`, at `step` (from 1), in the parameter `name`, and the cause, if known."""
+    """Describes a difference beyond its limit: of `what`, at `step` (from 1), in the parameter `name`; the cause, if known."""
 
     what: str
     step: int

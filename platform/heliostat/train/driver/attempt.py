@@ -184,7 +184,7 @@ class Attempt:
                 self._order(PREEMPTED, f"{len(gone)} of the run's nodes are about to go: stopping behind a checkpoint")
             elif not self._ordered and now >= self._grow_at and self.job.workers.most < max(self.start.counts):
                 self._grow_at = now + GROW_S
-                better = choose(self.start.counts, nodes.room_now(self.job, self.pool.held()))
+                better = choose(self.start.counts, nodes.room_now(self.job, self.pool.held(), self.pool.avoided))
                 if better > self.job.workers.most:
                     self._order(RESIZE, f"there is room for {better} workers: growing behind the next checkpoint")
         if self._stop_by and now > self._stop_by:

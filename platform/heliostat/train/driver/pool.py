@@ -36,6 +36,7 @@ PLACE_S = 30.0  # for resources; then there may be room for fewer workers
 START_S = 120.0  # for the processes to start and answer
 ANSWER_S = 10.0  # for one that is there
 POLL_S = 0.05
+NODE_ID = "ray.io/node-id"  # the label that Ray gives every node
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Pool:
         self._closed = threading.Event()
         self._group: PlacementGroup | None = None
         self._members: dict[int, Member] = {}
+        self.avoided: set[str] = set()  # nodes that take no workers
 
     def __enter__(self) -> Pool:
         return self
@@ -130,14 +132,15 @@ class Pool:
     def _reserve(self, count: int) -> PlacementGroup:
         workers = self.workers
         need = {"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})}
-        labels = {"bundle_label_selector": [dict(workers.labels)] * count} if workers.labels else {}
+        wanted = {**workers.labels, **({NODE_ID: f"!in({','.join(sorted(self.avoided))})"} if self.avoided else {})}
+        labels = {"bundle_label_selector": [wanted] * count} if wanted else {}
         return placement_group([need] * count, strategy=workers.placement.upper(), **labels)
 
     def _placed(self, group: PlacementGroup | None) -> dict[int, str]:
         """Maps the group's bundles that are placed to their nodes; not those on nodes that have gone, or are about to."""
         if group is None:
             return {}
-        alive, leaving = nodes.carrying({}), nodes.draining()
+        alive, leaving = nodes.carrying({}), nodes.draining() | self.avoided
         placed = placement_group_table(group).get("bundles_to_node_id", {})
         return {bundle: node for bundle, node in placed.items() if node in alive and node not in leaving}
 
