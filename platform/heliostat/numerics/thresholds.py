@@ -2,7 +2,7 @@
 
 Differences are relative norms: the norm of what differs, over the norm of what one plain process computes in fp32. Each step
 begins from the engine's own weights, so nothing adds up over steps, and a limit is that of one step's rounding. They lie some ten
-times above what healthy jobs show (docs/benchmarks/numerics.md), and below any fault that training would feel.
+times above what healthy jobs show, and below any fault that training would feel.
 """
 
 from __future__ import annotations
