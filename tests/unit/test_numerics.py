@@ -99,9 +99,13 @@ def test_the_small_job_keeps_the_layout_and_what_is_tried(tmp_path) -> None:
         "train.micro_batch": 8,
         "train.zero.stage": 3,
         "workers.count": 4,
+    }
+    changes |= {
+        "train.optimizer": {"name": "sgd", "lr": 0.1},
+        "train.schedule": {"warmup_steps": 9},
+        "train.ema": {},
         "train.grad_clip": 0.5,
     }
-    changes |= {"train.optimizer": {"name": "sgd", "lr": 0.1}, "train.schedule": {"warmup_steps": 9}, "train.ema": {}}
     large = job(**{**changes, "data.sequence_length": 4096, "train.accumulate": "same"})
     made = small.small_job(large, tmp_path, False, 48)
     assert made.accumulation == 2 and made.train.global_batch == 2 * 2 * made.train.micro_batch
