@@ -47,7 +47,7 @@ class Recheck:
     def __init__(
         self, job: Job, engine: Any, recipe: Recipe, dataset: Dataset, plan: BatchPlan, group: Any, where: tuple[str, str]
     ) -> None:
-        """`group`: of gloo, with all workers; `where`: the id and the address of this worker's node."""
+        """Prepares the looks. `group`: of gloo, with all workers; `where`: the id and the address of this worker's node."""
         self.job, self.engine, self.recipe, self.dataset, self.plan, self.group = job, engine, recipe, dataset, plan, group
         self.where, self.kind = where, _kind(engine.device)
         assert job.train.recheck
