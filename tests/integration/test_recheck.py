@@ -168,4 +168,5 @@ def test_a_run_goes_back_to_before_a_flipped_bit_and_says_what_it_found(corpus, 
     assert any("no other nodes have room for 2 workers, so these stay in use" in line for line in said)
     run = mlflow.MlflowClient(tracking_uri=tracking).get_run(result["run_id"])
     assert "silent data corruption" in run.data.tags["heliostat.corruption"]
-    assert curve(tracking, result["run_id"]) == pytest.approx(plain_losses(path, settings), abs=1e-4)
+    unflipped = plain_losses(path, [*settings, "recipe=heliostat.recipes:CausalLM"])
+    assert curve(tracking, result["run_id"]) == pytest.approx(unflipped, abs=1e-4)

@@ -21,7 +21,7 @@ from typing import Any
 from heliostat.config.spec import Job
 
 ROOT = Path(__file__).parents[2]
-DEADLINE_S = 300
+DEADLINE_S = 480
 
 
 def run(jobs: list[Job], folder: Path, fault: str = "") -> dict[str, dict[str, Any]]:
