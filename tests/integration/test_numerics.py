@@ -17,7 +17,7 @@ from tests.golden import data
 from tests.integration import trials
 from tests.unit import build_job
 
-ARCHITECTURES: dict[str, dict[str, Any]] = {  # as large as their classes' defaults, so cut by the check itself
+ARCHITECTURES: dict[str, dict[str, Any]] = {  # as wide as their classes' defaults, so cut by the check itself
     "gpt2": {"train.zero.stage": 1},
     "qwen2": {"train.zero.stage": 2, "train.optimizer": {"name": "sgd", "lr": 1e-2}},
     "qwen3": {"train.zero.stage": 3},
@@ -29,7 +29,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {  # as large as their classes' defau
     "qwen3_moe": {"train.zero.stage": 3},
     "deepseek_v3": {"train.zero.stage": 1},
 }
-EXTRA = {"phi3": {"pad_token_id": 0}}
+EXTRA = {"phi3": {"pad_token_id": 0}, "deepseek_v3": {"first_k_dense_replace": 1}}
 
 
 @pytest.fixture(scope="module")
@@ -45,16 +45,20 @@ def made(name: str, documents: Path, **changes: Any) -> Job:
 def test_ten_architectures_compute_what_one_plain_process_does(documents, tmp_path) -> None:
     """Dense ones and experts, at every stage, with two optimizers, two precisions, masks of documents and checkpointing."""
     jobs = [
-        made(arch.replace("_", "-"), documents, **{"model": {"arch": arch, **EXTRA.get(arch, {})}, **changes})
+        made(
+            arch.replace("_", "-"),
+            documents,
+            **{"model": {"arch": arch, "num_hidden_layers": 2, **EXTRA.get(arch, {})}, **changes},
+        )
         for arch, changes in ARCHITECTURES.items()
     ]
     found = trials.run(jobs, tmp_path)
     assert len(found) == 10
     for name, one in found.items():
         assert one["ok"], (name, one["faults"][:3])
-        assert "cut from" in one["trial"]["model"]
+        assert "cut from" in one["trial"]["model"], name
         rows = {row["what"]: row for row in one["rows"]}
-        assert rows["gradients"]["count"] == rows["updates"]["count"] > 4 * 10
+        assert rows["gradients"]["count"] == rows["updates"]["count"] > 4 * 20
         assert rows["receipts"]["count"] == 4 * one["trial"]["global_batch"]
         assert one["losses"]["engine"][0] != one["losses"]["engine"][1]
 
