@@ -53,8 +53,8 @@ def _hosted(folder: Path, name: str, fault: str) -> None:
 
 
 def main(folder: Path, fault: str, names: list[str]) -> int:
+    from heliostat.cluster import preloads
     from heliostat.numerics import plain, play, small  # noqa: F401
-    from heliostat.recipes import preloads
     from heliostat.train.worker import deepspeed_engine
 
     deepspeed_engine.prepare_environment(0)

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from heliostat.checkpoint import saver as checkpoint
+from heliostat.checkpoint.agreement import together
 from heliostat.config.spec import Job
 from heliostat.data import receipt, stream
 from heliostat.data.dataset import DataPlan, open_dataset
@@ -46,10 +47,10 @@ class Player(Worker):
         self.ledger = Ledger("computing")
         self.heartbeat: Any = SimpleNamespace(progress=0)
         self.monitor = None
-        self.control, saving = dist.new_group(backend="gloo"), dist.new_group(backend="gloo")
+        self.control = dist.new_group(backend="gloo")
         self.fence: Any = FREE
         self.run_folder = job.run_folder
-        self.saver = checkpoint.Saver(self.run_folder, job.checkpoint, saving, self.fence)
+        self.saver = checkpoint.Saver(self.run_folder, job.checkpoint, self.control, self.fence)
         self.dataset = open_dataset(plan)
         self.samples = dealt(plan, self.rank, self.world, start_step)
         self.engine = deepspeed_engine.build_engine(job, recipe)
@@ -112,8 +113,7 @@ def play(job: Job, plan: DataPlan, recipe: Recipe, folder: Path) -> None:
             _keep(folder / "saved", state(player.engine))
             player.save(SAVED)
     _keep(folder / f"weights-{STEPS}", masters(player.engine))
-    everyone: list[Any] = [None] * player.world
-    dist.all_gather_object(everyone, in_use.dump(), group=player.control)
+    everyone = together(player.control, in_use.dump)
     if player.rank == 0:
         (folder / "played.json").write_text(json.dumps({"losses": losses, "rows": everyone}))
 

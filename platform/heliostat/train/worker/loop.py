@@ -18,6 +18,7 @@ import time
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 import torch.distributed as dist

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from heliostat.checkpoint.agreement import agreed, together
 from heliostat.config.spec import Job
 from heliostat.data.dataset import Dataset
 from heliostat.errors import ConfigError, CorruptionError
@@ -63,7 +64,7 @@ class Recheck:
         """Compares the workers before a step; CorruptionError on all of them if they differ. Returns a notice for people."""
         if self.agreed < 0:
             self.agreed = step
-        batch, seed = self._micro(step)
+        batch, seed = agreed(self.group, lambda: self._micro(step))
         drawn = self._drawn(step)
         names = [*(self._weights() if self.whole else ()), "the loss", *(f"the gradient of {name}" for name, _ in drawn)]
         told = self._all(batch, seed, drawn)
@@ -121,9 +122,7 @@ class Recheck:
     def _all(self, batch: Batch, seed: int, drawn: list[tuple[str, Any]]) -> list[Told]:
         """Computes the digests on every worker; collective."""
         mine = Told(*self.where, self.kind, tuple(self._digests(batch, seed, [p for _, p in drawn])))
-        everyone: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(everyone, mine, group=self.group)
-        return everyone
+        return together(self.group, lambda: mine)
 
     def _digests(self, batch: Batch, seed: int, drawn: list[Any]) -> list[int]:
         module = self.engine.module
