@@ -75,6 +75,10 @@ class VerifyError(HeliostatError):
     """Reports that a run's receipts are damaged, or differ from what its data plan and datasets give."""
 
 
+class NumericsError(HeliostatError):
+    """Reports that a job computes something else than one plain process of torch: names the parameter and the step."""
+
+
 class NonFiniteError(HeliostatError):
     """Reports that the loss or the gradient became NaN or infinite; a retry would repeat it."""
 
@@ -86,6 +90,18 @@ class LossSpikeError(HeliostatError):
     def __init__(self, message: str, step: int) -> None:
         super().__init__(message, step)
         self.step = step
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
+class CorruptionError(HeliostatError):
+    """Reports that workers computed other bits than others from the same samples and weights (`train.recheck`): their `nodes` are
+    at fault, or one of them is. `agreed`: the steps that were done when all last agreed."""
+
+    def __init__(self, message: str, nodes: list[str], agreed: int) -> None:
+        super().__init__(message, nodes, agreed)
+        self.nodes, self.agreed = nodes, agreed
 
     def __str__(self) -> str:
         return self.args[0]

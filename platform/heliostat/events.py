@@ -79,6 +79,14 @@ class Spike(Event):
 
 
 @dataclass(kw_only=True)
+class Corruption(Event):
+    """Reports that workers computed other bits than others (`train.recheck`): their nodes, and what was found, in one line."""
+
+    nodes: list[str]
+    text: str
+
+
+@dataclass(kw_only=True)
 class Evaluation(Event):
     """Reports the held-out scores after `step` steps, and the pictures that were drawn, PNG by name."""
 

@@ -26,7 +26,8 @@ from heliostat.data.manifest import read as read_manifest
 from heliostat.recipes.loading import load
 from heliostat.train.time_ledger import Ledger
 from heliostat.train.worker import deepspeed_engine, zero_state
-from heliostat.train.worker.loop import BatchPlan, Worker
+from heliostat.train.worker.batch_plan import BatchPlan
+from heliostat.train.worker.loop import Worker
 from heliostat.train.worker.objective import Objective
 
 from tests.golden import data
@@ -106,13 +107,16 @@ class Steps(Worker):
 
     def curve(self) -> tuple[list[float], list[float]]:
         """Losses and gradient norms of all steps."""
-        task = stream.fetch(self.plan, self.dataset.order, 0, STEPS, replace=True)
-        samples = stream.LaneStream(self._mine(task), self.plan, self.dataset.order, self.rank, self.world, 0)
+        samples = self.dealt()
         for step in range(STEPS):
             self._step(step, samples.next_step())
         losses = torch.stack(self._losses).double()
         dist.all_reduce(losses)
         return losses.tolist(), list(self._norms)
+
+    def dealt(self) -> stream.LaneStream:
+        task = stream.fetch(self.plan, self.dataset.order, 0, STEPS, replace=True)
+        return stream.LaneStream(self._mine(task), self.plan, self.dataset.order, self.rank, self.world, 0)
 
     def _mine(self, task: stream.Fetch) -> Iterator[Any]:
         """This worker's blocks, as the stream deals them."""

@@ -28,8 +28,8 @@ from heliostat.storage import Location
 from heliostat.track.models import resolve
 from heliostat.train.run import train
 from heliostat.train.worker import deepspeed_engine, zero_state
+from heliostat.train.worker.batch_plan import BatchPlan
 from heliostat.train.worker.ema import Ema
-from heliostat.train.worker.loop import BatchPlan
 from PIL import Image
 
 from tests.integration import ranks

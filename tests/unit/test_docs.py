@@ -32,6 +32,7 @@ NO_MODULES = {
     "json",
     "checkpoint",
     "spikes",
+    "corruption",
     "deleted",
     "history",
     "reason",

@@ -23,11 +23,16 @@ def check(
     cluster: Annotated[
         Path | None, typer.Option(help="The file of the cluster that the job is for; the default is this machine")
     ] = None,
+    numerics: Annotated[
+        bool, flag("--numerics", help="Play some steps on two workers here, against one plain process in fp32")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """Find everything wrong with a job before anything starts."""
     import heliostat.check as checks
 
+    if numerics and offline:
+        raise ConfigError("--numerics: plays the job's own samples, which --offline leaves out; give one of the two")
     wanted = checks.load_job(job, setting)
     found: dict[str, Any] = {"file": str(job), "name": wanted.name, "offline": offline}
     if offline:
@@ -42,7 +47,12 @@ def check(
                 f"{shape.lanes} lanes, blocks of {shape.steps_per_block} steps, windows of {shape.window:,} samples")  # fmt: skip
     if not json_:
         out.print(f"{job}: {told}")
-    finish(found, json_)
+    fault = None
+    if numerics:
+        from heliostat.cli.numerics import show
+
+        found["numerics"], fault = show(job, checked, quiet=json_)
+    finish(found, json_, fault)
 
 
 @app.command(rich_help_panel=TRAINING)

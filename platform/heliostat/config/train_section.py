@@ -41,6 +41,11 @@ class Ema(Strict):
     """Of the average, at most; at step t it is min(decay, (1 + t) / (10 + t))."""
 
 
+class Recheck(Strict):
+    every: Positive
+    """Steps between two looks. The first step after every start is looked at, too."""
+
+
 class Train(Strict):
     steps: Positive
     """Optimizer steps of the whole run. They count from 1; the schedule ends at this one."""
@@ -75,6 +80,9 @@ class Train(Strict):
     cpu_kernels: bool = True
     """Computes on CPUs what is faster so than with torch's own kernels: attention of samples of up to 512 tokens in some
     architectures, and linear layers in fp32. No effect with GPUs. See docs/benchmarks/train-overhead.md#cpu-kernels"""
+    recheck: Recheck | None = None
+    """Looks for silent data corruption: all workers compute one micro-batch of the step, and compare its bits. Unset: never. See
+    docs/reliability.md#silent-data-corruption"""
     seed: Seed = 0
     """Of initial weights and dropout."""
     log_every: Positive = 10

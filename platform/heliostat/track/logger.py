@@ -28,7 +28,7 @@ from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.data.split import NEWEST
 from heliostat.errors import HeliostatError, TrackingError
-from heliostat.events import AttemptStarted, Evaluation, Event, Goodput, Saved, Spike, Steps
+from heliostat.events import AttemptStarted, Corruption, Evaluation, Event, Goodput, Saved, Spike, Steps
 from heliostat.retries import Backoff
 from heliostat.runs import goodput
 from heliostat.runs.mlflow_id import record
@@ -89,6 +89,7 @@ class RunOwner:
         self._starts: deque[AttemptStarted] = deque()  # of attempts
         self._filled = False  # with what earlier commands left beside the checkpoints
         self._spiked = False  # since the tag about it was written
+        self._corrupted = ""  # what is to be written about it
         self._saved: int | None = None  # the step of a checkpoint of which MLflow does not know yet
         self._thread = threading.Thread(target=self._write, name="mlflow", daemon=True)
 
@@ -196,6 +197,8 @@ class RunOwner:
                 self._starts.append(event)
             case Spike():
                 self._spiked = True
+            case Corruption():
+                self._corrupted = event.text
             case Saved():
                 self._saved = event.step
 
@@ -233,6 +236,9 @@ class RunOwner:
         if self._spiked:
             self._try("its loss spikes", self._record.spikes)
             self._spiked = False
+        if self._corrupted:
+            self._try("what it found of corruption", lambda: self._record.corruption(self._corrupted))
+            self._corrupted = ""
         if self._saved is not None and not self._end:
             step = self._saved
             self._try("its checkpoints and data", lambda: self._record.sync(step))

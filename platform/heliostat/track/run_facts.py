@@ -23,7 +23,7 @@ from heliostat.track.artifacts import read_json
 from heliostat.track.checkpoint_models import Checkpoints
 from heliostat.track.metrics import SPIKE
 from heliostat.track.parents import parents
-from heliostat.track.tags import PARENT_RUNS, SPIKES
+from heliostat.track.tags import CORRUPTION, PARENT_RUNS, SPIKES
 
 STARTS = Format(list[dict[str, Any]], "list of a run's starts", fix="delete it to begin another")
 SPIKES_SHOWN = 100  # in the tag: the newest, of more
@@ -71,6 +71,10 @@ class Record:
         """Writes the steps of the newest loss spikes that MLflow has as a tag of the run."""
         if steps := sorted({m.step for m in self.client.get_metric_history(self.run_id, SPIKE)}):
             self.client.set_tag(self.run_id, SPIKES, ",".join(map(str, steps[-SPIKES_SHOWN:])))
+
+    def corruption(self, text: str) -> None:
+        """Writes what was found of silent data corruption as a tag of the run."""
+        self.client.set_tag(self.run_id, CORRUPTION, text)
 
     def _code(self) -> dict[str, Any]:
         """Describes the code and the package environment of this command; their files are written once."""

@@ -22,6 +22,7 @@ STEPS = "mlflow.heliostat.steps"  # that its newest command is to come to; the p
 REASON = "heliostat.reason"  # why it did not finish
 MODEL_URI = "heliostat.model_uri"
 SPIKES = "heliostat.spikes"  # steps, comma-separated
+CORRUPTION = "heliostat.corruption"  # what train.recheck found last
 PARENT_RUNS = "heliostat.parent_runs"  # run ids that it was initialised from, comma-separated
 REPRODUCES = "heliostat.reproduces"  # a run id
 

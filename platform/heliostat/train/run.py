@@ -33,14 +33,14 @@ from heliostat.config.spec import Job
 from heliostat.data.dataset import DataPlan, make_order
 from heliostat.errors import (
     ConfigError,
-    CorruptCheckpointError,
+    CorruptionError,
     HeliostatError,
     LeaseError,
     LossSpikeError,
     StoppedError,
     StorageError,
 )
-from heliostat.events import AttemptStarted, Event, Goodput, NodeSample, Saved, Steps
+from heliostat.events import AttemptStarted, Corruption, Event, Goodput, NodeSample, Saved, Steps
 from heliostat.lease import Lease
 from heliostat.recipes.protocol import Exports, Serves
 from heliostat.runs import goodput, liveness, segments
@@ -48,6 +48,7 @@ from heliostat.runs import summary as endings
 from heliostat.terminal import console
 from heliostat.track.logger import RunOwner
 from heliostat.track.tags import SOURCE_NAME
+from heliostat.train.driver import corruption
 from heliostat.train.driver.recovery import Budget, choose, classify
 from heliostat.train.driver.signals import Signals
 from heliostat.train.driver.warm_up import WarmUp
@@ -289,6 +290,9 @@ class _Run:
                         summary = self._attempt(owner, show, signals, pool, memory)
                     except HeliostatError as e:
                         self._recover(e, signals, memory)
+                        if isinstance(e, CorruptionError):
+                            owner.post(Corruption(nodes=e.nodes, text=str(e)))
+                            corruption.leave_out(e.nodes, self.job, min(self.counts), pool)
                     else:
                         stop = summary.pop("stop")
                         if stop == RUN:
@@ -376,11 +380,10 @@ class _Run:
             self._pause(self.job.retries.backoff, signals)
             _heed(signals, self.start_step)
             return
-        before = error.step if isinstance(error, CorruptCheckpointError) else None
-        if kind != "failure":  # the run goes back behind what is in memory
+        if kind != "failure" or isinstance(error, CorruptionError):  # the run goes back behind what is in memory
             memory.forget()
         try:
-            newest = layout.latest(self.job.run_folder, before)
+            newest = corruption.trusted(self.job.run_folder, error)
             step = newest.step if newest else 0
         except StorageError as e:  # still away: the next attempt looks from where this one began
             log.warning("%s", e)

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 START_S = 120.0  # for the processes to start and answer
 ANSWER_S = 10.0  # for one that is there
 POLL_S = 0.05
+NODE_ID = "ray.io/node-id"  # the label that Ray gives every node
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,9 @@ class Pool:
         """Counts, by node, for how many workers the pool holds resources there, on nodes that stay."""
         return Counter(slot.node for slot in self._slots.staying())
 
-    def avoid(self, lost: Iterable[str]) -> None:
-        """Takes nodes for lost, for some time, before Ray knows that they are."""
-        self._slots.avoid(lost)
+    def avoid(self, out: Iterable[str], for_good: bool = False) -> None:
+        """Takes nodes for lost, for some time, before Ray knows that they are; or `for_good`, though they live."""
+        self._slots.avoid(out, for_good)
 
     def avoided(self) -> set[str]:
         return self._slots.avoided()

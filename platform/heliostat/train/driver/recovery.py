@@ -65,7 +65,8 @@ class Budget:
         if same and isinstance(error, WorkerError):
             raise WorkerError(f"{error}; a second time, so it was not tried again") from error
         if self.used > self.retries.max:
-            raise type(error)(f"{error}; given up after {self.retries.max} retries without a new checkpoint") from error
+            text = f"{error}; given up after {self.retries.max} retries without a new checkpoint"
+            raise type(error)(text, *error.args[1:]) from error
         return Backoff(self.retries.backoff, self.retries.backoff_max).wait(self.used - 1) if self.used > 1 else 0.0
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import random
 import threading
 import time
@@ -57,9 +58,11 @@ class Slots:
         self._avoided: dict[str, float] = {}
         self._open: list[PlacementGroup] = []  # asked for, and in nobody's slot yet
 
-    def avoid(self, lost: Iterable[str]) -> None:
-        """Takes nodes for lost, for some time, before Ray knows that they are."""
-        self._avoided |= dict.fromkeys(lost, time.monotonic() + AVOID_S)
+    def avoid(self, out: Iterable[str], for_good: bool = False) -> None:
+        """Takes nodes for lost, for some time, before Ray knows that they are; or `for_good`, though they live."""
+        until = math.inf if for_good else time.monotonic() + AVOID_S
+        for node in out:
+            self._avoided[node] = max(until, self._avoided.get(node, 0.0))
 
     def avoided(self) -> set[str]:
         return {node for node, until in self._avoided.items() if time.monotonic() < until}

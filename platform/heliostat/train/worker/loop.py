@@ -44,6 +44,7 @@ from heliostat.train.worker import bad_samples as quarantine
 from heliostat.train.worker import deepspeed_engine, memory_copies, zero_state
 from heliostat.train.worker import gallery as pictures
 from heliostat.train.worker import loss_scale as lossscale
+from heliostat.train.worker.batch_plan import BatchPlan
 from heliostat.train.worker.ema import Ema
 from heliostat.train.worker.evaluation import HeldOut
 from heliostat.train.worker.heartbeat import Heartbeat, StopConsensus
@@ -52,6 +53,7 @@ from heliostat.train.worker.lr_schedule import factor
 from heliostat.train.worker.memory_copies import MemoryCopies
 from heliostat.train.worker.node_metrics import NodeMonitor
 from heliostat.train.worker.objective import Objective
+from heliostat.train.worker.recheck import Recheck
 
 HELD_POLL_S = 0.05
 
@@ -122,6 +124,7 @@ class Worker:
         self.gallery = self.recipe.gallery() if self.job.evaluate and isinstance(self.recipe, Draws) else None
         self.scores: dict[str, float] = {}
         self.scored_at = -1
+        self.recheck = self._rechecked() if self.job.train.recheck else None
         self.spikes = Detector(self.job.spike) if self.job.spike else None
         self._losses: list[torch.Tensor] = []
         self._added: list[torch.Tensor] = []  # what is in the objective beside each loss
@@ -156,6 +159,9 @@ class Worker:
                 self.ledger.switch("compiling" if job.train.compile else "computing")
                 self._phase("step")
                 since = time.perf_counter()
+            if self.recheck and self.recheck.due(step):
+                self._notice(self.recheck.look(step))
+                self.heartbeat.progress += 1
             blocked = self._blocked_s()
             self.consensus.ask(FAILED if self.saver.failed else self.heartbeat.stop)
             self._step(step, mine)
@@ -251,6 +257,10 @@ class Worker:
         self.bad_samples += len(mine.bad)
         if train.precision != "fp16" and not math.isfinite(self._norms[-1]):  # fp16's loss scaler skips such steps itself
             self._fail(step, f"gradient norm {self._norms[-1]}")
+
+    def _rechecked(self) -> Recheck:
+        where = ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
+        return Recheck(self.job, self.engine, self.recipe, self.dataset, self.batch_plan, self.control, where)
 
     def _terms(self, micros: list[Batch]) -> Any:
         """Counts the loss terms in the global batch."""
@@ -521,21 +531,3 @@ def _first_of_node() -> bool:
 def _nodes() -> int:
     """Computes the number of nodes that the workers are on, if all have as many as this one."""
     return max(1, round(int(os.environ["WORLD_SIZE"]) / int(os.environ["LOCAL_WORLD_SIZE"])))
-
-
-class BatchPlan:
-    """Assigns random seeds to samples rather than to workers."""
-
-    def __init__(self, job: Job, plan: DataPlan) -> None:
-        self.seed_base, self.micro, self.per_lane = job.train.seed, job.train.micro_batch, plan.shape.per_lane
-        self.batch = plan.shape.batch
-
-    def keys(self, step: int, lanes: range) -> np.ndarray:
-        """Computes a key for each of this worker's samples, lanes in order: from the step and its place in the global batch."""
-        return (step * self.batch + np.array(lanes)[:, None] * self.per_lane + np.arange(self.per_lane)).ravel()
-
-    def seed(self, step: int, lanes: range, micro: int) -> int:
-        """Computes the seed of this worker's micro-batch from the step and the place of its first sample in the global batch."""
-        lane, inside = divmod(micro * self.micro, self.per_lane)
-        place = lanes[lane] * self.per_lane + inside
-        return int(np.random.SeedSequence([self.seed_base, step, place]).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -1,0 +1,90 @@
+"""Checks a job's numerics: plays a small copy of it on two workers, beside one plain process of torch, and compares.
+
+    found = check(checked)          # {"ok", "rows", "faults", "trial", "seconds", "losses"}
+
+What is compared, each against a limit of the job's precision (`thresholds`): the initial weights; the weights in use against the
+masters; each step's loss, every parameter's gradient and update; the state that another layout reads from a checkpoint, and its
+next losses; and the receipts.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import heliostat.check as checks
+from heliostat.config.spec import Job
+from heliostat.numerics import processes
+from heliostat.numerics.rows import Row
+from heliostat.numerics.thresholds import LIMITS, Limits
+from heliostat.runs import verify
+from heliostat.storage import Location
+
+
+def check(checked: checks.Checked) -> dict[str, Any]:
+    """Plays the trial and compares; raises the error of a process that failed."""
+    began, job = time.monotonic(), checked.job
+    with tempfile.TemporaryDirectory(prefix="heliostat-numerics-") as name:
+        processes.run(job, list(checked.plan.digests), Path(name), _gpus(job))
+        return {**conclude(Path(name)), "seconds": time.monotonic() - began}
+
+
+def conclude(folder: Path) -> dict[str, Any]:
+    """Compares what the trial's processes have left in their folder."""
+    told = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("trial", "played", "resumed", "plain")}
+    rows = [*_rows(told, LIMITS[told["trial"]["precision"]]), _receipts(Location(told["trial"]["run"]))]
+    faults = [fault for row in rows for fault in row.faults]
+    return {
+        "ok": not faults,
+        "trial": told["trial"],
+        "rows": [{k: v for k, v in row.dump().items() if k != "faults"} | {"faults": len(row.faults)} for row in rows],
+        "faults": [{**vars(fault), "text": str(fault)} for fault in faults],
+        "losses": {"engine": told["played"]["losses"], "plain": told["plain"]["losses"], "resumed": told["resumed"]["losses"]},
+    }
+
+
+def _rows(told: dict[str, Any], limits: Limits) -> list[Row]:
+    played, plain, resumed = told["played"], told["plain"], told["resumed"]
+    begun, gradients, updates = (Row.parse(row) for row in plain["rows"])
+    loss, behind = Row("loss", limits.loss), Row("resumed loss", limits.resumed)
+    for step, (found, right) in enumerate(zip(played["losses"], plain["losses"], strict=True), 1):
+        loss.add(step, "", _apart(found, right))
+    after = told["trial"]["resumed"]["step"]
+    for step, (found, right) in enumerate(zip(resumed["losses"], played["losses"][after:], strict=True), after + 1):
+        behind.add(step, "", _apart(found, right))
+    return [begun, _together(played["rows"]), loss, gradients, updates, Row.parse(resumed["row"]), behind]
+
+
+def _together(parts: list[dict[str, Any]]) -> Row:
+    """Joins the rows of all workers: the first with the worst difference, and everybody's faults."""
+    rows = [Row.parse(part) for part in parts]
+    worst = max(rows, key=lambda row: row.worst)
+    worst.count, worst.faults = sum(r.count for r in rows), [fault for r in rows for fault in r.faults]
+    return worst
+
+
+def _apart(found: float, right: float) -> float:
+    return abs(found - right) / max(abs(right), 1e-30) if found == found else float("inf")
+
+
+def _receipts(run: Location) -> Row:
+    """Verifies the trial's receipts, of both layouts: each sample once, and the right ones."""
+    row, report = Row("receipts", 0.0), verify.verify(run)
+    wrong = report["lost"] + report["repeated"] + (0 if report["ok"] else 1)
+    row.add(report["steps"], "", float(wrong), lambda: verify.explain(report))
+    row.count = report["samples"]
+    return row
+
+
+def _gpus(job: Job) -> bool:
+    """Tells whether the job's workers have GPUs, and this machine one for each of the trial's."""
+    if not job.workers.gpus:
+        return False
+    import torch
+
+    from heliostat.numerics.small import WORKERS
+
+    return torch.cuda.device_count() >= WORKERS

@@ -1,0 +1,130 @@
+"""Plays the same steps in one plain process of torch, in fp32: autograd, a plain loss, torch's own clipping and optimizer.
+
+Each step begins from the engine's weights, as its forward pass has them, so that what differs is that step's own. The optimizer
+is given the engine's gradient: what it makes of it does not depend on the precision.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from heliostat.config.spec import Job
+from heliostat.data import content
+from heliostat.data.dataset import DataPlan
+from heliostat.numerics import compare, play
+from heliostat.numerics.rows import Row
+from heliostat.numerics.small import STEPS, WORKERS
+from heliostat.numerics.tensors import read
+from heliostat.numerics.thresholds import LIMITS
+from heliostat.recipes import building
+from heliostat.recipes.protocol import Batch, Recipe
+from heliostat.train.worker.batch_plan import BatchPlan
+
+WAIT_S = 300.0  # for the workers' next step
+
+
+class Plain:
+    def __init__(self, job: Job, plan: DataPlan, recipe: Recipe) -> None:
+        self.job, self.recipe, self.type = job, recipe, play.TYPES[job.train.precision]
+        self.samples, self.batch_plan = play.dealt(plan, 0, 1, 0), BatchPlan(job, plan)
+        torch.manual_seed(job.train.seed)
+        self.model = building.build(recipe)
+        settings = job.train.optimizer
+        self.optimizer = settings.build(building.parameter_groups(self.model, settings.weight_decay, recipe))
+        self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def initial(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach().clone() for name, p in self.trained.items()}
+
+    def put(self, weights: compare.Tensors, rounded: bool = True) -> None:
+        """Puts weights into the model, rounded as the engine's forward pass has them, or as they are."""
+        with torch.no_grad():
+            for name, p in self.trained.items():
+                p.copy_(weights[name].to(self.type) if rounded else weights[name])
+
+    def next_micros(self, step: int) -> list[tuple[int, Batch]]:
+        """Makes the step's micro-batches, a lane each, with their seeds."""
+        mine, size = self.samples.next_step(), self.job.train.micro_batch
+        keys = self.batch_plan.keys(step, mine.lanes)
+        parts = zip(content.split(mine.content, size), content.split(keys, size), strict=True)
+        return [(self.batch_plan.seed(step, mine.lanes, i), self.recipe.batch(*part)) for i, part in enumerate(parts)]
+
+    def gradients(self, micros: list[tuple[int, Batch]]) -> tuple[float, list[dict[str, torch.Tensor]]]:
+        """Computes the loss, and each worker's share of the gradient of the objective."""
+        terms = sum(self.terms(micro) for _, micro in micros)
+        total, parts = 0.0, []
+        for worker in range(WORKERS):
+            self.model.zero_grad()
+            for seed, micro in micros[worker::WORKERS]:
+                torch.manual_seed(seed)
+                made = self.recipe.loss(self.model, micro)
+                objective = made.sum / terms
+                for part in made.parts.values():
+                    objective = objective + part.value * (part.weight / len(micros))
+                objective.backward()
+                total += made.sum.item() / terms
+            parts.append({n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in self.trained.items()})
+        return total, parts
+
+    def terms(self, micro: Batch) -> int:
+        return (self.recipe.terms_per_sample or 0) * self.job.train.micro_batch or self.recipe.terms(micro)
+
+    def step(self, weights: compare.Tensors, gradients: compare.Tensors) -> dict[str, torch.Tensor]:
+        """Makes the optimizer's step from these weights with this gradient; returns the update of each parameter."""
+        self.put(weights, rounded=False)
+        for name, p in self.trained.items():
+            p.grad = gradients[name].clone()
+        if self.job.train.grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.trained.values(), self.job.train.grad_clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.job.train.optimizer.lr * group["lr_scale"]
+        self.optimizer.step()
+        return {name: p.detach() - weights[name] for name, p in self.trained.items()}
+
+
+def play_plain(job: Job, plan: DataPlan, recipe: Recipe, folder: Path) -> None:
+    """Plays all steps beside the workers, and writes the rows of the comparison."""
+    limits, plain = LIMITS[job.train.precision], Plain(job, plan, recipe)
+    begun, grads, updates = Row("initial weights", 0.0), Row("gradients", limits.gradient), Row("updates", limits.update)
+    weights, before = read(folder / "weights-0", WAIT_S), None
+    for name, right in plain.initial().items():
+        begun.add(1, name, compare.relative(weights[name], right.to(plain.type).float()))
+    told = []
+    for step in range(STEPS):
+        plain.put(weights)
+        loss, parts = plain.gradients(plain.next_micros(step))
+        right = {n: sum(part[n] for part in parts) for n in parts[0]}
+        found = read(folder / f"gradients-{step}", WAIT_S)
+        _gradients(grads, step + 1, found, right, parts, before, limits.floor)
+        following = read(folder / f"weights-{step + 1}", WAIT_S)
+        _updates(updates, step + 1, weights, following, plain.step(weights, found))
+        weights, before = following, right
+        told.append(loss)
+    (folder / "plain.json").write_text(json.dumps({"losses": told, "rows": [row.dump() for row in (begun, grads, updates)]}))
+
+
+def _gradients(
+    row: Row,
+    step: int,
+    found: compare.Tensors,
+    right: compare.Tensors,
+    parts: list[dict[str, torch.Tensor]],
+    before: compare.Tensors | None,
+    floor: float,
+) -> None:
+    least = compare.floors(right, floor)
+    for name, one in right.items():
+        old = before[name] if before else None
+        explained = partial(compare.explain_gradient, found[name], one, [part[name] for part in parts], old, row.limit)
+        row.add(step, name, compare.relative(found[name], one, least[name]), explained)
+
+
+def _updates(row: Row, step: int, weights: compare.Tensors, following: compare.Tensors, right: compare.Tensors) -> None:
+    for name, one in right.items():
+        found, least = following[name] - weights[name], float(weights[name].norm()) * 2**-23 / row.limit
+        explained = partial(compare.explain_update, found, one, row.limit)
+        row.add(step, name, compare.relative(found, one, least), explained)

@@ -1,0 +1,197 @@
+"""Plays the small job on a worker: the loop's own step, engine, data path, checkpoints and receipts, without Ray.
+
+`play` runs on every worker of the job's layout, and `resume` on the one worker of another. What they have seen lies in a folder:
+a file of tensors before and after each step (`weights-STEP`, `gradients-STEP`), and what they found as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from heliostat.checkpoint import saver as checkpoint
+from heliostat.checkpoint.agreement import together
+from heliostat.config.spec import Job
+from heliostat.data import receipt, stream
+from heliostat.data.dataset import DataPlan, open_dataset
+from heliostat.events import Event
+from heliostat.numerics.compare import relative
+from heliostat.numerics.rows import Row
+from heliostat.numerics.small import SAVED, STEPS
+from heliostat.numerics.tensors import read, write
+from heliostat.recipes.protocol import Recipe
+from heliostat.runs import segments
+from heliostat.train.time_ledger import Ledger
+from heliostat.train.worker import deepspeed_engine, zero_state
+from heliostat.train.worker.batch_plan import BatchPlan
+from heliostat.train.worker.loop import Worker
+from heliostat.train.worker.objective import Objective
+
+FREE = SimpleNamespace(check=lambda: None)  # of a run that no other driver can take over
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Player(Worker):
+    """Steps, saves and restores as a worker does, without a driver."""
+
+    def __init__(self, job: Job, plan: DataPlan, recipe: Recipe, start_step: int = 0) -> None:
+        self.job, self.plan, self.recipe, self.start_step = job, plan, recipe, start_step
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.ledger = Ledger("computing")
+        self.heartbeat: Any = SimpleNamespace(progress=0)
+        self.monitor = None
+        self.control = dist.new_group(backend="gloo")
+        self.fence: Any = FREE
+        self.run_folder = job.run_folder
+        self.saver = checkpoint.Saver(self.run_folder, job.checkpoint, self.control, self.fence)
+        self.dataset = open_dataset(plan)
+        self.samples = dealt(plan, self.rank, self.world, start_step)
+        self.engine = deepspeed_engine.build_engine(job, recipe)
+        zero_state.init_optimizer_state(self.engine)
+        self.saver.attach(zero_state.inner_optimizer(self.engine))
+        self.ema = self.spikes = self.held_out = None
+        self.device = self.engine.device
+        self.objective = Objective(recipe)
+        self.batch_plan = BatchPlan(job, plan)
+        self.chain, self.skipped, self.bad_samples = receipt.GENESIS, 0, 0
+        self.scores, self.scored_at, self._told = {}, -1, []
+        self._losses, self._added, self._norms, self._lane_digests, self._bad = [], [], [], [], []
+        if start_step:
+            self._restore()
+
+    def losses(self, first: int, last: int) -> list[float]:
+        """Makes the steps [first, last); returns their losses over the global batch."""
+        begun = len(self._losses)
+        for step in range(first, last):
+            self._step(step, self.samples.next_step())
+        mine = torch.stack(self._losses[begun:]).double()
+        dist.all_reduce(mine)
+        return mine.tolist()
+
+    def save(self, done: int) -> None:
+        self._save(done)
+        self.saver.wait()
+
+    def _post(self, event: Event) -> None:
+        pass
+
+
+def dealt(plan: DataPlan, rank: int, world: int, start_step: int) -> stream.LaneStream:
+    """Deals a worker its blocks of the trial's steps, as the stream does."""
+    order = open_dataset(plan).order
+    task = stream.fetch(plan, order, start_step, STEPS, replace=True)
+
+    def mine() -> Iterator[Any]:
+        for window in range(task.count):
+            for table in task({"id": np.array([window])}):
+                if table["block"][0].as_py() % world == rank:
+                    yield table
+
+    return stream.LaneStream(mine(), plan, order, rank, world, start_step)
+
+
+def play(job: Job, plan: DataPlan, recipe: Recipe, folder: Path) -> None:
+    """Plays all steps on a worker of the job's layout, and saves a checkpoint behind step `SAVED`."""
+    if dist.get_rank() == 0:
+        segments.begin(job.run_folder, plan, 0)
+    player = Player(job, plan, recipe)
+    losses, in_use = [], Row("weights in use", 0.0)
+    _watch(player, folder)
+    for step in range(STEPS):
+        weigh(player.engine, job, step + 1, in_use)
+        _keep(folder / f"weights-{step}", masters(player.engine))
+        player.step = step
+        losses += player.losses(step, step + 1)
+        if step + 1 == SAVED:
+            _keep(folder / "saved", state(player.engine))
+            player.save(SAVED)
+    _keep(folder / f"weights-{STEPS}", masters(player.engine))
+    everyone = together(player.control, in_use.dump)
+    if player.rank == 0:
+        (folder / "played.json").write_text(json.dumps({"losses": losses, "rows": everyone}))
+
+
+def resume(job: Job, plan: DataPlan, recipe: Recipe, folder: Path) -> None:
+    """Loads the checkpoint at another layout, and goes on from it to the last step."""
+    player = Player(job, plan, recipe, SAVED)
+    row, saved = Row("resumed state", 0.0), read(folder / "saved", 0.0)
+    for name, loaded in state(player.engine).items():
+        row.add(SAVED, name, relative(loaded, saved[name]))
+    losses = player.losses(SAVED, STEPS)
+    player.last_loss = losses[-1]
+    player.save(STEPS)
+    (folder / "resumed.json").write_text(json.dumps({"losses": losses, "row": row.dump()}))
+
+
+def _watch(player: Player, folder: Path) -> None:
+    """Keeps each step's gradient behind its last backward pass, reduced and summed, before it is clipped."""
+    engine, backward = player.engine, player.engine.backward
+
+    def kept(*given: Any, **named: Any) -> Any:
+        made = backward(*given, **named)
+        if engine.is_gradient_accumulation_boundary():
+            _keep(folder / f"gradients-{player.step}", gradients(engine))
+        return made
+
+    engine.backward = kept
+
+
+def _trained(engine: Any) -> Iterator[tuple[str, Any]]:
+    yield from ((name, p) for name, p in engine.module.named_parameters() if p.requires_grad)
+
+
+def gradients(engine: Any) -> dict[str, torch.Tensor]:
+    """Assembles every parameter's gradient, in fp32; collective."""
+    from deepspeed.utils import safe_get_full_grad
+
+    scale = float(getattr(engine.optimizer, "loss_scale", 1.0)) if engine.zero_optimization_stage() else 1.0
+    found = {}
+    for name, p in _trained(engine):
+        grad = safe_get_full_grad(p)
+        shape = getattr(p, "ds_shape", p.shape)
+        found[name] = torch.zeros(shape) if grad is None else grad.detach().float().cpu().view(shape) / scale
+    return found
+
+
+def masters(engine: Any) -> dict[str, torch.Tensor]:
+    """Assembles every parameter's fp32 master weight; collective."""
+    return {name: _full(engine, p, None) for name, p in _trained(engine)}
+
+
+def state(engine: Any) -> dict[str, torch.Tensor]:
+    """Assembles masters and moments, with their kind before the name; collective."""
+    kinds = {"master": None, **{k: k for k in engine.moments}}
+    return {f"{kind}.{name}": _full(engine, p, key) for name, p in _trained(engine) for kind, key in kinds.items()}
+
+
+def _full(engine: Any, p: Any, key: str | None) -> torch.Tensor:
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    if not engine.zero_optimization_stage():
+        found = p.data if key is None else engine.optimizer.state[p][key]
+    else:
+        found = safe_get_full_fp32_param(p) if key is None else safe_get_full_optimizer_state(p, key)
+    return found.detach().float().cpu().clone().view(getattr(p, "ds_shape", p.shape))
+
+
+def weigh(engine: Any, job: Job, step: int, row: Row) -> None:
+    """Compares the weights that this worker's forward pass uses with the masters, rounded; collective."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    for name, p in _trained(engine):
+        right = _full(engine, p, None).to(TYPES[job.train.precision])
+        with GatheredParameters([p], enabled=engine.zero_optimization_stage() == 3):
+            used = p.detach().cpu().to(right.dtype)
+        row.add(step, f"{name} on worker {dist.get_rank()}", relative(used.float(), right.float()), lambda: "a stale buffer")
+
+
+def _keep(place: Path, tensors: dict[str, torch.Tensor]) -> None:
+    if dist.get_rank() == 0:
+        write(place, tensors)

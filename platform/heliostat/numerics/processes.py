@@ -1,0 +1,201 @@
+"""Runs the trial in processes of its own: one plain process, two workers, and the one that resumes elsewhere.
+
+`run` starts `python -m heliostat.numerics.processes`, which imports the libraries once and forks the others. They meet by a file,
+talk over loopback alone, and end with the process that asked for them: when it ends, however it ends, or the time is up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from heliostat.cluster import private_ray
+from heliostat.config import workspace
+from heliostat.config.spec import Job
+from heliostat.data.dataset import open_dataset, plan
+from heliostat.errors import ConfigError, HeliostatError, TrainingError, innermost
+
+DEADLINE_S = 600.0
+END_S = 10.0
+POLL_S = 0.05
+THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def run(job: Job, digests: list[str], folder: Path, gpus: bool) -> None:
+    """Plays the trial of a job in `folder`, on these versions of its datasets; raises the error of whichever process failed."""
+    give(job, digests, folder, gpus)
+    host = subprocess.Popen(
+        [sys.executable, "-m", "heliostat.numerics.processes", str(folder)],
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=(folder / "log.txt").open("wb"),
+        env=_environment(gpus), start_new_session=True,
+    )  # fmt: skip
+    try:
+        host.wait(DEADLINE_S)
+    except subprocess.TimeoutExpired:
+        raise TrainingError(f"--numerics: did not end within {DEADLINE_S:.0f} s: {_last(folder)}") from None
+    finally:
+        _end(host)
+    if (failed := folder / "error.json").exists():
+        told = json.loads(failed.read_text())
+        kind = ConfigError if told["exit_code"] == 2 else TrainingError
+        raise kind(f"--numerics: {told['who']}: {told['message']}")
+    if host.returncode:
+        raise TrainingError(f"--numerics: its process ended with code {host.returncode}: {_last(folder)}")
+
+
+def give(job: Job, digests: list[str], folder: Path, gpus: bool) -> None:
+    (folder / "given.json").write_text(json.dumps({"job": job.dump(), "digests": digests, "gpus": gpus}))
+
+
+def _environment(gpus: bool) -> dict[str, str]:
+    path = os.pathsep.join(filter(None, [str(workspace.root()), os.environ.get("PYTHONPATH")]))
+    # the check of a GPU by NVML leaves CUDA alone, so that a fork can use it
+    own = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"} if gpus else {**THREADS, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    return {**os.environ, **own, **private_ray.CONFINED, "PYTHONPATH": path}
+
+
+def _end(host: subprocess.Popen[bytes]) -> None:
+    """Ends the host and all that it has forked: its session is its own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(host.pid, signal.SIGKILL)
+    host.wait(END_S)
+    if host.stdin:
+        host.stdin.close()
+
+
+def _last(folder: Path) -> str:
+    lines = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "it said nothing"
+
+
+# in the host ---------------------------------------------------------------------------------------------------------
+
+
+def main(folder: Path) -> int:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        return host(folder)
+    except BaseException as e:
+        _tell(folder, "the trial", e)
+        raise
+
+
+def _end_with_parent() -> None:
+    """Ends this process and its children once the one that has started it is gone."""
+    while os.read(0, 1):
+        pass
+    os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
+def host(folder: Path) -> int:
+    """Plays the trial that is given in `folder`; returns whether a process has failed."""
+    from heliostat.data import manifest
+    from heliostat.numerics import plain, play, small
+
+    given = json.loads((folder / "given.json").read_text())
+    job = Job.model_validate(given["job"])
+    sources = [manifest.read_shared(source, digest) for source, digest in zip(job.sources, given["digests"], strict=True)]
+    trial = small.trial(job, sources, folder / "run", given["gpus"])
+    laid_out = plan(trial.job, sources)
+    open_dataset(laid_out)
+    (folder / "trial.json").write_text(json.dumps(_describe(trial)))
+    gc.freeze()
+    context = multiprocessing.get_context("fork")
+
+    def start(who: str, play_it: Callable[..., None], *more: Any) -> Any:
+        process = context.Process(target=_child, args=(who, folder, play_it, *more), daemon=True)
+        process.start()
+        return process
+
+    beside = start("the plain process", plain.play_plain, trial.job, laid_out, trial.recipe, folder)  # before DeepSpeed is there
+    ranks = range(small.WORKERS)
+    workers = [
+        start(f"worker {r}", _in_group, r, len(ranks), play.play, trial.job, laid_out, trial.recipe, folder) for r in ranks
+    ]
+    if not _ended(workers, beside):
+        return 1
+    other = small.elsewhere(trial.job)
+    last = start(
+        "the worker that resumes", _in_group, 0, 1, play.resume, other, plan(other, sources, laid_out), trial.recipe, folder
+    )
+    return 0 if _ended([last, beside]) else 1
+
+
+def _describe(trial: Any) -> dict[str, Any]:
+    from heliostat.numerics import small
+
+    train, other = trial.job.train, small.elsewhere(trial.job)
+    return {
+        "run": str(trial.job.run_folder),
+        "model": trial.told,
+        "workers": small.WORKERS,
+        "gpus": bool(trial.job.workers.gpus),
+        "stage": train.zero.stage,
+        "precision": train.precision,
+        "optimizer": train.optimizer.name,
+        "steps": small.STEPS,
+        "global_batch": train.global_batch,
+        "micro_batch": train.micro_batch,
+        "sequence_length": trial.job.data.sequence_length,
+        "resumed": {"workers": 1, "stage": other.train.zero.stage, "step": small.SAVED},
+    }
+
+
+def _ended(processes: list[Any], beside: Any = None) -> bool:
+    """Waits until all have ended; False as soon as one of them, or the one beside them, has failed."""
+    watched = [*processes, *([beside] if beside else [])]
+    while any(p.exitcode is None for p in processes) and not any(p.exitcode for p in watched):
+        time.sleep(POLL_S)
+    return not any(p.exitcode for p in watched)
+
+
+def _child(who: str, folder: Path, play_it: Callable[..., None], *given: Any) -> None:
+    try:
+        play_it(*given)
+    except BaseException as e:
+        _tell(folder, who, e)
+        raise
+
+
+def _in_group(rank: int, world: int, play_it: Callable[..., None], job: Job, *given: Any) -> None:
+    """Plays in a process group of its own, as an attempt's workers do."""
+    from heliostat.train.worker import deepspeed_engine, process
+
+    gpus = job.workers.gpus
+    deepspeed_engine.prepare_environment(gpus)
+    folder: Path = given[-1]
+    names = tuple(map(str, range(world))) if gpus else ()
+    meeting = f"file://{folder / f'group-{world}'}"
+    process.join(process.Place(rank, world, rank, world, meeting, "nccl" if gpus else "gloo", names))
+    try:
+        play_it(job, *given)
+    finally:
+        process.leave()
+
+
+def _tell(folder: Path, who: str, error: BaseException) -> None:
+    """Writes down the first error: the others follow from it."""
+    known = innermost(error) or error
+    lines = str(known).strip().splitlines() or [""]
+    own = isinstance(known, HeliostatError)
+    text = "\n".join(lines) if own else f"{type(known).__name__}: {lines[-1]}"
+    raw = json.dumps({"who": who, "message": text, "exit_code": known.exit_code if own else 1})
+    part = folder / f"error-{os.getpid()}"
+    part.write_text(raw)
+    with contextlib.suppress(FileExistsError):
+        os.link(part, folder / "error.json")
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

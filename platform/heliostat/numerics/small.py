@@ -1,0 +1,114 @@
+"""Makes the small job that `heliostat check --numerics` plays: the job's own layout, precision and optimizer, cut to seconds.
+
+A model that is small enough stays as it is. One of transformers is cut in depth, width and vocabulary, its samples in length and
+its tokens folded into the smaller vocabulary; another that is too large is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from heliostat.config import schema, spec
+from heliostat.config.spec import Job
+from heliostat.config.train_section import Offload, Zero
+from heliostat.data.manifest import Manifest
+from heliostat.errors import ConfigError
+from heliostat.recipes import loading
+from heliostat.recipes.protocol import Batch, Recipe
+from heliostat.recipes.text import tiny
+from heliostat.recipes.text.causal_lm import CausalLM
+
+STEPS, SAVED = 4, 2  # steps that are played, and the one behind which a checkpoint is saved
+WORKERS = 2
+LARGEST = 20_000_000  # parameters of a model that stays as it is
+LONGEST = 512  # tokens of a sample that stays as it is
+BATCH = 16  # samples of a step, at most, where the job has more
+ELSEWHERE = {0: 1, 1: 3, 2: 3, 3: 1}  # by stage, the one at which a checkpoint is loaded again
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Holds the job that is played, its recipe, and what became of the model, for people."""
+
+    job: Job
+    recipe: Recipe
+    told: str
+
+
+def trial(job: Job, sources: list[Manifest], folder: Path, gpus: bool) -> Trial:
+    """Makes what is played of a job on two workers of this machine; ConfigError if its model is too large, and cannot be cut."""
+    size = tiny.parameters(loading.load(job, sources))
+    if size <= LARGEST:
+        small = small_job(job, folder, gpus, LONGEST)
+        return Trial(small, loading.load(small, sources), f"the whole model, {size:,} parameters")
+    small = small_job(job, folder, gpus, tiny.LENGTH)
+    recipe = loading.load(small, sources)
+    if not isinstance(recipe, CausalLM):
+        raise ConfigError(
+            f"recipe: --numerics plays models of up to {LARGEST:,} parameters, and this one has {size:,}; only those of CausalLM "
+            "are cut by themselves: make it smaller with --set model.KEY=VALUE"
+        )
+    return Trial(small, recipe, f"the model cut from {size:,} to {_cut(recipe, job):,} parameters")
+
+
+def small_job(job: Job, folder: Path, gpus: bool, longest: int) -> Job:
+    """Makes the job that is played, at its full learning rate; its run lies in `folder`, its samples have `longest` tokens at
+    most."""
+    micro, batch = job.train.micro_batch, job.train.global_batch
+    if batch > BATCH or batch % (WORKERS * micro):
+        sums = 2 if job.train.global_batch > job.workers.most * micro else 1
+        micro = min(micro, BATCH // 4)
+        batch = WORKERS * micro * sums
+    raw = job.dump()
+    raw["name"], raw["storage"], raw["spike"] = "numerics", str(folder), None
+    raw["data"] |= {
+        "lanes": batch // micro,
+        "mix_schedule": [],
+        "sequence_length": min(job.data.sequence_length or 0, longest) or None,
+    }
+    offload = {k: "cpu" for k, v in raw["train"]["zero"]["offload"].items() if v and k != "nvme_path"}
+    zero = {"stage": job.train.zero.stage, "offload": offload}
+    raw["train"] |= {"steps": STEPS, "stop_after": None, "global_batch": batch, "micro_batch": micro, "ema": None, "zero": zero,
+                     "schedule": {"name": "constant"}}  # fmt: skip
+    raw["checkpoint"] = {"every": SAVED}
+    raw["workers"] = {"count": WORKERS, "gpus": min(1.0, job.workers.gpus) if gpus else 0.0}
+    return spec.settle(schema.validate(Job, raw, "--numerics"), None)
+
+
+def elsewhere(job: Job) -> Job:
+    """Returns the job at another layout: one worker, and another stage."""
+    stage: Any = ELSEWHERE[job.train.zero.stage]
+    optimizer = job.train.zero.offload.optimizer if stage == 3 else None
+    train = job.train.model_copy(update={"zero": Zero(stage=stage, offload=Offload(optimizer=optimizer))})
+    return job.on(1).model_copy(update={"train": train})
+
+
+def _cut(recipe: CausalLM, job: Job) -> int:
+    """Gives the recipe the largest of the small models of its architecture; returns its number of parameters."""
+    whole, recipe.pretrained = recipe.config, None
+    for config in tiny.shrunk(whole, job.data.sequence_length or tiny.LENGTH):
+        recipe.config = config
+        try:
+            size = tiny.parameters(recipe)
+        except Exception:  # noqa: BLE001  whatever this architecture's own code raises: the next may do
+            continue
+        if size <= LARGEST:
+            _fold(recipe, tiny.VOCABULARY)
+            return size
+    raise ConfigError(f"model: no small model of {whole.model_type!r} can be made for --numerics; make it smaller with --set")
+
+
+def _fold(recipe: CausalLM, vocabulary: int) -> None:
+    """Folds the samples' tokens into a smaller vocabulary."""
+    made: Callable[..., Batch] = recipe.batch
+    recipe.end %= vocabulary
+
+    def batch(content: np.ndarray, keys: np.ndarray | None = None) -> Batch:
+        return made(content % vocabulary, keys)
+
+    recipe.batch = batch  # type: ignore[method-assign]

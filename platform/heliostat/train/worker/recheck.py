@@ -1,0 +1,185 @@
+"""Finds silent data corruption: every so many steps all workers compute one and the same micro-batch, and compare bit for bit.
+
+The micro-batch is one of the step's, drawn by the step; its samples, its random numbers and the weights follow from the step, so
+each worker reads the samples itself and must come to the same bits: of the weights, where each has all of them (ZeRO 0 to 2), of
+the loss, and of gradients of parameters that are drawn by the step, up to `ELEMENTS` of them. Training waits for one micro-batch
+more; on other steps nothing is done. Gradients are taken beside the engine, which never hears of them.
+
+The bits of most workers are right; with no majority, all that differ are named. Bits are compared among workers on devices of one
+kind. If they differ, all compute once more: who differs from itself is at fault, unless most do, whose kernels then are not
+deterministic, and nothing can be said.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from heliostat.checkpoint.agreement import agreed, together
+from heliostat.config.spec import Job
+from heliostat.data.dataset import Dataset
+from heliostat.errors import ConfigError, CorruptionError
+from heliostat.recipes.protocol import Batch, Recipe
+from heliostat.train.worker.batch_plan import BatchPlan
+
+ELEMENTS = 64_000_000  # of the gradients that are compared at a time: they are held whole
+BLOCK = 1 << 24  # elements that a digest looks at together
+SPREAD = -7046029254386353131  # 2^64 over the golden ratio, odd, as a signed number
+
+
+@dataclass(frozen=True)
+class Told:
+    """Holds what one worker has computed: where it runs, on which kind of device, and the digests in order."""
+
+    node: str
+    address: str
+    kind: str
+    digests: tuple[int, ...]
+
+
+class Recheck:
+    def __init__(
+        self, job: Job, engine: Any, recipe: Recipe, dataset: Dataset, plan: BatchPlan, group: Any, where: tuple[str, str]
+    ) -> None:
+        """Prepares the looks. `group`: of gloo, with all workers; `where`: the id and the address of this worker's node."""
+        self.job, self.engine, self.recipe, self.dataset, self.plan, self.group = job, engine, recipe, dataset, plan, group
+        self.where, self.kind = where, _kind(engine.device)
+        assert job.train.recheck
+        self.every: int | None = job.train.recheck.every
+        self.agreed = -1  # steps that were done when all last agreed
+        self.whole = engine.zero_optimization_stage() < 3  # does each worker hold all weights
+
+    def due(self, step: int) -> bool:
+        """Tells whether the step is looked at: each `every`-th, and the first after a start."""
+        return self.every is not None and dist.get_world_size() > 1 and (self.agreed < 0 or (step + 1) % self.every == 0)
+
+    def look(self, step: int) -> str | None:
+        """Compares the workers before a step; CorruptionError on all of them if they differ. Returns a notice for people."""
+        if self.agreed < 0:
+            self.agreed = step
+        batch, seed = agreed(self.group, lambda: self._micro(step))
+        drawn = self._drawn(step)
+        names = [*(self._weights() if self.whole else ()), "the loss", *(f"the gradient of {name}" for name, _ in drawn)]
+        told = self._all(batch, seed, drawn)
+        if not (odd := outvoted([(one.kind, one.digests) for one in told])):
+            self.agreed = step
+            return None
+        again = self._all(batch, seed, drawn)
+        unsteady = [rank for rank, (a, b) in enumerate(zip(told, again, strict=True)) if a.digests != b.digests]
+        if 2 * len(unsteady) > len(told):
+            self.every = None
+            return (
+                f"step {step + 1}: train.recheck is off from here on: this model's kernels give other bits each time, so workers "
+                "cannot be compared"
+            )
+        odd = unsteady or odd
+        raise CorruptionError(self._explain(step, told, odd, names), sorted({told[r].node for r in odd}), self.agreed)
+
+    def _explain(self, step: int, told: Sequence[Told], odd: Sequence[int], names: Sequence[str]) -> str:
+        right = Counter(one.digests for one in told).most_common(1)[0][0]
+        mine = [one for one in (told[r].digests for r in odd) if one != right] or [told[odd[-1]].digests]
+        what = [name for i, name in enumerate(names) if any(one[i] != right[i] for one in mine)]
+        who = ", ".join(f"worker {r} on {told[r].address} (node {told[r].node[:12]})" for r in odd)
+        more = f" and {len(what) - 1} more" if len(what) > 1 else ""
+        unsure = "" if len(odd) < len(told) else "; which of them is right cannot be told"
+        return (
+            f"step {step + 1}: silent data corruption: {who} computed other bits than the others from the same samples and "
+            f"weights: {what[0] if what else 'not the same twice'}{more}{unsure}; up to step {self.agreed} all agreed"
+        )
+
+    # what is computed ------------------------------------------------------------------------------------------------
+
+    def _micro(self, step: int) -> tuple[Batch, int]:
+        """Reads the micro-batch that is drawn of a step; returns it with the seed of its random numbers."""
+        micro, train = self.plan.micro, self.job.train
+        number = int(np.random.SeedSequence([train.seed, step, 1]).generate_state(1)[0]) % (train.global_batch // micro)
+        part = slice(number * micro, (number + 1) * micro)
+        lanes = range(self.dataset.plan.shape.lanes)
+        loaded = self.dataset.load(self.dataset.order.step(step).ravel()[part], self.job.data.on_bad_sample == "replace")
+        batch = self.recipe.batch(loaded.content, self.plan.keys(step, lanes)[part])
+        return {k: v.to(self.engine.device) for k, v in batch.items()}, self.plan.seed(step, lanes, number)
+
+    def _trained(self) -> list[tuple[str, Any]]:
+        return [(name, p) for name, p in self.engine.module.named_parameters() if p.requires_grad]
+
+    def _weights(self) -> list[str]:
+        return [f"the weights of {name}" for name, _ in self.engine.module.named_parameters()]
+
+    def _drawn(self, step: int) -> list[tuple[str, Any]]:
+        """Draws the parameters whose gradients are compared: in the model's order, as many as fit, but at least one."""
+        trained = self._trained()
+        order = np.random.default_rng([self.job.train.seed, step, 2]).permutation(len(trained))
+        sizes = np.cumsum([getattr(p, "ds_numel", p.numel()) for _, p in (trained[i] for i in order)])
+        return [trained[i] for i in sorted(order[: max(1, int((sizes <= ELEMENTS).sum()))])]
+
+    def _all(self, batch: Batch, seed: int, drawn: list[tuple[str, Any]]) -> list[Told]:
+        """Computes the digests on every worker; collective."""
+        mine = Told(*self.where, self.kind, tuple(self._digests(batch, seed, [p for _, p in drawn])))
+        return together(self.group, lambda: mine)
+
+    def _digests(self, batch: Batch, seed: int, drawn: list[Any]) -> list[int]:
+        module = self.engine.module
+        weights = [digest(p.data) for p in module.parameters()] if self.whole else []
+        buffers = [(b, b.clone()) for b in module.buffers()]
+        torch.manual_seed(seed)
+        try:
+            loss = self.recipe.loss(module, batch)
+            objective = loss.sum
+            for part in loss.parts.values():
+                objective = objective + part.weight * part.value.float()
+            gradients = torch.autograd.grad(objective, drawn, allow_unused=True)
+        except RuntimeError as e:
+            if "heckpoint" not in str(e):
+                raise
+            raise ConfigError(
+                f"train.recheck: activations of this model are checkpointed with use_reentrant=True ({e}); set it to false"
+            ) from e
+        finally:
+            self._rest(buffers)
+        return [*weights, digest(loss.sum.detach()), *(0 if g is None else digest(g) for g in gradients)]
+
+    def _rest(self, buffers: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Leaves the model as it was before: a step counts what its own passes change."""
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        if not self.whole:
+            self.engine.optimizer._partition_all_parameters()
+
+
+def outvoted(told: Sequence[tuple[str, tuple[int, ...]]]) -> list[int]:
+    """Finds the ranks whose digests are not those of most workers on their kind of device; all of the kind without a majority."""
+    odd = []
+    for kind in {kind for kind, _ in told}:
+        ranks = [rank for rank, one in enumerate(told) if one[0] == kind]
+        right, votes = Counter(told[rank][1] for rank in ranks).most_common(1)[0]
+        if votes < len(ranks):
+            odd += ranks if 2 * votes <= len(ranks) else [rank for rank in ranks if told[rank][1] != right]
+    return sorted(odd)
+
+
+def digest(tensor: torch.Tensor) -> int:
+    """Sums a tensor's bits, each element times an odd number of its place, modulo 2^64: the same in whatever order it is summed,
+    and another for every single bit that is flipped."""
+    size = tensor.element_size()
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
+    flat, total = tensor.detach().contiguous().view(-1).view(kind), 0
+    for begin in range(0, flat.numel(), BLOCK):
+        bits = flat[begin : begin + BLOCK].long()
+        places = torch.arange(begin, begin + bits.numel(), device=bits.device)
+        total += int((bits * ((places * SPREAD) | 1)).sum())
+    return (total + flat.numel()) % (1 << 64)
+
+
+def _kind(device: torch.device) -> str:
+    """Describes the device by what decides which kernels compute."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

@@ -1,0 +1,29 @@
+"""A recipe in whose second worker a bit of a weight flips at one step, once in a run."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from heliostat.recipes.protocol import Batch, Loss
+from heliostat.recipes.text.causal_lm import CausalLM
+
+FLIPPING = {"recipe": "tests.integration.flipping:Flipping"}
+STEP = 13
+
+
+class Flipping(CausalLM):
+    step = -1
+
+    def batch(self, content: np.ndarray, keys: Any = None) -> Batch:
+        if keys is not None:
+            self.step = int(keys[0]) // self.job.train.global_batch
+        return super().batch(content, keys)
+
+    def loss(self, model: torch.nn.Module, batch: Batch) -> Loss:
+        mark = Path(self.job.storage, "flipped")
+        if self.step == STEP and dist.get_rank() == 1 and not mark.exists():
+            mark.touch()
+            next(model.parameters()).data.view(-1).view(torch.int32)[7] ^= 1
+        return super().loss(model, batch)

@@ -1,0 +1,219 @@
+"""`heliostat check --numerics`: architectures compute the same numbers at every stage, and planted faults are found and named."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from heliostat.config.spec import Job
+
+from tests.golden import data
+from tests.integration import trials
+from tests.unit import build_job
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {  # as wide as their classes' defaults, so cut by the check itself
+    "gpt2": {"train.zero.stage": 1},
+    "qwen2": {"train.zero.stage": 2, "train.optimizer": {"name": "sgd", "lr": 1e-2}},
+    "qwen3": {"train.zero.stage": 3},
+    "gemma2": {"train.zero.stage": 1, "train.precision": "bf16"},
+    "phi3": {"train.zero.stage": 2, "data.document_mask": True},
+    "gpt_neox": {"train.zero.stage": 3, "train.activation_checkpointing": True},
+    "olmo2": {"train.zero.stage": 0},
+    "mixtral": {"train.zero.stage": 2, "model.output_router_logits": True, "train.precision": "bf16"},
+    "qwen3_moe": {"train.zero.stage": 3},
+    "deepseek_v3": {"train.zero.stage": 1},
+}
+EXTRA = {"phi3": {"pad_token_id": 0}, "deepseek_v3": {"first_k_dense_replace": 1}}
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory) -> Path:
+    return data.tokens(tmp_path_factory.mktemp("data") / "documents")
+
+
+def made(name: str, documents: Path, **changes: Any) -> Job:
+    settings = {"name": name, "data.sources": [{"path": str(documents)}], "train.precision": "fp32", "workers.count": 2}
+    return build_job.job(**{**settings, **changes})
+
+
+def test_ten_architectures_compute_what_one_plain_process_does(documents, tmp_path) -> None:
+    """Dense ones and experts, at every stage, with two optimizers, two precisions, masks of documents and checkpointing."""
+    jobs = [
+        made(
+            arch.replace("_", "-"),
+            documents,
+            **{"model": {"arch": arch, "num_hidden_layers": 2, **EXTRA.get(arch, {})}, **changes},
+        )
+        for arch, changes in ARCHITECTURES.items()
+    ]
+    found = trials.run(jobs, tmp_path)
+    assert len(found) == 10
+    for name, one in found.items():
+        assert one["ok"], (name, one["faults"][:3])
+        assert "cut from" in one["trial"]["model"], name
+        rows = {row["what"]: row for row in one["rows"]}
+        assert rows["gradients"]["count"] == rows["updates"]["count"] > 4 * 20
+        assert rows["receipts"]["count"] == 4 * one["trial"]["global_batch"]
+        assert one["losses"]["engine"][0] != one["losses"]["engine"][1]
+
+
+# faults that are planted in the workers of a trial -------------------------------------------------------------------
+
+WHICH = "model.layers.1.mlp.up_proj.weight"
+FAULTY = {"not-reduced": 0, "wrong-scale": 2, "stale-gradient": 1, "stale-weights": 1, "lost-moment": 3, "wrong-rate": 0}
+
+
+def plant(name: str) -> None:
+    """Changes what this process's trial computes; those that resume stay as they are."""
+    from heliostat.numerics import play
+
+    build = play.deepspeed_engine.build_engine
+
+    def engine(job: Job, recipe: Any) -> Any:
+        built = build(job, recipe)
+        if torch.distributed.get_world_size() > 1:
+            {"wrong-scale": scaled, "not-reduced": alone, "stale-gradient": repeated, "stale-weights": kept,
+             "lost-moment": forgetful, "wrong-rate": hasty}[name](built)  # fmt: skip
+        return built
+
+    play.deepspeed_engine.build_engine = engine
+
+
+def _parameter(engine: Any) -> Any:
+    return dict(engine.module.named_parameters())[WHICH]
+
+
+def scaled(engine: Any) -> None:
+    _parameter(engine).register_hook(lambda gradient: gradient * 1.02)
+
+
+def alone(engine: Any) -> None:
+    """No worker hears of another's gradients."""
+    engine.allreduce_gradients = lambda *given, **named: None
+
+
+def repeated(engine: Any) -> None:
+    """The gradient of the step before, of one parameter: a buffer that was not filled again."""
+    calls: list[torch.Tensor] = []
+
+    def old(gradient: torch.Tensor) -> torch.Tensor:
+        calls.append(gradient.clone())
+        micros = engine.gradient_accumulation_steps()
+        return calls[-1 - micros] if len(calls) > micros else gradient
+
+    _parameter(engine).register_hook(old)
+
+
+def kept(engine: Any) -> None:
+    """One worker goes on with one parameter's weights of before the step."""
+    step = engine.step
+
+    def stepped() -> None:
+        before = _parameter(engine).detach().clone()
+        step()
+        if torch.distributed.get_rank() == 1:
+            _parameter(engine).data.copy_(before)
+
+    engine.step = stepped
+
+
+def forgetful(engine: Any) -> None:
+    """The optimizer's first moments are gone behind the third step."""
+    step = engine.step
+
+    def stepped() -> None:
+        step()
+        if engine.global_steps == 3:
+            for state in engine.optimizer.optimizer.state.values():
+                state["exp_avg"].zero_()
+
+    engine.step = stepped
+
+
+def hasty(engine: Any) -> None:
+    step = engine.step
+
+    def stepped() -> None:
+        if engine.is_gradient_accumulation_boundary():
+            engine.optimizer.param_groups[0]["lr"] *= 1.5
+        step()
+
+    engine.step = stepped
+
+
+@pytest.fixture(scope="module")
+def faulty(documents, tmp_path_factory) -> dict[str, dict[str, Any]]:
+    jobs = [made(name, documents, **{"train.zero.stage": stage}) for name, stage in FAULTY.items()]
+    return trials.run(jobs, tmp_path_factory.mktemp("faulty"), f"{__name__}:plant")
+
+
+def named(found: dict[str, Any], what: str) -> list[dict[str, Any]]:
+    return [fault for fault in found["faults"] if fault["what"] == what]
+
+
+@pytest.mark.parametrize(
+    ("name", "cause", "first"),
+    [
+        ("wrong-scale", "is 1.02 times the right one: a wrong scale", 1),
+        ("stale-gradient", "is that of the step before: a stale buffer", 2),
+    ],
+)
+def test_a_wrong_gradient_is_found_and_its_cause_and_parameter_are_named(name, cause, first, faulty) -> None:
+    gradients = named(faulty[name], "gradients")
+    assert {fault["name"] for fault in gradients} == {WHICH}
+    assert min(fault["step"] for fault in gradients) == first
+    assert all(cause in fault["text"] and WHICH in fault["text"] for fault in gradients)
+    assert not named(faulty[name], "updates")  # the optimizer is right, given that gradient
+
+
+def test_gradients_that_were_not_reduced_are_told_from_others(faulty) -> None:
+    gradients = named(faulty["not-reduced"], "gradients")
+    assert (
+        len({fault["name"] for fault in gradients})
+        == next(r for r in faulty["not-reduced"]["rows"] if r["what"] == "updates")["count"] / 4
+    )
+    assert all("a worker's own share: not reduced over the workers" in fault["text"] for fault in gradients)
+
+
+def test_weights_that_were_not_renewed_are_named_with_their_worker(faulty) -> None:
+    in_use = named(faulty["stale-weights"], "weights in use")
+    assert {fault["name"] for fault in in_use} == {f"{WHICH} on worker 1"}
+    assert min(fault["step"] for fault in in_use) == 2
+    assert "a stale buffer" in in_use[0]["text"]
+
+
+def test_an_optimizer_that_errs_is_found_by_its_updates_alone(faulty) -> None:
+    assert {fault["what"] for fault in faulty["lost-moment"]["faults"]} == {"updates"}
+    assert min(fault["step"] for fault in faulty["lost-moment"]["faults"]) == 4
+    hasty_ = named(faulty["wrong-rate"], "updates")
+    assert any("is 1.5 times the right one: a wrong scale" in fault["text"] for fault in hasty_)
+
+
+# the command ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_one_object_and_leaves_no_process_behind(documents, tmp_path) -> None:
+    path = build_job.write(
+        tmp_path,
+        **{
+            "data.sources": [{"path": str(documents)}],
+            "train.precision": "fp32",
+            "workers.count": 2,
+            "storage": str(tmp_path / "runs"),
+            "mlflow.uri": f"sqlite:///{tmp_path}/mlflow.db",
+        },
+    )
+    (spool := tmp_path / "tmp").mkdir()
+    command = [sys.executable, "-m", "heliostat", "check", str(path), "--numerics", "--json"]
+    env = {**os.environ, "TMPDIR": str(spool), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])["numerics"]
+    assert found["ok"] and {row["faults"] for row in found["rows"]} == {0}
+    assert not list(spool.glob("heliostat-numerics-*")) and not (tmp_path / "runs").exists()
