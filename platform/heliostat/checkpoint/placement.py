@@ -18,7 +18,7 @@ Tensors = dict[str, dict[str, Any]]  # by name: dtype, shape, runs
 
 
 class Chunk(NamedTuple):
-    """Names the elements [start, start + numel) of a tensor, which a shard holds."""
+    """Describes the elements [start, start + numel) of a tensor, which a shard holds."""
 
     shard: int
     start: int

@@ -23,7 +23,7 @@ SIZE = 8  # bytes of them that hold the value's size
 
 @dataclass(frozen=True)
 class Channel:
-    """Names one of several conversations that a gloo group can hold at a time, from as many threads: those of other tags.
+    """Describes one of several conversations that a gloo group can hold at a time, from as many threads: those of other tags.
 
     `timeout`: of one message; None is the group's.
     """
