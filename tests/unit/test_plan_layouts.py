@@ -24,8 +24,8 @@ def workspace(monkeypatch) -> None:
 
 @pytest.fixture(scope="module")
 def wide() -> dict:
-    """A job of two wide layers on four GPUs: 8 billion parameters, which fit in some layouts and not in others."""
-    sizes = {"hidden_size": 16384, "intermediate_size": 65536, "vocab_size": 4096}
+    """A job of three wide layers on four GPUs: 12 billion parameters, which fit in some layouts and not in others."""
+    sizes = {"hidden_size": 16384, "intermediate_size": 65536, "vocab_size": 4096, "num_hidden_layers": 3}
     changes = {"workers.gpus": 1, "workers.count": 4, "train.global_batch": 64, "data.sequence_length": 512}
     j = job(**changes, **{f"model.{k}": v for k, v in sizes.items()})
     return planner.ranking(j, CausalLM(j))
