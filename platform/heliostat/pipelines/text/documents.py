@@ -36,6 +36,7 @@ REASONS = {
     "outside": "a link that leads out of the input",
 }
 BLOCK = 1 << 20  # bytes that are unpacked at a time
+BUFFER = 4 << 20  # bytes of a Parquet column that are read at a time: a row group may be larger than memory
 Form = Literal["none", "NFC", "NFKC"]
 
 
@@ -189,7 +190,8 @@ def _parquet(path: str, file: pa.NativeFile, rules: Rules, part: Part) -> Iterat
             if part.start == 0:
                 yield Dropped(path, "no_text")
             return
-        opened = pq.ParquetFile(file, metadata=footer, page_checksum_verification=True, read_dictionary=[rules.text_column])
+        opened = pq.ParquetFile(file, metadata=footer, page_checksum_verification=True, read_dictionary=[rules.text_column],
+                                pre_buffer=False, buffer_size=BUFFER)  # fmt: skip
         total = 0
         for row, values, others in sources.parquet_values(opened, rules.text_column, rules.columns, rules.max_file_bytes, part):
             texts = values.dictionary if isinstance(values, pa.DictionaryArray) else values
