@@ -57,7 +57,9 @@ def test_gopher_quality(text, expected):
 
 def test_gopher_counts_words_as_spacy_does():
     stage = GopherQuality(min_words=8, min_stop_words=0)
-    assert stage.judge("Don't you e.g. see 5km/h (well-known)?")[1]["words"] == len(["Do", "n't", "you", "e.g.", "see", "5km", "h", "well", "known"])
+    assert stage.judge("Don't you e.g. see 5km/h (well-known)?")[1]["words"] == len(
+        ["Do", "n't", "you", "e.g.", "see", "5km", "h", "well", "known"]
+    )
 
 
 def test_gopher_repetition_finds_lines_paragraphs_and_n_grams():
@@ -66,7 +68,10 @@ def test_gopher_repetition_finds_lines_paragraphs_and_n_grams():
     assert reason(GopherRepetition(), " ".join(words)) == ""
     assert reason(GopherRepetition(), "\n\n".join(["one paragraph"] * 2 + ["another"])) == "paragraphs"
     assert reason(GopherRepetition(), "\n".join(["a line of text"] * 2 + [" ".join(words[:20])])) == "lines"
-    assert reason(GopherRepetition(), " ".join(w for pair in zip(words, ["very good"] * 300, strict=False) for w in pair)) == "top_2_grams"
+    assert (
+        reason(GopherRepetition(), " ".join(w for pair in zip(words, ["very good"] * 300, strict=False) for w in pair))
+        == "top_2_grams"
+    )
     assert reason(GopherRepetition(), " ".join(words[:40] + words[100:140] + words[:40] + words[200:290])) == "5_grams"
     assert reason(GopherRepetition(), "") == "empty"
 
@@ -76,7 +81,9 @@ def test_duplicate_n_grams_are_those_of_the_definition(seed):
     """Counted by the definition, from the left, over words of few different lengths that repeat much."""
     draw = random.Random(seed)
     words = draw.choices(["a", "bb", "ccc", "dddd"], k=draw.randint(0, 80))
-    _, measures = GopherRepetition(**dict.fromkeys((f for f in GopherRepetition.model_fields), 1.0)).judge(text := " ".join(words) or "-")
+    _, measures = GopherRepetition(**dict.fromkeys((f for f in GopherRepetition.model_fields), 1.0)).judge(
+        text := " ".join(words) or "-"
+    )
     words = text.split()
     for n in range(5, 11):
         seen, chars, at = set(), 0, 0
@@ -120,7 +127,12 @@ def test_c4_removes_lines_and_marks_and_counts_them():
     [
         (PROSE, ""),
         ("\n \n", "empty"),
-        ("\n".join(["a long enough line without any mark at its end"] * 1 + ["another line that has none either, as it is"] * 1), "few_terminal_marks"),
+        (
+            "\n".join(
+                ["a long enough line without any mark at its end"] * 1 + ["another line that has none either, as it is"] * 1
+            ),
+            "few_terminal_marks",
+        ),
         ("\n".join([PROSE, "Short one.", "Short two.", "Short three."]), "short_lines"),
         ("\n".join([PROSE, PROSE]), "duplicate_chars"),
         ("\n".join(w + "." * (i % 2) for i, w in enumerate("abcdefghijklmnopqrstuvwxyz")), "short_lines"),
@@ -132,10 +144,25 @@ def test_fineweb(text, expected):
 
 
 def test_lines():
-    lines = ["Read on and sign in", "Sign in to comment", "3 likes", "1,024 * 2", "Home", "ALL OF THIS IS LOUD", "We read more...", PROSE]
+    lines = [
+        "Read on and sign in",
+        "Sign in to comment",
+        "3 likes",
+        "1,024 * 2",
+        "Home",
+        "ALL OF THIS IS LOUD",
+        "We read more...",
+        PROSE,
+    ]
     (outcome,) = Lines(max_removed_words=0.5).open()([Document("a", "\n".join(lines))])
     assert outcome.document.text == f"Read on and sign in\n{PROSE}"
-    assert outcome.counts == {"boilerplate_lines": 2, "counters": 1, "lines_of_numbers": 1, "lines_of_one_word": 1, "lines_of_capitals": 1}
+    assert outcome.counts == {
+        "boilerplate_lines": 2,
+        "counters": 1,
+        "lines_of_numbers": 1,
+        "lines_of_one_word": 1,
+        "lines_of_capitals": 1,
+    }
     assert reason(Lines(), "\n".join(lines)) == "removed_words"
     assert reason(Lines(max_removed_words=1.0), "Home\n\n12") == "empty"
 
@@ -159,7 +186,12 @@ def test_bad_words_are_whole_words_and_phrases_whatever_the_case(tmp_path):
 
 
 def test_urls(tmp_path):
-    for name, entries in {"domains": "bad.example\n", "urls": "http://www.good.example/this/\n", "words": "casino\n", "soft": "free\nwin\n"}.items():
+    for name, entries in {
+        "domains": "bad.example\n",
+        "urls": "http://www.good.example/this/\n",
+        "words": "casino\n",
+        "soft": "free\nwin\n",
+    }.items():
         (tmp_path / name).write_text(entries)
     stage = Urls(domains=[str(tmp_path / "domains")], urls=[str(tmp_path / "urls")], words=[str(tmp_path / "words")],
                  soft_words=[str(tmp_path / "soft")])  # fmt: skip
@@ -210,16 +242,26 @@ def test_code(path, text, expected):
 
 
 def test_code_tells_the_language():
-    for path, text, language in (("x/a.rs", SOURCE, "Rust"), ("run", "#!/usr/bin/env python3\n" + SOURCE, "Python"), ("Makefile", SOURCE, "Makefile")):
+    for path, text, language in (
+        ("x/a.rs", SOURCE, "Rust"),
+        ("run", "#!/usr/bin/env python3\n" + SOURCE, "Python"),
+        ("Makefile", SOURCE, "Makefile"),
+    ):
         (outcome,) = Code().open()([Document(f"{path}#1", text, {"path": path})])
         assert outcome.document.columns["language"] == language
     assert reason(Code(languages=["C"]), SOURCE, path="a.py") == "other_language"
 
 
-@pytest.mark.parametrize("stage", [GopherQuality(), GopherRepetition(), C4(), FineWeb(), Lines(), Code(), Length(min_words=50)], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize(
+    "stage",
+    [GopherQuality(), GopherRepetition(), C4(), FineWeb(), Lines(), Code(), Length(min_words=50)],
+    ids=lambda s: type(s).__name__,
+)
 def test_an_outcome_does_not_depend_on_the_batch_or_on_what_came_before(stage):
     draw = random.Random(1)
-    texts = [" ".join(draw.choices(PROSE.split(), k=draw.randint(0, 200))).replace(". ", ".\n" * draw.randint(0, 2)) for _ in range(60)]
+    texts = [
+        " ".join(draw.choices(PROSE.split(), k=draw.randint(0, 200))).replace(". ", ".\n" * draw.randint(0, 2)) for _ in range(60)
+    ]
 
     def decide(order, size):
         work, out = stage.open(), {}
@@ -237,6 +279,8 @@ def test_an_outcome_does_not_depend_on_the_batch_or_on_what_came_before(stage):
     assert {bool(o[0]) for o in first.values()} == {True, False}
 
 
-@pytest.mark.parametrize("stage", [GopherQuality, GopherRepetition, C4, FineWeb, Lines, Code, Length, BadWords, Urls], ids=lambda s: s.__name__)
+@pytest.mark.parametrize(
+    "stage", [GopherQuality, GopherRepetition, C4, FineWeb, Lines, Code, Length, BadWords, Urls], ids=lambda s: s.__name__
+)
 def test_thresholds_name_fields(stage):
     assert all(field in stage.model_fields for fields in stage.thresholds.values() for field in fields)

@@ -39,7 +39,9 @@ def brief(found):
     return [d.text if isinstance(d, Document) else d.reason for d in found]
 
 
-@pytest.mark.parametrize("pack", [bytes, gzip.compress, lambda d: pa.compress(d, "zstd", asbytes=True)], ids=["plain", "gz", "zst"])
+@pytest.mark.parametrize(
+    "pack", [bytes, gzip.compress, lambda d: pa.compress(d, "zstd", asbytes=True)], ids=["plain", "gz", "zst"]
+)
 def test_pages_of_a_web_archive_with_their_columns(pack):
     suffix = {bytes: "", gzip.compress: ".gz"}.get(pack, ".zst")
     data = [pack(r) for r in (record("", b"software: x", kind="warcinfo"), ONE, TWO)]
@@ -84,7 +86,12 @@ def test_a_broken_record_is_named_and_the_next_one_read(middle, expected):
 def test_a_broken_packed_record_is_named_and_the_next_one_read(damage):
     one, two, three = map(gzip.compress, (ONE, TWO, THREE))
     found = brief(items("a.warc.gz", one + damage(two) + three))
-    assert found[0] == b"<p>one</p>" and found[-1] == b"<p>three</p>" and set(found[1:-1]) <= {"corrupt", "truncated"} and found[1:-1]
+    assert (
+        found[0] == b"<p>one</p>"
+        and found[-1] == b"<p>three</p>"
+        and set(found[1:-1]) <= {"corrupt", "truncated"}
+        and found[1:-1]
+    )
 
 
 def test_every_cut_of_an_archive_ends_with_what_was_cut():
@@ -92,7 +99,9 @@ def test_every_cut_of_an_archive_ends_with_what_was_cut():
     first = len(gzip.compress(ONE))
     for end in range(first + 1, len(whole), 7):
         found = brief(items("a.warc.gz", whole[:end]))
-        assert found in ([b"<p>one</p>", "truncated"], [b"<p>one</p>", "corrupt"], [b"<p>one</p>", b"<p>two</p>", "truncated"]), end
+        assert found in ([b"<p>one</p>", "truncated"], [b"<p>one</p>", "corrupt"], [b"<p>one</p>", b"<p>two</p>", "truncated"]), (
+            end
+        )
     assert brief(items("a.warc", b"")) == brief(items("a.warc.gz", b"")) == []
 
 
@@ -107,11 +116,17 @@ PACK = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst"
 
 @pytest.mark.parametrize("suffix", PACK)
 def test_packed_lines_in_one_member_or_several_and_what_comes_before_a_break(suffix):
-    lines = [json.dumps({"text": f"line {i} " + "x" * (i % 50), "url": f"http://{i}/", "id": i}).encode() + b"\n" for i in range(6000)]
+    lines = [
+        json.dumps({"text": f"line {i} " + "x" * (i % 50), "url": f"http://{i}/", "id": i}).encode() + b"\n" for i in range(6000)
+    ]
     half = b"".join(lines[:3000]), b"".join(lines[3000:])
     packed = PACK[suffix](half[0]) + PACK[suffix](half[1])
     found = items(f"a.json{suffix}", packed)
-    assert len(found) == 6000 and found[-1].columns == {"url": "http://5999/", "source_id": 5999} and found[-1].id == f"a.json{suffix}#6000"
+    assert (
+        len(found) == 6000
+        and found[-1].columns == {"url": "http://5999/", "source_id": 5999}
+        and found[-1].id == f"a.json{suffix}#6000"
+    )
     broken = items(f"a.json{suffix}", packed[:-20])
     assert broken[-1].reason == "corrupt" and len(broken) > 3000
     assert brief(items(f"a.json{suffix}", b"no packing at all")) == ["corrupt"]
@@ -126,7 +141,9 @@ def test_a_bomb_and_a_line_without_end_take_little_memory(suffix):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert brief(found) == ["too_large", "behind"] and peak < 20_000_000
-    assert brief(items(f"a.jsonl{suffix}", packed, Limits(max_document_bytes=1 << 16, max_file_bytes=1 << 20))) == ["too_large"] * 2
+    assert (
+        brief(items(f"a.jsonl{suffix}", packed, Limits(max_document_bytes=1 << 16, max_file_bytes=1 << 20))) == ["too_large"] * 2
+    )
     assert brief(items(f"a.html{suffix}", packed)) == ["too_large"]
 
 
@@ -139,7 +156,15 @@ def test_lines_of_json():
 def test_csv():
     out = io.StringIO()
     writer = csv.writer(out)
-    writer.writerows([["id", "text", "license"], [7, 'said "so",\nand on', "MIT"], [8, "plain", ""], [9, "too", "many", "fields"], [10, "end", "X"]])
+    writer.writerows(
+        [
+            ["id", "text", "license"],
+            [7, 'said "so",\nand on', "MIT"],
+            [8, "plain", ""],
+            [9, "too", "many", "fields"],
+            [10, "end", "X"],
+        ]
+    )
     found = items("a.csv", "\ufeff".encode() + out.getvalue().encode())
     assert brief(found) == ['said "so",\nand on', "plain", "corrupt", "end"]
     assert found[0].columns == {"source_id": "7", "license": "MIT"} and found[0].id == "a.csv#1"

@@ -19,15 +19,15 @@ PRESCAN = 1024
 
 def sniff(data: bytes, content_type: str | None = None) -> tuple[str, str]:
     """Returns a page's encoding, by Python's name, and what it was told by: mark, header, meta, utf-8, looks."""
-    from resiliparse.parse.encoding import detect_encoding, map_encoding_to_html5
+    from resiliparse.parse.encoding import detect_encoding
 
     for mark, encoding in _MARKS:
         if data.startswith(mark):
             return encoding, "mark"
-    if content_type and (found := _CHARSET.search(content_type)) and (encoding := map_encoding_to_html5(found[1], False)):
+    if content_type and (found := _CHARSET.search(content_type)) and (encoding := _named(found[1])):
         return encoding, "header"
     for meta in _META.findall(_COMMENT.sub(b"", data[:PRESCAN])):
-        if (said := _CHARSET.search(meta.decode("latin-1"))) and (encoding := map_encoding_to_html5(said[1], False)):
+        if (said := _CHARSET.search(meta.decode("latin-1"))) and (encoding := _named(said[1])):
             return (
                 "utf-8" if encoding.startswith("utf-16") else encoding
             ), "meta"  # it is readable as ASCII, so it is not UTF-16
@@ -35,7 +35,15 @@ def sniff(data: bytes, content_type: str | None = None) -> tuple[str, str]:
         data.decode()
         return "utf-8", "utf-8"
     except UnicodeDecodeError:
-        return map_encoding_to_html5(detect_encoding(data[: 1 << 16]) or "windows-1252"), "looks"
+        return _named(detect_encoding(data[: 1 << 16]) or "") or "cp1252", "looks"
+
+
+def _named(label: str) -> str | None:
+    """Returns the encoding that browsers take a label for, by Python's name; None if they know none."""
+    from resiliparse.parse.encoding import map_encoding_to_html5
+
+    found = map_encoding_to_html5(label, False)
+    return "gb18030" if found in ("gbk", "gb2312") else found
 
 
 def decode(data: bytes, content_type: str | None = None) -> tuple[str, str, int]:

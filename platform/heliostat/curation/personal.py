@@ -101,11 +101,17 @@ def phones(region: str | None) -> Callable[[str], Iterator[Span]]:
 
 def replaced(text: str, spans: dict[str, list[Span]], placeholders: dict[str, str]) -> tuple[str, dict[str, int]]:
     """Replaces spans by their kind's placeholder, and counts them; of two that overlap, the kind that is named first wins."""
+    order = {kind: i for i, kind in enumerate(spans)}
     chosen = list[tuple[int, int, str]]()
-    for kind, found in spans.items():
-        chosen += [(a, b, kind) for a, b in found if not any(a < d and c < b for c, d, _ in chosen)]
+    for start, stop, kind in sorted(
+        ((a, b, kind) for kind, found in spans.items() for a, b in found), key=lambda s: (s[0], order[s[2]])
+    ):
+        if not chosen or start >= chosen[-1][1]:
+            chosen.append((start, stop, kind))
+        elif order[kind] < order[chosen[-1][2]] and (len(chosen) < 2 or start >= chosen[-2][1]):
+            chosen[-1] = (start, stop, kind)
     out, at, counts = list[str](), 0, dict[str, int]()
-    for start, stop, kind in sorted(chosen):
+    for start, stop, kind in chosen:
         out += (text[at:start], placeholders[kind])
         at, counts[kind] = stop, counts.get(kind, 0) + 1
     return "".join([*out, text[at:]]), counts

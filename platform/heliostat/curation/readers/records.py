@@ -67,14 +67,14 @@ class Archive:
         return f"{self._member}+{self._inner}" if self._inner else str(self._member)
 
     def _head(self, place: str) -> dict[str, str]:
+        if not self._fill(len(START)) or not self._plain.startswith(START, self._used):
+            raise Broken(place, "corrupt", "no record begins here")
         while (end := self._plain.find(BLANK, self._used)) < 0:
             if len(self._plain) - self._used > HEAD:
                 raise Broken(place, "corrupt", f"a head of more than {HEAD:,} bytes")
             if not self._fill(len(self._plain) - self._used + 1):
-                raise Broken(place, "truncated", "the file ends in a record's head")
-        first, *lines = bytes(self._plain[self._used : end]).decode("utf-8", "replace").split("\r\n")
-        if not first.startswith(START.decode()):
-            raise Broken(place, "corrupt", "no record begins here")
+                raise Broken(place, "truncated", "it ends in a record's head")
+        lines = bytes(self._plain[self._used : end]).decode("utf-8", "replace").split("\r\n")[1:]
         self._take(end + len(BLANK) - self._used)
         return {name.strip().lower(): value.strip() for name, mark, value in (line.partition(":") for line in lines) if mark}
 

@@ -26,6 +26,7 @@ REASONS = {
 }
 CODECS = {".gz": "gz", ".zst": "zst", ".bz2": "bz2", ".xz": "xz"}
 BLOCK = 1 << 20  # bytes that are unpacked at a time
+ZST_BLOCK = 1 << 16  # the same of .zst, of which a break costs what was unpacked of a block before it
 XZ_MEMORY = 256 << 20  # that unpacking .xz may take; `xz -9` makes files that need 65 MiB
 
 
@@ -66,7 +67,7 @@ def _plain(stream: BinaryIO) -> Iterator[bytes]:
 def _zst(stream: BinaryIO) -> Iterator[bytes]:
     try:
         opened = pa.CompressedInputStream(pa.PythonFile(stream, "r"), "zstd")
-        while block := opened.read(BLOCK):
+        while block := opened.read(ZST_BLOCK):
             yield block
     except pa.ArrowInvalid as e:
         raise LeftOutError("corrupt", str(e).partition("\n")[0]) from e

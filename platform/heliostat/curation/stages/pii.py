@@ -8,6 +8,7 @@ nothing that would be masked again. Numbers of phones without + and country are 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import ClassVar, Literal
 
@@ -19,6 +20,7 @@ from heliostat.curation.filtering import text_of
 from heliostat.curation.stage import Document, Outcome, Stage, Work
 
 Kind = Literal["iban", "credit_card", "email", "ip", "phone"]
+ROUNDS = 8
 ORDER: tuple[Kind, ...] = ("iban", "credit_card", "email", "ip", "phone")  # the first wins where two overlap
 
 
@@ -60,8 +62,12 @@ class Pii(Stage):
         masks = {kind: self.mask.replace("{kind}", kind) for kind in kinds}
 
         def outcome(document: Document) -> Outcome:
-            text = text_of(document)
-            masked, counts = personal.replaced(text, {kind: list(finders[kind](text)) for kind in kinds}, masks)
+            masked, counts = text_of(document), Counter[str]()
+            for _ in range(ROUNDS):  # a mask may end a number that was part of a longer one before
+                masked, more = personal.replaced(masked, {kind: list(finders[kind](masked)) for kind in kinds}, masks)
+                counts.update(more)
+                if not more:
+                    break
             found = sum(counts.values())
             if self.action == "drop" and found > self.max_found:
                 return Outcome(None, "pii", ", ".join(f"{n} {kind}" for kind, n in counts.items()), {"found": found})

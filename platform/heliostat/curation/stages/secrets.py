@@ -30,7 +30,8 @@ FORMS = [
 ]  # fmt: skip
 WIDE = ["Base64HighEntropyString", "HexHighEntropyString", "KeywordDetector", "IPPublicDetector"]
 _NEAR = re.compile(r"[A-Za-z0-9+/_=.-]{16}|://[^\s@]{1,200}@|PRIVATE KEY|PuTTY|AKC|AP[\dA-F]|xox|_authToken")
-PIECE, OVERLAP = 4096, 512
+_ANY = re.compile(r"\S")
+LONG_LINE, PIECE, OVERLAP = 4096, 2048, 512
 
 
 class Secrets(Stage):
@@ -64,10 +65,10 @@ class Secrets(Stage):
 
         classes = {c.__name__: c for c in get_mapping_from_secret_type_to_class().values()}
         detectors = [classes[name]() for name in self.detectors]
-        everywhere = any(name in WIDE for name in self.detectors)
+        near = _ANY if any(name in WIDE for name in self.detectors) else _NEAR
 
         def outcome(document: Document) -> Outcome:
-            text, found, kinds = _masked(text_of(document), detectors, self.mask, everywhere)
+            text, found, kinds = _masked(text_of(document), detectors, self.mask, near)
             if self.action == "drop" and found > self.max_found:
                 return Outcome(None, "secrets", ", ".join(sorted(kinds)), {"found": found})
             if self.action == "mask":
@@ -78,19 +79,17 @@ class Secrets(Stage):
         return lambda documents: [outcome(d) for d in documents]
 
 
-def _masked(text: str, detectors: list[Any], mask: str, everywhere: bool) -> tuple[str, int, set[str]]:
+def _masked(text: str, detectors: list[Any], mask: str, near: re.Pattern[str]) -> tuple[str, int, set[str]]:
     """Masks the secrets of each line that may have one; returns the text, their number and their kinds."""
     out, at, count, kinds = list[str](), 0, 0, set[str]()
-    while near := (None if everywhere else _NEAR.search(text, at)) or (everywhere and at < len(text)):
-        place = at if near is True else near.start()
-        start = text.rfind("\n", at, place) + 1 or at
-        end = text.find("\n", place) + 1 or len(text)
+    while found := near.search(text, at):
+        start = text.rfind("\n", at, found.start()) + 1 or at
+        end = text.find("\n", found.start()) + 1 or len(text)
         line = text[start:end]
-        for secret, kind in sorted(
-            {(s, k) for piece in _pieces(line) for s, k in _secrets(piece, detectors)}, key=lambda f: -len(f[0])
-        ):
-            if found := line.count(secret):
-                line, count = line.replace(secret, mask), count + found
+        secrets = {(secret, kind) for piece in _pieces(line) for secret, kind in _secrets(piece, detectors) if secret != mask}
+        for secret, kind in sorted(secrets, key=lambda s: (-len(s[0]), s)):
+            if times := line.count(secret):
+                line, count = line.replace(secret, mask), count + times
                 kinds.add(kind)
         out += (text[at:start], line)
         at = end
@@ -98,7 +97,10 @@ def _masked(text: str, detectors: list[Any], mask: str, everywhere: bool) -> tup
 
 
 def _pieces(line: str) -> Iterator[str]:
-    for start in range(0, max(len(line) - OVERLAP, 1), PIECE - OVERLAP):
+    if len(line) <= LONG_LINE:
+        yield line.rstrip("\n")
+        return
+    for start in range(0, len(line) - OVERLAP, PIECE - OVERLAP):
         yield line[start : start + PIECE].rstrip("\n")
 
 

@@ -1,0 +1,140 @@
+"""Text of evaluation sets is found wherever it is, and a classifier learns what it is shown; neither depends on the batch."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+from heliostat.curation import decontamination, linear
+from heliostat.curation.stage import Document
+from heliostat.curation.stages.classifier import Classifier
+from heliostat.curation.stages.decontaminate import Decontaminate
+from heliostat.errors import ConfigError
+
+QUESTION = "A train leaves the station at noon and travels for three hours at sixty miles an hour how far has it gone"
+
+
+@pytest.fixture
+def sets(tmp_path):
+    path = tmp_path / "gsm.jsonl"
+    path.write_text(
+        json.dumps({"question": "too short"}) + "\n" + json.dumps({"question": QUESTION, "answer": ["180 miles"]}) + "\n"
+    )
+    other = tmp_path / "other.txt"
+    other.write_text("One paragraph of a text that is used for evaluation and that nobody should ever train on.\n\nShort one.\n")
+    return {"gsm": str(path), "other": str(other)}
+
+
+def words(count, seed=0):
+    draw = random.Random(seed)
+    return ["".join(draw.choices("abcdefghij", k=6)) for _ in range(count)]
+
+
+def test_hits_are_listed_with_their_place(sets):
+    work = Decontaminate(sets=sets).open()
+    hidden = " ".join(words(50)) + "\n" + QUESTION.upper().replace(" ", ",\n ") + "\n" + " ".join(words(50, 1))
+    clean, found, short = work([Document("a", " ".join(words(500))), Document("b", hidden), Document("c", "a train")])
+    assert clean.document and short.document and clean.measures == {"hits": 0, "hit_share": 0.0}
+    assert (found.reason, found.detail) == ("contaminated", "gsm#2 at word 51")
+    assert found.measures["hits"] == len(QUESTION.split()) - 12
+    (part,) = work([Document("d", " ".join(QUESTION.split()[:12]))])
+    assert part.document
+
+
+def test_planted_n_grams_are_all_found_and_nothing_else():
+    draw = random.Random(5)
+    evaluation = [" ".join(words(30, seed)) for seed in range(1000, 1100)]
+    index, short = decontamination.index({"e": ("e.txt", "\n\n".join(evaluation).encode())}, [], 13)
+    hashes, hits = decontamination.Hashes(13), 0
+    assert not short
+    for seed in range(400):
+        text = words(draw.randint(0, 200), seed)
+        at, planted = draw.randint(0, len(text)), draw.randint(0, 1)
+        if planted:
+            start = draw.randint(0, 17)
+            text[at:at] = evaluation[draw.randint(0, 99)].split()[start : start + 13]
+        found = index.hits(hashes.grams(" ".join(text)))
+        assert found.tolist() == ([at] if planted else [])
+        hits += planted
+    assert hits > 100
+
+
+def test_what_a_set_cannot_be_is_said(sets, tmp_path, caplog):
+    Decontaminate(sets=sets).check()
+    assert "1 examples of gsm have fewer than 13 words" in caplog.text
+    with pytest.raises(ConfigError, match="line 1 has none of the fields text"):
+        Decontaminate(sets=sets, fields=["text"]).check()
+    with pytest.raises(ConfigError, match="no example has 99 words; lower `n`"):
+        Decontaminate(sets=sets, n=99).check()
+    (tmp_path / "bad.jsonl").write_text("{")
+    with pytest.raises(ConfigError, match="line 1 is no JSON object"):
+        Decontaminate(sets={"bad": str(tmp_path / "bad.jsonl")}).check()
+    with pytest.raises(ConfigError, match=r"sets: '/none' cannot be read"):
+        Decontaminate(sets={"none": "/none"}).check()
+
+
+def test_the_identity_follows_from_the_content(sets, tmp_path):
+    before = Decontaminate(sets=sets).identity()
+    moved = tmp_path / "moved.txt"
+    moved.write_bytes(open(sets["other"], "rb").read())
+    assert Decontaminate(sets=sets | {"other": str(moved)}).identity() == before
+    moved.write_text("Something else that has at least thirteen words in it so that it can be found here.")
+    assert Decontaminate(sets=sets | {"other": str(moved)}).identity() != before
+
+
+def examples(count, seed):
+    draw = random.Random(seed)
+    topic = {
+        0: ["buy", "cheap", "now", "click", "here", "win", "free", "offer"],
+        1: ["theorem", "proof", "lemma", "integral", "history", "chapter", "water"],
+    }
+    common = ["the", "a", "of", "and", "to", "in", "is", "was", "for", "on"]
+    return [
+        [" ".join(draw.choices(common, k=40) + draw.choices(topic[kind], k=draw.randint(2, 10))) for _ in range(count)]
+        for kind in (1, 0)
+    ]
+
+
+def test_a_classifier_learns_and_reports_on_held_out_documents(tmp_path):
+    good, bad = examples(150, 0)
+    made, report = linear.train(good, bad, bits=14)
+    assert report["held_out_good"] == report["held_out_bad"] == 30 and report["trained_good"] == 120
+    assert report["held_out"]["0.5"]["precision"] >= 0.95 and report["held_out"]["0.5"]["recall"] >= 0.9
+    made.save(tmp_path / "model", report)
+    stage = Classifier(model=str(tmp_path / "model"))
+    stage.check()
+    fresh_good, fresh_bad = examples(50, 1)
+    outcomes = stage.open()([Document(str(i), t) for i, t in enumerate(fresh_good + fresh_bad)])
+    right = [bool(o.document) == (i < 50) for i, o in enumerate(outcomes)]
+    assert sum(right) >= 95 and all(o.document.columns["quality"] >= 0.5 for o in outcomes if o.document)
+    again, same = linear.train(good[::-1], bad, bits=14)
+    assert same == report and np.array_equal(again.weights, made.weights)
+    before = stage.identity()
+    made.weights[0] += 1
+    made.save(tmp_path / "model", report)
+    assert stage.identity() != before
+
+
+def test_recall_is_of_documents_that_were_not_trained_on():
+    """Labels at random cannot be learned: what is held out is not better than chance."""
+    draw = random.Random(2)
+    texts = [" ".join(words(30, seed)) for seed in range(400)]
+    draw.shuffle(texts)
+    _, report = linear.train(texts[:200], texts[200:], bits=14)
+    assert report["held_out"]["0.5"]["precision"] is None or report["held_out"]["0.5"]["precision"] < 0.75
+
+
+def test_what_cannot_be_a_classifier_is_said(tmp_path):
+    good, bad = examples(20, 0)
+    with pytest.raises(ConfigError, match="5 different examples of bad documents are too few"):
+        linear.train(good, bad[:5])
+    with pytest.raises(ConfigError, match="1 documents are examples of both kinds"):
+        linear.train(good, [*bad, good[0]])
+    with pytest.raises(ConfigError, match="holds no classifier"):
+        Classifier(model=str(tmp_path)).check()
+    made, report = linear.train(good, bad, bits=10)
+    made.save(tmp_path, report)
+    about = json.loads((tmp_path / linear.ABOUT).read_text())
+    (tmp_path / linear.ABOUT).write_text(json.dumps(about | {"bits": 11}))
+    with pytest.raises(ConfigError, match="do not fit its keys"):
+        Classifier(model=str(tmp_path)).check()

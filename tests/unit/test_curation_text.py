@@ -1,0 +1,243 @@
+"""Stages that make text of pages, repair it, tell its language, and mask what is nobody's business."""
+
+import random
+import time
+
+import ftfy
+import pytest
+from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
+from heliostat import extras
+from heliostat.curation import encodings, personal
+from heliostat.curation.isolated import Isolated, IsolatedError
+from heliostat.curation.stage import Document
+from heliostat.curation.stages import secrets
+from heliostat.curation.stages.extract import Extract
+from heliostat.curation.stages.fix_text import FixText
+from heliostat.curation.stages.language import Language
+from heliostat.curation.stages.pii import Pii
+from heliostat.curation.stages.secrets import Secrets
+from heliostat.errors import ConfigError, MissingExtraError
+from pydantic import ValidationError
+
+PAGE = b"<html><head><title>A page</title></head><body><nav><ul><li><a href=/>Home</a></li></ul></nav><main><p>%s</p></main></body></html>"
+
+
+def one(stage, text, **columns):
+    (outcome,) = stage.open()([Document("a", text, columns)])
+    assert (outcome.document is None) == bool(outcome.reason) and (not outcome.reason or outcome.reason in stage.reasons)
+    return outcome
+
+
+@pytest.mark.parametrize(
+    ("data", "header", "encoding", "told"),
+    [
+        (b"\xef\xbb\xbfx", "text/html; charset=latin1", "utf-8", "mark"),
+        (b"\xff\xfex\0", None, "utf-16-le", "mark"),
+        (b"<meta charset=utf-8>", 'text/html; charset="ISO-8859-1"', "cp1252", "header"),
+        (b"<meta charset=utf-8>", "text/html; charset=nonsense", "utf-8", "meta"),
+        (b"<meta charset='shift_jis'>", "text/html", "shift_jis", "meta"),
+        (b'<META http-equiv="Content-Type" content="text/html; charset=koi8-r">', None, "koi8-r", "meta"),
+        (b"<!-- <meta charset=koi8-r> --><meta charset=gbk>", None, "gb18030", "meta"),
+        (b"<meta charset=utf-16>", None, "utf-8", "meta"),
+        (b" " * 1024 + b"<meta charset=koi8-r>", None, "utf-8", "utf-8"),
+        ("<p>Größe".encode(), None, "utf-8", "utf-8"),
+        ("日本語のテキストです。これは本文です。".encode("shift_jis") * 9, None, "shift_jis", "looks"),
+    ],
+)
+def test_encodings_are_told_as_the_standard_has_it(data, header, encoding, told):
+    assert encodings.sniff(data, header) == (encoding, told)
+
+
+def test_extract_leaves_out_navigation_and_tells_of_the_page():
+    stage = Extract()
+    outcome = one(stage, PAGE % "Größe".encode("latin-1"), content_type="text/html; charset=latin1")
+    assert outcome.document.text == "Größe" and outcome.document.columns["title"] == "A page"
+    assert outcome.document.columns["encoding"] == "cp1252" and 0 < outcome.measures["boilerplate"] < 1
+    assert "Home" in one(Extract(main_content=False), PAGE % b"text").document.text
+    assert one(stage, "text already").document.text == "text already"
+    assert one(stage, b"<html></html>").reason == "no_text" and one(Extract(max_bytes=9), b"x" * 10).reason == "too_large"
+    outcome = one(stage, b"\xff\xfa\x80" * 100, content_type="text/html; charset=utf-8")
+    assert (outcome.reason, outcome.detail) == ("undecodable", "300 of 300 characters are no utf-8")
+    assert one(stage, PAGE % b"a \xff few").document.text == "a ÿ few"
+
+
+def test_extract_with_trafilatura():
+    text = b"This is the first sentence of an article that goes on for a while. " * 20
+    assert one(Extract(library="trafilatura"), PAGE % text).document.text.startswith("This is the first sentence")
+
+
+def test_a_page_that_hangs_the_parser_is_dropped_and_the_next_one_read():
+    work = Extract(max_seconds=1.0).open()
+    start = time.monotonic()
+    outcomes = work([Document("a", PAGE % b"one"), Document("b", b"<div>" * 100_000 + b"deep"), Document("c", PAGE % b"two")])
+    assert [o.reason for o in outcomes] == ["", "timeout", ""] and outcomes[2].document.text == "two"
+    assert "1 s of processor time" in outcomes[1].detail and time.monotonic() - start < 60
+
+
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [
+        ("crash", "crashed"),
+        ("hang", "timeout"),
+        ("sleep", "timeout"),
+        ("memory", "memory"),
+        ("raise", "failed"),
+        ("exit", "crashed"),
+    ],
+)
+def test_whatever_happens_to_an_isolated_process_has_a_reason_and_the_next_item_an_answer(what, reason, monkeypatch):
+    monkeypatch.setattr("heliostat.curation.isolated.WALL", 4)
+    with Isolated("tests.unit.build_isolated:worst", {"mark": "!"}, 0.5, 1024) as run:
+        assert run({"do": "echo"}, b"x" * 3_000_000) == ({"seen": 3_000_000}, b"!")
+        with pytest.raises(IsolatedError) as found:
+            run({"do": what}, b"")
+        assert found.value.reason == reason
+        assert run({"do": "echo"}, b"") == ({"seen": 0}, b"!")
+
+
+def test_fix_text_changes_what_ftfy_changes_in_the_whole_text():
+    pieces = ["plain words", "âœ” No problems", "It&amp;s fine", "a <b> tag", "caf\u00c3\u00a9", "\x1b[31mred\x1b[0m", "“curly” ﬁ ＡＢ", "tab\there",
+              "\ufeffmark", "bell\x07", "Größe", "\u0085", "l\u2019humanit\u00e9", "&lt;", "\r", ""]  # fmt: skip
+    config = ftfy.TextFixerConfig(uncurl_quotes=False, fix_latin_ligatures=False, fix_character_width=False, fix_line_breaks=False,
+                                  normalization=None)  # fmt: skip
+    draw, changed = random.Random(0), 0
+    for _ in range(300):
+        text = draw.choice(["\n", " ", "\n\n"]).join(draw.choices(pieces, k=draw.randint(0, 8)))
+        outcome = one(FixText(), text)
+        assert outcome.document.text == ftfy.fix_text(text, config)
+        changed += outcome.counts.get("repaired_lines", 0)
+    assert changed > 100
+    assert one(FixText(uncurl_quotes=True), "“x”").document.text == '"x"'
+
+
+def test_language():
+    stage = Language(languages=["en", "de"], min_score=0.5)
+    outcome = one(stage, "This is an English text about the weather and other things that people talk about.")
+    assert outcome.document.columns["language"] == "en" and outcome.measures["language_score"] > 0.9
+    assert one(stage, "Ceci est un texte en français, sur la pluie et le beau temps.").reason == "other_language"
+    assert one(Language(min_score=1.0), "ok no da si").reason == "uncertain"
+    assert one(stage, " \n").reason == "no_language"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Write to jane.doe+x@mail.example.co.uk.", "Write to <email>."),
+        ("user@localhost and @name", "user@localhost and @name"),
+        ("From 8.8.8.8 to 10.0.0.1, version 1.2.3.4.5", "From <ip> to 10.0.0.1, version 1.2.3.4.5"),
+        ("At 2001:4860:4860::8888, not ::1 or 12:30:45", "At <ip>, not ::1 or 12:30:45"),
+        ("Card 4111 1111 1111 1111 is; 4111 1111 1111 1112 is not", "Card <credit_card> is; 4111 1111 1111 1112 is not"),
+        ("Pay to DE89 3704 0044 0532 0130 00 now", "Pay to <iban> now"),
+        ("Pay to GB82WEST12345698765432, not GB82WEST12345698765433", "Pay to <iban>, not GB82WEST12345698765433"),
+        ("Call +44 20 7031 3000 or (212) 736-5000.", "Call <phone> or <phone>."),
+        ("In 2024-01-01 there were 1234567890123", "In 2024-01-01 there were 1234567890123"),
+        ("", ""),
+    ],
+)
+def test_pii(text, expected):
+    stage = Pii(kinds=["email", "ip", "phone", "credit_card", "iban"], region="US")
+    outcome = one(stage, text)
+    assert outcome.document.text == expected and sum(outcome.counts.values()) == outcome.measures["found"] == expected.count("<")
+    assert one(stage, expected).document.text == expected
+    dropped = one(Pii(kinds=stage.kinds, region="US", action="drop"), text)
+    assert dropped.reason == ("pii" if "<" in expected else "") and (dropped.reason or dropped.document.text == text)
+
+
+def test_masks_are_idempotent_on_noise():
+    draw = random.Random(3)
+    pieces = [
+        "a@b.com",
+        "8.8.8.8",
+        "+442070313000",
+        "4111111111111111",
+        "DE89370400440532013000",
+        ".",
+        "@",
+        "1",
+        " ",
+        "-",
+        "<",
+        "x",
+        ":",
+        "::",
+        "+",
+        "(",
+    ]
+    work = Pii(kinds=["email", "ip", "phone", "credit_card", "iban"], region="GB").open()
+    for _ in range(2000):
+        (first,) = work([Document("a", "".join(draw.choices(pieces, k=draw.randint(1, 12))))])
+        text = first.document.text
+        (second,) = work([Document("a", text)])
+        assert second.document.text == text and not second.counts
+
+
+def test_a_mask_that_could_be_masked_is_refused():
+    with pytest.raises(ValidationError, match="must hold neither a digit nor @"):
+        Pii(mask="x@example.com")
+
+
+def test_luhn():
+    assert personal.luhn("4111111111111111") and not personal.luhn("4111111111111112")
+
+
+KEY = "gh" + "p_" + "Ab1" * 12
+CODE = f'import os\n\ntoken = "{KEY}"\nurl = "https://user:pa55word@host/x"\nname = "nothing_secret_here_at_all"\n-----BEGIN RSA PRIVATE KEY-----\n'
+
+
+def test_secrets():
+    outcome = one(Secrets(), CODE)
+    assert (
+        KEY not in outcome.document.text
+        and "pa55word" not in outcome.document.text
+        and "nothing_secret_here" in outcome.document.text
+    )
+    assert outcome.counts == {"masked_secrets": 3} and outcome.document.text.count("\n") == CODE.count("\n")
+    assert one(Secrets(), outcome.document.text).counts == {}
+    dropped = one(Secrets(action="drop"), CODE)
+    assert dropped.reason == "secrets" and "GitHub Token" in dropped.detail and KEY not in dropped.detail
+    assert one(Secrets(detectors=["KeywordDetector"]), 'password = "hunter2secret"').counts == {"masked_secrets": 1}
+    with pytest.raises(ValidationError, match="did you mean 'GitHubTokenDetector'"):
+        Secrets(detectors=["GithubTokenDetector"])
+
+
+def test_lines_that_are_passed_over_hold_no_secret():
+    """The library's detectors find nothing more in whole texts than the stage does."""
+    classes = {c.__name__: c for c in get_mapping_from_secret_type_to_class().values()}
+    assert set(secrets.FORMS) | set(secrets.WIDE) == set(classes)
+    detectors = [classes[name]() for name in secrets.FORMS]
+    short = [
+        "AKCabcdefghij1",
+        "AP1abcdefghij",
+        "https://u:p@h",
+        "xoxb-12-ab",
+        "//x/:_authToken=npm_x",
+        "PuTTY-User-Key-File-2",
+        "eyJhbGciOiJIUzI1NiJ9.e30",
+    ]
+    for line in [*short, *CODE.splitlines()]:
+        expected = {s for d in detectors for s in d.analyze_string(line)}
+        assert bool(one(Secrets(), f"x\n{line}\ny\n").counts) == bool(expected), line
+
+
+HOSTILE = ["a@" * 50000, "a." * 50000 + "@", "1" * 100000, "1-" * 50000, "(1) " * 25000, "::" * 50000, "DE89 " * 20000, "eyJ" * 32500,
+           "://a:" * 20000, "key = " * 15000, "<" * 100000, "&amp;" * 20000, "\u00c3\u00a9" * 50000, "-" * 100000 + "@x", "xoxb-1-" * 12500]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=lambda t: t[:6])
+def test_hostile_text_takes_linear_time(text):
+    for stage in (Pii(kinds=["email", "ip", "phone", "credit_card", "iban"], region="US"), Secrets(), FixText()):
+        work = stage.open()
+        start = time.process_time()
+        work([Document("a", text)])
+        assert time.process_time() - start < 6, type(stage).__name__
+
+
+def test_a_missing_library_is_one_line_that_names_the_extra(monkeypatch):
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    for stage in (Extract(), FixText(), Language(), Secrets(), Pii(kinds=["phone"])):
+        with pytest.raises(
+            MissingExtraError, match=r"^stage \w+.* needs the extra 'curation': pip install 'heliostat\[curation\]'"
+        ):
+            stage.check()
+    assert issubclass(MissingExtraError, ConfigError)
+    Pii().check()
