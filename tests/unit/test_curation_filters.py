@@ -18,8 +18,8 @@ from pydantic import ValidationError
 
 PROSE = (
     "The old lighthouse keeper walked down to the harbour every morning before the sun had risen. He carried a lamp and a rope, "
-    "and he would wait for the first boats to return with their nets. Nobody in the village could remember a time when he had not "
-    "been there. Some said that the sea itself would stop if he ever failed to come. Children were told to greet him with respect!"
+    "and he would wait for the first boats to return with their nets. Nobody in the village could remember a time when he had "
+    "not been there. Some said that the sea itself would stop if he ever failed to come. Children were told to greet him well!"
 )
 
 
@@ -115,7 +115,8 @@ def test_c4(text, expected):
 
 def test_c4_removes_lines_and_marks_and_counts_them():
     lines = [PROSE, "no mark at the end", "Too short.", "We use cookies on this site.", "Please enable Javascript to go on.",
-             "It was so [1] in the year [citation needed] of his birth.", "It goes on and on ...", f"{'x' * 1001} is a word."]  # fmt: skip
+             "It was so [1] in the year [citation needed] of his birth.", "It goes on and on ...",
+             f"{'x' * 1001} is a word."]  # fmt: skip
     (outcome,) = C4().open()([Document("a", "\n".join(lines))])
     assert outcome.document.text == f"{PROSE}\nIt was so  in the year  of his birth."
     assert outcome.counts == {"lines_without_terminal_mark": 2, "short_lines": 1, "policy_lines": 1, "javascript_lines": 1,

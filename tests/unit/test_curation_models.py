@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -76,7 +77,7 @@ def test_what_a_set_cannot_be_is_said(sets, tmp_path, caplog):
 def test_the_identity_follows_from_the_content(sets, tmp_path):
     before = Decontaminate(sets=sets).identity()
     moved = tmp_path / "moved.txt"
-    moved.write_bytes(open(sets["other"], "rb").read())
+    moved.write_bytes(Path(sets["other"]).read_bytes())
     assert Decontaminate(sets=sets | {"other": str(moved)}).identity() == before
     moved.write_text("Something else that has at least thirteen words in it so that it can be found here.")
     assert Decontaminate(sets=sets | {"other": str(moved)}).identity() != before

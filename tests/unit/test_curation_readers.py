@@ -13,6 +13,7 @@ import pytest
 from heliostat.curation.readers import READERS, REASONS, Limits, read, suffix_of
 from heliostat.curation.stage import Document, Dropped
 
+OK = b"HTTP/1.1 200 OK\r\n"
 LIMITS = Limits(max_document_bytes=1 << 16)
 
 
@@ -69,10 +70,10 @@ def test_pages_of_a_web_archive_with_their_columns(pack):
         (record("http://two/", b"no response", head=b""), ["corrupt"]),
         (record("http://two/", b"gone", head=b"HTTP/1.1 404 Not Found\r\n\r\n"), ["http_status"]),
         (record("http://two/", b"PNG", head=b"HTTP/1.1 200 OK\r\nContent-Type: image/png\r\n\r\n"), ["not_html"]),
-        (record("http://two/", b"\xe9t\xe9", head=b"HTTP/1.1 200 OK\r\nContent-Type: text/plain; charset=latin1\r\n\r\n"), ["été"]),
-        (record("http://two/", b"3\r\n<p>\r\n2\r\nhi\r\n0\r\n\r\n", head=b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"), [b"<p>hi"]),
-        (record("http://two/", gzip.compress(b"<p>z"), head=b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\n"), [b"<p>z"]),
-        (record("http://two/", gzip.compress(b"0" * 10**6), head=b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\n"), ["too_large"]),
+        (record("http://two/", b"\xe9t\xe9", head=OK + b"Content-Type: text/plain; charset=latin1\r\n\r\n"), ["été"]),
+        (record("http://two/", b"3\r\n<p>\r\n2\r\nhi\r\n0\r\n\r\n", head=OK + b"Transfer-Encoding: chunked\r\n\r\n"), [b"<p>hi"]),
+        (record("http://two/", gzip.compress(b"<p>z"), head=OK + b"Content-Encoding: gzip\r\n\r\n"), [b"<p>z"]),
+        (record("http://two/", gzip.compress(b"0" * 10**6), head=OK + b"Content-Encoding: gzip\r\n\r\n"), ["too_large"]),
     ],
 )  # fmt: skip
 def test_a_broken_record_is_named_and_the_next_one_read(middle, expected):

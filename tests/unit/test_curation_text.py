@@ -19,7 +19,10 @@ from heliostat.curation.stages.secrets import Secrets
 from heliostat.errors import ConfigError, MissingExtraError
 from pydantic import ValidationError
 
-PAGE = b"<html><head><title>A page</title></head><body><nav><ul><li><a href=/>Home</a></li></ul></nav><main><p>%s</p></main></body></html>"
+PAGE = (
+    b"<html><head><title>A page</title></head><body><nav><ul><li><a href=/>Home</a></li></ul></nav>"
+    b"<main><p>%s</p></main></body></html>"
+)
 
 
 def one(stage, text, **columns):
@@ -96,10 +99,10 @@ def test_whatever_happens_to_an_isolated_process_has_a_reason_and_the_next_item_
 
 
 def test_fix_text_changes_what_ftfy_changes_in_the_whole_text():
-    pieces = ["plain words", "âœ” No problems", "It&amp;s fine", "a <b> tag", "caf\u00c3\u00a9", "\x1b[31mred\x1b[0m", "“curly” ﬁ ＡＢ", "tab\there",
-              "\ufeffmark", "bell\x07", "Größe", "\u0085", "l\u2019humanit\u00e9", "&lt;", "\r", ""]  # fmt: skip
-    config = ftfy.TextFixerConfig(uncurl_quotes=False, fix_latin_ligatures=False, fix_character_width=False, fix_line_breaks=False,
-                                  normalization=None)  # fmt: skip
+    pieces = ["plain words", "âœ” No problems", "It&amp;s fine", "a <b> tag", "caf\u00c3\u00a9", "\x1b[31mred\x1b[0m", "“curly” ﬁ ＡＢ",
+              "tab\there", "\ufeffmark", "bell\x07", "Größe", "\u0085", "l\u2019humanit\u00e9", "&lt;", "\r", ""]  # fmt: skip
+    config = ftfy.TextFixerConfig(uncurl_quotes=False, fix_latin_ligatures=False, fix_character_width=False,
+                                  fix_line_breaks=False, normalization=None)  # fmt: skip
     draw, changed = random.Random(0), 0
     for _ in range(300):
         text = draw.choice(["\n", " ", "\n\n"]).join(draw.choices(pieces, k=draw.randint(0, 8)))
@@ -181,7 +184,10 @@ def test_luhn():
 
 
 KEY = "gh" + "p_" + "Ab1" * 12
-CODE = f'import os\n\ntoken = "{KEY}"\nurl = "https://user:pa55word@host/x"\nname = "nothing_secret_here_at_all"\n-----BEGIN RSA PRIVATE KEY-----\n'
+CODE = (
+    f'import os\n\ntoken = "{KEY}"\nurl = "https://user:pa55word@host/x"\nname = "nothing_secret_here_at_all"\n'
+    "-----BEGIN RSA PRIVATE KEY-----\n"
+)
 
 
 def test_secrets():
@@ -219,8 +225,9 @@ def test_lines_that_are_passed_over_hold_no_secret():
         assert bool(one(Secrets(), f"x\n{line}\ny\n").counts) == bool(expected), line
 
 
-HOSTILE = ["a@" * 50000, "a." * 50000 + "@", "1" * 100000, "1-" * 50000, "(1) " * 25000, "::" * 50000, "DE89 " * 20000, "eyJ" * 32500,
-           "://a:" * 20000, "key = " * 15000, "<" * 100000, "&amp;" * 20000, "\u00c3\u00a9" * 50000, "-" * 100000 + "@x", "xoxb-1-" * 12500]  # fmt: skip
+HOSTILE = ["a@" * 50000, "a." * 50000 + "@", "1" * 100000, "1-" * 50000, "(1) " * 25000, "::" * 50000, "DE89 " * 20000,
+           "eyJ" * 32500, "://a:" * 20000, "key = " * 15000, "<" * 100000, "&amp;" * 20000, "\u00c3\u00a9" * 50000,
+           "-" * 100000 + "@x", "xoxb-1-" * 12500]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda t: t[:6])
@@ -235,9 +242,7 @@ def test_hostile_text_takes_linear_time(text):
 def test_a_missing_library_is_one_line_that_names_the_extra(monkeypatch):
     monkeypatch.setattr(extras, "find_spec", lambda name: None)
     for stage in (Extract(), FixText(), Language(), Secrets(), Pii(kinds=["phone"])):
-        with pytest.raises(
-            MissingExtraError, match=r"^stage \w+.* needs the extra 'curation': pip install 'heliostat\[curation\]'"
-        ):
+        with pytest.raises(MissingExtraError, match=r"^stage \w+.* needs the extra 'curation': pip install 'heliostat\[curation\]'"):
             stage.check()
     assert issubclass(MissingExtraError, ConfigError)
     Pii().check()

@@ -8,14 +8,16 @@ from heliostat.curation.english.tokens import LONGEST, tokens
 
 # what spaCy 3.8 makes of each, word by word
 SPLIT = {
-    "word": "word", "don't": "do n't", "Can’t": "Ca n’t", "I'd've": "I 'd 've", "cannot": "can not", "its": "its", "it's": "it 's",
-    "John's": "John 's", "(well-known)": "( well - known )", "U.S.": "U.S.", "end.": "end .", "e.g.": "e.g.", "Mr.": "Mr.",
-    "3.14,": "3.14 ,", "10km": "10 km", "$5.00": "$ 5.00", "5%": "5 %", "10pm": "10 pm", "...": "...", "wait...what": "wait ... what",
-    "http://example.com/a?b=c": "http://example.com/a?b=c", "a@b.com": "a@b.com", "and/or": "and/or", "he/she": "he / she",
+    "word": "word", "don't": "do n't", "Can’t": "Ca n’t", "I'd've": "I 'd 've", "cannot": "can not", "its": "its",
+    "it's": "it 's", "John's": "John 's", "(well-known)": "( well - known )", "U.S.": "U.S.", "end.": "end .",
+    "e.g.": "e.g.", "Mr.": "Mr.",
+    "3.14,": "3.14 ,", "10km": "10 km", "$5.00": "$ 5.00", "5%": "5 %", "10pm": "10 pm", "...": "...",
+    "wait...what": "wait ... what", "http://example.com/a?b=c": "http://example.com/a?b=c", "a@b.com": "a@b.com",
+    "and/or": "and/or", "he/she": "he / she",
     ":)": ":)", "(:-)": "( :-)", "C++": "C++", "a.m.": "a.m.", "--": "--", "one--two": "one -- two", "\"Hi!\"": "\" Hi ! \"",
     "1,000": "1,000", "x=5": "x=5", "key=value": "key = value", "foo.Bar": "foo . Bar", "foo.bar": "foo.bar", "[1]": "[ 1 ]",
-    "``code``": "` ` code ` `", "2+2": "2 + 2", "naïve,": "naïve ,", "東京。": "東京 。", "#tag": "# tag", "**bold**": "* * bold * *",
-    "I'm.": "I 'm .", "192.168.0.1": "192.168.0.1", "Dr.Smith": "Dr. Smith",
+    "``code``": "` ` code ` `", "2+2": "2 + 2", "naïve,": "naïve ,", "東京。": "東京 。", "#tag": "# tag",
+    "**bold**": "* * bold * *", "I'm.": "I 'm .", "192.168.0.1": "192.168.0.1", "Dr.Smith": "Dr. Smith",
 }  # fmt: skip
 
 

@@ -40,6 +40,7 @@ MODULES = {  # where a distribution's module has another name, or it brings more
 NOT_IMPORTED = {
     "accelerate": "transformers imports it where a model is built under ZeRO-3",
     "google-api-python-client": "Ray's launcher imports it",
+    "lxml-html-clean": "trafilatura imports it, by lxml",
     "google-auth-httplib2": "Ray's launcher imports it",
     "psycopg": "SQLAlchemy imports it, by the name in MLflow's URI",
     "flask-wtf": "MLflow's logins import it",
@@ -55,10 +56,11 @@ NOT_IMPORTED = {
     "pymdown-extensions": "Zensical imports it",
 }
 IMAGES = re.compile(r"(recipes|pipelines)/images/")
-LATE = {
+LATE = {  # modules of the core that import what an extra brings, once `extras.require` was asked
     "tune/searchers.py": "tune",
-    "curation/minhash/signatures.py": "curation",
-}  # modules of the core that import what an extra brings, once `extras.require` was asked
+    **{f"curation/{name}.py": "curation" for name in ("encodings", "html", "linear", "personal", "minhash/signatures")},
+    **{f"curation/stages/{name}.py": "curation" for name in ("fix_text", "language", "secrets")},
+}  # fmt: skip
 
 
 def distributions(*names: str) -> set[str]:
