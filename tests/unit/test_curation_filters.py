@@ -1,6 +1,7 @@
 """Filters decide as their papers say: a document on either side of each limit, whatever the batch."""
 
 import random
+import time
 
 import pytest
 from heliostat.curation.stage import Document
@@ -285,3 +286,20 @@ def test_an_outcome_does_not_depend_on_the_batch_or_on_what_came_before(stage):
 )
 def test_thresholds_name_fields(stage):
     assert all(field in stage.model_fields for fields in stage.thresholds.values() for field in fields)
+
+
+HOSTILE = ["." * 100_000 + "x", "1, " * 30_000 + "likes", "charset=" + " " * 100_000, "ab " * 30_000, "ab," * 6 + "0x" * 50_000,
+           "\\u00e" * 20_000, "<" * 100_000, "[" * 100_000, "a\n" * 50_000, "\n" * 100_000, "#! /" + "/" * 100_000, "A" * 100_000]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=lambda t: repr(t[:6]))
+def test_hostile_text_takes_linear_time(text, tmp_path):
+    (tmp_path / "list").write_text("a\nab ab\n...\n")
+    listed = [str(tmp_path / "list")]
+    stages = [GopherQuality(), GopherRepetition(), C4(), FineWeb(), Lines(), Code(), Length(min_words=1), BadWords(lists=listed),
+              Urls(words=listed)]  # fmt: skip
+    for stage in stages:
+        work = stage.open()
+        start = time.process_time()
+        work([Document("a", text, {"url": text, "path": text}), Document("b", f"4 {text}", {"url": f"http://{text}/"})])
+        assert time.process_time() - start < 4, type(stage).__name__

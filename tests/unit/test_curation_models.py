@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from heliostat.curation import decontamination, linear
+from heliostat.curation import decontamination, linear, registry, training
 from heliostat.curation.stage import Document
 from heliostat.curation.stages.classifier import Classifier
 from heliostat.curation.stages.decontaminate import Decontaminate
@@ -139,3 +139,27 @@ def test_what_cannot_be_a_classifier_is_said(tmp_path):
     (tmp_path / linear.ABOUT).write_text(json.dumps(about | {"bits": 11}))
     with pytest.raises(ConfigError, match="do not fit its keys"):
         Classifier(model=str(tmp_path)).check()
+
+
+def test_a_classifier_is_trained_from_two_folders(tmp_path):
+    good, bad = examples(40, 0)
+    for name, texts in (("good", good), ("bad", bad)):
+        (tmp_path / name / "deep").mkdir(parents=True)
+        (tmp_path / name / "deep" / "all.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts[1:]) + "\nbroken\n")
+        (tmp_path / name / "one.txt").write_text(texts[0])
+    report = training.train(tmp_path / "good", tmp_path / "bad", tmp_path / "model", bits=12)
+    assert report["left_out"] == {"invalid_json": 2} and report["trained_good"] + report["held_out_good"] == 40
+    assert json.loads((tmp_path / "model" / linear.ABOUT).read_text())["held_out"] == report["held_out"]
+    linear.load(tmp_path / "model")
+    with pytest.raises(ConfigError, match="holds no files"):
+        training.train(tmp_path / "none", tmp_path / "bad", tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_a_stage_has_the_name_of_its_file_and_says_what_its_thresholds_are(name):
+    stage = registry.find(name)
+    assert stage.named() == name and stage.__doc__
+    assert all(key in stage.model_fields for keys in stage.thresholds.values() for key in keys)
+    assert all(meaning for meaning in stage.reasons.values())
+    with pytest.raises(ValueError, match=f"{name}: .*no_such_key: unknown key"):
+        registry.parse({"stage": name, "no_such_key": 1})

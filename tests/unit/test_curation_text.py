@@ -99,8 +99,9 @@ def test_whatever_happens_to_an_isolated_process_has_a_reason_and_the_next_item_
 
 
 def test_fix_text_changes_what_ftfy_changes_in_the_whole_text():
-    pieces = ["plain words", "âœ” No problems", "It&amp;s fine", "a <b> tag", "caf\u00c3\u00a9", "\x1b[31mred\x1b[0m", "“curly” ﬁ ＡＢ",
-              "tab\there", "\ufeffmark", "bell\x07", "Größe", "\u0085", "l\u2019humanit\u00e9", "&lt;", "\r", ""]  # fmt: skip
+    pieces = ["plain words", "âœ” No problems", "It&amp;s fine", "a <b> tag", "caf\u00c3\u00a9", "\x1b[31mred\x1b[0m",
+              "“curly” ﬁ ＡＢ", "tab\there", "\ufeffmark", "bell\x07", "Größe", "\u0085",
+              "l\u2019humanit\u00e9", "&lt;", "\r", ""]  # fmt: skip
     config = ftfy.TextFixerConfig(uncurl_quotes=False, fix_latin_ligatures=False, fix_character_width=False,
                                   fix_line_breaks=False, normalization=None)  # fmt: skip
     draw, changed = random.Random(0), 0

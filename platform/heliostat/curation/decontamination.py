@@ -14,7 +14,7 @@ from heliostat.errors import ConfigError
 
 _WORD = re.compile(r"[^\W_]+")
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
-MOST_WORDS = 1 << 20  # whose hashes are remembered
+MOST_WORDS, LONG_WORD = 1 << 20, 64  # whose hashes are remembered, and the characters of one whose is not
 
 
 def words(text: str) -> Iterator[re.Match[str]]:
@@ -31,7 +31,8 @@ class Hashes:
 
     def _word(self, word: str) -> int:
         found = int.from_bytes(hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
-        self._known[word] = found
+        if len(word) <= LONG_WORD:
+            self._known[word] = found
         return found
 
     def grams(self, text: str) -> np.ndarray:

@@ -14,7 +14,7 @@ _MARKS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", 
 _CHARSET = re.compile(r"charset\s*=\s*[\"']?\s*([\w.:+-]{1,40})", re.IGNORECASE)
 _META = re.compile(rb"<meta[\s/][^>]{0,1000}", re.IGNORECASE)
 _COMMENT = re.compile(rb"<!--.*?(?:-->|\Z)", re.DOTALL)
-PRESCAN = 1024
+PRESCAN, HEADER = 1024, 300  # bytes of a page, and characters of a header, that are looked at
 
 
 def sniff(data: bytes, content_type: str | None = None) -> tuple[str, str]:
@@ -24,7 +24,7 @@ def sniff(data: bytes, content_type: str | None = None) -> tuple[str, str]:
     for mark, encoding in _MARKS:
         if data.startswith(mark):
             return encoding, "mark"
-    if content_type and (found := _CHARSET.search(content_type)) and (encoding := _named(found[1])):
+    if content_type and (found := _CHARSET.search(content_type[:HEADER])) and (encoding := _named(found[1])):
         return encoding, "header"
     for meta in _META.findall(_COMMENT.sub(b"", data[:PRESCAN])):
         if (said := _CHARSET.search(meta.decode("latin-1"))) and (encoding := _named(said[1])):

@@ -18,7 +18,7 @@ from heliostat.errors import ConfigError
 
 _WORD = re.compile(r"[^\W_]+|[^\w\s]")
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
-MOST_WORDS = 1 << 20
+MOST_WORDS, LONG_WORD = 1 << 20, 64  # whose hashes are remembered, and the characters of one whose is not
 ABOUT, WEIGHTS = "classifier.json", "weights.safetensors"
 
 
@@ -31,7 +31,9 @@ class Features:
 
     def _word(self, word: str) -> int:
         digest = hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        found = self._known[word] = int.from_bytes(digest, "little")
+        found = int.from_bytes(digest, "little")
+        if len(word) <= LONG_WORD:
+            self._known[word] = found
         return found
 
     def __call__(self, text: str) -> np.ndarray:

@@ -9,7 +9,7 @@ import regex
 from heliostat.curation.english.tokens import tokens
 from heliostat.curation.english.words import TERMINALS
 
-MOST_PARTS = 1 << 19  # that are remembered
+MOST_PARTS, LONG_PART = 1 << 19, 64  # that are remembered, and the characters of one that is not
 _PLAIN = (0, False, 1, False)  # a word
 _OTHER_SPACE = regex.compile(r"[^\S ]")
 _parts: dict[str, tuple[int, bool, int, bool]] = {"": _PLAIN}  # between two spaces: what is no word, yet begins a sentence
@@ -29,7 +29,9 @@ def count(text: str) -> int:
             continue
         effect = _parts.get(part)
         if effect is None:
-            effect = _parts[part] = _effect(part)
+            effect = _effect(part)
+            if len(part) <= LONG_PART:
+                _parts[part] = effect
         if ended:
             found += effect[2]
             ended = effect[3]

@@ -13,7 +13,8 @@ from typing import BinaryIO
 
 from heliostat.curation.readers import pages, tables, warc
 from heliostat.curation.readers.streams import REASONS as REASONS
-from heliostat.curation.readers.streams import LeftOutError, Limits, codec_of, unpacked
+from heliostat.curation.readers.streams import LeftOutError, codec_of, unpacked
+from heliostat.curation.readers.streams import Limits as Limits
 from heliostat.curation.stage import Document, Dropped
 
 READERS = {

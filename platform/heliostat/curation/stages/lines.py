@@ -21,6 +21,7 @@ from heliostat.curation.stage import Document, Outcome, Stage, Work
 _COUNTER = re.compile(
     r"\W*[\d.,]+[KMkm]?\s+(?:likes?|shares?|comments?|retweets?|reposts?|quotes?|bookmarks?|upvotes?|downvotes?|downloads?|views?|followers?)\W*"
 )
+LONG_COUNTER = 100  # characters, of which no counter has so many
 _NUMBERS = re.compile(r"[\d\W_]+")
 
 
@@ -91,7 +92,7 @@ class Lines(Stage):
                 return "lines_of_capitals"
         if words <= self.short_words:
             small = line.lower()
-            if self.counters and _COUNTER.fullmatch(small):
+            if self.counters and len(small) < LONG_COUNTER and _COUNTER.fullmatch(small):
                 return "counters"
             if small.startswith(tuple(self.begins)) or small.endswith(tuple(self.ends)) or any(p in small for p in self.holds):
                 return "boilerplate_lines"

@@ -1,0 +1,44 @@
+"""Trains a quality classifier from two folders of examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from heliostat import extras
+from heliostat.curation import linear, readers
+from heliostat.curation.stage import Dropped
+from heliostat.errors import ConfigError
+
+
+def train(
+    good: Path, bad: Path, to: Path, ngrams: int = 2, bits: int = 18, chars: int = 10_000, held_out: float = 0.2
+) -> dict[str, Any]:
+    """Trains a classifier on the documents of two folders, writes it to a third, and returns its report.
+
+    The report has precision and recall on held-out documents, and the number of documents that could not be read, by reason.
+    ConfigError if a folder holds too few documents.
+    """
+    extras.require("curation", "sklearn", "scipy", "safetensors", what="training a classifier")
+    left_out = dict[str, int]()
+    texts = [list(_texts(folder, left_out)) for folder in (good, bad)]
+    made, report = linear.train(*texts, ngrams=ngrams, bits=bits, chars=chars, held_out=held_out)
+    report["left_out"] = left_out
+    made.save(to, report)
+    return report
+
+
+def _texts(folder: Path, left_out: dict[str, int]) -> Iterator[str]:
+    """Yields the texts of all files of a folder that are of a known kind; pages must be made text before."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else []
+    if not paths:
+        raise ConfigError(f"{str(folder)!r} holds no files; name a folder of examples")
+    for path in paths:
+        with path.open("rb") as stream:
+            for item in readers.read(str(path), stream, readers.Limits()):
+                if isinstance(item, Dropped) or isinstance(item.text, bytes):
+                    reason = item.reason if isinstance(item, Dropped) else "no_text"
+                    left_out[reason] = left_out.get(reason, 0) + 1
+                else:
+                    yield item.text
