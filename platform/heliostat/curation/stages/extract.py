@@ -47,9 +47,7 @@ class Extract(Stage):
     """The MiB of address space that the parser's process may take (`memory`, `crashed`)."""
 
     def check(self) -> None:
-        extras.require(
-            "curation", "resiliparse", *([self.library] if self.library == "trafilatura" else []), what="stage extract"
-        )
+        extras.require("curation", "resiliparse", *([self.library] if self.library == "trafilatura" else []), what="stage extract")
 
     def open(self) -> Work:
         self.check()

@@ -443,9 +443,11 @@ class Worker:
         """Loads the state from copies in memory; parameters that are not trained come from storage, or are as they were built."""
         state, node = self._state(whole=True), ray.get_runtime_context().get_node_id()
         same = source.world == self.world and self.job.train.zero.stage > 0  # at stage 0 a worker copies its part, and needs all
-        common, own = agreement.agreed(
-            self.control, lambda: memory_copies.restore(source, state, node, self.rank, same, self._progressed)
-        )
+
+        def restore() -> Any:
+            return memory_copies.restore(source, state, node, self.rank, same, self._progressed)
+
+        common, own = agreement.agreed(self.control, restore)
         if (frozen := zero_state.frozen(self.engine, whole=True)) and source.saved:
             found = checkpoint.open_together(self.run_folder, source.saved, self.control)
             checkpoint.load(found, frozen, self.control, self._progressed)
