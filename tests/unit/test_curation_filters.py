@@ -289,7 +289,8 @@ def test_thresholds_name_fields(stage):
 
 
 HOSTILE = ["." * 100_000 + "x", "1, " * 30_000 + "likes", "charset=" + " " * 100_000, "ab " * 30_000, "ab," * 6 + "0x" * 50_000,
-           "\\u00e" * 20_000, "<" * 100_000, "[" * 100_000, "a\n" * 50_000, "\n" * 100_000, "#! /" + "/" * 100_000, "A" * 100_000]  # fmt: skip
+           "\\u00e" * 20_000, "<" * 100_000, "[" * 100_000, "a\n" * 50_000, "\n" * 100_000, "#! /" + "/" * 100_000,
+           "A" * 100_000]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda t: repr(t[:6]))
