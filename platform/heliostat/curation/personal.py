@@ -15,6 +15,7 @@ Span = tuple[int, int]
 _EMAIL = re.compile(r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9._%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}(?![A-Za-z0-9-])")
 _IPV4 = re.compile(r"(?<![\w.])\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}(?!\.?\w)")
 _IPV6 = re.compile(r"(?<![\w:.])(?:[0-9a-fA-F]{0,4}:){2,7}[0-9a-fA-F]{0,4}(?![\w:])")
+_COLONS = re.compile(r":[0-9a-fA-F]{0,4}:")  # without which there is no address of the second kind
 _PHONE = re.compile(r"(?<![\w.+-])(?:\+|00)?\(?\d(?:[ ().\-/]{0,2}\d){6,16}(?!\w)")
 _CARD = re.compile(r"(?<![\w.-])\d(?:[ -]?\d){12,18}(?![\w.-]?\d)")
 _IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2}\d{2}(?=[ A-Z0-9])")
@@ -37,7 +38,7 @@ def emails(text: str) -> Iterator[Span]:
 
 def addresses(text: str) -> Iterator[Span]:
     """Finds IP addresses that are public: private, local and documentation ranges are nobody's."""
-    for pattern in (_IPV4, _IPV6):
+    for pattern in (_IPV4, _IPV6) if _COLONS.search(text) else (_IPV4,):
         for found in pattern.finditer(text):
             try:
                 public = ipaddress.ip_address(found[0]).is_global

@@ -23,7 +23,7 @@ def train(
     extras.require("curation", "sklearn", "scipy", "safetensors", what="training a classifier")
     left_out = dict[str, int]()
     texts = [list(_texts(folder, left_out)) for folder in (good, bad)]
-    made, report = linear.train(*texts, ngrams=ngrams, bits=bits, chars=chars, held_out=held_out)
+    made, report = linear.train(texts[0], texts[1], ngrams=ngrams, bits=bits, chars=chars, held_out=held_out)
     report["left_out"] = left_out
     made.save(to, report)
     return report

@@ -56,7 +56,7 @@ def unpacked(path: str, stream: BinaryIO, limits: Limits) -> BinaryIO:
     """Opens the plain bytes of a stream; LeftOutError where broken packing, or more than `max_file_bytes`, is reached."""
     codec = codec_of(path)
     blocks = _plain(stream) if codec is None else _zst(stream) if codec == "zst" else _unpack(stream, codec)
-    return io.BufferedReader(_Blocks(blocks, limits.max_file_bytes), BLOCK)  # type: ignore[return-value]
+    return io.BufferedReader(_Blocks(blocks, limits.max_file_bytes), BLOCK)
 
 
 def _plain(stream: BinaryIO) -> Iterator[bytes]:

@@ -11,6 +11,7 @@ a column.
 from __future__ import annotations
 
 import re
+import string
 from typing import ClassVar
 
 from pydantic import Field
@@ -26,6 +27,7 @@ DATA = {"Text", "JSON", "YAML", "Web Ontology Language", "Graphviz (DOT)"}
 _ENCODED = re.compile(
     r"[a-zA-Z0-9+/\n=]{64,}|(?:\\u[0-9a-fA-F]{4}){8,}|(?:(?:0x|\\x)?[0-9a-fA-F]{2}[, \n]{1,2}){8,}|(?:\\x[0-9a-fA-F]{2}){8,}"
 )
+_ALPHANUMERIC, _FOREIGN = (string.ascii_letters + string.digits).encode(), re.compile(r"[^\x00-\x7f]+")
 _TAG = re.compile(r"<[^<>]*>")
 
 
@@ -112,7 +114,7 @@ class Code(Stage):
             "lines": len(lengths),
             "mean_line": sum(lengths) / len(lengths),
             "longest_line": max(lengths),
-            "alphanumeric": sum(map(str.isalnum, text)) / len(text),
+            "alphanumeric": _alphanumeric(text) / len(text),
             "encoded": sum(runs) / len(text),
         }
         prose = language in LONG_LINES
@@ -130,6 +132,12 @@ class Code(Stage):
     def _invisible(self, text: str) -> bool:
         visible = len("".join(_TAG.sub("", text).split()))
         return visible < 100 or visible < self.min_visible * len(text)
+
+
+def _alphanumeric(text: str) -> int:
+    """Counts letters and digits of all scripts."""
+    plain = text.encode("ascii", "ignore")
+    return len(plain) - len(plain.translate(None, _ALPHANUMERIC)) + sum(map(str.isalnum, "".join(_FOREIGN.findall(text))))
 
 
 KNOWN = set(code_languages.BY_SUFFIX.values()) | set(code_languages.BY_NAME.values())

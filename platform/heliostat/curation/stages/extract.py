@@ -47,8 +47,8 @@ class Extract(Stage):
     """The MiB of address space that the parser's process may take (`memory`, `crashed`)."""
 
     def check(self) -> None:
-        also = [self.library] if self.library == "trafilatura" else []
-        extras.require("curation", "resiliparse", *also, what="stage extract")
+        needed = {"resiliparse", self.library}
+        extras.require("curation", *sorted(needed), what="stage extract")
 
     def open(self) -> Work:
         self.check()

@@ -59,7 +59,7 @@ class Pii(Stage):
         if "phone" in self.kinds:
             finders["phone"] = personal.phones(self.region)
         kinds = [kind for kind in ORDER if kind in self.kinds]
-        masks = {kind: self.mask.replace("{kind}", kind) for kind in kinds}
+        masks: dict[str, str] = {kind: self.mask.replace("{kind}", kind) for kind in kinds}
 
         def outcome(document: Document) -> Outcome:
             masked, counts = text_of(document), Counter[str]()
