@@ -21,16 +21,14 @@ def sniff(data: bytes, content_type: str | None = None) -> tuple[str, str]:
     """Returns a page's encoding, by Python's name, and what it was told by: mark, header, meta, utf-8, looks."""
     from resiliparse.parse.encoding import detect_encoding
 
-    for mark, encoding in _MARKS:
+    for mark, known in _MARKS:
         if data.startswith(mark):
-            return encoding, "mark"
+            return known, "mark"
     if content_type and (found := _CHARSET.search(content_type[:HEADER])) and (told := _named(found[1])):
         return told, "header"
     for meta in _META.findall(_COMMENT.sub(b"", data[:PRESCAN])):
         if (said := _CHARSET.search(meta.decode("latin-1"))) and (encoding := _named(said[1])):
-            return (
-                "utf-8" if encoding.startswith("utf-16") else encoding
-            ), "meta"  # it is readable as ASCII, so it is not UTF-16
+            return ("utf-8" if encoding.startswith("utf-16") else encoding), "meta"  # it reads as ASCII, so it is not UTF-16
     try:
         data.decode()
         return "utf-8", "utf-8"

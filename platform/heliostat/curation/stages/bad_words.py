@@ -47,7 +47,7 @@ class BadWords(Stage):
 
         def outcome(document: Document) -> Outcome:
             found = find(text_of(document).lower())
-            measures = {"bad_words": len(found)}
+            measures = {"bad_words": float(len(found))}
             if len(found) > self.max_found:
                 return Outcome(None, "bad_word", ", ".join(sorted(set(found))[:3]), measures)
             return Outcome(document, measures=measures)
