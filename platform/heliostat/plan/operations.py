@@ -129,7 +129,7 @@ def grouped(two: Sequence[Operation], three: Sequence[Operation]) -> tuple[Work,
         (a.kind, b.flops - a.flops, b.moved - a.moved, max(0.0, 3 * a.moved - 2 * b.moved), a.replayed)
         for a, b in zip(two, three, strict=True)
     )
-    return tuple(Work(kind, n, *rest) for (kind, *rest), n in found.items())
+    return tuple(Work(kind, n, flops, moved, fixed, replayed) for (kind, flops, moved, fixed, replayed), n in found.items())
 
 
 def times(work: Iterable[Work], factor: int) -> Counter[tuple[Any, ...]]:

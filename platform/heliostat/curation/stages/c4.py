@@ -4,7 +4,7 @@
 A line stays if it ends with a terminal mark (. ! ? or a quote; not an ellipsis), has at least three words, none of more than
 1,000 characters, and mentions neither JavaScript nor a privacy or cookie policy; marks of citations ([1], [edit]) are taken out
 of it. A document is dropped if one of its lines has a curly bracket or "lorem ipsum", or if fewer than five sentences are left.
-Decisions and texts agree with datatrove's C4QualityFilter: docs/benchmarks/curation-stages.md. The paper's list of bad words is
+Decisions agree with datatrove's C4QualityFilter: docs/benchmarks/curation-stages.md. The paper's list of bad words is
 the stage `bad_words`.
 """
 
