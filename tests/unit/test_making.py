@@ -5,7 +5,6 @@ import json
 import random
 import subprocess
 import sys
-import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -175,14 +174,16 @@ class Told(flow.Flow):
                            "reasons": {"empty": 7, "corrupt": 1}, "examples": examples, "seconds": 1.0}  # fmt: skip
 
 
-def test_the_driver_holds_little_of_a_hundred_thousand_tasks(tmp_path):
-    """Of a million files in 1e5 tasks: seconds, and less than 2 KB a task."""
+TASKS = 5000
+
+
+def test_the_driver_holds_little_of_each_task(tmp_path):
+    """Less than 2 KB, of the ten files of each: a million files in 1e5 tasks are 130 MB (docs/benchmarks/curation.md)."""
     tracemalloc.start()
-    start = time.monotonic()
-    parts = ([Part(f"f/{i:06d}-{j}.txt", 6 << 20, i) for j in range(10)] for i in range(100_000))
+    parts = ([Part(f"f/{i:06d}-{j}.txt", 6 << 20, i) for j in range(10)] for i in range(TASKS))
     engine = Engine(Told(Work(Location(str(tmp_path)))), TextSource("in", Rules()), ["x"], 2 << 30)
     found = engine.curate(parts, [])
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert len(found.runs) == 100_000 and found.reasons == {"empty": 700_000, "corrupt": 100_000}
-    assert peak < 2000 * 100_000 and time.monotonic() - start < 120
+    assert len(found.runs) == TASKS and found.reasons == {"empty": 7 * TASKS, "corrupt": TASKS}
+    assert peak < 2000 * TASKS
