@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
 import os
 import random
-import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -19,7 +20,7 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 from heliostat import check, run_folder
-from heliostat.checkpoint import layout, retention, safetensors_file
+from heliostat.checkpoint import layout, retention, shard_index
 from heliostat.cluster import cluster_file as cluster_files
 from heliostat.cluster import local, source_code
 from heliostat.cluster import review as cluster_check
@@ -40,8 +41,7 @@ from heliostat.tune import trial_record as trials
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as models_
 
-from tests.unit import build_job
-from tests.unit.build_index import index as index_of
+from tests.unit import build_checkpoint, build_job
 from tests.unit.fuzzing import Target, mutate_bytes, mutate_tree, mutated_json, mutated_yaml
 from tests.unit.test_curves import event, score
 from tests.unit.test_dataset import LENGTH, make_plan
@@ -269,29 +269,36 @@ def curve_files(folder: Path) -> Target:
     return Target(folder, _file("run/curves/*.json", mutated_json), read)
 
 
-def checkpoints(folder: Path) -> Target:
+def checkpoints(folder: Path, older: int | None = None) -> Target:
+    """A checkpoint of this format, or of an `older` one."""
     run = _run(folder)
     run.location.join("checkpoints").delete()
-    place = layout.folder(run.location, 20)
-    weights = torch.arange(12, dtype=torch.float32)
-    entry = safetensors_file.Entry("w", weights.dtype, (12,), lambda: [memoryview(weights.numpy().tobytes())])
-    begins = safetensors_file.write(Path(place.path) / "s0.safetensors", [entry], {})
-    crc = [zlib.crc32(weights.numpy().tobytes())]
     job = build_job.job(**{"train.precision": "fp32"}).dump()
-    made = index_of(20, job=job, data=run.plan(19).dump(), data_digest=run.plan(19).digest, metrics={"loss": 1.0}, **{
-        "receipt": {"steps": 20, "chain": run.chains[20]},
-        "shards": [{"file": "s0.safetensors", "bytes": (Path(place.path) / "s0.safetensors").stat().st_size}],
-        "tensors": {"master.w": {"dtype": "F32", "shape": [3, 4], "chunks": [
-            {"shard": 0, "start": 0, "numel": 12, "offset": begins["w"], "crc32": crc}]}},
-    })  # fmt: skip
-    place.join(layout.INDEX).write(layout.encode(made))
+    said = {"job": job, "data": run.plan(19).dump(), "data_digest": run.plan(19).digest, "metrics": {"loss": 1.0}}
+    receipt = {"steps": 20, "chain": run.chains[20]}
+    weights = {"master.w": torch.arange(12, dtype=torch.float32)}
+    place = build_checkpoint.save(run.location, 20, [build_checkpoint.slices(weights, r, 2) for r in range(2)], **said,
+                                  receipt=receipt)  # fmt: skip
+    if older:
+        build_checkpoint.age(place, older)
+    made = layout.decode((place / layout.INDEX).read_bytes())
+    del made["crc32"]
+    listed = sorted(p.name for p in place.glob("shard-*.json"))
 
     def mutate(rng: random.Random, copied: Path) -> list[str]:
         path = copied / "run" / "checkpoints" / "step-00000020" / layout.INDEX
-        if rng.random() < 0.2:
+        changed = rng.random()
+        if changed < 0.2:
             path.write_bytes(mutate_bytes(rng, path.read_bytes()))
-        else:
+        elif changed < 0.6 or not listed:
             path.write_bytes(layout.encode(mutate_tree(rng, made)))
+        else:  # an index of a shard, and what seals it: its checksum holds, and it says something else
+            number = rng.randrange(len(listed))
+            data = json.dumps(mutate_tree(rng, json.loads((place / listed[number]).read_bytes()))).encode()
+            (path.parent / listed[number]).write_bytes(data)
+            sealed = copy.deepcopy(made)
+            sealed["shards"][number]["index"] |= shard_index.seal(data)
+            path.write_bytes(layout.encode(sealed))
         return [str(copied / "run" / "checkpoints" / "step-00000020"), "checkpoint.json", "checkpoint 20"]
 
     def read(copied: Path) -> None:
@@ -417,6 +424,7 @@ TARGETS: dict[str, tuple[Callable[[Path], Target], int]] = {  # and rounds in CI
     "ledgers": (ledgers, 80),
     "curves": (curve_files, 80),
     "checkpoints": (checkpoints, 60),
+    "older checkpoints": (partial(checkpoints, older=3), 40),
     "records": (records, 80),
     "models": (models, 30),
 }

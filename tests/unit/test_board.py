@@ -1,7 +1,6 @@
 """The watch over many workers: whoever lives is heard of, whatever the clocks say and however many there are."""
 
 import random
-import threading
 import time
 from types import SimpleNamespace
 
@@ -65,7 +64,7 @@ def watched(limit: float = 60.0) -> attempt.Attempt:
     made = attempt.Attempt.__new__(attempt.Attempt)
     made.job = SimpleNamespace(workers=spec.Workers(count=1), watchdog=spec.Watchdog(start=limit, stall=limit))  # type: ignore[assignment]
     made.start = SimpleNamespace(job=made.job)  # type: ignore[assignment]
-    made.pool = SimpleNamespace(waiting=threading.Event())  # type: ignore[assignment]
+    made.pool = SimpleNamespace(waiting=False)  # type: ignore[assignment]
     made.signals, made._ordered, made._phase, made._fault, made._stop_by = Signals(), 0, "step", None, None
     made._since = time.monotonic() - 1000
     made._heartbeats = {0: {"node": "n", "pid": 1, "moved": time.monotonic(), "at": time.monotonic()}}

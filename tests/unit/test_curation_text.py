@@ -10,12 +10,12 @@ from heliostat import extras
 from heliostat.curation import encodings, personal
 from heliostat.curation.isolated import Isolated, IsolatedError
 from heliostat.curation.stage import Document
-from heliostat.curation.stages import secrets
+from heliostat.curation.stages import detect_secrets
+from heliostat.curation.stages.detect_secrets import DetectSecrets
 from heliostat.curation.stages.extract import Extract
 from heliostat.curation.stages.fix_text import FixText
 from heliostat.curation.stages.language import Language
 from heliostat.curation.stages.pii import Pii
-from heliostat.curation.stages.secrets import Secrets
 from heliostat.errors import ConfigError, MissingExtraError
 from pydantic import ValidationError
 
@@ -192,26 +192,26 @@ CODE = (
 
 
 def test_secrets():
-    outcome = one(Secrets(), CODE)
+    outcome = one(DetectSecrets(), CODE)
     assert (
         KEY not in outcome.document.text
         and "pa55word" not in outcome.document.text
         and "nothing_secret_here" in outcome.document.text
     )
     assert outcome.counts == {"masked_secrets": 3} and outcome.document.text.count("\n") == CODE.count("\n")
-    assert one(Secrets(), outcome.document.text).counts == {}
-    dropped = one(Secrets(action="drop"), CODE)
+    assert one(DetectSecrets(), outcome.document.text).counts == {}
+    dropped = one(DetectSecrets(action="drop"), CODE)
     assert dropped.reason == "secrets" and "GitHub Token" in dropped.detail and KEY not in dropped.detail
-    assert one(Secrets(detectors=["KeywordDetector"]), 'password = "hunter2secret"').counts == {"masked_secrets": 1}
+    assert one(DetectSecrets(detectors=["KeywordDetector"]), 'password = "hunter2secret"').counts == {"masked_secrets": 1}
     with pytest.raises(ValidationError, match="did you mean 'GitHubTokenDetector'"):
-        Secrets(detectors=["GithubTokenDetector"])
+        DetectSecrets(detectors=["GithubTokenDetector"])
 
 
 def test_lines_that_are_passed_over_hold_no_secret():
     """The library's detectors find nothing more in whole texts than the stage does."""
     classes = {c.__name__: c for c in get_mapping_from_secret_type_to_class().values()}
-    assert set(secrets.FORMS) | set(secrets.WIDE) == set(classes)
-    detectors = [classes[name]() for name in secrets.FORMS]
+    assert set(detect_secrets.FORMS) | set(detect_secrets.WIDE) == set(classes)
+    detectors = [classes[name]() for name in detect_secrets.FORMS]
     short = [
         "AKCabcdefghij1",
         "AP1abcdefghij",
@@ -223,7 +223,7 @@ def test_lines_that_are_passed_over_hold_no_secret():
     ]
     for line in [*short, *CODE.splitlines()]:
         expected = {s for d in detectors for s in d.analyze_string(line)}
-        assert bool(one(Secrets(), f"x\n{line}\ny\n").counts) == bool(expected), line
+        assert bool(one(DetectSecrets(), f"x\n{line}\ny\n").counts) == bool(expected), line
 
 
 HOSTILE = ["a@" * 50000, "a." * 50000 + "@", "1" * 100000, "1-" * 50000, "(1) " * 25000, "::" * 50000, "DE89 " * 20000,
@@ -233,7 +233,7 @@ HOSTILE = ["a@" * 50000, "a." * 50000 + "@", "1" * 100000, "1-" * 50000, "(1) " 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda t: t[:6])
 def test_hostile_text_takes_linear_time(text):
-    for stage in (Pii(kinds=["email", "ip", "phone", "credit_card", "iban"], region="US"), Secrets(), FixText()):
+    for stage in (Pii(kinds=["email", "ip", "phone", "credit_card", "iban"], region="US"), DetectSecrets(), FixText()):
         work = stage.open()
         start = time.process_time()
         work([Document("a", text)])
@@ -242,7 +242,7 @@ def test_hostile_text_takes_linear_time(text):
 
 def test_a_missing_library_is_one_line_that_names_the_extra(monkeypatch):
     monkeypatch.setattr(extras, "find_spec", lambda name: None)
-    for stage in (Extract(), FixText(), Language(), Secrets(), Pii(kinds=["phone"])):
+    for stage in (Extract(), FixText(), Language(), DetectSecrets(), Pii(kinds=["phone"])):
         with pytest.raises(MissingExtraError, match=r"^stage \w+.* needs the extra 'curation': pip install"):
             stage.check()
     assert issubclass(MissingExtraError, ConfigError)

@@ -59,7 +59,7 @@ IMAGES = re.compile(r"(recipes|pipelines)/images/")
 LATE = {  # modules of the core that import what an extra brings, once `extras.require` was asked
     "tune/searchers.py": "tune",
     **{f"curation/{name}.py": "curation" for name in ("encodings", "html", "linear", "personal", "minhash/signatures")},
-    **{f"curation/stages/{name}.py": "curation" for name in ("fix_text", "language", "secrets")},
+    **{f"curation/stages/{name}.py": "curation" for name in ("detect_secrets", "fix_text", "language")},
 }  # fmt: skip
 
 

@@ -23,7 +23,7 @@ ABOUT, WEIGHTS = "classifier.json", "weights.safetensors"
 
 
 class Features:
-    """Numbers a text's n-grams of words, up to `ngrams` words long, in 2 to the `bits` buckets."""
+    """Counts a text's n-grams of words, up to `ngrams` words long, in 2 to the `bits` buckets."""
 
     def __init__(self, ngrams: int, bits: int, chars: int) -> None:
         self.ngrams, self.bits, self.chars = ngrams, bits, chars

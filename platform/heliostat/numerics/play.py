@@ -39,7 +39,7 @@ TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Player(Worker):
-    """Steps, saves and restores as a worker does, without a driver."""
+    """Plays a worker: steps, saves and restores as one does, without a driver."""
 
     def __init__(self, job: Job, plan: DataPlan, recipe: Recipe, start_step: int = 0) -> None:
         self.job, self.plan, self.recipe, self.start_step = job, plan, recipe, start_step

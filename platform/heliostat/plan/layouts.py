@@ -28,7 +28,7 @@ class Layout:
 
     @property
     def family(self) -> tuple[Any, ...]:
-        """What two layouts share that differ in the micro-batch alone."""
+        """Returns what two layouts share that differ in the micro-batch alone."""
         return self.stage, self.checkpointing, self.offload_optimizer, self.offload_param
 
     def settings(self) -> dict[str, Any]:

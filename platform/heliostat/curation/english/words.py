@@ -25,7 +25,7 @@ _SYMBOLS = TERMINALS | frozenset(
 
 
 class Words:
-    """Numbers words in the order of their appearance; `length`, `symbol` and `alphabetic` are tables by number."""
+    """Gives words numbers in the order of their appearance; `length`, `symbol` and `alphabetic` are tables by number."""
 
     def __init__(self) -> None:
         self._forget()

@@ -157,7 +157,7 @@ class Archive:
         return True
 
     def _broken(self, reason: str, detail: str) -> Broken:
-        """Names the record that is being read, or what is behind the last one, and has the next looked for behind this member."""
+        """Tells which record is being read, or what is behind the last one, and has the next looked for behind this member."""
         self._start = self._member
         return Broken(self._current or self._place(), reason, detail)
 

@@ -131,7 +131,7 @@ class _Bounded:
         self._stream, self._most, self._held, self.closed = stream, most, b"", False
 
     def skip_magic(self) -> None:
-        """Steps over what an Arrow file has before its stream."""
+        """Skips what an Arrow file has before its stream."""
         self._held = self._stream.read(8)
         if self._held.startswith(b"ARROW1"):
             self._held = b""

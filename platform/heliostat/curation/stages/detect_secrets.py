@@ -34,7 +34,7 @@ _ANY = re.compile(r"\S")
 LONG_LINE, PIECE, OVERLAP = 4096, 2048, 512
 
 
-class Secrets(Stage):
+class DetectSecrets(Stage):
     """Masks secrets in code, or drops files that hold them (Li et al. 2023)."""
 
     reasons: ClassVar[dict[str, str]] = {"secrets": "more secrets than max_found, where `action` is drop"}
@@ -50,14 +50,14 @@ class Secrets(Stage):
     """Documents with more are dropped, where `action` is `drop` (`secrets`)."""
 
     @model_validator(mode="after")
-    def _known(self) -> Secrets:
+    def _known(self) -> DetectSecrets:
         for name in self.detectors:
             if name not in FORMS + WIDE:
                 raise ValueError(f"{name!r} is no detector{nearest(name, FORMS + WIDE)}")
         return self
 
     def check(self) -> None:
-        extras.require("curation", "detect_secrets", what="stage secrets")
+        extras.require("curation", "detect_secrets", what="stage detect_secrets")
 
     def open(self) -> Work:
         self.check()
