@@ -101,11 +101,11 @@ def fault(index: Any, step: int | None) -> str:
                 return f"step: it is of step {whole['step']}"
     except DataError as e:
         return str(e)
-    whole = found["format"] in LISTED
-    if not whole and any("index" not in shard for shard in found["shards"]):
+    listed = found["format"] in LISTED
+    if not listed and any("index" not in shard for shard in found["shards"]):
         return "shards: one has no index"
     for name, tensor in found["tensors"].items():
-        if said := _tensor_fault(tensor, found["shards"], whole):
+        if said := _tensor_fault(tensor, found["shards"], listed):
             return f"tensors: {name[:200]!r}: {said}"
     return ""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -46,7 +47,7 @@ def read(folder: Location, name: str, low: int = 0, high: int = ALL, columns: li
     with place.open() as source:
         file = pq.ParquetFile(source)
         for group in _overlapping(file.metadata, low, high):
-            table = place.attempt(lambda group=group: file.read_row_group(group, columns=wanted, use_threads=False))
+            table = place.attempt(partial(file.read_row_group, group, columns=wanted, use_threads=False))
             keys = table["key"].to_numpy()
             start, stop = (int(np.searchsorted(keys, np.uint64(low))), len(keys) if high >= ALL else
                            int(np.searchsorted(keys, np.uint64(high))))  # fmt: skip

@@ -97,9 +97,9 @@ def play_plain(job: Job, plan: DataPlan, recipe: Recipe, folder: Path) -> None:
     for step in range(STEPS):
         plain.put(weights)
         loss, parts = plain.gradients(plain.next_micros(step))
-        right = {n: sum(part[n] for part in parts) for n in parts[0]}
+        whole = {n: torch.stack([part[n] for part in parts]).sum(0) for n in parts[0]}
         found = read(folder / f"gradients-{step}", WAIT_S)
-        _gradients(grads, step + 1, found, right, parts, before, limits.floor)
+        _gradients(grads, step + 1, found, whole, parts, before, limits.floor)
         following = read(folder / f"weights-{step + 1}", WAIT_S)
         _updates(updates, step + 1, weights, following, plain.step(weights, found))
         weights, before = following, right

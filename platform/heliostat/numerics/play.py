@@ -43,12 +43,14 @@ class Player(Worker):
 
     def __init__(self, job: Job, plan: DataPlan, recipe: Recipe, start_step: int = 0) -> None:
         self.job, self.plan, self.recipe, self.start_step = job, plan, recipe, start_step
+        self.step = start_step  # that is being played
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.ledger = Ledger("computing")
         self.heartbeat: Any = SimpleNamespace(progress=0)
         self.monitor = None
         self.control = dist.new_group(backend="gloo")
-        self.fence: Any = FREE
+        free: Any = FREE
+        self.fence = free
         self.run_folder = job.run_folder
         self.saver = checkpoint.Saver(self.run_folder, job.checkpoint, self.control, self.fence)
         self.dataset = open_dataset(plan)
@@ -62,7 +64,7 @@ class Player(Worker):
         self.batch_plan = BatchPlan(job, plan)
         self.chain, self.skipped, self.bad_samples = receipt.GENESIS, 0, 0
         self.scores, self.scored_at, self._told = {}, -1, []
-        self._losses, self._added, self._norms, self._lane_digests, self._bad = [], [], [], [], []
+        self._losses, self._added, self._norms, self._step_digests, self._lane_digests, self._bad = [], [], [], [], [], []
         if start_step:
             self._restore()
 

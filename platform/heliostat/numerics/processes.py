@@ -170,27 +170,27 @@ def _child(who: str, folder: Path, play_it: Callable[..., None], *given: Any) ->
 
 def _in_group(rank: int, world: int, play_it: Callable[..., None], job: Job, *given: Any) -> None:
     """Plays in a process group of its own, as an attempt's workers do."""
-    from heliostat.train.worker import deepspeed_engine, process
+    from heliostat.train.worker import deepspeed_engine, process_group
 
     gpus = job.workers.gpus
     deepspeed_engine.prepare_environment(gpus)
     folder: Path = given[-1]
     names = tuple(map(str, range(world))) if gpus else ()
     meeting = f"file://{folder / f'group-{world}'}"
-    process.join(process.Place(rank, world, rank, world, meeting, "nccl" if gpus else "gloo", names))
+    process_group.join(process_group.Place(rank, world, rank, world, meeting, "nccl" if gpus else "gloo", names))
     try:
         play_it(job, *given)
     finally:
-        process.leave()
+        process_group.leave()
 
 
 def _tell(folder: Path, who: str, error: BaseException) -> None:
     """Writes down the first error: the others follow from it."""
     known = innermost(error) or error
     lines = str(known).strip().splitlines() or [""]
-    own = isinstance(known, HeliostatError)
+    own = known if isinstance(known, HeliostatError) else None
     text = "\n".join(lines) if own else f"{type(known).__name__}: {lines[-1]}"
-    raw = json.dumps({"who": who, "message": text, "exit_code": known.exit_code if own else 1})
+    raw = json.dumps({"who": who, "message": text, "exit_code": own.exit_code if own else 1})
     part = folder / f"error-{os.getpid()}"
     part.write_text(raw)
     with contextlib.suppress(FileExistsError):

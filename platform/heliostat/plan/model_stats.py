@@ -128,7 +128,7 @@ def _only(model: torch.nn.Module, stack: torch.nn.ModuleList, some: list[torch.n
     """Leaves only some of a stack's layers, in their order, for the duration of a context."""
     whole = stack._modules
     places = [i for i, m in enumerate(whole.values()) if m in some]
-    found = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    found: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     configs = {k: c for k, c in found.items() if len(getattr(c, "layer_types", None) or ()) == len(whole)}
     with ExitStack() as patches:
         for config in configs.values():  # models look up there, by its place, how a layer attends

@@ -63,7 +63,7 @@ class DetectSecrets(Stage):
         self.check()
         from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
 
-        classes = {c.__name__: c for c in get_mapping_from_secret_type_to_class().values()}
+        classes: dict[str, Any] = {c.__name__: c for c in get_mapping_from_secret_type_to_class().values()}
         detectors = [classes[name]() for name in self.detectors]
         near = _ANY if any(name in WIDE for name in self.detectors) else _NEAR
 

@@ -67,7 +67,9 @@ def read_file(base: Location, path: str, rules: documents.Rules,
         yield from documents.read(path or base.name, file, rules, part)
 
 
-def read_other(base: Location, path: str, rules: documents.Rules, part: Part) -> Iterator[Raw | documents.Dropped]:
+def read_other(
+    base: Location, path: str, rules: documents.Rules, part: Part
+) -> Iterator[Raw | documents.Document | documents.Dropped]:
     """Reads a file of a kind that only pipelines with stages read; pages stay bytes, and keep all that an archive says."""
     name = path or base.name
     try:

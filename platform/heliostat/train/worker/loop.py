@@ -460,7 +460,7 @@ class Worker:
         common, own = agreement.agreed(self.control, restore)
         if (frozen := zero_state.frozen(self.engine, whole=True)) and source.saved:
             found = checkpoint.open_together(self.run_folder, source.saved, self.control)
-            checkpoint.load(found, frozen, self.control, self._progressed)
+            checkpoint.load(found, dict(frozen), self.control, self._progressed)
             self.saver.frozen.loaded(found, zero_state.frozen(self.engine))
         self._resume(common["optimizer_steps"], common["loss_scale"])
         if self.rank == 0:
