@@ -102,7 +102,7 @@ def play_plain(job: Job, plan: DataPlan, recipe: Recipe, folder: Path) -> None:
         _gradients(grads, step + 1, found, whole, parts, before, limits.floor)
         following = read(folder / f"weights-{step + 1}", WAIT_S)
         _updates(updates, step + 1, weights, following, plain.step(weights, found))
-        weights, before = following, right
+        weights, before = following, whole
         told.append(loss)
     (folder / "plain.json").write_text(json.dumps({"losses": told, "rows": [row.dump() for row in (begun, grads, updates)]}))
 
