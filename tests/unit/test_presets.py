@@ -1,0 +1,45 @@
+"""The pipelines that come with heliostat for the web, code and books: each of their stages works, and keeps what it should."""
+
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import yaml
+
+from tests.unit.build_curation import curate, left, left_out
+
+PIPELINES = Path(__file__).parents[2] / "pipelines"
+STORY = (
+    "The old lighthouse keeper walked down to the harbour every morning before the sun had risen. He carried a lamp and a rope, and "
+    "he would wait for the first boats to return with their nets. Nobody in the village could remember a time when he had not been "
+    "there. Some said that the sea itself would stop if he ever failed to come. Children were told to greet him with respect. In the "
+    "winter of that year a storm took the pier away, and three of the boats with it. Their crews swam ashore in the dark, guided by a "
+    "light that they all had seen and that nobody had lit. When they came to thank the keeper, they found his door open and the stove "
+    "cold. A letter on the table asked whoever read it to keep the lamp clean. The baker's daughter took it home, and she has looked "
+    "after the light since then."
+)
+JUNK = "buy now " * 200
+CODE = 'import os\n\n\ndef size(path):\n    """Return the bytes of a file."""\n    return os.stat(path).st_size\n' * 3
+TEXTS = {"story": STORY, "again": STORY + " It still burns.", "junk": JUNK}
+
+
+def stages(name):
+    return yaml.safe_load((PIPELINES / f"{name}.yaml").read_text())["stages"]
+
+
+def page(text):
+    body = "".join(f"<p>{part}.</p>" for part in text.rstrip(".").split(". "))
+    return f"<html><body><nav><a href=/>Home</a></nav><main>{body}</main></body></html>".encode()
+
+
+@pytest.mark.parametrize(("name", "given"), [
+    ("fineweb", {id: page(text) for id, text in TEXTS.items()}),
+    ("books", {"story": topics["compound"], "again": topics["compound"] + " It still burns.", "junk": STORY}),
+    ("starcoder", {"story": CODE, "again": CODE + "print(size('.'))\n", "junk": "x = '" + "A1b2" * 1000 + "'\n"}),
+], ids=["fineweb", "books", "starcoder"])  # fmt: skip
+def test_a_preset_keeps_one_of_two_that_are_alike_and_no_junk(tmp_path, name, given):
+    """Which of its stages finds the junk is the stages' own tests' business."""
+    found, here = curate(tmp_path, given, stages(name), memory_limit=64 << 20)
+    kept, out = left(found, here), left_out(found, here)
+    assert kept.keys() == {"again"}  # the longest
+    assert out["story"][1] == "near_duplicate" and out["junk"][1] not in ("near_duplicate", "")
