@@ -10,13 +10,13 @@ from tests.unit.build_curation import curate, left, left_out
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
 STORY = (
-    "The old lighthouse keeper walked down to the harbour every morning before the sun had risen. He carried a lamp and a rope, and "
-    "he would wait for the first boats to return with their nets. Nobody in the village could remember a time when he had not been "
-    "there. Some said that the sea itself would stop if he ever failed to come. Children were told to greet him with respect. In the "
-    "winter of that year a storm took the pier away, and three of the boats with it. Their crews swam ashore in the dark, guided by a "
-    "light that they all had seen and that nobody had lit. When they came to thank the keeper, they found his door open and the stove "
-    "cold. A letter on the table asked whoever read it to keep the lamp clean. The baker's daughter took it home, and she has looked "
-    "after the light since then."
+    "The old lighthouse keeper walked down to the harbour every morning before the sun had risen. He carried a lamp and a "
+    "rope, and he would wait for the first boats to return with their nets. Nobody in the village could remember a time "
+    "when he had not been there. Some said that the sea itself would stop if he ever failed to come. Children were told to "
+    "greet him with respect. In the winter of that year a storm took the pier away, and three of the boats with it. Their "
+    "crews swam ashore in the dark, guided by a light that they all had seen and that nobody had lit. When they came to "
+    "thank the keeper, they found his door open and the stove cold. A letter on the table asked whoever read it to keep the "
+    "lamp clean. The baker's daughter took it home, and she has looked after the light since then."
 )
 JUNK = "buy now " * 200
 CODE = 'import os\n\n\ndef size(path):\n    """Return the bytes of a file."""\n    return os.stat(path).st_size\n' * 3
