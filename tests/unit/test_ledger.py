@@ -199,6 +199,16 @@ def test_a_late_report_of_workers_that_have_failed_is_not_the_next_attempts(tmp_
     recorder.close("failed")
 
 
+def test_workers_that_overtake_the_drivers_word_of_their_placing_are_one_attempt(tmp_path):
+    now = time.time()
+    recorder = Recorder(Location(str(tmp_path)), now - 100, 0, 2)
+    model, *others = _events(now - 90, 0, (2,), 4)
+    for event in [model, Phase(phase="placing", at=now - 95), *others]:
+        recorder.event(event)
+    assert [(a.start_step, a.reached) for a in recorder.attempts] == [(0, 4)]
+    recorder.close("finished")
+
+
 def _events(clock: float, start: int, saves: tuple[int, ...], until: int, ended: bool = False) -> list[Event]:
     """What a worker posts: 1 s for its start, then 2 s of computing and half a second of waiting for data in a step."""
     seconds = {"starting": 0.0}

@@ -104,6 +104,8 @@ class Recorder:
         phase = event.phase if isinstance(event, Phase) else ""
         if self._joined is None and phase not in ("placing", "model"):
             return  # late, from workers that have failed
+        if phase == "placing" and self._joined is not None and at < now.known:
+            return  # the driver's, which these workers' own have overtaken
         if phase in ("placing", "model") and self._joined is not None:
             self.restart(at)
             now = self.attempts[-1]
