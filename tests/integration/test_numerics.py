@@ -17,7 +17,7 @@ from tests.golden import data
 from tests.integration import trials
 from tests.unit import build_job
 
-ARCHITECTURES: dict[str, dict[str, Any]] = {  # as wide as their classes' defaults, so cut by the check itself
+ARCHITECTURES: dict[str, dict[str, Any]] = {  # as wide as their classes' defaults: the check itself cuts them
     "gpt2": {"train.zero.stage": 1},
     "qwen2": {"train.zero.stage": 2, "train.optimizer": {"name": "sgd", "lr": 1e-2}},
     "qwen3": {"train.zero.stage": 3},
@@ -56,9 +56,9 @@ def test_ten_architectures_compute_what_one_plain_process_does(documents, tmp_pa
     assert len(found) == 10
     for name, one in found.items():
         assert one["ok"], (name, one["faults"][:3])
-        assert "cut from" in one["trial"]["model"], name
+        assert ("cut from" in one["trial"]["model"]) == (name != "gpt2"), name  # whose two layers are small enough as they are
         rows = {row["what"]: row for row in one["rows"]}
-        assert rows["gradients"]["count"] == rows["updates"]["count"] > 4 * 20
+        assert rows["gradients"]["count"] == rows["updates"]["count"] >= 4 * 15, name  # a row for each tensor and step
         assert rows["receipts"]["count"] == 4 * one["trial"]["global_batch"]
         assert one["losses"]["engine"][0] != one["losses"]["engine"][1]
 
