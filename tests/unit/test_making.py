@@ -160,7 +160,7 @@ def test_a_task_takes_its_share_of_memory_whatever_the_file(tmp_path, name):
     command = [sys.executable, "-c", MEASURED, str(tmp_path / "in"), str(64 << 20), name]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     runs, read, gathered = map(int, done.stdout.split())
-    most = 256 if name.endswith("parquet") else 64  # Arrow keeps what it has unpacked
+    most = 256 if name.endswith("parquet") else 64  # more than the limit: docs/benchmarks/curation.md
     assert runs >= 19 and read <= most and gathered <= most + 36, done.stdout
 
 

@@ -93,7 +93,8 @@ class TextPipeline(Pipeline):
     shard_bytes: int = Field(128_000_000, gt=0)
     """Bytes of text in a shard, about; it bounds the memory of the task that writes it."""
     memory_limit: ByteSize = Field(ByteSize(2 << 30), ge=64 << 20)
-    """Bytes of memory that a task may take beside what its process has from the start."""
+    """Bytes of memory that a task may take beside what its process has from the start. A Parquet file with large row
+    groups takes more (docs/benchmarks/curation.md)."""
     work: str | None = None
     """The folder or `s3://` prefix of unfinished work, from which a run that was ended goes on. Unset: beside the output, with
     `.work` behind its name. See docs/prepare.md#work"""
