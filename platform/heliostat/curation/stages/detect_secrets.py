@@ -63,7 +63,8 @@ class DetectSecrets(Stage):
         self.check()
         from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
 
-        classes: dict[str, Any] = {c.__name__: c for c in get_mapping_from_secret_type_to_class().values()}
+        found_classes: list[Any] = list(get_mapping_from_secret_type_to_class().values())
+        classes = {found.__name__: found for found in found_classes}
         detectors = [classes[name]() for name in self.detectors]
         near = _ANY if any(name in WIDE for name in self.detectors) else _NEAR
 
