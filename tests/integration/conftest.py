@@ -19,6 +19,7 @@ from mlflow import MlflowClient
 os.environ.setdefault("AWS_ACCESS_KEY_ID", "testing")
 os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "testing")
 os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
+os.environ["HELIOSTAT_CACHE"] = ""  # what earlier code counted is nothing to a test
 SESSION = os.environ.get("PYTEST_XDIST_WORKER", "alone")
 if os.environ.get("HELIOSTAT_TEST_SESSION") != SESSION:  # Ray's workers import this module too
     os.environ["HELIOSTAT_TEST_SESSION"] = SESSION

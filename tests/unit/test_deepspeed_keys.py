@@ -6,7 +6,7 @@ from heliostat.config import deepspeed_keys
 from heliostat.config.deepspeed_keys import INSTEAD, Allowed
 from heliostat.config.schema import Strict
 from heliostat.errors import ConfigError
-from heliostat.train.worker import deepspeed_engine
+from heliostat.train.worker.engine_config import engine_config
 
 from tests.unit.build_job import job
 
@@ -63,7 +63,7 @@ def test_what_is_allowed_reaches_deepspeed_as_given():
     """And nothing that the job does not name: the defaults here only document DeepSpeed's."""
     given = {"zero_optimization": {"reduce_bucket_size": 7}, "communication_data_type": "fp32"}
     assert faults(given) == []
-    made = deepspeed_engine.engine_config(job(**{"train.deepspeed": given}))
+    made = engine_config(job(**{"train.deepspeed": given}))
     assert made["zero_optimization"]["reduce_bucket_size"] == 7 and made["communication_data_type"] == "fp32"
     assert "fp16" not in made and "sub_group_size" not in made["zero_optimization"]
 

@@ -11,8 +11,8 @@ import torch
 from heliostat.data import manifest
 from heliostat.errors import ConfigError
 from heliostat.plan import failures, hardware, memory, planner, step_time, zero_layout
+from heliostat.plan.counts import Work
 from heliostat.plan.model_stats import Meter, activations, build, stats_of, work
-from heliostat.plan.operations import Work
 from heliostat.storage import Location
 
 from tests.unit import build_images

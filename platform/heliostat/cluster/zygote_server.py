@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import hashlib
 import importlib
 import json
 import os
@@ -29,6 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from heliostat.cluster.package_digest import package_digest
 from heliostat.cluster.zygote import END_S, ENTRY
 
 CONTEXT = "--serialized-runtime-env-context="
@@ -163,15 +163,7 @@ def _is_our_code(path: str) -> bool:
     places = (Path(entry, "heliostat") for entry in path.split(os.pathsep) if entry)
     there = next((place for place in places if (place / "__init__.py").exists()), None)
     here = Path(__file__).parents[1]
-    return there is None or there == here or _digest(there) == _digest(here)
-
-
-def _digest(package: Path) -> str:
-    files = sorted(p for p in package.rglob("*") if p.is_file() and p.suffix != ".pyc")
-    told = hashlib.sha256()
-    for file in files:
-        told.update(f"{file.relative_to(package)}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
-    return told.hexdigest()
+    return there is None or there == here or package_digest(there) == package_digest(here)
 
 
 def receive(connection: socket.socket, descriptors: int = 3) -> tuple[Request, list[int]]:

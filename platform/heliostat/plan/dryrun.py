@@ -22,7 +22,8 @@ from heliostat.config.spec import Job
 from heliostat.data import mixing
 from heliostat.errors import ConfigError, DataError, StorageError
 from heliostat.plan import planner, zero_layout
-from heliostat.plan.model_stats import ModelStats, build, stats_of
+from heliostat.plan.counts import ModelStats
+from heliostat.plan.model_stats import build, stats_of
 
 
 def kinds(job: Job) -> list[str]:
@@ -63,12 +64,13 @@ def dry_run(path: Path, settings: list[str], workers: int | None = None) -> dict
 def check_engine(job: Job) -> None:
     """Raises ConfigError if DeepSpeed itself would refuse the ZeRO section of the job's config."""
     from heliostat.train.worker import deepspeed_engine
+    from heliostat.train.worker.engine_config import engine_config
 
     deepspeed_engine.prepare_environment(job.workers.gpus)
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     try:
-        DeepSpeedZeroConfig(**deepspeed_engine.engine_config(job)["zero_optimization"])
+        DeepSpeedZeroConfig(**engine_config(job)["zero_optimization"])
     except ValidationError as e:
         first = e.errors()[0]
         raise ConfigError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -12,19 +11,18 @@ from heliostat.config import spec
 from heliostat.config.optimizers import STATE_BYTES
 from heliostat.config.spec import Job
 from heliostat.plan import failures, hardware, layouts, memory, step_time
+from heliostat.plan.counts import Counts
 from heliostat.plan.hardware import Device
 from heliostat.plan.layouts import Layout
-from heliostat.plan.model_stats import Activations, ModelStats
-from heliostat.plan.operations import Work
+from heliostat.train.worker.engine_config import engine_config
 
 
 class Planner:
     """Estimates memory and speed of a job on a device, in its own layout and in others."""
 
-    def __init__(
-        self, job: Job, model: ModelStats, kept: Activations, work: Sequence[Work], device: Device, prices: dict[str, Any]
-    ) -> None:
-        self.job, self.model, self.kept, self.work, self.device, self.prices = job, model, kept, work, device, prices
+    def __init__(self, job: Job, counts: Counts, device: Device, prices: dict[str, Any]) -> None:
+        self.job, self.device, self.prices = job, device, prices
+        self.model, self.kept, self.work = counts.model, counts.kept, counts.work
         self.workers, self.gpu = job.workers.most, device.name != "cpu"
         self.network = hardware.network(prices)
         self._micro: dict[tuple[int, bool], tuple[float, float]] = {}
@@ -110,8 +108,6 @@ class Planner:
 
     @cached_property
     def _zero(self) -> dict[str, Any]:
-        from heliostat.train.worker.deepspeed_engine import engine_config
-
         found: dict[str, Any] = engine_config(self.job)["zero_optimization"]
         return found
 

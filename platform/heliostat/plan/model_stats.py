@@ -7,10 +7,9 @@ architecture.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -21,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from heliostat import cpu_kernels
 from heliostat.config.spec import Job
-from heliostat.plan.operations import Recorder, Work, extended, grouped
+from heliostat.plan.counts import Activations, Counts, ModelStats, Work
+from heliostat.plan.operations import Recorder, extended, grouped
 from heliostat.recipes import building
 from heliostat.recipes.protocol import Recipe
 from heliostat.recipes.text import next_token
@@ -29,43 +29,21 @@ from heliostat.recipes.text import next_token
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclass(frozen=True)
-class ModelStats:
-    """Describes one model: the shape of every parameter, the frozen ones, persistent buffers, and the FLOPs of one sample.
-
-    Shared parameters are counted once.
-    """
-
-    shapes: dict[str, tuple[int, ...]]
-    frozen: frozenset[str]
-    buffers: dict[str, tuple[tuple[int, ...], str]]  # persistent ones: shape, dtype
-    layer: int  # parameters of the largest module without submodules of its own kind: what ZeRO-3 gathers at once
-    flops: float  # 0: the recipe does not say, and `activations` counts
-    groups: list[list[str]]  # the optimizer's, by names
-    frozen_models: tuple[int, int] = (0, 0)  # bytes of models beside it on the device: in every step; in evaluations, with those
-
-    @property
-    def parameters(self) -> int:
-        return sum(math.prod(s) for s in self.shapes.values())
-
-    @property
-    def trained(self) -> dict[str, tuple[int, ...]]:
-        return {n: s for n, s in self.shapes.items() if n not in self.frozen}
-
-
-@dataclass(frozen=True)
-class Activations:
-    """Holds the bytes that one sample's forward pass keeps for the backward pass, with and without activation checkpointing."""
-
-    kept: int
-    checkpointed: int
-    largest: int  # the largest single tensor: there is one more of it for a moment
-    flops: float = 0.0  # of the forward and backward pass, if they were to be counted
-
-
 def build(recipe: Recipe) -> torch.nn.Module:
     with torch.device("meta"):
         return building.build(recipe)
+
+
+def count(job: Job, recipe: Recipe, built: torch.nn.Module | None, contents: Sequence[Any]) -> Counts:
+    """Counts all that a plan needs. `built`: the recipe's model from `build`, if there is one; it cannot be used afterwards.
+
+    `contents` are what `recipe.batch` takes for one sample, for two and for three.
+    """
+    built = built or build(recipe)
+    model = stats_of(recipe, built)
+    kept = activations(job, recipe, built, contents[0], count=not model.flops)
+    model = replace(model, flops=model.flops or kept.flops)
+    return Counts(model, kept, work(job, recipe, built, (contents[1], contents[2])))
 
 
 def stats_of(recipe: Recipe, model: torch.nn.Module) -> ModelStats:

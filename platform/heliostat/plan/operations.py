@@ -18,7 +18,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-MATMUL, CONVOLUTION, ATTENTION, MEMORY = KINDS = ("matmul", "convolution", "attention", "memory")
+from heliostat.plan.counts import ATTENTION, CONVOLUTION, MATMUL, MEMORY, Work
+
 FREE = {"detach", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "lift_fresh", "_unsafe_view",
         "_local_scalar_dense"}  # fmt: skip
 
@@ -31,19 +32,6 @@ class Operation:
     kind: str
     flops: float
     moved: float
-    replayed: bool
-
-
-@dataclass(frozen=True)
-class Work:
-    """Describes equal operations of a step: how many, and of each the FLOPs and bytes that a sample adds, and the bytes that it
-    moves whatever the number of samples."""
-
-    kind: str
-    count: int
-    flops: float
-    moved: float
-    fixed: float
     replayed: bool
 
 

@@ -10,11 +10,10 @@ import logging
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
-import torch
 
 import heliostat.check as check
 from heliostat.cluster import cluster_file
@@ -23,12 +22,15 @@ from heliostat.cluster.cluster_file import ClusterFile
 from heliostat.config.spec import Job
 from heliostat.data import collection, manifest
 from heliostat.errors import ConfigError, DataError, StorageError
-from heliostat.plan import calibrate, hardware, layouts
+from heliostat.plan import calibrate, count_cache, hardware, layouts
+from heliostat.plan.counts import Counts
 from heliostat.plan.estimate import Planner
 from heliostat.plan.hardware import GIB, Device
-from heliostat.plan.model_stats import activations, build, stats_of, work
 from heliostat.recipes.protocol import Recipe
 from heliostat.storage import Location
+
+if TYPE_CHECKING:  # torch takes seconds, and a model that was counted before needs none
+    import torch
 
 CHOICES = ("stage", "micro_batch", "activation_checkpointing", "offload_optimizer")
 log = logging.getLogger(__name__)
@@ -118,12 +120,14 @@ def planners(
         where = replace(where, memory=psutil.virtual_memory().total / most.workers.most)  # this machine's
     if cluster:
         room.check(most, cluster)
-    built = built or build(recipe)
-    model = stats_of(recipe, built)
-    kept = activations(most, recipe, built, sample(most, recipe), count=not model.flops)
-    model = replace(model, flops=model.flops or kept.flops)
-    operations = work(most, recipe, built, (sample(most, recipe, 2), sample(most, recipe, 3)))
-    return [Planner(one, model, kept, operations, where, prices) for one in (fewest, most)]
+    counts = count_cache.get(most, recipe, lambda: _count(most, recipe, built))
+    return [Planner(one, counts, where, prices) for one in (fewest, most)]
+
+
+def _count(job: Job, recipe: Recipe, built: torch.nn.Module | None) -> Counts:
+    from heliostat.plan import model_stats
+
+    return model_stats.count(job, recipe, built, [sample(job, recipe, rows) for rows in (1, 2, 3)])
 
 
 def plan(

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from heliostat.plan.counts import MEMORY, Work
 from heliostat.plan.hardware import Device, Network
-from heliostat.plan.operations import MEMORY, Work
 
 BACKWARD = 2 / 3  # of a micro-batch's computing: what a reduction of gradients can hide behind
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import yaml
 from heliostat.plan import hardware, model_stats, step_time
-from heliostat.plan.operations import Work
+from heliostat.plan.counts import Work
 from heliostat.recipes.protocol import Loss
 
 from tests.unit.build_job import job

@@ -1,4 +1,4 @@
-"""Builds the DeepSpeed config of a job, and the engine from it.
+"""Builds the DeepSpeed engine of a job.
 
 ZeRO shards optimizer state (stage 1), gradients (2) and parameters (3) over the workers (Rajbhandari et al. 2020, arXiv
 1910.02054). Import this module only in a worker: `prepare_environment` must run before DeepSpeed is first imported.
@@ -19,13 +19,12 @@ from typing import Any
 import torch
 
 from heliostat import cpu_kernels
-from heliostat.config import spec
 from heliostat.config.spec import Job
 from heliostat.recipes import building
 from heliostat.recipes.protocol import Recipe
+from heliostat.train.worker.engine_config import engine_config
 
 _engines: weakref.WeakSet[Any] = weakref.WeakSet()  # that are in memory
-CPU_BUCKET = 32_000_000  # elements; at every bucket the workers wait for one another
 
 
 def prepare_environment(gpus: float) -> None:
@@ -69,47 +68,6 @@ def _without_compiler() -> Iterator[None]:
         yield
     finally:
         torch.compile = compiler
-
-
-def engine_config(job: Job) -> dict[str, Any]:
-    """Builds the DeepSpeed config of a job; `train.deepspeed` is merged over it, key by key."""
-    train, offload = job.train, job.train.zero.offload
-    zero: dict[str, Any] = {"stage": train.zero.stage}
-    if not job.workers.gpus:
-        zero |= {
-            "reduce_bucket_size": CPU_BUCKET,
-            "allgather_bucket_size": CPU_BUCKET,
-            "stage3_prefetch_bucket_size": CPU_BUCKET,
-            # parameters that stay whole would be gathered one by one after every step, with a wait for each
-            "stage3_param_persistence_threshold": 0,
-        }
-    else:
-        zero |= {"overlap_comm": True, "contiguous_gradients": True}
-    if offload.optimizer:
-        zero["offload_optimizer"] = {"device": offload.optimizer, "pin_memory": bool(job.workers.gpus)}
-    if offload.param:
-        where = {"nvme_path": offload.nvme_path} if offload.nvme_path else {}
-        zero["offload_param"] = {"device": offload.param, "pin_memory": bool(job.workers.gpus), **where}
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": train.micro_batch,
-        "gradient_accumulation_steps": job.accumulation,
-        "zero_optimization": zero,
-        # at stage 0 the loop clips, because DeepSpeed would not tell the norm
-        "gradient_clipping": train.grad_clip if train.zero.stage else 0.0,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW is as fast and needs no compiler
-        "steps_per_print": 2**62,
-    }
-    if train.precision != "fp32":
-        config[train.precision] = {"enabled": True}
-        if spec.settle(job, None).train.accumulate == "fp32" and job.accumulation > 1:
-            config["data_types"] = {"grad_accum_dtype": "fp32"}
-    return _merge(config, train.deepspeed)
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    nested = {k: _merge(base[k], v) for k, v in over.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
-    return {**base, **over, **nested}
 
 
 def build_model(job: Job, recipe: Recipe, config: dict[str, Any]) -> torch.nn.Module:

@@ -1,0 +1,100 @@
+"""Keeps what models were counted to need (`counts`) in the workspace, so that a job that is planned again needs no torch.
+
+A count is found by everything that it follows from: the job without what no count depends on, the digests of its datasets, the
+code of this package, the versions of the libraries and the machine. What follows from more than that is counted each time: a
+recipe of the workspace's own, a pretrained folder. The folder, `.heliostat/cache` unless HELIOSTAT_CACHE names another, may be
+deleted at any time; an empty HELIOSTAT_CACHE keeps nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import heliostat.check as check
+from heliostat.cluster.package_digest import package_digest
+from heliostat.config import workspace
+from heliostat.config.spec import Job
+from heliostat.errors import DataError, StorageError
+from heliostat.plan.counts import Counts
+from heliostat.recipes.protocol import Recipe
+from heliostat.records import Format
+from heliostat.storage import Location
+
+log = logging.getLogger(__name__)
+
+PLACE = "HELIOSTAT_CACHE"
+KEPT = 64  # counts, the newest
+LIBRARIES = ("torch", "transformers", "diffusers")
+APART = ("name", "storage", "mlflow", "checkpoint", "retries", "evaluate")  # of a job, on which no count depends
+APART_TRAIN = ("steps", "seed", "schedule", "global_batch", "grad_clip", "loss_spikes", "recheck")
+COUNTS = Format(Counts, "count of a model")
+
+
+def get(job: Job, recipe: Recipe, count: Callable[[], Counts]) -> Counts:
+    """Returns the kept counts of a job's model; counts and keeps them if there are none."""
+    folder, name = os.environ.get(PLACE, str(workspace.root() / ".heliostat" / "cache")), key(job, recipe)
+    if not folder or name is None:
+        return count()
+    place = Path(folder, "counts", f"{name}.json")
+    try:
+        return COUNTS.read(place)
+    except FileNotFoundError:
+        pass
+    except (DataError, OSError) as e:
+        log.warning("counting the model anew: %s", e)
+    found = count()
+    try:
+        Location(str(place)).write(json.dumps(asdict(found), default=sorted).encode())
+        for old in sorted(place.parent.glob("*.json"), key=lambda path: path.stat().st_mtime)[:-KEPT]:
+            old.unlink(missing_ok=True)
+    except (StorageError, OSError) as e:
+        log.info("the count of the model was not kept: %s", e)
+    return found
+
+
+def key(job: Job, recipe: Recipe) -> str | None:
+    """Returns what names the counts of a job's model; None if they follow from what this does not know."""
+    module = job.recipe.partition(":")[0]
+    if workspace.BUILT_IN.get(module, module) != "heliostat.recipes" or any(map(_is_path, _leaves(job.model))):
+        return None
+    told = {k: v for k, v in job.dump().items() if k not in APART}
+    told["train"] = {k: v for k, v in told["train"].items() if k not in APART_TRAIN}
+    told["train"]["optimizer"] = {k: v for k, v in told["train"]["optimizer"].items() if k != "lr"}
+    told["data"] = {k: v for k, v in told["data"].items() if k in ("sequence_length", "document_mask")}
+    bound = [source.digest for source in getattr(recipe, "sources", [])]
+    machine = [platform.machine(), platform.python_version(), sorted(check.cpu_flags())]
+    whole = json.dumps([told, bound, machine, _code()], sort_keys=True)
+    return hashlib.sha256(whole.encode()).hexdigest()[:32]
+
+
+def _leaves(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [leaf for one in value.values() for leaf in _leaves(one)]
+    return [leaf for one in value for leaf in _leaves(one)] if isinstance(value, list) else [value]
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and ("/" in value or Path(value).exists())
+
+
+@cache
+def _code() -> list[str]:
+    """Identifies the code that counts: this package's files, and the versions of what it calls."""
+    return [package_digest(Path(__file__).parents[1]), *map(_version, LIBRARIES)]
+
+
+def _version(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return ""

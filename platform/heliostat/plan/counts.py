@@ -1,0 +1,64 @@
+"""Holds what a job's model was counted to need, as plain data: parameters, activations, operations of a step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+MATMUL, CONVOLUTION, ATTENTION, MEMORY = KINDS = ("matmul", "convolution", "attention", "memory")
+
+
+@dataclass(frozen=True)
+class ModelStats:
+    """Describes one model: the shape of every parameter, the frozen ones, persistent buffers, and the FLOPs of one sample.
+
+    Shared parameters are counted once.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    frozen: frozenset[str]
+    buffers: dict[str, tuple[tuple[int, ...], str]]  # persistent ones: shape, dtype
+    layer: int  # parameters of the largest module without submodules of its own kind: what ZeRO-3 gathers at once
+    flops: float  # 0: the recipe does not say, and `activations` counts
+    groups: list[list[str]]  # the optimizer's, by names
+    frozen_models: tuple[int, int] = (0, 0)  # bytes of models beside it on the device: in every step; in evaluations, with those
+
+    @property
+    def parameters(self) -> int:
+        return sum(math.prod(s) for s in self.shapes.values())
+
+    @property
+    def trained(self) -> dict[str, tuple[int, ...]]:
+        return {n: s for n, s in self.shapes.items() if n not in self.frozen}
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Holds the bytes that one sample's forward pass keeps for the backward pass, with and without activation checkpointing."""
+
+    kept: int
+    checkpointed: int
+    largest: int  # the largest single tensor: there is one more of it for a moment
+    flops: float = 0.0  # of the forward and backward pass, if they were to be counted
+
+
+@dataclass(frozen=True)
+class Work:
+    """Describes equal operations of a step: how many, and of each the FLOPs and bytes that a sample adds, and the bytes that it
+    moves whatever the number of samples."""
+
+    kind: str
+    count: int
+    flops: float
+    moved: float
+    fixed: float
+    replayed: bool
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Holds all that a plan takes from the model itself."""
+
+    model: ModelStats
+    kept: Activations
+    work: tuple[Work, ...]
