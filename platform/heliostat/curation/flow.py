@@ -41,6 +41,8 @@ class Flow:
 
     work: Work
     labels: dict[str, str] = field(default_factory=dict)
+    gpus: float = 0.0
+    """That each task takes."""
     done: dict[str, int] = field(default_factory=dict)
     kept: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -62,8 +64,9 @@ class Flow:
         """
         waiting: dict[Any, int] = {}
         work = Work(self.work.location)  # without what was looked up
-        remote = _execute.options(num_cpus=cpus, max_retries=RETRIES, label_selector=self.labels or None, name=kind)
-        room = Room(cpus)
+        remote = _execute.options(num_cpus=cpus, num_gpus=self.gpus, max_retries=RETRIES,
+                                  label_selector=self.labels or None, name=kind)  # fmt: skip
+        room = Room(cpus, self.gpus)
         try:
             for number, task, record in self._looked_up(kind, tasks, valid):
                 if record is not None:
@@ -106,14 +109,16 @@ class Flow:
 
 
 class Room:
-    """Tells how many tasks may be under way: twice as many as there are CPUs, looked up again as nodes come and go."""
+    """Tells how many tasks may be under way: twice as many as have room, looked up again as nodes come and go."""
 
-    def __init__(self, cpus: int) -> None:
-        self.cpus, self.looked, self.count = cpus, -LOOK_S, 0
+    def __init__(self, cpus: int, gpus: float = 0.0) -> None:
+        self.cpus, self.gpus, self.looked, self.count = cpus, gpus, -LOOK_S, 0
 
     def __call__(self) -> int:
         if time.monotonic() - self.looked >= LOOK_S:
-            self.count = max(2, 2 * int(ray.cluster_resources().get("CPU", 1.0)) // self.cpus)
+            there = ray.cluster_resources()
+            fit = int(there.get("CPU", 1.0)) // self.cpus
+            self.count = max(2, 2 * (min(fit, int(there.get("GPU", 0.0) / self.gpus)) if self.gpus else fit))
             self.looked = time.monotonic()
         return self.count
 

@@ -106,19 +106,8 @@ class Making:
         return {"curation": {"funnel": path, "ends": listed}, "also": sorted({path, *(p for _, p in listed)})}
 
     def _pieces(self, inputs: list[InputFile]) -> Iterator[list[Part]]:
-        """Cuts the input into pieces; of files that are read in ranges of lines, the lines before each are counted first."""
         target = self.flow.work.begin(pieces.size(sum(f.bytes for f in inputs)))
-        cut = list(pieces.cut(((f.path, f.bytes, f.modified) for f in inputs), target, self._ranged))
-        unknown = [piece[0] for piece in cut if piece[0].stop is not None and self._lines(piece[0].path)]
-        count = (Task(key("lines", self.source.input, p.identity), {"input": self.source.input, "part": p}) for p in unknown)
-        lines = dict(zip(unknown, (r["lines"] for r in self.flow.all("lines", tasks.count_lines, count)), strict=True))
-        return iter(numbered(cut, lines))
-
-    def _ranged(self, path: str) -> bool:
-        return sources.ranged(path or self.source.input)
-
-    def _lines(self, path: str) -> bool:
-        return sources.kind(path or self.source.input)[0] == ".jsonl"
+        return pieces_of(self.flow, self.source.input, inputs, target)
 
     def _train(self, curated: Curated) -> str:
         """Trains a tokenizer on the documents of the lowest hashes, up to train_bytes: the same sample from any runs."""
@@ -162,6 +151,16 @@ class Making:
             "listed", tasks.list_left_out, iter([task]), valid=lambda r: self.output.join(r["listed"]).exists()
         )
         return record["listed"]
+
+
+def pieces_of(flow: Flow, input: str, files: list[InputFile], target: int) -> Iterator[list[Part]]:
+    """Cuts an input into pieces of about `target` bytes; of files that are read in ranges of lines, the lines before each range
+    are counted first."""
+    cut = list(pieces.cut(((f.path, f.bytes, f.modified) for f in files), target, lambda path: sources.ranged(path or input)))
+    unknown = [p[0] for p in cut if p[0].stop is not None and sources.kind(p[0].path or input)[0] == ".jsonl"]
+    count = (Task(key("lines", input, part.identity), {"input": input, "part": part}) for part in unknown)
+    lines = dict(zip(unknown, (r["lines"] for r in flow.all("lines", tasks.count_lines, count)), strict=True))
+    return numbered(cut, lines)
 
 
 def numbered(cut: list[list[Part]], lines: dict[Part, int]) -> Iterator[list[Part]]:

@@ -1,0 +1,247 @@
+"""Answers batches of texts with an exported language model: continues them, scores them, or embeds them.
+
+An answer follows from the text, its seed and the options. What is in a batch beside it changes the order of floating-point sums
+and nothing else: noise is drawn by each input's own seed, and prompts of several lengths share a batch only if the model is found
+to give the same logits behind padding.
+
+- continue: sampled by adding Gumbel noise to the logits and taking the largest (Gumbel 1954): distributed as a draw from
+  the softmax, and lets each row have its own noise; within `temperature` and `top_p`; temperature 0 adds none.
+- score: the sum of the negative log-likelihoods of all tokens, the first behind the beginning-of-document token, in nats.
+- embed: the mean of the last hidden states over the tokens, of length 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+from heliostat.config.schema import validate
+from heliostat.recipes.pretrained import from_folder
+from heliostat.recipes.text.generator import Sampling, whole
+
+LOGITS_BYTES = 256 << 20  # of a batch that is scored: every position has a logit for each token of the vocabulary
+UNKNOWN = 1 << 32  # tokens, from which on a tokenizer's limit says that it knows of none
+PROBES = ((5, 6, 7), (9, 8, 7, 6, 5, 4, 3))  # two short prompts, of which the first is padded
+CLOSE = 1e-3  # of the largest logit, within which two computations of the same are equal
+
+
+@dataclass(frozen=True)
+class Input:
+    """Holds an input: `seed` is that of its own noise."""
+
+    text: str
+    seed: int
+
+
+@dataclass
+class Answer:
+    """Holds an answer's columns, or why there is none."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    bad: str = ""
+    detail: str = ""
+
+
+class Engine:
+    """Loads a model once, and answers inputs in batches of similar length; one that cannot be answered stops no other."""
+
+    def __init__(self, folder: Path, batch: int) -> None:
+        self.batch = batch
+        self.tokenizer = from_folder("model", transformers.AutoTokenizer, folder)
+        self.model = whole("model", folder).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        limits = (getattr(self.model.config, "max_position_embeddings", None), self.tokenizer.model_max_length)
+        self.longest: int | None = min((n for n in limits if n is not None and n < UNKNOWN), default=None)
+        given = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        self.pad = next(token for token in given if token is not None)
+
+    def __call__(self, inputs: Sequence[Input]) -> list[Answer]:
+        encoded = [self.encode(one.text) for one in inputs]
+        answers = [self.refusal(tokens) or Answer() for tokens in encoded]
+        open_ = [i for i, answer in enumerate(answers) if not answer.bad]
+        for chosen in self.batches({i: len(encoded[i]) for i in open_}):
+            made = self._answered([encoded[i] for i in chosen], [inputs[i] for i in chosen])
+            for i, answer in zip(chosen, made, strict=True):
+                answers[i] = answer
+        return answers
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, verbose=False)["input_ids"]
+
+    def refusal(self, tokens: list[int]) -> Answer | None:
+        """Returns why tokens cannot be answered, if they cannot."""
+        return None
+
+    def rows(self, longest: int) -> int:
+        """Returns how many inputs of so many tokens a batch may have."""
+        return self.batch
+
+    def batches(self, lengths: dict[int, int]) -> Iterator[list[int]]:
+        """Yields the inputs in batches, the short first, so that little of a batch is padding."""
+        held: list[int] = []
+        for i in sorted(lengths, key=lambda i: (lengths[i], i)):
+            if held and (len(held) >= self.rows(lengths[i]) or self.apart(lengths[held[-1]], lengths[i])):
+                yield held
+                held = []
+            held.append(i)
+        if held:
+            yield held
+
+    def apart(self, one: int, other: int) -> bool:
+        """Tells whether inputs of these lengths may not share a batch."""
+        return False
+
+    def _answered(self, tokens: list[list[int]], inputs: list[Input]) -> list[Answer]:
+        try:
+            with torch.inference_mode():
+                return self.answer(tokens, inputs)
+        except Exception as e:  # noqa: BLE001 (whatever a model raises for an input: the others are answered)
+            if len(inputs) == 1:
+                return [Answer(bad="failed", detail=f"{type(e).__name__}: {e}"[:500])]
+        return [self._answered([t], [i])[0] for t, i in zip(tokens, inputs, strict=True)]
+
+    def answer(self, tokens: list[list[int]], inputs: list[Input]) -> list[Answer]:
+        """Answers a batch."""
+        raise NotImplementedError
+
+    def padded(self, rows: list[list[int]], left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the rows as one tensor, and which of its places hold tokens."""
+        longest = max(map(len, rows))
+        ids = torch.full((len(rows), longest), self.pad)
+        mask = torch.zeros((len(rows), longest), dtype=torch.long)
+        for row, tokens in enumerate(rows):
+            place = slice(longest - len(tokens), None) if left else slice(0, len(tokens))
+            ids[row, place], mask[row, place] = torch.tensor(tokens), 1
+        return ids.to(self.model.device), mask.to(self.model.device)
+
+
+class Continue(Engine):
+    """Continues prompts by up to `max_tokens` tokens; an empty prompt begins a document."""
+
+    def __init__(self, folder: Path, batch: int, options: dict[str, Any]) -> None:
+        super().__init__(folder, batch)
+        self.sampling = validate(Sampling, options, "options")
+        self.pads = pads_hold(self)
+
+    def encode(self, text: str) -> list[int]:
+        return super().encode(text or self.tokenizer.bos_token or "")
+
+    def refusal(self, tokens: list[int]) -> Answer | None:
+        if not tokens:
+            return Answer(bad="empty", detail="no token, and the tokenizer has none that begins a document")
+        room = None if self.longest is None else self.longest - self.sampling.max_tokens
+        if room is not None and len(tokens) > room:
+            return Answer(bad="too_long", detail=f"{len(tokens)} tokens, and the model has room for {room} before its answer")
+        return None
+
+    def apart(self, one: int, other: int) -> bool:
+        return not self.pads and one != other
+
+    def answer(self, tokens: list[list[int]], inputs: list[Input]) -> list[Answer]:
+        ids, mask = self.padded(tokens, left=True)
+        sampler = [Noise([one.seed for one in inputs], self.sampling)] if self.sampling.temperature else []
+        end = self.tokenizer.eos_token_id
+        out = self.model.generate(
+            ids, attention_mask=mask, max_new_tokens=self.sampling.max_tokens, do_sample=False, pad_token_id=self.pad,
+            eos_token_id=end, logits_processor=LogitsProcessorList(sampler),
+        )  # fmt: skip
+        return [self._read(row.tolist(), end) for row in out[:, ids.shape[1] :]]
+
+    def _read(self, tokens: list[int], end: int | None) -> Answer:
+        over = end is not None and end in tokens
+        tokens = tokens[: tokens.index(end)] if over and end is not None else tokens
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return Answer({"answer": text, "tokens": len(tokens), "finish": "stop" if over else "length"})
+
+
+class Noise(LogitsProcessor):
+    """Adds Gumbel noise to the logits of each row from a generator of its own."""
+
+    def __init__(self, seeds: Sequence[int], sampling: Sampling) -> None:
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.within = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
+        if sampling.top_p < 1:
+            self.within.append(TopPLogitsWarper(sampling.top_p))
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        size = scores.shape[-1]
+        drawn = torch.stack([torch.rand(size, generator=g, dtype=torch.float64) for g in self.generators])
+        return self.within(input_ids, scores.double()) - torch.log(-torch.log(drawn)).to(scores.device)
+
+
+def pads_hold(engine: Engine) -> bool:
+    """Tells whether a prompt has the same logits behind padding as without it: not where a state goes through the padding."""
+    vocabulary = engine.model.config.get_text_config().vocab_size
+    rows = [[token % vocabulary for token in probe] for probe in PROBES]
+    with torch.inference_mode():
+        ids, mask = engine.padded(rows, left=True)
+        places = (mask.cumsum(-1) - 1).clamp(min=0)
+        try:
+            both = engine.model(input_ids=ids, attention_mask=mask, position_ids=places).logits[0, -1]
+        except TypeError:  # of a model that takes no positions
+            both = engine.model(input_ids=ids, attention_mask=mask).logits[0, -1]
+        alone = engine.model(input_ids=engine.padded(rows[:1], left=True)[0]).logits[0, -1]
+    return bool((both - alone).abs().max() <= CLOSE * alone.abs().max())
+
+
+class Score(Engine):
+    """Scores texts; of one that is longer than the model takes, what fits, with `truncated` true."""
+
+    def encode(self, text: str) -> list[int]:
+        tokens = super().encode(text)
+        begin = self.tokenizer.bos_token_id
+        return tokens if begin is None or tokens[:1] == [begin] else [begin, *tokens]
+
+    def refusal(self, tokens: list[int]) -> Answer | None:
+        return Answer(bad="empty", detail="fewer than two tokens: none follows another") if len(tokens) < 2 else None
+
+    def rows(self, longest: int) -> int:
+        longest = longest if self.longest is None else min(longest, self.longest)
+        return max(1, min(self.batch, LOGITS_BYTES // (4 * longest * self.model.config.get_text_config().vocab_size)))
+
+    def answer(self, tokens: list[list[int]], inputs: list[Input]) -> list[Answer]:
+        cut = [row[: self.longest] for row in tokens]
+        ids, mask = self.padded(cut, left=False)
+        logits = self.model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
+        lost = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        nats = (lost.double() * mask[:, 1:]).sum(-1).tolist()
+        return [self._read(*row) for row in zip(nats, cut, tokens, inputs, strict=True)]
+
+    def _read(self, nats: float, cut: list[int], tokens: list[int], given: Input) -> Answer:
+        truncated = len(cut) < len(tokens)
+        text = self.tokenizer.decode(cut, skip_special_tokens=True) if truncated else given.text
+        size = max(1, len(text.encode("utf-8", "replace")))
+        bits = nats / math.log(2) / size
+        return Answer({"nats": nats, "tokens": len(cut) - 1, "bits_per_byte": bits, "truncated": truncated})
+
+
+class Embed(Engine):
+    """Embeds texts; of one that is longer than the model takes, what fits, with `truncated` true."""
+
+    def refusal(self, tokens: list[int]) -> Answer | None:
+        return None if tokens else Answer(bad="empty", detail="no token")
+
+    def answer(self, tokens: list[list[int]], inputs: list[Input]) -> list[Answer]:
+        cut = [row[: self.longest] for row in tokens]
+        ids, mask = self.padded(cut, left=False)
+        body = self.model.base_model
+        states = body(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+        mean = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        made = torch.nn.functional.normalize(mean, dim=-1).cpu().numpy()
+        return [
+            Answer({"embedding": vector, "tokens": len(short), "truncated": len(short) < len(row)})
+            for vector, short, row in zip(made, cut, tokens, strict=True)
+        ]
+
+
+def engine(folder: Path, task: str, batch: int, options: dict[str, Any]) -> Callable[[Sequence[Input]], list[Answer]]:
+    """Loads a model for a task."""
+    if task == "continue":
+        return Continue(folder, batch, options)
+    return {"score": Score, "embed": Embed}[task](folder, batch)

@@ -1,0 +1,191 @@
+"""Runs a model over all documents of an input, on Ray: `heliostat infer MODEL --input IN --out OUT`.
+
+    OUT/answers/9c01....parquet   the answers of a piece of the input, in its order
+    OUT/bad.parquet               inputs that have no answer, and why
+    OUT/inference.json            written last: model, settings, digest of the inputs, counts, and the files in the input's order
+    OUT/work                      what finished pieces have done, by the keys of what their answers follow from
+
+Each input is answered once: a piece's file has the name of what it follows from, and `inference.json` lists each file once. A run
+that is killed goes on behind its last finished piece, on any number of workers; new input is only its own work. The answers are a
+pure function of the input, the model and the settings, on machines of one kind. `prepare` reads OUT/answers as an input.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from heliostat.curation.flow import Flow, Task
+from heliostat.curation.pieces import Part
+from heliostat.curation.work import Work, key
+from heliostat.errors import ConfigError
+from heliostat.inference.batch import tasks
+from heliostat.inference.batch.settings import Settings
+from heliostat.pipelines.prepare import InputFile
+from heliostat.pipelines.text import making, sources
+from heliostat.pipelines.text.documents import Rules
+from heliostat.pipelines.text.tasks import TextSource
+from heliostat.recipes import exported
+from heliostat.storage import Location
+
+log = logging.getLogger(__name__)
+
+RECORD, SETTINGS, BAD, WORK = "inference.json", "settings.json", "bad.parquet", "work"
+PIECES = 256  # of an input, about
+LEAST, MOST = 16 << 10, 1 << 20  # bytes of a piece
+TELL_S = 10.0  # between lines that say how far it is
+
+
+def infer(model: Path, input: str, output: str, settings: Settings, workers: int = 2, gpus: float = 0.0) -> dict[str, Any]:
+    """Answers all documents of an input; returns what `inference.json` says, without the list of files.
+
+    ConfigError before anything starts if the model is no language model, there is no input, or the output holds something else.
+    """
+    if getattr(exported.read(model).recipe, "kind", None) != "tokens":
+        raise ConfigError(f"{model}: is no language model; `heliostat generate --prompts` draws from prompts")
+    files, place = sources.listing(input), Location(output)
+    facts = {"model": {"folder": str(model), "digest": model_digest(model), **_origin(model)}, "settings": settings.model_dump()}
+    _claim(place, {"model": facts["model"]["digest"], **facts["settings"]})
+    from heliostat.cluster.connect import connect
+
+    connect(cpus=workers, gpus=int(bool(gpus)))
+    return answer(Flow(Work(place.join(WORK)), gpus=gpus), files, facts | {"input": input}, place)
+
+
+def answer(flow: Flow, files: list[InputFile], facts: dict[str, Any], place: Location) -> dict[str, Any]:
+    """Answers the files' documents by tasks of a flow, and writes what was made of them to a place."""
+    began = time.time()
+    target = flow.work.begin(max(LEAST, min(MOST, sum(f.bytes for f in files) // PIECES)))
+    records = _answered(flow, _tasks(flow, files, target, facts, place), place)
+    made = facts | {"inputs": _inputs(records), **_counts(records), "seconds": round(time.time() - began, 1),
+                    "cpu_seconds": round(sum(r["seconds"] for r in records), 1), "new": flow.done.get("infer", 0)}  # fmt: skip
+    _list_bad(place, records)
+    listed = [{"file": f"{tasks.ANSWERS}/{r['name']}.parquet", "rows": r["rows"]} for r in records if r["rows"]]
+    place.join(RECORD).write(json.dumps({**made, "answers_in": listed}, indent=1).encode())
+    _forget_others(place, {one["file"] for one in listed})
+    return made
+
+
+def model_digest(folder: Path) -> str:
+    """Computes the digest of a model's files: what its answers follow from."""
+    told = hashlib.sha256()
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with file.open("rb") as opened:
+            told.update(f"{file.relative_to(folder)}\0".encode() + hashlib.file_digest(opened, "sha256").digest())
+    return told.hexdigest()
+
+
+def _origin(folder: Path) -> dict[str, Any]:
+    """Returns the run and the step that the model comes from, if its folder tells."""
+    if not (folder / exported.RECORD).is_file():
+        return {}
+    return {"origin": exported.record(folder).get("origin", {})}
+
+
+def _claim(place: Location, settings: dict[str, Any]) -> None:
+    """Writes down what the folder is for; ConfigError if it holds something else."""
+    try:
+        known = json.loads(place.join(SETTINGS).read())
+    except FileNotFoundError:
+        if place.files():
+            raise ConfigError(f"--out: {place} is not empty, and holds no batch inference; name another folder") from None
+        place.join(SETTINGS).write(json.dumps(settings).encode())
+        return
+    except ValueError as e:
+        raise ConfigError(f"--out: {place.join(SETTINGS)} is damaged; name another folder") from e
+    if changed := [name for name in settings if not isinstance(known, dict) or known.get(name) != settings[name]]:
+        name = changed[0]
+        was = known.get(name) if isinstance(known, dict) else None
+        raise ConfigError(
+            f"--out: {place} holds answers of another {name} ({str(was)[:80]!r}, not {str(settings[name])[:80]!r}); "
+            "name another folder"
+        )
+
+
+def _tasks(flow: Flow, files: list[InputFile], target: int, facts: dict[str, Any], place: Location) -> list[Task]:
+    """Lists the tasks of all pieces, in the input's order."""
+    asked, input = facts["settings"], facts["input"]
+    source = TextSource(input, Rules(asked["column"], "none", 0, columns=tuple(asked["keep"])))
+    shared = {"source": source, "output": place.uri, "model": facts["model"]["folder"], "settings": asked}
+
+    def task(piece: list[Part]) -> Task:
+        told = [part.identity for part in piece]
+        name = key("infer", facts["model"]["digest"], asked, input, vars(source.rules), told)
+        return Task(name, {"piece": piece, "name": name, **shared})
+
+    return [task(piece) for piece in making.pieces_of(flow, input, files, target)]
+
+
+def _answered(flow: Flow, wanted: list[Task], place: Location) -> list[dict[str, Any]]:
+    """Runs the tasks, tells how far they are, and returns their records in the input's order."""
+    there = dict(place.files())
+
+    def whole(record: dict[str, Any]) -> bool:
+        wrote = ((tasks.ANSWERS, record["bytes"]), (tasks.BAD, record["bad_bytes"]))
+        return all(there.get(f"{folder}/{record['name']}.parquet") == size for folder, size in wrote if size)
+
+    found: dict[int, dict[str, Any]] = {}
+    began = told = time.monotonic()
+    for number, record in flow.run("infer", tasks.answer_piece, iter(wanted), valid=whole):
+        found[number] = record
+        if time.monotonic() - told > TELL_S:
+            told = time.monotonic()
+            _tell(list(found.values()), len(wanted), flow, told - began)
+    return [found[number] for number in range(len(wanted))]
+
+
+def _tell(records: list[dict[str, Any]], total: int, flow: Flow, seconds: float) -> None:
+    new = max(1, flow.done.get("infer", 0))
+    left = (total - len(records)) * seconds / new
+    counts = _counts(records)
+    log.info("%d of %d pieces, %d answers, %d without one; about %.0f s to go", len(records), total, counts["answers"],
+             counts["bad"], left)  # fmt: skip
+
+
+def _counts(records: list[dict[str, Any]]) -> dict[str, int]:
+    return {
+        "answers": sum(r["rows"] for r in records),
+        "bad": sum(r["bad"] for r in records),
+        "tokens": sum(r["tokens"] for r in records),
+        "truncated": sum(r["truncated"] for r in records),
+    }
+
+
+def _inputs(records: list[dict[str, Any]]) -> str:
+    """Computes the digest of all inputs, in their order."""
+    return hashlib.sha256("".join(r["inputs"] for r in records).encode()).hexdigest()
+
+
+def _list_bad(place: Location, records: list[dict[str, Any]]) -> None:
+    """Writes what has no answer as one table, a piece's in memory at a time."""
+    if not any(r["bad"] for r in records):
+        place.join(BAD).delete()
+        return
+
+    def fill(out: pa.NativeFile) -> None:
+        with pq.ParquetWriter(out, tasks.BAD_SCHEMA) as writer:
+            for record in records:
+                if record["bad"]:
+                    raw = place.join(tasks.BAD, f"{record['name']}.parquet").read()
+                    writer.write_table(pq.read_table(pa.BufferReader(raw)))
+
+    place.join(BAD).send(fill, sum(r["bad_bytes"] for r in records))
+
+
+def _forget_others(place: Location, listed: set[str]) -> None:
+    """Deletes answers of what the input does not hold any more."""
+    for name in _answers(place):
+        if name not in listed:
+            place.join(name).delete()
+
+
+def _answers(place: Location) -> Iterator[str]:
+    return (f"{tasks.ANSWERS}/{name}" for name, _ in place.join(tasks.ANSWERS).files())

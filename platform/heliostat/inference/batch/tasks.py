@@ -1,0 +1,103 @@
+"""Answers a piece of the input, in a worker of Ray's: its answers are one Parquet file, what could not be answered another."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from heliostat.curation.pieces import Part
+from heliostat.curation.segment import Source
+from heliostat.curation.stage import Document, Dropped
+from heliostat.storage import Location
+
+if TYPE_CHECKING:
+    from heliostat.inference.batch.engines import Answer, Input
+
+ANSWERS, BAD = "answers", "bad"
+BAD_SCHEMA = pa.schema([("id", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
+COLUMNS = {
+    "continue": [("answer", pa.large_string()), ("tokens", pa.int32()), ("finish", pa.string())],
+    "score": [("nats", pa.float64()), ("tokens", pa.int64()), ("bits_per_byte", pa.float64()), ("truncated", pa.bool_())],
+    "embed": [("embedding", pa.list_(pa.float32())), ("tokens", pa.int64()), ("truncated", pa.bool_())],
+}  # fmt: skip
+
+
+def schema(task: str, column: str, keep: Sequence[str]) -> pa.Schema:
+    """Returns the columns of a task's answers: the input's id and text, what was asked for of it, and the answer's."""
+    return pa.schema([("id", pa.string()), (column, pa.large_string()), *((k, pa.large_string()) for k in keep), *COLUMNS[task]])
+
+
+def answer_piece(
+    spill: Location, piece: list[Part], source: Source, output: str, name: str, model: str, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Answers the documents of a piece, and writes the answers in the input's order; returns the task's record."""
+    found = list(chain.from_iterable(source.read(part) for part in piece))
+    documents = [item for item in found if isinstance(item, Document)]
+    bad = [[item.id, item.reason, item.detail] for item in found if isinstance(item, Dropped)]
+    engine = _engine(model, settings["task"], settings["batch"], json.dumps(settings["options"], sort_keys=True))
+    answers = engine([_input(document, settings["seed"]) for document in documents])
+    rows = []
+    for document, answer in zip(documents, answers, strict=True):
+        if answer.bad:
+            bad.append([document.id, answer.bad, answer.detail])
+        else:
+            kept = {column: _text(document.columns.get(column)) for column in settings["keep"]}
+            rows.append({"id": document.id, settings["column"]: document.text, **kept, **answer.values})
+    place = Location(output)
+    columns = schema(settings["task"], settings["column"], settings["keep"])
+    answered = _write(place.join(ANSWERS, f"{name}.parquet"), pa.Table.from_pylist(rows, columns)) if rows else 0
+    listed = pa.Table.from_arrays([pa.array(values) for values in zip(*bad, strict=True)], schema=BAD_SCHEMA) if bad else None
+    return {
+        "name": name,
+        "rows": len(rows),
+        "bytes": answered,
+        "bad": len(bad),
+        "bad_bytes": _write(place.join(BAD, f"{name}.parquet"), listed) if listed is not None else 0,
+        "tokens": sum(row["tokens"] for row in rows),
+        "truncated": sum(bool(row.get("truncated")) for row in rows),
+        "inputs": _digest(documents),
+        "files": [],
+    }
+
+
+def _input(document: Document, seed: int) -> Input:
+    """Makes an input of a document; its seed follows from the inference's and from where the document was read."""
+    from heliostat.inference.batch.engines import Input
+
+    return Input(str(document.text), xxhash.xxh64_intdigest(f"{seed}\0{document.id}".encode("utf-8", "surrogatepass")) >> 1)
+
+
+def _digest(documents: list[Document]) -> str:
+    told = hashlib.sha256()
+    for document in documents:
+        told.update(json.dumps([document.id, document.text]).encode())
+    return told.hexdigest()
+
+
+def _text(value: Any) -> str | None:
+    return value if value is None or isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _write(place: Location, table: pa.Table) -> int:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    place.write(buffer.getvalue())
+    return buffer.tell()
+
+
+@lru_cache(maxsize=1)
+def _engine(model: str, task: str, batch: int, options: str) -> Callable[[Sequence[Input]], list[Answer]]:
+    """Loads a model once in each process: it stays for the tasks to come."""
+    from heliostat.inference.batch.engines import engine
+
+    return engine(Path(model), task, batch, json.loads(options))

@@ -1,0 +1,97 @@
+"""Batch inference on Ray, killed for real: each input is answered once, and as in a run that nobody disturbed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from heliostat.inference.batch import run
+from heliostat.inference.batch.settings import Settings
+
+from tests.unit.build_job import BASE
+from tests.unit.test_batch_inference import write_model
+
+COUNT = 2000
+OPTIONS = {"max_tokens": 4, "temperature": 0.7}
+
+
+def answers(out: Path) -> list[dict]:
+    record = json.loads((out / run.RECORD).read_text())
+    return [row for one in record["answers_in"] for row in pq.read_table(out / one["file"]).to_pylist()]
+
+
+def wait_for(what, seconds: float = 120.0):
+    deadline = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < deadline, "not in time"
+        time.sleep(0.05)
+    return found
+
+
+def test_a_killed_driver_and_a_killed_worker_change_no_answer(ray_session, tmp_path):
+    """The driver of a Ray of its own, by SIGKILL, after its first pieces; then a worker of the run that goes on."""
+    model, asked = write_model(tmp_path, BASE["model"], 64), tmp_path / "in.jsonl"
+    rows = [json.dumps({"text": f"{'word ' * (i % 7)}{i}", "n": i}) for i in range(COUNT)]
+    asked.write_text("\n".join([*rows, "{"]))
+    settings = Settings(keep=["n"], options=OPTIONS)
+    whole = run.infer(model, str(asked), str(tmp_path / "whole"), settings)
+
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "heliostat", "infer", str(model), "--input", str(asked), "--out", str(out), "--keep", "n"]
+    command += ["--max-tokens", "4", "--temperature", "0.7"]
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    driver = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: len(list((out / run.WORK).glob("done/infer/*.json"))) >= 2)
+    finally:
+        os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait(60)
+    assert not (out / run.RECORD).exists()
+
+    killed = subprocess.Popen([sys.executable, "-c", KILLER, str(os.getpid())])
+    found = run.infer(model, str(asked), str(out), settings)
+    assert killed.wait(60) == 0, "no worker was at work"
+    assert found["new"] < len(json.loads((out / run.RECORD).read_text())["answers_in"])
+    assert (found["answers"], found["bad"], found["inputs"]) == (COUNT, 1, whole["inputs"])
+    assert answers(out) == answers(tmp_path / "whole")
+    assert [row["n"] for row in answers(out)] == [str(i) for i in range(COUNT)]
+
+
+KILLER = """
+import sys, time, psutil
+deadline = time.monotonic() + 50
+while time.monotonic() < deadline:
+    for process in psutil.Process(int(sys.argv[1])).children(recursive=True):
+        try:
+            if process.cmdline()[:1] == ["ray::infer"]:
+                process.kill()
+                sys.exit(0)
+        except psutil.Error:
+            pass
+    time.sleep(0.02)
+sys.exit(1)
+"""
+
+
+def test_the_command_says_what_it_did_and_what_is_wrong(tmp_path):
+    """One line each, before Ray starts: an option of another task, and an output that is not empty."""
+    model = write_model(tmp_path, BASE["model"])
+    asked = tmp_path / "in.jsonl"
+    asked.write_text('{"text": "a"}\n')
+
+    def said(*more: str) -> str:
+        command = [sys.executable, "-m", "heliostat", "infer", str(model), "--input", str(asked), *more]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+        return done.stderr
+
+    assert "--max-tokens: goes with --task continue, not with score" in said(
+        "--out", str(tmp_path / "out"), "--task", "score", "--max-tokens", "3"
+    )
+    assert "is not empty" in said("--out", str(tmp_path))
+    assert "task" in said("--out", str(tmp_path / "out"), "--task", "sing")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,237 @@
+"""Batch inference: an answer is the input's own, whatever is in its batch; each input is answered once, however often a run broke
+off."""
+
+import json
+import math
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import transformers
+from heliostat.curation.work import Work
+from heliostat.errors import ConfigError
+from heliostat.inference.batch import engines, run, tasks
+from heliostat.inference.batch.engines import Continue, Embed, Input, Score
+from heliostat.inference.batch.settings import Settings
+from heliostat.pipelines.text import sources
+from heliostat.recipes.text.causal_lm import CausalLM
+from heliostat.recipes.text.generator import Sampling
+from heliostat.recipes.text.server import continue_text
+from heliostat.storage import Location
+
+from tests.unit.build_curation import HereFlow, KilledError
+from tests.unit.build_job import BASE, job
+from tests.unit.test_samples import make_text
+
+PROMPTS = [Input(text, seed) for seed, text in enumerate(["a b", "", "c d e f g", "b", "a b c d e f", "h i j", "a b"])]
+ARCHITECTURES = {
+    "llama": {"arch": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
+    "mamba": {"arch": "mamba", "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
+}
+
+
+def write_model(folder: Path, model: dict, length: int = 32) -> Path:
+    """A language model of random weights that are large enough for its answers to differ, exported."""
+    recipe = CausalLM(job(**{"model": {**model, "vocab_size": 320}, "data.sequence_length": length}))
+    recipe.bind([make_text(folder / "data")])
+    torch.manual_seed(0)
+    made = recipe.build()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(8)
+    made.save_pretrained(folder / "model")
+    recipe.save_config(folder / "model")
+    return folder / "model"
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def any_model(request, tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp(request.param), ARCHITECTURES[request.param])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("llama"), BASE["model"])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_continuation_is_the_same_in_any_batch(any_model, temperature):
+    """Alone, with others before it, and with others behind it; with noise of its own, where there is any."""
+    engine = Continue(any_model, 4, {"max_tokens": 6, "temperature": temperature})
+    together = [answer.values for answer in engine(PROMPTS)]
+    assert together == [engine([one])[0].values for one in PROMPTS]
+    assert together == [answer.values for answer in engine(PROMPTS[::-1])][::-1]
+    if temperature:
+        assert together[0] != together[6]  # the same prompt with another seed
+
+
+def test_the_likeliest_continuation_is_that_of_a_plain_loop(model):
+    engine = Continue(model, 4, {"max_tokens": 6, "temperature": 0})
+    plain = [continue_text(engine.model, engine.tokenizer, one.text, 6, 0, 1.0, 0) for one in PROMPTS]
+    assert [answer.values["answer"] for answer in engine(PROMPTS)] == plain
+
+
+def test_noise_draws_from_the_softmax():
+    """4,000 draws of four tokens: each as often as its probability says, within five standard deviations; none beyond top_p."""
+    logits, draws = torch.tensor([[1.0, 0.0, -1.0, -4.0]]), 4000
+    noise = engines.Noise(range(draws), Sampling(temperature=0.7, top_p=0.97))
+    chosen = noise(torch.zeros(draws, 1, dtype=torch.long), logits.repeat(draws, 1)).argmax(-1)
+    shares = torch.softmax(logits[0] / 0.7, -1)
+    shares[3] = 0  # the others have 0.99 of the probability
+    shares /= shares.sum()
+    for token, share in enumerate(shares.tolist()):
+        count = int((chosen == token).sum())
+        assert abs(count - draws * share) <= 5 * math.sqrt(draws * share * (1 - share)), (token, count)
+
+
+def test_a_score_is_the_sum_over_its_tokens_in_any_batch(any_model):
+    """Against one text at a time without padding; bits per byte are of the text's own bytes."""
+    engine = Score(any_model, 3)
+    texts = [one for one in PROMPTS if one.text]
+    for answer, one in zip(engine(texts), texts, strict=True):
+        ids = torch.tensor([engine.encode(one.text)])
+        with torch.no_grad():
+            logits = engine.model(input_ids=ids).logits[0, :-1].double()
+        nats = float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+        assert answer.values["nats"] == pytest.approx(nats, rel=1e-5)
+        assert answer.values["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(one.text.encode()), rel=1e-5)
+
+
+def test_an_embedding_is_the_same_in_any_batch_and_of_length_one(any_model):
+    engine = Embed(any_model, 3)
+    texts = [one for one in PROMPTS if one.text]
+    for answer, one in zip(engine(texts), texts, strict=True):
+        vector = torch.tensor(answer.values["embedding"])
+        assert float(vector.norm()) == pytest.approx(1, rel=1e-5)
+        torch.testing.assert_close(vector, torch.tensor(engine([one])[0].values["embedding"]), rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_answered_is_said_and_stops_nothing(model, monkeypatch):
+    engine = Continue(model, 4, {"max_tokens": 6, "temperature": 0})
+    long = Input("a " * 200, 0)
+    first, refused, last = engine([PROMPTS[0], long, PROMPTS[2]])
+    assert (refused.bad, first.bad, last.bad) == ("too_long", "", "") and "the model has room for" in refused.detail
+    whole = Score(model, 4)([long])[0].values
+    assert whole["truncated"] and whole["tokens"] == engine.longest - 1
+    plain = engine.answer
+    monkeypatch.setattr(engine, "answer", lambda tokens, inputs: 1 / 0 if PROMPTS[2] in inputs else plain(tokens, inputs))
+    answers = engine(PROMPTS[:3])
+    assert [a.bad for a in answers] == ["", "", "failed"] and "ZeroDivisionError" in answers[2].detail
+
+
+def test_padding_that_changes_an_answer_is_found(model):
+    """A model whose attention looks at the padding: then prompts of different lengths share no batch."""
+    engine = Continue(model, 4, {"max_tokens": 4, "temperature": 0})
+    assert engine.pads and not engine.apart(2, 3)
+    forward = engine.model.forward
+    engine.model.forward = lambda input_ids, attention_mask=None, position_ids=None, **more: forward(input_ids, **more)
+    assert not engines.pads_hold(engine)
+    engine.pads = False
+    assert [len(b) for b in engine.batches({0: 2, 1: 2, 2: 3, 3: 2})] == [3, 1]
+
+
+# runs ------------------------------------------------------------------------------------------------------------------
+
+
+class Echo(engines.Engine):
+    """Answers with the text itself."""
+
+    def __init__(self) -> None:
+        self.batch = 4
+
+    def encode(self, text: str) -> list[int]:
+        return [1] * len(text)
+
+    def answer(self, tokens, inputs):
+        return [
+            engines.Answer({"answer": i.text[::-1], "tokens": len(t), "finish": "stop"})
+            for t, i in zip(tokens, inputs, strict=True)
+        ]
+
+
+@pytest.fixture
+def echo(monkeypatch):
+    monkeypatch.setattr(tasks, "_engine", lambda *_: Echo())
+    monkeypatch.setattr(run, "LEAST", 256)
+
+
+def lines(folder: Path, name: str, numbers: range) -> None:
+    folder.mkdir(exist_ok=True)
+    rows = [f'{{"text": "text {i}", "n": {i}}}' for i in numbers]
+    (folder / name).write_text("\n".join(rows) + "\nno json\n")
+
+
+def infer(folder: Path, out: Path, **flow) -> dict:
+    place = Location(str(out))
+    facts = {"model": {"folder": "none", "digest": "d"}, "settings": Settings(keep=["n"]).model_dump(), "input": str(folder)}
+    return run.answer(HereFlow(Work(place.join(run.WORK)), **flow), sources.listing(str(folder)), facts, place)
+
+
+def answers(out: Path) -> list[dict]:
+    record = json.loads((out / run.RECORD).read_text())
+    assert {one["file"] for one in record["answers_in"]} == {f"answers/{p.name}" for p in (out / "answers").iterdir()}
+    return [row for one in record["answers_in"] for row in pq.read_table(out / one["file"]).to_pylist()]
+
+
+def test_a_run_that_is_killed_goes_on_and_answers_each_input_once(echo, tmp_path):
+    """Killed after one task, after two more, ...: the answers, their order and the list of bad inputs are those of one run."""
+    lines(tmp_path / "in", "a.jsonl", range(100))
+    lines(tmp_path / "in", "b.jsonl", range(100, 120))
+    whole = infer(tmp_path / "in", tmp_path / "whole")
+    broken = tries = 0
+    while True:
+        try:
+            found = infer(tmp_path / "in", tmp_path / "out", seed=tries, most=2)
+            break
+        except KilledError:
+            broken += 1
+            tries += 1
+            assert not (tmp_path / "out" / run.RECORD).exists()
+    assert broken > 2 and found["inputs"] == whole["inputs"] and found["answers"] == 120 and found["bad"] == 2
+    assert answers(tmp_path / "out") == answers(tmp_path / "whole")
+    assert [row["n"] for row in answers(tmp_path / "out")] == [str(i) for i in range(120)]
+    assert answers(tmp_path / "out")[7]["answer"] == "7 txet"
+    bad = pq.read_table(tmp_path / "out" / run.BAD).to_pylist()
+    assert [(b["id"], b["reason"]) for b in bad] == [("a.jsonl#101", "invalid_json"), ("b.jsonl#21", "invalid_json")]
+
+
+def test_new_input_is_only_its_own_work_and_what_has_gone_has_no_answers(echo, tmp_path):
+    lines(tmp_path / "in", "a.jsonl", range(100))
+    infer(tmp_path / "in", tmp_path / "out")
+    assert infer(tmp_path / "in", tmp_path / "out")["new"] == 0
+    lines(tmp_path / "in", "b.jsonl", range(100, 104))
+    assert infer(tmp_path / "in", tmp_path / "out")["new"] <= 2
+    assert len(answers(tmp_path / "out")) == 104
+    (tmp_path / "in" / "a.jsonl").unlink()
+    infer(tmp_path / "in", tmp_path / "out")
+    assert [row["n"] for row in answers(tmp_path / "out")] == [str(i) for i in range(100, 104)]
+
+
+def test_answers_that_were_lost_are_made_again(echo, tmp_path):
+    lines(tmp_path / "in", "a.jsonl", range(100))
+    infer(tmp_path / "in", tmp_path / "out")
+    was = answers(tmp_path / "out")
+    next((tmp_path / "out" / "answers").iterdir()).unlink()
+    assert infer(tmp_path / "in", tmp_path / "out")["new"] == 1 and answers(tmp_path / "out") == was
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    place = Location(str(tmp_path / "out"))
+    run._claim(place, {"model": "a", "seed": 0})
+    run._claim(place, {"model": "a", "seed": 0})
+    with pytest.raises(ConfigError, match=r"--out: .* holds answers of another seed \('0', not '1'\); name another folder"):
+        run._claim(place, {"model": "a", "seed": 1})
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("")
+    with pytest.raises(ConfigError, match=r"--out: .*full is not empty"):
+        run._claim(Location(str(tmp_path / "full")), {})
+
+
+def test_a_model_that_continues_no_text_is_refused_before_ray_starts(tmp_path):
+    config = transformers.LlamaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    config.save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match="no file there"):
+        run.infer(tmp_path / "model", str(tmp_path / "empty"), str(tmp_path / "out"), Settings())
+    assert not (tmp_path / "out").exists()
