@@ -118,10 +118,10 @@ def _whole(engine: Any) -> dict[str, torch.Tensor]:
                 out[f"frozen.{name}"] = p.detach().clone()
         elif engine.zero_optimization_stage():
             out[f"master.{name}"] = safe_get_full_fp32_param(p)
-            out |= {f"{key}.{name}": safe_get_full_optimizer_state(p, key) for key in engine.moments}
+            out |= {f"{key}.{name}": safe_get_full_optimizer_state(p, key) for key in engine.moments[p]}
         else:
             out[f"master.{name}"] = p.data
-            out |= {f"{key}.{name}": engine.optimizer.state[p][key] for key in engine.moments}
+            out |= {f"{key}.{name}": engine.optimizer.state[p][key] for key in engine.moments[p]}
     out |= {f"buffer.{name}": b for name, b in engine.module.named_buffers()}
     return {name: t.detach().reshape(-1).clone() for name, t in out.items()}
 

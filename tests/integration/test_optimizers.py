@@ -27,6 +27,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sgd-momentum": {"name": "sgd", "lr": 0.05, "momentum": 0.8, "weight_decay": 0.5},
     "sgd": {"name": "sgd", "lr": 0.1, "momentum": 0.0, "weight_decay": 0.5},
     "rmsprop": {"name": "rmsprop", "lr": 0.002, "weight_decay": 0.5},
+    "lion": {"name": "lion", "lr": 0.005, "weight_decay": 0.5},
+    "schedule_free": {"name": "schedule_free", "lr": 0.02, "weight_decay": 0.5},
+    "muon": {"name": "muon", "lr": 0.05, "adamw_lr": 0.02, "weight_decay": 0.5},
 }
 
 
@@ -56,6 +59,8 @@ class Model(nn.Module):
 def _job(variant: str, layout: Layout) -> spec.Job:
     changes = {"train.optimizer": VARIANTS[variant], "train.precision": layout.precision, "train.zero.stage": layout.stage}
     changes |= {"workers.count": layout.workers, "train.global_batch": BATCH, "train.micro_batch": 2, "train.grad_clip": 0}
+    if VARIANTS[variant]["name"] == "schedule_free":
+        changes["train.schedule"] = {"name": "constant", "warmup_steps": 2}
     changes["train.deepspeed"] = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
     return job(**changes)
 
@@ -85,8 +90,9 @@ def _plain(variant: str) -> list[float]:
     made = _job(variant, LAYOUTS[0])
     torch.manual_seed(made.train.seed)
     model, losses = Model(), []
-    groups = building.parameter_groups(model, made.train.optimizer.weight_decay, Around(Model))
-    optimizer = made.train.optimizer.build(groups)
+    settings = made.train.optimizer
+    groups = building.parameter_groups(model, settings.weight_decay, Around(Model), settings.orthogonalizes)
+    optimizer = settings.build([{**group, "warmup": made.train.schedule.warmup_steps} for group in groups])
     for step in range(TRAINED + AFTER):
         loss = model(_data(step)[:, :8], _data(step)[:, 8:])
         losses.append(loss.item())
@@ -179,8 +185,10 @@ def test_a_checkpoint_of_another_layout_takes_the_same_steps(told: Told) -> None
 def test_checkpoints_hold_and_the_plan_counts_what_the_optimizer_keeps(told: Told) -> None:
     """The names in every checkpoint, and on every rank the bytes: no more than the plan says, either."""
     shapes = {name: tuple(p.shape) for name, p in Model().named_parameters()}
+    hidden = building.hidden_matrices(Around(Model), Model())
     for (variant, layout), rows in told.items():
-        state = _job(variant, layout).train.optimizer.state
-        planned = memory.state(shapes, frozenset(), layout.workers, layout.stage, layout.precision, moments=len(state)).moments
+        settings = _job(variant, layout).train.optimizer
+        kept = {name: len(settings.kept(name in hidden)) for name in shapes}
+        planned = memory.state(shapes, frozenset(), layout.workers, layout.stage, layout.precision, moments=kept).moments
         for row in rows:
-            assert row["names"] == sorted(["master", *state]) and row["bytes"] == planned, (variant, layout)
+            assert row["names"] == sorted(["master", *settings.state]) and row["bytes"] == planned, (variant, layout)

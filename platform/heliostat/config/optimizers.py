@@ -2,14 +2,15 @@
 keeps of every parameter, and how torch builds it. Checkpoints, the plan and the checks follow from these;
 docs/guides/optimizer.md adds one.
 
-Importing this costs nothing: torch is imported where an optimizer is built. An optimizer belongs here if it is elementwise: an
-element of a parameter is updated from its own gradient and state alone. ZeRO cuts parameters, flat and end to end, anywhere into
-slices that the workers update apart, and a checkpoint of one cut is loaded at another. `REFUSED` names some that are not so.
+Importing this costs nothing: torch is imported where an optimizer is built. An optimizer belongs here if what it keeps of a
+parameter is elementwise, because ZeRO cuts parameters, flat and end to end, anywhere into slices that the workers update apart,
+and a checkpoint of one cut is loaded at another. What looks at whole tensors must bring them together in its step, as Muon does.
+`REFUSED` names some that are not so.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
@@ -33,11 +34,22 @@ class Optimizer(Strict):
     """The peak learning rate, which the schedule scales."""
     weight_decay: NonNegative
 
+    copies: ClassVar[frozenset[str]] = frozenset()
+    """Those of the state that begin as the parameter; the others begin as zeros."""
+    averages: ClassVar[bool] = False
+    """Keeps an average of the weights, as the state `ema`, which is evaluated and exported in their place."""
+    orthogonalizes: ClassVar[bool] = False
+    """Has a rule of its own for hidden matrices, which are parameter groups apart (`orthogonal`)."""
+
     @property
     def state(self) -> tuple[str, ...]:
         """Returns the names, torch's own, of the optimizer state: fp32 tensors of a parameter's shape, kept for every parameter.
-        They begin as zeros; checkpoints hold them by these names."""
+        Checkpoints hold them by these names."""
         raise NotImplementedError
+
+    def kept(self, hidden_matrix: bool) -> tuple[str, ...]:
+        """Returns those names for a parameter, which is a hidden matrix or not."""
+        return self.state
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Builds torch's optimizer for parameter groups, which hold `params` and `weight_decay`."""
@@ -117,11 +129,104 @@ class RmsProp(Optimizer):
         return torch.optim.RMSprop(groups, lr=self.lr, alpha=self.alpha, eps=self.eps)  # fused there is none
 
 
-REGISTRY: dict[str, type[Optimizer]] = {kind.model_fields["name"].default: kind for kind in (AdamW, Sgd, RmsProp)}
+class Lion(Optimizer):
+    """Optimizes by the sign of a momentum (Chen et al. 2023, arXiv 2302.06675). Wants about a fifth of AdamW's learning rate,
+    and five times its weight decay."""
+
+    name: Literal["lion"] = "lion"
+    """The optimizer's algorithm."""
+    betas: Annotated[list[Rate], Field(min_length=2, max_length=2)] = [0.9, 0.99]
+    """How much of the momentum is in a step, and the momentum's decay rate."""
+    weight_decay: NonNegative = 0.5
+    """Decoupled weight decay, of matrices only."""
+
+    @property
+    def state(self) -> tuple[str, ...]:
+        return ("exp_avg",)
+
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        from heliostat.update_rules import lion
+
+        return lion.Lion(groups, self.lr, (self.betas[0], self.betas[1]))
+
+
+class ScheduleFree(Optimizer):
+    """Optimizes by AdamW with an average of the weights in a schedule's place (Defazio et al. 2024, arXiv 2405.15682). Needs
+    `train.schedule.name: constant`; a warm-up is allowed. The average is evaluated, drawn from and exported."""
+
+    name: Literal["schedule_free"] = "schedule_free"
+    """The optimizer's algorithm."""
+    betas: Annotated[list[Rate], Field(min_length=2, max_length=2)] = [0.9, 0.95]
+    """Where between iterate and average gradients are taken, and the decay rate of the second moment."""
+    eps: Annotated[Float, Field(gt=0)] = 1e-8
+    """Added to the second moment's root."""
+    weight_decay: NonNegative = 0.1
+    """Decoupled weight decay, of matrices only."""
+    copies: ClassVar[frozenset[str]] = frozenset({"z", "ema"})
+    averages: ClassVar[bool] = True
+
+    @property
+    def state(self) -> tuple[str, ...]:
+        return "exp_avg_sq", "z", "ema"
+
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        from heliostat.update_rules import schedule_free
+
+        return schedule_free.ScheduleFree(groups, self.lr, (self.betas[0], self.betas[1]), self.eps)
+
+
+class Muon(Optimizer):
+    """Optimizes hidden matrices along their orthogonalized momentum (Jordan et al. 2024), and embeddings, output heads,
+    convolutions, norms and biases by AdamW. Whole matrices are orthogonalized at every ZeRO stage."""
+
+    name: Literal["muon"] = "muon"
+    """The optimizer's algorithm."""
+    momentum: Rate = 0.95
+    """Decay rate of the gradients' running mean, of hidden matrices."""
+    nesterov: bool = True
+    """Looks ahead along the momentum."""
+    scale: Literal["adamw", "spectral"] = "adamw"
+    """By what the learning rate is multiplied for a matrix: `adamw`, so that a step is as large as AdamW's and its learning rate
+    fits; `spectral`, as Muon was published: the root of rows over columns, at least 1, with rates of about 0.02."""
+    newton_schulz: Literal["fp32", "bf16"] = "fp32"
+    """In which matrices are orthogonalized. `bf16` is faster on GPUs, and rounds: other worker counts then take other steps."""
+    adamw_lr: Annotated[Float, Field(gt=0)] | None = None
+    """The peak learning rate of what AdamW steps; the schedule scales it, too. Unset: `lr`."""
+    betas: Annotated[list[Rate], Field(min_length=2, max_length=2)] = [0.9, 0.95]
+    """AdamW's decay rates of the first and the second moment."""
+    eps: Annotated[Float, Field(gt=0)] = 1e-8
+    """AdamW's: added to the second moment's root."""
+    weight_decay: NonNegative = 0.1
+    """Decoupled weight decay, of matrices only: hidden ones, embeddings and heads."""
+    orthogonalizes: ClassVar[bool] = True
+
+    @property
+    def state(self) -> tuple[str, ...]:
+        return "momentum_buffer", "exp_avg", "exp_avg_sq"
+
+    def kept(self, hidden_matrix: bool) -> tuple[str, ...]:
+        return self.state[:1] if hidden_matrix else self.state[1:]
+
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        import torch
+
+        from heliostat.update_rules import muon
+
+        rate = self.lr if self.adamw_lr is None else self.adamw_lr
+        for group in groups:
+            group["lr"] = self.lr if group["orthogonal"] else rate
+            if not group["orthogonal"]:
+                group["lr_scale"] = group.get("lr_scale", 1.0) * rate / self.lr
+        adamw = {"lr": rate, "betas": (self.betas[0], self.betas[1]), "eps": self.eps}
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self.newton_schulz]
+        own = {"lr": self.lr, "momentum": self.momentum, "nesterov": self.nesterov, "dtype": dtype}
+        return muon.WithAdamW(groups, adamw, {**own, "like_adamw": self.scale == "adamw"})
+
+
+KINDS: tuple[type[Optimizer], ...] = (AdamW, Sgd, RmsProp, Lion, ScheduleFree, Muon)
+REGISTRY: dict[str, type[Optimizer]] = {kind.model_fields["name"].default: kind for kind in KINDS}
 REFUSED = {
-    **dict.fromkeys(
-        ("adafactor", "muon", "shampoo", "soap", "lamb", "lars"), "looks at whole tensors, and ZeRO gives workers slices"
-    ),
+    **dict.fromkeys(("adafactor", "shampoo", "soap", "lamb", "lars"), "looks at whole tensors, and ZeRO gives workers slices"),
     "adagrad": "is made anew by DeepSpeed, which then steps only one group of the parameters",
     "lbfgs": "asks for several losses in a step",
 }

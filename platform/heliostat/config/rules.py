@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 def faults(job: Job) -> list[str]:
     """Lists what is wrong, a line each that begins with the key."""
     found = [*_batch_faults(job), *_precision_faults(job), *_offload_faults(job), *_checkpoint_faults(job)]
+    found += _optimizer_faults(job)
     found += _mix_faults(job.data) + _mlflow_faults(job.mlflow)
     paths = [s.path for s in job.data.sources]
     if len(set(paths)) < len(paths):
@@ -98,6 +99,20 @@ def _precision_faults(job: Job) -> list[str]:
         faults.append(
             f"train.accumulate: fp32 with {where}: DeepSpeed sums in host memory in low precision; use stage 3, or same"
         )
+    return faults
+
+
+def _optimizer_faults(job: Job) -> list[str]:
+    optimizer, faults = job.train.optimizer, []
+    if optimizer.averages and job.train.schedule.name != "constant":
+        name = job.train.schedule.name
+        faults.append(
+            f"train.schedule.name: {name!r} with optimizer {optimizer.name!r}, whose average takes its place; use constant"
+        )
+    if optimizer.averages and job.train.ema:
+        faults.append(f"train.ema: optimizer {optimizer.name!r} keeps an average of the weights itself; remove train.ema")
+    if optimizer.orthogonalizes and job.train.zero.offload.param == "nvme":
+        faults.append(f"train.zero.offload.param: nvme with optimizer {optimizer.name!r} is not known to train right; use cpu")
     return faults
 
 

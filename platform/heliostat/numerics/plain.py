@@ -34,7 +34,9 @@ class Plain:
         torch.manual_seed(job.train.seed)
         self.model = building.build(recipe)
         settings = job.train.optimizer
-        self.optimizer = settings.build(building.parameter_groups(self.model, settings.weight_decay, recipe))
+        self.optimizer = settings.build(
+            building.parameter_groups(self.model, settings.weight_decay, recipe, settings.orthogonalizes)
+        )
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def initial(self) -> dict[str, torch.Tensor]:

@@ -169,8 +169,9 @@ def masters(engine: Any) -> dict[str, torch.Tensor]:
 
 def state(engine: Any) -> dict[str, torch.Tensor]:
     """Assembles masters and moments, with their kind before the name; collective."""
-    kinds = {"master": None, **{k: k for k in engine.moments}}
-    return {f"{kind}.{name}": _full(engine, p, key) for name, p in _trained(engine) for kind, key in kinds.items()}
+    return {
+        f"{key or 'master'}.{name}": _full(engine, p, key) for name, p in _trained(engine) for key in (None, *engine.moments[p])
+    }
 
 
 def _full(engine: Any, p: Any, key: str | None) -> torch.Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from heliostat.config.optimizers import Optimizer
+
 MATMUL, CONVOLUTION, ATTENTION, MEMORY = KINDS = ("matmul", "convolution", "attention", "memory")
 
 
@@ -21,11 +23,23 @@ class ModelStats:
     layer: int  # parameters of the largest module without submodules of its own kind: what ZeRO-3 gathers at once
     flops: float  # 0: the recipe does not say, and `activations` counts
     groups: list[list[str]]  # the optimizer's, by names
+    hidden: frozenset[str]  # matrices that an optimizer that orthogonalizes has in groups apart
     frozen_models: tuple[int, int] = (0, 0)  # bytes of models beside it on the device: in every step; in evaluations, with those
 
     @property
     def parameters(self) -> int:
         return sum(math.prod(s) for s in self.shapes.values())
+
+    def kept(self, optimizer: Optimizer) -> dict[str, tuple[str, ...]]:
+        """Lists the optimizer state of every trained parameter, by names."""
+        return {name: optimizer.kept(name in self.hidden) for name in self.trained}
+
+    def groups_of(self, optimizer: Optimizer) -> list[list[str]]:
+        """Lists the parameter groups of an optimizer, by names."""
+        if not optimizer.orthogonalizes:
+            return self.groups
+        halves = ([[n for n in names if (n in self.hidden) == hidden] for hidden in (True, False)] for names in self.groups)
+        return [names for half in halves for names in half if names]
 
     @property
     def trained(self) -> dict[str, tuple[int, ...]]:

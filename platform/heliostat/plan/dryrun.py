@@ -26,9 +26,10 @@ from heliostat.plan.counts import ModelStats
 from heliostat.plan.model_stats import build, stats_of
 
 
-def kinds(job: Job) -> list[str]:
-    """Lists what a checkpoint holds of every trained parameter: fp32 master, optimizer state, EMA if there is one."""
-    return ["master", *job.train.optimizer.state, *([layout.EMA] if job.train.ema else [])]
+def kinds(job: Job, hidden: bool = False) -> list[str]:
+    """Lists what a checkpoint holds of a trained parameter, `hidden` matrix or not: fp32 master, optimizer state, EMA if there
+    is one."""
+    return ["master", *job.train.optimizer.kept(hidden), *([layout.EMA] if job.train.ema else [])]
 
 
 def dry_run(path: Path, settings: list[str], workers: int | None = None) -> dict[str, Any]:
@@ -40,9 +41,9 @@ def dry_run(path: Path, settings: list[str], workers: int | None = None) -> dict
     built = build(recipe)
     model = stats_of(recipe, built)
     planner.plan(job, recipe, built=built)  # refuses a job that cannot fit
-    owned = zero_layout.slices(model.trained, job.train.zero.stage, job.workers.most, model.groups)
+    owned = zero_layout.slices(model.trained, job.train.zero.stage, job.workers.most, model.groups_of(job.train.optimizer))
     index, index_bytes = checkpoint_index(job, model, owned)
-    sizes = [4 * len(kinds(job)) * sum(n for _, _, n in rank) for rank in owned]
+    sizes = [sum(4 * len(kinds(job, name in model.hidden)) * n for name, _, n in rank) for rank in owned]
     return {
         "name": job.name,
         "workers": job.workers.most,
@@ -119,7 +120,7 @@ def _tensors(job: Job, model: ModelStats, mine: list[zero_layout.Slice]) -> plac
     return {
         f"{kind}.{name}": {"dtype": "F32", "shape": [math.prod(model.trained[name])], "runs": [[0, 1, start, numel]]}
         for name, start, numel in mine
-        for kind in kinds(job)
+        for kind in kinds(job, name in model.hidden)
     }
 
 

@@ -82,7 +82,7 @@ class Planner:
             accumulation > 1,
             bool(train.ema),
             spec.settle(self.job, None).train.accumulate == "fp32",
-            len(train.optimizer.state),
+            {name: len(kept) for name, kept in model.kept(train.optimizer).items()},
         )
         live = memory.working(model.parameters, model.layer, layout.stage, train.precision, self._zero, self.gpu)
         per_sample = self.kept.checkpointed if layout.checkpointing else self.kept.kept
@@ -100,11 +100,15 @@ class Planner:
             self._micro[key] = micro, micro - step_time.computing(self.work, replace(setting, replayed=0.0), self.device)
         micro, replaying = self._micro[key]
         trained = sum(math.prod(s) for s in self.model.trained.values())
-        updated = step_time.updating(
-            trained / (self.workers if layout.stage else 1), len(self.job.train.optimizer.state), self.device
-        )
+        moments = self._moments() / trained if trained else 0.0
+        updated = step_time.updating(trained / (self.workers if layout.stage else 1), moments, self.device)
         copied = 2 * (held.host + held.disk) / (self.prices["storage"]["host_copy"] * 1e9)
         return step_time.step(micro, moved, updated, setting, self.device, self.network, copied), replaying * accumulation
+
+    def _moments(self) -> int:
+        """Counts the elements of all optimizer state."""
+        kept = self.model.kept(self.job.train.optimizer)
+        return sum(len(kept[name]) * math.prod(s) for name, s in self.model.trained.items())
 
     @cached_property
     def _zero(self) -> dict[str, Any]:
@@ -116,7 +120,7 @@ class Planner:
         rates, nodes = self.prices["storage"], -(-self.workers // self.device.per_node)
         trained = sum(math.prod(s) for s in self.model.trained.values())
         train = self.job.train
-        size = (4 + STATE_BYTES * len(train.optimizer.state) + 4 * bool(train.ema)) * trained  # master, moments, average
+        size = (4 + 4 * bool(train.ema)) * trained + STATE_BYTES * self._moments()  # master, average, moments
         blocked = size / self.workers / (rates["host_copy"] * 1e9) if self.gpu else 0.1
         upload = size / nodes / (rates["node"] * 1e9)
         between = self.between()

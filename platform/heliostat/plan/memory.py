@@ -8,7 +8,7 @@ of them are divided by the workers. Other optimizers keep fewer moments, or none
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -58,23 +58,22 @@ def state(
     accumulates: bool = True,
     ema: bool = False,
     sums_fp32: bool = True,
-    moments: int = 2,
+    moments: int | Mapping[str, int] = 2,
 ) -> State:
     """Computes the bytes of training state that a worker holds between two steps.
 
     Gradients count at their largest, before the optimizer's step; several micro-batches are summed in fp32 (`sums_fp32`) or in
-    the precision. `moments`: tensors that the optimizer keeps of every parameter.
+    the precision. `moments`: tensors that the optimizer keeps of every parameter, or of each by name.
     """
     sizes = {n: math.prod(s) for n, s in shapes.items()}
     trained = sum(n for name, n in sizes.items() if name not in frozen)
     low = LOW[precision]
-    share = (
-        sum(partition(n, workers) for name, n in sizes.items() if name not in frozen)
-        if stage == 3
-        else partition(trained, workers)
-    )
+    counts = moments if isinstance(moments, Mapping) else dict.fromkeys(sizes, moments)
+    apart = {k: {n: sizes[n] for n in sizes if n not in frozen and counts[n] == k} for k in sorted(set(counts.values()))}
+    shares = {k: _share(of.values(), workers, stage) for k, of in apart.items()}
+    share = _share((n for of in apart.values() for n in of.values()), workers, stage)
+    kept = STATE_BYTES * sum(k * n for k, n in shares.items())
     if stage == 0:
-        kept = STATE_BYTES * moments * trained
         return State(
             weights=4 * sum(sizes.values()), gradients=4 * trained, masters=4 * trained * ema, moments=kept, host=0, disk=0
         )
@@ -88,7 +87,7 @@ def state(
         gradients = (low + 4) * trained if stage == 1 else 4 * share  # at stage 1 beside those of the micro-batch
     elif stage == 2 and accumulates:
         gradients = low * _touched({n: s for n, s in shapes.items() if n not in frozen}, workers)
-    masters, kept, host, disk = 4 * share * (1 + ema), STATE_BYTES * moments * share, 0, 0
+    masters, host, disk = 4 * share * (1 + ema), 0, 0
     if offload_optimizer:  # the masters' gradients go there too, in fp32
         host, masters, kept = masters + kept + 4 * share, 0, 0
         gradients = gradients if stage == 1 else 0
@@ -97,6 +96,11 @@ def state(
         weights -= moved
         host, disk = (host + moved, 0) if offload_param == "cpu" else (host, moved)
     return State(weights, gradients, masters, kept, host, disk)
+
+
+def _share(sizes: Iterable[int], workers: int, stage: int) -> int:
+    """Computes the elements of parameters of which one worker keeps masters and moments."""
+    return sum(partition(n, workers) for n in sizes) if stage == 3 else partition(sum(sizes), workers if stage else 1)
 
 
 def _touched(shapes: Mapping[str, tuple[int, ...]], workers: int) -> int:

@@ -59,6 +59,7 @@ def stats_of(recipe: Recipe, model: torch.nn.Module) -> ModelStats:
         layer=max(own, default=0),
         flops=recipe.flops_per_sample(model) or 0.0,
         groups=[names for _, names in building.grouped(recipe, trained)],
+        hidden=building.hidden_matrices(recipe, model),
         frozen_models=(sum(c.bytes for c in beside if c.every_step), sum(c.bytes for c in beside)),
     )
 

@@ -72,7 +72,7 @@ def computing(work: Iterable[Work], setting: Setting, device: Device) -> float:
     )
 
 
-def updating(numel: float, moments: int, device: Device) -> float:
+def updating(numel: float, moments: float, device: Device) -> float:
     """Estimates the seconds in which an optimizer reads and writes masters, moments, gradients and weights of its share."""
     return numel * (8 + 8 * moments + 4 + 2) / (device.bandwidth * device.efficiency.memory)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -35,29 +35,64 @@ def rest(recipe: Recipe, model: torch.nn.Module) -> None:
         module.eval()
 
 
-def parameter_groups(model: torch.nn.Module, weight_decay: float, recipe: Recipe) -> list[dict[str, Any]]:
+def shape(parameter: torch.Tensor) -> tuple[int, ...]:
+    """Returns a parameter's shape: ZeRO-3 flattens parameters and keeps the true one in `ds_shape`."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def parameter_groups(
+    model: torch.nn.Module, weight_decay: float, recipe: Recipe, orthogonalizes: bool = False
+) -> list[dict[str, Any]]:
     """Makes the optimizer's parameter groups from the recipe's, with `weight_decay` and `lr_scale`: those with the job's weight
-    decay first, then in the model's order. ZeRO-3 flattens parameters and keeps the true shape in `ds_shape`."""
+    decay first, then in the model's order. For an optimizer that `orthogonalizes`, hidden matrices are apart (`orthogonal`)."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    found = grouped(recipe, {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in trained.items()})
+    hidden = hidden_matrices(recipe, model) if orthogonalizes else frozenset[str]()
     return [
         {
             "params": [trained[name] for name in names],
             "weight_decay": weight_decay if group.weight_decay is None else group.weight_decay,
             "lr_scale": group.lr,
+            **({"orthogonal": names[0] in hidden} if orthogonalizes else {}),
         }
-        for group, names in found
+        for group, names in grouped(recipe, {name: shape(p) for name, p in trained.items()}, hidden)
     ]
 
 
-def grouped(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[Group, list[str]]]:
-    """Groups the names of trained parameters by the recipe's `group` for their shapes, in order; ConfigError for a weight decay
-    or a learning rate that is negative or not finite."""
-    found: dict[Group, list[str]] = {}
+def hidden_matrices(recipe: Recipe, model: torch.nn.Module) -> frozenset[str]:
+    """Lists the trained parameters that are matrices between hidden layers, by names: what is 2-D, and the stacked matrices of
+    experts; neither embeddings nor the output head that transformers tells nor convolutions. A recipe's `Group.hidden` overrules
+    it; ConfigError where that is no matrix."""
+    apart = {id(p) for m in _apart(model) for p in m.parameters(recurse=False)}
+    found = set()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            dimensions, said = len(shape(p)), recipe.group(name, shape(p)).hidden
+            if said and dimensions not in (2, 3):
+                raise ConfigError(f"recipe: {type(recipe).__name__}.group calls {name!r} hidden, which is no matrix ({GUIDE})")
+            looks = id(p) not in apart and (dimensions == 2 or (dimensions == 3 and "experts" in name.split(".")))
+            if looks if said is None else said:
+                found.add(name)
+    return frozenset(found)
+
+
+def _apart(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Yields the modules whose matrices are not between hidden layers."""
+    yield from (m for m in model.modules() if isinstance(m, torch.nn.Embedding | torch.nn.modules.conv._ConvNd))
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is not None:
+        yield head
+
+
+def grouped(
+    recipe: Recipe, shapes: Mapping[str, tuple[int, ...]], hidden: frozenset[str] = frozenset()
+) -> list[tuple[Group, list[str]]]:
+    """Groups the names of trained parameters by the recipe's `group` for their shapes, in order, with `hidden` ones apart from
+    others; ConfigError for a weight decay or a learning rate that is negative or not finite."""
+    found: dict[tuple[Group, bool], list[str]] = {}
     for name, shape in shapes.items():
-        found.setdefault(recipe.group(name, shape), []).append(name)
-    for group in found:
+        found.setdefault((recipe.group(name, shape), name in hidden), []).append(name)
+    for group, _ in found:
         for what, value in (("weight_decay", group.weight_decay), ("lr", group.lr)):
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"recipe: {type(recipe).__name__}.group gives {what} {value!r}, which must be at least 0")
-    return sorted(found.items(), key=lambda item: item[0].weight_decay is not None)
+    return sorted(((group, names) for (group, _), names in found.items()), key=lambda item: item[0].weight_decay is not None)

@@ -59,6 +59,7 @@ class Group:
 
     weight_decay: float | None = None  # None: the job's, train.optimizer.weight_decay
     lr: float = 1.0  # times the schedule's learning rate
+    hidden: bool | None = None  # a hidden matrix, as Muon steps them; None: `building.hidden_matrices` finds out
 
 
 @dataclass(frozen=True)

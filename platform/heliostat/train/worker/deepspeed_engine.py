@@ -22,6 +22,7 @@ from heliostat import cpu_kernels
 from heliostat.config.spec import Job
 from heliostat.recipes import building
 from heliostat.recipes.protocol import Recipe
+from heliostat.train.worker import matrix_cut, zero_state
 from heliostat.train.worker.engine_config import engine_config
 
 _engines: weakref.WeakSet[Any] = weakref.WeakSet()  # that are in memory
@@ -91,11 +92,19 @@ def build_engine(job: Job, recipe: Recipe) -> Any:
     config = engine_config(job)
     model = build_model(job, recipe, config)
     cpu_kernels.use(model, job, recipe.causal)
-    settings = job.train.optimizer
-    optimizer = settings.build(building.parameter_groups(model, settings.weight_decay, recipe))
+    train, settings = job.train, job.train.optimizer
+    groups = building.parameter_groups(model, settings.weight_decay, recipe, settings.orthogonalizes)
+    if settings.averages:
+        groups = [{**group, "warmup": train.schedule.warmup_steps} for group in groups]
+    hidden = {p for group in groups if group.get("orthogonal") for p in group["params"]}  # DeepSpeed takes them out
+    moments = {p: settings.kept(p in hidden) for group in groups for p in group["params"]}
+    optimizer = settings.build(groups)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     _engines.add(engine)
-    engine.moments = settings.state  # which `fragments` reads
+    engine.moments, engine.copies = moments, settings.copies  # which `zero_state` reads
+    if settings.orthogonalizes:
+        zero_state.init_optimizer_state(engine)
+        matrix_cut.tell(engine, hidden)
     if job.train.compile:
         engine.compile()
     return engine

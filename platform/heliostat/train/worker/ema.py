@@ -15,13 +15,14 @@ import torch
 
 from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.checkpoint.layout import EMA
+from heliostat.config.spec import Job
 from heliostat.train.worker import zero_state
 
 
 class Ema:
     def __init__(self, engine: Any, decay: float) -> None:
         self.engine, self.decay = engine, decay
-        self._masters = _masters(engine)
+        self._masters = _named(engine, "master")
         self._averages = {n: s.local.detach().clone() for n, s in self._masters.items()}
 
     def update(self, step: int) -> None:
@@ -52,6 +53,28 @@ class Ema:
         zero_state.refresh(self.engine)
 
 
-def _masters(engine: Any) -> dict[str, FlatShard]:
+class Kept(Ema):
+    """Shows the average of the weights that the optimizer keeps itself, as its state `ema`, to whatever reads averages."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine, self._masters = engine, _named(engine, "master")
+        self._averages = {n: s.local for n, s in _named(engine, EMA).items()}
+
+    def update(self, step: int) -> None:
+        """Does nothing: the optimizer's step has."""
+
+    def state(self, whole: bool = False) -> dict[str, torch.Tensor]:
+        """Returns nothing: `zero_state.state` has the averages."""
+        return {}
+
+
+def of(job: Job, engine: Any) -> Ema | None:
+    """Makes the average that a job asks for, of its own or as its optimizer keeps it; the optimizer's state must be made."""
+    if job.train.optimizer.averages:
+        return Kept(engine)
+    return Ema(engine, job.train.ema.decay) if job.train.ema else None
+
+
+def _named(engine: Any, kind: str) -> dict[str, FlatShard]:
     state = zero_state.state(engine, whole=True)
-    return {n.removeprefix("master."): t for n, t in state.items() if n.startswith("master.") and isinstance(t, FlatShard)}
+    return {n.removeprefix(f"{kind}."): t for n, t in state.items() if n.startswith(f"{kind}.") and isinstance(t, FlatShard)}

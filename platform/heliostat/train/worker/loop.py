@@ -41,11 +41,10 @@ from heliostat.train.memory_keeper import Source
 from heliostat.train.stop_codes import FAILED, RESIZE, RUN
 from heliostat.train.time_ledger import Ledger, peak_flops
 from heliostat.train.worker import bad_samples as quarantine
-from heliostat.train.worker import deepspeed_engine, memory_copies, zero_state
+from heliostat.train.worker import deepspeed_engine, ema, memory_copies, zero_state
 from heliostat.train.worker import gallery as pictures
 from heliostat.train.worker import loss_scale as lossscale
 from heliostat.train.worker.batch_plan import BatchPlan
-from heliostat.train.worker.ema import Ema
 from heliostat.train.worker.evaluation import HeldOut
 from heliostat.train.worker.heartbeat import Heartbeat, StopConsensus
 from heliostat.train.worker.loss_spikes import Detector
@@ -106,7 +105,7 @@ class Worker:
         self.saver.attach(zero_state.inner_optimizer(self.engine))
         if self.memory:
             self.memory.attach(zero_state.inner_optimizer(self.engine))
-        self.ema = Ema(self.engine, self.job.train.ema.decay) if self.job.train.ema else None
+        self.ema = ema.of(self.job, self.engine)
         self.device = self.engine.device
         self.objective = Objective(self.recipe)
         self.batch_plan = BatchPlan(self.job, self.plan)

@@ -76,7 +76,7 @@ def _slices(engine: Any, p: Any, part: tuple[int, int]) -> Iterator[tuple[str, t
         per = -(-p.numel() // world)
         start, stop = min(rank * per, p.numel()), min((rank + 1) * per, p.numel())
         moments = engine.optimizer.state[p]
-        for key, tensor in [("master", p.data), *((k, moments[k]) for k in engine.moments)]:
+        for key, tensor in [("master", p.data), *((k, moments[k]) for k in engine.moments[p])]:
             yield key, tensor.view(-1)[start:stop], start, p.numel()
     elif stage == 3:
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
@@ -86,27 +86,31 @@ def _slices(engine: Any, p: Any, part: tuple[int, int]) -> Iterator[tuple[str, t
         size = min(per, p.ds_numel - start)
         for key, tensor in [
             ("master", safe_get_local_fp32_param(p)),
-            *((k, safe_get_local_optimizer_state(p, k)) for k in engine.moments),
+            *((k, safe_get_local_optimizer_state(p, k)) for k in engine.moments[p]),
         ]:
             yield key, tensor.view(-1)[:size], start, p.ds_numel
     elif p._hp_mapping is not None:
         at = p._hp_mapping.lp_fragment_address
         fragments = [
             ("master", p._hp_mapping.hp_fragment),
-            *((k, p._hp_mapping.get_optim_state_fragment(k)) for k in engine.moments),
+            *((k, p._hp_mapping.get_optim_state_fragment(k)) for k in engine.moments[p]),
         ]
         for key, tensor in fragments:
             yield key, tensor.view(-1)[: at.numel], at.start, p.numel()
 
 
-def _flat_groups(engine: Any) -> list[torch.Tensor]:
-    """Lists the fp32 tensors that the inner optimizer updates: parameters at stage 0, flat partitions above."""
+def flat_groups(engine: Any) -> list[tuple[torch.Tensor, list[torch.nn.Parameter]]]:
+    """Lists the fp32 tensors that the inner optimizer updates, with the parameters in each: parameters themselves at stage 0,
+    flat partitions above."""
     stage, zero = engine.zero_optimization_stage(), engine.optimizer
     if stage == 0:
-        return [p for p in engine.module.parameters() if p.requires_grad]
+        return [(p, [p]) for p in engine.module.parameters() if p.requires_grad]
     if stage == 3:
-        return [t for t in zero.fp32_partitioned_groups_flat if t is not None]
-    return list(zero.fp32_groups_flat_partition if _sums_apart(engine) else zero.single_partition_of_fp32_groups)
+        pairs = zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)
+        return [(flat, group) for flat, group in pairs if flat is not None]
+    if _sums_apart(engine):
+        return list(zip(zero.fp32_groups_flat_partition, zero.bf16_groups, strict=True))
+    return list(zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True))
 
 
 def _sums_apart(engine: Any) -> bool:
@@ -122,23 +126,22 @@ def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
 
 
 def init_optimizer_state(engine: Any) -> None:
-    """Creates the optimizer state that torch makes lazily at the first step, so that there is something to load into.
+    """Creates the optimizer state that is made lazily at the first step, so that there is something to load into.
 
     New runs need it too: DeepSpeed links parameters to their moments after the first parameter group's first step, when the
     other groups have none.
     """
     optimizer = inner_optimizer(engine)
     states, fused = optimizer.state, optimizer.defaults.get("fused")
-    for tensor in _flat_groups(engine):
+    for tensor, group in flat_groups(engine):
         if tensor not in states:
             states[tensor] = {"step": torch.zeros((), dtype=torch.float32, device=tensor.device if fused else "cpu")}
-            states[tensor] |= {k: torch.zeros_like(tensor) for k in engine.moments}
+            for k in engine.moments[group[0]]:
+                states[tensor][k] = tensor.detach().clone() if k in engine.copies else torch.zeros_like(tensor)
     if engine.zero_optimization_stage() in (1, 2):
         from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
-        zero = engine.optimizer
-        groups = zero.bf16_groups if _sums_apart(engine) else zero.bit16_groups
-        for group, flat in zip(groups, _flat_groups(engine), strict=True):
+        for flat, group in flat_groups(engine):
             lazy_init_hp_params_optimizer_state(group, flat, states)
 
 

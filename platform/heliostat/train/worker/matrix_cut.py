@@ -1,0 +1,60 @@
+"""Tells an optimizer that orthogonalizes matrices which slices of them ZeRO gave to which worker."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from heliostat.recipes import building
+from heliostat.train.worker import zero_state
+from heliostat.update_rules.whole_matrices import Matrix
+
+Slice = tuple[tuple[int, int], int]  # of a parameter: start and elements; where in the flat tensor
+
+
+def tell(engine: Any, hidden: set[torch.nn.Parameter]) -> None:
+    """Tells the engine's optimizer how the `hidden` matrices are cut; collective. At stage 0 they are not.
+    The optimizer's state must have been made."""
+    if not engine.zero_optimization_stage():
+        return
+    optimizer: Any = zero_state.inner_optimizer(engine)
+    flats = [(flat, group) for flat, group in zero_state.flat_groups(engine) if group[0] in hidden]
+    state, names = zero_state.state(engine), {p: name for name, p in engine.module.named_parameters()}
+    ours = [[_slice(flat, state.get(f"master.{names[p]}")) for p in group] for flat, group in flats]
+    everyones: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, [[span for span, _ in slices] for slices in ours])
+    told = {
+        flat: list(_matrices(group, slices, [theirs[i] for theirs in everyones]))
+        for i, ((flat, group), slices) in enumerate(zip(flats, ours, strict=True))
+    }
+    optimizer.cut_as(told, engine.device)
+
+
+def _slice(flat: torch.Tensor, master: Any) -> Slice:
+    """Finds this worker's slice of a parameter from its view of the flat tensor; an empty one if it has none."""
+    if master is None or not master.local.numel():
+        return (0, 0), 0
+    offset = (master.local.data_ptr() - flat.data_ptr()) // flat.element_size()
+    return (master.start, master.local.numel()), offset
+
+
+def _matrices(group: list[torch.nn.Parameter], slices: list[Slice], everyones: list[list[tuple[int, int]]]) -> Iterator[Matrix]:
+    """Yields the matrices of a flat tensor; a parameter of experts is a stack of them."""
+    for i, p in enumerate(group):
+        *stacked, rows, columns = building.shape(p)
+        (begin, _), offset = slices[i]
+        for expert in range(math.prod(stacked)):
+            first, size = expert * rows * columns, rows * columns
+            spans = tuple(_within(theirs[i], first, size) for theirs in everyones)
+            mine = spans[dist.get_rank()]
+            yield Matrix(rows, columns, spans, offset + first + mine[0] - begin if mine[1] else 0)
+
+
+def _within(span: tuple[int, int], first: int, size: int) -> tuple[int, int]:
+    """Computes the part of a slice that is within [first, first + size), counted from there."""
+    start, stop = max(span[0], first), min(span[0] + span[1], first + size)
+    return (start - first, stop - start) if stop > start else (0, 0)

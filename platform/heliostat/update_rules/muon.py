@@ -1,0 +1,61 @@
+"""Steps hidden matrices along their orthogonalized momentum (Jordan et al. 2024, Muon), and everything else by AdamW.
+
+The momentum is elementwise, so each worker keeps that of its slices, as ZeRO cut them. Its orthogonalization is not: matrices are
+brought together for it (`whole_matrices`), behind clipping, once a step. DeepSpeed's own Muon orthogonalizes before it clips.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from heliostat.update_rules.orthogonal import newton_schulz, scale
+from heliostat.update_rules.whole_matrices import Matrix, on_whole
+
+
+class WithAdamW(torch.optim.Optimizer):
+    """Keeps `momentum_buffer` of the groups that are `orthogonal`, `exp_avg` and `exp_avg_sq` of the others.
+
+    DeepSpeed treats optimizers apart that have Muon in their name.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], adamw: dict[str, Any], muon: dict[str, Any]) -> None:
+        # which completes its groups with its own defaults, in place
+        self.adamw = torch.optim.AdamW([g for g in groups if not g["orthogonal"]] or [torch.zeros(1)], **adamw, fused=True)
+        super().__init__(groups, {**muon, "weight_decay": 0.0, "fused": True})
+        self.adamw.state = self.state
+        self.cut: dict[torch.Tensor, list[Matrix]] = {}
+        self.device = torch.device("cpu")
+
+    def cut_as(self, cut: dict[torch.Tensor, list[Matrix]], device: torch.device) -> None:
+        """Takes which slices of which matrices the flat tensors hold, and where the workers compute."""
+        self.cut, self.device = cut, device
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.adamw.param_groups = [g for g in self.param_groups if not g["orthogonal"]]
+        self.adamw.step()
+        for group in self.param_groups:
+            for p in group["params"] if group["orthogonal"] else []:
+                if p.grad is not None:
+                    self._one(p, group)
+
+    def _one(self, p: torch.Tensor, group: dict[str, Any]) -> None:
+        state, lr = self.state[p], group["lr"]
+        if not state:
+            state |= {"step": torch.zeros(()), "momentum_buffer": torch.zeros_like(p)}
+        state["step"] += 1
+        momentum = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+        change = p.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum.clone()
+
+        def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
+            return newton_schulz(matrix, group["dtype"]).to(matrix.dtype) * scale(*matrix.shape, group["like_adamw"])
+
+        if p in self.cut:
+            on_whole(orthogonal, change, self.cut[p], self.device)
+        else:  # whole: a process of its own, or ZeRO stage 0
+            whole = change.view(-1, *p.shape[-2:])
+            for i, matrix in enumerate(whole):
+                whole[i] = orthogonal(matrix)
+        p.mul_(1 - lr * group["weight_decay"]).add_(change.view(p.shape), alpha=-lr)
