@@ -10,10 +10,12 @@ import torch
 import torch.distributed as dist
 from heliostat.checkpoint import saver as checkpoint
 from heliostat.config import spec
+from heliostat.numerics import play
 from heliostat.plan import memory
 from heliostat.recipes import building
 from heliostat.storage import Location
 from heliostat.train.worker import deepspeed_engine, zero_state
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.integration import ranks
@@ -33,6 +35,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+EVERY_PAIR = ("lion", "schedule_free", "muon")  # of the others a layout loads its own and one more
+
+
 class Layout(NamedTuple):
     precision: str
     stage: int
@@ -43,6 +48,11 @@ LAYOUTS = [
     *(Layout("fp32", stage, n) for stage in range(4) for n in WORKERS),
     *(Layout("bf16", stage, n) for stage in (1, 2, 3) for n in WORKERS),
 ]
+
+
+def _other(own: int) -> int:
+    """A layout of other workers, stage and, of some, precision."""
+    return (own + 5) % len(LAYOUTS)
 
 
 class Model(nn.Module):
@@ -117,7 +127,7 @@ def _held(engine: Any) -> int:
 
 
 def grid(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
-    """In every rank: each optimizer at each layout trains and saves; new engines go on from there, and from another layout's."""
+    """In every rank: each optimizer at each layout trains and saves; a new engine goes on from there, and from other layouts'."""
     world = dist.get_world_size()
     cases = [(variant, layout) for variant in VARIANTS for layout in LAYOUTS if layout.workers == world]
     kept = {}
@@ -130,17 +140,24 @@ def grid(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
         saver.save(TRAINED, zero_state.state(engine), build_index.facts(optimizer_steps=zero_state.optimizer_steps(engine)))
         saver.wait()
         names = sorted({name.partition(".")[0] for name in checkpoint.open_checkpoint(saver.run, TRAINED).index["tensors"]})
+        state = play.state(engine)
+        if dist.get_rank() == 0:
+            save_file(state, f"{folder}/{variant}/{LAYOUTS.index(layout)}.safetensors")
         kept[variant, layout] = {"losses": losses + _play(engine, TRAINED, AFTER), "names": names, "bytes": _held(engine)}
     everyone.wait(ranks.DEADLINE_S)
     for variant, layout in cases:
         own = LAYOUTS.index(layout)
         told = {"variant": variant, "layout": own, **kept[variant, layout]}
-        for what, saved in (("resumed", own), ("resharded", (own + 5) % len(LAYOUTS))):
-            engine = deepspeed_engine.build_engine(_job(variant, layout), Around(Model))
-            zero_state.init_optimizer_state(engine)
+        engine = deepspeed_engine.build_engine(_job(variant, layout), Around(Model))
+        zero_state.init_optimizer_state(engine)
+        told |= {"next": {}, "unequal": []}
+        for saved in range(len(LAYOUTS)) if variant in EVERY_PAIR else {own, _other(own)}:
             _load(Location(f"{folder}/{variant}/{saved}"), engine, group)
+            expected, held = load_file(f"{folder}/{variant}/{saved}.safetensors"), play.state(engine)
+            told["unequal"] += [f"{n} of {saved}" for n in expected | held if not torch.equal(expected[n], held[n])]
             steps = zero_state.optimizer_steps(engine)
-            told |= {what: _play(engine, TRAINED, AFTER), "steps": [steps, zero_state.optimizer_steps(engine)]}
+            told["next"][saved] = _play(engine, TRAINED, AFTER if saved in (own, _other(own)) else 1)
+            told["steps"] = [steps, steps + len(told["next"][saved]) - zero_state.optimizer_steps(engine)]
         yield told
 
 
@@ -168,18 +185,20 @@ def test_every_optimizer_trains_as_torch_alone_at_every_stage(told: Told) -> Non
 
 def test_a_resumed_run_takes_the_same_steps_bit_by_bit(told: Told) -> None:
     """At the layout that saved: the moments, masters and step counts are those that were saved."""
-    for case, rows in told.items():
-        assert rows[0]["resumed"] == rows[0]["losses"][TRAINED:], case
-        assert rows[0]["steps"] == [TRAINED, TRAINED + AFTER], case
-
-
-def test_a_checkpoint_of_another_layout_takes_the_same_steps(told: Told) -> None:
-    """Of other workers, stages and precisions: to rounding."""
     for (variant, layout), rows in told.items():
-        saved = LAYOUTS[(LAYOUTS.index(layout) + 5) % len(LAYOUTS)]
-        tolerance = 1e-5 if layout.precision == saved.precision == "fp32" else 2e-2
-        expected = told[variant, saved][0]["losses"][TRAINED:]
-        assert layout != saved and rows[0]["resharded"] == pytest.approx(expected, rel=tolerance), (variant, layout, saved)
+        assert rows[0]["next"][str(LAYOUTS.index(layout))] == rows[0]["losses"][TRAINED:], (variant, layout)
+        assert rows[0]["steps"] == [TRAINED, 0], (variant, layout)
+
+
+def test_a_checkpoint_of_another_layout_holds_the_same_state_and_takes_the_same_steps(told: Told) -> None:
+    """Of other workers, stages and precisions: the state bit by bit, the steps to rounding."""
+    for (variant, layout), rows in told.items():
+        assert len(rows[0]["next"]) == (len(LAYOUTS) if variant in EVERY_PAIR else 2) and rows[0]["unequal"] == []
+        for saved, losses in rows[0]["next"].items():
+            there = LAYOUTS[int(saved)]
+            tolerance = 1e-5 if layout.precision == there.precision == "fp32" else 2e-2
+            expected = told[variant, there][0]["losses"][TRAINED:][: len(losses)]
+            assert losses == pytest.approx(expected, rel=tolerance), (variant, layout, there)
 
 
 def test_checkpoints_hold_and_the_plan_counts_what_the_optimizer_keeps(told: Told) -> None:

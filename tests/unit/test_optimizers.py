@@ -15,6 +15,9 @@ from heliostat.config.optimizers import REFUSED, REGISTRY, STATE_BYTES, AdamW, O
 from heliostat.errors import ConfigError
 from heliostat.plan import memory
 from heliostat.plan.dryrun import kinds
+from heliostat.recipes import CausalLM, building
+from heliostat.recipes.protocol import Group
+from heliostat.update_rules.whole_matrices import BATCH, Matrix, batches
 
 from tests.unit.build_job import job, raw
 
@@ -25,12 +28,27 @@ SETTINGS: list[dict[str, Any]] = [
     {"name": "sgd", "lr": LR, "momentum": 0.0, "weight_decay": 0.1},
     {"name": "sgd", "lr": LR, "nesterov": True, "weight_decay": 0.1},
     {"name": "rmsprop", "lr": LR, "weight_decay": 0.1},
+    {"name": "lion", "lr": LR},
+    {"name": "schedule_free", "lr": LR},
+    {"name": "muon", "lr": LR},
 ]
-STATE = [("exp_avg", "exp_avg_sq"), ("momentum_buffer",), (), ("momentum_buffer",), ("square_avg",)]
+STATE = [("exp_avg", "exp_avg_sq"), ("momentum_buffer",), (), ("momentum_buffer",), ("square_avg",), ("exp_avg",),
+         ("exp_avg_sq", "z", "ema"), ("momentum_buffer", "exp_avg", "exp_avg_sq")]  # fmt: skip
+ELEMENTWISE = [keys for keys in SETTINGS if keys["name"] != "muon"]
+
+
+def changed(keys: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a job that name the optimizer, with a schedule that it may have."""
+    return {"train.optimizer": keys} | ({"train.schedule.name": "constant"} if keys.get("name") == "schedule_free" else {})
 
 
 def optimizer(**keys: Any) -> Optimizer:
-    return job(**{"train.optimizer": keys}).train.optimizer
+    return job(**changed(keys)).train.optimizer
+
+
+def groups(settings: Optimizer, parts: list[torch.Tensor], hidden: bool = False) -> list[dict[str, Any]]:
+    apart = {"orthogonal": hidden} if settings.orthogonalizes else {}
+    return [{"params": parts, "weight_decay": settings.weight_decay, **apart}]
 
 
 def fault(**keys: Any) -> str:
@@ -59,19 +77,21 @@ def test_every_registered_optimizer_is_tried_here_and_in_the_grid_of_engines():
     assert {s["name"] for s in SETTINGS} == set(REGISTRY) == {v["name"] for v in VARIANTS.values()}
 
 
+@pytest.mark.parametrize("hidden", [False, True])
 @pytest.mark.parametrize(("keys", "state"), zip(SETTINGS, STATE, strict=True))
-def test_an_optimizer_keeps_what_its_class_says(keys, state):
-    """Of the parameter's shape, in fp32; and to begin with zeros is to begin as torch does, to the last bit."""
+def test_an_optimizer_keeps_what_its_class_says(keys, state, hidden):
+    """Of the parameter's shape, in fp32; and to begin as the class says is to begin as a lone process does, to the last bit."""
     settings = optimizer(**keys)
     whole = torch.nn.Parameter(parameter().view(6, 4))
-    lazy = settings.build([{"params": [whole], "weight_decay": settings.weight_decay}])
+    lazy = settings.build(groups(settings, [whole], hidden))
     expected = stepped(lazy, [whole], 24)
     tensors = {k: v for k, v in lazy.state[whole].items() if torch.is_tensor(v) and v.shape == whole.shape}
-    assert settings.state == state and set(tensors) == set(state)
+    assert settings.state == state and set(tensors) == set(settings.kept(hidden)) <= set(state)
     assert all(t.element_size() == STATE_BYTES for t in tensors.values())
     again = torch.nn.Parameter(parameter().view(6, 4))
-    made = settings.build([{"params": [again], "weight_decay": settings.weight_decay}])
-    made.state[again] = {"step": torch.zeros(()), **{k: torch.zeros_like(again) for k in state}}
+    made = settings.build(groups(settings, [again], hidden))
+    begun = {k: again.detach().clone() if k in settings.copies else torch.zeros_like(again) for k in tensors}
+    made.state[again] = {"step": torch.zeros(()), **begun}
     assert torch.equal(stepped(made, [again], 24), expected)
 
 
@@ -85,7 +105,91 @@ def apart(build: Any) -> float:
 
 @pytest.mark.parametrize("keys", SETTINGS)
 def test_slices_of_a_parameter_are_stepped_as_the_whole(keys):
-    assert apart(optimizer(**keys).build) < 1e-6
+    """Of Muon, of what is no hidden matrix; the integration tests have those."""
+    settings = optimizer(**keys)
+    assert apart(lambda given: settings.build(groups(settings, given[0]["params"]))) < 1e-6
+
+
+def test_muon_is_torchs_own_and_its_others_are_adamws():
+    """With bf16 and either scale, bit by bit; a stack of experts' matrices is stepped as each of them."""
+    for scale, theirs in (("adamw", "match_rms_adamw"), ("spectral", "original")):
+        settings = optimizer(name="muon", lr=LR, adamw_lr=LR / 2, scale=scale, newton_schulz="bf16", weight_decay=0.1)
+        ours, reference = (torch.nn.Parameter(parameter().view(6, 4)) for _ in range(2))
+        vector, its = (torch.nn.Parameter(parameter()) for _ in range(2))
+        made = settings.build([*groups(settings, [ours], True), *groups(settings, [vector])])
+        assert [g.get("lr_scale", 1.0) for g in made.param_groups] == [1.0, 0.5]
+        for g in made.param_groups:
+            g["lr"] = LR * g.get("lr_scale", 1.0)
+        matrix = torch.optim.Muon([reference], lr=LR, weight_decay=0.1, adjust_lr_fn=theirs)
+        rest = torch.optim.AdamW([its], lr=LR / 2, betas=(0.9, 0.95), weight_decay=0.1)
+        gradient = torch.randn(24, generator=torch.Generator().manual_seed(1))
+        for _ in range(3):
+            ours.grad, reference.grad = gradient.view(6, 4).clone(), gradient.view(6, 4).clone()
+            vector.grad, its.grad = gradient.clone(), gradient.clone()
+            for one in (made, matrix, rest):
+                one.step()
+        assert torch.allclose(ours, reference, rtol=0, atol=1e-7) and torch.allclose(vector, its, atol=1e-7)
+        assert (ours - parameter().view(6, 4)).abs().max() > 1e-4
+    experts = torch.nn.Parameter(torch.stack([parameter().view(6, 4)] * 2))
+    one = torch.nn.Parameter(parameter().view(6, 4))
+    settings = optimizer(name="muon", lr=LR)
+    experts.grad, one.grad = torch.stack([gradient.view(6, 4)] * 2), gradient.view(6, 4).clone()
+    for p in (experts, one):
+        settings.build(groups(settings, [p], True)).step()
+    assert torch.allclose(experts[1], one, atol=1e-7)
+
+
+def test_lion_and_schedule_free_follow_their_papers():
+    """Lion by its three lines; of Schedule-Free the average is that of its iterates, by the squares of the rates."""
+    p, m, w = torch.nn.Parameter(parameter()), torch.zeros(24), parameter()
+    lion = optimizer(name="lion", lr=LR, weight_decay=0.3)
+    made = lion.build(groups(lion, [p]))
+    for step in range(3):
+        g = torch.randn(24, generator=torch.Generator().manual_seed(step))
+        w = w - LR * ((0.9 * m + 0.1 * g).sign() + 0.3 * w)
+        m = 0.99 * m + 0.01 * g
+    assert torch.allclose(stepped(made, [p], 24, 3), w, atol=1e-6)
+    free = optimizer(name="schedule_free", lr=LR)
+    made = free.build([{**groups(free, [p])[0], "warmup": 3}])
+    iterates, rates = [], [min(1.0, k / 3) for k in range(1, 7)]
+    for k, rate in enumerate(rates):
+        made.param_groups[0]["lr"] = LR * rate
+        p.grad = torch.randn(24, generator=torch.Generator().manual_seed(k))
+        made.step()
+        iterates.append(made.state[p]["z"].clone())
+    average = sum(z * r**2 for z, r in zip(iterates, rates, strict=True)) / sum(r**2 for r in rates)
+    assert torch.allclose(made.state[p]["ema"], average, atol=1e-6) and not torch.allclose(average, iterates[-1], atol=1e-3)
+    assert torch.allclose(p, 0.1 * iterates[-1] + 0.9 * average, atol=1e-6)
+
+
+def test_an_average_in_the_optimizer_takes_the_place_of_a_schedule_and_of_another_average():
+    with pytest.raises(ConfigError, match=r"train\.schedule\.name: 'cosine' with optimizer 'schedule_free', .*; use constant"):
+        job(**{"train.optimizer": {"name": "schedule_free", "lr": LR}})
+    with pytest.raises(ConfigError, match=r"train\.ema: optimizer 'schedule_free' keeps an average .*; remove train\.ema"):
+        job(**changed({"name": "schedule_free", "lr": LR}), **{"train.ema": {}})
+
+
+def test_matrices_are_dealt_to_workers_and_every_one_travels_once():
+    deal = [Matrix(4, n, ((0, 4 * n),), 0) for n in (8, 1, 2, 3, 2)]
+    ((batch),) = list(batches(deal, 2))
+    assert [m for m, _ in batch] == deal and [owner for _, owner in batch] == [0, 1, 1, 1, 1]
+    large = [Matrix(BATCH // 4, 5, ((0, 0),), 0)] * 3
+    assert [len(b) for b in batches(large, 1)] == [1, 1, 1] and [len(b) for b in batches(large, 3)] == [2, 1]
+
+
+def test_hidden_matrices_are_those_between_embedding_and_head():
+    """Of a model of transformers; a recipe's word overrules what its modules say, and must be of a matrix."""
+    recipe = CausalLM(job())
+    recipe.vocab_size = 96
+    model = recipe.build()
+    found = building.hidden_matrices(recipe, model)
+    assert found == {n for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n}
+    assert len(found) > 10
+    recipe.group = lambda name, shape: Group(hidden=name.endswith("embed_tokens.weight"))
+    assert building.hidden_matrices(recipe, model) == {"model.embed_tokens.weight"}
+    recipe.group = lambda name, shape: Group(hidden=True)
+    with pytest.raises(ConfigError, match=r"CausalLM\.group calls '.*norm.*' hidden, which is no matrix"):
+        building.hidden_matrices(recipe, model)
 
 
 def test_what_looks_at_whole_matrices_is_told_from_what_does_not():
@@ -100,9 +204,15 @@ def test_what_looks_at_whole_matrices_is_told_from_what_does_not():
     ("keys", "message"),
     [
         ({"name": "adamW", "lr": LR}, "train.optimizer.name: 'adamW' is not a choice; did you mean 'adamw'?"),
-        ({"name": "lion", "lr": LR}, "train.optimizer.name: 'lion' is not a choice; valid: adamw, rmsprop, sgd"),
-        ({"name": 5, "lr": LR}, "train.optimizer.name: 5 is not a choice; valid: adamw, rmsprop, sgd"),
-        ({"name": None, "lr": LR}, "train.optimizer.name: None is not a choice; valid: adamw, rmsprop, sgd"),
+        (
+            {"name": "tiger", "lr": LR},
+            "train.optimizer.name: 'tiger' is not a choice; valid: adamw, lion, muon, rmsprop, schedule_free, sgd",
+        ),
+        ({"name": 5, "lr": LR}, "train.optimizer.name: 5 is not a choice; valid: adamw, lion, muon, rmsprop, schedule_free, sgd"),
+        (
+            {"name": None, "lr": LR},
+            "train.optimizer.name: None is not a choice; valid: adamw, lion, muon, rmsprop, schedule_free, sgd",
+        ),
         ({"name": "sgd"}, "train.optimizer.lr: is required"),
         ({"name": "sgd", "lr": LR, "betas": [0.9, 0.95]}, "train.optimizer.betas: unknown key; valid: lr, momentum, name, "),
         ({"name": "sgd", "lr": LR, "momentun": 0.1}, "train.optimizer.momentun: unknown key; did you mean 'momentum'?"),
@@ -123,7 +233,7 @@ def test_jobs_recorded_before_there_were_others_are_adamws():
     found = optimizer(**recorded)
     assert isinstance(found, AdamW) and json.loads(found.model_dump_json()) == {"name": "adamw", **recorded}
     for keys in SETTINGS:
-        made = job(**{"train.optimizer": keys})
+        made = job(**changed(keys))
         assert schema.validate(spec.Job, made.dump(), "dump") == made and type(made.train.optimizer) is REGISTRY[keys["name"]]
 
 
@@ -131,27 +241,30 @@ def test_jobs_recorded_before_there_were_others_are_adamws():
 @pytest.mark.parametrize(("recorded", "held"), zip(SETTINGS, STATE, strict=True))
 def test_a_run_goes_on_with_an_optimizer_that_keeps_what_its_checkpoints_hold(keys, state, recorded, held):
     """Rates, decay and the like may change; what is kept of parameters may not."""
-    made = job(**{"train.optimizer": keys})
+    made = job(**changed(keys))
     if state == held:
-        assert spec.settle(made, raw(**{"train.optimizer": recorded})).train.optimizer == made.train.optimizer
+        assert spec.settle(made, raw(**changed(recorded))).train.optimizer == made.train.optimizer
         return
     with pytest.raises(ConfigError, match=rf"^train\.optimizer: {keys['name']!r} keeps .* made with {recorded['name']!r}, hold "):
-        spec.settle(made, raw(**{"train.optimizer": recorded}))
+        spec.settle(made, raw(**changed(recorded)))
 
 
 def test_a_run_of_an_optimizer_from_later_versions_is_refused_in_one_line():
-    with pytest.raises(ConfigError, match=r"made with 'muon', hold what this heliostat does not know; "):
-        spec.settle(job(), raw(**{"train.optimizer": {"name": "muon", "lr": 1}}))
+    with pytest.raises(ConfigError, match=r"made with 'adam9', hold what this heliostat does not know; "):
+        spec.settle(job(), raw(**{"train.optimizer": {"name": "adam9", "lr": 1}}))
 
 
 @pytest.mark.parametrize(("keys", "state"), zip(SETTINGS, STATE, strict=True))
 def test_the_plan_counts_what_the_optimizer_keeps(keys, state):
     """Bytes of a worker, and the names and bytes of a checkpoint."""
-    made = job(**{"train.optimizer": keys})
-    assert kinds(made) == ["master", *state]
+    made = job(**changed(keys))
+    settings, shapes = made.train.optimizer, {"w": (64, 8), "b": (8,)}
+    kept = [settings.kept(True), settings.kept(False)]
+    assert [kinds(made, hidden) for hidden in (True, False)] == [["master", *names] for names in kept]
+    assert set(kept[0]) | set(kept[1]) == set(state)
     for stage in range(4):
-        held = memory.state({"w": (64, 8)}, frozenset(), 2, stage, "fp32", moments=len(state))
-        assert held.moments == 4 * len(state) * 512 // (2 if stage else 1)
+        held = memory.state(shapes, frozenset(), 2, stage, "fp32", moments={"w": len(kept[0]), "b": len(kept[1])})
+        assert held.moments == 4 * (512 * len(kept[0]) + 8 * len(kept[1])) // (2 if stage else 1)
 
 
 def test_reading_a_job_imports_no_torch():
