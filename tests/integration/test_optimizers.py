@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,7 +17,9 @@ from heliostat.numerics import play
 from heliostat.plan import memory
 from heliostat.recipes import building
 from heliostat.storage import Location
-from heliostat.train.worker import deepspeed_engine, zero_state
+from heliostat.train.worker import deepspeed_engine, ema, zero_state
+from heliostat.update_rules import whole_matrices
+from heliostat.update_rules.whole_matrices import Matrix
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -143,7 +148,13 @@ def grid(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
         state = play.state(engine)
         if dist.get_rank() == 0:
             save_file(state, f"{folder}/{variant}/{LAYOUTS.index(layout)}.safetensors")
+        average = ema.of(made, engine)
+        with average.applied() if average else nullcontext():
+            kind = "ema" if average else "master"
+            shown = all(torch.equal(p, state[f"{kind}.{name}"]) for name, p in play.masters(engine).items())
+        back = all(torch.equal(tensor, state[name]) for name, tensor in play.state(engine).items())
         kept[variant, layout] = {"losses": losses + _play(engine, TRAINED, AFTER), "names": names, "bytes": _held(engine)}
+        kept[variant, layout] |= {"shown": shown, "back": back}
     everyone.wait(ranks.DEADLINE_S)
     for variant, layout in cases:
         own = LAYOUTS.index(layout)
@@ -199,6 +210,38 @@ def test_a_checkpoint_of_another_layout_holds_the_same_state_and_takes_the_same_
             tolerance = 1e-5 if layout.precision == there.precision == "fp32" else 2e-2
             expected = told[variant, there][0]["losses"][TRAINED:][: len(losses)]
             assert losses == pytest.approx(expected, rel=tolerance), (variant, layout, there)
+
+
+def test_an_average_that_the_optimizer_keeps_is_shown_to_evaluations_and_put_back(told: Told) -> None:
+    """At every layout, to the last bit; what follows are the same steps (above)."""
+    assert all(row["shown"] and row["back"] for rows in told.values() for row in rows)
+
+
+def exchange(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
+    """In every rank: matrices of several shapes, cut anywhere, of some ranks nothing."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    random = np.random.default_rng(7)
+    wholes, matrices, mine, offset = [], [], [], 0
+    for rows, columns in [(5, 7), (1, 3), (8, 2), (6, 6), (2, 9), (3, 3)]:
+        cuts = [0, *sorted(random.integers(0, rows * columns + 1, world - 1).tolist()), rows * columns]
+        spans = tuple((a, b - a) for a, b in itertools.pairwise(cuts))
+        wholes.append(torch.tensor(random.standard_normal((rows, columns))).float())
+        matrices.append(Matrix(rows, columns, spans, offset))
+        mine.append(wholes[-1].view(-1)[cuts[rank] : cuts[rank + 1]])
+        offset += spans[rank][1]
+    flat = torch.cat(mine)
+    whole_matrices.BATCH = 24  # so that there are several exchanges
+    whole_matrices.on_whole(lambda m: torch.linalg.pinv(m).T, flat, matrices, torch.device("cpu"))
+    right = [
+        torch.linalg.pinv(w).T.reshape(-1)[m.spans[rank][0] :][: m.spans[rank][1]] for w, m in zip(wholes, matrices, strict=True)
+    ]
+    yield {"batches": len(list(whole_matrices.batches(matrices, world))), "equal": torch.equal(flat, torch.cat(right))}
+
+
+def test_what_is_computed_of_whole_matrices_does_not_depend_on_how_they_are_cut() -> None:
+    """Bit by bit, on one to three workers, in several exchanges."""
+    told = ranks.run(f"{__name__}:exchange", (1, 2, 3))
+    assert len(told) == 6 and all(row["equal"] and row["batches"] > 1 for row in told), told
 
 
 def test_checkpoints_hold_and_the_plan_counts_what_the_optimizer_keeps(told: Told) -> None:

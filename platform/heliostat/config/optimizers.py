@@ -227,6 +227,10 @@ KINDS: tuple[type[Optimizer], ...] = (AdamW, Sgd, RmsProp, Lion, ScheduleFree, M
 REGISTRY: dict[str, type[Optimizer]] = {kind.model_fields["name"].default: kind for kind in KINDS}
 REFUSED = {
     **dict.fromkeys(("adafactor", "shampoo", "soap", "lamb", "lars"), "looks at whole tensors, and ZeRO gives workers slices"),
+    **dict.fromkeys(
+        ("adamw_8bit", "adamw8bit", "adamw_bnb_8bit"),
+        "keeps its state in blocks, which ZeRO would cut: some are then kept in fp32 unsaid, others rounded anew by a reshard",
+    ),
     "adagrad": "is made anew by DeepSpeed, which then steps only one group of the parameters",
     "lbfgs": "asks for several losses in a step",
 }

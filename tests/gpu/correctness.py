@@ -1,0 +1,165 @@
+"""What a GPU computes beside its twin on the CPU: the same call with torch's plain implementation in fp32.
+
+Each function is a piece: it yields rows of what was compared, how far apart the two were, and how far they may be.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from tests.gpu import setting
+
+STEPS = 8
+LIMITS = {"fp32": 2e-4, "bf16": 2e-2, "fp16": 2e-2}  # relative, of losses; TF32 is off
+
+Row = dict[str, Any]
+
+
+def _row(what: str, difference: float, limit: float, **more: Any) -> Row:
+    good = math.isfinite(difference) and difference <= limit
+    return {"kind": "correctness", "what": what, "difference": difference, "limit": limit, "ok": good, **more}
+
+
+def _apart(ours: list[float], theirs: list[float]) -> float:
+    return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
+
+
+def _against_plain(what: str, twin: list[float] | None = None, attention: str | None = None, **changes: Any) -> Row:
+    made = setting.job(setting.TINY, **changes)
+    its = setting.recipe(made, attention)
+    twin = twin or setting.plain(made, setting.recipe(made), STEPS)
+    found = setting.losses(made, its, setting.engine(made, its), 0, STEPS)
+    learned = {"first": twin[0], "last": twin[-1]}
+    return _row(what, _apart(found, twin), LIMITS[made.train.precision], **learned)
+
+
+def zero(precision: str) -> Iterator[Row]:
+    """ZeRO 1 to 3 in one process."""
+    setting.start()
+    twin = setting.plain(made := setting.job(setting.TINY), setting.recipe(made), STEPS)
+    for stage in (1, 2, 3):
+        yield _against_plain(f"ZeRO-{stage}, {precision}", twin, **{"train.precision": precision, "train.zero.stage": stage})
+
+
+def offload() -> Iterator[Row]:
+    setting.start()
+    for stage in (1, 2, 3):
+        changes = {"train.precision": "bf16", "train.zero.stage": stage, "train.zero.offload.optimizer": "cpu"}
+        yield _against_plain(f"ZeRO-{stage}, bf16, optimizer on the host", **changes)
+    changes["train.zero.offload.param"] = "cpu"
+    yield _against_plain("ZeRO-3, bf16, optimizer and weights on the host", **changes)
+
+
+def optimizers() -> Iterator[Row]:
+    setting.start()
+    for name in ("muon", "lion", "schedule_free", "sgd", "rmsprop"):
+        changes: dict[str, Any] = {"train.optimizer": {"name": name, "lr": 1e-3}, "train.schedule": {"name": "constant"}}
+        for stage in (1, 3):
+            yield _against_plain(f"{name}, ZeRO-{stage}, fp32", **changes, **{"train.zero.stage": stage})
+
+
+def compiled() -> Iterator[Row]:
+    setting.start()
+    changes = {"train.precision": "bf16", "train.compile": True}
+    yield _against_plain("torch.compile, ZeRO-1, bf16", **changes)
+
+
+def save() -> Iterator[Row]:
+    """A save beside the next steps, and a resume at another stage: the state bit by bit, the losses to rounding."""
+    from heliostat.checkpoint import saver as checkpoint
+    from heliostat.config import spec
+    from heliostat.numerics import play
+    from heliostat.storage import Location
+    from heliostat.train.worker import zero_state
+
+    from tests.unit import build_index
+
+    group = setting.start()
+    for stage, other in ((1, 3), (3, 2)):
+        made = setting.job(setting.TINY, **{"train.precision": "bf16", "train.zero.stage": stage})
+        its = setting.recipe(made)
+        on = setting.engine(made, its)
+        setting.losses(made, its, on, 0, 3)
+        saver = checkpoint.Saver(Location(tempfile.mkdtemp()), spec.Checkpoint(every=1), group)
+        saver.attach(zero_state.inner_optimizer(on))
+        held = play.state(on)
+        saver.save(3, zero_state.state(on), build_index.facts(optimizer_steps=zero_state.optimizer_steps(on)))
+        expected = setting.losses(made, its, on, 3, 3)
+        saver.wait()
+        for to in (stage, other):
+            made = setting.job(setting.TINY, **{"train.precision": "bf16", "train.zero.stage": to})
+            on = setting.engine(made, its := setting.recipe(made))
+            found = checkpoint.open_checkpoint(saver.run, 3)
+            checkpoint.load(found, zero_state.state(on, whole=True), group)
+            zero_state.after_load(on, found.index["optimizer_steps"])
+            loaded = play.state(on)
+            unequal = sum(not torch.equal(held[name], loaded[name]) for name in held)
+            yield _row(f"tensors unequal, saved beside training at ZeRO-{stage}, loaded at ZeRO-{to}", unequal, 0)
+            next_ = _apart(setting.losses(made, its, on, 3, 3), expected)
+            yield _row(f"next losses, saved at ZeRO-{stage}, loaded at ZeRO-{to}", next_, 0.0 if to == stage else 2e-2)
+
+
+def attention() -> Iterator[Row]:
+    """Fused attention kernels, forward and backward, beside torch's plain one in fp32 on the CPU."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    kinds = {
+        "flash": SDPBackend.FLASH_ATTENTION,
+        "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
+        "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    }
+    given = [torch.randn(2, 8, 512, 64, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    for name, kind in kinds.items():
+        with sdpa_kernel(kind):
+            yield _kernel(f"{name} attention, bf16, causal", _causal, given, torch.bfloat16)
+
+
+def flex() -> Iterator[Row]:
+    """Attention within documents of different lengths, compiled, beside a dense mask on the CPU."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    document = torch.repeat_interleave(torch.arange(4), torch.tensor([100, 28, 256, 128]))
+    same = (document[:, None] == document[None, :]) & torch.ones(512, 512, dtype=torch.bool).tril()
+    there = document.to(setting.DEVICE)
+
+    def within(b: Any, h: Any, q: Any, k: Any) -> Any:
+        return (there[q] == there[k]) & (q >= k)
+
+    mask = create_block_mask(within, None, None, 512, 512, device=setting.DEVICE)
+    run = torch.compile(flex_attention)
+    given = [torch.randn(2, 8, 512, 64, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    yield _kernel("flex attention within documents, bf16", lambda q, k, v: run(q, k, v, block_mask=mask), given, torch.bfloat16,
+                  lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=same))  # fmt: skip
+
+
+def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def _kernel(what: str, call: Any, given: list[torch.Tensor], dtype: torch.dtype, twin: Any = None) -> Row:
+    """Compares outputs and gradients, relative to their size; the last tensor given is the output's gradient."""
+    there = [t.to(setting.DEVICE, dtype).requires_grad_() for t in given[:-1]]
+    here = [t.detach().float().cpu().requires_grad_() for t in there]
+    made, expected = call(*there), (twin or call)(*here)
+    made.backward(given[-1].to(setting.DEVICE, dtype))
+    expected.backward(given[-1].to(dtype).float())
+    pairs = [(made, expected), *((a.grad, b.grad) for a, b in zip(there, here, strict=True))]
+    return _row(what, max(float((a.float().cpu() - b).norm() / b.norm()) for a, b in pairs), 2e-2)
+
+
+def fp8() -> Iterator[Row]:
+    """A scaled product of matrices in float8, beside the product of the same rounded numbers in fp32 on the CPU."""
+    a, b = (torch.randn(n, 256, generator=torch.Generator().manual_seed(n)) for n in (128, 192))
+    largest = torch.finfo(torch.float8_e4m3fn).max
+    scales = [t.abs().max() / largest for t in (a, b)]
+    low = [(t / s).to(torch.float8_e4m3fn) for t, s in zip((a, b), scales, strict=True)]
+    twin = (low[0].float() * scales[0]) @ (low[1].float() * scales[1]).T
+    there = [t.to(setting.DEVICE) for t in (*low, *scales)]
+    made = torch._scaled_mm(there[0], there[1].T, there[2], there[3], out_dtype=torch.bfloat16)
+    yield _row("float8 matrix product", float((made.float().cpu() - twin).norm() / twin.norm()), 1e-2)
