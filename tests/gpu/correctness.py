@@ -49,19 +49,22 @@ def zero(precision: str) -> Iterator[Row]:
 
 def offload() -> Iterator[Row]:
     setting.start()
+    twin = setting.plain(made := setting.job(setting.TINY), setting.recipe(made), STEPS)
     for stage in (1, 2, 3):
         changes = {"train.precision": "bf16", "train.zero.stage": stage, "train.zero.offload.optimizer": "cpu"}
-        yield _against_plain(f"ZeRO-{stage}, bf16, optimizer on the host", **changes)
+        yield _against_plain(f"ZeRO-{stage}, bf16, optimizer on the host", twin, **changes)
     changes["train.zero.offload.param"] = "cpu"
-    yield _against_plain("ZeRO-3, bf16, optimizer and weights on the host", **changes)
+    yield _against_plain("ZeRO-3, bf16, optimizer and weights on the host", twin, **changes)
 
 
 def optimizers() -> Iterator[Row]:
     setting.start()
     for name in ("muon", "lion", "schedule_free", "sgd", "rmsprop"):
         changes: dict[str, Any] = {"train.optimizer": {"name": name, "lr": 1e-3}, "train.schedule": {"name": "constant"}}
+        made = setting.job(setting.TINY, **changes)
+        twin = setting.plain(made, setting.recipe(made), STEPS)
         for stage in (1, 3):
-            yield _against_plain(f"{name}, ZeRO-{stage}, fp32", **changes, **{"train.zero.stage": stage})
+            yield _against_plain(f"{name}, ZeRO-{stage}, fp32", twin, **changes, **{"train.zero.stage": stage})
 
 
 def compiled() -> Iterator[Row]:

@@ -41,7 +41,7 @@ PIECES = [
     _right("save", "pyarrow"),
     _right("attention", "gpu"),
     _right("offload"),
-    _right("optimizers"),
+    _right("optimizers", deadline_s=150),
     _right("zero fp16", "gpu", precision="fp16"),
     _right("flex", "gpu", deadline_s=120),
     _right("compiled", "gpu", deadline_s=150),
