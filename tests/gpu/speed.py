@@ -73,6 +73,7 @@ def planned(made: Any, attention: str | None) -> float:
     """The plan's bytes of a worker, without its margin for fragments and the driver's own."""
     import numpy as np
     from heliostat.plan import hardware, layouts, model_stats
+    from heliostat.plan.counts import Counts
     from heliostat.plan.estimate import Planner
 
     bare = setting.recipe(setting.job(made.model, made.data.sequence_length, 1, 1), attention)
@@ -80,7 +81,7 @@ def planned(made: Any, attention: str | None) -> float:
     stats = model_stats.stats_of(bare, model)
     kept = model_stats.activations(made, bare, model, np.zeros((1, made.data.sequence_length), dtype=np.int32))
     prices = hardware.table()
-    planner = Planner(made, stats, kept, [], hardware.resolve(made, prices, None, None), prices)
+    planner = Planner(made, Counts(stats, kept, ()), hardware.resolve(made, prices, None, None), prices)
     _, need = planner._memory(layouts.of(made), made.accumulation)
     return float(need.total - need.margin)
 
