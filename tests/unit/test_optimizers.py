@@ -12,6 +12,7 @@ import pytest
 import torch
 from heliostat.config import schema, spec
 from heliostat.config.optimizers import REFUSED, REGISTRY, STATE_BYTES, AdamW, Optimizer
+from heliostat.config.train_section import GROWING
 from heliostat.errors import ConfigError
 from heliostat.plan import memory
 from heliostat.plan.dryrun import kinds
@@ -167,6 +168,12 @@ def test_an_average_in_the_optimizer_takes_the_place_of_a_schedule_and_of_anothe
         job(**{"train.optimizer": {"name": "schedule_free", "lr": LR}})
     with pytest.raises(ConfigError, match=r"train\.ema: optimizer 'schedule_free' keeps an average .*; remove train\.ema"):
         job(**changed({"name": "schedule_free", "lr": LR}), **{"train.ema": {}})
+
+
+@pytest.mark.parametrize("key", GROWING)
+def test_batches_and_samples_that_grow_are_refused_by_name(key):
+    with pytest.raises(ConfigError, match=rf"^job\.yaml: train: {key} is not supported: every .*; remove it, and use train\."):
+        job(**{f"train.{key}": 100})
 
 
 def test_matrices_are_dealt_to_workers_and_every_one_travels_once():

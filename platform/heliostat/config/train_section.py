@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from heliostat.config.fields import Count, NonNegative, Positive, Seed
 from heliostat.config.optimizers import AnyOptimizer
@@ -44,6 +44,10 @@ class Ema(Strict):
 class Recheck(Strict):
     every: Positive
     """Steps between two looks. The first step after every start is looked at, too."""
+
+
+GROWING = dict.fromkeys(("batch_warmup", "batch_size_warmup", "global_batch_warmup"), "every step has train.global_batch samples")
+GROWING |= dict.fromkeys(("sequence_warmup", "sequence_length_warmup"), "every sample has data.sequence_length tokens")
 
 
 class Train(Strict):
@@ -87,3 +91,13 @@ class Train(Strict):
     """Of initial weights and dropout."""
     log_every: Positive = 10
     """Steps between two lines of progress; every step's loss is recorded all the same."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_grows(cls, value: Any) -> Any:
+        """Refuses warm-ups that are known elsewhere, with the reason and what to use."""
+        for key in GROWING if isinstance(value, dict) else ():
+            if key in value:
+                why = f"{GROWING[key]}, which the data order, resuming and the schedule count on"
+                raise ValueError(f"{key} is not supported: {why}; remove it, and use train.schedule.warmup_steps")
+        return value
