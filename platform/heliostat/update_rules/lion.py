@@ -1,4 +1,4 @@
-"""Steps by the sign of an interpolated momentum (Chen et al. 2023, arXiv 2302.06675)."""
+"""Updates by the sign of an interpolated momentum (Chen et al. 2023, arXiv 2302.06675)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps hidden matrices along their orthogonalized momentum (Jordan et al. 2024, Muon), and everything else by AdamW.
+"""Moves hidden matrices along their orthogonalized momentum (Jordan et al. 2024, Muon), and everything else by AdamW.
 
 The momentum is elementwise, so each worker keeps that of its slices, as ZeRO cut them. Its orthogonalization is not: matrices are
 brought together for it (`whole_matrices`), behind clipping, once a step. DeepSpeed's own Muon orthogonalizes before it clips.

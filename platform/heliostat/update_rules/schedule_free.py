@@ -1,4 +1,4 @@
-"""Steps by AdamW without a schedule (Defazio et al. 2024, arXiv 2405.15682): an average of the iterates stands for the decay.
+"""Updates by AdamW without a schedule (Defazio et al. 2024, arXiv 2405.15682): an average of the iterates stands for the decay.
 
 The parameters are where gradients are taken, y = (1 - beta1) z + beta1 x: between the iterate z, which AdamW without a first
 moment steps, and the average x, which is evaluated and exported. x is kept, not recovered from y and z, so that a checkpoint
