@@ -13,8 +13,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-ASIDE = ("ray", "pyarrow", "mlflow", "boto3", "botocore", "xxhash", "matplotlib", "pathspec", "jsonschema", "aiohttp", "flask",
-         "typer", "rich", "regex", "requests")  # fmt: skip
+ASIDE = ("ray", "pyarrow", "mlflow", "boto3", "botocore", "xxhash", "matplotlib", "pathspec", "jsonschema", "aiohttp", "flask")
 
 
 class _Anything(type):

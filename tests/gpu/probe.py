@@ -11,13 +11,13 @@ VERSIONS = ("torch", "deepspeed", "transformers", "heliostat", "flash-attn")
 LIBRARIES = ("pyarrow", "flash_attn")
 
 
-def probe() -> dict[str, Any]:
-    """Describes the machine; `has` names what pieces may need."""
+def probe(missing: list[str]) -> dict[str, Any]:
+    """Describes the machine; `has` names what pieces may need, without what only stands in."""
     import torch
 
     gpu = torch.cuda.is_available()
     capability = torch.cuda.get_device_capability() if gpu else (0, 0)
-    has = ["gpu" if gpu else "cpu", *(name for name in LIBRARIES if find_spec(name))]
+    has = ["gpu" if gpu else "cpu", *(name for name in LIBRARIES if name not in missing and find_spec(name))]
     return {
         "device": torch.cuda.get_device_name() if gpu else f"no GPU ({platform.machine()})",
         "memory_gib": torch.cuda.get_device_properties(0).total_memory / (1 << 30) if gpu else None,
