@@ -20,14 +20,14 @@ class Lion(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._one(p, group, self.state[p])
+                    self._one(p, p.grad, group, self.state[p])
 
-    def _one(self, p: torch.Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
+    def _one(self, p: torch.Tensor, grad: torch.Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
         if not state:
             state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p)}
         state["step"] += 1
         (now, later), lr = group["betas"], group["lr"]
         p.mul_(1 - lr * group["weight_decay"])
-        for part, gradient, average in pieces(p, p.grad.reshape(-1), state["exp_avg"]):
+        for part, gradient, average in pieces(p, grad.reshape(-1), state["exp_avg"]):
             part.add_(average.lerp(gradient, 1 - now).sign_(), alpha=-lr)
             average.lerp_(gradient, 1 - later)

@@ -22,7 +22,9 @@ class WithAdamW(torch.optim.Optimizer):
 
     def __init__(self, groups: list[dict[str, Any]], adamw: dict[str, Any], muon: dict[str, Any]) -> None:
         # which completes its groups with its own defaults, in place
-        self.adamw = torch.optim.AdamW([g for g in groups if not g["orthogonal"]] or [torch.zeros(1)], **adamw, fused=True)
+        self.adamw = torch.optim.AdamW(
+            [g for g in groups if not g["orthogonal"]] or [{"params": [torch.zeros(1)]}], **adamw, fused=True
+        )
         super().__init__(groups, {**muon, "weight_decay": 0.0, "fused": True})
         self.adamw.state = self.state
         self.cut: dict[torch.Tensor, list[Matrix]] = {}
@@ -39,18 +41,19 @@ class WithAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"] if group["orthogonal"] else []:
                 if p.grad is not None:
-                    self._one(p, group)
+                    self._one(p, p.grad, group)
 
-    def _one(self, p: torch.Tensor, group: dict[str, Any]) -> None:
+    def _one(self, p: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> None:
         state, lr = self.state[p], group["lr"]
         if not state:
             state |= {"step": torch.zeros(()), "momentum_buffer": torch.zeros_like(p)}
         state["step"] += 1
-        momentum = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-        change = p.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum.clone()
+        momentum = state["momentum_buffer"].lerp_(grad, 1 - group["momentum"])
+        change = grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum.clone()
 
         def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-            return newton_schulz(matrix, group["dtype"]).to(matrix.dtype) * scale(*matrix.shape, group["like_adamw"])
+            rows, columns = matrix.shape
+            return newton_schulz(matrix, group["dtype"]).to(matrix.dtype) * scale(rows, columns, group["like_adamw"])
 
         if p in self.cut:
             on_whole(orthogonal, change, self.cut[p], self.device)

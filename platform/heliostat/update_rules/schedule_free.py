@@ -34,16 +34,16 @@ class ScheduleFree(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._one(p, group, self.state[p])
+                    self._one(p, p.grad, group, self.state[p])
 
-    def _one(self, p: torch.Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
+    def _one(self, p: torch.Tensor, grad: torch.Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
         if not state:
             state |= {"step": torch.zeros(()), "exp_avg_sq": torch.zeros_like(p)}
             state |= {ITERATE: p.detach().clone(), AVERAGE: p.detach().clone()}
         state["step"] += 1
         step, lr, (towards, decay) = int(state["step"]), group["lr"], group["betas"]
         share, unbiased = weight(step, group["warmup"]), 1 - decay**step
-        for y, gradient, square, z, x in pieces(p, p.grad.reshape(-1), state["exp_avg_sq"], state[ITERATE], state[AVERAGE]):
+        for y, gradient, square, z, x in pieces(p, grad.reshape(-1), state["exp_avg_sq"], state[ITERATE], state[AVERAGE]):
             square.mul_(decay).addcmul_(gradient, gradient, value=1 - decay)
             change = gradient / (square / unbiased).sqrt_().add_(group["eps"])
             z.sub_(change.add_(y, alpha=group["weight_decay"]), alpha=lr)
