@@ -194,6 +194,21 @@ class Weight:
     make: Callable[..., torch.Tensor] | None = None
 
 
+class CutsSamples(ABC):
+    """Trains with each sample cut over several workers, who have a stretch of its tokens each: a job may ask for
+    `train.parallel.sequence`. `probe` says whether the model can; the loss has no parts, or parts that are means over tokens."""
+
+    @abstractmethod
+    def cut(self, batch: Batch, part: int, parts: int) -> Batch:
+        """Cuts the part-th of so many equal stretches of a whole batch, with all that the loss, its terms and scores need of it:
+        their sums over the parts are those of the whole."""
+
+    @abstractmethod
+    def exchange(self, model: torch.nn.Module, group: Any) -> None:
+        """Makes the model exchange what a token needs of those in other stretches, which the group's workers have in rank
+        order."""
+
+
 class Generates(Exports):
     """Answers prompts with its exports: `heliostat generate`."""
 

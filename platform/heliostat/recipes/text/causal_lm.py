@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, DataError
-from heliostat.recipes.protocol import Batch, Evaluates, Generates, Loss, Recipe, Request, Serves, Serving
+from heliostat.recipes.protocol import Batch, CutsSamples, Evaluates, Generates, Loss, Recipe, Request, Serves, Serving
 from heliostat.recipes.text import plain_keys, router_loss
 
 if TYPE_CHECKING:  # torch and transformers take three seconds, and most jobs are checked without them
@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # torch and transformers take three seconds, and most jobs ar
     from heliostat.recipes.text.generator import TextGenerator
 
 
-class CausalLM(Recipe, Evaluates, Generates, Serves):
+class CausalLM(Recipe, Evaluates, CutsSamples, Generates, Serves):
     kind = "tokens"
     causal = True
     scores = ("loss", "perplexity", "bits_per_byte")
@@ -86,6 +86,10 @@ class CausalLM(Recipe, Evaluates, Generates, Serves):
             packing.require_apart(self)
         if self.plain is None:
             router_loss.probe(self, self.unbalanced)
+        if self.job.train.parallel.sequence > 1:
+            from heliostat.recipes.text import cutting
+
+            cutting.require(self, self.job.train.parallel.sequence)
 
     def bind(self, sources: list[Manifest]) -> None:
         tokenizers = {m.meta.get("tokenizer") for m in sources}
@@ -167,6 +171,21 @@ class CausalLM(Recipe, Evaluates, Generates, Serves):
         from heliostat.recipes.text import next_token
 
         return next_token.loss(model, batch, self.router_weight)
+
+    def terms(self, batch: Batch) -> int:
+        from heliostat.recipes.text import next_token
+
+        return next_token.terms(batch)
+
+    def cut(self, batch: Batch, part: int, parts: int) -> Batch:
+        from heliostat.recipes.text import next_token
+
+        return next_token.cut(batch, part, parts)
+
+    def exchange(self, model: torch.nn.Module, group: Any) -> None:
+        from heliostat.recipes.text import sequence_attention
+
+        sequence_attention.use(model, group, self.job.train.micro_batch, self.document_mask)
 
     def evaluate(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         from heliostat.recipes.text import next_token

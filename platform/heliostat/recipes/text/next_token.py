@@ -26,6 +26,25 @@ def batch(content: np.ndarray, end: int | None) -> Batch:
     return made
 
 
+def cut(batch: Batch, part: int, parts: int) -> Batch:
+    """Cuts the part-th of so many equal stretches of a batch; tokens keep their positions, and targets that are in the next."""
+    tokens = batch["input_ids"]
+    size = tokens.shape[1] // parts
+    mine = slice(part * size, (part + 1) * size)
+    positions = batch.get("position_ids", torch.arange(tokens.shape[1]).expand(len(tokens), -1))
+    whole = {"input_ids": tokens, "position_ids": positions, "targets": targets(batch)}
+    return {name: tensor[:, mine].contiguous() for name, tensor in whole.items()}
+
+
+def terms(batch: Batch) -> int:
+    return int((targets(batch) != IGNORED).sum())
+
+
+def targets(batch: Batch) -> torch.Tensor:
+    """Pairs each token with the next, or IGNORED at a sample's end."""
+    return batch["targets"] if "targets" in batch else F.pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:]
+
+
 def loss(model: torch.nn.Module, batch: Batch, router_weight: float | None) -> Loss:
     """Sums the cross entropy of a batch's tokens; adds the router's loss, if it has a weight."""
     outputs = _outputs(model, batch)
@@ -38,24 +57,24 @@ def loss(model: torch.nn.Module, batch: Batch, router_weight: float | None) -> L
 def evaluate(model: torch.nn.Module, batch: Batch, end: int, token_bytes: torch.Tensor) -> dict[str, torch.Tensor]:
     """Scores each sample: nats, predicted tokens, and the bytes behind them. `token_bytes`: int64 [2, vocabulary], of a token
     inside a document, and as its first."""
-    logits, targets = _flat(_outputs(model, batch), batch)
-    shape = batch["labels"].shape
-    losses = F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="none").view(shape)
-    targets = targets.view(shape)
-    predicted = targets != IGNORED
+    logits, goals = _flat(_outputs(model, batch), batch)
+    shape = batch["input_ids"].shape
+    losses = F.cross_entropy(logits.float(), goals, ignore_index=IGNORED, reduction="none").view(shape)
+    goals = goals.view(shape)
+    predicted = goals != IGNORED
     first = batch["input_ids"] == end  # the target opens a document
-    size = token_bytes.to(targets.device)[first.long(), targets.clamp(min=0)]
+    size = token_bytes.to(goals.device)[first.long(), goals.clamp(min=0)]
     return {"nats": losses.sum(1), "tokens": predicted.sum(1).float(), "bytes": (size * predicted).sum(1).float()}
 
 
 def _outputs(model: torch.nn.Module, batch: Batch) -> Any:
-    return model(**{k: v for k, v in batch.items() if k != "labels"})
+    return model(**{k: v for k, v in batch.items() if k not in ("labels", "targets")})
 
 
 def _flat(outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flattens logits to [tokens, vocabulary] and pairs each with the next token, or IGNORED at a sample's end. The logits are
-    not sliced: that would copy them, forwards and backwards."""
-    return outputs.logits.flatten(0, 1), F.pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:].flatten()
+    """Flattens logits to [tokens, vocabulary], and the targets with them. The logits are not sliced: that would copy them,
+    forwards and backwards."""
+    return outputs.logits.flatten(0, 1), targets(batch).flatten()
 
 
 def block_rows(logits: torch.Tensor) -> int:

@@ -23,6 +23,7 @@ from heliostat.config.spec import Job
 from heliostat.recipes import building
 from heliostat.recipes.protocol import Recipe
 from heliostat.train.worker.engine_config import engine_config
+from heliostat.train.worker.sequence_group import SequenceGroup
 
 _engines: weakref.WeakSet[Any] = weakref.WeakSet()  # that are in memory
 
@@ -84,8 +85,11 @@ def build_model(job: Job, recipe: Recipe, config: dict[str, Any]) -> torch.nn.Mo
     return model
 
 
-def build_engine(job: Job, recipe: Recipe) -> Any:
-    """Builds a DeepSpeedEngine on the process group of the attempt."""
+def build_engine(job: Job, recipe: Recipe, sequence: SequenceGroup | None = None) -> Any:
+    """Builds a DeepSpeedEngine on the process group of the attempt.
+
+    Workers that share samples in a `sequence` group are as any others to it: it shards over all workers, and averages over all.
+    """
     import deepspeed
 
     config = engine_config(job)
@@ -95,6 +99,8 @@ def build_engine(job: Job, recipe: Recipe) -> Any:
     optimizer = settings.build(building.parameter_groups(model, settings.weight_decay, recipe))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     _engines.add(engine)
+    if sequence:
+        sequence.join(recipe, engine.module)
     engine.moments = settings.state  # which `fragments` reads
     if job.train.compile:
         engine.compile()
@@ -136,6 +142,8 @@ def forget_groups() -> None:
 
     communication.cdb = None
     importlib.reload(groups)
+    if layer := sys.modules.get("deepspeed.sequence.layer"):
+        vars(layer)["_all_to_all_groups"].clear()
     Init.param_id = 0
     (counter,) = DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__
     counter[0] = 0
