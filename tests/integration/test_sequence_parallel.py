@@ -1,7 +1,7 @@
 """Samples that several workers share train as whole ones do: losses, gradient norms, scores, receipts and checkpoints are those
 of one worker, whatever the ZeRO stage, the number of workers and how many of them share a sample.
 
-The loop's own worker plays real steps of real data on ranks without Ray, as `heliostat check --numerics` does.
+The loop's own worker plays real steps of real data on ranks without Ray, as `heliostat check --numerics` does; one run is on Ray.
 """
 
 from __future__ import annotations
@@ -21,17 +21,22 @@ from heliostat.data.manifest import read as read_manifest
 from heliostat.numerics import play
 from heliostat.recipes.loading import load
 from heliostat.runs import segments
+from heliostat.runs.verify import verify
+from heliostat.storage import Location
+from heliostat.train.run import train
 from heliostat.train.worker import zero_state
 from heliostat.train.worker.evaluation import HeldOut
 from safetensors.torch import load_file, save_file
 
 from tests.golden import data
 from tests.integration import ranks
+from tests.integration.conftest import curve
+from tests.integration.reference import plain_losses
 from tests.unit.build_job import BASE, job
 
 STEPS, SAVED = 4, 2
 GROUPS = (1, 2, 4)
-LAYOUTS = ((1, 1), (2, 1), (2, 2), (4, 2), (4, 4))  # workers, and how many share a sample; the model has 2 heads of keys
+LAYOUTS = ((1, 1), (2, 2), (4, 2), (4, 4))  # workers, and how many share a sample; the model has 2 heads of keys
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Case:
 
 
 PLAIN = [Case(stage, *layout) for stage in range(4) for layout in LAYOUTS]
-EXTRA = [Case(stage, *layout, extra) for stage, extra in ((2, "documents"), (3, "checkpointed")) for layout in LAYOUTS]
+EXTRA = [Case(2, 1, 1, "documents"), Case(2, 4, 2, "documents"), Case(3, 2, 2, "checkpointed")]
 CASES = PLAIN + EXTRA
 
 
@@ -111,6 +116,14 @@ def _go_on(saved: Case, player: play.Player, folder: Path) -> dict[str, Any]:
     }
 
 
+def _others(case: Case) -> list[Case]:
+    """What a case goes on from: two other layouts, at another stage."""
+    if case.extra:
+        return []
+    at = LAYOUTS.index((case.workers, case.sequence))
+    return [Case(3 - case.stage, *LAYOUTS[(at + further) % len(LAYOUTS)]) for further in (1, 2)]
+
+
 def layouts(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
     """In every rank: trains each layout of this number of workers, then goes on from what the others have saved."""
     mine = [case for case in CASES if case.workers == dist.get_world_size()]
@@ -121,11 +134,10 @@ def layouts(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
             yield {"case": str(case), **told}
     everyone.wait(ranks.DEADLINE_S)
     for case, player in players.items():
-        for saved in PLAIN if not case.extra else ():
-            if saved.stage == 3 - case.stage:
-                told = _go_on(saved, player, Path(folder))
-                if player.rank == 0:
-                    yield {"saved": str(saved), "loaded": str(case), **told}
+        for saved in _others(case):
+            told = _go_on(saved, player, Path(folder))
+            if player.rank == 0:
+                yield {"saved": str(saved), "loaded": str(case), **told}
 
 
 @pytest.fixture(scope="module")
@@ -148,9 +160,21 @@ def test_a_layout_trains_as_one_worker_does(case: Case, played: list[dict[str, A
 
 @pytest.mark.parametrize("case", PLAIN, ids=str)
 def test_a_run_goes_on_in_another_layout(case: Case, played: list[dict[str, Any]]) -> None:
-    """Parameters and moments bit by bit, from all layouts of another stage; the next losses are those of the unbroken run."""
+    """Parameters and moments bit by bit, saved in other layouts and at another stage; then the losses of the unbroken run."""
     rows = [row for row in played if row.get("loaded") == str(case)]
-    assert len(rows) == len(LAYOUTS)
+    assert [row["saved"] for row in rows] == [str(saved) for saved in _others(case)]
     for row in rows:
         assert row["unequal"] == [] and row["chain"], row["saved"]
         assert row["losses"] == pytest.approx(row["unbroken"], rel=1e-5), row["saved"]
+
+
+def test_a_run_changes_how_many_workers_share_a_sample(job_file, tracking) -> None:
+    """On Ray: ten steps of two workers that share samples, then ten of one; it is the plain loop's run, and its receipts hold."""
+    path = job_file("shared")
+    first = train(path, ["train.parallel.sequence=2", "train.stop_after=10"])
+    assert verify(Location(f"{path.parent}/runs/shared"))["ok"]
+    result = train(path, ["workers.count=1"], resume=True)
+    losses = curve(tracking, result["run_id"])
+    assert first["run_id"] == result["run_id"] and losses == pytest.approx(plain_losses(path, []), abs=1e-4)
+    found = verify(Location(f"{path.parent}/runs/shared"))
+    assert (found["ok"], found["steps"], found["lost"], found["repeated"]) == (True, 20, 0, 0)
