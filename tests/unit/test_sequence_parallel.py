@@ -9,9 +9,11 @@ import pytest
 import torch
 from heliostat import check
 from heliostat.errors import ConfigError
+from heliostat.plan import planner
 from heliostat.recipes.conformance import require_abilities
 from heliostat.recipes.protocol import IGNORED
 from heliostat.recipes.text import cutting
+from heliostat.recipes.text.causal_lm import CausalLM
 
 from tests.unit.build_job import BASE, job
 from tests.unit.build_recipe import Around
@@ -150,3 +152,40 @@ def test_the_stretches_of_a_batch_are_its_tokens_with_their_positions_and_target
     assert sum(map(made.terms, parts)) == made.terms(whole) == int((whole["labels"] != IGNORED).sum())
     if documents:
         assert (tokens == END).any() and made.terms(whole) < 33
+
+
+# the plan ------------------------------------------------------------------------------------------------------------
+
+
+def planned(sequence: int, **changes) -> dict:
+    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16, "num_key_value_heads": 4}
+    sizes |= {"num_hidden_layers": 4, "vocab_size": 4096}
+    given = {"workers.gpus": 1, "workers.count": 8, "train.global_batch": 8, "train.micro_batch": 1, "data.sequence_length": 8192}
+    j = job(**{**given, **changes}, **{KEY: sequence}, **{f"model.{k}": v for k, v in sizes.items()})
+    return planner.plan(j, CausalLM(j))
+
+
+def test_the_plan_counts_a_workers_stretch_and_what_it_hands_the_others():
+    """Activations of its tokens alone, the state of all workers; as many micro-batches more, and heads that are exchanged."""
+    whole, shared = planned(1), planned(4)
+    assert shared["memory"]["activations"] == pytest.approx(whole["memory"]["activations"] / 4, rel=1e-6)
+    assert all(shared["memory"][k] == whole["memory"][k] for k in ("weights", "optimizer"))
+    assert shared["parts"]["forward_backward"] == pytest.approx(whole["parts"]["forward_backward"], rel=0.2)
+    # layers, tokens of a worker, heads of queries and results and of keys and values, their width, the share that leaves, bf16
+    forward = 4 * 8192 // 4 * (2 * 16 + 2 * 4) * 128 * 3 // 4 * 2
+    handed = shared["communication"]["bytes_per_step"] - whole["communication"]["bytes_per_step"]
+    assert handed == 4 * 2 * forward  # micro-batches, forward and backward
+    assert shared["parts"]["exposed"] > whole["parts"]["exposed"]
+
+
+def test_what_does_not_fit_whole_fits_cut():
+    """262,144 tokens, of whose activations a quarter fits on a GPU."""
+    long = {"data.sequence_length": 262144}
+    with pytest.raises(ConfigError, match=r"each worker needs .* GiB \(.*activations"):
+        planned(1, **long)
+    assert planned(4, **long)["memory"]["total"] < 80 * 2**30
+
+
+def test_few_heads_of_keys_and_values_are_sent_to_every_worker():
+    made = recipe({**BASE["model"], "hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 2})
+    assert [made.exchanged(parts) for parts in (2, 8)] == [2 * 32 * (16 + 4) * 8 // 2, 2 * 8 * (16 + 16) * 8 * 7 // 8]

@@ -208,6 +208,10 @@ class CutsSamples(ABC):
         """Makes the model exchange what a token needs of those in other stretches, which the group's workers have in rank
         order."""
 
+    @abstractmethod
+    def exchanged(self, parts: int) -> int:
+        """Counts, for the plan, the elements that each of so many workers sends to the others in a forward pass over a sample."""
+
 
 class Generates(Exports):
     """Answers prompts with its exports: `heliostat generate`."""

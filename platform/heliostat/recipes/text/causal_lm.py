@@ -187,6 +187,11 @@ class CausalLM(Recipe, Evaluates, CutsSamples, Generates, Serves):
 
         sequence_attention.use(model, group, self.job.train.micro_batch, self.document_mask)
 
+    def exchanged(self, parts: int) -> int:
+        from heliostat.recipes.text import sequence_attention
+
+        return sequence_attention.exchanged(self.config, self.length, parts)
+
     def evaluate(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         from heliostat.recipes.text import next_token
 

@@ -93,5 +93,13 @@ def sizes(config: Any) -> tuple[int, int, int]:
     return heads, getattr(text, "num_key_value_heads", None) or heads, width or text.hidden_size // heads
 
 
+def exchanged(config: Any, length: int, parts: int) -> int:
+    """Counts the elements that each worker sends in a forward pass over a sample: queries, keys, values, and what they attended
+    to. Heads of keys and values are sent at least once to every worker."""
+    heads, shared, width = sizes(config)
+    layers = config.get_text_config(decoder=True).num_hidden_layers
+    return int(layers * length // parts * (2 * heads + 2 * max(shared, parts)) * width * (parts - 1) // parts)
+
+
 def _no_mask(*_: Any, **__: Any) -> None:
     return None
