@@ -44,14 +44,14 @@ class Case:
     stage: int
     workers: int
     sequence: int
-    extra: str = ""  # "documents" are kept apart; activations are "checkpointed"
+    extra: str = ""  # "documents" are kept apart; activations are "checkpointed"; the loss is "tiled"
 
     def __str__(self) -> str:
         return f"zero{self.stage}-{self.workers}-by-{self.sequence}{self.extra and '-' + self.extra}"
 
 
 PLAIN = [Case(stage, *layout) for stage in range(4) for layout in LAYOUTS]
-EXTRA = [Case(2, 1, 1, "documents"), Case(2, 4, 2, "documents"), Case(3, 2, 2, "checkpointed")]
+EXTRA = [Case(2, 1, 1, "documents"), Case(2, 4, 2, "documents"), Case(3, 2, 2, "checkpointed"), Case(3, 2, 2, "tiled")]
 CASES = PLAIN + EXTRA
 
 
@@ -62,6 +62,7 @@ def _job(case: Case, folder: Path) -> Job:
     changes |= {"train.grad_clip": 0.5, "train.optimizer.lr": 3e-3, "train.optimizer.eps": 1e-4, "data.window": 64}
     changes |= {"data.document_mask": case.extra == "documents", "evaluate": {"every": 2, "samples": 6, "fraction": 0.1}}
     changes |= {"train.activation_checkpointing": case.extra == "checkpointed", "model": {**BASE["model"], "vocab_size": 96}}
+    changes["train.tiled_loss"] = case.extra == "tiled"
     changes["train.deepspeed"] = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
     return job(**changes)
 

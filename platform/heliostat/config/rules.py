@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def faults(job: Job) -> list[str]:
     """Lists what is wrong, a line each that begins with the key."""
     found = _sequence_faults(job) or _batch_faults(job)
-    found += [*_precision_faults(job), *_offload_faults(job), *_checkpoint_faults(job)]
+    found += [*_tile_faults(job), *_precision_faults(job), *_offload_faults(job), *_checkpoint_faults(job)]
     found += _mix_faults(job.data) + _mlflow_faults(job.mlflow)
     paths = [s.path for s in job.data.sources]
     if len(set(paths)) < len(paths):
@@ -51,6 +51,12 @@ def _sequence_faults(job: Job) -> list[str]:
     if train.recheck:
         faults.append(f"{key} with train.recheck: workers compare what each computes of a whole sample; remove train.recheck")
     return faults
+
+
+def _tile_faults(job: Job) -> list[str]:
+    if job.train.tiled_loss and job.train.compile:
+        return ["train.tiled_loss: true with train.compile is not tried; set one of them to false"]
+    return []
 
 
 def _batch_faults(job: Job) -> list[str]:

@@ -83,6 +83,8 @@ class Train(Strict):
     docs/job.md#deepspeeds-own-keys"""
     activation_checkpointing: bool = False
     """Computes activations again in the backward pass, which trades time for memory."""
+    tiled_loss: bool = False
+    """Computes logits and their loss a tile of tokens at a time, so that never all logits exist. See docs/job.md#tiled-loss"""
     compile: bool = False
     """Runs the model through `torch.compile`."""
     cpu_kernels: bool = True

@@ -95,6 +95,8 @@ class Planner:
         kept = (per_sample + self.kept.largest) * layout.micro_batch // self.parts
         if self.parts > 1 and self.job.data.document_mask:  # which every worker has for whole samples, a byte a pair of tokens
             kept += layout.micro_batch * (self.job.data.sequence_length or 0) ** 2
+        if self.parts > 1 and self.job.train.tiled_loss:  # the gradient of the last layer's weight, which is not cut
+            kept += 4 * self.model.layer
         return held, memory.need(held, live, kept, self.gpu, model.frozen_models)
 
     def _time(self, layout: Layout, accumulation: int, moved: int, held: memory.State) -> tuple[step_time.Step, float, int]:

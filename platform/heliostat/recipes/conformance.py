@@ -67,6 +67,8 @@ def require_abilities(job: Job, recipe: Recipe) -> None:
     _refuse_gone("recipe", job.recipe, recipe)
     if job.evaluate and not isinstance(recipe, Evaluates):
         raise _lacks("evaluate", job, "is not scored", Evaluates, "remove evaluate")
+    if job.train.tiled_loss and not recipe.tiles:
+        raise ConfigError(f"train.tiled_loss: {job.recipe} computes no loss in tiles; set it to false")
     if job.train.parallel.sequence > 1:
         if not isinstance(recipe, CutsSamples):
             raise _lacks("train.parallel.sequence", job, "cuts no samples", CutsSamples, "set it to 1")

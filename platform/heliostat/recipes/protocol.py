@@ -76,6 +76,7 @@ class Recipe(ABC):
     kind: str  # of the datasets it eats: "tokens" or "rows"
     terms_per_sample: int | None = None  # loss terms of every sample, or None where samples differ
     causal: bool = False  # a model of transformers whose tokens attend to those before them; see `heliostat.cpu_kernels`
+    tiles: bool = False  # computes its loss without all logits where `train.tiled_loss` asks for it
     frozen: tuple[str, ...] = ()  # submodules of the model that are not trained: no gradients, no dropout, saved once per run
 
     def __init__(self, job: Job) -> None:

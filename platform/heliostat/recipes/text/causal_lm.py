@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # torch and transformers take three seconds, and most jobs ar
 class CausalLM(Recipe, Evaluates, CutsSamples, Generates, Serves):
     kind = "tokens"
     causal = True
+    tiles = True
     scores = ("loss", "perplexity", "bits_per_byte")
 
     def __init__(self, job: Job) -> None:
@@ -44,7 +45,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, Generates, Serves):
             raise ConfigError("data.sequence_length: is required for a language model")
         self.job, self.length = job, job.data.sequence_length
         self.checkpointing = job.train.activation_checkpointing
-        self.document_mask = job.data.document_mask
+        self.document_mask, self.tiled = job.data.document_mask, job.train.tiled_loss
         self.terms_per_sample = None if self.document_mask else self.length - 1
         self.pretrained = job.model.get("pretrained")
         self.unbalanced = job.model.get("output_router_logits") is False  # and said so
@@ -86,6 +87,10 @@ class CausalLM(Recipe, Evaluates, CutsSamples, Generates, Serves):
             packing.require_apart(self)
         if self.plain is None:
             router_loss.probe(self, self.unbalanced)
+        if self.tiled:
+            from heliostat.recipes.text import tiled_loss
+
+            tiled_loss.require(self)
         if self.job.train.parallel.sequence > 1:
             from heliostat.recipes.text import cutting
 
@@ -170,7 +175,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, Generates, Serves):
     def loss(self, model: torch.nn.Module, batch: Batch) -> Loss:
         from heliostat.recipes.text import next_token
 
-        return next_token.loss(model, batch, self.router_weight)
+        return next_token.loss(model, batch, self.router_weight, self.tiled)
 
     def terms(self, batch: Batch) -> int:
         from heliostat.recipes.text import next_token
@@ -195,7 +200,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, Generates, Serves):
     def evaluate(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         from heliostat.recipes.text import next_token
 
-        return next_token.evaluate(model, batch, self.end, self._token_bytes)
+        return next_token.evaluate(model, batch, self.end, self._token_bytes, self.tiled)
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
         loss = sums["nats"] / sums["tokens"]

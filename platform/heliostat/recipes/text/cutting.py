@@ -7,7 +7,6 @@ attention that puts the rows together. Its logits must be those of the whole sam
 
 from __future__ import annotations
 
-import copy
 import json
 from typing import Any
 
@@ -22,7 +21,6 @@ from heliostat.recipes.text import sequence_attention, tiny
 KEY = "train.parallel.sequence"
 PARTS = 4
 TOLERANCE = 1e-3  # of the logits' own spread: rounding is some 1e-6 of it
-END = 1
 
 _known: dict[str, str] = {}  # what is wrong with the models that were tried in this process
 
@@ -44,7 +42,7 @@ def require(recipe: Any, parts: int) -> None:
     known_by = [recipe.config.to_dict(), recipe.length, recipe.document_mask, job.workers.gpus, job.train.cpu_kernels]
     key = json.dumps(known_by, default=str, sort_keys=True)
     if key not in _known:
-        _known[key] = _fault(recipe)
+        _known[key] = tiny.tried(recipe, _fault)
     if _known[key]:
         raise ConfigError(f"{KEY}: samples of {kind!r} cannot be cut: {_known[key]}; set it to 1")
 
@@ -63,50 +61,33 @@ def _require_heads(recipe: Any, parts: int) -> None:
         )
 
 
-def _fault(recipe: Any) -> str:
-    reason = "no small model of it can be made"
-    for config in tiny.shrunk(recipe.config, recipe.length):
-        small = copy.copy(recipe)
-        small.config, small.length, small.pretrained, small.end = config, tiny.LENGTH, None, END
-        try:
-            if (size := tiny.parameters(small)) > tiny.LARGEST:
-                reason = f"the smallest model of it has {size:,} parameters"
-                continue
-            off = difference(small)
-        except Unfit as e:
-            return str(e)
-        except Exception as e:  # noqa: BLE001  whatever this architecture's own code raises
-            reason = f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[-1].strip()[:200]}"
-            continue
-        if off <= TOLERANCE:
-            return ""
-        return f"something beside full attention mixes tokens, as windows or a state do (its logits are off by {off:.1%})"
-    return f"it could not be tried ({reason})"
+def _fault(small: Any) -> str:
+    try:
+        off = difference(small)
+    except Unfit as e:
+        return str(e)
+    if off <= TOLERANCE:
+        return ""
+    return f"something beside full attention mixes tokens, as windows or a state do (its logits are off by {off:.1%})"
 
 
 @torch.no_grad()
 def difference(recipe: Any) -> float:
     """Computes how far the logits of a cut sample are from those of the whole one, over their spread, in a small model."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = recipe.build().eval()
-            cpu_kernels.use(model, recipe.job, recipe.causal)
-            for p in model.parameters():
-                p.normal_(std=0.2) if p.dim() > 1 else p.add_(0.1 * torch.randn_like(p))
-            tokens = np.random.default_rng(0).integers(6, 90, (1, tiny.LENGTH)).astype(np.int32)
-            tokens[:, tiny.LENGTH // 3 - 1 :: tiny.LENGTH // 3] = END  # documents that a cut goes through
-            batch = recipe.batch(tokens)
-            whole = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
-            _put_together(model, recipe.document_mask)
-            stretches = [recipe.cut(batch, part, PARTS) for part in range(PARTS)]
-            rows = {k: torch.cat([one[k] for one in stretches]) for k in ("input_ids", "position_ids")}
-            cut = model(**rows).logits.reshape(whole.shape)
-            return float((cut - whole).abs().max() / whole.std())
-    finally:
-        torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    model = recipe.build().eval()
+    cpu_kernels.use(model, recipe.job, recipe.causal)
+    for p in model.parameters():
+        p.normal_(std=0.2) if p.dim() > 1 else p.add_(0.1 * torch.randn_like(p))
+    tokens = np.random.default_rng(0).integers(6, 90, (1, tiny.LENGTH)).astype(np.int32)
+    tokens[:, tiny.LENGTH // 3 - 1 :: tiny.LENGTH // 3] = tiny.END  # documents that a cut goes through
+    batch = recipe.batch(tokens)
+    whole = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+    _put_together(model, recipe.document_mask)
+    stretches = [recipe.cut(batch, part, PARTS) for part in range(PARTS)]
+    rows = {k: torch.cat([one[k] for one in stretches]) for k in ("input_ids", "position_ids")}
+    cut = model(**rows).logits.reshape(whole.shape)
+    return float((cut - whole).abs().max() / whole.std())
 
 
 def _put_together(model: Any, documents: bool) -> None:
