@@ -154,6 +154,7 @@ INSTEAD = {
     "zero_optimization.stage3_gather_16bit_weights_on_model_save": "use `heliostat export`",
     "activation_checkpointing": "use train.activation_checkpointing",
     "compile": "use train.compile",
+    "sequence_parallel_size": "use train.parallel.sequence",
     "checkpoint": "use checkpoint",
     "load_universal_checkpoint": "heliostat's checkpoints load at any stage (checkpoint)",
     "seed": "use train.seed",
