@@ -106,7 +106,7 @@ def _go_on(saved: Case, player: play.Player, folder: Path) -> dict[str, Any]:
     player._restore()
     expected, found = load_file(folder / f"{saved}.safetensors"), play.state(player.engine)
     unequal = sorted(expected.keys() ^ found.keys()) + [n for n in expected if not torch.equal(expected[n], found[n])]
-    player.samples = play.dealt(player.plan, player.sequence.replica, player.sequence.replicas, SAVED)
+    player.samples = player._opened(None) if player.sequence.reads else None
     losses = player.losses(SAVED, STEPS)
     unbroken = json.loads((folder / f"{saved}.json").read_text())
     return {

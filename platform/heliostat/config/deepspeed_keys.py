@@ -177,7 +177,6 @@ INSTEAD = {
     "tensor_parallel": DATA_PARALLEL,
     "autotp": DATA_PARALLEL,
     "autotp_size": DATA_PARALLEL,
-    "sequence_parallel_size": DATA_PARALLEL,
     "pipeline": DATA_PARALLEL,
     "expert_parallel": DATA_PARALLEL,
     "data_parallel_size": "use workers.count",

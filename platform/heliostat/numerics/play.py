@@ -56,7 +56,7 @@ class Player(Worker):
         self.run_folder = job.run_folder
         self.saver = checkpoint.Saver(self.run_folder, job.checkpoint, self.control, self.fence)
         self.dataset = open_dataset(plan)
-        self.samples = dealt(plan, self.sequence.replica, self.sequence.replicas, start_step)
+        self.samples = self._opened(None) if self.sequence.reads else None
         self.engine = deepspeed_engine.build_engine(job, recipe, self.sequence)
         zero_state.init_optimizer_state(self.engine)
         self.saver.attach(zero_state.inner_optimizer(self.engine))
@@ -70,11 +70,14 @@ class Player(Worker):
         if start_step:
             self._restore()
 
+    def _opened(self, part: Any) -> stream.LaneStream:
+        return dealt(self.plan, self.sequence.replica, self.sequence.replicas, self.start_step)
+
     def losses(self, first: int, last: int) -> list[float]:
         """Makes the steps [first, last); returns their losses over the global batch."""
         begun = len(self._losses)
         for step in range(first, last):
-            self._step(step, self.samples.next_step())
+            self._step(step, self._next_step())
         mine = torch.stack(self._losses[begun:]).double()
         dist.all_reduce(mine)
         return mine.tolist()

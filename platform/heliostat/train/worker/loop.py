@@ -101,7 +101,7 @@ class Worker:
         deepspeed_engine.prepare_environment(self.job.workers.gpus)
         self.dataset = open_dataset(self.plan)
         self.sequence = SequenceGroup(self.job.train.parallel.sequence)
-        self.samples = self._opened(config["part"]) if self.sequence.reads else None
+        self.samples: stream.LaneStream | None = self._opened(config["part"]) if self.sequence.reads else None
         self.recipe = load_recipe(self.job, self.dataset.sources)
         self.engine = deepspeed_engine.build_engine(self.job, self.recipe, self.sequence)
         zero_state.init_optimizer_state(self.engine)
@@ -232,7 +232,11 @@ class Worker:
 
     def _next_step(self) -> stream.StepSamples:
         """Takes the next step's samples, which the workers that share them get from the one that reads them."""
-        return self.sequence.share(lambda: self.samples.next_step())  # type: ignore[union-attr]
+        return self.sequence.share(self._read)
+
+    def _read(self) -> stream.StepSamples:
+        assert self.samples
+        return self.samples.next_step()
 
     def _step(self, step: int, mine: stream.StepSamples) -> None:
         """Computes the forward and backward passes and the optimizer's step over this worker's share of the global batch."""

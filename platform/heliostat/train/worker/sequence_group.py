@@ -24,7 +24,8 @@ class SequenceGroup:
         self.workers = workers
         self.replica, self.part = divmod(rank, workers)
         self.replicas = world // workers
-        self.group = self._control = None
+        self.group: Any = None
+        self._control: Any = None
         if workers > 1:
             ranks = [list(range(start, start + workers)) for start in range(0, world, workers)]
             self.group = [dist.new_group(some) for some in ranks][self.replica]  # of the training's backend
