@@ -119,7 +119,7 @@ class Allowed(Strict):
 
 
 SET = "heliostat sets it"
-DATA_PARALLEL = "no key does it: heliostat divides state over all workers (train.zero), and samples (train.parallel), nothing else"
+DATA_PARALLEL = "no key does it: heliostat divides state over all workers (train.zero) and samples (train.parallel), no more"
 OFFLOAD = "use train.zero.offload"
 MLFLOW = "losses and rates are in MLflow (mlflow.uri)"
 INSTEAD = {
