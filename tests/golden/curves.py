@@ -29,6 +29,7 @@ from heliostat.train.worker import deepspeed_engine, zero_state
 from heliostat.train.worker.batch_plan import BatchPlan
 from heliostat.train.worker.loop import Worker
 from heliostat.train.worker.objective import Objective
+from heliostat.train.worker.sequence_group import SequenceGroup
 
 from tests.golden import data
 from tests.integration import ranks
@@ -93,6 +94,7 @@ class Steps(Worker):
     def __init__(self, made: Job, data_plan: DataPlan) -> None:
         self.job, self.plan = made, data_plan
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.sequence = SequenceGroup(1)
         self.ledger = Ledger("computing")
         self.dataset = open_dataset(data_plan)
         self.recipe = load(made, self.dataset.sources)

@@ -11,7 +11,6 @@ import mlflow
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import transformers
 import yaml
 from heliostat.checkpoint import saver
@@ -28,6 +27,7 @@ from heliostat.storage import Location
 from heliostat.track.models import resolve
 from heliostat.train.run import train
 from heliostat.train.worker.evaluation import HeldOut
+from heliostat.train.worker.sequence_group import SequenceGroup
 
 from jobs.examples.classifier import Classifier
 from tests.integration import ranks
@@ -158,7 +158,7 @@ def measured(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]
     seen: list[dict[str, np.ndarray]] = []
     recipe.measure = lambda arrays: seen.append(arrays) or {"n": len(arrays["label"])}  # type: ignore[func-returns-value,method-assign]
     recipe.gathered = ("loss", "label")  # every bit of every sample's loss
-    held = HeldOut(made, open_dataset(plan(made, [source])), recipe, dist.get_rank(), dist.get_world_size())
+    held = HeldOut(made, open_dataset(plan(made, [source])), recipe, SequenceGroup(1))
     scores = held.scores(model, torch.device("cpu"), group, lambda: None)
     yield {"scores": scores, "losses": [float(x).hex() for arrays in seen for x in arrays["loss"]]}
 

@@ -20,7 +20,7 @@ from tests.unit import build_job
 ARCHITECTURES: dict[str, dict[str, Any]] = {  # as wide as their classes' defaults: the check itself cuts them
     "gpt2": {"train.zero.stage": 1},
     "qwen2": {"train.zero.stage": 2, "train.optimizer": {"name": "sgd", "lr": 1e-2}},
-    "qwen3": {"train.zero.stage": 3},
+    "qwen3": {"train.zero.stage": 3, "train.parallel.sequence": 2},
     "gemma2": {"train.zero.stage": 1, "train.precision": "bf16"},
     "phi3": {"train.zero.stage": 2, "data.document_mask": True},
     "gpt_neox": {"train.zero.stage": 3, "train.activation_checkpointing": True},
@@ -43,7 +43,8 @@ def made(name: str, documents: Path, **changes: Any) -> Job:
 
 
 def test_ten_architectures_compute_what_one_plain_process_does(documents, tmp_path) -> None:
-    """Dense ones and experts, at every stage, with two optimizers, two precisions, masks of documents and checkpointing."""
+    """Dense ones and experts, at every stage, with two optimizers, two precisions, masks of documents, checkpointing, and samples
+    that both workers share."""
     jobs = [
         made(
             arch.replace("_", "-"),

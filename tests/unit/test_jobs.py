@@ -29,6 +29,7 @@ def test_there_are_jobs():
     assert {
         "quickstart",
         "llama3-8b",
+        "long-context-128k",
         "gpt-1b",
         "quickstart-diffusion",
         "stable-diffusion-2",
@@ -42,6 +43,7 @@ def test_there_are_jobs():
     ("name", "parameters"),
     [
         ("llama3-8b", 8_030_261_248),
+        ("long-context-128k", 8_030_261_248),
         ("gpt-1b", 1_315_819_520),
         ("stable-diffusion-2", 865_910_724),  # as published
         ("dit-xl-2", 610_837_648),

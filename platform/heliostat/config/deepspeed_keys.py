@@ -119,7 +119,7 @@ class Allowed(Strict):
 
 
 SET = "heliostat sets it"
-DATA_PARALLEL = "no key does it: heliostat shards over data-parallel workers only (train.zero, workers.count)"
+DATA_PARALLEL = "no key does it: heliostat divides state over all workers (train.zero) and samples (train.parallel), no more"
 OFFLOAD = "use train.zero.offload"
 MLFLOW = "losses and rates are in MLflow (mlflow.uri)"
 INSTEAD = {
@@ -154,6 +154,7 @@ INSTEAD = {
     "zero_optimization.stage3_gather_16bit_weights_on_model_save": "use `heliostat export`",
     "activation_checkpointing": "use train.activation_checkpointing",
     "compile": "use train.compile",
+    "sequence_parallel_size": "use train.parallel.sequence",
     "checkpoint": "use checkpoint",
     "load_universal_checkpoint": "heliostat's checkpoints load at any stage (checkpoint)",
     "seed": "use train.seed",
@@ -176,7 +177,6 @@ INSTEAD = {
     "tensor_parallel": DATA_PARALLEL,
     "autotp": DATA_PARALLEL,
     "autotp_size": DATA_PARALLEL,
-    "sequence_parallel_size": DATA_PARALLEL,
     "pipeline": DATA_PARALLEL,
     "expert_parallel": DATA_PARALLEL,
     "data_parallel_size": "use workers.count",

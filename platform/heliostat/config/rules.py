@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 def faults(job: Job) -> list[str]:
     """Lists what is wrong, a line each that begins with the key."""
-    found = [*_batch_faults(job), *_precision_faults(job), *_offload_faults(job), *_checkpoint_faults(job)]
+    found = _sequence_faults(job) or _batch_faults(job)
+    found += [*_tile_faults(job), *_precision_faults(job), *_offload_faults(job), *_checkpoint_faults(job)]
     found += _optimizer_faults(job)
     found += _mix_faults(job.data) + _mlflow_faults(job.mlflow)
     paths = [s.path for s in job.data.sources]
@@ -30,22 +31,50 @@ def faults(job: Job) -> list[str]:
     return found
 
 
+def _sequence_faults(job: Job) -> list[str]:
+    each, workers, train = job.train.parallel.sequence, job.workers, job.train
+    if each == 1:
+        return []
+    key, faults = f"train.parallel.sequence: {each}", []
+    if isinstance(workers.count, int) and workers.count % each:
+        near = " or ".join(str(n) for n in (workers.count // each * each, (workers.count // each + 1) * each) if n)
+        faults.append(f"{key} does not divide workers.count {workers.count}; use {near} workers")
+    elif workers.most // each * each < workers.least:
+        faults.append(f"{key}: there is no multiple of it from workers.count {workers.least} to {workers.most}")
+    length = job.data.sequence_length
+    if not length:
+        faults.append(f"{key} cuts samples of data.sequence_length tokens, and the job has none; remove it")
+    elif length % each:
+        near = " or ".join(str(n) for n in (length // each * each, (length // each + 1) * each) if n)
+        faults.append(f"{key} does not divide data.sequence_length {length}; use a length of {near}")
+    if train.compile:
+        faults.append(f"{key} with train.compile is not tried; set train.compile to false")
+    if train.recheck:
+        faults.append(f"{key} with train.recheck: workers compare what each computes of a whole sample; remove train.recheck")
+    return faults
+
+
+def _tile_faults(job: Job) -> list[str]:
+    if job.train.tiled_loss and job.train.compile:
+        return ["train.tiled_loss: true with train.compile is not tried; set one of them to false"]
+    return []
+
+
 def _batch_faults(job: Job) -> list[str]:
-    batch, micro, count = job.train.global_batch, job.train.micro_batch, job.workers.count
-    if isinstance(count, list):
+    if isinstance(job.workers.count, list):
         return _elastic_faults(job)
+    batch, micro, each = job.train.global_batch, job.train.micro_batch, job.train.parallel.sequence
+    count, named = job.replicas, f"workers.count {job.workers.count}{f' / train.parallel.sequence {each}' if each > 1 else ''}"
     if batch % (micro * count):
         fits = [n for n in divisors(batch // micro) if n < 2 * count] if batch % micro == 0 else []
         below, above = count * micro * (batch // (count * micro)), count * micro * (batch // (count * micro) + 1)
         near = f"use a global batch of {' or '.join(str(b) for b in (below, above) if b)}"
-        workers = f", or workers.count {min(fits, key=lambda n: abs(n - count))}" if fits else ""
-        return [
-            f"train.global_batch: {batch} is not divisible by workers.count {count} x train.micro_batch {micro}; {near}{workers}"
-        ]
+        workers = f", or workers.count {each * min(fits, key=lambda n: abs(n - count))}" if fits else ""
+        return [f"train.global_batch: {batch} is not divisible by {named} x train.micro_batch {micro}; {near}{workers}"]
     if batch % job.lanes or job.lanes % count:
         fits = [count * d for d in divisors(batch // count)]
         return [
-            f"data.lanes: {job.lanes} must divide train.global_batch {batch} and be a multiple of workers.count {count}; "
+            f"data.lanes: {job.lanes} must divide train.global_batch {batch} and be a multiple of {named}; "
             f"nearest: {min(fits, key=lambda c: abs(c - job.lanes))}"
         ]
     if (batch // count) % micro:
@@ -60,7 +89,8 @@ def _elastic_faults(job: Job) -> list[str]:
         return [f"data.lanes: {lanes} must divide train.global_batch {batch}; nearest: {near}"]
     if job.worker_counts():
         return []
-    nearest = min(fitting(job, lanes, 1, lanes), key=lambda n: abs(n - workers.least), default=None)
+    most = lanes * job.train.parallel.sequence
+    nearest = min(fitting(job, lanes, 1, most), key=lambda n: abs(n - workers.least), default=None)
     return [
         f"workers.count: from {workers.least} to {workers.most} there is no number that divides the {lanes} lanes into whole "
         f"micro-batches; {f'nearest: {nearest}' if nearest else 'train.micro_batch must divide train.global_batch'}"

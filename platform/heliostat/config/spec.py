@@ -19,7 +19,7 @@ from heliostat.config.fields import LARGEST, Count, Experiment, Fraction, Name, 
 from heliostat.config.rules import sums_on_host
 from heliostat.config.schema import Strict
 from heliostat.config.tracking_sections import Card, Mlflow
-from heliostat.config.train_section import Ema, Offload, Train, Zero
+from heliostat.config.train_section import Ema, Offload, Parallel, Train, Zero
 from heliostat.config.worker_counts import divisors, fitting
 from heliostat.config.worker_sections import Retries, Spike, Watchdog, Workers
 from heliostat.errors import ConfigError
@@ -42,6 +42,7 @@ __all__ = [
     "Name",
     "NonNegative",
     "Offload",
+    "Parallel",
     "Positive",
     "Retries",
     "Seed",
@@ -98,8 +99,13 @@ class Job(Strict):
     @property
     def accumulation(self) -> int:
         """Returns the number of micro-batches of a worker in a step, for a job of a fixed number of workers."""
+        return self.train.global_batch // (self.replicas * self.train.micro_batch)
+
+    @property
+    def replicas(self) -> int:
+        """Returns the number of groups of workers that have samples of their own, for a job of a fixed number of workers."""
         assert isinstance(self.workers.count, int)
-        return self.train.global_batch // (self.workers.count * self.train.micro_batch)
+        return self.workers.count // self.train.parallel.sequence
 
     def worker_counts(self, lanes: int | None = None) -> list[int]:
         """Lists the numbers of workers, ascending, that the job allows and that can play its lanes (of a run resumed: its

@@ -36,6 +36,12 @@ class Zero(Strict):
         return value
 
 
+class Parallel(Strict):
+    sequence: Count = 1
+    """Workers that share each sample, a stretch of its tokens each. 1: every worker has samples of its own. See
+    docs/job.md#sequence-parallelism"""
+
+
 class Ema(Strict):
     decay: Annotated[Float, Field(gt=0, lt=1)] = 0.9999
     """Of the average, at most; at step t it is min(decay, (1 + t) / (10 + t))."""
@@ -71,6 +77,8 @@ class Train(Strict):
     """Of weights and computing; masters and moments are fp32 in all. `fp16` needs GPUs. See docs/job.md#precision"""
     zero: Zero = Zero()
     """DeepSpeed's ZeRO: how the state is divided among the workers."""
+    parallel: Parallel = Parallel()
+    """How the samples are divided among the workers."""
     accumulate: Literal["fp32", "same"] | None = None
     """What a step's micro-batches are summed in: fp32, or the `same` as `train.precision`. Unset: fp32, but a resumed run
     keeps what it had. See docs/job.md#sums-of-micro-batches"""
@@ -79,6 +87,8 @@ class Train(Strict):
     docs/job.md#deepspeeds-own-keys"""
     activation_checkpointing: bool = False
     """Computes activations again in the backward pass, which trades time for memory."""
+    tiled_loss: bool = False
+    """Computes logits and their loss a tile of tokens at a time, so that never all logits exist. See docs/job.md#tiled-loss"""
     compile: bool = False
     """Runs the model through `torch.compile`."""
     cpu_kernels: bool = True

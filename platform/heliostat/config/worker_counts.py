@@ -12,9 +12,13 @@ if TYPE_CHECKING:
 
 
 def fitting(job: Job, lanes: int, least: int, most: int) -> list[int]:
-    """Lists the numbers of workers in [least, most] that can play the lanes in whole micro-batches."""
-    batch, micro = job.train.global_batch, job.train.micro_batch
-    return [n for n in divisors(math.gcd(lanes, batch)) if least <= n <= most and batch // n % micro == 0]
+    """Lists the numbers of workers in [least, most] that can play the lanes in whole micro-batches.
+
+    The lanes are dealt to replicas: as many workers as share a sample.
+    """
+    batch, micro, each = job.train.global_batch, job.train.micro_batch, job.train.parallel.sequence
+    replicas = divisors(math.gcd(lanes, batch))
+    return [n * each for n in replicas if least <= n * each <= most and batch // n % micro == 0]
 
 
 def divisors(number: int) -> list[int]:

@@ -17,7 +17,7 @@ from heliostat.data import content
 from heliostat.data.dataset import DataPlan
 from heliostat.numerics import compare, play
 from heliostat.numerics.rows import Row
-from heliostat.numerics.small import STEPS, WORKERS
+from heliostat.numerics.small import STEPS
 from heliostat.numerics.tensors import read
 from heliostat.numerics.thresholds import LIMITS
 from heliostat.recipes import building
@@ -56,12 +56,14 @@ class Plain:
         return [(self.batch_plan.seed(step, mine.lanes, i), self.recipe.batch(*part)) for i, part in enumerate(parts)]
 
     def gradients(self, micros: list[tuple[int, Batch]]) -> tuple[float, list[dict[str, torch.Tensor]]]:
-        """Computes the loss, and each worker's share of the gradient of the objective."""
+        """Computes the loss, and the share of the gradient of the objective that each worker has, or the workers that share
+        samples."""
         terms = sum(self.terms(micro) for _, micro in micros)
         total, parts = 0.0, []
-        for worker in range(WORKERS):
+        replicas = self.job.replicas
+        for replica in range(replicas):
             self.model.zero_grad()
-            for seed, micro in micros[worker::WORKERS]:
+            for seed, micro in micros[replica::replicas]:
                 torch.manual_seed(seed)
                 made = self.recipe.loss(self.model, micro)
                 objective = made.sum / terms

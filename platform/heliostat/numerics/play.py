@@ -33,6 +33,7 @@ from heliostat.train.worker import deepspeed_engine, zero_state
 from heliostat.train.worker.batch_plan import BatchPlan
 from heliostat.train.worker.loop import Worker
 from heliostat.train.worker.objective import Objective
+from heliostat.train.worker.sequence_group import SequenceGroup
 
 FREE = SimpleNamespace(check=lambda: None)  # of a run that no other driver can take over
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -45,6 +46,7 @@ class Player(Worker):
         self.job, self.plan, self.recipe, self.start_step = job, plan, recipe, start_step
         self.step = start_step  # that is being played
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.sequence = SequenceGroup(job.train.parallel.sequence)
         self.ledger = Ledger("computing")
         self.heartbeat: Any = SimpleNamespace(progress=0)
         self.monitor = None
@@ -54,8 +56,8 @@ class Player(Worker):
         self.run_folder = job.run_folder
         self.saver = checkpoint.Saver(self.run_folder, job.checkpoint, self.control, self.fence)
         self.dataset = open_dataset(plan)
-        self.samples = dealt(plan, self.rank, self.world, start_step)
-        self.engine = deepspeed_engine.build_engine(job, recipe)
+        self.samples = self._opened(None) if self.sequence.reads else None
+        self.engine = deepspeed_engine.build_engine(job, recipe, self.sequence)
         zero_state.init_optimizer_state(self.engine)
         self.saver.attach(zero_state.inner_optimizer(self.engine))
         self.ema = self.spikes = self.held_out = None
@@ -68,11 +70,14 @@ class Player(Worker):
         if start_step:
             self._restore()
 
+    def _opened(self, part: Any) -> stream.LaneStream:
+        return dealt(self.plan, self.sequence.replica, self.sequence.replicas, self.start_step)
+
     def losses(self, first: int, last: int) -> list[float]:
         """Makes the steps [first, last); returns their losses over the global batch."""
         begun = len(self._losses)
         for step in range(first, last):
-            self._step(step, self.samples.next_step())
+            self._step(step, self._next_step())
         mine = torch.stack(self._losses[begun:]).double()
         dist.all_reduce(mine)
         return mine.tolist()

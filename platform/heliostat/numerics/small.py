@@ -15,7 +15,7 @@ import numpy as np
 
 from heliostat.config import schema, spec
 from heliostat.config.spec import Job
-from heliostat.config.train_section import Offload, Zero
+from heliostat.config.train_section import Offload, Parallel, Zero
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.recipes import loading
@@ -75,16 +75,19 @@ def small_job(job: Job, folder: Path, gpus: bool, longest: int) -> Job:
     zero = {"stage": job.train.zero.stage, "offload": offload}
     raw["train"] |= {"steps": STEPS, "stop_after": None, "global_batch": batch, "micro_batch": micro, "ema": None, "zero": zero,
                      "schedule": {"name": "constant"}}  # fmt: skip
+    if job.train.parallel.sequence > 1:
+        raw["train"]["parallel"] = {"sequence": WORKERS}
     raw["checkpoint"] = {"every": SAVED}
     raw["workers"] = {"count": WORKERS, "gpus": min(1.0, job.workers.gpus) if gpus else 0.0}
     return spec.settle(schema.validate(Job, raw, "--numerics"), None)
 
 
 def elsewhere(job: Job) -> Job:
-    """Returns the job at another layout: one worker, and another stage."""
+    """Returns the job at another layout: one worker, which has whole samples, and another stage."""
     stage: Any = ELSEWHERE[job.train.zero.stage]
     optimizer = job.train.zero.offload.optimizer if stage == 3 else None
-    train = job.train.model_copy(update={"zero": Zero(stage=stage, offload=Offload(optimizer=optimizer))})
+    zero, parallel = Zero(stage=stage, offload=Offload(optimizer=optimizer)), Parallel()
+    train = job.train.model_copy(update={"zero": zero, "parallel": parallel})
     return job.on(1).model_copy(update={"train": train})
 
 

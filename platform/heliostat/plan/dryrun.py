@@ -88,11 +88,10 @@ def _data(job: Job, recipe: Any) -> tuple[dict[str, Any], str]:
         note = f"the datasets were not read ({e})"
         size = 4 * job.data.sequence_length if job.data.sequence_length else 1
         shape = mixing.choose_shape(job.train.global_batch, job.lanes, size, job.data.window)
-    workers = job.workers.most
     return {
         "lanes": shape.lanes,
-        "lanes_per_rank": shape.lanes // workers,
-        "samples_per_rank": shape.batch // workers,
+        "lanes_per_rank": shape.lanes // job.replicas,
+        "samples_per_rank": shape.batch // job.replicas,
         "micro_batch": job.train.micro_batch,
         "accumulation": job.accumulation,
         "steps_per_block": shape.steps_per_block,

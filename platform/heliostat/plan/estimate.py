@@ -20,10 +20,12 @@ from heliostat.train.worker.engine_config import engine_config
 class Planner:
     """Estimates memory and speed of a job on a device, in its own layout and in others."""
 
-    def __init__(self, job: Job, counts: Counts, device: Device, prices: dict[str, Any]) -> None:
-        self.job, self.device, self.prices = job, device, prices
+    def __init__(self, job: Job, counts: Counts, device: Device, prices: dict[str, Any], exchanged: int = 0) -> None:
+        """Prepares the estimates; `exchanged`: elements that a worker sends in a forward pass over a sample that it shares."""
+        self.job, self.device, self.prices, self.exchanged = job, device, prices, exchanged
         self.model, self.kept, self.work = counts.model, counts.kept, counts.work
-        self.workers, self.gpu = job.workers.most, device.name != "cpu"
+        self.workers, self.parts = job.workers.most, job.train.parallel.sequence
+        self.replicas, self.gpu = self.workers // self.parts, device.name != "cpu"
         self.network = hardware.network(prices)
         self._micro: dict[tuple[int, bool], tuple[float, float]] = {}
 
@@ -33,16 +35,16 @@ class Planner:
 
     def recommend(self) -> dict[str, Any] | None:
         """Finds the best layout that fits; None if none does."""
-        best = min(map(self.candidate, layouts.candidates(self.job, self.workers)), key=layouts.order)
+        best = min(map(self.candidate, layouts.candidates(self.job, self.replicas)), key=layouts.order)
         return best if best["fits"] else None
 
     def candidate(self, layout: Layout) -> dict[str, Any]:
         """Estimates memory, communication and speed in a layout, everything else as in the job."""
-        accumulation = self.job.train.global_batch // (self.workers * layout.micro_batch)
+        accumulation = self.job.train.global_batch // (self.replicas * layout.micro_batch)
         held, need = self._memory(layout, accumulation)
         numel, low = self.model.parameters, memory.LOW[self.job.train.precision]
         moved = step_time.volume(numel, low, self.workers, layout.stage, accumulation)
-        took, replaying = self._time(layout, accumulation, moved, held)
+        took, replaying, handed = self._time(layout, accumulation, moved, held)
         per_second = self.job.train.global_batch / took.total
         return {
             "layout": layout,
@@ -52,7 +54,11 @@ class Planner:
             "offload_optimizer": layout.offload_optimizer,
             "fits": need.total <= self.device.memory and need.host <= self.device.host_memory,
             "memory": {**need.dump(), "device": int(self.device.memory)},
-            "communication": {"bytes_per_step": moved, "seconds_per_step": took.communicating, "exposed_s": took.exposed},
+            "communication": {
+                "bytes_per_step": moved + handed,
+                "seconds_per_step": took.communicating,
+                "exposed_s": took.exposed,
+            },
             "parts": {
                 "forward_backward": took.computing - replaying,
                 "replaying": replaying,
@@ -86,14 +92,22 @@ class Planner:
         )
         live = memory.working(model.parameters, model.layer, layout.stage, train.precision, self._zero, self.gpu)
         per_sample = self.kept.checkpointed if layout.checkpointing else self.kept.kept
-        kept = (per_sample + self.kept.largest) * layout.micro_batch
+        kept = (per_sample + self.kept.largest) * layout.micro_batch // self.parts
+        if self.parts > 1 and self.job.data.document_mask:  # which every worker has for whole samples, a byte a pair of tokens
+            kept += layout.micro_batch * (self.job.data.sequence_length or 0) ** 2
+        if self.parts > 1 and self.job.train.tiled_loss:  # the gradient of the last layer's weight, which is not cut
+            kept += 4 * self.model.layer
         return held, memory.need(held, live, kept, self.gpu, model.frozen_models)
 
-    def _time(self, layout: Layout, accumulation: int, moved: int, held: memory.State) -> tuple[step_time.Step, float]:
-        """Estimates a step, and the seconds of it that play the forward pass again."""
+    def _time(self, layout: Layout, accumulation: int, moved: int, held: memory.State) -> tuple[step_time.Step, float, int]:
+        """Estimates a step, the seconds of it that play the forward pass again, and the bytes that workers which share samples
+        hand each other."""
+        micro_batch = layout.micro_batch / self.parts
         setting = step_time.Setting(
-            self.workers, layout.stage, layout.micro_batch, accumulation, float(layout.checkpointing), self.job.train.compile
+            self.workers, layout.stage, micro_batch, accumulation, float(layout.checkpointing), self.job.train.compile
         )
+        low = memory.LOW[self.job.train.precision]
+        handed, handing = step_time.exchanging(self.exchanged, self.parts, low, setting, self.device, self.network)
         key = layout.micro_batch, layout.checkpointing
         if key not in self._micro:
             micro = step_time.computing(self.work, setting, self.device)
@@ -103,7 +117,8 @@ class Planner:
         moments = self._moments() / trained if trained else 0.0
         updated = step_time.updating(trained / (self.workers if layout.stage else 1), moments, self.device)
         copied = 2 * (held.host + held.disk) / (self.prices["storage"]["host_copy"] * 1e9)
-        return step_time.step(micro, moved, updated, setting, self.device, self.network, copied), replaying * accumulation
+        took = step_time.step(micro, moved, updated, setting, self.device, self.network, copied, handing)
+        return took, replaying * accumulation, handed
 
     def _moments(self) -> int:
         """Counts the elements of all optimizer state."""

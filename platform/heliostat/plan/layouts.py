@@ -59,9 +59,9 @@ def _yaml(value: Any) -> str:
     return "null" if value is None else str(value).lower()
 
 
-def candidates(job: Job, workers: int) -> Iterator[Layout]:
-    """Lists every layout that the job could have on so many workers."""
-    share = job.train.global_batch // workers
+def candidates(job: Job, replicas: int) -> Iterator[Layout]:
+    """Lists every layout that the job could have on so many workers, or groups of workers that share samples as the job says."""
+    share = job.train.global_batch // replicas
     micros = [m for m in range(1, share + 1) if share % m == 0]
     for stage in range(0 if job.train.precision == "fp32" else 1, 4):  # stage 0 trains in fp32 alone
         for optimizer, param in OFFLOADS.values() if job.workers.gpus else [(None, None)]:

@@ -26,7 +26,7 @@ from heliostat.plan import calibrate, count_cache, hardware, layouts
 from heliostat.plan.counts import Counts
 from heliostat.plan.estimate import Planner
 from heliostat.plan.hardware import GIB, Device
-from heliostat.recipes.protocol import Recipe
+from heliostat.recipes.protocol import CutsSamples, Recipe
 from heliostat.storage import Location
 
 if TYPE_CHECKING:  # torch takes seconds, and a model that was counted before needs none
@@ -120,8 +120,9 @@ def planners(
         where = replace(where, memory=psutil.virtual_memory().total / most.workers.most)  # this machine's
     if cluster:
         room.check(most, cluster)
-    counts = count_cache.get(most, recipe, lambda: _count(most, recipe, built))
-    return [Planner(one, counts, where, prices) for one in (fewest, most)]
+    counts, parts = count_cache.get(most, recipe, lambda: _count(most, recipe, built)), job.train.parallel.sequence
+    exchanged = recipe.exchanged(parts) if isinstance(recipe, CutsSamples) and parts > 1 else 0
+    return [Planner(one, counts, where, prices, exchanged) for one in (fewest, most)]
 
 
 def _count(job: Job, recipe: Recipe, built: torch.nn.Module | None) -> Counts:
@@ -167,7 +168,7 @@ def ranking(
     """
     fewest, planner = planners(job, recipe, cluster, device, prices or hardware.table())
     made = []
-    for layout in layouts.candidates(planner.job, planner.workers):
+    for layout in layouts.candidates(planner.job, planner.replicas):
         few = fewest.candidate(layout)
         made.append(planner.candidate(layout) if few["fits"] else few)
     found = layouts.ranked(made)

@@ -34,10 +34,21 @@ class Setting:
 
     workers: int
     stage: int
-    micro_batch: int
+    micro_batch: float  # samples; of those that workers share, each counts for this worker's stretch
     accumulation: int
     replayed: float = 0.0
     compiled: bool = False
+
+
+def exchanging(elements: int, parts: int, low: int, setting: Setting, device: Device, network: Network) -> tuple[int, float]:
+    """Estimates the bytes and seconds in which each worker of those that share samples hands parts to the others in a step.
+
+    `elements`: that it sends in a forward pass over a sample; the backward pass sends as many, and a forward pass that is played
+    again, too. Nothing hides them: attention waits.
+    """
+    passes = 2 + setting.replayed
+    moved = int(elements * low * passes * setting.micro_batch * parts * setting.accumulation)
+    return moved, moved / (_rate(parts, device) * network.rate)
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,7 @@ class Step:
         return self.computing + self.exposed + self.updating + self.copying
 
 
-def operation(work: Work, micro: int, device: Device, compiled: bool = False) -> float:
+def operation(work: Work, micro: float, device: Device, compiled: bool = False) -> float:
     """Estimates the seconds of one operation on a micro-batch: its arithmetic and its bytes, and never less than a launch."""
     efficiency, moved = device.efficiency, work.moved * micro + work.fixed
     if work.kind == MEMORY:
@@ -86,8 +97,7 @@ def exposed(moved: int, micro_s: float, setting: Setting, device: Device, networ
     """
     if setting.workers == 1:
         return 0.0, 0.0
-    rate = device.link if setting.workers <= device.per_node else min(device.link, device.network)
-    seconds = moved / (rate * network.rate)
+    seconds = moved / (_rate(setting.workers, device) * network.rate)
     if setting.stage == 3:
         beside, behind = seconds, micro_s * setting.accumulation
     else:
@@ -96,12 +106,25 @@ def exposed(moved: int, micro_s: float, setting: Setting, device: Device, networ
     return seconds, seconds - min(beside * network.overlap, behind)
 
 
+def _rate(workers: int, device: Device) -> float:
+    """Returns the peak rate between so many workers, on one node if they fit there."""
+    return device.link if workers <= device.per_node else min(device.link, device.network)
+
+
 def step(
-    micro: float, moved: int, updating: float, setting: Setting, device: Device, network: Network, copying: float = 0.0
+    micro: float,
+    moved: int,
+    updating: float,
+    setting: Setting,
+    device: Device,
+    network: Network,
+    copying: float = 0.0,
+    exchanging: float = 0.0,
 ) -> Step:
     """Estimates the seconds of one optimizer step.
 
-    `micro`: seconds that a micro-batch computes; `moved`: bytes that each worker sends.
+    `micro`: seconds that a micro-batch computes; `moved`: bytes that each worker sends; `exchanging`: seconds in which those that
+    share samples hand each other parts of them.
     """
     communicating, waits = exposed(moved, micro, setting, device, network)
-    return Step(setting.accumulation * micro, communicating, waits, updating, copying)
+    return Step(setting.accumulation * micro, communicating + exchanging, waits + exchanging, updating, copying)

@@ -10,7 +10,7 @@ from typing import Any
 from heliostat.config.schema import nearest
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
-from heliostat.recipes.protocol import GUIDE, Draws, Evaluates, Exports, Generates, Recipe, Serves
+from heliostat.recipes.protocol import GUIDE, CutsSamples, Draws, Evaluates, Exports, Generates, Recipe, Serves
 
 KINDS = ("tokens", "rows")
 MARKS = {  # the method that an ability is known by
@@ -19,6 +19,7 @@ MARKS = {  # the method that an ability is known by
     "generator": Generates,
     "serving": Serves,
     "gallery": Draws,
+    "exchange": CutsSamples,
 }
 GONE = {"losses": "`loss` returns named parts", "added": "`loss` returns named parts", "frozen_bytes": "`companions` tells them"}
 
@@ -66,6 +67,13 @@ def require_abilities(job: Job, recipe: Recipe) -> None:
     _refuse_gone("recipe", job.recipe, recipe)
     if job.evaluate and not isinstance(recipe, Evaluates):
         raise _lacks("evaluate", job, "is not scored", Evaluates, "remove evaluate")
+    if job.train.tiled_loss and not recipe.tiles:
+        raise ConfigError(f"train.tiled_loss: {job.recipe} computes no loss in tiles; set it to false")
+    if job.train.parallel.sequence > 1:
+        if not isinstance(recipe, CutsSamples):
+            raise _lacks("train.parallel.sequence", job, "cuts no samples", CutsSamples, "set it to 1")
+        if isinstance(recipe, Draws) or getattr(recipe, "gathered", ()):
+            raise ConfigError(f"train.parallel.sequence: {job.recipe} draws or measures whole samples; set it to 1")
     if job.mlflow.register_as and not isinstance(recipe, Serves):
         raise _lacks("mlflow.register", job, "is not served, so there is no model to register", Serves, "remove it")
     as_answers = isinstance(recipe, Serves) and type(recipe).serving is Serves.serving

@@ -77,6 +77,7 @@ class Recipe(ABC):
     kind: str  # of the datasets it eats: "tokens" or "rows"
     terms_per_sample: int | None = None  # loss terms of every sample, or None where samples differ
     causal: bool = False  # a model of transformers whose tokens attend to those before them; see `heliostat.cpu_kernels`
+    tiles: bool = False  # computes its loss without all logits where `train.tiled_loss` asks for it
     frozen: tuple[str, ...] = ()  # submodules of the model that are not trained: no gradients, no dropout, saved once per run
 
     def __init__(self, job: Job) -> None:
@@ -193,6 +194,25 @@ class Weight:
     sources: tuple[str, ...]
     shape: tuple[int, ...]
     make: Callable[..., torch.Tensor] | None = None
+
+
+class CutsSamples(ABC):
+    """Trains with each sample cut over several workers, who have a stretch of its tokens each: a job may ask for
+    `train.parallel.sequence`. `probe` says whether the model can; the loss has no parts, or parts that are means over tokens."""
+
+    @abstractmethod
+    def cut(self, batch: Batch, part: int, parts: int) -> Batch:
+        """Cuts the part-th of so many equal stretches of a whole batch, with all that the loss, its terms and scores need of it:
+        their sums over the parts are those of the whole."""
+
+    @abstractmethod
+    def exchange(self, model: torch.nn.Module, group: Any) -> None:
+        """Makes the model exchange what a token needs of those in other stretches, which the group's workers have in rank
+        order."""
+
+    @abstractmethod
+    def exchanged(self, parts: int) -> int:
+        """Counts, for the plan, the elements that each of so many workers sends to the others in a forward pass over a sample."""
 
 
 class Generates(Exports):

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, DataError
-from heliostat.recipes.protocol import Batch, Evaluates, Generates, Loss, Recipe, Request, Serves, Serving
+from heliostat.recipes.protocol import Batch, CutsSamples, Evaluates, Generates, Loss, Recipe, Request, Serves, Serving
 from heliostat.recipes.text import plain_keys, router_loss
 
 if TYPE_CHECKING:  # torch and transformers take three seconds, and most jobs are checked without them
@@ -34,9 +34,10 @@ if TYPE_CHECKING:  # torch and transformers take three seconds, and most jobs ar
     from heliostat.recipes.text.generator import TextGenerator
 
 
-class CausalLM(Recipe, Evaluates, Generates, Serves):
+class CausalLM(Recipe, Evaluates, CutsSamples, Generates, Serves):
     kind = "tokens"
     causal = True
+    tiles = True
     scores = ("loss", "perplexity", "bits_per_byte")
 
     def __init__(self, job: Job) -> None:
@@ -44,7 +45,7 @@ class CausalLM(Recipe, Evaluates, Generates, Serves):
             raise ConfigError("data.sequence_length: is required for a language model")
         self.job, self.length = job, job.data.sequence_length
         self.checkpointing = job.train.activation_checkpointing
-        self.document_mask = job.data.document_mask
+        self.document_mask, self.tiled = job.data.document_mask, job.train.tiled_loss
         self.terms_per_sample = None if self.document_mask else self.length - 1
         self.pretrained = job.model.get("pretrained")
         self.unbalanced = job.model.get("output_router_logits") is False  # and said so
@@ -86,6 +87,14 @@ class CausalLM(Recipe, Evaluates, Generates, Serves):
             packing.require_apart(self)
         if self.plain is None:
             router_loss.probe(self, self.unbalanced)
+        if self.tiled:
+            from heliostat.recipes.text import tiled_loss
+
+            tiled_loss.require(self)
+        if self.job.train.parallel.sequence > 1:
+            from heliostat.recipes.text import cutting
+
+            cutting.require(self, self.job.train.parallel.sequence)
 
     def bind(self, sources: list[Manifest]) -> None:
         tokenizers = {m.meta.get("tokenizer") for m in sources}
@@ -166,12 +175,32 @@ class CausalLM(Recipe, Evaluates, Generates, Serves):
     def loss(self, model: torch.nn.Module, batch: Batch) -> Loss:
         from heliostat.recipes.text import next_token
 
-        return next_token.loss(model, batch, self.router_weight)
+        return next_token.loss(model, batch, self.router_weight, self.tiled)
+
+    def terms(self, batch: Batch) -> int:
+        from heliostat.recipes.text import next_token
+
+        return next_token.terms(batch)
+
+    def cut(self, batch: Batch, part: int, parts: int) -> Batch:
+        from heliostat.recipes.text import next_token
+
+        return next_token.cut(batch, part, parts)
+
+    def exchange(self, model: torch.nn.Module, group: Any) -> None:
+        from heliostat.recipes.text import sequence_attention
+
+        sequence_attention.use(model, group, self.job.train.micro_batch, self.document_mask)
+
+    def exchanged(self, parts: int) -> int:
+        from heliostat.recipes.text import sequence_attention
+
+        return sequence_attention.exchanged(self.config, self.length, parts)
 
     def evaluate(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         from heliostat.recipes.text import next_token
 
-        return next_token.evaluate(model, batch, self.end, self._token_bytes)
+        return next_token.evaluate(model, batch, self.end, self._token_bytes, self.tiled)
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
         loss = sums["nats"] / sums["tokens"]

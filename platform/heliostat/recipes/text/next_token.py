@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from heliostat.recipes.batches import segments
 from heliostat.recipes.protocol import IGNORED, Batch, Loss, Part
-from heliostat.recipes.text import router_loss
+from heliostat.recipes.text import router_loss, tiled_loss
 
 
 def batch(content: np.ndarray, end: int | None) -> Batch:
@@ -26,36 +26,65 @@ def batch(content: np.ndarray, end: int | None) -> Batch:
     return made
 
 
-def loss(model: torch.nn.Module, batch: Batch, router_weight: float | None) -> Loss:
-    """Sums the cross entropy of a batch's tokens; adds the router's loss, if it has a weight."""
-    outputs = _outputs(model, batch)
-    summed = SummedCrossEntropy.apply(*_flat(outputs, batch))
+def cut(batch: Batch, part: int, parts: int) -> Batch:
+    """Cuts the part-th of so many equal stretches of a batch; tokens keep their positions, and targets that are in the next."""
+    tokens = batch["input_ids"]
+    size = tokens.shape[1] // parts
+    mine = slice(part * size, (part + 1) * size)
+    positions = batch.get("position_ids", torch.arange(tokens.shape[1]).expand(len(tokens), -1))
+    whole = {"input_ids": tokens, "position_ids": positions, "targets": targets(batch)}
+    return {name: tensor[:, mine].contiguous() for name, tensor in whole.items()}
+
+
+def terms(batch: Batch) -> int:
+    return int((targets(batch) != IGNORED).sum())
+
+
+def targets(batch: Batch) -> torch.Tensor:
+    """Pairs each token with the next, or IGNORED at a sample's end."""
+    return batch["targets"] if "targets" in batch else F.pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:]
+
+
+def loss(model: torch.nn.Module, batch: Batch, router_weight: float | None, tiled: bool = False) -> Loss:
+    """Sums the cross entropy of a batch's tokens; adds the router's loss, if it has a weight. `tiled`: without all logits."""
+    if tiled:
+        with tiled_loss.summed(model, targets(batch)):
+            outputs = _outputs(model, batch)
+        summed = outputs.logits
+    else:
+        outputs = _outputs(model, batch)
+        summed = SummedCrossEntropy.apply(*_flat(outputs, batch))
     if router_weight is None:
         return Loss(summed)
     return Loss(summed, {router_loss.NAME: Part(outputs.aux_loss, router_weight)})
 
 
-def evaluate(model: torch.nn.Module, batch: Batch, end: int, token_bytes: torch.Tensor) -> dict[str, torch.Tensor]:
+def evaluate(
+    model: torch.nn.Module, batch: Batch, end: int, token_bytes: torch.Tensor, tiled: bool = False
+) -> dict[str, torch.Tensor]:
     """Scores each sample: nats, predicted tokens, and the bytes behind them. `token_bytes`: int64 [2, vocabulary], of a token
-    inside a document, and as its first."""
-    logits, targets = _flat(_outputs(model, batch), batch)
-    shape = batch["labels"].shape
-    losses = F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="none").view(shape)
-    targets = targets.view(shape)
-    predicted = targets != IGNORED
+    inside a document, and as its first. `tiled`: without all logits."""
+    goals = targets(batch)
+    if tiled:
+        with tiled_loss.each(model, goals):
+            losses = _outputs(model, batch).logits.view(goals.shape)
+    else:
+        logits, flat = _flat(_outputs(model, batch), batch)
+        losses = F.cross_entropy(logits.float(), flat, ignore_index=IGNORED, reduction="none").view(goals.shape)
+    predicted = goals != IGNORED
     first = batch["input_ids"] == end  # the target opens a document
-    size = token_bytes.to(targets.device)[first.long(), targets.clamp(min=0)]
+    size = token_bytes.to(goals.device)[first.long(), goals.clamp(min=0)]
     return {"nats": losses.sum(1), "tokens": predicted.sum(1).float(), "bytes": (size * predicted).sum(1).float()}
 
 
 def _outputs(model: torch.nn.Module, batch: Batch) -> Any:
-    return model(**{k: v for k, v in batch.items() if k != "labels"})
+    return model(**{k: v for k, v in batch.items() if k not in ("labels", "targets")})
 
 
 def _flat(outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flattens logits to [tokens, vocabulary] and pairs each with the next token, or IGNORED at a sample's end. The logits are
-    not sliced: that would copy them, forwards and backwards."""
-    return outputs.logits.flatten(0, 1), F.pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:].flatten()
+    """Flattens logits to [tokens, vocabulary], and the targets with them. The logits are not sliced: that would copy them,
+    forwards and backwards."""
+    return outputs.logits.flatten(0, 1), targets(batch).flatten()
 
 
 def block_rows(logits: torch.Tensor) -> int:
@@ -76,12 +105,9 @@ class SummedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=logits.device)
         rows = block_rows(logits)
         for block, goal, out in zip(logits.split(rows), targets.split(rows), gradient.split(rows), strict=True):
-            counted = goal != IGNORED
-            at = goal.clamp(min=0).unsqueeze(1)
-            scores = torch.log_softmax(block, dim=1, dtype=torch.float32)
-            total -= (scores.gather(1, at).squeeze(1) * counted).sum()
-            scores.exp_().scatter_add_(1, at, scores.new_full((), -1.0).expand_as(at))
-            out.copy_(scores.mul_(counted.unsqueeze(1)))
+            loss, scores = tiled_loss.cross_entropy(block, goal)
+            total += loss
+            out.copy_(scores)
         ctx.save_for_backward(gradient)
         return total
 

@@ -7,13 +7,14 @@ than a sample, and every switch. Made small: the number of layers, heads and exp
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 LENGTH = 48  # tokens of a sample
 VOCABULARY = 96
+END = 1  # the token that ends documents
 LAYERS = 8  # enough for the patterns that configurations of transformers describe by a period
 LARGEST = 80_000_000  # parameters of what is tried
 
@@ -41,6 +42,31 @@ def shrunk(config: Any, length: int) -> Iterator[Any]:
             continue
         small.use_cache = small.get_text_config(decoder=True).use_cache = False
         yield small
+
+
+def tried(recipe: Any, fault: Callable[[Any], str]) -> str:
+    """Finds the fault of a small version of the recipe, whose model is built anew on every `build`; "" if there is none.
+
+    What cannot be tried has that as its fault.
+    """
+    reason = "no small model of it can be made"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for config in shrunk(recipe.config, recipe.length):
+            small = copy.copy(recipe)
+            small.config, small.length, small.pretrained, small.end = config, LENGTH, None, END
+            try:
+                if (size := parameters(small)) > LARGEST:
+                    reason = f"the smallest model of it has {size:,} parameters"
+                    continue
+                with torch.random.fork_rng(devices=[]):
+                    return fault(small)
+            except Exception as e:  # noqa: BLE001  whatever this architecture's own code raises
+                reason = f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[-1].strip()[:200]}"
+    finally:
+        torch.set_num_threads(threads)
+    return f"it could not be tried ({reason})"
 
 
 def parameters(recipe: Any) -> int:

@@ -262,7 +262,7 @@ class Attempt:
         config = self._config() | {"memory": copies}
         working = {
             member.actor.run.remote(place, {**config, "part": part}): member
-            for member, place, part in zip(members, places, self._parts, strict=True)
+            for member, place, part in zip(members, places, self._dealt(), strict=True)
         }
         summaries, failures = self._gather(working)
         for member in members:
@@ -321,8 +321,13 @@ class Attempt:
         job, start = self.job, self.start
         fetch = stream.fetch(start.plan, start.order, start.step, job.last_step, job.data.on_bad_sample == "replace")
         size = sample_bytes(job.data.sequence_length, start.manifests)
-        most = job.workers.most
-        return stream.split(stream.dataset(fetch, max(2, most), job.data.memory_limit, size, job.data.labels), most)
+        made = stream.dataset(fetch, max(2, job.workers.most), job.data.memory_limit, size, job.data.labels)
+        return stream.split(made, job.replicas)
+
+    def _dealt(self) -> list[Any]:
+        """Returns every worker's part of the stream, in rank order: of those that share samples the first reads."""
+        beside = [None] * (self.job.train.parallel.sequence - 1)
+        return [one for part in self._parts for one in (part, *beside)]
 
     def _config(self) -> dict[str, Any]:
         return {

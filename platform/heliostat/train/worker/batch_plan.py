@@ -19,8 +19,10 @@ class BatchPlan:
         """Computes a key for each of this worker's samples, lanes in order: from the step and its place in the global batch."""
         return (step * self.batch + np.array(lanes)[:, None] * self.per_lane + np.arange(self.per_lane)).ravel()
 
-    def seed(self, step: int, lanes: range, micro: int) -> int:
-        """Computes the seed of this worker's micro-batch from the step and the place of its first sample in the global batch."""
+    def seed(self, step: int, lanes: range, micro: int, part: int = 0) -> int:
+        """Computes the seed of this worker's micro-batch from the step, the place of its first sample in the global batch, and
+        the part of its samples that the worker has."""
         lane, inside = divmod(micro * self.micro, self.per_lane)
         place = lanes[lane] * self.per_lane + inside
-        return int(np.random.SeedSequence([self.seed_base, step, place]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        entropy = [self.seed_base, step, place] + ([part] if part else [])
+        return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))

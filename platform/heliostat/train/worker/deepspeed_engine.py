@@ -24,6 +24,7 @@ from heliostat.recipes import building
 from heliostat.recipes.protocol import Recipe
 from heliostat.train.worker import matrix_cut, zero_state
 from heliostat.train.worker.engine_config import engine_config
+from heliostat.train.worker.sequence_group import SequenceGroup
 
 _engines: weakref.WeakSet[Any] = weakref.WeakSet()  # that are in memory
 
@@ -85,8 +86,11 @@ def build_model(job: Job, recipe: Recipe, config: dict[str, Any]) -> torch.nn.Mo
     return model
 
 
-def build_engine(job: Job, recipe: Recipe) -> Any:
-    """Builds a DeepSpeedEngine on the process group of the attempt."""
+def build_engine(job: Job, recipe: Recipe, sequence: SequenceGroup | None = None) -> Any:
+    """Builds a DeepSpeedEngine on the process group of the attempt.
+
+    Workers that share samples in a `sequence` group are as any others to it: it shards over all workers, and averages over all.
+    """
     import deepspeed
 
     config = engine_config(job)
@@ -101,6 +105,8 @@ def build_engine(job: Job, recipe: Recipe) -> Any:
     optimizer = settings.build(groups)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     _engines.add(engine)
+    if sequence:
+        sequence.join(recipe, engine.module)
     engine.moments, engine.copies = moments, settings.copies  # which `zero_state` reads
     if settings.orthogonalizes:
         zero_state.init_optimizer_state(engine)
@@ -145,6 +151,8 @@ def forget_groups() -> None:
 
     communication.cdb = None
     importlib.reload(groups)
+    if layer := sys.modules.get("deepspeed.sequence.layer"):
+        vars(layer)["_all_to_all_groups"].clear()
     Init.param_id = 0
     (counter,) = DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__
     counter[0] = 0

@@ -16,19 +16,21 @@ from heliostat.data import content
 from heliostat.data.dataset import Dataset
 from heliostat.recipes.gathering import in_order, taken
 from heliostat.recipes.protocol import Evaluates, Recipe
+from heliostat.train.worker.sequence_group import SequenceGroup
 
 
 class HeldOut:
     """Holds this worker's part of the held-out samples, read once and kept."""
 
-    def __init__(self, job: Job, dataset: Dataset, recipe: Recipe, rank: int, world: int) -> None:
+    def __init__(self, job: Job, dataset: Dataset, recipe: Recipe, sequence: SequenceGroup) -> None:
         assert job.evaluate and isinstance(recipe, Evaluates)
-        self.recipe, self.evaluates = recipe, recipe
+        self.recipe, self.evaluates, self.sequence = recipe, recipe, sequence
         everything = dataset.order.held_out(job.evaluate.samples)
         self.micro = job.train.micro_batch
         sources = everything.source if job.data.one_source_batches else np.zeros(len(everything), int)
         deal = dealt_whole if recipe.gathered else dealt
-        parts = [deal(np.flatnonzero(sources == s), rank, world, self.micro) for s in np.unique(sources)]
+        replica, replicas = sequence.replica, sequence.replicas
+        parts = [deal(np.flatnonzero(sources == s), replica, replicas, self.micro) for s in np.unique(sources)]
         filled = self.keys = np.concatenate([numbers for numbers, _ in parts])
         self.batches = len(filled) // self.micro  # the same on every worker: ZeRO-3 gathers together
         take = type(everything)(*(getattr(everything, f)[filled] for f in ("position", "source", "epoch", "chunk", "row")))
@@ -48,7 +50,8 @@ class HeldOut:
         kept: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
         for i in range(self.batches):
             rows = slice(i * self.micro, (i + 1) * self.micro)
-            batch = {k: v.to(device) for k, v in self.recipe.batch(content.part(self.content, rows), self.keys[rows]).items()}
+            whole = self.recipe.batch(content.part(self.content, rows), self.keys[rows])
+            batch = {k: v.to(device) for k, v in self.sequence.cut(self.recipe, whole).items()}
             scores = self.evaluates.evaluate(model, batch)
             if self.evaluates.gathered:
                 kept.append((self.keys[rows][self.counted[rows]], taken(scores, self.evaluates.gathered, self.counted[rows])))

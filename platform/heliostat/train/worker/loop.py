@@ -53,6 +53,7 @@ from heliostat.train.worker.memory_copies import MemoryCopies
 from heliostat.train.worker.node_metrics import NodeMonitor
 from heliostat.train.worker.objective import Objective
 from heliostat.train.worker.recheck import Recheck
+from heliostat.train.worker.sequence_group import SequenceGroup
 
 HELD_POLL_S = 0.05
 
@@ -64,8 +65,8 @@ class Worker:
         """Builds the engine, in the process group of the attempt, and loads the checkpoint to start from.
 
         `config`: job, plan (plain data), start_step, pauses (steps), fence (of the driver's lease), mailbox (actor), run_folder,
-        part (of the stream, this worker's), queued_s (how long the workers' resources were waited for), memory (the plan of the
-        copies in memory, if the job wants any).
+        part (of the stream, this worker's; None if another reads for it), queued_s (how long the workers' resources were waited
+        for), memory (the plan of the copies in memory, if the job wants any).
         """
         self.job = Job.model_validate(config["job"])
         self.plan = DataPlan.parse(config["plan"])
@@ -98,9 +99,10 @@ class Worker:
             self._post(ModelPhase(queued_s=waited, start_step=self.start_step, workers=self.world, ledger=begun))
         deepspeed_engine.prepare_environment(self.job.workers.gpus)
         self.dataset = open_dataset(self.plan)
-        self.samples = stream.iterate(config["part"], self.plan, self.dataset.order, self.rank, self.world, self.start_step)
+        self.sequence = SequenceGroup(self.job.train.parallel.sequence)
+        self.samples: stream.LaneStream | None = self._opened(config["part"]) if self.sequence.reads else None
         self.recipe = load_recipe(self.job, self.dataset.sources)
-        self.engine = deepspeed_engine.build_engine(self.job, self.recipe)
+        self.engine = deepspeed_engine.build_engine(self.job, self.recipe, self.sequence)
         zero_state.init_optimizer_state(self.engine)
         self.saver.attach(zero_state.inner_optimizer(self.engine))
         if self.memory:
@@ -119,7 +121,7 @@ class Worker:
         if self.start_step:
             self._phase("restore")
             self._restore_from_memory(plan.source) if plan and plan.source else self._restore()
-        self.held_out = HeldOut(self.job, self.dataset, self.recipe, self.rank, self.world) if self.job.evaluate else None
+        self.held_out = HeldOut(self.job, self.dataset, self.recipe, self.sequence) if self.job.evaluate else None
         self.gallery = self.recipe.gallery() if self.job.evaluate and isinstance(self.recipe, Draws) else None
         self.scores: dict[str, float] = {}
         self.scored_at = -1
@@ -153,7 +155,7 @@ class Worker:
         steady_s = steady_wait = waited = 0.0
         for step in range(self.start_step, job.last_step):
             with self.ledger("data" if step > self.start_step else "starting"):
-                mine = self.samples.next_step()
+                mine = self._next_step()
             if step == self.start_step:
                 self.ledger.switch("compiling" if job.train.compile else "computing")
                 self._phase("step")
@@ -223,18 +225,30 @@ class Worker:
             "checkpoint_blocked_s": self.saver.blocked_s,
         }
 
+    def _opened(self, part: Any) -> stream.LaneStream:
+        replica, replicas = self.sequence.replica, self.sequence.replicas
+        return stream.iterate(part, self.plan, self.dataset.order, replica, replicas, self.start_step)
+
+    def _next_step(self) -> stream.StepSamples:
+        """Takes the next step's samples, which the workers that share them get from the one that reads them."""
+        return self.sequence.share(self._read)
+
+    def _read(self) -> stream.StepSamples:
+        assert self.samples
+        return self.samples.next_step()
+
     def _step(self, step: int, mine: stream.StepSamples) -> None:
         """Computes the forward and backward passes and the optimizer's step over this worker's share of the global batch."""
         engine, train = self.engine, self.job.train
         deepspeed_engine.set_lr(engine, train.optimizer.lr * factor(train.schedule, step, train.steps))
         keys = self.batch_plan.keys(step, mine.lanes)
         parts = zip(content.split(mine.content, train.micro_batch), content.split(keys, train.micro_batch), strict=True)
-        micros = [self.recipe.batch(rows, numbers) for rows, numbers in parts]
+        micros = [self.sequence.cut(self.recipe, self.recipe.batch(rows, numbers)) for rows, numbers in parts]
         terms = self._terms(micros)
         total = torch.zeros((), device=self.device)
         added: torch.Tensor | None = None
         for i, micro in enumerate(micros):
-            torch.manual_seed(self.batch_plan.seed(step, mine.lanes, i))
+            torch.manual_seed(self.batch_plan.seed(step, mine.lanes, i, self.sequence.part))
             batch = {k: v.to(self.device, non_blocking=True) for k, v in micro.items()}
             part = self.objective.part(engine, batch, len(micros) * self.world, terms)
             engine.backward(part.objective)
@@ -251,9 +265,10 @@ class Worker:
         self._losses.append(total / terms)
         if added is not None:
             self._added.append(added)
-        self._lane_digests.append(mine.digests)
-        self._bad += [{"step": step, **dataclasses.asdict(b)} for b in mine.bad]
-        self.bad_samples += len(mine.bad)
+        if self.sequence.reads:
+            self._lane_digests.append(mine.digests)
+            self._bad += [{"step": step, **dataclasses.asdict(b)} for b in mine.bad]
+            self.bad_samples += len(mine.bad)
         if train.precision != "fp16" and not math.isfinite(self._norms[-1]):  # fp16's loss scaler skips such steps itself
             self._fail(step, f"gradient norm {self._norms[-1]}")
 
@@ -427,8 +442,9 @@ class Worker:
         self._bad = []
 
     def _lanes(self) -> list[np.ndarray]:
-        """Returns the digests of this worker's lanes, [steps, lanes], since the last receipt: a list of one, to be joined."""
-        return [np.array(self._lane_digests, dtype=np.int64)]
+        """Returns the digests of this worker's lanes, [steps, lanes], since the last receipt: a list of one, to be joined, or of
+        none where another reads for it."""
+        return [np.array(self._lane_digests, dtype=np.int64)] if self.sequence.reads else []
 
     def _keep(self, done: int) -> None:
         """Keeps the state behind a step in memory, with all that a checkpoint and its receipt would tell of the step."""

@@ -1,0 +1,115 @@
+"""Tests whether samples can be cut over several workers in a model: whether attention alone mixes tokens, all of it goes through
+transformers' interface, and it needs no masks but those of causality and of documents. Each architecture's own code decides that.
+
+The test needs one process: a small model of the architecture computes the stretches of a sample as rows of a batch, with an
+attention that puts the rows together. Its logits must be those of the whole sample.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import torch
+
+from heliostat import cpu_kernels
+from heliostat.config.worker_counts import divisors
+from heliostat.errors import ConfigError
+from heliostat.recipes.text import sequence_attention, tiny
+
+KEY = "train.parallel.sequence"
+PARTS = 4
+TOLERANCE = 1e-3  # of the logits' own spread: rounding is some 1e-6 of it
+
+_known: dict[str, str] = {}  # what is wrong with the models that were tried in this process
+
+
+class Unfit(Exception):
+    """Says why a model's samples cannot be cut."""
+
+
+def require(recipe: Any, parts: int) -> None:
+    """Raises ConfigError unless samples of the recipe's model can be cut over so many workers."""
+    _require_heads(recipe, parts)
+    kind = recipe.config.model_type
+    if recipe.router_weight is not None:
+        raise ConfigError(
+            f"{KEY}: the router's loss of {kind!r} is of whole micro-batches, and is not computed from stretches of them; set "
+            "model.output_router_logits to false, or it to 1"
+        )
+    job = recipe.job
+    known_by = [recipe.config.to_dict(), recipe.length, recipe.document_mask, job.workers.gpus, job.train.cpu_kernels]
+    key = json.dumps(known_by, default=str, sort_keys=True)
+    if key not in _known:
+        _known[key] = tiny.tried(recipe, _fault)
+    if _known[key]:
+        raise ConfigError(f"{KEY}: samples of {kind!r} cannot be cut: {_known[key]}; set it to 1")
+
+
+def _require_heads(recipe: Any, parts: int) -> None:
+    """Raises ConfigError unless every worker has the same number of heads; heads of keys and values may be fewer than workers."""
+    if not isinstance(getattr(recipe.config.get_text_config(decoder=True), "num_attention_heads", None), int):
+        raise ConfigError(f"{KEY}: samples of {recipe.config.model_type!r} cannot be cut: it has no attention heads; set it to 1")
+    heads, shared, _ = sequence_attention.sizes(recipe.config)
+    fits = [n for n in divisors(heads) if (shared % n == 0 or n % shared == 0) and recipe.length % n == 0]
+    if parts not in fits:
+        what = f"{heads} attention heads" + (f" with {shared} heads of keys and values" if shared < heads else "")
+        raise ConfigError(
+            f"{KEY}: {parts} workers cannot share the model's {what} evenly; use {' or '.join(map(str, fits))} (it must divide "
+            "the heads, and divide the heads of keys and values or be a multiple of them)"
+        )
+
+
+def _fault(small: Any) -> str:
+    try:
+        off = difference(small)
+    except Unfit as e:
+        return str(e)
+    if off <= TOLERANCE:
+        return ""
+    return f"something beside full attention mixes tokens, as windows or a state do (its logits are off by {off:.1%})"
+
+
+@torch.no_grad()
+def difference(recipe: Any) -> float:
+    """Computes how far the logits of a cut sample are from those of the whole one, over their spread, in a small model."""
+    torch.manual_seed(0)
+    model = recipe.build().eval()
+    cpu_kernels.use(model, recipe.job, recipe.causal)
+    for p in model.parameters():
+        p.normal_(std=0.2) if p.dim() > 1 else p.add_(0.1 * torch.randn_like(p))
+    tokens = np.random.default_rng(0).integers(6, 90, (1, tiny.LENGTH)).astype(np.int32)
+    tokens[:, tiny.LENGTH // 3 - 1 :: tiny.LENGTH // 3] = tiny.END  # documents that a cut goes through
+    batch = recipe.batch(tokens)
+    whole = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+    _put_together(model, recipe.document_mask)
+    stretches = [recipe.cut(batch, part, PARTS) for part in range(PARTS)]
+    rows = {k: torch.cat([one[k] for one in stretches]) for k in ("input_ids", "position_ids")}
+    cut = model(**rows).logits.reshape(whole.shape)
+    return float((cut - whole).abs().max() / whole.std())
+
+
+def _put_together(model: Any, documents: bool) -> None:
+    """Makes a model take the rows of a batch for the stretches of one sample."""
+    name = model.config._attn_implementation
+    if name == "eager":
+        raise Unfit("its attention has no other implementation than 'eager', which is causal by a mask alone")
+    core, (heads, shared, width) = sequence_attention.core(model), sequence_attention.sizes(model.config)
+
+    def exchanged(module: Any, *stretches: torch.Tensor, **given: Any) -> tuple[torch.Tensor, Any]:
+        *rows, mask = stretches
+        found = [(x.shape[1], x.shape[3]) for x in rows]
+        if found != [(heads, width), (shared, width), (shared, width)]:
+            raise Unfit(f"its layers have {found} heads and widths of queries, keys and values, and not all the same")
+        whole = [x.transpose(0, 1).flatten(1, 2)[None] for x in rows]
+        made, _ = core(module, *whole, mask, **given)
+        return made.unflatten(1, (PARTS, -1)).squeeze(0), None
+
+    sequence_attention.install(
+        model, f"{sequence_attention.NAME}-rows", sequence_attention.Attention(exchanged, _joined if documents else None)
+    )
+
+
+def _joined(positions: torch.Tensor) -> torch.Tensor:
+    return positions.reshape(1, -1)

@@ -1,0 +1,105 @@
+"""Computes the attention of samples that are cut over several workers, each of which has a stretch of the tokens (Ulysses; Jacobs
+et al. 2023, arXiv 2309.14509).
+
+Before the attention the workers of a group exchange all heads of some tokens for some heads of all tokens, and back behind it:
+DeepSpeed's `UlyssesSPAttentionHF`, around whatever computes attention in the model. Nothing else in a model may mix tokens, which
+`cutting` tests.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+NAME = "cut"
+
+
+def use(model: Any, group: Any, micro_batch: int, documents: bool) -> None:
+    """Makes a model of transformers exchange heads in the group, from now on; `documents`: positions at 0 begin documents, which
+    do not attend to each other."""
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+
+    heads, shared, width = sizes(model.config)
+    attention = UlyssesSPAttentionHF(
+        attn=core(model),
+        batch_size=micro_batch,
+        attn_head_count=heads,
+        attn_head_size=width,
+        kv_head_count=shared,
+        num_hidden_layers=model.config.get_text_config(decoder=True).num_hidden_layers,
+        process_group=group,
+        seq_length_is_variable=True,
+    )
+
+    def gathered(positions: torch.Tensor) -> torch.Tensor:
+        parts = [torch.empty_like(positions) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, positions, group=group)
+        return torch.cat(parts, dim=1)
+
+    name = f"{NAME}-{dist.get_world_size(group)}-{micro_batch}{'-documents' if documents else ''}"  # the same for the same
+    install(model, name, Attention(attention, gathered if documents else None))
+
+
+class Attention:
+    """Attends for a model's layers: `exchanged` computes a layer, `gathered` assembles whole samples' positions, if documents are
+    kept apart."""
+
+    def __init__(self, exchanged: Any, gathered: Any) -> None:
+        self.exchanged, self.gathered = exchanged, gathered
+        self._positions: torch.Tensor | None = None  # that the mask is of: all layers of a pass have the same
+        self._mask: torch.Tensor | None = None
+
+    def __call__(
+        self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **given: Any
+    ) -> tuple[torch.Tensor, Any]:
+        """Computes a layer's attention; the mask that the model makes is of a stretch alone, and not used."""
+        positions = given["position_ids"]
+        given.pop("attention_mask", None)
+        if self.gathered and positions is not self._positions:
+            self._positions, self._mask = positions, apart(self.gathered(positions))
+        made: tuple[torch.Tensor, Any] = self.exchanged(module, query, key, value, self._mask, **given)
+        return made
+
+
+def apart(positions: torch.Tensor) -> torch.Tensor:
+    """Makes the mask of packed documents from the positions of whole samples, [batch, tokens]: True where a query may attend."""
+    documents = (positions == 0).cumsum(1)
+    same = documents[:, :, None] == documents[:, None, :]
+    return same.tril_()[:, None]
+
+
+def install(model: Any, name: str, attention: Any) -> None:
+    """Registers an attention that makes its own masks with transformers, and makes the model use it."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, _no_mask)
+    model.config._attn_implementation = name
+
+
+def core(model: Any) -> Any:
+    """Returns the function that computes the model's attention."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS[model.config._attn_implementation]
+
+
+def sizes(config: Any) -> tuple[int, int, int]:
+    """Returns a model's attention heads, the heads of its keys and values, and their width."""
+    text = config.get_text_config(decoder=True)
+    heads, width = text.num_attention_heads, getattr(text, "head_dim", None)
+    return heads, getattr(text, "num_key_value_heads", None) or heads, width or text.hidden_size // heads
+
+
+def exchanged(config: Any, length: int, parts: int) -> int:
+    """Counts the elements that each worker sends in a forward pass over a sample: queries, keys, values, and what they attended
+    to. Heads of keys and values are sent at least once to every worker."""
+    heads, shared, width = sizes(config)
+    layers = config.get_text_config(decoder=True).num_hidden_layers
+    return int(layers * length // parts * (2 * heads + 2 * max(shared, parts)) * width * (parts - 1) // parts)
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    return None

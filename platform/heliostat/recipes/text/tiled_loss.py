@@ -1,0 +1,136 @@
+"""Computes the logits and their cross entropy a tile of tokens at a time, for `train.tiled_loss`: no more logits ever exist.
+
+The last layer of a model is given the targets for the length of a pass, and answers with losses instead of logits. Their
+gradients are computed with them, tile by tile, so the products are as many as with whole logits; what is kept is the gradient of
+the layer's input, and of its weight in fp32.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from heliostat.errors import ConfigError
+from heliostat.recipes.protocol import IGNORED
+from heliostat.recipes.text import tiny
+
+KEY = "train.tiled_loss"
+TOLERANCE = 1e-3  # relative, of the loss and of the gradient in fp32
+Answer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+
+def tile_rows(hidden: torch.Tensor, vocabulary: int) -> int:
+    """Chooses how many tokens make a tile: so many logits as keep a GPU busy, fewer on a CPU."""
+    return max(1, (1 << 22 if hidden.device.type == "cpu" else 1 << 28) // vocabulary)
+
+
+@contextmanager
+def summed(model: Any, targets: torch.Tensor) -> Iterator[None]:
+    """Makes the model's passes give the sum of its losses in place of logits."""
+    with _answering(model, lambda hidden, weight, bias: TiledCrossEntropy.apply(hidden, weight, bias, targets)):
+        yield
+
+
+@contextmanager
+def each(model: Any, targets: torch.Tensor) -> Iterator[None]:
+    """Makes the model's passes give each token's loss in place of its logits, without gradients."""
+
+    def losses(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        rows = tile_rows(hidden, len(weight))
+        tiles = zip(hidden.flatten(0, -2).split(rows), targets.flatten().split(rows), strict=True)
+        return torch.cat([F.cross_entropy(F.linear(tile, weight, bias).float(), goal, ignore_index=IGNORED, reduction="none")
+                          for tile, goal in tiles])  # fmt: skip
+
+    with _answering(model, losses):
+        yield
+
+
+@contextmanager
+def _answering(model: Any, answer: Answer) -> Iterator[None]:
+    """Makes the last layer answer with this function of its input, weight and bias: inside the layer, where ZeRO-3 has gathered
+    them."""
+    head = getattr(model, "module", model).get_output_embeddings()
+    head.forward = lambda hidden: answer(hidden, head.weight, head.bias)
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+class TiledCrossEntropy(torch.autograd.Function):
+    """Computes the sum of F.cross_entropy(F.linear(hidden, weight, bias).float(), targets, ignore_index=IGNORED)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+    ) -> torch.Tensor:
+        rows, flat = tile_rows(hidden, len(weight)), hidden.flatten(0, -2)
+        of_hidden, of_weight = torch.empty_like(flat), torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        of_bias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
+        total = torch.zeros((), device=hidden.device)
+        for tile, goal, out in zip(flat.split(rows), targets.flatten().split(rows), of_hidden.split(rows), strict=True):
+            loss, gradient = cross_entropy(F.linear(tile, weight, bias), goal)
+            total += loss
+            gradient = gradient.to(weight.dtype)
+            torch.mm(gradient, weight, out=out)
+            of_weight += gradient.t().mm(tile)
+            if of_bias is not None:
+                of_bias += gradient.sum(0, dtype=torch.float32)
+        ctx.save_for_backward(of_hidden.view(hidden.shape), of_weight, of_bias)
+        ctx.type = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        of_hidden, of_weight, of_bias = ctx.saved_tensors
+        by = upstream[0]
+        of_bias = None if of_bias is None else of_bias.mul_(by).to(ctx.type)
+        return of_hidden.mul_(by), of_weight.mul_(by).to(ctx.type), of_bias, None
+
+
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Computes the sum of the tokens' losses, and the logits' gradient in fp32."""
+    counted, at = targets != IGNORED, targets.clamp(min=0).unsqueeze(1)
+    scores = torch.log_softmax(logits, dim=1, dtype=torch.float32)
+    total = -(scores.gather(1, at).squeeze(1) * counted).sum()
+    scores.exp_().scatter_add_(1, at, scores.new_full((), -1.0).expand_as(at))
+    return total, scores.mul_(counted.unsqueeze(1))
+
+
+# is it right in this architecture? -----------------------------------------------------------------------------------
+
+
+def require(recipe: Any) -> None:
+    """Raises ConfigError unless the model's logits are its last layer's, and nothing is made of them afterwards."""
+    fault = tiny.tried(recipe, _fault)
+    if fault:
+        raise ConfigError(f"{KEY}: logits of {recipe.config.model_type!r} cannot be computed in tiles: {fault}; set it to false")
+
+
+def _fault(small: Any) -> str:
+    """Compares the loss and the gradient of a small model in tiles with those of whole logits."""
+    found = []
+    tokens = np.random.default_rng(0).integers(6, 90, (2, small.length)).astype(np.int32)
+    for tiled in (False, True):
+        torch.manual_seed(0)
+        one = copy.copy(small)
+        one.tiled = tiled
+        model = one.build().eval()
+        if model.get_output_embeddings() is None:
+            return "it has no layer of its own for them"
+        for p in model.parameters():
+            p.data.normal_(std=0.2) if p.dim() > 1 else p.data.add_(0.1 * torch.randn_like(p))
+        loss = one.loss(model, one.batch(tokens)).sum
+        loss.backward()
+        found.append(torch.cat([loss.detach().view(1), *(p.grad.flatten() for p in model.parameters() if p.grad is not None)]))
+    whole, mine = found
+    same = (
+        whole.shape == mine.shape and max(abs(mine[0] - whole[0]) / whole[0], (mine - whole).norm() / whole.norm()) <= TOLERANCE
+    )
+    return "" if same else "something is made of them behind the last layer, as a scale or a cap"

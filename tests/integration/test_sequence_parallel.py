@@ -1,0 +1,181 @@
+"""Samples that several workers share train as whole ones do: losses, gradient norms, scores, receipts and checkpoints are those
+of one worker, whatever the ZeRO stage, the number of workers and how many of them share a sample.
+
+The loop's own worker plays real steps of real data on ranks without Ray, as `heliostat check --numerics` does; one run is on Ray.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from heliostat.config.spec import Job
+from heliostat.data.dataset import plan
+from heliostat.data.manifest import read as read_manifest
+from heliostat.numerics import play
+from heliostat.recipes.loading import load
+from heliostat.runs import segments
+from heliostat.runs.verify import verify
+from heliostat.storage import Location
+from heliostat.train.run import train
+from heliostat.train.worker import zero_state
+from heliostat.train.worker.evaluation import HeldOut
+from safetensors.torch import load_file, save_file
+
+from tests.golden import data
+from tests.integration import ranks
+from tests.integration.conftest import curve
+from tests.integration.reference import plain_losses
+from tests.unit.build_job import BASE, job
+
+STEPS, SAVED = 4, 2
+GROUPS = (1, 2, 4)
+LAYOUTS = ((1, 1), (2, 2), (4, 2), (4, 4))  # workers, and how many share a sample; the model has 2 heads of keys
+
+
+@dataclass(frozen=True)
+class Case:
+    stage: int
+    workers: int
+    sequence: int
+    extra: str = ""  # "documents" are kept apart; activations are "checkpointed"; the loss is "tiled"
+
+    def __str__(self) -> str:
+        return f"zero{self.stage}-{self.workers}-by-{self.sequence}{self.extra and '-' + self.extra}"
+
+
+PLAIN = [Case(stage, *layout) for stage in range(4) for layout in LAYOUTS]
+EXTRA = [Case(2, 1, 1, "documents"), Case(2, 4, 2, "documents"), Case(3, 2, 2, "checkpointed"), Case(3, 2, 2, "tiled")]
+CASES = PLAIN + EXTRA
+
+
+def _job(case: Case, folder: Path) -> Job:
+    changes: dict[str, Any] = {"name": str(case), "storage": str(folder), "data.sources": [{"path": str(folder / "causal_lm")}]}
+    changes |= {"workers.count": case.workers, "train.parallel": {"sequence": case.sequence}, "train.zero.stage": case.stage}
+    changes |= {"train.precision": "fp32", "train.steps": STEPS, "train.global_batch": 8, "train.micro_batch": 1, "data.lanes": 4}
+    changes |= {"train.grad_clip": 0.5, "train.optimizer.lr": 3e-3, "train.optimizer.eps": 1e-4, "data.window": 64}
+    changes |= {"data.document_mask": case.extra == "documents", "evaluate": {"every": 2, "samples": 6, "fraction": 0.1}}
+    changes |= {"train.activation_checkpointing": case.extra == "checkpointed", "model": {**BASE["model"], "vocab_size": 96}}
+    changes["train.tiled_loss"] = case.extra == "tiled"
+    changes["train.deepspeed"] = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    return job(**changes)
+
+
+def _player(case: Case, folder: Path) -> play.Player:
+    made = _job(case, folder)
+    data_plan = plan(made, [read_manifest(location) for location in made.sources])
+    if dist.get_rank() == 0:
+        segments.begin(made.run_folder, data_plan, 0)
+    return play.Player(made, data_plan, load(made, [read_manifest(location) for location in made.sources]))
+
+
+def _scores(player: play.Player) -> dict[str, float]:
+    held = HeldOut(player.job, player.dataset, player.recipe, player.sequence)
+    player.engine.eval()
+    found = held.scores(player.engine, player.device, player.control, lambda: None)
+    player.engine.train()
+    return found
+
+
+def _begin(case: Case, player: play.Player, folder: Path) -> dict[str, Any]:
+    """Trains to the end, saving on the way."""
+    losses = player.losses(0, SAVED)
+    player.last_loss = losses[-1]
+    held = play.state(player.engine)
+    player.save(SAVED)
+    if player.rank == 0:
+        save_file(held, folder / f"{case}.safetensors")
+    losses += player.losses(SAVED, STEPS)
+    told = {"losses": losses, "norms": list(player._norms), "scores": _scores(player), "chain": player.chain}
+    if player.rank == 0:
+        (folder / f"{case}.json").write_text(json.dumps(told))
+    return told
+
+
+def _go_on(saved: Case, player: play.Player, folder: Path) -> dict[str, Any]:
+    """Loads what another layout saved into an engine of NaN, and trains to the end."""
+    for shard in zero_state.state(player.engine, whole=True).values():
+        (shard.local if isinstance(shard, zero_state.FlatShard) else shard).fill_(float("nan"))
+    player.run_folder, player.start_step = _job(saved, folder).run_folder, SAVED
+    player._restore()
+    expected, found = load_file(folder / f"{saved}.safetensors"), play.state(player.engine)
+    unequal = sorted(expected.keys() ^ found.keys()) + [n for n in expected if not torch.equal(expected[n], found[n])]
+    player.samples = player._opened(None) if player.sequence.reads else None
+    losses = player.losses(SAVED, STEPS)
+    unbroken = json.loads((folder / f"{saved}.json").read_text())
+    return {
+        "unequal": unequal,
+        "losses": losses,
+        "unbroken": unbroken["losses"][SAVED:],
+        "chain": player.chain == unbroken["chain"],
+    }
+
+
+def _others(case: Case) -> list[Case]:
+    """What a case goes on from: two other layouts, at another stage."""
+    if case.extra:
+        return []
+    at = LAYOUTS.index((case.workers, case.sequence))
+    return [Case(3 - case.stage, *LAYOUTS[(at + further) % len(LAYOUTS)]) for further in (1, 2)]
+
+
+def layouts(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
+    """In every rank: trains each layout of this number of workers, then goes on from what the others have saved."""
+    mine = [case for case in CASES if case.workers == dist.get_world_size()]
+    players = {case: _player(case, Path(folder)) for case in mine}
+    for case, player in players.items():
+        told = _begin(case, player, Path(folder))
+        if player.rank == 0:
+            yield {"case": str(case), **told}
+    everyone.wait(ranks.DEADLINE_S)
+    for case, player in players.items():
+        for saved in _others(case):
+            told = _go_on(saved, player, Path(folder))
+            if player.rank == 0:
+                yield {"saved": str(saved), "loaded": str(case), **told}
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("sequence")
+    data.build(folder)
+    return ranks.run(f"{__name__}:layouts", GROUPS, str(folder), deadline_s=480)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_layout_trains_as_one_worker_does(case: Case, played: list[dict[str, Any]]) -> None:
+    """Every step's loss and gradient norm, and the scores of held-out samples; the receipts are the same to the last bit."""
+    begun = {row["case"]: row for row in played if "case" in row}
+    right, found = begun["zero2-1-by-1-documents" if case.extra == "documents" else "zero1-1-by-1"], begun[str(case)]
+    assert found["losses"] == pytest.approx(right["losses"], rel=2e-5)
+    assert found["norms"] == pytest.approx(right["norms"], rel=1e-4)
+    assert found["scores"] == pytest.approx(right["scores"], rel=2e-5)
+    assert found["chain"] == right["chain"]
+
+
+@pytest.mark.parametrize("case", PLAIN, ids=str)
+def test_a_run_goes_on_in_another_layout(case: Case, played: list[dict[str, Any]]) -> None:
+    """Parameters and moments bit by bit, saved in other layouts and at another stage; then the losses of the unbroken run."""
+    rows = [row for row in played if row.get("loaded") == str(case)]
+    assert [row["saved"] for row in rows] == [str(saved) for saved in _others(case)]
+    for row in rows:
+        assert row["unequal"] == [] and row["chain"], row["saved"]
+        assert row["losses"] == pytest.approx(row["unbroken"], rel=1e-5), row["saved"]
+
+
+def test_a_run_changes_how_many_workers_share_a_sample(job_file, tracking) -> None:
+    """On Ray: ten steps of two workers that share samples, then ten of one; it is the plain loop's run, and its receipts hold."""
+    path = job_file("shared")
+    first = train(path, ["train.parallel.sequence=2", "train.stop_after=10"])
+    assert verify(Location(f"{path.parent}/runs/shared"))["ok"]
+    result = train(path, ["workers.count=1"], resume=True)
+    losses = curve(tracking, result["run_id"])
+    assert first["run_id"] == result["run_id"] and losses == pytest.approx(plain_losses(path, []), abs=1e-4)
+    found = verify(Location(f"{path.parent}/runs/shared"))
+    assert (found["ok"], found["steps"], found["lost"], found["repeated"]) == (True, 20, 0, 0)
