@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from heliostat.curation import reasons
 from heliostat.data import manifest
-from heliostat.pipelines.prepare import prepare
+from heliostat.errors import DataError
+from heliostat.pipelines.prepare import dry_run, prepare
 from heliostat.storage import Location
 
 ROOT = Path(__file__).parents[2]
@@ -84,6 +85,21 @@ def test_every_document_has_a_reason(tmp_path):
     assert set(reasons.seconds(made)) == {"read", "0 minhash", "shard"}
     assert report["dropped"] == {"0 minhash: near_duplicate": told["0 minhash"]["dropped"]["near_duplicate"], "invalid_json": 6}
     assert prepare(make_yaml(tmp_path), [])["up_to_date"]
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_dry_run_leaves_nothing(tmp_path):
+    texts = make_input(tmp_path / "in", 1500)
+    yaml = make_yaml(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    found, again = dry_run(yaml, [], 0.3), dry_run(yaml, [], 0.3)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert [row["kept"] for row in found["funnel"]] == [row["kept"] for row in again["funnel"]]
+    assert found["tokens"] == again["tokens"] and found["cpu_hours"] > 0 and found["cpus"] >= 2
+    assert found["funnel"][0]["documents"] == pytest.approx(len(texts) + 30, rel=0.1)
+    with pytest.raises(DataError, match="nothing is left of the sample"):
+        dry_run(yaml, ["min_chars=100000"], 0.3)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.usefixtures("ray_session")

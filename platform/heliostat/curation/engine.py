@@ -58,13 +58,11 @@ class Engine:
     identity: list[Any]
     memory_limit: int
 
-    def curate(self, pieces: Iterable[list[Part]], stages: list[Stage]) -> Curated:
-        """Takes the pieces through all stages."""
+    def curate(self, pieces: Iterable[list[Part]], stages: list[Stage], explained: bool = True) -> Curated:
+        """Takes the pieces through all stages; if `explained`, what was read is counted too."""
         first, *rest = segments(stages)
         found = Curated()
-        found.runs = self._taken(
-            found, "read", segment.over_pieces, self._over_pieces(pieces, [s for _, s in first], bool(stages))
-        )
+        found.runs = self._taken(found, "read", segment.over_pieces, self._over_pieces(pieces, [s for _, s in first], explained))
         for part in rest:
             number, head = part[0]
             if isinstance(head, GlobalStage):

@@ -47,6 +47,8 @@ class Flow:
     kept: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     """Of the tasks of each kind, also of those that an earlier run has finished."""
+    opening: dict[str, float] = field(default_factory=dict)
+    """Those of them in which stages were opened: once in each process, however much it does."""
 
     def share(self, value: Any) -> Any:
         """Returns what stands for the value in `Task.shared`."""
@@ -106,6 +108,7 @@ class Flow:
     def _count(self, counts: dict[str, int], kind: str, record: dict[str, Any]) -> None:
         counts[kind] = counts.get(kind, 0) + 1
         self.seconds[kind] = self.seconds.get(kind, 0.0) + record["seconds"]
+        self.opening[kind] = self.opening.get(kind, 0.0) + record.get("opening", 0.0)
 
 
 class Room:

@@ -19,8 +19,11 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -94,6 +97,10 @@ class Pipeline(Strict):
         """
         raise NotImplementedError
 
+    def predict(self, folder: Location, inputs: list[InputFile], fraction: float) -> dict[str, Any]:
+        """Prepares a share of the input in a folder, on Ray, and returns what the whole would give and take, as JSON values."""
+        raise ConfigError(f"--sample: {type(self).__name__} has no dry run; text pipelines have one")
+
     def begin_anew(self) -> None:
         """Forgets what an earlier run has left unfinished: `--force` was given."""
 
@@ -148,14 +155,11 @@ def prepare(path: Path, settings: list[str], force: bool = False) -> dict[str, A
         pipeline.begin_anew()
     before = set(versions.listing(output))
     try:
-        module = type(pipeline).__module__
-        needed = private_ray.TASKS if pipeline.ray_data else ()
-        private_ray.ahead(0, [*needed, *([module] if module.startswith("heliostat.") else [])])
-        connect(cpus=CPUS)
-        if pipeline.ray_data:
-            _keep_to(pipeline.labels)
-        with console.status(Text(f"preparing {printable(pipeline.name)}")):
-            rows, meta = _write(pipeline, output, inputs)
+        _start_ray(pipeline)
+        with console.status(Text(f"preparing {printable(pipeline.name)}")), told():
+            rows, meta = pipeline.write(output, inputs)
+        if not rows:
+            raise DataError(f"{pipeline.name}: nothing is left of {len(inputs)} files; dropped: {meta.get('dropped')}")
         listed = meta.pop("listed", None)
         versions.save_beside(output)
         record = {k: v for k, v in record.items() if k not in ("made", *wanted)}
@@ -174,19 +178,43 @@ def prepare(path: Path, settings: list[str], force: bool = False) -> dict[str, A
     return _report(made, time.monotonic() - start, False, pruned)
 
 
-def _write(pipeline: Pipeline, output: Location, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def dry_run(path: Path, settings: list[str], fraction: float) -> dict[str, Any]:
+    """Prepares a sample of the input in a folder that is deleted again, and predicts what the whole would give and take."""
+    _, pipeline = load(path, settings)
+    output = place(pipeline.output)
+    _check_output(output)
+    pipeline.check()
+    inputs = pipeline.inputs()
+    folder = output.ending(f".sample-{secrets.token_hex(4)}")
+    _start_ray(pipeline)
     try:
-        rows, meta = pipeline.write(output, inputs)
+        with console.status(Text(f"preparing a sample of {printable(pipeline.name)}")), told():
+            return pipeline.predict(folder, inputs, fraction)
+    finally:
+        folder.delete()
+
+
+def _start_ray(pipeline: Pipeline) -> None:
+    module = type(pipeline).__module__
+    needed = private_ray.TASKS if pipeline.ray_data else ()
+    private_ray.ahead(0, [*needed, *([module] if module.startswith("heliostat.") else [])])
+    connect(cpus=CPUS)
+    if pipeline.ray_data:
+        _keep_to(pipeline.labels)
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Raises what a task raised, if it is meant for the person, as it was before Ray wrapped it."""
+    try:
+        yield
     except HeliostatError:
         raise
-    except Exception as e:  # Ray wraps what a task raised; ours are meant for the person
+    except Exception as e:
         cause = innermost(e)
         if cause is None:
             raise
         raise type(cause)(str(cause)) from e
-    if not rows:
-        raise DataError(f"{pipeline.name}: nothing is left of {len(inputs)} files; dropped: {meta.get('dropped')}")
-    return rows, meta
 
 
 def _undo(output: Location, before: set[str], record: dict[str, Any], error: BaseException) -> None:

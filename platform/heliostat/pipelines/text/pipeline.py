@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -28,9 +29,10 @@ from heliostat.curation.work import Work
 from heliostat.data.manifest import Manifest, kept_path
 from heliostat.errors import ConfigError
 from heliostat.pipelines.prepare import InputFile, Pipeline, place
-from heliostat.pipelines.text import documents, sources, tokens
+from heliostat.pipelines.text import documents, sampling, sources, tokens
 from heliostat.pipelines.text.making import Making
 from heliostat.pipelines.text.tasks import TextSource
+from heliostat.pipelines.text.trial import Trial
 from heliostat.storage import Location
 
 log = logging.getLogger(__name__)
@@ -169,6 +171,17 @@ class TextPipeline(Pipeline):
         rows, meta = making.run(inputs)
         self._seconds = making.seconds
         return rows, meta
+
+    def predict(self, folder: Location, inputs: list[InputFile], fraction: float) -> dict[str, Any]:
+        start, name = time.monotonic(), sources.root(self.input).name
+        sample = sampling.choose(inputs, fraction, name)
+        if not sample.parts:
+            raise ConfigError(f"--sample: a share of {fraction:g} of {len(inputs):,} files holds nothing; give a larger one")
+        flow = Flow(Work(folder.join("work")), self.labels)
+        source = sampling.SampledSource(self.input, self.rules, name, sample.records)
+        trial = Trial(flow, source, folder.join("out"), self.tokenizer.model_dump(), self.given, self.stages, self.memory_limit,
+                      self.shard_bytes, self.chunk_tokens, sample=sample)  # fmt: skip
+        return trial.predicted(inputs) | {"name": self.name, "seconds": round(time.monotonic() - start, 2)}
 
     def begin_anew(self) -> None:
         self.worked.clear()
