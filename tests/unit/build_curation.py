@@ -56,6 +56,7 @@ class HereFlow(flow.Flow):
                 raise KilledError
             self.ran.append(kind)
             self._count(self.done, kind, made)
+            self.progress.done(kind, made, task.bytes)
             yield number, made
 
 

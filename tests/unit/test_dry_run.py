@@ -5,6 +5,7 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 from heliostat.cli.common import app
 from heliostat.curation.registry import parse
@@ -85,6 +86,7 @@ def test_every_record_has_the_same_chance_and_a_larger_share_holds_the_smaller(t
             assert abs(count - of * share) < spread, (kind, share, count)
     assert {i for i in found[0.05] if ".txt" in i} <= {i for i in found[0.2] if ".txt" in i}
     assert 0.1 < sample.taken_bytes / sample.input_bytes < 0.3
+    assert sample.of_bytes == pytest.approx(5, rel=0.3) and sample.unknown > 0.5
 
 
 def test_large_files_of_lines_are_read_in_places_only(tmp_path):
@@ -117,7 +119,7 @@ def test_what_is_predicted_of_each_stage_is_near_the_whole(tmp_path):
         assert row["documents"] == pytest.approx(of["documents"], rel=0.08)
     (of,) = [of for of in found["duplicates"] if "minhash" in of]
     share, truly = found["duplicates"][of], 1 - truth[of]["kept"] / truth[of]["documents"]
-    assert share["seen"] < 0.5 * truly, "a sample shows few of the duplicates"
+    assert share["seen"] < 0.7 * truly, "a sample shows few of the duplicates"
     assert share["expected"] == pytest.approx(truly, rel=0.35) and share["low"] <= truly <= share["high"]
     assert any("minhash" in note for note in found["notes"])
     assert found["tokens"] == pytest.approx(truth["shard"]["counts"]["tokens"], rel=0.1)
@@ -143,21 +145,19 @@ def test_seconds_of_opening_stages_are_not_taken_for_work(tmp_path):
     assert sum(made._seconds(funnel, 10_000).values()) / 3600 - before > 150 / 3600
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_duplicates_of_a_sample_are_those_of_the_whole_by_more_than_the_share(size):
-    """Clusters of two are estimated without bias; of larger ones the truth is within the bounds."""
-    rng, share, documents, clusters = random.Random(size), 0.1, 40_000, 2000
-    truly = clusters * (size - 1) / documents
-    found = []
+@pytest.mark.parametrize(("size", "off"), [(2, 0.15), (3, 0.2), (6, 0.3)])
+def test_duplicates_of_a_whole_are_estimated_from_the_few_of_a_sample(size, off):
+    """Clusters of any one size, in the mean of twenty samples; and the truth is within the bounds of each."""
+    rng, share, documents, clusters = np.random.default_rng(size), 0.1, 100_000, 4000
+    truly, found = clusters * (size - 1) / documents, []
     for _ in range(20):
-        sizes = [n for _ in range(clusters) if (n := sum(rng.random() < share for _ in range(size)))]
-        single = sum(rng.random() < share for _ in range(documents - clusters * size))
-        drawn, seen = single + sum(sizes), [n for n in sizes if n > 1]
+        sizes = [n for n in rng.binomial(size, share, clusters).tolist() if n]
+        drawn = int(rng.binomial(documents - clusters * size, share)) + sum(sizes)
+        seen = [n for n in sizes if n > 1]
         found.append(estimates.duplicates(drawn, sum(seen) - len(seen), len(seen), sorted(seen)[-20:], documents / drawn))
     assert all(f.low <= truly <= f.high for f in found)
-    mean = sum(f.expected for f in found) / len(found)
-    assert mean == pytest.approx(truly, rel=0.15) if size == 2 else truly < mean < 2 * truly
-    assert max(f.seen for f in found) < 0.25 * truly * (size - 1)
+    assert sum(f.expected for f in found) / len(found) == pytest.approx(truly, rel=off)
+    assert max(f.seen for f in found) < 0.5 * truly
 
 
 def test_intervals_of_shares():

@@ -36,7 +36,7 @@ def prepare(
             raise ConfigError("--force: a dry run (--sample) makes nothing that could be made again; give one of the two")
         _predict(pipeline, setting or [], sample, json_)
         return
-    report = run(pipeline, setting or [], force=force)
+    report = run(pipeline, setting or [], force=force, quiet=json_)
     if not json_:
         for line in explain(report):
             out.print(line)
@@ -48,7 +48,7 @@ def _predict(pipeline: Path, settings: list[str], sample: str, json_: bool) -> N
     from heliostat.pipelines.prepare import dry_run
     from heliostat.plan import hardware
 
-    found = dry_run(pipeline, settings, prediction.fraction(sample))
+    found = dry_run(pipeline, settings, prediction.fraction(sample), quiet=json_)
     prices = hardware.table()
     found |= {"cost": found["cpu_hours"] * prices["devices"]["cpu"]["hour"], "currency": prices["currency"]}
     if not json_:

@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 
+from heliostat.curation.progress import Progress
 from heliostat.curation.work import Work
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,8 @@ class Task:
     arguments: dict[str, Any]
     shared: dict[str, Any] = field(default_factory=dict)
     """Further arguments, each from `Flow.share`: what is large and the same for many tasks travels to a node once."""
+    bytes: int = 0
+    """That it reads, about: for the progress."""
 
 
 @dataclass
@@ -50,6 +53,8 @@ class Flow:
     opening: dict[str, float] = field(default_factory=dict)
     """Those of them in which stages were opened: once in each process, however much it does."""
 
+    progress: Progress = field(default_factory=Progress)
+
     def share(self, value: Any) -> Any:
         """Returns what stands for the value in `Task.shared`."""
         return ray.put(value)
@@ -64,7 +69,7 @@ class Flow:
 
         The function is called with the work folder and the task's arguments; in its record, `files` names the spill files.
         """
-        waiting: dict[Any, int] = {}
+        waiting: dict[Any, tuple[int, int]] = {}
         work = Work(self.work.location)  # without what was looked up
         remote = _execute.options(num_cpus=cpus, num_gpus=self.gpus, max_retries=RETRIES,
                                   label_selector=self.labels or None, name=kind)  # fmt: skip
@@ -77,7 +82,7 @@ class Flow:
                     continue
                 while len(waiting) >= room():
                     yield from self._next(kind, waiting)
-                waiting[remote.remote(work, kind, task.key, function, task.arguments, **task.shared)] = number
+                waiting[remote.remote(work, kind, task.key, function, task.arguments, **task.shared)] = (number, task.bytes)
             while waiting:
                 yield from self._next(kind, waiting)
         except BaseException:
@@ -91,19 +96,25 @@ class Flow:
 
     def _looked_up(self, kind: str, tasks: Iterator[Task], valid: Callable[[dict[str, Any]], bool]) -> Iterator[Any]:
         number = 0
-        while batch := list(islice(tasks, BATCH)):
-            known = self.work.found(kind, (task.key for task in batch))
+        whole = False
+        while not whole:
+            batch = list(islice(tasks, BATCH))
+            whole = len(batch) < BATCH
+            known = {k: r for k, r in self.work.found(kind, (task.key for task in batch)).items() if valid(r)}
+            todo = [task.bytes for task in batch if task.key not in known]
+            self.progress.found(kind, list(known.values()), todo, whole)
             for task in batch:
-                record = known.get(task.key)
-                yield number, task, record if record is not None and valid(record) else None
+                yield number, task, known.get(task.key)
                 number += 1
 
-    def _next(self, kind: str, waiting: dict[Any, int]) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _next(self, kind: str, waiting: dict[Any, tuple[int, int]]) -> Iterator[tuple[int, dict[str, Any]]]:
         ready, _ = ray.wait(list(waiting), num_returns=1)
         for reference in ready:
             record = ray.get(reference)
             self._count(self.done, kind, record)
-            yield waiting.pop(reference), record
+            number, bytes = waiting.pop(reference)
+            self.progress.done(kind, record, bytes)
+            yield number, record
 
     def _count(self, counts: dict[str, int], kind: str, record: dict[str, Any]) -> None:
         counts[kind] = counts.get(kind, 0) + 1

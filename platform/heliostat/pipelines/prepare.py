@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import Field
-from rich.text import Text
 
 from heliostat.cluster import private_ray
 from heliostat.cluster.connect import connect
@@ -39,9 +38,9 @@ from heliostat.config.schema import Float, Strict, apply, read_yaml, validate
 from heliostat.data import collection, manifest, versions
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, DataError, HeliostatError, StorageError, innermost
+from heliostat.pipelines.watching import Watch
 from heliostat.storage import Location
 from heliostat.terminal import console
-from heliostat.text import printable
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +100,9 @@ class Pipeline(Strict):
         """Prepares a share of the input in a folder, on Ray, and returns what the whole would give and take, as JSON values."""
         raise ConfigError(f"--sample: {type(self).__name__} has no dry run; text pipelines have one")
 
+    def watched(self, watch: Watch) -> None:
+        """Takes what shows a person how far `write` and `predict` are."""
+
     def begin_anew(self) -> None:
         """Forgets what an earlier run has left unfinished: `--force` was given."""
 
@@ -132,8 +134,11 @@ def load(path: Path, settings: list[str]) -> tuple[str, Pipeline]:
     return target, validate(cls, raw, str(path))
 
 
-def prepare(path: Path, settings: list[str], force: bool = False) -> dict[str, Any]:
-    """Prepares the dataset that the pipeline YAML describes, or finds it up to date; returns the report as JSON values."""
+def prepare(path: Path, settings: list[str], force: bool = False, quiet: bool = False) -> dict[str, Any]:
+    """Prepares the dataset that the pipeline YAML describes, or finds it up to date; returns the report as JSON values.
+
+    It shows how far it is, unless it is to be `quiet`.
+    """
     start = time.monotonic()
     target, pipeline = load(path, settings)
     output = place(pipeline.output)
@@ -156,7 +161,8 @@ def prepare(path: Path, settings: list[str], force: bool = False) -> dict[str, A
     before = set(versions.listing(output))
     try:
         _start_ray(pipeline)
-        with console.status(Text(f"preparing {printable(pipeline.name)}")), told():
+        with Watch(console, f"preparing {pipeline.name}", quiet) as watch, told():
+            pipeline.watched(watch)
             rows, meta = pipeline.write(output, inputs)
         if not rows:
             raise DataError(f"{pipeline.name}: nothing is left of {len(inputs)} files; dropped: {meta.get('dropped')}")
@@ -178,7 +184,7 @@ def prepare(path: Path, settings: list[str], force: bool = False) -> dict[str, A
     return _report(made, time.monotonic() - start, False, pruned)
 
 
-def dry_run(path: Path, settings: list[str], fraction: float) -> dict[str, Any]:
+def dry_run(path: Path, settings: list[str], fraction: float, quiet: bool = False) -> dict[str, Any]:
     """Prepares a sample of the input in a folder that is deleted again, and predicts what the whole would give and take."""
     _, pipeline = load(path, settings)
     output = place(pipeline.output)
@@ -188,7 +194,8 @@ def dry_run(path: Path, settings: list[str], fraction: float) -> dict[str, Any]:
     folder = output.ending(f".sample-{secrets.token_hex(4)}")
     _start_ray(pipeline)
     try:
-        with console.status(Text(f"preparing a sample of {printable(pipeline.name)}")), told():
+        with Watch(console, f"preparing a sample of {pipeline.name}", quiet) as watch, told():
+            pipeline.watched(watch)
             return pipeline.predict(folder, inputs, fraction)
     finally:
         folder.delete()

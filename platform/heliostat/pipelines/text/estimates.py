@@ -30,27 +30,27 @@ class Share:
 def duplicates(documents: int, dropped: int, clusters: int, largest: list[int], times: float) -> Share:
     """Estimates the share of duplicates in a whole of `times` the sample's documents.
 
-    Both of a pair are in a sample of a share f with probability f squared, so the share that the sample shows is too low. Pairs
-    seen by f squared estimate the pairs of the whole, which are its duplicates if no cluster is larger than a pair, and more than
-    them if some are (Goodman 1949, to the first order); the lower bound of distinct documents by Chao and Lin (2012) is an upper
-    one of duplicates, too. The lower of the two is expected; the bounds are the sample's own share, and the same from as many
-    pairs as a Poisson variable may stand for (95 %).
+    Both of a pair are in a sample of a share f with probability f squared, so the share that the sample shows is too low. Its
+    pairs by f squared, and its threes by f cubed, estimate those of the whole, and these its duplicates: well if clusters are of
+    one size, too few if they are not, too many where the sample has no threes. The lower bound of distinct documents by Chao and Lin
+    (2012) is an upper one of duplicates, too: the lower of the two is expected. The bounds are the sample's own share, and what
+    the most pairs that a Poisson variable may stand for (95 %) would mean if no cluster were larger.
     """
     seen = dropped / documents if documents else 0.0
     if times <= 1 or not documents:
         return Share(seen, seen, seen, seen)
-    pairs, single = _pairs(dropped, clusters, largest), documents - dropped - clusters
+    (pairs, threes), single = moments(dropped, clusters, largest), documents - dropped - clusters
     many = (pairs + 1) * (1 - 1 / (9 * (pairs + 1)) + Z / (3 * math.sqrt(pairs + 1))) ** 3  # Byar's approximation
-    found = (_whole(documents, dropped, single, p, c, times) for p, c in ((pairs, clusters), (many, max(many, clusters))))
-    expected, high = (max(seen, share) for share in found)
-    return Share(seen, expected, seen, max(expected, high))
+    likely = pairs / (1 + 1.5 * threes * times / pairs) if pairs else 0.0  # of one in k(k - 1) / 2 pairs, k - 1 are duplicates
+    expected = max(seen, _whole(documents, dropped, single, likely, clusters, times))
+    return Share(seen, expected, seen, max(expected, _whole(documents, dropped, single, many, max(many, clusters), times)))
 
 
-def _pairs(dropped: int, clusters: int, largest: list[int]) -> float:
-    """Counts the pairs within clusters: of the largest by their sizes, and as if the others were alike."""
-    known = sum(size * (size - 1) // 2 for size in largest)
+def moments(dropped: int, clusters: int, largest: list[int]) -> tuple[float, float]:
+    """Counts the pairs and the threes within clusters: of the largest by their sizes, and as if the others were alike."""
     rest, left = clusters - len(largest), dropped - sum(size - 1 for size in largest)
-    return known + (left * (left / rest + 1) / 2 if rest > 0 else 0)
+    sizes = [(size, 1) for size in largest] + ([(left / rest + 1, rest)] if rest > 0 else [])
+    return sum(k * (k - 1) / 2 * n for k, n in sizes), sum(k * (k - 1) * (k - 2) / 6 * n for k, n in sizes)
 
 
 def _whole(documents: int, dropped: int, single: int, pairs: float, clusters: float, times: float) -> float:

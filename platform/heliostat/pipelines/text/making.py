@@ -141,7 +141,8 @@ class Making:
         follows = key("shards", [[run.name, run.decided] for run in curated.runs], vars(plan))
         each = min(max(1, self.memory_limit // 4 // self.shard_bytes), -(-shards // ALONE))
         shared = {"runs": self.flow.share(curated.runs), "plan": self.flow.share(plan)}
-        work = (Task(key(follows, first), {"first": first, "stop": min(first + each, shards)}, shared)
+        reads = curated.bytes * each // shards
+        work = (Task(key(follows, first), {"first": first, "stop": min(first + each, shards)}, shared, reads)
                 for first in range(0, shards, each))  # fmt: skip
         there = dict(self.output.join(SHARDS).files())
         cpus = max(1, self.flow.cpus() // shards)

@@ -53,7 +53,7 @@ class Sample:
     read_bytes: int = 0
     taken_bytes: float = 0.0
     files: int = 0
-    taken_files: int = 0
+    taken_files: float = 0.0
     many_bytes: int = 0
     """Of the input's bytes, those of files of many documents, whose number is not known."""
 
@@ -77,7 +77,7 @@ class Sample:
         target, held, piece = pieces.size(self.read_bytes), 0, list[Part]()
         for part in self.parts:
             piece.append(part)
-            held += _bytes(part) + pieces.FILE_BYTES
+            held += part.length + pieces.FILE_BYTES
             if held >= target:
                 yield piece
                 held, piece = 0, []
@@ -100,10 +100,10 @@ def choose(files: Iterable[InputFile], fraction: float, name: str) -> Sample:
         found.parts += taken
         found.input_bytes += total
         found.many_bytes += 0 if which == "one" else total
-        found.read_bytes += sum(map(_bytes, taken))
-        found.taken_bytes += sum(map(_bytes, taken)) * found.records[which]
+        found.read_bytes += sum(part.length for part in taken)
+        found.taken_bytes += sum(part.length for part in taken) * found.records[which]
         found.files += len(parts)
-        found.taken_files += len(taken)
+        found.taken_files += len(taken) * found.records[which]
     found.parts.sort(key=lambda part: (part.path, part.start))
     return found
 
@@ -113,10 +113,6 @@ def _places(file: InputFile, which: str, block: int) -> list[Part]:
     ranged = which == "lines" and file.bytes > block
     whole = [Part(file.path, file.bytes, file.modified)]
     return [Part(file.path, file.bytes, file.modified, a, b) for a, b in pieces.ranges(file.bytes, block)] if ranged else whole
-
-
-def _bytes(part: Part) -> int:
-    return (part.bytes if part.stop is None else part.stop) - part.start
 
 
 @dataclass(frozen=True)

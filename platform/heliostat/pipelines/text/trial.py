@@ -75,7 +75,7 @@ class Trial(Making):
         """Estimates the duplicates of each stage that drops documents for others, exact duplicates of the shards among them."""
         found = {}
         for name, part in funnel.items():
-            if "clusters" in part["counts"] or name == SHARD:
+            if "clusters" in part["counts"] or (name == SHARD and not found):  # an exact one is a near one
                 dropped, clusters = part["documents"] - part["kept"], part["counts"].get("clusters")
                 sizes = [size for size, _ in part.get("largest", [])]
                 found[name] = estimates.duplicates(part["documents"], dropped, dropped if clusters is None else clusters, sizes,
