@@ -32,9 +32,9 @@ def duplicates(documents: int, dropped: int, clusters: int, largest: list[int], 
 
     Both of a pair are in a sample of a share f with probability f squared, so the share that the sample shows is too low. Its
     pairs by f squared, and its threes by f cubed, estimate those of the whole, and these its duplicates: well if clusters are of
-    one size, too few if they are not, too many where the sample has no threes. The lower bound of distinct documents by Chao and Lin
-    (2012) is an upper one of duplicates, too: the lower of the two is expected. The bounds are the sample's own share, and what
-    the most pairs that a Poisson variable may stand for (95 %) would mean if no cluster were larger.
+    one size, too few if they are not, too many where the sample has no threes. The lower bound of distinct documents by Chao and
+    Lin (2012) is an upper one of duplicates, too: the lower of the two is expected. The bounds are the sample's own share, and
+    what the most pairs that a Poisson variable may stand for (95 %) would mean if no cluster were larger.
     """
     seen = dropped / documents if documents else 0.0
     if times <= 1 or not documents:
