@@ -93,7 +93,7 @@ def over_run(folder: Location, run: Run, source: Source, stages: list[Entry], fi
     start = time.monotonic()
     chain = Chain([registry.parse(e) for e in stages], first)
     opening = time.monotonic() - start
-    return _run(folder, _documents(folder, run), source, chain, run_bytes) | {"opening": opening}
+    return _run(folder, (d for _, d in documents_of(folder, run)), source, chain, run_bytes) | {"opening": opening}
 
 
 def counted(documents: Iterable[Document | Dropped], counts: tally.Tally) -> Iterator[Document | Dropped]:
@@ -115,10 +115,11 @@ def counted(documents: Iterable[Document | Dropped], counts: tally.Tally) -> Ite
     found["bytes"] = found["kept_bytes"]  # of what was left out nobody knows them
 
 
-def _documents(folder: Location, run: Run) -> Iterator[Document]:
+def documents_of(folder: Location, run: Run) -> Iterator[tuple[int, Document]]:
+    """Yields the run's documents, with their rows, without those that were decided against."""
     for table in survivors(folder, run, columns=["id", "columns", "text"]):
-        for row in table.select(["id", "columns", "text"]).to_pylist():
-            yield Document(row["id"], row["text"], json.loads(row["columns"]) if row["columns"] else {})
+        for row in table.select(["row", "id", "columns", "text"]).to_pylist():
+            yield row["row"], Document(row["id"], row["text"], json.loads(row["columns"]) if row["columns"] else {})
 
 
 def _run(folder: Location, documents: Iterable[Document | Dropped], source: Source, chain: Chain,
