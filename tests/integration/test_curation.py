@@ -12,7 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
-from heliostat.curation import reasons
+from heliostat.curation import flow, reasons
+from heliostat.curation.flow import Task
+from heliostat.curation.pool import Pool
+from heliostat.curation.work import Work
 from heliostat.data import manifest
 from heliostat.errors import DataError
 from heliostat.pipelines.prepare import dry_run, prepare
@@ -100,6 +103,33 @@ def test_a_dry_run_leaves_nothing(tmp_path):
     with pytest.raises(DataError, match="nothing is left of the sample"):
         dry_run(yaml, ["min_chars=100000"], 0.3)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def once(folder: Location, number: int, mark: str) -> dict[str, object]:
+    """Tells in which process it ran; the fourth ends its process, the first time."""
+    with Path(mark).open("a") as f:
+        f.write(f"{number}\n")
+    if number == 4 and Path(mark).read_text().split().count("4") == 1:
+        os._exit(1)
+    return {"files": [], "number": number, "pid": os.getpid()}
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_tasks_that_need_gpus_run_in_actors_that_stay(tmp_path, monkeypatch):
+    """Two actors, as for two GPUs; one of them dies, and its task runs again in its successor."""
+    monkeypatch.setattr(flow.Flow, "devices", lambda self: 2)
+    monkeypatch.setattr(flow, "Pool", lambda *given, num_gpus, **options: Pool(*given, **options))
+    found = flow.Flow(Work(Location(str(tmp_path / "work"))))
+    tasks = [Task(f"{i:032}", {"number": i, "mark": str(tmp_path / "mark")}) for i in range(20)]
+    records = found.all("gpu", once, iter(tasks), pooled=True)
+    assert [r["number"] for r in records] == list(range(20)) and len({r["pid"] for r in records}) in (2, 3)
+    ran = (tmp_path / "mark").read_text().split()
+    assert set(ran) == {str(i) for i in range(20)} and len(ran) <= 23
+    assert found.all("gpu", once, iter(tasks), pooled=True) == records and found.kept == {"gpu": 20}
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{r['pid']}").exists() for r in records) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not any(Path(f"/proc/{r['pid']}").exists() for r in records), "the actors end with the tasks"
 
 
 @pytest.mark.usefixtures("ray_session")
