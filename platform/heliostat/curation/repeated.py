@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -27,9 +27,17 @@ HELD = 1 << 20  # occurrences that are held before they are merged or spilled
 Rows = tuple[np.ndarray, np.ndarray, np.ndarray]  # the hash of each occurrence, of its document, and its place there
 
 
+class Signing(Protocol):
+    """Hashes the parts of texts that are compared; an object of plain fields, which travels to tasks."""
+
+    def hashes(self, text: str) -> list[tuple[int, int]]:
+        """Lists (place, hash of the content) of a text's parts."""
+        ...
+
+
 @dataclass(frozen=True)
 class Parts:
-    """Defines the parts of texts that are compared, and how."""
+    """Defines lines or paragraphs that are compared, and how."""
 
     unit: Unit
     min_words: int
@@ -57,7 +65,7 @@ def _hash(text: str) -> int:
     return xxhash.xxh64_intdigest(text.encode("utf-8", "surrogatepass"))
 
 
-def sign(folder: Location, run: Run, parts: Parts) -> dict[str, Any]:
+def sign(folder: Location, run: Run, parts: Signing) -> dict[str, Any]:
     """Spills (hash of the part, hash of the id, row, place) of the parts of a run's documents."""
     found: list[tuple[int, int, int, int]] = []
     for table in survivors(folder, run, columns=["id", "text"]):
