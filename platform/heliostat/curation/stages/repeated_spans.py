@@ -1,11 +1,11 @@
 """Removes spans of words that another document has too, wherever they begin: one occurrence of each stays in the whole set.
 
 (Lee et al. 2021, Deduplicating Training Data Makes Language Models Better, arXiv 2107.06499, remove spans of 50 tokens by a
-suffix array, which must be in memory as a whole. Here windows of words are chosen by content, as winnowing does, Schleimer et al. 2003,
-and compared by hashes on disk: linear, and in bounded memory.) A span of `words` words that another document has as well is
-always found, in pieces of half of it; shorter ones sometimes, none of less than half. All of it goes but less than half of
-`words` at either end. What stays is in the document whose id has the least hash, and there the first. Words are compared as they
-are written; where a span was, a line ends. Put it last of what compares documents.
+suffix array, which must be in memory as a whole. Here windows of words are chosen by content, as winnowing does, Schleimer et
+al. 2003, and compared by hashes on disk: linear, and in bounded memory.) A span of `words` words that another document has as
+well is always found, in pieces of half of it; shorter ones sometimes, none of less than half. All of it goes but less than half
+of `words` at either end. What stays is in the document whose id has the least hash, and there the first. Words are compared as
+they are written; where a span was, a line ends. Put it last of what compares documents.
 """
 
 from __future__ import annotations
