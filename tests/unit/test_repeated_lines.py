@@ -108,6 +108,12 @@ def test_a_run_that_ends_after_any_task_goes_on_and_a_threshold_redoes_the_remov
     assert set(other.ran) == {"repeated-0-remove"}
 
 
+def test_plain_text_is_compared_as_any_other():
+    text = "".join(map(chr, range(128))) + "A_b-C 12.5\tx"
+    assert repeated.normalised(text + "\u00c9") == repeated.normalised(text) + "\u00e9"
+    assert repeated.normalised("A_b-C 12.5\tx\n") == "abc 000\tx\n"
+
+
 @pytest.mark.parametrize("entry", [{"unit": "sentence"}, {"min_words": 0}, {"max_removed_words": 1.5}])
 def test_what_it_cannot_be_is_refused(entry):
     with pytest.raises(ValueError, match="repeated_lines"):

