@@ -31,19 +31,22 @@ def duplicates(documents: int, dropped: int, clusters: int, largest: list[int], 
     """Estimates the share of duplicates in a whole of `times` the sample's documents.
 
     Both of a pair are in a sample of a share f with probability f squared, so the share that the sample shows is too low. Its
-    pairs by f squared, and its threes by f cubed, estimate those of the whole, and these its duplicates: well if clusters are of
-    one size, too few if they are not, too many where the sample has no threes. The lower bound of distinct documents by Chao and
-    Lin (2012) is an upper one of duplicates, too: the lower of the two is expected. The bounds are the sample's own share, and
-    what the most pairs that a Poisson variable may stand for (95 %) would mean if no cluster were larger.
+    pairs by f squared are those of the whole, which are more than its duplicates where clusters are larger than pairs; the lower
+    bound of distinct documents by Chao and Lin (2012) caps them. With its threes, by f cubed, they give the duplicates if
+    clusters are all of one size, and too few if some are much larger. The geometric mean of the two is expected: simulated
+    mixtures of sizes come within a third of it. The bounds are the sample's own share, and what the most pairs that a Poisson
+    variable may stand for (95 %) would mean if no cluster were larger.
     """
     seen = dropped / documents if documents else 0.0
     if times <= 1 or not documents:
         return Share(seen, seen, seen, seen)
     (pairs, threes), single = moments(dropped, clusters, largest), documents - dropped - clusters
     many = (pairs + 1) * (1 - 1 / (9 * (pairs + 1)) + Z / (3 * math.sqrt(pairs + 1))) ** 3  # Byar's approximation
-    likely = pairs / (1 + 1.5 * threes * times / pairs) if pairs else 0.0  # of one in k(k - 1) / 2 pairs, k - 1 are duplicates
-    expected = max(seen, _whole(documents, dropped, single, likely, clusters, times))
-    return Share(seen, expected, seen, max(expected, _whole(documents, dropped, single, many, max(many, clusters), times)))
+    alike = pairs / (1 + 1.5 * threes * times / pairs) if pairs else 0.0  # of one in k(k - 1) / 2 pairs, k - 1 are duplicates
+    tried = ((alike, clusters), (pairs, clusters), (many, max(many, clusters)))
+    few, more, most = (max(seen, _whole(documents, dropped, single, p, c, times)) for p, c in tried)
+    expected = math.sqrt(few * more)
+    return Share(seen, expected, seen, max(expected, most))
 
 
 def moments(dropped: int, clusters: int, largest: list[int]) -> tuple[float, float]:
