@@ -13,8 +13,9 @@ class Pool:
     """Gives each task to the actor that has the fewest; an actor that dies is started again, and its tasks with it."""
 
     def __init__(self, execute: Callable[..., dict[str, Any]], size: int, retries: int, **options: Any) -> None:
-        actor = ray.remote(_Worker).options(max_restarts=retries, max_task_retries=retries, **options)
-        self.actors = [actor.remote(execute) for _ in range(size)]
+        made: Any = ray.remote(_Worker)
+        actor = made.options(max_restarts=retries, max_task_retries=retries, **options)
+        self.actors: list[Any] = [actor.remote(execute) for _ in range(size)]
         self.under_way: dict[Any, int] = {}
 
     def remote(self, *arguments: Any, **shared: Any) -> Any:

@@ -73,7 +73,7 @@ class Trial(Making):
 
     def _repeated(self, funnel: Funnel) -> dict[str, Share]:
         """Estimates the duplicates of each stage that drops documents for others, exact duplicates of the shards among them."""
-        found = {}
+        found = dict[str, Share]()
         for name, part in funnel.items():
             if "clusters" in part["counts"] or (name == SHARD and not found):  # an exact one is a near one
                 dropped, clusters = part["documents"] - part["kept"], part["counts"].get("clusters")
