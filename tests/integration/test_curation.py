@@ -125,7 +125,8 @@ def test_tasks_that_need_gpus_run_in_actors_that_stay(tmp_path, monkeypatch):
     assert [r["number"] for r in records] == list(range(20)) and len({r["pid"] for r in records}) in (2, 3)
     ran = (tmp_path / "mark").read_text().split()
     assert set(ran) == {str(i) for i in range(20)} and len(ran) <= 23
-    assert found.all("gpu", once, iter(tasks), pooled=True) == records and found.kept == {"gpu": 20}
+    again = flow.Flow(Work(Location(str(tmp_path / "work"))))
+    assert again.all("gpu", once, iter(tasks), pooled=True) == records and again.kept == {"gpu": 20} and not again.done
     deadline = time.monotonic() + 30
     while any(Path(f"/proc/{r['pid']}").exists() for r in records) and time.monotonic() < deadline:
         time.sleep(0.2)
