@@ -38,7 +38,7 @@ class Timed(HereFlow):
 
     cpu: dict[str, float] = {}
 
-    def run(self, kind, function, tasks, cpus=1, valid=lambda record: True):
+    def run(self, kind, function, tasks, cpus=1, valid=lambda record: True, pooled=False):
         for number, (task_number, task, record) in enumerate(self._looked_up(kind, tasks, valid)):
             assert record is None and number == task_number
             start = time.process_time()

@@ -12,9 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
-from heliostat.curation import reasons
+from heliostat.curation import flow, reasons
+from heliostat.curation.flow import Task
+from heliostat.curation.pool import Pool
+from heliostat.curation.work import Work
 from heliostat.data import manifest
-from heliostat.pipelines.prepare import prepare
+from heliostat.errors import DataError
+from heliostat.pipelines.prepare import dry_run, prepare
 from heliostat.storage import Location
 
 ROOT = Path(__file__).parents[2]
@@ -84,6 +88,49 @@ def test_every_document_has_a_reason(tmp_path):
     assert set(reasons.seconds(made)) == {"read", "0 minhash", "shard"}
     assert report["dropped"] == {"0 minhash: near_duplicate": told["0 minhash"]["dropped"]["near_duplicate"], "invalid_json": 6}
     assert prepare(make_yaml(tmp_path), [])["up_to_date"]
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_dry_run_leaves_nothing(tmp_path):
+    texts = make_input(tmp_path / "in", 1500)
+    yaml = make_yaml(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    found, again = dry_run(yaml, [], 0.3), dry_run(yaml, [], 0.3)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert [row["kept"] for row in found["funnel"]] == [row["kept"] for row in again["funnel"]]
+    assert found["tokens"] == again["tokens"] and found["cpu_hours"] > 0 and found["cpus"] >= 2
+    assert found["funnel"][0]["documents"] == pytest.approx(len(texts) + 30, rel=0.1)
+    with pytest.raises(DataError, match="nothing is left of the sample"):
+        dry_run(yaml, ["min_chars=100000"], 0.3)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def once(folder: Location, number: int, mark: str) -> dict[str, object]:
+    """Tells in which process it ran; the fourth ends its process, the first time."""
+    with Path(mark).open("a") as f:
+        f.write(f"{number}\n")
+    if number == 4 and Path(mark).read_text().split().count("4") == 1:
+        os._exit(1)
+    return {"files": [], "number": number, "pid": os.getpid()}
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_tasks_that_need_gpus_run_in_actors_that_stay(tmp_path, monkeypatch):
+    """Two actors, as for two GPUs; one of them dies, and its task runs again in its successor."""
+    monkeypatch.setattr(flow.Flow, "devices", lambda self: 2)
+    monkeypatch.setattr(flow, "Pool", lambda *given, num_gpus, **options: Pool(*given, **options))
+    found = flow.Flow(Work(Location(str(tmp_path / "work"))))
+    tasks = [Task(f"{i:032}", {"number": i, "mark": str(tmp_path / "mark")}) for i in range(20)]
+    records = found.all("gpu", once, iter(tasks), pooled=True)
+    assert [r["number"] for r in records] == list(range(20)) and len({r["pid"] for r in records}) in (2, 3)
+    ran = (tmp_path / "mark").read_text().split()
+    assert set(ran) == {str(i) for i in range(20)} and len(ran) <= 23
+    again = flow.Flow(Work(Location(str(tmp_path / "work"))))
+    assert again.all("gpu", once, iter(tasks), pooled=True) == records and again.kept == {"gpu": 20} and not again.done
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{r['pid']}").exists() for r in records) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not any(Path(f"/proc/{r['pid']}").exists() for r in records), "the actors end with the tasks"
 
 
 @pytest.mark.usefixtures("ray_session")

@@ -39,7 +39,7 @@ class HereFlow(flow.Flow):
     def cpus(self) -> int:
         return 2
 
-    def run(self, kind, function, tasks, cpus=1, valid=lambda record: True) -> Iterator[tuple[int, dict[str, Any]]]:
+    def run(self, kind, function, tasks, cpus=1, valid=lambda record: True, pooled=False) -> Iterator[tuple[int, dict[str, Any]]]:
         todo = list(self._looked_up(kind, tasks, valid))
         rng = random.Random(f"{self.seed} {kind}")
         rng.shuffle(todo)
@@ -56,6 +56,7 @@ class HereFlow(flow.Flow):
                 raise KilledError
             self.ran.append(kind)
             self._count(self.done, kind, made)
+            self.progress.done(kind, made, task.bytes)
             yield number, made
 
 

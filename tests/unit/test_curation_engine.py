@@ -182,7 +182,7 @@ def test_the_funnel_counts_what_stages_did(tmp_path):
         total = engine.summed(here, found.tallies * 40)
         total = engine.summed(here, found.tallies)
         assert sorted(total) == ["0 longer", "1 minhash", "2 upper", "read"]
-        assert all(part.pop("seconds") > 0 for name, part in total.items() if name != "read")
+        assert all(part.pop("seconds") > 0 for part in total.values())
         summed.append(total)
     assert summed[0] == summed[1]
     read, longer, minhash, upper = (summed[0][name] for name in ("read", "0 longer", "1 minhash", "2 upper"))

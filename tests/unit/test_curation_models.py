@@ -1,16 +1,20 @@
 """Text of evaluation sets is found wherever it is, and a classifier learns what it is shown; neither depends on the batch."""
 
+import html
 import json
 import random
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
+from heliostat.cli import main
 from heliostat.curation import decontamination, linear, registry, training
 from heliostat.curation.stage import Document
 from heliostat.curation.stages.classifier import Classifier
 from heliostat.curation.stages.decontaminate import Decontaminate
 from heliostat.errors import ConfigError
+from typer.testing import CliRunner
 
 QUESTION = "A train leaves the station at noon and travels for three hours at sixty miles an hour how far has it gone"
 
@@ -153,6 +157,30 @@ def test_a_classifier_is_trained_from_two_folders(tmp_path):
     linear.load(tmp_path / "model")
     with pytest.raises(ConfigError, match="holds no files"):
         training.train(tmp_path / "none", tmp_path / "bad", tmp_path / "model")
+
+
+def test_one_command_trains_on_real_text(tmp_path):
+    """Python's manual against its source: as files of text and as pages; the same folder again from the same examples."""
+    (tmp_path / "good").mkdir()
+    (tmp_path / "bad").mkdir()
+    for i, (name, text) in enumerate(sorted(topics.items())):
+        page = f"<html><body><main><p>{html.escape(text)}</p></main></body></html>"
+        (tmp_path / "good" / (f"{name}.html" if i % 20 == 0 else f"{name}.txt")).write_text(page if i % 20 == 0 else text)
+    for path in sorted(Path(json.__file__).parents[1].glob("*.py"))[:70]:
+        (tmp_path / "bad" / f"{path.name}.txt").write_text(path.read_text())
+    (tmp_path / "bad" / "picture.png").write_bytes(b"\x89PNG")
+    command = ["curate", "train-classifier", str(tmp_path / "good"), str(tmp_path / "bad"), "--out"]
+    found = CliRunner().invoke(main.app, [*command, str(tmp_path / "model"), "--json"])
+    report = json.loads(found.stdout)
+    assert found.exit_code == 0 and report["left_out"] == {"unknown_kind": 1} and report["held_out_bad"] == 14
+    assert report["trained_good"] + report["held_out_good"] == len(set(topics.values()))
+    assert report["held_out"]["0.5"]["precision"] > 0.9 and report["held_out"]["0.5"]["recall"] > 0.9
+    said = CliRunner().invoke(main.app, [*command, str(tmp_path / "again")]).stdout
+    assert "left out: 1 unknown_kind" in said and f"{report['held_out']['0.5']['recall']:.1%}" in said
+    for name in (linear.ABOUT, linear.WEIGHTS):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
+    refused = CliRunner().invoke(main.app, [*command, str(tmp_path / "good")])
+    assert isinstance(refused.exception, ConfigError) and "--out" in str(refused.exception)
 
 
 @pytest.mark.parametrize("name", registry.names())

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from heliostat.cli.common import DATA, Json, Settings, Verbose, app, finish, flag, out
+from heliostat.cli.common import DATA, Json, Settings, Verbose, app, finish, flag, out, print_table
+from heliostat.errors import ConfigError
 
 
 @app.command(rich_help_panel=DATA)
@@ -17,6 +18,12 @@ def prepare(
     ],
     setting: Settings = None,
     force: Annotated[bool, flag("--force", help="Make it again though it is up to date")] = False,
+    sample: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE", help="Make nothing: try a share of the input, as 0.1%, and predict the whole's funnel and hours"
+        ),
+    ] = None,
     json_: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -24,11 +31,31 @@ def prepare(
     from heliostat.pipelines.prepare import explain
     from heliostat.pipelines.prepare import prepare as run
 
-    report = run(pipeline, setting or [], force=force)
+    if sample is not None:
+        if force:
+            raise ConfigError("--force: a dry run (--sample) makes nothing that could be made again; give one of the two")
+        _predict(pipeline, setting or [], sample, json_)
+        return
+    report = run(pipeline, setting or [], force=force, quiet=json_)
     if not json_:
         for line in explain(report):
             out.print(line)
     finish(report, json_)
+
+
+def _predict(pipeline: Path, settings: list[str], sample: str, json_: bool) -> None:
+    from heliostat.pipelines import prediction
+    from heliostat.pipelines.prepare import dry_run
+    from heliostat.plan import hardware
+
+    found = dry_run(pipeline, settings, prediction.fraction(sample), quiet=json_)
+    prices = hardware.table()
+    found |= {"cost": found["cpu_hours"] * prices["devices"]["cpu"]["hour"], "currency": prices["currency"]}
+    if not json_:
+        print_table(prediction.table(found), left=(0,))
+        for line in prediction.explain(found):
+            out.print(line)
+    finish(found, json_)
 
 
 @app.command(rich_help_panel=DATA)

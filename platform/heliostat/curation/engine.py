@@ -58,25 +58,25 @@ class Engine:
     identity: list[Any]
     memory_limit: int
 
-    def curate(self, pieces: Iterable[list[Part]], stages: list[Stage]) -> Curated:
-        """Takes the pieces through all stages."""
+    def curate(self, pieces: Iterable[list[Part]], stages: list[Stage], explained: bool = True) -> Curated:
+        """Takes the pieces through all stages; if `explained`, what was read is counted too."""
         first, *rest = segments(stages)
         found = Curated()
-        found.runs = self._taken(
-            found, "read", segment.over_pieces, self._over_pieces(pieces, [s for _, s in first], bool(stages))
-        )
+        found.runs = self._taken(found, "read", segment.over_pieces, self._over_pieces(pieces, [s for _, s in first], explained))
         for part in rest:
             number, head = part[0]
             if isinstance(head, GlobalStage):
                 found.runs = head.compare(self.flow, found, number, self.memory_limit)
             else:
                 chain = [s for _, s in part]
-                found.runs = self._taken(found, f"stages-{number}", segment.over_run, self._over_runs(found.runs, chain, number))
+                found.runs = self._taken(
+                    found, f"stages-{number}", segment.over_run, self._over_runs(found.runs, chain, number), pooled=head.gpu
+                )
         return found
 
-    def _taken(self, found: Curated, kind: str, function: Any, tasks: Iterator[Task]) -> list[Run]:
+    def _taken(self, found: Curated, kind: str, function: Any, tasks: Iterator[Task], pooled: bool = False) -> list[Run]:
         """Runs the tasks of a segment; what they made is put in their order, whichever ended first."""
-        records = self.flow.all(kind, function, tasks)
+        records = self.flow.all(kind, function, tasks, pooled=pooled)
         return [run for record in records for run in found.take(record)]
 
     def _over_pieces(self, pieces: Iterable[list[Part]], stages: list[Stage], explained: bool) -> Iterator[Task]:
@@ -85,14 +85,14 @@ class Engine:
             told = [part.identity for part in piece]
             follows_from = key("read", self.identity, follows, self.run_bytes, explained, told)
             yield Task(follows_from, {"piece": piece, "source": self.source, "stages": entries, "run_bytes": self.run_bytes,
-                                      "explained": explained})  # fmt: skip
+                                      "explained": explained}, bytes=sum(part.length for part in piece))  # fmt: skip
 
     def _over_runs(self, runs: list[Run], stages: list[Stage], number: int) -> Iterator[Task]:
         entries, follows = [s.entry() for s in stages], [s.identity() for s in stages]
         for run in runs:
             follows_from = key("stages", self.identity, number, follows, self.run_bytes, run.name, run.decided)
             yield Task(follows_from, {"run": run, "source": self.source, "stages": entries, "first": number,
-                                      "run_bytes": self.run_bytes})  # fmt: skip
+                                      "run_bytes": self.run_bytes}, bytes=run.bytes)  # fmt: skip
 
     @property
     def run_bytes(self) -> int:
@@ -100,13 +100,20 @@ class Engine:
 
 
 def segments(stages: list[Stage]) -> list[list[tuple[int, Stage]]]:
-    """Cuts a list of stages, with their numbers, where documents are compared; the first segment has none that compare."""
+    """Cuts a list of stages, with their numbers, around those that run by themselves: they compare documents or need a GPU.
+
+    The first segment has none of these.
+    """
     found = [list[tuple[int, Stage]]()]
     for number, stage in enumerate(stages):
-        if isinstance(stage, GlobalStage) or any(isinstance(s, GlobalStage) for _, s in found[-1]):
+        if _alone(stage) or any(_alone(s) for _, s in found[-1]):
             found.append([])
         found[-1].append((number, stage))
     return found
+
+
+def _alone(stage: Stage) -> bool:
+    return stage.gpu or isinstance(stage, GlobalStage)
 
 
 def summed(flow: Flow, names: list[str]) -> tally.Tally:

@@ -15,6 +15,8 @@ from typing import Any
 
 import ray
 
+from heliostat.curation.pool import Pool
+from heliostat.curation.progress import Progress
 from heliostat.curation.work import Work
 
 log = logging.getLogger(__name__)
@@ -33,6 +35,8 @@ class Task:
     arguments: dict[str, Any]
     shared: dict[str, Any] = field(default_factory=dict)
     """Further arguments, each from `Flow.share`: what is large and the same for many tasks travels to a node once."""
+    bytes: int = 0
+    """That it reads, about: for the progress."""
 
 
 @dataclass
@@ -47,6 +51,10 @@ class Flow:
     kept: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     """Of the tasks of each kind, also of those that an earlier run has finished."""
+    opening: dict[str, float] = field(default_factory=dict)
+    """Those of them in which stages were opened: once in each process, however much it does."""
+
+    progress: Progress = field(default_factory=Progress)
 
     def share(self, value: Any) -> Any:
         """Returns what stands for the value in `Task.shared`."""
@@ -56,17 +64,25 @@ class Flow:
         """Returns how many CPUs the cluster has."""
         return max(1, int(ray.cluster_resources().get("CPU", 1.0)))
 
+    def devices(self) -> int:
+        """Returns how many GPUs the cluster has."""
+        return int(ray.cluster_resources().get("GPU", 0.0))
+
     def run(self, kind: str, function: Callable[..., dict[str, Any]], tasks: Iterator[Task], cpus: int = 1,
-            valid: Callable[[dict[str, Any]], bool] = lambda record: True) -> Iterator[tuple[int, dict[str, Any]]]:  # fmt: skip
+            valid: Callable[[dict[str, Any]], bool] = lambda record: True,
+            pooled: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:  # fmt: skip
         """Yields (the task's number, its record) as tasks finish; a record that is not `valid` is made again.
 
-        The function is called with the work folder and the task's arguments; in its record, `files` names the spill files.
+        The function is called with the work folder and the task's arguments; in its record, `files` names the spill files. Where
+        they are `pooled`, tasks run in actors, one for each GPU of the cluster, if it has any.
         """
-        waiting: dict[Any, int] = {}
+        waiting: dict[Any, tuple[int, int]] = {}
         work = Work(self.work.location)  # without what was looked up
-        remote = _execute.options(num_cpus=cpus, num_gpus=self.gpus, max_retries=RETRIES,
-                                  label_selector=self.labels or None, name=kind)  # fmt: skip
-        room = Room(cpus, self.gpus)
+        size = self.devices() if pooled else 0
+        pool = Pool(execute, size, RETRIES, num_cpus=cpus, num_gpus=1, label_selector=self.labels or None) if size else None
+        remote = pool or _execute.options(num_cpus=cpus, num_gpus=self.gpus, max_retries=RETRIES,
+                                          label_selector=self.labels or None, name=kind)  # fmt: skip
+        room: Callable[[], int] = (lambda: 2 * size) if pool else Room(cpus, self.gpus)
         try:
             for number, task, record in self._looked_up(kind, tasks, valid):
                 if record is not None:
@@ -74,13 +90,17 @@ class Flow:
                     yield number, record
                     continue
                 while len(waiting) >= room():
-                    yield from self._next(kind, waiting)
-                waiting[remote.remote(work, kind, task.key, function, task.arguments, **task.shared)] = number
+                    yield from self._next(kind, waiting, pool)
+                waiting[remote.remote(work, kind, task.key, function, task.arguments, **task.shared)] = (number, task.bytes)
             while waiting:
-                yield from self._next(kind, waiting)
+                yield from self._next(kind, waiting, pool)
         except BaseException:
+            if pool:
+                pool.end()
             _end(list(waiting))
             raise
+        if pool:
+            pool.end()
 
     def all(self, kind: str, function: Callable[..., dict[str, Any]], tasks: Iterator[Task], **more: Any) -> list[dict[str, Any]]:
         """Runs the tasks and returns their records in the tasks' order."""
@@ -89,23 +109,32 @@ class Flow:
 
     def _looked_up(self, kind: str, tasks: Iterator[Task], valid: Callable[[dict[str, Any]], bool]) -> Iterator[Any]:
         number = 0
-        while batch := list(islice(tasks, BATCH)):
-            known = self.work.found(kind, (task.key for task in batch))
+        whole = False
+        while not whole:
+            batch = list(islice(tasks, BATCH))
+            whole = len(batch) < BATCH
+            known = {k: r for k, r in self.work.found(kind, (task.key for task in batch)).items() if valid(r)}
+            todo = [task.bytes for task in batch if task.key not in known]
+            self.progress.found(kind, list(known.values()), todo, whole)
             for task in batch:
-                record = known.get(task.key)
-                yield number, task, record if record is not None and valid(record) else None
+                yield number, task, known.get(task.key)
                 number += 1
 
-    def _next(self, kind: str, waiting: dict[Any, int]) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _next(self, kind: str, waiting: dict[Any, tuple[int, int]], pool: Pool | None) -> Iterator[tuple[int, dict[str, Any]]]:
         ready, _ = ray.wait(list(waiting), num_returns=1)
         for reference in ready:
             record = ray.get(reference)
             self._count(self.done, kind, record)
-            yield waiting.pop(reference), record
+            number, bytes = waiting.pop(reference)
+            if pool:
+                pool.ended(reference)
+            self.progress.done(kind, record, bytes)
+            yield number, record
 
     def _count(self, counts: dict[str, int], kind: str, record: dict[str, Any]) -> None:
         counts[kind] = counts.get(kind, 0) + 1
         self.seconds[kind] = self.seconds.get(kind, 0.0) + record["seconds"]
+        self.opening[kind] = self.opening.get(kind, 0.0) + record.get("opening", 0.0)
 
 
 class Room:

@@ -86,7 +86,10 @@ def load(folder: Path) -> Linear:
         features = Features(int(about["ngrams"]), int(about["bits"]), int(about["chars"]))
         made = Linear(weights, float(about["bias"]), features)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
-        raise ConfigError(f"model: {str(folder)!r} holds no classifier ({type(e).__name__}: {e}); train one first") from e
+        raise ConfigError(
+            f"model: {str(folder)!r} holds no classifier ({type(e).__name__}: {e}); train one by "
+            "`heliostat curate train-classifier`"
+        ) from e
     if about.get("format") != 1 or weights.dtype != np.float32 or weights.shape != (1 << features.bits,):
         raise ConfigError(f"model: {str(folder)!r} holds weights {weights.dtype} {weights.shape} that do not fit its keys")
     return made

@@ -31,6 +31,11 @@ class Part:
     first: int = 1
 
     @property
+    def length(self) -> int:
+        """Returns the bytes that are read."""
+        return (self.bytes if self.stop is None else self.stop) - self.start
+
+    @property
     def identity(self) -> list[object]:
         """Returns what the part's documents follow from, as JSON values."""
         return list(astuple(self))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -79,20 +80,31 @@ def survivors(
 def over_pieces(folder: Location, piece: list[Part], source: Source, stages: list[Entry], run_bytes: int,
                 explained: bool) -> dict[str, Any]:  # fmt: skip
     """Runs a segment over a piece of the input; if `explained`, it also counts what was read."""
+    start = time.monotonic()
     chain = Chain([registry.parse(entry) for entry in stages])
+    opening = time.monotonic() - start
     documents = (d for part in piece for d in source.read(part))
-    return _run(folder, counted(documents, chain.tally) if explained else documents, source, chain, run_bytes)
+    made = _run(folder, counted(documents, chain.tally) if explained else documents, source, chain, run_bytes)
+    return made | {"opening": opening}
 
 
 def over_run(folder: Location, run: Run, source: Source, stages: list[Entry], first: int, run_bytes: int) -> dict[str, Any]:
     """Runs a segment over a run of the segment before, from stage `first` on."""
-    return _run(folder, _documents(folder, run), source, Chain([registry.parse(e) for e in stages], first), run_bytes)
+    start = time.monotonic()
+    chain = Chain([registry.parse(e) for e in stages], first)
+    opening = time.monotonic() - start
+    return _run(folder, (d for _, d in documents_of(folder, run)), source, chain, run_bytes) | {"opening": opening}
 
 
 def counted(documents: Iterable[Document | Dropped], counts: tally.Tally) -> Iterator[Document | Dropped]:
-    """Counts documents as they are read."""
-    found = tally.entry(counts, READ)
-    for item in documents:
+    """Counts documents as they are read, and the seconds that reading takes."""
+    found, reading = tally.entry(counts, READ), iter(documents)
+    while True:
+        start = time.perf_counter()
+        item = next(reading, None)
+        found["seconds"] += time.perf_counter() - start
+        if item is None:
+            break
         found["documents"] += 1
         if isinstance(item, Dropped):
             found["dropped"][item.reason] = found["dropped"].get(item.reason, 0) + 1
@@ -103,10 +115,11 @@ def counted(documents: Iterable[Document | Dropped], counts: tally.Tally) -> Ite
     found["bytes"] = found["kept_bytes"]  # of what was left out nobody knows them
 
 
-def _documents(folder: Location, run: Run) -> Iterator[Document]:
+def documents_of(folder: Location, run: Run) -> Iterator[tuple[int, Document]]:
+    """Yields the run's documents, with their rows, without those that were decided against."""
     for table in survivors(folder, run, columns=["id", "columns", "text"]):
-        for row in table.select(["id", "columns", "text"]).to_pylist():
-            yield Document(row["id"], row["text"], json.loads(row["columns"]) if row["columns"] else {})
+        for row in table.select(["row", "id", "columns", "text"]).to_pylist():
+            yield row["row"], Document(row["id"], row["text"], json.loads(row["columns"]) if row["columns"] else {})
 
 
 def _run(folder: Location, documents: Iterable[Document | Dropped], source: Source, chain: Chain,

@@ -62,6 +62,8 @@ class Stage(Strict):
     """What it drops documents for: a word, and what that word means."""
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {}
     """The measures that it decides by, and the fields that hold their thresholds."""
+    gpu: ClassVar[bool] = False
+    """Whether it runs by itself in tasks that each hold a GPU, where the cluster has any."""
     version: ClassVar[int] = 1
     """Raised whenever the same keys give other documents: what was made by an earlier version is then made again."""
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from heliostat import extras
-from heliostat.curation import linear, readers
-from heliostat.curation.stage import Dropped
+from heliostat.curation import linear, readers, registry
+from heliostat.curation.stage import Dropped, Work
 from heliostat.errors import ConfigError
 
 
@@ -18,8 +18,11 @@ def train(
     """Trains a classifier on the documents of two folders, writes it to a third, and returns its report.
 
     The report has precision and recall on held-out documents, and the number of documents that could not be read, by reason.
-    ConfigError if a folder holds too few documents.
+    ConfigError if a folder holds too few documents, or if other things lie where it is to be written.
     """
+    others = sorted({p.name for p in to.iterdir()} - {linear.ABOUT, linear.WEIGHTS}) if to.is_dir() else []
+    if others or to.is_file():
+        raise ConfigError(f"--out: {str(to)!r} {f'holds {others[0]!r}' if others else 'is a file'}; name a new folder")
     extras.require("curation", "sklearn", "scipy", "safetensors", what="training a classifier")
     left_out = dict[str, int]()
     texts = [list(_texts(folder, left_out)) for folder in (good, bad)]
@@ -30,15 +33,20 @@ def train(
 
 
 def _texts(folder: Path, left_out: dict[str, int]) -> Iterator[str]:
-    """Yields the texts of all files of a folder that are of a known kind; pages must be made text before."""
+    """Yields the texts of all files of a folder that are of a known kind, of pages by `stage: extract` with its defaults."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else []
     if not paths:
         raise ConfigError(f"{str(folder)!r} holds no files; name a folder of examples")
+    extract: Work | None = None  # opened for the first page: it needs packages that texts do not
     for path in paths:
         with path.open("rb") as stream:
             for item in readers.read(str(path), stream, readers.Limits()):
-                if isinstance(item, Dropped) or isinstance(item.text, bytes):
-                    reason = item.reason if isinstance(item, Dropped) else "no_text"
-                    left_out[reason] = left_out.get(reason, 0) + 1
+                if not isinstance(item, Dropped) and isinstance(item.text, bytes):
+                    extract = extract or registry.parse({"stage": "extract"}).open()
+                    (made,) = extract([item])
+                    item = made.document or Dropped(item.id, made.reason)
+                if isinstance(item, Dropped):
+                    left_out[item.reason] = left_out.get(item.reason, 0) + 1
                 else:
+                    assert isinstance(item.text, str)
                     yield item.text

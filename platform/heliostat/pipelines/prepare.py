@@ -19,15 +19,17 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import Field
-from rich.text import Text
 
 from heliostat.cluster import private_ray
 from heliostat.cluster.connect import connect
@@ -36,9 +38,9 @@ from heliostat.config.schema import Float, Strict, apply, read_yaml, validate
 from heliostat.data import collection, manifest, versions
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, DataError, HeliostatError, StorageError, innermost
+from heliostat.pipelines.watching import Watch
 from heliostat.storage import Location
 from heliostat.terminal import console
-from heliostat.text import printable
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +96,13 @@ class Pipeline(Strict):
         """
         raise NotImplementedError
 
+    def predict(self, folder: Location, inputs: list[InputFile], fraction: float) -> dict[str, Any]:
+        """Prepares a share of the input in a folder, on Ray, and returns what the whole would give and take, as JSON values."""
+        raise ConfigError(f"--sample: {type(self).__name__} has no dry run; text pipelines have one")
+
+    def watched(self, watch: Watch) -> None:
+        """Takes what shows a person how far `write` and `predict` are."""
+
     def begin_anew(self) -> None:
         """Forgets what an earlier run has left unfinished: `--force` was given."""
 
@@ -125,8 +134,11 @@ def load(path: Path, settings: list[str]) -> tuple[str, Pipeline]:
     return target, validate(cls, raw, str(path))
 
 
-def prepare(path: Path, settings: list[str], force: bool = False) -> dict[str, Any]:
-    """Prepares the dataset that the pipeline YAML describes, or finds it up to date; returns the report as JSON values."""
+def prepare(path: Path, settings: list[str], force: bool = False, quiet: bool = False) -> dict[str, Any]:
+    """Prepares the dataset that the pipeline YAML describes, or finds it up to date; returns the report as JSON values.
+
+    It shows how far it is, unless it is to be `quiet`.
+    """
     start = time.monotonic()
     target, pipeline = load(path, settings)
     output = place(pipeline.output)
@@ -148,14 +160,12 @@ def prepare(path: Path, settings: list[str], force: bool = False) -> dict[str, A
         pipeline.begin_anew()
     before = set(versions.listing(output))
     try:
-        module = type(pipeline).__module__
-        needed = private_ray.TASKS if pipeline.ray_data else ()
-        private_ray.ahead(0, [*needed, *([module] if module.startswith("heliostat.") else [])])
-        connect(cpus=CPUS)
-        if pipeline.ray_data:
-            _keep_to(pipeline.labels)
-        with console.status(Text(f"preparing {printable(pipeline.name)}")):
-            rows, meta = _write(pipeline, output, inputs)
+        _start_ray(pipeline)
+        with Watch(console, f"preparing {pipeline.name}", quiet) as watch, told():
+            pipeline.watched(watch)
+            rows, meta = pipeline.write(output, inputs)
+        if not rows:
+            raise DataError(f"{pipeline.name}: nothing is left of {len(inputs)} files; dropped: {meta.get('dropped')}")
         listed = meta.pop("listed", None)
         versions.save_beside(output)
         record = {k: v for k, v in record.items() if k not in ("made", *wanted)}
@@ -174,19 +184,44 @@ def prepare(path: Path, settings: list[str], force: bool = False) -> dict[str, A
     return _report(made, time.monotonic() - start, False, pruned)
 
 
-def _write(pipeline: Pipeline, output: Location, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def dry_run(path: Path, settings: list[str], fraction: float, quiet: bool = False) -> dict[str, Any]:
+    """Prepares a sample of the input in a folder that is deleted again, and predicts what the whole would give and take."""
+    _, pipeline = load(path, settings)
+    output = place(pipeline.output)
+    _check_output(output)
+    pipeline.check()
+    inputs = pipeline.inputs()
+    folder = output.ending(f".sample-{secrets.token_hex(4)}")
+    _start_ray(pipeline)
     try:
-        rows, meta = pipeline.write(output, inputs)
+        with Watch(console, f"preparing a sample of {pipeline.name}", quiet) as watch, told():
+            pipeline.watched(watch)
+            return pipeline.predict(folder, inputs, fraction)
+    finally:
+        folder.delete()
+
+
+def _start_ray(pipeline: Pipeline) -> None:
+    module = type(pipeline).__module__
+    needed = private_ray.TASKS if pipeline.ray_data else ()
+    private_ray.ahead(0, [*needed, *([module] if module.startswith("heliostat.") else [])])
+    connect(cpus=CPUS)
+    if pipeline.ray_data:
+        _keep_to(pipeline.labels)
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Raises what a task raised, if it is meant for the person, as it was before Ray wrapped it."""
+    try:
+        yield
     except HeliostatError:
         raise
-    except Exception as e:  # Ray wraps what a task raised; ours are meant for the person
+    except Exception as e:
         cause = innermost(e)
         if cause is None:
             raise
         raise type(cause)(str(cause)) from e
-    if not rows:
-        raise DataError(f"{pipeline.name}: nothing is left of {len(inputs)} files; dropped: {meta.get('dropped')}")
-    return rows, meta
 
 
 def _undo(output: Location, before: set[str], record: dict[str, Any], error: BaseException) -> None:

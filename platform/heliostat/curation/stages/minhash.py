@@ -61,7 +61,8 @@ class MinHash(GlobalStage):
         name, runs = tally.label(number, self), found.runs
         kind = f"minhash-{number}"
         parameters = Parameters(self.bands, self.rows, self.ngram, self.seed)
-        signing = (Task(key(run.name, run.decided, vars(parameters)), {"run": run, "parameters": parameters}) for run in runs)
+        signing = (Task(key(run.name, run.decided, vars(parameters)), {"run": run, "parameters": parameters}, bytes=run.bytes)
+                   for run in runs)  # fmt: skip
         signed = flow.all(f"{kind}-sign", sign, signing)
         parts = max(1, -(-sum(r["rows"] for r in signed) * ROW_BYTES // memory_limit))
         paired = flow.all(f"{kind}-pairs", components.pairs, components.tasks(flow, parts, [r["keys"] for r in signed]))

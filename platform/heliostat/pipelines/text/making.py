@@ -14,13 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from heliostat.curation import pieces, reasons, segment, spill
+from heliostat.curation import pieces, reasons, segment, spill, tally
 from heliostat.curation.engine import Curated, Engine, groups, segments, summed
 from heliostat.curation.flow import Flow, Task
 from heliostat.curation.pieces import Part
 from heliostat.curation.readers import REASONS
 from heliostat.curation.stage import Stage
-from heliostat.curation.tally import label
 from heliostat.curation.work import key
 from heliostat.data import versions
 from heliostat.data.manifest import FILES, SHARDS
@@ -50,12 +49,19 @@ class Making:
     chunk_tokens: int
     seconds: dict[str, float] = field(default_factory=dict)
     """CPU seconds of each stage, afterwards; of the work that earlier runs have done, too."""
+    counted: tally.Tally = field(default_factory=dict)
+    """What the stages did, afterwards."""
+
+    @property
+    def explained(self) -> bool:
+        """Tells whether the dataset says what became of each document."""
+        return bool(self.stages)
 
     def run(self, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Writes everything but the manifest, and returns its rows and metadata."""
         rules = self.source.rules
         engine = Engine(self.flow, self.source, [self.source.input, vars(rules)], self.memory_limit)
-        curated = engine.curate(self._pieces(inputs), self.stages)
+        curated = engine.curate(self._pieces(inputs), self.stages, self.explained)
         definition = self.given if self.given is not None else self._train(curated)
         tokenizer = tokens.load(definition)
         end = tokens.end_id(tokenizer, self.tokenizer["end_of_document"])
@@ -66,7 +72,7 @@ class Making:
             ends += record["ends"]
             for shard in record["shards"]:
                 totals.add(shard)
-        totals.log(self.stages)
+        self._log(totals)
         meta = {"dropped": dict(sorted(totals.dropped.items())), "listed": self._listed(curated)}
         if not totals.chunks:
             return [], meta
@@ -81,12 +87,15 @@ class Making:
             **({"cuts": totals.cut} if totals.cut else {}),
             "bytes": totals.bytes,
             "unigram_entropy": tokens.entropy(totals.counts),
-            **(self._explained(curated, totals, sorted(ends)) if self.stages else {}),
+            **(self._explained(curated, totals, sorted(ends)) if self.explained else {}),
         }
+
+    def _log(self, totals: Totals) -> None:
+        totals.log(self.stages)
 
     def _explained(self, curated: Curated, totals: Totals, ends: list[str]) -> dict[str, Any]:
         """Writes the funnel and what became of each document; returns what the manifest says of them."""
-        total = summed(self.flow, sorted(curated.tallies))
+        total = self.counted = summed(self.flow, sorted(curated.tallies))
         shard = {"documents": totals.documents + totals.duplicates, "kept": totals.documents, "kept_bytes": totals.bytes,
                  "bytes": curated.bytes, "dropped": {"duplicate": totals.duplicates} if totals.duplicates else {},
                  "counts": {"tokens": int(totals.counts.sum())}}  # fmt: skip
@@ -98,7 +107,7 @@ class Making:
                 for part in range(parts))  # fmt: skip
         written = self.flow.all("ends", reasons.write_ends, work, valid=lambda r: self.output.join(r["path"]).exists())
         of_stages = {name: round(total[name]["seconds"], 3) for name in total if name not in (segment.READ, segment.FINISH)}
-        first = sum(of_stages.get(label(number, stage), 0.0) for number, stage in segments(self.stages)[0])
+        first = sum(of_stages.get(tally.label(number, stage), 0.0) for number, stage in segments(self.stages)[0])
         self.seconds = {segment.READ: round(max(0.0, self.flow.seconds.get("read", 0.0) - first), 3), **of_stages,
                         "shard": round(self.flow.seconds.get("shards", 0.0), 3)}  # fmt: skip
         path = versions.store(self.output, f"{FILES}/funnel-", funnel, ".json")
@@ -128,11 +137,12 @@ class Making:
     def _shards(self, curated: Curated, definition: str, end: int) -> Iterator[dict[str, Any]]:
         """Writes the shards; where there are many, a task writes as many as have room in its memory, one after another."""
         shards = max(1, round(curated.bytes / self.shard_bytes))
-        plan = Sharding(self.output.uri, shards, definition, end, self.chunk_tokens, bool(self.stages))
+        plan = Sharding(self.output.uri, shards, definition, end, self.chunk_tokens, self.explained)
         follows = key("shards", [[run.name, run.decided] for run in curated.runs], vars(plan))
         each = min(max(1, self.memory_limit // 4 // self.shard_bytes), -(-shards // ALONE))
         shared = {"runs": self.flow.share(curated.runs), "plan": self.flow.share(plan)}
-        work = (Task(key(follows, first), {"first": first, "stop": min(first + each, shards)}, shared)
+        reads = curated.bytes * each // shards
+        work = (Task(key(follows, first), {"first": first, "stop": min(first + each, shards)}, shared, reads)
                 for first in range(0, shards, each))  # fmt: skip
         there = dict(self.output.join(SHARDS).files())
         cpus = max(1, self.flow.cpus() // shards)
@@ -201,7 +211,7 @@ class Totals:
         told = (
             REASONS
             | documents.REASONS
-            | {f"{label(i, s)}: {r}": f"{s.named()}: {w}" for i, s in enumerate(stages) for r, w in s.reasons.items()}
+            | {f"{tally.label(i, s)}: {r}": f"{s.named()}: {w}" for i, s in enumerate(stages) for r, w in s.reasons.items()}
         )
         for reason, count in sorted(self.dropped.items()):
             log.warning("dropped %d: %s, such as %s", count, told.get(reason, reason), sources.examples(self.examples[reason]))

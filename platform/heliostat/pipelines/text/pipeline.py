@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -23,14 +24,17 @@ from pydantic import BeforeValidator, ByteSize, Field, PrivateAttr, SerializeAsA
 from heliostat.config.schema import Strict
 from heliostat.curation import reasons, registry
 from heliostat.curation.flow import Flow
+from heliostat.curation.progress import Progress
 from heliostat.curation.stage import Stage
 from heliostat.curation.work import Work
 from heliostat.data.manifest import Manifest, kept_path
 from heliostat.errors import ConfigError
 from heliostat.pipelines.prepare import InputFile, Pipeline, place
-from heliostat.pipelines.text import documents, sources, tokens
+from heliostat.pipelines.text import documents, sampling, sources, tokens
 from heliostat.pipelines.text.making import Making
 from heliostat.pipelines.text.tasks import TextSource
+from heliostat.pipelines.text.trial import Trial
+from heliostat.pipelines.watching import Watch
 from heliostat.storage import Location
 
 log = logging.getLogger(__name__)
@@ -61,6 +65,7 @@ class TextPipeline(Pipeline):
     """Defines the keys of a text pipeline's YAML; `input` is a file, folder, glob, s3:// prefix, or `python:stdlib`."""
 
     _seconds: dict[str, float] = PrivateAttr(default_factory=dict)
+    _watch: Watch | None = PrivateAttr(default=None)
 
     later = frozenset({"max_document_bytes", "max_file_bytes", "columns", "stages"})
     beside = frozenset({"work", "keep_work", "memory_limit"})
@@ -162,13 +167,31 @@ class TextPipeline(Pipeline):
         return config
 
     def write(self, output: Location, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        flow = Flow(self.worked, self.labels)
+        flow = Flow(self.worked, self.labels, progress=self._progress)
         source = TextSource(self.input, self.rules)
         making = Making(flow, source, output, self.tokenizer.model_dump(), self.given, self.stages, self.memory_limit,
                         self.shard_bytes, self.chunk_tokens)  # fmt: skip
         rows, meta = making.run(inputs)
         self._seconds = making.seconds
         return rows, meta
+
+    def predict(self, folder: Location, inputs: list[InputFile], fraction: float) -> dict[str, Any]:
+        start, name = time.monotonic(), sources.root(self.input).name
+        sample = sampling.choose(inputs, fraction, name)
+        if not sample.parts:
+            raise ConfigError(f"--sample: a share of {fraction:g} of {len(inputs):,} files holds nothing; give a larger one")
+        flow = Flow(Work(folder.join("work")), self.labels, progress=self._progress)
+        source = sampling.SampledSource(self.input, self.rules, name, sample.records)
+        trial = Trial(flow, source, folder.join("out"), self.tokenizer.model_dump(), self.given, self.stages, self.memory_limit,
+                      self.shard_bytes, self.chunk_tokens, sample=sample)  # fmt: skip
+        return trial.predicted(inputs) | {"name": self.name, "seconds": round(time.monotonic() - start, 2)}
+
+    def watched(self, watch: Watch) -> None:
+        self._watch = watch
+
+    @property
+    def _progress(self) -> Progress:
+        return Progress(self._watch.show) if self._watch else Progress()
 
     def begin_anew(self) -> None:
         self.worked.clear()

@@ -1,0 +1,46 @@
+"""Runs tasks in a pool of Ray actors, one a GPU, which keep the models that they have loaded from task to task."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import ray
+
+
+class Pool:
+    """Gives each task to the actor that has the fewest; an actor that dies is started again, and its tasks with it."""
+
+    def __init__(self, execute: Callable[..., dict[str, Any]], size: int, retries: int, **options: Any) -> None:
+        made: Any = ray.remote(_Worker)
+        actor = made.options(max_restarts=retries, max_task_retries=retries, **options)
+        self.actors: list[Any] = [actor.remote(execute) for _ in range(size)]
+        self.under_way: dict[Any, int] = {}
+
+    def remote(self, *arguments: Any, **shared: Any) -> Any:
+        """Starts a task; returns its reference."""
+        load = Counter(self.under_way.values())
+        number = min(range(len(self.actors)), key=lambda i: load[i])
+        reference = self.actors[number].run.remote(*arguments, **shared)
+        self.under_way[reference] = number
+        return reference
+
+    def ended(self, reference: Any) -> None:
+        """Takes note that a task has ended."""
+        self.under_way.pop(reference, None)
+
+    def end(self) -> None:
+        """Ends the actors, and what is under way with them."""
+        for actor in self.actors:
+            ray.kill(actor)
+
+
+class _Worker:
+    """Runs tasks one after another in a process that stays."""
+
+    def __init__(self, execute: Callable[..., dict[str, Any]]) -> None:
+        self.execute = execute
+
+    def run(self, *arguments: Any, **shared: Any) -> dict[str, Any]:
+        return self.execute(*arguments, **shared)

@@ -1,0 +1,91 @@
+"""Tells how far the tasks of a pipeline are: done and total of each kind, documents, MB/s, and when the kind at work will end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from heliostat.terminal import duration
+
+Clock = Callable[[], float]
+Show = Callable[[str, str], None]  # takes the kind of tasks, and the line
+
+
+@dataclass
+class Kind:
+    """Counts the tasks of one kind; `kept` are those that an earlier run has finished."""
+
+    began: float
+    total: int = 0
+    done: int = 0
+    kept: int = 0
+    documents: int = 0
+    bytes: int = 0
+    """That the tasks which were done now have read."""
+    left_bytes: int = 0
+    """That those which are not done will read."""
+    whole: bool = False
+    """Whether the total is known: tasks are counted as they are looked up."""
+
+    def left(self, now: float) -> float | None:
+        """Estimates the seconds until the last task ends, by bytes where tasks have some; None if nothing tells."""
+        if not self.done or not self.whole:
+            return None
+        share = self.left_bytes / self.bytes if self.bytes else (self.total - self.kept - self.done) / self.done
+        return share * (now - self.began)
+
+
+def silent(kind: str, line: str) -> None:
+    """Shows nothing."""
+
+
+@dataclass
+class Progress:
+    """Counts tasks as they are found and finished, and shows a line at each."""
+
+    show: Show = silent
+    clock: Clock = time.monotonic
+    kinds: dict[str, Kind] = field(default_factory=dict)
+
+    def found(self, kind: str, kept: list[dict[str, Any]], todo: list[int], whole: bool) -> None:
+        """Takes more tasks of a kind: the records of those that were done before, and the bytes that the others will read."""
+        at = self.kinds.setdefault(kind, Kind(self.clock()))
+        at.total += len(kept) + len(todo)
+        at.kept += len(kept)
+        at.documents += sum(map(documents, kept))
+        at.left_bytes += sum(todo)
+        at.whole = whole
+        self._show(kind, at)
+
+    def done(self, kind: str, record: dict[str, Any], bytes: int) -> None:
+        """Takes a finished task that has read so many bytes."""
+        at = self.kinds[kind]
+        at.done += 1
+        at.documents += documents(record)
+        at.bytes += bytes
+        at.left_bytes -= bytes
+        self._show(kind, at)
+
+    def _show(self, kind: str, at: Kind) -> None:
+        if at.total and self.show is not silent:
+            self.show(kind, line(kind, at, self.clock()))
+
+
+def documents(record: dict[str, Any]) -> int:
+    """Counts the documents that a task has passed on, or written."""
+    return sum(rows for _, rows, _ in record.get("runs", [])) + sum(s["documents"] for s in record.get("shards", []))
+
+
+def line(kind: str, at: Kind, now: float) -> str:
+    """Formats how far a kind of tasks is, as `read 12/40 tasks  10,000 documents  31.5 MB/s  ETA 2 min 10 s`."""
+    seconds, left = now - at.began, at.left(now)
+    parts = [
+        f"{kind} {at.kept + at.done:,}/{at.total:,}{'' if at.whole else '+'} tasks",
+        f"{at.kept:,} of them done before" if at.kept else "",
+        f"{at.documents:,} documents" if at.documents else "",
+        f"{at.bytes / seconds / 1e6:,.1f} MB/s" if at.bytes and seconds > 0 else "",
+        f"ETA {duration(left)}" if left else "",
+    ]
+    return "  ".join(part for part in parts if part)

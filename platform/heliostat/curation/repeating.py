@@ -1,0 +1,107 @@
+"""Defines what stages have in common that remove from documents what others have too: their tasks, and what is counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from heliostat.config.schema import Float
+from heliostat.curation import registry, repeated, tally
+from heliostat.curation.chain import bytes_of
+from heliostat.curation.engine import Curated, groups
+from heliostat.curation.flow import Flow, Task
+from heliostat.curation.minhash import components
+from heliostat.curation.repeated import Signing
+from heliostat.curation.segment import Run, Spiller, documents_of, store
+from heliostat.curation.stage import Document, GlobalStage, Outcome
+from heliostat.curation.work import key
+from heliostat.storage import Location
+
+ROW_BYTES = 120  # of memory for each occurrence that a task goes through, sorting included
+RUNS = 8  # that a task rewrites
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Holds a text without what is repeated in it, how much of it that was, and what it is called."""
+
+    text: str
+    removed_words: float
+    detail: str
+    counts: dict[str, int]
+
+
+class RepeatingStage(GlobalStage):
+    """Removes what documents have in common, all but one occurrence; a subclass says what is compared, and how it is cut out."""
+
+    reasons: ClassVar = {
+        "repeated": "a larger share of words in what is repeated than max_removed_words",
+        "empty": "nothing but what is repeated",
+    }
+    thresholds: ClassVar = {"removed_words": ("max_removed_words",)}
+
+    max_removed_words: Float = Field(1.0, ge=0, le=1)
+    """Documents with a larger share of their words in what is removed are dropped (`repeated`); 1 drops none."""
+
+    def signing(self) -> Signing:
+        """Returns what hashes the parts of texts that are compared."""
+        raise NotImplementedError
+
+    def cut(self, text: str, lost: set[int]) -> Cut:
+        """Removes parts of a text by their places."""
+        raise NotImplementedError
+
+    def compare(self, flow: Flow, found: Curated, number: int, memory_limit: int) -> list[Run]:
+        kind, runs, parts = f"repeated-{number}", found.runs, self.signing()
+        told = [self.named(), self.version, vars(parts)]
+        signing = (Task(key(run.name, run.decided, told), {"run": run, "parts": parts}, bytes=run.bytes) for run in runs)
+        signed = flow.all(f"{kind}-sign", repeated.sign, signing)
+        shares = max(1, -(-sum(r["rows"] for r in signed) * ROW_BYTES // memory_limit))
+        chosen = flow.all(f"{kind}-choose", repeated.choose, components.tasks(flow, shares, [r["signed"] for r in signed]))
+        names = [name for r in chosen for name in r["lost"]]
+        records = flow.all(f"{kind}-remove", remove, self._removing(flow, runs, names, number, memory_limit))
+        seconds = sum(s for name, s in flow.seconds.items() if name.startswith(f"{kind}-"))
+        found.tallies.append(store(flow.work.spill, {tally.label(number, self): tally.entry({}, "") | {"seconds": seconds}}))
+        return [run for record in records for run in found.take(record)]
+
+    def _removing(self, flow: Flow, runs: list[Run], names: list[str], number: int, memory_limit: int) -> Iterator[Task]:
+        shared, first, follows = {"names": flow.share(names)}, 0, key(names, self.identity(), memory_limit)
+        for group in groups(runs, RUNS):
+            told = [[run.name, run.decided] for run in group]
+            arguments = {"first": first, "runs": group, "entry": self.entry(), "number": number, "memory_limit": memory_limit}
+            yield Task(key(follows, first, number, told), arguments, shared, sum(run.bytes for run in group))
+            first += len(group)
+
+    def outcome(self, document: Document, lost: set[int]) -> Outcome:
+        """Removes parts of a document by their places, or drops it."""
+        if not lost:
+            return Outcome(document, measures={"removed_words": 0.0})
+        assert isinstance(document.text, str)
+        made = self.cut(document.text, lost)
+        measures = {"removed_words": made.removed_words}
+        if not made.text.strip():
+            return Outcome(None, "empty", made.detail, measures, made.counts)
+        if made.removed_words > self.max_removed_words:
+            return Outcome(None, "repeated", made.detail, measures, made.counts)
+        return Outcome(Document(document.id, made.text, document.columns), measures=measures, counts=made.counts)
+
+
+def remove(folder: Location, first: int, runs: list[Run], entry: dict[str, Any], number: int, memory_limit: int,
+           names: list[str]) -> dict[str, Any]:  # fmt: skip
+    """Spills the documents of some runs again, without what is repeated in them."""
+    stage = registry.parse(entry)
+    assert isinstance(stage, RepeatingStage)
+    name, counts, out = tally.label(number, stage), dict[str, Any](), Spiller(folder, memory_limit // 8)
+    for run, lost in repeated.lost_of(folder, first, runs, names):
+        for row, document in documents_of(folder, run):
+            outcome = stage.outcome(document, lost.get(row, set()))
+            after = 0 if outcome.document is None else bytes_of(outcome.document)
+            tally.count(counts, name, stage, document, outcome, (bytes_of(document), after))
+            if outcome.document is None:
+                out.leave_out(document.id, name, outcome.reason, outcome.detail, outcome.measures)
+            else:
+                out.add(outcome.document)
+    return out.record(counts)

@@ -1,0 +1,124 @@
+"""Scores texts by a Hugging Face folder of a sequence classifier: safetensors and tokenizer.json alone, no code of the folder's.
+
+A text's score does not depend on the texts beside it: texts are padded to lengths that follow from their own, and batches are
+always full, so that every text of a length goes through the same kernels.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from heliostat.curation import files
+from heliostat.errors import ConfigError
+
+LEAST_TOKENS = 32  # that a text is padded to
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+
+
+def describe(folder: str) -> dict[str, Any]:
+    """Reads the folder's config.json; ConfigError if something that is needed is not there."""
+    try:
+        config = json.loads(files.read("model", str(Path(folder) / CONFIG)))
+    except ValueError as e:
+        raise ConfigError(f"model: {folder!r}: {CONFIG} is not JSON ({e}); name a folder that save_pretrained has written") from e
+    if "auto_map" in config:
+        raise ConfigError(
+            f"model: {folder!r} needs code that it brings ({CONFIG}: auto_map), which is not run; take another model"
+        )
+    missing = [what for what, there in (("safetensors", weights(folder)), (TOKENIZER, (Path(folder) / TOKENIZER).is_file()))
+               if not there]  # fmt: skip
+    if missing:
+        raise ConfigError(f"model: {folder!r} has no {missing[0]}; save it by save_pretrained, with its fast tokenizer")
+    return config
+
+
+def weights(folder: str) -> list[Path]:
+    return sorted(Path(folder).glob("*.safetensors"))
+
+
+def labels(config: dict[str, Any]) -> list[str]:
+    """Lists the labels in the order of the model's outputs."""
+    named = config.get("id2label") or {i: f"LABEL_{i}" for i in range(config.get("num_labels", 2))}
+    return [named[key] for key in sorted(named, key=int)]
+
+
+def digests(folder: str) -> dict[str, str]:
+    """Returns the SHA-256 of all files that scores follow from."""
+    paths = [*weights(folder), Path(folder) / CONFIG, Path(folder) / TOKENIZER]
+    return {path.name: _digest(str(path), *_state(path)) for path in paths}
+
+
+def _state(path: Path) -> tuple[int, int]:
+    try:
+        stat = path.stat()
+    except OSError as e:
+        raise ConfigError(f"model: {str(path)!r} cannot be read ({e.strerror}); name a folder that is there") from e
+    return stat.st_size, stat.st_mtime_ns
+
+
+@lru_cache(maxsize=256)
+def _digest(path: str, size: int, modified: int) -> str:
+    return files.digest("model", path)
+
+
+def padded(tokens: int, most: int) -> int:
+    """Returns the length that a text of so many tokens is padded to: a power of two, or one and a half of one."""
+    length = LEAST_TOKENS
+    while length < tokens:
+        length = length * 3 // 2 if length & (length - 1) == 0 else length * 4 // 3
+    return min(length, max(most, tokens))
+
+
+class Scorer:
+    """Scores texts, on a GPU if there is one."""
+
+    def __init__(self, folder: str, label: str, max_tokens: int, batch: int) -> None:
+        import torch
+        import transformers
+        from tokenizers import Tokenizer
+
+        config = describe(folder)
+        self.place, self.batch, self.max_tokens = labels(config).index(label), batch, max_tokens
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            self.tokenizer = Tokenizer.from_file(str(Path(folder) / TOKENIZER))
+            model = transformers.AutoModelForSequenceClassification.from_pretrained(
+                folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, dtype=torch.float32)  # fmt: skip
+        except Exception as e:  # of many kinds: what is wrong with a folder of others
+            fault = str(e).partition("\n")[0]
+            raise ConfigError(f"model: {folder!r} cannot be loaded as a sequence classifier ({fault})") from e
+        self.model = model.eval().to(self.device)
+        self.tokenizer.no_padding()
+        self.tokenizer.enable_truncation(max_tokens)
+        self.pad = model.config.pad_token_id or 0
+        self.outputs = model.config.num_labels
+        self.independent = model.config.problem_type == "multi_label_classification"
+
+    def __call__(self, texts: list[str]) -> list[tuple[float, bool]]:
+        """Returns (score of the label, whether the text was longer than max_tokens) of each."""
+        encoded = self.tokenizer.encode_batch(texts)
+        by_length = dict[int, list[int]]()
+        for i, one in enumerate(encoded):
+            by_length.setdefault(padded(len(one.ids), self.max_tokens), []).append(i)
+        found = [0.0] * len(texts)
+        for length, which in sorted(by_length.items()):
+            for start in range(0, len(which), self.batch):
+                part = which[start : start + self.batch]
+                for i, score in zip(part, self._scores([encoded[i].ids for i in part], length), strict=False):
+                    found[i] = score
+        return [(score, bool(one.overflowing)) for score, one in zip(found, encoded, strict=True)]
+
+    def _scores(self, rows: list[list[int]], length: int) -> list[float]:
+        import torch
+
+        rows = rows + [rows[0]] * (self.batch - len(rows))
+        ids = torch.tensor([row + [self.pad] * (length - len(row)) for row in rows], device=self.device)
+        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=self.device)
+        with torch.inference_mode():
+            logits = self.model(input_ids=ids, attention_mask=mask).logits.float()
+        if self.outputs > 1:  # of one output: a regression, such as a grade from 0 to 5
+            logits = logits.sigmoid() if self.independent else logits.softmax(-1)
+        return [round(value, 5) for value in logits[:, self.place].tolist()]

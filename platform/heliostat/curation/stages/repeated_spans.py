@@ -1,0 +1,39 @@
+"""Removes spans of words that another document has too, wherever they begin: one occurrence of each stays in the whole set.
+
+(Lee et al. 2021, Deduplicating Training Data Makes Language Models Better, arXiv 2107.06499, remove spans of 50 tokens by a
+suffix array, which must be in memory as a whole. Here windows of words are chosen by content, as winnowing does, Schleimer et
+al. 2003, and compared by hashes on disk: linear, and in bounded memory.) A span of `words` words that another document has as
+well is always found, in pieces of half of it; shorter ones sometimes, none of less than half. All of it goes but less than half
+of `words` at either end. What stays is in the document whose id has the least hash, and there the first. Words are compared as
+they are written; where a span was, a line ends. Put it last of what compares documents.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from heliostat.curation.minhash.signatures import WORD
+from heliostat.curation.repeating import Cut, RepeatingStage
+from heliostat.curation.windows import Windows, spans
+
+
+class RepeatedSpans(RepeatingStage):
+    """Removes spans of words that are in another document, or earlier in the same one."""
+
+    words: int = Field(100, ge=10)
+    """The words of a span that is always found."""
+
+    def signing(self) -> Windows:
+        return Windows((self.words + 1) // 2)
+
+    def cut(self, text: str, lost: set[int]) -> Cut:
+        """Removes windows by the numbers of their first words."""
+        edges = [(found.start(), found.end()) for found in WORD.finditer(text)]
+        kept, at, removed, gone = list[str](), 0, 0, spans(lost, self.signing().size)
+        for first, stop in gone:
+            kept.append(text[at : edges[first][0]].rstrip())
+            at = edges[stop][0] if stop < len(edges) else len(text)
+            removed += stop - first
+        left = "\n".join(part for part in [*kept, text[at:]] if part)
+        detail = f"{removed:,} of {len(edges):,} words, in {len(gone):,} spans"
+        return Cut(left, removed / len(edges), detail, {"spans_removed": len(gone), "words_removed": removed})

@@ -1,0 +1,44 @@
+"""Shows a person how far a pipeline is: a live line on a terminal, log lines now and then where there is none."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+from rich.console import Console
+from rich.status import Status
+from rich.text import Text
+
+from heliostat.text import printable
+
+log = logging.getLogger(__name__)
+
+LOG_S = 15.0  # between log lines
+
+
+class Watch:
+    """Shows what a pipeline is doing; nothing if `quiet`."""
+
+    def __init__(self, console: Console, doing: str, quiet: bool, clock: Callable[[], float] = time.monotonic) -> None:
+        self.doing, self.quiet, self.clock, self.logged = printable(doing), quiet, clock, clock()
+        live = console.is_terminal and not quiet
+        self._status: Status | None = console.status(Text(self.doing)) if live else None
+
+    def __enter__(self) -> Watch:
+        if self._status:
+            self._status.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._status:
+            self._status.stop()
+
+    def show(self, kind: str, line: str) -> None:
+        """Shows a line about the tasks of a kind."""
+        if self._status:
+            self._status.update(Text(f"{self.doing}: {line}", no_wrap=True, overflow="ellipsis"))
+        elif not self.quiet and self.clock() - self.logged >= LOG_S:
+            self.logged = self.clock()
+            log.info("%s: %s", self.doing, line)

@@ -1,0 +1,211 @@
+"""A dry run: what a sample is, what it says of the whole, and what it cannot say."""
+
+import gzip
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from heliostat.cli.common import app
+from heliostat.curation.registry import parse
+from heliostat.curation.work import Work
+from heliostat.errors import ConfigError, DataError
+from heliostat.pipelines import prediction
+from heliostat.pipelines.images.pipeline import ImagePipeline
+from heliostat.pipelines.prepare import dry_run
+from heliostat.pipelines.text import estimates, sampling, sources
+from heliostat.pipelines.text.documents import Rules
+from heliostat.pipelines.text.sampling import SampledSource
+from heliostat.pipelines.text.trial import Trial
+from heliostat.storage import Location
+from typer.testing import CliRunner
+
+from tests.unit.build_curation import HereFlow
+from tests.unit.test_making import make as make_whole
+
+BPE = {"vocab_size": 300, "train_bytes": 5000, "path": None, "end_of_document": "<|endoftext|>"}
+STAGES = [{"stage": "length", "min_words": 40}, {"stage": "minhash"}, {"stage": "length", "max_words": 90}]
+
+
+def text(rng: random.Random) -> str:
+    return " ".join(f"w{rng.randrange(900)}" for _ in range(10 + rng.randrange(110)))
+
+
+def make_input(folder: Path, documents: int = 6000) -> None:
+    """Lines in a large and a packed file, and files of one document; a tenth of all are near duplicates in pairs."""
+    rng = random.Random(0)
+    texts = [text(rng) for _ in range(documents)]
+    for i in range(0, documents, 10):
+        texts[i] = texts[(i * 7 + 5) % documents] + " end"
+    folder.mkdir()
+    third = documents // 3
+    (folder / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts[:third]))
+    with gzip.open(folder / "b.jsonl.gz", "wt") as f:
+        f.write("\n".join(json.dumps({"text": t}) for t in texts[third : 2 * third]))
+    for i in range(2 * third, documents):
+        (folder / f"{i}.txt").write_text(texts[i])
+
+
+def trial(tmp_path: Path, share: float, seed: int = 0, stages=STAGES, name: str = "trial") -> tuple[Trial, list]:
+    inputs = sources.listing(str(tmp_path / "in"), bool(stages))
+    sample = sampling.choose(inputs[::-1] if seed else inputs, share, "in")
+    here = HereFlow(Work(Location(f"{tmp_path}/{name}.work")), seed=seed)
+    source = SampledSource(str(tmp_path / "in"), Rules(), "in", sample.records)
+    output, parsed = Location(f"{tmp_path}/{name}"), [parse(entry) for entry in stages]
+    return Trial(here, source, output, BPE, None, parsed, 1 << 30, 40_000, 500, sample=sample), inputs
+
+
+def test_a_sample_follows_from_input_and_share_alone(tmp_path):
+    """Not from the order of the listing or of the tasks; and what is read of a share is little more than it."""
+    make_input(tmp_path / "in", 3000)
+    made, inputs = trial(tmp_path, 0.1)
+    again, _ = trial(tmp_path, 0.1, seed=1, name="again")
+    assert made.sample.parts == again.sample.parts
+    first, second = made.predicted(inputs), again.predicted(inputs)
+    for found in (first, second):
+        for key in ("cpu_hours", "wall_hours"):
+            found.pop(key)
+        for row in found["funnel"]:
+            row.pop("cpu_hours")
+    assert first == second
+    assert all(0.05 < p.read_bytes / p.input_bytes < 0.9 for p in (made.sample, again.sample))
+
+
+def test_every_record_has_the_same_chance_and_a_larger_share_holds_the_smaller(tmp_path):
+    make_input(tmp_path / "in", 3000)
+    inputs, found = sources.listing(str(tmp_path / "in"), True), {}
+    for share in (0.05, 0.2):
+        sample = sampling.choose(inputs, share, "in")
+        source = SampledSource(str(tmp_path / "in"), Rules(), "in", sample.records)
+        found[share] = [d.id for part in sample.parts for d in source.read(part)]
+        assert len(found[share]) == len(set(found[share]))
+        for kind, of in (("a.jsonl", 1000), ("b.jsonl", 1000), (".txt", 1000)):
+            count = sum(kind in id for id in found[share])
+            spread = 4 * (of * share * (1 - share)) ** 0.5 * (3 if kind == "a.jsonl" else 1)  # whose lines come by the block
+            assert abs(count - of * share) < spread, (kind, share, count)
+    assert {i for i in found[0.05] if ".txt" in i} <= {i for i in found[0.2] if ".txt" in i}
+    assert 0.1 < sample.taken_bytes / sample.input_bytes < 0.3
+    assert sample.of_bytes == pytest.approx(5, rel=0.3) and sample.unknown > 0.5
+
+
+def test_large_files_of_lines_are_read_in_places_only(tmp_path):
+    (tmp_path / "in").mkdir()
+    rng = random.Random(1)
+    with (tmp_path / "in" / "a.jsonl").open("w") as f:
+        while f.tell() < 12_000_000:
+            f.write(json.dumps({"text": "x" * rng.randrange(3000)}) + "\n")
+    sample = sampling.choose(sources.listing(str(tmp_path / "in")), 0.4, "in")
+    assert sample.records == {"lines": 1.0} and 50 < len(sample.parts) < 100
+    assert 0.3 < sample.read_bytes / sample.input_bytes < 0.5
+    few = sampling.choose(sources.listing(str(tmp_path / "in")), 0.01, "in")
+    assert 40 < len(few.parts) < 90, "places are many however small the share, and records in them fewer"
+    assert few.records["lines"] == pytest.approx(0.01 * 183 / 64, rel=0.02)
+
+
+def test_what_is_predicted_of_each_stage_is_near_the_whole(tmp_path):
+    make_input(tmp_path / "in", 2500)
+    made, inputs = trial(tmp_path, 0.4)
+    found = made.predicted(inputs)
+    (_, meta), _ = make_whole(tmp_path, "whole", STAGES)
+    truth = json.loads((tmp_path / "whole" / meta["curation"]["funnel"]).read_text())
+    assert [row["stage"] for row in found["funnel"]] == [n for n in truth if n != "finish"]
+    for row in found["funnel"]:
+        of = truth[row["stage"]]
+        assert row["kept_low"] <= of["kept"] <= row["kept_high"], row
+        assert row["kept"] == pytest.approx(of["kept"], rel=0.08) and row["kept_bytes"] == pytest.approx(
+            of["kept_bytes"], rel=0.1
+        )
+        assert row["documents"] == pytest.approx(of["documents"], rel=0.08)
+    (of,) = [of for of in found["duplicates"] if "minhash" in of]
+    share, truly = found["duplicates"][of], 1 - truth[of]["kept"] / truth[of]["documents"]
+    assert share["seen"] < 0.7 * truly, "a sample shows few of the duplicates"
+    assert share["expected"] == pytest.approx(truly, rel=0.35) and share["low"] <= truly <= share["high"]
+    assert any("minhash" in note for note in found["notes"])
+    assert found["tokens"] == pytest.approx(truth["shard"]["counts"]["tokens"], rel=0.1)
+
+
+def test_a_pipeline_without_stages_is_predicted_too(tmp_path):
+    make_input(tmp_path / "in", 900)
+    made, inputs = trial(tmp_path, 0.5, stages=[])
+    found = made.predicted(inputs)
+    assert [row["stage"] for row in found["funnel"]] == ["read", "shard"] and found["cpu_hours"] > 0
+    assert found["documents"] == pytest.approx(900, rel=0.2)
+
+
+def test_seconds_of_opening_stages_are_not_taken_for_work(tmp_path):
+    make_input(tmp_path / "in", 900)
+    made, inputs = trial(tmp_path, 0.5, stages=[])
+    before = made.predicted(inputs)["cpu_hours"]
+    made.flow.seconds["read"] += 100
+    made.flow.opening["read"] += 100
+    funnel = {"read": 1.0, "shard": 1.0, "": 1.0}
+    assert sum(made._seconds(funnel, 10_000).values()) / 3600 - before < 101 / 3600
+    made.flow.opening["read"] = 0
+    assert sum(made._seconds(funnel, 10_000).values()) / 3600 - before > 150 / 3600
+
+
+@pytest.mark.parametrize(("size", "off"), [(2, 0.15), (3, 0.35), (6, 1)])
+def test_duplicates_of_a_whole_are_estimated_from_the_few_of_a_sample(size, off):
+    """Of pairs without bias, of large clusters too many, in the mean of twenty samples; within the bounds of each."""
+    rng, share, documents, clusters = np.random.default_rng(size), 0.1, 100_000, 4000
+    truly, found = clusters * (size - 1) / documents, []
+    for _ in range(20):
+        sizes = [n for n in rng.binomial(size, share, clusters).tolist() if n]
+        drawn = int(rng.binomial(documents - clusters * size, share)) + sum(sizes)
+        seen = [n for n in sizes if n > 1]
+        found.append(estimates.duplicates(drawn, sum(seen) - len(seen), len(seen), sorted(seen)[-20:], documents / drawn))
+    assert all(f.low <= truly <= f.high for f in found)
+    assert sum(f.expected for f in found) / len(found) == pytest.approx(truly, rel=off)
+    assert max(f.seen for f in found) < 0.5 * truly
+
+
+def test_intervals_of_shares():
+    assert estimates.wilson(0, 0) == (0, 1)
+    low, high = estimates.wilson(50, 100)
+    assert (round(low, 3), round(high, 3)) == (0.404, 0.596)
+    assert estimates.wilson(0, 100)[0] == 0 and 0.03 < estimates.wilson(0, 100)[1] < 0.04
+    assert estimates.duplicates(100, 0, 0, [], 1000).high > 0.5, "no duplicates among few say nothing"
+    assert estimates.duplicates(100, 30, 10, [], 1).expected == 0.3
+
+
+@pytest.mark.parametrize(("given", "share"), [("0.1%", 0.001), ("0.01", 0.01), (" 5 %", 0.05), (".5", 0.5)])
+def test_shares_as_people_write_them(given, share):
+    assert prediction.fraction(given) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("given", ["", "0", "1", "100%", "-1%", "ten", "nan", "inf", "1%%"])
+def test_what_is_no_share_is_refused(given):
+    with pytest.raises(ConfigError, match=r"--sample.*0\.1%"):
+        prediction.fraction(given)
+
+
+def test_a_share_that_holds_nothing_is_refused_and_nothing_stays(tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("a")
+    path = tmp_path / "p.yaml"
+    path.write_text(json.dumps({"name": "i", "pipeline": "heliostat.pipelines:TextPipeline", "input": str(tmp_path / "in"),
+                                "output": str(tmp_path / "out"), "tokenizer": {"vocab_size": 300}}))  # fmt: skip
+    monkeypatch.setattr("heliostat.pipelines.prepare._start_ray", lambda pipeline: None)
+    with pytest.raises(ConfigError, match=r"--sample: .*1 files holds nothing; give a larger one"):
+        dry_run(path, [], 1e-9)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "p.yaml"]
+
+
+def test_images_have_no_dry_run(tmp_path):
+    with pytest.raises(ConfigError, match="--sample: ImagePipeline has no dry run"):
+        ImagePipeline.model_construct().predict(Location(str(tmp_path)), [], 0.5)
+
+
+def test_a_sample_of_which_nothing_is_left_says_so(tmp_path):
+    make_input(tmp_path / "in", 300)
+    made, inputs = trial(tmp_path, 0.5, stages=[{"stage": "length", "min_words": 5000}])
+    with pytest.raises(DataError, match=r"nothing is left of the sample.*give a larger one"):
+        made.predicted(inputs)
+
+
+def test_a_dry_run_makes_nothing_that_could_be_forced():
+    from heliostat.cli import main  # noqa: F401  (registers the commands)
+
+    found = CliRunner().invoke(app, ["prepare", "p.yaml", "--sample", "1%", "--force"])
+    assert isinstance(found.exception, ConfigError) and "--force" in str(found.exception)
