@@ -1,0 +1,133 @@
+"""Answers for curated datasets: `heliostat trace`, `forget`, `curate report`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from heliostat.cli.common import DATA, Json, TrackingUri, app, finish, out, store_uri
+from heliostat.errors import ConfigError
+
+MOST = 20  # documents, samples and steps that are printed; --json has all
+
+Dataset = Annotated[
+    str, typer.Argument(help="A dataset made with stages: a folder or s3:// URI", metavar="DATASET", show_default=False)
+]
+Url = Annotated[str | None, typer.Option("--url", help="The document of this url, a column of the dataset", metavar="URL")]
+Id = Annotated[
+    str | None, typer.Option("--id", help="The document of this id: its path in the input, with #record", metavar="ID")
+]
+Text = Annotated[Path | None, typer.Option("--text", help="The document with the text of this file", metavar="FILE")]
+
+
+def _found(dataset: str, url: str | None, id: str | None, text: Path | None) -> tuple[Any, list[dict[str, Any]]]:
+    from heliostat.data import manifest
+    from heliostat.pipelines.text.trace import find
+    from heliostat.storage import Location
+
+    if sum(x is not None for x in (url, id, text)) != 1:
+        raise ConfigError("give one of --url, --id or --text")
+    try:
+        raw = text.read_bytes() if text else None
+    except OSError as e:
+        raise ConfigError(f"--text: {text} cannot be read ({e.strerror})") from e
+    made = manifest.read(Location(dataset))
+    return made, find(made, id=id, url=url, text=raw)
+
+
+@app.command(rich_help_panel=DATA)
+def trace(
+    dataset: Dataset,
+    url: Url = None,
+    id: Id = None,
+    text: Text = None,
+    run: Annotated[
+        str | None, typer.Option(help="Only this run's samples and steps, by its id or folder", metavar="RUN", show_default=False)
+    ] = None,
+    mlflow: TrackingUri = None,
+    json_: Json = False,
+) -> None:
+    """Tell a document's way: where it was read, what each stage did to it, who stayed instead, its shard, and its steps."""
+    from heliostat.pipelines.text import trace as tracing
+
+    made, ends = _found(dataset, url, id, text)
+    told = [tracing.trace(made, end) for end in ends]
+    for one in told:
+        one["runs"] = _runs(made, one["kept"], run, mlflow) if one["shard"] else []
+    if not json_:
+        for one in told[:MOST]:
+            _print(one)
+        if len(told) > MOST:
+            out.print(f"and {len(told) - MOST:,} more documents; --json has them")
+    finish({"dataset": str(made.location), "digest": made.digest, "documents": told}, json_)
+
+
+def _runs(made: Any, id: str, run: str | None, mlflow: str | None) -> list[dict[str, Any]]:
+    """Finds the runs that have trained on a document."""
+    from heliostat.track import mlflow_client
+    from heliostat.track.lineage_of_documents import Trained
+
+    uri = store_uri(mlflow)
+    with mlflow_client.asking(uri):
+        client = mlflow_client.connect(uri)
+        only = mlflow_client.find(client, run, uri).info.run_id if run else None
+        return Trained(client, made, id).runs(only)
+
+
+def _print(told: dict[str, Any]) -> None:
+    out.print(told["id"], style="bold")
+    read = dict(told["read"])
+    where = "".join(f", {name} {number:,}" for name, number in read.items() if name != "file")
+    out.print(f"  read from {read['file']}{where}")
+    for name, value in told["columns"].items():
+        out.print(f"  {name}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
+    for stage in told["stages"]:
+        out.print(f"  {stage['stage']}: {_did(stage)}")
+    if not any(stage["did"] == "dropped" for stage in told["stages"]):
+        end = told["end"]
+        out.print(f"  {end['stage']}: {end['reason']}" + (f" ({end['what']})" if end["what"] else "") + f", {end['detail']}")
+    for hop in told["instead"]:
+        cluster = f", one of {hop['cluster']:,} in the cluster" if hop["cluster"] else ""
+        out.print(f"  in its place stayed {hop['id']} ({hop['by']}{cluster})")
+    if told["shard"]:
+        pieces = [f"row group {p['row_group']}, {p['tokens']:,} tokens from {p['first']:,}" for p in told["shard"]["pieces"]]
+        out.print(f"  in shard {told['shard']['path']}: {'; '.join(pieces)}")
+    else:
+        out.print("  in no shard: nothing has trained on it")
+    for note in told["notes"]:
+        out.print(f"  note: {note}")
+    _print_runs(told)
+
+
+def _did(stage: dict[str, Any]) -> str:
+    reason = f" ({stage['reason']}: {stage['what']})" if stage["what"] else f" ({stage['reason']})" if stage["reason"] else ""
+    size = stage.get("bytes") if stage["did"] == "changed" else None
+    text = stage["did"] + reason + (f", {stage['detail']}" if stage["detail"] else "")
+    text += f", {size[0]:,} to {size[1]:,} bytes" if size else ""
+    figures = []
+    for name, value in stage["measures"].items():
+        limits = ", ".join(f"{limit:g}" for limit in stage["thresholds"].get(name, []))
+        figures.append(f"{name} {value:.4g}" + (f" [{limits}]" if limits else ""))
+    figures += [f"{name} {count:,}" for name, count in stage["counts"].items()]
+    return text + (f"; {', '.join(figures)}" if figures else "")
+
+
+def _print_runs(told: dict[str, Any]) -> None:
+    for row in told["runs"]:
+        steps = ", ".join(f"{step:,}" for step in row["steps"][:MOST]) + (" ..." if len(row["steps"]) > MOST else "")
+        how = f"{len(row['samples']):,} samples in steps {steps}" if row["samples"] else "none by itself"
+        how += f", inherited from {', '.join(row['inherited'])}" if row["inherited"] else ""
+        how += f"; {row['unsure']:,} replaced samples are not listed" if row["unsure"] else ""
+        out.print(f"  run {row['name']} ({row['run_id']}): {how}; {' '.join(row['models']) or 'no registered model'}")
+        for sample in row["samples"][:MOST]:
+            lane = (
+                "in place of a bad sample"
+                if sample["lane"] is None
+                else "lane {lane}, place {place}, epoch {epoch}".format(**sample)
+            )
+            out.print(f"    step {sample['step']:,}: {lane}; row group {sample['row_group']}, sample {sample['row']}")
+    if told["shard"] and not told["runs"]:
+        out.print("  no recorded run has trained on it")
