@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from heliostat.cli.common import DATA, Json, TrackingUri, app, finish, out, store_uri
+from heliostat.cli.common import DATA, HELP, Json, TrackingUri, app, finish, out, store_uri
 from heliostat.errors import ConfigError
 
 MOST = 20  # documents, samples and steps that are printed; --json has all
@@ -36,6 +36,44 @@ def _found(dataset: str, url: str | None, id: str | None, text: Path | None) -> 
         raise ConfigError(f"--text: {text} cannot be read ({e.strerror})") from e
     made = manifest.read(Location(dataset))
     return made, find(made, id=id, url=url, text=raw)
+
+
+curate_app = typer.Typer(no_args_is_help=True, context_settings=HELP, help="Curated datasets: report.")
+app.add_typer(curate_app, name="curate", rich_help_panel=DATA)
+
+
+@curate_app.command("report")
+def report(
+    dataset: Dataset,
+    to: Annotated[Path, typer.Option("--out", help="An HTML file", metavar="FILE")] = Path("curation.html"),
+    prices: Annotated[Path | None, typer.Option(help="A YAML file laid over the price table (docs/plan.md)")] = None,
+    json_: Json = False,
+) -> None:
+    """Write one self-contained page about a dataset's making: funnel, histograms, examples, clusters, languages, domains."""
+    from heliostat.data import manifest
+    from heliostat.plan import hardware
+    from heliostat.storage import Location
+    from heliostat.track.report import curation
+
+    if not to.absolute().parent.is_dir():
+        raise ConfigError(f"--out: {to}: there is no folder {to.parent}")
+    table = hardware.table(prices)
+    made = manifest.read(Location(dataset))
+    told = curation.gather(made, table["devices"]["cpu"]["hour"], table["currency"])
+    try:
+        to.write_text(curation.page(told), encoding="utf-8")
+    except OSError as e:
+        raise ConfigError(f"--out: {to} cannot be written ({e.strerror})") from e
+    if not json_:
+        out.print(f"{to}: {to.stat().st_size:,} bytes")
+    finish({"file": str(to), "dataset": str(made.location), "digest": made.digest, **_stages(told)}, json_)
+
+
+def _stages(told: dict[str, Any]) -> dict[str, Any]:
+    """Sums up the funnel: of each stage what came, was kept and dropped, and its seconds."""
+    names = ("documents", "bytes", "kept", "kept_bytes", "dropped", "counts")
+    parts = {name: {k: part[k] for k in names if k in part} for name, part in told["funnel"].items()}
+    return {"stages": {n: p | {"seconds": told["seconds"].get(n)} for n, p in parts.items()}}
 
 
 @app.command(rich_help_panel=DATA)
