@@ -94,13 +94,70 @@ def trace(
     made, ends = _found(dataset, url, id, text)
     told = [tracing.trace(made, end) for end in ends]
     for one in told:
-        one["runs"] = _runs(made, one["kept"], run, mlflow) if one["shard"] else []
+        held = one["shard"] or one["end"]["reason"] == "forgotten"
+        one["runs"] = _runs(made, one["kept"] or one["id"], run, mlflow) if held else []
     if not json_:
         for one in told[:MOST]:
             _print(one)
         if len(told) > MOST:
             out.print(f"and {len(told) - MOST:,} more documents; --json has them")
     finish({"dataset": str(made.location), "digest": made.digest, "documents": told}, json_)
+
+
+@app.command(rich_help_panel=DATA)
+def forget(
+    dataset: Dataset,
+    to: Annotated[
+        str, typer.Option("--out", help="The new dataset: a folder or s3:// URI", metavar="DATASET2", show_default=False)
+    ],
+    url: Url = None,
+    id: Id = None,
+    text: Text = None,
+    mlflow: TrackingUri = None,
+    json_: Json = False,
+) -> None:
+    """Make a dataset without a document, and list every run that has trained on it, with the steps."""
+    from heliostat.pipelines.text import forget as forgetting
+    from heliostat.storage import Location
+
+    made, ends = _found(dataset, url, id, text)
+    target, found = forgetting.one(ends, "--url" if url else "--text" if text else "--id")
+    output = Location(to)
+    forgetting.check(made, output)
+    told = _ways(made, target, mlflow)
+    new = forgetting.forget(made, target, found, output)
+    result = {"dataset": str(output), "digest": new.digest, "previous": made.digest, "documents": new.meta["documents"],
+              "tokens": new.tokens, "forgotten": sorted({target, *(row["id"] for row in found)}), **told}  # fmt: skip
+    if not json_:
+        _print_forgotten(result)
+    finish(result, json_)
+
+
+def _ways(made: Any, id: str, mlflow: str | None) -> dict[str, Any]:
+    """Tells where a document lies, who stayed in its place, and who trained on it."""
+    from heliostat.curation import reasons
+    from heliostat.pipelines.text import trace as tracing
+
+    told = tracing.trace(made, reasons.end_of(made, id)[0])
+    own = told["kept"] == id
+    return {
+        "shard": told["shard"] if own else None,
+        "instead": told["instead"],
+        "runs": _runs(made, id, run, mlflow) if own else [],
+    }
+
+
+def _print_forgotten(told: dict[str, Any]) -> None:
+    out.print(f"dataset {told['dataset']} is ready: {told['documents']:,} documents, {told['tokens']:,} tokens, digest "
+              f"{told['digest'][:12]}, without {', '.join(told['forgotten'])}")  # fmt: skip
+    if told["shard"]:
+        out.print(f"  it was in shard {told['shard']['path']} of {told['previous'][:12]}")
+    else:
+        out.print("  it was in no shard: what the dataset kept of it was its record")
+    for hop in told["instead"]:
+        out.print(f"  a document much like it is in the dataset: {hop['id']}; forget that one by --id")
+    _print_runs(told)
+    out.print("  the dataset that it was in, that one's earlier versions, the input and the runs' models still hold it")
 
 
 def _runs(made: Any, id: str, run: str | None, mlflow: str | None) -> list[dict[str, Any]]:
@@ -134,7 +191,7 @@ def _print(told: dict[str, Any]) -> None:
         pieces = [f"row group {p['row_group']}, {p['tokens']:,} tokens from {p['first']:,}" for p in told["shard"]["pieces"]]
         out.print(f"  in shard {told['shard']['path']}: {'; '.join(pieces)}")
     else:
-        out.print("  in no shard: nothing has trained on it")
+        out.print("  in no shard" + ("" if told["end"]["reason"] == "forgotten" else ": nothing has trained on it"))
     for note in told["notes"]:
         out.print(f"  note: {note}")
     _print_runs(told)

@@ -136,6 +136,22 @@ def store_ends(output: Location, table: pa.Table) -> str:
     return versions.store(output, f"{FILES}/ends-", spill.encode(table, ("id", "stage", "reason", "detail")), ".parquet")
 
 
+def rewritten(made: Manifest, ids: set[str], end: dict[str, str], output: Location) -> list[list[str]]:
+    """Writes the ends again where these documents are: all that is left of them is their id, and `end`.
+
+    Returns the list of all files of ends; those of other documents are not written.
+    """
+    listed, found, keys = _named(made)["ends"], list[list[str]](), sorted(key_of(id) for id in ids)
+    for (begin, path), (stop, _) in zip(listed, [*listed[1:], [f"{spill.ALL:x}", ""]], strict=True):
+        if any(int(begin, 16) <= key < int(stop, 16) for key in keys):
+            table = pa.concat_tables(spill.read(made.location, path))
+            empty = dict.fromkeys(table.column_names)
+            rows = [{**empty, "key": r["key"], "id": r["id"], **end} if r["id"] in ids else r for r in table.to_pylist()]
+            path = store_ends(output, pa.Table.from_pylist(rows, table.schema))
+        found.append([begin, path])
+    return found
+
+
 def _chosen(held: str | None, columns: list[str]) -> str | None:
     found = json.loads(held) if held else {}
     return packed({name: found[name] for name in columns if found.get(name) is not None})

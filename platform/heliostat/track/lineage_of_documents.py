@@ -28,6 +28,11 @@ class Trained:
     places: dict[str, list[tuple[str, Piece]]] = field(default_factory=dict)  # by a version's digest
     found: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # samples, by run
 
+    @property
+    def digests(self) -> set[str]:
+        """Returns the digests of the dataset and of those that it was made from by forgetting documents."""
+        return {self.made.digest, *(earlier["digest"] for earlier in self.made.meta.get("forgotten", []))}
+
     def runs(self, only: str | None = None) -> list[dict[str, Any]]:
         """Finds each run, or `only` one, that has trained on the document, itself or through what it was initialised from.
 
@@ -54,7 +59,7 @@ class Trained:
         out, held = list[dict[str, Any]](), dict[tuple[Any, ...], range]()
         for segment, told in zip(consumed.parse(data), data["segments"], strict=True):
             for number, source in enumerate(told["sources"]):
-                if source["digest"] != self.made.digest and not same_folder(source["uri"], str(self.made.location)):
+                if source["digest"] not in self.digests and not same_folder(source["uri"], str(self.made.location)):
                     continue
                 for shard, piece in self._pieces(open_dataset(segment.plan).sources[number]):
                     rows = piece.samples(segment.plan.sequence_length or 1)

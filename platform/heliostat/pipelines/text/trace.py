@@ -14,7 +14,8 @@ from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.pipelines.text import documents, replay
 
-AFTER = (segment.FINISH, "exact", "shard")  # where documents end that all stages have kept
+AFTER = (segment.FINISH, "exact", "shard", "forget")  # where documents end that all stages have kept
+ENDS = {"kept": "is in the dataset", "duplicate": "the same text", "forgotten": "taken out of an earlier dataset"}
 HOPS = 20  # from a duplicate to who stayed, who may be another's duplicate
 
 
@@ -140,5 +141,5 @@ def _instead(made: Manifest, end: dict[str, Any]) -> tuple[list[dict[str, Any]],
 
 def _meaning(funnel: dict[str, Any], end: dict[str, Any]) -> str:
     told = REASONS | documents.REASONS if end["stage"] in (segment.READ, segment.FINISH) else {}
-    told = told | funnel.get(end["stage"], {}).get("what", {}) | {"kept": "is in the dataset", "duplicate": "the same text"}
+    told = told | funnel.get(end["stage"], {}).get("what", {}) | ENDS
     return told.get(end["reason"], "")
