@@ -139,12 +139,9 @@ def _ways(made: Any, id: str, mlflow: str | None) -> dict[str, Any]:
     from heliostat.pipelines.text import trace as tracing
 
     told = tracing.trace(made, reasons.end_of(made, id)[0])
-    own = told["kept"] == id
-    return {
-        "shard": told["shard"] if own else None,
-        "instead": told["instead"],
-        "runs": _runs(made, id, run, mlflow) if own else [],
-    }
+    if told["kept"] != id:
+        return {"shard": None, "instead": told["instead"], "runs": []}
+    return {"shard": told["shard"], "instead": told["instead"], "runs": _runs(made, id, None, mlflow)}
 
 
 def _print_forgotten(told: dict[str, Any]) -> None:

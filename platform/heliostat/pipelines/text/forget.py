@@ -52,7 +52,7 @@ def forget(made: Manifest, id: str, found: list[dict[str, Any]], output: Locatio
     gone = {id, *(row["id"] for row in found)}
     kept = [row for row in reasons.end_of(made, id) if row["reason"] == "kept"]
     path = documents.current(made, kept[0]["detail"]) if kept else None
-    meta = {k: v for k, v in made.meta.items() if k != "digest"}
+    meta = {k: v for k, v in made.meta.items() if k not in ("digest", "unigram_entropy")}  # counted in all tokens
     chunks, told = made.chunks, {"documents": 0, "bytes": 0, "tokens": 0}
     if path:
         rows, told = _shard(made, path, id, output)

@@ -8,7 +8,9 @@ All text from outside is escaped, and bounded.
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
+from collections.abc import Iterator
 from html import escape
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,10 +18,13 @@ from urllib.parse import urlsplit
 from heliostat.curation import reasons
 from heliostat.curation.tally import EXAMPLES
 from heliostat.data.manifest import Manifest
+from heliostat.errors import HeliostatError
 from heliostat.text import printable
 from heliostat.track.report import svg
 from heliostat.track.report.frame import boxes, document, side_by_side, table
 from heliostat.track.report.histogram import histogram
+
+log = logging.getLogger(__name__)
 
 SAMPLED = 200_000  # documents whose columns are looked at: those of the lowest hashes, which is a random sample
 TOP = 15  # values of a column that are shown
@@ -41,6 +46,19 @@ def gather(made: Manifest, hour: float | None = None, currency: str = "") -> Tol
         "currency": currency,
         "columns": columns(made),
     }
+
+
+def pages(manifests: list[Manifest]) -> Iterator[tuple[str, str]]:
+    """Yields the pages of those datasets that were made with stages, each under the name that it has among a run's artifacts."""
+    for made in manifests:
+        if "curation" not in made.meta:
+            continue
+        try:
+            text = page(gather(made))
+        except (HeliostatError, OSError) as e:
+            log.warning("%s: what made it cannot be read, so the run has no page about it (%s)", made.location, e)
+            continue
+        yield f"data/{made.location.name}-{made.digest[:8]}.html", text
 
 
 def columns(made: Manifest) -> Told:
