@@ -212,6 +212,7 @@ def _print_runs(told: dict[str, Any]) -> None:
         steps = ", ".join(f"{step:,}" for step in row["steps"][:MOST]) + (" ..." if len(row["steps"]) > MOST else "")
         how = f"{len(row['samples']):,} samples in steps {steps}" if row["samples"] else "none by itself"
         how += f", inherited from {', '.join(row['inherited'])}" if row["inherited"] else ""
+        how += f"; what it took is not known: {row['fault']}" if row["fault"] else ""
         how += f"; {row['unsure']:,} replaced samples are not listed" if row["unsure"] else ""
         out.print(f"  run {row['name']} ({row['run_id']}): {how}; {' '.join(row['models']) or 'no registered model'}")
         for sample in row["samples"][:MOST]:

@@ -12,8 +12,10 @@ from heliostat.data.dataset import open_dataset
 from heliostat.data.documents import Piece
 from heliostat.data.manifest import Manifest
 from heliostat.data.visits import visits
+from heliostat.errors import DataError
 from heliostat.runs import consumed
 from heliostat.storage import Location
+from heliostat.track import tags
 from heliostat.track.lineage import data_of
 from heliostat.track.lineage_of_data import Seen
 
@@ -27,6 +29,7 @@ class Trained:
     id: str
     places: dict[str, list[tuple[str, Piece]]] = field(default_factory=dict)  # by a version's digest
     found: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # samples, by run
+    faults: dict[str, str] = field(default_factory=dict)  # by run
 
     @property
     def digests(self) -> set[str]:
@@ -37,12 +40,19 @@ class Trained:
         """Finds each run, or `only` one, that has trained on the document, itself or through what it was initialised from.
 
         Each row holds run_id, name, status, samples (where each lies: step from 1, lane, place, epoch, shard, row_group, row),
-        steps, inherited (the ancestors' run ids), models, and unsure: bad samples that were replaced and are not listed.
+        steps, inherited (the ancestors' run ids), models, unsure (replaced bad samples that are not listed), and fault: why
+        it is not known what the run took, of a dataset that this one is a version of, or null.
         """
-        rows = Seen(self.client).rows(lambda run, before: len(self._before(run, before)), only)
+        seen = Seen(self.client)
+        rows = seen.rows(lambda run, before: len(self._before(run, before)), only)
+        unknown = [seen.runs[run_id] for run_id in self.faults if only in (None, run_id)]
+        known = {row["run_id"] for row in rows}
+        rows += [{"run_id": run.info.run_id, "name": run.data.tags[tags.NAME], "status": run.info.status, "inherited": [],
+                  "models": []} for run in unknown if run.info.run_id not in known]  # fmt: skip
         for row in rows:
             samples = self.found.get(row["run_id"], [])
             row |= {"samples": samples, "steps": sorted({sample["step"] for sample in samples}), "unsure": 0}
+            row["fault"] = self.faults.get(row["run_id"])
             if samples:
                 data = data_of(self.client, self.client.get_run(row["run_id"]))
                 row["unsure"] = data["replaced_count"] - len(data["replaced"])
@@ -52,7 +62,10 @@ class Trained:
         """Finds the samples of a run in its steps up to `before`, as it was counted there, or in all."""
         run_id = run.info.run_id
         if run_id not in self.found:
-            self.found[run_id] = self._samples(data_of(self.client, run))
+            try:
+                self.found[run_id] = self._samples(data_of(self.client, run))
+            except DataError as e:
+                self.found[run_id], self.faults[run_id] = [], str(e)
         return [s for s in self.found[run_id] if before is None or s["step"] <= before]
 
     def _samples(self, data: dict[str, Any]) -> list[dict[str, Any]]:
