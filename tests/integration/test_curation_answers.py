@@ -48,7 +48,7 @@ def story(tracking: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     pipeline = {
         "name": "answers", "pipeline": "heliostat.pipelines:TextPipeline", "input": str(folder / "in"),
         "output": str(folder / "data"), "tokenizer": {"vocab_size": 512}, "chunk_tokens": 8192, "shard_bytes": 100_000,
-        "columns": ["url", "date"], "stages": [{"stage": "length", "min_words": 40}, {"stage": "minhash", "keep": "first"}],
+        "columns": ["url", "date"], "stages": [{"stage": "length", "min_words": 300}, {"stage": "minhash", "keep": "first"}],
     }  # fmt: skip
     (folder / "pipeline.yaml").write_text(yaml.safe_dump(pipeline))
     prepare(folder / "pipeline.yaml", [])
@@ -93,7 +93,7 @@ def test_a_duplicate_leads_to_who_stayed_and_every_stage_tells_its_figures(story
     assert told["read"] == {"file": "code.jsonl", "line": number} and told["columns"]["date"]
     assert [s["did"] for s in told["stages"]] == ["kept", "kept", "dropped"] and told["notes"] == []
     words = len(story["rows"][number - 1]["text"].split())
-    assert told["stages"][1]["measures"]["words"] == words and told["stages"][1]["thresholds"]["words"] == [40]
+    assert told["stages"][1]["measures"]["words"] == words and told["stages"][1]["thresholds"]["words"] == [300]
     assert told["instead"][0]["cluster"] >= 2 and told["kept"] in {row["id"] for row in ended(story, "kept")}
     text = story["rows"][number - 1]["text"].removesuffix("\n# and one line more\n")
     kept = story["rows"][int(told["kept"].partition("#")[2]) - 1]["text"]
@@ -139,8 +139,7 @@ def test_a_forgotten_document_is_in_no_part_of_the_new_dataset(story, run, capsy
     assert less.meta["documents"] == made.meta["documents"] - 1
     text = story["rows"][int(id.partition("#")[2]) - 1]
     assert made.meta["bytes"] - less.meta["bytes"] == len(text["text"].encode())
-    everything = b"".join(p.read_bytes() for p in (tmp_path / "less").rglob("*.json"))
-    assert text["text"][:60].encode() not in everything and not reasons.with_column(less, "url", text["url"])
+    assert not reasons.with_column(less, "url", text["url"]) and reasons.with_column(made, "url", text["url"])
     (end,) = reasons.end_of(less, id)
     assert (end["reason"], end["detail"], end["columns"], end["hash"]) == ("forgotten", made.digest[:12], {}, None)
     others = {row["id"] for row in ended(story, "kept")} - {id}
@@ -152,6 +151,26 @@ def test_a_forgotten_document_is_in_no_part_of_the_new_dataset(story, run, capsy
     job = tiny_job(str(tmp_path / "less"), story["tracking"], tmp_path)
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job | {"name": "second"}))
     assert train(tmp_path / "job.yaml", ["train.steps=4", "checkpoint.every=4"])["steps"] == 4
+
+
+def test_a_document_that_was_dropped_goes_from_the_record(story, capsys, tmp_path):
+    """What an example showed of it, too: no file of the new dataset has its text."""
+
+    def shown(folder: Path) -> int:
+        return sum(json.dumps(text[:60])[1:-1] in p.read_text() for p in folder.glob("files/funnel-*.json"))
+
+    found = reasons.funnel(story["made"])["0 length"]["examples"]["dropped short"]
+    _, id, text, *_ = found[0]
+    told = ask(capsys, "forget", story["data"], "--id", id, "--out", str(tmp_path / "less"), "--mlflow", story["tracking"])
+    assert told["shard"] is None and told["runs"] == [] and told["forgotten"] == [id]
+    assert shown(Path(story["data"])) == 1 and shown(tmp_path / "less") == 0
+    less = manifest.read(Location(str(tmp_path / "less")))
+    assert less.digest != story["made"].digest and contents(less) == contents(story["made"])
+    assert reasons.end_of(less, id)[0]["measures"] == {}
+    one, two = (
+        ask(capsys, "trace", str(d), "--id", id, "--mlflow", story["tracking"]) for d in (story["data"], tmp_path / "less")
+    )
+    assert one["documents"][0]["stages"][-1]["reason"] == "short" and two["documents"][0]["end"]["reason"] == "forgotten"
 
 
 def contents(made: manifest.Manifest) -> dict[str, list[int]]:

@@ -94,9 +94,9 @@ def _again(by: dict[str, Any], end: dict[str, Any], notes: list[str]) -> list[di
         return []
     read = {"stage": segment.READ, "did": "kept", "reason": "", "detail": "", "measures": {}, "counts": {}}
     if isinstance(found, Dropped):
-        return [read | {"did": "dropped", "reason": found.reason, "detail": found.detail}]
+        read |= {"did": "dropped", "reason": found.reason, "detail": found.detail}
     steps = [read]
-    for told, _ in replay.stages(by, found):
+    for told, _ in replay.stages(by, found) if isinstance(found, Document) else ():
         if told["did"] == "compared":
             gone = told["stage"] == end["stage"]
             told |= {"did": "dropped", "reason": end["reason"], "detail": end["detail"]} if gone else {"did": "kept"}
