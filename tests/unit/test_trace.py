@@ -1,9 +1,13 @@
 """A document's pieces in a shard, bad samples and those that replaced them, and what an id tells."""
 
+import json
+
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from heliostat.data import documents, manifest
+from heliostat.data.manifest import PLACES_KEY
 from heliostat.pipelines.text import tokens
 from heliostat.pipelines.text.replay import origin
 from heliostat.storage import Location
@@ -61,3 +65,24 @@ def test_bad_samples_do_not_count_and_those_in_their_place_do():
     ]
     found = with_replaced(mine, replaced, {("d", "s", 0): range(7, 9)})
     assert [(s["step"], s["row"], s["lane"]) for s in found] == [(3, 7, 0), (4, 8, None), (9, 8, 0)]
+
+
+def test_a_shard_without_a_document_keeps_the_others_in_their_chunks_and_places():
+    """One that alone fills chunks takes them with it; a shard of one document is no shard without it."""
+    sizes = [40, 700, 5, 90, 33]
+    ids, encoded = list("abcde"), [np.arange(n, dtype=np.int32) + 1000 * i for i, n in enumerate(sizes)]
+    old = pq.ParquetFile(pa.BufferReader(tokens.shard(ids, encoded, 100, np.arange(50, 0, -10))))
+    for gone, id in enumerate(ids):
+        data, text = tokens.without(old, {id})
+        assert text.tolist() == encoded[gone].tolist()
+        new, place = pq.ParquetFile(pa.BufferReader(data)), 0
+        places = [json.loads(f.metadata.metadata[PLACES_KEY]) for f in (old, new)]
+        for group in range(old.num_row_groups):
+            left = [row for row in old.read_row_group(group).to_pylist() if row["document"] != id]
+            if left:
+                assert new.read_row_group(place).to_pylist() == left and places[1][place] == places[0][group]
+                place += 1
+        assert place == new.num_row_groups == len(places[1])
+        assert new.metadata.metadata[b"content"] != old.metadata.metadata[b"content"]
+    alone = pq.ParquetFile(pa.BufferReader(tokens.shard(["a"], [encoded[0]], 100)))
+    assert tokens.without(alone, {"a"})[0] is None and tokens.without(alone, {"b"})[1].tolist() == []
