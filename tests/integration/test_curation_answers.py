@@ -19,7 +19,9 @@ from heliostat.data import documents, manifest
 from heliostat.errors import ConfigError
 from heliostat.pipelines.prepare import prepare
 from heliostat.pipelines.text import tokens
+from heliostat.runs.samples import samples
 from heliostat.storage import Location
+from heliostat.track.models import find_run
 from heliostat.train.run import train
 from mlflow import MlflowClient
 
@@ -77,11 +79,23 @@ def ended(story: dict[str, Any], reason: str) -> list[dict[str, Any]]:
     return [row for row in story["ends"] if row["reason"] == reason]
 
 
-def largest(story: dict[str, Any]) -> str:
-    """The longest document in the dataset, which is in several samples."""
-    kept = {row["id"] for row in ended(story, "kept")}
-    numbers = [n for n in range(len(story["rows"])) if f"code.jsonl#{n + 1}" in kept]
-    return f"code.jsonl#{1 + max(numbers, key=lambda n: len(story['rows'][n]['text']))}"
+@pytest.fixture(scope="module")
+def seen(story: dict[str, Any], run: str) -> tuple[str, set[tuple[int, int, int]]]:
+    """The document that was trained on most, and where, by looking into every sample of every step: (step, lane, place)."""
+    owners = dict[tuple[str, int, int], set[str]]()
+    for path in set(story["made"].paths):
+        file = pq.ParquetFile(Path(story["data"], path))
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group)
+            names = np.repeat(table["document"].to_numpy(), [len(t) for t in table["tokens"]])
+            whole = names[: len(names) // LENGTH * LENGTH].reshape(-1, LENGTH)
+            owners |= {(path, group, row): set(found) for row, found in enumerate(whole)}
+    folder, places = find_run(run, story["tracking"]), dict[str, set[tuple[int, int, int]]]()
+    for step in range(1, STEPS + 1):
+        for s in samples(folder, step):
+            for id in owners[s["shard"], s["row_group"], s["row"]]:
+                places.setdefault(id, set()).add((step, s["lane"], s["place"]))
+    return max(places.items(), key=lambda kv: (len(kv[1]), kv[0]))
 
 
 def test_a_duplicate_leads_to_who_stayed_and_every_stage_tells_its_figures(story, capsys):
@@ -103,32 +117,18 @@ def test_a_duplicate_leads_to_who_stayed_and_every_stage_tells_its_figures(story
     assert ask(capsys, "trace", story["data"], "--text", str(file))["documents"][0]["kept"] == told["kept"]
 
 
-def test_a_document_leads_to_the_samples_that_hold_it(story, run, capsys):
-    """Every sample of every step is decoded: those that hold some of the document's tokens are those that are told."""
-    id, made = largest(story), story["made"]
-    told = ask(capsys, "trace", story["data"], "--id", id, "--run", run, "--mlflow", story["tracking"])["documents"][0]
-    held = set[tuple[str, int, int]]()
-    for path in set(made.paths):
-        file = pq.ParquetFile(Path(story["data"], path))
-        for group in range(file.num_row_groups):
-            table = file.read_row_group(group)
-            owners = np.repeat(table["document"].to_numpy(), [len(t) for t in table["tokens"]])
-            whole = owners[: len(owners) // LENGTH * LENGTH].reshape(-1, LENGTH)
-            held |= {(path, group, row) for row, names in enumerate(whole) if id in names}
-    expected = set()
-    for step in range(1, STEPS + 1):
-        found = ask(capsys, "samples", run, "--step", str(step), "--mlflow", story["tracking"])["samples"]
-        expected |= {(step, s["lane"], s["place"]) for s in found if (s["shard"], s["row_group"], s["row"]) in held}
-    (row,) = told["runs"]
-    client = MlflowClient(tracking_uri=story["tracking"])
-    assert [f.path for f in client.list_artifacts(run, "data")] == [f"data/data-{made.digest[:8]}.html"]
+def test_a_document_leads_to_the_samples_that_hold_it(story, run, seen, capsys):
+    (id, expected), where = seen, ["--run", run, "--mlflow", story["tracking"]]
+    (row,) = ask(capsys, "trace", story["data"], "--id", id, *where)["documents"][0]["runs"]
     assert len(expected) > 1 and row["run_id"] == run
     assert {(s["step"], s["lane"], s["place"]) for s in row["samples"]} == expected
     assert row["steps"] == sorted({step for step, *_ in expected})
+    client = MlflowClient(tracking_uri=story["tracking"])
+    assert [f.path for f in client.list_artifacts(run, "data")] == [f"data/data-{story['made'].digest[:8]}.html"]
 
 
-def test_a_forgotten_document_is_in_no_part_of_the_new_dataset(story, run, capsys, tmp_path):
-    id, made = largest(story), story["made"]
+def test_a_forgotten_document_is_in_no_part_of_the_new_dataset(story, run, seen, capsys, tmp_path):
+    (id, _), made = seen, story["made"]
     where = ["--mlflow", story["tracking"]]
     told = ask(capsys, "forget", story["data"], "--id", id, "--out", str(tmp_path / "less"), *where)
     again = ask(capsys, "forget", story["data"], "--id", id, "--out", str(tmp_path / "again"), *where)
