@@ -150,7 +150,7 @@ def test_a_forgotten_document_is_in_no_part_of_the_new_dataset(story, run, seen,
     assert after["shard"] is None and [r["run_id"] for r in after["runs"]] == [run], "the earlier dataset's runs saw it"
     job = tiny_job(str(tmp_path / "less"), story["tracking"], tmp_path)
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job | {"name": "second"}))
-    assert train(tmp_path / "job.yaml", ["train.steps=4", "checkpoint.every=4"])["steps"] == 4
+    assert train(tmp_path / "job.yaml", ["train.steps=6", "checkpoint.every=6", "evaluate.every=6"])["steps"] == 6
 
 
 def test_a_document_that_was_dropped_goes_from_the_record(story, capsys, tmp_path):
