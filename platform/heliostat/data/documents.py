@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow.compute as pc
@@ -34,10 +35,10 @@ def pieces(made: Manifest, path: str, id: str) -> list[Piece]:
     with place.open() as source:
         file = pq.ParquetFile(source)
         for group, chunk in groups.items():
-            names = place.attempt(lambda g=group: file.read_row_group(g, columns=["document"]))["document"]
+            names = place.attempt(partial(file.read_row_group, group, columns=["document"]))["document"]
             rows = np.flatnonzero(pc.equal(names, id).to_numpy())
             if len(rows):
-                tokens = place.attempt(lambda g=group: file.read_row_group(g, columns=["tokens"]))["tokens"]
+                tokens = place.attempt(partial(file.read_row_group, group, columns=["tokens"]))["tokens"]
                 sizes = pc.list_value_length(tokens).to_numpy()
                 first, last = int(rows[0]), int(rows[-1])
                 found.append(Piece(chunk, group, int(sizes[:first].sum()), int(sizes[first : last + 1].sum())))
