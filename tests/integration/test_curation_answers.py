@@ -157,10 +157,12 @@ def test_a_document_that_was_dropped_goes_from_the_record(story, capsys, tmp_pat
     """What an example showed of it, too: no file of the new dataset has its text."""
 
     def shown(folder: Path) -> int:
-        return sum(json.dumps(text[:60])[1:-1] in p.read_text() for p in folder.glob("files/funnel-*.json"))
+        return sum(json.dumps(text[:60])[1:-1] + json.dumps(text[60:1000])[1:-1] in p.read_text()
+                   for p in folder.glob("files/funnel-*.json"))  # fmt: skip
 
     found = reasons.funnel(story["made"])["0 length"]["examples"]["dropped short"]
-    _, id, text, *_ = found[0]
+    texts = [text[:60] for _, _, text, *_ in found]
+    _, id, text, *_ = next(e for e in found if texts.count(e[2][:60]) == 1)  # a duplicate's text stays with the duplicate
     told = ask(capsys, "forget", story["data"], "--id", id, "--out", str(tmp_path / "less"), "--mlflow", story["tracking"])
     assert told["shard"] is None and told["runs"] == [] and told["forgotten"] == [id]
     assert shown(Path(story["data"])) == 1 and shown(tmp_path / "less") == 0
