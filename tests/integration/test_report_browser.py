@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 from heliostat.runs import goodput
-from heliostat.track.report import page
+from heliostat.track.report import curation, page
 
 from tests.integration.browser import MISSING, chromium
+from tests.unit.test_curation_page import told
 from tests.unit.test_page import FACTS
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=MISSING)]
@@ -98,6 +99,22 @@ def test_the_report_is_readable_on_a_wide_screen_and_a_phone_by_day_and_by_night
     assert not browser.get_log("browser")  # neither an error, nor something that the page's policy refused
     loaded = browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
     assert [name for name in loaded if not name.startswith("data:")] == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_page_of_a_datasets_making_is_readable_too(open_, width, scheme, tmp_path):
+    browser = open_(width, scheme)
+    file = tmp_path / "curation.html"
+    file.write_text(curation.page(told()), encoding="utf-8")
+    browser.get(file.as_uri())
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert browser.execute_script(OVERLAPS) == [] and min(browser.execute_script(SIZES)) >= 12
+    hidden, shown = browser.find_element("css selector", "details pre"), browser.find_element("css selector", "summary")
+    assert not hidden.is_displayed()
+    shown.click()
+    assert hidden.is_displayed() and "<script>alert(1)</script>" in hidden.text
+    assert not browser.get_log("browser")
 
 
 def test_the_values_below_the_pointer_are_shown(open_):

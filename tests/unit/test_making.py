@@ -136,7 +136,7 @@ part = pieces.Part(sys.argv[3], 0, 0)
 record = segment.over_pieces(folder, [part], source, [], limit // 8, False)
 runs = [segment.Run(*r) for r in record["runs"]]
 after_read = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-found = tasks.gather(folder, runs, 0, 1 << 59)
+found = tasks.gather(folder, runs, 0, 1 << 59, False)
 print(len(runs), (after_read - before) >> 10, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
 """
 

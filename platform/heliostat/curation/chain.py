@@ -6,11 +6,13 @@ import json
 import time
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from typing import Any
 
 from heliostat.curation import registry, tally
 from heliostat.curation.stage import Document, Dropped, Stage, Work
 from heliostat.errors import HeliostatError
 
+Gone = tuple[str, str, str, str, dict[str, float], dict[str, Any]]
 BATCH, BATCH_CHARS = 64, 1 << 20  # documents, and their characters, that a stage is given together
 
 
@@ -39,8 +41,8 @@ class Chain:
         ]
         self.tally: tally.Tally = {}
 
-    def run(self, documents: list[Document]) -> tuple[list[Document], list[tuple[str, str, str, str, dict[str, float]]]]:
-        """Returns the documents that go on, and (id, stage, reason, detail, measures) of the others."""
+    def run(self, documents: list[Document]) -> tuple[list[Document], list[Gone]]:
+        """Returns the documents that go on, and (id, stage, reason, detail, measures, columns) of the others."""
         dropped = []
         for name, stage, work in self.stages:
             if not documents:
@@ -56,7 +58,7 @@ class Chain:
                 after = 0 if outcome.document is None else bytes_of(outcome.document)
                 tally.count(self.tally, name, stage, old, outcome, (size, after))
                 if outcome.document is None:
-                    dropped.append((old.id, name, outcome.reason, outcome.detail, outcome.measures))
+                    dropped.append((old.id, name, outcome.reason, outcome.detail, outcome.measures, old.columns))
                 else:
                     documents.append(outcome.document)
         return documents, dropped

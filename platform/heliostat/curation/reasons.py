@@ -6,7 +6,9 @@ A dataset whose pipeline has `stages` names these files in its manifest's metada
     ends        files/ends-....parquet, several: what became of each document (`END`), sorted by the hash of its id, so that one
                 is found without reading the others: the list says which hashes each file begins with
 
-The seconds that stages took are not the same in every run, so they are in `files/DIGEST-seconds.json`, which no digest covers.
+The ends have a column `columns`, JSON of those that the pipeline's `columns` names, if it names any. The seconds that stages took
+are not the same in every run, so they are in `files/DIGEST-seconds.json`, and where the input lay is in
+`files/DIGEST-pipeline.json`: no digest covers them.
 """
 
 from __future__ import annotations
@@ -20,16 +22,16 @@ import pyarrow.compute as pc
 
 from heliostat.curation import segment, spill, tally
 from heliostat.curation.segment import LEFT_OUT as END
-from heliostat.curation.segment import key_of
+from heliostat.curation.segment import key_of, packed
 from heliostat.curation.stage import Stage
 from heliostat.data import versions
 from heliostat.data.manifest import FILES, UNCOVERED, Manifest, kept_path
 from heliostat.errors import DataError
 from heliostat.storage import Location
 
-(SECONDS,) = UNCOVERED
+SECONDS, PIPELINE = UNCOVERED
 END_ROWS = 500_000  # of a file
-__all__ = ["END", "end_of", "ends", "funnel", "kept_as", "seconds"]
+__all__ = ["END", "end_of", "ends", "funnel", "kept_as", "made_by", "seconds", "with_column"]
 
 
 def funnel(made: Manifest) -> dict[str, dict[str, Any]]:
@@ -45,8 +47,17 @@ def funnel(made: Manifest) -> dict[str, dict[str, Any]]:
 
 def seconds(made: Manifest) -> dict[str, float]:
     """Reads the CPU seconds of each stage, by the funnel's names; empty where they are not known."""
+    return _uncovered(made, SECONDS)
+
+
+def made_by(made: Manifest) -> dict[str, Any]:
+    """Reads what made the dataset: `input`, `rules` and `stages` of its pipeline; empty where it is not known."""
+    return _uncovered(made, PIPELINE)
+
+
+def _uncovered(made: Manifest, name: str) -> dict[str, Any]:
     try:
-        return json.loads(made.location.join(kept_path(made.digest, SECONDS)).read())
+        return json.loads(made.location.join(kept_path(made.digest, name)).read())
     except FileNotFoundError:
         return {}
 
@@ -54,13 +65,31 @@ def seconds(made: Manifest) -> dict[str, float]:
 def end_of(made: Manifest, id: str) -> list[dict[str, Any]]:
     """Finds what became of a document: rows of END, whose `detail` is its shard if `reason` is `kept`; none if no id is this."""
     wanted = key_of(id)
-    found = (row for table in _tables(made, wanted, wanted + 1) for row in table.to_pylist())
-    return [{**row, "measures": json.loads(row["measures"] or "{}")} for row in found if row["id"] == id]
+    return [row for table in _tables(made, wanted, wanted + 1) for row in _rows(table) if row["id"] == id]
 
 
 def kept_as(made: Manifest, digest: str) -> list[dict[str, Any]]:
     """Finds what became of documents whose text, after all stages, has this SHA-256 (hex); reads all ends."""
-    return [row for table in ends(made) for row in table.filter(pc.equal(table["hash"], digest)).to_pylist()]
+    return [row for table in ends(made) for row in _rows(table.filter(pc.equal(table["hash"], digest)))]
+
+
+def with_column(made: Manifest, name: str, value: str) -> list[dict[str, Any]]:
+    """Finds what became of documents whose column has this value; reads all ends (DataError: they have no columns)."""
+    part, found = json.dumps(value), []
+    for table in ends(made):
+        if "columns" not in table.column_names:
+            raise DataError(
+                f"{made.location}: does not keep the column {name!r} of its documents; prepare it with `columns: [{name}]`"
+            )
+        near = _rows(table.filter(pc.match_substring(table["columns"].fill_null(""), part)))
+        found += [row for row in near if row["columns"].get(name) == value]
+    return found
+
+
+def _rows(table: pa.Table) -> list[dict[str, Any]]:
+    """Unpacks rows of END."""
+    return [{**r, "measures": json.loads(r["measures"] or "{}"), "columns": json.loads(r.get("columns") or "{}")}
+            for r in table.to_pylist()]  # fmt: skip
 
 
 def ends(made: Manifest) -> Iterator[pa.Table]:
@@ -89,12 +118,43 @@ def parts(rows: int) -> int:
     return max(1, -(-rows // END_ROWS))
 
 
-def write_ends(folder: Location, part: int, parts: int, names: list[str], output: str) -> dict[str, Any]:
-    """Writes one file of ends, in a task: those of one part of all keys."""
+def write_ends(folder: Location, part: int, parts: int, names: list[str], output: str, columns: list[str]) -> dict[str, Any]:
+    """Writes one file of ends, in a task: those of one part of all keys, with the documents' columns that are named."""
     low, high = spill.share(part, parts)
     tables = [t for name in names for t in spill.read(folder, name, low, high)]
-    data = spill.encode(pa.concat_tables([END.empty_table(), *tables]), ("id", "stage", "reason", "detail"))
-    return {"begin": f"{low:x}", "path": versions.store(Location(output), f"{FILES}/ends-", data, ".parquet")}
+    table = pa.concat_tables([END.empty_table(), *tables])
+    place = table.schema.get_field_index("columns")
+    kept = table.remove_column(place)
+    if columns:
+        told = [_chosen(held, columns) for held in table["columns"].to_pylist()]
+        kept = kept.append_column(END.field("columns"), pa.array(told, pa.string()))
+    return {"begin": f"{low:x}", "path": store_ends(Location(output), kept)}
+
+
+def store_ends(output: Location, table: pa.Table) -> str:
+    """Stores a file of ends beside the shards, and returns its path."""
+    return versions.store(output, f"{FILES}/ends-", spill.encode(table, ("id", "stage", "reason", "detail")), ".parquet")
+
+
+def rewritten(made: Manifest, ids: set[str], end: dict[str, str], output: Location) -> list[list[str]]:
+    """Writes the ends again where these documents are: all that is left of them is their id, and `end`.
+
+    Returns the list of all files of ends; those of other documents are not written.
+    """
+    listed, found, keys = _named(made)["ends"], list[list[str]](), sorted(key_of(id) for id in ids)
+    for (begin, path), (stop, _) in zip(listed, [*listed[1:], [f"{spill.ALL:x}", ""]], strict=True):
+        if any(int(begin, 16) <= key < int(stop, 16) for key in keys):
+            table = pa.concat_tables(spill.read(made.location, path))
+            empty = dict.fromkeys(table.column_names)
+            rows = [{**empty, "key": r["key"], "id": r["id"], **end} if r["id"] in ids else r for r in table.to_pylist()]
+            path = store_ends(output, pa.Table.from_pylist(rows, table.schema))
+        found.append([begin, path])
+    return found
+
+
+def _chosen(held: str | None, columns: list[str]) -> str | None:
+    found = json.loads(held) if held else {}
+    return packed({name: found[name] for name in columns if found.get(name) is not None})
 
 
 def explained(stages: list[Stage], total: tally.Tally, shard: dict[str, Any]) -> dict[str, dict[str, Any]]:

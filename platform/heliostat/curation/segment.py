@@ -31,7 +31,7 @@ RUN = pa.schema(
 )  # fmt: skip
 LEFT_OUT = pa.schema(
     [("key", pa.uint64()), ("id", pa.string()), ("stage", pa.string()), ("reason", pa.string()), ("detail", pa.string()),
-     ("measures", pa.string()), ("hash", pa.string())]
+     ("measures", pa.string()), ("hash", pa.string()), ("columns", pa.string())]
 )  # fmt: skip
 READ, FINISH = "read", "finish"  # the stages at which reading leaves something out, and what is asked of texts after the stages
 LEFT_OUT_ROWS = 100_000  # that are held before they are spilled
@@ -65,6 +65,11 @@ class Run:
 def key_of(id: str) -> int:
     """Computes the key by which a document's records are found: the hash of its id."""
     return xxhash.xxh64_intdigest(id.encode("utf-8", "surrogatepass"))
+
+
+def packed(columns: dict[str, Any] | None) -> str | None:
+    """Writes a document's columns as JSON, None if it has none."""
+    return json.dumps(columns, sort_keys=True, default=str) if columns else None
 
 
 def survivors(
@@ -129,14 +134,14 @@ def _run(folder: Location, documents: Iterable[Document | Dropped], source: Sour
         for item in left_out:
             out.leave_out(item.id, READ, item.reason, item.detail)
         kept, dropped = chain.run(batch)
-        for id, stage, reason, detail, measures in dropped:
-            out.leave_out(id, stage, reason, detail, measures)
+        for gone in dropped:
+            out.leave_out(*gone)
         for document in kept:
             made = source.finish(document) if chain.stages or isinstance(document.text, bytes) else document
             if isinstance(made, Dropped):
                 found = tally.entry(chain.tally, FINISH)["dropped"]
                 found[made.reason] = found.get(made.reason, 0) + 1
-                out.leave_out(made.id, FINISH, made.reason, made.detail)
+                out.leave_out(made.id, FINISH, made.reason, made.detail, columns=document.columns)
             else:
                 out.add(made)
     return out.record(chain.tally)
@@ -159,15 +164,17 @@ class Spiller:
     def add(self, document: Document) -> None:
         assert isinstance(document.text, str)
         raw = document.text.encode()
-        columns = json.dumps(document.columns, sort_keys=True, default=str) if document.columns else None
+        columns = packed(document.columns)
         self.held.append((hashlib.sha256(raw).digest(), document.id, len(raw), columns, document.text))
         self.size += len(raw) + 200
         if self.size >= self.run_bytes:
             self.spill()
 
-    def leave_out(self, id: str, stage: str, reason: str, detail: str, measures: dict[str, float] | None = None) -> None:
+    def leave_out(self, id: str, stage: str, reason: str, detail: str, measures: dict[str, float] | None = None,
+                  columns: dict[str, Any] | str | None = None) -> None:  # fmt: skip
         self.out.append({"key": key_of(id), "id": id, "stage": stage, "reason": reason, "detail": detail,
-                         "measures": json.dumps(measures) if measures else None})  # fmt: skip
+                         "measures": json.dumps(measures) if measures else None,
+                         "columns": columns if isinstance(columns, str) else packed(columns)})  # fmt: skip
         name = reason if stage in (READ, FINISH) else f"{stage}: {reason}"
         self.reasons[name] += 1
         self.examples[name] = heapq.nsmallest(EXAMPLES, [*self.examples.get(name, []), id])

@@ -36,7 +36,7 @@ VERSIONS = "manifests"
 SHARDS = "shards"
 FILES = "files"  # what versions need beside their shards, each named after its content
 BESIDE = ("tokenizer.json", "empty_caption.bin")  # which versions without `files` in their metadata may have
-UNCOVERED = ("seconds.json",)  # beside the shards of versions with `also`: what no digest covers
+UNCOVERED = ("seconds.json", "pipeline.json")  # beside the shards of versions with `also`: what no digest covers
 SCHEMA = pa.schema(
     [
         ("path", pa.string()),  # relative to the dataset's folder

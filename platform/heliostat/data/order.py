@@ -20,6 +20,7 @@ Permutations are the argsort of Philox's raw output, because NumPy promises that
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import pyarrow as pa
@@ -141,6 +142,16 @@ class Order:
         first = inside.begin + (self.data_step(step) - inside.first_step) * shape.per_lane
         lanes = np.arange(shape.lanes)[:, None] * (inside.steps * shape.per_lane)
         return first + lanes + np.arange(shape.per_lane)[None, :]
+
+    def step_of(self, position: int) -> tuple[int | None, int, int]:
+        """Finds the step of the run that takes a position, None if it is left out, and the lane and the place in it."""
+        section = self._at(position)
+        number, inside = divmod(position - section.begin, section.steps_per_block * self.shape.batch)
+        lane, inside = divmod(inside, section.steps_per_block * self.shape.per_lane)
+        later, place = divmod(inside, self.shape.per_lane)
+        step = section.first_step + number * section.steps_per_block + later
+        shifts = [0, *accumulate(count for _, count in sorted(self.skips))]
+        return next((step - s for s in shifts if self.data_step(step - s) == step), None), lane, place
 
     def window_of(self, block: int) -> int:
         """Finds the number of the window that a block is in."""

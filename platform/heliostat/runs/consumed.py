@@ -104,6 +104,7 @@ def _source(data: Dataset, number: int, counts: np.ndarray, left_out: int, begin
         "shards": {"seen": len(seen), "total": len(set(manifest.paths))},
         "ranges": found[:LISTED],
         "ranges_left_out": max(0, len(found) - LISTED),
+        **({"forgotten": manifest.meta["forgotten"]} if "forgotten" in manifest.meta else {}),
     }
 
 

@@ -5,12 +5,15 @@ Exact, to the sample: computed from the data plans that each run recorded in MLf
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from heliostat.runs import consumed
 from heliostat.track import mlflow_client, tags
 from heliostat.track.lineage import DEPTH, data_of, distinct, versions
 from heliostat.track.run_facts import read_json
+
+Taken = Callable[[Any, int | None], int]  # of a run, the samples in question that it took; before a step, if one is given
 
 
 class Seen:
@@ -25,10 +28,20 @@ class Seen:
 
         Each row holds run_id, name, status, samples, inherited (the ancestors' run ids) and models.
         """
+
+        def taken(run: Any, before: int | None) -> int:
+            data = data_of(self.client, run)
+            return consumed.of_digest(data, digest, before) if digest else consumed.of_shard(data, str(shard), before)
+
+        return self.rows(taken)
+
+    def rows(self, taken: Taken, only: str | None = None) -> list[dict[str, Any]]:
+        """Finds each run, or `only` one, that has taken samples, itself or by inheritance: the rows of `answer`."""
         rows = []
         for run_id, run in self.runs.items():
-            samples = self._direct(run, shard, digest, None)
-            inherited = self._inherited(run, shard, digest, DEPTH)
+            if only not in (None, run_id):
+                continue
+            samples, inherited = taken(run, None), self._inherited(run, taken, DEPTH)
             if samples or inherited:
                 models = [f"models:/{v.name}/{v.version}" for v in versions(self.client, run_id)]
                 name, status = run.data.tags[tags.NAME], run.info.status
@@ -36,16 +49,11 @@ class Seen:
                 rows.append({**row, "inherited": inherited, "models": models})
         return rows
 
-    def _inherited(self, run: Any, shard: str | None, digest: str | None, depth: int) -> list[str]:
-        """Lists the run ids of ancestors that trained on the data before the step that the run was initialised from."""
+    def _inherited(self, run: Any, taken: Taken, depth: int) -> list[str]:
+        """Lists the run ids of ancestors that took samples before the step that the run was initialised from."""
         out: list[str] = []
         for parent in (read_json(self.client, run.info.run_id, "parents.json") or {}).get("parents", []):
             above = self.runs.get(parent["run_id"] or "")
             if above is not None and depth:
-                mine = [parent["run_id"]] if self._direct(above, shard, digest, parent["step"]) else []
-                out += mine + self._inherited(above, shard, digest, depth - 1)
+                out += ([parent["run_id"]] if taken(above, parent["step"]) else []) + self._inherited(above, taken, depth - 1)
         return distinct(out)
-
-    def _direct(self, run: Any, shard: str | None, digest: str | None, before: int | None) -> int:
-        data = data_of(self.client, run)
-        return consumed.of_digest(data, digest, before) if digest else consumed.of_shard(data, str(shard), before)

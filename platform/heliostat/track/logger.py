@@ -289,12 +289,19 @@ class RunOwner:
             self._client.set_tag(self.run_id, key, value)
         self._client.set_terminated(self.run_id, end.status)
         self._try("its report", self._log_page)  # which tells the status, too
+        self._try("its datasets' pages", self._log_data_pages)
 
     def _log_page(self) -> None:
         from heliostat.track.report import page
 
         text = page.page(page.gather(self._client, self._client.get_run(self.run_id)))
         self._client.log_text(self.run_id, text, page.FILE)
+
+    def _log_data_pages(self) -> None:
+        from heliostat.track.report import curation
+
+        for name, text in curation.pages(self.manifests):
+            self._client.log_text(self.run_id, text, name)
 
     def _open(self) -> None:
         for name, value in CLIENT.items():

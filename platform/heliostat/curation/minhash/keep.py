@@ -23,11 +23,11 @@ Rule = Literal["longest", "first", "oldest", "best"]
 LARGEST = 20  # clusters that are told
 MEMBERS = pa.schema(
     [("key", pa.uint64()), ("root", pa.uint64()), ("node", pa.uint64()), ("doc", pa.uint64()), ("id", pa.string()),
-     ("bytes", pa.int64()), ("rank", pa.float64()), ("value", pa.string())]
+     ("bytes", pa.int64()), ("rank", pa.float64()), ("value", pa.string()), ("columns", pa.string())]
 )  # fmt: skip
 CHOSEN = pa.schema(
     [("key", pa.uint64()), ("doc", pa.uint64()), ("id", pa.string()), ("bytes", pa.int64()), ("kept", pa.string()),
-     ("size", pa.int64())]
+     ("size", pa.int64()), ("columns", pa.string())]
 )  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def _compared(part: pa.Table, nodes: np.ndarray, roots: np.ndarray, rule: Rule, 
         values = [str(c.get(column) or "\U0010ffff") for c in columns]  # those without a date come last
     return pa.Table.from_arrays(
         [pa.array(spill.mixed(roots)), pa.array(roots), pa.array(nodes), part["key"], part["id"], part["bytes"], pa.array(ranks),
-         pa.array(values, pa.string())], schema=MEMBERS,
+         pa.array(values, pa.string()), part["columns"]], schema=MEMBERS,
     )  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def choose(folder: Location, part: int, parts: int, names: list[str]) -> dict[st
     others = pa.array(np.flatnonzero(kept != np.arange(len(table))))
     chosen = pa.Table.from_arrays(
         [table["node"], table["doc"], table["id"], table["bytes"], table["id"].take(pa.array(kept)),
-         pa.array(np.repeat(counts, counts))], schema=CHOSEN,
+         pa.array(np.repeat(counts, counts)), table["columns"]], schema=CHOSEN,
     ).take(others)  # fmt: skip
     name = spill.write(folder, chosen)
     largest = heapq.nsmallest(LARGEST, zip((-counts).tolist(), table["id"].take(pa.array(starts)).to_pylist(), strict=True))
@@ -113,7 +113,8 @@ def decide(folder: Location, first: int, runs: list[Run], stage: str, names: lis
             continue
         table = pa.concat_tables(held)
         for row in table.sort_by("key").to_pylist():
-            out.leave_out(row["id"], stage, "near_duplicate", f"{row['kept']} (one of {row['size']})")
+            out.leave_out(row["id"], stage, "near_duplicate", f"{row['kept']} (one of {row['size']})",
+                          columns=row["columns"])  # fmt: skip
         rows = (table["key"].to_numpy() & np.uint64(0xFFFFFFFF)).astype(np.uint32)
         name = spill.write(folder, pa.Table.from_arrays([table["doc"], pa.array(rows)], schema=segment.DECIDED), ("row",))
         decided.append([name, len(table), int(table["bytes"].to_numpy().sum())])

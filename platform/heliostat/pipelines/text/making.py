@@ -103,7 +103,9 @@ class Making:
         funnel = json.dumps({name: json.loads(json.dumps(told[name], sort_keys=True)) for name in told}).encode()
         rows = totals.documents + totals.duplicates + sum(totals.dropped.values())
         shared, parts, output = {"names": self.flow.share(ends)}, reasons.parts(rows), self.output.uri
-        work = (Task(key("ends", ends, part, parts, output), {"part": part, "parts": parts, "output": output}, shared)
+        columns = list(self.source.rules.columns)
+        work = (Task(key("ends", ends, part, parts, output, columns),
+                     {"part": part, "parts": parts, "output": output, "columns": columns}, shared)
                 for part in range(parts))  # fmt: skip
         written = self.flow.all("ends", reasons.write_ends, work, valid=lambda r: self.output.join(r["path"]).exists())
         of_stages = {name: round(total[name]["seconds"], 3) for name in total if name not in (segment.READ, segment.FINISH)}

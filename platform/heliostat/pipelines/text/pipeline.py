@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import time
+from dataclasses import asdict
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -198,7 +199,13 @@ class TextPipeline(Pipeline):
 
     def finish(self, made: Manifest) -> None:
         if self.stages:
-            made.location.join(kept_path(made.digest, reasons.SECONDS)).write(json.dumps(self._seconds).encode())
+            by = {
+                "input": sources.absolute(self.input),
+                "rules": asdict(self.rules),
+                "stages": [stage.entry() for stage in self.stages],
+            }
+            for name, facts in ((reasons.SECONDS, self._seconds), (reasons.PIPELINE, by)):
+                made.location.join(kept_path(made.digest, name)).write(json.dumps(facts).encode())
         if not self.keep_work:
             self.worked.clear()
 

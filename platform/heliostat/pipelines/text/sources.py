@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from heliostat.config import workspace
 from heliostat.curation import readers
 from heliostat.curation.pieces import Part
 from heliostat.errors import ConfigError, StorageError
@@ -89,6 +90,11 @@ def root(uri: str) -> Location:
     Each worker computes it for itself, because its Python may be installed elsewhere.
     """
     return Location(sysconfig.get_paths()["stdlib"]) if uri == STDLIB else place(split_glob(uri)[0])
+
+
+def absolute(uri: str) -> str:
+    """Returns an input's URI as it means the same from any folder, pattern and all."""
+    return uri if "://" in uri or uri == STDLIB else str(workspace.root() / uri)
 
 
 def find(uri: str) -> tuple[Location, list[tuple[str, pafs.FileInfo]]]:

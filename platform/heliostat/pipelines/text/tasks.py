@@ -165,25 +165,26 @@ def unique(table: pa.Table) -> tuple[pa.Table, pa.Table]:
     return table.filter(pa.array(first)), table.filter(pa.array(~first))
 
 
-def gather(folder: Location, runs: list[Run], low: int, high: int) -> tuple[pa.Table | None, list[pa.Table]]:
+def gather(folder: Location, runs: list[Run], low: int, high: int, explained: bool) -> tuple[pa.Table | None, list[pa.Table]]:
     """Reads the documents of a range of keys, of equal texts the one with the smallest id, and returns the others without texts.
 
-    What it holds is no more than twice the texts that stay, and the duplicates' ids.
+    What it holds is no more than twice the texts that stay, and the duplicates' ids; if `explained`, also columns.
     """
     held, kept_bytes, new_bytes = list[pa.Table](), 1 << 24, 0
+    told = ["hash", "id", *(["columns"] if explained else [])]
     duplicates = list[pa.Table]()
     for run in runs:
-        for table in survivors(folder, run, low, high, ["hash", "id", "bytes", "text"]):
+        for table in survivors(folder, run, low, high, [*told, "bytes", "text"]):
             held.append(table)
             new_bytes += table.nbytes
         if new_bytes > kept_bytes:
             table, gone = unique(pa.concat_tables(held))
-            duplicates.append(gone.select(["hash", "id"]))
+            duplicates.append(gone.select(told))
             held, kept_bytes, new_bytes = [table], max(1 << 24, table.nbytes), 0
     if not held:
         return None, duplicates
     table, gone = unique(pa.concat_tables(held))
-    return table, [*duplicates, gone.select(["hash", "id"])]
+    return table, [*duplicates, gone.select(told)]
 
 
 def write_shards(folder: Location, first: int, stop: int, runs: list[Run], plan: Sharding) -> dict[str, Any]:
@@ -194,7 +195,7 @@ def write_shards(folder: Location, first: int, stop: int, runs: list[Run], plan:
 
 
 def _write_shard(folder: Location, runs: list[Run], shard: int, plan: Sharding) -> dict[str, Any] | None:
-    table, duplicates = gather(folder, runs, *bounds(shard, plan.shards))
+    table, duplicates = gather(folder, runs, *bounds(shard, plan.shards), plan.explained)
     if table is None:
         return None
     tokenizer = tokens.load(plan.definition)
@@ -220,7 +221,7 @@ def _write_shard(folder: Location, runs: list[Run], shard: int, plan: Sharding) 
         "cut": sum(len(rows) for rows, _ in groups) - len(ids),
         "counts": base64.b64encode(zlib.compress(counts.astype(np.int64).tobytes())).decode(),
         "chunks": chunks,
-        "ends": _ends(folder, path, dict(zip(hashes, ids, strict=True)), duplicates) if plan.explained else None,
+        "ends": _ends(folder, path, table, duplicates) if plan.explained else None,
     }
 
 
@@ -231,17 +232,18 @@ def _slices(sizes: np.ndarray) -> Iterator[tuple[int, int]]:
     yield from itertools.pairwise(edges)
 
 
-def _ends(folder: Location, path: str, kept: dict[str, str], duplicates: list[pa.Table]) -> str:
+def _ends(folder: Location, path: str, kept: pa.Table, duplicates: list[pa.Table]) -> str:
     """Spills what became of documents: those that are in a shard, and exact duplicates with the one that stayed."""
-    rows = [
-        {"key": segment.key_of(id), "id": id, "stage": "shard", "reason": "kept", "detail": path, "hash": h}
-        for h, id in kept.items()
-    ]
-    for table in duplicates:
-        for digest, id in zip(table["hash"].to_pylist(), table["id"].to_pylist(), strict=True):
-            rows.append({"key": segment.key_of(id), "id": id, "stage": "exact", "reason": "duplicate",
-                         "detail": kept[digest.hex()], "hash": digest.hex()})  # fmt: skip
+    found = kept.select(["hash", "id", "columns"]).to_pylist()
+    stayed = {row["hash"]: row["id"] for row in found}
+    rows = [_end(row, "shard", "kept", path) for row in found]
+    rows += [_end(row, "exact", "duplicate", stayed[row["hash"]]) for table in duplicates for row in table.to_pylist()]
     return spill.write(folder, pa.Table.from_pylist(rows, segment.LEFT_OUT), ("id", "stage", "reason", "detail"))
+
+
+def _end(row: dict[str, Any], stage: str, reason: str, detail: str) -> dict[str, Any]:
+    return {"key": segment.key_of(row["id"]), "id": row["id"], "stage": stage, "reason": reason, "detail": detail,
+            "hash": row["hash"].hex(), "columns": row["columns"]}  # fmt: skip
 
 
 # what was left out -----------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -24,6 +25,7 @@ SCHEMA = pa.schema(
         pa.field("document", pa.string(), nullable=False),
     ]
 )
+FORM = {"compression": "zstd", "use_dictionary": False, "write_statistics": ["document"], "write_page_checksum": True}
 # parts of all documents, by hash, at which a chunk ends, so that they can be held out exactly
 PARTS = [digit / 10**places for places in (4, 3, 2, 1) for digit in (1, 2, 5)]
 BATCH_CHARS = 4 << 20  # of text, per call of the tokenizer: bounds the memory that its encodings take
@@ -155,14 +157,7 @@ def shard(ids: list[str], tokens: list[np.ndarray], chunk_tokens: int, places: n
     ends = np.cumsum(lengths)
     groups = chunks(lengths, chunk_tokens, places)
     sink = pa.BufferOutputStream()
-    with pq.ParquetWriter(
-        sink,
-        SCHEMA,
-        compression="zstd",
-        use_dictionary=False,
-        write_statistics=["document"],
-        write_page_checksum=True,
-    ) as writer:
+    with pq.ParquetWriter(sink, SCHEMA, **FORM) as writer:
         begin = 0
         for rows, _ in groups:
             offsets = np.concatenate([[0], np.cumsum(rows)])
@@ -172,11 +167,41 @@ def shard(ids: list[str], tokens: list[np.ndarray], chunk_tokens: int, places: n
             table = pa.Table.from_arrays([lists, pa.array(names, pa.string())], schema=SCHEMA)
             writer.write_table(table, row_group_size=max(1, len(rows)))
             begin += int(offsets[-1])
-        # in the footer, which the manifest hashes: the dataset's digest then changes with any token
-        writer.add_key_value_metadata({"content": hashlib.sha256(flat.tobytes()).hexdigest()})
-        if places is not None:
-            writer.add_key_value_metadata({PLACES_KEY.decode(): json.dumps([place for _, place in groups])})
+        _sign(writer, flat, None if places is None else [place for _, place in groups])
     return sink.getvalue().to_pybytes()
+
+
+def _sign(writer: pq.ParquetWriter, flat: np.ndarray, places: list[int] | None) -> None:
+    """Puts the content's digest into the footer, which the manifest hashes, so that the dataset's changes with any token."""
+    writer.add_key_value_metadata({"content": hashlib.sha256(flat.tobytes()).hexdigest()})
+    if places is not None:
+        writer.add_key_value_metadata({PLACES_KEY.decode(): json.dumps(places)})
+
+
+def without(file: pq.ParquetFile, ids: set[str]) -> tuple[bytes | None, np.ndarray]:
+    """Writes an open shard again without some documents, and returns it with their tokens; None if nothing is left.
+
+    Row groups keep their other documents and their places, so that what was held out before is held out again.
+    """
+    known = (file.metadata.metadata or {}).get(PLACES_KEY)
+    old, places, gone = json.loads(known) if known else None, list[int](), list[np.ndarray]()
+    sink, kept = pa.BufferOutputStream(), [np.zeros(0, np.int32)]
+    with pq.ParquetWriter(sink, SCHEMA, **FORM) as writer:
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group, columns=SCHEMA.names).cast(SCHEMA)
+            named = pc.is_in(table["document"], value_set=pa.array(sorted(ids), pa.string()))
+            left = table.filter(pc.invert(named))
+            gone += [_flat(table.filter(named))]
+            if len(left):
+                kept.append(_flat(left))
+                places += [old[group]] if old else []
+                writer.write_table(left, row_group_size=len(left))
+        _sign(writer, np.concatenate(kept), places if old else None)
+    return sink.getvalue().to_pybytes() if len(kept) > 1 else None, np.concatenate(gone)
+
+
+def _flat(table: pa.Table) -> np.ndarray:
+    return table["tokens"].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.int32)
 
 
 def entropy(counts: np.ndarray) -> float:

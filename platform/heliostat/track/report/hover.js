@@ -1,4 +1,4 @@
-for (const chart of document.querySelectorAll("figure.chart")) {
+for (const chart of document.querySelectorAll("figure.chart[data-curves]")) {
   const plot = chart.querySelector(".plot");
   const curves = JSON.parse(chart.dataset.curves);
   const [first, last] = chart.dataset.range.split(" ").map(Number);

@@ -3,20 +3,16 @@
     html = page(gather(client, run))
 
 It is an artifact of every run that ends (`report.html`), which MLflow's UI shows, and what `heliostat report` writes. Which
-curves it has, and in which charts, is declared in `metrics.METRICS`. Its one script, which shows values below the pointer, is the
-only one that its policy lets a browser run; all text from outside is escaped.
+curves it has, and in which charts, is declared in `metrics.METRICS`. All text from outside is escaped.
 """
 
 from __future__ import annotations
 
 import base64
-import hashlib
 import math
 import tempfile
 from datetime import datetime
-from functools import cache
 from html import escape
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +23,7 @@ from heliostat.track import lineage, run_table
 from heliostat.track.artifacts import read_json
 from heliostat.track.metrics import METRICS, SPIKE, SPIKE_LIMIT, Metric, metric_of, renamed
 from heliostat.track.report import svg
+from heliostat.track.report.frame import boxes, document, side_by_side
 from heliostat.track.tags import FOLDER
 
 FILE = "report.html"
@@ -98,29 +95,13 @@ def page(facts: dict[str, Any]) -> str:
     if report:
         parts.append("<h2>Where the time went</h2>")
         spans = svg.timeline("starts of the workers", [_span(i, a) for i, a in enumerate(report["attempts"], 1)])
-        parts.append(_side_by_side([svg.waterfall(f"goodput {report['goodput']:.1%}", report["parts"], goodput.COLOURS), spans]))
+        parts.append(side_by_side([svg.waterfall(f"goodput {report['goodput']:.1%}", report["parts"], goodput.COLOURS), spans]))
     parts += _samples(facts["samples"], facts["pictures"])
     parts += ["<h2>Lineage</h2>", _tree(lineage.lines({"model": None, "run": facts["node"]}))]
     for model in facts["node"]["models"]:
         aliases = " ".join("@" + a for a in model["aliases"])
         parts.append(f"<p>model <b>{escape(model['uri'])}</b> {escape(aliases)}</p>")
-    parts.append(f"<script>{_file('hover.js')}</script>")
-    return f"<!doctype html><html lang='en'>{_head(row['name'])}<body>{''.join(parts)}</body></html>"
-
-
-def _head(title: str) -> str:
-    script = base64.b64encode(hashlib.sha256(_file("hover.js").encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{script}'; base-uri 'none'; "
-    return (
-        f"<head><meta charset='utf-8'><meta http-equiv='Content-Security-Policy' content=\"{policy}form-action 'none'\">"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>{escape(title)}</title><style>{_file('style.css')}</style></head>"
-    )
-
-
-@cache
-def _file(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return document(row["name"], parts)
 
 
 def _summary(row: dict[str, Any]) -> str:
@@ -139,10 +120,9 @@ def _summary(row: dict[str, Any]) -> str:
         "ended": when(row["ended"]) if row["ended"] else None,
     }
     cells = {k: f"{v:.5g}" if isinstance(v, float) else str(v) for k, v in told.items() if v not in (None, "")}
-    boxes = [f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in cells.items()]
-    if row["reason"]:
-        boxes.insert(1, f"<div class='wide'><dt>reason</dt><dd>{escape(row['reason'])}</dd></div>")
-    return f"<dl>{''.join(boxes)}</dl>"
+    reason = f"<div class='wide'><dt>reason</dt><dd>{escape(row['reason'])}</dd></div>" if row["reason"] else ""
+    first = {"status": cells.pop("status")}
+    return f"<dl>{boxes(first)}{reason}{boxes(cells)}</dl>"
 
 
 def _sections(curves: Curves) -> list[str]:
@@ -155,7 +135,7 @@ def _sections(curves: Curves) -> list[str]:
             charts.setdefault(_title(metric, name), (metric.unit, []))[1].append(svg.Curve(name, curves[name], metric.mark))
         drawn = [svg.lines(title, found, (0.0, last), unit) for title, (unit, found) in charts.items()]
         if any(drawn):
-            out += [f"<h3>{section}</h3>", _side_by_side(drawn)]
+            out += [f"<h3>{section}</h3>", side_by_side(drawn)]
     return out
 
 
@@ -164,10 +144,6 @@ def _title(metric: Metric, name: str) -> str:
         return metric.chart
     title = metric.chart.replace("{}", (metric.star(name) or "").replace("_", " "))
     return title[:1].upper() + title[1:]
-
-
-def _side_by_side(figures: list[str]) -> str:
-    return f"<div class='grid2'>{''.join(figures)}</div>"
 
 
 def _spike_lines(spikes: list[tuple[int, float, float]]) -> list[str]:
@@ -194,7 +170,7 @@ def _samples(texts: list[tuple[str, str]], pictures: list[tuple[str, bytes]]) ->
     for name, png in pictures:
         image = f"<img alt='{escape(name)}' src='data:image/png;base64,{base64.b64encode(png).decode()}'>"
         shown.append(f"<figure><figcaption>{escape(name)}</figcaption>{image}</figure>")
-    return ["<h2>Samples</h2>", *parts, _side_by_side(shown) if shown else ""]
+    return ["<h2>Samples</h2>", *parts, side_by_side(shown) if shown else ""]
 
 
 def _tree(lines: list[tuple[int, str]]) -> str:

@@ -138,6 +138,14 @@ def waterfall(title: str, parts: dict[str, float], colours: dict[str, str]) -> s
     return f'<figure class="parts"><figcaption>{escape(title)}</figcaption>{"".join(rows)}</figure>' if rows else ""
 
 
+def bars(title: str, rows: list[tuple[str, float, str]], colour: str = "var(--ink0)") -> str:
+    """Draws a bar a row: (name, its share of the longest that there could be, text)."""
+    shown = [
+        f"<div><span>{escape(name)}</span>{_bar(0, share, colour)}<span>{escape(text)}</span></div>" for name, share, text in rows
+    ]
+    return f'<figure class="bars"><figcaption>{escape(title)}</figcaption>{"".join(shown)}</figure>' if rows else ""
+
+
 def timeline(title: str, spans: list[tuple[float, float, str, str]]) -> str:
     """Draws spans (begin, end, colour, text), one a row, on one axis of seconds from the first begin."""
     if not spans:

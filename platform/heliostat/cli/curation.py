@@ -1,0 +1,257 @@
+"""Tells what curation did, and trains what it decides by: `heliostat trace`, `forget`, `curate report`, `train-classifier`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from heliostat.cli.common import DATA, HELP, Json, TrackingUri, app, finish, out, print_table, store_uri
+from heliostat.errors import ConfigError
+
+MOST = 20  # documents, samples and steps that are printed; --json has all
+
+Dataset = Annotated[
+    str, typer.Argument(help="A dataset made with stages: a folder or s3:// URI", metavar="DATASET", show_default=False)
+]
+Url = Annotated[str | None, typer.Option("--url", help="The document of this url, a column of the dataset", metavar="URL")]
+Id = Annotated[
+    str | None, typer.Option("--id", help="The document of this id: its path in the input, with #record", metavar="ID")
+]
+Text = Annotated[Path | None, typer.Option("--text", help="The document with the text of this file", metavar="FILE")]
+
+
+def _found(dataset: str, url: str | None, id: str | None, text: Path | None) -> tuple[Any, list[dict[str, Any]]]:
+    from heliostat.data import manifest
+    from heliostat.pipelines.text.trace import find
+    from heliostat.storage import Location
+
+    if sum(x is not None for x in (url, id, text)) != 1:
+        raise ConfigError("give one of --url, --id or --text")
+    try:
+        raw = text.read_bytes() if text else None
+    except OSError as e:
+        raise ConfigError(f"--text: {text} cannot be read ({e.strerror})") from e
+    made = manifest.read(Location(dataset))
+    return made, find(made, id=id, url=url, text=raw)
+
+
+curate_app = typer.Typer(no_args_is_help=True, context_settings=HELP, help="What curation did, and decides by.")
+app.add_typer(curate_app, name="curate", rich_help_panel=DATA)
+
+
+@curate_app.command("report")
+def report(
+    dataset: Dataset,
+    to: Annotated[Path, typer.Option("--out", help="An HTML file", metavar="FILE")] = Path("curation.html"),
+    prices: Annotated[Path | None, typer.Option(help="A YAML file laid over the price table (docs/plan.md)")] = None,
+    json_: Json = False,
+) -> None:
+    """Write one self-contained page about a dataset's making: funnel, histograms, examples, clusters, languages, domains."""
+    from heliostat.data import manifest
+    from heliostat.plan import hardware
+    from heliostat.storage import Location
+    from heliostat.track.report import curation
+
+    if not to.absolute().parent.is_dir():
+        raise ConfigError(f"--out: {to}: there is no folder {to.parent}")
+    table = hardware.table(prices)
+    made = manifest.read(Location(dataset))
+    told = curation.gather(made, table["devices"]["cpu"]["hour"], table["currency"])
+    try:
+        to.write_text(curation.page(told), encoding="utf-8")
+    except OSError as e:
+        raise ConfigError(f"--out: {to} cannot be written ({e.strerror})") from e
+    if not json_:
+        out.print(f"{to}: {to.stat().st_size:,} bytes")
+    finish({"file": str(to), "dataset": str(made.location), "digest": made.digest, **_stages(told)}, json_)
+
+
+def _stages(told: dict[str, Any]) -> dict[str, Any]:
+    """Sums up the funnel: of each stage what came, was kept and dropped, and its seconds."""
+    names = ("documents", "bytes", "kept", "kept_bytes", "dropped", "counts")
+    parts = {name: {k: part[k] for k in names if k in part} for name, part in told["funnel"].items()}
+    return {"stages": {n: p | {"seconds": told["seconds"].get(n)} for n, p in parts.items()}}
+
+
+@app.command(rich_help_panel=DATA)
+def trace(
+    dataset: Dataset,
+    url: Url = None,
+    id: Id = None,
+    text: Text = None,
+    run: Annotated[
+        str | None, typer.Option(help="Only this run's samples and steps, by its id or folder", metavar="RUN", show_default=False)
+    ] = None,
+    mlflow: TrackingUri = None,
+    json_: Json = False,
+) -> None:
+    """Tell a document's way: where it was read, what each stage did to it, who stayed instead, its shard, and its steps."""
+    from heliostat.pipelines.text import trace as tracing
+
+    made, ends = _found(dataset, url, id, text)
+    told = [tracing.trace(made, end) for end in ends]
+    for one in told:
+        held = one["shard"] or one["end"]["reason"] == "forgotten"
+        one["runs"] = _runs(made, one["kept"] or one["id"], run, mlflow) if held else []
+    if not json_:
+        for one in told[:MOST]:
+            _print(one)
+        if len(told) > MOST:
+            out.print(f"and {len(told) - MOST:,} more documents; --json has them")
+    finish({"dataset": str(made.location), "digest": made.digest, "documents": told}, json_)
+
+
+@app.command(rich_help_panel=DATA)
+def forget(
+    dataset: Dataset,
+    to: Annotated[
+        str, typer.Option("--out", help="The new dataset: a folder or s3:// URI", metavar="DATASET2", show_default=False)
+    ],
+    url: Url = None,
+    id: Id = None,
+    text: Text = None,
+    mlflow: TrackingUri = None,
+    json_: Json = False,
+) -> None:
+    """Make a dataset without a document, and list every run that has trained on it, with the steps."""
+    from heliostat.pipelines.text import forget as forgetting
+    from heliostat.storage import Location
+
+    made, ends = _found(dataset, url, id, text)
+    target, found = forgetting.one(ends, "--url" if url else "--text" if text else "--id")
+    output = Location(to)
+    forgetting.check(made, output)
+    told = _ways(made, target, mlflow)
+    new = forgetting.forget(made, target, found, output)
+    result = {"dataset": str(output), "digest": new.digest, "previous": made.digest, "documents": new.meta["documents"],
+              "tokens": new.tokens, "forgotten": sorted({target, *(row["id"] for row in found)}), **told}  # fmt: skip
+    if not json_:
+        _print_forgotten(result)
+    finish(result, json_)
+
+
+def _ways(made: Any, id: str, mlflow: str | None) -> dict[str, Any]:
+    """Tells where a document lies, who stayed in its place, and who trained on it."""
+    from heliostat.curation import reasons
+    from heliostat.pipelines.text import trace as tracing
+
+    told = tracing.trace(made, reasons.end_of(made, id)[0])
+    if told["kept"] != id:
+        return {"shard": None, "instead": told["instead"], "runs": []}
+    return {"shard": told["shard"], "instead": told["instead"], "runs": _runs(made, id, None, mlflow)}
+
+
+def _print_forgotten(told: dict[str, Any]) -> None:
+    out.print(f"dataset {told['dataset']} is ready: {told['documents']:,} documents, {told['tokens']:,} tokens, digest "
+              f"{told['digest'][:12]}, without {', '.join(told['forgotten'])}")  # fmt: skip
+    if told["shard"]:
+        out.print(f"  it was in shard {told['shard']['path']} of {told['previous'][:12]}")
+    else:
+        out.print("  it was in no shard: what the dataset kept of it was its record")
+    for hop in told["instead"]:
+        out.print(f"  a document much like it is in the dataset: {hop['id']}; forget that one by --id")
+    _print_runs(told)
+    out.print("  the dataset that it was in, that one's earlier versions, the input and the runs' models still hold it")
+
+
+def _runs(made: Any, id: str, run: str | None, mlflow: str | None) -> list[dict[str, Any]]:
+    """Finds the runs that have trained on a document."""
+    from heliostat.track import mlflow_client
+    from heliostat.track.lineage_of_documents import Trained
+
+    uri = store_uri(mlflow)
+    with mlflow_client.asking(uri):
+        client = mlflow_client.connect(uri)
+        only = mlflow_client.find(client, run, uri).info.run_id if run else None
+        return Trained(client, made, id).runs(only)
+
+
+def _print(told: dict[str, Any]) -> None:
+    out.print(told["id"], style="bold")
+    read = dict(told["read"])
+    where = "".join(f", {name} {number:,}" for name, number in read.items() if name != "file")
+    out.print(f"  read from {read['file']}{where}")
+    for name, value in told["columns"].items():
+        out.print(f"  {name}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
+    for stage in told["stages"]:
+        out.print(f"  {stage['stage']}: {_did(stage)}")
+    if not any(stage["did"] == "dropped" for stage in told["stages"]):
+        end = told["end"]
+        out.print(f"  {end['stage']}: {end['reason']}" + (f" ({end['what']})" if end["what"] else "") + f", {end['detail']}")
+    for hop in told["instead"]:
+        cluster = f", one of {hop['cluster']:,} in the cluster" if hop["cluster"] else ""
+        out.print(f"  in its place stayed {hop['id']} ({hop['by']}{cluster})")
+    if told["shard"]:
+        pieces = [f"row group {p['row_group']}, {p['tokens']:,} tokens from {p['first']:,}" for p in told["shard"]["pieces"]]
+        out.print(f"  in shard {told['shard']['path']}: {'; '.join(pieces)}")
+    else:
+        out.print("  in no shard" + ("" if told["end"]["reason"] == "forgotten" else ": nothing has trained on it"))
+    for note in told["notes"]:
+        out.print(f"  note: {note}")
+    _print_runs(told)
+
+
+def _did(stage: dict[str, Any]) -> str:
+    reason = f" ({stage['reason']}: {stage['what']})" if stage["what"] else f" ({stage['reason']})" if stage["reason"] else ""
+    size = stage.get("bytes") if stage["did"] == "changed" else None
+    text = stage["did"] + reason + (f", {stage['detail']}" if stage["detail"] else "")
+    text += f", {size[0]:,} to {size[1]:,} bytes" if size else ""
+    figures = []
+    for name, value in stage["measures"].items():
+        limits = ", ".join(f"{limit:g}" for limit in stage["thresholds"].get(name, []))
+        figures.append(f"{name} {value:.4g}" + (f" [{limits}]" if limits else ""))
+    figures += [f"{name} {count:,}" for name, count in stage["counts"].items()]
+    return text + (f"; {', '.join(figures)}" if figures else "")
+
+
+def _print_runs(told: dict[str, Any]) -> None:
+    for row in told["runs"]:
+        steps = ", ".join(f"{step:,}" for step in row["steps"][:MOST]) + (" ..." if len(row["steps"]) > MOST else "")
+        how = f"{len(row['samples']):,} samples in steps {steps}" if row["samples"] else "none by itself"
+        how += f", inherited from {', '.join(row['inherited'])}" if row["inherited"] else ""
+        how += f"; what it took is not known: {row['fault']}" if row["fault"] else ""
+        how += f"; {row['unsure']:,} replaced samples are not listed" if row["unsure"] else ""
+        out.print(f"  run {row['name']} ({row['run_id']}): {how}; {' '.join(row['models']) or 'no registered model'}")
+        for sample in row["samples"][:MOST]:
+            lane = (
+                "in place of a bad sample"
+                if sample["lane"] is None
+                else "lane {lane}, place {place}, epoch {epoch}".format(**sample)
+            )
+            out.print(f"    step {sample['step']:,}: {lane}; row group {sample['row_group']}, sample {sample['row']}")
+    if told["shard"] and not told["runs"]:
+        out.print("  no recorded run has trained on it")
+
+
+Good = Annotated[Path, typer.Argument(help="A folder of documents that are wanted", metavar="GOOD", show_default=False)]
+Bad = Annotated[Path, typer.Argument(help="A folder of documents that are not", metavar="BAD", show_default=False)]
+
+
+@curate_app.command("train-classifier")
+def train_classifier(
+    good: Good,
+    bad: Bad,
+    to: Annotated[Path, typer.Option("--out", help="The folder of the classifier, which is made", metavar="FOLDER")],
+    json_: Json = False,
+) -> None:
+    """Train a quality classifier from two folders of examples, for `stage: classifier`; prints precision and recall."""
+    from heliostat.curation import training
+
+    report = training.train(good, bad, to)
+    if not json_:
+        held = f"{report['held_out_good']:,} good and {report['held_out_bad']:,} bad ones that were held out"
+        out.print(
+            f"classifier {to}: trained on {report['trained_good']:,} good and {report['trained_bad']:,} bad documents; of {held}:"
+        )
+        cells = [["min_score", "precision", "recall"]]
+        for threshold, at in report["held_out"].items():
+            precision = "none chosen" if at["precision"] is None else f"{at['precision']:.1%}"
+            cells.append([threshold, precision, f"{at['recall']:.1%}"])
+        print_table(cells)
+        for reason, count in sorted(report["left_out"].items()):
+            out.print(f"left out: {count:,} {reason}")
+        out.print(f"use it: {{stage: classifier, model: {to}, min_score: 0.5}}")
+    finish({"folder": str(to), **report}, json_)

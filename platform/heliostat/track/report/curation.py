@@ -1,0 +1,249 @@
+"""Builds one self-contained HTML page about how a dataset was made: the funnel, histograms, examples, clusters, what is in it.
+
+    html = page(gather(manifest))
+
+All text from outside is escaped, and bounded.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from html import escape
+from typing import Any
+from urllib.parse import urlsplit
+
+from heliostat.curation import reasons
+from heliostat.curation.tally import EXAMPLES
+from heliostat.data.manifest import Manifest
+from heliostat.errors import HeliostatError
+from heliostat.text import printable
+from heliostat.track.report import svg
+from heliostat.track.report.frame import boxes, document, side_by_side, table
+from heliostat.track.report.histogram import histogram
+
+log = logging.getLogger(__name__)
+
+SAMPLED = 200_000  # documents whose columns are looked at: those of the lowest hashes, which is a random sample
+TOP = 15  # values of a column that are shown
+TEXT = 600  # characters of an example
+WORD = 120  # characters of an id, a value or a detail
+Told = dict[str, Any]
+
+
+def gather(made: Manifest, hour: float | None = None, currency: str = "") -> Told:
+    """Collects what the page shows, as plain data; `hour` is the price of a core for an hour."""
+    return {
+        "name": made.meta.get("name", made.location.name),
+        "dataset": str(made.location),
+        "digest": made.digest,
+        "shards": len(set(made.paths)),
+        "funnel": reasons.funnel(made),
+        "seconds": reasons.seconds(made),
+        "hour": hour,
+        "currency": currency,
+        "columns": columns(made),
+    }
+
+
+def pages(manifests: list[Manifest]) -> Iterator[tuple[str, str]]:
+    """Yields the pages of those datasets that were made with stages, each under the name that it has among a run's artifacts."""
+    for made in manifests:
+        if "curation" not in made.meta:
+            continue
+        try:
+            text = page(gather(made))
+        except (HeliostatError, OSError) as e:
+            log.warning("%s: what made it cannot be read, so the run has no page about it (%s)", made.location, e)
+            continue
+        yield f"data/{made.location.name}-{made.digest[:8]}.html", text
+
+
+def columns(made: Manifest) -> Told:
+    """Counts the values of known columns in a random sample: {sampled, counts: {what: {value: [kept, left out]}}}."""
+    seen, found = 0, dict[str, Counter[tuple[str, bool]]]()
+    for part in reasons.ends(made):
+        if "columns" not in part.column_names:
+            break
+        part = part.slice(0, SAMPLED - seen)
+        for raw, reason in zip(part["columns"].to_pylist(), part["reason"].to_pylist(), strict=True):
+            for what, value in facts(json.loads(raw) if raw else {}):
+                found.setdefault(what, Counter())[value, reason == "kept"] += 1
+        seen += len(part)
+        if seen >= SAMPLED:
+            break
+    counts: dict[str, dict[str, list[int]]] = {what: {} for what in found}
+    for what, numbers in found.items():
+        for (value, kept), number in numbers.items():
+            counts[what].setdefault(value, [0, 0])[0 if kept else 1] += number
+    return {"sampled": seen, "counts": counts}
+
+
+def facts(held: Told) -> list[tuple[str, str]]:
+    """Extracts from a document's columns what is counted: languages, domains, licences, years and sources."""
+    out = [(f"{name}s", str(held[name])) for name in ("language", "license", "source") if held.get(name)]
+    try:
+        host = urlsplit(str(held.get("url") or "")).hostname
+    except ValueError:
+        host = None
+    out += [("domains", host)] if host else []
+    year = str(held.get("date") or "")[:4]
+    return out + ([("years", year)] if len(year) == 4 and year.isdecimal() else [])
+
+
+def page(told: Told) -> str:
+    """Renders the page as HTML."""
+    funnel = told["funnel"]
+    parts = [
+        f"<h1>{escape(printable(told['name']))}</h1>",
+        f"<p class='muted'>{escape(printable(told['dataset']))}, digest {escape(told['digest'][:12])}</p>",
+        _summary(told),
+        "<h2>The funnel</h2>",
+        _funnel(told),
+        *_costs(told),
+    ]
+    for name, part in funnel.items():
+        parts += _stage(name, part)
+    parts += _columns(told["columns"])
+    return document(told["name"], parts)
+
+
+def _summary(told: Told) -> str:
+    first, last = told["funnel"]["read"], told["funnel"]["shard"]
+    facts = {
+        "documents read": f"{first['documents']:,}",
+        "documents kept": f"{last['kept']:,} ({_share(last['kept'], first['documents'])})",
+        "text read": _bytes(first["bytes"]),
+        "text kept": f"{_bytes(last['kept_bytes'])} ({_share(last['kept_bytes'], first['bytes'])})",
+        "tokens": f"{last['counts']['tokens']:,}",
+        "shards": f"{told['shards']:,}",
+    }
+    if told["seconds"]:
+        spent = sum(told["seconds"].values())
+        facts["processor time"] = _time(spent)
+        facts |= {"its price": _price(told, spent)} if told["hour"] else {}
+    return f"<dl>{boxes(facts)}</dl>"
+
+
+def _funnel(told: Told) -> str:
+    funnel, seconds = told["funnel"], told["seconds"]
+    total = max(1, funnel["read"]["documents"])
+    left, rows = total, list[list[str]]()
+    shown = [("read", 1.0, f"{funnel['read']['documents']:,} documents")]
+    for name, part in funnel.items():
+        if name == "finish":
+            gone = sum(part["dropped"].values())
+            rows.append([_cut(name), f"{left:,}", f"{left - gone:,}", f"{gone:,}", _share(gone, left), "", "", "", ""])
+            left -= gone
+            continue
+        left, gone, spent = part["kept"], part["documents"] - part["kept"], seconds.get(name)
+        speed = f"{part['bytes'] / spent / 1e6:,.1f}" if spent else ""
+        time = [f"{spent:,.1f}", speed] if spent is not None else ["", ""]
+        price = _price(told, spent) if spent is not None and told["hour"] else ""
+        rows.append([_cut(name), f"{part['documents']:,}", f"{part['kept']:,}", f"{gone:,}", _share(gone, part["documents"]),
+                     f"{_bytes(part['bytes'])} to {_bytes(part['kept_bytes'])}", *time, price])  # fmt: skip
+        shown.append(
+            (
+                {"read": "readable", "shard": "in shards"}.get(name, f"behind {name}"),
+                left / total,
+                f"{left:,} ({_share(left, total)})",
+            )
+        )
+    head = ["stage", "came", "kept", "dropped", "of those that came", "text", "CPU seconds", "MB/s a core", "price"]
+    return svg.bars("documents that are left", [(_plain(n), s, t) for n, s, t in shown]) + table(head, rows)
+
+
+def _costs(told: Told) -> list[str]:
+    if not told["seconds"]:
+        return []
+    note = f", at {told['hour']:g} {escape(told['currency'])} for a core and hour" if told["hour"] else ""
+    parts = [(_plain(name), told["seconds"][name]) for name in told["funnel"] if name in told["seconds"]]
+    longest = max((spent for _, spent in parts), default=0.0) or 1.0
+    rows = [
+        (name, spent / longest, f"{_time(spent)}, {spent / max(1e-9, sum(s for _, s in parts)):.1%}") for name, spent in parts
+    ]
+    return [svg.bars("processor time", rows, "var(--ink2)"), f"<p class='muted'>Seconds of processor time{note}.</p>"]
+
+
+def _stage(name: str, part: Told) -> list[str]:
+    """Renders what one stage did: its reasons, histograms, clusters and examples."""
+    dropped, counts, what = part.get("dropped", {}), part.get("counts", {}), part.get("what", {})
+    came = part.get("documents", 0)
+    out = []
+    if dropped:
+        found = sorted(dropped.items(), key=lambda kv: (-kv[1], kv[0]))
+        rows = [[_cut(reason), f"{n:,}", _share(n, came), _cut(what.get(reason, ""))] for reason, n in found]
+        out.append(table(["dropped for", "documents", "of those that came", "meaning"], rows))
+    if counts:
+        out.append(f"<p class='muted'>{escape(', '.join(f'{_plain(k)} {n:,}' for k, n in sorted(counts.items())))}</p>")
+    limits = part.get("thresholds", {})
+    drawn = [histogram(_plain(m), bins, _numbers(limits.get(m, []))) for m, bins in sorted(part.get("histograms", {}).items())]
+    out += [side_by_side([d for d in drawn if d])] if any(drawn) else []
+    if clusters := part.get("largest"):
+        rows = [[f"{size:,}", _cut(id)] for size, id in clusters]
+        out += ["<h3>The largest clusters</h3>", table(["documents", "of which stayed"], rows)]
+    examples = part.get("examples", {})
+    for rule in sorted(examples, key=lambda r: (r.startswith("kept "), r)):
+        out.append(_examples(rule, examples[rule]))
+    return [f"<h2>{_cut(name)}</h2>", *out] if out else []
+
+
+def _examples(rule: str, found: list[Any]) -> str:
+    """Renders examples of a rule, folded: ids, figures and the beginnings of their texts."""
+    kind, _, subject = rule.partition(" ")
+    title = f"dropped for {subject}" if kind == "dropped" else f"only just kept, by {subject}"
+    shown = []
+    for _, id, text, detail, measures in found[:EXAMPLES]:
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in measures.items())
+        told = "; ".join(_cut(x, TEXT) for x in (detail, figures) if x)
+        more = " ..." if len(text) > TEXT else ""
+        shown.append(f"<p><b>{_cut(id)}</b> <span class='muted'>{told}</span></p>"
+                     f"<pre>{escape(printable(text[:TEXT], lines=True))}{more}</pre>")  # fmt: skip
+    return f"<details><summary>{len(shown)} {_cut(title)}</summary>{''.join(shown)}</details>"
+
+
+def _columns(told: Told) -> list[str]:
+    drawn = []
+    for what, counts in sorted(told["counts"].items()):
+        most = sorted(counts.items(), key=lambda kv: (-kv[1][0], -kv[1][1], kv[0]))[:TOP]
+        most = sorted(most) if what == "years" else most
+        top = max(1, *(kept for _, (kept, _) in most))
+        rows = [(_plain(value), kept / top, f"{kept:,} kept, {gone:,} left out") for value, (kept, gone) in most]
+        drawn.append(svg.bars(f"{what}: {len(counts):,}", rows))
+    if not drawn:
+        return []
+    note = f"Counted in {told['sampled']:,} documents" + (", a random sample." if told["sampled"] >= SAMPLED else ".")
+    return ["<h2>What is in it</h2>", f"<p class='muted'>{note}</p>", side_by_side(drawn)]
+
+
+def _numbers(values: list[Any]) -> list[float]:
+    return [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+
+
+def _plain(text: str, most: int = WORD) -> str:
+    text = printable(text)
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def _cut(text: str, most: int = WORD) -> str:
+    return escape(_plain(text, most))
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{part / whole:.2%}" if whole else ""
+
+
+def _price(told: Told, seconds: float) -> str:
+    cost = seconds / 3600 * told["hour"]
+    return f"{cost:,.2f} {told['currency']}" if cost >= 0.01 else f"< 0.01 {told['currency']}"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 3600:,.1f} h" if seconds >= 7200 else f"{seconds:,.1f} s"
+
+
+def _bytes(size: float) -> str:
+    unit, name = next(((u, n) for u, n in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "KB")) if size >= u), (1.0, "B"))
+    return f"{size / unit:,.1f} {name}" if unit > 1 else f"{size:,.0f} B"
