@@ -72,7 +72,7 @@ def require_abilities(job: Job, recipe: Recipe) -> None:
     if job.train.parallel.sequence > 1:
         if not isinstance(recipe, CutsSamples):
             raise _lacks("train.parallel.sequence", job, "cuts no samples", CutsSamples, "set it to 1")
-        if isinstance(recipe, Draws) or getattr(recipe, "gathered", ()):
+        if isinstance(recipe, Draws) or (isinstance(recipe, Evaluates) and recipe.gathered):
             raise ConfigError(f"train.parallel.sequence: {job.recipe} draws or measures whole samples; set it to 1")
     if job.mlflow.register_as and not isinstance(recipe, Serves):
         raise _lacks("mlflow.register", job, "is not served, so there is no model to register", Serves, "remove it")
