@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+import socket
 import subprocess
 import sys
 import time
@@ -10,9 +11,10 @@ import pytest
 from heliostat import errors, redact
 from heliostat.cluster import endpoint as reach
 from heliostat.config import spec
-from heliostat.errors import ConfigError
+from heliostat.errors import ConfigError, TrackingError
 from heliostat.storage import Location
 from heliostat.track import ui
+from heliostat.track.mlflow_client import connect
 
 from tests.unit.build_job import job, write
 from tests.unit.forked import run
@@ -112,6 +114,17 @@ def test_a_store_of_the_environment_that_fails_is_one_line_without_its_password(
     code, out, lines, _ = run("runs")
     assert code == 1 and not out and len(lines) == 1 and "hunter" not in lines[0]
     assert lines[0].startswith(f"error: MLflow at {uri.partition(':')[0]}://u:***@")
+
+
+def test_a_database_that_takes_no_connection_is_told_at_once():
+    """MLflow by itself tries for 100 seconds."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+        began = time.monotonic()
+        with pytest.raises(TrackingError, match=rf"127\.0\.0\.1:{port} takes no connection \(.*refused"):
+            connect(f"postgresql+psycopg://u:p@127.0.0.1:{port}/db")
+        assert time.monotonic() - began < 60
 
 
 def test_an_error_that_nobody_has_caught_shows_no_password_either():

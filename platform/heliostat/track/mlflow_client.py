@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from heliostat import extras
 from heliostat.errors import ConfigError, TrackingError
@@ -17,6 +19,8 @@ from heliostat.track.metrics import Point
 from heliostat.track.tags import FOLDER, KIND, NAME, TRAINING
 
 DEFAULT = ".heliostat/mlflow.db"  # the quickstart's
+PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}  # of databases, by the beginning of their URI
+ANSWER_S = 5.0  # for a database to take a connection; MLflow itself tries for 100
 
 
 def default_uri() -> str:
@@ -37,11 +41,32 @@ def known(client: Any, run_id: str) -> dict[str, int]:
 
 
 def connect(uri: str) -> Any:
-    """Connects to MLflow's store at `uri`: returns an MlflowClient, and makes the store MLflow's default."""
+    """Connects to MLflow's store at `uri`: returns an MlflowClient, and makes the store MLflow's default.
+
+    TrackingError if it is a database whose server takes no connection.
+    """
     import mlflow
+
+    _probe(uri)
 
     mlflow.set_tracking_uri(uri)
     return mlflow.MlflowClient(tracking_uri=uri)
+
+
+def _probe(uri: str) -> None:
+    """Raises TrackingError if the server of a database takes no connection; what the URI does not tell is left to MLflow."""
+    kind = uri.partition(":")[0].partition("+")[0]
+    try:
+        parts = urlsplit(uri)
+        place = parts.hostname, parts.port or PORTS.get(kind)
+    except ValueError:  # several hosts, or a password with characters that are not escaped
+        return
+    if kind not in PORTS or not all(place):
+        return
+    try:
+        socket.create_connection(place, timeout=ANSWER_S).close()  # type: ignore[arg-type] (neither is None)
+    except OSError as e:
+        raise TrackingError(f"MLflow at {uri}: {place[0]}:{place[1]} takes no connection ({brief(e)})") from e
 
 
 @contextmanager
