@@ -76,7 +76,6 @@ def infer(
     top_p: Annotated[float | None, typer.Option(help="continue: choose among the likeliest tokens of this share")] = None,
     batch: Annotated[int, typer.Option(help="Inputs that the model takes together")] = 16,
     workers: Annotated[int, typer.Option(min=1, help="On a Ray of its own: as many models side by side")] = 2,
-    gpus: Annotated[float, typer.Option(min=0, help="GPUs of each model, as 1 or 0.5")] = 0.0,
     mlflow: TrackingUri = None,
     json_: Json = False,
 ) -> None:
@@ -90,7 +89,7 @@ def infer(
     if options and task != "continue":
         raise ConfigError(f"--{next(iter(options)).replace('_', '-')}: goes with --task continue, not with {task}")
     asked = {"task": task, "column": column, "keep": keep or [], "seed": seed, "batch": batch, "options": options}
-    made = run(resolve(model, store_uri(mlflow)), input_, to, validate(Settings, asked, "infer"), workers, gpus)
+    made = run(resolve(model, store_uri(mlflow)), input_, to, validate(Settings, asked, "infer"), workers, json_)
     if not json_:
         told = f", {made['bad']:,} without one (bad.parquet)" if made["bad"] else ""
         cut = f", {made['truncated']:,} of them of a text that was cut" if made["truncated"] else ""

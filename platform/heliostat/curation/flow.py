@@ -45,8 +45,6 @@ class Flow:
 
     work: Work
     labels: dict[str, str] = field(default_factory=dict)
-    gpus: float = 0.0
-    """That each task takes."""
     done: dict[str, int] = field(default_factory=dict)
     kept: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -80,9 +78,8 @@ class Flow:
         work = Work(self.work.location)  # without what was looked up
         size = self.devices() if pooled else 0
         pool = Pool(execute, size, RETRIES, num_cpus=cpus, num_gpus=1, label_selector=self.labels or None) if size else None
-        remote = pool or _execute.options(num_cpus=cpus, num_gpus=self.gpus, max_retries=RETRIES,
-                                          label_selector=self.labels or None, name=kind)  # fmt: skip
-        room: Callable[[], int] = (lambda: 2 * size) if pool else Room(cpus, self.gpus)
+        remote = pool or _execute.options(num_cpus=cpus, max_retries=RETRIES, label_selector=self.labels or None, name=kind)
+        room: Callable[[], int] = (lambda: 2 * size) if pool else Room(cpus)
         try:
             for number, task, record in self._looked_up(kind, tasks, valid):
                 if record is not None:
@@ -138,16 +135,14 @@ class Flow:
 
 
 class Room:
-    """Tells how many tasks may be under way: twice as many as have room, looked up again as nodes come and go."""
+    """Tells how many tasks may be under way: twice as many as there are CPUs, looked up again as nodes come and go."""
 
-    def __init__(self, cpus: int, gpus: float = 0.0) -> None:
-        self.cpus, self.gpus, self.looked, self.count = cpus, gpus, -LOOK_S, 0
+    def __init__(self, cpus: int) -> None:
+        self.cpus, self.looked, self.count = cpus, -LOOK_S, 0
 
     def __call__(self) -> int:
         if time.monotonic() - self.looked >= LOOK_S:
-            there = ray.cluster_resources()
-            fit = int(there.get("CPU", 1.0)) // self.cpus
-            self.count = max(2, 2 * (min(fit, int(there.get("GPU", 0.0) / self.gpus)) if self.gpus else fit))
+            self.count = max(2, 2 * int(ray.cluster_resources().get("CPU", 1.0)) // self.cpus)
             self.looked = time.monotonic()
         return self.count
 

@@ -74,8 +74,9 @@ class Progress:
 
 
 def documents(record: dict[str, Any]) -> int:
-    """Counts the documents that a task has passed on, or written."""
-    return sum(rows for _, rows, _ in record.get("runs", [])) + sum(s["documents"] for s in record.get("shards", []))
+    """Counts the documents that a task has passed on, written, or answered."""
+    shards = sum(s["documents"] for s in record.get("shards", []))
+    return sum(rows for _, rows, _ in record.get("runs", [])) + shards + record.get("answers", 0)
 
 
 def line(kind: str, at: Kind, now: float) -> str:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ import pyarrow.parquet as pq
 
 from heliostat.curation.flow import Flow, Task
 from heliostat.curation.pieces import Part
+from heliostat.curation.progress import Progress
 from heliostat.curation.work import Work, key
 from heliostat.errors import ConfigError
 from heliostat.inference.batch import tasks
@@ -33,19 +33,18 @@ from heliostat.pipelines.prepare import InputFile
 from heliostat.pipelines.text import making, sources
 from heliostat.pipelines.text.documents import Rules
 from heliostat.pipelines.text.tasks import TextSource
+from heliostat.pipelines.watching import Watch
 from heliostat.recipes import exported
 from heliostat.storage import Location
-
-log = logging.getLogger(__name__)
+from heliostat.terminal import console
 
 RECORD, SETTINGS, BAD, WORK = "inference.json", "settings.json", "bad.parquet", "work"
 PIECES = 256  # of an input, about
 LEAST, MOST = 16 << 10, 1 << 20  # bytes of a piece
-TELL_S = 10.0  # between lines that say how far it is
 
 
-def infer(model: Path, input: str, output: str, settings: Settings, workers: int = 2, gpus: float = 0.0) -> dict[str, Any]:
-    """Answers all documents of an input; returns what `inference.json` says, without the list of files.
+def infer(model: Path, input: str, output: str, settings: Settings, workers: int = 2, quiet: bool = False) -> dict[str, Any]:
+    """Answers all documents of an input; returns what `inference.json` says, without the list of files. `quiet`: shows nothing.
 
     ConfigError before anything starts if the model is no language model, there is no input, or the output holds something else.
     """
@@ -54,10 +53,14 @@ def infer(model: Path, input: str, output: str, settings: Settings, workers: int
     files, place = sources.listing(input), Location(output)
     facts = {"model": {"folder": str(model), "digest": model_digest(model), **_origin(model)}, "settings": settings.model_dump()}
     _claim(place, {"model": facts["model"]["digest"], **facts["settings"]})
+    import torch
+
     from heliostat.cluster.connect import connect
 
-    connect(cpus=workers, gpus=int(bool(gpus)))
-    return answer(Flow(Work(place.join(WORK)), gpus=gpus), files, facts | {"input": input}, place)
+    connect(cpus=workers, gpus=torch.cuda.device_count())
+    with Watch(console, f"answering {input}", quiet) as watch:
+        flow = Flow(Work(place.join(WORK)), progress=Progress(watch.show))
+        return answer(flow, files, facts | {"input": input}, place)
 
 
 def answer(flow: Flow, files: list[InputFile], facts: dict[str, Any], place: Location) -> dict[str, Any]:
@@ -68,7 +71,7 @@ def answer(flow: Flow, files: list[InputFile], facts: dict[str, Any], place: Loc
     made = facts | {"inputs": _inputs(records), **_counts(records), "seconds": round(time.time() - began, 1),
                     "cpu_seconds": round(sum(r["seconds"] for r in records), 1), "new": flow.done.get("infer", 0)}  # fmt: skip
     _list_bad(place, records)
-    listed = [{"file": f"{tasks.ANSWERS}/{r['name']}.parquet", "rows": r["rows"]} for r in records if r["rows"]]
+    listed = [{"file": f"{tasks.ANSWERS}/{r['name']}.parquet", "rows": r["answers"]} for r in records if r["answers"]]
     place.join(RECORD).write(json.dumps({**made, "answers_in": listed}, indent=1).encode())
     _forget_others(place, {one["file"] for one in listed})
     return made
@@ -119,40 +122,25 @@ def _tasks(flow: Flow, files: list[InputFile], target: int, facts: dict[str, Any
     def task(piece: list[Part]) -> Task:
         told = [part.identity for part in piece]
         name = key("infer", facts["model"]["digest"], asked, input, vars(source.rules), told)
-        return Task(name, {"piece": piece, "name": name, **shared})
+        return Task(name, {"piece": piece, "name": name, **shared}, bytes=sum(part.length for part in piece))
 
     return [task(piece) for piece in making.pieces_of(flow, input, files, target)]
 
 
 def _answered(flow: Flow, wanted: list[Task], place: Location) -> list[dict[str, Any]]:
-    """Runs the tasks, tells how far they are, and returns their records in the input's order."""
+    """Runs the tasks, and returns their records in the input's order."""
     there = dict(place.files())
 
     def whole(record: dict[str, Any]) -> bool:
         wrote = ((tasks.ANSWERS, record["bytes"]), (tasks.BAD, record["bad_bytes"]))
         return all(there.get(f"{folder}/{record['name']}.parquet") == size for folder, size in wrote if size)
 
-    found: dict[int, dict[str, Any]] = {}
-    began = told = time.monotonic()
-    for number, record in flow.run("infer", tasks.answer_piece, iter(wanted), valid=whole):
-        found[number] = record
-        if time.monotonic() - told > TELL_S:
-            told = time.monotonic()
-            _tell(list(found.values()), len(wanted), flow, told - began)
-    return [found[number] for number in range(len(wanted))]
-
-
-def _tell(records: list[dict[str, Any]], total: int, flow: Flow, seconds: float) -> None:
-    new = max(1, flow.done.get("infer", 0))
-    left = (total - len(records)) * seconds / new
-    counts = _counts(records)
-    log.info("%d of %d pieces, %d answers, %d without one; about %.0f s to go", len(records), total, counts["answers"],
-             counts["bad"], left)  # fmt: skip
+    return flow.all("infer", tasks.answer_piece, iter(wanted), valid=whole, pooled=True)
 
 
 def _counts(records: list[dict[str, Any]]) -> dict[str, int]:
     return {
-        "answers": sum(r["rows"] for r in records),
+        "answers": sum(r["answers"] for r in records),
         "bad": sum(r["bad"] for r in records),
         "tokens": sum(r["tokens"] for r in records),
         "truncated": sum(r["truncated"] for r in records),

@@ -59,7 +59,7 @@ def answer_piece(
     listed = pa.Table.from_arrays([pa.array(values) for values in zip(*bad, strict=True)], schema=BAD_SCHEMA) if bad else None
     return {
         "name": name,
-        "rows": len(rows),
+        "answers": len(rows),
         "bytes": answered,
         "bad": len(bad),
         "bad_bytes": _write(place.join(BAD, f"{name}.parquet"), listed) if listed is not None else 0,
