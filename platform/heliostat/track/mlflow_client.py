@@ -58,15 +58,15 @@ def _probe(uri: str) -> None:
     kind = uri.partition(":")[0].partition("+")[0]
     try:
         parts = urlsplit(uri)
-        place = parts.hostname, parts.port or PORTS.get(kind)
+        host, port = parts.hostname, parts.port or PORTS.get(kind)
     except ValueError:  # several hosts, or a password with characters that are not escaped
         return
-    if kind not in PORTS or not all(place):
+    if kind not in PORTS or not host or not port:
         return
     try:
-        socket.create_connection(place, timeout=ANSWER_S).close()  # type: ignore[arg-type] (neither is None)
+        socket.create_connection((host, port), timeout=ANSWER_S).close()
     except OSError as e:
-        raise TrackingError(f"MLflow at {uri}: {place[0]}:{place[1]} takes no connection ({brief(e)})") from e
+        raise TrackingError(f"MLflow at {uri}: {host}:{port} takes no connection ({brief(e)})") from e
 
 
 @contextmanager
