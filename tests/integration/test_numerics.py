@@ -76,8 +76,8 @@ def plant(name: str) -> None:
 
     build = play.deepspeed_engine.build_engine
 
-    def engine(job: Job, recipe: Any) -> Any:
-        built = build(job, recipe)
+    def engine(*given: Any) -> Any:
+        built = build(*given)
         if torch.distributed.get_world_size() > 1:
             {"wrong-scale": scaled, "not-reduced": alone, "stale-gradient": repeated, "stale-weights": kept,
              "lost-moment": forgetful, "wrong-rate": hasty}[name](built)  # fmt: skip

@@ -63,8 +63,8 @@ def _held(engine: Any, stage: int) -> dict[str, int]:
     return {
         "weights": size(low) + size(gathered),
         "gradients": size(gradients),
-        "masters": size(zero_state._flat_groups(engine)) if stage else 0,
-        "moments": size(v for s in inner.state.values() for k, v in s.items() if k in engine.moments),
+        "masters": size(flat for flat, _ in zero_state.flat_groups(engine)) if stage else 0,
+        "moments": size(v for s in inner.state.values() for k, v in s.items() if k in ("exp_avg", "exp_avg_sq")),
     }
 
 
