@@ -64,12 +64,12 @@ class Recording(progress.ProgressReporter):
 
     def event(self, event: Event) -> None:
         if isinstance(event, Phase):
-            self.note(event.phase, event.at, 0)
+            self.keep(event.phase, event.at, 0)
         elif isinstance(event, Steps):
-            self.note("made", event.at, event.done)
+            self.keep("made", event.at, event.done)
         super().event(event)
 
-    def note(self, *event: Any) -> None:
+    def keep(self, *event: Any) -> None:
         self.events.append(event)
         if "--follow" in sys.argv:
             print(json.dumps(event), flush=True)
