@@ -9,11 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
+from heliostat.config.schema import validate
 from heliostat.curation.work import Work
-from heliostat.errors import ConfigError
+from heliostat.errors import ConfigError, HeliostatError
 from heliostat.inference.batch import engines, run, tasks
 from heliostat.inference.batch.engines import Continue, Embed, Input, Score
-from heliostat.inference.batch.settings import Settings
+from heliostat.inference.batch.settings import OF_ANSWERS, Settings
 from heliostat.pipelines.text import sources
 from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.recipes.text.generator import Sampling
@@ -119,6 +120,24 @@ def test_what_cannot_be_answered_is_said_and_stops_nothing(model, monkeypatch):
     monkeypatch.setattr(engine, "answer", lambda tokens, inputs: 1 / 0 if PROMPTS[2] in inputs else plain(tokens, inputs))
     answers = engine(PROMPTS[:3])
     assert [a.bad for a in answers] == ["", "", "failed"] and "ZeroDivisionError" in answers[2].detail
+
+
+def test_a_model_that_answers_nothing_ends_the_run(model, monkeypatch):
+    """It is not the inputs: else all would be listed as bad, and never asked again."""
+    engine = Continue(model, 4, {"max_tokens": 6})
+    monkeypatch.setattr(engine, "answer", lambda tokens, inputs: 1 / 0)
+    with pytest.raises(HeliostatError, match="answers nothing: ZeroDivisionError"):
+        engine(PROMPTS)
+
+
+@pytest.mark.parametrize(
+    "asked", [{"keep": ["id"]}, {"keep": ["text"]}, {"column": "answer"}, {"task": "score", "keep": ["nats"]}]
+)
+def test_columns_of_one_name_are_refused(asked):
+    with pytest.raises(ConfigError, match="two columns"):
+        validate(Settings, asked, "infer")
+    for task in OF_ANSWERS:
+        assert tuple(name for name, _ in tasks.COLUMNS[task]) == OF_ANSWERS[task]
 
 
 def test_padding_that_changes_an_answer_is_found(model):

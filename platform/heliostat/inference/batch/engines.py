@@ -23,6 +23,7 @@ import transformers
 from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from heliostat.config.schema import validate
+from heliostat.errors import HeliostatError
 from heliostat.recipes.pretrained import from_folder
 from heliostat.recipes.text.generator import Sampling, whole
 
@@ -50,7 +51,10 @@ class Answer:
 
 
 class Engine:
-    """Loads a model once, and answers inputs in batches of similar length; one that cannot be answered stops no other."""
+    """Loads a model once, and answers inputs in batches of similar length; one that cannot be answered stops no other.
+
+    HeliostatError if none of several can: then it is not the inputs.
+    """
 
     def __init__(self, folder: Path, batch: int) -> None:
         self.batch = batch
@@ -69,6 +73,8 @@ class Engine:
             made = self._answered([encoded[i] for i in chosen], [inputs[i] for i in chosen])
             for i, answer in zip(chosen, made, strict=True):
                 answers[i] = answer
+        if len(open_) > 1 and all(answers[i].bad == "failed" for i in open_):
+            raise HeliostatError(f"the model answers nothing: {answers[open_[0]].detail}")
         return answers
 
     def encode(self, text: str) -> list[int]:

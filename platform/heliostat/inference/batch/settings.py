@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from heliostat.config.schema import Strict
 
 Task = Literal["continue", "score", "embed"]
-TASKS = get_args(Task)
+OF_ANSWERS = {
+    "continue": ("answer", "tokens", "finish"),
+    "score": ("nats", "tokens", "bits_per_byte", "truncated"),
+    "embed": ("embedding", "tokens", "truncated"),
+}
 
 
 class Settings(Strict):
@@ -25,3 +29,11 @@ class Settings(Strict):
     seed: int = Field(0, ge=0, lt=2**63)
     options: dict[str, Any] = {}
     """How text is continued: `max_tokens`, `temperature`, `top_p`."""
+
+    @model_validator(mode="after")
+    def _apart(self) -> Settings:
+        """Refuses columns that would have the name of another in the answers."""
+        written = ["id", self.column, *self.keep, *OF_ANSWERS[self.task]]
+        if twice := sorted({name for name in written if written.count(name) > 1}):
+            raise ValueError(f"the answers would have two columns {twice[0]!r}; rename that of the input")
+        return self
