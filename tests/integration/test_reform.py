@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import threading
@@ -83,7 +82,7 @@ def reform(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
     for stage, precision in LAYOUTS:
         saved = Path(folder) / f"{stage}-{precision}"
         whole: list[float] = []
-        kept: Any = None
+        freed = False
         meeting += 1
         if me in (0, 1):
             engine = _begin(folder, meeting, me, 2, stage, precision, None)
@@ -93,6 +92,7 @@ def reform(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
             kept = weakref.ref(engine.module)
             del engine
             process_group.leave()
+            freed = kept() is None  # at once: without it, the process groups that it knows stay open, and others wait for them
         everyone.wait(60)
         meeting += 1
         if me in (0, 2):
@@ -100,9 +100,8 @@ def reform(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
             again = _steps(engine, 3, 6)
             del engine
             process_group.leave()
-            gc.collect()
             if me == 0:
-                yield {"layout": [stage, precision], "whole": whole, "again": again, "freed": kept() is None}
+                yield {"layout": [stage, precision], "whole": whole, "again": again, "freed": freed}
         everyone.wait(60)
 
 

@@ -127,8 +127,8 @@ def destroy_engines() -> None:
     from deepspeed.runtime.zero import parameter_offload
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
-    for engine in list(_engines):
-        engine.destroy()
+    while _engines:
+        _engines.pop().destroy()  # not by a name, which would keep the last one, and all that it knows, in the collection
     parameter_offload.FWD_MODULE_STACK.clear()
     cached = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
     for cell in cached.__closure__:
