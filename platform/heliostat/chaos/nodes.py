@@ -1,6 +1,7 @@
 """Starts a Ray cluster of several nodes on this machine: each a raylet on its own loopback address, so that one can be killed.
 
-The head (127.0.0.1) has no CPUs: it holds the driver and Ray's own services. Clients use `environment`.
+The head (127.0.0.1) has no CPUs: it holds the driver and Ray's own services. Clients use `environment`. Each node forks its
+workers from a zygote of its own, as it would on a machine of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from pathlib import Path
 import psutil
 
 from heliostat.chaos.process import ChaosError, end_tree, workers
-from heliostat.cluster import private
+from heliostat.cluster import private, zygote
+from heliostat.cluster.node import PLACE as ZYGOTE
 from heliostat.cluster.private_ray import SILENT, worker_environment
 from heliostat.config import workspace
 
@@ -94,8 +96,10 @@ class LocalNodes:
         log = self._folder / f"node-{host}.log"
         environment = {**SILENT, **os.environ, **worker_environment(0), **self.environment}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(workspace.root()), environment.get("PYTHONPATH")]))
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--node-ip-address={host}", *arguments, "--block",
-                   f"--temp-dir={SESSIONS / host.rpartition('.')[2]}", "--object-store-memory=200000000"]  # fmt: skip
+        files = SESSIONS / host.rpartition(".")[2]
+        environment[ZYGOTE] = f"{files}z"
+        command = [sys.executable, "-m", "heliostat.cluster.node", "start", f"--node-ip-address={host}", *arguments, "--block",
+                   f"--temp-dir={files}", "--object-store-memory=200000000"]  # fmt: skip
         with log.open("w") as out:
             process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, cwd=workspace.root())
         self.nodes.append(Node(host, process))
@@ -104,3 +108,4 @@ class LocalNodes:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise ChaosError(f"the Ray node at {host} did not start; see {log}")
             time.sleep(0.1)
+        zygote.wake(Path(environment[ZYGOTE]))

@@ -2,8 +2,8 @@
 
     python -m heliostat.cluster.node start --head --block ...    # instead of `ray start --head --block ...`
 
-The zygote lies in the folder that HELIOSTAT_ZYGOTE names. The head starts it, and it ends with that process; other nodes of the
-machine take their workers from the same.
+The zygote lies in the folder that HELIOSTAT_ZYGOTE names. A head starts it, or a node that finds none there, and it ends with
+that process; other nodes of the machine take their workers from the same.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main() -> Any:
     place = Path(os.environ.get(PLACE, ""))
     with contextlib.ExitStack() as stack:
         if SUPPORTED and PLACE in os.environ and {"start", "--block"} <= set(sys.argv):
-            if "--head" in sys.argv:
+            if "--head" in sys.argv or not launcher(place).exists():
                 early = [] if CUDA.exists() else preloads.early()
                 stack.callback(Zygote(place, os.environ, ["ray.data"] if CUDA.exists() else preloads.TRAINING, early).end)
             if os.access(launcher(place), os.X_OK):
