@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from heliostat.chaos.nodes import LocalNodes
@@ -22,6 +23,17 @@ ray.init(log_to_driver=False)
 from ray._private.state import state
 leaving = state.get_draining_nodes()  # one without work is gone at once
 print(json.dumps(sorted(n["NodeManagerAddress"] for n in ray.nodes() if n["NodeID"] in leaving or not n["Alive"])))
+"""
+
+AROUND = """
+import json, ray
+from heliostat.cluster.nodes import except_on
+ray.init(log_to_driver=False)
+nodes = {n["NodeManagerAddress"]: n["NodeID"] for n in ray.nodes()}
+lost = nodes["127.0.0.2"]
+where = ray.remote(lambda: ray.get_runtime_context().get_node_id()).options(label_selector=except_on({lost}, {}))
+ran = set(ray.get([where.remote() for _ in range(6)], timeout=60))
+print(json.dumps([ran == {nodes["127.0.0.3"]}, except_on(set(nodes.values()), {"a": "b"}), except_on({lost}, {"a": "b"})]))
 """
 
 
@@ -85,10 +97,15 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalNodes]:
         yield started
 
 
-def leaving(nodes: LocalNodes) -> list[str]:
-    out = subprocess.run([sys.executable, "-c", LEAVING], env={**os.environ, **nodes.environment}, capture_output=True, text=True,
+def told(nodes: LocalNodes, program: str) -> list[Any]:
+    out = subprocess.run([sys.executable, "-c", program], env={**os.environ, **nodes.environment}, capture_output=True, text=True,
                          timeout=120, check=True)  # fmt: skip
     return json.loads(out.stdout.splitlines()[-1])
+
+
+def test_data_is_read_on_other_nodes_than_a_lost_one_that_ray_takes_for_living(nodes: LocalNodes):
+    """Where there are others with the labels: else the lost one, which may come back, is waited for."""
+    assert told(nodes, AROUND) == [True, {"a": "b"}, {"a": "b"}]
 
 
 @pytest.mark.parametrize(("cloud", "address"), [("aws", "127.0.0.2"), ("gcp", "127.0.0.3")])
@@ -109,7 +126,7 @@ def test_a_spot_notice_drains_the_node_and_no_other(
         process.kill()
         process.wait()
     assert "drains" in log.read_text()
-    assert leaving(nodes) == ["127.0.0.2", "127.0.0.3"][: 1 if cloud == "aws" else 2]  # one after the other
+    assert told(nodes, LEAVING) == ["127.0.0.2", "127.0.0.3"][: 1 if cloud == "aws" else 2]  # one after the other
 
 
 def test_an_answer_that_is_none_does_not_end_the_watch():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -17,7 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
-from heliostat.cluster import preloads, zygote, zygote_server
+from heliostat.cluster import forked_command, preloads, zygote, zygote_server
 
 pytestmark = pytest.mark.skipif(not zygote.SUPPORTED, reason="forks are taken on Linux alone")
 
@@ -160,6 +161,7 @@ def test_all_modules_that_are_imported_ahead_are_there():
     jobs: list[tuple[str, dict[str, Any]]] = [("CausalLM", {"arch": "llama"}), ("TextToImage", {}), ("Autoencoder", {})]
     names = {
         *preloads.early(),
+        *preloads.DRIVERS,
         *(name for recipe, model in jobs for name in preloads.modules(f"heliostat.recipes:{recipe}", model)),
     }
     assert [name for name in sorted(names) if importlib.util.find_spec(name) is None] == []
@@ -168,3 +170,59 @@ def test_all_modules_that_are_imported_ahead_are_there():
 def test_only_recipes_of_the_package_are_imported_ahead():
     assert "transformers.models.qwen3.modeling_qwen3" in preloads.modules("heliostat.recipes:CausalLM", {"arch": "qwen3"})
     assert preloads.modules("jobs.causal_lm:CausalLM", {}) != preloads.modules("jobs.mine:Recipe", {}) == [*preloads.TRAINING]
+
+
+@pytest.fixture(scope="module")
+def drivers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zygote.Zygote]:
+    """A zygote with forks for commands of heliostat's."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    one = zygote.Zygote(tmp_path_factory.mktemp("drivers") / "z", environment, [], [], ["heliostat.cli.main"])
+    until(lambda: (one.folder / "socket").exists())
+    yield one
+    one.end()
+
+
+def begin(one: zygote.Zygote, folder: Path, *words: str) -> tuple[forked_command.ForkedCommand, Any]:
+    """Begins a command in a folder; returns it, and its output."""
+    source, sink = os.pipe()
+    with contextlib.chdir(folder):
+        child = forked_command.begin(one.folder, ["-m", "heliostat", *words], sink)
+    os.close(sink)
+    assert child
+    return child, os.fdopen(source)
+
+
+def waiting(one: zygote.Zygote, folder: Path) -> forked_command.ForkedCommand:
+    """Begins a command that waits for its input, and is known to have begun."""
+    os.mkfifo(folder / "job.yaml")
+    child, _ = begin(one, folder, "check", "job.yaml")
+    assert one.process.pid in [parent.pid for parent in psutil.Process(child.pid).parents()] and child.poll() is None
+    return child
+
+
+def test_a_driver_is_a_fork_that_runs_the_command_in_the_folder_and_tells_its_exit_code(drivers, tmp_path):
+    (tmp_path / "job.yaml").write_text("name: x")
+    child, output = begin(drivers, tmp_path, "check", "job.yaml", "--json")
+    until(lambda: child.poll() is not None)
+    said, code = output.read(), child.returncode
+    alone = subprocess.run([sys.executable, "-m", "heliostat", "check", "job.yaml", "--json"], cwd=tmp_path, capture_output=True,
+                           text=True, timeout=60, check=False)  # fmt: skip
+    assert (said, code) == (alone.stdout + alone.stderr, alone.returncode) and code and "job.yaml" in said
+
+
+def test_a_driver_that_is_killed_is_known_to_be(drivers, tmp_path):
+    child = waiting(drivers, tmp_path)
+    os.kill(child.pid, signal.SIGKILL)
+    until(lambda: child.poll() is not None)
+    assert child.returncode == -signal.SIGKILL
+
+
+def test_a_driver_ends_with_whoever_has_started_it(drivers, tmp_path):
+    child = waiting(drivers, tmp_path)
+    process = psutil.Process(child.pid)
+    child._connection.close()
+    process.wait(30)
+
+
+def test_without_a_zygote_a_command_is_for_python_to_run(tmp_path):
+    assert forked_command.begin(tmp_path, ["-m", "heliostat", "--help"], 1) is None

@@ -19,9 +19,9 @@ from pathlib import Path
 import psutil
 
 from heliostat.chaos.process import ChaosError, end_tree, workers
-from heliostat.cluster import private, zygote
-from heliostat.cluster.node import PLACE as ZYGOTE
+from heliostat.cluster import private
 from heliostat.cluster.private_ray import SILENT, worker_environment
+from heliostat.cluster.zygote import PLACE as ZYGOTE
 from heliostat.config import workspace
 
 START_S = 90.0
@@ -108,4 +108,3 @@ class LocalNodes:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise ChaosError(f"the Ray node at {host} did not start; see {log}")
             time.sleep(0.1)
-        zygote.wake(Path(environment[ZYGOTE]))

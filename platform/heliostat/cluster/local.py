@@ -26,8 +26,8 @@ import psutil
 
 from heliostat.cluster import dashboard, private, processes, zygote
 from heliostat.cluster.cluster_file import ClusterFile
-from heliostat.cluster.node import PLACE as ZYGOTE
 from heliostat.cluster.processes import MARK, Node
+from heliostat.cluster.zygote import PLACE as ZYGOTE
 from heliostat.config import workspace
 from heliostat.errors import ClusterError, ConfigError
 from heliostat.records import Format

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from heliostat.cluster import preloads
-from heliostat.cluster.zygote import SUPPORTED, Zygote, launcher, launching
+from heliostat.cluster.zygote import PLACE, SUPPORTED, Zygote, launcher, launching
 
-PLACE = "HELIOSTAT_ZYGOTE"
 CUDA = Path("/dev/nvidiactl")  # DeepSpeed's import asks CUDA what there is, which a fork could not use afterwards
 
 
@@ -28,7 +27,9 @@ def main() -> Any:
         if SUPPORTED and PLACE in os.environ and {"start", "--block"} <= set(sys.argv):
             if "--head" in sys.argv or not launcher(place).exists():
                 early = [] if CUDA.exists() else preloads.early()
-                stack.callback(Zygote(place, os.environ, ["ray.data"] if CUDA.exists() else preloads.TRAINING, early).end)
+                modules = ["ray.data"] if CUDA.exists() else preloads.TRAINING
+                drivers = preloads.DRIVERS if "--head" in sys.argv else ()
+                stack.callback(Zygote(place, os.environ, modules, early, drivers).end)
             if os.access(launcher(place), os.X_OK):
                 stack.enter_context(launching(launcher(place)))
         from ray.scripts.scripts import main as ray

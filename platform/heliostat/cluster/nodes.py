@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 ENDING_S = 20.0
 SAY_S, AGAIN_S = 4.0, 60.0
+NODE_ID = "ray.io/node-id"  # the label that Ray gives every node
 
 
 def room_now(job: Job, held: Mapping[str, int], avoided: Collection[str] = ()) -> int:
@@ -80,6 +81,17 @@ def carrying(labels: Mapping[str, str]) -> dict[str, float]:
     """Maps the living nodes with these labels to their total CPUs, whoever uses them."""
     return {n["NodeID"]: n["Resources"].get("CPU", 0.0) for n in ray.nodes()
             if n["Alive"] and labels.items() <= n.get("Labels", {}).items()}  # fmt: skip
+
+
+def except_on(lost: Collection[str], labels: Mapping[str, str]) -> dict[str, str]:
+    """Returns these labels and, where other nodes with them can read data, that it is none of the lost ones.
+
+    Ray takes a lost node for living, and gives it tasks that nobody begins, until it has missed some health checks.
+    """
+    there = carrying(labels)
+    others = any(cpus >= FETCHING for node, cpus in there.items() if node not in lost)
+    here = sorted(there.keys() & set(lost)) if others else []
+    return {**labels, **({NODE_ID: f"!in({','.join(here)})"} if here else {})}
 
 
 def free(labels: Mapping[str, str]) -> dict[str, dict[str, float]]:

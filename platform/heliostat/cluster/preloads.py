@@ -19,6 +19,7 @@ TRIALS = (  # what a sweep's trials import beside that: each is a run's driver
     "heliostat.track.logger",
     "mlflow",
 )
+DRIVERS = (*TRIALS, "ray.data", "heliostat.cli.main", "heliostat.track.lineage")
 TEXT = (
     "heliostat.recipes.text.causal_lm",
     "heliostat.cpu_kernels",

@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 SUPPORTED = sys.platform == "linux"
+PLACE = "HELIOSTAT_ZYGOTE"  # the variable that names the folder of a node's zygote
 ENTRY = "default_worker.py"
 END_S = 5.0
 LAUNCHER = """#!/bin/sh
@@ -36,10 +37,17 @@ class Zygote:
 
     `early` are the modules that do not import Ray. With RAY_JOB_ID in the environment its forks are workers of that job alone;
     without it, of any job: for each it keeps a fork of its own, which imports the rest. It then begins with the first request, or
-    when it is woken.
+    when it is woken. With `drivers`, which import Ray, it has a fork for commands of heliostat's too (`forked_command`).
     """
 
-    def __init__(self, folder: Path, environment: Mapping[str, str], modules: Sequence[str], early: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        environment: Mapping[str, str],
+        modules: Sequence[str],
+        early: Sequence[str] = (),
+        drivers: Sequence[str] = (),
+    ) -> None:
         self.folder = folder
         folder.mkdir(mode=0o700, exist_ok=True)
         (folder / "socket").unlink(missing_ok=True)  # of one that was killed
@@ -48,7 +56,8 @@ class Zygote:
         quoted = {"python": sys.executable, "client": str(client), "place": str(place)}
         self.launcher.write_text(LAUNCHER.format(entry=ENTRY, **{k: shlex.quote(v) for k, v in quoted.items()}))
         self.launcher.chmod(0o700)
-        command = [sys.executable, "-m", "heliostat.cluster.zygote_server", str(place), ",".join(early), ",".join(modules)]
+        imported = [",".join(one) for one in (early, modules, drivers)]
+        command = [sys.executable, "-m", "heliostat.cluster.zygote_server", str(place), *imported]
         self.process = subprocess.Popen(
             command,
             env=dict(environment),

@@ -9,13 +9,18 @@ import socket
 import sys
 
 
+def send(connection: socket.socket, arguments: list[str], streams: list[int]) -> None:
+    """Sends the request for a process with this one's environment and folder, and these standard streams."""
+    request = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}  # noqa: PTH109 (pathlib takes 10 ms)
+    socket.send_fds(connection, [json.dumps(request).encode() + b"\n"], streams)
+
+
 def main() -> None:
     place, python, *arguments = sys.argv[1:]
-    request = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}  # noqa: PTH109 (pathlib takes 10 ms)
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.connect(place)
-            socket.send_fds(connection, [json.dumps(request).encode() + b"\n"], [0, 1, 2])
+            send(connection, arguments, [0, 1, 2])
             if connection.recv(32):
                 return
     except OSError:

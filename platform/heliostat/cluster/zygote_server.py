@@ -1,9 +1,11 @@
-"""Runs the zygote: imports modules, then forks a process for every request: `zygote_server SOCKET EARLY,MODULES MORE,MODULES`.
+"""Runs the zygote: imports modules, then forks a process for every request: `zygote_server SOCKET EARLY MORE DRIVERS`, modules
+with commas between them.
 
 It has one thread when it forks: it never starts Ray, a process group or CUDA. Ray's library reads a job's id when it is imported,
 so that all forks of a process that has imported it are workers of one job. A zygote that is not of one job has imported only what
 does not import Ray, and has a fork for each job, a nursery, which imports the rest and forks that job's workers. The nursery of
-the job that comes next, by Ray's numbers, is made when there is nothing else to do.
+the job that comes next, by Ray's numbers, is made when there is nothing else to do. A run's driver, which Ray gives a job's id
+only when it connects, is a fork of another nursery.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ LIMIT = 1 << 20  # bytes of a request
 BACKLOG = 256
 JOB, RAYLET = "RAY_JOB_ID", "RAY_RAYLET_PID"
 NO_JOB = "ffffffff"  # a worker that Ray starts before it is known for what
+DRIVER = "driver"  # in the place of a job's id: of the nursery for drivers
 NURSERIES = 4  # jobs that a zygote keeps forks for
 IDLE_S = 3.0  # without a request, before the next job's nursery is made
 
@@ -47,6 +50,11 @@ class Request:
     arguments: list[str]
     environment: dict[str, str]
     folder: str
+
+    @property
+    def drives(self) -> bool:
+        """Tells whether this is a command of ours, `python -m heliostat ...`, not one of Ray's for a worker."""
+        return self.arguments[:2] == ["-m", "heliostat"]
 
 
 @dataclass
@@ -65,7 +73,7 @@ class Asked:
 
 def main() -> None:
     """Serves requests until standard input ends; in the forks, runs what was requested."""
-    place, early, modules = (sys.argv[1], *(names.split(",") for names in sys.argv[2:]))
+    place, early, modules, drivers = (sys.argv[1], *([name for name in names.split(",") if name] for names in sys.argv[2:]))
     os.environ[RAYLET] = zygote = str(os.getpid())  # Ray's workers end when it does: it ends with the raylet's own parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system reaps what was forked
@@ -78,7 +86,7 @@ def main() -> None:
         else:
             select.select([listener, sys.stdin], [], [])  # a node that starts meanwhile needs the processor itself
             prepare(early)
-            request = _Nurseries(modules).serve(listener)
+            request = _Nurseries(modules, drivers).serve(listener)
     if request:
         _become(request)
     elif os.getpid() == int(zygote):
@@ -153,8 +161,11 @@ def worker(request: Request) -> Request | None:
                 return None
         elif not word.startswith("--language="):
             words.append(word)
-    environment = request.environment | variables
-    return Request(words, environment, folder) if _is_our_code(environment.get("PYTHONPATH", "")) else None
+    return _of_our_code(Request(words, request.environment | variables, folder))
+
+
+def _of_our_code(request: Request) -> Request | None:
+    return request if _is_our_code(request.environment.get("PYTHONPATH", "")) else None
 
 
 @functools.cache
@@ -193,11 +204,11 @@ def _accepted(listener: socket.socket, idle_s: float | None = None) -> Iterator[
         streams: list[int] = []
         try:
             request, streams = receive(connection)
-            wanted = worker(request)
+            wanted = _of_our_code(request) if request.drives else worker(request)
         except (OSError, ValueError, TypeError, StopIteration):  # whoever asked has gone, and Ray asks anew; no command of Ray's
             wanted = None
         asked = Asked(wanted or Request([], {}, ""), streams, connection)
-        if wanted is None or (JOB in os.environ and wanted.environment.get(JOB, NO_JOB) not in (NO_JOB, os.environ[JOB])):
+        if wanted is None or (JOB in os.environ and _nursery(wanted)[1] not in (NO_JOB, os.environ[JOB])):
             asked.close()
         else:
             yield asked
@@ -226,19 +237,46 @@ def _serve(requests: Iterable[Asked | None]) -> Request | None:
         if not pid:
             for number, stream in enumerate(asked.streams):
                 os.dup2(stream, number)
-            asked.close()
+                os.close(stream)
+            if asked.request.drives:
+                _attend(asked.connection)
+            asked.connection.close()
             return asked.request
         with contextlib.suppress(OSError):
-            asked.connection.sendall(b"%d\n" % pid)
+            if not asked.request.drives:
+                asked.connection.sendall(b"%d\n" % pid)
         asked.close()
     return None
 
 
-class _Nurseries:
-    """Keeps a fork for each of the jobs that a raylet asked for workers of lately, and one for its next job."""
+def _attend(connection: socket.socket) -> None:
+    """Forks the process that runs the command, and returns in that one; the other tells whoever asks its id, and how it ended.
 
-    def __init__(self, modules: Iterable[str]) -> None:
-        self.modules = list(modules)
+    Once nobody is there to be told, the command is killed.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    pid = os.fork()
+    if not pid:
+        return
+    with contextlib.suppress(OSError):
+        for number in range(3):
+            os.close(number)
+        connection.settimeout(None)
+        connection.sendall(b"%d\n" % pid)
+        ended = os.pidfd_open(pid)
+        if ended not in select.select([connection, ended], [], [])[0]:
+            os.kill(pid, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    with contextlib.suppress(OSError):
+        connection.sendall(b"%d\n" % code)
+    os._exit(0)
+
+
+class _Nurseries:
+    """Keeps a fork for each of the jobs that a raylet asked for workers of lately, one for its next job, and one for drivers."""
+
+    def __init__(self, modules: list[str], drivers: list[str]) -> None:
+        self.modules, self.drivers = modules, drivers
         self._channels: dict[tuple[str, str], socket.socket] = {}  # by raylet and job, the one that was asked for last at the end
         self._newest = 0
 
@@ -256,11 +294,12 @@ class _Nurseries:
         return None
 
     def _ahead(self) -> tuple[str, str] | None:
-        """Returns the raylet and the job after the newest of a nursery that is not there yet; closes those of dead raylets."""
+        """Returns the key of a nursery that is not there yet, and will be asked for; closes those of dead raylets."""
         for key in [key for key in self._channels if not Path("/proc", key[0]).exists()]:
             self._channels.pop(key).close()
         job = (self._newest + 1).to_bytes(4, "little").hex()
-        return next(((raylet, job) for raylet, _ in self._channels if (raylet, job) not in self._channels), None)
+        keys = [*((raylet, job) for raylet, kind in self._channels if kind != DRIVER), *([("", DRIVER)] if self.drivers else [])]
+        return next((key for key in keys if key not in self._channels), None)
 
     def _fork(self, raylet: str, job: str) -> socket.socket | None:
         """Forks a nursery; returns the inner end of its channel in it, and None in the zygote."""
@@ -279,13 +318,17 @@ class _Nurseries:
         """Serves the workers of one job, in its nursery."""
         for other in self._channels.values():
             other.close()
-        os.environ |= {JOB: job, RAYLET: raylet}
-        prepare(self.modules, ray=True)
+        if job == DRIVER:
+            del os.environ[RAYLET]  # Ray gives it a job when it connects
+            prepare(self.drivers, ray=True)
+        else:
+            os.environ |= {JOB: job, RAYLET: raylet}
+            prepare(self.modules, ray=True)
         return _serve(_handed(channel))
 
     def _hand(self, asked: Asked, key: tuple[str, str]) -> None:
         channel = self._channels.pop(key)
-        if key[1] != NO_JOB:
+        if key[1] not in (NO_JOB, DRIVER):
             self._newest = max(self._newest, int.from_bytes(bytes.fromhex(key[1]), "little"))
         try:
             told = json.dumps(asdict(asked.request)).encode() + b"\n"
@@ -297,14 +340,17 @@ class _Nurseries:
 
 
 def _nursery(request: Request) -> tuple[str, str]:
+    if request.drives:
+        return "", DRIVER
     return request.environment.get(RAYLET, ""), request.environment.get(JOB, NO_JOB)
 
 
 def _become(request: Request) -> None:
     """Runs the request's program in this process, as if it had been started for it."""
     os.setsid()  # Ray ends a worker's process group with it
-    with contextlib.suppress(OSError):  # as Ray has the kernel do: out of memory, it ends workers first
-        Path("/proc/self/oom_score_adj").write_text(request.environment.get("RAY_worker_oom_score_adjustment", "1000"))
+    if not request.drives:
+        with contextlib.suppress(OSError):  # as Ray has the kernel do: out of memory, it ends workers first
+            Path("/proc/self/oom_score_adj").write_text(request.environment.get("RAY_worker_oom_score_adjustment", "1000"))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.environ.clear()
@@ -313,13 +359,16 @@ def _become(request: Request) -> None:
     random.seed()
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()
-    sys.argv = request.arguments
-    sys.path[0] = str(Path(sys.argv[0]).parent)
+    sys.argv = request.arguments[1:] if request.drives else request.arguments
+    sys.path[0] = request.folder if request.drives else str(Path(sys.argv[0]).parent)
     for entry in reversed(request.environment.get("PYTHONPATH", "").split(os.pathsep)):
         if entry and entry not in sys.path:
             sys.path.insert(1, entry)
     sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, mode, closefd=False) for n, mode in enumerate("rww"))
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    if request.drives:
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ driver, which saves a checkpoint. It does not wait if the Jobs API lists a marke
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
@@ -29,6 +30,9 @@ import yaml
 
 from heliostat import run_folder
 from heliostat.cluster import dashboard as http
+from heliostat.cluster import forked_command
+from heliostat.cluster.forked_command import ForkedCommand
+from heliostat.cluster.zygote import PLACE as ZYGOTE
 from heliostat.config import schema, workspace
 from heliostat.config.spec import Retries
 from heliostat.errors import ConfigError, HeliostatError, TrainingError
@@ -111,21 +115,35 @@ class Driver:
 
     def _child(self) -> tuple[int, int]:
         """Runs the command once, to its end, and returns its process id and exit code."""
-        child = subprocess.Popen([*self.command, *self.flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0)
-        reader = threading.Thread(target=self._copy, args=(child,), daemon=True)
+        source, sink = os.pipe()
+        child = self._begun(sink)
+        os.close(sink)
+        reader = threading.Thread(target=self._copy, args=(source,), daemon=True)
         reader.start()
-        while child.poll() is None:
-            if self.stopping.wait(POLL_S) and self._now():
-                self._kill(child)
-                self._killed = True
-            if self.stopping.is_set():
+        told = isinstance(child, subprocess.Popen)  # by whoever told this process to stop
+        while (code := child.poll()) is None:
+            if self.stopping.wait(POLL_S):
+                if not told:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(child.pid, signal.SIGTERM)
+                    told = True
+                if self._now():
+                    self._kill(child.pid)
+                    self._killed = True
                 time.sleep(POLL_S)
         reader.join(10)
-        return child.pid, child.returncode
+        return child.pid, code
 
-    def _copy(self, child: Any) -> None:
-        while data := child.stdout.read(1 << 16):
-            self._write(data)
+    def _begun(self, sink: int) -> subprocess.Popen | ForkedCommand:
+        """Starts the command: as a fork of the node's zygote where it has one, else as a process of its own."""
+        command, place = [*self.command, *self.flags], os.environ.get(ZYGOTE)
+        forked = forked_command.begin(Path(place), command[1:], sink) if place else None
+        return forked or subprocess.Popen(command, stdout=sink, stderr=sink)
+
+    def _copy(self, source: int) -> None:
+        with os.fdopen(source, "rb", buffering=0) as stream:
+            while data := stream.read(1 << 16):
+                self._write(data)
 
     def _say(self, text: str) -> None:
         self._write(f"{time.strftime('%H:%M:%S')} {text}\n".encode())
@@ -154,9 +172,10 @@ class Driver:
             return False
         return any((j.get("metadata") or {}).get(ENDS) == self.attempt for j in jobs)
 
-    def _kill(self, child: Any) -> None:
+    def _kill(self, pid: int) -> None:
         try:
-            for process in [*psutil.Process(child.pid).children(recursive=True), child]:
+            child = psutil.Process(pid)
+            for process in [*child.children(recursive=True), child]:
                 process.kill()
         except psutil.NoSuchProcess:
             pass

@@ -321,7 +321,8 @@ class Attempt:
         job, start = self.job, self.start
         fetch = stream.fetch(start.plan, start.order, start.step, job.last_step, job.data.on_bad_sample == "replace")
         size = sample_bytes(job.data.sequence_length, start.manifests)
-        made = stream.dataset(fetch, max(2, job.workers.most), job.data.memory_limit, size, job.data.labels)
+        where = nodes.except_on(self.pool.avoided(), job.data.labels)
+        made = stream.dataset(fetch, max(2, job.workers.most), job.data.memory_limit, size, where)
         return stream.split(made, job.replicas)
 
     def _dealt(self) -> list[Any]:

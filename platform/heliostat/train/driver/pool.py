@@ -36,7 +36,6 @@ log = logging.getLogger(__name__)
 START_S = 120.0  # for the processes to start and answer
 ANSWER_S = 10.0  # for one that is there
 POLL_S = 0.05
-NODE_ID = "ray.io/node-id"  # the label that Ray gives every node
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 
 from heliostat.cluster import nodes
 from heliostat.cluster.capacity import spots
+from heliostat.cluster.nodes import NODE_ID
 from heliostat.config.spec import Workers
 from heliostat.errors import PlacementError
 
@@ -36,7 +37,6 @@ AT_ONCE_S = 2.0  # for resources that are free
 AGAIN_S = 3.0  # at most, before a queue is joined again that another run was faster in
 AVOID_S = 60.0  # for a node that does not answer; by then Ray knows whether it lives
 POLL_S, FAST_POLL_S = 0.05, 0.005
-NODE = "ray.io/node-id"  # the label
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class Slots:
         need = {"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})}
         taken = {s.node for s in self.held.values()} if workers.placement == "strict_spread" else set()
         out = self.avoided() | taken
-        where = {NODE: only[0]} if only else {NODE: f"!in({','.join(sorted(out))})"} if out else {}
+        where = {NODE_ID: only[0]} if only else {NODE_ID: f"!in({','.join(sorted(out))})"} if out else {}
         labels: Any = {"bundle_label_selector": [{**workers.labels, **where}] * count} if workers.labels or where else {}
         return placement_group([need] * count, strategy=workers.placement.upper(), **labels)
 
