@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import ray
@@ -77,7 +78,7 @@ def _confined(gpus: int) -> Iterator[None]:
     zygote = private_ray.ahead(gpus)
     try:
         runs = zygote and os.access(zygote.launcher, os.X_OK)  # not where temporary files may not be executed
-        with launching(zygote.launcher) if zygote and runs else contextlib.nullcontext():
+        with _forking(zygote.launcher) if zygote and runs else contextlib.nullcontext():
             yield
         if zygote and (not runs or zygote.process.poll() is not None):
             why = f"exit code {zygote.process.poll()}" if runs else f"{zygote.launcher} may not be executed"
@@ -86,6 +87,17 @@ def _confined(gpus: int) -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = clusters
         os.environ.clear()
         os.environ.update(before)
+
+
+@contextlib.contextmanager
+def _forking(launcher: Path) -> Iterator[None]:
+    """Makes a Ray that starts inside start what it has in Python by the launcher, which runs no agent of a dashboard.
+
+    Ray would look whether the agent's libraries can be imported by importing them here: a second.
+    """
+    absent = ImportError("a private Ray has no dashboard")
+    with launching(launcher), patch.object(ray._private.utils, "get_dashboard_dependency_error", lambda: absent):
+        yield
 
 
 def disconnect() -> None:
@@ -110,7 +122,7 @@ def _without_monitors(verbose: bool) -> Iterator[None]:
     """Keeps a Ray that starts inside from starting three processes that a private one has no use for, each a second of CPU.
 
     The autoscaler's, the dashboard's, which starts even without a dashboard, and, unless `verbose`, the one that polls ten times
-    a second for new log lines for the driver.
+    a second for new log lines for the driver. A fourth, the dashboard's agent, is replaced (`_forking`): the raylet waits for it.
     """
     from ray._private.node import Node
 

@@ -94,7 +94,7 @@ def ahead(gpus: float, modules: Sequence[str] = TASKS) -> Zygote | None:
             private.write_token(token_file())
         atexit.register(end)
         folder = Path(tempfile.mkdtemp(prefix="z", dir=sessions()))
-        _zygotes.append(Zygote(folder, {**environment(gpus), **_of_ray()}, TASKS if gpus else modules))
+        _zygotes.append(Zygote(folder, {**environment(gpus), **_of_ray()}, TASKS if gpus else modules, quiet=True))
     return _zygotes[0]
 
 

@@ -6,7 +6,8 @@
 
 Ray starts a Python worker as `sys.executable default_worker.py ...`. While the context lasts, `sys.executable` is a launcher that
 hands such a command to the zygote: arguments, environment, folder and standard streams. Whatever else it is asked to run, and
-whatever it is asked when there is no zygote, it runs with Python itself. Forks share the pages of what was imported.
+whatever it is asked when there is no zygote, it runs with Python itself; a `quiet` launcher, `quiet_agent` in the place of the
+dashboard's agent. Forks share the pages of what was imported.
 
 The zygote's own process is `zygote_server`. It ends when its parent does. Linux only.
 """
@@ -24,12 +25,13 @@ from pathlib import Path
 
 SUPPORTED = sys.platform == "linux"
 PLACE = "HELIOSTAT_ZYGOTE"  # the variable that names the folder of a node's zygote
-ENTRY = "default_worker.py"
+ENTRY, AGENT = "default_worker.py", "quiet_agent.py"
 END_S = 5.0
 LAUNCHER = """#!/bin/sh
-case "$1 $2 $3" in *{entry}*) exec {python} -I -S {client} {place} {python} "$@";; esac
+case "$1 $2 $3" in *{entry}*) exec {python} -I -S {client} {place} {python} "$@";; {quiet}esac
 exec {python} "$@"
 """
+QUIET = '*/dashboard/agent.py*) exec {python} -I -S {agent} "$@";; '
 
 
 class Zygote:
@@ -37,7 +39,8 @@ class Zygote:
 
     `early` are the modules that do not import Ray. With RAY_JOB_ID in the environment its forks are workers of that job alone;
     without it, of any job: for each it keeps a fork of its own, which imports the rest. It then begins with the first request, or
-    when it is woken. With `drivers`, which import Ray, it has a fork for commands of heliostat's too (`forked_command`).
+    when it is woken. With `drivers`, which import Ray, it has a fork for commands of heliostat's too (`forked_command`). `quiet`:
+    for a Ray that has no dashboard.
     """
 
     def __init__(
@@ -47,14 +50,16 @@ class Zygote:
         modules: Sequence[str],
         early: Sequence[str] = (),
         drivers: Sequence[str] = (),
+        quiet: bool = False,
     ) -> None:
         self.folder = folder
         folder.mkdir(mode=0o700, exist_ok=True)
         (folder / "socket").unlink(missing_ok=True)  # of one that was killed
         place, client = folder / "socket", Path(__file__).with_name("zygote_client.py")
         self.launcher = launcher(folder)
-        quoted = {"python": sys.executable, "client": str(client), "place": str(place)}
-        self.launcher.write_text(LAUNCHER.format(entry=ENTRY, **{k: shlex.quote(v) for k, v in quoted.items()}))
+        words = {"python": sys.executable, "client": str(client), "place": str(place), "agent": str(client.with_name(AGENT))}
+        quoted = {name: shlex.quote(word) for name, word in words.items()}
+        self.launcher.write_text(LAUNCHER.format(entry=ENTRY, quiet=QUIET.format(**quoted) if quiet else "", **quoted))
         self.launcher.chmod(0o700)
         imported = [",".join(one) for one in (early, modules, drivers)]
         command = [sys.executable, "-m", "heliostat.cluster.zygote_server", str(place), *imported]
