@@ -3,6 +3,7 @@
 import getpass
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
@@ -10,13 +11,15 @@ import pytest
 from heliostat.checkpoint.layout import INDEX, encode, folder
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
+from heliostat.recipes.protocol import Serving
 from heliostat.run_folder import MLFLOW_RUN as RECORD
 from heliostat.storage import Location
-from heliostat.track import checkpoint_models, mlflow_client, run_table, tags
+from heliostat.track import card, checkpoint_models, mlflow_client, models, run_table, tags
 from heliostat.track.checkpoint_models import KIND, Checkpoints
 from heliostat.track.logger import RunOwner
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from mlflow.models import infer_signature
 from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
 
 from tests.integration.test_mlflow_outage import ended, steps
@@ -114,6 +117,39 @@ def test_a_run_whose_id_was_never_written_down_is_found_by_its_token_of_today_an
     owner = RunOwner(mine, [data])
     owner.finish("FINISHED", "", ended(1, 10))
     assert owner.run_id == run_id
+
+
+SERVER = """
+import os
+from pathlib import Path
+import mlflow
+from mlflow.types.type_hints import TypeFromExample
+
+class Server(mlflow.pyfunc.PythonModel):
+    def load_context(self, context):
+        Path(os.environ["LOADED"]).touch()
+
+    def predict(self, context, model_input: TypeFromExample):
+        return [text.upper() for text in model_input]
+
+mlflow.models.set_model(Server())
+"""
+
+
+def test_a_model_is_logged_without_being_loaded(tmp_path, tracking, monkeypatch):
+    """It may be larger than the driver's memory; MLflow would load it, and ask it for its example's answer."""
+    monkeypatch.setenv("LOADED", str(tmp_path / "loaded"))
+    (tmp_path / "server.py").write_text(SERVER)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / card.FILE).write_text("of nothing")
+    mine, client = a_job(tmp_path, tracking, "served"), MlflowClient(tracking_uri=tracking)
+    run_id = client.create_run(mlflow_client.experiment(client, tracking, "served")).info.run_id
+    serving = Serving(tmp_path / "server.py", ["def "], infer_signature(["def "], ["DEF "]), ("mlflow",))
+    recipe: Any = SimpleNamespace(serving=lambda: serving)
+    last: Any = SimpleNamespace(step=10, index={"written": 1.0})
+    uri = models.log_model(mine, run_id, last, tmp_path / "model", recipe, {"loss": 1.0})
+    assert not (tmp_path / "loaded").exists()
+    assert mlflow.pyfunc.load_model(uri).predict(["def "]) == ["DEF "] and (tmp_path / "loaded").exists()
 
 
 @pytest.fixture(autouse=True)

@@ -72,7 +72,7 @@ def _log(client: Any, run_id: str, made_of: str, folder: Path, recipe: Serves, s
     import mlflow
 
     serving, source = recipe.serving(), tags.source(client.get_run(run_id).data.tags)
-    with warnings.catch_warnings(), _requirements_unchecked(), mlflow.start_run(run_id=run_id):
+    with warnings.catch_warnings(), _unchecked(), mlflow.start_run(run_id=run_id):
         warnings.simplefilter("ignore")
         info = mlflow.pyfunc.log_model(
             name="model",
@@ -89,14 +89,22 @@ def _log(client: Any, run_id: str, made_of: str, folder: Path, recipe: Serves, s
 
 
 @contextmanager
-def _requirements_unchecked() -> Iterator[None]:
-    """Spares MLflow its look through all that is installed, a second for a warning that nobody can act on: the requirements of
-    a model name no versions."""
+def _unchecked() -> Iterator[None]:
+    """Spares MLflow two looks that end in a warning at most, which is not shown.
+
+    Through all that is installed, a second: the requirements of a model name no versions. And at the model, which it would load
+    whole into this process, and have answer its example.
+    """
     from mlflow import pyfunc
+    from mlflow.models import utils
     from mlflow.utils import environment
 
     name = "warn_dependency_requirement_mismatches"
-    with patch.object(pyfunc, name, create=True), patch.object(environment, name, create=True):
+    with (
+        patch.object(pyfunc, name, create=True),
+        patch.object(environment, name, create=True),
+        patch.object(utils, "_validate_serving_input", create=True),
+    ):
         yield
 
 
