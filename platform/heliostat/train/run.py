@@ -109,7 +109,8 @@ def train_job(
     clock from which the ledger counts, now if it is not given.
     """
     started = started or time.time()
-    private_ray.ahead(job.workers.gpus, preloads.modules(job.recipe, job.model))
+    if not (resume and job.last_step in layout.steps(job.run_folder)):  # what follows the last step takes no workers
+        private_ray.ahead(job.workers.gpus, preloads.modules(job.recipe, job.model))
     job, recipe = check.check_setup(job)
     with lease.take(job.run_folder) as held:
         found = None if overwrite else _last_checkpoint(job, resume)
