@@ -68,8 +68,12 @@ class Functions(Pipeline):
 
 def functions(source: str) -> list[str]:
     """Extracts the text of every function and method, without its indentation."""
-    nodes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
-    return [textwrap.dedent(ast.get_source_segment(source, node, padded=True) or "") for node in nodes]
+    lines, found = source.split("\n"), list[str]()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            *body, last = lines[node.lineno - 1 : node.end_lineno]
+            found.append(textwrap.dedent("\n".join([*body, last.encode()[: node.end_col_offset].decode()])))
+    return found
 
 
 def train(texts: list[str], vocab_size: int) -> str:
