@@ -27,7 +27,7 @@ run-diffusion: .venv/.installed  ## prepare handwritten digits, train a model th
 
 test: .venv/.installed  ## unit and integration tests (tests/gpu skips itself without a GPU)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit --numprocesses auto --dist worksteal --durations 10
-	$(BIN)/python -m pytest tests/integration tests/gpu --numprocesses 2 --dist loadfile --durations 10
+	$(BIN)/python -m pytest tests/integration tests/gpu --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10
 
 test-slow: .venv/.installed  ## chaos, several hosts made of network namespaces (as root), MLflow in a browser, sweeps: half an hour and more
 	$(BIN)/python -m pytest tests/integration -m slow

@@ -1,5 +1,7 @@
 """What the integration tests share: one Ray for the session, and an S3 server in this process."""
 
+import fcntl
+import json
 import os
 import shutil
 import sysconfig
@@ -15,6 +17,8 @@ from heliostat.pipelines.prepare import prepare
 from heliostat.train.run import train
 from mlflow import MlflowClient
 
+from tests.integration.paced import PLAIN
+
 # before Ray starts: its workers inherit them
 os.environ.setdefault("AWS_ACCESS_KEY_ID", "testing")
 os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "testing")
@@ -25,6 +29,32 @@ if os.environ.get("HELIOSTAT_TEST_SESSION") != SESSION:  # Ray's workers import 
     os.environ["HELIOSTAT_TEST_SESSION"] = SESSION
     os.environ["HELIOSTAT_TEST_POISON"] = f"{tempfile.mkdtemp(prefix='heliostat-poison-')}/samples.json"
     Path(os.environ["HELIOSTAT_TEST_POISON"]).write_text("[]")
+
+
+# Files that take longest, the longest first: with the others behind them, processes that run files one by one end together
+LONGEST = (
+    "test_numerics", "test_diffusion", "test_training", "test_sequence_parallel", "test_golden_curves", "test_survival",
+    "test_lineage", "test_cluster_local", "test_exact_data", "test_tune", "test_optimizers", "test_checkpoint_matrix",
+    "test_zero_stages", "test_curation", "test_memory", "test_storage_faults", "test_examples", "test_infer",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Any]) -> Any:
+    """What `make` returns, as JSON values, in whichever of the session's processes comes first; the others wait for it."""
+    root = factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else factory.getbasetemp()
+    with (root / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        folder, made = root / f"once-{name}", root / f"{name}.json"
+        if not made.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of one that failed
+            folder.mkdir()
+            made.write_text(json.dumps(make(folder)))
+        return json.loads(made.read_text())
 
 
 @pytest.fixture(scope="session")
@@ -57,7 +87,10 @@ def s3_server() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def corpus(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A small prepared dataset of real text: some of the standard library's packages, 512 tokens of vocabulary."""
-    folder = tmp_path_factory.mktemp("corpus")
+    return once(tmp_path_factory, "corpus", _corpus)
+
+
+def _corpus(folder: Path) -> str:
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     for package in ("json", "http", "email", "asyncio"):
         shutil.copytree(stdlib / package, folder / "raw" / package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -76,8 +109,15 @@ def corpus(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def tracking(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One MLflow store for the session: making its tables takes seconds."""
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+    """One MLflow store for the session's tests in this process, a copy of an empty one: making its tables takes seconds."""
+    empty, mine = once(tmp_path_factory, "tables", _tables), tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    shutil.copy(empty, mine)
+    return f"sqlite:///{mine}"
+
+
+def _tables(folder: Path) -> str:
+    MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db").search_experiments()
+    return str(folder / "mlflow.db")
 
 
 def tiny_job(corpus: str, tracking: str, folder: Path) -> dict[str, Any]:
@@ -113,11 +153,19 @@ UNBROKEN_STEPS = 60
 @pytest.fixture(scope="session")
 def unbroken(ray_session: None, corpus: str, tracking: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
     """The file of a tiny job that was trained for UNBROKEN_STEPS without a break, and its losses: those of broken runs."""
-    folder = tmp_path_factory.mktemp("unbroken")
-    path = folder / "unbroken.yaml"
-    path.write_text(yaml.safe_dump({**tiny_job(corpus, tracking, folder), "name": "unbroken"}))
-    settings = [f"train.steps={UNBROKEN_STEPS}", f"evaluate.every={UNBROKEN_STEPS}", "checkpoint.every=10", "train.log_every=1"]
-    return path, curve(tracking, train(path, settings)["run_id"])
+
+    def make(folder: Path) -> dict[str, Any]:
+        job = {**tiny_job(corpus, tracking, folder), **PLAIN, "name": "unbroken"}
+        (folder / "unbroken.yaml").write_text(yaml.safe_dump(job))
+        settings = [f"train.steps={UNBROKEN_STEPS}", f"evaluate.every={UNBROKEN_STEPS}", "checkpoint.every=10"]
+        run_id = train(folder / "unbroken.yaml", [*settings, "train.log_every=1"])["run_id"]
+        return {"job": job, "losses": curve(tracking, run_id)}
+
+    made = once(tmp_path_factory, "unbroken", make)
+    made["job"]["mlflow"]["uri"] = tracking
+    path = tmp_path_factory.mktemp("unbroken") / "unbroken.yaml"
+    path.write_text(yaml.safe_dump(made["job"]))
+    return path, made["losses"]
 
 
 @pytest.fixture

@@ -1,22 +1,19 @@
 """Drivers that die behind the last step, each at another moment: in front of a write to MLflow or to the run's folder.
 
-    python -m tests.integration.late JOB.json
-
 One process after another goes on with the run (`train --resume`), until one gets through. Each dies in front of the first write
-that none before it has died of. Prints the writes, in order, as one JSON list. All are forked from one that has imported what
-they need.
+that none before it has died of.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-import json
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
+
+from tests.integration import commands
 
 MOMENTS = {
     "mlflow.store.tracking.sqlalchemy_store:SqlAlchemyStore": (
@@ -28,10 +25,10 @@ MOMENTS = {
     "mlflow.store.artifact.local_artifact_repo:LocalArtifactRepository": ("log_artifacts",),
     "heliostat.storage:Location": ("write",),  # of which only the result counts
 }  # fmt: skip
-LIMIT = 30
+LIMIT, DEADLINE_S = 30, 200
 
 
-def deadly(writes: list[str], told: int) -> None:
+def deadly(writes: list[str], told: Path) -> None:
     """From now on this process kills itself in front of the first write that is not among `writes`, and tells which."""
 
     def front(owner: Any, name: str) -> None:
@@ -41,7 +38,7 @@ def deadly(writes: list[str], told: int) -> None:
         def write(*args: Any, **options: Any) -> Any:
             what = name if name != "write" else args[0].name
             if what not in writes and (name != "write" or what == "result.json"):
-                os.write(told, what.encode())
+                told.write_text(what)
                 os.kill(os.getpid(), signal.SIGKILL)
             return made(*args, **options)
 
@@ -54,31 +51,24 @@ def deadly(writes: list[str], told: int) -> None:
             front(owner, method)
 
 
-def main(path: Path) -> int:
-    import mlflow.pyfunc  # noqa: F401
-    from heliostat.checkpoint import saver  # noqa: F401
+def resume(given: list[str]) -> int:
+    """Goes on with the run of a job's file, and dies in front of the first write that is not given; `told` then names it."""
+    path, told, *writes = given
     from heliostat.train import run
 
-    writes: list[str] = []
-    for _ in range(LIMIT):
-        told, tell = os.pipe()
-        child = os.fork()
-        if not child:
-            os.close(told)
-            deadly(writes, tell)
-            run.train(path, resume=True)
-            os._exit(0)
-        os.close(tell)
-        what = os.read(told, 1000).decode()
-        os.close(told)
-        _, status = os.waitpid(child, 0)
-        if not what:
-            sys.stdout.write(json.dumps(writes) + "\n")
-            return os.waitstatus_to_exitcode(status)
-        assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
-        writes.append(what)
-    return 1
+    deadly(writes, Path(told))
+    run.train(Path(path), resume=True)
+    return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+def writes(path: Path, folder: Path) -> list[str]:
+    """The writes, in order, of which a driver died each, until one got through."""
+    found: list[str] = []
+    told = folder / "told"
+    while len(found) < LIMIT:
+        driver = commands.call(f"{__name__}:resume", str(path), str(told), *found, log=folder / f"late-{len(found)}.log")
+        if not (code := driver.wait(DEADLINE_S)):
+            return found
+        assert code == -signal.SIGKILL, driver.err[-3000:]
+        found.append(told.read_text())
+    raise AssertionError(f"no driver got through: {found}")

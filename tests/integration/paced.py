@@ -1,15 +1,63 @@
-"""A recipe that takes its time, so that there is some to strike in; the losses are the same."""
+"""Recipes with the losses of `CausalLM`: that take their time, so that there is some to strike in, and that leave no model."""
 
 import time
+from typing import Any
 
+import numpy as np
 import torch
-from heliostat.recipes.protocol import Loss
+from heliostat.config.spec import Job
+from heliostat.data.manifest import Manifest
+from heliostat.recipes.protocol import Batch, Evaluates, Loss, Recipe
 from heliostat.recipes.text.causal_lm import CausalLM
 
 PACED = {"recipe": "tests.integration.paced:Paced"}
+PLAIN = {"recipe": "tests.integration.paced:Plain"}
+SET_PLAIN = [f"recipe={PLAIN['recipe']}", "mlflow.register=null"]
+PACED_PLAIN = {"recipe": "tests.integration.paced:PacedPlain"}
+PAUSE_S = 0.15
 
 
 class Paced(CausalLM):
-    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Loss:
-        time.sleep(0.15)
+    def loss(self, model: torch.nn.Module, batch: Batch) -> Loss:
+        time.sleep(PAUSE_S)
+        return super().loss(model, batch)
+
+
+class Plain(Recipe, Evaluates):
+    """Exports nothing: behind the last step of a run that nobody asks for its model, that saves seconds."""
+
+    kind = CausalLM.kind
+    causal = CausalLM.causal
+    scores = CausalLM.scores
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        self.text = CausalLM(job)
+        self.terms_per_sample = self.text.terms_per_sample
+
+    def bind(self, sources: list[Manifest]) -> None:
+        self.text.bind(sources)
+
+    def build(self) -> torch.nn.Module:
+        return self.text.build()
+
+    def batch(self, content: np.ndarray, keys: np.ndarray) -> Batch:
+        return self.text.batch(content, keys)
+
+    def loss(self, model: torch.nn.Module, batch: Batch) -> Loss:
+        return self.text.loss(model, batch)
+
+    def evaluate(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        return self.text.evaluate(model, batch)
+
+    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        return self.text.metrics(sums)
+
+    def describe(self, content: Any) -> str:
+        return self.text.describe(content)
+
+
+class PacedPlain(Plain):
+    def loss(self, model: torch.nn.Module, batch: Batch) -> Loss:
+        time.sleep(PAUSE_S)
         return super().loss(model, batch)

@@ -27,10 +27,11 @@ from heliostat.tune import trial_record
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
+from tests.integration import paced
 from tests.integration.conftest import curve, tiny_job
 
 ROOT = Path(__file__).parents[2]
-STEPS = 120
+STEPS = 40
 
 
 @dataclass
@@ -69,11 +70,13 @@ def work(tmp_path_factory: pytest.TempPathFactory, corpus: str, tracking: str) -
     """A workspace with clusters/local.yaml (other ports, so that it disturbs nobody), started; the tiny job beside it."""
     folder = tmp_path_factory.mktemp("work")
     shutil.copytree(ROOT / "jobs", folder / "jobs", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(str(paced.__file__), folder / "jobs" / "paced.py")
     text = (ROOT / "clusters" / "local.yaml").read_text().replace("cluster_name: local", "cluster_name: test")
     for port in ("6389", "8275"):
         text = text.replace(port, str(_free_port()))
     (folder / "cluster.yaml").write_text(text)
-    job = {**tiny_job(corpus, tracking, folder), "name": "onto", "workers": {"count": 2, "labels": {"heliostat-pool": "train"}}}
+    job = {**tiny_job(corpus, tracking, folder), "name": "onto", "recipe": "jobs.paced:PacedPlain"}
+    job["workers"] = {"count": 2, "labels": {"heliostat-pool": "train"}}
     job["data"] = {**job["data"], "labels": {"heliostat-pool": "train"}}
     job["train"] |= {"steps": STEPS, "log_every": 5}
     job |= {"checkpoint": {"every": 10}, "evaluate": {"every": STEPS, "samples": 24, "fraction": 0.05}}
@@ -105,12 +108,12 @@ def test_a_job_is_submitted_stopped_at_half_and_resumed_to_one_finished_run(work
     work.heliostat("submit", "onto.yaml", "-c", "cluster.yaml", "--set", "train.seed=2", code=2)  # another: refused
 
     deadline = time.monotonic() + 150
-    while not (step := jobs.progress(run, STEPS)["step"]) or step < 30:
+    while not (step := jobs.progress(run, STEPS)["step"]) or step < 10:
         assert time.monotonic() < deadline, work.heliostat("logs", "onto")
         time.sleep(0.3)
     seen = work.json("status", "onto")
     assert len(forks(work.state)) == 2
-    assert seen["status"] == "RUNNING" and 30 <= seen["progress"]["step"] < STEPS and seen["progress"]["eta_s"] > 0
+    assert seen["status"] == "RUNNING" and 10 <= seen["progress"]["step"] < STEPS and seen["progress"]["eta_s"] > 0
     stopped = work.json("stop", "onto")
     assert stopped["status"] == "STOPPED" and stopped["progress"]["step"] < STEPS
     assert re.search(r"\bonto +stopped\b", work.heliostat("jobs", "-c", "cluster.yaml"))

@@ -1,5 +1,6 @@
 """A private Ray ends with the process that started it, and is its user's alone."""
 
+import atexit
 import contextlib
 import os
 import pwd
@@ -16,55 +17,52 @@ import psutil
 import pytest
 import ray
 from heliostat.cluster import private, private_ray
+from heliostat.cluster.connect import connect
 from heliostat.errors import ConfigError
 from heliostat.train.run import train
 
+from tests.integration import commands
+from tests.integration.paced import SET_PLAIN
 from tests.integration.test_cluster_local import _call
 
-DRIVER = """
-import atexit, os, time
-import ray
-from heliostat.cluster.connect import connect
 
-@ray.remote(num_cpus=0)
-class Actor:
-    def pid(self):
-        atexit.register(time.sleep, 600)
-        return os.getpid()
+def held(_: list[str]) -> int:
+    """In a process of its own: connects, and leaves an actor that takes ten minutes to end; prints its process."""
 
-connect(cpus=2)
-actor = Actor.remote()
-pid = ray.get(actor.pid.remote())
-del actor
-time.sleep(2)
-print(pid)
-"""
+    @ray.remote(num_cpus=0)
+    class Actor:
+        def pid(self) -> int:
+            atexit.register(time.sleep, 600)
+            return os.getpid()
+
+    connect(cpus=2)
+    actor = Actor.remote()
+    pid = ray.get(actor.pid.remote())
+    del actor
+    time.sleep(2)
+    sys.stdout.write(f"{pid}\n")
+    return 0
 
 
-def test_a_process_that_does_not_end_by_itself_is_ended():
+def test_a_process_that_does_not_end_by_itself_is_ended(tmp_path):
     """As an actor's process, now and then, hangs in its own exit: Ray takes it for gone then."""
-    done = subprocess.run([sys.executable, "-c", DRIVER], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
+    done = commands.call(f"{__name__}:held", log=tmp_path / "log")
+    assert done.wait(120) == 0, done.err
     with contextlib.suppress(psutil.NoSuchProcess):
-        psutil.Process(int(done.stdout)).wait(5)  # until it has been reaped
+        psutil.Process(int(done.out)).wait(5)  # until it has been reaped
 
 
-LATE = """
-import ray
-from heliostat.cluster.connect import connect
-from heliostat.cluster import private_ray
-
-private_ray.ahead(0, ["torch"])  # an import of a second and more
-connect(cpus=2)
-print("connected")
-"""
+def late(_: list[str]) -> int:
+    private_ray.ahead(0, ["torch"])  # an import of a second and more
+    connect(cpus=2)
+    sys.stdout.write("connected\n")
+    return 0
 
 
-def test_workers_that_are_late_do_not_hold_the_driver():
+def test_workers_that_are_late_do_not_hold_the_driver(tmp_path):
     """As on a machine so busy that their imports take longer than Ray waits for them."""
-    late = {**os.environ, "RAY_worker_register_timeout_seconds": "0"}
-    done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, timeout=120, check=False, env=late)
-    assert done.stdout == "connected\n", done.stderr
+    done = commands.call(f"{__name__}:late", log=tmp_path / "log", RAY_worker_register_timeout_seconds="0")
+    assert (done.wait(120), done.out) == (0, "connected\n"), done.err
 
 
 RPC = ("NodeInfoGcsService/GetAllNodeInfo", "NodeManagerService/GetNodeStats", "CoreWorkerService/GetCoreWorkerStats")
@@ -124,6 +122,13 @@ def test_a_private_ray_listens_on_loopback_alone_and_refuses_whoever_has_no_toke
     assert refusing >= 3
 
 
+def test_a_private_ray_runs_no_agent_of_a_dashboard(ray_session):
+    """Ray's start would wait for its imports, and beside another Ray three seconds more for a port that that one has."""
+    raylet = psutil.Process(session().all_processes["raylet"][0].process.pid)
+    assert not [p for p in raylet.children() if p.name().startswith("ray::Dashboard")]
+    assert (session().dashboard_agent_listen_port, session().metrics_agent_port) == (-1, -1)
+
+
 LOOK = """
 import os, socket, sys
 for path in sys.argv[1:]:
@@ -165,7 +170,7 @@ def test_the_workers_of_a_private_ray_meet_where_nobody_else_can_write(ray_sessi
     thread = threading.Thread(target=watch)
     thread.start()
     try:
-        assert train(job_file("alone"), ["train.steps=40", "checkpoint.every=40", "evaluate.every=40"])["steps"] == 40
+        assert train(job_file("alone"), [*SET_PLAIN, "train.steps=40", "checkpoint.every=40", "evaluate.every=40"])["steps"] == 40
     finally:
         done.set()
         thread.join()

@@ -6,8 +6,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from heliostat.errors import DataError
 from heliostat.pipelines.prepare import dry_run, prepare
 from heliostat.storage import Location
 
-ROOT = Path(__file__).parents[2]
+from tests.integration import commands
 
 
 def make_input(folder: Path, documents: int = 300, seed: int = 0) -> dict[str, str]:
@@ -151,14 +149,15 @@ def test_kept_work_is_gone_on_with(tmp_path):
     assert min(p.stat().st_mtime_ns for p in (tmp_path / "out.work/done/read").iterdir()) > max(again.values()), "begun anew"
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_killed_at_any_moment_the_same_digest(tmp_path):
     """The driver and all its processes, three times, each time later: what was finished stays, and the digest is the same."""
     make_input(tmp_path / "in", 3000)
     yaml = make_yaml(tmp_path, keep_work=True)
-    command = [sys.executable, "-m", "heliostat", "prepare", str(yaml), "--json"]
+    command, log = ["prepare", str(yaml), "--json"], tmp_path / "driver.log"
     done, finished = tmp_path / "out.work/done", 0
     for more in (1, 4, 8):
-        run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        run = commands.start(*command, log=log)
         try:
             deadline = time.monotonic() + 120
             while len(records(done)) < finished + more and run.poll() is None and time.monotonic() < deadline:
@@ -171,12 +170,12 @@ def test_killed_at_any_moment_the_same_digest(tmp_path):
         before = records(done)
         assert len(before) >= finished + more or run.returncode == 0, "it ended by itself"
         finished = len(before)
-    last = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    report = json.loads(last.stdout.splitlines()[-1])
+    last = commands.run(*command, log=log, timeout=240)
+    report = json.loads(last.out.splitlines()[-1])
     after = records(done)
     assert all(after[name] == when for name, when in before.items() if not name.startswith(("shards/", "listed/", "ends/")))
-    whole = subprocess.run([*command, "--set", f"output={tmp_path}/whole"], cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert json.loads(whole.stdout.splitlines()[-1])["digest"] == report["digest"]
+    whole = prepare(yaml, [f"output={tmp_path}/whole"])
+    assert whole["digest"] == report["digest"]
 
 
 def records(done: Path) -> dict[str, int]:

@@ -26,6 +26,7 @@ from heliostat.train.run import train
 from mlflow import MlflowClient
 
 from tests.integration.conftest import tiny_job
+from tests.integration.paced import PLAIN
 
 pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(900)]
 STEPS, LENGTH = 24, 64
@@ -64,7 +65,7 @@ def run(story: dict[str, Any]) -> str:
     job = tiny_job(story["data"], story["tracking"], story["folder"])
     job["data"] |= {"window": 64}
     path = story["folder"] / "job.yaml"
-    path.write_text(yaml.safe_dump(job | {"name": "first"}))
+    path.write_text(yaml.safe_dump(job | {"name": "first"} | PLAIN))
     return train(path, [f"train.steps={STEPS}", f"checkpoint.every={STEPS}"])["run_id"]
 
 
@@ -149,7 +150,7 @@ def test_a_forgotten_document_is_in_no_part_of_the_new_dataset(story, run, seen,
     after = ask(capsys, "trace", str(tmp_path / "less"), "--id", id, *where)["documents"][0]
     assert after["shard"] is None and [r["run_id"] for r in after["runs"]] == [run], "the earlier dataset's runs saw it"
     job = tiny_job(str(tmp_path / "less"), story["tracking"], tmp_path)
-    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job | {"name": "second"}))
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job | {"name": "second"} | PLAIN))
     assert train(tmp_path / "job.yaml", ["train.steps=6", "checkpoint.every=6", "evaluate.every=6"])["steps"] == 6
 
 

@@ -20,7 +20,7 @@ from heliostat.storage import Location
 from heliostat.train.run import train
 
 from tests.integration.conftest import UNBROKEN_STEPS, curve
-from tests.integration.paced import PACED
+from tests.integration.paced import PACED_PLAIN, PLAIN
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -28,8 +28,8 @@ STEPS = UNBROKEN_STEPS
 
 
 def settings(workers: int, **changes: Any) -> list[str]:
-    made = {"workers.count": workers, "train.steps": STEPS, "checkpoint.every": 5, "evaluate.every": STEPS, **changes}
-    return [f"{k}={json.dumps(v)}" for k, v in made.items()]
+    made = {**PLAIN, "workers.count": workers, "train.steps": STEPS, "checkpoint.every": 5, "evaluate.every": STEPS}
+    return [f"{k}={json.dumps(v)}" for k, v in {**made, **changes}.items()]
 
 
 def run_folder(path: Path) -> Location:
@@ -66,7 +66,7 @@ def test_a_run_killed_and_resized_again_and_again_trains_on_the_same_samples(job
     """1 worker, killed; 2, killed; 4, killed; 1 to the end: the curve is the unbroken run's, and the receipts verify."""
     path = job_file("broken")
     for workers, after in ((1, 8), (2, 21), (4, 33)):
-        train_and_kill(path, after, settings(workers, **PACED, **{"retries.max": 0}))
+        train_and_kill(path, after, settings(workers, **PACED_PLAIN, **{"retries.max": 0}))
     result = train(path, settings(1), resume=True)
     got = curve(tracking, result["run_id"])
     assert len(got) == STEPS and got == pytest.approx(unbroken[1], abs=1e-5)

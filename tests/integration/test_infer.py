@@ -12,10 +12,11 @@ import pyarrow.parquet as pq
 from heliostat.inference.batch import run
 from heliostat.inference.batch.settings import Settings
 
+from tests.integration import commands
 from tests.unit.build_job import BASE
 from tests.unit.test_batch_inference import write_model
 
-COUNT = 2000
+COUNT = 1000
 OPTIONS = {"max_tokens": 4, "temperature": 0.7}
 
 
@@ -35,16 +36,14 @@ def wait_for(what, seconds: float = 120.0):
 def test_a_killed_driver_and_a_killed_worker_change_no_answer(ray_session, tmp_path):
     """The driver of a Ray of its own, by SIGKILL, after its first pieces; then a worker of the run that goes on."""
     model, asked = write_model(tmp_path, BASE["model"], 64), tmp_path / "in.jsonl"
-    rows = [json.dumps({"text": f"{'word ' * (i % 7)}{i}", "n": i}) for i in range(COUNT)]
+    rows = [json.dumps({"text": f"{'word ' * (i % 7)}{i}", "n": i, "of_no_use": "." * 60}) for i in range(COUNT)]  # for pieces
     asked.write_text("\n".join([*rows, "{"]))
     settings = Settings(keep=["n"], options=OPTIONS)
     whole = run.infer(model, str(asked), str(tmp_path / "whole"), settings)
 
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "heliostat", "infer", str(model), "--input", str(asked), "--out", str(out), "--keep", "n"]
-    command += ["--max-tokens", "4", "--temperature", "0.7"]
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    driver = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+    words = ["infer", str(model), "--input", str(asked), "--out", str(out), "--keep", "n", "--max-tokens", "4"]
+    driver = commands.start(*words, "--temperature", "0.7", log=tmp_path / "driver.log", RAY_ADDRESS="")
     try:
         wait_for(lambda: len(list((out / run.WORK).glob("done/infer/*.json"))) >= 2)
     finally:
@@ -84,10 +83,9 @@ def test_the_command_says_what_it_did_and_what_is_wrong(tmp_path):
     asked.write_text('{"text": "a"}\n')
 
     def said(*more: str) -> str:
-        command = [sys.executable, "-m", "heliostat", "infer", str(model), "--input", str(asked), *more]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
-        return done.stderr
+        done = commands.run("infer", str(model), "--input", str(asked), *more, log=tmp_path / "log")
+        assert done.returncode == 2 and len(done.err.strip().splitlines()) == 1
+        return done.err
 
     assert "--max-tokens: goes with --task continue, not with score" in said(
         "--out", str(tmp_path / "out"), "--task", "score", "--max-tokens", "3"

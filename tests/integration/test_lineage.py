@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from heliostat.chaos.process import Command, end_tree, workers
+from heliostat.chaos.process import end_tree, workers
 from heliostat.checkpoint import layout
 from heliostat.cli.main import app
 from heliostat.data import manifest
@@ -31,6 +31,7 @@ from heliostat.track.registry import GateError
 from heliostat.train.run import train
 from mlflow import MlflowClient
 
+from tests.integration import commands
 from tests.integration.conftest import curve, tiny_job
 from tests.integration.paced import PACED
 from tests.integration.test_survival import saved
@@ -90,11 +91,14 @@ def story(shards: str, corpus: str, tracking: str, tmp_path_factory: pytest.Temp
     run = Location(str(folder / "runs" / "base"))
     words = [word for s in settings for word in ("--set", s)]
     often = {"MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1"}
-    with Command([str(path), *words], folder / "base.log", often) as command:
-        command.until(lambda: saved(run) >= 5, 900, "checkpoint")
-        workers(command.process.pid)[-1].send_signal(signal.SIGKILL)
-        command.until(lambda: len(goodput.read(run)) == 2 and saved(run) >= 15, 900, "checkpoint after the worker's death")
-        end_tree(command.process.pid)
+    driver = commands.start("train", str(path), *words, log=folder / "base.log", **often)
+    try:
+        driver.until(lambda: saved(run) >= 5, "checkpoint")
+        workers(driver.pid)[-1].send_signal(signal.SIGKILL)
+        driver.until(lambda: len(goodput.read(run)) == 2 and saved(run) >= 15, "checkpoint after the worker's death")
+    finally:
+        end_tree(driver.pid)
+        driver.wait(30)
     from heliostat.track import mlflow_client, run_table
 
     (killed,) = [r for r in run_table.rows(mlflow_client.connect(tracking), "lineage") if r["name"] == "base"]

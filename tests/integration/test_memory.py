@@ -23,7 +23,7 @@ from heliostat.train.driver.pool import Pool
 from heliostat.train.run import train
 
 from tests.integration.conftest import UNBROKEN_STEPS, curve
-from tests.integration.paced import PACED
+from tests.integration.paced import PACED_PLAIN, PLAIN
 from tests.integration.test_exact_data import run_folder
 from tests.integration.test_survival import actors, settings, workers
 from tests.unit.build_job import job
@@ -64,7 +64,7 @@ def test_a_killed_worker_costs_no_more_steps_than_between_two_copies_in_memory(j
     path = job_file("remembered")
     folder = run_folder(path)
     strike = Strike(folder, {27: lambda: workers()[-1:], 48: lambda: [*keepers(), *workers()[-1:]]})
-    result = train(path, settings(**PACED, **{"checkpoint.every": 20, "checkpoint.memory_every": 3}))
+    result = train(path, settings(**PACED_PLAIN, **{"checkpoint.every": 20, "checkpoint.memory_every": 3}))
     strike.join(10)
     assert result["restarts"] == 2 and result["steps"] == UNBROKEN_STEPS
     assert curve(tracking, result["run_id"]) == unbroken[1], "to the last bit"
@@ -78,7 +78,7 @@ def test_a_killed_worker_costs_no_more_steps_than_between_two_copies_in_memory(j
 
 def test_a_limit_that_is_too_small_is_said_and_nothing_is_kept(job_file, caplog):
     path = job_file("forgetful")
-    made = {"train.steps": 6, "checkpoint.every": 6, "evaluate.every": 6, "checkpoint.memory_every": 2}
+    made = {**PLAIN, "train.steps": 6, "checkpoint.every": 6, "evaluate.every": 6, "checkpoint.memory_every": 2}
     result = train(path, [f"{k}={json.dumps(v)}" for k, v in {**made, "checkpoint.memory_limit": "100KiB"}.items()])
     assert result["steps"] == 6
     text = next(r.getMessage() for r in caplog.records if "memory_every" in r.getMessage())

@@ -1,6 +1,7 @@
 """MLflow goes away while a run trains: training goes on, and every metric arrives once, whenever the server is back."""
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 from heliostat import run_folder
-from heliostat.chaos.servers import Server, mlflow_server
+from heliostat.chaos.servers import Server
 from heliostat.check import check, load_job
 from heliostat.errors import TrackingError
 from heliostat.events import Steps
@@ -19,14 +20,40 @@ from heliostat.track import logger as tracking_run
 from heliostat.track.logger import RunOwner
 from mlflow import MlflowClient
 
+from tests.integration import commands
 from tests.integration.conftest import curve
 
 REPORT: dict[str, Any] = {"total_s": 1.0, "goodput": 1.0, "worker_hours": 0.1}
 
 
+class ForkedServer(Server):
+    """MLflow's server, each time in a fork that has its libraries."""
+
+    def __init__(self, store: str, folder: Path) -> None:
+        super().__init__([*("", "", "MLflow"), store, str(folder), "PORT"], "/health", folder / "mlflow-server.log")
+
+    def _launch(self) -> Any:
+        return commands.call(f"{__name__}:serve", *self._command[3:], log=self._log)
+
+
+def serve(given: list[str]) -> int:
+    """What `mlflow server` does with one worker, in this process."""
+    import uvicorn
+    from mlflow import server
+
+    store, folder, port = given
+    os.environ |= {
+        server.BACKEND_STORE_URI_ENV_VAR: store, server.ARTIFACT_ROOT_ENV_VAR: "mlflow-artifacts:/",
+        server.SERVE_ARTIFACTS_ENV_VAR: "true", server.ARTIFACTS_DESTINATION_ENV_VAR: f"{folder}/artifacts",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }  # fmt: skip
+    uvicorn.run("mlflow.server.fastapi_app:app", host="127.0.0.1", port=int(port))
+    return 0
+
+
 @pytest.fixture
 def server(tracking: str, tmp_path: Path):
-    with mlflow_server(tracking, tmp_path) as running:
+    with ForkedServer(tracking, tmp_path) as running:
         yield running
 
 

@@ -18,6 +18,8 @@ from heliostat.tune import driver as tuning
 from heliostat.tune.sweep import load
 from ray.util.placement_group import placement_group, remove_placement_group
 
+from tests.integration.paced import SET_PLAIN
+
 
 @pytest.fixture
 def others(ray_session: None) -> Iterator[Callable[[], None]]:
@@ -51,7 +53,7 @@ def test_a_run_on_a_full_node_says_within_ten_seconds_what_others_hold_and_train
 
     thread = threading.Thread(target=listen)
     thread.start()
-    result = train(job_file("second"), ["train.steps=6", "checkpoint.every=6", "evaluate.every=6"])
+    result = train(job_file("second"), [*SET_PLAIN, "train.steps=6", "checkpoint.every=6", "evaluate.every=6"])
     thread.join()
     assert result["steps"] == 6
     text = next(r.getMessage() for r in caplog.records if "no room" in r.getMessage())

@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,15 +18,15 @@ from heliostat.check import check, load_job
 from heliostat.checkpoint import saver
 from heliostat.errors import WorkerError
 from heliostat.recipes.protocol import Loss
-from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.runs import goodput
 from heliostat.runs.verify import verify
 from heliostat.storage import Location
 from heliostat.train.run import train
 from mlflow import MlflowClient
 
+from tests.integration import commands
 from tests.integration.conftest import UNBROKEN_STEPS, curve
-from tests.integration.paced import PACED
+from tests.integration.paced import PACED_PLAIN, PLAIN, Plain
 from tests.integration.test_exact_data import complete, run_folder
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -37,7 +35,8 @@ STEPS = UNBROKEN_STEPS
 
 
 def settings(**changes: Any) -> list[str]:
-    made = {"train.steps": STEPS, "evaluate.every": STEPS, "checkpoint.every": 10, "train.log_every": 1, "retries.backoff": 0.1}
+    made = {**PLAIN, "train.steps": STEPS, "evaluate.every": STEPS, "checkpoint.every": 10, "train.log_every": 1}
+    made["retries.backoff"] = 0.1
     return [f"{k}={json.dumps(v)}" for k, v in {**made, **changes}.items()]
 
 
@@ -86,7 +85,7 @@ def test_killed_frozen_and_preempted_workers_cost_time_and_nothing_else(job_file
 
     thread = threading.Thread(target=strike, daemon=True)
     thread.start()
-    result = train(path, settings(**PACED, **{"watchdog.stall": 8}))
+    result = train(path, settings(**PACED_PLAIN, **{"watchdog.stall": 8}))
     thread.join(10)
     assert result["restarts"] == 3 and result["steps"] == STEPS
     assert curve(tracking, result["run_id"]) == pytest.approx(unbroken[1], abs=1e-5)
@@ -112,7 +111,7 @@ def test_a_run_shrinks_to_the_room_there_is_and_grows_behind_a_checkpoint(job_fi
     assert others.wait(30)
     folder = run_folder(path)
     giving = when(lambda: saved(folder) >= 10, lambda: ray.util.remove_placement_group(others))
-    result = train(path, settings(**PACED, **{"workers.count": [1, 4]}))
+    result = train(path, settings(**PACED_PLAIN, **{"workers.count": [1, 4]}))
     giving.join(10)
     assert curve(tracking, result["run_id"]) == pytest.approx(unbroken[1], abs=1e-5)
     attempts = goodput.read_report(folder)["attempts"]
@@ -121,17 +120,15 @@ def test_a_run_shrinks_to_the_room_there_is_and_grows_behind_a_checkpoint(job_fi
     assert verify(folder)["ok"]
 
 
-def test_a_driver_told_to_stop_leaves_a_checkpoint_and_another_command_ends_the_run(job_file, tracking, unbroken):
+def test_a_driver_told_to_stop_leaves_a_checkpoint_and_another_command_ends_the_run(job_file, tracking, unbroken, tmp_path):
     """SIGTERM to `heliostat train`: exit code 130, KILLED in MLflow, no step lost; the resumed run ends with the same curve."""
     path = job_file("stopped")
     folder = run_folder(path)
-    command = [sys.executable, "-c", "from heliostat.cli.main import main; main()", "train", str(path), "--resume"]
-    command += [word for setting in settings(**PACED) for word in ("--set", setting)]
-    driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    words = [word for setting in settings(**PACED_PLAIN) for word in ("--set", setting)]
+    driver = commands.start("train", str(path), "--resume", *words, log=tmp_path / "driver.log")
     when(lambda: saved(folder) >= 10, driver.terminate)
-    _, told = driver.communicate(timeout=300)
-    assert driver.returncode == 130, told[-3000:]
-    assert "error: stopped at step" in told and "Traceback" not in told
+    assert driver.wait(300) == 130, driver.err[-3000:]
+    assert "error: stopped at step" in driver.err and "Traceback" not in driver.err
     newest = saver.latest(folder)
     assert newest is not None and 10 < newest.step < 30
     run_id = json.loads(folder.join("run.json").read())["run_id"]
@@ -141,7 +138,7 @@ def test_a_driver_told_to_stop_leaves_a_checkpoint_and_another_command_ends_the_
     assert sum(a["parts"]["lost"] for a in goodput.read_report(folder)["attempts"]) == pytest.approx(0, abs=1.0)
 
 
-class Poisoned(CausalLM):
+class Poisoned(Plain):
     """A recipe whose loss is 30 times as high for the samples whose first tokens a file lists."""
 
     def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Loss:
@@ -150,7 +147,7 @@ class Poisoned(CausalLM):
         return Loss(super().loss(model, batch).sum * (30 if hit else 1))
 
 
-class Broken(CausalLM):
+class Broken(Plain):
     def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Loss:
         return super().loss(model, batch).sum + "a string"  # type: ignore[operator]
 

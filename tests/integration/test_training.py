@@ -6,20 +6,17 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import boto3
 import mlflow
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from heliostat.check import check_job, load_job
 from heliostat.checkpoint import saver
+from heliostat.cli.main import app
 from heliostat.data import manifest
-from heliostat.data.dataset import DataPlan, open_dataset, plan
+from heliostat.data.dataset import DataPlan, open_dataset
 from heliostat.errors import ConfigError, NonFiniteError
 from heliostat.inference.evaluate import evaluate
 from heliostat.storage import Location
@@ -27,66 +24,12 @@ from heliostat.track import registry
 from heliostat.track.models import models_of, resolve
 from heliostat.train.run import train
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
-from tests.golden import curves, data
-from tests.integration import ranks
+from tests.integration import late
 from tests.integration.conftest import curve, tiny_job
+from tests.integration.paced import SET_PLAIN
 from tests.integration.reference import plain_losses
-
-# every ZeRO stage on one and two workers, in process groups ----------------------------------------------------------
-
-STAGES, WORKERS = (0, 1, 2, 3), (1, 2)
-MASKED = "data.document_mask=true"
-PLAYED = [f"train.steps={curves.STEPS}", f"evaluate.every={curves.STEPS}", f"checkpoint.every={curves.STEPS}"]
-
-
-def packed(path: Path) -> list[str]:
-    """The settings of short documents that lie beside the job; nearly every sample holds the end of one."""
-    source = json.dumps([{"path": str(path.with_name("documents"))}])
-    return [f"train.steps={curves.STEPS}", "evaluate=null", "data.window=64", f"data.sources={source}"]
-
-
-def grid(group: Any, everyone: Any, path: str) -> Iterator[dict[str, Any]]:
-    """In every rank: the job's curve at each stage, by the worker's own step; and of packed documents that are masked."""
-    for stage, given in [*((stage, PLAYED) for stage in STAGES), (2, [*packed(Path(path)), MASKED])]:
-        settings = [*given, f"train.zero.stage={stage}", f"workers.count={dist.get_world_size()}"]
-        job, _ = check_job(load_job(Path(path), settings))
-        losses, _ = curves.Steps(job, plan(job, [manifest.read(location) for location in job.sources])).curve()
-        if dist.get_rank() == 0:
-            yield {"stage": stage, "masked": given is not PLAYED, "losses": losses}
-
-
-@pytest.fixture(scope="module")
-def played(tmp_path_factory, corpus, tracking) -> tuple[Path, list[dict[str, Any]]]:
-    folder = tmp_path_factory.mktemp("grid")
-    path = folder / "tiny.json"
-    path.write_text(json.dumps(tiny_job(corpus, tracking, folder)))
-    data.tokens(folder / "documents")
-    return path, ranks.run(f"{__name__}:grid", WORKERS, str(path))
-
-
-def test_every_zero_stage_and_worker_count_gives_the_plain_loops_losses(played) -> None:
-    """Of whole runs, `finished` is compared with the plain loop, and others with it."""
-    path, told = played
-    expected = plain_losses(path, PLAYED)
-    assert expected[-1] < expected[0] - 0.5  # it learns
-    found = {(row["stage"], row["workers"]): row["losses"] for row in told if not row["masked"]}
-    assert set(found) == {(stage, workers) for stage in STAGES for workers in WORKERS}
-    for case, losses in found.items():
-        assert losses == pytest.approx(expected, abs=1e-4), case
-
-
-def test_packed_documents_that_do_not_see_each_other_train_the_same_on_any_workers(played) -> None:
-    """Micro-batches then hold different numbers of loss terms; the step's loss is still their mean over the global batch."""
-    path, told = played
-    expected = plain_losses(path, [*packed(path), MASKED])
-    found = {row["workers"]: row["losses"] for row in told if row["masked"]}
-    assert set(found) == set(WORKERS)
-    assert all(losses == pytest.approx(expected, abs=1e-4) for losses in found.values())
-    assert expected != pytest.approx(plain_losses(path, packed(path)), abs=1e-2)  # documents that are seen are learnt from
-
-
-# whole runs ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -162,10 +105,7 @@ def test_what_follows_the_last_step_is_done_once_wherever_drivers_die_in_it(fini
     job["mlflow"] |= {"register": "late-lm", "alias": "candidate"}
     path = tmp_path / "late.json"
     path.write_text(json.dumps(job))
-    done = subprocess.run([sys.executable, "-m", "tests.integration.late", str(path)],
-                          capture_output=True, text=True, timeout=400, check=False)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert len(json.loads(done.stdout.splitlines()[-1])) == 12  # each moment of `late`
+    assert len(late.writes(path, tmp_path)) == 12  # each moment of `late`
     result, whole = json.loads((tmp_path / "runs" / "whole" / "result.json").read_text()), finished[2]
     assert {k: result[k] for k in ("steps", "eval", "train_loss")} == {k: whole[k] for k in ("steps", "eval", "train_loss")}
     assert result["tokens_per_second"] > 0 and 0 < result["seconds_to_first_step"] < 300
@@ -199,8 +139,7 @@ def test_a_result_of_an_earlier_end_is_not_taken_for_that_of_a_longer_training(f
 
 def _every_second_is_told(run: Path, wall_s: float) -> None:
     """The run's second attempt took `wall_s`, and went on from step 10, where the first had reached 20."""
-    done = _run_cli(["goodput", str(run), "--json"])
-    told = json.loads(done.stdout.splitlines()[-1])
+    told = json.loads(CliRunner().invoke(app, ["goodput", str(run), "--json"]).stdout.splitlines()[-1])
     first, second = told["attempts"]
     assert told["attributed"] >= 0.99
     assert sum(told["parts"].values()) == pytest.approx(told["total_s"], rel=0.01)
@@ -214,7 +153,7 @@ def _every_second_is_told(run: Path, wall_s: float) -> None:
 @pytest.mark.parametrize(("stage", "workers"), [(3, 4), (1, 1), (0, 2)])
 def test_a_checkpoint_continues_at_any_stage_and_worker_count(stage, workers, finished, tracking, tmp_path) -> None:
     settings = _stopped_at_10(finished, tmp_path)
-    result = train(finished[1], [*settings, f"train.zero.stage={stage}", f"workers.count={workers}"], resume=True)
+    result = train(finished[1], [*settings, *SET_PLAIN, f"train.zero.stage={stage}", f"workers.count={workers}"], resume=True)
     whole = curve(tracking, finished[2]["run_id"])
     assert _continued(tracking, result["run_id"]) == pytest.approx(whole[10:], abs=1e-5)
 
@@ -313,7 +252,7 @@ def test_dataset_and_storage_on_s3_give_the_same_run(finished, s3_server, corpus
     # and resumes from there: byte ranges of the shards, on another number of workers
     for name in ("checkpoints/step-00000020/checkpoint.json", "result.json", "run.json"):
         bucket.join("runs", "whole", name).delete()
-    again = train(finished[1], [*settings, "workers.count=1", "train.zero.stage=3"], resume=True)
+    again = train(finished[1], [*settings, *SET_PLAIN, "workers.count=1", "train.zero.stage=3"], resume=True)
     assert _continued(tracking, again["run_id"]) == pytest.approx(curve(tracking, finished[2]["run_id"])[10:], abs=1e-5)
 
 

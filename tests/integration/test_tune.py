@@ -4,11 +4,8 @@ Losses of such small models at such few steps still order learning rates that li
 """
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +24,9 @@ from heliostat.train.run import train
 from heliostat.tune import listing, trial_record
 from heliostat.tune.driver import tune
 
+from tests.integration import commands
 from tests.integration.conftest import curve, tiny_job
+from tests.integration.paced import SET_PLAIN
 
 
 def sweep_file(corpus: str, tracking: str, folder: Path, **changes: Any) -> Path:
@@ -124,7 +123,8 @@ def test_a_trial_is_a_run_as_any_other(asha) -> None:
     folder, _, result, *_ = asha
     place = Location(result["best"]["run_folder"])
     assert verify(place)["ok"]
-    alone = train(folder / "base.yaml", ["name=alone", f"storage={folder}/alone", "train.optimizer.lr=0.001"])
+    settings = ["name=alone", f"storage={folder}/alone", "train.optimizer.lr=0.001", *SET_PLAIN]
+    alone = train(folder / "base.yaml", settings)
     assert alone["eval"] == json.loads(place.join("summary.json").read())["eval"]
 
 
@@ -142,12 +142,12 @@ def test_a_finished_sweep_is_listed_and_not_repeated(asha, tracking) -> None:
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., subprocess.Popen]]:
+def start() -> Iterator[Callable[..., commands.Process]]:
     """Starts `heliostat tune` in a process of its own; what a failed test leaves of it is killed."""
-    started: list[subprocess.Popen] = []
+    started: list[commands.Process] = []
 
-    def make(path: Path, log: Path, *more: str) -> subprocess.Popen:
-        started.append(_start(path, log, *more))
+    def make(path: Path, log: Path, *more: str) -> commands.Process:
+        started.append(commands.start("tune", str(path), "--json", *more, log=log, RAY_ADDRESS=""))
         return started[-1]
 
     yield make
@@ -157,20 +157,14 @@ def start() -> Iterator[Callable[..., subprocess.Popen]]:
                 child.kill()
 
 
-def _start(path: Path, log: Path, *more: str) -> subprocess.Popen:
-    command = [sys.executable, "-c", "from heliostat.cli.main import main; main()", "tune", str(path), "--json", *more]
-    env = {**os.environ, "RAY_ADDRESS": ""}
-    return subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT, env=env, start_new_session=True)
-
-
-def _wait(condition, process: subprocess.Popen, log: Path, seconds: float = 450) -> None:
+def _wait(condition, process: commands.Process, log: Path, seconds: float = 450) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
         time.sleep(0.1)
 
 
-def _descendants(process: subprocess.Popen) -> list[psutil.Process]:
+def _descendants(process: commands.Process) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 
@@ -200,7 +194,7 @@ def test_a_killed_driver_loses_and_doubles_nothing_and_a_failed_trial_stays_fail
         time.sleep(0.5)
     assert second.returncode == 0, (tmp_path / "second.log").read_text()[-3000:]
     assert not psutil.wait_procs(others, timeout=30)[1]
-    result = json.loads((tmp_path / "second.log").read_text().splitlines()[-1])
+    result = json.loads(second.out.splitlines()[-1])
     rows = {row["trial"]: row for row in result["trials"]}
     assert {n: row["status"] for n, row in rows.items()} == {0: "finished", 1: "failed", 2: "finished"}
     assert "NonFiniteError" in rows[1]["reason"]
@@ -242,7 +236,7 @@ def test_pbt_goes_on_bitwise_from_the_donors_checkpoint(ray_session, corpus, tra
         shutil.copytree(Path(donor.path) / part, reference / part)
     (reference / "receipts" / "step-00000008.json").unlink()
     settings = [f"train.optimizer.lr={clone['params']['train.optimizer.lr']!r}", "checkpoint.every=4"]
-    settings += ["name=reference", f"storage={tmp_path / 'reference'}", "mlflow.register=null"]
+    settings += ["name=reference", f"storage={tmp_path / 'reference'}", *SET_PLAIN]
     alone = train(tmp_path / "base.yaml", settings, resume=True)
     client = mlflow.MlflowClient(tracking_uri=tracking)
     points = {m.step: m.value for m in client.get_metric_history(alone["run_id"], "train/loss")}

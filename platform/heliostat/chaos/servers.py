@@ -37,14 +37,17 @@ class Server:
 
     def start(self) -> None:
         """Starts the server and waits until it answers; ChaosError if it does not."""
-        with self._log.open("a") as log:
-            self._process = subprocess.Popen(self._command, stdout=log, stderr=log, env=self._environment)
+        self._process = self._launch()
         deadline = time.monotonic() + START_S
         while not self._well():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.stop()
                 raise ChaosError(f"{self._command[2]} did not start; see {self._log}")
             time.sleep(0.1)
+
+    def _launch(self) -> subprocess.Popen:
+        with self._log.open("a") as log:
+            return subprocess.Popen(self._command, stdout=log, stderr=log, env=self._environment)
 
     def _well(self) -> bool:
         try:
