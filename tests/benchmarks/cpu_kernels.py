@@ -23,16 +23,15 @@ from heliostat import cpu_kernels  # noqa: E402
 from heliostat.check import load_job  # noqa: E402
 from heliostat.recipes.text.causal_lm import CausalLM  # noqa: E402
 
-MODEL = {"hidden_size": 384, "num_hidden_layers": 8, "intermediate_size": 1024, "vocab_size": 4096}
+MODEL = {"arch": "llama", "hidden_size": 384, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4,
+         "intermediate_size": 1024, "vocab_size": 4096}  # fmt: skip
 TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class Case:
     def __init__(self, precision: str, on: bool) -> None:
-        keys = [f"model.{key}={value}" for key, value in MODEL.items()]
-        job = load_job(
-            ROOT / "jobs/quickstart.yaml", [*keys, f"train.precision={precision}", f"train.cpu_kernels={str(on).lower()}"]
-        )
+        keys = [f"model={MODEL}", f"train.precision={precision}", f"train.cpu_kernels={str(on).lower()}"]
+        job = load_job(ROOT / "jobs/quickstart.yaml", keys)
         self.recipe = CausalLM(job)
         torch.manual_seed(0)
         self.model = self.recipe.build().to(TYPES[precision])

@@ -26,11 +26,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
 
 from tests.benchmarks.yardsticks import turns  # noqa: E402
 
+LLAMA = {"arch": "llama", "hidden_size": 384, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4,
+         "intermediate_size": 1024, "vocab_size": 4096}  # fmt: skip
+
 
 def job(folder: Path, steps: int, precision: str) -> Path:
     raw: dict[str, Any] = yaml.safe_load((ROOT / "jobs/quickstart.yaml").read_text())
-    raw["model"] |= {"hidden_size": 384, "num_hidden_layers": 8, "intermediate_size": 1024}
+    raw["model"] = LLAMA
     raw["train"] |= {"steps": steps, "global_batch": 16, "micro_batch": 8, "precision": precision, "log_every": 1}
+    raw["train"]["optimizer"] = {"name": "adamw", "lr": 2e-3}
     raw["train"]["schedule"] = {"name": "constant"}
     raw["data"].pop("lanes")
     raw["evaluate"] = {"every": steps // 2, "samples": 16, "fraction": 0.01}

@@ -17,7 +17,7 @@ SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "n
 OTHERS: dict[str, list[Any]] = {
     "vocab_size": [1, 96, 128_256],
     "max_position_embeddings": [1, 64, 131_072],
-    "hidden_act": ["silu", "gelu", "relu"],
+    "hidden_act": ["silu", "gelu", "relu", "relu2"],
     "rms_norm_eps": [1e-12, 1e-6, 0.5],
     "initializer_range": [0.0, 0.02, 1.0],
     "attention_dropout": [0.0, 0.5],
@@ -28,7 +28,7 @@ OTHERS: dict[str, list[Any]] = {
 @pytest.mark.parametrize("arch", ARCHES)
 def test_what_is_taken_for_right_is_right_for_transformers(arch):
     """Random sizes and all values of the other keys; every key of the short list is among them."""
-    assert {"arch", *SIZES, *OTHERS} == set(Plain.model_fields)
+    assert {"arch", "head_dim", *SIZES, *OTHERS} == set(Plain.model_fields)
     draw = random.Random(arch)
     for _ in range(150):
         groups, each = draw.randint(1, 6), draw.randint(1, 4)
@@ -36,6 +36,8 @@ def test_what_is_taken_for_right_is_right_for_transformers(arch):
                 "hidden_size": groups * each * 2 * draw.randint(1, 20), "num_hidden_layers": draw.randint(1, 5),
                 "intermediate_size": draw.randint(1, 300)}  # fmt: skip
         keys |= {name: draw.choice(values) for name, values in OTHERS.items() if draw.random() < 0.5}
+        if arch not in plain_keys.WITHOUT_HEAD_DIM and draw.random() < 0.5:  # heads need not make up the width
+            keys |= {"head_dim": 2 * draw.randint(1, 20), "hidden_size": groups * each * draw.randint(1, 40)}
         assert plain_keys.read(keys)
         config = model_config.from_keys(keys)
         assert all(getattr(config, name) == value for name, value in keys.items() if name != "arch")
@@ -48,7 +50,8 @@ def test_what_is_taken_for_right_is_right_for_transformers(arch):
         *({name: None} for name in OTHERS),
         {"num_attention_heads": 5}, {"hidden_size": 44}, {"num_key_value_heads": 3}, {"hidden_act": "sliu"},
         {"rms_norm_eps": "1e-6"}, {"initializer_range": 2.0}, {"tie_word_embeddings": 1}, {"hiden_size": 48}, {"arch": "gpt2"},
-        {"arch": "lama"}, {"head_dim": 12}, {"rope_parameters": {}}, {1: 2}, {"vocab_size": 0},
+        {"arch": "lama"}, {"head_dim": 11}, {"head_dim": 0}, {"head_dim": None}, {"arch": "qwen2", "head_dim": 12},
+        {"rope_parameters": {}}, {1: 2}, {"vocab_size": 0},
     ],
     ids=str,
 )  # fmt: skip

@@ -173,6 +173,22 @@ def test_listing_of_the_standard_library():
     assert not [p for p in paths if {"site-packages", "test", "tests", "__pycache__"} & set(p.split("/"))]
 
 
+def test_excluded_files_are_left_out_and_said(tmp_path, caplog):
+    for name in ("a.py", "tables/b.py", "tables/more/c.py", "tables.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"12")
+    files = sources.listing(str(tmp_path))
+    assert sources.without(files, []) == files and not caplog.records
+    with caplog.at_level("INFO"):
+        kept = sources.without(files, ["tables/**", "none/*"])
+    assert [f.path for f in kept] == ["a.py", "tables.py"]
+    assert caplog.messages == ["exclude: 'none/*' matches no file of the input", "exclude: 2 of 4 files are not read"]
+    with pytest.raises(ConfigError, match="exclude: leaves none of the 4 files"):
+        sources.without(files, ["**"])
+    with pytest.raises(ConfigError, match=r"exclude: '\[b-a\]' is not a valid pattern"):
+        sources.without(files, ["[b-a]"])
+
+
 def test_unique_keeps_the_smallest_id():
     rows = pa.table({"hash": [b"b", b"a", b"b", b"a", b"c"], "id": ["2", "9", "1", "3", "7"], "text": list("xyxyz")})
     table, duplicates = tasks.unique(rows)

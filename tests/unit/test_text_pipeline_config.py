@@ -34,6 +34,8 @@ tokenizer: {{vocab_size: 300}}
         (["tokenizer.vocab_size=10"], "tokenizer.vocab_size"),
         (["min_chars=9", "max_chars=3"], "max_chars: 3 is below min_chars 9"),
         (["input=TMP/nothing"], "no file there"),
+        (["exclude=['[b-a]']"], "exclude: '[b-a]' is not a valid pattern"),
+        (["exclude=['**']"], "exclude: leaves none of the 1 files"),
         (["output=TMP/in/out"], "lie in one another"),
         (["output=TMP"], "lie in one another"),
         (["output=TMP/in/a.txt"], "is not a folder that can be written to"),
@@ -66,6 +68,7 @@ def test_identity_knows_contents_and_not_places(tmp_path):
 
     assert identity() == identity("input=elsewhere", "output=there")
     assert identity() != identity("chunk_tokens=5")
+    assert identity() == identity("exclude=[]") != identity("exclude=[x]") and "exclude" not in identity()  # older datasets stay
     for folder, sample in [("x", "abc"), ("y", "abc"), ("z", "abab" * 9)]:
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "tokenizer.json").write_text(tokens.train([sample], 260, END))
@@ -77,3 +80,5 @@ def test_quickstart_is_valid():
     target, pipeline = load(Path("pipelines/quickstart.yaml"), [])
     assert target == "heliostat.pipelines:TextPipeline" and pipeline.name == "quickstart"
     pipeline.check()
+    paths = {f.path for f in pipeline.inputs()}
+    assert "json/decoder.py" in paths and not {"encodings/cp037.py", "pydoc_data/topics.py", "html/entities.py"} & paths

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 NAME = "grouped"
-MODELS = ("llama", "mistral", "qwen2", "qwen3")  # whose attention is scaled dot products and a mask, and nothing else
+MODELS = ("llama", "mistral", "qwen2", "qwen3", "nanochat")  # whose attention is scaled dot products and a mask, and nothing else
 LONGEST = 512  # tokens; the scores of all queries are kept for the gradient
 FEWEST = 64  # queries at a time: smaller products are slow
 

@@ -68,13 +68,15 @@ class TextPipeline(Pipeline):
     _seconds: dict[str, float] = PrivateAttr(default_factory=dict)
     _watch: Watch | None = PrivateAttr(default=None)
 
-    later = frozenset({"max_document_bytes", "max_file_bytes", "columns", "stages"})
+    later = frozenset({"max_document_bytes", "max_file_bytes", "columns", "stages", "exclude"})
     beside = frozenset({"work", "keep_work", "memory_limit"})
     ray_data = False
 
     input: str = Field(min_length=1)
     """What is read: a file, a folder, a glob (`data/**/*.md`), an `s3://` prefix, or `python:stdlib`. Kinds of files:
     docs/reference/text-pipeline.md#what-is-read"""
+    exclude: list[str] = []
+    """Globs of files that are not read (`encodings/**`), by their paths below the input's folder, as globs of `input` are."""
     tokenizer: TokenizerConfig
     """Trained from the text, or taken as it is."""
     text_column: str = "text"
@@ -140,6 +142,8 @@ class TextPipeline(Pipeline):
             tokens.end_id(tokens.load(self.given), self.tokenizer.end_of_document)
         for stage in self.stages:
             stage.check()
+        for pattern in self.exclude:
+            sources.glob_regex(pattern, "exclude")
         if self.shard_bytes * SHARD_SHARE > self.memory_limit:
             log.warning("shard_bytes: a shard of %d bytes takes about %d of memory, more than memory_limit (%d)",
                         self.shard_bytes, self.shard_bytes * SHARD_SHARE, self.memory_limit)  # fmt: skip
@@ -157,7 +161,7 @@ class TextPipeline(Pipeline):
             )
 
     def inputs(self) -> list[InputFile]:
-        return sources.listing(self.input, bool(self.stages))
+        return sources.without(sources.listing(self.input, bool(self.stages)), self.exclude)
 
     def identity(self) -> dict[str, Any]:
         config = super().identity()

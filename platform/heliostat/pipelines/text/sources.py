@@ -7,6 +7,7 @@ and only if it lies inside the input: neither a link nor a name in a metadata fi
 from __future__ import annotations
 
 import io
+import logging
 import os
 import re
 import sysconfig
@@ -26,6 +27,8 @@ from heliostat.errors import ConfigError, StorageError
 from heliostat.pipelines.prepare import InputFile, place
 from heliostat.storage import Location
 from heliostat.text import printable
+
+log = logging.getLogger(__name__)
 
 STDLIB = "python:stdlib"
 SUFFIXES = (".txt", ".md", ".py", ".rst", ".jsonl", ".parquet")
@@ -61,8 +64,9 @@ def split_glob(uri: str) -> tuple[str, str | None]:
     return root + mark + query, "/".join(parts[first:])
 
 
-def glob_regex(pattern: str) -> re.Pattern[str]:
-    """Compiles a glob: `*`, `?` and `[...]` match within a folder's name, `**` any number of folders; ConfigError if invalid."""
+def glob_regex(pattern: str, key: str = "input") -> re.Pattern[str]:
+    """Compiles the glob of a key: `*`, `?` and `[...]` match within a folder's name, `**` any number of folders; ConfigError if
+    invalid."""
     out = []
     for token in re.findall(r"\*\*/|\*\*|\*|\?|\[[^]/]+\]|.", pattern, re.DOTALL):
         if token == "**/":
@@ -81,7 +85,7 @@ def glob_regex(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile("".join(out), re.DOTALL)
     except re.error as e:
-        raise ConfigError(f"input: {pattern!r} is not a valid pattern ({e})") from e
+        raise ConfigError(f"{key}: {pattern!r} is not a valid pattern ({e})") from e
 
 
 def root(uri: str) -> Location:
@@ -128,6 +132,21 @@ def listing(uri: str, more: bool = False) -> list[InputFile]:
         ends = ", ".join([*SUFFIXES, *(e for e in readers.READERS if more and e not in SUFFIXES)])
         raise ConfigError(f"input: {uri!r}: {seen} that ends in {ends} (or these with .gz, .zst{', .bz2, .xz' * more})")
     return sorted(files, key=lambda f: f.path)
+
+
+def without(files: list[InputFile], patterns: list[str]) -> list[InputFile]:
+    """Leaves out the files whose paths match a pattern, and says how many; a pattern that matches none is warned of."""
+    kept = files
+    for pattern in patterns:
+        matches = glob_regex(pattern, "exclude").fullmatch
+        if not any(matches(f.path) for f in files):
+            log.warning("exclude: %r matches no file of the input", printable(pattern))
+        kept = [f for f in kept if not matches(f.path)]
+    if not kept:
+        raise ConfigError(f"exclude: leaves none of the {len(files):,} files; remove a pattern")
+    if patterns:
+        log.info("exclude: %d of %d files are not read", len(files) - len(kept), len(files))
+    return kept
 
 
 def parquet_values(file: pq.ParquetFile, column: str, others: tuple[str, ...], limit: int,

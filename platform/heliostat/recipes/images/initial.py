@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +20,8 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
+
+from heliostat.recipes.assigning import assign
 
 EMBEDDING_STD = 0.02  # of PixArt's layers that take in the timestep and the caption
 
@@ -31,19 +32,7 @@ def initialise(arch: str, backbone: Any) -> None:
         return
     with torch.no_grad():
         for parameter, value in _unet(backbone) if arch == "unet" else _pixart(backbone):
-            _set(parameter, value)
-
-
-def _set(parameter: torch.Tensor, value: torch.Tensor) -> None:
-    """Copies a value into a parameter, also into one that ZeRO-3 has partitioned."""
-    if hasattr(parameter, "ds_id"):
-        import deepspeed
-
-        gathered: Any = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
-    else:
-        gathered = nullcontext()
-    with gathered:
-        parameter.copy_(value)
+            assign(parameter, value)
 
 
 def _shape(parameter: Any) -> torch.Size:

@@ -2,6 +2,7 @@
 
     recipe: heliostat.recipes:CausalLM
     model: {arch: llama, hidden_size: 256, ...}        # from a configuration: any key of that architecture's config class
+    model: {..., init: {zero_output_projections: true}}   # other initial weights than the architecture's
     model: {pretrained: /models/llama-3-8b}            # from a folder in Hugging Face's format: weights and tokenizer must match
 
 A sample is `data.sequence_length` consecutive tokens of a chunk, documents end to end. Every token but the first of a sample is
@@ -26,7 +27,7 @@ from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, DataError
 from heliostat.recipes.protocol import Batch, CutsSamples, Evaluates, Generates, Loss, Recipe, Request, Serves, Serving
-from heliostat.recipes.text import plain_keys, router_loss
+from heliostat.recipes.text import initial, plain_keys, router_loss
 
 if TYPE_CHECKING:  # torch and transformers take three seconds, and most jobs are checked without them
     import torch
@@ -50,6 +51,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, Generates, Serves):
         self.pretrained = job.model.get("pretrained")
         self.unbalanced = job.model.get("output_router_logits") is False  # and said so
         self.vocabulary_given = bool(self.pretrained) or "vocab_size" in job.model
+        self.init = initial.read(job.model)
         self._bound: dict[str, Any] = {}  # keys of the configuration that the datasets determine
         self.plain = plain_keys.read(job.model)
         if self.plain is None:
@@ -81,6 +83,8 @@ class CausalLM(Recipe, Evaluates, CutsSamples, Generates, Serves):
             raise ConfigError(f"data.sequence_length: {self.length} is longer than the model's max_position_embeddings {longest}")
 
     def probe(self) -> None:
+        if self.plain is None:
+            initial.probe(self)
         if self.document_mask:
             from heliostat.recipes.text import packing
 
@@ -154,6 +158,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, Generates, Serves):
             model = generator.whole("model.pretrained", self.pretrained, config=self.config, dtype=torch.float32)
         else:
             model = from_config(AutoModelForCausalLM, self.config)
+            initial.apply(self.init, model, self.config.model_type)
         if self.checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return model.train()

@@ -12,11 +12,12 @@ from heliostat.config.schema import nearest
 from heliostat.config.spec import divisors
 from heliostat.errors import ConfigError
 from heliostat.recipes import exported, pretrained
+from heliostat.recipes.text import initial
 from heliostat.text import brief
 
 
 def from_keys(model: dict[str, Any]) -> Any:
-    keys = {k: v for k, v in model.items() if k != "arch"}
+    keys = {k: v for k, v in model.items() if k not in ("arch", initial.KEY)}
     arch = str(model.get("arch"))
     if arch not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         near = nearest(arch, list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)) or "; for example: llama, gpt2, qwen3"

@@ -11,7 +11,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from heliostat.recipes.text import initial
+
 Size = Annotated[int, Field(ge=1)]
+WITHOUT_HEAD_DIM = ("qwen2", "nanochat")  # a key that these do not have
 
 
 class Plain(BaseModel):
@@ -19,15 +22,16 @@ class Plain(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    arch: Literal["llama", "mistral", "qwen2", "qwen3"]
+    arch: Literal["llama", "mistral", "qwen2", "qwen3", "nanochat"]
     hidden_size: Size
     num_hidden_layers: Size
     num_attention_heads: Size
     num_key_value_heads: Size
     intermediate_size: Size
+    head_dim: Size | None = None
     vocab_size: Size | None = None
     max_position_embeddings: Size | None = None
-    hidden_act: Literal["silu", "gelu", "relu"] = "silu"
+    hidden_act: Literal["silu", "gelu", "relu", "relu2"] = "silu"
     rms_norm_eps: Annotated[float, Field(gt=0, lt=1)] = 1e-6
     initializer_range: Annotated[float, Field(ge=0, le=1)] = 0.02
     attention_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -36,10 +40,14 @@ class Plain(BaseModel):
 
 def read(model: dict[str, Any]) -> Plain | None:
     """Reads the keys of a model that is right without a doubt; None for all others."""
+    keys = {key: value for key, value in model.items() if key != initial.KEY}
     try:
-        found = Plain(**model)
+        found = Plain(**keys)
     except (ValidationError, TypeError):  # TypeError: a key that is no string
         return None
-    divide = found.hidden_size % (2 * found.num_attention_heads) == 0  # rotary positions turn pairs
+    if found.head_dim is None:
+        divide = found.hidden_size % (2 * found.num_attention_heads) == 0  # rotary positions turn pairs
+    else:
+        divide = found.hidden_size % found.num_attention_heads == found.head_dim % 2 == 0 and found.arch not in WITHOUT_HEAD_DIM
     share = found.num_attention_heads % found.num_key_value_heads == 0
-    return found if divide and share and None not in model.values() else None
+    return found if divide and share and None not in keys.values() else None

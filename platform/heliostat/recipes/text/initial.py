@@ -1,0 +1,83 @@
+"""Begins a language model with other weights than its architecture draws, as `model.init` of the job asks.
+
+Every residual branch of a layer (attention or what stands for it, and the MLP) ends in a matrix that writes into the residual
+stream. With `zero_output_projections` these begin as zeros, and each layer as the identity (Zhang et al. 2019, arXiv 1901.09321).
+All other weights are drawn as they would be without.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from heliostat.config.schema import Strict, validate
+from heliostat.errors import ConfigError
+
+if TYPE_CHECKING:  # jobs are checked without torch
+    import torch
+
+KEY = "init"  # of the job's `model:`; no key of an architecture
+OUTPUTS = {"o_proj", "out_proj", "c_proj", "down_proj", "dense_4h_to_h", "fc2", "fc_out"}  # as transformers names them
+DENSE = {"attention", "self_attention", "self_attn", "output"}  # modules in which the matrix called `dense` is one
+BRANCHES = 2
+
+
+class Init(Strict):
+    zero_output_projections: bool = False
+    """Begins the last matrix of each residual branch as zeros, so that every layer begins as the identity."""
+
+
+def read(model: dict[str, Any]) -> Init:
+    return validate(Init, model.get(KEY, {}), f"model.{KEY}")
+
+
+def output_projections(names: Iterable[str]) -> list[str]:
+    """Chooses the parameters that are output projections; none at all if a layer lacks that of one of its branches."""
+    branches, found = defaultdict[str, set[str]](set), list[str]()
+    for name in names:
+        if inside := re.match(r"(.*?\.\d+)\.(.+)", name):
+            layer, parts = inside[1], inside[2].split(".")
+            branches[layer] |= {parts[0]} if _writes(parts) else set()
+            if _writes(parts):
+                found.append(name)
+    return found if all(len(known) >= BRANCHES for known in branches.values()) else []
+
+
+def _writes(parts: list[str]) -> bool:
+    """Tells whether a parameter, by the names inside its layer, is the matrix at the end of a branch."""
+    *modules, last = parts
+    if last != "weight":  # the stacked matrices of experts are parameters of that name
+        return last in OUTPUTS
+    return bool(modules) and (modules[-1] in OUTPUTS or (modules[-1] == "dense" and bool(DENSE & set(modules[-2:-1]))))
+
+
+def probe(recipe: Any) -> None:
+    """Raises ConfigError if the recipe's model lacks what `model.init` is about; builds it without memory for its weights."""
+    if recipe.init.zero_output_projections:
+        import torch
+
+        with torch.device("meta"):
+            recipe.build()
+
+
+def apply(init: Init, model: torch.nn.Module, arch: str) -> None:
+    """Sets the weights of a model that was just built; ConfigError if it has not what `init` is about."""
+    if not init.zero_output_projections:
+        return
+    import torch
+
+    from heliostat.recipes.assigning import assign
+    from heliostat.recipes.building import shape
+
+    parameters = dict(model.named_parameters())
+    names = output_projections(parameters)
+    if not names:
+        raise ConfigError(
+            f"model.{KEY}.zero_output_projections: the layers of {arch!r} have no output projections that are known as such; "
+            "set it to false"
+        )
+    for name in names:
+        if not parameters[name].is_meta:
+            assign(parameters[name], torch.zeros(shape(parameters[name]), device="cpu"))

@@ -1,0 +1,143 @@
+"""What a small model learns in a given processor time, by what it is made of: held-out bits a byte, one choice at a time.
+
+    python tests/benchmarks/quickstart_options.py [--seconds 20 60] [--seeds 1 2] [--only small AdamW] \\
+        [--also 'NAME: KEY=VALUE; KEY=VALUE']
+
+One process of one thread, and nothing of Ray: the job of `jobs/quickstart.yaml` with the settings of a row of OPTIONS, its
+recipe, its data order, and heliostat's engine of one worker. A row's schedule follows the processor time of its steps, so that
+every row ends at the same second, at the end of its schedule. Scored on all held-out samples; bits a byte are comparable across
+vocabularies. Datasets of other vocabularies are prepared first, beside the quickstart's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
+
+from heliostat import check  # noqa: E402
+from heliostat.data.dataset import open_dataset  # noqa: E402
+from heliostat.train.worker import deepspeed_engine, zero_state  # noqa: E402
+from heliostat.train.worker.lr_schedule import factor  # noqa: E402
+
+from tests.gpu import setting  # noqa: E402
+
+JOB, PIPELINE = ROOT / "jobs/quickstart.yaml", ROOT / "pipelines/quickstart.yaml"
+SMALL = ["model={arch: nanochat, hidden_size: 128, num_hidden_layers: 4, num_attention_heads: 4, num_key_value_heads: 4, "
+         "intermediate_size: 512, tie_word_embeddings: true, init: {zero_output_projections: true}}", "vocabulary=2048",
+         "train.optimizer={name: muon, lr: 6.0e-3}", "train.schedule={name: linear, warmup_steps: 8, final_ratio: 0.0}",
+         "train.global_batch=16", "train.precision=fp32", "train.steps=360"]  # fmt: skip
+OPTIONS: dict[str, list[str]] = {
+    "small": SMALL,
+    "AdamW": [*SMALL, "train.optimizer={name: adamw, lr: 4.0e-3}"],
+    "cosine to 0.1": [*SMALL, "train.schedule={name: cosine, warmup_steps: 8, final_ratio: 0.1}"],
+    "Qwen 3: gated MLP": [*SMALL, "model.arch=qwen3", "model.head_dim=32", "model.intermediate_size=344"],
+    "Llama: and no QK norm": [*SMALL, "model.arch=llama", "model.intermediate_size=344"],
+    "SiLU": [*SMALL, "model.hidden_act=silu"],
+    "usual initial weights": [*SMALL, "model.init={}"],
+    "head of its own": [*SMALL, "model.tie_word_embeddings=false"],
+    "vocabulary of 4,096": [*SMALL, "vocabulary=4096"],
+    "half the batch": [*SMALL, "train.global_batch=8"],
+    "width of 192": [*SMALL, "model.hidden_size=192", "model.num_attention_heads=6", "model.num_key_value_heads=6",
+                     "model.intermediate_size=768"],
+    "bf16": [*SMALL, "train.precision=bf16"],
+    "jobs/quickstart.yaml": [],
+}  # fmt: skip
+ALONE = ["workers.count=1", "mlflow.register=null"]
+CHUNK = 16  # held-out samples at a time
+
+
+def dataset(vocabulary: str) -> Path:
+    """The folder of the quickstart's dataset with another vocabulary, prepared if it is not there."""
+    folder = ROOT / f".heliostat/data/quickstart-{vocabulary}"
+    command = [Path(sys.executable).with_name("heliostat"), "prepare", PIPELINE]
+    settings = {"output": folder, "tokenizer.vocab_size": vocabulary}
+    subprocess.run([*command, *(w for k, v in settings.items() for w in ("--set", f"{k}={v}"))], cwd=ROOT, check=True)
+    return folder
+
+
+def checked(settings: list[str], seed: int, samples: int) -> Any:
+    given = dict(s.split("=", 1) for s in settings)
+    vocabulary = given.pop("vocabulary", None)
+    keys = [
+        *(f"{k}={v}" for k, v in given.items()),
+        *ALONE,
+        f"train.seed={seed}",
+        f"data.seed={seed}",
+        f"evaluate.samples={samples}",
+    ]
+    if vocabulary:
+        keys.append(f"data.sources.0.path={dataset(vocabulary)}")
+    return check.check(check.load_job(JOB, keys))
+
+
+def play(made: Any, seconds: float) -> tuple[float, float]:
+    """Trains for so many processor seconds; tokens a second, and held-out bits a byte at the end."""
+    job, recipe, data = made.job, made.recipe, open_dataset(made.plan)
+    train, spent, step = job.train, 0.0, 0
+    engine = deepspeed_engine.build_engine(job, recipe)
+    zero_state.init_optimizer_state(engine)
+    while spent < seconds:
+        rows = data.read(data.order.locate(data.order.step(step).ravel()))
+        began = time.process_time()
+        at = min(train.steps - 1, int(spent / seconds * train.steps))
+        deepspeed_engine.set_lr(engine, train.optimizer.lr * factor(train.schedule, at, train.steps))
+        for part in np.split(rows, train.global_batch // train.micro_batch):
+            batch = recipe.batch(part)
+            engine.backward(recipe.loss(engine, batch).sum / recipe.terms(batch))
+            engine.step()
+        spent, step = spent + time.process_time() - began, step + 1
+    found = bits_per_byte(made, data, engine)
+    deepspeed_engine.destroy_engines()
+    return step * rows.size / spent, found
+
+
+@torch.no_grad()
+def bits_per_byte(made: Any, data: Any, engine: Any) -> float:
+    rows = data.read(made.order.held_out(made.job.evaluate.samples))
+    engine.eval()
+    sums: dict[str, float] = {}
+    for part in np.array_split(rows, -(-len(rows) // CHUNK)):
+        for name, values in made.recipe.evaluate(engine, made.recipe.batch(part)).items():
+            sums[name] = sums.get(name, 0.0) + float(values.sum())
+    engine.train()
+    return made.recipe.metrics(sums)["bits_per_byte"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, nargs="+", default=[20.0, 60.0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--samples", type=int, default=1_000_000, help="held-out samples, at most")
+    parser.add_argument("--only", nargs="*", help="rows of OPTIONS")
+    parser.add_argument("--also", nargs="*", default=[], metavar="NAME: KEY=VALUE; ...", help="rows that are not in OPTIONS")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    setting.start()
+    rows = {name: settings for name, settings in OPTIONS.items() if asked.only is None or name in asked.only}
+    rows |= {name: rest.split("; ") for name, _, rest in (line.partition(": ") for line in asked.also)}
+    heads = [f"{seconds:g} s" for seconds in asked.seconds]
+    print("held-out bits a byte, mean of the seeds (each), by processor time")
+    print(f"| | parameters | tokens/s | {' | '.join(heads)} |\n|---|---:|---:|{'---:|' * len(heads)}")
+    for name, settings in rows.items():
+        seeds = [checked(settings, seed, asked.samples) for seed in asked.seeds]
+        with torch.device("meta"):
+            size = sum(p.numel() for p in seeds[0].recipe.build().parameters())
+        ends = [[play(made, seconds) for made in seeds] for seconds in asked.seconds]
+        cells = [f"{mean(b for _, b in end):.3f} ({', '.join(f'{b:.3f}' for _, b in end)})" for end in ends]
+        speed = mean(tokens for end in ends for tokens, _ in end)
+        print(f"| {name} | {size:,} | {speed:,.0f} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
