@@ -14,13 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 from heliostat.curation import reasons, segment
 from heliostat.curation.stage import Dropped
-from heliostat.data import documents
+from heliostat.data import documents, manifest
 from heliostat.errors import ConfigError
 from heliostat.pipelines.images import pictures, sources, tasks
 from heliostat.pipelines.images.pipeline import ImagePipeline
 from heliostat.pipelines.images.sources import Columns
 from heliostat.pipelines.prepare import sha256_json
 from heliostat.pipelines.text import forget, trace
+from heliostat.track.lineage_of_documents import Trained
 from heliostat.track.report import curation
 from PIL import Image
 
@@ -173,6 +174,12 @@ def test_what_became_of_every_image_is_told(tmp_path):
             (piece,) = told["shard"]["pieces"]
             file = pq.ParquetFile(Path(made.location.path) / row["detail"])
             assert file.read_row_group(piece["row_group"])["id"][piece["first"]].as_py() == id
+            trained = Trained(None, made, id)  # where a run that trains on the collection finds it: in one of its parts
+            parts = {name: manifest.read(made.location.join(name)) for name in made.meta["parts"]}
+            held_by = {name: found for name, part in parts.items() if (found := trained._pieces(part))}
+            ((part, ((path, there),)),) = held_by.items()
+            assert f"{part}/{path}" == row["detail"] and (there.row_group, there.first) == (piece["row_group"], piece["first"])
+            assert {part.digest for part in parts.values()} < trained.digests
         elif row["reason"] in ("duplicate", "near_duplicate"):
             assert told["kept"] in held and row["stage"] == "2 similar_images"
         else:

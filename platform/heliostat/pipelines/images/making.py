@@ -23,11 +23,13 @@ from heliostat.data import versions
 from heliostat.data.manifest import FILES
 from heliostat.pipelines.images import pictures, tasks
 from heliostat.pipelines.images import sources as image_sources
+from heliostat.pipelines.images.fetching import REASONS
 from heliostat.pipelines.images.latents import EMPTY, Latents
 from heliostat.pipelines.images.tasks import END, ImageSource, Shards
 from heliostat.pipelines.prepare import InputFile
 from heliostat.pipelines.text import sources, tokens
 from heliostat.pipelines.text.tasks import list_left_out
+from heliostat.pipelines.web import lists
 from heliostat.storage import Location
 
 log = logging.getLogger(__name__)
@@ -64,6 +66,7 @@ class Making:
         """Writes everything but the manifest, and returns its rows and metadata."""
         read = self.source
         identity = [read.input, asdict(read.columns), asdict(read.rules), asdict(read.limits)]
+        identity += [read.fetching.config.identity()] if read.fetching else []
         engine = Engine(self.flow, read, identity, self.memory_limit)
         curated = engine.curate(self._pieces(inputs), self.all_stages, bool(self.stages))
         counts, labels = self._counted(curated.runs)
@@ -93,9 +96,16 @@ class Making:
         """Spills the read tasks one by one, so that the driver holds none of what metadata files list."""
         self.flow.work.begin(pieces.size(sum(f.bytes for f in inputs)))
         sizes = {f.path: f.bytes for f in inputs}
-        for task in image_sources.tasks(self.source.input, inputs, self.source.columns, self.source.limits.file):
+        for task in self._tasks(inputs):
             paths = [part["path"] for part in task.get("parts", [])] or [e["path"] for e in task.get("entries", [])]
             yield [Part(segment.store(self.flow.work.spill, task), sum(sizes.get(path, 0) for path in paths), 0)]
+
+    def _tasks(self, inputs: list[InputFile]) -> Iterator[dict[str, Any]]:
+        read = self.source
+        if read.fetching is None:
+            return image_sources.tasks(read.input, inputs, read.columns, read.limits.file)
+        wanted = [c for c in (read.columns.caption, read.columns.label, *read.columns.others) if c]
+        return lists.plan(self.flow, read.input, inputs, read.fetching.config.column, wanted, read.limits.file)
 
     def _counted(self, runs: list[Run]) -> tuple[dict[str, int], list[str]]:
         """Counts the images of each bucket, and lists the labels, as far as a manifest would."""
@@ -109,9 +119,11 @@ class Making:
 
     def _dropped(self, curated: Curated) -> dict[str, int]:
         """Counts what was left out by reason, and logs each with examples."""
-        told = pictures.REASONS | {
-            f"{tally.label(i, s)}: {r}": f"{s.named()}: {w}" for i, s in enumerate(self.stages) for r, w in s.reasons.items()
-        }
+        told = (
+            pictures.REASONS
+            | REASONS
+            | {f"{tally.label(i, s)}: {r}": f"{s.named()}: {w}" for i, s in enumerate(self.stages) for r, w in s.reasons.items()}
+        )
         found, examples = Counter[str](), dict[str, list[str]]()
         for reason, number in curated.reasons.items():
             plain = reason.removeprefix(f"{self._last}: ")
@@ -186,6 +198,8 @@ class Making:
         ends = sorted([*curated.left_out, *(name for shard in written for name in shard["ends"])])
         rows = images + sum(curated.reasons.values())
         columns = list(self.source.columns.others)
-        made = explain(self.flow, self.all_stages, curated.tallies, part, ends, rows, columns, self.output, pictures.REASONS)
+        made = explain(
+            self.flow, self.all_stages, curated.tallies, part, ends, rows, columns, self.output, pictures.REASONS | REASONS
+        )
         self.seconds = made.seconds
         return made.meta

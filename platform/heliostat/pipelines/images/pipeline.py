@@ -24,6 +24,7 @@ from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.pipelines.images import pictures
 from heliostat.pipelines.images import sources as image_sources
+from heliostat.pipelines.images.fetching import Fetch, Fetching
 from heliostat.pipelines.images.latents import Latents
 from heliostat.pipelines.images.making import Making
 from heliostat.pipelines.images.sources import Columns, Limits
@@ -31,6 +32,7 @@ from heliostat.pipelines.images.tasks import LABEL, ImageSource
 from heliostat.pipelines.prepare import InputFile
 from heliostat.pipelines.staged import StagedPipeline
 from heliostat.pipelines.text import sources
+from heliostat.pipelines.web import lists
 from heliostat.storage import Location
 
 
@@ -64,12 +66,14 @@ class Tokenizer(Strict):
 class ImagePipeline(StagedPipeline):
     """Defines the keys of an image pipeline's YAML; `heliostat.pipelines.images.sources` describes `input`."""
 
-    later = frozenset({"max_file_bytes", "max_image_bytes", "stages"})
+    later = frozenset({"max_file_bytes", "max_image_bytes", "stages", "fetch"})
     beside = frozenset({"work", "keep_work", "memory_limit"})
 
     input: str = Field(min_length=1)
     """What is read: `sklearn:digits`, a folder with a metadata file, `*.parquet` or `*.tar` (WebDataset). See
     docs/diffusion.md#images"""
+    fetch: Fetch | None = None
+    """The input is lists of URLs (`.jsonl`, `.csv`, `.parquet`), whose images are fetched. Unset: the input holds images."""
     columns: ColumnNames = ColumnNames()
     """Which columns hold what, in tables and in the JSON of WebDataset."""
     resolution: int = Field(gt=0)
@@ -143,12 +147,16 @@ class ImagePipeline(StagedPipeline):
             stage.check()
 
     def inputs(self) -> list[InputFile]:
+        if self.fetch:
+            return lists.listing(self.input)
         return image_sources.listing(self.input)
 
     def identity(self) -> dict[str, Any]:
         config = super().identity()
         if not self.columns.others:
             del config["columns"]["others"]
+        if self.fetch:
+            config["fetch"] = self.fetch.identity()
         if self.stages:
             config["stages"] = [stage.identity() for stage in self.stages]
         if self.latents:
@@ -157,8 +165,9 @@ class ImagePipeline(StagedPipeline):
 
     def write(self, output: Location, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         flow, limits = self.flow(), Limits(self.max_file_bytes, self.max_image_bytes)
+        fetching = Fetching(self.fetch, self.max_image_bytes) if self.fetch else None
         columns = Columns(self.columns.image, self.columns.caption, self.columns.label, tuple(self.columns.others))
-        source = ImageSource(self.input, columns, self.rules, limits, flow.work.spill)
+        source = ImageSource(self.input, columns, self.rules, limits, flow.work.spill, fetching)
         vocabulary = self.tokenizer.vocab_size if self.tokenizer else None
         making = Making(flow, source, output, self.stages, self.last, self.memory_limit, self.shard_images, self.chunk_images,
                         self.channels, self.buckets is not None, vocabulary, self.latents)  # fmt: skip

@@ -25,6 +25,7 @@ from heliostat.data import manifest, versions
 from heliostat.data import shard as shard_file
 from heliostat.data.manifest import SHARDS
 from heliostat.pipelines.images import pictures, sources
+from heliostat.pipelines.images.fetching import Fetching
 from heliostat.pipelines.images.pictures import Raw, Rules
 from heliostat.pipelines.images.sources import Columns, Limits
 from heliostat.pipelines.text import tokens
@@ -51,9 +52,15 @@ class ImageSource:
     rules: Rules
     limits: Limits
     spill: Location
+    fetching: Fetching | None = None
+
+    def _raw(self, task: dict[str, Any]) -> Iterator[Raw | Dropped]:
+        if self.fetching:
+            return self.fetching.read(self.spill, task, segment.load(self.spill, task["names"]), self.columns)
+        return sources.read(self.input, task, self.columns, self.limits)
 
     def read(self, part: Part) -> Iterator[Document | Dropped]:
-        for raw in sources.read(self.input, segment.load(self.spill, part.path), self.columns, self.limits):
+        for raw in self._raw(segment.load(self.spill, part.path)):
             caption = raw if isinstance(raw, Dropped) else pictures.clean(raw, self.rules)
             if isinstance(caption, Dropped):
                 yield caption
