@@ -232,7 +232,7 @@ def read_parquet(path: str, file: pa.NativeFile, columns: Columns, limits: Limit
             yield Dropped(path, "corrupt")
 
 
-def read_tar(path: str, file: io.IOBase, columns: Columns, limit: int = Limits.image) -> Iterator[Raw | Dropped]:
+def read_tar(path: str, file: Any, columns: Columns, limit: int = Limits.image) -> Iterator[Raw | Dropped]:
     """Yields the samples of a tar: consecutive members with one name up to the first point of their last part are a sample.
 
     A member of more than `limit` bytes, which a sparse one only claims to have, leaves its sample out.
