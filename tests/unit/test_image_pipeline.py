@@ -127,6 +127,9 @@ def test_a_dataset_is_bitwise_what_it_is_by_definition(tmp_path, duplicates, dis
     made, _ = prepared(keys(tmp_path, duplicates=duplicates, distance=max(0, distance or 0), columns={"label": "kind"}))
     shards, dropped = by_definition(tmp_path / "in", distance, 10)
     assert made.meta["dropped"] == dropped and made.meta["documents"] == made.rows
+    facts = {"kind", "name", "documents", "dropped", "channels", "content", "classes", "parts", "digests", "digest", "files",
+             "tokenizer", "vocab_size", "end_of_document"}  # fmt: skip
+    assert made.meta.keys() == facts and made.meta["classes"] == ["even", "odd"] and made.meta["content"] == "images"
     assert sorted(set(made.paths)) == sorted(shards) and len(shards) > 5
     assert all((tmp_path / "out" / path).read_bytes() == data for path, data in shards.items())
 
