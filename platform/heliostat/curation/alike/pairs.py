@@ -24,7 +24,7 @@ from heliostat.storage import Location
 
 BITS = 64
 KEYS = 64  # of a hash, at most
-TOGETHER = 8  # keys that are spilled together
+TOGETHER = 2  # keys that are spilled together
 FACES = pa.schema(
     [("key", pa.uint64()), ("looks", pa.uint64()), ("hash", pa.binary(32)), ("id", pa.string()), ("node", pa.uint64())]
 )

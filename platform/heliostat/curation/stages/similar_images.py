@@ -23,7 +23,7 @@ from heliostat.curation.stage import GlobalStage
 from heliostat.curation.work import key
 from heliostat.errors import HeliostatError
 
-IMAGE_BYTES, KEY_BYTES = 400, 160  # of memory for each image, and each key or pair, that a task holds, sorting included
+IMAGE_BYTES, KEY_BYTES = 500, 160  # of memory for each image, and each key or pair, that a task holds, sorting included
 ROUNDS = 200  # far more than images that each wait for the next can make
 
 

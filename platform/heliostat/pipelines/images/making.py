@@ -81,7 +81,7 @@ class Making:
         if self.latents:
             told |= self._empty_caption(self.latents, folders)
         written = list(self._shards(curated, counts))
-        sizes = {bucket: {"size": [int(n) for n in bucket.split("x")]} for bucket in counts}
+        sizes: dict[str, Any] = {bucket: {"size": [int(n) for n in bucket.split("x")]} for bucket in counts}
         told |= {"parts": sizes} if self.buckets else next(iter(sizes.values()))
         if self.tokenizer:
             made = self._tokenizer(curated.runs, self.tokenizer)
