@@ -19,7 +19,7 @@ OLD_S = 86_400.0  # since anything in a folder was written: until then, it may b
 
 
 def sample_folder(output: Location) -> Location:
-    """Names a folder for a dry run, beside the output."""
+    """Returns a folder for a dry run, beside the output."""
     return output.ending(f".sample-{secrets.token_hex(4)}")
 
 
