@@ -51,12 +51,10 @@ def _placed(actors: list[Any]) -> list[Any]:
         ray.kill(alive[reference])
     if not ready:
         raise HeliostatError(
-            f"none of {len(actors)} actors had a place within {PLACE_S:.0f} s: others hold the GPUs; wait for them"
+            f"none of {len(actors)} actors had a place within {PLACE_S:.0f} s: others hold what they need; wait for them"
         )
     if late:
-        log.warning(
-            "%d of %d actors have a place, others hold the rest of the GPUs; going on with these", len(ready), len(actors)
-        )
+        log.warning("%d of %d actors have a place, others hold what the rest needs; going on with these", len(ready), len(actors))
     return [alive[reference] for reference in ready]
 
 
