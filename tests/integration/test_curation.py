@@ -10,14 +10,16 @@ import time
 from pathlib import Path
 
 import pytest
-from heliostat.curation import flow, reasons
+import ray
+from heliostat.curation import flow, pool, reasons
 from heliostat.curation.flow import Task
 from heliostat.curation.pool import Pool
 from heliostat.curation.work import Work
 from heliostat.data import manifest
-from heliostat.errors import DataError
+from heliostat.errors import DataError, HeliostatError
 from heliostat.pipelines.prepare import dry_run, prepare
 from heliostat.storage import Location
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from tests.integration import commands
 
@@ -129,6 +131,28 @@ def test_tasks_that_need_gpus_run_in_actors_that_stay(tmp_path, monkeypatch):
     while any(Path(f"/proc/{r['pid']}").exists() for r in records) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not any(Path(f"/proc/{r['pid']}").exists() for r in records), "the actors end with the tasks"
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_actors_that_find_no_place_are_not_waited_for(tmp_path, monkeypatch, caplog):
+    """With room for one of two the tasks run in that one; with none it is one error, in time."""
+    total = int(ray.cluster_resources()["CPU"])
+    monkeypatch.setattr(flow.Flow, "devices", lambda self: 2)
+    monkeypatch.setattr(flow, "Pool", lambda *given, num_cpus, num_gpus, **options: Pool(*given, num_cpus=total, **options))
+    monkeypatch.setattr(pool, "PLACE_S", 40.0)  # a process starts slowly on a busy machine
+    found = flow.Flow(Work(Location(str(tmp_path / "work"))))
+    tasks = [Task(f"{i:032}", {"number": i, "mark": str(tmp_path / "mark")}) for i in range(4)]
+    records = found.all("gpu", once, iter(tasks), pooled=True)
+    assert [r["number"] for r in records] == list(range(4)) and len({r["pid"] for r in records}) == 1
+    assert "1 of 2 actors have a place" in caplog.text
+    monkeypatch.setattr(pool, "PLACE_S", 3.0)
+    others = placement_group([{"CPU": 1}])
+    ray.get(others.ready(), timeout=60)
+    try:
+        with pytest.raises(HeliostatError, match="none of 2 actors had a place within 3 s"):
+            flow.Flow(Work(Location(str(tmp_path / "other")))).all("gpu", once, iter(tasks), pooled=True)
+    finally:
+        remove_placement_group(others)
 
 
 @pytest.mark.usefixtures("ray_session")

@@ -11,7 +11,7 @@ from heliostat.curation.engine import Curated, Engine
 from heliostat.curation.pieces import Part
 from heliostat.curation.registry import parse
 from heliostat.curation.segment import survivors
-from heliostat.curation.stage import Document
+from heliostat.curation.stage import Document, Picture
 from heliostat.curation.work import Work
 from heliostat.storage import Location
 from ray import cloudpickle
@@ -39,7 +39,7 @@ class HereFlow(flow.Flow):
     def cpus(self) -> int:
         return 2
 
-    def run(self, kind, function, tasks, cpus=1, valid=lambda record: True, pooled=False) -> Iterator[tuple[int, dict[str, Any]]]:
+    def run(self, kind, function, tasks, cpus=1, valid=lambda record: True, **pools) -> Iterator[tuple[int, dict[str, Any]]]:
         todo = list(self._looked_up(kind, tasks, valid))
         rng = random.Random(f"{self.seed} {kind}")
         rng.shuffle(todo)
@@ -66,9 +66,11 @@ class Given:
 
     texts: dict[str, str]
     columns: dict[str, dict[str, Any]] = field(default_factory=dict)
+    pictures: dict[str, Picture] = field(default_factory=dict)
 
     def read(self, part: Part):
-        yield Document(part.path, self.texts[part.path], dict(self.columns.get(part.path, {})))
+        columns = dict(self.columns.get(part.path, {}))
+        yield Document(part.path, self.texts[part.path], columns, self.pictures.get(part.path))
 
     def finish(self, document: Document):
         return document
@@ -76,10 +78,10 @@ class Given:
 
 def curate(folder: Path, texts: dict[str, str], stages: list[dict[str, Any]], pieces: int | list[list[str]] = 5,
            memory_limit: int = 1 << 20, columns: dict[str, dict[str, Any]] | None = None,
-           **flow_keys: Any) -> tuple[Curated, HereFlow]:  # fmt: skip
+           pictures: dict[str, Picture] | None = None, **flow_keys: Any) -> tuple[Curated, HereFlow]:  # fmt: skip
     """Takes texts by id through stages, dealt out to some pieces, or to pieces that are given."""
     here = HereFlow(Work(Location(str(folder))), **flow_keys)
-    engine = Engine(here, Given(texts, columns or {}), ["given"], memory_limit)
+    engine = Engine(here, Given(texts, columns or {}, pictures or {}), ["given"], memory_limit)
     parts = {id: Part(id, len(text), 0) for id, text in texts.items()}
     dealt = [list(parts)[i::pieces] for i in range(pieces)] if isinstance(pieces, int) else pieces
     return engine.curate([[parts[id] for id in piece] for piece in dealt if piece], [parse(entry) for entry in stages]), here

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pyarrow as pa
-from heliostat.data import manifest
-from heliostat.pipelines.images import sources, tasks
-from heliostat.pipelines.images.pictures import Rules
-from heliostat.pipelines.images.pipeline import END
+import sklearn.datasets
+from heliostat.data import collection, manifest, versions
+from heliostat.errors import DataError
+from heliostat.pipelines.images import pictures, sources, tasks
+from heliostat.pipelines.images.pipeline import ImagePipeline
+from heliostat.pipelines.images.tasks import END
 from heliostat.pipelines.text import tokens
 from heliostat.storage import Location
 from PIL import Image
+from pydantic import ByteSize, PrivateAttr
 
+from tests.unit.build_curation import HereFlow
+
+ROWS = pa.schema(
+    [("hash", pa.string()), ("id", pa.string()), ("width", pa.int32()), ("height", pa.int32()), ("image", pa.large_binary()),
+     ("caption", pa.string()), ("label", pa.string())]
+)  # fmt: skip
 UNET: dict[str, Any] = {
     "arch": "unet", "block_out_channels": [8, 16], "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
     "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "layers_per_block": 1, "attention_head_dim": 8, "norm_num_groups": 4,
@@ -31,9 +43,8 @@ TEXT: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attentio
 
 def digits(folder: Path, count: int = 400, chunk: int = 40) -> Path:
     """A prepared dataset of the first digits, with labels and a tokenizer, as the image pipeline writes them."""
-    task = pa.table({"task": [json.dumps({"kind": "digits", "path": "", "entries": []})]})
-    rules = Rules(((8, 8),), 1)
-    found = pa.concat_tables(tasks.extract(task, sources.DIGITS, sources.Columns(), rules)).slice(0, count)
+    made = [pictures.prepare(raw, pictures.Rules(((8, 8),), 1)) for raw in itertools.islice(sources.digits(), count)]
+    found = pa.Table.from_pylist([{**asdict(one), "width": one.size[0], "height": one.size[1]} for one in made], ROWS)
     (folder / "shards").mkdir(parents=True)
     (folder / "shards/00000.parquet").write_bytes(tasks.shard(found, chunk))
     definition = tokens.train(sorted(found["caption"].to_pylist()), 300, END)
@@ -67,3 +78,57 @@ def image(width: int, height: int, seed: int = 0, mode: str = "RGB", encoding: s
     out = io.BytesIO()
     made.save(out, encoding)
     return out.getvalue()
+
+
+class Here(ImagePipeline):
+    """An image pipeline whose tasks run in this process, with as little memory as a test gives them."""
+
+    memory_limit: ByteSize = ByteSize(2 << 30)
+    _keys: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _made: HereFlow | None = PrivateAttr(default=None)
+
+    def flow(self) -> HereFlow:
+        self._made = HereFlow(self.worked, **self._keys)
+        return self._made
+
+
+def prepared(keys: dict[str, Any], **flow_keys: Any) -> tuple[manifest.Manifest, HereFlow]:
+    """Prepares a dataset without Ray, as `prepare` does: the same tasks, keys and records."""
+    made = Here.model_validate(keys)
+    made._keys = flow_keys
+    made.check()
+    output = Location(made.output)
+    rows, meta = made.write(output, made.inputs())
+    meta.pop("listed", None)
+    if not rows:
+        raise DataError(f"nothing is left; dropped: {meta['dropped']}")
+    write = collection.write if "parts" in meta else manifest.write
+    result = write(output, rows, {**meta, "name": made.name})
+    versions.publish(output, result)
+    made.finish(result)
+    assert made._made
+    return result, made._made
+
+
+def photos() -> dict[str, bytes]:
+    """Three photographs, which come with scikit-learn and matplotlib, as JPEG."""
+    folder = Path(sklearn.datasets.__file__).parent / "images"
+    people = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
+    return {path.stem: path.read_bytes() for path in (folder / "china.jpg", folder / "flower.jpg", people)}
+
+
+def scaled(data: bytes, factor: float, encoding: str = "JPEG", quality: int = 75) -> bytes:
+    """The same photograph in another size."""
+    found, out = Image.open(io.BytesIO(data)).convert("RGB"), io.BytesIO()
+    found.resize((int(found.width * factor), int(found.height * factor))).save(out, encoding, quality=quality)
+    return out.getvalue()
+
+
+def folder_of(place: Path, rows: list[tuple[str, bytes, dict[str, Any]]]) -> Path:
+    """A folder of images by name, with their rows of metadata."""
+    place.mkdir(parents=True)
+    for name, data, _ in rows:
+        (place / name).write_bytes(data)
+    lines = [json.dumps({"file_name": name, **columns}) for name, _, columns in rows]
+    (place / "metadata.jsonl").write_text("\n".join(lines))
+    return place

@@ -60,6 +60,7 @@ LATE = {  # modules of the core that import what an extra brings, once `extras.r
     "tune/searchers.py": "tune",
     **{f"curation/{name}.py": "curation" for name in ("encodings", "html", "linear", "personal", "minhash/signatures")},
     **{f"curation/stages/{name}.py": "curation" for name in ("detect_secrets", "fix_text", "language")},
+    "curation/picturing.py": "images",
 }  # fmt: skip
 
 

@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import os
 import random
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from heliostat.cli.common import app
 from heliostat.curation.registry import parse
 from heliostat.curation.work import Work
 from heliostat.errors import ConfigError, DataError
-from heliostat.pipelines import prediction
+from heliostat.pipelines import leftovers, prediction
 from heliostat.pipelines.images.pipeline import ImagePipeline
 from heliostat.pipelines.prepare import dry_run
 from heliostat.pipelines.text import estimates, sampling, sources
@@ -209,3 +211,18 @@ def test_a_dry_run_makes_nothing_that_could_be_forced():
 
     found = CliRunner().invoke(app, ["prepare", "p.yaml", "--sample", "1%", "--force"])
     assert isinstance(found.exception, ConfigError) and "--force" in str(found.exception)
+
+
+def test_what_a_killed_dry_run_left_is_removed_a_day_later(tmp_path):
+    """By the next one of the same output; a younger one, which may be at work, and what is others' stay."""
+    output = Location(str(tmp_path / "out"))
+    names = ["out.sample-0123abcd", "out.sample-89abcdef", "out.sample-mine", "other.sample-0123abcd", "out", "out.work"]
+    for name in names:
+        (tmp_path / name / "work").mkdir(parents=True)
+        (tmp_path / name / "work" / "x").write_text("x")
+    late = time.time() + leftovers.OLD_S + 10
+    os.utime(tmp_path / names[1] / "work" / "x", (late, late))
+    assert leftovers.remove_old_samples(output) == []
+    assert leftovers.remove_old_samples(output, late) == ["out.sample-0123abcd"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(set(names) - {"out.sample-0123abcd"})
+    assert leftovers.SAMPLE.fullmatch(leftovers.sample_folder(output).name.removeprefix("out"))

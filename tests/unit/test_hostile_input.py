@@ -19,7 +19,6 @@ from heliostat.data import manifest
 from heliostat.errors import ConfigError, DataError
 from heliostat.pipelines.images import pictures
 from heliostat.pipelines.images import sources as image_sources
-from heliostat.pipelines.images import tasks as image_tasks
 from heliostat.pipelines.images.sources import Columns, Limits
 from heliostat.pipelines.text import documents, making, sources
 from heliostat.pipelines.text import tasks as text_tasks
@@ -41,7 +40,8 @@ def used():
 resource.setrlimit(resource.RLIMIT_AS, (used() + (400 << 20),) * 2)
 name = sys.argv[2]
 if name.endswith('.tar') or name.startswith('image'):
-    found = sources.read(sys.argv[1], {'kind': 'archive', 'path': name}, sources.Columns(), sources.Limits(int(sys.argv[3])))
+    task = {'kind': 'archives', 'parts': [{'path': name, 'bytes': 0, 'modified': 0}]}
+    found = sources.read(sys.argv[1], task, sources.Columns(), sources.Limits(int(sys.argv[3])))
 else:
     found = tasks.read_file(Location(sys.argv[1]), name, documents.Rules(max_file_bytes=int(sys.argv[3])))
 for last in found:
@@ -170,7 +170,7 @@ def test_a_metadata_file_that_is_a_link_out_of_the_input_is_one_error(beside):
     (beside.parent / "secret/rows").write_text('{"file_name": "a.png"}')
     (beside / "metadata.jsonl").symlink_to("../secret/rows")
     with pytest.raises(ConfigError, match=r"input: metadata.jsonl: is not read: a file_name or a link that leads out"):
-        image_sources.tasks(str(beside), image_sources.listing(str(beside)), Columns())
+        list(image_sources.tasks(str(beside), image_sources.listing(str(beside)), Columns()))
 
 
 @pytest.mark.parametrize("path", ["../x.parquet", "/etc/x.parquet", "a/../../x", "a//b", "./a", "a\\..\\..\\b", "", "a\nb", ".."])
@@ -221,22 +221,21 @@ def test_names_of_files_reach_the_terminal_escaped(caplog):
 def test_a_metadata_line_that_is_no_object_is_one_error(tmp_path, line):
     (tmp_path / "metadata.jsonl").write_text(line)
     with pytest.raises(ConfigError, match=r"input: metadata\.jsonl: "):
-        image_sources.tasks(str(tmp_path), image_sources.listing(str(tmp_path)), Columns())
+        list(image_sources.tasks(str(tmp_path), image_sources.listing(str(tmp_path)), Columns()))
 
 
 def test_a_csv_field_without_end_is_one_error(tmp_path):
     (tmp_path / "metadata.csv").write_text('file_name,caption\n"' + "x" * 200_000)
     with pytest.raises(ConfigError, match=r"input: metadata\.csv: cannot be read"):
-        image_sources.tasks(str(tmp_path), image_sources.listing(str(tmp_path)), Columns())
+        list(image_sources.tasks(str(tmp_path), image_sources.listing(str(tmp_path)), Columns()))
 
 
 def test_a_caption_that_is_no_text_is_no_caption(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "caption": 7}')
     (tmp_path / "a.png").write_bytes(image(9, 9))
     (task,) = image_sources.tasks(str(tmp_path), image_sources.listing(str(tmp_path)), Columns())
-    rows = {"task": [json.dumps(task)]}
-    (made,) = image_tasks.extract(pa.table(rows), str(tmp_path), Columns(), pictures.Rules(((8, 8),)), Limits())
-    assert made["reason"].to_pylist() == ["no_caption"]
+    (raw,) = image_sources.read(str(tmp_path), task, Columns())
+    assert pictures.prepare(raw, pictures.Rules(((8, 8),))).reason == "no_caption"
 
 
 def test_an_image_of_more_bytes_than_allowed_is_left_out_wherever_it_lies(tmp_path):
@@ -247,7 +246,7 @@ def test_an_image_of_more_bytes_than_allowed_is_left_out_wherever_it_lies(tmp_pa
         info.size = len(big)
         tar.addfile(info, io.BytesIO(big))
     for name in ("a.parquet", "b.tar"):
-        task = {"kind": "archive", "path": name}
+        task = {"kind": "archives", "parts": [{"path": name, "bytes": 0, "modified": 0}]}
         for limit, expected in ((len(big), "kept"), (len(big) - 1, "too_large")):
             (found,) = image_sources.read(str(tmp_path), task, Columns(), Limits(1 << 20, limit))
             assert getattr(found, "reason", "kept") == expected

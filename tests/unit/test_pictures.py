@@ -113,19 +113,6 @@ def test_an_image_goes_to_the_bucket_of_the_nearest_aspect():
         assert ratios[sizes.index(chosen)] == pytest.approx(min(ratios))
 
 
-def test_near_duplicates_are_those_within_the_distance_of_one_that_stays():
-    """As a comparison of all pairs finds them."""
-    rng = np.random.default_rng(0)
-    for distance in (0, 1, 3, 8):
-        base = [int(v) for v in rng.integers(-(2**63), 2**63, 40)]
-        hashes = [h ^ sum(1 << int(b) for b in rng.choice(63, rng.integers(0, 12), False)) for h in base for _ in range(5)]
-        kept: list[int] = []
-        for value, near in zip(hashes, pictures.near_duplicates(hashes, distance), strict=True):
-            assert near == any(((value ^ k) & (2**64 - 1)).bit_count() <= distance for k in kept)
-            if not near:
-                kept.append(value)
-
-
 def test_the_perceptual_hash_survives_scaling_and_compression_and_tells_images_apart():
     def looks(data: bytes) -> int:
         return pictures.looks(pictures.decode(data, 3))
@@ -144,7 +131,7 @@ def read(uri: str, columns: Columns | None = None) -> dict[str, str]:
     """id -> caption, or the reason in capitals."""
     columns = columns or Columns()
     files = sources.listing(uri)
-    found = [r for t in sources.tasks(uri, files, columns) for r in sources.read(uri, t, columns)]
+    found = [r for t in sources.tasks(uri, files, columns) for r in sources.read(uri, json.loads(json.dumps(t)), columns)]
     return {r.id: r.reason.upper() if isinstance(r, Dropped) else f"{r.caption}|{r.label}" for r in found}
 
 
@@ -244,6 +231,27 @@ def test_a_metadata_file_is_cut_into_tasks(tmp_path):
     (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": f"{i}.png"}) for i in range(1200)))
     tasks = sources.tasks(str(tmp_path), [InputFile("metadata.jsonl", 1, 0)], Columns())
     assert [len(t["entries"]) for t in tasks] == [512, 512, 176]
+
+
+def test_a_large_parquet_file_is_read_in_parts(tmp_path):
+    """Each row once, under the number that it has in the file; columns that are named go with it."""
+    rows = [{"image": image(9, 9, i), "caption": f"c{i}", "url": f"u{i}"} for i in range(40)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=7)
+    size = (tmp_path / "a.parquet").stat().st_size
+    columns = Columns(others=("url",))
+    edges = [0, size // 3, size // 2, size]
+    found = []
+    for start, stop in itertools.pairwise(edges):
+        parts = [{"path": "a.parquet", "bytes": size, "modified": 0, "start": start, "stop": stop, "first": 0}]
+        some = list(sources.read(str(tmp_path), {"kind": "archives", "parts": parts}, columns))
+        assert some
+        found += some
+    assert [(r.id, r.caption, r.columns) for r in found] == [(f"a.parquet#{i + 1}", f"c{i}", {"url": f"u{i}"}) for i in range(40)]
+    (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
+    broken = [list(sources.read(str(tmp_path), {"kind": "archives", "parts": [
+        {"path": "a.parquet", "bytes": size, "modified": 0, "start": start, "stop": stop, "first": 0}]}, columns))
+        for start, stop in itertools.pairwise(edges)]  # fmt: skip
+    assert [[r.reason for r in some] for some in broken] == [["corrupt"], [], []]
 
 
 def test_a_shard_is_the_same_bytes_in_whatever_order_its_images_come():

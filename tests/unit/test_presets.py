@@ -1,12 +1,15 @@
-"""The pipelines that come with heliostat for the web, code and books: each of their stages works, and keeps what it should."""
+"""The pipelines that come with heliostat for the web, code, books and images: their stages work, and keep what they should."""
 
+import json
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
 import yaml
+from heliostat.curation import reasons
 
 from tests.unit.build_curation import curate, left, left_out
+from tests.unit.build_images import folder_of, photos, prepared, scaled
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
 STORY = (
@@ -43,3 +46,27 @@ def test_a_preset_keeps_one_of_two_that_are_alike_and_no_junk(tmp_path, name, gi
     kept, out = left(found, here), left_out(found, here)
     assert kept.keys() == {"again"}  # the longest
     assert out["story"][1] == "near_duplicate" and out["junk"][1] not in ("near_duplicate", "")
+
+
+def test_the_preset_of_images_keeps_one_of_two_that_are_alike_and_no_junk(tmp_path):
+    """Photographs, each with a caption; of every kind of junk that a stage is there for, one."""
+    found = photos()
+    english = "A photograph of a temple with red walls and a green roof under a blue sky"
+    folder_of(tmp_path / "in", [
+        ("temple.jpg", found["china"], {"caption": english, "url": "https://example.org/temple"}),
+        ("temple-again.webp", scaled(found["china"], 1.2, "WEBP"), {"caption": "The same temple on a sunny day in spring"}),
+        ("flower.jpg", found["flower"], {"caption": "Eine große rote Blume im Garten hinter dem alten Haus meiner Eltern"}),
+        ("hopper.jpg", found["grace_hopper"], {"caption": "abc"}),
+        ("tiny.jpg", scaled(found["flower"], 0.2), {"caption": "A small picture of a red flower in a garden"}),
+        ("strip.png", scaled(found["flower"], 1.0, "PNG"), {"caption": "A picture of a red flower in a garden"}),
+    ])  # fmt: skip
+    keys = {k: v for k, v in yaml.safe_load((PIPELINES / "laion.yaml").read_text()).items() if k != "pipeline"}
+    made, _ = prepared(keys | {"input": str(tmp_path / "in"), "output": str(tmp_path / "out")})
+    ends = {row["id"]: row for table in reasons.ends(made) for row in table.to_pylist()}
+    assert {id: (row["stage"].partition(" ")[2], row["reason"]) for id, row in ends.items() if "temple" not in id} == {
+        "flower.jpg": ("language", "other_language"), "hopper.jpg": ("length", "short"), "tiny.jpg": ("image_size", "small"),
+        "strip.png": ("", "kept"),
+    }  # fmt: skip
+    assert sorted(ends[id]["reason"] for id in ("temple.jpg", "temple-again.webp")) == ["kept", "near_duplicate"]
+    assert json.loads(ends["temple.jpg"]["columns"]) == {"url": "https://example.org/temple"}
+    assert made.rows == 2 and len(made.meta["parts"]) == 1 and made.meta["digests"].keys() == {"640x384"}

@@ -185,7 +185,8 @@ def _print(told: dict[str, Any]) -> None:
         cluster = f", one of {hop['cluster']:,} in the cluster" if hop["cluster"] else ""
         out.print(f"  in its place stayed {hop['id']} ({hop['by']}{cluster})")
     if told["shard"]:
-        pieces = [f"row group {p['row_group']}, {p['tokens']:,} tokens from {p['first']:,}" for p in told["shard"]["pieces"]]
+        place = "row {first:,}" if told["images"] else "{tokens:,} tokens from {first:,}"
+        pieces = [f"row group {p['row_group']}, {place.format(**p)}" for p in told["shard"]["pieces"]]
         out.print(f"  in shard {told['shard']['path']}: {'; '.join(pieces)}")
     else:
         out.print("  in no shard" + ("" if told["end"]["reason"] == "forgotten" else ": nothing has trained on it"))

@@ -14,6 +14,7 @@ from heliostat.errors import HeliostatError
 
 Gone = tuple[str, str, str, str, dict[str, float], dict[str, Any]]
 BATCH, BATCH_CHARS = 64, 1 << 20  # documents, and their characters, that a stage is given together
+IMAGE_SHARE = 32  # bytes of an image that count as a character: an image is some hundred times as large as a text
 
 
 def batches(documents: Iterable[Document | Dropped]) -> Iterator[tuple[list[Document], list[Dropped]]]:
@@ -24,7 +25,7 @@ def batches(documents: Iterable[Document | Dropped]) -> Iterator[tuple[list[Docu
             dropped.append(item)
         else:
             held.append(item)
-            size += len(item.text)
+            size += len(item.text) + (len(item.picture.data) // IMAGE_SHARE if item.picture else 0)
         if size >= BATCH_CHARS or len(held) + len(dropped) >= BATCH:
             yield held, dropped
             held, dropped, size = [], [], 0
@@ -48,7 +49,7 @@ class Chain:
             if not documents:
                 break
             sizes, start = [bytes_of(d) for d in documents], time.perf_counter()
-            before = [Document(d.id, d.text, d.columns) for d in documents]  # a stage may change a document in place
+            before = [Document(d.id, d.text, d.columns, d.picture) for d in documents]  # a stage may change a document in place
             outcomes = work(documents)
             tally.entry(self.tally, name)["seconds"] += time.perf_counter() - start
             if len(outcomes) != len(documents):
@@ -65,9 +66,9 @@ class Chain:
 
 
 def bytes_of(document: Document) -> int:
-    """Returns the bytes of a document's text, in UTF-8."""
-    text = document.text
-    return len(text) if isinstance(text, bytes) or text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+    """Returns the bytes of a document's text, in UTF-8, and of its image."""
+    text, picture = document.text, len(document.picture.data) if document.picture else 0
+    return picture + (len(text) if isinstance(text, bytes) or text.isascii() else len(text.encode("utf-8", "surrogatepass")))
 
 
 @lru_cache(maxsize=64)

@@ -68,16 +68,17 @@ class Flow:
 
     def run(self, kind: str, function: Callable[..., dict[str, Any]], tasks: Iterator[Task], cpus: int = 1,
             valid: Callable[[dict[str, Any]], bool] = lambda record: True,
-            pooled: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:  # fmt: skip
+            pooled: bool = False, actors: int = 0, gpus: float = 1.0) -> Iterator[tuple[int, dict[str, Any]]]:  # fmt: skip
         """Yields (the task's number, its record) as tasks finish; a record that is not `valid` is made again.
 
         The function is called with the work folder and the task's arguments; in its record, `files` names the spill files. Where
-        they are `pooled`, tasks run in actors, one for each GPU of the cluster, if it has any.
+        they are `pooled`, tasks run in actors, one for each GPU of the cluster, if it has any; else in so many `actors`, if any,
+        with so many `gpus` each.
         """
         waiting: dict[Any, tuple[int, int]] = {}
         work = Work(self.work.location)  # without what was looked up
-        size = self.devices() if pooled else 0
-        pool = Pool(execute, size, RETRIES, num_cpus=cpus, num_gpus=1, label_selector=self.labels or None) if size else None
+        size = actors or (self.devices() if pooled else 0)
+        pool = Pool(execute, size, RETRIES, num_cpus=cpus, num_gpus=gpus, label_selector=self.labels or None) if size else None
         remote = pool or _execute.options(num_cpus=cpus, max_retries=RETRIES, label_selector=self.labels or None, name=kind)
         room: Callable[[], int] = (lambda: 2 * size) if pool else Room(cpus)
         try:

@@ -86,7 +86,8 @@ class RepeatingStage(GlobalStage):
             return Outcome(None, "empty", made.detail, measures, made.counts)
         if made.removed_words > self.max_removed_words:
             return Outcome(None, "repeated", made.detail, measures, made.counts)
-        return Outcome(Document(document.id, made.text, document.columns), measures=measures, counts=made.counts)
+        left = Document(document.id, made.text, document.columns, document.picture)
+        return Outcome(left, measures=measures, counts=made.counts)
 
 
 def remove(folder: Location, first: int, runs: list[Run], entry: dict[str, Any], number: int, memory_limit: int,

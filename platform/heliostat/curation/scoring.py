@@ -48,7 +48,12 @@ def labels(config: dict[str, Any]) -> list[str]:
 def digests(folder: str) -> dict[str, str]:
     """Returns the SHA-256 of all files that scores follow from."""
     paths = [*weights(folder), Path(folder) / CONFIG, Path(folder) / TOKENIZER]
-    return {path.name: _digest(str(path), *_state(path)) for path in paths}
+    return {path.name: digest_of(path) for path in paths}
+
+
+def digest_of(path: Path) -> str:
+    """Returns the SHA-256 of a model's file, which is read once while it stays as it is."""
+    return _digest(str(path), *_state(path))
 
 
 def _state(path: Path) -> tuple[int, int]:

@@ -22,13 +22,16 @@ import xxhash
 from heliostat.curation import registry, spill, tally
 from heliostat.curation.chain import Chain, batches, bytes_of
 from heliostat.curation.pieces import Part
-from heliostat.curation.stage import Document, Dropped
+from heliostat.curation.stage import Document, Dropped, Picture
 from heliostat.storage import Location
 
 RUN = pa.schema(
     [("key", pa.uint64()), ("row", pa.uint32()), ("hash", pa.binary(32)), ("id", pa.string()), ("bytes", pa.int64()),
      ("columns", pa.string()), ("text", pa.large_string())]
 )  # fmt: skip
+PICTURES = pa.schema(
+    [*RUN, ("image", pa.large_binary()), ("looks", pa.int64()), ("width", pa.int32()), ("height", pa.int32())]
+)  # of images with captions, which are their texts; `hash` is that of the pixels
 LEFT_OUT = pa.schema(
     [("key", pa.uint64()), ("id", pa.string()), ("stage", pa.string()), ("reason", pa.string()), ("detail", pa.string()),
      ("measures", pa.string()), ("hash", pa.string()), ("columns", pa.string())]
@@ -122,9 +125,19 @@ def counted(documents: Iterable[Document | Dropped], counts: tally.Tally) -> Ite
 
 def documents_of(folder: Location, run: Run) -> Iterator[tuple[int, Document]]:
     """Yields the run's documents, with their rows, without those that were decided against."""
-    for table in survivors(folder, run, columns=["id", "columns", "text"]):
-        for row in table.select(["row", "id", "columns", "text"]).to_pylist():
-            yield row["row"], Document(row["id"], row["text"], json.loads(row["columns"]) if row["columns"] else {})
+    for table in survivors(folder, run):
+        for row in table.to_pylist():
+            columns = json.loads(row["columns"]) if row["columns"] else {}
+            yield row["row"], Document(row["id"], row["text"], columns, _picture(row) if "image" in row else None)
+
+
+def _picture(row: dict[str, Any]) -> Picture:
+    return Picture(row["image"], row["hash"], row["looks"], (row["width"], row["height"]))
+
+
+def _unfinished(document: Document) -> bool:
+    """Tells whether a document is in the form that its source has it in."""
+    return isinstance(document.text, bytes) or (document.picture is not None and not document.picture.hash)
 
 
 def _run(folder: Location, documents: Iterable[Document | Dropped], source: Source, chain: Chain,
@@ -137,7 +150,7 @@ def _run(folder: Location, documents: Iterable[Document | Dropped], source: Sour
         for gone in dropped:
             out.leave_out(*gone)
         for document in kept:
-            made = source.finish(document) if chain.stages or isinstance(document.text, bytes) else document
+            made = source.finish(document) if chain.stages or _unfinished(document) else document
             if isinstance(made, Dropped):
                 found = tally.entry(chain.tally, FINISH)["dropped"]
                 found[made.reason] = found.get(made.reason, 0) + 1
@@ -155,7 +168,7 @@ class Spiller:
     run_bytes: int
     runs: list[Run] = field(default_factory=list)
     spilled: list[str] = field(default_factory=list)  # of what was left out
-    held: list[tuple[bytes, str, int, str | None, str]] = field(default_factory=list)
+    held: list[tuple[Any, ...]] = field(default_factory=list)  # (hash, id, bytes, columns, text) and the image's columns
     out: list[dict[str, Any]] = field(default_factory=list)
     size: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
@@ -163,10 +176,11 @@ class Spiller:
 
     def add(self, document: Document) -> None:
         assert isinstance(document.text, str)
-        raw = document.text.encode()
-        columns = packed(document.columns)
-        self.held.append((hashlib.sha256(raw).digest(), document.id, len(raw), columns, document.text))
-        self.size += len(raw) + 200
+        raw, picture = document.text.encode(), document.picture
+        digest, size = (picture.hash, len(raw) + len(picture.data)) if picture else (hashlib.sha256(raw).digest(), len(raw))
+        image = (picture.data, picture.looks, *picture.size) if picture else ()
+        self.held.append((digest, document.id, size, packed(document.columns), document.text, *image))
+        self.size += size + 200
         if self.size >= self.run_bytes:
             self.spill()
 
@@ -184,12 +198,11 @@ class Spiller:
     def spill(self) -> None:
         """Writes what is held as a run: sorted by hash, then id, and numbered in that order."""
         self.held.sort(key=lambda row: (row[0], row[1]))
-        hashes, ids, sizes, columns, texts = zip(*self.held, strict=True)
+        hashes, ids, sizes, *others = zip(*self.held, strict=True)
         keys = np.frombuffer(b"".join(hashes), ">u8")[::4].astype(np.uint64)
-        table = pa.Table.from_arrays(
-            [pa.array(values, kind.type) for values, kind in
-             zip((keys, range(len(ids)), hashes, ids, sizes, columns, texts), RUN, strict=True)], schema=RUN,
-        )  # fmt: skip
+        schema = PICTURES if len(others) > 2 else RUN
+        held = (keys, range(len(ids)), hashes, ids, sizes, *others)
+        table = pa.Table.from_arrays([pa.array(v, kind.type) for v, kind in zip(held, schema, strict=True)], schema=schema)
         self.runs.append(Run(spill.write(self.folder, table, ("row",)), len(ids), sum(sizes)))
         self.held, self.size = [], 0
 

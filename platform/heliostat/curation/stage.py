@@ -16,16 +16,31 @@ from typing import Any, ClassVar
 from heliostat.config.schema import Strict
 
 
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """Holds an image: as its source has it, and, once `hash` is there, in the form that it is stored in.
+
+    `hash` is the SHA-256 of the decoded pixels, `looks` the perceptual hash, `size` the width and height of the stored form.
+    """
+
+    data: bytes
+    hash: bytes = b""
+    looks: int = 0
+    size: tuple[int, int] = (0, 0)
+
+
 @dataclass(slots=True)
 class Document:
     """Holds a document on its way: `text` is bytes as they were read until a stage makes text of them.
 
-    `id` is where it was read (`path#record`); `columns` (`url`, `date`, `source`, `license`, ...) go with it to the shard.
+    `id` is where it was read (`path#record`); `columns` (`url`, `date`, `source`, `license`, ...) go with it to the shard. Of
+    an image with a caption, `text` is the caption.
     """
 
     id: str
     text: str | bytes
     columns: dict[str, Any] = field(default_factory=dict)
+    picture: Picture | None = None
 
 
 @dataclass(slots=True)
@@ -64,6 +79,8 @@ class Stage(Strict):
     """The measures that it decides by, and the fields that hold their thresholds."""
     gpu: ClassVar[bool] = False
     """Whether it runs by itself in tasks that each hold a GPU, where the cluster has any."""
+    of_images: ClassVar[bool] = False
+    """Whether it looks at images, and not at their captions."""
     version: ClassVar[int] = 1
     """Raised whenever the same keys give other documents: what was made by an earlier version is then made again."""
 

@@ -18,6 +18,7 @@ from heliostat.errors import ConfigError
 from heliostat.storage import Location
 
 KIND = "collection"
+OF_ALL = ("parts", "curation", "also")  # of the metadata: what is said of the whole, in the collection's folder
 
 
 def write(location: Location, rows: list[dict[str, Any]], meta: dict[str, Any]) -> Manifest:
@@ -26,11 +27,11 @@ def write(location: Location, rows: list[dict[str, Any]], meta: dict[str, Any]) 
     `meta["parts"]` holds the metadata that is special to each part.
     """
     parts = {name: own for name, own in meta["parts"].items() if any(r["path"].startswith(f"{name}/") for r in rows)}
-    held, digests = {}, {}
+    held, digests, common = {}, {}, {k: v for k, v in meta.items() if k not in OF_ALL}
     for name, own in parts.items():
         inside = [{**r, "path": r["path"].removeprefix(f"{name}/")} for r in rows if r["path"].startswith(f"{name}/")]
         special = {"name": f"{meta['name']}-{name}", "documents": sum(r["rows"] for r in inside), "dropped": {}}
-        made = manifest.write(location.join(name), inside, {**{k: v for k, v in meta.items() if k != "parts"}, **special, **own})
+        made = manifest.write(location.join(name), inside, {**common, **special, **own})
         held[name], digests[name] = made.rows, made.digest
     return manifest.write(location, rows, {**meta, "kind": KIND, "parts": held, "digests": digests})
 

@@ -1,4 +1,4 @@
-"""Finds a document in a shard of tokens: the rows that hold it, and the samples that are cut from them."""
+"""Finds a document in a shard: the rows that hold it, and the samples that are cut from them; an image is a row and a sample."""
 
 from __future__ import annotations
 
@@ -27,17 +27,19 @@ class Piece:
 
 
 def pieces(made: Manifest, path: str, id: str) -> list[Piece]:
-    """Finds a document in a shard, by its id: a piece for each chunk that holds some of it."""
-    chunks = made.chunks
+    """Finds a document in a shard, by its id: a piece for each chunk that holds some of it; an image's row counts as a token."""
+    chunks, column = made.chunks, "document" if made.kind == "tokens" else "id"
     mine = np.flatnonzero(pc.equal(chunks["path"].cast("string"), path).to_numpy())
     groups = dict(zip(chunks["row_group"].to_numpy()[mine].tolist(), mine.tolist(), strict=True))
     place, found = made.location.join(path), list[Piece]()
     with place.open() as source:
         file = pq.ParquetFile(source)
         for group, chunk in groups.items():
-            names = place.attempt(partial(file.read_row_group, group, columns=["document"]))["document"]
+            names = place.attempt(partial(file.read_row_group, group, columns=[column]))[column]
             rows = np.flatnonzero(pc.equal(names, id).to_numpy())
-            if len(rows):
+            if len(rows) and column == "id":
+                found.append(Piece(chunk, group, int(rows[0]), 1))
+            elif len(rows):
                 tokens = place.attempt(partial(file.read_row_group, group, columns=["tokens"]))["tokens"]
                 sizes = pc.list_value_length(tokens).to_numpy()
                 first, last = int(rows[0]), int(rows[-1])

@@ -19,7 +19,6 @@ import hashlib
 import json
 import logging
 import os
-import secrets
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -38,6 +37,7 @@ from heliostat.config.schema import Float, Strict, apply, read_yaml, validate
 from heliostat.data import collection, manifest, versions
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, DataError, HeliostatError, StorageError, innermost
+from heliostat.pipelines.leftovers import remove_old_samples, sample_folder
 from heliostat.pipelines.watching import Watch
 from heliostat.storage import Location
 from heliostat.terminal import console
@@ -191,7 +191,8 @@ def dry_run(path: Path, settings: list[str], fraction: float, quiet: bool = Fals
     _check_output(output)
     pipeline.check()
     inputs = pipeline.inputs()
-    folder = output.ending(f".sample-{secrets.token_hex(4)}")
+    remove_old_samples(output)
+    folder = sample_folder(output)
     _start_ray(pipeline)
     try:
         with Watch(console, f"preparing a sample of {pipeline.name}", quiet) as watch, told():

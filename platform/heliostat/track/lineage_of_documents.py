@@ -33,8 +33,9 @@ class Trained:
 
     @property
     def digests(self) -> set[str]:
-        """Returns the digests of the dataset and of those that it was made from by forgetting documents."""
-        return {self.made.digest, *(earlier["digest"] for earlier in self.made.meta.get("forgotten", []))}
+        """Returns the digests of the dataset, of a collection's parts, and of what it was made from by forgetting documents."""
+        parts = self.made.meta.get("digests", {}).values()
+        return {self.made.digest, *parts, *(earlier["digest"] for earlier in self.made.meta.get("forgotten", []))}
 
     def runs(self, only: str | None = None) -> list[dict[str, Any]]:
         """Finds each run, or `only` one, that has trained on the document, itself or through what it was initialised from.
@@ -84,10 +85,12 @@ class Trained:
     def _pieces(self, version: Manifest) -> list[tuple[str, Piece]]:
         """Locates the document in a version of the dataset; nowhere, if that one did not keep it."""
         if version.digest not in self.places:
-            kept = (
-                [row for row in reasons.end_of(version, self.id) if row["reason"] == "kept"] if "curation" in version.meta else []
-            )
-            path = documents.current(version, kept[0]["detail"]) if kept else None
+            part = next((name for name, digest in self.made.meta.get("digests", {}).items() if digest == version.digest), None)
+            whole, folder = (version, "") if part is None else (self.made, f"{part}/")
+            ends = reasons.end_of(whole, self.id) if "curation" in whole.meta else []
+            kept = [row["detail"].removeprefix(folder) for row in ends
+                    if row["reason"] == "kept" and row["detail"].startswith(folder)]  # fmt: skip
+            path = documents.current(version, kept[0]) if kept else None
             self.places[version.digest] = [(path, p) for p in documents.pieces(version, path, self.id)] if path else []
         return self.places[version.digest]
 

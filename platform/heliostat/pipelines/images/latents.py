@@ -1,4 +1,4 @@
-"""Computes latents and text embeddings once, before training, in an actor pool of Ray Data: frozen encoders never meet ZeRO.
+"""Computes latents and text embeddings once, before training, in a pool of actors: frozen encoders never meet ZeRO.
 
 Each actor loads the encoders once, on a GPU if it has one. What is stored of an image is the distribution of its latents (mean
 and log variance, float16), so that training draws from it anew in every epoch, and of its caption the text encoder's last layer.
@@ -12,15 +12,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray
 from pydantic import Field
 
 from heliostat.config.schema import Float, Strict
-from heliostat.data import versions
-from heliostat.data.manifest import FILES
 from heliostat.errors import ConfigError
 from heliostat.pipelines.images.pictures import Size
-from heliostat.storage import Location
 
 EMPTY = "empty_caption.bin"
 
@@ -82,12 +78,11 @@ class Encoder:
             self.tokenizer = diffusion_config.frozen_tokenizer(self.config.text_encoder, self.config.length)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        keep = [i for i, shard in enumerate(table["shard"].to_pylist()) if shard]
         latents: list[bytes | None] = [None] * len(table)
         embeddings: list[bytes | None] = [None] * len(table)
         sizes = list(zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True))
-        for size in sorted({sizes[i] for i in keep}):
-            mine = [i for i in keep if sizes[i] == size]
+        for size in sorted(set(sizes)):
+            mine = [i for i, one in enumerate(sizes) if one == size]
             for first in range(0, len(mine), self.config.batch):
                 rows = mine[first : first + self.config.batch]
                 part = table.take(pa.array(rows))
@@ -116,28 +111,3 @@ class Encoder:
         with torch.no_grad():
             found = embed(self.text, tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device))
         return found.cpu().numpy().astype(np.float16)
-
-
-@ray.remote
-def empty_caption(config: dict[str, Any]) -> np.ndarray:
-    return Encoder({**config, "gpus": 0.0}).embeddings([""])[0]
-
-
-def encoded(rows: Any, latents: Latents, output: Location, folders: list[str]) -> tuple[Any, dict[str, Any]]:
-    """Encodes the rows' images to latents, which take their place, and returns the rows and the manifest's metadata of them.
-
-    `folders`: of the dataset's parts.
-    """
-    config = latents.model_dump()
-    meta: dict[str, Any] = {"content": "latents", "models": latents.models()}
-    if latents.text_encoder:
-        empty = ray.get(empty_caption.remote(config), timeout=600)
-        places = [output, *(output.join(f) for f in folders)]
-        (path,) = {versions.store(place, f"{FILES}/empty_caption-", empty.tobytes(), ".bin") for place in places}
-        meta["files"] = {EMPTY: path}
-        meta["text"] = list(empty.shape)
-    done = rows.map_batches(
-        Encoder, batch_size=8 * latents.batch, batch_format="pyarrow", fn_constructor_kwargs={"config": config},
-        compute=ray.data.ActorPoolStrategy(size=latents.workers), num_gpus=latents.gpus or None,
-    )  # fmt: skip
-    return done.materialize(), meta

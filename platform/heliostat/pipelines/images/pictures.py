@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import io
-import itertools
 import math
-import warnings
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from heliostat.curation.picturing import fault, upright
+from heliostat.curation.stage import Dropped
 
 REASONS = {
     "unreadable": "the file vanished or cannot be opened",
@@ -32,7 +33,6 @@ REASONS = {
     "duplicate": "the pixels of another image",
     "near_duplicate": "almost the pixels of another image",
 }
-FORMATS = ("PNG", "JPEG", "WEBP")
 Encoding = Literal["png", "jpeg", "webp"]
 Size = tuple[int, int]  # width, height
 
@@ -59,6 +59,7 @@ class Raw:
     image: bytes | None
     caption: str | None
     label: str = ""
+    columns: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,6 @@ class Picture:
     image: bytes
     caption: str
     label: str
-
-
-@dataclass(frozen=True)
-class Dropped:
-    id: str
-    reason: str
-    detail: str = ""
 
 
 def buckets(resolution: int, max_aspect: float, step: int) -> tuple[Size, ...]:
@@ -102,19 +96,14 @@ def nearest(size: Size, sizes: tuple[Size, ...]) -> Size:
 
 def prepare(raw: Raw, rules: Rules) -> Picture | Dropped:
     """Prepares an image for storage, or returns the reason to drop it."""
-    caption = " ".join((raw.caption or "").split())
-    if raw.image is None:
-        return Dropped(raw.id, "no_image")
-    if not caption:
-        return Dropped(raw.id, "no_caption")
-    if len(caption) < rules.min_caption:
-        return Dropped(raw.id, "caption_short")
-    if rules.max_caption is not None and len(caption) > rules.max_caption:
-        return Dropped(raw.id, "caption_long")
+    caption = clean(raw, rules)
+    if isinstance(caption, Dropped):
+        return caption
+    assert raw.image is not None
     try:
         pixels = decode(raw.image, rules.channels)
     except Exception as e:  # noqa: BLE001 (Pillow's decoders raise errors of every kind for bad bytes)
-        return Dropped(raw.id, "undecodable", f"{type(e).__name__}: {e}"[:200])
+        return Dropped(raw.id, "undecodable", fault(e))
     width, height = pixels.size
     if min(width, height) < rules.min_side:
         return Dropped(raw.id, "too_small", f"{width}x{height}")
@@ -125,17 +114,23 @@ def prepare(raw: Raw, rules: Rules) -> Picture | Dropped:
     return Picture(raw.id, pixel_hash(pixels), looks(pixels), size, stored, caption, raw.label)
 
 
+def clean(raw: Raw, rules: Rules) -> str | Dropped:
+    """Returns the caption with single spaces, or the reason to drop the image, which is not decoded."""
+    caption = " ".join((raw.caption or "").split())
+    if raw.image is None:
+        return Dropped(raw.id, "no_image")
+    if not caption:
+        return Dropped(raw.id, "no_caption")
+    if len(caption) < rules.min_caption:
+        return Dropped(raw.id, "caption_short")
+    if rules.max_caption is not None and len(caption) > rules.max_caption:
+        return Dropped(raw.id, "caption_long")
+    return caption
+
+
 def decode(data: bytes, channels: int) -> Image.Image:
     """Decodes bytes to an upright image with one channel or three; raises Pillow's own errors for bytes that are no image."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        opened = Image.open(io.BytesIO(data), formats=FORMATS)
-        opened.load()
-    image: Image.Image = ImageOps.exif_transpose(opened)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("L" if channels == 1 else "RGB")
+    return upright(data).convert("L" if channels == 1 else "RGB")
 
 
 def fit(image: Image.Image, size: Size) -> Image.Image:
@@ -158,23 +153,3 @@ def looks(image: Image.Image) -> int:
     small = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
     bits = np.packbits(small[:, :-1] > small[:, 1:])
     return int.from_bytes(bits.tobytes(), "big", signed=True)
-
-
-def near_duplicates(hashes: list[int], distance: int) -> list[bool]:
-    """Finds hashes within `distance` bits of an earlier one that is not itself such a near-duplicate.
-
-    Two hashes that differ in at most d bits are equal in one of d + 1 bands, so only those are compared.
-    """
-    edges = np.linspace(0, 64, distance + 2).astype(int)
-    bands = [(int(a), (1 << int(b - a)) - 1) for a, b in itertools.pairwise(edges)]
-    kept: dict[tuple[int, int], list[int]] = {}
-    out = []
-    for signed in hashes:
-        value = signed & (2**64 - 1)
-        keys = [(first, value >> first & mask) for first, mask in bands]
-        near = any((other ^ value).bit_count() <= distance for key in keys for other in kept.get(key, ()))
-        out.append(near)
-        if not near:
-            for key in keys:
-                kept.setdefault(key, []).append(value)
-    return out

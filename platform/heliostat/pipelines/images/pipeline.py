@@ -1,49 +1,39 @@
-"""Turns images with captions into shards with Ray Data jobs. Run: `heliostat prepare pipelines/quickstart-images.yaml`.
+"""Turns images with captions into shards, on Ray. Run: `heliostat prepare pipelines/quickstart-images.yaml`.
 
 Guarantees: the dataset is a pure function of the input's relative paths and bytes and of the configuration. Every image goes
 to the shard that its pixels' SHA-256 names; within a shard images lie by hash, an order that no scheduling can change. Of
 equal images, and of those that look alike if `duplicates: perceptual` asks for it, the one with the smallest hash and id
 stays. What is left out is listed in `quarantine.parquet` (id, reason, detail), and never stops the job. With `buckets` the
-dataset is a collection: one part for each size, and every batch is of one of them. Images never pass through the driver.
+dataset is a collection: one part for each size, and every batch is of one of them. Neither images nor ids pass through the
+driver, which holds the input's list of files and a record of each task; a task holds a share of `memory_limit`, a shard's task
+its shard.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from typing import Any, Literal
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import ray
 from pydantic import Field
-from ray.data.context import ShuffleStrategy
 
 from heliostat import extras
 from heliostat.config.schema import Float, Strict
-from heliostat.data import versions
-from heliostat.data.manifest import FILES
+from heliostat.curation.stage import GlobalStage, Stage
+from heliostat.curation.stages.image_size import ImageSize
+from heliostat.curation.stages.similar_images import SimilarImages
+from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.pipelines.images import pictures
 from heliostat.pipelines.images import sources as image_sources
-from heliostat.pipelines.images import tasks as image_tasks
-from heliostat.pipelines.images.latents import Latents, encoded
+from heliostat.pipelines.images.fetching import Fetch, Fetching
+from heliostat.pipelines.images.latents import Latents
+from heliostat.pipelines.images.making import Making
 from heliostat.pipelines.images.sources import Columns, Limits
-from heliostat.pipelines.prepare import InputFile, Pipeline, place
-from heliostat.pipelines.text import sources, tokens
+from heliostat.pipelines.images.tasks import LABEL, ImageSource
+from heliostat.pipelines.prepare import InputFile
+from heliostat.pipelines.staged import StagedPipeline
+from heliostat.pipelines.text import sources
+from heliostat.pipelines.web import lists
 from heliostat.storage import Location
-
-log = logging.getLogger(__name__)
-
-FOOTERS_PER_TASK = 64
-END = "<|endoftext|>"
-CLASSES = 1000  # the most labels that the manifest lists
 
 
 class Buckets(Strict):
@@ -62,6 +52,8 @@ class ColumnNames(Strict):
     """Holds the caption."""
     label: str | None = None
     """Holds a class name, which `samples.judge` compares with. Unset: no labels."""
+    others: list[str] = []
+    """Others (`url`, `license`) that go with each image through the stages, and are kept with the record of what became of it."""
 
 
 class Tokenizer(Strict):
@@ -71,14 +63,17 @@ class Tokenizer(Strict):
     """Tokens: 256 bytes, the end of a document, and what merges make."""
 
 
-class ImagePipeline(Pipeline):
+class ImagePipeline(StagedPipeline):
     """Defines the keys of an image pipeline's YAML; `heliostat.pipelines.images.sources` describes `input`."""
 
-    later = frozenset({"max_file_bytes", "max_image_bytes"})
+    later = frozenset({"max_file_bytes", "max_image_bytes", "stages", "fetch"})
+    beside = frozenset({"work", "keep_work", "memory_limit"})
 
     input: str = Field(min_length=1)
     """What is read: `sklearn:digits`, a folder with a metadata file, `*.parquet` or `*.tar` (WebDataset). See
     docs/diffusion.md#images"""
+    fetch: Fetch | None = None
+    """The input is lists of URLs (`.jsonl`, `.csv`, `.parquet`), whose images are fetched. Unset: the input holds images."""
     columns: ColumnNames = ColumnNames()
     """Which columns hold what, in tables and in the JSON of WebDataset."""
     resolution: int = Field(gt=0)
@@ -134,125 +129,58 @@ class ImagePipeline(Pipeline):
             raise ConfigError(f"buckets.step: {self.buckets.step} is above resolution {self.resolution}; no size is a multiple")
         if self.latents:
             self.latents.check(self.sizes, self.channels)
-        if self.input == image_sources.DIGITS:
+        if LABEL in self.columns.others:
+            raise ConfigError(f"columns.others: {LABEL!r} is the name of the label's; name that column by columns.label")
+        self._check_stages()
+        digits = self.input == image_sources.DIGITS
+        if digits:
             extras.require("images", "sklearn", what=f"input: {self.input}")
-            return
-        here, there = f"{sources.root(self.input).path}/", f"{place(self.output).path}/"
-        if here.startswith(there) or there.startswith(here):
-            raise ConfigError(f"output: {self.output!r} and the input {self.input!r} lie in one another; move the output away")
+        self.check_places(self.input, None if digits else sources.root(self.input).path)
+
+    def _check_stages(self) -> None:
+        stored = ""
+        for stage in self.stages:
+            if stored and isinstance(stage, ImageSize):
+                raise ConfigError(f"stages: image_size stands behind {stored}, where images have the size that they are stored "
+                                  "in; put it before")  # fmt: skip
+            stored = stored or (stage.named() if stage.gpu or isinstance(stage, GlobalStage) else "")
+            stage.check()
 
     def inputs(self) -> list[InputFile]:
+        if self.fetch:
+            return lists.listing(self.input)
         return image_sources.listing(self.input)
 
     def identity(self) -> dict[str, Any]:
         config = super().identity()
+        if not self.columns.others:
+            del config["columns"]["others"]
+        if self.fetch:
+            config["fetch"] = self.fetch.identity()
+        if self.stages:
+            config["stages"] = [stage.identity() for stage in self.stages]
         if self.latents:
             config["latents"] = self.latents.identity()  # what the models are, not where they lie
         return config
 
     def write(self, output: Location, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        with ray_data():
-            return self._write(output, inputs)
+        flow, limits = self.flow(), Limits(self.max_file_bytes, self.max_image_bytes)
+        fetching = Fetching(self.fetch, self.max_image_bytes) if self.fetch else None
+        columns = Columns(self.columns.image, self.columns.caption, self.columns.label, tuple(self.columns.others))
+        source = ImageSource(self.input, columns, self.rules, limits, flow.work.spill, fetching)
+        vocabulary = self.tokenizer.vocab_size if self.tokenizer else None
+        making = Making(flow, source, output, self.stages, self.last, self.memory_limit, self.shard_images, self.chunk_images,
+                        self.channels, self.buckets is not None, vocabulary, self.latents)  # fmt: skip
+        rows, meta = making.run(inputs)
+        self._seconds = making.seconds
+        return rows, meta
 
-    def _write(self, output: Location, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        columns = Columns(**self.columns.model_dump())
-        tasks = [{"task": json.dumps(t)} for t in image_sources.tasks(self.input, inputs, columns, self.max_file_bytes)]
-        rows = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
-            partial(image_tasks.extract, input=self.input, columns=columns, rules=self.rules,
-                    limits=Limits(self.max_file_bytes, self.max_image_bytes)),
-            batch_size=1, batch_format="pyarrow",
-        )  # fmt: skip
-        rows = rows.materialize()  # read once: a second reading could differ
-        index = Index(rows, self.duplicates, self.distance)
-        shards = {bucket: max(1, round(count / self.shard_images)) for bucket, count in index.buckets.items()}
-        assigned = rows.map_batches(
-            image_tasks.assign, batch_size=None, batch_format="pyarrow",
-            fn_kwargs={"duplicates": ray.put(index.duplicates), "shards": shards},
-        )  # fmt: skip
-        told: dict[str, Any] = {"content": "images"}
-        if self.latents:
-            assigned, told = encoded(assigned, self.latents, output, [b for b in index.buckets if self.buckets])
-        write_group = partial(
-            image_tasks.write_group, output=output.uri, chunk_images=self.chunk_images, parts=self.buckets is not None
-        )
-        counts, dropped, paths, listed = 0, Counter[str](), dict[str, str](), ""
-        for row in assigned.groupby("shard").map_groups(write_group, batch_format="pyarrow").iter_rows():
-            counts += row["images"]
-            paths |= {row["path"]: row["contents"]} if row["path"] else {}
-            listed = row["listed"] or listed
-            dropped.update(json.loads(row["dropped"]))
-            for reason, examples in json.loads(row["examples"]).items():
-                log.warning("dropped: %s, such as %s", pictures.REASONS[reason], sources.examples(examples))
-        meta = {"kind": "rows", "dropped": dict(sorted(dropped.items())), "documents": counts, "channels": self.channels}
-        if listed:
-            meta["listed"] = listed
-        if not paths:
-            return [], meta
-        footers = ray.data.from_items(
-            [{"path": p, "contents": c} for p, c in sorted(paths.items())], override_num_blocks=-(-len(paths) // FOOTERS_PER_TASK)
-        ).flat_map(partial(image_tasks.footer, output=output.uri))
-        sizes = {bucket: {"size": [int(n) for n in bucket.split("x")]} for bucket in index.buckets}
-        if self.buckets:
-            told["parts"] = sizes
-        else:
-            told |= sizes.popitem()[1]
-        if self.tokenizer:
-            made = self._tokenizer(output, index.captions)
-            told |= {**made, "files": {**told.get("files", {}), **made["files"]}}
-        if 0 < len(index.labels) <= CLASSES:
-            told["classes"] = sorted(index.labels)
-        return list(footers.iter_rows()), {**meta, **told}
+    @property
+    def last(self) -> Stage | None:
+        """Returns the stage behind all others: the one that finds duplicates."""
+        if self.duplicates == "keep":
+            return None
+        return SimilarImages(distance=self.distance if self.duplicates == "perceptual" else None)
 
-    def _tokenizer(self, output: Location, captions: dict[str, int]) -> dict[str, Any]:
-        assert self.tokenizer
-        texts = (text for text in sorted(captions) for _ in range(captions[text]))
-        definition = tokens.train(texts, self.tokenizer.vocab_size, END)
-        folders = [output, *(output.join(f"{w}x{h}") for w, h in self.sizes if self.buckets)]
-        (path,) = {versions.store(folder, f"{FILES}/tokenizer-", definition.encode(), ".json") for folder in folders}
-        return {
-            "files": {"tokenizer.json": path},
-            "tokenizer": hashlib.sha256(definition.encode()).hexdigest(),
-            "vocab_size": tokens.load(definition).get_vocab_size(),
-            "end_of_document": tokens.end_id(tokens.load(definition), END),
-        }
-
-
-class Index:
-    """Collects what must be known of all images at once: duplicates, how many each bucket holds, captions and labels."""
-
-    def __init__(self, rows: Any, duplicates: str, distance: int) -> None:
-        columns = ["hash", "id", "looks", "width", "height", "caption", "label", "reason"]
-        batches = list(rows.select_columns(columns).iter_batches(batch_size=None, batch_format="pyarrow"))
-        found = pa.concat_tables(batches).filter(pc.field("reason").is_null())
-        found = found.sort_by([("hash", "ascending"), ("id", "ascending")])
-        self.duplicates: dict[str, str] = {}  # id -> reason
-        if duplicates != "keep":
-            hashes = found["hash"].to_numpy()
-            found = self._leave_out(found, np.concatenate([[False], hashes[1:] == hashes[:-1]])[: len(found)], "duplicate")
-        if duplicates == "perceptual":
-            near = pictures.near_duplicates(found["looks"].to_pylist(), distance)
-            found = self._leave_out(found, np.array(near, bool), "near_duplicate")
-        sizes = zip(found["width"].to_pylist(), found["height"].to_pylist(), strict=True)
-        self.buckets = Counter(f"{width}x{height}" for width, height in sizes)
-        self.captions = {e["values"]: e["counts"] for e in pc.value_counts(found["caption"]).to_pylist()}
-        self.labels = set(pc.unique(found["label"]).to_pylist()) - {""}
-
-    def _leave_out(self, found: pa.Table, which: np.ndarray, reason: str) -> pa.Table:
-        self.duplicates |= dict.fromkeys(found["id"].filter(pa.array(which)).to_pylist(), reason)
-        return found.filter(pa.array(~which))
-
-
-@contextmanager
-def ray_data() -> Iterator[None]:
-    """Sets Ray Data up for these jobs and restores its settings after them: no progress bars, and groups by sorting.
-
-    The hash shuffle starts an actor per partition, which costs more than the whole quickstart (9 s against 3.5 s).
-    """
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    context = ray.data.DataContext.get_current()
-    before = context.enable_progress_bars, context.shuffle_strategy
-    context.enable_progress_bars, context.shuffle_strategy = False, ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
-    try:
-        yield
-    finally:
-        context.enable_progress_bars, context.shuffle_strategy = before
+    def finish(self, made: Manifest) -> None:
+        self.conclude(made, {})

@@ -16,7 +16,7 @@ import io
 import json
 import tarfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -24,11 +24,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from heliostat.curation import pieces
+from heliostat.curation.pieces import Part
 from heliostat.errors import ConfigError
 from heliostat.pipelines.images import pictures
 from heliostat.pipelines.images.pictures import Dropped, Raw, encode
 from heliostat.pipelines.prepare import InputFile
 from heliostat.pipelines.text import sources
+from heliostat.storage import Location
 from heliostat.text import brief, printable
 
 DIGITS = "sklearn:digits"
@@ -55,6 +58,11 @@ class Columns:
     image: str = "image"
     caption: str = "caption"
     label: str | None = None
+    others: tuple[str, ...] = ()
+
+    def kept(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Returns the values of a row that go with its image."""
+        return {name: row[name] for name in self.others if row.get(name) is not None}
 
 
 def held_back(digit: int) -> str:
@@ -85,12 +93,21 @@ def listing(uri: str) -> list[InputFile]:
     return sorted(files, key=lambda f: f.path)
 
 
-def tasks(uri: str, files: list[InputFile], columns: Columns, limit: int = Limits.file) -> list[dict[str, Any]]:
-    """Plans the read tasks: each reads an archive, a table, or some hundred files that a metadata file names."""
+def tasks(uri: str, files: list[InputFile], columns: Columns, limit: int = Limits.file) -> Iterator[dict[str, Any]]:
+    """Plans the read tasks: each reads an archive, a part of a table, or some hundred files that a metadata file names.
+
+    Of these, `state` says what they follow from beside their rows: the bytes of each, and when it was modified.
+    """
     if uri == DIGITS:
-        return [{"kind": "digits", "path": "", "entries": []}]
-    base, out = sources.root(uri), []
+        yield {"kind": "digits", "path": ""}
+        return
     tables = [f.path for f in files if f.path.rsplit("/", 1)[-1] in METADATA]
+    if not tables:
+        target = pieces.size(sum(f.bytes for f in files))
+        for piece in pieces.cut(((f.path, f.bytes, f.modified) for f in files), target, _ranged):
+            yield {"kind": "archives", "parts": [asdict(part) for part in piece]}
+        return
+    base, there = sources.root(uri), {f.path: [f.bytes, f.modified] for f in files}
     for path in tables:
         folder = path.rpartition("/")[0]
         try:
@@ -99,10 +116,12 @@ def tasks(uri: str, files: list[InputFile], columns: Columns, limit: int = Limit
             raise ConfigError(f"input: {printable(path)}: is not read: {pictures.REASONS[e.reason]} ({e.detail})") from e
         entries = [_entry(row, folder, path, columns) for row in read_table(path, data)]
         for first in range(0, len(entries), FILES_PER_TASK):
-            out.append({"kind": "files", "path": path, "entries": entries[first : first + FILES_PER_TASK]})
-    if not tables:
-        out = [{"kind": "archive", "path": f.path, "entries": []} for f in files]
-    return out
+            some = entries[first : first + FILES_PER_TASK]
+            yield {"kind": "files", "path": path, "entries": some, "state": [there.get(e["path"]) for e in some]}
+
+
+def _ranged(path: str) -> bool:
+    return path.lower().endswith(".parquet")
 
 
 def _entry(row: dict[str, Any], folder: str, path: str, columns: Columns) -> dict[str, Any]:
@@ -117,6 +136,7 @@ def _entry(row: dict[str, Any], folder: str, path: str, columns: Columns) -> dic
         "path": f"{folder}/{name}" if folder and not lost else name,
         "caption": caption if isinstance(caption, str) else None,
         "label": _label(row, columns),
+        "columns": columns.kept(row),
     }
 
 
@@ -145,26 +165,35 @@ def read(uri: str, task: dict[str, Any], columns: Columns, limits: Limits = Limi
     """Reads the images of a task."""
     if task["kind"] == "digits":
         yield from digits()
-        return
-    base = sources.root(uri)
-    if task["kind"] == "files":
-        for entry in task["entries"]:
-            try:
-                data = sources.fetch(base, entry["path"], limits.image) if entry["path"] else b""
-            except sources.LeftOutError as e:
-                yield Dropped(entry["path"], e.reason, e.detail)
-                continue
-            yield Raw(entry["path"], data, entry["caption"], entry["label"]) if data else Dropped(entry["path"], "unreadable")
-        return
-    path = task["path"] or base.name
+    elif task["kind"] == "files":
+        yield from _files(sources.root(uri), task["entries"], limits)
+    else:
+        for told in task["parts"]:
+            yield from _archive(sources.root(uri), Part(**told), columns, limits)
+
+
+def _files(base: Location, entries: list[dict[str, Any]], limits: Limits) -> Iterator[Raw | Dropped]:
+    for entry in entries:
+        path = entry["path"]
+        try:
+            data = sources.fetch(base, path, limits.image) if path else b""
+        except sources.LeftOutError as e:
+            yield Dropped(path, e.reason, e.detail)
+            continue
+        yield Raw(path, data, entry["caption"], entry["label"], entry["columns"]) if data else Dropped(path, "unreadable")
+
+
+def _archive(base: Location, part: Part, columns: Columns, limits: Limits) -> Iterator[Raw | Dropped]:
+    path = part.path or base.name
     try:
-        data = sources.fetch(base, task["path"], limits.file)
-        if path.lower().endswith(".tar"):
-            yield from read_tar(path, data, columns, limits.image)
-        else:
-            yield from read_parquet(path, data, columns, limits)
+        with sources.blocks(base, part.path, limits.file) as file:
+            if path.lower().endswith(".tar"):
+                yield from read_tar(path, file, columns, limits.image)
+            else:
+                yield from read_parquet(path, pa.PythonFile(file, mode="r"), columns, limits, part)
     except sources.LeftOutError as e:
-        yield Dropped(path, e.reason, e.detail)
+        if part.start == 0:
+            yield Dropped(path, e.reason, e.detail)
 
 
 def digits() -> Iterator[Raw]:
@@ -176,12 +205,12 @@ def digits() -> Iterator[Raw]:
         yield Raw(f"digits#{number}", encode(image, "png", 0), digit_caption(number, digit), WORDS[digit])
 
 
-def read_parquet(path: str, data: bytes, columns: Columns, limits: Limits = Limits()) -> Iterator[Raw | Dropped]:
-    number, total = 0, 0
+def read_parquet(path: str, file: pa.NativeFile, columns: Columns, limits: Limits, part: Part) -> Iterator[Raw | Dropped]:
+    """Yields the rows of a Parquet file, or of a part of it."""
+    number = total = 0
     try:
-        wanted = [c for c in (columns.image, columns.caption, columns.label) if c]
-        for row in sources.parquet_rows(data, columns.image, wanted, limits.file):
-            number += 1
+        wanted = [c for c in (columns.image, columns.caption, columns.label, *columns.others) if c]
+        for number, row in sources.parquet_rows(file, columns.image, wanted, limits.file, part):
             image = row.get(columns.image)
             image = image.get("bytes") if isinstance(image, dict) else image
             caption = row.get(columns.caption)
@@ -196,20 +225,23 @@ def read_parquet(path: str, data: bytes, columns: Columns, limits: Limits = Limi
                 image if isinstance(image, bytes) else None,
                 caption if isinstance(caption, str) else None,
                 _label(row, columns),
+                columns.kept(row),
             )
     except (pa.ArrowException, OSError, ValueError):
-        yield Dropped(path, "corrupt")
+        if number or part.start == 0:  # a broken footer is told once
+            yield Dropped(path, "corrupt")
 
 
-def read_tar(path: str, data: bytes, columns: Columns, limit: int = Limits.image) -> Iterator[Raw | Dropped]:
+def read_tar(path: str, file: Any, columns: Columns, limit: int = Limits.image) -> Iterator[Raw | Dropped]:
     """Yields the samples of a tar: consecutive members with one name up to the first point of their last part are a sample.
 
     A member of more than `limit` bytes, which a sparse one only claims to have, leaves its sample out.
     """
     key, parts = "", dict[str, bytes | None]()
     try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-            for member in tar:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # which it would keep, of any number
                 if not member.isfile():
                     continue
                 folder, _, name = member.name.rpartition("/")
@@ -243,7 +275,8 @@ def _sample(path: str, key: str, found: dict[str, bytes | None], columns: Column
         row = json.loads(parts["json"]) if "json" in parts else {}
         caption = parts["txt"].decode() if "txt" in parts else row.get(columns.caption)
         label = parts["cls"].decode().strip() if "cls" in parts else _label(row, columns)
+        kept = columns.kept(row)
     except (ValueError, AttributeError, RecursionError):
         return (Dropped(id, "corrupt"),)
     image = next((parts[s.removeprefix(".")] for s in IMAGES if s.removeprefix(".") in parts), None)
-    return (Raw(id, image, caption if isinstance(caption, str) else None, label),)
+    return (Raw(id, image, caption if isinstance(caption, str) else None, label, kept),)

@@ -1,4 +1,4 @@
-"""Runs the image pipeline's tasks in Ray's workers: read and prepare, assign to shards, write. Tables in, tables out."""
+"""Runs the image pipeline's own tasks in Ray's workers: reading, counting, the tokenizer, dealing images to shards, shards."""
 
 from __future__ import annotations
 
@@ -6,83 +6,171 @@ import hashlib
 import io
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import ray
 
+from heliostat.curation import segment, spill
+from heliostat.curation.pieces import Part
+from heliostat.curation.segment import Run, survivors
+from heliostat.curation.stage import Document, Dropped, Picture
 from heliostat.data import manifest, versions
 from heliostat.data import shard as shard_file
-from heliostat.data.manifest import FILES, SHARDS
+from heliostat.data.manifest import SHARDS
 from heliostat.pipelines.images import pictures, sources
-from heliostat.pipelines.images.pictures import Dropped, Rules
+from heliostat.pipelines.images.fetching import Fetching
+from heliostat.pipelines.images.pictures import Raw, Rules
 from heliostat.pipelines.images.sources import Columns, Limits
+from heliostat.pipelines.text import tokens
 from heliostat.storage import Location
 
-# one row per image, or (with a reason and no image) per dropped image
-ROWS = pa.schema(
-    [("hash", pa.string()), ("id", pa.string()), ("looks", pa.int64()), ("width", pa.int32()), ("height", pa.int32()),
-     ("image", pa.large_binary()), ("caption", pa.string()), ("label", pa.string()), ("reason", pa.string()),
-     ("detail", pa.string())]
+# what becomes of a run: `key` is the number of the image's shard among all of them
+DEALT = pa.schema(
+    [("key", pa.uint64()), ("hash", pa.binary(32)), ("id", pa.string()), ("caption", pa.string()), ("label", pa.string()),
+     ("width", pa.int32()), ("height", pa.int32()), ("image", pa.large_binary()), ("columns", pa.string())]
 )  # fmt: skip
 STORED = ("id", "caption", "label", "width", "height", "image", "latent", "embedding")  # of a shard: those that there are
-USUAL = Limits()
-BLOCK_BYTES = 32 << 20  # of images, per block that a read task yields
+LABEL = "label"  # the column that goes with an image
+CLASSES = 1000  # the most labels that the manifest lists
+END = "<|endoftext|>"
+Shards = dict[str, tuple[int, int]]  # of each bucket: the number of its first shard among all, and how many it has
 
 
-def extract(batch: pa.Table, input: str, columns: Columns, rules: Rules, limits: Limits = USUAL) -> Iterator[pa.Table]:
-    """Extracts the images of the tasks in the batch, as tables of ROWS."""
-    found: list[dict[str, Any]] = []
-    size = 0
-    for task in map(json.loads, batch["task"].to_pylist()):
-        for raw in sources.read(input, task, columns, limits):
-            made = raw if isinstance(raw, Dropped) else pictures.prepare(raw, rules)
-            if isinstance(made, Dropped):
-                found.append({"id": made.id, "reason": made.reason, "detail": made.detail})
-            else:
-                width, height = made.size
-                found.append({"hash": made.hash, "id": made.id, "looks": made.looks, "width": width, "height": height,
-                              "image": made.image, "caption": made.caption, "label": made.label})  # fmt: skip
-                size += len(made.image)
-            if size >= BLOCK_BYTES or len(found) >= 10_000:
-                yield pa.Table.from_pylist(found, ROWS)
-                found, size = [], 0
-    yield pa.Table.from_pylist(found, ROWS)
+@dataclass(frozen=True)
+class ImageSource:
+    """Reads an image input's tasks, which lie in the spill folder: a part's path names one."""
+
+    input: str
+    columns: Columns
+    rules: Rules
+    limits: Limits
+    spill: Location
+    fetching: Fetching | None = None
+
+    def _raw(self, task: dict[str, Any]) -> Iterator[Raw | Dropped]:
+        if self.fetching:
+            return self.fetching.read(self.spill, task, segment.load(self.spill, task["names"]), self.columns)
+        return sources.read(self.input, task, self.columns, self.limits)
+
+    def read(self, part: Part) -> Iterator[Document | Dropped]:
+        for raw in self._raw(segment.load(self.spill, part.path)):
+            caption = raw if isinstance(raw, Dropped) else pictures.clean(raw, self.rules)
+            if isinstance(caption, Dropped):
+                yield caption
+                continue
+            assert isinstance(raw, Raw) and raw.image is not None
+            columns = {**raw.columns, **({LABEL: raw.label} if raw.label else {})}
+            yield Document(raw.id, caption, columns, Picture(raw.image))
+
+    def finish(self, document: Document) -> Document | Dropped:
+        assert document.picture is not None and isinstance(document.text, str)
+        raw = Raw(document.id, document.picture.data, document.text)
+        if document.picture.hash:  # a stage may have changed its caption since
+            caption = pictures.clean(raw, self.rules)
+            return caption if isinstance(caption, Dropped) else Document(raw.id, caption, document.columns, document.picture)
+        made = pictures.prepare(raw, self.rules)
+        if isinstance(made, Dropped):
+            return made
+        picture = Picture(made.image, bytes.fromhex(made.hash), made.looks, made.size)
+        return Document(made.id, made.caption, document.columns, picture)
 
 
-def assign(table: pa.Table, duplicates: Any, shards: dict[str, int]) -> pa.Table:
-    """Adds a column `shard`, by the hash of the pixels, inside the image's bucket; "" for images that are dropped."""
-    left_out = ray.get(duplicates)
-    reasons, chosen = table["reason"].to_pylist(), []
-    columns = (table[c].to_pylist() for c in ("id", "hash", "width", "height"))
-    for i, (id, digest, width, height) in enumerate(zip(*columns, strict=True)):
-        reasons[i] = reasons[i] or left_out.get(id)
-        bucket = f"{width}x{height}"
-        chosen.append("" if reasons[i] else f"{bucket}/{int(digest[:15], 16) % shards[bucket]:05d}")
-    place = table.schema.get_field_index("reason")
-    return table.set_column(place, "reason", pa.array(reasons, pa.string())).append_column("shard", pa.array(chosen, pa.string()))
+def count(folder: Location, run: Run) -> dict[str, Any]:
+    """Counts a run's images by bucket, and lists their labels, as far as a manifest would."""
+    buckets, labels = Counter[str](), set[str]()
+    for table in survivors(folder, run, columns=["width", "height", "columns"]):
+        sizes = zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True)
+        buckets.update(f"{width}x{height}" for width, height in sizes)
+        if len(labels) <= CLASSES:
+            labels |= {label for held in pc.unique(table["columns"]).to_pylist() if (label := _label(held))}
+    return {"buckets": dict(sorted(buckets.items())), "labels": sorted(labels)[: CLASSES + 1]}
 
 
-def write_group(table: pa.Table, output: str, chunk_images: int, parts: bool) -> pa.Table:
-    """Writes one shard, or the list of what was dropped; returns the counts."""
-    row: dict[str, Any] = {"path": "", "images": 0, "bytes": 0, "dropped": "{}", "examples": "{}", "listed": "", "contents": "[]"}
-    bucket, _, number = table["shard"][0].as_py().partition("/")
-    if not bucket:
-        listed = table.select(["id", "reason", "detail"]).sort_by([("reason", "ascending"), ("id", "ascending")])
-        row["listed"] = versions.store(Location(output), f"{FILES}/listed-", _parquet([listed]), ".parquet")
-        by_reason: dict[str, list[str]] = {}
-        for id, reason in zip(listed["id"].to_pylist(), listed["reason"].to_pylist(), strict=True):
-            by_reason.setdefault(reason, []).append(id)
-        row["dropped"] = json.dumps({reason: len(ids) for reason, ids in by_reason.items()})
-        row["examples"] = json.dumps({reason: ids[:3] for reason, ids in by_reason.items()})
-        return pa.Table.from_pylist([row])
+def _label(columns: str | None) -> str:
+    return json.loads(columns).get(LABEL, "") if columns else ""
+
+
+def train(folder: Location, vocab_size: int, runs: list[Run]) -> dict[str, Any]:
+    """Trains a tokenizer on all captions, whose order does not matter."""
+    tables = (table for run in runs for table in survivors(folder, run, columns=["text"]))
+    texts = (text for table in tables for text in table["text"].to_pylist())
+    name = segment.store(folder, tokens.train(texts, vocab_size, END))
+    return {"definition": name, "files": [name]}
+
+
+# shards ----------------------------------------------------------------------------------------------------------------
+
+
+def deal(folder: Location, run: Run, shards: Shards, latents: dict[str, Any] | None) -> dict[str, Any]:
+    """Spills a run's images by the shards that the hashes of their pixels name, each inside its bucket."""
+    found = [_dealt(table, shards) for table in survivors(folder, run)]
+    table = pa.concat_tables([DEALT.empty_table(), *found])
+    if latents is not None:
+        table = _encoder(json.dumps(latents))(table)
+    name = spill.write(folder, table, ("hash", "id"))
+    return {"dealt": name, "files": [name]}
+
+
+def _dealt(table: pa.Table, shards: Shards) -> pa.Table:
+    sizes = zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True)
+    first, number = np.array([shards[f"{width}x{height}"] for width, height in sizes], np.uint64).reshape(-1, 2).T
+    place = first + (table["key"].to_numpy() >> np.uint64(4)) % number  # by 60 bits of the hash
+    labels = [_label(held) for held in table["columns"].to_pylist()]
+    columns = [pa.array(place), table["hash"], table["id"], table["text"].cast(pa.string()), pa.array(labels, pa.string()),
+               *(table[c] for c in ("width", "height", "image", "columns"))]  # fmt: skip
+    return pa.Table.from_arrays(columns, schema=DEALT)
+
+
+@lru_cache(maxsize=2)
+def _encoder(config: str) -> Any:
+    """Loads the frozen encoders once in each process."""
+    from heliostat.pipelines.images.latents import Encoder
+
+    return Encoder(json.loads(config))
+
+
+def encode_nothing(folder: Location, latents: dict[str, Any]) -> dict[str, Any]:
+    """Spills what the text encoder makes of no caption."""
+    found = _encoder(json.dumps({**latents, "gpus": 0.0})).embeddings([""])[0]
+    data = found.tobytes()
+    name = f"empty/{hashlib.sha256(data).hexdigest()[:32]}.bin"
+    folder.join(name).write(data)
+    return {"name": name, "shape": list(found.shape), "files": [name]}
+
+
+def write_shard(folder: Location, number: int, prefix: str, chunk_images: int, output: str, explained: bool,
+                names: list[str]) -> dict[str, Any]:  # fmt: skip
+    """Writes the shard of this number; returns its counts and its part of the manifest."""
+    tables = [t for name in names for t in spill.read(folder, name, number, number + 1)]
+    if not tables:  # few images, none of which has such a hash
+        return {"path": "", "file_bytes": 0, "images": 0, "ends": [], "chunks": []}
+    table = pa.concat_tables(tables)
     data = shard(table, chunk_images)
-    folder = f"{bucket}/{SHARDS}/{number}/" if parts else f"{SHARDS}/{number}/"
-    path = versions.store(Location(output), folder, data, ".parquet")
-    return pa.Table.from_pylist([row | {"path": path, "images": len(table), "bytes": len(data),
-                                      "contents": json.dumps(shard_file.content_digests(data, None))}])  # fmt: skip
+    path = versions.store(Location(output), prefix, data, ".parquet")
+    rows, contents = manifest.read_footer(Location(output), path, None), shard_file.content_digests(data, None)
+    ends = [_ends(folder, path, table)] if explained else []
+    return {"path": path, "file_bytes": len(data), "images": len(table), "ends": ends, "files": ends,
+            "chunks": [{**row, "content": content} for row, content in zip(rows, contents, strict=True)]}  # fmt: skip
+
+
+def _ends(folder: Location, path: str, table: pa.Table) -> str:
+    """Spills that these images are in a shard."""
+    rows = [{"key": segment.key_of(row["id"]), "id": row["id"], "stage": "shard", "reason": "kept", "detail": path,
+             "hash": row["hash"].hex(), "columns": row["columns"]}
+            for row in table.select(["id", "hash", "columns"]).to_pylist()]  # fmt: skip
+    return spill.write(folder, pa.Table.from_pylist(rows, segment.LEFT_OUT), ("id", "stage", "reason", "detail"))
+
+
+def folder_of(bucket: str, number: int, parts: bool) -> str:
+    """Returns where a shard's file lies, of the number that the shard has in its bucket."""
+    return f"{bucket}/{SHARDS}/{number:05d}/" if parts else f"{SHARDS}/{number:05d}/"
 
 
 def shard(table: pa.Table, chunk_images: int) -> bytes:
@@ -108,8 +196,3 @@ def _parquet(groups: list[pa.Table]) -> bytes:
         # in the footer, which the manifest hashes: the dataset's digest then changes with any pixel
         writer.add_key_value_metadata({"content": content.hexdigest()})
     return sink.getvalue()
-
-
-def footer(row: dict[str, Any], output: str) -> list[dict[str, Any]]:
-    found = manifest.read_footer(Location(output), row["path"], None)
-    return [{**chunk, "content": content} for chunk, content in zip(found, json.loads(row["contents"]), strict=True)]

@@ -37,7 +37,10 @@ def one(found: list[dict[str, Any]], option: str) -> tuple[str, list[dict[str, A
 
 
 def check(made: Manifest, output: Location) -> None:
-    """Checks that the new dataset can be written to `output`; ConfigError if not."""
+    """Checks that a document can be taken out, and the new dataset be written to `output`; ConfigError if not."""
+    if made.kind != "tokens":
+        fix = "take it out of the input and prepare the dataset again"
+        raise ConfigError(f"{made.location}: holds images, of which none can be taken out of a dataset; {fix}")
     here, there = made.location.path.rstrip("/"), output.path.rstrip("/")
     if f"{there}/".startswith(f"{here}/") or f"{here}/".startswith(f"{there}/"):
         raise ConfigError(f"--out: {output} and {made.location} lie in one another; name another folder")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import logging
 import zlib
 from collections import Counter
@@ -14,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from heliostat.curation import pieces, reasons, segment, spill, tally
-from heliostat.curation.engine import Curated, Engine, groups, segments, summed
+from heliostat.curation import pieces, segment, spill, tally
+from heliostat.curation.engine import Curated, Engine, groups
+from heliostat.curation.explaining import explain
 from heliostat.curation.flow import Flow, Task
 from heliostat.curation.pieces import Part
 from heliostat.curation.readers import REASONS
@@ -95,26 +95,14 @@ class Making:
 
     def _explained(self, curated: Curated, totals: Totals, ends: list[str]) -> dict[str, Any]:
         """Writes the funnel and what became of each document; returns what the manifest says of them."""
-        total = self.counted = summed(self.flow, sorted(curated.tallies))
         shard = {"documents": totals.documents + totals.duplicates, "kept": totals.documents, "kept_bytes": totals.bytes,
                  "bytes": curated.bytes, "dropped": {"duplicate": totals.duplicates} if totals.duplicates else {},
                  "counts": {"tokens": int(totals.counts.sum())}}  # fmt: skip
-        told = reasons.explained(self.stages, total, shard)
-        funnel = json.dumps({name: json.loads(json.dumps(told[name], sort_keys=True)) for name in told}).encode()
         rows = totals.documents + totals.duplicates + sum(totals.dropped.values())
-        shared, parts, output = {"names": self.flow.share(ends)}, reasons.parts(rows), self.output.uri
         columns = list(self.source.rules.columns)
-        work = (Task(key("ends", ends, part, parts, output, columns),
-                     {"part": part, "parts": parts, "output": output, "columns": columns}, shared)
-                for part in range(parts))  # fmt: skip
-        written = self.flow.all("ends", reasons.write_ends, work, valid=lambda r: self.output.join(r["path"]).exists())
-        of_stages = {name: round(total[name]["seconds"], 3) for name in total if name not in (segment.READ, segment.FINISH)}
-        first = sum(of_stages.get(tally.label(number, stage), 0.0) for number, stage in segments(self.stages)[0])
-        self.seconds = {segment.READ: round(max(0.0, self.flow.seconds.get("read", 0.0) - first), 3), **of_stages,
-                        "shard": round(self.flow.seconds.get("shards", 0.0), 3)}  # fmt: skip
-        path = versions.store(self.output, f"{FILES}/funnel-", funnel, ".json")
-        listed = [[r["begin"], r["path"]] for r in written]
-        return {"curation": {"funnel": path, "ends": listed}, "also": sorted({path, *(p for _, p in listed)})}
+        made = explain(self.flow, self.stages, curated.tallies, shard, ends, rows, columns, self.output)
+        self.counted, self.seconds = made.total, made.seconds
+        return made.meta
 
     def _pieces(self, inputs: list[InputFile]) -> Iterator[list[Part]]:
         target = self.flow.work.begin(pieces.size(sum(f.bytes for f in inputs)))

@@ -12,30 +12,27 @@ from their footers, unchecked.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import time
 from dataclasses import asdict
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pyarrow.fs import FileType
-from pydantic import BeforeValidator, ByteSize, Field, PrivateAttr, SerializeAsAny, model_validator
+from pydantic import Field, model_validator
 
 from heliostat.config.schema import Strict
-from heliostat.curation import reasons, registry
+from heliostat.curation import reasons
 from heliostat.curation.flow import Flow
-from heliostat.curation.progress import Progress
-from heliostat.curation.stage import Stage
 from heliostat.curation.work import Work
-from heliostat.data.manifest import Manifest, kept_path
+from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
-from heliostat.pipelines.prepare import InputFile, Pipeline, place
+from heliostat.pipelines.prepare import InputFile, place
+from heliostat.pipelines.staged import StagedPipeline
 from heliostat.pipelines.text import documents, sampling, sources, tokens
 from heliostat.pipelines.text.making import Making
 from heliostat.pipelines.text.tasks import TextSource
 from heliostat.pipelines.text.trial import Trial
-from heliostat.pipelines.watching import Watch
 from heliostat.storage import Location
 
 log = logging.getLogger(__name__)
@@ -62,15 +59,11 @@ class TokenizerConfig(Strict):
         return self
 
 
-class TextPipeline(Pipeline):
+class TextPipeline(StagedPipeline):
     """Defines the keys of a text pipeline's YAML; `input` is a file, folder, glob, s3:// prefix, or `python:stdlib`."""
-
-    _seconds: dict[str, float] = PrivateAttr(default_factory=dict)
-    _watch: Watch | None = PrivateAttr(default=None)
 
     later = frozenset({"max_document_bytes", "max_file_bytes", "columns", "stages", "exclude"})
     beside = frozenset({"work", "keep_work", "memory_limit"})
-    ray_data = False
 
     input: str = Field(min_length=1)
     """What is read: a file, a folder, a glob (`data/**/*.md`), an `s3://` prefix, or `python:stdlib`. Kinds of files:
@@ -83,9 +76,6 @@ class TextPipeline(Pipeline):
     """The column of `.jsonl` and `.parquet` that holds the text."""
     columns: list[str] = []
     """Other columns of `.jsonl` and `.parquet` (`url`, `date`, `source`) that go with each document through the stages."""
-    stages: list[Annotated[SerializeAsAny[Stage], BeforeValidator(registry.parse)]] = []
-    """What documents go through between reading and tokens, in this order: `{stage: NAME, KEY: VALUE}`. See
-    docs/prepare.md#stages"""
     normalise: Literal["none", "NFC", "NFKC"] = "NFC"
     """Unicode's normal form that every text is brought to before anything else. It decides which documents are equal."""
     min_chars: int = Field(1, ge=1)
@@ -100,24 +90,11 @@ class TextPipeline(Pipeline):
     """Tokens of a chunk, about, and never twice as many: a document that is longer is cut. See docs/prepare.md#chunks"""
     shard_bytes: int = Field(128_000_000, gt=0)
     """Bytes of text in a shard, about; it bounds the memory of the task that writes it."""
-    memory_limit: ByteSize = Field(ByteSize(2 << 30), ge=64 << 20)
-    """Bytes of memory that a task may take beside what its process has from the start. A Parquet file with large row
-    groups takes more (docs/benchmarks/curation.md)."""
-    work: str | None = None
-    """The folder or `s3://` prefix of unfinished work, from which a run that was ended goes on. Unset: beside the output, with
-    `.work` behind its name. See docs/prepare.md#work"""
-    keep_work: bool = False
-    """Keeps the work when the dataset is published, so that the next one does again only what is new."""
 
     @property
     def rules(self) -> documents.Rules:
         return documents.Rules(self.text_column, self.normalise, self.min_chars, self.max_chars, self.max_document_bytes,
                                self.max_file_bytes, tuple(self.columns))  # fmt: skip
-
-    @property
-    def worked(self) -> Work:
-        """Locates the unfinished work."""
-        return Work(place(self.work) if self.work else place(self.output).ending(".work"))
 
     @cached_property
     def given(self) -> str | None:
@@ -141,24 +118,15 @@ class TextPipeline(Pipeline):
         if self.given is not None:
             tokens.end_id(tokens.load(self.given), self.tokenizer.end_of_document)
         for stage in self.stages:
+            if stage.of_images:
+                raise ConfigError(f"stages: {stage.named()} looks at images, which a text pipeline has none of; remove it")
             stage.check()
         for pattern in self.exclude:
             sources.glob_regex(pattern, "exclude")
         if self.shard_bytes * SHARD_SHARE > self.memory_limit:
             log.warning("shard_bytes: a shard of %d bytes takes about %d of memory, more than memory_limit (%d)",
                         self.shard_bytes, self.shard_bytes * SHARD_SHARE, self.memory_limit)  # fmt: skip
-        there = place(self.output).path
-        if self.work and _overlap(self.worked.location.path, there):
-            raise ConfigError(f"work: {self.work!r} and the output {self.output!r} lie in one another; move the work away")
-        if self.input == sources.STDLIB:
-            return
-        here = sources.root(self.input).path
-        if _overlap(here, there):
-            raise ConfigError(f"output: {self.output!r} and the input {self.input!r} lie in one another; move the output away")
-        if _overlap(here, self.worked.location.path):
-            raise ConfigError(
-                f"work: {self.worked.location} and the input {self.input!r} lie in one another; name another folder"
-            )
+        self.check_places(self.input, None if self.input == sources.STDLIB else sources.root(self.input).path)
 
     def inputs(self) -> list[InputFile]:
         return sources.without(sources.listing(self.input, bool(self.stages)), self.exclude)
@@ -172,9 +140,8 @@ class TextPipeline(Pipeline):
         return config
 
     def write(self, output: Location, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        flow = Flow(self.worked, self.labels, progress=self._progress)
         source = TextSource(self.input, self.rules)
-        making = Making(flow, source, output, self.tokenizer.model_dump(), self.given, self.stages, self.memory_limit,
+        making = Making(self.flow(), source, output, self.tokenizer.model_dump(), self.given, self.stages, self.memory_limit,
                         self.shard_bytes, self.chunk_tokens)  # fmt: skip
         rows, meta = making.run(inputs)
         self._seconds = making.seconds
@@ -185,35 +152,13 @@ class TextPipeline(Pipeline):
         sample = sampling.choose(inputs, fraction, name)
         if not sample.parts:
             raise ConfigError(f"--sample: a share of {fraction:g} of {len(inputs):,} files holds nothing; give a larger one")
-        flow = Flow(Work(folder.join("work")), self.labels, progress=self._progress)
+        flow = Flow(Work(folder.join("work")), self.labels, progress=self.progress())
         source = sampling.SampledSource(self.input, self.rules, name, sample.records)
         trial = Trial(flow, source, folder.join("out"), self.tokenizer.model_dump(), self.given, self.stages, self.memory_limit,
                       self.shard_bytes, self.chunk_tokens, sample=sample)  # fmt: skip
         return trial.predicted(inputs) | {"name": self.name, "seconds": round(time.monotonic() - start, 2)}
 
-    def watched(self, watch: Watch) -> None:
-        self._watch = watch
-
-    @property
-    def _progress(self) -> Progress:
-        return Progress(self._watch.show) if self._watch else Progress()
-
-    def begin_anew(self) -> None:
-        self.worked.clear()
-
     def finish(self, made: Manifest) -> None:
-        if self.stages:
-            by = {
-                "input": sources.absolute(self.input),
-                "rules": asdict(self.rules),
-                "stages": [stage.entry() for stage in self.stages],
-            }
-            for name, facts in ((reasons.SECONDS, self._seconds), (reasons.PIPELINE, by)):
-                made.location.join(kept_path(made.digest, name)).write(json.dumps(facts).encode())
-        if not self.keep_work:
-            self.worked.clear()
-
-
-def _overlap(a: str, b: str) -> bool:
-    """Tells whether one of two folders lies in the other."""
-    return f"{a}/".startswith(f"{b}/") or f"{b}/".startswith(f"{a}/")
+        stages = [stage.entry() for stage in self.stages]
+        by = {"input": sources.absolute(self.input), "rules": asdict(self.rules), "stages": stages}
+        self.conclude(made, {reasons.PIPELINE: by})

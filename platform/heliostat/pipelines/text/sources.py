@@ -165,20 +165,25 @@ def parquet_values(file: pq.ParquetFile, column: str, others: tuple[str, ...], l
             row += len(batch)
 
 
-def parquet_rows(data: bytes, large: str, columns: list[str], limit: int) -> Iterator[dict[str, Any]]:
-    """Yields a Parquet file's rows, unpacking some at a time; a column that is missing is left out.
+def parquet_rows(source: pa.NativeFile, large: str, columns: list[str], limit: int,
+                 part: Part) -> Iterator[tuple[int, dict[str, Any]]]:  # fmt: skip
+    """Yields (number from 1, values) of a Parquet file's rows, unpacking some at a time; a column that is missing is left out.
 
-    `large` is the column of large values, whose dictionary stays one. LeftOutError before a row group is unpacked whose size in
-    the footer is more than `limit` bytes.
+    `large` is the column of large values, whose dictionary stays one. Of a part of the file, the row groups that begin in it.
+    LeftOutError before a row group is unpacked whose size in the footer is more than `limit` bytes.
     """
-    schema = pq.read_metadata(pa.BufferReader(data)).schema
+    footer = pq.read_metadata(source)
+    schema = footer.schema
     leaves = [path for i in range(len(schema)) if (path := schema.column(i).path) in (large, f"{large}.bytes")]
-    file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True, read_dictionary=leaves)
+    file = pq.ParquetFile(source, metadata=footer, page_checksum_verification=True, read_dictionary=leaves, pre_buffer=False)
     columns = [c for c in columns if c in file.schema_arrow.names]
-    for group in _groups(file, columns, limit):
+    firsts = np.cumsum([1, *(footer.row_group(g).num_rows for g in range(footer.num_row_groups))])
+    for group in _groups(file, columns, limit, part):
+        number = int(firsts[group])
         for batch in file.iter_batches(64, row_groups=[group], columns=columns):
             for row in range(len(batch)):
-                yield {name: batch.column(i)[row].as_py() for i, name in enumerate(batch.schema.names)}
+                yield number + row, {name: batch.column(i)[row].as_py() for i, name in enumerate(batch.schema.names)}
+            number += len(batch)
 
 
 def _groups(file: pq.ParquetFile, columns: list[str], limit: int, part: Part | None = None) -> Iterator[int]:

@@ -29,7 +29,6 @@ from heliostat.pipelines.text import documents, sources, tokens
 from heliostat.storage import Location
 
 PREFIXES = 1 << 16  # the hash's first 16 bits, in which the tokenizer's sample is measured
-OF_READING = pa.array([segment.READ, segment.FINISH])
 ARCHIVES = (".warc", ".wet", ".wat")
 LISTED = pa.schema([("id", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
 
@@ -249,9 +248,10 @@ def _end(row: dict[str, Any], stage: str, reason: str, detail: str) -> dict[str,
 # what was left out -----------------------------------------------------------------------------------------------------
 
 
-def list_left_out(folder: Location, names: list[str], output: str) -> dict[str, Any]:
-    """Writes the list of what reading left out: id, reason and detail, sorted by reason and id."""
-    tables = [t.filter(pc.is_in(t["stage"], OF_READING)).select(LISTED.names) for name in names for t in spill.read(folder, name)]
+def list_left_out(folder: Location, names: list[str], output: str, also: list[str] | None = None) -> dict[str, Any]:
+    """Writes the list of what reading, and `also` some stages, left out: id, reason and detail, sorted by reason and id."""
+    told = pa.array([segment.READ, segment.FINISH, *(also or [])])
+    tables = [t.filter(pc.is_in(t["stage"], told)).select(LISTED.names) for name in names for t in spill.read(folder, name)]
     table = pa.concat_tables(tables).sort_by([("reason", "ascending"), ("id", "ascending")])
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")

@@ -28,6 +28,8 @@ def find(made: Manifest, id: str | None = None, url: str | None = None, text: by
         found, what = reasons.with_column(made, "url", url), f"--url: {url!r}: no document has this url"
     else:
         assert text is not None
+        if made.kind != "tokens":
+            raise ConfigError("--text: the dataset holds images; find one by --id or --url")
         hashes, fate = _hashes(made, text)
         found = [row for digest in hashes for row in reasons.kept_as(made, digest)]
         what = f"--text: no document has this text, as it is or behind the stages{fate}"
@@ -66,7 +68,8 @@ def trace(made: Manifest, end: dict[str, Any]) -> dict[str, Any]:
     except HeliostatError as e:
         notes.append(str(e))
     if not steps:
-        notes.append("the input is not there as it was: what stages that kept the document did to it is not known")
+        if made.kind == "tokens":
+            notes.append("the input is not there as it was: what stages that kept the document did to it is not known")
         steps = _recorded(funnel, end)
     for step in steps:
         step |= {"what": _meaning(funnel, step), "thresholds": funnel.get(step["stage"], {}).get("thresholds", {})}
@@ -76,6 +79,7 @@ def trace(made: Manifest, end: dict[str, Any]) -> dict[str, Any]:
     held = places.pieces(made, path, last["id"]) if path else []
     return {
         "id": end["id"],
+        "images": made.kind != "tokens",
         "columns": end["columns"],
         "read": replay.origin(end["id"]),
         "stages": steps,

@@ -115,9 +115,9 @@ def _summary(told: Told) -> str:
     facts = {
         "documents read": f"{first['documents']:,}",
         "documents kept": f"{last['kept']:,} ({_share(last['kept'], first['documents'])})",
-        "text read": _bytes(first["bytes"]),
-        "text kept": f"{_bytes(last['kept_bytes'])} ({_share(last['kept_bytes'], first['bytes'])})",
-        "tokens": f"{last['counts']['tokens']:,}",
+        "bytes read": _bytes(first["bytes"]),
+        "bytes kept": f"{_bytes(last['kept_bytes'])} ({_share(last['kept_bytes'], first['bytes'])})",
+        **({"tokens": f"{last['counts']['tokens']:,}"} if "tokens" in last["counts"] else {}),
         "shards": f"{told['shards']:,}",
     }
     if told["seconds"]:
@@ -151,7 +151,7 @@ def _funnel(told: Told) -> str:
                 f"{left:,} ({_share(left, total)})",
             )
         )
-    head = ["stage", "came", "kept", "dropped", "of those that came", "text", "CPU seconds", "MB/s a core", "price"]
+    head = ["stage", "came", "kept", "dropped", "of those that came", "bytes", "CPU seconds", "MB/s a core", "price"]
     return svg.bars("documents that are left", [(_plain(n), s, t) for n, s, t in shown]) + table(head, rows)
 
 

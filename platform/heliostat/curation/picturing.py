@@ -1,0 +1,49 @@
+"""Opens the images that stages look at."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from typing import Any
+
+from heliostat.curation.stage import Document, Picture
+from heliostat.errors import ConfigError
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+
+
+def picture_of(document: Document) -> Picture:
+    """Returns a document's image; ConfigError if it is none."""
+    if document.picture is None:
+        raise ConfigError(f"stages: {document.id} is no image; this stage is for image pipelines")
+    return document.picture
+
+
+def fault(error: Exception) -> str:
+    """Formats what is wrong with an image, the same in every process: Pillow's errors may name places in memory."""
+    return re.sub(r" at 0x[0-9a-f]+", "", f"{type(error).__name__}: {error}")[:200]
+
+
+def opened(data: bytes) -> Any:
+    """Opens an image, of which only the header has been read; raises Pillow's own errors for bytes that are none, or too many."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+def upright(data: bytes) -> Any:
+    """Decodes an image, turned as its EXIF says, on white where it is transparent; raises as `opened`."""
+    from PIL import Image, ImageOps
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        found = Image.open(io.BytesIO(data), formats=FORMATS)
+        found.load()
+    image: Image.Image = ImageOps.exif_transpose(found)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image

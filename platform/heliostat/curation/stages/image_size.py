@@ -1,0 +1,64 @@
+"""Drops images by their size: sides, pixels, and how much longer one side is than the other.
+
+LAION-5B (Schuhmann et al. 2022, arXiv 2210.08402) has pairs of images of all sizes, and subsets of those with sides of 1,024
+pixels or more; DataComp (Gadre et al. 2023, arXiv 2304.14108) drops images whose smaller side is below 200 or whose aspect is
+above 3, the defaults. Only the header of an image is read, so this stage stands best before all that look at pixels, and must
+stand before those that compare images or run on GPUs: behind them images have the size that they are stored in.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from heliostat import extras
+from heliostat.config.schema import Float
+from heliostat.curation.filtering import first_failed
+from heliostat.curation.picturing import fault, opened, picture_of
+from heliostat.curation.stage import Document, Outcome, Stage, Work
+
+
+class ImageSize(Stage):
+    """Drops images by their size (Gadre et al. 2023)."""
+
+    of_images: ClassVar[bool] = True
+    reasons: ClassVar[dict[str, str]] = {
+        "undecodable": "bytes that are no PNG, JPEG or WebP",
+        "small": "a side of fewer pixels than min_side",
+        "large": "more pixels than max_pixels",
+        "aspect": "a side longer than max_aspect times the other",
+    }
+    thresholds: ClassVar[dict[str, tuple[str, ...]]] = {
+        "side": ("min_side",),
+        "pixels": ("max_pixels",),
+        "aspect": ("max_aspect",),
+    }
+
+    min_side: int = Field(200, ge=1)
+    """The least pixels of the smaller side (`small`)."""
+    max_pixels: int | None = Field(None, ge=1)
+    """The most pixels, width times height (`large`). Unset: no limit but Pillow's, of 89,478,485."""
+    max_aspect: Float = Field(3.0, ge=1)
+    """The most that the longer side may be, in shorter ones (`aspect`)."""
+
+    def check(self) -> None:
+        extras.require("images", "PIL", what="stage image_size")
+
+    def open(self) -> Work:
+        self.check()
+        return lambda documents: [self._outcome(d) for d in documents]
+
+    def _outcome(self, document: Document) -> Outcome:
+        picture = picture_of(document)
+        try:
+            width, height = opened(picture.data).size
+        except Exception as e:  # noqa: BLE001 (Pillow's decoders raise errors of every kind for bad bytes)
+            return Outcome(None, "undecodable", fault(e))
+        m = {"side": min(width, height), "pixels": width * height, "aspect": max(width, height) / max(1, min(width, height))}
+        reason = first_failed(
+            (m["side"] < self.min_side, "small"),
+            (self.max_pixels is not None and m["pixels"] > self.max_pixels, "large"),
+            (m["aspect"] > self.max_aspect, "aspect"),
+        )
+        return Outcome(None if reason else document, reason, f"{width}x{height}" if reason else "", m)

@@ -1,0 +1,205 @@
+"""Makes an image dataset: reads and curates, trains the tokenizer, deals images to shards, and sums it all for the manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate
+from typing import Any
+
+from heliostat.curation import pieces, segment, tally
+from heliostat.curation.engine import Curated, Engine
+from heliostat.curation.explaining import explain
+from heliostat.curation.flow import Flow, Task
+from heliostat.curation.pieces import Part
+from heliostat.curation.segment import EXAMPLES, Run
+from heliostat.curation.stage import Stage
+from heliostat.curation.work import key
+from heliostat.data import versions
+from heliostat.data.manifest import FILES
+from heliostat.pipelines.images import pictures, tasks
+from heliostat.pipelines.images import sources as image_sources
+from heliostat.pipelines.images.fetching import REASONS
+from heliostat.pipelines.images.latents import EMPTY, Latents
+from heliostat.pipelines.images.tasks import END, ImageSource, Shards
+from heliostat.pipelines.prepare import InputFile
+from heliostat.pipelines.text import sources, tokens
+from heliostat.pipelines.text.tasks import list_left_out
+from heliostat.pipelines.web import lists
+from heliostat.storage import Location
+
+log = logging.getLogger(__name__)
+
+SHARD_SHARE = 4  # a shard's task holds its images, sorted, and its file
+
+
+@dataclass
+class Making:
+    """Makes the dataset of one pipeline; the fields are its keys."""
+
+    flow: Flow
+    source: ImageSource
+    output: Location
+    stages: list[Stage]
+    last: Stage | None
+    """Finds duplicates behind the stages; what it leaves out is told as reading's is."""
+    memory_limit: int
+    shard_images: int
+    chunk_images: int
+    channels: int
+    buckets: bool
+    tokenizer: int | None
+    """The size of its vocabulary, None without one."""
+    latents: Latents | None
+    seconds: dict[str, float] = field(default_factory=dict)
+    """CPU seconds of each stage, afterwards."""
+
+    @property
+    def all_stages(self) -> list[Stage]:
+        return [*self.stages, *([self.last] if self.last else [])]
+
+    def run(self, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Writes everything but the manifest, and returns its rows and metadata."""
+        read = self.source
+        identity = [read.input, asdict(read.columns), asdict(read.rules), asdict(read.limits)]
+        identity += [read.fetching.config.identity()] if read.fetching else []
+        engine = Engine(self.flow, read, identity, self.memory_limit)
+        curated = engine.curate(self._pieces(inputs), self.all_stages, bool(self.stages))
+        counts, labels = self._counted(curated.runs)
+        dropped = self._dropped(curated)
+        meta = {"kind": "rows", "dropped": dropped, "documents": sum(counts.values()), "channels": self.channels}
+        if any(": " not in reason for reason in dropped):  # not of stages alone
+            meta["listed"] = self._listed(curated)
+        if not counts:
+            return [], meta
+        told: dict[str, Any] = {"content": "latents" if self.latents else "images"}
+        folders = [self.output, *(self.output.join(bucket) for bucket in counts if self.buckets)]
+        if self.latents:
+            told |= self._empty_caption(self.latents, folders)
+        written = list(self._shards(curated, counts))
+        sizes: dict[str, Any] = {bucket: {"size": [int(n) for n in bucket.split("x")]} for bucket in counts}
+        told |= {"parts": sizes} if self.buckets else next(iter(sizes.values()))
+        if self.tokenizer:
+            made = self._tokenizer(curated.runs, self.tokenizer)
+            told |= {**made, "files": {**told.get("files", {}), **made["files"]}}
+        if 0 < len(labels) <= tasks.CLASSES:
+            told["classes"] = labels
+        if self.stages:
+            told |= self._explained(curated, written)
+        return [chunk for shard in written for chunk in shard["chunks"]], {**meta, **told}
+
+    def _pieces(self, inputs: list[InputFile]) -> Iterator[list[Part]]:
+        """Spills the read tasks one by one, so that the driver holds none of what metadata files list."""
+        self.flow.work.begin(pieces.size(sum(f.bytes for f in inputs)))
+        sizes = {f.path: f.bytes for f in inputs}
+        for task in self._tasks(inputs):
+            paths = [part["path"] for part in task.get("parts", [])] or [e["path"] for e in task.get("entries", [])]
+            yield [Part(segment.store(self.flow.work.spill, task), sum(sizes.get(path, 0) for path in paths), 0)]
+
+    def _tasks(self, inputs: list[InputFile]) -> Iterator[dict[str, Any]]:
+        read = self.source
+        if read.fetching is None:
+            return image_sources.tasks(read.input, inputs, read.columns, read.limits.file)
+        wanted = [c for c in (read.columns.caption, read.columns.label, *read.columns.others) if c]
+        return lists.plan(self.flow, read.input, inputs, read.fetching.config.column, wanted, read.limits.file)
+
+    def _counted(self, runs: list[Run]) -> tuple[dict[str, int], list[str]]:
+        """Counts the images of each bucket, and lists the labels, as far as a manifest would."""
+        work = (Task(key("count", run.name, run.decided), {"run": run}) for run in runs)
+        counts, labels = Counter[str](), set[str]()
+        for _, record in self.flow.run("count", tasks.count, work):
+            counts.update(record["buckets"])
+            if len(labels) <= tasks.CLASSES:
+                labels.update(record["labels"])
+        return dict(sorted(counts.items())), sorted(labels)
+
+    def _dropped(self, curated: Curated) -> dict[str, int]:
+        """Counts what was left out by reason, and logs each with examples."""
+        told = (
+            pictures.REASONS
+            | REASONS
+            | {f"{tally.label(i, s)}: {r}": f"{s.named()}: {w}" for i, s in enumerate(self.stages) for r, w in s.reasons.items()}
+        )
+        found, examples = Counter[str](), dict[str, list[str]]()
+        for reason, number in curated.reasons.items():
+            plain = reason.removeprefix(f"{self._last}: ")
+            found[plain] += number
+            examples[plain] = heapq.nsmallest(EXAMPLES, [*examples.get(plain, []), *curated.examples[reason]])
+        for reason in sorted(found):
+            log.warning("dropped %d: %s, such as %s", found[reason], told.get(reason, reason), sources.examples(examples[reason]))
+        return dict(sorted(found.items()))
+
+    @property
+    def _last(self) -> str:
+        return tally.label(len(self.stages), self.last) if self.last else ""
+
+    def _listed(self, curated: Curated) -> str:
+        arguments = {"names": curated.left_out, "output": self.output.uri, "also": [self._last] if self.last else []}
+        work = iter([Task(key("listed", arguments), arguments)])
+        (record,) = self.flow.all("listed", list_left_out, work, valid=lambda r: self.output.join(r["listed"]).exists())
+        return record["listed"]
+
+    def _empty_caption(self, latents: Latents, folders: list[Location]) -> dict[str, Any]:
+        meta: dict[str, Any] = {"models": latents.models()}
+        if latents.text_encoder:
+            config = latents.model_dump()
+            work = iter([Task(key("empty", latents.identity()), {"latents": config})])
+            (record,) = self.flow.all("empty-caption", tasks.encode_nothing, work)
+            data = self.flow.work.spill.join(record["name"]).read()
+            (path,) = {versions.store(folder, f"{FILES}/empty_caption-", data, ".bin") for folder in folders}
+            meta |= {"files": {EMPTY: path}, "text": record["shape"]}
+        return meta
+
+    def _shards(self, curated: Curated, counts: dict[str, int]) -> Iterator[dict[str, Any]]:
+        """Deals the runs' images to the shards of their buckets, and writes those."""
+        numbers = {bucket: max(1, round(count / self.shard_images)) for bucket, count in counts.items()}
+        firsts = accumulate(numbers.values(), initial=0)
+        shards: Shards = {bucket: (first, numbers[bucket]) for bucket, first in zip(numbers, firsts, strict=False)}
+        total = sum(numbers.values())
+        if curated.bytes * SHARD_SHARE > self.memory_limit * total:
+            log.warning("shard_images: a shard of %d bytes takes about %d of memory, more than memory_limit (%d)",
+                        curated.bytes // total, curated.bytes * SHARD_SHARE // total, self.memory_limit)  # fmt: skip
+        latents = self.latents.model_dump() if self.latents else None
+        follows = self.latents.identity() if self.latents else None
+        dealing = (Task(key("deal", run.name, run.decided, shards, follows),
+                        {"run": run, "shards": shards, "latents": latents}, bytes=run.bytes) for run in curated.runs)  # fmt: skip
+        actors = {"actors": self.latents.workers, "gpus": self.latents.gpus} if self.latents else {}
+        names = [record["dealt"] for record in self.flow.all("deal", tasks.deal, dealing, **actors)]
+        told = {"chunk_images": self.chunk_images, "output": self.output.uri, "explained": bool(self.stages)}
+        shared, base = {"names": self.flow.share(names)}, key("shards", names, told)
+        work = (Task(key(base, first + i), {"number": first + i, "prefix": tasks.folder_of(bucket, i, self.buckets), **told},
+                     shared, curated.bytes // total)
+                for bucket, (first, number) in shards.items() for i in range(number))  # fmt: skip
+        there = dict(self.output.files())
+        yield from self.flow.all("shards", tasks.write_shard, work, valid=lambda r: there.get(r["path"], 0) == r["file_bytes"])
+
+    def _tokenizer(self, runs: list[Run], vocab_size: int) -> dict[str, Any]:
+        follows = [[run.name, run.decided] for run in runs]
+        train = Task(key("captions", follows, vocab_size), {"vocab_size": vocab_size}, {"runs": self.flow.share(runs)})
+        (record,) = self.flow.all("tokenizer", tasks.train, iter([train]))
+        definition = segment.load(self.flow.work.spill, record["definition"])
+        folders = [self.output, *(self.output.join(f"{w}x{h}") for w, h in self.source.rules.sizes if self.buckets)]
+        (path,) = {versions.store(folder, f"{FILES}/tokenizer-", definition.encode(), ".json") for folder in folders}
+        return {
+            "files": {"tokenizer.json": path},
+            "tokenizer": hashlib.sha256(definition.encode()).hexdigest(),
+            "vocab_size": tokens.load(definition).get_vocab_size(),
+            "end_of_document": tokens.end_id(tokens.load(definition), END),
+        }
+
+    def _explained(self, curated: Curated, written: list[dict[str, Any]]) -> dict[str, Any]:
+        """Writes the funnel and what became of each image; returns what the manifest says of them."""
+        images = sum(shard["images"] for shard in written)
+        part = {"documents": images, "kept": images, "bytes": curated.bytes, "kept_bytes": curated.bytes}
+        ends = sorted([*curated.left_out, *(name for shard in written for name in shard["ends"])])
+        rows = images + sum(curated.reasons.values())
+        columns = list(self.source.columns.others)
+        made = explain(
+            self.flow, self.all_stages, curated.tallies, part, ends, rows, columns, self.output, pictures.REASONS | REASONS
+        )
+        self.seconds = made.seconds
+        return made.meta

@@ -1,0 +1,51 @@
+"""Removes the folders of dry runs that were killed."""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import time
+
+import pyarrow.fs as pafs
+
+from heliostat.errors import StorageError
+from heliostat.storage import Location
+
+log = logging.getLogger(__name__)
+
+SAMPLE = re.compile(r"\.sample-[0-9a-f]{8}")
+OLD_S = 86_400.0  # since anything in a folder was written: until then, it may be at work, on whatever machine
+
+
+def sample_folder(output: Location) -> Location:
+    """Returns a folder for a dry run, beside the output."""
+    return output.ending(f".sample-{secrets.token_hex(4)}")
+
+
+def remove_old_samples(output: Location, now: float | None = None) -> list[str]:
+    """Removes the folders of dry runs beside the output in which nothing was written for a day; returns their names."""
+    base, mark, query = output.uri.partition("?") if output.is_s3 else (output.uri, "", "")
+    place, _, name = base.rstrip("/").rpartition("/")
+    if output.is_s3 and place == "s3:/":  # a bucket has none beside it
+        return []
+    beside, gone = Location((place or ("/" if base.startswith("/") else ".")) + mark + query), list[str]()
+    for folder in beside.folders():
+        if folder.startswith(name) and SAMPLE.fullmatch(folder[len(name) :]):
+            there = beside.join(folder)
+            if (time.time() if now is None else now) - _written(there) >= OLD_S:
+                there.delete()
+                gone.append(folder)
+    if gone:
+        log.info("%s: removed what killed dry runs have left: %s", beside, ", ".join(gone))
+    return gone
+
+
+def _written(folder: Location) -> float:
+    """Returns when something in the folder was last written, in seconds since 1970; now, if that is not known."""
+    selector = pafs.FileSelector(folder.path, recursive=True, allow_not_found=True)
+    try:
+        found = folder.attempt(lambda: [folder.fs.get_file_info(folder.path), *folder.fs.get_file_info(selector)])
+    except (FileNotFoundError, StorageError):
+        return time.time()
+    return max((i.mtime_ns / 1e9 for i in found if i.mtime_ns), default=time.time())

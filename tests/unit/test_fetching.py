@@ -1,0 +1,282 @@
+"""Images from lists of URLs, fetched from a server on loopback: bounds, addresses, robots.txt, pace, retries, and going on."""
+
+import itertools
+import json
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from heliostat.curation import reasons
+from heliostat.errors import ConfigError, DataError
+from heliostat.pipelines.web import client, lists
+from heliostat.pipelines.web.client import Bounds, FetchError
+from heliostat.pipelines.web.polite import Fetcher
+
+from tests.unit.build_curation import KilledError
+from tests.unit.build_images import Here, image, prepared
+
+HERE = Bounds(1 << 20, 5.0, private=True)
+
+
+class Server(ThreadingHTTPServer):
+    """Serves what a test says: by path, a body, or a function that answers."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.pages: dict[str, Any] = {}
+        self.asked: list[tuple[str, float]] = []
+        self.agents: set[str | None] = set()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Says nothing: clients break off."""
+
+    def url(self, path: str, host: str = "localhost") -> str:
+        return f"http://{host}:{self.server_address[1]}{path}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        path = urlsplit(self.path).path
+        self.server.asked.append((path, time.monotonic()))
+        self.server.agents.add(self.headers["User-Agent"])
+        page = self.server.pages.get(path)
+        if callable(page):
+            page(self)
+        elif page is None:
+            self.send_error(404)
+        else:
+            self.answer(page)
+
+    def answer(self, body: bytes, status: int = 200, **headers: str) -> None:
+        self.send_response(status)
+        headers = {"Content-Length": str(len(body))} | {name.replace("_", "-"): value for name, value in headers.items()}
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments: Any) -> None:
+        """Says nothing."""
+
+
+@pytest.fixture
+def server():
+    made = Server()
+    thread = threading.Thread(target=made.serve_forever, args=(0.05,))
+    thread.start()
+    yield made
+    made.shutdown()
+    thread.join()
+    made.server_close()
+
+
+def fault(url: str, bounds: Bounds = HERE) -> FetchError:
+    with pytest.raises(FetchError) as e:
+        client.get(url, bounds)
+    return e.value
+
+
+def drip(handler: Handler) -> None:
+    """Answers a byte at a time, without end."""
+    handler.send_response(200)
+    handler.end_headers()
+    for _ in range(200):
+        handler.wfile.write(b"x")
+        handler.wfile.flush()
+        time.sleep(0.05)
+
+
+def test_a_body_is_got_within_its_bounds(server):
+    server.pages |= {
+        "/good": b"body", "/a%20b": b"quoted", "/hop": lambda h: h.answer(b"", 302, Location="/good?x=1"),
+        "/loop": lambda h: h.answer(b"", 301, Location="/loop"), "/lies": lambda h: h.answer(b"short", Content_Length="9"),
+        "/chunks": lambda h: h.answer(b"4\r\nbody\r\n0\r\n\r\n", Transfer_Encoding="chunked"), "/drip": drip,
+        "/huge": lambda h: h.answer(b"x" * 100, Content_Length=str(1 << 40)), "/more": lambda h: h.answer(b"x" * 2000),
+        "/out": lambda h: h.answer(b"", 302, Location="file:///etc/passwd"),
+    }  # fmt: skip
+    assert client.get(server.url("/good"), HERE) == client.get(server.url("/hop"), HERE) == b"body"
+    assert client.get(server.url("/a b"), HERE) == client.get(server.url("/a%20b"), HERE) == b"quoted"
+    assert fault(server.url("/none")).reason == "refused" and not fault(server.url("/none")).again
+    assert fault(server.url("/loop")).detail == "more than 5 redirects"
+    assert fault(server.url("/lies")).reason == "unreachable" and fault(server.url("/lies")).again
+    assert fault(server.url("/huge")).reason == "too_large"
+    assert fault(server.url("/more"), Bounds(1000, 5.0, True)).reason == "too_large"
+    assert fault(server.url("/out")).reason == "bad_url"
+    start = time.monotonic()
+    assert fault(server.url("/drip"), Bounds(1 << 20, 0.5, True)).reason == "unreachable"
+    assert time.monotonic() - start < 3
+
+
+@pytest.mark.parametrize("url", ["", "x", "ftp://a/b", "http://", "http://user:secret@a/", "http://[::1", "http://a:99999/"])
+def test_what_is_no_url_of_the_web_is_not_asked(url):
+    assert fault(url).reason == "bad_url"
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["127.0.0.1", "10.1.2.3", "192.168.0.1", "172.16.9.9", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1", "::1",
+     "fe80::1%eth0", "fc00::1", "::ffff:127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "::"],
+)  # fmt: skip
+def test_addresses_that_are_not_public_are_known(address):
+    assert not client.public(address)
+
+
+def test_public_addresses_are_known():
+    assert all(client.public(a) for a in ("8.8.8.8", "2606:4700:4700::1111", "64:ff9b::808:808"))
+
+
+def test_a_private_address_is_not_asked_by_any_way(server):
+    """By its number, by a name, in another spelling, by a redirect: the server hears nothing."""
+    port = server.server_address[1]
+    for host in ("127.0.0.1", "localhost", "[::1]", "2130706433", "0x7f.1"):
+        found = fault(f"http://{host}:{port}/", Bounds(1000, 5.0))
+        assert found.reason in ("private_address", "unreachable") and (host != "127.0.0.1" or found.reason == "private_address")
+    assert server.asked == []
+
+
+def test_robots_txt_is_followed_and_asked_once(server):
+    server.pages |= {"/robots.txt": b"User-agent: heliostat\nDisallow: /private\n\nUser-agent: *\nDisallow: /\n",
+                     "/open": b"1", "/private/x": b"2"}  # fmt: skip
+    fetch = Fetcher(HERE, 0.0, 0, True)
+    assert fetch(server.url("/open")) == fetch(server.url("/open")) == b"1"
+    with pytest.raises(FetchError, match="robots"):
+        fetch(server.url("/private/x"))
+    with pytest.raises(FetchError, match="robots"):
+        Fetcher(Bounds(1000, 5.0, True, "other"), 0.0, 0, True)(server.url("/open"))
+    assert Fetcher(HERE, 0.0, 0, False)(server.url("/private/x")) == b"2"
+    assert [path for path, _ in server.asked] == ["/robots.txt", "/open", "/open", "/robots.txt", "/private/x"]
+    assert server.agents == {"heliostat", "other"}
+
+
+def test_a_robots_txt_that_cannot_be_had_closes_the_host_and_a_missing_one_does_not(server):
+    server.pages |= {"/robots.txt": lambda h: h.answer(b"", 503), "/open": b"1"}
+    with pytest.raises(FetchError, match="robots"):
+        Fetcher(HERE, 0.0, 0, True)(server.url("/open"))
+    del server.pages["/robots.txt"]
+    assert Fetcher(HERE, 0.0, 0, True)(server.url("/open")) == b"1"
+    server.pages["/robots.txt"] = b"User-agent: *\nCrawl-delay: 900\n"
+    with pytest.raises(FetchError, match="asks for 900 s between requests"):
+        Fetcher(HERE, 0.0, 0, True)(server.url("/open"))
+
+
+@pytest.mark.parametrize(("delay", "pause"), [("1.5", 2.0), ("3", 3.0), ("0", 0.5), (".1", 1.0)])
+def test_a_host_is_asked_no_faster_than_it_wants(server, delay, pause):
+    """From several threads each has a turn of its own; `Crawl-delay` counts where it is longer, rounded up to seconds."""
+    server.pages |= {"/robots.txt": f"User-agent: *\nCrawl-delay: {delay}\n".encode()} | {f"/{i}": b"x" for i in range(5)}
+    slept = list[float]()
+    fetch = Fetcher(HERE, 0.5, 0, True, slept.append, lambda: 0.0)
+    threads = [threading.Thread(target=fetch, args=(server.url(f"/{i}"),)) for i in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(slept) == [pause * turn for turn in range(1, 6)]
+    assert sum(path != "/robots.txt" for path, _ in server.asked) == 5
+
+
+def test_what_is_not_there_just_now_is_asked_for_again(server):
+    tries, slept = Counter[str](), list[float]()
+
+    def busy(handler: Handler) -> None:
+        tries["busy"] += 1
+        handler.answer(b"late" if tries["busy"] == 3 else b"", 200 if tries["busy"] == 3 else 503, Retry_After="7")
+
+    server.pages |= {"/busy": busy, "/later": lambda h: h.answer(b"", 429, Retry_After="9999")}
+    clock = [0.0]
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        clock[0] += seconds
+
+    fetch = Fetcher(HERE, 0.5, 2, False, sleep, lambda: clock[0])
+    assert fetch(server.url("/busy")) == b"late" and len(slept) == 2 and min(slept) >= 6.9
+    with pytest.raises(FetchError, match="HTTP 429"):
+        fetch(server.url("/later"))
+    assert [path for path, _ in server.asked].count("/later") == 1
+
+
+@pytest.mark.parametrize(
+    "counts", [{}, {5: 1}, {1: 1500, 2: 400, 3: 200}, {0: 9000, 1: 1}, dict.fromkeys(range(10), 700), {65535: 2001}]
+)
+def test_groups_of_hosts_make_tasks_that_hold_each_once(counts):
+    found = list(lists.cut(Counter(counts)))
+    held = [sum(n for group, n in counts.items() if low <= group < high) for low, high, _ in found]
+    assert sum(held) == sum(counts.values()) and all(held)
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(found))
+    assert all(number <= lists.URLS * of for number, (_, _, of) in zip(held, found, strict=True))
+    assert all(high - low == 1 for low, high, of in found if of > 1)
+
+
+def make_lists(folder: Path, server: Server, count: int) -> list[dict[str, Any]]:
+    """A list of each kind, with URLs that give images, and some that give none."""
+    folder.mkdir()
+    rows = []
+    for i in range(count):
+        server.pages[f"/{i}.png"] = image(20, 20, seed=i)
+        rows.append({"url": server.url(f"/{i}.png"), "caption": f"image number {i}", "license": "CC0"})
+    rows += [{"url": server.url("/gone"), "caption": "gone"}, {"url": "nonsense", "caption": "x"}, {"url": None, "caption": "y"}]
+    third = len(rows) // 3
+    (folder / "a.jsonl").write_text("\n".join(map(json.dumps, rows[:third])))
+    pq.write_table(pa.Table.from_pylist(rows[third : 2 * third]), folder / "b.parquet")
+    lines = [f"{row['url'] or ''},{row['caption']},{row.get('license', '')}" for row in rows[2 * third :]]
+    (folder / "c.csv").write_text("\n".join(["url,caption,license", *lines]))
+    return rows
+
+
+def keys(folder: Path, output: str = "out", **more: Any) -> dict[str, Any]:
+    return {"name": "x", "input": str(folder / "in"), "output": str(folder / output), "resolution": 16,
+            "columns": {"others": ["url", "license"]}, "stages": [{"stage": "length", "min_chars": 1}],
+            "fetch": {"per_second": 1000, "private": True}, **more}  # fmt: skip
+
+
+def test_images_of_a_list_are_fetched_once_and_told_of(tmp_path, server, monkeypatch):
+    """Killed in the middle, it asks for none again that a finished task has; what cannot be had is told with its URL."""
+    monkeypatch.setattr(lists, "URLS", 7)
+    rows = make_lists(tmp_path / "in", server, 40)
+    killed = 0
+    for most in (6, 8, 100):
+        try:
+            made, flow = prepared(keys(tmp_path), most=most, again=0.0)
+        except KilledError:
+            killed += 1
+    asked = Counter(path for path, _ in server.asked)
+    assert killed == 2 and made.rows == 40 and flow.kept["read"] >= 4
+    assert sum(n - 1 for path, n in asked.items() if path.endswith(".png")) <= killed * 7
+    assert made.meta["dropped"] == {"bad_url": 2, "refused": 1}
+    ends = {row["id"]: row for table in reasons.ends(made) for row in table.to_pylist()}
+    assert len(ends) == len(rows)
+    gone = next(row for row in ends.values() if row["reason"] == "refused")
+    assert gone["detail"] == f"{server.url('/gone')}: HTTP 404"
+    kept = next(row for row in ends.values() if row["reason"] == "kept")
+    assert json.loads(kept["columns"])["license"] == "CC0" and json.loads(kept["columns"])["url"].endswith(".png")
+    assert prepared(keys(tmp_path, "again"), seed=5)[0].digest == made.digest
+
+
+def test_a_list_that_cannot_be_read_or_has_no_urls_is_one_error(tmp_path, server):
+    make_lists(tmp_path / "in", server, 4)
+    with pytest.raises(ConfigError, match=r"has no column 'link' of URLs \(fetch\.column\); its columns: "):
+        prepared(keys(tmp_path, fetch={"column": "link"}))
+    (tmp_path / "in" / "a.jsonl").write_text("{")
+    with pytest.raises(ConfigError, match=r"input: a\.jsonl: cannot be read"):
+        prepared(keys(tmp_path))
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ConfigError, match=r"no file there"):
+        Here.model_validate(keys(tmp_path) | {"input": str(tmp_path / "none")}).inputs()
+
+
+def test_private_addresses_are_refused_unless_they_are_allowed(tmp_path, server):
+    make_lists(tmp_path / "in", server, 3)
+    with pytest.raises(DataError, match=r"nothing is left; dropped: \{'bad_url': 2, 'private_address': 4\}"):
+        prepared(keys(tmp_path, fetch={"per_second": 1000}))
+    assert server.asked == []
