@@ -68,8 +68,8 @@ def main(folder: Path, fault: str, names: list[str]) -> int:
             _hosted(folder, name, fault)
         while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < until:
             time.sleep(0.02)
-        if not ended[0]:
-            os.killpg(child, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)  # of a trial that failed some wait for the others
         if ended[1] or not ended[0]:
             sys.stderr.write(f"{name}: failed, or did not end in time\n")
             return 1
