@@ -71,7 +71,7 @@ def test_a_bomb_takes_bounded_memory_and_is_left_out(tmp_path, name):
     (tmp_path / name).write_bytes(BOMBS[name]())
     assert (tmp_path / name).stat().st_size < 16 * MIB
     limit = (2 if name == "b.jsonl.gz" else 72) * MIB
-    done = bounded.run("read", str(tmp_path), name, str(limit))
+    done = bounded.read(tmp_path, name, limit)
     assert (done.code, done.out) == (0, "too_large"), done.err[-2000:]
 
 
