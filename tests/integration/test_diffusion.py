@@ -116,7 +116,6 @@ def stages(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
     for stage in STAGES:
         raw = yaml.safe_load((Path(folder) / "job.yaml").read_text())
         raw["train"]["zero"], raw["workers"] = {"stage": stage}, {"count": world}
-        raw["train"]["micro_batch"] = 4 if world == 1 else 2
         jobs[stage] = Job.model_validate(raw)
     engines = {stage: _engine(job) for stage, job in jobs.items()}
     for stage, (engine, recipe, ema) in engines.items():
