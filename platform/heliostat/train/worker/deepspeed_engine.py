@@ -41,7 +41,7 @@ def prepare_environment(gpus: float) -> None:
     ):  # which every initialize asks whether an optimizer is one of: 1 s for the compiler that it decorates with
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 
-    numa = importlib.import_module("deepspeed.utils.numa")
+    numa: Any = importlib.import_module("deepspeed.utils.numa")
     if not hasattr(numa.get_numa_cores, "cache_info"):  # on CPU ZeRO-3 asks in each reduction, and each time it runs a program
         numa.get_numa_cores = functools.cache(numa.get_numa_cores)
 
