@@ -9,6 +9,7 @@ steps, as in training.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +152,7 @@ def _save(case: Case, engine: Any, folder: Path, group: Any) -> None:
         (folder / f"{case}.json").write_text(json.dumps(losses))
 
 
-def _load(saved: Case, engine: Any, folder: Path, group: Any) -> dict[str, Any]:
+def _load(saved: Case, engine: Any, folder: Path, group: Any, goes_on: bool) -> dict[str, Any]:
     found = checkpoint.open_checkpoint(Location(str(folder / str(saved))), TRAINED)
     _poison(engine)
     state = zero_state.state(engine, whole=True) | zero_state.frozen(engine, whole=True)
@@ -161,15 +162,22 @@ def _load(saved: Case, engine: Any, folder: Path, group: Any) -> dict[str, Any]:
     expected, got = load_file(folder / f"{saved}.safetensors"), _whole(engine)
     types = {n: (expected[n].dtype, got[n].dtype) for n in expected}
     unequal = [n for n in expected if not torch.equal(expected[n].to(got[n].dtype), got.pop(n))] + sorted(got)
-    unbroken = json.loads((folder / f"{saved}.json").read_text())
     cast = [f"{n}: {a} -> {b}".replace("torch.", "") for n, (a, b) in types.items() if a != b]
-    return {"unequal": unequal[:5], "losses": _play(engine, TRAINED, AFTER), "unbroken": unbroken, "cast": cast, "said": said}
+    told = {"unequal": unequal[:5], "cast": cast, "said": said}
+    if goes_on:
+        told |= {"losses": _play(engine, TRAINED, AFTER), "unbroken": json.loads((folder / f"{saved}.json").read_text())}
+    return told
 
 
 def _paired(saved: Case, loaded: Case) -> bool:
     """All pairs of one precision; of two, every pair of stages, from two workers to three and back."""
     plain = not (saved.offload or loaded.offload) and saved.micros == loaded.micros == 1
     return saved.precision == loaded.precision or (plain and {saved.workers, loaded.workers} == {2, 3})
+
+
+def _goes_on(saved: Case, loaded: Case) -> bool:
+    """A third of the pairs, of each case several: the steps follow from the state, which is compared whole for every pair."""
+    return saved == loaded or (CASES.index(saved) + CASES.index(loaded)) % 3 == 0
 
 
 def pairs(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
@@ -181,7 +189,7 @@ def pairs(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
     for case, engine in engines.items():
         for saved in CASES:
             if _paired(saved, case):
-                told = _load(saved, engine, Path(folder), group)
+                told = _load(saved, engine, Path(folder), group, _goes_on(saved, case))
                 if dist.get_rank() == 0:
                     yield {"saved": str(saved), "loaded": str(case), **told}
 
@@ -206,7 +214,10 @@ def test_any_pair_of_stages_and_worker_counts_holds_the_same_state_bit_by_bit(pr
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 2e-2)])
 def test_the_next_losses_are_those_of_the_unbroken_run(precision, tolerance, matrix) -> None:
     """The weights that the forward pass uses, and the optimizer's step count, are right too."""
-    rows = _of(matrix, precision, precision)
+    rows = [row for row in _of(matrix, precision, precision) if "losses" in row]
+    for way in ("saved", "loaded"):
+        times = Counter(row[way] for row in rows)
+        assert times.keys() == {str(c) for c in CASES if c.precision == precision} and min(times.values()) > 3, times
     for row in rows:
         assert row["losses"] == pytest.approx(row["unbroken"], rel=tolerance), (row["saved"], row["loaded"])
     assert max(len(set(row["losses"])) for row in rows) == AFTER  # it does train on
@@ -218,7 +229,9 @@ def test_a_checkpoint_of_another_precision_holds_the_same_numbers(saved, loaded,
     rows = _of(matrix, saved, loaded)
     assert len(rows) == 2 * 3 * 4
     assert {(row["saved"], row["loaded"]): row["unequal"] for row in rows if row["unequal"]} == {}
-    for row in rows:
+    going_on = [row for row in rows if "losses" in row]
+    assert {len({row[way] for row in going_on}) for way in ("saved", "loaded")} == {3 * 2, 4 * 2}  # all stages, 2 and 3 workers
+    for row in going_on:
         assert row["losses"] == pytest.approx(row["unbroken"], rel=2e-2), (row["saved"], row["loaded"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,22 @@ def test_every_key_that_is_allowed_computes_the_same_and_shards_as_a_checkpoint_
     assert len(told) == sum(len(at) for _, _, at in KEYS) + 3
     assert {row["key"] for row in told} >= set(deepspeed_keys.Zero.model_fields) - {"offload_optimizer", "offload_param"}
     assert [row for row in told if not row["error"] < 1e-6 or row["elements"] != row["wanted"]] == []
+
+
+def reductions(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
+    """The processes that are started in steps of ZeRO-3 behind the first one's."""
+    started: list[Any] = []
+    engine = _engine(Layers, 3, **{"train.precision": "fp32", "train.zero.stage": 3})
+    _train(engine, 3, 1)
+    popen = subprocess.Popen.__init__
+    subprocess.Popen.__init__ = lambda self, *given, **named: (started.append(given), popen(self, *given, **named))[1]
+    _train(engine, 3, 2)
+    yield {"started": len(started)}
+
+
+def test_no_step_starts_a_process() -> None:
+    """DeepSpeed asks in each reduction of ZeRO-3 how many devices there are, and on CPUs it ran `numactl` for that."""
+    assert [row["started"] for row in ranks.run(f"{__name__}:reductions", (2,))] == [0, 0]
 
 
 # fp16: the loss scale ------------------------------------------------------------------------------------------------

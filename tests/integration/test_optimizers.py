@@ -40,7 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-EVERY_PAIR = ("lion", "schedule_free", "muon")  # of the others a layout loads its own and one more
+EVERY_PAIR = ("schedule_free", "muon")  # of the others, whose moments are as AdamW's, a layout loads its own and one more
 
 
 class Layout(NamedTuple):

@@ -118,11 +118,11 @@ def _go_on(saved: Case, player: play.Player, folder: Path) -> dict[str, Any]:
 
 
 def _others(case: Case) -> list[Case]:
-    """What a case goes on from: two other layouts, at another stage."""
+    """What a case goes on from: another layout, at another stage; each layout is loaded by one other."""
     if case.extra:
         return []
     at = LAYOUTS.index((case.workers, case.sequence))
-    return [Case(3 - case.stage, *LAYOUTS[(at + further) % len(LAYOUTS)]) for further in (1, 2)]
+    return [Case(3 - case.stage, *LAYOUTS[(at + 1) % len(LAYOUTS)])]
 
 
 def layouts(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:

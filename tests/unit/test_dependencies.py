@@ -82,10 +82,12 @@ def modules(*names: str) -> set[str]:
 @cache
 def imports(path: Path) -> list[tuple[str, bool]]:
     """The top packages from elsewhere that a file imports, and whether at module level."""
-    tree, found = ast.parse(path.read_text()), []
-    typed = {n for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
-             for n in ast.walk(node)}  # fmt: skip
-    for node in ast.walk(tree):
+    text = path.read_text()
+    tree, found = ast.parse(text), []
+    nodes = list(ast.walk(tree))
+    typed = {n for node in nodes if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+             for n in ast.walk(node)} if "TYPE_CHECKING" in text else set()  # fmt: skip
+    for node in nodes:
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and not node.level:
             names = [str(node.module)]

@@ -5,7 +5,6 @@ import io
 import json
 import logging
 import os
-import subprocess
 import sys
 import tarfile
 from collections import Counter
@@ -26,28 +25,10 @@ from heliostat.pipelines.text.documents import Document, Rules
 from heliostat.storage import Location
 from heliostat.text import printable
 
+from tests.unit import bounded
 from tests.unit.build_images import image
 
 MIB = 1 << 20
-ROOT = Path(__file__).parents[2]
-READ = """
-import resource, sys
-from heliostat.storage import Location
-from heliostat.pipelines.images import sources
-from heliostat.pipelines.text import documents, tasks
-def used():
-    return int(open('/proc/self/statm').read().split()[0]) * 4096
-resource.setrlimit(resource.RLIMIT_AS, (used() + (400 << 20),) * 2)
-name = sys.argv[2]
-if name.endswith('.tar') or name.startswith('image'):
-    task = {'kind': 'archives', 'parts': [{'path': name, 'bytes': 0, 'modified': 0}]}
-    found = sources.read(sys.argv[1], task, sources.Columns(), sources.Limits(int(sys.argv[3])))
-else:
-    found = tasks.read_file(Location(sys.argv[1]), name, documents.Rules(max_file_bytes=int(sys.argv[3])))
-for last in found:
-    reason = getattr(last, 'reason', 'kept')
-print(reason)
-"""
 
 
 def sparse(size: int) -> bytes:
@@ -89,9 +70,8 @@ def test_a_bomb_takes_bounded_memory_and_is_left_out(tmp_path, name):
     (tmp_path / name).write_bytes(BOMBS[name]())
     assert (tmp_path / name).stat().st_size < 16 * MIB
     limit = (2 if name == "b.jsonl.gz" else 72) * MIB
-    command = [sys.executable, "-c", READ, str(tmp_path), name, str(limit)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.stdout.strip() == "too_large", done.stderr[-2000:]
+    done = bounded.read(tmp_path, name, limit)
+    assert (done.code, done.out) == (0, "too_large"), done.err[-2000:]
 
 
 def test_a_file_is_read_as_far_as_the_limit(tmp_path):

@@ -1,7 +1,9 @@
 """The order of samples: a pure function of (chunk sizes, weights, seed, step). Properties over many random orders."""
 
 import dataclasses
+import functools
 import itertools
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from heliostat.data.split import Split, growing_runs, hash64, runs, whole
 from heliostat.errors import ConfigError, DataError
 
 SEEDS = range(40)
+EPOCHS = 3
 WEIGHTS = ([1.0], [1.0, 1.0], [0.7, 0.3], [3.0, 2.0, 1.0], [0.05, 0.9, 0.05], [1.0, 1e-2], [0.123, 0.456, 0.421, 2.0])
 
 # (source, epoch, chunk, row)
@@ -47,9 +50,23 @@ def random_order(seed: int, weights: list[float] | None = None) -> Order:
     return Order(splits, [(0, weights)], seed, Shape(lanes * per_lane, lanes, steps_per_block, block * int(rng.integers(1, 8))))
 
 
+@functools.cache
+def located(seed: int) -> tuple[Order, np.ndarray]:
+    """A random order, and the rows of its sequence's beginning: EPOCHS of every source, and 4000 samples at least."""
+    o = random_order(seed)
+    mixture = o.sections[0].mixture
+    periods = int(max(EPOCHS * n / share for n, share in zip(o.epoch_samples, mixture.parts, strict=True)) + 2)
+    return o, rows(o.locate(np.arange(max(4000, periods * mixture.period))))
+
+
 def rows(samples: Samples) -> np.ndarray:
     """(source, epoch, chunk, row) of every sample."""
     return np.stack([samples.source, samples.epoch, samples.chunk, samples.row], axis=1).astype(np.int64)
+
+
+def in_steps(o: Order, steps: Iterable[int]) -> np.ndarray:
+    """The rows of all samples of these steps, in their order."""
+    return rows(o.locate(np.concatenate([np.zeros(0, np.int64), *(o.step(step).ravel() for step in steps)])))
 
 
 def training_rows(split: Split) -> set[tuple[int, int]]:
@@ -64,14 +81,11 @@ def held_rows(split: Split) -> set[tuple[int, int]]:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_every_sample_comes_exactly_once_an_epoch(seed):
     """Each finished epoch of each source is a permutation of its training samples, wherever windows end."""
-    o = random_order(seed)
-    epochs = 3
-    size = int(max(epochs * n / share for n, share in zip(o.epoch_samples, o.sections[0].mixture.parts, strict=True)) + 2)
-    found = rows(o.locate(np.arange(size * o.sections[0].mixture.period)))
+    o, found = located(seed)
     for s, split in enumerate(o.splits):
         mine = found[found[:, 0] == s]
         assert np.all(np.diff(mine[:, 1]) >= 0), "an epoch began before the one before it ended"
-        for epoch in range(epochs):
+        for epoch in range(EPOCHS):
             seen = [tuple(x) for x in mine[mine[:, 1] == epoch][:, 2:].tolist()]
             assert len(seen) == len(set(seen)) == o.epoch_samples[s]
             assert set(seen) == training_rows(split)
@@ -80,8 +94,8 @@ def test_every_sample_comes_exactly_once_an_epoch(seed):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_held_out_samples_never_appear_in_training(seed):
     """Evaluation samples come from the held-out rows, and training never touches those."""
-    o = random_order(seed)
-    trained = {tuple(x) for x in rows(o.locate(np.arange(4000)))[:, [0, 2, 3]].tolist()}
+    o, found = located(seed)
+    trained = {tuple(x) for x in found[:4000, [0, 2, 3]].tolist()}
     held = {(s, c, r) for s, split in enumerate(o.splits) for c, r in held_rows(split)}
     assert not trained & held
     for count in (1, 7, 100, 100_000):
@@ -123,8 +137,7 @@ def test_envelopes_and_steps_both_tile_the_sequence(seed):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_any_subset_is_located_as_in_the_whole(seed):
     """Random access: no position's sample depends on what else is asked for, in which order, or what was asked before."""
-    o, fresh = random_order(seed), random_order(seed)
-    whole = rows(o.locate(np.arange(1500)))
+    fresh, whole = random_order(seed), located(seed)[1]
     rng = np.random.default_rng(seed)
     for size in (1, 2, 50, 700):
         subset = rng.integers(0, 1500, size)
@@ -295,13 +308,10 @@ def test_a_change_of_weights_falls_on_its_step_and_no_sample_is_lost_or_repeated
     o = changing_order(seed)
     first, last = o.sections[0].first_step, last_step(o)
     sections = {s.first_step: s for s in o.sections}
-    current, seen = o.sections[0], [np.zeros((0, 4), np.int64)]
-    for step in range(first, last):
+    every, current = in_steps(o, range(first, last)), o.sections[0]
+    for step, found in zip(range(first, last), every.reshape(-1, o.shape.batch, 4), strict=True):
         current = sections.get(step, current)
-        found = rows(o.locate(o.step(step).ravel()))
         assert set(found[:, 0]) <= set(np.flatnonzero(current.mixture.parts).tolist())
-        seen.append(found)
-    every = np.concatenate(seen)
     assert len(np.unique(every, axis=0)) == len(every)
     taken = np.bincount(every[:, 0], minlength=len(o.splits))
     assert np.array_equal(taken, o.consumed(last) if last != o.runs_out else taken)
@@ -340,5 +350,4 @@ def test_planning_more_never_changes_earlier_steps(seed):
     windows = o.window_of(o.round_of(57).block)
     before = [s for s in range(57) if o.window_of(o.round_of(s).block + shape.lanes - 1) < windows]
     assert len(before) > 40
-    for step in before:
-        assert np.array_equal(rows(o.locate(o.step(step).ravel())), rows(longer.locate(longer.step(step).ravel())))
+    assert np.array_equal(in_steps(o, before), in_steps(longer, before))

@@ -1,6 +1,7 @@
 """Layouts ranked by time within memory, and efficiencies corrected by what a run measured."""
 
 import json
+import time
 from dataclasses import asdict
 
 import pytest
@@ -50,6 +51,12 @@ def test_one_layout_is_shown_of_those_that_differ_in_the_micro_batch_alone(wide)
     """The best of them: at a slower micro-batch, or one that does not fit, it would stand further down."""
     families = [tuple(v for k, v in one["layout"].items() if k != "train.micro_batch") for one in wide["layouts"]]
     assert len(set(families)) == len(families) == 6 + 6 + 2  # stages 1 to 3, with and without checkpointing and offload
+
+
+def test_micro_batches_of_a_huge_batch_are_found_at_once():
+    huge, began = job(**{"train.global_batch": 2**31, "train.micro_batch": 2**31}), time.process_time()
+    assert {layout.micro_batch for layout in layouts.candidates(huge, 1)} == {2**n for n in range(32)}
+    assert time.process_time() - began < 2
 
 
 def test_what_is_printed_to_set_makes_the_job_the_best_layout(wide, tmp_path):

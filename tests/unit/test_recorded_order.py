@@ -66,11 +66,11 @@ def case(seed: int) -> tuple:
 def fingerprint(order: Order) -> str:
     """Where the data runs out, and a digest of every sample of every step and of the held-out ones."""
     last = order.runs_out if order.runs_out is not None else order.sections[-1].first_step + 150
-    h = hashlib.sha256()
-    for step in range(order.sections[0].first_step, last):
-        found = order.locate(order.step(step).ravel())
+    h, steps, batch = hashlib.sha256(), range(order.sections[0].first_step, last), order.shape.batch
+    found = order.locate(np.concatenate([order.step(step).ravel() for step in steps]))
+    for number, step in enumerate(steps):
         for column in (found.source, found.epoch, found.chunk, found.row):
-            h.update(column.astype("<i8").tobytes())
+            h.update(column[number * batch :][:batch].astype("<i8").tobytes())
         h.update(order.consumed(step).astype("<i8").tobytes())
     held = order.held_out(50)
     h.update(np.stack([held.source, held.chunk, held.row]).astype("<i8").tobytes())

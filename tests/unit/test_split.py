@@ -36,6 +36,11 @@ def prepared(folder: Path, documents: int, chunk_tokens: int = 900, shards: int 
     return manifest.write(Location(str(folder)), rows, {"kind": "tokens"})
 
 
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return prepared(tmp_path_factory.mktemp("documents"), 2000)
+
+
 def sides(source: Manifest, length: int, fraction: float, version: int = 2) -> tuple[set[int], set[int]]:
     """(documents that are trained on, held-out documents), from the tokens themselves."""
     plan = DataPlan((str(source.location),), (source.digest,), ((0, (1.0,)),), (None,), length, 5, fraction, Shape(8, 4, 2, 32),
@@ -46,9 +51,8 @@ def sides(source: Manifest, length: int, fraction: float, version: int = 2) -> t
 
 
 @pytest.mark.parametrize("fraction", PARTS)
-def test_no_held_out_token_is_of_a_document_that_is_trained_on(tmp_path, fraction):
+def test_no_held_out_token_is_of_a_document_that_is_trained_on(source, fraction):
     """The two sides share no document; held out are just those whose hash is below the fraction, at any sequence length."""
-    source = prepared(tmp_path, 2000)
     below = {n for n in range(2000) if manifest.place(text_hash(n)) < fraction * manifest.PLACES}
     for length in (16, 64, 256):
         train, held = sides(source, length, fraction)
@@ -66,9 +70,8 @@ def test_the_split_of_version_1_held_out_parts_of_documents_that_were_trained_on
     assert len(held & train) > len(held) / 2
 
 
-def test_what_is_held_out_at_one_length_is_not_trained_on_at_another(tmp_path):
+def test_what_is_held_out_at_one_length_is_not_trained_on_at_another(source):
     """Held out at 16 tokens and 0.05; at 256 tokens, and at every larger fraction, still held out."""
-    source = prepared(tmp_path, 2000)
     _, held = sides(source, 16, 0.05)
     for length, fraction in ((256, 0.05), (64, 0.1), (256, 0.2), (33, 0.07)):
         train, _ = sides(source, length, fraction)

@@ -45,8 +45,9 @@ class Mixture:
         self.period = sum(self.parts)
         self._owed = list(owed or [0] * len(self.parts))
         self._part = np.array(self.parts, dtype=np.int64)
-        self._active = self._part > 0
         self._debt = np.array([round(d * 2 * HALVES / OWED) for d in self._owed], dtype=np.int64)
+        self._parts_of = 2 * HALVES * self.period  # a unit of a source, in what `_by` divides
+        self._begun = np.where(self._part > 0, (self._debt - HALVES) * self.period + self._parts_of - 1, 0)
 
     @property
     def shares(self) -> np.ndarray:
@@ -86,9 +87,8 @@ class Mixture:
     def _by(self, time: int) -> np.ndarray:
         """Counts the units of each source that are due before a time (a whole number of positions)."""
         periods, rest = divmod(time, self.period)
-        inside = (2 * HALVES * rest) * self._part + (self._debt - HALVES) * self.period
-        found = periods * self._part - (-inside // (2 * HALVES * self.period))
-        return np.where(self._active, np.maximum(found, 0), 0)
+        inside = (self._part * (2 * HALVES * rest) + self._begun) // self._parts_of  # rounded up
+        return np.maximum(self._part * periods + inside, 0)
 
     def _before(self, units: int) -> tuple[np.ndarray, int]:
         """Finds the last time before which at most `units` units are due: (units of each source due before it, the time)."""

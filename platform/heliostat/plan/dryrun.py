@@ -117,7 +117,7 @@ def checkpoint_index(job: Job, model: ModelStats, owned: list[list[zero_layout.S
 
 def _tensors(job: Job, model: ModelStats, mine: list[zero_layout.Slice]) -> placement.Tensors:
     return {
-        f"{kind}.{name}": {"dtype": "F32", "shape": [math.prod(model.trained[name])], "runs": [[0, 1, start, numel]]}
+        f"{kind}.{name}": {"dtype": "F32", "shape": [math.prod(model.shapes[name])], "runs": [[0, 1, start, numel]]}
         for name, start, numel in mine
         for kind in kinds(job, name in model.hidden)
     }

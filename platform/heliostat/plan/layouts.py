@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from heliostat.config.spec import Job
+from heliostat.config.worker_counts import divisors
 
 GIB = 1 << 30
 OFFLOADS = {"none": (None, None), "optimizer": ("cpu", None), "optimizer, weights": ("cpu", "cpu")}  # optimizer, param
@@ -61,8 +62,7 @@ def _yaml(value: Any) -> str:
 
 def candidates(job: Job, replicas: int) -> Iterator[Layout]:
     """Lists every layout that the job could have on so many workers, or groups of workers that share samples as the job says."""
-    share = job.train.global_batch // replicas
-    micros = [m for m in range(1, share + 1) if share % m == 0]
+    micros = divisors(job.train.global_batch // replicas)
     for stage in range(0 if job.train.precision == "fp32" else 1, 4):  # stage 0 trains in fp32 alone
         for optimizer, param in OFFLOADS.values() if job.workers.gpus else [(None, None)]:
             if (optimizer and not stage) or (param and stage < 3):

@@ -6,6 +6,7 @@ ZeRO shards optimizer state (stage 1), gradients (2) and parameters (3) over the
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib
 import logging
@@ -39,6 +40,10 @@ def prepare_environment(gpus: float) -> None:
         _without_compiler()
     ):  # which every initialize asks whether an optimizer is one of: 1 s for the compiler that it decorates with
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+
+    numa: Any = importlib.import_module("deepspeed.utils.numa")
+    if not hasattr(numa.get_numa_cores, "cache_info"):  # on CPU ZeRO-3 asks in each reduction, and each time it runs a program
+        numa.get_numa_cores = functools.cache(numa.get_numa_cores)
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # On CPU every initialize compiles a shared-memory all-reduce that training never calls: 27 s, and a crash without g++.

@@ -1,0 +1,46 @@
+"""Reads a file in a process of its own whose memory is bounded: a fork of one that has imported the libraries."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+from pathlib import Path
+
+from heliostat.pipelines.images import sources as image_sources
+from heliostat.pipelines.text import tasks
+from heliostat.pipelines.text.documents import Rules
+from heliostat.storage import Location
+
+from tests.fork_server import Done, ForkServer
+
+MORE = 400 << 20  # bytes that a reader may take beside those that it has
+MODULE = "tests.unit.bounded"
+SERVER = ForkServer((MODULE,), {})
+
+
+def read(folder: Path, name: str, limit: int) -> Done:
+    """Reads a file of a folder with at most MORE memory than the process has; it prints why the last part was left out."""
+    return SERVER.run(f"{MODULE}:forked", [str(folder), name, str(limit)])
+
+
+def forked(arguments: list[str]) -> int:
+    """Does what `read` says in this process."""
+    folder, name, limit = arguments
+    has = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (has + MORE,) * 2)
+    with contextlib.suppress(MemoryError):
+        bytearray(2 * MORE)
+        raise AssertionError("the memory of this process is not bounded")
+    if name.endswith(".tar") or name.startswith("image"):
+        task, limits = (
+            {"kind": "archives", "parts": [{"path": name, "bytes": 0, "modified": 0}]},
+            image_sources.Limits(int(limit)),
+        )
+        found = image_sources.read(folder, task, image_sources.Columns(), limits)
+    else:
+        found = tasks.read_file(Location(folder), name, Rules(max_file_bytes=int(limit)))
+    for last in found:
+        reason = getattr(last, "reason", "kept")
+    os.write(1, reason.encode())
+    return 0
