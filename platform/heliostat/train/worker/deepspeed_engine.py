@@ -92,6 +92,7 @@ def build_engine(job: Job, recipe: Recipe, sequence: SequenceGroup | None = None
     Workers that share samples in a `sequence` group are as any others to it: it shards over all workers, and averages over all.
     """
     import deepspeed
+    from deepspeed.utils import set_z3_leaf_module
 
     config = engine_config(job)
     model = build_model(job, recipe, config)
@@ -102,9 +103,14 @@ def build_engine(job: Job, recipe: Recipe, sequence: SequenceGroup | None = None
         groups = [{**group, "warmup": train.schedule.warmup_steps} for group in groups]
     hidden = {p for group in groups if group.get("orthogonal") for p in group["params"]}  # DeepSpeed takes them out
     moments = {p: settings.kept(p in hidden) for group in groups for p in group["params"]}
+    for block in building.sparse_blocks(model) if train.zero.stage == 3 else ():
+        set_z3_leaf_module(block, True)  # gathered whole: workers that use other experts would wait for each other
+    exact = {name: model.get_buffer(name).float() for name in recipe.exact(model)}
     optimizer = settings.build(groups)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     _engines.add(engine)
+    for name, values in exact.items():
+        building.put_buffer(model, name, values.to(engine.device))
     if sequence:
         sequence.join(recipe, engine.module)
     engine.moments, engine.copies = moments, settings.copies  # which `zero_state` reads
