@@ -49,25 +49,29 @@ def test_layouts_are_ranked_by_time_within_memory_and_each_says_why_it_loses(wid
 def test_one_layout_is_shown_of_those_that_differ_in_the_micro_batch_alone(wide):
     """The best of them: at a slower micro-batch, or one that does not fit, it would stand further down."""
     families = [tuple(v for k, v in one["layout"].items() if k != "train.micro_batch") for one in wide["layouts"]]
-    assert len(set(families)) == len(families) == 3 * (6 + 6 + 2)  # samples of 1, 2 or 4 workers; stages 1 to 3, with and without
-    # checkpointing and offload
+    assert len(set(families)) == len(families) == 6 + 6 + 2  # stages 1 to 3, with and without checkpointing and offload
+
+
+def degrees(**changes) -> list[int]:
+    made = job(**changes)
+    return list(planner.degrees(made, CausalLM(made)))
 
 
 def test_workers_share_samples_where_the_job_and_the_model_let_them():
     """Degrees divide workers, heads and tokens, and leave the global batch whole; none with what cannot be cut."""
-    assert list(planner.degrees(j := job(**{"workers.count": 8}), CausalLM(j))) == [1, 2, 4]  # of 4 heads
-    assert list(planner.degrees(j := job(**{"workers.count": 6, "train.global_batch": 12}), CausalLM(j))) == [1, 2]
-    assert list(planner.degrees(j := job(**{"workers.count": [2, 4]}), CausalLM(j))) == [1, 2]
-    windows = {"model.arch": "mistral", "model.sliding_window": 16}
-    assert list(planner.degrees(j := job(**{"workers.count": 4, **windows}), CausalLM(j))) == [1]
-    assert list(planner.degrees(j := job(**{"workers.count": 4, "train.compile": True}), CausalLM(j))) == [1]
+    assert degrees(**{"workers.count": 8, "train.global_batch": 16}) == [1, 2, 4]  # of 4 heads
+    assert degrees(**{"workers.count": 6, "train.global_batch": 12}) == [1, 2]
+    assert degrees(**{"workers.count": [2, 4]}) == [1, 2]
+    assert degrees(**{"workers.count": 4, "model.arch": "mistral", "model.sliding_window": 16}) == [1]
+    assert degrees(**{"workers.count": 4, "train.compile": True}) == [1]
 
 
 def test_a_shared_sample_takes_less_memory_and_waits_for_what_is_exchanged():
     """Of eight workers each has an eighth of the activations; the same tokens are played, with more that does not hide."""
     j = job(**{"workers.gpus": 1, "workers.count": 8, "train.global_batch": 64, "data.sequence_length": 4096, "model.head_dim": 8,
                "model.num_attention_heads": 32, "model.num_key_value_heads": 8, "model.hidden_size": 256})  # fmt: skip
-    shared = planner.degrees(j, made := CausalLM(j))
+    made = CausalLM(j)
+    shared = planner.degrees(j, made)
     estimates = planner.planners(j, made, None, None, hardware.table(), exchanged=shared)[-1]
     alone, eight = (estimates.candidate(Layout(3, 1, True, False, sequence=n)) for n in (1, 8))
     assert eight["memory"]["activations"] == pytest.approx(alone["memory"]["activations"] / 8, rel=1e-3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ def from_keys(model: dict[str, Any]) -> Any:
         _check_activation(act)
     known = {*kind.__dataclass_fields__, *kind.attribute_map}
     for key in keys:
-        if key not in known:
+        if key not in known and not (key == "head_dim" and _reads_head_dim(arch)):
             near = nearest(key, sorted(known))
             raise ConfigError(f"model.{key}: unknown key for arch {arch!r}{near}")
     try:
@@ -47,6 +49,12 @@ def from_keys(model: dict[str, Any]) -> Any:
             f"model.num_key_value_heads: {groups} does not divide num_attention_heads {heads}; {_divisor(heads, groups)}"
         )
     return config
+
+
+def _reads_head_dim(arch: str) -> bool:
+    """Tells whether an architecture's code takes the width of heads from the configuration, whose class may not list it."""
+    module = importlib.import_module(f"transformers.models.{arch}.modeling_{arch}")
+    return 'getattr(config, "head_dim"' in inspect.getsource(module)
 
 
 def _check_activation(name: str) -> None:

@@ -17,9 +17,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from heliostat import cpu_kernels
 from heliostat.config.spec import Job
+from heliostat.errors import ConfigError
 from heliostat.recipes import building
 from heliostat.recipes.protocol import Recipe
 from heliostat.train.worker import matrix_cut, zero_state
@@ -103,7 +105,12 @@ def build_engine(job: Job, recipe: Recipe, sequence: SequenceGroup | None = None
         groups = [{**group, "warmup": train.schedule.warmup_steps} for group in groups]
     hidden = {p for group in groups if group.get("orthogonal") for p in group["params"]}  # DeepSpeed takes them out
     moments = {p: settings.kept(p in hidden) for group in groups for p in group["params"]}
-    for block in building.sparse_blocks(model) if train.zero.stage == 3 else ():
+    for block in building.sparse_blocks(model):
+        if train.zero.stage in (1, 2) and dist.get_world_size() > 1:
+            raise ConfigError(
+                f"train.zero.stage: {train.zero.stage} reduces no gradients of experts that are modules of their own, of which "
+                "workers use different ones; use 3"
+            )
         set_z3_leaf_module(block, True)  # gathered whole: workers that use other experts would wait for each other
     exact = {name: model.get_buffer(name).float() for name in recipe.exact(model)}
     optimizer = settings.build(groups)
