@@ -123,7 +123,7 @@ class Recipe(ABC):
         """Changes buffers that balance experts, alike on every worker. `routed`: as in `Loss`, of the step's global batch."""
 
     def exact(self, model: torch.nn.Module) -> list[str]:
-        """Names the buffers that stay in fp32 whatever the precision."""
+        """Lists the buffers that stay in fp32 whatever the precision, by names."""
         return []
 
     def companions(self) -> dict[str, Companion]:

@@ -26,7 +26,7 @@ from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, DataError
 from heliostat.recipes.protocol import Batch, CutsSamples, Evaluates, Generates, Loss, Recipe, Request, Serves, Serving
-from heliostat.recipes.text import expert_keys, plain_keys, router_loss
+from heliostat.recipes.text import expert_keys, expert_numbers, plain_keys, router_loss
 
 if TYPE_CHECKING:  # torch and transformers take three seconds, and most jobs are checked without them
     import torch
@@ -55,7 +55,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, Generates, Serves):
         self.balances = self.experts.router_bias_update_rate > 0
         self.plain = plain_keys.read(job.model)
         if self.plain is None:
-            self.routes = bool(expert_keys.number(self.config))
+            self.routes = bool(expert_numbers.number(self.config))
             self.router_weight = (router_loss.coefficient(self.config) or 0.0) if router_loss.wanted(self.config) else None
             return
         self.routes, self.router_weight = False, None

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from heliostat.recipes.text.expert_keys import CHOSEN, EXPERTS
+from heliostat.recipes.text.expert_numbers import CHOSEN, EXPERTS
 
 LENGTH = 48  # tokens of a sample
 VOCABULARY = 96
