@@ -109,7 +109,7 @@ class Own(Around):
 def apart(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
     """In every rank: trains a mixture of separate experts, with other experts used on each rank; tells what is refused."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    for stage in (3, 0, 1):
+    for stage in (3, 1):
         settings = {"train.zero.stage": stage, "train.precision": "fp32", "workers.count": world, "train.optimizer.lr": 1e-2}
         made, recipe = job(**{**settings, "train.global_batch": 2, "train.micro_batch": 2 // world}), Own(Mixture)
         try:
@@ -138,7 +138,7 @@ def test_separate_experts_are_gathered_whole_at_stage_3():
     found = ranks.run("tests.integration.test_experts:apart", (1, 2), deadline_s=90)
     (right,) = [one["losses"] for one in found if (one["workers"], one["stage"]) == (1, 1)]
     trained = [one["losses"] for one in found if "losses" in one]
-    assert len(trained) == 5 and all(np.allclose(losses, right, rtol=1e-5) for losses in trained)
+    assert len(trained) == 3 and all(np.allclose(losses, right, rtol=1e-5) for losses in trained)
     refused = [one for one in found if "refused" in one]
     assert {(one["workers"], one["stage"]) for one in refused} == {(2, 1)}
     assert all(one["refused"].startswith("train.zero.stage: 1 reduces no gradients of experts") for one in refused)
