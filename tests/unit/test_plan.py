@@ -279,7 +279,8 @@ def test_the_plan_of_a_mixture_tells_what_is_active(name, active):
     j, recipe, _ = planner.prepare(path, ["data.sources=[{path: nowhere}]"])
     p, c = planner.plan(j, recipe), recipe.config
     assert p["parameters"]["active"] == active < p["parameters"]["total"] / 3
-    heads = c.num_hidden_layers * c.num_attention_heads * c.head_dim * j.data.sequence_length
+    width = c.head_dim or c.hidden_size // c.num_attention_heads
+    heads = c.num_hidden_layers * c.num_attention_heads * width * j.data.sequence_length
     multiplying = active - c.vocab_size * c.hidden_size
     assert p["flops"]["per_token"] == pytest.approx(6 * multiplying + 12 * heads, rel=1e-3)
     assert p["memory"]["total"] < 80 * GIB
