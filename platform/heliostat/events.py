@@ -56,6 +56,7 @@ class Steps(Event):
     mfu: float | None = None
     bad_samples: float | None = None  # replaced so far in the run
     added: dict[str, list[float]] = field(default_factory=dict)  # what is in the objective beside the loss, by name
+    experts: dict[str, list[float]] = field(default_factory=dict)  # their load, of a mixture of experts, by name
     skipped_steps: float | None = None  # so far, in fp16
     loss_scale: float | None = None
     sources: dict[str, dict[str, float]] = field(default_factory=dict)  # the driver's: what each source has given

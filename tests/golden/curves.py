@@ -27,6 +27,7 @@ from heliostat.recipes.loading import load
 from heliostat.train.time_ledger import Ledger
 from heliostat.train.worker import deepspeed_engine, zero_state
 from heliostat.train.worker.batch_plan import BatchPlan
+from heliostat.train.worker.expert_load import ExpertLoad
 from heliostat.train.worker.loop import Worker
 from heliostat.train.worker.objective import Objective
 from heliostat.train.worker.sequence_group import SequenceGroup
@@ -102,7 +103,7 @@ class Steps(Worker):
         zero_state.init_optimizer_state(self.engine)
         self.ema = self.spikes = None
         self.device = self.engine.device
-        self.objective = Objective(self.recipe)
+        self.objective, self.experts = Objective(self.recipe), ExpertLoad(self.recipe, self.engine)
         self.batch_plan = BatchPlan(made, data_plan)
         self.bad_samples = 0
         self._losses, self._norms, self._added, self._lane_digests, self._bad = [], [], [], [], []

@@ -30,6 +30,8 @@ def test_there_are_jobs():
         "quickstart",
         "llama3-8b",
         "long-context-128k",
+        "moe-8x1b",
+        "qwen3-30b-a3b",
         "gpt-1b",
         "quickstart-diffusion",
         "stable-diffusion-2",
@@ -45,6 +47,8 @@ def test_there_are_jobs():
         ("llama3-8b", 8_030_261_248),
         ("long-context-128k", 8_030_261_248),
         ("gpt-1b", 1_315_819_520),
+        ("moe-8x1b", 6_429_272_064),
+        ("qwen3-30b-a3b", 30_532_122_624),  # as published
         ("stable-diffusion-2", 865_910_724),  # as published
         ("dit-xl-2", 610_837_648),
     ],
@@ -66,6 +70,24 @@ def test_llama3_8b_is_the_published_shape():
     assert (c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.max_position_embeddings) == (32, 8, 128, 8192)
     assert (c.rms_norm_eps, c.rope_parameters["rope_theta"], c.tie_word_embeddings) == (1e-5, 500_000.0, False)
     assert job.train.global_batch * job.data.sequence_length == 4_194_304
+
+
+@pytest.mark.parametrize(("name", "active"), [("moe-8x1b", 1_861_675_008), ("qwen3-30b-a3b", 3_353_032_704)])
+def test_a_mixture_says_what_is_active_and_balances_its_experts(name, active):
+    """The number stands in the file's comment (3.3 billion are published of Qwen3-30B-A3B); some loss spreads tokens."""
+    path = ROOT / "jobs" / f"{name}.yaml"
+    _, recipe = check.check_file(path)
+    with torch.device("meta"):
+        assert recipe.active_parameters(recipe.build()) == active
+    assert f"{active:,} active for a token" in path.read_text()
+    assert recipe.router_weight and recipe.config._experts_implementation == "grouped_mm"
+
+
+def test_qwen3_30b_a3b_is_the_published_shape():
+    """128 experts of 768, 8 of them for a token, heads of 128 on a width of 2,048."""
+    c = check.check_file(ROOT / "jobs" / "qwen3-30b-a3b.yaml")[1].config
+    assert (c.num_experts, c.num_experts_per_tok, c.moe_intermediate_size, c.norm_topk_prob) == (128, 8, 768, True)
+    assert (c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.hidden_size) == (32, 4, 128, 2048)
 
 
 def test_stable_diffusion_2_is_the_published_recipe():

@@ -8,6 +8,7 @@ from dataclasses import astuple, replace
 import numpy as np
 import pytest
 import torch
+from heliostat.cli.plan import lines
 from heliostat.data import manifest
 from heliostat.errors import ConfigError
 from heliostat.plan import failures, hardware, memory, planner, step_time, zero_layout
@@ -267,6 +268,25 @@ def test_the_plan_of_the_8b_job_is_right_where_it_can_be_known():
     j, recipe, _ = planner.prepare(path, alone)
     with pytest.raises(ConfigError, match=r"each worker needs \d+\.\d GiB .*and H100 has 80; "):
         planner.plan(j, recipe)
+
+
+@pytest.mark.parametrize(("name", "active"), [("moe-8x1b", 1_861_675_008), ("qwen3-30b-a3b", 3_353_032_704)])
+def test_the_plan_of_a_mixture_tells_what_is_active(name, active):
+    """Its FLOPs are six for each active parameter that multiplies, and attention; it fits, and it can be run dry."""
+    from heliostat.plan.dryrun import dry_run
+
+    path = ROOT / "jobs" / f"{name}.yaml"
+    j, recipe, _ = planner.prepare(path, ["data.sources=[{path: nowhere}]"])
+    p, c = planner.plan(j, recipe), recipe.config
+    assert p["parameters"]["active"] == active < p["parameters"]["total"] / 3
+    width = c.head_dim or c.hidden_size // c.num_attention_heads
+    heads = c.num_hidden_layers * c.num_attention_heads * width * j.data.sequence_length
+    multiplying = active - c.vocab_size * c.hidden_size
+    assert p["flops"]["per_token"] == pytest.approx(6 * multiplying + 12 * heads, rel=1e-3)
+    assert p["memory"]["total"] < 80 * GIB
+    assert f"{active:,} of them active for a token" in lines(p)[0]
+    found = dry_run(path, ["data.sources=[{path: nowhere}]"])
+    assert found["shards"] == j.workers.most and found["checkpoint_bytes"] > 12 * p["parameters"]["total"]
 
 
 def test_prices_are_overridden_key_by_key_and_typing_errors_are_found(tmp_path):

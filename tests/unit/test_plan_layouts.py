@@ -59,6 +59,35 @@ def test_micro_batches_of_a_huge_batch_are_found_at_once():
     assert time.process_time() - began < 2
 
 
+def degrees(**changes) -> list[int]:
+    made = job(**changes)
+    return list(planner.degrees(made, CausalLM(made)))
+
+
+def test_workers_share_samples_where_the_job_and_the_model_let_them():
+    """Degrees divide workers, heads and tokens, and leave the global batch whole; none with what cannot be cut."""
+    assert degrees(**{"workers.count": 8, "train.global_batch": 16}) == [1, 2, 4]  # of 4 heads
+    assert degrees(**{"workers.count": 6, "train.global_batch": 12}) == [1, 2]
+    assert degrees(**{"workers.count": [2, 4]}) == [1, 2]
+    assert degrees(**{"workers.count": 4, "model.arch": "mistral", "model.sliding_window": 16}) == [1]
+    assert degrees(**{"workers.count": 4, "train.compile": True}) == [1]
+
+
+def test_a_shared_sample_takes_less_memory_and_waits_for_what_is_exchanged():
+    """Of eight workers each has an eighth of the activations; the same tokens are played, with more that does not hide."""
+    j = job(**{"workers.gpus": 1, "workers.count": 8, "train.global_batch": 64, "data.sequence_length": 4096, "model.head_dim": 8,
+               "model.num_attention_heads": 32, "model.num_key_value_heads": 8, "model.hidden_size": 256})  # fmt: skip
+    made = CausalLM(j)
+    shared = planner.degrees(j, made)
+    estimates = planner.planners(j, made, None, None, hardware.table(), exchanged=shared)[-1]
+    alone, eight = (estimates.candidate(Layout(3, 1, True, False, sequence=n)) for n in (1, 8))
+    assert eight["memory"]["activations"] == pytest.approx(alone["memory"]["activations"] / 8, rel=1e-3)
+    assert eight["memory"]["optimizer"] == alone["memory"]["optimizer"]
+    assert eight["communication"]["exposed_s"] > alone["communication"]["exposed_s"]
+    assert eight["communication"]["bytes_per_step"] > alone["communication"]["bytes_per_step"]
+    assert eight["layout"].settings()["train.parallel.sequence"] == 8
+
+
 def test_what_is_printed_to_set_makes_the_job_the_best_layout(wide, tmp_path):
     settings = ["workers.gpus=1", "train.global_batch=64", "workers.count=4", *wide["set"]]
     made = spec.load(write(tmp_path), settings)

@@ -50,6 +50,13 @@ def test_workers_are_a_multiple_of_those_that_share_a_sample(workers, sequence):
         assert job(**changes, **{"workers.count": number}).replicas == number / sequence
 
 
+@pytest.mark.parametrize("key", ["expert", "tensor", "pipeline", "context", "data"])
+def test_layouts_that_are_not_offered_are_refused_by_name(key):
+    """With the reason and what to use, as are those that DeepSpeed's own keys ask for."""
+    (line,) = faults(**{f"train.parallel.{key}": 2})
+    assert line.startswith(f"train.parallel: {key} is not supported: ") and "; remove it (docs/job.md#" in line
+
+
 def test_an_elastic_run_has_multiples_of_those_that_share_a_sample():
     assert job(**{KEY: 2, "workers.count": [1, 8]}).worker_counts() == [2, 4, 8]
     (line,) = faults(**{KEY: 4, "workers.count": [1, 3]})

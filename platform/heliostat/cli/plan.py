@@ -48,23 +48,28 @@ def plan(
 
 
 def show_ranking(p: dict[str, Any]) -> None:
-    out.print(
-        f"{p['name']}: {p['parameters']['total']:,} parameters on {p['workers']} workers of {p['device']['name']} (estimates)"
-    )
-    rows = [["stage", "micro-batch", "checkpointing", "offload", "GiB", "s a step", "MFU", "why"]]
+    out.print(f"{p['name']}: {parameters(p)} on {p['workers']} workers of {p['device']['name']} (estimates)")
+    rows = [["stage", "sequence", "micro-batch", "checkpointing", "offload", "GiB", "s a step", "MFU", "why"]]
     for one in p["layouts"]:
         keys = one["layout"]
         offload = [k for k in ("optimizer", "param") if keys[f"train.zero.offload.{k}"]]
         speed = [f"{one['speed']['step_s']:.3f}", f"{one['speed']['mfu']:.1%}"] if one["fits"] else ["", ""]
+        checkpointing = "yes" if one["activation_checkpointing"] else "no"
         rows.append(
-            [str(one["stage"]), str(one["micro_batch"]), "yes" if one["activation_checkpointing"] else "no", " ".join(offload),
+            [str(one["stage"]), str(one["sequence"]), str(one["micro_batch"]), checkpointing, " ".join(offload),
              f"{one['memory']['total'] / GIB:.1f}", *speed, one["why"]]
         )  # fmt: skip
-    print_table(rows, (2, 3, 7))
+    print_table(rows, (3, 4, 8))
     if p["set"] is not None:
         out.print("the best    " + (" ".join(f"--set {s}" for s in p["set"]) or "the job as it is"))
     for note in p["notes"]:
         out.print(f"note        {note}")
+
+
+def parameters(p: dict[str, Any]) -> str:
+    """Writes how many parameters a planned model has, and of a mixture of experts how many a token meets."""
+    total, active = p["parameters"]["total"], p["parameters"]["active"]
+    return f"{total:,} parameters" + (f", {active:,} of them active for a token," if active < total else "")
 
 
 def lines(p: dict[str, Any]) -> list[str]:
@@ -74,7 +79,7 @@ def lines(p: dict[str, Any]) -> list[str]:
     names = ("weights", "gradients", "optimizer", "working", "activations", *(["frozen"] if m["frozen"] else []), "margin")
     parts = ", ".join(f"{k} {m[k] / GIB:.2f}" for k in names)
     text = [
-        f"{p['name']}: {p['parameters']['total']:,} parameters on {p['workers']} workers of {name} (estimates, but for counts)",
+        f"{p['name']}: {parameters(p)} on {p['workers']} workers of {name} (estimates, but for counts)",
         f"memory     {m['total'] / GIB:.2f} GiB a worker of {m['device'] / GIB:.0f}: {parts}"
         + (f"; on the host {m['host'] / GIB:.1f}" if m["host"] else ""),
         "compute    "

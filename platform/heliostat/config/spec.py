@@ -66,8 +66,8 @@ class Job(Strict):
     """Import path of the recipe: the class that says what is trained."""
     model: dict[str, Any]
     """The recipe's own keys. CausalLM: `arch` and any key of that architecture's `transformers` config, and `init`
-    (docs/job.md#initial-weights); or `pretrained: FOLDER`, whose tokenizer must be the datasets' (compared by content).
-    TextToImage and Autoencoder: see docs/diffusion.md#models"""
+    (docs/job.md#initial-weights); or `pretrained: FOLDER`, whose tokenizer must be the datasets' (compared by content), and
+    keys that change its configuration. TextToImage and Autoencoder: see docs/diffusion.md#models"""
     data: Data
     """What is trained on, and in which order."""
     train: Train

@@ -36,10 +36,28 @@ class Zero(Strict):
         return value
 
 
+NOT_OFFERED = {
+    "expert": "its checkpoints would not load at other layouts to the bit; train.zero.stage 3 divides experts over all workers",
+    "tensor": "its checkpoints would not load at other layouts to the bit; train.zero.stage 3 divides matrices over all workers",
+    "pipeline": "models are not cut into stages; train.zero.stage 3 divides their layers over all workers",
+    "context": "use sequence, which cuts samples over workers",
+    "data": "it follows: workers.count over sequence",
+}
+
+
 class Parallel(Strict):
     sequence: Count = 1
     """Workers that share each sample, a stretch of its tokens each. 1: every worker has samples of its own. See
     docs/job.md#sequence-parallelism"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _offered(cls, value: Any) -> Any:
+        """Refuses degrees that are known elsewhere, with the reason and what to use."""
+        for key, why in NOT_OFFERED.items() if isinstance(value, dict) else ():
+            if key in value:
+                raise ValueError(f"{key} is not supported: {why}; remove it (docs/job.md#layouts-that-are-not-offered)")
+        return value
 
 
 class Ema(Strict):

@@ -59,7 +59,7 @@ class Plain:
         """Computes the loss, and the share of the gradient of the objective that each worker has, or the workers that share
         samples."""
         terms = sum(self.terms(micro) for _, micro in micros)
-        total, parts = 0.0, []
+        total, parts, routed = 0.0, [], list[torch.Tensor]()
         replicas = self.job.replicas
         for replica in range(replicas):
             self.model.zero_grad()
@@ -71,7 +71,10 @@ class Plain:
                     objective = objective + part.value * (part.weight / len(micros))
                 objective.backward()
                 total += made.sum.item() / terms
+                routed += [] if made.routed is None else [made.routed]
             parts.append({n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in self.trained.items()})
+        if self.recipe.balances:
+            self.recipe.balance(self.model, torch.stack(routed).sum(0))
         return total, parts
 
     def terms(self, micro: Batch) -> int:

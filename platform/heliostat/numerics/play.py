@@ -31,6 +31,7 @@ from heliostat.runs import segments
 from heliostat.train.time_ledger import Ledger
 from heliostat.train.worker import deepspeed_engine, zero_state
 from heliostat.train.worker.batch_plan import BatchPlan
+from heliostat.train.worker.expert_load import ExpertLoad
 from heliostat.train.worker.loop import Worker
 from heliostat.train.worker.objective import Objective
 from heliostat.train.worker.sequence_group import SequenceGroup
@@ -62,7 +63,7 @@ class Player(Worker):
         self.saver.attach(zero_state.inner_optimizer(self.engine))
         self.ema = self.spikes = self.held_out = None
         self.device = self.engine.device
-        self.objective = Objective(recipe)
+        self.objective, self.experts = Objective(recipe), ExpertLoad(recipe, self.engine)
         self.batch_plan = BatchPlan(job, plan)
         self.chain, self.skipped, self.bad_samples = receipt.GENESIS, 0, 0
         self.scores, self.scored_at, self._told = {}, -1, []

@@ -21,6 +21,7 @@ class ModelStats:
     frozen: frozenset[str]
     buffers: dict[str, tuple[tuple[int, ...], str]]  # persistent ones: shape, dtype
     layer: int  # parameters of the largest module without submodules of its own kind: what ZeRO-3 gathers at once
+    active: int  # parameters that one token meets
     flops: float  # 0: the recipe does not say, and `activations` counts
     groups: list[list[str]]  # the optimizer's, by names
     hidden: frozenset[str]  # matrices that an optimizer that orthogonalizes has in groups apart

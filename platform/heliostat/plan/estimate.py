@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -20,14 +21,16 @@ from heliostat.train.worker.engine_config import engine_config
 class Planner:
     """Estimates memory and speed of a job on a device, in its own layout and in others."""
 
-    def __init__(self, job: Job, counts: Counts, device: Device, prices: dict[str, Any], exchanged: int = 0) -> None:
-        """Prepares the estimates; `exchanged`: elements that a worker sends in a forward pass over a sample that it shares."""
-        self.job, self.device, self.prices, self.exchanged = job, device, prices, exchanged
+    def __init__(
+        self, job: Job, counts: Counts, device: Device, prices: dict[str, Any], exchanged: Mapping[int, int] | None = None
+    ) -> None:
+        """Prepares the estimates; `exchanged`: elements that a worker sends in a forward pass over a sample, by how many share
+        it."""
+        self.job, self.device, self.prices, self.exchanged = job, device, prices, exchanged or {1: 0}
         self.model, self.kept, self.work = counts.model, counts.kept, counts.work
-        self.workers, self.parts = job.workers.most, job.train.parallel.sequence
-        self.replicas, self.gpu = self.workers // self.parts, device.name != "cpu"
+        self.workers, self.gpu = job.workers.most, device.name != "cpu"
         self.network = hardware.network(prices)
-        self._micro: dict[tuple[int, bool], tuple[float, float]] = {}
+        self._micro: dict[tuple[int, bool, int], tuple[float, float]] = {}
 
     def chosen(self) -> dict[str, Any]:
         """Estimates the job as it is."""
@@ -35,12 +38,13 @@ class Planner:
 
     def recommend(self) -> dict[str, Any] | None:
         """Finds the best layout that fits; None if none does."""
-        best = min(map(self.candidate, layouts.candidates(self.job, self.replicas)), key=layouts.order)
+        given = layouts.candidates(self.job, self.workers, [self.job.train.parallel.sequence])
+        best = min(map(self.candidate, given), key=layouts.order)
         return best if best["fits"] else None
 
     def candidate(self, layout: Layout) -> dict[str, Any]:
         """Estimates memory, communication and speed in a layout, everything else as in the job."""
-        accumulation = self.job.train.global_batch // (self.replicas * layout.micro_batch)
+        accumulation = self.job.train.global_batch * layout.sequence // (self.workers * layout.micro_batch)
         held, need = self._memory(layout, accumulation)
         numel, low = self.model.parameters, memory.LOW[self.job.train.precision]
         moved = step_time.volume(numel, low, self.workers, layout.stage, accumulation)
@@ -50,6 +54,7 @@ class Planner:
             "layout": layout,
             "stage": layout.stage,
             "micro_batch": layout.micro_batch,
+            "sequence": layout.sequence,
             "activation_checkpointing": layout.checkpointing,
             "offload_optimizer": layout.offload_optimizer,
             "fits": need.total <= self.device.memory and need.host <= self.device.host_memory,
@@ -92,23 +97,24 @@ class Planner:
         )
         live = memory.working(model.parameters, model.layer, layout.stage, train.precision, self._zero, self.gpu)
         per_sample = self.kept.checkpointed if layout.checkpointing else self.kept.kept
-        kept = (per_sample + self.kept.largest) * layout.micro_batch // self.parts
-        if self.parts > 1 and self.job.data.document_mask:  # which every worker has for whole samples, a byte a pair of tokens
+        kept = (per_sample + self.kept.largest) * layout.micro_batch // layout.sequence
+        if layout.sequence > 1 and self.job.data.document_mask:  # each has it for whole samples, a byte a pair of tokens
             kept += layout.micro_batch * (self.job.data.sequence_length or 0) ** 2
-        if self.parts > 1 and self.job.train.tiled_loss:  # the gradient of the last layer's weight, which is not cut
+        if layout.sequence > 1 and self.job.train.tiled_loss:  # the gradient of the last layer's weight, which is not cut
             kept += 4 * self.model.layer
         return held, memory.need(held, live, kept, self.gpu, model.frozen_models)
 
     def _time(self, layout: Layout, accumulation: int, moved: int, held: memory.State) -> tuple[step_time.Step, float, int]:
         """Estimates a step, the seconds of it that play the forward pass again, and the bytes that workers which share samples
         hand each other."""
-        micro_batch = layout.micro_batch / self.parts
+        micro_batch = layout.micro_batch / layout.sequence
         setting = step_time.Setting(
             self.workers, layout.stage, micro_batch, accumulation, float(layout.checkpointing), self.job.train.compile
         )
         low = memory.LOW[self.job.train.precision]
-        handed, handing = step_time.exchanging(self.exchanged, self.parts, low, setting, self.device, self.network)
-        key = layout.micro_batch, layout.checkpointing
+        elements = self.exchanged[layout.sequence]
+        handed, handing = step_time.exchanging(elements, layout.sequence, low, setting, self.device, self.network)
+        key = layout.micro_batch, layout.checkpointing, layout.sequence
         if key not in self._micro:
             micro = step_time.computing(self.work, setting, self.device)
             self._micro[key] = micro, micro - step_time.computing(self.work, replace(setting, replayed=0.0), self.device)

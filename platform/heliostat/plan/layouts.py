@@ -1,13 +1,14 @@
 """Lists the layouts that a job could train in, and ranks them by time within memory (`heliostat plan JOB --rank`).
 
-A layout is what of a job may change without changing what it learns: ZeRO stage, micro-batch, activation checkpointing, offload.
-A further degree of parallelism is a field of `Layout`, its values in `candidates`, and what it costs in `estimate`.
+A layout is what of a job may change without changing what it learns: ZeRO stage, micro-batch, activation checkpointing, offload,
+and how many workers share a sample. A further degree of parallelism is a field of `Layout`, its values in `candidates`, and what
+it costs in `estimate`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from heliostat.config.spec import Job
@@ -26,11 +27,12 @@ class Layout:
     checkpointing: bool
     offload_optimizer: bool
     offload_param: str | None = None
+    sequence: int = 1
 
     @property
     def family(self) -> tuple[Any, ...]:
         """Returns what two layouts share that differ in the micro-batch alone."""
-        return self.stage, self.checkpointing, self.offload_optimizer, self.offload_param
+        return self.stage, self.checkpointing, self.offload_optimizer, self.offload_param, self.sequence
 
     def settings(self) -> dict[str, Any]:
         """Returns the job's keys that make it train so."""
@@ -40,6 +42,7 @@ class Layout:
             "train.activation_checkpointing": self.checkpointing,
             "train.zero.offload.optimizer": "cpu" if self.offload_optimizer else None,
             "train.zero.offload.param": self.offload_param,
+            "train.parallel.sequence": self.sequence,
         }
 
 
@@ -47,7 +50,8 @@ def of(job: Job) -> Layout:
     """Returns the layout that a job asks for."""
     train, zero = job.train, job.train.zero
     param = zero.offload.param if zero.stage == 3 else None
-    return Layout(zero.stage, train.micro_batch, train.activation_checkpointing, bool(zero.offload.optimizer), param)
+    offload, sequence = bool(zero.offload.optimizer), train.parallel.sequence
+    return Layout(zero.stage, train.micro_batch, train.activation_checkpointing, offload, param, sequence)
 
 
 def changes(job: Job, layout: Layout) -> list[str]:
@@ -60,8 +64,14 @@ def _yaml(value: Any) -> str:
     return "null" if value is None else str(value).lower()
 
 
-def candidates(job: Job, replicas: int) -> Iterator[Layout]:
-    """Lists every layout that the job could have on so many workers, or groups of workers that share samples as the job says."""
+def candidates(job: Job, workers: int, degrees: Iterable[int] = (1,)) -> Iterator[Layout]:
+    """Lists every layout that the job could have on so many workers; `degrees`: how many of them may share a sample."""
+    for sequence in degrees:
+        for layout in _alone(job, workers // sequence):
+            yield replace(layout, sequence=sequence)
+
+
+def _alone(job: Job, replicas: int) -> Iterator[Layout]:
     micros = divisors(job.train.global_batch // replicas)
     for stage in range(0 if job.train.precision == "fp32" else 1, 4):  # stage 0 trains in fp32 alone
         for optimizer, param in OFFLOADS.values() if job.workers.gpus else [(None, None)]:
@@ -76,7 +86,8 @@ def order(candidate: dict[str, Any]) -> tuple[Any, ...]:
     """Sorts candidates: those that fit first, the fastest first; at equal speed no offload, then the lower stage, no
     checkpointing, the larger micro-batch."""
     layout: Layout = candidate["layout"]
-    plain = (layout.offload_optimizer, layout.offload_param or "", layout.stage, layout.checkpointing, -layout.micro_batch)
+    offload = layout.offload_optimizer, layout.offload_param or ""
+    plain = (*offload, layout.sequence, layout.stage, layout.checkpointing, -layout.micro_batch)
     if not candidate["fits"]:
         return (1, candidate["memory"]["total"], *plain)
     return (0, round(candidate["speed"]["step_s"], 3), *plain)

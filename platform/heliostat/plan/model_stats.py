@@ -57,6 +57,7 @@ def stats_of(recipe: Recipe, model: torch.nn.Module) -> ModelStats:
         frozen=frozenset(n for n, p in named.items() if not p.requires_grad),
         buffers={n: (tuple(b.shape), str(b.dtype).removeprefix("torch.")) for n, b in model.named_buffers() if n in kept},
         layer=max(own, default=0),
+        active=recipe.active_parameters(model) or sum(p.numel() for p in named.values()),
         flops=recipe.flops_per_sample(model) or 0.0,
         groups=[names for _, names in building.grouped(recipe, trained)],
         hidden=building.hidden_matrices(recipe, model),

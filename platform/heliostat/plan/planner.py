@@ -19,7 +19,9 @@ import heliostat.check as check
 from heliostat.cluster import cluster_file
 from heliostat.cluster import pools as room
 from heliostat.cluster.cluster_file import ClusterFile
+from heliostat.config import schema
 from heliostat.config.spec import Job
+from heliostat.config.worker_counts import divisors
 from heliostat.data import collection, manifest
 from heliostat.errors import ConfigError, DataError, StorageError
 from heliostat.plan import calibrate, count_cache, hardware, layouts
@@ -107,11 +109,12 @@ def _prepared(job: Job, recipe: Recipe) -> tuple[Job, Recipe, str]:
 
 def planners(
     job: Job, recipe: Recipe, cluster: ClusterFile | None, device: str | None, prices: dict[str, Any],
-    built: torch.nn.Module | None = None,
+    built: torch.nn.Module | None = None, exchanged: dict[int, int] | None = None,
 ) -> list[Planner]:  # fmt: skip
     """Counts a job's model, and returns a planner for the fewest workers that the job may have and one for the most.
 
-    `built`: the recipe's model from `model_stats.build`, if there is one; it cannot be used afterwards.
+    `built`: the recipe's model from `model_stats.build`, if there is one; it cannot be used afterwards. `exchanged`: as `degrees`
+    gives it; None: of the job's own degree alone.
     """
     most, fewest = job.on(job.worker_counts()[-1]), job.on(job.worker_counts()[0])
     name, instance = _device_of(cluster) if cluster and not device else (device, None)
@@ -121,8 +124,36 @@ def planners(
     if cluster:
         room.check(most, cluster)
     counts, parts = count_cache.get(most, recipe, lambda: _count(most, recipe, built)), job.train.parallel.sequence
-    exchanged = recipe.exchanged(parts) if isinstance(recipe, CutsSamples) and parts > 1 else 0
+    if exchanged is None:
+        exchanged = {parts: recipe.exchanged(parts) if isinstance(recipe, CutsSamples) and parts > 1 else 0}
     return [Planner(one, counts, where, prices, exchanged) for one in (fewest, most)]
+
+
+def degrees(job: Job, recipe: Recipe) -> dict[int, int]:
+    """Finds how many workers could share a sample (`train.parallel.sequence`), with the elements that each would then send.
+
+    An elastic job's degrees are those that its fewest workers and its most can have, too.
+    """
+    found = dict[int, int]()
+    for parts in divisors(math.gcd(job.worker_counts()[0], job.worker_counts()[-1])):
+        raw = job.dump()
+        raw["train"] |= {"parallel": {"sequence": parts}, "micro_batch": 1}
+        try:
+            schema.validate(Job, raw, job.name)
+            found[parts] = _exchanged(recipe, parts)
+        except ConfigError as e:
+            log.debug("%d workers cannot share a sample: %s", parts, e)
+    return found
+
+
+def _exchanged(recipe: Recipe, parts: int) -> int:
+    """Counts what each of the workers that share a sample would send; ConfigError if they cannot share one."""
+    if parts == 1:
+        return 0
+    if not isinstance(recipe, CutsSamples):
+        raise ConfigError(f"train.parallel.sequence: {type(recipe).__name__} cuts no samples")
+    recipe.require_cut(parts)
+    return recipe.exchanged(parts)
 
 
 def _count(job: Job, recipe: Recipe, built: torch.nn.Module | None) -> Counts:
@@ -166,9 +197,10 @@ def ranking(
 
     A layout of an elastic job must fit on its fewest workers, too.
     """
-    fewest, planner = planners(job, recipe, cluster, device, prices or hardware.table())
+    shared = degrees(job, recipe)
+    fewest, planner = planners(job, recipe, cluster, device, prices or hardware.table(), exchanged=shared)
     made = []
-    for layout in layouts.candidates(planner.job, planner.replicas):
+    for layout in layouts.candidates(planner.job, planner.workers, shared):
         few = fewest.candidate(layout)
         made.append(planner.candidate(layout) if few["fits"] else few)
     found = layouts.ranked(made)
@@ -186,7 +218,11 @@ def _facts(planner: Planner) -> dict[str, Any]:
         "name": planner.job.name,
         "device": {**asdict(planner.device), "prices": str(planner.prices["date"])},
         "workers": planner.workers,
-        "parameters": {"total": model.parameters, "trained": sum(math.prod(s) for s in model.trained.values())},
+        "parameters": {
+            "total": model.parameters,
+            "active": model.active,
+            "trained": sum(math.prod(s) for s in model.trained.values()),
+        },
     }
 
 

@@ -35,6 +35,17 @@ def rest(recipe: Recipe, model: torch.nn.Module) -> None:
         module.eval()
 
 
+def sparse_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Lists the modules that hold a list of experts, modules of their own of which a token meets a few."""
+    return [m for m in model.modules() if isinstance(getattr(m, "experts", None), torch.nn.ModuleList)]
+
+
+def put_buffer(model: torch.nn.Module, name: str, values: torch.Tensor) -> None:
+    """Replaces a buffer of the model by another tensor."""
+    owner, _, own = name.rpartition(".")
+    model.get_submodule(owner)._buffers[own] = values
+
+
 def shape(parameter: torch.Tensor) -> tuple[int, ...]:
     """Returns a parameter's shape: ZeRO-3 flattens parameters and keeps the true one in `ds_shape`."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))

@@ -51,6 +51,7 @@ class Loss:
 
     sum: torch.Tensor  # of the batch's loss terms: a scalar
     parts: dict[str, Part] = field(default_factory=dict)
+    routed: torch.Tensor | None = None  # int64 [layers, experts + 1]: tokens that each expert was given; last, those dropped
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Recipe(ABC):
     terms_per_sample: int | None = None  # loss terms of every sample, or None where samples differ
     causal: bool = False  # a model of transformers whose tokens attend to those before them; see `heliostat.cpu_kernels`
     tiles: bool = False  # computes its loss without all logits where `train.tiled_loss` asks for it
+    balances: bool = False  # has a `balance` that is to be called behind every step
     frozen: tuple[str, ...] = ()  # submodules of the model that are not trained: no gradients, no dropout, saved once per run
 
     def __init__(self, job: Job) -> None:
@@ -117,9 +119,20 @@ class Recipe(ABC):
         """Decides how a trained parameter is trained: by default matrices get weight decay, vectors (norms, biases) do not."""
         return Group() if len(shape) > 1 else Group(weight_decay=0.0)
 
+    def balance(self, model: torch.nn.Module, routed: torch.Tensor) -> None:  # noqa: B027
+        """Changes buffers that balance experts, alike on every worker. `routed`: as in `Loss`, of the step's global batch."""
+
+    def exact(self, model: torch.nn.Module) -> list[str]:
+        """Lists the buffers that stay in fp32 whatever the precision, by names."""
+        return []
+
     def companions(self) -> dict[str, Companion]:
         """Lists, by name, the models on the device beside the one that is trained."""
         return {}
+
+    def active_parameters(self, model: torch.nn.Module) -> int | None:
+        """Counts the parameters that one token meets, of a model with experts; None: all."""
+        return None
 
     def flops_per_sample(self, model: torch.nn.Module) -> float | None:
         """Counts the forward and backward FLOPs of one sample, for MFU; None: not known, and MFU is not reported."""
@@ -198,7 +211,10 @@ class Weight:
 
 class CutsSamples(ABC):
     """Trains with each sample cut over several workers, who have a stretch of its tokens each: a job may ask for
-    `train.parallel.sequence`. `probe` says whether the model can; the loss has no parts, or parts that are means over tokens."""
+    `train.parallel.sequence`. The loss has no parts, or parts that are means over tokens."""
+
+    def require_cut(self, parts: int) -> None:  # noqa: B027
+        """Raises ConfigError if the model's samples cannot be cut over so many workers; on the driver, in seconds."""
 
     @abstractmethod
     def cut(self, batch: Batch, part: int, parts: int) -> Batch:

@@ -188,7 +188,8 @@ def _run_lines(run: dict[str, Any], depth: int) -> list[tuple[int, str]]:
         out.append((below, f"checkpoint of step {c['step']:,}{' (deleted)' if c['deleted'] else ''}: {c['uri']}  {told}"))
     for parent in run["parents"]:
         at = f", step {parent['step']:,}" if parent["step"] is not None else ""
-        out.append((below, f"initialised from {parent['key']}: {parent['name'] or 'a folder'}{at} ({parent['folder']})"))
+        changed = f", with {', '.join(keys)} changed" if (keys := parent.get("changed")) else ""
+        out.append((below, f"initialised from {parent['key']}: {parent['name'] or 'a folder'}{at} ({parent['folder']}){changed}"))
         out += _run_lines(parent["run"], below + 1) if parent["run"] else []
     return out
 

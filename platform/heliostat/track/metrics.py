@@ -70,6 +70,10 @@ def _of_source(key: str) -> Callable[[Any], Any]:
     return lambda event: {source: given.get(key) for source, given in event.sources.items()}
 
 
+def _of_experts(key: str) -> Callable[[Any], Any]:
+    return lambda event: event.experts.get(key)
+
+
 def _of_goodput(key: str) -> Callable[[Any], Any]:
     return lambda event: event.report[key]
 
@@ -94,6 +98,10 @@ METRICS = (
     Metric("train/data/*/tokens", Steps, _of_source("tokens"), formerly="data/*/tokens"),
     Metric("train/data/bad_samples", Steps, _of("bad_samples"), "Bad samples, replaced", section="Data",
            formerly="train/bad_samples"),
+    Metric("train/experts/imbalance", Steps, _of_experts("imbalance"), "Load of experts", "busiest over mean", "Experts"),
+    Metric("train/experts/imbalance_worst", Steps, _of_experts("imbalance_worst"), "Load of experts", section="Experts"),
+    Metric("train/experts/unused", Steps, _of_experts("unused"), "Experts without a token", "of all", "Experts"),
+    Metric("train/experts/dropped", Steps, _of_experts("dropped"), "Assignments dropped", "of all", "Experts"),
     Metric("train/time/goodput", Goodput, _of_goodput("goodput"), formerly="goodput/fraction"),
     Metric("train/time/worker_hours", Goodput, _of_goodput("worker_hours"), formerly="goodput/worker_hours"),
     Metric("train/time/*_s", Goodput, _of_goodput("parts"), formerly="goodput/*_s"),

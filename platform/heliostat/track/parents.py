@@ -17,20 +17,21 @@ from heliostat.recipes import exported
 def parents(job: Job) -> list[dict[str, Any]]:
     """Describes each folder that the job's model is initialised from.
 
-    Each entry holds key, folder, config (a digest), bytes (of the weights), license, and run_id, name, step or null.
+    Each entry holds key, folder, config (a digest), changed (what the job gives beside the folder), bytes (of the weights),
+    license, and run_id, name, step or null.
     """
-    return [_parent(key, Path(folder)) for key, folder in _folders(job.model, "model")]
+    return [_parent(key, Path(folder), changed) for key, folder, changed in _folders(job.model, "model")]
 
 
-def _folders(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
+def _folders(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
     for key, value in tree.items():
         if key == "pretrained" and isinstance(value, str):
-            yield f"{prefix}.{key}", value
+            yield f"{prefix}.{key}", value, {name: other for name, other in tree.items() if name != key}
         elif isinstance(value, dict):
             yield from _folders(value, f"{prefix}.{key}")
 
 
-def _parent(key: str, folder: Path) -> dict[str, Any]:
+def _parent(key: str, folder: Path, changed: dict[str, Any]) -> dict[str, Any]:
     configs = sorted(folder.glob("*.json")) if folder.is_dir() else []
     config = hashlib.sha256(b"".join(p.read_bytes() for p in configs if p.name in ("config.json", "model_index.json")))
     origin: dict[str, Any] = {}
@@ -43,6 +44,7 @@ def _parent(key: str, folder: Path) -> dict[str, Any]:
         "key": key,
         "folder": str(folder),
         "config": config.hexdigest()[:16],
+        "changed": changed,
         "bytes": sum(p.stat().st_size for p in folder.rglob("*.safetensors")),
         **{name: origin.get(name) for name in ("name", "run_id", "step", "license")},
     }

@@ -27,7 +27,7 @@ from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, DataError
 from heliostat.recipes.protocol import Batch, CutsSamples, Evaluates, Generates, Loss, Recipe, Request, Serves, Serving
-from heliostat.recipes.text import initial, plain_keys, router_loss
+from heliostat.recipes.text import expert_keys, expert_numbers, initial, plain_keys, router_loss
 
 if TYPE_CHECKING:  # torch and transformers take three seconds, and most jobs are checked without them
     import torch
@@ -53,11 +53,14 @@ class CausalLM(Recipe, Evaluates, CutsSamples, Generates, Serves):
         self.vocabulary_given = bool(self.pretrained) or "vocab_size" in job.model
         self.init = initial.read(job.model)
         self._bound: dict[str, Any] = {}  # keys of the configuration that the datasets determine
+        self.experts = expert_keys.read(job.model)
+        self.balances = self.experts.router_bias_update_rate > 0
         self.plain = plain_keys.read(job.model)
         if self.plain is None:
+            self.routes = bool(expert_numbers.number(self.config))
             self.router_weight = (router_loss.coefficient(self.config) or 0.0) if router_loss.wanted(self.config) else None
             return
-        self.router_weight = None
+        self.routes, self.router_weight = False, None
         self._require_positions(self.plain.max_position_embeddings)
 
     @cached_property
@@ -67,6 +70,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, Generates, Serves):
 
         config = model_config.from_folder(self.job.model) if self.pretrained else model_config.from_keys(self.job.model)
         _use_no_cache(config)
+        config._experts_implementation = self.experts.experts_implementation
         longest = getattr(config, "max_position_embeddings", None)
         names = {"max_position_embeddings", config.attribute_map.get("max_position_embeddings")}
         if self.pretrained or names & set(self.job.model):
@@ -89,16 +93,33 @@ class CausalLM(Recipe, Evaluates, CutsSamples, Generates, Serves):
             from heliostat.recipes.text import packing
 
             packing.require_apart(self)
+        if self.pretrained:
+            self._require_weights()
         if self.plain is None:
+            expert_keys.require(self)
             router_loss.probe(self, self.unbalanced)
         if self.tiled:
             from heliostat.recipes.text import tiled_loss
 
             tiled_loss.require(self)
         if self.job.train.parallel.sequence > 1:
-            from heliostat.recipes.text import cutting
+            self.require_cut(self.job.train.parallel.sequence)
 
-            cutting.require(self, self.job.train.parallel.sequence)
+    def require_cut(self, parts: int) -> None:
+        from heliostat.recipes.text import cutting
+
+        cutting.require(self, parts)
+
+    def _require_weights(self) -> None:
+        """Raises ConfigError if the job's keys change which weights the pretrained model has."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from heliostat.recipes.text import model_config, overrides
+
+        if given := model_config.changed(self.job.model):
+            with torch.device("meta"):
+                overrides.require_same_weights(model_config.read(self.job.model), given, AutoModelForCausalLM.from_config)
 
     def bind(self, sources: list[Manifest]) -> None:
         tokenizers = {m.meta.get("tokenizer") for m in sources}
@@ -180,7 +201,19 @@ class CausalLM(Recipe, Evaluates, CutsSamples, Generates, Serves):
     def loss(self, model: torch.nn.Module, batch: Batch) -> Loss:
         from heliostat.recipes.text import next_token
 
-        return next_token.loss(model, batch, self.router_weight, self.tiled)
+        counted = self.routes and not self.job.train.compile  # hooks would be traced
+        routing = next_token.Routing(self.router_weight, self.experts.router_z_loss_coef, counted)
+        return next_token.loss(model, batch, routing, self.tiled)
+
+    def balance(self, model: torch.nn.Module, routed: torch.Tensor) -> None:
+        from heliostat.recipes.text import experts
+
+        experts.balance(model, routed, self.experts.router_bias_update_rate)
+
+    def exact(self, model: torch.nn.Module) -> list[str]:
+        from heliostat.recipes.text import experts
+
+        return [name for name, _ in experts.biases(model)] if self.routes else []
 
     def terms(self, batch: Batch) -> int:
         from heliostat.recipes.text import next_token
@@ -211,6 +244,11 @@ class CausalLM(Recipe, Evaluates, CutsSamples, Generates, Serves):
         loss = sums["nats"] / sums["tokens"]
         perplexity = math.exp(min(loss, 700.0))
         return {"loss": loss, "perplexity": perplexity, "bits_per_byte": sums["nats"] / math.log(2) / max(1.0, sums["bytes"])}
+
+    def active_parameters(self, model: Any) -> int | None:
+        from heliostat.recipes.text import flops
+
+        return flops.active(model, self.config) if self.routes else None
 
     def flops_per_sample(self, model: Any) -> float:
         from heliostat.recipes.text import flops

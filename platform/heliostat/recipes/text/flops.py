@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
-CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
+from heliostat.recipes.text import expert_numbers
+
 EXPERT = re.compile(r"(^|\.)experts\.\d+(\.|$)")
 NO_SQUARE = ("linear", "mamba", "conv", "recurrent", "mlp", "moe")  # kinds of layers that attend to nothing
 
@@ -29,8 +29,7 @@ def per_sample(model: torch.nn.Module, config: Any, length: int) -> float:
 
 def multiplied(model: torch.nn.Module, config: Any) -> float:
     """Counts the weights that multiply each token."""
-    experts, chosen = _first(config, EXPERTS), _first(config, CHOSEN)
-    total = 0.0
+    total, share = 0.0, _routed_share(config)
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Embedding):
             continue
@@ -38,9 +37,32 @@ def multiplied(model: torch.nn.Module, config: Any) -> float:
             shape: tuple[int, ...] = () if weight is None else tuple(getattr(weight, "ds_shape", weight.shape))
             if len(shape) < 2 or "bias" in kind:
                 continue
-            routed = bool(experts and chosen) and (EXPERT.search(name) or (len(shape) == 3 and shape[0] == experts))
-            total += math.prod(shape) * (chosen / experts if routed else 1)
+            total += math.prod(shape) * (share if _routed(name, shape, config) else 1)
     return total
+
+
+def active(model: torch.nn.Module, config: Any) -> int:
+    """Counts the parameters that a token meets: all, but of routed experts those that it is sent to."""
+    config = config.get_text_config(decoder=True)
+    found = ((name.rpartition(".")[0], math.prod(shape), shape) for name, shape in _shapes(model))
+    return round(sum(n * (_routed_share(config) if _routed(name, shape, config) else 1) for name, n, shape in found))
+
+
+def _shapes(model: torch.nn.Module) -> list[tuple[str, tuple[int, ...]]]:
+    return [(name, tuple(getattr(p, "ds_shape", p.shape))) for name, p in model.named_parameters()]
+
+
+def _routed_share(config: Any) -> float:
+    """Returns the share of a layer's routed experts that a token is sent to."""
+    experts, chosen = expert_numbers.number(config), expert_numbers.chosen(config)
+    return chosen / experts if experts and chosen else 1.0
+
+
+def _routed(module: str, shape: tuple[int, ...], config: Any) -> bool:
+    """Tells whether a parameter of a module is of one routed expert, or holds a part of each."""
+    experts = expert_numbers.number(config)
+    stacked = len(shape) == 3 or (len(shape) == 2 and module.rpartition(".")[2] == "experts")  # matrices; their biases
+    return bool(EXPERT.search(module)) or (stacked and shape[0] == experts)
 
 
 def attended(model: torch.nn.Module, config: Any) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,12 @@ from heliostat.config.schema import nearest
 from heliostat.config.spec import divisors
 from heliostat.errors import ConfigError
 from heliostat.recipes import exported, pretrained
-from heliostat.recipes.text import initial
+from heliostat.recipes.text import expert_keys, initial, overrides
 from heliostat.text import brief
 
 
 def from_keys(model: dict[str, Any]) -> Any:
-    keys = {k: v for k, v in model.items() if k not in ("arch", initial.KEY)}
+    keys = {k: v for k, v in model.items() if k not in ("arch", initial.KEY, *expert_keys.KEYS)}
     arch = str(model.get("arch"))
     if arch not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         near = nearest(arch, list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)) or "; for example: llama, gpt2, qwen3"
@@ -28,7 +30,7 @@ def from_keys(model: dict[str, Any]) -> Any:
         _check_activation(act)
     known = {*kind.__dataclass_fields__, *kind.attribute_map}
     for key in keys:
-        if key not in known:
+        if key not in known and not (key == "head_dim" and _reads_head_dim(arch)):
             near = nearest(key, sorted(known))
             raise ConfigError(f"model.{key}: unknown key for arch {arch!r}{near}")
     try:
@@ -47,6 +49,12 @@ def from_keys(model: dict[str, Any]) -> Any:
             f"model.num_key_value_heads: {groups} does not divide num_attention_heads {heads}; {_divisor(heads, groups)}"
         )
     return config
+
+
+def _reads_head_dim(arch: str) -> bool:
+    """Tells whether an architecture's code takes the width of heads from the configuration, whose class may not list it."""
+    module = importlib.import_module(f"transformers.models.{arch}.modeling_{arch}")
+    return 'getattr(config, "head_dim"' in inspect.getsource(module)
 
 
 def _check_activation(name: str) -> None:
@@ -73,25 +81,37 @@ def _divisor(number: int, near: int) -> str:
     return f"nearest that does: {min(divisors(number), key=lambda d: abs(d - near))}"
 
 
-ROUTER = "output_router_logits"  # the one key that a job may give beside `pretrained`: it is of the training, not of the model
+ROUTER = "output_router_logits"  # which a job may give beside `pretrained`, as `expert_keys`: it is of the training
+
+
+def changed(model: dict[str, Any]) -> dict[str, Any]:
+    """Returns the keys that change the configuration of a pretrained model."""
+    return {key: value for key, value in model.items() if key not in ("pretrained", ROUTER, *expert_keys.KEYS)}
 
 
 def from_folder(model: dict[str, Any]) -> Any:
-    extra = sorted(set(model) - {"pretrained", ROUTER})
-    if extra:
-        raise ConfigError(f"model.{extra[0]}: a pretrained model takes its configuration from the folder; remove this key")
+    """Reads the configuration in a folder, and changes it by the job's keys; ConfigError if there is none, or they do not fit."""
+    return _routing(overrides.applied(read(model), changed(model)), model)
+
+
+def read(model: dict[str, Any]) -> Any:
+    """Reads the configuration in the folder of a pretrained language model, as it is there."""
     folder = Path(model["pretrained"])
     if not (folder / "config.json").is_file():
         raise ConfigError(f"model.pretrained: {str(folder)!r} is not a model folder (no config.json)")
     with exported.using(folder):
         config = pretrained.from_folder("model.pretrained", transformers.AutoConfig, folder)
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ConfigError(f"model.pretrained: {str(folder)!r} holds a {config.model_type!r}, which is no causal language model")
+    return config
+
+
+def _routing(config: Any, model: dict[str, Any]) -> Any:
     if ROUTER in model:
         inner = config.get_text_config(decoder=True)
         if not hasattr(inner, ROUTER):
             raise ConfigError(
-                f"model.{ROUTER}: {str(folder)!r} holds a {config.model_type!r}, which has no router; remove this key"
+                f"model.{ROUTER}: {model['pretrained']!r} holds a {config.model_type!r}, which has no router; remove this key"
             )
         setattr(inner, ROUTER, bool(model[ROUTER]))
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ConfigError(f"model.pretrained: {str(folder)!r} holds a {config.model_type!r}, which is no causal language model")
     return config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 
 from heliostat.recipes.batches import segments
 from heliostat.recipes.protocol import IGNORED, Batch, Loss, Part
-from heliostat.recipes.text import router_loss, tiled_loss
+from heliostat.recipes.text import experts, router_loss, tiled_loss
 
 
 def batch(content: np.ndarray, end: int | None) -> Batch:
@@ -45,18 +46,40 @@ def targets(batch: Batch) -> torch.Tensor:
     return batch["targets"] if "targets" in batch else F.pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:]
 
 
-def loss(model: torch.nn.Module, batch: Batch, router_weight: float | None, tiled: bool = False) -> Loss:
-    """Sums the cross entropy of a batch's tokens; adds the router's loss, if it has a weight. `tiled`: without all logits."""
+@dataclass(frozen=True)
+class Routing:
+    """Says what else of a mixture of experts is computed: the weights of the router's loss and of its z-loss, None for none; and
+    whether the tokens of each expert are counted."""
+
+    weight: float | None = None
+    z_weight: float = 0.0
+    counted: bool = False
+
+
+def loss(model: torch.nn.Module, batch: Batch, routing: Routing, tiled: bool = False) -> Loss:
+    """Sums the cross entropy of a batch's tokens; adds what experts are trained by. `tiled`: without all logits."""
+    if not routing.counted:
+        summed, outputs = _summed(model, batch, tiled)
+        return Loss(summed, _parts(outputs, routing, None))
+    with experts.watched(model) as seen:
+        summed, outputs = _summed(model, batch, tiled)
+        return Loss(summed, _parts(outputs, routing, seen), seen.routed)
+
+
+def _summed(model: torch.nn.Module, batch: Batch, tiled: bool) -> tuple[torch.Tensor, Any]:
     if tiled:
         with tiled_loss.summed(model, targets(batch)):
             outputs = _outputs(model, batch)
-        summed = outputs.logits
-    else:
-        outputs = _outputs(model, batch)
-        summed = SummedCrossEntropy.apply(*_flat(outputs, batch))
-    if router_weight is None:
-        return Loss(summed)
-    return Loss(summed, {router_loss.NAME: Part(outputs.aux_loss, router_weight)})
+        return outputs.logits, outputs
+    outputs = _outputs(model, batch)
+    return SummedCrossEntropy.apply(*_flat(outputs, batch)), outputs
+
+
+def _parts(outputs: Any, routing: Routing, seen: experts.Watch | None) -> dict[str, Part]:
+    parts = {} if routing.weight is None else {router_loss.NAME: Part(outputs.aux_loss, routing.weight)}
+    if routing.z_weight and seen:
+        parts[router_loss.Z_NAME] = Part(seen.z_loss(), routing.z_weight)
+    return parts
 
 
 def evaluate(

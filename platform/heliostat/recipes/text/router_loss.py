@@ -12,7 +12,7 @@ from typing import Any
 from heliostat.errors import ConfigError
 
 log = logging.getLogger(__name__)
-NAME = "router_loss"
+NAME, Z_NAME = "router_loss", "router_z_loss"
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
 
 
@@ -32,7 +32,7 @@ def probe(recipe: Any, refused: bool) -> None:
     config = recipe.config
     weight = coefficient(config)
     if not wanted(config):
-        if weight and not refused and _given(recipe):
+        if weight and not refused and not recipe.balances and _given(recipe):
             log.warning(
                 "model.output_router_logits: is not set, so the router's loss (coefficient %g) is left out of the objective, and "
                 "few experts may end with most tokens; set it to true, or to false if that is meant",

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from heliostat.recipes.text.expert_numbers import CHOSEN, EXPERTS
+
 LENGTH = 48  # tokens of a sample
 VOCABULARY = 96
 END = 1  # the token that ends documents
@@ -23,8 +25,6 @@ DEPTHS = ("num_hidden_layers", "decoder_layers", "encoder_layers", "num_layers")
 INNER = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_dim", "decoder_ffn_dim",
          "encoder_ffn_dim", "n_inner", "d_ff", "ffn_hidden_size", "expert_ffn_hidden_size", "dense_intermediate_size",
          "moe_shared_expert_intermediate_size", "shared_intermediate_size", "intermediate_size_mlp", "block_ff_dim")  # fmt: skip
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
-CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 RANKS = ("q_lora_rank", "kv_lora_rank", "o_lora_rank")
 REACHES = ("sliding_window", "attention_chunk_size", "original_max_position_embeddings", "attention_window_size", "window_size")
 POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")  # never fewer than a sample has: that is refused

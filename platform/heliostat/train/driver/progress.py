@@ -96,6 +96,7 @@ class ProgressReporter:
         self._parts = [
             (1, f"loss {event.loss[-1]:.4f}"),
             *((6, f"{name.replace('_', ' ')} {values[-1]:.4f}") for name, values in event.added.items()),
+            *((8, f"expert {name} {event.experts[name][-1]:.3g}") for name in ("imbalance", "unused") if name in event.experts),
             (5, f"lr {event.lr[-1]:.2e}"),
             (3, f"{event.tokens_per_second:,.0f} {self.unit}/s"),
             (4, f"MFU {event.mfu:.1%}" if event.mfu else ""),

@@ -18,9 +18,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from heliostat import cpu_kernels
 from heliostat.config.spec import Job
+from heliostat.errors import ConfigError
 from heliostat.recipes import building
 from heliostat.recipes.protocol import Recipe
 from heliostat.train.worker import matrix_cut, zero_state
@@ -97,6 +99,7 @@ def build_engine(job: Job, recipe: Recipe, sequence: SequenceGroup | None = None
     Workers that share samples in a `sequence` group are as any others to it: it shards over all workers, and averages over all.
     """
     import deepspeed
+    from deepspeed.utils import set_z3_leaf_module
 
     config = engine_config(job)
     model = build_model(job, recipe, config)
@@ -107,9 +110,19 @@ def build_engine(job: Job, recipe: Recipe, sequence: SequenceGroup | None = None
         groups = [{**group, "warmup": train.schedule.warmup_steps} for group in groups]
     hidden = {p for group in groups if group.get("orthogonal") for p in group["params"]}  # DeepSpeed takes them out
     moments = {p: settings.kept(p in hidden) for group in groups for p in group["params"]}
+    for block in building.sparse_blocks(model):
+        if train.zero.stage in (1, 2) and dist.get_world_size() > 1:
+            raise ConfigError(
+                f"train.zero.stage: {train.zero.stage} reduces no gradients of experts that are modules of their own, of which "
+                "workers use different ones; use 3"
+            )
+        set_z3_leaf_module(block, True)  # gathered whole: workers that use other experts would wait for each other
+    exact = {name: model.get_buffer(name).float() for name in recipe.exact(model)}
     optimizer = settings.build(groups)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     _engines.add(engine)
+    for name, values in exact.items():
+        building.put_buffer(model, name, values.to(engine.device))
     if sequence:
         sequence.join(recipe, engine.module)
     engine.moments, engine.copies = moments, settings.copies  # which `zero_state` reads

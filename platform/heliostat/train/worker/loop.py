@@ -46,6 +46,7 @@ from heliostat.train.worker import gallery as pictures
 from heliostat.train.worker import loss_scale as lossscale
 from heliostat.train.worker.batch_plan import BatchPlan
 from heliostat.train.worker.evaluation import HeldOut
+from heliostat.train.worker.expert_load import ExpertLoad
 from heliostat.train.worker.heartbeat import Heartbeat, StopConsensus
 from heliostat.train.worker.loss_spikes import Detector
 from heliostat.train.worker.lr_schedule import factor
@@ -109,7 +110,7 @@ class Worker:
             self.memory.attach(zero_state.inner_optimizer(self.engine))
         self.ema = ema.of(self.job, self.engine)
         self.device = self.engine.device
-        self.objective = Objective(self.recipe)
+        self.objective, self.experts = Objective(self.recipe), ExpertLoad(self.recipe, self.engine)
         self.batch_plan = BatchPlan(self.job, self.plan)
         self.chain = receipt.GENESIS
         self.skipped = 0  # steps of the run that changed no weight, because fp16 gradients overflowed
@@ -255,6 +256,7 @@ class Worker:
             total += part.loss
             if part.added is not None:
                 added = part.added if added is None else added + part.added
+            self.experts.add(part.routed)
             if i + 1 == len(micros) and not engine.zero_optimization_stage():
                 self._norms.append(deepspeed_engine.gradient_norm(engine, train.grad_clip))
             engine.step()
@@ -262,6 +264,8 @@ class Worker:
             self.ema.update(step + 1)
         if engine.zero_optimization_stage():
             self._norms.append(deepspeed_engine.gradient_norm(engine, train.grad_clip))
+        with self.ledger("communicating"):
+            self.experts.end_step()
         self._losses.append(total / terms)
         if added is not None:
             self._added.append(added)
@@ -296,6 +300,8 @@ class Worker:
             dist.all_reduce(sums)
             *values, bad = sums.tolist()
         values, added = values[: len(self._losses)], values[len(self._losses) :]
+        with self.ledger("communicating"):
+            experts = self.experts.report()
         quarantine.check_budget(int(bad), done, self.job, self.dataset.order)
         self._judge(first, values)
         self.last_loss = values[-1]
@@ -307,6 +313,7 @@ class Worker:
                 first=first,
                 loss=values,
                 added={name: added[i :: len(names)] for i, name in enumerate(names)},
+                experts=experts,
                 grad_norm=self._norms,
                 lr=[peak * factor(schedule, s, self.job.train.steps) for s in range(first, done)],
                 seconds=seconds,

@@ -20,11 +20,13 @@ TAKEN = ("loss", "lr", "grad_norm", "tokens_per_second", "data_wait", "mfu", "ba
 
 
 class Share(NamedTuple):
-    """Holds a micro-batch's share: the backward pass's tensor; the sum of its terms; its share of each part, one value a name."""
+    """Holds a micro-batch's share: the backward pass's tensor; the sum of its terms; its share of each part, one value a name;
+    its tokens by expert."""
 
     objective: torch.Tensor
     loss: torch.Tensor
     added: torch.Tensor | None
+    routed: torch.Tensor | None
 
 
 class Objective:
@@ -51,7 +53,7 @@ class Objective:
             if part.weight:
                 objective = objective + part.value.float() * part.weight
         added = torch.stack([p.value.detach().float().reshape(()) for p in made.parts.values()]) / micros if made.parts else None
-        return Share(objective, made.sum.detach(), added)
+        return Share(objective, made.sum.detach(), added, made.routed)
 
     def agree(self, group: Any) -> None:
         """Checks that all ranks have the same names of parts, else raises a ConfigError on every rank; collective."""

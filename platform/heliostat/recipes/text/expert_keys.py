@@ -1,0 +1,87 @@
+"""Defines the keys of `model` that say how a mixture of experts is trained, in any architecture and beside `pretrained`; checks
+that the model has what they need.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from heliostat.config.fields import NonNegative
+from heliostat.config.schema import Strict, explain
+from heliostat.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+class ExpertKeys(Strict):
+    experts_implementation: Literal["grouped_mm", "batched_mm", "eager"] | None = None
+    """How transformers multiplies by experts' matrices. Unset: grouped_mm, in every architecture that can."""
+    router_z_loss_coef: NonNegative = 0.0
+    """Weight of the routers' z-loss in the objective."""
+    router_bias_update_rate: NonNegative = 0.0
+    """Change of a router's biases behind every step."""
+
+
+KEYS = tuple(ExpertKeys.model_fields)
+RATE, Z_LOSS = "router_bias_update_rate", "router_z_loss_coef"
+
+
+def read(model: dict[str, Any]) -> ExpertKeys:
+    """Reads the keys among a job's `model`; ConfigError for wrong values."""
+    try:
+        return ExpertKeys.model_validate({k: model[k] for k in KEYS if k in model})
+    except ValidationError as e:
+        raise ConfigError("\n  ".join(f"model.{line}" for line in explain(e, ExpertKeys))) from e
+
+
+def require(recipe: Any) -> None:
+    """Raises ConfigError if the job gives a key that the recipe's model has no use for; warns of biases that nothing changes."""
+    from heliostat.recipes.text import experts
+
+    keys, kind = recipe.experts, recipe.config.model_type
+    given = [k for k in KEYS if k in keys.model_fields_set]
+    if not given and not recipe.routes:
+        return
+    model = _small(recipe)
+    if model is None:
+        return  # of no size that can be tried: the first step will tell
+    layers = experts.layers(model)
+    if given and not layers:
+        raise ConfigError(f"model.{given[0]}: {kind!r} has no experts that it could be about; remove this key")
+    if keys.router_z_loss_coef and len(experts.routers(model)) < len(layers):
+        raise ConfigError(f"model.{Z_LOSS}: the routers of {kind!r} do not tell their logits; remove this key")
+    biased = len(experts.biases(model)) == len(layers) > 0
+    if keys.router_bias_update_rate and not biased:
+        raise ConfigError(
+            f"model.{RATE}: {kind!r} has no bias that its routers choose experts with, as DeepSeek-V3 has; remove this key"
+        )
+    if recipe.job.train.compile and (keys.router_bias_update_rate or keys.router_z_loss_coef):
+        named = RATE if keys.router_bias_update_rate else Z_LOSS
+        raise ConfigError(f"model.{named} with train.compile is not tried; set train.compile to false, or remove this key")
+    if biased and RATE not in given and not recipe.router_weight:
+        log.warning(
+            "model.%s: is not set, so the biases that %r chooses experts with stay as they are, and few experts may end with "
+            "most tokens; set it (DeepSeek-V3 had 0.001), or to 0 if that is meant",
+            RATE, kind,
+        )  # fmt: skip
+
+
+def _small(recipe: Any) -> Any:
+    """Builds a small model of the recipe's architecture, without memory for it; None if none can be built."""
+    import torch
+
+    from heliostat.recipes.text import tiny
+
+    for config in tiny.shrunk(recipe.config, recipe.length):
+        small = copy.copy(recipe)
+        small.config, small.pretrained = config, None
+        try:
+            with torch.device("meta"):
+                return small.build()
+        except Exception:  # noqa: BLE001  whatever this architecture's own code raises
+            continue
+    return None

@@ -1,0 +1,105 @@
+"""Watches the routed experts of a model of transformers: the tokens that each is given, and what its routers say of them;
+balances them by the bias that a router chooses with.
+
+All architectures whose experts transformers computes through its interface (`use_experts_implementation`) are alike here: a
+module of all experts is called with the experts that every token was sent to.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+
+BIASES = ("e_score_correction_bias", "expert_bias")  # what routers add to scores to choose experts by, and to nothing else
+
+_watches: weakref.WeakKeyDictionary[torch.nn.Module, Watch] = weakref.WeakKeyDictionary()
+
+
+def layers(model: torch.nn.Module) -> list[Any]:
+    """Lists the modules that hold all experts of a layer, in the model's order."""
+    return [m for m in model.modules() if hasattr(m, "_is_expert_parallel") and isinstance(getattr(m, "num_experts", None), int)]
+
+
+def routers(model: torch.nn.Module) -> list[tuple[torch.nn.Module, int]]:
+    """Lists the routers, in the model's order, with the place of the logits in what they return."""
+    found = [getattr(m, "_can_record_outputs", None) or {} for m in model.modules()]
+    told = [one["router_logits"] for one in found if "router_logits" in one]
+    kinds = {one.target_class: one.index for one in told if getattr(one, "target_class", None)}
+    return [(m, kinds[type(m)]) for m in model.modules() if type(m) in kinds]
+
+
+def biases(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Lists the buffers that routers choose experts with, by names in the model's order, a layer of experts each."""
+    return [(name, b) for name, b in model.named_buffers() if name.rpartition(".")[2] in BIASES]
+
+
+@contextmanager
+def watched(model: Any) -> Iterator[Watch]:
+    """Watches the experts of a model, or of an engine's, in forward passes inside the context; not what checkpointing computes
+    again, which is outside."""
+    module = getattr(model, "module", model)
+    watch = _watches.get(module)
+    if watch is None:
+        watch = _watches[module] = Watch(module)
+    watch.begin()
+    try:
+        yield watch
+    finally:
+        watch.end()
+
+
+class Watch:
+    """Holds what was seen: `routed`, the tokens that each expert of each layer was given, the last column those that none took
+    (None without experts); and the logits of each router."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        experts = layers(model)
+        sizes = {int(m.num_experts) for m in experts}
+        self.shape = (len(experts), max(sizes) + 1) if len(sizes) == 1 else None  # layers of several sizes are not counted
+        self.on = False
+        for layer, module in enumerate(experts if self.shape else ()):
+            module.register_forward_pre_hook(partial(self._given, layer), with_kwargs=True)
+        for module, place in routers(model):
+            module.register_forward_hook(partial(self._said, place))
+        self.end()
+
+    def begin(self) -> None:
+        self.on = True
+
+    def end(self) -> None:
+        """Forgets what was seen, which graphs of autograd hang on."""
+        self.on = False
+        self.routed: torch.Tensor | None = None
+        self.logits: list[torch.Tensor] = []
+
+    def z_loss(self) -> torch.Tensor:
+        """Computes the mean over tokens and layers of log(sum(exp(logits)))^2 (Zoph et al. 2022, arXiv 2202.08906)."""
+        return torch.stack([one.flatten(0, -2).float().logsumexp(-1).square().mean() for one in self.logits]).mean()
+
+    def _given(self, layer: int, module: torch.nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if not self.on or not self.shape:
+            return
+        chosen = named["top_k_index"] if "top_k_index" in named else args[1]
+        if self.routed is None:
+            self.routed = torch.zeros(self.shape, dtype=torch.int64, device=chosen.device)
+        places = chosen.detach().flatten().long().clamp(max=self.shape[1] - 1)
+        self.routed[layer].scatter_add_(0, places, torch.ones_like(places))
+
+    def _said(self, place: int, module: torch.nn.Module, args: Any, made: Any) -> None:
+        if self.on:
+            self.logits.append(made[place] if isinstance(made, tuple | list) else made)
+
+
+@torch.no_grad()
+def balance(model: torch.nn.Module, routed: torch.Tensor, rate: float) -> None:
+    """Raises by `rate` the bias of experts that were given fewer tokens than the mean of their layer, and lowers that of those
+    with more (Wang et al. 2024, arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437)."""
+    given = routed[:, :-1]
+    lacks = (given.sum(1, keepdim=True) - given * given.shape[1]).sign()  # integers: exact
+    for (_, bias), one in zip(biases(model), lacks, strict=True):
+        bias.add_(one.to(bias.dtype).view_as(bias), alpha=rate)
