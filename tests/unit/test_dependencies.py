@@ -35,6 +35,7 @@ MODULES = {  # where a distribution's module has another name, or it brings more
     "moto": ("moto", "werkzeug"),  # by its extra `server`
     "pillow": ("PIL",),
     "pyyaml": ("yaml",),
+    "ray": ("ray", "starlette", "prometheus_client", "watchfiles"),  # the last three by its extra `serve`
     "scikit-learn": ("sklearn",),
 }
 NOT_IMPORTED = {

@@ -50,20 +50,28 @@ class Answer:
     detail: str = ""
 
 
-class Engine:
-    """Loads a model once, and answers inputs in batches of similar length; one that cannot be answered stops no other.
+class Loaded:
+    """Loads a model and its tokenizer. `longest`: the tokens that it takes, None if there is no limit."""
 
-    HeliostatError if none of several can: then it is not the inputs.
-    """
-
-    def __init__(self, folder: Path, batch: int) -> None:
-        self.batch = batch
+    def __init__(self, folder: Path) -> None:
         self.tokenizer = from_folder("model", transformers.AutoTokenizer, folder)
         self.model = whole("model", folder).eval().to("cuda" if torch.cuda.is_available() else "cpu")
         limits = (getattr(self.model.config, "max_position_embeddings", None), self.tokenizer.model_max_length)
         self.longest: int | None = min((n for n in limits if n is not None and n < UNKNOWN), default=None)
         given = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         self.pad = next(token for token in given if token is not None)
+
+
+class Engine:
+    """Answers inputs in batches of similar length, with a model that is loaded once; one that cannot be answered stops no other.
+
+    HeliostatError if none of several can: then it is not the inputs.
+    """
+
+    def __init__(self, model: Path | Loaded, batch: int) -> None:
+        self.batch = batch
+        loaded = model if isinstance(model, Loaded) else Loaded(model)
+        self.tokenizer, self.model, self.longest, self.pad = loaded.tokenizer, loaded.model, loaded.longest, loaded.pad
 
     def __call__(self, inputs: Sequence[Input]) -> list[Answer]:
         encoded = [self.encode(one.text) for one in inputs]

@@ -1,0 +1,78 @@
+"""Shapes answers as OpenAI's clients read them: bodies, and the chunks of streams."""
+
+from __future__ import annotations
+
+import base64
+import secrets
+import struct
+import time
+from collections.abc import Sequence
+from typing import Any
+
+Piece = dict[str, Any]  # of an answer: text, logprobs, finish, and at its end the numbers of tokens
+
+
+class Shape:
+    """Writes the answer to one request; all its chunks have one id. `version`: of the model that answered."""
+
+    def __init__(self, model: str, version: str, chat: bool) -> None:
+        self.chat = chat
+        self.head = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": version,
+        }
+
+    def whole(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        """Writes an answer that is not streamed; a piece is the whole answer to one of the prompts."""
+        kind = "chat.completion" if self.chat else "text_completion"
+        choices = [self._choice(index, piece, "message") for index, piece in enumerate(pieces)]
+        return {**self.head, "object": kind, "choices": choices, "usage": usage(pieces)}
+
+    def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
+        """Writes a piece of a stream."""
+        return {**self.head, "object": self._streamed, "choices": [self._choice(index, piece, "delta")]}
+
+    def counts(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        """Writes the numbers of tokens, the last chunk of a stream that asks for them."""
+        return {**self.head, "object": self._streamed, "choices": [], "usage": usage(pieces)}
+
+    @property
+    def _streamed(self) -> str:
+        return "chat.completion.chunk" if self.chat else "text_completion"
+
+    def _choice(self, index: int, piece: Piece, name: str) -> dict[str, Any]:
+        told = {"index": index, "logprobs": piece.get("logprobs"), "finish_reason": piece.get("finish")}
+        if not self.chat:
+            return {**told, "text": piece["text"]}
+        return {**told, name: {"role": "assistant", "content": piece["text"]}}
+
+
+def usage(pieces: Sequence[Piece]) -> dict[str, int]:
+    """Adds up the tokens of prompts and answers."""
+    prompt, made = (sum(piece.get(name, 0) for piece in pieces) for name in ("prompt_tokens", "completion_tokens"))
+    return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
+
+
+def embeddings(model: str, made: Sequence[Piece], encoding: str) -> dict[str, Any]:
+    """Writes embeddings, as numbers or as base64 of little-endian float32."""
+    data = [{"object": "embedding", "index": i, "embedding": _encoded(one["embedding"], encoding)} for i, one in enumerate(made)]
+    tokens = sum(one["tokens"] for one in made)
+    return {"object": "list", "model": model, "data": data, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
+
+
+def _encoded(vector: Sequence[float], encoding: str) -> list[float] | str:
+    if encoding == "float":
+        return list(vector)
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+
+
+def models(name: str, since: int) -> dict[str, Any]:
+    """Lists the model that is served."""
+    return {"object": "list", "data": [model(name, since)]}
+
+
+def model(name: str, since: int) -> dict[str, Any]:
+    """Describes the model that is served."""
+    return {"id": name, "object": "model", "created": since, "owned_by": "heliostat"}

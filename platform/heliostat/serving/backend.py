@@ -1,0 +1,110 @@
+"""Sends requests to the replicas of the version that is served, and again where a replica died before anything was sent on."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from typing import Any
+
+from heliostat.serving.refusals import Refusal
+
+log = logging.getLogger(__name__)
+
+TRIES = 5
+PAUSE_S = 0.2
+
+Call = Callable[[str], Awaitable[dict[str, Any]]]  # one answer of a version's replica
+Stream = Callable[[str], AsyncGenerator[dict[str, Any]]]
+
+
+class Backend:
+    """Knows which version is served, and how many requests each version has under way. `lost`: errors of a replica that died."""
+
+    def __init__(self, lost: tuple[type[BaseException], ...], deadline_s: float) -> None:
+        self.lost, self.deadline_s = lost, deadline_s
+        self.open: Counter[str] = Counter()
+        self.retried = 0
+        self.current = ""
+        self.ready = asyncio.Event()
+
+    def use(self, version: str) -> dict[str, int]:
+        """Sends what comes from now on to a version; returns how many requests each has under way."""
+        self.current = version
+        self.ready.set()
+        self.open = Counter({name: count for name, count in self.open.items() if count})
+        return dict(self.open)
+
+    async def ask(self, call: Call) -> tuple[str, dict[str, Any]]:
+        """Returns the version that answered, and its answer; Refusal if there is none within the deadline."""
+        end = asyncio.get_running_loop().time() + self.deadline_s
+        for left in reversed(range(TRIES)):
+            with self._counted(await self._version(end)) as version:
+                try:
+                    async with self._until(end):
+                        return version, _sound(await call(version))
+                except self.lost as e:
+                    self._again(e, left)
+            await asyncio.sleep(PAUSE_S)
+        raise AssertionError("unreachable: the last try has raised")
+
+    async def stream(self, start: Stream) -> AsyncGenerator[tuple[str, dict[str, Any]]]:
+        """Yields the version and each item of a stream; Refusal also in its midst, where a replica dies when some were sent."""
+        end = asyncio.get_running_loop().time() + self.deadline_s
+        for left in reversed(range(TRIES)):
+            begun = False
+            with self._counted(await self._version(end)) as version:
+                try:
+                    async with aclosing(start(version)) as items:
+                        while (item := await self._next(items, end)) is not None:
+                            begun = True
+                            yield version, item
+                    return
+                except self.lost as e:
+                    if begun:
+                        said = "the replica that wrote this answer died; ask again with the same seed for the same text"
+                        raise Refusal(503, said, code="replica_died") from e
+                    self._again(e, left)
+            await asyncio.sleep(PAUSE_S)
+
+    async def _next(self, items: AsyncGenerator[dict[str, Any]], end: float) -> dict[str, Any] | None:
+        async with self._until(end):  # of one task: a stream may go on in another than it began in
+            item = await anext(items, None)
+        return None if item is None else _sound(item)
+
+    async def _version(self, end: float) -> str:
+        async with self._until(end):
+            await self.ready.wait()
+        return self.current
+
+    @contextmanager
+    def _counted(self, version: str) -> Iterator[str]:
+        self.open[version] += 1
+        try:
+            yield version
+        finally:
+            self.open[version] -= 1
+
+    @asynccontextmanager
+    async def _until(self, end: float) -> AsyncIterator[None]:
+        """Ends what takes too long with status 504."""
+        try:
+            async with asyncio.timeout_at(end):
+                yield
+        except TimeoutError as e:
+            raise Refusal(504, f"not answered within {self.deadline_s:g} s", code="timeout") from e
+
+    def _again(self, error: BaseException, left: int) -> None:
+        self.retried += 1
+        log.warning("a replica was lost (%s); %d tries are left for its request", type(error).__name__, left)
+        if not left:
+            raise Refusal(503, f"{TRIES} replicas died over this request", code="replica_died", retry_after=5) from error
+
+
+def _sound(item: dict[str, Any]) -> dict[str, Any]:
+    """Raises the refusal that an item is."""
+    if "refused" in item:
+        raise Refusal(*item["refused"])
+    return item

@@ -1,0 +1,81 @@
+"""Runs a causal language model over rows that come and go: continuous batching, by the model's own cache.
+
+Rows share a batch behind padding on their left. Where the cache is of plain keys and values, rows that begin later join those
+that are under way, and rows that are done leave; elsewhere (states, windows) a group stays as it began. A model without such a
+cache computes all its tokens anew at each step.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+
+class Group:
+    """Holds rows under way: which columns are theirs, each row's next place, and the cache. `logits`: of the next token."""
+
+    def __init__(self, model: Any, rows: Sequence[list[int]], pad: int) -> None:
+        self.model = model
+        longest = max(map(len, rows))
+        ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=model.device)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
+        self.mask, self.cache, self.ids = mask, None, ids
+        self.logits = self._forward(ids, (mask.cumsum(-1) - 1).clamp(min=0))
+        if self.cache is not None:
+            self.ids = ids[:, :0]
+
+    def __len__(self) -> int:
+        return len(self.mask)
+
+    @property
+    def plain(self) -> bool:
+        """Tells whether rows can join and leave: every layer keeps keys and values of all places, and nothing else."""
+        return type(self.cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in self.cache.layers)
+
+    def step(self, tokens: Sequence[int]) -> None:
+        """Goes on by one token of each row."""
+        new = torch.tensor(tokens, device=self.model.device)[:, None]
+        self.mask = torch.cat([self.mask, torch.ones_like(new)], 1)
+        places = (self.mask.cumsum(-1) - 1).clamp(min=0)
+        if self.cache is None:
+            self.ids = torch.cat([self.ids, new], 1)
+            self.logits = self._forward(self.ids, places)
+        else:
+            self.logits = self._forward(new, places[:, -1:])
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keeps these rows only, and no column that none of them uses."""
+        chosen = torch.tensor(rows, device=self.mask.device)
+        self.mask, self.logits = self.mask[chosen], self.logits[chosen]
+        first = int(self.mask.any(0).int().argmax())
+        self.mask = self.mask[:, first:]
+        for layer in self.cache.layers:
+            layer.keys, layer.values = layer.keys[chosen, :, first:], layer.values[chosen, :, first:]
+
+    def join(self, other: Group) -> None:
+        """Takes the rows of another group behind its own."""
+        width = max(self.mask.shape[1], other.mask.shape[1])
+        self.mask = torch.cat([_left(self.mask, width, 1), _left(other.mask, width, 1)])
+        self.logits = torch.cat([self.logits, other.logits])
+        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
+            mine.keys = torch.cat([_left(mine.keys, width, 2), _left(theirs.keys, width, 2)])
+            mine.values = torch.cat([_left(mine.values, width, 2), _left(theirs.values, width, 2)])
+
+    def _forward(self, ids: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        takes = inspect.signature(self.model.forward).parameters
+        given = {"position_ids": places, "logits_to_keep": 1, "past_key_values": self.cache, "use_cache": True}
+        given = {name: value for name, value in given.items() if name in takes}
+        out = self.model(input_ids=ids, attention_mask=self.mask, **given)
+        self.cache = getattr(out, "past_key_values", None)
+        return out.logits[:, -1].float()
+
+
+def _left(given: torch.Tensor, width: int, dim: int) -> torch.Tensor:
+    """Fills a dimension up with zeros before what it holds."""
+    shape = list(given.shape)
+    shape[dim] = width - shape[dim]
+    return torch.cat([given.new_zeros(shape), given], dim) if shape[dim] else given

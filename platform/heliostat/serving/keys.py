@@ -1,0 +1,74 @@
+"""Keeps API keys: a file that only its owner reads, a key a line; what serves requests knows their digests alone.
+
+    KEY
+    NAME KEY        # the name is what metrics and limits count by
+
+Keys are compared by their digests, in constant time, each of them whatever the others gave.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+from pathlib import Path
+
+from heliostat.cluster import private
+from heliostat.errors import ConfigError
+from heliostat.serving.refusals import Refusal
+
+LEAST = 16  # characters of a key: shorter ones can be guessed
+NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+
+def digest(key: str) -> str:
+    """Returns what is kept of a key."""
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def made(path: Path) -> bool:
+    """Makes a file with a new key if there is none; tells whether it did."""
+    if path.exists():
+        return False
+    private.folder(path.parent)
+    private.write_token(path, f"sk-{secrets.token_urlsafe(32)}\n")
+    return True
+
+
+def read(path: Path) -> dict[str, str]:
+    """Reads the digests of a file's keys by their names; ConfigError that shows no key."""
+    try:
+        text, mode = path.read_text(encoding="utf-8"), path.stat().st_mode
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"--keys: {path} cannot be read ({type(e).__name__})") from e
+    if mode & 0o077:
+        raise ConfigError(f"--keys: {path} can be read by other users of this machine; make new keys behind `chmod 600 {path}`")
+    found: dict[str, str] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        words = line.split("#")[0].split()
+        if not words:
+            continue
+        name = words[0] if len(words) == 2 else f"key-{number}"
+        if len(words) > 2 or not NAME.fullmatch(name):
+            raise ConfigError(f"--keys: {path}, line {number}: is no key; write KEY, or NAME KEY, without spaces in them")
+        if len(words[-1]) < LEAST:
+            raise ConfigError(f"--keys: {path}, line {number}: the key is shorter than {LEAST} characters, and could be guessed")
+        if name in found:
+            raise ConfigError(f"--keys: {path}, line {number}: the name {name!r} is given twice")
+        found[name] = digest(words[-1])
+    if not found:
+        raise ConfigError(f"--keys: {path} holds no key; write one a line, or name a file that is not there, to have one made")
+    return found
+
+
+def owner(header: str | None, known: dict[str, str]) -> str:
+    """Finds the name of the key in an Authorization header; Refusal with 401 if there is none, or it is not known."""
+    kind, _, key = (header or "").partition(" ")
+    if kind.lower() != "bearer" or not key.strip():
+        raise Refusal(401, "no API key; send the header `Authorization: Bearer KEY`", None, "invalid_api_key")
+    given = digest(key.strip())
+    matches = [name for name, one in known.items() if hmac.compare_digest(given, one)]
+    if not matches:
+        raise Refusal(401, "the API key is not known", None, "invalid_api_key")
+    return matches[0]

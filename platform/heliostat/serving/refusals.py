@@ -1,0 +1,34 @@
+"""Defines the one error that the endpoint answers with, in OpenAI's shape: a status, a type, and which parameter is at fault."""
+
+from __future__ import annotations
+
+from typing import Any
+
+TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "invalid_request_error",
+    405: "invalid_request_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+}
+
+
+class Refusal(Exception):
+    """Answers a request with an error. `retry_after`: seconds, after which the same request may be answered."""
+
+    def __init__(
+        self, status: int, message: str, param: str | None = None, code: str | None = None, retry_after: int | None = None
+    ) -> None:
+        super().__init__(status, message, param, code, retry_after)
+        self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
+
+    def body(self) -> dict[str, Any]:
+        """Returns the error as OpenAI's clients read it."""
+        kind = TYPES.get(self.status, "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def headers(self) -> dict[str, str]:
+        """Returns the headers that belong to the answer."""
+        found = {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
+        return found | ({"Retry-After": str(self.retry_after)} if self.retry_after is not None else {})

@@ -1,0 +1,170 @@
+"""Reads the bodies of requests: what OpenAI's API defines and this endpoint does, and a refusal by name for everything else.
+
+A parameter that is not supported is accepted with the value that changes nothing (`n: 1`), and refused with any other.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, Field, ValidationError
+
+from heliostat.config.schema import Strict
+from heliostat.serving.refusals import Refusal
+from heliostat.text import brief
+
+MOST_INPUTS = 64  # prompts or texts of one request
+MOST_STOPS = 4
+COMMON = {"n": 1, "frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}}
+OF_COMPLETIONS = {**COMMON, "best_of": 1, "echo": False, "suffix": ""}
+OF_CHAT = {
+    **COMMON, "logprobs": False, "top_logprobs": 0, "tools": [], "tool_choice": "none", "functions": [], "function_call": "none",
+    "parallel_tool_calls": True, "response_format": {"type": "text"}, "modalities": ["text"], "audio": {}, "prediction": {},
+    "reasoning_effort": "none", "store": False, "metadata": {}, "service_tier": "auto", "web_search_options": {},
+}  # fmt: skip
+OF_EMBEDDINGS: dict[str, Any] = {"dimensions": None}
+
+Text = Annotated[str, Field(min_length=1)]
+R = TypeVar("R", bound=BaseModel)
+
+
+class StreamOptions(Strict):
+    """Says what a stream carries beside the text."""
+
+    include_usage: bool = False
+
+
+class Sampled(Strict):
+    """Holds what completions and chat have in common."""
+
+    model: str
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: Text | Annotated[list[Text], Field(max_length=MOST_STOPS)] = []
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str = ""
+
+    @property
+    def stops(self) -> list[str]:
+        """Returns the stop strings as a list."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop
+
+    @property
+    def counts(self) -> bool:
+        """Tells whether a stream ends with the numbers of tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class Completion(Sampled):
+    """Describes a request to continue prompts."""
+
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=MOST_INPUTS)]
+    logprobs: int | None = Field(None, ge=0, le=5)
+
+    @property
+    def prompts(self) -> list[str]:
+        """Returns the prompts as a list."""
+        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
+
+
+class TextPart(Strict):
+    """Holds a part of a message; only text is taken."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Strict):
+    """Holds a message of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    def plain(self) -> dict[str, str]:
+        """Returns the message as chat templates take it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": self.role, "content": text} | ({"name": self.name} if self.name else {})
+
+
+class Chat(Sampled):
+    """Describes a request to answer a chat."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+
+
+class Embeddings(Strict):
+    """Describes a request to embed texts."""
+
+    model: str
+    input: Text | Annotated[list[Text], Field(min_length=1, max_length=MOST_INPUTS)]
+    encoding_format: Literal["float", "base64"] = "float"
+    user: str = ""
+
+    @property
+    def texts(self) -> list[str]:
+        """Returns the texts as a list."""
+        return [self.input] if isinstance(self.input, str) else self.input
+
+
+def completion(raw: bytes) -> Completion:
+    """Reads a request of /v1/completions; Refusal that names the parameter at fault."""
+    return _read(Completion, raw, OF_COMPLETIONS)
+
+
+def chat(raw: bytes) -> Chat:
+    """Reads a request of /v1/chat/completions; Refusal that names the parameter at fault."""
+    return _read(Chat, raw, OF_CHAT)
+
+
+def embeddings(raw: bytes) -> Embeddings:
+    """Reads a request of /v1/embeddings; Refusal that names the parameter at fault."""
+    return _read(Embeddings, raw, OF_EMBEDDINGS)
+
+
+def _read(kind: type[R], raw: bytes, neutral: dict[str, Any]) -> R:
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError) as e:
+        raise Refusal(400, f"the body is no JSON: {brief(e)}", code="invalid_json") from e
+    if not isinstance(body, dict):
+        raise Refusal(400, "the body is no JSON object", code="invalid_json")
+    given = {name: value for name, value in body.items() if value is not None}
+    for name in [n for n in given if n not in kind.model_fields]:
+        _require_neutral(name, given.pop(name), neutral, kind)
+    if "stream_options" in given and not given.get("stream"):
+        raise Refusal(400, "stream_options: goes with stream: true", "stream_options")
+    try:
+        return kind.model_validate(given)
+    except ValidationError as e:
+        raise _first(e) from e
+
+
+def _require_neutral(name: str, value: Any, neutral: dict[str, Any], kind: type[BaseModel]) -> None:
+    shown = brief(name, 60)
+    if name in neutral:
+        if value != neutral[name]:
+            fix = f"leave it out, or give {json.dumps(neutral[name])}"
+            raise Refusal(400, f"{shown}: {brief(json.dumps(value), 60)} is not supported; {fix}", name, "unsupported_parameter")
+        return
+    near = difflib.get_close_matches(name, [*kind.model_fields, *neutral], 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise Refusal(400, f"{shown}: unknown parameter{hint}", shown, "unknown_parameter")
+
+
+def _first(error: ValidationError) -> Refusal:
+    """Describes the first fault; of a union, that of the kind that the value most resembles comes last."""
+    fault = error.errors(include_url=False)[0]
+    where = [str(part) for part in fault["loc"] if isinstance(part, int) or (str(part).isidentifier() and part != "str")]
+    name = where[0] if where else "body"
+    if fault["type"] == "missing":
+        return Refusal(400, f"{'.'.join(where)}: is missing", name, "missing_required_parameter")
+    value = brief(json.dumps(fault["input"], default=str), 60)
+    said = "is not text" if fault["type"] == "string_type" else fault["msg"][:1].lower() + fault["msg"][1:]
+    return Refusal(400, f"{'.'.join(where)}: {value}: {said}", name, "invalid_value")

@@ -1,0 +1,212 @@
+"""Serves a model over HTTP on Ray Serve until it is stopped: `heliostat serve MODEL`.
+
+    client -> Serve's proxy (127.0.0.1) -> Front (one: keys, limits, retries) -> Replica (several, of each version that is there)
+
+The driver looks at the alias, and tells the front which version is served.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from heliostat.cluster.private_ray import LOOPBACK
+from heliostat.errors import ConfigError, HeliostatError, StoppedError
+from heliostat.recipes import exported
+from heliostat.serving.options import Options
+from heliostat.serving.versions import Source, Versions
+from heliostat.text import brief
+from heliostat.train.driver.signals import Signals
+
+log = logging.getLogger(__name__)
+
+FRONT = "front"
+START_S = 600.0  # for a version to load
+FRONT_S = 300.0  # for a front that died to come again
+DRAIN_MORE_S = 10.0  # behind the deadline of an answer
+MODULES = ("ray.serve", "heliostat.serving.front", "heliostat.serving.engine")
+
+
+def serve(source: Source, name: str, keys: dict[str, str] | None, options: Options, ready: Callable[[str], None]) -> None:
+    """Serves a model as `name` until a signal says stop, and calls `ready` with the URL once it answers.
+
+    ConfigError before anything starts if it cannot be served.
+    """
+    version = source.wanted()
+    _require_language_model(source.folder(version))
+    require_free(options.port)
+    endpoint = Endpoint(source, options)
+    endpoint.connect()
+    with endpoint.signals:  # behind Ray's start, which sets handlers of its own
+        try:
+            endpoint.open(name, keys)
+            _follow(endpoint, source, options, lambda: ready(f"http://{LOOPBACK}:{options.port}/v1"))
+        finally:
+            endpoint.close()
+
+
+def _follow(endpoint: Endpoint, source: Source, options: Options, ready: Callable[[], None]) -> None:
+    versions = Versions(endpoint.load, endpoint.use, endpoint.end, options.deadline_s + DRAIN_MORE_S)
+    told, silent_since = False, 0.0
+    while not endpoint.signals.name:
+        try:
+            versions.tick(source.wanted())
+            silent_since = 0.0
+        except FrontError as e:
+            silent_since = silent_since or time.monotonic()
+            log.warning("the front does not answer (%s); Ray Serve starts it again", brief(e))
+            if time.monotonic() > silent_since + FRONT_S:
+                raise
+        if not told and not silent_since:
+            ready()
+            told = True
+        endpoint.wait(options.poll_s)
+
+
+class FrontError(HeliostatError):
+    """Reports that the front does not answer the driver."""
+
+
+class Endpoint:
+    """Starts and ends applications of Ray Serve: the front, and one for each version of the model."""
+
+    def __init__(self, source: Source, options: Options) -> None:
+        self.source, self.options, self.signals = source, options, Signals()
+        self.front: Any = None
+        self.gpus = 0
+
+    def connect(self) -> None:
+        """Connects to Ray."""
+        import torch
+
+        from heliostat.cluster import private_ray
+        from heliostat.cluster.connect import connect
+
+        self.gpus = torch.cuda.device_count()
+        private_ray.ahead(self.gpus, MODULES)
+        connect(cpus=2 * self.options.replicas[1] + 2, gpus=self.gpus)  # twice: a version loads beside the one that it replaces
+
+    def open(self, name: str, keys: dict[str, str] | None) -> None:
+        """Starts Serve's proxy on loopback, with the front behind it."""
+        from ray import serve
+        from ray.serve.schema import LoggingConfig
+
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        if serve.status().applications:
+            raise ConfigError(
+                "Ray Serve has applications on this cluster, which would end with this endpoint; take another cluster"
+            )
+        http = {"host": LOOPBACK, "port": self.options.port}
+        serve.start(proxy_location="HeadOnly", http_options=http, logging_config=LoggingConfig(enable_access_log=False))
+        self._deploy(FRONT, self._front(name, keys), "/")
+        self.front = serve.get_app_handle(FRONT)
+
+    def load(self, version: str) -> None:
+        """Loads a version on its replicas; HeliostatError if it does not, and then nothing of it is left."""
+        folder = self.source.folder(version)
+        _require_language_model(folder)
+        log.info("loading %s", version)
+        try:
+            self._deploy(version, self._model(folder), None)
+        except BaseException:
+            self.end(version)
+            raise
+
+    def use(self, version: str) -> dict[str, int]:
+        """Tells the front which version is served; FrontError if it does not answer."""
+        try:
+            return self.front.use.remote(version).result(timeout_s=30)
+        except Exception as e:
+            raise FrontError(f"the front does not answer: {type(e).__name__}: {brief(e)}") from e
+
+    def end(self, version: str) -> None:
+        """Ends a version's replicas."""
+        from ray import serve
+
+        try:
+            serve.delete(version)
+        except Exception as e:  # noqa: BLE001 (Serve ends it when it can, and with the whole at the latest)
+            log.warning("%s has not ended yet (%s)", version, brief(e))
+
+    def close(self) -> None:
+        """Ends everything."""
+        from ray import serve
+
+        from heliostat.cluster.connect import disconnect
+
+        serve.shutdown()
+        disconnect()
+
+    def wait(self, seconds: float) -> None:
+        """Waits, at most until the endpoint is to stop."""
+        end = time.monotonic() + seconds
+        while not self.signals.name and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, 0.2))
+
+    def _deploy(self, name: str, application: Any, route: str | None) -> None:
+        """Starts an application and waits until it runs; HeliostatError if it fails, or takes longer than START_S."""
+        from ray import serve
+
+        target = serve.RunTarget(application, name=name, route_prefix=route)
+        serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+        end = time.monotonic() + START_S
+        while (state := serve.status().applications[name]).status != "RUNNING":
+            if self.signals.name:
+                raise StoppedError(f"stopped before {name} was loaded")
+            if state.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+                told = [one.message for one in state.deployments.values() if one.message]
+                raise HeliostatError(f"{name} does not start: {brief(_last(told[0] if told else state.message))}")
+            if time.monotonic() > end:
+                raise HeliostatError(f"{name} did not start within {START_S:g} s; has Ray a CPU or a GPU for each replica?")
+            time.sleep(0.1)
+
+    def _front(self, name: str, keys: dict[str, str] | None) -> Any:
+        from ray import serve
+
+        from heliostat.serving.front import Front, Settings
+
+        o = self.options
+        settings = Settings(name, int(time.time()), keys, o.body_bytes, o.max_tokens, o.at_once, o.a_minute, o.deadline_s)
+        made = serve.deployment(Front, name="Front", max_ongoing_requests=100_000, max_constructor_retry_count=2,
+                                health_check_period_s=2, ray_actor_options={"num_cpus": 0})  # fmt: skip
+        return made.bind(settings)
+
+    def _model(self, folder: Path) -> Any:
+        from ray import serve
+
+        from heliostat.cluster.connect import remote_environment
+        from heliostat.serving.replica import Replica
+
+        gpus = min(self.gpus, 1)
+        least, most = self.options.replicas
+        count: dict[str, Any] = {"num_replicas": most}
+        if least < most:
+            scaling = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": self.options.batch}
+            count = {"autoscaling_config": scaling}
+        made = serve.deployment(
+            Replica, name="Model", max_ongoing_requests=2 * self.options.batch, max_constructor_retry_count=2,
+            health_check_period_s=2, ray_actor_options={"num_cpus": 1, "num_gpus": gpus, "runtime_env": remote_environment(gpus)},
+            **count,
+        )  # fmt: skip
+        return made.bind(str(folder), self.options.batch)
+
+
+def require_free(port: int) -> None:
+    """Raises ConfigError if something listens on a port already."""
+    with socket.socket() as probe:
+        if probe.connect_ex((LOOPBACK, port)) == 0:
+            raise ConfigError(f"--port: {port} on {LOOPBACK} is taken; give another")
+
+
+def _require_language_model(folder: Path) -> None:
+    if getattr(exported.read(folder).recipe, "kind", None) != "tokens":
+        raise ConfigError(f"{folder}: is no language model, and only those are served")
+
+
+def _last(text: str) -> str:
+    """Finds the line of a message of Serve's that says what was raised: the last that is no frame."""
+    return next((line for line in reversed(text.strip().splitlines()) if line.strip() and not line.startswith(" ")), text)
