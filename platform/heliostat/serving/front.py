@@ -135,7 +135,7 @@ class Front:
 
     async def _embeddings(self, asked: requests.Embeddings, name: str) -> Response:
         self._require_model(asked.model)
-        _, made = await self.backend.ask(lambda version: self.handles.embed(version, asked.texts))
+        _, made = await self.backend.ask(lambda version: self.handles.embed(version, asked.input))
         body = answers.embeddings(asked.model, made["answers"], asked.encoding_format)
         self.measures.counted(name, body["usage"])
         return JSONResponse(body)
@@ -160,11 +160,11 @@ class Front:
             most = min(DEFAULT_TOKENS, self.settings.max_tokens)
         if most is not None and most > self.settings.max_tokens:
             raise Refusal(400, f"{where}: {most}: at most {self.settings.max_tokens} are given", where, "invalid_value")
-        prompts = asked.prompts if isinstance(asked, requests.Completion) else None
+        prompts = asked.prompt if isinstance(asked, requests.Completion) else None
         seed = secrets.randbits(63) if asked.seed is None else asked.seed
         return Ask(
             prompts, [m.plain() for m in chat.messages] if chat else None, most, self.settings.max_tokens, asked.temperature,
-            asked.top_p, [(seed + i) % 2**63 for i in range(len(prompts or [""]))], asked.stops,
+            asked.top_p, [(seed + i) % 2**63 for i in range(len(prompts or [""]))], asked.stop,
             asked.logprobs if isinstance(asked, requests.Completion) else None,
         )  # fmt: skip
 

@@ -9,7 +9,7 @@ import difflib
 import json
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from heliostat.config.schema import Strict
 from heliostat.serving.refusals import Refusal
@@ -27,6 +27,8 @@ OF_CHAT = {
 OF_EMBEDDINGS: dict[str, Any] = {"dimensions": None}
 
 Text = Annotated[str, Field(min_length=1)]
+Listed = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)  # one text stands for a list of it
+Parts = BeforeValidator(lambda value: [{"type": "text", "text": value}] if isinstance(value, str) else value)
 R = TypeVar("R", bound=BaseModel)
 
 
@@ -44,15 +46,10 @@ class Sampled(Strict):
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Text | Annotated[list[Text], Field(max_length=MOST_STOPS)] = []
+    stop: Annotated[list[Text], Listed, Field(max_length=MOST_STOPS)] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str = ""
-
-    @property
-    def stops(self) -> list[str]:
-        """Returns the stop strings as a list."""
-        return [self.stop] if isinstance(self.stop, str) else self.stop
 
     @property
     def counts(self) -> bool:
@@ -63,13 +60,8 @@ class Sampled(Strict):
 class Completion(Sampled):
     """Describes a request to continue prompts."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=MOST_INPUTS)]
+    prompt: Annotated[list[str], Listed, Field(min_length=1, max_length=MOST_INPUTS)]
     logprobs: int | None = Field(None, ge=0, le=5)
-
-    @property
-    def prompts(self) -> list[str]:
-        """Returns the prompts as a list."""
-        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
 
 
 class TextPart(Strict):
@@ -83,13 +75,14 @@ class Message(Strict):
     """Holds a message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Annotated[list[TextPart], Parts]
     name: str | None = None
 
     def plain(self) -> dict[str, str]:
         """Returns the message as chat templates take it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": self.role, "content": text} | ({"name": self.name} if self.name else {})
+        return {"role": self.role, "content": "".join(part.text for part in self.content)} | (
+            {"name": self.name} if self.name else {}
+        )
 
 
 class Chat(Sampled):
@@ -103,14 +96,9 @@ class Embeddings(Strict):
     """Describes a request to embed texts."""
 
     model: str
-    input: Text | Annotated[list[Text], Field(min_length=1, max_length=MOST_INPUTS)]
+    input: Annotated[list[Text], Listed, Field(min_length=1, max_length=MOST_INPUTS)]
     encoding_format: Literal["float", "base64"] = "float"
     user: str = ""
-
-    @property
-    def texts(self) -> list[str]:
-        """Returns the texts as a list."""
-        return [self.input] if isinstance(self.input, str) else self.input
 
 
 def completion(raw: bytes) -> Completion:
@@ -159,9 +147,8 @@ def _require_neutral(name: str, value: Any, neutral: dict[str, Any], kind: type[
 
 
 def _first(error: ValidationError) -> Refusal:
-    """Describes the first fault; of a union, that of the kind that the value most resembles comes last."""
     fault = error.errors(include_url=False)[0]
-    where = [str(part) for part in fault["loc"] if isinstance(part, int) or (str(part).isidentifier() and part != "str")]
+    where = [str(part) for part in fault["loc"]]
     name = where[0] if where else "body"
     if fault["type"] == "missing":
         return Refusal(400, f"{'.'.join(where)}: is missing", name, "missing_required_parameter")

@@ -1,0 +1,291 @@
+"""The endpoint's pure parts: what of a request is refused and by which name, what a stream holds back, whom a limit stops."""
+
+import asyncio
+import base64
+import json
+import struct
+
+import pytest
+from heliostat.errors import ConfigError, HeliostatError
+from heliostat.serving import answers, keys, options, requests, sse
+from heliostat.serving.backend import TRIES, Backend
+from heliostat.serving.limits import Limits
+from heliostat.serving.refusals import Refusal
+from heliostat.serving.stopping import Stopping
+from heliostat.serving.versions import Versions
+
+
+def refusal(read, **body) -> Refusal:
+    with pytest.raises(Refusal) as found:
+        read(json.dumps({"model": "m", **body}).encode())
+    return found.value
+
+
+def test_a_completion_is_read_with_openais_defaults():
+    asked = requests.completion(b'{"model": "m", "prompt": "a", "n": 1, "echo": false, "logit_bias": null, "user": "u"}')
+    assert (asked.prompt, asked.max_tokens, asked.temperature, asked.top_p, asked.stop) == (["a"], None, 1.0, 1.0, [])
+    asked = requests.completion(b'{"model": "m", "prompt": ["a", "b"], "stop": "x", "temperature": 0, "seed": -1}')
+    assert (asked.prompt, asked.stop, asked.temperature, asked.seed) == (["a", "b"], ["x"], 0.0, -1)
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "said"),
+    [
+        ({"n": 2}, "n", "2 is not supported; leave it out, or give 1"),
+        ({"echo": True}, "echo", "true is not supported"),
+        ({"suffix": "x"}, "suffix", "not supported"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty", "not supported"),
+        ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
+        ({"max_token": 3}, "max_token", "unknown parameter; did you mean 'max_tokens'?"),
+        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"max_tokens": "3"}, "max_tokens", '"3"'),
+        ({"temperature": 3}, "temperature", "less than or equal to 2"),
+        ({"temperature": float("nan")}, "temperature", "NaN"),
+        ({"stop": ["a"] * 5}, "stop", "at most 4"),
+        ({"stop": [""]}, "stop", "at least 1 character"),
+        ({"logprobs": 6}, "logprobs", "less than or equal to 5"),
+        ({"prompt": [[1, 2]]}, "prompt", "is not text"),
+        ({"prompt": ["a"] * 65}, "prompt", "at most 64"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "goes with stream: true"),
+    ],
+)  # fmt: skip
+def test_what_is_not_done_is_refused_by_name(body, param, said):
+    found = refusal(requests.completion, **{"prompt": "a", **body})
+    assert (found.status, found.param) == (400, param) and said in found.message
+    assert found.body()["error"].keys() == {"message", "type", "param", "code"}
+
+
+def test_a_chat_takes_text_only_and_refuses_tools():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    asked = requests.chat(json.dumps({"model": "m", "messages": [{"role": "user", "content": parts}]}).encode())
+    assert asked.messages[0].plain() == {"role": "user", "content": "ab"}
+    message = {"role": "user", "content": "a"}
+    assert refusal(requests.chat, messages=[message], tools=[{"type": "function"}]).param == "tools"
+    assert refusal(requests.chat, messages=[message], response_format={"type": "json_object"}).param == "response_format"
+    assert refusal(requests.chat, messages=[message], logprobs=True).param == "logprobs"
+    assert refusal(requests.chat, messages=[{"role": "tool", "content": "a"}]).param == "messages"
+    assert refusal(requests.chat).code == "missing_required_parameter"
+
+
+def test_embeddings_and_bodies_that_are_none():
+    assert requests.embeddings(b'{"model": "m", "input": "a"}').input == ["a"]
+    assert refusal(requests.embeddings, input="").param == "input"
+    assert refusal(requests.embeddings, input="a", dimensions=3).code == "unsupported_parameter"
+    for raw in (b"{", b"[]", b"\xff", b"[" * 100_000):
+        with pytest.raises(Refusal) as found:
+            requests.completion(raw)
+        assert (found.value.status, found.value.code) == (400, "invalid_json")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_no_part_of_a_stop_string_is_sent_however_the_text_comes(size):
+    text, stops = "abc\nab\n\nENDx\n\nENT\n\nEND tail", ["\n\nEND ", "never"]
+    follow, sent = Stopping(stops), ""
+    for end in range(size, len(text) + size, size):
+        sent += follow.feed(text[:end], last=end >= len(text))
+        assert "\n\nEND ".startswith(sent[-1:]) or text.startswith(sent)
+        if follow.stopped:
+            break
+    assert follow.stopped and sent == "abc\nab\n\nENDx\n\nENT"
+
+
+def test_the_first_of_several_stop_strings_ends_the_text_and_half_a_character_waits():
+    follow = Stopping(["bc", "c"])
+    assert (follow.feed("ab"), follow.feed("abc"), follow.stopped) == ("a", "", True)
+    follow = Stopping()
+    assert [follow.feed("a\ufffd"), follow.feed("a\ufffd\ufffd"), follow.feed("aé"), follow.feed("aé\ufffd", last=True)] == [
+        "a", "", "é", "\ufffd",
+    ]  # fmt: skip
+
+
+def test_limits_count_each_key_by_itself_and_say_when_to_come_again():
+    now = [0.0]
+    limits = Limits(at_once=2, a_minute=3, clock=lambda: now[0])
+    limits.enter("a")
+    limits.enter("a")
+    with pytest.raises(Refusal, match="2 requests of this key are open") as found:
+        limits.enter("a")
+    assert (found.value.status, found.value.headers()) == (429, {"Retry-After": "1"})
+    limits.enter("b")
+    now[0] = 10.5
+    limits.leave("a")
+    limits.enter("a")
+    limits.leave("a")
+    with pytest.raises(Refusal, match="within a minute") as found:
+        limits.enter("a")
+    assert found.value.retry_after == 50
+    now[0] = 60.0
+    limits.enter("a")
+
+
+def test_keys_are_read_by_name_and_known_by_their_digest_alone(tmp_path):
+    place = tmp_path / "kept" / "keys"
+    assert keys.made(place) and not keys.made(place)
+    assert place.stat().st_mode & 0o777 == 0o600
+    key = place.read_text().strip()
+    known = keys.read(place)
+    assert key not in repr(known) and keys.owner(f"Bearer {key}", known) == "key-1"
+    place.write_text(f"# ours\nalice {'a' * 20}\n\n{'b' * 20}\n")
+    known = keys.read(place)
+    assert [keys.owner(f"bearer {c * 20}", known) for c in "ab"] == ["alice", "key-4"]
+    for header in (None, "", "Basic x", f"Bearer {'a' * 19}", f"Bearer {'a' * 21}", "Bearer é" + "a" * 20):
+        with pytest.raises(Refusal) as found:
+            keys.owner(header, known)
+        assert found.value.status == 401 and "aaa" not in found.value.message
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "holds no key"),
+        ("short", "shorter than 16"),
+        (f"a b {'k' * 20}", "is no key"),
+        (f"a {'k' * 20}\na {'l' * 20}", "twice"),
+    ],
+)
+def test_a_key_file_that_is_wrong_is_named_without_its_keys(tmp_path, text, said):
+    place = tmp_path / "keys"
+    place.write_text(text)
+    place.chmod(0o600)
+    with pytest.raises(ConfigError, match=said) as found:
+        keys.read(place)
+    assert "kkk" not in str(found.value)
+    place.chmod(0o644)
+    with pytest.raises(ConfigError, match="other users"):
+        keys.read(place)
+
+
+def test_an_event_is_one_line_whatever_the_text_holds():
+    framed = sse.event({"text": "a\n\ndata: b\u2028\r"})
+    assert framed.startswith(b"data: {") and framed.endswith(b"}\n\n") and framed.count(b"\n") == 2
+    assert json.loads(framed[6:]) == {"text": "a\n\ndata: b\u2028\r"}
+
+
+def test_embeddings_are_written_as_numbers_and_as_base64():
+    made = [{"embedding": [0.5, -1.0], "tokens": 3}]
+    assert answers.embeddings("m", made, "float")["data"][0]["embedding"] == [0.5, -1.0]
+    coded = answers.embeddings("m", made, "base64")
+    assert struct.unpack("<2f", base64.b64decode(coded["data"][0]["embedding"])) == (0.5, -1.0)
+    assert coded["usage"] == {"prompt_tokens": 3, "total_tokens": 3}
+
+
+def test_replicas_are_a_number_or_a_range():
+    assert (options.replicas("2"), options.replicas("1..4")) == ((2, 2), (1, 4))
+    for text in ("0", "4..1", "x", "1..", "-1"):
+        with pytest.raises(ConfigError, match="--replicas"):
+            options.replicas(text)
+
+
+class LostError(Exception):
+    """What a call ends with whose replica died."""
+
+
+def test_a_request_whose_replica_died_is_asked_again_and_not_without_end():
+    async def run() -> None:
+        backend, asked = Backend((LostError,), 30.0), []
+        backend.use("m-1")
+
+        async def call(version: str) -> dict:
+            asked.append(version)
+            if len(asked) < 3:
+                backend.use("m-2")  # the alias moves meanwhile
+                raise LostError
+            return {"answers": []}
+
+        assert await backend.ask(call) == ("m-2", {"answers": []})
+        assert (asked, backend.retried) == (["m-1", "m-2", "m-2"], 2) and not any(backend.open.values())
+
+        async def never(version: str) -> dict:
+            raise LostError
+
+        with pytest.raises(Refusal, match=f"{TRIES} replicas died"):
+            await backend.ask(never)
+
+    asyncio.run(run())
+
+
+def test_a_stream_is_begun_again_only_before_its_first_piece():
+    async def run() -> None:
+        backend, starts = Backend((LostError,), 30.0), []
+        backend.use("m-1")
+
+        async def pieces(version: str):
+            starts.append(version)
+            if len(starts) == 1:
+                raise LostError
+            yield {"index": 0, "piece": {"text": "a"}}
+            assert backend.open["m-1"] == 1
+            raise LostError
+
+        got = []
+        with pytest.raises(Refusal, match="replica that wrote this answer died") as found:
+            async for _, item in backend.stream(pieces):
+                got.append(item["piece"]["text"])
+        assert (got, len(starts), found.value.status) == (["a"], 2, 503) and not any(backend.open.values())
+
+    asyncio.run(run())
+
+
+def test_what_is_not_answered_in_time_and_what_waits_for_a_version():
+    async def run() -> None:
+        backend = Backend((LostError,), 0.05)
+        with pytest.raises(Refusal, match=r"not answered within 0\.05 s") as found:
+            await backend.ask(lambda version: asyncio.sleep(0))  # no version is there
+        assert found.value.status == 504
+        backend.use("m")
+
+        async def slow(version: str):
+            yield {"index": 0, "piece": {}}
+            await asyncio.sleep(9)
+
+        with pytest.raises(Refusal, match="not answered"):
+            [item async for item in backend.stream(slow)]
+        assert not any(backend.open.values())
+
+    asyncio.run(run())
+
+
+def test_a_version_loads_beside_takes_over_and_the_old_one_drains():
+    told, open_, now = [], {}, [0.0]
+    broken = {"m-3"}
+
+    def load(version: str) -> None:
+        told.append(f"load {version}")
+        if version in broken:
+            raise HeliostatError("no weights")
+
+    def use(version: str) -> dict[str, int]:
+        told.append(f"use {version}")
+        return open_
+
+    versions = Versions(load, use, lambda v: told.append(f"end {v}"), drain_s=60, clock=lambda: now[0])
+    versions.tick("m-1")
+    open_["m-1"] = 2
+    versions.tick("m-2")
+    versions.tick("m-2")
+    assert told == ["load m-1", "use m-1", "load m-2", "use m-2", "use m-2"]
+    open_["m-1"] = 0
+    versions.tick("m-2")
+    assert told[-1] == "end m-1"
+    told.clear()
+    versions.tick("m-3")  # does not load: what is served goes on, and it is not tried again before the alias moves
+    versions.tick("m-3")
+    assert told == ["load m-3", "use m-2", "use m-2"] and versions.current == "m-2"
+    open_["m-2"] = 1
+    versions.tick("m-4")
+    told.clear()
+    versions.tick("m-2")  # the alias goes back while the old one is there
+    assert told == ["use m-2", "end m-4"]
+    versions.tick("m-5")
+    now[0] = 61.0
+    told.clear()
+    versions.tick("m-5")
+    assert told == ["use m-5", "end m-2"]
+
+
+def test_a_first_version_that_does_not_load_ends_the_command():
+    def load(version: str) -> None:
+        raise HeliostatError("no weights")
+
+    with pytest.raises(HeliostatError, match="no weights"):
+        Versions(load, lambda v: {}, lambda v: None, 60).tick("m-1")

@@ -1,0 +1,134 @@
+"""The endpoint's engine: rows come and go, and each one's text is that of batch inference, whatever is in the batch beside it."""
+
+import math
+import queue
+import time
+
+import pytest
+import torch
+from heliostat.inference.batch.engines import Continue, Embed, Input, Loaded
+from heliostat.serving.engine import Engine, Row
+from heliostat.serving.sampling import Draw
+from heliostat.serving.stopping import Stopping
+
+from tests.unit.build_job import BASE
+from tests.unit.test_batch_inference import ARCHITECTURES, PROMPTS, write_model
+
+MOST = 10
+KINDS = {"plain": BASE["model"], "mamba": ARCHITECTURES["mamba"]}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def folder(request, tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp(request.param), KINDS[request.param])
+
+
+@pytest.fixture(scope="module")
+def engine(folder):
+    return Engine(Loaded(folder), 4)
+
+
+def row(engine: Engine, text: str, seed: int, pieces: queue.Queue, **options) -> Row:
+    tokenizer = engine.loaded.tokenizer
+    draw = Draw(options.get("temperature", 0.9), options.get("top_p", 0.95), seed)
+    made = Row(tokenizer(text or tokenizer.bos_token)["input_ids"], options.get("most", MOST), draw,
+               Stopping(options.get("stops", [])), pieces.put, options.get("logprobs"))  # fmt: skip
+    engine.begin([made])
+    return made
+
+
+def collected(pieces: queue.Queue) -> dict:
+    """The pieces of an answer as one, and how many they were."""
+    text, count = "", 0
+    while True:
+        piece = pieces.get(timeout=60)
+        assert "failed" not in piece, piece
+        text, count = text + piece["text"], count + 1
+        if "finish" in piece:
+            return {**piece, "text": text, "pieces": count}
+
+
+def test_each_answer_is_that_of_batch_inference_though_rows_come_while_others_are_under_way(folder, engine):
+    """Seven prompts of several lengths, with room for four at a time, in two orders."""
+    expected = {
+        (one.text, one.seed): answer.values
+        for one, answer in zip(PROMPTS, Continue(folder, 1, {"max_tokens": MOST, "temperature": 0.9})(PROMPTS), strict=True)
+    }
+    for order in (PROMPTS, PROMPTS[::-1]):
+        waiting = []
+        for one in order:
+            pieces: queue.Queue = queue.Queue()
+            row(engine, one.text, one.seed, pieces)
+            waiting.append((one, pieces))
+            time.sleep(0.004)
+        for one, pieces in waiting:
+            made, wanted = collected(pieces), expected[one.text, one.seed]
+            assert (made["text"], made["finish"]) == (wanted["answer"], wanted["finish"])
+            assert made["completion_tokens"] == wanted["tokens"] and made["pieces"] > 1
+
+
+def test_rows_have_their_own_temperature_share_and_length_in_one_batch(folder, engine):
+    kinds = [{"temperature": 0.0, "top_p": 1.0, "most": 3}, {"temperature": 1.3, "top_p": 0.5, "most": 9},
+             {"temperature": 0.7, "top_p": 1.0, "most": 6}]  # fmt: skip
+    waiting = [queue.Queue() for _ in kinds]
+    for seed, (pieces, kind) in enumerate(zip(waiting, kinds, strict=True)):
+        row(engine, "a b", seed, pieces, **kind)
+    for seed, (pieces, kind) in enumerate(zip(waiting, kinds, strict=True)):
+        options = {"max_tokens": kind["most"], "temperature": kind["temperature"], "top_p": kind["top_p"]}
+        (wanted,) = Continue(folder, 1, options)([Input("a b", seed)])
+        assert collected(pieces)["text"] == wanted.values["answer"]
+
+
+def test_a_stop_string_ends_a_row_and_is_not_in_its_text(engine):
+    pieces: queue.Queue = queue.Queue()
+    row(engine, "a b", 1, pieces, most=20)
+    whole = collected(pieces)["text"]
+    stop = whole[5:7]
+    row(engine, "a b", 1, pieces, most=20, stops=[stop])
+    made = collected(pieces)
+    assert (made["text"], made["finish"]) == (whole[: whole.index(stop)], "stop") and made["completion_tokens"] < 20
+
+
+def test_logprobs_are_the_models_own_and_belong_to_the_text(folder, engine):
+    pieces: queue.Queue = queue.Queue()
+    made = row(engine, "a b", 1, pieces, temperature=0.0, logprobs=3)
+    told: dict[str, list] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    text = ""
+    while True:
+        piece = pieces.get(timeout=60)
+        text += piece["text"]
+        for name, values in told.items():
+            values += piece["logprobs"][name]
+        if "finish" in piece:
+            break
+    with torch.inference_mode():
+        ids = torch.tensor([made.prompt + made.made])
+        truth = torch.log_softmax(engine.loaded.model(input_ids=ids).logits[0].double(), -1)
+    wanted = [float(truth[len(made.prompt) - 1 + i, token]) for i, token in enumerate(made.made)]
+    assert told["token_logprobs"] == pytest.approx(wanted[: len(told["tokens"])], abs=1e-4)
+    assert len(told["tokens"]) >= MOST - 2 and all(0 <= offset < len(text) for offset in told["text_offset"])
+    best = told["top_logprobs"][0]
+    assert 1 <= len(best) <= 3 and max(best.values()) == pytest.approx(
+        told["token_logprobs"][0], abs=1e-9
+    )  # the likeliest was taken
+
+
+def test_a_row_that_nobody_waits_for_leaves_and_embeddings_come_between_steps(folder, engine):
+    dropped, others = queue.Queue(), queue.Queue()
+    gone = row(engine, "a b", 1, dropped, most=25)
+    dropped.get(timeout=60)
+    gone.over = True
+    row(engine, "c", 2, others)
+    found: queue.Queue = queue.Queue()
+    engine.embedded(["a b", "c d e"], found.put)
+    made = found.get(timeout=60)["answers"]
+    wanted = Embed(folder, 1)([Input("a b", 0), Input("c d e", 0)])
+    for one, other in zip(made, wanted, strict=True):
+        assert one.values["embedding"] == pytest.approx(other.values["embedding"], abs=1e-5)
+    assert math.isclose(sum(x * x for x in made[0].values["embedding"].tolist()), 1, abs_tol=1e-4)
+    assert collected(others)["finish"] in ("stop", "length")
+    deadline = time.monotonic() + 30
+    while engine.groups:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert len(gone.made) < 25
