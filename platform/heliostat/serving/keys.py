@@ -31,7 +31,7 @@ def made(path: Path) -> bool:
     """Makes a file with a new key if there is none; tells whether it did."""
     if path.exists():
         return False
-    private.folder(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
     private.write_token(path, f"sk-{secrets.token_urlsafe(32)}\n")
     return True
 

@@ -6,6 +6,7 @@ A new version loads beside the old one; then what comes goes to it, and the old 
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -71,14 +72,15 @@ class Source:
     def __init__(self, model: str, store: str) -> None:
         self.model, self.store = model, store
         self.follows = model.startswith("models:/") and "@" in model
-        self.name = Path(model).resolve().name if Path(model).is_dir() else model.removeprefix("models:/").partition("@")[0]
+        self.label = Path(model).resolve().name if Path(model).is_dir() else model.removeprefix("models:/").replace("/", "-")
+        self.name = re.split("[/@]", model.removeprefix("models:/"))[0] if model.startswith("models:/") else self.label
         self.known = ""
         self.client: Any = None
 
     def wanted(self) -> str:
         """Returns the version to serve; the last known if the registry does not answer, which is logged."""
         if not self.follows:
-            return self.name.replace("/", "-")
+            return self.label
         from heliostat.track import mlflow_client, registry
 
         try:
