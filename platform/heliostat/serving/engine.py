@@ -105,7 +105,11 @@ class Engine:
                 into[0].join(group)
                 into[1].extend(rows)
         except Exception as e:  # noqa: BLE001 (whatever a model raises: the others go on)
-            self._fail(rows, e)
+            if len(rows) == 1:
+                self._fail(rows, e)
+                return
+            for row in rows:
+                self._begin([row])
 
     def _step(self, one: tuple[Group, list[Row]]) -> None:
         """Draws a token for each row of a group, and goes on with those that are not at their end."""

@@ -19,7 +19,7 @@ class Group:
     """Holds rows under way: which columns are theirs, each row's next place, and the cache. `logits`: of the next token."""
 
     def __init__(self, model: Any, rows: Sequence[list[int]], pad: int) -> None:
-        self.model = model
+        self.model, self.takes = model, inspect.signature(model.forward).parameters
         longest = max(map(len, rows))
         ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=model.device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
@@ -66,9 +66,8 @@ class Group:
             mine.values = torch.cat([_left(mine.values, width, 2), _left(theirs.values, width, 2)])
 
     def _forward(self, ids: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        takes = inspect.signature(self.model.forward).parameters
         given = {"position_ids": places, "logits_to_keep": 1, "past_key_values": self.cache, "use_cache": True}
-        given = {name: value for name, value in given.items() if name in takes}
+        given = {name: value for name, value in given.items() if name in self.takes}
         out = self.model(input_ids=ids, attention_mask=self.mask, **given)
         self.cache = getattr(out, "past_key_values", None)
         return out.logits[:, -1].float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -30,11 +31,11 @@ class Handles:
 
     async def answer(self, version: str, ask: Ask) -> dict[str, Any]:
         """Answers prompts as a whole."""
-        return await self._of(version).answer.remote(ask)
+        return await _answered(self._of(version).answer.remote(ask))
 
     async def embed(self, version: str, texts: list[str]) -> dict[str, Any]:
         """Embeds texts."""
-        return await self._of(version).embed.remote(texts)
+        return await _answered(self._of(version).embed.remote(texts))
 
     async def stream(self, version: str, ask: Ask) -> AsyncGenerator[dict[str, Any]]:
         """Answers prompts piece by piece; ends the replica's work if nobody takes the pieces any more."""
@@ -47,3 +48,12 @@ class Handles:
         finally:
             if not over:
                 pieces.cancel()
+
+
+async def _answered(response: Any) -> dict[str, Any]:
+    """Waits for an answer; ends the replica's work on it if nobody waits any more."""
+    try:
+        return await response
+    except asyncio.CancelledError:
+        response.cancel()
+        raise

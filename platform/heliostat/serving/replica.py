@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,9 +42,10 @@ class Replica:
         confine()
         self.engine = Engine(Loaded(Path(folder)), batch)
 
-    async def process(self) -> int:
-        """Returns the id of the process."""
-        return os.getpid()
+    def check_health(self) -> None:
+        """Raises if the engine's thread has ended: Ray Serve puts another replica in the place of this one."""
+        if not self.engine.thread.is_alive():
+            raise RuntimeError("the engine's thread has ended")
 
     async def answer(self, ask: Ask) -> dict[str, Any]:
         """Answers all prompts: `answers`, or `refused`."""

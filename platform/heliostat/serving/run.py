@@ -24,7 +24,7 @@ from heliostat.train.driver.signals import Signals
 
 log = logging.getLogger(__name__)
 
-FRONT = "front"
+FRONT = "heliostat-front"
 START_S = 600.0  # for a version to load
 FRONT_S = 300.0  # for a front that died to come again
 DRAIN_MORE_S = 10.0  # behind the deadline of an answer
@@ -80,7 +80,7 @@ class Endpoint:
         self.gpus = 0
 
     def connect(self) -> None:
-        """Connects to Ray."""
+        """Connects to Ray; ConfigError if others use Serve there, for it ends as a whole."""
         import torch
 
         from heliostat.cluster import private_ray
@@ -89,17 +89,19 @@ class Endpoint:
         self.gpus = torch.cuda.device_count()
         private_ray.ahead(self.gpus, MODULES)
         connect(cpus=2 * self.options.replicas[1] + 2, gpus=self.gpus)  # twice: a version loads beside the one that it replaces
+        from ray import serve
+
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        if serve.status().applications:
+            raise ConfigError(
+                "this cluster's Ray Serve has applications, which would end with this endpoint; take another cluster"
+            )
 
     def open(self, name: str, keys: dict[str, str] | None) -> None:
         """Starts Serve's proxy on loopback, with the front behind it."""
         from ray import serve
         from ray.serve.schema import LoggingConfig
 
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        if serve.status().applications:
-            raise ConfigError(
-                "Ray Serve has applications on this cluster, which would end with this endpoint; take another cluster"
-            )
         http = {"host": LOOPBACK, "port": self.options.port}
         serve.start(proxy_location="HeadOnly", http_options=http, logging_config=LoggingConfig(enable_access_log=False))
         self._deploy(FRONT, self._front(name, keys), "/")
