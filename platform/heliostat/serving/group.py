@@ -1,8 +1,8 @@
 """Runs a causal language model over rows that come and go: continuous batching, by the model's own cache.
 
 Rows share a batch behind padding on their left. Where the cache is of plain keys and values, rows that begin later join those
-that are under way, and rows that are done leave; elsewhere (states, windows) a group stays as it began. A model without such a
-cache computes all its tokens anew at each step.
+that are under way, and rows that are done leave; where it has windows, a group stays as it began. A model whose cache is of
+something else, as states, computes all its tokens anew at each step.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ class Group:
 
     def __init__(self, model: Any, rows: Sequence[list[int]], pad: int) -> None:
         self.model, self.takes = model, inspect.signature(model.forward).parameters
+        self.named = "cache" if "cache" in self.takes else "past_key_values"  # as transformers called it before 5.24
+        self.reuses = True
         longest = max(map(len, rows))
         ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=model.device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
@@ -66,10 +68,12 @@ class Group:
             mine.values = torch.cat([_left(mine.values, width, 2), _left(theirs.values, width, 2)])
 
     def _forward(self, ids: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        given = {"position_ids": places, "logits_to_keep": 1, "past_key_values": self.cache, "use_cache": True}
+        given = {"position_ids": places, "logits_to_keep": 1, self.named: self.cache, "use_cache": self.reuses}
         given = {name: value for name, value in given.items() if name in self.takes}
         out = self.model(input_ids=ids, attention_mask=self.mask, **given)
-        self.cache = getattr(out, "past_key_values", None)
+        found = getattr(out, self.named, None) if self.reuses else None
+        self.reuses = isinstance(found, DynamicCache) and all(isinstance(layer, DynamicLayer) for layer in found.layers)
+        self.cache = found if self.reuses else None
         return out.logits[:, -1].float()
 
 
