@@ -50,8 +50,7 @@ def test_chat_and_embeddings(endpoint):
     chat = ask.chat.completions.create(model=NAME, messages=[message], max_tokens=9, seed=1)
     pieces = ask.chat.completions.create(model=NAME, messages=[message], max_tokens=9, seed=1, stream=True)
     assert chat.choices[0].message.content == "".join(piece.choices[0].delta.content for piece in pieces) != ""
-    same = ask.completions.create(model=NAME, prompt="user: a\nassistant:", max_tokens=9, seed=1)
-    assert same.usage.completion_tokens <= 9
+    assert chat.usage.prompt_tokens > ask.completions.create(model=NAME, prompt="a", max_tokens=1).usage.prompt_tokens
     found = ask.embeddings.create(model=NAME, input=["a b", "c"])  # the client asks for base64
     plain = ask.embeddings.create(model=NAME, input="c", encoding_format="float")
     assert found.data[1].embedding == pytest.approx(plain.data[0].embedding, abs=1e-5)

@@ -42,7 +42,7 @@ class Row:
 
 
 class Engine:
-    """Steps rows in its thread, and embeds texts between two steps."""
+    """Answers rows in its thread, a token of each at a time, and embeds texts between two steps."""
 
     def __init__(self, loaded: Loaded, batch: int) -> None:
         self.loaded, self.batch = loaded, batch
@@ -155,7 +155,7 @@ class Engine:
 
     def _told(self, found: dict[str, Any], token: int) -> dict[str, Any]:
         show = self.loaded.tokenizer.decode
-        best = {show([other]): value for other, value in found["best"]}
+        best = {show([other]): value for other, value in reversed(found["best"])}  # of tokens with one text, the likeliest
         return {"token": show([token]), "logprob": found["chosen"], "best": best}
 
     def _logprobs(self, row: Row) -> dict[str, Any] | None:
