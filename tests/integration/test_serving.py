@@ -5,20 +5,23 @@ import math
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import psutil
 import pytest
 import requests
 
-from tests.integration.endpoint import KEY, NAME, Endpoint, serving
+from tests.integration.endpoint import KEY, NAME, OTHER, Endpoint, serving
 
 ASKED = {"model": NAME, "prompt": "a b", "max_tokens": 12, "seed": 3, "temperature": 0.9}
 
 
 @pytest.fixture(scope="module")
 def endpoint(tmp_path_factory):
-    with serving(tmp_path_factory.mktemp("serving"), "--replicas", "2", "--max-tokens", "450", "--max-body", "20000") as made:
+    with serving(
+        tmp_path_factory.mktemp("serving"), "--replicas", "2", "--max-tokens", "450", "--max-body", "20000", "--concurrent", "12"
+    ) as made:
         yield made
 
 
@@ -81,6 +84,25 @@ def test_what_is_wrong_has_its_status_and_names_the_parameter(endpoint):
     with pytest.raises(openai.APIStatusError) as large:
         ask.completions.create(**{**ASKED, "prompt": "w" * 20_001})
     assert large.value.status_code == 413
+
+
+def test_what_a_key_asks_beyond_its_limit_is_refused_and_the_rest_is_answered(endpoint):
+    """Thirty at a time where twelve are allowed, half of them streams: then the places are free again; another key has its own."""
+    headers = {"Authorization": f"Bearer {OTHER}"}
+
+    def one(number: int) -> requests.Response:
+        asked = {**ASKED, "max_tokens": 200, "stream": bool(number % 2)}
+        return requests.post(f"{endpoint.url}/v1/completions", json=asked, headers=headers, timeout=120)
+
+    with ThreadPoolExecutor(30) as pool:
+        found = list(pool.map(one, range(30)))
+    refused = [answer for answer in found if answer.status_code == 429]
+    assert {answer.status_code for answer in found} == {200, 429} and 30 - len(refused) >= 12
+    assert all(
+        int(answer.headers["Retry-After"]) >= 1 and answer.json()["error"]["code"] == "rate_limit_exceeded" for answer in refused
+    )
+    with ThreadPoolExecutor(12) as pool:
+        assert {answer.status_code for answer in pool.map(one, range(12))} == {200}
 
 
 def test_health_measures_and_what_listens(endpoint):

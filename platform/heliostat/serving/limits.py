@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from heliostat.serving.refusals import Refusal
 
@@ -20,15 +19,6 @@ class Limits:
         self.at_once, self.a_minute, self.clock = at_once, a_minute, clock
         self.open: defaultdict[str, int] = defaultdict(int)
         self.began: defaultdict[str, deque[float]] = defaultdict(deque)
-
-    @contextmanager
-    def one(self, name: str) -> Iterator[None]:
-        """Counts a request of a key as long as it is open; Refusal with 429 beyond a limit: it is not counted then."""
-        self.enter(name)
-        try:
-            yield
-        finally:
-            self.leave(name)
 
     def enter(self, name: str) -> None:
         """Begins a request; Refusal with 429 beyond a limit."""
