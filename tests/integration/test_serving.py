@@ -70,12 +70,8 @@ def test_what_is_wrong_has_its_status_and_names_the_parameter(endpoint):
     assert absent.value.code == "model_not_found"
     with pytest.raises(openai.NotFoundError):
         client(endpoint).with_options(base_url=f"{endpoint.url}/v2").completions.create(**ASKED)
-    for more, param in (
-        ({"n": 2}, "n"),
-        ({"echo": True}, "echo"),
-        ({"max_tokens": 451}, "max_tokens"),
-        ({"prompt": "w " * 500}, "prompt"),
-    ):
+    long = {"prompt": "w " * 500}
+    for more, param in (({"n": 2}, "n"), ({"echo": True}, "echo"), ({"max_tokens": 451}, "max_tokens"), (long, "prompt")):
         with pytest.raises(openai.BadRequestError) as refused:
             ask.completions.create(**{**ASKED, **more})
         assert refused.value.param == param
