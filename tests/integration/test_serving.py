@@ -83,7 +83,7 @@ def test_what_is_wrong_has_its_status_and_names_the_parameter(endpoint):
 
 
 def test_what_a_key_asks_beyond_its_limit_is_refused_and_the_rest_is_answered(endpoint):
-    """Thirty at a time where twelve are allowed, half of them streams: then the places are free again; another key has its own."""
+    """Thirty at a time where twelve are allowed, half of them streams; then the places are free again."""
     headers = {"Authorization": f"Bearer {OTHER}"}
 
     def one(number: int) -> requests.Response:
