@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -13,7 +15,7 @@ class Measures:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        made = {"registry": self.registry, "namespace": "heliostat"}
+        made: dict[str, Any] = {"registry": self.registry, "namespace": "heliostat"}
         self.requests = Counter("requests", "Requests that were answered", ["path", "status"], **made)
         self.seconds = Histogram("request_seconds", "From a request to the end of its answer", ["path"], buckets=SECONDS, **made)
         self.tokens = Counter("tokens", "Tokens of prompts and of answers", ["key", "kind"], **made)
