@@ -15,10 +15,11 @@ def confine() -> None:
     import ray
     from ray.serve._private import replica
 
-    open_port: Any = replica.add_port_to_grpc_server
+    module: Any = replica
+    open_port = module.add_port_to_grpc_server
     address = ray.util.get_node_ip_address()
 
     def confined(server: Any, given: str) -> Any:
         return open_port(server, given.replace(EVERYWHERE, f"{address}:"))
 
-    replica.add_port_to_grpc_server = confined
+    module.add_port_to_grpc_server = confined

@@ -25,7 +25,8 @@ class Group:
         longest = max(map(len, rows))
         ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=model.device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
-        self.mask, self.cache, self.ids = mask, None, ids
+        self.mask, self.ids = mask, ids
+        self.cache: Any = None
         self.logits = self._forward(ids, (mask.cumsum(-1) - 1).clamp(min=0))
         if self.cache is not None:
             self.ids = ids[:, :0]

@@ -82,8 +82,12 @@ class Replica:
         loop = asyncio.get_running_loop()
         found: asyncio.Future[dict[str, Any]] = loop.create_future()
 
+        def settle(made: dict[str, Any]) -> None:
+            if not found.done():
+                found.set_result(made)
+
         def deliver(made: dict[str, Any]) -> None:
-            loop.call_soon_threadsafe(lambda: found.done() or found.set_result(made))
+            loop.call_soon_threadsafe(settle, made)
 
         self.engine.embedded(texts, deliver)
         made = await found

@@ -173,7 +173,7 @@ class Endpoint:
 
         o = self.options
         settings = Settings(name, int(time.time()), keys, o.body_bytes, o.max_tokens, o.at_once, o.a_minute, o.deadline_s)
-        made = serve.deployment(Front, name="Front", max_ongoing_requests=100_000, max_constructor_retry_count=2,
+        made: Any = serve.deployment(Front, name="Front", max_ongoing_requests=100_000, max_constructor_retry_count=2,
                                 health_check_period_s=2, ray_actor_options={"num_cpus": 0})  # fmt: skip
         return made.bind(settings)
 
@@ -189,7 +189,7 @@ class Endpoint:
         if least < most:
             scaling = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": self.options.batch}
             count = {"autoscaling_config": scaling}
-        made = serve.deployment(
+        made: Any = serve.deployment(
             Replica, name="Model", max_ongoing_requests=2 * self.options.batch, max_constructor_retry_count=2,
             health_check_period_s=2, ray_actor_options={"num_cpus": 1, "num_gpus": gpus, "runtime_env": remote_environment(gpus)},
             **count,
