@@ -264,7 +264,7 @@ def _attend(connection: socket.socket) -> None:
         connection.settimeout(None)
         connection.sendall(b"%d\n" % pid)
         ended = os.pidfd_open(pid)
-        if ended not in select.select([connection, ended], [], [])[0]:
+        if ended not in select.select([connection.fileno(), ended], [], [])[0]:
             os.kill(pid, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     with contextlib.suppress(OSError):
