@@ -241,7 +241,7 @@ def read_tar(path: str, file: Any, columns: Columns, limit: int = Limits.image) 
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members.clear()  # which it would keep, of any number
+                tar.members.clear()  # type: ignore[attr-defined]  # which it would keep, of any number
                 if not member.isfile():
                     continue
                 folder, _, name = member.name.rpartition("/")
