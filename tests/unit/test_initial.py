@@ -80,7 +80,7 @@ def test_what_makes_no_sense_is_refused_by_name(model, message):
 
 def test_a_pretrained_model_begins_as_its_folder_says(tmp_path):
     built(LLAMA).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"model\.init: a pretrained model takes its configuration from the folder"):
+    with pytest.raises(ConfigError, match=r"model\.init: a pretrained model begins as its folder says; remove"):
         CausalLM(job(model={"pretrained": str(tmp_path)} | ZERO))
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from heliostat.recipes.text import server
 from heliostat.recipes.text.causal_lm import CausalLM
-from heliostat.track.models import _requirements_unchecked
+from heliostat.track.models import _unchecked
 
 from tests.unit.build_job import BASE, job
 from tests.unit.test_samples import make_text
@@ -25,7 +25,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Any:
     recipe.save_config(folder / "model")
     recipe.prompts = ("a b",)
     serving = recipe.serving()
-    with _requirements_unchecked():
+    with _unchecked():
         mlflow.pyfunc.save_model(
             folder / "logged",
             python_model=str(serving.code),

@@ -110,9 +110,12 @@ class Pipeline(Strict):
         """Removes what is of no use once the dataset is published, and adds what its digest does not cover."""
 
 
-def place(uri: str) -> Location:
-    """Resolves a URI to a location; a relative path starts at the workspace."""
-    return Location(uri).absolute(workspace.root())
+def place(uri: str, key: str) -> Location:
+    """Resolves the URI that a key of a pipeline has to a location; a relative path starts at the workspace."""
+    try:
+        return Location(uri).absolute(workspace.root())
+    except ConfigError as e:
+        raise ConfigError(f"{key}: {e}") from e
 
 
 def sha256_json(value: Any) -> str:
@@ -141,7 +144,7 @@ def prepare(path: Path, settings: list[str], force: bool = False, quiet: bool = 
     """
     start = time.monotonic()
     target, pipeline = load(path, settings)
-    output = place(pipeline.output)
+    output = place(pipeline.output, "output")
     _check_output(output)
     pipeline.check()
     record = versions.read_record(output)
@@ -187,7 +190,7 @@ def prepare(path: Path, settings: list[str], force: bool = False, quiet: bool = 
 def dry_run(path: Path, settings: list[str], fraction: float, quiet: bool = False) -> dict[str, Any]:
     """Prepares a sample of the input in a folder that is deleted again, and predicts what the whole would give and take."""
     _, pipeline = load(path, settings)
-    output = place(pipeline.output)
+    output = place(pipeline.output, "output")
     _check_output(output)
     pipeline.check()
     inputs = pipeline.inputs()

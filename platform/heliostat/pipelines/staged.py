@@ -41,7 +41,7 @@ class StagedPipeline(Pipeline):
     @property
     def worked(self) -> Work:
         """Locates the unfinished work."""
-        return Work(place(self.work) if self.work else place(self.output).ending(".work"))
+        return Work(place(self.work, "work") if self.work else place(self.output, "output").ending(".work"))
 
     def flow(self) -> Flow:
         """Makes what runs the tasks, and shows how far they are."""
@@ -52,7 +52,7 @@ class StagedPipeline(Pipeline):
 
     def check_places(self, input: str, here: str | None) -> None:
         """Checks that the input (its path `here`, if it has one), the output and the work lie apart; ConfigError if not."""
-        there = place(self.output).path
+        there = place(self.output, "output").path
         if self.work and _overlap(self.worked.location.path, there):
             raise ConfigError(f"work: {self.work!r} and the output {self.output!r} lie in one another; move the work away")
         if here is None:

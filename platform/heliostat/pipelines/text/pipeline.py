@@ -102,9 +102,9 @@ class TextPipeline(StagedPipeline):
         path = self.tokenizer.path
         if path is None:
             return None
-        location = place(path).join("tokenizer.json")
+        location = place(path, "tokenizer.path").join("tokenizer.json")
         if not location.exists():
-            location = place(path)
+            location = place(path, "tokenizer.path")
             if location.fs.get_file_info(location.path).type != FileType.File:
                 raise ConfigError(f"tokenizer.path: {path!r}: no such file, and no tokenizer.json in such a folder")
         try:

@@ -93,7 +93,7 @@ def root(uri: str) -> Location:
 
     Each worker computes it for itself, because its Python may be installed elsewhere.
     """
-    return Location(sysconfig.get_paths()["stdlib"]) if uri == STDLIB else place(split_glob(uri)[0])
+    return Location(sysconfig.get_paths()["stdlib"]) if uri == STDLIB else place(split_glob(uri)[0], "input")
 
 
 def absolute(uri: str) -> str:

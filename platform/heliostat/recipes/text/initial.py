@@ -30,6 +30,8 @@ class Init(Strict):
 
 
 def read(model: dict[str, Any]) -> Init:
+    if KEY in model and "pretrained" in model:
+        raise ConfigError(f"model.{KEY}: a pretrained model begins as its folder says; remove this key")
     return validate(Init, model.get(KEY, {}), f"model.{KEY}")
 
 
