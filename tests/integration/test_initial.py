@@ -23,7 +23,8 @@ def weights(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
 
     model = {**BASE["model"], "init": {"zero_output_projections": True}}
     for stage in STAGES:
-        made = job(**{"model": model, "train.zero.stage": stage, "workers.count": torch.distributed.get_world_size()})
+        changes = {"train.zero.stage": stage, "train.precision": "fp32", "workers.count": torch.distributed.get_world_size()}
+        made = job(**{"model": model, **changes})
         built = deepspeed_engine.build_model(made, CausalLM(made), engine_config(made))
         sums, divided = {}, False
         for name, p in built.named_parameters():

@@ -32,7 +32,7 @@ ray.init(log_to_driver=False)
 nodes = {n["NodeManagerAddress"]: n["NodeID"] for n in ray.nodes()}
 lost = nodes["127.0.0.2"]
 where = ray.remote(lambda: ray.get_runtime_context().get_node_id()).options(label_selector=except_on({lost}, {}))
-ran = set(ray.get([where.remote() for _ in range(6)], timeout=60))
+ran = set(ray.get([where.remote() for _ in range(6)], timeout=150))
 print(json.dumps([ran == {nodes["127.0.0.3"]}, except_on(set(nodes.values()), {"a": "b"}), except_on({lost}, {"a": "b"})]))
 """
 
@@ -99,7 +99,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalNodes]:
 
 def told(nodes: LocalNodes, program: str) -> list[Any]:
     out = subprocess.run([sys.executable, "-c", program], env={**os.environ, **nodes.environment}, capture_output=True, text=True,
-                         timeout=120, check=True)  # fmt: skip
+                         timeout=200, check=True)  # fmt: skip
     return json.loads(out.stdout.splitlines()[-1])
 
 
