@@ -57,8 +57,6 @@ def test_the_pages_code_runs(tmp_path, monkeypatch):
     assert run.result["train_loss"] == losses[24] < losses[1] and run.metrics()["eval/loss"][24] == run.result["eval"]["loss"]
     assert run.receipts()[-1].end == 24 and len(run.samples(1)) == run.job.train.global_batch == 16
     assert run.goodput()["total_s"] > 0
-        run.receipts()[-1].end == 24 and len(run.samples(1)) == run.job.train.global_batch == 16 and run.goodput()["total_s"] > 0
-    )
     assert (
         names["both"][0].prompt == "def " and heliostat.generate("my-model", "class ", seed=8, max_tokens=16) == names["both"][1]
     )
