@@ -224,5 +224,16 @@ def test_a_driver_ends_with_whoever_has_started_it(drivers, tmp_path):
     process.wait(30)
 
 
+def test_a_command_that_is_no_longer_waited_for_does_not_run(drivers, tmp_path, monkeypatch):
+    """Who gives up runs it as a process of its own: it must not run twice."""
+    os.mkfifo(tmp_path / "job.yaml")
+    monkeypatch.setattr(forked_command, "START_S", 0.001)
+    with contextlib.chdir(tmp_path):
+        assert forked_command.begin(drivers.folder, ["-m", "heliostat", "check", "job.yaml"], 1) is None
+    zygote = psutil.Process(drivers.process.pid)
+    time.sleep(2)  # for the fork that was asked for
+    until(lambda: {p.ppid() for p in zygote.children(recursive=True)} == {zygote.pid})  # its nurseries alone
+
+
 def test_without_a_zygote_a_command_is_for_python_to_run(tmp_path):
     assert forked_command.begin(tmp_path, ["-m", "heliostat", "--help"], 1) is None

@@ -258,14 +258,16 @@ def _attend(connection: socket.socket) -> None:
     pid = os.fork()
     if not pid:
         return
-    with contextlib.suppress(OSError):
-        for number in range(3):
-            os.close(number)
-        connection.settimeout(None)
+    for number in range(3):
+        os.close(number)
+    ended = os.pidfd_open(pid)
+    try:
         connection.sendall(b"%d\n" % pid)
-        ended = os.pidfd_open(pid)
-        if ended not in select.select([connection.fileno(), ended], [], [])[0]:
-            os.kill(pid, signal.SIGKILL)
+        gone = ended not in select.select([connection.fileno(), ended], [], [])[0]
+    except OSError:  # whoever asked has given up, and runs the command itself
+        gone = True
+    if gone:
+        os.kill(pid, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     with contextlib.suppress(OSError):
         connection.sendall(b"%d\n" % code)
