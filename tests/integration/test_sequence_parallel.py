@@ -58,7 +58,7 @@ CASES = PLAIN + EXTRA
 def _job(case: Case, folder: Path) -> Job:
     changes: dict[str, Any] = {"name": str(case), "storage": str(folder), "data.sources": [{"path": str(folder / "causal_lm")}]}
     changes |= {"workers.count": case.workers, "train.parallel": {"sequence": case.sequence}, "train.zero.stage": case.stage}
-    changes |= {"train.precision": "fp32", "train.steps": STEPS, "train.global_batch": 8, "train.micro_batch": 1, "data.lanes": 4}
+    changes |= {"train.precision": "fp32", "train.steps": STEPS, "train.global_batch": 4, "train.micro_batch": 1, "data.lanes": 4}
     changes |= {"train.grad_clip": 0.5, "train.optimizer.lr": 3e-3, "train.optimizer.eps": 1e-4, "data.window": 64}
     changes |= {"data.document_mask": case.extra == "documents", "evaluate": {"every": 2, "samples": 6, "fraction": 0.1}}
     changes |= {"train.activation_checkpointing": case.extra == "checkpointed", "model": {**BASE["model"], "vocab_size": 96}}

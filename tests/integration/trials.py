@@ -1,4 +1,4 @@
-"""Plays the trials of `heliostat check --numerics`, each in processes that are forked from one that has imported the libraries.
+"""Plays the trials of `heliostat check --numerics`, each in processes that are forked from that of `ranks`.
 
     found = trials.run(jobs, folder, faults)      # by name of the job: what `numerics.check` concludes of it
 
@@ -12,7 +12,6 @@ import gc
 import importlib
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,7 +19,8 @@ from typing import Any
 
 from heliostat.config.spec import Job
 
-ROOT = Path(__file__).parents[2]
+from tests.integration import ranks
+
 DEADLINE_S = 480
 
 
@@ -32,10 +32,8 @@ def run(jobs: list[Job], folder: Path, fault: str = "") -> dict[str, dict[str, A
     for job in jobs:
         (mine := folder / job.name).mkdir()
         processes.give(job, [manifest.read(location).digest for location in job.sources], mine, gpus=False)
-    env = {**os.environ, **processes.THREADS, "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, "-m", "tests.integration.trials", str(folder), fault, *(job.name for job in jobs)]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=DEADLINE_S + 30, check=False)
-    assert done.returncode == 0, done.stderr[-5000:]
+    done = ranks.SERVER.run(f"{__name__}:main", [str(folder), fault, *(job.name for job in jobs)], DEADLINE_S + 30)
+    assert done.code == 0, done.err[-5000:]
     return {job.name: check.conclude(folder / job.name) for job in jobs}
 
 
@@ -52,29 +50,22 @@ def _hosted(folder: Path, name: str, fault: str) -> None:
     os._exit(code)
 
 
-def main(folder: Path, fault: str, names: list[str]) -> int:
-    from heliostat.cluster import preloads
-    from heliostat.numerics import plain, play, small  # noqa: F401
-    from heliostat.train.worker import deepspeed_engine
+def main(given: list[str]) -> int:
+    """Plays the trials in forks of this process, one after another; 0 if none of them failed."""
+    from heliostat.numerics import plain, play, processes, small  # noqa: F401
 
-    deepspeed_engine.prepare_environment(0)
-    for module in preloads.modules("heliostat.recipes:CausalLM", {"arch": "llama"}):
-        with contextlib.suppress(ImportError):
-            importlib.import_module(module)
+    os.environ |= {**processes.THREADS, "GLOO_SOCKET_IFNAME": "lo"}
+    folder, fault, *names = given
     gc.freeze()
     until = time.monotonic() + DEADLINE_S
     for name in names:
         if not (child := os.fork()):
-            _hosted(folder, name, fault)
+            _hosted(Path(folder), name, fault)
         while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < until:
             time.sleep(0.02)
-        if not ended[0]:
-            os.killpg(child, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)  # of a trial that failed some wait for the others
         if ended[1] or not ended[0]:
             sys.stderr.write(f"{name}: failed, or did not end in time\n")
             return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:]))
