@@ -96,17 +96,19 @@ class Console:
     """A client of Ray on the head's host, ready to tell the cluster of a preemption at once."""
 
     CODE = """
-import sys, time, ray
+import os, sys, time, ray
 from ray._raylet import GcsClient
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # Ray tells of lost nodes on standard output, whatever it was asked
 ray.init(logging_level=40, log_to_driver=False)
 client = GcsClient(address=ray.get_runtime_context().gcs_address)
-print("ready", flush=True)
+print("ready", file=answers, flush=True)
 for line in sys.stdin:
     address, seconds = line.split()
     node = next(n["NodeID"] for n in ray.nodes() if n["Alive"] and n["NodeManagerAddress"] == address)
     until = int((time.time() + float(seconds)) * 1000)
-    print(client.drain_node(node, DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, "spot", until), flush=True)
+    print(client.drain_node(node, DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, "spot", until), file=answers, flush=True)
 """
 
     def __init__(self, host: Host) -> None:

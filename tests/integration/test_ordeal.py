@@ -24,7 +24,7 @@ from tests.integration.paced import PACED
 
 pytestmark = pytest.mark.slow
 
-STEPS = 400
+STEPS = 200
 UNTIL_S = 150.0
 
 
