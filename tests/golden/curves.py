@@ -38,7 +38,8 @@ from tests.unit import build_images
 from tests.unit.build_job import BASE, job
 
 FOLDER = Path(__file__).parent
-STEPS = 20
+STEPS = 10  # of the TRAINED that a job has, its schedule among them
+TRAINED = 20
 DEADLINE_S = 540
 WORKERS = (1, 2)
 STAGES = {"fp32": (0, 1, 2, 3), "bf16": (1, 2, 3)}  # a bf16 job at stage 0 is refused
@@ -80,7 +81,7 @@ CASES = [
 def job_of(case: Case, folder: Path) -> Job:
     """8 samples a step: of text in micro-batches of 2 (4 or 2 a worker), of images in micro-batches of 4 (2 or 1 a worker)."""
     changes: dict[str, Any] = {"train.precision": case.precision, "train.zero.stage": case.stage, "workers.count": case.workers}
-    changes |= {"train.steps": STEPS, "train.schedule": {"name": "cosine", "warmup_steps": 4}, "data.seed": 5, "train.seed": 11}
+    changes |= {"train.steps": TRAINED, "train.schedule": {"name": "cosine", "warmup_steps": 4}, "data.seed": 5, "train.seed": 11}
     changes |= {"evaluate": None, "data.window": 64, "data.lanes": 2, "train.optimizer": {"lr": RATE[case.recipe]}}
     if case.recipe == "text_to_image":
         images = build_images.job(folder / "text_to_image", caption_dropout=0.2)

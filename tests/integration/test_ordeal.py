@@ -22,9 +22,9 @@ from tests.integration.conftest import curve, tiny_job
 from tests.integration.hosts import Console
 from tests.integration.paced import PACED
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-STEPS = 200
+STEPS = 140
 UNTIL_S = 150.0
 
 
