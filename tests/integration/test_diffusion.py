@@ -321,8 +321,8 @@ def test_latents_a_frozen_text_encoder_and_checkpointing_train_at_stage_3(ray_se
         tmp_path / "data", tracking, tmp_path, text={"pretrained": str(tmp_path / "clip"), "length": 8},
         autoencoder={"pretrained": str(vae)}, samples={"prompts": PROMPTS[:1], "per_prompt": 2, "steps": 2},
     )  # fmt: skip
-    job["train"] |= {"zero": {"stage": 3}, "activation_checkpointing": True, "steps": 30, "optimizer": {"lr": 1e-2}}
-    job["evaluate"]["every"] = job["checkpoint"]["every"] = 15
+    job["train"] |= {"zero": {"stage": 3}, "activation_checkpointing": True, "steps": 16, "optimizer": {"lr": 1e-2}}
+    job["evaluate"]["every"] = job["checkpoint"]["every"] = 8
     path = write(tmp_path / "latent.yaml", job)
     result = train(path)
     losses = curve(tracking, result["run_id"])
