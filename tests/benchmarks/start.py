@@ -1,6 +1,6 @@
 """Seconds from a command to the first finished step of the quickstart: cold, beside a Ray that is kept, on a running cluster.
 
-    python tests/benchmarks/start.py [--rounds 5] [--job jobs/quickstart.yaml]
+    python tests/benchmarks/start.py [--rounds 5] [--job jobs/quickstart.yaml] [--kinds cold kept cluster]
 
 Wants the dataset of `heliostat prepare pipelines/quickstart.yaml`. Cold: `heliostat train` as a process, by the clock of whoever
 started it. Kept: a second `heliostat.train` in a process whose first has left its private Ray there. docs/benchmarks/start.md has
@@ -23,7 +23,8 @@ from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 21  # one behind the quickstart's warm-up
+STEPS = 10  # two behind the quickstart's warm-up
+KINDS = {"cold": "cold", "kept": "a second run beside a kept Ray", "cluster": "on a running cluster"}
 SETTLE_S = 15.0  # for what a cluster does by itself after a start, or a job
 KEPT = """
 import json, sys
@@ -46,6 +47,12 @@ def settings(folder: str, name: str) -> dict[str, Any]:
     }
 
 
+def told(parts: dict[str, float]) -> dict[str, float]:
+    """Says how a start went, for whoever watches; returns it."""
+    print(json.dumps(parts), file=sys.stderr, flush=True)
+    return parts
+
+
 def cold(job: str, folder: str, number: int) -> dict[str, float]:
     """Trains in a new process; returns the seconds until its first step, by part."""
     given = [
@@ -57,7 +64,7 @@ def cold(job: str, folder: str, number: int) -> dict[str, float]:
     assert process.stderr
     first = next(time.time() - began for line in process.stderr if " step 1/" in line)
     said, _ = process.communicate(timeout=300)
-    return {"command to first step": first, **json.loads(said.splitlines()[-1])["startup"]}
+    return told({"command to first step": first, **json.loads(said.splitlines()[-1])["startup"]})
 
 
 def kept(job: str, folder: str) -> dict[str, float]:
@@ -65,7 +72,7 @@ def kept(job: str, folder: str) -> dict[str, float]:
     command = [sys.executable, "-c", KEPT, job, json.dumps(settings(folder, ""))]
     subprocess.run(command, cwd=ROOT, capture_output=True, timeout=600, check=True)
     result = json.loads((Path(folder) / "kept-1/result.json").read_text())
-    return {"command to first step": result["seconds_to_first_step"], **result["startup"]}
+    return told({"command to first step": result["seconds_to_first_step"], **result["startup"]})
 
 
 @contextlib.contextmanager
@@ -101,26 +108,30 @@ def submitted(job: str, folder: str, file: str, number: int) -> dict[str, float]
     process.communicate(timeout=300)
     result = json.loads((Path(folder) / f"submitted-{number}/result.json").read_text())
     time.sleep(SETTLE_S)
-    return {"command to first step": first, **result["startup"]}
+    return told({"command to first step": first, **result["startup"]})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--job", default="jobs/quickstart.yaml")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=[*KINDS])
     options = parser.parse_args()
-    found: dict[str, list[dict[str, float]]] = {"cold": [], "a second run beside a kept Ray": [], "on a running cluster": []}
+    found: dict[str, list[dict[str, float]]] = {kind: [] for kind in options.kinds}
     for number in range(options.rounds):
         with tempfile.TemporaryDirectory() as folder:
-            found["cold"].append(cold(options.job, folder, number))
-            found["a second run beside a kept Ray"].append(kept(options.job, folder))
-    with tempfile.TemporaryDirectory() as folder, cluster(folder) as file:
-        found["on a running cluster"] = [submitted(options.job, folder, file, number) for number in range(options.rounds + 1)][1:]
-    parts = list(found["cold"][0])
+            if "cold" in found:
+                found["cold"].append(cold(options.job, folder, number))
+            if "kept" in found:
+                found["kept"].append(kept(options.job, folder))
+    if "cluster" in found:
+        with tempfile.TemporaryDirectory() as folder, cluster(folder) as file:
+            found["cluster"] = [submitted(options.job, folder, file, number) for number in range(options.rounds + 1)][1:]
+    parts = list(next(iter(found.values()))[0])
     print(f"| start, medians of {options.rounds}, s | {' | '.join(part.replace('_', ' ') for part in parts)} |")
     print("|---|" + "---:|" * len(parts))
     for name, rounds in found.items():
-        print(f"| {name} | {' | '.join(f'{median(one[part] for one in rounds):.2f}' for part in parts)} |")
+        print(f"| {KINDS[name]} | {' | '.join(f'{median(one[part] for one in rounds):.2f}' for part in parts)} |")
 
 
 if __name__ == "__main__":
