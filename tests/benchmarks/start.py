@@ -1,10 +1,11 @@
 """Seconds from a command to the first finished step of the quickstart: cold, beside a Ray that is kept, on a running cluster.
 
-    python tests/benchmarks/start.py [--rounds 5] [--job jobs/quickstart.yaml] [--kinds cold kept cluster]
+    python tests/benchmarks/start.py [--rounds 5] [--job jobs/quickstart.yaml] [--kinds cold kept trial cluster]
 
 Wants the dataset of `heliostat prepare pipelines/quickstart.yaml`. Cold: `heliostat train` as a process, by the clock of whoever
-started it. Kept: a second `heliostat.train` in a process whose first has left its private Ray there. docs/benchmarks/start.md has
-the table, and what the parts are.
+started it. Kept: a second `heliostat.train` in a process whose first has left its private Ray there. Trial: each but the first of
+a sweep that runs one at a time, from the trial's own beginning. Cluster: `heliostat submit`, by the clock of whoever sends it.
+docs/benchmarks/start.md has the table, and what the parts are.
 """
 
 from __future__ import annotations
@@ -24,7 +25,12 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 10  # two behind the quickstart's warm-up
-KINDS = {"cold": "cold", "kept": "a second run beside a kept Ray", "cluster": "on a running cluster"}
+KINDS = {
+    "cold": "cold",
+    "kept": "a second run beside a kept Ray",
+    "trial": "a sweep's next trial",
+    "cluster": "on a running cluster",
+}
 SETTLE_S = 15.0  # for what a cluster does by itself after a start, or a job
 KEPT = """
 import json, sys
@@ -73,6 +79,19 @@ def kept(job: str, folder: str) -> dict[str, float]:
     subprocess.run(command, cwd=ROOT, capture_output=True, timeout=600, check=True)
     result = json.loads((Path(folder) / "kept-1/result.json").read_text())
     return told({"command to first step": result["seconds_to_first_step"], **result["startup"]})
+
+
+def trials(job: str, folder: str, rounds: int) -> list[dict[str, float]]:
+    """Runs a sweep of one trial after another; returns the seconds until the first step of each but the first, by part."""
+    sweep = {"name": "sweep", "job": str(ROOT / job), "searcher": {"name": "grid"}, "concurrency": 1, "register_best": False}
+    sweep["set"] = {key: value for key, value in settings(folder, "").items() if key != "name"}
+    sweep["space"] = {"train.seed": {"grid": list(range(rounds + 1))}}
+    file = Path(folder) / "sweep.yaml"
+    file.write_text(json.dumps(sweep))
+    command = [sys.executable, "-m", "heliostat", "tune", str(file)]
+    subprocess.run(command, cwd=ROOT, capture_output=True, timeout=600, check=True)
+    results = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("sweep/trials/*/result.json"))[1:]]
+    return [told({"command to first step": one["seconds_to_first_step"], **one["startup"]}) for one in results]
 
 
 @contextlib.contextmanager
@@ -124,6 +143,9 @@ def main() -> None:
                 found["cold"].append(cold(options.job, folder, number))
             if "kept" in found:
                 found["kept"].append(kept(options.job, folder))
+    if "trial" in found:
+        with tempfile.TemporaryDirectory() as folder:
+            found["trial"] = trials(options.job, folder, options.rounds)
     if "cluster" in found:
         with tempfile.TemporaryDirectory() as folder, cluster(folder) as file:
             found["cluster"] = [submitted(options.job, folder, file, number) for number in range(options.rounds + 1)][1:]
