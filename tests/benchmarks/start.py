@@ -84,13 +84,14 @@ def kept(job: str, folder: str) -> dict[str, float]:
 def trials(job: str, folder: str, rounds: int) -> list[dict[str, float]]:
     """Runs a sweep of one trial after another; returns the seconds until the first step of each but the first, by part."""
     sweep = {"name": "sweep", "job": str(ROOT / job), "searcher": {"name": "grid"}, "concurrency": 1, "register_best": False}
-    sweep["set"] = {key: value for key, value in settings(folder, "").items() if key != "name"}
+    sweep["set"] = {key: value for key, value in settings(folder, "").items() if key not in ("name", "evaluate")}
+    sweep["set"]["evaluate.every"] = STEPS  # a sweep compares what it scores
     sweep["space"] = {"train.seed": {"grid": list(range(rounds + 1))}}
     file = Path(folder) / "sweep.yaml"
     file.write_text(json.dumps(sweep))
     command = [sys.executable, "-m", "heliostat", "tune", str(file)]
     subprocess.run(command, cwd=ROOT, capture_output=True, timeout=600, check=True)
-    results = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("sweep/trials/*/result.json"))[1:]]
+    results = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("sweep/trials/*/summary.json"))[1:]]
     return [told({"command to first step": one["seconds_to_first_step"], **one["startup"]}) for one in results]
 
 
