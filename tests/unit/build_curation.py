@@ -49,9 +49,9 @@ class HereFlow(flow.Flow):
                 yield number, record
                 continue
             sent = cloudpickle.dumps((self.work, kind, task.key, function, task.arguments, task.shared))
-            for _ in range(1 + (rng.random() < self.again)):
-                *positional, shared = cloudpickle.loads(sent)
-                made = flow.execute(*positional, **shared)
+            for time in range(1 + (rng.random() < self.again)):  # another time is a run's of its own, or it would do nothing
+                work, *positional, shared = cloudpickle.loads(sent)
+                made = flow.execute(work, f"{self.name} {time}", *positional, **shared)
             if len(self.ran) >= self.most:
                 raise KilledError
             self.ran.append(kind)

@@ -6,9 +6,12 @@ from typing import ClassVar
 
 import pytest
 from heliostat.curation import engine, registry, tally
+from heliostat.curation.flow import execute
 from heliostat.curation.segment import load
 from heliostat.curation.stage import Document, GlobalStage, Outcome, Stage
+from heliostat.curation.work import Work
 from heliostat.errors import HeliostatError
+from heliostat.storage import Location
 
 from tests.unit.build_curation import KilledError, curate, left, left_out
 
@@ -128,6 +131,22 @@ def test_what_is_finished_is_not_done_again(tmp_path):
         found.reasons,
         found.examples,
     )
+
+
+def test_a_task_whose_answer_was_lost_is_not_done_again(tmp_path):
+    """Ray runs a task again whose worker died between its record and its answer; a run that comes later decides for itself."""
+    work, ran = Work(Location(str(tmp_path))), list[int]()
+
+    def task(folder: Location, number: int) -> dict[str, object]:
+        ran.append(number)
+        return {"number": number, "files": []}
+
+    first = execute(work, "one", "kind", "key", task, {"number": 1})
+    assert execute(work, "one", "kind", "key", task, {"number": 1}) == first and ran == [1]
+    execute(work, "two", "kind", "key", task, {"number": 1})
+    (tmp_path / "done/kind/key.json").write_text("{cut")
+    execute(work, "two", "kind", "key", task, {"number": 1})
+    assert ran == [1, 1, 1]
 
 
 def test_a_changed_stage_redoes_what_follows_from_it(tmp_path):

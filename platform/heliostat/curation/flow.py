@@ -1,13 +1,15 @@
 """Runs tasks on Ray, as many at a time as the cluster has room for, and skips those that an earlier run has finished.
 
 The driver holds a record for each task, and neither ids nor texts. Tasks that are started again, by Ray or by a later run, write
-the same files. What a task raises ends the run, after those that are at work have ended.
+the same files; one that this run has recorded, and whose answer was lost with its worker or node, is not done again. What a task
+raises ends the run, after those that are at work have ended.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -53,6 +55,8 @@ class Flow:
     """Those of them in which stages were opened: once in each process, however much it does."""
 
     progress: Progress = field(default_factory=Progress)
+    name: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """Of this run, by which its tasks know what it has recorded."""
 
     def share(self, value: Any) -> Any:
         """Returns what stands for the value in `Task.shared`."""
@@ -89,7 +93,8 @@ class Flow:
                     continue
                 while len(waiting) >= room():
                     yield from self._next(kind, waiting, pool)
-                waiting[remote.remote(work, kind, task.key, function, task.arguments, **task.shared)] = (number, task.bytes)
+                started = remote.remote(work, self.name, kind, task.key, function, task.arguments, **task.shared)
+                waiting[started] = (number, task.bytes)
             while waiting:
                 yield from self._next(kind, waiting, pool)
         except BaseException:
@@ -148,12 +153,15 @@ class Room:
         return self.count
 
 
-def execute(work: Work, kind: str, key: str, function: Callable[..., dict[str, Any]], arguments: dict[str, Any],
+def execute(work: Work, run: str, kind: str, key: str, function: Callable[..., dict[str, Any]], arguments: dict[str, Any],
             **shared: Any) -> dict[str, Any]:  # fmt: skip
-    """Runs a task where it is called, and records it."""
+    """Runs a task where it is called, and records it; returns the record that this run has of it already, if it has one."""
+    known = work.read(kind, key)
+    if known is not None and known.get("run") == run:
+        return known
     start = time.monotonic()
     record = function(work.spill, **arguments, **shared)
-    record["seconds"] = round(time.monotonic() - start, 3)
+    record |= {"seconds": round(time.monotonic() - start, 3), "run": run}
     work.finish(kind, key, record)
     return record
 

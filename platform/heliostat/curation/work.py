@@ -58,15 +58,20 @@ class Work:
         """Reads the records of those tasks that an earlier run has finished and whose files are there."""
         there = [k for k in keys if f"{DONE}/{kind}/{k}.json" in self._sizes]
         with ThreadPoolExecutor(READERS) as pool:
-            records = dict(zip(there, pool.map(lambda k: self._read(kind, k), there), strict=True))
+            records = dict(zip(there, pool.map(lambda k: self._whole(kind, k), there), strict=True))
         return {k: record for k, record in records.items() if record is not None}
 
-    def _read(self, kind: str, key: str) -> dict[str, Any] | None:
+    def read(self, kind: str, key: str) -> dict[str, Any] | None:
+        """Reads the record of a task; None if there is none that can be read."""
         try:
             record = json.loads(self.location.join(DONE, kind, f"{key}.json").read())
         except (FileNotFoundError, ValueError):
             return None
-        whole = isinstance(record, dict) and all(f"{SPILL}/{name}" in self._sizes for name in record.get("files", []))
+        return record if isinstance(record, dict) else None
+
+    def _whole(self, kind: str, key: str) -> dict[str, Any] | None:
+        record = self.read(kind, key)
+        whole = record is not None and all(f"{SPILL}/{name}" in self._sizes for name in record.get("files", []))
         return record if whole else None
 
     def begin(self, piece: int) -> int:
