@@ -12,7 +12,8 @@ import uuid
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs
+
+from heliostat import s3_options
 
 
 def put_file(path: str, data: bytes) -> bool:
@@ -68,17 +69,15 @@ def put_object(path: str, query: str, data: bytes, attempts: int, silence_s: flo
 @lru_cache(maxsize=16)
 def _client(query: str, attempts: int, silence_s: float) -> Any:
     import boto3
+    from botocore import UNSIGNED
     from botocore.config import Config
 
-    options = {k: v[-1] for k, v in parse_qs(query).items()}
-    region = options.get("region") or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    if host := options.get("endpoint_override"):
-        endpoint = f"{options.get('scheme', 'https')}://{host}"
+    options = s3_options.resolve(query)
     config = Config(
         connect_timeout=min(5.0, silence_s),
         read_timeout=silence_s,
         retries={"total_max_attempts": attempts, "mode": "standard"},
-        s3={"addressing_style": "path"} if endpoint else None,
+        s3={"addressing_style": "path"} if options.url else None,
+        signature_version=UNSIGNED if options.anonymous else None,
     )
-    return boto3.session.Session().client("s3", endpoint_url=endpoint, region_name=region, config=config)
+    return boto3.session.Session().client("s3", endpoint_url=options.url, region_name=options.region, config=config)

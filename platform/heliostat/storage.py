@@ -7,8 +7,8 @@ seconds (60, read at every call) would be exceeded: then StorageError. Refused c
 at once and say so; a missing object is FileNotFoundError; what is wrong with the bytes themselves is never taken for a fault of
 the store.
 
-Credentials come from the environment only (`AWS_*`, instance roles); a URI may carry `?endpoint_override=HOST:PORT&scheme=http`,
-and `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL` is honoured, as in boto3. A Location pickles as its URI.
+Credentials come from the environment only (`AWS_*`, instance roles); what a URI's query may say of the store: `s3_options`. A
+Location pickles as its URI.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import NoReturn, TypeVar
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from heliostat import exclusive, retries
+from heliostat import exclusive, parallel_listing, retries, s3_options
 from heliostat.errors import AccessError, ConfigError, StorageError
 from heliostat.redact import carries_secret
 from heliostat.retries import Backoff, Failure
@@ -69,18 +69,12 @@ def retry_budget() -> float:
 
 @lru_cache(maxsize=64)
 def _s3(query: str, attempts: int, silence_s: float) -> pafs.S3FileSystem:
-    options = {k: v[-1] for k, v in parse_qs(query).items()}
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    if endpoint and "endpoint_override" not in options:
-        if carries_secret(endpoint):
-            raise ConfigError("AWS_ENDPOINT_URL: must not carry credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
-        parts = urlsplit(endpoint)
-        options |= {"scheme": parts.scheme, "endpoint_override": parts.netloc}
-    region = options.get("region") or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+    options = s3_options.resolve(query)
     return pafs.S3FileSystem(
-        endpoint_override=options.get("endpoint_override"),
-        scheme=options.get("scheme", "https"),
-        region=region,
+        endpoint_override=options.endpoint,
+        scheme=options.scheme,
+        region=options.region,
+        anonymous=options.anonymous,
         connect_timeout=min(5.0, silence_s),
         request_timeout=silence_s,  # without a byte either way
         retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=attempts),
@@ -135,6 +129,7 @@ class Location:
             raise ConfigError(f"{self.uri!r}: scheme {scheme!r} is not supported; use a path, file:// or s3://")
         if not self.uri or (scheme == "s3" and not urlsplit(self.uri).netloc):
             raise ConfigError(f"{self.uri!r}: names no place; use a path, file:///PATH or s3://BUCKET/KEY")
+        s3_options.given(self.query)
 
     def __str__(self) -> str:
         return self.uri
@@ -244,6 +239,16 @@ class Location:
         selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)
         found = self._listing(selector)
         return sorted((i.path[len(self.path) + 1 :], i.size) for i in found if i.type == pafs.FileType.File)
+
+    def tree(self) -> list[pafs.FileInfo]:
+        """Lists all files below this folder, sorted by path; of a store many folders at a time, which pays for large inputs."""
+
+        def listed(path: str, recursive: bool) -> list[pafs.FileInfo]:
+            return self._listing(pafs.FileSelector(path, recursive=recursive, allow_not_found=True))
+
+        if self.is_s3:
+            return parallel_listing.files_below(self.path, listed)
+        return sorted((i for i in listed(self.path, True) if i.type == pafs.FileType.File), key=lambda i: i.path)
 
     def folders(self) -> list[str]:
         """Lists the names of the folders directly below, sorted."""

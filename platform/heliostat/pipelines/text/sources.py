@@ -105,14 +105,12 @@ def find(uri: str) -> tuple[Location, list[tuple[str, pafs.FileInfo]]]:
     """Finds the input's root, and the files in it that match the pattern, by relative path ("" for the root if it is a file)."""
     base, pattern = root(uri), split_glob(uri)[1]
     base.probe()
-    info = base.fs.get_file_info(base.path)
+    info = base.attempt(lambda: base.fs.get_file_info(base.path))
     if info.type == pafs.FileType.File:
         return base, [("", info)]
-    selector = pafs.FileSelector(base.path, recursive=True, allow_not_found=True)
     start = len(base.path.rstrip("/")) + 1
     try:
-        infos = base.fs.get_file_info(selector)
-        found = [(i.path[start:], i) for i in infos if i.type == pafs.FileType.File]
+        found = [(i.path[start:], i) for i in base.tree()]
     except UnicodeDecodeError as e:
         raise ConfigError(f"input: {uri!r}: a file's name is not UTF-8 ({e.object!r}); rename it") from e
     if pattern:
