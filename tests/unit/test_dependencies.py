@@ -60,7 +60,8 @@ NOT_IMPORTED = {
 IMAGES = re.compile(r"(recipes|pipelines)/images/")
 LATE = {  # modules of the core that import what an extra brings, once `extras.require` was asked
     "tune/searchers.py": "tune",
-    **{f"curation/{name}.py": "curation" for name in ("encodings", "html", "linear", "personal", "minhash/signatures")},
+    **{f"curation/{name}.py": "curation" for name in ("encodings", "html", "licenses", "linear", "personal")},
+    "curation/minhash/signatures.py": "curation",
     **{f"curation/stages/{name}.py": "curation" for name in ("detect_secrets", "fix_text", "language")},
     "curation/picturing.py": "images",
 }  # fmt: skip

@@ -21,6 +21,8 @@ from heliostat.track.lineage_of_documents import with_replaced
         ("b.jsonl.zst#3", {"file": "b.jsonl.zst", "line": 3}),
         ("c.parquet#7", {"file": "c.parquet", "row": 7}),
         ("d#x.html", {"file": "d#x.html"}),
+        ("own/repo.tar.gz#src/a#b.py", {"file": "own/repo.tar.gz", "path": "src/a#b.py"}),
+        ("own/repo/.git#12", {"file": "own/repo/.git", "path": "12"}),
         ("plain.txt", {"file": "plain.txt"}),
     ],
 )

@@ -172,7 +172,9 @@ def _runs(made: Any, id: str, run: str | None, mlflow: str | None) -> list[dict[
 def _print(told: dict[str, Any]) -> None:
     out.print(told["id"], style="bold")
     read = dict(told["read"])
-    where = "".join(f", {name} {number:,}" for name, number in read.items() if name != "file")
+    where = "".join(
+        f", {name} {at:,}" if isinstance(at, int) else f", {name} {at}" for name, at in read.items() if name != "file"
+    )
     out.print(f"  read from {read['file']}{where}")
     for name, value in told["columns"].items():
         out.print(f"  {name}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")

@@ -23,6 +23,14 @@ REASONS = {
     "not_html": "a response that is no page",
     "http_status": "a response with another status than 200",
     "empty": "no byte in it",
+    "binary": "a NUL character",
+    "link": "a link of an archive, or a link or submodule of a git clone, which is not followed",
+    "special": "a device or the like in an archive",
+    "outside": "a name, or a clone, that leads out of where it lies",
+    "repeated": "a second file of the same name in an archive; the first is kept",
+    "packing": "a file of a .zip that is encrypted, or packed as none is read",
+    "bomb": "an archive that unpacks to 200 times its size, and 64 MiB, or more; what came before is kept",
+    "unreadable": "a file whose content is not in its git clone",
 }
 CODECS = {".gz": "gz", ".zst": "zst", ".bz2": "bz2", ".xz": "xz"}
 BLOCK = 1 << 20  # bytes that are unpacked at a time

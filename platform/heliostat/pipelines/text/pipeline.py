@@ -21,6 +21,7 @@ from typing import Any, Literal
 from pyarrow.fs import FileType
 from pydantic import Field, model_validator
 
+from heliostat import extras
 from heliostat.config.schema import Strict
 from heliostat.curation import reasons
 from heliostat.curation.flow import Flow
@@ -29,7 +30,7 @@ from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.pipelines.prepare import InputFile, place
 from heliostat.pipelines.staged import StagedPipeline
-from heliostat.pipelines.text import documents, sampling, sources, tokens
+from heliostat.pipelines.text import documents, repositories, sampling, sources, tokens
 from heliostat.pipelines.text.making import Making
 from heliostat.pipelines.text.tasks import TextSource
 from heliostat.pipelines.text.trial import Trial
@@ -62,7 +63,7 @@ class TokenizerConfig(Strict):
 class TextPipeline(StagedPipeline):
     """Defines the keys of a text pipeline's YAML; `input` is a file, folder, glob, s3:// prefix, or `python:stdlib`."""
 
-    later = frozenset({"max_document_bytes", "max_file_bytes", "columns", "stages", "exclude"})
+    later = frozenset({"max_document_bytes", "max_file_bytes", "columns", "stages", "exclude", "repositories"})
     beside = frozenset({"work", "keep_work", "memory_limit"})
 
     input: str = Field(min_length=1)
@@ -70,6 +71,9 @@ class TextPipeline(StagedPipeline):
     docs/reference/text-pipeline.md#what-is-read"""
     exclude: list[str] = []
     """Globs of files that are not read (`encodings/**`), by their paths below the input's folder, as globs of `input` are."""
+    repositories: bool = False
+    """Reads the archives (`.tar`, also packed, and `.zip`) and git clones of the input as repositories of code, and nothing else.
+    See docs/prepare.md#code"""
     tokenizer: TokenizerConfig
     """Trained from the text, or taken as it is."""
     text_column: str = "text"
@@ -121,6 +125,10 @@ class TextPipeline(StagedPipeline):
             if stage.of_images:
                 raise ConfigError(f"stages: {stage.named()} looks at images, which a text pipeline has none of; remove it")
             stage.check()
+        if self.repositories:
+            extras.require("curation", "identify", what="repositories: licences are told by their texts, which")
+            if self.input == sources.STDLIB:
+                raise ConfigError(f"repositories: {sources.STDLIB} is no repository; remove one of the two")
         for pattern in self.exclude:
             sources.glob_regex(pattern, "exclude")
         if self.shard_bytes * SHARD_SHARE > self.memory_limit:
@@ -129,7 +137,8 @@ class TextPipeline(StagedPipeline):
         self.check_places(self.input, None if self.input == sources.STDLIB else sources.root(self.input).path)
 
     def inputs(self) -> list[InputFile]:
-        return sources.without(sources.listing(self.input, bool(self.stages)), self.exclude)
+        found = repositories.listing(self.input) if self.repositories else sources.listing(self.input, bool(self.stages))
+        return sources.without(found, self.exclude)
 
     def identity(self) -> dict[str, Any]:
         config = super().identity()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,10 +11,12 @@ from pyarrow.fs import FileType
 from heliostat.curation import readers, registry, tally
 from heliostat.curation.chain import bytes_of
 from heliostat.curation.pieces import Part
+from heliostat.curation.readers import clones
 from heliostat.curation.stage import Document, Dropped, GlobalStage
 from heliostat.pipelines.text import documents, sources
 from heliostat.pipelines.text.tasks import ARCHIVES, TextSource
 
+MEMBER = re.compile(r"(.*?\.(?:tar(?:\.\w+)?|tgz|zip|git))#(.+)", re.DOTALL | re.IGNORECASE)  # the file of a repository
 RECORDS = {**dict.fromkeys(ARCHIVES, "byte"), ".jsonl": "line", ".ndjson": "line", ".json": "line"}  # what follows `#` in an id
 
 
@@ -24,7 +27,9 @@ def source_of(made_by: dict[str, Any]) -> TextSource:
 
 
 def origin(id: str) -> dict[str, Any]:
-    """Tells where a document was read, from its id: the file, and the `line`, `row` or `byte` in it, if it holds several."""
+    """Tells where a document was read, from its id: the file, and `line`, `row`, `byte` or `path` in it, if it holds several."""
+    if found := MEMBER.match(id):
+        return {"file": found[1], "path": found[2]}
     path, _, number = id.rpartition("#")
     if not path or not number.isdecimal():
         return {"file": id}
@@ -35,7 +40,7 @@ def origin(id: str) -> dict[str, Any]:
 def read_again(source: TextSource, id: str) -> Document | Dropped | None:
     """Reads a document again; None if it is not where it was."""
     base, file = sources.root(source.input), origin(id)["file"]
-    alone = base.fs.get_file_info(base.path).type == FileType.File
+    alone = base.fs.get_file_info(base.path).type == FileType.File or (file == base.name and clones.is_clone(file))
     part = Part("" if alone else file, base.fs.get_file_info((base if alone else base.join(file)).path).size or 0, 0)
     return next((item for item in source.read(part) if item.id == id), None)
 

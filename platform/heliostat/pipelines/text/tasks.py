@@ -9,6 +9,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 
 from heliostat.curation import readers, segment, spill
 from heliostat.curation.pieces import Part
+from heliostat.curation.readers import archives, clones
 from heliostat.curation.readers.streams import Limits
 from heliostat.curation.segment import Run, survivors
 from heliostat.curation.stage import Document as Raw
@@ -25,7 +27,7 @@ from heliostat.data import manifest, versions
 from heliostat.data import shard as shard_file
 from heliostat.data.manifest import FILES, SHARDS
 from heliostat.errors import ConfigError
-from heliostat.pipelines.text import documents, sources, tokens
+from heliostat.pipelines.text import documents, repositories, sources, tokens
 from heliostat.storage import Location
 
 PREFIXES = 1 << 16  # the hash's first 16 bits, in which the tokenizer's sample is measured
@@ -69,8 +71,12 @@ def read_file(base: Location, path: str, rules: documents.Rules,
 def read_other(
     base: Location, path: str, rules: documents.Rules, part: Part
 ) -> Iterator[Raw | documents.Document | documents.Dropped]:
-    """Reads a file of a kind that only pipelines with stages read; pages stay bytes, and keep all that an archive says."""
+    """Reads a file of a kind that only pipelines with stages read, or a repository; pages stay bytes, and keep all columns."""
     name = path or base.name
+    limits = Limits(rules.max_document_bytes, rules.max_file_bytes, rules.text_column)
+    if clones.is_clone(name) and not base.is_s3 and Path(base.path, path).is_dir():
+        yield from _of_repository(_clone(base, path, limits, part), rules)
+        return
     try:
         file = io.BufferedReader(sources.blocks(base, path, rules.max_file_bytes))
     except sources.LeftOutError as e:
@@ -78,13 +84,32 @@ def read_other(
         return
     archive = readers.suffix_of(name) in ARCHIVES
     with file:
-        for item in readers.read(name, file, Limits(rules.max_document_bytes, rules.max_file_bytes, rules.text_column)):
+        if archives.is_archive(name):
+            yield from _of_repository(archives.read(name, file, limits), rules)
+            return
+        for item in readers.read(name, file, limits):
             if isinstance(item, documents.Dropped):
                 yield item
                 continue
             columns = {k: v for k, v in item.columns.items() if archive or k in rules.columns}
             yield Raw(item.id, item.text, columns) if isinstance(item.text, bytes) else documents.clean(
                 item.id, item.text, rules, columns)  # fmt: skip
+
+
+def _clone(base: Location, path: str, limits: Limits, part: Part) -> Iterator[Raw | documents.Dropped]:
+    name = path or base.name
+    if not sources.inside(base, path):
+        yield documents.Dropped(name, "outside", f"leads out of {base}")
+        return
+    yield from clones.read(name, Path(base.path, path), limits, repositories.commit_of(part.modified))
+
+
+def _of_repository(
+    found: Iterator[Raw | documents.Dropped], rules: documents.Rules
+) -> Iterator[documents.Document | documents.Dropped]:
+    """Normalises the files of a repository, which keep all that is known of them."""
+    for item in found:
+        yield item if isinstance(item, documents.Dropped) else documents.clean(item.id, item.text, rules, item.columns)
 
 
 def count_lines(folder: Location, input: str, part: Part) -> dict[str, Any]:

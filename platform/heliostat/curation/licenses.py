@@ -1,0 +1,108 @@
+"""Finds the licence of a file: by the SPDX id that it names itself, else by the licence files of the nearest folder above it.
+
+A licence file counts as a licence only if all of its words are those of the licence's text (`identify` brings the 35 texts of
+choosealicense.com), but for what SPDX lets vary: titles, copyright lines, names of holders, list marks and the FSF's
+addresses; what the text has behind its terms may be missing. An edited text, or one with more behind it, is another licence, so
+it is NOASSERTION, SPDX's word for what is not known; a file without any licence file above it is NONE. Several licence files in
+one folder are joined by AND.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+
+from heliostat.curation.code_languages import BY_SUFFIX
+
+NONE, UNKNOWN = "NONE", "NOASSERTION"
+MOST = 1 << 18  # bytes of a licence file
+HEAD = 4000  # characters of a file, in which it may name its licence
+_NAME = re.compile(r"(?:un)?licen[cs]es?(?:[-_.].*)?|(?:.+[-_])?licen[cs]e|copying(?:[-_.].*)?", re.IGNORECASE)
+_PROSE = {"Text", "Markdown", "reStructuredText"}
+_OWN = re.compile(r"SPDX-License-Identifier:[ \t]*([A-Za-z0-9(][A-Za-z0-9.+() -]{0,98}[A-Za-z0-9.+)])")
+_COPYRIGHT = re.compile(
+    r"^[^\w\n]*(?:(?:portions )?copyright(?: (?:notice|and license))?\s*(?:\(c\)|©|[12]\d{3}|\[|<|\{|by\b)|\(c\)|©"
+    r"|all rights reserved|\d+ (?:temple place|franklin st|mass ave)|boston, ma|<?https?://fsf\.org/?>?$).*$",
+    re.IGNORECASE | re.MULTILINE,
+)
+_MARK = re.compile(r"^[ \t]*(?:\(?(?:\d{1,2}|[a-z])[.)]|[*•-])[ \t]+", re.IGNORECASE | re.MULTILINE)
+_END = re.compile(r"end of (?:the )?terms and conditions", re.IGNORECASE)
+_HOLDERS = (
+    (re.compile(r"\bprovided by .{1,120}? as is\b"), "provided by holder as is"),
+    (re.compile(r"\bin no event shall .{1,160}? be liable\b"), "in no event shall holder be liable"),
+    (re.compile(r"\bneither the names? of .{1,200}? may be used\b"), "neither the name of holder may be used"),
+    (re.compile(r"\bwrite to the free software foundation inc\b(?: \d+ [a-z ]{1,40}(?:boston|cambridge) ma \d{5}(?: \d{4})?"
+                r"(?: usa)?)?|\bsee http www gnu org licenses\b"), "ask the fsf"),
+    (re.compile(r"\b(?:ty coon|moe ghoul)\b"), "name"),
+)  # fmt: skip
+_TITLE = set(re.findall(r"\w+", "the mit x11 expat isc bsd 2 3 clause two three new simplified revised modified zlib boost"
+                                " software version 1 0 license licence licensed under terms of is this project"))  # fmt: skip
+_TITLE_WORDS = 12
+
+
+def is_license_file(path: str) -> bool:
+    """Tells whether a file is named as licence files are: LICENSE, COPYING.LESSER, LICENSE-MIT.txt; not license.py."""
+    name = path.rpartition("/")[2]
+    suffix = name.rpartition(".")[2].lower()
+    code = "." in name and suffix in BY_SUFFIX and BY_SUFFIX[suffix] not in _PROSE
+    stem = name[: -len(suffix) - 1] if "." in name and BY_SUFFIX.get(suffix) in _PROSE else name
+    return not code and _NAME.fullmatch(stem) is not None
+
+
+def spdx_of(text: str) -> str | None:
+    """Returns the SPDX id of a licence's text; None if it is none that is known, or not to the word."""
+    words = normalised(text).split()
+    for length, known in _by_length().items():
+        if length <= len(words) <= length + _TITLE_WORDS and (found := known.get(" ".join(words[-length:]))):
+            return found if set(words[:-length]) <= _TITLE else None
+    return None
+
+
+def normalised(text: str) -> str:
+    """Brings a licence's text to the words that count."""
+    body = _MARK.sub("", _COPYRIGHT.sub("", text.lower().replace("https://", "http://")))
+    words = " ".join(re.findall(r"[a-z0-9]+", body))
+    for pattern, holder in _HOLDERS:
+        words = pattern.sub(holder, words)
+    return words
+
+
+@lru_cache(maxsize=1)
+def _by_length() -> dict[int, dict[str, str]]:
+    """Maps numbers of words to the licences whose text, without its title, has so many."""
+    from identify.vendor.licenses import LICENSES
+
+    found: dict[int, dict[str, str]] = {}
+    for id, text in LICENSES:
+        end = _END.search(text)
+        for form in (text, *((text[: end.start()], text[: end.end()]) if end else ())):
+            words = normalised(form).split()
+            body = words[next(i for i, word in enumerate(words) if word not in _TITLE) :]
+            found.setdefault(len(body), {})[" ".join(body)] = id
+    return found
+
+
+class Licenses:
+    """Collects the licence files of a repository, and finds those that hold for a file."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, set[str]] = {}
+
+    def add(self, path: str, text: str) -> None:
+        """Takes a licence file."""
+        self._found.setdefault(path.rpartition("/")[0], set()).add(spdx_of(text) or UNKNOWN)
+
+    def of(self, path: str, text: str) -> str:
+        """Returns the licence of a file as an SPDX expression."""
+        if own := _OWN.search(text[:HEAD]):
+            return own[1]
+        found: set[str] = next((self._found[folder] for folder in _above(path) if folder in self._found), set())
+        return UNKNOWN if UNKNOWN in found else " AND ".join(sorted(found)) or NONE
+
+
+def _above(path: str) -> Iterator[str]:
+    """Yields the folders that a file is in, the nearest first; "" is the repository's."""
+    while path:
+        path = path.rpartition("/")[0]
+        yield path

@@ -1,0 +1,214 @@
+"""Reads archives of code: .tar, with any packing, and .zip. Nothing is written to disk, and nothing held whole but one file.
+
+An archive that unpacks to more than RATIO times its size, and MUCH, is a bomb: it is read so far, and named.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import stat
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any, BinaryIO
+
+from heliostat.curation.readers import repository
+from heliostat.curation.readers.repository import Member, MemberError, name_of
+from heliostat.curation.readers.streams import CODECS, LeftOutError, Limits, unpacked
+from heliostat.curation.stage import Document, Dropped
+
+RATIO, MUCH = 200, 64 << 20
+HEAD = 1 << 20  # bytes that may be read to find the next member of a .tar
+DIRECTORY = 64 << 20  # bytes of a .zip's directory, and the most that is read at a time
+BLOCK = 1 << 20
+PACKINGS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2}  # LZMA takes as much memory as the archive says
+ENCRYPTED = 1
+_SUFFIX = re.compile(rf"\.(?:tar(?:{'|'.join(map(re.escape, CODECS))})?|tgz|zip)$", re.IGNORECASE)
+_BROKEN = (
+    zipfile.BadZipFile,
+    zipfile.LargeZipFile,
+    tarfile.TarError,
+    zlib.error,
+    EOFError,
+    ValueError,
+    OverflowError,
+    NotImplementedError,
+    RuntimeError,
+    KeyError,
+    IndexError,
+)  # fmt: skip (and an OSError without a number: bz2's)
+
+
+def is_archive(path: str) -> bool:
+    """Tells by its name whether a file is an archive that is read."""
+    return _SUFFIX.search(path) is not None
+
+
+def read(path: str, stream: BinaryIO, limits: Limits) -> Iterator[Document | Dropped]:
+    """Yields the files of an archive; ids are the archive's path, `#` and the file's."""
+    end = _SUFFIX.search(path)
+    assert end, path
+    members = _zip if end[0].lower() == ".zip" else _tar
+    about = {"repository": path[: end.start()]}
+    yield from repository.documents(path, partial(members, path, stream, limits), limits, about)
+
+
+def _tar(path: str, stream: BinaryIO, limits: Limits) -> Iterator[Member]:
+    most = _most(stream, limits)
+    stream.seek(0)
+    name = f"{path[:-4]}.tar.gz" if path.lower().endswith(".tgz") else path
+    packed = unpacked(name, _Reads(stream), replace(limits, max_file_bytes=most))
+    yield from _members(_Forward(packed, _bomb(most) if most < limits.max_file_bytes else None))
+
+
+def _members(plain: _Forward) -> Iterator[Member]:
+    plain.allow(HEAD)
+    try:
+        archive = tarfile.TarFile(fileobj=plain, errors="surrogateescape", encoding="utf-8")
+        while (found := archive.next()) is not None:
+            archive.members = []  # it would hold all of them
+            name = name_of(found.name.encode("utf-8", "surrogateescape"))
+            kind = "link" if found.issym() or found.islnk() else "file" if found.isfile() else "special"
+            if not found.isdir():
+                yield Member(name, found.size, kind, partial(_of_tar, archive, plain, found))  # type: ignore[arg-type]
+            plain.allow(HEAD)
+    except (*_BROKEN, OSError) as e:
+        raise _told(e) from e
+    if plain.last.strip(b"\0"):
+        raise LeftOutError("corrupt", "what follows a file is no file")
+    if not plain.last:
+        raise LeftOutError("truncated", "no mark at its end")
+    while plain.take(BLOCK):  # to the end, where broken packing may be found out
+        pass
+
+
+def _of_tar(archive: Any, plain: _Forward, member: tarfile.TarInfo) -> bytes:
+    plain.allow(member.size + HEAD)
+    try:
+        with archive.extractfile(member) as file:
+            return bytes(file.read(member.size))
+    except (*_BROKEN, OSError) as e:
+        raise _told(e) from e
+
+
+class _Forward(io.RawIOBase):
+    """Presents a stream as a file that is only read on, so far as is allowed: a head may say that it has terabytes."""
+
+    def __init__(self, stream: BinaryIO, too_large: LeftOutError | None) -> None:
+        self._stream, self._too_large = stream, too_large
+        self._at, self._left, self.last = 0, 0, b""
+
+    def allow(self, count: int) -> None:
+        """Allows so many bytes to be read from now on."""
+        self._left = count
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        if whence or offset < self._at:
+            raise LeftOutError("corrupt", "it leads backwards")
+        while self._at < offset:
+            if not self.take(min(BLOCK, offset - self._at)):
+                raise LeftOutError("truncated", "it ends within a file")
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= self._left:
+            raise LeftOutError("corrupt", f"a head of more than {HEAD:,} bytes")
+        self.last = self.take(size)
+        self._left -= len(self.last)
+        return self.last
+
+    def take(self, size: int) -> bytes:
+        """Reads so many bytes, allowed or not."""
+        try:
+            data = self._stream.read(size)
+        except LeftOutError as e:
+            raise (self._too_large if self._too_large and e.reason == "too_large" else e) from e
+        self._at += len(data)
+        return data
+
+
+def _zip(path: str, stream: BinaryIO, limits: Limits) -> Iterator[Member]:
+    most, total, reads = _most(stream, limits), 0, _Reads(stream)
+    try:
+        with zipfile.ZipFile(reads) as archive:  # type: ignore[type-var]
+            for found in archive.infolist():
+                if found.is_dir():
+                    continue
+                mode = found.external_attr >> 16
+                kind = "link" if stat.S_ISLNK(mode) else "file" if stat.S_ISREG(mode) or not stat.S_IFMT(mode) else "special"
+                total += min(found.file_size, limits.max_document_bytes)
+                if total > most:
+                    raise _bomb(most)
+                name = name_of(found.filename.encode("utf-8", "surrogateescape"))
+                yield Member(name, found.file_size, kind, partial(_of_zip, archive, found))  # type: ignore[arg-type]
+    except (*_BROKEN, OSError) as e:
+        raise _told(reads.error or e) from e
+
+
+def _of_zip(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    if member.flag_bits & ENCRYPTED or member.compress_type not in PACKINGS:
+        packed = "encrypted" if member.flag_bits & ENCRYPTED else f"packed by method {member.compress_type}"
+        raise MemberError("packing", packed)
+    out = bytearray()
+    try:
+        with archive.open(member) as file:
+            while block := file.read(BLOCK):
+                out += block
+    except (*_BROKEN, OSError) as e:
+        broken = _told(e)
+        raise MemberError(broken.reason, broken.detail) from e
+    if len(out) != member.file_size:
+        raise MemberError("truncated", f"{len(out):,} bytes, and {member.file_size:,} are said")
+    return bytes(out)
+
+
+class _Reads:
+    """Hands a stream on, but does not close it, and refuses to read more at once than a .zip's directory may have."""
+
+    closed = False
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self.error: OSError | None = None
+        self.seek, self.tell, self.seekable, self.readable = stream.seek, stream.tell, stream.seekable, stream.readable
+
+    def read(self, size: int = -1) -> bytes:
+        if size > DIRECTORY:
+            raise LeftOutError("too_large", f"a directory of more than {DIRECTORY:,} bytes")
+        try:
+            return self._stream.read(DIRECTORY if size < 0 else size)
+        except OSError as e:
+            self.error = e  # zipfile takes it for a fault of the archive
+            raise
+
+    def close(self) -> None:
+        """Leaves the stream open: it is read again."""
+
+
+def _most(stream: BinaryIO, limits: Limits) -> int:
+    """Computes how many bytes an archive may unpack to."""
+    return min(limits.max_file_bytes, RATIO * stream.seek(0, io.SEEK_END) + MUCH)
+
+
+def _bomb(most: int) -> LeftOutError:
+    return LeftOutError("bomb", f"more than {most:,} bytes, unpacked: {RATIO} times its size and {MUCH >> 20} MiB")
+
+
+def _told(error: Exception) -> LeftOutError:
+    """Returns what is wrong with an archive; raises an error of the stream itself, which has a number."""
+    if isinstance(error, OSError) and error.errno is not None:
+        raise error
+    return LeftOutError("corrupt", f"{type(error).__name__}: {str(error)[:200]}")

@@ -1,0 +1,117 @@
+"""Makes documents of a repository's files, wherever they lie: each file one, with `path`, `repository`, `language` and `license`.
+
+Archives and clones give their files as members, twice: once for the licence files, once for all. Members are untrusted: their
+names lead nowhere, because nothing is written; links are not followed; sizes are asked before anything is unpacked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import xxhash
+
+from heliostat.curation.code_languages import language_of
+from heliostat.curation.licenses import MOST, Licenses, is_license_file
+from heliostat.curation.readers.streams import LeftOutError, Limits
+from heliostat.curation.stage import Document, Dropped
+
+MEMBERS = 1_000_000  # of a repository
+LICENSE_FILES = 10_000
+NAME = 4096  # characters
+
+
+class MemberError(Exception):
+    """Reports that a member cannot be read, and the next one can; `reason` is one of the readers'."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+
+@dataclass(frozen=True)
+class Member:
+    """Describes a file of a repository; `read` is to be called before the next member is asked for."""
+
+    name: str
+    size: int
+    kind: Literal["file", "link", "special"]
+    read: Callable[[], bytes]
+
+
+Members = Callable[[], Iterator[Member]]
+"""Yields a repository's files from the first on; LeftOutError where no more can be read."""
+
+
+def name_of(raw: bytes) -> str:
+    """Decodes a file's name, so that it can be stored whatever bytes are in it."""
+    return raw.decode("utf-8", "backslashreplace")
+
+
+def documents(path: str, members: Members, limits: Limits, about: dict[str, str]) -> Iterator[Document | Dropped]:
+    """Yields the documents of the repository at `path`, and what is left out; `about` goes with each as columns."""
+    licenses, seen = _licenses(members), set[int]()
+    try:
+        for number, member in enumerate(members(), 1):
+            if number > MEMBERS:
+                raise LeftOutError("too_large", f"more than {MEMBERS:,} files")
+            id, name = f"{path}#{member.name[:NAME]}", xxhash.xxh64_intdigest(member.name.encode("utf-8", "surrogatepass"))
+            if name in seen or len(member.name) > NAME:
+                yield Dropped(f"{id}#{number}", "repeated" if name in seen else "corrupt", f"file {number:,}")
+            else:
+                yield _document(id, member, limits, licenses, about)
+            seen.add(name)
+    except LeftOutError as e:
+        yield Dropped(path, e.reason, e.detail)
+
+
+def _licenses(members: Members) -> Licenses:
+    """Reads the licence files; what cannot be read is told when all is read."""
+    found, count = Licenses(), 0
+    try:
+        for number, member in enumerate(members(), 1):
+            if number > MEMBERS or count == LICENSE_FILES:
+                break
+            if member.kind == "file" and _outside(member.name) is False and is_license_file(member.name):
+                count += 1
+                found.add(member.name, _text(member))
+    except LeftOutError:
+        pass
+    return found
+
+
+def _text(member: Member) -> str:
+    """Returns the text of a licence file, "" for what is none."""
+    try:
+        return member.read().decode("utf-8", "replace") if member.size <= MOST else ""
+    except MemberError:
+        return ""
+
+
+def _document(id: str, member: Member, limits: Limits, licenses: Licenses, about: dict[str, str]) -> Document | Dropped:
+    if member.kind != "file":
+        return Dropped(id, member.kind)
+    if _outside(member.name):
+        return Dropped(id, "outside", "its name leads out of the repository")
+    if member.size > limits.max_document_bytes:
+        return Dropped(id, "too_large", f"more than {limits.max_document_bytes:,} bytes")
+    try:
+        data = member.read()
+        if not data.strip():
+            return Dropped(id, "empty")
+        if b"\0" in data:
+            return Dropped(id, "binary")
+        text = data.decode("utf-8-sig")
+    except MemberError as e:
+        return Dropped(id, e.reason, e.detail)
+    except UnicodeDecodeError as e:
+        return Dropped(id, "not_utf8", f"byte {e.start:,}")
+    columns = {**about, "path": member.name, "license": licenses.of(member.name, text)}
+    if language := language_of(member.name, text):
+        columns["language"] = language
+    return Document(id, text, columns)
+
+
+def _outside(name: str) -> bool:
+    return not name or name.startswith("/") or ".." in name.replace("\\", "/").split("/")

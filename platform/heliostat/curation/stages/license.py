@@ -1,0 +1,104 @@
+"""Keeps documents by the SPDX expression in their column `license`: permissive licences, as The Stack has it (Kocetkov et al.
+2022, arXiv 2211.15533, section 3.1), unless others are allowed.
+
+OR needs one of its sides to be allowed, AND both; an exception (WITH) only adds to what a licence allows. A list stands for AND.
+`NOASSERTION`, an empty column and what is no expression are unknown; `NONE` is a document that no licence was found for.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, ClassVar
+
+from heliostat.curation.licenses import NONE, UNKNOWN
+from heliostat.curation.stage import Document, Outcome, Stage, Work
+
+_TOKEN = re.compile(r"\s*([()]|[A-Za-z0-9.+:-]+)")
+MOST, DEEP = 1000, 50  # characters and parentheses of an expression
+PERMISSIVE = [
+    "0BSD", "AFL-3.0", "Apache-2.0", "Artistic-2.0", "BSD-2-Clause", "BSD-3-Clause", "BSD-3-Clause-Clear", "BSL-1.0", "CC0-1.0",
+    "ECL-2.0", "ISC", "MIT", "MIT-0", "NCSA", "PostgreSQL", "UPL-1.0", "Unlicense", "WTFPL", "Zlib",
+]  # fmt: skip
+
+
+class License(Stage):
+    """Keeps documents by their licence (Kocetkov et al. 2022)."""
+
+    reasons: ClassVar[dict[str, str]] = {
+        "not_allowed": "a licence that is not in `allow`",
+        "unknown": "a licence that is not known, or no column `license`",
+        "none": "no licence was found for it",
+    }
+
+    allow: list[str] = PERMISSIVE
+    """SPDX ids of the licences that are kept."""
+    keep_unknown: bool = False
+    """Keeps documents whose licence is not known (`NOASSERTION`)."""
+    keep_none: bool = False
+    """Keeps documents that no licence was found for (`NONE`)."""
+
+    def open(self) -> Work:
+        return lambda documents: [self.outcome(d) for d in documents]
+
+    def outcome(self, document: Document) -> Outcome:
+        """Keeps a document, or drops it with its licence as the detail."""
+        said = expression(document.columns.get("license"))
+        if said == NONE:
+            return Outcome(document, counts={"none": 1}) if self.keep_none else Outcome(None, "none")
+        allowed = None if UNKNOWN in said else allows(said, {id.lower() for id in self.allow})
+        if allowed is None:
+            return Outcome(document, counts={"unknown": 1}) if self.keep_unknown else Outcome(None, "unknown", said[:100])
+        return Outcome(document) if allowed else Outcome(None, "not_allowed", said[:100])
+
+
+def expression(value: Any) -> str:
+    """Returns the expression that a column holds."""
+    if isinstance(value, list):
+        return " AND ".join(f"({part})" for part in value) or NONE
+    return value.strip() if isinstance(value, str) else ""
+
+
+def allows(said: str, allowed: set[str]) -> bool | None:
+    """Evaluates an SPDX expression; None if it is none."""
+    tokens, at = list[str](), 0
+    while at < len(said) <= MOST and (found := _TOKEN.match(said, at)):
+        tokens.append(found[1])
+        at = found.end()
+    if at < len(said) or not tokens or tokens.count("(") > DEEP:
+        return None
+    try:
+        found_value = _either(tokens, allowed)
+    except (IndexError, ValueError):
+        return None
+    return None if tokens else found_value
+
+
+def _either(tokens: list[str], allowed: set[str]) -> bool:
+    value = _both(tokens, allowed)
+    while tokens and tokens[0].upper() == "OR":
+        tokens.pop(0)
+        value = _both(tokens, allowed) or value
+    return value
+
+
+def _both(tokens: list[str], allowed: set[str]) -> bool:
+    value = _one(tokens, allowed)
+    while tokens and tokens[0].upper() == "AND":
+        tokens.pop(0)
+        value = _one(tokens, allowed) and value
+    return value
+
+
+def _one(tokens: list[str], allowed: set[str]) -> bool:
+    token = tokens.pop(0)
+    if token == "(":
+        value = _either(tokens, allowed)
+        if tokens.pop(0) != ")":
+            raise ValueError
+        return value
+    if token == ")" or token.upper() in ("AND", "OR", "WITH"):
+        raise ValueError
+    if tokens and tokens[0].upper() == "WITH":
+        tokens.pop(0)
+        _one(tokens, allowed)
+    return token.lower() in allowed
