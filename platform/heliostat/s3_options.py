@@ -4,8 +4,9 @@
     scheme              https, or http with an endpoint
     region              else `AWS_REGION` or `AWS_DEFAULT_REGION`
     anonymous           true: requests are not signed, whatever credentials there are; for public buckets
+    request_payer       requester: the requests are paid by whoever asks; such a bucket is only read
 
-Another key is an error, lest one that is misspelt does nothing. `request_payer` is one, too: pyarrow's S3 client cannot send it.
+Another key is an error, lest one that is misspelt does nothing.
 """
 
 from __future__ import annotations
@@ -19,9 +20,8 @@ from urllib.parse import parse_qs, urlsplit
 from heliostat.errors import ConfigError
 from heliostat.redact import carries_secret
 
-KEYS = ("endpoint_override", "scheme", "region", "anonymous")
-VALUES = {"scheme": ("https", "http"), "anonymous": ("true", "false")}
-PAYER = ("request_payer", "requester_pays")
+KEYS = ("endpoint_override", "scheme", "region", "anonymous", "request_payer")
+VALUES = {"scheme": ("https", "http"), "anonymous": ("true", "false"), "request_payer": ("requester",)}
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class S3Options:
     scheme: str
     region: str
     anonymous: bool
+    requester_pays: bool = False
 
     @property
     def url(self) -> str | None:
@@ -44,17 +45,14 @@ def given(query: str) -> dict[str, str]:
     """Parses a query; ConfigError for a key that is none, and a value that a key cannot have."""
     found = {key: values[-1] for key, values in parse_qs(query, keep_blank_values=True).items()}
     for key, value in found.items():
-        if key in PAYER:
-            raise ConfigError(
-                f"s3://...?{key}: buckets whose requester pays cannot be read: pyarrow's S3 client does not send the header; "
-                "copy the objects to a bucket of your own first (aws s3 sync --request-payer requester)"
-            )
         if key not in KEYS:
             near = difflib.get_close_matches(key, KEYS, 1)
             hint = f", did you mean {near[0]!r}?" if near else "; in an object's name write ? as %3F"
             raise ConfigError(f"s3://...?{key}: is no key of an S3 URI ({', '.join(KEYS)}){hint}")
         if value not in VALUES.get(key, (value,)):
             raise ConfigError(f"s3://...?{key}={value}: must be {' or '.join(VALUES[key])}")
+    if found.get("anonymous") == "true" and "request_payer" in found:
+        raise ConfigError("s3://...?anonymous=true&request_payer: nobody knows who is to pay; remove one of the two")
     return found
 
 
@@ -68,4 +66,5 @@ def resolve(query: str) -> S3Options:
         parts = urlsplit(endpoint)
         options |= {"scheme": parts.scheme, "endpoint_override": parts.netloc}
     region = options.get("region") or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-    return S3Options(options.get("endpoint_override"), options.get("scheme", "https"), region, options.get("anonymous") == "true")
+    anonymous, pays = options.get("anonymous") == "true", "request_payer" in options
+    return S3Options(options.get("endpoint_override"), options.get("scheme", "https"), region, anonymous, pays)

@@ -27,7 +27,7 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from heliostat import exclusive, parallel_listing, retries, s3_options
+from heliostat import exclusive, parallel_listing, requester_pays, retries, s3_options
 from heliostat.errors import AccessError, ConfigError, StorageError
 from heliostat.redact import carries_secret
 from heliostat.retries import Backoff, Failure
@@ -68,8 +68,10 @@ def retry_budget() -> float:
 
 
 @lru_cache(maxsize=64)
-def _s3(query: str, attempts: int, silence_s: float) -> pafs.S3FileSystem:
+def _s3(query: str, attempts: int, silence_s: float) -> pafs.FileSystem:
     options = s3_options.resolve(query)
+    if options.requester_pays:
+        return requester_pays.file_system(query, attempts, silence_s)
     return pafs.S3FileSystem(
         endpoint_override=options.endpoint,
         scheme=options.scheme,

@@ -57,7 +57,8 @@ def test_anonymous_requests_are_not_signed(store, more, signed):
         ("xyz", r"\?xyz: is no key of an S3 URI .*; in an object's name write \? as %3F"),
         ("anonymous=yes", r"\?anonymous=yes: must be true or false"),
         ("endpoint_override=h:1&scheme=ftp", r"\?scheme=ftp: must be https or http"),
-        ("request_payer=requester", r"\?request_payer: buckets whose requester pays cannot be read"),
+        ("request_payer=me", r"\?request_payer=me: must be requester"),
+        ("anonymous=true&request_payer=requester", "nobody knows who is to pay"),
     ],
 )
 def test_a_key_that_does_nothing_is_refused(query, message):
