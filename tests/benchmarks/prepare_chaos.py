@@ -48,6 +48,7 @@ KILLS = 3  # of a round
 LIMIT_S = 150.0  # of a start
 END_S = 20.0  # for Ray's processes to see that their driver has ended
 BEHIND_S = 0.5  # a task's end, at most, that a fault strikes
+NO_TASK = ("IDLE", "RuntimeEnvAgent")  # in the names of Ray's processes that run none
 PUBLISHED = ("shards", "listed", "ends")
 AWS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_EC2_METADATA_DISABLED": "true"}
 
@@ -141,7 +142,7 @@ def kill(round: Round, everything: bool) -> None:
     while not round.over:
         run = round.start()
         struck = round.starts <= KILLS and round.until(run)
-        left = descendants(run.pid) if struck else []
+        left = list(_at_work(run.pid)) if struck else []
         if struck and everything:
             end_tree(run.pid)
         elif struck:
@@ -173,7 +174,7 @@ def _at_work(pid: int) -> Iterator[psutil.Process]:
     """Yields the processes below one that run tasks at this moment."""
     for process in descendants(pid):
         with contextlib.suppress(psutil.Error, IndexError):
-            if (name := process.cmdline()[0]).startswith("ray::") and "IDLE" not in name:
+            if (name := process.cmdline()[0]).startswith("ray::") and not any(word in name for word in NO_TASK):
                 yield process
 
 

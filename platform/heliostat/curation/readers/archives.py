@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from heliostat.curation.readers import repository
 from heliostat.curation.readers.repository import Member, MemberError, name_of
@@ -61,14 +61,14 @@ def _tar(path: str, stream: BinaryIO, limits: Limits) -> Iterator[Member]:
     most = _most(stream, limits)
     stream.seek(0)
     name = f"{path[:-4]}.tar.gz" if path.lower().endswith(".tgz") else path
-    packed = unpacked(name, _Reads(stream), replace(limits, max_file_bytes=most))
+    packed = unpacked(name, cast(BinaryIO, _Reads(stream)), replace(limits, max_file_bytes=most))
     yield from _members(_Forward(packed, _bomb(most) if most < limits.max_file_bytes else None))
 
 
 def _members(plain: _Forward) -> Iterator[Member]:
     plain.allow(HEAD)
     try:
-        archive = tarfile.TarFile(fileobj=plain, errors="surrogateescape", encoding="utf-8")
+        archive: Any = tarfile.TarFile(fileobj=plain, errors="surrogateescape", encoding="utf-8")
         while (found := archive.next()) is not None:
             archive.members = []  # it would hold all of them
             name = name_of(found.name.encode("utf-8", "surrogateescape"))
@@ -143,7 +143,7 @@ class _Forward(io.RawIOBase):
 def _zip(path: str, stream: BinaryIO, limits: Limits) -> Iterator[Member]:
     most, total, reads = _most(stream, limits), 0, _Reads(stream)
     try:
-        with zipfile.ZipFile(reads) as archive:  # type: ignore[type-var]
+        with zipfile.ZipFile(reads) as archive:
             for found in archive.infolist():
                 if found.is_dir():
                     continue
