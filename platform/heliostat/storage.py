@@ -38,6 +38,7 @@ T = TypeVar("T")
 
 BUDGET = "HELIOSTAT_RETRY_BUDGET_S"
 BACKOFF = Backoff(0.2, 8.0, jitter=0.5)
+PROBE_S = 3.0  # in which a busy store that refuses one request takes another
 LISTINGS = 20  # of a folder on disk that others change meanwhile
 UPLOAD_BLOCK = 16 << 20  # bytes that are read of a file at a time
 UPLOAD_WINDOW = 64 << 20  # bytes that are on their way to the store before their arrival is waited for
@@ -278,13 +279,14 @@ class Location:
         self.attempt(remove)
 
     def probe(self) -> None:
-        """Probes the store by one quick request: StorageError within seconds if it is unreachable, refuses us, or lacks the
-        bucket."""
+        """Probes the store by a quick request, and others if that fails: StorageError within seconds if it is unreachable,
+        refuses us, or lacks the bucket."""
         if not self.is_s3:
             self.attempt(lambda: self.fs.get_file_info(self.path), budget_s=0)
             return
         try:
-            found = self.attempt(lambda: _s3(self.query, 1, 2.0).get_file_info(self._bucket), budget_s=0).type
+            budget_s = min(PROBE_S, retry_budget())
+            found = self.attempt(lambda: _s3(self.query, 1, 2.0).get_file_info(self._bucket), budget_s).type
         except FileNotFoundError as e:
             raise self._no_bucket() from e
         if found == pafs.FileType.NotFound:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from heliostat import storage
 from heliostat.chaos.proxy import Fault, FaultProxy
+from heliostat.curation import spill
 from heliostat.data import manifest
 from heliostat.data.index import index
 from heliostat.errors import StorageError
@@ -86,6 +87,28 @@ def test_with_three_of_ten_requests_failing_everything_is_read_and_written_right
     with pytest.raises(FileNotFoundError):
         root.join(fault, "small").open()
     assert sum(proxy.injected.values()) >= 5
+
+
+def test_spilled_tables_are_read_while_requests_fail(root, proxy, monkeypatch):
+    """Footers, too: opening a Parquet file asks the store for them."""
+    monkeypatch.setenv(storage.BUDGET, "12")
+    name = spill.write(root.join("spill"), pa.table({"key": pa.array(range(50), pa.uint64())}))
+    proxy.faults = (Fault("status", rate=0.4),)
+    for _ in range(15):
+        assert sum(len(t) for t in spill.read(root.join("spill"), name)) == 50
+    assert sum(proxy.injected.values()) > 10
+
+
+def test_a_probe_outlives_one_refused_request(root, proxy, monkeypatch):
+    monkeypatch.setenv(storage.BUDGET, "60")
+    proxy.faults = (Fault("status", limit=1),)
+    root.probe()
+    assert sum(proxy.injected.values()) == 1
+    proxy.faults = (Fault("status"),)
+    start = time.monotonic()
+    with pytest.raises(StorageError, match="storage failed for"):
+        root.probe()
+    assert time.monotonic() - start < 5
 
 
 OPERATIONS: dict[str, Callable[[Location], object]] = {

@@ -45,7 +45,7 @@ def read(folder: Location, name: str, low: int = 0, high: int = ALL, columns: li
     place = folder.join(name)
     wanted = None if columns is None else list(dict.fromkeys(["key", *columns]))
     with place.open() as source:
-        file = pq.ParquetFile(source)
+        file = place.attempt(partial(pq.ParquetFile, source))
         for group in _overlapping(file.metadata, low, high):
             table = place.attempt(partial(file.read_row_group, group, columns=wanted, use_threads=False))
             keys = table["key"].to_numpy()

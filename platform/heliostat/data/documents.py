@@ -33,7 +33,7 @@ def pieces(made: Manifest, path: str, id: str) -> list[Piece]:
     groups = dict(zip(chunks["row_group"].to_numpy()[mine].tolist(), mine.tolist(), strict=True))
     place, found = made.location.join(path), list[Piece]()
     with place.open() as source:
-        file = pq.ParquetFile(source)
+        file = place.attempt(partial(pq.ParquetFile, source))
         for group, chunk in groups.items():
             names = place.attempt(partial(file.read_row_group, group, columns=[column]))[column]
             rows = np.flatnonzero(pc.equal(names, id).to_numpy())

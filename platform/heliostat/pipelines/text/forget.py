@@ -81,8 +81,9 @@ def forget(made: Manifest, id: str, found: list[dict[str, Any]], output: Locatio
 
 def _shard(made: Manifest, path: str, id: str, output: Location) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Writes a shard again without a document; returns its rows of the manifest, and what the document was."""
-    with made.location.join(path).open() as source:
-        data, ids = tokens.without(pq.ParquetFile(source), {id})
+    place = made.location.join(path)
+    with place.open() as source:
+        data, ids = place.attempt(lambda: tokens.without(pq.ParquetFile(source), {id}))
     tokenizer = tokens.load(made.file("tokenizer.json").read().decode())
     text = tokenizer.decode([t for t in ids.tolist() if t != made.fact("end_of_document")], skip_special_tokens=False)
     told = {"documents": 1, "bytes": len(text.encode()), "tokens": len(ids)}
