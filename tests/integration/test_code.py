@@ -70,7 +70,7 @@ def ends(folder: Path) -> dict[str, tuple[str, str]]:
     return {row["id"]: (row["reason"], row["detail"]) for table in reasons.ends(made) for row in table.to_pylist()}
 
 
-def test_code_with_licences_from_archives_and_clones(yaml, capsys):
+def test_code_with_licences_from_archives_and_clones(yaml, tracking, capsys):
     folder = yaml.parent
     first = prepare(yaml, [])
     found = ends(folder)
@@ -85,12 +85,12 @@ def test_code_with_licences_from_archives_and_clones(yaml, capsys):
     assert found["cut.tar.gz"][0] == "corrupt" and first["dropped"]["corrupt"] == 1
     assert first["dropped"]["1 license: unknown"] >= 2 and first["dropped"]["link"] == 2
     assert not any("note.md" in id for id in found)
-    app(["trace", str(folder / "out"), "--id", f"{at}src/one.py", "--json"], standalone_mode=False)
+    app(["trace", str(folder / "out"), "--id", f"{at}src/one.py", "--json", "--mlflow", tracking], standalone_mode=False)
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     (document,) = told["documents"]
     assert document["read"] == {"file": "own/one/.git", "path": "src/one.py"} and document["columns"]["license"] == "MIT"
-    assert [stage["did"] for stage in document["stages"]] == ["kept", "kept"]
-    app(["trace", str(folder / "out"), "--id", "two.tar.gz#two/src/two.py"], standalone_mode=False)
+    assert [stage["did"] for stage in document["stages"]] == ["kept", "kept", "kept"], "read, code, license"
+    app(["trace", str(folder / "out"), "--id", "two.tar.gz#two/src/two.py", "--mlflow", tracking], standalone_mode=False)
     assert "read from two.tar.gz, path two/src/two.py" in capsys.readouterr().out
 
     assert prepare(yaml, [])["up_to_date"]
