@@ -17,6 +17,7 @@ from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
+from heliostat.benchmark.suite import Suite
 from heliostat.cli.main import app
 from heliostat.config.deepspeed_keys import Allowed
 from heliostat.config.spec import Job
@@ -53,6 +54,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "keys of a text pipeline": lambda: keys.reference(TextPipeline),
     "keys of an image pipeline": lambda: keys.reference(ImagePipeline),
     "keys of a sweep": lambda: keys.reference(Sweep),
+    "keys of a suite": lambda: keys.reference(Suite),
     "reasons of the text pipeline": lambda: reasons(documents.REASONS),
     "reasons of the image pipeline": lambda: reasons(pictures.REASONS),
     "commands": lambda: commands.reference(app),

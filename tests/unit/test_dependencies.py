@@ -32,6 +32,7 @@ MODULES = {  # where a distribution's module has another name, or it brings more
     "flask-wtf": ("flask_wtf",),
     "google-api-python-client": ("googleapiclient",),
     "grpcio": ("grpc",),
+    "lm-eval": ("lm_eval", "jinja2"),
     "mlflow": ("mlflow", "uvicorn"),  # its server's
     "moto": ("moto", "werkzeug"),  # by its extra `server`
     "pillow": ("PIL",),
@@ -64,6 +65,7 @@ LATE = {  # modules of the core that import what an extra brings, once `extras.r
     "curation/minhash/signatures.py": "curation",
     **{f"curation/stages/{name}.py": "curation" for name in ("detect_secrets", "fix_text", "language")},
     "curation/picturing.py": "images",
+    **{f"benchmark/{name}.py": "benchmark" for name in ("checking", "sandbox", "scoring", "tasks")},
 }  # fmt: skip
 
 

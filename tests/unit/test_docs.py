@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import pytest
 import typer
+from heliostat.benchmark.suite import Suite
 from heliostat.cli.main import app
 from heliostat.config.deepspeed_keys import Allowed
 from heliostat.config.spec import Job
@@ -42,7 +43,7 @@ NO_MODULES = {
 MADE = {"jobs/llama3-8b-transferred.yaml", "jobs/digits.py", "jobs/digits.yaml", "pipeline.py", "shapes.py"}  # as the page says
 
 
-@pytest.mark.parametrize("model", [Job, Allowed, Model, TextPipeline, ImagePipeline, Sweep], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("model", [Job, Allowed, Model, TextPipeline, ImagePipeline, Sweep, Suite], ids=lambda m: m.__name__)
 def test_every_key_of_every_schema_has_a_description(model):
     missing = [
         f"{section.path}.{name}".lstrip(".")

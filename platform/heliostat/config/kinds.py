@@ -15,13 +15,15 @@ KEYS = {  # in this order: a sweep may be written with keys of a job
     "pipeline": ("pipeline",),
     "sweep": ("space", "searcher", "scheduler"),
     "job": ("recipe",),
+    "suite": ("tasks",),
 }
-NAMES = {"cluster": "a cluster file", "pipeline": "a pipeline", "sweep": "a sweep", "job": "a job"}
+NAMES = {"cluster": "a cluster file", "pipeline": "a pipeline", "sweep": "a sweep", "job": "a job", "suite": "a suite"}
 COMMANDS = {
     "cluster": "heliostat cluster up {0}`, or name it with `--cluster {0}",
     "pipeline": "heliostat prepare {0}",
     "sweep": "heliostat tune {0}",
     "job": "heliostat train {0}",
+    "suite": "heliostat benchmark MODEL {0}",
 }
 
 

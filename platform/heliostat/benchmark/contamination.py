@@ -1,0 +1,124 @@
+"""Finds how much of each task's examples is in the training data: shared n-grams of 13 words (Brown et al. 2020, appendix C).
+
+The n-grams of all examples are in memory, and the shards are read once, whatever the number of tasks. Of an example counts its
+question and its right answer. A document that lies in several chunks is compared part by part, so that n-grams across the cut are
+not found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from heliostat.benchmark import documents
+from heliostat.config import workspace
+from heliostat.curation.decontamination import Hashes, Index
+from heliostat.data.manifest import Manifest
+from heliostat.errors import ConfigError, HeliostatError
+from heliostat.recipes import exported
+from heliostat.storage import Location
+from heliostat.text import brief
+
+Shown = Callable[[int, int], None]  # (chunks that are read, all)
+
+
+@dataclass(frozen=True)
+class Training:
+    """Holds the datasets that a model was trained on, and which of their chunks."""
+
+    sources: list[tuple[Manifest, np.ndarray]]
+
+    @property
+    def facts(self) -> list[dict[str, Any]]:
+        """Describes each dataset: its place, digest, and how many of its chunks are compared."""
+        return [{"data": str(m.location), "digest": m.digest, "chunks": len(c), "of": len(m.chunks)} for m, c in self.sources]
+
+
+def of_model(folder: Path) -> Training:
+    """Opens the datasets that an exported model was trained on, without what was held out; ConfigError if it does not say."""
+    export = exported.read(folder)
+    if export.job is None:
+        raise ConfigError(f"{folder} does not say what it was trained on; name it under contamination.data")
+    data, held = export.job["data"], (export.job.get("evaluate") or {}).get("fraction", 0.01)
+    held = held if export.job.get("evaluate") else 0.0
+    version = {"version": export.data_version} if export.data_version else {}
+    sources = []
+    for source in data["sources"]:
+        made = documents.open_text(Location(source["path"]).absolute(workspace.root()))
+        sources.append((made, documents.trained(made, data["sequence_length"], held, **version)))
+    return Training(sources)
+
+
+def of_datasets(paths: Sequence[str]) -> Training:
+    """Opens datasets that are named, all of each."""
+    opened = [documents.open_text(Location(path).absolute(workspace.root())) for path in paths]
+    return Training([(made, np.arange(len(made.chunks))) for made in opened])
+
+
+@dataclass
+class Examples:
+    """Holds the n-grams of all tasks' examples; `found`: those that training data has."""
+
+    n: int
+    grams: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    found: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
+
+    def add(self, task: str, texts: Iterable[str]) -> None:
+        hashes = Hashes(self.n)
+        self.grams[task] = [hashes.grams(text) for text in texts]
+
+    def look_through(self, training: Training, shown: Shown = lambda done, all_: None) -> list[str]:
+        """Looks for the n-grams in the training data; returns what could not be read."""
+        every = [grams for task in self.grams.values() for grams in task if len(grams)]
+        hashes = np.unique(np.concatenate(every)) if every else np.zeros(0, np.uint64)
+        index, counter, damaged = Index(hashes, np.zeros(0, np.int32), []), Hashes(self.n), list[str]()
+        total, done, seen = sum(len(chunks) for _, chunks in training.sources), 0, np.zeros(len(hashes), bool)
+        for made, chunks in training.sources:
+            read = documents.Documents(made)
+            for texts in read.texts(chunks):
+                for text in texts:
+                    grams = counter.grams(text)
+                    seen[np.searchsorted(hashes, grams[index.hits(grams)])] = True
+                done += 1
+                shown(done, total)
+            damaged += read.damaged
+        self.found = hashes[seen]
+        return damaged
+
+    def shares(self, task: str) -> list[float | None]:
+        """Returns the share of each example's n-grams that are in the training data; None of one that is too short."""
+        return [float(np.isin(grams, self.found).mean()) if len(grams) else None for grams in self.grams[task]]
+
+
+def summary(shares: Sequence[float | None], values: Sequence[Any]) -> dict[str, Any]:
+    """Sums up a task: the share of its examples that have an n-gram of the training data, and the score of the others.
+
+    `values`: each example's own score; the score of the others is null if the task's is no mean of these.
+    """
+    known = [share for share in shares if share is not None]
+    clean = [v for share, v in zip(shares, values, strict=True) if not share] if values else []
+    numbers = all(isinstance(v, int | float) for v in clean)
+    return {
+        "compared": len(known),
+        "too_short": len(shares) - len(known),
+        "contaminated": sum(share > 0 for share in known) / len(known) if known else None,
+        "overlap": sum(known) / len(known) if known else None,
+        "clean_examples": len(clean),
+        "clean_score": sum(clean) / len(clean) if clean and numbers else None,
+    }
+
+
+def measured(examples: Examples, folder: Path, data: Sequence[str], shown: Shown) -> dict[str, Any]:
+    """Looks the examples up in the training data; says what was compared, or why nothing was."""
+    try:
+        training = of_datasets(data) if data else of_model(folder)
+        damaged = examples.look_through(training, shown)
+    except HeliostatError as e:
+        if data:
+            raise
+        return {"n": examples.n, "datasets": [], "damaged": 0, "unknown": brief(e)}
+    return {"n": examples.n, "datasets": training.facts, "damaged": len(damaged), "unknown": ""}

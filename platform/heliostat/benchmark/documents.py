@@ -1,0 +1,54 @@
+"""Reads the documents of a prepared dataset of text back from its shards, chunk by chunk: those trained on, or those held out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from heliostat.data import manifest
+from heliostat.data.chunks import Chunks, DamagedError
+from heliostat.data.manifest import Manifest
+from heliostat.data.split import NEWEST, split
+from heliostat.errors import ConfigError
+from heliostat.storage import Location
+
+
+def open_text(place: Location) -> Manifest:
+    """Opens a prepared dataset; ConfigError if it holds no text."""
+    made = manifest.read(place)
+    if made.kind != "tokens":
+        raise ConfigError(f"{place}: holds {made.kind!r}, not text, so no text of it can be compared or asked about")
+    return made
+
+
+def trained(made: Manifest, length: int, fraction: float, version: int = NEWEST) -> np.ndarray:
+    """Lists the chunks that training takes samples of, at a sequence length and held-out fraction."""
+    return np.flatnonzero(split(made, length, fraction, version).train > 0)
+
+
+def held_out(made: Manifest, fraction: float) -> np.ndarray:
+    """Lists the chunks that are held out of training, at any sequence length."""
+    return np.flatnonzero(split(made, 1, fraction).held > 0)
+
+
+class Documents:
+    """Reads the texts of a dataset's documents. `damaged`: the chunks that could not be read, which are left out."""
+
+    def __init__(self, made: Manifest) -> None:
+        self._chunks, self._end = Chunks([made], 1), made.meta.get("end_of_document")
+        self._tokenizer = Tokenizer.from_str(made.file("tokenizer.json").read().decode())
+        self.damaged: list[str] = []
+
+    def texts(self, chunks: Iterable[int]) -> Iterator[list[str]]:
+        """Yields the texts of each chunk's documents; of one that lies in several chunks, each part by itself."""
+        for chunk in chunks:
+            try:
+                flat = self._chunks.read(0, int(chunk))[:, 0]
+            except DamagedError as e:
+                self.damaged.append(str(e))
+                continue
+            ends = [] if self._end is None else np.flatnonzero(flat == self._end).tolist()
+            parts = [flat[a:b] for a, b in zip([0, *(e + 1 for e in ends)], [*ends, len(flat)], strict=True) if b > a]
+            yield self._tokenizer.decode_batch([part.tolist() for part in parts], skip_special_tokens=True)

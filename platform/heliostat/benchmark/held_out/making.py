@@ -1,0 +1,104 @@
+"""Makes a suite of a prepared dataset's held-out text: `heliostat make-suite DATASET --out FOLDER`.
+
+    FOLDER/suite.yaml            what `heliostat benchmark` takes
+    FOLDER/tasks/*.yaml          task files of lm-eval, which its own command takes too, run in FOLDER
+    FOLDER/data/*.jsonl          the questions
+    FOLDER/made.json             what they were made of
+
+A model whose job holds out at least the same fraction of the dataset has not been trained on any of it.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from heliostat.benchmark import documents
+from heliostat.benchmark.held_out import questions
+from heliostat.benchmark.held_out.questions import Ask, Text
+from heliostat.errors import ConfigError, DataError
+from heliostat.storage import Location
+
+DOCUMENTS = 8  # that are read for each question that is asked for
+CHARS = 100_000  # of a document that is looked at
+GREEDY = {"do_sample": False, "until": ["\n\n"], "max_gen_toks": 24}
+FIRST_TWO = {"function": "regex", "regex_pattern": r"^\s*(\S+\s+\S+)"}
+TWO_WORDS = {"name": "two_words", "filter": [FIRST_TWO, {"function": "take_first"}]}
+TASKS: dict[str, tuple[Ask, dict[str, Any]]] = {  # `metric_list`: by what their values are put together
+    "held_out_choice": (
+        questions.choice,
+        {"output_type": "multiple_choice", "doc_to_choice": "choices", "metric_list": {"acc": "mean", "acc_norm": "mean"}},
+    ),
+    "held_out_cloze": (
+        questions.cloze,
+        {"output_type": "loglikelihood", "metric_list": {"acc": "mean", "perplexity": "perplexity"}},
+    ),
+    "held_out_recall": (
+        questions.recall,
+        {"output_type": "generate_until", "generation_kwargs": GREEDY, "filter_list": [TWO_WORDS],
+         "metric_list": {"exact_match": "mean"}},
+    ),
+}  # fmt: skip
+
+
+def make(dataset: str, to: Path, count: int, fraction: float, seed: int) -> dict[str, Any]:
+    """Writes the suite; ConfigError if too little is held out to ask anything about."""
+    made = documents.open_text(Location(dataset))
+    texts = _texts(made, fraction, DOCUMENTS * count, seed)
+    if len(texts) < questions.CHOICES:
+        raise ConfigError(
+            f"--fraction: {fraction:g} of {dataset} holds out {len(texts)} documents of text, too few; give a larger one"
+        )
+    counts = {}
+    for name, (ask, shape) in TASKS.items():
+        asked = list(questions.questions(ask, texts, count, seed))
+        if asked:
+            _write(to, name, shape, asked)
+        counts[name] = len(asked)
+    if not any(counts.values()):
+        raise ConfigError(
+            f"{dataset}: its held-out documents are too short to ask about; give a larger --fraction, or another dataset"
+        )
+    told = {
+        "dataset": dataset,
+        "digest": made.digest,
+        "fraction": fraction,
+        "seed": seed,
+        "documents": len(texts),
+        "tasks": counts,
+    }
+    (to / "made.json").write_text(json.dumps(told, indent=1) + "\n")
+    suite = {"name": "held-out", "folder": ".", "tasks": [name for name, asked in counts.items() if asked]}
+    (to / "suite.yaml").write_text(yaml.safe_dump(suite, sort_keys=False))
+    return {**told, "suite": str(to / "suite.yaml")}
+
+
+def _texts(made: Any, fraction: float, most: int, seed: int) -> list[Text]:
+    """Reads held-out documents, chunks in an order of the seed's, until there are enough; DataError if a chunk is damaged."""
+    chunks, reader, found = documents.held_out(made, fraction).tolist(), documents.Documents(made), list[Text]()
+    random.Random(seed).shuffle(chunks)
+    for texts in reader.texts(chunks):
+        found += [Text.of(text[:CHARS]) for text in texts]
+        if len(found) >= most:
+            break
+    if reader.damaged:
+        raise DataError(reader.damaged[0])
+    return [text for text in found if len(text.words) >= questions.LEAST][:most]
+
+
+def _write(to: Path, name: str, shape: dict[str, Any], asked: list[dict[str, Any]]) -> None:
+    """Writes a task: its questions, and its file."""
+    for folder in ("tasks", "data"):
+        (to / folder).mkdir(parents=True, exist_ok=True)
+    (to / "data" / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in asked), encoding="utf-8")
+    metrics = [
+        {"metric": one, "aggregation": way, "higher_is_better": way == "mean"} for one, way in shape["metric_list"].items()
+    ]
+    task = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": f"data/{name}.jsonl"}},
+            "test_split": "test", "doc_to_text": "context", "doc_to_target": "answer", "target_delimiter": "", "num_fewshot": 0,
+            **shape, "metric_list": metrics, "metadata": {"version": 1}}  # fmt: skip
+    (to / "tasks" / f"{name}.yaml").write_text(yaml.safe_dump(task, sort_keys=False))

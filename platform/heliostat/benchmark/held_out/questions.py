@@ -1,0 +1,110 @@
+"""Makes questions of real text, by pure functions: what goes on, which word ends it, which phrase comes again.
+
+A word is what stands between white space; white space is kept as it is, because in code it means something. All choices are by
+the random generator that is given, so that the same seed makes the same questions.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+WORD = re.compile(r"\S+")
+BEFORE, LEAST = 64, 24  # words before what is asked: at most, and at least
+GOES_ON, CHOICES = 12, 4  # words of a continuation; how many there are to choose from
+LETTERS = re.compile(r"[^\W\d_]{4,}")  # of a word that is asked for
+TRIES = 3  # questions that are tried of a document
+
+
+@dataclass(frozen=True)
+class Text:
+    """Holds a document and where its words are."""
+
+    text: str
+    words: list[tuple[int, int]]
+
+    @staticmethod
+    def of(text: str) -> Text:
+        return Text(text, [found.span() for found in WORD.finditer(text)])
+
+    def between(self, first: int, last: int) -> str:
+        """Cuts out words from one to before another, with what stands between them."""
+        return self.text[self.words[first][0] : self.words[last - 1][1]]
+
+    def gap(self, word: int) -> str:
+        """Returns the white space before a word."""
+        return self.text[self.words[word - 1][1] : self.words[word][0]]
+
+    def before(self, word: int) -> str:
+        """Returns up to BEFORE words before a word."""
+        return self.between(max(0, word - BEFORE), word)
+
+
+Question = dict[str, Any]
+Ask = Callable[[Text, random.Random, Sequence[Text]], Question | None]
+
+
+def choice(text: Text, rng: random.Random, others: Sequence[Text]) -> Question | None:
+    """Asks which of four continuations a passage has: the others go on in other documents, behind the same white space."""
+    long = [one for one in others if one is not text and len(one.words) >= LEAST + GOES_ON]
+    if len(text.words) < LEAST + GOES_ON or len(long) < CHOICES - 1:
+        return None
+    at = rng.randrange(LEAST, len(text.words) - GOES_ON + 1)
+    right = text.between(at, at + GOES_ON)
+    wrong = []
+    for one in rng.sample(long, CHOICES - 1):
+        begin = rng.randrange(LEAST, len(one.words) - GOES_ON + 1)
+        wrong.append(one.between(begin, begin + GOES_ON))
+    if len({right, *wrong}) < CHOICES:
+        return None
+    place = rng.randrange(CHOICES)
+    all_ = [*wrong[:place], right, *wrong[place:]]
+    return {"context": text.before(at), "choices": [text.gap(at) + one for one in all_], "answer": place}
+
+
+def cloze(text: Text, rng: random.Random, others: Sequence[Text]) -> Question | None:
+    """Asks for the word that follows a passage, in which it has stood before (as LAMBADA does, Paperno et al. 2016)."""
+    begins = [found[0] if (found := LETTERS.match(text.text, begin)) else "" for begin, _ in text.words]
+    found = [(at, word) for at, word in enumerate(begins) if at >= LEAST and word and word in begins[max(0, at - BEFORE) : at]]
+    if not found:
+        return None
+    at, answer = rng.choice(found)
+    return {"context": text.before(at), "answer": text.gap(at) + answer}
+
+
+def recall(text: Text, rng: random.Random, others: Sequence[Text]) -> Question | None:
+    """Asks for two words that follow another, as they did before in the passage: the model writes them."""
+    words, last, found = [text.text[a:b] for a, b in text.words], dict[tuple[str, ...], int](), list[int]()
+    for at in range(1, len(words) - 1):
+        said = (words[at - 1], words[at], words[at + 1])
+        before = last.get(said, -BEFORE) - 1  # where it began
+        if (
+            at >= LEAST
+            and at - BEFORE <= before < at - 3
+            and text.gap(at + 1) == " "
+            and LETTERS.search(words[at] + words[at + 1])
+        ):
+            found.append(at)
+        last[said] = at
+    if not found:
+        return None
+    at = rng.choice(found)
+    return {"context": text.before(at), "answer": text.between(at, at + 2)}
+
+
+def questions(ask: Ask, texts: Sequence[Text], count: int, seed: int) -> Iterator[Question]:
+    """Yields up to so many questions, at most TRIES of a document, documents by turns."""
+    rng, made, known = random.Random(f"{ask.__name__} {seed}"), 0, set[str]()
+    for _ in range(TRIES):
+        for number in rng.sample(range(len(texts)), len(texts)):
+            if made == count:
+                return
+            others = [texts[i] for i in rng.sample(range(len(texts)), min(len(texts), 4 * CHOICES))]
+            question = ask(texts[number], rng, others)
+            if question is not None and question["context"] not in known:
+                known.add(question["context"])
+                made += 1
+                yield question

@@ -1,0 +1,52 @@
+"""Computes what stands beside a score: its confidence interval, what guessing gives, and the share of what is left to gain."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+Z = 1.959964  # of 95 %
+ACCURACIES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info")
+BY_GUESSING_NONE = ("acc", "exact_match")  # of tasks without choices
+
+
+def wilson(score: float, count: int) -> tuple[float, float]:
+    """Computes the 95 % interval of a share of `count` that are right or wrong (Wilson 1927): also sound near 0 and 1."""
+    share = Z * Z / count
+    middle = (score + share / 2) / (1 + share)
+    half = Z / (1 + share) * math.sqrt(score * (1 - score) / count + share / (4 * count))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def interval(score: float, stderr: float | None, values: Sequence[object]) -> tuple[float, float] | None:
+    """Computes the 95 % interval of a score: of a share from its count, else from its standard error; None if there is none."""
+    if values and all(isinstance(v, int | float) and v in (0, 1) for v in values):
+        return wilson(score, len(values))
+    return None if stderr is None else (score - Z * stderr, score + Z * stderr)
+
+
+def chance(kind: str, metric: str, choices: Sequence[tuple[int, int]]) -> float | None:
+    """Computes the score of guessing: from (right ones, all) of each example's choices; None if the metric has none."""
+    if kind == "multiple_choice":
+        known = choices and metric in ACCURACIES
+        return sum(right / all_ for right, all_ in choices) / len(choices) if known else None
+    return 0.0 if metric in BY_GUESSING_NONE else None
+
+
+def centred(score: float, guessing: float | None) -> float | None:
+    """Computes (score - chance) / (1 - chance): 0 is guessing, 1 is perfect (Li et al. 2024, DataComp-LM)."""
+    return None if guessing is None else (score - guessing) / (1 - guessing)
+
+
+def average(parts: Sequence[tuple[float, float | None, float]]) -> tuple[float, float | None] | None:
+    """Averages centred scores, from (centred, standard error, chance) of each task; also its standard error, if all have one.
+
+    None if there is none.
+    """
+    if not parts:
+        return None
+    mean = sum(one for one, _, _ in parts) / len(parts)
+    errors = [None if error is None else error / (1 - guessing) for _, error, guessing in parts]
+    if any(error is None for error in errors):
+        return mean, None
+    return mean, math.sqrt(sum(error * error for error in errors if error is not None)) / len(parts)

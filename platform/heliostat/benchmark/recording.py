@@ -1,0 +1,78 @@
+"""Records a result in MLflow, on the run that made the model: metrics at the model's step, and the whole result as an artifact.
+
+Registered versions of that step get the scores too, which `heliostat promote --require 'bench/TASK>0.4'` asks for.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from heliostat.text import brief
+from heliostat.track import mlflow_client, tags
+from heliostat.track.metrics import Point
+
+PREFIX, AVERAGE = "bench/", "bench/average_centred"
+ARTIFACTS = "benchmarks"
+
+
+def metrics(result: dict[str, Any]) -> dict[str, float]:
+    """Lists a result's metrics by name: each task's score and standard error, and the average of the centred scores."""
+    found = {f"{PREFIX}{row['task']}": row["score"] for row in result["tasks"]}
+    found |= {f"{PREFIX}{row['task']}_stderr": row["stderr"] for row in result["tasks"] if row["stderr"] is not None}
+    if result["average"]["centred"] is not None:
+        found[AVERAGE] = result["average"]["centred"]
+    return {name: float(value) for name, value in found.items() if math.isfinite(value)}
+
+
+def record(uri: str, result: dict[str, Any]) -> dict[str, Any]:
+    """Records a result; says on which run, at which step and for which versions, or why it is not recorded.
+
+    TrackingError if MLflow does not answer.
+    """
+    run_id, step = result["model"]["run_id"], result["model"]["step"]
+    if run_id is None or step is None:
+        return unrecorded("the model's folder names no run")
+    with mlflow_client.asking(uri):
+        client = mlflow_client.connect(uri)
+        if (fault := _unknown(client, run_id)) is not None:
+            return unrecorded(f"run {run_id} is not in {uri}: {fault}")
+        told, now = metrics(result), time.time()
+        mlflow_client.send(client, run_id, [Point(name, value, now, step) for name, value in told.items()])
+        artifact = f"{ARTIFACTS}/{result['suite']['name']}-{step:08d}.json"
+        client.log_dict(run_id, result, artifact)
+        return {
+            "run_id": run_id,
+            "step": step,
+            "artifact": artifact,
+            "versions": _versions(client, run_id, step, told),
+            "why_not": "",
+        }
+
+
+def unrecorded(why: str) -> dict[str, Any]:
+    """Returns what is told of a result that is not recorded."""
+    return {"run_id": None, "step": None, "artifact": None, "versions": [], "why_not": why}
+
+
+def _unknown(client: Any, run_id: str) -> str | None:
+    """Returns what MLflow says of a run that it does not know; None if it knows it."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.get_run(run_id)
+    except MlflowException as e:
+        if e.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return brief(e)
+    return None
+
+
+def _versions(client: Any, run_id: str, step: int, told: dict[str, float]) -> list[str]:
+    """Writes the scores to the registered versions that the run made at the step; returns their names."""
+    found = [v for v in client.search_model_versions(f"run_id = '{run_id}'") if v.tags.get(tags.STEP) == str(step)]
+    for version in found:
+        for name, value in told.items():
+            client.set_model_version_tag(version.name, version.version, f"{tags.SCORE}{name}", repr(value))
+    return [f"models:/{version.name}/{version.version}" for version in found]

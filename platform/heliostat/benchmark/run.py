@@ -1,0 +1,105 @@
+"""Scores a model on a suite: `heliostat benchmark MODEL SUITE.yaml`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from heliostat import extras
+from heliostat.benchmark import contamination, measures, sandbox, scoring
+from heliostat.benchmark.contamination import Examples
+from heliostat.benchmark.suite import Suite
+from heliostat.benchmark.tasks import Task, build
+from heliostat.inference.batch.run import model_digest
+from heliostat.pipelines.watching import Watch
+from heliostat.recipes import exported
+from heliostat.storage import Location
+from heliostat.terminal import console
+
+log = logging.getLogger(__name__)
+
+PACKAGES = ("lm_eval", "transformers", "torch")
+
+
+class Benchmark:
+    """Holds a suite's tasks, built once, and what of their examples is in the training data, which is looked up once."""
+
+    def __init__(self, suite: Suite, folder: Location, quiet: bool = False) -> None:
+        """Builds the tasks; ConfigError for what is wrong with one. `quiet`: shows nothing of its progress."""
+        extras.require("benchmark", "lm_eval", what="heliostat benchmark")
+        self.suite, self.quiet = suite, quiet
+        self._cache = tempfile.TemporaryDirectory(prefix="heliostat-benchmark-")
+        self._seen: dict[str, Any] = {}
+        self._examples: Examples | None = None
+        with sandbox.held(show=False):
+            self.tasks: list[Task] = build(suite, folder, Path(self._cache.name))
+
+    def close(self) -> None:
+        """Removes what was copied."""
+        self._cache.cleanup()
+
+    def score(self, folder: Path) -> dict[str, Any]:
+        """Scores the model in a folder on all tasks; returns what the result's file holds."""
+        scoring.require_language_model(folder)
+        began, rows = time.time(), list[dict[str, Any]]()
+        with Watch(console, f"scoring {folder.name}", self.quiet) as watch:
+            seen = self._contamination(folder, watch)
+            watch.show("model", "loading it")
+            with sandbox.held(show=False):
+                model = scoring.load(folder, self.suite)
+                for number, task in enumerate(self.tasks, 1):
+                    watch.show("tasks", f"{task.name}, {number} of {len(self.tasks)}")
+                    rows.append(self._row(model, task))
+        told = {"folder": str(folder), "digest": model_digest(folder), **_origin(folder)}
+        return {
+            "suite": self.suite.model_dump(), "model": told, "tasks": rows, "average": _average(rows), "contamination": seen,
+            "versions": {name: version(name) for name in PACKAGES}, "seconds": round(time.time() - began, 1),
+        }  # fmt: skip
+
+    def _row(self, model: Any, task: Task) -> dict[str, Any]:
+        row, values = scoring.score(model, task, self.suite)
+        known = self._examples is not None and not self._seen.get("unknown")
+        told = contamination.summary(self._examples.shares(task.name), values) if known and self._examples else None
+        return row | {"contamination": told}
+
+    def _contamination(self, folder: Path, watch: Watch) -> dict[str, Any] | None:
+        """Looks the examples up in the training data, of the first model; None if the suite says not to."""
+        asked = self.suite.contamination
+        if not asked.measure or self._seen:
+            return self._seen or None
+        self._examples = Examples(asked.n)
+        with sandbox.held(show=False):
+            for task in self.tasks:
+                self._examples.add(task.name, scoring.texts(task, self.suite))
+        self._seen = contamination.measured(
+            self._examples,
+            folder,
+            asked.data,
+            lambda done, all_: watch.show("data", f"reading the training data, {done:,} of {all_:,}"),
+        )
+        return self._seen
+
+
+def _origin(folder: Path) -> dict[str, Any]:
+    """Returns the run and the step that the model comes from, if its folder tells."""
+    if not (folder / exported.RECORD).is_file():
+        return {"run_id": None, "step": None}
+    origin = dict(exported.record(folder).get("origin", {}))
+    return {"run_id": origin.get("run_id"), "step": origin.get("step")}
+
+
+def _average(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Averages the centred scores of the tasks that have one."""
+    known = [row for row in rows if row["centred"] is not None]
+    made = measures.average([(row["centred"], row["stderr"], row["chance"]) for row in known])
+    return {"centred": made and made[0], "stderr": made and made[1], "tasks": len(known), "of": len(rows)}
+
+
+def write(result: dict[str, Any], place: Location) -> None:
+    """Writes a result as JSON."""
+    place.write((json.dumps(result, indent=1) + "\n").encode())

@@ -1,0 +1,120 @@
+"""Scores a model on tasks with lm-eval: its requests, its batches, its metrics; so the scores are those of its command."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from heliostat.benchmark import measures
+from heliostat.benchmark.suite import Suite
+from heliostat.benchmark.tasks import Task
+from heliostat.errors import ConfigError, HeliostatError
+from heliostat.recipes import exported
+from heliostat.recipes.pretrained import from_folder
+from heliostat.recipes.text.generator import whole
+from heliostat.text import brief
+
+DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+RESAMPLES = 1000  # of standard errors that have no formula: those of perplexity, BLEU
+
+
+def require_language_model(folder: Path) -> None:
+    """Raises ConfigError if a model's folder holds another kind of model."""
+    if getattr(exported.read(folder).recipe, "kind", None) != "tokens":
+        raise ConfigError(
+            f"{folder}: is no language model, and benchmarks are of text; `heliostat evaluate` scores it on its dataset"
+        )
+
+
+def load(folder: Path, suite: Suite) -> Any:
+    """Loads a model as lm-eval's; ConfigError if a weight is missing, or it would need code from its folder."""
+    from lm_eval.models.huggingface import HFLM
+
+    with exported.using(folder):
+        model = whole("model", folder, dtype=DTYPES[suite.dtype]).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        tokenizer = from_folder("model", transformers.AutoTokenizer, folder)
+        return HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=suite.batch)
+
+
+def score(model: Any, task: Task, suite: Suite) -> tuple[dict[str, Any], list[Any]]:
+    """Scores a model on a task; returns what is known of the score, and each example's own value."""
+    from lm_eval.evaluator import evaluate
+
+    random.seed(suite.seed)
+    np.random.seed(suite.seed)
+    torch.manual_seed(suite.seed)
+    try:
+        found = evaluate(model, {"tasks": {task.name: task.made}}, limit=suite.examples, bootstrap_iters=RESAMPLES)
+    except HeliostatError:
+        raise
+    except Exception as e:
+        raise HeliostatError(
+            f"tasks: {task.name}: lm-eval cannot score it ({type(e).__name__}: {brief(e) or 'no reason given'}); "
+            f"the model takes {model.max_length} tokens"
+        ) from e
+    samples = [one for one in found["samples"][task.name] if one["filter"] == task.filter]
+    return _row(task, found, samples, truncated(model, task)), [one[task.metric] for one in samples]
+
+
+def _row(task: Task, found: Any, samples: list[dict[str, Any]], cut: int) -> dict[str, Any]:
+    told, name = found["results"][task.name], task.name
+    value, stderr = float(told[f"{task.metric},{task.filter}"]), told.get(f"{task.metric}_stderr,{task.filter}")
+    stderr = float(stderr) if isinstance(stderr, int | float) else None
+    kind = str(task.made.OUTPUT_TYPE)
+    guessing = (
+        task.entry.chance if task.entry.chance is not None else measures.chance(kind, task.metric, list(choices(task, samples)))
+    )
+    bounds = measures.interval(value, stderr, [one[task.metric] for one in samples])
+    return {
+        "task": name, "source": task.source, "kind": kind, "metric": task.metric, "filter": task.filter,
+        "higher_is_better": found["higher_is_better"][name].get(task.metric), "fewshot": found["n-shot"][name],
+        "score": value, "stderr": stderr, "low": bounds and bounds[0], "high": bounds and bounds[1],
+        "chance": guessing, "centred": measures.centred(value, guessing),
+        "examples": len(samples), "of": found["n-samples"][name]["original"], "truncated": cut,
+        "version": str(found["versions"][name]),
+        "metrics": {key: v for key, v in told.items() if isinstance(v, int | float) and "," in key},
+    }  # fmt: skip
+
+
+def choices(task: Task, samples: list[dict[str, Any]]) -> Iterator[tuple[int, int]]:
+    """Yields (right choices, all choices) of each example of a multiple choice."""
+    if task.made.OUTPUT_TYPE != "multiple_choice":
+        return
+    for one in samples:
+        right = one["target"] if isinstance(one["target"], list) else [one["target"]]
+        yield len(set(right)), len(task.made.doc_to_choice(one["doc"]))
+
+
+def truncated(model: Any, task: Task) -> int:
+    """Counts the examples of which the model saw only the end, because they are longer than it takes."""
+    return len({one.doc_id for one in task.made.instances if _cut(model, one.request_type, one.args)})
+
+
+def _cut(model: Any, kind: str, args: tuple[Any, ...]) -> bool:
+    if kind == "loglikelihood":
+        before, behind = model._encode_pair(*args) if args[0] else ([0], model.tok_encode(args[1], add_special_tokens=False))
+        return len(before) + len(behind) > model.max_length + 1
+    if kind == "generate_until":
+        from lm_eval.models.utils import normalize_gen_kwargs
+
+        room = model.max_length - normalize_gen_kwargs(args[1], model.max_gen_toks)["max_gen_toks"]
+        return len(model.tok_encode(args[0])) > room
+    return False  # of whole texts, every token is scored, in windows
+
+
+def texts(task: Task, suite: Suite) -> Iterator[str]:
+    """Yields the text of each example: its question and its right answer, without solved examples before it."""
+    for doc in itertools.islice(task.made.eval_docs, suite.examples):
+        asked, target = task.made.doc_to_text(doc), task.made.doc_to_target(doc)
+        known = task.made.doc_to_choice(doc) if task.made.config.doc_to_choice is not None else None
+        asked = known[asked] if isinstance(asked, int) and known else asked
+        target = target[0] if isinstance(target, list) and target else target
+        target = known[target] if isinstance(target, int) and known and target < len(known) else target
+        yield f"{asked} {target}"

@@ -1,0 +1,74 @@
+"""Shows a result to a person: one table of at most 80 columns, and what stands below it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+HEAD = ["task", "metric", "score", "95 %", "chance", "centred", "n", "seen"]
+NAME, METRIC = 17, 9  # characters, so that a row has 80; the file has all
+
+
+def rows(result: dict[str, Any]) -> list[list[str]]:
+    """Makes the table, the head first."""
+    return [HEAD, *(_row(row) for row in result["tasks"])]
+
+
+def _row(row: dict[str, Any]) -> list[str]:
+    seen = (row["contamination"] or {}).get("contaminated")
+    return [
+        _short(row["task"], NAME),
+        _short(row["metric"], METRIC),
+        _number(row["score"]),
+        "" if row["low"] is None else _interval(row["low"], row["high"]),
+        "" if row["chance"] is None else f"{row['chance']:.2f}",
+        "" if row["centred"] is None else f"{row['centred']:+.3f}",
+        str(row["examples"]),
+        "" if seen is None else f"{seen:.1%}",
+    ]
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.3g}"
+
+
+def _interval(low: float, high: float) -> str:
+    return f"{low:.2f}-{high:.2f}" if max(abs(low), abs(high)) < 10 else f"{low:.3g}-{high:.3g}"
+
+
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def notes(result: dict[str, Any]) -> list[str]:
+    """Lists what is said below the table."""
+    average, seen, recorded = result["average"], result["contamination"], result["recorded"]
+    found = []
+    if average["centred"] is not None:
+        error = "" if average["stderr"] is None else f" ± {1.96 * average['stderr']:.3f}"
+        found.append(
+            f"average of the centred scores: {average['centred']:+.3f}{error} ({average['tasks']} of {average['of']} tasks)"
+        )
+    found += _of_contamination(result, seen)
+    found += [f"{row['task']}: the model saw only the end of {row['truncated']:,} examples, which are longer than it takes"
+              for row in result["tasks"] if row["truncated"]]  # fmt: skip
+    if recorded["why_not"]:
+        found.append(f"not in MLflow: {recorded['why_not']}")
+    else:
+        versions = f", and of {', '.join(recorded['versions'])}" if recorded["versions"] else ""
+        found.append(f"in MLflow: bench/TASK of run {recorded['run_id']} at step {recorded['step']:,}{versions}")
+    return found
+
+
+def _of_contamination(result: dict[str, Any], seen: dict[str, Any] | None) -> list[str]:
+    if seen is None:
+        return ["seen: not measured (contamination.measure: false)"]
+    if seen["unknown"]:
+        return [f"seen: not known: {seen['unknown']}"]
+    chunks = sum(one["chunks"] for one in seen["datasets"])
+    short = sum(row["contamination"]["too_short"] for row in result["tasks"])
+    found = [f"seen: examples that share {seen['n']} words in a row with the training data ({chunks:,} chunks)"]
+    if short:
+        found[0] += f"; {short:,} have fewer words and are not compared"
+    if seen["damaged"]:
+        found.append(f"seen: {seen['damaged']:,} damaged chunks are not compared")
+    return found

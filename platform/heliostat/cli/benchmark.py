@@ -1,0 +1,75 @@
+"""Judges models by tasks: `heliostat benchmark`, and `heliostat make-suite`, which makes tasks of held-out text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from heliostat.cli.common import MODELS, Json, Model, TrackingUri, app, finish, out, print_table, store_uri
+from heliostat.errors import ConfigError, TrackingError
+
+
+@app.command(rich_help_panel=MODELS)
+def benchmark(
+    model: Model,
+    suite: Annotated[Path, typer.Argument(help="A suite of tasks (docs/benchmark.md)", metavar="SUITE", show_default=False)],
+    to: Annotated[str, typer.Option("--out", help="The file of the result, JSON; or s3://BUCKET/KEY")] = "benchmark.json",
+    mlflow: TrackingUri = None,
+    json_: Json = False,
+) -> None:
+    """Score a language model on tasks of lm-eval, with intervals, chance levels, and what of them it was trained on."""
+    from heliostat.benchmark import recording, run, scoring, shown
+    from heliostat.benchmark.suite import load
+    from heliostat.storage import Location
+    from heliostat.track.models import resolve
+
+    asked, folder = load(suite)
+    uri = store_uri(mlflow)
+    found = resolve(model, uri)
+    scoring.require_language_model(found)
+    tasks = run.Benchmark(asked, folder, json_)
+    try:
+        result = tasks.score(found)
+    finally:
+        tasks.close()
+    run.write(result, Location(to))
+    fault = None
+    try:
+        result["recorded"] = recording.record(uri, result)
+    except TrackingError as e:  # the scores are kept all the same
+        fault, result["recorded"] = e, recording.unrecorded(str(e))
+    run.write(result, Location(to))
+    if not json_:
+        print_table(shown.rows(result), left=(0, 1))
+        for note in shown.notes(result):
+            out.print(note)
+        out.print(f"all of it is in {to}")
+    finish({**result, "file": to}, json_, fault)
+
+
+@app.command("make-suite", rich_help_panel=MODELS)
+def make_suite(
+    dataset: Annotated[str, typer.Argument(help="A prepared dataset of text: a folder or s3:// URI", show_default=False)],
+    to: Annotated[
+        Path, typer.Option("--out", help="The folder of the suite; it must be empty, or not there", show_default=False)
+    ],
+    examples: Annotated[int, typer.Option(min=10, max=100_000, help="Of each task, at most")] = 200,
+    fraction: Annotated[
+        float, typer.Option(min=0.0001, max=0.9999, help="Held-out fraction; at most the evaluate.fraction of the models' jobs")
+    ] = 0.01,
+    seed: Annotated[int, typer.Option(min=0, help="Of all choices: the same seed makes the same files")] = 0,
+    json_: Json = False,
+) -> None:
+    """Make a suite of a dataset's held-out text: multiple choice, cloze, and exact match; nothing is downloaded."""
+    from heliostat.benchmark.held_out.making import make
+
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise ConfigError(f"--out: {to} is not empty; name another folder")
+    made = make(dataset, to, examples, fraction, seed)
+    if not json_:
+        for name, count in made["tasks"].items():
+            out.print(f"{name}: {count:,} examples" + ("" if count == examples else f" of {examples:,}: the text gives no more"))
+        out.print(f"{made['suite']}: of {made['documents']:,} held-out documents; heliostat benchmark MODEL {made['suite']}")
+    finish(made, json_)

@@ -1,0 +1,47 @@
+"""A prepared dataset of real text: the pages of the documentation, cut into documents, as the pipeline would store them."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from heliostat.data import manifest
+from heliostat.pipelines.text import tokens
+from heliostat.storage import Location
+
+ROOT = Path(__file__).parents[2]
+END = "<|endoftext|>"
+WORDS = 220  # of a document
+
+
+@cache
+def texts() -> tuple[str, ...]:
+    """Paragraphs of all pages, joined to documents of some length."""
+    found, held = list[str](), list[str]()
+    for page in sorted((ROOT / "docs").rglob("*.md")):
+        for part in page.read_text().split("\n\n"):
+            held.append(part)
+            if sum(len(one.split()) for one in held) >= WORDS:
+                found.append("\n\n".join(held))
+                held = []
+    return tuple(found)
+
+
+def make(folder: Path, documents: tuple[str, ...] = (), chunk_tokens: int = 8000) -> manifest.Manifest:
+    """Two shards, documents in the order of their places, so that what a fraction holds out are whole documents."""
+    documents = documents or texts()
+    definition = tokens.train(documents, 600, END)
+    tokenizer = tokens.load(definition)
+    end, place, rows = tokens.end_id(tokenizer, END), Location(str(folder)), []
+    place.join("tokenizer.json").write(definition.encode())
+    for number in range(2):
+        mine = [(manifest.place(hashlib.sha256(t.encode()).hexdigest()), t) for t in documents[number::2]]
+        mine.sort(reverse=True)
+        path, places = f"shards/{number}.parquet", np.array([p for p, _ in mine], np.int64)
+        encoded = tokens.encode(tokenizer, [t for _, t in mine], end)
+        place.join(path).write(tokens.shard([f"{number}-{i}" for i in range(len(mine))], encoded, chunk_tokens, places))
+        rows += manifest.read_footer(place, path, "tokens")
+    facts = {"tokenizer": hashlib.sha256(definition.encode()).hexdigest(), "vocab_size": tokenizer.get_vocab_size()}
+    return manifest.write(place, rows, {"kind": "tokens", **facts, "end_of_document": end})
