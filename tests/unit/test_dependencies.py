@@ -12,12 +12,15 @@ from pathlib import Path
 
 import pytest
 from heliostat import extras
+from heliostat.benchmark.run import Benchmark
+from heliostat.benchmark.suite import Suite
 from heliostat.check import check_job, check_services
 from heliostat.cluster import cluster_file, launch
 from heliostat.config import spec, workspace
 from heliostat.errors import ConfigError, MissingExtraError
 from heliostat.pipelines import ImagePipeline
 from heliostat.recipes import exported
+from heliostat.storage import Location
 from heliostat.tune import searchers
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -179,6 +182,8 @@ def test_a_missing_extra_is_one_line_that_names_it_before_anything_starts(bare, 
         launch.require_launcher(cluster_file.read(ROOT / "clusters" / "gcp-h100.yaml"))
     with pytest.raises(MissingExtraError, match=LINE.format("mlflow.uri: PostgreSQL", "server")):
         check_services(job(**{"mlflow.uri": "postgresql+psycopg:///mlflow", "storage": str(tmp_path)}))
+    with pytest.raises(MissingExtraError, match=LINE.format("heliostat benchmark", "benchmark")):
+        Benchmark(Suite(name="x", tasks=["a"]), Location(str(tmp_path)))
     assert issubclass(MissingExtraError, ConfigError) and MissingExtraError.exit_code == 2
 
 

@@ -37,11 +37,16 @@ def download(folder: Location, to: Path) -> Path:
 
 def find(root: Path, name: str) -> Path | None:
     """Finds the file of a task below a folder, hidden folders left out; None if there is none, ConfigError if there are two."""
-    line = re.compile(rf"^task\s*:\s*([\"']?){re.escape(name)}\1\s*(#.*)?$", re.MULTILINE)
-    found = [path for path in _files(root) if line.search(path.read_text(encoding="utf-8", errors="replace"))]
+    found = naming(root, "task", name)
     if len(found) > 1:
         raise ConfigError(f"tasks: {name!r} is in two files, {found[0]} and {found[1]}; rename one")
     return found[0] if found else None
+
+
+def naming(root: Path, key: str, name: str) -> list[Path]:
+    """Lists the files below a folder that have `key: name` at their top."""
+    line = re.compile(rf"^{key}\s*:\s*([\"']?){re.escape(name)}\1\s*(#.*)?$", re.MULTILINE)
+    return [path for path in _files(root) if line.search(path.read_text(encoding="utf-8", errors="replace"))]
 
 
 def names(root: Path) -> list[str]:

@@ -64,26 +64,28 @@ def _made(config: dict[str, Any], where: Location, folder: Location, cache: Path
 
 def _own(name: str, root: Path, folder: Location) -> Any:
     """Builds a task that lm-eval brings; ConfigError if it has none of that name, or its data set cannot be had."""
-    from lm_eval.api.task import Task as Built
-    from lm_eval.tasks import TaskManager
+    from lm_eval import tasks
+    from lm_eval.api.task import ConfigurableTask
 
-    manager = TaskManager()
-    if name not in manager.all_subtasks:
-        near = difflib.get_close_matches(name, [*task_files.names(root), *manager.all_subtasks], n=1)
-        kind = (
-            "is a group of lm-eval's; name its tasks"
-            if name in manager.all_tasks
-            else f"is no task of {folder}, nor of lm-eval's"
-        )
-        raise ConfigError(f"tasks: {name!r} {kind}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    try:
-        made = manager.load([name])["tasks"][name]
+    brought = Path(tasks.__file__).parent
+    files = task_files.naming(brought, "task", name)
+    if not files:
+        raise ConfigError(f"tasks: {name!r} {_unknown(name, root, folder, brought)}")
+    try:  # by its file: to index all that lm-eval brings takes a minute
+        made = tasks.TaskManager(include_defaults=False).load([str(files[0])])["tasks"][name]
     except Exception as e:
         raise ConfigError(f"tasks: {name!r}, lm-eval's own, cannot be built: {_said(e, {})}") from e
-    assert isinstance(made, Built)
-    if getattr(made, "UNSAFE_CODE", False):
-        raise ConfigError(f"tasks: {name!r} runs what the model writes, which is not done; take another task")
+    if not isinstance(made, ConfigurableTask) or getattr(made, "UNSAFE_CODE", False):
+        raise ConfigError(f"tasks: {name!r} is a task of its own code, or runs what the model writes; take another")
     return made
+
+
+def _unknown(name: str, root: Path, folder: Location, brought: Path) -> str:
+    """Says that there is no task of a name, and which is near."""
+    if task_files.naming(brought, "group", name):
+        return "is a group of lm-eval's; name its tasks"
+    near = difflib.get_close_matches(name, [*task_files.names(root), *task_files.names(brought)], n=1)
+    return f"is no task of {folder}, nor of lm-eval's" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
 def _said(error: Exception, config: dict[str, Any]) -> str:

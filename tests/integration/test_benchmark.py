@@ -1,0 +1,195 @@
+"""`heliostat benchmark` against lm-eval's own command, and from a score to the gate in front of an alias."""
+
+import json
+import os
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from heliostat.benchmark.held_out import making
+from heliostat.benchmark.suite import load
+from heliostat.data.dataset import open_dataset, plan
+from heliostat.recipes import exported
+from heliostat.recipes.text.causal_lm import CausalLM
+from heliostat.track import tags
+from mlflow import MlflowClient
+
+from tests.integration import commands
+from tests.unit import build_pages
+from tests.unit.build_job import job
+
+FRACTION, EXAMPLES, STEP = 0.2, 24, 40
+ENV = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A dataset of real pages, a suite of what is held out of it, and a model that was trained on the rest for a moment."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    pages = build_pages.make(folder / "pages")
+    making.make(str(pages.location), folder / "suite", EXAMPLES, FRACTION, seed=0)
+    store = f"sqlite:///{folder}/mlflow.db"
+    client = MlflowClient(store)
+    run_id = client.create_run(client.create_experiment("x", artifact_location=str(folder / "artifacts"))).info.run_id
+    write_model(folder / "model", pages, run_id)
+    client.create_registered_model("lm")
+    client.create_model_version("lm", str(folder / "model"), run_id, tags={tags.STEP: str(STEP)})
+    return folder, store, client, run_id
+
+
+def write_model(folder: Path, pages, run_id: str) -> None:
+    made_of = job(**{"model.vocab_size": pages.fact("vocab_size"), "data.sources.0.path": str(pages.location),
+                     "data.sequence_length": 160, "evaluate.fraction": FRACTION})  # fmt: skip
+    recipe = CausalLM(made_of)
+    recipe.bind([pages])
+    torch.manual_seed(0)
+    model = recipe.build()
+    data = open_dataset(plan(made_of, [pages]))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(STEP):
+        tokens = torch.from_numpy(data.read(data.order.locate(data.order.step(step).ravel()))).long()
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    recipe.save_config(folder)
+    exported.write(folder, made_of, {"run_id": run_id, "step": STEP, "data_version": 2})
+
+
+def benchmark(folder: Path, *words: str, code: int = 0, **environment: str) -> dict:
+    out = folder / "result.json"
+    done = commands.run("benchmark", *words, "--out", str(out), "--json", log=folder / "log", **ENV, **environment)
+    assert done.returncode == code, done.err
+    return json.loads(done.out.splitlines()[-1])
+
+
+LM_EVAL = """
+import sys
+from lm_eval.tasks import TaskManager
+class OfThePathAlone(TaskManager):  # to read lm-eval's own 13,000 files takes a minute
+    def __init__(self, *args, **options):
+        super().__init__(*args, **{**options, "include_defaults": False})
+import lm_eval.tasks, lm_eval.evaluator
+lm_eval.tasks.TaskManager = lm_eval.evaluator.TaskManager = OfThePathAlone
+from lm_eval.__main__ import cli_evaluate
+cli_evaluate()
+"""
+
+
+def lm_eval(model: Path, suite: Path, out: Path, *more: str) -> dict:
+    """What lm-eval's own command says of a folder."""
+    words = ["--model", "hf", "--model_args", f"pretrained={model}", "--tasks", ",".join(making.TASKS), "--include_path", ".",
+             "--device", "cpu", "--batch_size", "16", "--output_path", str(out), *more]  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", LM_EVAL, *words], cwd=suite, env={**os.environ, **ENV}, capture_output=True,
+                          text=True, timeout=400)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    (file,) = out.rglob("results*.json")
+    return json.loads(file.read_text())
+
+
+def test_the_scores_are_those_of_lm_evals_own_command(place, tmp_path):
+    """Of all tasks and metrics, with their standard errors; and the examples were not trained on."""
+    folder, store, _, _ = place
+    ours = benchmark(tmp_path, str(folder / "model"), str(folder / "suite" / "suite.yaml"), "--mlflow", store)
+    theirs = lm_eval(folder / "model", folder / "suite", tmp_path / "theirs")["results"]
+    assert [row["task"] for row in ours["tasks"]] == list(making.TASKS)
+    for row in ours["tasks"]:
+        known = {k: v for k, v in theirs[row["task"]].items() if isinstance(v, float) and not k.startswith("perplexity_stderr")}
+        assert {k: row["metrics"][k] for k in known} == pytest.approx(known, rel=1e-6) and len(known) >= 2
+        assert row["score"] == theirs[row["task"]][f"{row['metric']},{row['filter']}"] and row["examples"] == row["of"]
+        assert row["low"] <= row["score"] <= row["high"] and row["contamination"]["compared"] > EXAMPLES / 2
+        assert row["contamination"]["contaminated"] < 0.3  # what pages have in common: tables, commands
+    assert [row["chance"] for row in ours["tasks"]] == [0.25, 0.0, 0.0]
+    assert any(row["score"] > 0 for row in ours["tasks"][1:])
+    assert ours["contamination"]["unknown"] == "" and ours["contamination"]["datasets"][0]["chunks"] > 0
+
+
+def test_a_score_is_on_the_models_run_at_its_step_and_opens_the_gate(place, tmp_path):
+    folder, store, client, run_id = place
+    ours = benchmark(tmp_path, str(folder / "model"), str(folder / "suite" / "suite.yaml"), "--mlflow", store)
+    score = ours["tasks"][0]["score"]
+    assert ours["recorded"]["versions"] == ["models:/lm/1"] and ours["recorded"]["run_id"] == run_id
+    (last,) = client.get_metric_history(run_id, "bench/held_out_choice")[-1:]
+    assert (last.step, last.value) == (STEP, score)
+    assert client.list_artifacts(run_id, "benchmarks")[0].path == f"benchmarks/held-out-{STEP:08d}.json"
+    words = ["promote", "lm/1", "champion", "--mlflow", store, "--require"]
+    refused = commands.run(*words, f"bench/held_out_choice>{score}", log=tmp_path / "log")
+    assert refused.returncode == 1 and f"bench/held_out_choice is {score:.6g}, required is >" in refused.err
+    assert commands.run(*words, f"bench/held_out_choice>={score}", log=tmp_path / "log").returncode == 0
+    assert client.get_model_version_by_alias("lm", "champion").version == "1"
+
+
+def test_solved_examples_and_fewer_of_them_are_as_lm_eval_has_them(place, tmp_path):
+    """With a split to choose solved examples from; the seed is that of the command."""
+    folder, store, _, _ = place
+    suite = tmp_path / "suite"
+    (suite / "tasks").mkdir(parents=True)
+    rows = (folder / "suite" / "data" / "held_out_choice.jsonl").read_text().splitlines(keepends=True)
+    for split, part in (("train", rows[::2]), ("test", rows[1::2])):
+        short = [json.loads(row) for row in islice(part, 8)]
+        lines = [json.dumps({**one, "context": one["context"][-60:]}) + "\n" for one in short]
+        (suite / f"{split}.jsonl").write_text("".join(lines))
+    for name in making.TASKS:  # the same task under the names that the command is given
+        task = yaml.safe_load((folder / "suite" / "tasks" / "held_out_choice.yaml").read_text())
+        task |= {"task": name, "fewshot_split": "train", "num_fewshot": None}
+        task["dataset_kwargs"] = {"data_files": {"train": "train.jsonl", "test": "test.jsonl"}}
+        (suite / "tasks" / f"{name}.yaml").write_text(yaml.safe_dump({k: v for k, v in task.items() if v is not None}))
+    told = {"name": "shots", "tasks": list(making.TASKS), "fewshot": 1, "examples": 6, "seed": 7}
+    (suite / "suite.yaml").write_text(yaml.safe_dump(told | {"contamination": {"measure": False}}))
+    assert load(suite / "suite.yaml")[0].seed == 7
+    ours = benchmark(tmp_path, str(folder / "model"), str(suite / "suite.yaml"), "--mlflow", store)
+    words = ["--num_fewshot", "1", "--limit", "6", "--seed", "7"]
+    theirs = lm_eval(folder / "model", suite, tmp_path / "theirs", *words)["results"]
+    for row in ours["tasks"]:
+        assert (row["fewshot"], row["examples"], row["contamination"]) == (1, 6, None)
+        assert row["metrics"]["acc_norm,none"] == theirs[row["task"]]["acc_norm,none"]
+        assert row["metrics"]["acc,none"] == theirs[row["task"]]["acc,none"]
+
+
+METRIC, FILTER = {"task": "t", "metric": "accuracy"}, [{"name": "x", "filter": [{"function": "take_frist"}]}]
+CLASSES = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+WRONG = {  # what the task file has, the suite, and what is said
+    "no such task": ({}, {"tasks": ["held_out_choic"]}, "held_out_choic' is no task of .*did you mean 'held_out_choice'"),
+    "a group": ({}, {"tasks": ["mmlu"]}, "'mmlu' is a group of lm-eval's; name its tasks"),
+    "not its metric": ({}, {"tasks": [METRIC]}, "metric: 'accuracy' is none of the task's; there are acc, acc_norm"),
+    "unknown metric": ({"metric_list": [{"metric": "acurracy"}]}, {}, "t.yaml: metric_list: 'acurracy' is no metric of lm-eval"),
+    "missing data": ({"dataset_kwargs": {"data_files": "gone.jsonl"}}, {}, "t.yaml: data_files: there is no .*gone.jsonl"),
+    "missing split": ({"test_split": "tset"}, {}, "t.yaml: the task cannot be built: .*tset"),
+    "missing column": ({"doc_to_text": "{{contxt}}"}, {}, "t.yaml: the task cannot be built: .*contxt"),
+    "unknown key": ({"doc_to_txt": "x"}, {}, "t.yaml: doc_to_txt: unknown key; did you mean 'doc_to_text'"),
+    "unknown kind": ({"output_type": "multiple_choices"}, {}, "output_type: 'multiple_choices' is not a choice; did you mean"),
+    "unknown filter": ({"filter_list": FILTER}, {}, "'take_frist' is no filter; did you mean"),
+    "code of a library": ({"generation_kwargs": {"custom_generate": "x/y"}}, {}, "generation_kwargs: 'custom_generate' is not"),
+    "code in a template": ({"doc_to_text": CLASSES}, {}, "t.yaml: the task cannot be built: SecurityError"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_one_line_before_the_model_is_loaded(place, tmp_path, case):
+    from heliostat.benchmark.run import Benchmark
+    from heliostat.errors import ConfigError
+
+    folder, _, _, _ = place
+    task, suite, said = WRONG[case]
+    made = yaml.safe_load((folder / "suite" / "tasks" / "held_out_choice.yaml").read_text())
+    made["dataset_kwargs"] = {"data_files": {"test": str(folder / "suite" / "data" / "held_out_choice.jsonl")}}
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump({**made, "task": "t", **task}))
+    (tmp_path / "other.yaml").write_text("task: held_out_choice\n")
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump({"name": "x", "tasks": ["t"], **suite}))
+    with pytest.raises(ConfigError, match=said) as e:
+        Benchmark(*load(tmp_path / "suite.yaml"), quiet=True)
+    assert "\n" not in str(e.value)
+
+
+def test_a_model_that_is_no_language_model_is_one_line(place, tmp_path):
+    folder, _, _, _ = place
+    suite = str(folder / "suite" / "suite.yaml")
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    told = json.loads((folder / "model" / "heliostat.json").read_text()) | {"recipe": "heliostat.recipes:TextToImage"}
+    (pictures / "heliostat.json").write_text(json.dumps(told))
+    assert "is no language model" in benchmark(tmp_path, str(pictures), suite, code=2)["error"]["message"]
