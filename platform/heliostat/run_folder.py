@@ -6,6 +6,7 @@ receipts/step-00000100.json  what the steps up to 100 trained on (`data.receipt`
 segments/step-00000000.json  the data plan that the run follows from that step on (`runs.segments`)
 quarantine/step-*.jsonl      samples that were replaced (`train.worker.bad_samples`)
 curves/step-*.json           losses and scores, until MLflow has them for certain (`track.local_curves`)
+benchmarks/SUITE/step-*.json scores of checkpoints on a suite (`benchmark.follow`)
 ledger/ATTEMPT.json          where the time of each attempt went (`runs.goodput`)
 lease/00000001.json          who may write here (`lease`)
 logs/ATTEMPT.000000.log      of a submitted job (`submit.logs`)
@@ -23,7 +24,7 @@ from heliostat.errors import DataError
 from heliostat.storage import Location
 
 CHECKPOINTS, RECEIPTS, SEGMENTS, QUARANTINE, CURVES = "checkpoints", "receipts", "segments", "quarantine", "curves"
-LEDGER, LEASE, LOGS, STACKS = "ledger", "lease", "logs", "stacks"
+LEDGER, LEASE, LOGS, STACKS, BENCHMARKS = "ledger", "lease", "logs", "stacks", "benchmarks"
 MLFLOW_RUN, ATTEMPTS, UNLOGGED, CLONE = "run.json", "attempts.json", "unlogged.jsonl", "clone.json"
 SUMMARY, RESULT = "summary.json", "result.json"
 BY_STEP = (SEGMENTS, RECEIPTS, QUARANTINE, CURVES)  # folders of files that are named after the last step they tell of
@@ -47,6 +48,10 @@ def quarantine(run: Location, step: int) -> Location:
 
 def curves(run: Location, step: int) -> Location:
     return run.join(CURVES, f"{_name(step)}.json")
+
+
+def benchmark(run: Location, suite: str, step: int) -> Location:
+    return run.join(BENCHMARKS, suite, f"{_name(step)}.json")
 
 
 def step_of(name: str) -> int:

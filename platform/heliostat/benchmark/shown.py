@@ -72,3 +72,10 @@ def _of_contamination(result: dict[str, Any], seen: dict[str, Any] | None) -> li
     if seen["damaged"]:
         found.append(f"seen: {seen['damaged']:,} damaged chunks are not compared")
     return found
+
+
+def line(step: int, result: dict[str, Any]) -> str:
+    """Tells a checkpoint's scores in one line."""
+    centred = result["average"]["centred"]
+    parts = [f"{row['task']} {_number(row['score'])}" for row in result["tasks"]]
+    return f"step {step:,}: " + ", ".join([*([] if centred is None else [f"average {centred:+.3f}"]), *parts])

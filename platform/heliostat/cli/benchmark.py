@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from heliostat.cli.common import MODELS, Json, Model, TrackingUri, app, finish, out, print_table, store_uri
+from heliostat.cli.common import MODELS, Json, Model, TrackingUri, app, finish, flag, out, print_table, store_uri
 from heliostat.errors import ConfigError, TrackingError
+
+if TYPE_CHECKING:
+    from heliostat.benchmark.run import Benchmark
 
 
 @app.command(rich_help_panel=MODELS)
@@ -16,26 +20,31 @@ def benchmark(
     model: Model,
     suite: Annotated[Path, typer.Argument(help="A suite of tasks (docs/benchmark.md)", metavar="SUITE", show_default=False)],
     to: Annotated[str, typer.Option("--out", help="The file of the result, JSON; or s3://BUCKET/KEY")] = "benchmark.json",
+    follow: Annotated[
+        bool, flag("--follow", help="MODEL is a run, an id or its folder: score each of its checkpoints as it appears")
+    ] = False,
     mlflow: TrackingUri = None,
     json_: Json = False,
 ) -> None:
     """Score a language model on tasks of lm-eval, with intervals, chance levels, and what of them it was trained on."""
-    from heliostat.benchmark import recording, run, scoring, shown
+    from heliostat.benchmark import run
     from heliostat.benchmark.suite import load
+
+    asked, folder = load(suite)
+    score = _follow if follow else _once
+    with contextlib.closing(run.Benchmark(asked, folder, json_)) as tasks:
+        score(tasks, model, to, store_uri(mlflow), json_)
+
+
+def _once(tasks: Benchmark, model: str, to: str, uri: str, json_: bool) -> None:
+    from heliostat.benchmark import recording, run, scoring, shown
     from heliostat.storage import Location
     from heliostat.track.models import resolve
 
-    asked, folder = load(suite)
-    uri = store_uri(mlflow)
-    found = resolve(model, uri)
+    found, fault = resolve(model, uri), None
     scoring.require_language_model(found)
-    tasks = run.Benchmark(asked, folder, json_)
-    try:
-        result = tasks.score(found)
-    finally:
-        tasks.close()
+    result = tasks.score(found)
     run.write(result, Location(to))
-    fault = None
     try:
         result["recorded"] = recording.record(uri, result)
     except TrackingError as e:  # the scores are kept all the same
@@ -47,6 +56,29 @@ def benchmark(
             out.print(note)
         out.print(f"all of it is in {to}")
     finish({**result, "file": to}, json_, fault)
+
+
+def _follow(tasks: Benchmark, model: str, to: str, uri: str, json_: bool) -> None:
+    from heliostat.benchmark import run, shown
+    from heliostat.benchmark.follow import Followed, summary
+    from heliostat.storage import Location
+    from heliostat.track.models import find_run
+
+    def told(step: int, result: dict[str, Any]) -> None:
+        if not json_:
+            out.print(shown.line(step, result))
+
+    followed = Followed(find_run(model, uri), tasks, told)
+    followed.follow()
+    made = summary(followed)
+    run.write(made, Location(to))
+    if not json_:
+        for what in ("removed", "torn", "failed"):
+            for step, why in made[what].items():
+                out.print(f"step {step}: not scored: {why}")
+        unknown = sum(one["recorded"]["run_id"] is None for one in made["steps"])
+        out.print(f"{len(made['steps']):,} checkpoints are scored" + (f", {unknown:,} of them not in MLflow" if unknown else ""))
+    finish({**made, "file": to}, json_)
 
 
 @app.command("make-suite", rich_help_panel=MODELS)

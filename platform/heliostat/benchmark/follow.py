@@ -1,0 +1,187 @@
+"""Scores a run's checkpoints as they appear, in a process of its own: `heliostat benchmark RUN SUITE --follow`.
+
+Training does not wait, and knows nothing of it. Each checkpoint is exported to a folder of this machine first, so that retention
+may remove it meanwhile; one that it removes before that is counted. A result is a file of the run's folder, which is written
+before MLflow is asked: the command goes on where it was when it is given again, and what MLflow did not take is sent again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from typing_extensions import TypedDict
+
+from heliostat import run_folder
+from heliostat.benchmark import recording
+from heliostat.benchmark.run import Benchmark
+from heliostat.checkpoint import layout
+from heliostat.checkpoint.layout import Checkpoint
+from heliostat.errors import CheckpointError, ConfigError, DataError, HeliostatError, TrackingError
+from heliostat.inference.export import export
+from heliostat.records import Format, open_
+from heliostat.runs import liveness, mlflow_id
+from heliostat.storage import Location
+from heliostat.text import brief
+
+log = logging.getLogger(__name__)
+
+POLL_S = 2.0
+RETRY_S = 30.0
+
+
+@open_
+class Kept(TypedDict):
+    """Describes what is read of a result that was kept. `written`: when its checkpoint was."""
+
+    suite: dict[str, Any]
+    written: float
+    tasks: list[dict[str, Any]]
+    average: dict[str, Any]
+    recorded: dict[str, Any]
+
+
+KEPT = Format(Kept, "result of a benchmark", DataError, fix="delete it, and its checkpoint is scored again")
+
+
+@dataclass
+class Followed:
+    """Follows a run. `told`: called with each result; `removed`, `torn`, `failed`: the steps without one, and why."""
+
+    run: Location
+    benchmark: Benchmark
+    told: Callable[[int, dict[str, Any]], None]
+    results: dict[int, dict[str, Any]] = field(default_factory=dict)
+    removed: dict[int, str] = field(default_factory=dict)
+    torn: dict[int, str] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)
+    _again: float = 0.0  # when MLflow is asked again, after it did not answer
+
+    def follow(self, poll_s: float = POLL_S) -> None:
+        """Scores until the run's driver has ended and all its checkpoints are scored."""
+        self._read()
+        while True:
+            lives = alive(self.run)  # before the checkpoints are listed: the last is there when the driver has ended
+            pending = [step for step in layout.steps(self.run) if self._open(step)]
+            for step in pending:  # the oldest first: it is the first that retention removes
+                self._score(step)
+            self._try_to_send(time.monotonic())
+            if not lives and not pending:
+                break
+            if not pending:
+                time.sleep(poll_s)
+        self._try_to_send(self._again)
+        for step in layout.steps(self.run):
+            if step not in self.results and step not in self.failed:
+                self.torn.setdefault(step, "its checkpoint is not complete, and nobody writes it any more")
+
+    def _read(self) -> None:
+        """Reads what an earlier command has scored; ConfigError if that was by another suite of the same name."""
+        suite = self.benchmark.suite
+        for name, _ in self.run.join(run_folder.BENCHMARKS, suite.name).files():
+            step = run_folder.step_of(name)
+            place = run_folder.benchmark(self.run, suite.name, step)
+            kept = dict(KEPT.read(place))
+            if kept["suite"] != suite.model_dump():
+                raise ConfigError(
+                    f"name: {suite.name!r} has scored step {step} of {self.run} with other settings; rename the suite"
+                )
+            self.results[step] = kept
+
+    def _open(self, step: int) -> Checkpoint | None:
+        """Opens a checkpoint that is complete and not yet scored as it is."""
+        if step in self.failed:
+            return None
+        try:
+            found = layout.open_checkpoint(self.run, step)
+        except CheckpointError:
+            return None  # being written, or just removed
+        known = self.results.get(step)
+        return None if known and known["written"] == found.index["written"] else found
+
+    def _score(self, step: int) -> None:
+        found = self._open(step)
+        if found is None:
+            self._lost(step)
+            return
+        with tempfile.TemporaryDirectory(prefix="heliostat-benchmark-") as folder:
+            model = Path(folder) / "model"
+            try:
+                export(found, model, mlflow_id.record(self.run).get("run_id"))
+            except (HeliostatError, FileNotFoundError) as e:
+                if not self._lost(step):
+                    self._fail(step, e)
+                return
+            try:
+                result = self.benchmark.score(model)
+            except ConfigError:
+                raise  # of the suite, or of every model of the run
+            except HeliostatError as e:
+                self._fail(step, e)
+                return
+        result["model"]["folder"] = str(found.location)
+        self.results[step] = {**result, "written": found.index["written"], "recorded": recording.unrecorded("not sent yet")}
+        self._keep(step)
+        self.told(step, self.results[step])
+
+    def _lost(self, step: int) -> bool:
+        """Tells whether a checkpoint is gone, and counts it then."""
+        if step in layout.steps(self.run):
+            return False
+        self.removed[step] = "retention has removed its checkpoint before it was scored"
+        log.warning("step %d: %s; keep more (checkpoint.keep), or score fewer examples", step, self.removed[step])
+        return True
+
+    def _fail(self, step: int, error: Exception) -> None:
+        self.failed[step] = brief(error)
+        log.error("step %d is not scored: %s", step, self.failed[step])
+
+    def _keep(self, step: int) -> None:
+        place = run_folder.benchmark(self.run, self.benchmark.suite.name, step)
+        place.write((json.dumps(self.results[step], indent=1) + "\n").encode())
+
+    def _send(self) -> None:
+        """Sends to MLflow what it has not taken yet; TrackingError if it does not answer."""
+        told = mlflow_id.record(self.run)
+        for step, result in sorted(self.results.items()):
+            if "run_id" not in told or result["recorded"]["run_id"] is not None:
+                continue
+            sent = {key: value for key, value in result.items() if key not in ("recorded", "written")}
+            sent["model"] = result["model"] | {"run_id": told["run_id"], "step": step}
+            result["recorded"] = recording.record(told["uri"], sent)
+            self._keep(step)
+
+    def _try_to_send(self, now: float) -> None:
+        """Sends at once what is new, and what was refused every RETRY_S."""
+        if now < self._again:
+            return
+        try:
+            self._send()
+        except TrackingError as e:
+            self._again = now + RETRY_S
+            log.warning("MLflow does not take the scores yet: %s", brief(e))
+
+
+def alive(run: Location) -> bool:
+    """Tells whether a driver trains the run now, as far as can be known."""
+    last = liveness.last(run)
+    return last is not None and last.outcome not in ("finished", "interrupted") and liveness.lives(last)
+
+
+def summary(followed: Followed) -> dict[str, Any]:
+    """Sums up what was scored, step by step, and what was not."""
+    steps = [
+        {"step": step, "scores": {row["task"]: row["score"] for row in result["tasks"]}, "average": result["average"]["centred"],
+         "recorded": result["recorded"]}
+        for step, result in sorted(followed.results.items())
+    ]  # fmt: skip
+    missed = {
+        name: {str(step): why for step, why in sorted(getattr(followed, name).items())} for name in ("removed", "torn", "failed")
+    }
+    return {"run_folder": str(followed.run), "suite": followed.benchmark.suite.name, "steps": steps, **missed}
