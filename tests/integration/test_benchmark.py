@@ -1,25 +1,40 @@
 """`heliostat benchmark` against lm-eval's own command, and from a score to the gate in front of an alias."""
 
+import contextlib
+import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
+from heliostat import run_folder
+from heliostat.benchmark.follow import Followed, summary
 from heliostat.benchmark.held_out import making
+from heliostat.benchmark.run import Benchmark
 from heliostat.benchmark.suite import load
+from heliostat.checkpoint import layout
+from heliostat.config import schema
+from heliostat.config.spec import Job
+from heliostat.data import manifest
 from heliostat.data.dataset import open_dataset, plan
+from heliostat.errors import ConfigError
 from heliostat.recipes import exported
 from heliostat.recipes.text.causal_lm import CausalLM
+from heliostat.runs.goodput import Attempt
+from heliostat.storage import Location
 from heliostat.track import tags
 from mlflow import MlflowClient
 
 from tests.integration import commands
-from tests.unit import build_pages
+from tests.unit import build_checkpoint, build_pages
 from tests.unit.build_job import job
 
 FRACTION, EXAMPLES, STEP = 0.2, 24, 40
@@ -41,9 +56,13 @@ def place(tmp_path_factory):
     return folder, store, client, run_id
 
 
+def job_on(pages):
+    return job(**{"model.vocab_size": pages.fact("vocab_size"), "data.sources.0.path": str(pages.location),
+                  "data.sequence_length": 160, "evaluate.fraction": FRACTION, "train.precision": "fp32"})  # fmt: skip
+
+
 def write_model(folder: Path, pages, run_id: str) -> None:
-    made_of = job(**{"model.vocab_size": pages.fact("vocab_size"), "data.sources.0.path": str(pages.location),
-                     "data.sequence_length": 160, "evaluate.fraction": FRACTION})  # fmt: skip
+    made_of = job_on(pages)
     recipe = CausalLM(made_of)
     recipe.bind([pages])
     torch.manual_seed(0)
@@ -170,9 +189,6 @@ WRONG = {  # what the task file has, the suite, and what is said
 
 @pytest.mark.parametrize("case", WRONG)
 def test_what_is_wrong_is_one_line_before_the_model_is_loaded(place, tmp_path, case):
-    from heliostat.benchmark.run import Benchmark
-    from heliostat.errors import ConfigError
-
     folder, _, _, _ = place
     task, suite, said = WRONG[case]
     made = yaml.safe_load((folder / "suite" / "tasks" / "held_out_choice.yaml").read_text())
@@ -193,3 +209,74 @@ def test_a_model_that_is_no_language_model_is_one_line(place, tmp_path):
     told = json.loads((folder / "model" / "heliostat.json").read_text()) | {"recipe": "heliostat.recipes:TextToImage"}
     (pictures / "heliostat.json").write_text(json.dumps(told))
     assert "is no language model" in benchmark(tmp_path, str(pictures), suite, code=2)["error"]["message"]
+
+
+@pytest.fixture
+def followed(place, tmp_path):
+    """A run's folder that MLflow knows, and what saves a checkpoint of the model's weights in it, by two ranks."""
+    folder, store, client, _ = place
+    made_of = schema.validate(Job, exported.read(folder / "model").job, "job")
+    data = plan(made_of, [manifest.read(made_of.sources[0])])
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+    weights = {f"master.{name}": one.detach().float().flatten() for name, one in plain.named_parameters()}
+    run, run_id = Location(str(tmp_path / "run")), client.create_run("1").info.run_id
+    run.join(run_folder.MLFLOW_RUN).write(json.dumps({"token": "", "uri": store, "run_id": run_id}).encode())
+
+    def save(step: int, written: float = 1.0) -> None:
+        told = {"job": made_of.dump(), "data": data.dump(), "data_digest": data.digest, "receipt": {"steps": step, "chain": ""}}
+        layout.folder(run, step).delete()
+        build_checkpoint.save(
+            run, step, [build_checkpoint.slices(weights, rank, 2) for rank in range(2)], **told, written=written
+        )
+
+    suite = yaml.safe_load((folder / "suite" / "suite.yaml").read_text()) | {"examples": 4, "folder": str(folder / "suite")}
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
+    return run, run_id, save, tmp_path / "suite.yaml"
+
+
+def driver(run: Location) -> subprocess.Popen:
+    """A process that is the run's driver, as far as the run's folder tells."""
+    process = subprocess.Popen(["sleep", "300"])
+    now = time.time()
+    attempt = Attempt("a", now, now, now, 0, 1, host=socket.gethostname(), pid=process.pid)
+    run.join(run_folder.LEDGER, attempt.name).write(json.dumps(dataclasses.asdict(attempt)).encode())
+    return process
+
+
+def test_checkpoints_are_scored_as_they_appear_and_those_that_retention_removes_are_counted(place, followed):
+    """The second is removed, and the third saved, while the first is scored; then the driver ends, in the middle of a save."""
+    client, (run, run_id, save, suite) = place[2], followed
+    save(10)
+    save(20)
+    process, scored = driver(run), list[int]()
+
+    def told(step: int, result: dict) -> None:
+        scored.append(step)
+        if step == 10:
+            layout.folder(run, 20).delete()
+            save(30)
+        elif step == 30:
+            process.kill()
+            process.wait()
+            layout.folder(run, 40).join("shard-00000-of-00001.safetensors").write(b"cut")
+
+    with contextlib.closing(Benchmark(*load(suite), quiet=True)) as tasks:
+        first = Followed(run, tasks, told)
+        first.follow(poll_s=0.05)
+        made = summary(first)
+        assert scored == [10, 30] == [one["step"] for one in made["steps"]]
+        assert made["removed"] == {"20": "retention has removed its checkpoint before it was scored"}
+        assert list(made["torn"]) == ["40"] and made["failed"] == {}
+        curve = client.get_metric_history(run_id, "bench/held_out_choice")
+        assert [(point.step, point.value) for point in curve] == [
+            (s, made["steps"][0]["scores"]["held_out_choice"]) for s in (10, 30)
+        ]
+
+        again = Followed(run, tasks, told)  # another command goes on where this one was
+        save(30, written=2.0)  # made again, after the run went back
+        again.follow(poll_s=0.05)
+        assert scored == [10, 30, 30] and len(client.get_metric_history(run_id, "bench/held_out_choice")) == 3
+    changed = yaml.safe_load(suite.read_text()) | {"seed": 5}
+    suite.write_text(yaml.safe_dump(changed))
+    with contextlib.closing(Benchmark(*load(suite), quiet=True)) as tasks, pytest.raises(ConfigError, match="rename the suite"):
+        Followed(run, tasks, told).follow()

@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import pytest
+from heliostat import run_folder
 from heliostat.checkpoint.layout import encode, folder, latest, steps
 from heliostat.checkpoint.retention import Pruner, retained, survey
 from heliostat.cli.main import app
@@ -149,6 +150,37 @@ def test_what_dead_saves_left_and_later_steps_are_deleted_after_a_save(run):
     _save(run, 30)
     Pruner(run, Policy(every=10, keep=1)).prune(30)
     assert steps(run) == [30]
+
+
+def _score(run: Location, step: int, value: float, written: float = 0.0, suite: str = "small") -> None:
+    told = {"written": written, "tasks": [{"task": "other", "score": 9.0}, {"task": "arc", "score": value, "metric": "acc"}]}
+    run_folder.benchmark(run, suite, step).write(json.dumps(told).encode())
+
+
+def test_the_best_by_a_benchmark_is_known_when_its_score_comes(run):
+    """After the save; of another checkpoint of the step it is none, and neither is one that is damaged, or of no number."""
+    policy = Policy.model_validate({"every": 10, "keep": 2, "best": {"metric": "bench/arc", "mode": "max"}})
+    pruner = Pruner(run, policy)
+    for step in range(10, 80, 10):
+        _save(run, step, policy=policy)
+        pruner.prune(step)
+        if step == 20:
+            _score(run, 20, 0.4)
+            run_folder.benchmark(run, "cut", 20).write(b"{")
+        if step == 40:
+            _score(run, 30, 0.9, written=5.0)
+            _score(run, 40, 0.3, suite="another")
+    assert steps(run) == [20, 60, 70]
+    assert {row["step"]: row["kept"] for row in survey(run)}[20] == ["best bench/arc"]
+    _score(run, 60, 0.5)
+    _save(run, 80, policy=policy)
+    pruner.prune(80)
+    assert steps(run) == [60, 70, 80]
+
+
+def test_the_best_by_a_benchmark_needs_no_evaluation():
+    job(**{"checkpoint.best": {"metric": "bench/arc", "mode": "max"}, "evaluate": None})
+    job(**{"checkpoint.best": {"metric": "bench/arc", "mode": "max"}, "evaluate.every": 4})
 
 
 def test_a_damaged_index_is_never_the_best_and_never_stops_a_prune(run):

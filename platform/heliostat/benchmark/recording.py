@@ -9,18 +9,19 @@ import math
 import time
 from typing import Any
 
+from heliostat.config.checkpoint_section import BENCHMARK
 from heliostat.text import brief
 from heliostat.track import mlflow_client, tags
 from heliostat.track.metrics import Point
 
-PREFIX, AVERAGE = "bench/", "bench/average_centred"
+AVERAGE = f"{BENCHMARK}average_centred"
 ARTIFACTS = "benchmarks"
 
 
 def metrics(result: dict[str, Any]) -> dict[str, float]:
     """Lists a result's metrics by name: each task's score and standard error, and the average of the centred scores."""
-    found = {f"{PREFIX}{row['task']}": row["score"] for row in result["tasks"]}
-    found |= {f"{PREFIX}{row['task']}_stderr": row["stderr"] for row in result["tasks"] if row["stderr"] is not None}
+    found = {f"{BENCHMARK}{row['task']}": row["score"] for row in result["tasks"]}
+    found |= {f"{BENCHMARK}{row['task']}_stderr": row["stderr"] for row in result["tasks"] if row["stderr"] is not None}
     if result["average"]["centred"] is not None:
         found[AVERAGE] = result["average"]["centred"]
     return {name: float(value) for name, value in found.items() if math.isfinite(value)}

@@ -2,6 +2,7 @@
 
 After a save, everything else is deleted: complete checkpoints that no rule keeps, what dead saves left, and checkpoints of later
 steps, from which the run has turned back because they could not be loaded. Frozen parameters that a checkpoint names stay.
+A score may be of a benchmark, which comes late: a checkpoint without one yet is not the best.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from heliostat import run_folder
+from heliostat.checkpoint import benchmarks
 from heliostat.checkpoint.layout import FROZEN, INDEX, Checkpoint, folder, open_checkpoint, steps
 from heliostat.config.spec import Checkpoint as Policy
 from heliostat.errors import CheckpointError
@@ -79,16 +81,19 @@ class Pruner:
             location.delete()
 
     def _read_scores(self, whole: list[int]) -> dict[int, float]:
-        for step in set(whole) - self._scores.keys():
+        late = self.policy.best is not None and self.policy.best.is_late
+        for step in set(whole) - {known for known, value in self._scores.items() if not (late and math.isnan(value))}:
             try:
-                self._scores[step] = score(open_checkpoint(self.run, step), self.policy)
+                self._scores[step] = score(self.run, open_checkpoint(self.run, step), self.policy)
             except CheckpointError:
                 self._scores[step] = math.nan
         return self._scores
 
 
-def score(checkpoint: Checkpoint, policy: Policy) -> float:
-    """Returns the best metric's value in a checkpoint; nan if there is none."""
+def score(run: Location, checkpoint: Checkpoint, policy: Policy) -> float:
+    """Returns the best metric's value in a checkpoint, or of a benchmark of it; nan if there is none, or none yet."""
+    if policy.best and policy.best.is_late:
+        return benchmarks.score(run, checkpoint.step, checkpoint.index["written"], policy.best.metric)
     value = checkpoint.index["metrics"].get(policy.best.metric) if policy.best else None
     return math.nan if value is None else value
 
@@ -120,7 +125,7 @@ def survey(run: Location) -> list[dict[str, Any]]:
         rows.append(row)
     if whole:
         policy = whole[-1].policy
-        kept = retained([c.step for c in whole], policy, {c.step: score(c, policy) for c in whole})
+        kept = retained([c.step for c in whole], policy, {c.step: score(run, c, policy) for c in whole})
         for row in rows:
             row["kept"] = kept.get(row["step"], [])
     return rows

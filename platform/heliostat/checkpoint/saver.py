@@ -84,7 +84,7 @@ class Saver:
         `state`: of `zero_state.state`; `frozen`: of `zero_state.frozen`; `facts`: what rank 0 puts into `checkpoint.json`.
         """
         best, scores = self.policy.best, facts["metrics"].keys() - {"train_loss"}
-        if best and scores and best.metric not in scores:
+        if best and scores and best.metric not in scores and not best.is_late:
             raise ConfigError(f"checkpoint.best.metric: {best.metric!r} is no score; there are {', '.join(sorted(scores))}")
         self.wait()
         started = time.perf_counter()

@@ -9,6 +9,8 @@ from pydantic import ByteSize, Field
 from heliostat.config.fields import Positive
 from heliostat.config.schema import Float, Strict
 
+BENCHMARK = "bench/"  # and a task's name: what its score is called
+
 
 class Evaluate(Strict):
     every: Positive
@@ -22,11 +24,16 @@ class Evaluate(Strict):
 
 class Best(Strict):
     metric: str = "loss"
-    """A score of the evaluation, as the recipe reports it."""
+    """A score of the evaluation, as the recipe reports it; or `bench/TASK`, which `heliostat benchmark --follow` gives later."""
     mode: Literal["min", "max"] = "min"
     """Whether a low or a high score is good."""
     keep: Positive = 1
     """So many checkpoints with the best scores stay."""
+
+    @property
+    def is_late(self) -> bool:
+        """Tells whether the score is a benchmark's, which comes after the save."""
+        return self.metric.startswith(BENCHMARK)
 
 
 class Checkpoint(Strict):

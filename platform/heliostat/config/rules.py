@@ -181,9 +181,10 @@ def _checkpoint_faults(job: Job) -> list[str]:
         faults.append(
             f"checkpoint.keep_every: {policy.keep_every} must be a multiple of checkpoint.every {policy.every}; nearest: {near}"
         )
-    if policy.best and not job.evaluate:
+    of_evaluation = policy.best if policy.best and not policy.best.is_late else None
+    if of_evaluation and not job.evaluate:
         faults.append("checkpoint.best: needs scores; add evaluate, or remove checkpoint.best")
-    elif policy.best and job.evaluate and policy.every % job.evaluate.every:  # a score must be of the very step
+    elif of_evaluation and job.evaluate and policy.every % job.evaluate.every:  # a score must be of the very step
         faults.append(
             f"checkpoint.best: evaluate.every {job.evaluate.every} must divide checkpoint.every {policy.every}, "
             "so that each checkpoint is scored"
