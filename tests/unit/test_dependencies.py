@@ -35,7 +35,7 @@ MODULES = {  # where a distribution's module has another name, or it brings more
     "flask-wtf": ("flask_wtf",),
     "google-api-python-client": ("googleapiclient",),
     "grpcio": ("grpc",),
-    "lm-eval": ("lm_eval", "jinja2"),
+    "lm-eval": ("lm_eval", "jinja2", "tqdm"),
     "mlflow": ("mlflow", "uvicorn"),  # its server's
     "moto": ("moto", "werkzeug"),  # by its extra `server`
     "pillow": ("PIL",),

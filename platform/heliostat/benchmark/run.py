@@ -36,7 +36,7 @@ class Benchmark:
         self._cache = tempfile.TemporaryDirectory(prefix="heliostat-benchmark-")
         self._seen: dict[str, Any] = {}
         self._examples: Examples | None = None
-        with sandbox.held(show=False):
+        with sandbox.held():
             self.tasks: list[Task] = build(suite, folder, Path(self._cache.name))
 
     def close(self) -> None:
@@ -50,7 +50,7 @@ class Benchmark:
         with Watch(console, f"scoring {folder.name}", self.quiet) as watch:
             seen = self._contamination(folder, watch)
             watch.show("model", "loading it")
-            with sandbox.held(show=False):
+            with sandbox.held():
                 model = scoring.load(folder, self.suite)
                 for number, task in enumerate(self.tasks, 1):
                     watch.show("tasks", f"{task.name}, {number} of {len(self.tasks)}")
@@ -73,7 +73,7 @@ class Benchmark:
         if not asked.measure or self._seen:
             return self._seen or None
         self._examples = Examples(asked.n)
-        with sandbox.held(show=False):
+        with sandbox.held():
             for task in self.tasks:
                 self._examples.add(task.name, scoring.texts(task, self.suite))
         self._seen = contamination.measured(
