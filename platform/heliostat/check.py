@@ -25,6 +25,7 @@ from heliostat import extras
 from heliostat.callable_module import make_callable
 from heliostat.cluster.capacity import require_gpus
 from heliostat.config import deepspeed_keys, spec
+from heliostat.config.checkpoint_section import Benchmarks
 from heliostat.config.spec import Job
 from heliostat.data import collection, manifest
 from heliostat.data.dataset import DataPlan, make_order, plan
@@ -84,8 +85,19 @@ def check_job(job: Job) -> tuple[Job, Recipe]:
         raise ConfigError(
             "train.compile: true needs a C++ compiler, and there is none on this machine; install g++ or set it to false"
         )
+    if job.evaluate and job.evaluate.benchmarks:
+        _check_benchmarks(job.evaluate.benchmarks, recipe)
     recipe.probe()
     return job, recipe
+
+
+def _check_benchmarks(asked: Benchmarks, recipe: Recipe) -> None:
+    """Raises ConfigError if checkpoints cannot be scored on tasks; what is in the suite is found when it is read."""
+    if recipe.kind != "tokens":
+        raise ConfigError("evaluate.benchmarks: tasks are of text, and the model is no language model; remove it")
+    if not Path(asked.suite).is_file():
+        raise ConfigError(f"evaluate.benchmarks.suite: there is no file {asked.suite}; make one with `heliostat make-suite`")
+    extras.require("benchmark", "lm_eval", what="evaluate.benchmarks")
 
 
 def computable(job: Job, flags: set[str]) -> Job:

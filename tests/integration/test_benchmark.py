@@ -56,9 +56,9 @@ def place(tmp_path_factory):
     return folder, store, client, run_id
 
 
-def job_on(pages):
-    return job(**{"model.vocab_size": pages.fact("vocab_size"), "data.sources.0.path": str(pages.location),
-                  "data.sequence_length": 160, "evaluate.fraction": FRACTION, "train.precision": "fp32"})  # fmt: skip
+def job_on(pages, **changes):
+    of_pages = {"model.vocab_size": pages.fact("vocab_size"), "data.sources.0.path": str(pages.location)}
+    return job(**{**of_pages, "data.sequence_length": 160, "evaluate.fraction": FRACTION, "train.precision": "fp32", **changes})
 
 
 def write_model(folder: Path, pages, run_id: str) -> None:
@@ -280,3 +280,20 @@ def test_checkpoints_are_scored_as_they_appear_and_those_that_retention_removes_
     suite.write_text(yaml.safe_dump(changed))
     with contextlib.closing(Benchmark(*load(suite), quiet=True)) as tasks, pytest.raises(ConfigError, match="rename the suite"):
         Followed(run, tasks, told).follow()
+
+
+def test_a_job_has_its_checkpoints_scored_while_it_trains(place, tmp_path):
+    """Every fourth step and the last, on the run's own curves; the run waits for the last."""
+    folder, store, client, _ = place
+    pages = manifest.read(Location(str(folder / "pages")))
+    suite = yaml.safe_load((folder / "suite" / "suite.yaml").read_text()) | {"examples": 4, "folder": str(folder / "suite")}
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
+    changes = {"train.steps": 6, "train.micro_batch": 8, "workers": {"count": 1}, "checkpoint": {"every": 2, "keep": 5},
+               "evaluate.every": 2, "evaluate.samples": 8, "mlflow.uri": store, "storage": str(tmp_path / "runs"),
+               "evaluate.benchmarks": {"suite": str(tmp_path / "suite.yaml"), "every": 4}}  # fmt: skip
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job_on(pages, **changes).dump()))
+    done = commands.run("train", str(tmp_path / "job.yaml"), "--json", log=tmp_path / "log", **ENV)
+    assert done.returncode == 0, done.err
+    run_id = json.loads(done.out.splitlines()[-1])["run_id"]
+    assert [point.step for point in client.get_metric_history(run_id, "bench/held_out_cloze")] == [4, 6], done.err
+    assert "evaluate.benchmarks" not in done.err

@@ -70,6 +70,10 @@ def test_pruning_after_every_save_keeps_what_pruning_at_the_end_would(seed):
     [
         ({"checkpoint.keep_every": 25}, "checkpoint.keep_every: 25 must be a multiple of checkpoint.every 10; nearest: 20"),
         ({"checkpoint.keep_every": 4}, "checkpoint.keep_every: 4 must be a multiple of checkpoint.every 10; nearest: 10"),
+        (
+            {"evaluate.benchmarks": {"suite": "suite.yaml", "every": 14}},
+            "evaluate.benchmarks.every: 14 must be a multiple of checkpoint.every 10; nearest: 10",
+        ),
         ({"checkpoint.best": {}, "evaluate": None}, "checkpoint.best: needs scores; add evaluate, or remove checkpoint.best"),
         (
             {"checkpoint.best": {}, "evaluate.every": 4},

@@ -57,6 +57,7 @@ class Followed:
     run: Location
     benchmark: Benchmark
     told: Callable[[int, dict[str, Any]], None]
+    every: int = 1  # of the steps, and the last
     results: dict[int, dict[str, Any]] = field(default_factory=dict)
     removed: dict[int, str] = field(default_factory=dict)
     torn: dict[int, str] = field(default_factory=dict)
@@ -68,7 +69,7 @@ class Followed:
         self._read()
         while True:
             lives = alive(self.run)  # before the checkpoints are listed: the last is there when the driver has ended
-            pending = [step for step in layout.steps(self.run) if self._open(step)]
+            pending = [step for step in self._wanted(lives) if self._open(step)]
             for step in pending:  # the oldest first: it is the first that retention removes
                 self._score(step)
             self._try_to_send(time.monotonic())
@@ -77,9 +78,14 @@ class Followed:
             if not pending:
                 time.sleep(poll_s)
         self._try_to_send(self._again)
-        for step in layout.steps(self.run):
+        for step in self._wanted(False):
             if step not in self.results and step not in self.failed:
                 self.torn.setdefault(step, "its checkpoint is not complete, and nobody writes it any more")
+
+    def _wanted(self, lives: bool) -> list[int]:
+        """Lists the steps with a checkpoint that is to be scored; the last one is known when the driver has ended."""
+        there = layout.steps(self.run)
+        return [step for step in there if step % self.every == 0 or (not lives and step == there[-1])]
 
     def _read(self) -> None:
         """Reads what an earlier command has scored; ConfigError if that was by another suite of the same name."""

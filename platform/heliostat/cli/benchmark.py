@@ -23,6 +23,9 @@ def benchmark(
     follow: Annotated[
         bool, flag("--follow", help="MODEL is a run, an id or its folder: score each of its checkpoints as it appears")
     ] = False,
+    every: Annotated[
+        int, typer.Option(min=1, help="With --follow: only checkpoints of multiples of so many steps, and the last")
+    ] = 1,
     mlflow: TrackingUri = None,
     json_: Json = False,
 ) -> None:
@@ -31,9 +34,13 @@ def benchmark(
     from heliostat.benchmark.suite import load
 
     asked, folder = load(suite)
-    score = _follow if follow else _once
+    if every != 1 and not follow:
+        raise ConfigError("--every: goes with --follow")
     with contextlib.closing(run.Benchmark(asked, folder, json_)) as tasks:
-        score(tasks, model, to, store_uri(mlflow), json_)
+        if follow:
+            _follow(tasks, model, every, to, store_uri(mlflow), json_)
+        else:
+            _once(tasks, model, to, store_uri(mlflow), json_)
 
 
 def _once(tasks: Benchmark, model: str, to: str, uri: str, json_: bool) -> None:
@@ -58,7 +65,7 @@ def _once(tasks: Benchmark, model: str, to: str, uri: str, json_: bool) -> None:
     finish({**result, "file": to}, json_, fault)
 
 
-def _follow(tasks: Benchmark, model: str, to: str, uri: str, json_: bool) -> None:
+def _follow(tasks: Benchmark, model: str, every: int, to: str, uri: str, json_: bool) -> None:
     from heliostat.benchmark import run, shown
     from heliostat.benchmark.follow import Followed, summary
     from heliostat.storage import Location
@@ -68,7 +75,7 @@ def _follow(tasks: Benchmark, model: str, to: str, uri: str, json_: bool) -> Non
         if not json_:
             out.print(shown.line(step, result))
 
-    followed = Followed(find_run(model, uri), tasks, told)
+    followed = Followed(find_run(model, uri), tasks, told, every)
     followed.follow()
     made = summary(followed)
     run.write(made, Location(to))

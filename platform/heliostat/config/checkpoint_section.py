@@ -12,6 +12,15 @@ from heliostat.config.schema import Float, Strict
 BENCHMARK = "bench/"  # and a task's name: what its score is called
 
 
+class Benchmarks(Strict):
+    suite: str = Field(min_length=1)
+    """A suite's file (docs/benchmark.md), from the workspace on."""
+    every: Positive
+    """Steps between two checkpoints that are scored: a multiple of `checkpoint.every`. The last is always scored."""
+    wait: Annotated[Float, Field(ge=0)] = 3600.0
+    """Seconds that the end of the run waits for the last scores."""
+
+
 class Evaluate(Strict):
     every: Positive
     """Steps between two evaluations. The last step is always evaluated."""
@@ -20,6 +29,8 @@ class Evaluate(Strict):
     fraction: Annotated[Float, Field(gt=0, lt=1)] = 0.01
     """Share of the documents that is held out by the hash of their text, and never trained on. 1, 2 and 5 parts of ten to ten
     thousand are exact, see docs/data-order.md#what-is-held-out"""
+    benchmarks: Benchmarks | None = None
+    """Scores checkpoints on tasks, beside the training. Unset: none. See docs/benchmark.md#while-a-run-trains"""
 
 
 class Best(Strict):

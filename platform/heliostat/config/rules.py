@@ -181,6 +181,12 @@ def _checkpoint_faults(job: Job) -> list[str]:
         faults.append(
             f"checkpoint.keep_every: {policy.keep_every} must be a multiple of checkpoint.every {policy.every}; nearest: {near}"
         )
+    asked = job.evaluate.benchmarks if job.evaluate else None
+    if asked and asked.every % policy.every:
+        near = policy.every * max(1, round(asked.every / policy.every))
+        faults.append(
+            f"evaluate.benchmarks.every: {asked.every} must be a multiple of checkpoint.every {policy.every}; nearest: {near}"
+        )
     of_evaluation = policy.best if policy.best and not policy.best.is_late else None
     if of_evaluation and not job.evaluate:
         faults.append("checkpoint.best: needs scores; add evaluate, or remove checkpoint.best")

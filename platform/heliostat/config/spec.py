@@ -164,6 +164,8 @@ def resolve(job: Job) -> Job:
     for i, source in enumerate(raw["data"]["sources"]):
         source["path"] = _absolute(f"data.sources.{i}.path", source["path"], root)
     raw["storage"] = _absolute("storage", job.storage, root)
+    if job.evaluate and job.evaluate.benchmarks:
+        raw["evaluate"]["benchmarks"]["suite"] = str(root / job.evaluate.benchmarks.suite)
     raw["model"] = _pretrained(raw["model"], root)
     uri = job.mlflow.uri
     if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):

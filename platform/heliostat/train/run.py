@@ -49,6 +49,7 @@ from heliostat.terminal import console
 from heliostat.track.logger import RunOwner
 from heliostat.track.tags import SOURCE_NAME
 from heliostat.train.driver import corruption
+from heliostat.train.driver.benchmarks import Beside
 from heliostat.train.driver.recovery import Budget, choose, classify
 from heliostat.train.driver.signals import Signals
 from heliostat.train.driver.warm_up import WarmUp
@@ -168,6 +169,8 @@ def train_with_hooks(job: Job, hooks: RunHooks) -> dict[str, Any]:
     Returns the summary of the training, which is also in the run's folder.
     """
     job, recipe = check.check_job(job)
+    if job.evaluate and job.evaluate.benchmarks:
+        log.warning("evaluate.benchmarks: is not done for trials; score the best with `heliostat benchmark`")
     with lease.take(job.run_folder) as held:
         found = layout.latest(job.run_folder)
         job = spec.settle(job, found.index["job"] if found else None)
@@ -212,6 +215,7 @@ class _Run:
         self.restarts = 0
         self.trust_memory = True  # copies of the training state there: they are as good as the newest checkpoint, and newer
         self.warm_up = WarmUp(checked.recipe)
+        self.beside = Beside(self.job)
         self.ledger = Recorder(self.job.run_folder, started, start_step, max(self.counts))
 
     def run(self) -> dict[str, Any]:
@@ -221,7 +225,12 @@ class _Run:
             summary = self._train(owner)
             return self._finalize(owner, layout.open_checkpoint(self.job.run_folder, self.job.last_step), summary)
 
-        return self._with_mlflow_run(work)
+        try:
+            result = self._with_mlflow_run(work)
+            self.beside.wait()  # until it has seen that this run has ended
+            return result
+        finally:
+            self.beside.end()
 
     def train_only(self) -> dict[str, Any]:
         """Trains without exporting or registering the model."""
@@ -348,6 +357,8 @@ class _Run:
             self.ledger.event(event)
             if isinstance(event, Saved):
                 owner.post(Goodput(report=self.ledger.report(), step=event.step, at=event.at))
+                if not self.hooks:
+                    self.beside.begin()
             show.event(event)
             if self.hooks:
                 self.hooks.hear(event)
