@@ -145,9 +145,7 @@ def test_names_of_experiments_that_are_used_stay_right():
 def test_a_suite_that_is_not_there_is_found_before_the_run(tmp_path):
     suite = tmp_path / "suite.yaml"
     changes = {"evaluate.benchmarks": {"suite": str(suite), "every": 10}}
-    with pytest.raises(
-        ConfigError, match=r"evaluate\.benchmarks\.suite: there is no file .*`heliostat make-suite`"
-    ):
+    with pytest.raises(ConfigError, match=r"evaluate\.benchmarks\.suite: there is no file .*`heliostat make-suite`"):
         check.check_job(job(**changes))
     suite.write_text("")
     check.check_job(job(**changes))
