@@ -12,6 +12,7 @@ import time
 from itertools import islice
 from pathlib import Path
 
+import boto3
 import pytest
 import torch
 import transformers
@@ -311,3 +312,24 @@ def test_a_job_has_its_checkpoints_scored_while_it_trains(place, tmp_path):
     run_id = json.loads(done.out.splitlines()[-1])["run_id"]
     assert [point.step for point in client.get_metric_history(run_id, "bench/held_out_cloze")] == [4, 6], done.err
     assert "evaluate.benchmarks" not in done.err
+
+
+def test_task_files_and_data_sets_of_a_store_are_those_of_the_folder(place, tmp_path, s3_server):
+    folder, _, _, _ = place
+    boto3.client("s3", endpoint_url=f"http://{s3_server}", region_name="us-east-1").create_bucket(Bucket="suites")
+    store = Location(f"s3://suites/held-out?endpoint_override={s3_server}&scheme=http")
+    for file in (folder / "suite").rglob("*.*"):
+        store.join(*file.relative_to(folder / "suite").parts).write(file.read_bytes())
+    told = {"name": "far", "tasks": list(making.TASKS), "folder": store.uri}
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(told))
+    with (
+        contextlib.closing(Benchmark(*load(tmp_path / "suite.yaml"), quiet=True)) as far,
+        contextlib.closing(Benchmark(*load(folder / "suite" / "suite.yaml"), quiet=True)) as near,
+    ):
+        for one, other in zip(far.tasks, near.tasks, strict=True):
+            assert list(one.made.eval_docs) == list(other.made.eval_docs) and len(one.made.eval_docs) > 5
+    store.join("data", "held_out_cloze.jsonl").delete()
+    with pytest.raises(
+        ConfigError, match=r"held_out_cloze\.yaml\S*: data_files: there is no s3://suites/held-out/data/held_out_cloze"
+    ):
+        Benchmark(*load(tmp_path / "suite.yaml"), quiet=True)

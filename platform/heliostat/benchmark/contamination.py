@@ -43,8 +43,8 @@ def of_model(folder: Path) -> Training:
     export = exported.read(folder)
     if export.job is None:
         raise ConfigError(f"{folder} does not say what it was trained on; name it under contamination.data")
-    data, held = export.job["data"], (export.job.get("evaluate") or {}).get("fraction", 0.01)
-    held = held if export.job.get("evaluate") else 0.0
+    data, evaluated = export.job["data"], export.job.get("evaluate")
+    held = evaluated.get("fraction", 0.01) if evaluated else 0.0
     version = {"version": export.data_version} if export.data_version else {}
     sources = []
     for source in data["sources"]:
