@@ -110,9 +110,10 @@ def test_examples_of_what_was_trained_on_are_found_and_held_out_ones_are_not(pag
     assert examples.look_through(contamination.Training([(pages, trained)]), lambda *told: calls.append(told)) == []
     assert calls[-1] == (len(trained), len(trained))
     assert examples.shares("seen") == [1.0] * len(seen) and examples.shares("unseen") == [0.0] * len(unseen)
-    found = contamination.summary(examples.shares("mixed"), [1, 0, 1])
+    found = contamination.summary(examples.shares("mixed"), [1, 0, 1], 2 / 3)
     assert found == {"compared": 2, "too_short": 1, "contaminated": 0.5, "overlap": 0.5, "clean_examples": 2, "clean_score": 0.5}
-    assert contamination.summary(examples.shares("mixed"), [(1, 2)] * 3)["clean_score"] is None  # of no number
+    for values, score in (([(1, 2)] * 3, 0.5), ([-1.0, -2.0, -3.0], 7.4)):  # an F1, a perplexity: no mean
+        assert contamination.summary(examples.shares("mixed"), values, score)["clean_score"] is None
 
 
 def test_a_damaged_chunk_is_counted_and_stops_nothing(tmp_path):

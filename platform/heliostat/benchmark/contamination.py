@@ -7,6 +7,7 @@ not found.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,21 +95,21 @@ class Examples:
         return [float(np.isin(grams, self.found).mean()) if len(grams) else None for grams in self.grams[task]]
 
 
-def summary(shares: Sequence[float | None], values: Sequence[Any]) -> dict[str, Any]:
+def summary(shares: Sequence[float | None], values: Sequence[Any], score: float) -> dict[str, Any]:
     """Sums up a task: the share of its examples that have an n-gram of the training data, and the score of the others.
 
-    `values`: each example's own score; the score of the others is null if the task's is no mean of these.
+    `values`: each example's own score; the score of the others is null if the task's `score` is not the mean of these.
     """
     known = [share for share in shares if share is not None]
-    clean = [v for share, v in zip(shares, values, strict=True) if not share] if values else []
-    numbers = all(isinstance(v, int | float) for v in clean)
+    clean = [value for share, value in zip(shares, values, strict=True) if not share]
+    mean = all(isinstance(v, int | float) for v in values) and math.isclose(sum(values) / len(values), score, abs_tol=1e-9)
     return {
         "compared": len(known),
         "too_short": len(shares) - len(known),
         "contaminated": sum(share > 0 for share in known) / len(known) if known else None,
         "overlap": sum(known) / len(known) if known else None,
         "clean_examples": len(clean),
-        "clean_score": sum(clean) / len(clean) if clean and numbers else None,
+        "clean_score": sum(clean) / len(clean) if clean and mean else None,
     }
 
 

@@ -64,7 +64,7 @@ class Benchmark:
     def _row(self, model: Any, task: Task) -> dict[str, Any]:
         row, values = scoring.score(model, task, self.suite)
         known = self._examples is not None and not self._seen.get("unknown")
-        told = contamination.summary(self._examples.shares(task.name), values) if known and self._examples else None
+        told = contamination.summary(self._examples.shares(task.name), values, row["score"]) if known and self._examples else None
         return row | {"contamination": told}
 
     def _contamination(self, folder: Path, watch: Watch) -> dict[str, Any] | None:
