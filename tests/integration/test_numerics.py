@@ -26,7 +26,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {  # most as wide as their classes' d
     "gpt_neox": {"train.zero.stage": 3, "train.activation_checkpointing": True},
     "olmo2": {"train.zero.stage": 0},
     "mixtral": {"train.zero.stage": 2, "model.output_router_logits": True, "train.precision": "bf16"},
-    "qwen3_moe": {"train.zero.stage": 3},
+    "qwen3_moe": {"train.zero.stage": 3, "train.parallel.expert": 2, "model.router_z_loss_coef": 0.01},
     "deepseek_v3": {"train.zero.stage": 1},
 }
 EXTRA = {"gpt2": {"n_embd": 96, "n_head": 4}, "phi3": {"pad_token_id": 0}, "deepseek_v3": {"first_k_dense_replace": 1}}
