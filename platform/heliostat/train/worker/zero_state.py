@@ -101,7 +101,7 @@ def _slices(engine: Any, p: Any, part: tuple[int, int]) -> Iterator[tuple[str, t
 def _at_stage_3(p: Any) -> tuple[int, int, int]:
     """Returns where this rank's slice of a parameter begins in the flat whole, how many elements it has, and how many the whole:
     workers that divide experts each have a part, which is divided among those with the same."""
-    per, (part, parts) = p.ds_tensor.ds_numel, getattr(p, "division", WHOLE)
+    per, (part, parts, _) = p.ds_tensor.ds_numel, getattr(p, "division", WHOLE)
     start = min(dist.get_rank(p.ds_process_group) * per, p.ds_numel)
     return part * p.ds_numel + start, min(per, p.ds_numel - start), parts * p.ds_numel
 
