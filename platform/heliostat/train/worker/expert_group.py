@@ -54,7 +54,8 @@ def divide(recipe: Recipe, model: torch.nn.Module, workers: int) -> None:
     group, alike = groups._get_expert_parallel_group(name), groups._get_expert_data_parallel_group(name)
     division = Division(dist.get_rank(group), workers, group)
     for module in recipe.stacked_experts(model):
-        for key, whole in list(module.named_parameters(recurse=False)):
+        parameters: dict[str, Any] = dict(module.named_parameters(recurse=False))
+        for key, whole in parameters.items():
             if whole.ds_shape[0] % workers:
                 raise ConfigError(f"train.parallel.expert: {workers} does not divide the {whole.ds_shape[0]} experts of a layer")
             own = _part(whole, division)
