@@ -55,11 +55,12 @@ class Case:
 
 
 RINGS = (  # each goes on from what the next of its ring has saved
-    [Case(1, 1, 1), Case(3, 2, 2), Case(3, 4, 4), Case(2, 2, 1), Case(3, 4, 2)],
+    [Case(1, 1, 1), Case(3, 2, 2), Case(3, 4, 4), Case(2, 2, 1), Case(3, 4, 2), Case(3, 2, 1)],
     [Case(1, 1, 1, "deepseek_v3"), Case(3, 4, 2, "deepseek_v3")],
-    [Case(1, 1, 1, "gpt_oss"), Case(3, 2, 2, "gpt_oss", checkpointed=True)],
+    [Case(1, 1, 1, "gpt_oss"), Case(3, 2, 2, "gpt_oss")],
 )
 SAVED_BY = {case: ring[(at + 1) % len(ring)] for ring in RINGS for at, case in enumerate(ring)}
+CASES = [*SAVED_BY, Case(3, 2, 2, checkpointed=True)]
 
 
 def _job(case: Case, folder: Path) -> Job:
@@ -125,26 +126,27 @@ def _go_on(saved: Case, player: play.Player, folder: Path) -> dict[str, Any]:
 
 def layouts(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
     """In every rank: trains each layout of this number of workers, then goes on from what the others have saved."""
-    players = {case: _player(case, Path(folder)) for case in SAVED_BY if case.workers == dist.get_world_size()}
+    players = {case: _player(case, Path(folder)) for case in CASES if case.workers == dist.get_world_size()}
     for case, player in players.items():
         told = _begin(case, player, Path(folder))
         if player.rank == 0:
             yield {"case": str(case), **told}
     everyone.wait(ranks.DEADLINE_S)
     for case, player in players.items():
-        told = _go_on(SAVED_BY[case], player, Path(folder))
-        if player.rank == 0:
-            yield {"saved": str(SAVED_BY[case]), "loaded": str(case), **told}
+        if saved := SAVED_BY.get(case):
+            told = _go_on(saved, player, Path(folder))
+            if player.rank == 0:
+                yield {"saved": str(saved), "loaded": str(case), **told}
 
 
 @pytest.fixture(scope="module")
 def played(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("experts")
-    data.tokens(folder / "causal_lm")
+    data.build(folder)
     return ranks.run(f"{__name__}:layouts", GROUPS, str(folder), deadline_s=480)
 
 
-@pytest.mark.parametrize("case", SAVED_BY, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_divided_experts_train_as_one_worker_does(case: Case, played: list[dict[str, Any]]) -> None:
     """Every step's loss, and the gradient norm over all parameters, once each; scores of held-out samples; receipts and the
     tokens of every expert exactly."""
