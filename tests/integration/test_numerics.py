@@ -26,8 +26,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {  # most as wide as their classes' d
     "gpt_neox": {"train.zero.stage": 3, "train.activation_checkpointing": True},
     "olmo2": {"train.zero.stage": 0},
     "mixtral": {"train.zero.stage": 2, "model.output_router_logits": True, "train.precision": "bf16"},
-    "qwen3_moe": {"train.zero.stage": 3},
-    "deepseek_v3": {"train.zero.stage": 1},
+    "qwen3_moe": {"train.zero.stage": 3, "train.parallel.expert": 2},
+    "deepseek_v3": {"train.zero.stage": 1, "model.router_bias_update_rate": 0.01, "model.router_z_loss_coef": 0.01},
+    "llama": {"train.zero.stage": 2, "train.parallel.sequence": 2, "train.optimizer": {"name": "muon", "lr": 1e-2}},
 }
 EXTRA = {"gpt2": {"n_embd": 96, "n_head": 4}, "phi3": {"pad_token_id": 0}, "deepseek_v3": {"first_k_dense_replace": 1}}
 
@@ -42,9 +43,9 @@ def made(name: str, documents: Path, **changes: Any) -> Job:
     return build_job.job(**{**settings, **changes})
 
 
-def test_ten_architectures_compute_what_one_plain_process_does(documents, tmp_path) -> None:
-    """Dense ones and experts, at every stage, with two optimizers, two precisions, masks of documents, checkpointing, and samples
-    that both workers share."""
+def test_architectures_compute_what_one_plain_process_does(documents, tmp_path) -> None:
+    """Dense ones and experts, at every stage, with three optimizers, two precisions, masks of documents, checkpointing, balancing
+    by bias, experts that workers divide, and samples that both share."""
     jobs = [
         made(
             arch.replace("_", "-"),
@@ -54,7 +55,7 @@ def test_ten_architectures_compute_what_one_plain_process_does(documents, tmp_pa
         for arch, changes in ARCHITECTURES.items()
     ]
     found = trials.run(jobs, tmp_path)
-    assert len(found) == 10
+    assert len(found) == 11
     for name, one in found.items():
         assert one["ok"], (name, one["faults"][:3])
         assert ("cut from" in one["trial"]["model"]) == (name != "gpt2"), name  # which is small enough as it is

@@ -178,7 +178,7 @@ INSTEAD = {
     "autotp": DATA_PARALLEL,
     "autotp_size": DATA_PARALLEL,
     "pipeline": DATA_PARALLEL,
-    "expert_parallel": DATA_PARALLEL,
+    "expert_parallel": "use train.parallel.expert",
     "data_parallel_size": "use workers.count",
 }
 

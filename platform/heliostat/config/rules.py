@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def faults(job: Job) -> list[str]:
     """Lists what is wrong, a line each that begins with the key."""
-    found = _sequence_faults(job) or _batch_faults(job)
+    found = _sequence_faults(job) or _expert_faults(job) or _batch_faults(job)
     found += [*_tile_faults(job), *_precision_faults(job), *_offload_faults(job), *_checkpoint_faults(job)]
     found += _optimizer_faults(job)
     found += _mix_faults(job.data) + _mlflow_faults(job.mlflow)
@@ -32,15 +32,11 @@ def faults(job: Job) -> list[str]:
 
 
 def _sequence_faults(job: Job) -> list[str]:
-    each, workers, train = job.train.parallel.sequence, job.workers, job.train
+    each, train = job.train.parallel.sequence, job.train
     if each == 1:
         return []
-    key, faults = f"train.parallel.sequence: {each}", []
-    if isinstance(workers.count, int) and workers.count % each:
-        near = " or ".join(str(n) for n in (workers.count // each * each, (workers.count // each + 1) * each) if n)
-        faults.append(f"{key} does not divide workers.count {workers.count}; use {near} workers")
-    elif workers.most // each * each < workers.least:
-        faults.append(f"{key}: there is no multiple of it from workers.count {workers.least} to {workers.most}")
+    key = f"train.parallel.sequence: {each}"
+    faults = _group_faults(key, each, job)
     length = job.data.sequence_length
     if not length:
         faults.append(f"{key} cuts samples of data.sequence_length tokens, and the job has none; remove it")
@@ -52,6 +48,35 @@ def _sequence_faults(job: Job) -> list[str]:
     if train.recheck:
         faults.append(f"{key} with train.recheck: workers compare what each computes of a whole sample; remove train.recheck")
     return faults
+
+
+def _group_faults(key: str, each: int, job: Job) -> list[str]:
+    """Lists what keeps workers from being in groups of `each`."""
+    workers = job.workers
+    if isinstance(workers.count, int) and workers.count % each:
+        near = " or ".join(str(n) for n in (workers.count // each * each, (workers.count // each + 1) * each) if n)
+        return [f"{key} does not divide workers.count {workers.count}; use {near} workers"]
+    if workers.most // each * each < workers.least:
+        return [f"{key}: there is no multiple of it from workers.count {workers.least} to {workers.most}"]
+    return []
+
+
+def _expert_faults(job: Job) -> list[str]:
+    each, train = job.train.parallel.expert, job.train
+    if each == 1:
+        return []
+    key = f"train.parallel.expert: {each}"
+    faults = _group_faults(key, each, job)
+    if train.zero.stage != 3:
+        faults.append(f"{key} needs train.zero.stage 3, which divides what is not of experts; set it")
+    untried = {
+        "train.parallel.sequence": train.parallel.sequence > 1,
+        "train.compile": train.compile,
+        "train.recheck": train.recheck,
+        "train.zero.offload": train.zero.offload.optimizer or train.zero.offload.param,
+        f"train.optimizer.name: {train.optimizer.name}": train.optimizer.orthogonalizes,
+    }
+    return faults + [f"{key} with {other} is not tried; remove one of them" for other, there in untried.items() if there]
 
 
 def _tile_faults(job: Job) -> list[str]:

@@ -37,7 +37,6 @@ class Zero(Strict):
 
 
 NOT_OFFERED = {
-    "expert": "its checkpoints would not load at other layouts to the bit; train.zero.stage 3 divides experts over all workers",
     "tensor": "its checkpoints would not load at other layouts to the bit; train.zero.stage 3 divides matrices over all workers",
     "pipeline": "models are not cut into stages; train.zero.stage 3 divides their layers over all workers",
     "context": "use sequence, which cuts samples over workers",
@@ -49,6 +48,10 @@ class Parallel(Strict):
     sequence: Count = 1
     """Workers that share each sample, a stretch of its tokens each. 1: every worker has samples of its own. See
     docs/job.md#sequence-parallelism"""
+
+    expert: Count = 1
+    """Workers that divide the experts of each layer among them, and send each other tokens. 1: every worker computes all. See
+    docs/job.md#expert-parallelism"""
 
     @model_validator(mode="before")
     @classmethod

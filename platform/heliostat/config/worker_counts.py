@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 def fitting(job: Job, lanes: int, least: int, most: int) -> list[int]:
     """Lists the numbers of workers in [least, most] that can play the lanes in whole micro-batches.
 
-    The lanes are dealt to replicas: as many workers as share a sample.
+    The lanes are dealt to replicas: as many workers as share a sample. Workers that divide experts form whole groups.
     """
     batch, micro, each = job.train.global_batch, job.train.micro_batch, job.train.parallel.sequence
     replicas = divisors(math.gcd(lanes, batch))
-    return [n * each for n in replicas if least <= n * each <= most and batch // n % micro == 0]
+    found = [n * each for n in replicas if least <= n * each <= most and batch // n % micro == 0]
+    return [n for n in found if n % job.train.parallel.expert == 0]
 
 
 def divisors(number: int) -> list[int]:

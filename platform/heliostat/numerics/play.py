@@ -26,10 +26,11 @@ from heliostat.numerics.compare import relative
 from heliostat.numerics.rows import Row
 from heliostat.numerics.small import SAVED, STEPS
 from heliostat.numerics.tensors import read, write
+from heliostat.recipes import building
 from heliostat.recipes.protocol import Recipe
 from heliostat.runs import segments
 from heliostat.train.time_ledger import Ledger
-from heliostat.train.worker import deepspeed_engine, zero_state
+from heliostat.train.worker import deepspeed_engine, expert_group, zero_state
 from heliostat.train.worker.batch_plan import BatchPlan
 from heliostat.train.worker.expert_load import ExpertLoad
 from heliostat.train.worker.loop import Worker
@@ -163,8 +164,11 @@ def gradients(engine: Any) -> dict[str, torch.Tensor]:
     found = {}
     for name, p in _trained(engine):
         grad = safe_get_full_grad(p)
-        shape = getattr(p, "ds_shape", p.shape)
-        found[name] = torch.zeros(shape) if grad is None else grad.detach().float().cpu().view(shape) / scale
+        if grad is None:
+            found[name] = torch.zeros(building.shape(p))
+        else:
+            whole = expert_group.assembled(p, grad.detach().view(getattr(p, "ds_shape", p.shape)))
+            found[name] = whole.float().cpu().clone() / scale
     return found
 
 
@@ -187,7 +191,8 @@ def _full(engine: Any, p: Any, key: str | None) -> torch.Tensor:
         found = p.data if key is None else engine.optimizer.state[p][key]
     else:
         found = safe_get_full_fp32_param(p) if key is None else safe_get_full_optimizer_state(p, key)
-    return found.detach().float().cpu().clone().view(getattr(p, "ds_shape", p.shape))
+    whole = expert_group.assembled(p, found.detach().view(getattr(p, "ds_shape", p.shape)))
+    return whole.float().cpu().clone()
 
 
 def weigh(engine: Any, job: Job, step: int, row: Row) -> None:
@@ -197,7 +202,7 @@ def weigh(engine: Any, job: Job, step: int, row: Row) -> None:
     for name, p in _trained(engine):
         right = _full(engine, p, None).to(TYPES[job.train.precision])
         with GatheredParameters([p], enabled=engine.zero_optimization_stage() == 3):
-            used = p.detach().cpu().to(right.dtype)
+            used = expert_group.assembled(p, p.detach()).cpu().to(right.dtype)
         row.add(step, f"{name} on worker {dist.get_rank()}", relative(used.float(), right.float()), lambda: "a stale buffer")
 
 

@@ -77,6 +77,8 @@ def small_job(job: Job, folder: Path, gpus: bool, longest: int) -> Job:
                      "schedule": {"name": "constant"}}  # fmt: skip
     if job.train.parallel.sequence > 1:
         raw["train"]["parallel"] = {"sequence": WORKERS}
+    if job.train.parallel.expert > 1:
+        raw["train"]["parallel"] = {"expert": WORKERS}
     raw["checkpoint"] = {"every": SAVED}
     raw["workers"] = {"count": WORKERS, "gpus": min(1.0, job.workers.gpus) if gpus else 0.0}
     return spec.settle(schema.validate(Job, raw, "--numerics"), None)

@@ -22,6 +22,8 @@ class ModelStats:
     buffers: dict[str, tuple[tuple[int, ...], str]]  # persistent ones: shape, dtype
     layer: int  # parameters of the largest module without submodules of its own kind: what ZeRO-3 gathers at once
     active: int  # parameters that one token meets
+    stacked: frozenset[str]  # those that hold all experts of a layer
+    sent: int  # elements that a sample's tokens are to experts in a forward pass, there and back
     flops: float  # 0: the recipe does not say, and `activations` counts
     groups: list[list[str]]  # the optimizer's, by names
     hidden: frozenset[str]  # matrices that an optimizer that orthogonalizes has in groups apart

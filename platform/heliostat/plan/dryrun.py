@@ -41,7 +41,8 @@ def dry_run(path: Path, settings: list[str], workers: int | None = None) -> dict
     built = build(recipe)
     model = stats_of(recipe, built)
     planner.plan(job, recipe, built=built)  # refuses a job that cannot fit
-    owned = zero_layout.slices(model.trained, job.train.zero.stage, job.workers.most, model.groups_of(job.train.optimizer))
+    groups, parts = model.groups_of(job.train.optimizer), job.train.parallel.expert
+    owned = zero_layout.slices(model.trained, job.train.zero.stage, job.workers.most, groups, model.stacked, parts)
     index, index_bytes = checkpoint_index(job, model, owned)
     sizes = [sum(4 * len(kinds(job, name in model.hidden)) * n for name, _, n in rank) for rank in owned]
     return {

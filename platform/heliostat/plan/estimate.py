@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -46,8 +47,7 @@ class Planner:
         """Estimates memory, communication and speed in a layout, everything else as in the job."""
         accumulation = self.job.train.global_batch * layout.sequence // (self.workers * layout.micro_batch)
         held, need = self._memory(layout, accumulation)
-        numel, low = self.model.parameters, memory.LOW[self.job.train.precision]
-        moved = step_time.volume(numel, low, self.workers, layout.stage, accumulation)
+        moved = self._volume(layout, accumulation)
         took, replaying, handed = self._time(layout, accumulation, moved, held)
         per_second = self.job.train.global_batch / took.total
         return {
@@ -79,6 +79,22 @@ class Planner:
             },
         }
 
+    @cached_property
+    def _own(self) -> Counter[str]:
+        """Counts the parameters that a worker computes with, by module: of experts that are divided, its own."""
+        parts, found = self.job.train.parallel.expert, Counter[str]()
+        for name, shape in self.model.shapes.items():
+            found[name.rpartition(".")[0]] += math.prod(shape) // (parts if name in self.model.stacked else 1)
+        return found
+
+    def _volume(self, layout: Layout, accumulation: int) -> int:
+        """Estimates the bytes of weights and gradients that each worker sends in a step. Workers that divide experts have only
+        those to exchange that others have, too."""
+        low, parts = memory.LOW[self.job.train.precision], self.job.train.parallel.expert
+        experts = sum(math.prod(self.model.shapes[name]) for name in self.model.stacked) if parts > 1 else 0
+        rest = step_time.volume(self.model.parameters - experts, low, self.workers, layout.stage, accumulation)
+        return rest + step_time.volume(experts // parts, low, self.workers // parts, layout.stage, accumulation)
+
     def _memory(self, layout: Layout, accumulation: int) -> tuple[memory.State, memory.Need]:
         train, model = self.job.train, self.model
         held = memory.state(
@@ -95,7 +111,10 @@ class Planner:
             spec.settle(self.job, None).train.accumulate == "fp32",
             {name: len(kept) for name, kept in model.kept(train.optimizer).items()},
         )
-        live = memory.working(model.parameters, model.layer, layout.stage, train.precision, self._zero, self.gpu)
+        parameters, layer = model.parameters, model.layer
+        if train.parallel.expert > 1:
+            parameters, layer = self._own.total(), max(self._own.values())
+        live = memory.working(parameters, layer, layout.stage, train.precision, self._zero, self.gpu)
         per_sample = self.kept.checkpointed if layout.checkpointing else self.kept.kept
         kept = (per_sample + self.kept.largest) * layout.micro_batch // layout.sequence
         if layout.sequence > 1 and self.job.data.document_mask:  # each has it for whole samples, a byte a pair of tokens
@@ -114,6 +133,11 @@ class Planner:
         low = memory.LOW[self.job.train.precision]
         elements = self.exchanged[layout.sequence]
         handed, handing = step_time.exchanging(elements, layout.sequence, low, setting, self.device, self.network)
+        if (parts := self.job.train.parallel.expert) > 1:
+            each = replace(setting, micro_batch=micro_batch / parts)  # of each of the parts, which are counted together
+            away = self.model.sent * (parts - 1) // parts
+            tokens, seconds = step_time.exchanging(away, parts, low, each, self.device, self.network)
+            handed, handing = handed + tokens, handing + seconds
         key = layout.micro_batch, layout.checkpointing, layout.sequence
         if key not in self._micro:
             micro = step_time.computing(self.work, setting, self.device)

@@ -23,7 +23,7 @@ from heliostat.config.spec import Job
 from heliostat.plan.counts import Activations, Counts, ModelStats, Work
 from heliostat.plan.operations import Recorder, extended, grouped
 from heliostat.recipes import building
-from heliostat.recipes.protocol import Recipe
+from heliostat.recipes.protocol import DividesExperts, Recipe
 from heliostat.recipes.text import next_token, tiled_loss
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,11 +58,20 @@ def stats_of(recipe: Recipe, model: torch.nn.Module) -> ModelStats:
         buffers={n: (tuple(b.shape), str(b.dtype).removeprefix("torch.")) for n, b in model.named_buffers() if n in kept},
         layer=max(own, default=0),
         active=recipe.active_parameters(model) or sum(p.numel() for p in named.values()),
+        stacked=_stacked(recipe, model),
+        sent=recipe.sent(model) if isinstance(recipe, DividesExperts) else 0,
         flops=recipe.flops_per_sample(model) or 0.0,
         groups=[names for _, names in building.grouped(recipe, trained)],
         hidden=building.hidden_matrices(recipe, model),
         frozen_models=(sum(c.bytes for c in beside if c.every_step), sum(c.bytes for c in beside)),
     )
+
+
+def _stacked(recipe: Recipe, model: torch.nn.Module) -> frozenset[str]:
+    if not isinstance(recipe, DividesExperts):
+        return frozenset()
+    own = {id(p) for m in recipe.stacked_experts(model) for p in m.parameters(recurse=False)}
+    return frozenset(name for name, p in model.named_parameters() if id(p) in own)
 
 
 def activations(job: Job, recipe: Recipe, model: torch.nn.Module, content: Any, count: bool = False) -> Activations:

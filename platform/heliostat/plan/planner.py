@@ -137,7 +137,7 @@ def degrees(job: Job, recipe: Recipe) -> dict[int, int]:
     found = dict[int, int]()
     for parts in divisors(math.gcd(job.worker_counts()[0], job.worker_counts()[-1])):
         raw = job.dump()
-        raw["train"] |= {"parallel": {"sequence": parts}, "micro_batch": 1}
+        raw["train"] |= {"parallel": {**raw["train"]["parallel"], "sequence": parts}, "micro_batch": 1}
         try:
             schema.validate(Job, raw, job.name)
             found[parts] = _exchanged(recipe, parts)

@@ -22,11 +22,17 @@ def usual_groups(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
 
 
 def slices(
-    shapes: Mapping[str, tuple[int, ...]], stage: int, workers: int, groups: list[list[str]] | None = None
+    shapes: Mapping[str, tuple[int, ...]],
+    stage: int,
+    workers: int,
+    groups: list[list[str]] | None = None,
+    stacked: frozenset[str] = frozenset(),
+    parts: int = 1,
 ) -> list[list[Slice]]:
     """Cuts the trained parameters into the slices that each rank owns; together they cover every element once.
 
-    `groups`: the optimizer's parameter groups, by names.
+    `groups`: the optimizer's parameter groups, by names. At stage 3 so many workers may divide `stacked` experts: each has a
+    part, which is divided among those that have the same.
     """
     if stage in (1, 2):
         out: list[list[Slice]] = [[] for _ in range(workers)]
@@ -34,13 +40,17 @@ def slices(
             for rank, piece in _cut_group([(n, math.prod(shapes[n])) for n in group], workers):
                 out[rank].append(piece)
         return out
-    return [[s for n, shape in shapes.items() if (s := _own(n, math.prod(shape), rank, workers))[2]] for rank in range(workers)]
+    return [
+        [s for n, shape in shapes.items() if (s := _own(n, math.prod(shape), rank, workers, parts if n in stacked else 1))[2]]
+        for rank in range(workers)
+    ]
 
 
-def _own(name: str, numel: int, rank: int, workers: int) -> Slice:
-    per = -(-numel // workers)
-    start = min(rank * per, numel)
-    return name, start, min(per, numel - start)
+def _own(name: str, numel: int, rank: int, workers: int, parts: int) -> Slice:
+    part, alike = numel // parts, rank // parts
+    per = -(-part // (workers // parts))
+    start = min(alike * per, part)
+    return name, rank % parts * part + start, min(per, part - start)
 
 
 def _cut_group(sizes: list[tuple[str, int]], workers: int) -> Iterator[tuple[int, Slice]]:

@@ -47,8 +47,10 @@ def put_buffer(model: torch.nn.Module, name: str, values: torch.Tensor) -> None:
 
 
 def shape(parameter: torch.Tensor) -> tuple[int, ...]:
-    """Returns a parameter's shape: ZeRO-3 flattens parameters and keeps the true one in `ds_shape`."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+    """Returns a parameter's shape: ZeRO-3 flattens parameters and keeps the true one in `ds_shape`, or in `whole_shape` that of
+    which this worker has a part of the experts."""
+    shape: Any = getattr(parameter, "whole_shape", None) or getattr(parameter, "ds_shape", parameter.shape)
+    return tuple(shape)
 
 
 def parameter_groups(

@@ -10,7 +10,7 @@ from typing import Any
 from heliostat.config.schema import nearest
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
-from heliostat.recipes.protocol import GUIDE, CutsSamples, Draws, Evaluates, Exports, Generates, Recipe, Serves
+from heliostat.recipes.protocol import GUIDE, CutsSamples, DividesExperts, Draws, Evaluates, Exports, Generates, Recipe, Serves
 
 KINDS = ("tokens", "rows")
 MARKS = {  # the method that an ability is known by
@@ -20,6 +20,7 @@ MARKS = {  # the method that an ability is known by
     "serving": Serves,
     "gallery": Draws,
     "exchange": CutsSamples,
+    "exchange_tokens": DividesExperts,
 }
 GONE = {"losses": "`loss` returns named parts", "added": "`loss` returns named parts", "frozen_bytes": "`companions` tells them"}
 
@@ -74,6 +75,8 @@ def require_abilities(job: Job, recipe: Recipe) -> None:
             raise _lacks("train.parallel.sequence", job, "cuts no samples", CutsSamples, "set it to 1")
         if isinstance(recipe, Draws) or (isinstance(recipe, Evaluates) and recipe.gathered):
             raise ConfigError(f"train.parallel.sequence: {job.recipe} draws or measures whole samples; set it to 1")
+    if job.train.parallel.expert > 1 and not isinstance(recipe, DividesExperts):
+        raise _lacks("train.parallel.expert", job, "divides no experts", DividesExperts, "set it to 1")
     if job.mlflow.register_as and not isinstance(recipe, Serves):
         raise _lacks("mlflow.register", job, "is not served, so there is no model to register", Serves, "remove it")
     as_answers = isinstance(recipe, Serves) and type(recipe).serving is Serves.serving

@@ -231,6 +231,26 @@ class CutsSamples(ABC):
         """Counts, for the plan, the elements that each of so many workers sends to the others in a forward pass over a sample."""
 
 
+class DividesExperts(ABC):
+    """Trains a mixture whose experts are divided over workers: a job may ask for `train.parallel.expert`."""
+
+    @abstractmethod
+    def require_divided(self, parts: int) -> None:
+        """Raises ConfigError if the model's experts cannot be divided into so many parts; on the driver, in seconds."""
+
+    @abstractmethod
+    def stacked_experts(self, model: torch.nn.Module) -> list[torch.nn.Module]:
+        """Lists the modules whose own parameters hold all experts of a layer, one after another in their first dimension."""
+
+    def sent(self, model: torch.nn.Module) -> int:
+        """Counts, for the plan, the elements that a sample's tokens are on their way to experts and back, in a forward pass."""
+        return 0
+
+    @abstractmethod
+    def exchange_tokens(self, model: torch.nn.Module, group: Any) -> None:
+        """Makes the model send tokens to the group's worker that has their expert; each has its part, in rank order."""
+
+
 class Generates(Exports):
     """Answers prompts with its exports: `heliostat generate`."""
 

@@ -26,7 +26,18 @@ from tokenizers import Tokenizer
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, DataError
-from heliostat.recipes.protocol import Batch, CutsSamples, Evaluates, Generates, Loss, Recipe, Request, Serves, Serving
+from heliostat.recipes.protocol import (
+    Batch,
+    CutsSamples,
+    DividesExperts,
+    Evaluates,
+    Generates,
+    Loss,
+    Recipe,
+    Request,
+    Serves,
+    Serving,
+)
 from heliostat.recipes.text import expert_keys, expert_numbers, initial, plain_keys, router_loss
 
 if TYPE_CHECKING:  # torch and transformers take three seconds, and most jobs are checked without them
@@ -35,7 +46,7 @@ if TYPE_CHECKING:  # torch and transformers take three seconds, and most jobs ar
     from heliostat.recipes.text.generator import TextGenerator
 
 
-class CausalLM(Recipe, Evaluates, CutsSamples, Generates, Serves):
+class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, Generates, Serves):
     kind = "tokens"
     causal = True
     tiles = True
@@ -98,6 +109,8 @@ class CausalLM(Recipe, Evaluates, CutsSamples, Generates, Serves):
         if self.plain is None:
             expert_keys.require(self)
             router_loss.probe(self, self.unbalanced)
+        if self.job.train.parallel.expert > 1:
+            self.require_divided(self.job.train.parallel.expert)
         if self.tiled:
             from heliostat.recipes.text import tiled_loss
 
@@ -120,6 +133,11 @@ class CausalLM(Recipe, Evaluates, CutsSamples, Generates, Serves):
         if given := model_config.changed(self.job.model):
             with torch.device("meta"):
                 overrides.require_same_weights(model_config.read(self.job.model), given, AutoModelForCausalLM.from_config)
+
+    def require_divided(self, parts: int) -> None:
+        from heliostat.recipes.text import expert_keys
+
+        expert_keys.require_divided(self, parts)
 
     def bind(self, sources: list[Manifest]) -> None:
         tokenizers = {m.meta.get("tokenizer") for m in sources}
@@ -229,6 +247,20 @@ class CausalLM(Recipe, Evaluates, CutsSamples, Generates, Serves):
         from heliostat.recipes.text import sequence_attention
 
         sequence_attention.use(model, group, self.job.train.micro_batch, self.document_mask)
+
+    def stacked_experts(self, model: torch.nn.Module) -> list[torch.nn.Module]:
+        from heliostat.recipes.text import experts
+
+        return experts.layers(model)
+
+    def sent(self, model: torch.nn.Module) -> int:
+        rows = self.length * (expert_numbers.chosen(self.config) or 0) * len(self.stacked_experts(model))
+        return 2 * rows * self.config.get_text_config(decoder=True).hidden_size if rows else 0
+
+    def exchange_tokens(self, model: torch.nn.Module, group: Any) -> None:
+        from heliostat.recipes.text import divided_experts
+
+        divided_experts.use(model, group)
 
     def exchanged(self, parts: int) -> int:
         from heliostat.recipes.text import sequence_attention

@@ -12,7 +12,9 @@ from pydantic import ValidationError
 
 from heliostat.config.fields import NonNegative
 from heliostat.config.schema import Strict, explain
+from heliostat.config.worker_counts import divisors
 from heliostat.errors import ConfigError
+from heliostat.recipes.text import expert_numbers
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +70,25 @@ def require(recipe: Any) -> None:
             "most tokens; set it (DeepSeek-V3 had 0.001), or to 0 if that is meant",
             RATE, kind,
         )  # fmt: skip
+
+
+def require_divided(recipe: Any, parts: int) -> None:
+    """Raises ConfigError unless the experts of the recipe's model can be divided into so many parts."""
+    from heliostat.recipes.text import experts
+
+    key, kind, count = "train.parallel.expert", recipe.config.model_type, expert_numbers.number(recipe.config)
+    if not count:
+        raise ConfigError(f"{key}: {kind!r} has no experts; set it to 1")
+    if count % parts:
+        near = " or ".join(map(str, sorted(divisors(count)[1:], key=lambda n: abs(n - parts))[:2]))
+        raise ConfigError(f"{key}: {parts} does not divide the model's {count} experts; use {near}")
+    model = _small(recipe)
+    layers = experts.layers(model) if model is not None else []
+    stacked = {len(p) for m in layers for p in m.parameters(recurse=False)} | {int(m.num_experts) for m in layers}
+    if stacked != {expert_numbers.number(model.config)}:
+        raise ConfigError(f"{key}: the experts of {kind!r} are not stacked in one module of each layer; set it to 1")
+    if any(m.has_post_expert_norm for m in layers):
+        raise ConfigError(f"{key}: the experts of {kind!r} have norms of their own, which is not tried; set it to 1")
 
 
 def _small(recipe: Any) -> Any:

@@ -25,6 +25,11 @@ def layers(model: torch.nn.Module) -> list[Any]:
     return [m for m in model.modules() if hasattr(m, "_is_expert_parallel") and isinstance(getattr(m, "num_experts", None), int)]
 
 
+def number(layer: Any) -> int:
+    """Returns the number of a layer's experts, of which a module may hold a part (`divided_experts`)."""
+    return int(getattr(layer, "all_experts", layer.num_experts))
+
+
 def routers(model: torch.nn.Module) -> list[tuple[torch.nn.Module, int]]:
     """Lists the routers, in the model's order, with the place of the logits in what they return."""
     found = [getattr(m, "_can_record_outputs", None) or {} for m in model.modules()]
@@ -59,7 +64,7 @@ class Watch:
 
     def __init__(self, model: torch.nn.Module) -> None:
         experts = layers(model)
-        sizes = {int(m.num_experts) for m in experts}
+        sizes = {number(m) for m in experts}
         self.shape = (len(experts), max(sizes) + 1) if len(sizes) == 1 else None  # layers of several sizes are not counted
         self.on = False
         for layer, module in enumerate(experts if self.shape else ()):

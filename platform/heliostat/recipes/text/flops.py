@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from heliostat.recipes import building
 from heliostat.recipes.text import expert_numbers
 
 EXPERT = re.compile(r"(^|\.)experts\.\d+(\.|$)")
@@ -34,7 +35,7 @@ def multiplied(model: torch.nn.Module, config: Any) -> float:
         if isinstance(module, torch.nn.Embedding):
             continue
         for kind, weight in module._parameters.items():
-            shape: tuple[int, ...] = () if weight is None else tuple(getattr(weight, "ds_shape", weight.shape))
+            shape: tuple[int, ...] = () if weight is None else building.shape(weight)
             if len(shape) < 2 or "bias" in kind:
                 continue
             total += math.prod(shape) * (share if _routed(name, shape, config) else 1)
@@ -49,7 +50,7 @@ def active(model: torch.nn.Module, config: Any) -> int:
 
 
 def _shapes(model: torch.nn.Module) -> list[tuple[str, tuple[int, ...]]]:
-    return [(name, tuple(getattr(p, "ds_shape", p.shape))) for name, p in model.named_parameters()]
+    return [(name, building.shape(p)) for name, p in model.named_parameters()]
 
 
 def _routed_share(config: Any) -> float:

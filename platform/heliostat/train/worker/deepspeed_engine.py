@@ -25,7 +25,7 @@ from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
 from heliostat.recipes import building
 from heliostat.recipes.protocol import Recipe
-from heliostat.train.worker import matrix_cut, zero_state
+from heliostat.train.worker import expert_group, matrix_cut, zero_state
 from heliostat.train.worker.engine_config import engine_config
 from heliostat.train.worker.sequence_group import SequenceGroup
 
@@ -110,6 +110,7 @@ def build_engine(job: Job, recipe: Recipe, sequence: SequenceGroup | None = None
 
     config = engine_config(job)
     model = build_model(job, recipe, config)
+    expert_group.divide(recipe, model, job.train.parallel.expert)
     cpu_kernels.use(model, job, recipe.causal)
     train, settings = job.train, job.train.optimizer
     groups = building.parameter_groups(model, settings.weight_decay, recipe, settings.orthogonalizes)

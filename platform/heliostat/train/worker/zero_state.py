@@ -18,6 +18,7 @@ import torch.distributed as dist
 from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.checkpoint.layout import FROZEN
 from heliostat.errors import ConfigError
+from heliostat.train.worker.expert_group import WHOLE
 
 
 def state(engine: Any, whole: bool = False) -> dict[str, torch.Tensor]:
@@ -49,8 +50,8 @@ def frozen(engine: Any, whole: bool = False) -> dict[str, FlatShard]:
         if engine.zero_optimization_stage() == 3:
             if p.ds_tensor.numel() < p.ds_tensor.ds_numel:
                 raise ConfigError(f"train.zero.offload.param: nvme cannot hold {name!r}, which is not trained; use cpu")
-            values, start, total = p.ds_tensor.data.view(-1), rank * p.ds_tensor.ds_numel, p.ds_numel
-            out[f"{FROZEN}.{name}"] = FlatShard(values[: max(0, total - start)], min(start, total), total)
+            start, size, total = _at_stage_3(p)
+            out[f"{FROZEN}.{name}"] = FlatShard(p.ds_tensor.data.view(-1)[:size], start, total)
         else:
             if not p.is_contiguous():
                 p.data = p.data.contiguous()
@@ -81,14 +82,12 @@ def _slices(engine: Any, p: Any, part: tuple[int, int]) -> Iterator[tuple[str, t
     elif stage == 3:
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
-        per = p.ds_tensor.ds_numel
-        start = min(dist.get_rank() * per, p.ds_numel)
-        size = min(per, p.ds_numel - start)
+        start, size, total = _at_stage_3(p)
         for key, tensor in [
             ("master", safe_get_local_fp32_param(p)),
             *((k, safe_get_local_optimizer_state(p, k)) for k in engine.moments[p]),
         ]:
-            yield key, tensor.view(-1)[:size], start, p.ds_numel
+            yield key, tensor.view(-1)[:size], start, total
     elif p._hp_mapping is not None:
         at = p._hp_mapping.lp_fragment_address
         fragments = [
@@ -97,6 +96,14 @@ def _slices(engine: Any, p: Any, part: tuple[int, int]) -> Iterator[tuple[str, t
         ]
         for key, tensor in fragments:
             yield key, tensor.view(-1)[: at.numel], at.start, p.numel()
+
+
+def _at_stage_3(p: Any) -> tuple[int, int, int]:
+    """Returns where this rank's slice of a parameter begins in the flat whole, how many elements it has, and how many the whole:
+    workers that divide experts each have a part, which is divided among those with the same."""
+    per, (part, parts, _) = p.ds_tensor.ds_numel, getattr(p, "division", WHOLE)
+    start = min(dist.get_rank(p.ds_process_group) * per, p.ds_numel)
+    return part * p.ds_numel + start, min(per, p.ds_numel - start), parts * p.ds_numel
 
 
 def flat_groups(engine: Any) -> list[tuple[torch.Tensor, list[torch.nn.Parameter]]]:

@@ -1,0 +1,75 @@
+"""Computes experts that are divided over the workers of a group (expert parallelism): tokens go to the workers that hold their
+experts, and what these make of them comes back.
+
+Each worker holds, of every layer, as many whole experts as any other of the group, in rank order. Nothing is dropped: a worker
+takes whatever comes.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from heliostat.recipes.text import experts
+
+
+def use(model: Any, group: Any) -> None:
+    """Makes a model of transformers, whose modules hold this worker's experts alone, compute with those of the whole group."""
+    workers = dist.get_world_size(group)
+    for module in experts.layers(model):
+        module.all_experts = module.num_experts
+        module.num_experts = module.num_experts // workers
+        module.forward = partial(_forward, module, group, workers)
+
+
+class Exchange(torch.autograd.Function):
+    """Sends rows to the workers of a group, so many to each; its gradient goes back the same way."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, sent: list[int], got: list[int], group: Any) -> torch.Tensor:
+        ctx.way = got, sent, group
+        return _exchanged(rows, sent, got, group)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return _exchanged(upstream[0], *ctx.way), None, None, None
+
+
+def _exchanged(rows: torch.Tensor, sent: list[int], got: list[int], group: Any) -> torch.Tensor:
+    arrived = rows.new_empty((sum(got), rows.shape[1]))
+    dist.all_to_all_single(arrived, rows.contiguous(), got, sent, group=group)
+    return arrived
+
+
+def _forward(
+    module: Any, group: Any, workers: int, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Computes a layer's experts for the tokens of all workers of its group; the index numbers the experts of all of them, and
+    those beyond them are none."""
+    each, count = top_k_index.shape[-1], module.num_experts  # of this worker
+    flat = top_k_index.reshape(-1)
+    tokens = torch.zeros(module.all_experts + 1, dtype=torch.int64, device=flat.device)
+    tokens.scatter_add_(0, flat.clamp(max=module.all_experts), torch.ones_like(flat))
+    leaving = tokens[:-1].contiguous()
+    coming = torch.empty_like(leaving)
+    dist.all_to_all_single(coming, leaving, group=group)
+    sent, got = leaving.view(workers, count).sum(1).tolist(), coming.view(workers, count).sum(1).tolist()
+    order = torch.sort(flat, stable=True).indices[: sum(sent)]
+    arrived = Exchange.apply(hidden_states[order // each], sent, got, group)
+    numbers = torch.arange(count, device=flat.device).repeat(workers).repeat_interleave(coming)
+    made = Exchange.apply(_computed(module, arrived, numbers), got, sent, group)
+    back = made.new_zeros((len(flat), made.shape[1])).index_copy(0, order, made).view(-1, each, made.shape[1])
+    return (back * top_k_weights.reshape(-1, each, 1)).sum(1).to(hidden_states.dtype)
+
+
+def _computed(module: Any, rows: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Computes rows by the expert of each. A row of zeros goes with them: even if none came, weights have a gradient, and no
+    worker waits for it."""
+    from transformers.integrations.moe import grouped_mm_experts_forward
+
+    rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+    numbers = torch.cat([numbers, numbers.new_zeros(1)])[:, None]
+    return grouped_mm_experts_forward(module, rows, numbers, rows.new_ones(len(rows), 1))[:-1]

@@ -1,0 +1,78 @@
+"""Divides the experts of each layer over the workers of a group (`train.parallel.expert`), at ZeRO stage 3.
+
+Ranks [0, n) are the first group, [n, 2n) the second, ... Experts of a layer are stacked, so a worker that holds some of them
+whole holds one slice of the flat tensor; ZeRO divides that slice among the workers which hold the same, one of each group. So
+what a worker has of a parameter is a slice of the flat whole in every layout, and checkpoints load at any other.
+"""
+
+from __future__ import annotations
+
+import gc
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from heliostat.errors import ConfigError
+from heliostat.recipes.protocol import DividesExperts, Recipe
+
+PLACED = "autoep_expert"  # the word by which DeepSpeed knows parameters of which each group of workers has all, in parts
+
+
+class Division(NamedTuple):
+    """Says which of so many equal parts of a parameter's experts this worker has; the group's workers have all, in order."""
+
+    part: int
+    parts: int
+    group: Any = None
+
+
+WHOLE = Division(0, 1)
+
+
+def assembled(parameter: Any, values: torch.Tensor) -> torch.Tensor:
+    """Puts together what each worker of a group has of a parameter of experts; returns the values for any other parameter.
+    Collective."""
+    _, parts, group = getattr(parameter, "division", WHOLE)
+    if parts == 1:
+        return values
+    found = [torch.empty_like(values) for _ in range(parts)]
+    dist.all_gather(found, values.contiguous(), group=group)
+    return torch.cat(found)
+
+
+def divide(recipe: Recipe, model: torch.nn.Module, workers: int) -> None:
+    """Leaves this worker its own experts of a model that was built at stage 3, and makes the model send tokens to those of
+    others; collective."""
+    if workers == 1:
+        return
+    from deepspeed.utils import groups
+
+    assert isinstance(recipe, DividesExperts)
+    groups._create_expert_and_data_parallel(workers)
+    name = f"ep_size_{workers}"
+    group, alike = groups._get_expert_parallel_group(name), groups._get_expert_data_parallel_group(name)
+    division = Division(dist.get_rank(group), workers, group)
+    for module in recipe.stacked_experts(model):
+        parameters: dict[str, Any] = dict(module.named_parameters(recurse=False))
+        for key, whole in parameters.items():
+            if whole.ds_shape[0] % workers:
+                raise ConfigError(f"train.parallel.expert: {workers} does not divide the {whole.ds_shape[0]} experts of a layer")
+            own = _part(whole, division)
+            own.ds_zero_placement_family, own.ds_zero_partition_group_name = PLACED, name
+            own.ds_zero_partition_process_group = alike
+            setattr(module, key, own)
+            whole.convert_to_zero_parameters(param_list=[own])
+    gc.collect()  # ZeRO's parameters are in circles, and this worker's part of the undivided ones would stay
+    recipe.exchange_tokens(model, group)
+
+
+def _part(whole: Any, division: Division) -> Any:
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters([whole]):
+        each = whole.ds_shape[0] // division.parts
+        values = whole.data[division.part * each : (division.part + 1) * each].clone()
+    own: Any = torch.nn.Parameter(values, requires_grad=whole.requires_grad)
+    own.division, own.whole_shape = division, tuple(whole.ds_shape)
+    return own

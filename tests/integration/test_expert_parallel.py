@@ -1,0 +1,180 @@
+"""Experts that are divided over workers train as undivided ones do: losses, gradient norms, scores, receipts, load and biases are
+those of one worker, and checkpoints load at any other layout to the bit.
+
+The loop's own worker plays real steps of real data on ranks without Ray, as `heliostat check --numerics` does; one run is on Ray.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from heliostat.config.spec import Job
+from heliostat.data.dataset import plan
+from heliostat.data.manifest import read as read_manifest
+from heliostat.numerics import play
+from heliostat.recipes.loading import load
+from heliostat.recipes.text import experts
+from heliostat.runs import segments
+from heliostat.runs.verify import verify
+from heliostat.storage import Location
+from heliostat.train.run import train
+from heliostat.train.worker import zero_state
+from heliostat.train.worker.evaluation import HeldOut
+from safetensors.torch import load_file, save_file
+
+from tests.golden import data
+from tests.integration import ranks
+from tests.integration.conftest import curve
+from tests.integration.reference import plain_losses
+from tests.unit.build_job import job
+from tests.unit.test_experts import FAMILIES, MODELS
+
+STEPS, SAVED = 4, 2
+GROUPS = (1, 2, 4)
+MIXTURES = {"mixtral": {**MODELS["mixtral"], "router_z_loss_coef": 0.01}, "gpt_oss": FAMILIES["gpt_oss"],
+            "deepseek_v3": {**FAMILIES["deepseek_v3"], "router_bias_update_rate": 0.01}}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    stage: int
+    workers: int
+    expert: int
+    arch: str = "mixtral"
+    checkpointed: bool = False  # and at DeepSpeed's own threshold, at which small parameters stay gathered
+
+    def __str__(self) -> str:
+        return f"{self.arch}-zero{self.stage}-{self.workers}-by-{self.expert}{'-checkpointed' * self.checkpointed}"
+
+
+RINGS = (  # each goes on from what the next of its ring has saved
+    [Case(1, 1, 1), Case(3, 2, 2), Case(3, 4, 4), Case(2, 2, 1), Case(3, 4, 2), Case(3, 2, 1)],
+    [Case(1, 1, 1, "deepseek_v3"), Case(3, 4, 2, "deepseek_v3")],
+    [Case(1, 1, 1, "gpt_oss"), Case(3, 2, 2, "gpt_oss")],
+)
+SAVED_BY = {case: ring[(at + 1) % len(ring)] for ring in RINGS for at, case in enumerate(ring)}
+CASES = [*SAVED_BY, Case(3, 2, 2, checkpointed=True)]
+
+
+def _job(case: Case, folder: Path) -> Job:
+    changes: dict[str, Any] = {"name": str(case).replace("_", "-"), "storage": str(folder), "data.window": 64, "data.lanes": 4}
+    changes |= {"data.sources": [{"path": str(folder / "causal_lm")}]}
+    changes["model"] = {**MIXTURES[case.arch], "arch": case.arch, "vocab_size": 96}
+    changes |= {"workers.count": case.workers, "train.parallel": {"expert": case.expert}, "train.zero.stage": case.stage}
+    changes |= {"train.precision": "fp32", "train.steps": STEPS, "train.global_batch": 8, "train.micro_batch": 1}
+    changes |= {"train.grad_clip": 0.5, "train.optimizer.lr": 3e-3, "train.optimizer.eps": 1e-4}
+    changes |= {"evaluate": {"every": 2, "samples": 6, "fraction": 0.1}, "train.activation_checkpointing": case.checkpointed}
+    if not case.checkpointed:
+        changes["train.deepspeed"] = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    return job(**changes)
+
+
+def _player(case: Case, folder: Path) -> play.Player:
+    made = _job(case, folder)
+    data_plan = plan(made, [read_manifest(location) for location in made.sources])
+    if dist.get_rank() == 0:
+        segments.begin(made.run_folder, data_plan, 0)
+    return play.Player(made, data_plan, load(made, [read_manifest(location) for location in made.sources]))
+
+
+def _held(player: play.Player) -> dict[str, torch.Tensor]:
+    """The whole training state, biases too."""
+    biases = {f"buffer.{name}": b.clone() for name, b in experts.biases(player.engine.module)}
+    return play.state(player.engine) | biases
+
+
+def _begin(case: Case, player: play.Player, folder: Path) -> dict[str, Any]:
+    """Trains to the end, saving on the way."""
+    losses = player.losses(0, SAVED)
+    player.last_loss = losses[-1]
+    held = _held(player)
+    player.save(SAVED)
+    if player.rank == 0:
+        save_file(held, folder / f"{case}.safetensors")
+    losses += player.losses(SAVED, STEPS)
+    player.engine.eval()
+    held_out = HeldOut(player.job, player.dataset, player.recipe, player.sequence)
+    scores = held_out.scores(player.engine, player.device, player.control, lambda: None)
+    player.engine.train()
+    told = {"losses": losses, "norms": list(player._norms), "scores": scores, "chain": player.chain}
+    told["load"] = player.experts.report()
+    if player.rank == 0:
+        (folder / f"{case}.json").write_text(json.dumps(told))
+    return told
+
+
+def _go_on(saved: Case, player: play.Player, folder: Path) -> dict[str, Any]:
+    """Loads what another layout saved into an engine of NaN, and trains to the end."""
+    for shard in zero_state.state(player.engine, whole=True).values():
+        (shard.local if isinstance(shard, zero_state.FlatShard) else shard).fill_(float("nan"))
+    player.run_folder, player.start_step = _job(saved, folder).run_folder, SAVED
+    player._restore()
+    expected, found = load_file(folder / f"{saved}.safetensors"), _held(player)
+    unequal = sorted(expected.keys() ^ found.keys()) + [n for n in expected if not torch.equal(expected[n], found[n])]
+    player.samples = player._opened(None)
+    losses = player.losses(SAVED, STEPS)
+    unbroken = json.loads((folder / f"{saved}.json").read_text())["losses"][SAVED:]
+    return {"unequal": unequal, "losses": losses, "unbroken": unbroken}
+
+
+def layouts(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
+    """In every rank: trains each layout of this number of workers, then goes on from what the others have saved."""
+    players = {case: _player(case, Path(folder)) for case in CASES if case.workers == dist.get_world_size()}
+    for case, player in players.items():
+        told = _begin(case, player, Path(folder))
+        if player.rank == 0:
+            yield {"case": str(case), **told}
+    everyone.wait(ranks.DEADLINE_S)
+    for case, player in players.items():
+        if saved := SAVED_BY.get(case):
+            told = _go_on(saved, player, Path(folder))
+            if player.rank == 0:
+                yield {"saved": str(saved), "loaded": str(case), **told}
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("experts")
+    data.build(folder)
+    return ranks.run(f"{__name__}:layouts", GROUPS, str(folder), deadline_s=480)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_divided_experts_train_as_one_worker_does(case: Case, played: list[dict[str, Any]]) -> None:
+    """Every step's loss, and the gradient norm over all parameters, once each; scores of held-out samples; receipts and the
+    tokens of every expert exactly."""
+    begun = {row["case"]: row for row in played if "case" in row}
+    right, found = begun[str(Case(1, 1, 1, case.arch))], begun[str(case)]
+    assert found["losses"] == pytest.approx(right["losses"], rel=2e-5)
+    assert found["norms"] == pytest.approx(right["norms"], rel=1e-4) and min(found["norms"]) > 0.5  # each step is clipped
+    assert found["scores"] == pytest.approx(right["scores"], rel=2e-5)
+    assert found["chain"] == right["chain"]
+    assert found["load"]["imbalance"][0] == right["load"]["imbalance"][0] > 1
+
+
+@pytest.mark.parametrize("case", SAVED_BY, ids=str)
+def test_a_run_goes_on_with_experts_divided_otherwise(case: Case, played: list[dict[str, Any]]) -> None:
+    """Parameters, moments and biases bit by bit, saved at another degree, stage or number of workers; then the losses of the
+    unbroken run."""
+    (row,) = (row for row in played if row.get("loaded") == str(case))
+    assert row["saved"] == str(SAVED_BY[case]) and row["unequal"] == []
+    assert row["losses"] == pytest.approx(row["unbroken"], rel=1e-5)
+
+
+def test_a_run_changes_how_many_workers_divide_the_experts(job_file, tracking) -> None:
+    """On Ray: ten steps of two workers that have half of the experts each, then ten of one; it is the plain loop's run."""
+    path = job_file("divided")
+    mixture = ["model.arch=mixtral", "model.num_key_value_heads=2", "model.num_local_experts=4", "train.zero.stage=3"]
+    train(path, [*mixture, "train.parallel.expert=2", "train.stop_after=10"])
+    assert verify(Location(f"{path.parent}/runs/divided"))["ok"]
+    result = train(path, [*mixture, "workers.count=1"], resume=True)
+    assert curve(tracking, result["run_id"]) == pytest.approx(plain_losses(path, mixture), abs=1e-4)
+    found = verify(Location(f"{path.parent}/runs/divided"))
+    assert (found["ok"], found["steps"], found["lost"], found["repeated"]) == (True, 20, 0, 0)

@@ -1,0 +1,103 @@
+"""`train.parallel.expert` is refused where experts cannot be divided, by name and with what works; the plan knows what workers
+that divide them hold, gather and send."""
+
+import math
+
+import pytest
+from heliostat.errors import ConfigError
+from heliostat.plan import hardware, planner, zero_layout
+from heliostat.recipes.conformance import require_abilities
+from heliostat.recipes.text.causal_lm import CausalLM
+
+from tests.unit.build_job import job
+from tests.unit.build_recipe import Around
+from tests.unit.test_causal_lm import LLAMA, recipe
+from tests.unit.test_experts import FAMILIES, MODELS
+from tests.unit.test_spec import faults
+
+KEY = "train.parallel.expert"
+TWO = {KEY: 2, "workers.count": 2, "train.zero.stage": 3}
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"workers.count": 3, "train.global_batch": 12}, "does not divide workers.count 3; use 2 or 4 workers"),
+        ({"train.zero.stage": 2}, "needs train.zero.stage 3, which divides what is not of experts; set it"),
+        ({"train.compile": True}, "with train.compile is not tried; remove one of them"),
+        ({"train.parallel.sequence": 2}, "with train.parallel.sequence is not tried; remove one of them"),
+        ({"train.recheck": {"every": 5}}, "with train.recheck is not tried; remove one of them"),
+        ({"train.optimizer.name": "muon"}, "with train.optimizer.name: muon is not tried; remove one of them"),
+    ],
+)
+def test_what_experts_cannot_be_divided_with_is_refused(changes, line):
+    assert faults(**{**TWO, **changes}) == [f"{KEY}: 2 {line}"]
+
+
+def test_an_elastic_run_has_multiples_of_those_that_divide_experts():
+    elastic = {KEY: 2, "train.zero.stage": 3}
+    assert job(**elastic, **{"workers.count": [1, 8]}).worker_counts() == [2, 4]  # of 8 samples in micro-batches of 2
+    (line,) = faults(**{**elastic, KEY: 4, "workers.count": [1, 3]})
+    assert line == f"{KEY}: 4: there is no multiple of it from workers.count 1 to 3"
+
+
+@pytest.mark.parametrize(
+    ("model", "error"),
+    [
+        (LLAMA, r"'llama' has no experts; set it to 1"),
+        ({**MODELS["mixtral"], "num_local_experts": 9}, r"2 does not divide the model's 9 experts; use 3 or 9"),
+        ({**MODELS["mixtral"], "num_local_experts": 5}, r"2 does not divide the model's 5 experts; use 5"),
+    ],
+)
+def test_a_model_whose_experts_cannot_be_divided_is_refused(model, error):
+    with pytest.raises(ConfigError, match=rf"^train\.parallel\.expert: {error}$"):
+        recipe(model, **TWO).probe()
+
+
+@pytest.mark.parametrize("arch", sorted(FAMILIES))
+def test_experts_of_an_architecture_can_be_divided_where_they_are_stacked(arch):
+    recipe({**FAMILIES[arch], "arch": arch}, **TWO).probe()
+
+
+def test_a_recipe_that_divides_no_experts_is_refused():
+    made = job(**TWO, **{"evaluate": None})
+    with pytest.raises(ConfigError, match=rf"^{KEY}: .* divides no experts; derive it from heliostat.recipes.protocol.Divides"):
+        require_abilities(made, Around(lambda: None))
+
+
+@pytest.mark.parametrize(("workers", "parts"), [(2, 2), (4, 2), (4, 4), (6, 3), (12, 4)])
+def test_slices_of_divided_experts_are_every_element_once(workers, parts):
+    """Of each layer's experts a worker has a slice of its own part: parts in the order of a group's ranks."""
+    shapes = {"a": (7, 13), "experts": (12, 5, 7), "c": (1,)}
+    seen = {n: [0] * math.prod(s) for n, s in shapes.items()}
+    for rank, owned in enumerate(zero_layout.slices(shapes, 3, workers, stacked=frozenset({"experts"}), parts=parts)):
+        for name, start, numel in owned:
+            for i in range(start, start + numel):
+                seen[name][i] += 1
+            part = math.prod(shapes["experts"]) // parts
+            assert name != "experts" or rank % parts == start // part == (start + numel - 1) // part
+    assert all(set(counts) == {1} for counts in seen.values())
+
+
+def planned(**changes):
+    """The plan of a job whose parameters are experts', most of them, on eight GPUs."""
+    sizes = {"num_local_experts": 16, "hidden_size": 256, "intermediate_size": 2048, "num_hidden_layers": 4}
+    layout = {"workers.gpus": 1, "workers.count": 8, "train.global_batch": 64, "train.zero.stage": 3, "train.precision": "bf16"}
+    made = job(**{**layout, "model": {**MODELS["mixtral"], **sizes}, **changes})
+    return planner.planners(made, CausalLM(made), None, None, hardware.table())[-1]
+
+
+def test_divided_experts_are_not_gathered_and_tokens_travel():
+    """Memory for state stays; what is gathered and what is sent is less by nearly the degree."""
+    whole, divided = planned().chosen(), planned(**{KEY: 8}).chosen()
+    assert divided["memory"]["optimizer"] == whole["memory"]["optimizer"]
+    assert divided["memory"]["working"] < whole["memory"]["working"] / 3
+    assert divided["communication"]["bytes_per_step"] < whole["communication"]["bytes_per_step"] / 3
+
+
+def test_layouts_that_are_ranked_keep_the_degree_and_its_stage():
+    made = planned(**{KEY: 2})
+    shared = planner.degrees(made.job, CausalLM(made.job))
+    assert list(shared) == [1]
+    found = list(planner.layouts.candidates(made.job, 8, shared))
+    assert {one.stage for one in found} == {3} and not any(one.offload_optimizer or one.offload_param for one in found)
