@@ -41,7 +41,7 @@ class Contamination(Strict):
     data: list[str] = []
     """Prepared datasets that are looked through, folders or `s3://` URIs; the default are those that the model was trained on,
     without what was held out of them."""
-    n: int = Field(13, ge=2, le=100)
+    n: int = Field(default=13, ge=2, le=100)
     """The words of an n-gram."""
 
 

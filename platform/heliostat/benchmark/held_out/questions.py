@@ -67,7 +67,7 @@ def choice(text: Text, rng: random.Random, others: Sequence[Text]) -> Question |
 
 def cloze(text: Text, rng: random.Random, others: Sequence[Text]) -> Question | None:
     """Asks for the word that follows a passage, in which it has stood before (as LAMBADA does, Paperno et al. 2016)."""
-    begins = [found[0] if (found := LETTERS.match(text.text, begin)) else "" for begin, _ in text.words]
+    begins = [letters[0] if (letters := LETTERS.match(text.text, begin)) else "" for begin, _ in text.words]
     found = [(at, word) for at, word in enumerate(begins) if at >= LEAST and word and word in begins[max(0, at - BEFORE) : at]]
     if not found:
         return None
