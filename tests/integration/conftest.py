@@ -33,10 +33,9 @@ if os.environ.get("HELIOSTAT_TEST_SESSION") != SESSION:  # Ray's workers import 
 
 # Files that take longest, the longest first: with the others behind them, processes that run files one by one end together
 LONGEST = (
-    "test_diffusion", "test_training", "test_numerics", "test_benchmark", "test_survival", "test_tune", "test_golden_curves",
-    "test_lineage", "test_expert_parallel", "test_cluster_local", "test_curation", "test_spot", "test_sequence_parallel",
-    "test_serving", "test_mlflow_outage", "test_exact_data", "test_optimizers", "test_storage_faults", "test_engine",
-    "test_checkpoint_matrix", "test_zero_stages", "test_memory", "test_recheck", "test_examples", "test_infer",
+    "test_numerics", "test_diffusion", "test_training", "test_sequence_parallel", "test_golden_curves", "test_survival",
+    "test_lineage", "test_cluster_local", "test_exact_data", "test_tune", "test_optimizers", "test_checkpoint_matrix",
+    "test_zero_stages", "test_curation", "test_memory", "test_storage_faults", "test_examples", "test_infer",
 )  # fmt: skip
 
 

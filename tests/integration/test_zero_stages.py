@@ -50,7 +50,7 @@ def test_every_zero_stage_and_worker_count_gives_the_plain_loops_losses(played) 
     """Of whole runs, `finished` is compared with the plain loop, and others with it."""
     path, told = played
     expected = plain_losses(path, PLAYED)
-    assert expected[-1] < expected[0] - 0.5  # it learns
+    assert expected[-1] < expected[0] - 0.3  # it learns, in so few steps
     found = {(row["stage"], row["workers"]): row["losses"] for row in told if not row["masked"]}
     assert set(found) == {(stage, workers) for stage in STAGES for workers in WORKERS}
     for case, losses in found.items():
