@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from heliostat.curation.readers import REASONS, Limits, archives, clones
+from heliostat.curation.readers import REASONS, Limits, archives, clones, repository
 from heliostat.curation.stage import Document, Dropped
 from heliostat.errors import ConfigError
 from heliostat.pipelines.text import repositories
@@ -113,6 +113,14 @@ def test_each_file_is_a_document_with_licence_and_language(path):
     assert {name: (d.columns["license"], d.columns.get("language")) for name, d in kept(found).items()} == EXPECTED
     assert all(d.id == f"{path}#{name}" and d.text.encode() == FILES[name] for name, d in kept(found).items())
     assert {d.columns["repository"] for d in kept(found).values()} == {"own/repo"}
+
+
+def test_licence_files_beyond_the_limit_are_not_known_and_not_overlooked(monkeypatch):
+    """Their folders would be under the licence of the folder above."""
+    monkeypatch.setattr(repository, "LICENSE_FILES", 1)
+    files = {"LICENSE": MIT.encode(), "a/LICENSE": b"Other terms.", "a/x.py": b"x = 1\n", "b/y.py": b"y = 1\n"}
+    found = {d.columns["path"]: d.columns["license"] for d in archives.read("x.tar", io.BytesIO(tar(files)), LIMITS)}
+    assert found == {"LICENSE": "MIT", "a/LICENSE": "NOASSERTION", "a/x.py": "NOASSERTION", "b/y.py": "MIT"}
 
 
 def test_names_that_lead_out_links_and_devices_are_left_out_and_counted():

@@ -71,11 +71,11 @@ def _licenses(members: Members) -> Licenses:
     found, count = Licenses(), 0
     try:
         for number, member in enumerate(members(), 1):
-            if number > MEMBERS or count == LICENSE_FILES:
+            if number > MEMBERS:
                 break
             if member.kind == "file" and _outside(member.name) is False and is_license_file(member.name):
                 count += 1
-                found.add(member.name, _text(member))
+                found.add(member.name, _text(member) if count <= LICENSE_FILES else "")  # "": not known
     except LeftOutError:
         pass
     return found
