@@ -19,6 +19,11 @@ class Backoff:
     longest: float
     jitter: float = 0.0  # by what share waits vary at random, so that many that fail together do not come again together
 
+    @property
+    def shortest(self) -> float:
+        """Computes the shortest wait that there is."""
+        return self.first * (1 - self.jitter)
+
     def wait(self, failures: int) -> float:
         """Computes the wait behind so many failures in a row, from 1 on."""
         usual = min(self.longest, self.first * 2 ** min(failures - 1, 64))
@@ -45,7 +50,8 @@ def retry(
     """Runs an action until it succeeds; it must be one that may be repeated from its start.
 
     `judge` raises for an error that another attempt would not help, and `give_up` once the budget is used up; `tell` hears of
-    each wait. No attempt begins that would end beyond the budget if it took as long as the last.
+    each wait. No attempt begins that would end beyond the budget if it took as long as the last; the last wait is cut, so that
+    the budget is used up to its end.
     """
     start, count = time.monotonic(), 0
     while True:
@@ -56,8 +62,9 @@ def retry(
             now = time.monotonic()
             judge(e)
             count += 1
-            failure, wait = Failure(e, count, now - start), backoff.wait(count)
-            if now + wait + (now - begun) > start + budget_s:
+            failure, left = Failure(e, count, now - start), start + budget_s - now - (now - begun)
+            if left < backoff.shortest:
                 give_up(failure)
+            wait = min(backoff.wait(count), left)
         tell(failure, wait)
         time.sleep(wait)

@@ -99,7 +99,7 @@ def trials(job: str, folder: str, rounds: int) -> list[dict[str, float]]:
 def cluster(folder: str) -> Iterator[str]:
     """A cluster of this machine while the context lasts, on ports of its own; its file."""
     text = (ROOT / "clusters/local.yaml").read_text().replace("cluster_name: local", "cluster_name: start")
-    for port in ("6389", "8275"):
+    for port in ("6389", "6390", "8275"):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             text = text.replace(port, str(free.getsockname()[1]))

@@ -109,8 +109,13 @@ def _corpus(folder: Path) -> str:
 
 @pytest.fixture(scope="session")
 def tracking(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One MLflow store for the session's tests in this process, a copy of an empty one: making its tables takes seconds."""
-    empty, mine = once(tmp_path_factory, "tables", _tables), tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    """One MLflow store for the session's tests in this process."""
+    return empty_store(tmp_path_factory)
+
+
+def empty_store(factory: pytest.TempPathFactory) -> str:
+    """An MLflow store, a copy of an empty one: making its tables takes seconds."""
+    empty, mine = once(factory, "tables", _tables), factory.mktemp("mlflow") / "mlflow.db"
     shutil.copy(empty, mine)
     return f"sqlite:///{mine}"
 

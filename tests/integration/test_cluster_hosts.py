@@ -178,6 +178,7 @@ def test_a_job_that_needs_more_nodes_gets_them_and_they_go_when_idle(tmp_path, c
     command += ["--node-ip-address=127.0.0.9", f"--temp-dir={temp}", "--object-store-memory=200000000"]
     # the session's own Ray has an agent on the default port
     command += [f"--autoscaling-config={tmp_path / 'scaled.yaml'}", f"--dashboard-agent-listen-port={_free_port()}"]
+    command += [f"--ray-client-server-port={_free_port()}"]
     temp.mkdir()
     scaling = {"PYTHONPATH": f"{env['PYTHONPATH']}:{ROOT}", "HELIOSTAT_NODES": str(temp)}
     scaling |= {"RAY_enable_autoscaler_v2": "1", "RAY_CLOUD_INSTANCE_ID": "f" * 51 + "00000", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}

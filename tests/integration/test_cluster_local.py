@@ -72,7 +72,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, corpus: str, tracking: str) -
     shutil.copytree(ROOT / "jobs", folder / "jobs", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(str(paced.__file__), folder / "jobs" / "paced.py")
     text = (ROOT / "clusters" / "local.yaml").read_text().replace("cluster_name: local", "cluster_name: test")
-    for port in ("6389", "8275"):
+    for port in ("6389", "6390", "8275"):
         text = text.replace(port, str(_free_port()))
     (folder / "cluster.yaml").write_text(text)
     job = {**tiny_job(corpus, tracking, folder), "name": "onto", "recipe": "jobs.paced:PacedPlain"}

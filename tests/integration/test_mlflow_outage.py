@@ -21,7 +21,7 @@ from heliostat.track.logger import RunOwner
 from mlflow import MlflowClient
 
 from tests.integration import commands
-from tests.integration.conftest import curve
+from tests.integration.conftest import curve, empty_store
 
 REPORT: dict[str, Any] = {"total_s": 1.0, "goodput": 1.0, "worker_hours": 0.1}
 
@@ -51,6 +51,12 @@ def serve(given: list[str]) -> int:
     return 0
 
 
+@pytest.fixture(scope="module")
+def tracking(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A store of these tests' own: whoever comes past the server to an experiment made through it cannot write its artifacts."""
+    return empty_store(tmp_path_factory)
+
+
 @pytest.fixture
 def server(tracking: str, tmp_path: Path):
     with ForkedServer(tracking, tmp_path) as running:
@@ -62,7 +68,6 @@ def owner_of(server: Server, job_file, monkeypatch):
     """A new command's owner of the run."""
     monkeypatch.setattr(tracking_run, "AWAY_S", 3.0)
     monkeypatch.setattr(tracking_run, "PAUSES", Backoff(0.5, 1.0))
-    # an experiment that was made through the server is of no use to who comes to the database past it
     checked = check(load_job(job_file("outage"), [f"mlflow.uri=http://{server.endpoint}", "mlflow.experiment=outage"]))
     return lambda: RunOwner(checked.job, checked.manifests), checked.job.run_folder
 

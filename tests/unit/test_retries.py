@@ -1,5 +1,6 @@
 """What fails for a while is tried again within its budget, with waits that double; what would fail again is not."""
 
+import random
 from typing import NoReturn
 
 import pytest
@@ -58,13 +59,26 @@ def test_waits_vary_by_the_jitter_and_no_more():
 
 @pytest.mark.parametrize("took", [0.0, 4.0])
 def test_no_attempt_begins_that_would_end_beyond_the_budget(monkeypatch, took):
-    """If it takes as long as the last; the error says how often and how long it was tried, and what failed last."""
+    """If it takes as long as the last; the error says how often and how long it was tried, and what failed last.
+
+    Nor is it given up while there is room for one.
+    """
     clock = Clock(monkeypatch, took)
     with pytest.raises(GivenUpError) as error:
         retry(clock.failing(100), 20.0, Backoff(1.0, 8.0), passing, give_up)
     count, seconds = error.value.args
     assert seconds == clock.now <= 20.0 and isinstance(error.value.__cause__, OSError)
-    assert clock.now + Backoff(1.0, 8.0).wait(count) + took > 20.0 and count == len(clock.waits) + 1
+    assert clock.now + 1.0 + took > 20.0 and count == len(clock.waits) + 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_budget_is_used_up_to_its_end_whatever_the_jitter(monkeypatch, seed):
+    """A store that answers again shortly before the end is still asked."""
+    random.seed(seed)
+    clock = Clock(monkeypatch)
+    with pytest.raises(GivenUpError):
+        retry(clock.failing(100), 5.0, Backoff(0.2, 8.0, jitter=0.5), passing, give_up)
+    assert 5.0 - 0.1 < clock.now <= 5.0
 
 
 def test_a_budget_of_nothing_is_one_attempt(monkeypatch):

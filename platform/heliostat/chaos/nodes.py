@@ -28,6 +28,12 @@ START_S = 90.0
 SESSIONS = Path(tempfile.gettempdir()) / f"hx{os.getpid()}"  # short: Ray's sockets lie below, and a path has 107 characters
 
 
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 class Node:
     def __init__(self, address: str, process: subprocess.Popen) -> None:
         self.address, self.process = address, process
@@ -46,9 +52,7 @@ class LocalNodes:
 
     def __init__(self, folder: Path, count: int, cpus: float) -> None:
         self._folder, self._count, self._cpus = folder, count, cpus
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.address = f"127.0.0.1:{probe.getsockname()[1]}"
+        self.address, self._client_port = f"127.0.0.1:{_free_port()}", _free_port()
         token = folder / "ray-token"
         private.write_token(token)
         self.environment = {
@@ -67,7 +71,7 @@ class LocalNodes:
         """Starts all nodes; after `stop`, again at the same addresses."""
         try:
             self._start("127.0.0.1", "--head", f"--port={self.address.rpartition(':')[2]}", "--num-cpus=0",
-                        "--include-dashboard=false")  # fmt: skip
+                        f"--ray-client-server-port={self._client_port}", "--include-dashboard=false")  # fmt: skip
             self._numbers = itertools.count(2)
             for _ in range(self._count):
                 self.add()
