@@ -1,21 +1,33 @@
-"""A process that imports modules once, and runs functions in forks of it, each as if in a process of its own."""
+"""A process that imports modules once, and runs functions in forks of it, each as if in a process of its own.
+
+    SERVER = ForkServer(("torch", ...), {"OMP_NUM_THREADS": "1"})
+    process = SERVER.call("module:function", "argument", log=folder / "log")   # then as subprocess.Popen
+    done = SERVER.run("module:function", ["argument"])                         # waits, and reads what it wrote
+
+The function gets the list of arguments, and returns the exit code. Its process leads a session of its own.
+"""
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import importlib
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from heliostat.cluster import zygote_server
 
 ROOT = Path(__file__).parents[1]
 DEADLINE_S = 300.0
@@ -30,58 +42,138 @@ class Done:
     err: str
 
 
+class Process:
+    """A process that a server has forked, with what tests use of subprocess.Popen."""
+
+    def __init__(self, server: ForkServer, pid: int, log: Path) -> None:
+        self.pid, self.log, self._server = pid, log, server
+        self.returncode: int | None = None
+        self._ended = os.pidfd_open(pid)
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            if not select.select([self._ended], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(str(self.log), timeout or 0.0)
+            self.returncode = self._server.ask({"reap": self.pid})
+            os.close(self._ended)
+        return self.returncode
+
+    def poll(self) -> int | None:
+        try:
+            return self.wait(0)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def until(self, condition: Callable[[], bool], what: str, seconds: float = 240) -> None:
+        """Waits until the condition holds; fails if the process ends first, or it takes longer."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.poll() is None and time.monotonic() < deadline, f"no {what}: {self.err[-3000:]}"
+            time.sleep(0.02)
+
+    @property
+    def out(self) -> str:
+        """Standard output so far."""
+        return self.log.with_suffix(".out").read_text()
+
+    @property
+    def err(self) -> str:
+        return self.log.read_text()
+
+
 class ForkServer:
-    """Starts with the first run, and ends with this process."""
+    """Starts with the first call, in an environment with these variables more, and ends with this process.
+
+    With RAY_JOB_ID among them its forks may be drivers and zygotes: Ray's random numbers are unused.
+    """
 
     def __init__(self, modules: Sequence[str], environment: Mapping[str, str]) -> None:
         self.modules, self.environment = modules, environment
         self._process: subprocess.Popen[str] | None = None
+        self._lock = threading.Lock()  # tests strike from threads
+
+    def call(self, function: str, *arguments: str, log: Path, cwd: Path = ROOT, **environment: str) -> Process:
+        """Calls `module:name`, in this process's environment as it is now; standard error goes to the log, output beside it."""
+        asked = {"function": function, "arguments": arguments, "log": str(log), "cwd": str(cwd)}
+        return Process(self, self.ask({**asked, "environment": {**os.environ, **environment}}), log)
 
     def run(self, function: str, arguments: Sequence[str], deadline_s: float = DEADLINE_S) -> Done:
-        """Calls `module:name` with the list of arguments in a new fork, with this process's environment as it is now."""
-        process = self._process = self._process or self._start()
-        assert process.stdin and process.stdout
+        """Calls it with the server's own variables too, and waits for its end; at the deadline kills it with all below it."""
         with tempfile.TemporaryDirectory() as folder:
-            out, err = Path(folder, "out"), Path(folder, "err")
-            asked = {"function": function, "arguments": list(arguments), "out": str(out), "err": str(err)}
-            process.stdin.write(json.dumps({**asked, "environment": {**os.environ, **self.environment}}) + "\n")
+            process = self.call(function, *arguments, log=Path(folder, "err.log"), **self.environment)
+            try:
+                return Done(process.wait(deadline_s), process.out, process.err)
+            except subprocess.TimeoutExpired:
+                said = process.err[-5000:]
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait(DEADLINE_S)
+                raise TimeoutError(f"{function}{tuple(arguments)} has not ended in {deadline_s:g} s\n{said}") from None
+
+    def ask(self, what: dict[str, Any]) -> int:
+        with self._lock:
+            process = self._process = self._process or self._start()
+            assert process.stdin and process.stdout
+            process.stdin.write(json.dumps(what) + "\n")
             process.stdin.flush()
-            if not select.select([process.stdout], [], [], deadline_s)[0]:
+            if not select.select([process.stdout], [], [], DEADLINE_S)[0]:
                 process.kill()
-                self._process = None
-                raise TimeoutError(f"{function}{tuple(arguments)} has not ended in {deadline_s:g} s\n{err.read_text()[-5000:]}")
-            return Done(json.loads(process.stdout.readline()), out.read_text(), err.read_text())
+                raise TimeoutError(f"no answer to {what} in {DEADLINE_S:g} s")
+            return int(process.stdout.readline())
+
+    def at_start(self) -> dict[str, str]:
+        """The server's own environment."""
+        return {**os.environ, **self.environment}
 
     def _start(self) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", __name__, *self.modules]
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **self.environment}, **pipes)
+        process = subprocess.Popen(command, cwd=ROOT, env=self.at_start(), **pipes)
         assert process.stdin
         atexit.register(process.stdin.close)
         return process
 
 
 def _forked(asked: dict[str, Any]) -> int:
-    for number, path in enumerate((os.devnull, asked["out"], asked["err"])):
-        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
+    os.setsid()
+    log = Path(asked["log"])
+    for number, path in enumerate((Path(os.devnull), log.with_suffix(".out"), log)):
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
     os.environ.clear()
     os.environ.update(asked["environment"])
+    os.chdir(asked["cwd"])
     module, _, name = asked["function"].partition(":")
     return getattr(importlib.import_module(module), name)(asked["arguments"])
 
 
 def main() -> int:
-    """Serves the requests of standard input until it ends; the exit code of a fork is that of its function."""
-    for module in sys.argv[1:]:
-        importlib.import_module(module)
+    """Serves the requests of standard input until it ends: forks, or reaps what it has forked."""
+    answers = os.dup(1)
+    os.dup2(2, 1)  # what libraries print is no answer
+    os.environ[zygote_server.RAYLET] = str(os.getpid())  # whose end Ray's workers look for, beside that of their connection
+    with zygote_server.own_ids() if zygote_server.JOB in os.environ else contextlib.nullcontext():
+        for module in sys.argv[1:]:
+            importlib.import_module(module)
     assert threading.active_count() == 1, "a fork would lose the other threads"
     gc.freeze()  # what was imported is not looked through, and copied, in every process
     while line := sys.stdin.readline():
-        if not (child := os.fork()):
-            return _forked(json.loads(line))
-        _, status = os.waitpid(child, 0)
-        sys.stdout.write(f"{os.waitstatus_to_exitcode(status)}\n")
-        sys.stdout.flush()
+        asked = json.loads(line)
+        if "reap" in asked:
+            told = os.waitstatus_to_exitcode(os.waitpid(asked["reap"], 0)[1])
+        elif not (told := os.fork()):
+            os.close(answers)
+            return _forked(asked)
+        os.write(answers, f"{told}\n".encode())
     return 0
 
 

@@ -22,6 +22,7 @@ T = TypeVar("T")
 Whole = Annotated[int, Field(ge=0, lt=2**53)]  # a count or a place: arithmetic on a few of them stays within 64 bits
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Hex = Annotated[str, Field(pattern=r"^([0-9a-f]{2})*$")]
+AGAIN = 5  # times that a file which changes is read
 closed = with_config(ConfigDict(extra="forbid"))  # a dataclass whose records hold its fields and no others
 open_ = with_config(ConfigDict(extra="allow"))  # a TypedDict whose records may hold more
 
@@ -45,8 +46,20 @@ class Format(Generic[T]):
         return TypeAdapter(self.kind)
 
     def read(self, place: Location | Path) -> T:
-        """Reads the record at a place; FileNotFoundError if there is none."""
-        return self.parse(_bytes(place), place)
+        """Reads the record at a place; FileNotFoundError if there is none.
+
+        One that another process replaces meanwhile is read again: an object's length is asked for first, so that what comes
+        then may be cut, or have something else behind it.
+        """
+        data = _bytes(place)
+        for _ in range(AGAIN):
+            try:
+                return self.parse(data, place)
+            except self.error:
+                before, data = data, _bytes(place)
+                if data == before:
+                    break
+        return self.parse(data, place)
 
     def read_lines(self, place: Location | Path) -> list[T]:
         """Reads a file of one record a line, empty lines left out."""

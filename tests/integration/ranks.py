@@ -17,14 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.fork_server import ForkServer
+from tests.integration.forks import SERVER
 
 DEADLINE_S = 240
-IMPORTED = ("pytest", "boto3", "mlflow", "safetensors.torch", "heliostat.train.run", "heliostat.train.worker.loop",
-            "heliostat.train.worker.preload", "heliostat.recipes.text.causal_lm",
-            "heliostat.recipes.images.text_to_image", "heliostat.inference.export", "transformers.models.llama.modeling_llama",
-            "transformers.integrations.deepspeed", "diffusers.models.unets", "diffusers.models.transformers")  # fmt: skip
-SERVER = ForkServer(IMPORTED, {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore::FutureWarning"})
 
 
 def run(function: str, sizes: tuple[int, ...], *arguments: str, deadline_s: int = DEADLINE_S) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from heliostat.config.spec import Job
 
-from tests.integration import ranks
+from tests.integration.forks import SERVER
 
 DEADLINE_S = 480
 
@@ -32,7 +32,7 @@ def run(jobs: list[Job], folder: Path, fault: str = "") -> dict[str, dict[str, A
     for job in jobs:
         (mine := folder / job.name).mkdir()
         processes.give(job, [manifest.read(location).digest for location in job.sources], mine, gpus=False)
-    done = ranks.SERVER.run(f"{__name__}:main", [str(folder), fault, *(job.name for job in jobs)], DEADLINE_S + 30)
+    done = SERVER.run(f"{__name__}:main", [str(folder), fault, *(job.name for job in jobs)], DEADLINE_S + 30)
     assert done.code == 0, done.err[-5000:]
     return {job.name: check.conclude(folder / job.name) for job in jobs}
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from contextlib import ExitStack
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -150,3 +151,12 @@ def test_a_driver_is_killed_behind_the_last_checkpoint_or_the_fault_says_that_it
     else:
         faults.kill_driver_late(scene, command)
         assert command.process.wait(30) == -signal.SIGKILL and scene.struck > 0
+
+
+def test_what_chaos_waits_for_in_a_run_s_log_is_what_a_run_says():
+    """Else a fault waits for words that never come, and its row is not valid."""
+    package = Path(faults.__file__).parents[1]
+    said = "".join(file.read_text() for file in package.rglob("*.py") if file.parent.name != "chaos")
+    words = {word for fault in faults.FAULTS.values() for word in (fault.notice, fault.cured) if word} | {faults.AGAIN}
+    assert len(words) > 3
+    assert [word for word in words if word.removeprefix(signal.SIGTERM.name) not in said] == []

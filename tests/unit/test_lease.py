@@ -9,9 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from heliostat import lease, run_folder
@@ -28,46 +26,6 @@ from heliostat import lease
 lease.take(Location(sys.argv[1]))
 os.kill(os.getpid(), signal.SIGKILL)
 """
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    """HOST:PORT of an S3 server in this process. It answers one request after another: moto's threads look and put in two steps,
-    where S3 makes a conditional put one."""
-    server_module = pytest.importorskip("moto.server", reason="needs moto[server]: pip install heliostat[s3-test]")
-    from werkzeug.serving import make_server
-
-    app, one = server_module.DomainDispatcherApplication(server_module.create_backend_app), threading.Lock()
-
-    def in_turn(environment, start_response):
-        with one:
-            return app(environment, start_response)
-
-    server = make_server("127.0.0.1", 0, in_turn, threaded=True)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-
-
-@pytest.fixture(params=["disk", "s3"])
-def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Location:
-    """A run's folder, new."""
-    if request.param == "disk":
-        return Location(str(tmp_path / "run"))
-    for name, value in (
-        ("AWS_ACCESS_KEY_ID", "testing"),
-        ("AWS_SECRET_ACCESS_KEY", "testing"),
-        ("AWS_EC2_METADATA_DISABLED", "true"),
-    ):
-        monkeypatch.setenv(name, value)
-    import boto3
-
-    host = request.getfixturevalue("s3")
-    bucket = f"lease-{abs(hash(request.node.name)) % 10**8}"
-    boto3.client("s3", endpoint_url=f"http://{host}", region_name="us-east-1").create_bucket(Bucket=bucket)
-    return Location(f"s3://{bucket}/run?endpoint_override={host}&scheme=http")
 
 
 def race(folder: str, gate: object, told: object) -> None:

@@ -69,6 +69,27 @@ def test_anything_else_is_one_line_that_names_the_file_and_its_first_fault(tmp_p
     )
 
 
+@pytest.mark.parametrize("place", ["s3"], indirect=True)
+def test_a_record_that_is_replaced_while_it_is_read_is_read_again(place):
+    """An object that became shorter between the request for its length and that for its bytes; a damaged one stays damaged."""
+    shorter, longer = b'{"name": "a"}', b'{"name": "a", "seconds": 12345.6}'
+    place.write(longer)
+    with place.fs.open_input_file(place.path) as file:  # which asks for the length
+        place.write(shorter)
+        torn = file.read()
+    assert torn != shorter and torn.startswith(shorter)
+    told = [torn, longer[: len(shorter)], shorter]
+
+    class Replaced(Location):
+        def read(self, most: int | None = None) -> bytes:
+            return told.pop(0)
+
+    assert THING.read(Replaced(place.uri)) == Thing("a") and not told
+    place.write(longer[:-2])
+    with pytest.raises(ConfigError, match="is no thing, or damaged"):
+        THING.read(place)
+
+
 def test_a_data_plan_of_any_age_comes_back_and_an_impossible_one_is_refused():
     """Plans of the first runs name neither skips nor a unit; every rule that the order relies on is checked before it runs."""
     mix = ((0, (1.0, 2.0)), (5, (0.0, 1.0)))

@@ -290,7 +290,8 @@ def test_a_store_that_fails_for_ever_is_an_error_within_the_budget(no_sleep, mon
     ) as e:
         Location("s3://b/k").attempt(never)
     assert isinstance(e.value.__cause__, OSError)
-    assert float(budget or 60) - storage.BACKOFF.shortest - 0.3 <= sum(no_sleep) <= float(budget or 60)  # the attempts take no time
+    left = float(budget or 60) - sum(no_sleep)
+    assert 0 <= left < storage.BACKOFF.shortest + 0.3  # the attempts take next to no time
 
 
 def test_no_attempt_begins_that_would_end_beyond_the_budget(no_sleep, monkeypatch):

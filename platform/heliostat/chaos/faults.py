@@ -31,6 +31,7 @@ from heliostat.check import Checked
 from heliostat.checkpoint import layout
 from heliostat.config.spec import Job
 from heliostat.storage import Location
+from heliostat.track import logger
 
 SEEING_S = 120.0  # for a run to come upon the fault
 KEYS = {"AWS_ACCESS_KEY_ID": "chaos", "AWS_SECRET_ACCESS_KEY": "chaos", "AWS_EC2_METADATA_DISABLED": "true"}  # moto takes any
@@ -281,7 +282,7 @@ def prepare_mlflow(scene: Scene) -> Server:
 def mlflow_down(scene: Scene, command: Command) -> None:
     """Stops the MLflow server, and starts it again once the run has noticed and made some more steps."""
     scene.tool.stop()
-    command.until(lambda: bool(command.heard("MLflow does not answer", scene.struck)), SEEING_S, "metric was missed")
+    command.until(lambda: bool(command.heard(logger.AWAY, scene.struck)), SEEING_S, "metric was missed")
     so_far = command.step
     command.until(lambda: command.step >= so_far + 5 or command.step >= scene.checked.job.train.steps, SEEING_S, "step was made")
     scene.tool.start()
@@ -329,7 +330,7 @@ FAULTS = {
         Fault("corrupt-shard", "a byte of a shard is wrong", met_corrupt_shard, prepare_corrupt_shard),
         Fault("torn-checkpoint", "the newest checkpoint loses half of a shard, and a worker is killed", torn_checkpoint),
         Fault("mlflow-down", "MLflow's server dies, and comes back", mlflow_down, prepare_mlflow,
-              notice="MLflow does not answer", cured="MLflow answers again"),
+              notice=logger.AWAY, cured=logger.BACK),
         Fault("disk-full", "the disk of the run's folder fills up, and is given room again", disk_full, prepare_disk,
               disks.why_not),
     )

@@ -21,7 +21,7 @@ import ray
 
 from heliostat.cluster import private, private_ray, start
 from heliostat.cluster.capacity import require_gpus
-from heliostat.cluster.private_ray import AUTHENTICATION, LOOPBACK, token_file, worker_environment
+from heliostat.cluster.private_ray import AUTHENTICATION, LOOPBACK, UNTOLD, token_file, worker_environment
 from heliostat.cluster.zygote import launching
 
 log = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ def remote_environment(gpus: float) -> dict[str, Any]:
 def connect(cpus: int, gpus: int = 0, verbose: bool = False) -> None:
     """Joins or starts Ray with room for `cpus` logical CPUs; does nothing if the process is already connected."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ |= {**UNTOLD, **os.environ}
     if ray.is_initialized():
         return
     options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}

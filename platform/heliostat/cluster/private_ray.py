@@ -26,6 +26,8 @@ THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELI
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(64 << 30), "MALLOC_ARENA_MAX": "1"}
 # A private Ray has no dashboard to read these, and twenty processes that report them cost two cores 5 % of their time
 SILENT = {"RAY_enable_metrics_collection": "0", "RAY_task_events_report_interval_ms": "0", "RAY_event_stats": "0"}
+# Ray Data would start an actor, and ask a Prometheus on this machine, to report how it is used
+UNTOLD = {"RAY_DATA_USAGE_DISABLED": "1"}
 # Ray keeps as many idle workers as there are CPUs, each of which wakes up 100 times a second; the last end after this long
 IDLE = {"RAY_num_workers_soft_limit": "0", "RAY_idle_worker_killing_time_threshold_ms": "20000"}
 # Ray holds a driver until its first workers are there, without a deadline, and Ctrl-C does nothing meanwhile. A worker that is
@@ -45,6 +47,8 @@ CONFINED = {
 }
 AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 SOCKET_PATH = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")  # what is left for the folder
+# Ray gives these to its workers, and its library reads them when it is imported; the first job of a Ray is always number 1
+OF_ZYGOTE = {"RAY_AUTH_MODE": "token", "RAY_JOB_ID": "01000000"}
 TASKS = ("ray.data",)  # what all tasks and actors need
 
 _zygotes: list[Zygote] = []  # of this process: one at most
@@ -94,16 +98,8 @@ def ahead(gpus: float, modules: Sequence[str] = TASKS) -> Zygote | None:
             private.write_token(token_file())
         atexit.register(end)
         folder = Path(tempfile.mkdtemp(prefix="z", dir=sessions()))
-        _zygotes.append(Zygote(folder, {**environment(gpus), **_of_ray()}, TASKS if gpus else modules, quiet=True))
+        _zygotes.append(Zygote(folder, {**environment(gpus), **OF_ZYGOTE}, TASKS if gpus else modules, quiet=True))
     return _zygotes[0]
-
-
-def _of_ray() -> dict[str, str]:
-    """Returns the variables that Ray gives to its workers, and its library reads when it is imported.
-
-    The first job of a Ray is always number 1.
-    """
-    return {"RAY_AUTH_MODE": "token", "RAY_JOB_ID": "01000000"}
 
 
 def zygotes() -> list[int]:

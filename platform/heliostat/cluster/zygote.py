@@ -38,9 +38,9 @@ class Zygote:
     """Starts a zygote in a folder of its own, which it makes private; ended by `end`, or with this process.
 
     `early` are the modules that do not import Ray. With RAY_JOB_ID in the environment its forks are workers of that job alone;
-    without it, of any job: for each it keeps a fork of its own, which imports the rest. It then begins with the first request, or
-    when it is woken. With `drivers`, which import Ray, it has a fork for commands of heliostat's too (`forked_command`). `quiet`:
-    for a Ray that has no dashboard.
+    without it, of any job: for each it keeps a fork of its own, which imports the rest. It then begins with the first request, when
+    it is woken, or, without `drivers`, after 20 s. With `drivers`, which import Ray, it has a fork for commands of heliostat's too
+    (`forked_command`). `quiet`: for a Ray that has no dashboard.
     """
 
     def __init__(
@@ -63,13 +63,13 @@ class Zygote:
         self.launcher.chmod(0o700)
         imported = [",".join(one) for one in (early, modules, drivers)]
         command = [sys.executable, "-m", "heliostat.cluster.zygote_server", str(place), *imported]
-        self.process = subprocess.Popen(
-            command,
-            env=dict(environment),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
+        self.process = self._launch(command, dict(environment))
+
+    def _launch(self, command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+        """Starts the zygote's own process, which leads a session, and ends when its standard input does."""
+        nowhere = subprocess.DEVNULL
+        return subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere, start_new_session=True
         )
 
     def end(self) -> None:

@@ -40,6 +40,7 @@ JOB, RAYLET = "RAY_JOB_ID", "RAY_RAYLET_PID"
 NO_JOB = "ffffffff"  # a worker that Ray starts before it is known for what
 DRIVER = "driver"  # in the place of a job's id: of the nursery for drivers
 NURSERIES = 4  # jobs that a zygote keeps forks for
+LATEST_S = 20.0  # without a request, before a zygote of any job begins with its imports
 IDLE_S = 3.0  # without a request, before the next job's nursery is made
 
 
@@ -84,7 +85,8 @@ def main() -> None:
             prepare([*early, *modules], ray=True)
             request = _serve(_accepted(listener))
         else:
-            select.select([listener, sys.stdin], [], [])  # a node that starts meanwhile needs the processor itself
+            # a node that starts needs the processor itself; a head may never have work, another is to spare for a lost one
+            select.select([listener, sys.stdin], [], [], None if drivers else LATEST_S)
             prepare(early)
             request = _Nurseries(modules, drivers).serve(listener)
     if request:
@@ -95,7 +97,7 @@ def main() -> None:
 
 def prepare(modules: Iterable[str], ray: bool = False) -> None:
     """Imports modules for all later forks; SystemExit if those could not be told apart, or would lose something."""
-    with _own_ids() if ray else contextlib.nullcontext():
+    with own_ids() if ray else contextlib.nullcontext():
         for module in modules:
             with contextlib.suppress(ImportError, ValueError):  # of an extra that is not installed; an empty name
                 importlib.import_module(module)
@@ -107,7 +109,7 @@ def prepare(modules: Iterable[str], ray: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def _own_ids() -> Iterator[None]:
+def own_ids() -> Iterator[None]:
     """Keeps Ray's random numbers unused inside: they would go on alike in all forks. Actor classes draw an id when defined."""
     import ray.actor
 

@@ -25,6 +25,7 @@ import yaml
 
 from heliostat.cluster import dashboard, source_code, workspace_package
 from heliostat.cluster.endpoint import Endpoint
+from heliostat.cluster.private_ray import UNTOLD
 from heliostat.config import schema, spec, workspace
 from heliostat.config.spec import Job
 from heliostat.errors import ClusterError, ConfigError, HeliostatError
@@ -171,7 +172,7 @@ class Jobs:
             runtime = {
                 "working_dir": str(work),
                 "py_modules": [str(workspace_package.stage_package(modules))],
-                "env_vars": {**environment, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S), "PYTHONUNBUFFERED": "1"},
+                "env_vars": {**UNTOLD, **environment, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S), "PYTHONUNBUFFERED": "1"},
             }
 
             def send() -> None:

@@ -39,6 +39,7 @@ from heliostat.track.run_facts import Record, read_json
 log = logging.getLogger(__name__)
 
 SAMPLES = "samples.json"
+AWAY, BACK = "MLflow takes no metrics", "MLflow answers again"  # what the log says when it goes, and when it has come back
 PACKAGES = ("heliostat", "ray", "torch", "deepspeed", "transformers", "diffusers", "pyarrow", "mlflow", "numpy")
 AWAY_S = 120.0  # how long the end of a command waits for an MLflow that does not answer
 IMAGES = 500  # that wait for MLflow; with more the oldest go
@@ -245,16 +246,15 @@ class RunOwner:
             self._saved = None
         if self._fault:
             away = time.monotonic() - self._since
-            log.warning("MLflow answers again after %.0f s: it has the %d metrics that waited", away, waiting)
+            log.warning("%s after %.0f s: it has the %d metrics that waited", BACK, away, waiting)
         if self._end:
             self._close(self._end)
 
     def _failed(self, error: Exception, box: outbox.Outbox) -> None:
         if self._fault is None:
             self._since = time.monotonic()
-            log.warning(
-                "MLflow takes no metrics: they are kept until it does, and training goes on (%s)", mlflow_client.fault(error)
-            )
+            why = mlflow_client.fault(error)
+            log.warning("%s: they are kept until it does, and training goes on (%s)", AWAY, why)
         self._fault = error
         self._answers.clear()
         try:

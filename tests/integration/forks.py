@@ -1,0 +1,34 @@
+"""The process of which commands, their zygotes, and groups of ranks are forks: it has imported what all of them need, once."""
+
+from __future__ import annotations
+
+from heliostat.cluster import private_ray
+
+from tests.fork_server import ForkServer
+
+DRIVERS = (
+    "heliostat.cli.main", "heliostat.train.run", "heliostat.train.driver.attempt", "heliostat.train.driver.memory",
+    "heliostat.train.driver.progress", "heliostat.train.driver.pool", "heliostat.cluster.connect", "heliostat.cluster.nodes",
+    "heliostat.inference.export", "heliostat.inference.batch.run", "heliostat.track.logger", "heliostat.track.models",
+    "heliostat.track.report.page", "heliostat.track.report.curation", "heliostat.tune.driver", "heliostat.tune.trial",
+    "heliostat.curation.flow", "heliostat.pipelines.text", "mlflow.pyfunc", "mlflow.store.tracking.sqlalchemy_store",
+    "mlflow.store.model_registry.sqlalchemy_store", "matplotlib.figure", "matplotlib.backends.backend_agg", "ray.data",
+    "transformers.generation", "transformers.models.auto.modeling_auto",
+)  # fmt: skip
+RANKS = (
+    "pytest", "boto3", "safetensors.torch", "heliostat.train.worker.loop", "heliostat.train.worker.preload",
+    "heliostat.cpu_kernels", "heliostat.recipes.text.causal_lm", "heliostat.recipes.images.text_to_image",
+    "transformers.models.llama.modeling_llama", "transformers.integrations.deepspeed", "diffusers.models.unets",
+    "diffusers.models.transformers",
+)  # fmt: skip
+OF_RANKS = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore::FutureWarning"}
+
+
+class Forks(ForkServer):
+    """Starts with a zygote's environment: Ray's library and malloc read it then."""
+
+    def at_start(self) -> dict[str, str]:
+        return {**private_ray.environment(0), **private_ray.OF_ZYGOTE, **self.environment}
+
+
+SERVER = Forks((*RANKS, *DRIVERS), OF_RANKS)
