@@ -38,9 +38,9 @@ class Zygote:
     """Starts a zygote in a folder of its own, which it makes private; ended by `end`, or with this process.
 
     `early` are the modules that do not import Ray. With RAY_JOB_ID in the environment its forks are workers of that job alone;
-    without it, of any job: for each it keeps a fork of its own, which imports the rest. It then begins with the first request, when
-    it is woken, or, without `drivers`, after 20 s. With `drivers`, which import Ray, it has a fork for commands of heliostat's too
-    (`forked_command`). `quiet`: for a Ray that has no dashboard.
+    without it, of any job: for each it keeps a fork of its own, which imports the rest. It then begins with the first request,
+    when it is woken, or, without `drivers`, after 20 s. With `drivers`, which import Ray, it has a fork for commands of
+    heliostat's too (`forked_command`). `quiet`: for a Ray that has no dashboard.
     """
 
     def __init__(
