@@ -44,6 +44,20 @@ def test_the_classifier_knows_real_digits_and_not_noise(dataset):
         Judge(images, [""] * len(images))
 
 
+def test_real_images_of_a_damaged_chunk_are_left_out_and_it_is_said(tmp_path, caplog):
+    """A flipped bit of a picture would else be judged by, or end the run that `on_bad_sample: replace` lets go on."""
+    dataset = build_images.digits(tmp_path / "data", 80)
+    made = manifest.read(Location(str(dataset)))
+    shard = dataset / "shards/00000.parquet"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 4] ^= 1  # of the first chunk's pictures
+    shard.write_bytes(data)
+    seen: list[None] = []
+    images, labels = real_images([made], progressed=lambda: seen.append(None))
+    assert len(images) == len(labels) == 40 and len(seen) == 2
+    assert "row group 0: cannot be read" in caplog.text and "its images are left out" in caplog.text
+
+
 def test_conditional_accuracy_is_the_share_of_labelled_prompts_that_are_shown(dataset):
     """Real twos and nines in the places of drawn ones score what they should, and swapped ones nothing."""
     made = TextToImage(job(**build_images.job(dataset, samples={"prompts": PROMPTS, "per_prompt": 2, "judge": True})))

@@ -238,12 +238,10 @@ def sample(job: Job, recipe: Recipe, rows: int = 1) -> Any:
     if recipe.kind == "tokens":
         return np.zeros((rows, job.data.sequence_length or 1), dtype=np.int32)
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    source = manifest.read(job.sources[0])
-    shard = source.location.join(source.chunks["path"][0].as_py())
-    with shard.open() as file:
-        first = pq.ParquetFile(file).read_row_group(0).slice(0, 1)
+    from heliostat.data.chunks import Chunks
+
+    first = Chunks([manifest.read(job.sources[0])], None).read(0, 0).slice(0, 1)
     return pa.concat_tables([first] * rows).combine_chunks()
 
 

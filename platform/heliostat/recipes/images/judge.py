@@ -6,14 +6,17 @@ pictures. Its accuracy is measured on every fifth image, which it is not trained
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import numpy as np
-import pyarrow.parquet as pq
 from PIL import Image
 
+from heliostat.data.chunks import Chunks, DamagedError
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 SIDE = 16
 LIMIT = 5000  # images; a machine of more takes minutes to train
@@ -61,13 +64,18 @@ def real_images(
 
     images: list[np.ndarray] = []
     labels: list[str] = []
-    for source in sources:
-        for path, group in zip(source.chunks["path"].to_pylist(), source.chunks["row_group"].to_pylist(), strict=True):
+    chunks = Chunks(sources, None)
+    for number, source in enumerate(sources):
+        for chunk in range(source.chunks.num_rows):
             if len(images) >= limit:
                 break
-            with source.location.join(path).open() as file:
-                table = pq.ParquetFile(file).read_row_group(group)
-            progressed()
+            try:
+                table = chunks.read(number, chunk)
+            except DamagedError as e:
+                log.warning("%s; its images are left out", e)
+                continue
+            finally:
+                progressed()
             if "image" not in table.column_names:
                 raise ConfigError("model.samples: the datasets hold no images; remove judge and features")
             images += [decode(data) for data in table["image"].to_pylist()]
