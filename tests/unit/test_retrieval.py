@@ -281,8 +281,11 @@ def test_measures_are_those_of_their_definitions():
 
 
 def test_an_index_is_judged_by_questions_of_known_documents(made):
-    asked = [(text, {id}) for id, text in list(CORPUS.items())[:12]]
+    asked = [(text, {id}) for id, text in list(CORPUS.items())[:12]] + [("nothing", {"none#1"})]
     told = judging.judge(made, asked)
+    assert (told["questions"], told["unknown"]) == (12, 1)
+    with pytest.raises(ConfigError, match="holds no document that a question names"):
+        judging.judge(made, asked[-1:])
     assert told["modes"]["bm25"]["recall@10"] == 1 and told["modes"].keys() == {"bm25", "dense", "hybrid"}
     for mode, over in told["over_bm25"].items():
         assert over["mrr"][0] == pytest.approx(told["modes"][mode]["mrr"] - told["modes"]["bm25"]["mrr"])

@@ -77,9 +77,7 @@ def ask(
         typer.Option(help="A language model that answers from the passages; without one they are shown", metavar="MODEL"),
     ] = None,
     top: Annotated[int, typer.Option(min=1, max=1000, help="Passages, at most")] = 5,
-    mode: Annotated[
-        str | None, typer.Option(help="bm25, dense or hybrid; the default is hybrid, bm25 without embeddings")
-    ] = None,
+    mode: Annotated[str | None, typer.Option(help="bm25 (by words; the default), dense (by meaning) or hybrid (both)")] = None,
     questions: Annotated[
         Path | None,
         typer.Option(help="Instead of a question a file of them with their documents: judges the index", metavar="FILE"),
@@ -111,21 +109,17 @@ def ask(
     if not question.strip():
         raise ConfigError("question: is empty")
     answering = _resolved(model, mlflow)
-    way = mode or opened.modes[-1]
+    way = mode or "bm25"
     (found,) = opened.search([question], way, top)
     passages = [{**passage, "columns": opened.columns(passage["document"])} for passage in found]
     told = {"index": index, "dataset": opened.record["dataset"], "mode": way, "question": question, "passages": passages}
     if answering is not None and passages:
-        told["answer"] = _answer(answering, question, passages, max_tokens)
+        from heliostat.retrieval.answering import answer
+
+        told["answer"] = answer(answering, question, passages, max_tokens)
     if not json_:
         _print_found(told)
     finish(told, json_)
-
-
-def _answer(model: Path, question: str, passages: list[dict[str, Any]], max_tokens: int) -> dict[str, Any]:
-    from heliostat.retrieval.answering import answer
-
-    return answer(model, question, passages, max_tokens)
 
 
 def _print_found(told: dict[str, Any]) -> None:
@@ -159,5 +153,6 @@ def _judge(index: Index, file: Path, json_: bool) -> None:
         for mode, over in told["over_bm25"].items():
             rows.append([f"{mode} over bm25", *("{:+.3f} ± {:.3f}".format(*over[name]) for name in judging.MEASURES)])
         print_table(rows)
-        out.print(f"{told['questions']:,} questions; ± is half of a 95 % interval of the difference")
+        unknown = f"; {told['unknown']:,} more name documents that the index does not hold" if told["unknown"] else ""
+        out.print(f"{told['questions']:,} questions{unknown}; ± is half of a 95 % interval of the difference")
     finish(told, json_)

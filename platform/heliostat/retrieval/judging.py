@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from heliostat.errors import ConfigError
-from heliostat.retrieval.search import DEPTH, Index, Passage
+from heliostat.retrieval.search import DEPTH, Index, Passage, fuse
 
 CUTS = (1, 5, 10)
 MEASURES = (*(f"recall@{k}" for k in CUTS), "ndcg@10", "mrr")
@@ -44,12 +44,21 @@ def questions(file: Path) -> list[tuple[str, set[str]]]:
 
 
 def judge(index: Index, asked: Sequence[tuple[str, set[str]]]) -> dict[str, Any]:
-    """Measures each way to search the index; `over_bm25`: the mean difference of each measure to BM25, and its 95 % interval."""
-    texts = [question for question, _ in asked]
+    """Measures each way to search the index; `over_bm25`: mean differences to BM25, and halves of their 95 % intervals.
+
+    Questions about documents that the index does not hold are left out, and counted as `unknown`; ConfigError if all are.
+    """
+    held = index.holding({document for _, right in asked for document in right})
+    known = [(question, right) for question, right in asked if right <= held]
+    if not known:
+        raise ConfigError(f"--questions: {index.place} holds no document that a question names, such as {min(asked[0][1])!r}")
+    texts = [question for question, _ in known]
+    found = {mode: index.search(texts, mode, DEPTH) for mode in index.modes if mode != "hybrid"}
+    if "hybrid" in index.modes:
+        found["hybrid"] = [fuse(both) for both in zip(found["bm25"], found["dense"], strict=True)]
     values = {
-        mode: [measures(ranks(found, right), len(right)) for found, (_, right) in zip(lists, asked, strict=True)]
-        for mode in index.modes
-        for lists in [index.search(texts, mode, DEPTH)]
+        mode: [measures(ranks(passages, right), len(right)) for passages, (_, right) in zip(lists, known, strict=True)]
+        for mode, lists in found.items()
     }
     modes = {mode: {name: _mean([one[name] for one in each]) for name in MEASURES} for mode, each in values.items()}
     over = {
@@ -57,7 +66,7 @@ def judge(index: Index, asked: Sequence[tuple[str, set[str]]]) -> dict[str, Any]
         for mode, each in values.items()
         if mode != "bm25"
     }
-    return {"questions": len(asked), "modes": modes, "over_bm25": over}
+    return {"questions": len(known), "unknown": len(asked) - len(known), "modes": modes, "over_bm25": over}
 
 
 def ranks(found: Sequence[Passage], right: set[str]) -> list[int]:

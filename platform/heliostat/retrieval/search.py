@@ -71,6 +71,15 @@ class Index:
         kept = Manifest(self.place, SCHEMA.empty_table(), {"curation": {"ends": self.record["ends"]}})
         return next((row["columns"] for row in reasons.end_of(kept, document)), {})
 
+    def holding(self, documents: set[str]) -> set[str]:
+        """Returns those of the documents that the index has passages of; reads the ids of all."""
+
+        def found() -> set[str]:
+            batches = self.table.to_batches(columns=["document"], filter="number = 0")
+            return {id for batch in batches for id in batch["document"].to_pylist() if id in documents}
+
+        return table.read(self.place, found)
+
     def _by_words(self, question: str, top: int) -> list[Passage]:
         from lance.query import MatchQuery
 
