@@ -303,19 +303,29 @@ def test_a_line_that_is_no_question_is_named(tmp_path, line):
 # the commands --------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_answers_with_sources(made, embedder, monkeypatch, capsys):
-    """Passages with their places, and a model's answer from those that it has room for, which is said."""
-    code, text, _ = run(monkeypatch, capsys, "ask", str(made.place), TEXTS[7], "--mode", "bm25", "--json")
+def test_the_command_shows_passages_with_their_sources(made, monkeypatch, capsys):
+    code, text, _ = run(monkeypatch, capsys, "ask", str(made.place), TEXTS[7], "--json")
     told = json.loads(text)
     best = told["passages"][0]
-    assert code == 0 and best["document"] == "code.jsonl#7" and len(told["passages"]) == 5
+    assert code == 0 and told["mode"] == "bm25" and best["document"] == "code.jsonl#7" and len(told["passages"]) == 5
     assert {"shard", "row_group", "begin", "end", "digest", "score", "columns"} <= best.keys()
-    code, text, _ = run(monkeypatch, capsys, "ask", str(made.place), "f7", "--top", "2")
-    assert code == 0 and text.count("characters") == 2 and "[2] " in text and "score" in text
+    code, text, _ = run(monkeypatch, capsys, "ask", str(made.place), "long document", "--top", "2")
+    assert code == 0 and text.count(", characters ") == 2 and "[2] code.jsonl#30" in text and "long document" in text
+    code, text, _ = run(monkeypatch, capsys, "ask", str(made.place), "xylophone")
+    assert (code, text) == (0, "no passage has a word of the question\n")
+
+
+def test_a_model_answers_from_the_passages_that_it_has_room_for(made, embedder, tmp_path, monkeypatch, capsys):
+    """Of five passages some, which is said; a question that has no room is an error."""
+    model = write_model(tmp_path, BASE["model"], 256)
+    ask = ["ask", str(made.place), "the long document", "--model", str(model), "--max-tokens", "8"]
+    told = json.loads(run(monkeypatch, capsys, *ask, "--json")[1])
+    answer = told["answer"]
+    assert 1 <= answer["passages_used"] < 5 == len(told["passages"]) and answer["prompt_tokens"] <= 248 and answer["tokens"] <= 8
+    code, text, _ = run(monkeypatch, capsys, *ask)
+    assert code == 0 and f"(from the first {answer['passages_used']} of 5 passages" in text and text.count("[5] ") == 1
     code, _, said = run(monkeypatch, capsys, "ask", str(made.place), "f7", "--model", str(embedder))
-    assert code == 2 and "question: the prompt has" in said  # 64 tokens are the model's whole room
-    roomy = run(monkeypatch, capsys, "ask", str(made.place), "f7", "--model", str(embedder), "--max-tokens", "1", "--json")
-    assert roomy[0] == 2
+    assert code == 2 and "question: the prompt has" in said and "the model has room for" in said
 
 
 @pytest.mark.parametrize(
