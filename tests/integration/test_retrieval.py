@@ -80,6 +80,7 @@ def test_from_an_answers_source_to_its_shard_and_record_and_without_it_once_it_i
     assert {passage["shard"] for passage in found} <= set(manifest.read(Location(without)).paths)
 
 
+@pytest.mark.slow  # a Ray of its own for each driver
 def test_a_driver_that_is_killed_goes_on_and_answers_by_meaning(dataset, tmp_path, monkeypatch, capsys):
     """By SIGKILL after its first units, with the embedder; what was finished is not done again, each passage is there once."""
     model, out = write_model(tmp_path, BASE["model"], 64), tmp_path / "index"
