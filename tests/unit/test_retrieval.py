@@ -4,6 +4,7 @@ where it lies."""
 import json
 import math
 from collections import Counter
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def write_dataset(folder: Path, texts: dict[str, str], shards: int = 2, definiti
     end, place, rows = tokens.end_id(tokenizer, END), Location(str(folder)), []
     place.join("tokenizer.json").write(definition.encode())
     for number in range(shards):
-        ids = list(texts)[number::shards]
+        ids = [id for id in texts if int(id.partition("#")[2]) % shards == number]
         encoded = tokens.encode(tokenizer, [texts[id] for id in ids], end)
         data = tokens.shard(ids, encoded, 60, np.arange(len(ids), 0, -1) * 1000 + number)
         path = f"shards/{number:05}/{hash(data) & 0xFFFFFFFF:08x}.parquet"
@@ -177,6 +178,24 @@ def test_a_new_version_of_the_dataset_is_only_its_own_work(corpus, made, embedde
     found = Index(Location(str(tmp_path / "index"))).search([TEXTS[3]], "bm25", 50)[0]
     assert found and all(passage["document"] != "code.jsonl#3" for passage in found)
     assert found == Index(Location(str(tmp_path / "fresh"))).search([TEXTS[3]], "bm25", 50)[0]
+
+
+def test_versions_that_were_replaced_long_ago_go_and_nothing_that_is_needed(corpus, tmp_path, monkeypatch):
+    """The newest version shares fragments with the one before: without a document it is whole, and so is a later one."""
+    monkeypatch.setattr(build, "LEAST", 200)
+    first = index(corpus, tmp_path / "index")
+    monkeypatch.setattr(table, "KEEP", timedelta(0))
+    gone = "code.jsonl#2"
+    less = write_dataset(tmp_path / "less", {id: text for id, text in CORPUS.items() if id != gone})
+    assert 0 < index(less, tmp_path / "index")["new"] < first["new"]
+    with pytest.raises(DataError):
+        table.open_version(Location(str(tmp_path / "index")), first["version"])
+    left = rows(tmp_path / "index")
+    assert {row["document"] for row in left} == {id for id, text in CORPUS.items() if text.strip() and id != gone}
+    assert index(less, tmp_path / "index")["new"] == 0 and rows(tmp_path / "index") == left
+    index(corpus, tmp_path / "index")
+    index(corpus, tmp_path / "whole")
+    assert rows(tmp_path / "index") == rows(tmp_path / "whole")
 
 
 def test_fragments_that_were_lost_are_made_again(corpus, tmp_path):
