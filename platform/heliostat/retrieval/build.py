@@ -120,9 +120,10 @@ def build(
     fragments = [fragment for record in records for fragment in record["fragments"]]
     if not fragments:
         raise DataError(f"{made.location}: none of its documents has a passage of text")
-    version = table.build_indices(table.commit(place, table.schema(embedder and embedder["dims"]), fragments), place)
+    columns = table.schema(embedder["dims"] if embedder else None)
+    version = table.build_indices(table.commit(place, columns, fragments), place)
     new, shards = flow.done.get("passages", 0), set(made.paths)
-    told = {
+    told: dict[str, Any] = {
         "dataset": {"location": str(made.location), "digest": made.digest, "shards": len(shards)},
         "embedder": embedder,
         "settings": settings.model_dump(),
@@ -145,13 +146,13 @@ def _passages(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Runs a task for each unit, and returns their records in the dataset's order."""
     target = flow.work.begin(max(LEAST, min(MOST, made.tokens // UNITS)))
-    definition = made.file("tokenizer.json").read().decode()
+    definition, known = made.file("tokenizer.json").read().decode(), embedder or {}
     plan = Plan(
-        made.location.uri, place.uri, definition, made.meta.get("end_of_document"), settings, embedder and embedder["folder"],
-        embedder and embedder["dims"], batch, before.record["version"] if before and embedder else None,
+        made.location.uri, place.uri, definition, made.meta.get("end_of_document"), settings, known.get("folder"),
+        known.get("dims"), batch, before.record["version"] if before and embedder else None,
     )  # fmt: skip
     shared = {"plan": flow.share(plan)}
-    follows = key(definition, plan.end, settings.model_dump(), embedder and embedder["digest"])
+    follows = key(definition, plan.end, settings.model_dump(), known.get("digest"))
 
     def task(unit: Unit) -> Task:
         return Task(key("passages", follows, unit.identity), {"unit": unit}, shared, unit.bytes)

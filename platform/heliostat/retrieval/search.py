@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,8 +20,7 @@ from heliostat.inference.batch.run import model_digest
 from heliostat.retrieval import record, table, tasks
 from heliostat.storage import Location
 
-Mode = Literal["bm25", "dense", "hybrid"]
-MODES: tuple[Mode, ...] = ("bm25", "dense", "hybrid")
+MODES = ("bm25", "dense", "hybrid")
 DEPTH = 100  # passages of each list that are fused
 RANK_CONSTANT = 60
 Passage = dict[str, Any]  # of `table.PLACE`, with `score`
@@ -47,11 +46,11 @@ class Index:
         self._embedder = embedder
 
     @property
-    def modes(self) -> tuple[Mode, ...]:
+    def modes(self) -> tuple[str, ...]:
         """Returns the ways in which the index can be searched."""
         return MODES if self.record["embedder"] else ("bm25",)
 
-    def search(self, questions: Sequence[str], mode: Mode, top: int) -> list[list[Passage]]:
+    def search(self, questions: Sequence[str], mode: str, top: int) -> list[list[Passage]]:
         """Finds at most `top` passages for each question, the best first; ConfigError if the index has no embeddings for it."""
         if mode not in self.modes:
             raise ConfigError(
