@@ -19,6 +19,7 @@ MODULES = {
                  "phonenumbers", "sklearn", "scipy", "safetensors", "identify"),
     "serve": ("watchfiles",),
     "benchmark": ("lm_eval",),
+    "retrieval": ("lance",),
     "server": ("psycopg", "flask_wtf"),
     "gcp": ("googleapiclient", "google_auth_httplib2"),
     "s3-test": ("moto",),

@@ -13,6 +13,7 @@ from heliostat.config.schema import validate
 from heliostat.curation.work import Work
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.inference.batch import engines, run, tasks
+from heliostat.inference.batch.claim import claim
 from heliostat.inference.batch.engines import Continue, Embed, Input, Score
 from heliostat.inference.batch.settings import OF_ANSWERS, Settings
 from heliostat.pipelines.text import sources
@@ -172,7 +173,7 @@ class Echo(engines.Engine):
 
 @pytest.fixture
 def echo(monkeypatch):
-    monkeypatch.setattr(tasks, "_engine", lambda *_: Echo())
+    monkeypatch.setattr(tasks, "loaded", lambda *_: Echo())
     monkeypatch.setattr(run, "LEAST", 256)
 
 
@@ -238,14 +239,14 @@ def test_answers_that_were_lost_are_made_again(echo, tmp_path):
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     place = Location(str(tmp_path / "out"))
-    run._claim(place, {"model": "a", "seed": 0})
-    run._claim(place, {"model": "a", "seed": 0})
+    claim(place, {"model": "a", "seed": 0}, "answers", "batch inference")
+    claim(place, {"model": "a", "seed": 0}, "answers", "batch inference")
     with pytest.raises(ConfigError, match=r"--out: .* holds answers of another seed \('0', not '1'\); name another folder"):
-        run._claim(place, {"model": "a", "seed": 1})
+        claim(place, {"model": "a", "seed": 1}, "answers", "batch inference")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("")
     with pytest.raises(ConfigError, match=r"--out: .*full is not empty"):
-        run._claim(Location(str(tmp_path / "full")), {})
+        claim(Location(str(tmp_path / "full")), {}, "answers", "batch inference")
 
 
 def test_a_model_that_continues_no_text_is_refused_before_ray_starts(tmp_path):

@@ -20,6 +20,8 @@ from heliostat.config import spec, workspace
 from heliostat.errors import ConfigError, MissingExtraError
 from heliostat.pipelines import ImagePipeline
 from heliostat.recipes import exported
+from heliostat.retrieval.build import index_documents
+from heliostat.retrieval.settings import Settings
 from heliostat.storage import Location
 from heliostat.tune import searchers
 from packaging.requirements import Requirement
@@ -39,6 +41,7 @@ MODULES = {  # where a distribution's module has another name, or it brings more
     "mlflow": ("mlflow", "uvicorn"),  # its server's
     "moto": ("moto", "werkzeug"),  # by its extra `server`
     "pillow": ("PIL",),
+    "pylance": ("lance",),
     "pyyaml": ("yaml",),
     "ray": ("ray", "starlette", "prometheus_client", "watchfiles"),  # the last three by its extra `serve`
     "scikit-learn": ("sklearn",),
@@ -69,6 +72,7 @@ LATE = {  # modules of the core that import what an extra brings, once `extras.r
     **{f"curation/stages/{name}.py": "curation" for name in ("detect_secrets", "fix_text", "language")},
     "curation/picturing.py": "images",
     **{f"benchmark/{name}.py": "benchmark" for name in ("checking", "sandbox", "scoring", "tasks")},
+    **{f"retrieval/{name}.py": "retrieval" for name in ("search", "table")},
 }  # fmt: skip
 
 
@@ -184,6 +188,8 @@ def test_a_missing_extra_is_one_line_that_names_it_before_anything_starts(bare, 
         check_services(job(**{"mlflow.uri": "postgresql+psycopg:///mlflow", "storage": str(tmp_path)}))
     with pytest.raises(MissingExtraError, match=LINE.format("heliostat benchmark", "benchmark")):
         Benchmark(Suite(name="x", tasks=["a"]), Location(str(tmp_path)))
+    with pytest.raises(MissingExtraError, match=LINE.format("an index of documents", "retrieval")):
+        index_documents(str(tmp_path), str(tmp_path / "index"), Settings())
     assert issubclass(MissingExtraError, ConfigError) and MissingExtraError.exit_code == 2
 
 

@@ -30,7 +30,7 @@ from heliostat.text import printable
 # isort: off
 # They register their commands, in the order in which `heliostat --help` lists those of a heading
 from heliostat.cli import init, data, curation, train, plan, chaos, inference, benchmark  # noqa: F401
-from heliostat.cli import serving, runs, audit, tune, cluster, jobs  # noqa: F401
+from heliostat.cli import retrieval, serving, runs, audit, tune, cluster, jobs  # noqa: F401
 # isort: on
 
 UsageError: Any = typer.BadParameter.__base__  # typer exports only its subclass

@@ -28,6 +28,7 @@ from heliostat.curation.progress import Progress
 from heliostat.curation.work import Work, key
 from heliostat.errors import ConfigError
 from heliostat.inference.batch import tasks
+from heliostat.inference.batch.claim import claim
 from heliostat.inference.batch.settings import Settings
 from heliostat.pipelines.prepare import InputFile
 from heliostat.pipelines.text import making, sources
@@ -38,7 +39,7 @@ from heliostat.recipes import exported
 from heliostat.storage import Location
 from heliostat.terminal import console
 
-RECORD, SETTINGS, BAD, WORK = "inference.json", "settings.json", "bad.parquet", "work"
+RECORD, BAD, WORK = "inference.json", "bad.parquet", "work"
 PIECES = 256  # of an input, about
 LEAST, MOST = 16 << 10, 1 << 20  # bytes of a piece
 
@@ -51,8 +52,8 @@ def infer(model: Path, input: str, output: str, settings: Settings, workers: int
     if getattr(exported.read(model).recipe, "kind", None) != "tokens":
         raise ConfigError(f"{model}: is no language model; `heliostat generate --prompts` draws from prompts")
     files, place = sources.listing(input), Location(output)
-    facts = {"model": {"folder": str(model), "digest": model_digest(model), **_origin(model)}, "settings": settings.model_dump()}
-    _claim(place, {"model": facts["model"]["digest"], **facts["settings"]})
+    facts = {"model": {"folder": str(model), "digest": model_digest(model), **origin(model)}, "settings": settings.model_dump()}
+    claim(place, {"model": facts["model"]["digest"], **facts["settings"]}, "answers", "batch inference")
     import torch
 
     from heliostat.cluster.connect import connect
@@ -86,31 +87,11 @@ def model_digest(folder: Path) -> str:
     return told.hexdigest()
 
 
-def _origin(folder: Path) -> dict[str, Any]:
+def origin(folder: Path) -> dict[str, Any]:
     """Returns the run and the step that the model comes from, if its folder tells."""
     if not (folder / exported.RECORD).is_file():
         return {}
     return {"origin": exported.record(folder).get("origin", {})}
-
-
-def _claim(place: Location, settings: dict[str, Any]) -> None:
-    """Writes down what the folder is for; ConfigError if it holds something else."""
-    try:
-        known = json.loads(place.join(SETTINGS).read())
-    except FileNotFoundError:
-        if place.files():
-            raise ConfigError(f"--out: {place} is not empty, and holds no batch inference; name another folder") from None
-        place.join(SETTINGS).write(json.dumps(settings).encode())
-        return
-    except ValueError as e:
-        raise ConfigError(f"--out: {place.join(SETTINGS)} is damaged; name another folder") from e
-    if changed := [name for name in settings if not isinstance(known, dict) or known.get(name) != settings[name]]:
-        name = changed[0]
-        was = known.get(name) if isinstance(known, dict) else None
-        raise ConfigError(
-            f"--out: {place} holds answers of another {name} ({str(was)[:80]!r}, not {str(settings[name])[:80]!r}); "
-            "name another folder"
-        )
 
 
 def _tasks(flow: Flow, files: list[InputFile], target: int, facts: dict[str, Any], place: Location) -> list[Task]:

@@ -44,7 +44,7 @@ def answer_piece(
     found = list(chain.from_iterable(source.read(part) for part in piece))
     documents = [item for item in found if isinstance(item, Document)]
     bad = [[item.id, item.reason, item.detail] for item in found if isinstance(item, Dropped)]
-    engine = _engine(model, settings["task"], settings["batch"], json.dumps(settings["options"], sort_keys=True))
+    engine = loaded(model, settings["task"], settings["batch"], json.dumps(settings["options"], sort_keys=True))
     answers = engine([_input(document, settings["seed"]) for document in documents])
     rows = []
     for document, answer in zip(documents, answers, strict=True):
@@ -96,7 +96,7 @@ def _write(place: Location, table: pa.Table) -> int:
 
 
 @lru_cache(maxsize=1)
-def _engine(model: str, task: str, batch: int, options: str) -> Callable[[Sequence[Input]], list[Answer]]:
+def loaded(model: str, task: str, batch: int, options: str) -> Callable[[Sequence[Input]], list[Answer]]:
     """Loads a model once in each process: it stays for the tasks to come."""
     from heliostat.inference.batch.engines import engine
 

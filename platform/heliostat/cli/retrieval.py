@@ -1,0 +1,158 @@
+"""Puts documents to work: `heliostat index-documents`, `heliostat ask`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from heliostat.cli.common import DATA, MODELS, Json, TrackingUri, app, finish, out, print_table, store_uri
+from heliostat.errors import ConfigError
+
+if TYPE_CHECKING:
+    from heliostat.retrieval.search import Index
+
+SHOWN = 600  # characters of a passage that are printed; --json has all
+
+
+@app.command("index-documents", rich_help_panel=DATA)
+def index_documents(
+    dataset: Annotated[
+        str, typer.Argument(help="A prepared dataset of text: a folder or s3:// URI", metavar="DATASET", show_default=False)
+    ],
+    to: Annotated[str, typer.Option("--out", help="The folder of the index, or s3://BUCKET/PREFIX", show_default=False)],
+    embedder: Annotated[
+        str | None, typer.Option(help="A language model that embeds the passages: as MODEL of `heliostat infer`", metavar="MODEL")
+    ] = None,
+    chunk_tokens: Annotated[int, typer.Option(help="Of a passage, at most, by the dataset's tokenizer")] = 256,
+    overlap: Annotated[int, typer.Option(help="Tokens of a passage that the next one begins with")] = 32,
+    batch: Annotated[int, typer.Option(min=1, max=4096, help="Passages that the embedder takes together")] = 16,
+    workers: Annotated[int, typer.Option(min=1, help="On a Ray of its own: as many tasks side by side")] = 2,
+    mlflow: TrackingUri = None,
+    json_: Json = False,
+) -> None:
+    """Make a dataset's documents searchable, or bring their index up to date: by words, and with --embedder by meaning too."""
+    from heliostat.config.schema import validate
+    from heliostat.retrieval import build
+    from heliostat.retrieval.settings import Settings
+
+    build.require()
+    settings = validate(Settings, {"chunk_tokens": chunk_tokens, "overlap": overlap}, "index-documents")
+    model = _resolved(embedder, mlflow)
+    made = build.index_documents(dataset, to, settings, model, batch, workers, json_)
+    if not json_:
+        _print_made(made, to)
+    finish(made, json_)
+
+
+def _resolved(model: str | None, mlflow: str | None) -> Path | None:
+    from heliostat.track.models import resolve
+
+    return resolve(model, store_uri(mlflow)) if model else None
+
+
+def _print_made(made: dict[str, Any], to: str) -> None:
+    size = f"{made['documents']:,} documents in {made['passages']:,} passages"
+    if not made["new"] and not made["added"] + made["deleted"]:
+        out.print(f"{to} is up to date: {size} of {made['dataset']['digest'][:12]}")
+        return
+    out.print(f"{to} holds {size} of {made['dataset']['digest'][:12]}: {made['added']:,} documents are new, {made['deleted']:,} "
+              f"are gone, {made['kept']:,} as before")  # fmt: skip
+    for count, what in (
+        (made["empty"], "documents have no text, and so no passage"),
+        (made["unembedded"], "passages have no embedding: the model embeds none of their tokens, or failed"),
+        (made["truncated"], "passages are longer than the embedder takes: their embeddings are of their beginnings"),
+    ):
+        if count:
+            out.print(f"  {count:,} {what}")
+
+
+@app.command(rich_help_panel=MODELS)
+def ask(
+    index: Annotated[str, typer.Argument(help="An index: a folder or s3:// URI", metavar="INDEX", show_default=False)],
+    question: Annotated[str | None, typer.Argument(help="What is asked", show_default=False)] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="A language model that answers from the passages; without one they are shown", metavar="MODEL"),
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, max=1000, help="Passages, at most")] = 5,
+    mode: Annotated[str | None, typer.Option(help="bm25 (by words; the default), dense (by meaning) or hybrid (both)")] = None,
+    questions: Annotated[
+        Path | None,
+        typer.Option(help="Instead of a question a file of them with their documents: judges the index", metavar="FILE"),
+    ] = None,
+    embedder: Annotated[
+        str | None, typer.Option(help="The embedder of the index, where it lies elsewhere now", metavar="MODEL")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of the answer, at most")] = 128,
+    mlflow: TrackingUri = None,
+    json_: Json = False,
+) -> None:
+    """Ask an index of documents: prints the passages with their sources, or a model's answer from them."""
+    from heliostat.retrieval import build
+    from heliostat.retrieval.search import MODES, Index
+    from heliostat.storage import Location
+
+    build.require()
+    if (question is None) == (questions is None):
+        raise ConfigError("question: give either one question, or a file of them with --questions")
+    if mode is not None and mode not in MODES:
+        raise ConfigError(f"--mode: {mode!r} is none of {', '.join(MODES)}")
+    opened = Index(Location(index), _resolved(embedder, mlflow))
+    if questions is not None:
+        if model is not None or mode is not None:
+            raise ConfigError(f"--{'model' if model else 'mode'}: does not go with --questions, which judges every way to search")
+        _judge(opened, questions, json_)
+        return
+    assert question is not None
+    if not question.strip():
+        raise ConfigError("question: is empty")
+    answering = _resolved(model, mlflow)
+    way = mode or "bm25"
+    (found,) = opened.search([question], way, top)
+    passages = [{**passage, "columns": opened.columns(passage["document"])} for passage in found]
+    told = {"index": index, "dataset": opened.record["dataset"], "mode": way, "question": question, "passages": passages}
+    if answering is not None and passages:
+        from heliostat.retrieval.answering import answer
+
+        told["answer"] = answer(answering, question, passages, max_tokens)
+    if not json_:
+        _print_found(told)
+    finish(told, json_)
+
+
+def _print_found(told: dict[str, Any]) -> None:
+    passages, answer = told["passages"], told.get("answer")
+    if answer:
+        out.print(answer["text"])
+        if answer["passages_used"] < len(passages) or answer["cut"]:
+            part = ", the last in part" if answer["cut"] else ""
+            out.print(f"(from the first {answer['passages_used']} of {len(passages)} passages{part}: the model has no more room)")
+        out.print("")
+    for number, passage in enumerate(passages, 1):
+        url = f" {passage['columns']['url']}" if passage["columns"].get("url") else ""
+        out.print(f"[{number}] {passage['document']}{url}", style="bold")
+        out.print(f"    score {passage['score']:.4g}, passage {passage['number']}, characters {passage['begin']:,} to "
+                  f"{passage['end']:,}, shard {passage['shard']}, row group {passage['row_group']}")  # fmt: skip
+        if not answer:
+            text = passage["text"].strip()
+            out.print(text[:SHOWN] + (" ..." if len(text) > SHOWN else "") + "\n")
+    if not passages:
+        out.print("no passage has a word of the question")
+
+
+def _judge(index: Index, file: Path, json_: bool) -> None:
+    from heliostat.retrieval import judging
+
+    told = judging.judge(index, judging.questions(file))
+    if not json_:
+        rows = [["search", *judging.MEASURES]]
+        for mode, measured in told["modes"].items():
+            rows.append([mode, *(f"{measured[name]:.3f}" for name in judging.MEASURES)])
+        for mode, over in told["over_bm25"].items():
+            rows.append([f"{mode} over bm25", *("{:+.3f} ± {:.3f}".format(*over[name]) for name in judging.MEASURES)])
+        print_table(rows)
+        unknown = f"; {told['unknown']:,} more name documents that the index does not hold" if told["unknown"] else ""
+        out.print(f"{told['questions']:,} questions{unknown}; ± is half of a 95 % interval of the difference")
+    finish(told, json_)

@@ -1,0 +1,73 @@
+"""Lets a language model answer a question from passages: the prompt has as many of them as the model has room for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from heliostat.errors import ConfigError, HeliostatError
+
+HEAD = "Answer the question from the passages, and name the numbers of those that the answer is from.\n"
+Count = Callable[[str], int]  # the tokens of a text
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Holds a prompt with its first `used` passages, the last of them in part if `cut`."""
+
+    text: str
+    tokens: int
+    used: int
+    cut: bool
+
+
+def prompt(question: str, passages: Sequence[dict[str, Any]], room: int | None, count: Count) -> Prompt:
+    """Writes the prompt of as many whole passages as fit into `room` tokens; if not even one does, of its beginning.
+
+    ConfigError if there is no room for the question.
+    """
+    texts = [passage["text"] for passage in passages]
+
+    def fits(some: Sequence[str]) -> bool:
+        return room is None or count(_write(question, passages, some)) <= room
+
+    if not fits([]):
+        needed = count(_write(question, passages, []))
+        raise ConfigError(f"question: the prompt has {needed:,} tokens without any passage, and the model has room for {room:,}")
+    used = next(n for n in range(len(texts), -1, -1) if fits(texts[:n]))
+    chosen, cut = texts[:used], False
+    if texts and not used:
+        chosen = [_beginning(texts[0], lambda text: fits([text]))]
+        cut = used = bool(chosen[0])
+    written = _write(question, passages, chosen[: int(used)])
+    return Prompt(written, count(written), int(used), bool(cut))
+
+
+def _beginning(text: str, fits: Callable[[str], bool]) -> str:
+    """Finds the longest beginning of a text that fits, by bisection."""
+    low, high = 0, len(text)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(text[:middle]) else (low, middle - 1)
+    return text[:low]
+
+
+def _write(question: str, passages: Sequence[dict[str, Any]], texts: Sequence[str]) -> str:
+    told = [f"\n[{n}] {p['document']}\n{text.strip()}\n" for n, (p, text) in enumerate(zip(passages, texts, strict=False), 1)]
+    return f"{HEAD}{''.join(told)}\nQuestion: {question}\nAnswer:"
+
+
+def answer(model: Path, question: str, passages: Sequence[dict[str, Any]], max_tokens: int) -> dict[str, Any]:
+    """Answers a question with the likeliest words of a model; HeliostatError if it cannot."""
+    from heliostat.inference.batch.engines import Continue, Input
+
+    engine = Continue(model, 1, {"max_tokens": max_tokens, "temperature": 0})
+    room = None if engine.longest is None else engine.longest - max_tokens
+    asked = prompt(question, passages, room, lambda text: len(engine.encode(text)))
+    (made,) = engine([Input(asked.text, 0)])
+    if made.bad:
+        raise HeliostatError(f"{model}: cannot answer ({made.bad}: {made.detail})")
+    facts = {"prompt_tokens": asked.tokens, "passages_used": asked.used, "cut": asked.cut}
+    return {"text": made.values["answer"].strip(), "tokens": made.values["tokens"], "finish": made.values["finish"], **facts}

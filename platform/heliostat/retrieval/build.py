@@ -1,0 +1,189 @@
+"""Builds an index of a prepared dataset of text, on Ray: `heliostat index-documents DATASET --out INDEX`.
+
+    INDEX/passages.lance     the passages with their places, embeddings and full-text index; a version for each that was built
+    INDEX/files/ends-*       the dataset's record of its documents, from which their columns are looked up
+    INDEX/index.json         written last: dataset, embedder, settings, counts, and the version that they are of
+    INDEX/work               what finished units have done, by the keys of what their passages follow from
+
+A unit (row groups of a shard) is a task, whose fragments a version lists once. A run that is killed goes on behind its last
+finished unit; a new version of the dataset is the work of its new shards, where texts whose embeddings are known keep them. What
+is not in the new version of the dataset is not in the new version of the table.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from heliostat import extras
+from heliostat.curation.flow import Flow, Task
+from heliostat.curation.progress import Progress
+from heliostat.curation.work import Work, key
+from heliostat.data.manifest import Manifest
+from heliostat.errors import ConfigError, DataError
+from heliostat.inference.batch.claim import claim
+from heliostat.inference.batch.run import model_digest, origin
+from heliostat.pipelines.watching import Watch
+from heliostat.recipes import exported
+from heliostat.retrieval import table
+from heliostat.retrieval.record import RECORD, read
+from heliostat.retrieval.settings import Settings
+from heliostat.retrieval.tasks import Plan, index_unit
+from heliostat.retrieval.units import Unit, open_text, units
+from heliostat.storage import Location
+from heliostat.terminal import console
+
+log = logging.getLogger(__name__)
+
+WORK = "work"
+UNITS = 256  # of a dataset, about
+LEAST, MOST = 1 << 16, 1 << 22  # tokens of a unit
+COUNTS = ("documents", "passages", "empty", "embedded", "truncated", "unembedded")
+
+
+def index_documents(
+    dataset: str, output: str, settings: Settings, embedder: Path | None = None, batch: int = 16, workers: int = 2,
+    quiet: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Builds the index, or brings it up to date; returns what `index.json` says, and `new`, the units that were done.
+
+    ConfigError before anything starts if the dataset holds no text, the embedder is no language model, or the output holds
+    something else.
+    """
+    require()
+    made, place = open_text(Location(dataset)), Location(output)
+    about = describe(embedder) if embedder else None
+    place.probe()
+    claim(place, {"embedder": about and about["digest"], **settings.model_dump()}, "an index", "index of documents")
+    before = what_was(place)
+    if before and before.record["dataset"]["digest"] == made.digest:
+        return {**before.record, "added": 0, "deleted": 0, "new": 0}
+    import torch
+
+    from heliostat.cluster.connect import connect
+
+    connect(cpus=workers, gpus=torch.cuda.device_count() if embedder else 0)
+    with Watch(console, f"indexing {dataset}", quiet) as watch:
+        flow = Flow(Work(place.join(WORK)), progress=Progress(watch.show))
+        return build(flow, made, place, settings, about, before, batch)
+
+
+@dataclass(frozen=True)
+class Before:
+    """Holds what the index was: its record, and the keys of its documents."""
+
+    record: dict[str, Any]
+    keys: np.ndarray
+
+
+def what_was(place: Location) -> Before | None:
+    """Reads what the index was; None if there was none, or a part of it is lost: then all is built anew, as a warning says."""
+    if not place.join(RECORD).exists():
+        return None
+    found = read(place)
+    try:
+        return Before(found, table.document_keys(place, table.open_version(place, found["version"])))
+    except DataError as e:
+        log.warning("%s; it is built anew", e)
+        return None
+
+
+def require() -> None:
+    """Checks that Lance is installed: MissingExtraError if not."""
+    extras.require("retrieval", "lance", what="an index of documents")
+
+
+def describe(embedder: Path) -> dict[str, Any]:
+    """Describes the embedder: folder, digest, origin, and `dims` of its embeddings; ConfigError if it is no language model."""
+    from transformers import AutoConfig
+
+    if getattr(exported.read(embedder).recipe, "kind", None) != "tokens":
+        raise ConfigError(f"--embedder: {embedder}: is no language model")
+    with exported.using(embedder):
+        dims = AutoConfig.from_pretrained(embedder).get_text_config().hidden_size
+    return {"folder": str(embedder), "digest": model_digest(embedder), "dims": dims, **origin(embedder)}
+
+
+def build(
+    flow: Flow, made: Manifest, place: Location, settings: Settings, embedder: dict[str, Any] | None,
+    before: Before | None, batch: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Makes the passages by tasks of a flow, commits them as a version, and writes what it is to `index.json`."""
+    began = time.time()
+    records = _passages(flow, made, place, settings, embedder, before, batch)
+    fragments = [fragment for record in records for fragment in record["fragments"]]
+    if not fragments:
+        raise DataError(f"{made.location}: none of its documents has a passage of text")
+    columns = table.schema(embedder["dims"] if embedder else None)
+    version = table.build_indices(table.commit(place, columns, fragments), place)
+    new, shards = flow.done.get("passages", 0), set(made.paths)
+    told: dict[str, Any] = {
+        "dataset": {"location": str(made.location), "digest": made.digest, "shards": len(shards)},
+        "embedder": embedder,
+        "settings": settings.model_dump(),
+        **{name: sum(record.get(name, 0) for record in records) for name in COUNTS},
+        **_changes(place, version, before),
+        "version": version.version,
+        "ends": _ends(made, place),
+        "seconds": round(time.time() - began, 1),
+        "cpu_seconds": round(sum(record["seconds"] for record in records), 1),
+    }
+    place.join(RECORD).write(json.dumps(told, indent=1).encode())
+    _forget_others(place, told["ends"])
+    table.clean(version)
+    return {**told, "new": new}
+
+
+def _passages(
+    flow: Flow, made: Manifest, place: Location, settings: Settings, embedder: dict[str, Any] | None,
+    before: Before | None, batch: int,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Runs a task for each unit, and returns their records in the dataset's order."""
+    target = flow.work.begin(max(LEAST, min(MOST, made.tokens // UNITS)))
+    definition, known = made.file("tokenizer.json").read().decode(), embedder or {}
+    plan = Plan(
+        made.location.uri, place.uri, definition, made.meta.get("end_of_document"), settings, known.get("folder"),
+        known.get("dims"), batch, before.record["version"] if before and embedder else None,
+    )  # fmt: skip
+    shared = {"plan": flow.share(plan)}
+    follows = key(definition, plan.end, settings.model_dump(), known.get("digest"))
+
+    def task(unit: Unit) -> Task:
+        return Task(key("passages", follows, unit.identity), {"unit": unit}, shared, unit.bytes)
+
+    there = {name for name, _ in place.join(table.NAME).files()}
+
+    def whole(record: dict[str, Any]) -> bool:
+        return all(name in there for fragment in record["fragments"] for name in table.files(fragment))
+
+    return flow.all("passages", index_unit, (task(unit) for unit in units(made, target)), valid=whole, pooled=bool(embedder))
+
+
+def _changes(place: Location, version: Any, before: Before | None) -> dict[str, int]:
+    """Counts the documents with passages that came, went and stayed since the version before."""
+    now, was = table.document_keys(place, version), before.keys if before else np.zeros(0, np.int64)
+    kept = len(np.intersect1d(now, was, assume_unique=True))
+    return {"added": len(now) - kept, "deleted": len(was) - kept, "kept": kept}
+
+
+def _ends(made: Manifest, place: Location) -> list[list[str]]:
+    """Copies the dataset's record of its documents, if it has one; returns its files as the dataset lists them."""
+    listed = made.meta.get("curation", {}).get("ends", [])
+    there = {f"files/{name}" for name, _ in place.join("files").files()}
+    for _, path in listed:
+        if path not in there:  # its name says what is in it
+            place.join(path).write(made.location.join(path).read())
+    return listed
+
+
+def _forget_others(place: Location, ends: list[list[str]]) -> None:
+    """Deletes the records of earlier versions' documents."""
+    for name, _ in place.join("files").files():
+        if f"files/{name}" not in {path for _, path in ends}:
+            place.join("files", name).delete()

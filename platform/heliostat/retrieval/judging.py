@@ -1,0 +1,96 @@
+"""Judges an index by questions whose documents are known: recall and nDCG of each way to search it.
+
+A question has one right document or several. Passages are ranked, and a document has the rank of its best passage. recall@k is
+the share of the right documents among the first k, nDCG@k counts them by 1 / log2(1 + rank), as a share of the best possible.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from heliostat.errors import ConfigError
+from heliostat.retrieval.search import DEPTH, Index, Passage, fuse
+
+CUTS = (1, 5, 10)
+MEASURES = (*(f"recall@{k}" for k in CUTS), "ndcg@10", "mrr")
+Z = 1.96  # of a 95 % interval
+
+
+def questions(file: Path) -> list[tuple[str, set[str]]]:
+    """Reads a `.jsonl` file of (question, its documents); ConfigError that names the line that is none."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"--questions: {file} cannot be read ({e})") from e
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            named = row["document"]
+            right = {named} if isinstance(named, str) else set(named)
+            if not row["question"].strip() or not right or not all(isinstance(one, str) for one in right):
+                raise ValueError
+        except (ValueError, TypeError, KeyError, AttributeError) as e:
+            form = '{"question": "...", "document": ID or [ID, ...]}'
+            raise ConfigError(f"--questions: {file}, line {number}: is not {form}") from e
+        found.append((row["question"], right))
+    if not found:
+        raise ConfigError(f"--questions: {file} has no question")
+    return found
+
+
+def judge(index: Index, asked: Sequence[tuple[str, set[str]]]) -> dict[str, Any]:
+    """Measures each way to search the index; `over_bm25`: mean differences to BM25, and halves of their 95 % intervals.
+
+    Questions about documents that the index does not hold are left out, and counted as `unknown`; ConfigError if all are.
+    """
+    held = index.holding({document for _, right in asked for document in right})
+    known = [(question, right) for question, right in asked if right <= held]
+    if not known:
+        raise ConfigError(f"--questions: {index.place} holds no document that a question names, such as {min(asked[0][1])!r}")
+    texts = [question for question, _ in known]
+    found = {mode: index.search(texts, mode, DEPTH) for mode in index.modes if mode != "hybrid"}
+    if "hybrid" in index.modes:
+        found["hybrid"] = [fuse(both) for both in zip(found["bm25"], found["dense"], strict=True)]
+    values = {
+        mode: [measures(ranks(passages, right), len(right)) for passages, (_, right) in zip(lists, known, strict=True)]
+        for mode, lists in found.items()
+    }
+    modes = {mode: {name: _mean([one[name] for one in each]) for name in MEASURES} for mode, each in values.items()}
+    over = {
+        mode: {name: _interval([a[name] - b[name] for a, b in zip(each, values["bm25"], strict=True)]) for name in MEASURES}
+        for mode, each in values.items()
+        if mode != "bm25"
+    }
+    return {"questions": len(known), "unknown": len(asked) - len(known), "modes": modes, "over_bm25": over}
+
+
+def ranks(found: Sequence[Passage], right: set[str]) -> list[int]:
+    """Returns the ranks, from 1, of the right documents among those of the passages."""
+    documents = dict.fromkeys(passage["document"] for passage in found)
+    return [rank for rank, document in enumerate(documents, 1) if document in right]
+
+
+def measures(ranks: Sequence[int], right: int) -> dict[str, float]:
+    """Computes the measures of one question, whose right documents have these ranks."""
+    best = sum(1 / math.log2(1 + rank) for rank in range(1, min(right, 10) + 1))
+    return {
+        **{f"recall@{k}": sum(rank <= k for rank in ranks) / right for k in CUTS},
+        "ndcg@10": sum(1 / math.log2(1 + rank) for rank in ranks if rank <= 10) / best,
+        "mrr": max((1 / rank for rank in ranks), default=0.0),
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _interval(values: Sequence[float]) -> list[float]:
+    """Returns the mean, and half of its 95 % interval."""
+    mean = _mean(values)
+    spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / max(1, len(values) - 1))
+    return [mean, Z * spread / math.sqrt(len(values))]

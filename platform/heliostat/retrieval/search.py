@@ -1,0 +1,113 @@
+"""Finds passages for a question: by words (BM25), by embeddings (the nearest by cosine), or by both, fused by their ranks.
+
+Reciprocal rank fusion (Cormack et al. 2009): a passage's score is the sum of 1 / (60 + its rank) over the lists that it is in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from heliostat.curation import reasons
+from heliostat.data.manifest import SCHEMA, Manifest
+from heliostat.errors import ConfigError
+from heliostat.inference.batch.run import model_digest
+from heliostat.retrieval import record, table, tasks
+from heliostat.storage import Location
+
+MODES = ("bm25", "dense", "hybrid")
+DEPTH = 100  # passages of each list that are fused
+RANK_CONSTANT = 60
+Passage = dict[str, Any]  # of `table.PLACE`, with `score`
+
+
+def fuse(lists: Sequence[Sequence[Passage]]) -> list[Passage]:
+    """Fuses ranked lists by reciprocal rank; of passages with equal scores those of the first list come first."""
+    found, scores = dict[tuple[str, str, int], Passage](), dict[tuple[str, str, int], float]()
+    for ranked in lists:
+        for rank, passage in enumerate(ranked, 1):
+            name = (passage["shard"], passage["document"], passage["number"])
+            found.setdefault(name, passage)
+            scores[name] = scores.get(name, 0.0) + 1 / (RANK_CONSTANT + rank)
+    return [{**found[name], "score": scores[name]} for name in sorted(found, key=lambda n: -scores[n])]
+
+
+class Index:
+    """Opens an index to search it; with the embedder, if that is given instead of the one that the index names."""
+
+    def __init__(self, place: Location, embedder: Path | None = None) -> None:
+        self.place, self.record = place, record.read(place)
+        self.table = table.open_version(place, self.record["version"])
+        self._embedder = embedder
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """Returns the ways in which the index can be searched."""
+        return MODES if self.record["embedder"] else ("bm25",)
+
+    def search(self, questions: Sequence[str], mode: str, top: int) -> list[list[Passage]]:
+        """Finds at most `top` passages for each question, the best first; ConfigError if the index has no embeddings for it."""
+        if mode not in self.modes:
+            raise ConfigError(
+                f"--mode {mode}: {self.place} has no embeddings; make an index with --embedder MODEL, or ask with --mode bm25"
+            )
+        depth = top if mode != "hybrid" else max(top, DEPTH)
+        words = [self._by_words(question, depth) for question in questions] if mode != "dense" else []
+        near = [self._nearest(vector, depth) for vector in self._vectors(questions)] if mode != "bm25" else []
+        if mode != "hybrid":
+            return words or near
+        return [fuse(both)[:top] for both in zip(words, near, strict=True)]
+
+    def columns(self, document: str) -> dict[str, Any]:
+        """Returns the columns of a document, such as its url, that the dataset keeps."""
+        if not self.record["ends"]:
+            return {}
+        kept = Manifest(self.place, SCHEMA.empty_table(), {"curation": {"ends": self.record["ends"]}})
+        return next((row["columns"] for row in reasons.end_of(kept, document)), {})
+
+    def holding(self, documents: set[str]) -> set[str]:
+        """Returns those of the documents that the index has passages of; reads the ids of all."""
+
+        def found() -> set[str]:
+            batches = self.table.to_batches(columns=["document"], filter="number = 0")
+            return {id for batch in batches for id in batch["document"].to_pylist() if id in documents}
+
+        return table.read(self.place, found)
+
+    def _by_words(self, question: str, top: int) -> list[Passage]:
+        from lance.query import MatchQuery
+
+        return self._ranked("_score", lambda s: s, full_text_query=MatchQuery(question, "text"), limit=top)
+
+    def _nearest(self, vector: np.ndarray, top: int) -> list[Passage]:
+        nearest = {"column": "embedding", "q": vector, "k": top, "metric": "cosine"}
+        return self._ranked("_distance", lambda d: 1 - d, nearest=nearest)
+
+    def _ranked(self, column: str, score: Callable[[float], float], **search: Any) -> list[Passage]:
+        """Runs a search, and orders what it finds by score, then by place."""
+        find: Callable[[], pa.Table] = partial(self.table.to_table, columns=[*table.PLACE, column], **search)
+        rows = table.read(self.place, find).to_pylist()
+        found = [{**{name: row[name] for name in table.PLACE}, "score": score(row[column])} for row in rows]
+        return sorted(found, key=lambda p: (-p["score"], p["document"], p["number"]))
+
+    def _vectors(self, questions: Sequence[str]) -> list[np.ndarray]:
+        vectors, _ = tasks.embed(str(self._model()), questions, 16)
+        for question, vector in zip(questions, vectors, strict=True):
+            if vector is None:
+                raise ConfigError(f"question: {question[:80]!r} has no token that the embedder knows; ask with --mode bm25")
+        return [vector for vector in vectors if vector is not None]
+
+    def _model(self) -> Path:
+        """Finds the embedder's folder; ConfigError if it is not there, or holds another model."""
+        known = self.record["embedder"]
+        folder = self._embedder or Path(known["folder"])
+        if not folder.is_dir():
+            raise ConfigError(f"--embedder: {folder}, which {self.place} was made with, is not there; name its folder")
+        if model_digest(folder) != known["digest"]:
+            raise ConfigError(f"--embedder: {folder} is not the model {known['digest'][:12]} that {self.place} was made with")
+        return folder

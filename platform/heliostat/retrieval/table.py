@@ -1,0 +1,154 @@
+"""Keeps an index's passages in a Lance table, in the index's folder: a version of it is a list of fragments, committed at once.
+
+Workers write fragments, which belong to no version until one lists them. A version is never changed, and a reader opens the one
+that `index.json` names, so that it sees a whole one, whatever is being written beside it. Lance is imported when it is used:
+threads that it starts do not survive a fork.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from heliostat import s3_options
+from heliostat.errors import DataError, StorageError
+from heliostat.storage import Location, retry_budget
+from heliostat.text import brief
+
+T = TypeVar("T")
+os.environ.setdefault("LANCE_LOG", "error")  # it says that it makes a table, at each fragment
+
+NAME = "passages.lance"
+FORMAT = "2.1"  # of its files: those of one version have one
+FIELDS = [
+    ("document", pa.string()),  # its id
+    ("document_key", pa.int64()),  # follows from its id and its text
+    ("number", pa.int32()),  # of the passage in its document, from 0
+    ("begin", pa.int64()),  # characters of the document
+    ("end", pa.int64()),
+    ("shard", pa.string()),
+    ("row_group", pa.int32()),  # in which the document begins
+    ("digest", pa.string()),  # the first 32 hex digits of the SHA-256 of the text
+    ("text", pa.string()),
+]
+PLACE = [name for name, _ in FIELDS if name != "document_key"]
+INDEX_MIB = 1024  # of memory, in which a full-text index is built
+KEEP = timedelta(days=1)  # for which a replaced version stays, for those who read it
+LOOKED_UP = 1000  # digests at a time
+
+
+def schema(dims: int | None) -> pa.Schema:
+    """Returns the columns of the passages, with embeddings of `dims` numbers if there are any."""
+    return pa.schema(FIELDS + ([("embedding", pa.list_(pa.float32(), dims))] if dims else []))
+
+
+def address(index: Location) -> dict[str, Any]:
+    """Returns what Lance's functions call `uri` and `storage_options` of an index's table."""
+    place = index.join(NAME)
+    if not place.is_s3:
+        return {"uri": place.path, "storage_options": None}
+    options = s3_options.resolve(place.query)
+    told = {"aws_region": options.region, "client_retry_timeout": str(max(1, int(retry_budget())))}
+    if options.url:
+        told |= {"aws_endpoint": options.url, "allow_http": str(options.scheme == "http").lower()}
+    if options.anonymous:
+        told["aws_skip_signature"] = "true"
+    return {"uri": f"s3://{place.path}", "storage_options": told}
+
+
+def write(index: Location, passages: pa.Table) -> list[dict[str, Any]]:
+    """Writes passages as fragments that belong to no version yet; returns their descriptions, JSON values."""
+    from lance.fragment import write_fragments
+
+    where = address(index)
+    place = index.join(NAME)
+    made = place.attempt(
+        lambda: write_fragments(
+            passages, where["uri"], mode="overwrite", data_storage_version=FORMAT, storage_options=where["storage_options"]
+        )
+    )
+    return [fragment.to_json() for fragment in made]
+
+
+def files(fragment: dict[str, Any]) -> list[str]:
+    """Lists the files of a fragment, as paths in the table's folder."""
+    return [f"data/{file['path']}" for file in fragment["files"]]
+
+
+def commit(index: Location, columns: pa.Schema, fragments: list[dict[str, Any]]) -> Any:
+    """Makes a version of these fragments and returns it, open."""
+    import lance
+
+    where, listed = address(index), [lance.FragmentMetadata.from_json(json.dumps(one)) for one in fragments]
+    operation = lance.LanceOperation.Overwrite(columns, listed)
+    place = index.join(NAME)
+    return place.attempt(lambda: lance.LanceDataset.commit(where["uri"], operation, storage_options=where["storage_options"]))
+
+
+def build_indices(table: Any, place: Location) -> Any:
+    """Builds the full-text index of a version, and with embeddings one of the digests; returns the version that has them.
+
+    Words are found by Unicode's rules in any script, and split at a `_` or `.`; English ones are taken without endings.
+    """
+    place.attempt(
+        lambda: table.create_scalar_index(
+            "text", "INVERTED", base_tokenizer="icu/split", language="English", stem=True, remove_stop_words=False,
+            with_position=False, memory_limit=INDEX_MIB,
+        )
+    )  # fmt: skip
+    if "embedding" in table.schema.names:
+        place.attempt(lambda: table.create_scalar_index("digest", "BTREE"))
+    return table
+
+
+def open_version(index: Location, version: int) -> Any:
+    """Opens a version; DataError if it is not there any more."""
+    import lance
+
+    where = address(index)
+    return read(index, lambda: lance.dataset(where["uri"], version=version, storage_options=where["storage_options"]))
+
+
+def read(index: Location, operation: Callable[[], T]) -> T:
+    """Runs an operation that reads the table; DataError if a part of it is missing, StorageError if the store fails."""
+    place = index.join(NAME)
+    try:
+        return place.attempt(operation)
+    except (ValueError, FileNotFoundError) as e:  # Arrow passes on as ValueError what Lance raises while it reads
+        if isinstance(e, ValueError) and "not found" not in str(e).lower():
+            raise StorageError(f"{place}: cannot be read ({brief(e)})") from e
+        raise DataError(f"{place}: a part of it is missing ({brief(e)}); run `heliostat index-documents` again") from e
+
+
+def clean(table: Any) -> None:
+    """Deletes versions that were replaced more than a day ago, with the files that no other has."""
+    table.cleanup_old_versions(older_than=KEEP)
+
+
+def embeddings(index: Location, version: int, digests: list[str]) -> dict[str, np.ndarray]:
+    """Looks up the embeddings of texts that a version has already, by digest."""
+    table, found = open_version(index, version), dict[str, np.ndarray]()
+    for start in range(0, len(digests), LOOKED_UP):
+        told = ", ".join(f"'{digest}'" for digest in digests[start : start + LOOKED_UP])
+        wanted = {"columns": ["digest", "embedding"], "filter": f"digest IN ({told}) AND embedding IS NOT NULL"}
+        rows = read(index, partial(table.to_table, **wanted))
+        values = rows["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(len(rows), -1)
+        found |= zip(rows["digest"].to_pylist(), values, strict=True)
+    return found
+
+
+def document_keys(index: Location, table: Any) -> np.ndarray:
+    """Returns the keys of a version's documents, sorted."""
+
+    def parts() -> list[np.ndarray]:
+        found = table.to_batches(columns=["document_key"], filter="number = 0")
+        return [batch["document_key"].to_numpy(zero_copy_only=False) for batch in found]
+
+    return np.unique(np.concatenate([np.zeros(0, np.int64), *read(index, parts)]))

@@ -1,0 +1,124 @@
+"""Divides a prepared dataset of text into units of work, and reads a unit's documents back from its shard, with their places."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
+
+from heliostat.data import manifest, shard
+from heliostat.data.manifest import Manifest
+from heliostat.errors import ConfigError, DataError
+from heliostat.storage import Location
+from heliostat.text import brief
+
+
+@dataclass(frozen=True)
+class Group:
+    """Describes a row group of a shard, as the manifest lists it."""
+
+    number: int
+    content: str
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Describes row groups of one shard that no document leaves."""
+
+    path: str
+    footer: str
+    groups: tuple[Group, ...]
+    bytes: int
+
+    @property
+    def identity(self) -> list[object]:
+        """Returns what the unit's passages follow from, as JSON values."""
+        return [self.path, self.footer, [astuple(group) for group in self.groups]]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Holds a document's tokens, without the one that ends it, and the row group that it begins in."""
+
+    id: str
+    row_group: int
+    tokens: np.ndarray
+
+
+def open_text(place: Location) -> Manifest:
+    """Opens a prepared dataset; ConfigError if it holds no text."""
+    made = manifest.read(place)
+    if made.kind != "tokens":
+        raise ConfigError(
+            f"{place}: holds {made.kind!r}, not text; `heliostat index-documents` takes a dataset of a text pipeline"
+        )
+    return made
+
+
+def units(made: Manifest, target: int) -> Iterator[Unit]:
+    """Yields the dataset's units of about `target` tokens, in its order.
+
+    Row groups that share a document have one place; those whose places are not known stay together with all of their shard.
+    """
+    rows = made.chunks.select(["path", "row_group", "footer", "content", "place", "tokens", "bytes"]).to_pylist()
+    held, tokens = list[dict](), 0
+    for row in rows:
+        other = held and row["path"] != held[-1]["path"]
+        if held and (other or (tokens >= target and row["place"] != held[-1]["place"] and row["place"] >= 0)):
+            yield _unit(held)
+            held, tokens = [], 0
+        held.append(row)
+        tokens += row["tokens"]
+    if held:
+        yield _unit(held)
+
+
+def _unit(rows: list[dict]) -> Unit:
+    groups = tuple(Group(row["row_group"], row["content"]) for row in rows)
+    return Unit(rows[0]["path"], rows[0]["footer"], groups, sum(row["bytes"] for row in rows))
+
+
+def documents(dataset: Location, unit: Unit, end: int | None) -> Iterator[Found]:
+    """Yields the unit's documents: rows are joined up to the token `end`, or, if it is None, while they have one name."""
+    held, id, at = list[np.ndarray](), "", -1
+    for group in unit.groups:
+        for name, row in _rows(dataset.join(unit.path), group, unit.footer):
+            if held and name != id:
+                yield _document(id, at, held, end)
+                held = []
+            id, at = name, at if held else group.number
+            held.append(row)
+            if end is not None and len(row) and row[-1] == end:
+                yield _document(id, at, held, end)
+                held = []
+    if held:
+        yield _document(id, at, held, end)
+
+
+def _document(id: str, at: int, rows: list[np.ndarray], end: int | None) -> Found:
+    tokens = np.concatenate(rows)
+    return Found(id, at, tokens[:-1] if end is not None and len(tokens) and tokens[-1] == end else tokens)
+
+
+def _rows(place: Location, group: Group, footer: str) -> list[tuple[str, np.ndarray]]:
+    """Reads a row group's (name of the document, tokens), held against the manifest's digests; DataError if it is damaged."""
+
+    def get() -> tuple[pa.Table, pa.Table]:
+        with place.fs.open_input_file(place.path) as file:
+            names = shard.read_group(file, group.number, "document", footer, "")
+            return names, shard.read_group(file, group.number, "tokens", footer, group.content)
+
+    try:
+        names, tokens = place.attempt(get)
+    except FileNotFoundError as e:
+        raise DataError(f"{place}: the shard is missing; put it back, or prepare the dataset again") from e
+    except (pa.ArrowException, OSError, KeyError, ValueError) as e:
+        told = f"{place}: row group {group.number} cannot be read with its documents' ids ({brief(e)})"
+        raise DataError(f"{told}; prepare the dataset again") from e
+    lists = tokens["tokens"].combine_chunks()
+    flat, offsets = lists.values.to_numpy(zero_copy_only=False), lists.offsets.to_numpy()
+    rows = [flat[a:b] for a, b in pairwise(offsets.tolist())]
+    return list(zip(names["document"].to_pylist(), rows, strict=True))

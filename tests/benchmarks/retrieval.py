@@ -1,0 +1,114 @@
+"""Judges retrieval by questions that are made from the corpus: recall, nDCG and MRR by words, embeddings, and both. By hand:
+
+    python tests/benchmarks/retrieval.py FOLDER [--embedder MODEL] [--questions 2000] [--kind functions]
+
+functions: each function of Python's standard library is a document, without its docstring, whose first sentence is the question.
+sections: each section of heliostat's own documentation is a document, without its title, which is the question.
+
+FOLDER keeps the corpus, the dataset and the index, so another embedder costs its embeddings only.
+The numbers are in docs/benchmarks/retrieval.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import random
+import re
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+from heliostat.inference.batch.run import model_digest
+from heliostat.pipelines.prepare import prepare
+from heliostat.retrieval import build, judging
+from heliostat.retrieval.search import Index
+from heliostat.retrieval.settings import Settings
+from heliostat.storage import Location
+
+LEAST_WORDS = 4  # of a question
+ROOT = Path(__file__).parents[2]
+
+
+def functions() -> Iterator[tuple[str, str]]:
+    """Yields (question, document): the first sentence of a docstring, or "", and the function without its docstring."""
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
+        if {"site-packages", "test", "tests", "idlelib", "lib2to3"} & set(path.parts):
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+            tree = ast.parse(text)
+        except (SyntaxError, UnicodeDecodeError):
+            continue
+        lines = text.splitlines(keepends=True)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (node.end_lineno or 0) - node.lineno >= 3:
+                yield _function(node, lines)
+
+
+def _function(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> tuple[str, str]:
+    docstring, first = ast.get_docstring(node) or "", node.body[0]
+    begin, end = node.lineno - 1, node.end_lineno
+    if not docstring:
+        return "", "".join(lines[begin:end])
+    body = "".join(lines[begin : first.lineno - 1] + lines[first.end_lineno : end])
+    sentence = re.split(r"(?<=[.!?])\s|\n\s*\n", docstring.strip())[0]
+    return " ".join(sentence.split()), body
+
+
+def sections() -> Iterator[tuple[str, str]]:
+    """Yields (question, document) of each section: its title, and its text."""
+    for path in sorted((ROOT / "docs").rglob("*.md")):
+        for part in re.split(r"(?m)^(?=#+ )", path.read_text(encoding="utf-8")):
+            title, _, body = part.partition("\n")
+            if len(body.split()) >= 20:
+                yield title.strip("# ").strip(), body
+
+
+def make(folder: Path, kind: str, most: int) -> None:
+    """Writes the corpus, the questions and the dataset."""
+    pairs = list({"functions": functions, "sections": sections}[kind]())
+    once = [pair for pair in {body: (question, body) for question, body in pairs}.values() if len(pair[1].split()) >= 8]
+    (folder / "in").mkdir(parents=True, exist_ok=True)
+    (folder / "in" / "all.jsonl").write_text("".join(json.dumps({"text": body}) + "\n" for _, body in once))
+    least = LEAST_WORDS if kind == "functions" else 1
+    asked = [{"question": q, "document": f"all.jsonl#{n}"} for n, (q, _) in enumerate(once, 1) if len(q.split()) >= least]
+    chosen = random.Random(0).sample(asked, min(most, len(asked)))
+    (folder / "questions.jsonl").write_text("".join(json.dumps(one) + "\n" for one in chosen))
+    pipeline = {"name": kind, "pipeline": "heliostat.pipelines:TextPipeline", "input": str(folder / "in"),
+                "output": str(folder / "data"), "tokenizer": {"vocab_size": 2048}, "chunk_tokens": 65536}  # fmt: skip
+    (folder / "pipeline.yaml").write_text(yaml.safe_dump(pipeline))
+    prepare(folder / "pipeline.yaml", [])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--embedder", type=Path)
+    parser.add_argument("--questions", type=int, default=2000)
+    parser.add_argument("--kind", choices=["functions", "sections"], default="functions")
+    given = parser.parse_args()
+    if not (given.folder / "data").exists():
+        make(given.folder, given.kind, given.questions)
+    out = given.folder / (f"index-{model_digest(given.embedder)[:8]}" if given.embedder else "index")
+    made = build.index_documents(str(given.folder / "data"), str(out), Settings(), given.embedder)
+    size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file() and "work" not in p.parts)
+    print(
+        f"{made['documents']:,} documents, {made['passages']:,} passages, {size / 1e6:.1f} MB; {made['cpu_seconds']} s of tasks"
+    )
+    began, asked = time.process_time(), judging.questions(given.folder / "questions.jsonl")
+    told = judging.judge(Index(Location(str(out))), asked)
+    each = (time.process_time() - began) / len(asked) * 1e3
+    print(f"{told['questions']:,} questions, {told['unknown']} unknown, {each:.0f} ms of processor time each")
+    print(f"\n| search | {' | '.join(judging.MEASURES)} |\n|---|{'---:|' * len(judging.MEASURES)}")
+    for mode, measured in told["modes"].items():
+        print(f"| {mode} | {' | '.join(f'{measured[name]:.3f}' for name in judging.MEASURES)} |")
+    for mode, over in told["over_bm25"].items():
+        print(f"| {mode} over bm25 | {' | '.join('{:+.3f} ± {:.3f}'.format(*over[name]) for name in judging.MEASURES)} |")
+
+
+if __name__ == "__main__":
+    main()
