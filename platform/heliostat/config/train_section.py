@@ -106,10 +106,16 @@ class Train(Strict):
     deepspeed: dict[str, Any] = {}
     """DeepSpeed's own settings of speed and memory, merged over what the keys above make. Which:
     docs/job.md#deepspeeds-own-keys"""
-    activation_checkpointing: bool = False
-    """Computes activations again in the backward pass, which trades time for memory."""
+    activation_checkpointing: bool | Count = False
+    """Computes activations again in the backward pass, which trades time for memory. A number: those of the first so many layers.
+    See docs/job.md#activation-checkpointing"""
+    activation_offload: bool = False
+    """Keeps the inputs of checkpointed layers in host memory until the backward pass. See docs/job.md#activation-checkpointing"""
     tiled_loss: bool = False
     """Computes logits and their loss a tile of tokens at a time, so that never all logits exist. See docs/job.md#tiled-loss"""
+    tiled_mlp: bool = False
+    """Computes the MLP of each layer a tile of tokens at a time, and again in the backward pass, so that never all of its inside
+    exists. See docs/job.md#tiled-mlp"""
     compile: bool = False
     """Runs the model through `torch.compile`."""
     cpu_kernels: bool = True
