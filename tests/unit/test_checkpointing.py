@@ -79,7 +79,7 @@ def test_layers_that_take_their_input_by_name_are_refused(monkeypatch):
 
     call = LlamaDecoderLayer.__call__
     monkeypatch.setattr(LlamaDecoderLayer, "__call__", lambda self, hidden, **more: call(self, hidden_states=hidden, **more))
-    with pytest.raises(ConfigError, match="cannot leave their input to the host: they take it by name.*; set it to false"):
+    with pytest.raises(ConfigError, match=r"cannot leave their input to the host: they take it by name.*; set it to false"):
         recipe(MODEL, **{WHICH: True, OFFLOAD: True}).probe()
 
 

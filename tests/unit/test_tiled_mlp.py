@@ -1,4 +1,4 @@
-"""`train.tiled_mlp`: loss and gradients of whole MLPs, whose inside never exists as a whole; refused where they would be others."""
+"""`train.tiled_mlp`: loss and gradients of whole MLPs, whose inside never exists whole; refused where they would be others."""
 
 import copy
 import re
@@ -88,7 +88,7 @@ def test_gradients_of_weights_are_summed_over_tiles_in_fp32():
     one(hidden).backward(upstream)
     for tile, gradient in zip(hidden.reshape(-1, 16).split(11), upstream.reshape(-1, 16).split(11), strict=True):
         summed(tile).backward(gradient)
-    tiled_mlp._forward(tiled.forward, list(tiled.parameters()), 11, hidden.requires_grad_()).backward(upstream)
+    tiled_mlp._forward(tiled, tiled.forward, 11, hidden.requires_grad_()).backward(upstream)
     whole, low, mine = (float((m.weight.grad.double() - right.weight.grad).norm()) for m in (one, summed, tiled))
     assert 0 < mine < 2 * whole and mine < low / 2 and hidden.grad.shape == hidden.shape
 

@@ -36,12 +36,23 @@ def tile_rows(width: int) -> int:
     return width
 
 
+TILE_ROWS = tile_rows  # whatever stands in its place where operations are counted
+
+
 def use(model: Any, rows: int | None = None) -> None:
     """Makes a model's MLPs compute in tiles, of `rows` tokens if it is given; Unfit if a layer has none."""
     for mlp in modules(model):
-        weights = [p for p in mlp.parameters() if p.requires_grad]
-        mlp.forward = partial(_forward, mlp.forward, weights, rows)
+        mlp.forward = partial(_forward, mlp, mlp.forward, rows)
         mlp.gathered_whole = True
+
+
+def inside(mlp: Any, width: int, meter: Any) -> tuple[int, int]:
+    """Computes a tile of an MLP in the context `meter`, for the plan; returns its tokens, and the bytes that the meter counts."""
+    _, compute, rows = mlp.forward.args
+    rows = rows or TILE_ROWS(width)
+    with meter:
+        compute(torch.empty(1, rows, width, dtype=next(mlp.parameters()).dtype, requires_grad=True))
+    return rows, int(meter.total)
 
 
 def modules(model: Any) -> list[Any]:
@@ -62,7 +73,7 @@ def _sparse(module: torch.nn.Module) -> bool:
     return any(name.rpartition(".")[2] == "experts" for name, _ in module.named_modules())
 
 
-def _forward(compute: Compute, weights: list[torch.nn.Parameter], rows: int | None, hidden: torch.Tensor, *more: Any) -> Any:
+def _forward(mlp: torch.nn.Module, compute: Compute, rows: int | None, hidden: torch.Tensor, *more: Any) -> Any:
     if more:
         raise Unfit("they take more than the layer's hidden state")
     rows = rows or tile_rows(hidden.shape[-1])
@@ -70,7 +81,7 @@ def _forward(compute: Compute, weights: list[torch.nn.Parameter], rows: int | No
         return _in_tiles(compute, hidden, rows)
     if not hidden.requires_grad:
         hidden = hidden.detach().requires_grad_()
-    return TiledMlp.apply(compute, rows, Kept.apply(hidden), *weights)
+    return TiledMlp.apply(compute, rows, Kept.apply(hidden), *(p for p in mlp.parameters() if p.requires_grad))
 
 
 def _in_tiles(compute: Compute, hidden: torch.Tensor, rows: int) -> torch.Tensor:
@@ -82,8 +93,8 @@ def _tiles(whole: torch.Tensor, rows: int) -> tuple[torch.Tensor, ...]:
 
 
 class Kept(torch.autograd.Function):
-    """Keeps a tensor for the backward pass of what is computed of it next. It does so before that is computed: a layer that is
-    checkpointed is played again as far as there is something to keep, and so not through its MLP, which plays its tiles itself."""
+    """Keeps a tensor for the backward pass of what is computed of it next. Before that is computed: a layer that is checkpointed
+    is played again as far as there is something to keep, and so not through its MLP, which plays its tiles itself."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor) -> torch.Tensor:
