@@ -88,7 +88,10 @@ def test_what_cannot_hold_it_is_refused_by_name():
     assert faults(**{OFFLOAD: True, WHICH: True, "train.compile": True}) == [
         f"{OFFLOAD}: true with train.compile is not tried; set one of them to false"
     ]
-    assert any("train.activation_checkpointing" in line for line in faults(**{WHICH: 0}))
+    for wrong in (0, "some", 1.5):
+        assert faults(**{WHICH: wrong}) == [
+            f"{WHICH}: {wrong!r} should be true, false, or how many of the first layers (1 or more)"
+        ]
     for changes, said in (
         ({WHICH: 2}, "checkpoints all layers or none"),
         ({WHICH: True, OFFLOAD: True}, "leaves no activations"),

@@ -259,7 +259,7 @@ def _refusal(job: Job, device: Device, chosen: dict[str, Any], best: dict[str, A
         share = f"a worker's share is {device.host_memory / GIB:.0f}"
         what = f"needs {need['host'] / GIB:.1f} GiB of host memory for offload, and {share}"
     more = "activation_checkpointing: true, " if not job.train.activation_checkpointing else ""
-    replays = best and best["activation_checkpointing"] is not job.train.activation_checkpointing
+    replays = best and str(best["activation_checkpointing"]) != str(job.train.activation_checkpointing)
     way = (
         f"it fits with train.zero.stage {best['stage']}, train.micro_batch {best['micro_batch']}"
         + (", train.zero.offload.optimizer cpu" if best["offload_optimizer"] else "")
