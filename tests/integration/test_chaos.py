@@ -22,6 +22,19 @@ def chaos_job(corpus: str, tracking: str, tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
+def test_a_group_that_shares_samples_and_loses_a_worker_loses_nothing(chaos_job):
+    """One of two workers with a stretch each is killed: both begin again from the checkpoint, with the unbroken run's losses."""
+    job = yaml.safe_load(chaos_job.read_text())
+    job["train"] |= {"steps": 30, "parallel": {"sequence": 2}}
+    chaos_job.write_text(yaml.safe_dump(job))
+    result = CliRunner().invoke(app, ["chaos", str(chaos_job), "--faults", "kill-worker", "--json"])
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(result.stdout.splitlines()[-1])["faults"]
+    assert (row["fault"], row["lost"], row["repeated"]) == ("kill-worker", 0, 0)
+    assert row["loss_difference"] < 1e-5 and row["recovered_s"] > row["detected_s"] > 0
+
+
+@pytest.mark.slow
 def test_a_torn_checkpoint_a_damaged_shard_and_a_driver_killed_behind_the_last_step_lose_nothing(chaos_job):
     """One costs a restart from the checkpoint before the torn one, one the samples of a chunk, one a command, and none more."""
     given = ["chaos", str(chaos_job), "--faults", "torn-checkpoint,corrupt-shard,kill-driver-late", "--json"]

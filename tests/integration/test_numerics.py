@@ -22,14 +22,16 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {  # most as wide as their classes' d
     "qwen2": {"train.zero.stage": 2, "train.optimizer": {"name": "sgd", "lr": 1e-2}},
     "qwen3": {"train.zero.stage": 3, "train.parallel.sequence": 2},
     "gemma2": {"train.zero.stage": 1, "train.precision": "bf16"},
-    "phi3": {"train.zero.stage": 2, "data.document_mask": True},
-    "gpt_neox": {"train.zero.stage": 3, "train.activation_checkpointing": True},
+    "phi3": {"train.zero.stage": 2, "data.document_mask": True, "train.tiled_mlp": True},
+    "gpt_neox": {"train.zero.stage": 3, "train.activation_checkpointing": True, "train.activation_offload": True,
+                 "train.tiled_mlp": True, "train.tiled_loss": True},
     "olmo2": {"train.zero.stage": 0},
     "mixtral": {"train.zero.stage": 2, "model.output_router_logits": True, "train.precision": "bf16"},
     "qwen3_moe": {"train.zero.stage": 3, "train.parallel.expert": 2},
     "deepseek_v3": {"train.zero.stage": 1, "model.router_bias_update_rate": 0.01, "model.router_z_loss_coef": 0.01},
-    "llama": {"train.zero.stage": 2, "train.parallel.sequence": 2, "train.optimizer": {"name": "muon", "lr": 1e-2}},
-}
+    "llama": {"train.zero.stage": 2, "train.parallel.sequence": 2, "train.optimizer": {"name": "muon", "lr": 1e-2},
+              "train.activation_checkpointing": 1, "train.tiled_mlp": True},
+}  # fmt: skip
 EXTRA = {"gpt2": {"n_embd": 96, "n_head": 4}, "phi3": {"pad_token_id": 0}, "deepseek_v3": {"first_k_dense_replace": 1}}
 
 

@@ -36,6 +36,7 @@ from tests.unit.build_job import BASE, job
 
 STEPS, SAVED = 4, 2
 GROUPS = (1, 2, 4)
+TILE = 7  # tokens of an MLP's tile: a worker's stretch has several
 LAYOUTS = ((1, 1), (2, 2), (4, 2), (4, 4))  # workers, and how many share a sample; the model has 2 heads of keys
 
 
@@ -44,14 +45,28 @@ class Case:
     stage: int
     workers: int
     sequence: int
-    extra: str = ""  # "documents" are kept apart; activations are "checkpointed"; the loss is "tiled"
+    extra: str = ""  # "documents" are kept apart; see EXTRAS
 
     def __str__(self) -> str:
         return f"zero{self.stage}-{self.workers}-by-{self.sequence}{self.extra and '-' + self.extra}"
 
 
 PLAIN = [Case(stage, *layout) for stage in range(4) for layout in LAYOUTS]
-EXTRA = [Case(2, 1, 1, "documents"), Case(2, 4, 2, "documents"), Case(3, 2, 2, "checkpointed"), Case(3, 2, 2, "tiled")]
+EXTRAS: dict[str, dict[str, Any]] = {
+    "checkpointed": {"train.activation_checkpointing": True},
+    "offloaded": {"train.activation_checkpointing": True, "train.activation_offload": True},
+    "tiled": {"train.tiled_loss": True},
+    "tiled-mlp": {"train.tiled_mlp": True},
+    "all": {
+        "train.tiled_loss": True,
+        "train.tiled_mlp": True,
+        "train.activation_checkpointing": 1,
+        "train.activation_offload": True,
+    },
+}
+EXTRA = [Case(2, 1, 1, "documents"), Case(2, 4, 2, "documents"), Case(3, 2, 2, "checkpointed"), Case(3, 2, 2, "offloaded"),
+         Case(3, 2, 2, "tiled"), Case(1, 2, 2, "tiled-mlp"), Case(2, 2, 1, "tiled-mlp"), Case(3, 2, 1, "tiled-mlp"),
+         Case(3, 2, 2, "all")]  # fmt: skip
 CASES = PLAIN + EXTRA
 
 
@@ -61,8 +76,7 @@ def _job(case: Case, folder: Path) -> Job:
     changes |= {"train.precision": "fp32", "train.steps": STEPS, "train.global_batch": 4, "train.micro_batch": 1, "data.lanes": 4}
     changes |= {"train.grad_clip": 0.5, "train.optimizer.lr": 3e-3, "train.optimizer.eps": 1e-4, "data.window": 64}
     changes |= {"data.document_mask": case.extra == "documents", "evaluate": {"every": 2, "samples": 6, "fraction": 0.1}}
-    changes |= {"train.activation_checkpointing": case.extra == "checkpointed", "model": {**BASE["model"], "vocab_size": 96}}
-    changes["train.tiled_loss"] = case.extra == "tiled"
+    changes |= {"model": {**BASE["model"], "vocab_size": 96}, **EXTRAS.get(case.extra, {})}
     changes["train.deepspeed"] = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
     return job(**changes)
 
@@ -72,7 +86,9 @@ def _player(case: Case, folder: Path) -> play.Player:
     data_plan = plan(made, [read_manifest(location) for location in made.sources])
     if dist.get_rank() == 0:
         segments.begin(made.run_folder, data_plan, 0)
-    return play.Player(made, data_plan, load(made, [read_manifest(location) for location in made.sources]))
+    recipe: Any = load(made, [read_manifest(location) for location in made.sources])
+    recipe.tile = TILE
+    return play.Player(made, data_plan, recipe)
 
 
 def _scores(player: play.Player) -> dict[str, float]:
@@ -157,6 +173,12 @@ def test_a_layout_trains_as_one_worker_does(case: Case, played: list[dict[str, A
     assert found["norms"] == pytest.approx(right["norms"], rel=1e-4)
     assert found["scores"] == pytest.approx(right["scores"], rel=2e-5)
     assert found["chain"] == right["chain"]
+
+
+def test_offloaded_activations_give_the_same_losses_to_the_bit(played: list[dict[str, Any]]) -> None:
+    found = [row for row in played if row.get("case") in ("zero3-2-by-2-checkpointed", "zero3-2-by-2-offloaded")]
+    assert len(found) == 2
+    assert found[0]["losses"] == found[1]["losses"] and found[0]["norms"] == found[1]["norms"]
 
 
 @pytest.mark.parametrize("case", PLAIN, ids=str)

@@ -54,7 +54,7 @@ def show_ranking(p: dict[str, Any]) -> None:
         keys = one["layout"]
         offload = [k for k in ("optimizer", "param") if keys[f"train.zero.offload.{k}"]]
         speed = [f"{one['speed']['step_s']:.3f}", f"{one['speed']['mfu']:.1%}"] if one["fits"] else ["", ""]
-        checkpointing = "yes" if one["activation_checkpointing"] else "no"
+        checkpointing = replayed(one["activation_checkpointing"])
         rows.append(
             [str(one["stage"]), str(one["sequence"]), str(one["micro_batch"]), checkpointing, " ".join(offload),
              f"{one['memory']['total'] / GIB:.1f}", *speed, one["why"]]
@@ -66,10 +66,20 @@ def show_ranking(p: dict[str, Any]) -> None:
         out.print(f"note        {note}")
 
 
+def replayed(which: bool | int) -> str:
+    """Writes which layers' activations are computed again."""
+    return ("yes" if which else "no") if isinstance(which, bool) else f"{which} layers"
+
+
 def parameters(p: dict[str, Any]) -> str:
     """Writes how many parameters a planned model has, and of a mixture of experts how many a token meets."""
     total, active = p["parameters"]["total"], p["parameters"]["active"]
     return f"{total:,} parameters" + (f", {active:,} of them active for a token," if active < total else "")
+
+
+def _checkpointing(which: bool | int) -> str:
+    of = "" if isinstance(which, bool) else f" of {which} layers"
+    return f", activation checkpointing{of}" if which else ""
 
 
 def lines(p: dict[str, Any]) -> list[str]:
@@ -99,7 +109,7 @@ def lines(p: dict[str, Any]) -> list[str]:
     if best := p["recommended"]:
         text.append(
             f"best       ZeRO stage {best['stage']}, micro-batch {best['micro_batch']}"
-            f"{', activation checkpointing' if best['activation_checkpointing'] else ''}"
+            f"{_checkpointing(best['activation_checkpointing'])}"
             f"{', optimizer on the host' if best['offload_optimizer'] else ''}: {best['speed']['step_s']:.2f} s a step, "
             f"MFU {best['speed']['mfu']:.1%}"
         )

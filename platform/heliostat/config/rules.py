@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def faults(job: Job) -> list[str]:
     """Lists what is wrong, a line each that begins with the key."""
     found = _sequence_faults(job) or _expert_faults(job) or _batch_faults(job)
-    found += [*_tile_faults(job), *_precision_faults(job), *_offload_faults(job), *_checkpoint_faults(job)]
+    found += [*_memory_faults(job), *_precision_faults(job), *_offload_faults(job), *_checkpoint_faults(job)]
     found += _optimizer_faults(job)
     found += _mix_faults(job.data) + _mlflow_faults(job.mlflow)
     paths = [s.path for s in job.data.sources]
@@ -79,10 +79,18 @@ def _expert_faults(job: Job) -> list[str]:
     return faults + [f"{key} with {other} is not tried; remove one of them" for other, there in untried.items() if there]
 
 
-def _tile_faults(job: Job) -> list[str]:
-    if job.train.tiled_loss and job.train.compile:
-        return ["train.tiled_loss: true with train.compile is not tried; set one of them to false"]
-    return []
+def _memory_faults(job: Job) -> list[str]:
+    """Lists what is wrong with the ways to save memory that a job asks for."""
+    train = job.train
+    asked = {"tiled_loss": train.tiled_loss, "tiled_mlp": train.tiled_mlp, "activation_offload": train.activation_offload}
+    faults = [
+        f"train.{key}: true with train.compile is not tried; set one of them to false"
+        for key, on in asked.items()
+        if on and train.compile
+    ]
+    if train.activation_offload and not train.activation_checkpointing:
+        faults.append("train.activation_offload: moves what train.activation_checkpointing keeps; set that, too")
+    return faults
 
 
 def _batch_faults(job: Job) -> list[str]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from heliostat.config.fields import Count, NonNegative, Positive, Seed
+from heliostat.config.fields import LARGEST, Count, NonNegative, Positive, Seed
 from heliostat.config.optimizers import AnyOptimizer
 from heliostat.config.schedules import Schedule
 from heliostat.config.schema import Float, Strict
+from heliostat.text import brief
 
 
 class Offload(Strict):
@@ -77,6 +78,13 @@ GROWING = dict.fromkeys(("batch_warmup", "batch_size_warmup", "global_batch_warm
 GROWING |= dict.fromkeys(("sequence_warmup", "sequence_length_warmup"), "every sample has data.sequence_length tokens")
 
 
+def _layers(value: object) -> object:
+    """Validates which layers are meant, with one message for both kinds of answers."""
+    if isinstance(value, bool) or (isinstance(value, int) and 0 < value <= LARGEST):
+        return value
+    raise ValueError(f"{brief(repr(value))} should be true, false, or how many of the first layers (1 or more)")
+
+
 class Train(Strict):
     steps: Positive
     """Optimizer steps of the whole run. They count from 1; the schedule ends at this one."""
@@ -106,10 +114,16 @@ class Train(Strict):
     deepspeed: dict[str, Any] = {}
     """DeepSpeed's own settings of speed and memory, merged over what the keys above make. Which:
     docs/job.md#deepspeeds-own-keys"""
-    activation_checkpointing: bool = False
-    """Computes activations again in the backward pass, which trades time for memory."""
+    activation_checkpointing: Annotated[bool | Count, BeforeValidator(_layers)] = False
+    """Computes activations again in the backward pass, which trades time for memory. A number: those of the first so many layers.
+    See docs/job.md#activation-checkpointing"""
+    activation_offload: bool = False
+    """Keeps the inputs of checkpointed layers in host memory until the backward pass. See docs/job.md#activation-checkpointing"""
     tiled_loss: bool = False
     """Computes logits and their loss a tile of tokens at a time, so that never all logits exist. See docs/job.md#tiled-loss"""
+    tiled_mlp: bool = False
+    """Computes the MLP of each layer a tile of tokens at a time, and again in the backward pass, so that never all of its inside
+    exists. See docs/job.md#tiled-mlp"""
     compile: bool = False
     """Runs the model through `torch.compile`."""
     cpu_kernels: bool = True

@@ -118,7 +118,8 @@ def host(folder: Path) -> int:
         process.start()
         return process
 
-    beside = start("the plain process", plain.play_plain, trial.job, laid_out, trial.recipe, folder)  # before DeepSpeed is there
+    plainly = small.unaided(trial.recipe)
+    beside = start("the plain process", plain.play_plain, trial.job, laid_out, plainly, folder)  # before DeepSpeed is there
     ranks = range(small.WORKERS)
     workers = [
         start(f"worker {r}", _in_group, r, len(ranks), play.play, trial.job, laid_out, trial.recipe, folder) for r in ranks

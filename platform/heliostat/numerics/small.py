@@ -6,6 +6,7 @@ its tokens folded into the smaller vocabulary; another that is too large is refu
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ STEPS, SAVED = 4, 2  # steps that are played, and the one behind which a checkpo
 WORKERS = 2
 LARGEST = 20_000_000  # parameters of a model that stays as it is
 LONGEST = 512  # tokens of a sample that stays as it is
+TILE = 7  # tokens of an MLP's tile
 BATCH = 16  # samples of a step, at most, where the job has more
 ELSEWHERE = {0: 1, 1: 3, 2: 3, 3: 1}  # by stage, the one at which a checkpoint is loaded again
 
@@ -45,15 +47,24 @@ def trial(job: Job, sources: list[Manifest], folder: Path, gpus: bool) -> Trial:
     size = tiny.parameters(loading.load(job, sources))
     if size <= LARGEST:
         small = small_job(job, folder, gpus, LONGEST)
-        return Trial(small, loading.load(small, sources), f"the whole model, {size:,} parameters")
+        return Trial(small, _loaded(small, sources), f"the whole model, {size:,} parameters")
     small = small_job(job, folder, gpus, tiny.LENGTH)
-    recipe = loading.load(small, sources)
+    recipe = _loaded(small, sources)
     if not isinstance(recipe, CausalLM):
         raise ConfigError(
             f"recipe: --numerics plays models of up to {LARGEST:,} parameters, and this one has {size:,}; only those of CausalLM "
             "are cut by themselves: make it smaller with --set model.KEY=VALUE"
         )
     return Trial(small, recipe, f"the model cut from {size:,} to {_cut(recipe, job):,} parameters")
+
+
+def unaided(recipe: Recipe) -> Recipe:
+    """Returns the recipe without what saves memory: all activations kept, whole logits, whole MLPs."""
+    if not isinstance(recipe, CausalLM):
+        return recipe
+    found = copy.copy(recipe)
+    found.checkpointing = found.offload = found.tiled = found.tiled_mlp = False
+    return found
 
 
 def small_job(job: Job, folder: Path, gpus: bool, longest: int) -> Job:
@@ -82,6 +93,14 @@ def small_job(job: Job, folder: Path, gpus: bool, longest: int) -> Job:
     raw["checkpoint"] = {"every": SAVED}
     raw["workers"] = {"count": WORKERS, "gpus": min(1.0, job.workers.gpus) if gpus else 0.0}
     return spec.settle(schema.validate(Job, raw, "--numerics"), None)
+
+
+def _loaded(job: Job, sources: list[Manifest]) -> Recipe:
+    """Loads the recipe of a trial, where tiles of MLPs are so small that each sample has several."""
+    recipe = loading.load(job, sources)
+    if isinstance(recipe, CausalLM):
+        recipe.tile = TILE
+    return recipe
 
 
 def elsewhere(job: Job) -> Job:

@@ -50,13 +50,46 @@ class ModelStats:
 
 
 @dataclass(frozen=True)
-class Activations:
-    """Holds the bytes that one sample's forward pass keeps for the backward pass, with and without activation checkpointing."""
+class Tile:
+    """Describes what the backward pass of an MLP in tiles holds for a moment: of so many tokens at once, bytes of each and of
+    sums of gradients."""
 
-    kept: int
-    checkpointed: int
+    rows: int
+    each: int
+    sums: int
+
+    def held(self, tokens: int) -> int:
+        return self.sums + self.each * min(self.rows, tokens)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Holds the bytes that one sample's forward pass keeps for the backward pass: outside of the layers that activation
+    checkpointing wraps, and of each layer that of its input, and what is kept inside."""
+
+    outside: int
+    layers: tuple[tuple[int, int], ...]
     largest: int  # the largest single tensor: there is one more of it for a moment
     flops: float = 0.0  # of the forward and backward pass, if they were to be counted
+    tile: Tile | None = None  # of MLPs in tiles
+
+    @property
+    def kept(self) -> int:
+        return self.held(0)
+
+    @property
+    def checkpointed(self) -> int:
+        return self.held(len(self.layers))
+
+    def held(self, first: int, offload: bool = False) -> int:
+        """Computes what is held at most where the first so many layers are checkpointed: behind the forward pass, or while one of
+        them is computed again, when those behind it are done. `offload`: their inputs are on the host, but for one."""
+        inputs, inside = [given for given, _ in self.layers], [kept for _, kept in self.layers]
+        given = max(inputs[:first], default=0) if offload else self.inputs(first)
+        return self.outside + given + max(sum(inside[first:]), max(inside[:first], default=0))
+
+    def inputs(self, first: int) -> int:
+        return sum(given for given, _ in self.layers[:first])
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -23,15 +24,21 @@ class Planner:
     """Estimates memory and speed of a job on a device, in its own layout and in others."""
 
     def __init__(
-        self, job: Job, counts: Counts, device: Device, prices: dict[str, Any], exchanged: Mapping[int, int] | None = None
+        self,
+        job: Job,
+        counts: Counts,
+        device: Device,
+        prices: dict[str, Any],
+        exchanged: Mapping[int, int] | None = None,
+        selects: bool = False,
     ) -> None:
         """Prepares the estimates; `exchanged`: elements that a worker sends in a forward pass over a sample, by how many share
-        it."""
+        it. `selects`: some of the layers can be checkpointed."""
         self.job, self.device, self.prices, self.exchanged = job, device, prices, exchanged or {1: 0}
         self.model, self.kept, self.work = counts.model, counts.kept, counts.work
         self.workers, self.gpu = job.workers.most, device.name != "cpu"
-        self.network = hardware.network(prices)
-        self._micro: dict[tuple[int, bool, int], tuple[float, float]] = {}
+        self.network, self.selects = hardware.network(prices), selects
+        self._micro: dict[tuple[int, int, int], tuple[float, float]] = {}
 
     def chosen(self) -> dict[str, Any]:
         """Estimates the job as it is."""
@@ -40,15 +47,40 @@ class Planner:
     def recommend(self) -> dict[str, Any] | None:
         """Finds the best layout that fits; None if none does."""
         given = layouts.candidates(self.job, self.workers, [self.job.train.parallel.sequence])
-        best = min(map(self.candidate, given), key=layouts.order)
+        best = min((self.candidate(one) for layout in given for one in (layout, *self.partly(layout))), key=layouts.order)
         return best if best["fits"] else None
+
+    def partly(self, layout: Layout) -> Iterator[Layout]:
+        """Yields a layout that checkpoints all layers with as few of them checkpointed as fit, where none does not."""
+        many = len(self.kept.layers)
+        if not self.selects or layout.checkpointing is not True or many < 2 or self._fits(layout, 0):
+            return
+        fewest = 1 + bisect.bisect_left(range(1, many), True, key=lambda n: self._fits(layout, n))
+        if fewest < many:
+            yield replace(layout, checkpointing=fewest)
+
+    def _fits(self, layout: Layout, checkpointed: int) -> bool:
+        few = replace(layout, checkpointing=checkpointed)
+        _, need, _ = self._memory(few, self._accumulation(few))
+        return self._within(need)
+
+    def _within(self, need: memory.Need) -> bool:
+        return need.total <= self.device.memory and need.host <= self.device.host_memory
+
+    def _accumulation(self, layout: Layout) -> int:
+        return self.job.train.global_batch * layout.sequence // (self.workers * layout.micro_batch)
+
+    def _checkpointed(self, layout: Layout) -> int:
+        """Counts the layers whose activations a layout computes again."""
+        many = len(self.kept.layers)
+        return many if layout.checkpointing is True else min(many, int(layout.checkpointing))
 
     def candidate(self, layout: Layout) -> dict[str, Any]:
         """Estimates memory, communication and speed in a layout, everything else as in the job."""
-        accumulation = self.job.train.global_batch * layout.sequence // (self.workers * layout.micro_batch)
-        held, need = self._memory(layout, accumulation)
+        accumulation = self._accumulation(layout)
+        held, need, left = self._memory(layout, accumulation)
         moved = self._volume(layout, accumulation)
-        took, replaying, handed = self._time(layout, accumulation, moved, held)
+        took, replaying, handed = self._time(layout, accumulation, moved, held.host + held.disk + left * accumulation)
         per_second = self.job.train.global_batch / took.total
         return {
             "layout": layout,
@@ -57,7 +89,7 @@ class Planner:
             "sequence": layout.sequence,
             "activation_checkpointing": layout.checkpointing,
             "offload_optimizer": layout.offload_optimizer,
-            "fits": need.total <= self.device.memory and need.host <= self.device.host_memory,
+            "fits": self._within(need),
             "memory": {**need.dump(), "device": int(self.device.memory)},
             "communication": {
                 "bytes_per_step": moved + handed,
@@ -95,7 +127,8 @@ class Planner:
         rest = step_time.volume(self.model.parameters - experts, low, self.workers, layout.stage, accumulation)
         return rest + step_time.volume(experts // parts, low, self.workers // parts, layout.stage, accumulation)
 
-    def _memory(self, layout: Layout, accumulation: int) -> tuple[memory.State, memory.Need]:
+    def _memory(self, layout: Layout, accumulation: int) -> tuple[memory.State, memory.Need, int]:
+        """Estimates the training state, all that a worker needs, and the bytes of activations that are on the host."""
         train, model = self.job.train, self.model
         held = memory.state(
             model.shapes,
@@ -115,21 +148,28 @@ class Planner:
         if train.parallel.expert > 1:
             parameters, layer = self._own.total(), max(self._own.values())
         live = memory.working(parameters, layer, layout.stage, train.precision, self._zero, self.gpu)
-        per_sample = self.kept.checkpointed if layout.checkpointing else self.kept.kept
-        kept = (per_sample + self.kept.largest) * layout.micro_batch // layout.sequence
-        if layout.sequence > 1 and self.job.data.document_mask:  # each has it for whole samples, a byte a pair of tokens
-            kept += layout.micro_batch * (self.job.data.sequence_length or 0) ** 2
-        if layout.sequence > 1 and self.job.train.tiled_loss:  # the gradient of the last layer's weight, which is not cut
-            kept += 4 * self.model.layer
-        return held, memory.need(held, live, kept, self.gpu, model.frozen_models)
+        kept, left = self._activations(layout)
+        return held, memory.need(held, live, kept, self.gpu, model.frozen_models, left), left
 
-    def _time(self, layout: Layout, accumulation: int, moved: int, held: memory.State) -> tuple[step_time.Step, float, int]:
+    def _activations(self, layout: Layout) -> tuple[int, int]:
+        """Estimates the bytes of activations on a worker's device, and of those that it leaves to its host."""
+        train, length, first = self.job.train, self.job.data.sequence_length or 0, self._checkpointed(layout)
+        kept = (self.kept.held(first, train.activation_offload) + self.kept.largest) * layout.micro_batch // layout.sequence
+        left = self.kept.inputs(first) * layout.micro_batch // layout.sequence if train.activation_offload else 0
+        if layout.sequence > 1 and self.job.data.document_mask:  # each has it for whole samples, a byte a pair of tokens
+            kept += layout.micro_batch * length**2
+        if layout.sequence > 1 and train.tiled_loss:  # the gradient of the last layer's weight, which is not cut
+            kept += 4 * self.model.layer
+        if self.kept.tile:
+            kept += self.kept.tile.held(layout.micro_batch * length // layout.sequence)
+        return kept, left
+
+    def _time(self, layout: Layout, accumulation: int, moved: int, on_host: int) -> tuple[step_time.Step, float, int]:
         """Estimates a step, the seconds of it that play the forward pass again, and the bytes that workers which share samples
-        hand each other."""
-        micro_batch = layout.micro_batch / layout.sequence
-        setting = step_time.Setting(
-            self.workers, layout.stage, micro_batch, accumulation, float(layout.checkpointing), self.job.train.compile
-        )
+        hand each other. `on_host`: bytes that cross to the host and back in a step."""
+        micro_batch, first = layout.micro_batch / layout.sequence, self._checkpointed(layout)
+        replayed = first / max(1, len(self.kept.layers))
+        setting = step_time.Setting(self.workers, layout.stage, micro_batch, accumulation, replayed, self.job.train.compile)
         low = memory.LOW[self.job.train.precision]
         elements = self.exchanged[layout.sequence]
         handed, handing = step_time.exchanging(elements, layout.sequence, low, setting, self.device, self.network)
@@ -138,7 +178,7 @@ class Planner:
             away = self.model.sent * (parts - 1) // parts
             tokens, seconds = step_time.exchanging(away, parts, low, each, self.device, self.network)
             handed, handing = handed + tokens, handing + seconds
-        key = layout.micro_batch, layout.checkpointing, layout.sequence
+        key = layout.micro_batch, first, layout.sequence
         if key not in self._micro:
             micro = step_time.computing(self.work, setting, self.device)
             self._micro[key] = micro, micro - step_time.computing(self.work, replace(setting, replayed=0.0), self.device)
@@ -146,7 +186,7 @@ class Planner:
         trained = sum(math.prod(s) for s in self.model.trained.values())
         moments = self._moments() / trained if trained else 0.0
         updated = step_time.updating(trained / (self.workers if layout.stage else 1), moments, self.device)
-        copied = 2 * (held.host + held.disk) / (self.prices["storage"]["host_copy"] * 1e9)
+        copied = 2 * on_host / (self.prices["storage"]["host_copy"] * 1e9)
         took = step_time.step(micro, moved, updated, setting, self.device, self.network, copied, handing)
         return took, replaying * accumulation, handed
 

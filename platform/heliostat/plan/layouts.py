@@ -20,19 +20,21 @@ OFFLOADS = {"none": (None, None), "optimizer": ("cpu", None), "optimizer, weight
 
 @dataclass(frozen=True)
 class Layout:
-    """Describes how a job trains on its workers. `offload_param`: where stage 3 keeps its weights, None: on the device."""
+    """Describes how a job trains on its workers. `checkpointing`: of all layers, none, or the first so many; `offload_param`:
+    where stage 3 keeps its weights, None: on the device."""
 
     stage: int
     micro_batch: int
-    checkpointing: bool
+    checkpointing: bool | int
     offload_optimizer: bool
     offload_param: str | None = None
     sequence: int = 1
 
     @property
     def family(self) -> tuple[Any, ...]:
-        """Returns what two layouts share that differ in the micro-batch alone."""
-        return self.stage, self.checkpointing, self.offload_optimizer, self.offload_param, self.sequence
+        """Returns what two layouts share that differ in the micro-batch alone, and in how many layers it lets them keep whole."""
+        which = self.checkpointing if isinstance(self.checkpointing, bool) else "some"
+        return self.stage, which, self.offload_optimizer, self.offload_param, self.sequence
 
     def settings(self) -> dict[str, Any]:
         """Returns the job's keys that make it train so."""
@@ -57,7 +59,7 @@ def of(job: Job) -> Layout:
 def changes(job: Job, layout: Layout) -> list[str]:
     """Lists the `--set` values that make a job train in a layout: what differs from the job as it is."""
     was = of(job).settings()
-    return [f"{key}={_yaml(value)}" for key, value in layout.settings().items() if value != was[key]]
+    return [f"{key}={_yaml(value)}" for key, value in layout.settings().items() if _yaml(value) != _yaml(was[key])]
 
 
 def _yaml(value: Any) -> str:
@@ -78,7 +80,7 @@ def _alone(job: Job, replicas: int) -> Iterator[Layout]:
         for optimizer, param in OFFLOADS.values() if job.workers.gpus and not divides else [(None, None)]:
             if (optimizer and not stage) or (param and stage < 3):
                 continue
-            for checkpointing in (False, True):
+            for checkpointing in (True,) if job.train.activation_offload else (False, True):
                 for micro in micros:
                     yield Layout(stage, micro, checkpointing, bool(optimizer), param)
 

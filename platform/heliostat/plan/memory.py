@@ -149,16 +149,24 @@ class Need:
         return {**asdict(self), "total": self.total}
 
 
-def need(held: State, working_bytes: int, activation_bytes: int, gpu: bool, frozen_models: tuple[int, int] = (0, 0)) -> Need:
+def need(
+    held: State,
+    working_bytes: int,
+    activation_bytes: int,
+    gpu: bool,
+    frozen_models: tuple[int, int] = (0, 0),
+    on_host: int = 0,
+) -> Need:
     """Adds up the bytes that a worker needs: training state, buffers, activations, frozen models, and a margin.
 
-    `frozen_models`: their bytes in every step, and their bytes in evaluations, which keep no activations.
+    `frozen_models`: their bytes in every step, and their bytes in evaluations, which keep no activations. `on_host`: bytes of
+    activations there.
     """
     always, evaluating = frozen_models
     frozen = max(always, evaluating - activation_bytes)
     taken = held.device + working_bytes + activation_bytes + frozen
     margin = int(FRAGMENTATION * taken + (CONTEXT if gpu else 0))
     return Need(
-        held.weights, held.gradients, held.masters + held.moments, working_bytes, activation_bytes, frozen, margin, held.host,
-        held.disk,
+        held.weights, held.gradients, held.masters + held.moments, working_bytes, activation_bytes, frozen, margin,
+        held.host + on_host, held.disk,
     )  # fmt: skip

@@ -20,11 +20,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from heliostat import cpu_kernels
 from heliostat.config.spec import Job
-from heliostat.plan.counts import Activations, Counts, ModelStats, Work
+from heliostat.plan.counts import Activations, Counts, ModelStats, Tile, Work
 from heliostat.plan.operations import Recorder, extended, grouped
 from heliostat.recipes import building
 from heliostat.recipes.protocol import DividesExperts, Recipe
-from heliostat.recipes.text import next_token, tiled_loss
+from heliostat.recipes.text import next_token, tiled_loss, tiled_mlp
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -51,7 +51,8 @@ def stats_of(recipe: Recipe, model: torch.nn.Module) -> ModelStats:
     kept = model.state_dict().keys()
     trained = {n: tuple(p.shape) for n, p in named.items() if p.requires_grad}
     beside = recipe.companions().values()
-    own = [sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules()]
+    whole = building.gathered_whole(model)
+    own = [sum(p.numel() for p in m.parameters(recurse=m in whole)) for m in model.modules()]
     return ModelStats(
         shapes={n: tuple(p.shape) for n, p in named.items()},
         frozen=frozenset(n for n, p in named.items() if not p.requires_grad),
@@ -87,7 +88,19 @@ def activations(job: Job, recipe: Recipe, model: torch.nn.Module, content: Any, 
         meter = Meter(model)
         with meter, counter if count else nullcontext():
             recipe.loss(model, batch)
-    return replace(meter.result(), flops=3.0 * counter.get_total_flops() if count else 0.0)
+        tile = _tile(model)
+    return replace(meter.result(), flops=3.0 * counter.get_total_flops() if count else 0.0, tile=tile)
+
+
+def _tile(model: Any) -> Tile | None:
+    """Measures the largest of a model's MLPs in tiles: what a tile keeps, as much again of its gradients, and sums in fp32."""
+    tiled = building.gathered_whole(model)
+    if not tiled:
+        return None
+    mlp = max(tiled, key=lambda m: sum(p.numel() for p in m.parameters()))
+    width = model.get_input_embeddings().weight.shape[-1]
+    rows, kept = tiled_mlp.inside(mlp, width, Meter(model))
+    return Tile(rows, 2 * kept // rows, 4 * sum(p.numel() for p in mlp.parameters()))
 
 
 def work(job: Job, recipe: Recipe, model: torch.nn.Module, contents: tuple[Any, Any]) -> tuple[Work, ...]:
@@ -130,9 +143,9 @@ def _only(model: torch.nn.Module, stack: torch.nn.ModuleList, some: list[torch.n
 
 
 def _work(job: Job, recipe: Recipe, model: torch.nn.Module, contents: tuple[Any, Any]) -> tuple[Work, ...]:
-    found = []
+    found, tiled = [], building.gathered_whole(model)
     for content in contents:
-        with _on_fakes(job, recipe, model, content) as batch, Recorder(layers(model)) as recorder:
+        with _on_fakes(job, recipe, model, content) as batch, Recorder(layers(model), tiled) as recorder:
             loss = recipe.loss(model, batch)
             sum((p.weight * p.value for p in loss.parts.values() if p.weight), loss.sum).backward()
         found.append(recorder.found)
@@ -175,6 +188,7 @@ def _on_fakes(job: Job, recipe: Recipe, model: torch.nn.Module, content: Any) ->
         _fake(model)
         stack.enter_context(patch.object(next_token, "block_rows", len))  # as many operations for one sample as for two
         stack.enter_context(patch.object(tiled_loss, "tile_rows", lambda hidden, _: hidden[..., 0].numel()))
+        stack.enter_context(patch.object(tiled_mlp, "tile_rows", lambda _: 1 << 40))
         if not job.data.document_mask:
             stack.enter_context(_one_document())
         yield {k: torch.empty(v.shape, dtype=v.dtype) for k, v in batch.items()}
@@ -267,5 +281,4 @@ class Meter:
         self._inside[-1] = self.total - self._inside[-1]
 
     def result(self) -> Activations:
-        outside = self.total - sum(self._inside)
-        return Activations(self.total, outside + sum(self._inputs) + max(self._inside, default=0), self.largest)
+        return Activations(self.total - sum(self._inside), tuple(zip(self._inputs, self._inside, strict=True)), self.largest)

@@ -38,14 +38,16 @@ class Operation:
 class Recorder(TorchDispatchMode):
     """Notes, as a context manager, every operation that torch dispatches in it."""
 
-    def __init__(self, layers: Iterable[torch.nn.Module]) -> None:
+    def __init__(self, layers: Iterable[torch.nn.Module], unplayed: Iterable[torch.nn.Module] = ()) -> None:
+        """Prepares to record; `unplayed`: modules in layers that are not played again with them."""
         super().__init__()
         self.found: list[Operation] = []
-        self._depth, self._layers = 0, list(layers)
+        self._depth = 0
+        self._watched = [(m, self._begin, self._end) for m in layers] + [(m, self._end, self._begin) for m in unplayed]
 
     def __enter__(self) -> Recorder:
         self._handles = [
-            h for m in self._layers for h in (m.register_forward_pre_hook(self._begin), m.register_forward_hook(self._end))
+            h for m, begin, end in self._watched for h in (m.register_forward_pre_hook(begin), m.register_forward_hook(end))
         ]
         super().__enter__()
         return self

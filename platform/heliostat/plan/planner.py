@@ -126,7 +126,7 @@ def planners(
     counts, parts = count_cache.get(most, recipe, lambda: _count(most, recipe, built)), job.train.parallel.sequence
     if exchanged is None:
         exchanged = {parts: recipe.exchanged(parts) if isinstance(recipe, CutsSamples) and parts > 1 else 0}
-    return [Planner(one, counts, where, prices, exchanged) for one in (fewest, most)]
+    return [Planner(one, counts, where, prices, exchanged, recipe.selects) for one in (fewest, most)]
 
 
 def degrees(job: Job, recipe: Recipe) -> dict[int, int]:
@@ -200,9 +200,10 @@ def ranking(
     shared = degrees(job, recipe)
     fewest, planner = planners(job, recipe, cluster, device, prices or hardware.table(), exchanged=shared)
     made = []
-    for layout in layouts.candidates(planner.job, planner.workers, shared):
-        few = fewest.candidate(layout)
-        made.append(planner.candidate(layout) if few["fits"] else few)
+    for given in layouts.candidates(planner.job, planner.workers, shared):
+        for layout in (given, *fewest.partly(given)):
+            few = fewest.candidate(layout)
+            made.append(planner.candidate(layout) if few["fits"] else few)
     found = layouts.ranked(made)
     return {
         **_facts(planner),
@@ -258,9 +259,11 @@ def _refusal(job: Job, device: Device, chosen: dict[str, Any], best: dict[str, A
         share = f"a worker's share is {device.host_memory / GIB:.0f}"
         what = f"needs {need['host'] / GIB:.1f} GiB of host memory for offload, and {share}"
     more = "activation_checkpointing: true, " if not job.train.activation_checkpointing else ""
+    replays = best and str(best["activation_checkpointing"]) != str(job.train.activation_checkpointing)
     way = (
         f"it fits with train.zero.stage {best['stage']}, train.micro_batch {best['micro_batch']}"
         + (", train.zero.offload.optimizer cpu" if best["offload_optimizer"] else "")
+        + (f", train.activation_checkpointing {str(best['activation_checkpointing']).lower()}" if replays else "")
         if best
         else f"no stage and micro-batch fits on {job.workers.most} workers; use {more}more workers, offload, or a smaller model"
     )

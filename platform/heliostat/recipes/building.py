@@ -40,6 +40,11 @@ def sparse_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [m for m in model.modules() if isinstance(getattr(m, "experts", None), torch.nn.ModuleList)]
 
 
+def gathered_whole(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Lists the modules that compute with their submodules' parameters as with their own: ZeRO-3 gathers them together."""
+    return [m for m in model.modules() if getattr(m, "gathered_whole", False)]
+
+
 def put_buffer(model: torch.nn.Module, name: str, values: torch.Tensor) -> None:
     """Replaces a buffer of the model by another tensor."""
     owner, _, own = name.rpartition(".")

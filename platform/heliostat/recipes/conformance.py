@@ -68,8 +68,7 @@ def require_abilities(job: Job, recipe: Recipe) -> None:
     _refuse_gone("recipe", job.recipe, recipe)
     if job.evaluate and not isinstance(recipe, Evaluates):
         raise _lacks("evaluate", job, "is not scored", Evaluates, "remove evaluate")
-    if job.train.tiled_loss and not recipe.tiles:
-        raise ConfigError(f"train.tiled_loss: {job.recipe} computes no loss in tiles; set it to false")
+    _require_room_makers(job, recipe)
     if job.train.parallel.sequence > 1:
         if not isinstance(recipe, CutsSamples):
             raise _lacks("train.parallel.sequence", job, "cuts no samples", CutsSamples, "set it to 1")
@@ -87,6 +86,19 @@ def require_abilities(job: Job, recipe: Recipe) -> None:
         raise ConfigError(
             f"checkpoint.best.metric: {best.metric!r} is no score of {job.recipe}{nearest(best.metric, list(recipe.scores))}"
         )
+
+
+def _require_room_makers(job: Job, recipe: Recipe) -> None:
+    """Raises ConfigError if the job asks for a way to save memory that the recipe does not have."""
+    train = job.train
+    if train.tiled_loss and not recipe.tiles:
+        raise ConfigError(f"train.tiled_loss: {job.recipe} computes no loss in tiles; set it to false")
+    if train.tiled_mlp and not recipe.tiles:
+        raise ConfigError(f"train.tiled_mlp: {job.recipe} computes no MLPs in tiles; set it to false")
+    if train.activation_offload and not recipe.selects:
+        raise ConfigError(f"train.activation_offload: {job.recipe} leaves no activations to the host; set it to false")
+    if not isinstance(train.activation_checkpointing, bool) and not recipe.selects:
+        raise ConfigError(f"train.activation_checkpointing: {job.recipe} checkpoints all layers or none; set it to true or false")
 
 
 def _lacks(key: str, job: Job, what: str, ability: type, way: str) -> ConfigError:

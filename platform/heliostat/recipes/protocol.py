@@ -78,7 +78,8 @@ class Recipe(ABC):
     kind: str  # of the datasets it eats: "tokens" or "rows"
     terms_per_sample: int | None = None  # loss terms of every sample, or None where samples differ
     causal: bool = False  # a model of transformers whose tokens attend to those before them; see `heliostat.cpu_kernels`
-    tiles: bool = False  # computes its loss without all logits where `train.tiled_loss` asks for it
+    tiles: bool = False  # computes its loss and its MLPs in tiles where `train.tiled_loss` and `train.tiled_mlp` ask for it
+    selects: bool = False  # checkpoints some of its layers, or with their inputs on the host, where the job asks for it
     balances: bool = False  # has a `balance` that is to be called behind every step
     frozen: tuple[str, ...] = ()  # submodules of the model that are not trained: no gradients, no dropout, saved once per run
 

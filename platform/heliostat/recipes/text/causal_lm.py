@@ -49,15 +49,16 @@ if TYPE_CHECKING:  # torch and transformers take three seconds, and most jobs ar
 class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, Generates, Serves):
     kind = "tokens"
     causal = True
-    tiles = True
+    tiles = selects = True
     scores = ("loss", "perplexity", "bits_per_byte")
 
     def __init__(self, job: Job) -> None:
         if not job.data.sequence_length:
             raise ConfigError("data.sequence_length: is required for a language model")
         self.job, self.length = job, job.data.sequence_length
-        self.checkpointing = job.train.activation_checkpointing
-        self.document_mask, self.tiled = job.data.document_mask, job.train.tiled_loss
+        self.checkpointing, self.offload = job.train.activation_checkpointing, job.train.activation_offload
+        self.document_mask, self.tiled, self.tiled_mlp = job.data.document_mask, job.train.tiled_loss, job.train.tiled_mlp
+        self.tile: int | None = None  # tokens of an MLP's tile, where trials want small ones
         self.terms_per_sample = None if self.document_mask else self.length - 1
         self.pretrained = job.model.get("pretrained")
         self.unbalanced = job.model.get("output_router_logits") is False  # and said so
@@ -98,6 +99,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, Generates, Serves
             raise ConfigError(f"data.sequence_length: {self.length} is longer than the model's max_position_embeddings {longest}")
 
     def probe(self) -> None:
+        self._require_room_makers()
         if self.plain is None:
             initial.probe(self)
         if self.document_mask:
@@ -117,6 +119,17 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, Generates, Serves
             tiled_loss.require(self)
         if self.job.train.parallel.sequence > 1:
             self.require_cut(self.job.train.parallel.sequence)
+
+    def _require_room_makers(self) -> None:
+        """Raises ConfigError if the model cannot have its MLPs in tiles, or its activations checkpointed as the job says."""
+        if self.tiled_mlp:
+            from heliostat.recipes.text import tiled_mlp
+
+            tiled_mlp.require(self)
+        if self.checkpointing and (self.offload or self.checkpointing is not True):
+            from heliostat.recipes.text import checkpointing
+
+            checkpointing.require(self)
 
     def require_cut(self, parts: int) -> None:
         from heliostat.recipes.text import cutting
@@ -190,7 +203,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, Generates, Serves
         from transformers import AutoModelForCausalLM
 
         from heliostat.recipes.huggingface import from_config
-        from heliostat.recipes.text import generator
+        from heliostat.recipes.text import checkpointing, generator, tiled_mlp
 
         shapes_only = torch.get_default_device().type == "meta"
         if self.pretrained and not shapes_only:
@@ -199,7 +212,9 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, Generates, Serves
             model = from_config(AutoModelForCausalLM, self.config)
             initial.apply(self.init, model, self.config.model_type)
         if self.checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpointing.use(model, self.checkpointing, self.offload)
+        if self.tiled_mlp:
+            tiled_mlp.use(model, self.tile)
         return model.train()
 
     def load(self, folder: Path) -> torch.nn.Module:

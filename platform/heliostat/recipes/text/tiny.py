@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 from heliostat.recipes.text.expert_numbers import CHOSEN, EXPERTS
@@ -67,6 +68,30 @@ def tried(recipe: Any, fault: Callable[[Any], str]) -> str:
     finally:
         torch.set_num_threads(threads)
     return f"it could not be tried ({reason})"
+
+
+def tokens(small: Any) -> np.ndarray:
+    """Draws the tokens of two samples, none of which ends a document."""
+    return np.random.default_rng(0).integers(6, 90, (2, small.length)).astype(np.int32)
+
+
+def loss_and_gradient(small: Any, model: Any) -> torch.Tensor:
+    """Computes a small model's loss and, behind it, its whole gradient, without dropout, with weights that give every part an
+    effect, the same each time."""
+    torch.manual_seed(0)
+    for p in model.eval().parameters():
+        p.data.normal_(std=0.2) if p.dim() > 1 else p.data.normal_(1.0, 0.1)
+        p.grad = None
+    loss = small.loss(model, small.batch(tokens(small))).sum
+    loss.backward()
+    return torch.cat([loss.detach().view(1), *(p.grad.flatten() for p in model.parameters() if p.grad is not None)])
+
+
+def same(right: torch.Tensor, mine: torch.Tensor, tolerance: float) -> bool:
+    """Tells whether two answers of `loss_and_gradient` are alike, the loss and the gradient."""
+    if right.shape != mine.shape:
+        return False
+    return bool(max(abs(mine[0] - right[0]) / right[0], (mine - right).norm() / right.norm()) <= tolerance)
 
 
 def parameters(recipe: Any) -> int:

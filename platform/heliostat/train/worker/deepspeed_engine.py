@@ -125,6 +125,8 @@ def build_engine(job: Job, recipe: Recipe, sequence: SequenceGroup | None = None
                 "workers use different ones; use 3"
             )
         set_z3_leaf_module(block, True)  # gathered whole: workers that use other experts would wait for each other
+    for block in building.gathered_whole(model):
+        set_z3_leaf_module(block, True)
     exact = {name: model.get_buffer(name).float() for name in recipe.exact(model)}
     optimizer = settings.build(groups)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)

@@ -1,0 +1,83 @@
+"""Checkpoints activations: keeps the input of a layer alone, and computes the layer again in the backward pass.
+
+`train.activation_checkpointing` says of which layers: all, or the first so many. Those behind keep all that autograd keeps, and
+have let go of it when the first of the others is computed again: the room that one such layer takes is theirs. With
+`train.activation_offload` the inputs are in host memory meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd.graph import save_on_cpu
+
+from heliostat.errors import ConfigError
+from heliostat.recipes.text import tiny
+
+SOME, OFFLOAD = "train.activation_checkpointing", "train.activation_offload"
+
+
+def use(model: Any, which: bool | int, offload: bool) -> None:
+    """Makes a model of transformers checkpoint all of its layers, or the first so many."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if which is True and not offload:
+        return
+    for place, layer in enumerate(layers(model)):
+        layer.gradient_checkpointing = which is True or place < which
+        if offload:
+            layer._gradient_checkpointing_func = OnHost(layer._gradient_checkpointing_func)
+
+
+def layers(model: torch.nn.Module) -> list[Any]:
+    """Lists the layers that transformers checkpoints one by one, in the model's order."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
+class OnHost:
+    """Checkpoints as `checkpoint` does, with the layer's input in host memory, pinned where there is a GPU. What the layer keeps
+    inside is not kept at all, so the input is all that is copied. The same on a CPU, as a copy beside the original."""
+
+    def __init__(self, checkpoint: Callable[..., Any]) -> None:
+        self.checkpoint = checkpoint
+        self.copied = 0
+
+    def __call__(self, layer: Callable[..., Any], *given: Any) -> Any:
+        self.copied += sum(isinstance(x, torch.Tensor) and x.requires_grad for x in given)
+        with save_on_cpu(pin_memory=True):
+            return self.checkpoint(layer, *given)
+
+
+# can it be done in this architecture? ---------------------------------------------------------------------------------
+
+
+def require(recipe: Any) -> None:
+    """Raises ConfigError unless the model has as many layers as are to be checkpointed, and those can leave their input."""
+    which, kind = recipe.checkpointing, recipe.config.model_type
+    if which is True and not recipe.offload:
+        return
+    with torch.device("meta"):
+        there = len(layers(recipe.build()))
+    key = OFFLOAD if which is True else SOME
+    if not there:
+        raise ConfigError(f"{key}: transformers does not checkpoint the layers of {kind!r} one by one; set {_plainly(key)}")
+    if which is not True and which > there:
+        raise ConfigError(f"{SOME}: {which} of the {there} layers of {kind!r}; set it to true, or to {there - 1} or fewer")
+    if recipe.offload and (fault := tiny.tried(recipe, _fault)):
+        raise ConfigError(f"{OFFLOAD}: layers of {kind!r} cannot leave their input to the host: {fault}; set it to false")
+
+
+def _plainly(key: str) -> str:
+    return "it to true or false" if key == SOME else "it to false"
+
+
+def _fault(small: Any) -> str:
+    """Plays a small model and looks whether each layer has handed over its input."""
+    small.checkpointing = True
+    model = small.build()
+    small.loss(model, small.batch(tiny.tokens(small))).sum.backward()
+    copied = [layer._gradient_checkpointing_func.copied for layer in layers(model)]
+    return "" if all(copied) else "they take it by name, so that it is kept beside"

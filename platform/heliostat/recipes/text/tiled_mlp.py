@@ -1,0 +1,170 @@
+"""Computes the MLP of each layer a tile of tokens at a time, for `train.tiled_mlp`: what is inside it exists for one tile alone.
+
+An MLP computes each token by itself. Forwards nothing is kept but its input; backwards each tile is computed again, and its
+gradients with it. Those of the weights are summed over the tiles here, in fp32: to autograd, and to the hooks of ZeRO on it, the
+MLP is one operation with one gradient for each of its parameters. At ZeRO-3 they are gathered for the whole of it
+(`gathered_whole`), once forwards and once backwards.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from heliostat.errors import ConfigError
+from heliostat.recipes.text import checkpointing, tiny
+
+KEY = "train.tiled_mlp"
+NAMES = ("mlp", "feed_forward", "ffn")  # as transformers calls them
+TOLERANCE = 1e-3  # relative, of the loss and of the gradient in fp32
+TRIED = 7  # tokens of a tile in trials, whose samples have more
+
+Compute = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Unfit(Exception):
+    """Says why a model's MLPs cannot be computed in tiles."""
+
+
+def tile_rows(width: int) -> int:
+    """Chooses how many tokens make a tile, by the width of what the MLP is given: as many, so that the inside of a tile is about
+    as large as the MLP's matrices, and the products stay bound by arithmetic."""
+    return width
+
+
+TILE_ROWS = tile_rows  # whatever stands in its place where operations are counted
+
+
+def use(model: Any, rows: int | None = None) -> None:
+    """Makes a model's MLPs compute in tiles, of `rows` tokens if it is given; Unfit if a layer has none."""
+    for mlp in modules(model):
+        mlp.forward = partial(_forward, mlp, mlp.forward, rows)
+        mlp.gathered_whole = True
+
+
+def inside(mlp: Any, width: int, meter: Any) -> tuple[int, int]:
+    """Computes a tile of an MLP in the context `meter`, for the plan; returns its tokens, and the bytes that the meter counts."""
+    _, compute, rows = mlp.forward.args
+    rows = rows or TILE_ROWS(width)
+    with meter:
+        compute(torch.empty(1, rows, width, dtype=next(mlp.parameters()).dtype, requires_grad=True))
+    return rows, int(meter.total)
+
+
+def modules(model: Any) -> list[Any]:
+    """Lists the MLPs of a model's layers; Unfit if a layer has none."""
+    found = []
+    for layer in checkpointing.layers(model):
+        own = [child for name, child in layer.named_children() if name in NAMES and not _sparse(child)]
+        if len(own) != 1:
+            raise Unfit("there are layers without an MLP that is a module of its own")
+        found += own
+    if not found:
+        raise Unfit("transformers has no list of its layers")
+    return found
+
+
+def _sparse(module: torch.nn.Module) -> bool:
+    """Tells whether a module holds experts, to which tokens are sent."""
+    return any(name.rpartition(".")[2] == "experts" for name, _ in module.named_modules())
+
+
+def _forward(mlp: torch.nn.Module, compute: Compute, rows: int | None, hidden: torch.Tensor, *more: Any) -> Any:
+    if more:
+        raise Unfit("they take more than the layer's hidden state")
+    rows = rows or tile_rows(hidden.shape[-1])
+    if not torch.is_grad_enabled():
+        return _in_tiles(compute, hidden, rows)
+    if not hidden.requires_grad:
+        hidden = hidden.detach().requires_grad_()
+    return TiledMlp.apply(compute, rows, Kept.apply(hidden), *(p for p in mlp.parameters() if p.requires_grad))
+
+
+def _in_tiles(compute: Compute, hidden: torch.Tensor, rows: int) -> torch.Tensor:
+    return torch.cat([compute(tile) for tile in _tiles(hidden, rows)], 1).view(*hidden.shape[:-1], -1)
+
+
+def _tiles(whole: torch.Tensor, rows: int) -> tuple[torch.Tensor, ...]:
+    return whole.reshape(1, -1, whole.shape[-1]).split(rows, 1)
+
+
+class Kept(torch.autograd.Function):
+    """Keeps a tensor for the backward pass of what is computed of it next. Before that is computed: a layer that is checkpointed
+    is played again as far as there is something to keep, and so not through its MLP, which plays its tiles itself."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(hidden)
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> torch.Tensor:
+        return upstream[0]
+
+
+class TiledMlp(torch.autograd.Function):
+    """Computes an MLP of what `Kept` has kept, and the gradients of that and of its weights, in tiles of `rows` tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, compute: Compute, rows: int, hidden: torch.Tensor, *weights: torch.nn.Parameter) -> torch.Tensor:
+        ctx.compute, ctx.rows, ctx.kept, ctx.weights = compute, rows, hidden.grad_fn, weights
+        return _in_tiles(compute, hidden, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (hidden,) = ctx.kept.saved_tensors
+        of_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        totals = [torch.zeros(w.shape, dtype=torch.promote_types(w.dtype, torch.float32), device=w.device) for w in ctx.weights]
+        for tile, gradient, out in zip(*(_tiles(x, ctx.rows) for x in (hidden, upstream[0], of_hidden)), strict=True):
+            tile = tile.detach().requires_grad_()
+            with torch.enable_grad():
+                made = ctx.compute(tile)
+            first, *rest = torch.autograd.grad(made, [tile, *ctx.weights], gradient)
+            out.copy_(first)
+            for total, part in zip(totals, rest, strict=True):
+                total += part
+        return None, None, of_hidden, *(total.to(w.dtype) for total, w in zip(totals, ctx.weights, strict=True))
+
+
+# is it right in this architecture? -----------------------------------------------------------------------------------
+
+
+def require(recipe: Any) -> None:
+    """Raises ConfigError unless every layer of the model has an MLP that computes each token by itself, and draws no numbers."""
+    kind, whole = recipe.config.model_type, copy.copy(recipe)
+    whole.tiled_mlp = False
+    fault = "its layers have experts in their place" if recipe.routes else tiny.tried(whole, _fault)
+    if fault:
+        raise ConfigError(f"{KEY}: MLPs of {kind!r} cannot be computed in tiles: {fault}; set it to false")
+
+
+def _fault(small: Any) -> str:
+    """Compares the loss and the gradient of a small model in tiles with those of whole MLPs."""
+    try:
+        model = small.build()
+        if _draws(small, model):
+            return "they draw random numbers, which would be others in tiles (set the model's dropout to 0)"
+        whole = tiny.loss_and_gradient(small, model)
+        use(model, TRIED)
+        same = tiny.same(whole, tiny.loss_and_gradient(small, model), TOLERANCE)
+    except Unfit as e:
+        return str(e)
+    return "" if same else "they do not compute each token by itself"
+
+
+@torch.no_grad()
+def _draws(small: Any, model: Any) -> bool:
+    """Tells whether an MLP takes random numbers in training."""
+    before, drew = list[torch.Tensor](), list[bool]()
+    handles = [h for mlp in modules(model) for h in (
+        mlp.register_forward_pre_hook(lambda *_: before.append(torch.get_rng_state())),
+        mlp.register_forward_hook(lambda *_: drew.append(not torch.equal(before.pop(), torch.get_rng_state()))),
+    )]  # fmt: skip
+    small.loss(model, small.batch(tiny.tokens(small)))
+    for handle in handles:
+        handle.remove()
+    return any(drew)
