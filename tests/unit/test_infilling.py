@@ -8,7 +8,9 @@ from itertools import chain, pairwise
 
 import numpy as np
 import pytest
-from heliostat.benchmark.documents import Documents
+import yaml
+from heliostat.benchmark.documents import Documents, held_out
+from heliostat.benchmark.held_out import making as suites
 from heliostat.curation.work import Work
 from heliostat.data import infilling as layout
 from heliostat.data import manifest
@@ -162,6 +164,24 @@ def test_what_is_read_back_from_shards_is_the_text(pages):
     found = list(chain.from_iterable(Documents(one).texts(range(one.chunks.num_rows))))
     expected = [joined([part]) for text in set(build_pages.texts()) for part in arrange(text, digest(text), KEYS)]
     assert sorted(found) == sorted(expected)
+
+
+def test_held_out_middles_are_asked_as_the_data_had_them(pages, tmp_path):
+    """What is asked and the answer are one passage of a held-out document, whichever comes first."""
+    for rate in (0.5, 1.0):
+        keys = FillInTheMiddle(rate=0.5, spm_rate=rate)
+        one = published(pages, f"asked {rate}", make(pages, f"asked {rate}", keys=keys))
+        told = suites.make(str(one.location), tmp_path / str(rate), 30, 0.2, seed=3)
+        assert told["tasks"]["held_out_middle"] > 15
+        task = yaml.safe_load((tmp_path / str(rate) / "tasks" / "held_out_middle.yaml").read_text())
+        assert task["generation_kwargs"]["until"] == [END]
+        held = list(chain.from_iterable(Documents(one).texts(held_out(one, 0.2))))
+        tokenizer, markers = Tokenizer.from_str(one.file("tokenizer.json").read().decode()), layout.Markers.of(one.meta)
+        for line in (tmp_path / str(rate) / "data" / "held_out_middle.jsonl").read_text().splitlines():
+            asked = json.loads(line)
+            assert any(asked["prefix"] + asked["answer"] + asked["suffix"] in text for text in held)
+            pieces = layout.encode(tokens.load(tokenizer.to_str()), [asked["prefix"], asked["suffix"]])
+            assert tokenizer.encode(asked["context"]).ids == markers.prompt(*pieces, suffix_first=rate == 1)
 
 
 def test_a_document_that_is_forgotten_takes_its_counts_with_it(pages):

@@ -42,6 +42,10 @@ class Documents:
         self._tokenizer = Tokenizer.from_str(made.file("tokenizer.json").read().decode())
         self.damaged: list[str] = []
 
+    def token(self, id: int) -> str:
+        """Returns the text of a token."""
+        return self._tokenizer.id_to_token(id)
+
     def texts(self, chunks: Iterable[int]) -> Iterator[list[str]]:
         """Yields the texts of each chunk's documents; of one that lies in several chunks, or that was cut into spans to be
         rearranged, each part by itself."""
