@@ -85,8 +85,8 @@ def names(tokenizer: Tokenizer) -> tuple[str, str, str] | None:
 
 def find(tokenizer: Tokenizer, named: Sequence[str]) -> Markers:
     """Returns the markers of these names; ConfigError if the tokenizer lacks one."""
-    ids = [tokenizer.token_to_id(name) for name in named]
-    if len(ids) != 3 or None in ids:
+    ids = [token for name in named if (token := tokenizer.token_to_id(name)) is not None]
+    if len(ids) != 3:
         raise ConfigError(f"{FACT}: {list(named)} are not three tokens of the tokenizer")
     return Markers(*ids)
 
