@@ -20,6 +20,7 @@ from heliostat.pipelines.text.documents import Rules
 from heliostat.pipelines.text.infilling import Arranged, FillInTheMiddle, arrange
 from heliostat.pipelines.text.making import Making
 from heliostat.pipelines.text.tasks import TextSource
+from heliostat.recipes.text import vocabulary
 from heliostat.recipes.text.token_bytes import sizes
 from heliostat.storage import Location
 from tokenizers import AddedToken, Tokenizer
@@ -105,6 +106,14 @@ def test_a_tokenizer_that_cannot_do_it_is_refused():
         infilling.names(tokens.load(trained("byte fallback")))
     with pytest.raises(ConfigError, match="puts a space before each text, also before pieces of one; take another"):
         layout.encode(tokens.load(trained("word pieces")), ["a"])
+
+
+def test_a_pretrained_model_must_have_the_markers_of_the_data():
+    data = Tokenizer.from_str(infilling.marking(marked("byte-level"), layout.KNOWN[3]))
+    model, end = Tokenizer.from_str(trained("byte-level")), data.token_to_id(END)
+    ids = [data.token_to_id(name) for name in layout.KNOWN[3]]
+    assert vocabulary.difference(data, model, [end]) is None and vocabulary.difference(data, data, [end, *ids]) is None
+    assert "documents mark pieces with '▁<PRE>', which is missing in" in vocabulary.difference(data, model, [end, *ids])
 
 
 def test_without_a_rearranged_text_the_tokens_are_what_they_are_without_the_key():
