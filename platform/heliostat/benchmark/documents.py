@@ -43,8 +43,8 @@ class Documents:
         self.damaged: list[str] = []
 
     def token(self, id: int) -> str:
-        """Returns the text of a token."""
-        return self._tokenizer.id_to_token(id)
+        """Returns how a token is spelled."""
+        return str(self._tokenizer.id_to_token(id))
 
     def texts(self, chunks: Iterable[int]) -> Iterator[list[str]]:
         """Yields the texts of each chunk's documents; of one that lies in several chunks, or that was cut into spans to be

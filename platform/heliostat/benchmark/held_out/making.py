@@ -85,7 +85,7 @@ def _of_middles(made: Manifest) -> dict[str, tuple[Ask, dict[str, Any]]]:
     if FACT not in made.meta:
         return {}
     end = documents.Documents(made).token(made.fact("end_of_document"))
-    ask = questions.asking_for_middles(*made.meta[FACT]["names"], made.meta[FACT]["spm_rate"] == 1)
+    ask = questions.asking_for_middles(made.meta[FACT]["names"], made.meta[FACT]["spm_rate"] == 1)
     greedy = {"do_sample": False, "until": [end], "max_gen_toks": MIDDLE_TOKENS}
     shape = {"output_type": "generate_until", "generation_kwargs": greedy, "metric_list": {"exact_match": "mean"}}
     return {"held_out_middle": (ask, shape)}

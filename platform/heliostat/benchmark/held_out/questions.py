@@ -96,11 +96,13 @@ def recall(text: Text, rng: random.Random, others: Sequence[Text]) -> Question |
     return {"context": text.before(at), "answer": text.between(at, at + 2)}
 
 
-def asking_for_middles(before: str, behind: str, middle: str, suffix_first: bool) -> Ask:
+def asking_for_middles(markers: Sequence[str], suffix_first: bool) -> Ask:
     """Makes an Ask for what stands between a prefix and a suffix, with the tokens that a model's data has before its pieces."""
 
+    before, behind, middle = markers
+
     def middles(text: Text, rng: random.Random, others: Sequence[Text]) -> Question | None:
-        if len(text.words) < LEAST + MIDDLE + LEAST or any(marker in text.text for marker in (before, behind, middle)):
+        if len(text.words) < LEAST + MIDDLE + LEAST or any(marker in text.text for marker in markers):
             return None
         at = rng.randrange(LEAST, len(text.words) - MIDDLE - LEAST + 1)
         answer, end = text.between(at, at + MIDDLE), at + MIDDLE
