@@ -16,6 +16,21 @@ def test_the_interval_of_a_share_is_wilsons(right, count, low, high):
     assert measures.wilson(right / count, count) == pytest.approx((low, high), abs=5e-5)
 
 
+def test_the_edit_similarity_is_that_of_the_least_changes():
+    def distance(a: str, b: str) -> int:
+        known = {(i, 0): i for i in range(len(a) + 1)} | {(0, j): j for j in range(len(b) + 1)}
+        for i, x in enumerate(a, 1):
+            for j, y in enumerate(b, 1):
+                known[i, j] = min(known[i - 1, j] + 1, known[i, j - 1] + 1, known[i - 1, j - 1] + (x != y))
+        return known[len(a), len(b)]
+
+    rng = random.Random(0)
+    for _ in range(200):
+        a, b = ("".join(rng.choices("ab日 ", k=rng.randrange(12))) for _ in range(2))
+        assert measures.edit_similarity(a, b) == (1 - distance(a, b) / max(len(a), len(b)) if a or b else 1.0)
+    assert measures.edit_similarity("kitten", "sitting") == 1 - 3 / 7
+
+
 def test_the_interval_covers_the_true_share_as_often_as_it_says():
     rng, hits, tries = random.Random(0), 0, 2000
     for _ in range(tries):

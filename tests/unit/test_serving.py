@@ -26,6 +26,7 @@ def test_a_completion_is_read_with_openais_defaults():
     assert (asked.prompt, asked.max_tokens, asked.temperature, asked.top_p, asked.stop) == (["a"], None, 1.0, 1.0, [])
     asked = requests.completion(b'{"model": "m", "prompt": ["a", "b"], "stop": "x", "temperature": 0, "seed": -1}')
     assert (asked.prompt, asked.stop, asked.temperature, asked.seed) == (["a", "b"], ["x"], 0.0, -1)
+    assert (asked.suffix, requests.completion(b'{"model": "m", "prompt": "a", "suffix": "b"}').suffix) == ("", "b")
 
 
 @pytest.mark.parametrize(
@@ -33,7 +34,7 @@ def test_a_completion_is_read_with_openais_defaults():
     [
         ({"n": 2}, "n", "2 is not supported; leave it out, or give 1"),
         ({"echo": True}, "echo", "true is not supported"),
-        ({"suffix": "x"}, "suffix", "not supported"),
+        ({"suffix": 3}, "suffix", "is not text"),
         ({"frequency_penalty": 0.5}, "frequency_penalty", "not supported"),
         ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
         ({"max_token": 3}, "max_token", "unknown parameter; did you mean 'max_tokens'?"),

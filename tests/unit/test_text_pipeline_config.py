@@ -32,6 +32,12 @@ tokenizer: {{vocab_size: 300}}
         (["tokenizer={path: TMP/bad.json}"], "tokenizer.path: not a tokenizer.json"),
         (["tokenizer={path: TMP/tok, end_of_document: </s>}"], "'</s>' is not in the vocabulary"),
         (["tokenizer.vocab_size=10"], "tokenizer.vocab_size"),
+        (
+            ["tokenizer.vocab_size=258", "fill_in_the_middle={rate: 0.5}"],
+            "no room for the 3 tokens of fill_in_the_middle; give 260",
+        ),
+        (["tokenizer={path: TMP/tok}", "fill_in_the_middle={}"], "fill_in_the_middle: the tokenizer has none of the tokens"),
+        (["fill_in_the_middle={rate: 2}"], "fill_in_the_middle.rate"),
         (["min_chars=9", "max_chars=3"], "max_chars: 3 is below min_chars 9"),
         (["input=TMP/nothing"], "no file there"),
         (["exclude=['[b-a]']"], "exclude: '[b-a]' is not a valid pattern"),

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from tokenizers import Tokenizer
 
-from heliostat.data import manifest
+from heliostat.data import infilling, manifest
 from heliostat.data.chunks import Chunks, DamagedError
 from heliostat.data.manifest import Manifest
 from heliostat.data.split import NEWEST, split
@@ -38,17 +38,21 @@ class Documents:
 
     def __init__(self, made: Manifest) -> None:
         self._chunks, self._end = Chunks([made], 1), made.meta.get("end_of_document")
+        self._markers = infilling.Markers.of(made.meta)
         self._tokenizer = Tokenizer.from_str(made.file("tokenizer.json").read().decode())
         self.damaged: list[str] = []
 
+    def token(self, id: int) -> str:
+        """Returns how a token is spelled."""
+        return str(self._tokenizer.id_to_token(id))
+
     def texts(self, chunks: Iterable[int]) -> Iterator[list[str]]:
-        """Yields the texts of each chunk's documents; of one that lies in several chunks, each part by itself."""
+        """Yields the texts of each chunk's documents; of one that lies in several chunks, or that was cut into spans to be
+        rearranged, each part by itself."""
         for chunk in chunks:
             try:
                 flat = self._chunks.read(0, int(chunk))[:, 0]
             except DamagedError as e:
                 self.damaged.append(str(e))
                 continue
-            ends = [] if self._end is None else np.flatnonzero(flat == self._end).tolist()
-            parts = [flat[a:b] for a, b in zip([0, *(e + 1 for e in ends)], [*ends, len(flat)], strict=True) if b > a]
-            yield self._tokenizer.decode_batch([part.tolist() for part in parts], skip_special_tokens=True)
+            yield self._tokenizer.decode_batch(infilling.texts(flat, self._end, self._markers), skip_special_tokens=True)

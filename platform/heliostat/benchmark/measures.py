@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 Z = 1.959964  # of 95 %
 ACCURACIES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info")
 BY_GUESSING_NONE = ("acc", "exact_match")  # of tasks without choices
@@ -31,6 +33,20 @@ def chance(kind: str, metric: str, choices: Sequence[tuple[int, int]]) -> float 
         known = choices and metric in ACCURACIES
         return sum(right / all_ for right, all_ in choices) / len(choices) if known else None
     return 0.0 if metric in BY_GUESSING_NONE else None
+
+
+def edit_similarity(one: str, other: str) -> float:
+    """Computes 1 - d / n of two texts: d is the least number of characters to insert, delete or replace (Levenshtein 1965), n the
+    characters of the longer; 1 where both are empty."""
+    longest = max(len(one), len(other))
+    if not longest:
+        return 1.0
+    letters, places = np.array([ord(letter) for letter in other], np.int64), np.arange(len(other) + 1)
+    row = places.copy()
+    for count, letter in enumerate(one, 1):
+        reached = np.concatenate([[count], np.minimum(row[1:] + 1, row[:-1] + (letters != ord(letter)))])
+        row = np.minimum.accumulate(reached - places) + places  # and what is inserted behind each place
+    return 1 - int(row[-1]) / longest
 
 
 def centred(score: float, guessing: float | None) -> float | None:

@@ -19,9 +19,12 @@ ARTIFACTS = "benchmarks"
 
 
 def metrics(result: dict[str, Any]) -> dict[str, float]:
-    """Lists a result's metrics by name: each task's score and standard error, and the average of the centred scores."""
+    """Lists a result's metrics by name: each task's score, standard error and edit similarity, where it has them, and the average
+    of the centred scores."""
     found = {f"{BENCHMARK}{row['task']}": row["score"] for row in result["tasks"]}
     found |= {f"{BENCHMARK}{row['task']}_stderr": row["stderr"] for row in result["tasks"] if row["stderr"] is not None}
+    similar = {f"{BENCHMARK}{row['task']}_edit_similarity": row.get("edit_similarity") for row in result["tasks"]}
+    found |= {name: value for name, value in similar.items() if value is not None}
     if result["average"]["centred"] is not None:
         found[AVERAGE] = result["average"]["centred"]
     return {name: float(value) for name, value in found.items() if math.isfinite(value)}

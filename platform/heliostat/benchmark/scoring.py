@@ -80,7 +80,16 @@ def _row(task: Task, found: Any, samples: list[dict[str, Any]], cut: int) -> dic
         "examples": len(samples), "of": found["n-samples"][name]["original"], "truncated": cut,
         "version": str(found["versions"][name]),
         "metrics": {key: v for key, v in told.items() if isinstance(v, int | float) and "," in key},
+        "edit_similarity": similarity(samples) if kind == "generate_until" else None,
     }  # fmt: skip
+
+
+def similarity(samples: list[dict[str, Any]]) -> float | None:
+    """Computes the mean edit similarity of what the model wrote to the right answers; None where those are no texts."""
+    pairs = [(one["filtered_resps"][0], one["target"]) for one in samples]
+    if not pairs or not all(isinstance(text, str) for pair in pairs for text in pair):
+        return None
+    return sum(measures.edit_similarity(*pair) for pair in pairs) / len(pairs)
 
 
 def choices(task: Task, samples: list[dict[str, Any]]) -> Iterator[tuple[int, int]]:

@@ -48,6 +48,8 @@ def notes(result: dict[str, Any]) -> list[str]:
         found.append(
             f"average of the centred scores: {average['centred']:+.3f}{error} ({average['tasks']} of {average['of']} tasks)"
         )
+    found += [f"{row['task']}: edit similarity of the answers {row['edit_similarity']:.3f} (1: each is the right one)"
+              for row in result["tasks"] if row.get("edit_similarity") is not None]  # fmt: skip
     found += _of_contamination(result, seen)
     found += [f"{row['task']}: the model saw only the end of {row['truncated']:,} examples, which are longer than it takes"
               for row in result["tasks"] if row["truncated"]]  # fmt: skip

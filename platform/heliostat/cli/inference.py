@@ -16,6 +16,11 @@ def generate(
     model: Model,
     prompt: Annotated[str | None, typer.Option(help="What the model is to go on from, or to draw")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A file with a prompt a line: answered with Ray Data, into --out")] = None,
+    prefix: Annotated[
+        str | None,
+        typer.Option(help="Text: what stands before the middle that the model is to write; a file, or the text itself"),
+    ] = None,
+    suffix: Annotated[str | None, typer.Option(help="Text: what stands behind it; a file, or the text itself")] = None,
     seed: Annotated[int, typer.Option(help="Of the random numbers: the same seed gives the same answer")] = 0,
     to: Annotated[
         str | None, typer.Option("--out", help="Where the answer goes; an image needs it, and so does --prompts (a folder)")
@@ -40,8 +45,12 @@ def generate(
     given = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "steps": steps, "guidance": guidance,
              "sampler": sampler, "grid": grid, "width": width, "height": height}  # fmt: skip
     options = {name: value for name, value in given.items() if value is not None}
-    if (prompt is None) == (prompts is None):
-        raise ConfigError("--prompt: give either one prompt, or a file of them with --prompts")
+    if [prompt, prompts, prefix].count(None) != 2:
+        raise ConfigError("--prompt: give either one prompt, or a file of them with --prompts, or --prefix and --suffix")
+    if (prefix is None) != (suffix is None):
+        raise ConfigError("--suffix: goes with --prefix; give both, of which one may be empty")
+    if prefix is not None and suffix is not None:
+        prompt, options["suffix"] = generating.read_text("--prefix", prefix), generating.read_text("--suffix", suffix)
     if prompts is not None:
         if to is None:
             raise ConfigError("--out: is needed with --prompts; give a folder or an s3:// prefix")

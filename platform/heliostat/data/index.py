@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from heliostat.data import manifest, versions
+from heliostat.data.infilling import COUNTS
 from heliostat.data.manifest import SHARDS, Manifest
 from heliostat.errors import DataError
 from heliostat.storage import Location
@@ -28,6 +29,7 @@ NOT_IN_FOOTERS = (
     "bytes",
     "cuts",
     "unigram_entropy",
+    COUNTS,
 )  # counted in the text or the tokens: no longer true with more
 
 

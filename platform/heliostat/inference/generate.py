@@ -43,6 +43,18 @@ def answer(
         return [made for i in range(0, len(asked), BATCH) for made in ask(asked[i : i + BATCH])]
 
 
+def read_text(option: str, given: str) -> str:
+    """Reads the file that is named, as it is; what names no file is the text itself."""
+    try:
+        if "\0" in given or not Path(given).is_file():
+            return given
+        return Path(given).read_bytes().decode()
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"{option}: {given} is no UTF-8 text ({e})") from e
+    except OSError:  # such as a name that is too long
+        return given
+
+
 def read_prompts(path: Path) -> list[str]:
     """Reads prompts from a file, one a line; empty lines are left out."""
     try:

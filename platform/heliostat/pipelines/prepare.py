@@ -35,6 +35,7 @@ from heliostat.cluster.connect import connect
 from heliostat.config import kinds, workspace
 from heliostat.config.schema import Float, Strict, apply, read_yaml, validate
 from heliostat.data import collection, manifest, versions
+from heliostat.data.infilling import COUNTS
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, DataError, HeliostatError, StorageError, innermost
 from heliostat.pipelines.leftovers import remove_old_samples, sample_folder
@@ -305,6 +306,7 @@ def _report(made: Manifest, seconds: float, up_to_date: bool, pruned: versions.P
         "dropped": meta.get("dropped", {}),
         "listed": str(listed) if (listed := made.location.join(LISTED)).exists() else None,
         "duplicates": meta.get("duplicates", 0),
+        "rearranged": meta.get(COUNTS),
         "vocab_size": meta.get("vocab_size"),
         "seconds": round(seconds, 2),
         "up_to_date": up_to_date,
@@ -320,7 +322,11 @@ def explain(report: dict[str, Any]) -> list[str]:
     left_out = Counter(report["dropped"]) + Counter(duplicate=report["duplicates"])
     told = ", ".join(f"{n:,} {reason}" for reason, n in sorted(left_out.items()))
     listed = f" (listed in {report['listed']})" if report["listed"] else ""
-    return [
+    made = [
         f"dataset {report['dataset']} {state}: {held}, {report['chunks']:,} chunks, digest {report['digest'][:12]}",
         f"left out: {told or 'nothing'}{listed}",
     ]
+    if counts := report["rearranged"]:
+        made.append(f"rearranged for filling in the middle: {counts['texts']:,} texts of {counts['documents']:,} documents, "
+                    f"{counts['suffix_first']:,} of them with the suffix first")  # fmt: skip
+    return made

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from heliostat.inference.batch.engines import Embed, Input, Loaded, pads_hold
+from heliostat.recipes.text.generator import ends
+from heliostat.recipes.text.infilling import Infilling
 from heliostat.serving import sampling
 from heliostat.serving.group import Group
 from heliostat.serving.sampling import Draw
@@ -48,7 +50,8 @@ class Engine:
         self.loaded, self.batch = loaded, batch
         self.embed = Embed(loaded, batch)
         self.mixes = pads_hold(self.embed)
-        self.ends = ends(loaded)
+        self.infilling = Infilling.of(loaded.tokenizer)
+        self.ends = {*ends(loaded.tokenizer, loaded.model), *(self.infilling.ends if self.infilling else [])}
         self.waiting: deque[Row] = deque()
         self.texts: deque[tuple[Sequence[str], Deliver]] = deque()
         self.groups: list[tuple[Group, list[Row]]] = []
@@ -186,10 +189,3 @@ class Engine:
         for row in rows:
             row.over = True
             row.deliver({"failed": f"{type(error).__name__}: {brief(error)}"})
-
-
-def ends(loaded: Loaded) -> set[int]:
-    """Returns the tokens that end an answer: the tokenizer's, and those that the model's folder names."""
-    named = getattr(loaded.model.generation_config, "eos_token_id", None)
-    found = named if isinstance(named, list) else [named]
-    return {token for token in [loaded.tokenizer.eos_token_id, *found] if token is not None}

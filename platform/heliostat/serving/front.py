@@ -166,6 +166,7 @@ class Front:
             prompts, [m.plain() for m in chat.messages] if chat else None, most, self.settings.max_tokens, asked.temperature,
             asked.top_p, [(seed + i) % 2**63 for i in range(len(prompts or [""]))], asked.stop,
             asked.logprobs if isinstance(asked, requests.Completion) else None,
+            asked.suffix if isinstance(asked, requests.Completion) else "",
         )  # fmt: skip
 
     async def _stream(self, asked: requests.Sampled, ask: Ask, name: str, path: str) -> Response:

@@ -29,6 +29,7 @@ class Ask:
     seeds: list[int]
     stops: list[str]
     logprobs: int | None = None
+    suffix: str = ""
 
 
 class Replica:
@@ -114,7 +115,9 @@ class Replica:
         def deliver(index: int) -> Callable[[dict[str, Any]], None]:
             return lambda piece: _put(loop, pieces, (index, piece))
 
-        encoded = [self._chat(ask.messages)] if ask.messages is not None else [self._prompt(p) for p in ask.prompts or []]
+        encoded = (
+            [self._chat(ask.messages)] if ask.messages is not None else [self._prompt(p, ask.suffix) for p in ask.prompts or []]
+        )
         where = "prompt" if ask.messages is None else "messages"
         return [
             Row(tokens, self._most(ask, tokens, where), Draw(ask.temperature, ask.top_p, seed), Stopping(ask.stops), deliver(i),
@@ -122,7 +125,13 @@ class Replica:
             for i, (tokens, seed) in enumerate(zip(encoded, ask.seeds, strict=True))
         ], pieces  # fmt: skip
 
-    def _prompt(self, text: str) -> list[int]:
+    def _prompt(self, text: str, suffix: str) -> list[int]:
+        if suffix:
+            if self.engine.infilling is None:
+                from heliostat.recipes.text import infilling
+
+                raise Refusal(400, f"suffix: {infilling.NONE}", "suffix", "no_fill_in_the_middle")
+            return self.engine.infilling.prompt(text, suffix)
         tokenizer = self.engine.loaded.tokenizer
         if not (tokens := tokenizer(text or tokenizer.bos_token or "", verbose=False)["input_ids"]):
             raise Refusal(400, "prompt: is empty, and the tokenizer has no token that begins a document", "prompt")

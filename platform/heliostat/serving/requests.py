@@ -18,7 +18,7 @@ from heliostat.text import brief
 MOST_INPUTS = 64  # prompts or texts of one request
 MOST_STOPS = 4
 COMMON = {"n": 1, "frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}}
-OF_COMPLETIONS = {**COMMON, "best_of": 1, "echo": False, "suffix": ""}
+OF_COMPLETIONS = {**COMMON, "best_of": 1, "echo": False}
 OF_CHAT = {
     **COMMON, "logprobs": False, "top_logprobs": 0, "tools": [], "tool_choice": "none", "functions": [], "function_call": "none",
     "parallel_tool_calls": True, "response_format": {"type": "text"}, "modalities": ["text"], "audio": {}, "prediction": {},
@@ -58,9 +58,10 @@ class Sampled(Strict):
 
 
 class Completion(Sampled):
-    """Describes a request to continue prompts."""
+    """Describes a request to continue prompts, or to fill in what stands between each of them and a suffix."""
 
     prompt: Annotated[list[str], Listed, Field(min_length=1, max_length=MOST_INPUTS)]
+    suffix: str = ""
     logprobs: int | None = Field(None, ge=0, le=5)
 
 

@@ -20,10 +20,13 @@ import yaml
 from heliostat.benchmark import documents
 from heliostat.benchmark.held_out import questions
 from heliostat.benchmark.held_out.questions import Ask, Text
+from heliostat.data.infilling import FACT
+from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, DataError
 from heliostat.storage import Location
 
 DOCUMENTS = 8  # that are read for each question that is asked for
+MIDDLE_TOKENS = 48  # that a model may write for a middle
 CHARS = 100_000  # of a document that is looked at
 GREEDY = {"do_sample": False, "until": ["\n\n"], "max_gen_toks": 24}
 FIRST_TWO = {"function": "regex", "regex_pattern": r"^\s*(\S+\s+\S+)"}
@@ -54,7 +57,7 @@ def make(dataset: str, to: Path, count: int, fraction: float, seed: int) -> dict
             f"--fraction: {fraction:g} of {dataset} holds out {len(texts)} documents of text, too few; give a larger one"
         )
     counts = {}
-    for name, (ask, shape) in TASKS.items():
+    for name, (ask, shape) in {**TASKS, **_of_middles(made)}.items():
         asked = list(questions.questions(ask, texts, count, seed))
         if asked:
             _write(to, name, shape, asked)
@@ -77,7 +80,18 @@ def make(dataset: str, to: Path, count: int, fraction: float, seed: int) -> dict
     return {**told, "suite": str(to / "suite.yaml")}
 
 
-def _texts(made: Any, fraction: float, most: int, seed: int) -> list[Text]:
+def _of_middles(made: Manifest) -> dict[str, tuple[Ask, dict[str, Any]]]:
+    """Makes the task of a dataset that is rearranged for filling in the middle: the model writes it, to the document's end."""
+    if FACT not in made.meta:
+        return {}
+    end = documents.Documents(made).token(made.fact("end_of_document"))
+    ask = questions.asking_for_middles(made.meta[FACT]["names"], made.meta[FACT]["spm_rate"] == 1)
+    greedy = {"do_sample": False, "until": [end], "max_gen_toks": MIDDLE_TOKENS}
+    shape = {"output_type": "generate_until", "generation_kwargs": greedy, "metric_list": {"exact_match": "mean"}}
+    return {"held_out_middle": (ask, shape)}
+
+
+def _texts(made: Manifest, fraction: float, most: int, seed: int) -> list[Text]:
     """Reads held-out documents, chunks in an order of the seed's, until there are enough; DataError if a chunk is damaged."""
     chunks, reader, found = documents.held_out(made, fraction).tolist(), documents.Documents(made), list[Text]()
     random.Random(seed).shuffle(chunks)

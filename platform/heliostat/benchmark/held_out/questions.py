@@ -16,6 +16,7 @@ WORD = re.compile(r"\S+")
 BEFORE, LEAST = 64, 24  # words before what is asked: at most, and at least
 GOES_ON, CHOICES = 12, 4  # words of a continuation; how many there are to choose from
 LETTERS = re.compile(r"[^\W\d_]{4,}")  # of a word that is asked for
+AROUND, MIDDLE = 32, 4  # words before and behind a middle, at most; words of it
 TRIES = 3  # questions that are tried of a document
 
 
@@ -93,6 +94,26 @@ def recall(text: Text, rng: random.Random, others: Sequence[Text]) -> Question |
         return None
     at = rng.choice(found)
     return {"context": text.before(at), "answer": text.between(at, at + 2)}
+
+
+def asking_for_middles(markers: Sequence[str], suffix_first: bool) -> Ask:
+    """Makes an Ask for what stands between a prefix and a suffix, with the tokens that a model's data has before its pieces."""
+
+    before, behind, middle = markers
+
+    def middles(text: Text, rng: random.Random, others: Sequence[Text]) -> Question | None:
+        if len(text.words) < LEAST + MIDDLE + LEAST or any(marker in text.text for marker in markers):
+            return None
+        at = rng.randrange(LEAST, len(text.words) - MIDDLE - LEAST + 1)
+        answer, end = text.between(at, at + MIDDLE), at + MIDDLE
+        if not LETTERS.search(answer):
+            return None
+        prefix = text.between(at - min(at, AROUND), at) + text.gap(at)
+        suffix = text.gap(end) + text.between(end, min(end + AROUND, len(text.words)))
+        context = f"{before}{behind}{suffix}{middle}{prefix}" if suffix_first else f"{before}{prefix}{behind}{suffix}{middle}"
+        return {"context": context, "answer": answer, "prefix": prefix, "suffix": suffix}
+
+    return middles
 
 
 def questions(ask: Ask, texts: Sequence[Text], count: int, seed: int) -> Iterator[Question]:

@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from heliostat.curation import reasons
-from heliostat.data import documents, manifest, shard, versions
+from heliostat.data import documents, infilling, manifest, shard, versions
+from heliostat.data.infilling import COUNTS
 from heliostat.data.manifest import FILES, SHARDS, UNCOVERED, Manifest, kept_path
 from heliostat.errors import ConfigError
 from heliostat.pipelines.text import tokens
@@ -64,6 +65,8 @@ def forget(made: Manifest, id: str, found: list[dict[str, Any]], output: Locatio
         if not len(chunks):
             raise ConfigError(f"{made.location}: {id!r} is its only document")
     meta |= {name: meta[name] - told[name] for name in ("documents", "bytes") if name in meta}
+    if COUNTS in meta:
+        meta[COUNTS] = {name: count - told.get(f"{COUNTS}.{name}", 0) for name, count in meta[COUNTS].items()}
     record = _record(made, gone, told, output)
     copied = [*dict.fromkeys(chunks["path"].to_pylist()), *meta.get("files", {}).values(), *record["also"]]
     _copy(made.location, output, copied)
@@ -85,8 +88,10 @@ def _shard(made: Manifest, path: str, id: str, output: Location) -> tuple[list[d
     with place.open() as source:
         data, ids = place.attempt(lambda: tokens.without(pq.ParquetFile(source), {id}))
     tokenizer = tokens.load(made.file("tokenizer.json").read().decode())
-    text = tokenizer.decode([t for t in ids.tolist() if t != made.fact("end_of_document")], skip_special_tokens=False)
-    told = {"documents": 1, "bytes": len(text.encode()), "tokens": len(ids)}
+    markers = infilling.Markers.of(made.meta)
+    texts = tokenizer.decode_batch(infilling.texts(ids, made.fact("end_of_document"), markers), skip_special_tokens=False)
+    told = {"documents": 1, "bytes": sum(len(text.encode()) for text in texts), "tokens": len(ids)}
+    told |= {f"{COUNTS}.{name}": count for name, count in (markers.counted([ids]) if markers else {}).items()}
     if data is None:
         return [], told
     number = path.split("/")[1]

@@ -8,10 +8,11 @@ import logging
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from heliostat.curation import pieces, segment, spill, tally
 from heliostat.curation.engine import Curated, Engine, groups
@@ -22,9 +23,11 @@ from heliostat.curation.readers import REASONS
 from heliostat.curation.stage import Stage
 from heliostat.curation.work import key
 from heliostat.data import versions
+from heliostat.data.infilling import COUNTS, FACT, OWN, find
 from heliostat.data.manifest import FILES, SHARDS
 from heliostat.pipelines.prepare import InputFile
-from heliostat.pipelines.text import documents, sources, tasks, tokens
+from heliostat.pipelines.text import documents, infilling, sources, tasks, tokens
+from heliostat.pipelines.text.infilling import FillInTheMiddle
 from heliostat.pipelines.text.tasks import Sharding, TextSource
 from heliostat.storage import Location
 
@@ -47,6 +50,7 @@ class Making:
     memory_limit: int
     shard_bytes: int
     chunk_tokens: int
+    infill: FillInTheMiddle | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     """CPU seconds of each stage, afterwards; of the work that earlier runs have done, too."""
     counted: tally.Tally = field(default_factory=dict)
@@ -63,12 +67,14 @@ class Making:
         engine = Engine(self.flow, self.source, [self.source.input, vars(rules)], self.memory_limit)
         curated = engine.curate(self._pieces(inputs), self.stages, self.explained)
         definition = self.given if self.given is not None else self._train(curated)
+        infill = self._infill(tokens.load(definition))
+        definition = infilling.marking(definition, infill["names"]) if infill else definition
         tokenizer = tokens.load(definition)
         end = tokens.end_id(tokenizer, self.tokenizer["end_of_document"])
         beside = {"tokenizer.json": versions.store(self.output, f"{FILES}/tokenizer-", definition.encode(), ".json")}
         totals = Totals(tokenizer.get_vocab_size(), curated.reasons, curated.examples)
         ends = list(curated.left_out)
-        for record in self._shards(curated, definition, end):
+        for record in self._shards(curated, definition, end, infill):
             ends += record["ends"]
             for shard in record["shards"]:
                 totals.add(shard)
@@ -85,10 +91,18 @@ class Making:
             "documents": totals.documents,
             "duplicates": totals.duplicates,
             **({"cuts": totals.cut} if totals.cut else {}),
+            **({FACT: infill, COUNTS: dict(totals.rearranged)} if infill else {}),
             "bytes": totals.bytes,
             "unigram_entropy": tokens.entropy(totals.counts),
             **(self._explained(curated, totals, sorted(ends)) if self.explained else {}),
         }
+
+    def _infill(self, tokenizer: Tokenizer) -> dict[str, Any] | None:
+        """Returns what the manifest says of how texts are rearranged: the keys, and the markers' names and ids."""
+        if self.infill is None:
+            return None
+        names = infilling.names(tokenizer)
+        return {**self.infill.model_dump(), "names": list(names), "markers": list(astuple(find(tokenizer, names)))}
 
     def _log(self, totals: Totals) -> None:
         totals.log(self.stages)
@@ -120,15 +134,17 @@ class Making:
         limit = int(np.searchsorted(np.cumsum(sizes), self.tokenizer["train_bytes"]))
         select = (Task(key("sample", f, limit), {"runs": part, "limit": limit}) for f, part in zip(follows, parts, strict=True))
         samples = [name for record in self.flow.all("sample", tasks.lowest, select) for name in record["sample"]]
-        train = Task(key("tokenizer", samples, self.tokenizer), {"samples": samples, "config": self.tokenizer})
+        config = self.tokenizer | ({"markers": OWN} if self.infill else {})
+        train = Task(key("tokenizer", samples, config), {"samples": samples, "config": config})
         (record,) = self.flow.all("tokenizer", tasks.train_on, iter([train]))
         return segment.load(self.flow.work.spill, record["definition"])
 
-    def _shards(self, curated: Curated, definition: str, end: int) -> Iterator[dict[str, Any]]:
+    def _shards(self, curated: Curated, definition: str, end: int, infill: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
         """Writes the shards; where there are many, a task writes as many as have room in its memory, one after another."""
         shards = max(1, round(curated.bytes / self.shard_bytes))
-        plan = Sharding(self.output.uri, shards, definition, end, self.chunk_tokens, self.explained)
-        follows = key("shards", [[run.name, run.decided] for run in curated.runs], vars(plan))
+        plan = Sharding(self.output.uri, shards, definition, end, self.chunk_tokens, self.explained, infill)
+        told = {name: value for name, value in vars(plan).items() if value is not None}
+        follows = key("shards", [[run.name, run.decided] for run in curated.runs], told)
         each = min(max(1, self.memory_limit // 4 // self.shard_bytes), -(-shards // ALONE))
         shared = {"runs": self.flow.share(curated.runs), "plan": self.flow.share(plan)}
         reads = curated.bytes * each // shards
@@ -184,7 +200,7 @@ class Totals:
         self.documents = self.duplicates = self.bytes = self.cut = 0
         self.chunks: list[dict[str, Any]] = []
         self.dropped, self.examples = dropped, examples
-        self.counts = np.zeros(vocab_size, np.int64)
+        self.counts, self.rearranged = np.zeros(vocab_size, np.int64), Counter[str]()
 
     def add(self, shard: dict[str, Any]) -> None:
         self.documents += shard["documents"]
@@ -192,6 +208,7 @@ class Totals:
         self.bytes += shard["bytes"]
         self.cut += shard["cut"]
         self.chunks += shard["chunks"]
+        self.rearranged.update(shard.get("rearranged", {}))
         self.counts += np.frombuffer(zlib.decompress(base64.b64decode(shard["counts"])), np.int64)
 
     def log(self, stages: list[Stage]) -> None:

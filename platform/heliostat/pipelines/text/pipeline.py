@@ -26,11 +26,13 @@ from heliostat.config.schema import Strict
 from heliostat.curation import reasons
 from heliostat.curation.flow import Flow
 from heliostat.curation.work import Work
+from heliostat.data.infilling import OWN, encode
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.pipelines.prepare import InputFile, place
 from heliostat.pipelines.staged import StagedPipeline
-from heliostat.pipelines.text import documents, repositories, sampling, sources, tokens
+from heliostat.pipelines.text import documents, infilling, repositories, sampling, sources, tokens
+from heliostat.pipelines.text.infilling import FillInTheMiddle
 from heliostat.pipelines.text.making import Making
 from heliostat.pipelines.text.tasks import TextSource
 from heliostat.pipelines.text.trial import Trial
@@ -38,13 +40,14 @@ from heliostat.storage import Location
 
 log = logging.getLogger(__name__)
 
+LEAST = 257  # tokens of a tokenizer that is trained: the bytes, and the end of a document
 SHARD_SHARE = 6  # a shard's task holds its texts, its tokens and its file
 
 
 class TokenizerConfig(Strict):
     """Chooses the tokenizer: `vocab_size` trains a byte-level BPE, `path` takes a tokenizer.json or a folder that holds one."""
 
-    vocab_size: int | None = Field(None, ge=257)
+    vocab_size: int | None = Field(None, ge=LEAST)
     """Trains a byte-level BPE with so many tokens: 256 bytes, the end of a document, and what merges make."""
     train_bytes: int = Field(100_000_000, gt=0)
     """So much text, of the documents with the lowest hashes, trains it."""
@@ -63,7 +66,8 @@ class TokenizerConfig(Strict):
 class TextPipeline(StagedPipeline):
     """Defines the keys of a text pipeline's YAML; `input` is a file, folder, glob, s3:// prefix, or `python:stdlib`."""
 
-    later = frozenset({"max_document_bytes", "max_file_bytes", "columns", "stages", "exclude", "repositories"})
+    later = frozenset({"max_document_bytes", "max_file_bytes", "columns", "stages", "exclude", "repositories",
+                       "fill_in_the_middle"})  # fmt: skip
     beside = frozenset({"work", "keep_work", "memory_limit"})
 
     input: str = Field(min_length=1)
@@ -94,6 +98,9 @@ class TextPipeline(StagedPipeline):
     """Tokens of a chunk, about, and never twice as many: a document that is longer is cut. See docs/prepare.md#chunks"""
     shard_bytes: int = Field(128_000_000, gt=0)
     """Bytes of text in a shard, about; it bounds the memory of the task that writes it."""
+    fill_in_the_middle: FillInTheMiddle | None = None
+    """Rearranges documents, so that a model learns to write what stands between a prefix and a suffix.
+    See docs/prepare.md#filling-in-the-middle"""
 
     @property
     def rules(self) -> documents.Rules:
@@ -121,6 +128,8 @@ class TextPipeline(StagedPipeline):
             raise ConfigError(f"max_chars: {self.max_chars} is below min_chars {self.min_chars}; nothing would be kept")
         if self.given is not None:
             tokens.end_id(tokens.load(self.given), self.tokenizer.end_of_document)
+        if self.fill_in_the_middle:
+            self._check_markers()
         for stage in self.stages:
             if stage.of_images:
                 raise ConfigError(f"stages: {stage.named()} looks at images, which a text pipeline has none of; remove it")
@@ -135,6 +144,17 @@ class TextPipeline(StagedPipeline):
             log.warning("shard_bytes: a shard of %d bytes takes about %d of memory, more than memory_limit (%d)",
                         self.shard_bytes, self.shard_bytes * SHARD_SHARE, self.memory_limit)  # fmt: skip
         self.check_places(self.input, None if self.input == sources.STDLIB else sources.root(self.input).path)
+
+    def _check_markers(self) -> None:
+        """Raises ConfigError if the tokenizer has no markers, or no room for them."""
+        if self.given is not None:
+            tokenizer = tokens.load(infilling.marking(self.given, infilling.names(tokens.load(self.given))))
+            encode(tokenizer, [])
+        elif self.tokenizer.vocab_size is not None and self.tokenizer.vocab_size < LEAST + len(OWN):
+            raise ConfigError(
+                f"tokenizer.vocab_size: {self.tokenizer.vocab_size} has no room for the {len(OWN)} tokens of fill_in_the_middle; "
+                f"give {LEAST + len(OWN)} or more"
+            )
 
     def inputs(self) -> list[InputFile]:
         found = repositories.listing(self.input) if self.repositories else sources.listing(self.input, bool(self.stages))
@@ -151,7 +171,7 @@ class TextPipeline(StagedPipeline):
     def write(self, output: Location, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         source = TextSource(self.input, self.rules)
         making = Making(self.flow(), source, output, self.tokenizer.model_dump(), self.given, self.stages, self.memory_limit,
-                        self.shard_bytes, self.chunk_tokens)  # fmt: skip
+                        self.shard_bytes, self.chunk_tokens, self.fill_in_the_middle)  # fmt: skip
         rows, meta = making.run(inputs)
         self._seconds = making.seconds
         return rows, meta
@@ -164,7 +184,7 @@ class TextPipeline(StagedPipeline):
         flow = Flow(Work(folder.join("work")), self.labels, progress=self.progress())
         source = sampling.SampledSource(self.input, self.rules, name, sample.records)
         trial = Trial(flow, source, folder.join("out"), self.tokenizer.model_dump(), self.given, self.stages, self.memory_limit,
-                      self.shard_bytes, self.chunk_tokens, sample=sample)  # fmt: skip
+                      self.shard_bytes, self.chunk_tokens, self.fill_in_the_middle, sample=sample)  # fmt: skip
         return trial.predicted(inputs) | {"name": self.name, "seconds": round(time.monotonic() - start, 2)}
 
     def finish(self, made: Manifest) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from tokenizers import Tokenizer
 
 from heliostat.curation import readers, segment, spill
 from heliostat.curation.pieces import Part
@@ -25,9 +26,10 @@ from heliostat.curation.segment import Run, survivors
 from heliostat.curation.stage import Document as Raw
 from heliostat.data import manifest, versions
 from heliostat.data import shard as shard_file
+from heliostat.data.infilling import Markers
 from heliostat.data.manifest import FILES, SHARDS
 from heliostat.errors import ConfigError
-from heliostat.pipelines.text import documents, repositories, sources, tokens
+from heliostat.pipelines.text import documents, infilling, repositories, sources, tokens
 from heliostat.storage import Location
 
 PREFIXES = 1 << 16  # the hash's first 16 bits, in which the tokenizer's sample is measured
@@ -153,7 +155,7 @@ def train_on(folder: Location, samples: list[str], config: dict[str, Any]) -> di
     sizes = np.cumsum(table["bytes"].to_numpy())
     table = table.slice(0, int(np.searchsorted(sizes, config["train_bytes"])) + 1)
     texts = (text.as_py() for text in table["text"])
-    name = segment.store(folder, tokens.train(texts, config["vocab_size"], config["end_of_document"]))
+    name = segment.store(folder, tokens.train(texts, config["vocab_size"], config["end_of_document"], config.get("markers", ())))
     return {"definition": name, "files": [name]}
 
 
@@ -170,6 +172,7 @@ class Sharding:
     end: int
     chunk_tokens: int
     explained: bool  # whether each document's end is recorded
+    infill: dict[str, Any] | None = None  # keys of FillInTheMiddle, and the markers' names and ids
 
 
 def bounds(shard: int, shards: int) -> tuple[int, int]:
@@ -223,10 +226,8 @@ def _write_shard(folder: Location, runs: list[Run], shard: int, plan: Sharding) 
     if table is None:
         return None
     tokenizer = tokens.load(plan.definition)
-    encoded: list[np.ndarray] = []
-    for start, stop in _slices(table["bytes"].to_numpy()):
-        encoded += tokens.encode(tokenizer, table["text"].slice(start, stop - start).to_pylist(), plan.end)
     hashes = [digest.hex() for digest in table["hash"].to_pylist()]
+    encoded, rearranged = _encoded(tokenizer, table, hashes, plan)
     ids = table["id"].to_pylist()
     places = np.array([manifest.place(h) for h in hashes], np.int64)
     data = tokens.shard(ids, encoded, plan.chunk_tokens, places)
@@ -246,7 +247,24 @@ def _write_shard(folder: Location, runs: list[Run], shard: int, plan: Sharding) 
         "counts": base64.b64encode(zlib.compress(counts.astype(np.int64).tobytes())).decode(),
         "chunks": chunks,
         "ends": _ends(folder, path, table, duplicates) if plan.explained else None,
+        **({"rearranged": rearranged} if plan.infill else {}),
     }
+
+
+def _encoded(tokenizer: Tokenizer, table: pa.Table, hashes: list[str], plan: Sharding) -> tuple[list[np.ndarray], dict[str, int]]:
+    """Encodes the texts of a table, rearranged if the plan says so; also counts the rearranged ones."""
+    encoded: list[np.ndarray] = []
+    told = plan.infill or {}
+    keys = infilling.FillInTheMiddle(**{k: told[k] for k in infilling.FillInTheMiddle.model_fields}) if told else None
+    markers = Markers(*told["markers"]) if told else None
+    for start, stop in _slices(table["bytes"].to_numpy()):
+        texts = table["text"].slice(start, stop - start).to_pylist()
+        if keys is None or markers is None:
+            encoded += tokens.encode(tokenizer, texts, plan.end)
+        else:
+            arranged = [infilling.arrange(*one, keys) for one in zip(texts, hashes[start:stop], strict=True)]
+            encoded += infilling.encode(tokenizer, arranged, plan.end, markers)
+    return encoded, markers.counted(encoded) if markers else {}
 
 
 def _slices(sizes: np.ndarray) -> Iterator[tuple[int, int]]:

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -31,14 +31,17 @@ PARTS = [digit / 10**places for places in (4, 3, 2, 1) for digit in (1, 2, 5)]
 BATCH_CHARS = 4 << 20  # of text, per call of the tokenizer: bounds the memory that its encodings take
 
 
-def train(texts: Iterable[str], vocab_size: int, end_of_document: str) -> str:
-    """Trains a byte-level BPE and returns its `tokenizer.json` text: every string can be encoded, and decodes to itself."""
+def train(texts: Iterable[str], vocab_size: int, end_of_document: str, markers: Sequence[str] = ()) -> str:
+    """Trains a byte-level BPE and returns its `tokenizer.json` text: every string can be encoded, and decodes to itself.
+
+    `markers`: other special tokens.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[end_of_document],
+        special_tokens=[end_of_document, *markers],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -71,17 +74,20 @@ def end_id(tokenizer: Tokenizer, end_of_document: str) -> int:
 
 def encode(tokenizer: Tokenizer, texts: list[str], end: int) -> list[np.ndarray]:
     """Encodes each text to token ids, int32, with `end` after them."""
-    out: list[np.ndarray] = []
+    made = (one for batch in batches(texts) for one in tokenizer.encode_batch_fast(batch, add_special_tokens=False))
+    return [np.array([*encoding.ids, end], np.int32) for encoding in made]
+
+
+def batches(texts: list[str]) -> Iterator[list[str]]:
+    """Yields the texts, as many together as the tokenizer is given at a time."""
     start = 0
     while start < len(texts):
         stop, chars = start, 0
         while stop < len(texts) and (stop == start or chars + len(texts[stop]) <= BATCH_CHARS):
             chars += len(texts[stop])
             stop += 1
-        for encoding in tokenizer.encode_batch_fast(texts[start:stop], add_special_tokens=False):
-            out.append(np.array([*encoding.ids, end], np.int32))
+        yield texts[start:stop]
         start = stop
-    return out
 
 
 def cut(lengths: np.ndarray, target: int) -> list[tuple[int, int]]:

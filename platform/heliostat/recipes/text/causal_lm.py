@@ -24,6 +24,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from heliostat.config.spec import Job
+from heliostat.data.infilling import FACT
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, DataError
 from heliostat.recipes.protocol import (
@@ -191,7 +192,8 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, Generates, Serves
         if its == self.tokenizer_json:
             return
         whose = f"model.pretrained: {str(folder)!r}"
-        what = vocabulary.difference(self._raw_tokenizer, vocabulary.load(its, whose), self.end)
+        ids = [self.end, *source.meta.get(FACT, {}).get("markers", [])]
+        what = vocabulary.difference(self._raw_tokenizer, vocabulary.load(its, whose), ids)
         if what:
             raise ConfigError(
                 f"{whose} has another tokenizer than data.sources.0.path {str(source.location)!r} ({what}); prepare the dataset "
@@ -334,7 +336,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, Generates, Serves
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
         from heliostat.recipes.pretrained import from_folder
-        from heliostat.recipes.text import vocabulary
+        from heliostat.recipes.text import infilling, vocabulary
 
         config = type(self.config).from_dict(self.config.to_dict())
         config.use_cache = True
@@ -346,6 +348,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, Generates, Serves
             (folder / "tokenizer.json").write_bytes(vocabulary.of_folder(Path(self.pretrained)))  # as it is, not as it is read
         else:
             self.tokenizer().save_pretrained(folder)
+        infilling.write(folder, self.sources)
 
     def _generation(self, config: Any) -> Any:
         """Returns how the exported model generates by default, and where it stops: as the pretrained folder or its config

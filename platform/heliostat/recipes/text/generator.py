@@ -13,6 +13,8 @@ from heliostat.config.schema import Float, Strict, validate
 from heliostat.errors import ConfigError
 from heliostat.recipes.pretrained import from_folder
 from heliostat.recipes.protocol import Generated, Request
+from heliostat.recipes.text import infilling
+from heliostat.recipes.text.infilling import Infilling
 
 
 def whole(key: str, folder: str | Path, **options: Any) -> Any:
@@ -23,6 +25,13 @@ def whole(key: str, folder: str | Path, **options: Any) -> Any:
     return model
 
 
+def ends(tokenizer: Any, model: Any) -> list[int]:
+    """Returns the tokens that end an answer: the tokenizer's, and those that the model's folder names."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    found = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
+    return sorted({token for token in found if token is not None})
+
+
 class Sampling(Strict):
     """Describes how text is generated; temperature 0 takes the likeliest token each time."""
 
@@ -31,20 +40,40 @@ class Sampling(Strict):
     top_p: Float = Field(0.95, gt=0, le=1)
 
 
+class Writing(Sampling):
+    """Describes what is written: with a suffix, what stands between the prompt and it."""
+
+    suffix: str | None = None
+
+
 class TextGenerator:
-    """Continues prompts with an exported model."""
+    """Continues prompts with an exported model, or fills in what stands between them and a suffix."""
 
     def __init__(self, folder: Path, options: dict[str, Any]) -> None:
-        self.sampling = validate(Sampling, options, "generate")
+        asked = validate(Writing, options, "generate")
+        self.suffix, self.options = asked.suffix, asked.model_dump(exclude={"suffix"})
         self.tokenizer = from_folder("model", transformers.AutoTokenizer, folder)
+        self.infilling = Infilling.of(self.tokenizer) if self.suffix is not None else None
+        if self.suffix is not None and self.infilling is None:
+            raise ConfigError(f"suffix: {infilling.NONE} ({folder})")
         model = whole("model", folder)
+        self.ends = ends(self.tokenizer, model)
         self.model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
     def __call__(self, requests: list[Request]) -> list[Generated]:
+        return [self._filled(one) if self.infilling else self._continued(one) for one in requests]
+
+    def _continued(self, request: Request) -> Generated:
         from heliostat.recipes.text.server import continue_text  # with mlflow
 
-        out = []
-        for request in requests:
-            text = continue_text(self.model, self.tokenizer, request.prompt, **self.sampling.model_dump(), seed=request.seed)
-            out.append(Generated(request.prompt, request.prompt + text, {"text": text}))
-        return out
+        text = continue_text(self.model, self.tokenizer, request.prompt, **self.options, seed=request.seed)
+        return Generated(request.prompt, request.prompt + text, {"text": text})
+
+    def _filled(self, request: Request) -> Generated:
+        """Writes the middle between a prompt and the suffix."""
+        from heliostat.recipes.text.server import continue_tokens
+
+        assert self.infilling is not None and self.suffix is not None
+        tokens, ends = self.infilling.prompt(request.prompt, self.suffix), [*self.ends, *self.infilling.ends]
+        text = continue_tokens(self.model, self.tokenizer, tokens, **self.options, seed=request.seed, eos_token_id=ends or None)
+        return Generated(request.prompt, request.prompt + text + self.suffix, {"text": text, "suffix": self.suffix})

@@ -30,12 +30,19 @@ class TextServer(PythonModel):
 
 def continue_text(model: Any, tokenizer: Any, prompt: str, max_tokens: int, temperature: float, top_p: float, seed: int) -> str:
     """Generates the continuation of a prompt; an empty one starts a document; temperature 0 takes the likeliest token."""
-    ids = tokenizer(prompt or tokenizer.bos_token, return_tensors="pt")["input_ids"].to(model.device)
+    ids = tokenizer(prompt or tokenizer.bos_token)["input_ids"]
+    return continue_tokens(model, tokenizer, ids, max_tokens, temperature, top_p, seed)
+
+
+def continue_tokens(model: Any, tokenizer: Any, prompt: list[int], max_tokens: int, temperature: float, top_p: float, seed: int,
+                    **options: Any) -> str:  # fmt: skip
+    """Generates the continuation of tokens. `options`: of transformers' `generate`."""
+    ids = torch.tensor([prompt], device=model.device)
     torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+    options |= {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
     with torch.no_grad():
         out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, pad_token_id=tokenizer.eos_token_id, **sampling
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, pad_token_id=tokenizer.eos_token_id, **options
         )
     return tokenizer.decode(out[0][ids.shape[1] :], skip_special_tokens=True)
 

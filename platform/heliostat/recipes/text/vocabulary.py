@@ -39,15 +39,18 @@ def load(definition: bytes, whose: str) -> Tokenizer:
         raise ConfigError(f"{whose}: its tokenizer.json is none of the tokenizers library ({e})") from e
 
 
-def difference(data: Tokenizer, model: Tokenizer, end: int) -> str | None:
-    """Describes how a model's tokenizer differs from the dataset's; None if it does not. `end`: the token that ends documents."""
+def difference(data: Tokenizer, model: Tokenizer, special: list[int]) -> str | None:
+    """Describes how a model's tokenizer differs from the dataset's; None if it does not. `special`: the token that ends
+    documents, and others that the dataset has beside those of text."""
     ours, theirs = (json.loads(t.to_str()) for t in (data, model))
     if ours["model"]["type"] != theirs["model"]["type"]:
         return f"the dataset's is {ours['model']['type']}, the model's {theirs['model']['type']}"
-    if data.id_to_token(end) != model.id_to_token(end):
-        return f"the dataset's documents end with {_named(data, end)}, which is {_named(model, end)} in the model's"
-    special = _special(data) | _special(model)
-    plain = [{t: i for t, i in x.get_vocab(with_added_tokens=True).items() if t not in special} for x in (data, model)]
+    for number, token in enumerate(special):
+        if data.id_to_token(token) != model.id_to_token(token):
+            does = "mark pieces" if number else "end"
+            return f"the dataset's documents {does} with {_named(data, token)}, which is {_named(model, token)} in the model's"
+    marks = _special(data) | _special(model)
+    plain = [{t: i for t, i in x.get_vocab(with_added_tokens=True).items() if t not in marks} for x in (data, model)]
     if plain[0] != plain[1]:
         _, first = min((i, t) for t, i in plain[0].items() ^ plain[1].items())
         where = ["missing" if p.get(first) is None else f"token {p[first]}" for p in plain]

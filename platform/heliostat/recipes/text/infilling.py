@@ -1,0 +1,66 @@
+"""Asks a language model for a middle: with the tokens that its tokenizer marks the pieces with, as its training data had them.
+
+An export says in its `tokenizer_config.json` which they are, and whether all of its data had the suffix first:
+`"fill_in_the_middle": {"tokens": [PREFIX, SUFFIX, MIDDLE], "suffix_first": false}`. Of other folders they are known by name.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from heliostat.data import infilling
+from heliostat.data.infilling import ENDS, FACT, Markers
+from heliostat.data.manifest import Manifest
+
+CONFIG = "tokenizer_config.json"
+NONE = "the model's tokenizer has no tokens for a prefix, a suffix and a middle, so it cannot fill in the middle"
+
+
+def write(folder: Path, sources: list[Manifest]) -> None:
+    """Writes into an export's tokenizer configuration how its data was rearranged, if some was."""
+    made = [source.meta[FACT] for source in sources if FACT in source.meta]
+    if not made:
+        return
+    place = folder / CONFIG
+    config = json.loads(place.read_text())
+    config[FACT] = {"tokens": made[0]["names"], "suffix_first": all(one["spm_rate"] == 1 for one in made)}
+    place.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+@dataclass(frozen=True)
+class Infilling:
+    """Makes prompts for middles. `ends`: tokens that end one, beside those that end a document."""
+
+    tokenizer: Tokenizer
+    markers: Markers
+    suffix_first: bool
+    opening: list[int]
+    ends: list[int]
+
+    @staticmethod
+    def of(tokenizer: Any) -> Infilling | None:
+        """Finds how a model is asked for a middle, from its tokenizer of transformers; None if it has no tokens for that."""
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return None
+        raw = Tokenizer.from_str(backend.to_str())
+        raw.no_truncation()
+        raw.no_padding()
+        raw.encode_special_tokens = True  # a text that spells a marker is text
+        said = tokenizer.init_kwargs.get(FACT) or {}
+        names = said.get("tokens") or infilling.names(raw)
+        if names is None:
+            return None
+        ends = [token for name in ENDS if (token := raw.token_to_id(name)) is not None]
+        opening = tokenizer("", verbose=False)["input_ids"]
+        return Infilling(raw, infilling.find(raw, names), bool(said.get("suffix_first")), list(opening), ends)
+
+    def prompt(self, prefix: str, suffix: str) -> list[int]:
+        """Encodes what the model goes on from with the middle."""
+        before, behind = infilling.encode(self.tokenizer, [prefix, suffix])
+        return [*self.opening, *self.markers.prompt(before, behind, self.suffix_first)]
