@@ -50,7 +50,7 @@ class TextToImage(Recipe, Evaluates, Generates, Serves, Draws):
         if job.data.sequence_length:
             raise ConfigError("data.sequence_length: images have none; remove it")
         self.model = validate(Model, job.model, "model")
-        self.parts = Parts(self.model, job.train.activation_checkpointing)
+        self.parts = Parts(self.model, bool(job.train.activation_checkpointing))
         name = self.parts.name
         self.layout = {f"{name}.": f"{name}/diffusion_pytorch_model", "text_encoder.": "text_encoder/model"}
         self.process = Process(self.model.objective)

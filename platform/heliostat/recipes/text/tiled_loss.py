@@ -119,4 +119,5 @@ def _fault(small: Any) -> str:
     found = []
     for small.tiled in (False, True):
         found.append(tiny.loss_and_gradient(small, model))
-    return "" if tiny.same(*found, TOLERANCE) else "something is made of them behind the last layer, as a scale or a cap"
+    whole, mine = found
+    return "" if tiny.same(whole, mine, TOLERANCE) else "something is made of them behind the last layer, as a scale or a cap"
