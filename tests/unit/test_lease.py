@@ -171,7 +171,7 @@ def test_a_bucket_that_is_not_there_is_one_clear_error(place):
     if not place.is_s3:
         pytest.skip("disks have no buckets")
     with pytest.raises(StorageError, match="the store cannot do this"):
-        Location(str(place).replace("s3://lease", "s3://other")).create(b"x")
+        Location(str(place).replace("s3://bucket", "s3://other")).create(b"x")
 
 
 def test_who_was_taken_for_dead_makes_no_checkpoint_valid(tmp_path):
