@@ -39,7 +39,7 @@ class Zygote:
 
     `early` are the modules that do not import Ray. With RAY_JOB_ID in the environment its forks are workers of that job alone;
     without it, of any job: for each it keeps a fork of its own, which imports the rest. It then begins with the first request,
-    when it is woken, or, without `drivers`, after 20 s. With `drivers`, which import Ray, it has a fork for commands of
+    when it is woken, or, without `drivers`, after two minutes. With `drivers`, which import Ray, it has a fork for commands of
     heliostat's too (`forked_command`). `quiet`: for a Ray that has no dashboard.
     """
 

@@ -40,7 +40,7 @@ JOB, RAYLET = "RAY_JOB_ID", "RAY_RAYLET_PID"
 NO_JOB = "ffffffff"  # a worker that Ray starts before it is known for what
 DRIVER = "driver"  # in the place of a job's id: of the nursery for drivers
 NURSERIES = 4  # jobs that a zygote keeps forks for
-LATEST_S = 20.0  # without a request, before a zygote of any job begins with its imports
+LATEST_S = 120.0  # without a request, before a zygote of any job begins with its imports
 IDLE_S = 3.0  # without a request, before the next job's nursery is made
 
 
