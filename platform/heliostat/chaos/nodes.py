@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from heliostat.chaos.process import ChaosError, end_tree, workers
+from heliostat.chaos.process import ChaosError, end_tree, free_port, workers
 from heliostat.cluster import private
 from heliostat.cluster.private_ray import SILENT, worker_environment
 from heliostat.cluster.zygote import PLACE as ZYGOTE
@@ -26,12 +25,6 @@ from heliostat.config import workspace
 
 START_S = 90.0
 SESSIONS = Path(tempfile.gettempdir()) / f"hx{os.getpid()}"  # short: Ray's sockets lie below, and a path has 107 characters
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Node:
@@ -52,7 +45,7 @@ class LocalNodes:
 
     def __init__(self, folder: Path, count: int, cpus: float) -> None:
         self._folder, self._count, self._cpus = folder, count, cpus
-        self.address, self._client_port = f"127.0.0.1:{_free_port()}", _free_port()
+        self.address, self._client_port = f"127.0.0.1:{free_port()}", free_port()
         token = folder / "ray-token"
         private.write_token(token)
         self.environment = {

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -156,3 +157,10 @@ def end_tree(root: int) -> None:
         except psutil.NoSuchProcess:
             continue
     psutil.wait_procs(all_of_it, timeout=ENDING_S)
+
+
+def free_port() -> int:
+    """Returns a port of the loopback address that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

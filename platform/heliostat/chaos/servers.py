@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -11,7 +10,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from heliostat.chaos.process import ChaosError, end_tree
+from heliostat.chaos.process import ChaosError, end_tree, free_port
 
 START_S = 180.0  # MLflow makes its tables first
 
@@ -20,9 +19,7 @@ class Server:
     """Runs a server process: `start`, and `stop` as a crash does; also a context manager. The port stays the same."""
 
     def __init__(self, command: list[str], health: str, log: Path, environment: dict[str, str] | None = None) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.endpoint = f"127.0.0.1:{self.port}"
         self._command = [word.replace("PORT", str(self.port)) for word in command]
         self._health, self._log, self._environment = health, log, {**os.environ, **(environment or {})}

@@ -37,7 +37,8 @@ def remote_environment(gpus: float) -> dict[str, Any]:
 def connect(cpus: int, gpus: int = 0, verbose: bool = False) -> None:
     """Joins or starts Ray with room for `cpus` logical CPUs; does nothing if the process is already connected."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ |= {**UNTOLD, **os.environ}
+    for name, value in UNTOLD.items():
+        os.environ.setdefault(name, value)
     if ray.is_initialized():
         return
     options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
