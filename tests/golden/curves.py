@@ -11,7 +11,7 @@ in. Elsewhere curves are near (`TOLERANCE`).
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,7 @@ CASES = [
     for workers in WORKERS
     if recipe != "causal_lm_documents" or (precision, stage) == ("fp32", 2)
 ]
+FILES = tuple(dict.fromkeys(case.file for case in CASES))
 
 
 def job_of(case: Case, folder: Path) -> Job:
@@ -130,10 +131,10 @@ class Steps(Worker):
                     yield table
 
 
-def play(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
-    """In every rank: all curves of this number of workers."""
+def play(group: Any, everyone: Any, folder: str, *files: str) -> Iterator[dict[str, Any]]:
+    """In every rank: these files' curves of this number of workers."""
     for i, case in enumerate(CASES):
-        if case.workers != dist.get_world_size():
+        if case.file not in files or case.workers != dist.get_world_size():
             continue
         made = job_of(case, Path(folder))
         data_plan = plan(made, [read_manifest(location) for location in made.sources])
@@ -148,13 +149,13 @@ Curves = dict[Case, list[tuple[float, float]]]  # (loss, gradient norm) of each 
 def collect(told: list[dict[str, Any]]) -> Curves:
     """What `play` yielded on all ranks."""
     found = {CASES[row["case"]]: list(zip(row["losses"], row["norms"], strict=True)) for row in told}
-    return {case: found[case] for case in CASES}
+    return {case: found[case] for case in CASES if case in found}
 
 
-def play_all(folder: Path) -> Curves:
-    """All curves as they are now; one process group for each number of workers, and the data below `folder`."""
+def play_all(folder: Path, files: Iterable[str] = FILES) -> Curves:
+    """All curves of these files as they are now; one process group for each number of workers, and the data below `folder`."""
     data.build(folder)
-    return collect(ranks.run(f"{__name__}:play", WORKERS, str(folder), deadline_s=DEADLINE_S))
+    return collect(ranks.run(f"{__name__}:play", WORKERS, str(folder), *files, deadline_s=DEADLINE_S))
 
 
 def environment() -> dict[str, str]:

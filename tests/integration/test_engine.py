@@ -309,6 +309,7 @@ def reused(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
                 yield {"case": case, "precision": precision, "error": errors[worst], "of": worst}
 
 
+@pytest.mark.ci
 def test_gradients_of_what_is_used_twice_in_a_step_are_autograds() -> None:
     """At stages 1 to 3, in fp32 and bf16, on 2 and 3 workers, with buckets smaller and larger than a parameter: DeepSpeed has had
     versions that reduced such a gradient too early (its issues 7718 and 8224)."""
