@@ -242,6 +242,7 @@ def test_a_whole_run_gives_the_plain_loops_losses_and_shows_what_it_draws(finish
     assert report["ok"] and report["samples"] == 12 * 8
 
 
+@pytest.mark.ci
 def test_it_resumes_on_another_worker_count_with_its_average(finished, tracking, tmp_path) -> None:
     """From step 6 on one worker at stage 3 instead of 2 at stage 2: the curve, the scores and the average go on."""
     folder, path, result = finished

@@ -228,6 +228,7 @@ def sums(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
                 yield {"case": f"{stage}-{accumulate}", "error": float((found - expected).norm() / expected.norm())}
 
 
+@pytest.mark.ci
 def test_gradients_summed_in_fp32_are_nearer_at_every_stage() -> None:
     """64 micro-batches in bf16: less than half the error of sums in bf16, and below what one rounding to bf16 makes."""
     error = {row["case"]: row["error"] for row in ranks.run(f"{__name__}:sums", (2,))}

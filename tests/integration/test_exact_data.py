@@ -95,6 +95,7 @@ def damage(folder: Path, group: int) -> None:
     file.write_bytes(bytes(raw))
 
 
+@pytest.mark.ci
 def test_a_damaged_chunk_is_replaced_listed_and_verified_or_stops_the_run(own_corpus, job_file):
     """replace: the run ends, the quarantine names the samples, verify agrees on any number of workers; a budget below stops."""
     damage(own_corpus, 0)

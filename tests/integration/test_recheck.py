@@ -156,6 +156,7 @@ def test_kernels_that_are_not_deterministic_are_no_corruption_and_end_the_looks(
 # whole runs ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.ci
 def test_a_run_goes_back_to_before_a_flipped_bit_and_says_what_it_found(corpus, tracking, tmp_path, caplog) -> None:
     """At stage 0, where it would stay. Of two workers on one node either may be wrong, and no other node has room."""
     made = {**tiny_job(corpus, tracking, tmp_path), "name": "flipping", **FLIPPING, "checkpoint": {"every": 4, "keep": 4}}

@@ -97,6 +97,7 @@ def test_a_fresh_process_resumes_bitwise_even_without_a_compiler(finished, track
     assert chains[0] == chains[1]
 
 
+@pytest.mark.ci
 def test_what_follows_the_last_step_is_done_once_wherever_drivers_die_in_it(finished, tracking, tmp_path) -> None:
     """From the last checkpoint alone: the same scores and weights, one model, one version, and an MLflow run that is FINISHED."""
     shutil.copytree(finished[0] / "runs" / "whole", tmp_path / "runs" / "whole")
