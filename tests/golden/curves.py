@@ -31,6 +31,7 @@ from heliostat.train.worker.expert_load import ExpertLoad
 from heliostat.train.worker.loop import Worker
 from heliostat.train.worker.objective import Objective
 from heliostat.train.worker.sequence_group import SequenceGroup
+from heliostat.train.worker.unsealed import Unsealed
 
 from tests.golden import data
 from tests.integration import ranks
@@ -107,8 +108,8 @@ class Steps(Worker):
         self.device = self.engine.device
         self.objective, self.experts = Objective(self.recipe), ExpertLoad(self.recipe, self.engine)
         self.batch_plan = BatchPlan(made, data_plan)
-        self.bad_samples = 0
-        self._losses, self._norms, self._added, self._lane_digests, self._bad = [], [], [], [], []
+        self.unsealed = Unsealed(made.run_folder, self.dataset, None)
+        self._losses, self._norms, self._added = [], [], []
 
     def curve(self) -> tuple[list[float], list[float]]:
         """Losses and gradient norms of all steps."""

@@ -104,7 +104,7 @@ def _begin(case: Case, player: play.Player, folder: Path) -> dict[str, Any]:
     held_out = HeldOut(player.job, player.dataset, player.recipe, player.sequence)
     scores = held_out.scores(player.engine, player.device, player.control, lambda: None)
     player.engine.train()
-    told = {"losses": losses, "norms": list(player._norms), "scores": scores, "chain": player.chain}
+    told = {"losses": losses, "norms": list(player._norms), "scores": scores, "chain": player.unsealed.chain}
     told["load"] = player.experts.report()
     if player.rank == 0:
         (folder / f"{case}.json").write_text(json.dumps(told))

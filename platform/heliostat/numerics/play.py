@@ -19,7 +19,7 @@ import torch.distributed as dist
 from heliostat.checkpoint import saver as checkpoint
 from heliostat.checkpoint.agreement import together
 from heliostat.config.spec import Job
-from heliostat.data import receipt, stream
+from heliostat.data import stream
 from heliostat.data.dataset import DataPlan, open_dataset
 from heliostat.events import Event
 from heliostat.numerics.compare import relative
@@ -36,6 +36,7 @@ from heliostat.train.worker.expert_load import ExpertLoad
 from heliostat.train.worker.loop import Worker
 from heliostat.train.worker.objective import Objective
 from heliostat.train.worker.sequence_group import SequenceGroup
+from heliostat.train.worker.unsealed import Unsealed
 
 FREE = SimpleNamespace(check=lambda: None)  # of a run that no other driver can take over
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -66,9 +67,9 @@ class Player(Worker):
         self.device = self.engine.device
         self.objective, self.experts = Objective(recipe), ExpertLoad(recipe, self.engine)
         self.batch_plan = BatchPlan(job, plan)
-        self.chain, self.skipped, self.bad_samples = receipt.GENESIS, 0, 0
-        self.scores, self.scored_at, self._told = {}, -1, []
-        self._losses, self._added, self._norms, self._step_digests, self._lane_digests, self._bad = [], [], [], [], [], []
+        self.unsealed = Unsealed(self.run_folder, self.dataset, self.control, self.sequence.reads)
+        self.skipped, self.scores, self.scored_at, self._told = 0, {}, -1, []
+        self._losses, self._added, self._norms = [], [], []
         if start_step:
             self._restore()
 

@@ -10,24 +10,20 @@ finished.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import operator
 import os
 import time
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import ray
 import torch
 import torch.distributed as dist
 
-from heliostat import run_folder
 from heliostat.checkpoint import agreement
 from heliostat.checkpoint import saver as checkpoint
 from heliostat.config.spec import Job
-from heliostat.data import content, receipt, stream
+from heliostat.data import content, stream
 from heliostat.data.dataset import DataPlan, open_dataset
 from heliostat.errors import LossSpikeError, NonFiniteError
 from heliostat.events import Evaluation, Event, ModelPhase, Notice, Paused, Phase, Saved, Spike, Steps
@@ -55,6 +51,7 @@ from heliostat.train.worker.node_metrics import NodeMonitor
 from heliostat.train.worker.objective import Objective
 from heliostat.train.worker.recheck import Recheck
 from heliostat.train.worker.sequence_group import SequenceGroup
+from heliostat.train.worker.unsealed import Unsealed
 
 HELD_POLL_S = 0.05
 
@@ -112,12 +109,8 @@ class Worker:
         self.device = self.engine.device
         self.objective, self.experts = Objective(self.recipe), ExpertLoad(self.recipe, self.engine)
         self.batch_plan = BatchPlan(self.job, self.plan)
-        self.chain = receipt.GENESIS
+        self.unsealed = Unsealed(self.run_folder, self.dataset, self.control, self.sequence.reads)
         self.skipped = 0  # steps of the run that changed no weight, because fp16 gradients overflowed
-        self.bad_samples = 0  # replaced so far in the run, on this worker; what earlier attempts replaced is rank 0's
-        self._step_digests: list[str] = []  # on rank 0: since the last receipt, of steps that an earlier attempt made
-        self._lane_digests: list[list[int]] = []  # since then, of this attempt's
-        self._bad: list[dict[str, Any]] = []
         self._told: list[Event] = []  # events of steps and scores since the last checkpoint
         if self.start_step:
             self._phase("restore")
@@ -269,10 +262,7 @@ class Worker:
         self._losses.append(total / terms)
         if added is not None:
             self._added.append(added)
-        if self.sequence.reads:
-            self._lane_digests.append(mine.digests)
-            self._bad += [{"step": step, **dataclasses.asdict(b)} for b in mine.bad]
-            self.bad_samples += len(mine.bad)
+        self.unsealed.add(step, mine)
         if train.precision != "fp16" and not math.isfinite(self._norms[-1]):  # fp16's loss scaler skips such steps itself
             self._fail(step, f"gradient norm {self._norms[-1]}")
 
@@ -294,7 +284,7 @@ class Worker:
         if first == self.start_step:
             self.objective.agree(self.control)
         names = self.objective.names or []
-        bad_samples = torch.tensor([self.bad_samples], dtype=torch.float32, device=self.device)
+        bad_samples = torch.tensor([self.unsealed.replaced], dtype=torch.float32, device=self.device)
         sums = torch.cat([torch.stack(self._losses), *self._added, bad_samples]).double()
         with self.ledger("communicating"):
             dist.all_reduce(sums)
@@ -399,7 +389,13 @@ class Worker:
     # checkpoints -----------------------------------------------------------------------------------------------------
 
     def _save(self, done: int) -> None:
-        self._seal_receipt(done)
+
+        def first() -> None:
+            self.fence.check()
+            local_curves.write(self.run_folder, done, self._told)
+
+        bad = self.unsealed.seal(done, first)
+        self._told = []
         best = self.job.checkpoint.best  # a checkpoint out of turn was not scored, and is not to be taken for the best
         scores = self.scores if best is None or self.scored_at == done else {}
         facts = {
@@ -411,8 +407,8 @@ class Worker:
             "job": self.job.dump(),
             "data": self.plan.dump(),
             "data_digest": self.plan.digest,
-            "receipt": {"steps": done, "chain": self.chain},
-            "bad_samples": self.run_bad_samples,
+            "receipt": {"steps": done, "chain": self.unsealed.chain},
+            "bad_samples": bad,
             "metrics": {"train_loss": getattr(self, "last_loss", None), **scores},
             "written": time.time(),
         }
@@ -431,28 +427,6 @@ class Worker:
                 time.sleep(HELD_POLL_S)
         return decision
 
-    def _seal_receipt(self, done: int) -> None:
-        """Gathers the digests of the steps since the last receipt on rank 0, which chains them and writes the receipt."""
-        parts = agreement.merged(self.control, self._lanes, operator.add)  # on rank 0
-
-        def seal() -> str:
-            digests = self._step_digests + _digests(parts or [])
-            chain = receipt.extend(self.chain, digests)
-            self.fence.check()
-            run_folder.receipt(self.run_folder, done).write(receipt.seal(done - len(digests), digests, chain, self.plan.digest))
-            local_curves.write(self.run_folder, done, self._told)
-            return chain
-
-        self.chain = agreement.first(self.control, seal)
-        self._step_digests, self._lane_digests, self._told = [], [], []
-        self.run_bad_samples = quarantine.collect(self.run_folder, done, self._bad, self.bad_samples, self.dataset, self.control)
-        self._bad = []
-
-    def _lanes(self) -> list[np.ndarray]:
-        """Returns the digests of this worker's lanes, [steps, lanes], since the last receipt: a list of one, to be joined, or of
-        none where another reads for it."""
-        return [np.array(self._lane_digests, dtype=np.int64)] if self.sequence.reads else []
-
     def _keep(self, done: int) -> None:
         """Keeps the state behind a step in memory, with all that a checkpoint and its receipt would tell of the step."""
         assert self.memory
@@ -461,15 +435,7 @@ class Worker:
             "loss_scale": lossscale.read(self.engine),
             "data": self.plan.digest,
         }
-        own = {
-            "chain": self.chain,
-            "digests": list(self._step_digests),
-            "lanes": self._lanes(),
-            "bad": list(self._bad),
-            "bad_samples": self.bad_samples,
-            "told": list(self._told),
-        }
-        self.memory.keep(done, self._state(), common, own, self.control)
+        self.memory.keep(done, self._state(), common, {**self.unsealed.kept(), "told": list(self._told)}, self.control)
 
     def _restore_from_memory(self, source: Source) -> None:
         """Loads the state from copies in memory; parameters that are not trained come from storage, or are as they were built."""
@@ -486,10 +452,7 @@ class Worker:
             self.saver.frozen.loaded(found, zero_state.frozen(self.engine))
         self._resume(common["optimizer_steps"], common["loss_scale"])
         if self.rank == 0:
-            self.chain = own[0]["chain"]
-            self._step_digests = own[0]["digests"] + _digests([lanes for one in own for lanes in one["lanes"]])
-            self.bad_samples = sum(one["bad_samples"] for one in own)
-            self._bad = [bad for one in own for bad in one["bad"]]
+            self.unsealed.take_up(own)
             self._told = own[0]["told"]
 
     def _resume(self, optimizer_steps: int, loss_scale: Any) -> None:
@@ -513,8 +476,8 @@ class Worker:
         self._notice(checkpoint.casts(found, state))
         self.saver.frozen.loaded(found, zero_state.frozen(self.engine))
         self._resume(found.index["optimizer_steps"], found.index.get("loss_scale"))
-        self.chain = found.index["receipt"]["chain"]
-        self.bad_samples = found.index["bad_samples"] if self.rank == 0 else 0
+        self.unsealed.chain = found.index["receipt"]["chain"]
+        self.unsealed.replaced = found.index["bad_samples"] if self.rank == 0 else 0
 
     def _notice(self, text: str | None) -> None:
         """Posts a notice for the user at the terminal, if there is one."""
@@ -539,11 +502,6 @@ class Worker:
     def _post(self, event: Event) -> None:
         if self.rank == 0:
             self.mailbox.post.remote(event)
-
-
-def _digests(lanes: list[np.ndarray]) -> list[str]:
-    """Computes the digests of steps from all workers' lanes; there may be no steps."""
-    return receipt.step_digests(receipt.in_lane_order(lanes)) if lanes and len(lanes[0]) else []
 
 
 def _first_of_node() -> bool:
