@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import xxhash
-from pydantic import Field
+from pydantic import Field, ValidationError
 
-from heliostat.config.schema import Float, Strict, validate
+from heliostat.config.schema import Float, Strict, explain
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, DataError
@@ -48,6 +48,14 @@ class EmbedderKeys(Strict):
 OWN = tuple(EmbedderKeys.model_fields)
 
 
+def _keys(model: dict[str, Any]) -> EmbedderKeys:
+    """Reads the keys among a job's `model`; ConfigError for wrong values."""
+    try:
+        return EmbedderKeys.model_validate({k: v for k, v in model.items() if k in OWN})
+    except ValidationError as e:
+        raise ConfigError("\n  ".join(f"model.{line}" for line in explain(e, EmbedderKeys))) from e
+
+
 class Embedder(CouplesSamples, Evaluates, Exports):
     kind = "rows"
     scores = ("loss", "recall_at_1", "recall_at_5", "recall_at_10", "mrr")
@@ -59,7 +67,7 @@ class Embedder(CouplesSamples, Evaluates, Exports):
             raise ConfigError("data.sequence_length: rows have none; remove it, and set model.max_tokens")
         if job.train.global_batch < 2:
             raise ConfigError("train.global_batch: 1 pair has no other to be told from; give 2 or more")
-        self.keys = validate(EmbedderKeys, {k: v for k, v in job.model.items() if k in OWN}, "model")
+        self.keys = _keys(job.model)
         self.pretrained = job.model.get("pretrained")
         if initial.KEY in job.model:
             raise ConfigError(f"model.{initial.KEY}: is of language models; remove it")

@@ -74,3 +74,8 @@ def read(folder: Path) -> Embedding | None:
         raise ConfigError(f"{place}: pools by {', '.join(chosen)}; known: one of {', '.join(WAYS.values())}")
     length = SETTINGS.read(folder / LENGTH).get("max_seq_length") if (folder / LENGTH).is_file() else None
     return Embedding(chosen[0], length if isinstance(length, int) else None)
+
+
+def embeds(folder: Path) -> bool:
+    """Tells whether a folder holds an embedder: a model that says how its states become an embedding."""
+    return (folder / MODULES).is_file()
