@@ -125,7 +125,7 @@ def test_a_loss_that_couples_samples_is_an_ability_of_its_own(data) -> None:
     made = recipe(data)
     assert require_class("recipe", "x", Embedder) is Embedder
     require_abilities(made.job, made)
-    with pytest.raises(ConfigError, match="`couple`, which nothing would call; derive it from .*CouplesSamples"):
+    with pytest.raises(ConfigError, match=r"`couple`, which nothing would call; derive it from .*CouplesSamples"):
         require_class("recipe", "x", type("Plain", (Least,), {"couple": lambda *_: None}))
 
 
