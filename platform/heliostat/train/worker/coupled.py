@@ -72,6 +72,10 @@ def first_pass(recipe: CouplesSamples, engine: Any, micros: Sequence[Micro], cou
     leaves = {name: tensor.requires_grad_(tensor.is_floating_point()) for name, tensor in found.items()}
     loss = couple(leaves)
     trained = {name: tensor for name, tensor in leaves.items() if tensor.requires_grad}
+    if not loss.sum.requires_grad:
+        raise ConfigError(
+            f"recipe: {type(recipe).__name__}.couple makes no use of what is represented in floating point ({GUIDE})"
+        )
     gradients = torch.autograd.grad(objective(loss, terms), list(trained.values()), allow_unused=True)
     return Step(loss, keys, {name: g for name, g in zip(trained, gradients, strict=True) if g is not None})
 
