@@ -32,6 +32,7 @@ from heliostat.inference.batch.claim import claim
 from heliostat.inference.batch.run import model_digest, origin
 from heliostat.pipelines.watching import Watch
 from heliostat.recipes import exported
+from heliostat.recipes.text import sentence_folder
 from heliostat.retrieval import table
 from heliostat.retrieval.record import RECORD, read
 from heliostat.retrieval.settings import Settings
@@ -54,7 +55,7 @@ def index_documents(
 ) -> dict[str, Any]:  # fmt: skip
     """Builds the index, or brings it up to date; returns what `index.json` says, and `new`, the units that were done.
 
-    ConfigError before anything starts if the dataset holds no text, the embedder is no language model, or the output holds
+    ConfigError before anything starts if the dataset holds no text, the embedder embeds none, or the output holds
     something else, or is being built by another command.
     """
     require()
@@ -102,11 +103,11 @@ def require() -> None:
 
 
 def describe(embedder: Path) -> dict[str, Any]:
-    """Describes the embedder: folder, digest, origin, and `dims` of its embeddings; ConfigError if it is no language model."""
+    """Describes the embedder: folder, digest, origin, and `dims` of its embeddings; ConfigError if it embeds no text."""
     from transformers import AutoConfig
 
-    if getattr(exported.read(embedder).recipe, "kind", None) != "tokens":
-        raise ConfigError(f"--embedder: {embedder}: is no language model")
+    if sentence_folder.read(embedder) is None and getattr(exported.read(embedder).recipe, "kind", None) != "tokens":
+        raise ConfigError(f"--embedder: {embedder}: is neither an embedder of texts nor a language model")
     with exported.using(embedder):
         dims = AutoConfig.from_pretrained(embedder).get_text_config().hidden_size
     return {"folder": str(embedder), "digest": model_digest(embedder), "dims": dims, **origin(embedder)}

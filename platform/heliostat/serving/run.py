@@ -17,6 +17,7 @@ from typing import Any
 from heliostat.cluster.private_ray import LOOPBACK
 from heliostat.errors import ConfigError, HeliostatError, StoppedError
 from heliostat.recipes import exported
+from heliostat.recipes.text import sentence_folder
 from heliostat.serving.options import Options
 from heliostat.serving.versions import Source, Versions
 from heliostat.text import brief
@@ -205,7 +206,7 @@ def require_free(port: int) -> None:
 
 
 def _require_language_model(folder: Path) -> None:
-    if getattr(exported.read(folder).recipe, "kind", None) != "tokens":
+    if sentence_folder.embeds(folder) or getattr(exported.read(folder).recipe, "kind", None) != "tokens":
         raise ConfigError(f"{folder}: is no language model, and only those are served")
 
 

@@ -62,6 +62,20 @@ class TokenizerConfig(Strict):
             raise ValueError("give either vocab_size (to train one) or path (to take one)")
         return self
 
+    def definition(self) -> str | None:
+        """Reads the definition of the existing tokenizer, None if none is named; ConfigError if it is missing or not UTF-8."""
+        if self.path is None:
+            return None
+        location = place(self.path, "tokenizer.path").join("tokenizer.json")
+        if not location.exists():
+            location = place(self.path, "tokenizer.path")
+            if location.fs.get_file_info(location.path).type != FileType.File:
+                raise ConfigError(f"tokenizer.path: {self.path!r}: no such file, and no tokenizer.json in such a folder")
+        try:
+            return location.read().decode()
+        except UnicodeDecodeError as e:
+            raise ConfigError(f"tokenizer.path: {location} is not UTF-8 text") from e
+
 
 class TextPipeline(StagedPipeline):
     """Defines the keys of a text pipeline's YAML; `input` is a file, folder, glob, s3:// prefix, or `python:stdlib`."""
@@ -109,19 +123,7 @@ class TextPipeline(StagedPipeline):
 
     @cached_property
     def given(self) -> str | None:
-        """Reads the definition of the existing tokenizer, None if none is named; ConfigError if it is missing or not UTF-8."""
-        path = self.tokenizer.path
-        if path is None:
-            return None
-        location = place(path, "tokenizer.path").join("tokenizer.json")
-        if not location.exists():
-            location = place(path, "tokenizer.path")
-            if location.fs.get_file_info(location.path).type != FileType.File:
-                raise ConfigError(f"tokenizer.path: {path!r}: no such file, and no tokenizer.json in such a folder")
-        try:
-            return location.read().decode()
-        except UnicodeDecodeError as e:
-            raise ConfigError(f"tokenizer.path: {location} is not UTF-8 text") from e
+        return self.tokenizer.definition()
 
     def check(self) -> None:
         if self.max_chars is not None and self.max_chars < self.min_chars:

@@ -41,6 +41,7 @@ from heliostat.train.worker import deepspeed_engine, ema, memory_copies, zero_st
 from heliostat.train.worker import gallery as pictures
 from heliostat.train.worker import loss_scale as lossscale
 from heliostat.train.worker.batch_plan import BatchPlan
+from heliostat.train.worker.coupled import Micro
 from heliostat.train.worker.evaluation import HeldOut
 from heliostat.train.worker.expert_load import ExpertLoad
 from heliostat.train.worker.heartbeat import Heartbeat, StopConsensus
@@ -235,16 +236,11 @@ class Worker:
         """Computes the forward and backward passes and the optimizer's step over this worker's share of the global batch."""
         engine, train = self.engine, self.job.train
         deepspeed_engine.set_lr(engine, train.optimizer.lr * factor(train.schedule, step, train.steps))
-        keys = self.batch_plan.keys(step, mine.lanes)
-        parts = zip(content.split(mine.content, train.micro_batch), content.split(keys, train.micro_batch), strict=True)
-        micros = [self.sequence.cut(self.recipe, self.recipe.batch(rows, numbers)) for rows, numbers in parts]
-        terms = self._terms(micros)
+        micros = self._micros(step, mine)
+        terms = self._terms([micro.batch for micro in micros])
         total = torch.zeros((), device=self.device)
         added: torch.Tensor | None = None
-        for i, micro in enumerate(micros):
-            torch.manual_seed(self.batch_plan.seed(step, mine.lanes, i, self.sequence.part))
-            batch = {k: v.to(self.device, non_blocking=True) for k, v in micro.items()}
-            part = self.objective.part(engine, batch, len(micros) * self.world, terms)
+        for i, part in enumerate(self.objective.shares(engine, micros, terms)):
             engine.backward(part.objective)
             total += part.loss
             if part.added is not None:
@@ -265,6 +261,19 @@ class Worker:
         self.unsealed.add(step, mine)
         if train.precision != "fp16" and not math.isfinite(self._norms[-1]):  # fp16's loss scaler skips such steps itself
             self._fail(step, f"gradient norm {self._norms[-1]}")
+
+    def _micros(self, step: int, mine: stream.StepSamples) -> list[Micro]:
+        """Makes this worker's micro-batches of a step."""
+        keys, size = self.batch_plan.keys(step, mine.lanes), self.job.train.micro_batch
+        parts = zip(content.split(mine.content, size), content.split(keys, size), strict=True)
+        return [
+            Micro(
+                self.batch_plan.seed(step, mine.lanes, i, self.sequence.part),
+                numbers,
+                self.sequence.cut(self.recipe, self.recipe.batch(rows, numbers)),
+            )
+            for i, (rows, numbers) in enumerate(parts)
+        ]
 
     def _rechecked(self) -> Recheck:
         where = ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
