@@ -108,6 +108,19 @@ def save() -> Iterator[Row]:
             yield _row(f"next losses, saved at ZeRO-{stage}, loaded at ZeRO-{to}", next_, 0.0 if to == stage else 2e-2)
 
 
+def ahead() -> Iterator[Row]:
+    """Micro-batches that are copied to the device while it computes, beside the same on the CPU."""
+    from heliostat.train.worker import on_device
+
+    micros = [{"tokens": torch.randint(0, 1 << 30, (8, 4096), generator=torch.Generator().manual_seed(i))} for i in range(16)]
+    load = torch.randn(512, 512, device=setting.DEVICE)
+    unequal = 0
+    for micro, batch in zip(micros, on_device.batches(micros, setting.DEVICE), strict=True):
+        load = F.normalize(load @ load)  # which the next copy runs beside
+        unequal += not torch.equal(batch["tokens"].cpu(), micro["tokens"])
+    yield _row("micro-batches unequal, copied ahead", unequal, 0)
+
+
 def attention() -> Iterator[Row]:
     """Fused attention kernels, forward and backward, beside torch's plain one in fp32 on the CPU."""
     from torch.nn.attention import SDPBackend, sdpa_kernel

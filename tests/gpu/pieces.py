@@ -40,6 +40,7 @@ PIECES = [
     _right("zero bf16", precision="bf16"),
     _right("save", "pyarrow"),
     _right("attention", "gpu"),
+    _right("ahead"),
     _right("offload"),
     _right("optimizers", deadline_s=150),
     _right("zero fp16", "gpu", precision="fp16"),

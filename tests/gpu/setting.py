@@ -69,11 +69,12 @@ def micros(made: Any, its: Any, step: int) -> list[Any]:
 
 def losses(made: Any, its: Any, on: Any, first: int, steps: int) -> list[float]:
     """Trains an engine for steps [first, first + steps); each step's loss."""
+    from heliostat.train.worker import on_device
+
     found = []
     for step in range(first, first + steps):
-        total = torch.zeros((), device=DEVICE)
-        for micro in (parts := micros(made, its, step)):
-            batch = {k: v.to(DEVICE) for k, v in micro.items()}
+        total, parts = torch.zeros((), device=DEVICE), micros(made, its, step)
+        for micro, batch in zip(parts, on_device.batches(parts, DEVICE), strict=True):
             loss = its.loss(on, batch).sum / its.terms(micro)
             on.backward(loss)
             total += loss.detach().float() / len(parts)

@@ -41,7 +41,7 @@ from heliostat.train.memory_keeper import Source
 from heliostat.train.stop_codes import FAILED, RESIZE, RUN
 from heliostat.train.time_ledger import Ledger, peak_flops
 from heliostat.train.worker import bad_samples as quarantine
-from heliostat.train.worker import deepspeed_engine, ema, memory_copies, zero_state
+from heliostat.train.worker import collector, deepspeed_engine, ema, memory_copies, on_device, zero_state
 from heliostat.train.worker import gallery as pictures
 from heliostat.train.worker import loss_scale as lossscale
 from heliostat.train.worker.batch_plan import BatchPlan
@@ -136,7 +136,8 @@ class Worker:
 
     def run(self) -> dict[str, Any]:
         try:
-            return self._run()
+            with collector.held_off():
+                return self._run()
         finally:
             self.end()
 
@@ -205,6 +206,7 @@ class Worker:
             if keeps:
                 with self.ledger("checkpoint"):
                     self._keep(done)
+            self._collect(done, saves)
             if holds and stop == RUN:
                 stop = self._hold(done)
             since += time.perf_counter() - aside
@@ -225,6 +227,13 @@ class Worker:
             "data_wait": steady_wait / steady_s if steady_s else 0.0,
             "checkpoint_blocked_s": self.saver.blocked_s,
         }
+
+    def _collect(self, done: int, saved: bool) -> None:
+        """Collects garbage behind a step, all of it where training has stopped anyway."""
+        if saved or self.scored_at == done:
+            collector.collect_all()
+        elif done % collector.EVERY == 0:
+            collector.collect_new()
 
     def _opened(self, part: Any) -> stream.LaneStream:
         replica, replicas = self.sequence.replica, self.sequence.replicas
@@ -248,9 +257,8 @@ class Worker:
         terms = self._terms(micros)
         total = torch.zeros((), device=self.device)
         added: torch.Tensor | None = None
-        for i, micro in enumerate(micros):
+        for i, batch in enumerate(on_device.batches(micros, self.device)):
             torch.manual_seed(self.batch_plan.seed(step, mine.lanes, i, self.sequence.part))
-            batch = {k: v.to(self.device, non_blocking=True) for k, v in micro.items()}
             part = self.objective.part(engine, batch, len(micros) * self.world, terms)
             engine.backward(part.objective)
             total += part.loss
