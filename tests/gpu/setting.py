@@ -36,19 +36,15 @@ def job(model: dict[str, Any], length: int = 64, micro: int = 2, batch: int = 4,
     return build_job(**(base | changes))
 
 
-def recipe(made: Any, attention: str | None = None) -> Any:
+def recipe(made: Any, **attributes: Any) -> Any:
+    """The recipe of a job; `attributes` of it that the job does not set, such as a kernel that jobs on CPUs may not name."""
     from heliostat.recipes import CausalLM
 
-    class Attending(CausalLM):
-        """Computes attention with one of transformers' implementations."""
-
-        def build(self) -> torch.nn.Module:
-            model = super().build()
-            if attention:
-                model.set_attn_implementation(attention)
-            return model
-
-    return Attending(made)
+    found = CausalLM(made)
+    found.end = 1  # the token that ends documents
+    for name, value in attributes.items():
+        setattr(found, name, value)
+    return found
 
 
 def engine(made: Any, its: Any) -> Any:

@@ -1,5 +1,5 @@
-"""A step's micro-batches come to the device whole and in order; on a CPU they are what the recipe made, uncopied. The way to a GPU is
-held to this one by `tests.gpu`."""
+"""A step's micro-batches come to the device whole and in order; on a CPU they are what the recipe made, uncopied. The way to
+a GPU is held to this one by `tests.gpu`."""
 
 import torch
 from heliostat.train.worker import on_device
