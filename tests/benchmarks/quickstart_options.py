@@ -115,12 +115,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--samples", type=int, default=1_000_000, help="held-out samples, at most")
     parser.add_argument("--only", nargs="*", help="rows of OPTIONS")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of all rows, such as a smaller batch")
     parser.add_argument("--also", nargs="*", default=[], metavar="NAME: KEY=VALUE; ...", help="rows that are not in OPTIONS")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     setting.start()
     rows = {name: settings for name, settings in OPTIONS.items() if asked.only is None or name in asked.only}
     rows |= {name: rest.split("; ") for name, _, rest in (line.partition(": ") for line in asked.also)}
+    rows = {name: [*asked.set, *settings] for name, settings in rows.items()}
     heads = [f"{seconds:g} s" for seconds in asked.seconds]
     print("held-out bits a byte, mean of the seeds (each), by processor time")
     print(f"| | parameters | tokens/s | {' | '.join(heads)} |\n|---|---:|---:|{'---:|' * len(heads)}")

@@ -1,6 +1,7 @@
-"""What Muon adds to a plan: the bytes by which whole matrices are brought together, the same as its exchange sends, and their products."""
+"""What Muon adds to a plan: the bytes by which whole matrices are brought together, as its exchange sends them, and products."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ def spans(stage: int, workers: int) -> list[whole_matrices.Matrix]:
     for rows, columns in SIDES:
         size = rows * columns
         ends = [size * i // workers if stage == 3 else min(size, max(0, total * i // workers - at)) for i in range(workers + 1)]
-        made.append(whole_matrices.Matrix(rows, columns, tuple((a, b - a) for a, b in zip(ends, ends[1:], strict=False)), 0))
+        made.append(whole_matrices.Matrix(rows, columns, tuple((a, b - a) for a, b in pairwise(ends)), 0))
         at += size
     return made
 
