@@ -83,7 +83,8 @@ def check_job(job: Job) -> tuple[Job, Recipe]:
     require_abilities(job, recipe)
     if job.train.compile and not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
         raise ConfigError(
-            "train.compile: true needs a C++ compiler, and there is none on this machine; install g++ or set it to false"
+            f"train.compile: {str(job.train.compile).lower()} needs a C++ compiler, and there is none on this machine; "
+            "install g++ or set it to false"
         )
     if job.evaluate and job.evaluate.benchmarks:
         _check_benchmarks(job.evaluate.benchmarks, recipe)
@@ -155,6 +156,17 @@ def check_devices(job: Job, cluster: Path | None) -> None:
         pools.check(job, cluster_file.read(cluster))
     elif job.workers.gpus and not os.environ.get("RAY_ADDRESS"):
         require_gpus(job.workers.least * job.workers.gpus)
+        _check_kernels(job)
+
+
+def _check_kernels(job: Job) -> None:
+    """Checks that this machine has what the job's kernels need; a HeliostatError if not."""
+    from heliostat.recipes.text import attention, float8
+
+    if job.train.attention:
+        attention.require_installed(job.train.attention)
+    if job.train.fp8:
+        float8.require_device()
 
 
 @contextmanager

@@ -1,10 +1,10 @@
 """Held-out loss against CPU seconds, by optimizer: a small Llama on the source code of Python's own library, as bytes.
 
-    python tests/benchmarks/optimizers.py [--steps 400] [--seeds 3] [--only muon lion] [--rate 1e-3]
+    python tests/benchmarks/optimizers.py [--steps 400] [--seeds 3] [--only muon lion] [--times 0.3 1 3]
 
-One process of one thread, ZeRO-1, bf16: heliostat's own engine and optimizers, each with the learning rate in `RATES`; `--rate`
-tries others. Seconds are processor time of training steps alone. Every optimizer sees the same batches; files are held out by the
-hash of their path.
+One process of one thread, ZeRO-1, fp32: heliostat's own engine and optimizers, each with the learning rate in `RATES`; `--times`
+tries multiples of it. Seconds are processor time of training steps alone. Every optimizer sees the same batches; files are held
+out by the hash of their path.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from heliostat.train.worker.lr_schedule import factor  # noqa: E402
 
 from tests.gpu import setting  # noqa: E402
 
-MODEL = {**setting.TINY, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
-         "intermediate_size": 688, "vocab_size": 256}  # fmt: skip
-LENGTH, BATCH, HELD_OUT, LOOKS = 256, 16, 64, 4
+MODEL = {**setting.TINY, "hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3, "num_key_value_heads": 3,
+         "intermediate_size": 256, "vocab_size": 256}  # fmt: skip
+LENGTH, BATCH, HELD_OUT, LOOKS = 128, 8, 256, 4
 RATES = {"adamw": 3e-3, "muon": 3e-3, "lion": 5e-4, "schedule_free": 5e-3, "rmsprop": 1e-3, "sgd": 0.1}
 
 
@@ -63,7 +63,7 @@ def play(name: str, rate: float, steps: int, seed: int, data: tuple[np.ndarray, 
     }
     made = setting.job(MODEL, LENGTH, BATCH, BATCH, **{
         "train.optimizer": {"name": name, "lr": rate}, "train.schedule": schedule, "train.steps": steps, "train.seed": seed,
-        "train.precision": "bf16", "train.zero.stage": 1})  # fmt: skip
+        "train.precision": "fp32", "train.zero.stage": 1})  # fmt: skip
     its = setting.recipe(made)
     engine = setting.engine(made, its)
     average, spent = ema.of(made, engine), 0.0
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="*", default=list(RATES))
-    parser.add_argument("--rate", type=float, nargs="*", help="learning rates to try, instead of those in RATES")
+    parser.add_argument("--times", type=float, nargs="+", default=[1.0], help="multiples of the rates in RATES to try")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     setting.start()
@@ -101,7 +101,7 @@ def main() -> None:
     print(f"{len(data[0]):,} bytes to train on, {len(data[1]):,} held out; {asked.steps} steps of {BATCH * LENGTH:,} bytes\n")
     print("| optimizer | learning rate | held-out loss (CPU s), mean of the seeds | at the end, by seed |\n|---|---|---|---|")
     for name in asked.only:
-        for rate in asked.rate or [RATES[name]]:
+        for rate in [RATES[name] * times for times in asked.times]:
             runs = [list(play(name, rate, asked.steps, seed, data)) for seed in range(asked.seeds)]
             looks = ", ".join(
                 f"{mean(r[i][1] for r in runs):.3f} ({mean(r[i][0] for r in runs):.0f})" for i in range(len(runs[0]))

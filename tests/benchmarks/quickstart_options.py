@@ -1,6 +1,6 @@
 """What a small model learns in a given processor time, by what it is made of: held-out bits a byte, one choice at a time.
 
-    python tests/benchmarks/quickstart_options.py [--seconds 20 60] [--seeds 1 2] [--only small AdamW] \\
+    python tests/benchmarks/quickstart_options.py [--seconds 20 60] [--seeds 1 2] [--only AdamW bf16] \\
         [--also 'NAME: KEY=VALUE; KEY=VALUE']
 
 One process of one thread, and nothing of Ray: the job of `jobs/quickstart.yaml` with the settings of a row of OPTIONS, its
@@ -33,25 +33,20 @@ from heliostat.train.worker.lr_schedule import factor  # noqa: E402
 from tests.gpu import setting  # noqa: E402
 
 JOB, PIPELINE = ROOT / "jobs/quickstart.yaml", ROOT / "pipelines/quickstart.yaml"
-SMALL = ["model={arch: nanochat, hidden_size: 128, num_hidden_layers: 4, num_attention_heads: 4, num_key_value_heads: 4, "
-         "intermediate_size: 512, tie_word_embeddings: true, init: {zero_output_projections: true}}", "vocabulary=2048",
-         "train.optimizer={name: muon, lr: 6.0e-3}", "train.schedule={name: linear, warmup_steps: 8, final_ratio: 0.0}",
-         "train.global_batch=16", "train.precision=fp32", "train.steps=360"]  # fmt: skip
-OPTIONS: dict[str, list[str]] = {
-    "small": SMALL,
-    "AdamW": [*SMALL, "train.optimizer={name: adamw, lr: 4.0e-3}"],
-    "cosine to 0.1": [*SMALL, "train.schedule={name: cosine, warmup_steps: 8, final_ratio: 0.1}"],
-    "Qwen 3: gated MLP": [*SMALL, "model.arch=qwen3", "model.head_dim=32", "model.intermediate_size=344"],
-    "Llama: and no QK norm": [*SMALL, "model.arch=llama", "model.intermediate_size=344"],
-    "SiLU": [*SMALL, "model.hidden_act=silu"],
-    "usual initial weights": [*SMALL, "model.init={}"],
-    "head of its own": [*SMALL, "model.tie_word_embeddings=false"],
-    "vocabulary of 4,096": [*SMALL, "vocabulary=4096"],
-    "half the batch": [*SMALL, "train.global_batch=8"],
-    "width of 192": [*SMALL, "model.hidden_size=192", "model.num_attention_heads=6", "model.num_key_value_heads=6",
-                     "model.intermediate_size=768"],
-    "bf16": [*SMALL, "train.precision=bf16"],
+OPTIONS: dict[str, list[str]] = {  # each changes one thing of the job
     "jobs/quickstart.yaml": [],
+    "AdamW": ["train.optimizer={name: adamw, lr: 4.0e-3}"],
+    "cosine to 0.1": ["train.schedule={name: cosine, warmup_steps: 8, final_ratio: 0.1}"],
+    "Qwen 3: gated MLP": ["model.arch=qwen3", "model.head_dim=32", "model.intermediate_size=344"],
+    "Llama: and no QK norm": ["model.arch=llama", "model.intermediate_size=344"],
+    "SiLU": ["model.hidden_act=silu"],
+    "usual initial weights": ["model.init={}"],
+    "head of its own": ["model.tie_word_embeddings=false"],
+    "vocabulary of 4,096": ["vocabulary=4096"],
+    "half the batch": ["train.global_batch=8"],
+    "width of 192": ["model.hidden_size=192", "model.num_attention_heads=6", "model.num_key_value_heads=6",
+                     "model.intermediate_size=768"],
+    "bf16": ["train.precision=bf16"],
 }  # fmt: skip
 ALONE = ["workers.count=1", "mlflow.register=null"]
 CHUNK = 16  # held-out samples at a time
@@ -120,12 +115,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--samples", type=int, default=1_000_000, help="held-out samples, at most")
     parser.add_argument("--only", nargs="*", help="rows of OPTIONS")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of all rows, such as a smaller batch")
     parser.add_argument("--also", nargs="*", default=[], metavar="NAME: KEY=VALUE; ...", help="rows that are not in OPTIONS")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     setting.start()
     rows = {name: settings for name, settings in OPTIONS.items() if asked.only is None or name in asked.only}
     rows |= {name: rest.split("; ") for name, _, rest in (line.partition(": ") for line in asked.also)}
+    rows = {name: [*asked.set, *settings] for name, settings in rows.items()}
     heads = [f"{seconds:g} s" for seconds in asked.seconds]
     print("held-out bits a byte, mean of the seeds (each), by processor time")
     print(f"| | parameters | tokens/s | {' | '.join(heads)} |\n|---|---:|---:|{'---:|' * len(heads)}")

@@ -30,10 +30,11 @@ def _apart(ours: list[float], theirs: list[float]) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
 
 
-def _against_plain(what: str, twin: list[float] | None = None, attention: str | None = None, **changes: Any) -> Row:
+def _against_plain(what: str, twin: list[float] | None = None, **changes: Any) -> Row:
+    """Trains as a job with these changes does, beside the plain process with the twins of its kernels."""
     made = setting.job(setting.TINY, **changes)
-    its = setting.recipe(made, attention)
-    twin = twin or setting.plain(made, setting.recipe(made), STEPS)
+    its = setting.recipe(made)
+    twin = twin or setting.plain(made, its.plainly(), STEPS)
     found = setting.losses(made, its, setting.engine(made, its), 0, STEPS)
     learned = {"first": twin[0], "last": twin[-1]}
     return _row(what, _apart(found, twin), LIMITS[made.train.precision], **learned)
@@ -68,9 +69,30 @@ def optimizers() -> Iterator[Row]:
 
 
 def compiled() -> Iterator[Row]:
+    """The whole model, and layer by layer."""
     setting.start()
-    changes = {"train.precision": "bf16", "train.compile": True}
-    yield _against_plain("torch.compile, ZeRO-1, bf16", **changes)
+    for how, stage in ((True, 1), ("blocks", 1), ("blocks", 3)):
+        changes = {"train.precision": "bf16", "train.compile": how, "train.zero.stage": stage}
+        yield _against_plain(f"torch.compile {'of the whole' if how is True else 'by layers'}, ZeRO-{stage}, bf16", **changes)
+
+
+def attending(kernel: str) -> Iterator[Row]:
+    """A job that names what computes attention, samples of one document and of several, beside torch's own on the CPU."""
+    setting.start()
+    for several in (False, True):
+        changes = {"train.attention": kernel, "train.precision": "bf16", "data.document_mask": several, "train.micro_batch": 1}
+        yield _against_plain(f"{kernel}, {'several documents' if several else 'one document'} a sample, bf16", **changes)
+
+
+def linear8() -> Iterator[Row]:
+    """Linear layers in float8, beside the same rounded numbers' products in fp32 on the CPU."""
+    setting.start()
+    for stage in (1, 3):
+        made = setting.job(setting.TINY, **{"train.precision": "bf16", "train.zero.stage": stage})
+        its = setting.recipe(made, fp8=True)
+        twin = setting.plain(made, its, STEPS)
+        found = setting.losses(made, its, setting.engine(made, its), 0, STEPS)
+        yield _row(f"linear layers in float8, ZeRO-{stage}", _apart(found, twin), LIMITS["bf16"], first=twin[0], last=twin[-1])
 
 
 def save() -> Iterator[Row]:
@@ -106,6 +128,19 @@ def save() -> Iterator[Row]:
             yield _row(f"tensors unequal, saved beside training at ZeRO-{stage}, loaded at ZeRO-{to}", unequal, 0)
             next_ = _apart(setting.losses(made, its, on, 3, 3), expected)
             yield _row(f"next losses, saved at ZeRO-{stage}, loaded at ZeRO-{to}", next_, 0.0 if to == stage else 2e-2)
+
+
+def ahead() -> Iterator[Row]:
+    """Micro-batches that are copied to the device while it computes, beside the same on the CPU."""
+    from heliostat.train.worker import on_device
+
+    micros = [{"tokens": torch.randint(0, 1 << 30, (8, 4096), generator=torch.Generator().manual_seed(i))} for i in range(16)]
+    load = torch.randn(512, 512, device=setting.DEVICE)
+    unequal = 0
+    for micro, batch in zip(micros, on_device.batches(micros, setting.DEVICE), strict=True):
+        load = F.normalize(load @ load)  # which the next copy runs beside
+        unequal += not torch.equal(batch["tokens"].cpu(), micro["tokens"])
+    yield _row("micro-batches unequal, copied ahead", unequal, 0)
 
 
 def attention() -> Iterator[Row]:

@@ -36,19 +36,15 @@ def job(model: dict[str, Any], length: int = 64, micro: int = 2, batch: int = 4,
     return build_job(**(base | changes))
 
 
-def recipe(made: Any, attention: str | None = None) -> Any:
+def recipe(made: Any, **attributes: Any) -> Any:
+    """The recipe of a job; `attributes` of it that the job does not set, such as a kernel that jobs on CPUs may not name."""
     from heliostat.recipes import CausalLM
 
-    class Attending(CausalLM):
-        """Computes attention with one of transformers' implementations."""
-
-        def build(self) -> torch.nn.Module:
-            model = super().build()
-            if attention:
-                model.set_attn_implementation(attention)
-            return model
-
-    return Attending(made)
+    found = CausalLM(made)
+    found.end = 1  # the token that ends documents
+    for name, value in attributes.items():
+        setattr(found, name, value)
+    return found
 
 
 def engine(made: Any, its: Any) -> Any:
@@ -69,11 +65,12 @@ def micros(made: Any, its: Any, step: int) -> list[Any]:
 
 def losses(made: Any, its: Any, on: Any, first: int, steps: int) -> list[float]:
     """Trains an engine for steps [first, first + steps); each step's loss."""
+    from heliostat.train.worker import on_device
+
     found = []
     for step in range(first, first + steps):
-        total = torch.zeros((), device=DEVICE)
-        for micro in (parts := micros(made, its, step)):
-            batch = {k: v.to(DEVICE) for k, v in micro.items()}
+        total, parts = torch.zeros((), device=DEVICE), micros(made, its, step)
+        for micro, batch in zip(parts, on_device.batches(parts, DEVICE), strict=True):
             loss = its.loss(on, batch).sum / its.terms(micro)
             on.backward(loss)
             total += loss.detach().float() / len(parts)

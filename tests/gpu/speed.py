@@ -36,7 +36,8 @@ def train(
     stage: int = 1,
     micro: int = 4,
     attention: str | None = None,
-    compile: bool = False,
+    compile: bool | str = False,
+    fp8: bool = False,
     checkpointing: bool = False,
     optimizer: str = "adamw",
     length: int = LENGTH,
@@ -47,9 +48,10 @@ def train(
 
     setting.start()
     keys: dict[str, Any] = {"train.precision": precision, "train.zero.stage": stage, "train.compile": compile}
-    keys |= {"train.activation_checkpointing": checkpointing, "train.optimizer": {"name": optimizer, "lr": 1e-4}}
+    keys |= {"train.attention": attention, "train.fp8": fp8, "train.activation_checkpointing": checkpointing}
+    keys |= {"train.optimizer": {"name": optimizer, "lr": 1e-4}}
     made = setting.job(MODELS[model], length, micro, 2 * micro, **keys)
-    its = setting.recipe(made, attention)
+    its = setting.recipe(made)
     on = setting.engine(made, its)
     setting.losses(made, its, on, 0, WARM)
     began, steps = time.perf_counter(), 0
@@ -59,24 +61,25 @@ def train(
     step_s = (time.perf_counter() - began) / steps
     peak = peak_flops(torch.cuda.get_device_name(), precision) if setting.GPU else None
     flops = (its.flops_per_sample(on.module) or 0.0) * made.train.global_batch
+    compiling = {False: "", True: "compiled", "blocks": "compiled by layers"}[compile]
     name = f"{model}, {precision}, ZeRO-{stage}, {attention or 'sdpa'}"
-    name += "".join(f", {what}" for what, is_ in (("compiled", compile), ("checkpointing", checkpointing)) if is_)
+    name += "".join(f", {what}" for what in (compiling, "fp8" * fp8, "checkpointing" * checkpointing) if what)
     yield {
         "kind": "speed", "what": name + (f", {optimizer}" if optimizer != "adamw" else ""), "ok": True, "steps": steps,
         "step_s": step_s, "tokens_per_second": made.train.global_batch * length / step_s,
         "mfu": flops / step_s / peak if peak else None,
-        "peak_gib": torch.cuda.max_memory_allocated() / GIB if setting.GPU else None, "plan_gib": planned(made, attention) / GIB,
+        "peak_gib": torch.cuda.max_memory_allocated() / GIB if setting.GPU else None, "plan_gib": planned(made) / GIB,
     }  # fmt: skip
 
 
-def planned(made: Any, attention: str | None) -> float:
+def planned(made: Any) -> float:
     """The plan's bytes of a worker, without its margin for fragments and the driver's own."""
     import numpy as np
     from heliostat.plan import hardware, layouts, model_stats
     from heliostat.plan.counts import Counts
     from heliostat.plan.estimate import Planner
 
-    bare = setting.recipe(setting.job(made.model, made.data.sequence_length, 1, 1), attention)
+    bare = setting.recipe(setting.job(made.model, made.data.sequence_length, 1, 1, **{"train.attention": made.train.attention}))
     model = model_stats.build(bare)
     stats = model_stats.stats_of(bare, model)
     kept = model_stats.activations(made, bare, model, np.zeros((1, made.data.sequence_length), dtype=np.int32))

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from heliostat.cluster import connect
+from heliostat.cluster import connect, private_ray
 
 STEPS = """
 import resource, threading
@@ -36,3 +36,14 @@ def faults(settings: dict[str, str]) -> int:
 
 def test_a_thread_that_trains_does_not_fault_its_memory_in_again_at_every_step():
     assert faults(connect.worker_environment(gpus=0)) < 1_000
+
+
+def test_workers_with_gpus_have_memory_that_grows_unless_the_user_says_how_torch_allocates(monkeypatch):
+    for name in private_ray.GPU_ALLOCATORS:
+        monkeypatch.delenv(name, raising=False)
+    assert connect.worker_environment(gpus=1) == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    for name in private_ray.GPU_ALLOCATORS:
+        monkeypatch.setenv(name, "backend:cudaMallocAsync")
+        assert connect.worker_environment(gpus=1) == {}
+        assert private_ray.environment(gpus=1)[name] == "backend:cudaMallocAsync"
+        monkeypatch.delenv(name)

@@ -24,6 +24,9 @@ THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELI
 # glibc gives large blocks back to the system at every free and faults them in again at the next step; keep them. In one arena:
 # the others, which all threads but the first take, lie in pieces of 64 MB, given back whole.
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(64 << 30), "MALLOC_ARENA_MAX": "1"}
+# torch's memory on GPUs in blocks that grow, rather than in blocks of sizes that later tensors do not fit
+GPU_ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+GPU_ALLOCATORS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the names by which torch is told
 # A private Ray has no dashboard to read these, and twenty processes that report them cost two cores 5 % of their time
 SILENT = {"RAY_enable_metrics_collection": "0", "RAY_task_events_report_interval_ms": "0", "RAY_event_stats": "0"}
 # Ray Data would start an actor, and ask a Prometheus on this machine, to report how it is used
@@ -55,8 +58,10 @@ _zygotes: list[Zygote] = []  # of this process: one at most
 
 
 def worker_environment(gpus: float) -> dict[str, str]:
-    """Returns the environment variables that a training worker starts with."""
-    return {} if gpus else {**THREADS, **ALLOCATOR}
+    """Returns the environment variables that a training worker starts with. What a user says of torch's allocator stays."""
+    if gpus:
+        return {} if any(name in os.environ for name in GPU_ALLOCATORS) else GPU_ALLOCATOR
+    return {**THREADS, **ALLOCATOR}
 
 
 def environment(gpus: float) -> dict[str, str]:

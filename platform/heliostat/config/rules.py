@@ -19,7 +19,7 @@ def faults(job: Job) -> list[str]:
     """Lists what is wrong, a line each that begins with the key."""
     found = _sequence_faults(job) or _expert_faults(job) or _batch_faults(job)
     found += [*_memory_faults(job), *_precision_faults(job), *_offload_faults(job), *_checkpoint_faults(job)]
-    found += _optimizer_faults(job)
+    found += [*_attention_faults(job), *_fp8_faults(job), *_optimizer_faults(job)]
     found += _mix_faults(job.data) + _mlflow_faults(job.mlflow)
     paths = [s.path for s in job.data.sources]
     if len(set(paths)) < len(paths):
@@ -163,6 +163,39 @@ def _precision_faults(job: Job) -> list[str]:
             f"train.accumulate: fp32 with {where}: DeepSpeed sums in host memory in low precision; use stage 3, or same"
         )
     return faults
+
+
+def _attention_faults(job: Job) -> list[str]:
+    train, name = job.train, job.train.attention
+    if name is None or name in ("sdpa", "eager"):
+        return []
+    key, faults = f"train.attention: {name!r}", []
+    if not job.workers.gpus:
+        faults.append(f"{key} needs GPUs (workers.gpus is 0); use sdpa, which computes the same")
+    if train.parallel.sequence > 1:
+        faults.append(f"{key} with train.parallel.sequence is not tried; use sdpa")
+    if name.startswith("flash"):
+        if train.precision == "fp32":
+            faults.append(f"{key} computes in bf16 and fp16 alone; set train.precision, or use sdpa")
+        if job.data.document_mask and train.micro_batch > 1:
+            faults.append(
+                f"{key} with data.document_mask keeps documents apart in a micro-batch of one sample alone, and "
+                f"train.micro_batch is {train.micro_batch}; set it to 1 (with longer samples), or use flex_attention"
+            )
+    return faults
+
+
+def _fp8_faults(job: Job) -> list[str]:
+    train = job.train
+    if not train.fp8:
+        return []
+    wrong = {
+        "needs GPUs (workers.gpus is 0)": not job.workers.gpus,
+        f"with train.precision {train.precision!r}: what is not multiplied in float8 is to be bf16": train.precision != "bf16",
+        "with train.parallel is not tried": train.parallel.sequence > 1 or train.parallel.expert > 1,
+        "with train.tiled_mlp is not tried": train.tiled_mlp,
+    }
+    return [f"train.fp8: true {why}; set it to false, or change that" for why, is_so in wrong.items() if is_so]
 
 
 def _optimizer_faults(job: Job) -> list[str]:

@@ -85,6 +85,13 @@ def _layers(value: object) -> object:
     raise ValueError(f"{brief(repr(value))} should be true, false, or how many of the first layers (1 or more)")
 
 
+def _compiled(value: object) -> object:
+    """Validates what is compiled, with one message for both kinds of answers."""
+    if isinstance(value, bool) or value == "blocks":
+        return value
+    raise ValueError(f"{brief(repr(value))} should be true, false or blocks")
+
+
 class Train(Strict):
     steps: Positive
     """Optimizer steps of the whole run. They count from 1; the schedule ends at this one."""
@@ -124,8 +131,13 @@ class Train(Strict):
     tiled_mlp: bool = False
     """Computes the MLP of each layer a tile of tokens at a time, and again in the backward pass, so that never all of its inside
     exists. See docs/job.md#tiled-mlp"""
-    compile: bool = False
-    """Runs the model through `torch.compile`."""
+    compile: Annotated[bool | Literal["blocks"], BeforeValidator(_compiled)] = False
+    """Runs the model through `torch.compile`. `blocks`: layer by layer, so that one is compiled for all. See
+    docs/job.md#kernels"""
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = None
+    """What computes attention; flash and flex need GPUs. Unset: sdpa where the architecture has it. See docs/job.md#kernels"""
+    fp8: bool = False
+    """Multiplies the linear layers of a language model in float8; needs GPUs, and `precision: bf16`. See docs/job.md#kernels"""
     cpu_kernels: bool = True
     """Computes on CPUs what is faster so than with torch's own kernels: attention of samples of up to 512 tokens in some
     architectures, and linear layers in fp32. No effect with GPUs. See docs/benchmarks/train-overhead.md#cpu-kernels"""

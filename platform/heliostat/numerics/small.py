@@ -6,7 +6,6 @@ its tokens folded into the smaller vocabulary; another that is too large is refu
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.recipes import loading
 from heliostat.recipes.protocol import Batch, Recipe
-from heliostat.recipes.text import tiny
+from heliostat.recipes.text import attention, tiny
 from heliostat.recipes.text.causal_lm import CausalLM
 
 STEPS, SAVED = 4, 2  # steps that are played, and the one behind which a checkpoint is saved
@@ -59,10 +58,10 @@ def trial(job: Job, sources: list[Manifest], folder: Path, gpus: bool) -> Trial:
 
 
 def unaided(recipe: Recipe) -> Recipe:
-    """Returns the recipe without what saves memory: all activations kept, whole logits, whole MLPs."""
+    """Returns the recipe without what saves memory or time: all activations kept, whole logits, whole MLPs, kernels' twins."""
     if not isinstance(recipe, CausalLM):
         return recipe
-    found = copy.copy(recipe)
+    found = recipe.plainly()
     found.checkpointing = found.offload = found.tiled = found.tiled_mlp = False
     return found
 
@@ -86,6 +85,8 @@ def small_job(job: Job, folder: Path, gpus: bool, longest: int) -> Job:
     zero = {"stage": job.train.zero.stage, "offload": offload}
     raw["train"] |= {"steps": STEPS, "stop_after": None, "global_batch": batch, "micro_batch": micro, "ema": None, "zero": zero,
                      "schedule": {"name": "constant"}}  # fmt: skip
+    if not gpus:
+        raw["train"] |= {"attention": attention.twin(job.train.attention), "fp8": False}
     if job.train.parallel.sequence > 1:
         raw["train"]["parallel"] = {"sequence": WORKERS}
     if job.train.parallel.expert > 1:

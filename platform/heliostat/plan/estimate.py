@@ -13,7 +13,7 @@ from typing import Any
 from heliostat.config import spec
 from heliostat.config.optimizers import STATE_BYTES
 from heliostat.config.spec import Job
-from heliostat.plan import failures, hardware, layouts, memory, step_time
+from heliostat.plan import failures, hardware, layouts, memory, orthogonalizing, step_time
 from heliostat.plan.counts import Counts
 from heliostat.plan.hardware import Device
 from heliostat.plan.layouts import Layout
@@ -165,8 +165,8 @@ class Planner:
         return kept, left
 
     def _time(self, layout: Layout, accumulation: int, moved: int, on_host: int) -> tuple[step_time.Step, float, int]:
-        """Estimates a step, the seconds of it that play the forward pass again, and the bytes that workers which share samples
-        hand each other. `on_host`: bytes that cross to the host and back in a step."""
+        """Estimates a step, the seconds of it that play the forward pass again, and the bytes that workers hand each other of
+        samples, tokens and whole matrices. `on_host`: bytes that cross to the host and back in a step."""
         micro_batch, first = layout.micro_batch / layout.sequence, self._checkpointed(layout)
         replayed = first / max(1, len(self.kept.layers))
         setting = step_time.Setting(self.workers, layout.stage, micro_batch, accumulation, replayed, self.job.train.compile)
@@ -178,6 +178,8 @@ class Planner:
             away = self.model.sent * (parts - 1) // parts
             tokens, seconds = step_time.exchanging(away, parts, low, each, self.device, self.network)
             handed, handing = handed + tokens, handing + seconds
+        whole, gathering, orthogonal = self._orthogonalizing(layout.stage)
+        handed, handing = handed + whole, handing + gathering
         key = layout.micro_batch, first, layout.sequence
         if key not in self._micro:
             micro = step_time.computing(self.work, setting, self.device)
@@ -185,10 +187,22 @@ class Planner:
         micro, replaying = self._micro[key]
         trained = sum(math.prod(s) for s in self.model.trained.values())
         moments = self._moments() / trained if trained else 0.0
-        updated = step_time.updating(trained / (self.workers if layout.stage else 1), moments, self.device)
+        updated = orthogonal + step_time.updating(trained / (self.workers if layout.stage else 1), moments, self.device)
         copied = 2 * on_host / (self.prices["storage"]["host_copy"] * 1e9)
         took = step_time.step(micro, moved, updated, setting, self.device, self.network, copied, handing)
         return took, replaying * accumulation, handed
+
+    def _orthogonalizing(self, stage: int) -> tuple[int, float, float]:
+        """Estimates the bytes that a worker sends so that matrices are whole in the optimizer's step, the seconds that takes, and
+        those of their orthogonalization; nothing for optimizers that need none."""
+        optimizer = self.job.train.optimizer
+        if not optimizer.orthogonalizes:
+            return 0, 0.0, 0.0
+        sides = list(orthogonalizing.matrices(self.model))
+        sent = orthogonalizing.moved(sum(map(math.prod, sides)), self.workers, stage)
+        peak = self.device.peaks.get(optimizer.newton_schulz, self.device.flops)
+        computed = orthogonalizing.flops(sides) / (self.workers if stage else 1) / (peak * self.device.efficiency.matmul)
+        return sent, sent / (step_time.rate(self.workers, self.device) * self.network.rate), computed
 
     def _moments(self) -> int:
         """Counts the elements of all optimizer state."""

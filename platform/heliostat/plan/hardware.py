@@ -6,7 +6,8 @@ planned on CPU cores.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ class Device:
     hour: float  # price
     bandwidth: float  # of its memory
     efficiency: Efficiency
+    peaks: Mapping[str, float] = field(default_factory=dict)  # by precision
 
 
 def table(over: Path | None = None) -> dict[str, Any]:
@@ -109,6 +111,7 @@ def resolve(job: Job, prices: dict[str, Any], name: str | None = None, instance:
             hour=raw["hour"] * units,
             bandwidth=raw["bandwidth"] * 1e9 * units,
             efficiency=efficiency(prices, name),
+            peaks={precision: peak * 1e12 * units for precision, peak in raw["tflops"].items()},
         )
     except (KeyError, TypeError) as e:
         raise ConfigError(f"--prices: devices.{name}: lacks {e}, or it is no number") from e

@@ -48,7 +48,7 @@ def exchanging(elements: int, parts: int, low: int, setting: Setting, device: De
     """
     passes = 2 + setting.replayed
     moved = int(elements * low * passes * setting.micro_batch * parts * setting.accumulation)
-    return moved, moved / (_rate(parts, device) * network.rate)
+    return moved, moved / (rate(parts, device) * network.rate)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def exposed(moved: int, micro_s: float, setting: Setting, device: Device, networ
     """
     if setting.workers == 1:
         return 0.0, 0.0
-    seconds = moved / (_rate(setting.workers, device) * network.rate)
+    seconds = moved / (rate(setting.workers, device) * network.rate)
     if setting.stage == 3:
         beside, behind = seconds, micro_s * setting.accumulation
     else:
@@ -106,7 +106,7 @@ def exposed(moved: int, micro_s: float, setting: Setting, device: Device, networ
     return seconds, seconds - min(beside * network.overlap, behind)
 
 
-def _rate(workers: int, device: Device) -> float:
+def rate(workers: int, device: Device) -> float:
     """Returns the peak rate between so many workers, on one node if they fit there."""
     return device.link if workers <= device.per_node else min(device.link, device.network)
 

@@ -107,6 +107,10 @@ def _require_room_makers(job: Job, recipe: Recipe) -> None:
         raise ConfigError(f"train.tiled_loss: {job.recipe} computes no loss in tiles; set it to false")
     if train.tiled_mlp and not recipe.tiles:
         raise ConfigError(f"train.tiled_mlp: {job.recipe} computes no MLPs in tiles; set it to false")
+    if (train.attention or train.fp8) and not recipe.chooses:
+        raise ConfigError(f"train.{'attention' if train.attention else 'fp8'}: {job.recipe} has no choice of kernels; remove it")
+    if train.compile == "blocks" and type(recipe).blocks is Recipe.blocks:
+        raise ConfigError(f"train.compile: blocks: {job.recipe} does not list its `blocks` ({GUIDE}); set it to true")
     if train.activation_offload and not recipe.selects:
         raise ConfigError(f"train.activation_offload: {job.recipe} leaves no activations to the host; set it to false")
     if not isinstance(train.activation_checkpointing, bool) and not recipe.selects:

@@ -80,6 +80,7 @@ class Recipe(ABC):
     causal: bool = False  # a model of transformers whose tokens attend to those before them; see `heliostat.cpu_kernels`
     tiles: bool = False  # computes its loss and its MLPs in tiles where `train.tiled_loss` and `train.tiled_mlp` ask for it
     selects: bool = False  # checkpoints some of its layers, or with their inputs on the host, where the job asks for it
+    chooses: bool = False  # computes attention and linear layers as `train.attention` and `train.fp8` say
     balances: bool = False  # has a `balance` that is to be called behind every step
     frozen: tuple[str, ...] = ()  # submodules of the model that are not trained: no gradients, no dropout, saved once per run
 
@@ -130,6 +131,10 @@ class Recipe(ABC):
     def companions(self) -> dict[str, Companion]:
         """Lists, by name, the models on the device beside the one that is trained."""
         return {}
+
+    def blocks(self, model: torch.nn.Module) -> list[torch.nn.Module]:
+        """Lists the layers of a model that are alike, which `train.compile: blocks` compiles one by one; none if not known."""
+        return []
 
     def active_parameters(self, model: torch.nn.Module) -> int | None:
         """Counts the parameters that one token meets, of a model with experts; None: all."""

@@ -14,6 +14,7 @@ Held-out scores: loss (nats per token), perplexity, and bits per byte of the tex
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from functools import cached_property
@@ -50,7 +51,7 @@ if TYPE_CHECKING:  # torch and transformers take three seconds, and most jobs ar
 class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, Generates, Serves):
     kind = "tokens"
     causal = True
-    tiles = selects = True
+    tiles = selects = chooses = True
     scores = ("loss", "perplexity", "bits_per_byte")
 
     def __init__(self, job: Job) -> None:
@@ -59,6 +60,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, Generates, Serves
         self.job, self.length = job, job.data.sequence_length
         self.checkpointing, self.offload = job.train.activation_checkpointing, job.train.activation_offload
         self.document_mask, self.tiled, self.tiled_mlp = job.data.document_mask, job.train.tiled_loss, job.train.tiled_mlp
+        self.attention, self.fp8 = job.train.attention, job.train.fp8
         self.tile: int | None = None  # tokens of an MLP's tile, where trials want small ones
         self.terms_per_sample = None if self.document_mask else self.length - 1
         self.pretrained = job.model.get("pretrained")
@@ -99,7 +101,16 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, Generates, Serves
         if longest and 0 < longest < self.length:
             raise ConfigError(f"data.sequence_length: {self.length} is longer than the model's max_position_embeddings {longest}")
 
+    def plainly(self) -> CausalLM:
+        """Returns a copy that computes what a CPU can, by the kernels' twins: trials and the plain process use it."""
+        from heliostat.recipes.text import attention
+
+        found = copy.copy(self)
+        found.attention, found.fp8 = attention.twin(self.attention), False
+        return found
+
     def probe(self) -> None:
+        self._require_kernels()
         self._require_room_makers()
         if self.plain is None:
             initial.probe(self)
@@ -131,6 +142,29 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, Generates, Serves
             from heliostat.recipes.text import checkpointing
 
             checkpointing.require(self)
+
+    def _require_kernels(self) -> None:
+        """Raises ConfigError if the model cannot be computed by the kernels that the job names."""
+        if self.attention:
+            from heliostat.recipes.text import attention
+
+            attention.require(self)
+        if self.fp8:
+            from heliostat.recipes.text import float8
+
+            float8.require(self)
+        if self.job.train.compile == "blocks":
+            import torch
+
+            with torch.device("meta"):
+                if not self.blocks(self.plainly().build()):
+                    kind = self.config.model_type
+                    raise ConfigError(f"train.compile: blocks: transformers does not tell the layers of {kind!r}; set it to true")
+
+    def blocks(self, model: torch.nn.Module) -> list[torch.nn.Module]:
+        from heliostat.recipes.text import checkpointing
+
+        return checkpointing.layers(model)
 
     def require_cut(self, parts: int) -> None:
         from heliostat.recipes.text import cutting
@@ -205,16 +239,19 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, Generates, Serves
         from transformers import AutoModelForCausalLM
 
         from heliostat.recipes.huggingface import from_config
-        from heliostat.recipes.text import checkpointing, generator, tiled_mlp
+        from heliostat.recipes.text import attention, checkpointing, float8, generator, tiled_mlp
 
         shapes_only = torch.get_default_device().type == "meta"
+        config = attention.chosen(self.config, self.attention, shapes_only)
         if self.pretrained and not shapes_only:
-            model = generator.whole("model.pretrained", self.pretrained, config=self.config, dtype=torch.float32)
+            model = generator.whole("model.pretrained", self.pretrained, config=config, dtype=torch.float32)
         else:
-            model = from_config(AutoModelForCausalLM, self.config)
+            model = from_config(AutoModelForCausalLM, config)
             initial.apply(self.init, model, self.config.model_type)
         if self.checkpointing:
             checkpointing.use(model, self.checkpointing, self.offload)
+        if self.fp8 and not shapes_only:
+            float8.use(model)
         if self.tiled_mlp:
             tiled_mlp.use(model, self.tile)
         return model.train()

@@ -4,7 +4,6 @@ the logits behind it. Each architecture's own code decides that, and no list of 
 
 from __future__ import annotations
 
-import copy
 import json
 from typing import Any
 
@@ -29,8 +28,8 @@ def require_apart(recipe: Any) -> None:
     """Raises ConfigError unless the model, with its attention, positions and checkpointing, keeps packed documents apart."""
     kind = recipe.config.model_type
     job = recipe.job
-    known_by = [recipe.config.to_dict(), recipe.length, recipe.checkpointing, job.workers.gpus, job.train.cpu_kernels]
-    key = json.dumps(known_by, default=str, sort_keys=True)
+    how = [recipe.length, recipe.checkpointing, recipe.attention, job.workers.gpus, job.train.cpu_kernels]
+    key = json.dumps([recipe.config.to_dict(), *how], default=str, sort_keys=True)
     if key not in _known:
         _known[key] = leak(_tried(recipe))
     if not _known[key] <= TOLERANCE:
@@ -43,8 +42,7 @@ def require_apart(recipe: Any) -> None:
 def _tried(recipe: Any) -> list[torch.Tensor]:
     reason = "no small model of it can be made"
     for config in tiny.shrunk(recipe.config, recipe.length):
-        small = copy.copy(recipe)
-        small.config, small.length, small.pretrained, small.end = config, LENGTH, None, END
+        small = tiny.of(recipe, config)
         try:
             if (size := tiny.parameters(small)) <= tiny.LARGEST:
                 return logits(small)

@@ -45,6 +45,13 @@ def shrunk(config: Any, length: int) -> Iterator[Any]:
         yield small
 
 
+def of(recipe: Any, config: Any) -> Any:
+    """Makes a recipe of a small model, whose kernels a CPU can compute."""
+    small = recipe.plainly()
+    small.config, small.length, small.pretrained, small.end = config, LENGTH, None, END
+    return small
+
+
 def tried(recipe: Any, fault: Callable[[Any], str]) -> str:
     """Finds the fault of a small version of the recipe, whose model is built anew on every `build`; "" if there is none.
 
@@ -55,8 +62,7 @@ def tried(recipe: Any, fault: Callable[[Any], str]) -> str:
     torch.set_num_threads(1)
     try:
         for config in shrunk(recipe.config, recipe.length):
-            small = copy.copy(recipe)
-            small.config, small.length, small.pretrained, small.end = config, LENGTH, None, END
+            small = of(recipe, config)
             try:
                 if (size := parameters(small)) > LARGEST:
                     reason = f"the smallest model of it has {size:,} parameters"

@@ -19,21 +19,9 @@ import torch.distributed as dist
 
 from heliostat.errors import ConfigError
 from heliostat.recipes.protocol import GUIDE, Batch, CouplesSamples, Loss
+from heliostat.train.worker.micro_batches import Micro, seeded
 
 Found = dict[str, torch.Tensor]
-
-
-class Micro(NamedTuple):
-    """Holds a micro-batch, the seed of its random numbers, and its samples' keys, whose order is that of the step's samples."""
-
-    seed: int
-    keys: np.ndarray
-    batch: Batch
-
-    def on(self, device: Any) -> Batch:
-        """Seeds the random numbers, and moves the batch to the device."""
-        torch.manual_seed(self.seed)
-        return {name: tensor.to(device, non_blocking=True) for name, tensor in self.batch.items()}
 
 
 class Step(NamedTuple):
@@ -50,9 +38,9 @@ class Step(NamedTuple):
         return torch.stack([(found[name].float() * whole[places]).sum() for name, whole in self.gradients.items()]).sum()
 
 
-def represented(recipe: CouplesSamples, engine: Any, micro: Micro) -> Found:
-    """Represents the samples of a micro-batch; ConfigError for what is not of each sample."""
-    found = recipe.represent(engine, micro.on(engine.device))
+def represented(recipe: CouplesSamples, engine: Any, micro: Micro, batch: Batch) -> Found:
+    """Represents the samples of a micro-batch, which is on the device; ConfigError for what is not of each sample."""
+    found = recipe.represent(engine, batch)
     for name, tensor in found.items():
         if tensor.dim() == 0 or len(tensor) != len(micro.keys):
             raise ConfigError(
@@ -66,7 +54,7 @@ def first_pass(recipe: CouplesSamples, engine: Any, micros: Sequence[Micro], cou
     """Represents this worker's micro-batches without gradients, and computes the loss of all workers' with its gradients;
     collective. `couple`: the recipe's; `terms`: the step's."""
     with torch.no_grad():
-        mine = [represented(recipe, engine, micro) for micro in micros]
+        mine = [represented(recipe, engine, micro, batch) for micro, batch in seeded(micros, engine.device)]
         keys, order = _from_all(torch.from_numpy(np.concatenate([m.keys for m in micros])).to(engine.device)).sort()
         found = {name: _from_all(torch.cat([one[name] for one in mine]))[order] for name in sorted(mine[0])}
     leaves = {name: tensor.requires_grad_(tensor.is_floating_point()) for name, tensor in found.items()}

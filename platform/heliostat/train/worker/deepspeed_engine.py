@@ -139,7 +139,10 @@ def build_engine(job: Job, recipe: Recipe, sequence: SequenceGroup | None = None
     if settings.orthogonalizes:
         zero_state.init_optimizer_state(engine)
         matrix_cut.tell(engine, hidden)
-    if job.train.compile:
+    if job.train.compile == "blocks":
+        for block in recipe.blocks(engine.module):
+            block.compile()
+    elif job.train.compile:
         engine.compile()
     return engine
 

@@ -37,17 +37,17 @@ from heliostat.train.memory_keeper import Source
 from heliostat.train.stop_codes import FAILED, RESIZE, RUN
 from heliostat.train.time_ledger import Ledger, peak_flops
 from heliostat.train.worker import bad_samples as quarantine
-from heliostat.train.worker import deepspeed_engine, ema, memory_copies, zero_state
+from heliostat.train.worker import collector, deepspeed_engine, ema, memory_copies, zero_state
 from heliostat.train.worker import gallery as pictures
 from heliostat.train.worker import loss_scale as lossscale
 from heliostat.train.worker.batch_plan import BatchPlan
-from heliostat.train.worker.coupled import Micro
 from heliostat.train.worker.evaluation import HeldOut
 from heliostat.train.worker.expert_load import ExpertLoad
 from heliostat.train.worker.heartbeat import Heartbeat, StopConsensus
 from heliostat.train.worker.loss_spikes import Detector
 from heliostat.train.worker.lr_schedule import factor
 from heliostat.train.worker.memory_copies import MemoryCopies
+from heliostat.train.worker.micro_batches import Micro
 from heliostat.train.worker.node_metrics import NodeMonitor
 from heliostat.train.worker.objective import Objective
 from heliostat.train.worker.recheck import Recheck
@@ -130,7 +130,8 @@ class Worker:
 
     def run(self) -> dict[str, Any]:
         try:
-            return self._run()
+            with collector.held_off():
+                return self._run()
         finally:
             self.end()
 
@@ -199,6 +200,7 @@ class Worker:
             if keeps:
                 with self.ledger("checkpoint"):
                     self._keep(done)
+            self._collect(done, saves)
             if holds and stop == RUN:
                 stop = self._hold(done)
             since += time.perf_counter() - aside
@@ -219,6 +221,13 @@ class Worker:
             "data_wait": steady_wait / steady_s if steady_s else 0.0,
             "checkpoint_blocked_s": self.saver.blocked_s,
         }
+
+    def _collect(self, done: int, saved: bool) -> None:
+        """Collects garbage behind a step, all of it where training has stopped anyway."""
+        if saved or self.scored_at == done:
+            collector.collect_all()
+        elif done % collector.EVERY == 0:
+            collector.collect_new()
 
     def _opened(self, part: Any) -> stream.LaneStream:
         replica, replicas = self.sequence.replica, self.sequence.replicas

@@ -18,7 +18,7 @@ from heliostat.checkpoint.agreement import together
 from heliostat.errors import ConfigError
 from heliostat.recipes.protocol import GUIDE, Batch, CouplesSamples, Loss, Recipe
 from heliostat.train.worker import coupled
-from heliostat.train.worker.coupled import Micro
+from heliostat.train.worker.micro_batches import Micro, seeded
 
 TAKEN = ("loss", "lr", "grad_norm", "tokens_per_second", "data_wait", "mfu", "bad_samples", "skipped_steps", "loss_scale",
          "spike", "spike_limit")  # what else is logged as `train/NAME`  # fmt: skip
@@ -48,8 +48,8 @@ class Objective:
         if isinstance(self.recipe, CouplesSamples):
             yield from self._coupled(self.recipe, engine, micros, terms, number)
             return
-        for micro in micros:
-            yield self.part(engine, micro.on(engine.device), number, terms)
+        for _, batch in seeded(micros, engine.device):
+            yield self.part(engine, batch, number, terms)
 
     def part(self, model: Any, batch: Batch, micros: int, terms: Any) -> Share:
         """Computes a micro-batch's share; `micros`: micro-batches of all workers in a step; `terms`: their loss terms."""
@@ -64,8 +64,8 @@ class Objective:
         """Yields the shares of micro-batches in a loss of all samples: of the loss itself each has as much as any other."""
         step = coupled.first_pass(recipe, engine, micros, lambda found: self._checked(recipe.couple(found), "couple"), terms)
         loss, added = step.loss.sum.detach() / number, _added(step.loss, number)
-        for micro in micros:
-            product = step.product(coupled.represented(recipe, engine, micro), micro)
+        for micro, batch in seeded(micros, engine.device):
+            product = step.product(coupled.represented(recipe, engine, micro, batch), micro)
             yield Share(product * number, loss, added, None)
 
     def _checked(self, made: Any, name: str) -> Loss:

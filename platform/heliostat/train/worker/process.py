@@ -43,8 +43,10 @@ class TrainWorker:
 
     def run(self, place: Place, config: dict[str, Any]) -> dict[str, Any]:
         """Runs one attempt's worker and returns its summary; whatever the attempt has left is gone when this ends."""
+        from heliostat.train.worker import collector
         from heliostat.train.worker.loop import Worker
 
+        collector.spare_imports()
         process_group.join(place)
         worker, failed = None, True
         try:

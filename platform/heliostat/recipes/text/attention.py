@@ -1,0 +1,59 @@
+"""Chooses what computes a language model's attention: `train.attention`.
+
+Kernels of GPUs have a twin that computes the same on a CPU. The twin is what trials on a small model compute, and what the plan
+counts; a job that trains on CPUs cannot ask for such a kernel.
+"""
+
+from __future__ import annotations
+
+import copy
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from heliostat.errors import ConfigError, MissingExtraError
+
+KEY = "train.attention"
+TWINS = dict.fromkeys(("flash_attention_2", "flash_attention_3", "flex_attention"), "sdpa")
+PACKAGES = {"flash_attention_2": ("flash_attn", "flash-attn"), "flash_attention_3": ("flash_attn_interface", "flash-attn-3")}
+SUPPORT = {"sdpa": "_supports_sdpa", "flex_attention": "_supports_flex_attn"} | dict.fromkeys(PACKAGES, "_supports_flash_attn")
+
+
+def twin(name: str | None) -> str | None:
+    """Returns the implementation that computes the same on a CPU."""
+    return TWINS.get(name, name) if name else None
+
+
+def chosen(config: Any, name: str | None, shapes_only: bool) -> Any:
+    """Returns the configuration of a model that computes its attention so, or by the twin if it has shapes alone."""
+    if name is None:
+        return config
+    name = (twin(name) if shapes_only else name) or name
+    require_installed(name)
+    config = copy.deepcopy(config)
+    config._attn_implementation = name
+    return config
+
+
+def require(recipe: Any) -> None:
+    """Raises ConfigError unless the architecture's code in transformers has this attention."""
+    name, kind = recipe.attention, recipe.config.model_type
+    usual = recipe.plainly()
+    usual.attention = None
+    with torch.device("meta"):
+        model = usual.build()
+    there = ["eager", *(other for other, flag in SUPPORT.items() if getattr(model, flag, False))]
+    supported = [other for other in there if twin(other) in there]
+    if name not in supported:
+        raise ConfigError(f"{KEY}: {name!r} is not what {kind!r} can compute its attention with; use {' or '.join(supported)}")
+
+
+def require_installed(name: str) -> None:
+    """Raises MissingExtraError if the package of a kernel is not there: transformers would fetch another one from its hub."""
+    module, package = PACKAGES.get(name, ("", ""))
+    if module and find_spec(module) is None:
+        raise MissingExtraError(
+            f"{KEY}: {name!r} needs the package {package}, which is built against torch and CUDA; install it where workers run, "
+            "or use sdpa"
+        )

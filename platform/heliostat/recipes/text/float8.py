@@ -1,0 +1,110 @@
+"""Multiplies the linear layers of a language model in float8: `train.fp8` (Micikevicius et al. 2022, arXiv 2209.05433).
+
+Each product scales and rounds what it is given, a whole tensor by its largest number: what goes forwards to E4M3, gradients to
+E5M2. Weights stay what they are, so optimizers, checkpoints and exports know nothing of it. What is kept for the backward pass
+is the rounded input, half of what bf16 keeps, and the weight itself, which ZeRO-3 may take away and bring back meanwhile.
+
+A CPU computes the same from the same rounded numbers, by products in fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from heliostat.errors import ConfigError
+from heliostat.recipes.text import checkpointing
+
+KEY = "train.fp8"
+CAPABILITY = (8, 9)  # of GPUs that multiply in float8: Ada, Hopper, and what came behind them
+MULTIPLE = 16  # of all sides of the matrices that GPUs multiply so
+FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
+SMALLEST = 1e-12  # of a tensor's largest number: one of zeros has a scale, too
+
+Scaled = tuple[torch.Tensor, torch.Tensor]  # rounded numbers, and by what they are to be multiplied
+
+
+class Linear(torch.nn.Linear):
+    """Is a linear layer that multiplies in float8."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        rows = input.reshape(-1, self.in_features)
+        spare = -len(rows) % MULTIPLE
+        made: Any = Product.apply(F.pad(rows, (0, 0, 0, spare)) if spare else rows, self.weight)
+        made = made[: len(rows)].reshape(*input.shape[:-1], self.out_features)
+        return made if self.bias is None else made + self.bias
+
+
+class Product(torch.autograd.Function):
+    """Multiplies rows [rows, in] by a weight [out, in]."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        low, scale = rounded(rows, FORWARD)
+        ctx.save_for_backward(low, scale, weight)
+        return multiplied((low, scale), rounded(weight, FORWARD), rows.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        (gradient,), (low, scale, weight) = gradients, ctx.saved_tensors
+        back, across = rounded(gradient, BACKWARD), rounded(weight, FORWARD)
+        of_rows = multiplied(back, _turned(across), gradient.dtype)
+        of_weight = multiplied(_turned(back), _turned((low, scale)), gradient.dtype)
+        return of_rows, of_weight
+
+
+def rounded(values: torch.Tensor, kind: torch.dtype) -> Scaled:
+    """Rounds a tensor to float8, its largest number to the largest there is."""
+    scale = values.detach().abs().amax().float().clamp(min=SMALLEST) / torch.finfo(kind).max
+    return (values.float() / scale).to(kind), scale
+
+
+def multiplied(a: Scaled, b: Scaled, dtype: torch.dtype) -> torch.Tensor:
+    """Multiplies a [rows, inner] by b [columns, inner], both as they lie in memory, which is how GPUs want them."""
+    if a[0].is_cuda:
+        return torch._scaled_mm(a[0], b[0].t(), a[1], b[1], out_dtype=dtype)
+    return ((a[0].float() * a[1]) @ (b[0].float() * b[1]).t()).to(dtype)
+
+
+def _turned(scaled: Scaled) -> Scaled:
+    return scaled[0].t().contiguous(), scaled[1]
+
+
+def use(model: torch.nn.Module) -> None:
+    """Makes the linear layers inside a model's layers multiply in float8 from now on; the parameters stay the same."""
+    require_device()
+    for m in linears(model):
+        m.__class__ = Linear
+
+
+def linears(model: torch.nn.Module) -> list[torch.nn.Linear]:
+    """Lists the linear layers that fit: those inside the model's layers, with sides that GPUs can multiply."""
+    return [
+        m
+        for layer in checkpointing.layers(model)
+        for m in layer.modules()
+        if type(m) is torch.nn.Linear and not (m.in_features % MULTIPLE or m.out_features % MULTIPLE)
+    ]
+
+
+def require(recipe: Any) -> None:
+    """Raises ConfigError unless the model has linear layers that fit."""
+    kind = recipe.config.model_type
+    if recipe.routes:
+        raise ConfigError(f"{KEY}: experts of {kind!r} are no linear layers, and its routers should stay exact; set it to false")
+    with torch.device("meta"):
+        model = recipe.plainly().build()
+    if not linears(model):
+        raise ConfigError(
+            f"{KEY}: {kind!r} has no nn.Linear in its layers with sides of multiples of {MULTIPLE}; set it to false"
+        )
+
+
+def require_device() -> None:
+    """Raises ConfigError if this process's GPU does not multiply in float8."""
+    if torch.cuda.is_available() and (found := torch.cuda.get_device_capability()) < CAPABILITY:
+        needs, has = (".".join(map(str, version)) for version in (CAPABILITY, found))
+        name = torch.cuda.get_device_name()
+        raise ConfigError(f"{KEY}: needs GPUs of compute capability {needs} or later, and {name} has {has}; set it to false")

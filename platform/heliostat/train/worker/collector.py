@@ -1,0 +1,41 @@
+"""Keeps Python's garbage collector off the step path.
+
+Left to itself it runs when so many objects have been made, on each worker within another step, and all others wait for that
+worker in the next collective. Here it runs between steps, at the same ones on all workers: behind every EVERY-th it looks at
+what is new, and behind evaluations and saves at everything.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+EVERY = 10  # steps; garbage in circles can hold a step's tensors, so they are not left for long
+
+
+def spare_imports() -> None:
+    """Exempts what has been imported so far from all later collections; forks of a zygote come with that done."""
+    if not gc.get_freeze_count():
+        gc.freeze()
+
+
+@contextmanager
+def held_off() -> Iterator[None]:
+    """Keeps the collector from running by itself inside."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def collect_new() -> None:
+    """Collects what has been made since the last time."""
+    gc.collect(1)
+
+
+def collect_all() -> None:
+    gc.collect()

@@ -1,0 +1,63 @@
+"""Python's collector runs between steps alone: what is in circles stays until it is called for, and goes then."""
+
+import gc
+import weakref
+
+import pytest
+from heliostat.train.worker import collector
+
+
+class Circle:
+    def __init__(self) -> None:
+        self.me = self
+
+
+@pytest.fixture
+def runs():
+    """Counts the collections."""
+    found: list[int] = []
+
+    def count(phase, info):
+        if phase == "start":
+            found.append(info["generation"])
+
+    gc.callbacks.append(count)
+    yield found
+    gc.callbacks.remove(count)
+
+
+def test_nothing_is_collected_inside_but_when_called_for(runs):
+    with collector.held_off():
+        circles = [Circle() for _ in range(5_000)]
+        last = weakref.ref(circles[-1])
+        del circles
+        assert not runs and last() is not None
+        collector.collect_new()
+        assert runs == [1] and last() is None
+    assert gc.isenabled()
+
+
+def test_what_is_old_goes_with_all(runs):
+    with collector.held_off():
+        circle = Circle()
+        gone = weakref.ref(circle)
+        collector.collect_new()
+        collector.collect_new()  # it has moved to the oldest generation
+        del circle
+        collector.collect_new()
+        assert gone() is not None
+        collector.collect_all()
+        assert gone() is None
+
+
+def test_a_failure_inside_leaves_the_collector_as_it_was():
+    with pytest.raises(ValueError, match="a step"), collector.held_off():
+        raise ValueError("a step")
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with collector.held_off():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
