@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from heliostat.recipes.protocol import Paints
 from heliostat.serving.asks import Picture
 from heliostat.serving.refusals import Refusal
 from heliostat.text import brief
+
+log = logging.getLogger(__name__)
 
 MOST_AREA = 4  # times the pixels of the model's own pictures: memory grows with them, for some models with their square
 
@@ -38,6 +41,7 @@ class Painter:
             except ConfigError as e:
                 raise Refusal(400, str(e), None, "invalid_value") from e
             except Exception as e:
+                log.exception("a picture failed")
                 raise Refusal(500, f"the model failed: {type(e).__name__}: {brief(e)}") from e
         return [{"b64_json": base64.b64encode(png).decode(), "seed": seed} for png, seed in zip(made, seeds, strict=True)]
 

@@ -26,6 +26,8 @@ class Shelf:
         return await asyncio.to_thread(self._search, asked)
 
     def _search(self, asked: Search) -> list[dict[str, Any]]:
+        if not asked.question.strip():
+            raise Refusal(400, "the question is empty", None, "invalid_value")
         mode = asked.mode or self.index.modes[0]
         if mode not in self.index.modes:
             said = f"mode: {mode!r}: the index has no embeddings, and is searched by {', '.join(self.index.modes)} alone"

@@ -76,7 +76,8 @@ class ImageCanvas:
         return Process(self.model.objective).scheduler(options.sampler, clip=not self.latent)
 
     def draw(self, prompts: list[str], seeds: list[int], options: dict[str, Any]) -> list[bytes]:
-        return [png(picture) for picture in self.pictures(prompts, seeds, validate(Picture, options, "generate"))]
+        drawn = self.pictures(prompts, seeds, validate(Picture, options, "generate"))
+        return [png(grid([picture], 1)) for picture in drawn]
 
     def pictures(self, prompts: list[str], seeds: list[int], options: Picture) -> list[np.ndarray]:
         """Draws a picture for each prompt, each from its own seed."""
