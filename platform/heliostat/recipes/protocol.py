@@ -298,6 +298,25 @@ class Generates(Exports):
         return [(a.prompt, a.shown.removeprefix(a.prompt) if a.shown.startswith(a.prompt) else f" -> {a.shown}") for a in answers]
 
 
+class Paints(Generates):
+    """Draws pictures of prompts with its exports, over and over with other options: `heliostat serve` and `play`."""
+
+    @staticmethod
+    @abstractmethod
+    def canvas(folder: Path) -> Canvas:
+        """Loads an exported folder once."""
+
+
+class Canvas(Protocol):
+    """Draws pictures. `size`: width and height of the model's own, in pixels; `defaults`: options, as `generator` takes them."""
+
+    size: tuple[int, int]
+    defaults: dict[str, Any]
+
+    def draw(self, prompts: list[str], seeds: list[int], options: dict[str, Any]) -> list[bytes]:
+        """Draws a picture for each prompt, as PNG, each from its own seed; ConfigError for options that there are not."""
+
+
 class Serves(Exports):
     """Logs its exports to MLflow, which serves them: a job may ask for `mlflow.register`."""
 
