@@ -25,6 +25,7 @@ from heliostat import extras
 from heliostat.config.schema import Strict
 from heliostat.curation import reasons
 from heliostat.curation.flow import Flow
+from heliostat.curation.stages.pdf import Pdf
 from heliostat.curation.work import Work
 from heliostat.data.infilling import OWN, encode
 from heliostat.data.manifest import Manifest
@@ -157,8 +158,12 @@ class TextPipeline(StagedPipeline):
             )
 
     def inputs(self) -> list[InputFile]:
-        found = repositories.listing(self.input) if self.repositories else sources.listing(self.input, bool(self.stages))
-        return sources.without(found, self.exclude)
+        if self.repositories:
+            return sources.without(repositories.listing(self.input), self.exclude)
+        found = sources.listing(self.input, bool(self.stages))
+        if any(isinstance(stage, Pdf) for stage in self.stages):
+            return sources.without(found, self.exclude)
+        return sources.without(sources.without_pdfs(self.input, found), self.exclude)
 
     def identity(self) -> dict[str, Any]:
         config = super().identity()
