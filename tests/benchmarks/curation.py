@@ -1,6 +1,7 @@
 """What preparing text with stages costs by the size of the input: CPU seconds a GB of each kind of task, and peak memory.
 
     PYTHONPATH=. python tests/benchmarks/curation.py [--gb 1 4] [--memory-limit 268435456] [--folder FOLDER]
+        [--no-shards]
 
 Writes JSON lines of English-like words, a seventh of them near duplicates and a twentieth exact ones, and makes a dataset of them
 in this process, one task after another, without Ray: so CPU seconds are the tasks' own, whatever else the machine does. Each size
@@ -76,7 +77,7 @@ def write(path: Path, size: int) -> None:
     part.rename(path)
 
 
-def measure(size: int, memory_limit: int, folder: Path) -> None:
+def measure(size: int, memory_limit: int, folder: Path, shards: bool) -> None:
     """Prints one row: the size, documents, CPU seconds by kind of task, and the peak of memory above the start's."""
     (folder / "in").mkdir(parents=True, exist_ok=True)
     if not (folder / "in" / "a.jsonl").exists():
@@ -88,15 +89,15 @@ def measure(size: int, memory_limit: int, folder: Path) -> None:
     source = TextSource(f"{folder}/in", Rules())
     stages = [parse(entry) for entry in STAGES]
     making = Making(flow, source, output, BPE, None, stages, memory_limit, memory_limit // 8, 1_000_000)
-    _, meta = making.run(sources.listing(f"{folder}/in"))
+    found = (making.run if shards else making.curated)(sources.listing(f"{folder}/in"))
     gb, driver = size / 1e9, time.process_time() - start - flow.now
     total: dict[str, float] = {}
     for kind, seconds in flow.cpu.items():
         name = "minhash" if kind.startswith("minhash") else kind
         total[name] = total.get(name, 0.0) + seconds
     parts = ", ".join(f"{kind} {seconds / gb:.0f}" for kind, seconds in total.items())
-    read = json.loads(output.join(meta["curation"]["funnel"]).read())["read"]["kept"]
-    print(f"{gb:.2f} GB: {meta['documents']:,} of {read:,} documents; peak {flow.peak >> 10} MiB; CPU s/GB "
+    kept = found[1]["documents"] if shards else sum(run.rows for run in found.runs)
+    print(f"{gb:.2f} GB: {kept:,} documents stay; peak {flow.peak >> 10} MiB; CPU s/GB "
           f"{(sum(total.values()) + driver) / gb:.0f}: {parts}, driver {driver / gb:.0f}", flush=True)  # fmt: skip
 
 
@@ -105,15 +106,17 @@ def main() -> None:
     parser.add_argument("--gb", type=float, nargs="+", default=[1.0, 4.0])
     parser.add_argument("--memory-limit", type=int, default=256 << 20)
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--no-shards", action="store_true", help="without tokenizer and shards: reading and stages alone")
     parser.add_argument("--one", type=int)
     arguments = parser.parse_args()
     if arguments.one:
-        measure(arguments.one, arguments.memory_limit, arguments.folder)
+        measure(arguments.one, arguments.memory_limit, arguments.folder, not arguments.no_shards)
         return
     for gb in arguments.gb:
         with tempfile.TemporaryDirectory() as temporary:
             folder = (arguments.folder or Path(temporary)) / f"{gb:g}"
             more = ["--memory-limit", str(arguments.memory_limit), "--folder", str(folder)]
+            more += ["--no-shards"] if arguments.no_shards else []
             subprocess.run([sys.executable, __file__, "--one", str(int(gb * 1e9)), *more], check=True)
 
 
