@@ -100,9 +100,7 @@ class Making(Reading):
 
     def run(self, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Writes everything but the manifest, and returns its rows and metadata."""
-        rules = self.source.rules
-        engine = Engine(self.flow, self.source, [self.source.input, vars(rules)], self.memory_limit)
-        curated = engine.curate(self._pieces(inputs), self.stages, self.explained)
+        curated = self.curated(inputs)
         definition = self.given if self.given is not None else self._train(curated, OWN if self.infill else ())
         infill = self._infill(tokens.load(definition))
         definition = infilling.marking(definition, infill["names"]) if infill else definition
@@ -133,6 +131,11 @@ class Making(Reading):
             "unigram_entropy": tokens.entropy(totals.counts),
             **(self._explained(curated, totals, sorted(ends)) if self.explained else {}),
         }
+
+    def curated(self, inputs: list[InputFile]) -> Curated:
+        """Reads the input and takes it through the stages."""
+        engine = Engine(self.flow, self.source, [self.source.input, vars(self.source.rules)], self.memory_limit)
+        return engine.curate(self._pieces(inputs), self.stages, self.explained)
 
     def _infill(self, tokenizer: Tokenizer) -> dict[str, Any] | None:
         """Returns what the manifest says of how texts are rearranged: the keys, and the markers' names and ids."""
