@@ -1,5 +1,5 @@
-"""Whole runs with other optimizers than AdamW: losses are the plain loop's, an interrupted run is the same one, and what is scored
-and exported is what the optimizer says."""
+"""Whole runs with other optimizers than AdamW: losses are the plain loop's, an interrupted run is the same one, and what is
+scored and exported is what the optimizer says."""
 
 import json
 from pathlib import Path
