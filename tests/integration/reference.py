@@ -1,30 +1,26 @@
 """What the engine is measured against: the same job in one plain PyTorch process, with nothing of Ray or DeepSpeed."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from heliostat import check
 from heliostat.data.dataset import open_dataset
+from heliostat.recipes import building
 from heliostat.train.worker.lr_schedule import factor
 
 
 def plain_losses(path: Path, settings: list[str]) -> list[float]:
-    """Losses of every step, fp32, the whole global batch at once, torch's own AdamW, clipping and mean."""
+    """Losses of every step, fp32, the whole global batch at once, torch's own clipping and mean, and its own AdamW if the
+    job has that."""
     checked = check.check(check.load_job(path, settings))
     job, recipe = checked.job, checked.recipe
     dataset = open_dataset(checked.plan)
     torch.manual_seed(job.train.seed)
     model = recipe.build()
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
     settings_ = job.train.optimizer
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": settings_.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=settings_.lr,
-        betas=(settings_.betas[0], settings_.betas[1]),
-        eps=settings_.eps,
-    )
+    optimizer = _adamw(model, settings_) if settings_.name == "adamw" else _named(model, job, recipe)
     losses = []
     for step in range(job.train.steps):
         content = dataset.read(dataset.order.locate(dataset.order.step(step).ravel()))
@@ -39,3 +35,21 @@ def plain_losses(path: Path, settings: list[str]) -> list[float]:
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
+
+
+def _adamw(model: torch.nn.Module, settings: Any) -> torch.optim.Optimizer:
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    return torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=settings.lr,
+        betas=(settings.betas[0], settings.betas[1]),
+        eps=settings.eps,
+    )
+
+
+def _named(model: torch.nn.Module, job: Any, recipe: Any) -> torch.optim.Optimizer:
+    """The optimizer of a job, over whole parameters."""
+    settings = job.train.optimizer
+    groups = building.parameter_groups(model, settings.weight_decay, recipe, settings.orthogonalizes)
+    return settings.build([{**group, "warmup": job.train.schedule.warmup_steps} for group in groups])
