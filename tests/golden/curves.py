@@ -1,6 +1,6 @@
 """The golden loss curves: losses and gradient norms of small jobs, in every precision and ZeRO stage, on 1 and 2 workers.
 
-A curve is played by the worker's own step, engine, recipe, data order and cutting of batches; of a run only Ray, checkpoints and
+A curve is played by the worker's own steps, engine, recipe, data order and cutting of batches; of a run only Ray, checkpoints and
 evaluations are left out. `FOLDER` holds one file for each recipe and precision, with every number as Python's `repr`, which is
 exact. They are written by `python -m tests.golden.write --overwrite`, and by nothing else; a commit that changes them says why.
 
@@ -27,11 +27,8 @@ from heliostat.recipes.loading import load
 from heliostat.train.time_ledger import Ledger
 from heliostat.train.worker import deepspeed_engine, zero_state
 from heliostat.train.worker.batch_plan import BatchPlan
-from heliostat.train.worker.expert_load import ExpertLoad
-from heliostat.train.worker.loop import Worker
-from heliostat.train.worker.objective import Objective
 from heliostat.train.worker.sequence_group import SequenceGroup
-from heliostat.train.worker.unsealed import Unsealed
+from heliostat.train.worker.stepper import Stepper
 
 from tests.golden import data
 from tests.integration import ranks
@@ -92,33 +89,25 @@ def job_of(case: Case, folder: Path) -> Job:
     return job(**{**changes, "model": {**BASE["model"], "vocab_size": 96}})
 
 
-class Steps(Worker):
-    """A worker that steps, without a run around it."""
+class Steps(Stepper):
+    """Steps of a job, with the data for them, and without a run around them."""
 
     def __init__(self, made: Job, data_plan: DataPlan) -> None:
-        self.job, self.plan = made, data_plan
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.sequence = SequenceGroup(1)
-        self.ledger = Ledger("computing")
+        self.plan, self.rank, self.world = data_plan, dist.get_rank(), dist.get_world_size()
         self.dataset = open_dataset(data_plan)
-        self.recipe = load(made, self.dataset.sources)
-        self.engine = deepspeed_engine.build_engine(made, self.recipe)
-        zero_state.init_optimizer_state(self.engine)
-        self.ema = self.spikes = None
-        self.device = self.engine.device
-        self.objective, self.experts = Objective(self.recipe), ExpertLoad(self.recipe, self.engine)
-        self.batch_plan = BatchPlan(made, data_plan)
-        self.unsealed = Unsealed(made.run_folder, self.dataset, None)
-        self._losses, self._norms, self._added = [], [], []
+        recipe = load(made, self.dataset.sources)
+        engine = deepspeed_engine.build_engine(made, recipe)
+        zero_state.init_optimizer_state(engine)
+        super().__init__(made, engine, recipe, BatchPlan(made, data_plan), SequenceGroup(1), Ledger("computing"))
 
     def curve(self) -> tuple[list[float], list[float]]:
         """Losses and gradient norms of all steps."""
         samples = self.dealt()
         for step in range(STEPS):
-            self._step(step, samples.next_step())
-        losses = torch.stack(self._losses).double()
+            self.step(step, samples.next_step())
+        losses = torch.stack(self.losses).double()
         dist.all_reduce(losses)
-        return losses.tolist(), list(self._norms)
+        return losses.tolist(), list(self.norms)
 
     def dealt(self) -> stream.LaneStream:
         task = stream.fetch(self.plan, self.dataset.order, 0, STEPS, replace=True)

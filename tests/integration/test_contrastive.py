@@ -33,8 +33,8 @@ def played(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
         data_plan = plan(job, [read(location) for location in job.sources])
         steps = Steps(job, data_plan)
         kept = _watched(steps.engine)
-        steps._step(0, steps.dealt().next_step())
-        sums = torch.stack([steps._losses[0], *steps._added[0]]).double()
+        steps.step(0, steps.dealt().next_step())
+        sums = torch.stack([steps.losses[0], *steps.added[0]]).double()
         dist.all_reduce(sums)
         if dist.get_rank() == 0:
             loss, parts, right = plain(job, data_plan)

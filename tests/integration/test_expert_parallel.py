@@ -104,8 +104,8 @@ def _begin(case: Case, player: play.Player, folder: Path) -> dict[str, Any]:
     held_out = HeldOut(player.job, player.dataset, player.recipe, player.sequence)
     scores = held_out.scores(player.engine, player.device, player.control, lambda: None)
     player.engine.train()
-    told = {"losses": losses, "norms": list(player._norms), "scores": scores, "chain": player.unsealed.chain}
-    told["load"] = player.experts.report()
+    told = {"losses": losses, "norms": list(player.stepper.norms), "scores": scores, "chain": player.unsealed.chain}
+    told["load"] = player.stepper.experts.report()
     if player.rank == 0:
         (folder / f"{case}.json").write_text(json.dumps(told))
     return told

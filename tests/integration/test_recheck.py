@@ -83,10 +83,10 @@ def _play(steps: curves.Steps, recheck: Recheck | None, fault: str = "") -> dict
         if recheck and recheck.due(step):
             said.append(recheck.look(step))
             looked.append(step)
-        steps._step(step, samples.next_step())
-    losses = torch.stack(steps._losses).double()
+        steps.step(step, samples.next_step())
+    losses = torch.stack(steps.losses).double()
     dist.all_reduce(losses)
-    return {"curve": [losses.tolist(), steps._norms], "at": looked, "said": said}
+    return {"curve": [losses.tolist(), steps.norms], "at": looked, "said": said}
 
 
 def grid(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:

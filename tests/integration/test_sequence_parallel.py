@@ -110,7 +110,7 @@ def _begin(case: Case, player: play.Player, folder: Path) -> dict[str, Any]:
     if player.rank == 0:
         save_file(held, folder / f"{case}.safetensors")
     losses += player.losses(SAVED, STEPS)
-    told = {"losses": losses, "norms": list(player._norms), "scores": _scores(player), "chain": player.unsealed.chain}
+    told = {"losses": losses, "norms": list(player.stepper.norms), "scores": _scores(player), "chain": player.unsealed.chain}
     if player.rank == 0:
         (folder / f"{case}.json").write_text(json.dumps(told))
     return told

@@ -1,8 +1,7 @@
 """Runs the training loop on every worker, around a DeepSpeed engine.
 
-A step's global batch, its micro-batches' random numbers and its learning rate follow from the step alone, so a resumed run needs
-no state but the checkpoint, and with the default lanes (one per micro-batch) the same micro-batches are computed on any number of
-workers. A step's loss is the sum of all its loss terms over their number, whatever the micro-batches held.
+A step (`stepper`) follows from its number alone, so a resumed run needs no state but the checkpoint, and with the default lanes
+(one per micro-batch) the same micro-batches are computed on any number of workers.
 
 At every step the workers agree whether to stop behind it (`heartbeat`): when ordered to, they write a checkpoint and end as if
 finished.
@@ -23,14 +22,14 @@ import torch.distributed as dist
 from heliostat.checkpoint import agreement
 from heliostat.checkpoint import saver as checkpoint
 from heliostat.config.spec import Job
-from heliostat.data import content, stream
+from heliostat.data import stream
 from heliostat.data.dataset import DataPlan, open_dataset
 from heliostat.errors import LossSpikeError, NonFiniteError
 from heliostat.events import Evaluation, Event, ModelPhase, Notice, Paused, Phase, Saved, Spike, Steps
 from heliostat.lease import Fence
 from heliostat.recipes import building
 from heliostat.recipes.loading import load as load_recipe
-from heliostat.recipes.protocol import Batch, Draws
+from heliostat.recipes.protocol import Draws
 from heliostat.storage import Location
 from heliostat.track import local_curves
 from heliostat.train.memory_keeper import Source
@@ -42,16 +41,14 @@ from heliostat.train.worker import gallery as pictures
 from heliostat.train.worker import loss_scale as lossscale
 from heliostat.train.worker.batch_plan import BatchPlan
 from heliostat.train.worker.evaluation import HeldOut
-from heliostat.train.worker.expert_load import ExpertLoad
 from heliostat.train.worker.heartbeat import Heartbeat, StopConsensus
 from heliostat.train.worker.loss_spikes import Detector
 from heliostat.train.worker.lr_schedule import factor
 from heliostat.train.worker.memory_copies import MemoryCopies
-from heliostat.train.worker.micro_batches import Micro
 from heliostat.train.worker.node_metrics import NodeMonitor
-from heliostat.train.worker.objective import Objective
 from heliostat.train.worker.recheck import Recheck
 from heliostat.train.worker.sequence_group import SequenceGroup
+from heliostat.train.worker.stepper import Stepper
 from heliostat.train.worker.unsealed import Unsealed
 
 HELD_POLL_S = 0.05
@@ -108,8 +105,8 @@ class Worker:
             self.memory.attach(zero_state.inner_optimizer(self.engine))
         self.ema = ema.of(self.job, self.engine)
         self.device = self.engine.device
-        self.objective, self.experts = Objective(self.recipe), ExpertLoad(self.recipe, self.engine)
         self.batch_plan = BatchPlan(self.job, self.plan)
+        self.stepper = Stepper(self.job, self.engine, self.recipe, self.batch_plan, self.sequence, self.ledger, self.ema)
         self.unsealed = Unsealed(self.run_folder, self.dataset, self.control, self.sequence.reads)
         self.skipped = 0  # steps of the run that changed no weight, because fp16 gradients overflowed
         self._told: list[Event] = []  # events of steps and scores since the last checkpoint
@@ -122,9 +119,6 @@ class Worker:
         self.scored_at = -1
         self.recheck = self._rechecked() if self.job.train.recheck else None
         self.spikes = Detector(self.job.spike) if self.job.spike else None
-        self._losses: list[torch.Tensor] = []
-        self._added: list[torch.Tensor] = []  # what is in the objective beside each loss
-        self._norms: list[float] = []
 
     # one run ---------------------------------------------------------------------------------------------------------
 
@@ -242,99 +236,42 @@ class Worker:
         return self.samples.next_step()
 
     def _step(self, step: int, mine: stream.StepSamples) -> None:
-        """Computes the forward and backward passes and the optimizer's step over this worker's share of the global batch."""
-        engine, train = self.engine, self.job.train
-        deepspeed_engine.set_lr(engine, train.optimizer.lr * factor(train.schedule, step, train.steps))
-        micros = self._micros(step, mine)
-        terms = self._terms([micro.batch for micro in micros])
-        total = torch.zeros((), device=self.device)
-        added: torch.Tensor | None = None
-        for i, part in enumerate(self.objective.shares(engine, micros, terms)):
-            engine.backward(part.objective)
-            total += part.loss
-            if part.added is not None:
-                added = part.added if added is None else added + part.added
-            self.experts.add(part.routed)
-            if i + 1 == len(micros) and not engine.zero_optimization_stage():
-                self._norms.append(deepspeed_engine.gradient_norm(engine, train.grad_clip))
-            engine.step()
-        if self.ema and engine.was_step_applied():
-            self.ema.update(step + 1)
-        if engine.zero_optimization_stage():
-            self._norms.append(deepspeed_engine.gradient_norm(engine, train.grad_clip))
-        with self.ledger("communicating"):
-            self.experts.end_step()
-        self._losses.append(total / terms)
-        if added is not None:
-            self._added.append(added)
+        norm = self.stepper.step(step, mine)
         self.unsealed.add(step, mine)
-        if train.precision != "fp16" and not math.isfinite(self._norms[-1]):  # fp16's loss scaler skips such steps itself
-            self._fail(step, f"gradient norm {self._norms[-1]}")
-
-    def _micros(self, step: int, mine: stream.StepSamples) -> list[Micro]:
-        """Makes this worker's micro-batches of a step."""
-        keys, size = self.batch_plan.keys(step, mine.lanes), self.job.train.micro_batch
-        parts = zip(content.split(mine.content, size), content.split(keys, size), strict=True)
-        return [
-            Micro(
-                self.batch_plan.seed(step, mine.lanes, i, self.sequence.part),
-                numbers,
-                self.sequence.cut(self.recipe, self.recipe.batch(rows, numbers)),
-            )
-            for i, (rows, numbers) in enumerate(parts)
-        ]
+        if self.job.train.precision != "fp16" and not math.isfinite(norm):  # fp16's loss scaler skips such steps itself
+            self._fail(step, f"gradient norm {norm}")
 
     def _rechecked(self) -> Recheck:
         where = ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
         return Recheck(self.job, self.engine, self.recipe, self.dataset, self.batch_plan, self.control, where)
 
-    def _terms(self, micros: list[Batch]) -> Any:
-        """Counts the loss terms in the global batch."""
-        if self.recipe.terms_per_sample:
-            return self.recipe.terms_per_sample * self.job.train.global_batch
-        count = torch.tensor(sum(self.recipe.terms(m) for m in micros), dtype=torch.float32, device=self.device)
-        with self.ledger("communicating"):
-            dist.all_reduce(count)
-        return count
-
     def _report(self, first: int, done: int, seconds: float, wait: float) -> None:
-        """Sums the losses of steps [first, done) over the workers, in one collective, and posts them."""
-        if first == self.start_step:
-            self.objective.agree(self.control)
-        names = self.objective.names or []
-        bad_samples = torch.tensor([self.unsealed.replaced], dtype=torch.float32, device=self.device)
-        sums = torch.cat([torch.stack(self._losses), *self._added, bad_samples]).double()
-        with self.ledger("communicating"):
-            dist.all_reduce(sums)
-            *values, bad = sums.tolist()
-        values, added = values[: len(self._losses)], values[len(self._losses) :]
-        with self.ledger("communicating"):
-            experts = self.experts.report()
-        quarantine.check_budget(int(bad), done, self.job, self.dataset.order)
-        self._judge(first, values)
-        self.last_loss = values[-1]
+        """Posts what steps [first, done) gave, summed over the workers; collective."""
+        found = self.stepper.report(self.control, self.unsealed.replaced)
+        quarantine.check_budget(found.replaced, done, self.job, self.dataset.order)
+        self._judge(first, found.losses)
+        self.last_loss = found.losses[-1]
         rate = self._per_second(done - first, seconds)
         schedule, peak = self.job.train.schedule, self.job.train.optimizer.lr
         skipped, scale = self._fp16(done)
         self._tell(
             Steps(
                 first=first,
-                loss=values,
-                added={name: added[i :: len(names)] for i, name in enumerate(names)},
-                experts=experts,
-                grad_norm=self._norms,
+                loss=found.losses,
+                added=found.added,
+                experts=found.experts,
+                grad_norm=found.norms,
                 lr=[peak * factor(schedule, s, self.job.train.steps) for s in range(first, done)],
                 seconds=seconds,
                 tokens_per_second=rate,
                 data_wait=wait / seconds,
                 mfu=self._mfu(done - first, seconds),
-                bad_samples=int(bad),
+                bad_samples=found.replaced,
                 skipped_steps=skipped,
                 loss_scale=scale,
                 ledger=self.ledger.totals(),
             )
         )
-        self._losses, self._norms, self._added = [], [], []
 
     def _fp16(self, done: int) -> tuple[int | None, float | None]:
         """Counts the steps skipped so far by fp16's loss scale, and reads the scale; new skips are reported at the terminal."""
