@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run run-diffusion test test-slow bench lint docs locked lock
+.PHONY: run run-diffusion test test-ci test-slow bench lint docs locked lock
 # whose build is the machine's own, CPU or CUDA of some version: CI takes torch by its version alone, and what comes with it
 OF_TORCH := torch triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cuda-cupti nvidia-cuda-nvrtc \
 	nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft nvidia-cufile nvidia-curand nvidia-cusolver nvidia-cusparse \
@@ -28,6 +28,9 @@ run-diffusion: .venv/.installed  ## prepare handwritten digits, train a model th
 test: .venv/.installed  ## unit and integration tests (tests/gpu skips itself without a GPU)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit --numprocesses auto --dist worksteal --durations 10
 	$(BIN)/python -m pytest tests/integration tests/gpu --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10
+
+test-ci: .venv/.installed  ## what `make test` leaves to CI: the grids of stage, precision, layout and optimizer whole, and dear runs
+	$(BIN)/python -m pytest tests/integration -m ci --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10
 
 test-slow: .venv/.installed  ## chaos, several hosts made of network namespaces (as root), MLflow in a browser, sweeps: half an hour and more
 	$(BIN)/python -m pytest tests/integration -m slow

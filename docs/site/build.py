@@ -23,6 +23,8 @@ from heliostat.config.deepspeed_keys import Allowed
 from heliostat.config.spec import Job
 from heliostat.pipelines.images import pictures
 from heliostat.pipelines.images.pipeline import ImagePipeline
+from heliostat.pipelines.pairs import reading
+from heliostat.pipelines.pairs.pipeline import PairPipeline
 from heliostat.pipelines.text import documents
 from heliostat.pipelines.text.pipeline import TextPipeline
 from heliostat.recipes.images.config import Model
@@ -53,10 +55,12 @@ GENERATED: dict[str, Callable[[], str]] = {
     "keys of an image model": lambda: keys.reference(Model, "model"),
     "keys of a text pipeline": lambda: keys.reference(TextPipeline),
     "keys of an image pipeline": lambda: keys.reference(ImagePipeline),
+    "keys of a pipeline of pairs": lambda: keys.reference(PairPipeline),
     "keys of a sweep": lambda: keys.reference(Sweep),
     "keys of a suite": lambda: keys.reference(Suite),
     "reasons of the text pipeline": lambda: reasons(documents.REASONS),
     "reasons of the image pipeline": lambda: reasons(pictures.REASONS),
+    "reasons of the pipeline of pairs": lambda: reasons(reading.REASONS),
     "commands": lambda: commands.reference(app),
     "exit codes": commands.exit_codes,
     "architecture": lambda: figure(ROOT / "docs/images/architecture.svg"),

@@ -6,13 +6,11 @@ others get their parts from it. The stream ends with the workers, and begins ane
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
 from ray import cloudpickle
 
@@ -25,6 +23,7 @@ from heliostat.runs import segments
 from heliostat.runs.history import receipts
 from heliostat.storage import Location
 from heliostat.train.worker import bad_samples
+from heliostat.train.worker.unsealed import Unsealed
 
 if TYPE_CHECKING:
     from heliostat.exact_stream import ExactStream
@@ -64,9 +63,9 @@ class Feed(Iterator[Batch]):
             raise ConfigError(f"ExactStream.start: step {step} is not between 0 and the stream's {of.steps}")
         self.group = dist.new_group(backend="gloo")  # for what is on the CPU, whatever the training's own is
         self.dataset = open_dataset(self.plan)
-        self.chain, self.replaced = self._begin(step)  # of the run; of what came before, on rank 0
-        self._digests: list[list[int]] = []  # since the last receipt
-        self._bad: list[dict[str, Any]] = []
+        self._unsealed = Unsealed(self.folder, self.dataset, self.group)
+        self._unsealed.chain, self._unsealed.replaced = self._begin(step)
+        self._sealed, self._replaced = step, self._unsealed.replaced  # up to the last receipt; of all workers, on rank 0
         self._parts = self._share() if step < of.steps else []
         if self._parts:
             order, part = self.dataset.order, self._parts[self.rank]
@@ -77,9 +76,7 @@ class Feed(Iterator[Batch]):
             raise StopIteration
         mine, index = self._samples.next_step(), self.done
         self.done += 1
-        self._digests.append(mine.digests)
-        self._bad += [{"step": index, **dataclasses.asdict(bad)} for bad in mine.bad]
-        self.replaced += len(mine.bad)
+        self._unsealed.add(index, mine)
         for bad in mine.bad:
             log.warning("step %d: a bad sample was replaced: %s", self.done, bad.reason)
         return Batch(self.done, mine.content, mine.lanes, len(mine.bad))
@@ -92,19 +89,11 @@ class Feed(Iterator[Batch]):
         bad samples were replaced than `data.max_bad_fraction` allows.
         """
         done = self.done
-        if self._digests:
-            mine = torch.tensor(self._digests, dtype=torch.int64)
-            parts = [torch.empty_like(mine) for _ in range(self.world)]
-            dist.all_gather(parts, mine, group=self.group)
-            digests = receipt.step_digests(receipt.in_lane_order([part.numpy() for part in parts]))
-            self.chain = receipt.extend(self.chain, digests)
-            if self.rank == 0:
-                sealed = receipt.seal(done - len(digests), digests, self.chain, self.plan.digest)
-                run_folder.receipt(self.folder, done).write(sealed)
-        replaced = bad_samples.collect(self.folder, done, self._bad, self.replaced, self.dataset, self.group)
-        self._digests, self._bad = [], []
-        bad_samples.check_budget(replaced, done, self.job, self.dataset.order)
-        return {"steps": done, "chain": self.chain, "replaced": replaced}
+        if done > self._sealed:
+            self._replaced = self._unsealed.seal(done)
+            self._sealed = done
+        bad_samples.check_budget(self._replaced, done, self.job, self.dataset.order)
+        return {"steps": done, "chain": self._unsealed.chain, "replaced": self._replaced}
 
     def close(self) -> None:
         """Ends the stream before its last step; it ends by itself with the workers."""

@@ -1,4 +1,4 @@
-"""Leases a run's or a sweep's folder to one driver at a time, which alone may write there.
+"""Leases the folder of a run, a sweep or an index to one driver at a time, which alone may write there.
 
     with take(run) as held:
         ...
@@ -127,15 +127,20 @@ class Lease:
                 log.warning("the lease of %s could not be renewed: %s", self.fence.folder, e)
 
 
-def take(folder: Location, doing: str = "trained", instead: str = "wait for it, stop it, or use another name") -> Lease:
+def take(
+    folder: Location,
+    doing: str = "trained",
+    instead: str = "wait for it, stop it, or use another name",
+    field: str = "name",
+) -> Lease:
     """Takes the folder's lease; ConfigError if another driver has it. Waits some seconds where only time shows whether it lives.
 
-    `doing`, `instead`: what that one does to the folder, and what a person can do, for the error.
+    `doing`, `instead`, `field`: what that one does to the folder, what a person can do, and which field chose it, for the error.
     """
     for _ in range(TRIES):
         number = newest_number(folder)
         if number and (held := holder(folder, number)):
-            raise ConfigError(f"name: {folder} is being {doing} by process {held.pid} on {held.host}; {instead}")
+            raise ConfigError(f"{field}: {folder} is being {doing} by process {held.pid} on {held.host}; {instead}")
         mine = Holder.me()
         place = _place(folder, number + 1)
         if not place.create(mine.dump()):
@@ -144,7 +149,7 @@ def take(folder: Location, doing: str = "trained", instead: str = "wait for it, 
                 continue
         if newest_number(folder) == number + 1:
             return Lease(folder, number + 1, mine)
-    raise ConfigError(f"name: {folder} is being {doing} by other commands, which were faster {TRIES} times; {instead}")
+    raise ConfigError(f"{field}: {folder} is being {doing} by other commands, which were faster {TRIES} times; {instead}")
 
 
 def holder(folder: Location, number: int) -> Holder | None:

@@ -33,7 +33,7 @@ import sys
 from heliostat.train import run
 def stop(self):
     raise SystemExit(0)
-run._Run.run = stop
+run.Run.run = stop
 from heliostat.cli.main import main
 sys.argv = ["heliostat", *sys.argv[1:]]
 main()

@@ -5,7 +5,8 @@
 functions: each function of Python's standard library is a document, without its docstring, whose first sentence is the question.
 sections: each section of heliostat's own documentation is a document, without its title, which is the question.
 
-FOLDER keeps the corpus, the dataset and the index, so another embedder costs its embeddings only.
+FOLDER keeps the corpus, the dataset and the index, so another embedder costs its embeddings only. FOLDER/pairs is a dataset of
+the other questions with their documents, none of which is asked: what jobs/embedder.yaml is trained on.
 The numbers are in docs/benchmarks/retrieval.md.
 """
 
@@ -77,11 +78,25 @@ def make(folder: Path, kind: str, most: int) -> None:
     least = LEAST_WORDS if kind == "functions" else 1
     asked = [{"question": q, "document": f"all.jsonl#{n}"} for n, (q, _) in enumerate(once, 1) if len(q.split()) >= least]
     chosen = random.Random(0).sample(asked, min(most, len(asked)))
+    left = {one["document"] for one in asked} - {one["document"] for one in chosen}
+    make_pairs(folder, [pair for n, pair in enumerate(once, 1) if f"all.jsonl#{n}" in left], chosen)
     (folder / "questions.jsonl").write_text("".join(json.dumps(one) + "\n" for one in chosen))
     pipeline = {"name": kind, "pipeline": "heliostat.pipelines:TextPipeline", "input": str(folder / "in"),
                 "output": str(folder / "data"), "tokenizer": {"vocab_size": 2048}, "chunk_tokens": 65536}  # fmt: skip
     (folder / "pipeline.yaml").write_text(yaml.safe_dump(pipeline))
     prepare(folder / "pipeline.yaml", [])
+
+
+def make_pairs(folder: Path, others: list[tuple[str, str]], chosen: list[dict[str, str]]) -> None:
+    """Prepares the pairs whose question is not asked, in the same words neither, for an embedder to train on."""
+    asked, rows = {one["question"] for one in chosen}, folder / "in-pairs"
+    rows.mkdir()
+    left = [{"query": question, "text": body} for question, body in others if question not in asked]
+    (rows / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in left))
+    pipeline = {"name": "pairs", "pipeline": "heliostat.pipelines:PairPipeline", "input": str(rows), "chunk_pairs": 64,
+                "output": str(folder / "pairs"), "tokenizer": {"vocab_size": 8192}}  # fmt: skip
+    (folder / "pairs.yaml").write_text(yaml.safe_dump(pipeline))
+    prepare(folder / "pairs.yaml", [])
 
 
 def main() -> None:

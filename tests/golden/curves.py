@@ -1,6 +1,6 @@
 """The golden loss curves: losses and gradient norms of small jobs, in every precision and ZeRO stage, on 1 and 2 workers.
 
-A curve is played by the worker's own step, engine, recipe, data order and cutting of batches; of a run only Ray, checkpoints and
+A curve is played by the worker's own steps, engine, recipe, data order and cutting of batches; of a run only Ray, checkpoints and
 evaluations are left out. `FOLDER` holds one file for each recipe and precision, with every number as Python's `repr`, which is
 exact. They are written by `python -m tests.golden.write --overwrite`, and by nothing else; a commit that changes them says why.
 
@@ -11,7 +11,7 @@ in. Elsewhere curves are near (`TOLERANCE`).
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,8 @@ from heliostat.recipes.loading import load
 from heliostat.train.time_ledger import Ledger
 from heliostat.train.worker import deepspeed_engine, zero_state
 from heliostat.train.worker.batch_plan import BatchPlan
-from heliostat.train.worker.expert_load import ExpertLoad
-from heliostat.train.worker.loop import Worker
-from heliostat.train.worker.objective import Objective
 from heliostat.train.worker.sequence_group import SequenceGroup
+from heliostat.train.worker.stepper import Stepper
 
 from tests.golden import data
 from tests.integration import ranks
@@ -76,6 +74,7 @@ CASES = [
     for workers in WORKERS
     if recipe != "causal_lm_documents" or (precision, stage) == ("fp32", 2)
 ]
+FILES = tuple(dict.fromkeys(case.file for case in CASES))
 
 
 def job_of(case: Case, folder: Path) -> Job:
@@ -90,33 +89,25 @@ def job_of(case: Case, folder: Path) -> Job:
     return job(**{**changes, "model": {**BASE["model"], "vocab_size": 96}})
 
 
-class Steps(Worker):
-    """A worker that steps, without a run around it."""
+class Steps(Stepper):
+    """Steps of a job, with the data for them, and without a run around them."""
 
     def __init__(self, made: Job, data_plan: DataPlan) -> None:
-        self.job, self.plan = made, data_plan
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.sequence = SequenceGroup(1)
-        self.ledger = Ledger("computing")
+        self.plan, self.rank, self.world = data_plan, dist.get_rank(), dist.get_world_size()
         self.dataset = open_dataset(data_plan)
-        self.recipe = load(made, self.dataset.sources)
-        self.engine = deepspeed_engine.build_engine(made, self.recipe)
-        zero_state.init_optimizer_state(self.engine)
-        self.ema = self.spikes = None
-        self.device = self.engine.device
-        self.objective, self.experts = Objective(self.recipe), ExpertLoad(self.recipe, self.engine)
-        self.batch_plan = BatchPlan(made, data_plan)
-        self.bad_samples = 0
-        self._losses, self._norms, self._added, self._lane_digests, self._bad = [], [], [], [], []
+        recipe = load(made, self.dataset.sources)
+        engine = deepspeed_engine.build_engine(made, recipe)
+        zero_state.init_optimizer_state(engine)
+        super().__init__(made, engine, recipe, BatchPlan(made, data_plan), SequenceGroup(1), Ledger("computing"))
 
     def curve(self) -> tuple[list[float], list[float]]:
         """Losses and gradient norms of all steps."""
         samples = self.dealt()
         for step in range(STEPS):
-            self._step(step, samples.next_step())
-        losses = torch.stack(self._losses).double()
+            self.step(step, samples.next_step())
+        losses = torch.stack(self.losses).double()
         dist.all_reduce(losses)
-        return losses.tolist(), list(self._norms)
+        return losses.tolist(), list(self.norms)
 
     def dealt(self) -> stream.LaneStream:
         task = stream.fetch(self.plan, self.dataset.order, 0, STEPS, replace=True)
@@ -130,10 +121,10 @@ class Steps(Worker):
                     yield table
 
 
-def play(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
-    """In every rank: all curves of this number of workers."""
+def play(group: Any, everyone: Any, folder: str, *files: str) -> Iterator[dict[str, Any]]:
+    """In every rank: these files' curves of this number of workers."""
     for i, case in enumerate(CASES):
-        if case.workers != dist.get_world_size():
+        if case.file not in files or case.workers != dist.get_world_size():
             continue
         made = job_of(case, Path(folder))
         data_plan = plan(made, [read_manifest(location) for location in made.sources])
@@ -148,13 +139,13 @@ Curves = dict[Case, list[tuple[float, float]]]  # (loss, gradient norm) of each 
 def collect(told: list[dict[str, Any]]) -> Curves:
     """What `play` yielded on all ranks."""
     found = {CASES[row["case"]]: list(zip(row["losses"], row["norms"], strict=True)) for row in told}
-    return {case: found[case] for case in CASES}
+    return {case: found[case] for case in CASES if case in found}
 
 
-def play_all(folder: Path) -> Curves:
-    """All curves as they are now; one process group for each number of workers, and the data below `folder`."""
+def play_all(folder: Path, files: Iterable[str] = FILES) -> Curves:
+    """All curves of these files as they are now; one process group for each number of workers, and the data below `folder`."""
     data.build(folder)
-    return collect(ranks.run(f"{__name__}:play", WORKERS, str(folder), deadline_s=DEADLINE_S))
+    return collect(ranks.run(f"{__name__}:play", WORKERS, str(folder), *files, deadline_s=DEADLINE_S))
 
 
 def environment() -> dict[str, str]:

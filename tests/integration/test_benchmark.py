@@ -158,6 +158,7 @@ def test_a_score_is_on_the_models_run_at_its_step_and_opens_the_gate(place, tmp_
     assert str(client.get_model_version_by_alias("lm", "champion").version) == "1"
 
 
+@pytest.mark.ci
 def test_solved_examples_and_fewer_of_them_are_as_lm_eval_has_them(place, tmp_path):
     """With a split to choose solved examples from; the seed is that of the command."""
     folder, store, _, _ = place
@@ -298,6 +299,7 @@ def test_checkpoints_are_scored_as_they_appear_and_those_that_retention_removes_
         Followed(run, tasks, told).follow()
 
 
+@pytest.mark.ci
 def test_a_job_has_its_checkpoints_scored_while_it_trains(place, tmp_path):
     """Every fourth step and the last, on the run's own curves; the run waits for the last."""
     folder, store, client, _ = place

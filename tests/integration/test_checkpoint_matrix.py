@@ -30,6 +30,7 @@ from tests.unit import build_index
 from tests.unit.build_job import job
 from tests.unit.build_recipe import Around
 
+pytestmark = pytest.mark.ci
 WORKERS = (1, 2, 3, 4)
 BATCH = 12  # divisible by them
 TRAINED, AFTER = 3, 2  # steps before and after the save

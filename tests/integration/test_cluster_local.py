@@ -22,7 +22,7 @@ from heliostat.cluster import dashboard, local
 from heliostat.cluster.endpoint import Endpoint, _answering
 from heliostat.errors import ClusterError, HeliostatError
 from heliostat.storage import Location
-from heliostat.submit import jobs
+from heliostat.submit import jobs, progress
 from heliostat.tune import trial_record
 from mlflow import MlflowClient
 from typer.testing import CliRunner
@@ -108,7 +108,7 @@ def test_a_job_is_submitted_stopped_at_half_and_resumed_to_one_finished_run(work
     work.heliostat("submit", "onto.yaml", "-c", "cluster.yaml", "--set", "train.seed=2", code=2)  # another: refused
 
     deadline = time.monotonic() + 150
-    while not (step := jobs.progress(run, STEPS)["step"]) or step < 10:
+    while not (step := progress.of_run(run, STEPS)["step"]) or step < 10:
         assert time.monotonic() < deadline, work.heliostat("logs", "onto")
         time.sleep(0.3)
     seen = work.json("status", "onto")
@@ -168,7 +168,7 @@ def test_a_job_whose_store_is_dead_is_stopped_now(work, tmp_path) -> None:
         (work.folder / "dead.yaml").write_text(yaml.safe_dump(raw))
         run = Location(work.json("submit", "dead.yaml", "-c", "cluster.yaml")["run_folder"])
         deadline = time.monotonic() + 150
-        while not jobs.progress(run, STEPS)["step"]:
+        while not progress.of_run(run, STEPS)["step"]:
             assert time.monotonic() < deadline, work.heliostat("logs", "dead")
             time.sleep(0.3)
     began = time.monotonic()

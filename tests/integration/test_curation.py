@@ -133,6 +133,7 @@ def test_tasks_that_need_gpus_run_in_actors_that_stay(tmp_path, monkeypatch):
     assert not any(Path(f"/proc/{r['pid']}").exists() for r in records), "the actors end with the tasks"
 
 
+@pytest.mark.ci
 @pytest.mark.usefixtures("ray_session")
 def test_actors_that_find_no_place_are_not_waited_for(tmp_path, monkeypatch, caplog):
     """With room for one of two the tasks run in that one; with none it is one error, in time."""

@@ -156,6 +156,7 @@ def told(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     return folder, ranks.run(f"{__name__}:stages", WORKERS, str(folder))
 
 
+@pytest.mark.ci
 def test_every_stage_and_worker_count_gives_the_same_losses_and_averages(told) -> None:
     """ZeRO 0 to 3 on 1, 2 and 4 workers, fp32: losses within 1e-4; what the average scores, and its every element, too."""
     folder, rows = told
@@ -176,6 +177,7 @@ def test_every_stage_and_worker_count_gives_the_same_losses_and_averages(told) -
     assert any(not torch.allclose(reference.read(f"ema.{n}"), reference.read(f"master.{n}"), atol=1e-4) for n in names)
 
 
+@pytest.mark.ci
 def test_a_run_goes_on_from_another_stage_and_worker_counts_state(told) -> None:
     """Masters, moments and averages are resharded: the next losses are the unbroken run's."""
     _, rows = told
@@ -240,6 +242,7 @@ def test_a_whole_run_gives_the_plain_loops_losses_and_shows_what_it_draws(finish
     assert report["ok"] and report["samples"] == 12 * 8
 
 
+@pytest.mark.ci
 def test_it_resumes_on_another_worker_count_with_its_average(finished, tracking, tmp_path) -> None:
     """From step 6 on one worker at stage 3 instead of 2 at stage 2: the curve, the scores and the average go on."""
     folder, path, result = finished
@@ -293,6 +296,7 @@ def test_the_registered_model_draws_scores_and_loads_with_plain_diffusers(finish
     assert np.abs(third - np.asarray(Image.open(out)).astype(int)).max() <= 1
 
 
+@pytest.mark.ci
 def test_latents_a_frozen_text_encoder_and_checkpointing_train_at_stage_3(ray_session, digits, tracking, tmp_path) -> None:
     """An autoencoder is trained, its export makes latents in the pipeline, and a U-Net is trained on them at ZeRO-3 with
     activation checkpointing and a frozen CLIP: the losses are one plain process's, the export is a StableDiffusionPipeline."""
@@ -332,6 +336,7 @@ def test_latents_a_frozen_text_encoder_and_checkpointing_train_at_stage_3(ray_se
     assert type(plain) is StableDiffusionPipeline and verify(Location(str(tmp_path / "runs/latent")))["ok"]
 
 
+@pytest.mark.ci
 def test_buckets_train_in_batches_of_one_size_on_any_workers(ray_session, tracking, tmp_path) -> None:
     """A collection of three sizes: the plain loop's losses, whatever the workers; receipts verify."""
     from tests.integration.test_images import make_input, make_yaml

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from heliostat.checkpoint import saver as checkpoint
@@ -227,6 +228,7 @@ def sums(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
                 yield {"case": f"{stage}-{accumulate}", "error": float((found - expected).norm() / expected.norm())}
 
 
+@pytest.mark.ci
 def test_gradients_summed_in_fp32_are_nearer_at_every_stage() -> None:
     """64 micro-batches in bf16: less than half the error of sums in bf16, and below what one rounding to bf16 makes."""
     error = {row["case"]: row["error"] for row in ranks.run(f"{__name__}:sums", (2,))}
@@ -309,6 +311,7 @@ def reused(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
                 yield {"case": case, "precision": precision, "error": errors[worst], "of": worst}
 
 
+@pytest.mark.ci
 def test_gradients_of_what_is_used_twice_in_a_step_are_autograds() -> None:
     """At stages 1 to 3, in fp32 and bf16, on 2 and 3 workers, with buckets smaller and larger than a parameter: DeepSpeed has had
     versions that reduced such a gradient too early (its issues 7718 and 8224)."""

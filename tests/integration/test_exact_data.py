@@ -95,6 +95,7 @@ def damage(folder: Path, group: int) -> None:
     file.write_bytes(bytes(raw))
 
 
+@pytest.mark.ci
 def test_a_damaged_chunk_is_replaced_listed_and_verified_or_stops_the_run(own_corpus, job_file):
     """replace: the run ends, the quarantine names the samples, verify agrees on any number of workers; a budget below stops."""
     damage(own_corpus, 0)
@@ -114,6 +115,7 @@ def test_a_damaged_chunk_is_replaced_listed_and_verified_or_stops_the_run(own_co
         train(job_file("strict"), settings(1, **source, **{"data.on_bad_sample": "fail"}))
 
 
+@pytest.mark.ci
 def test_a_curriculum_over_two_sources_and_a_change_of_data_are_followed_to_the_step(own_corpus, corpus, job_file, tracking):
     """A source that comes in at step 13 and is capped; then more shards, refused, and allowed as a segment: all verified."""
     location = Location(str(own_corpus))

@@ -89,6 +89,7 @@ def test_a_classifier_of_ones_own_trains_from_rows_to_a_served_model(trained, fu
     assert len(result["samples"]) == 2
 
 
+@pytest.mark.ci
 def test_a_masked_model_of_ones_own_trains_and_fills_in_words(trained, corpus, tracking):
     """On the tokens that language models are trained on, with a mask token of its own in the export."""
     result = trained("masked-lm", "jobs.examples.masked_lm:MaskedLM", corpus, 64, 60)

@@ -30,7 +30,7 @@ from heliostat.train.worker.evaluation import HeldOut
 from safetensors.torch import load_file, save_file
 
 from tests.golden import data
-from tests.integration import ranks
+from tests.integration import ranks, selection
 from tests.integration.conftest import curve
 from tests.integration.reference import plain_losses
 from tests.unit.build_job import job
@@ -61,6 +61,7 @@ RINGS = (  # each goes on from what the next of its ring has saved
 )
 SAVED_BY = {case: ring[(at + 1) % len(ring)] for ring in RINGS for at, case in enumerate(ring)}
 CASES = [*SAVED_BY, Case(3, 2, 2, checkpointed=True)]
+FEW = Case(1, 1, 1), Case(3, 2, 2)
 
 
 def _job(case: Case, folder: Path) -> Job:
@@ -103,8 +104,8 @@ def _begin(case: Case, player: play.Player, folder: Path) -> dict[str, Any]:
     held_out = HeldOut(player.job, player.dataset, player.recipe, player.sequence)
     scores = held_out.scores(player.engine, player.device, player.control, lambda: None)
     player.engine.train()
-    told = {"losses": losses, "norms": list(player._norms), "scores": scores, "chain": player.chain}
-    told["load"] = player.experts.report()
+    told = {"losses": losses, "norms": list(player.stepper.norms), "scores": scores, "chain": player.unsealed.chain}
+    told["load"] = player.stepper.experts.report()
     if player.rank == 0:
         (folder / f"{case}.json").write_text(json.dumps(told))
     return told
@@ -124,29 +125,32 @@ def _go_on(saved: Case, player: play.Player, folder: Path) -> dict[str, Any]:
     return {"unequal": unequal, "losses": losses, "unbroken": unbroken}
 
 
-def layouts(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
-    """In every rank: trains each layout of this number of workers, then goes on from what the others have saved."""
-    players = {case: _player(case, Path(folder)) for case in CASES if case.workers == dist.get_world_size()}
+def layouts(group: Any, everyone: Any, folder: str, *names: str) -> Iterator[dict[str, Any]]:
+    """In every rank: trains each of these layouts of this number of workers, then goes on from what the others have saved."""
+    mine = [case for case in CASES if str(case) in names and case.workers == dist.get_world_size()]
+    players = {case: _player(case, Path(folder)) for case in mine}
     for case, player in players.items():
         told = _begin(case, player, Path(folder))
         if player.rank == 0:
             yield {"case": str(case), **told}
     everyone.wait(ranks.DEADLINE_S)
     for case, player in players.items():
-        if saved := SAVED_BY.get(case):
+        if (saved := SAVED_BY.get(case)) and str(saved) in names:
             told = _go_on(saved, player, Path(folder))
             if player.rank == 0:
                 yield {"saved": str(saved), "loaded": str(case), **told}
 
 
 @pytest.fixture(scope="module")
-def played(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def played(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("experts")
     data.build(folder)
-    return ranks.run(f"{__name__}:layouts", GROUPS, str(folder), deadline_s=480)
+    cases, loaded = selection.asked(request, "case"), selection.asked(request, "loaded")
+    needed = [*(Case(1, 1, 1, case.arch) for case in cases), *cases, *loaded, *(SAVED_BY[case] for case in loaded)]
+    return ranks.run(f"{__name__}:layouts", GROUPS, str(folder), *dict.fromkeys(map(str, needed)), deadline_s=480)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", selection.kept(CASES, *FEW), ids=str)
 def test_divided_experts_train_as_one_worker_does(case: Case, played: list[dict[str, Any]]) -> None:
     """Every step's loss, and the gradient norm over all parameters, once each; scores of held-out samples; receipts and the
     tokens of every expert exactly."""
@@ -159,15 +163,16 @@ def test_divided_experts_train_as_one_worker_does(case: Case, played: list[dict[
     assert found["load"]["imbalance"][0] == right["load"]["imbalance"][0] > 1
 
 
-@pytest.mark.parametrize("case", SAVED_BY, ids=str)
-def test_a_run_goes_on_with_experts_divided_otherwise(case: Case, played: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("loaded", selection.kept(SAVED_BY, FEW[0]), ids=str)
+def test_a_run_goes_on_with_experts_divided_otherwise(loaded: Case, played: list[dict[str, Any]]) -> None:
     """Parameters, moments and biases bit by bit, saved at another degree, stage or number of workers; then the losses of the
     unbroken run."""
-    (row,) = (row for row in played if row.get("loaded") == str(case))
-    assert row["saved"] == str(SAVED_BY[case]) and row["unequal"] == []
+    (row,) = (row for row in played if row.get("loaded") == str(loaded))
+    assert row["saved"] == str(SAVED_BY[loaded]) and row["unequal"] == []
     assert row["losses"] == pytest.approx(row["unbroken"], rel=1e-5)
 
 
+@pytest.mark.ci
 def test_a_run_changes_how_many_workers_divide_the_experts(job_file, tracking) -> None:
     """On Ray: ten steps of two workers that have half of the experts each, then ten of one; it is the plain loop's run."""
     path = job_file("divided")

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from heliostat.errors import ConfigError
@@ -58,6 +59,7 @@ def balanced(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
         }
 
 
+@pytest.mark.ci
 def test_the_load_is_the_same_to_the_last_token_in_any_layout():
     """Its reports and the biases that follow from it are equal at every stage, in micro-batches of one and of two samples, on one
     worker and on two; biases are fp32 in bf16 too, and go into checkpoints."""

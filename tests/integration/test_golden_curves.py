@@ -10,12 +10,15 @@ import pytest
 from heliostat.errors import ConfigError
 
 from tests.golden import curves
-from tests.golden.curves import ALIKE, CASES, RECIPES, STAGES, STEPS, TOLERANCE, Case, Curves
+from tests.golden.curves import ALIKE, CASES, FILES, RECIPES, STAGES, STEPS, TOLERANCE, Case, Curves
+from tests.integration import selection
+
+OF_EACH = pytest.mark.parametrize("file", selection.kept(FILES, "causal_lm-fp32", "causal_lm-bf16", "causal_lm_documents-fp32"))
 
 
 @pytest.fixture(scope="module")
-def played(tmp_path_factory: pytest.TempPathFactory) -> Curves:
-    return curves.play_all(tmp_path_factory.mktemp("golden"))
+def played(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Curves:
+    return curves.play_all(tmp_path_factory.mktemp("golden"), selection.asked(request, "file"))
 
 
 def apart(one: list[tuple[float, float]], other: list[tuple[float, float]]) -> float:
@@ -37,7 +40,7 @@ def test_there_is_a_golden_curve_of_every_recipe_precision_stage_and_number_of_w
             curves.job_of(Case(recipe, "bf16", 0, 1), tmp_path)
 
 
-@pytest.mark.parametrize("file", dict.fromkeys(case.file for case in CASES))
+@OF_EACH
 def test_no_loss_or_gradient_norm_has_changed(file: str, played: Curves) -> None:
     """To the last bit where the file's environment is this one. Elsewhere within TOLERANCE, and a warning says so."""
     golden, environments = curves.read()
@@ -55,7 +58,7 @@ def test_no_loss_or_gradient_norm_has_changed(file: str, played: Curves) -> None
     assert not changed, f"curve: first step that differs; if it must, run python -m tests.golden.write --overwrite\n{changed}"
 
 
-@pytest.mark.parametrize("file", dict.fromkeys(case.file for case in CASES))
+@OF_EACH
 def test_stages_and_worker_counts_differ_by_rounding_alone(file: str, played: Curves) -> None:
     """Each curve is within ALIKE of the one of the lowest stage on one worker."""
     mine = [case for case in CASES if case.file == file]

@@ -9,6 +9,8 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import pytest
+
 from tests.gpu import __main__ as numbers
 from tests.gpu.absent import ASIDE
 from tests.gpu.pieces import PIECES
@@ -24,6 +26,7 @@ def test_every_piece_is_a_function_with_a_name_of_its_own() -> None:
         assert callable(getattr(import_module(f"tests.gpu.{module}"), name))
 
 
+@pytest.mark.ci
 def test_without_a_gpu_ray_and_arrow_it_runs_to_its_end(tmp_path: Path) -> None:
     """What trains is compared with its twin; what needs a GPU or Arrow is skipped by name, and both files say so."""
     (tmp_path / "sitecustomize.py").write_text(f"import sys\nfor name in {ASIDE}: sys.modules[name] = None\n")

@@ -14,7 +14,7 @@ import torch
 from heliostat.config.spec import Job
 
 from tests.golden import data
-from tests.integration import trials
+from tests.integration import selection, trials
 from tests.unit import build_job
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {  # most as wide as their classes' defaults: the check itself cuts them
@@ -45,9 +45,8 @@ def made(name: str, documents: Path, **changes: Any) -> Job:
     return build_job.job(**{**settings, **changes})
 
 
-def test_architectures_compute_what_one_plain_process_does(documents, tmp_path) -> None:
-    """Dense ones and experts, at every stage, with three optimizers, two precisions, masks of documents, checkpointing, balancing
-    by bias, experts that workers divide, and samples that both share."""
+@pytest.fixture(scope="module")
+def concluded(request, documents, tmp_path_factory) -> dict[str, dict[str, Any]]:
     jobs = [
         made(
             arch.replace("_", "-"),
@@ -55,16 +54,22 @@ def test_architectures_compute_what_one_plain_process_does(documents, tmp_path) 
             **{"model": {"arch": arch, "num_hidden_layers": 2, **EXTRA.get(arch, {})}, **changes},
         )
         for arch, changes in ARCHITECTURES.items()
+        if arch in selection.asked(request, "arch")
     ]
-    found = trials.run(jobs, tmp_path)
-    assert len(found) == 11
-    for name, one in found.items():
-        assert one["ok"], (name, one["faults"][:3])
-        assert ("cut from" in one["trial"]["model"]) == (name != "gpt2"), name  # which is small enough as it is
-        rows = {row["what"]: row for row in one["rows"]}
-        assert rows["gradients"]["count"] == rows["updates"]["count"] >= 4 * 15, name  # a row for each tensor and step
-        assert rows["receipts"]["count"] == 4 * one["trial"]["global_batch"]
-        assert one["losses"]["engine"][0] != one["losses"]["engine"][1]
+    return trials.run(jobs, tmp_path_factory.mktemp("architectures"))
+
+
+@pytest.mark.parametrize("arch", selection.kept(ARCHITECTURES, "qwen3", "mixtral"))
+def test_an_architecture_computes_what_one_plain_process_does(arch, concluded) -> None:
+    """Dense ones and experts, at every stage, with three optimizers, two precisions, masks of documents, checkpointing, balancing
+    by bias, experts that workers divide, and samples that both share."""
+    one = concluded[arch.replace("_", "-")]
+    assert one["ok"], one["faults"][:3]
+    assert ("cut from" in one["trial"]["model"]) == (arch != "gpt2")  # which is small enough as it is
+    rows = {row["what"]: row for row in one["rows"]}
+    assert rows["gradients"]["count"] == rows["updates"]["count"] >= 4 * 15  # a row for each tensor and step
+    assert rows["receipts"]["count"] == 4 * one["trial"]["global_batch"]
+    assert one["losses"]["engine"][0] != one["losses"]["engine"][1]
 
 
 # faults that are planted in the workers of a trial -------------------------------------------------------------------

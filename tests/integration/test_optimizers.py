@@ -23,7 +23,7 @@ from heliostat.update_rules.whole_matrices import Matrix
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tests.integration import ranks
+from tests.integration import ranks, selection
 from tests.unit import build_index
 from tests.unit.build_job import job
 from tests.unit.build_recipe import Around
@@ -40,6 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+OPTIMIZERS = pytest.mark.parametrize("variant", selection.kept(VARIANTS, "adamw", "muon"))
 EVERY_PAIR = ("schedule_free", "muon")  # of the others, whose moments are as AdamW's, a layout loads its own and one more
 
 
@@ -131,10 +132,10 @@ def _held(engine: Any) -> int:
     return sum(t.numel() * t.element_size() for s in states for k, t in s.items() if torch.is_tensor(t) and k != "step")
 
 
-def grid(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
-    """In every rank: each optimizer at each layout trains and saves; a new engine goes on from there, and from other layouts'."""
+def grid(group: Any, everyone: Any, folder: str, *variants: str) -> Iterator[dict[str, Any]]:
+    """In every rank: these optimizers at each layout train and save; a new engine goes on from there, and from other layouts'."""
     world = dist.get_world_size()
-    cases = [(variant, layout) for variant in VARIANTS for layout in LAYOUTS if layout.workers == world]
+    cases = [(variant, layout) for variant in variants for layout in LAYOUTS if layout.workers == world]
     kept = {}
     for variant, layout in cases:
         made = _job(variant, layout)
@@ -172,47 +173,55 @@ def grid(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
         yield told
 
 
-Told = dict[tuple[str, Layout], list[dict[str, Any]]]  # one a rank
+Told = dict[Layout, list[dict[str, Any]]]  # one a rank
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
-    found: Told = {}
-    for row in ranks.run(f"{__name__}:grid", WORKERS, str(tmp_path_factory.mktemp("optimizers"))):
-        found.setdefault((row["variant"], LAYOUTS[row["layout"]]), []).append(row)
-    assert set(found) == {(variant, layout) for variant in VARIANTS for layout in LAYOUTS}
+def everything(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Told]:
+    variants, found = selection.asked(request, "variant"), dict[str, Told]()
+    for row in ranks.run(f"{__name__}:grid", WORKERS, str(tmp_path_factory.mktemp("optimizers")), *variants):
+        found.setdefault(row["variant"], {}).setdefault(LAYOUTS[row["layout"]], []).append(row)
+    assert set(found) == set(variants) and all(set(told) == set(LAYOUTS) for told in found.values())
     return found
 
 
-def test_every_optimizer_trains_as_torch_alone_at_every_stage(told: Told) -> None:
+@pytest.fixture
+def told(variant: str, everything: dict[str, Told]) -> Told:
+    return everything[variant]
+
+
+@OPTIMIZERS
+def test_every_optimizer_trains_as_torch_alone_at_every_stage(variant: str, told: Told) -> None:
     """With decay of matrices and none of vectors, whatever DeepSpeed makes of the optimizer that it is given."""
-    for variant in VARIANTS:
-        plain = _plain(variant)
-        assert max(plain) > 1.05 * min(plain), "it does learn"
-        for layout in LAYOUTS:
-            tolerance = 1e-5 if layout.precision == "fp32" else 2e-2
-            assert told[variant, layout][0]["losses"] == pytest.approx(plain, rel=tolerance), (variant, layout)
+    plain = _plain(variant)
+    assert max(plain) > 1.05 * min(plain), "it does learn"
+    for layout in LAYOUTS:
+        tolerance = 1e-5 if layout.precision == "fp32" else 2e-2
+        assert told[layout][0]["losses"] == pytest.approx(plain, rel=tolerance), layout
 
 
-def test_a_resumed_run_takes_the_same_steps_bit_by_bit(told: Told) -> None:
+@OPTIMIZERS
+def test_a_resumed_run_takes_the_same_steps_bit_by_bit(variant: str, told: Told) -> None:
     """At the layout that saved: the moments, masters and step counts are those that were saved."""
-    for (variant, layout), rows in told.items():
-        assert rows[0]["next"][str(LAYOUTS.index(layout))] == rows[0]["losses"][TRAINED:], (variant, layout)
-        assert rows[0]["steps"] == [TRAINED, 0], (variant, layout)
+    for layout, rows in told.items():
+        assert rows[0]["next"][str(LAYOUTS.index(layout))] == rows[0]["losses"][TRAINED:], layout
+        assert rows[0]["steps"] == [TRAINED, 0], layout
 
 
-def test_a_checkpoint_of_another_layout_holds_the_same_state_and_takes_the_same_steps(told: Told) -> None:
+@OPTIMIZERS
+def test_a_checkpoint_of_another_layout_holds_the_same_state_and_takes_the_same_steps(variant: str, told: Told) -> None:
     """Of other workers, stages and precisions: the state bit by bit, the steps to rounding."""
-    for (variant, layout), rows in told.items():
+    for layout, rows in told.items():
         assert len(rows[0]["next"]) == (len(LAYOUTS) if variant in EVERY_PAIR else 2) and rows[0]["unequal"] == []
         for saved, losses in rows[0]["next"].items():
             there = LAYOUTS[int(saved)]
             tolerance = 1e-5 if layout.precision == there.precision == "fp32" else 2e-2
-            expected = told[variant, there][0]["losses"][TRAINED:][: len(losses)]
-            assert losses == pytest.approx(expected, rel=tolerance), (variant, layout, there)
+            expected = told[there][0]["losses"][TRAINED:][: len(losses)]
+            assert losses == pytest.approx(expected, rel=tolerance), (layout, there)
 
 
-def test_an_average_that_the_optimizer_keeps_is_shown_to_evaluations_and_put_back(told: Told) -> None:
+@OPTIMIZERS
+def test_an_average_that_the_optimizer_keeps_is_shown_to_evaluations_and_put_back(variant: str, told: Told) -> None:
     """At every layout, to the last bit; what follows are the same steps (above)."""
     assert all(row["shown"] and row["back"] for rows in told.values() for row in rows)
 
@@ -244,13 +253,14 @@ def test_what_is_computed_of_whole_matrices_does_not_depend_on_how_they_are_cut(
     assert len(told) == 6 and all(row["equal"] and row["batches"] > 1 for row in told), told
 
 
-def test_checkpoints_hold_and_the_plan_counts_what_the_optimizer_keeps(told: Told) -> None:
+@OPTIMIZERS
+def test_checkpoints_hold_and_the_plan_counts_what_the_optimizer_keeps(variant: str, told: Told) -> None:
     """The names in every checkpoint, and on every rank the bytes: no more than the plan says, either."""
     shapes = {name: tuple(p.shape) for name, p in Model().named_parameters()}
     hidden = building.hidden_matrices(Around(Model), Model())
-    for (variant, layout), rows in told.items():
+    for layout, rows in told.items():
         settings = _job(variant, layout).train.optimizer
         kept = {name: len(settings.kept(name in hidden)) for name in shapes}
         planned = memory.state(shapes, frozenset(), layout.workers, layout.stage, layout.precision, moments=kept).moments
         for row in rows:
-            assert row["names"] == sorted(["master", *settings.state]) and row["bytes"] == planned, (variant, layout)
+            assert row["names"] == sorted(["master", *settings.state]) and row["bytes"] == planned, layout

@@ -11,6 +11,7 @@ from jobs.examples import own_trainer
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
+@pytest.mark.ci
 def test_another_number_of_workers_goes_on_with_the_same_samples_and_the_receipts_verify(corpus, tmp_path):
     """Two workers up to step 6, then one to step 12: the receipts are what the plan, which knows no workers, gives."""
     first = own_trainer.run(corpus, tmp_path, workers=2, steps=6, every=3)

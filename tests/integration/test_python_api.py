@@ -43,6 +43,7 @@ def smaller(path: Path, **changes: Any) -> None:
     path.write_text(yaml.safe_dump(written))
 
 
+@pytest.mark.ci
 @pytest.mark.usefixtures("ray_session")
 def test_the_pages_code_runs(tmp_path, monkeypatch):
     """And what a run tells is what its commands tell: curves, checkpoints, receipts, an export that reads."""

@@ -83,10 +83,10 @@ def _play(steps: curves.Steps, recheck: Recheck | None, fault: str = "") -> dict
         if recheck and recheck.due(step):
             said.append(recheck.look(step))
             looked.append(step)
-        steps._step(step, samples.next_step())
-    losses = torch.stack(steps._losses).double()
+        steps.step(step, samples.next_step())
+    losses = torch.stack(steps.losses).double()
     dist.all_reduce(losses)
-    return {"curve": [losses.tolist(), steps._norms], "at": looked, "said": said}
+    return {"curve": [losses.tolist(), steps.norms], "at": looked, "said": said}
 
 
 def grid(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
@@ -114,6 +114,7 @@ def told(tmp_path_factory) -> list[dict[str, Any]]:
     return ranks.run(f"{__name__}:grid", (2, 3), str(folder), deadline_s=480)
 
 
+@pytest.mark.ci
 def test_looks_change_no_loss_and_no_gradient(told) -> None:
     """To the last bit, at every stage; looks are at the first step and at every second, and see all gradients."""
     rows = [row for row in told if "with" in row]
@@ -123,6 +124,7 @@ def test_looks_change_no_loss_and_no_gradient(told) -> None:
         assert row["at"] == [0, 1, 3] and row["none"] == 0
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(("fault", "stages", "what"), [("flips", 3, f"the weights of {FLIPPED}"), ("errs", 1, "the loss")])
 def test_a_fault_is_found_by_all_and_its_worker_named(fault, stages, what, told) -> None:
     """The lowest bit of one weight, and a unit that errs: at the next look, by every worker. Of three the one is named, of two
@@ -136,11 +138,13 @@ def test_a_fault_is_found_by_all_and_its_worker_named(fault, stages, what, told)
         assert row["agreed"] == 0
 
 
+@pytest.mark.ci
 def test_a_worker_that_errs_once_differs_from_itself_and_is_named_even_among_two(told) -> None:
     rows = [row for row in told if row.get("fault") == "errs once"]
     assert len(rows) == 5 and all(row["nodes"] == ["node-1"] and "cannot be told" not in row["error"] for row in rows)
 
 
+@pytest.mark.ci
 def test_kernels_that_are_not_deterministic_are_no_corruption_and_end_the_looks(told) -> None:
     rows = [row for row in told if row.get("fault") == "wavers"]
     assert len(rows) == 5
@@ -152,6 +156,7 @@ def test_kernels_that_are_not_deterministic_are_no_corruption_and_end_the_looks(
 # whole runs ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.ci
 def test_a_run_goes_back_to_before_a_flipped_bit_and_says_what_it_found(corpus, tracking, tmp_path, caplog) -> None:
     """At stage 0, where it would stay. Of two workers on one node either may be wrong, and no other node has room."""
     made = {**tiny_job(corpus, tracking, tmp_path), "name": "flipping", **FLIPPING, "checkpoint": {"every": 4, "keep": 4}}

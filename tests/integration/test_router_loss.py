@@ -80,6 +80,7 @@ def plain() -> list[list[float]]:
     return told
 
 
+@pytest.mark.ci
 def test_the_router_loss_is_the_same_at_every_stage_and_on_any_number_of_workers():
     """Loss, router's loss and gradients: the mean over the step's micro-batches, wherever they are played."""
     expected = plain()

@@ -29,7 +29,7 @@ from heliostat.train.worker.evaluation import HeldOut
 from safetensors.torch import load_file, save_file
 
 from tests.golden import data
-from tests.integration import ranks
+from tests.integration import ranks, selection
 from tests.integration.conftest import curve
 from tests.integration.reference import plain_losses
 from tests.unit.build_job import BASE, job
@@ -68,6 +68,8 @@ EXTRA = [Case(2, 1, 1, "documents"), Case(2, 4, 2, "documents"), Case(3, 2, 2, "
          Case(3, 2, 2, "tiled"), Case(1, 2, 2, "tiled-mlp"), Case(2, 2, 1, "tiled-mlp"), Case(3, 2, 1, "tiled-mlp"),
          Case(3, 2, 2, "all")]  # fmt: skip
 CASES = PLAIN + EXTRA
+ALONE, APART = Case(1, 1, 1), Case(2, 1, 1, "documents")  # whose losses are right
+FEW = ALONE, Case(2, 2, 2), Case(3, 2, 2, "all")
 
 
 def _job(case: Case, folder: Path) -> Job:
@@ -108,7 +110,7 @@ def _begin(case: Case, player: play.Player, folder: Path) -> dict[str, Any]:
     if player.rank == 0:
         save_file(held, folder / f"{case}.safetensors")
     losses += player.losses(SAVED, STEPS)
-    told = {"losses": losses, "norms": list(player._norms), "scores": _scores(player), "chain": player.chain}
+    told = {"losses": losses, "norms": list(player.stepper.norms), "scores": _scores(player), "chain": player.unsealed.chain}
     if player.rank == 0:
         (folder / f"{case}.json").write_text(json.dumps(told))
     return told
@@ -129,7 +131,7 @@ def _go_on(saved: Case, player: play.Player, folder: Path) -> dict[str, Any]:
         "unequal": unequal,
         "losses": losses,
         "unbroken": unbroken["losses"][SAVED:],
-        "chain": player.chain == unbroken["chain"],
+        "chain": player.unsealed.chain == unbroken["chain"],
     }
 
 
@@ -141,9 +143,9 @@ def _others(case: Case) -> list[Case]:
     return [Case(3 - case.stage, *LAYOUTS[(at + 1) % len(LAYOUTS)])]
 
 
-def layouts(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
-    """In every rank: trains each layout of this number of workers, then goes on from what the others have saved."""
-    mine = [case for case in CASES if case.workers == dist.get_world_size()]
+def layouts(group: Any, everyone: Any, folder: str, *names: str) -> Iterator[dict[str, Any]]:
+    """In every rank: trains each of these layouts of this number of workers, then goes on from what the others have saved."""
+    mine = [case for case in CASES if str(case) in names and case.workers == dist.get_world_size()]
     players = {case: _player(case, Path(folder)) for case in mine}
     for case, player in players.items():
         told = _begin(case, player, Path(folder))
@@ -151,46 +153,50 @@ def layouts(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
             yield {"case": str(case), **told}
     everyone.wait(ranks.DEADLINE_S)
     for case, player in players.items():
-        for saved in _others(case):
+        for saved in (other for other in _others(case) if str(other) in names):
             told = _go_on(saved, player, Path(folder))
             if player.rank == 0:
                 yield {"saved": str(saved), "loaded": str(case), **told}
 
 
 @pytest.fixture(scope="module")
-def played(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def played(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("sequence")
     data.build(folder)
-    return ranks.run(f"{__name__}:layouts", GROUPS, str(folder), deadline_s=480)
+    loaded = selection.asked(request, "loaded")
+    needed = [ALONE, APART, *selection.asked(request, "case"), *loaded, *(saved for case in loaded for saved in _others(case))]
+    return ranks.run(f"{__name__}:layouts", GROUPS, str(folder), *dict.fromkeys(map(str, needed)), deadline_s=480)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", selection.kept(CASES, *FEW), ids=str)
 def test_a_layout_trains_as_one_worker_does(case: Case, played: list[dict[str, Any]]) -> None:
     """Every step's loss and gradient norm, and the scores of held-out samples; the receipts are the same to the last bit."""
     begun = {row["case"]: row for row in played if "case" in row}
-    right, found = begun["zero2-1-by-1-documents" if case.extra == "documents" else "zero1-1-by-1"], begun[str(case)]
+    right, found = begun[str(APART if case.extra == "documents" else ALONE)], begun[str(case)]
     assert found["losses"] == pytest.approx(right["losses"], rel=2e-5)
     assert found["norms"] == pytest.approx(right["norms"], rel=1e-4)
     assert found["scores"] == pytest.approx(right["scores"], rel=2e-5)
     assert found["chain"] == right["chain"]
 
 
+@pytest.mark.ci
 def test_offloaded_activations_give_the_same_losses_to_the_bit(played: list[dict[str, Any]]) -> None:
     found = [row for row in played if row.get("case") in ("zero3-2-by-2-checkpointed", "zero3-2-by-2-offloaded")]
     assert len(found) == 2
     assert found[0]["losses"] == found[1]["losses"] and found[0]["norms"] == found[1]["norms"]
 
 
-@pytest.mark.parametrize("case", PLAIN, ids=str)
-def test_a_run_goes_on_in_another_layout(case: Case, played: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("loaded", selection.kept(PLAIN, ALONE), ids=str)
+def test_a_run_goes_on_in_another_layout(loaded: Case, played: list[dict[str, Any]]) -> None:
     """Parameters and moments bit by bit, saved in other layouts and at another stage; then the losses of the unbroken run."""
-    rows = [row for row in played if row.get("loaded") == str(case)]
-    assert [row["saved"] for row in rows] == [str(saved) for saved in _others(case)]
+    rows = [row for row in played if row.get("loaded") == str(loaded)]
+    assert [row["saved"] for row in rows] == [str(saved) for saved in _others(loaded)]
     for row in rows:
         assert row["unequal"] == [] and row["chain"], row["saved"]
         assert row["losses"] == pytest.approx(row["unbroken"], rel=1e-5), row["saved"]
 
 
+@pytest.mark.ci
 def test_a_run_changes_how_many_workers_share_a_sample(job_file, tracking) -> None:
     """On Ray: ten steps of two workers that share samples, then ten of one; it is the plain loop's run, and its receipts hold."""
     path = job_file("shared")

@@ -127,6 +127,7 @@ def test_a_stream_whose_replicas_die_ends_in_an_error_and_the_next_request_is_an
     assert ask.completions.create(**ASKED).choices[0].text  # waits for a new replica
 
 
+@pytest.mark.ci
 def test_no_request_is_lost_while_a_replica_is_killed_and_the_alias_moves(endpoint):
     """Eight clients ask without a pause: each answer is whole, of version 1 and then of version 2, and version 1 ends."""
     endpoint.until(lambda: len(endpoint.replicas(1)) == 2)

@@ -103,6 +103,7 @@ def told(nodes: LocalNodes, program: str) -> list[Any]:
     return json.loads(out.stdout.splitlines()[-1])
 
 
+@pytest.mark.ci
 def test_data_is_read_on_other_nodes_than_a_lost_one_that_ray_takes_for_living(nodes: LocalNodes):
     """Where there are others with the labels: else the lost one, which may come back, is waited for."""
     assert told(nodes, AROUND) == [True, {"a": "b"}, {"a": "b"}]

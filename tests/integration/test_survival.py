@@ -105,6 +105,7 @@ def test_killed_frozen_and_preempted_workers_cost_time_and_nothing_else(job_file
     assert not left, "every attempt ends its own stream of data"
 
 
+@pytest.mark.ci
 def test_a_run_shrinks_to_the_room_there_is_and_grows_behind_a_checkpoint(job_file, tracking, unbroken):
     """Elastic from 1 to 4: others hold the cluster's CPUs at first, and give them back: more workers, the same curve."""
     path = job_file("elastic")
@@ -162,6 +163,7 @@ def poison() -> Iterator[Path]:
     path.write_text("[]")
 
 
+@pytest.mark.ci
 def test_a_loss_spike_is_undone_and_its_samples_are_left_out(job_file, tracking, poison):
     """The run goes back to the checkpoint before, skips the steps at fault, says so in its data plan, and verifies."""
     from heliostat.data.dataset import DataPlan, open_dataset
@@ -187,6 +189,7 @@ def test_a_bug_in_a_recipe_ends_the_run_after_one_more_try_with_its_own_message(
         train(job_file("buggy"), settings(recipe="tests.integration.test_survival:Broken"))
 
 
+@pytest.mark.ci
 def test_a_checkpoint_damaged_in_its_bytes_is_passed_over_and_the_run_goes_on_from_the_one_before(unbroken, tracking, tmp_path):
     """A copy of the unbroken run, as another MLflow run, goes on to more steps."""
     path, steps, folder = unbroken[0], STEPS + 10, Location(str(tmp_path / "unbroken"))

@@ -70,6 +70,7 @@ def _continued(tracking: str, run_id: str) -> list[float]:
     return [value for _, value in points[10:]]
 
 
+@pytest.mark.ci
 def test_a_fresh_process_resumes_bitwise_even_without_a_compiler(finished, tracking, tmp_path) -> None:
     """The same worker count in fp32; and no C++ compiler on PATH, with nothing compiled before."""
     settings = _stopped_at_10(finished, tmp_path)
@@ -96,6 +97,7 @@ def test_a_fresh_process_resumes_bitwise_even_without_a_compiler(finished, track
     assert chains[0] == chains[1]
 
 
+@pytest.mark.ci
 def test_what_follows_the_last_step_is_done_once_wherever_drivers_die_in_it(finished, tracking, tmp_path) -> None:
     """From the last checkpoint alone: the same scores and weights, one model, one version, and an MLflow run that is FINISHED."""
     shutil.copytree(finished[0] / "runs" / "whole", tmp_path / "runs" / "whole")
@@ -237,6 +239,7 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_step_and_samples(job_file
     assert mlflow.MlflowClient(tracking_uri=tracking).get_run(run_id).info.status == "FAILED"
 
 
+@pytest.mark.ci
 def test_dataset_and_storage_on_s3_give_the_same_run(finished, s3_server, corpus, tracking, tmp_path) -> None:
     query = f"?endpoint_override={s3_server}&scheme=http"
     bucket = Location(f"s3://heliostat{query}")

@@ -209,6 +209,7 @@ def test_a_killed_driver_loses_and_doubles_nothing_and_a_failed_trial_stays_fail
 # population based training -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.ci
 def test_pbt_goes_on_bitwise_from_the_donors_checkpoint(ray_session, corpus, tracking, tmp_path) -> None:
     """The clone has the donor's weights, moments and data cursor: it takes the steps that the donor's checkpoint gives under the
     new settings, to the bit, and its receipts are whole."""

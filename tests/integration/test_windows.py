@@ -50,6 +50,7 @@ def standing(note: Path, still_s: float = 2.0) -> int:
     return seen
 
 
+@pytest.mark.ci
 def test_windows_are_numbered_in_order_and_shortly_before_they_are_fetched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,6 +46,7 @@ def played(tmp_path_factory, corpus, tracking) -> tuple[Path, list[dict[str, Any
     return path, ranks.run(f"{__name__}:grid", WORKERS, str(path))
 
 
+@pytest.mark.ci
 def test_every_zero_stage_and_worker_count_gives_the_plain_loops_losses(played) -> None:
     """Of whole runs, `finished` is compared with the plain loop, and others with it."""
     path, told = played

@@ -14,6 +14,10 @@ def worst(keys):
         if what == "hang":
             while True:
                 pass
+        if what == "compute":
+            end = time.process_time() + 0.2
+            while time.process_time() < end:
+                pass
         if what == "sleep":
             time.sleep(60)
         if what == "memory":

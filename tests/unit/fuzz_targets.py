@@ -33,7 +33,7 @@ from heliostat.inference.export import recipe_of
 from heliostat.pipelines import prepare
 from heliostat.runs import consumed, goodput, mlflow_id, verify
 from heliostat.storage import Location
-from heliostat.submit import jobs as cluster_jobs
+from heliostat.submit import submission
 from heliostat.track import local_curves, outbox
 from heliostat.track.parents import parents
 from heliostat.tune import listing, sweep
@@ -335,7 +335,7 @@ def records(folder: Path) -> Target:
     jobs_folder, cluster_folder = folder / ".heliostat" / "jobs", folder / ".heliostat" / "clusters" / "c"
     jobs_folder.mkdir(parents=True)
     cluster_folder.mkdir(parents=True)
-    submitted = cluster_jobs.Record("j", "c", "runs/j", 10, build_job.BASE, None)
+    submitted = submission.Record("j", "c", "runs/j", 10, build_job.BASE, None)
     (jobs_folder / "j.json").write_text(json.dumps(dataclasses.asdict(submitted)))
     with patch.object(local, "home", lambda: folder.parent / "fuzzed" / ".heliostat" / "clusters"):  # of the copy that is read
         node = local.Node("head", "127.0.0.1", str(local._node_folder("c", 0)), 1, 1e9)
@@ -370,7 +370,7 @@ def records(folder: Path) -> Target:
         listing.show(Location(str(copied / "sweep")))
         listing.progress(Location(str(copied / "sweep")))
         listing.best_job(Location(str(copied / "sweep")))
-        cluster_jobs.Record.read("j")
+        submission.Record.read("j")
         local.known()
         source_code.source()
         parents(build_job.job(model={"pretrained": str(copied / "model")}))

@@ -21,7 +21,7 @@ import sys
 from heliostat.cli.main import main
 if sys.argv[1] == "train":  # ends where Ray would start
     from heliostat.train import run
-    run._Run.run = lambda self: sys.exit()
+    run.Run.run = lambda self: sys.exit()
 sys.argv = ["heliostat", *sys.argv[1:]]
 try:
     main()
@@ -97,7 +97,7 @@ def test_training_checks_each_thing_once_on_its_way_to_the_first_attempt(tmp_pat
     path = write(tmp_path, storage=str(tmp_path / "runs"), **changes, **{"mlflow.uri": f"sqlite:///{tmp_path}/mlflow.db"})
     calls: list[str] = []
     for module, name in ((check, "load_job"), (check, "check_job"), (check, "check_devices"), (check, "check_services"),
-                         (lease, "take"), (check, "check_data"), (running._Run, "run")):  # fmt: skip
+                         (lease, "take"), (check, "check_data"), (running.Run, "run")):  # fmt: skip
         act = (lambda self: {}) if name == "run" else getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, _act=act, _name=name, **k: (calls.append(_name), _act(*a, **k))[1])
     assert running.train(path) == {}

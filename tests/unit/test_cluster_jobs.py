@@ -16,7 +16,7 @@ from heliostat.cluster.endpoint import Endpoint
 from heliostat.errors import ConfigError
 from heliostat.runs.goodput import Attempt
 from heliostat.storage import Location
-from heliostat.submit import jobs, logs
+from heliostat.submit import jobs, logs, progress, submission
 from heliostat.submit.entrypoint import before
 
 from tests.unit.build_job import ROOT, write
@@ -35,13 +35,13 @@ def test_exit_codes_tell_how_a_job_ended(status, code, wanted):
 def test_progress_and_time_to_go_are_read_from_the_runs_ledger(tmp_path):
     """The newest attempt counts; its start-up is not taken for steps."""
     run = Location(str(tmp_path))
-    assert jobs.progress(run, 100) == {"step": 0, "steps": 100, "fraction": 0.0, "eta_s": None}
+    assert progress.of_run(run, 100) == {"step": 0, "steps": 100, "fraction": 0.0, "eta_s": None}
     old = Attempt("a", 1000.0, 1100.0, 1100.0, 0, 1, parts={"computing": 50.0}, marks=[(30, 50.0)])
     new = Attempt("b", 2000.0, 2100.0, 2100.0, 20, 1, marks=[(60, 70.0)],
                   parts={"starting": 500.0, "computing": 70.0, "data": 6.0, "checkpoint": 4.0})  # fmt: skip
     for attempt in (old, new):
         run.join("ledger", attempt.name).write(attempt.dump())
-    found = jobs.progress(run, 100)
+    found = progress.of_run(run, 100)
     assert (found["step"], found["fraction"]) == (60, 0.6)
     assert found["eta_s"] == pytest.approx(40 * 80 / 40)
 
@@ -49,7 +49,7 @@ def test_progress_and_time_to_go_are_read_from_the_runs_ledger(tmp_path):
 def test_a_damaged_ledger_is_a_note_not_a_failure(tmp_path):
     (tmp_path / "ledger").mkdir()
     (tmp_path / "ledger" / "attempt-x.json").write_text("{")
-    assert jobs.progress(Location(str(tmp_path)), 10)["step"] is None
+    assert progress.of_run(Location(str(tmp_path)), 10)["step"] is None
 
 
 def test_a_queue_is_worked_off_in_the_order_of_submission():
@@ -76,14 +76,16 @@ def test_paths_of_this_machine_do_not_travel_elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = write(tmp_path)
     with pytest.raises(ConfigError, match=r"mlflow\.uri: sqlite:///mlflow\.db is a file of one machine"):
-        jobs.load(path, [], THERE)
+        submission.load(path, [], THERE)
     server = ["mlflow.uri=http://mlflow:5000"]
     with pytest.raises(ConfigError, match=r"data\.sources\.0\.path: 'data/a' is a path of this workspace"):
-        jobs.load(path, server, THERE)
+        submission.load(path, server, THERE)
     with pytest.raises(ConfigError, match=r"storage: 'runs' is a path of this workspace"):
-        jobs.load(path, [*server, "data.sources.0.path=s3://b/a"], THERE)
-    assert jobs.load(path, [*server, "data.sources.0.path=s3://b/a", "storage=/shared/runs"], THERE).storage == "/shared/runs"
-    assert jobs.load(path, [], HERE).storage == str(tmp_path / "runs")
+        submission.load(path, [*server, "data.sources.0.path=s3://b/a"], THERE)
+    assert (
+        submission.load(path, [*server, "data.sources.0.path=s3://b/a", "storage=/shared/runs"], THERE).storage == "/shared/runs"
+    )
+    assert submission.load(path, [], HERE).storage == str(tmp_path / "runs")
 
 
 TRAIN = """

@@ -15,7 +15,7 @@ from heliostat.cluster import cluster_file as files
 from heliostat.cluster import launch, local, private
 from heliostat.cluster.endpoint import endpoint
 from heliostat.errors import ClusterError, ConfigError
-from heliostat.submit.jobs import Record
+from heliostat.submit.submission import Record
 
 from tests.unit.build_job import ROOT
 

@@ -7,7 +7,7 @@ import ftfy
 import pytest
 from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
 from heliostat import extras
-from heliostat.curation import encodings, personal
+from heliostat.curation import cpu_time, encodings, personal
 from heliostat.curation.isolated import Isolated, IsolatedError
 from heliostat.curation.stage import Document
 from heliostat.curation.stages import detect_secrets
@@ -75,6 +75,17 @@ def test_a_page_that_hangs_the_parser_is_dropped_and_the_next_one_read():
     outcomes = work([Document("a", PAGE % b"one"), Document("b", b"<div>" * 100_000 + b"deep"), Document("c", PAGE % b"two")])
     assert [o.reason for o in outcomes] == ["", "timeout", ""] and outcomes[2].document.text == "two"
     assert "1 s of processor time" in outcomes[1].detail and time.monotonic() - start < 60
+
+
+def test_what_another_process_computes_counts_and_what_is_waited_for_does_not():
+    with Isolated("tests.unit.build_isolated:worst", {"mark": "!"}, 5, 1024) as run:
+        run({"do": ""}, b"")
+        start = cpu_time.now()
+        run({"do": "compute"}, b"")
+        assert 0.19 < cpu_time.now() - start < 0.5
+        start = cpu_time.now()
+        time.sleep(0.3)
+        assert cpu_time.now() - start < 0.1
 
 
 @pytest.mark.parametrize(

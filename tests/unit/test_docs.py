@@ -15,6 +15,7 @@ from heliostat.cli.main import app
 from heliostat.config.deepspeed_keys import Allowed
 from heliostat.config.spec import Job
 from heliostat.pipelines.images.pipeline import ImagePipeline
+from heliostat.pipelines.pairs.pipeline import PairPipeline
 from heliostat.pipelines.text.pipeline import TextPipeline
 from heliostat.recipes.images.config import Model
 from heliostat.tune.sweep import Sweep
@@ -43,7 +44,9 @@ NO_MODULES = {
 MADE = {"jobs/llama3-8b-transferred.yaml", "jobs/digits.py", "jobs/digits.yaml", "pipeline.py", "shapes.py"}  # as the page says
 
 
-@pytest.mark.parametrize("model", [Job, Allowed, Model, TextPipeline, ImagePipeline, Sweep, Suite], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "model", [Job, Allowed, Model, TextPipeline, ImagePipeline, PairPipeline, Sweep, Suite], ids=lambda m: m.__name__
+)
 def test_every_key_of_every_schema_has_a_description(model):
     missing = [
         f"{section.path}.{name}".lstrip(".")

@@ -142,9 +142,9 @@ def test_seconds_of_opening_stages_are_not_taken_for_work(tmp_path):
     made.flow.seconds["read"] += 100
     made.flow.opening["read"] += 100
     funnel = {"read": 1.0, "shard": 1.0, "": 1.0}
-    assert sum(made._seconds(funnel, 10_000).values()) / 3600 - before < 101 / 3600
+    assert sum(made._seconds(funnel, 10_000, made.flow.seconds).values()) / 3600 - before < 101 / 3600
     made.flow.opening["read"] = 0
-    assert sum(made._seconds(funnel, 10_000).values()) / 3600 - before > 150 / 3600
+    assert sum(made._seconds(funnel, 10_000, made.flow.seconds).values()) / 3600 - before > 150 / 3600
 
 
 @pytest.mark.parametrize(("size", "off"), [(2, 0.15), (3, 0.35), (6, 1)])

@@ -7,14 +7,13 @@ import json
 import pytest
 import torch
 from heliostat.errors import ConfigError
-from heliostat.inference.batch.engines import Loaded
 from heliostat.inference.generate import generate, read_text
 from heliostat.pipelines.text import infilling as arranging
 from heliostat.pipelines.text.infilling import Arranged, FillInTheMiddle, arrange
 from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.recipes.text.infilling import Infilling
-from heliostat.serving.engine import Engine
-from heliostat.serving.replica import Ask, Replica
+from heliostat.serving.asks import Ask, Holds
+from heliostat.serving.replica import Replica
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.unit import build_pages
@@ -82,8 +81,7 @@ def test_a_prompt_has_the_tokens_that_the_data_had_before_its_middle(folders, na
 @pytest.mark.parametrize("name", ["both", "suffix first"])
 def test_the_command_and_the_endpoint_write_the_same_middle(folders, name):
     folder = folders / name
-    asked, replica = Infilling.of(AutoTokenizer.from_pretrained(folder)), object.__new__(Replica)  # without what confines it
-    replica.engine = Engine(Loaded(folder), 4)
+    asked, replica = Infilling.of(AutoTokenizer.from_pretrained(folder)), Replica(Holds(str(folder), 4))
     written = set()
     for prefix, suffix in ((PREFIX, SUFFIX), (PREFIX, ") * 7\n"), *((t[:60], t[80:140]) for t in build_pages.texts()[:3])):
         made = generate(folder, prefix, {"suffix": suffix, "max_tokens": MOST, "temperature": 0.0}, 0, None)
@@ -100,8 +98,7 @@ def test_a_tokenizer_without_the_tokens_is_one_clear_error(folders):
     assert "fill_in_the_middle" not in json.loads((folder / "tokenizer_config.json").read_text())
     with pytest.raises(ConfigError, match="suffix: the model's tokenizer has no tokens for a prefix, a suffix and a middle"):
         generate(folder, PREFIX, {"suffix": SUFFIX}, 0, None)
-    replica = object.__new__(Replica)
-    replica.engine = Engine(Loaded(folder), 4)
+    replica = Replica(Holds(str(folder), 4))
     made = asyncio.run(replica.answer(Ask([PREFIX], None, MOST, MOST, 0.0, 1.0, [0], [], suffix=SUFFIX)))
     status, message, param, code, _ = made["refused"]
     assert (status, param, code) == (400, "suffix", "no_fill_in_the_middle") and "has no tokens for a prefix" in message

@@ -1,9 +1,7 @@
 """A Hugging Face classifier's folder as a stage: its scores, whatever the batch, and what it refuses."""
 
 import json
-import random
 import shutil
-import string
 from pathlib import Path
 
 import pytest
@@ -13,24 +11,11 @@ from heliostat.curation.engine import segments
 from heliostat.curation.registry import parse
 from heliostat.curation.stage import Document
 from heliostat.errors import ConfigError
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertForSequenceClassification
+from tokenizers import Tokenizer
+from transformers import BertForSequenceClassification
 
 from tests.unit.build_curation import curate, left, left_out
-
-
-def make_model(folder: Path, labels: tuple[str, ...] = ("bad", "good"), **keys) -> None:
-    """Writes a tiny BERT over letters, as save_pretrained does."""
-    vocabulary = {token: i for i, token in enumerate(["[PAD]", "[CLS]", "[SEP]", "[UNK]", *string.ascii_lowercase])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, "[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    config = BertConfig(vocab_size=len(vocabulary), max_position_embeddings=128, initializer_range=0.5,
-                        id2label=dict(enumerate(labels)), **sizes, **keys)  # fmt: skip
-    BertForSequenceClassification(config).save_pretrained(folder)
-    tokenizer.save(str(folder / "tokenizer.json"))
+from tests.unit.build_model import make_model, texts
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +23,6 @@ def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     make_model(folder)
     return folder
-
-
-def texts(count: int, seed: int = 0) -> list[str]:
-    rng = random.Random(seed)
-    return ["".join(rng.choices(string.ascii_lowercase, k=rng.randrange(1, 200))) for _ in range(count)]
 
 
 def entry(model: Path, **keys) -> dict:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from heliostat import lease
 from heliostat.config.schema import validate
 from heliostat.curation.work import Work
 from heliostat.data import manifest
-from heliostat.errors import ConfigError, DataError
+from heliostat.errors import ConfigError, DataError, LeaseError
 from heliostat.pipelines.text import tokens
 from heliostat.retrieval import answering, build, judging, table, units
 from heliostat.retrieval.cutting import cut
@@ -371,6 +372,27 @@ def test_a_folder_of_another_index_is_refused_before_ray_starts(corpus, tmp_path
     build.claim(Location(str(tmp_path / "y")), {"embedder": None, **Settings().model_dump()}, "an index", "index of documents")
     with pytest.raises(ConfigError, match="holds an index of another chunk_tokens"):
         build.index_documents(str(corpus.location), str(tmp_path / "y"), SETTINGS)
+
+
+def test_of_two_commands_that_build_one_index_the_second_is_refused(corpus, tmp_path):
+    """In a line, before Ray starts; nothing of the first one's is touched, and once that has ended the folder is free."""
+    place = tmp_path / "index"
+    claimed = {"embedder": None, **SETTINGS.model_dump()}
+    build.claim(Location(str(place)), claimed, "an index", "index of documents")
+    with lease.take(Location(str(place)), "built"), pytest.raises(ConfigError, match=r"--out: .* is being built by process \d+"):
+        build.index_documents(str(corpus.location), str(place), SETTINGS)
+    assert index(corpus, place)["passages"] > 0
+
+
+def test_an_index_that_another_command_has_taken_over_is_not_written(corpus, tmp_path):
+    def taken() -> None:
+        raise LeaseError("taken over")
+
+    place = Location(str(tmp_path / "index"))
+    flow = HereFlow(Work(place.join(build.WORK)))
+    with pytest.raises(LeaseError):
+        build.build(flow, corpus, place, SETTINGS, None, None, 4, taken)
+    assert not place.join(build.RECORD).exists()
 
 
 def test_a_damaged_record_is_told(tmp_path):

@@ -150,6 +150,24 @@ def test_workers_of_each_job_and_raylet_have_a_nursery_and_that_of_the_next_job_
     assert other["parent"] in [child.pid for child in children()]
 
 
+@pytest.mark.parametrize("drivers", ["", "heliostat.errors"])
+def test_a_spare_nodes_zygote_begins_by_itself_and_a_heads_only_when_it_is_asked(drivers, tmp_path):
+    (tmp_path / "begun.py").write_text("from pathlib import Path\nPath(__file__).with_suffix('.txt').write_text('')\n")
+    code = "from heliostat.cluster import zygote_server\nzygote_server.LATEST_S = 0.2\nzygote_server.main()"
+    (tmp_path / "z").mkdir()
+    command = [sys.executable, "-c", code, str(tmp_path / "z" / "socket"), "begun", "", drivers]
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(tmp_path)}, stdin=subprocess.PIPE) as process:
+        until(lambda: (tmp_path / "z" / "socket").exists())
+        if drivers:
+            time.sleep(1.0)
+            assert not (tmp_path / "begun.txt").exists()
+        else:
+            until(lambda: (tmp_path / "begun.txt").exists())
+        assert process.stdin
+        process.stdin.close()
+        assert process.wait(60) == 0
+
+
 def test_the_nurseries_of_a_zygote_end_with_it(anybodys, tmp_path):
     nursery = psutil.Process(ask(anybodys, tmp_path, RAY_JOB_ID="01000000")["parent"])
     anybodys.process.send_signal(signal.SIGKILL)

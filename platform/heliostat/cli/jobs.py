@@ -20,7 +20,8 @@ from heliostat.terminal import duration
 if TYPE_CHECKING:
     from heliostat.cluster.endpoint import Endpoint
     from heliostat.config.spec import Job
-    from heliostat.submit.jobs import Jobs, Record
+    from heliostat.submit.jobs import Jobs
+    from heliostat.submit.submission import Record
 
 Target = Annotated[str | None, typer.Option("--cluster", "-c", help="A cluster file, an address, or a local cluster's name")]
 Id = Annotated[str, typer.Argument(help="The job's id: its run's name", metavar="ID", show_default=False)]
@@ -41,21 +42,22 @@ def submit(
 ) -> None:
     """Send a job to a cluster: the workspace and heliostat travel, the id is the run's name. Plans and checks first."""
     from heliostat.cluster.endpoint import endpoint
-    from heliostat.submit import jobs as api
+    from heliostat.submit.jobs import Jobs
+    from heliostat.submit.submission import Record
 
     flags = (["--resume"] if resume else []) + (["--overwrite"] if overwrite else [])
     with endpoint(cluster) as there:
         wanted = checked(job, setting or [], there)
-        send(api.Jobs(there), api.Record.of(wanted, cluster, queue), tuple(flags), follow, json_)
+        send(Jobs(there), Record.of(wanted, cluster, queue), tuple(flags), follow, json_)
 
 
 def checked(file: Path, settings: list[str], there: Endpoint) -> Job:
     """Loads a job and checks everything that can be checked from here: its paths, its plan on the cluster, its services."""
     from heliostat.check import check_services
     from heliostat.plan import planner as planning
-    from heliostat.submit import jobs as api
+    from heliostat.submit import submission
 
-    wanted = api.load(file, settings, there)
+    wanted = submission.load(file, settings, there)
     planned, recipe, _ = planning.prepare(file, settings)
     planning.plan(planned, recipe, there.file)
     if there.here:
@@ -121,15 +123,16 @@ def status(id_: Id, cluster: Target = None, json_: Json = False) -> None:
 
 def _progress(folder: str, steps: int, metadata: dict[str, Any]) -> dict[str, Any]:
     from heliostat.storage import Location
-    from heliostat.submit import jobs as api
+    from heliostat.submit import progress
 
-    return api.sweep_progress(Location(folder)) if metadata.get("kind") == "sweep" else api.progress(Location(folder), steps)
+    return progress.of_sweep(Location(folder)) if metadata.get("kind") == "sweep" else progress.of_run(Location(folder), steps)
 
 
 def _look(job_id: str, cluster: str | None) -> dict[str, Any]:
     """Looks up a job's state on its cluster; if the cluster is gone, in the job's local record."""
     from heliostat.cluster.endpoint import endpoint
-    from heliostat.submit.jobs import Jobs, Record
+    from heliostat.submit.jobs import Jobs
+    from heliostat.submit.submission import Record
 
     record = Record.read(job_id)
     try:
@@ -148,8 +151,9 @@ def logs(id_: Id, follow: Follow = False, cluster: Target = None) -> None:
     """Show a job's log: from the cluster, or from storage when the cluster is gone."""
     from heliostat.cluster.endpoint import endpoint
     from heliostat.storage import Location
-    from heliostat.submit.jobs import Jobs, Record, exit_code
+    from heliostat.submit.jobs import Jobs, exit_code
     from heliostat.submit.logs import stored
+    from heliostat.submit.submission import Record
 
     record = Record.read(id_)
     code = 0
@@ -184,7 +188,8 @@ def stop(
     """Stop a job; it saves a checkpoint first, unless --now."""
     from heliostat.cluster.endpoint import endpoint
     from heliostat.storage import BUDGET
-    from heliostat.submit.jobs import Jobs, Record
+    from heliostat.submit.jobs import Jobs
+    from heliostat.submit.submission import Record
 
     record = Record.read(id_)
     with endpoint(cluster or (record.cluster if record else None)) as there:
@@ -203,7 +208,8 @@ def stop(
 def resume(id_: Id, cluster: Target = None, follow: Follow = False, setting: Settings = None, json_: Json = False) -> None:
     """Send a job again, to go on from its last checkpoint; --set may change what a resumed run may change, as workers.count."""
     from heliostat.cluster.endpoint import endpoint
-    from heliostat.submit.jobs import Jobs, Record, changed
+    from heliostat.submit.jobs import Jobs
+    from heliostat.submit.submission import Record, changed
 
     record = Record.read(id_)
     if record is None:

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from heliostat.cli.common import MODELS, Model, TrackingUri, app, flag, out, store_uri
+from heliostat.cli.common import MODELS, TrackingUri, app, flag, out, store_uri
 from heliostat.errors import ConfigError
+
+if TYPE_CHECKING:
+    from heliostat.serving.served import Served
+
+AnyModel = Annotated[
+    str | None, typer.Argument(help="models:/NAME/VERSION, a run id, or a model's folder", metavar="[MODEL]", show_default=False)
+]
+IndexOption = Annotated[
+    str | None, typer.Option("--index", metavar="INDEX", help="An index of documents that is asked; a folder or s3:// URI")
+]
+EmbedderOption = Annotated[
+    str | None, typer.Option("--embedder", metavar="MODEL", help="The embedder of the index, where it lies elsewhere now")
+]
 
 
 @app.command(rich_help_panel=MODELS)
 def serve(
-    model: Model,
+    model: AnyModel = None,
+    index: IndexOption = None,
+    embedder: EmbedderOption = None,
     name: Annotated[str | None, typer.Option(help="What clients call the model; the default is its own name")] = None,
     keys: Annotated[
         Path, typer.Option(help="A file of API keys, a key or NAME KEY a line; one that is not there is made, with a new key")
@@ -30,12 +45,10 @@ def serve(
     poll: Annotated[float, typer.Option(help="Seconds between two looks at the alias")] = 2.0,
     mlflow: TrackingUri = None,
 ) -> None:
-    """Serve a language model over HTTP, as OpenAI's API: an alias of the registry is followed."""
+    """Serve a model, an index, or both over HTTP, as OpenAI's API: an alias of the registry is followed."""
     from heliostat import extras
     from heliostat.config.schema import validate
-    from heliostat.serving import keys as files
     from heliostat.serving import options, run
-    from heliostat.serving.versions import Source
 
     extras.require("serve", "watchfiles", what="heliostat serve")
     given = {"port": port, "replicas": options.replicas(replicas), "batch": batch, "max_tokens": max_tokens, "poll_s": poll,
@@ -43,15 +56,75 @@ def serve(
     asked = validate(options.Options, given, "serve")
     if open_ and keys != Path(".heliostat/serve/keys"):
         raise ConfigError("--no-keys: goes without --keys")
-    source = Source(model, store_uri(mlflow))
+    served = _served(model, name, index, embedder, mlflow)
     run.require_free(port)
-    if not open_ and files.made(keys):
-        out.print(f"a new API key is in {keys}")
-    known = None if open_ else files.read(keys)
-    called = name or source.name
+    known = None if open_ else _keys(keys)
+    called = " and ".join(one for one in (served.name, served.index_name) if one)
 
     def ready(url: str) -> None:
         out.print(f"{called} is served at {url}" + ("" if open_ else f"; the keys are in {keys}"))
 
-    run.serve(source, called, known, asked, ready)
+    run.serve(served, known, asked, ready)
     raise typer.Exit(130)
+
+
+@app.command(rich_help_panel=MODELS)
+def play(
+    model: AnyModel = None,
+    index: IndexOption = None,
+    embedder: EmbedderOption = None,
+    keys: Annotated[
+        Path, typer.Option(help="A file of API keys, a key or NAME KEY a line; one that is not there is made, with a new key")
+    ] = Path(".heliostat/play/keys"),
+    open_: Annotated[bool, flag("--no-keys", help="Answer whoever can reach the port, without a key")] = False,
+    port: Annotated[int, typer.Option(help="On 127.0.0.1")] = 7860,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most")] = 1024,
+    mlflow: TrackingUri = None,
+) -> None:
+    """Open a page in the browser to try a model or an index: write, complete code, chat, draw, ask."""
+    from heliostat import extras
+    from heliostat.config.schema import validate
+    from heliostat.serving import options
+
+    extras.require("play", "starlette", "uvicorn", what="heliostat play")
+    from heliostat.play import run
+
+    if open_ and keys != Path(".heliostat/play/keys"):
+        raise ConfigError("--no-keys: goes without --keys")
+    asked = validate(options.Options, {"port": port, "max_tokens": max_tokens, "at_once": 64, "batch": 8}, "play")
+    served = _served(model, None, index, embedder, mlflow)
+    known = None if open_ else _keys(keys)
+
+    def ready(url: str) -> None:
+        from heliostat.serving import keys as files
+
+        if open_:
+            out.print(f"the page is at {url}")
+        elif out.is_terminal:
+            out.print(f"the page is at {url}#key={files.first(keys)}")
+        else:
+            out.print(f"the page is at {url}; it asks for a key, one of those in {keys}")
+
+    run.play(served, known, asked, ready)
+    raise typer.Exit(130)
+
+
+def _keys(place: Path) -> dict[str, str]:
+    """Reads the keys, which are made if they are not there."""
+    from heliostat.serving import keys as files
+
+    if files.made(place):
+        out.print(f"a new API key is in {place}")
+    return files.read(place)
+
+
+def _served(model: str | None, name: str | None, index: str | None, embedder: str | None, mlflow: str | None) -> Served:
+    from heliostat.serving.served import served
+    from heliostat.track.models import resolve
+
+    store = store_uri(mlflow)
+    if index is not None:
+        from heliostat.retrieval import build
+
+        build.require()
+    return served(model, store, name, index, resolve(embedder, store) if embedder else None)

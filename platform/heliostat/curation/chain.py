@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
-from heliostat.curation import registry, tally
+from heliostat.curation import cpu_time, registry, tally
 from heliostat.curation.stage import Document, Dropped, Stage, Work
 from heliostat.errors import HeliostatError
 
@@ -48,10 +47,10 @@ class Chain:
         for name, stage, work in self.stages:
             if not documents:
                 break
-            sizes, start = [bytes_of(d) for d in documents], time.perf_counter()
+            sizes, start = [bytes_of(d) for d in documents], cpu_time.now()
             before = [Document(d.id, d.text, d.columns, d.picture) for d in documents]  # a stage may change a document in place
             outcomes = work(documents)
-            tally.entry(self.tally, name)["seconds"] += time.perf_counter() - start
+            tally.entry(self.tally, name)["seconds"] += cpu_time.now() - start
             if len(outcomes) != len(documents):
                 raise HeliostatError(f"stage {name!r} made {len(outcomes)} outcomes of {len(documents)} documents")
             documents = []

@@ -17,6 +17,7 @@ from typing import Any
 
 import ray
 
+from heliostat.curation import cpu_time
 from heliostat.curation.pool import Pool
 from heliostat.curation.progress import Progress
 from heliostat.curation.work import Work
@@ -50,7 +51,9 @@ class Flow:
     done: dict[str, int] = field(default_factory=dict)
     kept: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-    """Of the tasks of each kind, also of those that an earlier run has finished."""
+    """Of processor time that the tasks of each kind took, also those that an earlier run has finished."""
+    walls: dict[str, float] = field(default_factory=dict)
+    """The same on the clock, with what they waited for: storage, GPUs, or a busy machine."""
     opening: dict[str, float] = field(default_factory=dict)
     """Those of them in which stages were opened: once in each process, however much it does."""
 
@@ -137,6 +140,7 @@ class Flow:
     def _count(self, counts: dict[str, int], kind: str, record: dict[str, Any]) -> None:
         counts[kind] = counts.get(kind, 0) + 1
         self.seconds[kind] = self.seconds.get(kind, 0.0) + record["seconds"]
+        self.walls[kind] = self.walls.get(kind, 0.0) + record.get("wall", record["seconds"])
         self.opening[kind] = self.opening.get(kind, 0.0) + record.get("opening", 0.0)
 
 
@@ -159,9 +163,9 @@ def execute(work: Work, run: str, kind: str, key: str, function: Callable[..., d
     known = work.read(kind, key)
     if known is not None and known.get("run") == run:
         return known
-    start = time.monotonic()
+    start, cpu = time.monotonic(), cpu_time.now()
     record = function(work.spill, **arguments, **shared)
-    record |= {"seconds": round(time.monotonic() - start, 3), "run": run}
+    record |= {"seconds": round(cpu_time.now() - cpu, 3), "wall": round(time.monotonic() - start, 3), "run": run}
     work.finish(kind, key, record)
     return record
 

@@ -23,10 +23,13 @@ import sys
 import time
 from typing import Any
 
+from heliostat.curation import cpu_time
+
 _HEAD = struct.Struct(">IQ")  # lengths of the JSON and of the bytes
 START_SECONDS = 60.0  # that a process may take until it is ready
 WALL = 20  # times the limit of processor time, on the clock
 MOST_REPLY = 1 << 31
+TAKEN = "processor_seconds"  # that an answer took
 
 
 class IsolatedError(Exception):
@@ -60,10 +63,12 @@ class Isolated:
         except OSError:
             code = self.close()
             if code == -signal.SIGPROF:
+                cpu_time.add(self._seconds)
                 raise IsolatedError("timeout", f"more than {self._seconds:g} s of processor time") from None
             raise IsolatedError(
                 "crashed", f"its process ended ({code}); {self._megabytes:,} MiB of memory is its limit"
             ) from None
+        cpu_time.add(answer.pop(TAKEN))
         if "error" in answer:
             raise IsolatedError(answer["error"], answer.get("detail", ""))
         return answer, out
@@ -169,6 +174,7 @@ def _serve(function: str, keys: dict[str, Any], seconds: float, megabytes: int) 
         except ConnectionError:
             return
         signal.setitimer(signal.ITIMER_PROF, seconds)
+        start = time.process_time()
         try:
             answer, out = work(about, data)
         except MemoryError:
@@ -176,7 +182,7 @@ def _serve(function: str, keys: dict[str, Any], seconds: float, megabytes: int) 
         except Exception as e:  # noqa: BLE001 - whatever a parser raises is the item's fault, and told with it
             answer, out = {"error": "failed", "detail": f"{type(e).__name__}: {str(e)[:200]}"}, b""
         signal.setitimer(signal.ITIMER_PROF, 0)
-        _send(sock, answer, out, None)
+        _send(sock, {**answer, TAKEN: time.process_time() - start}, out, None)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Scores texts by a Hugging Face folder of a sequence classifier: safetensors and tokenizer.json alone, no code of the folder's.
+"""Runs texts through a Hugging Face folder's model: safetensors and tokenizer.json alone, no code of the folder's.
 
-A text's score does not depend on the texts beside it: texts are padded to lengths that follow from their own, and batches are
-always full, so that every text of a length goes through the same kernels.
+What is computed of a text, such as a classifier's score, does not depend on the texts beside it: texts are padded to lengths that
+follow from their own, and batches are always full, so that every text of a length goes through the same kernels.
 """
 
 from __future__ import annotations
@@ -77,53 +77,74 @@ def padded(tokens: int, most: int) -> int:
     return min(length, max(most, tokens))
 
 
-class Scorer:
-    """Scores texts, on a GPU if there is one."""
+def check_length(config: dict[str, Any], max_tokens: int) -> None:
+    """Raises ConfigError if the model cannot read so many tokens."""
+    most = config.get("max_position_embeddings")
+    if isinstance(most, int) and max_tokens > most:
+        raise ConfigError(f"max_tokens: {max_tokens:,} is more than the model can read; give at most {most:,}")
 
-    def __init__(self, folder: str, label: str, max_tokens: int, batch: int) -> None:
+
+class Reader:
+    """Runs texts through a folder's model, on a GPU if there is one; a subclass says what is computed of its output."""
+
+    def __init__(self, folder: str, kind: str, what: str, max_tokens: int, batch: int) -> None:
         import torch
         import transformers
         from tokenizers import Tokenizer
 
-        config = describe(folder)
-        self.place, self.batch, self.max_tokens = labels(config).index(label), batch, max_tokens
+        self.batch, self.max_tokens = batch, max_tokens
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             self.tokenizer = Tokenizer.from_file(str(Path(folder) / TOKENIZER))
-            model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            model = getattr(transformers, kind).from_pretrained(
                 folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, dtype=torch.float32)  # fmt: skip
         except Exception as e:  # of many kinds: what is wrong with a folder of others
             fault = str(e).partition("\n")[0]
-            raise ConfigError(f"model: {folder!r} cannot be loaded as a sequence classifier ({fault})") from e
+            raise ConfigError(f"model: {folder!r} cannot be loaded as {what} ({fault})") from e
         self.model = model.eval().to(self.device)
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(max_tokens)
         self.pad = model.config.pad_token_id or 0
-        self.outputs = model.config.num_labels
-        self.independent = model.config.problem_type == "multi_label_classification"
 
-    def __call__(self, texts: list[str]) -> list[tuple[float, bool]]:
-        """Returns (score of the label, whether the text was longer than max_tokens) of each."""
+    def __call__(self, texts: list[str]) -> list[tuple[Any, bool]]:
+        """Returns (what is computed, whether the text was longer than max_tokens) of each."""
         encoded = self.tokenizer.encode_batch(texts)
         by_length = dict[int, list[int]]()
         for i, one in enumerate(encoded):
             by_length.setdefault(padded(len(one.ids), self.max_tokens), []).append(i)
-        found = [0.0] * len(texts)
+        found: list[Any] = [None] * len(texts)
         for length, which in sorted(by_length.items()):
             for start in range(0, len(which), self.batch):
                 part = which[start : start + self.batch]
-                for i, score in zip(part, self._scores([encoded[i].ids for i in part], length), strict=False):
-                    found[i] = score
-        return [(score, bool(one.overflowing)) for score, one in zip(found, encoded, strict=True)]
+                for i, value in zip(part, self._computed([encoded[i].ids for i in part], length), strict=False):
+                    found[i] = value
+        return [(value, bool(one.overflowing)) for value, one in zip(found, encoded, strict=True)]
 
-    def _scores(self, rows: list[list[int]], length: int) -> list[float]:
+    def _computed(self, rows: list[list[int]], length: int) -> list[Any]:
         import torch
 
         rows = rows + [rows[0]] * (self.batch - len(rows))
         ids = torch.tensor([row + [self.pad] * (length - len(row)) for row in rows], device=self.device)
         mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=self.device)
         with torch.inference_mode():
-            logits = self.model(input_ids=ids, attention_mask=mask).logits.float()
+            return self.values(self.model(input_ids=ids, attention_mask=mask), mask)
+
+    def values(self, output: Any, mask: Any) -> list[Any]:
+        """Computes a value for each row of a batch from the model's output."""
+        raise NotImplementedError
+
+
+class Scorer(Reader):
+    """Scores texts by a label of a classifier."""
+
+    def __init__(self, folder: str, label: str, max_tokens: int, batch: int) -> None:
+        self.place = labels(describe(folder)).index(label)
+        super().__init__(folder, "AutoModelForSequenceClassification", "a sequence classifier", max_tokens, batch)
+        self.outputs = self.model.config.num_labels
+        self.independent = self.model.config.problem_type == "multi_label_classification"
+
+    def values(self, output: Any, mask: Any) -> list[float]:
+        logits = output.logits.float()
         if self.outputs > 1:  # of one output: a regression, such as a grade from 0 to 5
             logits = logits.sigmoid() if self.independent else logits.softmax(-1)
         return [round(value, 5) for value in logits[:, self.place].tolist()]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from heliostat.curation import registry, spill, tally
+from heliostat.curation import cpu_time, registry, spill, tally
 from heliostat.curation.chain import Chain, batches, bytes_of
 from heliostat.curation.pieces import Part
 from heliostat.curation.stage import Document, Dropped, Picture
@@ -88,9 +87,9 @@ def survivors(
 def over_pieces(folder: Location, piece: list[Part], source: Source, stages: list[Entry], run_bytes: int,
                 explained: bool) -> dict[str, Any]:  # fmt: skip
     """Runs a segment over a piece of the input; if `explained`, it also counts what was read."""
-    start = time.monotonic()
+    start = cpu_time.now()
     chain = Chain([registry.parse(entry) for entry in stages])
-    opening = time.monotonic() - start
+    opening = cpu_time.now() - start
     documents = (d for part in piece for d in source.read(part))
     made = _run(folder, counted(documents, chain.tally) if explained else documents, source, chain, run_bytes)
     return made | {"opening": opening}
@@ -98,9 +97,9 @@ def over_pieces(folder: Location, piece: list[Part], source: Source, stages: lis
 
 def over_run(folder: Location, run: Run, source: Source, stages: list[Entry], first: int, run_bytes: int) -> dict[str, Any]:
     """Runs a segment over a run of the segment before, from stage `first` on."""
-    start = time.monotonic()
+    start = cpu_time.now()
     chain = Chain([registry.parse(e) for e in stages], first)
-    opening = time.monotonic() - start
+    opening = cpu_time.now() - start
     return _run(folder, (d for _, d in documents_of(folder, run)), source, chain, run_bytes) | {"opening": opening}
 
 
@@ -108,9 +107,9 @@ def counted(documents: Iterable[Document | Dropped], counts: tally.Tally) -> Ite
     """Counts documents as they are read, and the seconds that reading takes."""
     found, reading = tally.entry(counts, READ), iter(documents)
     while True:
-        start = time.perf_counter()
+        start = cpu_time.now()
         item = next(reading, None)
-        found["seconds"] += time.perf_counter() - start
+        found["seconds"] += cpu_time.now() - start
         if item is None:
             break
         found["documents"] += 1

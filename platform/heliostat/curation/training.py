@@ -8,6 +8,7 @@ from typing import Any
 
 from heliostat import extras
 from heliostat.curation import linear, readers, registry
+from heliostat.curation.pdf import is_pdf
 from heliostat.curation.stage import Dropped, Work
 from heliostat.errors import ConfigError
 
@@ -33,17 +34,19 @@ def train(
 
 
 def _texts(folder: Path, left_out: dict[str, int]) -> Iterator[str]:
-    """Yields the texts of all files of a folder that are of a known kind, of pages by `stage: extract` with its defaults."""
+    """Yields the texts of a folder's files that are of a known kind, of pages and PDFs by the stages' defaults."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else []
     if not paths:
         raise ConfigError(f"{str(folder)!r} holds no files; name a folder of examples")
-    extract: Work | None = None  # opened for the first page: it needs packages that texts do not
+    opened = dict[str, Work]()  # each for the first of its kind: they need packages that texts do not
     for path in paths:
         with path.open("rb") as stream:
             for item in readers.read(str(path), stream, readers.Limits()):
                 if not isinstance(item, Dropped) and isinstance(item.text, bytes):
-                    extract = extract or registry.parse({"stage": "extract"}).open()
-                    (made,) = extract([item])
+                    stage = "pdf" if is_pdf(item.text) else "extract"
+                    if stage not in opened:
+                        opened[stage] = registry.parse({"stage": stage}).open()
+                    (made,) = opened[stage]([item])
                     item = made.document or Dropped(item.id, made.reason)
                 if isinstance(item, Dropped):
                     left_out[item.reason] = left_out.get(item.reason, 0) + 1

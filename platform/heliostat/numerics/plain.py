@@ -21,8 +21,9 @@ from heliostat.numerics.small import STEPS
 from heliostat.numerics.tensors import read
 from heliostat.numerics.thresholds import LIMITS
 from heliostat.recipes import building
-from heliostat.recipes.protocol import Batch, Recipe
+from heliostat.recipes.protocol import Batch, CouplesSamples, Recipe
 from heliostat.train.worker.batch_plan import BatchPlan
+from heliostat.train.worker.coupled import objective
 
 WAIT_S = 300.0  # for the workers' next step
 
@@ -59,6 +60,8 @@ class Plain:
         """Computes the loss, and the share of the gradient of the objective that each worker has, or the workers that share
         samples."""
         terms = sum(self.terms(micro) for _, micro in micros)
+        if isinstance(self.recipe, CouplesSamples):
+            return self._coupled(self.recipe, micros, terms)
         total, parts, routed = 0.0, [], list[torch.Tensor]()
         replicas = self.job.replicas
         for replica in range(replicas):
@@ -66,16 +69,39 @@ class Plain:
             for seed, micro in micros[replica::replicas]:
                 torch.manual_seed(seed)
                 made = self.recipe.loss(self.model, micro)
-                objective = made.sum / terms
+                minimised = made.sum / terms
                 for part in made.parts.values():
-                    objective = objective + part.value * (part.weight / len(micros))
-                objective.backward()
+                    minimised = minimised + part.value * (part.weight / len(micros))
+                minimised.backward()
                 total += made.sum.item() / terms
                 routed += [] if made.routed is None else [made.routed]
-            parts.append({n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in self.trained.items()})
+            parts.append(self._kept())
         if self.recipe.balances:
             self.recipe.balance(self.model, torch.stack(routed).sum(0))
         return total, parts
+
+    def _coupled(
+        self, recipe: CouplesSamples, micros: list[tuple[int, Batch]], terms: int
+    ) -> tuple[float, list[dict[str, torch.Tensor]]]:
+        """Computes the same of a loss of all samples of the step, of which a worker's share is what its samples add."""
+        found = []
+        for seed, micro in micros:
+            torch.manual_seed(seed)
+            found.append(recipe.represent(self.model, micro))
+        leaves = [{n: t.detach().requires_grad_(t.is_floating_point()) for n, t in one.items()} for one in found]
+        made = recipe.couple({name: torch.cat([one[name] for one in leaves]) for name in leaves[0]})
+        objective(made, terms).backward()
+        parts = []
+        for replica in range(self.job.replicas):
+            self.model.zero_grad()
+            for one, leaf in zip(found[replica :: self.job.replicas], leaves[replica :: self.job.replicas], strict=True):
+                named = [name for name in one if leaf[name].grad is not None]
+                torch.autograd.backward([one[name] for name in named], [leaf[name].grad for name in named])
+            parts.append(self._kept())
+        return made.sum.item() / terms, parts
+
+    def _kept(self) -> dict[str, torch.Tensor]:
+        return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in self.trained.items()}
 
     def terms(self, micro: Batch) -> int:
         return (self.recipe.terms_per_sample or 0) * self.job.train.micro_batch or self.recipe.terms(micro)

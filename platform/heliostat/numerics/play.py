@@ -19,7 +19,7 @@ import torch.distributed as dist
 from heliostat.checkpoint import saver as checkpoint
 from heliostat.checkpoint.agreement import together
 from heliostat.config.spec import Job
-from heliostat.data import receipt, stream
+from heliostat.data import stream
 from heliostat.data.dataset import DataPlan, open_dataset
 from heliostat.events import Event
 from heliostat.numerics.compare import relative
@@ -32,10 +32,10 @@ from heliostat.runs import segments
 from heliostat.train.time_ledger import Ledger
 from heliostat.train.worker import deepspeed_engine, expert_group, zero_state
 from heliostat.train.worker.batch_plan import BatchPlan
-from heliostat.train.worker.expert_load import ExpertLoad
 from heliostat.train.worker.loop import Worker
-from heliostat.train.worker.objective import Objective
 from heliostat.train.worker.sequence_group import SequenceGroup
+from heliostat.train.worker.stepper import Stepper
+from heliostat.train.worker.unsealed import Unsealed
 
 FREE = SimpleNamespace(check=lambda: None)  # of a run that no other driver can take over
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -64,11 +64,9 @@ class Player(Worker):
         self.saver.attach(zero_state.inner_optimizer(self.engine))
         self.ema = self.spikes = self.held_out = None
         self.device = self.engine.device
-        self.objective, self.experts = Objective(recipe), ExpertLoad(recipe, self.engine)
-        self.batch_plan = BatchPlan(job, plan)
-        self.chain, self.skipped, self.bad_samples = receipt.GENESIS, 0, 0
-        self.scores, self.scored_at, self._told = {}, -1, []
-        self._losses, self._added, self._norms, self._step_digests, self._lane_digests, self._bad = [], [], [], [], [], []
+        self.stepper = Stepper(job, self.engine, recipe, BatchPlan(job, plan), self.sequence, self.ledger)
+        self.unsealed = Unsealed(self.run_folder, self.dataset, self.control, self.sequence.reads)
+        self.skipped, self.scores, self.scored_at, self._told = 0, {}, -1, []
         if start_step:
             self._restore()
 
@@ -77,10 +75,10 @@ class Player(Worker):
 
     def losses(self, first: int, last: int) -> list[float]:
         """Makes the steps [first, last); returns their losses over the global batch."""
-        begun = len(self._losses)
+        begun = len(self.stepper.losses)
         for step in range(first, last):
             self._step(step, self._next_step())
-        mine = torch.stack(self._losses[begun:]).double()
+        mine = torch.stack(self.stepper.losses[begun:]).double()
         dist.all_reduce(mine)
         return mine.tolist()
 

@@ -6,10 +6,15 @@ from heliostat import lazy
 
 if TYPE_CHECKING:
     from heliostat.pipelines.images.pipeline import ImagePipeline
+    from heliostat.pipelines.pairs.pipeline import PairPipeline
     from heliostat.pipelines.text.pipeline import TextPipeline
 
-__all__ = ["ImagePipeline", "TextPipeline"]
+__all__ = ["ImagePipeline", "PairPipeline", "TextPipeline"]
 __getattr__, __dir__ = lazy.names(
     __name__,
-    {"ImagePipeline": "heliostat.pipelines.images.pipeline", "TextPipeline": "heliostat.pipelines.text.pipeline"},
+    {
+        "ImagePipeline": "heliostat.pipelines.images.pipeline",
+        "PairPipeline": "heliostat.pipelines.pairs.pipeline",
+        "TextPipeline": "heliostat.pipelines.text.pipeline",
+    },
 )

@@ -43,9 +43,9 @@ class StagedPipeline(Pipeline):
         """Locates the unfinished work."""
         return Work(place(self.work, "work") if self.work else place(self.output, "output").ending(".work"))
 
-    def flow(self) -> Flow:
-        """Makes what runs the tasks, and shows how far they are."""
-        return Flow(self.worked, self.labels, progress=self.progress())
+    def flow(self, work: Work | None = None) -> Flow:
+        """Makes what runs the tasks, and shows how far they are; in another place than the pipeline's own, if one is given."""
+        return Flow(work or self.worked, self.labels, progress=self.progress())
 
     def progress(self) -> Progress:
         return Progress(self._watch.show) if self._watch else Progress()

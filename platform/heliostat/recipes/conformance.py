@@ -10,15 +10,29 @@ from typing import Any
 from heliostat.config.schema import nearest
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
-from heliostat.recipes.protocol import GUIDE, CutsSamples, DividesExperts, Draws, Evaluates, Exports, Generates, Recipe, Serves
+from heliostat.recipes.protocol import (
+    GUIDE,
+    CouplesSamples,
+    CutsSamples,
+    DividesExperts,
+    Draws,
+    Evaluates,
+    Exports,
+    Generates,
+    Paints,
+    Recipe,
+    Serves,
+)
 
 KINDS = ("tokens", "rows")
 MARKS = {  # the method that an ability is known by
     "evaluate": Evaluates,
     "save_config": Exports,
     "generator": Generates,
+    "canvas": Paints,
     "serving": Serves,
     "gallery": Draws,
+    "couple": CouplesSamples,
     "exchange": CutsSamples,
     "exchange_tokens": DividesExperts,
 }

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 
 
-def from_config(auto: Any, config: Any) -> Any:
+def from_config(auto: Any, config: Any, **options: Any) -> Any:
     """Builds a model with `auto.from_config(config)` in fp32."""
     from transformers.initialization import no_init_weights
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     if is_deepspeed_zero3_enabled():
-        return auto.from_config(config, dtype=torch.float32)
+        return auto.from_config(config, dtype=torch.float32, **options)
     with no_init_weights():  # as at ZeRO-3: constructors draw no random numbers
-        model = auto.from_config(config, dtype=torch.float32)
+        model = auto.from_config(config, dtype=torch.float32, **options)
     model.init_weights()
     return model

@@ -152,6 +152,30 @@ class Recipe(ABC):
         return ", ".join(f"{k} {f'({len(v)} bytes)' if isinstance(v, bytes) else v}" for k, v in row.items())
 
 
+class CouplesSamples(Recipe):
+    """Trains on a loss of all samples of a step together, such as a contrastive one.
+
+    The engine goes over each micro-batch twice (GradCache), so that the loss and its gradients are those of the global batch
+    whatever the number of workers and of micro-batches, and memory is that of one micro-batch.
+    """
+
+    terms_per_sample = 1
+
+    @abstractmethod
+    def represent(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        """Computes what the loss needs of each sample, [batch, ...] by name, alike when it is called again with the same random
+        numbers. Gradients flow through what has floating-point numbers; the rest is carried along."""
+
+    @abstractmethod
+    def couple(self, found: dict[str, torch.Tensor]) -> Loss:
+        """Computes the loss of the samples of a step from what `represent` gave of them, in their order. Every worker computes
+        it of all samples."""
+
+    def loss(self, model: torch.nn.Module, batch: Batch) -> Loss:
+        """Computes the loss of a batch that is a whole step."""
+        return self.couple(self.represent(model, batch))
+
+
 class Evaluates(ABC):
     """Evaluates its model on the held-out samples: a job may ask for `evaluate`."""
 
@@ -272,6 +296,25 @@ class Generates(Exports):
             return []
         answers = self.generator(folder, {})([Request(prompt, 0, None) for prompt in self.prompts])
         return [(a.prompt, a.shown.removeprefix(a.prompt) if a.shown.startswith(a.prompt) else f" -> {a.shown}") for a in answers]
+
+
+class Paints(Generates):
+    """Draws pictures of prompts with its exports, over and over with other options: `heliostat serve` and `play`."""
+
+    @staticmethod
+    @abstractmethod
+    def canvas(folder: Path) -> Canvas:
+        """Loads an exported folder once."""
+
+
+class Canvas(Protocol):
+    """Draws pictures. `size`: width and height of the model's own, in pixels; `defaults`: options, as `generator` takes them."""
+
+    size: tuple[int, int]
+    defaults: dict[str, Any]
+
+    def draw(self, prompts: list[str], seeds: list[int], options: dict[str, Any]) -> list[bytes]:
+        """Draws a picture for each prompt, as PNG, each from its own seed; ConfigError for options that there are not."""
 
 
 class Serves(Exports):

@@ -15,13 +15,14 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from heliostat import extras
+from heliostat import extras, lease
 from heliostat.curation.flow import Flow, Task
 from heliostat.curation.progress import Progress
 from heliostat.curation.work import Work, key
@@ -31,6 +32,7 @@ from heliostat.inference.batch.claim import claim
 from heliostat.inference.batch.run import model_digest, origin
 from heliostat.pipelines.watching import Watch
 from heliostat.recipes import exported
+from heliostat.recipes.text import sentence_folder
 from heliostat.retrieval import table
 from heliostat.retrieval.record import RECORD, read
 from heliostat.retrieval.settings import Settings
@@ -53,25 +55,26 @@ def index_documents(
 ) -> dict[str, Any]:  # fmt: skip
     """Builds the index, or brings it up to date; returns what `index.json` says, and `new`, the units that were done.
 
-    ConfigError before anything starts if the dataset holds no text, the embedder is no language model, or the output holds
-    something else.
+    ConfigError before anything starts if the dataset holds no text, the embedder embeds none, or the output holds
+    something else, or is being built by another command.
     """
     require()
     made, place = open_text(Location(dataset)), Location(output)
     about = describe(embedder) if embedder else None
     place.probe()
     claim(place, {"embedder": about and about["digest"], **settings.model_dump()}, "an index", "index of documents")
-    before = what_was(place)
-    if before and before.record["dataset"]["digest"] == made.digest:
-        return {**before.record, "added": 0, "deleted": 0, "new": 0}
-    import torch
+    with lease.take(place, "built", "wait for it, or stop it", field="--out") as held:
+        before = what_was(place)
+        if before and before.record["dataset"]["digest"] == made.digest:
+            return {**before.record, "added": 0, "deleted": 0, "new": 0}
+        import torch
 
-    from heliostat.cluster.connect import connect
+        from heliostat.cluster.connect import connect
 
-    connect(cpus=workers, gpus=torch.cuda.device_count() if embedder else 0)
-    with Watch(console, f"indexing {dataset}", quiet) as watch:
-        flow = Flow(Work(place.join(WORK)), progress=Progress(watch.show))
-        return build(flow, made, place, settings, about, before, batch)
+        connect(cpus=workers, gpus=torch.cuda.device_count() if embedder else 0)
+        with Watch(console, f"indexing {dataset}", quiet) as watch:
+            flow = Flow(Work(place.join(WORK)), progress=Progress(watch.show))
+            return build(flow, made, place, settings, about, before, batch, held.fence.check)
 
 
 @dataclass(frozen=True)
@@ -100,11 +103,11 @@ def require() -> None:
 
 
 def describe(embedder: Path) -> dict[str, Any]:
-    """Describes the embedder: folder, digest, origin, and `dims` of its embeddings; ConfigError if it is no language model."""
+    """Describes the embedder: folder, digest, origin, and `dims` of its embeddings; ConfigError if it embeds no text."""
     from transformers import AutoConfig
 
-    if getattr(exported.read(embedder).recipe, "kind", None) != "tokens":
-        raise ConfigError(f"--embedder: {embedder}: is no language model")
+    if sentence_folder.read(embedder) is None and getattr(exported.read(embedder).recipe, "kind", None) != "tokens":
+        raise ConfigError(f"--embedder: {embedder}: is neither an embedder of texts nor a language model")
     with exported.using(embedder):
         dims = AutoConfig.from_pretrained(embedder).get_text_config().hidden_size
     return {"folder": str(embedder), "digest": model_digest(embedder), "dims": dims, **origin(embedder)}
@@ -112,14 +115,18 @@ def describe(embedder: Path) -> dict[str, Any]:
 
 def build(
     flow: Flow, made: Manifest, place: Location, settings: Settings, embedder: dict[str, Any] | None,
-    before: Before | None, batch: int,
+    before: Before | None, batch: int, before_commit: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Makes the passages by tasks of a flow, commits them as a version, and writes what it is to `index.json`."""
+    """Makes the passages by tasks of a flow, commits them as a version, and writes what it is to `index.json`.
+
+    `before_commit`: raises if another command has taken the index over.
+    """
     began = time.time()
     records = _passages(flow, made, place, settings, embedder, before, batch)
     fragments = [fragment for record in records for fragment in record["fragments"]]
     if not fragments:
         raise DataError(f"{made.location}: none of its documents has a passage of text")
+    before_commit()
     columns = table.schema(embedder["dims"] if embedder else None)
     version = table.build_indices(table.commit(place, columns, fragments), place)
     new, shards = flow.done.get("passages", 0), set(made.paths)

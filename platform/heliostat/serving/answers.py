@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 Piece = dict[str, Any]  # of an answer: text, logprobs, finish, and at its end the numbers of tokens
+Source = dict[str, Any]  # a passage, its place in the corpus, and what of it the model was shown (`used`: whole, part or no)
 
 
 class Shape:
@@ -24,15 +25,15 @@ class Shape:
             "system_fingerprint": version,
         }
 
-    def whole(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+    def whole(self, pieces: Sequence[Piece], sources: Sequence[Source] | None = None) -> dict[str, Any]:
         """Writes an answer that is not streamed; a piece is the whole answer to one of the prompts."""
         kind = "chat.completion" if self.chat else "text_completion"
         choices = [self._choice(index, piece, "message") for index, piece in enumerate(pieces)]
-        return {**self.head, "object": kind, "choices": choices, "usage": usage(pieces)}
+        return {**self.head, "object": kind, "choices": choices, "usage": usage(pieces), **_told(sources)}
 
-    def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
-        """Writes a piece of a stream."""
-        return {**self.head, "object": self._streamed, "choices": [self._choice(index, piece, "delta")]}
+    def chunk(self, index: int, piece: Piece, sources: Sequence[Source] | None = None) -> dict[str, Any]:
+        """Writes a piece of a stream, the first with the sources of the answer, if it has some."""
+        return {**self.head, "object": self._streamed, "choices": [self._choice(index, piece, "delta")], **_told(sources)}
 
     def counts(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         """Writes the numbers of tokens, the last chunk of a stream that asks for them."""
@@ -68,11 +69,26 @@ def _encoded(vector: Sequence[float], encoding: str) -> list[float] | str:
     return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
 
 
-def models(name: str, since: int) -> dict[str, Any]:
-    """Lists the model that is served."""
-    return {"object": "list", "data": [model(name, since)]}
+def images(model: str, version: str, made: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Writes pictures, each with its seed."""
+    head = {"created": int(time.time()), "model": model, "system_fingerprint": version, "output_format": "png"}
+    return {**head, "data": list(made)}
+
+
+def passages(index: str, version: str, found: Sequence[Source]) -> dict[str, Any]:
+    """Writes the passages that were found, the best first."""
+    return {"object": "list", "model": index, "system_fingerprint": version, "data": list(found)}
+
+
+def models(names: Sequence[str], since: int) -> dict[str, Any]:
+    """Lists what is served."""
+    return {"object": "list", "data": [model(name, since) for name in names]}
 
 
 def model(name: str, since: int) -> dict[str, Any]:
-    """Describes the model that is served."""
+    """Describes a model, or an index, that is served."""
     return {"id": name, "object": "model", "created": since, "owned_by": "heliostat"}
+
+
+def _told(sources: Sequence[Source] | None) -> dict[str, Any]:
+    return {} if sources is None else {"sources": list(sources)}

@@ -9,36 +9,48 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from heliostat.serving import answers, keys, measures, requests, sse
+from heliostat.serving import answers, keys, kinds, measures, requests, sse
 from heliostat.serving.answers import Shape
+from heliostat.serving.asks import Ask, Picture, Search
 from heliostat.serving.backend import Backend
-from heliostat.serving.confined import confine
-from heliostat.serving.handles import LOST, Handles
 from heliostat.serving.limits import Limits
 from heliostat.serving.refusals import Refusal
-from heliostat.serving.replica import Ask
 
 log = logging.getLogger(__name__)
 
-PATHS = {"/health": "GET", "/metrics": "GET", "/v1/models": "GET", "/v1/completions": "POST",
-         "/v1/chat/completions": "POST", "/v1/embeddings": "POST"}  # fmt: skip
+PATHS = {"/health": "GET", "/metrics": "GET", "/v1/models": "GET", "/v1/completions": "POST", "/v1/chat/completions": "POST",
+         "/v1/embeddings": "POST", "/v1/images/generations": "POST", "/v1/search": "POST"}  # fmt: skip
 FAILED = Refusal(500, "the endpoint failed; its log says why")
 DEFAULT_TOKENS = 16  # of a completion, as OpenAI has it
+ANSWER_TOKENS = 128  # of an answer from the index
+
+
+class Replicas(Protocol):
+    """Reaches the replicas of a version: `call` asks for a method of theirs by its name."""
+
+    async def call(self, version: str, what: str, asked: Any) -> dict[str, Any]: ...
+
+    def stream(self, version: str, ask: Ask) -> AsyncGenerator[dict[str, Any]]: ...
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Holds what the front goes by. `keys`: digests by name; None lets everybody in."""
+    """Holds what the front goes by. `keys`: digests by name; None lets everybody in.
 
-    model: str
+    `model`: what clients call it, None if there is an index only; `kind`: what it does; `index`: what clients call that.
+    """
+
+    model: str | None
+    kind: str | None
+    index: str | None
     since: int
     keys: dict[str, str] | None
     body_bytes: int
@@ -51,12 +63,11 @@ class Settings:
 class Front:
     """Answers requests; `use` says which version's replicas do the work."""
 
-    def __init__(self, settings: Settings) -> None:
-        confine()
-        self.settings = settings
+    def __init__(self, settings: Settings, handles: Replicas, lost: tuple[type[BaseException], ...]) -> None:
+        self.settings, self.handles = settings, handles
+        self.names = [name for name in (settings.model, settings.index) if name is not None]
         self.limits = Limits(settings.at_once, settings.a_minute)
-        self.backend = Backend(LOST, settings.deadline_s)
-        self.handles = Handles()
+        self.backend = Backend(lost, settings.deadline_s)
         self.measures = measures.Measures()
 
     async def use(self, version: str) -> dict[str, int]:
@@ -84,12 +95,11 @@ class Front:
         if path == "/health":
             up = self.backend.ready.is_set()
             return JSONResponse({"status": "ok" if up else "starting"}, 200 if up else 503)
-        name = (
-            keys.owner(request.headers.get("authorization"), self.settings.keys) if self.settings.keys is not None else "anybody"
-        )
+        name = self.owner(request)
         if path.startswith("/v1/models/") and request.method == "GET":
-            self._require_model(path.removeprefix("/v1/models/"))
-            return JSONResponse(answers.model(self.settings.model, self.settings.since))
+            asked = path.removeprefix("/v1/models/")
+            self._require_served(asked)
+            return JSONResponse(answers.model(asked, self.settings.since))
         if path not in PATHS:
             raise Refusal(404, f"{path[:100]}: there is no such path; there are {', '.join(PATHS)}", code="unknown_path")
         if request.method != PATHS[path]:
@@ -97,8 +107,13 @@ class Front:
         if path == "/metrics":
             return Response(self.measures.text(self.backend.open, self.backend.retried), media_type=measures.CONTENT_TYPE)
         if path == "/v1/models":
-            return JSONResponse(answers.models(self.settings.model, self.settings.since))
+            return JSONResponse(answers.models(self.names, self.settings.since))
         return await self._work(request, path, name)
+
+    def owner(self, request: Request) -> str:
+        """Finds the name of a request's key; Refusal with 401 if it has none that is known."""
+        known = self.settings.keys
+        return "anybody" if known is None else keys.owner(request.headers.get("authorization"), known)
 
     async def _work(self, request: Request, path: str, name: str) -> Response:
         """Answers what is for the model, within the key's limits until its last byte."""
@@ -108,8 +123,12 @@ class Front:
             raw = await self._body(request)
             if path == "/v1/embeddings":
                 response = await self._embeddings(requests.embeddings(raw), name)
+            elif path == "/v1/images/generations":
+                response = await self._images(requests.images(raw), name)
+            elif path == "/v1/search":
+                response = await self._search(requests.search(raw))
             else:
-                asked = requests.chat(raw) if path == "/v1/chat/completions" else requests.completion(raw)
+                asked = requests.chat(raw, self.settings.index) if "chat" in path else requests.completion(raw)
                 response = await self._text(asked, name, path)
             return response
         finally:
@@ -128,45 +147,89 @@ class Front:
                 raise Refusal(413, f"the body has more than {most} bytes, which is the limit", code="body_too_large")
         return bytes(held)
 
-    def _require_model(self, asked: str) -> None:
+    def _require_served(self, asked: str) -> None:
+        if asked not in self.names:
+            there = f"{' and '.join(map(repr, self.names))} {'are' if self.names[1:] else 'is'}"
+            raise Refusal(404, f"model: {asked[:100]!r} is not served; {there}", "model", "model_not_found")
+
+    def _require_model(self, asked: str, kind: str) -> None:
+        """Raises Refusal unless a model of this kind is asked that is served."""
+        self._require_served(asked)
         if asked != self.settings.model:
-            said = f"model: {asked[:100]!r} is not served; {self.settings.model!r} is"
-            raise Refusal(404, said, "model", "model_not_found")
+            said = f"model: {asked!r} is an index; ask it at /v1/search, or at /v1/chat/completions where a model answers from it"
+            raise Refusal(400, said, "model", "unsupported_by_model")
+        if kind != self.settings.kind:
+            said = {
+                kinds.TEXT: "writes, and draws nothing; ask it at /v1/completions",
+                kinds.IMAGES: "draws, and writes nothing; ask it at /v1/images/generations",
+            }
+            raise Refusal(400, f"model: {asked!r} {said[str(self.settings.kind)]}", "model", "unsupported_by_model")
 
     async def _embeddings(self, asked: requests.Embeddings, name: str) -> Response:
-        self._require_model(asked.model)
-        _, made = await self.backend.ask(lambda version: self.handles.embed(version, asked.input))
+        self._require_model(asked.model, kinds.TEXT)
+        _, made = await self._call("embed", asked.input)
         body = answers.embeddings(asked.model, made["answers"], asked.encoding_format)
         self.measures.counted(name, body["usage"])
         return JSONResponse(body)
 
+    async def _images(self, asked: requests.Images, name: str) -> Response:
+        self._require_model(asked.model, kinds.IMAGES)
+        picture = Picture(asked.prompt, asked.n, _seed(asked.seed), asked.options)
+        version, made = await self._call("draw", picture)
+        self.measures.images.labels(name).inc(asked.n)
+        return JSONResponse(answers.images(asked.model, version, made["images"]))
+
+    async def _search(self, asked: requests.Search) -> Response:
+        index = self.settings.index
+        if index is None:
+            raise Refusal(400, "no index is served here; start with --index INDEX", code="no_index")
+        if asked.model not in (None, index):
+            said = f"model: {str(asked.model)[:100]!r} is not the index; {index!r} is"
+            raise Refusal(400, said, "model", "unsupported_by_model")
+        version, made = await self._call("search", Search(asked.query, asked.top, asked.mode))
+        return JSONResponse(answers.passages(index, version, made["passages"]))
+
+    async def _call(self, what: str, asked: Any) -> tuple[str, dict[str, Any]]:
+        return await self.backend.ask(lambda version: self.handles.call(version, what, asked))
+
     async def _text(self, asked: requests.Sampled, name: str, path: str) -> Response:
-        self._require_model(asked.model)
+        self._require_writer(asked)
         ask, chat = self._ask(asked), isinstance(asked, requests.Chat)
         if asked.stream:
             return await self._stream(asked, ask, name, path)
-        version, made = await self.backend.ask(lambda version: self.handles.answer(version, ask))
-        body = Shape(asked.model, version, chat).whole(made["answers"])
+        version, made = await self._call("answer", ask)
+        body = Shape(asked.model, version, chat).whole(made["answers"], made.get("sources"))
         self.measures.counted(name, body["usage"])
         return JSONResponse(body)
+
+    def _require_writer(self, asked: requests.Sampled) -> None:
+        if not isinstance(asked, requests.Question):
+            return self._require_model(asked.model, kinds.TEXT)
+        if self.settings.kind != kinds.TEXT:
+            raise Refusal(400, f"model: no model answers from {asked.model!r}; ask /v1/search", "model", "unsupported_by_model")
+        if asked.messages[0].role != "user":
+            raise Refusal(400, "messages.0.role: an index takes one question, a message of the user", "messages", "invalid_value")
+        return None
 
     def _ask(self, asked: requests.Sampled) -> Ask:
         """Translates a request; without a seed it gets one, so that a second try gives the same answer."""
         chat = asked if isinstance(asked, requests.Chat) else None
+        question = asked if isinstance(asked, requests.Question) else None
         most, where = asked.max_tokens, "max_tokens"
         if chat and chat.max_completion_tokens is not None:
             most, where = chat.max_completion_tokens, "max_completion_tokens"
-        if most is None and not chat:
-            most = min(DEFAULT_TOKENS, self.settings.max_tokens)
+        if most is None and (question or not chat):
+            most = min(ANSWER_TOKENS if question else DEFAULT_TOKENS, self.settings.max_tokens)
         if most is not None and most > self.settings.max_tokens:
             raise Refusal(400, f"{where}: {most}: at most {self.settings.max_tokens} are given", where, "invalid_value")
         prompts = asked.prompt if isinstance(asked, requests.Completion) else None
-        seed = secrets.randbits(63) if asked.seed is None else asked.seed
+        seed, messages = _seed(asked.seed), [m.plain() for m in chat.messages] if chat else None
         return Ask(
-            prompts, [m.plain() for m in chat.messages] if chat else None, most, self.settings.max_tokens, asked.temperature,
+            prompts, None if question else messages, most, self.settings.max_tokens, asked.temperature,
             asked.top_p, [(seed + i) % 2**63 for i in range(len(prompts or [""]))], asked.stop,
             asked.logprobs if isinstance(asked, requests.Completion) else None,
             asked.suffix if isinstance(asked, requests.Completion) else "",
+            Search(question.messages[0].plain()["content"], question.top, question.mode) if question else None,
         )  # fmt: skip
 
     async def _stream(self, asked: requests.Sampled, ask: Ask, name: str, path: str) -> Response:
@@ -184,7 +247,7 @@ class Front:
             try:
                 item: dict[str, Any] | None = first
                 while item is not None:
-                    yield sse.event(shape.chunk(item["index"], item["piece"]))
+                    yield sse.event(shape.chunk(item["index"], item["piece"], item.get("sources")))
                     last.extend([item["piece"]] if "finish" in item["piece"] else [])
                     following = await anext(items, None)
                     item = following[1] if following else None
@@ -206,6 +269,10 @@ class Front:
             await items.aclose()
 
         return Stream(events(), ended)
+
+
+def _seed(given: int | None) -> int:
+    return secrets.randbits(63) if given is None else given
 
 
 class Stream(StreamingResponse):

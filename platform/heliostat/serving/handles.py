@@ -10,7 +10,7 @@ from ray import serve
 from ray.exceptions import ActorUnavailableError, NodeDiedError, OwnerDiedError, RayActorError, WorkerCrashedError
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 
-from heliostat.serving.replica import Ask
+from heliostat.serving.asks import Ask
 
 # what a call ends with if its replica died, or was ended before it took the call
 LOST = (RayActorError, ActorUnavailableError, WorkerCrashedError, NodeDiedError, OwnerDiedError, ReplicaUnavailableError,
@@ -29,13 +29,9 @@ class Handles:
             self.known[version] = serve.get_app_handle(version)
         return self.known[version]
 
-    async def answer(self, version: str, ask: Ask) -> dict[str, Any]:
-        """Answers prompts as a whole."""
-        return await _answered(self._of(version).answer.remote(ask))
-
-    async def embed(self, version: str, texts: list[str]) -> dict[str, Any]:
-        """Embeds texts."""
-        return await _answered(self._of(version).embed.remote(texts))
+    async def call(self, version: str, what: str, asked: Any) -> dict[str, Any]:
+        """Asks for something as a whole: a method of `Replica`, by its name."""
+        return await _answered(getattr(self._of(version), what).remote(asked))
 
     async def stream(self, version: str, ask: Ask) -> AsyncGenerator[dict[str, Any]]:
         """Answers prompts piece by piece; ends the replica's work if nobody takes the pieces any more."""

@@ -62,6 +62,12 @@ def read(path: Path) -> dict[str, str]:
     return found
 
 
+def first(path: Path) -> str:
+    """Returns the first key of a file that was read."""
+    lines = (line.split("#")[0].split() for line in path.read_text(encoding="utf-8").splitlines())
+    return next(words[-1] for words in lines if words)
+
+
 def owner(header: str | None, known: dict[str, str]) -> str:
     """Finds the name of the key in an Authorization header; Refusal with 401 if there is none, or it is not known."""
     kind, _, key = (header or "").partition(" ")

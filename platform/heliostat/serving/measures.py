@@ -19,6 +19,7 @@ class Measures:
         self.requests = Counter("requests", "Requests that were answered", ["path", "status"], **made)
         self.seconds = Histogram("request_seconds", "From a request to the end of its answer", ["path"], buckets=SECONDS, **made)
         self.tokens = Counter("tokens", "Tokens of prompts and of answers", ["key", "kind"], **made)
+        self.images = Counter("images", "Pictures that were drawn", ["key"], **made)
         self.open = Gauge("open_requests", "Requests under way, by the version that answers them", ["version"], **made)
         self.retries = Gauge("retried_requests", "Requests that were sent again because a replica died", **made)
         self.broken = Counter("broken_streams", "Streams that ended in an error event", **made)

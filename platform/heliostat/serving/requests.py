@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
-from heliostat.config.schema import Strict
+from heliostat.config.schema import Float, Strict
 from heliostat.serving.refusals import Refusal
 from heliostat.text import brief
 
@@ -25,6 +25,13 @@ OF_CHAT = {
     "reasoning_effort": "none", "store": False, "metadata": {}, "service_tier": "auto", "web_search_options": {},
 }  # fmt: skip
 OF_EMBEDDINGS: dict[str, Any] = {"dimensions": None}
+OF_IMAGES = {
+    "quality": "auto", "style": "natural", "background": "auto", "moderation": "auto", "output_format": "png", "stream": False,
+    "output_compression": 100, "partial_images": 0,
+}  # fmt: skip
+MOST_IMAGES = 10  # of one request, as OpenAI has it
+MOST_STEPS = 1000
+MOST_PASSAGES = 50
 
 Text = Annotated[str, Field(min_length=1)]
 Listed = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)  # one text stands for a list of it
@@ -102,14 +109,67 @@ class Embeddings(Strict):
     user: str = ""
 
 
+class Question(Chat):
+    """Describes a question that is answered from an index, with the likeliest words unless a temperature is given."""
+
+    messages: list[Message] = Field(min_length=1, max_length=1)
+    temperature: float = Field(0.0, ge=0, le=2)
+    top: int = Field(5, ge=1, le=MOST_PASSAGES)
+    mode: Literal["bm25", "dense", "hybrid"] | None = None
+
+
+class Search(Strict):
+    """Describes a search for passages."""
+
+    model: str | None = None
+    query: Text
+    top: int = Field(5, ge=1, le=MOST_PASSAGES)
+    mode: Literal["bm25", "dense", "hybrid"] | None = None
+    user: str = ""
+
+
+class Images(Strict):
+    """Describes pictures to draw; what is left out is the model's own. `steps`, `guidance`, `sampler` and `seed` are ours."""
+
+    model: str
+    prompt: str
+    n: int = Field(1, ge=1, le=MOST_IMAGES)
+    size: str = Field("auto", pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$")
+    response_format: Literal["b64_json"] = "b64_json"
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    steps: int | None = Field(None, ge=1, le=MOST_STEPS)
+    guidance: Float | None = Field(None, ge=0)
+    sampler: Literal["ddpm", "ddim", "dpm++", "euler"] | None = None
+    user: str = ""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Returns those options of the drawing that are given."""
+        given = {name: getattr(self, name) for name in ("steps", "guidance", "sampler")}
+        if self.size != "auto":
+            given["width"], given["height"] = map(int, self.size.split("x"))
+        return {name: value for name, value in given.items() if value is not None}
+
+
 def completion(raw: bytes) -> Completion:
     """Reads a request of /v1/completions; Refusal that names the parameter at fault."""
     return _read(Completion, raw, OF_COMPLETIONS)
 
 
-def chat(raw: bytes) -> Chat:
-    """Reads a request of /v1/chat/completions; Refusal that names the parameter at fault."""
-    return _read(Chat, raw, OF_CHAT)
+def chat(raw: bytes, index: str | None = None) -> Chat:
+    """Reads a request of /v1/chat/completions, a Question if its model is the index; Refusal that names what is at fault."""
+    asked = _object(raw).get("model")
+    return _read(Question if index is not None and asked == index else Chat, raw, OF_CHAT)
+
+
+def images(raw: bytes) -> Images:
+    """Reads a request of /v1/images/generations; Refusal that names the parameter at fault."""
+    return _read(Images, raw, OF_IMAGES)
+
+
+def search(raw: bytes) -> Search:
+    """Reads a request of /v1/search; Refusal that names the parameter at fault."""
+    return _read(Search, raw, {})
 
 
 def embeddings(raw: bytes) -> Embeddings:
@@ -117,14 +177,18 @@ def embeddings(raw: bytes) -> Embeddings:
     return _read(Embeddings, raw, OF_EMBEDDINGS)
 
 
-def _read(kind: type[R], raw: bytes, neutral: dict[str, Any]) -> R:
+def _object(raw: bytes) -> dict[str, Any]:
     try:
         body = json.loads(raw)
     except (ValueError, RecursionError) as e:
         raise Refusal(400, f"the body is no JSON: {brief(e)}", code="invalid_json") from e
     if not isinstance(body, dict):
         raise Refusal(400, "the body is no JSON object", code="invalid_json")
-    given = {name: value for name, value in body.items() if value is not None}
+    return body
+
+
+def _read(kind: type[R], raw: bytes, neutral: dict[str, Any]) -> R:
+    given = {name: value for name, value in _object(raw).items() if value is not None}
     for name in [n for n in given if n not in kind.model_fields]:
         _require_neutral(name, given.pop(name), neutral, kind)
     if "stream_options" in given and not given.get("stream"):

@@ -1,4 +1,4 @@
-"""Serves a model over HTTP on Ray Serve until it is stopped: `heliostat serve MODEL`.
+"""Serves a model, and an index of documents, over HTTP on Ray Serve until it is stopped: `heliostat serve MODEL`.
 
     client -> Serve's proxy (127.0.0.1) -> Front (one: keys, limits, retries) -> Replica (several, of each version that is there)
 
@@ -16,9 +16,10 @@ from typing import Any
 
 from heliostat.cluster.private_ray import LOOPBACK
 from heliostat.errors import ConfigError, HeliostatError, StoppedError
-from heliostat.recipes import exported
+from heliostat.serving import kinds
 from heliostat.serving.options import Options
-from heliostat.serving.versions import Source, Versions
+from heliostat.serving.served import Served
+from heliostat.serving.versions import NoModel, Source, Versions
 from heliostat.text import brief
 from heliostat.train.driver.signals import Signals
 
@@ -28,28 +29,27 @@ FRONT = "heliostat-front"
 START_S = 600.0  # for a version to load
 FRONT_S = 300.0  # for a front that died to come again
 DRAIN_MORE_S = 10.0  # behind the deadline of an answer
-MODULES = ("ray.serve", "heliostat.serving.front", "heliostat.serving.engine")
+MODULES = ("ray.serve", "heliostat.serving.deployed", "heliostat.serving.engine")
 
 
-def serve(source: Source, name: str, keys: dict[str, str] | None, options: Options, ready: Callable[[str], None]) -> None:
-    """Serves a model as `name` until a signal says stop, and calls `ready` with the URL once it answers.
+def serve(served: Served, keys: dict[str, str] | None, options: Options, ready: Callable[[str], None]) -> None:
+    """Serves a model, an index, or both, until a signal says stop, and calls `ready` with the URL once they answer.
 
-    ConfigError before anything starts if it cannot be served.
+    ConfigError before anything starts if they cannot be served.
     """
-    version = source.wanted()
-    _require_language_model(source.folder(version))
+    source, kind = served.source, served.kind()
     require_free(options.port)
-    endpoint = Endpoint(source, options)
+    endpoint = Endpoint(served, kind, options)
     endpoint.connect()
     with endpoint.signals:  # behind Ray's start, which sets handlers of its own
         try:
-            endpoint.open(name, keys)
+            endpoint.open(keys)
             _follow(endpoint, source, options, lambda: ready(f"http://{LOOPBACK}:{options.port}/v1"))
         finally:
             endpoint.close()
 
 
-def _follow(endpoint: Endpoint, source: Source, options: Options, ready: Callable[[], None]) -> None:
+def _follow(endpoint: Endpoint, source: Source | NoModel, options: Options, ready: Callable[[], None]) -> None:
     versions = Versions(endpoint.load, endpoint.use, endpoint.end, options.deadline_s + DRAIN_MORE_S)
     told, silent_since = False, 0.0
     while not endpoint.signals.name:
@@ -74,8 +74,8 @@ class FrontError(HeliostatError):
 class Endpoint:
     """Starts and ends applications of Ray Serve: the front, and one for each version of the model."""
 
-    def __init__(self, source: Source, options: Options) -> None:
-        self.source, self.options, self.signals = source, options, Signals()
+    def __init__(self, served: Served, kind: str | None, options: Options) -> None:
+        self.served, self.kind, self.options, self.signals = served, kind, options, Signals()
         self.front: Any = None
         self.gpus = 0
 
@@ -97,20 +97,21 @@ class Endpoint:
                 "this cluster's Ray Serve has applications, which would end with this endpoint; take another cluster"
             )
 
-    def open(self, name: str, keys: dict[str, str] | None) -> None:
+    def open(self, keys: dict[str, str] | None) -> None:
         """Starts Serve's proxy on loopback, with the front behind it."""
         from ray import serve
         from ray.serve.schema import LoggingConfig
 
         http = {"host": LOOPBACK, "port": self.options.port}
         serve.start(proxy_location="HeadOnly", http_options=http, logging_config=LoggingConfig(enable_access_log=False))
-        self._deploy(FRONT, self._front(name, keys), "/")
+        self._deploy(FRONT, self._front(keys), "/")
         self.front = serve.get_app_handle(FRONT)
 
     def load(self, version: str) -> None:
         """Loads a version on its replicas; HeliostatError if it does not, and then nothing of it is left."""
-        folder = self.source.folder(version)
-        _require_language_model(folder)
+        folder = self.served.source.folder(version)
+        if folder is not None and (kind := kinds.of(folder)) != self.kind:
+            raise ConfigError(f"{folder}: is a model of {kind}, and the endpoint serves one of {self.kind}; start another")
         log.info("loading %s", version)
         try:
             self._deploy(version, self._model(folder), None)
@@ -166,22 +167,20 @@ class Endpoint:
                 raise HeliostatError(f"{name} did not start within {START_S:g} s; has Ray a CPU or a GPU for each replica?")
             time.sleep(0.1)
 
-    def _front(self, name: str, keys: dict[str, str] | None) -> Any:
+    def _front(self, keys: dict[str, str] | None) -> Any:
         from ray import serve
 
-        from heliostat.serving.front import Front, Settings
+        from heliostat.serving.deployed import DeployedFront
 
-        o = self.options
-        settings = Settings(name, int(time.time()), keys, o.body_bytes, o.max_tokens, o.at_once, o.a_minute, o.deadline_s)
-        made: Any = serve.deployment(Front, name="Front", max_ongoing_requests=100_000, max_constructor_retry_count=2,
+        made: Any = serve.deployment(DeployedFront, name="Front", max_ongoing_requests=100_000, max_constructor_retry_count=2,
                                 health_check_period_s=2, ray_actor_options={"num_cpus": 0})  # fmt: skip
-        return made.bind(settings)
+        return made.bind(self.served.settings(self.kind, keys, self.options))
 
-    def _model(self, folder: Path) -> Any:
+    def _model(self, folder: Path | None) -> Any:
         from ray import serve
 
         from heliostat.cluster.connect import remote_environment
-        from heliostat.serving.replica import Replica
+        from heliostat.serving.deployed import DeployedReplica
 
         gpus = min(self.gpus, 1)
         least, most = self.options.replicas
@@ -190,11 +189,11 @@ class Endpoint:
             scaling = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": self.options.batch}
             count = {"autoscaling_config": scaling}
         made: Any = serve.deployment(
-            Replica, name="Model", max_ongoing_requests=2 * self.options.batch, max_constructor_retry_count=2,
+            DeployedReplica, name="Model", max_ongoing_requests=2 * self.options.batch, max_constructor_retry_count=2,
             health_check_period_s=2, ray_actor_options={"num_cpus": 1, "num_gpus": gpus, "runtime_env": remote_environment(gpus)},
             **count,
         )  # fmt: skip
-        return made.bind(str(folder), self.options.batch)
+        return made.bind(self.served.holds(folder, self.options.batch))
 
 
 def require_free(port: int) -> None:
@@ -202,11 +201,6 @@ def require_free(port: int) -> None:
     with socket.socket() as probe:
         if probe.connect_ex((LOOPBACK, port)) == 0:
             raise ConfigError(f"--port: {port} on {LOOPBACK} is taken; give another")
-
-
-def _require_language_model(folder: Path) -> None:
-    if getattr(exported.read(folder).recipe, "kind", None) != "tokens":
-        raise ConfigError(f"{folder}: is no language model, and only those are served")
 
 
 def _last(text: str) -> str:

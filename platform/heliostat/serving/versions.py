@@ -66,6 +66,20 @@ class Versions:
         self.current = wanted
 
 
+class NoModel:
+    """Stands for the model where an index is served without one."""
+
+    def __init__(self, index: str) -> None:
+        self.label = index
+
+    def wanted(self) -> str:
+        """Returns the one version that there is."""
+        return self.label
+
+    def folder(self, version: str) -> None:
+        """Returns that there is no folder."""
+
+
 class Source:
     """Finds the version that a model's name means, and its folder. `name`: what clients call it."""
 

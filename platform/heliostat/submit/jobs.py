@@ -1,14 +1,13 @@
 """Manages jobs on a cluster through Ray's Jobs API: submits, follows, lists, stops and resumes them.
 
 The submission's id is the run's name, so there is one job for one run: submitting the same job again finds the first. What the
-API forgets with its cluster is kept elsewhere: the run's folder has the log, the ledger (progress) and the result, and
-`.heliostat/jobs/ID.json` records where that folder is.
+API forgets with its cluster is kept elsewhere: the run's folder has the log, the ledger and the result, and the workspace has the
+`Record` of the submission.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import logging
 import os
@@ -17,7 +16,6 @@ import tempfile
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -26,16 +24,12 @@ import yaml
 from heliostat.cluster import dashboard, source_code, workspace_package
 from heliostat.cluster.endpoint import Endpoint
 from heliostat.cluster.private_ray import UNTOLD
-from heliostat.config import schema, spec, workspace
-from heliostat.config.spec import Job
-from heliostat.errors import ClusterError, ConfigError, HeliostatError
-from heliostat.records import Format, closed
+from heliostat.config import schema, workspace
+from heliostat.errors import ClusterError, ConfigError
 from heliostat.redact import carries_secret
 from heliostat.retries import Backoff, Failure, retry
-from heliostat.runs import goodput
-from heliostat.runs.goodput import Attempt
-from heliostat.storage import Location
 from heliostat.submit.entrypoint import ENDS
+from heliostat.submit.submission import Record
 
 log = logging.getLogger(__name__)
 
@@ -58,52 +52,6 @@ PASSED = (
     "MLFLOW_S3_ENDPOINT_URL",
     "HF_HUB_OFFLINE",
 )
-
-
-@closed
-@dataclass(frozen=True)
-class Record:
-    """Describes a submission, as this workspace records it.
-
-    `cluster`: the cluster as the user named it; `job`: the whole job, resolved; `sweep`: the whole sweep, if it is one, with
-    `job` as its base: then the id is the sweep's name, and `steps` counts its trials.
-    """
-
-    id: str
-    cluster: str | None
-    run_folder: str
-    steps: int
-    job: dict[str, Any]
-    queue: str | None
-    sweep: dict[str, Any] | None = None
-
-    @classmethod
-    def of(cls, job: Job, cluster: str | None, queue: str | None) -> Record:
-        return cls(job.name, cluster, str(job.run_folder), job.last_step, job.dump(), queue)
-
-    @property
-    def digest(self) -> str:
-        whole = json.dumps([self.job, self.sweep] if self.sweep else self.job, sort_keys=True)
-        return hashlib.sha256(whole.encode()).hexdigest()[:16]
-
-    @staticmethod
-    def place(job_id: str) -> Path:
-        return workspace.root() / ".heliostat" / "jobs" / f"{workspace.check_name('id', job_id)}.json"
-
-    @staticmethod
-    def read(job_id: str) -> Record | None:
-        try:
-            return SUBMITTED.read(Record.place(job_id))
-        except FileNotFoundError:
-            return None
-
-    def write(self) -> None:
-        place = Record.place(self.id)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(json.dumps(asdict(self), indent=2))
-
-
-SUBMITTED = Format(Record, "record of a submission", ConfigError, fix="delete it, and give --cluster")
 
 
 class Jobs:
@@ -357,66 +305,3 @@ def exit_code(job: dict[str, Any]) -> int:
     if job["status"] == "STOPPED":
         return 130
     return 0 if job["status"] == "SUCCEEDED" else 2 if job["exit_code"] == 2 else 1
-
-
-def progress(run: Location, steps: int) -> dict[str, Any]:
-    """Computes a run's progress from its ledger in storage: steps done, their share, and seconds left at the present pace."""
-    try:
-        attempts = goodput.read(run)
-    except (HeliostatError, OSError) as e:
-        return {"step": None, "steps": steps, "fraction": None, "eta_s": None, "note": str(e)}
-    if not attempts:
-        return {"step": 0, "steps": steps, "fraction": 0.0, "eta_s": None}
-    last = max(attempts, key=lambda a: a.started)
-    return {"step": last.reached, "steps": steps, "fraction": last.reached / steps, "eta_s": eta(last, steps)}
-
-
-def sweep_progress(folder: Location) -> dict[str, Any]:
-    """Computes a sweep's progress from its record in storage: finished trials, out of all planned ones."""
-    from heliostat.tune import listing
-
-    try:
-        over, trials = listing.progress(folder)
-    except (HeliostatError, OSError) as e:
-        return {"step": None, "steps": None, "fraction": None, "eta_s": None, "unit": "trial", "note": str(e)}
-    return {"step": over, "steps": trials, "fraction": over / max(1, trials), "eta_s": None, "unit": "trial"}
-
-
-def eta(attempt: Attempt, steps: int) -> float | None:
-    """Estimates the seconds left: the steps left, each as long as this attempt's took with everything that belongs to them.
-
-    None before the attempt has made a step.
-    """
-    done = attempt.reached - attempt.start_step
-    spent = sum(attempt.parts.get(p, 0.0) for p in ("computing", "data", "communicating", "checkpoint", "evaluating"))
-    return (steps - attempt.reached) * spent / done if done else None
-
-
-def load(path: Path, settings: list[str], there: Endpoint) -> Job:
-    """Loads a job for a cluster.
-
-    ConfigError if it has paths of this machine's workspace, and the cluster, being elsewhere, does not see them.
-    """
-    written = schema.load(Job, "job", path, settings)
-    if not there.here:
-        paths = {f"data.sources.{i}.path": s.path for i, s in enumerate(written.data.sources)} | {"storage": written.storage}
-        if isinstance(written.model.get("pretrained"), str):
-            paths["model.pretrained"] = written.model["pretrained"]
-        uri = written.mlflow.uri
-        if uri.startswith("sqlite:"):
-            raise ConfigError(f"mlflow.uri: {uri} is a file of one machine; a cluster needs a server: http://HOST:PORT")
-        for key, value in paths.items():
-            if "://" not in value and not Path(value).is_absolute():
-                raise ConfigError(
-                    f"{key}: {value!r} is a path of this workspace, which the cluster does not see; use s3://BUCKET/PREFIX"
-                )
-    return spec.resolve(written)
-
-
-def changed(record: Record, settings: list[str], cluster: str | None) -> Record:
-    """Derives the record of an earlier submission with settings changed, for this cluster; ConfigError for a sweep's settings."""
-    if record.sweep:
-        if settings:
-            raise ConfigError(f"{record.id}: is a sweep; change its file, and use `heliostat tune SWEEP.yaml --cluster --resume`")
-        return replace(record, cluster=cluster)
-    return Record.of(spec.resolve(schema.validate(Job, schema.apply(record.job, settings), record.id)), cluster, record.queue)

@@ -90,7 +90,7 @@ class Trial(tune.Trainable):
     # the run's side --------------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        from heliostat.train.run import RunHooks
+        from heliostat.train.driver.run import RunHooks
 
         os.chdir(self.given["root"])
         if self.given["cluster"]:  # by this a run knows that Ray is not its own

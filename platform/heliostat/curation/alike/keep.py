@@ -14,14 +14,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from heliostat.curation import segment, spill
+from heliostat.curation import spill
 from heliostat.curation.alike.pairs import EDGES, firsts, gather, spilled
-from heliostat.curation.segment import Run, survivors
+from heliostat.curation.comparing import JUDGED, LARGEST
 from heliostat.storage import Location
 
-LARGEST = 20  # clusters that are told
 NAMES = pa.schema([("key", pa.uint64()), ("looks", pa.uint64()), ("gone", pa.bool_()), ("id", pa.string()), ("size", pa.int64())])
-JUDGED = pa.schema([("key", pa.uint64()), ("reason", pa.string()), ("detail", pa.string())])
 
 
 def settle(folder: Location, part: int, parts: int, names: list[str], messages: list[str]) -> dict[str, Any]:
@@ -99,20 +97,3 @@ def judge(folder: Location, part: int, parts: int, names: list[str], told: list[
     clusters = [(-row["size"], row["id"]) for row in stays.values() if not row["gone"]]
     largest = [[-size, id] for size, id in heapq.nsmallest(LARGEST, clusters)]
     return {"judged": judged, "clusters": len(clusters), "largest": largest, "files": [judged]}
-
-
-def decide(folder: Location, number: int, run: Run, stage: str, names: list[str]) -> dict[str, Any]:
-    """Spills which images of a run go, and tells why."""
-    held = [t for n in names for t in spill.read(folder, n, number << 32, (number + 1) << 32)]
-    why = {row["key"] & 0xFFFFFFFF: row for table in held for row in table.to_pylist()}
-    out, gone = segment.Spiller(folder, 1), [segment.DECIDED.empty_table()]
-    size = 0
-    for table in survivors(folder, run, columns=["id", "bytes", "columns"]) if why else ():
-        table = table.filter(pa.array(np.isin(table["row"].to_numpy(), np.array(list(why), np.uint32))))
-        for row in table.to_pylist():
-            out.leave_out(row["id"], stage, why[row["row"]]["reason"], why[row["row"]]["detail"], columns=row["columns"])
-            size += row["bytes"]
-        gone.append(table.select(segment.DECIDED.names))
-    decided = [spill.write(folder, pa.concat_tables(gone), ("row",))] if why else []
-    record = out.record({})
-    return record | {"decided": [*decided, len(why), size] if why else [None, 0, 0], "files": [*record["files"], *decided]}

@@ -16,11 +16,11 @@ import numpy as np
 import pyarrow as pa
 
 from heliostat.curation import segment, spill
+from heliostat.curation.comparing import LARGEST
 from heliostat.curation.segment import Run, survivors
 from heliostat.storage import Location
 
 Rule = Literal["longest", "first", "oldest", "best"]
-LARGEST = 20  # clusters that are told
 MEMBERS = pa.schema(
     [("key", pa.uint64()), ("root", pa.uint64()), ("node", pa.uint64()), ("doc", pa.uint64()), ("id", pa.string()),
      ("bytes", pa.int64()), ("rank", pa.float64()), ("value", pa.string()), ("columns", pa.string())]
@@ -67,6 +67,15 @@ def attributes(folder: Location, first: int, runs: list[Run], rule: Rule, column
 
 
 def _compared(part: pa.Table, nodes: np.ndarray, roots: np.ndarray, rule: Rule, column: str) -> pa.Table:
+    ranks, values = ranked(part, rule, column)
+    return pa.Table.from_arrays(
+        [pa.array(spill.mixed(roots)), pa.array(roots), pa.array(nodes), part["key"], part["id"], part["bytes"], pa.array(ranks),
+         pa.array(values, pa.string()), part["columns"]], schema=MEMBERS,
+    )  # fmt: skip
+
+
+def ranked(part: pa.Table, rule: Rule, column: str) -> tuple[np.ndarray, list[str]]:
+    """Returns what a rule compares of documents with `bytes` and `columns`: numbers, then strings; who has the least stays."""
     columns = [json.loads(c) if c else {} for c in part["columns"].to_pylist()] if rule in ("oldest", "best") else []
     ranks, values = np.zeros(len(part)), [""] * len(part)
     if rule == "longest":
@@ -75,10 +84,7 @@ def _compared(part: pa.Table, nodes: np.ndarray, roots: np.ndarray, rule: Rule, 
         ranks = np.array([-_number(c.get(column)) for c in columns])
     elif rule == "oldest":
         values = [str(c.get(column) or "\U0010ffff") for c in columns]  # those without a date come last
-    return pa.Table.from_arrays(
-        [pa.array(spill.mixed(roots)), pa.array(roots), pa.array(nodes), part["key"], part["id"], part["bytes"], pa.array(ranks),
-         pa.array(values, pa.string()), part["columns"]], schema=MEMBERS,
-    )  # fmt: skip
+    return ranks, values
 
 
 def _number(value: Any) -> float:

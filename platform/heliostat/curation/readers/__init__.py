@@ -24,6 +24,7 @@ READERS = {
     ".html": pages.page,
     ".htm": pages.page,
     ".xhtml": pages.page,
+    ".pdf": pages.page,
     ".csv": tables.csv,
     ".tsv": tables.tsv,
     ".arrow": tables.arrow,

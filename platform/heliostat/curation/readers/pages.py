@@ -1,4 +1,4 @@
-"""Reads files that are one document: HTML pages, as bytes for the stage `extract`, and text."""
+"""Reads files that are one document: HTML pages and PDFs, as bytes for the stages `extract` and `pdf`, and text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from heliostat.curation.stage import Document, Dropped
 
 
 def page(path: str, stream: BinaryIO, limits: Limits) -> Iterator[Document | Dropped]:
-    """Yields the file as a page."""
+    """Yields the file as a page, or a PDF."""
     data = whole(stream, limits.max_document_bytes)
     yield Document(path, data) if data.strip() else Dropped(path, "empty")
 

@@ -4,7 +4,7 @@ resiliparse is the default; `library: trafilatura` takes about twenty times as l
 FineWeb and RefinedWeb have it. Encodings follow the HTML standard (`heliostat.curation.encodings`). A page is read within
 `max_seconds` and `max_memory` in a process of its own, so that what hangs or crashes a parser is dropped with a reason and
 stops nothing. `boilerplate` is the share of the page's visible text that is not in the result. `title` and `encoding` become
-columns. Documents that are text already pass.
+columns. Documents that are text already pass, and PDFs, which are for `pdf`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pydantic import Field
 from heliostat import extras
 from heliostat.config.schema import Float
 from heliostat.curation.isolated import Isolated, IsolatedError
+from heliostat.curation.pdf import is_pdf
 from heliostat.curation.stage import Document, Outcome, Stage, Work
 
 
@@ -58,7 +59,7 @@ class Extract(Stage):
 
     def _outcome(self, document: Document, run: Isolated) -> Outcome:
         page = document.text
-        if isinstance(page, str):
+        if isinstance(page, str) or is_pdf(page):
             return Outcome(document)
         if len(page) > self.max_bytes:
             return Outcome(None, "too_large", f"{len(page):,} bytes")

@@ -59,9 +59,7 @@ class HfClassifier(Stage):
         known = scoring.labels(config)
         if self.label not in known:
             raise ConfigError(f"label: {self.label!r} is none of the model's, {', '.join(known)}{nearest(self.label, known)}")
-        most = config.get("max_position_embeddings")
-        if isinstance(most, int) and self.max_tokens > most:
-            raise ConfigError(f"max_tokens: {self.max_tokens:,} is more than the model can read; give at most {most:,}")
+        scoring.check_length(config, self.max_tokens)
 
     def open(self) -> Work:
         self.check()

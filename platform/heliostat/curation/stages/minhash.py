@@ -16,10 +16,12 @@ from pydantic import Field, model_validator
 
 from heliostat import extras
 from heliostat.curation import tally
+from heliostat.curation.comparing import parts as parts_of
+from heliostat.curation.comparing import told, without
 from heliostat.curation.engine import Curated, groups
 from heliostat.curation.flow import Flow, Task
 from heliostat.curation.minhash import components
-from heliostat.curation.minhash.keep import LARGEST, Rule, attributes, choose, decide, members
+from heliostat.curation.minhash.keep import Rule, attributes, choose, decide, members
 from heliostat.curation.minhash.signatures import Parameters, sign
 from heliostat.curation.segment import Run, store
 from heliostat.curation.stage import GlobalStage
@@ -64,9 +66,9 @@ class MinHash(GlobalStage):
         signing = (Task(key(run.name, run.decided, vars(parameters)), {"run": run, "parameters": parameters}, bytes=run.bytes)
                    for run in runs)  # fmt: skip
         signed = flow.all(f"{kind}-sign", sign, signing)
-        parts = max(1, -(-sum(r["rows"] for r in signed) * ROW_BYTES // memory_limit))
+        parts = parts_of(sum(r["rows"] for r in signed) * ROW_BYTES, memory_limit)
         paired = flow.all(f"{kind}-pairs", components.pairs, components.tasks(flow, parts, [r["keys"] for r in signed]))
-        edges, rounds = components.stars(flow, kind, [r["edges_file"] for r in paired], parts)
+        edges, _ = components.stars(flow, kind, [r["edges_file"] for r in paired], parts)
         belonging = flow.all(f"{kind}-members", members, components.tasks(flow, parts, edges))
         names = [r["members"] for r in belonging]
         rule = {"rule": self.keep, "column": self.column}
@@ -76,19 +78,11 @@ class MinHash(GlobalStage):
         decided = flow.all(f"{kind}-decide", decide, deciding)
         for record in decided:
             found.take({**record, "runs": []})
-        left = [_without(run, *gone) for run, gone in zip(runs, (d for r in decided for d in r["decided"]), strict=True)]
-        found.tallies.append(store(flow.work.spill, {name: self._told(flow, kind, runs, left, chosen, rounds)}))
-        return left
-
-    def _told(self, flow: Flow, kind: str, before: list[Run], after: list[Run], chosen: list[Any], rounds: int) -> dict[str, Any]:
-        part = tally.entry({}, "")
-        part |= {"documents": sum(r.rows for r in before), "bytes": sum(r.bytes for r in before),
-                 "kept": sum(r.rows for r in after), "kept_bytes": sum(r.bytes for r in after)}  # fmt: skip
-        part["seconds"] = sum(seconds for name, seconds in flow.seconds.items() if name.startswith(f"{kind}-"))
+        left = [without(run, *gone) for run, gone in zip(runs, (d for r in decided for d in r["decided"]), strict=True)]
+        part = told(flow, kind, runs, left, chosen)
         part["dropped"] = {"near_duplicate": part["documents"] - part["kept"]} if part["documents"] > part["kept"] else {}
-        part["counts"] = {"clusters": sum(r["clusters"] for r in chosen)}
-        part["largest"] = sorted((pair for r in chosen for pair in r["largest"]), key=lambda p: (-p[0], p[1]))[:LARGEST]
-        return part
+        found.tallies.append(store(flow.work.spill, {name: part}))
+        return left
 
 
 def _by_runs(flow: Flow, runs: list[Run], names: list[str], **more: Any) -> Iterator[Task]:
@@ -97,7 +91,3 @@ def _by_runs(flow: Flow, runs: list[Run], names: list[str], **more: Any) -> Iter
         told = [[run.name, run.decided] for run in group]
         yield Task(key(follows, first, told, more), {"first": first, "runs": group, **more}, shared)
         first += len(group)
-
-
-def _without(run: Run, decided: str | None, rows: int, bytes: int) -> Run:
-    return Run(run.name, run.rows - rows, run.bytes - bytes, (*run.decided, decided)) if decided else run

@@ -9,16 +9,17 @@ to one that stays. Memory is that of a part of the hashes, whatever the number o
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 
-from heliostat.curation import tally
 from heliostat.curation.alike import keep, pairs
+from heliostat.curation.comparing import conclude
+from heliostat.curation.comparing import parts as parts_of
 from heliostat.curation.engine import Curated
 from heliostat.curation.flow import Flow, Task
 from heliostat.curation.minhash.components import tasks
-from heliostat.curation.segment import Run, store
+from heliostat.curation.segment import Run
 from heliostat.curation.stage import GlobalStage
 from heliostat.curation.work import key
 from heliostat.errors import HeliostatError
@@ -38,24 +39,15 @@ class SimilarImages(GlobalStage):
     a large set takes long."""
 
     def compare(self, flow: Flow, found: Curated, number: int, memory_limit: int) -> list[Run]:
-        label, kind, runs = tally.label(number, self), f"alike-{number}", found.runs
+        kind, runs = f"alike-{number}", found.runs
         exact, distance = self.distance is None, self.distance or 0
         facing = (Task(key("faces", i, run.name, run.decided, exact), {"number": i, "run": run, "exact": exact}, bytes=run.bytes)
                   for i, run in enumerate(runs))  # fmt: skip
         shown = flow.all(f"{kind}-faces", pairs.faces, facing)
-        faces, parts = [r["faces"] for r in shown], _parts(sum(r["rows"] for r in shown) * IMAGE_BYTES, memory_limit)
+        faces, parts = [r["faces"] for r in shown], parts_of(sum(r["rows"] for r in shown) * IMAGE_BYTES, memory_limit)
         named = [] if exact else self._near(flow, kind, faces, parts, distance, sum(r["rows"] for r in shown), memory_limit)
         judged = flow.all(f"{kind}-judge", keep.judge, tasks(flow, parts, faces, told=named))
-        names = [r["judged"] for r in judged]
-        shared, follows = {"names": flow.share(names)}, key(names, label)
-        deciding = (Task(key(follows, i, run.name, run.decided), {"number": i, "run": run, "stage": label}, shared)
-                    for i, run in enumerate(runs))  # fmt: skip
-        decided = flow.all(f"{kind}-decide", keep.decide, deciding)
-        for record in decided:
-            found.take({**record, "runs": []})
-        left = [_without(run, *record["decided"]) for run, record in zip(runs, decided, strict=True)]
-        found.tallies.append(store(flow.work.spill, {label: self._told(flow, kind, label, runs, left, judged, decided)}))
-        return left
+        return conclude(flow, found, self, number, kind, judged)
 
     def _near(self, flow: Flow, kind: str, faces: list[str], parts: int, distance: int, images: int,
               memory_limit: int) -> list[str]:  # fmt: skip
@@ -64,11 +56,11 @@ class SimilarImages(GlobalStage):
         grouped = flow.all(f"{kind}-group", pairs.group, tasks(flow, parts, faces, distance=distance, count=count))
         under, meeting = (
             [n for r in grouped for n in r["keys"]],
-            _parts(sum(r["rows"] for r in grouped) * KEY_BYTES, memory_limit),
+            parts_of(sum(r["rows"] for r in grouped) * KEY_BYTES, memory_limit),
         )
         paired = flow.all(f"{kind}-pairs", pairs.pairs, tasks(flow, meeting, under, distance=distance)) if under else []
         edges, messages, fates, waiting = [r["edges"] for r in paired], list[str](), list[str](), sum(r["rows"] for r in paired)
-        shares = _parts(waiting * KEY_BYTES, memory_limit)
+        shares = parts_of(waiting * KEY_BYTES, memory_limit)
         for _ in range(ROUNDS if waiting else 0):
             settled = flow.all(f"{kind}-settle", keep.settle, tasks(flow, shares, edges, messages=messages))
             edges, messages = [r["edges"] for r in settled], [r["messages"] for r in settled]
@@ -78,24 +70,3 @@ class SimilarImages(GlobalStage):
         if waiting:
             raise HeliostatError(f"{kind}: who stays did not settle within {ROUNDS} rounds")
         return [r["names"] for r in flow.all(f"{kind}-names", keep.name, tasks(flow, parts, faces, fates=fates))]
-
-    def _told(self, flow: Flow, kind: str, label: str, before: list[Run], after: list[Run], judged: list[Any],
-              decided: list[Any]) -> dict[str, Any]:  # fmt: skip
-        part = tally.entry({}, "")
-        part |= {"documents": sum(r.rows for r in before), "bytes": sum(r.bytes for r in before),
-                 "kept": sum(r.rows for r in after), "kept_bytes": sum(r.bytes for r in after)}  # fmt: skip
-        part["seconds"] = sum(seconds for name, seconds in flow.seconds.items() if name.startswith(f"{kind}-"))
-        for reason in self.reasons:
-            gone = sum(r["reasons"].get(f"{label}: {reason}", 0) for r in decided)
-            part["dropped"] |= {reason: gone} if gone else {}
-        part["counts"] = {"clusters": sum(r["clusters"] for r in judged)}
-        part["largest"] = sorted((pair for r in judged for pair in r["largest"]), key=lambda p: (-p[0], p[1]))[: keep.LARGEST]
-        return part
-
-
-def _parts(bytes: int, memory_limit: int) -> int:
-    return max(1, -(-bytes // memory_limit))
-
-
-def _without(run: Run, decided: str | None, rows: int, bytes: int) -> Run:
-    return Run(run.name, run.rows - rows, run.bytes - bytes, (*run.decided, decided)) if decided else run

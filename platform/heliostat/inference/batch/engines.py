@@ -7,7 +7,8 @@ to give the same logits behind padding.
 - continue: sampled by adding Gumbel noise to the logits and taking the largest (Gumbel 1954): distributed as a draw from
   the softmax, and lets each row have its own noise; within `temperature` and `top_p`; temperature 0 adds none.
 - score: the sum of the negative log-likelihoods of all tokens, the first behind the beginning-of-document token, in nats.
-- embed: the mean of the last hidden states over the tokens, of length 1.
+- embed: the mean of the last hidden states over the tokens, of length 1; of an embedder what its folder says
+  (`heliostat.recipes.text.sentence_folder`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogits
 from heliostat.config.schema import validate
 from heliostat.errors import HeliostatError
 from heliostat.recipes.pretrained import from_folder
+from heliostat.recipes.text import encoder, sentence_folder
 from heliostat.recipes.text.generator import Sampling, whole
 
 LOGITS_BYTES = 256 << 20  # of a batch that is scored: every position has a logit for each token of the vocabulary
@@ -51,12 +53,16 @@ class Answer:
 
 
 class Loaded:
-    """Loads a model and its tokenizer. `longest`: the tokens that it takes, None if there is no limit."""
+    """Loads a model and its tokenizer. `longest`: the tokens that it takes, None if there is no limit; `pooling`: how an embedder
+    makes one vector of a text, None of a language model."""
 
     def __init__(self, folder: Path) -> None:
         self.tokenizer = from_folder("model", transformers.AutoTokenizer, folder)
-        self.model = whole("model", folder).eval().to("cuda" if torch.cuda.is_available() else "cpu")
-        limits = (getattr(self.model.config, "max_position_embeddings", None), self.tokenizer.model_max_length)
+        how = sentence_folder.read(folder)
+        self.pooling = how.pooling if how else None
+        model = encoder.load("model", folder) if how else whole("model", folder)
+        self.model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        limits = (how and how.max_tokens, getattr(model.config, "max_position_embeddings", None), self.tokenizer.model_max_length)
         self.longest: int | None = min((n for n in limits if n is not None and n < UNKNOWN), default=None)
         given = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         self.pad = next(token for token in given if token is not None)
@@ -72,6 +78,7 @@ class Engine:
         self.batch = batch
         loaded = model if isinstance(model, Loaded) else Loaded(model)
         self.tokenizer, self.model, self.longest, self.pad = loaded.tokenizer, loaded.model, loaded.longest, loaded.pad
+        self.pooling = loaded.pooling
 
     def __call__(self, inputs: Sequence[Input]) -> list[Answer]:
         encoded = [self.encode(one.text) for one in inputs]
@@ -242,16 +249,21 @@ class Embed(Engine):
         return None if tokens else Answer(bad="empty", detail="no token")
 
     def answer(self, tokens: list[list[int]], inputs: list[Input]) -> list[Answer]:
-        cut = [row[: self.longest] for row in tokens]
+        cut = [self._seen(row, one.text) for row, one in zip(tokens, inputs, strict=True)]
         ids, mask = self.padded(cut, left=False)
-        body = self.model.base_model
-        states = body(input_ids=ids, attention_mask=mask).last_hidden_state.float()
-        mean = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-        made = torch.nn.functional.normalize(mean, dim=-1).cpu().numpy()
+        made = encoder.embed(self.model.base_model, ids, mask, self.pooling or "mean").cpu().numpy()
         return [
             Answer({"embedding": vector, "tokens": len(short), "truncated": len(short) < len(row)})
             for vector, short, row in zip(made, cut, tokens, strict=True)
         ]
+
+    def _seen(self, tokens: list[int], text: str) -> list[int]:
+        """Returns the tokens of a text that the model sees: its first, and an embedder's end behind them."""
+        if self.longest is None or len(tokens) <= self.longest:
+            return tokens
+        if self.pooling is None:
+            return tokens[: self.longest]
+        return self.tokenizer(text, truncation=True, max_length=self.longest)["input_ids"]
 
 
 def engine(folder: Path, task: str, batch: int, options: dict[str, Any]) -> Callable[[Sequence[Input]], list[Answer]]:

@@ -36,6 +36,7 @@ from heliostat.pipelines.text.documents import Rules
 from heliostat.pipelines.text.tasks import TextSource
 from heliostat.pipelines.watching import Watch
 from heliostat.recipes import exported
+from heliostat.recipes.text import sentence_folder
 from heliostat.storage import Location
 from heliostat.terminal import console
 
@@ -49,7 +50,10 @@ def infer(model: Path, input: str, output: str, settings: Settings, workers: int
 
     ConfigError before anything starts if the model is no language model, there is no input, or the output holds something else.
     """
-    if getattr(exported.read(model).recipe, "kind", None) != "tokens":
+    if sentence_folder.read(model):
+        if settings.task != "embed":
+            raise ConfigError(f"--task {settings.task}: {model} is an embedder, which only embeds; give --task embed")
+    elif getattr(exported.read(model).recipe, "kind", None) != "tokens":
         raise ConfigError(f"{model}: is no language model; `heliostat generate --prompts` draws from prompts")
     files, place = sources.listing(input), Location(output)
     facts = {"model": {"folder": str(model), "digest": model_digest(model), **origin(model)}, "settings": settings.model_dump()}

@@ -38,8 +38,8 @@ ALONE = 256  # shards, up to which each has a task of its own
 
 
 @dataclass
-class Making:
-    """Makes the dataset of one pipeline; the fields are its keys."""
+class Reading:
+    """Reads an input, and trains a tokenizer on what its stages leave; the fields are keys of a pipeline."""
 
     flow: Flow
     source: TextSource
@@ -48,6 +48,43 @@ class Making:
     given: str | None
     stages: list[Stage]
     memory_limit: int
+
+    def _pieces(self, inputs: list[InputFile]) -> Iterator[list[Part]]:
+        target = self.flow.work.begin(pieces.size(sum(f.bytes for f in inputs)))
+        return pieces_of(self.flow, self.source.input, inputs, target)
+
+    def _train(self, curated: Curated, markers: tuple[str, ...] = ()) -> str:
+        """Trains a tokenizer on the documents of the lowest hashes, up to train_bytes: the same sample from any runs.
+        `markers`: other special tokens."""
+        parts = list(groups(curated.runs, max(1, -(-len(curated.runs) // SAMPLERS))))
+        follows = [[[run.name, run.decided] for run in part] for part in parts]
+        measure = (Task(key("sizes", f), {"runs": part}) for f, part in zip(follows, parts, strict=True))
+        sizes = np.zeros(tasks.PREFIXES, np.int64)
+        for record in self.flow.all("sizes", tasks.prefix_sizes, measure):
+            for table in spill.read(self.flow.work.spill, record["sizes"]):
+                sizes[table["key"].to_numpy()] += table["bytes"].to_numpy()
+        limit = int(np.searchsorted(np.cumsum(sizes), self.tokenizer["train_bytes"]))
+        select = (Task(key("sample", f, limit), {"runs": part, "limit": limit}) for f, part in zip(follows, parts, strict=True))
+        samples = [name for record in self.flow.all("sample", tasks.lowest, select) for name in record["sample"]]
+        config = self.tokenizer | ({"markers": markers} if markers else {})
+        train = Task(key("tokenizer", samples, config), {"samples": samples, "config": config})
+        (record,) = self.flow.all("tokenizer", tasks.train_on, iter([train]))
+        return segment.load(self.flow.work.spill, record["definition"])
+
+    def _listed(self, curated: Curated) -> str | None:
+        if all(": " in reason for reason in curated.reasons):  # of stages alone
+            return None
+        task = Task(key("listed", curated.left_out, self.output.uri), {"names": curated.left_out, "output": self.output.uri})
+        (record,) = self.flow.all(
+            "listed", tasks.list_left_out, iter([task]), valid=lambda r: self.output.join(r["listed"]).exists()
+        )
+        return record["listed"]
+
+
+@dataclass
+class Making(Reading):
+    """Makes the dataset of one pipeline; the fields are its keys."""
+
     shard_bytes: int
     chunk_tokens: int
     infill: FillInTheMiddle | None = None
@@ -63,10 +100,8 @@ class Making:
 
     def run(self, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Writes everything but the manifest, and returns its rows and metadata."""
-        rules = self.source.rules
-        engine = Engine(self.flow, self.source, [self.source.input, vars(rules)], self.memory_limit)
-        curated = engine.curate(self._pieces(inputs), self.stages, self.explained)
-        definition = self.given if self.given is not None else self._train(curated)
+        curated = self.curated(inputs)
+        definition = self.given if self.given is not None else self._train(curated, OWN if self.infill else ())
         infill = self._infill(tokens.load(definition))
         definition = infilling.marking(definition, infill["names"]) if infill else definition
         tokenizer = tokens.load(definition)
@@ -97,6 +132,11 @@ class Making:
             **(self._explained(curated, totals, sorted(ends)) if self.explained else {}),
         }
 
+    def curated(self, inputs: list[InputFile]) -> Curated:
+        """Reads the input and takes it through the stages."""
+        engine = Engine(self.flow, self.source, [self.source.input, vars(self.source.rules)], self.memory_limit)
+        return engine.curate(self._pieces(inputs), self.stages, self.explained)
+
     def _infill(self, tokenizer: Tokenizer) -> dict[str, Any] | None:
         """Returns what the manifest says of how texts are rearranged: the keys, and the markers' names and ids."""
         if self.infill is None:
@@ -118,27 +158,6 @@ class Making:
         self.counted, self.seconds = made.total, made.seconds
         return made.meta
 
-    def _pieces(self, inputs: list[InputFile]) -> Iterator[list[Part]]:
-        target = self.flow.work.begin(pieces.size(sum(f.bytes for f in inputs)))
-        return pieces_of(self.flow, self.source.input, inputs, target)
-
-    def _train(self, curated: Curated) -> str:
-        """Trains a tokenizer on the documents of the lowest hashes, up to train_bytes: the same sample from any runs."""
-        parts = list(groups(curated.runs, max(1, -(-len(curated.runs) // SAMPLERS))))
-        follows = [[[run.name, run.decided] for run in part] for part in parts]
-        measure = (Task(key("sizes", f), {"runs": part}) for f, part in zip(follows, parts, strict=True))
-        sizes = np.zeros(tasks.PREFIXES, np.int64)
-        for record in self.flow.all("sizes", tasks.prefix_sizes, measure):
-            for table in spill.read(self.flow.work.spill, record["sizes"]):
-                sizes[table["key"].to_numpy()] += table["bytes"].to_numpy()
-        limit = int(np.searchsorted(np.cumsum(sizes), self.tokenizer["train_bytes"]))
-        select = (Task(key("sample", f, limit), {"runs": part, "limit": limit}) for f, part in zip(follows, parts, strict=True))
-        samples = [name for record in self.flow.all("sample", tasks.lowest, select) for name in record["sample"]]
-        config = self.tokenizer | ({"markers": OWN} if self.infill else {})
-        train = Task(key("tokenizer", samples, config), {"samples": samples, "config": config})
-        (record,) = self.flow.all("tokenizer", tasks.train_on, iter([train]))
-        return segment.load(self.flow.work.spill, record["definition"])
-
     def _shards(self, curated: Curated, definition: str, end: int, infill: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
         """Writes the shards; where there are many, a task writes as many as have room in its memory, one after another."""
         shards = max(1, round(curated.bytes / self.shard_bytes))
@@ -158,15 +177,6 @@ class Making:
 
         for _, record in self.flow.run("shards", tasks.write_shards, work, cpus, whole):
             yield record
-
-    def _listed(self, curated: Curated) -> str | None:
-        if all(": " in reason for reason in curated.reasons):  # of stages alone
-            return None
-        task = Task(key("listed", curated.left_out, self.output.uri), {"names": curated.left_out, "output": self.output.uri})
-        (record,) = self.flow.all(
-            "listed", tasks.list_left_out, iter([task]), valid=lambda r: self.output.join(r["listed"]).exists()
-        )
-        return record["listed"]
 
 
 def pieces_of(flow: Flow, input: str, files: list[InputFile], target: int) -> Iterator[list[Part]]:

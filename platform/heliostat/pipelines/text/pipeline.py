@@ -24,7 +24,7 @@ from pydantic import Field, model_validator
 from heliostat import extras
 from heliostat.config.schema import Strict
 from heliostat.curation import reasons
-from heliostat.curation.flow import Flow
+from heliostat.curation.stages.pdf import Pdf
 from heliostat.curation.work import Work
 from heliostat.data.infilling import OWN, encode
 from heliostat.data.manifest import Manifest
@@ -61,6 +61,20 @@ class TokenizerConfig(Strict):
         if (self.vocab_size is None) == (self.path is None):
             raise ValueError("give either vocab_size (to train one) or path (to take one)")
         return self
+
+    def definition(self) -> str | None:
+        """Reads the definition of the existing tokenizer, None if none is named; ConfigError if it is missing or not UTF-8."""
+        if self.path is None:
+            return None
+        location = place(self.path, "tokenizer.path").join("tokenizer.json")
+        if not location.exists():
+            location = place(self.path, "tokenizer.path")
+            if location.fs.get_file_info(location.path).type != FileType.File:
+                raise ConfigError(f"tokenizer.path: {self.path!r}: no such file, and no tokenizer.json in such a folder")
+        try:
+            return location.read().decode()
+        except UnicodeDecodeError as e:
+            raise ConfigError(f"tokenizer.path: {location} is not UTF-8 text") from e
 
 
 class TextPipeline(StagedPipeline):
@@ -109,19 +123,7 @@ class TextPipeline(StagedPipeline):
 
     @cached_property
     def given(self) -> str | None:
-        """Reads the definition of the existing tokenizer, None if none is named; ConfigError if it is missing or not UTF-8."""
-        path = self.tokenizer.path
-        if path is None:
-            return None
-        location = place(path, "tokenizer.path").join("tokenizer.json")
-        if not location.exists():
-            location = place(path, "tokenizer.path")
-            if location.fs.get_file_info(location.path).type != FileType.File:
-                raise ConfigError(f"tokenizer.path: {path!r}: no such file, and no tokenizer.json in such a folder")
-        try:
-            return location.read().decode()
-        except UnicodeDecodeError as e:
-            raise ConfigError(f"tokenizer.path: {location} is not UTF-8 text") from e
+        return self.tokenizer.definition()
 
     def check(self) -> None:
         if self.max_chars is not None and self.max_chars < self.min_chars:
@@ -157,8 +159,12 @@ class TextPipeline(StagedPipeline):
             )
 
     def inputs(self) -> list[InputFile]:
-        found = repositories.listing(self.input) if self.repositories else sources.listing(self.input, bool(self.stages))
-        return sources.without(found, self.exclude)
+        if self.repositories:
+            return sources.without(repositories.listing(self.input), self.exclude)
+        found = sources.listing(self.input, bool(self.stages))
+        if any(isinstance(stage, Pdf) for stage in self.stages):
+            return sources.without(found, self.exclude)
+        return sources.without(sources.without_pdfs(self.input, found), self.exclude)
 
     def identity(self) -> dict[str, Any]:
         config = super().identity()
@@ -181,8 +187,8 @@ class TextPipeline(StagedPipeline):
         sample = sampling.choose(inputs, fraction, name)
         if not sample.parts:
             raise ConfigError(f"--sample: a share of {fraction:g} of {len(inputs):,} files holds nothing; give a larger one")
-        flow = Flow(Work(folder.join("work")), self.labels, progress=self.progress())
         source = sampling.SampledSource(self.input, self.rules, name, sample.records)
+        flow = self.flow(Work(folder.join("work")))
         trial = Trial(flow, source, folder.join("out"), self.tokenizer.model_dump(), self.given, self.stages, self.memory_limit,
                       self.shard_bytes, self.chunk_tokens, self.fill_in_the_middle, sample=sample)  # fmt: skip
         return trial.predicted(inputs) | {"name": self.name, "seconds": round(time.monotonic() - start, 2)}

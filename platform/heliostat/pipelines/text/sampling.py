@@ -25,7 +25,7 @@ BLOCKS = 1 << 20
 PLACES = 64  # that are chosen at least, where there are so many, lest a sample is of one neighbourhood
 OF_PLACES, OF_RECORDS = 1, 2  # seeds
 FEW_UNKNOWN = 0.05
-ONE = (".txt", ".md", ".py", ".rst", ".html", ".htm", ".xhtml")  # kinds of files that are one document
+ONE = (".txt", ".md", ".py", ".rst", ".html", ".htm", ".xhtml", ".pdf")  # kinds of files that are one document
 Kind = Literal["one", "lines", "records"]
 
 

@@ -132,6 +132,16 @@ def listing(uri: str, more: bool = False) -> list[InputFile]:
     return sorted(files, key=lambda f: f.path)
 
 
+def without_pdfs(uri: str, files: list[InputFile]) -> list[InputFile]:
+    """Leaves out PDFs, and says how many; ConfigError if nothing else is there."""
+    kept = [f for f in files if readers.suffix_of(f.path or root(uri).name) != ".pdf"]
+    if not kept:
+        raise ConfigError(f"input: {uri!r}: {len(files):,} PDFs and nothing else; put {{stage: pdf}} first among `stages`")
+    if len(kept) < len(files):
+        log.warning("%s: %d PDFs are not read; {stage: pdf} first among `stages` would", uri, len(files) - len(kept))
+    return kept
+
+
 def without(files: list[InputFile], patterns: list[str]) -> list[InputFile]:
     """Leaves out the files whose paths match a pattern, and says how many; a pattern that matches none is warned of."""
     kept = files

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
 from heliostat.curation import readers, segment, spill
+from heliostat.curation.pdf import is_pdf
 from heliostat.curation.pieces import Part
 from heliostat.curation.readers import archives, clones
 from heliostat.curation.readers.streams import Limits
@@ -52,7 +53,8 @@ class TextSource:
 
     def finish(self, document: Raw) -> Raw | documents.Dropped:
         if isinstance(document.text, bytes):
-            raise ConfigError(f"stages: {document.id} is a page, not text; put {{stage: extract}} among the first")
+            what, stage = ("PDF", "pdf") if is_pdf(document.text) else ("page", "extract")
+            raise ConfigError(f"stages: {document.id} is a {what}, not text; put {{stage: {stage}}} among the first")
         made = documents.clean(document.id, document.text, self.rules, document.columns)
         return made if isinstance(made, documents.Dropped) else Raw(made.id, made.text, made.columns)
 

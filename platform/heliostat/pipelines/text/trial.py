@@ -51,7 +51,11 @@ class Trial(Making):
         repeated = self._repeated(funnel)
         factors = kept_factors(funnel, repeated)
         made = rows_of(funnel, self.sample, [kept_factors(funnel, repeated, which) for which in ("expected", "low", "high")])
-        hours = {kind: s / HOUR_S for kind, s in self._seconds(factors, funnel[SHARD]["kept_bytes"]).items()}
+        sampled, taken = funnel[SHARD]["kept_bytes"], self.flow.seconds
+        hours = {kind: s / HOUR_S for kind, s in self._seconds(factors, sampled, taken).items()}
+        waited = {kind: max(taken[kind], wall) for kind, wall in self.flow.walls.items() if kind != TOKENIZER}
+        clock = self._seconds(factors, sampled, waited | {k: v for k, v in self.flow.walls.items() if k == TOKENIZER})
+        alone = clock.pop(TOKENIZER, 0.0) / HOUR_S
         for row in made:
             row["cpu_hours"] = self._of_stage(row["stage"], factors)
         first = [tally.label(*numbered) for numbered in segments(self.stages)[0]]
@@ -66,7 +70,7 @@ class Trial(Making):
             "documents": made[-1]["kept"],
             "tokens": made[-1]["tokens"],
             "cpu_hours": total,
-            "wall_hours": (total - hours.get(TOKENIZER, 0.0)) / cpus + hours.get(TOKENIZER, 0.0),
+            "wall_hours": sum(clock.values()) / HOUR_S / cpus + alone,
             "cpus": cpus,
             "notes": self._notes(funnel, repeated),
         }  # fmt: skip
@@ -82,11 +86,11 @@ class Trial(Making):
                                                    self.sample.of_documents)  # fmt: skip
         return found
 
-    def _seconds(self, factors: dict[str, float], sampled: int) -> dict[str, float]:
-        """Predicts the seconds of each kind of task; what opens stages is taken as often as in the sample."""
+    def _seconds(self, factors: dict[str, float], sampled: int, taken: dict[str, float]) -> dict[str, float]:
+        """Predicts the seconds of each kind of task from those of the sample; stages are opened as often as there."""
         before = {number: factors[tally.label(number, stage)] for number, stage in enumerate(self.stages)}
         found = {}
-        for kind, seconds in self.flow.seconds.items():
+        for kind, seconds in taken.items():
             opening, numbered = self.flow.opening.get(kind, 0.0), re.match(r"\w+-(\d+)", kind)
             factor = before[int(numbered[1])] if numbered else 1.0 if kind == segment.READ else factors[SHARD]
             found[kind] = (seconds - opening) * self.sample.of_bytes * factor + opening
@@ -94,7 +98,7 @@ class Trial(Making):
         found[segment.READ] += reading * (self.sample.input_bytes / self.sample.read_bytes - self.sample.of_bytes)
         if TOKENIZER in found:
             most, whole = self.tokenizer["train_bytes"], sampled * self.sample.of_bytes * factors[SHARD]
-            found[TOKENIZER] = self.flow.seconds[TOKENIZER] * min(most, whole) / min(most, sampled)
+            found[TOKENIZER] = taken[TOKENIZER] * min(most, whole) / min(most, sampled)
         return found
 
     def _of_stage(self, name: str, factors: dict[str, float]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,53 +24,94 @@ from heliostat.storage import Location
 AT_ONCE = 16
 
 
-class Drawing(Strict):
-    """Describes how an image is drawn; what is left out is taken from the job's `samples`."""
+class Picture(Strict):
+    """Describes how a picture is drawn; what is left out is taken from the job's `samples`."""
 
     steps: int | None = Field(None, ge=1)
     guidance: Float | None = Field(None, ge=0)
     sampler: Literal["ddpm", "ddim", "dpm++", "euler"] | None = None
-    grid: int = Field(1, ge=1)
     width: int | None = Field(None, ge=1)
     height: int | None = Field(None, ge=1)
+
+
+class Drawing(Picture):
+    """Describes an image: one picture, or several side by side."""
+
+    grid: int = Field(1, ge=1)
+
+
+class ImageCanvas:
+    """Loads an exported model at its first picture, and draws. `size`: of its own pictures; `defaults`: the job's `samples`."""
+
+    def __init__(self, folder: Path) -> None:
+        job: Any = exported.read(folder).job
+        self.folder = folder
+        self.model = validate(Model, job["model"], str(folder / exported.RECORD))
+        self.latent = (folder / "vae").is_dir()
+        blocks = json.loads((folder / "vae/config.json").read_text())["block_out_channels"] if self.latent else [0]
+        self.factor = 2 ** (len(blocks) - 1)
+        samples = self.model.samples
+        self.defaults: dict[str, Any] = {"steps": samples.steps, "guidance": samples.guidance}
+
+    @cached_property
+    def pipeline(self) -> Any:
+        return diffusers_folder.load(self.folder)
+
+    @cached_property
+    def own(self) -> Any:
+        return self.pipeline.scheduler
+
+    @property
+    def size(self) -> tuple[int, int]:
+        side = self.pipeline.backbone.config.sample_size * self.factor
+        return side, side
+
+    def scheduler(self, options: Picture) -> Any:
+        """Makes the scheduler that is asked for; None for the export's own. ConfigError if the model does not go with it."""
+        for side in ("width", "height"):
+            if (value := getattr(options, side)) and value % self.factor:
+                raise ConfigError(f"generate: {side}: {value} is no multiple of {self.factor} pixels, the side of a latent")
+        if options.sampler is None:
+            return None
+        return Process(self.model.objective).scheduler(options.sampler, clip=not self.latent)
+
+    def draw(self, prompts: list[str], seeds: list[int], options: dict[str, Any]) -> list[bytes]:
+        drawn = self.pictures(prompts, seeds, validate(Picture, options, "generate"))
+        return [png(grid([picture], 1)) for picture in drawn]
+
+    def pictures(self, prompts: list[str], seeds: list[int], options: Picture) -> list[np.ndarray]:
+        """Draws a picture for each prompt, each from its own seed."""
+        own = self.own
+        self.pipeline.scheduler = self.scheduler(options) or own
+        drawn: list[np.ndarray] = []
+        for first in range(0, len(prompts), AT_ONCE):
+            made = self.pipeline(
+                prompts[first : first + AT_ONCE], options.height, options.width, options.steps or self.defaults["steps"],
+                self.defaults["guidance"] if options.guidance is None else options.guidance,
+                generators(seeds[first : first + AT_ONCE]),
+            )  # fmt: skip
+            drawn += [np.asarray(image) for image in made.images]
+        return drawn
 
 
 class ImageGenerator:
     def __init__(self, folder: Path, options: dict[str, Any]) -> None:
         self.options = validate(Drawing, options, "generate")
-        model = validate(Model, exported.read(folder).job["model"], str(folder / exported.RECORD))  # type: ignore[index]
-        self.latent = (folder / "vae").is_dir()
-        blocks = json.loads((folder / "vae/config.json").read_text())["block_out_channels"] if self.latent else [0]
-        factor = 2 ** (len(blocks) - 1)
-        for side in ("width", "height"):
-            if (value := getattr(self.options, side)) and value % factor:
-                raise ConfigError(f"generate: {side}: {value} is no multiple of {factor} pixels, the side of a latent")
-        self.steps = self.options.steps or model.samples.steps
-        self.guidance = model.samples.guidance if self.options.guidance is None else self.options.guidance
-        self.scheduler = None
-        if self.options.sampler:
-            self.scheduler = Process(model.objective).scheduler(self.options.sampler, clip=not self.latent)
-        self.pipeline: Any = diffusers_folder.load(folder)
-        if self.scheduler is not None:
-            self.pipeline.scheduler = self.scheduler
+        self.canvas = ImageCanvas(folder)
+        self.canvas.scheduler(self.options)
+        self.canvas.pipeline  # noqa: B018 (loads the model: what is wrong with it is found now)
 
     def __call__(self, requests: list[Request]) -> list[Generated]:
         for request in requests:
             if request.out is None:
                 raise ConfigError("--out: say where the image goes, such as --out x.png")
         wanted = [(r.prompt, r.seed + i) for r in requests for i in range(self.options.grid)]
-        drawn: list[np.ndarray] = []
-        for first in range(0, len(wanted), AT_ONCE):
-            part = wanted[first : first + AT_ONCE]
-            made = self.pipeline(
-                [p for p, _ in part], self.options.height, self.options.width, self.steps, self.guidance,
-                generators([seed for _, seed in part]),
-            )  # fmt: skip
-            drawn += [np.asarray(image) for image in made.images]
+        drawn = self.canvas.pictures([p for p, _ in wanted], [seed for _, seed in wanted], self.options)
         return [self._answer(r, drawn[i * self.options.grid : (i + 1) * self.options.grid]) for i, r in enumerate(requests)]
 
     def _answer(self, request: Request, images: list[np.ndarray]) -> Generated:
         place = Location(str(request.out)).ending(".png")
         place.write(png(grid(images, 4)))
-        facts = {"file": place.uri, "seed": request.seed, "steps": self.steps, "guidance": self.guidance, "images": len(images)}
+        told = {name: getattr(self.options, name) for name in self.canvas.defaults if getattr(self.options, name) is not None}
+        facts = {"file": place.uri, "seed": request.seed, **self.canvas.defaults, **told, "images": len(images)}
         return Generated(request.prompt, f"{request.prompt!r} is in {place}", facts)

@@ -36,13 +36,13 @@ from heliostat.recipes.images.gallery import Gallery
 from heliostat.recipes.images.noising import Process
 from heliostat.recipes.images.parts import Denoiser, Parts
 from heliostat.recipes.images.pipeline import decode, tokenize
-from heliostat.recipes.protocol import Batch, Companion, Draws, Evaluates, Generated, Generates, Loss, Recipe, Serves, Serving
+from heliostat.recipes.protocol import Batch, Companion, Draws, Evaluates, Generated, Loss, Paints, Recipe, Serves, Serving
 
 QUARTERS = 4
 GOLDEN = 0.6180339887498949  # multiples of it fill [0, 1) evenly
 
 
-class TextToImage(Recipe, Evaluates, Generates, Serves, Draws):
+class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
     kind = "rows"
     terms_per_sample = 1
 
@@ -210,6 +210,12 @@ class TextToImage(Recipe, Evaluates, Generates, Serves, Draws):
         from heliostat.recipes.images.generator import ImageGenerator
 
         return ImageGenerator(folder, options)
+
+    @staticmethod
+    def canvas(folder: Path) -> Any:
+        from heliostat.recipes.images.generator import ImageCanvas
+
+        return ImageCanvas(folder)
 
     def serving(self) -> Serving:
         return diffusers_folder.serving(self)

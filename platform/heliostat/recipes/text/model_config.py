@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -18,12 +18,23 @@ from heliostat.recipes.text import expert_keys, initial, overrides
 from heliostat.text import brief
 
 
-def from_keys(model: dict[str, Any]) -> Any:
+class Kind(NamedTuple):
+    """Describes a kind of model: its name for people, the architectures of transformers that are one, and some of them."""
+
+    name: str
+    archs: tuple[str, ...]
+    examples: str
+
+
+CAUSAL_LM = Kind("causal language model", tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), "llama, gpt2, qwen3")
+
+
+def from_keys(model: dict[str, Any], wanted: Kind = CAUSAL_LM) -> Any:
     keys = {k: v for k, v in model.items() if k not in ("arch", initial.KEY, *expert_keys.KEYS)}
     arch = str(model.get("arch"))
-    if arch not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        near = nearest(arch, list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)) or "; for example: llama, gpt2, qwen3"
-        raise ConfigError(f"model.arch: {arch!r} is no causal language model of transformers{near}")
+    if arch not in wanted.archs:
+        near = nearest(arch, list(wanted.archs)) or f"; for example: {wanted.examples}"
+        raise ConfigError(f"model.arch: {arch!r} is no {wanted.name} of transformers{near}")
     kind = transformers.CONFIG_MAPPING[arch]
     act = keys.get("hidden_act", keys.get("activation_function"))
     if isinstance(act, str):
@@ -94,15 +105,15 @@ def from_folder(model: dict[str, Any]) -> Any:
     return _routing(overrides.applied(read(model), changed(model)), model)
 
 
-def read(model: dict[str, Any]) -> Any:
-    """Reads the configuration in the folder of a pretrained language model, as it is there."""
+def read(model: dict[str, Any], wanted: Kind = CAUSAL_LM) -> Any:
+    """Reads the configuration in the folder of a pretrained model, as it is there."""
     folder = Path(model["pretrained"])
     if not (folder / "config.json").is_file():
         raise ConfigError(f"model.pretrained: {str(folder)!r} is not a model folder (no config.json)")
     with exported.using(folder):
         config = pretrained.from_folder("model.pretrained", transformers.AutoConfig, folder)
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ConfigError(f"model.pretrained: {str(folder)!r} holds a {config.model_type!r}, which is no causal language model")
+    if config.model_type not in wanted.archs:
+        raise ConfigError(f"model.pretrained: {str(folder)!r} holds a {config.model_type!r}, which is no {wanted.name}")
     return config
 
 

@@ -1,8 +1,7 @@
 """Runs the training loop on every worker, around a DeepSpeed engine.
 
-A step's global batch, its micro-batches' random numbers and its learning rate follow from the step alone, so a resumed run needs
-no state but the checkpoint, and with the default lanes (one per micro-batch) the same micro-batches are computed on any number of
-workers. A step's loss is the sum of all its loss terms over their number, whatever the micro-batches held.
+A step (`stepper`) follows from its number alone, so a resumed run needs no state but the checkpoint, and with the default lanes
+(one per micro-batch) the same micro-batches are computed on any number of workers.
 
 At every step the workers agree whether to stop behind it (`heartbeat`): when ordered to, they write a checkpoint and end as if
 finished.
@@ -10,51 +9,47 @@ finished.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import operator
 import os
 import time
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import ray
 import torch
 import torch.distributed as dist
 
-from heliostat import run_folder
 from heliostat.checkpoint import agreement
 from heliostat.checkpoint import saver as checkpoint
 from heliostat.config.spec import Job
-from heliostat.data import content, receipt, stream
+from heliostat.data import stream
 from heliostat.data.dataset import DataPlan, open_dataset
 from heliostat.errors import LossSpikeError, NonFiniteError
 from heliostat.events import Evaluation, Event, ModelPhase, Notice, Paused, Phase, Saved, Spike, Steps
 from heliostat.lease import Fence
 from heliostat.recipes import building
 from heliostat.recipes.loading import load as load_recipe
-from heliostat.recipes.protocol import Batch, Draws
+from heliostat.recipes.protocol import Draws
 from heliostat.storage import Location
 from heliostat.track import local_curves
 from heliostat.train.memory_keeper import Source
 from heliostat.train.stop_codes import FAILED, RESIZE, RUN
 from heliostat.train.time_ledger import Ledger, peak_flops
 from heliostat.train.worker import bad_samples as quarantine
-from heliostat.train.worker import collector, deepspeed_engine, ema, memory_copies, on_device, zero_state
+from heliostat.train.worker import collector, deepspeed_engine, ema, memory_copies, zero_state
 from heliostat.train.worker import gallery as pictures
 from heliostat.train.worker import loss_scale as lossscale
 from heliostat.train.worker.batch_plan import BatchPlan
 from heliostat.train.worker.evaluation import HeldOut
-from heliostat.train.worker.expert_load import ExpertLoad
 from heliostat.train.worker.heartbeat import Heartbeat, StopConsensus
 from heliostat.train.worker.loss_spikes import Detector
 from heliostat.train.worker.lr_schedule import factor
 from heliostat.train.worker.memory_copies import MemoryCopies
 from heliostat.train.worker.node_metrics import NodeMonitor
-from heliostat.train.worker.objective import Objective
 from heliostat.train.worker.recheck import Recheck
 from heliostat.train.worker.sequence_group import SequenceGroup
+from heliostat.train.worker.stepper import Stepper
+from heliostat.train.worker.unsealed import Unsealed
 
 HELD_POLL_S = 0.05
 
@@ -110,14 +105,10 @@ class Worker:
             self.memory.attach(zero_state.inner_optimizer(self.engine))
         self.ema = ema.of(self.job, self.engine)
         self.device = self.engine.device
-        self.objective, self.experts = Objective(self.recipe), ExpertLoad(self.recipe, self.engine)
         self.batch_plan = BatchPlan(self.job, self.plan)
-        self.chain = receipt.GENESIS
+        self.stepper = Stepper(self.job, self.engine, self.recipe, self.batch_plan, self.sequence, self.ledger, self.ema)
+        self.unsealed = Unsealed(self.run_folder, self.dataset, self.control, self.sequence.reads)
         self.skipped = 0  # steps of the run that changed no weight, because fp16 gradients overflowed
-        self.bad_samples = 0  # replaced so far in the run, on this worker; what earlier attempts replaced is rank 0's
-        self._step_digests: list[str] = []  # on rank 0: since the last receipt, of steps that an earlier attempt made
-        self._lane_digests: list[list[int]] = []  # since then, of this attempt's
-        self._bad: list[dict[str, Any]] = []
         self._told: list[Event] = []  # events of steps and scores since the last checkpoint
         if self.start_step:
             self._phase("restore")
@@ -128,9 +119,6 @@ class Worker:
         self.scored_at = -1
         self.recheck = self._rechecked() if self.job.train.recheck else None
         self.spikes = Detector(self.job.spike) if self.job.spike else None
-        self._losses: list[torch.Tensor] = []
-        self._added: list[torch.Tensor] = []  # what is in the objective beside each loss
-        self._norms: list[float] = []
 
     # one run ---------------------------------------------------------------------------------------------------------
 
@@ -248,93 +236,42 @@ class Worker:
         return self.samples.next_step()
 
     def _step(self, step: int, mine: stream.StepSamples) -> None:
-        """Computes the forward and backward passes and the optimizer's step over this worker's share of the global batch."""
-        engine, train = self.engine, self.job.train
-        deepspeed_engine.set_lr(engine, train.optimizer.lr * factor(train.schedule, step, train.steps))
-        keys = self.batch_plan.keys(step, mine.lanes)
-        parts = zip(content.split(mine.content, train.micro_batch), content.split(keys, train.micro_batch), strict=True)
-        micros = [self.sequence.cut(self.recipe, self.recipe.batch(rows, numbers)) for rows, numbers in parts]
-        terms = self._terms(micros)
-        total = torch.zeros((), device=self.device)
-        added: torch.Tensor | None = None
-        for i, batch in enumerate(on_device.batches(micros, self.device)):
-            torch.manual_seed(self.batch_plan.seed(step, mine.lanes, i, self.sequence.part))
-            part = self.objective.part(engine, batch, len(micros) * self.world, terms)
-            engine.backward(part.objective)
-            total += part.loss
-            if part.added is not None:
-                added = part.added if added is None else added + part.added
-            self.experts.add(part.routed)
-            if i + 1 == len(micros) and not engine.zero_optimization_stage():
-                self._norms.append(deepspeed_engine.gradient_norm(engine, train.grad_clip))
-            engine.step()
-        if self.ema and engine.was_step_applied():
-            self.ema.update(step + 1)
-        if engine.zero_optimization_stage():
-            self._norms.append(deepspeed_engine.gradient_norm(engine, train.grad_clip))
-        with self.ledger("communicating"):
-            self.experts.end_step()
-        self._losses.append(total / terms)
-        if added is not None:
-            self._added.append(added)
-        if self.sequence.reads:
-            self._lane_digests.append(mine.digests)
-            self._bad += [{"step": step, **dataclasses.asdict(b)} for b in mine.bad]
-            self.bad_samples += len(mine.bad)
-        if train.precision != "fp16" and not math.isfinite(self._norms[-1]):  # fp16's loss scaler skips such steps itself
-            self._fail(step, f"gradient norm {self._norms[-1]}")
+        norm = self.stepper.step(step, mine)
+        self.unsealed.add(step, mine)
+        if self.job.train.precision != "fp16" and not math.isfinite(norm):  # fp16's loss scaler skips such steps itself
+            self._fail(step, f"gradient norm {norm}")
 
     def _rechecked(self) -> Recheck:
         where = ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
         return Recheck(self.job, self.engine, self.recipe, self.dataset, self.batch_plan, self.control, where)
 
-    def _terms(self, micros: list[Batch]) -> Any:
-        """Counts the loss terms in the global batch."""
-        if self.recipe.terms_per_sample:
-            return self.recipe.terms_per_sample * self.job.train.global_batch
-        count = torch.tensor(sum(self.recipe.terms(m) for m in micros), dtype=torch.float32, device=self.device)
-        with self.ledger("communicating"):
-            dist.all_reduce(count)
-        return count
-
     def _report(self, first: int, done: int, seconds: float, wait: float) -> None:
-        """Sums the losses of steps [first, done) over the workers, in one collective, and posts them."""
-        if first == self.start_step:
-            self.objective.agree(self.control)
-        names = self.objective.names or []
-        bad_samples = torch.tensor([self.bad_samples], dtype=torch.float32, device=self.device)
-        sums = torch.cat([torch.stack(self._losses), *self._added, bad_samples]).double()
-        with self.ledger("communicating"):
-            dist.all_reduce(sums)
-            *values, bad = sums.tolist()
-        values, added = values[: len(self._losses)], values[len(self._losses) :]
-        with self.ledger("communicating"):
-            experts = self.experts.report()
-        quarantine.check_budget(int(bad), done, self.job, self.dataset.order)
-        self._judge(first, values)
-        self.last_loss = values[-1]
+        """Posts what steps [first, done) gave, summed over the workers; collective."""
+        found = self.stepper.report(self.control, self.unsealed.replaced)
+        quarantine.check_budget(found.replaced, done, self.job, self.dataset.order)
+        self._judge(first, found.losses)
+        self.last_loss = found.losses[-1]
         rate = self._per_second(done - first, seconds)
         schedule, peak = self.job.train.schedule, self.job.train.optimizer.lr
         skipped, scale = self._fp16(done)
         self._tell(
             Steps(
                 first=first,
-                loss=values,
-                added={name: added[i :: len(names)] for i, name in enumerate(names)},
-                experts=experts,
-                grad_norm=self._norms,
+                loss=found.losses,
+                added=found.added,
+                experts=found.experts,
+                grad_norm=found.norms,
                 lr=[peak * factor(schedule, s, self.job.train.steps) for s in range(first, done)],
                 seconds=seconds,
                 tokens_per_second=rate,
                 data_wait=wait / seconds,
                 mfu=self._mfu(done - first, seconds),
-                bad_samples=int(bad),
+                bad_samples=found.replaced,
                 skipped_steps=skipped,
                 loss_scale=scale,
                 ledger=self.ledger.totals(),
             )
         )
-        self._losses, self._norms, self._added = [], [], []
 
     def _fp16(self, done: int) -> tuple[int | None, float | None]:
         """Counts the steps skipped so far by fp16's loss scale, and reads the scale; new skips are reported at the terminal."""
@@ -407,7 +344,13 @@ class Worker:
     # checkpoints -----------------------------------------------------------------------------------------------------
 
     def _save(self, done: int) -> None:
-        self._seal_receipt(done)
+
+        def first() -> None:
+            self.fence.check()
+            local_curves.write(self.run_folder, done, self._told)
+
+        bad = self.unsealed.seal(done, first)
+        self._told = []
         best = self.job.checkpoint.best  # a checkpoint out of turn was not scored, and is not to be taken for the best
         scores = self.scores if best is None or self.scored_at == done else {}
         facts = {
@@ -419,8 +362,8 @@ class Worker:
             "job": self.job.dump(),
             "data": self.plan.dump(),
             "data_digest": self.plan.digest,
-            "receipt": {"steps": done, "chain": self.chain},
-            "bad_samples": self.run_bad_samples,
+            "receipt": {"steps": done, "chain": self.unsealed.chain},
+            "bad_samples": bad,
             "metrics": {"train_loss": getattr(self, "last_loss", None), **scores},
             "written": time.time(),
         }
@@ -439,28 +382,6 @@ class Worker:
                 time.sleep(HELD_POLL_S)
         return decision
 
-    def _seal_receipt(self, done: int) -> None:
-        """Gathers the digests of the steps since the last receipt on rank 0, which chains them and writes the receipt."""
-        parts = agreement.merged(self.control, self._lanes, operator.add)  # on rank 0
-
-        def seal() -> str:
-            digests = self._step_digests + _digests(parts or [])
-            chain = receipt.extend(self.chain, digests)
-            self.fence.check()
-            run_folder.receipt(self.run_folder, done).write(receipt.seal(done - len(digests), digests, chain, self.plan.digest))
-            local_curves.write(self.run_folder, done, self._told)
-            return chain
-
-        self.chain = agreement.first(self.control, seal)
-        self._step_digests, self._lane_digests, self._told = [], [], []
-        self.run_bad_samples = quarantine.collect(self.run_folder, done, self._bad, self.bad_samples, self.dataset, self.control)
-        self._bad = []
-
-    def _lanes(self) -> list[np.ndarray]:
-        """Returns the digests of this worker's lanes, [steps, lanes], since the last receipt: a list of one, to be joined, or of
-        none where another reads for it."""
-        return [np.array(self._lane_digests, dtype=np.int64)] if self.sequence.reads else []
-
     def _keep(self, done: int) -> None:
         """Keeps the state behind a step in memory, with all that a checkpoint and its receipt would tell of the step."""
         assert self.memory
@@ -469,15 +390,7 @@ class Worker:
             "loss_scale": lossscale.read(self.engine),
             "data": self.plan.digest,
         }
-        own = {
-            "chain": self.chain,
-            "digests": list(self._step_digests),
-            "lanes": self._lanes(),
-            "bad": list(self._bad),
-            "bad_samples": self.bad_samples,
-            "told": list(self._told),
-        }
-        self.memory.keep(done, self._state(), common, own, self.control)
+        self.memory.keep(done, self._state(), common, {**self.unsealed.kept(), "told": list(self._told)}, self.control)
 
     def _restore_from_memory(self, source: Source) -> None:
         """Loads the state from copies in memory; parameters that are not trained come from storage, or are as they were built."""
@@ -494,10 +407,7 @@ class Worker:
             self.saver.frozen.loaded(found, zero_state.frozen(self.engine))
         self._resume(common["optimizer_steps"], common["loss_scale"])
         if self.rank == 0:
-            self.chain = own[0]["chain"]
-            self._step_digests = own[0]["digests"] + _digests([lanes for one in own for lanes in one["lanes"]])
-            self.bad_samples = sum(one["bad_samples"] for one in own)
-            self._bad = [bad for one in own for bad in one["bad"]]
+            self.unsealed.take_up(own)
             self._told = own[0]["told"]
 
     def _resume(self, optimizer_steps: int, loss_scale: Any) -> None:
@@ -521,8 +431,8 @@ class Worker:
         self._notice(checkpoint.casts(found, state))
         self.saver.frozen.loaded(found, zero_state.frozen(self.engine))
         self._resume(found.index["optimizer_steps"], found.index.get("loss_scale"))
-        self.chain = found.index["receipt"]["chain"]
-        self.bad_samples = found.index["bad_samples"] if self.rank == 0 else 0
+        self.unsealed.chain = found.index["receipt"]["chain"]
+        self.unsealed.replaced = found.index["bad_samples"] if self.rank == 0 else 0
 
     def _notice(self, text: str | None) -> None:
         """Posts a notice for the user at the terminal, if there is one."""
@@ -547,11 +457,6 @@ class Worker:
     def _post(self, event: Event) -> None:
         if self.rank == 0:
             self.mailbox.post.remote(event)
-
-
-def _digests(lanes: list[np.ndarray]) -> list[str]:
-    """Computes the digests of steps from all workers' lanes; there may be no steps."""
-    return receipt.step_digests(receipt.in_lane_order(lanes)) if lanes and len(lanes[0]) else []
 
 
 def _first_of_node() -> bool:

@@ -2,18 +2,23 @@
 
 The objective of a step is its loss (the sum of all its terms over their number) plus, for every part with a weight, the weight
 times the mean over the step's micro-batches. DeepSpeed averages over micro-batches and workers, which is exactly right for the
-parts; the sum of terms is scaled so that it stays a sum.
+parts; the sum of terms is scaled so that it stays a sum. A loss that couples the samples of a step is computed once for all of
+them (`coupled`), and a micro-batch's share is what its samples add to the gradient.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from heliostat.checkpoint.agreement import together
 from heliostat.errors import ConfigError
-from heliostat.recipes.protocol import GUIDE, Batch, Loss, Recipe
+from heliostat.recipes.protocol import GUIDE, Batch, CouplesSamples, Loss, Recipe
+from heliostat.train.worker import coupled
+from heliostat.train.worker.micro_batches import Micro, seeded
 
 TAKEN = ("loss", "lr", "grad_norm", "tokens_per_second", "data_wait", "mfu", "bad_samples", "skipped_steps", "loss_scale",
          "spike", "spike_limit")  # what else is logged as `train/NAME`  # fmt: skip
@@ -36,11 +41,37 @@ class Objective:
         self.recipe = recipe
         self.names: list[str] | None = None
 
+    def shares(self, engine: Any, micros: Sequence[Micro], terms: Any) -> Iterator[Share]:
+        """Yields the shares of this worker's micro-batches of a step; `terms`: the loss terms of all workers'. The backward pass
+        of each is to come before the next is asked for."""
+        number = len(micros) * dist.get_world_size()
+        if isinstance(self.recipe, CouplesSamples):
+            yield from self._coupled(self.recipe, engine, micros, terms, number)
+            return
+        for _, batch in seeded(micros, engine.device):
+            yield self.part(engine, batch, number, terms)
+
     def part(self, model: Any, batch: Batch, micros: int, terms: Any) -> Share:
         """Computes a micro-batch's share; `micros`: micro-batches of all workers in a step; `terms`: their loss terms."""
-        made = self.recipe.loss(model, batch)
+        made = self._checked(self.recipe.loss(model, batch), "loss")
+        objective = made.sum * (micros / terms)
+        for part in made.parts.values():
+            if part.weight:
+                objective = objective + part.value.float() * part.weight
+        return Share(objective, made.sum.detach(), _added(made, micros), made.routed)
+
+    def _coupled(self, recipe: CouplesSamples, engine: Any, micros: Sequence[Micro], terms: Any, number: int) -> Iterator[Share]:
+        """Yields the shares of micro-batches in a loss of all samples: of the loss itself each has as much as any other."""
+        step = coupled.first_pass(recipe, engine, micros, lambda found: self._checked(recipe.couple(found), "couple"), terms)
+        loss, added = step.loss.sum.detach() / number, _added(step.loss, number)
+        for micro, batch in seeded(micros, engine.device):
+            product = step.product(coupled.represented(recipe, engine, micro, batch), micro)
+            yield Share(product * number, loss, added, None)
+
+    def _checked(self, made: Any, name: str) -> Loss:
+        """Returns what the recipe's method gave; ConfigError if it is no loss, or names other parts than before."""
         if not isinstance(made, Loss):
-            raise ConfigError(f"recipe: {self._whose}.loss returned a {type(made).__name__}; it must return a Loss ({GUIDE})")
+            raise ConfigError(f"recipe: {self._whose}.{name} returned a {type(made).__name__}; it must return a Loss ({GUIDE})")
         if self.names is None:
             self._check(names := list(made.parts))
             self.names = names
@@ -48,12 +79,7 @@ class Objective:
             raise ConfigError(
                 f"recipe: {self._whose}.loss named {self.names} before and now {list(made.parts)}; always name all, in order"
             )
-        objective = made.sum * (micros / terms)
-        for part in made.parts.values():
-            if part.weight:
-                objective = objective + part.value.float() * part.weight
-        added = torch.stack([p.value.detach().float().reshape(()) for p in made.parts.values()]) / micros if made.parts else None
-        return Share(objective, made.sum.detach(), added, made.routed)
+        return made
 
     def agree(self, group: Any) -> None:
         """Checks that all ranks have the same names of parts, else raises a ConfigError on every rank; collective."""
@@ -72,3 +98,10 @@ class Objective:
                     f"recipe: {self._whose}.loss names a part {name!r}, which cannot be logged as train/{name}; take another "
                     f"word, none of {', '.join(TAKEN)}"
                 )
+
+
+def _added(made: Loss, micros: int) -> torch.Tensor | None:
+    """Returns a micro-batch's share of each part, a value a name."""
+    if not made.parts:
+        return None
+    return torch.stack([part.value.detach().float().reshape(()) for part in made.parts.values()]) / micros

@@ -1,0 +1,55 @@
+"""Reads the text of PDFs with PDFium; runs in a process of its own (`heliostat.curation.isolated`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Answer = tuple[dict[str, Any], bytes]
+HEAD = 1024  # bytes, within which a PDF's first line stands
+PASSWORD = 4  # PDFium's code of documents that want one
+TEXT_BYTES = 64 << 20  # of a document
+JOINED = str.maketrans({"\ufffe": None, "\0": None})  # U+FFFE: the hyphen of a word that goes on in the next line
+
+
+def is_pdf(data: bytes) -> bool:
+    """Tells whether bytes are a PDF's."""
+    return b"%PDF-" in data[:HEAD]
+
+
+def reader(keys: dict[str, Any]) -> Callable[[dict[str, Any], bytes], Answer]:
+    """Builds the function from a PDF's bytes to its text, and what is told about it. `keys` are those of the stage."""
+    import pypdfium2
+
+    def work(about: dict[str, Any], data: bytes) -> Answer:
+        try:
+            document = pypdfium2.PdfDocument(data)
+        except pypdfium2.PdfiumError as e:
+            reason = "encrypted" if e.err_code == PASSWORD else "failed"
+            return {"error": reason, "detail": str(e)}, b""
+        pages = len(document)
+        if pages > keys["max_pages"]:
+            return {"error": "too_many_pages", "detail": f"{pages:,} pages"}, b""
+        texts, failed, size = list[str](), 0, 0
+        for number in range(pages):
+            try:
+                texts.append(_text(document[number]))
+            except pypdfium2.PdfiumError:
+                failed += 1
+                continue
+            size += len(texts[-1])
+            if size > TEXT_BYTES:
+                return {"error": "too_large", "detail": f"more than {TEXT_BYTES:,} characters in {number + 1:,} pages"}, b""
+        title = (document.get_metadata_value("Title") or "").replace("\0", "").strip()
+        told = {"pages": pages, "failed": failed, "empty": sum(not text for text in texts), "title": title}
+        return told, "\n\n".join(filter(None, texts)).encode("utf-8", "replace")
+
+    return work
+
+
+def _text(page: Any) -> str:
+    found = page.get_textpage()
+    text = found.get_text_range()
+    found.close()
+    page.close()
+    return text.translate(JOINED).replace("\r\n", "\n").strip()

@@ -1,0 +1,210 @@
+"""Runs the tasks that compare documents by their vectors: embedding, the cells' centres, cells, and who of each cell stays.
+
+What is spilled is cut by documents and cells, so that a task holds the vectors of a run, a sample, or a share of a cell, whatever
+the number of documents. Centres come from the documents of the lowest hashes: a function of the documents, not of their runs.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from heliostat.curation import spill
+from heliostat.curation.comparing import JUDGED, LARGEST
+from heliostat.curation.embedding import Embedder
+from heliostat.curation.minhash.keep import Rule, ranked
+from heliostat.curation.segment import Run, survivors
+from heliostat.curation.semantic import vectors
+from heliostat.storage import Location
+
+TEXTS = 64  # that are embedded together
+OF_CELL = 256  # documents of the sample for each cell
+SAMPLE_NUMBERS = 1 << 26  # of the sample's vectors, about, whatever the number of cells
+REASON = "near_duplicate"
+ABOUT = pa.schema(
+    [("key", pa.uint64()), ("rank", pa.float64()), ("value", pa.string()), ("id", pa.string()), ("node", pa.uint64())]
+)
+
+
+@dataclass(frozen=True)
+class Model:
+    """Defines what embeds: a folder, the tokens of a text that it is given, and how many texts at once."""
+
+    folder: str
+    max_tokens: int
+    batch: int
+
+
+@lru_cache(maxsize=1)
+def _opened(model: Model) -> Embedder:
+    """Loads a model once in each process, for the tasks to come."""
+    return Embedder(model.folder, model.max_tokens, model.batch)
+
+
+def embed(folder: Location, run: Run, model: Model, most: int) -> dict[str, Any]:
+    """Spills the vectors of a run's documents under their hashes, `most` bytes of them together."""
+    embedder, held, names, record = _opened(model), list[pa.Table](), list[str](), {"rows": 0, "size": 0, "cut": 0}
+    for table in survivors(folder, run, columns=["text"]):
+        for start in range(0, len(table), TEXTS):
+            part = table.slice(start, TEXTS)
+            made = embedder(part["text"].to_pylist())
+            found = np.stack([vector for vector, _ in made])
+            held.append(pa.table({"key": part["key"], "row": part["row"], "vector": packed(found)}))
+            record = {"rows": record["rows"] + len(made), "size": found.shape[1], "cut": record["cut"] + sum(c for _, c in made)}
+            if sum(map(len, held)) * found.shape[1] >= most:
+                names.append(spill.write(folder, pa.concat_tables(held), ("row",)))
+                held = []
+    if held:
+        names.append(spill.write(folder, pa.concat_tables(held), ("row",)))
+    return {"vectors": names, "files": names, **record}
+
+
+def packed(made: np.ndarray) -> pa.Array:
+    """Packs rows of 8-bit numbers as bytes of one length."""
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(made.shape[1]), len(made), [None, pa.py_buffer(made.tobytes())])
+
+
+def unpacked(column: pa.ChunkedArray) -> np.ndarray:
+    """Returns what `packed` was given."""
+    size = column.type.byte_width
+    found = column.combine_chunks()
+    start = found.offset * size
+    return np.frombuffer(found.buffers()[1], np.int8)[start : start + len(found) * size].reshape(-1, size)
+
+
+def sampled(rows: int, cells: int, size: int) -> int:
+    """Chooses the limit of hashes below which documents are in the sample that finds so many cells."""
+    wanted = max(cells, min(OF_CELL * cells, SAMPLE_NUMBERS // size))
+    return min(spill.ALL, spill.ALL * wanted // rows)
+
+
+def centres(folder: Location, names: list[str], limit: int, cells: int, seed: int) -> dict[str, Any]:
+    """Spills the centres of the cells: of documents with hashes below the limit, in an order that the seed gives."""
+    held = [t for name in names for t in spill.read(folder, name, 0, limit, ["vector"])]
+    sample, keys = unpacked(pa.chunked_array([c for t in held for c in t["vector"].chunks])), _keys(held)
+    with np.errstate(over="ignore"):
+        order = np.lexsort((*sample.T[:8], spill.mixed(keys + np.uint64(seed))))
+    found = vectors.centres(sample[order], cells)
+    name = spill.write(folder, pa.table({"key": np.arange(len(found), dtype=np.uint64), "vector": packed(found)}))
+    return {"centres": name, "files": [name]}
+
+
+def _keys(tables: list[pa.Table]) -> np.ndarray:
+    return np.concatenate([t["key"].to_numpy() for t in tables])
+
+
+def deal(folder: Location, number: int, run: Run, made: str, rule: Rule, column: str, centres: str | None) -> dict[str, Any]:
+    """Spills documents of a run, which has this number, of which `made` are vectors, by cells, with what the rule compares."""
+    whole = pa.concat_tables(spill.read(folder, made)).sort_by("row")
+    rows, found = whole["row"].to_numpy(), unpacked(whole["vector"])
+    middle = unpacked(pa.concat_tables(spill.read(folder, centres))["vector"]) if centres else None
+    cells = np.zeros(len(rows), np.int64) if middle is None else vectors.nearest(found, middle)
+    low, high, tables = pc.min(whole["key"]).as_py(), pc.max(whole["key"]).as_py() + 1, []
+    for part in survivors(folder, run, low, high, ["id", "bytes", "columns"]):
+        part = part.filter(pa.array(np.isin(part["row"].to_numpy(), rows)))
+        at = np.searchsorted(rows, part["row"].to_numpy())
+        ranks, values = ranked(part, rule, column)
+        node = (np.uint64(number) << np.uint64(32)) | part["row"].to_numpy().astype(np.uint64)
+        tables.append(pa.table({"key": key_of(cells[at]), "rank": ranks, "value": pa.array(values, pa.string()), "id": part["id"],
+                                "node": node, "vector": packed(found[at])}))  # fmt: skip
+    name = spill.write(folder, pa.concat_tables(tables), ("node",))
+    return {"dealt": name, "files": [name]}
+
+
+def key_of(cells: np.ndarray) -> np.ndarray:
+    """Returns the key under which each cell lies."""
+    return spill.mixed(cells.astype(np.uint64))
+
+
+def judge(folder: Location, part: int, parts: int, names: list[str], least: float, held: int) -> dict[str, Any]:
+    """Spills which documents of the cells in this part go: those to which one before them, by the rule, is near that stays."""
+    all_ = Dealt.read(folder, names, *spill.share(part, parts))
+    judged, bins, clusters, largest = [JUDGED.empty_table()], dict[str, list[int]](), 0, list[tuple[int, str]]()
+    whole = all_.vectors(0, len(all_.nodes)) if 0 < len(all_.nodes) <= held else None
+    for begin, end in all_.cells():
+
+        def read(start: int, stop: int, begin: int = begin, end: int = end) -> np.ndarray:
+            first, last = begin + start, min(begin + stop, end)
+            return all_.vectors(first, last) if whole is None else whole[first:last]
+
+        near, best = vectors.sieve(read, end - begin, least, held)
+        goes = best >= np.float32(least)
+        gone, by = np.flatnonzero(goes) + begin, near[goes] + begin
+        stayed, sizes = np.unique(by, return_counts=True)
+        found = dict(zip(stayed.tolist(), zip(all_.ids(stayed), (sizes + 1).tolist(), strict=True), strict=True))
+        judged.append(_judged(all_.nodes[gone], [found[place] for place in by.tolist()], best[goes]))
+        clusters += len(found)
+        largest = heapq.nsmallest(LARGEST, [*largest, *((-size, id) for id, size in found.values())])
+        _count(bins, best, goes)
+    name = spill.write(folder, pa.concat_tables(judged), ("reason",))
+    told = [[-size, id] for size, id in largest]
+    return {"judged": name, "clusters": clusters, "largest": told, "bins": bins, "files": [name]}
+
+
+def _judged(nodes: np.ndarray, by: list[tuple[str, int]], cosines: np.ndarray) -> pa.Table:
+    details = [f"{id} (one of {size})" for id, size in by]
+    measures = [json.dumps({"similarity": round(cosine, 4)}) for cosine in cosines.tolist()]
+    columns = [pa.array(nodes), pa.array([REASON] * len(nodes), pa.string()), pa.array(details, pa.string())]
+    return pa.Table.from_arrays([*columns, pa.array(measures, pa.string())], schema=JUDGED)
+
+
+def _count(bins: dict[str, list[int]], best: np.ndarray, goes: np.ndarray) -> None:
+    """Counts cosines with the nearest one that stays, of those that stay and of those that go, as a tally's histogram."""
+    for place, some in ((0, best[~goes]), (1, best[goes])):
+        values, counts = np.unique(np.floor(some.astype(np.float64) * 100 + 1e-4), return_counts=True)
+        for value, number in zip(values.tolist(), counts.tolist(), strict=True):
+            bins.setdefault(f"{value / 100:.6g}", [0, 0])[place] += number
+
+
+@dataclass(frozen=True)
+class Dealt:
+    """Reads the documents of a range of cells, cell by cell in the order in which they are gone through; holds no vectors."""
+
+    folder: Location
+    names: list[str]
+    table: pa.Table
+
+    @classmethod
+    def read(cls, folder: Location, names: list[str], low: int, high: int) -> Dealt:
+        held = [t.select(ABOUT.names) for name in names for t in spill.read(folder, name, low, high, ABOUT.names)]
+        order = [(name, "ascending") for name in ABOUT.names]
+        return cls(folder, names, pa.concat_tables([ABOUT.empty_table(), *held]).sort_by(order).combine_chunks())
+
+    @cached_property
+    def nodes(self) -> np.ndarray:
+        return self.table["node"].to_numpy()
+
+    @cached_property
+    def keys(self) -> np.ndarray:
+        return self.table["key"].to_numpy()
+
+    def ids(self, places: np.ndarray) -> list[str]:
+        return self.table["id"].take(pa.array(places)).to_pylist()
+
+    def cells(self) -> list[tuple[int, int]]:
+        """Lists where each cell begins and ends."""
+        starts = np.unique(self.keys, return_index=True)[1].tolist()
+        return list(pairwise([*starts, len(self.nodes)]))
+
+    def vectors(self, start: int, stop: int) -> np.ndarray:
+        """Reads the vectors of some places in the order."""
+        wanted = self.nodes[start:stop]
+        order = np.argsort(wanted)
+        found = None
+        for name in self.names:
+            for table in spill.read(self.folder, name, int(self.keys[start]), int(self.keys[stop - 1]) + 1, ["node", "vector"]):
+                node, made = table["node"].to_numpy(), unpacked(table["vector"])
+                at = np.minimum(np.searchsorted(wanted, node, sorter=order), len(wanted) - 1)
+                place, here = order[at], wanted[order[at]] == node
+                found = np.zeros((len(wanted), made.shape[1]), np.int8) if found is None else found
+                found[place[here]] = made[here]
+        assert found is not None
+        return found

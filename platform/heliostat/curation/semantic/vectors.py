@@ -1,0 +1,135 @@
+"""Computes with vectors of 8-bit numbers: cosines, centres of cells, and which rows stay. Pure functions of arrays.
+
+Products of two vectors are whole numbers below 2**24, of which float32 holds every one, whatever the order in which a library
+sums: so the results are the same on every machine. Longer vectors are multiplied in pieces of LONGEST numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+LONGEST = 1040  # numbers of a vector, at most: LONGEST * 127 * 127 < 2**24
+TOGETHER = 512  # rows that are compared together
+ROUNDS = 10  # of k-means
+Vectors = Callable[[int, int], np.ndarray]  # the rows from a first to a last, in the order in which they are gone through
+
+
+def lengths(vectors: np.ndarray) -> np.ndarray:
+    """Returns the length of each vector, 1 where it is 0."""
+    return np.maximum(1, np.sqrt((vectors.astype(np.int64) ** 2).sum(axis=1, dtype=np.int64))).astype(np.float32)
+
+
+def products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Returns the product of each of `a` with each of `b`, exactly; rounded to float32 where vectors are longer than LONGEST."""
+    pieces = [_whole(a[:, i : i + LONGEST], b[:, i : i + LONGEST]) for i in range(0, a.shape[1], LONGEST)]
+    return pieces[0] if len(pieces) == 1 else np.sum(pieces, axis=0, dtype=np.float64).astype(np.float32)
+
+
+def _whole(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return a.astype(np.float32, copy=False) @ b.astype(np.float32, copy=False).T
+
+
+def nearest(vectors: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    """Returns the number of the nearest centre of each vector; of equally near ones, the first."""
+    found = [np.zeros(0, np.int64)]
+    for start in range(0, len(vectors), TOGETHER):
+        found.append((products(vectors[start : start + TOGETHER], centres) / lengths(centres)).argmax(axis=1))
+    return np.concatenate(found)
+
+
+def centres(sample: np.ndarray, count: int) -> np.ndarray:
+    """Finds the centres of `count` cells, or of as many as there are different vectors, by spherical k-means from the first ones.
+
+    (Lloyd 1982; Dhillon and Modha 2001.) A cell that loses all its vectors keeps its centre.
+    """
+    _, firsts = np.unique(sample, axis=0, return_index=True)
+    found = sample[np.sort(firsts)[:count]]
+    unit = sample / lengths(sample)[:, None]
+    for _ in range(ROUNDS):
+        cells = nearest(sample, found)
+        order = np.argsort(cells, kind="stable")
+        used, starts = np.unique(cells[order], return_index=True)
+        sums = np.add.reduceat(unit[order], starts, axis=0, dtype=np.float64)
+        moved = found.copy()
+        moved[used] = _rounded(sums)
+        if (moved == found).all():
+            break
+        found = moved
+    return found
+
+
+def _rounded(sums: np.ndarray) -> np.ndarray:
+    largest = np.abs(sums).max(axis=1, keepdims=True)
+    return np.rint(sums * np.divide(127.0, largest, out=np.zeros_like(largest), where=largest > 0)).astype(np.int8)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Holds vectors that are compared, their lengths, and their places in the order in which all are gone through."""
+
+    vectors: np.ndarray
+    lengths: np.ndarray
+    places: np.ndarray
+
+    @classmethod
+    def of(cls, vectors: np.ndarray, first: int) -> Rows:
+        return cls(vectors.astype(np.float32), lengths(vectors), np.arange(first, first + len(vectors)))
+
+    def __getitem__(self, which: slice | np.ndarray) -> Rows:
+        return Rows(self.vectors[which], self.lengths[which], self.places[which])
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def blocks(self, size: int) -> Iterator[Rows]:
+        yield from (self[start : start + size] for start in range(0, len(self), size))
+
+    def cosines(self, others: Rows) -> np.ndarray:
+        """Returns the cosine of each row with each of the others."""
+        return products(self.vectors, others.vectors) / others.lengths / self.lengths[:, None]
+
+
+def sieve(vectors: Vectors, count: int, least: float, held: int) -> tuple[np.ndarray, np.ndarray]:
+    """Goes through `count` rows: one goes if its cosine with one before it that stays is at least `least`, which is above 0.
+
+    Returns for each (the place of the nearest of those before it that stay, or -1; the cosine with it, or 0): it goes where that
+    is at least `least`. No more than twice `held` rows are in memory.
+    """
+    near, best = np.full(count, -1, np.int64), np.zeros(count, np.float32)
+    for start in range(0, count, held):
+        rows = Rows.of(vectors(start, min(start + held, count)), start)
+        for before in range(0, start, held):
+            stay = np.flatnonzero(best[before : before + held] < np.float32(least))
+            _closer(near, best, rows, Rows.of(vectors(before, before + held), before)[stay])
+        for first in range(0, len(rows), TOGETHER):
+            stay = np.flatnonzero(best[start : start + first] < np.float32(least))
+            part = rows[first : first + TOGETHER]
+            _closer(near, best, part, rows[stay])
+            _beside(near, best, part, least)
+    return near, best
+
+
+def _closer(near: np.ndarray, best: np.ndarray, rows: Rows, others: Rows) -> None:
+    """Takes note of those of the others, which stay, that are nearer to the rows."""
+    for some in others.blocks(16 * TOGETHER):
+        for part in rows.blocks(TOGETHER):
+            found = part.cosines(some)
+            place = found.argmax(axis=1)
+            value = found[np.arange(len(part)), place]
+            closer = value > best[part.places]
+            near[part.places[closer]], best[part.places[closer]] = some.places[place[closer]], value[closer]
+
+
+def _beside(near: np.ndarray, best: np.ndarray, part: Rows, least: float) -> None:
+    """Compares rows with those of them before each that stay, one after another."""
+    found, stays = part.cosines(part), np.zeros(len(part), bool)
+    for i, at in enumerate(part.places.tolist()):
+        before = np.flatnonzero(stays[:i])
+        if len(before):
+            place = before[found[i, before].argmax()]
+            if found[i, place] > best[at]:
+                near[at], best[at] = part.places[place], found[i, place]
+        stays[i] = best[at] < np.float32(least)

@@ -1,0 +1,70 @@
+"""Makes text of PDFs: what their pages say, in the order in which it is drawn, by PDFium (the library of Chromium).
+
+A file ends in `.pdf`; files of this kind are read where a pipeline has this stage. Words that are cut at the end of a line are
+joined, pages stand apart by an empty line. There is no recognition of letters in pictures: a scanned document without a layer of
+text is dropped as `no_text`, and its pages without text are counted. Columns of print come in the order of the file, which is
+mostly theirs; tables lose their form. A document is read within `max_seconds` and `max_memory` in a process of its own, so that
+what hangs or crashes the library, or unpacks to gigabytes, is dropped with a reason and stops nothing. Documents that want a
+password are `encrypted`. `pages` and `title` become columns. Documents that are no PDFs pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from heliostat import extras
+from heliostat.config.schema import Float
+from heliostat.curation.isolated import Isolated, IsolatedError
+from heliostat.curation.pdf import is_pdf
+from heliostat.curation.stage import Document, Outcome, Stage, Work
+
+
+class Pdf(Stage):
+    """Makes text of PDFs."""
+
+    reasons: ClassVar[dict[str, str]] = {
+        "no_text": "no text on any page, as of scanned ones",
+        "encrypted": "a password is needed",
+        "too_many_pages": "more pages than max_pages",
+        "too_large": "more text than 64 MiB",
+        "timeout": "it takes longer than max_seconds",
+        "memory": "it takes more memory than max_memory",
+        "crashed": "the library ended its process, as where max_memory is not enough",
+        "failed": "it is no PDF that can be read",
+    }
+    thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"pages": ("max_pages",)}
+
+    max_pages: int = Field(5000, ge=1)
+    """Documents of more pages are dropped (`too_many_pages`)."""
+    max_seconds: Float = Field(60.0, gt=0)
+    """The processor seconds that one document may take (`timeout`)."""
+    max_memory: int = Field(2048, ge=256)
+    """The MiB of address space that the library's process may take (`memory`, `crashed`)."""
+
+    def check(self) -> None:
+        extras.require("curation", "pypdfium2", what="stage pdf")
+
+    def open(self) -> Work:
+        self.check()
+        keys: dict[str, Any] = {"max_pages": self.max_pages}
+        run = Isolated("heliostat.curation.pdf:reader", keys, self.max_seconds, self.max_memory)
+        return lambda documents: [_outcome(d, run) for d in documents]
+
+
+def _outcome(document: Document, run: Isolated) -> Outcome:
+    data = document.text
+    if isinstance(data, str) or not (is_pdf(data) or document.id.lower().endswith(".pdf")):
+        return Outcome(document)
+    try:
+        about, text = run({}, data)
+    except IsolatedError as e:
+        return Outcome(None, e.reason, e.detail)
+    measures = {"pages": float(about["pages"])}
+    counts = {f"pages_{what}": about[what] for what in ("failed", "empty") if about[what]}
+    if not text:
+        return Outcome(None, "no_text", f"{about['pages']:,} pages", measures, counts)
+    document.text = text.decode()
+    document.columns |= {"pages": about["pages"]} | ({"title": about["title"]} if about["title"] else {})
+    return Outcome(document, measures=measures, counts=counts)

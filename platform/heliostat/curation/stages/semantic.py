@@ -1,0 +1,106 @@
+"""Drops documents that mean much the same as another, by the cosines of their vectors, over the whole set.
+
+(SemDeDup: Abbas et al. 2023, arXiv 2303.09540.) `model` is a local folder of a text encoder, as save_pretrained or
+sentence-transformers writes it; code of the folder's is never run. Documents are dealt to cells by spherical k-means, and each
+cell is gone through in the order of `keep`: a document goes if its cosine with one before it that stays is `min_similarity` or
+more. So two of a cell that stay are never so near, and each that goes is near to one that stays: nothing is lost along a chain.
+Pairs within a cell are all found; of sets of up to `cell_documents`, which are one cell, all pairs are. A pair on either side of
+a border stays: a second stage with another `seed` has other borders. Vectors are rounded to 8 bits, and all that follows from
+them is the same on every machine. Only the first `max_tokens` of a document are looked at. Put it behind `minhash`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import Field, model_validator
+
+from heliostat.config.schema import Float
+from heliostat.curation import embedding, scoring, tally
+from heliostat.curation.comparing import conclude, parts
+from heliostat.curation.engine import Curated
+from heliostat.curation.flow import Flow, Task
+from heliostat.curation.minhash import components
+from heliostat.curation.minhash.keep import Rule
+from heliostat.curation.segment import Run
+from heliostat.curation.semantic import cells
+from heliostat.curation.stage import GlobalStage
+from heliostat.curation.work import key
+
+ROW_BYTES = 400  # of memory for each document of a cell, beside its vector
+VECTORS = 16  # a file of vectors is one so many-th of `memory_limit`: it is sorted, encoded and read again
+NUMBER_BYTES = 16  # of memory for each number of a vector that is compared, with copies
+
+
+class Semantic(GlobalStage):
+    """Drops documents that mean much the same as another, which stays."""
+
+    reasons: ClassVar = {"near_duplicate": "means much the same as another document, which stays"}
+    thresholds: ClassVar = {"similarity": ("min_similarity",)}
+
+    model: str = Field(min_length=1)
+    """The model's folder, which every node must reach."""
+    min_similarity: Float = Field(0.95, gt=0, lt=1)
+    """The least cosine of documents that mean much the same. What it is of yours depends on the model: look at the histogram of
+    `curate report`."""
+    cell_documents: int = Field(65_536, ge=1)
+    """Documents of a cell, about: within one, all are compared with all that stay."""
+    max_tokens: int = Field(512, ge=8)
+    """The tokens of a document that are looked at."""
+    batch: int = Field(8, ge=1, le=1024)
+    """Documents of about one length that are computed together."""
+    seed: int = Field(1, ge=0)
+    """Of the cells."""
+    keep: Rule = "longest"
+    """Who is gone through first: the `longest`, the `first` by id, the `oldest` by the date in `column`, or the `best`, with the
+    largest number in `column`. Of equals, the first by id."""
+    column: str = ""
+    """The column that `oldest` and `best` compare; it must be one of the pipeline's `columns`, or made by a stage before."""
+
+    @model_validator(mode="after")
+    def _column(self) -> Semantic:
+        if (self.keep in ("oldest", "best")) != bool(self.column):
+            raise ValueError(f"keep: {self.keep!r} {'needs a column' if not self.column else 'compares no column'}")
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        return super().identity() | {"model": embedding.identity(self.model)}
+
+    def check(self) -> None:
+        config = scoring.describe(self.model)
+        scoring.check_length(config, self.max_tokens)
+        embedding.pooling(self.model)
+
+    def compare(self, flow: Flow, found: Curated, number: int, memory_limit: int) -> list[Run]:
+        kind, runs, model = f"semantic-{number}", found.runs, cells.Model(self.model, self.max_tokens, self.batch)
+        follows, most = [embedding.identity(self.model), self.max_tokens, self.batch], memory_limit // VECTORS
+        embeddings = (Task(key("embed", run.name, run.decided, follows, most), {"run": run, "model": model, "most": most},
+                           bytes=run.bytes) for run in runs)  # fmt: skip
+        embedded = flow.all(f"{kind}-embed", cells.embed, embeddings, pooled=True)
+        made = [(i, name) for i, r in enumerate(embedded) for name in r["vectors"]]
+        rows, size = sum(r["rows"] for r in embedded), max((r["size"] for r in embedded), default=0)
+        many = max(1, -(-rows // self.cell_documents))
+        centres = self._centres(flow, kind, [n for _, n in made], many, cells.sampled(rows, many, size)) if many > 1 else None
+        rule = {"rule": self.keep, "column": self.column, "centres": centres}
+        dealing = (Task(key("deal", i, runs[i].name, runs[i].decided, name, rule),
+                        {"number": i, "run": runs[i], "made": name, **rule}) for i, name in made)  # fmt: skip
+        dealt = [r["dealt"] for r in flow.all(f"{kind}-deal", cells.deal, dealing)]
+        held = max(1, memory_limit // 2 // (NUMBER_BYTES * max(1, size)))
+        shares = min(many, parts(rows * (size * NUMBER_BYTES + ROW_BYTES), memory_limit))
+        judging = components.tasks(flow, shares, dealt, least=self.min_similarity, held=held)
+        judged = flow.all(f"{kind}-judge", cells.judge, judging)
+        cut = sum(r["cut"] for r in embedded)
+        return conclude(flow, found, self, number, kind, judged, histograms={"similarity": _summed(judged)},
+                        counts={"cut_to_max_tokens": cut} if cut else {})  # fmt: skip
+
+    def _centres(self, flow: Flow, kind: str, names: list[str], many: int, limit: int) -> str:
+        about = {"limit": limit, "cells": many, "seed": self.seed}
+        task = Task(key("centres", names, about), {"names": names, **about})
+        (record,) = flow.all(f"{kind}-centres", cells.centres, iter([task]))
+        return record["centres"]
+
+
+def _summed(judged: list[dict[str, Any]]) -> dict[str, list[int]]:
+    """Sums histograms."""
+    total = tally.merge([{"": tally.entry({}, "") | {"histograms": {"similarity": r["bins"]}}} for r in judged])
+    return total.get("", {}).get("histograms", {}).get("similarity", {})

@@ -1,0 +1,126 @@
+"""Finds pairs of texts that belong together in a document: a docstring and its function, a title and its section. Pure functions.
+
+A pair's place is the line that its function or title is in.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from typing import NamedTuple
+
+SENTENCE = re.compile(r"(?<=[.!?])\s|\n\s*\n")
+FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
+TITLE = re.compile(r" {0,3}(#{1,6})[ \t]+(.*?)(?:[ \t]+#+)?[ \t]*$")
+HEADINGS = {f"h{level}" for level in range(1, 7)}
+UNSEEN = {"script", "style", "template", "noscript", "nav", "head", "svg"}  # elements whose text is none of the page's
+INLINE = {"a", "abbr", "b", "bdi", "bdo", "cite", "code", "data", "dfn", "em", "font", "i", "kbd", "mark", "q", "s", "samp",
+          "small", "span", "strong", "sub", "sup", "time", "tt", "u", "var", "wbr"}  # fmt: skip
+
+
+class Pair(NamedTuple):
+    """Holds a query and the text that it is about, and its line in the document."""
+
+    line: int
+    query: str
+    text: str
+
+
+def docstrings(source: str) -> Iterator[Pair]:
+    """Yields the first sentence of each function's docstring, with the function without its docstring; SyntaxError (ValueError,
+    RecursionError) for what Python cannot parse."""
+    lines = _lines(source)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (docstring := ast.get_docstring(node)):
+            begin = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            text = _without(lines, node.body[0], begin, node.end_lineno or node.lineno)
+            yield Pair(begin, " ".join(SENTENCE.split(docstring.strip())[0].split()), text)
+
+
+def _lines(source: str) -> list[str]:
+    """Splits a text where Python does, and not at form feeds."""
+    return list(io.StringIO(source, newline=""))
+
+
+def _without(lines: list[str], docstring: ast.stmt, begin: int, end: int) -> str:
+    """Joins lines, from 1, without a docstring in them, and without a line that it leaves blank."""
+    last = docstring.end_lineno or docstring.lineno
+    before = lines[docstring.lineno - 1].encode()[: docstring.col_offset].decode()
+    behind = lines[last - 1].encode()[docstring.end_col_offset :].decode().lstrip("; ")
+    beside = before + behind if (before + behind).strip() else ""
+    return "".join([*lines[begin - 1 : docstring.lineno - 1], beside, *lines[last:end]])
+
+
+def markdown(source: str) -> Iterator[Pair]:
+    """Yields each title (`# ...`) with the text up to the next; titles in fenced code are code."""
+    title, begin, held, fence = "", 0, list[str](), ""
+    for number, line in enumerate(_lines(source), 1):
+        if mark := FENCE.match(line):
+            if not fence:
+                fence = mark[1]
+            elif mark[1].startswith(fence) and not line[mark.end() :].strip():
+                fence = ""
+        found = None if fence else TITLE.match(line)
+        if found is None:
+            held.append(line)
+            continue
+        if title:
+            yield Pair(begin, title, "".join(held).strip("\n"))
+        title, begin, held = found[2].strip(), number, []
+    if title:
+        yield Pair(begin, title, "".join(held).strip("\n"))
+
+
+def html(page: str) -> Iterator[Pair]:
+    """Yields each heading (`h1` to `h6`) of a page with the text up to the next."""
+    parser = _Sections()
+    parser.feed(page)
+    parser.close()
+    parser.end()
+    yield from parser.found
+
+
+class _Sections(HTMLParser):
+    """Collects the text of a page under its headings."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.found: list[Pair] = []
+        self.title: list[str] | None = None
+        self.text: list[str] = []
+        self.line, self.unseen, self.inside = 0, list[str](), ""
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        if tag in UNSEEN:
+            self.unseen.append(tag)
+        if tag in HEADINGS and not self.unseen:
+            self.end()
+            self.title, self.line, self.inside = [], self.getpos()[0], tag
+        self._breaks(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self.unseen:
+            del self.unseen[len(self.unseen) - 1 - self.unseen[::-1].index(tag) :]
+        if tag == self.inside:
+            self.inside = ""
+        self._breaks(tag)
+
+    def _breaks(self, tag: str) -> None:
+        """Ends a line where an element that is a block begins or ends."""
+        if tag not in INLINE:
+            (self.title if self.inside and self.title is not None else self.text).append("\n")
+
+    def handle_data(self, data: str) -> None:
+        if not self.unseen:
+            (self.title if self.inside and self.title is not None else self.text).append(data)
+
+    def end(self) -> None:
+        """Keeps the section that ends here."""
+        title = " ".join("".join(self.title or ()).split())
+        if title:
+            lines = (" ".join(line.split()) for line in "".join(self.text).split("\n"))
+            self.found.append(Pair(self.line, title, "\n".join(line for line in lines if line)))
+        self.title, self.text = None, []

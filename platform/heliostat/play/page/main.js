@@ -1,0 +1,97 @@
+// Opens the page: takes the key, asks what is here, and shows the tabs that this can do.
+
+import { get, keepKey, takeKey } from "./api.js";
+import { ask } from "./ask.js";
+import { draw } from "./draw.js";
+import { chat, complete, write } from "./text.js";
+import { find, make } from "./work.js";
+
+const TABS = {
+  write: ["Write", write],
+  complete: ["Complete", complete],
+  chat: ["Chat", chat],
+  draw: ["Draw", draw],
+  ask: ["Ask", ask],
+};
+
+function about(here) {
+  const told = [];
+  if (here.version !== here.model && here.model) told.push(here.version);
+  if (here.text) told.push(here.text.longest ? `takes ${here.text.longest.toLocaleString("en")} tokens` : "takes any number of tokens");
+  if (here.images) told.push(`draws ${here.images.size.join(" × ")} pixels`);
+  if (here.index) {
+    const { documents, passages } = here.passages;
+    told.push(`index ${here.index}: ${documents.toLocaleString("en")} documents in ${passages.toLocaleString("en")} passages`);
+  }
+  return told.join(" · ");
+}
+
+function select(names, chosen) {
+  for (const name of names) {
+    const tab = document.getElementById(`tab-${name}`);
+    tab.setAttribute("aria-selected", name === chosen);
+    tab.tabIndex = name === chosen ? 0 : -1;
+    document.getElementById(name).hidden = name !== chosen;
+  }
+  history.replaceState(null, "", `#${chosen}`);
+}
+
+function tabs(here) {
+  const names = Object.keys(TABS).filter((name) => here.tabs[name] === null);
+  const list = document.getElementById("tabs");
+  for (const name of names) {
+    const [label, start] = TABS[name];
+    const section = document.getElementById(name);
+    const tab = make("button", { type: "button", id: `tab-${name}`, role: "tab" }, label);
+    tab.setAttribute("aria-controls", name);
+    tab.addEventListener("click", () => select(names, name));
+    section.setAttribute("aria-labelledby", tab.id);
+    list.append(tab);
+    start(section, here);
+  }
+  list.addEventListener("keydown", (event) => {
+    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (!step) return;
+    const at = names.findIndex((name) => !document.getElementById(name).hidden);
+    const next = names[(at + step + names.length) % names.length];
+    select(names, next);
+    document.getElementById(`tab-${next}`).focus();
+  });
+  const wanted = location.hash.slice(1);
+  select(names, names.includes(wanted) ? wanted : names[0]);
+}
+
+function absent(here) {
+  const missing = Object.keys(TABS).filter((name) => here.tabs[name] !== null);
+  const place = document.getElementById("absent");
+  place.textContent = `Not here: ${missing.map((name) => `${TABS[name][0]} (${here.tabs[name]})`).join("; ")}.`;
+  place.hidden = !missing.length;
+}
+
+async function open() {
+  const door = document.getElementById("door");
+  try {
+    const here = await get("/abilities");
+    door.hidden = true;
+    document.getElementById("name").textContent = here.model ?? here.index;
+    document.title = `${here.model ?? here.index} · heliostat play`;
+    document.getElementById("about").textContent = about(here);
+    tabs(here);
+    absent(here);
+  } catch (error) {
+    const again = !door.hidden || error.status !== 401;
+    door.hidden = false;
+    const place = find(door, ".error");
+    place.textContent = error.message;
+    place.hidden = !again;
+    find(door, "input").focus();
+  }
+}
+
+document.getElementById("door").addEventListener("submit", (event) => {
+  event.preventDefault();
+  keepKey(find(event.target, "input").value.trim());
+  open();
+});
+takeKey();
+open();

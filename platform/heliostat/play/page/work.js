@@ -1,0 +1,154 @@
+// What the tabs have in common: a form whose button starts some work that can be stopped, and settings of sampling.
+
+import { stream } from "./api.js";
+
+export const find = (root, selector) => root.querySelector(selector);
+
+export function make(tag, properties = {}, ...children) {
+  const made = Object.assign(document.createElement(tag), properties);
+  made.append(...children);
+  return made;
+}
+
+// Calls `work(values, signal)` when the form is sent, shows the error that it throws, and lets it be stopped.
+// `enter`: whether Enter alone sends it, as beside Ctrl + Enter everywhere.
+export function form(section, work, { enter = false } = {}) {
+  const its = find(section, "form");
+  const go = find(its, ".go");
+  const stop = find(its, ".stop");
+  const error = find(its, ".error");
+  let control = null;
+  const say = (text) => {
+    error.textContent = text;
+    error.hidden = !text;
+  };
+  its.addEventListener("submit", async (event) => {
+    event.preventDefault();
+    if (control) return;
+    control = new AbortController();
+    say("");
+    go.disabled = true;
+    stop.hidden = false;
+    section.classList.add("busy");
+    try {
+      await work(Object.fromEntries(new FormData(its)), control.signal);
+    } catch (problem) {
+      if (problem.name !== "AbortError") say(problem.message);
+    } finally {
+      control = null;
+      go.disabled = false;
+      stop.hidden = true;
+      section.classList.remove("busy");
+    }
+  });
+  stop.addEventListener("click", () => control?.abort());
+  its.addEventListener("keydown", (event) => {
+    const wanted = event.target.tagName === "TEXTAREA" && event.key === "Enter" && !event.isComposing && event.target.name !== "system";
+    if (wanted && (event.ctrlKey || event.metaKey || (enter && !event.shiftKey))) {
+      event.preventDefault();
+      its.requestSubmit();
+    }
+  });
+}
+
+function slider(name, label, note, bounds, value) {
+  const shown = make("output", { value });
+  const input = make("input", { type: "range", name, ...bounds });
+  input.value = value;
+  input.addEventListener("input", () => (shown.value = input.value));
+  const head = make("span", { className: "with" }, label, shown);
+  return make("label", { className: "field" }, head, make("span", { className: "note" }, note), input);
+}
+
+export function number(name, label, bounds, value) {
+  const input = make("input", { type: "number", name, required: true, ...bounds });
+  input.value = value;
+  return make("label", { className: "field" }, label, input);
+}
+
+// The seed, and whether each answer has one of its own; `next` tells the one to use.
+export function seeds() {
+  const field = number("seed", "Seed", { min: 0, max: Number.MAX_SAFE_INTEGER, step: 1 }, 0);
+  const each = make("input", { type: "checkbox", checked: true });
+  const check = make("label", { className: "check" }, each, "a new seed each time");
+  const input = find(field, "input");
+  input.addEventListener("input", () => (each.checked = false));
+  const next = () => {
+    if (each.checked) input.value = Math.floor(Math.random() * 2 ** 31);
+    return Number(input.value);
+  };
+  return { element: make("div", { className: "field wide" }, field, check), next };
+}
+
+export function sampling(aside, text) {
+  const seed = seeds();
+  const most = Math.min(200, Math.ceil((text.longest ?? Infinity) / 2), text.max_tokens);
+  aside.prepend(
+    slider("temperature", "Temperature", "0 takes the likeliest token each time", { min: 0, max: 2, step: 0.05 }, 0.8),
+    slider("top_p", "Top-p", "chooses among the likeliest, of this share", { min: 0.05, max: 1, step: 0.05 }, 0.95),
+    number("max_tokens", "Tokens, at most", { min: 1, max: text.max_tokens, step: 1 }, most),
+    seed.element,
+  );
+  for (const element of aside.querySelectorAll(":scope > label:has(textarea)")) element.classList.add("wide");
+  return (values) => ({
+    temperature: Number(values.temperature),
+    top_p: Number(values.top_p),
+    max_tokens: Number(values.max_tokens),
+    seed: seed.next(),
+  });
+}
+
+// Shows how an answer came about, while it comes and at its end.
+export class Facts {
+  constructor(element, told) {
+    this.element = element;
+    this.told = told;
+    this.began = performance.now();
+    this.ends = "";
+    element.textContent = "";
+  }
+
+  take(item) {
+    const finish = item.choices[0]?.finish_reason;
+    if (finish) this.ends = finish === "stop" ? "ended by the model" : "ended at the limit of tokens";
+    if (!item.usage) return;
+    const seconds = (performance.now() - this.began) / 1000;
+    const tokens = item.usage.completion_tokens;
+    const pace = `${(tokens / seconds).toFixed(tokens / seconds < 10 ? 1 : 0)} a second`;
+    this.show([`${tokens} token${tokens === 1 ? "" : "s"} in ${seconds.toFixed(1)} s, ${pace}`, this.ends, ...this.told]);
+  }
+
+  stopped() {
+    this.show(["stopped", ...this.told]);
+  }
+
+  show(parts) {
+    this.element.textContent = parts.filter(Boolean).join(" · ");
+  }
+}
+
+// Hands the pieces of an answer to `say` as they come, its sources to `cite`, and shows the facts of it.
+export async function answered(path, body, signal, facts, say, cite) {
+  try {
+    for await (const item of stream(path, body, signal)) {
+      if (item.sources) cite(item.sources);
+      const choice = item.choices[0];
+      if (choice) say(choice.text ?? choice.delta.content);
+      facts.take(item);
+    }
+  } catch (error) {
+    if (error.name === "AbortError") facts.stopped();
+    throw error;
+  }
+}
+
+export async function copy(button, text) {
+  const name = button.textContent;
+  try {
+    await navigator.clipboard.writeText(text);
+    button.textContent = "Copied";
+  } catch {
+    button.textContent = "The browser refuses";
+  }
+  setTimeout(() => (button.textContent = name), 1500);
+}

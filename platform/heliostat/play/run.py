@@ -1,0 +1,63 @@
+"""Opens a page on a model, an index, or both, until it is stopped: `heliostat play`.
+
+One process: the endpoint's front, with a replica beside it instead of replicas on Ray.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import uvicorn
+
+from heliostat.cluster.private_ray import LOOPBACK
+from heliostat.play import abilities
+from heliostat.play.app import app
+from heliostat.play.local import Local
+from heliostat.serving.front import Front
+from heliostat.serving.options import Options
+from heliostat.serving.replica import Replica
+from heliostat.serving.run import require_free
+from heliostat.serving.served import Served
+from heliostat.train.driver.signals import Signals
+
+log = logging.getLogger(__name__)
+
+END_S = 3  # for answers that are under way when it is stopped
+
+
+class Server(uvicorn.Server):
+    """Calls `ready` once it answers."""
+
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self.ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self.ready()
+
+
+def play(served: Served, keys: dict[str, str] | None, options: Options, ready: Callable[[str], None]) -> None:
+    """Answers until a signal says stop, and calls `ready` with the page's URL; ConfigError before that if it cannot."""
+    served.kind()
+    require_free(options.port)
+    made = application(served, keys, options)
+    config = uvicorn.Config(
+        made, host=LOOPBACK, port=options.port, log_config=None, access_log=False, lifespan="off", server_header=False,
+        timeout_graceful_shutdown=END_S,
+    )  # fmt: skip
+    with Signals():  # uvicorn raises the signal that it has taken once more behind its end
+        Server(config, lambda: ready(f"http://{LOOPBACK}:{options.port}/")).run()
+
+
+def application(served: Served, keys: dict[str, str] | None, options: Options) -> Any:
+    """Loads what is served, and makes the application that answers with it."""
+    version = served.source.wanted()
+    replica = Replica(served.holds(served.source.folder(version), options.batch))
+    front = Front(served.settings(served.kind(), keys, options), Local(replica), ())
+    front.backend.use(version)
+    return app(front, abilities.of(served, replica, version, options))

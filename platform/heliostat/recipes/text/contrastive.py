@@ -1,0 +1,56 @@
+"""Computes the contrastive loss of pairs of embeddings, and how well a text is found by its query. Pure functions.
+
+The loss is InfoNCE (van den Oord et al. 2018, arXiv 1807.03748) in both directions: each query against all texts, each text
+against all queries. Pairs that share their query or their text are no negatives of each other, and are left out.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+BLOCK = 1024  # queries that are compared with all texts together
+CUTS = (1, 5, 10)
+
+
+class Contrast(NamedTuple):
+    """Holds the sum of the loss over the pairs, in nats; how many places of the matrix of all pairs were left out; and how many
+    queries have their own text nearest."""
+
+    loss: torch.Tensor
+    masked: torch.Tensor
+    right: torch.Tensor
+
+
+def contrast(query: torch.Tensor, text: torch.Tensor, names: torch.Tensor, temperature: float) -> Contrast:
+    """Contrasts pairs of embeddings of length 1, [pairs, width] each; `names`, int64 [pairs, 2]: what query and text each has."""
+    scores = query @ text.T / temperature
+    alike = ((names[:, None] == names[None]).any(-1)).fill_diagonal_(False)
+    scores = scores.masked_fill(alike, -torch.inf)
+    own = torch.arange(len(query), device=query.device)
+    loss = (F.cross_entropy(scores, own, reduction="sum") + F.cross_entropy(scores.T, own, reduction="sum")) / 2
+    return Contrast(loss, alike.sum(), (scores.argmax(1) == own).sum())
+
+
+def ranks(query: np.ndarray, text: np.ndarray, names: np.ndarray) -> np.ndarray:
+    """Returns for each pair the rank, from 1, of the nearest right text among all different texts, by its query. Right are the
+    texts of all pairs with that query; of those at the same distance the wrong come first."""
+    _, first, number = np.unique(names[:, 1], return_index=True, return_inverse=True)
+    _, asked = np.unique(names[:, 0], return_inverse=True)
+    right = np.zeros((asked.max() + 1, len(first)), dtype=bool)
+    right[asked, number] = True
+    found = []
+    for start in range(0, len(query), BLOCK):
+        scores = query[start : start + BLOCK] @ text[first].T
+        known = right[asked[start : start + BLOCK]]
+        best = np.where(known, scores, -np.inf).max(1, keepdims=True)
+        found.append(1 + ((scores >= best) & ~known).sum(1))
+    return np.concatenate(found)
+
+
+def recall(ranks: np.ndarray) -> dict[str, float]:
+    """Computes the shares of queries whose text is among the nearest, and the mean reciprocal rank."""
+    return {**{f"recall_at_{k}": float(np.mean(ranks <= k)) for k in CUTS}, "mrr": float(np.mean(1 / ranks))}

@@ -1,0 +1,60 @@
+"""Builds and loads models of `transformers` without a head, and makes one embedding of a text's hidden states."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from heliostat.errors import ConfigError
+from heliostat.recipes.huggingface import from_config
+from heliostat.recipes.pretrained import from_folder
+from heliostat.recipes.text.model_config import Kind
+
+ENCODER = Kind(
+    "encoder or decoder of text",
+    tuple({**MODEL_FOR_MASKED_LM_MAPPING_NAMES, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}),
+    "bert, modernbert, qwen3",
+)
+POOLINGS = ("mean", "last", "cls")
+
+
+def build(config: Any) -> Any:
+    """Builds a model in fp32 with its architecture's initial weights."""
+    return from_config(transformers.AutoModel, config, **_options(config))
+
+
+def load(key: str, folder: str | Path, **options: Any) -> Any:
+    """Loads the model in a folder without its head; ConfigError if a weight is missing, which would be drawn at random."""
+    config = options.pop("config", None) or from_folder(key, transformers.AutoConfig, folder)
+    options |= {"config": config, "output_loading_info": True, **_options(config)}
+    model, told = from_folder(key, transformers.AutoModel, folder, **options)
+    if absent := sorted(told["missing_keys"]):
+        raise ConfigError(f"{folder}: lacks {len(absent)} of the model's weights, as {absent[0]}; is the folder whole?")
+    return model
+
+
+def _options(config: Any) -> dict[str, Any]:
+    """Leaves out the pooler that some architectures have behind their states: nothing here would train it."""
+    kind = transformers.MODEL_MAPPING[type(config)]
+    one = kind[0] if isinstance(kind, tuple) else kind
+    return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(one.__init__).parameters else {}
+
+
+def embed(model: Any, ids: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
+    """Embeds texts, fp32 [texts, width], each of length 1. `mask`: where tokens are."""
+    return F.normalize(pool(model(input_ids=ids, attention_mask=mask).last_hidden_state.float(), mask, pooling), dim=-1)
+
+
+def pool(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
+    """Makes one vector of each text's states: their mean over its tokens, that of its last token, or of its first (cls)."""
+    if pooling == "mean":
+        return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    places = torch.arange(mask.shape[1], device=mask.device)
+    chosen = (places * mask).argmax(1) if pooling == "last" else mask.argmax(1)
+    return states[torch.arange(len(states), device=mask.device), chosen]

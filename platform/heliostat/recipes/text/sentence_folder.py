@@ -1,0 +1,81 @@
+"""Writes and reads what `sentence-transformers` keeps beside a model: how an embedding is made of its hidden states.
+
+    modules.json                    the model, the pooling, and the normalisation, in their order
+    1_Pooling/config.json           which pooling
+    sentence_bert_config.json       how many tokens of a text are seen
+    config_sentence_transformers.json
+
+A folder with other modules than these (a dense layer, say) is refused: its embeddings would be others than its makers'.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from heliostat.errors import ConfigError
+from heliostat.records import Format
+
+MODULES, POOLING, LENGTH = "modules.json", "1_Pooling", "sentence_bert_config.json"
+FACTS = "config_sentence_transformers.json"
+KINDS = ("Transformer", "Pooling", "Normalize")
+WAYS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "last", "pooling_mode_cls_token": "cls"}
+LIST = Format(list[dict[str, Any]], "list of modules", ConfigError)
+SETTINGS = Format(dict[str, Any], "configuration of a module", ConfigError)
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """Describes how a text is embedded: the pooling, and the tokens of it that are seen (None: as many as the model takes)."""
+
+    pooling: str
+    max_tokens: int | None
+
+
+def write(folder: Path, how: Embedding, width: int) -> None:
+    """Writes the files into a model's folder; its embeddings have `width` numbers."""
+    paths = ("", POOLING, "2_Normalize")
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(zip(paths, KINDS, strict=True))
+    ]
+    for path in paths:
+        (folder / path).mkdir(parents=True, exist_ok=True)
+    _write(folder / MODULES, modules)
+    modes = {key: way == how.pooling for key, way in WAYS.items()}
+    _write(folder / POOLING / "config.json", {"word_embedding_dimension": width, **modes})
+    _write(folder / "2_Normalize" / "config.json", {})
+    _write(folder / LENGTH, {"max_seq_length": how.max_tokens, "do_lower_case": False})
+    _write(folder / FACTS, {"similarity_fn_name": "cosine", "prompts": {}, "default_prompt_name": None})
+
+
+def _write(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def read(folder: Path) -> Embedding | None:
+    """Reads how the folder's model embeds; None if it does not say; ConfigError if it is a way that is not known here."""
+    if not (folder / MODULES).is_file():
+        return None
+    modules = {
+        str(module.get("type", "")).rpartition(".")[2]: str(module.get("path", "")) for module in LIST.read(folder / MODULES)
+    }
+    if unknown := sorted(set(modules) - set(KINDS)):
+        raise ConfigError(f"{folder / MODULES}: a module {unknown[0]!r} is not known here; known: {', '.join(KINDS)}")
+    if "Pooling" not in modules or modules.get("Transformer"):
+        raise ConfigError(f"{folder / MODULES}: names no model in this folder with a pooling; take another model")
+    place = folder / modules["Pooling"] / "config.json"
+    said = SETTINGS.read(place)
+    chosen = [key for key, on in said.items() if key.startswith("pooling_mode_") and on]
+    chosen = [WAYS.get(key, key) for key in chosen] or [str(said.get("pooling_mode"))]
+    if len(chosen) != 1 or chosen[0] not in WAYS.values():
+        raise ConfigError(f"{place}: pools by {', '.join(chosen)}; known: one of {', '.join(WAYS.values())}")
+    length = SETTINGS.read(folder / LENGTH).get("max_seq_length") if (folder / LENGTH).is_file() else None
+    return Embedding(chosen[0], length if isinstance(length, int) else None)
+
+
+def embeds(folder: Path) -> bool:
+    """Tells whether a folder holds an embedder: a model that says how its states become an embedding."""
+    return (folder / MODULES).is_file()

@@ -1,0 +1,57 @@
+"""Defines what the front asks of a replica, and what a replica holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Holds:
+    """Names what a replica loads: a model's folder, an index, or both. `batch`: prompts that are stepped together."""
+
+    model: str | None
+    batch: int = 16
+    index: str | None = None
+    embedder: str | None = None
+
+
+@dataclass(frozen=True)
+class Search:
+    """Holds a question to an index. `mode`: how it is searched, None for words."""
+
+    question: str
+    top: int
+    mode: str | None = None
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Holds what a language model is asked: prompts, a chat's messages, or a question that it answers from an index.
+
+    The i-th prompt has the i-th seed. `most`: new tokens, None for as many as there is room for up to `limit`.
+    """
+
+    prompts: list[str] | None
+    messages: Messages | None
+    most: int | None
+    limit: int
+    temperature: float
+    top_p: float
+    seeds: list[int]
+    stops: list[str]
+    logprobs: int | None = None
+    suffix: str = ""
+    search: Search | None = None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Holds what a model is asked to draw: `count` pictures, the i-th with seed + i; `options` stand for the model's own."""
+
+    prompt: str
+    count: int
+    seed: int
+    options: dict[str, Any]

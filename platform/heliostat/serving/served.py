@@ -1,0 +1,67 @@
+"""Says what is served: a model, an index of documents, or both, and by which names clients ask for them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from heliostat.errors import ConfigError
+from heliostat.serving import kinds
+from heliostat.serving.asks import Holds
+from heliostat.serving.front import Settings
+from heliostat.serving.options import Options
+from heliostat.serving.versions import NoModel, Source
+from heliostat.storage import Location
+
+
+@dataclass(frozen=True)
+class Served:
+    """Says what is served: a model as `name`, an index, or both; `index_name`: what clients call that."""
+
+    source: Source | NoModel
+    name: str | None
+    index: str | None = None
+    index_name: str | None = None
+    embedder: str | None = None
+
+    def kind(self) -> str | None:
+        """Returns the kind of the model; None without one. ConfigError if that, or the index, cannot be served."""
+        if self.index is not None:
+            from heliostat.retrieval.search import Index
+
+            Index(Location(self.index))
+        folder = self.source.folder(self.source.wanted())
+        return None if folder is None else kinds.of(folder)
+
+    def holds(self, folder: Path | None, batch: int) -> Holds:
+        """Returns what a replica of a version loads."""
+        return Holds(None if folder is None else str(folder.absolute()), batch, self.index, self.embedder)
+
+    def settings(self, kind: str | None, keys: dict[str, str] | None, o: Options) -> Settings:
+        """Returns what the front goes by."""
+        return Settings(self.name, kind, self.index_name, int(time.time()), keys, o.body_bytes, o.max_tokens, o.at_once,
+                        o.a_minute, o.deadline_s)  # fmt: skip
+
+
+def served(model: str | None, store: str, name: str | None, index: str | None, embedder: Path | None) -> Served:
+    """Names what is served; ConfigError if there is nothing, or one name would stand for two things."""
+    if model is None and index is None:
+        raise ConfigError("MODEL: give a model, an index with --index, or both")
+    if model is None and name is not None:
+        raise ConfigError("--name: is the model's; an index is called as its folder")
+    if index is None and embedder is not None:
+        raise ConfigError("--embedder: goes with --index")
+    if index is None:
+        assert model is not None
+        source = Source(model, store)
+        return Served(source, name or source.name)
+    place = Location(index)
+    uri, called = place.uri if place.is_s3 else place.path, Path(place.path).name
+    told = None if embedder is None else str(embedder.absolute())
+    if model is None:
+        return Served(NoModel(called), None, uri, called, told)
+    source = Source(model, store)
+    if called == (name or source.name):
+        raise ConfigError(f"--name: the index is called {called!r} as well; give the model another name")
+    return Served(source, name or source.name, uri, called, told)

@@ -1,0 +1,56 @@
+"""Finds passages in an index, and writes the prompt that asks a model to answer from them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from heliostat.errors import ConfigError
+from heliostat.retrieval import answering
+from heliostat.retrieval.search import Index
+from heliostat.serving.asks import Search
+from heliostat.serving.refusals import Refusal
+from heliostat.storage import Location
+
+
+class Shelf:
+    """Opens the index, and searches it."""
+
+    def __init__(self, index: str, embedder: str | None) -> None:
+        self.index = Index(Location(index), Path(embedder) if embedder else None)
+
+    async def search(self, asked: Search) -> list[dict[str, Any]]:
+        """Finds passages, with the columns of their documents; Refusal if the index cannot be searched so."""
+        return await asyncio.to_thread(self._search, asked)
+
+    def _search(self, asked: Search) -> list[dict[str, Any]]:
+        if not asked.question.strip():
+            raise Refusal(400, "the question is empty", None, "invalid_value")
+        mode = asked.mode or self.index.modes[0]
+        if mode not in self.index.modes:
+            said = f"mode: {mode!r}: the index has no embeddings, and is searched by {', '.join(self.index.modes)} alone"
+            raise Refusal(400, said, "mode", "invalid_value")
+        try:
+            (found,) = self.index.search([asked.question], mode, asked.top)
+        except ConfigError as e:
+            raise Refusal(400, str(e), None, "invalid_value") from e
+        return [{**passage, "columns": self.index.columns(passage["document"])} for passage in found]
+
+    async def prompt(self, asked: Search, room: int | None, count: Callable[[str], int]) -> tuple[str, list[dict[str, Any]]]:
+        """Returns the prompt of what is found, and its sources; `used` tells what of each is in the prompt.
+
+        Refusal if nothing is found, or there is no room for the question.
+        """
+        passages = await self.search(asked)
+        if not passages:
+            raise Refusal(404, "no passage of the index has a word of the question", "messages", "no_passage")
+        try:
+            made = await asyncio.to_thread(answering.prompt, asked.question, passages, room, count)
+        except ConfigError as e:
+            raise Refusal(400, str(e), "messages", "context_length_exceeded") from e
+        used = ["whole"] * made.used + ["no"] * (len(passages) - made.used)
+        if made.cut:
+            used[made.used - 1] = "part"
+        return made.text, [{**passage, "used": how} for passage, how in zip(passages, used, strict=True)]

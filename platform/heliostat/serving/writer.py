@@ -1,0 +1,137 @@
+"""Answers prompts and chats with a language model, and embeds texts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+from heliostat.inference.batch.engines import Loaded
+from heliostat.recipes.text import infilling
+from heliostat.serving.asks import Ask, Messages
+from heliostat.serving.engine import Engine, Row
+from heliostat.serving.refusals import Refusal
+from heliostat.serving.sampling import Draw
+from heliostat.serving.stopping import Stopping
+
+
+class Writer:
+    """Loads the model, and answers."""
+
+    def __init__(self, folder: Path, batch: int) -> None:
+        self.engine = Engine(Loaded(folder), batch)
+
+    def require_alive(self) -> None:
+        """Raises RuntimeError if the engine's thread has ended."""
+        if not self.engine.thread.is_alive():
+            raise RuntimeError("the engine's thread has ended")
+
+    def count(self, text: str) -> int:
+        """Counts the tokens of a prompt."""
+        return len(self._prompt(text, ""))
+
+    def room(self, ask: Ask) -> int | None:
+        """Returns how many tokens a prompt may have, so that its answer has as many as are asked for; None: any number."""
+        longest = self.engine.loaded.longest
+        return None if longest is None else longest - (ask.most or 1)
+
+    async def stream(self, ask: Ask) -> AsyncIterator[dict[str, Any]]:
+        """Yields pieces (`index`, `piece`) of the answers to all prompts as they come; or one item, `refused`."""
+        try:
+            rows, pieces = await asyncio.to_thread(self._rows, ask, asyncio.get_running_loop())
+        except Refusal as e:
+            yield {"refused": e.args}
+            return
+        self.engine.begin(rows)
+        try:
+            left = len(rows)
+            while left:
+                index, piece = await pieces.get()
+                if "failed" in piece:
+                    yield {"refused": (500, f"the model failed: {piece['failed']}")}
+                    return
+                left -= "finish" in piece
+                yield {"index": index, "piece": piece}
+        finally:
+            for row in rows:  # those that nobody waits for any more
+                row.over = True
+
+    async def embed(self, texts: list[str]) -> dict[str, Any]:
+        """Embeds texts: `answers`, or `refused`."""
+        loop = asyncio.get_running_loop()
+        found: asyncio.Future[dict[str, Any]] = loop.create_future()
+
+        def settle(made: dict[str, Any]) -> None:
+            if not found.done():
+                found.set_result(made)
+
+        def deliver(made: dict[str, Any]) -> None:
+            loop.call_soon_threadsafe(settle, made)
+
+        self.engine.embedded(texts, deliver)
+        made = await found
+        if "failed" in made:
+            return {"refused": (500, f"the model failed: {made['failed']}")}
+        for number, answer in enumerate(made["answers"]):
+            if answer.bad:
+                status = 500 if answer.bad == "failed" else 400
+                return {"refused": (status, f"input.{number}: {answer.detail}", "input")}
+            if answer.values["truncated"]:
+                said = f"input.{number}: is longer than the {self.engine.loaded.longest} tokens that the model takes"
+                return {"refused": (400, said, "input", "context_length_exceeded")}
+        values = [answer.values for answer in made["answers"]]
+        return {"answers": [{"embedding": v["embedding"].tolist(), "tokens": v["tokens"]} for v in values]}
+
+    def _rows(self, ask: Ask, loop: asyncio.AbstractEventLoop) -> tuple[list[Any], asyncio.Queue]:
+        """Makes rows of the prompts' tokens; Refusal if there is none, or no room for them."""
+        pieces: asyncio.Queue = asyncio.Queue()
+
+        def deliver(index: int) -> Callable[[dict[str, Any]], None]:
+            return lambda piece: _put(loop, pieces, (index, piece))
+
+        encoded = (
+            [self._chat(ask.messages)] if ask.messages is not None else [self._prompt(p, ask.suffix) for p in ask.prompts or []]
+        )
+        where = "prompt" if ask.messages is None else "messages"
+        return [
+            Row(tokens, self._most(ask, tokens, where), Draw(ask.temperature, ask.top_p, seed), Stopping(ask.stops), deliver(i),
+                ask.logprobs)
+            for i, (tokens, seed) in enumerate(zip(encoded, ask.seeds, strict=True))
+        ], pieces  # fmt: skip
+
+    def _prompt(self, text: str, suffix: str) -> list[int]:
+        if suffix:
+            if self.engine.infilling is None:
+                raise Refusal(400, f"suffix: {infilling.NONE}", "suffix", "no_fill_in_the_middle")
+            return self.engine.infilling.prompt(text, suffix)
+        tokenizer = self.engine.loaded.tokenizer
+        if not (tokens := tokenizer(text or tokenizer.bos_token or "", verbose=False)["input_ids"]):
+            raise Refusal(400, "prompt: is empty, and the tokenizer has no token that begins a document", "prompt")
+        return tokens
+
+    def _chat(self, messages: Messages) -> list[int]:
+        tokenizer = self.engine.loaded.tokenizer
+        if not tokenizer.chat_template:
+            raise Refusal(400, "the model's tokenizer has no chat template; ask /v1/completions", "messages", "no_chat_template")
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as e:  # whatever the template raises: it is of the model's maker
+            raise Refusal(400, f"messages: the model's chat template refuses them: {str(e)[:200]}", "messages") from e
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _most(self, ask: Ask, tokens: list[int], where: str) -> int:
+        """Returns how many tokens an answer may have; Refusal if the model has no room for them."""
+        longest = self.engine.loaded.longest
+        room = ask.limit if longest is None else longest - len(tokens)
+        wanted = min(room, ask.limit) if ask.most is None else ask.most
+        if wanted < 1 or wanted > room:
+            said = f"{where}: {len(tokens)} tokens, and {max(wanted, 1)} for the answer: the model takes {longest} together"
+            raise Refusal(400, said, where, "context_length_exceeded")
+        return wanted
+
+
+def _put(loop: asyncio.AbstractEventLoop, pieces: asyncio.Queue, item: tuple[int, dict[str, Any]]) -> None:
+    """Puts a piece into a queue, from the engine's thread."""
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(pieces.put_nowait, item)

@@ -1,0 +1,43 @@
+"""Tells how far a submitted run or sweep has come, from what it leaves in storage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from heliostat.errors import HeliostatError
+from heliostat.runs import goodput
+from heliostat.runs.goodput import Attempt
+from heliostat.storage import Location
+
+
+def of_run(run: Location, steps: int) -> dict[str, Any]:
+    """Computes a run's progress from its ledger in storage: steps done, their share, and seconds left at the present pace."""
+    try:
+        attempts = goodput.read(run)
+    except (HeliostatError, OSError) as e:
+        return {"step": None, "steps": steps, "fraction": None, "eta_s": None, "note": str(e)}
+    if not attempts:
+        return {"step": 0, "steps": steps, "fraction": 0.0, "eta_s": None}
+    last = max(attempts, key=lambda a: a.started)
+    return {"step": last.reached, "steps": steps, "fraction": last.reached / steps, "eta_s": eta(last, steps)}
+
+
+def of_sweep(folder: Location) -> dict[str, Any]:
+    """Computes a sweep's progress from its record in storage: finished trials, out of all planned ones."""
+    from heliostat.tune import listing
+
+    try:
+        over, trials = listing.progress(folder)
+    except (HeliostatError, OSError) as e:
+        return {"step": None, "steps": None, "fraction": None, "eta_s": None, "unit": "trial", "note": str(e)}
+    return {"step": over, "steps": trials, "fraction": over / max(1, trials), "eta_s": None, "unit": "trial"}
+
+
+def eta(attempt: Attempt, steps: int) -> float | None:
+    """Estimates the seconds left: the steps left, each as long as this attempt's took with everything that belongs to them.
+
+    None before the attempt has made a step.
+    """
+    done = attempt.reached - attempt.start_step
+    spent = sum(attempt.parts.get(p, 0.0) for p in ("computing", "data", "communicating", "checkpoint", "evaluating"))
+    return (steps - attempt.reached) * spent / done if done else None

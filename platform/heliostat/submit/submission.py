@@ -1,0 +1,91 @@
+"""Describes a submission: what a workspace sends to a cluster, and keeps of it in `.heliostat/jobs/ID.json`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from heliostat.cluster.endpoint import Endpoint
+from heliostat.config import schema, spec, workspace
+from heliostat.config.spec import Job
+from heliostat.errors import ConfigError
+from heliostat.records import Format, closed
+
+
+@closed
+@dataclass(frozen=True)
+class Record:
+    """Describes a submission, as this workspace records it.
+
+    `cluster`: the cluster as the user named it; `job`: the whole job, resolved; `sweep`: the whole sweep, if it is one, with
+    `job` as its base: then the id is the sweep's name, and `steps` counts its trials.
+    """
+
+    id: str
+    cluster: str | None
+    run_folder: str
+    steps: int
+    job: dict[str, Any]
+    queue: str | None
+    sweep: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, job: Job, cluster: str | None, queue: str | None) -> Record:
+        return cls(job.name, cluster, str(job.run_folder), job.last_step, job.dump(), queue)
+
+    @property
+    def digest(self) -> str:
+        whole = json.dumps([self.job, self.sweep] if self.sweep else self.job, sort_keys=True)
+        return hashlib.sha256(whole.encode()).hexdigest()[:16]
+
+    @staticmethod
+    def place(job_id: str) -> Path:
+        return workspace.root() / ".heliostat" / "jobs" / f"{workspace.check_name('id', job_id)}.json"
+
+    @staticmethod
+    def read(job_id: str) -> Record | None:
+        try:
+            return SUBMITTED.read(Record.place(job_id))
+        except FileNotFoundError:
+            return None
+
+    def write(self) -> None:
+        place = Record.place(self.id)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(json.dumps(asdict(self), indent=2))
+
+
+SUBMITTED = Format(Record, "record of a submission", ConfigError, fix="delete it, and give --cluster")
+
+
+def load(path: Path, settings: list[str], there: Endpoint) -> Job:
+    """Loads a job for a cluster.
+
+    ConfigError if it has paths of this machine's workspace, and the cluster, being elsewhere, does not see them.
+    """
+    written = schema.load(Job, "job", path, settings)
+    if not there.here:
+        paths = {f"data.sources.{i}.path": s.path for i, s in enumerate(written.data.sources)} | {"storage": written.storage}
+        if isinstance(written.model.get("pretrained"), str):
+            paths["model.pretrained"] = written.model["pretrained"]
+        uri = written.mlflow.uri
+        if uri.startswith("sqlite:"):
+            raise ConfigError(f"mlflow.uri: {uri} is a file of one machine; a cluster needs a server: http://HOST:PORT")
+        for key, value in paths.items():
+            if "://" not in value and not Path(value).is_absolute():
+                raise ConfigError(
+                    f"{key}: {value!r} is a path of this workspace, which the cluster does not see; use s3://BUCKET/PREFIX"
+                )
+    return spec.resolve(written)
+
+
+def changed(record: Record, settings: list[str], cluster: str | None) -> Record:
+    """Derives the record of an earlier submission with settings changed, for this cluster; ConfigError for a sweep's settings."""
+    if record.sweep:
+        if settings:
+            raise ConfigError(f"{record.id}: is a sweep; change its file, and use `heliostat tune SWEEP.yaml --cluster --resume`")
+        return replace(record, cluster=cluster)
+    return Record.of(spec.resolve(schema.validate(Job, schema.apply(record.job, settings), record.id)), cluster, record.queue)

@@ -1,0 +1,81 @@
+"""Computes the gradients of a loss that couples all samples of a step, in two passes (GradCache: Gao et al. 2021, arXiv
+2101.06983).
+
+First every worker represents its micro-batches without gradients, and all workers get the representations of the step's samples,
+in the samples' order. Each computes the loss of all of them, and its gradients with respect to them. Then each micro-batch is
+represented again, with the same random numbers, and its inner product with those gradients goes backward: that is its part of
+the loss's gradient. So the loss is the same however samples lie in micro-batches and on workers, and the model's activations are
+those of one micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from heliostat.errors import ConfigError
+from heliostat.recipes.protocol import GUIDE, Batch, CouplesSamples, Loss
+from heliostat.train.worker.micro_batches import Micro, seeded
+
+Found = dict[str, torch.Tensor]
+
+
+class Step(NamedTuple):
+    """Holds the loss of a step, and the gradients of its objective with respect to what was represented in floating point, in
+    the order of the sorted `keys`."""
+
+    loss: Loss
+    keys: torch.Tensor
+    gradients: Found
+
+    def product(self, found: Found, micro: Micro) -> torch.Tensor:
+        """Computes the inner product of a micro-batch's representations with their gradients."""
+        places = torch.searchsorted(self.keys, torch.as_tensor(micro.keys, device=self.keys.device))
+        return torch.stack([(found[name].float() * whole[places]).sum() for name, whole in self.gradients.items()]).sum()
+
+
+def represented(recipe: CouplesSamples, engine: Any, micro: Micro, batch: Batch) -> Found:
+    """Represents the samples of a micro-batch, which is on the device; ConfigError for what is not of each sample."""
+    found = recipe.represent(engine, batch)
+    for name, tensor in found.items():
+        if tensor.dim() == 0 or len(tensor) != len(micro.keys):
+            raise ConfigError(
+                f"recipe: {type(recipe).__name__}.represent gives {name!r} as {list(tensor.shape)} of {len(micro.keys)} samples; "
+                f"give [{len(micro.keys)}, ...] ({GUIDE})"
+            )
+    return found
+
+
+def first_pass(recipe: CouplesSamples, engine: Any, micros: Sequence[Micro], couple: Callable[[Found], Loss], terms: Any) -> Step:
+    """Represents this worker's micro-batches without gradients, and computes the loss of all workers' with its gradients;
+    collective. `couple`: the recipe's; `terms`: the step's."""
+    with torch.no_grad():
+        mine = [represented(recipe, engine, micro, batch) for micro, batch in seeded(micros, engine.device)]
+        keys, order = _from_all(torch.from_numpy(np.concatenate([m.keys for m in micros])).to(engine.device)).sort()
+        found = {name: _from_all(torch.cat([one[name] for one in mine]))[order] for name in sorted(mine[0])}
+    leaves = {name: tensor.requires_grad_(tensor.is_floating_point()) for name, tensor in found.items()}
+    loss = couple(leaves)
+    trained = {name: tensor for name, tensor in leaves.items() if tensor.requires_grad}
+    if not loss.sum.requires_grad:
+        raise ConfigError(
+            f"recipe: {type(recipe).__name__}.couple makes no use of what is represented in floating point ({GUIDE})"
+        )
+    gradients = torch.autograd.grad(objective(loss, terms), list(trained.values()), allow_unused=True)
+    return Step(loss, keys, {name: g for name, g in zip(trained, gradients, strict=True) if g is not None})
+
+
+def objective(loss: Loss, terms: Any) -> torch.Tensor:
+    """Returns what is minimised of a whole step: the sum of its terms over their number, and the weighted parts."""
+    return sum((part.value.float() * part.weight for part in loss.parts.values() if part.weight), loss.sum / terms)
+
+
+def _from_all(tensor: torch.Tensor) -> torch.Tensor:
+    """Gathers the workers' tensors; those in floating point in fp32."""
+    tensor = (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor)
+    return torch.cat(parts)

@@ -1,0 +1,88 @@
+"""The contrastive loss and its gradients are those of the global batch: on 1, 2 and 4 workers, at every ZeRO stage, as plain
+autograd over all pairs at once gives them in one process."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from heliostat.config.spec import Job
+from heliostat.data.dataset import open_dataset, plan
+from heliostat.data.manifest import read
+from heliostat.numerics.play import gradients
+from heliostat.recipes import building
+from heliostat.recipes.loading import load
+from heliostat.train.worker.batch_plan import BatchPlan
+
+from tests.golden.curves import Steps
+from tests.integration import ranks
+from tests.unit import build_pairs
+
+CASES = {1: [(0, "mean")], 2: [(1, "mean"), (2, "last"), (3, "cls")], 4: [(3, "mean")]}  # by workers: stage and pooling
+Named = dict[str, torch.Tensor]
+
+
+def played(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
+    """In every rank: how far the worker's own step is from the plain one, at each stage."""
+    for stage, pooling in CASES[dist.get_world_size()]:
+        changes = {"train.zero.stage": stage, "workers.count": dist.get_world_size(), "model.pooling": pooling}
+        job = build_pairs.embedder(Path(folder), **changes)
+        data_plan = plan(job, [read(location) for location in job.sources])
+        steps = Steps(job, data_plan)
+        kept = _watched(steps.engine)
+        steps.step(0, steps.dealt().next_step())
+        sums = torch.stack([steps.losses[0], *steps.added[0]]).double()
+        dist.all_reduce(sums)
+        if dist.get_rank() == 0:
+            loss, parts, right = plain(job, data_plan)
+            off = max(float((kept[name] - g).norm() / right["all"].norm()) for name, g in right.items() if name != "all")
+            yield {"stage": stage, "pooling": pooling, "loss": loss, "parts": parts, "told": sums.tolist(), "off": off,
+                   "gradients": sorted(kept), "named": sorted(set(right) - {"all"})}  # fmt: skip
+
+
+def _watched(engine: Any) -> Named:
+    """The gradients behind the last backward pass of a step."""
+    found, backward = {}, engine.backward
+
+    def kept(*given: Any, **named: Any) -> Any:
+        made = backward(*given, **named)
+        if engine.is_gradient_accumulation_boundary():
+            found.update(gradients(engine))
+        return made
+
+    engine.backward = kept
+    return found
+
+
+def plain(job: Job, data_plan: Any) -> tuple[float, list[float], Named]:
+    """The loss of the first step, its parts, and its gradients, with `all` of them end to end: one graph over all pairs."""
+    dataset, batches, micro = open_dataset(data_plan), BatchPlan(job, data_plan), job.train.micro_batch
+    recipe = load(job, dataset.sources)
+    torch.manual_seed(job.train.seed)
+    model = building.build(recipe)
+    content = dataset.load(dataset.order.step(0).ravel(), True).content
+    keys = np.arange(job.train.global_batch)
+    found = []
+    for i, start in enumerate(range(0, len(keys), micro)):
+        torch.manual_seed(batches.seed(0, range(data_plan.shape.lanes), i))
+        batch = recipe.batch(content.slice(start, micro), keys[start : start + micro])
+        found.append(recipe.represent(model, batch))
+    made = recipe.couple({name: torch.cat([one[name] for one in found]) for name in found[0]})
+    (made.sum / len(keys)).backward()
+    right = {name: p.grad for name, p in model.named_parameters()}
+    parts = [float(part.value) for part in made.parts.values()]
+    return float(made.sum) / len(keys), parts, {**right, "all": torch.cat([g.flatten() for g in right.values()])}
+
+
+def test_loss_and_gradients_are_one_processs_on_any_workers_and_stage(tmp_path) -> None:
+    told = ranks.run(f"{__name__}:played", tuple(CASES), str(build_pairs.dataset(tmp_path / "pairs")))
+    for workers, cases in CASES.items():
+        assert [(row["stage"], row["pooling"]) for row in told if row["workers"] == workers] == cases
+    for row in told:
+        case = (row["workers"], row["stage"], row["pooling"])
+        assert row["told"] == pytest.approx([row["loss"], *row["parts"]], rel=1e-5), case
+        assert row["gradients"] == row["named"] and row["off"] < 1e-5, case
+        assert 1 < row["loss"] < 6 and row["parts"][1] > 0, case  # some pairs are no negatives

@@ -1,0 +1,25 @@
+"""Makes whole datasets for tests in this process, without Ray."""
+
+from heliostat.curation.work import Work
+from heliostat.data import manifest, versions
+from heliostat.data.manifest import Manifest
+from heliostat.pipelines.prepare import place
+from heliostat.pipelines.text.pipeline import TextPipeline
+
+from tests.unit.build_curation import HereFlow
+
+
+class Here(TextPipeline):
+    """Runs its tasks where it is called."""
+
+    def flow(self, work: Work | None = None) -> HereFlow:
+        return HereFlow(work or self.worked, again=0)
+
+
+def make_dataset(pipeline: Here) -> Manifest:
+    """Makes the pipeline's dataset, as `prepare` does."""
+    output = place(pipeline.output, "output")
+    made = manifest.write(output, *pipeline.write(output, pipeline.inputs()))
+    versions.publish(output, made)
+    pipeline.finish(made)
+    return manifest.read(output)

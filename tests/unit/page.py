@@ -1,0 +1,40 @@
+"""An endpoint in a thread of this process, as `heliostat play` makes it: the front, a replica beside it, and the page."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import uvicorn
+from heliostat.play.run import Server, application
+from heliostat.serving import keys
+from heliostat.serving.options import Options
+from heliostat.serving.served import served
+
+from tests.integration.endpoint import free_port
+
+KEY = "sk-a-key-of-the-tests"
+
+
+@contextlib.contextmanager
+def opened(model: Path | None, index: Path | None = None, **options) -> Iterator[str]:
+    """Yields its URL."""
+    named = served(None if model is None else str(model), "sqlite:///x", None, None if index is None else str(index), None)
+    made = application(named, {"tests": keys.digest(KEY)}, Options(**{"batch": 4, "max_tokens": 64, **options}))
+    port, ready = free_port(), threading.Event()
+    server = Server(uvicorn.Config(made, port=port, log_config=None, lifespan="off"), ready.set)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        assert ready.wait(30)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+
+
+def client(url: str, key: str = KEY) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=60)

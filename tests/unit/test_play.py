@@ -1,0 +1,218 @@
+"""What the page is made of: the endpoint's own front in one process, a model that draws, an index that answers with sources."""
+
+import base64
+import io
+
+import numpy as np
+import openai
+import pytest
+import requests
+import torch
+from heliostat.errors import ConfigError
+from heliostat.play import app
+from heliostat.recipes import exported
+from heliostat.recipes.images.generator import ImageCanvas, Picture
+from heliostat.retrieval import answering
+from heliostat.serving.served import served
+from PIL import Image
+from safetensors.torch import save_file
+
+from tests.unit import build_images
+from tests.unit.build_job import BASE, job
+from tests.unit.page import KEY, client, opened
+from tests.unit.test_batch_inference import write_model
+from tests.unit.test_retrieval import CORPUS, index, write_dataset
+from tests.unit.test_text_to_image import recipe, woken
+
+BEARER = {"Authorization": f"Bearer {KEY}"}
+
+
+def write_painter(folder, dataset):
+    """A model that draws 8 x 8 pixels, of random weights, exported."""
+    made = recipe(dataset)
+    torch.manual_seed(0)
+    model = woken(made.build()).eval()
+    made.save_config(folder)
+    for prefix, file in made.layout.items():
+        mine = {n.removeprefix(prefix): t.contiguous() for n, t in model.state_dict().items() if n.startswith(prefix)}
+        save_file(mine, folder / f"{file}.safetensors", {"format": "pt"})
+    exported.write(folder, job(**build_images.job(dataset)), {"run_id": "f" * 32, "step": 1, "data_digest": "d"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def painter(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    return write_painter(tmp_path_factory.mktemp("painter"), build_images.digits(folder / "data", 80))
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("writer"), BASE["model"], 512)
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    index(write_dataset(folder / "data", CORPUS), folder / "code-index")
+    return folder / "code-index"
+
+
+@pytest.fixture(scope="module")
+def drawing(painter):
+    with opened(painter) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def answering_from(writer, documents):
+    with opened(writer, documents) as url:
+        yield url
+
+
+def pixels(drawn) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(drawn.b64_json))))
+
+
+# pictures ------------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_follow_from_their_seeds_and_are_those_of_generate(painter, drawing):
+    asked = {"model": painter.name, "prompt": "the digit two", "extra_body": {"seed": 7, "steps": 3, "guidance": 2.0}}
+    made = client(drawing).images.generate(**asked, n=3)
+    assert [drawn.seed for drawn in made.data] == [7, 8, 9] and made.output_format == "png"
+    alone = client(drawing).images.generate(**{**asked, "extra_body": {**asked["extra_body"], "seed": 8}})
+    own = ImageCanvas(painter).pictures(["the digit two"], [8], Picture(steps=3, guidance=2.0))[0]
+    assert pixels(made.data[0]).shape == (8, 8) and np.array_equal(pixels(alone.data[0]), own)
+    assert np.abs(pixels(made.data[1]).astype(int) - own).max() <= 1 < np.abs(pixels(made.data[0]).astype(int) - own).max()
+    wide = client(drawing).images.generate(**asked, size="16x8")
+    assert pixels(wide.data[0]).shape == (8, 16)
+    other = client(drawing).images.generate(**{**asked, "extra_body": {**asked["extra_body"], "sampler": "ddpm"}})
+    again = client(drawing).images.generate(**asked)
+    assert (
+        np.array_equal(pixels(again.data[0]), pixels(made.data[0]))
+        or np.abs(pixels(again.data[0]).astype(int) - pixels(made.data[0])).max() <= 1
+    ), "a sampler that was asked for stays"
+    assert not np.array_equal(pixels(other.data[0]), pixels(again.data[0]))
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "said"),
+    [
+        ({"n": 11}, "n", "less than or equal to 10"),
+        ({"size": "big"}, "size", "pattern"),
+        ({"size": "40x40"}, "size", "the model draws 8x8 pixels, and at most 4 times as many are drawn"),
+        ({"response_format": "url"}, "response_format", "b64_json"),
+        ({"quality": "hd"}, "quality", "is not supported"),
+        ({"steps": 1001}, "steps", "less than or equal to 1000"),
+        ({"sampler": "euler"}, None, "'euler' cannot sample a model of prediction"),
+        ({"guidence": 3}, "guidence", "did you mean 'guidance'?"),
+    ],
+)
+def test_what_is_not_drawn_is_refused_by_name(painter, drawing, body, param, said):
+    asked = {"model": painter.name, "prompt": "a", **body}
+    answer = requests.post(f"{drawing}/v1/images/generations", json=asked, headers=BEARER, timeout=60)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, param) and said in error["message"]
+
+
+def test_a_model_that_draws_writes_nothing_and_the_other_way_round(painter, writer, drawing, answering_from):
+    with pytest.raises(openai.BadRequestError, match="draws, and writes nothing; ask it at /v1/images/generations"):
+        client(drawing).completions.create(model=painter.name, prompt="a")
+    with pytest.raises(openai.BadRequestError, match="writes, and draws nothing"):
+        client(answering_from).images.generate(model=writer.name, prompt="a")
+    told = requests.get(f"{drawing}/abilities", headers=BEARER, timeout=60).json()
+    assert [name for name, why in told["tabs"].items() if why is None] == ["draw"] and told["images"]["size"] == [8, 8]
+
+
+# an index ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_question_is_answered_as_the_command_does_it_with_its_sources(writer, answering_from):
+    ask, question = client(answering_from), [{"role": "user", "content": "line 7 of a long document"}]
+    assert [one.id for one in ask.models.list()] == [writer.name, "code-index"]
+    made = ask.chat.completions.create(model="code-index", messages=question, max_tokens=9, extra_body={"top": 3})
+    passages = [{key: value for key, value in source.items() if key != "used"} for source in made.sources]
+    told = answering.answer(writer, question[0]["content"], passages, 9)
+    assert made.choices[0].message.content.strip() == told["text"] and made.usage.prompt_tokens == told["prompt_tokens"]
+    read = {"whole": told["passages_used"] - told["cut"], "part": int(told["cut"])}
+    assert {how: [s["used"] for s in made.sources].count(how) for how in read} == read and len(passages) == 3
+    for source in made.sources:
+        assert source["text"] == CORPUS[source["document"]][source["begin"] : source["end"]]
+    asked = {"model": "code-index", "messages": question, "max_tokens": 9, "stream": True}
+    pieces = list(ask.chat.completions.create(**asked, extra_body={"top": 3}))
+    assert pieces[0].sources == made.sources and not hasattr(pieces[1], "sources")
+    assert "".join(piece.choices[0].delta.content for piece in pieces) == made.choices[0].message.content
+
+
+def test_a_search_finds_passages_and_what_is_wrong_is_refused(writer, answering_from, documents):
+    def post(path, **body):
+        return requests.post(f"{answering_from}/v1/{path}", json=body, headers=BEARER, timeout=60)
+
+    found = post("search", query="long document", top=2).json()
+    assert found["model"] == "code-index" and len(found["data"]) == 2 and found["data"][0]["score"] >= found["data"][1]["score"]
+    message = {"role": "user", "content": "line"}
+    chat = {"model": "code-index", "messages": [message]}
+    for path, body, status, said in [
+        ("search", {"query": " "}, 400, "is empty"),
+        ("search", {"query": "a", "top": 51}, 400, "less than or equal to 50"),
+        ("search", {"query": "a", "mode": "dense"}, 400, "the index has no embeddings, and is searched by bm25 alone"),
+        ("search", {"query": "a", "model": writer.name}, 400, "is not the index; 'code-index' is"),
+        ("chat/completions", {**chat, "messages": [message, message]}, 400, "at most 1 item"),
+        ("chat/completions", {**chat, "messages": [{**message, "role": "system"}]}, 400, "takes one question"),
+        ("chat/completions", {**chat, "messages": [{**message, "content": "zzzzqqq"}]}, 404, "no passage of the index"),
+        ("chat/completions", {**chat, "messages": [{**message, "content": "line " * 600}]}, 400, "without any passage"),
+        ("chat/completions", {**chat, "model": writer.name, "top": 3}, 400, "top: unknown parameter"),
+        ("completions", {"model": "code-index", "prompt": "a"}, 400, "is an index; ask it at /v1/search"),
+        ("completions", {"model": "gpt", "prompt": "a"}, 404, "and 'code-index' are"),
+    ]:
+        answer = post(path, **body)
+        assert (answer.status_code, said in answer.json()["error"]["message"]) == (status, True), answer.text
+    with opened(None, documents) as url:
+        assert requests.post(f"{url}/v1/search", json={"query": "line"}, headers=BEARER, timeout=60).json()["data"]
+        with pytest.raises(openai.BadRequestError, match="no model answers from 'code-index'; ask /v1/search"):
+            client(url).chat.completions.create(**chat)
+        told = requests.get(f"{url}/abilities", headers=BEARER, timeout=60).json()
+        assert [name for name, why in told["tabs"].items() if why is None] == ["ask"] and not told["passages"]["answers"]
+
+
+# the page ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_needs_no_key_holds_no_secret_and_names_no_other_host(answering_from):
+    for name in ("", *(f"page/{name}" for name in app.FILES)):
+        answer = requests.get(f"{answering_from}/{name}", timeout=60)
+        assert answer.status_code == 200 and "default-src 'none'" in answer.headers["Content-Security-Policy"]
+        assert KEY not in answer.text and "://" not in answer.text.replace("http://www.w3.org/2000/svg", "")
+    for path in ("page/..%2frun.py", "page/nothing.js"):
+        assert requests.get(f"{answering_from}/{path}", timeout=60).status_code in (401, 404)
+
+
+def test_nothing_is_told_without_the_key_or_under_another_name(answering_from):
+    for path in ("abilities", "v1/models", "metrics"):
+        assert requests.get(f"{answering_from}/{path}", timeout=60).status_code == 401
+    for path in ("", "abilities"):
+        answer = requests.get(f"{answering_from}/{path}", headers={**BEARER, "Host": "evil.example"}, timeout=60)
+        assert answer.status_code == 400 and "tabs" not in answer.text
+    with pytest.raises(openai.AuthenticationError):
+        client(answering_from, "sk-a-key-of-nobody-here").models.list()
+    told = requests.get(f"{answering_from}/abilities", headers=BEARER, timeout=60).json()
+    assert {name for name, why in told["tabs"].items() if why is None} == {"write", "ask"}
+    assert "chat template" in told["tabs"]["chat"] and "cannot fill in the middle" in told["tabs"]["complete"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ((None, None, None, None), "give a model, an index"),
+        ((None, "n", "i", None), "--name: is the model's"),
+        (("m", None, None, "e"), "--embedder: goes with --index"),
+        (("a/code", None, "b/code", None), "the index is called 'code' as well"),
+    ],
+)
+def test_what_cannot_be_served_is_one_clear_error(given, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a/code").mkdir(parents=True)
+    model, name, place, embedder = given
+    with pytest.raises(ConfigError, match=said):
+        served(model, "sqlite:///x", name, place, embedder)

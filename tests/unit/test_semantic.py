@@ -1,0 +1,196 @@
+"""Documents that mean much the same: exact arithmetic, who stays, the same from any cut, and folders that cannot embed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from heliostat.curation import embedding, segment
+from heliostat.curation.registry import parse
+from heliostat.curation.semantic import vectors
+from heliostat.curation.stage import GlobalStage
+from heliostat.errors import ConfigError
+from tokenizers import Tokenizer
+from transformers import AutoModel
+
+from tests.unit.build_curation import curate, left, left_out
+from tests.unit.build_model import make_model, texts
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    make_model(folder)
+    return folder
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return float(a @ b / max(1e-9, np.linalg.norm(a) * np.linalg.norm(b)))
+
+
+def groups(rng: np.random.Generator, count: int, dims: int = 48, spread: float = 0.2) -> np.ndarray:
+    """Returns vectors about a third as many directions."""
+    middle = rng.normal(size=(max(1, count // 3), dims))
+    return embedding.rounded(middle[rng.integers(0, len(middle), count)] + spread * rng.normal(size=(count, dims)))
+
+
+def reference(made: np.ndarray, least: float) -> list[int]:
+    """Goes through all rows one by one, in float64; returns for each who it goes for, or -1."""
+    unit = made / np.maximum(1e-9, np.linalg.norm(made.astype(np.float64), axis=1, keepdims=True))
+    stays, by = list[int](), list[int]()
+    for i in range(len(made)):
+        near = unit[stays] @ unit[i]
+        by.append(stays[int(near.argmax())] if len(near) and near.max() >= least else -1)
+        stays += [i] if by[-1] < 0 else []
+    return by
+
+
+@pytest.mark.parametrize("held", [10**6, 700, 64])
+def test_who_stays_is_what_going_through_all_one_by_one_gives_however_few_are_held(held):
+    made = groups(np.random.default_rng(0), 1500)
+    near, best = vectors.sieve(lambda a, b: made[a:b], len(made), 0.9, held)
+    found = np.where(best >= 0.9, near, -1).tolist()
+    assert found == reference(made, 0.9) and 400 < found.count(-1) < 1200
+
+
+@pytest.mark.parametrize("dims", [7, 384, 1040, 2500])
+def test_products_are_exact(dims):
+    rng = np.random.default_rng(dims)
+    a, b = (rng.integers(-127, 128, (5, dims)).astype(np.int8) for _ in "ab")
+    a[0], b[0] = 127, 127  # the largest there is
+    wanted = a.astype(np.int64) @ b.astype(np.int64).T
+    assert (vectors.products(a, b) == wanted.astype(np.float32)).all()
+
+
+def test_rounding_changes_cosines_by_little():
+    rng = np.random.default_rng(1)
+    raw = rng.normal(size=(300, 384)) + 3 * rng.normal(size=384)
+    apart = [cosine(*raw[i : i + 2]) - cosine(*embedding.rounded(raw)[i : i + 2]) for i in range(299)]
+    assert max(map(abs, apart)) < 0.002
+    assert not embedding.rounded(np.zeros((1, 8))).any()
+
+
+def test_centres_follow_from_the_sample_and_cells_are_its_groups():
+    rng = np.random.default_rng(2)
+    made = groups(rng, 30, spread=0.0)
+    sample = np.repeat(made, 20, axis=0)[rng.permutation(600)]
+    different = len(np.unique(made, axis=0))
+    centres = vectors.centres(sample, 1000)
+    assert len(centres) == different, "no more cells than different vectors"
+    assert (vectors.centres(sample, 5) == vectors.centres(sample, 5)).all()
+    cells = vectors.nearest(sample, centres)
+    assert len({(tuple(v), c) for v, c in zip(sample.tolist(), cells.tolist(), strict=True)}) == different == len(set(cells))
+
+
+@pytest.mark.parametrize("how", ["", "mean_tokens", "cls_token", "lasttoken"])
+def test_vectors_are_the_models_pooled_as_the_folder_says_and_do_not_depend_on_the_batch(tmp_path, model, how):
+    folder = tmp_path / "copy"
+    shutil.copytree(model, folder)
+    if how:
+        (folder / "1_Pooling").mkdir()
+        (folder / "1_Pooling" / "config.json").write_text(
+            json.dumps({"pooling_mode_mean_tokens": False, f"pooling_mode_{how}": True})
+        )
+    given = texts(12)
+    made = embedding.Embedder(str(folder), 128, 8)(given)
+    assert [v.tolist() for v, _ in embedding.Embedder(str(folder), 128, 8)(given[::-1])] == [v.tolist() for v, _ in made[::-1]]
+    whole, tokenizer = AutoModel.from_pretrained(folder).eval(), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for text, (vector, cut) in zip(given, made, strict=True):
+        ids = tokenizer.encode(text).ids
+        assert cut is (len(ids) > 128)
+        ids = [*ids[:127], ids[-1]] if cut else ids
+        with torch.inference_mode():
+            states = whole(input_ids=torch.tensor([ids])).last_hidden_state[0].numpy()
+        wanted = {"cls_token": states[0], "lasttoken": states[-1]}.get(how, states.mean(0))
+        assert cosine(vector, wanted) > 0.999
+
+
+# the stage -----------------------------------------------------------------------------------------------------------
+
+
+def made_of(model: Path, given: dict[str, str]) -> dict[str, np.ndarray]:
+    found = embedding.Embedder(str(model), 128, 8)(list(given.values()))
+    return dict(zip(given, (vector for vector, _ in found), strict=True))
+
+
+def test_documents_go_for_the_nearest_that_stays_whatever_the_cut_and_memory(tmp_path, model):
+    given = {f"d{i:03d}": text for i, text in enumerate(texts(90))}
+    entry = {"stage": "semantic", "model": str(model), "max_tokens": 128, "min_similarity": 0.93}
+    told = []
+    for number, (pieces, memory) in enumerate([(1, 1 << 20), (9, 1 << 20), (9, 1 << 15)]):
+        found, here = curate(tmp_path / str(number), given, [entry], pieces, memory)
+        told.append((left(found, here), left_out(found, here)))
+    assert told[0] == told[1] == told[2]
+    kept, gone = told[0]
+    order = sorted(given, key=lambda id: (-len(given[id]), id))
+    made = made_of(model, given)
+    by = {order[i]: order[j] for i, j in enumerate(reference(np.stack([made[id] for id in order]), 0.93)) if j >= 0}
+    assert gone.keys() == by.keys() and kept.keys() == given.keys() - by.keys() and 10 < len(by) < 80
+    sizes = {id: list(by.values()).count(id) + 1 for id in by.values()}
+    assert gone == {id: ("0 semantic", "near_duplicate", f"{who} (one of {sizes[who]})") for id, who in by.items()}
+    tallies = [segment.load(here.work.spill, name) for name in found.tallies]
+    tally = next(t["0 semantic"] for t in tallies if "0 semantic" in t)
+    assert tally["counts"] == {"clusters": len(sizes), "cut_to_max_tokens": sum(len(t) > 126 for t in given.values())}
+    assert tally["largest"][0][0] == max(sizes.values()) and tally["dropped"] == {"near_duplicate": len(by)}
+    bins = tally["histograms"]["similarity"]
+    assert sum(goes for _, goes in bins.values()) == len(by) and all(float(b) >= 0.93 for b, (_, goes) in bins.items() if goes)
+
+
+def test_of_several_cells_the_result_is_the_same_from_any_cut_and_other_borders_find_other_pairs(tmp_path, model):
+    given = {f"d{i:03d}": text for i, text in enumerate(texts(120, seed=3))}
+    entry = {
+        "stage": "semantic",
+        "model": str(model),
+        "max_tokens": 128,
+        "min_similarity": 0.93,
+        "cell_documents": 20,
+        "keep": "first",
+    }
+    told = []
+    for pieces in (1, 7):
+        found, here = curate(tmp_path / str(pieces), given, [entry], pieces, seed=pieces)
+        told.append((left(found, here), left_out(found, here)))
+    assert told[0] == told[1] and here.done["semantic-0-centres"] == 1
+    made = made_of(model, given)
+    for id, (_, _, detail) in told[0][1].items():
+        who = detail.partition(" ")[0]
+        assert who in told[0][0] and who < id and cosine(made[id], made[who]) >= 0.9299
+    twice, here = curate(tmp_path / "twice", given, [entry, {**entry, "seed": 2}], 3)
+    assert len(left(twice, here)) < len(told[0][0]), "of other borders, other pairs meet"
+
+
+def test_a_run_goes_on_and_another_threshold_embeds_nothing_again(tmp_path, model):
+    given = {f"d{i}": text for i, text in enumerate(texts(40))}
+    entry = {"stage": "semantic", "model": str(model), "max_tokens": 128, "min_similarity": 0.9}
+    found, here = curate(tmp_path, given, [entry], 4)
+    again, there = curate(tmp_path, given, [{**entry, "min_similarity": 0.8}], 4)
+    assert there.kept["semantic-0-embed"] == here.done["semantic-0-embed"] and "semantic-0-embed" not in there.done
+    assert len(left(again, there)) < len(left(found, here))
+    assert isinstance(parse(entry), GlobalStage) and parse(entry).identity()["model"]["model.safetensors"]
+
+
+def test_folders_that_cannot_embed_are_refused_with_the_fix(tmp_path, model):
+    folder = tmp_path / "copy"
+    shutil.copytree(model, folder)
+
+    def refused(match: str, **keys) -> None:
+        with pytest.raises(ConfigError, match=match):
+            parse({"stage": "semantic", "model": str(folder), "max_tokens": 128, **keys}).check()
+
+    refused("max_tokens: 512 is more than the model can read; give at most 128", max_tokens=512)
+    (folder / "modules.json").write_text(
+        json.dumps([{"type": "sentence_transformers.models.Transformer"}, {"type": "st.models.Dense"}])
+    )
+    refused("puts 'Dense' behind its model")
+    (folder / "modules.json").write_text("{}")
+    refused("modules.json holds no list")
+    (folder / "modules.json").unlink()
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_max_tokens": True}))
+    refused("pools by max_tokens .*mean, cls, lasttoken")
+    refused("no such file|cannot be read", model=str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="'oldest' needs a column"):
+        parse({"stage": "semantic", "model": str(model), "keep": "oldest"})
