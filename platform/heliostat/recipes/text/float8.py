@@ -27,7 +27,7 @@ Scaled = tuple[torch.Tensor, torch.Tensor]  # rounded numbers, and by what they 
 
 
 class Linear(torch.nn.Linear):
-    """Is a linear layer that multiplies in float8."""
+    """Multiplies in float8, as a linear layer."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         rows = input.reshape(-1, self.in_features)
