@@ -1,5 +1,6 @@
 """The image pipeline on the engine: killed anywhere it goes on, however it is cut it is the same, and it tells of every image."""
 
+import base64
 import hashlib
 import io
 import json
@@ -199,6 +200,11 @@ def test_what_became_of_every_image_is_told(tmp_path):
     assert [row["id"] for row in trace.find(made, url=url)] == [near["id"]]
     assert funnel["1 image_size"]["histograms"]["side"] and funnel["2 similar_images"]["largest"]
     page = curation.page(curation.gather(made))
+    small = [example for rule in funnel["1 image_size"]["examples"].values() for example in rule]
+    assert small and all(len(example) == 6 and example[5] in page for example in small)
+    pictures = [Image.open(io.BytesIO(base64.b64decode(example[5]))) for example in small if example[5]]
+    assert len(pictures) >= len(small) - 2 and all(max(p.size) <= 96 and p.format == "JPEG" for p in pictures)
+    assert page.count('<img alt="" src="data:image/jpeg;base64,') >= len(pictures)
     assert (
         "similar_images" in page and "almost the pixels of another image" in page and "tokens" not in page.partition("</dl>")[0]
     )
