@@ -45,6 +45,7 @@ def refusals(**changes):
         (GPU | {FP8: True, "train.precision": "fp16"}, "with train.precision 'fp16'"),
         (GPU | {FP8: True, "train.tiled_mlp": True}, "with train.tiled_mlp is not tried"),
         (GPU | {COMPILE: "blocks", "train.tiled_loss": True}, "train.tiled_loss: true with train.compile is not tried"),
+        ({COMPILE: "blocks", "train.zero.stage": 3}, "train.compile: blocks with train.zero.stage 3, which gathers"),
         ({COMPILE: "layers"}, "'layers' should be true, false or blocks"),
     ],
 )  # fmt: skip

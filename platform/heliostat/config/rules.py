@@ -153,6 +153,11 @@ def _precision_faults(job: Job) -> list[str]:
     faults = []
     if job.train.precision == "fp16" and not job.workers.gpus:
         faults.append("train.precision: 'fp16' needs GPUs (workers.gpus is 0); use bf16 or fp32")
+    if job.train.compile == "blocks" and job.train.zero.stage == 3:
+        faults.append(
+            "train.compile: blocks with train.zero.stage 3, which gathers weights inside each layer, was not seen to finish "
+            "compiling; use stage 2, or set train.compile to true or false"
+        )
     if job.train.precision == "bf16" and job.train.zero.stage == 0:
         faults.append("train.zero.stage: 0 with train.precision 'bf16' trains wrongly in DeepSpeed; use stage 1, or fp32")
     if job.train.precision == "fp16" and job.train.zero.stage == 0:
