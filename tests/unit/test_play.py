@@ -12,14 +12,16 @@ import pytest
 import requests
 import torch
 from heliostat.errors import ConfigError
+from heliostat.inference.batch.engines import Embed, Input
 from heliostat.play import app
+from heliostat.play.run import play
 from heliostat.recipes import exported
 from heliostat.recipes.images.generator import ImageCanvas
 from heliostat.recipes.images.generator import Picture as Options
 from heliostat.recipes.text import sentence_folder
 from heliostat.retrieval import answering
-from heliostat.serving import kinds
 from heliostat.serving.asks import Holds, Picture
+from heliostat.serving.options import Options as Serving
 from heliostat.serving.painter import Painter
 from heliostat.serving.replica import Replica
 from heliostat.serving.served import served
@@ -211,7 +213,7 @@ def test_nothing_is_told_without_the_key_or_under_another_name(answering_from):
     assert "chat template" in told["tabs"]["chat"] and "cannot fill in the middle" in told["tabs"]["complete"]
 
 
-def test_an_embedder_and_an_index_without_its_embedder_are_refused_at_the_start(writer, tmp_path):
+def test_an_index_without_its_embedder_is_refused_at_the_start(writer, tmp_path):
     folder = shutil.copytree(writer, tmp_path / "embedder")
     place = tmp_path / "index"
     index(write_dataset(tmp_path / "data", CORPUS), place, folder)
@@ -220,9 +222,24 @@ def test_an_embedder_and_an_index_without_its_embedder_are_refused_at_the_start(
     with pytest.raises(ConfigError, match=r"--embedder: .*embedder, which .* was made with, is not there"):
         Replica(Holds(None, 4, str(place)))
     assert Shelf(str(place), str(tmp_path / "elsewhere")).index.embedder == tmp_path / "elsewhere"
-    sentence_folder.write(tmp_path / "elsewhere", sentence_folder.Embedding("mean", 64), 64)
-    with pytest.raises(ConfigError, match="embeds texts, and only language models and models that draw are served"):
-        kinds.of(tmp_path / "elsewhere")
+
+
+def test_an_embedder_is_asked_for_embeddings_alone_and_has_no_page(writer, tmp_path):
+    """What it says of a text is what batch inference says."""
+    folder = shutil.copytree(writer, tmp_path / "embedder")
+    sentence_folder.write(folder, sentence_folder.Embedding("last", 16), 64)
+    texts = ["def read(path):", "class Reader:", "x" * 400]
+    found = Embed(folder, 4)([Input(text, 0) for text in texts[:2]])
+    with opened(folder) as url:
+        made = client(url).embeddings.create(model="embedder", input=texts[:2]).data
+        for one, right in zip(made, found, strict=True):
+            assert one.embedding == pytest.approx(right.values["embedding"].tolist(), abs=1e-6)
+        with pytest.raises(openai.BadRequestError, match="is longer than the 16 tokens"):
+            client(url).embeddings.create(model="embedder", input=texts[2:])
+        with pytest.raises(openai.BadRequestError, match="embeds texts, and writes nothing; ask it at /v1/embeddings"):
+            client(url).completions.create(model="embedder", prompt="x")
+    with pytest.raises(ConfigError, match="embeds texts, and has no page"):
+        play(served(str(folder), "sqlite:///x", None, None, None), None, Serving(), print)
 
 
 def test_a_drawing_that_nobody_waits_for_any_more_ends_before_the_next_begins(painter):

@@ -13,9 +13,11 @@ from typing import Any
 import uvicorn
 
 from heliostat.cluster.private_ray import LOOPBACK
+from heliostat.errors import ConfigError
 from heliostat.play import abilities
 from heliostat.play.app import app
 from heliostat.play.local import Local
+from heliostat.serving import kinds
 from heliostat.serving.front import Front
 from heliostat.serving.options import Options
 from heliostat.serving.replica import Replica
@@ -43,7 +45,8 @@ class Server(uvicorn.Server):
 
 def play(served: Served, keys: dict[str, str] | None, options: Options, ready: Callable[[str], None]) -> None:
     """Answers until a signal says stop, and calls `ready` with the page's URL; ConfigError before that if it cannot."""
-    served.kind()
+    if served.kind() == kinds.EMBEDDINGS:
+        raise ConfigError(f"MODEL: {served.name!r} embeds texts, and has no page; use `heliostat serve`")
     require_free(options.port)
     made = application(served, keys, options)
     config = uvicorn.Config(

@@ -49,9 +49,10 @@ class Engine:
     def __init__(self, loaded: Loaded, batch: int) -> None:
         self.loaded, self.batch = loaded, batch
         self.embed = Embed(loaded, batch)
-        self.mixes = pads_hold(self.embed)
-        self.infilling = Infilling.of(loaded.tokenizer)
-        self.ends = {*ends(loaded.tokenizer, loaded.model), *(self.infilling.ends if self.infilling else [])}
+        writes = loaded.pooling is None  # else it is an embedder
+        self.mixes = writes and pads_hold(self.embed)
+        self.infilling = Infilling.of(loaded.tokenizer) if writes else None
+        self.ends = {*ends(loaded.tokenizer, loaded.model), *(self.infilling.ends if self.infilling else [])} if writes else set()
         self.waiting: deque[Row] = deque()
         self.texts: deque[tuple[Sequence[str], Deliver]] = deque()
         self.groups: list[tuple[Group, list[Row]]] = []

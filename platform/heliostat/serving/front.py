@@ -152,21 +152,22 @@ class Front:
             there = f"{' and '.join(map(repr, self.names))} {'are' if self.names[1:] else 'is'}"
             raise Refusal(404, f"model: {asked[:100]!r} is not served; {there}", "model", "model_not_found")
 
-    def _require_model(self, asked: str, kind: str) -> None:
-        """Raises Refusal unless a model of this kind is asked that is served."""
+    def _require_model(self, asked: str, *fit: str) -> None:
+        """Raises Refusal unless a model of a kind that fits is asked, and is served."""
         self._require_served(asked)
         if asked != self.settings.model:
             said = f"model: {asked!r} is an index; ask it at /v1/search, or at /v1/chat/completions where a model answers from it"
             raise Refusal(400, said, "model", "unsupported_by_model")
-        if kind != self.settings.kind:
+        if self.settings.kind not in fit:
             said = {
                 kinds.TEXT: "writes, and draws nothing; ask it at /v1/completions",
                 kinds.IMAGES: "draws, and writes nothing; ask it at /v1/images/generations",
+                kinds.EMBEDDINGS: "embeds texts, and writes nothing; ask it at /v1/embeddings",
             }
             raise Refusal(400, f"model: {asked!r} {said[str(self.settings.kind)]}", "model", "unsupported_by_model")
 
     async def _embeddings(self, asked: requests.Embeddings, name: str) -> Response:
-        self._require_model(asked.model, kinds.TEXT)
+        self._require_model(asked.model, kinds.TEXT, kinds.EMBEDDINGS)
         _, made = await self._call("embed", asked.input)
         body = answers.embeddings(asked.model, made["answers"], asked.encoding_format)
         self.measures.counted(name, body["usage"])

@@ -1,4 +1,4 @@
-"""Tells which kinds of models are served: those that write, and those that draw."""
+"""Tells which kinds of models are served: those that write, those that draw, and those that embed texts."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from heliostat.recipes import exported
 from heliostat.recipes.protocol import Paints
 from heliostat.recipes.text import sentence_folder
 
-TEXT, IMAGES = "text", "images"
+TEXT, IMAGES, EMBEDDINGS = "text", "images", "embeddings"
 
 
 def of(folder: Path) -> str:
     """Returns a model's kind; ConfigError if it is of none that is served."""
     if sentence_folder.embeds(folder):
-        raise ConfigError(f"{folder}: embeds texts, and only language models and models that draw are served")
+        return EMBEDDINGS
     recipe = exported.read(folder).recipe
     if getattr(recipe, "kind", None) == "tokens":
         return TEXT
     if issubclass(recipe, Paints):
         return IMAGES
-    raise ConfigError(f"{folder}: is of {recipe.__name__}, and only language models and models that draw are served")
+    raise ConfigError(f"{folder}: is of {recipe.__name__}, and only models that write, draw or embed texts are served")

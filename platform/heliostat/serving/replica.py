@@ -35,14 +35,14 @@ class Replica:
             self.shelf = Shelf(holds.index, holds.embedder)
 
     def _load(self, folder: Path, batch: int) -> None:
-        if kinds.of(folder) == kinds.TEXT:
-            from heliostat.serving.writer import Writer
-
-            self.writer = Writer(folder, batch)
-        else:
+        if kinds.of(folder) == kinds.IMAGES:
             from heliostat.serving.painter import Painter
 
             self.painter = Painter(folder)
+        else:
+            from heliostat.serving.writer import Writer
+
+            self.writer = Writer(folder, batch)
 
     def check_health(self) -> None:
         """Raises if the model answers no more: Ray Serve puts another replica in the place of this one."""

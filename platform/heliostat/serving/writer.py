@@ -1,4 +1,4 @@
-"""Answers prompts and chats with a language model, and embeds texts."""
+"""Answers prompts and chats with a language model, and embeds texts, with that or with an embedder."""
 
 from __future__ import annotations
 
