@@ -95,8 +95,8 @@ class Plain:
         for replica in range(self.job.replicas):
             self.model.zero_grad()
             for one, leaf in zip(found[replica :: self.job.replicas], leaves[replica :: self.job.replicas], strict=True):
-                named = [name for name in one if leaf[name].grad is not None]
-                torch.autograd.backward([one[name] for name in named], [leaf[name].grad for name in named])
+                shares = [(one[name], grad) for name in one if (grad := leaf[name].grad) is not None]
+                torch.autograd.backward([tensor for tensor, _ in shares], [grad for _, grad in shares])
             parts.append(self._kept())
         return made.sum.item() / terms, parts
 

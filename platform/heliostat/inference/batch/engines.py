@@ -62,7 +62,8 @@ class Loaded:
         self.pooling = how.pooling if how else None
         model = encoder.load("model", folder) if how else whole("model", folder)
         self.model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-        limits = (how and how.max_tokens, getattr(model.config, "max_position_embeddings", None), self.tokenizer.model_max_length)
+        seen = how.max_tokens if how else None
+        limits = (seen, getattr(model.config, "max_position_embeddings", None), self.tokenizer.model_max_length)
         self.longest: int | None = min((n for n in limits if n is not None and n < UNKNOWN), default=None)
         given = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         self.pad = next(token for token in given if token is not None)
