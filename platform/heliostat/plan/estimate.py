@@ -169,7 +169,7 @@ class Planner:
         samples, tokens and whole matrices. `on_host`: bytes that cross to the host and back in a step."""
         micro_batch, first = layout.micro_batch / layout.sequence, self._checkpointed(layout)
         replayed = first / max(1, len(self.kept.layers))
-        setting = step_time.Setting(self.workers, layout.stage, micro_batch, accumulation, replayed, self.job.train.compile)
+        setting = step_time.Setting(self.workers, layout.stage, micro_batch, accumulation, replayed, bool(self.job.train.compile))
         low = memory.LOW[self.job.train.precision]
         elements = self.exchanged[layout.sequence]
         handed, handing = step_time.exchanging(elements, layout.sequence, low, setting, self.device, self.network)
