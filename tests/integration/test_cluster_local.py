@@ -30,6 +30,7 @@ from typer.testing import CliRunner
 from tests.integration import paced
 from tests.integration.conftest import curve, tiny_job
 
+pytestmark = pytest.mark.ci
 ROOT = Path(__file__).parents[2]
 STEPS = 40
 

@@ -236,6 +236,7 @@ def test_a_worse_or_incomparable_model_does_not_become_champion_and_the_history_
         ask(capsys, "promote", "lineage-lm@nobody", "champion", *uri)
 
 
+@pytest.mark.ci
 def test_a_model_serves_where_there_is_only_mlflow_and_its_own_libraries(story):
     """heliostat, its jobs, Ray and DeepSpeed cannot be imported there."""
     code = f"""

@@ -166,6 +166,7 @@ def named(found: dict[str, Any], what: str) -> list[dict[str, Any]]:
     return [fault for fault in found["faults"] if fault["what"] == what]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("name", "cause", "first"),
     [
@@ -181,6 +182,7 @@ def test_a_wrong_gradient_is_found_and_its_cause_and_parameter_are_named(name, c
     assert not named(faulty[name], "updates")  # the optimizer is right, given that gradient
 
 
+@pytest.mark.ci
 def test_gradients_that_were_not_reduced_are_told_from_others(faulty) -> None:
     gradients = named(faulty["not-reduced"], "gradients")
     assert (
@@ -190,6 +192,7 @@ def test_gradients_that_were_not_reduced_are_told_from_others(faulty) -> None:
     assert all("a worker's own share: not reduced over the workers" in fault["text"] for fault in gradients)
 
 
+@pytest.mark.ci
 def test_weights_that_were_not_renewed_are_named_with_their_worker(faulty) -> None:
     in_use = named(faulty["stale-weights"], "weights in use")
     assert {fault["name"] for fault in in_use} == {f"{WHICH} on worker 1"}
@@ -197,6 +200,7 @@ def test_weights_that_were_not_renewed_are_named_with_their_worker(faulty) -> No
     assert "a stale buffer" in in_use[0]["text"]
 
 
+@pytest.mark.ci
 def test_an_optimizer_that_errs_is_found_by_its_updates_alone(faulty) -> None:
     assert {fault["what"] for fault in faulty["lost-moment"]["faults"]} == {"updates"}
     assert min(fault["step"] for fault in faulty["lost-moment"]["faults"]) == 4

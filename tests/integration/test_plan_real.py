@@ -73,6 +73,7 @@ def told() -> list[dict[str, Any]]:
     return ranks.run("tests.integration.test_plan_real:engines", WORKERS)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("part", ["weights", "gradients", "masters", "moments"])
 def test_state_bytes_are_within_two_percent_of_what_engines_hold(told, part, monkeypatch):
     """At every stage and worker count, in fp32 and bf16."""

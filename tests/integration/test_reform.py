@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from heliostat.checkpoint import flat_copy
@@ -228,6 +229,7 @@ def resized(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
             yield {"stage": stage, "shrunk": shrunk[:1], "grown": grown[:2]}
 
 
+@pytest.mark.ci
 def test_survivors_of_a_resize_go_on_to_the_losses_of_new_processes_from_storage_and_from_memory(tmp_path):
     """Three to two, and two to three, to the last bit, at ZeRO 0, 2 and 3."""
     told = ranks.run("tests.integration.test_reform:resized", (1,) * 5, str(tmp_path))

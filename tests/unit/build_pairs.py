@@ -1,4 +1,4 @@
-"""A small prepared dataset of pairs, whose query names the first words of its text, and a job that trains an embedder on it."""
+"""A small prepared dataset of pairs, whose query names the first word of its text, and a job that trains an embedder on it."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ END = "<|endoftext|>"
 
 
 def pairs(number: int) -> list[dict[str, str]]:
-    """Pairs of words; every ninth has the text of the one before, every tenth its query."""
+    """Texts of some words, and queries of which about every twelfth is the same; every ninth text is that of the one before."""
     drawn = random.Random(3)
     found: list[dict[str, str]] = []
     for i in range(number):
         words = [drawn.choice(WORDS) for _ in range(drawn.randint(4, 12))]
-        row = {"id": f"{i:04d}", "query": " ".join(words[:2]), "text": " ".join(words)}
-        row |= {"text": found[-1]["text"]} if i % 9 == 8 else {"query": found[-1]["query"]} if i % 10 == 9 else {}
+        row = {"id": f"{i:04d}", "query": f"begins with {words[0]}", "text": " ".join(words)}
+        row |= {"text": found[-1]["text"]} if i % 9 == 8 else {}
         found.append(row)
     return found
 

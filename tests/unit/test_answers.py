@@ -8,7 +8,8 @@ from heliostat.curation import reasons
 from heliostat.data import manifest
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
-from heliostat.pipelines.text import forget, trace
+from heliostat.pipelines import forget
+from heliostat.pipelines.text import trace
 from heliostat.storage import Location
 
 from tests.unit.build_pipeline import Here, make_dataset

@@ -67,7 +67,7 @@ NOT_IMPORTED = {
 IMAGES = re.compile(r"(recipes|pipelines)/images/")
 LATE = {  # modules of the core that import what an extra brings, once `extras.require` was asked
     "tune/searchers.py": "tune",
-    **{f"curation/{name}.py": "curation" for name in ("encodings", "html", "licenses", "linear", "personal")},
+    **{f"curation/{name}.py": "curation" for name in ("encodings", "html", "licenses", "linear", "pdf", "personal")},
     "curation/minhash/signatures.py": "curation",
     **{f"curation/stages/{name}.py": "curation" for name in ("detect_secrets", "fix_text", "language")},
     "curation/picturing.py": "images",

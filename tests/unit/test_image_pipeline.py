@@ -1,5 +1,6 @@
 """The image pipeline on the engine: killed anywhere it goes on, however it is cut it is the same, and it tells of every image."""
 
+import base64
 import hashlib
 import io
 import json
@@ -16,11 +17,12 @@ from heliostat.curation import reasons, segment
 from heliostat.curation.stage import Dropped
 from heliostat.data import documents, manifest
 from heliostat.errors import ConfigError
+from heliostat.pipelines import forget
 from heliostat.pipelines.images import pictures, sources, tasks
 from heliostat.pipelines.images.pipeline import ImagePipeline
 from heliostat.pipelines.images.sources import Columns
 from heliostat.pipelines.prepare import sha256_json
-from heliostat.pipelines.text import forget, trace
+from heliostat.pipelines.text import trace
 from heliostat.track.lineage_of_documents import Trained
 from heliostat.track.report import curation
 from PIL import Image
@@ -198,6 +200,11 @@ def test_what_became_of_every_image_is_told(tmp_path):
     assert [row["id"] for row in trace.find(made, url=url)] == [near["id"]]
     assert funnel["1 image_size"]["histograms"]["side"] and funnel["2 similar_images"]["largest"]
     page = curation.page(curation.gather(made))
+    small = [example for rule in funnel["1 image_size"]["examples"].values() for example in rule]
+    assert small and all(len(example) == 6 and example[5] in page for example in small)
+    pictures = [Image.open(io.BytesIO(base64.b64decode(example[5]))) for example in small if example[5]]
+    assert len(pictures) >= len(small) - 2 and all(max(p.size) <= 96 and p.format == "JPEG" for p in pictures)
+    assert page.count('<img alt="" src="data:image/jpeg;base64,') >= len(pictures)
     assert (
         "similar_images" in page and "almost the pixels of another image" in page and "tokens" not in page.partition("</dl>")[0]
     )
@@ -208,8 +215,33 @@ def test_what_images_cannot_be_asked_is_one_error(tmp_path):
     made, _ = prepared(keys(tmp_path, stages=STAGES))
     with pytest.raises(ConfigError, match="--text: the dataset holds images; find one by --id or --url"):
         trace.find(made, text=b"x")
-    with pytest.raises(ConfigError, match="holds images, of which none can be taken out of a dataset; take it out of the input"):
-        forget.check(made, made.location.ending("2"))
+
+
+@pytest.mark.parametrize("buckets", [{"step": 8, "max_aspect": 2.0}, None], ids=["collection", "one size"])
+def test_an_image_is_forgotten_and_the_others_keep_their_places(tmp_path, buckets):
+    """Their shards, row groups and parts are the same to the byte."""
+    make_input(tmp_path / "in")
+    made, _ = prepared(keys(tmp_path, stages=STAGES, buckets=buckets))
+    end = next(row for table in reasons.ends(made) for row in table.to_pylist() if row["reason"] == "kept")
+    output = made.location.ending("2")
+    target, found = forget.one(trace.find(made, id=end["id"]), "--id")
+    forget.check(made, output)
+    less = forget.forget(made, target, found, output)
+    assert manifest.read(output).digest == less.digest != made.digest
+    assert (less.rows, less.meta["documents"], less.kind) == (made.rows - 1, made.meta["documents"] - 1, made.kind)
+    both = [{row["id"]: row for path in set(m.paths) for row in pq.read_table(Path(m.location.path) / path).to_pylist()}
+            for m in (made, less)]  # fmt: skip
+    assert both[1] == {id: row for id, row in both[0].items() if id != target}
+    (changed,) = set(made.paths) - set(less.paths)
+    assert changed == end["detail"] and len(set(made.paths)) - len(set(less.paths)) in (0, 1)
+    for name in made.meta.get("parts", {}):
+        before, after = (manifest.read(m.location.join(name)) for m in (made, less))
+        assert (before.digest == after.digest) is not end["detail"].startswith(f"{name}/"), (
+            "parts that it is not in stay the same"
+        )
+        assert before.meta["size"] == after.meta["size"] and after.file("tokenizer.json").exists()
+    assert reasons.funnel(less)["shard"]["kept"] == made.rows - 1
+    assert trace.trace(less, trace.find(less, id=target)[0])["end"]["reason"] == "forgotten"
 
 
 def test_an_images_place_in_a_dataset_without_stages(tmp_path):

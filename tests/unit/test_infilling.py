@@ -15,7 +15,8 @@ from heliostat.curation.work import Work
 from heliostat.data import infilling as layout
 from heliostat.data import manifest
 from heliostat.errors import ConfigError
-from heliostat.pipelines.text import forget, infilling, sources, tokens
+from heliostat.pipelines import forget
+from heliostat.pipelines.text import infilling, sources, tokens
 from heliostat.pipelines.text.documents import Rules
 from heliostat.pipelines.text.infilling import Arranged, FillInTheMiddle, arrange
 from heliostat.pipelines.text.making import Making

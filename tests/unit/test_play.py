@@ -1,7 +1,10 @@
 """What the page is made of: the endpoint's own front in one process, a model that draws, an index that answers with sources."""
 
+import asyncio
 import base64
 import io
+import shutil
+import time
 
 import numpy as np
 import openai
@@ -11,9 +14,16 @@ import torch
 from heliostat.errors import ConfigError
 from heliostat.play import app
 from heliostat.recipes import exported
-from heliostat.recipes.images.generator import ImageCanvas, Picture
+from heliostat.recipes.images.generator import ImageCanvas
+from heliostat.recipes.images.generator import Picture as Options
+from heliostat.recipes.text import sentence_folder
 from heliostat.retrieval import answering
+from heliostat.serving import kinds
+from heliostat.serving.asks import Holds, Picture
+from heliostat.serving.painter import Painter
+from heliostat.serving.replica import Replica
 from heliostat.serving.served import served
+from heliostat.serving.shelf import Shelf
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -82,7 +92,7 @@ def test_pictures_follow_from_their_seeds_and_are_those_of_generate(painter, dra
     made = client(drawing).images.generate(**asked, n=3)
     assert [drawn.seed for drawn in made.data] == [7, 8, 9] and made.output_format == "png"
     alone = client(drawing).images.generate(**{**asked, "extra_body": {**asked["extra_body"], "seed": 8}})
-    own = ImageCanvas(painter).pictures(["the digit two"], [8], Picture(steps=3, guidance=2.0))[0]
+    own = ImageCanvas(painter).pictures(["the digit two"], [8], Options(steps=3, guidance=2.0))[0]
     assert pixels(made.data[0]).shape == (8, 8) and np.array_equal(pixels(alone.data[0]), own)
     assert np.abs(pixels(made.data[1]).astype(int) - own).max() <= 1 < np.abs(pixels(made.data[0]).astype(int) - own).max()
     wide = client(drawing).images.generate(**asked, size="16x8")
@@ -199,6 +209,43 @@ def test_nothing_is_told_without_the_key_or_under_another_name(answering_from):
     told = requests.get(f"{answering_from}/abilities", headers=BEARER, timeout=60).json()
     assert {name for name, why in told["tabs"].items() if why is None} == {"write", "ask"}
     assert "chat template" in told["tabs"]["chat"] and "cannot fill in the middle" in told["tabs"]["complete"]
+
+
+def test_an_embedder_and_an_index_without_its_embedder_are_refused_at_the_start(writer, tmp_path):
+    folder = shutil.copytree(writer, tmp_path / "embedder")
+    place = tmp_path / "index"
+    index(write_dataset(tmp_path / "data", CORPUS), place, folder)
+    assert Shelf(str(place), None).index.modes == ("bm25", "dense", "hybrid")
+    folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match=r"--embedder: .*embedder, which .* was made with, is not there"):
+        Replica(Holds(None, 4, str(place)))
+    assert Shelf(str(place), str(tmp_path / "elsewhere")).index.embedder == tmp_path / "elsewhere"
+    sentence_folder.write(tmp_path / "elsewhere", sentence_folder.Embedding("mean", 64), 64)
+    with pytest.raises(ConfigError, match="embeds texts, and only language models and models that draw are served"):
+        kinds.of(tmp_path / "elsewhere")
+
+
+def test_a_drawing_that_nobody_waits_for_any_more_ends_before_the_next_begins(painter):
+    """They share one pipeline."""
+    drawing, open_ = Painter(painter), list[int]()
+    draw = drawing.canvas.draw
+
+    def counted(*asked):
+        open_.append(1)
+        assert len(open_) == 1
+        time.sleep(0.3)
+        made = draw(*asked)
+        open_.pop()
+        return made
+
+    async def run() -> None:
+        drawing.canvas.draw = counted
+        asked = Picture("a", 1, 0, {"steps": 1})
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(drawing.draw(asked), 0.1)
+        assert len(await drawing.draw(asked)) == 1
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize(

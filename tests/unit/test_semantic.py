@@ -5,11 +5,13 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
-from heliostat.curation import embedding, segment
+from heliostat.curation import embedding, segment, spill
 from heliostat.curation.registry import parse
 from heliostat.curation.semantic import vectors
+from heliostat.curation.semantic.cells import centres, packed
 from heliostat.curation.stage import GlobalStage
 from heliostat.errors import ConfigError
 from tokenizers import Tokenizer
@@ -160,6 +162,17 @@ def test_of_several_cells_the_result_is_the_same_from_any_cut_and_other_borders_
         assert who in told[0][0] and who < id and cosine(made[id], made[who]) >= 0.9299
     twice, here = curate(tmp_path / "twice", given, [entry, {**entry, "seed": 2}], 3)
     assert len(left(twice, here)) < len(told[0][0]), "of other borders, other pairs meet"
+
+
+def test_many_equal_texts_are_one_cell_and_one_stays(tmp_path, model):
+    """Whatever their one hash is, which the sample of hashes may not have."""
+    given = {f"d{i:03d}": "same" for i in range(300)}
+    entry = {"stage": "semantic", "model": str(model), "max_tokens": 128, "cell_documents": 100}
+    found, here = curate(tmp_path, given, [entry], 2)
+    assert list(left(found, here)) == ["d000"]
+    made = spill.write(here.work.spill, pa.table({"key": np.full(3, 9, np.uint64), "vector": packed(np.ones((3, 4), np.int8))}))
+    record = centres(here.work.spill, [made], 5, 3, 1)
+    assert sum(map(len, spill.read(here.work.spill, record["centres"]))) == 1
 
 
 def test_a_run_goes_on_and_another_threshold_embeds_nothing_again(tmp_path, model):

@@ -117,7 +117,7 @@ def forget(
     json_: Json = False,
 ) -> None:
     """Make a dataset without a document, and list every run that has trained on it, with the steps."""
-    from heliostat.pipelines.text import forget as forgetting
+    from heliostat.pipelines import forget as forgetting
     from heliostat.storage import Location
 
     made, ends = _found(dataset, url, id, text)
@@ -145,8 +145,9 @@ def _ways(made: Any, id: str, mlflow: str | None) -> dict[str, Any]:
 
 
 def _print_forgotten(told: dict[str, Any]) -> None:
-    out.print(f"dataset {told['dataset']} is ready: {told['documents']:,} documents, {told['tokens']:,} tokens, digest "
-              f"{told['digest'][:12]}, without {', '.join(told['forgotten'])}")  # fmt: skip
+    tokens = f", {told['tokens']:,} tokens" if told["tokens"] else ""
+    out.print(f"dataset {told['dataset']} is ready: {told['documents']:,} documents{tokens}, digest {told['digest'][:12]}, "
+              f"without {', '.join(told['forgotten'])}")  # fmt: skip
     if told["shard"]:
         out.print(f"  it was in shard {told['shard']['path']} of {told['previous'][:12]}")
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import re
 import warnings
@@ -10,6 +11,7 @@ from typing import Any
 from heliostat.curation.stage import Document, Picture
 from heliostat.errors import ConfigError
 
+THUMBNAIL = 96  # pixels of its longer side
 FORMATS = ("PNG", "JPEG", "WEBP")
 
 
@@ -47,3 +49,15 @@ def upright(data: bytes) -> Any:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image
+
+
+def thumbnail(data: bytes) -> str:
+    """Makes a small JPEG of an image, in base64; "" of bytes that are no image that is read."""
+    try:
+        image = upright(data).convert("RGB")
+    except Exception:  # noqa: BLE001 - Pillow raises errors of many kinds for bytes that are none
+        return ""
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=75)
+    return base64.b64encode(out.getvalue()).decode()

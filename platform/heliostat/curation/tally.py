@@ -14,6 +14,7 @@ from typing import Any
 
 import xxhash
 
+from heliostat.curation.picturing import thumbnail
 from heliostat.curation.stage import Document, Outcome, Stage
 
 EXAMPLES = 20  # of each rule
@@ -75,7 +76,8 @@ def example(examples: dict[str, list[Any]], rule: str, document: Document, detai
     found, place = examples.setdefault(rule, []), xxhash.xxh64_intdigest(f"{rule}\0{document.id}".encode())
     if len(found) < EXAMPLES or place < found[-1][0]:
         text = document.text if isinstance(document.text, str) else document.text[: 4 * EXCERPT].decode("utf-8", "replace")
-        found.append([place, document.id, text[:EXCERPT], detail, measures])
+        picture = [thumbnail(document.picture.data)] if document.picture else []
+        found.append([place, document.id, text[:EXCERPT], detail, measures, *picture])
         found.sort(key=lambda e: (e[0], e[1]))
         del found[EXAMPLES:]
 

@@ -18,7 +18,7 @@ from heliostat.errors import ConfigError
 from heliostat.storage import Location
 
 KIND = "collection"
-OF_ALL = ("parts", "curation", "also")  # of the metadata: what is said of the whole, in the collection's folder
+OF_ALL = ("parts", "curation", "also", "forgotten")  # of the metadata: what is said of the whole, in the collection's folder
 
 
 def write(location: Location, rows: list[dict[str, Any]], meta: dict[str, Any]) -> Manifest:

@@ -310,8 +310,10 @@ class Paints(Generates):
 class Canvas(Protocol):
     """Draws pictures. `size`: width and height of the model's own, in pixels; `defaults`: options, as `generator` takes them."""
 
-    size: tuple[int, int]
     defaults: dict[str, Any]
+
+    @property
+    def size(self) -> tuple[int, int]: ...
 
     def draw(self, prompts: list[str], seeds: list[int], options: dict[str, Any]) -> list[bytes]:
         """Draws a picture for each prompt, as PNG, each from its own seed; ConfigError for options that there are not."""

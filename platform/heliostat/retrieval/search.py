@@ -6,7 +6,7 @@ Reciprocal rank fusion (Cormack et al. 2009): a passage's score is the sum of 1 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +96,14 @@ class Index:
         return sorted(found, key=lambda p: (-p["score"], p["document"], p["number"]))
 
     def _vectors(self, questions: Sequence[str]) -> list[np.ndarray]:
-        vectors, _ = tasks.embed(str(self._model()), questions, 16)
+        vectors, _ = tasks.embed(str(self.embedder), questions, 16)
         for question, vector in zip(questions, vectors, strict=True):
             if vector is None:
                 raise ConfigError(f"question: {question[:80]!r} has no token that the embedder knows; ask with --mode bm25")
         return [vector for vector in vectors if vector is not None]
 
-    def _model(self) -> Path:
+    @cached_property
+    def embedder(self) -> Path:
         """Finds the embedder's folder; ConfigError if it is not there, or holds another model."""
         known = self.record["embedder"]
         folder = self._embedder or Path(known["folder"])

@@ -10,7 +10,7 @@ Messages = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Holds:
-    """Names what a replica loads: a model's folder, an index, or both. `batch`: prompts that are stepped together."""
+    """Says what a replica loads: a model's folder, an index, or both. `batch`: prompts that are stepped together."""
 
     model: str | None
     batch: int = 16

@@ -204,12 +204,11 @@ class Front:
 
     def _require_writer(self, asked: requests.Sampled) -> None:
         if not isinstance(asked, requests.Question):
-            return self._require_model(asked.model, kinds.TEXT)
-        if self.settings.kind != kinds.TEXT:
+            self._require_model(asked.model, kinds.TEXT)
+        elif self.settings.kind != kinds.TEXT:
             raise Refusal(400, f"model: no model answers from {asked.model!r}; ask /v1/search", "model", "unsupported_by_model")
-        if asked.messages[0].role != "user":
+        elif asked.messages[0].role != "user":
             raise Refusal(400, "messages.0.role: an index takes one question, a message of the user", "messages", "invalid_value")
-        return None
 
     def _ask(self, asked: requests.Sampled) -> Ask:
         """Translates a request; without a seed it gets one, so that a second try gives the same answer."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +31,20 @@ class Painter:
         with exported.using(folder):
             self.canvas = recipe.canvas(folder)
             self.size = self.canvas.size
-        self.busy = asyncio.Lock()
+        self.thread = ThreadPoolExecutor(1, "painter")  # a drawing goes on when nobody waits for it any more, and the next waits
 
     async def draw(self, asked: Picture) -> list[dict[str, Any]]:
         """Draws pictures, each a PNG in base64 with its seed; Refusal for what the model does not draw."""
         self._require_size(asked.options)
         seeds = [(asked.seed + i) % 2**63 for i in range(asked.count)]
-        async with self.busy:
-            try:
-                made = await asyncio.to_thread(self.canvas.draw, [asked.prompt] * asked.count, seeds, asked.options)
-            except ConfigError as e:
-                raise Refusal(400, str(e), None, "invalid_value") from e
-            except Exception as e:
-                log.exception("a picture failed")
-                raise Refusal(500, f"the model failed: {type(e).__name__}: {brief(e)}") from e
+        work = partial(self.canvas.draw, [asked.prompt] * asked.count, seeds, asked.options)
+        try:
+            made = await asyncio.get_running_loop().run_in_executor(self.thread, work)
+        except ConfigError as e:
+            raise Refusal(400, str(e), None, "invalid_value") from e
+        except Exception as e:
+            log.exception("a picture failed")
+            raise Refusal(500, f"the model failed: {type(e).__name__}: {brief(e)}") from e
         return [{"b64_json": base64.b64encode(png).decode(), "seed": seed} for png, seed in zip(made, seeds, strict=True)]
 
     def _require_size(self, options: dict[str, Any]) -> None:

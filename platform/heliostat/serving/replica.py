@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from heliostat.serving import kinds
 from heliostat.serving.asks import Ask, Holds, Picture, Search
 from heliostat.serving.refusals import Refusal
+
+if TYPE_CHECKING:  # a replica loads what it holds, and no more libraries than that
+    from heliostat.serving.painter import Painter
+    from heliostat.serving.shelf import Shelf
+    from heliostat.serving.writer import Writer
 
 Answer = dict[str, Any]
 
@@ -18,7 +24,9 @@ class Replica:
     """Loads what it is to hold, and answers: `answers`, `images`, `passages`, or `refused`."""
 
     def __init__(self, holds: Holds) -> None:
-        self.writer, self.painter, self.shelf = None, None, None
+        self.writer: Writer | None = None
+        self.painter: Painter | None = None
+        self.shelf: Shelf | None = None
         if holds.model is not None:
             self._load(Path(holds.model), holds.batch)
         if holds.index is not None:
@@ -45,14 +53,15 @@ class Replica:
         """Answers all prompts as a whole: `answers`, and `sources` if it is from the index."""
         made: list[Answer] = [{"text": "", "logprobs": None} for _ in ask.seeds]
         told: Answer = {}
-        async for item in self.stream(ask):
-            if "piece" not in item:
-                return item
-            _add(made[item["index"]], item["piece"])
-            told |= {"sources": item["sources"]} if "sources" in item else {}
+        async with aclosing(self.stream(ask)) as items:
+            async for item in items:
+                if "piece" not in item:
+                    return item
+                _add(made[item["index"]], item["piece"])
+                told |= {"sources": item["sources"]} if "sources" in item else {}
         return {"answers": made, **told}
 
-    async def stream(self, ask: Ask) -> AsyncIterator[Answer]:
+    async def stream(self, ask: Ask) -> AsyncGenerator[Answer]:
         """Yields pieces (`index`, `piece`, the first also `sources`) of the answers as they come; or one item, `refused`."""
         assert self.writer
         told: Answer = {}
@@ -63,9 +72,10 @@ class Replica:
                 yield {"refused": e.args}
                 return
             ask, told = dataclasses.replace(ask, prompts=[prompt], search=None), {"sources": sources}
-        async for item in self.writer.stream(ask):
-            yield {**item, **told} if "piece" in item else item
-            told = {}
+        async with aclosing(self.writer.stream(ask)) as items:
+            async for item in items:
+                yield {**item, **told} if "piece" in item else item
+                told = {}
 
     async def _from_index(self, ask: Ask, search: Search) -> tuple[str, list[Answer]]:
         assert self.shelf and self.writer

@@ -45,7 +45,7 @@ class Served:
 
 
 def served(model: str | None, store: str, name: str | None, index: str | None, embedder: Path | None) -> Served:
-    """Names what is served; ConfigError if there is nothing, or one name would stand for two things."""
+    """Says what is served; ConfigError if there is nothing, or one name would stand for two things."""
     if model is None and index is None:
         raise ConfigError("MODEL: give a model, an index with --index, or both")
     if model is None and name is not None:

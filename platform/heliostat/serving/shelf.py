@@ -16,10 +16,12 @@ from heliostat.storage import Location
 
 
 class Shelf:
-    """Opens the index, and searches it."""
+    """Opens the index, and searches it; ConfigError at once if it has embeddings, and their embedder is not there."""
 
     def __init__(self, index: str, embedder: str | None) -> None:
         self.index = Index(Location(index), Path(embedder) if embedder else None)
+        if "dense" in self.index.modes:
+            self.index.embedder  # noqa: B018 (its folder is found, and held against the record)
 
     async def search(self, asked: Search) -> list[dict[str, Any]]:
         """Finds passages, with the columns of their documents; Refusal if the index cannot be searched so."""

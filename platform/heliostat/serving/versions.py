@@ -76,8 +76,9 @@ class NoModel:
         """Returns the one version that there is."""
         return self.label
 
-    def folder(self, version: str) -> None:
+    def folder(self, version: str) -> Path | None:
         """Returns that there is no folder."""
+        return None
 
 
 class Source:

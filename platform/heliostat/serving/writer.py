@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class Writer:
         longest = self.engine.loaded.longest
         return None if longest is None else longest - (ask.most or 1)
 
-    async def stream(self, ask: Ask) -> AsyncIterator[dict[str, Any]]:
+    async def stream(self, ask: Ask) -> AsyncGenerator[dict[str, Any]]:
         """Yields pieces (`index`, `piece`) of the answers to all prompts as they come; or one item, `refused`."""
         try:
             rows, pieces = await asyncio.to_thread(self._rows, ask, asyncio.get_running_loop())

@@ -87,18 +87,25 @@ def sampled(rows: int, cells: int, size: int) -> int:
 
 
 def centres(folder: Location, names: list[str], limit: int, cells: int, seed: int) -> dict[str, Any]:
-    """Spills the centres of the cells: of documents with hashes below the limit, in an order that the seed gives."""
-    held = [t for name in names for t in spill.read(folder, name, 0, limit, ["vector"])]
-    sample, keys = unpacked(pa.chunked_array([c for t in held for c in t["vector"].chunks])), _keys(held)
+    """Spills the centres of the cells: of texts with hashes below the limit, each once, in an order that the seed gives.
+
+    Where no text has such a hash, because most are equal, there is one cell.
+    """
+    held = [_once(t) for name in names for t in spill.read(folder, name, 0, limit, ["vector"])]
+    if not held:
+        held = [next(spill.read(folder, names[0], columns=["vector"])).slice(0, 1)]
+        cells = 1
+    sample = _once(pa.concat_tables(held))
     with np.errstate(over="ignore"):
-        order = np.lexsort((*sample.T[:8], spill.mixed(keys + np.uint64(seed))))
-    found = vectors.centres(sample[order], cells)
+        order = np.argsort(spill.mixed(sample["key"].to_numpy() + np.uint64(seed)))
+    found = vectors.centres(unpacked(sample["vector"])[order], cells)
     name = spill.write(folder, pa.table({"key": np.arange(len(found), dtype=np.uint64), "vector": packed(found)}))
     return {"centres": name, "files": [name]}
 
 
-def _keys(tables: list[pa.Table]) -> np.ndarray:
-    return np.concatenate([t["key"].to_numpy() for t in tables])
+def _once(table: pa.Table) -> pa.Table:
+    """Keeps one row of each key: equal texts have equal vectors."""
+    return table.take(pa.array(np.unique(table["key"].to_numpy(), return_index=True)[1]))
 
 
 def deal(folder: Location, number: int, run: Run, made: str, rule: Rule, column: str, centres: str | None) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def lengths(vectors: np.ndarray) -> np.ndarray:
 def products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Returns the product of each of `a` with each of `b`, exactly; rounded to float32 where vectors are longer than LONGEST."""
     pieces = [_whole(a[:, i : i + LONGEST], b[:, i : i + LONGEST]) for i in range(0, a.shape[1], LONGEST)]
-    return pieces[0] if len(pieces) == 1 else np.sum(pieces, axis=0, dtype=np.float64).astype(np.float32)
+    return pieces[0] if len(pieces) == 1 else np.stack(pieces).sum(axis=0, dtype=np.float64).astype(np.float32)
 
 
 def _whole(a: np.ndarray, b: np.ndarray) -> np.ndarray:

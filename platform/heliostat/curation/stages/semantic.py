@@ -72,11 +72,16 @@ class Semantic(GlobalStage):
         embedding.pooling(self.model)
 
     def compare(self, flow: Flow, found: Curated, number: int, memory_limit: int) -> list[Run]:
-        kind, runs, model = f"semantic-{number}", found.runs, cells.Model(self.model, self.max_tokens, self.batch)
-        follows, most = [embedding.identity(self.model), self.max_tokens, self.batch], memory_limit // VECTORS
+        model, most = cells.Model(self.model, self.max_tokens, self.batch), memory_limit // VECTORS
+        follows = [embedding.identity(self.model), self.max_tokens, self.batch]
         embeddings = (Task(key("embed", run.name, run.decided, follows, most), {"run": run, "model": model, "most": most},
-                           bytes=run.bytes) for run in runs)  # fmt: skip
-        embedded = flow.all(f"{kind}-embed", cells.embed, embeddings, pooled=True)
+                           bytes=run.bytes) for run in found.runs)  # fmt: skip
+        embedded = flow.all(f"semantic-{number}-embed", cells.embed, embeddings, pooled=True)
+        return self.decided(flow, found, number, memory_limit, embedded)
+
+    def decided(self, flow: Flow, found: Curated, number: int, memory_limit: int, embedded: list[dict[str, Any]]) -> list[Run]:
+        """Compares the runs' documents by their vectors, which are embedded; returns the runs that are left."""
+        kind, runs = f"semantic-{number}", found.runs
         made = [(i, name) for i, r in enumerate(embedded) for name in r["vectors"]]
         rows, size = sum(r["rows"] for r in embedded), max((r["size"] for r in embedded), default=0)
         many = max(1, -(-rows // self.cell_documents))

@@ -181,6 +181,22 @@ def shard(table: pa.Table, chunk_images: int) -> bytes:
     return _parquet([table.slice(a, b - a) for a, b in itertools.pairwise(edges)])
 
 
+def without(file: pq.ParquetFile, id: str) -> tuple[bytes | None, int]:
+    """Writes an open shard again without an image, and returns it with the image's and its caption's bytes; None if none is left.
+
+    Row groups keep their other images. Of latents nobody knows what the image took.
+    """
+    left, size = list[pa.Table](), 0
+    for group in range(file.num_row_groups):
+        table = file.read_row_group(group)
+        named = pc.equal(table["id"], id)
+        for row in table.filter(named).to_pylist():
+            size += len(row["caption"].encode()) + len(row.get("image") or b"")
+        if len(kept := table.filter(pc.invert(named))):
+            left.append(kept)
+    return (_parquet(left) if left else None), size
+
+
 def _parquet(groups: list[pa.Table]) -> bytes:
     content = hashlib.sha256()
     sink = io.BytesIO()

@@ -53,6 +53,8 @@ export function ask(section, here) {
       result.hidden = false;
       show(sources);
     };
-    await answered("/v1/chat/completions", body, signal, facts, (piece) => answer.append(piece), cite);
+    let text = "";
+    const say = (piece) => (answer.textContent = (text += piece).trimStart());
+    await answered("/v1/chat/completions", body, signal, facts, say, cite);
   }, { enter: true });
 }

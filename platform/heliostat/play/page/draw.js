@@ -48,6 +48,6 @@ export function draw(section, here) {
       for (const frame of frames.slice(done)) frame.remove();
     }
     const seconds = ((performance.now() - began) / 1000).toFixed(1);
-    facts.textContent = `${count} picture${count === 1 ? "" : "s"} in ${seconds} s · ${options.steps} steps · ${options.size} pixels`;
+    facts.textContent = `${count} picture${count === 1 ? "" : "s"} in ${seconds} s · ${options.steps} steps · ${values.width} × ${values.height} pixels`;
   });
 }

@@ -62,10 +62,13 @@ function tabs(here) {
 }
 
 function absent(here) {
-  const missing = Object.keys(TABS).filter((name) => here.tabs[name] !== null);
+  const reasons = new Map(); // several tabs may be missing for one
+  for (const [name, why] of Object.entries(here.tabs)) {
+    if (why !== null) reasons.set(why, [...(reasons.get(why) ?? []), TABS[name][0]]);
+  }
   const place = document.getElementById("absent");
-  place.textContent = `Not here: ${missing.map((name) => `${TABS[name][0]} (${here.tabs[name]})`).join("; ")}.`;
-  place.hidden = !missing.length;
+  place.textContent = `Not here: ${[...reasons].map(([why, names]) => `${names.join(", ")} (${why})`).join("; ")}.`;
+  place.hidden = !reasons.size;
 }
 
 async function open() {

@@ -74,7 +74,7 @@ export function seeds() {
   const input = find(field, "input");
   input.addEventListener("input", () => (each.checked = false));
   const next = () => {
-    if (each.checked) input.value = Math.floor(Math.random() * 2 ** 31);
+    if (each.checked) input.value = Math.floor(Math.random() * 1e6);
     return Number(input.value);
   };
   return { element: make("div", { className: "field wide" }, field, check), next };

@@ -191,15 +191,16 @@ def _stage(name: str, part: Told) -> list[str]:
 
 
 def _examples(rule: str, found: list[Any]) -> str:
-    """Renders examples of a rule, folded: ids, figures and the beginnings of their texts."""
+    """Renders examples of a rule, folded: ids, figures, thumbnails of images and the beginnings of their texts."""
     kind, _, subject = rule.partition(" ")
     title = f"dropped for {subject}" if kind == "dropped" else f"only just kept, by {subject}"
     shown = []
-    for _, id, text, detail, measures in found[:EXAMPLES]:
+    for _, id, text, detail, measures, *thumbnails in found[:EXAMPLES]:
         figures = ", ".join(f"{name} {value:.4g}" for name, value in measures.items())
         told = "; ".join(_cut(x, TEXT) for x in (detail, figures) if x)
         more = " ..." if len(text) > TEXT else ""
-        shown.append(f"<p><b>{_cut(id)}</b> <span class='muted'>{told}</span></p>"
+        drawn = "".join(f'<p><img alt="" src="data:image/jpeg;base64,{escape(t)}"></p>' for t in thumbnails if t)
+        shown.append(f"<p><b>{_cut(id)}</b> <span class='muted'>{told}</span></p>{drawn}"
                      f"<pre>{escape(printable(text[:TEXT], lines=True))}{more}</pre>")  # fmt: skip
     return f"<details><summary>{len(shown)} {_cut(title)}</summary>{''.join(shown)}</details>"
 

@@ -1,7 +1,8 @@
-"""Makes a dataset without a document: what one shard, the record of its making and the manifest say of it is left out.
+"""Makes a dataset without a document, or an image: what a shard, the record of its making and the manifest say of it is left out.
 
 The other shards are copied as they are. A run goes on with the old dataset; a new one takes the other. What stays is what nobody
-can take out: what a tokenizer that was trained on the document has learned, and who stayed of the clusters that it was in.
+can take out: what a tokenizer that was trained on the document has learned, and who stayed of the clusters that it was in. Of a
+collection, the parts' manifests follow.
 """
 
 from __future__ import annotations
@@ -15,15 +16,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from heliostat.curation import reasons
-from heliostat.data import documents, infilling, manifest, shard, versions
+from heliostat.data import collection, documents, infilling, manifest, shard, versions
 from heliostat.data.infilling import COUNTS
-from heliostat.data.manifest import FILES, SHARDS, UNCOVERED, Manifest, kept_path
+from heliostat.data.manifest import FILES, UNCOVERED, Manifest, kept_path
 from heliostat.errors import ConfigError
+from heliostat.pipelines.images import tasks as images
 from heliostat.pipelines.text import tokens
 from heliostat.storage import Location
 
 COPIERS = 4  # threads, each with a shard in memory
 LISTED = 10  # candidates that an error names
+OF_BEFORE = ("digest", "digests", "unigram_entropy")  # facts of the dataset as it was; the last is counted in all tokens
 SAME = "duplicate"  # the reason of documents whose text is another's, which stayed
 
 
@@ -39,9 +42,6 @@ def one(found: list[dict[str, Any]], option: str) -> tuple[str, list[dict[str, A
 
 def check(made: Manifest, output: Location) -> None:
     """Checks that a document can be taken out, and the new dataset be written to `output`; ConfigError if not."""
-    if made.kind != "tokens":
-        fix = "take it out of the input and prepare the dataset again"
-        raise ConfigError(f"{made.location}: holds images, of which none can be taken out of a dataset; {fix}")
     here, there = made.location.path.rstrip("/"), output.path.rstrip("/")
     if f"{there}/".startswith(f"{here}/") or f"{here}/".startswith(f"{there}/"):
         raise ConfigError(f"--out: {output} and {made.location} lie in one another; name another folder")
@@ -56,7 +56,7 @@ def forget(made: Manifest, id: str, found: list[dict[str, Any]], output: Locatio
     gone = {id, *(row["id"] for row in found)}
     kept = [row for row in reasons.end_of(made, id) if row["reason"] == "kept"]
     path = documents.current(made, kept[0]["detail"]) if kept else None
-    meta = {k: v for k, v in made.meta.items() if k not in ("digest", "unigram_entropy")}  # counted in all tokens
+    meta = {k: v for k, v in made.meta.items() if k not in OF_BEFORE}
     chunks, told = made.chunks, {"documents": 0, "bytes": 0, "tokens": 0}
     if path:
         rows, told = _shard(made, path, id, output)
@@ -68,12 +68,18 @@ def forget(made: Manifest, id: str, found: list[dict[str, Any]], output: Locatio
     if COUNTS in meta:
         meta[COUNTS] = {name: count - told.get(f"{COUNTS}.{name}", 0) for name, count in meta[COUNTS].items()}
     record = _record(made, gone, told, output)
-    copied = [*dict.fromkeys(chunks["path"].to_pylist()), *meta.get("files", {}).values(), *record["also"]]
-    _copy(made.location, output, copied)
+    parts = made.meta.get("parts", {})
+    beside = [path for file in meta.get("files", {}).values() for path in (file, *(f"{part}/{file}" for part in parts))]
+    _copy(made.location, output, [*dict.fromkeys(chunks["path"].to_pylist()), *beside, *record["also"]])
     before = made.meta.get("forgotten", [])
-    result = manifest.write_table(
-        output, chunks, {**meta, **record, "forgotten": [*before, {"digest": made.digest, "ids": sorted(gone)}]}
-    )
+    meta |= {**record, "forgotten": [*before, {"digest": made.digest, "ids": sorted(gone)}]}
+    if parts:
+        held = {name: manifest.read(made.location.join(name)).meta for name in parts}
+        own = {name: {k: v for k, v in part.items() if k not in meta and k not in OF_BEFORE} for name, part in held.items()}
+        kind = next(iter(held.values()))["kind"]
+        result = collection.write(output, chunks.to_pylist(), {**meta, "kind": kind, "parts": own})
+    else:
+        result = manifest.write_table(output, chunks, meta)
     for name in UNCOVERED:
         source = made.location.join(kept_path(made.digest, name))
         if source.exists():
@@ -85,6 +91,10 @@ def forget(made: Manifest, id: str, found: list[dict[str, Any]], output: Locatio
 def _shard(made: Manifest, path: str, id: str, output: Location) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Writes a shard again without a document; returns its rows of the manifest, and what the document was."""
     place = made.location.join(path)
+    if made.kind != "tokens":
+        with place.open() as source:
+            data, bytes = place.attempt(lambda: images.without(pq.ParquetFile(source), id))
+        return _rows(output, path, data, None), {"documents": 1, "bytes": bytes, "tokens": 0}
     with place.open() as source:
         data, ids = place.attempt(lambda: tokens.without(pq.ParquetFile(source), {id}))
     tokenizer = tokens.load(made.file("tokenizer.json").read().decode())
@@ -92,13 +102,16 @@ def _shard(made: Manifest, path: str, id: str, output: Location) -> tuple[list[d
     texts = tokenizer.decode_batch(infilling.texts(ids, made.fact("end_of_document"), markers), skip_special_tokens=False)
     told = {"documents": 1, "bytes": sum(len(text.encode()) for text in texts), "tokens": len(ids)}
     told |= {f"{COUNTS}.{name}": count for name, count in (markers.counted([ids]) if markers else {}).items()}
+    return _rows(output, path, data, "tokens"), told
+
+
+def _rows(output: Location, path: str, data: bytes | None, column: str | None) -> list[dict[str, Any]]:
+    """Stores a shard in the place of the one at `path`, and returns its rows of the manifest; none if nothing is left."""
     if data is None:
-        return [], told
-    number = path.split("/")[1]
-    new = versions.store(output, f"{SHARDS}/{number}/", data, ".parquet")
-    contents = shard.content_digests(data, "tokens")
-    rows = manifest.read_footer(output, new, "tokens")
-    return [{**row, "content": c} for row, c in zip(rows, contents, strict=True)], told
+        return []
+    new = versions.store(output, f"{path.rpartition('/')[0]}/", data, ".parquet")
+    contents = shard.content_digests(data, column)
+    return [{**row, "content": c} for row, c in zip(manifest.read_footer(output, new, column), contents, strict=True)]
 
 
 def _record(made: Manifest, gone: set[str], told: dict[str, int], output: Location) -> dict[str, Any]:
@@ -110,7 +123,7 @@ def _record(made: Manifest, gone: set[str], told: dict[str, int], output: Locati
     last = funnel["shard"]
     last["kept"] -= told["documents"]
     last["kept_bytes"] -= told["bytes"]
-    last["counts"]["tokens"] -= told["tokens"]
+    last["counts"] |= {"tokens": last["counts"]["tokens"] - told["tokens"]} if "tokens" in last["counts"] else {}
     if told["documents"]:
         last["dropped"]["forgotten"] = last["dropped"].get("forgotten", 0) + told["documents"]
     path = versions.store(output, f"{FILES}/funnel-", json.dumps(funnel).encode(), ".json")

@@ -1,0 +1,100 @@
+"""What `stage: semantic` costs beside its model, and which near pairs it finds: vectors of planted pairs, without Ray or a model.
+
+    PYTHONPATH=. python tests/benchmarks/semantic.py [--documents 20000] [--cells 1 5 20] [--dims 384]
+
+Vectors lie about 200 topics (cosines within one about 0.5); a tenth of the documents has a partner with a cosine of 0.96 to 0.99.
+Prints for each number of cells the pairs of which one goes, after one stage and after a second with another seed, CPU seconds of
+the first, and MiB above the process's peak before. Real embeddings have other neighbourhoods: a border cuts more or fewer pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import tempfile
+import time
+
+import numpy as np
+import pyarrow as pa
+from heliostat.curation import spill
+from heliostat.curation.embedding import rounded
+from heliostat.curation.engine import Curated
+from heliostat.curation.segment import Spiller, survivors
+from heliostat.curation.semantic.cells import packed
+from heliostat.curation.stage import Document
+from heliostat.curation.stages.semantic import Semantic
+from heliostat.curation.work import Work
+from heliostat.storage import Location
+
+from tests.unit.build_curation import HereFlow
+
+TOPICS, NEAR = 200, 0.955
+MEMORY = 256 << 20
+
+
+def planted(count: int, dims: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns vectors, of which those of the first tenth have a partner in the second, and the cosines of these pairs."""
+    rng = np.random.default_rng(0)
+    unit = lambda v: v / np.linalg.norm(v, axis=1, keepdims=True)  # noqa: E731
+    topics = unit(rng.normal(size=(TOPICS, dims)))
+    made = unit(topics[rng.integers(0, TOPICS, count)] + unit(rng.normal(size=(count, dims))))
+    pairs = count // 10
+    wanted = rng.uniform(NEAR + 0.005, 0.99, (pairs, 1))
+    aside = rng.normal(size=(pairs, dims))
+    aside = unit(aside - (aside * made[:pairs]).sum(1, keepdims=True) * made[:pairs])
+    made[pairs : 2 * pairs] = wanted * made[:pairs] + np.sqrt(1 - wanted**2) * aside
+    return rounded(made), wanted.ravel()
+
+
+def embedded(here: HereFlow, found: Curated, vectors: np.ndarray) -> list[dict]:
+    """Spills the vectors of the documents of runs, as embedding them would."""
+    records = []
+    for run in found.runs:
+        table = pa.concat_tables(list(survivors(here.work.spill, run, columns=["id"])))
+        which = np.array([int(id) for id in table["id"].to_pylist()])
+        rows = pa.table({"key": table["key"], "row": table["row"], "vector": packed(vectors[which])})
+        name = spill.write(here.work.spill, rows, ("row",))
+        records.append({"vectors": [name], "rows": len(rows), "size": vectors.shape[1], "cut": 0})
+    return records
+
+
+def left(here: HereFlow, found: Curated) -> set[int]:
+    return {int(id) for run in found.runs for t in survivors(here.work.spill, run, columns=["id"]) for id in t["id"].to_pylist()}
+
+
+def measure(count: int, dims: int, cells: int) -> None:
+    vectors, _ = planted(count, dims)
+    with tempfile.TemporaryDirectory() as folder:
+        here, found = HereFlow(Work(Location(folder)), again=0), Curated()
+        out = Spiller(here.work.spill, 1 << 20)
+        for i in range(count):
+            out.add(Document(str(i), f"document {i}"))
+        out.spill()
+        found.runs = out.runs
+        pairs, shares = count // 10, []
+        before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+        for number, seed in enumerate((1, 2)):
+            stage = Semantic(model="none", min_similarity=NEAR, cell_documents=-(-count // cells), keep="first", seed=seed)
+            found.runs = stage.decided(here, found, number, MEMORY, embedded(here, found, vectors))
+            stay = left(here, found)
+            shares.append(sum(not {i, i + pairs} <= stay for i in range(pairs)) / pairs)
+            if not number:
+                seconds = time.process_time() - start
+        peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10
+        print(f"| {count:,} | {cells} | {shares[0]:.1%} | {shares[1]:.1%} | {seconds:.1f} | {peak} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--documents", type=int, nargs="+", default=[20_000])
+    parser.add_argument("--cells", type=int, nargs="+", default=[1, 5, 20])
+    parser.add_argument("--dims", type=int, default=384)
+    arguments = parser.parse_args()
+    print("| documents | cells | pairs found | by a second stage | CPU s | MiB |\n|---|---|---|---|---|---|")
+    for count in arguments.documents:
+        for cells in arguments.cells:
+            measure(count, arguments.dims, cells)
+
+
+if __name__ == "__main__":
+    main()
