@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from heliostat.config import spec
-from heliostat.config.optimizers import STATE_BYTES
+from heliostat.config.optimizers import STATE_BYTES, Muon
 from heliostat.config.spec import Job
 from heliostat.plan import failures, hardware, layouts, memory, orthogonalizing, step_time
 from heliostat.plan.counts import Counts
@@ -169,7 +169,7 @@ class Planner:
         samples, tokens and whole matrices. `on_host`: bytes that cross to the host and back in a step."""
         micro_batch, first = layout.micro_batch / layout.sequence, self._checkpointed(layout)
         replayed = first / max(1, len(self.kept.layers))
-        setting = step_time.Setting(self.workers, layout.stage, micro_batch, accumulation, replayed, self.job.train.compile)
+        setting = step_time.Setting(self.workers, layout.stage, micro_batch, accumulation, replayed, bool(self.job.train.compile))
         low = memory.LOW[self.job.train.precision]
         elements = self.exchanged[layout.sequence]
         handed, handing = step_time.exchanging(elements, layout.sequence, low, setting, self.device, self.network)
@@ -196,7 +196,7 @@ class Planner:
         """Estimates the bytes that a worker sends so that matrices are whole in the optimizer's step, the seconds that takes, and
         those of their orthogonalization; nothing for optimizers that need none."""
         optimizer = self.job.train.optimizer
-        if not optimizer.orthogonalizes:
+        if not isinstance(optimizer, Muon):
             return 0, 0.0, 0.0
         sides = list(orthogonalizing.matrices(self.model))
         sent = orthogonalizing.moved(sum(map(math.prod, sides)), self.workers, stage)

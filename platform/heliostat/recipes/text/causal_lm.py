@@ -60,7 +60,8 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, Generates, Serves
         self.job, self.length = job, job.data.sequence_length
         self.checkpointing, self.offload = job.train.activation_checkpointing, job.train.activation_offload
         self.document_mask, self.tiled, self.tiled_mlp = job.data.document_mask, job.train.tiled_loss, job.train.tiled_mlp
-        self.attention, self.fp8 = job.train.attention, job.train.fp8
+        self.attention: str | None = job.train.attention
+        self.fp8 = job.train.fp8
         self.tile: int | None = None  # tokens of an MLP's tile, where trials want small ones
         self.terms_per_sample = None if self.document_mask else self.length - 1
         self.pretrained = job.model.get("pretrained")
