@@ -159,12 +159,12 @@ class Front:
             said = f"model: {asked!r} is an index; ask it at /v1/search, or at /v1/chat/completions where a model answers from it"
             raise Refusal(400, said, "model", "unsupported_by_model")
         if self.settings.kind not in fit:
-            said = {
+            does = {
                 kinds.TEXT: "writes, and draws nothing; ask it at /v1/completions",
                 kinds.IMAGES: "draws, and writes nothing; ask it at /v1/images/generations",
                 kinds.EMBEDDINGS: "embeds texts, and writes nothing; ask it at /v1/embeddings",
             }
-            raise Refusal(400, f"model: {asked!r} {said[str(self.settings.kind)]}", "model", "unsupported_by_model")
+            raise Refusal(400, f"model: {asked!r} {does[str(self.settings.kind)]}", "model", "unsupported_by_model")
 
     async def _embeddings(self, asked: requests.Embeddings, name: str) -> Response:
         self._require_model(asked.model, kinds.TEXT, kinds.EMBEDDINGS)

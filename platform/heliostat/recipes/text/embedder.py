@@ -136,7 +136,8 @@ class Embedder(CouplesSamples, Evaluates, Exports):
         if hashlib.sha256(definition).hexdigest() != self.sources[0].fact("tokenizer"):
             raise ConfigError(f"{made}: is not the tokenizer of the dataset")
         raw, number = Tokenizer.from_str(definition.decode()), self.sources[0].fact("end_of_document")
-        end = raw.id_to_token(number)
+        if (end := raw.id_to_token(number)) is None:
+            raise ConfigError(f"{made}: has no token {number}, which ends documents there; prepare the dataset again")
         raw.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, number)])
         return raw, end
 
@@ -215,13 +216,10 @@ class Embedder(CouplesSamples, Evaluates, Exports):
         return f"{row['query']} -> {row['text']}"
 
     def save_config(self, folder: Path) -> None:
-        from transformers import MODEL_MAPPING
-
-        from heliostat.recipes.text import sentence_folder
+        from heliostat.recipes.text import encoder, sentence_folder
 
         config = type(self.config).from_dict(self.config.to_dict())
-        kind = MODEL_MAPPING[type(config)]
-        config.architectures = [(kind[0] if isinstance(kind, tuple) else kind).__name__]
+        config.architectures = [encoder.model_class(config).__name__]
         config.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         how = sentence_folder.Embedding(self.keys.pooling, self.keys.max_tokens)

@@ -41,9 +41,13 @@ def load(key: str, folder: str | Path, **options: Any) -> Any:
 
 def _options(config: Any) -> dict[str, Any]:
     """Leaves out the pooler that some architectures have behind their states: nothing here would train it."""
-    kind = transformers.MODEL_MAPPING[type(config)]
-    one = kind[0] if isinstance(kind, tuple) else kind
-    return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(one.__init__).parameters else {}
+    return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(model_class(config)).parameters else {}
+
+
+def model_class(config: Any) -> type[Any]:
+    """Returns the class of a configuration's model without a head; of several the first."""
+    found: Any = transformers.MODEL_MAPPING[type(config)]
+    return found[0] if isinstance(found, tuple) else found
 
 
 def embed(model: Any, ids: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
