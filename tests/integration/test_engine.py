@@ -180,6 +180,7 @@ def loss_scale(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any
                 }
 
 
+@pytest.mark.ci
 def test_fp16_goes_on_with_the_loss_scale_that_it_had(tmp_path: Path) -> None:
     """A resumed run skips the steps that the unbroken one skips, and no more; without a stored scale a person is told."""
     told = ranks.run(f"{__name__}:loss_scale", (2,), str(tmp_path))

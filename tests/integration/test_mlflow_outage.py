@@ -101,6 +101,7 @@ def has(tracking: str, folder: Location, step: int) -> bool:
     return step in [m.step for m in MlflowClient(tracking_uri=tracking).get_metric_history(run_of(folder), "train/loss")]
 
 
+@pytest.mark.ci
 def test_metrics_wait_for_the_server_through_attempts_and_commands_and_arrive_once(server, owner_of, tracking, caplog):
     make, run = owner_of
     owner = make()

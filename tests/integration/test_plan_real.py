@@ -92,6 +92,7 @@ def test_state_bytes_are_within_two_percent_of_what_engines_hold(told, part, mon
         assert planned == pytest.approx(largest, rel=0.02), (one["case"], one["workers"], part)
 
 
+@pytest.mark.ci
 def test_the_dry_runs_slices_are_those_that_ranks_save(told):
     """Parameter, start and length, of every rank, stage and worker count: so the index of a checkpoint is known beforehand."""
     from heliostat.plan.model_stats import build, stats_of

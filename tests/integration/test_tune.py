@@ -168,6 +168,7 @@ def _descendants(process: commands.Process) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 
+@pytest.mark.ci
 def test_a_killed_driver_loses_and_doubles_nothing_and_a_failed_trial_stays_failed(start, corpus, tracking, tmp_path) -> None:
     path = sweep_file(corpus, tracking, tmp_path, name="killed", space=grid(1e-3, 1e30, 1e-4), concurrency=1)
     base = yaml.safe_load((tmp_path / "base.yaml").read_text())

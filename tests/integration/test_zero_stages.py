@@ -58,6 +58,7 @@ def test_every_zero_stage_and_worker_count_gives_the_plain_loops_losses(played) 
         assert losses == pytest.approx(expected, abs=1e-4), case
 
 
+@pytest.mark.ci
 def test_packed_documents_that_do_not_see_each_other_train_the_same_on_any_workers(played) -> None:
     """Micro-batches then hold different numbers of loss terms; the step's loss is still their mean over the global batch."""
     path, told = played

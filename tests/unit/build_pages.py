@@ -1,31 +1,30 @@
-"""A prepared dataset of real text: the pages of the documentation, cut into documents, as the pipeline would store them."""
+"""A prepared dataset of real text: the reference that Python comes with, cut into documents, as the pipeline would store them."""
 
 from __future__ import annotations
 
 import hashlib
 from functools import cache
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import numpy as np
 from heliostat.data import manifest
 from heliostat.pipelines.text import tokens
 from heliostat.storage import Location
 
-ROOT = Path(__file__).parents[2]
 END = "<|endoftext|>"
 WORDS = 220  # of a document
 
 
 @cache
 def texts() -> tuple[str, ...]:
-    """Paragraphs of all pages, joined to documents of some length."""
+    """Paragraphs of all topics, each once, joined to documents of some length."""
     found, held = list[str](), list[str]()
-    for page in sorted((ROOT / "docs").rglob("*.md")):
-        for part in page.read_text().split("\n\n"):
-            held.append(part)
-            if sum(len(one.split()) for one in held) >= WORDS:
-                found.append("\n\n".join(held))
-                held = []
+    for part in dict.fromkeys(part for _, topic in sorted(topics.items()) for part in topic.split("\n\n")):
+        held.append(part)
+        if sum(len(one.split()) for one in held) >= WORDS:
+            found.append("\n\n".join(held))
+            held = []
     return tuple(found)
 
 
