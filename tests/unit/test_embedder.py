@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 import transformers
 from heliostat.data import manifest
+from heliostat.data.dataset import open_dataset, plan
 from heliostat.errors import ConfigError
 from heliostat.inference.batch.engines import Embed, Input
+from heliostat.inference.evaluate import evaluate
 from heliostat.recipes import exported
 from heliostat.recipes.conformance import require_abilities, require_class
 from heliostat.recipes.text import contrastive, encoder, sentence_folder
@@ -154,6 +156,14 @@ def test_an_export_embeds_as_it_was_trained_to(data, tmp_path, arch, pooling) ->
     again = Embedder(build_pairs.embedder(data, model=Embedder.exported(tmp_path, made.job.model)))
     again.bind([manifest.read(Location(str(data)))])
     assert again.tokenizer("amber")["input_ids"] == made.tokenizer("amber")["input_ids"]
+    exported.write(tmp_path, made.job, {"run_id": "f" * 32, "step": 1, "data_version": 2})
+    rows = open_dataset(plan(made.job, made.sources))
+    held = batch(made, [(row["query"], row["text"]) for row in rows.read(rows.order.held_out(96)).to_pylist()])
+    with torch.no_grad():
+        expected = made.measure(
+            {name: value.numpy() for name, value in made.evaluate(model, held).items() if name in made.gathered}
+        )
+    assert evaluate(tmp_path, str(data), 96, None, None) == pytest.approx(expected, rel=1e-4)
 
 
 def test_measures_are_of_all_held_out_pairs(data) -> None:

@@ -82,8 +82,8 @@ def _batches(source: np.ndarray) -> list[slice]:
 def _job(export: exports.Export, data: str, samples: int, sequence_length: int | None, fraction: float | None) -> Job:
     """Builds the job that made the model, on other data; for a language model from elsewhere, a minimal job from its folder."""
     made: dict[str, Any] = export.job or {"model": {}, "data": {}, "train": {}}
-    length = sequence_length or made["data"].get("sequence_length") or _trained_length(export.folder)
-    if not length and export.job is None:
+    length = sequence_length or made["data"].get("sequence_length")
+    if export.job is None and not (length := length or _trained_length(export.folder)):
         raise ConfigError("--sequence-length: the model does not say how long its samples are; give it")
     held = fraction or (made.get("evaluate") or {}).get("fraction", 0.01)
     source = {"path": str(Location(data).absolute(workspace.root()))}
