@@ -22,7 +22,7 @@ from heliostat.train.time_ledger import Recorder
 log = logging.getLogger(__name__)
 
 LEFT = {  # what a run leaves whose model is not logged, by whether its recipe exports
-    True: "is not served; `heliostat export` writes the model",
+    True: "is of no kind that MLflow serves; `heliostat export` writes the model as a folder",
     False: "is not exported; what the run leaves are its checkpoints",
 }
 
