@@ -235,7 +235,7 @@ def _write_shard(folder: Location, runs: list[Run], shard: int, plan: Sharding) 
     data = tokens.shard(ids, encoded, plan.chunk_tokens, places)
     output = Location(plan.output)
     path = versions.store(output, f"{SHARDS}/{shard:05d}/", data, ".parquet")
-    counts = np.bincount(np.concatenate(encoded), minlength=tokenizer.get_vocab_size())
+    counts = tokens.counted(encoded, tokenizer.get_vocab_size())
     groups = tokens.chunks(np.array([len(e) for e in encoded]), plan.chunk_tokens, places)
     contents = shard_file.content_digests(data, "tokens")
     chunks = [{**row, "content": c} for row, c in zip(manifest.read_footer(output, path, "tokens"), contents, strict=True)]
@@ -246,7 +246,7 @@ def _write_shard(folder: Location, runs: list[Run], shard: int, plan: Sharding) 
         "duplicates": sum(len(t) for t in duplicates),
         "bytes": int(table["bytes"].to_numpy().sum()),
         "cut": sum(len(rows) for rows, _ in groups) - len(ids),
-        "counts": base64.b64encode(zlib.compress(counts.astype(np.int64).tobytes())).decode(),
+        "counts": base64.b64encode(zlib.compress(counts.tobytes())).decode(),
         "chunks": chunks,
         "ends": _ends(folder, path, table, duplicates) if plan.explained else None,
         **({"rearranged": rearranged} if plan.infill else {}),

@@ -28,7 +28,8 @@ SCHEMA = pa.schema(
 FORM = {"compression": "zstd", "use_dictionary": False, "write_statistics": ["document"], "write_page_checksum": True}
 # parts of all documents, by hash, at which a chunk ends, so that they can be held out exactly
 PARTS = [digit / 10**places for places in (4, 3, 2, 1) for digit in (1, 2, 5)]
-BATCH_CHARS = 4 << 20  # of text, per call of the tokenizer: bounds the memory that its encodings take
+TOGETHER = 1024  # documents whose tokens are counted together
+BATCH_CHARS = 1 << 19  # of text, per call of the tokenizer, whose encodings take thirty times as much memory
 
 
 def train(texts: Iterable[str], vocab_size: int, end_of_document: str, markers: Sequence[str] = ()) -> str:
@@ -76,6 +77,14 @@ def encode(tokenizer: Tokenizer, texts: list[str], end: int) -> list[np.ndarray]
     """Encodes each text to token ids, int32, with `end` after them."""
     made = (one for batch in batches(texts) for one in tokenizer.encode_batch_fast(batch, add_special_tokens=False))
     return [np.array([*encoding.ids, end], np.int32) for encoding in made]
+
+
+def counted(encoded: list[np.ndarray], vocab_size: int) -> np.ndarray:
+    """Counts each token's occurrences, int64 [vocab_size]; some documents at a time, because numpy copies what it counts."""
+    counts = np.zeros(vocab_size, np.int64)
+    for start in range(0, len(encoded), TOGETHER):
+        counts += np.bincount(np.concatenate(encoded[start : start + TOGETHER]), minlength=vocab_size)
+    return counts
 
 
 def batches(texts: list[str]) -> Iterator[list[str]]:
