@@ -30,7 +30,7 @@ test: .venv/.installed  ## unit and integration tests (tests/gpu skips itself wi
 	$(BIN)/python -m pytest tests/integration tests/gpu --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10
 
 test-ci: .venv/.installed  ## what `make test` leaves to CI: the grids of stage, precision, layout and optimizer whole, and dear runs
-	$(BIN)/python -m pytest tests/integration -m ci --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10
+	$(BIN)/python -m pytest tests/unit tests/integration -m ci --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10
 
 test-slow: .venv/.installed  ## chaos, several hosts made of network namespaces (as root), MLflow in a browser, sweeps: half an hour and more
 	$(BIN)/python -m pytest tests/integration -m slow

@@ -205,6 +205,7 @@ def beginnings(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any
         yield {"backbone": backbone, "far": max(far.values()), "parameters": len(far), "zeros": zeros}
 
 
+@pytest.mark.ci
 def test_a_backbone_begins_alike_whether_zero_has_divided_it_or_not(digits, tmp_path) -> None:
     """Its authors' initial weights, to the last bit: zeros and draws reach the parts of every rank."""
     write(tmp_path / "job.yaml", tiny_job(digits, "sqlite:////dev/null", tmp_path))

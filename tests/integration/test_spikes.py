@@ -14,8 +14,8 @@ from heliostat.track import local_curves
 from heliostat.track.logger import RunOwner
 from heliostat.track.report import page
 from heliostat.train.driver.progress import ProgressReporter
-from heliostat.train.worker.loop import Worker
-from heliostat.train.worker.loss_spikes import Detector
+from heliostat.train.worker.loss_watch import LossWatch
+from heliostat.train.worker.posts import Posts
 from mlflow import MlflowClient
 from rich.console import Console
 
@@ -28,19 +28,17 @@ SPIKES = {21: 9.0, 31: 7.0}  # finished steps
 
 
 def judged(policy: Spike, losses: list[float]) -> tuple[list[Event], str]:
-    """What rank 0's loop posts about these losses, and why it ended the attempt."""
+    """What rank 0 posts about these losses, and why it ended the attempt."""
     posted: list[Event] = []
-    worker: Any = Worker.__new__(Worker)
-    worker.job, worker.rank, worker._told = job(spike=policy.model_dump()), 0, []
-    worker.spikes = Detector(policy)
-    worker.mailbox = SimpleNamespace(post=SimpleNamespace(remote=posted.append))
-    worker.saver = SimpleNamespace(wait=lambda: None)
+    posts = Posts(SimpleNamespace(post=SimpleNamespace(remote=posted.append)), 0)
+    context: Any = SimpleNamespace(job=job(spike=policy.model_dump()), posts=posts)
+    unread: Any = None  # no loss is without a number
     reason = ""
     try:
-        worker._judge(0, losses)
+        LossWatch(context, unread, saved=lambda: None).check(0, losses)
     except LossSpikeError as e:
         reason = str(e)
-    assert worker._told == posted  # so they are kept beside the checkpoint, too
+    assert posts.told == posted  # so they are kept beside the checkpoint, too
     return posted, reason
 
 

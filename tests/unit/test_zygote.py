@@ -18,7 +18,8 @@ from typing import Any
 
 import psutil
 import pytest
-from heliostat.cluster import forked_command, preloads, zygote, zygote_server
+from heliostat.cluster import forked_command, node, preloads, zygote, zygote_server
+from heliostat.cluster.private_ray import worker_environment
 
 pytestmark = pytest.mark.skipif(not zygote.SUPPORTED, reason="forks are taken on Linux alone")
 
@@ -116,12 +117,37 @@ def test_code_of_heliostat_that_is_not_the_zygote_s_own_is_imported_by_a_process
     assert ask(made, tmp_path, PYTHONPATH=f"{tmp_path}:{other}")["loaded"] is False
 
 
+def test_a_node_s_workers_start_with_the_allocator_and_threads_of_workers_though_they_are_forks(tmp_path, monkeypatch):
+    """glibc and OpenMP read them when a process starts, or a library is loaded: the runtime environment of a fork is too late."""
+    (tmp_path / zygote.ENTRY).write_text("print(open('/proc/self/environ').read())")  # what its process was started with
+    monkeypatch.setattr(preloads, "early", list)
+    monkeypatch.setattr(preloads, "TRAINING", ("colorsys",))
+    monkeypatch.setattr(node, "CUDA", tmp_path / "none")
+    one = node.zygote(tmp_path / "z", head=False)
+    try:
+        until(lambda: (one.folder / "socket").exists())
+        command = [str(one.launcher), str(tmp_path / zygote.ENTRY)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60, check=True)
+        started_with = dict(entry.split("=", 1) for entry in done.stdout.split("\0") if "=" in entry)
+        assert worker_environment(0).items() <= started_with.items() and "OMP_NUM_THREADS" in started_with
+    finally:
+        one.end()
+
+
+class Hasty(zygote.Zygote):
+    """A zygote that makes the next job's nursery soon."""
+
+    def _launch(self, command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+        code = "from heliostat.cluster import zygote_server\nzygote_server.IDLE_S = 1.0\nzygote_server.main()"
+        return super()._launch([command[0], "-c", code, *command[3:]], environment)
+
+
 @pytest.fixture
 def anybodys(tmp_path: Path) -> Iterator[zygote.Zygote]:
     """A zygote that is not of one job; colorsys is imported with what imports Ray."""
     (tmp_path / zygote.ENTRY).write_text(ENTRY)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    one = zygote.Zygote(tmp_path / "z", environment, ["colorsys"], ["heliostat.errors"])
+    one = Hasty(tmp_path / "z", environment, ["colorsys"], ["heliostat.errors"])
     until(lambda: (one.folder / "socket").exists())
     yield one
     one.end()

@@ -19,7 +19,7 @@ import psutil
 
 from heliostat.chaos.process import ChaosError, end_tree, free_port, workers
 from heliostat.cluster import private
-from heliostat.cluster.private_ray import SILENT, worker_environment
+from heliostat.cluster.private_ray import SILENT
 from heliostat.cluster.zygote import PLACE as ZYGOTE
 from heliostat.config import workspace
 
@@ -91,7 +91,7 @@ class LocalNodes:
         """Starts a node, and waits until it has joined the cluster."""
         private.folder(SESSIONS)
         log = self._folder / f"node-{host}.log"
-        environment = {**SILENT, **os.environ, **worker_environment(0), **self.environment}
+        environment = {**SILENT, **os.environ, **self.environment}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(workspace.root()), environment.get("PYTHONPATH")]))
         files = SESSIONS / host.rpartition(".")[2]
         environment[ZYGOTE] = f"{files}z"

@@ -41,7 +41,7 @@ NO_JOB = "ffffffff"  # a worker that Ray starts before it is known for what
 DRIVER = "driver"  # in the place of a job's id: of the nursery for drivers
 NURSERIES = 4  # jobs that a zygote keeps forks for
 LATEST_S = 120.0  # without a request, before a zygote of any job begins with its imports
-IDLE_S = 3.0  # without a request, before the next job's nursery is made
+IDLE_S = 15.0  # without a request, before the next job's nursery is made: a job that starts needs the processor itself
 
 
 @dataclass

@@ -16,12 +16,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from heliostat.checkpoint import saver as checkpoint
 from heliostat.checkpoint.agreement import together
 from heliostat.config.spec import Job
 from heliostat.data import stream
 from heliostat.data.dataset import DataPlan, open_dataset
-from heliostat.events import Event
 from heliostat.numerics.compare import relative
 from heliostat.numerics.rows import Row
 from heliostat.numerics.small import SAVED, STEPS
@@ -30,64 +28,61 @@ from heliostat.recipes import building
 from heliostat.recipes.protocol import Recipe
 from heliostat.runs import segments
 from heliostat.train.time_ledger import Ledger
-from heliostat.train.worker import deepspeed_engine, expert_group, zero_state
+from heliostat.train.worker import deepspeed_engine, expert_group
 from heliostat.train.worker.batch_plan import BatchPlan
-from heliostat.train.worker.loop import Worker
+from heliostat.train.worker.context import Context
+from heliostat.train.worker.posts import Posts
 from heliostat.train.worker.sequence_group import SequenceGroup
 from heliostat.train.worker.stepper import Stepper
+from heliostat.train.worker.training_state import TrainingState
 from heliostat.train.worker.unsealed import Unsealed
 
 FREE = SimpleNamespace(check=lambda: None)  # of a run that no other driver can take over
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Player(Worker):
+class Player:
     """Plays a worker: steps, saves and restores as one does, without a driver."""
 
     def __init__(self, job: Job, plan: DataPlan, recipe: Recipe, start_step: int = 0) -> None:
-        self.job, self.plan, self.recipe, self.start_step = job, plan, recipe, start_step
+        self.job, self.recipe = job, recipe
         self.step = start_step  # that is being played
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.sequence = SequenceGroup(job.train.parallel.sequence)
-        self.ledger = Ledger("computing")
-        self.heartbeat: Any = SimpleNamespace(progress=0)
-        self.monitor = None
-        self.control = dist.new_group(backend="gloo")
+        self.rank, self.control = dist.get_rank(), dist.new_group(backend="gloo")
         free: Any = FREE
-        self.fence = free
-        self.run_folder = job.run_folder
-        self.saver = checkpoint.Saver(self.run_folder, job.checkpoint, self.control, self.fence)
-        self.dataset = open_dataset(plan)
-        self.samples = self._opened(None) if self.sequence.reads else None
+        context = Context(
+            job, plan, job.run_folder, start_step, self.rank, dist.get_world_size(), self.control, free, Posts(None, self.rank),
+            progressed=lambda: None,
+        )  # fmt: skip
+        ledger, self.dataset = Ledger("computing"), open_dataset(plan)
+        self.sequence = SequenceGroup(job.train.parallel.sequence)
+        group = self.sequence.replica, self.sequence.replicas
+        self.samples = dealt(plan, *group, start_step) if self.sequence.reads else None
         self.engine = deepspeed_engine.build_engine(job, recipe, self.sequence)
-        zero_state.init_optimizer_state(self.engine)
-        self.saver.attach(zero_state.inner_optimizer(self.engine))
-        self.ema = self.spikes = self.held_out = None
         self.device = self.engine.device
-        self.stepper = Stepper(job, self.engine, recipe, BatchPlan(job, plan), self.sequence, self.ledger)
-        self.unsealed = Unsealed(self.run_folder, self.dataset, self.control, self.sequence.reads)
-        self.skipped, self.scores, self.scored_at, self._told = 0, {}, -1, []
+        self.unsealed = Unsealed(job.run_folder, self.dataset, self.control, self.sequence.reads)
+        self.state = TrainingState(context, self.engine, self.unsealed, ledger)
+        self.stepper = Stepper(job, self.engine, recipe, BatchPlan(job, plan), self.sequence, ledger)
         if start_step:
-            self._restore()
-
-    def _opened(self, part: Any) -> stream.LaneStream:
-        return dealt(self.plan, self.sequence.replica, self.sequence.replicas, self.start_step)
+            self.state.restore()
 
     def losses(self, first: int, last: int) -> list[float]:
         """Makes the steps [first, last); returns their losses over the global batch."""
         begun = len(self.stepper.losses)
         for step in range(first, last):
-            self._step(step, self._next_step())
-        mine = torch.stack(self.stepper.losses[begun:]).double()
-        dist.all_reduce(mine)
-        return mine.tolist()
+            mine = self.sequence.share(self._read)
+            self.stepper.step(step, mine)
+            self.unsealed.add(step, mine)
+        made = torch.stack(self.stepper.losses[begun:]).double()
+        dist.all_reduce(made)
+        return made.tolist()
 
     def save(self, done: int) -> None:
-        self._save(done)
-        self.saver.wait()
+        self.state.save(done, {})
+        self.state.wait()
 
-    def _post(self, event: Event) -> None:
-        pass
+    def _read(self) -> stream.StepSamples:
+        assert self.samples
+        return self.samples.next_step()
 
 
 def dealt(plan: DataPlan, rank: int, world: int, start_step: int) -> stream.LaneStream:
@@ -132,7 +127,6 @@ def resume(job: Job, plan: DataPlan, recipe: Recipe, folder: Path) -> None:
     for name, loaded in state(player.engine).items():
         row.add(SAVED, name, relative(loaded, saved[name]))
     losses = player.losses(SAVED, STEPS)
-    player.last_loss = losses[-1]
     player.save(STEPS)
     (folder / "resumed.json").write_text(json.dumps({"losses": losses, "row": row.dump()}))
 

@@ -61,7 +61,7 @@ class TrainWorker:
                 raise WorkerError(f"the workers failed: {type(e).__name__}: {e}") from None
             raise
         finally:
-            self._spent |= worker is not None and worker.saver.busy  # it would write into the next attempt's checkpoint
+            self._spent |= worker is not None and worker.busy  # it would write into the next attempt's checkpoint
             self._spent |= failed and place.backend == "nccl" and not process_group.reforms()
             del worker
             process_group.leave()

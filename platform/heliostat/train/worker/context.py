@@ -1,0 +1,33 @@
+"""Describes where a worker stands in an attempt: what all its parts need to know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from heliostat.config.spec import Job
+from heliostat.data.dataset import DataPlan
+from heliostat.lease import Fence
+from heliostat.storage import Location
+from heliostat.train.worker.posts import Posts
+
+
+@dataclass(frozen=True)
+class Context:
+    """Holds the attempt's job, data and first step, and this worker's place in it.
+
+    `control`: a gloo group of all workers; `fence`: of the driver's lease; `progressed`: tells the watchdog that this worker,
+    which waits, gets on.
+    """
+
+    job: Job
+    plan: DataPlan
+    run_folder: Location
+    start_step: int
+    rank: int
+    world: int
+    control: Any
+    fence: Fence
+    posts: Posts
+    progressed: Callable[[], None]

@@ -1,0 +1,60 @@
+"""Ends an attempt for a loss or a gradient that is not finite, or for a loss spike that the job wants undone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from heliostat.data.dataset import Dataset
+from heliostat.errors import LossSpikeError, NonFiniteError
+from heliostat.events import Spike
+from heliostat.train.worker.context import Context
+from heliostat.train.worker.loss_spikes import Detector
+
+NAMED = 8  # samples that an error names
+
+
+class LossWatch:
+    """Watches the losses and gradient norms of all workers; the same ones give the same error on each.
+
+    `saved`: waits for the save in flight, which is of a step before, so that it completes.
+    """
+
+    def __init__(self, context: Context, dataset: Dataset, saved: Callable[[], None]) -> None:
+        self.job, self.posts = context.job, context.posts
+        self.dataset, self.saved = dataset, saved
+        self.spikes = Detector(self.job.spike) if self.job.spike else None
+
+    def check(self, first: int, losses: list[float]) -> None:
+        """Checks the losses of steps, counted from 0; LossSpikeError for a spike to be undone, NonFiniteError for no number."""
+        for step, loss in enumerate(losses, first):
+            spike = self.spikes.spikes(loss) if self.spikes else None
+            if not math.isfinite(loss):
+                self._fail(step, f"loss {loss}")
+            elif spike and self.job.spike:
+                action = self.job.spike.action
+                self.posts.tell(Spike(step=step + 1, action=action, **spike._asdict()))
+                if action == "rollback":
+                    self._roll_back(step, str(spike))
+
+    def check_norm(self, step: int, norm: float) -> None:
+        """Checks a step's gradient norm; fp16's loss scaler skips such steps itself."""
+        if self.job.train.precision != "fp16" and not math.isfinite(norm):
+            self._fail(step, f"gradient norm {norm}")
+
+    def _roll_back(self, step: int, what: str) -> None:
+        self.saved()
+        raise LossSpikeError(f"step {step + 1}: {what}", step)
+
+    def _fail(self, step: int, what: str) -> None:
+        if self.job.spike and self.job.spike.action == "rollback":
+            self._roll_back(step, what)
+        order = self.dataset.order
+        ids = order.locate(order.step(step).ravel())
+        names = [f"{s}:{c}:{r}" for s, c, r in zip(ids.source[:NAMED], ids.chunk[:NAMED], ids.row[:NAMED], strict=True)]
+        more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
+        self.saved()
+        raise NonFiniteError(
+            f"step {step + 1}: {what}; training stopped before another checkpoint. Samples (source:chunk:row): "
+            f"{', '.join(names)}{more}. Lower train.optimizer.lr, or look at the data, and use --resume"
+        )

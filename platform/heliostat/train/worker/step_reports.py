@@ -1,0 +1,114 @@
+"""Reports steps to the driver: losses, norms, rates, and what was replaced or skipped, summed over the workers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from heliostat.data.dataset import Dataset
+from heliostat.events import Steps
+from heliostat.train.time_ledger import Ledger, peak_flops
+from heliostat.train.worker import bad_samples, zero_state
+from heliostat.train.worker.context import Context
+from heliostat.train.worker.loss_watch import LossWatch
+from heliostat.train.worker.lr_schedule import factor
+from heliostat.train.worker.stepper import Stepper
+
+
+class StepReports:
+    """Reports what the steps since the last report gave, and how long they took.
+
+    `skipped`: steps of the run that changed no weight, because fp16 gradients overflowed.
+    """
+
+    def __init__(self, context: Context, stepper: Stepper, dataset: Dataset, watch: LossWatch, ledger: Ledger) -> None:
+        self.context, self.job, self.engine = context, context.job, stepper.engine
+        self.stepper, self.dataset, self.watch, self.ledger = stepper, dataset, watch, ledger
+        self.skipped = context.start_step - zero_state.optimizer_steps(self.engine)
+        self.last_loss: float | None = None
+        self._reported, self._since = context.start_step, time.perf_counter()
+        self._waited = 0.0  # for data, up to the last report
+        self._steady_s = self._steady_wait = 0.0
+
+    def begin(self) -> None:
+        """Starts the clock: the first step begins."""
+        self._since = time.perf_counter()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Leaves what takes time inside out of the steps' seconds."""
+        begun = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - begun
+
+    def report(self, done: int, replaced: int) -> None:
+        """Posts what the steps up to `done` gave, summed over the workers; collective. `replaced`: samples, on this worker."""
+        now, first = time.perf_counter(), self._reported
+        waited = self.ledger.totals().get("data", 0.0)
+        seconds, wait = now - self._since, waited - self._waited
+        self._waited = waited
+        if done > self.context.start_step + 1:  # the first step warms up
+            self._steady_s, self._steady_wait = self._steady_s + seconds, self._steady_wait + wait
+        self._post(first, done, seconds, wait, replaced)
+        self._reported, self._since = done, now
+
+    def summary(self, done: int) -> dict[str, Any]:
+        """Summarizes the attempt's steady steps, after the first one, which warms up."""
+        trained = done - self.context.start_step - 1
+        return {
+            "train_loss": self.last_loss,
+            "tokens_per_second": self._per_second(trained, self._steady_s),
+            "data_wait": self._steady_wait / self._steady_s if self._steady_s else 0.0,
+        }
+
+    def _post(self, first: int, done: int, seconds: float, wait: float, replaced: int) -> None:
+        train = self.job.train
+        found = self.stepper.report(self.context.control, replaced)
+        bad_samples.check_budget(found.replaced, done, self.job, self.dataset.order)
+        self.watch.check(first, found.losses)
+        self.last_loss = found.losses[-1]
+        skipped, scale = self._fp16(done)
+        self.context.posts.tell(
+            Steps(
+                first=first,
+                loss=found.losses,
+                added=found.added,
+                experts=found.experts,
+                grad_norm=found.norms,
+                lr=[train.optimizer.lr * factor(train.schedule, s, train.steps) for s in range(first, done)],
+                seconds=seconds,
+                tokens_per_second=self._per_second(done - first, seconds),
+                data_wait=wait / seconds,
+                mfu=self._mfu(done - first, seconds),
+                bad_samples=found.replaced,
+                skipped_steps=skipped,
+                loss_scale=scale,
+                ledger=self.ledger.totals(),
+            )
+        )
+
+    def _fp16(self, done: int) -> tuple[int | None, float | None]:
+        """Counts the steps skipped so far by fp16's loss scale, and reads the scale; new skips are reported at the terminal."""
+        if self.job.train.precision != "fp16":
+            return None, None
+        before, self.skipped = self.skipped, done - zero_state.optimizer_steps(self.engine)
+        scale = float(self.engine.optimizer.loss_scale)
+        if self.skipped > before:
+            what = f"{self.skipped - before} more steps were skipped, because fp16 gradients overflowed"
+            self.context.posts.notice(f"up to step {done}: {what}; the loss scale is {scale:g}")
+        return self.skipped, scale
+
+    def _per_second(self, steps: int, seconds: float) -> float:
+        return steps * self.job.train.global_batch * (self.job.data.sequence_length or 1) / seconds if seconds else 0.0
+
+    def _mfu(self, steps: int, seconds: float) -> float | None:
+        device = self.engine.device
+        if device.type != "cuda":
+            return None
+        peak = peak_flops(torch.cuda.get_device_name(device), self.job.train.precision)
+        flops = self.stepper.recipe.flops_per_sample(self.engine.module)
+        return flops * self.job.train.global_batch * steps / seconds / (peak * self.context.world) if peak and flops else None

@@ -1,0 +1,149 @@
+"""Saves a worker's training state, keeps copies of it in memory, and restores it from either.
+
+    state.save(done, metrics)       # a checkpoint with its receipt, in storage: collective
+    state.keep(done)                # the same state in the memory of two nodes
+    state.restore(source)           # at an attempt's start; `source` tells of copies in memory, None: from storage
+
+Saves and copies are made beside training; the optimizer's step, which changes the state, waits until it is copied.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import ray
+import torch
+
+from heliostat.checkpoint import agreement
+from heliostat.checkpoint import saver as checkpoint
+from heliostat.events import Saved
+from heliostat.track import local_curves
+from heliostat.train.memory_keeper import Source
+from heliostat.train.time_ledger import Ledger
+from heliostat.train.worker import ema, loss_scale, memory_copies, zero_state
+from heliostat.train.worker.context import Context
+from heliostat.train.worker.memory_copies import MemoryCopies
+from heliostat.train.worker.unsealed import Unsealed
+
+
+class TrainingState:
+    """Holds what a checkpoint of this worker is made of: the engine, the weights' average, and the samples not yet sealed."""
+
+    def __init__(
+        self, context: Context, engine: Any, unsealed: Unsealed, ledger: Ledger, memory: MemoryCopies | None = None
+    ) -> None:
+        self.context, self.engine, self.unsealed, self.ledger, self.memory = context, engine, unsealed, ledger, memory
+        zero_state.init_optimizer_state(engine)
+        self.saver = checkpoint.Saver(
+            context.run_folder, context.job.checkpoint, context.control, context.fence, context.progressed
+        )
+        for copies in (self.saver, memory):
+            if copies:
+                copies.attach(zero_state.inner_optimizer(engine))
+        self.average = ema.of(context.job, engine)
+
+    @property
+    def blocked_s(self) -> float:
+        """Returns the seconds for which saves and copies have kept training waiting."""
+        return self.saver.blocked_s + (self.memory.blocked_s if self.memory else 0.0)
+
+    def tensors(self, whole: bool = False) -> dict[str, torch.Tensor]:
+        return zero_state.state(self.engine, whole) | (self.average.state(whole) if self.average else {})
+
+    def wait(self) -> None:
+        """Waits until what is being saved, and copied, has arrived."""
+        self.saver.wait()
+        if self.memory:
+            self.memory.wait()
+
+    # saving ----------------------------------------------------------------------------------------------------------
+
+    def save(self, done: int, metrics: dict[str, float | None]) -> None:
+        """Seals the samples up to step `done`, and begins to save the state behind it. Collective."""
+        context, posts = self.context, self.context.posts
+
+        def first() -> None:
+            context.fence.check()
+            local_curves.write(context.run_folder, done, posts.told)
+
+        bad = self.unsealed.seal(done, first)
+        posts.told = []
+        facts = {
+            "name": context.job.name,
+            "world_size": context.world,
+            "zero_stage": context.job.train.zero.stage,
+            **self._counters(),
+            "job": context.job.dump(),
+            "data": context.plan.dump(),
+            "data_digest": context.plan.digest,
+            "receipt": {"steps": done, "chain": self.unsealed.chain},
+            "bad_samples": bad,
+            "metrics": metrics,
+            "written": time.time(),
+        }
+        self.saver.save(done, self.tensors(), facts, zero_state.frozen(self.engine))
+        context.progressed()
+        posts.post(Saved(step=done, blocked_s=self.saver.blocked_s, ledger=self.ledger.totals()))
+
+    def keep(self, done: int) -> None:
+        """Keeps the state behind a step in memory, with all that a checkpoint and its receipt would tell of the step."""
+        assert self.memory
+        common = {**self._counters(), "data": self.context.plan.digest}
+        own = {**self.unsealed.kept(), "told": list(self.context.posts.told)}
+        self.memory.keep(done, self.tensors(), common, own, self.context.control)
+
+    def _counters(self) -> dict[str, Any]:
+        return {
+            "optimizer_steps": zero_state.optimizer_steps(self.engine),
+            "loss_scale": loss_scale.read(self.engine),
+        }
+
+    # restoring -------------------------------------------------------------------------------------------------------
+
+    def restore(self, source: Source | None = None) -> None:
+        """Loads the state behind the attempt's first step from copies in memory, if there are any, or from storage."""
+        if source:
+            self._from_memory(source)
+        else:
+            self._from_storage()
+
+    def _from_memory(self, source: Source) -> None:
+        """Loads copies in memory; parameters that are not trained come from storage, or are as they were built."""
+        context, node = self.context, ray.get_runtime_context().get_node_id()
+        state = self.tensors(whole=True)
+        same = source.world == context.world and context.job.train.zero.stage > 0  # at stage 0 a worker copies a part, needs all
+
+        def restore() -> Any:
+            return memory_copies.restore(source, state, node, context.rank, same, context.progressed)
+
+        common, own = agreement.agreed(context.control, restore)
+        if (frozen := zero_state.frozen(self.engine, whole=True)) and source.saved:
+            found = checkpoint.open_together(context.run_folder, source.saved, context.control)
+            checkpoint.load(found, dict(frozen), context.control, context.progressed)
+            self.saver.frozen.loaded(found, zero_state.frozen(self.engine))
+        self._complete(common["optimizer_steps"], common["loss_scale"])
+        if context.rank == 0:
+            self.unsealed.take_up(own)
+            context.posts.told = own[0]["told"]
+
+    def _from_storage(self) -> None:
+        context, notice = self.context, self.context.posts.notice
+        found = checkpoint.open_together(context.run_folder, context.start_step, context.control)
+        state = self.tensors(whole=True)
+        frozen = zero_state.frozen(self.engine, whole=True)
+        if found.frozen:
+            state |= frozen
+        elif frozen:
+            notice(f"{found.location}: holds no parameters that are not trained; {len(frozen)} are as the model was built")
+        checkpoint.load(found, state, context.control, context.progressed)
+        notice(checkpoint.casts(found, state))
+        self.saver.frozen.loaded(found, zero_state.frozen(self.engine))
+        self._complete(found.index["optimizer_steps"], found.index.get("loss_scale"))
+        self.unsealed.chain = found.index["receipt"]["chain"]
+        self.unsealed.replaced = found.index["bad_samples"] if context.rank == 0 else 0
+
+    def _complete(self, optimizer_steps: int, scale: Any) -> None:
+        """Completes the engine after its state was loaded."""
+        zero_state.after_load(self.engine, optimizer_steps)
+        self.context.posts.notice(loss_scale.write(self.engine, scale))
