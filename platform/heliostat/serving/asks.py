@@ -16,6 +16,7 @@ class Holds:
     batch: int = 16
     index: str | None = None
     embedder: str | None = None
+    reranker: str | None = None
 
 
 @dataclass(frozen=True)

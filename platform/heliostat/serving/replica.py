@@ -32,7 +32,7 @@ class Replica:
         if holds.index is not None:
             from heliostat.serving.shelf import Shelf
 
-            self.shelf = Shelf(holds.index, holds.embedder)
+            self.shelf = Shelf(holds.index, holds.embedder, holds.reranker)
 
     def _load(self, folder: Path, batch: int) -> None:
         if kinds.of(folder) == kinds.IMAGES:

@@ -24,6 +24,7 @@ class Served:
     index: str | None = None
     index_name: str | None = None
     embedder: str | None = None
+    reranker: str | None = None
 
     def kind(self) -> str | None:
         """Returns the kind of the model; None without one. ConfigError if that, or the index, cannot be served."""
@@ -31,12 +32,16 @@ class Served:
             from heliostat.retrieval.search import Index
 
             Index(Location(self.index))
+        if self.reranker is not None:
+            from heliostat.retrieval import reranking
+
+            reranking.require(Path(self.reranker))
         folder = self.source.folder(self.source.wanted())
         return None if folder is None else kinds.of(folder)
 
     def holds(self, folder: Path | None, batch: int) -> Holds:
         """Returns what a replica of a version loads."""
-        return Holds(None if folder is None else str(folder.absolute()), batch, self.index, self.embedder)
+        return Holds(None if folder is None else str(folder.absolute()), batch, self.index, self.embedder, self.reranker)
 
     def settings(self, kind: str | None, keys: dict[str, str] | None, o: Options) -> Settings:
         """Returns what the front goes by."""
@@ -44,24 +49,27 @@ class Served:
                         o.a_minute, o.deadline_s)  # fmt: skip
 
 
-def served(model: str | None, store: str, name: str | None, index: str | None, embedder: Path | None) -> Served:
+def served(
+    model: str | None, store: str, name: str | None, index: str | None, embedder: Path | None, reranker: Path | None = None
+) -> Served:  # fmt: skip
     """Says what is served; ConfigError if there is nothing, or one name would stand for two things."""
     if model is None and index is None:
         raise ConfigError("MODEL: give a model, an index with --index, or both")
     if model is None and name is not None:
         raise ConfigError("--name: is the model's; an index is called as its folder")
-    if index is None and embedder is not None:
-        raise ConfigError("--embedder: goes with --index")
+    for option, given in (("--embedder", embedder), ("--reranker", reranker)):
+        if index is None and given is not None:
+            raise ConfigError(f"{option}: goes with --index")
     if index is None:
         assert model is not None
         source = Source(model, store)
         return Served(source, name or source.name)
     place = Location(index)
     uri, called = place.uri if place.is_s3 else place.path, Path(place.path).name
-    told = None if embedder is None else str(embedder.absolute())
+    told = [None if one is None else str(one.absolute()) for one in (embedder, reranker)]
     if model is None:
-        return Served(NoModel(called), None, uri, called, told)
+        return Served(NoModel(called), None, uri, called, *told)
     source = Source(model, store)
     if called == (name or source.name):
         raise ConfigError(f"--name: the index is called {called!r} as well; give the model another name")
-    return Served(source, name or source.name, uri, called, told)
+    return Served(source, name or source.name, uri, called, *told)
