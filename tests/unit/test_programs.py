@@ -1,6 +1,8 @@
 """Programs that a model wrote are run where they can do little: each attack here is a real one, and fails, without a trace."""
 
+import os
 import re
+import sys
 import tempfile
 import threading
 import time
@@ -114,6 +116,23 @@ def test_nothing_is_left_of_it(tmp_path, monkeypatch):
     runner.join()
     assert not any(process.is_running() for process in seen)
     assert not list(tmp_path.iterdir()) and Path("/proc/self/mounts").read_text() == mounts
+
+
+def test_it_ends_with_who_has_started_it():
+    """By SIGKILL, in the middle of a program that sleeps."""
+    code = "from heliostat.benchmark.programs import box; box.run('import time; time.sleep(99)', '', box.Limits(seconds=90))"
+    starter = psutil.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    seen, end = list[psutil.Process](), time.monotonic() + 30
+    while len(seen) < 2 and time.monotonic() < end:
+        seen = starter.children(recursive=True)
+        time.sleep(0.02)
+    assert len(seen) == 2
+    starter.kill()
+    starter.wait(10)
+    ended = lambda one: not one.is_running() or one.status() == psutil.STATUS_ZOMBIE  # noqa: E731
+    while not all(map(ended, seen)) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert all(map(ended, seen))
 
 
 def test_a_machine_without_a_sandbox_is_refused(monkeypatch):

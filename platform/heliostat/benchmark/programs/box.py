@@ -75,8 +75,8 @@ def run(program: str, tests: str, limits: Limits = Limits()) -> Outcome:
     """
     token = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="heliostat-program-") as root:
-        told = {"root": root, "program": program, "tests": tests, "token": token, **_python(), "cpu_s": limits.cpu_s,
-                "memory": limits.memory, "files": limits.files}  # fmt: skip
+        told = {"root": root, "program": program, "tests": tests, "token": token, "parent": os.getpid(), **_python(),
+                "cpu_s": limits.cpu_s, "memory": limits.memory, "files": limits.files}  # fmt: skip
         said, result, code, ended = _ran(json.dumps(told).encode(), limits)
     if code == inside.REFUSED:
         raise HeliostatError(f"a program cannot be shut in on this machine ({brief(result)})")

@@ -161,9 +161,11 @@ def main() -> int:
     """Runs the program that standard input describes, and waits for its end; returns the exit code."""
     told = json.loads(sys.stdin.buffer.read())
     os.umask(0o022)
-    call(libc.prctl, DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
     program = json.dumps({name: told[name] for name in ("program", "tests", "token")}).encode()
     shut_in(Path(told["root"]), told["libraries"], told["executable"], told["files"], program)
+    call(libc.prctl, DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)  # behind the last change of user, which would undo it
+    if os.getppid() != told["parent"]:
+        raise OSError("who has started this has ended")
     reading, writing = os.pipe()  # closed by becoming the program
     if (child := os.fork()) == 0:
         try:
