@@ -48,7 +48,7 @@ def regroup(folder: Location, runs: list[Run], low: int, high: int, by: dict[str
         return {"runs": [], "duplicates": 0, "ends": None, "files": []}
     told = [json.loads(text) if text else {} for text in table["columns"].to_pylist()]
     groups = [group(one.get(by["column"]), digest) for one, digest in zip(told, table["hash"].to_pylist(), strict=True)]
-    order = ["" if by["order"] is None else str(one.get(by["order"], "")) for one in told]
+    order = [str(value) if (value := one.get(by["order"])) is not None else "" for one in told]
     keys = np.frombuffer(b"".join(groups), ">u8")[::4].astype(np.uint64)
     held = {name: table[name] for name in table.column_names} | {
         "key": keys,
