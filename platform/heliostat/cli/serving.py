@@ -34,6 +34,10 @@ def serve(
     embedder: EmbedderOption = None,
     reranker: RerankerOption = None,
     name: Annotated[str | None, typer.Option(help="What clients call the model; the default is its own name")] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FOLDER", help="A LoRA adapter of the model, asked for by this name; again for more"),
+    ] = None,
     keys: Annotated[
         Path, typer.Option(help="A file of API keys, a key or NAME KEY a line; one that is not there is made, with a new key")
     ] = Path(".heliostat/serve/keys"),
@@ -60,10 +64,10 @@ def serve(
     asked = validate(options.Options, given, "serve")
     if open_ and keys != Path(".heliostat/serve/keys"):
         raise ConfigError("--no-keys: goes without --keys")
-    served = _served(model, name, index, embedder, reranker, mlflow)
+    served = _served(model, name, index, embedder, reranker, mlflow).with_adapters(adapter or [])
     run.require_free(port)
     known = None if open_ else _keys(keys)
-    called = " and ".join(one for one in (served.name, served.index_name) if one)
+    called = " and ".join(one for one in (served.name, *served.adapters, served.index_name) if one)
 
     def ready(url: str) -> None:
         out.print(f"{called} is served at {url}" + ("" if open_ else f"; the keys are in {keys}"))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from heliostat.errors import ConfigError
@@ -17,7 +18,8 @@ from heliostat.storage import Location
 
 @dataclass(frozen=True)
 class Served:
-    """Says what is served: a model as `name`, an index, or both; `index_name`: what clients call that."""
+    """Says what is served: a model as `name`, an index, or both; `index_name`: what clients call that; `adapters`: the folders of
+    the model's adapters, by what clients call them."""
 
     source: Source | NoModel
     name: str | None
@@ -25,6 +27,7 @@ class Served:
     index_name: str | None = None
     embedder: str | None = None
     reranker: str | None = None
+    adapters: dict[str, str] = field(default_factory=dict)
 
     def kind(self) -> str | None:
         """Returns the kind of the model; None without one. ConfigError if that, or the index, cannot be served."""
@@ -37,16 +40,39 @@ class Served:
 
             reranking.require(Path(self.reranker))
         folder = self.source.folder(self.source.wanted())
-        return None if folder is None else kinds.of(folder)
+        kind = None if folder is None else kinds.of(folder)
+        if self.adapters:
+            from heliostat.serving import adapters
+
+            if kind != kinds.TEXT:
+                raise ConfigError("--adapter: goes with a model that writes")
+            for name, place in self.adapters.items():
+                adapters.require(name, Path(place))
+        return kind
 
     def holds(self, folder: Path | None, batch: int) -> Holds:
         """Returns what a replica of a version loads."""
-        return Holds(None if folder is None else str(folder.absolute()), batch, self.index, self.embedder, self.reranker)
+        return Holds(None if folder is None else str(folder.absolute()), batch, self.index, self.embedder, self.reranker,
+                     self.adapters)  # fmt: skip
 
     def settings(self, kind: str | None, keys: dict[str, str] | None, o: Options) -> Settings:
         """Returns what the front goes by."""
         return Settings(self.name, kind, self.index_name, int(time.time()), keys, o.body_bytes, o.max_tokens, o.at_once,
-                        o.a_minute, o.deadline_s)  # fmt: skip
+                        o.a_minute, o.deadline_s, tuple(self.adapters))  # fmt: skip
+
+    def with_adapters(self, given: Sequence[str]) -> Served:
+        """Adds adapters, each NAME=FOLDER; ConfigError if one is no such thing, or its name is taken."""
+        found = dict[str, str]()
+        if given and self.name is None:
+            raise ConfigError("--adapter: goes with a model that writes")
+        for one in given:
+            name, _, folder = one.partition("=")
+            if not name or not folder:
+                raise ConfigError(f"--adapter: {one!r} is not NAME=FOLDER")
+            if name in (self.name, self.index_name, *found):
+                raise ConfigError(f"--adapter: {name!r} is the name of something else that is served; give it another")
+            found[name] = str(Path(folder).absolute())
+        return replace(self, adapters=found)
 
 
 def served(
