@@ -2,11 +2,13 @@
 
 import gzip
 import hashlib
+import itertools
 import json
 import random
 import subprocess
 import sys
 import tracemalloc
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from heliostat.curation.pieces import Part
 from heliostat.curation.registry import parse
 from heliostat.curation.work import Work
 from heliostat.errors import ConfigError
-from heliostat.pipelines.text import sources
+from heliostat.pipelines.text import repositories, sources
 from heliostat.pipelines.text.documents import Rules
 from heliostat.pipelines.text.gathering import Together
 from heliostat.pipelines.text.making import Making
@@ -146,6 +148,25 @@ def test_documents_of_a_repository_follow_each_other_by_their_paths(tmp_path, mo
     for seed, limit in ((1, 1 << 30), (2, 40_000)):
         again, _ = make(tmp_path, f"again{seed}", stages, limit, together, seed=seed)
         assert again == (rows, meta)
+
+
+def test_files_of_archives_follow_each_other_by_their_paths(tmp_path):
+    """Each archive a repository, without more being said than `together: repository`."""
+    (tmp_path / "in").mkdir()
+    for name in ("one", "two", "three"):
+        with zipfile.ZipFile(tmp_path / "in" / f"{name}.zip", "w") as archive:
+            for i in random.Random(name).sample(range(10, 22), 12):
+                archive.writestr(f"{name}/src/{i}.py", f"# {name} {i}\n" + f"value_{i} = {i}\n" * i)
+    here = HereFlow(Work(Location(str(tmp_path / "work"))))
+    source = TextSource(str(tmp_path / "in"), Rules())
+    making = Making(here, source, Location(str(tmp_path / "out")), BPE, None, [], 1 << 30, 1 << 20, 500, None,
+                    Together(column="repository"))  # fmt: skip
+    rows, meta = making.run(repositories.listing(str(tmp_path / "in")))
+    found = [name for _, _, name in laid(tmp_path / "out", rows)]
+    repository = [name.partition(".zip#")[0] for name in found]
+    assert len(found) == 36 and [key for key, _ in itertools.groupby(repository)] == list(dict.fromkeys(repository))
+    assert all(sorted(group) == group for group in (found[i : i + 12] for i in (0, 12, 24)))
+    assert meta["together"] == {"column": "repository", "order": None, "groups": 3, "documents": 36}
 
 
 def test_without_the_key_a_dataset_is_what_it_was(tmp_path):
