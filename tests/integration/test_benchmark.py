@@ -18,6 +18,7 @@ import torch
 import transformers
 import yaml
 from heliostat import run_folder
+from heliostat.benchmark import recording, shown
 from heliostat.benchmark.follow import Followed, summary
 from heliostat.benchmark.held_out import making
 from heliostat.benchmark.run import Benchmark
@@ -216,6 +217,31 @@ def test_what_is_wrong_is_one_line_before_the_model_is_loaded(place, tmp_path, c
     with pytest.raises(ConfigError, match=said) as e:
         Benchmark(*load(tmp_path / "suite.yaml"), quiet=True)
     assert "\n" not in str(e.value)
+
+
+def test_functions_are_scored_by_tests_that_are_run_in_a_sandbox(place, tmp_path):
+    """The model writes a comment, so that what is asked for decides which programs pass."""
+    folder, _, _, _ = place
+    tests = ("assert one() == 1", "assert one() == 2", "assert one() < 2", "while True: print('x' * 1000)", "open('/etc/passwd')")
+    rows = [{"prompt": "def one():\n    return 1\n#", "tests": code} for code in tests]
+    (tmp_path / "functions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {"task": "functions", "unit_tests": "{{tests}}", "doc_to_text": "{{prompt}}", "test_split": "test",
+            "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "functions.jsonl"}},
+            "generation_kwargs": {"until": ["\n"], "max_gen_toks": 8}}  # fmt: skip
+    (tmp_path / "functions.yaml").write_text(yaml.safe_dump(task))
+    told = {"name": "x", "tasks": ["functions"], "contamination": {"measure": False}}
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(told))
+    with pytest.raises(ConfigError, match=r"functions\.yaml: unit_tests: runs what the model .* does not allow"):
+        Benchmark(*load(tmp_path / "suite.yaml"), quiet=True)
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump({**told, "run_code": True}))
+    with contextlib.closing(Benchmark(*load(tmp_path / "suite.yaml"), quiet=True)) as made:
+        result = made.score(folder / "model")
+    (row,) = result["tasks"]
+    assert (row["metric"], row["kind"], row["score"], row["examples"]) == ("pass@1", "unit_tests", 0.4, 5)
+    assert row["programs"] == {"passed": 2, "failed": 2, "timed_out": 0, "too_much_output": 1} and row["low"] < 0.4 < row["high"]
+    recorded = {**result, "recorded": recording.unrecorded("none")}
+    assert "functions: 2 of 5 programs passed their tests, 2 failed, 1 wrote too much" in shown.notes(recorded)
+    assert recording.metrics(result)["bench/functions"] == 0.4
 
 
 def test_a_model_that_is_no_language_model_is_one_line(place, tmp_path):

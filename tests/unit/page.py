@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import openai
@@ -20,10 +20,12 @@ KEY = "sk-a-key-of-the-tests"
 
 
 @contextlib.contextmanager
-def opened(model: Path | None, index: Path | None = None, **options) -> Iterator[str]:
+def opened(model: Path | None, index: Path | None = None, adapters: Sequence[str] = (), **options) -> Iterator[str]:
     """Yields its URL."""
     named = served(None if model is None else str(model), "sqlite:///x", None, None if index is None else str(index), None)
-    made = application(named, {"tests": keys.digest(KEY)}, Options(**{"batch": 4, "max_tokens": 64, **options}))
+    made = application(
+        named.with_adapters(adapters), {"tests": keys.digest(KEY)}, Options(**{"batch": 4, "max_tokens": 64, **options})
+    )
     port, ready = free_port(), threading.Event()
     server = Server(uvicorn.Config(made, port=port, log_config=None, lifespan="off"), ready.set)
     thread = threading.Thread(target=server.run, daemon=True)

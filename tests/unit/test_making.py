@@ -1,24 +1,31 @@
 """A text dataset from reading to the manifest's rows, in this process: the same in any order, and again after any end."""
 
 import gzip
+import hashlib
+import itertools
 import json
 import random
 import subprocess
 import sys
 import tracemalloc
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
+from heliostat.config.schema import validate
 from heliostat.curation import flow, pieces
 from heliostat.curation.engine import Engine
 from heliostat.curation.pieces import Part
 from heliostat.curation.registry import parse
 from heliostat.curation.work import Work
 from heliostat.errors import ConfigError
-from heliostat.pipelines.text import sources
+from heliostat.pipelines.text import repositories, sources
 from heliostat.pipelines.text.documents import Rules
+from heliostat.pipelines.text.gathering import Together
 from heliostat.pipelines.text.making import Making
+from heliostat.pipelines.text.pipeline import TextPipeline
 from heliostat.pipelines.text.tasks import TextSource
 from heliostat.storage import Location
 
@@ -26,6 +33,7 @@ from tests.unit.build_curation import HereFlow, KilledError
 
 ROOT = Path(__file__).parents[2]
 BPE = {"vocab_size": 300, "train_bytes": 5000, "path": None, "end_of_document": "<|endoftext|>"}
+KNOWN_ROWS = "4669fd90b67eb631"  # of the dataset of make_input with STAGES
 STAGES = [{"stage": "length", "min_words": 20}, {"stage": "minhash"}, {"stage": "length", "max_words": 118}]
 
 
@@ -45,12 +53,15 @@ def make_input(folder: Path) -> None:
     (folder / "d.csv").write_text("url,text\nhttp://a," + " ".join(f"v{i}" for i in range(40)) + "\n")
 
 
-def make(tmp_path: Path, name: str, stages: list[dict[str, Any]], memory_limit: int = 1 << 30, **flow_keys: Any) -> Any:
+def make(
+    tmp_path: Path, name: str, stages: list[dict[str, Any]], memory_limit: int = 1 << 30, together: Together | None = None,
+    **flow_keys: Any,
+) -> Any:  # fmt: skip
     here = HereFlow(Work(Location(f"{tmp_path}/{name}.work")), **flow_keys)
-    source = TextSource(str(tmp_path / "in"), Rules(columns=("url",)))
+    source = TextSource(str(tmp_path / "in"), Rules(columns=("url", "repository", "path")))
     parsed = [parse(entry) for entry in stages]
     output = Location(f"{tmp_path}/{name}")
-    made = Making(here, source, output, BPE, None, parsed, memory_limit, 4000, 500).run(
+    made = Making(here, source, output, BPE, None, parsed, memory_limit, 4000, 500, None, together).run(
         sources.listing(str(tmp_path / "in"), bool(stages))
     )
     rows, meta = made
@@ -80,6 +91,113 @@ def test_a_making_that_ends_after_any_task_goes_on(tmp_path):
             make(tmp_path, "cut", STAGES, seed=most, most=1)
     made, there = make(tmp_path, "cut", STAGES)
     assert made == whole and len(there.ran) <= total - total // 3
+
+
+# documents that belong together --------------------------------------------------------------------------------------
+
+
+def write_repositories(folder: Path) -> dict[str, tuple[str | None, str]]:
+    """Files of repositories, and some of none, in no order, some of them the same; returns each text's (repository, path)."""
+    rng, rows = random.Random(1), list[dict[str, Any]]()
+    for i in range(260):
+        repository = None if i % 13 == 0 else f"r{min(rng.randrange(40), 20)}"  # half of them are of one
+        text = " ".join(f"w{rng.randrange(900)}" for _ in range(8 + i % 50))
+        rows.append({"text": text, "repository": repository, "path": f"src/{rng.randrange(10**6):06}.py"})
+    rows += [{**rows[7], "repository": "r3", "path": "zz/copy.py"}, {**rows[8], "repository": "r4"}]
+    rng.shuffle(rows)
+    folder.mkdir()
+    for part in range(3):
+        (folder / f"{part}.jsonl").write_text("\n".join(json.dumps(row) for row in rows[part::3]))
+    return {f"{part}.jsonl#{n}": (row["repository"], row["path"]) for part in range(3) for n, row in enumerate(rows[part::3], 1)}
+
+
+def laid(output: Path, rows: list[dict[str, Any]]) -> list[tuple[str, int, str]]:
+    """(shard, place, document) of the dataset's documents, in the order in which they lie."""
+    found = list[tuple[str, int, str]]()
+    for row in rows:
+        names = (
+            pq.ParquetFile(output / row["path"]).read_row_group(row["row_group"], columns=["document"])["document"].to_pylist()
+        )
+        found += [(row["path"], row["place"], name) for name in names if not found or found[-1][2] != name]
+    return found
+
+
+@pytest.mark.parametrize("stages", [[], [{"stage": "length", "min_words": 12}]], ids=["plain", "stages"])
+def test_documents_of_a_repository_follow_each_other_by_their_paths(tmp_path, monkeypatch, stages):
+    """In one shard and at one place, whatever tasks do; the documents are those that there are without it."""
+    known = write_repositories(tmp_path / "in")
+    (apart, _), _ = make(tmp_path, "apart", stages)
+    together = Together(column="repository", order="path")
+    (rows, meta), _ = make(tmp_path, "together", stages, together=together)
+    found = laid(tmp_path / "together", rows)
+    assert sorted(name for _, _, name in found) == sorted(name for _, _, name in laid(tmp_path / "apart", apart))
+    by = dict[str, list[int]]()
+    for number, (_, _, name) in enumerate(found):
+        if repository := known[name][0]:
+            by.setdefault(repository, []).append(number)
+    assert len(by) == 21 and max(map(len, by.values())) > 60
+    for numbers in by.values():
+        assert numbers == list(range(numbers[0], numbers[0] + len(numbers))) and len({found[n][:2] for n in numbers}) == 1
+        paths = [known[found[n][2]][1] for n in numbers]
+        assert paths == sorted(paths)
+    assert meta["together"] == {"column": "repository", "order": "path", "groups": 21, "documents": sum(map(len, by.values()))}
+    assert meta["duplicates"] == 2 and meta["documents"] == len(found)
+    assert len({path for path, _, _ in found}) > 1
+
+    monkeypatch.setattr(pieces, "size", lambda total: 3000)
+    for seed, limit in ((1, 1 << 30), (2, 40_000)):
+        again, _ = make(tmp_path, f"again{seed}", stages, limit, together, seed=seed)
+        assert again == (rows, meta)
+
+
+def test_files_of_archives_follow_each_other_by_their_paths(tmp_path):
+    """Each archive a repository, without more being said than `together: repository`."""
+    (tmp_path / "in").mkdir()
+    for name in ("one", "two", "three"):
+        with zipfile.ZipFile(tmp_path / "in" / f"{name}.zip", "w") as archive:
+            for i in random.Random(name).sample(range(10, 22), 12):
+                archive.writestr(f"{name}/src/{i}.py", f"# {name} {i}\n" + f"value_{i} = {i}\n" * i)
+    here = HereFlow(Work(Location(str(tmp_path / "work"))))
+    source = TextSource(str(tmp_path / "in"), Rules())
+    making = Making(here, source, Location(str(tmp_path / "out")), BPE, None, [], 1 << 30, 1 << 20, 500, None,
+                    Together(column="repository"))  # fmt: skip
+    rows, meta = making.run(repositories.listing(str(tmp_path / "in")))
+    found = [name for _, _, name in laid(tmp_path / "out", rows)]
+    repository = [name.partition(".zip#")[0] for name in found]
+    assert len(found) == 36 and [key for key, _ in itertools.groupby(repository)] == list(dict.fromkeys(repository))
+    assert all(sorted(group) == group for group in (found[i : i + 12] for i in (0, 12, 24)))
+    assert meta["together"] == {"column": "repository", "order": None, "groups": 3, "documents": 36}
+
+
+def test_without_the_key_a_dataset_is_what_it_was(tmp_path):
+    """Known digests of its shards, as they were before there was the key."""
+    make_input(tmp_path / "in")
+    (rows, meta), _ = make(tmp_path, "out", STAGES)
+    assert "together" not in meta and known(rows) == KNOWN_ROWS
+
+
+def known(rows: list[dict[str, Any]]) -> str:
+    """A digest of where documents lie, and of their tokens."""
+    told = [
+        [row["path"].split("/")[1], row["row_group"], row["rows"], row["tokens"], row["place"], row["content"]] for row in rows
+    ]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+
+
+def test_a_column_that_documents_do_not_have_is_named(tmp_path):
+    told = {"name": "x", "input": str(tmp_path / "in"), "output": str(tmp_path / "out"),
+            "tokenizer": {"vocab_size": 300}, "columns": ["repository"]}  # fmt: skip
+    with pytest.raises(
+        ConfigError, match=r"together\.column: 'repo' is none of the documents' columns; there are repository; name"
+    ):
+        validate(TextPipeline, {**told, "together": "repo"}, "pipeline").check()
+    with pytest.raises(ConfigError, match=r"together\.order: 'path' is none"):
+        validate(TextPipeline, {**told, "together": {"column": "repository", "order": "path"}}, "pipeline").check()
+    asked = validate(TextPipeline, {**told, "together": "repository"}, "pipeline")
+    asked.check()
+    assert asked.identity()["together"] == {"column": "repository", "order": None}
+    assert "together" not in validate(TextPipeline, told, "pipeline").identity()
+    validate(TextPipeline, {**told, "columns": [], "repositories": True, "together": "repository"}, "pipeline").check()
 
 
 def test_an_input_that_grows_keeps_its_pieces(tmp_path):
@@ -125,8 +243,9 @@ def test_kinds_beside_the_first_are_read_with_stages_only(tmp_path):
 MEASURED = """
 import resource, sys, threading, time
 from heliostat.curation import segment, pieces
-from heliostat.pipelines.text import tasks
+from heliostat.pipelines.text import gathering, tasks
 from heliostat.pipelines.text.documents import Rules
+from heliostat.pipelines.text.gathering import Together
 from heliostat.storage import Location
 source, limit = tasks.TextSource(sys.argv[1], Rules()), int(sys.argv[2])
 list(source.read(pieces.Part("a.jsonl", 0, 0, 0, 1)))
@@ -136,7 +255,7 @@ part = pieces.Part(sys.argv[3], 0, 0)
 record = segment.over_pieces(folder, [part], source, [], limit // 8, False)
 runs = [segment.Run(*r) for r in record["runs"]]
 after_read = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-found = tasks.gather(folder, runs, 0, 1 << 59, False)
+found = gathering.gather(folder, runs, 0, 1 << 59, False)
 print(len(runs), (after_read - before) >> 10, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
 """
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from heliostat.data import manifest
 from heliostat.errors import ConfigError
-from heliostat.pipelines.text import documents, sources, tasks, tokens
+from heliostat.pipelines.text import documents, gathering, sources, tasks, tokens
 from heliostat.pipelines.text.documents import Document, Dropped, Rules
 from heliostat.storage import Location
 
@@ -191,9 +191,9 @@ def test_excluded_files_are_left_out_and_said(tmp_path, caplog):
 
 def test_unique_keeps_the_smallest_id():
     rows = pa.table({"hash": [b"b", b"a", b"b", b"a", b"c"], "id": ["2", "9", "1", "3", "7"], "text": list("xyxyz")})
-    table, duplicates = tasks.unique(rows)
+    table, duplicates = gathering.unique(rows)
     assert table["id"].to_pylist() == ["3", "1", "7"] and duplicates["id"].to_pylist() == ["9", "2"]
-    assert len(tasks.unique(rows.slice(0, 0))[1]) == 0
+    assert len(gathering.unique(rows.slice(0, 0))[1]) == 0
 
 
 @pytest.mark.parametrize("shards", [1, 2, 3, 7, 640, 99_991])
@@ -334,6 +334,27 @@ def test_no_document_is_held_out_in_part_even_one_that_is_cut(seed):
         held = [bool(place < fraction * manifest.PLACES) for _, place in made]
         sides = [set().union(*(d for d, h in zip(documents, held, strict=True) if h is side)) for side in (True, False)]
         assert not sides[0] & sides[1]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_documents_of_one_place_are_never_on_both_sides(seed):
+    """Such as a repository's, also one of many chunks; and no chunk ends within a document that fits into one."""
+    rng = np.random.default_rng(seed)
+    groups = np.sort(rng.integers(0, manifest.PLACES, 40))[::-1]
+    places = np.repeat(groups, rng.integers(1, 60, 40))
+    lengths = rng.integers(1, 300, len(places))
+    made, found = tokens.chunks(lengths, 1000, places), 0
+    sizes = [size for rows, _ in made for size in rows]
+    assert sizes == lengths.tolist() and max(sum(rows) for rows, _ in made) <= 2000
+    for fraction in (*rng.random(50), 0.01, 0.1):
+        sides, begin = dict[int, set[bool]](), 0
+        for rows, place in made:
+            for one in places[begin : begin + len(rows)].tolist():
+                sides.setdefault(one, set()).add(place < fraction * manifest.PLACES)
+            begin += len(rows)
+        assert all(len(side) == 1 for side in sides.values())
+        found += sum(len(side) for side in sides.values())
+    assert found and len(made) > 20
 
 
 def test_chunks_of_usual_documents_are_what_they_always_were():

@@ -14,7 +14,7 @@ REFUSED = {  # keys by which a task file would run code, or that are of other mo
     "custom_dataset": "a data set that code makes is not taken; write it as JSON lines or Parquet",
     "process_results": "code that scores is not run; take metrics of lm-eval's",
     "use_prompt": "write the prompt as doc_to_text and doc_to_target",
-    "unsafe_code": "a task that runs what the model writes is not taken",
+    "unsafe_code": "what a model writes is run for `unit_tests` alone; write the task with them",
     "doc_to_image": "the model is of text",
     "doc_to_audio": "the model is of text",
 }

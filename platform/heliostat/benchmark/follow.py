@@ -21,6 +21,7 @@ from typing_extensions import TypedDict
 from heliostat import run_folder
 from heliostat.benchmark import recording
 from heliostat.benchmark.run import Benchmark
+from heliostat.benchmark.suite import same
 from heliostat.checkpoint import layout
 from heliostat.checkpoint.layout import Checkpoint
 from heliostat.errors import CheckpointError, ConfigError, DataError, HeliostatError, TrackingError
@@ -94,7 +95,7 @@ class Followed:
             step = run_folder.step_of(name)
             place = run_folder.benchmark(self.run, suite.name, step)
             kept = dict(KEPT.read(place))
-            if kept["suite"] != suite.model_dump():
+            if not same(kept["suite"], suite):
                 raise ConfigError(
                     f"name: {suite.name!r} has scored step {step} of {self.run} with other settings; rename the suite"
                 )

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from heliostat.benchmark import measures
+from heliostat.benchmark.programs import unit_tests
 from heliostat.benchmark.suite import Suite
 from heliostat.benchmark.tasks import Task
 from heliostat.errors import ConfigError, HeliostatError
@@ -60,7 +61,12 @@ def score(model: Any, task: Task, suite: Suite) -> tuple[dict[str, Any], list[An
             f"the model takes {model.max_length} tokens"
         ) from e
     samples = [one for one in found["samples"][task.name] if one["filter"] == task.filter]
-    return _row(task, found, samples, truncated(model, task)), [one[task.metric] for one in samples]
+    row = _row(task, found, samples, truncated(model, task))
+    if not task.runs_code:
+        return row, [one[task.metric] for one in samples]
+    written = [(task.made.doc_to_text(one["doc"]) + one["filtered_resps"][0], one["target"]) for one in samples]
+    ended = unit_tests.verdicts(written)
+    return unit_tests.row(row, ended), unit_tests.passed(ended)
 
 
 def _row(task: Task, found: Any, samples: list[dict[str, Any]], cut: int) -> dict[str, Any]:
@@ -80,7 +86,7 @@ def _row(task: Task, found: Any, samples: list[dict[str, Any]], cut: int) -> dic
         "examples": len(samples), "of": found["n-samples"][name]["original"], "truncated": cut,
         "version": str(found["versions"][name]),
         "metrics": {key: v for key, v in told.items() if isinstance(v, int | float) and "," in key},
-        "edit_similarity": similarity(samples) if kind == "generate_until" else None,
+        "edit_similarity": similarity(samples) if kind == "generate_until" and not task.runs_code else None,
     }  # fmt: skip
 
 

@@ -50,6 +50,7 @@ def notes(result: dict[str, Any]) -> list[str]:
         )
     found += [f"{row['task']}: edit similarity of the answers {row['edit_similarity']:.3f} (1: each is the right one)"
               for row in result["tasks"] if row.get("edit_similarity") is not None]  # fmt: skip
+    found += [_of_programs(row) for row in result["tasks"] if row.get("programs")]
     found += _of_contamination(result, seen)
     found += [f"{row['task']}: the model saw only the end of {row['truncated']:,} examples, which are longer than it takes"
               for row in result["tasks"] if row["truncated"]]  # fmt: skip
@@ -59,6 +60,14 @@ def notes(result: dict[str, Any]) -> list[str]:
         versions = f", and of {', '.join(recorded['versions'])}" if recorded["versions"] else ""
         found.append(f"in MLflow: bench/TASK of run {recorded['run_id']} at step {recorded['step']:,}{versions}")
     return found
+
+
+def _of_programs(row: dict[str, Any]) -> str:
+    """Says how the programs of a task ended, which were run in a sandbox."""
+    ended = row["programs"]
+    words = {"failed": "failed", "timed_out": "ran out of time", "too_much_output": "wrote too much"}
+    others = "".join(f", {ended[name]:,} {word}" for name, word in words.items() if ended[name])
+    return f"{row['task']}: {ended['passed']:,} of {row['examples']:,} programs passed their tests{others}"
 
 
 def _of_contamination(result: dict[str, Any], seen: dict[str, Any] | None) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from heliostat.config import schema
 from heliostat.config.fields import Name, Positive, Seed
@@ -66,6 +66,8 @@ class Suite(Strict):
     """The precision of the weights; `auto` is that of the model's files."""
     contamination: Contamination = Contamination()
     """Which examples share text with the training data (docs/benchmark.md#contamination)."""
+    run_code: bool = False
+    """Whether tasks may run what the model writes, in a sandbox: those with `unit_tests` (docs/benchmark.md#unit-tests)."""
 
     @model_validator(mode="after")
     def _once(self) -> Suite:
@@ -73,6 +75,14 @@ class Suite(Strict):
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"tasks: {twice!r} is there twice; name it once")
         return self
+
+
+def same(kept: dict[str, Any], suite: Suite) -> bool:
+    """Tells whether a suite that was written down is this one; keys that were not there yet have their defaults."""
+    try:
+        return Suite.model_validate(kept) == suite
+    except ValidationError:
+        return False
 
 
 def load(path: Path) -> tuple[Suite, Location]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from heliostat.benchmark import checking, task_data, task_files
+from heliostat.benchmark.programs import unit_tests
 from heliostat.benchmark.suite import Entry, Suite
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.storage import Location
@@ -16,13 +17,15 @@ from heliostat.text import brief
 
 @dataclass(frozen=True)
 class Task:
-    """Holds a task of lm-eval's, with what the suite says of it. `metric`, `filter`: of what is its score."""
+    """Holds a task of lm-eval's, with what the suite says of it. `metric`, `filter`: of what is its score; `runs_code`: it is by
+    unit tests of what the model writes."""
 
     entry: Entry
     made: Any
     metric: str
     filter: str
     source: str  # its file below the folder, or "lm-eval"
+    runs_code: bool = False
 
     @property
     def name(self) -> str:
@@ -37,17 +40,23 @@ def build(suite: Suite, folder: Location, cache: Path) -> list[Task]:
 
 def _build(suite: Suite, entry: Entry, folder: Location, root: Path, cache: Path) -> Task:
     file = task_files.find(root, entry.task)
-    source = "lm-eval" if file is None else str(file.relative_to(root))
+    source, runs_code = "lm-eval" if file is None else str(file.relative_to(root)), False
     if file is None:
         made = _own(entry.task, root, folder)
     else:
         where = folder.join(*source.split("/"))
         config = task_files.read(root, file)
+        if runs_code := unit_tests.KEY in config:
+            config = unit_tests.arranged(config, suite.run_code, where)
         checking.check(config, where)
         made = _made({k: v for k, v in config.items() if k not in ("tag", "group", "task_list")}, where, folder, cache)
+    if runs_code and (entry.fewshot or entry.metric):
+        raise ConfigError(
+            f"tasks: {entry.task}: {'fewshot' if entry.fewshot else 'metric'}: does not go with unit tests; take it out"
+        )
     _settle(made, suite, entry)
     metric, filter_ = _score(made, entry)
-    return Task(entry, made, metric, filter_, source)
+    return Task(entry, made, metric, filter_, source, runs_code)
 
 
 def _made(config: dict[str, Any], where: Location, folder: Location, cache: Path) -> Any:

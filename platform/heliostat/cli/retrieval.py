@@ -85,12 +85,15 @@ def ask(
     embedder: Annotated[
         str | None, typer.Option(help="The embedder of the index, where it lies elsewhere now", metavar="MODEL")
     ] = None,
+    reranker: Annotated[
+        str | None, typer.Option(help="A cross-encoder that puts what is found into its own order", metavar="MODEL")
+    ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Of the answer, at most")] = 128,
     mlflow: TrackingUri = None,
     json_: Json = False,
 ) -> None:
     """Ask an index of documents: prints the passages with their sources, or a model's answer from them."""
-    from heliostat.retrieval import build
+    from heliostat.retrieval import build, reranking
     from heliostat.retrieval.search import MODES, Index
     from heliostat.storage import Location
 
@@ -99,20 +102,23 @@ def ask(
         raise ConfigError("question: give either one question, or a file of them with --questions")
     if mode is not None and mode not in MODES:
         raise ConfigError(f"--mode: {mode!r} is none of {', '.join(MODES)}")
-    opened = Index(Location(index), _resolved(embedder, mlflow))
+    opened, ordering = Index(Location(index), _resolved(embedder, mlflow)), _resolved(reranker, mlflow)
+    if ordering is not None:
+        reranking.require(ordering)
     if questions is not None:
         if model is not None or mode is not None:
             raise ConfigError(f"--{'model' if model else 'mode'}: does not go with --questions, which judges every way to search")
-        _judge(opened, questions, json_)
+        _judge(opened, questions, ordering, json_)
         return
     assert question is not None
     if not question.strip():
         raise ConfigError("question: is empty")
     answering = _resolved(model, mlflow)
-    way = mode or "bm25"
-    (found,) = opened.search([question], way, top)
+    way, orders = mode or "bm25", reranking.Reranker(ordering) if ordering else None
+    found = reranking.best(opened, orders, question, way, top)
     passages = [{**passage, "columns": opened.columns(passage["document"])} for passage in found]
     told = {"index": index, "dataset": opened.record["dataset"], "mode": way, "question": question, "passages": passages}
+    told |= {"reranker": orders.facts()} if orders else {}
     if answering is not None and passages:
         from heliostat.retrieval.answering import answer
 
@@ -133,7 +139,7 @@ def _print_found(told: dict[str, Any]) -> None:
     for number, passage in enumerate(passages, 1):
         url = f" {passage['columns']['url']}" if passage["columns"].get("url") else ""
         out.print(f"[{number}] {passage['document']}{url}", style="bold")
-        out.print(f"    score {passage['score']:.4g}, passage {passage['number']}, characters {passage['begin']:,} to "
+        out.print(f"    {_scores(passage)}, passage {passage['number']}, characters {passage['begin']:,} to "
                   f"{passage['end']:,}, shard {passage['shard']}, row group {passage['row_group']}")  # fmt: skip
         if not answer:
             text = passage["text"].strip()
@@ -142,16 +148,32 @@ def _print_found(told: dict[str, Any]) -> None:
         out.print("no passage has a word of the question")
 
 
-def _judge(index: Index, file: Path, json_: bool) -> None:
-    from heliostat.retrieval import judging
+def _scores(passage: dict[str, Any]) -> str:
+    """Says what has scored a passage: first what its place in the list is by."""
+    found = f"{passage['scored_by']} score {passage['score']:.4g}"
+    if "rerank_score" not in passage:
+        return found
+    cut = " of its beginning" if passage["rerank_cut"] else ""
+    return f"rerank score{cut} {passage['rerank_score']:.4g}, {found}"
 
-    told = judging.judge(index, judging.questions(file))
+
+def _judge(index: Index, file: Path, reranker: Path | None, json_: bool) -> None:
+    from heliostat.retrieval import judging
+    from heliostat.retrieval.reranking import Reranker
+
+    asked = judging.questions(file)
+    told = judging.judge(index, asked, Reranker(reranker) if reranker else None)
     if not json_:
         rows = [["search", *judging.MEASURES]]
         for mode, measured in told["modes"].items():
             rows.append([mode, *(f"{measured[name]:.3f}" for name in judging.MEASURES)])
         for mode, over in told["over_bm25"].items():
             rows.append([f"{mode} over bm25", *("{:+.3f} ± {:.3f}".format(*over[name]) for name in judging.MEASURES)])
+        for mode, over in told.get("reranked", {}).items():
+            if mode != "bm25":  # over which its own stands above
+                rows.append(
+                    [f"{mode}+reranker over {mode}", *("{:+.3f} ± {:.3f}".format(*over[name]) for name in judging.MEASURES)]
+                )
         print_table(rows)
         unknown = f"; {told['unknown']:,} more name documents that the index does not hold" if told["unknown"] else ""
         out.print(f"{told['questions']:,} questions{unknown}; ± is half of a 95 % interval of the difference")

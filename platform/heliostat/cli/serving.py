@@ -22,6 +22,9 @@ IndexOption = Annotated[
 EmbedderOption = Annotated[
     str | None, typer.Option("--embedder", metavar="MODEL", help="The embedder of the index, where it lies elsewhere now")
 ]
+RerankerOption = Annotated[
+    str | None, typer.Option("--reranker", metavar="MODEL", help="A cross-encoder that orders what the index finds")
+]
 
 
 @app.command(rich_help_panel=MODELS)
@@ -29,7 +32,12 @@ def serve(
     model: AnyModel = None,
     index: IndexOption = None,
     embedder: EmbedderOption = None,
+    reranker: RerankerOption = None,
     name: Annotated[str | None, typer.Option(help="What clients call the model; the default is its own name")] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FOLDER", help="A LoRA adapter of the model, asked for by this name; again for more"),
+    ] = None,
     keys: Annotated[
         Path, typer.Option(help="A file of API keys, a key or NAME KEY a line; one that is not there is made, with a new key")
     ] = Path(".heliostat/serve/keys"),
@@ -56,10 +64,10 @@ def serve(
     asked = validate(options.Options, given, "serve")
     if open_ and keys != Path(".heliostat/serve/keys"):
         raise ConfigError("--no-keys: goes without --keys")
-    served = _served(model, name, index, embedder, mlflow)
+    served = _served(model, name, index, embedder, reranker, mlflow).with_adapters(adapter or [])
     run.require_free(port)
     known = None if open_ else _keys(keys)
-    called = " and ".join(one for one in (served.name, served.index_name) if one)
+    called = " and ".join(one for one in (served.name, *served.adapters, served.index_name) if one)
 
     def ready(url: str) -> None:
         out.print(f"{called} is served at {url}" + ("" if open_ else f"; the keys are in {keys}"))
@@ -73,6 +81,7 @@ def play(
     model: AnyModel = None,
     index: IndexOption = None,
     embedder: EmbedderOption = None,
+    reranker: RerankerOption = None,
     keys: Annotated[
         Path, typer.Option(help="A file of API keys, a key or NAME KEY a line; one that is not there is made, with a new key")
     ] = Path(".heliostat/play/keys"),
@@ -92,7 +101,7 @@ def play(
     if open_ and keys != Path(".heliostat/play/keys"):
         raise ConfigError("--no-keys: goes without --keys")
     asked = validate(options.Options, {"port": port, "max_tokens": max_tokens, "at_once": 64, "batch": 8}, "play")
-    served = _served(model, None, index, embedder, mlflow)
+    served = _served(model, None, index, embedder, reranker, mlflow)
     known = None if open_ else _keys(keys)
 
     def ready(url: str) -> None:
@@ -118,7 +127,9 @@ def _keys(place: Path) -> dict[str, str]:
     return files.read(place)
 
 
-def _served(model: str | None, name: str | None, index: str | None, embedder: str | None, mlflow: str | None) -> Served:
+def _served(
+    model: str | None, name: str | None, index: str | None, embedder: str | None, reranker: str | None, mlflow: str | None
+) -> Served:
     from heliostat.serving.served import served
     from heliostat.track.models import resolve
 
@@ -127,4 +138,5 @@ def _served(model: str | None, name: str | None, index: str | None, embedder: st
         from heliostat.retrieval import build
 
         build.require()
-    return served(model, store, name, index, resolve(embedder, store) if embedder else None)
+    beside = [resolve(one, store) if one else None for one in (embedder, reranker)]
+    return served(model, store, name, index, *beside)

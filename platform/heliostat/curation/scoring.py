@@ -7,31 +7,39 @@ follow from their own, and batches are always full, so that every text of a leng
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from heliostat.curation import files
 from heliostat.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
 
 LEAST_TOKENS = 32  # that a text is padded to
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 
 
-def describe(folder: str) -> dict[str, Any]:
-    """Reads the folder's config.json; ConfigError if something that is needed is not there."""
+def describe(folder: str, name: str = "model") -> dict[str, Any]:
+    """Reads the folder's config.json; ConfigError, which begins with `name`, if something that is needed is not there."""
     try:
-        config = json.loads(files.read("model", str(Path(folder) / CONFIG)))
+        config = json.loads(files.read(name, str(Path(folder) / CONFIG)))
     except ValueError as e:
-        raise ConfigError(f"model: {folder!r}: {CONFIG} is not JSON ({e}); name a folder that save_pretrained has written") from e
+        raise ConfigError(
+            f"{name}: {folder!r}: {CONFIG} is not JSON ({e}); name a folder that save_pretrained has written"
+        ) from e
+    if not isinstance(config, dict):
+        raise ConfigError(f"{name}: {folder!r}: {CONFIG} is no mapping; name a folder that save_pretrained has written")
     if "auto_map" in config:
         raise ConfigError(
-            f"model: {folder!r} needs code that it brings ({CONFIG}: auto_map), which is not run; take another model"
+            f"{name}: {folder!r} needs code that it brings ({CONFIG}: auto_map), which is not run; take another model"
         )
     missing = [what for what, there in (("safetensors", weights(folder)), (TOKENIZER, (Path(folder) / TOKENIZER).is_file()))
                if not there]  # fmt: skip
     if missing:
-        raise ConfigError(f"model: {folder!r} has no {missing[0]}; save it by save_pretrained, with its fast tokenizer")
+        raise ConfigError(f"{name}: {folder!r} has no {missing[0]}; save it by save_pretrained, with its fast tokenizer")
     return config
 
 
@@ -85,9 +93,12 @@ def check_length(config: dict[str, Any], max_tokens: int) -> None:
 
 
 class Reader:
-    """Runs texts through a folder's model, on a GPU if there is one; a subclass says what is computed of its output."""
+    """Runs texts, or pairs of them, through a folder's model, on a GPU if there is one; a subclass says what is computed of its
+    output. Of a pair that is longer than `max_tokens` the second text is cut."""
 
-    def __init__(self, folder: str, kind: str, what: str, max_tokens: int, batch: int) -> None:
+    pairs = False
+
+    def __init__(self, folder: str, kind: str, what: str, max_tokens: int, batch: int, name: str = "model") -> None:
         import torch
         import transformers
         from tokenizers import Tokenizer
@@ -96,18 +107,27 @@ class Reader:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             self.tokenizer = Tokenizer.from_file(str(Path(folder) / TOKENIZER))
-            model = getattr(transformers, kind).from_pretrained(
-                folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, dtype=torch.float32)  # fmt: skip
+            model, told = getattr(transformers, kind).from_pretrained(
+                folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, dtype=torch.float32,
+                output_loading_info=True)  # fmt: skip
         except Exception as e:  # of many kinds: what is wrong with a folder of others
             fault = str(e).partition("\n")[0]
-            raise ConfigError(f"model: {folder!r} cannot be loaded as {what} ({fault})") from e
+            raise ConfigError(f"{name}: {folder!r} cannot be loaded as {what} ({fault})") from e
+        self.absent = sorted(told["missing_keys"])
         self.model = model.eval().to(self.device)
         self.tokenizer.no_padding()
-        self.tokenizer.enable_truncation(max_tokens)
+        self.tokenizer.enable_truncation(max_tokens, strategy="only_second" if self.pairs else "longest_first")
         self.pad = model.config.pad_token_id or 0
+        self.typed = self.pairs and getattr(model.config, "type_vocab_size", 1) > 1
 
-    def __call__(self, texts: list[str]) -> list[tuple[Any, bool]]:
-        """Returns (what is computed, whether the text was longer than max_tokens) of each."""
+    def require_whole(self, folder: str, what: str, name: str = "model") -> None:
+        """Raises ConfigError if the folder lacks weights, which transformers has drawn at random."""
+        if self.absent:
+            count, one = len(self.absent), self.absent[0]
+            raise ConfigError(f"{name}: {folder!r} lacks {count} of the weights of {what}, as {one}; take one that is trained")
+
+    def __call__(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> list[tuple[Any, bool]]:
+        """Returns (what is computed, whether the text, or the pair, was longer than max_tokens) of each."""
         encoded = self.tokenizer.encode_batch(texts)
         by_length = dict[int, list[int]]()
         for i, one in enumerate(encoded):
@@ -116,18 +136,22 @@ class Reader:
         for length, which in sorted(by_length.items()):
             for start in range(0, len(which), self.batch):
                 part = which[start : start + self.batch]
-                for i, value in zip(part, self._computed([encoded[i].ids for i in part], length), strict=False):
+                for i, value in zip(part, self._computed([encoded[i] for i in part], length), strict=False):
                     found[i] = value
         return [(value, bool(one.overflowing)) for value, one in zip(found, encoded, strict=True)]
 
-    def _computed(self, rows: list[list[int]], length: int) -> list[Any]:
+    def _computed(self, rows: list[Encoding], length: int) -> list[Any]:
         import torch
 
         rows = rows + [rows[0]] * (self.batch - len(rows))
-        ids = torch.tensor([row + [self.pad] * (length - len(row)) for row in rows], device=self.device)
-        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=self.device)
+
+        def tensor(lists: list[list[int]], fill: int) -> Any:
+            return torch.tensor([one + [fill] * (length - len(one)) for one in lists], device=self.device)
+
+        ids, mask = tensor([row.ids for row in rows], self.pad), tensor([[1] * len(row.ids) for row in rows], 0)
+        types = {"token_type_ids": tensor([row.type_ids for row in rows], 0)} if self.typed else {}
         with torch.inference_mode():
-            return self.values(self.model(input_ids=ids, attention_mask=mask), mask)
+            return self.values(self.model(input_ids=ids, attention_mask=mask, **types), mask)
 
     def values(self, output: Any, mask: Any) -> list[Any]:
         """Computes a value for each row of a batch from the model's output."""
@@ -140,6 +164,7 @@ class Scorer(Reader):
     def __init__(self, folder: str, label: str, max_tokens: int, batch: int) -> None:
         self.place = labels(describe(folder)).index(label)
         super().__init__(folder, "AutoModelForSequenceClassification", "a sequence classifier", max_tokens, batch)
+        self.require_whole(folder, "a sequence classifier")
         self.outputs = self.model.config.num_labels
         self.independent = self.model.config.problem_type == "multi_label_classification"
 

@@ -24,7 +24,7 @@ def train(
     others = sorted({p.name for p in to.iterdir()} - {linear.ABOUT, linear.WEIGHTS}) if to.is_dir() else []
     if others or to.is_file():
         raise ConfigError(f"--out: {str(to)!r} {f'holds {others[0]!r}' if others else 'is a file'}; name a new folder")
-    extras.require("curation", "sklearn", "scipy", "safetensors", what="training a classifier")
+    extras.require("curation", "sklearn", "scipy", what="training a classifier")
     left_out = dict[str, int]()
     texts = [list(_texts(folder, left_out)) for folder in (good, bad)]
     made, report = linear.train(texts[0], texts[1], ngrams=ngrams, bits=bits, chars=chars, held_out=held_out)

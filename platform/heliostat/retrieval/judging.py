@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from heliostat.errors import ConfigError
+from heliostat.retrieval.reranking import Reranker, reordered
 from heliostat.retrieval.search import DEPTH, Index, Passage, fuse
 
 CUTS = (1, 5, 10)
 MEASURES = (*(f"recall@{k}" for k in CUTS), "ndcg@10", "mrr")
 Z = 1.96  # of a 95 % interval
+RERANKED = "+reranker"  # behind a mode: its passages in the reranker's order
 
 
 def questions(file: Path) -> list[tuple[str, set[str]]]:
@@ -43,9 +45,10 @@ def questions(file: Path) -> list[tuple[str, set[str]]]:
     return found
 
 
-def judge(index: Index, asked: Sequence[tuple[str, set[str]]]) -> dict[str, Any]:
-    """Measures each way to search the index; `over_bm25`: mean differences to BM25, and halves of their 95 % intervals.
+def judge(index: Index, asked: Sequence[tuple[str, set[str]]], reranker: Reranker | None = None) -> dict[str, Any]:
+    """Measures each way to search the index, and with a reranker each in its order too.
 
+    `over_bm25`: mean differences to BM25, and halves of their 95 % intervals; `reranked`: of each mode to itself.
     Questions about documents that the index does not hold are left out, and counted as `unknown`; ConfigError if all are.
     """
     held = index.holding({document for _, right in asked for document in right})
@@ -56,17 +59,36 @@ def judge(index: Index, asked: Sequence[tuple[str, set[str]]]) -> dict[str, Any]
     found = {mode: index.search(texts, mode, DEPTH) for mode in index.modes if mode != "hybrid"}
     if "hybrid" in index.modes:
         found["hybrid"] = [fuse(both) for both in zip(found["bm25"], found["dense"], strict=True)]
+    plain = list(found)
+    if reranker is not None:
+        found |= _reranked(reranker, texts, found)
     values = {
         mode: [measures(ranks(passages, right), len(right)) for passages, (_, right) in zip(lists, known, strict=True)]
         for mode, lists in found.items()
     }
     modes = {mode: {name: _mean([one[name] for one in each]) for name in MEASURES} for mode, each in values.items()}
-    over = {
-        mode: {name: _interval([a[name] - b[name] for a, b in zip(each, values["bm25"], strict=True)]) for name in MEASURES}
-        for mode, each in values.items()
-        if mode != "bm25"
-    }
-    return {"questions": len(known), "unknown": len(asked) - len(known), "modes": modes, "over_bm25": over}
+    over = {mode: _differences(each, values["bm25"]) for mode, each in values.items() if mode != "bm25"}
+    told = {"questions": len(known), "unknown": len(asked) - len(known), "modes": modes, "over_bm25": over}
+    if reranker is None:
+        return told
+    gained = {mode: _differences(values[mode + RERANKED], values[mode]) for mode in plain}
+    return {**told, "reranker": reranker.facts(), "reranked": gained}
+
+
+def _reranked(
+    reranker: Reranker, questions: Sequence[str], found: dict[str, list[list[Passage]]]
+) -> dict[str, list[list[Passage]]]:
+    """Puts what each mode has found into the reranker's order."""
+    made: dict[str, list[list[Passage]]] = {mode + RERANKED: [] for mode in found}
+    for number, question in enumerate(questions):
+        ordered = reordered(reranker, question, [lists[number] for lists in found.values()])
+        for lists, one in zip(made.values(), ordered, strict=True):
+            lists.append(one)
+    return made
+
+
+def _differences(these: Sequence[dict[str, float]], those: Sequence[dict[str, float]]) -> dict[str, list[float]]:
+    return {name: _interval([a[name] - b[name] for a, b in zip(these, those, strict=True)]) for name in MEASURES}
 
 
 def ranks(found: Sequence[Passage], right: set[str]) -> list[int]:

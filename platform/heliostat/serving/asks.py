@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 Messages = list[dict[str, str]]
@@ -10,12 +10,15 @@ Messages = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Holds:
-    """Says what a replica loads: a model's folder, an index, or both. `batch`: prompts that are stepped together."""
+    """Says what a replica loads: a model's folder, an index, or both. `batch`: prompts that are stepped together; `adapters`: the
+    folders of the model's adapters, by name."""
 
     model: str | None
     batch: int = 16
     index: str | None = None
     embedder: str | None = None
+    reranker: str | None = None
+    adapters: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,8 @@ class Search:
 class Ask:
     """Holds what a language model is asked: prompts, a chat's messages, or a question that it answers from an index.
 
-    The i-th prompt has the i-th seed. `most`: new tokens, None for as many as there is room for up to `limit`.
+    The i-th prompt has the i-th seed. `most`: new tokens, None for as many as there is room for up to `limit`; `adapter`: which
+    answers, None for the model as it is.
     """
 
     prompts: list[str] | None
@@ -45,6 +49,7 @@ class Ask:
     logprobs: int | None = None
     suffix: str = ""
     search: Search | None = None
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from heliostat.inference.batch.engines import Embed, Input, Loaded, pads_hold
 from heliostat.recipes.text.generator import ends
 from heliostat.recipes.text.infilling import Infilling
 from heliostat.serving import sampling
+from heliostat.serving.adapters import Adapters
 from heliostat.serving.group import Group
 from heliostat.serving.sampling import Draw
 from heliostat.serving.stopping import Stopping
@@ -38,6 +39,7 @@ class Row:
     stopping: Stopping
     deliver: Deliver
     logprobs: int | None = None
+    adapter: str | None = None
     made: list[int] = field(default_factory=list)
     told: list[dict[str, Any]] = field(default_factory=list)  # logprobs of tokens whose text is not sent yet
     over: bool = False
@@ -46,8 +48,8 @@ class Row:
 class Engine:
     """Answers rows in its thread, a token of each at a time, and embeds texts between two steps."""
 
-    def __init__(self, loaded: Loaded, batch: int) -> None:
-        self.loaded, self.batch = loaded, batch
+    def __init__(self, loaded: Loaded, batch: int, adapters: Adapters | None = None) -> None:
+        self.loaded, self.batch, self.adapters = loaded, batch, adapters
         self.embed = Embed(loaded, batch)
         writes = loaded.pooling is None  # else it is an embedder
         self.mixes = writes and pads_hold(self.embed)
@@ -101,7 +103,8 @@ class Engine:
 
     def _begin(self, rows: list[Row]) -> None:
         try:
-            group = Group(self.loaded.model, [row.prompt for row in rows], self.loaded.pad)
+            prompts, names = [row.prompt for row in rows], [row.adapter for row in rows]
+            group = Group(self.loaded.model, prompts, self.loaded.pad, names, self.adapters)
             into = next((one for one in self.groups if self.mixes and group.plain and one[0].plain), None)
             if into is None:
                 self.groups.append((group, rows))

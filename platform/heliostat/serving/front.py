@@ -45,7 +45,8 @@ class Replicas(Protocol):
 class Settings:
     """Holds what the front goes by. `keys`: digests by name; None lets everybody in.
 
-    `model`: what clients call it, None if there is an index only; `kind`: what it does; `index`: what clients call that.
+    `model`: what clients call it, None if there is an index only; `kind`: what it does; `index`: what clients call that;
+    `adapters`: what they call the model's adapters.
     """
 
     model: str | None
@@ -58,6 +59,7 @@ class Settings:
     at_once: int
     a_minute: int
     deadline_s: float
+    adapters: tuple[str, ...] = ()
 
 
 class Front:
@@ -65,7 +67,7 @@ class Front:
 
     def __init__(self, settings: Settings, handles: Replicas, lost: tuple[type[BaseException], ...]) -> None:
         self.settings, self.handles = settings, handles
-        self.names = [name for name in (settings.model, settings.index) if name is not None]
+        self.names = [name for name in (settings.model, *settings.adapters, settings.index) if name is not None]
         self.limits = Limits(settings.at_once, settings.a_minute)
         self.backend = Backend(lost, settings.deadline_s)
         self.measures = measures.Measures()
@@ -155,6 +157,10 @@ class Front:
     def _require_model(self, asked: str, *fit: str) -> None:
         """Raises Refusal unless a model of a kind that fits is asked, and is served."""
         self._require_served(asked)
+        if asked in self.settings.adapters:
+            if kinds.EMBEDDINGS not in fit and kinds.TEXT in fit:
+                return
+            raise Refusal(400, f"model: {asked!r} is an adapter, and writes alone", "model", "unsupported_by_model")
         if asked != self.settings.model:
             said = f"model: {asked!r} is an index; ask it at /v1/search, or at /v1/chat/completions where a model answers from it"
             raise Refusal(400, said, "model", "unsupported_by_model")
@@ -230,6 +236,7 @@ class Front:
             asked.logprobs if isinstance(asked, requests.Completion) else None,
             asked.suffix if isinstance(asked, requests.Completion) else "",
             Search(question.messages[0].plain()["content"], question.top, question.mode) if question else None,
+            asked.model if asked.model in self.settings.adapters else None,
         )  # fmt: skip
 
     async def _stream(self, asked: requests.Sampled, ask: Ask, name: str, path: str) -> Response:

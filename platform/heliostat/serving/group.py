@@ -9,16 +9,23 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from heliostat.serving.adapters import Adapters
+
 
 class Group:
-    """Holds rows under way: which columns are theirs, each row's next place, and the cache. `logits`: of the next token."""
+    """Holds rows under way: which columns are theirs, each row's next place, and the cache. `logits`: of the next token;
+    `names`: of each row's adapter."""
 
-    def __init__(self, model: Any, rows: Sequence[list[int]], pad: int) -> None:
+    def __init__(
+        self, model: Any, rows: Sequence[list[int]], pad: int, names: Sequence[str | None] = (), adapters: Adapters | None = None
+    ) -> None:
+        self.names, self.adapters = list(names), adapters
         self.model, self.takes = model, inspect.signature(model.forward).parameters
         self.named = "cache" if "cache" in self.takes else "past_key_values"  # as transformers called it before 5.24
         self.reuses = True
@@ -54,6 +61,7 @@ class Group:
         """Keeps these rows only, and no column that none of them uses."""
         chosen = torch.tensor(rows, device=self.mask.device)
         self.mask, self.logits = self.mask[chosen], self.logits[chosen]
+        self.names = [self.names[row] for row in rows] if self.names else []
         first = int(self.mask.any(0).int().argmax())
         self.mask = self.mask[:, first:]
         for layer in self.cache.layers:
@@ -64,6 +72,7 @@ class Group:
         width = max(self.mask.shape[1], other.mask.shape[1])
         self.mask = torch.cat([_left(self.mask, width, 1), _left(other.mask, width, 1)])
         self.logits = torch.cat([self.logits, other.logits])
+        self.names += other.names
         for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
             mine.keys = torch.cat([_left(mine.keys, width, 2), _left(theirs.keys, width, 2)])
             mine.values = torch.cat([_left(mine.values, width, 2), _left(theirs.values, width, 2)])
@@ -71,7 +80,8 @@ class Group:
     def _forward(self, ids: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         given = {"position_ids": places, "logits_to_keep": 1, self.named: self.cache, "use_cache": self.reuses}
         given = {name: value for name, value in given.items() if name in self.takes}
-        out = self.model(input_ids=ids, attention_mask=self.mask, **given)
+        with self.adapters.using(self.names) if self.adapters else nullcontext():
+            out = self.model(input_ids=ids, attention_mask=self.mask, **given)
         found = getattr(out, self.named, None) if self.reuses else None
         self.reuses = isinstance(found, DynamicCache) and all(isinstance(layer, DynamicLayer) for layer in found.layers)
         self.cache = found if self.reuses else None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from heliostat.errors import ConfigError
@@ -17,13 +18,16 @@ from heliostat.storage import Location
 
 @dataclass(frozen=True)
 class Served:
-    """Says what is served: a model as `name`, an index, or both; `index_name`: what clients call that."""
+    """Says what is served: a model as `name`, an index, or both; `index_name`: what clients call that; `adapters`: the folders of
+    the model's adapters, by what clients call them."""
 
     source: Source | NoModel
     name: str | None
     index: str | None = None
     index_name: str | None = None
     embedder: str | None = None
+    reranker: str | None = None
+    adapters: dict[str, str] = field(default_factory=dict)
 
     def kind(self) -> str | None:
         """Returns the kind of the model; None without one. ConfigError if that, or the index, cannot be served."""
@@ -31,37 +35,67 @@ class Served:
             from heliostat.retrieval.search import Index
 
             Index(Location(self.index))
+        if self.reranker is not None:
+            from heliostat.retrieval import reranking
+
+            reranking.require(Path(self.reranker))
         folder = self.source.folder(self.source.wanted())
-        return None if folder is None else kinds.of(folder)
+        kind = None if folder is None else kinds.of(folder)
+        if self.adapters:
+            from heliostat.serving import adapters
+
+            if kind != kinds.TEXT:
+                raise ConfigError("--adapter: goes with a model that writes")
+            for name, place in self.adapters.items():
+                adapters.require(name, Path(place))
+        return kind
 
     def holds(self, folder: Path | None, batch: int) -> Holds:
         """Returns what a replica of a version loads."""
-        return Holds(None if folder is None else str(folder.absolute()), batch, self.index, self.embedder)
+        return Holds(None if folder is None else str(folder.absolute()), batch, self.index, self.embedder, self.reranker,
+                     self.adapters)  # fmt: skip
 
     def settings(self, kind: str | None, keys: dict[str, str] | None, o: Options) -> Settings:
         """Returns what the front goes by."""
         return Settings(self.name, kind, self.index_name, int(time.time()), keys, o.body_bytes, o.max_tokens, o.at_once,
-                        o.a_minute, o.deadline_s)  # fmt: skip
+                        o.a_minute, o.deadline_s, tuple(self.adapters))  # fmt: skip
+
+    def with_adapters(self, given: Sequence[str]) -> Served:
+        """Adds adapters, each NAME=FOLDER; ConfigError if one is no such thing, or its name is taken."""
+        found = dict[str, str]()
+        if given and self.name is None:
+            raise ConfigError("--adapter: goes with a model that writes")
+        for one in given:
+            name, _, folder = one.partition("=")
+            if not name or not folder:
+                raise ConfigError(f"--adapter: {one!r} is not NAME=FOLDER")
+            if name in (self.name, self.index_name, *found):
+                raise ConfigError(f"--adapter: {name!r} is the name of something else that is served; give it another")
+            found[name] = str(Path(folder).absolute())
+        return replace(self, adapters=found)
 
 
-def served(model: str | None, store: str, name: str | None, index: str | None, embedder: Path | None) -> Served:
+def served(
+    model: str | None, store: str, name: str | None, index: str | None, embedder: Path | None, reranker: Path | None = None
+) -> Served:  # fmt: skip
     """Says what is served; ConfigError if there is nothing, or one name would stand for two things."""
     if model is None and index is None:
         raise ConfigError("MODEL: give a model, an index with --index, or both")
     if model is None and name is not None:
         raise ConfigError("--name: is the model's; an index is called as its folder")
-    if index is None and embedder is not None:
-        raise ConfigError("--embedder: goes with --index")
+    for option, given in (("--embedder", embedder), ("--reranker", reranker)):
+        if index is None and given is not None:
+            raise ConfigError(f"{option}: goes with --index")
     if index is None:
         assert model is not None
         source = Source(model, store)
         return Served(source, name or source.name)
     place = Location(index)
     uri, called = place.uri if place.is_s3 else place.path, Path(place.path).name
-    told = None if embedder is None else str(embedder.absolute())
+    told = [None if one is None else str(one.absolute()) for one in (embedder, reranker)]
     if model is None:
-        return Served(NoModel(called), None, uri, called, told)
+        return Served(NoModel(called), None, uri, called, *told)
     source = Source(model, store)
     if called == (name or source.name):
         raise ConfigError(f"--name: the index is called {called!r} as well; give the model another name")
-    return Served(source, name or source.name, uri, called, told)
+    return Served(source, name or source.name, uri, called, *told)

@@ -9,6 +9,7 @@ from typing import Any
 
 from heliostat.errors import ConfigError
 from heliostat.retrieval import answering
+from heliostat.retrieval.reranking import Reranker, best
 from heliostat.retrieval.search import Index
 from heliostat.serving.asks import Search
 from heliostat.serving.refusals import Refusal
@@ -18,10 +19,11 @@ from heliostat.storage import Location
 class Shelf:
     """Opens the index, and searches it; ConfigError at once if it has embeddings, and their embedder is not there."""
 
-    def __init__(self, index: str, embedder: str | None) -> None:
+    def __init__(self, index: str, embedder: str | None, reranker: str | None = None) -> None:
         self.index = Index(Location(index), Path(embedder) if embedder else None)
         if "dense" in self.index.modes:
             self.index.embedder  # noqa: B018 (its folder is found, and held against the record)
+        self.reranker = Reranker(Path(reranker)) if reranker else None
 
     async def search(self, asked: Search) -> list[dict[str, Any]]:
         """Finds passages, with the columns of their documents; Refusal if the index cannot be searched so."""
@@ -35,7 +37,7 @@ class Shelf:
             said = f"mode: {mode!r}: the index has no embeddings, and is searched by {', '.join(self.index.modes)} alone"
             raise Refusal(400, said, "mode", "invalid_value")
         try:
-            (found,) = self.index.search([asked.question], mode, asked.top)
+            found = best(self.index, self.reranker, asked.question, mode, asked.top)
         except ConfigError as e:
             raise Refusal(400, str(e), None, "invalid_value") from e
         return [{**passage, "columns": self.index.columns(passage["document"])} for passage in found]

@@ -9,6 +9,7 @@ from typing import Any
 
 from heliostat.inference.batch.engines import Loaded
 from heliostat.recipes.text import infilling
+from heliostat.serving.adapters import Adapters
 from heliostat.serving.asks import Ask, Messages
 from heliostat.serving.engine import Engine, Row
 from heliostat.serving.refusals import Refusal
@@ -19,8 +20,9 @@ from heliostat.serving.stopping import Stopping
 class Writer:
     """Loads the model, and answers."""
 
-    def __init__(self, folder: Path, batch: int) -> None:
-        self.engine = Engine(Loaded(folder), batch)
+    def __init__(self, folder: Path, batch: int, adapters: dict[str, str] | None = None) -> None:
+        loaded = Loaded(folder)
+        self.engine = Engine(loaded, batch, Adapters(loaded.model, adapters) if adapters else None)
 
     def require_alive(self) -> None:
         """Raises RuntimeError if the engine's thread has ended."""
@@ -96,7 +98,7 @@ class Writer:
         where = "prompt" if ask.messages is None else "messages"
         return [
             Row(tokens, self._most(ask, tokens, where), Draw(ask.temperature, ask.top_p, seed), Stopping(ask.stops), deliver(i),
-                ask.logprobs)
+                ask.logprobs, ask.adapter)
             for i, (tokens, seed) in enumerate(zip(encoded, ask.seeds, strict=True))
         ], pieces  # fmt: skip
 

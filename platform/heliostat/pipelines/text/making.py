@@ -15,18 +15,20 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from heliostat.curation import pieces, segment, spill, tally
-from heliostat.curation.engine import Curated, Engine, groups
+from heliostat.curation.engine import RUN_SHARE, Curated, Engine, groups
 from heliostat.curation.explaining import explain
 from heliostat.curation.flow import Flow, Task
 from heliostat.curation.pieces import Part
 from heliostat.curation.readers import REASONS
+from heliostat.curation.segment import Run
 from heliostat.curation.stage import Stage
 from heliostat.curation.work import key
 from heliostat.data import versions
 from heliostat.data.infilling import COUNTS, FACT, OWN, find
 from heliostat.data.manifest import FILES, SHARDS
 from heliostat.pipelines.prepare import InputFile
-from heliostat.pipelines.text import documents, infilling, sources, tasks, tokens
+from heliostat.pipelines.text import documents, gathering, infilling, sources, tasks, tokens
+from heliostat.pipelines.text.gathering import Together
 from heliostat.pipelines.text.infilling import FillInTheMiddle
 from heliostat.pipelines.text.tasks import Sharding, TextSource
 from heliostat.storage import Location
@@ -88,6 +90,7 @@ class Making(Reading):
     shard_bytes: int
     chunk_tokens: int
     infill: FillInTheMiddle | None = None
+    together: Together | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     """CPU seconds of each stage, afterwards; of the work that earlier runs have done, too."""
     counted: tally.Tally = field(default_factory=dict)
@@ -109,6 +112,8 @@ class Making(Reading):
         beside = {"tokenizer.json": versions.store(self.output, f"{FILES}/tokenizer-", definition.encode(), ".json")}
         totals = Totals(tokenizer.get_vocab_size(), curated.reasons, curated.examples)
         ends = list(curated.left_out)
+        if self.together is not None:
+            ends += self._regrouped(curated, self.together, totals)
         for record in self._shards(curated, definition, end, infill):
             ends += record["ends"]
             for shard in record["shards"]:
@@ -127,6 +132,7 @@ class Making(Reading):
             "duplicates": totals.duplicates,
             **({"cuts": totals.cut} if totals.cut else {}),
             **({FACT: infill, COUNTS: dict(totals.rearranged)} if infill else {}),
+            **({"together": {**self.together.model_dump(), **totals.together}} if self.together else {}),
             "bytes": totals.bytes,
             "unigram_entropy": tokens.entropy(totals.counts),
             **(self._explained(curated, totals, sorted(ends)) if self.explained else {}),
@@ -145,7 +151,20 @@ class Making(Reading):
         return {**self.infill.model_dump(), "names": list(names), "markers": list(astuple(find(tokenizer, names)))}
 
     def _log(self, totals: Totals) -> None:
-        totals.log(self.stages)
+        totals.log(self.stages, self.together)
+
+    def _regrouped(self, curated: Curated, together: Together, totals: Totals) -> list[str]:
+        """Puts runs of documents that belong together in place of the stages'; returns spills of the exact duplicates' ends."""
+        parts = max(1, -(-curated.bytes * RUN_SHARE // self.memory_limit))
+        told = together.model_dump()
+        follows = key("together", [[run.name, run.decided] for run in curated.runs], told, parts, self.explained)
+        shared = {"runs": self.flow.share(curated.runs), "by": told, "explained": self.explained}
+        work = (Task(key(follows, part), dict(zip(("low", "high"), tasks.bounds(part, parts), strict=True)), shared,
+                     curated.bytes // parts) for part in range(parts))  # fmt: skip
+        records = self.flow.all("together", gathering.regroup, work)
+        curated.runs = [Run(*run) for record in records for run in record["runs"]]
+        totals.duplicates += sum(record["duplicates"] for record in records)
+        return [record["ends"] for record in records if record["ends"]]
 
     def _explained(self, curated: Curated, totals: Totals, ends: list[str]) -> dict[str, Any]:
         """Writes the funnel and what became of each document; returns what the manifest says of them."""
@@ -161,7 +180,9 @@ class Making(Reading):
     def _shards(self, curated: Curated, definition: str, end: int, infill: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
         """Writes the shards; where there are many, a task writes as many as have room in its memory, one after another."""
         shards = max(1, round(curated.bytes / self.shard_bytes))
-        plan = Sharding(self.output.uri, shards, definition, end, self.chunk_tokens, self.explained, infill)
+        plan = Sharding(
+            self.output.uri, shards, definition, end, self.chunk_tokens, self.explained, infill, bool(self.together) or None
+        )
         told = {name: value for name, value in vars(plan).items() if value is not None}
         follows = key("shards", [[run.name, run.decided] for run in curated.runs], told)
         each = min(max(1, self.memory_limit // 4 // self.shard_bytes), -(-shards // ALONE))
@@ -211,6 +232,7 @@ class Totals:
         self.chunks: list[dict[str, Any]] = []
         self.dropped, self.examples = dropped, examples
         self.counts, self.rearranged = np.zeros(vocab_size, np.int64), Counter[str]()
+        self.together = Counter[str](groups=0, documents=0)
 
     def add(self, shard: dict[str, Any]) -> None:
         self.documents += shard["documents"]
@@ -219,10 +241,15 @@ class Totals:
         self.cut += shard["cut"]
         self.chunks += shard["chunks"]
         self.rearranged.update(shard.get("rearranged", {}))
+        self.together.update(shard.get("together", {}))
         self.counts += np.frombuffer(zlib.decompress(base64.b64decode(shard["counts"])), np.int64)
 
-    def log(self, stages: list[Stage]) -> None:
-        """Logs what was cut and what was dropped, with examples."""
+    def log(self, stages: list[Stage], together: Together | None = None) -> None:
+        """Logs what was cut and what was dropped, with examples, and how many documents belong together."""
+        if together is not None:
+            many, alone = self.together["documents"], self.documents - self.together["documents"]
+            said = "together: %d documents of %d values of %r follow each other; %d have none"
+            log.log(logging.WARNING if alone else logging.INFO, said, many, self.together["groups"], together.column, alone)
         if self.cut:
             log.info("documents longer than a chunk may be (chunk_tokens) are cut at %d places; no token is lost", self.cut)
         told = (

@@ -32,6 +32,7 @@ from heliostat.errors import ConfigError
 from heliostat.pipelines.prepare import InputFile, place
 from heliostat.pipelines.staged import StagedPipeline
 from heliostat.pipelines.text import documents, infilling, repositories, sampling, sources, tokens
+from heliostat.pipelines.text.gathering import Together
 from heliostat.pipelines.text.infilling import FillInTheMiddle
 from heliostat.pipelines.text.making import Making
 from heliostat.pipelines.text.tasks import TextSource
@@ -81,7 +82,7 @@ class TextPipeline(StagedPipeline):
     """Defines the keys of a text pipeline's YAML; `input` is a file, folder, glob, s3:// prefix, or `python:stdlib`."""
 
     later = frozenset({"max_document_bytes", "max_file_bytes", "columns", "stages", "exclude", "repositories",
-                       "fill_in_the_middle"})  # fmt: skip
+                       "fill_in_the_middle", "together"})  # fmt: skip
     beside = frozenset({"work", "keep_work", "memory_limit"})
 
     input: str = Field(min_length=1)
@@ -115,6 +116,9 @@ class TextPipeline(StagedPipeline):
     fill_in_the_middle: FillInTheMiddle | None = None
     """Rearranges documents, so that a model learns to write what stands between a prefix and a suffix.
     See docs/prepare.md#filling-in-the-middle"""
+    together: Together | None = None
+    """Documents that follow each other in the dataset, so that a model sees them in one sequence: those with the same value in a
+    column, as `repository`. They are held out together. See docs/prepare.md#documents-that-belong-together"""
 
     @property
     def rules(self) -> documents.Rules:
@@ -140,12 +144,24 @@ class TextPipeline(StagedPipeline):
             extras.require("curation", "identify", what="repositories: licences are told by their texts, which")
             if self.input == sources.STDLIB:
                 raise ConfigError(f"repositories: {sources.STDLIB} is no repository; remove one of the two")
+        if self.together:
+            self._check_together(self.together)
         for pattern in self.exclude:
             sources.glob_regex(pattern, "exclude")
         if self.shard_bytes * SHARD_SHARE > self.memory_limit:
             log.warning("shard_bytes: a shard of %d bytes takes about %d of memory, more than memory_limit (%d)",
                         self.shard_bytes, self.shard_bytes * SHARD_SHARE, self.memory_limit)  # fmt: skip
         self.check_places(self.input, None if self.input == sources.STDLIB else sources.root(self.input).path)
+
+    def _check_together(self, together: Together) -> None:
+        """Raises ConfigError if documents do not have the columns; those of repositories come with them."""
+        known = {*self.columns, *(repositories.COLUMNS if self.repositories else ())}
+        for key, name in together.model_dump(exclude_none=True).items():
+            if name not in known:
+                told = f"; there are {', '.join(sorted(known))}" if known else ""
+                raise ConfigError(
+                    f"together.{key}: {name!r} is none of the documents' columns{told}; name it under `columns` too"
+                )
 
     def _check_markers(self) -> None:
         """Raises ConfigError if the tokenizer has no markers, or no room for them."""
@@ -177,7 +193,7 @@ class TextPipeline(StagedPipeline):
     def write(self, output: Location, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         source = TextSource(self.input, self.rules)
         making = Making(self.flow(), source, output, self.tokenizer.model_dump(), self.given, self.stages, self.memory_limit,
-                        self.shard_bytes, self.chunk_tokens, self.fill_in_the_middle)  # fmt: skip
+                        self.shard_bytes, self.chunk_tokens, self.fill_in_the_middle, self.together)  # fmt: skip
         rows, meta = making.run(inputs)
         self._seconds = making.seconds
         return rows, meta
@@ -190,7 +206,7 @@ class TextPipeline(StagedPipeline):
         source = sampling.SampledSource(self.input, self.rules, name, sample.records)
         flow = self.flow(Work(folder.join("work")))
         trial = Trial(flow, source, folder.join("out"), self.tokenizer.model_dump(), self.given, self.stages, self.memory_limit,
-                      self.shard_bytes, self.chunk_tokens, self.fill_in_the_middle, sample=sample)  # fmt: skip
+                      self.shard_bytes, self.chunk_tokens, self.fill_in_the_middle, self.together, sample=sample)  # fmt: skip
         return trial.predicted(inputs) | {"name": self.name, "seconds": round(time.monotonic() - start, 2)}
 
     def finish(self, made: Manifest) -> None:

@@ -30,7 +30,7 @@ from heliostat.data import shard as shard_file
 from heliostat.data.infilling import Markers
 from heliostat.data.manifest import FILES, SHARDS
 from heliostat.errors import ConfigError
-from heliostat.pipelines.text import documents, infilling, repositories, sources, tokens
+from heliostat.pipelines.text import documents, gathering, infilling, repositories, sources, tokens
 from heliostat.storage import Location
 
 PREFIXES = 1 << 16  # the hash's first 16 bits, in which the tokenizer's sample is measured
@@ -144,7 +144,7 @@ def prefix_sizes(folder: Location, runs: list[Run]) -> dict[str, Any]:
 def lowest(folder: Location, runs: list[Run], limit: int) -> dict[str, Any]:
     """Selects the documents whose hash prefix is at most `limit`."""
     found = [t for run in runs for t in survivors(folder, run, 0, (limit + 1) << 48, ["hash", "id", "bytes", "text"])]
-    table = unique(pa.concat_tables(found))[0] if found else None
+    table = gathering.unique(pa.concat_tables(found))[0] if found else None
     names = [] if table is None else [spill.write(folder, table, ("hash", "id"))]
     return {"sample": names, "files": names}
 
@@ -153,7 +153,7 @@ def train_on(folder: Location, samples: list[str], config: dict[str, Any]) -> di
     """Trains a tokenizer on the selected documents, as far as `train_bytes`."""
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # nothing else runs meanwhile
     held = [t for name in samples for t in spill.read(folder, name)]
-    table, _ = unique(pa.concat_tables(held) if held else segment.RUN.empty_table())
+    table, _ = gathering.unique(pa.concat_tables(held) if held else segment.RUN.empty_table())
     sizes = np.cumsum(table["bytes"].to_numpy())
     table = table.slice(0, int(np.searchsorted(sizes, config["train_bytes"])) + 1)
     texts = (text.as_py() for text in table["text"])
@@ -175,45 +175,12 @@ class Sharding:
     chunk_tokens: int
     explained: bool  # whether each document's end is recorded
     infill: dict[str, Any] | None = None  # keys of FillInTheMiddle, and the markers' names and ids
+    together: bool | None = None  # whether the runs are those of documents that belong together
 
 
 def bounds(shard: int, shards: int) -> tuple[int, int]:
     """Computes the range of keys of a shard: those of the hashes whose first 52 bits, as a fraction, fall into its part."""
     return -(-(shard << 52) // shards) << 12, -(-((shard + 1) << 52) // shards) << 12
-
-
-def unique(table: pa.Table) -> tuple[pa.Table, pa.Table]:
-    """Sorts the table by hash and keeps each hash once, with the smallest id; also returns the rows that this removes."""
-    table = table.sort_by([("hash", "ascending"), ("id", "ascending")])
-    if not len(table):
-        return table, table
-    hashes = table["hash"].combine_chunks()
-    first = np.concatenate(
-        [[True], pc.not_equal(hashes.slice(1), hashes.slice(0, len(hashes) - 1)).to_numpy(zero_copy_only=False)]
-    )
-    return table.filter(pa.array(first)), table.filter(pa.array(~first))
-
-
-def gather(folder: Location, runs: list[Run], low: int, high: int, explained: bool) -> tuple[pa.Table | None, list[pa.Table]]:
-    """Reads the documents of a range of keys, of equal texts the one with the smallest id, and returns the others without texts.
-
-    What it holds is no more than twice the texts that stay, and the duplicates' ids; if `explained`, also columns.
-    """
-    held, kept_bytes, new_bytes = list[pa.Table](), 1 << 24, 0
-    told = ["hash", "id", *(["columns"] if explained else [])]
-    duplicates = list[pa.Table]()
-    for run in runs:
-        for table in survivors(folder, run, low, high, [*told, "bytes", "text"]):
-            held.append(table)
-            new_bytes += table.nbytes
-        if new_bytes > kept_bytes:
-            table, gone = unique(pa.concat_tables(held))
-            duplicates.append(gone.select(told))
-            held, kept_bytes, new_bytes = [table], max(1 << 24, table.nbytes), 0
-    if not held:
-        return None, duplicates
-    table, gone = unique(pa.concat_tables(held))
-    return table, [*duplicates, gone.select(told)]
 
 
 def write_shards(folder: Location, first: int, stop: int, runs: list[Run], plan: Sharding) -> dict[str, Any]:
@@ -224,14 +191,16 @@ def write_shards(folder: Location, first: int, stop: int, runs: list[Run], plan:
 
 
 def _write_shard(folder: Location, runs: list[Run], shard: int, plan: Sharding) -> dict[str, Any] | None:
-    table, duplicates = gather(folder, runs, *bounds(shard, plan.shards), plan.explained)
+    table, duplicates = _gathered(folder, runs, *bounds(shard, plan.shards), plan)
     if table is None:
         return None
     tokenizer = tokens.load(plan.definition)
     hashes = [digest.hex() for digest in table["hash"].to_pylist()]
     encoded, rearranged = _encoded(tokenizer, table, hashes, plan)
     ids = table["id"].to_pylist()
-    places = np.array([manifest.place(h) for h in hashes], np.int64)
+    places = np.array(
+        [manifest.place(digest.hex()) for digest in table["group" if plan.together else "hash"].to_pylist()], np.int64
+    )
     data = tokens.shard(ids, encoded, plan.chunk_tokens, places)
     output = Location(plan.output)
     path = versions.store(output, f"{SHARDS}/{shard:05d}/", data, ".parquet")
@@ -248,9 +217,16 @@ def _write_shard(folder: Location, runs: list[Run], shard: int, plan: Sharding) 
         "cut": sum(len(rows) for rows, _ in groups) - len(ids),
         "counts": base64.b64encode(zlib.compress(counts.tobytes())).decode(),
         "chunks": chunks,
-        "ends": _ends(folder, path, table, duplicates) if plan.explained else None,
+        "ends": gathering.spill_kept(folder, path, table, duplicates) if plan.explained else None,
         **({"rearranged": rearranged} if plan.infill else {}),
+        **({"together": gathering.counted(table)} if plan.together else {}),
     }
+
+
+def _gathered(folder: Location, runs: list[Run], low: int, high: int, plan: Sharding) -> tuple[pa.Table | None, list[pa.Table]]:
+    if plan.together:
+        return gathering.grouped(folder, runs, low, high), []
+    return gathering.gather(folder, runs, low, high, plan.explained)
 
 
 def _encoded(tokenizer: Tokenizer, table: pa.Table, hashes: list[str], plan: Sharding) -> tuple[list[np.ndarray], dict[str, int]]:
@@ -274,20 +250,6 @@ def _slices(sizes: np.ndarray) -> Iterator[tuple[int, int]]:
     places = np.cumsum(sizes) // (8 * tokens.BATCH_CHARS)
     edges = [0, *(np.flatnonzero(np.diff(places)) + 1).tolist(), len(sizes)]
     yield from itertools.pairwise(edges)
-
-
-def _ends(folder: Location, path: str, kept: pa.Table, duplicates: list[pa.Table]) -> str:
-    """Spills what became of documents: those that are in a shard, and exact duplicates with the one that stayed."""
-    found = kept.select(["hash", "id", "columns"]).to_pylist()
-    stayed = {row["hash"]: row["id"] for row in found}
-    rows = [_end(row, "shard", "kept", path) for row in found]
-    rows += [_end(row, "exact", "duplicate", stayed[row["hash"]]) for table in duplicates for row in table.to_pylist()]
-    return spill.write(folder, pa.Table.from_pylist(rows, segment.LEFT_OUT), ("id", "stage", "reason", "detail"))
-
-
-def _end(row: dict[str, Any], stage: str, reason: str, detail: str) -> dict[str, Any]:
-    return {"key": segment.key_of(row["id"]), "id": row["id"], "stage": stage, "reason": reason, "detail": detail,
-            "hash": row["hash"].hex(), "columns": row["columns"]}  # fmt: skip
 
 
 # what was left out -----------------------------------------------------------------------------------------------------

@@ -114,9 +114,17 @@ def cut(lengths: np.ndarray, target: int) -> list[tuple[int, int]]:
 
 
 def ranges(lengths: np.ndarray, places: np.ndarray, target: int) -> list[tuple[int, int]]:
-    """Cuts documents into ranges, one per row group, that end at every one of `PARTS` too; the documents' places must descend."""
+    """Cuts documents into ranges, one per row group, that end at every one of `PARTS` too, and never between documents of one
+    place; the documents' places must descend."""
     bounds = [0, *sorted(int((places >= part * PLACES).sum()) for part in PARTS), len(lengths)]
-    return [(a + start, a + stop) for a, b in itertools.pairwise(bounds) for start, stop in cut(lengths[a:b], target)]
+    found = list[tuple[int, int]]()
+    for a, b in itertools.pairwise(bounds):
+        if a == b:
+            continue
+        firsts = np.flatnonzero(np.diff(places[a:b], prepend=-1))  # of each place
+        edges = [*(a + firsts).tolist(), b]
+        found += [(edges[start], edges[stop]) for start, stop in cut(np.add.reduceat(lengths[a:b], firsts), target)]
+    return found
 
 
 def piece(target: int) -> int:
@@ -151,13 +159,16 @@ def pieces(lengths: list[int], target: int) -> list[list[int]]:
 def chunks(lengths: np.ndarray, target: int, places: np.ndarray | None = None) -> list[tuple[list[int], int]]:
     """Plans the row groups of a shard: (the lengths of its rows, its place) for each.
 
-    Row groups that share a document have one place, so that no document is ever held out in part; without places it is -1.
+    Row groups that share a document, or documents of one place, have one place, so that none of them is ever held out in part;
+    without places it is -1.
     """
     found = cut(lengths, target) if places is None else ranges(lengths, places, target)
     out = []
     for start, stop in found:
         place = -1 if places is None else int(places[start:stop].max())
-        out += [(rows, place) for rows in pieces(lengths[start:stop].tolist(), target)]
+        together = places is not None and stop - start > 1 and places[start] == places[stop - 1]
+        for a, b in cut(lengths[start:stop], target) if together else [(0, stop - start)]:
+            out += [(rows, place) for rows in pieces(lengths[start + a : start + b].tolist(), target)]
     return out
 
 

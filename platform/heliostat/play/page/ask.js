@@ -10,7 +10,10 @@ function source(passage, number) {
   const title = make("h3", {}, make("b", {}, `[${number}]`), ` ${passage.document}`);
   const url = passage.columns.url;
   if (/^https?:\/\//.test(url ?? "")) title.append(" ", make("a", { href: url, target: "_blank", rel: "noopener noreferrer" }, url));
-  const place = `score ${passage.score.toPrecision(4)} · passage ${passage.number}, characters ${passage.begin} to ${passage.end} · ` +
+  const scores = [`${passage.scored_by} score ${passage.score.toPrecision(4)}`];
+  if ("rerank_score" in passage)
+    scores.unshift(`rerank score${passage.rerank_cut ? " of its beginning" : ""} ${passage.rerank_score.toPrecision(4)}`);
+  const place = `${scores.join(" · ")} · passage ${passage.number}, characters ${passage.begin} to ${passage.end} · ` +
     `${passage.shard}, row group ${passage.row_group}`;
   const made = make("article", { className: `card source ${passage.used ?? ""}` }, title);
   if (passage.used) made.append(make("p", {}, make("span", { className: `badge ${passage.used}` }, USED[passage.used])));

@@ -1,0 +1,150 @@
+"""Runs programs that nobody has read, such as those a model writes, where they can do little: Linux's namespaces, limits, and a
+filter of system calls (`inside`).
+
+It is no virtual machine: who finds a fault in the kernel is out. It bounds what one program takes, not what all take together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import secrets
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import IO, Any
+
+from heliostat.benchmark.programs import inside
+from heliostat.errors import ConfigError, HeliostatError
+from heliostat.text import brief
+
+LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
+PASSED, FAILED, TIMED_OUT, TOO_MUCH = "passed", "failed", "timed_out", "too_much_output"
+VERDICTS = (PASSED, FAILED, TIMED_OUT, TOO_MUCH)
+BLOCK = 1 << 16
+KILLING_S = 5.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Holds what a program may take: seconds on the clock and of the processor, and bytes of memory, of files, of its output."""
+
+    seconds: float = 10.0
+    cpu_s: int = 5
+    memory: int = 512 << 20
+    files: int = 16 << 20
+    output: int = 64 << 10
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Says how a program ended, and the beginning of what it has written."""
+
+    verdict: str
+    output: str
+
+
+@cache
+def require() -> None:
+    """Raises ConfigError if programs cannot be shut in on this machine; tries one, once."""
+    if not sys.platform.startswith("linux") or platform.machine() not in inside.CALLS:
+        known = ", ".join(inside.CALLS)
+        raise ConfigError(f"the sandbox needs Linux on {known}, and this is {sys.platform} on {platform.machine()}")
+    try:
+        found = run("x = 1", "assert x == 1")
+    except HeliostatError as e:
+        raise ConfigError(
+            f"{brief(e)}; it needs Linux 5.12, and user namespaces that are allowed (containers often forbid them)"
+        ) from e
+    if found.verdict != PASSED:
+        raise ConfigError(f"Python does not run in the sandbox ({found.verdict}: {brief(found.output)})")
+
+
+def run(program: str, tests: str, limits: Limits = Limits()) -> Outcome:
+    """Runs a program, and behind it its tests, in one process of their own; HeliostatError if it cannot be shut in.
+
+    It has passed if it comes to the end of its tests.
+    """
+    token = secrets.token_hex(16)
+    with tempfile.TemporaryDirectory(prefix="heliostat-program-") as root:
+        told = {"root": root, "program": program, "tests": tests, "token": token, "parent": os.getpid(), **_python(),
+                "cpu_s": limits.cpu_s, "memory": limits.memory, "files": limits.files}  # fmt: skip
+        said, result, code, ended = _ran(json.dumps(told).encode(), limits)
+    if code == inside.REFUSED:
+        raise HeliostatError(f"a program cannot be shut in on this machine ({brief(result)})")
+    verdict = ended or (PASSED if result == token else TIMED_OUT if code == inside.OVER_TIME else FAILED)
+    return Outcome(verdict, said[: limits.output].decode(errors="replace"))
+
+
+def _python() -> dict[str, Any]:
+    """Names the files that Python runs from: not those of a virtual environment, nor what is installed there."""
+    own = (str(Path(prefix) / "lib") for prefix in (sys.base_prefix, sys.base_exec_prefix))
+    libraries = [place for place in dict.fromkeys((*LIBRARIES, *own)) if Path(place).is_dir()]
+    return {"libraries": libraries, "executable": os.path.realpath(sys.executable)}
+
+
+def _ran(told: bytes, limits: Limits) -> tuple[bytes, str, int, str]:
+    """Returns what was written, what came back, the exit code, and why it was ended, if it was."""
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb") as result:
+        try:
+            process = subprocess.Popen(
+                [os.path.realpath(sys.executable), "-I", "-S", "-B", inside.__file__, str(writing)], stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={}, cwd="/", pass_fds=(writing,), start_new_session=True,
+            )  # fmt: skip
+        finally:
+            os.close(writing)
+        try:
+            end = time.monotonic() + limits.seconds
+            assert process.stdin is not None and process.stdout is not None
+            with contextlib.suppress(BrokenPipeError), process.stdin as given:
+                given.write(told)
+            said, ended = _read(process.stdout, end, limits.output)
+            if not ended and not _waited(process, end):
+                ended = TIMED_OUT
+        finally:
+            _kill(process)
+        return said, result.read(4096).decode(errors="replace"), process.returncode, ended
+
+
+def _read(output: IO[bytes], end: float, most: int) -> tuple[bytes, str]:
+    """Reads up to `most` bytes, until nobody writes any more; returns also why it ended before that."""
+    held = bytearray()
+    with selectors.DefaultSelector() as selector:
+        selector.register(output, selectors.EVENT_READ)
+        while True:
+            if not selector.select(max(0.0, end - time.monotonic())):
+                return bytes(held), TIMED_OUT
+            block = os.read(output.fileno(), BLOCK)
+            if not block:
+                return bytes(held), ""
+            held += block
+            if len(held) > most:
+                return bytes(held), TOO_MUCH
+
+
+def _waited(process: subprocess.Popen[bytes], end: float) -> bool:
+    try:
+        process.wait(max(0.0, end - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Ends what is left of a program: with its first process, all of its namespace end."""
+    process.terminate()
+    if not _waited(process, time.monotonic() + KILLING_S):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    if process.stdout is not None:
+        process.stdout.close()

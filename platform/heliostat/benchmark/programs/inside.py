@@ -1,0 +1,196 @@
+"""Shuts this process in, and runs a program of Python there: what `heliostat.benchmark.programs.box` starts, by its path.
+
+It is run by itself, with Python's own library alone, and reads what it is to do as JSON from standard input. What is run has
+
+- namespaces of its own: user, mounts, network (without a device), processes, System V objects, host name;
+- a root folder in memory that holds Python's libraries, read-only, and an empty folder of bounded size that it may write to;
+- no capability, no way to get one, no socket, no other process or thread, and limits of time, memory, files and open files;
+- file descriptors 0 (empty), 1 and 2 (the output) and 3, on which it says that it has come to its end.
+
+Exit code 125 with a reason on descriptor 3 if that cannot be had: then nothing was run; 124 if the processor's time was used up.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import platform
+import resource
+import signal
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+RESULT = 3
+REFUSED, OVER_TIME = 125, 124  # exit codes
+NOBODY = 65534
+INNER = 1000  # the user's number within
+
+NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x00020000, 0x04000000, 0x08000000, 0x10000000, 0x20000000, 0x40000000
+APART = NEWNS | NEWUTS | NEWIPC | NEWPID | NEWNET
+NOSUID, NODEV, BIND, REC, PRIVATE = 2, 4, 4096, 16384, 1 << 18
+READ_ONLY, NO_SUID, NO_DEVICES = 1, 2, 4  # of mount_setattr
+AT_FDCWD, RECURSIVE, MOUNT_SETATTR = -100, 0x8000, 442
+DEATH_SIGNAL, DUMPABLE, NO_NEW_PRIVILEGES, SECCOMP, FILTER = 1, 4, 38, 22, 2
+
+# System calls that no small function needs, and by which much of the kernel would be reached, by architecture: (the number that
+# the kernel gives the architecture, the calls). Sockets, as some kinds of them belong to no network; tracing; keys; namespaces,
+# mounts; io_uring; BPF; performance counters; pages faulted by hand; another process's memory; files by handle.
+CALLS = {
+    "x86_64": (0xC000003E, (41, 101, 250, 248, 249, 272, 308, 165, 155, 429, 430, 425, 321, 298, 323, 310, 311, 304)),
+    "aarch64": (0xC00000B7, (198, 117, 219, 217, 218, 97, 268, 40, 41, 429, 430, 425, 280, 241, 282, 270, 271, 265)),
+}
+X32 = 0x40000000  # and above: calls of x86-64's other table
+HARNESS = """
+import json, os, sys
+with open("program.json", "rb") as file:
+    told = json.load(file)
+os.remove("program.json")
+os.environ.clear()
+names = {"__name__": "program", "__builtins__": __builtins__}
+for part in ("program", "tests"):
+    exec(compile(told[part], part, "exec"), names)
+os.write(3, told["token"].encode())
+"""
+
+libc = ctypes.CDLL(None, use_errno=True)
+libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
+libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
+libc.syscall.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint, ctypes.c_char_p, ctypes.c_size_t]
+
+
+def call(function: Any, *arguments: Any) -> None:
+    """Calls a function of libc; OSError if it fails."""
+    if function(*arguments) < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"{getattr(function, '__name__', 'a system call')}: {os.strerror(code)}")
+
+
+def shut_in(root: Path, libraries: list[str], executable: str, files: int, program: bytes) -> None:
+    """Moves this process's children into namespaces and a root folder of their own, which it makes at `root`."""
+    user, group = os.geteuid(), os.getegid()
+    if user:
+        call(libc.unshare, NEWUSER | APART)
+        _map_user(user, group)
+    else:  # mounts first: a user without rights may not be able to reach what they are of
+        call(libc.unshare, APART)
+    _mount(root, libraries, executable, files)
+    box = root / "box"
+    (box / "program.json").write_bytes(program)
+    os.chdir(root)
+    if not user:
+        os.chown(box, NOBODY, NOBODY)
+        os.chown(box / "program.json", NOBODY, NOBODY)
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+        call(libc.prctl, DUMPABLE, 1, 0, 0, 0)  # else the files of /proc that map its user are root's
+        call(libc.unshare, NEWUSER)
+        _map_user(NOBODY, NOBODY)
+    os.chroot(".")
+    os.chdir("/box")
+
+
+def _map_user(user: int, group: int) -> None:
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"{INNER} {user} 1")
+    Path("/proc/self/gid_map").write_text(f"{INNER} {group} 1")
+
+
+def _mount(root: Path, libraries: list[str], executable: str, files: int) -> None:
+    """Makes the root folder: libraries and the executable, read-only, and the folder `box`, all of it of bounded size."""
+    call(libc.mount, None, b"/", None, REC | PRIVATE, None)
+    options = f"size={files},nr_inodes=1024,mode=755".encode()
+    call(libc.mount, b"tmpfs", bytes(root), b"tmpfs", NOSUID | NODEV, options)
+    for place in [*libraries, executable]:
+        target = root / place.lstrip("/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if Path(place).is_dir():
+            target.mkdir(exist_ok=True)
+        else:
+            target.touch()
+        call(libc.mount, place.encode(), bytes(target), None, BIND | REC, None)
+        wanted = struct.pack("QQQQ", READ_ONLY | NO_SUID | NO_DEVICES, 0, 0, 0)
+        call(libc.syscall, MOUNT_SETATTR, AT_FDCWD, bytes(target), RECURSIVE, wanted, len(wanted))
+    (root / "box").mkdir()
+
+
+def forbid() -> None:
+    """Forbids this process, for good, new rights and the system calls of `CALLS`, which then fail with EPERM."""
+    architecture, numbers = CALLS[platform.machine()]
+
+    def step(code: int, value: int, yes: int = 0, no: int = 0) -> bytes:
+        return struct.pack("HBBI", code, yes, no, value)
+
+    load, equal, least, give = 0x20, 0x15, 0x35, 0x06
+    refuse, allow, kill = 0x00050000 | 1, 0x7FFF0000, 0x80000000
+    steps = [step(load, 4), step(equal, architecture, 1, 0), step(give, kill), step(load, 0)]
+    steps += [step(least, X32, 0, 1), step(give, kill)]
+    for number in numbers:
+        steps += [step(equal, number, 0, 1), step(give, refuse)]
+    steps.append(step(give, allow))
+    held = ctypes.create_string_buffer(b"".join(steps))
+    program = ctypes.create_string_buffer(struct.pack("HQ", len(steps), ctypes.addressof(held)))
+    call(libc.prctl, NO_NEW_PRIVILEGES, 1, 0, 0, 0)
+    call(libc.prctl, SECCOMP, FILTER, ctypes.addressof(program), 0, 0)
+
+
+def limit(cpu_s: int, memory: int, files: int) -> None:
+    """Limits this process for good."""
+    for kind, most in (
+        (resource.RLIMIT_CPU, cpu_s), (resource.RLIMIT_AS, memory), (resource.RLIMIT_FSIZE, files), (resource.RLIMIT_NPROC, 1),
+        (resource.RLIMIT_NOFILE, 32), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_MEMLOCK, 0), (resource.RLIMIT_MSGQUEUE, 0),
+    ):  # fmt: skip
+        resource.setrlimit(kind, (most, most))
+
+
+def begin(told: dict[str, Any]) -> None:
+    """Becomes the program; the first process of its namespace, with which all others there would end."""
+    call(libc.prctl, DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+    limit(told["cpu_s"], told["memory"], told["files"])
+    forbid()
+    python = told["executable"]
+    os.execve(
+        python, [python, "-s", "-S", "-P", "-B", "-c", HARNESS], {"PYTHONHASHSEED": "0"}
+    )  # hashes of texts: always the same
+
+
+def main() -> int:
+    """Runs the program that standard input describes, and waits for its end; returns the exit code."""
+    told = json.loads(sys.stdin.buffer.read())
+    os.umask(0o022)
+    program = json.dumps({name: told[name] for name in ("program", "tests", "token")}).encode()
+    shut_in(Path(told["root"]), told["libraries"], told["executable"], told["files"], program)
+    call(libc.prctl, DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)  # behind the last change of user, which would undo it
+    if os.getppid() != told["parent"]:
+        raise OSError("who has started this has ended")
+    reading, writing = os.pipe()  # closed by becoming the program
+    if (child := os.fork()) == 0:
+        try:
+            begin(told)
+        except BaseException as e:  # noqa: BLE001 (the other process says it)
+            os.write(writing, f"{type(e).__name__}: {e}".encode())
+        finally:
+            os._exit(REFUSED)
+    signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGKILL))  # and it is waited for, which leaves no zombie
+    os.close(writing)
+    if fault := os.read(reading, 4096):
+        raise OSError(fault.decode())
+    used = os.wait4(child, 0)[2]
+    return OVER_TIME if used.ru_utime + used.ru_stime >= told["cpu_s"] - 0.1 else 0
+
+
+if __name__ == "__main__":
+    given = int(sys.argv[1])
+    if given != RESULT:
+        os.dup2(given, RESULT)
+        os.close(given)
+    os.set_inheritable(RESULT, True)
+    try:
+        code = main()
+    except Exception as e:  # noqa: BLE001 (who has started this says it)
+        os.write(RESULT, f"{type(e).__name__}: {e}".encode()[:2000])
+        code = REFUSED
+    os._exit(code)

@@ -1,0 +1,131 @@
+"""Serves LoRA adapters (Hu et al. 2021) of a model by name, all in one batch: each row has its own, or none.
+
+An adapter adds scale * B A x to what a linear layer gives for x. It is a folder as peft writes it: `adapter_config.json`, and
+`adapter_model.safetensors` with `lora_A` and `lora_B` of each layer. The library itself is not needed for that. Of its many kinds
+of adapters those are served that are these two matrices and nothing else; whatever would make it another model is refused.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from heliostat.errors import ConfigError
+from heliostat.records import Format
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+SETTINGS = Format(dict[str, Any], "configuration of an adapter", ConfigError)
+KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+NEUTRAL: dict[str, tuple[Any, ...]] = {  # keys by which an adapter is more than two matrices a layer, and their usual values
+    "bias": ("none",), "use_dora": (False,), "lora_bias": (False,), "fan_in_fan_out": (False,), "modules_to_save": (None, []),
+    "layer_replication": (None,), "rank_pattern": (None, {}), "alpha_pattern": (None, {}),
+    "trainable_token_indices": (None, [], {}),
+    "target_parameters": (None, []), "alora_invocation_tokens": (None,), "use_qalora": (False,), "arrow_config": (None,),
+    "use_bdlora": (None, False), "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"), "kasa_config": (None,),
+    "monteclora_config": (None,), "velora_config": (None,),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Holds what an adapter adds to a layer: A [rank, in] and B [out, rank], the scale in it."""
+
+    down: torch.Tensor
+    up: torch.Tensor
+
+
+def require(name: str, folder: Path) -> dict[str, Any]:
+    """Reads an adapter's configuration; ConfigError if it is none that is served, before a weight is read."""
+    where = f"--adapter: {name}: {folder}"
+    if not (folder / CONFIG).is_file():
+        raise ConfigError(f"{where}: holds no adapter ({CONFIG} is missing); name a folder that peft has written")
+    told = SETTINGS.read(folder / CONFIG)
+    if told.get("peft_type") != "LORA":
+        raise ConfigError(f"{where}: is an adapter of kind {told.get('peft_type')!r}; LORA is served")
+    for key, usual in NEUTRAL.items():
+        if key in told and told[key] not in usual:
+            raise ConfigError(
+                f"{where}: {CONFIG}: {key}: {told[key]!r} is not served; merge it into its model (merge_and_unload)"
+            )
+    if not isinstance(told.get("r"), int) or told["r"] < 1 or not isinstance(told.get("lora_alpha"), int | float):
+        raise ConfigError(f"{where}: {CONFIG}: r and lora_alpha are required: the rank, from 1 on, and a number")
+    if not (folder / WEIGHTS).is_file():
+        raise ConfigError(f"{where}: has no {WEIGHTS}; save it with safetensors")
+    return told
+
+
+class Adapters:
+    """Adds adapters to a loaded model, for the rows of a batch that are theirs."""
+
+    def __init__(self, model: Any, folders: dict[str, str]) -> None:
+        self.names: Sequence[str | None] = ()
+        self.layers: dict[str, dict[str, Layer]] = {}  # of each layer, by adapter
+        for name, folder in folders.items():
+            for path, layer in _read(name, Path(folder), model).items():
+                self.layers.setdefault(path, {})[name] = layer
+        for path, known in self.layers.items():
+            model.get_submodule(path).register_forward_hook(self._hook(known))
+
+    @contextmanager
+    def using(self, names: Sequence[str | None]) -> Iterator[None]:
+        """Says of each row of the batches within the context which adapter is its own."""
+        self.names = names
+        try:
+            yield
+        finally:
+            self.names = ()
+
+    def _hook(self, known: dict[str, Layer]) -> Any:
+        def add(module: Any, given: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor | None:
+            chosen = {name for name in self.names if name in known}
+            if not chosen:
+                return None
+            if out.dim() != 3 or len(out) != len(self.names):
+                raise ValueError("an adapter's layer does not go row by row")
+            for name in chosen:
+                rows = torch.tensor([i for i, one in enumerate(self.names) if one == name], device=out.device)
+                layer = known[name]
+                out = out.index_add(0, rows, (given[0][rows] @ layer.down.T @ layer.up.T).to(out.dtype))
+            return out
+
+        return add
+
+
+def _read(name: str, folder: Path, model: Any) -> dict[str, Layer]:
+    """Reads an adapter's matrices by the layers of the model that they belong to; ConfigError if they do not fit it."""
+    told, where = require(name, folder), f"--adapter: {name}: {folder / WEIGHTS}"
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except Exception as e:
+        raise ConfigError(f"{where}: cannot be read ({e}); save it again") from e
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        if not (match := KEY.fullmatch(key)):
+            raise ConfigError(f"{where}: {key!r} is no matrix of a layer; such an adapter is not served")
+        found.setdefault(match[1], {})[match[2]] = tensor
+    if not found:
+        raise ConfigError(f"{where}: is empty; save the adapter again")
+    scale = told["lora_alpha"] / (math.sqrt(told["r"]) if told.get("use_rslora") else told["r"])
+    linear = {path: module for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    return {path: _layer(pair, linear.get(path), told["r"], scale, f"{where}: {path}") for path, pair in found.items()}
+
+
+def _layer(pair: dict[str, torch.Tensor], module: torch.nn.Linear | None, rank: int, scale: float, where: str) -> Layer:
+    if module is None:
+        raise ConfigError(f"{where}: is no linear layer of the model; is it an adapter of another one?")
+    if set(pair) != {"A", "B"}:
+        raise ConfigError(f"{where}: has {' and '.join(sorted(pair))} alone; save the adapter again")
+    down, up = pair["A"], pair["B"]
+    if tuple(down.shape) != (rank, module.in_features) or tuple(up.shape) != (module.out_features, rank):
+        shapes = f"{tuple(down.shape)} and {tuple(up.shape)}, of rank {rank}, and the layer is {tuple(module.weight.shape)}"
+        raise ConfigError(f"{where}: its matrices are {shapes}; is it an adapter of another model?")
+    like = {"device": module.weight.device, "dtype": module.weight.dtype}
+    return Layer(down.to(**like), (up.float() * scale).to(**like))

@@ -1,0 +1,188 @@
+"""Adapters by name: each row of a batch is answered as by a model that its adapter is merged into, the others as before."""
+
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+import pytest
+import torch
+from heliostat.errors import ConfigError
+from heliostat.inference.batch.engines import Continue, Input, Loaded
+from heliostat.serving.adapters import Adapters, require
+from heliostat.serving.group import Group
+from heliostat.serving.served import served
+from safetensors.torch import save_file
+
+from tests.unit.build_job import BASE
+from tests.unit.page import client, opened
+from tests.unit.test_batch_inference import write_model
+
+PROMPTS = [[5, 9, 11], [7, 3, 8, 40, 2, 6, 12], [30, 31], [5, 9, 11], [8, 8, 8, 8]]
+NAMES = ["kind", None, "rude", "rude", "kind"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("base"), BASE["model"], 128)
+
+
+def write_adapter(folder: Path, base: Path, seed: int, targets: tuple[str, ...], **config) -> Path:
+    """An adapter of random matrices, as peft writes one."""
+    told = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", "target_modules": list(targets), **config}
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(told))
+    generator, tensors = torch.Generator().manual_seed(seed), dict[str, torch.Tensor]()
+    for path, module in Loaded(base).model.named_modules():
+        if isinstance(module, torch.nn.Linear) and path.endswith(targets):
+            sizes = {"A": (4, module.in_features), "B": (module.out_features, 4)}
+            for letter, size in sizes.items():
+                tensors[f"base_model.model.{path}.lora_{letter}.weight"] = torch.randn(size, generator=generator)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(base, tmp_path_factory):
+    place = tmp_path_factory.mktemp("adapters")
+    kind = write_adapter(place / "kind", base, 1, ("q_proj", "v_proj"))
+    rude = write_adapter(place / "rude", base, 2, ("q_proj", "down_proj", "o_proj"), use_rslora=True)
+    return {"kind": str(kind), "rude": str(rude)}
+
+
+@pytest.fixture(scope="module")
+def merged(base, folders, tmp_path_factory):
+    """Folders of models that an adapter is merged into, by its definition: W + alpha / r B A, or alpha / sqrt(r)."""
+    found = {None: base}
+    for name, folder in folders.items():
+        from safetensors.torch import load_file
+
+        tensors, model = load_file(Path(folder) / "adapter_model.safetensors"), Loaded(base).model
+        scale = 8 / 2 if name == "rude" else 8 / 4
+        for key in [key for key in tensors if ".lora_A." in key]:
+            path = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            with torch.no_grad():
+                model.get_submodule(path).weight += scale * tensors[key.replace("_A.", "_B.")] @ tensors[key]
+        found[name] = shutil.copytree(base, tmp_path_factory.mktemp("merged") / f"merged-{name}")
+        model.save_pretrained(found[name])
+    return found
+
+
+def test_each_row_of_a_batch_is_answered_with_its_own_adapter(base, folders, merged):
+    """Over steps, after others have joined and some have left: the logits are those of the merged models, row by row."""
+    loaded = Loaded(base)
+    adapters = Adapters(loaded.model, folders)
+    plain = {name: Loaded(folder).model for name, folder in merged.items()}
+    texts, names = [list(one) for one in PROMPTS[:3]], NAMES[:3]
+
+    def compare(group: Group) -> list[int]:
+        for place, (text, name) in enumerate(zip(texts, names, strict=True)):
+            wanted = plain[name](torch.tensor([text])).logits[0, -1]
+            torch.testing.assert_close(group.logits[place], wanted, atol=2e-4, rtol=2e-4)
+        return group.logits.argmax(-1).tolist()
+
+    def go_on(group: Group) -> None:
+        tokens = compare(group)
+        for text, token in zip(texts, tokens, strict=True):
+            text.append(token)
+        group.step(tokens)
+
+    with torch.inference_mode():
+        group = Group(loaded.model, texts, loaded.pad, names, adapters)
+        go_on(group)
+        go_on(group)
+        group.join(Group(loaded.model, PROMPTS[3:], loaded.pad, NAMES[3:], adapters))
+        texts, names = [*texts, *(list(one) for one in PROMPTS[3:])], NAMES
+        go_on(group)
+        group.keep([1, 2, 4])
+        texts, names = [texts[i] for i in (1, 2, 4)], [names[i] for i in (1, 2, 4)]
+        go_on(group)
+        compare(group)
+        prompt = torch.tensor([PROMPTS[0]])
+        logits = {name: model(prompt).logits for name, model in plain.items()}
+        assert (logits["kind"] - logits[None]).abs().max() > 0.1 < (logits["kind"] - logits["rude"]).abs().max()
+        assert torch.equal(loaded.model(prompt).logits, logits[None]), "without a name nothing is added"
+
+
+def test_requests_choose_by_the_models_name(base, folders, merged):
+    """Many at a time, of all names: each text is what the merged model writes."""
+    wanted = {
+        name or base.name: Continue(folder, 1, {"max_tokens": 12, "temperature": 0})([Input("def f", 0)])[0].values["answer"]
+        for name, folder in merged.items()
+    }
+    assert len(set(wanted.values())) == 3
+    with opened(base, adapters=[f"{name}={folder}" for name, folder in folders.items()]) as url:
+        ask = client(url)
+        assert [one.id for one in ask.models.list()] == [base.name, "kind", "rude"]
+
+        def written(name: str) -> str:
+            return ask.completions.create(model=name, prompt="def f", max_tokens=12, temperature=0).choices[0].text
+
+        names = list(wanted) * 4
+        with ThreadPoolExecutor(12) as pool:
+            assert list(pool.map(written, names)) == [wanted[name] for name in names]
+        stream = ask.completions.create(model="rude", prompt="def f", max_tokens=12, temperature=0, stream=True)
+        assert "".join(piece.choices[0].text for piece in stream) == wanted["rude"]
+        with pytest.raises(openai.BadRequestError, match="'kind' is an adapter, and writes alone"):
+            ask.embeddings.create(model="kind", input="x")
+        with pytest.raises(openai.NotFoundError, match="and 'rude' are"):
+            ask.completions.create(model="gentle", prompt="x")
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"peft_type": "LOHA"}, "is an adapter of kind 'LOHA'; LORA is served"),
+        ({"use_dora": True}, r"use_dora: True is not served; merge it into its model"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save: .* is not served"),
+        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights: 'pissa'"),
+        ({"r": None}, "r and lora_alpha are required"),
+    ],
+)
+def test_an_adapter_of_another_kind_is_refused_before_a_weight_is_read(base, tmp_path, config, said):
+    folder = write_adapter(tmp_path / "x", base, 1, ("q_proj",), **config)
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(ConfigError, match=f"^--adapter: x: .*{said}"):
+        require("x", folder)
+
+
+def test_what_does_not_fit_the_model_is_named(base, folders, tmp_path):
+    model = Loaded(base).model
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ConfigError, match=r"holds no adapter \(adapter_config.json is missing\)"):
+        Adapters(model, {"x": str(tmp_path / "none")})
+    write_adapter(tmp_path / "pickled", base, 1, ("q_proj",))
+    (tmp_path / "pickled/adapter_model.safetensors").rename(tmp_path / "pickled/adapter_model.bin")
+    with pytest.raises(ConfigError, match=r"has no adapter_model.safetensors; save it with safetensors"):
+        Adapters(model, {"x": str(tmp_path / "pickled")})
+    other = write_model(tmp_path, {**BASE["model"], "intermediate_size": 24}, 64)
+    with pytest.raises(ConfigError, match=r"down_proj: its matrices are .* is it an adapter of another model\?"):
+        Adapters(Loaded(other).model, {"x": folders["rude"]})
+    for tensors, said in (
+        ({"base_model.model.lm_head.weight": torch.ones(2)}, "is no matrix of a layer"),
+        ({"base_model.model.nowhere.lora_A.weight": torch.ones(2, 2)}, "nowhere: is no linear layer of the model"),
+        ({"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 4)}, "has A alone"),
+        ({}, "is empty"),
+    ):
+        folder = write_adapter(tmp_path / said[:7], base, 1, ("q_proj",))
+        save_file(tensors, folder / "adapter_model.safetensors")
+        with pytest.raises(ConfigError, match=said):
+            Adapters(model, {"x": str(folder)})
+
+
+def test_names_are_apart_and_only_a_model_that_writes_has_adapters(base, folders, tmp_path):
+    told = served(str(base), "", None, None, None)
+    for given, said in (
+        (["kind"], "'kind' is not NAME=FOLDER"),
+        ([f"{base.name}={folders['kind']}"], "is the name of something else"),
+        ([f"a={folders['kind']}", f"a={folders['rude']}"], "'a' is the name of something else"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            told.with_adapters(given)
+    with pytest.raises(ConfigError, match="holds no adapter"):
+        told.with_adapters([f"x={tmp_path}"]).kind()
+    assert told.with_adapters([f"x={folders['kind']}"]).kind() == "text"
+    with pytest.raises(ConfigError, match="--adapter: goes with a model"):
+        served(None, "", None, str(tmp_path / "index"), None).with_adapters([f"x={folders['kind']}"])
