@@ -395,7 +395,8 @@ class Worker:
     def _restore_from_memory(self, source: Source) -> None:
         """Loads the state from copies in memory; parameters that are not trained come from storage, or are as they were built."""
         state, node = self._state(whole=True), ray.get_runtime_context().get_node_id()
-        same = source.world == self.world and self.job.train.zero.stage > 0  # at stage 0 a worker copies its part, and needs all
+        alone = zero_state.alike(self.engine)[1] == 1  # else a worker copied a part of what it needs
+        same = source.world == self.world and alone
 
         def restore() -> Any:
             return memory_copies.restore(source, state, node, self.rank, same, self._progressed)
