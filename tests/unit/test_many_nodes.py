@@ -6,7 +6,10 @@ import math
 
 import pytest
 from heliostat.errors import ConfigError
-from heliostat.plan import hardware, memory, traffic, zero_layout
+from heliostat.plan import hardware, layouts, memory, planner, traffic, zero_layout
+from heliostat.plan.counts import Counts
+from heliostat.plan.estimate import Planner
+from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.train.worker.engine_config import engine_config
 
 from tests.unit.build_job import job
@@ -109,6 +112,23 @@ def test_the_seconds_are_those_of_the_links_that_the_bytes_take():
     assert beside == pytest.approx(divided.inside / 450e9)  # in the node
     assert after == pytest.approx(divided.across * 8 / 400e9)  # eight rings through one node's network
     assert moved().seconds(DEVICE) == (pytest.approx(moved().total / 400e9), 0)
+
+
+def test_the_plan_of_a_job_has_them_and_no_layout_that_the_check_refuses():
+    sixteen = {**GPUS, "workers.count": 16, "train.global_batch": 64, "train.precision": "bf16"}
+    first = planner.planners(made := job(**sixteen), CausalLM(made), None, None, hardware.table())[-1]
+    keys = [{}, {"train.zero.divide_within": 8}, {"train.zero.copy_within": 8}, {"train.zero.quantize_weights": True}]
+    counts = Counts(first.model, first.kept, first.work)
+    plans = [Planner(job(**sixteen, **given), counts, first.device, first.prices) for given in keys]
+    plain, divided, copied, rounded = (one.chosen() for one in plans)
+    leaving = [one["communication"]["between_nodes"] for one in (divided, copied, rounded, plain)]
+    assert leaving == sorted(leaving) and len(set(leaving)) == 4
+    assert divided["memory"]["optimizer"] > 1.9 * plain["memory"]["optimizer"]
+    assert copied["memory"]["weights"] > plain["memory"]["weights"] == rounded["memory"]["weights"]
+    for one, given in zip(plans, keys, strict=True):
+        for layout in layouts.candidates(one.job, 16):
+            set_ = {k: v for k, v in layout.settings().items() if v is not None}
+            assert job(**{**sixteen, **given, **set_}).train.zero.stage == layout.stage
 
 
 def test_on_one_node_nothing_leaves_it():
