@@ -52,9 +52,11 @@ def run(name: str, deadline_s: float) -> tuple[str, str, str]:
                 code = process.wait(deadline_s)
                 failure = f"exit code {code}" if code else ""
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
                 failure = f"not done within {deadline_s:.0f} s"
+            finally:  # also when a person interrupts: it is in a session of its own, and would keep the GPU
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
         words = said.read_text(errors="replace").strip().splitlines()
         return (result.read_text() if result.exists() else ""), failure, words[-1] if words else ""
 
@@ -89,6 +91,9 @@ def main() -> int:
     if asked.piece:
         child(asked.piece, asked.result)
         return 0
+    chosen = [p for p in PIECES if not asked.only or p.name.startswith(tuple(asked.only))]
+    if not chosen:
+        parser.error(f"--only: no piece begins so; there are: {', '.join(p.name for p in PIECES)}")
     began = time.monotonic()
     asked.out.mkdir(parents=True, exist_ok=True)
     wrote, failure, words = run("probe", min(PROBE_S, asked.budget))
@@ -96,7 +101,7 @@ def main() -> int:
         print(f"tests.gpu: this machine cannot be looked at: {failure}: {words}", file=sys.stderr)  # noqa: T201
         return 1
     found: dict[str, Any] = {"date": datetime.now(UTC).date().isoformat(), "machine": json.loads(wrote), "pieces": []}
-    for piece in [p for p in PIECES if not asked.only or p.name.startswith(tuple(asked.only))]:
+    for piece in chosen:
         told = judged(piece, found["machine"]["has"], asked.budget - (time.monotonic() - began))
         found["pieces"].append(told)
         found["seconds"] = time.monotonic() - began

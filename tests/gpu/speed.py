@@ -85,7 +85,7 @@ def planned(made: Any) -> float:
     kept = model_stats.activations(made, bare, model, np.zeros((1, made.data.sequence_length), dtype=np.int32))
     prices = hardware.table()
     planner = Planner(made, Counts(stats, kept, ()), hardware.resolve(made, prices, None, None), prices)
-    _, need = planner._memory(layouts.of(made), made.accumulation)
+    _, need, _ = planner._memory(layouts.of(made), made.accumulation)
     return float(need.total - need.margin)
 
 

@@ -16,7 +16,7 @@ from tests.gpu.absent import ASIDE
 from tests.gpu.pieces import PIECES
 
 ROOT = Path(__file__).parents[2]
-ONLY = ["zero fp32", "save", "attention", "fp8", "train model=1B"]
+ONLY = ["zero fp32", "save", "attention", "fp8", "train on a CPU", "train model=1B"]
 
 
 def test_every_piece_is_a_function_with_a_name_of_its_own() -> None:
@@ -24,6 +24,13 @@ def test_every_piece_is_a_function_with_a_name_of_its_own() -> None:
     for piece in PIECES:
         module, _, name = piece.function.partition(":")
         assert callable(getattr(import_module(f"tests.gpu.{module}"), name))
+
+
+def test_pieces_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["tests.gpu", "--only", "zreo"])
+    with pytest.raises(SystemExit) as e:
+        numbers.main()
+    assert e.value.code == 2 and "--only: no piece begins so; there are: zero fp32, " in capsys.readouterr().err
 
 
 @pytest.mark.ci
@@ -40,6 +47,8 @@ def test_without_a_gpu_ray_and_arrow_it_runs_to_its_end(tmp_path: Path) -> None:
     assert trained["status"] == "passed", trained["reason"]
     assert [row["what"] for row in trained["rows"]] == [f"ZeRO-{stage}, fp32" for stage in (1, 2, 3)]
     assert all(row["last"] < row["first"] - 0.2 and row["difference"] < row["limit"] for row in trained["rows"]), "it learns"
+    fast = pieces.pop("train on a CPU")
+    assert fast["status"] == "passed" and fast["rows"][0]["tokens_per_second"] > 0 < fast["rows"][0]["plan_gib"], fast["reason"]
     assert pieces.pop("save")["reason"] == "needs pyarrow"
     assert {p["reason"] for p in pieces.values()} <= {"needs gpu", "needs gpu, float8", "needs gpu, flash_attn"} and len(
         pieces

@@ -11,7 +11,7 @@ import torch
 from heliostat.cli.plan import lines
 from heliostat.data import manifest
 from heliostat.errors import ConfigError
-from heliostat.plan import failures, hardware, memory, planner, step_time, zero_layout
+from heliostat.plan import failures, hardware, memory, planner, step_time, traffic, zero_layout
 from heliostat.plan.counts import Work
 from heliostat.plan.model_stats import Meter, activations, build, stats_of, work
 from heliostat.storage import Location
@@ -190,7 +190,7 @@ def test_frozen_parameters_have_weights_alone():
 @pytest.mark.parametrize(("stage", "times"), [(0, 2), (1, 2), (2, 5), (3, 12)])
 def test_a_step_moves_what_ring_collectives_move(stage, times):
     """Four micro-batches: stages 0 and 1 reduce once, 2 every time, 3 also gathers twice every time."""
-    assert step_time.volume(1000, 2, 4, stage, accumulation=4) == times * 1000 * 2 * 3 // 4
+    assert traffic.volume(1000, 2, 4, stage, accumulation=4) == times * 1000 * 2 * 3 // 4
 
 
 EFFICIENCY = hardware.Efficiency(0.5, 0.25, 0.2, 0.5, 0.4, 1e-5)
@@ -199,15 +199,15 @@ DEVICE = hardware.Device("H100", 80 * GIB, 1e15, 700, 8, 450e9, 400e9, 0, 1, 2e1
 
 def test_communication_hides_behind_the_computing_that_it_can_run_beside():
     """Stage 3 gathers and reduces beside all of it; stage 1 reduces behind the last backward pass and gathers afterwards."""
-    network = hardware.Network(0.5, 0.8)
+    network, moved = hardware.Network(0.5, 0.8), traffic.Traffic(int(400e9), 16)
     three, one = (step_time.Setting(16, stage, 1, 2) for stage in (3, 1))
-    step = step_time.step(1.0, int(400e9), 0.0, three, DEVICE, network)
+    step = step_time.step(1.0, moved, 0.0, three, DEVICE, network)
     assert (step.computing, step.communicating) == (2.0, 2.0) and step.exposed == pytest.approx(0.4)
-    step = step_time.step(1.0, int(400e9), 0.0, one, DEVICE, network)
+    step = step_time.step(1.0, moved, 0.0, one, DEVICE, network)
     assert step.exposed == pytest.approx(2.0 - 2 / 3)  # 0.8 s could, and a backward pass is two thirds of a second
-    assert step_time.step(0.0, int(400e9), 0.0, three, DEVICE, network).total == 2.0  # nothing to hide behind
+    assert step_time.step(0.0, moved, 0.0, three, DEVICE, network).total == 2.0  # nothing to hide behind
     alone = step_time.Setting(1, 3, 1, 2)
-    assert step_time.step(1.0, int(400e9), 0.0, alone, DEVICE, network).total == 2.0  # nobody to send to
+    assert step_time.step(1.0, moved, 0.0, alone, DEVICE, network).total == 2.0  # nobody to send to
 
 
 def test_an_operation_takes_its_arithmetic_and_its_bytes():

@@ -96,7 +96,8 @@ def lines(p: dict[str, Any]) -> list[str]:
         + (f"{p['flops']['per_token']:.3g} FLOPs a token, " if r["tokens"] else "")
         + f"{p['flops']['per_sample']:.3g} a sample",
         f"network    {link['bytes_per_step'] / 1e9:.2f} GB a step and worker, {link['seconds_per_step']:.2f} s, of which "
-        f"{link['exposed_s']:.2f} s do not hide",
+        f"{link['exposed_s']:.2f} s do not hide"
+        + (f"; of weights and gradients {link['between_nodes'] / 1e9:.2f} GB leave each node" if link["between_nodes"] else ""),
         f"speed      {s['step_s']:.2f} s a step, "
         + (f"{s['tokens_per_second']:,.0f} tokens/s, " if r["tokens"] else "")
         + f"{s['samples_per_second']:,.2f} samples/s, MFU {s['mfu']:.1%}",

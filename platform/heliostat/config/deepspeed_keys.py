@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError
 
 from heliostat.config.schema import Float, Strict, explain
 from heliostat.config.spec import Job
+from heliostat.config.train_section import DEEPCOMPILE, QUANTIZED_GRADIENTS
 
 Elements = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(gt=0)]
@@ -152,8 +153,15 @@ INSTEAD = {
     "zero_optimization.load_from_fp32_weights": "heliostat's checkpoints always hold fp32 masters (checkpoint)",
     "zero_optimization.elastic_checkpoint": "heliostat's checkpoints load on any number of workers (checkpoint)",
     "zero_optimization.stage3_gather_16bit_weights_on_model_save": "use `heliostat export`",
+    "zero_optimization.zero_hpz_partition_size": "use train.zero.copy_within",
+    "zero_optimization.zero_quantized_weights": "use train.zero.quantize_weights",
+    "zero_optimization.zero_quantized_nontrainable_weights": "would round weights that a checkpoint holds",
+    "zero_optimization.zero_quantized_gradients": QUANTIZED_GRADIENTS,
+    "zero_optimization.mics_shard_size": "use train.zero.divide_within",
+    "zero_optimization.mics_hierarchical_params_gather": "use train.zero.divide_within",
+    "zero_optimization.zeropp_loco_param": "what it carries from step to step would be in no checkpoint",
     "activation_checkpointing": "use train.activation_checkpointing",
-    "compile": "use train.compile",
+    "compile": f"use train.compile (DeepCompile is not supported: {DEEPCOMPILE})",
     "sequence_parallel_size": "use train.parallel.sequence",
     "checkpoint": "use checkpoint",
     "load_universal_checkpoint": "heliostat's checkpoints load at any stage (checkpoint)",

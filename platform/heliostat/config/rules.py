@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def faults(job: Job) -> list[str]:
     """Lists what is wrong, a line each that begins with the key."""
-    found = _sequence_faults(job) or _expert_faults(job) or _batch_faults(job)
+    found = _sequence_faults(job) or _expert_faults(job) or _many_nodes_faults(job) or _batch_faults(job)
     found += [*_memory_faults(job), *_precision_faults(job), *_offload_faults(job), *_checkpoint_faults(job)]
     found += [*_attention_faults(job), *_fp8_faults(job), *_optimizer_faults(job)]
     found += _mix_faults(job.data) + _mlflow_faults(job.mlflow)
@@ -77,6 +77,38 @@ def _expert_faults(job: Job) -> list[str]:
         f"train.optimizer.name: {train.optimizer.name}": train.optimizer.orthogonalizes,
     }
     return faults + [f"{key} with {other} is not tried; remove one of them" for other, there in untried.items() if there]
+
+
+def _many_nodes_faults(job: Job) -> list[str]:
+    """Lists what is wrong with the ways in which fewer bytes travel between nodes."""
+    train, zero, faults = job.train, job.train.zero, list[str]()
+    asked = {"divide_within": zero.divide_within, "copy_within": zero.copy_within, "quantize_weights": zero.quantize_weights}
+    untried = {
+        "train.parallel": train.parallel.sequence > 1 or train.parallel.expert > 1,
+        "train.zero.offload.param": zero.offload.param,
+        "train.compile": train.compile,
+        "train.recheck": train.recheck,
+    }
+    for name, each in asked.items():
+        key = f"train.zero.{name}: {str(each).lower()}"
+        if not each:
+            continue
+        if zero.stage != 3:
+            faults.append(f"{key} is of weights that are divided, and needs train.zero.stage 3, not {zero.stage}")
+        if not isinstance(each, bool):
+            faults += _group_faults(key, each, job)
+        faults += [f"{key} with {other} is not tried; remove one of them" for other, there in untried.items() if there]
+    if zero.divide_within and zero.copy_within:
+        faults.append("train.zero.copy_within: with train.zero.divide_within all weights are within a group already; remove it")
+    if zero.divide_within and zero.offload.optimizer:
+        faults.append("train.zero.divide_within: with train.zero.offload.optimizer is not tried; remove one of them")
+    if zero.divide_within and train.optimizer.orthogonalizes:
+        faults.append(f"train.zero.divide_within: with train.optimizer.name {train.optimizer.name!r} is not tried; remove it")
+    if zero.quantize_weights and not job.workers.gpus:
+        faults.append("train.zero.quantize_weights: true needs GPUs (workers.gpus is 0), whose kernels round; set it to false")
+    if zero.quantize_weights and zero.divide_within:
+        faults.append("train.zero.quantize_weights: with train.zero.divide_within is not tried; remove one of them")
+    return faults
 
 
 def _memory_faults(job: Job) -> list[str]:

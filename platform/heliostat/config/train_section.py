@@ -22,12 +22,35 @@ class Offload(Strict):
     """A folder on the node's NVMe, for `param: nvme`."""
 
 
+Group = Annotated[int, Field(ge=2, le=LARGEST)]
+QUANTIZED_GRADIENTS = "DeepSpeed's kernels read gradients in bf16 and fp32 as if they were fp16, and round sums to 4 bits"
+
+
 class Zero(Strict):
     stage: Literal[0, 1, 2, 3] = 1
     """What is divided among the workers. 0: nothing; 1: optimizer state; 2: gradients, too; 3: weights, too. Stage 0 needs
     `precision: fp32`."""
     offload: Offload = Offload()
     """What is moved out of GPU memory."""
+    divide_within: Group | None = None
+    """Workers that divide the state among them, as those of a node; each such group has all of it, and groups average their
+    gradients once a step. Stage 3 alone. Unset: all workers divide it. See docs/job.md#many-nodes"""
+    copy_within: Group | None = None
+    """Workers that keep a second copy of the weights, divided among them, as those of a node: a layer that was gathered once in a
+    step is gathered again from there (ZeRO++ hpZ). Stage 3 alone. Unset: no copy. See docs/job.md#many-nodes"""
+    quantize_weights: bool = False
+    """Sends weights in 8 bits when they are gathered (ZeRO++ qwZ). Stage 3 and GPUs alone. See docs/job.md#many-nodes"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _offered(cls, value: Any) -> Any:
+        """Refuses ways to send less that are known elsewhere, with the reason."""
+        if isinstance(value, dict) and "quantize_gradients" in value:
+            raise ValueError(
+                f"quantize_gradients is not supported: {QUANTIZED_GRADIENTS}; remove it, and use divide_within, which sends "
+                "gradients between nodes once a step"
+            )
+        return value
 
     @field_validator("stage", mode="before")
     @classmethod
@@ -85,10 +108,15 @@ def _layers(value: object) -> object:
     raise ValueError(f"{brief(repr(value))} should be true, false, or how many of the first layers (1 or more)")
 
 
+DEEPCOMPILE = "DeepSpeed's passes begin at the optimizer's step 0, which a resumed run does not make"
+
+
 def _compiled(value: object) -> object:
     """Validates what is compiled, with one message for both kinds of answers."""
     if isinstance(value, bool) or value == "blocks":
         return value
+    if value == "deepcompile":
+        raise ValueError(f"deepcompile is not supported: {DEEPCOMPILE}; use true or blocks")
     raise ValueError(f"{brief(repr(value))} should be true, false or blocks")
 
 

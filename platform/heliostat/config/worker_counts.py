@@ -14,12 +14,14 @@ if TYPE_CHECKING:
 def fitting(job: Job, lanes: int, least: int, most: int) -> list[int]:
     """Lists the numbers of workers in [least, most] that can play the lanes in whole micro-batches.
 
-    The lanes are dealt to replicas: as many workers as share a sample. Workers that divide experts form whole groups.
+    The lanes are dealt to replicas: as many workers as share a sample. Workers that divide experts, or state, form whole groups.
     """
     batch, micro, each = job.train.global_batch, job.train.micro_batch, job.train.parallel.sequence
     replicas = divisors(math.gcd(lanes, batch))
     found = [n * each for n in replicas if least <= n * each <= most and batch // n % micro == 0]
-    return [n for n in found if n % job.train.parallel.expert == 0]
+    zero = job.train.zero
+    groups = job.train.parallel.expert, zero.divide_within or 1, zero.copy_within or 1
+    return [n for n in found if not any(n % each for each in groups)]
 
 
 def divisors(number: int) -> list[int]:

@@ -13,10 +13,11 @@ from typing import Any
 from heliostat.config import spec
 from heliostat.config.optimizers import STATE_BYTES, Muon
 from heliostat.config.spec import Job
-from heliostat.plan import failures, hardware, layouts, memory, orthogonalizing, step_time
+from heliostat.plan import failures, hardware, layouts, memory, orthogonalizing, step_time, traffic
 from heliostat.plan.counts import Counts
 from heliostat.plan.hardware import Device
 from heliostat.plan.layouts import Layout
+from heliostat.plan.traffic import Traffic
 from heliostat.train.worker.engine_config import engine_config
 
 
@@ -79,7 +80,7 @@ class Planner:
         """Estimates memory, communication and speed in a layout, everything else as in the job."""
         accumulation = self._accumulation(layout)
         held, need, left = self._memory(layout, accumulation)
-        moved = self._volume(layout, accumulation)
+        moved = self._traffic(layout, accumulation)
         took, replaying, handed = self._time(layout, accumulation, moved, held.host + held.disk + left * accumulation)
         per_second = self.job.train.global_batch / took.total
         return {
@@ -92,7 +93,8 @@ class Planner:
             "fits": self._within(need),
             "memory": {**need.dump(), "device": int(self.device.memory)},
             "communication": {
-                "bytes_per_step": moved + handed,
+                "bytes_per_step": moved.total + handed,
+                "between_nodes": moved.between_nodes(self.device.per_node),
                 "seconds_per_step": took.communicating,
                 "exposed_s": took.exposed,
             },
@@ -119,13 +121,19 @@ class Planner:
             found[name.rpartition(".")[0]] += math.prod(shape) // (parts if name in self.model.stacked else 1)
         return found
 
-    def _volume(self, layout: Layout, accumulation: int) -> int:
-        """Estimates the bytes of weights and gradients that each worker sends in a step. Workers that divide experts have only
-        those to exchange that others have, too."""
-        low, parts = memory.LOW[self.job.train.precision], self.job.train.parallel.expert
+    def _traffic(self, layout: Layout, accumulation: int) -> Traffic:
+        """Estimates what of weights and gradients each worker sends in a step. Workers that divide experts have only those to
+        exchange that others have, too."""
+        train, parts = self.job.train, self.job.train.parallel.expert
+        low, summed = memory.LOW[train.precision], 4 if self._sums_fp32 and accumulation > 1 else memory.LOW[train.precision]
         experts = sum(math.prod(self.model.shapes[name]) for name in self.model.stacked) if parts > 1 else 0
-        rest = step_time.volume(self.model.parameters - experts, low, self.workers, layout.stage, accumulation)
-        return rest + step_time.volume(experts // parts, low, self.workers // parts, layout.stage, accumulation)
+        parameters = self.model.parameters - experts
+        rest = traffic.of(train.zero, layout.stage, parameters, low, summed, self.workers, accumulation)
+        return rest + traffic.volume(experts // parts, low, self.workers // parts, layout.stage, accumulation)
+
+    @property
+    def _sums_fp32(self) -> bool:
+        return spec.settle(self.job, None).train.accumulate == "fp32"
 
     def _memory(self, layout: Layout, accumulation: int) -> tuple[memory.State, memory.Need, int]:
         """Estimates the training state, all that a worker needs, and the bytes of activations that are on the host."""
@@ -133,7 +141,7 @@ class Planner:
         held = memory.state(
             model.shapes,
             model.frozen,
-            self.workers,
+            self._dividing(layout),
             layout.stage,
             train.precision,
             layout.offload_optimizer,
@@ -141,8 +149,9 @@ class Planner:
             self._zero.get("stage3_param_persistence_threshold", memory.BUCKETS["stage3_param_persistence_threshold"]),
             accumulation > 1,
             bool(train.ema),
-            spec.settle(self.job, None).train.accumulate == "fp32",
+            self._sums_fp32,
             {name: len(kept) for name, kept in model.kept(train.optimizer).items()},
+            train.zero.copy_within if layout.stage == 3 else None,
         )
         parameters, layer = model.parameters, model.layer
         if train.parallel.expert > 1:
@@ -150,6 +159,10 @@ class Planner:
         live = memory.working(parameters, layer, layout.stage, train.precision, self._zero, self.gpu)
         kept, left = self._activations(layout)
         return held, memory.need(held, live, kept, self.gpu, model.frozen_models, left), left
+
+    def _dividing(self, layout: Layout) -> int:
+        """Counts the workers that divide the state among them."""
+        return (self.job.train.zero.divide_within if layout.stage == 3 else None) or self.workers
 
     def _activations(self, layout: Layout) -> tuple[int, int]:
         """Estimates the bytes of activations on a worker's device, and of those that it leaves to its host."""
@@ -164,7 +177,7 @@ class Planner:
             kept += self.kept.tile.held(layout.micro_batch * length // layout.sequence)
         return kept, left
 
-    def _time(self, layout: Layout, accumulation: int, moved: int, on_host: int) -> tuple[step_time.Step, float, int]:
+    def _time(self, layout: Layout, accumulation: int, moved: Traffic, on_host: int) -> tuple[step_time.Step, float, int]:
         """Estimates a step, the seconds of it that play the forward pass again, and the bytes that workers hand each other of
         samples, tokens and whole matrices. `on_host`: bytes that cross to the host and back in a step."""
         micro_batch, first = layout.micro_batch / layout.sequence, self._checkpointed(layout)
@@ -187,7 +200,7 @@ class Planner:
         micro, replaying = self._micro[key]
         trained = sum(math.prod(s) for s in self.model.trained.values())
         moments = self._moments() / trained if trained else 0.0
-        updated = orthogonal + step_time.updating(trained / (self.workers if layout.stage else 1), moments, self.device)
+        updated = orthogonal + step_time.updating(trained / (self._dividing(layout) if layout.stage else 1), moments, self.device)
         copied = 2 * on_host / (self.prices["storage"]["host_copy"] * 1e9)
         took = step_time.step(micro, moved, updated, setting, self.device, self.network, copied, handing)
         return took, replaying * accumulation, handed
@@ -202,7 +215,7 @@ class Planner:
         sent = orthogonalizing.moved(sum(map(math.prod, sides)), self.workers, stage)
         peak = self.device.peaks.get(optimizer.newton_schulz, self.device.flops)
         computed = orthogonalizing.flops(sides) / (self.workers if stage else 1) / (peak * self.device.efficiency.matmul)
-        return sent, sent / (step_time.rate(self.workers, self.device) * self.network.rate), computed
+        return sent, sent / (traffic.rate(self.workers, self.device) * self.network.rate), computed
 
     def _moments(self) -> int:
         """Counts the elements of all optimizer state."""

@@ -75,7 +75,8 @@ def candidates(job: Job, workers: int, degrees: Iterable[int] = (1,)) -> Iterato
 
 def _alone(job: Job, replicas: int) -> Iterator[Layout]:
     micros = divisors(job.train.global_batch // replicas)
-    divides = job.train.parallel.expert > 1  # which is at stage 3, without offload
+    zero, divides = job.train.zero, job.train.parallel.expert > 1  # which is at stage 3, without offload
+    divides = divides or bool(zero.divide_within or zero.copy_within or zero.quantize_weights)
     for stage in range(3 if divides else 0 if job.train.precision == "fp32" else 1, 4):  # stage 0 trains in fp32 alone
         for optimizer, param in OFFLOADS.values() if job.workers.gpus and not divides else [(None, None)]:
             if (optimizer and not stage) or (param and stage < 3):

@@ -59,11 +59,13 @@ def state(
     ema: bool = False,
     sums_fp32: bool = True,
     moments: int | Mapping[str, int] = 2,
+    copied: int | None = None,
 ) -> State:
     """Computes the bytes of training state that a worker holds between two steps.
 
     Gradients count at their largest, before the optimizer's step; several micro-batches are summed in fp32 (`sums_fp32`) or in
-    the precision. `moments`: tensors that the optimizer keeps of every parameter, or of each by name.
+    the precision. `moments`: tensors that the optimizer keeps of every parameter, or of each by name. `copied`: workers that keep
+    a second copy of stage 3's weights among them.
     """
     sizes = {n: math.prod(s) for n, s in shapes.items()}
     trained = sum(n for name, n in sizes.items() if name not in frozen)
@@ -79,7 +81,8 @@ def state(
         )
     if stage == 3:
         small = sum(n for n in sizes.values() if n <= persistence)  # these stay gathered
-        weights = low * (sum(partition(n, workers) for n in sizes.values()) + small)
+        again = sum(partition(n, min(copied, workers)) for n in sizes.values()) if copied else 0
+        weights = low * (sum(partition(n, workers) for n in sizes.values()) + small + again)
     else:
         weights = low * sum(sizes.values())
     gradients = low * (trained if stage == 1 else share)

@@ -12,19 +12,9 @@ from dataclasses import dataclass
 
 from heliostat.plan.counts import MEMORY, Work
 from heliostat.plan.hardware import Device, Network
+from heliostat.plan.traffic import Traffic, rate
 
 BACKWARD = 2 / 3  # of a micro-batch's computing: what a reduction of gradients can hide behind
-
-
-def volume(numel: int, low: int, workers: int, stage: int, accumulation: int) -> int:
-    """Computes the bytes that each worker sends in an optimizer step with ring collectives (it receives as many).
-
-    Psi parameters: an all-reduce moves 2 Psi, a reduce-scatter or an all-gather Psi (Rajbhandari et al. 2020, section 7).
-    Stages 0 and 1 reduce once a step; stage 2 after every micro-batch, because it keeps only its part of the gradients;
-    stage 3 gathers the weights twice and reduces once in every micro-batch.
-    """
-    times = {0: 2, 1: 2, 2: accumulation + 1, 3: 3 * accumulation}[stage]
-    return int(times * numel * low * (workers - 1) / workers)
 
 
 @dataclass(frozen=True)
@@ -88,32 +78,27 @@ def updating(numel: float, moments: float, device: Device) -> float:
     return numel * (8 + 8 * moments + 4 + 2) / (device.bandwidth * device.efficiency.memory)
 
 
-def exposed(moved: int, micro_s: float, setting: Setting, device: Device, network: Network) -> tuple[float, float]:
+def exposed(moved: Traffic, micro_s: float, setting: Setting, device: Device, network: Network) -> tuple[float, float]:
     """Estimates the seconds of communication of a step, and those that no computing hides.
 
     A ring passes from GPU to GPU inside a node, and from node to node through all of the node's network cards together. What
     stage 3 gathers and reduces runs beside all computing; stage 2 reduces behind every backward pass, stages 0 and 1 behind the
-    last one; what is gathered after the optimizer's step waits.
+    last one; what is gathered after the optimizer's step, or averaged over groups before it, waits.
     """
     if setting.workers == 1:
         return 0.0, 0.0
-    seconds = moved / (rate(setting.workers, device) * network.rate)
+    seconds, after = (peak / network.rate for peak in moved.seconds(device))
     if setting.stage == 3:
         beside, behind = seconds, micro_s * setting.accumulation
     else:
         passes = setting.accumulation if setting.stage == 2 else 1
         beside, behind = seconds * passes / (passes + 1), micro_s * BACKWARD * passes
-    return seconds, seconds - min(beside * network.overlap, behind)
-
-
-def rate(workers: int, device: Device) -> float:
-    """Returns the peak rate between so many workers, on one node if they fit there."""
-    return device.link if workers <= device.per_node else min(device.link, device.network)
+    return seconds + after, seconds + after - min(beside * network.overlap, behind)
 
 
 def step(
     micro: float,
-    moved: int,
+    moved: Traffic,
     updating: float,
     setting: Setting,
     device: Device,
@@ -123,7 +108,7 @@ def step(
 ) -> Step:
     """Estimates the seconds of one optimizer step.
 
-    `micro`: seconds that a micro-batch computes; `moved`: bytes that each worker sends; `exchanging`: seconds in which those that
+    `micro`: seconds that a micro-batch computes; `moved`: what each worker sends; `exchanging`: seconds in which those that
     share samples hand each other parts of them.
     """
     communicating, waits = exposed(moved, micro, setting, device, network)

@@ -28,11 +28,12 @@ def slices(
     groups: list[list[str]] | None = None,
     stacked: frozenset[str] = frozenset(),
     parts: int = 1,
+    replicas: int = 1,
 ) -> list[list[Slice]]:
     """Cuts the trained parameters into the slices that each rank owns; together they cover every element once.
 
     `groups`: the optimizer's parameter groups, by names. At stage 3 so many workers may divide `stacked` experts: each has a
-    part, which is divided among those that have the same.
+    part, which is divided among those that have the same. Or so many `replicas` have all; each owns a part of every slice.
     """
     if stage in (1, 2):
         out: list[list[Slice]] = [[] for _ in range(workers)]
@@ -40,9 +41,10 @@ def slices(
             for rank, piece in _cut_group([(n, math.prod(shapes[n])) for n in group], workers):
                 out[rank].append(piece)
         return out
+    sizes, each = {n: math.prod(shape) for n, shape in shapes.items()}, workers // replicas
     return [
-        [s for n, shape in shapes.items() if (s := _own(n, math.prod(shape), rank, workers, parts if n in stacked else 1))[2]]
-        for rank in range(workers)
+        [s for n in sizes if (s := _share(_own(n, sizes[n], part, each, parts if n in stacked else 1), number, replicas))[2]]
+        for number, part in (divmod(rank, each) for rank in range(workers))
     ]
 
 
@@ -51,6 +53,14 @@ def _own(name: str, numel: int, rank: int, workers: int, parts: int) -> Slice:
     per = -(-part // (workers // parts))
     start = min(alike * per, part)
     return name, rank % parts * part + start, min(per, part - start)
+
+
+def _share(owned: Slice, number: int, replicas: int) -> Slice:
+    """Cuts the part of a slice that one replica of several owns."""
+    name, start, numel = owned
+    per = -(-numel // replicas)
+    begin = min(number * per, numel)
+    return name, start + begin, min(per, numel - begin)
 
 
 def _cut_group(sizes: list[tuple[str, int]], workers: int) -> Iterator[tuple[int, Slice]]:

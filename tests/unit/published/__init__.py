@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from heliostat.plan import hardware, model_stats, step_time
+from heliostat.plan import hardware, model_stats, step_time, traffic
 from heliostat.plan.counts import Work
 from heliostat.recipes.protocol import Loss
 
@@ -98,7 +98,7 @@ def planned(run: dict[str, Any], prices: dict[str, Any]) -> float:
     workers, accumulation, micro = run["workers"], math.ceil(run["accumulation"]), run["micro_batch"]
     setting = step_time.Setting(workers, run["stage"], micro, accumulation, run["replayed"], run.get("compile", False))
     device = machine(run, prices)
-    moved = step_time.volume(numel, 2, workers, run["stage"], accumulation)
+    moved = traffic.Traffic(traffic.volume(numel, 2, workers, run["stage"], accumulation), workers)
     updated = step_time.updating(numel / workers, 2, device)
     took = step_time.step(step_time.computing(work, setting, device), moved, updated, setting, device, hardware.network(prices))
     return micro * accumulation * run.get("length", 1) / took.total

@@ -14,7 +14,7 @@ import os
 import sys
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from heliostat.recipes import building
 from heliostat.recipes.protocol import Recipe
 from heliostat.train.worker import expert_group, matrix_cut, zero_state
 from heliostat.train.worker.engine_config import engine_config
+from heliostat.train.worker.replicas import Replicas
 from heliostat.train.worker.sequence_group import SequenceGroup
 
 _engines: weakref.WeakSet[Any] = weakref.WeakSet()  # that are in memory
@@ -86,7 +87,7 @@ def _without_compiler() -> Iterator[None]:
         torch.compile = compiler
 
 
-def build_model(job: Job, recipe: Recipe, config: dict[str, Any]) -> torch.nn.Module:
+def build_model(job: Job, recipe: Recipe, config: dict[str, Any], replicas: Replicas | None = None) -> torch.nn.Module:
     """Builds the model with its initial weights, the same on every worker; at stage 3 no worker ever holds all of them."""
     torch.manual_seed(job.train.seed)
     if job.train.zero.stage < 3:
@@ -95,7 +96,8 @@ def build_model(job: Job, recipe: Recipe, config: dict[str, Any]) -> torch.nn.Mo
     from transformers.integrations import HfDeepSpeedConfig
 
     stage = HfDeepSpeedConfig(config)  # while it lives, transformers builds and initialises models partitioned
-    model = building.build(recipe)
+    with replicas.dividing() if replicas else nullcontext():
+        model = building.build(recipe)
     del stage
     return model
 
@@ -106,10 +108,14 @@ def build_engine(job: Job, recipe: Recipe, sequence: SequenceGroup | None = None
     Workers that share samples in a `sequence` group are as any others to it: it shards over all workers, and averages over all.
     """
     import deepspeed
+    from deepspeed.utils import groups as known_groups
     from deepspeed.utils import set_z3_leaf_module
 
-    config = engine_config(job)
-    model = build_model(job, recipe, config)
+    config, within = engine_config(job), job.train.zero.divide_within
+    replicas = Replicas(within) if within and within < dist.get_world_size() else None
+    model = build_model(job, recipe, config, replicas)
+    if job.train.zero.quantize_weights:
+        _require_eighths(model)
     expert_group.divide(recipe, model, job.train.parallel.expert)
     cpu_kernels.use(model, job, recipe.causal)
     train, settings = job.train, job.train.optimizer
@@ -129,13 +135,18 @@ def build_engine(job: Job, recipe: Recipe, sequence: SequenceGroup | None = None
         set_z3_leaf_module(block, True)
     exact = {name: model.get_buffer(name).float() for name in recipe.exact(model)}
     optimizer = settings.build(groups)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    known_groups.mpu = replicas  # DeepSpeed would keep those of the engine before
+    if replicas:
+        replicas.equalize(model)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False, mpu=replicas)
     _engines.add(engine)
+    if replicas:
+        replicas.average(engine)
     for name, values in exact.items():
         building.put_buffer(model, name, values.to(engine.device))
     if sequence:
         sequence.join(recipe, engine.module)
-    engine.moments, engine.copies = moments, settings.copies  # which `zero_state` reads
+    engine.moments, engine.copies, engine.replicas = moments, settings.copies, replicas  # which `zero_state` reads
     if settings.orthogonalizes:
         zero_state.init_optimizer_state(engine)
         matrix_cut.tell(engine, hidden)
@@ -145,6 +156,17 @@ def build_engine(job: Job, recipe: Recipe, sequence: SequenceGroup | None = None
     elif job.train.compile:
         engine.compile()
     return engine
+
+
+def _require_eighths(model: torch.nn.Module) -> None:
+    """Raises ConfigError unless each worker's part of every weight has a multiple of 8 elements, as DeepSpeed's kernel wants."""
+    parts: dict[str, Any] = dict(model.named_parameters())
+    for name, part in ((name, p.ds_tensor.ds_numel) for name, p in parts.items()):
+        if part % 8:
+            raise ConfigError(
+                f"train.zero.quantize_weights: a part of {name} has {part} elements on {dist.get_world_size()} workers, "
+                "which must be a multiple of 8; use another number of workers, or set it to false"
+            )
 
 
 def destroy_engines() -> None:

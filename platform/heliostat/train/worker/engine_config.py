@@ -29,6 +29,10 @@ def engine_config(job: Job) -> dict[str, Any]:
     if offload.param:
         where = {"nvme_path": offload.nvme_path} if offload.nvme_path else {}
         zero["offload_param"] = {"device": offload.param, "pin_memory": bool(job.workers.gpus), **where}
+    if train.zero.copy_within:
+        zero["zero_hpz_partition_size"] = train.zero.copy_within
+    if train.zero.quantize_weights:
+        zero["zero_quantized_weights"] = True
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": job.accumulation,

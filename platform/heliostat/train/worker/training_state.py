@@ -112,7 +112,8 @@ class TrainingState:
         """Loads copies in memory; parameters that are not trained come from storage, or are as they were built."""
         context, node = self.context, ray.get_runtime_context().get_node_id()
         state = self.tensors(whole=True)
-        same = source.world == context.world and context.job.train.zero.stage > 0  # at stage 0 a worker copies a part, needs all
+        alone = zero_state.alike(self.engine)[1] == 1  # else a worker copied a part of what it needs
+        same = source.world == context.world and alone
 
         def restore() -> Any:
             return memory_copies.restore(source, state, node, context.rank, same, context.progressed)

@@ -24,17 +24,23 @@ from heliostat.train.worker.expert_group import WHOLE
 def state(engine: Any, whole: bool = False) -> dict[str, torch.Tensor]:
     """Returns this rank's slices of all training state, as views: loading into them changes the engine.
 
-    At stage 0 every rank holds everything: it saves the rank-th part, and loads the `whole`.
+    What several ranks hold the same slice of, each saves a part of, and loads the `whole`.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
     out: dict[str, torch.Tensor] = {}
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
-            for key, local, start, numel in _slices(engine, parameter, (0, 1) if whole else (rank, world)):
-                out[f"{key}.{name}"] = FlatShard(local.detach(), start, numel)
+            for key, local, start, numel in _slices(engine, parameter):
+                out[f"{key}.{name}"] = share(FlatShard(local.detach(), start, numel), engine, whole)
     persistent = engine.module.state_dict().keys() if engine.zero_optimization_stage() < 3 else _persistent_buffers(engine.module)
     out |= {f"buffer.{name}": b for name, b in engine.module.named_buffers() if name in persistent}
     return out
+
+
+def alike(engine: Any) -> tuple[int, int]:
+    """Returns which of how many ranks this one is that hold the same slices: at stage 0 all, at stage 3 one of each replica."""
+    if engine.zero_optimization_stage() == 0:
+        return dist.get_rank(), dist.get_world_size()
+    return (engine.replicas.number, engine.replicas.count) if engine.replicas else (0, 1)
 
 
 def frozen(engine: Any, whole: bool = False) -> dict[str, FlatShard]:
@@ -46,17 +52,16 @@ def frozen(engine: Any, whole: bool = False) -> dict[str, FlatShard]:
     for name, p in engine.module.named_parameters():
         if p.requires_grad:
             continue
-        rank, world = dist.get_rank(), dist.get_world_size()
         if engine.zero_optimization_stage() == 3:
             if p.ds_tensor.numel() < p.ds_tensor.ds_numel:
                 raise ConfigError(f"train.zero.offload.param: nvme cannot hold {name!r}, which is not trained; use cpu")
             start, size, total = _at_stage_3(p)
-            out[f"{FROZEN}.{name}"] = FlatShard(p.ds_tensor.data.view(-1)[:size], start, total)
+            out[f"{FROZEN}.{name}"] = share(FlatShard(p.ds_tensor.data.view(-1)[:size], start, total), engine, whole)
         else:
             if not p.is_contiguous():
                 p.data = p.data.contiguous()
             shard = FlatShard(p.data.view(-1), 0, p.numel())
-            out[f"{FROZEN}.{name}"] = shard if whole else _part(shard, rank, world)
+            out[f"{FROZEN}.{name}"] = shard if whole else _part(shard, dist.get_rank(), dist.get_world_size())
     return out
 
 
@@ -69,16 +74,13 @@ def _persistent_buffers(module: torch.nn.Module) -> set[str]:
     }
 
 
-def _slices(engine: Any, p: Any, part: tuple[int, int]) -> Iterator[tuple[str, torch.Tensor, int, int]]:
+def _slices(engine: Any, p: Any) -> Iterator[tuple[str, torch.Tensor, int, int]]:
     """Yields (key, local values, start, numel) for the master weight and each moment; nothing if this rank has none of them."""
     stage = engine.zero_optimization_stage()
     if stage == 0:
-        rank, world = part
-        per = -(-p.numel() // world)
-        start, stop = min(rank * per, p.numel()), min((rank + 1) * per, p.numel())
         moments = engine.optimizer.state[p]
         for key, tensor in [("master", p.data), *((k, moments[k]) for k in engine.moments[p])]:
-            yield key, tensor.view(-1)[start:stop], start, p.numel()
+            yield key, tensor.view(-1), 0, p.numel()
     elif stage == 3:
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
@@ -158,15 +160,16 @@ def optimizer_steps(engine: Any) -> int:
 
 
 def share(shard: FlatShard, engine: Any, whole: bool) -> FlatShard:
-    """Cuts the part of a slice that this rank saves: at stage 0, where every rank holds everything, the rank-th part."""
-    return shard if whole or engine.zero_optimization_stage() else _part(shard, dist.get_rank(), dist.get_world_size())
+    """Cuts the part of a slice that this rank saves, where others hold the same."""
+    number, count = alike(engine)
+    return shard if whole or count == 1 else _part(shard, number, count)
 
 
-def _part(shard: FlatShard, rank: int, world: int) -> FlatShard:
-    """Cuts the rank-th part of a slice that every rank holds whole."""
-    per = -(-shard.shape[0] // world)
-    start = min(rank * per, shard.shape[0])
-    return FlatShard(shard.local[start : start + per], start, shard.shape[0])
+def _part(shard: FlatShard, number: int, count: int) -> FlatShard:
+    """Cuts a slice that so many ranks hold into a part for each."""
+    per = -(-shard.local.numel() // count)
+    begin = min(number * per, shard.local.numel())
+    return FlatShard(shard.local[begin : begin + per], shard.start + begin, shard.shape[0])
 
 
 def after_load(engine: Any, steps: int) -> None:
@@ -187,6 +190,8 @@ def refresh(engine: Any) -> None:
                 low.data.copy_(master.data)
         for group in range(len(zero.fp16_groups)):
             zero._reassign_or_swap_out_partitioned_parameters(group)
+        for p in engine.module.parameters():
+            p.ds_secondary_tensor = None  # the second copy (`train.zero.copy_within`) is of the values before
         if zero.persistent_parameters:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
     elif stage and _sums_apart(engine):

@@ -1,0 +1,80 @@
+"""Computes the bytes of weights and gradients that travel in an optimizer step, and between which workers: pure functions.
+
+Everything travels in rings: of all workers, of the workers of a group (`train.zero.divide_within`, `copy_within`), and of the
+workers that have the same part of different groups, one ring for each part at the same time. A group is of neighbouring ranks, so
+that one as large as a node, or a part of it, is in one node.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from heliostat.config.train_section import Zero
+from heliostat.plan.hardware import Device
+
+EIGHT_BITS = 1  # bytes; the scales beside them, 4 bytes for thousands, are left out
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Holds the bytes that each worker sends in a step: in a ring of all `workers`; inside of its `group`; and across groups,
+    once, before the optimizer's step."""
+
+    around: int
+    workers: int
+    inside: int = 0
+    across: int = 0
+    group: int = 1
+
+    @property
+    def total(self) -> int:
+        return self.around + self.inside + self.across
+
+    def __add__(self, other: int) -> Traffic:
+        return Traffic(self.around + other, self.workers, self.inside, self.across, self.group)
+
+    def between_nodes(self, per_node: int) -> int:
+        """Computes the bytes that each node sends to others: a ring leaves it once."""
+        if self.workers <= per_node:
+            return 0
+        return self.around + (self.inside if self.group > per_node else 0) + self.across * min(self.group, per_node)
+
+    def seconds(self, device: Device) -> tuple[float, float]:
+        """Estimates the seconds of what travels beside the passes, and of what travels after them, at the links' peak rates."""
+        beside = self.around / rate(self.workers, device) + self.inside / rate(self.group, device)
+        if self.workers <= device.per_node:
+            return beside, self.across / device.link
+        return beside, self.across / min(device.link, device.network / min(self.group, device.per_node))
+
+
+def rate(workers: int, device: Device) -> float:
+    """Returns the peak rate between so many workers, on one node if they fit there."""
+    return device.link if workers <= device.per_node else min(device.link, device.network)
+
+
+def volume(numel: int, low: int, workers: int, stage: int, accumulation: int) -> int:
+    """Computes the bytes that each worker sends in an optimizer step with ring collectives (it receives as many).
+
+    Psi parameters: an all-reduce moves 2 Psi, a reduce-scatter or an all-gather Psi (Rajbhandari et al. 2020, section 7).
+    Stages 0 and 1 reduce once a step; stage 2 after every micro-batch, because it keeps only its part of the gradients;
+    stage 3 gathers the weights twice and reduces once in every micro-batch.
+    """
+    times = {0: 2, 1: 2, 2: accumulation + 1, 3: 3 * accumulation}[stage]
+    return int(times * numel * low * (workers - 1) / workers)
+
+
+def of(zero: Zero, stage: int, numel: int, low: int, summed: int, workers: int, accumulation: int) -> Traffic:
+    """Computes what travels in a step. `low`, `summed`: bytes of a weight, and of the sum of a gradient over micro-batches."""
+    if stage == 3 and zero.divide_within and zero.divide_within < workers:
+        group = zero.divide_within
+        replicas, part = workers // group, -(-numel // group)
+        inside = volume(numel, low, group, 3, accumulation)
+        return Traffic(0, workers, inside, int(2 * part * summed * (replicas - 1) / replicas), group)
+    gathered = EIGHT_BITS if stage == 3 and zero.quantize_weights else low
+    if stage == 3 and zero.copy_within:
+        group = min(zero.copy_within, workers)
+        one, again = numel * (workers - 1) / workers, numel * (group - 1) / group
+        around = int(one * (gathered + low * accumulation))  # the first gather of a step, and all reductions
+        return Traffic(around, workers, int(again * gathered * (2 * accumulation - 1)), 0, group)
+    plain = volume(numel, low, workers, stage, accumulation)
+    return Traffic(plain - (low - gathered) * volume(numel, 1, workers, 3, accumulation) * 2 // 3, workers)

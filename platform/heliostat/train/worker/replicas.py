@@ -1,0 +1,75 @@
+"""Divides training state within groups of workers (`train.zero.divide_within`), each of which has all of it, at ZeRO stage 3.
+
+Ranks [0, n) are the first replica, [n, 2n) the second, ... To DeepSpeed a replica is all workers there are: it gathers and
+reduces within, after every micro-batch. Before the optimizer's step the workers of all replicas that have the same part average
+its gradients, once a step, and so make the same step. (Elsewhere: hybrid sharding, HSDP; Zhang et al. 2022, arXiv 2205.00119.)
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class Replicas:
+    """Places a worker in its replica. The methods with long names are those by which DeepSpeed asks for its workers."""
+
+    def __init__(self, workers: int) -> None:
+        """Forms the groups of so many workers each, and those of the workers with the same part; collective."""
+        rank, world = dist.get_rank(), dist.get_world_size()
+        self.number, self.part = divmod(rank, workers)
+        self.count, self.workers = world // workers, workers
+        self.within = [dist.new_group(list(range(i, i + workers))) for i in range(0, world, workers)][self.number]
+        self.across = [dist.new_group(list(range(i, world, workers))) for i in range(workers)][self.part]
+
+    def get_data_parallel_group(self) -> Any:
+        return self.within
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.workers
+
+    def get_data_parallel_rank(self) -> int:
+        return self.part
+
+    def get_model_parallel_group(self) -> None:
+        """Returns no group: every worker has models of its own."""
+
+    def get_model_parallel_world_size(self) -> int:
+        return 1
+
+    def get_model_parallel_rank(self) -> int:
+        return 0
+
+    @contextmanager
+    def dividing(self) -> Iterator[None]:
+        """Makes what is built inside, through `deepspeed.zero.Init`, divided within the replica."""
+        from deepspeed.runtime.zero.partition_parameters import Init
+
+        whole: Any = Init.__init__
+        Init.__init__ = functools.partialmethod(whole, data_parallel_group=self.within)  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            Init.__init__ = whole  # type: ignore[method-assign]
+
+    def equalize(self, model: torch.nn.Module) -> None:
+        """Gives all replicas the first one's weights: of what is built in parts, one worker may draw or read values."""
+        first = dist.get_global_rank(self.across, 0)
+        for values in [p.ds_tensor.data for p in model.parameters() if hasattr(p, "ds_tensor")]:
+            dist.broadcast(values.view(torch.uint8), first, group=self.across)
+
+    def average(self, engine: Any) -> None:
+        """Makes the engine's optimizer average the gradients over the replicas before it makes a step of them."""
+        zero, step = engine.optimizer, engine.optimizer.step
+
+        def averaged(*given: Any, **named: Any) -> Any:
+            gradients = zero.grad_partitions_flat_buffer.div_(self.count)
+            dist.all_reduce(gradients, group=self.across)
+            return step(*given, **named)
+
+        zero.step = averaged
