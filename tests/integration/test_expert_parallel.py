@@ -94,7 +94,6 @@ def _held(player: play.Player) -> dict[str, torch.Tensor]:
 def _begin(case: Case, player: play.Player, folder: Path) -> dict[str, Any]:
     """Trains to the end, saving on the way."""
     losses = player.losses(0, SAVED)
-    player.last_loss = losses[-1]
     held = _held(player)
     player.save(SAVED)
     if player.rank == 0:
@@ -115,11 +114,9 @@ def _go_on(saved: Case, player: play.Player, folder: Path) -> dict[str, Any]:
     """Loads what another layout saved into an engine of NaN, and trains to the end."""
     for shard in zero_state.state(player.engine, whole=True).values():
         (shard.local if isinstance(shard, zero_state.FlatShard) else shard).fill_(float("nan"))
-    player.run_folder, player.start_step = _job(saved, folder).run_folder, SAVED
-    player._restore()
+    player.load(_job(saved, folder).run_folder, SAVED)
     expected, found = load_file(folder / f"{saved}.safetensors"), _held(player)
     unequal = sorted(expected.keys() ^ found.keys()) + [n for n in expected if not torch.equal(expected[n], found[n])]
-    player.samples = player._opened(None)
     losses = player.losses(SAVED, STEPS)
     unbroken = json.loads((folder / f"{saved}.json").read_text())["losses"][SAVED:]
     return {"unequal": unequal, "losses": losses, "unbroken": unbroken}

@@ -104,7 +104,6 @@ def _scores(player: play.Player) -> dict[str, float]:
 def _begin(case: Case, player: play.Player, folder: Path) -> dict[str, Any]:
     """Trains to the end, saving on the way."""
     losses = player.losses(0, SAVED)
-    player.last_loss = losses[-1]
     held = play.state(player.engine)
     player.save(SAVED)
     if player.rank == 0:
@@ -120,11 +119,9 @@ def _go_on(saved: Case, player: play.Player, folder: Path) -> dict[str, Any]:
     """Loads what another layout saved into an engine of NaN, and trains to the end."""
     for shard in zero_state.state(player.engine, whole=True).values():
         (shard.local if isinstance(shard, zero_state.FlatShard) else shard).fill_(float("nan"))
-    player.run_folder, player.start_step = _job(saved, folder).run_folder, SAVED
-    player._restore()
+    player.load(_job(saved, folder).run_folder, SAVED)
     expected, found = load_file(folder / f"{saved}.safetensors"), play.state(player.engine)
     unequal = sorted(expected.keys() ^ found.keys()) + [n for n in expected if not torch.equal(expected[n], found[n])]
-    player.samples = player._opened(None) if player.sequence.reads else None
     losses = player.losses(SAVED, STEPS)
     unbroken = json.loads((folder / f"{saved}.json").read_text())
     return {

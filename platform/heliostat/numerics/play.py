@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,7 @@ from heliostat.numerics.tensors import read, write
 from heliostat.recipes import building
 from heliostat.recipes.protocol import Recipe
 from heliostat.runs import segments
+from heliostat.storage import Location
 from heliostat.train.time_ledger import Ledger
 from heliostat.train.worker import deepspeed_engine, expert_group
 from heliostat.train.worker.batch_plan import BatchPlan
@@ -55,15 +57,20 @@ class Player:
         )  # fmt: skip
         ledger, self.dataset = Ledger("computing"), open_dataset(plan)
         self.sequence = SequenceGroup(job.train.parallel.sequence)
-        group = self.sequence.replica, self.sequence.replicas
-        self.samples = dealt(plan, *group, start_step) if self.sequence.reads else None
         self.engine = deepspeed_engine.build_engine(job, recipe, self.sequence)
         self.device = self.engine.device
         self.unsealed = Unsealed(job.run_folder, self.dataset, self.control, self.sequence.reads)
         self.state = TrainingState(context, self.engine, self.unsealed, ledger)
         self.stepper = Stepper(job, self.engine, recipe, BatchPlan(job, plan), self.sequence, ledger)
+        self.samples = self._dealt(start_step)
         if start_step:
             self.state.restore()
+
+    def load(self, run_folder: Location, step: int) -> None:
+        """Loads the checkpoint behind a step, of a run of any layout, to go on from there."""
+        self.state.context = replace(self.state.context, run_folder=run_folder, start_step=step)
+        self.state.restore()
+        self.samples = self._dealt(step)
 
     def losses(self, first: int, last: int) -> list[float]:
         """Makes the steps [first, last); returns their losses over the global batch."""
@@ -79,6 +86,10 @@ class Player:
     def save(self, done: int) -> None:
         self.state.save(done, {})
         self.state.wait()
+
+    def _dealt(self, start_step: int) -> stream.LaneStream | None:
+        group = self.sequence
+        return dealt(self.dataset.plan, group.replica, group.replicas, start_step) if group.reads else None
 
     def _read(self) -> stream.StepSamples:
         assert self.samples
