@@ -172,6 +172,28 @@ def test_what_does_not_fit_the_model_is_named(base, folders, tmp_path):
             Adapters(model, {"x": str(folder)})
 
 
+class Flat(torch.nn.Module):
+    """A model whose layer sees tokens of all rows in a line, as the experts of a mixture do."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = torch.nn.Linear(4, 4)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.proj(torch.ones(input_ids.numel(), 4))
+
+
+def test_a_layer_that_does_not_see_rows_is_refused_when_it_is_loaded(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
+    sizes = {"A": torch.ones(2, 4), "B": torch.ones(4, 2)}
+    tensors = {f"base_model.model.proj.lora_{letter}.weight": tensor for letter, tensor in sizes.items()}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ConfigError, match="--adapter: x: one of its layers does not go row by row; merge it"):
+        Adapters(Flat(), {"x": str(tmp_path)})
+
+
 def test_names_are_apart_and_only_a_model_that_writes_has_adapters(base, folders, tmp_path):
     told = served(str(base), "", None, None, None)
     for given, said in (

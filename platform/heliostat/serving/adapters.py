@@ -73,6 +73,16 @@ class Adapters:
                 self.layers.setdefault(path, {})[name] = layer
         for path, known in self.layers.items():
             model.get_submodule(path).register_forward_hook(self._hook(known))
+        for name in folders:
+            self._try(name, model)
+
+    def _try(self, name: str, model: Any) -> None:
+        """Answers two rows, one of them with the adapter; ConfigError if a layer of it does not see rows, as an expert's."""
+        with torch.inference_mode(), self.using([name, None]):
+            try:
+                model(input_ids=torch.tensor([[0, 1], [1, 0]], device=model.device))
+            except ValueError as e:
+                raise ConfigError(f"--adapter: {name}: {e}; merge it into its model") from e
 
     @contextmanager
     def using(self, names: Sequence[str | None]) -> Iterator[None]:
@@ -89,7 +99,7 @@ class Adapters:
             if not chosen:
                 return None
             if out.dim() != 3 or len(out) != len(self.names):
-                raise ValueError("an adapter's layer does not go row by row")
+                raise ValueError("one of its layers does not go row by row")
             for name in chosen:
                 rows = torch.tensor([i for i, one in enumerate(self.names) if one == name], device=out.device)
                 layer = known[name]

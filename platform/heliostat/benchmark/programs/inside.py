@@ -151,10 +151,8 @@ def begin(told: dict[str, Any]) -> None:
     call(libc.prctl, DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
     limit(told["cpu_s"], told["memory"], told["files"])
     forbid()
-    python = told["executable"]
-    os.execve(
-        python, [python, "-s", "-S", "-P", "-B", "-c", HARNESS], {"PYTHONHASHSEED": "0"}
-    )  # hashes of texts: always the same
+    python, settings = told["executable"], {"PYTHONHASHSEED": "0"}  # the order of sets is always the same
+    os.execve(python, [python, "-s", "-S", "-P", "-B", "-c", HARNESS], settings)
 
 
 def main() -> int:
