@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import xxhash
@@ -82,8 +83,8 @@ def example(examples: dict[str, list[Any]], rule: str, document: Document, detai
         del found[EXAMPLES:]
 
 
-def merge(tallies: list[Tally]) -> Tally:
-    """Sums tallies."""
+def merge(tallies: Iterable[Tally]) -> Tally:
+    """Sums tallies, of which it holds one at a time."""
     total: Tally = {}
     for tally in tallies:
         for name, part in tally.items():

@@ -34,6 +34,8 @@ from heliostat.pipelines.text import documents, infilling, repositories, sources
 from heliostat.storage import Location
 
 PREFIXES = 1 << 16  # the hash's first 16 bits, in which the tokenizer's sample is measured
+SELECTED_BYTES = 8 << 20  # of the texts that train the tokenizer, that are held at a time
+ENDS = 10_000  # documents whose ends are Python objects at a time
 ARCHIVES = (".warc", ".wet", ".wat")
 LISTED = pa.schema([("id", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
 
@@ -144,21 +146,31 @@ def prefix_sizes(folder: Location, runs: list[Run]) -> dict[str, Any]:
 def lowest(folder: Location, runs: list[Run], limit: int) -> dict[str, Any]:
     """Selects the documents whose hash prefix is at most `limit`."""
     found = [t for run in runs for t in survivors(folder, run, 0, (limit + 1) << 48, ["hash", "id", "bytes", "text"])]
-    table = unique(pa.concat_tables(found))[0] if found else None
+    table = unique(found)[0] if found else None
     names = [] if table is None else [spill.write(folder, table, ("hash", "id"))]
     return {"sample": names, "files": names}
 
 
-def train_on(folder: Location, samples: list[str], config: dict[str, Any]) -> dict[str, Any]:
-    """Trains a tokenizer on the selected documents, as far as `train_bytes`."""
+def train_on(folder: Location, samples: list[str], limit: int, bytes: int, config: dict[str, Any]) -> dict[str, Any]:
+    """Trains a tokenizer on the selected documents, of so many bytes and hash prefixes up to `limit`, as far as `train_bytes`."""
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # nothing else runs meanwhile
-    held = [t for name in samples for t in spill.read(folder, name)]
-    table, _ = unique(pa.concat_tables(held) if held else segment.RUN.empty_table())
-    sizes = np.cumsum(table["bytes"].to_numpy())
-    table = table.slice(0, int(np.searchsorted(sizes, config["train_bytes"])) + 1)
-    texts = (text.as_py() for text in table["text"])
+    texts = selected(folder, samples, limit, bytes, config["train_bytes"])
     name = segment.store(folder, tokens.train(texts, config["vocab_size"], config["end_of_document"], config.get("markers", ())))
     return {"definition": name, "files": [name]}
+
+
+def selected(folder: Location, samples: list[str], limit: int, bytes: int, train_bytes: int) -> Iterator[str]:
+    """Yields the selected texts in the order of their hashes, up to the one that fills `train_bytes`; some megabytes are held."""
+    prefixes, parts, taken = limit + 1, max(1, bytes // SELECTED_BYTES), 0
+    for part in range(parts):
+        low, high = part * prefixes // parts, (part + 1) * prefixes // parts
+        held = [t for name in samples for t in spill.read(folder, name, low << 48, high << 48)] if low < high else []
+        table = unique(held)[0] if held else segment.RUN.empty_table()
+        for size, text in zip(table["bytes"].to_pylist(), table["text"], strict=True):
+            yield text.as_py()
+            taken += size
+            if taken >= train_bytes:
+                return
 
 
 # shards ----------------------------------------------------------------------------------------------------------------
@@ -182,16 +194,21 @@ def bounds(shard: int, shards: int) -> tuple[int, int]:
     return -(-(shard << 52) // shards) << 12, -(-((shard + 1) << 52) // shards) << 12
 
 
-def unique(table: pa.Table) -> tuple[pa.Table, pa.Table]:
-    """Sorts the table by hash and keeps each hash once, with the smallest id; also returns the rows that this removes."""
-    table = table.sort_by([("hash", "ascending"), ("id", "ascending")])
+def unique(held: list[pa.Table]) -> tuple[pa.Table, pa.Table]:
+    """Joins tables, sorts them by hash and keeps each hash once, with the smallest id; also returns the rows that this removes.
+
+    The list is empty afterwards, so that no more than twice the rows are in memory.
+    """
+    table = pa.concat_tables(held).combine_chunks()
+    held.clear()
+    order = pc.sort_indices(table.select(["hash", "id"]), [("hash", "ascending"), ("id", "ascending")])
     if not len(table):
         return table, table
-    hashes = table["hash"].combine_chunks()
+    hashes = pc.take(table["hash"], order).combine_chunks()
     first = np.concatenate(
         [[True], pc.not_equal(hashes.slice(1), hashes.slice(0, len(hashes) - 1)).to_numpy(zero_copy_only=False)]
     )
-    return table.filter(pa.array(first)), table.filter(pa.array(~first))
+    return table.take(order.filter(pa.array(first))), table.take(order.filter(pa.array(~first)))
 
 
 def gather(folder: Location, runs: list[Run], low: int, high: int, explained: bool) -> tuple[pa.Table | None, list[pa.Table]]:
@@ -207,12 +224,12 @@ def gather(folder: Location, runs: list[Run], low: int, high: int, explained: bo
             held.append(table)
             new_bytes += table.nbytes
         if new_bytes > kept_bytes:
-            table, gone = unique(pa.concat_tables(held))
+            table, gone = unique(held)
             duplicates.append(gone.select(told))
             held, kept_bytes, new_bytes = [table], max(1 << 24, table.nbytes), 0
     if not held:
         return None, duplicates
-    table, gone = unique(pa.concat_tables(held))
+    table, gone = unique(held)
     return table, [*duplicates, gone.select(told)]
 
 
@@ -228,15 +245,16 @@ def _write_shard(folder: Location, runs: list[Run], shard: int, plan: Sharding) 
     if table is None:
         return None
     tokenizer = tokens.load(plan.definition)
-    hashes = [digest.hex() for digest in table["hash"].to_pylist()]
-    encoded, rearranged = _encoded(tokenizer, table, hashes, plan)
+    encoded, rearranged = _encoded(tokenizer, table, plan)
+    table = table.drop_columns("text")  # whose memory the file takes
     ids = table["id"].to_pylist()
-    places = np.array([manifest.place(h) for h in hashes], np.int64)
+    places = np.array([manifest.place(digest.hex()) for digest in table["hash"].to_pylist()], np.int64)
     data = tokens.shard(ids, encoded, plan.chunk_tokens, places)
-    output = Location(plan.output)
-    path = versions.store(output, f"{SHARDS}/{shard:05d}/", data, ".parquet")
     counts = tokens.counted(encoded, tokenizer.get_vocab_size())
     groups = tokens.chunks(np.array([len(e) for e in encoded]), plan.chunk_tokens, places)
+    del encoded
+    output = Location(plan.output)
+    path = versions.store(output, f"{SHARDS}/{shard:05d}/", data, ".parquet")
     contents = shard_file.content_digests(data, "tokens")
     chunks = [{**row, "content": c} for row, c in zip(manifest.read_footer(output, path, "tokens"), contents, strict=True)]
     return {
@@ -253,7 +271,7 @@ def _write_shard(folder: Location, runs: list[Run], shard: int, plan: Sharding) 
     }
 
 
-def _encoded(tokenizer: Tokenizer, table: pa.Table, hashes: list[str], plan: Sharding) -> tuple[list[np.ndarray], dict[str, int]]:
+def _encoded(tokenizer: Tokenizer, table: pa.Table, plan: Sharding) -> tuple[list[np.ndarray], dict[str, int]]:
     """Encodes the texts of a table, rearranged if the plan says so; also counts the rearranged ones."""
     encoded: list[np.ndarray] = []
     told = plan.infill or {}
@@ -264,13 +282,14 @@ def _encoded(tokenizer: Tokenizer, table: pa.Table, hashes: list[str], plan: Sha
         if keys is None or markers is None:
             encoded += tokens.encode(tokenizer, texts, plan.end)
         else:
-            arranged = [infilling.arrange(*one, keys) for one in zip(texts, hashes[start:stop], strict=True)]
+            hashes = [digest.hex() for digest in table["hash"].slice(start, stop - start).to_pylist()]
+            arranged = [infilling.arrange(*one, keys) for one in zip(texts, hashes, strict=True)]
             encoded += infilling.encode(tokenizer, arranged, plan.end, markers)
     return encoded, markers.counted(encoded) if markers else {}
 
 
 def _slices(sizes: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Yields ranges of documents of some megabytes each, so that few texts are Python strings at a time."""
+    """Yields ranges of documents of about two megabytes each, so that few texts are Python strings at a time."""
     places = np.cumsum(sizes) // (8 * tokens.BATCH_CHARS)
     edges = [0, *(np.flatnonzero(np.diff(places)) + 1).tolist(), len(sizes)]
     yield from itertools.pairwise(edges)
@@ -278,16 +297,32 @@ def _slices(sizes: np.ndarray) -> Iterator[tuple[int, int]]:
 
 def _ends(folder: Location, path: str, kept: pa.Table, duplicates: list[pa.Table]) -> str:
     """Spills what became of documents: those that are in a shard, and exact duplicates with the one that stayed."""
-    found = kept.select(["hash", "id", "columns"]).to_pylist()
-    stayed = {row["hash"]: row["id"] for row in found}
-    rows = [_end(row, "shard", "kept", path) for row in found]
-    rows += [_end(row, "exact", "duplicate", stayed[row["hash"]]) for table in duplicates for row in table.to_pylist()]
-    return spill.write(folder, pa.Table.from_pylist(rows, segment.LEFT_OUT), ("id", "stage", "reason", "detail"))
+    repeated = {digest for table in duplicates for digest in table["hash"].to_pylist()}
+    stayed = {digest: id for digest, id in _pairs(kept) if digest in repeated} if repeated else {}
+    found = [_end(part, "shard", "kept", path) for part in _some(kept)]
+    found += [_end(part, "exact", "duplicate", [stayed[digest] for digest, _ in _pairs(part)])
+              for table in duplicates for part in _some(table)]  # fmt: skip
+    return spill.write(folder, pa.concat_tables(found), ("id", "stage", "reason", "detail"))
 
 
-def _end(row: dict[str, Any], stage: str, reason: str, detail: str) -> dict[str, Any]:
-    return {"key": segment.key_of(row["id"]), "id": row["id"], "stage": stage, "reason": reason, "detail": detail,
-            "hash": row["hash"].hex(), "columns": row["columns"]}  # fmt: skip
+def _some(table: pa.Table) -> Iterator[pa.Table]:
+    return (table.slice(start, ENDS) for start in range(0, len(table), ENDS))
+
+
+def _pairs(table: pa.Table) -> Iterator[tuple[bytes, str]]:
+    """Yields (hash, id) of a table's documents."""
+    for part in _some(table):
+        yield from zip(part["hash"].to_pylist(), part["id"].to_pylist(), strict=True)
+
+
+def _end(part: pa.Table, stage: str, reason: str, detail: str | list[str]) -> pa.Table:
+    rows = len(part)
+    keys = [segment.key_of(id) for id in part["id"].to_pylist()]
+    hashes = [digest.hex() for digest in part["hash"].to_pylist()]
+    columns = [keys, part["id"], [stage] * rows, [reason] * rows, [detail] * rows if isinstance(detail, str) else detail,
+               [None] * rows, hashes, part["columns"]]  # fmt: skip
+    made = [c if isinstance(c, pa.ChunkedArray) else pa.array(c, f.type) for c, f in zip(columns, segment.LEFT_OUT, strict=True)]
+    return pa.Table.from_arrays(made, schema=segment.LEFT_OUT)
 
 
 # what was left out -----------------------------------------------------------------------------------------------------
