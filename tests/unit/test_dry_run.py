@@ -13,10 +13,10 @@ from heliostat.cli.common import app
 from heliostat.curation.registry import parse
 from heliostat.curation.work import Work
 from heliostat.errors import ConfigError, DataError
-from heliostat.pipelines import leftovers, prediction
-from heliostat.pipelines.images.pipeline import ImagePipeline
-from heliostat.pipelines.prepare import dry_run
-from heliostat.pipelines.text import estimates, sampling, sources
+from heliostat.pipelines import estimates, leftovers, prediction
+from heliostat.pipelines.predicting import Prediction
+from heliostat.pipelines.prepare import Pipeline, dry_run
+from heliostat.pipelines.text import sampling, sources
 from heliostat.pipelines.text.documents import Rules
 from heliostat.pipelines.text.sampling import SampledSource
 from heliostat.pipelines.text.trial import Trial
@@ -66,7 +66,7 @@ def test_a_sample_follows_from_input_and_share_alone(tmp_path):
     assert made.sample.parts == again.sample.parts
     first, second = made.predicted(inputs), again.predicted(inputs)
     for found in (first, second):
-        for key in ("cpu_hours", "wall_hours"):
+        for key in ("cpu_hours", "cpu_hours_low", "cpu_hours_high", "wall_hours"):
             found.pop(key)
         for row in found["funnel"]:
             row.pop("cpu_hours")
@@ -139,12 +139,20 @@ def test_seconds_of_opening_stages_are_not_taken_for_work(tmp_path):
     make_input(tmp_path / "in", 900)
     made, inputs = trial(tmp_path, 0.5, stages=[])
     before = made.predicted(inputs)["cpu_hours"]
+    funnel = {
+        name: made.counted.get(name, {}) | {"counts": {}, "documents": 9, "kept": 9, "kept_bytes": 9}
+        for name in ("read", "shard")
+    }
     made.flow.seconds["read"] += 100
     made.flow.opening["read"] += 100
-    funnel = {"read": 1.0, "shard": 1.0, "": 1.0}
-    assert sum(made._seconds(funnel, 10_000, made.flow.seconds).values()) / 3600 - before < 101 / 3600
+
+    def hours() -> float:
+        found = Prediction(made.sample, [], funnel, made.flow, made.counted, 0.0)
+        return sum(found._hours(found.factors[0], made.flow.seconds).values()) - before
+
+    assert hours() * 3600 < 101
     made.flow.opening["read"] = 0
-    assert sum(made._seconds(funnel, 10_000, made.flow.seconds).values()) / 3600 - before > 150 / 3600
+    assert hours() * 3600 > 150
 
 
 @pytest.mark.parametrize(("size", "off"), [(2, 0.15), (3, 0.35), (6, 1)])
@@ -194,9 +202,9 @@ def test_a_share_that_holds_nothing_is_refused_and_nothing_stays(tmp_path, monke
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "p.yaml"]
 
 
-def test_images_have_no_dry_run(tmp_path):
-    with pytest.raises(ConfigError, match="--sample: ImagePipeline has no dry run"):
-        ImagePipeline.model_construct().predict(Location(str(tmp_path)), [], 0.5)
+def test_pipelines_without_a_dry_run_say_so(tmp_path):
+    with pytest.raises(ConfigError, match="--sample: Pipeline has no dry run"):
+        Pipeline.model_construct().predict(Location(str(tmp_path)), [], 0.5)
 
 
 def test_a_sample_of_which_nothing_is_left_says_so(tmp_path):
