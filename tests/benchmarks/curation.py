@@ -53,11 +53,13 @@ class Timed(HereFlow):
         name = "minhash" if kind.startswith("minhash") else kind
         for number, task, made in self._looked_up(kind, tasks, valid):
             if made is None:
+                pa.set_memory_pool(pa.system_memory_pool())  # as `flow.execute` does
                 Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back
                 start = time.process_time()
                 made = function(self.work.spill, **task.arguments, **task.shared)
                 spent = time.process_time() - start
                 made |= {"seconds": spent, "peak": memory("VmHWM") - self.before}
+                pa.default_memory_pool().release_unused()
                 self.now += spent
                 self.work.finish(kind, task.key, made)
             self.cpu[name] = self.cpu.get(name, 0.0) + made["seconds"]

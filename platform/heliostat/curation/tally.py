@@ -107,6 +107,10 @@ def _add(total: dict[str, Any], part: dict[str, Any]) -> None:
     if "largest" in part:  # clusters, as (documents, who was kept)
         both = [*total.get("largest", []), *part["largest"]]
         total["largest"] = sorted(both, key=lambda pair: (-pair[0], pair[1]))[:EXAMPLES]
+    if "sizes" in part:  # of clusters, by their documents
+        known = total.setdefault("sizes", {})
+        for size, number in part["sizes"].items():
+            known[size] = known.get(size, 0) + number
     for rule, found in part["examples"].items():
         known = total["examples"].get(rule, [])
         total["examples"][rule] = list(heapq.merge(known, found, key=lambda e: (e[0], e[1])))[:EXAMPLES]

@@ -102,10 +102,10 @@ class Prediction:
         found = dict[str, Share]()
         for name, part in self.funnel.items():
             if "clusters" in part["counts"] or (name == SHARD and not found):  # an exact one is a near one
-                dropped, clusters = part["documents"] - part["kept"], part["counts"].get("clusters")
-                sizes = [size for size, _ in part.get("largest", [])]
-                found[name] = estimates.duplicates(part["documents"], dropped, dropped if clusters is None else clusters, sizes,
-                                                   self.sample.of_documents)  # fmt: skip
+                sizes = {int(size): number for size, number in part.get("sizes", {}).items()}
+                if name == SHARD and part["documents"] > part["kept"]:  # of exact duplicates only their number is told
+                    sizes = {2: part["documents"] - part["kept"]}
+                found[name] = estimates.duplicates(part["documents"], sizes, self.sample.of_documents)
         return found
 
     def _hours(self, factors: dict[str, float], taken: dict[str, float]) -> dict[str, float]:

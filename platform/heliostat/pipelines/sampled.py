@@ -30,7 +30,7 @@ def evenly(parts: Iterable[Part], rate: float) -> list[Part]:
     classes, found = dict[int, list[Part]](), list[Part]()
     for part in parts:
         classes.setdefault(part.length.bit_length(), []).append(part)
-    for size, of_size in classes.items():
+    for size, of_size in sorted(classes.items()):
         of_size.sort(key=lambda part: _drawn(f"{part.path}\0{part.start}", OF_PLACES))
         lot = _drawn(f"{size} {of_size[0].path}\0{of_size[0].start}", OF_LOTS)
         found += [part for rank, part in enumerate(of_size) if rank + lot < rate * len(of_size)]
