@@ -14,6 +14,7 @@ import matplotlib
 import numpy as np
 import pyarrow as pa
 import sklearn.datasets
+from heliostat.curation.work import Work
 from heliostat.data import collection, manifest, versions
 from heliostat.errors import DataError
 from heliostat.pipelines.images import pictures, sources, tasks
@@ -87,8 +88,8 @@ class Here(ImagePipeline):
     _keys: dict[str, Any] = PrivateAttr(default_factory=dict)
     _made: HereFlow | None = PrivateAttr(default=None)
 
-    def flow(self) -> HereFlow:
-        self._made = HereFlow(self.worked, **self._keys)
+    def flow(self, work: Work | None = None) -> HereFlow:
+        self._made = HereFlow(work or self.worked, **self._keys)
         return self._made
 
 

@@ -191,9 +191,9 @@ def test_excluded_files_are_left_out_and_said(tmp_path, caplog):
 
 def test_unique_keeps_the_smallest_id():
     rows = pa.table({"hash": [b"b", b"a", b"b", b"a", b"c"], "id": ["2", "9", "1", "3", "7"], "text": list("xyxyz")})
-    table, duplicates = gathering.unique(rows)
+    table, duplicates = gathering.unique([rows.slice(0, 2), rows.slice(2)])
     assert table["id"].to_pylist() == ["3", "1", "7"] and duplicates["id"].to_pylist() == ["9", "2"]
-    assert len(gathering.unique(rows.slice(0, 0))[1]) == 0
+    assert len(gathering.unique([rows.slice(0, 0)])[1]) == 0
 
 
 @pytest.mark.parametrize("shards", [1, 2, 3, 7, 640, 99_991])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -30,7 +32,7 @@ def conclude(flow: Flow, found: Curated, stage: GlobalStage, number: int, kind: 
              **more: Any) -> list[Run]:  # fmt: skip
     """Leaves out who goes, and adds the stage's tally to `found`; returns the runs that are left.
 
-    Records in `judged` name spills of JUDGED, and tell `clusters` and `largest`; `more` goes into the tally.
+    Records in `judged` name spills of JUDGED, and tell `clusters`, `largest` and `sizes`; `more` goes into the tally.
     """
     label, runs, names = tally.label(number, stage), found.runs, [r["judged"] for r in judged]
     shared, follows = {"names": flow.share(names)}, key(names, label)
@@ -49,6 +51,11 @@ def conclude(flow: Flow, found: Curated, stage: GlobalStage, number: int, kind: 
     return left
 
 
+def counted(sizes: Iterable[int]) -> dict[str, int]:
+    """Counts clusters by their documents, for a record."""
+    return {str(size): number for size, number in sorted(Counter(sizes).items())}
+
+
 def told(flow: Flow, kind: str, before: list[Run], after: list[Run], clusters: list[dict[str, Any]]) -> dict[str, Any]:
     """Returns a comparing stage's part of the tally, without reasons: what came, what stayed, and the largest clusters."""
     part = tally.entry({}, "")
@@ -56,6 +63,10 @@ def told(flow: Flow, kind: str, before: list[Run], after: list[Run], clusters: l
              "kept": sum(r.rows for r in after), "kept_bytes": sum(r.bytes for r in after)}  # fmt: skip
     part["seconds"] = sum(seconds for name, seconds in flow.seconds.items() if name.startswith(f"{kind}-"))
     part["counts"] = {"clusters": sum(r["clusters"] for r in clusters)}
+    sizes = Counter[str]()
+    for record in clusters:
+        sizes.update(record["sizes"])
+    part["sizes"] = dict(sorted(sizes.items(), key=lambda pair: int(pair[0])))
     part["largest"] = sorted((pair for r in clusters for pair in r["largest"]), key=lambda p: (-p[0], p[1]))[:LARGEST]
     return part
 

@@ -121,11 +121,11 @@ def summed(flow: Flow, names: list[str]) -> tally.Tally:
     while len(names) > TALLIES:
         tasks = (Task(key("tally", part), {"names": part}) for part in groups(names, TALLIES))
         names = [record["tally"] for record in flow.all("tally", _sum, tasks)]
-    return tally.merge([segment.load(flow.work.spill, name) for name in names])
+    return tally.merge(segment.load(flow.work.spill, name) for name in names)
 
 
 def _sum(folder: Any, names: list[str]) -> dict[str, Any]:
-    name = segment.store(folder, tally.merge([segment.load(folder, n) for n in names]))
+    name = segment.store(folder, tally.merge(segment.load(folder, n) for n in names))
     return {"tally": name, "files": [name]}
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+import pyarrow as pa
 import ray
 
 from heliostat.curation import cpu_time
@@ -164,8 +165,10 @@ def execute(work: Work, run: str, kind: str, key: str, function: Callable[..., d
     if known is not None and known.get("run") == run:
         return known
     start, cpu = time.monotonic(), cpu_time.now()
+    pa.set_memory_pool(pa.system_memory_pool())  # others keep what is freed, several times what a task holds
     record = function(work.spill, **arguments, **shared)
     record |= {"seconds": round(cpu_time.now() - cpu, 3), "wall": round(time.monotonic() - start, 3), "run": run}
+    pa.default_memory_pool().release_unused()
     work.finish(kind, key, record)
     return record
 

@@ -67,7 +67,7 @@ def load(folder: str, label: str | None, batch: int) -> Score:
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(
             folder, backend="pil", local_files_only=True, trust_remote_code=False)  # fmt: skip
-        model = _loaded(cls, folder)
+        model = loaded(cls, folder)
     except Exception as e:  # of many kinds: what is wrong with a folder of others
         fault = str(e).partition("\n")[0]
         raise ConfigError(f"model: {folder!r} cannot be loaded as an image classifier or CLIP ({fault})") from e
@@ -77,7 +77,8 @@ def load(folder: str, label: str | None, batch: int) -> Score:
     return Labels(model, processor, labels(config).index(label), batch)
 
 
-def _loaded(cls: Any, folder: str) -> Any:
+def loaded(cls: Any, folder: str) -> Any:
+    """Loads a model of a class from a folder's safetensors, on a GPU if there is one."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -38,9 +38,10 @@ def funnel(made: Manifest) -> dict[str, dict[str, Any]]:
     """Reads what each stage did, by `NUMBER NAME`, in order, with `read` first and `shard` last (DataError: made without stages).
 
     Of each: `documents` and `bytes` that came, `kept` and `kept_bytes`, `dropped` by reason, `counts`, `histograms` (of each
-    measure: value -> [kept, dropped]), `examples` (of each rule: [hash, id, text, detail, measures], of images a thumbnail, too),
-    `thresholds` (of each measure: values), `what` (of each reason: what it means), and `largest` (clusters: [documents, id that
-    stayed]). `finish`, if there: what was asked of texts after the stages, `dropped` alone.
+    measure: value -> [kept, dropped]), `sizes` (of clusters: documents -> how many), `examples` (of each rule: [hash, id, text,
+    detail, measures], of images a thumbnail, too), `thresholds` (of each measure: values), `what` (of each reason: what it
+    means), and `largest` (clusters: [documents, id that stayed]). `finish`, if there: what was asked of texts after the stages,
+    `dropped` alone.
     """
     return json.loads(made.location.join(_named(made)["funnel"]).read())
 

@@ -36,7 +36,7 @@ LEFT_OUT = pa.schema(
      ("measures", pa.string()), ("hash", pa.string()), ("columns", pa.string())]
 )  # fmt: skip
 READ, FINISH = "read", "finish"  # the stages at which reading leaves something out, and what is asked of texts after the stages
-LEFT_OUT_ROWS = 100_000  # that are held before they are spilled
+LEFT_OUT_ROWS = 20_000  # that are held, as Python objects, before they are spilled
 EXAMPLES = 3  # ids that are told for each reason
 Entry = dict[str, Any]  # of a stage, as in a pipeline file
 DECIDED = pa.schema([("key", pa.uint64()), ("row", pa.uint32())])
@@ -167,8 +167,8 @@ class Spiller:
     run_bytes: int
     runs: list[Run] = field(default_factory=list)
     spilled: list[str] = field(default_factory=list)  # of what was left out
-    held: list[tuple[Any, ...]] = field(default_factory=list)  # (hash, id, bytes, columns, text) and the image's columns
-    out: list[dict[str, Any]] = field(default_factory=list)
+    held: list[tuple[Any, ...]] = field(default_factory=list)  # (hash, id, bytes, columns, UTF-8 text), the image's columns
+    out: list[tuple[Any, ...]] = field(default_factory=list)  # as LEFT_OUT has it
     size: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
@@ -178,16 +178,17 @@ class Spiller:
         raw, picture = document.text.encode(), document.picture
         digest, size = (picture.hash, len(raw) + len(picture.data)) if picture else (hashlib.sha256(raw).digest(), len(raw))
         image = (picture.data, picture.looks, *picture.size) if picture else ()
-        self.held.append((digest, document.id, size, packed(document.columns), document.text, *image))
+        self.held.append((digest, document.id, size, packed(document.columns), raw, *image))
         self.size += size + 200
         if self.size >= self.run_bytes:
             self.spill()
 
     def leave_out(self, id: str, stage: str, reason: str, detail: str, measures: dict[str, float] | None = None,
                   columns: dict[str, Any] | str | None = None) -> None:  # fmt: skip
-        self.out.append({"key": key_of(id), "id": id, "stage": stage, "reason": reason, "detail": detail,
-                         "measures": json.dumps(measures) if measures else None,
-                         "columns": columns if isinstance(columns, str) else packed(columns)})  # fmt: skip
+        told = json.dumps(measures) if measures else None
+        self.out.append(
+            (key_of(id), id, stage, reason, detail, told, None, columns if isinstance(columns, str) else packed(columns))
+        )
         name = reason if stage in (READ, FINISH) else f"{stage}: {reason}"
         self.reasons[name] += 1
         self.examples[name] = heapq.nsmallest(EXAMPLES, [*self.examples.get(name, []), id])
@@ -197,18 +198,16 @@ class Spiller:
     def spill(self) -> None:
         """Writes what is held as a run: sorted by hash, then id, and numbered in that order."""
         self.held.sort(key=lambda row: (row[0], row[1]))
-        hashes, ids, sizes, *others = zip(*self.held, strict=True)
-        keys = np.frombuffer(b"".join(hashes), ">u8")[::4].astype(np.uint64)
-        schema = PICTURES if len(others) > 2 else RUN
-        held = (keys, range(len(ids)), hashes, ids, sizes, *others)
-        table = pa.Table.from_arrays([pa.array(v, kind.type) for v, kind in zip(held, schema, strict=True)], schema=schema)
-        self.runs.append(Run(spill.write(self.folder, table, ("row",)), len(ids), sum(sizes)))
-        self.held, self.size = [], 0
+        table, bytes = _table(self.held), sum(row[2] for row in self.held)
+        self.held, self.size = [], 0  # before the file is made, which takes as much again
+        self.runs.append(Run(spill.write_sorted(self.folder, table), len(table), bytes))
 
     def spill_left_out(self) -> None:
-        table = pa.Table.from_pylist(self.out, LEFT_OUT)
-        self.spilled.append(spill.write(self.folder, table, ("id", "stage", "reason", "detail")))
+        table = pa.Table.from_arrays(
+            [pa.array(v, kind.type) for v, kind in zip(zip(*self.out, strict=True), LEFT_OUT, strict=True)], schema=LEFT_OUT
+        )
         self.out = []
+        self.spilled.append(spill.write(self.folder, table, ("id", "stage", "reason", "detail")))
 
     def record(self, tally: dict[str, Any]) -> dict[str, Any]:
         """Spills the rest and returns the task's record."""
@@ -225,6 +224,15 @@ class Spiller:
             "tally": told,
             "files": [*(run.name for run in self.runs), *self.spilled, *([told] if told else [])],
         }
+
+
+def _table(held: list[tuple[Any, ...]]) -> pa.Table:
+    """Makes a run's table of its sorted rows."""
+    hashes, *others = zip(*held, strict=True)
+    keys = np.frombuffer(b"".join(hashes), ">u8")[::4].astype(np.uint64)
+    schema = PICTURES if len(others) > 4 else RUN
+    columns = (keys, range(len(held)), hashes, *others)
+    return pa.Table.from_arrays([pa.array(v, kind.type) for v, kind in zip(columns, schema, strict=True)], schema=schema)
 
 
 def store(folder: Location, value: Any) -> str:

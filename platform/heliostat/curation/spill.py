@@ -24,7 +24,15 @@ ALL = 1 << 64
 
 def write(folder: Location, table: pa.Table, order: tuple[str, ...] = ()) -> str:
     """Sorts a table by `key` (uint64), then by the columns of `order`, and writes it; returns the file's name in the folder."""
-    data = encode(table, order)
+    return _store(folder, encode(table, order))
+
+
+def write_sorted(folder: Location, table: pa.Table) -> str:
+    """Writes a table that is sorted by `key` already, of which sorting would make a copy; returns the file's name."""
+    return _store(folder, _encode(table))
+
+
+def _store(folder: Location, data: bytes) -> str:
     digest = hashlib.sha256(data).hexdigest()
     name = f"{digest[:2]}/{digest[:32]}.parquet"
     folder.join(name).write(data)
@@ -33,7 +41,10 @@ def write(folder: Location, table: pa.Table, order: tuple[str, ...] = ()) -> str
 
 def encode(table: pa.Table, order: tuple[str, ...] = ()) -> bytes:
     """Sorts a table by `key`, then by the columns of `order`, and returns it as a file whose ranges of keys can be read."""
-    table = table.sort_by([(name, "ascending") for name in ("key", *order)])
+    return _encode(table.sort_by([(name, "ascending") for name in ("key", *order)]))
+
+
+def _encode(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
     rows = max(1, GROUP_BYTES * len(table) // max(1, table.nbytes))
     pq.write_table(table, sink, compression="zstd", use_dictionary=False, write_statistics=["key"], row_group_size=rows)
@@ -52,7 +63,14 @@ def read(folder: Location, name: str, low: int = 0, high: int = ALL, columns: li
             start, stop = (int(np.searchsorted(keys, np.uint64(low))), len(keys) if high >= ALL else
                            int(np.searchsorted(keys, np.uint64(high))))  # fmt: skip
             if start < stop:
-                yield table.slice(start, stop - start)
+                yield _part(table, start, stop)
+
+
+def _part(table: pa.Table, start: int, stop: int) -> pa.Table:
+    """Returns a range of rows; a small one as a copy, because a slice holds all that it is cut from."""
+    if 2 * (stop - start) >= len(table):
+        return table.slice(start, stop - start)
+    return table.take(pa.array(np.arange(start, stop)))
 
 
 def _overlapping(metadata: pq.FileMetaData, low: int, high: int) -> list[int]:

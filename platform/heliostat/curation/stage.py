@@ -97,6 +97,10 @@ class Stage(Strict):
         """Returns its entry in a pipeline file, with all keys."""
         return {"stage": self.named(), **self.model_dump(mode="json")}
 
+    def stored(self) -> tuple[str, ...]:
+        """Names the columns that it makes which lie in the shards of images."""
+        return ()
+
     def check(self) -> None:
         """Checks what can be checked before anything starts, such as files that a key names; ConfigError if not."""
 

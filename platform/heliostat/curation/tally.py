@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import xxhash
@@ -82,8 +83,8 @@ def example(examples: dict[str, list[Any]], rule: str, document: Document, detai
         del found[EXAMPLES:]
 
 
-def merge(tallies: list[Tally]) -> Tally:
-    """Sums tallies."""
+def merge(tallies: Iterable[Tally]) -> Tally:
+    """Sums tallies, of which it holds one at a time."""
     total: Tally = {}
     for tally in tallies:
         for name, part in tally.items():
@@ -106,6 +107,10 @@ def _add(total: dict[str, Any], part: dict[str, Any]) -> None:
     if "largest" in part:  # clusters, as (documents, who was kept)
         both = [*total.get("largest", []), *part["largest"]]
         total["largest"] = sorted(both, key=lambda pair: (-pair[0], pair[1]))[:EXAMPLES]
+    if "sizes" in part:  # of clusters, by their documents
+        known = total.setdefault("sizes", {})
+        for size, number in part["sizes"].items():
+            known[size] = known.get(size, 0) + number
     for rule, found in part["examples"].items():
         known = total["examples"].get(rule, [])
         total["examples"][rule] = list(heapq.merge(known, found, key=lambda e: (e[0], e[1])))[:EXAMPLES]

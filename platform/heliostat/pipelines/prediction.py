@@ -39,10 +39,17 @@ def explain(found: dict[str, Any]) -> list[str]:
     sample, whole = found["sample"], found["input"]
     cost = f"{found['cost']:,.2f} {found['currency']} by the plan's price table"
     cpu, wall = duration(found["cpu_hours"] * HOUR_S), duration(found["wall_hours"] * HOUR_S)
+    few, many = duration(found["cpu_hours_low"] * HOUR_S), duration(found["cpu_hours_high"] * HOUR_S)
+    row = found["funnel"][-1]
+    tokens = ""
+    if found["tokens"] is not None:
+        tokens = f"{found['tokens']:,} tokens ({found['tokens_low']:,} to {found['tokens_high']:,}), "
     return [
         f"{found['name']}: predicted from {sample['documents']:,} documents, {sample['fraction']:.4g} of {whole['bytes']:,} bytes"
-        f" in {whole['files']:,} files, in {duration(found['seconds'])}; intervals are binomial, at 95 %",
-        f"the whole: {found['documents']:,} documents, {found['tokens']:,} tokens, {cpu} of CPU ({cost}), {wall} on "
-        f"{found['cpus']} CPUs",
+        f" in {whole['files']:,} files, in {duration(found['seconds'])}",
+        f"the whole: {found['documents']:,} documents ({row['kept_low']:,} to {row['kept_high']:,}), {tokens}"
+        f"{cpu} of CPU ({few} to {many}; {cost}), {wall} on {found['cpus']} CPUs",
+        "in brackets: 95 %, as if documents were drawn one by one, with the fewest and the most duplicates that are possible; "
+        "where neighbours are alike, more",
         *(f"note: {note}" for note in found["notes"]),
     ]

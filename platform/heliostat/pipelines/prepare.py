@@ -99,7 +99,7 @@ class Pipeline(Strict):
 
     def predict(self, folder: Location, inputs: list[InputFile], fraction: float) -> dict[str, Any]:
         """Prepares a share of the input in a folder, on Ray, and returns what the whole would give and take, as JSON values."""
-        raise ConfigError(f"--sample: {type(self).__name__} has no dry run; text pipelines have one")
+        raise ConfigError(f"--sample: {type(self).__name__} has no dry run; those of text and of images have one")
 
     def watched(self, watch: Watch) -> None:
         """Takes what shows a person how far `write` and `predict` are."""

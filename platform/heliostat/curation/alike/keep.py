@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from heliostat.curation import spill
 from heliostat.curation.alike.pairs import EDGES, firsts, gather, spilled
-from heliostat.curation.comparing import JUDGED, LARGEST
+from heliostat.curation.comparing import JUDGED, LARGEST, counted
 from heliostat.storage import Location
 
 NAMES = pa.schema([("key", pa.uint64()), ("looks", pa.uint64()), ("gone", pa.bool_()), ("id", pa.string()), ("size", pa.int64())])
@@ -96,4 +96,5 @@ def judge(folder: Location, part: int, parts: int, names: list[str], told: list[
     judged = spill.write(folder, pa.Table.from_pylist(found, JUDGED), ("reason",))
     clusters = [(-row["size"], row["id"]) for row in stays.values() if not row["gone"]]
     largest = [[-size, id] for size, id in heapq.nsmallest(LARGEST, clusters)]
-    return {"judged": judged, "clusters": len(clusters), "largest": largest, "files": [judged]}
+    sizes = counted(-size for size, _ in clusters)
+    return {"judged": judged, "clusters": len(clusters), "largest": largest, "sizes": sizes, "files": [judged]}

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from heliostat.curation import segment, spill
-from heliostat.curation.comparing import LARGEST
+from heliostat.curation.comparing import LARGEST, counted
 from heliostat.curation.segment import Run, survivors
 from heliostat.storage import Location
 
@@ -106,7 +106,8 @@ def choose(folder: Location, part: int, parts: int, names: list[str]) -> dict[st
     ).take(others)  # fmt: skip
     name = spill.write(folder, chosen)
     largest = heapq.nsmallest(LARGEST, zip((-counts).tolist(), table["id"].take(pa.array(starts)).to_pylist(), strict=True))
-    return {"chosen": name, "clusters": len(starts), "largest": [[-size, id] for size, id in largest], "files": [name]}
+    return {"chosen": name, "clusters": len(starts), "largest": [[-size, id] for size, id in largest],
+            "sizes": counted(counts.tolist()), "files": [name]}  # fmt: skip
 
 
 def decide(folder: Location, first: int, runs: list[Run], stage: str, names: list[str]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from heliostat.curation import spill
-from heliostat.curation.comparing import JUDGED, LARGEST
+from heliostat.curation.comparing import JUDGED, LARGEST, counted
 from heliostat.curation.embedding import Embedder
 from heliostat.curation.minhash.keep import Rule, ranked
 from heliostat.curation.segment import Run, survivors
@@ -134,7 +134,7 @@ def key_of(cells: np.ndarray) -> np.ndarray:
 def judge(folder: Location, part: int, parts: int, names: list[str], least: float, held: int) -> dict[str, Any]:
     """Spills which documents of the cells in this part go: those to which one before them, by the rule, is near that stays."""
     all_ = Dealt.read(folder, names, *spill.share(part, parts))
-    judged, bins, clusters, largest = [JUDGED.empty_table()], dict[str, list[int]](), 0, list[tuple[int, str]]()
+    judged, bins, largest, of_clusters = [JUDGED.empty_table()], dict[str, list[int]](), list[tuple[int, str]](), list[int]()
     whole = all_.vectors(0, len(all_.nodes)) if 0 < len(all_.nodes) <= held else None
     for begin, end in all_.cells():
 
@@ -148,12 +148,13 @@ def judge(folder: Location, part: int, parts: int, names: list[str], least: floa
         stayed, sizes = np.unique(by, return_counts=True)
         found = dict(zip(stayed.tolist(), zip(all_.ids(stayed), (sizes + 1).tolist(), strict=True), strict=True))
         judged.append(_judged(all_.nodes[gone], [found[place] for place in by.tolist()], best[goes]))
-        clusters += len(found)
+        of_clusters += [size for _, size in found.values()]
         largest = heapq.nsmallest(LARGEST, [*largest, *((-size, id) for id, size in found.values())])
         _count(bins, best, goes)
     name = spill.write(folder, pa.concat_tables(judged), ("reason",))
     told = [[-size, id] for size, id in largest]
-    return {"judged": name, "clusters": clusters, "largest": told, "bins": bins, "files": [name]}
+    return {"judged": name, "clusters": len(of_clusters), "largest": told, "sizes": counted(of_clusters), "bins": bins,
+            "files": [name]}  # fmt: skip
 
 
 def _judged(nodes: np.ndarray, by: list[tuple[str, int]], cosines: np.ndarray) -> pa.Table:

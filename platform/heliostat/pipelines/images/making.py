@@ -57,6 +57,13 @@ class Making:
     latents: Latents | None
     seconds: dict[str, float] = field(default_factory=dict)
     """CPU seconds of each stage, afterwards."""
+    counted: tally.Tally = field(default_factory=dict)
+    """What the stages did, afterwards."""
+
+    @property
+    def explained(self) -> bool:
+        """Tells whether the dataset says what became of each image."""
+        return bool(self.stages)
 
     @property
     def all_stages(self) -> list[Stage]:
@@ -68,7 +75,7 @@ class Making:
         identity = [read.input, asdict(read.columns), asdict(read.rules), asdict(read.limits)]
         identity += [read.fetching.config.identity()] if read.fetching else []
         engine = Engine(self.flow, read, identity, self.memory_limit)
-        curated = engine.curate(self._pieces(inputs), self.all_stages, bool(self.stages))
+        curated = engine.curate(self._pieces(inputs), self.all_stages, self.explained)
         counts, labels = self._counted(curated.runs)
         dropped = self._dropped(curated)
         meta = {"kind": "rows", "dropped": dropped, "documents": sum(counts.values()), "channels": self.channels}
@@ -88,7 +95,7 @@ class Making:
             told |= {**made, "files": {**told.get("files", {}), **made["files"]}}
         if 0 < len(labels) <= tasks.CLASSES:
             told["classes"] = labels
-        if self.stages:
+        if self.explained:
             told |= self._explained(curated, written)
         return [chunk for shard in written for chunk in shard["chunks"]], {**meta, **told}
 
@@ -119,19 +126,22 @@ class Making:
 
     def _dropped(self, curated: Curated) -> dict[str, int]:
         """Counts what was left out by reason, and logs each with examples."""
-        told = (
-            pictures.REASONS
-            | REASONS
-            | {f"{tally.label(i, s)}: {r}": f"{s.named()}: {w}" for i, s in enumerate(self.stages) for r, w in s.reasons.items()}
-        )
         found, examples = Counter[str](), dict[str, list[str]]()
         for reason, number in curated.reasons.items():
             plain = reason.removeprefix(f"{self._last}: ")
             found[plain] += number
             examples[plain] = heapq.nsmallest(EXAMPLES, [*examples.get(plain, []), *curated.examples[reason]])
+        self._log(found, examples)
+        return dict(sorted(found.items()))
+
+    def _log(self, found: Counter[str], examples: dict[str, list[str]]) -> None:
+        told = (
+            pictures.REASONS
+            | REASONS
+            | {f"{tally.label(i, s)}: {r}": f"{s.named()}: {w}" for i, s in enumerate(self.stages) for r, w in s.reasons.items()}
+        )
         for reason in sorted(found):
             log.warning("dropped %d: %s, such as %s", found[reason], told.get(reason, reason), sources.examples(examples[reason]))
-        return dict(sorted(found.items()))
 
     @property
     def _last(self) -> str:
@@ -169,7 +179,9 @@ class Making:
                         {"run": run, "shards": shards, "latents": latents}, bytes=run.bytes) for run in curated.runs)  # fmt: skip
         actors = {"actors": self.latents.workers, "gpus": self.latents.gpus} if self.latents else {}
         names = [record["dealt"] for record in self.flow.all("deal", tasks.deal, dealing, **actors)]
-        told = {"chunk_images": self.chunk_images, "output": self.output.uri, "explained": bool(self.stages)}
+        told = {"chunk_images": self.chunk_images, "output": self.output.uri, "explained": self.explained}
+        stored = dict.fromkeys(name for stage in self.stages for name in stage.stored())
+        told |= {"stored": tuple(stored)} if stored else {}
         shared, base = {"names": self.flow.share(names)}, key("shards", names, told)
         work = (Task(key(base, first + i), {"number": first + i, "prefix": tasks.folder_of(bucket, i, self.buckets), **told},
                      shared, curated.bytes // total)
@@ -201,5 +213,5 @@ class Making:
         made = explain(
             self.flow, self.all_stages, curated.tallies, part, ends, rows, columns, self.output, pictures.REASONS | REASONS
         )
-        self.seconds = made.seconds
+        self.counted, self.seconds = made.total, made.seconds
         return made.meta

@@ -11,15 +11,18 @@ its shard.
 
 from __future__ import annotations
 
+import time
 from typing import Any, Literal
 
 from pydantic import Field
 
 from heliostat import extras
 from heliostat.config.schema import Float, Strict
+from heliostat.curation.flow import Flow
 from heliostat.curation.stage import GlobalStage, Stage
 from heliostat.curation.stages.image_size import ImageSize
 from heliostat.curation.stages.similar_images import SimilarImages
+from heliostat.curation.work import Work
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.pipelines.images import pictures
@@ -28,8 +31,10 @@ from heliostat.pipelines.images.fetching import Fetch, Fetching
 from heliostat.pipelines.images.latents import Latents
 from heliostat.pipelines.images.making import Making
 from heliostat.pipelines.images.sources import Columns, Limits
-from heliostat.pipelines.images.tasks import LABEL, ImageSource
+from heliostat.pipelines.images.tasks import LABEL, STORED, ImageSource
+from heliostat.pipelines.images.trial import SampledSource, Trial
 from heliostat.pipelines.prepare import InputFile
+from heliostat.pipelines.sampled import Sample
 from heliostat.pipelines.staged import StagedPipeline
 from heliostat.pipelines.text import sources
 from heliostat.pipelines.web import lists
@@ -144,6 +149,11 @@ class ImagePipeline(StagedPipeline):
                 raise ConfigError(f"stages: image_size stands behind {stored}, where images have the size that they are stored "
                                   "in; put it before")  # fmt: skip
             stored = stored or (stage.named() if stage.gpu or isinstance(stage, GlobalStage) else "")
+            for name in stage.stored():
+                if name in (LABEL, *STORED, *self.columns.others):
+                    raise ConfigError(
+                        f"stages: {stage.named()}: {name!r} is a column of the shards or the input; give another name"
+                    )
             stage.check()
 
     def inputs(self) -> list[InputFile]:
@@ -164,16 +174,34 @@ class ImagePipeline(StagedPipeline):
         return config
 
     def write(self, output: Location, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        flow, limits = self.flow(), Limits(self.max_file_bytes, self.max_image_bytes)
-        fetching = Fetching(self.fetch, self.max_image_bytes) if self.fetch else None
-        columns = Columns(self.columns.image, self.columns.caption, self.columns.label, tuple(self.columns.others))
-        source = ImageSource(self.input, columns, self.rules, limits, flow.work.spill, fetching)
-        vocabulary = self.tokenizer.vocab_size if self.tokenizer else None
-        making = Making(flow, source, output, self.stages, self.last, self.memory_limit, self.shard_images, self.chunk_images,
-                        self.channels, self.buckets is not None, vocabulary, self.latents)  # fmt: skip
+        making = Making(**self._making(self.flow(), output, ImageSource))
         rows, meta = making.run(inputs)
         self._seconds = making.seconds
         return rows, meta
+
+    def predict(self, folder: Location, inputs: list[InputFile], fraction: float) -> dict[str, Any]:
+        if self.fetch:
+            raise ConfigError(
+                "--sample: a dry run would fetch images only to throw them away; fetch a part of the list as a dataset"
+            )
+        start, flow = time.monotonic(), self.flow(Work(folder.join("work")))
+        sample = Sample(fraction)
+        trial = Trial(**self._making(flow, folder.join("out"), SampledSource), sample=sample)
+        found = trial.predicted(inputs)
+        return found | {"name": self.name, "seconds": round(time.monotonic() - start, 2)}
+
+    def _making(self, flow: Flow, output: Location, source: type[ImageSource]) -> dict[str, Any]:
+        """Returns the fields of what makes the dataset."""
+        fetching = Fetching(self.fetch, self.max_image_bytes) if self.fetch else None
+        columns = Columns(self.columns.image, self.columns.caption, self.columns.label, tuple(self.columns.others))
+        limits = Limits(self.max_file_bytes, self.max_image_bytes)
+        reads = source(self.input, columns, self.rules, limits, flow.work.spill, fetching)
+        return {
+            "flow": flow, "source": reads, "output": output, "stages": self.stages, "last": self.last,
+            "memory_limit": self.memory_limit, "shard_images": self.shard_images, "chunk_images": self.chunk_images,
+            "channels": self.channels, "buckets": self.buckets is not None,
+            "tokenizer": self.tokenizer.vocab_size if self.tokenizer else None, "latents": self.latents,
+        }  # fmt: skip
 
     @property
     def last(self) -> Stage | None:

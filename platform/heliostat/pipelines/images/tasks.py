@@ -146,18 +146,27 @@ def encode_nothing(folder: Location, latents: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_shard(folder: Location, number: int, prefix: str, chunk_images: int, output: str, explained: bool,
-                names: list[str]) -> dict[str, Any]:  # fmt: skip
-    """Writes the shard of this number; returns its counts and its part of the manifest."""
+                names: list[str], stored: tuple[str, ...] = ()) -> dict[str, Any]:  # fmt: skip
+    """Writes the shard of this number, with the columns of stages that are `stored`; returns its counts and its part of the
+    manifest."""
     tables = [t for name in names for t in spill.read(folder, name, number, number + 1)]
     if not tables:  # few images, none of which has such a hash
         return {"path": "", "file_bytes": 0, "images": 0, "ends": [], "chunks": []}
     table = pa.concat_tables(tables)
-    data = shard(table, chunk_images)
+    data = shard(_with(table, stored), chunk_images, (*STORED, *stored))
     path = versions.store(Location(output), prefix, data, ".parquet")
     rows, contents = manifest.read_footer(Location(output), path, None), shard_file.content_digests(data, None)
     ends = [_ends(folder, path, table)] if explained else []
     return {"path": path, "file_bytes": len(data), "images": len(table), "ends": ends, "files": ends,
             "chunks": [{**row, "content": content} for row, content in zip(rows, contents, strict=True)]}  # fmt: skip
+
+
+def _with(table: pa.Table, stored: tuple[str, ...]) -> pa.Table:
+    """Appends columns that stages have made, as strings; "" where one has made none."""
+    for name in stored:
+        values = [str(json.loads(held).get(name, "")) if held else "" for held in table["columns"].to_pylist()]
+        table = table.append_column(name, pa.array(values, pa.string()))
+    return table
 
 
 def _ends(folder: Location, path: str, table: pa.Table) -> str:
@@ -173,9 +182,9 @@ def folder_of(bucket: str, number: int, parts: bool) -> str:
     return f"{bucket}/{SHARDS}/{number:05d}/" if parts else f"{SHARDS}/{number:05d}/"
 
 
-def shard(table: pa.Table, chunk_images: int) -> bytes:
+def shard(table: pa.Table, chunk_images: int, columns: tuple[str, ...] = STORED) -> bytes:
     """Writes a shard as the bytes of a Parquet file: the same images, in whatever order, give the same bytes."""
-    table = table.sort_by([("hash", "ascending"), ("id", "ascending")]).select([c for c in STORED if c in table.column_names])
+    table = table.sort_by([("hash", "ascending"), ("id", "ascending")]).select([c for c in columns if c in table.column_names])
     groups = max(1, round(len(table) / chunk_images))
     edges = [len(table) * i // groups for i in range(groups + 1)]
     return _parquet([table.slice(a, b - a) for a, b in itertools.pairwise(edges)])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ class Together(Strict):
         return {"column": value} if isinstance(value, str) else value
 
 
+ENDS = 10_000  # documents whose ends are Python objects at a time
 RUN = pa.schema([*segment.RUN, ("group", pa.binary(32)), ("order", pa.string())])
 TOLD = ["hash", "id", "columns", "bytes", "text", "group", "order"]
 
@@ -58,8 +60,9 @@ def regroup(folder: Location, runs: list[Run], low: int, high: int, by: dict[str
     }
     again = pa.Table.from_arrays([_array(held[kind.name], kind.type) for kind in RUN], schema=RUN)
     name = spill.write(folder, again, ("group", "order", "id"))
-    ends = spill_duplicates(folder, table, duplicates) if explained and duplicates else None
-    return {"runs": [[name, len(table), int(table["bytes"].to_numpy().sum())]], "duplicates": sum(len(t) for t in duplicates),
+    repeated = sum(len(t) for t in duplicates)
+    ends = spill_duplicates(folder, table, duplicates) if explained and repeated else None
+    return {"runs": [[name, len(table), int(table["bytes"].to_numpy().sum())]], "duplicates": repeated,
             "ends": ends, "files": [name, *([ends] if ends else [])]}  # fmt: skip
 
 
@@ -88,16 +91,21 @@ def counted(table: pa.Table) -> dict[str, int]:
     return {"groups": pc.count_distinct(apart["group"]).as_py(), "documents": len(apart)}
 
 
-def unique(table: pa.Table) -> tuple[pa.Table, pa.Table]:
-    """Sorts the table by hash and keeps each hash once, with the smallest id; also returns the rows that this removes."""
-    table = table.sort_by([("hash", "ascending"), ("id", "ascending")])
+def unique(held: list[pa.Table]) -> tuple[pa.Table, pa.Table]:
+    """Joins tables, sorts them by hash and keeps each hash once, with the smallest id; also returns the rows that this removes.
+
+    The list is empty afterwards, so that no more than twice the rows are in memory.
+    """
+    table = pa.concat_tables(held).combine_chunks()
+    held.clear()
+    order = pc.sort_indices(table.select(["hash", "id"]), [("hash", "ascending"), ("id", "ascending")])
     if not len(table):
         return table, table
-    hashes = table["hash"].combine_chunks()
+    hashes = pc.take(table["hash"], order).combine_chunks()
     first = np.concatenate(
         [[True], pc.not_equal(hashes.slice(1), hashes.slice(0, len(hashes) - 1)).to_numpy(zero_copy_only=False)]
     )
-    return table.filter(pa.array(first)), table.filter(pa.array(~first))
+    return table.take(order.filter(pa.array(first))), table.take(order.filter(pa.array(~first)))
 
 
 def gather(folder: Location, runs: list[Run], low: int, high: int, columns: bool) -> tuple[pa.Table | None, list[pa.Table]]:
@@ -113,19 +121,19 @@ def gather(folder: Location, runs: list[Run], low: int, high: int, columns: bool
             held.append(table)
             new_bytes += table.nbytes
         if new_bytes > kept_bytes:
-            table, gone = unique(pa.concat_tables(held))
+            table, gone = unique(held)
             duplicates.append(gone.select(told))
             held, kept_bytes, new_bytes = [table], max(1 << 24, table.nbytes), 0
     if not held:
         return None, duplicates
-    table, gone = unique(pa.concat_tables(held))
+    table, gone = unique(held)
     return table, [*duplicates, gone.select(told)]
 
 
 def spill_kept(folder: Location, path: str, kept: pa.Table, duplicates: list[pa.Table]) -> str:
     """Spills what became of a shard's documents, and of their exact duplicates."""
-    rows = [_end(row, "shard", "kept", path) for row in kept.select(["hash", "id", "columns"]).to_pylist()]
-    return _spill_ends(folder, [*rows, *_ends_of_duplicates(kept, duplicates)])
+    found = [_end(part, "shard", "kept", path) for part in _some(kept)]
+    return _spill_ends(folder, [*found, *_ends_of_duplicates(kept, duplicates)])
 
 
 def spill_duplicates(folder: Location, kept: pa.Table, duplicates: list[pa.Table]) -> str:
@@ -133,15 +141,32 @@ def spill_duplicates(folder: Location, kept: pa.Table, duplicates: list[pa.Table
     return _spill_ends(folder, _ends_of_duplicates(kept, duplicates))
 
 
-def _ends_of_duplicates(kept: pa.Table, duplicates: list[pa.Table]) -> list[dict[str, Any]]:
-    stayed = dict(zip(kept["hash"].to_pylist(), kept["id"].to_pylist(), strict=True)) if duplicates else {}
-    return [_end(row, "exact", "duplicate", stayed[row["hash"]]) for table in duplicates for row in table.to_pylist()]
+def _ends_of_duplicates(kept: pa.Table, duplicates: list[pa.Table]) -> list[pa.Table]:
+    repeated = {digest for table in duplicates for digest in table["hash"].to_pylist()}
+    stayed = {digest: id for digest, id in _pairs(kept) if digest in repeated} if repeated else {}
+    return [_end(part, "exact", "duplicate", [stayed[digest] for digest, _ in _pairs(part)])
+            for table in duplicates for part in _some(table)]  # fmt: skip
 
 
-def _spill_ends(folder: Location, rows: list[dict[str, Any]]) -> str:
-    return spill.write(folder, pa.Table.from_pylist(rows, segment.LEFT_OUT), ("id", "stage", "reason", "detail"))
+def _spill_ends(folder: Location, found: list[pa.Table]) -> str:
+    return spill.write(folder, pa.concat_tables(found), ("id", "stage", "reason", "detail"))
 
 
-def _end(row: dict[str, Any], stage: str, reason: str, detail: str) -> dict[str, Any]:
-    return {"key": segment.key_of(row["id"]), "id": row["id"], "stage": stage, "reason": reason, "detail": detail,
-            "hash": row["hash"].hex(), "columns": row["columns"]}  # fmt: skip
+def _some(table: pa.Table) -> Iterator[pa.Table]:
+    return (table.slice(start, ENDS) for start in range(0, len(table), ENDS))
+
+
+def _pairs(table: pa.Table) -> Iterator[tuple[bytes, str]]:
+    """Yields (hash, id) of a table's documents."""
+    for part in _some(table):
+        yield from zip(part["hash"].to_pylist(), part["id"].to_pylist(), strict=True)
+
+
+def _end(part: pa.Table, stage: str, reason: str, detail: str | list[str]) -> pa.Table:
+    rows = len(part)
+    keys = [segment.key_of(id) for id in part["id"].to_pylist()]
+    hashes = [digest.hex() for digest in part["hash"].to_pylist()]
+    columns = [keys, part["id"], [stage] * rows, [reason] * rows, [detail] * rows if isinstance(detail, str) else detail,
+               [None] * rows, hashes, part["columns"]]  # fmt: skip
+    made = [c if isinstance(c, pa.ChunkedArray) else pa.array(c, f.type) for c, f in zip(columns, segment.LEFT_OUT, strict=True)]
+    return pa.Table.from_arrays(made, schema=segment.LEFT_OUT)

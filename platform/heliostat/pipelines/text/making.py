@@ -69,7 +69,8 @@ class Reading:
         select = (Task(key("sample", f, limit), {"runs": part, "limit": limit}) for f, part in zip(follows, parts, strict=True))
         samples = [name for record in self.flow.all("sample", tasks.lowest, select) for name in record["sample"]]
         config = self.tokenizer | ({"markers": markers} if markers else {})
-        train = Task(key("tokenizer", samples, config), {"samples": samples, "config": config})
+        told = {"samples": samples, "limit": limit, "bytes": int(sizes[: limit + 1].sum()), "config": config}
+        train = Task(key("tokenizer", told), told)
         (record,) = self.flow.all("tokenizer", tasks.train_on, iter([train]))
         return segment.load(self.flow.work.spill, record["definition"])
 

@@ -34,6 +34,7 @@ from heliostat.pipelines.text import documents, gathering, infilling, repositori
 from heliostat.storage import Location
 
 PREFIXES = 1 << 16  # the hash's first 16 bits, in which the tokenizer's sample is measured
+SELECTED_BYTES = 8 << 20  # of the texts that train the tokenizer, that are held at a time
 ARCHIVES = (".warc", ".wet", ".wat")
 LISTED = pa.schema([("id", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
 
@@ -144,21 +145,31 @@ def prefix_sizes(folder: Location, runs: list[Run]) -> dict[str, Any]:
 def lowest(folder: Location, runs: list[Run], limit: int) -> dict[str, Any]:
     """Selects the documents whose hash prefix is at most `limit`."""
     found = [t for run in runs for t in survivors(folder, run, 0, (limit + 1) << 48, ["hash", "id", "bytes", "text"])]
-    table = gathering.unique(pa.concat_tables(found))[0] if found else None
+    table = gathering.unique(found)[0] if found else None
     names = [] if table is None else [spill.write(folder, table, ("hash", "id"))]
     return {"sample": names, "files": names}
 
 
-def train_on(folder: Location, samples: list[str], config: dict[str, Any]) -> dict[str, Any]:
-    """Trains a tokenizer on the selected documents, as far as `train_bytes`."""
+def train_on(folder: Location, samples: list[str], limit: int, bytes: int, config: dict[str, Any]) -> dict[str, Any]:
+    """Trains a tokenizer on the selected documents, of so many bytes and hash prefixes up to `limit`, as far as `train_bytes`."""
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # nothing else runs meanwhile
-    held = [t for name in samples for t in spill.read(folder, name)]
-    table, _ = gathering.unique(pa.concat_tables(held) if held else segment.RUN.empty_table())
-    sizes = np.cumsum(table["bytes"].to_numpy())
-    table = table.slice(0, int(np.searchsorted(sizes, config["train_bytes"])) + 1)
-    texts = (text.as_py() for text in table["text"])
+    texts = selected(folder, samples, limit, bytes, config["train_bytes"])
     name = segment.store(folder, tokens.train(texts, config["vocab_size"], config["end_of_document"], config.get("markers", ())))
     return {"definition": name, "files": [name]}
+
+
+def selected(folder: Location, samples: list[str], limit: int, bytes: int, train_bytes: int) -> Iterator[str]:
+    """Yields the selected texts in the order of their hashes, up to the one that fills `train_bytes`; some megabytes are held."""
+    prefixes, parts, taken = limit + 1, max(1, bytes // SELECTED_BYTES), 0
+    for part in range(parts):
+        low, high = part * prefixes // parts, (part + 1) * prefixes // parts
+        held = [t for name in samples for t in spill.read(folder, name, low << 48, high << 48)] if low < high else []
+        table = gathering.unique(held)[0] if held else segment.RUN.empty_table()
+        for size, text in zip(table["bytes"].to_pylist(), table["text"], strict=True):
+            yield text.as_py()
+            taken += size
+            if taken >= train_bytes:
+                return
 
 
 # shards ----------------------------------------------------------------------------------------------------------------
@@ -195,17 +206,18 @@ def _write_shard(folder: Location, runs: list[Run], shard: int, plan: Sharding) 
     if table is None:
         return None
     tokenizer = tokens.load(plan.definition)
-    hashes = [digest.hex() for digest in table["hash"].to_pylist()]
-    encoded, rearranged = _encoded(tokenizer, table, hashes, plan)
+    encoded, rearranged = _encoded(tokenizer, table, plan)
+    table = table.drop_columns("text")  # whose memory the file takes
     ids = table["id"].to_pylist()
     places = np.array(
         [manifest.place(digest.hex()) for digest in table["group" if plan.together else "hash"].to_pylist()], np.int64
     )
     data = tokens.shard(ids, encoded, plan.chunk_tokens, places)
-    output = Location(plan.output)
-    path = versions.store(output, f"{SHARDS}/{shard:05d}/", data, ".parquet")
     counts = tokens.counted(encoded, tokenizer.get_vocab_size())
     groups = tokens.chunks(np.array([len(e) for e in encoded]), plan.chunk_tokens, places)
+    del encoded
+    output = Location(plan.output)
+    path = versions.store(output, f"{SHARDS}/{shard:05d}/", data, ".parquet")
     contents = shard_file.content_digests(data, "tokens")
     chunks = [{**row, "content": c} for row, c in zip(manifest.read_footer(output, path, "tokens"), contents, strict=True)]
     return {
@@ -229,7 +241,7 @@ def _gathered(folder: Location, runs: list[Run], low: int, high: int, plan: Shar
     return gathering.gather(folder, runs, low, high, plan.explained)
 
 
-def _encoded(tokenizer: Tokenizer, table: pa.Table, hashes: list[str], plan: Sharding) -> tuple[list[np.ndarray], dict[str, int]]:
+def _encoded(tokenizer: Tokenizer, table: pa.Table, plan: Sharding) -> tuple[list[np.ndarray], dict[str, int]]:
     """Encodes the texts of a table, rearranged if the plan says so; also counts the rearranged ones."""
     encoded: list[np.ndarray] = []
     told = plan.infill or {}
@@ -240,13 +252,14 @@ def _encoded(tokenizer: Tokenizer, table: pa.Table, hashes: list[str], plan: Sha
         if keys is None or markers is None:
             encoded += tokens.encode(tokenizer, texts, plan.end)
         else:
-            arranged = [infilling.arrange(*one, keys) for one in zip(texts, hashes[start:stop], strict=True)]
+            hashes = [digest.hex() for digest in table["hash"].slice(start, stop - start).to_pylist()]
+            arranged = [infilling.arrange(*one, keys) for one in zip(texts, hashes, strict=True)]
             encoded += infilling.encode(tokenizer, arranged, plan.end, markers)
     return encoded, markers.counted(encoded) if markers else {}
 
 
 def _slices(sizes: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Yields ranges of documents of some megabytes each, so that few texts are Python strings at a time."""
+    """Yields ranges of documents of about two megabytes each, so that few texts are Python strings at a time."""
     places = np.cumsum(sizes) // (8 * tokens.BATCH_CHARS)
     edges = [0, *(np.flatnonzero(np.diff(places)) + 1).tolist(), len(sizes)]
     yield from itertools.pairwise(edges)

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from heliostat.data.manifest import PLACES, PLACES_KEY
 from heliostat.errors import ConfigError
+from heliostat.pipelines.text import stretches
 
 SCHEMA = pa.schema(
     [
@@ -29,7 +30,7 @@ FORM = {"compression": "zstd", "use_dictionary": False, "write_statistics": ["do
 # parts of all documents, by hash, at which a chunk ends, so that they can be held out exactly
 PARTS = [digit / 10**places for places in (4, 3, 2, 1) for digit in (1, 2, 5)]
 TOGETHER = 1024  # documents whose tokens are counted together
-BATCH_CHARS = 1 << 19  # of text, per call of the tokenizer, whose encodings take thirty times as much memory
+BATCH_CHARS = 1 << 18  # of text, per call of the tokenizer, whose encodings take thirty times as much memory
 
 
 def train(texts: Iterable[str], vocab_size: int, end_of_document: str, markers: Sequence[str] = ()) -> str:
@@ -75,8 +76,19 @@ def end_id(tokenizer: Tokenizer, end_of_document: str) -> int:
 
 def encode(tokenizer: Tokenizer, texts: list[str], end: int) -> list[np.ndarray]:
     """Encodes each text to token ids, int32, with `end` after them."""
-    made = (one for batch in batches(texts) for one in tokenizer.encode_batch_fast(batch, add_special_tokens=False))
-    return [np.array([*encoding.ids, end], np.int32) for encoding in made]
+    known, ended = stretches.of(tokenizer), np.int32(end).tobytes()
+    if known is None:
+        made = (one for batch in batches(texts) for one in tokenizer.encode_batch_fast(batch, add_special_tokens=False))
+        return [np.array([*encoding.ids, end], np.int32) for encoding in made]
+    ids = (one for batch in batches(texts) for one in _by_stretches(known, batch))
+    return [np.frombuffer(one + ended, np.int32) for one in ids]
+
+
+def _by_stretches(known: stretches.Stretches, texts: list[str]) -> list[bytes]:
+    """Encodes some texts, or a large one in parts."""
+    if len(texts) > 1:
+        return known.encode(texts)
+    return [b"".join(one for part in stretches.parts(texts[0], BATCH_CHARS) for one in known.encode([part]))]
 
 
 def counted(encoded: list[np.ndarray], vocab_size: int) -> np.ndarray:
@@ -178,28 +190,37 @@ def shard(ids: list[str], tokens: list[np.ndarray], chunk_tokens: int, places: n
     A row that does not end with the end of its document goes on in the next, of the same name. The documents' places
     (`manifest.place`) must descend.
     """
-    flat = np.concatenate(tokens)
     lengths = np.array([len(t) for t in tokens], np.int64)
     ends = np.cumsum(lengths)
-    groups = chunks(lengths, chunk_tokens, places)
+    groups, content = chunks(lengths, chunk_tokens, places), hashlib.sha256()
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(sink, SCHEMA, **FORM) as writer:
         begin = 0
         for rows, _ in groups:
             offsets = np.concatenate([[0], np.cumsum(rows)])
-            values = pa.array(flat[begin : begin + offsets[-1]])
+            values = _between(tokens, ends, begin, begin + int(offsets[-1]))
             names = [ids[i] for i in np.searchsorted(ends, begin + offsets[:-1], side="right")]
-            lists = pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), values, type=SCHEMA.field("tokens").type)
+            element = SCHEMA.field("tokens").type
+            lists = pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values), type=element)
             table = pa.Table.from_arrays([lists, pa.array(names, pa.string())], schema=SCHEMA)
             writer.write_table(table, row_group_size=max(1, len(rows)))
+            content.update(values)
             begin += int(offsets[-1])
-        _sign(writer, flat, None if places is None else [place for _, place in groups])
+        _sign(writer, content.hexdigest(), None if places is None else [place for _, place in groups])
     return sink.getvalue().to_pybytes()
 
 
-def _sign(writer: pq.ParquetWriter, flat: np.ndarray, places: list[int] | None) -> None:
+def _between(tokens: list[np.ndarray], ends: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """Returns a range of the tokens of all documents, which end at `ends`, without joining others."""
+    first, last = np.searchsorted(ends, [start, stop - 1], side="right").tolist()
+    before = int(ends[first]) - len(tokens[first])
+    held = tokens[first] if first == last else np.concatenate(tokens[first : last + 1])
+    return held[start - before : stop - before]
+
+
+def _sign(writer: pq.ParquetWriter, content: str, places: list[int] | None) -> None:
     """Puts the content's digest into the footer, which the manifest hashes, so that the dataset's changes with any token."""
-    writer.add_key_value_metadata({"content": hashlib.sha256(flat.tobytes()).hexdigest()})
+    writer.add_key_value_metadata({"content": content})
     if places is not None:
         writer.add_key_value_metadata({PLACES_KEY.decode(): json.dumps(places)})
 
@@ -222,7 +243,7 @@ def without(file: pq.ParquetFile, ids: set[str]) -> tuple[bytes | None, np.ndarr
                 kept.append(_flat(left))
                 places += [old[group]] if old else []
                 writer.write_table(left, row_group_size=len(left))
-        _sign(writer, np.concatenate(kept), places if old else None)
+        _sign(writer, hashlib.sha256(np.concatenate(kept)).hexdigest(), places if old else None)
     return sink.getvalue().to_pybytes() if len(kept) > 1 else None, np.concatenate(gone)
 
 

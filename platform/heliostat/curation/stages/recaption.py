@@ -1,0 +1,67 @@
+"""Replaces captions by those that a Hugging Face captioner writes of the images; the old ones stay, in a column of their own.
+
+Captions that are made describe images better than most alt texts of the web (BLIP: Li et al. 2022, arXiv 2201.12086; Nguyen et
+al. 2023, arXiv 2307.10350; Li et al. 2024, arXiv 2406.08478). `model` is a folder as save_pretrained writes it (BLIP, GIT, or a
+vision encoder with a text decoder), with safetensors, the image processor and tokenizer.json; code of the folder's is never run.
+Images are looked at in the form that they are stored in. Decoding is greedy; captions do not depend on the batch, but may differ
+between devices where two words are about as likely. Where the cluster has GPUs, each has an actor that keeps the model; else CPUs
+compute. Stages behind this one look at the new captions: put a CLIP's `hf_image` there.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from heliostat import extras
+from heliostat.curation import captioning
+from heliostat.curation.filtering import text_of
+from heliostat.curation.picturing import picture_of
+from heliostat.curation.stage import Document, Outcome, Stage, Work
+
+
+class Recaption(Stage):
+    """Writes captions anew by a Hugging Face captioner."""
+
+    gpu: ClassVar[bool] = True
+    of_images: ClassVar[bool] = True
+    reasons: ClassVar[dict[str, str]] = {"no_caption": "an image of which the model wrote nothing"}
+
+    model: str = Field(min_length=1)
+    """The model's folder, which every node must reach."""
+    max_tokens: int = Field(64, ge=1)
+    """The most tokens of a caption; those that are cut there are counted."""
+    batch: int = Field(16, ge=1, le=1024)
+    """Images that are captioned together."""
+    original: str = Field("original_caption", min_length=1)
+    """The column of the shards that the caption of the input becomes."""
+
+    def identity(self) -> dict[str, Any]:
+        return super().identity() | {"model": captioning.digests(self.model)}
+
+    def stored(self) -> tuple[str, ...]:
+        return (self.original,)
+
+    def check(self) -> None:
+        extras.require("images", "PIL", what="stage recaption")
+        captioning.describe(self.model)
+
+    def open(self) -> Work:
+        self.check()
+        write = captioning.load(self.model, self.max_tokens, self.batch)
+
+        def work(documents: list[Document]) -> list[Outcome]:
+            written = write([picture_of(d).data for d in documents])
+            return [self._outcome(d, *one) for d, one in zip(documents, written, strict=True)]
+
+        return work
+
+    def _outcome(self, document: Document, caption: str, cut: bool) -> Outcome:
+        counts = {"cut_to_max_tokens": 1} if cut else {}
+        if not caption:
+            return Outcome(None, "no_caption")
+        old = text_of(document)
+        columns = {self.original: old} | document.columns  # of two such stages, what the first found stays
+        counts["same_caption" if caption == old else "recaptioned"] = 1
+        return Outcome(Document(document.id, caption, columns, document.picture), counts=counts)

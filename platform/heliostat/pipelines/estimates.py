@@ -1,0 +1,99 @@
+"""Estimates what holds of a whole from a sample of it: shares with intervals, and duplicates, of which a sample shows few."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+Z = 1.96  # 95 %
+ROUNDS = 300
+SHOWN = 40  # documents of a cluster, which tell its size to a third
+
+
+def wilson(hits: int, count: int) -> tuple[float, float]:
+    """Computes the 95 % interval of a share (Wilson 1927), of which `hits` of `count` drawn were seen."""
+    if not count:
+        return 0.0, 1.0
+    share, z2 = hits / count, Z * Z
+    centre, spread = share + z2 / (2 * count), Z * math.sqrt(share * (1 - share) / count + z2 / (4 * count * count))
+    return max(0.0, (centre - spread) / (1 + z2 / count)), min(1.0, (centre + spread) / (1 + z2 / count))
+
+
+@dataclass(frozen=True)
+class Share:
+    """Holds the share of documents that are dropped as duplicates: in the sample, and expected of the whole, with bounds."""
+
+    seen: float
+    expected: float
+    low: float
+    high: float
+
+
+def duplicates(documents: int, sizes: dict[int, int], times: float) -> Share:
+    """Estimates the share of duplicates in a whole of `times` the sample's documents; `sizes` counts the sample's clusters of two
+    and more by their documents.
+
+    Both of a pair are in a sample of a share f with probability f squared, so the share that the sample shows is too low. What is
+    expected are the duplicates of the sizes in the whole that make those of the sample likely (`whole_sizes`). The bounds are the
+    sample's own share, and what the most pairs that a Poisson variable may stand for (95 %) would mean if no cluster were larger
+    (pairs by f squared, capped by the lower bound of distinct documents by Chao and Lin, 2012).
+    """
+    clusters, alike = sum(sizes.values()), sum(size * number for size, number in sizes.items())
+    dropped, single = alike - clusters, documents - alike
+    seen = dropped / documents if documents else 0.0
+    if times <= 1 or not documents:
+        return Share(seen, seen, seen, seen)
+    distinct, whole = whole_sizes({1: single, **sizes}, 1 / times)
+    expected = max(seen, 1 - distinct / whole)
+    pairs = sum(size * (size - 1) / 2 * number for size, number in sizes.items())
+    many = (pairs + 1) * (1 - 1 / (9 * (pairs + 1)) + Z / (3 * math.sqrt(pairs + 1))) ** 3  # Byar's approximation
+    return Share(seen, expected, seen, max(expected, _most(documents, dropped, single, many, max(many, clusters), times)))
+
+
+def whole_sizes(sizes: dict[int, int], share: float) -> tuple[float, float]:
+    """Estimates how many clusters there are, and documents in them, of which a share was drawn: `sizes` counts clusters by how
+    many of their documents were, from 1.
+
+    A cluster of k documents shows m of them with the binomial probability. Of mixtures of sizes, that of the greatest likelihood
+    is approached by expectation maximisation, from clusters that are the fewer the larger they are, and not to its end: far
+    rounds follow chance. Clusters that show many documents are as large as their share says.
+    """
+    known = {m: n for m, n in sizes.items() if n and m > SHOWN}
+    seen = {m: n for m, n in sizes.items() if n and m <= SHOWN}
+    clusters, documents = float(sum(known.values())), sum(m * n for m, n in known.items()) / share
+    if not seen:
+        return clusters, documents
+    grid = _grid(2 * max(seen) / share)
+    shown, counts = np.array(sorted(seen)), np.array([float(seen[m]) for m in sorted(seen)])
+    there = 1 - (1 - share) ** grid
+    likely = np.array([[_binomial(int(k), int(m), share) for k in grid] for m in shown]) / there
+    weights = there / grid.astype(np.float64) ** 2
+    weights /= weights.sum()
+    for _ in range(ROUNDS):
+        weights = weights * (likely.T @ (counts / (likely @ weights))) / counts.sum()
+    found = counts.sum() * weights / there
+    return clusters + float(found.sum()), documents + float((found * grid).sum())
+
+
+def _grid(most: float) -> np.ndarray:
+    """Lists sizes of clusters: the first eight, then each a third larger."""
+    found = list(range(1, 9))
+    while found[-1] < most:
+        found.append(found[-1] * 4 // 3)
+    return np.array(found)
+
+
+def _binomial(count: int, hits: int, share: float) -> float:
+    if hits > count:
+        return 0.0
+    ways = math.lgamma(count + 1) - math.lgamma(hits + 1) - math.lgamma(count - hits + 1)
+    return math.exp(ways + hits * math.log(share) + (count - hits) * math.log1p(-share))
+
+
+def _most(documents: int, dropped: int, single: int, pairs: float, clusters: float, times: float) -> float:
+    by_pairs = pairs * times / documents
+    grown = 2 * clusters * documents / max(1, documents - 1) + single / (times - 1)
+    distinct = documents - dropped + (single * single / grown if grown else 0.0)
+    return max(0.0, min(1.0, by_pairs, 1 - distinct / (documents * times)))

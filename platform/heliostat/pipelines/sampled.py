@@ -1,0 +1,96 @@
+"""Defines a sample of an input: what of it is read, and how many times as large the whole is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import xxhash
+
+from heliostat.curation import pieces
+from heliostat.curation.pieces import Part
+
+PLACES = 64  # that are chosen at least, where there are so many, lest a sample is of one neighbourhood
+OF_PLACES, OF_RECORDS, OF_LOTS = 1, 2, 3  # seeds
+FEW_UNKNOWN = 0.05
+
+
+def chosen(what: str, rate: float, seed: int) -> bool:
+    """Tells whether a record is among a share of all, by its hash."""
+    return _drawn(what, seed) < rate
+
+
+def evenly(parts: Iterable[Part], rate: float) -> list[Part]:
+    """Chooses a share of parts that has large ones and small ones as all have them; a larger share holds the smaller.
+
+    Parts are classed by the powers of two in their sizes, and in the order of their hashes as many of each class are chosen as
+    its share is, by a lot of the class where that is no whole number. So each has the same chance, and within a class those of
+    a pair are drawn almost as if by themselves.
+    """
+    classes, found = dict[int, list[Part]](), list[Part]()
+    for part in parts:
+        classes.setdefault(part.length.bit_length(), []).append(part)
+    for size, of_size in sorted(classes.items()):
+        of_size.sort(key=lambda part: _drawn(f"{part.path}\0{part.start}", OF_PLACES))
+        lot = _drawn(f"{size} {of_size[0].path}\0{of_size[0].start}", OF_LOTS)
+        found += [part for rank, part in enumerate(of_size) if rank + lot < rate * len(of_size)]
+    return found
+
+
+def _drawn(what: str, seed: int) -> float:
+    return xxhash.xxh64_intdigest(what.encode("utf-8", "surrogatepass"), seed) / (1 << 64)
+
+
+@dataclass
+class Sample:
+    """Holds the parts that are read, the share of the records in them that is taken, by kind of file, and the sizes of both."""
+
+    fraction: float
+    parts: list[Part] = field(default_factory=list)
+    records: dict[str, float] = field(default_factory=dict)
+    input_bytes: int = 0
+    read_bytes: int = 0
+    taken_bytes: float = 0.0
+    files: int = 0
+    taken_files: float = 0.0
+    many_bytes: int = 0
+    """Of the input's bytes, those of files of many documents, whose number is not known."""
+
+    def add(self, kind: str, parts: list[Part], taken: list[Part], one: bool, rate: float) -> None:
+        """Counts parts, of which some are read, and a share (`rate`) of their records taken; each may hold `one` document."""
+        total, read = sum(part.length for part in parts), sum(part.length for part in taken)
+        self.records[kind] = rate
+        self.parts += taken
+        self.input_bytes += total
+        self.many_bytes += 0 if one else total
+        self.read_bytes += read
+        self.taken_bytes += read * rate
+        self.files += len(parts)
+        self.taken_files += len(taken) * rate
+
+    @property
+    def of_bytes(self) -> float:
+        """Returns how many times the sample's bytes the input has."""
+        return self.input_bytes / self.taken_bytes
+
+    @property
+    def unknown(self) -> float:
+        """Returns the share of the input, in bytes, of which nobody knows how many documents it holds."""
+        return self.many_bytes / max(1, self.input_bytes)
+
+    @property
+    def of_documents(self) -> float:
+        """Returns how many times the sample's documents the input has: by files where they are known to be one each."""
+        return self.files / self.taken_files if self.unknown < FEW_UNKNOWN else self.of_bytes
+
+    def pieces(self) -> Iterator[list[Part]]:
+        """Yields the parts in pieces of work."""
+        target, held, piece = pieces.size(self.read_bytes), 0, list[Part]()
+        for part in self.parts:
+            piece.append(part)
+            held += part.length + pieces.FILE_BYTES
+            if held >= target:
+                yield piece
+                held, piece = 0, []
+        if piece:
+            yield piece

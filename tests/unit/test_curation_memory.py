@@ -1,0 +1,158 @@
+"""What tasks of curation hold: a share of their limit, whatever the documents; each cause that was found has its test."""
+
+import random
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from heliostat.curation import segment, spill, tally
+from heliostat.curation.stage import Document
+from heliostat.pipelines.text import tasks, tokens
+from heliostat.storage import Location
+
+MB = 1 << 20
+
+
+def arrow_peak(work: Callable[[], Any]) -> int:
+    """The most bytes that Arrow has allocated for a call."""
+    before = pa.default_memory_pool()
+    pool = pa.proxy_memory_pool(before)
+    pa.set_memory_pool(pool)
+    try:
+        held = work()
+        del held
+    finally:
+        pa.set_memory_pool(before)
+    return pool.max_memory()
+
+
+def python_peak(work: Callable[[], Any]) -> int:
+    """The most bytes that Python and NumPy have allocated for a call."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def rows(count: int, size: int, seed: int = 0) -> pa.Table:
+    rng = np.random.default_rng(seed)
+    keys = rng.integers(0, 1 << 64, count, np.uint64)
+    text = "".join(random.Random(seed).choices("abcdefgh ", k=size))
+    hashes = [int(k).to_bytes(8, "big") * 4 for k in keys]
+    columns = [keys, range(count), hashes, [f"{seed}-{i}" for i in range(count)], [size] * count, [None] * count, [text] * count]
+    return pa.Table.from_arrays([pa.array(c, f.type) for c, f in zip(columns, segment.RUN, strict=True)], schema=segment.RUN)
+
+
+def test_a_range_of_many_files_holds_its_own_rows_alone(tmp_path):
+    """And not the row groups that they lie in: 30 files of 4 MB, a fiftieth of each."""
+    folder = Location(str(tmp_path))
+    names = [spill.write(folder, rows(400, 10_000, i), ("row",)) for i in range(30)]
+    held = arrow_peak(lambda: [t for name in names for t in spill.read(folder, name, *spill.share(20, 50))])
+    assert held < 12 * MB, "2.4 MB of rows, and what reading takes"
+
+
+def test_rows_that_are_made_unique_are_held_twice(tmp_path):
+    parts = [rows(500, 10_000, i) for i in range(6)]
+    size = sum(part.nbytes for part in parts)
+    held = arrow_peak(lambda: tasks.unique([part.take(pa.array(range(len(part)))) for part in parts]))
+    assert held < 2.3 * size
+
+
+def test_a_shards_tokens_are_not_held_twice():
+    ids, encoded = [f"d{i}" for i in range(400)], [np.full(5000, i, np.int32) for i in range(400)]
+    size = sum(one.nbytes for one in encoded)
+    assert python_peak(lambda: tokens.shard(ids, encoded, 50_000)) < 0.5 * size
+    whole = tokens.shard(ids, encoded, 50_000)
+    assert whole == tokens.shard(ids, [one.copy() for one in encoded], 50_000)
+    large = tokens.shard(["a", "b"], [np.zeros(2_000_000, np.int32), np.ones(50, np.int32)], 50_000)
+    assert python_peak(lambda: tokens.shard(["a"], [np.zeros(2_000_000, np.int32)], 50_000)) < 2 * 8 * MB and large
+
+
+def test_texts_wait_for_their_run_as_utf_8(tmp_path):
+    """Python's strings take four bytes a character where one in a text is rare."""
+    made = segment.Spiller(Location(str(tmp_path)), 4 * MB)
+
+    def add() -> None:
+        for i in range(390):
+            made.add(Document(f"d{i}", f"{i} 🙂" + "x" * 9990))
+
+    assert python_peak(add) < 6 * MB and not made.runs
+    made.add(Document("last", "x" * 300_000))
+    assert len(made.runs) == 1 and made.runs[0].rows == 391
+
+
+def test_a_run_is_held_as_a_table_while_its_file_is_made(tmp_path):
+    """Twice beside the file, and not three times."""
+    made = segment.Spiller(Location(str(tmp_path)), 1 << 40)
+    rng = random.Random(0)
+    for i in range(400):
+        made.add(Document(f"d{i}", rng.randbytes(5000).hex()))
+    assert arrow_peak(made.spill) < 2.2 * 4_000_000
+
+
+def test_what_is_left_out_is_spilled_in_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(segment, "LEFT_OUT_ROWS", 2000)  # a tenth of what it is
+    made = segment.Spiller(Location(str(tmp_path)), 4 * MB)
+
+    def leave_out() -> None:
+        for i in range(6000):
+            made.leave_out(f"some/folder/file-{i:06d}.jsonl#{i}", "3 stage", "short", "", {"words": 3.5 + i, "x": 1.25})
+
+    assert python_peak(leave_out) < 1.6 * MB and len(made.spilled) == 3
+
+
+def test_ends_of_many_small_documents_are_python_objects_a_few_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "ENDS", 1000)  # a tenth of what it is
+    folder, table = Location(str(tmp_path)), rows(6000, 10).drop_columns("text")
+    assert python_peak(lambda: tasks._ends(folder, "shards/x", table, [])) < 2.4 * MB
+    duplicates = table.slice(100, 50).set_column(3, "id", pa.array([f"other-{i}" for i in range(50)]))
+    name = tasks._ends(folder, "shards/x", table.slice(0, 300), [duplicates])
+    found = {row["id"]: row for t in spill.read(folder, name) for row in t.to_pylist()}
+    assert len(found) == 350 and found["other-7"]["detail"] == "0-107" and found["other-7"]["reason"] == "duplicate"
+    assert found["0-3"] == {"key": segment.key_of("0-3"), "id": "0-3", "stage": "shard", "reason": "kept", "detail": "shards/x",
+                            "measures": None, "hash": table["hash"][3].as_py().hex(), "columns": None}  # fmt: skip
+
+
+def test_what_trains_a_tokenizer_is_read_some_megabytes_at_a_time(tmp_path, monkeypatch):
+    """The same texts in the same order as all at once."""
+    monkeypatch.setattr(tasks, "SELECTED_BYTES", 2 * MB)
+    folder = Location(str(tmp_path))
+    parts = [rows(1000, 8000, i).select(["key", "hash", "id", "bytes", "text"]) for i in range(3)]
+    names = [spill.write(folder, part, ("hash", "id")) for part in parts]
+    held, _ = tasks.unique(list(parts))
+    wanted = held["text"].to_pylist()
+    assert list(tasks.selected(folder, names, (1 << 16) - 1, 24_000_000, 1 << 40)) == wanted
+    most = 9_000_000
+    assert list(tasks.selected(folder, names, (1 << 16) - 1, 24_000_000, most)) == wanted[: -(-most // 8000)]
+
+    def read() -> None:
+        for _ in tasks.selected(folder, names, (1 << 16) - 1, 24_000_000, 1 << 40):
+            pass
+
+    assert arrow_peak(read) < 12 * MB < 24_000_000
+
+
+def test_tallies_are_summed_one_at_a_time():
+    class Seen:
+        alive = most = 0
+
+        def __iter__(self):
+            for i in range(50):
+                yield {"0 x": tally.entry({}, "") | {"documents": i, "counts": {"c": 1}}}
+
+    made = tally.merge(iter(Seen()))
+    assert made["0 x"]["documents"] == sum(range(50)) and made["0 x"]["counts"] == {"c": 50}
+
+
+@pytest.mark.parametrize("text", [" ".join(f"word{i % 5000}" for i in range(100_000)), "x" * 300_000], ids=["words", "one word"])
+def test_a_large_text_is_encoded_in_parts(text):
+    """As Python sees it: of the tokenizer's own memory the benchmark tells."""
+    tokenizer = tokens.load(tokens.train(["a b c word"], 300, "<|endoftext|>"))
+    tokens.encode(tokenizer, ["a"], 0)
+    size = 4 * sum(len(one) for one in tokens.encode(tokenizer, [text], 0))
+    assert python_peak(lambda: tokens.encode(tokenizer, [text], 0)) < 3 * size + 8 * MB

@@ -1,0 +1,91 @@
+"""A dry run of images: what a sample is, and what it says of the whole."""
+
+import random
+
+import pytest
+from heliostat.curation import reasons
+from heliostat.curation.pieces import Part
+from heliostat.errors import ConfigError, DataError
+from heliostat.pipelines import prediction, sampled
+from heliostat.pipelines.images.pipeline import ImagePipeline
+from heliostat.storage import Location
+
+from tests.unit.build_images import Here, folder_of, image, prepared
+from tests.unit.test_image_pipeline import make_input
+
+
+def keys(folder, **more):
+    return {"name": "t", "input": str(folder / "in"), "output": str(folder / "out"), "resolution": 16,
+            "duplicates": "exact", **more}  # fmt: skip
+
+
+def predict(folder, fraction: float, name: str = "trial", **more):
+    pipeline = Here.model_validate(keys(folder, **more))
+    return pipeline.predict(Location(str(folder / name)), pipeline.inputs(), fraction)
+
+
+def test_what_is_predicted_of_images_is_near_the_whole(tmp_path):
+    """Files with metadata: by stages, bytes, and what reading leaves out."""
+    rng = random.Random(0)
+    rows = [(f"{i:04d}.png", image(8 + rng.randrange(40), 24, seed=i), {"caption": "x" * (1 + i % 9)}) for i in range(500)]
+    folder_of(tmp_path / "in", rows)
+    stages = [{"stage": "length", "min_chars": 4}]
+    found = predict(tmp_path, 0.3, stages=stages, min_side=12)
+    assert found == {**predict(tmp_path, 0.3, "again", stages=stages, min_side=12, memory_limit=1 << 26),
+                     **{k: found[k] for k in found if "hours" in k or k in ("funnel", "seconds")}}  # fmt: skip
+    made, _ = prepared(keys(tmp_path, stages=stages, min_side=12))
+    truth = reasons.funnel(made)
+    assert [row["stage"] for row in found["funnel"]] == [name for name in truth if name != "finish"]
+    for row in found["funnel"]:
+        of = truth[row["stage"]]
+        assert row["kept_low"] <= of["kept"] <= row["kept_high"], row
+        assert row["kept"] == pytest.approx(of["kept"], rel=0.15)
+        assert row["kept_bytes"] == pytest.approx(of["kept_bytes"], rel=0.2) and row["tokens"] is None
+    assert found["sample"]["read_bytes"] == pytest.approx(0.3 * found["input"]["bytes"], rel=0.1)
+    assert 0 < found["cpu_hours_low"] <= found["cpu_hours"] <= found["cpu_hours_high"] and found["tokens"] is None
+    told = {**found, "cost": 1.0, "currency": "EUR"}
+    lines, table = prediction.explain(told), prediction.table(told)
+    assert "documents" in lines[1] and "tokens" not in lines[1] and len(table) == len(found["funnel"]) + 1
+
+
+def test_images_in_archives_are_sampled_as_they_are_read(tmp_path):
+    make_input(tmp_path / "in", 120)
+    found = predict(tmp_path, 0.5, columns={"label": "kind"}, min_side=8)
+    made, _ = prepared(keys(tmp_path, columns={"label": "kind"}, min_side=8))
+    assert found["documents"] == pytest.approx(made.rows, rel=0.35)
+    assert [row["stage"] for row in found["funnel"]] == ["read", "0 similar_images", "shard"]
+    assert found["duplicates"]["0 similar_images"]["expected"] >= found["duplicates"]["0 similar_images"]["seen"]
+
+
+def test_the_digits_have_a_dry_run(tmp_path):
+    pipeline = Here.model_validate(keys(tmp_path) | {"input": "sklearn:digits", "channels": 1, "resolution": 8})
+    found = pipeline.predict(Location(str(tmp_path / "trial")), pipeline.inputs(), 0.1)
+    assert found["documents"] == pytest.approx(1797, rel=0.25)
+
+
+def test_what_cannot_be_tried_is_one_error(tmp_path):
+    folder_of(tmp_path / "in", [("a.png", image(8, 8), {"caption": "x"})])
+    with pytest.raises(DataError, match="nothing is left of the sample"):
+        predict(tmp_path, 0.0001)
+    with pytest.raises(ConfigError, match="--sample: a dry run would fetch images only to throw them away"):
+        ImagePipeline.model_construct(fetch=object()).predict(Location(str(tmp_path)), [], 0.5)
+
+
+def test_a_share_has_large_files_and_small_ones_as_all_have_them():
+    """Each part with the same chance; larger shares hold smaller ones; the two of a pair are drawn almost as if by themselves."""
+    rng = random.Random(1)
+    counts, pairs = dict[str, int](), 0
+    for trial in range(120):
+        parts = [Part(f"{trial}/{i}", int(rng.paretovariate(1.0) * 1000), 0) for i in range(400)]
+        few, many = sampled.evenly(parts, 0.1), sampled.evenly(parts, 0.3)
+        assert {p.path for p in few} <= {p.path for p in many} and few == sampled.evenly(parts[::-1], 0.1)
+        large = sorted(parts, key=lambda p: p.length)[-100:]
+        for part in few:
+            counts[part.path.split("/")[1]] = counts.get(part.path.split("/")[1], 0) + 1
+        assert abs(len({p.path for p in few} & {p.path for p in large}) - 10) <= 6
+        chosen = {p.path.split("/")[1] for p in many}
+        pairs += sum(str(i) in chosen and str(i + 1) in chosen for i in range(0, 400, 2))
+    assert sum(counts.values()) == pytest.approx(120 * 40, rel=0.05) and max(counts.values()) < 35
+    assert pairs == pytest.approx(120 * 200 * 0.09, rel=0.1)
+    small = [sampled.evenly([Part(f"t{t}/{i}", 1000, 0) for i in range(20)], 0.01) for t in range(2000)]
+    assert sum(map(len, small)) == pytest.approx(400, rel=0.2), "of classes of which less than one is a share"
