@@ -85,19 +85,17 @@ def check_length(config: dict[str, Any], max_tokens: int) -> None:
 
 
 class Reader:
-    """Runs texts through a folder's model, on a GPU if there is one; a subclass says what is computed of its output."""
+    """Runs texts through a folder's model, on a GPU if there is one; a subclass says which, and what of its output."""
 
-    def __init__(self, folder: str, kind: str, what: str, max_tokens: int, batch: int) -> None:
+    def __init__(self, folder: str, what: str, max_tokens: int, batch: int) -> None:
         import torch
-        import transformers
         from tokenizers import Tokenizer
 
         self.batch, self.max_tokens = batch, max_tokens
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             self.tokenizer = Tokenizer.from_file(str(Path(folder) / TOKENIZER))
-            model = getattr(transformers, kind).from_pretrained(
-                folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, dtype=torch.float32)  # fmt: skip
+            model = self.load(folder, use_safetensors=True, local_files_only=True, dtype=torch.float32)
         except Exception as e:  # of many kinds: what is wrong with a folder of others
             fault = str(e).partition("\n")[0]
             raise ConfigError(f"model: {folder!r} cannot be loaded as {what} ({fault})") from e
@@ -105,6 +103,10 @@ class Reader:
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(max_tokens)
         self.pad = model.config.pad_token_id or 0
+
+    def load(self, folder: str, **options: Any) -> Any:
+        """Loads the folder's model, with these options of transformers."""
+        raise NotImplementedError
 
     def __call__(self, texts: list[str]) -> list[tuple[Any, bool]]:
         """Returns (what is computed, whether the text was longer than max_tokens) of each."""
@@ -139,9 +141,16 @@ class Scorer(Reader):
 
     def __init__(self, folder: str, label: str, max_tokens: int, batch: int) -> None:
         self.place = labels(describe(folder)).index(label)
-        super().__init__(folder, "AutoModelForSequenceClassification", "a sequence classifier", max_tokens, batch)
+        super().__init__(folder, "a sequence classifier", max_tokens, batch)
         self.outputs = self.model.config.num_labels
         self.independent = self.model.config.problem_type == "multi_label_classification"
+
+    def load(self, folder: str, **options: Any) -> Any:
+        import transformers
+
+        from heliostat.recipes.pretrained import from_folder
+
+        return from_folder("model", transformers.AutoModelForSequenceClassification, folder, **options)
 
     def values(self, output: Any, mask: Any) -> list[float]:
         logits = output.logits.float()

@@ -56,9 +56,11 @@ def embed(model: Any, ids: torch.Tensor, mask: torch.Tensor, pooling: str) -> to
 
 
 def pool(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
-    """Makes one vector of each text's states: their mean over its tokens, that of its last token, or of its first (cls)."""
+    """Makes one vector of each text's states: their mean over its tokens, that of its last token, or of its first (cls); zeros of
+    a text without tokens."""
+    count = mask.sum(1, keepdim=True)
     if pooling == "mean":
-        return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        return states.masked_fill(mask[..., None] == 0, 0).sum(1) / count.clamp(min=1)
     places = torch.arange(mask.shape[1], device=mask.device)
     chosen = (places * mask).argmax(1) if pooling == "last" else mask.argmax(1)
-    return states[torch.arange(len(states), device=mask.device), chosen]
+    return states[torch.arange(len(states), device=mask.device), chosen].masked_fill(count == 0, 0)
