@@ -1,6 +1,6 @@
 """Chaos for `prepare`: its driver, a worker, a node or all of it killed, its disk full, its S3 store failing, at random moments.
 
-    PYTHONPATH=. python tests/benchmarks/prepare_chaos.py [--kinds driver machine worker node disk s3] [--rounds 4] [--seed 0]
+    python tests/benchmarks/prepare_chaos.py [--kinds driver machine worker node disk s3] [--rounds 4] [--seed 0]
 
 A round prepares the same input, meets faults, and is started again until it ends:
 
@@ -31,24 +31,22 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pyarrow.fs as pafs
 from heliostat.chaos import disks
 from heliostat.chaos.nodes import LocalNodes
-from heliostat.chaos.process import descendants, end_tree
 from heliostat.chaos.proxy import Fault, FaultProxy
 from heliostat.chaos.servers import Server, s3_server
 from heliostat.storage import Location
 
-STARTS = 12  # of a round, at most
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.benchmarks.broken.rounds import Round, at_work  # noqa: E402
+
 KILLS = 3  # of a round
-LIMIT_S = 150.0  # of a start
-END_S = 20.0  # for Ray's processes to see that their driver has ended
-BEHIND_S = 0.5  # a task's end, at most, that a fault strikes
-NO_TASK = ("IDLE", "RuntimeEnvAgent")  # in the names of Ray's processes that run none
 PUBLISHED = ("shards", "listed", "ends")
 AWS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_EC2_METADATA_DISABLED": "true"}
 
@@ -67,74 +65,14 @@ def make_input(folder: Path, documents: int) -> None:
                 f.write(json.dumps({"text": text}) + "\n")
 
 
-class Round:
-    """Prepares one dataset in spite of faults, and keeps count of what was done again."""
-
-    def __init__(self, folder: Path, pipeline: dict[str, object], rng: random.Random, tasks: int = 0,
-                 environment: dict[str, str] | None = None, done: str | None = None) -> None:  # fmt: skip
-        folder.mkdir()
-        self.folder, self.rng, self.tasks, self.environment = folder, rng, tasks, environment or {}
-        config = {"output": str(folder / "out"), "work": str(folder / "work"), **pipeline}
-        (folder / "pipeline.yaml").write_text(json.dumps(config))
-        self.done = Location(done or str(config["work"])).join("done")
-        self.recorded: dict[str, object] = {}
-        self.starts = self.struck = self.finished = self.again = 0
-        self.digest: str | None = None
-
-    @property
-    def over(self) -> bool:
-        return self.digest is not None or self.starts == STARTS
-
-    def start(self) -> subprocess.Popen[bytes]:
-        self.starts += 1
-        command = [sys.executable, "-m", "heliostat", "prepare", str(self.folder / "pipeline.yaml"), "--json"]
-        with (self.folder / "said").open("wb") as said, (self.folder / "log").open("ab") as log:
-            return subprocess.Popen(command, stdout=said, stderr=log, env={**os.environ, **self.environment})
-
-    def until(self, run: subprocess.Popen[bytes]) -> bool:
-        """Waits for a random moment; returns whether the run is still there then, and counts what has been finished."""
-        target, end = self.rng.randrange(self._count(), max(self.tasks, self._count()) + 1), time.monotonic() + LIMIT_S
-        while run.poll() is None and self._count() < target and time.monotonic() < end:
-            time.sleep(0.02)
-        time.sleep(self.rng.uniform(0, BEHIND_S))
-        self.look()
-        return run.poll() is None
-
-    def end(self, run: subprocess.Popen[bytes], in_order: bool) -> None:
-        """Takes what a start has come to; one that does not end is killed."""
-        try:
-            run.wait(LIMIT_S)
-        except subprocess.TimeoutExpired:
-            print(f"{self.folder}: did not end within {LIMIT_S:.0f} s", flush=True)
-            end_tree(run.pid)
-        with contextlib.suppress(ValueError, IndexError, KeyError):
-            self.digest = json.loads((self.folder / "said").read_bytes().splitlines()[-1])["digest"]
-        removed = in_order and self.digest is None
-        if removed:
-            self._forget_published()
-        self.look()
-        if removed:
-            self._forget_published()
-
-    def _forget_published(self) -> None:
-        self.recorded = {name: at for name, at in self.recorded.items() if name.split("/")[0] not in PUBLISHED}
-
-    def look(self) -> None:
-        """Counts the tasks that are recorded now and were not before, and those whose records have become others."""
-        found = self._records()
-        self.finished += len(found.keys() - self.recorded.keys())
-        self.again += sum(name in found and found[name] != at for name, at in self.recorded.items())
-        self.recorded.update(found)
-
-    def _records(self) -> dict[str, object]:
-        """Maps every task that is recorded to when and what: seconds and the run are in it."""
-        selector = pafs.FileSelector(self.done.path, recursive=True, allow_not_found=True)
-        infos = self.done.attempt(lambda: self.done.fs.get_file_info(selector))
-        files = {i.path[len(self.done.path) + 1 :]: i.mtime_ns for i in infos if i.path.endswith(".json")}
-        return {name: (at, self.done.join(name).read()) for name, at in files.items()}
-
-    def _count(self) -> int:
-        return sum(1 for _ in Path(self.done.path).glob("*/*.json"))
+def prepare(folder: Path, pipeline: dict[str, object], rng: random.Random, tasks: int = 0,
+            environment: dict[str, str] | None = None, done: str | None = None) -> Round:  # fmt: skip
+    """Makes the round that prepares a dataset in a new folder."""
+    folder.mkdir()
+    config = {"output": str(folder / "out"), "work": str(folder / "work"), **pipeline}
+    (folder / "pipeline.yaml").write_text(json.dumps(config))
+    place = Location(done or str(config["work"])).join("done")
+    return Round(folder, ["prepare", str(folder / "pipeline.yaml")], place, rng, tasks, environment, PUBLISHED)
 
 
 def kill(round: Round, everything: bool) -> None:
@@ -142,16 +80,9 @@ def kill(round: Round, everything: bool) -> None:
     while not round.over:
         run = round.start()
         struck = round.starts <= KILLS and round.until(run)
-        left = list(_at_work(run.pid)) if struck else []
-        if struck and everything:
-            end_tree(run.pid)
-        elif struck:
-            run.kill()
+        if struck:
+            round.kill(run, at_work([run.pid]), everything)
         round.struck += struck
-        for process in psutil.wait_procs(left, timeout=END_S)[1]:
-            print(f"{round.folder}: {process} outlived its driver by {END_S:.0f} s", flush=True)
-            with contextlib.suppress(psutil.Error):
-                process.kill()
         round.end(run, in_order=not struck)
 
 
@@ -159,33 +90,15 @@ def kill_workers(round: Round) -> None:
     while not round.over:
         run = round.start()
         for _ in range(KILLS):
-            found = list[psutil.Process]()
-            if round.until(run):
-                while run.poll() is None and not (found := list(_at_work(run.pid))):
-                    time.sleep(0.005)
-            if found:
-                with contextlib.suppress(psutil.Error):
-                    round.rng.choice(found).kill()
-                    round.struck += 1
+            round.struck += round.until(run) and round.kill_worker(run, [run.pid])
         round.end(run, in_order=True)
-
-
-def _at_work(pid: int) -> Iterator[psutil.Process]:
-    """Yields the processes below one that run tasks at this moment."""
-    for process in descendants(pid):
-        with contextlib.suppress(psutil.Error, IndexError):
-            if (name := process.cmdline()[0]).startswith("ray::") and not any(word in name for word in NO_TASK):
-                yield process
 
 
 def kill_nodes(round: Round, nodes: LocalNodes) -> None:
     while not round.over:
         run = round.start()
         if round.until(run):
-            lost = round.rng.choice(nodes.nodes[1:])  # the first is the head
-            lost.kill()
-            nodes.nodes.remove(lost)
-            nodes.add()
+            round.kill_node(nodes)
             round.struck += 1
         round.end(run, in_order=True)
 
@@ -196,11 +109,16 @@ def fill_disk(round: Round, place: Path, size: int) -> None:
     try:
         while not round.over:
             round.end(round.start(), in_order=True)
-            round.struck += round.digest is None
+            round.struck += round.result is None
             held += size // 2
             subprocess.run(["mount", "-o", f"remount,size={held}", str(place)], check=True)
     finally:
         disks.unmount(place)
+
+
+def digest(round: Round) -> str | None:
+    """Returns the digest of the dataset that was made, if it was."""
+    return round.result and round.result["digest"]
 
 
 class Bench:
@@ -216,14 +134,14 @@ class Bench:
             "tokenizer": {"vocab_size": 400, "train_bytes": 20_000}, "stages": [{"stage": "minhash"}],
             "chunk_tokens": 4000, "shard_bytes": documents * 20,
         }  # fmt: skip
-        whole, start = Round(folder / "whole", self.pipeline, random.Random(0)), time.monotonic()
+        whole, start = prepare(folder / "whole", self.pipeline, random.Random(0)), time.monotonic()
         whole.end(whole.start(), in_order=True)
-        self.digest, self.tasks = whole.digest, whole.finished
+        self.digest, self.tasks = digest(whole), whole.finished
         self.size = sum(p.stat().st_blocks * 512 for p in whole.folder.rglob("*") if p.is_file())
         print(
             f"an unbroken run: {time.monotonic() - start:.1f} s, {self.tasks} tasks, {self.size >> 20} MiB, digest {self.digest}"
         )
-        if whole.digest is None:
+        if self.digest is None:
             sys.exit((whole.folder / "log").read_text()[-3000:])
 
     def round(self, kind: str, number: int, seed: int, nodes: LocalNodes | None) -> tuple[Round, int]:
@@ -234,11 +152,11 @@ class Bench:
         if kind == "disk":
             place = folder.with_suffix(".disk")
             place.mkdir()
-            round = Round(folder, self.pipeline | {"output": f"{place}/out", "work": f"{place}/work"}, rng, self.tasks,
-                          {"HELIOSTAT_RETRY_BUDGET_S": "2"})  # fmt: skip
+            round = prepare(folder, self.pipeline | {"output": f"{place}/out", "work": f"{place}/work"}, rng, self.tasks,
+                            {"HELIOSTAT_RETRY_BUDGET_S": "2"})  # fmt: skip
             fill_disk(round, place, self.size)
             return round, round.struck
-        round = Round(folder, self.pipeline, rng, self.tasks, nodes.environment if nodes else None)
+        round = prepare(folder, self.pipeline, rng, self.tasks, nodes.environment if nodes else None)
         acts: dict[str, Callable[[], None]] = {
             "driver": lambda: kill(round, False), "machine": lambda: kill(round, True), "worker": lambda: kill_workers(round),
             "node": lambda: kill_nodes(round, nodes) if nodes else None,
@@ -251,7 +169,7 @@ class Bench:
             at, query = f"s3://chaos/{folder.name}", f"endpoint_override={proxy.endpoint}&scheme=http"
             given = self.pipeline | {"output": f"{at}/out?{query}", "work": f"{at}/work?{query}"}
             there = f"{at}/work?endpoint_override={self.store.endpoint}&scheme=http"
-            round = Round(folder, given, rng, self.tasks, done=there)
+            round = prepare(folder, given, rng, self.tasks, done=there)
             while not round.over:
                 round.end(round.start(), in_order=True)
             return round, sum(proxy.injected.values())
@@ -279,7 +197,7 @@ def main() -> None:
                 for number in range(given.first, given.first + given.rounds):
                     start = time.monotonic()
                     round, struck = bench.round(kind, number, given.seed, nodes)
-                    same = round.digest == bench.digest
+                    same = digest(round) == bench.digest
                     row.update(
                         rounds=1, same=same, struck=struck, starts=round.starts, finished=round.finished, again=round.again
                     )

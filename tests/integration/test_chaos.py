@@ -21,11 +21,18 @@ def chaos_job(corpus: str, tracking: str, tmp_path: Path) -> Path:
     return path
 
 
+MIXTURE = {"arch": "mixtral", "num_key_value_heads": 2, "num_local_experts": 4}
+
+
 @pytest.mark.slow
-def test_a_group_that_shares_samples_and_loses_a_worker_loses_nothing(chaos_job):
-    """One of two workers with a stretch each is killed: both begin again from the checkpoint, with the unbroken run's losses."""
+@pytest.mark.parametrize(("model", "train"), [
+    ({}, {"parallel": {"sequence": 2}}), (MIXTURE, {"parallel": {"expert": 2}, "zero": {"stage": 3}}),
+], ids=["samples", "experts"])  # fmt: skip
+def test_a_group_that_shares_samples_or_experts_and_loses_a_worker_loses_nothing(chaos_job, model, train):
+    """One of two workers with a part each is killed: both begin again from the checkpoint, with the unbroken run's losses."""
     job = yaml.safe_load(chaos_job.read_text())
-    job["train"] |= {"steps": 30, "parallel": {"sequence": 2}}
+    job["model"] |= model
+    job["train"] |= {"steps": 30, **train}
     chaos_job.write_text(yaml.safe_dump(job))
     result = CliRunner().invoke(app, ["chaos", str(chaos_job), "--faults", "kill-worker", "--json"])
     assert result.exit_code == 0, result.output

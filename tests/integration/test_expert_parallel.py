@@ -32,7 +32,9 @@ from safetensors.torch import load_file, save_file
 from tests.golden import data
 from tests.integration import ranks, selection
 from tests.integration.conftest import curve
+from tests.integration.paced import PACED
 from tests.integration.reference import plain_losses
+from tests.integration.test_survival import saved, when, workers
 from tests.unit.build_job import job
 from tests.unit.test_experts import FAMILIES, MODELS
 
@@ -169,14 +171,32 @@ def test_a_run_goes_on_with_experts_divided_otherwise(loaded: Case, played: list
     assert row["losses"] == pytest.approx(row["unbroken"], rel=1e-5)
 
 
+MIXTURE = ["model.arch=mixtral", "model.num_key_value_heads=2", "model.num_local_experts=4", "train.zero.stage=3"]
+
+
 @pytest.mark.ci
 def test_a_run_changes_how_many_workers_divide_the_experts(job_file, tracking) -> None:
     """On Ray: ten steps of two workers that have half of the experts each, then ten of one; it is the plain loop's run."""
     path = job_file("divided")
-    mixture = ["model.arch=mixtral", "model.num_key_value_heads=2", "model.num_local_experts=4", "train.zero.stage=3"]
-    train(path, [*mixture, "train.parallel.expert=2", "train.stop_after=10"])
+    train(path, [*MIXTURE, "train.parallel.expert=2", "train.stop_after=10"])
     assert verify(Location(f"{path.parent}/runs/divided"))["ok"]
-    result = train(path, [*mixture, "workers.count=1"], resume=True)
-    assert curve(tracking, result["run_id"]) == pytest.approx(plain_losses(path, mixture), abs=1e-4)
+    result = train(path, [*MIXTURE, "workers.count=1"], resume=True)
+    assert curve(tracking, result["run_id"]) == pytest.approx(plain_losses(path, MIXTURE), abs=1e-4)
     found = verify(Location(f"{path.parent}/runs/divided"))
+    assert (found["ok"], found["steps"], found["lost"], found["repeated"]) == (True, 20, 0, 0)
+
+
+@pytest.mark.ci
+def test_a_group_that_divides_the_experts_and_loses_a_worker_goes_on_as_if_nothing_had_happened(job_file, tracking):
+    """On Ray: one of two workers, each with half of the experts, is killed behind a checkpoint. The other's process goes on, in a
+    new group with a new one: the plain loop's losses, and no sample lost or repeated."""
+    path = job_file("bereft")
+    run = Location(f"{path.parent}/runs/bereft")
+    striking = when(lambda: saved(run) >= 10, lambda: workers()[-1].kill())
+    asked = [*MIXTURE, f"recipe={PACED['recipe']}", "train.parallel.expert=2", "checkpoint.every=5", "retries.backoff=0.1"]
+    result = train(path, [*asked, "train.log_every=1", "mlflow.register=null"])
+    striking.join(10)
+    assert result["restarts"] == 1
+    assert curve(tracking, result["run_id"]) == pytest.approx(plain_losses(path, MIXTURE), abs=1e-4)
+    found = verify(run)
     assert (found["ok"], found["steps"], found["lost"], found["repeated"]) == (True, 20, 0, 0)

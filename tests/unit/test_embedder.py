@@ -74,6 +74,13 @@ def test_padding_is_in_no_pooling(left) -> None:
             assert torch.equal(encoder.pool(states, mask, pooling)[row], right), pooling
 
 
+@pytest.mark.parametrize("pooling", encoder.POOLINGS)
+def test_a_text_without_tokens_is_zeros(pooling) -> None:
+    states, mask = torch.ones(2, 4, 3), torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0]])
+    states[1] = torch.nan  # as attention to nothing may give
+    assert encoder.pool(states, mask, pooling).tolist() == [[1, 1, 1], [0, 0, 0]]
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     return build_pairs.dataset(tmp_path_factory.mktemp("pairs") / "data")
@@ -177,8 +184,10 @@ def test_measures_are_of_all_held_out_pairs(data) -> None:
     ("modules.json", [{"type": "a.Transformer", "path": ""}, {"type": "a.Dense", "path": "2"}], "a module 'Dense' is not known"),
     ("modules.json", [{"type": "a.Transformer", "path": ""}], "names no model in this folder with a pooling"),
     ("modules.json", {"a": 1}, "list of modules"),
-    ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, "pools by pooling_mode_max_tokens; known"),
+    ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, "pools by max_tokens; known"),
     ("1_Pooling/config.json", {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, "pools by mean, cls"),
+    ("modules.json", [{"type": "a.Transformer", "path": ""}, {"type": "a.Pooling", "path": "../2"}], "lies outside"),
+    ("modules.json", [{"type": "a.Transformer", "path": ""}, {"type": "a.Pooling", "path": "2"}], "cannot be read .*whole"),
 ])  # fmt: skip
 def test_a_folder_that_embeds_in_another_way_is_refused(tmp_path, file, value, said) -> None:
     sentence_folder.write(tmp_path, Embedding("mean", 24), 8)
@@ -186,4 +195,14 @@ def test_a_folder_that_embeds_in_another_way_is_refused(tmp_path, file, value, s
     with pytest.raises(ConfigError, match=said):
         sentence_folder.read(tmp_path)
     assert sentence_folder.read(tmp_path / "elsewhere") is None
+
+
+@pytest.mark.parametrize(("said", "pooling"), [
+    ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"), ({"pooling_mode": "lasttoken"}, "last"),
+    ({"word_embedding_dimension": 8}, "mean"),
+])  # fmt: skip
+def test_a_folder_may_say_its_pooling_without_a_list_of_modules(tmp_path, said, pooling) -> None:
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling/config.json").write_text(json.dumps(said))
+    assert sentence_folder.embeds(tmp_path) and sentence_folder.read(tmp_path) == Embedding(pooling, None)
     assert exported.is_model(tmp_path) is False

@@ -112,7 +112,7 @@ def test_a_head_that_was_never_trained_is_refused(model, tmp_path):
     BertForSequenceClassification.from_pretrained(model).bert.save_pretrained(tmp_path / "bare")
     folder = unlike(model, tmp_path / "headless")
     shutil.copy(tmp_path / "bare" / "model.safetensors", folder / "model.safetensors")
-    with pytest.raises(ConfigError, match=r"^--reranker: .*lacks 2 of the weights of a cross-encoder, as classifier"):
+    with pytest.raises(ConfigError, match=r"^--reranker: .*lacks 2 of the model's weights, as classifier"):
         Reranker(folder)
 
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from heliostat.curation.semantic import vectors
 from heliostat.curation.semantic.cells import centres, packed
 from heliostat.curation.stage import GlobalStage
 from heliostat.errors import ConfigError
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModel
 
@@ -110,6 +113,24 @@ def test_vectors_are_the_models_pooled_as_the_folder_says_and_do_not_depend_on_t
         assert cosine(vector, wanted) > 0.999
 
 
+def test_a_text_without_tokens_has_zeros_for_a_vector(tmp_path, model):
+    """Of a tokenizer that puts nothing around a text."""
+    shutil.copytree(model, tmp_path / "copy")
+    file = tmp_path / "copy" / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "post_processor": None}))
+    (none, _), (some, _) = embedding.Embedder(str(tmp_path / "copy"), 128, 8)(["", "abc"])
+    assert not none.any() and some.any()
+
+
+def test_weights_that_are_missing_are_refused_and_not_drawn(tmp_path, model):
+    folder = tmp_path / "copy"
+    shutil.copytree(model, folder)
+    weights = {k: v for k, v in load_file(folder / "model.safetensors").items() if "layer.1.output.dense" not in k}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"model: .* cannot be loaded as a text encoder .*lacks 2 of the model's weights"):
+        embedding.Embedder(str(folder), 128, 8)
+
+
 # the stage -----------------------------------------------------------------------------------------------------------
 
 
@@ -185,6 +206,12 @@ def test_a_run_goes_on_and_another_threshold_embeds_nothing_again(tmp_path, mode
     assert isinstance(parse(entry), GlobalStage) and parse(entry).identity()["model"]["model.safetensors"]
 
 
+def test_a_stage_is_checked_without_torch(model):
+    entry = {"stage": "semantic", "model": str(model), "max_tokens": 128}
+    code = f"import sys; from heliostat.curation.registry import parse; parse({entry}).check(); print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
 def test_folders_that_cannot_embed_are_refused_with_the_fix(tmp_path, model):
     folder = tmp_path / "copy"
     shutil.copytree(model, folder)
@@ -197,13 +224,13 @@ def test_folders_that_cannot_embed_are_refused_with_the_fix(tmp_path, model):
     (folder / "modules.json").write_text(
         json.dumps([{"type": "sentence_transformers.models.Transformer"}, {"type": "st.models.Dense"}])
     )
-    refused("puts 'Dense' behind its model")
+    refused(r"model: .*modules.json: a module 'Dense' is not known here")
     (folder / "modules.json").write_text("{}")
-    refused("modules.json holds no list")
+    refused("modules.json: is no list of modules")
     (folder / "modules.json").unlink()
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_max_tokens": True}))
-    refused("pools by max_tokens .*mean, cls, lasttoken")
+    refused("pools by max_tokens; known: one of mean, last, cls")
     refused("no such file|cannot be read", model=str(tmp_path / "none"))
     with pytest.raises(ValueError, match="'oldest' needs a column"):
         parse({"stage": "semantic", "model": str(model), "keep": "oldest"})

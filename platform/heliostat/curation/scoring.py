@@ -93,38 +93,32 @@ def check_length(config: dict[str, Any], max_tokens: int) -> None:
 
 
 class Reader:
-    """Runs texts, or pairs of them, through a folder's model, on a GPU if there is one; a subclass says what is computed of its
+    """Runs texts, or pairs of them, through a folder's model, on a GPU if there is one; a subclass says which, and what of its
     output. Of a pair that is longer than `max_tokens` the second text is cut."""
 
     pairs = False
 
-    def __init__(self, folder: str, kind: str, what: str, max_tokens: int, batch: int, name: str = "model") -> None:
+    def __init__(self, folder: str, what: str, max_tokens: int, batch: int, name: str = "model") -> None:
         import torch
-        import transformers
         from tokenizers import Tokenizer
 
         self.batch, self.max_tokens = batch, max_tokens
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             self.tokenizer = Tokenizer.from_file(str(Path(folder) / TOKENIZER))
-            model, told = getattr(transformers, kind).from_pretrained(
-                folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, dtype=torch.float32,
-                output_loading_info=True)  # fmt: skip
+            model = self.load(folder, use_safetensors=True, local_files_only=True, dtype=torch.float32)
         except Exception as e:  # of many kinds: what is wrong with a folder of others
             fault = str(e).partition("\n")[0]
             raise ConfigError(f"{name}: {folder!r} cannot be loaded as {what} ({fault})") from e
-        self.absent = sorted(told["missing_keys"])
         self.model = model.eval().to(self.device)
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(max_tokens, strategy="only_second" if self.pairs else "longest_first")
         self.pad = model.config.pad_token_id or 0
         self.typed = self.pairs and getattr(model.config, "type_vocab_size", 1) > 1
 
-    def require_whole(self, folder: str, what: str, name: str = "model") -> None:
-        """Raises ConfigError if the folder lacks weights, which transformers has drawn at random."""
-        if self.absent:
-            count, one = len(self.absent), self.absent[0]
-            raise ConfigError(f"{name}: {folder!r} lacks {count} of the weights of {what}, as {one}; take one that is trained")
+    def load(self, folder: str, **options: Any) -> Any:
+        """Loads the folder's model, with these options of transformers."""
+        raise NotImplementedError
 
     def __call__(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> list[tuple[Any, bool]]:
         """Returns (what is computed, whether the text, or the pair, was longer than max_tokens) of each."""
@@ -158,13 +152,23 @@ class Reader:
         raise NotImplementedError
 
 
-class Scorer(Reader):
+class Classifier(Reader):
+    """Runs texts through a sequence classifier."""
+
+    def load(self, folder: str, **options: Any) -> Any:
+        import transformers
+
+        from heliostat.recipes.pretrained import whole
+
+        return whole("model", transformers.AutoModelForSequenceClassification, folder, **options)
+
+
+class Scorer(Classifier):
     """Scores texts by a label of a classifier."""
 
     def __init__(self, folder: str, label: str, max_tokens: int, batch: int) -> None:
         self.place = labels(describe(folder)).index(label)
-        super().__init__(folder, "AutoModelForSequenceClassification", "a sequence classifier", max_tokens, batch)
-        self.require_whole(folder, "a sequence classifier")
+        super().__init__(folder, "a sequence classifier", max_tokens, batch)
         self.outputs = self.model.config.num_labels
         self.independent = self.model.config.problem_type == "multi_label_classification"
 

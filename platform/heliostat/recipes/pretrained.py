@@ -21,3 +21,12 @@ def from_folder(key: str, auto: Any, folder: str | Path, **options: Any) -> Any:
         raise ConfigError(
             f"{key}: {str(folder)!r} needs its own code to be run, which is not done; take a model of a class of transformers'"
         ) from e
+
+
+def whole(key: str, auto: Any, folder: str | Path, **options: Any) -> Any:
+    """Loads a folder's model; ConfigError if a weight is missing, which transformers would draw at random."""
+    model, told = from_folder(key, auto, folder, output_loading_info=True, **options)
+    tied = getattr(model, "all_tied_weights_keys", {})
+    if absent := sorted(set(told["missing_keys"]) - set(tied)):
+        raise ConfigError(f"{folder}: lacks {len(absent)} of the model's weights, as {absent[0]}; is the folder whole?")
+    return model

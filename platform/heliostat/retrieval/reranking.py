@@ -20,7 +20,6 @@ from heliostat.retrieval.search import Index, Passage
 
 OPTION = "--reranker"
 HEAD = "ForSequenceClassification"
-KIND = f"AutoModel{HEAD}"
 WHAT = "a cross-encoder"
 CANDIDATES = 50  # of what a search finds, that are put into the reranker's order
 BATCH = 16
@@ -41,14 +40,13 @@ def require(folder: Path) -> None:
         raise ConfigError(f"{OPTION}: {folder} has {len(labels)} labels ({told}); take a cross-encoder, which has one")
 
 
-class Pairs(scoring.Reader):
+class Pairs(scoring.Classifier):
     """Runs pairs of texts through a cross-encoder, and returns its logits."""
 
     pairs = True
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(str(folder), KIND, WHAT, UNBOUNDED, BATCH, OPTION)
-        self.require_whole(str(folder), WHAT, OPTION)
+        super().__init__(str(folder), WHAT, UNBOUNDED, BATCH, OPTION)
         if self.model.config.pad_token_id is None:  # a decoder's head reads the last token that is no padding
             raise ConfigError(f"{OPTION}: {folder}: config.json says no pad_token_id; set it to a token that no text has")
         self.max_tokens = room(self.model, folder)

@@ -11,9 +11,8 @@ import torch.nn.functional as F
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from heliostat.errors import ConfigError
 from heliostat.recipes.huggingface import from_config
-from heliostat.recipes.pretrained import from_folder
+from heliostat.recipes.pretrained import from_folder, whole
 from heliostat.recipes.text.model_config import Kind
 
 ENCODER = Kind(
@@ -32,11 +31,7 @@ def build(config: Any) -> Any:
 def load(key: str, folder: str | Path, **options: Any) -> Any:
     """Loads the model in a folder without its head; ConfigError if a weight is missing, which would be drawn at random."""
     config = options.pop("config", None) or from_folder(key, transformers.AutoConfig, folder)
-    options |= {"config": config, "output_loading_info": True, **_options(config)}
-    model, told = from_folder(key, transformers.AutoModel, folder, **options)
-    if absent := sorted(told["missing_keys"]):
-        raise ConfigError(f"{folder}: lacks {len(absent)} of the model's weights, as {absent[0]}; is the folder whole?")
-    return model
+    return whole(key, transformers.AutoModel, folder, **{**options, "config": config, **_options(config)})
 
 
 def _options(config: Any) -> dict[str, Any]:
@@ -56,9 +51,11 @@ def embed(model: Any, ids: torch.Tensor, mask: torch.Tensor, pooling: str) -> to
 
 
 def pool(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
-    """Makes one vector of each text's states: their mean over its tokens, that of its last token, or of its first (cls)."""
+    """Makes one vector of each text's states: their mean over its tokens, that of its last token, or of its first (cls); zeros of
+    a text without tokens."""
+    count = mask.sum(1, keepdim=True)
     if pooling == "mean":
-        return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        return states.masked_fill(mask[..., None] == 0, 0).sum(1) / count.clamp(min=1)
     places = torch.arange(mask.shape[1], device=mask.device)
     chosen = (places * mask).argmax(1) if pooling == "last" else mask.argmax(1)
-    return states[torch.arange(len(states), device=mask.device), chosen]
+    return states[torch.arange(len(states), device=mask.device), chosen].masked_fill(count == 0, 0)

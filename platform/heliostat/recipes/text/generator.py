@@ -11,18 +11,15 @@ from pydantic import Field
 
 from heliostat.config.schema import Float, Strict, validate
 from heliostat.errors import ConfigError
-from heliostat.recipes.pretrained import from_folder
+from heliostat.recipes import pretrained
 from heliostat.recipes.protocol import Generated, Request
 from heliostat.recipes.text import infilling
 from heliostat.recipes.text.infilling import Infilling
 
 
 def whole(key: str, folder: str | Path, **options: Any) -> Any:
-    """Loads the model in a folder; ConfigError if a weight is missing, which transformers would initialise at random."""
-    model, told = from_folder(key, transformers.AutoModelForCausalLM, folder, output_loading_info=True, **options)
-    if absent := sorted(set(told["missing_keys"]) - set(model.all_tied_weights_keys)):
-        raise ConfigError(f"{folder}: lacks {len(absent)} of the model's weights, as {absent[0]}; is the folder whole?")
-    return model
+    """Loads the language model in a folder; ConfigError if a weight is missing."""
+    return pretrained.whole(key, transformers.AutoModelForCausalLM, folder, **options)
 
 
 def ends(tokenizer: Any, model: Any) -> list[int]:
@@ -52,7 +49,7 @@ class TextGenerator:
     def __init__(self, folder: Path, options: dict[str, Any]) -> None:
         asked = validate(Writing, options, "generate")
         self.suffix, self.options = asked.suffix, asked.model_dump(exclude={"suffix"})
-        self.tokenizer = from_folder("model", transformers.AutoTokenizer, folder)
+        self.tokenizer = pretrained.from_folder("model", transformers.AutoTokenizer, folder)
         self.infilling = Infilling.of(self.tokenizer) if self.suffix is not None else None
         if self.suffix is not None and self.infilling is None:
             raise ConfigError(f"suffix: {infilling.NONE} ({folder})")

@@ -21,7 +21,8 @@ from heliostat.records import Format
 MODULES, POOLING, LENGTH = "modules.json", "1_Pooling", "sentence_bert_config.json"
 FACTS = "config_sentence_transformers.json"
 KINDS = ("Transformer", "Pooling", "Normalize")
-WAYS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "last", "pooling_mode_cls_token": "cls"}
+MODE = "pooling_mode"  # alone, or with what it is behind it as a key of its own
+WAYS = {"mean_tokens": "mean", "lasttoken": "last", "cls_token": "cls"}
 LIST = Format(list[dict[str, Any]], "list of modules", ConfigError)
 SETTINGS = Format(dict[str, Any], "configuration of a module", ConfigError)
 
@@ -44,7 +45,7 @@ def write(folder: Path, how: Embedding, width: int) -> None:
     for path in paths:
         (folder / path).mkdir(parents=True, exist_ok=True)
     _write(folder / MODULES, modules)
-    modes = {key: way == how.pooling for key, way in WAYS.items()}
+    modes = {f"{MODE}_{name}": way == how.pooling for name, way in WAYS.items()}
     _write(folder / POOLING / "config.json", {"word_embedding_dimension": width, **modes})
     _write(folder / "2_Normalize" / "config.json", {})
     _write(folder / LENGTH, {"max_seq_length": how.max_tokens, "do_lower_case": False})
@@ -56,9 +57,26 @@ def _write(path: Path, value: Any) -> None:
 
 
 def read(folder: Path) -> Embedding | None:
-    """Reads how the folder's model embeds; None if it does not say; ConfigError if it is a way that is not known here."""
-    if not (folder / MODULES).is_file():
+    """Reads how the folder's model embeds; None if it does not say; ConfigError if it is a way that is not known here.
+
+    A folder without a list of modules may have the pooling alone.
+    """
+    if not embeds(folder):
         return None
+    place = pooling_file(folder)
+    length = SETTINGS.read(folder / LENGTH).get("max_seq_length") if (folder / LENGTH).is_file() else None
+    return Embedding(_pooling(place), length if isinstance(length, int) else None)
+
+
+def embeds(folder: Path) -> bool:
+    """Tells whether a folder holds an embedder: a model that says how its states become an embedding."""
+    return (folder / MODULES).is_file() or (folder / POOLING / "config.json").is_file()
+
+
+def pooling_file(folder: Path) -> Path:
+    """Finds the file of an embedder's folder that says which pooling; ConfigError if it has other modules than are known here."""
+    if not (folder / MODULES).is_file():
+        return folder / POOLING / "config.json"
     modules = {
         str(module.get("type", "")).rpartition(".")[2]: str(module.get("path", "")) for module in LIST.read(folder / MODULES)
     }
@@ -66,16 +84,21 @@ def read(folder: Path) -> Embedding | None:
         raise ConfigError(f"{folder / MODULES}: a module {unknown[0]!r} is not known here; known: {', '.join(KINDS)}")
     if "Pooling" not in modules or modules.get("Transformer"):
         raise ConfigError(f"{folder / MODULES}: names no model in this folder with a pooling; take another model")
-    place = folder / modules["Pooling"] / "config.json"
-    said = SETTINGS.read(place)
-    chosen = [key for key, on in said.items() if key.startswith("pooling_mode_") and on]
-    chosen = [WAYS.get(key, key) for key in chosen] or [str(said.get("pooling_mode"))]
-    if len(chosen) != 1 or chosen[0] not in WAYS.values():
-        raise ConfigError(f"{place}: pools by {', '.join(chosen)}; known: one of {', '.join(WAYS.values())}")
-    length = SETTINGS.read(folder / LENGTH).get("max_seq_length") if (folder / LENGTH).is_file() else None
-    return Embedding(chosen[0], length if isinstance(length, int) else None)
+    place = Path(modules["Pooling"])
+    if place.is_absolute() or ".." in place.parts:
+        raise ConfigError(f"{folder / MODULES}: its pooling lies outside of the folder; take another model")
+    return folder / place / "config.json"
 
 
-def embeds(folder: Path) -> bool:
-    """Tells whether a folder holds an embedder: a model that says how its states become an embedding."""
-    return (folder / MODULES).is_file()
+def _pooling(place: Path) -> str:
+    try:
+        said = SETTINGS.read(place)
+    except OSError as e:
+        raise ConfigError(f"{place}: cannot be read ({e.strerror}); is the folder whole?") from e
+    named = said.get(MODE)
+    chosen = [named] if isinstance(named, str) else [key.removeprefix(f"{MODE}_") for key, on in said.items()
+                                                     if key.startswith(f"{MODE}_") and on is True]  # fmt: skip
+    found = [WAYS.get(name, name) for name in chosen] or ["mean"]  # as sentence-transformers takes it where nothing is said
+    if len(found) != 1 or found[0] not in WAYS.values():
+        raise ConfigError(f"{place}: pools by {', '.join(found)}; known: one of {', '.join(WAYS.values())}")
+    return found[0]
