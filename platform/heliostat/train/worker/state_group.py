@@ -51,11 +51,11 @@ class StateGroup:
         from deepspeed.runtime.zero.partition_parameters import Init
 
         whole: Any = Init.__init__
-        Init.__init__ = functools.partialmethod(whole, data_parallel_group=self.within)  # type: ignore[method-assign, assignment]
+        Init.__init__ = functools.partialmethod(whole, data_parallel_group=self.within)
         try:
             yield
         finally:
-            Init.__init__ = whole  # type: ignore[method-assign]
+            Init.__init__ = whole
 
     def equalize(self, model: torch.nn.Module) -> None:
         """Gives all groups the first one's weights: of what is built in parts, one worker may draw or read the values."""
