@@ -34,7 +34,7 @@ from tests.gpu import setting  # noqa: E402
 MODEL = {**setting.TINY, "hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3, "num_key_value_heads": 3,
          "intermediate_size": 256, "vocab_size": 256}  # fmt: skip
 LENGTH, BATCH, HELD_OUT, LOOKS = 128, 8, 256, 4
-RATES = {"adamw": 1.5e-3, "muon": 1e-2, "lion": 1e-3, "schedule_free": 5e-3, "rmsprop": 1e-3, "sgd": 0.1}
+RATES = {"adamw": 1.5e-3, "muon": 1e-2, "lion": 1e-3, "schedule_free": 2.5e-3, "rmsprop": 1e-3, "sgd": 0.1}
 
 
 def corpus() -> tuple[np.ndarray, np.ndarray]:

@@ -63,14 +63,14 @@ def test_an_elastic_job_has_whole_groups(key):
     assert job(**changes, **{f"train.zero.{key}": 4}).worker_counts() == [4, 8]
 
 
-@pytest.mark.parametrize(("workers", "replicas"), [(4, 2), (6, 2), (6, 3), (8, 1)])
-def test_replicas_share_the_saving_of_what_they_all_have(workers, replicas):
-    """Every element is owned once, and a replica's slices are those of so many workers alone."""
+@pytest.mark.parametrize(("workers", "copies"), [(4, 2), (6, 2), (6, 3), (8, 1)])
+def test_groups_share_the_saving_of_what_they_all_have(workers, copies):
+    """Every element is owned once, and a group's slices are those of so many workers alone."""
     shapes = {"a": (7, 13), "b": (1,), "c": (64,)}
-    owned = zero_layout.slices(shapes, 3, workers, replicas=replicas)
+    owned = zero_layout.slices(shapes, 3, workers, copies=copies)
     found = sorted((name, i) for rank in owned for name, start, numel in rank for i in range(start, start + numel))
     assert found == sorted((name, i) for name, shape in shapes.items() for i in range(math.prod(shape)))
-    within = workers // replicas
+    within = workers // copies
     alone = zero_layout.slices(shapes, 3, within)
     for rank, mine in enumerate(owned):
         whole = {name: (start, start + numel) for name, start, numel in alone[rank % within]}

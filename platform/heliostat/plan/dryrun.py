@@ -42,8 +42,8 @@ def dry_run(path: Path, settings: list[str], workers: int | None = None) -> dict
     model = stats_of(recipe, built)
     planner.plan(job, recipe, built=built)  # refuses a job that cannot fit
     groups, parts = model.groups_of(job.train.optimizer), job.train.parallel.expert
-    workers, replicas = job.workers.most, job.workers.most // (job.train.zero.divide_within or job.workers.most)
-    owned = zero_layout.slices(model.trained, job.train.zero.stage, workers, groups, model.stacked, parts, replicas)
+    workers, copies = job.workers.most, job.workers.most // (job.train.zero.divide_within or job.workers.most)
+    owned = zero_layout.slices(model.trained, job.train.zero.stage, workers, groups, model.stacked, parts, copies)
     index, index_bytes = checkpoint_index(job, model, owned)
     sizes = [sum(4 * len(kinds(job, name in model.hidden)) * n for name, _, n in rank) for rank in owned]
     return {

@@ -67,9 +67,9 @@ def of(zero: Zero, stage: int, numel: int, low: int, summed: int, workers: int, 
     """Computes what travels in a step. `low`, `summed`: bytes of a weight, and of the sum of a gradient over micro-batches."""
     if stage == 3 and zero.divide_within and zero.divide_within < workers:
         group = zero.divide_within
-        replicas, part = workers // group, -(-numel // group)
+        copies, part = workers // group, -(-numel // group)
         inside = volume(numel, low, group, 3, accumulation)
-        return Traffic(0, workers, inside, int(2 * part * summed * (replicas - 1) / replicas), group)
+        return Traffic(0, workers, inside, int(2 * part * summed * (copies - 1) / copies), group)
     gathered = EIGHT_BITS if stage == 3 and zero.quantize_weights else low
     if stage == 3 and zero.copy_within:
         group = min(zero.copy_within, workers)

@@ -28,12 +28,13 @@ def slices(
     groups: list[list[str]] | None = None,
     stacked: frozenset[str] = frozenset(),
     parts: int = 1,
-    replicas: int = 1,
+    copies: int = 1,
 ) -> list[list[Slice]]:
     """Cuts the trained parameters into the slices that each rank owns; together they cover every element once.
 
     `groups`: the optimizer's parameter groups, by names. At stage 3 so many workers may divide `stacked` experts: each has a
-    part, which is divided among those that have the same. Or so many `replicas` have all; each owns a part of every slice.
+    part, which is divided among those that have the same. Or so many groups of workers have all (`copies`), and own a part of
+    every slice each.
     """
     if stage in (1, 2):
         out: list[list[Slice]] = [[] for _ in range(workers)]
@@ -41,9 +42,9 @@ def slices(
             for rank, piece in _cut_group([(n, math.prod(shapes[n])) for n in group], workers):
                 out[rank].append(piece)
         return out
-    sizes, each = {n: math.prod(shape) for n, shape in shapes.items()}, workers // replicas
+    sizes, each = {n: math.prod(shape) for n, shape in shapes.items()}, workers // copies
     return [
-        [s for n in sizes if (s := _share(_own(n, sizes[n], part, each, parts if n in stacked else 1), number, replicas))[2]]
+        [s for n in sizes if (s := _share(_own(n, sizes[n], part, each, parts if n in stacked else 1), number, copies))[2]]
         for number, part in (divmod(rank, each) for rank in range(workers))
     ]
 
@@ -55,10 +56,10 @@ def _own(name: str, numel: int, rank: int, workers: int, parts: int) -> Slice:
     return name, rank % parts * part + start, min(per, part - start)
 
 
-def _share(owned: Slice, number: int, replicas: int) -> Slice:
-    """Cuts the part of a slice that one replica of several owns."""
+def _share(owned: Slice, number: int, copies: int) -> Slice:
+    """Cuts the part of a slice that one group of several owns."""
     name, start, numel = owned
-    per = -(-numel // replicas)
+    per = -(-numel // copies)
     begin = min(number * per, numel)
     return name, start + begin, min(per, numel - begin)
 

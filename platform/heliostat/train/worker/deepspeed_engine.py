@@ -27,8 +27,8 @@ from heliostat.recipes import building
 from heliostat.recipes.protocol import Recipe
 from heliostat.train.worker import expert_group, matrix_cut, zero_state
 from heliostat.train.worker.engine_config import engine_config
-from heliostat.train.worker.replicas import Replicas
 from heliostat.train.worker.sequence_group import SequenceGroup
+from heliostat.train.worker.state_group import StateGroup
 
 _engines: weakref.WeakSet[Any] = weakref.WeakSet()  # that are in memory
 
@@ -87,7 +87,7 @@ def _without_compiler() -> Iterator[None]:
         torch.compile = compiler
 
 
-def build_model(job: Job, recipe: Recipe, config: dict[str, Any], replicas: Replicas | None = None) -> torch.nn.Module:
+def build_model(job: Job, recipe: Recipe, config: dict[str, Any], group: StateGroup | None = None) -> torch.nn.Module:
     """Builds the model with its initial weights, the same on every worker; at stage 3 no worker ever holds all of them."""
     torch.manual_seed(job.train.seed)
     if job.train.zero.stage < 3:
@@ -96,7 +96,7 @@ def build_model(job: Job, recipe: Recipe, config: dict[str, Any], replicas: Repl
     from transformers.integrations import HfDeepSpeedConfig
 
     stage = HfDeepSpeedConfig(config)  # while it lives, transformers builds and initialises models partitioned
-    with replicas.dividing() if replicas else nullcontext():
+    with group.dividing() if group else nullcontext():
         model = building.build(recipe)
     del stage
     return model
@@ -112,8 +112,8 @@ def build_engine(job: Job, recipe: Recipe, sequence: SequenceGroup | None = None
     from deepspeed.utils import set_z3_leaf_module
 
     config, within = engine_config(job), job.train.zero.divide_within
-    replicas = Replicas(within) if within and within < dist.get_world_size() else None
-    model = build_model(job, recipe, config, replicas)
+    group = StateGroup(within) if within and within < dist.get_world_size() else None
+    model = build_model(job, recipe, config, group)
     if job.train.zero.quantize_weights:
         _require_eighths(model)
     expert_group.divide(recipe, model, job.train.parallel.expert)
@@ -135,18 +135,18 @@ def build_engine(job: Job, recipe: Recipe, sequence: SequenceGroup | None = None
         set_z3_leaf_module(block, True)
     exact = {name: model.get_buffer(name).float() for name in recipe.exact(model)}
     optimizer = settings.build(groups)
-    known_groups.mpu = replicas  # DeepSpeed would keep those of the engine before
-    if replicas:
-        replicas.equalize(model)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False, mpu=replicas)
+    known_groups.mpu = group  # DeepSpeed would keep those of the engine before
+    if group:
+        group.equalize(model)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False, mpu=group)
     _engines.add(engine)
-    if replicas:
-        replicas.average(engine)
+    if group:
+        group.average(engine)
     for name, values in exact.items():
         building.put_buffer(model, name, values.to(engine.device))
     if sequence:
         sequence.join(recipe, engine.module)
-    engine.moments, engine.copies, engine.replicas = moments, settings.copies, replicas  # which `zero_state` reads
+    engine.moments, engine.copies, engine.state_group = moments, settings.copies, group  # which `zero_state` reads
     if settings.orthogonalizes:
         zero_state.init_optimizer_state(engine)
         matrix_cut.tell(engine, hidden)

@@ -37,10 +37,10 @@ def state(engine: Any, whole: bool = False) -> dict[str, torch.Tensor]:
 
 
 def alike(engine: Any) -> tuple[int, int]:
-    """Returns which of how many ranks this one is that hold the same slices: at stage 0 all, at stage 3 one of each replica."""
+    """Returns which of how many ranks this one is that hold the same slices: at stage 0 all, at stage 3 one of each group."""
     if engine.zero_optimization_stage() == 0:
         return dist.get_rank(), dist.get_world_size()
-    return (engine.replicas.number, engine.replicas.count) if engine.replicas else (0, 1)
+    return (engine.state_group.number, engine.state_group.count) if engine.state_group else (0, 1)
 
 
 def frozen(engine: Any, whole: bool = False) -> dict[str, FlatShard]:

@@ -1,8 +1,8 @@
 """Divides training state within groups of workers (`train.zero.divide_within`), each of which has all of it, at ZeRO stage 3.
 
-Ranks [0, n) are the first replica, [n, 2n) the second, ... To DeepSpeed a replica is all workers there are: it gathers and
-reduces within, after every micro-batch. Before the optimizer's step the workers of all replicas that have the same part average
-its gradients, once a step, and so make the same step. (Elsewhere: hybrid sharding, HSDP; Zhang et al. 2022, arXiv 2205.00119.)
+Ranks [0, n) are the first group, [n, 2n) the second, ... To DeepSpeed a group is all workers there are: it gathers and reduces
+within, after every micro-batch. Before the optimizer's step the workers of all groups that have the same part average its
+gradients, once a step, and so make the same step. (Elsewhere: hybrid sharding, HSDP; Zhang et al. 2022, arXiv 2205.00119.)
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 
-class Replicas:
-    """Places a worker in its replica. The methods with long names are those by which DeepSpeed asks for its workers."""
+class StateGroup:
+    """Places a worker in its group. The methods with long names are those by which DeepSpeed asks for its workers."""
 
     def __init__(self, workers: int) -> None:
         """Forms the groups of so many workers each, and those of the workers with the same part; collective."""
@@ -47,24 +47,24 @@ class Replicas:
 
     @contextmanager
     def dividing(self) -> Iterator[None]:
-        """Makes what is built inside, through `deepspeed.zero.Init`, divided within the replica."""
+        """Makes what is built inside, through `deepspeed.zero.Init`, divided within the group."""
         from deepspeed.runtime.zero.partition_parameters import Init
 
         whole: Any = Init.__init__
-        Init.__init__ = functools.partialmethod(whole, data_parallel_group=self.within)  # type: ignore[method-assign, assignment]
+        Init.__init__ = functools.partialmethod(whole, data_parallel_group=self.within)
         try:
             yield
         finally:
-            Init.__init__ = whole  # type: ignore[method-assign]
+            Init.__init__ = whole
 
     def equalize(self, model: torch.nn.Module) -> None:
-        """Gives all replicas the first one's weights: of what is built in parts, one worker may draw or read values."""
+        """Gives all groups the first one's weights: of what is built in parts, one worker may draw or read the values."""
         first = dist.get_global_rank(self.across, 0)
         for values in [p.ds_tensor.data for p in model.parameters() if hasattr(p, "ds_tensor")]:
             dist.broadcast(values.view(torch.uint8), first, group=self.across)
 
     def average(self, engine: Any) -> None:
-        """Makes the engine's optimizer average the gradients over the replicas before it makes a step of them."""
+        """Makes the engine's optimizer average the gradients over the groups before it makes a step of them."""
         zero, step = engine.optimizer, engine.optimizer.step
 
         def averaged(*given: Any, **named: Any) -> Any:
