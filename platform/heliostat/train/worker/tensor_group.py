@@ -81,6 +81,6 @@ def clipped_norm(engine: Any, limit: float) -> float:
         for divided in (True, False)
     ]
     dist.all_reduce(squares[0], group=engine.mpu.get_tensor_model_parallel_group())
-    norm = sum(squares).sqrt().float()  # type: ignore[union-attr]
+    norm = torch.stack(squares).sum().sqrt().float()
     torch.nn.utils.clip_grads_with_norm_(trained, limit or float("inf"), norm)
     return float(norm)
