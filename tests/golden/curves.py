@@ -27,7 +27,7 @@ from heliostat.recipes.loading import load
 from heliostat.train.time_ledger import Ledger
 from heliostat.train.worker import deepspeed_engine, zero_state
 from heliostat.train.worker.batch_plan import BatchPlan
-from heliostat.train.worker.sequence_group import SequenceGroup
+from heliostat.train.worker.sample_group import SampleGroup
 from heliostat.train.worker.stepper import Stepper
 
 from tests.golden import data
@@ -98,7 +98,7 @@ class Steps(Stepper):
         recipe = load(made, self.dataset.sources)
         engine = deepspeed_engine.build_engine(made, recipe)
         zero_state.init_optimizer_state(engine)
-        super().__init__(made, engine, recipe, BatchPlan(made, data_plan), SequenceGroup(1), Ledger("computing"))
+        super().__init__(made, engine, recipe, BatchPlan(made, data_plan), SampleGroup(), Ledger("computing"))
 
     def curve(self) -> tuple[list[float], list[float]]:
         """Losses and gradient norms of all steps."""

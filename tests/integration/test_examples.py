@@ -27,7 +27,7 @@ from heliostat.storage import Location
 from heliostat.track.models import resolve
 from heliostat.train.run import train
 from heliostat.train.worker.evaluation import HeldOut
-from heliostat.train.worker.sequence_group import SequenceGroup
+from heliostat.train.worker.sample_group import SampleGroup
 
 from jobs.examples.classifier import Classifier
 from tests.integration import ranks
@@ -159,7 +159,7 @@ def measured(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]
     seen: list[dict[str, np.ndarray]] = []
     recipe.measure = lambda arrays: seen.append(arrays) or {"n": len(arrays["label"])}  # type: ignore[func-returns-value,method-assign]
     recipe.gathered = ("loss", "label")  # every bit of every sample's loss
-    held = HeldOut(made, open_dataset(plan(made, [source])), recipe, SequenceGroup(1))
+    held = HeldOut(made, open_dataset(plan(made, [source])), recipe, SampleGroup())
     scores = held.scores(model, torch.device("cpu"), group, lambda: None)
     yield {"scores": scores, "losses": [float(x).hex() for arrays in seen for x in arrays["loss"]]}
 

@@ -102,7 +102,7 @@ def _begin(case: Case, player: play.Player, folder: Path) -> dict[str, Any]:
         save_file(held, folder / f"{case}.safetensors")
     losses += player.losses(SAVED, STEPS)
     player.engine.eval()
-    held_out = HeldOut(player.job, player.dataset, player.recipe, player.sequence)
+    held_out = HeldOut(player.job, player.dataset, player.recipe, player.sharing)
     scores = held_out.scores(player.engine, player.device, player.control, lambda: None)
     player.engine.train()
     told = {"losses": losses, "norms": list(player.stepper.norms), "scores": scores, "chain": player.unsealed.chain}

@@ -19,9 +19,9 @@ from tests.unit import build_job
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {  # most as wide as their classes' defaults: the check itself cuts them
     "gpt2": {"train.zero.stage": 1},
-    "qwen2": {"train.zero.stage": 2, "train.optimizer": {"name": "sgd", "lr": 1e-2}},
+    "qwen2": {"train.zero.stage": 2, "train.parallel.tensor": 2, "train.optimizer": {"name": "sgd", "lr": 1e-2}},
     "qwen3": {"train.zero.stage": 3, "train.parallel.sequence": 2},
-    "gemma2": {"train.zero.stage": 1, "train.precision": "bf16"},
+    "gemma2": {"train.zero.stage": 1, "train.parallel.tensor": 2, "train.precision": "bf16"},
     "phi3": {"train.zero.stage": 2, "data.document_mask": True, "train.tiled_mlp": True},
     "gpt_neox": {"train.zero.stage": 3, "train.activation_checkpointing": True, "train.activation_offload": True,
                  "train.tiled_mlp": True, "train.tiled_loss": True},

@@ -94,7 +94,7 @@ def _player(case: Case, folder: Path) -> play.Player:
 
 
 def _scores(player: play.Player) -> dict[str, float]:
-    held = HeldOut(player.job, player.dataset, player.recipe, player.sequence)
+    held = HeldOut(player.job, player.dataset, player.recipe, player.sharing)
     player.engine.eval()
     found = held.scores(player.engine, player.device, player.control, lambda: None)
     player.engine.train()

@@ -125,8 +125,8 @@ def test_a_format_of_a_newer_version_is_named(run: Location) -> None:
     folder = _save(run, 10)
     root = layout.decode((folder / "checkpoint.json").read_bytes())
     del root["crc32"]
-    (folder / "checkpoint.json").write_bytes(layout.encode({**root, "format": 5}))
-    with pytest.raises(CheckpointError, match=r"format 5 is none that this version .* reads \(2, 3, 4\); use a newer one"):
+    (folder / "checkpoint.json").write_bytes(layout.encode({**root, "format": 6}))
+    with pytest.raises(CheckpointError, match=r"format 6 is none that this version .* reads \(2, 3, 4, 5\); use a newer one"):
         layout.open_checkpoint(run, 10)
 
 

@@ -56,7 +56,7 @@ def test_the_check_refuses_them_before_anything_starts():
         check.check_job(job(**{"train.deepspeed": {"gradient_accumulation_steps": 1, "tensor_parallel": {"autotp_size": 2}}}))
     first, second = str(e.value).splitlines()
     assert first.startswith("train.deepspeed.gradient_accumulation_steps: is not taken here: follows from train.global_batch")
-    assert second.strip().startswith("train.deepspeed.tensor_parallel: is not taken here: no key does it")
+    assert second.strip().startswith("train.deepspeed.tensor_parallel: is not taken here: use train.parallel.tensor")
 
 
 def test_what_is_allowed_reaches_deepspeed_as_given():

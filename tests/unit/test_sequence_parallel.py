@@ -50,7 +50,7 @@ def test_workers_are_a_multiple_of_those_that_share_a_sample(workers, sequence):
         assert job(**changes, **{"workers.count": number}).replicas == number / sequence
 
 
-@pytest.mark.parametrize("key", ["tensor", "pipeline", "context", "data"])
+@pytest.mark.parametrize("key", ["pipeline", "context", "data"])
 def test_layouts_that_are_not_offered_are_refused_by_name(key):
     """With the reason and what to use, as are those that DeepSpeed's own keys ask for."""
     (line,) = faults(**{f"train.parallel.{key}": 2})

@@ -6,21 +6,33 @@ from typing import Any
 
 import torch
 
+from heliostat.checkpoint.columns import ROWS, Columns
+
 
 class FlatShard(torch.Tensor):
-    """Represents the slice [start, start + n) that `local` holds of a flat tensor of `numel` elements.
+    """Represents the slice [start, start + n) that `local` holds of a flat tensor of `numel` elements, which are in the order of
+    `columns`.
 
     It has the whole's shape, and computes nothing.
     """
 
     local: torch.Tensor
     start: int
+    columns: Columns
 
     @staticmethod
-    def __new__(cls, local: torch.Tensor, start: int, numel: int) -> FlatShard:
+    def __new__(cls, local: torch.Tensor, start: int, numel: int, columns: Columns = ROWS) -> FlatShard:
         shard = torch.Tensor._make_wrapper_subclass(cls, (numel,), dtype=local.dtype, device=local.device)
-        shard.local, shard.start = local, start
+        shard.local, shard.start, shard.columns = local, start, columns
         return shard
+
+    def holding(self, local: torch.Tensor) -> FlatShard:
+        """Makes a slice of the same elements with these values."""
+        return FlatShard(local, self.start, self.shape[0], self.columns)
+
+    def cut(self, first: int, stop: int) -> FlatShard:
+        """Cuts the slice of its own elements [first, stop)."""
+        return FlatShard(self.local[first:stop], self.start + first, self.shape[0], self.columns)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]

@@ -16,6 +16,7 @@ from typing import Any
 from heliostat import run_folder
 from heliostat.checkpoint import checksums
 from heliostat.checkpoint.agreement import first, merged
+from heliostat.checkpoint.columns import ROWS
 from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.checkpoint.layout import FROZEN, INDEX, Checkpoint
 from heliostat.storage import Location
@@ -47,7 +48,7 @@ class Keeper:
             name = self._folder
         place = self.run.join(run_folder.CHECKPOINTS, name)
         if not first(self.group, place.join(INDEX).exists):
-            self._write(place, {n: FlatShard(s.local.cpu(), s.start, s.shape[0]) for n, s in slices.items()})
+            self._write(place, {n: s.holding(s.local.cpu()) for n, s in slices.items()})
         return name
 
     def _name(self, slices: dict[str, FlatShard]) -> str:
@@ -60,7 +61,8 @@ def digest(slices: Mapping[str, FlatShard]) -> str:
     told = hashlib.sha256()
     for name in sorted(slices):
         shard = slices[name]
-        told.update(f"{name} {shard.dtype} {shard.shape[0]} {shard.start} {shard.local.numel()}".encode())
+        order = f" {shard.columns}" if shard.columns != ROWS else ""
+        told.update(f"{name} {shard.dtype} {shard.shape[0]} {shard.start} {shard.local.numel()}{order}".encode())
         for piece in shard.local.split(PIECE // shard.local.element_size()):
             told.update(zlib.crc32(checksums.as_bytes(piece.cpu()).numpy().data).to_bytes(4, "big"))
     return told.hexdigest()

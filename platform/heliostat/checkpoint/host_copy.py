@@ -48,7 +48,7 @@ class HostCopy:
         for name in ordered[len(on_gpu) :]:
             self.views[name].copy_(shards[name].local)
             copied()
-        return {n: FlatShard(self.views[n], s.start, s.shape[0]) for n, s in shards.items()}
+        return {n: s.holding(self.views[n]) for n, s in shards.items()}
 
     def hold_back(self) -> None:
         """Lets what is queued next on the GPU wait until the queued copies are done; the calling thread does not wait."""

@@ -1,11 +1,13 @@
 """Defines and checks the contents of `checkpoint.json`, so that no reader meets a place outside its shards or an unknown type.
 
 Since format 4 it says of every tensor which shards hold which elements (`placement`), and where a chunk's bytes are stands in the
-index of its shard (`shard_index`). Formats 2 and 3 listed every chunk of every shard here: `upgrade` makes the newest of them.
+index of its shard (`shard_index`). Format 5 has tensors in the order of their `columns`. Formats 2 and 3 listed every chunk of
+every shard here: `upgrade` makes the newest of them.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, NotRequired
 
 from pydantic import Field
@@ -51,6 +53,7 @@ class Tensor(TypedDict):
     dtype: str
     shape: list[Whole]
     runs: NotRequired[list[Annotated[list[Whole], Field(min_length=4, max_length=4)]]]
+    columns: NotRequired[Annotated[list[Whole], Field(min_length=2, max_length=2)]]  # since format 5
     chunks: NotRequired[list[Chunk]]
 
 
@@ -115,12 +118,22 @@ def _tensor_fault(tensor: Tensor, shards: list[Shard], listed: bool) -> str:
         return f"dtype {tensor['dtype'][:20]!r} is none"
     if ("chunks" if listed else "runs") not in tensor:
         return f"has no {'chunks' if listed else 'runs'}"
+    if said := _columns_fault(tensor):
+        return said
     runs = _runs(tensor["chunks"]) if listed else tensor["runs"]
     if said := placement.fault({**tensor, "runs": runs}, len(shards)):
         return said
     size = BYTES[tensor["dtype"]]
     places = tensor["chunks"] if listed else []
     return next((f for c in places if (f := shard_index.place_fault(c, size, shards[c["shard"]]["bytes"]))), "")
+
+
+def _columns_fault(tensor: Tensor) -> str:
+    if "columns" not in tensor:
+        return ""
+    parts, width = tensor["columns"]
+    fits = parts > 1 and width and width % parts == 0 and math.prod(tensor["shape"]) % width == 0
+    return "" if fits else f"it has no {parts} blocks of columns in rows of {width} elements"
 
 
 def upgrade(index: dict[str, Any]) -> tuple[dict[str, Any], dict[int, shard_index.Places]]:

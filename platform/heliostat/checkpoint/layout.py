@@ -16,14 +16,15 @@ import json
 import logging
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from heliostat import run_folder
-from heliostat.checkpoint import checksums, placement, shard_index
+from heliostat.checkpoint import checksums, columns, placement, shard_index
 from heliostat.checkpoint import index as checkpoint_index
+from heliostat.checkpoint.columns import ROWS, Columns
 from heliostat.config.schema import validate
 from heliostat.config.spec import Checkpoint as Policy
 from heliostat.config.spec import Job
@@ -40,7 +41,8 @@ log = logging.getLogger(__name__)
 
 INDEX = "checkpoint.json"
 FORMAT = 4
-READABLE = (2, 3, 4)  # 2 had no frozen parameters; 3 listed every chunk in `checkpoint.json`
+IN_COLUMNS = 5  # a format 4 with tensors in the order of their columns, which readers of 4 would take for others
+READABLE = (2, 3, 4, 5)  # 2 had no frozen parameters; 3 listed every chunk in `checkpoint.json`
 FROZEN = "frozen"  # what their tensors' names begin with
 EMA = "ema"  # what the names of the weights' averages begin with
 READ_THREADS = 8
@@ -104,6 +106,11 @@ class Checkpoint:
     def names(self, prefix: str) -> list[str]:
         """Lists the names of the tensors below `prefix.`, without the prefix."""
         return [n.removeprefix(prefix + ".") for n in self.tensors if n.startswith(prefix + ".")]
+
+    def order(self, name: str) -> Columns:
+        """Returns the order in which the shards hold a tensor."""
+        held = self.tensors[name].get("columns")
+        return Columns(*held) if held else ROWS
 
     def holder(self, name: str) -> Checkpoint:
         """Returns the checkpoint whose shards hold a tensor: this one, or that of its frozen parameters."""
@@ -195,7 +202,7 @@ class Checkpoint:
         return total
 
     def stream(self, name: str) -> Iterator[torch.Tensor]:
-        """Yields a flat tensor, put together from every rank's slice, in pieces of at most 64 MiB."""
+        """Yields a flat tensor in its own order, put together from every rank's slice, in pieces of at most 64 MiB."""
         if (holder := self.holder(name)) is not self:
             yield from holder.stream(name)
             return
@@ -206,14 +213,43 @@ class Checkpoint:
         entry = self.index["tensors"][name]
         dtype = DTYPES[entry["dtype"]]
         self.fetch_places(self.needed(name, 0, math.prod(entry["shape"])))
+        if self.order(name) != ROWS:
+            yield from self._stream_in_rows(name, dtype)
+            return
         for chunk in sorted(placement.chunks(entry["runs"]), key=lambda c: c.start):
             for first in range(0, chunk.numel, PIECE // dtype.itemsize):
                 piece = torch.empty(min(PIECE // dtype.itemsize, chunk.numel - first), dtype=dtype)
                 self.fill(self.slices(name, chunk.start + first, piece))
                 yield piece
 
+    def _stream_in_rows(self, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        import torch
+
+        numel = math.prod(self.index["tensors"][name]["shape"])
+        for first in range(0, numel, PIECE // dtype.itemsize):
+            piece = torch.empty(min(PIECE // dtype.itemsize, numel - first), dtype=dtype)
+            self.read_into(name, ROWS, first, piece)
+            yield piece
+
+    def read_into(
+        self, name: str, order: Columns, first: int, target: torch.Tensor, progressed: Callable[[], None] = lambda: None
+    ) -> int:
+        """Reads the elements of a tensor that a contiguous target is to hold, from `first` on in this order; returns the bytes
+        read."""
+        total = 0
+
+        def read(start: int, part: torch.Tensor) -> None:
+            nonlocal total
+            total += self.fill(self.slices(name, start, part), progressed)
+
+        if (held := self.order(name)) == order:
+            read(first, target)
+        else:
+            columns.collect(read, held, order, math.prod(self.index["tensors"][name]["shape"]), first, target, PIECE // 8)
+        return total
+
     def read(self, name: str) -> torch.Tensor:
-        """Reads a whole tensor, flat."""
+        """Reads a whole tensor, flat and in its own order."""
         if (holder := self.holder(name)) is not self:
             return holder.read(name)
         import torch
@@ -223,8 +259,13 @@ class Checkpoint:
         entry = self.index["tensors"][name]
         out = torch.empty(math.prod(entry["shape"]), dtype=DTYPES[entry["dtype"]])
         self.fetch_places(self.needed(name, 0, out.numel()))
-        self.fill(self.slices(name, 0, out))
+        self.read_into(name, ROWS, 0, out)
         return out
+
+
+def format_of(tensors: Mapping[str, Any]) -> int:
+    """Returns the format that an index of these tensors has."""
+    return IN_COLUMNS if any("columns" in entry for entry in tensors.values()) else FORMAT
 
 
 def encode(index: dict[str, Any]) -> bytes:

@@ -6,6 +6,7 @@ ever unpickled.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from heliostat.checkpoint import safetensors_file
 from heliostat.checkpoint.agreement import agreed, first
+from heliostat.checkpoint.columns import ROWS, Columns
 from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.checkpoint.layout import Checkpoint, open_checkpoint
 from heliostat.errors import CheckpointError, WorkerError
@@ -58,7 +60,11 @@ def _check(checkpoint: Checkpoint, state: dict[str, torch.Tensor]) -> None:
     """Raises CheckpointError unless the checkpoint holds the tensors of the state in their shapes, and types that can be cast."""
     tensors = checkpoint.tensors
     missing = sorted(set(state) - set(tensors))
-    wrong = [n for n in state if n not in missing and list(state[n].shape) != tensors[n]["shape"]]
+    wrong = [
+        n
+        for n in state
+        if n not in missing and (list(state[n].shape) != tensors[n]["shape"] or not _turns(checkpoint, n, state[n]))
+    ]
     if missing or wrong:
         what = f"has no {missing[0]!r}" if missing else f"holds {wrong[0]!r} in another shape"
         raise CheckpointError(f"{checkpoint.location}: {what}; it was made by another model")
@@ -67,6 +73,15 @@ def _check(checkpoint: Checkpoint, state: dict[str, torch.Tensor]) -> None:
         if held != tensor.dtype and not (held.is_floating_point and tensor.dtype.is_floating_point):
             what = f"holds {name!r} as {held}, and the model has it as {tensor.dtype}"
             raise CheckpointError(f"{checkpoint.location}: {what}; it was made by another model")
+
+
+def _turns(checkpoint: Checkpoint, name: str, tensor: torch.Tensor) -> bool:
+    """Tells whether the orders in which the checkpoint and the state hold a tensor are of the same rows."""
+    return len({order.width for order in (checkpoint.order(name), _order(tensor)) if order != ROWS}) <= 1
+
+
+def _order(tensor: torch.Tensor) -> Columns:
+    return tensor.columns if isinstance(tensor, FlatShard) else ROWS
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
@@ -84,12 +99,19 @@ def _read(
     source: Checkpoint, targets: dict[str, torch.Tensor], state: dict[str, torch.Tensor], progressed: Callable[[], None]
 ) -> int:
     starts = {n: getattr(state[n], "start", 0) for n in targets}
-    source.fetch_places(_shards(source, targets, starts))
-    return source.fill([part for n, t in targets.items() for part in source.slices(n, starts[n], t)], progressed)
+    turned = {n for n in targets if source.order(n) != _order(state[n])}
+    source.fetch_places(_shards(source, targets, starts, turned))
+    straight = [part for n, t in targets.items() if n not in turned for part in source.slices(n, starts[n], t)]
+    total = source.fill(straight, progressed)
+    return total + sum(source.read_into(n, _order(state[n]), starts[n], targets[n], progressed) for n in turned)
 
 
-def _shards(source: Checkpoint, targets: dict[str, torch.Tensor], starts: dict[str, int]) -> Iterable[int]:
-    return sorted({shard for n, t in targets.items() for shard in source.needed(n, starts[n], t.numel())})
+def _shards(source: Checkpoint, targets: dict[str, torch.Tensor], starts: dict[str, int], turned: set[str]) -> Iterable[int]:
+    """Lists the shards whose indexes are needed: for tensors that are held in another order, all that hold any of it."""
+    wanted = {
+        n: (0, math.prod(source.tensors[n]["shape"])) if n in turned else (starts[n], t.numel()) for n, t in targets.items()
+    }
+    return sorted({shard for n, (first, numel) in wanted.items() for shard in source.needed(n, first, numel)})
 
 
 def casts(checkpoint: Checkpoint, state: dict[str, torch.Tensor]) -> str | None:

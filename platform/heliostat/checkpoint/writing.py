@@ -19,10 +19,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from heliostat.checkpoint import checksums, placement, safetensors_file, shard_index
+from heliostat.checkpoint import checksums, layout, placement, safetensors_file, shard_index
 from heliostat.checkpoint.agreement import first, merged
+from heliostat.checkpoint.columns import ROWS
 from heliostat.checkpoint.flat_shard import FlatShard
-from heliostat.checkpoint.layout import FORMAT, INDEX, encode
+from heliostat.checkpoint.layout import INDEX, encode
 from heliostat.checkpoint.tree import Channel
 from heliostat.errors import CheckpointError, WorkerError
 from heliostat.lease import Fence
@@ -68,7 +69,8 @@ def clear(target: Location, fence: Fence | None) -> None:
 
 def finish(target: Location, step: int | None, facts: dict[str, Any], part: placement.Part | None, fence: Fence | None) -> None:
     """Makes the folder valid: checks that every element is in it once, then writes `checkpoint.json`."""
-    index = placement.root(step, {"format": FORMAT, **facts}, part or placement.Part([], {}))
+    written = part or placement.Part([], {})
+    index = placement.root(step, {"format": layout.format_of(written.tensors), **facts}, written)
     if fence:
         fence.check()
     target.join(INDEX).write(encode(index))
@@ -93,7 +95,7 @@ def write_shard(target: Location, tensors: dict[str, torch.Tensor], rank: int, w
 
 def part(shard: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> placement.Part:
     """Describes one shard and the tensors in it."""
-    held = {}
+    held: dict[str, dict[str, Any]] = {}
     for name, tensor in tensors.items():
         start, numel = _cut(tensor)
         held[name] = {
@@ -101,6 +103,8 @@ def part(shard: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> placemen
             "shape": list(tensor.shape),
             "runs": [[0, 1, start, numel]],
         }
+        if isinstance(tensor, FlatShard) and tensor.columns != ROWS:
+            held[name]["columns"] = list(tensor.columns)
     return placement.Part([shard], held)
 
 

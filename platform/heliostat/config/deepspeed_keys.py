@@ -120,7 +120,7 @@ class Allowed(Strict):
 
 
 SET = "heliostat sets it"
-DATA_PARALLEL = "no key does it: heliostat divides state over all workers (train.zero) and samples (train.parallel), no more"
+STAGES = "no key does it: models are not cut into stages; use train.zero, or train.parallel"
 OFFLOAD = "use train.zero.offload"
 MLFLOW = "losses and rates are in MLflow (mlflow.uri)"
 INSTEAD = {
@@ -182,10 +182,10 @@ INSTEAD = {
     "comet": MLFLOW,
     "zero_allow_untested_optimizer": SET,
     "zero_force_ds_cpu_optimizer": SET,
-    "tensor_parallel": DATA_PARALLEL,
-    "autotp": DATA_PARALLEL,
-    "autotp_size": DATA_PARALLEL,
-    "pipeline": DATA_PARALLEL,
+    "tensor_parallel": "use train.parallel.tensor",
+    "autotp": "use train.parallel.tensor",
+    "autotp_size": "use train.parallel.tensor",
+    "pipeline": STAGES,
     "expert_parallel": "use train.parallel.expert",
     "data_parallel_size": "use workers.count",
 }

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def faults(job: Job) -> list[str]:
     """Lists what is wrong, a line each that begins with the key."""
-    found = _sequence_faults(job) or _expert_faults(job) or _many_nodes_faults(job) or _batch_faults(job)
+    found = _sequence_faults(job) or _expert_faults(job) or _tensor_faults(job) or _many_nodes_faults(job) or _batch_faults(job)
     found += [*_memory_faults(job), *_precision_faults(job), *_offload_faults(job), *_checkpoint_faults(job)]
     found += [*_attention_faults(job), *_fp8_faults(job), *_optimizer_faults(job)]
     found += _mix_faults(job.data) + _mlflow_faults(job.mlflow)
@@ -79,12 +79,35 @@ def _expert_faults(job: Job) -> list[str]:
     return faults + [f"{key} with {other} is not tried; remove one of them" for other, there in untried.items() if there]
 
 
+def _tensor_faults(job: Job) -> list[str]:
+    each, train = job.train.parallel.tensor, job.train
+    if each == 1:
+        return []
+    key = f"train.parallel.tensor: {each}"
+    faults = _group_faults(key, each, job)
+    if train.zero.stage == 3:
+        faults.append(
+            f"{key} with train.zero.stage 3 is not tried, which divides every matrix over all workers by itself; use 1 or 2"
+        )
+    untried = {
+        "train.parallel.sequence": train.parallel.sequence > 1,
+        "train.parallel.expert": train.parallel.expert > 1,
+        "train.compile": train.compile,
+        "train.recheck": train.recheck,
+        "train.tiled_mlp": train.tiled_mlp,
+        "train.precision: fp16": train.precision == "fp16",
+        "train.zero.offload": train.zero.offload.optimizer or train.zero.offload.param,
+        f"train.optimizer.name: {train.optimizer.name}": train.optimizer.orthogonalizes,
+    }
+    return faults + [f"{key} with {other} is not tried; remove one of them" for other, there in untried.items() if there]
+
+
 def _many_nodes_faults(job: Job) -> list[str]:
     """Lists what is wrong with the ways in which fewer bytes travel between nodes."""
     train, zero, faults = job.train, job.train.zero, list[str]()
     asked = {"divide_within": zero.divide_within, "copy_within": zero.copy_within, "quantize_weights": zero.quantize_weights}
     untried = {
-        "train.parallel": train.parallel.sequence > 1 or train.parallel.expert > 1,
+        "train.parallel": train.parallel.sharing > 1 or train.parallel.expert > 1,
         "train.zero.offload.param": zero.offload.param,
         "train.compile": train.compile,
         "train.recheck": train.recheck,
@@ -128,8 +151,10 @@ def _memory_faults(job: Job) -> list[str]:
 def _batch_faults(job: Job) -> list[str]:
     if isinstance(job.workers.count, list):
         return _elastic_faults(job)
-    batch, micro, each = job.train.global_batch, job.train.micro_batch, job.train.parallel.sequence
-    count, named = job.replicas, f"workers.count {job.workers.count}{f' / train.parallel.sequence {each}' if each > 1 else ''}"
+    parallel = job.train.parallel
+    batch, micro, each = job.train.global_batch, job.train.micro_batch, parallel.sharing
+    shared = f" / train.parallel.{'tensor' if parallel.tensor > 1 else 'sequence'} {each}" if each > 1 else ""
+    count, named = job.replicas, f"workers.count {job.workers.count}{shared}"
     if batch % (micro * count):
         fits = [n for n in divisors(batch // micro) if n < 2 * count] if batch % micro == 0 else []
         below, above = count * micro * (batch // (count * micro)), count * micro * (batch // (count * micro) + 1)
@@ -154,7 +179,7 @@ def _elastic_faults(job: Job) -> list[str]:
         return [f"data.lanes: {lanes} must divide train.global_batch {batch}; nearest: {near}"]
     if job.worker_counts():
         return []
-    most = lanes * job.train.parallel.sequence
+    most = lanes * job.train.parallel.sharing
     nearest = min(fitting(job, lanes, 1, most), key=lambda n: abs(n - workers.least), default=None)
     return [
         f"workers.count: from {workers.least} to {workers.most} there is no number that divides the {lanes} lanes into whole "
@@ -229,7 +254,7 @@ def _fp8_faults(job: Job) -> list[str]:
     wrong = {
         "needs GPUs (workers.gpus is 0)": not job.workers.gpus,
         f"with train.precision {train.precision!r}: what is not multiplied in float8 is to be bf16": train.precision != "bf16",
-        "with train.parallel is not tried": train.parallel.sequence > 1 or train.parallel.expert > 1,
+        "with train.parallel is not tried": train.parallel.sharing > 1 or train.parallel.expert > 1,
         "with train.tiled_mlp is not tried": train.tiled_mlp,
     }
     return [f"train.fp8: true {why}; set it to false, or change that" for why, is_so in wrong.items() if is_so]

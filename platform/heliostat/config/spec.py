@@ -105,7 +105,7 @@ class Job(Strict):
     def replicas(self) -> int:
         """Returns the number of groups of workers that have samples of their own, for a job of a fixed number of workers."""
         assert isinstance(self.workers.count, int)
-        return self.workers.count // self.train.parallel.sequence
+        return self.workers.count // self.train.parallel.sharing
 
     def worker_counts(self, lanes: int | None = None) -> list[int]:
         """Lists the numbers of workers, ascending, that the job allows and that can play its lanes (of a run resumed: its

@@ -61,10 +61,9 @@ class Zero(Strict):
 
 
 NOT_OFFERED = {
-    "tensor": "its checkpoints would not load at other layouts to the bit; train.zero.stage 3 divides matrices over all workers",
     "pipeline": "models are not cut into stages; train.zero.stage 3 divides their layers over all workers",
     "context": "use sequence, which cuts samples over workers",
-    "data": "it follows: workers.count over sequence",
+    "data": "it follows: workers.count over sequence or tensor",
 }
 
 
@@ -76,6 +75,15 @@ class Parallel(Strict):
     expert: Count = 1
     """Workers that divide the experts of each layer among them, and send each other tokens. 1: every worker computes all. See
     docs/job.md#expert-parallelism"""
+
+    tensor: Count = 1
+    """Workers that divide the matrices of each layer among them, and compute each sample together. 1: every worker has whole
+    matrices, or gathers them. See docs/job.md#tensor-parallelism"""
+
+    @property
+    def sharing(self) -> int:
+        """Returns how many workers compute each sample together."""
+        return self.sequence * self.tensor
 
     @model_validator(mode="before")
     @classmethod
@@ -142,7 +150,7 @@ class Train(Strict):
     zero: Zero = Zero()
     """DeepSpeed's ZeRO: how the state is divided among the workers."""
     parallel: Parallel = Parallel()
-    """How the samples are divided among the workers."""
+    """How the samples, experts and matrices are divided among the workers."""
     accumulate: Literal["fp32", "same"] | None = None
     """What a step's micro-batches are summed in: fp32, or the `same` as `train.precision`. Unset: fp32, but a resumed run
     keeps what it had. See docs/job.md#sums-of-micro-batches"""

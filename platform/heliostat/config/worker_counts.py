@@ -16,7 +16,7 @@ def fitting(job: Job, lanes: int, least: int, most: int) -> list[int]:
 
     The lanes are dealt to replicas: as many workers as share a sample. Workers that divide experts, or state, form whole groups.
     """
-    batch, micro, each = job.train.global_batch, job.train.micro_batch, job.train.parallel.sequence
+    batch, micro, each = job.train.global_batch, job.train.micro_batch, job.train.parallel.sharing
     replicas = divisors(math.gcd(lanes, batch))
     found = [n * each for n in replicas if least <= n * each <= most and batch // n % micro == 0]
     zero = job.train.zero

@@ -30,11 +30,11 @@ from heliostat.recipes.protocol import Recipe
 from heliostat.runs import segments
 from heliostat.storage import Location
 from heliostat.train.time_ledger import Ledger
-from heliostat.train.worker import deepspeed_engine, expert_group
+from heliostat.train.worker import deepspeed_engine, division
 from heliostat.train.worker.batch_plan import BatchPlan
 from heliostat.train.worker.context import Context
 from heliostat.train.worker.posts import Posts
-from heliostat.train.worker.sequence_group import SequenceGroup
+from heliostat.train.worker.sample_group import SampleGroup
 from heliostat.train.worker.stepper import Stepper
 from heliostat.train.worker.training_state import TrainingState
 from heliostat.train.worker.unsealed import Unsealed
@@ -56,12 +56,12 @@ class Player:
             progressed=lambda: None,
         )  # fmt: skip
         ledger, self.dataset = Ledger("computing"), open_dataset(plan)
-        self.sequence = SequenceGroup(job.train.parallel.sequence)
-        self.engine = deepspeed_engine.build_engine(job, recipe, self.sequence)
+        self.sharing = SampleGroup(job.train.parallel)
+        self.engine = deepspeed_engine.build_engine(job, recipe, self.sharing)
         self.device = self.engine.device
-        self.unsealed = Unsealed(job.run_folder, self.dataset, self.control, self.sequence.reads)
+        self.unsealed = Unsealed(job.run_folder, self.dataset, self.control, self.sharing.reads)
         self.state = TrainingState(context, self.engine, self.unsealed, ledger)
-        self.stepper = Stepper(job, self.engine, recipe, BatchPlan(job, plan), self.sequence, ledger)
+        self.stepper = Stepper(job, self.engine, recipe, BatchPlan(job, plan), self.sharing, ledger)
         self.samples = self._dealt(start_step)
         if start_step:
             self.state.restore()
@@ -76,7 +76,7 @@ class Player:
         """Makes the steps [first, last); returns their losses over the global batch."""
         begun = len(self.stepper.losses)
         for step in range(first, last):
-            mine = self.sequence.share(self._read)
+            mine = self.sharing.share(self._read)
             self.stepper.step(step, mine)
             self.unsealed.add(step, mine)
         made = torch.stack(self.stepper.losses[begun:]).double()
@@ -88,7 +88,7 @@ class Player:
         self.state.wait()
 
     def _dealt(self, start_step: int) -> stream.LaneStream | None:
-        group = self.sequence
+        group = self.sharing
         return dealt(self.dataset.plan, group.replica, group.replicas, start_step) if group.reads else None
 
     def _read(self) -> stream.StepSamples:
@@ -170,7 +170,7 @@ def gradients(engine: Any) -> dict[str, torch.Tensor]:
         if grad is None:
             found[name] = torch.zeros(building.shape(p))
         else:
-            whole = expert_group.assembled(p, grad.detach().view(getattr(p, "ds_shape", p.shape)))
+            whole = division.assembled(p, grad.detach().view(getattr(p, "ds_shape", p.shape)))
             found[name] = whole.float().cpu().clone() / scale
     return found
 
@@ -194,7 +194,7 @@ def _full(engine: Any, p: Any, key: str | None) -> torch.Tensor:
         found = p.data if key is None else engine.optimizer.state[p][key]
     else:
         found = safe_get_full_fp32_param(p) if key is None else safe_get_full_optimizer_state(p, key)
-    whole = expert_group.assembled(p, found.detach().view(getattr(p, "ds_shape", p.shape)))
+    whole = division.assembled(p, found.detach().view(getattr(p, "ds_shape", p.shape)))
     return whole.float().cpu().clone()
 
 
@@ -205,7 +205,7 @@ def weigh(engine: Any, job: Job, step: int, row: Row) -> None:
     for name, p in _trained(engine):
         right = _full(engine, p, None).to(TYPES[job.train.precision])
         with GatheredParameters([p], enabled=engine.zero_optimization_stage() == 3):
-            used = expert_group.assembled(p, p.detach()).cpu().to(right.dtype)
+            used = division.assembled(p, p.detach()).cpu().to(right.dtype)
         row.add(step, f"{name} on worker {dist.get_rank()}", relative(used.float(), right.float()), lambda: "a stale buffer")
 
 

@@ -91,6 +91,8 @@ def small_job(job: Job, folder: Path, gpus: bool, longest: int) -> Job:
         raw["train"]["parallel"] = {"sequence": WORKERS}
     if job.train.parallel.expert > 1:
         raw["train"]["parallel"] = {"expert": WORKERS}
+    if job.train.parallel.tensor > 1:
+        raw["train"]["parallel"] = {"tensor": WORKERS}
     raw["checkpoint"] = {"every": SAVED}
     raw["workers"] = {"count": WORKERS, "gpus": min(1.0, job.workers.gpus) if gpus else 0.0}
     return spec.settle(schema.validate(Job, raw, "--numerics"), None)
@@ -116,7 +118,8 @@ def elsewhere(job: Job) -> Job:
 def _cut(recipe: CausalLM, job: Job) -> int:
     """Gives the recipe the largest of the small models of its architecture; returns its number of parameters."""
     whole, recipe.pretrained = recipe.config, None
-    for config in tiny.shrunk(whole, job.data.sequence_length or tiny.LENGTH):
+    heads = 2 * WORKERS if job.train.parallel.tensor > 1 else 2  # so that each worker has some, of keys and values too
+    for config in tiny.shrunk(whole, job.data.sequence_length or tiny.LENGTH, heads):
         recipe.config = config
         try:
             size = tiny.parameters(recipe)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from heliostat.config.optimizers import Optimizer
 
@@ -28,10 +28,21 @@ class ModelStats:
     groups: list[list[str]]  # the optimizer's, by names
     hidden: frozenset[str]  # matrices that an optimizer that orthogonalizes has in groups apart
     frozen_models: tuple[int, int] = (0, 0)  # bytes of models beside it on the device: in every step; in evaluations, with those
+    divided: dict[str, str] = field(default_factory=dict)  # what workers can divide: `column` by outputs, `row` by inputs
 
     @property
     def parameters(self) -> int:
         return sum(math.prod(s) for s in self.shapes.values())
+
+    def own(self, parts: int) -> dict[str, tuple[int, ...]]:
+        """Returns the shape of every parameter on one of so many workers that divide matrices."""
+        return {n: _part(s, self.divided.get(n, ""), parts) for n, s in self.shapes.items()}
+
+    def added(self) -> tuple[int, int]:
+        """Counts the elements of a token that workers which divide matrices add up: in a forward pass, products of inputs; in a
+        backward pass, gradients of inputs that all have."""
+        matrices = [(self.shapes[n], kind) for n, kind in self.divided.items() if len(self.shapes[n]) > 1]
+        return sum(s[0] for s, kind in matrices if kind == "row"), sum(s[1] for s, kind in matrices if kind == "column")
 
     def kept(self, optimizer: Optimizer) -> dict[str, tuple[str, ...]]:
         """Lists the optimizer state of every trained parameter, by names."""
@@ -47,6 +58,12 @@ class ModelStats:
     @property
     def trained(self) -> dict[str, tuple[int, ...]]:
         return {n: s for n, s in self.shapes.items() if n not in self.frozen}
+
+
+def _part(shape: tuple[int, ...], kind: str, parts: int) -> tuple[int, ...]:
+    if kind == "row":
+        return shape[0], shape[1] // parts
+    return (shape[0] // parts, *shape[1:]) if kind == "column" else shape
 
 
 @dataclass(frozen=True)

@@ -41,9 +41,7 @@ def dry_run(path: Path, settings: list[str], workers: int | None = None) -> dict
     built = build(recipe)
     model = stats_of(recipe, built)
     planner.plan(job, recipe, built=built)  # refuses a job that cannot fit
-    groups, parts = model.groups_of(job.train.optimizer), job.train.parallel.expert
-    workers, copies = job.workers.most, job.workers.most // (job.train.zero.divide_within or job.workers.most)
-    owned = zero_layout.slices(model.trained, job.train.zero.stage, workers, groups, model.stacked, parts, copies)
+    owned = _owned(job, model)
     index, index_bytes = checkpoint_index(job, model, owned)
     sizes = [sum(4 * len(kinds(job, name in model.hidden)) * n for name, _, n in rank) for rank in owned]
     return {
@@ -62,6 +60,17 @@ def dry_run(path: Path, settings: list[str], workers: int | None = None) -> dict
         "note": note,
         "seconds": time.perf_counter() - started,
     }
+
+
+def _owned(job: Job, model: ModelStats) -> list[list[zero_layout.Slice]]:
+    """Cuts the trained parameters into the slices that each rank saves."""
+    groups, stage, parallel = model.groups_of(job.train.optimizer), job.train.zero.stage, job.train.parallel
+    if parallel.tensor > 1:
+        shapes = {n: s for n, s in model.own(parallel.tensor).items() if n in model.trained}
+        whole = frozenset(shapes) - frozenset(model.divided)
+        return zero_layout.divided(shapes, stage, job.workers.most, groups, parallel.tensor, whole)
+    workers, replicas = job.workers.most, job.workers.most // (job.train.zero.divide_within or job.workers.most)
+    return zero_layout.slices(model.trained, stage, workers, groups, model.stacked, parallel.expert, replicas)
 
 
 def check_engine(job: Job) -> None:
@@ -113,13 +122,20 @@ def checkpoint_index(job: Job, model: ModelStats, owned: list[list[zero_layout.S
             part, index = _shard(rank, tensors)
             whole, size = placement.merge(whole, part), size + len(index)
     facts = {"name": job.name, "world_size": len(owned), "zero_stage": job.train.zero.stage, "job": job.dump()}
-    root = placement.root(job.train.steps, {"format": layout.FORMAT, **facts}, whole)
+    root = placement.root(job.train.steps, {"format": layout.format_of(whole.tensors), **facts}, whole)
     return root, size + len(layout.encode(root))
 
 
 def _tensors(job: Job, model: ModelStats, mine: list[zero_layout.Slice]) -> placement.Tensors:
+    parts = job.train.parallel.tensor
+    by_columns = {n for n, kind in model.divided.items() if kind == "row"} if parts > 1 else set[str]()
     return {
-        f"{kind}.{name}": {"dtype": "F32", "shape": [math.prod(model.shapes[name])], "runs": [[0, 1, start, numel]]}
+        f"{kind}.{name}": {
+            "dtype": "F32",
+            "shape": [math.prod(model.shapes[name])],
+            "runs": [[0, 1, start, numel]],
+            **({"columns": [parts, model.shapes[name][1]]} if name in by_columns else {}),
+        }
         for name, start, numel in mine
         for kind in kinds(job, name in model.hidden)
     }

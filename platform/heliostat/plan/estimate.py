@@ -38,6 +38,9 @@ class Planner:
         self.job, self.device, self.prices, self.exchanged = job, device, prices, exchanged or {1: 0}
         self.model, self.kept, self.work = counts.model, counts.kept, counts.work
         self.workers, self.gpu = job.workers.most, device.name != "cpu"
+        self.tensor = job.train.parallel.tensor
+        self.alike = self.workers // self.tensor  # that have the same part of each matrix, and divide state among them
+        self.shapes = counts.model.own(self.tensor)  # of a worker's parameters
         self.network, self.selects = hardware.network(prices), selects
         self._micro: dict[tuple[int, int, int], tuple[float, float]] = {}
 
@@ -69,7 +72,7 @@ class Planner:
         return need.total <= self.device.memory and need.host <= self.device.host_memory
 
     def _accumulation(self, layout: Layout) -> int:
-        return self.job.train.global_batch * layout.sequence // (self.workers * layout.micro_batch)
+        return self.job.train.global_batch * layout.sequence // (self.alike * layout.micro_batch)
 
     def _checkpointed(self, layout: Layout) -> int:
         """Counts the layers whose activations a layout computes again."""
@@ -117,7 +120,7 @@ class Planner:
     def _own(self) -> Counter[str]:
         """Counts the parameters that a worker computes with, by module: of experts that are divided, its own."""
         parts, found = self.job.train.parallel.expert, Counter[str]()
-        for name, shape in self.model.shapes.items():
+        for name, shape in self.shapes.items():
             found[name.rpartition(".")[0]] += math.prod(shape) // (parts if name in self.model.stacked else 1)
         return found
 
@@ -127,8 +130,8 @@ class Planner:
         train, parts = self.job.train, self.job.train.parallel.expert
         low, summed = memory.LOW[train.precision], 4 if self._sums_fp32 and accumulation > 1 else memory.LOW[train.precision]
         experts = sum(math.prod(self.model.shapes[name]) for name in self.model.stacked) if parts > 1 else 0
-        parameters = self.model.parameters - experts
-        rest = traffic.of(train.zero, layout.stage, parameters, low, summed, self.workers, accumulation)
+        parameters = sum(map(math.prod, self.shapes.values())) - experts
+        rest = traffic.of(train.zero, layout.stage, parameters, low, summed, self.alike, accumulation)
         return rest + traffic.volume(experts // parts, low, self.workers // parts, layout.stage, accumulation)
 
     @property
@@ -139,7 +142,7 @@ class Planner:
         """Estimates the training state, all that a worker needs, and the bytes of activations that are on the host."""
         train, model = self.job.train, self.model
         held = memory.state(
-            model.shapes,
+            self.shapes,
             model.frozen,
             self._dividing(layout),
             layout.stage,
@@ -153,7 +156,7 @@ class Planner:
             {name: len(kept) for name, kept in model.kept(train.optimizer).items()},
             train.zero.copy_within if layout.stage == 3 else None,
         )
-        parameters, layer = model.parameters, model.layer
+        parameters, layer = sum(map(math.prod, self.shapes.values())), model.layer
         if train.parallel.expert > 1:
             parameters, layer = self._own.total(), max(self._own.values())
         live = memory.working(parameters, layer, layout.stage, train.precision, self._zero, self.gpu)
@@ -162,7 +165,7 @@ class Planner:
 
     def _dividing(self, layout: Layout) -> int:
         """Counts the workers that divide the state among them."""
-        return (self.job.train.zero.divide_within if layout.stage == 3 else None) or self.workers
+        return (self.job.train.zero.divide_within if layout.stage == 3 else None) or self.alike
 
     def _activations(self, layout: Layout) -> tuple[int, int]:
         """Estimates the bytes of activations on a worker's device, and of those that it leaves to its host."""
@@ -182,7 +185,8 @@ class Planner:
         samples, tokens and whole matrices. `on_host`: bytes that cross to the host and back in a step."""
         micro_batch, first = layout.micro_batch / layout.sequence, self._checkpointed(layout)
         replayed = first / max(1, len(self.kept.layers))
-        setting = step_time.Setting(self.workers, layout.stage, micro_batch, accumulation, replayed, bool(self.job.train.compile))
+        reducing = self.workers if self.alike > 1 else 1  # one of each group, so over as many nodes as all
+        setting = step_time.Setting(reducing, layout.stage, micro_batch, accumulation, replayed, bool(self.job.train.compile))
         low = memory.LOW[self.job.train.precision]
         elements = self.exchanged[layout.sequence]
         handed, handing = step_time.exchanging(elements, layout.sequence, low, setting, self.device, self.network)
@@ -191,6 +195,10 @@ class Planner:
             away = self.model.sent * (parts - 1) // parts
             tokens, seconds = step_time.exchanging(away, parts, low, each, self.device, self.network)
             handed, handing = handed + tokens, handing + seconds
+        if self.tensor > 1:
+            forward, backward = (n * (self.job.data.sequence_length or 0) for n in self.model.added())
+            sums, seconds = step_time.adding((forward, backward), self.tensor, low, setting, self.device, self.network)
+            handed, handing = handed + sums, handing + seconds
         whole, gathering, orthogonal = self._orthogonalizing(layout.stage)
         handed, handing = handed + whole, handing + gathering
         key = layout.micro_batch, first, layout.sequence
@@ -200,7 +208,8 @@ class Planner:
         micro, replaying = self._micro[key]
         trained = sum(math.prod(s) for s in self.model.trained.values())
         moments = self._moments() / trained if trained else 0.0
-        updated = orthogonal + step_time.updating(trained / (self._dividing(layout) if layout.stage else 1), moments, self.device)
+        mine = sum(math.prod(self.shapes[n]) for n in self.model.trained)
+        updated = orthogonal + step_time.updating(mine / (self._dividing(layout) if layout.stage else 1), moments, self.device)
         copied = 2 * on_host / (self.prices["storage"]["host_copy"] * 1e9)
         took = step_time.step(micro, moved, updated, setting, self.device, self.network, copied, handing)
         return took, replaying * accumulation, handed

@@ -69,15 +69,17 @@ def _yaml(value: Any) -> str:
 def candidates(job: Job, workers: int, degrees: Iterable[int] = (1,)) -> Iterator[Layout]:
     """Lists every layout that the job could have on so many workers; `degrees`: how many of them may share a sample."""
     for sequence in degrees:
-        for layout in _alone(job, workers // sequence):
+        for layout in _alone(job, workers // (sequence * job.train.parallel.tensor)):
             yield replace(layout, sequence=sequence)
 
 
 def _alone(job: Job, replicas: int) -> Iterator[Layout]:
     micros = divisors(job.train.global_batch // replicas)
-    zero, divides = job.train.zero, job.train.parallel.expert > 1  # which is at stage 3, without offload
-    divides = divides or bool(zero.divide_within or zero.copy_within or zero.quantize_weights)
-    for stage in range(3 if divides else 0 if job.train.precision == "fp32" else 1, 4):  # stage 0 trains in fp32 alone
+    zero, parallel = job.train.zero, job.train.parallel
+    apart = parallel.expert > 1 or bool(zero.divide_within or zero.copy_within or zero.quantize_weights)  # which is at stage 3
+    least = 3 if apart else 0 if job.train.precision == "fp32" else 1  # stage 0 trains in fp32 alone
+    divides = apart or parallel.tensor > 1  # which is without offload
+    for stage in range(least, 3 if parallel.tensor > 1 else 4):
         for optimizer, param in OFFLOADS.values() if job.workers.gpus and not divides else [(None, None)]:
             if (optimizer and not stage) or (param and stage < 3):
                 continue

@@ -7,7 +7,7 @@ architecture.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -23,7 +23,7 @@ from heliostat.config.spec import Job
 from heliostat.plan.counts import Activations, Counts, ModelStats, Tile, Work
 from heliostat.plan.operations import Recorder, extended, grouped
 from heliostat.recipes import building
-from heliostat.recipes.protocol import DividesExperts, Recipe
+from heliostat.recipes.protocol import DividesExperts, DividesMatrices, Recipe
 from heliostat.recipes.text import next_token, tiled_loss, tiled_mlp
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -40,9 +40,11 @@ def count(job: Job, recipe: Recipe, built: torch.nn.Module | None, contents: Seq
     `contents` are what `recipe.batch` takes for one sample, for two and for three.
     """
     built = built or build(recipe)
-    model = stats_of(recipe, built)
+    model, parts = stats_of(recipe, built), job.train.parallel.tensor
+    if parts > 1:
+        _leave_part(built, model.own(parts))
     kept = activations(job, recipe, built, contents[0], count=not model.flops)
-    model = replace(model, flops=model.flops or kept.flops)
+    model = replace(model, flops=model.flops or kept.flops * parts)
     return Counts(model, kept, work(job, recipe, built, (contents[1], contents[2])))
 
 
@@ -65,7 +67,30 @@ def stats_of(recipe: Recipe, model: torch.nn.Module) -> ModelStats:
         groups=[names for _, names in building.grouped(recipe, trained)],
         hidden=building.hidden_matrices(recipe, model),
         frozen_models=(sum(c.bytes for c in beside if c.every_step), sum(c.bytes for c in beside)),
+        divided=_divided(recipe, model),
     )
+
+
+def _divided(recipe: Recipe, model: torch.nn.Module) -> dict[str, str]:
+    """Finds the parameters that workers could divide among them (`train.parallel.tensor`), with how."""
+    if not isinstance(recipe, DividesMatrices):
+        return {}
+    ways = {name: kind for name, kind in recipe.divided_matrices(model).items() if kind != "summed"}
+    biases = {
+        f"{n}.bias": kind
+        for n, kind in ways.items()
+        if kind == "column" and getattr(model.get_submodule(n), "bias", None) is not None
+    }
+    return {f"{n}.weight": kind for n, kind in ways.items()} | biases
+
+
+def _leave_part(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Leaves a meta model one worker's part of its matrices: what it then computes has the shapes of that worker's work."""
+    for name, p in list(model.named_parameters()):
+        if tuple(p.shape) != shapes[name]:
+            owner, _, own = name.rpartition(".")
+            part = torch.nn.Parameter(torch.empty(shapes[name], dtype=p.dtype, device=p.device), requires_grad=p.requires_grad)
+            setattr(model.get_submodule(owner), own, part)
 
 
 def _stacked(recipe: Recipe, model: torch.nn.Module) -> frozenset[str]:

@@ -41,6 +41,20 @@ def exchanging(elements: int, parts: int, low: int, setting: Setting, device: De
     return moved, moved / (rate(parts, device) * network.rate)
 
 
+def adding(
+    added: tuple[float, float], parts: int, low: int, setting: Setting, device: Device, network: Network
+) -> tuple[int, float]:
+    """Estimates the bytes and seconds in which each worker of those that divide matrices adds up products with the others.
+
+    `added`: elements of a sample, in a forward pass and in a backward pass. A ring's all-reduce moves each twice. Nothing hides
+    them. The result is of a step.
+    """
+    forward, backward = added
+    elements = forward * (1 + setting.replayed) + backward
+    moved = int(2 * elements * low * (parts - 1) / parts * setting.micro_batch * setting.accumulation)
+    return moved, moved / (rate(parts, device) * network.rate)
+
+
 @dataclass(frozen=True)
 class Step:
     """Holds the seconds of one optimizer step."""

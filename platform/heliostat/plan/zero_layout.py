@@ -49,6 +49,29 @@ def slices(
     ]
 
 
+def divided(
+    shapes: Mapping[str, tuple[int, ...]],
+    stage: int,
+    workers: int,
+    groups: list[list[str]] | None,
+    parts: int,
+    whole: frozenset[str],
+) -> list[list[Slice]]:
+    """Cuts parameters that so many workers divide among them (`train.parallel.tensor`) into the slices that each rank saves.
+
+    `shapes`: those of a worker's part; `whole`: parameters that all of those workers have, and the first of them saves.
+    """
+    alike = slices(shapes, stage, workers // parts, groups)
+    return [
+        [
+            (name, (0 if name in whole else rank % parts * math.prod(shapes[name])) + start, numel)
+            for name, start, numel in alike[rank // parts]
+            if name not in whole or rank % parts == 0
+        ]
+        for rank in range(workers)
+    ]
+
+
 def _own(name: str, numel: int, rank: int, workers: int, parts: int) -> Slice:
     part, alike = numel // parts, rank // parts
     per = -(-part // (workers // parts))

@@ -15,6 +15,7 @@ from heliostat.recipes.protocol import (
     CouplesSamples,
     CutsSamples,
     DividesExperts,
+    DividesMatrices,
     Draws,
     Evaluates,
     Exports,
@@ -35,6 +36,7 @@ MARKS = {  # the method that an ability is known by
     "couple": CouplesSamples,
     "exchange": CutsSamples,
     "exchange_tokens": DividesExperts,
+    "divided_matrices": DividesMatrices,
 }
 GONE = {"losses": "`loss` returns named parts", "added": "`loss` returns named parts", "frozen_bytes": "`companions` tells them"}
 
@@ -90,6 +92,14 @@ def require_abilities(job: Job, recipe: Recipe) -> None:
             raise ConfigError(f"train.parallel.sequence: {job.recipe} draws or measures whole samples; set it to 1")
     if job.train.parallel.expert > 1 and not isinstance(recipe, DividesExperts):
         raise _lacks("train.parallel.expert", job, "divides no experts", DividesExperts, "set it to 1")
+    if job.train.parallel.tensor > 1:
+        if not isinstance(recipe, DividesMatrices):
+            raise _lacks("train.parallel.tensor", job, "divides no matrices", DividesMatrices, "set it to 1")
+        if isinstance(recipe, Draws | CouplesSamples) or (isinstance(recipe, Evaluates) and recipe.gathered) or recipe.balances:
+            raise ConfigError(
+                f"train.parallel.tensor: {job.recipe} draws, couples samples, balances experts or measures arrays, which is not "
+                "tried; set it to 1"
+            )
     if job.mlflow.register_as and not isinstance(recipe, Serves):
         raise _lacks("mlflow.register", job, "is not served, so there is no model to register", Serves, "remove it")
     as_answers = isinstance(recipe, Serves) and type(recipe).serving is Serves.serving

@@ -15,7 +15,7 @@ batch, a loss and a score are. A recipe is made anew in every process, from the 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -279,6 +279,21 @@ class DividesExperts(ABC):
     @abstractmethod
     def exchange_tokens(self, model: torch.nn.Module, group: Any) -> None:
         """Makes the model send tokens to the group's worker that has their expert; each has its part, in rank order."""
+
+
+class DividesMatrices(ABC):
+    """Trains a model whose layers' matrices are divided over workers, which compute each sample together: a job may ask for
+    `train.parallel.tensor`. Nothing else of the model depends on how many there are."""
+
+    @abstractmethod
+    def require_matrices_divided(self, parts: int) -> None:
+        """Raises ConfigError if the model's matrices cannot be divided into so many parts; on the driver, in seconds."""
+
+    @abstractmethod
+    def divided_matrices(self, model: torch.nn.Module) -> Mapping[str, str]:
+        """Lists modules by name whose weights, and biases of outputs, are divided: `column` by outputs, `row` by inputs, whose
+        products the workers add up. `summed`: whole on every worker, but applied to a part of what passes, so that gradients
+        are added up."""
 
 
 class Generates(Exports):

@@ -32,6 +32,7 @@ from heliostat.recipes.protocol import (
     Batch,
     CutsSamples,
     DividesExperts,
+    DividesMatrices,
     Evaluates,
     Generates,
     Loss,
@@ -48,7 +49,7 @@ if TYPE_CHECKING:  # torch and transformers take three seconds, and most jobs ar
     from heliostat.recipes.text.generator import TextGenerator
 
 
-class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, Generates, Serves):
+class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, Generates, Serves):
     kind = "tokens"
     causal = True
     tiles = selects = chooses = True
@@ -126,6 +127,8 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, Generates, Serves
             router_loss.probe(self, self.unbalanced)
         if self.job.train.parallel.expert > 1:
             self.require_divided(self.job.train.parallel.expert)
+        if self.job.train.parallel.tensor > 1:
+            self.require_matrices_divided(self.job.train.parallel.tensor)
         if self.tiled:
             from heliostat.recipes.text import tiled_loss
 
@@ -187,6 +190,11 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, Generates, Serves
         from heliostat.recipes.text import expert_keys
 
         expert_keys.require_divided(self, parts)
+
+    def require_matrices_divided(self, parts: int) -> None:
+        from heliostat.recipes.text import divided_matrices
+
+        divided_matrices.require(self, parts)
 
     def bind(self, sources: list[Manifest]) -> None:
         tokenizers = {m.meta.get("tokenizer") for m in sources}
@@ -316,6 +324,11 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, Generates, Serves
         from heliostat.recipes.text import divided_experts
 
         divided_experts.use(model, group)
+
+    def divided_matrices(self, model: torch.nn.Module) -> dict[str, Any]:
+        from heliostat.recipes.text import divided_matrices
+
+        return dict(divided_matrices.of(model))
 
     def exchanged(self, parts: int) -> int:
         from heliostat.recipes.text import sequence_attention

@@ -31,12 +31,13 @@ REACHES = ("sliding_window", "attention_chunk_size", "original_max_position_embe
 POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")  # never fewer than a sample has: that is refused
 
 
-def shrunk(config: Any, length: int) -> Iterator[Any]:
-    """Yields smaller configurations of a model whose samples have `length` tokens, the likeliest to be valid first."""
+def shrunk(config: Any, length: int, heads: int = 2) -> Iterator[Any]:
+    """Yields smaller configurations, of so many heads at most, of a model whose samples have `length` tokens, the likeliest to be
+    valid first."""
     given = config.to_dict()
     names = config.attribute_map
-    for heads, layers in ((2, LAYERS), (2, None), (None, None)):
-        made = _Small(given, names, length, heads, layers).made
+    for most, layers in ((heads, LAYERS), (heads, None), (None, None)):
+        made = _Small(given, names, length, most, layers).made
         try:
             small = type(config).from_dict(made)
         except Exception:  # noqa: BLE001  a rule of this architecture's own: the next may keep it
@@ -52,8 +53,9 @@ def of(recipe: Any, config: Any) -> Any:
     return small
 
 
-def tried(recipe: Any, fault: Callable[[Any], str]) -> str:
-    """Finds the fault of a small version of the recipe, whose model is built anew on every `build`; "" if there is none.
+def tried(recipe: Any, fault: Callable[[Any], str], heads: int = 2) -> str:
+    """Finds the fault of a small version of the recipe, of so many heads at most, whose model is built anew on every `build`; ""
+    if there is none.
 
     What cannot be tried has that as its fault.
     """
@@ -61,7 +63,7 @@ def tried(recipe: Any, fault: Callable[[Any], str]) -> str:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for config in shrunk(recipe.config, recipe.length):
+        for config in shrunk(recipe.config, recipe.length, heads):
             small = of(recipe, config)
             try:
                 if (size := parameters(small)) > LARGEST:

@@ -327,7 +327,7 @@ class Attempt:
 
     def _dealt(self) -> list[Any]:
         """Returns every worker's part of the stream, in rank order: of those that share samples the first reads."""
-        beside = [None] * (self.job.train.parallel.sequence - 1)
+        beside = [None] * (self.job.train.parallel.sharing - 1)
         return [one for part in self._parts for one in (part, *beside)]
 
     def _config(self) -> dict[str, Any]:

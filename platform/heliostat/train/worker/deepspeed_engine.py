@@ -25,9 +25,9 @@ from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
 from heliostat.recipes import building
 from heliostat.recipes.protocol import Recipe
-from heliostat.train.worker import expert_group, matrix_cut, zero_state
+from heliostat.train.worker import expert_group, matrix_cut, tensor_group, zero_state
 from heliostat.train.worker.engine_config import engine_config
-from heliostat.train.worker.sequence_group import SequenceGroup
+from heliostat.train.worker.sample_group import SampleGroup
 from heliostat.train.worker.state_group import StateGroup
 
 _engines: weakref.WeakSet[Any] = weakref.WeakSet()  # that are in memory
@@ -102,10 +102,11 @@ def build_model(job: Job, recipe: Recipe, config: dict[str, Any], group: StateGr
     return model
 
 
-def build_engine(job: Job, recipe: Recipe, sequence: SequenceGroup | None = None) -> Any:
+def build_engine(job: Job, recipe: Recipe, sharing: SampleGroup | None = None) -> Any:
     """Builds a DeepSpeedEngine on the process group of the attempt.
 
-    Workers that share samples in a `sequence` group are as any others to it: it shards over all workers, and averages over all.
+    Workers that have stretches of samples (`sharing`) are as any others to it: it shards over all workers, and averages over all.
+    Of workers that divide matrices, it shards and averages over those with the same part.
     """
     import deepspeed
     from deepspeed.utils import groups as known_groups
@@ -135,6 +136,7 @@ def build_engine(job: Job, recipe: Recipe, sequence: SequenceGroup | None = None
         set_z3_leaf_module(block, True)
     exact = {name: model.get_buffer(name).float() for name in recipe.exact(model)}
     optimizer = settings.build(groups)
+    config |= tensor_group.settings(recipe, model, train.parallel.tensor)
     known_groups.mpu = group  # DeepSpeed would keep those of the engine before
     if group:
         group.equalize(model)
@@ -144,8 +146,9 @@ def build_engine(job: Job, recipe: Recipe, sequence: SequenceGroup | None = None
         group.average(engine)
     for name, values in exact.items():
         building.put_buffer(model, name, values.to(engine.device))
-    if sequence:
-        sequence.join(recipe, engine.module)
+    tensor_group.mark(recipe, engine)
+    if sharing:
+        sharing.join(recipe, engine.module)
     engine.moments, engine.copies, engine.state_group = moments, settings.copies, group  # which `zero_state` reads
     if settings.orthogonalizes:
         zero_state.init_optimizer_state(engine)
@@ -224,4 +227,6 @@ def gradient_norm(engine: Any, clip: float) -> float:
     """
     if engine.zero_optimization_stage():
         return float(engine.get_global_grad_norm())
+    if engine.autotp_size() > 1:
+        return tensor_group.clipped_norm(engine, clip)
     return float(torch.nn.utils.clip_grad_norm_(engine.module.parameters(), clip or float("inf")))

@@ -32,9 +32,9 @@ class Ema:
 
     def state(self, whole: bool = False) -> dict[str, torch.Tensor]:
         """Returns this rank's slices of the averages, as views, to be saved beside those of `zero_state.state`."""
-        shards = (zero_state.share(FlatShard(self._averages[n], s.start, s.shape[0]), self.engine, whole)
-                  for n, s in self._masters.items())  # fmt: skip
-        return {f"{EMA}.{n}": shard for n, shard in zip(self._masters, shards, strict=True)}
+        parameters = dict(self.engine.module.named_parameters())
+        shards = {n: s.holding(self._averages[n]) for n, s in self._masters.items()}
+        return {f"{EMA}.{n}": s if whole else zero_state.share(self.engine, parameters[n], s) for n, s in shards.items()}
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -16,20 +16,20 @@ from heliostat.data import content
 from heliostat.data.dataset import Dataset
 from heliostat.recipes.gathering import in_order, taken
 from heliostat.recipes.protocol import Evaluates, Recipe
-from heliostat.train.worker.sequence_group import SequenceGroup
+from heliostat.train.worker.sample_group import SampleGroup
 
 
 class HeldOut:
     """Holds this worker's part of the held-out samples, read once and kept."""
 
-    def __init__(self, job: Job, dataset: Dataset, recipe: Recipe, sequence: SequenceGroup) -> None:
+    def __init__(self, job: Job, dataset: Dataset, recipe: Recipe, sharing: SampleGroup) -> None:
         assert job.evaluate and isinstance(recipe, Evaluates)
-        self.recipe, self.evaluates, self.sequence = recipe, recipe, sequence
+        self.recipe, self.evaluates, self.sharing = recipe, recipe, sharing
         everything = dataset.order.held_out(job.evaluate.samples)
         self.micro = job.train.micro_batch
         sources = everything.source if job.data.one_source_batches else np.zeros(len(everything), int)
         deal = dealt_whole if recipe.gathered else dealt
-        replica, replicas = sequence.replica, sequence.replicas
+        replica, replicas = sharing.replica, sharing.replicas
         parts = [deal(np.flatnonzero(sources == s), replica, replicas, self.micro) for s in np.unique(sources)]
         filled = self.keys = np.concatenate([numbers for numbers, _ in parts])
         self.batches = len(filled) // self.micro  # the same on every worker: ZeRO-3 gathers together
@@ -38,6 +38,7 @@ class HeldOut:
         self.content = found.content
         self.counted = np.concatenate([counted for _, counted in parts])
         self.counted[list(found.faults)] = False  # a bad sample scores nothing
+        self.counted &= sharing.counts  # of workers that compute the same scores, one's are taken
 
     @torch.no_grad()
     def scores(self, model: Any, device: Any, group: Any, progressed: Callable[[], None]) -> dict[str, float]:
@@ -51,7 +52,7 @@ class HeldOut:
         for i in range(self.batches):
             rows = slice(i * self.micro, (i + 1) * self.micro)
             whole = self.recipe.batch(content.part(self.content, rows), self.keys[rows])
-            batch = {k: v.to(device) for k, v in self.sequence.cut(self.recipe, whole).items()}
+            batch = {k: v.to(device) for k, v in self.sharing.cut(self.recipe, whole).items()}
             scores = self.evaluates.evaluate(model, batch)
             if self.evaluates.gathered:
                 kept.append((self.keys[rows][self.counted[rows]], taken(scores, self.evaluates.gathered, self.counted[rows])))

@@ -8,37 +8,16 @@ what a worker has of a parameter is a slice of the flat whole in every layout, a
 from __future__ import annotations
 
 import gc
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from heliostat.errors import ConfigError
 from heliostat.recipes.protocol import DividesExperts, Recipe
+from heliostat.train.worker.division import Division
 
 PLACED = "autoep_expert"  # the word by which DeepSpeed knows parameters of which each group of workers has all, in parts
-
-
-class Division(NamedTuple):
-    """Says which of so many equal parts of a parameter's experts this worker has; the group's workers have all, in order."""
-
-    part: int
-    parts: int
-    group: Any = None
-
-
-WHOLE = Division(0, 1)
-
-
-def assembled(parameter: Any, values: torch.Tensor) -> torch.Tensor:
-    """Puts together what each worker of a group has of a parameter of experts; returns the values for any other parameter.
-    Collective."""
-    _, parts, group = getattr(parameter, "division", WHOLE)
-    if parts == 1:
-        return values
-    found = [torch.empty_like(values) for _ in range(parts)]
-    dist.all_gather(found, values.contiguous(), group=group)
-    return torch.cat(found)
 
 
 def divide(recipe: Recipe, model: torch.nn.Module, workers: int) -> None:

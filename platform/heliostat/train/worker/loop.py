@@ -38,7 +38,7 @@ from heliostat.train.worker.memory_copies import MemoryCopies
 from heliostat.train.worker.node_metrics import NodeMonitor
 from heliostat.train.worker.posts import Posts
 from heliostat.train.worker.recheck import Recheck
-from heliostat.train.worker.sequence_group import SequenceGroup
+from heliostat.train.worker.sample_group import SampleGroup
 from heliostat.train.worker.step_reports import StepReports
 from heliostat.train.worker.stepper import Stepper
 from heliostat.train.worker.training_state import TrainingState
@@ -89,20 +89,20 @@ class Worker:
         posts.post(ModelPhase(queued_s=waited, start_step=self.start_step, workers=world, ledger=begun))
         deepspeed_engine.prepare_environment(job.workers.gpus)
         self.dataset = open_dataset(plan)
-        self.sequence = SequenceGroup(job.train.parallel.sequence)
-        self.samples = self._opened(config["part"]) if self.sequence.reads else None
+        self.sharing = SampleGroup(job.train.parallel)
+        self.samples = self._opened(config["part"]) if self.sharing.reads else None
         self.recipe = load_recipe(job, self.dataset.sources)
-        self.engine = deepspeed_engine.build_engine(job, self.recipe, self.sequence)
+        self.engine = deepspeed_engine.build_engine(job, self.recipe, self.sharing)
         self.device = self.engine.device
-        self.unsealed = Unsealed(folder, self.dataset, self.control, self.sequence.reads)
+        self.unsealed = Unsealed(folder, self.dataset, self.control, self.sharing.reads)
         self.state = TrainingState(self.context, self.engine, self.unsealed, self.ledger, self.memory)
         self.batch_plan = BatchPlan(job, plan)
         average = self.state.average
-        self.stepper = Stepper(job, self.engine, self.recipe, self.batch_plan, self.sequence, self.ledger, average)
+        self.stepper = Stepper(job, self.engine, self.recipe, self.batch_plan, self.sharing, self.ledger, average)
         if self.start_step:
             self._phase("restore")
             self.state.restore(copies.source if copies else None)
-        self.held_out = HeldOut(job, self.dataset, self.recipe, self.sequence) if job.evaluate else None
+        self.held_out = HeldOut(job, self.dataset, self.recipe, self.sharing) if job.evaluate else None
         self.gallery = self.recipe.gallery() if job.evaluate and isinstance(self.recipe, Draws) else None
         self.scores: dict[str, float] = {}
         self.scored_at = -1
@@ -215,12 +215,12 @@ class Worker:
             collector.collect_new()
 
     def _opened(self, part: Any) -> stream.LaneStream:
-        replica, replicas = self.sequence.replica, self.sequence.replicas
+        replica, replicas = self.sharing.replica, self.sharing.replicas
         return stream.iterate(part, self.plan, self.dataset.order, replica, replicas, self.start_step)
 
     def _next_step(self) -> stream.StepSamples:
         """Takes the next step's samples, which the workers that share them get from the one that reads them."""
-        return self.sequence.share(self._read)
+        return self.sharing.share(self._read)
 
     def _read(self) -> stream.StepSamples:
         assert self.samples

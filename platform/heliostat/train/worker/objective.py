@@ -37,14 +37,15 @@ class Share(NamedTuple):
 class Objective:
     """Computes the shares of micro-batches; `names`: of the parts, as the first micro-batch gave them."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, averaged: int | None = None) -> None:
+        """Prepares it; `averaged`: over how many workers gradients are averaged, if that is not all."""
+        self.recipe, self._averaged = recipe, averaged
         self.names: list[str] | None = None
 
     def shares(self, engine: Any, micros: Sequence[Micro], terms: Any) -> Iterator[Share]:
         """Yields the shares of this worker's micro-batches of a step; `terms`: the loss terms of all workers'. The backward pass
         of each is to come before the next is asked for."""
-        number = len(micros) * dist.get_world_size()
+        number = len(micros) * (self._averaged or dist.get_world_size())
         if isinstance(self.recipe, CouplesSamples):
             yield from self._coupled(self.recipe, engine, micros, terms, number)
             return

@@ -23,7 +23,7 @@ from heliostat.train.worker.expert_load import ExpertLoad
 from heliostat.train.worker.lr_schedule import factor
 from heliostat.train.worker.micro_batches import Micro
 from heliostat.train.worker.objective import Objective
-from heliostat.train.worker.sequence_group import SequenceGroup
+from heliostat.train.worker.sample_group import SampleGroup
 
 
 class Report(NamedTuple):
@@ -45,12 +45,12 @@ class Stepper:
     """
 
     def __init__(
-        self, job: Job, engine: Any, recipe: Recipe, batch_plan: BatchPlan, sequence: SequenceGroup, ledger: Ledger,
+        self, job: Job, engine: Any, recipe: Recipe, batch_plan: BatchPlan, sharing: SampleGroup, ledger: Ledger,
         average: Ema | None = None,
     ) -> None:  # fmt: skip
         self.job, self.engine, self.recipe, self.average = job, engine, recipe, average
-        self.batch_plan, self.sequence, self.ledger = batch_plan, sequence, ledger
-        self.objective, self.experts = Objective(recipe), ExpertLoad(recipe, engine)
+        self.batch_plan, self.sharing, self.ledger = batch_plan, sharing, ledger
+        self.objective, self.experts = Objective(recipe, sharing.averaged), ExpertLoad(recipe, engine)
         self.losses: list[torch.Tensor] = []
         self.added: list[torch.Tensor] = []
         self.norms: list[float] = []
@@ -79,9 +79,9 @@ class Stepper:
             self.norms.append(deepspeed_engine.gradient_norm(engine, train.grad_clip))
         with self.ledger("communicating"):
             self.experts.end_step()
-        self.losses.append(total / terms)
+        self.losses.append(total / terms * self.sharing.counts)
         if added is not None:
-            self.added.append(added)
+            self.added.append(added * self.sharing.counts)
         return self.norms[-1]
 
     def report(self, group: Any, replaced: int) -> Report:
@@ -109,9 +109,9 @@ class Stepper:
         parts = zip(content.split(mine.content, size), content.split(keys, size), strict=True)
         return [
             Micro(
-                self.batch_plan.seed(step, mine.lanes, i, self.sequence.part),
+                self.batch_plan.seed(step, mine.lanes, i, self.sharing.part),
                 numbers,
-                self.sequence.cut(self.recipe, self.recipe.batch(rows, numbers)),
+                self.sharing.cut(self.recipe, self.recipe.batch(rows, numbers)),
             )
             for i, (rows, numbers) in enumerate(parts)
         ]
@@ -120,7 +120,7 @@ class Stepper:
         """Counts the loss terms in the global batch."""
         if self.recipe.terms_per_sample:
             return self.recipe.terms_per_sample * self.job.train.global_batch
-        count = sum(self.recipe.terms(micro.batch) for micro in micros)
+        count = sum(self.recipe.terms(micro.batch) for micro in micros) * self.sharing.counts
         total = torch.tensor(count, dtype=torch.float32, device=self.engine.device)
         with self.ledger("communicating"):
             dist.all_reduce(total)

@@ -112,8 +112,8 @@ class TrainingState:
         """Loads copies in memory; parameters that are not trained come from storage, or are as they were built."""
         context, node = self.context, ray.get_runtime_context().get_node_id()
         state = self.tensors(whole=True)
-        alone = zero_state.alike(self.engine)[1] == 1  # else a worker copied a part of what it needs
-        same = source.world == context.world and alone
+        # else a worker copied a part of what it needs
+        same = source.world == context.world and zero_state.saves_all(self.engine)
 
         def restore() -> Any:
             return memory_copies.restore(source, state, node, context.rank, same, context.progressed)

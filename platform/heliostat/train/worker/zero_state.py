@@ -1,8 +1,9 @@
 """Exposes ZeRO's shards as slices of flat tensors, which can be saved and resharded.
 
 Whatever the stage, a rank's share of a parameter's fp32 master weight and of its moments (what the optimizer keeps of it) is a
-slice [start, start + n) of the flattened parameter. `FlatShard` says just that, so a checkpoint saved at one stage and world size
-loads at any other. Names: `master.<parameter>` and, as the optimizer's class in `heliostat.config.optimizers` says,
+slice [start, start + n) of the flattened parameter, or of the part of it that is left to this rank where workers divide it
+(`division`). `FlatShard` says just that, so a checkpoint saved at one layout loads at any other. Names: `master.<parameter>` and,
+as the optimizer's class in `heliostat.config.optimizers` says,
 `exp_avg.<parameter>`, `exp_avg_sq.<parameter>`, ...; persistent buffers are `buffer.<name>`, and parameters that are not trained
 `frozen.<parameter>`, in the precision that the engine holds them in.
 """
@@ -18,19 +19,21 @@ import torch.distributed as dist
 from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.checkpoint.layout import FROZEN
 from heliostat.errors import ConfigError
-from heliostat.train.worker.expert_group import WHOLE
+from heliostat.train.worker import division
 
 
 def state(engine: Any, whole: bool = False) -> dict[str, torch.Tensor]:
     """Returns this rank's slices of all training state, as views: loading into them changes the engine.
 
-    What several ranks hold the same slice of, each saves a part of, and loads the `whole`.
+    What several ranks hold the same slice of, each saves a part of, and loads the `whole`. What all workers of a group that
+    divides matrices hold, the first of them saves.
     """
     out: dict[str, torch.Tensor] = {}
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
-            for key, local, start, numel in _slices(engine, parameter):
-                out[f"{key}.{name}"] = share(FlatShard(local.detach(), start, numel), engine, whole)
+            for key, local, start in _slices(engine, parameter):
+                shard = division.placed(parameter, local.detach(), start)
+                out[f"{key}.{name}"] = shard if whole else share(engine, parameter, shard)
     persistent = engine.module.state_dict().keys() if engine.zero_optimization_stage() < 3 else _persistent_buffers(engine.module)
     out |= {f"buffer.{name}": b for name, b in engine.module.named_buffers() if name in persistent}
     return out
@@ -39,8 +42,13 @@ def state(engine: Any, whole: bool = False) -> dict[str, torch.Tensor]:
 def alike(engine: Any) -> tuple[int, int]:
     """Returns which of how many ranks this one is that hold the same slices: at stage 0 all, at stage 3 one of each group."""
     if engine.zero_optimization_stage() == 0:
-        return dist.get_rank(), dist.get_world_size()
+        return _with_same_part(engine)
     return (engine.state_group.number, engine.state_group.count) if engine.state_group else (0, 1)
+
+
+def saves_all(engine: Any) -> bool:
+    """Tells whether each rank saves all that it holds."""
+    return alike(engine)[1] == 1 and not _divides(engine)
 
 
 def frozen(engine: Any, whole: bool = False) -> dict[str, FlatShard]:
@@ -55,13 +63,13 @@ def frozen(engine: Any, whole: bool = False) -> dict[str, FlatShard]:
         if engine.zero_optimization_stage() == 3:
             if p.ds_tensor.numel() < p.ds_tensor.ds_numel:
                 raise ConfigError(f"train.zero.offload.param: nvme cannot hold {name!r}, which is not trained; use cpu")
-            start, size, total = _at_stage_3(p)
-            out[f"{FROZEN}.{name}"] = share(FlatShard(p.ds_tensor.data.view(-1)[:size], start, total), engine, whole)
+            start, size = _at_stage_3(p)
+            shard, number, count = division.placed(p, p.ds_tensor.data.view(-1)[:size], start), *alike(engine)
         else:
             if not p.is_contiguous():
                 p.data = p.data.contiguous()
-            shard = FlatShard(p.data.view(-1), 0, p.numel())
-            out[f"{FROZEN}.{name}"] = shard if whole else _part(shard, dist.get_rank(), dist.get_world_size())
+            shard, (number, count) = division.placed(p, p.data.view(-1), 0), _with_same_part(engine)
+        out[f"{FROZEN}.{name}"] = shard if whole else _part(engine, p, shard, number, count)
     return out
 
 
@@ -74,22 +82,23 @@ def _persistent_buffers(module: torch.nn.Module) -> set[str]:
     }
 
 
-def _slices(engine: Any, p: Any) -> Iterator[tuple[str, torch.Tensor, int, int]]:
-    """Yields (key, local values, start, numel) for the master weight and each moment; nothing if this rank has none of them."""
+def _slices(engine: Any, p: Any) -> Iterator[tuple[str, torch.Tensor, int]]:
+    """Yields (key, local values, their start in this worker's part of the parameter) for the master weight and each moment;
+    nothing if this rank has none of them."""
     stage = engine.zero_optimization_stage()
     if stage == 0:
         moments = engine.optimizer.state[p]
         for key, tensor in [("master", p.data), *((k, moments[k]) for k in engine.moments[p])]:
-            yield key, tensor.view(-1), 0, p.numel()
+            yield key, tensor.view(-1), 0
     elif stage == 3:
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
-        start, size, total = _at_stage_3(p)
+        start, size = _at_stage_3(p)
         for key, tensor in [
             ("master", safe_get_local_fp32_param(p)),
             *((k, safe_get_local_optimizer_state(p, k)) for k in engine.moments[p]),
         ]:
-            yield key, tensor.view(-1)[:size], start, total
+            yield key, tensor.view(-1)[:size], start
     elif p._hp_mapping is not None:
         at = p._hp_mapping.lp_fragment_address
         fragments = [
@@ -97,15 +106,15 @@ def _slices(engine: Any, p: Any) -> Iterator[tuple[str, torch.Tensor, int, int]]
             *((k, p._hp_mapping.get_optim_state_fragment(k)) for k in engine.moments[p]),
         ]
         for key, tensor in fragments:
-            yield key, tensor.view(-1)[: at.numel], at.start, p.numel()
+            yield key, tensor.view(-1)[: at.numel], at.start
 
 
-def _at_stage_3(p: Any) -> tuple[int, int, int]:
-    """Returns where this rank's slice of a parameter begins in the flat whole, how many elements it has, and how many the whole:
-    workers that divide experts each have a part, which is divided among those with the same."""
-    per, (part, parts, _) = p.ds_tensor.ds_numel, getattr(p, "division", WHOLE)
+def _at_stage_3(p: Any) -> tuple[int, int]:
+    """Returns where this rank's slice begins in this worker's part of a parameter, and how many elements it has: workers that
+    divide experts each have a part, which is divided among those with the same."""
+    per = p.ds_tensor.ds_numel
     start = min(dist.get_rank(p.ds_process_group) * per, p.ds_numel)
-    return part * p.ds_numel + start, min(per, p.ds_numel - start), parts * p.ds_numel
+    return start, min(per, p.ds_numel - start)
 
 
 def flat_groups(engine: Any) -> list[tuple[torch.Tensor, list[torch.nn.Parameter]]]:
@@ -159,17 +168,30 @@ def optimizer_steps(engine: Any) -> int:
     return engine.global_steps - engine.skipped_steps
 
 
-def share(shard: FlatShard, engine: Any, whole: bool) -> FlatShard:
-    """Cuts the part of a slice that this rank saves, where others hold the same."""
-    number, count = alike(engine)
-    return shard if whole or count == 1 else _part(shard, number, count)
+def share(engine: Any, p: Any, shard: FlatShard) -> FlatShard:
+    """Cuts the part of a trained parameter's slice that this rank saves, where others hold the same."""
+    return _part(engine, p, shard, *alike(engine))
 
 
-def _part(shard: FlatShard, number: int, count: int) -> FlatShard:
-    """Cuts a slice that so many ranks hold into a part for each."""
-    per = -(-shard.local.numel() // count)
-    begin = min(number * per, shard.local.numel())
-    return FlatShard(shard.local[begin : begin + per], shard.start + begin, shard.shape[0])
+def _part(engine: Any, p: Any, shard: FlatShard, number: int, count: int) -> FlatShard:
+    """Cuts a slice that so many ranks hold into a part for each; of what all workers of a group have whole, the first has it."""
+    if _divides(engine) and division.of(p).parts == 1 and engine.mpu.get_tensor_model_parallel_rank() > 0:
+        return shard.cut(0, 0)
+    numel = shard.local.numel()
+    per = -(-numel // count)
+    return shard.cut(min(number * per, numel), min((number + 1) * per, numel))
+
+
+def _divides(engine: Any) -> bool:
+    """Tells whether workers divide matrices (`tensor_group`)."""
+    return engine.autotp_size() > 1
+
+
+def _with_same_part(engine: Any) -> tuple[int, int]:
+    """Returns which of how many ranks this one is that have the same part of each matrix."""
+    if _divides(engine):
+        return engine.mpu.get_data_parallel_rank(), engine.mpu.get_data_parallel_world_size()
+    return dist.get_rank(), dist.get_world_size()
 
 
 def after_load(engine: Any, steps: int) -> None:

@@ -1,4 +1,5 @@
-"""Places a worker among those that share samples, a stretch of tokens each (`train.parallel.sequence`).
+"""Places a worker among those that compute each sample together: a stretch of its tokens each (`train.parallel.sequence`), or all
+of its tokens with a part of each matrix (`train.parallel.tensor`).
 
 Ranks [0, n) are the first replica, [n, 2n) the second, ...: lanes are dealt to replicas, and a replica's first worker reads for
 all of it. With one worker in each replica nothing here does anything.
@@ -12,29 +13,38 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from heliostat.checkpoint.agreement import first
+from heliostat.config.train_section import Parallel
 from heliostat.recipes.protocol import Batch, CutsSamples, Recipe
 
 T = TypeVar("T")
+ALONE = Parallel()
 
 
-class SequenceGroup:
-    def __init__(self, workers: int) -> None:
+class SampleGroup:
+    """Holds a worker's place. `counts`: whether what it sums over its samples is to be added to the sums of others; `averaged`:
+    over how many workers gradients are averaged."""
+
+    def __init__(self, parallel: Parallel = ALONE) -> None:
         """Forms the groups of so many workers; collective."""
         rank, world = dist.get_rank(), dist.get_world_size()
-        self.workers = workers
-        self.replica, self.part = divmod(rank, workers)
-        self.replicas = world // workers
+        self.workers, self.cuts = parallel.sharing, parallel.sequence > 1
+        self.replica, self.member = divmod(rank, self.workers)
+        self.replicas = world // self.workers
+        self.part = self.member if self.cuts else 0  # of each sample; workers that compute all of it draw the same numbers
+        self.counts = self.cuts or self.reads
+        self.averaged = world if self.cuts else self.replicas
         self.group: Any = None
         self._control: Any = None
-        if workers > 1:
-            ranks = [list(range(start, start + workers)) for start in range(0, world, workers)]
-            self.group = [dist.new_group(some) for some in ranks][self.replica]  # of the training's backend
+        if self.workers > 1:
+            ranks = [list(range(start, start + self.workers)) for start in range(0, world, self.workers)]
+            if self.cuts:
+                self.group = [dist.new_group(some) for some in ranks][self.replica]  # of the training's backend
             self._control = [dist.new_group(some, backend="gloo") for some in ranks][self.replica]
 
     @property
     def reads(self) -> bool:
         """Tells whether this worker reads its replica's samples, and accounts for them."""
-        return self.part == 0
+        return self.member == 0
 
     def share(self, work: Callable[[], T]) -> T:
         """Does the work on the replica's first worker; returns the result, or raises the error, on all of it."""
@@ -42,13 +52,13 @@ class SequenceGroup:
 
     def cut(self, recipe: Recipe, batch: Batch) -> Batch:
         """Cuts this worker's stretch of a batch."""
-        if self.workers == 1:
+        if not self.cuts:
             return batch
         assert isinstance(recipe, CutsSamples)
         return recipe.cut(batch, self.part, self.workers)
 
     def join(self, recipe: Recipe, model: Any) -> None:
         """Makes the model exchange what its tokens need of the other stretches."""
-        if self.workers > 1:
+        if self.cuts:
             assert isinstance(recipe, CutsSamples)
             recipe.exchange(model, self.group)

@@ -1,0 +1,145 @@
+"""Finds how the matrices of a model's layers are divided over workers, as transformers tells it for each architecture, and tests
+whether they can be.
+
+The test needs one process: small models of the architecture, of which each has its part of every matrix, compute one sample in
+step, in threads that add up what the row-parallel matrices give. Each one's logits must be those of the whole model.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import threading
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+
+from heliostat.errors import ConfigError
+from heliostat.recipes.text import tiny
+
+KEY = "train.parallel.tensor"
+PARTS = 2
+WAIT_S = 60.0
+TOLERANCE = 1e-3  # of the logits' own spread: rounding is some 1e-6 of it
+Kind = Literal["column", "row", "summed"]
+KINDS: dict[str, Kind] = {"colwise": "column", "rowwise": "row", "replicated_with_grad_allreduce": "summed"}
+WHOLE = ("embedding_rowwise",)  # what transformers would divide, and every worker has whole here
+FIELDS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+
+_known: dict[str, str] = {}  # what is wrong with the models that were tried in this process
+
+
+def of(model: Any) -> dict[str, Kind]:
+    """Finds what is done with the weight of each module that is not simply whole on every worker; nothing where transformers
+    would do something with one that is not tried."""
+    base, plan = model.base_model_prefix, dict(_plan(model.config))
+    if not KINDS.keys() >= set(plan.values()):
+        return {}
+    ways = [(re.compile(re.escape(f"{base}.{name}").replace(r"\*", r"\d+")), KINDS[style]) for name, style in plan.items()]
+    return {name: kind for name, _ in model.named_modules() for pattern, kind in ways if pattern.fullmatch(name)}
+
+
+def _plan(config: Any) -> Iterator[tuple[str, str]]:
+    for name, style in (getattr(config, "base_model_tp_plan", None) or {}).items():
+        if style not in WHOLE:
+            yield name.removesuffix(".weight"), style
+
+
+def require(recipe: Any, parts: int) -> None:
+    """Raises ConfigError unless the matrices of the recipe's model can be divided into so many parts."""
+    config, kind = recipe.config, recipe.config.model_type
+    plan = dict(_plan(config))
+    if not plan:
+        raise ConfigError(f"{KEY}: transformers does not tell how matrices of {kind!r} are divided; set it to 1")
+    if recipe.routes:
+        raise ConfigError(f"{KEY}: {kind!r} has experts, whose matrices it does not divide; use train.parallel.expert")
+    for name, style in plan.items():
+        if style not in KINDS:
+            raise ConfigError(f"{KEY}: transformers divides {name!r} of {kind!r} by {style!r}, which is not tried; set it to 1")
+    for field in FIELDS:
+        number = getattr(config, field, None)
+        if isinstance(number, int) and number % parts:
+            fits = [n for n in range(2, number + 1) if all(_number(config, f) % n == 0 for f in FIELDS)]
+            instead = f"use {' or '.join(map(str, fits[:4]))}" if fits else "set it to 1"
+            raise ConfigError(f"{KEY}: {parts} does not divide model.{field} {number}; {instead}")
+    key = json.dumps([config.to_dict(), recipe.document_mask], default=str, sort_keys=True)
+    if key not in _known:
+        _known[key] = tiny.tried(recipe, _fault, 2 * PARTS)
+    if _known[key]:
+        raise ConfigError(f"{KEY}: matrices of {kind!r} cannot be divided: {_known[key]}; set it to 1")
+
+
+def _number(config: Any, field: str) -> int:
+    number = getattr(config, field, None)
+    return number if isinstance(number, int) else 0
+
+
+def _fault(small: Any) -> str:
+    off = difference(small)
+    return "" if off <= TOLERANCE else f"a part of each does not compute what the whole does (its logits are off by {off:.1%})"
+
+
+def difference(recipe: Any) -> float:
+    """Computes how far the logits of a small model's parts are from those of the whole one, over their spread."""
+    torch.manual_seed(0)
+    model = recipe.build().eval()
+    for p in model.parameters():
+        p.data.normal_(std=0.2) if p.dim() > 1 else p.data.add_(0.1 * torch.randn_like(p))
+    batch = {k: v for k, v in recipe.batch(tiny.tokens(recipe)).items() if k != "labels"}
+    meeting = _Meeting()
+    parts = [meeting.part(copy.deepcopy(model), number) for number in range(PARTS)]
+    with torch.no_grad():
+        whole = model(**batch).logits
+    found: list[Any] = [None] * PARTS
+
+    def play(number: int) -> None:
+        try:
+            with torch.no_grad():
+                found[number] = parts[number](**batch).logits
+        except Exception as e:  # noqa: BLE001  raised below, by the thread that asks
+            found[number] = e
+            meeting.barrier.abort()
+
+    threads = [threading.Thread(target=play, args=(number,), daemon=True) for number in range(PARTS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for one in sorted(found, key=lambda f: isinstance(f, threading.BrokenBarrierError)):  # the cause before its effect
+        if isinstance(one, Exception):
+            raise one
+    return max(float((one - whole).abs().max() / whole.std()) for one in found)
+
+
+class _Meeting:
+    """Adds up what the parts of a model have computed of the same thing."""
+
+    def __init__(self) -> None:
+        self.barrier = threading.Barrier(PARTS, timeout=WAIT_S)
+        self.held: list[Any] = [None] * PARTS
+
+    def part(self, model: Any, number: int) -> Any:
+        """Leaves a model the number-th part of each matrix; it then meets the others."""
+        for name, kind in of(model).items():
+            module = model.get_submodule(name)
+            if kind == "summed":
+                continue
+            weight = module.weight.data.chunk(PARTS, 0 if kind == "column" else 1)[number]
+            module.weight = torch.nn.Parameter(weight.clone())
+            bias = getattr(module, "bias", None)
+            if bias is not None and kind == "column":
+                module.bias = torch.nn.Parameter(bias.data.chunk(PARTS)[number].clone())
+            elif bias is not None and number:
+                bias.data.zero_()  # it is added once
+            if kind == "row":
+                module.register_forward_hook(lambda _, __, made: self._sum(number, made))
+        return model
+
+    def _sum(self, number: int, made: torch.Tensor) -> torch.Tensor:
+        self.held[number] = made
+        self.barrier.wait()
+        total = sum(self.held)
+        self.barrier.wait()
+        return total

@@ -1,0 +1,56 @@
+"""Says which part of a parameter a worker has, where the workers of a group divide it among them.
+
+`parameter.division` is set where that is so: by `expert_group` and `tensor_group`. What a worker has is a slice of the flat whole
+in the order of the division's `columns`, in every layout, so checkpoints load at any other.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from heliostat.checkpoint.columns import ROWS, Columns
+from heliostat.checkpoint.flat_shard import FlatShard
+
+
+class Division(NamedTuple):
+    """Says which of so many equal parts of a parameter this worker has; the group's workers have all, in order.
+
+    `width`: the columns of a matrix that is cut by them; 0 for what is cut in its first dimension.
+    """
+
+    part: int
+    parts: int
+    group: Any = None
+    width: int = 0
+
+    @property
+    def columns(self) -> Columns:
+        return Columns(self.parts, self.width) if self.width else ROWS
+
+
+WHOLE = Division(0, 1)
+
+
+def of(parameter: Any) -> Division:
+    """Returns which part of a parameter this worker has."""
+    return getattr(parameter, "division", WHOLE)
+
+
+def placed(parameter: Any, local: torch.Tensor, start: int) -> FlatShard:
+    """Makes the slice of the whole parameter that `local` holds, from element `start` of this worker's part on."""
+    mine, own = of(parameter), getattr(parameter, "ds_numel", parameter.numel())
+    return FlatShard(local, mine.part * own + start, mine.parts * own, mine.columns)
+
+
+def assembled(parameter: Any, values: torch.Tensor) -> torch.Tensor:
+    """Puts together what each worker of a group has of a parameter, in its shape; returns the values for any other parameter.
+    Collective."""
+    mine = of(parameter)
+    if mine.parts == 1:
+        return values
+    found = [torch.empty_like(values, memory_format=torch.contiguous_format) for _ in range(mine.parts)]
+    dist.all_gather(found, values.contiguous(), group=mine.group)
+    return torch.cat(found, dim=1 if mine.width else 0)

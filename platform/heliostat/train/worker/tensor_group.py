@@ -1,0 +1,86 @@
+"""Divides the matrices of each layer over the workers of a group (`train.parallel.tensor`), through DeepSpeed's AutoTP.
+
+Ranks [0, n) are the first group, [n, 2n) the second, ... Of a weight that is cut by rows (column-parallel: by outputs) or by
+columns (row-parallel: by inputs) each has an equal part; everything else each has whole. ZeRO divides what a worker has among
+those with the same, one of each group. AutoTP is told every module: what it would find by names alone is not asked for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from heliostat.errors import TrainingError
+from heliostat.recipes.protocol import DividesMatrices, Recipe
+from heliostat.train.worker.division import Division, of
+
+KINDS = {"column": {"partition_type": "column"}, "row": {"partition_type": "row"},
+         "summed": {"partition_type": "skip", "grad_allreduce": True}}  # fmt: skip
+
+
+def settings(recipe: Recipe, model: torch.nn.Module, workers: int) -> dict[str, Any]:
+    """Makes the part of DeepSpeed's config that divides the model's matrices; empty for one worker."""
+    if workers == 1:
+        return {}
+    assert isinstance(recipe, DividesMatrices)
+    specs = [{"patterns": patterns, **KINDS[kind]} for kind, patterns in _patterns(recipe.divided_matrices(model)).items()]
+    chosen = {"use_default_specs": False, "layer_specs": specs}
+    return {"tensor_parallel": {"autotp_size": workers, "vocab_parallel_lm_head": False, "partition_config": chosen}}
+
+
+def _patterns(modules: Mapping[str, str]) -> dict[str, list[str]]:
+    """Makes regular expressions of the modules' weights by what is done with them, one for all layers."""
+    found: dict[str, set[str]] = {}
+    for name, kind in modules.items():
+        layers = re.sub(r"\\\.\d+(?=\\\.)", r"\\.\\d+", re.escape(name))
+        found.setdefault(kind, set()).add(rf"^{layers}\.weight$")
+    return {kind: sorted(patterns) for kind, patterns in found.items()}
+
+
+def mark(recipe: Recipe, engine: Any) -> None:
+    """Notes on each parameter of the engine which part of it this worker has, and its whole shape; TrainingError unless what
+    AutoTP has divided is what the recipe names."""
+    if engine.autotp_size() <= 1:
+        return
+    from deepspeed.checkpoint.constants import DS_AUTOTP_UC_META
+
+    assert isinstance(recipe, DividesMatrices)
+    model, group, parts = engine.module, engine.mpu.get_tensor_model_parallel_group(), engine.autotp_size()
+    if dist.get_world_size(group) != parts:  # DeepSpeed keeps its groups from engine to engine
+        raise TrainingError(
+            f"train.parallel.tensor: DeepSpeed has groups of {dist.get_world_size(group)} workers in this process already"
+        )
+    rank = dist.get_rank(group)
+    for parameter in model.parameters():
+        told = getattr(parameter, DS_AUTOTP_UC_META, None)
+        if not told or told["replicated"]:
+            continue
+        whole, by = tuple(told["logical_shape"]), told["partition_dim"]
+        if len(set(told["partition_sizes"])) > 1:
+            raise TrainingError(
+                f"train.parallel.tensor: DeepSpeed has divided a matrix of {whole} unevenly: {told['partition_sizes']}"
+            )
+        parameter.division = Division(rank, parts, group, whole[1] if by == 1 else 0)
+        parameter.whole_shape = whole
+    wanted = {n for n, kind in recipe.divided_matrices(model).items() if kind != "summed"}
+    divided = {name.removesuffix(".weight") for name, p in model.named_parameters() if of(p).parts > 1 and p.dim() > 1}
+    if wanted != divided:
+        some = ", ".join(sorted(wanted ^ divided)[:3])
+        raise TrainingError(f"train.parallel.tensor: DeepSpeed has divided other matrices than the recipe names: {some}")
+
+
+def clipped_norm(engine: Any, limit: float) -> float:
+    """Clips the gradients of an engine at stage 0 by their global norm; returns that. Collective."""
+    trained = [p for p in engine.module.parameters() if p.grad is not None]
+    squares = [
+        torch.nn.utils.get_total_norm([p.grad for p in trained if (of(p).parts > 1) == divided]).double().square()
+        for divided in (True, False)
+    ]
+    dist.all_reduce(squares[0], group=engine.mpu.get_tensor_model_parallel_group())
+    norm = torch.stack(squares).sum().sqrt().float()
+    torch.nn.utils.clip_grads_with_norm_(trained, limit or float("inf"), norm)
+    return float(norm)

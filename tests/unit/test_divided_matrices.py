@@ -1,0 +1,124 @@
+"""`train.parallel.tensor` is refused where matrices cannot be divided, by name and with what works; the plan knows what workers
+that divide them hold and send."""
+
+import math
+
+import pytest
+from heliostat.errors import ConfigError
+from heliostat.plan import dryrun, hardware, layouts, planner
+from heliostat.recipes.conformance import require_abilities
+from heliostat.recipes.text import divided_matrices
+from heliostat.recipes.text.causal_lm import CausalLM
+from heliostat.train.worker import tensor_group
+
+from tests.integration import selection
+from tests.unit.build_job import job
+from tests.unit.build_recipe import Around
+from tests.unit.test_causal_lm import LLAMA, recipe
+from tests.unit.test_experts import MODELS
+from tests.unit.test_spec import faults
+
+KEY = "train.parallel.tensor"
+TWO = {KEY: 2, "workers.count": 2}
+FAMILIES = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "mistral": {},
+    "gemma2": {"head_dim": 8},
+    "gpt_neox": {"num_key_value_heads": None},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"workers.count": 3, "train.global_batch": 12}, "does not divide workers.count 3; use 2 or 4 workers"),
+        (
+            {"train.zero.stage": 3},
+            "with train.zero.stage 3 is not tried, which divides every matrix over all workers by itself; use 1 or 2",
+        ),
+        ({"train.compile": True}, "with train.compile is not tried; remove one of them"),
+        ({"train.tiled_mlp": True}, "with train.tiled_mlp is not tried; remove one of them"),
+        ({"train.recheck": {"every": 5}}, "with train.recheck is not tried; remove one of them"),
+        ({"train.zero.offload": {"optimizer": "cpu"}}, "with train.zero.offload is not tried; remove one of them"),
+        ({"train.optimizer.name": "muon"}, "with train.optimizer.name: muon is not tried; remove one of them"),
+    ],
+)
+def test_what_matrices_cannot_be_divided_with_is_refused(changes, line):
+    assert faults(**{**TWO, **changes}) == [f"{KEY}: 2 {line}"]
+
+
+def test_workers_that_divide_matrices_compute_each_sample_together():
+    """Lanes are dealt to groups; an elastic run has whole groups; the message about batches counts them."""
+    made = job(**{KEY: 2, "workers.count": 4})
+    assert (made.replicas, made.accumulation) == (2, 2)
+    assert job(**{KEY: 2, "workers.count": [1, 8]}).worker_counts() == [2, 4, 8]
+    (line,) = faults(**{KEY: 2, "workers.count": 6})
+    assert line.startswith(
+        "train.global_batch: 8 is not divisible by workers.count 6 / train.parallel.tensor 2 x train.micro_batch 2"
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "degree", "error"),
+    [
+        ({**LLAMA, "num_key_value_heads": 1}, 2, r"2 does not divide model\.num_key_value_heads 1; set it to 1"),
+        ({**LLAMA, "intermediate_size": 65}, 2, r"2 does not divide model\.intermediate_size 65; set it to 1"),
+        (LLAMA, 4, r"4 does not divide model\.num_key_value_heads 2; use 2"),
+        ({"arch": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4}, 2, r"transformers does not tell how matrices of 'gpt2' .*"),
+        (MODELS["mixtral"], 2, r"'mixtral' has experts, whose matrices it does not divide; use train\.parallel\.expert"),
+        ({**LLAMA, "arch": "olmo2"}, 2, r"transformers divides '.*q_proj' of 'olmo2' by 'colwise_gather_output', which .*"),
+    ],
+)  # fmt: skip
+def test_a_model_whose_matrices_cannot_be_divided_is_refused(model, degree, error):
+    with pytest.raises(ConfigError, match=rf"^train\.parallel\.tensor: {error}$"):
+        recipe(model, **{KEY: degree, "workers.count": degree}).probe()
+
+
+@pytest.mark.parametrize("arch", selection.kept(FAMILIES, "qwen3", "gpt_neox"))
+def test_parts_of_a_model_compute_what_the_whole_does(arch):
+    """Of these architectures, found by trying; and what DeepSpeed is told names each matrix once."""
+    keys = {**LLAMA, "arch": arch, **FAMILIES[arch]}
+    made = recipe({key: value for key, value in keys.items() if value is not None}, **TWO)
+    made.probe()
+    named = made.divided_matrices(made.build())
+    told = tensor_group.settings(made, made.build(), 2)["tensor_parallel"]["partition_config"]["layer_specs"]
+    assert set(named.values()) - {"summed"} == {"column", "row"} and len(told) == len(set(named.values()))
+    assert sum(len(spec["patterns"]) for spec in told) == len({name.replace("layers.1.", "layers.0.") for name in named})
+
+
+def test_a_part_that_would_compute_something_else_is_found(monkeypatch):
+    """As where a row of products is not added up."""
+    monkeypatch.setattr(divided_matrices._Meeting, "_sum", lambda self, number, made: made)
+    monkeypatch.setattr(divided_matrices, "_known", {})
+    with pytest.raises(
+        ConfigError, match=r"^train\.parallel\.tensor: matrices of 'llama' cannot be divided: a part of each does not"
+    ):
+        recipe(LLAMA, **TWO).probe()
+
+
+def test_a_recipe_that_divides_no_matrices_is_refused():
+    with pytest.raises(ConfigError, match=r"^train\.parallel\.tensor: .* divides no matrices; .*set it to 1"):
+        made = job(**TWO, evaluate=None)
+        require_abilities(made, Around(made))
+
+
+def test_the_plan_knows_what_a_worker_has_of_each_matrix():
+    """State, activations and operations of its part; two all-reduces of a layer forwards, one for each matrix of inputs back."""
+    four = {"workers.count": 4, "workers.gpus": 1, "model": {**LLAMA, "vocab_size": 96}}
+    made = [job(**four, **{"train.parallel": {"tensor": t}}) for t in (1, 2)]
+    whole, half = (planner.planners(one, CausalLM(one), None, "H100", hardware.table())[-1] for one in made)
+    divided = sum(math.prod(half.model.shapes[n]) for n in half.model.divided)
+    assert 0.3 < divided / half.model.parameters < 0.9
+    assert sum(map(math.prod, half.shapes.values())) == half.model.parameters - divided // 2
+    assert half.model.flops == whole.model.flops and half.alike == 2
+    mine, all_ = half.chosen(), whole.chosen()
+    assert mine["memory"]["weights"] == 2 * (half.model.parameters - divided // 2) < all_["memory"]["weights"]
+    assert mine["memory"]["activations"] < all_["memory"]["activations"]
+    assert sum(w.flops * w.count for w in half.work) < 0.8 * sum(w.flops * w.count for w in whole.work)
+    rows, columns = half.model.added()
+    assert (rows, columns) == (2 * 2 * 32, 2 * 5 * 32)
+    assert mine["communication"]["bytes_per_step"] > 0 and {one.stage for one in layouts.candidates(half.job, 4)} == {1, 2}
+    index, _ = dryrun.checkpoint_index(half.job, half.model, dryrun._owned(half.job, half.model))  # every element once
+    assert index["format"] == 5 and index["tensors"]["master.model.layers.0.mlp.down_proj.weight"]["columns"] == [2, 64]
