@@ -137,5 +137,5 @@ def _layer(pair: dict[str, torch.Tensor], module: torch.nn.Linear | None, rank: 
     if tuple(down.shape) != (rank, module.in_features) or tuple(up.shape) != (module.out_features, rank):
         shapes = f"{tuple(down.shape)} and {tuple(up.shape)}, of rank {rank}, and the layer is {tuple(module.weight.shape)}"
         raise ConfigError(f"{where}: its matrices are {shapes}; is it an adapter of another model?")
-    like = {"device": module.weight.device, "dtype": module.weight.dtype}
+    like: dict[str, Any] = {"device": module.weight.device, "dtype": module.weight.dtype}
     return Layer(down.to(**like), (up.float() * scale).to(**like))

@@ -92,10 +92,10 @@ def served(
         return Served(source, name or source.name)
     place = Location(index)
     uri, called = place.uri if place.is_s3 else place.path, Path(place.path).name
-    told = [None if one is None else str(one.absolute()) for one in (embedder, reranker)]
+    embeds, orders = (None if one is None else str(one.absolute()) for one in (embedder, reranker))
     if model is None:
-        return Served(NoModel(called), None, uri, called, *told)
+        return Served(NoModel(called), None, uri, called, embeds, orders)
     source = Source(model, store)
     if called == (name or source.name):
         raise ConfigError(f"--name: the index is called {called!r} as well; give the model another name")
-    return Served(source, name or source.name, uri, called, *told)
+    return Served(source, name or source.name, uri, called, embeds, orders)

@@ -160,8 +160,8 @@ class Making(Reading):
         told = together.model_dump()
         follows = key("together", [[run.name, run.decided] for run in curated.runs], told, parts, self.explained)
         shared = {"runs": self.flow.share(curated.runs), "by": told, "explained": self.explained}
-        work = (Task(key(follows, part), dict(zip(("low", "high"), tasks.bounds(part, parts), strict=True)), shared,
-                     curated.bytes // parts) for part in range(parts))  # fmt: skip
+        ranges = [tasks.bounds(part, parts) for part in range(parts)]
+        work = (Task(key(follows, low), {"low": low, "high": high}, shared, curated.bytes // parts) for low, high in ranges)
         records = self.flow.all("together", gathering.regroup, work)
         curated.runs = [Run(*run) for record in records for run in record["runs"]]
         totals.duplicates += sum(record["duplicates"] for record in records)
