@@ -16,7 +16,7 @@ from heliostat.errors import ConfigError, DataError
 from heliostat.pipelines import estimates, leftovers, prediction
 from heliostat.pipelines.predicting import Prediction
 from heliostat.pipelines.prepare import Pipeline, dry_run
-from heliostat.pipelines.text import sampling, sources
+from heliostat.pipelines.text import rates, sampling, sources, tokens
 from heliostat.pipelines.text.documents import Rules
 from heliostat.pipelines.text.sampling import SampledSource
 from heliostat.pipelines.text.trial import Trial
@@ -252,3 +252,37 @@ def test_what_a_killed_dry_run_left_is_removed_a_day_later(tmp_path):
     assert leftovers.remove_old_samples(output, late) == ["out.sample-0123abcd"]
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(set(names) - {"out.sample-0123abcd"})
     assert leftovers.SAMPLE.fullmatch(leftovers.sample_folder(output).name.removeprefix("out"))
+
+
+def test_tokens_a_byte_of_a_whole_are_estimated_from_halves_of_a_sample(tmp_path):
+    """Nearer than the sample's own rate, which a tokenizer of its own makes too low; and between the bounds."""
+    rng = random.Random(3)
+    vocabulary = ["".join(rng.choices("etaoinshrdlu", k=rng.randrange(2, 9))) for _ in range(3000)]
+    texts = [" ".join(rng.choices(vocabulary, [1 / (i + 5) for i in range(3000)], k=120)) for _ in range(600)]
+    (tmp_path / "in").mkdir()
+    for i, one in enumerate(texts):
+        (tmp_path / "in" / f"{i}.txt").write_text(one)
+    bpe = {**BPE, "vocab_size": 2000, "train_bytes": 10_000_000}
+    inputs = sources.listing(str(tmp_path / "in"))
+    sample = sampling.choose(inputs, 0.1, "in")
+    here = HereFlow(Work(Location(f"{tmp_path}/work")))
+    source = SampledSource(str(tmp_path / "in"), Rules(), "in", sample.records)
+    made = Trial(here, source, Location(f"{tmp_path}/trial"), bpe, None, [], 1 << 30, 1 << 20, 5000, sample=sample)
+    found = made.predicted(inputs)
+    tokenizer = tokens.load(tokens.train(sorted(texts), 2000, "<|endoftext|>"))
+    truly = sum(map(len, tokens.encode(tokenizer, texts, 0)))
+    kept = found["funnel"][-1]["kept_bytes"]
+    assert kept == pytest.approx(sum(map(len, texts)), rel=0.03)
+    assert found["tokens"] == pytest.approx(truly * kept / sum(map(len, texts)), rel=0.05)
+    assert found["tokens_low"] <= truly <= found["tokens_high"]
+    assert any(note.startswith("tokens: the sample's own tokenizer") for note in found["notes"])
+
+
+def test_rates_of_tokens():
+    measured = {"own": 0.20, "other": 0.30, "trained": 50.0}
+    whole = rates.of_whole(0.22, 100, measured, 1 << 40, 1e6)
+    assert 0.22 < whole.expected < 0.25 and whole.low == 0.22 and whole.high == pytest.approx(0.22 + 0.025 + 0.05)
+    assert rates.of_whole(0.22, 100, measured, 1 << 40, 100).expected == pytest.approx(0.22), "the sample is the whole"
+    given = rates.of_whole(0.22, 1000, measured, 50, 1e6)
+    assert given.expected == pytest.approx(0.22 + 0.05 * (1 - 1e-4) - 0.05 * 0.9), "most text of both trained nothing"
+    assert rates.of_whole(0.22, 100, {"own": None, "other": 0.3, "trained": 0}, 10, 1000) == rates.Rate(0.22, 0.22, 0.22)

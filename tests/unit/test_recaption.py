@@ -98,8 +98,7 @@ def test_an_image_of_which_nothing_is_written_is_dropped(captioner, monkeypatch)
     same, cut = stage._outcome(document, "old", False), stage._outcome(document, "new", True)
     assert same.counts == {"same_caption": 1} and cut.counts == {"cut_to_max_tokens": 1, "recaptioned": 1}
     assert cut.document.text == "new" and cut.document.columns == {"url": "u", "original_caption": "old"}
-    again = stage._outcome(cut.document, "newer", False)
-    assert again.document.columns["original_caption"] == "old" and document.text == "old"
+    assert document.text == "old" and document.columns == {"url": "u"}
 
 
 def test_what_is_no_captioner_is_refused(tmp_path, captioner):
@@ -123,9 +122,14 @@ def test_what_is_no_captioner_is_refused(tmp_path, captioner):
 
 
 def test_a_column_that_is_there_already_is_refused(tmp_path, captioner):
+    """Of the shards, or of another such stage; one that is to be in the record is not."""
     folder_of(tmp_path / "in", [("a.png", image(8, 8), {"caption": "x"})])
     keys = {"name": "t", "input": str(tmp_path / "in"), "output": str(tmp_path / "out"), "resolution": 8}
-    for name, columns in (("caption", {}), ("label", {}), ("url", {"others": ["url"]})):
-        stage = {"stage": "recaption", "model": str(captioner), "original": name}
-        with pytest.raises(ConfigError, match=f"recaption: '{name}' is a column of the shards or the input"):
-            prepared({**keys, "stages": [stage], "columns": columns})
+    for names in (["caption"], ["label"], ["was", "was"]):
+        stages = [{"stage": "recaption", "model": str(captioner), "original": name} for name in names]
+        with pytest.raises(ConfigError, match=f"recaption: '{names[0]}' is a column of the shards already"):
+            prepared({**keys, "stages": stages})
+    stage = {"stage": "recaption", "model": str(captioner), "original": "was"}
+    made, _ = prepared({**keys, "stages": [stage], "columns": {"others": ["was"]}})
+    (end,) = [row for table in reasons.ends(made) for row in table.to_pylist()]
+    assert json.loads(end["columns"]) == {"was": "x"}

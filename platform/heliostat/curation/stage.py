@@ -98,7 +98,7 @@ class Stage(Strict):
         return {"stage": self.named(), **self.model_dump(mode="json")}
 
     def stored(self) -> tuple[str, ...]:
-        """Names the columns that it makes which lie in the shards of images."""
+        """Returns the names of columns that it makes, and that shards of images keep."""
         return ()
 
     def check(self) -> None:

@@ -67,7 +67,7 @@ def whole_sizes(sizes: dict[int, int], share: float) -> tuple[float, float]:
         return clusters, documents
     grid = _grid(2 * max(seen) / share)
     shown, counts = np.array(sorted(seen)), np.array([float(seen[m]) for m in sorted(seen)])
-    there = 1 - (1 - share) ** grid
+    there = -np.expm1(grid * math.log1p(-share))
     likely = np.array([[_binomial(int(k), int(m), share) for k in grid] for m in shown]) / there
     weights = there / grid.astype(np.float64) ** 2
     weights /= weights.sum()

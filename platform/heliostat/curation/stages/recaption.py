@@ -62,6 +62,6 @@ class Recaption(Stage):
         if not caption:
             return Outcome(None, "no_caption")
         old = text_of(document)
-        columns = {self.original: old} | document.columns  # of two such stages, what the first found stays
+        columns = document.columns | {self.original: old}
         counts["same_caption" if caption == old else "recaptioned"] = 1
         return Outcome(Document(document.id, caption, columns, document.picture), counts=counts)

@@ -143,17 +143,16 @@ class ImagePipeline(StagedPipeline):
         self.check_places(self.input, None if digits else sources.root(self.input).path)
 
     def _check_stages(self) -> None:
-        stored = ""
+        stored, known = "", {LABEL, *STORED}
         for stage in self.stages:
             if stored and isinstance(stage, ImageSize):
                 raise ConfigError(f"stages: image_size stands behind {stored}, where images have the size that they are stored "
                                   "in; put it before")  # fmt: skip
             stored = stored or (stage.named() if stage.gpu or isinstance(stage, GlobalStage) else "")
             for name in stage.stored():
-                if name in (LABEL, *STORED, *self.columns.others):
-                    raise ConfigError(
-                        f"stages: {stage.named()}: {name!r} is a column of the shards or the input; give another name"
-                    )
+                if name in known:
+                    raise ConfigError(f"stages: {stage.named()}: {name!r} is a column of the shards already; give another name")
+                known.add(name)
             stage.check()
 
     def inputs(self) -> list[InputFile]:

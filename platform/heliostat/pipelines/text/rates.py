@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from heliostat.curation import spill
 from heliostat.curation.segment import Run, survivors
 from heliostat.pipelines.predicting import Rate
 from heliostat.pipelines.text import tokens
@@ -35,10 +36,11 @@ def halves(folder: Location, runs: list[Run], config: dict[str, Any]) -> dict[st
 
 
 def _texts(folder: Location, runs: list[Run], half: int, most: int) -> Iterator[str]:
-    """Yields the texts of a half of all keys, until they have so many bytes."""
-    taken = 0
+    """Yields the texts of a half of all keys, of the lowest as far as there are more than so many bytes."""
+    taken, total = 0, sum(run.bytes for run in runs)
+    high = spill.ALL if total <= 2 * most else spill.ALL * 2 * most // total
     for run in runs:
-        for table in survivors(folder, run, columns=["bytes", "text"]):
+        for table in survivors(folder, run, 0, high, ["bytes", "text"]):
             for key, size, text in zip(table["key"].to_pylist(), table["bytes"].to_pylist(), table["text"], strict=True):
                 if key & 1 == half:
                     if taken >= most:

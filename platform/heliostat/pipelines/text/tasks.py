@@ -259,8 +259,8 @@ def _encoded(tokenizer: Tokenizer, table: pa.Table, plan: Sharding) -> tuple[lis
 
 
 def _slices(sizes: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Yields ranges of documents of about two megabytes each, so that few texts are Python strings at a time."""
-    places = np.cumsum(sizes) // (8 * tokens.BATCH_CHARS)
+    """Yields ranges of documents of about a megabyte each, so that few texts are Python strings at a time."""
+    places = np.cumsum(sizes) // (16 * tokens.BATCH_CHARS)
     edges = [0, *(np.flatnonzero(np.diff(places)) + 1).tolist(), len(sizes)]
     yield from itertools.pairwise(edges)
 

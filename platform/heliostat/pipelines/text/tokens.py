@@ -30,7 +30,7 @@ FORM = {"compression": "zstd", "use_dictionary": False, "write_statistics": ["do
 # parts of all documents, by hash, at which a chunk ends, so that they can be held out exactly
 PARTS = [digit / 10**places for places in (4, 3, 2, 1) for digit in (1, 2, 5)]
 TOGETHER = 1024  # documents whose tokens are counted together
-BATCH_CHARS = 1 << 18  # of text, per call of the tokenizer, whose encodings take thirty times as much memory
+BATCH_CHARS = 1 << 16  # of text, per call of the tokenizer, whose encodings take thirty times as much memory
 
 
 def train(texts: Iterable[str], vocab_size: int, end_of_document: str, markers: Sequence[str] = ()) -> str:
@@ -212,7 +212,7 @@ def shard(ids: list[str], tokens: list[np.ndarray], chunk_tokens: int, places: n
 
 def _between(tokens: list[np.ndarray], ends: np.ndarray, start: int, stop: int) -> np.ndarray:
     """Returns a range of the tokens of all documents, which end at `ends`, without joining others."""
-    first, last = np.searchsorted(ends, [start, stop - 1], side="right").tolist()
+    first, last = (int(place) for place in np.searchsorted(ends, [start, stop - 1], side="right"))
     before = int(ends[first]) - len(tokens[first])
     held = tokens[first] if first == last else np.concatenate(tokens[first : last + 1])
     return held[start - before : stop - before]
