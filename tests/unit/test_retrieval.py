@@ -3,7 +3,9 @@ where it lies."""
 
 import json
 import math
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +18,7 @@ from heliostat.curation.work import Work
 from heliostat.data import manifest
 from heliostat.errors import ConfigError, DataError, LeaseError
 from heliostat.pipelines.text import tokens
-from heliostat.retrieval import answering, build, judging, table, units
+from heliostat.retrieval import answering, build, judging, table, tasks, units
 from heliostat.retrieval.cutting import cut
 from heliostat.retrieval.record import RECORD
 from heliostat.retrieval.search import Index, fuse
@@ -247,6 +249,24 @@ def test_the_nearest_are_those_of_an_exact_search(made):
         cosines = sorted((float(np.dot(wanted["embedding"], row["embedding"])) for row in everything), reverse=True)
         np.testing.assert_allclose([passage["score"] for passage in found], cosines[:10], atol=1e-4)
         assert wanted["text"] in {passage["text"] for passage in found if passage["score"] > 0.9999}
+
+
+def test_questions_that_come_together_are_embedded_one_after_another(made, monkeypatch):
+    """A tokenizer that one thread has told where to truncate would truncate the other's text, or raise."""
+    inside, most, embed = [], [], tasks.embed
+
+    def watched(*given):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.01)
+        found = embed(*given)
+        inside.pop()
+        return found
+
+    monkeypatch.setattr(tasks, "embed", watched)
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda i: made.search([f"f{i % 4}"], "dense", 2), range(12)))
+    assert max(most) == 1 and len(most) == 12 and found[:4] == found[4:8] == found[8:]
 
 
 def test_fusion_adds_reciprocal_ranks():

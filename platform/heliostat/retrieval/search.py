@@ -5,6 +5,7 @@ Reciprocal rank fusion (Cormack et al. 2009): a passage's score is the sum of 1 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -44,6 +45,7 @@ class Index:
         self.place, self.record = place, record.read(place)
         self.table = table.open_version(place, self.record["version"])
         self._embedder = embedder
+        self._embedding = threading.Lock()
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -96,7 +98,8 @@ class Index:
         return sorted(found, key=lambda p: (-p["score"], p["document"], p["number"]))
 
     def _vectors(self, questions: Sequence[str]) -> list[np.ndarray]:
-        vectors, _ = tasks.embed(str(self.embedder), questions, 16)
+        with self._embedding:  # of requests that come together: a tokenizer's truncation is a state of it
+            vectors, _ = tasks.embed(str(self.embedder), questions, 16)
         for question, vector in zip(questions, vectors, strict=True):
             if vector is None:
                 raise ConfigError(f"question: {question[:80]!r} has no token that the embedder knows; ask with --mode bm25")
