@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from heliostat.curation import segment, spill, tally
+from heliostat.curation import flow, segment, spill, tally
 from heliostat.curation.stage import Document
+from heliostat.curation.work import Work
 from heliostat.pipelines.text import tasks, tokens
 from heliostat.storage import Location
 
@@ -135,6 +136,19 @@ def test_what_trains_a_tokenizer_is_read_some_megabytes_at_a_time(tmp_path, monk
             pass
 
     assert arrow_peak(read) < 12 * MB < 24_000_000
+
+
+def test_tasks_use_an_allocator_that_keeps_nothing(tmp_path):
+    """Arrow's own keeps several times what a task has held."""
+    before = pa.default_memory_pool()
+    try:
+        work = Work(Location(str(tmp_path)))
+        made = flow.execute(
+            work, "run", "kind", "key", lambda folder: {"pool": pa.default_memory_pool().backend_name, "files": []}, {}
+        )
+    finally:
+        pa.set_memory_pool(before)
+    assert made["pool"] == "system"
 
 
 def test_tallies_are_summed_one_at_a_time():
