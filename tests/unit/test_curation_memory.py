@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from heliostat.curation import segment, spill, tally
+from heliostat.curation import flow, segment, spill, tally
 from heliostat.curation.stage import Document
-from heliostat.pipelines.text import tasks, tokens
+from heliostat.curation.work import Work
+from heliostat.pipelines.text import gathering, tasks, tokens
 from heliostat.storage import Location
 
 MB = 1 << 20
@@ -59,7 +60,7 @@ def test_a_range_of_many_files_holds_its_own_rows_alone(tmp_path):
 def test_rows_that_are_made_unique_are_held_twice(tmp_path):
     parts = [rows(500, 10_000, i) for i in range(6)]
     size = sum(part.nbytes for part in parts)
-    held = arrow_peak(lambda: tasks.unique([part.take(pa.array(range(len(part)))) for part in parts]))
+    held = arrow_peak(lambda: gathering.unique([part.take(pa.array(range(len(part)))) for part in parts]))
     assert held < 2.3 * size
 
 
@@ -107,11 +108,11 @@ def test_what_is_left_out_is_spilled_in_time(tmp_path, monkeypatch):
 
 
 def test_ends_of_many_small_documents_are_python_objects_a_few_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(tasks, "ENDS", 1000)  # a tenth of what it is
+    monkeypatch.setattr(gathering, "ENDS", 1000)  # a tenth of what it is
     folder, table = Location(str(tmp_path)), rows(6000, 10).drop_columns("text")
-    assert python_peak(lambda: tasks._ends(folder, "shards/x", table, [])) < 2.4 * MB
+    assert python_peak(lambda: gathering.spill_kept(folder, "shards/x", table, [])) < 2.4 * MB
     duplicates = table.slice(100, 50).set_column(3, "id", pa.array([f"other-{i}" for i in range(50)]))
-    name = tasks._ends(folder, "shards/x", table.slice(0, 300), [duplicates])
+    name = gathering.spill_kept(folder, "shards/x", table.slice(0, 300), [duplicates])
     found = {row["id"]: row for t in spill.read(folder, name) for row in t.to_pylist()}
     assert len(found) == 350 and found["other-7"]["detail"] == "0-107" and found["other-7"]["reason"] == "duplicate"
     assert found["0-3"] == {"key": segment.key_of("0-3"), "id": "0-3", "stage": "shard", "reason": "kept", "detail": "shards/x",
@@ -124,7 +125,7 @@ def test_what_trains_a_tokenizer_is_read_some_megabytes_at_a_time(tmp_path, monk
     folder = Location(str(tmp_path))
     parts = [rows(1000, 8000, i).select(["key", "hash", "id", "bytes", "text"]) for i in range(3)]
     names = [spill.write(folder, part, ("hash", "id")) for part in parts]
-    held, _ = tasks.unique(list(parts))
+    held, _ = gathering.unique(list(parts))
     wanted = held["text"].to_pylist()
     assert list(tasks.selected(folder, names, (1 << 16) - 1, 24_000_000, 1 << 40)) == wanted
     most = 9_000_000
@@ -135,6 +136,19 @@ def test_what_trains_a_tokenizer_is_read_some_megabytes_at_a_time(tmp_path, monk
             pass
 
     assert arrow_peak(read) < 12 * MB < 24_000_000
+
+
+def test_tasks_use_an_allocator_that_keeps_nothing(tmp_path):
+    """Arrow's own keeps several times what a task has held."""
+    before = pa.default_memory_pool()
+    try:
+        work = Work(Location(str(tmp_path)))
+        made = flow.execute(
+            work, "run", "kind", "key", lambda folder: {"pool": pa.default_memory_pool().backend_name, "files": []}, {}
+        )
+    finally:
+        pa.set_memory_pool(before)
+    assert made["pool"] == "system"
 
 
 def test_tallies_are_summed_one_at_a_time():
