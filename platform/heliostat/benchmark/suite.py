@@ -77,7 +77,7 @@ class Suite(Strict):
         return self
 
 
-def same(kept: dict[str, Any], suite: Suite) -> bool:
+def same(kept: object, suite: Suite) -> bool:
     """Tells whether a suite that was written down is this one; keys that were not there yet have their defaults."""
     try:
         return Suite.model_validate(kept) == suite

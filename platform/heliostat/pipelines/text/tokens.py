@@ -204,7 +204,7 @@ def shard(ids: list[str], tokens: list[np.ndarray], chunk_tokens: int, places: n
             lists = pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values), type=element)
             table = pa.Table.from_arrays([lists, pa.array(names, pa.string())], schema=SCHEMA)
             writer.write_table(table, row_group_size=max(1, len(rows)))
-            content.update(values)
+            content.update(values.data)
             begin += int(offsets[-1])
         _sign(writer, content.hexdigest(), None if places is None else [place for _, place in groups])
     return sink.getvalue().to_pybytes()
@@ -243,7 +243,7 @@ def without(file: pq.ParquetFile, ids: set[str]) -> tuple[bytes | None, np.ndarr
                 kept.append(_flat(left))
                 places += [old[group]] if old else []
                 writer.write_table(left, row_group_size=len(left))
-        _sign(writer, hashlib.sha256(np.concatenate(kept)).hexdigest(), places if old else None)
+        _sign(writer, hashlib.sha256(np.concatenate(kept).data).hexdigest(), places if old else None)
     return sink.getvalue().to_pybytes() if len(kept) > 1 else None, np.concatenate(gone)
 
 

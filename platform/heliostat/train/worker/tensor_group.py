@@ -18,7 +18,7 @@ from heliostat.errors import TrainingError
 from heliostat.recipes.protocol import DividesMatrices, Recipe
 from heliostat.train.worker.division import Division, of
 
-KINDS = {"column": {"partition_type": "column"}, "row": {"partition_type": "row"},
+KINDS: dict[str, dict[str, Any]] = {"column": {"partition_type": "column"}, "row": {"partition_type": "row"},
          "summed": {"partition_type": "skip", "grad_allreduce": True}}  # fmt: skip
 
 
