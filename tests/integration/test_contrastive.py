@@ -3,7 +3,7 @@ autograd over all pairs at once gives them in one process."""
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -19,17 +19,36 @@ from heliostat.train.worker.batch_plan import BatchPlan
 
 from tests.golden.curves import Steps
 from tests.integration import ranks
-from tests.unit import build_pairs
+from tests.unit import build_images, build_pairs
 
-CASES = {1: [(0, "mean")], 2: [(1, "mean"), (2, "last"), (3, "cls")], 4: [(3, "mean")]}  # by workers: stage and pooling
+
+class Case(NamedTuple):
+    """What is embedded, and at which ZeRO stage: texts with a pooling, or images and their captions."""
+
+    of: str
+    stage: int
+    pooling: str = ""
+
+    def job(self, folder: Path, workers: int) -> Job:
+        changes: dict[str, Any] = {"train.zero.stage": self.stage, "workers.count": workers}
+        changes["train.deepspeed"] = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+        if self.of == "texts":
+            return build_pairs.embedder(folder / "texts", **changes, **{"model.pooling": self.pooling})
+        return build_images.embedder(folder / "images", **changes)
+
+
+CASES = {  # by workers
+    1: [Case("texts", 0, "mean"), Case("images", 0)],
+    2: [Case("texts", 1, "mean"), Case("texts", 2, "last"), Case("texts", 3, "cls"), Case("images", 1)],
+    4: [Case("texts", 3, "mean"), Case("images", 2), Case("images", 3)],
+}
 Named = dict[str, torch.Tensor]
 
 
 def played(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
-    """In every rank: how far the worker's own step is from the plain one, at each stage."""
-    for stage, pooling in CASES[dist.get_world_size()]:
-        changes = {"train.zero.stage": stage, "workers.count": dist.get_world_size(), "model.pooling": pooling}
-        job = build_pairs.embedder(Path(folder), **changes)
+    """In every rank: how far the worker's own step is from the plain one, in each case."""
+    for case in CASES[dist.get_world_size()]:
+        job = case.job(Path(folder), dist.get_world_size())
         data_plan = plan(job, [read(location) for location in job.sources])
         steps = Steps(job, data_plan)
         kept = _watched(steps.engine)
@@ -39,7 +58,7 @@ def played(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
         if dist.get_rank() == 0:
             loss, parts, right = plain(job, data_plan)
             off = max(float((kept[name] - g).norm() / right["all"].norm()) for name, g in right.items() if name != "all")
-            yield {"stage": stage, "pooling": pooling, "loss": loss, "parts": parts, "told": sums.tolist(), "off": off,
+            yield {"case": case, "loss": loss, "parts": parts, "told": sums.tolist(), "off": off,
                    "gradients": sorted(kept), "named": sorted(set(right) - {"all"})}  # fmt: skip
 
 
@@ -72,17 +91,19 @@ def plain(job: Job, data_plan: Any) -> tuple[float, list[float], Named]:
         found.append(recipe.represent(model, batch))
     made = recipe.couple({name: torch.cat([one[name] for one in found]) for name in found[0]})
     (made.sum / len(keys)).backward()
-    right = {name: p.grad for name, p in model.named_parameters()}
+    right = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     parts = [float(part.value) for part in made.parts.values()]
-    return float(made.sum) / len(keys), parts, {**right, "all": torch.cat([g.flatten() for g in right.values()])}
+    return float(made.sum.detach()) / len(keys), parts, {**right, "all": torch.cat([g.flatten() for g in right.values()])}
 
 
 def test_loss_and_gradients_are_one_processs_on_any_workers_and_stage(tmp_path) -> None:
-    told = ranks.run(f"{__name__}:played", tuple(CASES), str(build_pairs.dataset(tmp_path / "pairs")))
+    build_pairs.dataset(tmp_path / "texts")
+    build_images.digits(tmp_path / "images", 160)
+    told = ranks.run(f"{__name__}:played", tuple(CASES), str(tmp_path))
     for workers, cases in CASES.items():
-        assert [(row["stage"], row["pooling"]) for row in told if row["workers"] == workers] == cases
+        assert [Case(*row["case"]) for row in told if row["workers"] == workers] == cases
     for row in told:
-        case = (row["workers"], row["stage"], row["pooling"])
+        case = (row["workers"], *row["case"])
         assert row["told"] == pytest.approx([row["loss"], *row["parts"]], rel=1e-5), case
         assert row["gradients"] == row["named"] and row["off"] < 1e-5, case
         assert 1 < row["loss"] < 6 and row["parts"][1] > 0, case  # some pairs are no negatives

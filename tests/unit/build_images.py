@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import itertools
@@ -14,6 +15,7 @@ import matplotlib
 import numpy as np
 import pyarrow as pa
 import sklearn.datasets
+from heliostat.config.spec import Job
 from heliostat.curation.work import Work
 from heliostat.data import collection, manifest, versions
 from heliostat.errors import DataError
@@ -25,6 +27,7 @@ from heliostat.storage import Location
 from PIL import Image
 from pydantic import ByteSize, PrivateAttr
 
+from tests.unit import build_job
 from tests.unit.build_curation import HereFlow
 
 ROWS = pa.schema(
@@ -40,6 +43,15 @@ SD3: dict[str, Any] = {
     "arch": "sd3", "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "patch_size": 2, "pos_embed_max_size": 8
 }  # fmt: skip
 TEXT: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "length": 8}
+
+
+CLIP: dict[str, Any] = {
+    "arch": "clip", "projection_dim": 16, "temperature": 0.1,
+    "text_config": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
+                    "max_position_embeddings": 12, "attention_dropout": 0.1},
+    "vision_config": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
+                      "patch_size": 4, "attention_dropout": 0.1},
+}  # fmt: skip
 
 
 def digits(folder: Path, count: int = 400, chunk: int = 40) -> Path:
@@ -68,6 +80,14 @@ def job(dataset: Path, **model: Any) -> dict[str, Any]:
         "data.sequence_length": None,
         "train.precision": "fp32",
     }
+
+
+def embedder(dataset: Path, **changes: Any) -> Job:
+    """16 pairs of captions and digits a step in micro-batches of 2, in 4 lanes, with dropout."""
+    usual: dict[str, Any] = {"recipe": "heliostat.recipes:ImageEmbedder", "model": copy.deepcopy(CLIP), "data.lanes": 4,
+                             "data.sources": [{"path": str(dataset)}], "data.sequence_length": None,
+                             "train.global_batch": 16, "train.precision": "fp32"}  # fmt: skip
+    return build_job.job(**{**usual, **changes})
 
 
 def image(width: int, height: int, seed: int = 0, mode: str = "RGB", encoding: str = "PNG") -> bytes:

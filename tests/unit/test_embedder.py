@@ -15,9 +15,9 @@ from heliostat.data.dataset import open_dataset, plan
 from heliostat.errors import ConfigError
 from heliostat.inference.batch.engines import Embed, Input
 from heliostat.inference.evaluate import evaluate
-from heliostat.recipes import exported
+from heliostat.recipes import contrastive, exported
 from heliostat.recipes.conformance import require_abilities, require_class
-from heliostat.recipes.text import contrastive, encoder, sentence_folder
+from heliostat.recipes.text import encoder, sentence_folder
 from heliostat.recipes.text.embedder import Embedder
 from heliostat.recipes.text.sentence_folder import Embedding
 from heliostat.storage import Location

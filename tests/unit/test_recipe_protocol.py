@@ -20,6 +20,7 @@ from heliostat.recipes.conformance import require_class
 from heliostat.recipes.gathering import in_order, taken
 from heliostat.recipes.protocol import IGNORED, Batch, Companion, Evaluates, Exports, Group, Loss, Part, Recipe, Weight
 from heliostat.recipes.text.causal_lm import CausalLM
+from heliostat.train.worker import deepspeed_engine
 from heliostat.train.worker.evaluation import dealt_whole
 from heliostat.train.worker.objective import Objective
 from torch import nn
@@ -40,6 +41,20 @@ class Least(Recipe):
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         return Loss(nn.functional.cross_entropy(model(batch["x"]), batch["labels"], ignore_index=IGNORED, reduction="sum"))
+
+
+class Scaled(Least):
+    def build(self) -> nn.Module:
+        model = super().build()
+        model.register_parameter("scale", nn.Parameter(torch.tensor(1.0)))
+        return model
+
+
+def test_a_parameter_without_a_dimension_is_refused_by_its_name() -> None:
+    """DeepSpeed would end with a traceback, when it sends the model to all workers."""
+    made = job(recipe="x:Scaled", **{"train.zero.stage": 1})
+    with pytest.raises(ConfigError, match=r"'scale' has no dimension, .* give it the shape \[1\], or make it a buffer"):
+        deepspeed_engine.build_model(made, Scaled(made), {})
 
 
 ROWS = pa.table({"x": [[0.1, 0.2, 0.3, 0.4]] * 4, "label": [0, 1, IGNORED, 1]})

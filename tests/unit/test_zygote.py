@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
+from heliostat import recipes
 from heliostat.cluster import forked_command, node, preloads, zygote, zygote_server
 from heliostat.cluster.private_ray import worker_environment
 
@@ -202,7 +203,8 @@ def test_the_nurseries_of_a_zygote_end_with_it(anybodys, tmp_path):
 
 def test_all_modules_that_are_imported_ahead_are_there():
     """One that has moved would be imported by each worker again."""
-    jobs: list[tuple[str, dict[str, Any]]] = [("CausalLM", {"arch": "llama"}), ("TextToImage", {}), ("Autoencoder", {})]
+    archs = {"CausalLM": "llama", "Embedder": "bert", "ImageEmbedder": "clip"}
+    jobs: list[tuple[str, dict[str, Any]]] = [(name, {"arch": archs.get(name)}) for name in recipes.__all__]
     names = {
         *preloads.early(),
         *preloads.DRIVERS,
@@ -212,6 +214,7 @@ def test_all_modules_that_are_imported_ahead_are_there():
 
 
 def test_only_recipes_of_the_package_are_imported_ahead():
+    assert set(preloads.OF) == set(recipes.__all__)
     assert "transformers.models.qwen3.modeling_qwen3" in preloads.modules("heliostat.recipes:CausalLM", {"arch": "qwen3"})
     assert preloads.modules("jobs.causal_lm:CausalLM", {}) != preloads.modules("jobs.mine:Recipe", {}) == [*preloads.TRAINING]
 

@@ -27,12 +27,14 @@ TEXT = (
     "transformers.models.{arch}.modeling_{arch}",
     "transformers.integrations.deepspeed",
 )
-IMAGES = (
-    "heliostat.recipes.images.{module}",
-    "diffusers.models.unets",
-    "diffusers.models.transformers",
-    "diffusers.models.autoencoders",
-)
+DIFFUSERS = ("diffusers.models.unets", "diffusers.models.transformers", "diffusers.models.autoencoders")
+OF = {  # the recipes of heliostat
+    "CausalLM": TEXT,
+    "Embedder": ("heliostat.recipes.text.embedder", "heliostat.recipes.text.encoder", *TEXT[1:]),
+    "ImageEmbedder": ("heliostat.recipes.images.embedder", *TEXT[1:]),
+    "TextToImage": ("heliostat.recipes.images.text_to_image", *DIFFUSERS),
+    "Autoencoder": ("heliostat.recipes.images.autoencoder", *DIFFUSERS),
+}
 
 
 def modules(recipe: str, model: Mapping[str, Any]) -> list[str]:
@@ -40,12 +42,9 @@ def modules(recipe: str, model: Mapping[str, Any]) -> list[str]:
     module, _, name = recipe.partition(":")
     if workspace.BUILT_IN.get(module, module) != "heliostat.recipes":
         return [*TRAINING]
-    if name == "CausalLM":
-        return [*TRAINING, *(one.format(arch=model.get("arch", "auto")) for one in TEXT)]
-    return [*TRAINING, *(one.format(module={"TextToImage": "text_to_image"}.get(name, "autoencoder")) for one in IMAGES)]
+    return [*TRAINING, *(one.format(arch=model.get("arch", "auto")) for one in OF.get(name, ()))]
 
 
 def early() -> list[str]:
     """Returns the modules for jobs that are not known yet, as far as they do not import Ray."""
-    text = [one.format(arch="llama") for one in TEXT]
-    return ["heliostat.train.worker.libraries", "mlflow", *text, *(one.format(module="text_to_image") for one in IMAGES)]
+    return ["heliostat.train.worker.libraries", "mlflow", *(one.format(arch="llama") for one in TEXT), *OF["TextToImage"]]

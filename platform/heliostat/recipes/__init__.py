@@ -8,17 +8,19 @@ from heliostat import lazy
 
 if TYPE_CHECKING:
     from heliostat.recipes.images.autoencoder import Autoencoder
+    from heliostat.recipes.images.embedder import ImageEmbedder
     from heliostat.recipes.images.text_to_image import TextToImage
     from heliostat.recipes.text.causal_lm import CausalLM
     from heliostat.recipes.text.embedder import Embedder
 
-__all__ = ["Autoencoder", "CausalLM", "Embedder", "TextToImage"]
+__all__ = ["Autoencoder", "CausalLM", "Embedder", "ImageEmbedder", "TextToImage"]
 __getattr__, __dir__ = lazy.names(
     __name__,
     {
         "Autoencoder": "heliostat.recipes.images.autoencoder",
         "CausalLM": "heliostat.recipes.text.causal_lm",
         "Embedder": "heliostat.recipes.text.embedder",
+        "ImageEmbedder": "heliostat.recipes.images.embedder",
         "TextToImage": "heliostat.recipes.images.text_to_image",
     },
 )

@@ -16,13 +16,13 @@ import torch
 from diffusers import AutoencoderKL, PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from pydantic import Field, model_validator
 from transformers import AutoConfig, AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5EncoderModel
-from transformers.initialization import no_init_weights
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.deepspeed import deepspeed_config
 
 from heliostat.config.schema import Float, Strict, nearest
 from heliostat.errors import ConfigError
 from heliostat.recipes.exported import using
+from heliostat.recipes.huggingface import from_config
 from heliostat.recipes.images.initial import initialise
 from heliostat.recipes.images.noising import Objective
 from heliostat.recipes.pretrained import from_folder
@@ -185,12 +185,7 @@ def build_text_encoder(text: Text, vocabulary: int, end: int) -> CLIPTextModel:
         eos_token_id=end,
         pad_token_id=end,
     )
-    if is_deepspeed_zero3_enabled():
-        return CLIPTextModel._from_config(config, dtype=torch.float32)
-    with no_init_weights():  # as at ZeRO-3: constructors draw no random numbers, so that every stage starts alike
-        model = CLIPTextModel._from_config(config, dtype=torch.float32)
-    model.init_weights()
-    return model
+    return from_config(CLIPTextModel, config)
 
 
 def frozen_text_encoder(folder: str) -> Any:

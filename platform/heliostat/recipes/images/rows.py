@@ -62,14 +62,26 @@ def _facts(m: Manifest) -> Facts:
 
 def pixels(content: pa.Table) -> torch.Tensor:
     """Decodes a table's images to fp32 [n, channels, height, width] in [-1, 1]."""
-    images = list(DECODERS.map(decode, content["image"].to_pylist()))
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    images = decoded(content["image"].to_pylist())
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def decoded(images: list[bytes]) -> np.ndarray:
+    """Decodes image files of one size to uint8 [n, height, width, channels]."""
+    return np.stack(list(DECODERS.map(decode, images)))
 
 
 def decode(data: bytes) -> np.ndarray:
     """Decodes an image file to uint8 [height, width, channels]."""
     image = np.asarray(Image.open(io.BytesIO(data)))
     return image if image.ndim == 3 else image[:, :, None]
+
+
+def black(side: int, channels: int) -> bytes:
+    """Makes a square image file without anything in it."""
+    out = io.BytesIO()
+    Image.new("L" if channels == 1 else "RGB", (side, side)).save(out, "PNG")
+    return out.getvalue()
 
 
 def halves(content: pa.Table, column: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -28,10 +28,11 @@ def build(config: Any) -> Any:
     return from_config(transformers.AutoModel, config, **_options(config))
 
 
-def load(key: str, folder: str | Path, **options: Any) -> Any:
-    """Loads the model in a folder without its head; ConfigError if a weight is missing, which would be drawn at random."""
+def load(key: str, folder: str | Path, kind: Any = transformers.AutoModel, **options: Any) -> Any:
+    """Loads the model in a folder without its head; ConfigError if a weight is missing, which would be drawn at random.
+    `kind`: an Auto class, or a class of models."""
     config = options.pop("config", None) or from_folder(key, transformers.AutoConfig, folder)
-    return whole(key, transformers.AutoModel, folder, **{**options, "config": config, **_options(config)})
+    return whole(key, kind, folder, **{**options, "config": config, **_options(config)})
 
 
 def _options(config: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from heliostat import cpu_kernels
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
 from heliostat.recipes import building
-from heliostat.recipes.protocol import Recipe
+from heliostat.recipes.protocol import GUIDE, Recipe
 from heliostat.train.worker import expert_group, matrix_cut, tensor_group, zero_state
 from heliostat.train.worker.engine_config import engine_config
 from heliostat.train.worker.sample_group import SampleGroup
@@ -91,7 +91,9 @@ def build_model(job: Job, recipe: Recipe, config: dict[str, Any], group: StateGr
     """Builds the model with its initial weights, the same on every worker; at stage 3 no worker ever holds all of them."""
     torch.manual_seed(job.train.seed)
     if job.train.zero.stage < 3:
-        return building.build(recipe)
+        model = building.build(recipe)
+        _require_dimensions(model)
+        return model
     importlib.import_module("torch._dynamo")  # its first import fails under zero.Init
     from transformers.integrations import HfDeepSpeedConfig
 
@@ -100,6 +102,15 @@ def build_model(job: Job, recipe: Recipe, config: dict[str, Any], group: StateGr
         model = building.build(recipe)
     del stage
     return model
+
+
+def _require_dimensions(model: torch.nn.Module) -> None:
+    """Raises ConfigError for a parameter that is one number: DeepSpeed sends it to no other worker."""
+    if single := [name for name, p in model.named_parameters() if p.dim() == 0]:
+        raise ConfigError(
+            f"recipe: the model's parameter {single[0]!r} has no dimension, and DeepSpeed sends no such one to workers; "
+            f"give it the shape [1], or make it a buffer if it is not trained ({GUIDE})"
+        )
 
 
 def build_engine(job: Job, recipe: Recipe, sharing: SampleGroup | None = None) -> Any:

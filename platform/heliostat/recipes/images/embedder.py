@@ -1,0 +1,226 @@
+"""Trains an embedder of images and captions contrastively, as CLIP is (Radford et al. 2021, arXiv 2103.00020).
+
+    recipe: heliostat.recipes:ImageEmbedder
+    model: {arch: clip, projection_dim: 64, text_config: {...}, vision_config: {...}, temperature: 0.07}
+    model: {pretrained: /models/clip-vit-base-patch32, ...}    # weights, tokenizer and image processor of a folder
+
+A sample is a square image with a caption (`heliostat.pipelines:ImagePipeline`): a caption asks for its image. What it is trained
+on and scored by: `heliostat.recipes.pairs`; scores of captions that are found by their images have `caption_` before their names.
+The temperature stays what the job says; the export has it as CLIP's `logit_scale`.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from transformers import CLIPModel, CLIPTextConfig, CLIPVisionConfig
+
+from heliostat.config.fields import Count
+from heliostat.config.schema import Float, Strict, nearest
+from heliostat.config.spec import Job
+from heliostat.data.manifest import Manifest
+from heliostat.errors import ConfigError
+from heliostat.recipes import contrastive, tokenizing
+from heliostat.recipes.huggingface import from_config
+from heliostat.recipes.images import clip_processor, rows
+from heliostat.recipes.pairs import SCORES, EmbedsPairs, named, own_keys
+from heliostat.recipes.protocol import Batch, Exports
+from heliostat.recipes.text import checkpointing, encoder, model_config
+from heliostat.recipes.text.model_config import Kind
+from heliostat.text import brief
+
+CLIP = Kind("model of images and texts", ("clip",), "clip")
+PARTS: dict[str, Any] = {"text_config": CLIPTextConfig, "vision_config": CLIPVisionConfig}
+OLD_END = 2  # the end of a text by which CLIP's class takes a folder for one of the first, whose end it did not know
+BACK = "caption_"  # before the names of scores of captions that are found by their images
+
+
+class Clip(CLIPModel):
+    """Has the temperature in a buffer: it is not trained, and DeepSpeed takes no parameter that is one number."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        del self.logit_scale
+        self.register_buffer("logit_scale", torch.tensor(float(config.logit_scale_init_value)))
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Tells transformers to draw the first weights as CLIPModel's: of a class that it does not know it skips some modules."""
+        return False
+
+
+class ImageEmbedderKeys(Strict):
+    """Defines the keys of `model` beside those of its architecture."""
+
+    temperature: Float = Field(0.07, gt=0)
+    """Divides the cosines of the pairs in the loss."""
+    max_tokens: Count | None = None
+    """Tokens of a caption that are seen. Unset: as many as the model takes."""
+
+
+OWN = tuple(ImageEmbedderKeys.model_fields)
+
+
+class ImageEmbedder(EmbedsPairs, Exports):
+    sides = ("caption", "image")  # columns of a row
+    gathered = (*sides, "names")
+    scores = ("loss", *SCORES, *(BACK + name for name in SCORES))
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        self.keys = own_keys(ImageEmbedderKeys, job.model)
+        self.temperature = self.keys.temperature
+        self.pretrained = job.model.get("pretrained")
+
+    @cached_property
+    def config(self) -> Any:
+        """Makes the model's configuration; ConfigError for keys that make no sense."""
+        given = {k: v for k, v in self.job.model.items() if k not in OWN}
+        if self.pretrained:
+            if extra := sorted(given.keys() - {"pretrained"}):
+                raise ConfigError(f"model.{extra[0]}: a pretrained model is as its folder says; remove it")
+            return model_config.read(given, CLIP)
+        _check_parts(given)
+        return model_config.from_keys(given, CLIP)
+
+    @property
+    def max_tokens(self) -> int:
+        return self.keys.max_tokens or self.config.text_config.max_position_embeddings
+
+    def probe(self) -> None:
+        longest = self.config.text_config.max_position_embeddings
+        if not 1 < self.max_tokens <= longest:
+            raise ConfigError(f"model.max_tokens: {self.max_tokens} is not between 2 and the model's {longest}")
+        if self.pretrained:
+            assert self.processor
+
+    def bind(self, sources: list[Manifest]) -> None:
+        self.sources = sources
+        facts = rows.facts(sources, True)
+        if facts.content != "images":
+            raise ConfigError("data.sources: an embedder needs images, and these datasets hold latents")
+        sizes = {(m.meta["size"][0], m.meta["size"][1]) for m in sources}
+        if len(sizes) > 1 or facts.size[0] != facts.size[1]:
+            told = ", ".join(f"{width} x {height}" for width, height in sorted(sizes))
+            raise ConfigError(f"data.sources: the images are {told} pixels, and CLIP takes squares of one size; prepare them "
+                              "without `buckets`")  # fmt: skip
+        self._fit(facts.channels, facts.size[0])
+        if not self.pretrained:
+            given = self.job.model.get("text_config", {}).get("vocab_size")
+            tokenizing.fit_vocabulary(self.config.text_config, "model.text_config.vocab_size", given, self.tokenizer)
+            if self.config.text_config.eos_token_id == OLD_END:
+                raise ConfigError(f"data.sources: the tokenizer ends texts with token {OLD_END}, which CLIP does not read as an "
+                                  "end; prepare them with another tokenizer")  # fmt: skip
+        with torch.device("meta"):
+            self.build()  # what makes no sense is found here
+
+    def _fit(self, channels: int, side: int) -> None:
+        """Gives the configuration what follows from the images; ConfigError if they do not fit what is given."""
+        vision, given = self.config.vision_config, self.job.model.get("vision_config", {})
+        for key, value, what in (("num_channels", channels, "channels"), ("image_size", side, "pixels a side")):
+            if self.pretrained and getattr(vision, key) != value:
+                raise ConfigError(f"model.pretrained: takes {getattr(vision, key)} {what}, and the images have {value}; prepare "
+                                  "them for it (`resolution`, `channels`)")  # fmt: skip
+            if given.get(key, value) != value:
+                raise ConfigError(f"model.vision_config.{key}: {given[key]}, but the images have {value} {what}; remove it")
+            setattr(vision, key, value)
+        patch = vision.patch_size
+        if not isinstance(patch, int) or not 0 < patch <= side or side % patch:
+            raise ConfigError(f"model.vision_config.patch_size: {patch} does not divide the images' {side} pixels")
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Loads the pretrained model's tokenizer, or that of the datasets."""
+        if self.pretrained:
+            return tokenizing.of_folder(self.pretrained)
+        return tokenizing.of_datasets(self.sources, self.max_tokens)
+
+    @cached_property
+    def processor(self) -> Any:
+        """Loads the pretrained model's image processor, or makes one for images of the datasets' size."""
+        if self.pretrained:
+            return clip_processor.of_folder(self.pretrained)
+        vision = self.config.vision_config
+        return clip_processor.of_size(vision.image_size, vision.num_channels)
+
+    def build(self) -> torch.nn.Module:
+        model: Any
+        if self.pretrained and torch.get_default_device().type != "meta":
+            model = encoder.load("model.pretrained", self.pretrained, Clip, config=self.config, dtype=torch.float32)
+        else:
+            try:
+                model = from_config(Clip, self.config)
+            except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as e:
+                raise ConfigError(f"model: {brief(e)}") from e
+        model.logit_scale.fill_(-math.log(self.temperature))
+        if self.job.train.activation_checkpointing:
+            checkpointing.use(model, True, False)
+        return model.train()
+
+    def exact(self, model: torch.nn.Module) -> list[str]:
+        return ["logit_scale"]
+
+    # training --------------------------------------------------------------------------------------------------------
+
+    def batch(self, content: Any, keys: np.ndarray) -> Batch:
+        captions = [text or "" for text in content["caption"].to_pylist()]  # a bad held-out row has None
+        images = [image or self._nothing for image in content["image"].to_pylist()]
+        found = tokenizing.tokens(self.tokenizer, captions, self.max_tokens)
+        pixels = clip_processor.normalised(self.processor, rows.decoded(images))
+        names, cut = named([captions, images]), torch.from_numpy(found.cut).long()
+        return {"input_ids": found.ids, "attention_mask": found.mask, "pixel_values": pixels, "names": names, "cut": cut}
+
+    @cached_property
+    def _nothing(self) -> bytes:
+        """Makes the image that stands for a bad one, which scores nothing."""
+        vision = self.config.vision_config
+        return rows.black(vision.image_size, vision.num_channels)
+
+    def represent(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        out = model(**{name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")})
+        sides = {"caption": out.text_embeds, "image": out.image_embeds}
+        embedded = {side: F.normalize(vectors.float(), dim=-1) for side, vectors in sides.items()}
+        return {**embedded, "names": batch["names"], "cut": batch["cut"]}
+
+    def measure(self, arrays: dict[str, np.ndarray]) -> dict[str, float]:
+        back = contrastive.recall(contrastive.ranks(arrays["image"], arrays["caption"], arrays["names"][:, ::-1]))
+        return {**super().measure(arrays), **{BACK + name: value for name, value in back.items()}}
+
+    # for people, and the export --------------------------------------------------------------------------------------
+
+    def describe(self, content: Any) -> str:
+        row = content.select(["id", "caption"]).to_pylist()[0]
+        return f"{row['caption']} ({row['id']})"
+
+    def save_config(self, folder: Path) -> None:
+        config = type(self.config).from_dict(self.config.to_dict())
+        config.architectures = [encoder.model_class(config).__name__]
+        config.logit_scale_init_value = -math.log(self.temperature)
+        config.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+    def load(self, folder: Path) -> torch.nn.Module:
+        return encoder.load("model", folder)
+
+    @staticmethod
+    def exported(folder: Path, model: dict[str, Any]) -> dict[str, Any]:
+        return {"pretrained": str(folder), **{key: model[key] for key in OWN if key in model}}
+
+
+def _check_parts(given: dict[str, Any]) -> None:
+    """Raises ConfigError for a key of a part's configuration that there is not."""
+    for name, kind in PARTS.items():
+        if not isinstance(part := given.get(name, {}), dict):
+            raise ConfigError(f"model.{name}: {brief(part)} must be keys and values of {kind.__name__}")
+        known = {*kind.__dataclass_fields__, *kind.attribute_map}
+        for key in part:
+            if key not in known:
+                raise ConfigError(f"model.{name}.{key}: unknown key of {kind.__name__}{nearest(key, sorted(known))}")

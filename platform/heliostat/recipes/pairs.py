@@ -1,0 +1,94 @@
+"""Trains embedders on pairs of what belongs together, contrastively: what those of texts and of images have in common.
+
+All other pairs of a step are a pair's negatives, on whichever worker they are (`CouplesSamples`), but for those that share one of
+its sides (`contrastive`).
+
+Held-out scores: the loss of all held-out pairs against each other, recall at 1, 5 and 10, and the mean reciprocal rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import xxhash
+from pydantic import ValidationError
+
+from heliostat.config.schema import Strict, explain
+from heliostat.config.spec import Job
+from heliostat.errors import ConfigError
+from heliostat.recipes.protocol import CouplesSamples, Evaluates, Loss, Part
+
+if TYPE_CHECKING:
+    import torch
+
+    from heliostat.recipes.protocol import Batch
+
+Keys = TypeVar("Keys", bound=Strict)
+SCORES = ("recall_at_1", "recall_at_5", "recall_at_10", "mrr")
+
+
+class EmbedsPairs(CouplesSamples, Evaluates):
+    """Represents each sample as two embeddings of length 1, by the names of its `sides`: what asks, and what it is to find.
+
+    Beside them `represent` gives `names`, int64 [batch, 2], by which equal sides are known, and `cut`: where a text was too long.
+    """
+
+    kind = "rows"
+    sides: tuple[str, str]
+    temperature: float  # divides the cosines of the pairs in the loss
+    scores = ("loss", *SCORES)
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        if job.data.sequence_length:
+            raise ConfigError("data.sequence_length: rows have none; remove it, and set model.max_tokens")
+        if job.train.global_batch < 2:
+            raise ConfigError("train.global_batch: 1 pair has no other to be told from; give 2 or more")
+        if "init" in job.model:
+            raise ConfigError("model.init: is of language models; remove it")
+
+    def couple(self, found: dict[str, torch.Tensor]) -> Loss:
+        from heliostat.recipes.contrastive import contrast
+
+        asking, asked = self.sides
+        made = contrast(found[asking], found[asked], found["names"], self.temperature)
+        parts = {"accuracy": made.right / len(found["names"]), "masked": made.masked, "cut": found["cut"].float().mean()}
+        return Loss(made.loss, {name: Part(value) for name, value in parts.items()})
+
+    def evaluate(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        found = self.represent(model, batch)
+        return {name: found[name] for name in self.gathered}
+
+    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        return {}
+
+    def measure(self, arrays: dict[str, np.ndarray]) -> dict[str, float]:
+        import torch
+
+        from heliostat.recipes import contrastive
+
+        asking, asked, names = (arrays[name] for name in (*self.sides, "names"))
+        told = contrastive.contrast(*(torch.from_numpy(a) for a in (asking, asked, names)), self.temperature)
+        return {"loss": float(told.loss) / len(names), **contrastive.recall(contrastive.ranks(asking, asked, names))}
+
+
+def own_keys(kind: type[Keys], model: dict[str, Any]) -> Keys:
+    """Reads the keys of a job's `model` that are no architecture's; ConfigError for wrong values."""
+    try:
+        return kind.model_validate({k: v for k, v in model.items() if k in kind.model_fields})
+    except ValidationError as e:
+        raise ConfigError("\n  ".join(f"model.{line}" for line in explain(e, kind))) from e
+
+
+def named(sides: Sequence[Sequence[str | bytes]]) -> torch.Tensor:
+    """Makes the `names` of samples from what their two sides are, texts or bytes: numbers by which equal ones are known."""
+    import torch
+
+    return torch.tensor([[_number(value) for value in side] for side in sides]).T.contiguous()
+
+
+def _number(value: str | bytes) -> int:
+    data = value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value
+    return xxhash.xxh64_intdigest(data) - (1 << 63)

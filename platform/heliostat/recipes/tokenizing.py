@@ -1,0 +1,91 @@
+"""Makes the tokens of texts that an embedder sees, with the tokenizer of the datasets or of a folder."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from heliostat.data.manifest import Manifest
+from heliostat.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def of_datasets(sources: list[Manifest], longest: int) -> Any:
+    """Loads the tokenizer of datasets, which puts the end of a document behind each text; ConfigError if they have not one."""
+    from transformers import PreTrainedTokenizerFast
+
+    require_one(sources)
+    raw, end = _raw(sources[0])
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=end, pad_token=end, model_max_length=longest)
+
+
+def require_one(sources: list[Manifest]) -> None:
+    """Raises ConfigError unless the datasets have one tokenizer."""
+    if len({source.meta.get("tokenizer") for source in sources}) > 1:
+        raise ConfigError("data.sources: the datasets were made with different tokenizers; prepare them with one")
+    if "tokenizer" not in sources[0].meta:
+        raise ConfigError(f"data.sources: {sources[0].location} has no tokenizer, and the model none of its own; give the "
+                          "pipeline a `tokenizer`, or take model.pretrained")  # fmt: skip
+
+
+def _raw(source: Manifest) -> tuple[Any, str]:
+    from tokenizers import Tokenizer, processors
+
+    made = source.file("tokenizer.json")
+    try:
+        definition = made.read()
+    except FileNotFoundError as e:
+        raise DataError(f"{made}: is not there; prepare the dataset again") from e
+    if hashlib.sha256(definition).hexdigest() != source.fact("tokenizer"):
+        raise ConfigError(f"{made}: is not the tokenizer of the dataset")
+    raw, number = Tokenizer.from_str(definition.decode()), source.fact("end_of_document")
+    if (end := raw.id_to_token(number)) is None:
+        raise ConfigError(f"{made}: has no token {number}, which ends documents there; prepare the dataset again")
+    raw.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, number)])
+    return raw, end
+
+
+def of_folder(folder: str) -> Any:
+    """Loads the tokenizer of a pretrained model; it pads with its end if it has nothing of its own for that."""
+    from transformers import AutoTokenizer
+
+    from heliostat.recipes.pretrained import from_folder
+
+    found = from_folder("model.pretrained", AutoTokenizer, folder)
+    if found.pad_token_id is None:
+        found.pad_token = found.eos_token
+    return found
+
+
+def fit_vocabulary(config: Any, key: str, given: int | None, tokenizer: Any) -> None:
+    """Gives a configuration of text the tokenizer's size and special tokens; ConfigError if `given`, from the job's `key`, is
+    too small for them."""
+    size = len(tokenizer)
+    if given is not None and given < size:
+        raise ConfigError(f"{key}: {given} is below the tokenizer's {size}")
+    config.vocab_size = given or -(-size // 64) * 64  # a multiple that matrix units like
+    config.pad_token_id = tokenizer.pad_token_id
+    config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
+
+
+class Tokens(NamedTuple):
+    """Holds texts as tokens, both int64 [texts, length], and where (bool [texts]) not all of a text is seen."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    cut: np.ndarray
+
+
+def tokens(tokenizer: Any, texts: list[str], longest: int) -> Tokens:
+    """Makes the tokens of texts, padded; of one that is longer than is seen, the first and the end behind them."""
+    from heliostat.recipes.batches import pad
+
+    whole, fill = tokenizer(texts, verbose=False)["input_ids"], tokenizer.pad_token_id
+    cut = np.array([len(row) > longest for row in whole])
+    rows = tokenizer(texts, truncation=True, max_length=longest)["input_ids"] if cut.any() else whole
+    padded = pad([row or [fill] for row in rows], fill, longest)
+    return Tokens(padded.values, padded.mask.long(), cut)
