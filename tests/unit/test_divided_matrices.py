@@ -120,5 +120,10 @@ def test_the_plan_knows_what_a_worker_has_of_each_matrix():
     rows, columns = half.model.added()
     assert (rows, columns) == (2 * 2 * 32, 2 * 5 * 32)
     assert mine["communication"]["bytes_per_step"] > 0 and {one.stage for one in layouts.candidates(half.job, 4)} == {1, 2}
+    two_nodes = job(**{**four, "workers.count": 16}, **{"train.parallel": {"tensor": 2}, "train.global_batch": 16})
+    moved = planner.planners(two_nodes, CausalLM(two_nodes), None, "H100", hardware.table())[-1]._traffic(
+        layouts.of(two_nodes), 1
+    )
+    assert moved.between_nodes(8) == 2 * moved.around > 0 == moved.between_nodes(16)  # a ring for each part leaves a node
     index, _ = dryrun.checkpoint_index(half.job, half.model, dryrun._owned(half.job, half.model))  # every element once
     assert index["format"] == 5 and index["tensors"]["master.model.layers.0.mlp.down_proj.weight"]["columns"] == [2, 64]

@@ -132,6 +132,8 @@ class Planner:
         experts = sum(math.prod(self.model.shapes[name]) for name in self.model.stacked) if parts > 1 else 0
         parameters = sum(map(math.prod, self.shapes.values())) - experts
         rest = traffic.of(train.zero, layout.stage, parameters, low, summed, self.alike, accumulation)
+        if self.tensor > 1:  # one ring for each part, over as many nodes as all workers
+            rest = replace(rest, workers=self.workers, rings=min(self.tensor, self.device.per_node))
         return rest + traffic.volume(experts // parts, low, self.workers // parts, layout.stage, accumulation)
 
     @property

@@ -7,7 +7,7 @@ that one as large as a node, or a part of it, is in one node.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from heliostat.config.train_section import Zero
 from heliostat.plan.hardware import Device
@@ -17,39 +17,40 @@ EIGHT_BITS = 1  # bytes; the scales beside them, 4 bytes for thousands, are left
 
 @dataclass(frozen=True)
 class Traffic:
-    """Holds the bytes that each worker sends in a step: in a ring of all `workers`; inside of its `group`; and across groups,
-    once, before the optimizer's step."""
+    """Holds the bytes that each worker sends in a step: in a ring of all `workers`, or one of so many `rings` that leave a node
+    together where workers divide matrices; inside of its `group`; and across groups, once, before the optimizer's step."""
 
     around: int
     workers: int
     inside: int = 0
     across: int = 0
     group: int = 1
+    rings: int = 1
 
     @property
     def total(self) -> int:
         return self.around + self.inside + self.across
 
     def __add__(self, other: int) -> Traffic:
-        return Traffic(self.around + other, self.workers, self.inside, self.across, self.group)
+        return replace(self, around=self.around + other)
 
     def between_nodes(self, per_node: int) -> int:
         """Computes the bytes that each node sends to others: a ring leaves it once."""
         if self.workers <= per_node:
             return 0
-        return self.around + (self.inside if self.group > per_node else 0) + self.across * min(self.group, per_node)
+        return self.around * self.rings + (self.inside if self.group > per_node else 0) + self.across * min(self.group, per_node)
 
     def seconds(self, device: Device) -> tuple[float, float]:
         """Estimates the seconds of what travels beside the passes, and of what travels after them, at the links' peak rates."""
-        beside = self.around / rate(self.workers, device) + self.inside / rate(self.group, device)
+        beside = self.around / rate(self.workers, device, self.rings) + self.inside / rate(self.group, device)
         if self.workers <= device.per_node:
             return beside, self.across / device.link
         return beside, self.across / min(device.link, device.network / min(self.group, device.per_node))
 
 
-def rate(workers: int, device: Device) -> float:
-    """Returns the peak rate between so many workers, on one node if they fit there."""
-    return device.link if workers <= device.per_node else min(device.link, device.network)
+def rate(workers: int, device: Device, rings: int = 1) -> float:
+    """Returns the peak rate between so many workers, on one node if they fit there; between nodes, of each of so many rings."""
+    return device.link if workers <= device.per_node else min(device.link, device.network / rings)
 
 
 def volume(numel: int, low: int, workers: int, stage: int, accumulation: int) -> int:
