@@ -33,7 +33,7 @@ def job(model: dict[str, Any], length: int = 64, micro: int = 2, batch: int = 4,
     """A job of one worker on this device; its learning rate makes a tiny model learn within a few steps."""
     base = {"model": model, "data.sequence_length": length, "workers": {"count": 1, "gpus": int(GPU)}, "train.steps": 1000}
     base |= {"train.global_batch": batch, "train.micro_batch": micro, "train.optimizer.lr": 3e-3, "train.precision": "fp32"}
-    return build_job(**(base | changes))
+    return build_job(**(base | {key: value for key, value in changes.items() if value is not None}))
 
 
 def recipe(made: Any, **attributes: Any) -> Any:
