@@ -35,8 +35,11 @@ test-ci: .venv/.installed  ## what `make test` leaves to CI: the grids of stage,
 test-slow: .venv/.installed  ## chaos, several hosts made of network namespaces (as root), MLflow in a browser, sweeps: half an hour and more
 	$(BIN)/python -m pytest tests/integration -m slow
 
-bench: .venv/.installed  ## the benchmarks behind docs/benchmarks/, one after another (hours)
-	for b in tests/benchmarks/*.py; do $(BIN)/python $$b || exit 1; done
+# which want a model, an index or a corpus to be named
+WITH_INPUT := curation_corpus curation_stages dry_run infer infer_chaos retrieval
+
+bench: .venv/.installed  ## the benchmarks behind docs/benchmarks/ that want no input, one after another (hours)
+	for b in $(filter-out $(WITH_INPUT:%=tests/benchmarks/%.py),$(wildcard tests/benchmarks/*.py)); do $(BIN)/python $$b || exit 1; done
 
 docs: .venv/.installed  ## the documentation as a site, build/docs/site; warnings, and whatever it would fetch from elsewhere, are errors
 	$(BIN)/python -m docs.site.build

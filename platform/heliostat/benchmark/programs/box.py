@@ -85,7 +85,7 @@ def run(program: str, tests: str, limits: Limits = Limits()) -> Outcome:
 
 
 def _python() -> dict[str, Any]:
-    """Names the files that Python runs from: not those of a virtual environment, nor what is installed there."""
+    """Lists the files that Python runs from: not those of a virtual environment, nor what is installed there."""
     own = (str(Path(prefix) / "lib") for prefix in (sys.base_prefix, sys.base_exec_prefix))
     libraries = [place for place in dict.fromkeys((*LIBRARIES, *own)) if Path(place).is_dir()]
     return {"libraries": libraries, "executable": os.path.realpath(sys.executable)}
