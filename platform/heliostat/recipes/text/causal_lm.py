@@ -112,58 +112,9 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         return found
 
     def probe(self) -> None:
-        self._require_kernels()
-        self._require_room_makers()
-        if self.plain is None:
-            initial.probe(self)
-        if self.document_mask:
-            from heliostat.recipes.text import packing
+        from heliostat.recipes.text import probing
 
-            packing.require_apart(self)
-        if self.pretrained:
-            self._require_weights()
-        if self.plain is None:
-            expert_keys.require(self)
-            router_loss.probe(self, self.unbalanced)
-        if self.job.train.parallel.expert > 1:
-            self.require_divided(self.job.train.parallel.expert)
-        if self.job.train.parallel.tensor > 1:
-            self.require_matrices_divided(self.job.train.parallel.tensor)
-        if self.tiled:
-            from heliostat.recipes.text import tiled_loss
-
-            tiled_loss.require(self)
-        if self.job.train.parallel.sequence > 1:
-            self.require_cut(self.job.train.parallel.sequence)
-
-    def _require_room_makers(self) -> None:
-        """Raises ConfigError if the model cannot have its MLPs in tiles, or its activations checkpointed as the job says."""
-        if self.tiled_mlp:
-            from heliostat.recipes.text import tiled_mlp
-
-            tiled_mlp.require(self)
-        if self.checkpointing and (self.offload or self.checkpointing is not True):
-            from heliostat.recipes.text import checkpointing
-
-            checkpointing.require(self)
-
-    def _require_kernels(self) -> None:
-        """Raises ConfigError if the model cannot be computed by the kernels that the job names."""
-        if self.attention:
-            from heliostat.recipes.text import attention
-
-            attention.require(self)
-        if self.fp8:
-            from heliostat.recipes.text import float8
-
-            float8.require(self)
-        if self.job.train.compile == "blocks":
-            import torch
-
-            with torch.device("meta"):
-                if not self.blocks(self.plainly().build()):
-                    kind = self.config.model_type
-                    raise ConfigError(f"train.compile: blocks: transformers does not tell the layers of {kind!r}; set it to true")
+        probing.probe(self)
 
     def blocks(self, model: torch.nn.Module) -> list[torch.nn.Module]:
         from heliostat.recipes.text import checkpointing
@@ -174,17 +125,6 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         from heliostat.recipes.text import cutting
 
         cutting.require(self, parts)
-
-    def _require_weights(self) -> None:
-        """Raises ConfigError if the job's keys change which weights the pretrained model has."""
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        from heliostat.recipes.text import model_config, overrides
-
-        if given := model_config.changed(self.job.model):
-            with torch.device("meta"):
-                overrides.require_same_weights(model_config.read(self.job.model), given, AutoModelForCausalLM.from_config)
 
     def require_divided(self, parts: int) -> None:
         from heliostat.recipes.text import expert_keys
@@ -383,32 +323,9 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=end, eos_token=end, model_max_length=self.length)
 
     def save_config(self, folder: Path) -> None:
-        from transformers import AutoTokenizer
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        from heliostat.recipes.text import exporting
 
-        from heliostat.recipes.pretrained import from_folder
-        from heliostat.recipes.text import infilling, vocabulary
-
-        config = type(self.config).from_dict(self.config.to_dict())
-        config.use_cache = True
-        config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
-        config.save_pretrained(folder)
-        self._generation(config).save_pretrained(folder)
-        if self.pretrained:
-            from_folder("model.pretrained", AutoTokenizer, self.pretrained).save_pretrained(folder)
-            (folder / "tokenizer.json").write_bytes(vocabulary.of_folder(Path(self.pretrained)))  # as it is, not as it is read
-        else:
-            self.tokenizer().save_pretrained(folder)
-        infilling.write(folder, self.sources)
-
-    def _generation(self, config: Any) -> Any:
-        """Returns how the exported model generates by default, and where it stops: as the pretrained folder or its config
-        says."""
-        from transformers import GenerationConfig
-
-        if self.pretrained and (Path(self.pretrained) / "generation_config.json").is_file():
-            return GenerationConfig.from_pretrained(self.pretrained)
-        return GenerationConfig.from_model_config(config)
+        exporting.write(self, folder)
 
     @cached_property
     def prompts(self) -> tuple[str, ...]:  # type: ignore[override]

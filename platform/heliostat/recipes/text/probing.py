@@ -1,0 +1,85 @@
+"""Tries, before a run begins, whether a language model can be computed as its job says; a ConfigError names the key if not.
+
+Most jobs are tried without torch, whose import takes seconds: each trial imports what it needs itself.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from heliostat.errors import ConfigError
+from heliostat.recipes.text import expert_keys, initial, router_loss
+
+if TYPE_CHECKING:
+    from heliostat.recipes.text.causal_lm import CausalLM
+
+
+def probe(recipe: CausalLM) -> None:
+    """Tries kernels, what saves memory, weights, packing, experts and layouts, as far as the job asks for each."""
+    configured, parallel = recipe.plain is None, recipe.job.train.parallel
+    _require_kernels(recipe)
+    _require_memory_savers(recipe)
+    if configured:
+        initial.probe(recipe)
+    if recipe.document_mask:
+        from heliostat.recipes.text import packing
+
+        packing.require_apart(recipe)
+    if recipe.pretrained:
+        _require_weights(recipe)
+    if configured:
+        expert_keys.require(recipe)
+        router_loss.probe(recipe, recipe.unbalanced)
+    if parallel.expert > 1:
+        recipe.require_divided(parallel.expert)
+    if parallel.tensor > 1:
+        recipe.require_matrices_divided(parallel.tensor)
+    if recipe.tiled:
+        from heliostat.recipes.text import tiled_loss
+
+        tiled_loss.require(recipe)
+    if parallel.sequence > 1:
+        recipe.require_cut(parallel.sequence)
+
+
+def _require_memory_savers(recipe: CausalLM) -> None:
+    """Raises ConfigError if the model cannot have its MLPs in tiles, or its activations checkpointed as the job says."""
+    if recipe.tiled_mlp:
+        from heliostat.recipes.text import tiled_mlp
+
+        tiled_mlp.require(recipe)
+    if recipe.checkpointing and (recipe.offload or recipe.checkpointing is not True):
+        from heliostat.recipes.text import checkpointing
+
+        checkpointing.require(recipe)
+
+
+def _require_kernels(recipe: CausalLM) -> None:
+    """Raises ConfigError if the model cannot be computed by the kernels that the job names."""
+    if recipe.attention:
+        from heliostat.recipes.text import attention
+
+        attention.require(recipe)
+    if recipe.fp8:
+        from heliostat.recipes.text import float8
+
+        float8.require(recipe)
+    if recipe.job.train.compile == "blocks":
+        import torch
+
+        with torch.device("meta"):
+            if not recipe.blocks(recipe.plainly().build()):
+                kind = recipe.config.model_type
+                raise ConfigError(f"train.compile: blocks: transformers does not tell the layers of {kind!r}; set it to true")
+
+
+def _require_weights(recipe: CausalLM) -> None:
+    """Raises ConfigError if the job's keys change which weights the pretrained model has."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from heliostat.recipes.text import model_config, overrides
+
+    if given := model_config.changed(recipe.job.model):
+        with torch.device("meta"):
+            overrides.require_same_weights(model_config.read(recipe.job.model), given, AutoModelForCausalLM.from_config)
