@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import random
 import subprocess
@@ -79,7 +80,7 @@ def write(path: Path, size: int) -> None:
     rng = random.Random(0)
     letters = "eeeeetttaaaooiinnsshrrdlucmfwygpbvk"
     vocabulary = ["".join(rng.choices(letters, k=rng.randrange(1, 11))) for _ in range(30_000)]
-    weights = [1 / (i + 10) for i in range(len(vocabulary))]
+    weights = list(itertools.accumulate(1 / (i + 10) for i in range(len(vocabulary))))
     written, recent, part = 0, list[str](), path.with_suffix(".part")
     with part.open("w") as f:
         while written < size:
@@ -89,7 +90,7 @@ def write(path: Path, size: int) -> None:
             elif recent and kind < 0.19:
                 text = rng.choice(recent)
             else:
-                text = " ".join(rng.choices(vocabulary, weights, k=rng.randrange(40, 900)))
+                text = " ".join(rng.choices(vocabulary, cum_weights=weights, k=rng.randrange(40, 900)))
                 recent = [*recent[-500:], text]
             written += f.write(json.dumps({"text": text}) + "\n")
     part.rename(path)
