@@ -6,38 +6,26 @@ The loop's own worker plays real steps of real data on ranks without Ray, as `he
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 from heliostat.config.spec import Job
-from heliostat.data.dataset import plan
-from heliostat.data.manifest import read as read_manifest
-from heliostat.numerics import play
-from heliostat.recipes.loading import load
-from heliostat.runs import segments
 from heliostat.runs.verify import verify
 from heliostat.storage import Location
 from heliostat.train.run import train
-from heliostat.train.worker import zero_state
-from heliostat.train.worker.evaluation import HeldOut
-from safetensors.torch import load_file, save_file
 
 from tests.golden import data
-from tests.integration import ranks, selection
+from tests.integration import layouts, ranks, selection
 from tests.integration.conftest import curve
 from tests.integration.reference import plain_losses
-from tests.unit.build_job import BASE, job
+from tests.unit.build_job import BASE
 
-STEPS, SAVED = 4, 2
-GROUPS = (1, 2, 4)
 TILE = 7  # tokens of an MLP's tile: a worker's stretch has several
-LAYOUTS = ((1, 1), (2, 2), (4, 2), (4, 4))  # workers, and how many share a sample; the model has 2 heads of keys
+SHAPES = ((1, 1), (2, 2), (4, 2), (4, 4))  # workers, and how many share a sample; the model has 2 heads of keys
 
 
 @dataclass(frozen=True)
@@ -51,7 +39,7 @@ class Case:
         return f"zero{self.stage}-{self.workers}-by-{self.sequence}{self.extra and '-' + self.extra}"
 
 
-PLAIN = [Case(stage, *layout) for stage in range(4) for layout in LAYOUTS]
+PLAIN = [Case(stage, *layout) for stage in range(4) for layout in SHAPES]
 EXTRAS: dict[str, dict[str, Any]] = {
     "checkpointed": {"train.activation_checkpointing": True},
     "offloaded": {"train.activation_checkpointing": True, "train.activation_offload": True},
@@ -73,85 +61,37 @@ FEW = ALONE, Case(2, 2, 2), Case(3, 2, 2, "all")
 
 
 def _job(case: Case, folder: Path) -> Job:
-    changes: dict[str, Any] = {"name": str(case), "storage": str(folder), "data.sources": [{"path": str(folder / "causal_lm")}]}
-    changes |= {"workers.count": case.workers, "train.parallel": {"sequence": case.sequence}, "train.zero.stage": case.stage}
-    changes |= {"train.precision": "fp32", "train.steps": STEPS, "train.global_batch": 4, "train.micro_batch": 1, "data.lanes": 4}
-    changes |= {"train.grad_clip": 0.5, "train.optimizer.lr": 3e-3, "train.optimizer.eps": 1e-4, "data.window": 64}
-    changes |= {"data.document_mask": case.extra == "documents", "evaluate": {"every": 2, "samples": 6, "fraction": 0.1}}
+    changes: dict[str, Any] = {"workers.count": case.workers, "train.parallel": {"sequence": case.sequence}}
+    changes |= {"train.zero.stage": case.stage, "data.document_mask": case.extra == "documents"}
     changes |= {"model": {**BASE["model"], "vocab_size": 96}, **EXTRAS.get(case.extra, {})}
     changes["train.deepspeed"] = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-    return job(**changes)
+    return layouts.described(case, folder, batch=4, **changes)
 
 
-def _player(case: Case, folder: Path) -> play.Player:
-    made = _job(case, folder)
-    data_plan = plan(made, [read_manifest(location) for location in made.sources])
-    if dist.get_rank() == 0:
-        segments.begin(made.run_folder, data_plan, 0)
-    recipe: Any = load(made, [read_manifest(location) for location in made.sources])
+def _tiled(recipe: Any) -> None:
     recipe.tile = TILE
-    return play.Player(made, data_plan, recipe)
-
-
-def _scores(player: play.Player) -> dict[str, float]:
-    held = HeldOut(player.job, player.dataset, player.recipe, player.sharing)
-    player.engine.eval()
-    found = held.scores(player.engine, player.device, player.control, lambda: None)
-    player.engine.train()
-    return found
-
-
-def _begin(case: Case, player: play.Player, folder: Path) -> dict[str, Any]:
-    """Trains to the end, saving on the way."""
-    losses = player.losses(0, SAVED)
-    held = play.state(player.engine)
-    player.save(SAVED)
-    if player.rank == 0:
-        save_file(held, folder / f"{case}.safetensors")
-    losses += player.losses(SAVED, STEPS)
-    told = {"losses": losses, "norms": list(player.stepper.norms), "scores": _scores(player), "chain": player.unsealed.chain}
-    if player.rank == 0:
-        (folder / f"{case}.json").write_text(json.dumps(told))
-    return told
-
-
-def _go_on(saved: Case, player: play.Player, folder: Path) -> dict[str, Any]:
-    """Loads what another layout saved into an engine of NaN, and trains to the end."""
-    for shard in zero_state.state(player.engine, whole=True).values():
-        (shard.local if isinstance(shard, zero_state.FlatShard) else shard).fill_(float("nan"))
-    player.load(_job(saved, folder).run_folder, SAVED)
-    expected, found = load_file(folder / f"{saved}.safetensors"), play.state(player.engine)
-    unequal = sorted(expected.keys() ^ found.keys()) + [n for n in expected if not torch.equal(expected[n], found[n])]
-    losses = player.losses(SAVED, STEPS)
-    unbroken = json.loads((folder / f"{saved}.json").read_text())
-    return {
-        "unequal": unequal,
-        "losses": losses,
-        "unbroken": unbroken["losses"][SAVED:],
-        "chain": player.unsealed.chain == unbroken["chain"],
-    }
 
 
 def _others(case: Case) -> list[Case]:
     """What a case goes on from: another layout, at another stage; each layout is loaded by one other."""
     if case.extra:
         return []
-    at = LAYOUTS.index((case.workers, case.sequence))
-    return [Case(3 - case.stage, *LAYOUTS[(at + 1) % len(LAYOUTS)])]
+    at = SHAPES.index((case.workers, case.sequence))
+    return [Case(3 - case.stage, *SHAPES[(at + 1) % len(SHAPES)])]
 
 
-def layouts(group: Any, everyone: Any, folder: str, *names: str) -> Iterator[dict[str, Any]]:
+def played_in_ranks(group: Any, everyone: Any, folder: str, *names: str) -> Iterator[dict[str, Any]]:
     """In every rank: trains each of these layouts of this number of workers, then goes on from what the others have saved."""
     mine = [case for case in CASES if str(case) in names and case.workers == dist.get_world_size()]
-    players = {case: _player(case, Path(folder)) for case in mine}
+    players = {case: layouts.player(_job(case, Path(folder)), _tiled) for case in mine}
     for case, player in players.items():
-        told = _begin(case, player, Path(folder))
+        told = layouts.begin(player, Path(folder))
         if player.rank == 0:
             yield {"case": str(case), **told}
     everyone.wait(ranks.DEADLINE_S)
     for case, player in players.items():
         for saved in (other for other in _others(case) if str(other) in names):
-            told = _go_on(saved, player, Path(folder))
+            told = layouts.go_on(player, _job(saved, Path(folder)), Path(folder))
             if player.rank == 0:
                 yield {"saved": str(saved), "loaded": str(case), **told}
 
@@ -162,7 +102,7 @@ def played(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     data.build(folder)
     loaded = selection.asked(request, "loaded")
     needed = [ALONE, APART, *selection.asked(request, "case"), *loaded, *(saved for case in loaded for saved in _others(case))]
-    return ranks.run(f"{__name__}:layouts", GROUPS, str(folder), *dict.fromkeys(map(str, needed)), deadline_s=480)
+    return ranks.run(f"{__name__}:played_in_ranks", layouts.GROUPS, str(folder), *dict.fromkeys(map(str, needed)), deadline_s=480)
 
 
 @pytest.mark.parametrize("case", selection.kept(CASES, *FEW), ids=str)

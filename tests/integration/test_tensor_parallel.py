@@ -7,7 +7,6 @@ The loop's own worker plays real steps of real data on ranks without Ray, as `he
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,26 +19,17 @@ import torch.distributed as dist
 from heliostat.checkpoint import flat_copy
 from heliostat.checkpoint.agreement import together
 from heliostat.config.spec import Job
-from heliostat.data.dataset import plan
-from heliostat.data.manifest import read as read_manifest
 from heliostat.numerics import play
-from heliostat.recipes.loading import load
-from heliostat.runs import segments
 from heliostat.runs.verify import verify
 from heliostat.storage import Location
 from heliostat.train.run import train
 from heliostat.train.worker import deepspeed_engine, division, zero_state
-from heliostat.train.worker.evaluation import HeldOut
-from safetensors.torch import load_file, save_file
 
 from tests.golden import data
-from tests.integration import ranks, selection
+from tests.integration import layouts, ranks, selection
 from tests.integration.conftest import curve
 from tests.integration.reference import plain_losses
-from tests.unit.build_job import job
 
-STEPS, SAVED = 4, 2
-GROUPS = (1, 2, 4)
 MODELS = {"llama": {}, "qwen3": {"num_key_value_heads": 4, "head_dim": 8}, "gpt_neox": {"num_key_value_heads": None}}
 
 
@@ -73,25 +63,17 @@ def _first(case: Case) -> Case:
 
 
 def _job(case: Case, folder: Path) -> Job:
-    changes: dict[str, Any] = {"name": str(case).replace("_", "-"), "storage": str(folder), "data.window": 64, "data.lanes": 4}
-    changes |= {"data.sources": [{"path": str(folder / "causal_lm")}], "model.arch": case.arch}
-    changes |= {f"model.{key}": value for key, value in MODELS[case.arch].items()}
-    changes |= {"workers.count": case.workers, "train.parallel": {"tensor": case.tensor}, "train.zero.stage": case.stage}
-    changes |= {"train.precision": case.precision, "train.steps": STEPS, "train.global_batch": 8, "train.micro_batch": 1}
-    changes |= {"train.grad_clip": 0.5, "train.optimizer.lr": 3e-3, "train.optimizer.eps": 1e-4}
-    changes |= {"evaluate": {"every": 2, "samples": 6, "fraction": 0.1}, "data.document_mask": case.thrifty}
+    changes: dict[str, Any] = {f"model.{key}": value for key, value in MODELS[case.arch].items()}
+    changes |= {"model.arch": case.arch, "workers.count": case.workers, "train.parallel": {"tensor": case.tensor}}
+    changes |= {"train.zero.stage": case.stage, "train.precision": case.precision, "data.document_mask": case.thrifty}
     changes |= {"train.tiled_loss": case.thrifty, "train.activation_checkpointing": case.thrifty}
-    return job(**changes)
+    return layouts.described(case, folder, **changes)
 
 
 @contextmanager
 def _played(case: Case, folder: Path) -> Iterator[play.Player]:
     """A worker of a layout; behind it DeepSpeed has forgotten the groups that it had, as between attempts."""
-    made = _job(case, folder)
-    data_plan = plan(made, [read_manifest(location) for location in made.sources])
-    if dist.get_rank() == 0:
-        segments.begin(made.run_folder, data_plan, 0)
-    yield play.Player(made, data_plan, load(made, [read_manifest(location) for location in made.sources]))
+    yield layouts.player(_job(case, folder))
     deepspeed_engine.destroy_engines()
     deepspeed_engine.forget_groups()
 
@@ -123,52 +105,27 @@ def _not_in_memory(player: play.Player) -> list[str]:
     return [r.name for r in wanted if not torch.equal(*(b[r.offset : r.offset + r.size] for b in (found, right)))]
 
 
-def _begin(case: Case, player: play.Player, folder: Path) -> dict[str, Any]:
-    """Trains to the end, saving on the way."""
-    losses = player.losses(0, SAVED)
-    held = play.state(player.engine)
-    player.save(SAVED)
-    if player.rank == 0:
-        save_file(held, folder / f"{case}.safetensors")
-    losses += player.losses(SAVED, STEPS)
-    player.engine.eval()
-    held_out = HeldOut(player.job, player.dataset, player.recipe, player.sharing)
-    scores = held_out.scores(player.engine, player.device, player.control, lambda: None)
-    player.engine.train()
-    told = {"losses": losses, "norms": list(player.stepper.norms), "scores": scores, "chain": player.unsealed.chain}
-    told["drifted"] = _drifted(player) if case.stage < 3 else []
+def _kept(player: play.Player) -> dict[str, Any]:
     lost = _not_in_memory(player)
-    told["lost"] = [name for names in together(player.control, lambda: lost) for name in names]
-    if player.rank == 0:
-        (folder / f"{case}.json").write_text(json.dumps(told))
-    return told
+    return {
+        "drifted": _drifted(player) if player.job.train.zero.stage < 3 else [],
+        "lost": [name for names in together(player.control, lambda: lost) for name in names],
+    }
 
 
-def _go_on(saved: Case, player: play.Player, folder: Path) -> dict[str, Any]:
-    """Loads what another layout saved into an engine of NaN, and trains to the end."""
-    for shard in zero_state.state(player.engine, whole=True).values():
-        (shard.local if isinstance(shard, zero_state.FlatShard) else shard).fill_(float("nan"))
-    player.load(_job(saved, folder).run_folder, SAVED)
-    expected, found = load_file(folder / f"{saved}.safetensors"), play.state(player.engine)
-    unequal = sorted(expected.keys() ^ found.keys()) + [n for n in expected if not torch.equal(expected[n], found[n])]
-    losses = player.losses(SAVED, STEPS)
-    unbroken = json.loads((folder / f"{saved}.json").read_text())["losses"][SAVED:]
-    return {"unequal": unequal, "losses": losses, "unbroken": unbroken}
-
-
-def layouts(group: Any, everyone: Any, folder: str, *names: str) -> Iterator[dict[str, Any]]:
+def played_in_ranks(group: Any, everyone: Any, folder: str, *names: str) -> Iterator[dict[str, Any]]:
     """In every rank: trains each of these layouts of this number of workers, then goes on from what the others have saved."""
     mine = [case for case in SAVED_BY if str(case) in names and case.workers == dist.get_world_size()]
     for case in mine:
         with _played(case, Path(folder)) as player:
-            told = _begin(case, player, Path(folder))
+            told = layouts.begin(player, Path(folder), tell=_kept)
         if dist.get_rank() == 0:
             yield {"case": str(case), **told}
     everyone.wait(ranks.DEADLINE_S)
     for case in mine:
         if str(saved := SAVED_BY[case]) in names:
             with _played(case, Path(folder)) as player:
-                told = _go_on(saved, player, Path(folder))
+                told = layouts.go_on(player, _job(saved, Path(folder)), Path(folder))
             if dist.get_rank() == 0:
                 yield {"saved": str(saved), "loaded": str(case), **told}
 
@@ -179,8 +136,8 @@ def played(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     data.build(folder)
     cases, loaded = selection.asked(request, "case"), selection.asked(request, "loaded")
     needed = dict.fromkeys([*(_first(case) for case in cases), *cases, *loaded, *(SAVED_BY[case] for case in loaded)])
-    groups = tuple(n for n in GROUPS if any(case.workers == n for case in needed))
-    return ranks.run(f"{__name__}:layouts", groups, str(folder), *map(str, needed), deadline_s=480)
+    groups = tuple(n for n in layouts.GROUPS if any(case.workers == n for case in needed))
+    return ranks.run(f"{__name__}:played_in_ranks", groups, str(folder), *map(str, needed), deadline_s=480)
 
 
 @pytest.mark.parametrize("case", selection.kept(SAVED_BY, FEW[1]), ids=str)
@@ -201,7 +158,7 @@ def test_a_run_goes_on_with_matrices_divided_otherwise(loaded: Case, played: lis
     """Parameters and moments bit by bit, saved at another degree, stage or number of workers; then the losses of the unbroken
     run."""
     (row,) = (row for row in played if row.get("loaded") == str(loaded))
-    assert row["saved"] == str(SAVED_BY[loaded]) and row["unequal"] == []
+    assert row["saved"] == str(SAVED_BY[loaded]) and row["unequal"] == [] and row["chain"]
     assert row["losses"] == pytest.approx(row["unbroken"], rel=1e-5 if loaded.precision == "fp32" else 1e-2)
 
 
