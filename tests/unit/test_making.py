@@ -260,7 +260,7 @@ print(len(runs), (after_read - before) >> 10, (resource.getrusage(resource.RUSAG
 """
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "b.jsonl.gz", "c.parquet"])
+@pytest.mark.parametrize("name", ["a.jsonl", *(pytest.param(name, marks=pytest.mark.ci) for name in ("b.jsonl.gz", "c.parquet"))])
 def test_a_task_takes_its_share_of_memory_whatever_the_file(tmp_path, name):
     """A file of 160 MB with a limit of 64 MiB: read as a whole by one task, and gathered into a shard of a 32nd."""
     import pyarrow as pa

@@ -160,6 +160,7 @@ def of_the_job(*settings: str) -> Planner:
     return planner.planners(j, recipe, None, None, hardware.table())[-1]
 
 
+@pytest.mark.ci
 def test_what_makes_128k_tokens_fit():
     """The job as it is fits, with nothing played again; with whole MLPs it needs its layers checkpointed, and takes longer."""
     as_it_is, whole = of_the_job(), of_the_job(f"{TILED}=false")
