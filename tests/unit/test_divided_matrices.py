@@ -98,6 +98,22 @@ def test_a_part_that_would_compute_something_else_is_found(monkeypatch):
         recipe(LLAMA, **TWO).probe()
 
 
+def test_a_norm_of_each_workers_own_heads_is_found():
+    """Its logits are right in each part, and its gradient would be of a part of the heads."""
+    phi = {**{k: v for k, v in LLAMA.items() if k != "num_key_value_heads"}, "arch": "phi", "qk_layernorm": True}
+    with pytest.raises(ConfigError, match=r"matrices of 'phi' cannot be divided: every worker would have '.*q_layernorm' whole"):
+        recipe(phi, **TWO).probe()
+    recipe({**phi, "qk_layernorm": False}, **TWO).probe()
+
+
+def test_biases_of_what_is_summed_are_summed_too():
+    patterns = tensor_group._patterns({"model.layers.3.norm": "summed", "model.layers.3.q": "column"})
+    assert patterns == {
+        "summed": [r"^model\.layers\.\d+\.norm\.(weight|bias)$"],
+        "column": [r"^model\.layers\.\d+\.q\.weight$"],
+    }
+
+
 def test_a_recipe_that_divides_no_matrices_is_refused():
     with pytest.raises(ConfigError, match=r"^train\.parallel\.tensor: .* divides no matrices; .*set it to 1"):
         made = job(**TWO, evaluate=None)

@@ -109,7 +109,7 @@ class Checkpoint:
 
     def order(self, name: str) -> Columns:
         """Returns the order in which the shards hold a tensor."""
-        held = self.tensors[name].get("columns")
+        held = self.holder(name).index["tensors"][name].get("columns")
         return Columns(*held) if held else ROWS
 
     def holder(self, name: str) -> Checkpoint:

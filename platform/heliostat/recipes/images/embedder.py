@@ -27,7 +27,7 @@ from heliostat.config.schema import Float, Strict, nearest
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
-from heliostat.recipes import contrastive, tokenizing
+from heliostat.recipes import building, contrastive, tokenizing
 from heliostat.recipes.huggingface import from_config
 from heliostat.recipes.images import clip_processor, rows
 from heliostat.recipes.pairs import SCORES, EmbedsPairs, named, own_keys
@@ -159,7 +159,8 @@ class ImageEmbedder(EmbedsPairs, Exports):
                 model = from_config(Clip, self.config)
             except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as e:
                 raise ConfigError(f"model: {brief(e)}") from e
-        model.logit_scale.fill_(-math.log(self.temperature))
+        scale = torch.tensor(-math.log(self.temperature), dtype=torch.float32, device=model.logit_scale.device)
+        building.put_buffer(model, "logit_scale", scale)  # built divided, it would be of the run's precision
         if self.job.train.activation_checkpointing:
             checkpointing.use(model, True, False)
         return model.train()

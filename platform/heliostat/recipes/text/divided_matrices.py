@@ -77,12 +77,15 @@ def _number(config: Any, field: str) -> int:
 
 
 def _fault(small: Any) -> str:
-    off = difference(small)
+    off, narrowed = played(small)
+    if narrowed:
+        return f"every worker would have {narrowed[0]!r} whole, and see a part of what goes through it"
     return "" if off <= TOLERANCE else f"a part of each does not compute what the whole does (its logits are off by {off:.1%})"
 
 
-def difference(recipe: Any) -> float:
-    """Computes how far the logits of a small model's parts are from those of the whole one, over their spread."""
+def played(recipe: Any) -> tuple[float, list[str]]:
+    """Computes how far the logits of a small model's parts are from those of the whole one, over their spread; names also the
+    modules that are whole in each part, and see only a part of their input: each would have another gradient for them."""
     torch.manual_seed(0)
     model = recipe.build().eval()
     for p in model.parameters():
@@ -90,6 +93,8 @@ def difference(recipe: Any) -> float:
     batch = {k: v for k, v in recipe.batch(tiny.tokens(recipe)).items() if k != "labels"}
     meeting = _Meeting()
     parts = [meeting.part(copy.deepcopy(model), number) for number in range(PARTS)]
+    listed = of(model)
+    seen, seen_by_part = _inputs(model, listed), _inputs(parts[0], listed)
     with torch.no_grad():
         whole = model(**batch).logits
     found: list[Any] = [None] * PARTS
@@ -110,7 +115,22 @@ def difference(recipe: Any) -> float:
     for one in sorted(found, key=lambda f: isinstance(f, threading.BrokenBarrierError)):  # the cause before its effect
         if isinstance(one, Exception):
             raise one
-    return max(float((one - whole).abs().max() / whole.std()) for one in found)
+    off = max(float((one - whole).abs().max() / whole.std()) for one in found)
+    return off, [name for name, shapes in seen.items() if seen_by_part[name] != shapes]
+
+
+def _inputs(model: Any, listed: dict[str, Kind]) -> dict[str, list[Any]]:
+    """Notes from now on the shapes of what goes through each module that has parameters, and is not listed."""
+    seen = dict[str, list[Any]]()
+
+    def note(name: str, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        seen[name].append([tuple(value.shape) for value in (*given, *named.values()) if isinstance(value, torch.Tensor)])
+
+    for name, module in model.named_modules():
+        if name not in listed and next(module.parameters(recurse=False), None) is not None:
+            seen[name] = []
+            module.register_forward_pre_hook(lambda _, given, named, name=name: note(name, given, named), with_kwargs=True)
+    return seen
 
 
 class _Meeting:

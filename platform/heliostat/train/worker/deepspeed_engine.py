@@ -125,9 +125,11 @@ def build_engine(job: Job, recipe: Recipe, sharing: SampleGroup | None = None) -
 
     config, within = engine_config(job), job.train.zero.divide_within
     group = StateGroup(within) if within and within < dist.get_world_size() else None
+    if job.train.zero.copy_within:
+        _share_copies()
     model = build_model(job, recipe, config, group)
     if job.train.zero.quantize_weights:
-        _require_eighths(model)
+        _require_eighths(model, group.workers if group else dist.get_world_size())
     expert_group.divide(recipe, model, job.train.parallel.expert)
     cpu_kernels.use(model, job, recipe.causal)
     train, settings = job.train, job.train.optimizer
@@ -172,15 +174,31 @@ def build_engine(job: Job, recipe: Recipe, sharing: SampleGroup | None = None) -
     return engine
 
 
-def _require_eighths(model: torch.nn.Module) -> None:
-    """Raises ConfigError unless each worker's part of every weight has a multiple of 8 elements, as DeepSpeed's kernel wants."""
-    parts: dict[str, Any] = dict(model.named_parameters())
-    for name, part in ((name, p.ds_tensor.ds_numel) for name, p in parts.items()):
-        if part % 8:
+def _require_eighths(model: torch.nn.Module, workers: int) -> None:
+    """Raises ConfigError unless the workers' parts of every weight are equal, and have a multiple of 8 elements, as DeepSpeed's
+    kernel wants them: it would take the wrong scales for what is padded."""
+    for name, p in model.named_parameters():
+        numel = getattr(p, "ds_numel", p.numel())
+        if numel % (8 * workers):
             raise ConfigError(
-                f"train.zero.quantize_weights: a part of {name} has {part} elements on {dist.get_world_size()} workers, "
-                "which must be a multiple of 8; use another number of workers, or set it to false"
+                f"train.zero.quantize_weights: {name} has {numel:,} elements, which {workers} workers cannot divide into equal "
+                "parts of a multiple of 8; use another number of workers, or set it to false"
             )
+
+
+def _share_copies() -> None:
+    """Makes all parts of a model keep their second copies (`train.zero.copy_within`) in one group, which DeepSpeed makes for each
+    part that is built divided, and refuses to make twice."""
+    from deepspeed.utils import groups
+
+    make: Any = groups._create_zero_param_parallel_group
+
+    def once(workers: int) -> None:
+        if groups._ZERO_PARAM_INTRA_PARALLEL_GROUP is None:
+            make(workers)
+
+    if make.__name__ != once.__name__:
+        groups._create_zero_param_parallel_group = once
 
 
 def destroy_engines() -> None:

@@ -59,17 +59,29 @@ class StateGroup:
 
     def equalize(self, model: torch.nn.Module) -> None:
         """Gives all groups the first one's weights: of what is built in parts, one worker may draw or read the values."""
-        first = dist.get_global_rank(self.across, 0)
-        for values in [p.ds_tensor.data for p in model.parameters() if hasattr(p, "ds_tensor")]:
-            dist.broadcast(values.view(torch.uint8), first, group=self.across)
+        from deepspeed.accelerator import get_accelerator
+
+        first, device = dist.get_global_rank(self.across, 0), get_accelerator().current_device_name()
+        held: list[Any] = [getattr(p, "ds_tensor", p) for p in model.parameters()]  # whole where it is not divided yet
+        for values in (one.data for one in held):
+            sent = values.reshape(-1).to(device)
+            dist.broadcast(sent.view(torch.uint8), first, group=self.across)
+            values.copy_(sent.view_as(values))
 
     def average(self, engine: Any) -> None:
         """Makes the engine's optimizer average the gradients over the groups before it makes a step of them."""
-        zero, step = engine.optimizer, engine.optimizer.step
+        zero, step, norms = engine.optimizer, engine.optimizer.step, engine.optimizer._get_norm_groups
+        first = dist.get_global_rank(self.across, 0)
+
+        def alike() -> list[torch.Tensor]:  # a group that adds up in another order would clip by another norm
+            found = [norm.reshape(1) for norm in norms()]
+            for norm in found:
+                dist.broadcast(norm, first, group=self.across)
+            return [norm[0] for norm in found]
 
         def averaged(*given: Any, **named: Any) -> Any:
             gradients = zero.grad_partitions_flat_buffer.div_(self.count)
             dist.all_reduce(gradients, group=self.across)
             return step(*given, **named)
 
-        zero.step = averaged
+        zero.step, zero._get_norm_groups = averaged, alike

@@ -79,9 +79,9 @@ class Stepper:
             self.norms.append(deepspeed_engine.gradient_norm(engine, train.grad_clip))
         with self.ledger("communicating"):
             self.experts.end_step()
-        self.losses.append(total / terms * self.sharing.counts)
+        self.losses.append(self._counted(total / terms))
         if added is not None:
-            self.added.append(added * self.sharing.counts)
+            self.added.append(self._counted(added))
         return self.norms[-1]
 
     def report(self, group: Any, replaced: int) -> Report:
@@ -102,6 +102,10 @@ class Stepper:
         found = Report(values[:steps], self.norms, added, experts, int(bad))
         self.losses, self.norms, self.added = [], [], []
         return found
+
+    def _counted(self, values: torch.Tensor) -> torch.Tensor:
+        """Returns what this worker adds to a sum over all; zeros, whatever the values, where another of its group adds them."""
+        return values if self.sharing.counts else torch.zeros_like(values)
 
     def _micros(self, step: int, mine: StepSamples) -> list[Micro]:
         """Makes this worker's micro-batches of a step."""

@@ -33,11 +33,12 @@ def settings(recipe: Recipe, model: torch.nn.Module, workers: int) -> dict[str, 
 
 
 def _patterns(modules: Mapping[str, str]) -> dict[str, list[str]]:
-    """Makes regular expressions of the modules' weights by what is done with them, one for all layers."""
+    """Makes regular expressions of the modules' weights by what is done with them, one for all layers. Of modules whose gradients
+    are summed, biases too: AutoTP looks after the others' itself."""
     found: dict[str, set[str]] = {}
     for name, kind in modules.items():
         layers = re.sub(r"\\\.\d+(?=\\\.)", r"\\.\\d+", re.escape(name))
-        found.setdefault(kind, set()).add(rf"^{layers}\.weight$")
+        found.setdefault(kind, set()).add(rf"^{layers}\.{'(weight|bias)' if kind == 'summed' else 'weight'}$")
     return {kind: sorted(patterns) for kind, patterns in found.items()}
 
 
@@ -48,6 +49,9 @@ def mark(recipe: Recipe, engine: Any) -> None:
         return
     from deepspeed.checkpoint.constants import DS_AUTOTP_UC_META
 
+    if engine.first_dataloader_check is not None:  # it would send a batch's tensors to the others, where `SampleGroup` has been
+        engine.first_dataloader_check.remove()
+        engine.first_dataloader_check = None
     assert isinstance(recipe, DividesMatrices)
     model, group, parts = engine.module, engine.mpu.get_tensor_model_parallel_group(), engine.autotp_size()
     if dist.get_world_size(group) != parts:  # DeepSpeed keeps its groups from engine to engine
@@ -66,10 +70,11 @@ def mark(recipe: Recipe, engine: Any) -> None:
             )
         parameter.division = Division(rank, parts, group, whole[1] if by == 1 else 0)
         parameter.whole_shape = whole
-    wanted = {n for n, kind in recipe.divided_matrices(model).items() if kind != "summed"}
-    divided = {name.removesuffix(".weight") for name, p in model.named_parameters() if of(p).parts > 1 and p.dim() > 1}
+    wanted = {(name, kind) for name, kind in recipe.divided_matrices(model).items() if kind != "summed"}
+    cut = {name.removesuffix(".weight"): of(p) for name, p in model.named_parameters() if p.dim() > 1}
+    divided = {(name, "row" if how.width else "column") for name, how in cut.items() if how.parts > 1}
     if wanted != divided:
-        some = ", ".join(sorted(wanted ^ divided)[:3])
+        some = ", ".join(f"{name} ({kind})" for name, kind in sorted(wanted ^ divided)[:3])
         raise TrainingError(f"train.parallel.tensor: DeepSpeed has divided other matrices than the recipe names: {some}")
 
 
