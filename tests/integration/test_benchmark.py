@@ -127,6 +127,7 @@ def lm_eval(model: Path, suite: Path, out: Path, *more: str) -> dict:
     return json.loads(file.read_text())
 
 
+@pytest.mark.ci
 def test_the_scores_are_those_of_lm_evals_own_command(place, tmp_path):
     """Of all tasks and metrics, with their standard errors; and the examples were not trained on."""
     folder, store, _, _ = place

@@ -36,7 +36,7 @@ from tests.integration.conftest import curve, tiny_job
 from tests.integration.paced import PACED
 from tests.integration.test_survival import saved
 
-pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(1800)]  # two minutes, on a machine that is not busy
+pytestmark = [pytest.mark.ci, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(1800)]  # two minutes, on a machine that is not busy
 
 STEPS, TUNED = 30, 10
 WINDOW = 64  # samples: a run of few steps then trains on some shards, and not on others
@@ -236,7 +236,6 @@ def test_a_worse_or_incomparable_model_does_not_become_champion_and_the_history_
         ask(capsys, "promote", "lineage-lm@nobody", "champion", *uri)
 
 
-@pytest.mark.ci
 def test_a_model_serves_where_there_is_only_mlflow_and_its_own_libraries(story):
     """heliostat, its jobs, Ray and DeepSpeed cannot be imported there."""
     code = f"""

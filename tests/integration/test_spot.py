@@ -109,6 +109,7 @@ def test_data_is_read_on_other_nodes_than_a_lost_one_that_ray_takes_for_living(n
     assert told(nodes, AROUND) == [True, {"a": "b"}, {"a": "b"}]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(("cloud", "address"), [("aws", "127.0.0.2"), ("gcp", "127.0.0.3")])
 def test_a_spot_notice_drains_the_node_and_no_other(
     cloud: str, address: str, nodes: LocalNodes, metadata: Metadata, tmp_path: Path

@@ -28,6 +28,8 @@ from tests.integration import commands
 from tests.integration.conftest import curve, tiny_job
 from tests.integration.paced import SET_PLAIN
 
+pytestmark = pytest.mark.ci
+
 
 def sweep_file(corpus: str, tracking: str, folder: Path, **changes: Any) -> Path:
     """A sweep over the tiny job's learning rate, of 8 steps a trial."""
@@ -168,7 +170,6 @@ def _descendants(process: commands.Process) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 
-@pytest.mark.ci
 def test_a_killed_driver_loses_and_doubles_nothing_and_a_failed_trial_stays_failed(start, corpus, tracking, tmp_path) -> None:
     path = sweep_file(corpus, tracking, tmp_path, name="killed", space=grid(1e-3, 1e30, 1e-4), concurrency=1)
     base = yaml.safe_load((tmp_path / "base.yaml").read_text())
@@ -210,7 +211,6 @@ def test_a_killed_driver_loses_and_doubles_nothing_and_a_failed_trial_stays_fail
 # population based training -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.ci
 def test_pbt_goes_on_bitwise_from_the_donors_checkpoint(ray_session, corpus, tracking, tmp_path) -> None:
     """The clone has the donor's weights, moments and data cursor: it takes the steps that the donor's checkpoint gives under the
     new settings, to the bit, and its receipts are whole."""
