@@ -36,7 +36,7 @@ from tests.integration.conftest import curve, tiny_job
 from tests.integration.paced import PACED
 from tests.integration.test_survival import saved
 
-pytestmark = [pytest.mark.ci, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(1800)]  # two minutes, on a machine that is not busy
+pytestmark = [pytest.mark.ci, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(1800)]
 
 STEPS, TUNED = 30, 10
 WINDOW = 64  # samples: a run of few steps then trains on some shards, and not on others
