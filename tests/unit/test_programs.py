@@ -15,7 +15,7 @@ from heliostat.benchmark.programs import box, unit_tests
 from heliostat.benchmark.programs.box import FAILED, PASSED, TIMED_OUT, TOO_MUCH, Limits
 from heliostat.errors import ConfigError, HeliostatError
 
-SHORT = Limits(seconds=1.5, cpu_s=1)
+SHORT = Limits(seconds=1.5, cpu_s=1, memory=128 << 20)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -24,6 +24,9 @@ def sandbox():
         box.require()
     except ConfigError as e:
         pytest.skip(str(e))
+
+
+NODE = 'from dataclasses import dataclass\n@dataclass\nclass Node:\n    v: int\n    next: "Node" = None'
 
 
 @pytest.mark.parametrize(
@@ -37,6 +40,12 @@ def sandbox():
         ("raise SystemExit(0)", "assert False", FAILED),  # an end before the tests is none behind them
         ("import os; os._exit(0)", "assert False", FAILED),
         ("import ctypes; ctypes.string_at(0)", "", FAILED),
+        ("import ctypes\nf = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(lambda x: x + 1)", "assert f(2) == 3", PASSED),
+        ("import mmap\nheld = bytearray(64 << 20)\npages = mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE)", "", PASSED),
+        ("import socket\na, b = socket.socketpair()", "a.send(b'x')\nassert b.recv(1) == b'x'", PASSED),
+        (NODE, "assert Node(1, Node(2)).next == Node(2)", PASSED),
+        ("from __future__ import annotations\n" + NODE, "assert Node(1).v == 1", PASSED),
+        ("import pickle\n" + NODE, "assert pickle.loads(pickle.dumps(Node(1))) == Node(1)", PASSED),
     ],
 )
 def test_a_program_has_passed_if_it_comes_to_the_end_of_its_tests(program, tests, verdict):
@@ -44,14 +53,48 @@ def test_a_program_has_passed_if_it_comes_to_the_end_of_its_tests(program, tests
 
 
 LIBC = "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+# takes memory 20 times, by a way that keeps it held while a page of it, or none, is mapped: no more would count for the limit
+HOLDS = f"""{LIBC}
+for name in ("mmap", "shmat"):
+    getattr(libc, name).restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+libc.munmap.argtypes, libc.shmdt.argtypes = [ctypes.c_void_p, ctypes.c_size_t], [ctypes.c_void_p]
+size, page = 8 << 20, 4096
+def well(result):
+    assert result not in (-1, 2**64 - 1), os.strerror(ctypes.get_errno())
+    return result
+for _ in range(20):
+    {{take}}
+"""
+FILE_IN_MEMORY = """fd = os.memfd_create("x")
+    os.write(fd, bytes(size))
+    well(libc.mmap(None, page, 3, 1, fd, 0))
+    os.close(fd)"""
+SYSTEM_V = """at = well(libc.shmat(well(libc.shmget(0, size, 0o1600)), None, 0))
+    ctypes.memset(at, 1, size)
+    libc.shmdt(at)"""
+SHARED = """at = well(libc.mmap(None, size, 3, 0x21, -1, 0))
+    ctypes.memset(at, 1, size)
+    libc.munmap(at + page, size - page)"""
+IN_A_PIPE = """ends, at = os.pipe(), well(libc.mmap(None, size, 3, 0x22, -1, 0))
+    libc.madvise(ctypes.c_void_p(at), ctypes.c_size_t(size), 14)  # huge pages, each of which one small page of it holds
+    ctypes.memset(at, 1, size)
+    well(libc.vmsplice(ends[1], (ctypes.c_size_t * 2)(at, page), 1, 0))
+    libc.munmap(at, size)
+    os.close(ends[0])"""
 ATTACKS = {
     "opens a socket": ("import socket\nsocket.socket()", r"PermissionError"),
     "opens a socket of the machine's host": ("import socket\nsocket.socket(40, 1)", r"PermissionError"),
+    "opens a pair of sockets of a network": ("import socket\nsocket.socketpair(socket.AF_INET)", r"PermissionError"),
     "asks for an address": ("import socket\nsocket.create_connection(('192.0.2.1', 80), 1)", r"Error"),
     "forks": ("import os\nwhile True:\n    os.fork()", r"BlockingIOError"),
     "starts threads": ("import threading\nwhile True:\n    threading.Thread(target=input).start()", r"can't start new thread"),
     "starts a command": ("import subprocess\nsubprocess.run(['ls'])", r"Error"),
     "takes memory": ("held = bytearray(1 << 30)", r"MemoryError"),
+    "holds files in memory": (HOLDS.format(take=FILE_IN_MEMORY), r"PermissionError"),
+    "holds System V memory": (HOLDS.format(take=SYSTEM_V), r"not permitted"),
+    "holds shared memory": (HOLDS.format(take=SHARED), r"not permitted"),
+    "holds pages in pipes": (HOLDS.format(take=IN_A_PIPE), r"not permitted"),
     "writes a gigabyte": ("file = open('x', 'wb')\nwhile True:\n    file.write(bytes(1 << 20))", r"File too large|No space"),
     "writes many files": ("for i in range(10 ** 6):\n    open(str(i), 'w').write('x' * 4096)", r"No space"),
     "holds many files open": ("held = [open(str(i), 'w') for i in range(100)]", r"Too many open files"),
@@ -119,11 +162,12 @@ def test_nothing_is_left_of_it(tmp_path, monkeypatch):
 
 
 def test_it_ends_with_who_has_started_it():
-    """By SIGKILL, in the middle of a program that sleeps."""
-    code = "from heliostat.benchmark.programs import box; box.run('import time; time.sleep(99)', '', box.Limits(seconds=90))"
+    """By SIGKILL, in the middle of a program that has asked not to be ended with it, named itself to say so, and sleeps."""
+    program = LIBC + "libc.prctl(1, 0, 0, 0, 0)\nlibc.prctl(15, b'unbound', 0, 0, 0)\nimport time\ntime.sleep(99)"
+    code = f"from heliostat.benchmark.programs import box; box.run({program!r}, '', box.Limits(seconds=90))"
     starter = psutil.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
     seen, end = list[psutil.Process](), time.monotonic() + 30
-    while len(seen) < 2 and time.monotonic() < end:
+    while "unbound" not in [one.name() for one in seen] and time.monotonic() < end:
         seen = starter.children(recursive=True)
         time.sleep(0.02)
     assert len(seen) == 2

@@ -4,7 +4,8 @@ It is run by itself, with Python's own library alone, and reads what it is to do
 
 - namespaces of its own: user, mounts, network (without a device), processes, System V objects, host name;
 - a root folder in memory that holds Python's libraries, read-only, and an empty folder of bounded size that it may write to;
-- no capability, no way to get one, no socket, no other process or thread, and limits of time, memory, files and open files;
+- no capability, no way to get one, no socket but pairs of its own, no other process or thread, and limits of time, memory, files
+  and open files;
 - file descriptors 0 (empty), 1 and 2 (the output) and 3, on which it says that it has come to its end.
 
 Exit code 125 with a reason on descriptor 3 if that cannot be had: then nothing was run; 124 if the processor's time was used up.
@@ -35,23 +36,40 @@ READ_ONLY, NO_SUID, NO_DEVICES = 1, 2, 4  # of mount_setattr
 AT_FDCWD, RECURSIVE, MOUNT_SETATTR = -100, 0x8000, 442
 DEATH_SIGNAL, DUMPABLE, NO_NEW_PRIVILEGES, SECCOMP, FILTER = 1, 4, 38, 22, 2
 
-# System calls that no small function needs, and by which much of the kernel would be reached, by architecture: (the number that
-# the kernel gives the architecture, the calls). Sockets, as some kinds of them belong to no network; tracing; keys; namespaces,
-# mounts; io_uring; BPF; performance counters; pages faulted by hand; another process's memory; files by handle.
+# System calls that no small function needs, and by which much of the kernel would be reached, or memory be held that is mapped
+# nowhere and so counts for no limit, by architecture: (the number that the kernel gives the architecture, the calls, those that
+# an argument decides on, in the order of `BY_ARGUMENT`). Sockets, as some kinds of them belong to no network; tracing; keys;
+# namespaces, mounts; io_uring; BPF; performance counters; pages faulted by hand; another process's memory; files by handle; then
+# files in memory, System V objects, asynchronous input and output, and pages given to a pipe.
 CALLS = {
-    "x86_64": (0xC000003E, (41, 101, 250, 248, 249, 272, 308, 165, 155, 429, 430, 425, 321, 298, 323, 310, 311, 304)),
-    "aarch64": (0xC00000B7, (198, 117, 219, 217, 218, 97, 268, 40, 41, 429, 430, 425, 280, 241, 282, 270, 271, 265)),
+    "x86_64": (
+        0xC000003E,
+        (41, 101, 250, 248, 249, 272, 308, 165, 155, 429, 430, 425, 321, 298, 323, 310, 311, 304, 319, 447, 29, 68, 64, 206, 278),
+        (9, 157, 53),
+    ),
+    "aarch64": (
+        0xC00000B7,
+        (198, 117, 219, 217, 218, 97, 268, 40, 41, 429, 430, 425, 280, 241, 282, 270, 271, 265, 279, 447, 194, 186, 190, 0, 75),
+        (222, 167, 199),
+    ),
 }
+SHARED_OF_NO_FILE, ALL_BITS, AF_UNIX = 0x21, 0xFFFFFFFF, 1
+# (which argument, its bits that matter, their value, whether that value is the one that is refused or the only one allowed)
+BY_ARGUMENT = (
+    (3, SHARED_OF_NO_FILE, SHARED_OF_NO_FILE, True),  # mmap: its pages are held as long as one of them is mapped
+    (0, ALL_BITS, DEATH_SIGNAL, True),  # prctl: it would outlive who has started it
+    (0, ALL_BITS, AF_UNIX, False),  # socketpair: asyncio needs one
+)
 X32 = 0x40000000  # and above: calls of x86-64's other table
 HARNESS = """
-import json, os, sys
+import json, os, sys, types
 with open("program.json", "rb") as file:
     told = json.load(file)
 os.remove("program.json")
 os.environ.clear()
-names = {"__name__": "program", "__builtins__": __builtins__}
+module = sys.modules["program"] = types.ModuleType("program")  # where dataclasses and pickle look for its classes
 for part in ("program", "tests"):
-    exec(compile(told[part], part, "exec"), names)
+    exec(compile(told[part], part, "exec"), vars(module))
 os.write(3, told["token"].encode())
 """
 
@@ -117,20 +135,29 @@ def _mount(root: Path, libraries: list[str], executable: str, files: int) -> Non
     (root / "box").mkdir()
 
 
-def forbid() -> None:
-    """Forbids this process, for good, new rights and the system calls of `CALLS`, which then fail with EPERM."""
-    architecture, numbers = CALLS[platform.machine()]
+def rules(machine: str) -> list[bytes]:
+    """Returns the filter of system calls, in steps of classic BPF, by which those of `CALLS` fail with EPERM."""
+    architecture, numbers, by_argument = CALLS[machine]
 
     def step(code: int, value: int, yes: int = 0, no: int = 0) -> bytes:
         return struct.pack("HBBI", code, yes, no, value)
 
-    load, equal, least, give = 0x20, 0x15, 0x35, 0x06
+    load, equal, least, mask, give = 0x20, 0x15, 0x35, 0x54, 0x06
     refuse, allow, kill = 0x00050000 | 1, 0x7FFF0000, 0x80000000
     steps = [step(load, 4), step(equal, architecture, 1, 0), step(give, kill), step(load, 0)]
     steps += [step(least, X32, 0, 1), step(give, kill)]
     for number in numbers:
         steps += [step(equal, number, 0, 1), step(give, refuse)]
-    steps.append(step(give, allow))
+    for number, (argument, bits, value, refused) in zip(by_argument, BY_ARGUMENT, strict=True):
+        low = 16 + 8 * argument  # the lower half, which is all that the kernel looks at: these are of 32 bits
+        steps += [step(equal, number, 0, 5), step(load, low), step(mask, bits), step(equal, value, 0, 1)]
+        steps += [step(give, refuse if refused else allow), step(give, allow if refused else refuse)]
+    return [*steps, step(give, allow)]
+
+
+def forbid() -> None:
+    """Forbids this process, for good, new rights and the system calls that `rules` refuses."""
+    steps = rules(platform.machine())
     held = ctypes.create_string_buffer(b"".join(steps))
     program = ctypes.create_string_buffer(struct.pack("HQ", len(steps), ctypes.addressof(held)))
     call(libc.prctl, NO_NEW_PRIVILEGES, 1, 0, 0, 0)
