@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from heliostat.cli.common import app
+from heliostat.curation.pieces import Part
 from heliostat.curation.registry import parse
 from heliostat.curation.work import Work
 from heliostat.errors import ConfigError, DataError
 from heliostat.pipelines import estimates, leftovers, prediction
-from heliostat.pipelines.predicting import Prediction
+from heliostat.pipelines.predicting import Prediction, rows_of
 from heliostat.pipelines.prepare import Pipeline, dry_run
+from heliostat.pipelines.sampled import Sample
 from heliostat.pipelines.text import rates, sampling, sources, tokens
 from heliostat.pipelines.text.documents import Rules
 from heliostat.pipelines.text.sampling import SampledSource
@@ -132,6 +134,7 @@ def test_a_pipeline_without_stages_is_predicted_too(tmp_path):
     made, inputs = trial(tmp_path, 0.5, stages=[])
     found = made.predicted(inputs)
     assert [row["stage"] for row in found["funnel"]] == ["read", "shard"] and found["cpu_hours"] > 0
+    assert found["duplicates"].keys() == {"shard"}, "of text, shards leave out exact ones"
     assert found["documents"] == pytest.approx(900, rel=0.2)
 
 
@@ -185,6 +188,26 @@ def test_duplicates_of_a_whole_are_estimated_from_the_few_of_a_sample(kind, shar
         assert found.low <= truly <= found.high and found.low <= found.expected <= found.high
         off.append((1 - found.expected) / (1 - truly) - 1)
     assert abs(sum(off) / len(off)) < most
+
+
+@pytest.mark.parametrize("documents", [10**4, 10**6])
+def test_few_duplicates_are_expected_where_a_large_sample_shows_none(documents):
+    """However small its share: the pairs that could be missed are the bound, not where the search for sizes begins."""
+    for times in (20, 1000):
+        found = estimates.duplicates(documents, {}, times)
+        assert found.low == 0 <= found.expected <= found.high <= 4 * times / documents
+    assert estimates.duplicates(10**6, {}, 1000).high < 0.005
+
+
+def test_bounds_of_documents_are_none_below_zero():
+    """Where so little was read that the error of the number read is more than the number."""
+    part = {"documents": 2, "kept": 2, "bytes": 200, "kept_bytes": 200, "dropped": {}, "counts": {}}
+    sample = Sample(0.001)
+    many, few = [Part(f"{i}", 100, 0) for i in range(1000)], [Part("0", 100, 0)]
+    sample.add("files", many, few, False, 0.5)
+    rows = rows_of({"read": part, "shard": part}, sample, [{"read": 1.0, "shard": 1.0, "": 1.0}] * 3, None)
+    assert sample.unknown * estimates.Z * (0.999 / 2) ** 0.5 > 1, "what this test is of"
+    assert all(0 <= row["kept_low"] <= row["kept"] <= row["kept_high"] for row in rows)
 
 
 def test_intervals_of_shares():

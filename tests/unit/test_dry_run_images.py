@@ -57,6 +57,15 @@ def test_images_in_archives_are_sampled_as_they_are_read(tmp_path):
     assert found["duplicates"]["0 similar_images"]["expected"] >= found["duplicates"]["0 similar_images"]["seen"]
 
 
+def test_duplicates_that_are_kept_are_none_that_are_predicted(tmp_path):
+    """Shards of images leave out none: without a stage that compares, as many stay as came."""
+    rows = [(f"{i:03d}.png", image(8, 8, seed=i // 2), {"caption": "x"}) for i in range(60)]
+    folder_of(tmp_path / "in", rows)
+    found = predict(tmp_path, 0.5, duplicates="keep")
+    assert found["duplicates"] == {} and not found["funnel"][-1]["dropped"]
+    assert found["funnel"][-1]["kept"] == found["funnel"][-1]["documents"] == found["funnel"][0]["documents"]
+
+
 def test_the_digits_have_a_dry_run(tmp_path):
     pipeline = Here.model_validate(keys(tmp_path) | {"input": "sklearn:digits", "channels": 1, "resolution": 8})
     found = pipeline.predict(Location(str(tmp_path / "trial")), pipeline.inputs(), 0.1)

@@ -35,21 +35,22 @@ def duplicates(documents: int, sizes: dict[int, int], times: float) -> Share:
     """Estimates the share of duplicates in a whole of `times` the sample's documents; `sizes` counts the sample's clusters of two
     and more by their documents.
 
-    Both of a pair are in a sample of a share f with probability f squared, so the share that the sample shows is too low. What is
-    expected are the duplicates of the sizes in the whole that make those of the sample likely (`whole_sizes`). The bounds are the
-    sample's own share, and what the most pairs that a Poisson variable may stand for (95 %) would mean if no cluster were larger
-    (pairs by f squared, capped by the lower bound of distinct documents by Chao and Lin, 2012).
+    Both of a pair are in a sample of a share f with probability f squared, so the share that the sample shows is too low. What
+    is expected are the duplicates of the sizes in the whole that make those of the sample likely (`whole_sizes`), within the
+    bounds: in small samples what is likely is little more than where it began. The bounds are the sample's own share, and what
+    the most pairs that a Poisson variable may stand for (95 %) would mean if no cluster were larger (pairs by f squared, capped
+    by the lower bound of distinct documents by Chao and Lin, 2012).
     """
     clusters, alike = sum(sizes.values()), sum(size * number for size, number in sizes.items())
     dropped, single = alike - clusters, documents - alike
     seen = dropped / documents if documents else 0.0
     if times <= 1 or not documents:
         return Share(seen, seen, seen, seen)
-    distinct, whole = whole_sizes({1: single, **sizes}, 1 / times)
-    expected = max(seen, 1 - distinct / whole)
     pairs = sum(size * (size - 1) / 2 * number for size, number in sizes.items())
     many = (pairs + 1) * (1 - 1 / (9 * (pairs + 1)) + Z / (3 * math.sqrt(pairs + 1))) ** 3  # Byar's approximation
-    return Share(seen, expected, seen, max(expected, _most(documents, dropped, single, many, max(many, clusters), times)))
+    high = max(seen, _most(documents, dropped, single, many, max(many, clusters), times))
+    distinct, whole = whole_sizes({1: single, **sizes}, 1 / times)
+    return Share(seen, min(max(seen, 1 - distinct / whole), high), seen, high)
 
 
 def whole_sizes(sizes: dict[int, int], share: float) -> tuple[float, float]:

@@ -51,6 +51,8 @@ class Prediction:
     rate: Rate | None = None
     most_trained: int | None = None
     """Bytes of text that train a tokenizer, at most; None: all of it."""
+    shards_drop_duplicates: bool = False
+    """Whether the shards' tasks leave out exact duplicates, as those of text do."""
 
     def __post_init__(self) -> None:
         self.repeated = self._repeated()
@@ -98,10 +100,11 @@ class Prediction:
         return made
 
     def _repeated(self) -> dict[str, Share]:
-        """Estimates the duplicates of each stage that drops documents for others, exact duplicates of the shards among them."""
+        """Estimates the duplicates of each stage that drops documents for others, and of shards that leave out exact ones."""
         found = dict[str, Share]()
         for name, part in self.funnel.items():
-            if "clusters" in part["counts"] or (name == SHARD and not found):  # an exact one is a near one
+            if "clusters" in part["counts"] or (name == SHARD and self.shards_drop_duplicates and not found):
+                # of shards only if no stage compares: an exact duplicate is a near one
                 sizes = {int(size): number for size, number in part.get("sizes", {}).items()}
                 if name == SHARD and part["documents"] > part["kept"]:  # of exact duplicates only their number is told
                     sizes = {2: part["documents"] - part["kept"]}
@@ -172,7 +175,7 @@ def rows_of(funnel: Funnel, sample: Sample, factors: list[dict[str, float]], per
             "documents": round(part["documents"] * sample.of_documents * came),
             "bytes": round(part["bytes"] * sample.of_bytes * came),
             "kept": round(part["kept"] * sample.of_documents * expected[after]),
-            "kept_low": round(low * times * (1 - spread) * most[after]),
+            "kept_low": round(low * times * max(0.0, 1 - spread) * most[after]),
             "kept_high": round(high * times * (1 + spread) * fewest[after]),
             "kept_bytes": round(kept_bytes),
             "tokens": round(kept_bytes * per_byte) if per_byte is not None and place >= pages else None,

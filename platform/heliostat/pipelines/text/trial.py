@@ -48,7 +48,8 @@ class Trial(Making):
         funnel = json.loads(self.output.join(meta["curation"]["funnel"]).read())
         spread = spread_of(self.flow, self._left.runs, self.sample.fraction)
         most = None if self.given is not None else int(self.tokenizer["train_bytes"])
-        made = Prediction(self.sample, self.stages, funnel, self.flow, self.counted, spread, most_trained=most)
+        made = Prediction(self.sample, self.stages, funnel, self.flow, self.counted, spread, most_trained=most,
+                          shards_drop_duplicates=True)  # fmt: skip
         made.rate = self._rate(funnel[SHARD], made)
         found = made.told(len(inputs))
         if made.rate.high > made.rate.low * 1.01:
