@@ -145,7 +145,7 @@ def test_documents_of_a_repository_follow_each_other_by_their_paths(tmp_path, mo
     assert len({path for path, _, _ in found}) > 1
 
     monkeypatch.setattr(pieces, "size", lambda total: 3000)
-    for seed, limit in ((1, 1 << 30), (2, 40_000)):
+    for seed, limit in ((1, 1 << 30), (2, 160_000)):
         again, _ = make(tmp_path, f"again{seed}", stages, limit, together, seed=seed)
         assert again == (rows, meta)
 
@@ -167,6 +167,47 @@ def test_files_of_archives_follow_each_other_by_their_paths(tmp_path):
     assert len(found) == 36 and [key for key, _ in itertools.groupby(repository)] == list(dict.fromkeys(repository))
     assert all(sorted(group) == group for group in (found[i : i + 12] for i in (0, 12, 24)))
     assert meta["together"] == {"column": "repository", "order": None, "groups": 3, "documents": 36}
+
+
+def test_a_value_that_has_more_documents_than_a_task_has_memory_for_is_named(tmp_path):
+    """Before a shard is written; its size is of all its documents, wherever they were read."""
+    known, together = write_repositories(tmp_path / "in"), Together(column="repository")
+    texts = {f"{path.name}#{n}": json.loads(line)["text"] for path in (tmp_path / "in").iterdir()
+             for n, line in enumerate(path.read_text().splitlines(), 1)}  # fmt: skip
+    (rows, _), _ = make(tmp_path, "large", [], together=together)
+    kept = [name for _, _, name in laid(tmp_path / "large", rows) if known[name][0] == "r20"]
+    size = sum(len(texts[name]) for name in kept)
+    told = (rf"together\.column: 'repository': the documents of 'r20' have {size:,} bytes.*more than memory_limit \(40,000\); "
+            f"give a memory_limit of {6 * size:,}, name a column with smaller groups")  # fmt: skip
+    with pytest.raises(ConfigError, match=told):
+        make(tmp_path, "out", [], 40_000, together)
+    assert len(kept) > 100 and not (tmp_path / "out" / "shards").exists() and (tmp_path / "large" / "shards").exists()
+    with pytest.raises(ConfigError, match="r20"):
+        make(tmp_path, "out", [], 6 * size - 1, together)
+    make(tmp_path, "out", [], 6 * size, together)
+
+
+def test_what_documents_have_in_common_need_not_be_text_that_can_be_stored(tmp_path):
+    """Half a surrogate pair, which JSON may have, in either column."""
+    (tmp_path / "in").mkdir()
+    rows = [{"text": f"text {i}", "repository": "\udfff", "path": path} for i, path in enumerate(["b", "\ud800", "a", None, 7])]
+    (tmp_path / "in" / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    together = Together(column="repository", order="path")
+    (found, meta), _ = make(tmp_path, "out", [], together=together)
+    assert [int(name[-1]) for _, _, name in laid(tmp_path / "out", found)] == [4, 5, 2, 3, 1]
+    assert meta["together"]["groups"] == 1 and meta["documents"] == 5
+    with pytest.raises(ConfigError, match=r"the documents of '\\\\udfff' have 30 bytes"):
+        make(tmp_path, "small", [], 100, together)
+
+
+def test_the_funnel_counts_what_came_to_the_shards_with_and_without_the_key(tmp_path):
+    write_repositories(tmp_path / "in")
+    found = []
+    for name, together in (("apart", None), ("together", Together(column="repository"))):
+        (_, meta), _ = make(tmp_path, name, [{"stage": "length", "min_words": 2}], together=together)
+        found.append(json.loads((tmp_path / name / meta["curation"]["funnel"]).read_text())["shard"])
+    assert found[0]["dropped"] == {"duplicate": 2} and found[0]["bytes"] > found[0]["kept_bytes"]
+    assert found[0] == found[1]
 
 
 def test_without_the_key_a_dataset_is_what_it_was(tmp_path):

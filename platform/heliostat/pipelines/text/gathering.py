@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,6 +40,7 @@ class Together(Strict):
 
 
 ENDS = 10_000  # documents whose ends are Python objects at a time
+SHOWN = 200  # characters of a value in an error
 RUN = pa.schema([*segment.RUN, ("group", pa.binary(32)), ("order", pa.string())])
 TOLD = ["hash", "id", "columns", "bytes", "text", "group", "order"]
 
@@ -50,7 +52,7 @@ def regroup(folder: Location, runs: list[Run], low: int, high: int, by: dict[str
         return {"runs": [], "duplicates": 0, "ends": None, "files": []}
     told = [json.loads(text) if text else {} for text in table["columns"].to_pylist()]
     groups = [group(one.get(by["column"]), digest) for one, digest in zip(told, table["hash"].to_pylist(), strict=True)]
-    order = [str(value) if (value := one.get(by["order"])) is not None else "" for one in told]
+    order = [_plain(value) if (value := one.get(by["order"])) is not None else "" for one in told]
     keys = np.frombuffer(b"".join(groups), ">u8")[::4].astype(np.uint64)
     held = {name: table[name] for name in table.column_names} | {
         "key": keys,
@@ -64,6 +66,11 @@ def regroup(folder: Location, runs: list[Run], low: int, high: int, by: dict[str
     ends = spill_duplicates(folder, table, duplicates) if explained and repeated else None
     return {"runs": [[name, len(table), int(table["bytes"].to_numpy().sum())]], "duplicates": repeated,
             "ends": ends, "files": [name, *([ends] if ends else [])]}  # fmt: skip
+
+
+def _plain(value: Any) -> str:
+    """Writes a column's value as text that can be stored: JSON may have half a surrogate pair, which UTF-8 has not."""
+    return str(value).encode("utf-8", "backslashreplace").decode()
 
 
 def _array(values: Any, kind: pa.DataType) -> Any:
@@ -85,9 +92,33 @@ def grouped(folder: Location, runs: list[Run], low: int, high: int) -> pa.Table 
     return pa.concat_tables(held).sort_by([(name, "ascending") for name in ("group", "order", "id")])
 
 
+def largest(folder: Location, runs: list[Run], low: int, high: int, column: str) -> dict[str, Any]:
+    """Finds the value of the column whose documents have the most bytes, of a range of keys of what `regroup` has spilled."""
+    sizes = Counter[bytes]()
+    for run in runs:
+        for table in survivors(folder, run, low, high, ["hash", "group", "bytes"]):
+            summed = _in_groups(table).group_by("group").aggregate([("bytes", "sum")])
+            sizes.update(dict(zip(summed["group"].to_pylist(), summed["bytes_sum"].to_pylist(), strict=True)))
+    if not sizes:
+        return {"bytes": 0, "value": None}
+    most, digest = max((size, digest) for digest, size in sizes.items())
+    return {"bytes": most, "value": _value(folder, runs, digest, column)}
+
+
+def _value(folder: Location, runs: list[Run], digest: bytes, column: str) -> str:
+    first = int.from_bytes(digest[:8], "big")
+    tables = (table for run in runs for table in survivors(folder, run, first, first + 1, ["group", "columns"]))
+    told = (text for t in tables for text in t.filter(pc.equal(t["group"], pa.scalar(digest, t["group"].type)))["columns"])
+    return _plain(json.loads(next(told).as_py())[column])[:SHOWN]
+
+
+def _in_groups(table: pa.Table) -> pa.Table:
+    return table.filter(pc.not_equal(table["group"], table["hash"]))
+
+
 def counted(table: pa.Table) -> dict[str, int]:
     """Counts the groups of a shard, and the documents that are in one."""
-    apart = table.filter(pc.not_equal(table["group"], table["hash"]))
+    apart = _in_groups(table)
     return {"groups": pc.count_distinct(apart["group"]).as_py(), "documents": len(apart)}
 
 

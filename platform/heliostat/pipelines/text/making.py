@@ -26,6 +26,7 @@ from heliostat.curation.work import key
 from heliostat.data import versions
 from heliostat.data.infilling import COUNTS, FACT, OWN, find
 from heliostat.data.manifest import FILES, SHARDS
+from heliostat.errors import ConfigError
 from heliostat.pipelines.prepare import InputFile
 from heliostat.pipelines.text import documents, gathering, infilling, sources, tasks, tokens
 from heliostat.pipelines.text.gathering import Together
@@ -36,6 +37,7 @@ from heliostat.storage import Location
 log = logging.getLogger(__name__)
 
 SAMPLERS = 64  # tasks, at most, that measure and select what trains the tokenizer
+SHARD_SHARE = 6  # a shard's task holds its texts, its tokens and its file
 ALONE = 256  # shards, up to which each has a task of its own
 
 
@@ -112,7 +114,7 @@ class Making(Reading):
         end = tokens.end_id(tokenizer, self.tokenizer["end_of_document"])
         beside = {"tokenizer.json": versions.store(self.output, f"{FILES}/tokenizer-", definition.encode(), ".json")}
         totals = Totals(tokenizer.get_vocab_size(), curated.reasons, curated.examples)
-        ends = list(curated.left_out)
+        ends, came = list(curated.left_out), curated.bytes  # exact duplicates among them, which regrouping leaves out
         if self.together is not None:
             ends += self._regrouped(curated, self.together, totals)
         for record in self._shards(curated, definition, end, infill):
@@ -136,7 +138,7 @@ class Making(Reading):
             **({"together": {**self.together.model_dump(), **totals.together}} if self.together else {}),
             "bytes": totals.bytes,
             "unigram_entropy": tokens.entropy(totals.counts),
-            **(self._explained(curated, totals, sorted(ends)) if self.explained else {}),
+            **(self._explained(curated, totals, sorted(ends), came) if self.explained else {}),
         }
 
     def curated(self, inputs: list[InputFile]) -> Curated:
@@ -164,13 +166,29 @@ class Making(Reading):
         work = (Task(key(follows, low), {"low": low, "high": high}, shared, curated.bytes // parts) for low, high in ranges)
         records = self.flow.all("together", gathering.regroup, work)
         curated.runs = [Run(*run) for record in records for run in record["runs"]]
+        self._check_largest(curated.runs, together, follows, ranges)
         totals.duplicates += sum(record["duplicates"] for record in records)
         return [record["ends"] for record in records if record["ends"]]
 
-    def _explained(self, curated: Curated, totals: Totals, ends: list[str]) -> dict[str, Any]:
+    def _check_largest(self, runs: list[Run], together: Together, follows: str, ranges: list[tuple[int, int]]) -> None:
+        """Raises ConfigError if the documents of one value, which one shard holds, are more than its task has memory for."""
+        shared = {"runs": self.flow.share(runs)}
+        work = (Task(key("largest", follows, low), {"low": low, "high": high, "column": together.column}, shared)
+                for low, high in ranges)  # fmt: skip
+        found = max(self.flow.all("largest", gathering.largest, work), key=lambda record: record["bytes"])
+        needs = found["bytes"] * SHARD_SHARE
+        if needs > self.memory_limit:
+            raise ConfigError(
+                f"together.column: {together.column!r}: the documents of {found['value']!r} have {found['bytes']:,} bytes, and "
+                f"lie in one shard, whose task takes {SHARD_SHARE} times as much memory, more than memory_limit "
+                f"({self.memory_limit:,}); give a memory_limit of {needs:,}, name a column with smaller groups, or leave that "
+                "value's documents without one"
+            )
+
+    def _explained(self, curated: Curated, totals: Totals, ends: list[str], came: int) -> dict[str, Any]:
         """Writes the funnel and what became of each document; returns what the manifest says of them."""
         shard = {"documents": totals.documents + totals.duplicates, "kept": totals.documents, "kept_bytes": totals.bytes,
-                 "bytes": curated.bytes, "dropped": {"duplicate": totals.duplicates} if totals.duplicates else {},
+                 "bytes": came, "dropped": {"duplicate": totals.duplicates} if totals.duplicates else {},
                  "counts": {"tokens": int(totals.counts.sum())}}  # fmt: skip
         rows = totals.documents + totals.duplicates + sum(totals.dropped.values())
         columns = list(self.source.rules.columns)

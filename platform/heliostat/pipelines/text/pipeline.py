@@ -34,7 +34,7 @@ from heliostat.pipelines.staged import StagedPipeline
 from heliostat.pipelines.text import documents, infilling, repositories, sampling, sources, tokens
 from heliostat.pipelines.text.gathering import Together
 from heliostat.pipelines.text.infilling import FillInTheMiddle
-from heliostat.pipelines.text.making import Making
+from heliostat.pipelines.text.making import SHARD_SHARE, Making
 from heliostat.pipelines.text.tasks import TextSource
 from heliostat.pipelines.text.trial import Trial
 from heliostat.storage import Location
@@ -42,7 +42,6 @@ from heliostat.storage import Location
 log = logging.getLogger(__name__)
 
 LEAST = 257  # tokens of a tokenizer that is trained: the bytes, and the end of a document
-SHARD_SHARE = 6  # a shard's task holds its texts, its tokens and its file
 
 
 class TokenizerConfig(Strict):
