@@ -16,6 +16,9 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoImageProcessor,
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipImageProcessorPil,
     GPT2Config,
     VisionEncoderDecoderConfig,
     VisionEncoderDecoderModel,
@@ -71,6 +74,39 @@ def test_captions_are_the_models_own_and_do_not_depend_on_the_batch(captioner):
     assert [write([data])[0] for data in images] == made and len(set(made)) > 5
 
 
+def make_blip(folder: Path) -> Path:
+    """Writes a tiny BLIP, which ends a text by a token of its own, that is not that of its generation config."""
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "projection_dim": 16}
+    text = {**sizes, "vocab_size": len(WORDS), "max_position_embeddings": 40, "encoder_hidden_size": 32, "bos_token_id": 1,
+            "eos_token_id": 2, "pad_token_id": 0, "sep_token_id": 3, "initializer_range": 1.0}  # fmt: skip
+    vision = {**sizes, "image_size": 32, "patch_size": 8, "initializer_range": 0.5}
+    model = BlipForConditionalGeneration(
+        BlipConfig(text_config=text, vision_config=vision, projection_dim=16, initializer_range=1.0)
+    )
+    with torch.no_grad():
+        model.text_decoder.cls.predictions.bias[3] += 4  # so that some texts end soon
+    model.save_pretrained(folder)
+    BlipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+def test_captions_of_a_blip_end_where_it_ends_them(tmp_path, captioner):
+    """Of a batch the long one alone is cut, not the short ones that are filled up to it."""
+    shutil.copy(captioner / "tokenizer.json", make_blip(tmp_path) / "tokenizer.json")
+    images, lengths = pictures(12), list[int]()
+    made = captioning.load(str(tmp_path), 12, 12)(images)
+    model = BlipForConditionalGeneration.from_pretrained(tmp_path).eval()
+    processor = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    for data, (text, cut) in zip(images, made, strict=True):
+        values = processor(images=Image.open(io.BytesIO(data)).convert("RGB"), return_tensors="pt")["pixel_values"]
+        ids = model.generate(values, max_new_tokens=12, do_sample=False)[0].tolist()[1:]
+        end = ids.index(3) if 3 in ids else len(ids)
+        assert text == " ".join(WORDS[i] for i in ids[:end] if i) and cut is (end == 12)
+        lengths.append(end)
+    assert min(lengths) < 12 == max(lengths), "what this test is of"
+
+
 def test_captions_are_replaced_and_the_old_ones_stay_in_the_shards(tmp_path, captioner):
     """Counted in the funnel; the same however the work is cut."""
     rows = [(f"{i}.png", data, {"caption": f"alt text {i}"}) for i, data in enumerate(pictures(12))]
@@ -122,14 +158,15 @@ def test_what_is_no_captioner_is_refused(tmp_path, captioner):
 
 
 def test_a_column_that_is_there_already_is_refused(tmp_path, captioner):
-    """Of the shards, or of another such stage; one that is to be in the record is not."""
+    """Of the shards, of the input, or of another such stage."""
     folder_of(tmp_path / "in", [("a.png", image(8, 8), {"caption": "x"})])
     keys = {"name": "t", "input": str(tmp_path / "in"), "output": str(tmp_path / "out"), "resolution": 8}
     for names in (["caption"], ["label"], ["was", "was"]):
         stages = [{"stage": "recaption", "model": str(captioner), "original": name} for name in names]
-        with pytest.raises(ConfigError, match=f"recaption: '{names[0]}' is a column of the shards already"):
+        with pytest.raises(ConfigError, match=f"recaption: '{names[0]}' is a column of the shards"):
             prepared({**keys, "stages": stages})
     stage = {"stage": "recaption", "model": str(captioner), "original": "was"}
-    made, _ = prepared({**keys, "stages": [stage], "columns": {"others": ["was"]}})
-    (end,) = [row for table in reasons.ends(made) for row in table.to_pylist()]
-    assert json.loads(end["columns"]) == {"was": "x"}
+    with pytest.raises(ConfigError, match=r"'was' is a column of the shards, or one of columns\.others, already; give another"):
+        prepared({**keys, "stages": [stage], "columns": {"others": ["was"]}})
+    made, _ = prepared({**keys, "stages": [stage], "columns": {"others": ["url"]}})
+    assert pq.read_table(Path(made.location.path) / made.paths[0])["was"].to_pylist() == ["x"]

@@ -54,13 +54,19 @@ def load(folder: str, max_tokens: int, batch: int) -> Captions:
     return Captioner(model, processor, tokenizer, max_tokens, batch)
 
 
+def ends_of(model: Any) -> set[int]:
+    """Lists the token ids that end a caption; BLIP generates up to its own, whatever its generation config says."""
+    blip = model.config.model_type == "blip"
+    ends = model.config.text_config.sep_token_id if blip else model.generation_config.eos_token_id
+    return {end for end in (ends if isinstance(ends, list) else [ends]) if end is not None}
+
+
 class Captioner:
     """Returns (its caption, whether that was cut at `max_tokens`) of each image."""
 
     def __init__(self, model: Any, processor: Any, tokenizer: Any, max_tokens: int, batch: int) -> None:
         self.model, self.processor, self.tokenizer, self.max_tokens, self.batch = model, processor, tokenizer, max_tokens, batch
-        ends = model.generation_config.eos_token_id
-        self.ends = set(ends if isinstance(ends, list) else [ends])
+        self.ends = ends_of(model)
 
     def __call__(self, images: list[bytes]) -> list[tuple[str, bool]]:
         return [one for part in parts(images, self.batch) for one in self._written(part)[: len(part)]]

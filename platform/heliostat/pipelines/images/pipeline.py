@@ -143,7 +143,7 @@ class ImagePipeline(StagedPipeline):
         self.check_places(self.input, None if digits else sources.root(self.input).path)
 
     def _check_stages(self) -> None:
-        stored, known = "", {LABEL, *STORED}
+        stored, known = "", {LABEL, *STORED, *self.columns.others}
         for stage in self.stages:
             if stored and isinstance(stage, ImageSize):
                 raise ConfigError(f"stages: image_size stands behind {stored}, where images have the size that they are stored "
@@ -151,7 +151,8 @@ class ImagePipeline(StagedPipeline):
             stored = stored or (stage.named() if stage.gpu or isinstance(stage, GlobalStage) else "")
             for name in stage.stored():
                 if name in known:
-                    raise ConfigError(f"stages: {stage.named()}: {name!r} is a column of the shards already; give another name")
+                    raise ConfigError(f"stages: {stage.named()}: {name!r} is a column of the shards, or one of columns.others, "
+                                      "already; give another name")  # fmt: skip
                 known.add(name)
             stage.check()
 
