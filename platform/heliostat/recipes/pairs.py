@@ -38,7 +38,7 @@ class EmbedsPairs(CouplesSamples, Evaluates):
     kind = "rows"
     sides: tuple[str, str]
     temperature: float  # divides the cosines of the pairs in the loss
-    scores = ("loss", *SCORES)
+    scores: tuple[str, ...] = ("loss", *SCORES)
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)
@@ -70,7 +70,7 @@ class EmbedsPairs(CouplesSamples, Evaluates):
         from heliostat.recipes import contrastive
 
         asking, asked, names = (arrays[name] for name in (*self.sides, "names"))
-        told = contrastive.contrast(*(torch.from_numpy(a) for a in (asking, asked, names)), self.temperature)
+        told = contrastive.contrast(torch.from_numpy(asking), torch.from_numpy(asked), torch.from_numpy(names), self.temperature)
         return {"loss": float(told.loss) / len(names), **contrastive.recall(contrastive.ranks(asking, asked, names))}
 
 
