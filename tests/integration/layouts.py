@@ -48,7 +48,12 @@ def player(made: Job, prepare: Callable[[Any], None] = lambda recipe: None) -> p
     return play.Player(made, data_plan, recipe)
 
 
-def begin(one: play.Player, folder: Path, held: State = play.state, tell: Callable[[play.Player], dict] = lambda one: {}) -> dict:
+def whole(one: play.Player) -> dict[str, torch.Tensor]:
+    """All parameters and moments, assembled."""
+    return play.state(one.engine)
+
+
+def begin(one: play.Player, folder: Path, held: State = whole, tell: Callable[[play.Player], dict] = lambda one: {}) -> dict:
     """Trains to the end, saving on the way; returns losses, norms, scores, the receipts' chain, and what `tell` does."""
     losses = one.losses(0, SAVED)
     state = held(one)
@@ -66,7 +71,7 @@ def begin(one: play.Player, folder: Path, held: State = play.state, tell: Callab
     return told
 
 
-def go_on(one: play.Player, saved: Job, folder: Path, held: State = play.state) -> dict[str, Any]:
+def go_on(one: play.Player, saved: Job, folder: Path, held: State = whole) -> dict[str, Any]:
     """Loads what another layout saved into an engine of NaN, and trains to the end; returns the names of what is not the same to
     the bit, the losses beside the unbroken run's, and whether the receipts' chain is its."""
     for shard in zero_state.state(one.engine, whole=True).values():
