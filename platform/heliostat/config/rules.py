@@ -4,6 +4,7 @@ together, offload fits the stage.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from heliostat.config.data_section import Data
@@ -61,6 +62,11 @@ def _group_faults(key: str, each: int, job: Job) -> list[str]:
     return []
 
 
+def _untried(key: str, others: Mapping[str, object]) -> list[str]:
+    """Lists those of the other settings, by name, that are made, and were never tried with a key."""
+    return [f"{key} with {other} is not tried; remove one of them" for other, made in others.items() if made]
+
+
 def _expert_faults(job: Job) -> list[str]:
     each, train = job.train.parallel.expert, job.train
     if each == 1:
@@ -76,7 +82,7 @@ def _expert_faults(job: Job) -> list[str]:
         "train.zero.offload": train.zero.offload.optimizer or train.zero.offload.param,
         f"train.optimizer.name: {train.optimizer.name}": train.optimizer.orthogonalizes,
     }
-    return faults + [f"{key} with {other} is not tried; remove one of them" for other, there in untried.items() if there]
+    return faults + _untried(key, untried)
 
 
 def _tensor_faults(job: Job) -> list[str]:
@@ -99,7 +105,7 @@ def _tensor_faults(job: Job) -> list[str]:
         "train.zero.offload": train.zero.offload.optimizer or train.zero.offload.param,
         f"train.optimizer.name: {train.optimizer.name}": train.optimizer.orthogonalizes,
     }
-    return faults + [f"{key} with {other} is not tried; remove one of them" for other, there in untried.items() if there]
+    return faults + _untried(key, untried)
 
 
 def _many_nodes_faults(job: Job) -> list[str]:
@@ -120,7 +126,7 @@ def _many_nodes_faults(job: Job) -> list[str]:
             faults.append(f"{key} is of weights that are divided, and needs train.zero.stage 3, not {zero.stage}")
         if not isinstance(each, bool):
             faults += _group_faults(key, each, job)
-        faults += [f"{key} with {other} is not tried; remove one of them" for other, there in untried.items() if there]
+        faults += _untried(key, untried)
     if zero.divide_within and zero.copy_within:
         faults.append("train.zero.copy_within: with train.zero.divide_within all weights are within a group already; remove it")
     if zero.divide_within and zero.offload.optimizer:

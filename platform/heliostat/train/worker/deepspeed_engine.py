@@ -129,7 +129,7 @@ def build_engine(job: Job, recipe: Recipe, sharing: SampleGroup | None = None) -
         _share_copies()
     model = build_model(job, recipe, config, group)
     if job.train.zero.quantize_weights:
-        _require_eighths(model, group.workers if group else dist.get_world_size())
+        _require_eighths(model)
     expert_group.divide(recipe, model, job.train.parallel.expert)
     cpu_kernels.use(model, job, recipe.causal)
     train, settings = job.train, job.train.optimizer
@@ -174,9 +174,10 @@ def build_engine(job: Job, recipe: Recipe, sharing: SampleGroup | None = None) -
     return engine
 
 
-def _require_eighths(model: torch.nn.Module, workers: int) -> None:
+def _require_eighths(model: torch.nn.Module) -> None:
     """Raises ConfigError unless the workers' parts of every weight are equal, and have a multiple of 8 elements, as DeepSpeed's
     kernel wants them: it would take the wrong scales for what is padded."""
+    workers = dist.get_world_size()
     for name, p in model.named_parameters():
         numel = getattr(p, "ds_numel", p.numel())
         if numel % (8 * workers):
