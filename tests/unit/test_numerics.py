@@ -117,6 +117,17 @@ def test_the_small_job_keeps_the_layout_and_what_is_tried(tmp_path) -> None:
     assert small.small_job(own, tmp_path, False, 512).train.global_batch == own.train.global_batch
 
 
+def test_what_two_workers_cannot_play_is_named_and_the_second_copy_is_played(tmp_path) -> None:
+    asked = {"workers.count": 8, "workers.gpus": 1, "train.zero.stage": 3, "train.global_batch": 64}
+    copied = job(**asked, **{"train.zero.copy_within": 8})
+    assert small.small_job(copied, tmp_path, False, 48).train.zero.copy_within == 2 and small.left_out(copied) == ""
+    divided = job(**asked, **{"train.zero.divide_within": 8, "train.ema.decay": 0.99})
+    assert small.small_job(divided, tmp_path, False, 48).train.zero.divide_within is None
+    assert small.left_out(divided) == ", without train.ema, train.zero.divide_within"
+    quantized = job(**asked, **{"train.zero.quantize_weights": True})
+    assert small.left_out(quantized) == ", without train.zero.quantize_weights"
+
+
 def test_numerics_needs_the_datasets(tmp_path, monkeypatch, capsys) -> None:
     code, _, said = command_line.run(monkeypatch, capsys, "check", str(write(tmp_path)), "--numerics", "--offline")
     assert code == 2 and "--numerics" in said and "--offline" in said

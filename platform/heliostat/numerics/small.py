@@ -46,7 +46,7 @@ def trial(job: Job, sources: list[Manifest], folder: Path, gpus: bool) -> Trial:
     size = tiny.parameters(loading.load(job, sources))
     if size <= LARGEST:
         small = small_job(job, folder, gpus, LONGEST)
-        return Trial(small, _loaded(small, sources), f"the whole model, {size:,} parameters")
+        return Trial(small, _loaded(small, sources), f"the whole model, {size:,} parameters{left_out(job)}")
     small = small_job(job, folder, gpus, tiny.LENGTH)
     recipe = _loaded(small, sources)
     if not isinstance(recipe, CausalLM):
@@ -54,7 +54,15 @@ def trial(job: Job, sources: list[Manifest], folder: Path, gpus: bool) -> Trial:
             f"recipe: --numerics plays models of up to {LARGEST:,} parameters, and this one has {size:,}; only those of CausalLM "
             "are cut by themselves: make it smaller with --set model.KEY=VALUE"
         )
-    return Trial(small, recipe, f"the model cut from {size:,} to {_cut(recipe, job):,} parameters")
+    return Trial(small, recipe, f"the model cut from {size:,} to {_cut(recipe, job):,} parameters{left_out(job)}")
+
+
+def left_out(job: Job) -> str:
+    """Names the job's settings that two workers, compared with a plain process, cannot play; nothing if there are none."""
+    keys = {"train.ema": job.train.ema, "train.zero.divide_within": job.train.zero.divide_within,
+            "train.zero.quantize_weights": job.train.zero.quantize_weights}  # fmt: skip
+    named = ", ".join(key for key, value in keys.items() if value)
+    return f", without {named}" if named else ""
 
 
 def unaided(recipe: Recipe) -> Recipe:
@@ -82,7 +90,9 @@ def small_job(job: Job, folder: Path, gpus: bool, longest: int) -> Job:
         "sequence_length": min(job.data.sequence_length or 0, longest) or None,
     }
     offload = {k: "cpu" for k, v in raw["train"]["zero"]["offload"].items() if v and k != "nvme_path"}
-    zero = {"stage": job.train.zero.stage, "offload": offload}
+    zero: dict[str, Any] = {"stage": job.train.zero.stage, "offload": offload}
+    if job.train.zero.copy_within:
+        zero["copy_within"] = WORKERS
     raw["train"] |= {"steps": STEPS, "stop_after": None, "global_batch": batch, "micro_batch": micro, "ema": None, "zero": zero,
                      "schedule": {"name": "constant"}}  # fmt: skip
     if not gpus:
