@@ -58,7 +58,7 @@ def trial(job: Job, sources: list[Manifest], folder: Path, gpus: bool) -> Trial:
 
 
 def left_out(job: Job) -> str:
-    """Names the job's settings that two workers, compared with a plain process, cannot play; nothing if there are none."""
+    """Lists the settings of the job that two workers, compared with a plain process, cannot play; nothing if there are none."""
     keys = {"train.ema": job.train.ema, "train.zero.divide_within": job.train.zero.divide_within,
             "train.zero.quantize_weights": job.train.zero.quantize_weights}  # fmt: skip
     named = ", ".join(key for key, value in keys.items() if value)
