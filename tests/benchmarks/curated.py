@@ -2,11 +2,11 @@
 
     python tests/benchmarks/curated.py FOLDER [--apart SITE ...] [--steps 100] [--seeds 1 2 3] [--pages 3000]
 
-FOLDER holds pages of HTML, a folder for each site, of which `planted_web.py` makes a small web. Sides: `raw`, all text of the pages,
-as a WET file has it; `main text`, what `extract` takes for it; `curated`, the stages of `pipelines/fineweb.yaml`. One tokenizer,
-trained on the raw side, for all. Each run is one process of one thread, the job of `jobs/quickstart.yaml` on the same number of
-tokens, none twice if there are enough. Scored on clean text of pages that no side trains on, made by another library than
-the curated side's (trafilatura): pages of the same sites, and whole sites of which nothing is trained on (--apart).
+FOLDER holds pages of HTML, a folder for each site, of which `planted_web.py` makes a small web. Sides: `raw`, all text of the
+pages, as a WET file has it; `main text`, what `extract` takes for it; `curated`, the stages of `pipelines/fineweb.yaml`. One
+tokenizer, trained on the raw side, for all. Each run is one process of one thread: the job of `jobs/quickstart.yaml` on the same
+number of tokens, none twice if there are enough. Scored on clean text of pages that no side trains on, made by another library
+than the curated side's (trafilatura): pages of the same sites, and whole sites of which nothing is trained on (--apart).
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,6 +69,7 @@ def ours(folder: Path) -> dict[str, str]:
     """Runs the stage, with what spills and sorts; returns the cluster of each document, by its least, of those that have one."""
     sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
     from heliostat.curation import spill
+
     from tests.unit.build_curation import curate
 
     texts = {row["id"]: row["text"] for row in map(json.loads, (folder / "in" / "a.jsonl").open())}
@@ -120,7 +121,7 @@ def told(clusters: dict[str, str], texts: dict[str, str], similar: dict[tuple[st
     for id, cluster in of.items():
         groups[cluster].append(id)
     recall = []
-    for low, high in zip(BUCKETS, BUCKETS[1:], strict=False):
+    for low, high in pairwise(BUCKETS):
         mine = [of[a] == of[b] for (a, b), s in similar.items() if low <= s < high]
         recall.append(f"{sum(mine)} of {len(mine)} ({sum(mine) / max(1, len(mine)):.1%})")
     joined = [jaccard(texts[a], texts[b]) for ids in groups.values() for a, b in combinations(sorted(ids)[:SHOWN], 2)]
@@ -147,7 +148,7 @@ def main() -> None:
             clusters, seconds = turn(python, which, folder)
             rows[name] = (*told(clusters, texts, similar), f"{seconds / megabytes:.2f}")
     print("| Jaccard | expected |" + "".join(f" {name} |" for name in rows) + "\n|---|---|" + "---|" * len(rows))
-    for number, (low, high) in enumerate(zip(BUCKETS, BUCKETS[1:], strict=False)):
+    for number, (low, high) in enumerate(pairwise(BUCKETS)):
         curve = [1 - (1 - s**8) ** 14 for s in similar.values() if low <= s < high]
         cells = "".join(f" {recall[number]} |" for recall, _, _ in rows.values())
         print(f"| {low:g} to {high:g} | {sum(curve) / max(1, len(curve)):.1%} |{cells}")

@@ -83,7 +83,7 @@ def _walk(folder: Path, apart: set[str]) -> Iterator[tuple[str, bytes, str]]:
 
 
 def _near(chosen: dict[str, tuple[str, str, str]]) -> set[str]:
-    """Finds pages that a band of MinHash, or a share of 13-grams, takes for copies of what is aside; of those aside, all but one."""
+    """Finds pages that a band of MinHash, or a share of 13-grams, takes for copies of what is aside; of that, all but one."""
     order = sorted(chosen, key=lambda path: chosen[path][0] == "train")
     hashes, found, bands, grams = Hashes(13), set[str](), set[int](), np.zeros(0, np.uint64)
     for first in range(0, len(order), 200):
@@ -128,8 +128,8 @@ def _site(rng: random.Random, words: list[str], number: int) -> tuple[str, str]:
     links = [" ".join(rng.sample(words, 2)).title() for _ in range(40)]
     menu = "".join(f"<li><a href='/{i}'>{name}</a></li>" for i, name in enumerate(links[:28]))
     more = "".join(f"<li><a href='/more/{i}'>{name}</a></li>" for i, name in enumerate(links[28:]))
-    above = (f"<div class='cookies'><p>We use cookies to improve your experience on site {number}. Accept all | Settings</p></div>"
-             f"<div class='menu'><ul>{menu}</ul></div><div>Log in | Register | Share | Tweet | Print this page</div>")  # fmt: skip
+    above = (f"<div class='cookies'><p>We use cookies to improve your experience on site {number}. Accept all</p></div>"
+             f"<div class='menu'><ul>{menu}</ul></div><div>Log in | Register | Share | Print this page</div>")  # fmt: skip
     below = (f"<div class='related'><h4>You may also like</h4><ul>{more}</ul></div><div class='footer'><p>Copyright {number} "
              "All rights reserved | Terms of use | Privacy policy | Contact | Subscribe to our newsletter</p></div>")  # fmt: skip
     return above, below
@@ -153,7 +153,8 @@ def _spam(rng: random.Random, words: list[str]) -> str:
     things = rng.sample(words, 6)
     offers = [f"Buy cheap {a} {b} online, best {a} price, {b} discount today!" for a in things[:3] for b in things[3:]]
     lines = "".join(f"<p>{rng.choice(offers)}</p>" for _ in range(rng.randrange(30, 90)))
-    return f"<html><head><title>{things[0]}</title></head><body>{lines}<p>{', '.join(rng.choices(things, k=200))}</p></body></html>"
+    lines += f"<p>{', '.join(rng.choices(things, k=200))}</p>"
+    return f"<html><head><title>{things[0]}</title></head><body>{lines}</body></html>"
 
 
 def _encoded(rng: random.Random, page: str) -> tuple[bytes, str]:
