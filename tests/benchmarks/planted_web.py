@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from heliostat.curation.decontamination import Hashes
 from heliostat.curation.encodings import decode
 from heliostat.curation.html import extractor
@@ -85,18 +84,18 @@ def _walk(folder: Path, apart: set[str]) -> Iterator[tuple[str, bytes, str]]:
 def _near(chosen: dict[str, tuple[str, str, str]]) -> set[str]:
     """Finds pages that a band of MinHash, or a share of 13-grams, takes for copies of what is aside; of that, all but one."""
     order = sorted(chosen, key=lambda path: chosen[path][0] == "train")
-    hashes, found, bands, grams = Hashes(13), set[str](), set[int](), np.zeros(0, np.uint64)
+    hashes, found, bands, grams = Hashes(13), set[str](), set[int](), set[int]()
     for first in range(0, len(order), 200):
         paths = order[first : first + 200]
         made, which = keys([chosen[path][2] for path in paths], Parameters(14, 8, 5, 1))
         for row, place in zip(made.tolist(), which.tolist(), strict=True):
             path = paths[place]
-            mine, train = hashes.grams(chosen[path][2]), chosen[path][0] == "train"
-            if bands.intersection(row) or (len(mine) and np.isin(mine, grams).mean() > SHARED):
+            mine = hashes.grams(chosen[path][2]).tolist()
+            if bands.intersection(row) or sum(gram in grams for gram in mine) > SHARED * len(mine):
                 found.add(path)
-            elif not train:
+            elif chosen[path][0] != "train":
                 bands.update(row)
-                grams = np.union1d(grams, mine)
+                grams.update(mine)
     return found
 
 
