@@ -3,8 +3,8 @@
     PYTHONPATH=. python tests/benchmarks/dry_run.py PIPELINE.yaml [--share 0.01 0.03 0.1] [--here]
 
 Prints a row for each stage: documents that it leaves of the whole, and what each share predicts, with its error. Seconds are
-of processor time, which the whole recorded of its stages, so both are of the same machine. With --here tasks run one after
-another in this process, without Ray; a first prediction, thrown away, loads what is loaded once.
+of processor time, so both are of the same machine: those of the stages, which the whole recorded, and, with --here, of all tasks.
+With --here tasks run one after another in this process, without Ray; a first prediction, thrown away, loads what is loaded once.
 """
 
 from __future__ import annotations
@@ -12,33 +12,54 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import yaml
 from heliostat.curation import reasons
+from heliostat.curation.work import Work
 from heliostat.data import manifest
 from heliostat.pipelines.prepare import dry_run, prepare
 from heliostat.storage import Location
 
+from tests.unit.build_curation import HereFlow
 from tests.unit.build_pipeline import Here, make_dataset
+
+
+@dataclass
+class Timed(HereFlow):
+    """Adds up the seconds of all tasks of all that ran."""
+
+    total: ClassVar[float] = 0.0
+
+    def _count(self, counts: dict[str, int], kind: str, record: dict[str, Any]) -> None:
+        super()._count(counts, kind, record)
+        Timed.total += record["seconds"]
+
+
+class Pipeline(Here):
+    def flow(self, work: Work | None = None) -> HereFlow:
+        return Timed(work or self.worked, again=0)
 
 
 def whole(pipeline: Path, folder: str, here: bool) -> tuple[dict[str, float], float]:
     """Prepares the whole; returns what each stage kept, tokens and CPU seconds, and the seconds it took."""
-    start = time.monotonic()
+    start, before = time.monotonic(), Timed.total
     made = make_dataset(_here(pipeline, f"{folder}/out")) if here else None
     if made is None:
         prepare(pipeline, [f"output={folder}/out"])
     found = made or manifest.read(Location(f"{folder}/out"))
     funnel = {name: float(part["kept"]) for name, part in reasons.funnel(found).items() if name != "finish"}
     bytes = {f"{name} (bytes)": float(part["kept_bytes"]) for name, part in reasons.funnel(found).items() if name == "shard"}
-    seconds = sum(reasons.seconds(found).values())
-    return {**funnel, **bytes, "tokens": float(found.tokens), "CPU s": seconds}, time.monotonic() - start
+    seconds = {"CPU s of the stages": sum(reasons.seconds(found).values())}
+    seconds |= {"CPU s of all tasks": Timed.total - before} if here else {}
+    return {**funnel, **bytes, "tokens": float(found.tokens), **seconds}, time.monotonic() - start
 
 
-def _here(pipeline: Path, output: str) -> Here:
+def _here(pipeline: Path, output: str) -> Pipeline:
     keys = yaml.safe_load(pipeline.read_text())
-    return Here(**{k: v for k, v in keys.items() if k != "pipeline"} | {"output": output})
+    return Pipeline(**{k: v for k, v in keys.items() if k != "pipeline"} | {"output": output})
 
 
 def predicted(pipeline: Path, folder: str, share: float, here: bool) -> tuple[dict[str, float], float]:
@@ -49,11 +70,12 @@ def predicted(pipeline: Path, folder: str, share: float, here: bool) -> tuple[di
     else:
         found = dry_run(pipeline, [f"output={folder}/other"], share)
     rows = {row["stage"]: float(row["kept"]) for row in found["funnel"]}
-    seconds = sum(row["cpu_hours"] for row in found["funnel"]) * 3600
+    seconds = {"CPU s of the stages": sum(row["cpu_hours"] for row in found["funnel"]) * 3600,
+               "CPU s of all tasks": found["cpu_hours"] * 3600}  # fmt: skip
     bytes = {"shard (bytes)": float(found["funnel"][-1]["kept_bytes"])}
     for note in found["notes"]:
         print(f"    {share:g}: {note}", flush=True)
-    return {**rows, **bytes, "tokens": float(found["tokens"]), "CPU s": seconds}, found["seconds"]
+    return {**rows, **bytes, "tokens": float(found["tokens"]), **seconds}, found["seconds"]
 
 
 def main() -> None:

@@ -14,22 +14,18 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-import time
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
 
-from heliostat import check  # noqa: E402
-from heliostat.data.dataset import open_dataset  # noqa: E402
-from heliostat.train.worker import deepspeed_engine, zero_state  # noqa: E402
-from heliostat.train.worker.lr_schedule import factor  # noqa: E402
+from heliostat.train.worker import deepspeed_engine  # noqa: E402
 
+from tests.benchmarks import one_process  # noqa: E402
 from tests.gpu import setting  # noqa: E402
 
 JOB, PIPELINE = ROOT / "jobs/quickstart.yaml", ROOT / "pipelines/quickstart.yaml"
@@ -48,8 +44,6 @@ OPTIONS: dict[str, list[str]] = {  # each changes one thing of the job
                      "model.intermediate_size=768"],
     "bf16": ["train.precision=bf16"],
 }  # fmt: skip
-ALONE = ["workers.count=1", "mlflow.register=null"]
-CHUNK = 16  # held-out samples at a time
 
 
 def dataset(vocabulary: str) -> Path:
@@ -66,47 +60,21 @@ def checked(settings: list[str], seed: int, samples: int) -> Any:
     vocabulary = given.pop("vocabulary", None)
     keys = [
         *(f"{k}={v}" for k, v in given.items()),
-        *ALONE,
         f"train.seed={seed}",
         f"data.seed={seed}",
         f"evaluate.samples={samples}",
     ]
     if vocabulary:
         keys.append(f"data.sources.0.path={dataset(vocabulary)}")
-    return check.check(check.load_job(JOB, keys))
+    return one_process.checked(JOB, keys)
 
 
 def play(made: Any, seconds: float) -> tuple[float, float]:
     """Trains for so many processor seconds; tokens a second, and held-out bits a byte at the end."""
-    job, recipe, data = made.job, made.recipe, open_dataset(made.plan)
-    train, spent, step = job.train, 0.0, 0
-    engine = deepspeed_engine.build_engine(job, recipe)
-    zero_state.init_optimizer_state(engine)
-    while spent < seconds:
-        rows = data.read(data.order.locate(data.order.step(step).ravel()))
-        began = time.process_time()
-        at = min(train.steps - 1, int(spent / seconds * train.steps))
-        deepspeed_engine.set_lr(engine, train.optimizer.lr * factor(train.schedule, at, train.steps))
-        for part in np.split(rows, train.global_batch // train.micro_batch):
-            batch = recipe.batch(part)
-            engine.backward(recipe.loss(engine, batch).sum / recipe.terms(batch))
-            engine.step()
-        spent, step = spent + time.process_time() - began, step + 1
-    found = bits_per_byte(made, data, engine)
+    engine, steps, spent = one_process.train(made, lambda _, spent: spent / seconds)
+    found = one_process.scores(made, engine, made.order.held_out(made.job.evaluate.samples))["bits_per_byte"]
     deepspeed_engine.destroy_engines()
-    return step * rows.size / spent, found
-
-
-@torch.no_grad()
-def bits_per_byte(made: Any, data: Any, engine: Any) -> float:
-    rows = data.read(made.order.held_out(made.job.evaluate.samples))
-    engine.eval()
-    sums: dict[str, float] = {}
-    for part in np.array_split(rows, -(-len(rows) // CHUNK)):
-        for name, values in made.recipe.evaluate(engine, made.recipe.batch(part)).items():
-            sums[name] = sums.get(name, 0.0) + float(values.sum())
-    engine.train()
-    return made.recipe.metrics(sums)["bits_per_byte"]
+    return steps * made.job.train.global_batch * made.job.data.sequence_length / spent, found
 
 
 def main() -> None:

@@ -309,3 +309,23 @@ def test_rates_of_tokens():
     given = rates.of_whole(0.22, 1000, measured, 50, 1e6)
     assert given.expected == pytest.approx(0.22 + 0.05 * (1 - 1e-4) - 0.05 * 0.9), "most text of both trained nothing"
     assert rates.of_whole(0.22, 100, {"own": None, "other": 0.3, "trained": 0}, 10, 1000) == rates.Rate(0.22, 0.22, 0.22)
+
+
+def test_the_share_that_would_be_enough_is():
+    """A sum over documents of very different sizes, drawn one by one: at the share that is told, most samples are near."""
+    rng = np.random.default_rng(0)
+    sizes = rng.lognormal(0, 1.0, 4000)
+    spread = ((1 - 0.05) * (sizes[rng.random(4000) < 0.05] ** 2).sum()) ** 0.5 / (0.05 * sizes.sum())
+    share = estimates.enough(0.05, spread, 0.1)
+    assert 0.05 < share < 0.8 and estimates.enough(share, 0.1 / estimates.Z, 0.1) == pytest.approx(share)
+    errors = [abs(sizes[rng.random(4000) < share].sum() / share / sizes.sum() - 1) for _ in range(400)]
+    assert np.mean(np.array(errors) < 0.1) > 0.8
+
+
+def test_training_a_tokenizer_is_expected_to_take_less_than_text_grows_if_it_did():
+    measured = {"trained": 100_000, "took": 1.0}
+    assert rates.training_grows(1.5, 200_000, measured) == pytest.approx(0.585, abs=0.001)
+    assert rates.training_grows(2.5, 200_000, measured) == 1.0, "never more than the text"
+    assert rates.training_grows(1.05, 200_000, measured) == rates.SLOWEST
+    assert rates.training_grows(0.9, 200_000, measured) == 1.0, "times that say nothing"
+    assert rates.training_grows(1.2, 120_000, measured) == 1.0, "hardly more text"

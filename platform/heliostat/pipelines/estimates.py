@@ -21,6 +21,14 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
     return max(0.0, (centre - spread) / (1 + z2 / count)), min(1.0, (centre + spread) / (1 + z2 / count))
 
 
+def enough(fraction: float, spread: float, within: float) -> float:
+    """Computes the share that would tell a sum to `within` of it (95 %), of which this one tells it with the standard error
+    `spread`: it falls with the square root of (1 - f) / f."""
+    needed = (within / Z) ** 2
+    constant = spread * spread * fraction / (1 - fraction)
+    return constant / (constant + needed)
+
+
 @dataclass(frozen=True)
 class Share:
     """Holds the share of documents that are dropped as duplicates: in the sample, and expected of the whole, with bounds."""

@@ -22,6 +22,7 @@ from heliostat.storage import Location
 
 SHARD, TOKENIZER = "shard", "tokenizer"
 FEW = 400  # documents, of which a share of a half is known to 5 %
+GOOD = 0.1  # to which bytes and tokens are known well
 HOUR_S = 3600
 GROUP = 64  # runs that a task measures
 WHICH = ("expected", "low", "high")
@@ -51,6 +52,8 @@ class Prediction:
     rate: Rate | None = None
     most_trained: int | None = None
     """Bytes of text that train a tokenizer, at most; None: all of it."""
+    training_grows: float = 1.0
+    """The power of its text with which the time grows that training a tokenizer takes."""
     shards_drop_duplicates: bool = False
     """Whether the shards' tasks leave out exact duplicates, as those of text do."""
 
@@ -124,7 +127,7 @@ class Prediction:
         if TOKENIZER in found and self.most_trained is not None:
             sampled = self.funnel[SHARD]["kept_bytes"]
             most, whole = self.most_trained, sampled * sample.of_bytes * factors[""]
-            found[TOKENIZER] = taken[TOKENIZER] * min(most, whole) / min(most, sampled) / HOUR_S
+            found[TOKENIZER] = taken[TOKENIZER] * (min(most, whole) / min(most, sampled)) ** self.training_grows / HOUR_S
         return found
 
     def _of_stage(self, name: str) -> float:
@@ -144,6 +147,10 @@ class Prediction:
             notes.append(
                 f"{kept:,} documents of the sample are kept, so what they are few of is known badly; give a larger share"
             )
+        if (known := estimates.Z * self.spread) > GOOD:
+            share = estimates.enough(self.sample.fraction, self.spread, GOOD)
+            notes.append(f"bytes, tokens and hours of what is kept are known to {known:.0%}, by the number of documents that are "
+                         f"kept, and their sizes; a share of {share:.2g} would tell them to {GOOD:.0%}")  # fmt: skip
         return notes
 
 

@@ -6,23 +6,27 @@ grows. So half of a sample trains one, which encodes both halves.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
-from heliostat.curation import spill
+from heliostat.curation import cpu_time, spill
 from heliostat.curation.segment import Run, survivors
 from heliostat.pipelines.predicting import Rate
 from heliostat.pipelines.text import tokens
 from heliostat.storage import Location
 
 ENCODED = 16 << 20  # bytes of each half that are encoded, at most
+ENOUGH = 1.5  # times as much text, that tells how time grows
+SLOWEST = 0.5  # power, lest chance in small times says what it likes
 
 
 def halves(folder: Location, runs: list[Run], config: dict[str, Any]) -> dict[str, Any]:
     """Trains a tokenizer on half of the documents, by their hashes, up to `train_bytes`; returns the tokens a byte of that text
-    (`own`), of the other half (`other`; None if one is empty), and the bytes that trained it."""
-    limit = min(config["train_bytes"], ENCODED)
-    tokenizer = tokens.load(tokens.train(_texts(folder, runs, 0, limit), config["vocab_size"], config["end_of_document"]))
+    (`own`), of the other half (`other`; None if one is empty), the bytes that trained it, and the CPU seconds of that."""
+    limit, start = min(config["train_bytes"], ENCODED), cpu_time.now()
+    definition = tokens.train(_texts(folder, runs, 0, limit), config["vocab_size"], config["end_of_document"])
+    tokenizer, took = tokens.load(definition), cpu_time.now() - start
     end = tokens.end_id(tokenizer, config["end_of_document"])
     found = []
     for half, most in ((0, limit), (1, ENCODED)):
@@ -32,7 +36,15 @@ def halves(folder: Location, runs: list[Run], config: dict[str, Any]) -> dict[st
             bytes += len(text.encode())
         found.append((count, bytes))
     (own, trained), (other, rest) = found
-    return {"own": own / trained if trained else None, "other": other / rest if rest else None, "trained": trained}
+    return {"own": own / trained if trained else None, "other": other / rest if rest else None, "trained": trained, "took": took}
+
+
+def training_grows(seconds: float, bytes: float, measured: dict[str, Any]) -> float:
+    """Estimates the power of its text with which the time grows that training a tokenizer takes, from the seconds that so many
+    bytes took, and those of half of them (`halves`): at most 1, as text is counted, and less, as words come again."""
+    if bytes < ENOUGH * measured["trained"] or not 0 < measured["took"] < seconds:
+        return 1.0
+    return min(1.0, max(SLOWEST, math.log(seconds / measured["took"]) / math.log(bytes / measured["trained"])))
 
 
 def _texts(folder: Location, runs: list[Run], half: int, most: int) -> Iterator[str]:

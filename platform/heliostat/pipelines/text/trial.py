@@ -12,7 +12,7 @@ from heliostat.curation.flow import Task
 from heliostat.curation.pieces import Part
 from heliostat.curation.work import key
 from heliostat.errors import DataError
-from heliostat.pipelines.predicting import SHARD, Prediction, Rate, forget, spread_of
+from heliostat.pipelines.predicting import SHARD, TOKENIZER, Prediction, Rate, forget, spread_of
 from heliostat.pipelines.prepare import InputFile
 from heliostat.pipelines.sampled import Sample
 from heliostat.pipelines.text import rates
@@ -67,5 +67,7 @@ class Trial(Making):
         task = Task(key("rates", [[run.name, run.decided] for run in runs], config), {"runs": runs, "config": config})
         (halves,) = self.flow.all("rates", rates.halves, iter([task]))
         forget(self.flow, "rates")
+        trained = min(config["train_bytes"], shard["kept_bytes"])
+        made.training_grows = rates.training_grows(self.flow.seconds[TOKENIZER], trained, halves) if halves["trained"] else 1.0
         whole = shard["kept_bytes"] * self.sample.of_bytes * made.factors[0][""]
         return rates.of_whole(seen, shard["kept_bytes"], halves, self.tokenizer["train_bytes"], whole)

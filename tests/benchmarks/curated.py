@@ -1,0 +1,124 @@
+"""What curation is worth to a model: held-out loss of the quickstart's model, trained on raw and on curated text of equal tokens.
+
+    python tests/benchmarks/curated.py FOLDER [--apart SITE ...] [--steps 100] [--seeds 1 2 3] [--pages 3000]
+
+FOLDER holds pages of HTML, a folder for each site, of which `planted_web.py` makes a small web. Sides: `raw`, all text of the
+pages, as a WET file has it; `main text`, what `extract` takes for it; `curated`, the stages of `pipelines/fineweb.yaml`. One
+tokenizer, trained on the raw side, for all. Each run is one process of one thread: the job of `jobs/quickstart.yaml` on the same
+number of tokens, none twice if there are enough. Scored on clean text of pages that no side trains on, made by another library
+than the curated side's (trafilatura): pages of the same sites, and whole sites of which nothing is trained on (--apart).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
+
+from heliostat.curation import reasons  # noqa: E402
+from heliostat.data.manifest import Manifest  # noqa: E402
+from heliostat.data.order import Order, Samples  # noqa: E402
+from heliostat.train.worker import deepspeed_engine  # noqa: E402
+
+from tests.benchmarks import one_process, planted_web  # noqa: E402
+from tests.gpu import setting  # noqa: E402
+from tests.unit.build_pipeline import Here, make_dataset  # noqa: E402
+
+JOB = ROOT / "jobs/quickstart.yaml"
+SIDES: dict[str, list[dict[str, Any]]] = {
+    "raw": [{"stage": "extract", "main_content": False}],
+    "main text": [{"stage": "extract"}],
+    "curated": yaml.safe_load((ROOT / "pipelines/fineweb.yaml").read_text())["stages"],
+}
+
+
+def made(folder: Path, name: str, stages: list[dict[str, Any]], tokenizer: dict[str, Any], source: str) -> Manifest:
+    sizes = {"chunk_tokens": 65_536, "shard_bytes": 2_000_000}
+    return make_dataset(Here(name="curated", input=f"{folder}/{source}",
+                             output=f"{folder}/{name}", stages=stages, tokenizer=tokenizer, **sizes))  # fmt: skip
+
+
+def write(folder: Path, web: planted_web.Web) -> None:
+    """Writes the pages, and the texts that are scored."""
+    for path, page in web.pages.items():
+        (folder / "web" / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "web" / path).write_bytes(page)
+    for number, (what, texts) in enumerate(web.aside.items()):
+        (folder / f"aside-{number}").mkdir()
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (folder / f"aside-{number}" / "a.jsonl").write_text(lines)
+        print(f"aside, {what}: {len(texts):,} documents, {sum(map(len, texts)):,} characters")
+
+
+def job(folder: Path, name: str, steps: int, seed: int) -> Any:
+    return one_process.checked(JOB, [f"data.sources.0.path={folder}/{name}", f"train.steps={steps}", f"train.seed={seed}",
+                                     f"data.seed={seed}", "evaluate=null"])  # fmt: skip
+
+
+def an_epoch(order: Order) -> Samples:
+    """Returns every training sample of a source, once."""
+    return order.locate(np.arange(int(order.epoch_samples[0])))
+
+
+def compared(losses: list[float], others: list[float]) -> str:
+    """Tells by how much losses are above others of the same seeds, with the standard deviation over the seeds."""
+    found = [a - b for a, b in zip(losses, others, strict=True)]
+    return f"{mean(found):+.3f} ± {stdev(found) if len(found) > 1 else 0:.3f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--apart", nargs="*", default=[])
+    parser.add_argument("--pages", type=int, default=3000)
+    parser.add_argument("--scored", type=int, default=120, help="documents of each kind that are scored, at most")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=list(SIDES), help="raw among them")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        web = planted_web.make(asked.folder, set(asked.apart), asked.pages, asked.scored)
+        print(f"{len(web.pages):,} pages, {sum(map(len, web.pages.values())):,} bytes:", web.counts, flush=True)
+        write(folder, web)
+        trained, given = {"vocab_size": 2048, "train_bytes": 8_000_000}, {"path": f"{folder}/raw"}
+        for name in asked.sides:
+            found = made(folder, name, SIDES[name], trained if name == "raw" else given, "web")
+            funnel = {stage: part["kept"] for stage, part in reasons.funnel(found).items()}
+            print(f"{name}: {found.tokens:,} tokens; documents: {funnel}", flush=True)
+        for number in range(len(web.aside)):
+            made(folder, f"scored-{number}", [], given, f"aside-{number}")
+        setting.start()
+        print(f"\n{asked.steps} steps; held-out loss, nats a token, by seed, and bits a byte (mean)\n")
+        print("| side |" + "".join(f" {what} | bits a byte | above raw |" for what in web.aside) + " CPU s a run |")
+        print("|---|" + "---|---|---|" * len(web.aside) + "---|")
+        raw: list[list[float]] = []
+        for name in asked.sides:
+            runs, seconds = list[list[dict[str, float]]](), list[float]()
+            for seed in asked.seeds:
+                engine, _, spent = one_process.train(job(folder, name, asked.steps, seed), lambda step, _: step / asked.steps)
+                seconds.append(spent)
+                scored = [job(folder, f"scored-{n}", asked.steps, seed) for n in range(len(web.aside))]
+                runs.append([one_process.scores(of, engine, an_epoch(of.order)) for of in scored])
+                deepspeed_engine.destroy_engines()
+            losses = [[run[n]["loss"] for run in runs] for n in range(len(web.aside))]
+            raw = raw or losses
+            cells = "".join(f" {', '.join(f'{x:.3f}' for x in mine)} | {mean(run[n]['bits_per_byte'] for run in runs):.3f} |"
+                            f" {compared(mine, raw[n])} |" for n, mine in enumerate(losses))  # fmt: skip
+            print(f"| {name} |{cells} {mean(seconds):.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

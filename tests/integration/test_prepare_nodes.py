@@ -1,0 +1,67 @@
+"""`prepare` on clusters of one, two and three Ray nodes, some of whose workers and nodes are lost: one digest."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from heliostat.chaos.nodes import LocalNodes
+
+from tests.benchmarks.broken.rounds import at_work
+from tests.benchmarks.prepare_chaos import make_input
+
+pytestmark = pytest.mark.ci
+
+LIMIT_S = 240
+
+
+def lose_worker(nodes: LocalNodes, node: int) -> None:
+    for process in at_work([nodes.nodes[node].process.pid])[:1]:
+        process.kill()
+
+
+def lose_node(nodes: LocalNodes, node: int) -> None:
+    nodes.nodes.pop(node).kill()
+
+
+def prepared(folder: Path, given: Path, nodes: LocalNodes, lose) -> tuple[str, set[str], bool]:
+    """Prepares the input; as soon as the last node runs a task, loses something of it. Returns (digest, addresses of the nodes
+    that ran tasks, whether something was lost)."""
+    folder.mkdir()
+    pipeline = {"name": "nodes", "pipeline": "heliostat.pipelines:TextPipeline", "input": str(given), "output": f"{folder}/out",
+                "stages": [{"stage": "length", "min_words": 65}, {"stage": "minhash"}], "memory_limit": 100_000_000,
+                "tokenizer": {"vocab_size": 400, "train_bytes": 50_000}, "chunk_tokens": 2000, "shard_bytes": 60_000}  # fmt: skip
+    (folder / "pipeline.yaml").write_text(json.dumps(pipeline))
+    worked, lost, end = set[str](), False, time.monotonic() + LIMIT_S
+    with (folder / "said").open("w") as said, (folder / "log").open("w") as log:
+        command = [sys.executable, "-m", "heliostat", "prepare", str(folder / "pipeline.yaml"), "--json"]
+        run = subprocess.Popen(command, stdout=said, stderr=log, env=os.environ | nodes.environment)
+        try:
+            while run.poll() is None and time.monotonic() < end:
+                busy = [number for number, node in enumerate(nodes.nodes) if number and at_work([node.process.pid])]
+                worked |= {nodes.nodes[number].address for number in busy}
+                if lose and not lost and busy and busy[-1] == len(nodes.nodes) - 1:
+                    lose(nodes, busy[-1])
+                    lost = True
+                time.sleep(0.02)
+        finally:
+            run.kill()
+            run.wait()
+    assert (folder / "said").read_text(), (folder / "log").read_text()[-3000:]
+    return json.loads((folder / "said").read_text().splitlines()[-1])["digest"], worked, lost
+
+
+def test_one_digest_on_one_two_and_three_nodes_with_a_worker_and_a_node_lost(tmp_path):
+    """The order of tasks is that in which the nodes finish them; what a lost worker or node did is done again by another."""
+    make_input(tmp_path / "in", 1200)
+    found = dict[int, str]()
+    for count, lose in ((1, None), (2, lose_worker), (3, lose_node)):
+        (tmp_path / f"cluster{count}").mkdir()
+        with LocalNodes(tmp_path / f"cluster{count}", count, 1) as nodes:
+            digest, worked, lost = prepared(tmp_path / f"on{count}", tmp_path / "in", nodes, lose)
+        assert len(worked) == count and lost is bool(lose), (count, worked, lost)
+        found[count] = digest
+    assert len(set(found.values())) == 1, found
