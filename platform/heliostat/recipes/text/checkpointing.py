@@ -7,6 +7,7 @@ have let go of it when the first of the others is computed again: the room that 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -65,8 +66,10 @@ def require(recipe: Any) -> None:
     which, kind = recipe.checkpointing, recipe.config.model_type
     if which is True and not recipe.offload:
         return
+    whole = copy.copy(recipe)
+    whole.checkpointing = False  # which transformers refuses of some
     with torch.device("meta"):
-        there = len(layers(recipe.build()))
+        there = len(layers(whole.build()))
     key = OFFLOAD if which is True else SOME
     if not there:
         raise ConfigError(f"{key}: transformers does not checkpoint the layers of {kind!r} one by one; set {_plainly(key)}")

@@ -90,12 +90,17 @@ class Giving(TorchDispatchMode):
         super().__init__()
         self.kept, self.place = kept, 0
 
+    def __enter__(self) -> Giving:
+        self.place = 0  # of a second backward pass, too, which then finds nothing
+        super().__enter__()
+        return self
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not is_dear(func, args, kwargs):
             return func(*args, **(kwargs or {}))
         operation, out = self.kept[self.place] if self.place < len(self.kept) else (None, None)
         if operation is not func:
-            raise RuntimeError(f"a layer that is played again computes {func} where it computed {operation} before")
+            raise RuntimeError(f"a layer that is played again computes {func}, and what was kept is of {operation}")
         self.kept[self.place] = (None, None)
         self.place += 1
         return func(*args, **(kwargs or {})) if out is None else out
