@@ -46,6 +46,11 @@ def _kind(operation: Any) -> str:
     return ATTENDS if fused and "backward" not in name and "bwd" not in name else ""
 
 
+def is_kept(operation: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> bool:
+    """Tells whether an operation's outputs are kept here: it is dear, and not in `passing`."""
+    return not _passing.get() and is_dear(operation, args, kwargs)
+
+
 @contextmanager
 def passing() -> Iterator[None]:
     """Keeps nothing of what is computed in it."""
@@ -70,6 +75,11 @@ class Keeping(TorchDispatchMode):
         self.kept: list[tuple[Any, Any]] = []
         self._where: dict[int, int] = {}  # by storage
 
+    @property
+    def bytes(self) -> int:
+        """Counts what is kept by now, before any of it is given."""
+        return sum({_storage(t): t.untyped_storage().nbytes() for _, out in self.kept for t in _tensors(out)}.values())
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for storage in written(func, args, kwargs or {}):
             if (place := self._where.pop(storage, None)) is not None:
@@ -77,7 +87,7 @@ class Keeping(TorchDispatchMode):
                 self.kept[place] = operation, tree_map(_copied, out)
         out = func(*args, **(kwargs or {}))
         if is_dear(func, args, kwargs):
-            kept = None if _passing.get() else tree_map(_detached, out)
+            kept = tree_map(_detached, out) if is_kept(func, args, kwargs) else None
             self._where |= {_storage(t): len(self.kept) for t in _tensors(kept)}
             self.kept.append((func, kept))
         return out
