@@ -1,5 +1,5 @@
-"""Selective checkpointing in real DeepSpeed engines on two ranks: the losses and gradient norms of no checkpointing, to the bit, at
-every ZeRO stage, with samples that workers share, and with nothing dear computed again."""
+"""Selective checkpointing in real DeepSpeed engines on two ranks: losses and gradient norms of no checkpointing, to the bit, at
+every ZeRO stage and with samples that workers share; nothing dear is computed again."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def played_in_ranks(group: Any, everyone: Any, folder: str, *names: str) -> Iter
             with Dear() as dear:
                 losses = player.losses(0, layouts.STEPS)
             if player.rank == 0:
-                yield {"case": str(case), "which": which, "losses": losses, "norms": list(player.stepper.norms), "dear": dear.count}
+                yield {"case": str(case), "losses": losses, "norms": list(player.stepper.norms), "dear": dear.count}
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,9 @@ def test_what_is_kept_behind_the_forward_pass_is_what_a_real_one_keeps(first, of
     j = job(**LONG, **{TILED: tiled})
     recipe = CausalLM(j)
     counted = activations(j, recipe, build(recipe), planner.sample(j, recipe))
-    behind = replace(counted, layers=tuple((given, 0 if i < first else kept, 0) for i, (given, kept, _) in enumerate(counted.layers)))
+    behind = replace(
+        counted, layers=tuple((given, 0 if i < first else kept, 0) for i, (given, kept, _) in enumerate(counted.layers))
+    )
     kept = real({WHICH: first, OFFLOAD: offload, TILED: tiled})
     assert behind.held(first, offload) == pytest.approx(kept + offload * counted.inputs(1), rel=0.04)  # layers share a little
 

@@ -1,13 +1,15 @@
-"""What the plan says of selective checkpointing, in memory, time and the choice of layouts; and the products that any checkpointing
-plays again, against those that torch counts."""
+"""What the plan says of selective checkpointing, in memory, time and the choice of layouts; and the products that checkpointing of
+any kind plays again, against those that torch counts."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from heliostat.plan import layouts, planner
+from heliostat.cli import plan
+from heliostat.plan import hardware, layouts, planner
 from heliostat.plan.counts import ALWAYS
+from heliostat.plan.estimate import Planner
 from heliostat.plan.layouts import Layout
 from heliostat.plan.model_stats import activations, build, work
 from heliostat.recipes.text.causal_lm import CausalLM
@@ -17,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from tests.unit.build_job import BASE, ROOT, job
-from tests.unit.test_plan_memory_savers import LONG, TILED, WHICH, estimates
+from tests.unit.test_plan_memory_savers import LONG, TILED, WHICH
 
 SELECTIVE = "selective"
 
@@ -80,15 +82,16 @@ def test_products_that_are_played_again_are_those_that_torch_counts(arch, which,
     j = job(**{**LONG, "model": model, "model.num_hidden_layers": 3, TILED: tiled, "workers.gpus": 1})
     recipe = CausalLM(j)
     found = work(j, recipe, build(recipe), tuple(planner.sample(j, recipe, n) for n in (2, 3)))
-    again = sum(w.count * w.flops for w in found if w.kind == "matmul" and w.replayed == ALWAYS and not (which == SELECTIVE and w.dear))
-    once = sum(w.count * w.flops for w in found if w.kind == "matmul")
+    products = [w for w in found if w.kind == "matmul"]
+    replayed = [w for w in products if w.replayed == ALWAYS and not (which == SELECTIVE and w.dear)]
+    once, again = (sum(w.count * w.flops for w in some) for some in (products, replayed))
     assert counted(j, False) == once
     assert counted(j, which) == once + again
     assert (again == 0) == (which == SELECTIVE and not (tiled and arch == "olmo2"))
 
 
 class Products(TorchDispatchMode):
-    """Counts FLOPs as torch does. (Its FlopCounterMode follows modules, and so no layer that is played again inside a gradient.)"""
+    """Counts FLOPs as torch does. (Its FlopCounterMode follows modules, and fails where a gradient plays some again.)"""
 
     flops = 0
 
@@ -106,3 +109,42 @@ def counted(j, which) -> int:
     with Products() as products:
         recipe.loss(model, recipe.batch(np.zeros((1, 256), dtype=np.int32))).sum.backward()
     return products.flops
+
+
+@pytest.fixture
+def wide() -> Planner:
+    sizes = {"model.hidden_size": 1024, "model.intermediate_size": 4096, "model.num_hidden_layers": 4}
+    j = job(**LONG | sizes | {"workers.gpus": 1, "workers.count": 4, "train.precision": "bf16", "data.sequence_length": 2048})
+    return planner.planners(j, CausalLM(j), None, None, hardware.table())[-1]
+
+
+def test_it_lies_between_none_and_all_in_memory_and_in_time(wide):
+    none, some, every = (wide.candidate(Layout(2, 2, which, False)) for which in (False, SELECTIVE, True))
+    assert none["memory"]["activations"] > some["memory"]["activations"] > every["memory"]["activations"]
+    assert none["speed"]["step_s"] < some["speed"]["step_s"] < every["speed"]["step_s"]
+    assert 0 < some["parts"]["replaying"] < every["parts"]["replaying"] / 2
+
+
+def test_the_cheapest_that_fits_is_found_by_memory(wide):
+    """None, selective, of few layers, of all: the less memory, the more is played again."""
+    layout, chosen = Layout(3, 2, True, False), {}
+    given = {which: wide.candidate(replace(layout, checkpointing=which)) for which in (False, SELECTIVE, 3, True)}
+    for which, one in given.items():
+        wide.device = replace(wide.device, memory=one["memory"]["total"])
+        kinds = [replace(layout, checkpointing=kind) for kind in (False, SELECTIVE, True)]
+        fitting = [wide.candidate(each) for kind in kinds for each in (kind, *wide.partly(kind))]
+        chosen[which] = min(fitting, key=layouts.order)["activation_checkpointing"]
+    assert chosen == {which: which for which in given}
+
+
+def test_it_is_ranked_where_the_job_could_have_it():
+    def offered(**changes) -> bool:
+        return SELECTIVE in {one.checkpointing for one in layouts.candidates(job(**changes), 1, selects=True)}
+
+    assert offered() and offered(**{TILED: True})
+    assert not offered(**{"train.compile": True}) and not offered(**{WHICH: True, "train.activation_offload": True})
+    assert SELECTIVE not in {one.checkpointing for one in layouts.candidates(job(), 1)}
+    j = job(**{WHICH: SELECTIVE})
+    assert layouts.changes(j, layouts.of(j)) == []
+    assert layouts.changes(job(), layouts.of(j)) == [f"{WHICH}=selective"]
+    assert (plan.replayed(SELECTIVE), plan._checkpointing(SELECTIVE)) == ("selective", ", selective activation checkpointing")

@@ -135,6 +135,10 @@ def test_what_it_was_not_tried_with_is_refused_in_one_line():
 def test_it_is_tried_before_a_run_begins(arch, monkeypatch):
     one = recipe({"arch": arch, **MODELS[arch]}, **ON)
     one.probe()
-    monkeypatch.setattr(Giving, "__torch_dispatch__", lambda self, func, types, args=(), kwargs=None: func(*args, **(kwargs or {})) * 1.5)
-    with pytest.raises(ConfigError, match=rf"{WHICH}: layers of '{arch}' cannot be played again in part: .*; set it to true or false"):
+    monkeypatch.setattr(
+        Giving, "__torch_dispatch__", lambda self, func, types, args=(), kwargs=None: func(*args, **(kwargs or {})) * 1.5
+    )
+    with pytest.raises(
+        ConfigError, match=rf"{WHICH}: layers of '{arch}' cannot be played again in part: .*; set it to true or false"
+    ):
         recipe({"arch": arch, **MODELS[arch]}, **ON).probe()

@@ -162,7 +162,8 @@ class Train(Strict):
     docs/job.md#deepspeeds-own-keys"""
     activation_checkpointing: Annotated[bool | Literal["selective"] | Count, BeforeValidator(_layers)] = False
     """Computes activations again in the backward pass, which trades time for memory. A number: those of the first so many layers.
-    `selective`: of all layers, but for products and attention, whose outputs are kept. See docs/job.md#activation-checkpointing"""
+    `selective`: of all layers, but for products and attention, whose outputs are kept. See
+    docs/job.md#activation-checkpointing"""
     activation_offload: bool = False
     """Keeps the inputs of checkpointed layers in host memory until the backward pass. See docs/job.md#activation-checkpointing"""
     tiled_loss: bool = False

@@ -40,8 +40,8 @@ class Operation:
 class Recorder(TorchDispatchMode):
     """Notes, as a context manager, every operation that torch dispatches in it.
 
-    A layer is played again as far as the last tensor that autograd keeps of it. torch's own products keep their factors before they
-    compute; DeepSpeed's linear layers at stage 3 do so behind it, and so a product there is played again, too.
+    A layer is played again as far as the last tensor that autograd keeps of it. torch's own products keep their factors before
+    they compute; DeepSpeed's linear layers at stage 3 do so afterwards, and so a product that comes then is played again, too.
     """
 
     def __init__(self, layers: Iterable[torch.nn.Module]) -> None:

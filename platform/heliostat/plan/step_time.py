@@ -88,9 +88,7 @@ def operation(work: Work, micro: float, device: Device, compiled: bool = False) 
 
 def computing(work: Iterable[Work], setting: Setting, device: Device) -> float:
     """Estimates the seconds that a micro-batch computes."""
-    return sum(
-        w.count * (1 + setting.again(w)) * operation(w, setting.micro_batch, device, setting.compiled) for w in work
-    )
+    return sum(w.count * (1 + setting.again(w)) * operation(w, setting.micro_batch, device, setting.compiled) for w in work)
 
 
 def updating(numel: float, moments: float, device: Device) -> float:

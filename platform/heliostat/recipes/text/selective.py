@@ -1,11 +1,11 @@
-"""Keeps what is dear of a checkpointed layer, for `train.activation_checkpointing: selective`, so that only the rest is played again.
+"""Keeps what is dear of a checkpointed layer, for `train.activation_checkpointing: selective`: only the rest is played again.
 
-Dear are products with weights and fused attention: nearly all of the time, in tensors that grow with the tokens alone. Played again
-are norms, activations, residuals, rotations, and attention that is written out, whose scores grow with the tokens' square.
+Dear are products with weights and fused attention: nearly all of the time, in tensors that grow with the tokens alone. Played
+again are norms, activations, residuals, rotations, and attention that is written out, whose scores grow with the tokens' square.
 
-The forward pass notes the outputs, in the order of the operations; when autograd plays the layer again it meets the same operations
-and gets the outputs instead. torch's own contexts (`create_selective_checkpoint_contexts`) refuse an output that the layer writes
-into later, as DeepSpeed's linear layers do at stage 3 with their bias; here it is copied before that.
+The forward pass notes the outputs, in the order of the operations; when autograd plays the layer again it meets the same
+operations and gets the outputs instead. torch's own contexts (`create_selective_checkpoint_contexts`) refuse an output that the
+layer writes into later, as DeepSpeed's linear layers do at stage 3 with their bias; here it is copied before that.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _passing = ContextVar("passing", default=False)
 
 
 def is_dear(operation: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> bool:
-    """Tells whether an operation's outputs are kept. What draws random numbers is not dear: where it was left out, those behind it
-    would draw others."""
+    """Tells whether an operation is dear. What draws random numbers is not: where it was left out, those behind it would draw
+    others."""
     if not (kind := _kind(operation)) or kind == PRODUCT:
         return bool(kind)
     given = {a.name: value for a, value in zip(operation._schema.arguments, args, strict=False)} | dict(kwargs or {})
