@@ -1,4 +1,4 @@
-"""What the plan says of selective checkpointing, in memory, time and the choice of layouts; and the products that checkpointing of
+"""What the plan says of selective checkpointing, in memory, time and the choice of layouts; and the products that checkpoints of
 any kind plays again, against those that torch counts."""
 
 from dataclasses import replace
