@@ -8,6 +8,7 @@ have let go of it when the first of the others is computed again: the room that 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -27,7 +28,9 @@ Which = bool | int | Literal["selective"]
 def use(model: Any, which: Which, offload: bool) -> None:
     """Makes a model of transformers checkpoint all of its layers, in whole or but for what is dear, or the first so many."""
     how = {"context_fn": selective.contexts} if which == SELECTIVE else {}
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, **how})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of its name; the other one is newer than transformers 5.20
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, **how})
     if (which is True and not offload) or isinstance(which, str):
         return
     for place, layer in enumerate(layers(model)):
