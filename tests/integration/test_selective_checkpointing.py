@@ -43,12 +43,12 @@ class Dear(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _job(case: Case, which: bool | str, folder: Path) -> Job:
+def _job(case: Case, which: bool | str, folder: Path, **more: Any) -> Job:
     model = {**BASE["model"], "arch": case.arch, "vocab_size": 96} | ({"num_local_experts": 4} if case.arch == "mixtral" else {})
     changes: dict[str, Any] = {"model": model, "workers.count": 2, "train.parallel": {"sequence": case.sequence}}
     changes |= {"train.zero.stage": case.stage, "train.activation_checkpointing": which, "train.precision": case.precision}
     changes["train.deepspeed"] = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-    return layouts.described(f"{case}-{which}".lower(), folder, batch=4, **changes)
+    return layouts.described(f"{case}-{which}".lower(), folder, batch=4, **changes, **more)
 
 
 def played_in_ranks(group: Any, everyone: Any, folder: str, *names: str) -> Iterator[dict[str, Any]]:
@@ -75,3 +75,25 @@ def test_losses_are_those_of_no_checkpointing_to_the_bit(case: Case, played: lis
     assert mine["losses"] == whole["losses"] and len(set(mine["losses"])) > 1
     assert mine["norms"] == whole["norms"]
     assert mine["dear"] == whole["dear"] > 0
+
+
+def products_in_ranks(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
+    """Counts the dear operations of a run with every layer checkpointed whole, and with none, in torch's own kernels."""
+    for stage in (2, 3):
+        for which in (False, True):
+            made = _job(Case(stage), which, Path(folder), **{"train.cpu_kernels": False})
+            player = layouts.player(made)
+            with Dear() as dear:
+                player.losses(0, layouts.STEPS)
+            if player.rank == 0:
+                yield {"stage": stage, "which": which, "dear": dear.count}
+
+
+@pytest.mark.ci
+def test_the_last_product_of_a_layer_is_played_again_at_stage_3_alone(tmp_path: Path) -> None:
+    """As the plan counts it: of attention and seven products the last is left out, but where DeepSpeed's linear layers compute."""
+    data.build(tmp_path)
+    rows = ranks.run(f"{__name__}:products_in_ranks", (2,), str(tmp_path))
+    dear = {(row["stage"], row["which"]): row["dear"] for row in rows}
+    played = layouts.STEPS * 2 * 2  # of two layers, in two micro-batches a step
+    assert (dear[2, True] - dear[2, False], dear[3, True] - dear[3, False]) == (7 * played, 8 * played)
