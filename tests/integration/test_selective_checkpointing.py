@@ -91,7 +91,7 @@ def products_in_ranks(group: Any, everyone: Any, folder: str) -> Iterator[dict[s
 
 @pytest.mark.ci
 def test_the_last_product_of_a_layer_is_played_again_at_stage_3_alone(tmp_path: Path) -> None:
-    """As the plan counts it: of attention and seven products the last is left out, but where DeepSpeed's linear layers compute."""
+    """As the plan counts it: of attention and seven products the last is left out, but where DeepSpeed multiplies."""
     data.build(tmp_path)
     rows = ranks.run(f"{__name__}:products_in_ranks", (2,), str(tmp_path))
     dear = {(row["stage"], row["which"]): row["dear"] for row in rows}
