@@ -90,7 +90,7 @@ def test_what_cannot_hold_it_is_refused_by_name():
     ]
     for wrong in (0, "some", 1.5):
         assert faults(**{WHICH: wrong}) == [
-            f"{WHICH}: {wrong!r} should be true, false, or how many of the first layers (1 or more)"
+            f"{WHICH}: {wrong!r} should be true, false, selective, or how many of the first layers (1 or more)"
         ]
     for changes, said in (
         ({WHICH: 2}, "checkpoints all layers or none"),

@@ -12,7 +12,7 @@ from heliostat.cli.plan import lines
 from heliostat.data import manifest
 from heliostat.errors import ConfigError
 from heliostat.plan import failures, hardware, memory, planner, step_time, traffic, zero_layout
-from heliostat.plan.counts import Work
+from heliostat.plan.counts import ALWAYS, AT_STAGE_3, Work
 from heliostat.plan.model_stats import Meter, activations, build, stats_of, work
 from heliostat.storage import Location
 
@@ -103,6 +103,8 @@ def test_work_is_what_the_model_multiplies():
     assert sum(w.count * w.fixed for w in products) == 3 * 2 * (flops - square) / 6 / 64  # read twice, written once
     inside = sum(w.count * w.flops for w in products if w.replayed)
     assert inside == total["matmul"] / 3 - 2 * 64 * 32 * 96  # the forward pass, but for the head
+    assert sum(w.count * w.flops for w in products if w.replayed == AT_STAGE_3) == 2 * 2 * 64 * 32 * 64  # behind what is kept
+    assert all(w.dear == (w.kind in ("matmul", "attention")) for w in found if w.replayed)
 
 
 @pytest.mark.parametrize("backbone", ["UNET", "PIXART", "SD3"])
@@ -212,10 +214,10 @@ def test_communication_hides_behind_the_computing_that_it_can_run_beside():
 
 def test_an_operation_takes_its_arithmetic_and_its_bytes():
     """At the rates of its kind; small products are bound by memory; a launch is the least, but not where all is compiled."""
-    product = Work("matmul", 1, 1e12, 1e9, 1e9, False)
+    product = Work("matmul", 1, 1e12, 1e9, 1e9, 0, True)
     assert step_time.operation(product, 2, DEVICE) == pytest.approx(2e12 / 0.5e15 + 3e9 / 1e12)
     assert step_time.operation(replace(product, kind="convolution"), 1, DEVICE) == pytest.approx(1e12 / 0.25e15 + 2e9 / 1e12)
-    norm = Work("memory", 1, 0.0, 1e9, 0.0, False)
+    norm = Work("memory", 1, 0.0, 1e9, 0.0, 0, False)
     assert step_time.operation(norm, 1, DEVICE) == pytest.approx(1e-3)
     assert step_time.operation(norm, 1, DEVICE, compiled=True) == pytest.approx(0.4e-3)
     tiny = replace(norm, moved=8.0)
@@ -223,10 +225,14 @@ def test_an_operation_takes_its_arithmetic_and_its_bytes():
 
 
 def test_checkpointing_plays_again_what_is_in_layers():
-    inside, outside = (Work("matmul", 3, 1e12, 0.0, 0.0, replayed) for replayed in (True, False))
+    inside, outside, last = (Work("matmul", 3, 1e12, 0.0, 0.0, replayed, True) for replayed in (ALWAYS, 0, AT_STAGE_3))
     plain = step_time.Setting(1, 1, 1, 1)
     took = [step_time.computing([inside, outside], replace(plain, replayed=r), DEVICE) for r in (0.0, 0.5, 1.0)]
     assert took == pytest.approx([12e-3, 15e-3, 18e-3])
+    took = [step_time.computing([last], replace(plain, replayed=1.0, stage=stage), DEVICE) for stage in (2, 3)]
+    assert took == pytest.approx([6e-3, 12e-3])
+    both = [inside, replace(inside, dear=False)]
+    assert step_time.computing(both, replace(plain, replayed=1.0, selective=True), DEVICE) == pytest.approx(18e-3)
 
 
 def test_young_dalys_interval_wastes_least():

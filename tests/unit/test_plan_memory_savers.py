@@ -43,17 +43,21 @@ def test_what_is_kept_behind_the_forward_pass_is_what_a_real_one_keeps(first, of
     j = job(**LONG, **{TILED: tiled})
     recipe = CausalLM(j)
     counted = activations(j, recipe, build(recipe), planner.sample(j, recipe))
-    behind = replace(counted, layers=tuple((given, 0 if i < first else kept) for i, (given, kept) in enumerate(counted.layers)))
+    behind = replace(
+        counted, layers=tuple((given, 0 if i < first else kept, 0) for i, (given, kept, _) in enumerate(counted.layers))
+    )
     kept = real({WHICH: first, OFFLOAD: offload, TILED: tiled})
     assert behind.held(first, offload) == pytest.approx(kept + offload * counted.inputs(1), rel=0.04)  # layers share a little
 
 
 def test_what_is_held_at_most_is_either_of_two_moments():
     """Behind the forward pass what the last layers keep; or one layer that is played again, when those are done."""
-    counted = Activations(1000, ((10, 100), (10, 300), (10, 50), (10, 50)), 0)
+    counted = Activations(1000, ((10, 100, 40), (10, 300, 40), (10, 50, 40), (10, 50, 60)), 0)
     assert [counted.held(n) for n in range(5)] == [1500, 1410, 1320, 1330, 1340]
     assert [counted.held(n, offload=True) for n in range(5)] == [1500, 1410, 1310, 1310, 1310]
     assert (counted.kept, counted.checkpointed, counted.inputs(3)) == (1500, 1340, 30)
+    assert counted.selective() == 1040 + 40 + 300  # one in front of the second, which is played again
+    assert replace(counted, layers=counted.layers[2:]).selective() == 1020 + 40 + 60  # behind the forward pass
 
 
 def test_a_tile_is_counted_once_with_no_more_tokens_than_there_are():

@@ -66,9 +66,11 @@ def show_ranking(p: dict[str, Any]) -> None:
         out.print(f"note        {note}")
 
 
-def replayed(which: bool | int) -> str:
+def replayed(which: bool | int | str) -> str:
     """Writes which layers' activations are computed again."""
-    return ("yes" if which else "no") if isinstance(which, bool) else f"{which} layers"
+    if isinstance(which, bool):
+        return "yes" if which else "no"
+    return which if isinstance(which, str) else f"{which} layers"
 
 
 def parameters(p: dict[str, Any]) -> str:
@@ -77,9 +79,10 @@ def parameters(p: dict[str, Any]) -> str:
     return f"{total:,} parameters" + (f", {active:,} of them active for a token," if active < total else "")
 
 
-def _checkpointing(which: bool | int) -> str:
-    of = "" if isinstance(which, bool) else f" of {which} layers"
-    return f", activation checkpointing{of}" if which else ""
+def _checkpointing(which: bool | int | str) -> str:
+    of = f" of {which} layers" if not isinstance(which, bool | str) else ""
+    kind = f"{which} " if isinstance(which, str) else ""
+    return f", {kind}activation checkpointing{of}" if which else ""
 
 
 def lines(p: dict[str, Any]) -> list[str]:

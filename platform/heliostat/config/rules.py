@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from heliostat.config.data_section import Data
 from heliostat.config.tracking_sections import Mlflow
+from heliostat.config.train_section import SELECTIVE
 from heliostat.config.worker_counts import divisors, fitting
 from heliostat.redact import carries_secret
 
@@ -149,9 +150,24 @@ def _memory_faults(job: Job) -> list[str]:
         for key, on in asked.items()
         if on and train.compile
     ]
+    if train.activation_checkpointing == SELECTIVE:
+        faults += _untried(f"train.activation_checkpointing: {SELECTIVE}", untried_selective(job))
     if train.activation_offload and not train.activation_checkpointing:
         faults.append("train.activation_offload: moves what train.activation_checkpointing keeps; set that, too")
     return faults
+
+
+def untried_selective(job: Job) -> dict[str, bool]:
+    """Tells of the settings that were never tried with selective checkpointing, by name, whether a job makes them."""
+    train = job.train
+    return {
+        "train.activation_offload": train.activation_offload,
+        "train.compile": bool(train.compile),
+        "train.fp8": train.fp8,
+        "train.attention: flex_attention": train.attention == "flex_attention",
+        "train.parallel.tensor": train.parallel.tensor > 1,
+        "train.parallel.expert": train.parallel.expert > 1,
+    }
 
 
 def _batch_faults(job: Job) -> list[str]:

@@ -109,11 +109,14 @@ GROWING = dict.fromkeys(("batch_warmup", "batch_size_warmup", "global_batch_warm
 GROWING |= dict.fromkeys(("sequence_warmup", "sequence_length_warmup"), "every sample has data.sequence_length tokens")
 
 
+SELECTIVE = "selective"
+
+
 def _layers(value: object) -> object:
-    """Validates which layers are meant, with one message for both kinds of answers."""
-    if isinstance(value, bool) or (isinstance(value, int) and 0 < value <= LARGEST):
+    """Validates what of which layers is meant, with one message for all kinds of answers."""
+    if isinstance(value, bool) or value == SELECTIVE or (isinstance(value, int) and 0 < value <= LARGEST):
         return value
-    raise ValueError(f"{brief(repr(value))} should be true, false, or how many of the first layers (1 or more)")
+    raise ValueError(f"{brief(repr(value))} should be true, false, {SELECTIVE}, or how many of the first layers (1 or more)")
 
 
 DEEPCOMPILE = "DeepSpeed's passes begin at the optimizer's step 0, which a resumed run does not make"
@@ -157,9 +160,10 @@ class Train(Strict):
     deepspeed: dict[str, Any] = {}
     """DeepSpeed's own settings of speed and memory, merged over what the keys above make. Which:
     docs/job.md#deepspeeds-own-keys"""
-    activation_checkpointing: Annotated[bool | Count, BeforeValidator(_layers)] = False
+    activation_checkpointing: Annotated[bool | Literal["selective"] | Count, BeforeValidator(_layers)] = False
     """Computes activations again in the backward pass, which trades time for memory. A number: those of the first so many layers.
-    See docs/job.md#activation-checkpointing"""
+    `selective`: of all layers, but for products and attention, whose outputs are kept. See
+    docs/job.md#activation-checkpointing"""
     activation_offload: bool = False
     """Keeps the inputs of checkpointed layers in host memory until the backward pass. See docs/job.md#activation-checkpointing"""
     tiled_loss: bool = False

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from heliostat.config.optimizers import Optimizer
 
+ALWAYS, AT_STAGE_3 = 1, 2  # when an operation is played again
 MATMUL, CONVOLUTION, ATTENTION, MEMORY = KINDS = ("matmul", "convolution", "attention", "memory")
 
 
@@ -82,10 +83,10 @@ class Tile:
 @dataclass(frozen=True)
 class Activations:
     """Holds the bytes that one sample's forward pass keeps for the backward pass: outside of the layers that activation
-    checkpointing wraps, and of each layer that of its input, and what is kept inside."""
+    checkpointing wraps, and of each layer those of its input, what is kept inside, and what selective checkpointing keeps."""
 
     outside: int
-    layers: tuple[tuple[int, int], ...]
+    layers: tuple[tuple[int, int, int], ...]
     largest: int  # the largest single tensor: there is one more of it for a moment
     flops: float = 0.0  # of the forward and backward pass, if they were to be counted
     tile: Tile | None = None  # of MLPs in tiles
@@ -101,25 +102,36 @@ class Activations:
     def held(self, first: int, offload: bool = False) -> int:
         """Computes what is held at most where the first so many layers are checkpointed: behind the forward pass, or while one of
         them is computed again, when those behind it are done. `offload`: their inputs are on the host, but for one."""
-        inputs, inside = [given for given, _ in self.layers], [kept for _, kept in self.layers]
+        inputs, inside = [given for given, _, _ in self.layers], [kept for _, kept, _ in self.layers]
         given = max(inputs[:first], default=0) if offload else self.inputs(first)
         return self.outside + given + max(sum(inside[first:]), max(inside[:first], default=0))
 
+    def selective(self) -> int:
+        """Computes what is held at most where all layers keep what is dear alone: behind the forward pass, or while the last one
+        is computed again; those in front of it wait."""
+        waiting = most = 0
+        for _, inside, dear in self.layers:
+            most = max(most, waiting + max(inside, dear))
+            waiting += dear
+        return self.outside + self.inputs(len(self.layers)) + most
+
     def inputs(self, first: int) -> int:
-        return sum(given for given, _ in self.layers[:first])
+        return sum(given for given, _, _ in self.layers[:first])
 
 
 @dataclass(frozen=True)
 class Work:
-    """Describes equal operations of a step: how many, and of each the FLOPs and bytes that a sample adds, and the bytes that it
-    moves whatever the number of samples."""
+    """Describes equal operations of a step: how many, and of each the FLOPs and bytes that a sample adds, the bytes that it moves
+    whatever the number of samples, whether it is played again where its layer is checkpointed (0 for no, ALWAYS, or AT_STAGE_3),
+    and whether selective checkpointing keeps its outputs."""
 
     kind: str
     count: int
     flops: float
     moved: float
     fixed: float
-    replayed: bool
+    replayed: int
+    dear: bool
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 from heliostat.config import spec
 from heliostat.config.optimizers import STATE_BYTES, Muon
 from heliostat.config.spec import Job
+from heliostat.config.train_section import SELECTIVE
 from heliostat.plan import failures, hardware, layouts, memory, orthogonalizing, step_time, traffic
 from heliostat.plan.counts import Counts
 from heliostat.plan.hardware import Device
@@ -42,7 +43,7 @@ class Planner:
         self.alike = self.workers // self.tensor  # that have the same part of each matrix, and divide state among them
         self.shapes = counts.model.own(self.tensor)  # of a worker's parameters
         self.network, self.selects = hardware.network(prices), selects
-        self._micro: dict[tuple[int, int, int], tuple[float, float]] = {}
+        self._micro: dict[tuple[Any, ...], tuple[float, float]] = {}
 
     def chosen(self) -> dict[str, Any]:
         """Estimates the job as it is."""
@@ -50,7 +51,7 @@ class Planner:
 
     def recommend(self) -> dict[str, Any] | None:
         """Finds the best layout that fits; None if none does."""
-        given = layouts.candidates(self.job, self.workers, [self.job.train.parallel.sequence])
+        given = layouts.candidates(self.job, self.workers, [self.job.train.parallel.sequence], self.selects)
         best = min((self.candidate(one) for layout in given for one in (layout, *self.partly(layout))), key=layouts.order)
         return best if best["fits"] else None
 
@@ -76,8 +77,8 @@ class Planner:
 
     def _checkpointed(self, layout: Layout) -> int:
         """Counts the layers whose activations a layout computes again."""
-        many = len(self.kept.layers)
-        return many if layout.checkpointing is True else min(many, int(layout.checkpointing))
+        many, which = len(self.kept.layers), layout.checkpointing
+        return many if which is True or isinstance(which, str) else min(many, which)
 
     def candidate(self, layout: Layout) -> dict[str, Any]:
         """Estimates memory, communication and speed in a layout, everything else as in the job."""
@@ -172,7 +173,9 @@ class Planner:
     def _activations(self, layout: Layout) -> tuple[int, int]:
         """Estimates the bytes of activations on a worker's device, and of those that it leaves to its host."""
         train, length, first = self.job.train, self.job.data.sequence_length or 0, self._checkpointed(layout)
-        kept = (self.kept.held(first, train.activation_offload) + self.kept.largest) * layout.micro_batch // layout.sequence
+        selective = layout.checkpointing == SELECTIVE
+        held = self.kept.selective() if selective else self.kept.held(first, train.activation_offload)
+        kept = (held + self.kept.largest) * layout.micro_batch // layout.sequence
         left = self.kept.inputs(first) * layout.micro_batch // layout.sequence if train.activation_offload else 0
         if layout.sequence > 1 and self.job.data.document_mask:  # each has it for whole samples, a byte a pair of tokens
             kept += layout.micro_batch * length**2
@@ -188,7 +191,8 @@ class Planner:
         micro_batch, first = layout.micro_batch / layout.sequence, self._checkpointed(layout)
         replayed = first / max(1, len(self.kept.layers))
         reducing = self.workers if self.alike > 1 else 1  # one of each group, so over as many nodes as all
-        setting = step_time.Setting(reducing, layout.stage, micro_batch, accumulation, replayed, bool(self.job.train.compile))
+        compiled, selective = bool(self.job.train.compile), layout.checkpointing == SELECTIVE
+        setting = step_time.Setting(reducing, layout.stage, micro_batch, accumulation, replayed, compiled, selective)
         low = memory.LOW[self.job.train.precision]
         elements = self.exchanged[layout.sequence]
         handed, handing = step_time.exchanging(elements, layout.sequence, low, setting, self.device, self.network)
@@ -203,7 +207,7 @@ class Planner:
             handed, handing = handed + sums, handing + seconds
         whole, gathering, orthogonal = self._orthogonalizing(layout.stage)
         handed, handing = handed + whole, handing + gathering
-        key = layout.micro_batch, first, layout.sequence
+        key = layout.micro_batch, first, selective, layout.stage == 3, layout.sequence
         if key not in self._micro:
             micro = step_time.computing(self.work, setting, self.device)
             self._micro[key] = micro, micro - step_time.computing(self.work, replace(setting, replayed=0.0), self.device)

@@ -9,23 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
+from heliostat.config import rules
 from heliostat.config.spec import Job
 from heliostat.config.worker_counts import divisors
 
 GIB = 1 << 30
+CHECKPOINTING: list[bool | int | Literal["selective"]] = [False, "selective", True]  # the simplest first
 OFFLOADS = {"none": (None, None), "optimizer": ("cpu", None), "optimizer, weights": ("cpu", "cpu")}  # optimizer, param
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Describes how a job trains on its workers. `checkpointing`: of all layers, none, or the first so many; `offload_param`:
-    where stage 3 keeps its weights, None: on the device."""
+    """Describes how a job trains on its workers. `checkpointing`: of all layers, none, the first so many, or of all but for what
+    is dear; `offload_param`: where stage 3 keeps its weights, None: on the device."""
 
     stage: int
     micro_batch: int
-    checkpointing: bool | int
+    checkpointing: bool | int | Literal["selective"]
     offload_optimizer: bool
     offload_param: str | None = None
     sequence: int = 1
@@ -33,7 +35,7 @@ class Layout:
     @property
     def family(self) -> tuple[Any, ...]:
         """Returns what two layouts share that differ in the micro-batch alone, and in how many layers it lets them keep whole."""
-        which = self.checkpointing if isinstance(self.checkpointing, bool) else "some"
+        which = self.checkpointing if isinstance(self.checkpointing, bool | str) else "some"
         return self.stage, which, self.offload_optimizer, self.offload_param, self.sequence
 
     def settings(self) -> dict[str, Any]:
@@ -66,14 +68,16 @@ def _yaml(value: Any) -> str:
     return "null" if value is None else str(value).lower()
 
 
-def candidates(job: Job, workers: int, degrees: Iterable[int] = (1,)) -> Iterator[Layout]:
-    """Lists every layout that the job could have on so many workers; `degrees`: how many of them may share a sample."""
+def candidates(job: Job, workers: int, degrees: Iterable[int] = (1,), selects: bool = False) -> Iterator[Layout]:
+    """Lists every layout that the job could have on so many workers; `degrees`: how many of them may share a sample; `selects`:
+    layers can be checkpointed in part."""
     for sequence in degrees:
-        for layout in _alone(job, workers // (sequence * job.train.parallel.tensor)):
+        for layout in _alone(job, workers // (sequence * job.train.parallel.tensor), selects):
             yield replace(layout, sequence=sequence)
 
 
-def _alone(job: Job, replicas: int) -> Iterator[Layout]:
+def _alone(job: Job, replicas: int, selects: bool) -> Iterator[Layout]:
+    kinds = [False, True] if not selects or any(rules.untried_selective(job).values()) else CHECKPOINTING
     micros = divisors(job.train.global_batch // replicas)
     zero, parallel = job.train.zero, job.train.parallel
     apart = parallel.expert > 1 or bool(zero.divide_within or zero.copy_within or zero.quantize_weights)  # which is at stage 3
@@ -83,17 +87,19 @@ def _alone(job: Job, replicas: int) -> Iterator[Layout]:
         for optimizer, param in OFFLOADS.values() if job.workers.gpus and not divides else [(None, None)]:
             if (optimizer and not stage) or (param and stage < 3):
                 continue
-            for checkpointing in (True,) if job.train.activation_offload else (False, True):
+            for checkpointing in [True] if job.train.activation_offload else kinds:
                 for micro in micros:
                     yield Layout(stage, micro, checkpointing, bool(optimizer), param)
 
 
 def order(candidate: dict[str, Any]) -> tuple[Any, ...]:
     """Sorts candidates: those that fit first, the fastest first; at equal speed no offload, then the lower stage, no
-    checkpointing, the larger micro-batch."""
+    checkpointing or of fewer layers, the larger micro-batch."""
     layout: Layout = candidate["layout"]
     offload = layout.offload_optimizer, layout.offload_param or ""
-    plain = (*offload, layout.sequence, layout.stage, layout.checkpointing, -layout.micro_batch)
+    which = layout.checkpointing
+    kind = (CHECKPOINTING.index(which), 0) if isinstance(which, bool | str) else (len(CHECKPOINTING), which)
+    plain = (*offload, layout.sequence, layout.stage, kind, -layout.micro_batch)
     if not candidate["fits"]:
         return (1, candidate["memory"]["total"], *plain)
     return (0, round(candidate["speed"]["step_s"], 3), *plain)

@@ -24,7 +24,7 @@ from heliostat.plan.counts import Activations, Counts, ModelStats, Tile, Work
 from heliostat.plan.operations import Recorder, extended, grouped
 from heliostat.recipes import building
 from heliostat.recipes.protocol import DividesExperts, DividesMatrices, Recipe
-from heliostat.recipes.text import next_token, tiled_loss, tiled_mlp
+from heliostat.recipes.text import next_token, selective, tiled_loss, tiled_mlp
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -168,9 +168,9 @@ def _only(model: torch.nn.Module, stack: torch.nn.ModuleList, some: list[torch.n
 
 
 def _work(job: Job, recipe: Recipe, model: torch.nn.Module, contents: tuple[Any, Any]) -> tuple[Work, ...]:
-    found, tiled = [], building.gathered_whole(model)
+    found = []
     for content in contents:
-        with _on_fakes(job, recipe, model, content) as batch, Recorder(layers(model), tiled) as recorder:
+        with _on_fakes(job, recipe, model, content) as batch, Recorder(layers(model)) as recorder:
             loss = recipe.loss(model, batch)
             sum((p.weight * p.value for p in loss.parts.values() if p.weight), loss.sum).backward()
         found.append(recorder.found)
@@ -261,7 +261,8 @@ def _listed(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 class Meter:
-    """Counts, as a context manager, the bytes that autograd keeps beside the model's own tensors, in all and by layer.
+    """Counts, as a context manager, the bytes that autograd keeps beside the model's own tensors, in all and by layer, and those
+    that selective checkpointing would keep of each layer.
 
     It works on fake and on real tensors alike, which is how it is tested.
     """
@@ -272,6 +273,8 @@ class Meter:
         self._alive: list[torch.Tensor] = []  # an address is only unique while its tensor lives
         self._inputs: list[int] = []
         self._inside: list[int] = []
+        self._dear: list[int] = []
+        self._keeping = selective.Keeping()
         self._layers = layers(model)
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda t: t)
 
@@ -279,9 +282,11 @@ class Meter:
         self._handles = [h for m in self._layers for h in (m.register_forward_pre_hook(self._begin, with_kwargs=True),
                                                            m.register_forward_hook(self._end))]  # fmt: skip
         self._hooks.__enter__()
+        self._keeping.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
+        self._keeping.__exit__(*error)
         self._hooks.__exit__(*error)
         for handle in self._handles:
             handle.remove()
@@ -301,9 +306,12 @@ class Meter:
         ]
         self._inputs.append(sum(t.numel() * t.element_size() for t in tensors))
         self._inside.append(self.total)
+        self._dear.append(self._keeping.bytes)
 
     def _end(self, *_: Any) -> None:
         self._inside[-1] = self.total - self._inside[-1]
+        self._dear[-1] = self._keeping.bytes - self._dear[-1]
 
     def result(self) -> Activations:
-        return Activations(self.total - sum(self._inside), tuple(zip(self._inputs, self._inside, strict=True)), self.largest)
+        each = tuple(zip(self._inputs, self._inside, self._dear, strict=True))
+        return Activations(self.total - sum(self._inside), each, self.largest)

@@ -18,7 +18,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from heliostat.plan.counts import ATTENTION, CONVOLUTION, MATMUL, MEMORY, Work
+from heliostat.plan.counts import ALWAYS, AT_STAGE_3, ATTENTION, CONVOLUTION, MATMUL, MEMORY, Work
+from heliostat.recipes.text import selective
 
 FREE = {"detach", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "lift_fresh", "_unsafe_view",
         "_local_scalar_dense"}  # fmt: skip
@@ -26,57 +27,71 @@ FREE = {"detach", "empty", "empty_like", "new_empty", "empty_strided", "new_empt
 
 @dataclass(frozen=True)
 class Operation:
-    """Describes one operation as it ran: its kind, FLOPs, bytes read and written, and whether a checkpointed layer's forward
-    pass has it, which is played again."""
+    """Describes one operation as it ran: its kind, FLOPs, bytes read and written, whether it is played again where its layer is
+    checkpointed (as `Work` says it), and whether selective checkpointing keeps its outputs."""
 
     kind: str
     flops: float
     moved: float
-    replayed: bool
+    replayed: int
+    dear: bool
 
 
 class Recorder(TorchDispatchMode):
-    """Notes, as a context manager, every operation that torch dispatches in it."""
+    """Notes, as a context manager, every operation that torch dispatches in it.
 
-    def __init__(self, layers: Iterable[torch.nn.Module], unplayed: Iterable[torch.nn.Module] = ()) -> None:
-        """Prepares to record; `unplayed`: modules in layers that are not played again with them."""
+    A layer is played again as far as the last tensor that autograd keeps of it. torch's own products keep their factors before
+    they compute; DeepSpeed's linear layers at stage 3 do so afterwards, and so a product that comes then is played again, too.
+    """
+
+    def __init__(self, layers: Iterable[torch.nn.Module]) -> None:
         super().__init__()
         self.found: list[Operation] = []
-        self._depth = 0
-        self._watched = [(m, self._begin, self._end) for m in layers] + [(m, self._end, self._begin) for m in unplayed]
+        self._layers, self._begun, self._last = list(layers), list[int](), 0
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda t: t)
 
     def __enter__(self) -> Recorder:
         self._handles = [
-            h for m, begin, end in self._watched for h in (m.register_forward_pre_hook(begin), m.register_forward_hook(end))
+            h for m in self._layers for h in (m.register_forward_pre_hook(self._begin), m.register_forward_hook(self._end))
         ]
+        self._hooks.__enter__()
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        self._hooks.__exit__(*error)
         for handle in self._handles:
             handle.remove()
 
     def _begin(self, *_: Any) -> None:
-        self._depth += 1
+        self._begun.append(len(self.found))
+        self._last = len(self.found)
+
+    def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._last = len(self.found)
+        return tensor
 
     def _end(self, *_: Any) -> None:
-        self._depth -= 1
+        for i in range(self._begun.pop(), self._last):
+            self.found[i] = replace(self.found[i], replayed=ALWAYS)
+        if self._last < len(self.found) and self.found[self._last].dear:
+            self.found[self._last] = replace(self.found[self._last], replayed=AT_STAGE_3)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         space, _, name = func._schema.name.partition("::")
         if space != "prim" and not func.is_view and name not in FREE:
-            self.found.append(describe(name, args, kwargs or {}, out, self._depth > 0))
+            self.found.append(describe(name, args, kwargs or {}, out, selective.is_kept(func, args, kwargs)))
         return out
 
 
-def describe(name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any, replayed: bool) -> Operation:
-    """Describes an operation by its name and tensors."""
+def describe(name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any, dear: bool) -> Operation:
+    """Describes an operation by its name and tensors, as one that is not played again."""
     tensors = {id(t): t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)}
     moved = float(sum(t.numel() * t.element_size() for t in tensors.values()))
     kind, flops = _work(name, args, kwargs, out)
-    return Operation(kind, float(flops), moved, replayed)
+    return Operation(kind, float(flops), moved, 0, dear)
 
 
 def _work(name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> tuple[str, float]:
@@ -116,17 +131,17 @@ def grouped(two: Sequence[Operation], three: Sequence[Operation]) -> tuple[Work,
     if [o.kind for o in two] != [o.kind for o in three]:
         three = [replace(o, flops=1.5 * o.flops, moved=1.5 * o.moved) for o in two]
     found = Counter(
-        (a.kind, b.flops - a.flops, b.moved - a.moved, max(0.0, 3 * a.moved - 2 * b.moved), a.replayed)
+        (a.kind, b.flops - a.flops, b.moved - a.moved, max(0.0, 3 * a.moved - 2 * b.moved), a.replayed, a.dear)
         for a, b in zip(two, three, strict=True)
     )
-    return tuple(Work(kind, n, flops, moved, fixed, replayed) for (kind, flops, moved, fixed, replayed), n in found.items())
+    return tuple(Work(kind, n, *rest) for (kind, *rest), n in found.items())
 
 
 def times(work: Iterable[Work], factor: int) -> Counter[tuple[Any, ...]]:
     """Counts operations by what each does, a number of times."""
     found: Counter[tuple[Any, ...]] = Counter()
     for w in work:
-        found[w.kind, w.flops, w.moved, w.fixed, w.replayed] += factor * w.count
+        found[w.kind, w.flops, w.moved, w.fixed, w.replayed, w.dear] += factor * w.count
     return found
 
 

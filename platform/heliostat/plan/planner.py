@@ -200,7 +200,7 @@ def ranking(
     shared = degrees(job, recipe)
     fewest, planner = planners(job, recipe, cluster, device, prices or hardware.table(), exchanged=shared)
     made = []
-    for given in layouts.candidates(planner.job, planner.workers, shared):
+    for given in layouts.candidates(planner.job, planner.workers, shared, planner.selects):
         for layout in (given, *fewest.partly(given)):
             few = fewest.candidate(layout)
             made.append(planner.candidate(layout) if few["fits"] else few)

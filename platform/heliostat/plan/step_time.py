@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from heliostat.plan.counts import MEMORY, Work
+from heliostat.plan.counts import ALWAYS, AT_STAGE_3, MEMORY, Work
 from heliostat.plan.hardware import Device, Network
 from heliostat.plan.traffic import Traffic, rate
 
@@ -20,7 +20,7 @@ BACKWARD = 2 / 3  # of a micro-batch's computing: what a reduction of gradients 
 @dataclass(frozen=True)
 class Setting:
     """Describes how a step is done by each worker. `replayed`: the share of the layers' forward pass that activation
-    checkpointing plays again."""
+    checkpointing plays again; `selective`: but for what is dear in it."""
 
     workers: int
     stage: int
@@ -28,6 +28,12 @@ class Setting:
     accumulation: int
     replayed: float = 0.0
     compiled: bool = False
+    selective: bool = False
+
+    def again(self, work: Work) -> float:
+        """Computes how often an operation is played again."""
+        plays = work.replayed == ALWAYS or (work.replayed == AT_STAGE_3 and self.stage == 3)
+        return self.replayed if plays and not (self.selective and work.dear) else 0.0
 
 
 def exchanging(elements: int, parts: int, low: int, setting: Setting, device: Device, network: Network) -> tuple[int, float]:
@@ -82,9 +88,7 @@ def operation(work: Work, micro: float, device: Device, compiled: bool = False) 
 
 def computing(work: Iterable[Work], setting: Setting, device: Device) -> float:
     """Estimates the seconds that a micro-batch computes."""
-    return sum(
-        w.count * (1 + setting.replayed * w.replayed) * operation(w, setting.micro_batch, device, setting.compiled) for w in work
-    )
+    return sum(w.count * (1 + setting.again(w)) * operation(w, setting.micro_batch, device, setting.compiled) for w in work)
 
 
 def updating(numel: float, moments: float, device: Device) -> float:

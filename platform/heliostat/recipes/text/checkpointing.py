@@ -2,27 +2,36 @@
 
 `train.activation_checkpointing` says of which layers: all, or the first so many. Those behind keep all that autograd keeps, and
 have let go of it when the first of the others is computed again: the room that one such layer takes is theirs. With
-`train.activation_offload` the inputs are in host memory meanwhile.
+`train.activation_offload` the inputs are in host memory meanwhile. `selective` keeps of all layers what is dear (`selective`).
 """
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.autograd.graph import save_on_cpu
 
+from heliostat.config.train_section import SELECTIVE
 from heliostat.errors import ConfigError
-from heliostat.recipes.text import tiny
+from heliostat.recipes.text import selective, tiny
 
 SOME, OFFLOAD = "train.activation_checkpointing", "train.activation_offload"
 
 
-def use(model: Any, which: bool | int, offload: bool) -> None:
-    """Makes a model of transformers checkpoint all of its layers, or the first so many."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if which is True and not offload:
+Which = bool | int | Literal["selective"]
+
+
+def use(model: Any, which: Which, offload: bool) -> None:
+    """Makes a model of transformers checkpoint all of its layers, in whole or but for what is dear, or the first so many."""
+    how = {"context_fn": selective.contexts} if which == SELECTIVE else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of its name; the other one is newer than transformers 5.20
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, **how})
+    if (which is True and not offload) or isinstance(which, str):
         return
     for place, layer in enumerate(layers(model)):
         layer.gradient_checkpointing = which is True or place < which
@@ -55,16 +64,22 @@ class OnHost:
 
 
 def require(recipe: Any) -> None:
-    """Raises ConfigError unless the model has as many layers as are to be checkpointed, and those can leave their input."""
+    """Raises ConfigError unless the model has as many layers as are to be checkpointed, and those can be played again in part, or
+    leave their input, as the job asks."""
     which, kind = recipe.checkpointing, recipe.config.model_type
     if which is True and not recipe.offload:
         return
+    whole = copy.copy(recipe)
+    whole.checkpointing = False  # which transformers refuses of some
     with torch.device("meta"):
-        there = len(layers(recipe.build()))
+        there = len(layers(whole.build()))
     key = OFFLOAD if which is True else SOME
     if not there:
         raise ConfigError(f"{key}: transformers does not checkpoint the layers of {kind!r} one by one; set {_plainly(key)}")
-    if which is not True and which > there:
+    if which == SELECTIVE:
+        if fault := tiny.tried(recipe, _differs):
+            raise ConfigError(f"{SOME}: layers of {kind!r} cannot be played again in part: {fault}; set {_plainly(key)}")
+    elif which is not True and which > there:
         raise ConfigError(f"{SOME}: {which} of the {there} layers of {kind!r}; set it to true, or to {there - 1} or fewer")
     if recipe.offload and (fault := tiny.tried(recipe, _fault)):
         raise ConfigError(f"{OFFLOAD}: layers of {kind!r} cannot leave their input to the host: {fault}; set it to false")
@@ -72,6 +87,18 @@ def require(recipe: Any) -> None:
 
 def _plainly(key: str) -> str:
     return "it to true or false" if key == SOME else "it to false"
+
+
+def _differs(small: Any) -> str:
+    """Compares the loss and the gradient of a small model with those of one whose layers are kept whole, bit by bit."""
+    found = []
+    for small.checkpointing in (False, SELECTIVE):
+        torch.manual_seed(0)
+        model = small.build()
+        loss = small.loss(model, small.batch(tiny.tokens(small))).sum
+        loss.backward()
+        found.append(torch.cat([loss.detach().view(1), *(p.grad.flatten() for p in model.parameters() if p.grad is not None)]))
+    return "" if torch.equal(*found) else "the gradient is another one"
 
 
 def _fault(small: Any) -> str:

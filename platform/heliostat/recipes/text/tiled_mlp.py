@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from heliostat.errors import ConfigError
-from heliostat.recipes.text import checkpointing, tiny
+from heliostat.recipes.text import checkpointing, selective, tiny
 
 KEY = "train.tiled_mlp"
 NAMES = ("mlp", "feed_forward", "ffn")  # as transformers calls them
@@ -112,7 +112,8 @@ class TiledMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, compute: Compute, rows: int, hidden: torch.Tensor, *weights: torch.nn.Parameter) -> torch.Tensor:
         ctx.compute, ctx.rows, ctx.kept, ctx.weights = compute, rows, hidden.grad_fn, weights
-        return _in_tiles(compute, hidden, rows)
+        with selective.passing():
+            return _in_tiles(compute, hidden, rows)
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

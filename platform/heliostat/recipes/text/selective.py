@@ -1,0 +1,140 @@
+"""Keeps what is dear of a checkpointed layer, for `train.activation_checkpointing: selective`: only the rest is played again.
+
+Dear are products with weights and fused attention: nearly all of the time, in tensors that grow with the tokens alone. Played
+again are norms, activations, residuals, rotations, and attention that is written out, whose scores grow with the tokens' square.
+
+The forward pass notes the outputs, in the order of the operations; when autograd plays the layer again it meets the same
+operations and gets the outputs instead. torch's own contexts (`create_selective_checkpoint_contexts`) refuse an output that the
+layer writes into later, as DeepSpeed's linear layers do at stage 3 with their bias; here it is copied before that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+PRODUCTS = {"mm", "addmm", "_linear_pointwise", "_grouped_mm", "_scaled_mm"}
+ATTENTION = ("_scaled_dot_product", "_flash_attention", "_efficient_attention")
+PRODUCT, ATTENDS = "product", "attention"
+
+_passing = ContextVar("passing", default=False)
+
+
+def is_dear(operation: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> bool:
+    """Tells whether an operation is dear. What draws random numbers is not: where it was left out, those behind it would draw
+    others."""
+    if not (kind := _kind(operation)) or kind == PRODUCT:
+        return bool(kind)
+    given = {a.name: value for a, value in zip(operation._schema.arguments, args, strict=False)} | dict(kwargs or {})
+    return not given.get("dropout_p")
+
+
+@cache
+def _kind(operation: Any) -> str:
+    schema = getattr(operation, "_schema", None)  # which operations that take functions do not have
+    space, _, name = schema.name.partition("::") if schema else ("", "", "")
+    if name in PRODUCTS:
+        return PRODUCT
+    fused = name.startswith(ATTENTION) or space.startswith("flash_attn")
+    return ATTENDS if fused and "backward" not in name and "bwd" not in name else ""
+
+
+def is_kept(operation: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> bool:
+    """Tells whether an operation's outputs are kept here: it is dear, and not in `passing`."""
+    return not _passing.get() and is_dear(operation, args, kwargs)
+
+
+@contextmanager
+def passing() -> Iterator[None]:
+    """Keeps nothing of what is computed in it."""
+    token = _passing.set(True)
+    try:
+        yield
+    finally:
+        _passing.reset(token)
+
+
+def contexts() -> tuple[Keeping, Giving]:
+    """Makes the contexts of a layer's forward pass and of its replay, as `torch.utils.checkpoint` takes them."""
+    keeping = Keeping()
+    return keeping, Giving(keeping.kept)
+
+
+class Keeping(TorchDispatchMode):
+    """Notes the outputs of dear operations; None for one whose outputs are not to be kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[tuple[Any, Any]] = []
+        self._where: dict[int, int] = {}  # by storage
+
+    @property
+    def bytes(self) -> int:
+        """Counts what is kept by now, before any of it is given."""
+        return sum({_storage(t): t.untyped_storage().nbytes() for _, out in self.kept for t in _tensors(out)}.values())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for storage in written(func, args, kwargs or {}):
+            if (place := self._where.pop(storage, None)) is not None:
+                operation, out = self.kept[place]
+                self.kept[place] = operation, tree_map(_copied, out)
+        out = func(*args, **(kwargs or {}))
+        if is_dear(func, args, kwargs):
+            kept = tree_map(_detached, out) if is_kept(func, args, kwargs) else None
+            self._where |= {_storage(t): len(self.kept) for t in _tensors(kept)}
+            self.kept.append((func, kept))
+        return out
+
+
+class Giving(TorchDispatchMode):
+    """Gives dear operations the outputs that were kept of them, once."""
+
+    def __init__(self, kept: list[tuple[Any, Any]]) -> None:
+        super().__init__()
+        self.kept, self.place = kept, 0
+
+    def __enter__(self) -> Giving:
+        self.place = 0  # of a second backward pass, too, which then finds nothing
+        super().__enter__()
+        return self
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not is_dear(func, args, kwargs):
+            return func(*args, **(kwargs or {}))
+        operation, out = self.kept[self.place] if self.place < len(self.kept) else (None, None)
+        if operation is not func:
+            raise RuntimeError(f"a layer that is played again computes {func}, and what was kept is of {operation}")
+        self.kept[self.place] = (None, None)
+        self.place += 1
+        return func(*args, **(kwargs or {})) if out is None else out
+
+
+def written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[int]:
+    """Lists the storages that an operation writes into."""
+    if not (schema := getattr(func, "_schema", None)) or not schema.is_mutable:
+        return []
+    given = [(a, args[i] if i < len(args) else kwargs.get(a.name)) for i, a in enumerate(schema.arguments)]
+    return [_storage(t) for a, value in given if a.alias_info and a.alias_info.is_write for t in _tensors(value)]
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [t for t in tree_leaves(value) if isinstance(t, torch.Tensor)]
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, torch.Tensor) else value
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
