@@ -51,7 +51,7 @@ class Engine:
     def __init__(self, loaded: Loaded, batch: int, adapters: Adapters | None = None) -> None:
         self.loaded, self.batch, self.adapters = loaded, batch, adapters
         self.embed = Embed(loaded, batch)
-        writes = loaded.pooling is None  # else it is an embedder
+        writes = loaded.writes
         self.mixes = writes and pads_hold(self.embed)
         self.infilling = Infilling.of(loaded.tokenizer) if writes else None
         self.ends = {*ends(loaded.tokenizer, loaded.model), *(self.infilling.ends if self.infilling else [])} if writes else set()

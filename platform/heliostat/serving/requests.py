@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from heliostat.config.schema import Float, Strict
+from heliostat.recipes.text.chat import Message
 from heliostat.serving.refusals import Refusal
 from heliostat.text import brief
 
@@ -35,7 +36,6 @@ MOST_PASSAGES = 50
 
 Text = Annotated[str, Field(min_length=1)]
 Listed = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)  # one text stands for a list of it
-Parts = BeforeValidator(lambda value: [{"type": "text", "text": value}] if isinstance(value, str) else value)
 R = TypeVar("R", bound=BaseModel)
 
 
@@ -70,27 +70,6 @@ class Completion(Sampled):
     prompt: Annotated[list[str], Listed, Field(min_length=1, max_length=MOST_INPUTS)]
     suffix: str = ""
     logprobs: int | None = Field(None, ge=0, le=5)
-
-
-class TextPart(Strict):
-    """Holds a part of a message; only text is taken."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(Strict):
-    """Holds a message of a chat."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[TextPart], Parts]
-    name: str | None = None
-
-    def plain(self) -> dict[str, str]:
-        """Returns the message as chat templates take it."""
-        return {"role": self.role, "content": "".join(part.text for part in self.content)} | (
-            {"name": self.name} if self.name else {}
-        )
 
 
 class Chat(Sampled):

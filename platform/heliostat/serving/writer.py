@@ -7,8 +7,9 @@ from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
 
+from heliostat.errors import ConfigError
 from heliostat.inference.batch.engines import Loaded
-from heliostat.recipes.text import infilling
+from heliostat.recipes.text import chat, infilling
 from heliostat.serving.adapters import Adapters
 from heliostat.serving.asks import Ask, Messages
 from heliostat.serving.engine import Engine, Row
@@ -117,10 +118,9 @@ class Writer:
         if not tokenizer.chat_template:
             raise Refusal(400, "the model's tokenizer has no chat template; ask /v1/completions", "messages", "no_chat_template")
         try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as e:  # whatever the template raises: it is of the model's maker
-            raise Refusal(400, f"messages: the model's chat template refuses them: {str(e)[:200]}", "messages") from e
-        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            return chat.encode(tokenizer, messages)
+        except ConfigError as e:
+            raise Refusal(400, f"messages: {e}", "messages") from e
 
     def _most(self, ask: Ask, tokens: list[int], where: str) -> int:
         """Returns how many tokens an answer may have; Refusal if the model has no room for them."""
