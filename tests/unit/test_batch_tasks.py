@@ -137,7 +137,7 @@ def test_a_class_is_that_of_plain_transformers_in_any_batch(tmp_path, independen
 
 
 def test_a_decoder_that_classifies_reads_the_last_token_of_each_text(writer, tmp_path):
-    """Without a token for padding, texts of different lengths share no batch; with one, even if the tokenizer has none, they do."""
+    """Without a token for padding, texts of different lengths share no batch; with one, the tokenizer's or not, they do."""
     for pad in (None, 7):
         torch.manual_seed(0)
         config = transformers.AutoConfig.from_pretrained(writer, num_labels=3, pad_token_id=pad)

@@ -86,6 +86,7 @@ def infer(
     temperature: Annotated[float | None, typer.Option(help="continue, chat: 0 takes the likeliest token each time")] = None,
     top_p: Annotated[float | None, typer.Option(help="continue, chat: choose among the likeliest tokens of this share")] = None,
     batch: Annotated[int, typer.Option(help="Inputs that the model takes together")] = 16,
+    engine: Annotated[str, typer.Option(help="auto, transformers or vllm; auto is vllm where it can be")] = "auto",
     workers: Annotated[int, typer.Option(min=1, help="On a Ray of its own: as many models side by side")] = 2,
     mlflow: TrackingUri = None,
     json_: Json = False,
@@ -100,7 +101,7 @@ def infer(
     if options and task not in WRITES:
         raise ConfigError(f"--{next(iter(options)).replace('_', '-')}: goes with --task {' or '.join(WRITES)}, not with {task}")
     asked = {"task": task, "column": column, "keep": keep or [], "seed": seed, "batch": batch, "options": options}
-    made = run(resolve(model, store_uri(mlflow)), input_, to, validate(Settings, asked, "infer"), workers, json_)
+    made = run(resolve(model, store_uri(mlflow)), input_, to, validate(Settings, asked, "infer"), workers, json_, engine)
     if not json_:
         told = f", {made['bad']:,} without one (bad.parquet)" if made["bad"] else ""
         cut = f", {made['truncated']:,} of them of a text that was cut" if made["truncated"] else ""

@@ -64,7 +64,8 @@ def room(model: Any, folder: Path) -> int:
         said = json.loads(file.read_text()).get("model_max_length") if file.is_file() else None
     except (ValueError, AttributeError) as e:
         raise ConfigError(f"{OPTION}: {file} is damaged; save the tokenizer again") from e
-    return int(min(encoder.places(model) or UNBOUNDED, said if isinstance(said, int | float) else UNBOUNDED, UNBOUNDED))
+    said = said if isinstance(said, int | float) else UNBOUNDED
+    return int(min(encoder.places(model.config, model) or UNBOUNDED, said, UNBOUNDED))
 
 
 class Reranker:

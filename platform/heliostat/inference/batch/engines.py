@@ -74,14 +74,25 @@ class Loaded:
         self.pooling = how.pooling if how else "mean"
         self.pairs = clip_folder.is_one(folder)
         self.writes = not (how or head or self.pairs)
-        model = pretrained.whole("model", head, folder) if head else whole("model", folder) if self.writes else encoder.load(
-            "model", folder)  # fmt: skip
-        self.model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-        limits = (how.max_tokens if how else None, encoder.places(model), self.tokenizer.model_max_length)
+        self.model = self.load(folder, head)
+        self.config = from_folder("model", transformers.AutoConfig, folder) if self.model is None else self.model.config
+        limits = (how.max_tokens if how else None, encoder.places(self.config, self.model), self.tokenizer.model_max_length)
         self.longest: int | None = min((n for n in limits if n is not None and n < UNKNOWN), default=None)
-        own = model.config.get_text_config().pad_token_id if head else None  # a head that finds a text's end goes by this one
+        own = self.config.get_text_config().pad_token_id if head else None  # a head that finds a text's end goes by this one
         given = (own, self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         self.pad = next(token for token in given if token is not None)
+
+    def load(self, folder: Path, head: Any) -> Any:
+        """Loads the weights."""
+        if head:
+            model = pretrained.whole("model", head, folder)
+        else:
+            model = whole("model", folder) if self.writes else encoder.load("model", folder)
+        return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def generation(self) -> Any:
+        """Returns how the folder's model is to generate."""
+        return self.model.generation_config
 
     def seen(self, tokens: list[int], text: str) -> list[int]:
         """Returns the tokens of a text that the model sees: its first, and what stands behind them if it does not write."""
@@ -183,11 +194,15 @@ class Engine:
 class Continue(Engine):
     """Continues prompts by up to `max_tokens` tokens; an empty prompt begins a document."""
 
-    def __init__(self, folder: Path, batch: int, options: dict[str, Any]) -> None:
-        super().__init__(folder, batch)
+    def __init__(self, model: Path | Loaded, batch: int, options: dict[str, Any]) -> None:
+        super().__init__(model, batch)
         self.sampling = validate(Sampling, options, "options")
-        self.pads = pads_hold(self)
-        self.ends = [token for token in [self.tokenizer.eos_token_id] if token is not None]
+        self.pads = self.model is not None and pads_hold(self)
+        self.ends = self.ending()
+
+    def ending(self) -> list[int]:
+        """Returns the tokens that end an answer."""
+        return ends(self.tokenizer, None)
 
     def encode(self, text: str) -> list[int]:
         return super().encode(text or self.tokenizer.bos_token or "")
@@ -210,9 +225,10 @@ class Continue(Engine):
             ids, attention_mask=mask, max_new_tokens=self.sampling.max_tokens, do_sample=False, pad_token_id=self.pad,
             eos_token_id=self.ends or None, logits_processor=LogitsProcessorList(sampler),
         )  # fmt: skip
-        return [self._read(row.tolist()) for row in out[:, ids.shape[1] :]]
+        return [self.read(row.tolist()) for row in out[:, ids.shape[1] :]]
 
-    def _read(self, tokens: list[int]) -> Answer:
+    def read(self, tokens: list[int]) -> Answer:
+        """Makes an answer of its tokens."""
         made = list(itertools.takewhile(lambda token: token not in self.ends, tokens))
         text = self.tokenizer.decode(made, skip_special_tokens=True)
         return Answer({"answer": text, "tokens": len(made), "finish": "stop" if len(made) < len(tokens) else "length"})
@@ -221,9 +237,8 @@ class Continue(Engine):
 class Chat(Continue):
     """Answers chats, messages as JSON, by the tokenizer's chat template; every end that the model's folder names ends one."""
 
-    def __init__(self, folder: Path, batch: int, options: dict[str, Any]) -> None:
-        super().__init__(folder, batch, options)
-        self.ends = ends(self.tokenizer, self.model)
+    def ending(self) -> list[int]:
+        return ends(self.tokenizer, self.loaded.generation())
 
     def encode(self, text: str) -> list[int]:
         try:
@@ -287,9 +302,10 @@ class Score(Engine):
         logits = self.model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
         lost = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
         nats = (lost.double() * mask[:, 1:]).sum(-1).tolist()
-        return [self._read(*row) for row in zip(nats, cut, tokens, inputs, strict=True)]
+        return [self.read(*row) for row in zip(nats, cut, tokens, inputs, strict=True)]
 
-    def _read(self, nats: float, cut: list[int], tokens: list[int], given: Input) -> Answer:
+    def read(self, nats: float, cut: list[int], tokens: list[int], given: Input) -> Answer:
+        """Makes an answer of what the tokens that fit have lost."""
         truncated = len(cut) < len(tokens)
         text = self.tokenizer.decode(cut, skip_special_tokens=True) if truncated else given.text
         size = max(1, len(text.encode("utf-8", "replace")))
@@ -305,9 +321,12 @@ class Embed(Engine):
 
     def answer(self, tokens: list[list[int]], inputs: list[Input]) -> list[Answer]:
         cut = [self.loaded.seen(row, one.text) for row, one in zip(tokens, inputs, strict=True)]
-        ids, mask = self.padded(cut, left=False)
-        made = self.loaded.embedded(ids, mask).cpu().numpy()
         return [
             Answer({"embedding": vector, "tokens": len(short), "truncated": len(short) < len(row)})
-            for vector, short, row in zip(made, cut, tokens, strict=True)
+            for vector, short, row in zip(self.vectors(cut), cut, tokens, strict=True)
         ]
+
+    def vectors(self, cut: list[list[int]]) -> Sequence[Any]:
+        """Embeds a batch of texts' tokens."""
+        ids, mask = self.padded(cut, left=False)
+        return self.loaded.embedded(ids, mask).cpu().numpy()

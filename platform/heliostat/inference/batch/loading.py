@@ -57,8 +57,14 @@ def _require_template(folder: Path) -> None:
         raise ConfigError(f"--task chat: the tokenizer of {folder} has no chat template; give --task continue")
 
 
-def engine(folder: Path, task: str, batch: int, options: dict[str, Any]) -> Callable[[Sequence[Input]], list[Answer]]:
-    """Loads a model for a task."""
+def engine(
+    folder: Path, task: str, batch: int, options: dict[str, Any], by: str = "transformers"
+) -> Callable[[Sequence[Input]], list[Answer]]:
+    """Loads a model for a task, with transformers or by vLLM."""
+    if by == "vllm":
+        from heliostat.inference.batch import vllm_engine
+
+        return vllm_engine.engine(folder, task, batch, options)
     from heliostat.inference.batch import engines
 
     if task == "classify":

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from heliostat.curation.flow import Flow, Task
 from heliostat.curation.pieces import Part
 from heliostat.curation.progress import Progress
 from heliostat.curation.work import Work, key
+from heliostat.inference import vllm_terms
 from heliostat.inference.batch import loading, reading, tasks
 from heliostat.inference.batch.claim import claim
 from heliostat.inference.batch.settings import Settings
@@ -35,24 +38,33 @@ from heliostat.recipes import exported
 from heliostat.storage import Location
 from heliostat.terminal import console
 
+log = logging.getLogger(__name__)
+
 RECORD, BAD, WORK = "inference.json", "bad.parquet", "work"
 
 
-def infer(model: Path, input: str, output: str, settings: Settings, workers: int = 2, quiet: bool = False) -> dict[str, Any]:
-    """Answers all documents of an input; returns what `inference.json` says, without the list of files. `quiet`: shows nothing.
+def infer(
+    model: Path, input: str, output: str, settings: Settings, workers: int = 2, quiet: bool = False, engine: str = "transformers"
+) -> dict[str, Any]:
+    """Answers all documents of an input; returns what `inference.json` says, without the list of files. `quiet`: shows nothing;
+    `engine`: what answers, auto for vLLM where it can.
 
     ConfigError before anything starts if the model does not do the task, there is no input, or the output holds something else.
     """
     known, place = loading.require(model, settings.task), Location(output)
     files = reading.of(input, settings).listing()
-    told = {"folder": str(model), "digest": model_digest(model), **origin(model), **known}
-    facts = {"model": told, "settings": settings.model_dump()}
-    claim(place, {"model": facts["model"]["digest"], **facts["settings"]}, "answers", "batch inference")
     import torch
 
+    gpus = torch.cuda.device_count()
+    by, why = vllm_terms.choose(engine, model, settings.task, gpus)
+    log.info("%s answers (%s)", by, why)
+    settings = settings.model_copy(update={"engine": by})
+    told = {"folder": str(model), "digest": model_digest(model), **origin(model), **known}
+    facts = {"model": told, "engine": {"name": by, "version": version(by)}, "settings": settings.identity}
+    claim(place, {"model": facts["model"]["digest"], **facts["settings"]}, "answers", "batch inference")
     from heliostat.cluster.connect import connect
 
-    connect(cpus=workers, gpus=torch.cuda.device_count())
+    connect(cpus=workers, gpus=gpus)
     with Watch(console, f"answering {input}", quiet) as watch:
         flow = Flow(Work(place.join(WORK)), progress=Progress(watch.show))
         return answer(flow, files, facts | {"input": input}, place)

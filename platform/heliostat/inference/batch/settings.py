@@ -34,6 +34,7 @@ class Settings(Strict):
     seed: int = Field(0, ge=0, lt=2**63)
     options: dict[str, Any] = {}
     """How text is written: `max_tokens`, `temperature`, `top_p`."""
+    engine: Literal["transformers", "vllm"] = "transformers"
 
     @field_validator("column")
     @classmethod
@@ -44,6 +45,11 @@ class Settings(Strict):
     def written(self) -> tuple[str, ...]:
         """Returns the columns of the answers that are the input's: its text, and those that are kept."""
         return (*([] if self.task == "embed-images" else [self.column]), *self.keep)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Returns all of it, without the engine that there has always been."""
+        return self.model_dump(exclude={"engine"} if self.engine == "transformers" else None)
 
     @model_validator(mode="after")
     def _apart(self) -> Settings:

@@ -51,7 +51,7 @@ def answer_piece(
     documents = [item for item in found if isinstance(item, Document)]
     bad = [[item.id, item.reason, item.detail] for item in found if isinstance(item, Dropped)]
     asked = Settings(**settings)
-    engine = loaded(model, asked.task, asked.batch, json.dumps(asked.options, sort_keys=True))
+    engine = loaded(model, asked.task, asked.batch, json.dumps(asked.options, sort_keys=True), asked.engine)
     answers = engine([_input(document, asked.seed) for document in documents])
     rows = []
     for document, answer in zip(documents, answers, strict=True):
@@ -104,8 +104,10 @@ def _write(place: Location, table: pa.Table) -> int:
 
 
 @lru_cache(maxsize=1)
-def loaded(model: str, task: str, batch: int, options: str) -> Callable[[Sequence[Input]], list[Answer]]:
+def loaded(
+    model: str, task: str, batch: int, options: str, by: str = "transformers"
+) -> Callable[[Sequence[Input]], list[Answer]]:
     """Loads a model once in each process: it stays for the tasks to come."""
     from heliostat.inference.batch.loading import engine
 
-    return engine(Path(model), task, batch, json.loads(options))
+    return engine(Path(model), task, batch, json.loads(options), by)

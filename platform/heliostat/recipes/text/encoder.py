@@ -46,10 +46,10 @@ def model_class(config: Any) -> type[Any]:
     return found[0] if isinstance(found, tuple) else found
 
 
-def places(model: Any) -> int | None:
-    """Returns how many tokens of a text a loaded model has positions for; None if it does not say."""
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    tables = [m for name, m in model.named_modules() if name.endswith("position_embeddings")]
+def places(config: Any, model: Any = None) -> int | None:
+    """Returns how many tokens of a text a model has positions for; None if it does not say. `model`: if it is loaded."""
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    tables = [m for name, m in (model.named_modules() if model is not None else ()) if name.endswith("position_embeddings")]
     first = max((m.padding_idx + 1 for m in tables if getattr(m, "padding_idx", None) is not None), default=0)  # of RoBERTa's
     return most - first if most else None
 
