@@ -39,10 +39,12 @@ def model(tmp_path_factory) -> Path:
 # which engine ------------------------------------------------------------------------------------------------------------
 
 
-def test_without_a_gpu_or_the_package_transformers_answers_and_says_why(model):
+def test_without_a_gpu_or_the_package_transformers_answers_and_says_why(model, tmp_path):
     assert vllm_terms.choose("transformers", model, "chat", 1) == ("transformers", transformers.__version__)
     assert vllm_terms.choose("auto", model, "chat", 0) == ("transformers", "there is no GPU here")
     assert vllm_terms.choose("auto", model, "classify", 1) == ("transformers", "vLLM does not classify here")
+    (tmp_path / "config.json").write_text('{"model_type": "clip", "architectures": ["CLIPModel"]}')
+    assert vllm_terms.choose("auto", tmp_path, "embed", 1)[1] == "vLLM does not embed with a CLIP here"
     with pytest.raises(ConfigError, match="--engine: 'tensorrt' is none of auto, transformers, vllm"):
         vllm_terms.choose("tensorrt", model, "chat", 1)
 

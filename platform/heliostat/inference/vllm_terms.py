@@ -16,6 +16,7 @@ from typing import Any
 
 from heliostat import extras
 from heliostat.errors import ConfigError
+from heliostat.recipes.images import clip_folder
 
 ENGINES = ("auto", "transformers", "vllm")
 TASKS = ("continue", "chat", "score", "embed", "serve")
@@ -45,6 +46,8 @@ def _lacks(folder: Path, task: str, gpus: int, known: Callable[[], Collection[st
     """Returns why vLLM does not answer; "" if it does."""
     if task not in TASKS:
         return f"vLLM does not {task} here"
+    if clip_folder.is_one(folder):
+        return "vLLM does not embed with a CLIP here"
     if not gpus:
         return "there is no GPU here"
     if find_spec("vllm") is None:
