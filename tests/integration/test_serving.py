@@ -6,13 +6,11 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import openai
 import psutil
 import pytest
 import requests
-import transformers
 
 from tests.integration.endpoint import KEY, NAME, OTHER, Endpoint, serving
 
@@ -47,42 +45,6 @@ def test_completions_alone_in_a_list_and_as_a_stream_are_the_same(endpoint):
     assert chunks[-1].usage == alone.usage and chunks[-2].choices[0].finish_reason == choice.finish_reason
     stopped = ask.completions.create(**ASKED, stop=[choice.text[3:5]])
     assert stopped.choices[0].text == choice.text[: choice.text.index(choice.text[3:5])]
-
-
-def test_tokens_are_prompts_as_the_texts_that_they_are_of(endpoint):
-    ask = client(endpoint)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(endpoint.folder / "model")
-    first, second = (tokenizer(text)["input_ids"] for text in ("a b", "c d e f"))
-    wanted = [choice.text for choice in ask.completions.create(**{**ASKED, "prompt": ["a b", "c d e f"]}).choices]
-    assert [choice.text for choice in ask.completions.create(**{**ASKED, "prompt": [first, second]}).choices] == wanted
-    assert ask.completions.create(**{**ASKED, "prompt": first}).choices[0].text == wanted[0]
-    for more, param in (
-        ({"prompt": [10**9]}, "prompt"),
-        ({"prompt": first, "suffix": "a"}, "suffix"),
-        ({"prompt": [[]]}, "prompt"),
-    ):
-        with pytest.raises(openai.BadRequestError) as refused:
-            ask.completions.create(**{**ASKED, **more})
-        assert refused.value.param == param
-
-
-def test_logprobs_of_a_chat_are_those_of_the_completion_of_its_prompt(endpoint):
-    ask, asked = client(endpoint), {"model": NAME, "max_tokens": 9, "seed": 1, "temperature": 0.9}
-    messages: Any = [{"role": "user", "content": "a"}]
-    plain = ask.completions.create(**asked, prompt="user: a\nassistant:", logprobs=2).choices[0]
-    made = ask.chat.completions.create(**asked, messages=messages, logprobs=True, top_logprobs=2).choices[0]
-    assert made.message.content == plain.text
-    assert [one.token for one in made.logprobs.content] == plain.logprobs.tokens
-    assert [one.logprob for one in made.logprobs.content] == pytest.approx(plain.logprobs.token_logprobs, abs=1e-4)
-    for one, best in zip(made.logprobs.content, plain.logprobs.top_logprobs, strict=True):
-        assert {top.token: top.logprob for top in one.top_logprobs} == pytest.approx(best, abs=1e-4)
-        assert one.bytes is None or bytes(one.bytes).decode() == one.token
-    alone = ask.chat.completions.create(**asked, messages=messages, logprobs=True).choices[0].logprobs.content
-    assert [one.token for one in alone] == plain.logprobs.tokens and not any(one.top_logprobs for one in alone)
-    stream = ask.chat.completions.create(**asked, messages=messages, logprobs=True, stream=True)
-    pieces = [one for chunk in stream for one in (chunk.choices[0].logprobs.content or [])]
-    assert [one.token for one in pieces] == plain.logprobs.tokens
-    assert ask.chat.completions.create(**asked, messages=messages).choices[0].logprobs is None
 
 
 def test_chat_and_embeddings(endpoint):
