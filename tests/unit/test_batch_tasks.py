@@ -12,12 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
+from heliostat.curation import pieces
 from heliostat.curation.work import Work
 from heliostat.data import manifest
 from heliostat.errors import ConfigError
 from heliostat.inference.batch import loading, reading, run
 from heliostat.inference.batch.engines import Chat, Embed, Input, Loaded
 from heliostat.inference.batch.settings import Settings
+from heliostat.pipelines.images import sources
 from heliostat.recipes.images.embedder import ImageEmbedder
 from heliostat.recipes.text import chat
 from heliostat.serving import kinds
@@ -232,9 +234,11 @@ def bad(out: Path) -> list[tuple[str, str]]:
 def killed_again_and_again(*asked, **flow) -> dict:
     for tries in range(50):
         try:
-            return infer(*asked, seed=tries, **flow)
+            found = infer(*asked, seed=tries, **flow)
         except KilledError:
-            pass
+            continue
+        assert tries, "it was not killed"
+        return found
     raise AssertionError("it does not go on")
 
 
@@ -250,7 +254,7 @@ def test_a_run_of_chats_reads_lists_and_texts_of_lines_and_tables(writer, tmp_pa
     asked = Settings(task="chat", keep=["n"], options={"max_tokens": 4, "temperature": 0.8})
     assert asked.column == "messages"
     whole = infer(writer, asked, folder, tmp_path / "whole")
-    found = killed_again_and_again(writer, asked, folder, tmp_path / "out", most=2)
+    found = killed_again_and_again(writer, asked, folder, tmp_path / "out", most=7)
     assert (found["answers"], found["bad"], found["inputs"]) == (41, 2, whole["inputs"])
     assert answers(tmp_path / "out") == answers(tmp_path / "whole")
     assert bad(tmp_path / "out") == [("a.jsonl#21", "no_text"), ("b.parquet#21", "no_text")]
@@ -263,7 +267,7 @@ def test_a_run_of_classes_goes_on_and_its_answers_are_columns(classifier, tmp_pa
     monkeypatch.setattr(reading, "LEAST", 256)
     (tmp_path / "in.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in build_model.texts(40)))
     asked = Settings(task="classify", batch=8)
-    found = killed_again_and_again(classifier, asked, tmp_path / "in.jsonl", tmp_path / "out", most=3)
+    found = killed_again_and_again(classifier, asked, tmp_path / "in.jsonl", tmp_path / "out", most=6)
     infer(classifier, asked, tmp_path / "in.jsonl", tmp_path / "whole")
     made = answers(tmp_path / "out")
     assert made == answers(tmp_path / "whole") and len(made) == 40
@@ -272,8 +276,10 @@ def test_a_run_of_classes_goes_on_and_its_answers_are_columns(classifier, tmp_pa
 
 
 @pytest.mark.parametrize("form", ["table", "files"])
-def test_a_run_of_images_reads_what_the_image_pipeline_reads(clip, tmp_path, form):
+def test_a_run_of_images_reads_what_the_image_pipeline_reads(clip, tmp_path, monkeypatch, form):
     """Columns of Parquet, and files that a metadata file names; without captions; what is no image is listed."""
+    monkeypatch.setattr(pieces, "LEAST", 64)
+    monkeypatch.setattr(sources, "FILES_PER_TASK", 2)
     folder = tmp_path / "in"
     folder.mkdir()
     images = [png(seed) for seed in range(6)]

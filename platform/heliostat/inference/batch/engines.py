@@ -329,4 +329,4 @@ class Embed(Engine):
     def vectors(self, cut: list[list[int]]) -> Sequence[Any]:
         """Embeds a batch of texts' tokens."""
         ids, mask = self.padded(cut, left=False)
-        return self.loaded.embedded(ids, mask).cpu().numpy()
+        return list(self.loaded.embedded(ids, mask).cpu().numpy())

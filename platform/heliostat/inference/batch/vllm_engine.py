@@ -10,6 +10,7 @@ import transformers
 
 from heliostat.inference import vllm_terms
 from heliostat.inference.batch.engines import Answer, Chat, Continue, Embed, Input, Loaded, Score
+from heliostat.inference.batch.settings import WRITES
 from heliostat.recipes.pretrained import from_folder
 from heliostat.recipes.text.generator import Sampling
 
@@ -100,8 +101,9 @@ class VllmEmbed(OnVllm, Embed):
         return [out.outputs.embedding for out in self.llm.embed([{"prompt_token_ids": row} for row in cut], use_tqdm=False)]
 
 
+KINDS: dict[str, Any] = {"continue": VllmContinue, "chat": VllmChat, "score": VllmScore, "embed": VllmEmbed}
+
+
 def engine(folder: Path, task: str, batch: int, options: dict[str, Any]) -> Callable[[Sequence[Input]], list[Answer]]:
     """Loads a model for a task."""
-    if task in ("continue", "chat"):
-        return {"continue": VllmContinue, "chat": VllmChat}[task](folder, batch, options)
-    return {"score": VllmScore, "embed": VllmEmbed}[task](folder, batch)
+    return KINDS[task](folder, batch, *([options] if task in WRITES else []))
