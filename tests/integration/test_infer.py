@@ -91,5 +91,7 @@ def test_the_command_says_what_it_did_and_what_is_wrong(tmp_path):
         "--out", str(tmp_path / "out"), "--task", "score", "--max-tokens", "3"
     )
     assert "is not empty" in said("--out", str(tmp_path))
+    assert "--engine vllm needs the extra 'vllm'" in said("--out", str(tmp_path / "out"), "--engine", "vllm")
+    assert "without a head that classifies" in said("--out", str(tmp_path / "out"), "--task", "classify")
     assert "task" in said("--out", str(tmp_path / "out"), "--task", "sing")
     assert not (tmp_path / "out").exists()

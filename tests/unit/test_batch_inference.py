@@ -12,7 +12,7 @@ import transformers
 from heliostat.config.schema import validate
 from heliostat.curation.work import Work
 from heliostat.errors import ConfigError, HeliostatError
-from heliostat.inference.batch import engines, run, tasks
+from heliostat.inference.batch import engines, reading, run, tasks
 from heliostat.inference.batch.claim import claim
 from heliostat.inference.batch.engines import Continue, Embed, Input, Score
 from heliostat.inference.batch.settings import OF_ANSWERS, Settings
@@ -174,7 +174,7 @@ class Echo(engines.Engine):
 @pytest.fixture
 def echo(monkeypatch):
     monkeypatch.setattr(tasks, "loaded", lambda *_: Echo())
-    monkeypatch.setattr(run, "LEAST", 256)
+    monkeypatch.setattr(reading, "LEAST", 256)
 
 
 def lines(folder: Path, name: str, numbers: range) -> None:

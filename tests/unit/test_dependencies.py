@@ -73,6 +73,7 @@ LATE = {  # modules of the core that import what an extra brings, once `extras.r
     "curation/picturing.py": "images",
     **{f"benchmark/{name}.py": "benchmark" for name in ("checking", "sandbox", "scoring", "tasks")},
     **{f"retrieval/{name}.py": "retrieval" for name in ("search", "table")},
+    **{f"{name}.py": "vllm" for name in ("inference/vllm_terms", "inference/batch/vllm_engine", "serving/vllm_engine")},
 }  # fmt: skip
 
 

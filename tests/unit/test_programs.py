@@ -10,10 +10,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from heliostat.benchmark import suite
+import yaml
+from heliostat.benchmark import suite, tasks
 from heliostat.benchmark.programs import box, unit_tests
 from heliostat.benchmark.programs.box import FAILED, PASSED, TIMED_OUT, TOO_MUCH, Limits
 from heliostat.errors import ConfigError, HeliostatError
+from heliostat.storage import Location
 
 SHORT = Limits(seconds=1.5, cpu_s=1, memory=128 << 20)
 
@@ -214,6 +216,23 @@ def test_a_task_that_runs_code_is_allowed_by_the_suite_alone(changed, allowed, s
     with pytest.raises(ConfigError, match=f"^file: .*{said}"):
         unit_tests.arranged(TASK | changed, allowed, "file")
     assert suite.Suite(name="x", tasks=["functions"]).run_code is False
+
+
+def test_filters_that_leave_a_list_of_answers_are_refused_before_the_model_writes(tmp_path):
+    """They ended in a traceback when the answers were joined to their questions."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "x = 1", "tests": "assert x"}\n')
+    asked, bare, last = suite.Suite(name="x", tasks=["functions"], run_code=True), "remove_whitespace", "take_first"
+
+    def build(*steps: str) -> tasks.Task:
+        told = {"test_split": "test", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "rows.jsonl"}},
+                "filter_list": [{"name": "bare", "filter": [{"function": step} for step in steps]}]}  # fmt: skip
+        (tmp_path / "functions.yaml").write_text(yaml.safe_dump(TASK | told))
+        return tasks.build(asked, Location(str(tmp_path)), tmp_path / "cache")[0]
+
+    assert build(bare, last).filter == "bare"
+    for steps in ((bare,), (last, bare)):
+        with pytest.raises(ConfigError, match=r"filter_list: bare: leaves a list of answers, .* end it with take_first$"):
+            build(*steps)
 
 
 def test_a_suite_that_was_written_down_before_there_was_the_key_is_the_same():

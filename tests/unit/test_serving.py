@@ -26,6 +26,8 @@ def test_a_completion_is_read_with_openais_defaults():
     assert (asked.prompt, asked.max_tokens, asked.temperature, asked.top_p, asked.stop) == (["a"], None, 1.0, 1.0, [])
     asked = requests.completion(b'{"model": "m", "prompt": ["a", "b"], "stop": "x", "temperature": 0, "seed": -1}')
     assert (asked.prompt, asked.stop, asked.temperature, asked.seed) == (["a", "b"], ["x"], 0.0, -1)
+    for given, read in [([5, 6], [[5, 6]]), ([[5, 6], [7]], [[5, 6], [7]]), (["a", [5]], ["a", [5]]), ([3] * 200, [[3] * 200])]:
+        assert requests.completion(json.dumps({"model": "m", "prompt": given}).encode()).prompt == read
     assert (asked.suffix, requests.completion(b'{"model": "m", "prompt": "a", "suffix": "b"}').suffix) == ("", "b")
 
 
@@ -45,7 +47,12 @@ def test_a_completion_is_read_with_openais_defaults():
         ({"stop": ["a"] * 5}, "stop", "at most 4"),
         ({"stop": [""]}, "stop", "at least 1 character"),
         ({"logprobs": 6}, "logprobs", "less than or equal to 5"),
-        ({"prompt": [[1, 2]]}, "prompt", "is not text"),
+        ({"prompt": [[1, "a"]]}, "prompt", "is no text, no list of tokens, and no list of these"),
+        ({"prompt": [1, -2]}, "prompt", "is no text, no list of tokens"),
+        ({"prompt": [True]}, "prompt", "is no text, no list of tokens"),
+        ({"prompt": [[]]}, "prompt", "is no text, no list of tokens"),
+        ({"prompt": 3}, "prompt", "is no text, no list of tokens"),
+        ({"prompt": [[1]] * 65}, "prompt", "at most 64"),
         ({"prompt": ["a"] * 65}, "prompt", "at most 64"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "goes with stream: true"),
     ],
@@ -63,7 +70,17 @@ def test_a_chat_takes_text_only_and_refuses_tools():
     message = {"role": "user", "content": "a"}
     assert refusal(requests.chat, messages=[message], tools=[{"type": "function"}]).param == "tools"
     assert refusal(requests.chat, messages=[message], response_format={"type": "json_object"}).param == "response_format"
-    assert refusal(requests.chat, messages=[message], logprobs=True).param == "logprobs"
+    for told, more in [
+        (None, {}),
+        (None, {"logprobs": False}),
+        (0, {"logprobs": True}),
+        (3, {"logprobs": True, "top_logprobs": 3}),
+    ]:
+        assert requests.chat(json.dumps({"model": "m", "messages": [message], **more}).encode()).told == told
+    for more, said in [({"top_logprobs": 3}, "goes with logprobs: true"), ({"logprobs": 3}, "boolean"),
+                       ({"logprobs": True, "top_logprobs": 21}, "less than or equal to 20")]:  # fmt: skip
+        found = refusal(requests.chat, messages=[message], **more)
+        assert found.param == next(reversed(more)) and said in found.message and "Value error" not in found.message
     assert refusal(requests.chat, messages=[{"role": "tool", "content": "a"}]).param == "messages"
     assert refusal(requests.chat).code == "missing_required_parameter"
 
@@ -168,6 +185,19 @@ def test_embeddings_are_written_as_numbers_and_as_base64():
     coded = answers.embeddings("m", made, "base64")
     assert struct.unpack("<2f", base64.b64decode(coded["data"][0]["embedding"])) == (0.5, -1.0)
     assert coded["usage"] == {"prompt_tokens": 3, "total_tokens": 3}
+
+
+def test_logprobs_of_a_chat_are_by_token_and_only_whole_characters_have_bytes():
+    columns = {"tokens": ["é", "\ufffd"], "token_logprobs": [-0.5, -1.0], "text_offset": [0, 1],
+               "top_logprobs": [{"b": -2.0, "é": -0.5}, {"\ufffd": -1.0}]}  # fmt: skip
+    made = answers.Shape("m", "v", True).whole([{"text": "é", "logprobs": columns, "finish": "stop"}])["choices"][0]["logprobs"]
+    first, second = made["content"]
+    assert (first["token"], first["logprob"], first["bytes"]) == ("é", -0.5, [195, 169])
+    assert [(one["token"], one["bytes"]) for one in first["top_logprobs"]] == [("é", [195, 169]), ("b", [98])]
+    assert second["bytes"] is None and made["refusal"] is None
+    assert answers.of_chat({**columns, "top_logprobs": None})["content"][0]["top_logprobs"] == []
+    assert answers.of_chat(None) is None
+    assert answers.Shape("m", "v", False).whole([{"text": "é", "logprobs": columns}])["choices"][0]["logprobs"] == columns
 
 
 def test_replicas_are_a_number_or_a_range():

@@ -7,7 +7,8 @@ import time
 import pytest
 import torch
 from heliostat.inference.batch.engines import Continue, Embed, Input, Loaded
-from heliostat.serving.engine import Engine, Row
+from heliostat.serving.engine import Engine
+from heliostat.serving.row import Row
 from heliostat.serving.sampling import Draw
 from heliostat.serving.stopping import Stopping
 

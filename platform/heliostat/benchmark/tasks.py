@@ -49,6 +49,8 @@ def _build(suite: Suite, entry: Entry, folder: Location, root: Path, cache: Path
         if runs_code := unit_tests.KEY in config:
             config = unit_tests.arranged(config, suite.run_code, where)
         checking.check(config, where)
+        if runs_code:
+            unit_tests.require_one_answer(config, where)
         made = _made({k: v for k, v in config.items() if k not in ("tag", "group", "task_list")}, where, folder, cache)
     if runs_code and (entry.fewshot or entry.metric):
         raise ConfigError(

@@ -74,16 +74,19 @@ def infer(
         typer.Option("--input", help="What is read, as of a text pipeline: a file, folder, glob or s3://", show_default=False),
     ],
     to: Annotated[str, typer.Option("--out", help="The folder of the answers, or s3://BUCKET/PREFIX", show_default=False)],
-    task: Annotated[str, typer.Option(help="continue, score or embed")] = "continue",
-    column: Annotated[str, typer.Option(help="The column of the input that holds the text")] = "text",
+    task: Annotated[str, typer.Option(help="continue, chat, score, embed, classify or embed-images")] = "continue",
+    column: Annotated[
+        str, typer.Option(help="The column of the input; the default is text, of chat messages, of embed-images image")
+    ] = "",
     keep: Annotated[
         list[str] | None, typer.Option(help="A column of the input that goes beside the answer; may be repeated")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the random numbers: the same seed gives the same answers")] = 0,
-    max_tokens: Annotated[int | None, typer.Option(help="continue: at most so many tokens")] = None,
-    temperature: Annotated[float | None, typer.Option(help="continue: 0 takes the likeliest token each time")] = None,
-    top_p: Annotated[float | None, typer.Option(help="continue: choose among the likeliest tokens of this share")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="continue, chat: at most so many tokens")] = None,
+    temperature: Annotated[float | None, typer.Option(help="continue, chat: 0 takes the likeliest token each time")] = None,
+    top_p: Annotated[float | None, typer.Option(help="continue, chat: choose among the likeliest tokens of this share")] = None,
     batch: Annotated[int, typer.Option(help="Inputs that the model takes together")] = 16,
+    engine: Annotated[str, typer.Option(help="auto, transformers or vllm; auto is vllm where it can be")] = "auto",
     workers: Annotated[int, typer.Option(min=1, help="On a Ray of its own: as many models side by side")] = 2,
     mlflow: TrackingUri = None,
     json_: Json = False,
@@ -91,19 +94,20 @@ def infer(
     """Run a model over all documents of an input: each is answered once, and a run that was killed goes on."""
     from heliostat.config.schema import validate
     from heliostat.inference.batch.run import infer as run
-    from heliostat.inference.batch.settings import Settings
+    from heliostat.inference.batch.settings import WRITES, Settings
     from heliostat.track.models import resolve
 
     options = {k: v for k, v in {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}.items() if v is not None}
-    if options and task != "continue":
-        raise ConfigError(f"--{next(iter(options)).replace('_', '-')}: goes with --task continue, not with {task}")
+    if options and task not in WRITES:
+        raise ConfigError(f"--{next(iter(options)).replace('_', '-')}: goes with --task {' or '.join(WRITES)}, not with {task}")
     asked = {"task": task, "column": column, "keep": keep or [], "seed": seed, "batch": batch, "options": options}
-    made = run(resolve(model, store_uri(mlflow)), input_, to, validate(Settings, asked, "infer"), workers, json_)
+    made = run(resolve(model, store_uri(mlflow)), input_, to, validate(Settings, asked, "infer"), workers, json_, engine)
     if not json_:
         told = f", {made['bad']:,} without one (bad.parquet)" if made["bad"] else ""
         cut = f", {made['truncated']:,} of them of a text that was cut" if made["truncated"] else ""
-        pace = made["tokens"] / max(made["seconds"], 0.1)
-        out.print(f"{made['answers']:,} answers are in {to}/answers{cut}{told}; {made['tokens']:,} tokens, {pace:,.0f} a second")
+        many, what = (made["answers"], "images") if task == "embed-images" else (made["tokens"], "tokens")
+        pace = f"{many:,} {what}, {many / max(made['seconds'], 0.1):,.0f} a second"
+        out.print(f"{made['answers']:,} answers are in {to}/answers{cut}{told}; {pace}")
     finish(made, json_)
 
 

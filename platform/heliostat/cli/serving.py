@@ -44,6 +44,7 @@ def serve(
     open_: Annotated[bool, flag("--no-keys", help="Answer whoever can reach the port, without a key")] = False,
     port: Annotated[int, typer.Option(help="On 127.0.0.1")] = 8000,
     replicas: Annotated[str, typer.Option(help="So many, as 2, or by load, as 1..4")] = "1",
+    engine: Annotated[str, typer.Option(help="auto, transformers or vllm; auto is vllm where it can be")] = "auto",
     batch: Annotated[int, typer.Option(help="Prompts that a replica steps together")] = 16,
     max_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most")] = 1024,
     max_body: Annotated[int, typer.Option(help="Bytes of a request, at most")] = 1 << 20,
@@ -59,8 +60,9 @@ def serve(
     from heliostat.serving import options, run
 
     extras.require("serve", "watchfiles", what="heliostat serve")
-    given = {"port": port, "replicas": options.replicas(replicas), "batch": batch, "max_tokens": max_tokens, "poll_s": poll,
-             "body_bytes": max_body, "at_once": concurrent, "a_minute": per_minute, "deadline_s": deadline}  # fmt: skip
+    given = {"port": port, "replicas": options.replicas(replicas), "engine": engine, "batch": batch, "max_tokens": max_tokens,
+             "poll_s": poll, "body_bytes": max_body, "at_once": concurrent, "a_minute": per_minute,
+             "deadline_s": deadline}  # fmt: skip
     asked = validate(options.Options, given, "serve")
     if open_ and keys != Path(".heliostat/serve/keys"):
         raise ConfigError("--no-keys: goes without --keys")

@@ -16,6 +16,7 @@ from typing import Any
 from heliostat.curation import scoring
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.inference.batch.run import model_digest
+from heliostat.recipes.text import encoder
 from heliostat.retrieval.search import Index, Passage
 
 OPTION = "--reranker"
@@ -58,15 +59,13 @@ class Pairs(scoring.Classifier):
 
 def room(model: Any, folder: Path) -> int:
     """Finds how many tokens of a pair the model takes: by its positions, and by what its tokenizer says."""
-    places = getattr(model.config, "max_position_embeddings", None) or UNBOUNDED
-    tables = [m for name, m in model.named_modules() if name.endswith("position_embeddings")]
-    first = max((m.padding_idx + 1 for m in tables if getattr(m, "padding_idx", None) is not None), default=0)  # of RoBERTa's
     file = folder / TOKENIZER_CONFIG
     try:
         said = json.loads(file.read_text()).get("model_max_length") if file.is_file() else None
     except (ValueError, AttributeError) as e:
         raise ConfigError(f"{OPTION}: {file} is damaged; save the tokenizer again") from e
-    return int(min(places - first, said if isinstance(said, int | float) else UNBOUNDED, UNBOUNDED))
+    said = said if isinstance(said, int | float) else UNBOUNDED
+    return int(min(encoder.places(model.config, model) or UNBOUNDED, said, UNBOUNDED))
 
 
 class Reranker:

@@ -9,6 +9,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from heliostat.serving.stopping import UNFINISHED
+
 Piece = dict[str, Any]  # of an answer: text, logprobs, finish, and at its end the numbers of tokens
 Source = dict[str, Any]  # a passage, its place in the corpus, and what of it the model was shown (`used`: whole, part or no)
 
@@ -44,10 +46,27 @@ class Shape:
         return "chat.completion.chunk" if self.chat else "text_completion"
 
     def _choice(self, index: int, piece: Piece, name: str) -> dict[str, Any]:
-        told = {"index": index, "logprobs": piece.get("logprobs"), "finish_reason": piece.get("finish")}
+        told = {"index": index, "finish_reason": piece.get("finish")}
         if not self.chat:
-            return {**told, "text": piece["text"]}
-        return {**told, name: {"role": "assistant", "content": piece["text"]}}
+            return {**told, "text": piece["text"], "logprobs": piece.get("logprobs")}
+        return {**told, name: {"role": "assistant", "content": piece["text"]}, "logprobs": of_chat(piece.get("logprobs"))}
+
+
+def of_chat(columns: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Writes logprobs as chats have them: by token, each with its likeliest, the best first."""
+    if columns is None:
+        return None
+    tops = columns["top_logprobs"] or [{} for _ in columns["tokens"]]
+    content = [
+        {**_of_token(token, value), "top_logprobs": [_of_token(*one) for one in sorted(best.items(), key=lambda pair: -pair[1])]}
+        for token, value, best in zip(columns["tokens"], columns["token_logprobs"], tops, strict=True)
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _of_token(token: str, value: float) -> dict[str, Any]:
+    """Describes a token; its bytes are not known where it is a piece of a character."""
+    return {"token": token, "logprob": value, "bytes": None if UNFINISHED in token else list(token.encode())}
 
 
 def usage(pieces: Sequence[Piece]) -> dict[str, int]:

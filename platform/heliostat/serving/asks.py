@@ -11,7 +11,7 @@ Messages = list[dict[str, str]]
 @dataclass(frozen=True)
 class Holds:
     """Says what a replica loads: a model's folder, an index, or both. `batch`: prompts that are stepped together; `adapters`: the
-    folders of the model's adapters, by name."""
+    folders of the model's adapters, by name; `engine`: what writes, transformers or vllm."""
 
     model: str | None
     batch: int = 16
@@ -19,6 +19,7 @@ class Holds:
     embedder: str | None = None
     reranker: str | None = None
     adapters: dict[str, str] = field(default_factory=dict)
+    engine: str = "transformers"
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,13 @@ class Search:
 
 @dataclass(frozen=True)
 class Ask:
-    """Holds what a language model is asked: prompts, a chat's messages, or a question that it answers from an index.
+    """Holds what a language model is asked: prompts (texts, or tokens), a chat's messages, or a question to an index.
 
     The i-th prompt has the i-th seed. `most`: new tokens, None for as many as there is room for up to `limit`; `adapter`: which
     answers, None for the model as it is.
     """
 
-    prompts: list[str] | None
+    prompts: list[str | list[int]] | None
     messages: Messages | None
     most: int | None
     limit: int

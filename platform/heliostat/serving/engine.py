@@ -8,59 +8,44 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
 from heliostat.inference.batch.engines import Embed, Input, Loaded, pads_hold
-from heliostat.recipes.text.generator import ends
 from heliostat.recipes.text.infilling import Infilling
 from heliostat.serving import sampling
 from heliostat.serving.adapters import Adapters
 from heliostat.serving.group import Group
-from heliostat.serving.sampling import Draw
-from heliostat.serving.stopping import Stopping
+from heliostat.serving.row import Deliver, Row, Telling, ending
 from heliostat.text import brief
 
 log = logging.getLogger(__name__)
-
-Deliver = Callable[[dict[str, Any]], None]
-
-
-@dataclass(eq=False)
-class Row:
-    """Holds a prompt's way to its answer. `deliver` takes its pieces; the one with `finish` or `failed` is the last."""
-
-    prompt: list[int]
-    most: int
-    draw: Draw
-    stopping: Stopping
-    deliver: Deliver
-    logprobs: int | None = None
-    adapter: str | None = None
-    made: list[int] = field(default_factory=list)
-    told: list[dict[str, Any]] = field(default_factory=list)  # logprobs of tokens whose text is not sent yet
-    over: bool = False
 
 
 class Engine:
     """Answers rows in its thread, a token of each at a time, and embeds texts between two steps."""
 
+    embeds = True
+
     def __init__(self, loaded: Loaded, batch: int, adapters: Adapters | None = None) -> None:
         self.loaded, self.batch, self.adapters = loaded, batch, adapters
         self.embed = Embed(loaded, batch)
-        writes = loaded.pooling is None  # else it is an embedder
+        writes = loaded.writes
         self.mixes = writes and pads_hold(self.embed)
         self.infilling = Infilling.of(loaded.tokenizer) if writes else None
-        self.ends = {*ends(loaded.tokenizer, loaded.model), *(self.infilling.ends if self.infilling else [])} if writes else set()
+        self.telling = Telling(loaded.tokenizer, ending(loaded, self.infilling) if writes else ())
         self.waiting: deque[Row] = deque()
         self.texts: deque[tuple[Sequence[str], Deliver]] = deque()
         self.groups: list[tuple[Group, list[Row]]] = []
         self.work = threading.Condition()
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.thread.start()
+
+    def require_alive(self) -> None:
+        """Raises RuntimeError if the thread has ended."""
+        if not self.thread.is_alive():
+            raise RuntimeError("the engine's thread has ended")
 
     def begin(self, rows: Sequence[Row]) -> None:
         """Takes rows; they are answered in turn."""
@@ -125,7 +110,8 @@ class Engine:
             tokens = sampling.choose(group.logits, [row.draw for row in rows])
             for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
                 if not row.over:
-                    self._take(row, token, group.logits[place])
+                    told = None if row.logprobs is None else sampling.logprobs(group.logits[place], token, row.logprobs)
+                    self.telling.take(row, token, told)
             open_ = [place for place, row in enumerate(rows) if not row.over]
             if not open_:
                 self.groups.remove(one)
@@ -137,46 +123,6 @@ class Engine:
         except Exception as e:  # noqa: BLE001 (the same)
             self.groups.remove(one)
             self._fail([row for row in rows if not row.over], e)
-
-    def _take(self, row: Row, token: int, logits: torch.Tensor) -> None:
-        """Adds a token to a row, and delivers what of its text is certain."""
-        ended = token in self.ends
-        before = len(self._text(row)) if row.logprobs is not None else 0
-        if not ended:
-            row.made.append(token)
-            if row.logprobs is not None:
-                row.told.append({"offset": before, **self._told(sampling.logprobs(logits, token, row.logprobs), token)})
-        full = len(row.made) >= row.most
-        text = row.stopping.feed(self._text(row), last=ended or full)
-        row.over = ended or full or row.stopping.stopped
-        if not text and not row.over:
-            return
-        piece: dict[str, Any] = {"text": text, "logprobs": self._logprobs(row)}
-        if row.over:
-            finish = "stop" if ended or row.stopping.stopped else "length"
-            piece |= {"finish": finish, "prompt_tokens": len(row.prompt), "completion_tokens": len(row.made)}
-        row.deliver(piece)
-
-    def _text(self, row: Row) -> str:
-        return self.loaded.tokenizer.decode(row.made, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    def _told(self, found: dict[str, Any], token: int) -> dict[str, Any]:
-        show = self.loaded.tokenizer.decode
-        best = {show([other]): value for other, value in reversed(found["best"])}  # of tokens with one text, the likeliest
-        return {"token": show([token]), "logprob": found["chosen"], "best": best}
-
-    def _logprobs(self, row: Row) -> dict[str, Any] | None:
-        """Returns those of the tokens that begin within the text that is sent, in OpenAI's columns."""
-        if row.logprobs is None:
-            return None
-        sent = [one for one in row.told if one["offset"] < len(row.stopping.sent)]
-        row.told = row.told[len(sent) :]
-        return {
-            "tokens": [one["token"] for one in sent],
-            "token_logprobs": [one["logprob"] for one in sent],
-            "top_logprobs": [one["best"] for one in sent] if row.logprobs else None,
-            "text_offset": [one["offset"] for one in sent],
-        }
 
     def _embed(self, asked: list[tuple[Sequence[str], Deliver]]) -> None:
         """Embeds the texts of several requests together."""
@@ -191,5 +137,4 @@ class Engine:
     def _fail(self, rows: list[Row], error: Exception) -> None:
         log.error("%d requests failed (%s: %s)", len(rows), type(error).__name__, brief(error))
         for row in rows:
-            row.over = True
-            row.deliver({"failed": f"{type(error).__name__}: {brief(error)}"})
+            row.fail(f"{type(error).__name__}: {brief(error)}")

@@ -233,7 +233,7 @@ class Front:
         return Ask(
             prompts, None if question else messages, most, self.settings.max_tokens, asked.temperature,
             asked.top_p, [(seed + i) % 2**63 for i in range(len(prompts or [""]))], asked.stop,
-            asked.logprobs if isinstance(asked, requests.Completion) else None,
+            chat.told if chat else asked.logprobs if isinstance(asked, requests.Completion) else None,
             asked.suffix if isinstance(asked, requests.Completion) else "",
             Search(question.messages[0].plain()["content"], question.top, question.mode) if question else None,
             asked.model if asked.model in self.settings.adapters else None,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from heliostat.errors import ConfigError
 from heliostat.recipes import exported
+from heliostat.recipes.images import clip_folder
 from heliostat.recipes.protocol import Paints
 from heliostat.recipes.text import sentence_folder
 
@@ -14,7 +15,7 @@ TEXT, IMAGES, EMBEDDINGS = "text", "images", "embeddings"
 
 def of(folder: Path) -> str:
     """Returns a model's kind; ConfigError if it is of none that is served."""
-    if sentence_folder.embeds(folder):
+    if sentence_folder.embeds(folder) or clip_folder.is_one(folder):
         return EMBEDDINGS
     recipe = exported.read(folder).recipe
     if getattr(recipe, "kind", None) == "tokens":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 from pydantic import Field
 
@@ -16,6 +17,8 @@ class Options(Strict):
     port: int = Field(8000, ge=1, le=65535)
     replicas: tuple[int, int] = (1, 1)
     """At least and at most so many."""
+    engine: Literal["auto", "transformers", "vllm"] = "auto"
+    """What writes; auto is vllm where it can be."""
     batch: int = Field(16, ge=1, le=4096)
     """Prompts that a replica steps together."""
     body_bytes: int = Field(1 << 20, ge=1)

@@ -28,13 +28,13 @@ class Replica:
         self.painter: Painter | None = None
         self.shelf: Shelf | None = None
         if holds.model is not None:
-            self._load(Path(holds.model), holds.batch, holds.adapters)
+            self._load(Path(holds.model), holds)
         if holds.index is not None:
             from heliostat.serving.shelf import Shelf
 
             self.shelf = Shelf(holds.index, holds.embedder, holds.reranker)
 
-    def _load(self, folder: Path, batch: int, adapters: dict[str, str]) -> None:
+    def _load(self, folder: Path, holds: Holds) -> None:
         if kinds.of(folder) == kinds.IMAGES:
             from heliostat.serving.painter import Painter
 
@@ -42,7 +42,7 @@ class Replica:
         else:
             from heliostat.serving.writer import Writer
 
-            self.writer = Writer(folder, batch, adapters)
+            self.writer = Writer(folder, holds.batch, holds.adapters, holds.engine)
 
     def check_health(self) -> None:
         """Raises if the model answers no more: Ray Serve puts another replica in the place of this one."""

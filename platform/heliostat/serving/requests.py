@@ -9,9 +9,11 @@ import difflib
 import json
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from heliostat.config.schema import Float, Strict
+from heliostat.inference.vllm_terms import MOST_LOGPROBS
+from heliostat.recipes.text.chat import Message
 from heliostat.serving.refusals import Refusal
 from heliostat.text import brief
 
@@ -20,7 +22,7 @@ MOST_STOPS = 4
 COMMON = {"n": 1, "frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}}
 OF_COMPLETIONS = {**COMMON, "best_of": 1, "echo": False}
 OF_CHAT = {
-    **COMMON, "logprobs": False, "top_logprobs": 0, "tools": [], "tool_choice": "none", "functions": [], "function_call": "none",
+    **COMMON, "tools": [], "tool_choice": "none", "functions": [], "function_call": "none",
     "parallel_tool_calls": True, "response_format": {"type": "text"}, "modalities": ["text"], "audio": {}, "prediction": {},
     "reasoning_effort": "none", "store": False, "metadata": {}, "service_tier": "auto", "web_search_options": {},
 }  # fmt: skip
@@ -33,9 +35,9 @@ MOST_IMAGES = 10  # of one request, as OpenAI has it
 MOST_STEPS = 1000
 MOST_PASSAGES = 50
 
+PROMPTS = "is no text, no list of tokens, and no list of these"
 Text = Annotated[str, Field(min_length=1)]
 Listed = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)  # one text stands for a list of it
-Parts = BeforeValidator(lambda value: [{"type": "text", "text": value}] if isinstance(value, str) else value)
 R = TypeVar("R", bound=BaseModel)
 
 
@@ -64,33 +66,29 @@ class Sampled(Strict):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
+def _prompts(given: Any) -> Any:
+    """Lists prompts: a text or a list of tokens stands for a list of it."""
+    if isinstance(given, str) or (isinstance(given, list) and given and _is_token(given[0])):
+        given = [given]
+    if not isinstance(given, list):
+        raise ValueError(PROMPTS)
+    for one in given:
+        if not (isinstance(one, str) or (isinstance(one, list) and one and all(_is_token(token) for token in one))):
+            raise ValueError(PROMPTS)
+    return given
+
+
+def _is_token(given: Any) -> bool:
+    return isinstance(given, int) and not isinstance(given, bool) and given >= 0
+
+
 class Completion(Sampled):
     """Describes a request to continue prompts, or to fill in what stands between each of them and a suffix."""
 
-    prompt: Annotated[list[str], Listed, Field(min_length=1, max_length=MOST_INPUTS)]
+    prompt: Annotated[list[Any], BeforeValidator(_prompts), Field(min_length=1, max_length=MOST_INPUTS)]
+    """Texts, or lists of tokens."""
     suffix: str = ""
     logprobs: int | None = Field(None, ge=0, le=5)
-
-
-class TextPart(Strict):
-    """Holds a part of a message; only text is taken."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(Strict):
-    """Holds a message of a chat."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[TextPart], Parts]
-    name: str | None = None
-
-    def plain(self) -> dict[str, str]:
-        """Returns the message as chat templates take it."""
-        return {"role": self.role, "content": "".join(part.text for part in self.content)} | (
-            {"name": self.name} if self.name else {}
-        )
 
 
 class Chat(Sampled):
@@ -98,6 +96,19 @@ class Chat(Sampled):
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+
+    @model_validator(mode="after")
+    def _together(self) -> Chat:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs: goes with logprobs: true")
+        return self
+
+    @property
+    def told(self) -> int | None:
+        """Returns how many tokens' logprobs are told beside each that is chosen; None: none of any."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class Embeddings(Strict):
@@ -217,6 +228,10 @@ def _first(error: ValidationError) -> Refusal:
     name = where[0] if where else "body"
     if fault["type"] == "missing":
         return Refusal(400, f"{'.'.join(where)}: is missing", name, "missing_required_parameter")
+    if not where:  # of several parameters together: it says their names
+        said = fault["msg"].removeprefix("Value error, ")
+        return Refusal(400, said, said.partition(":")[0], "invalid_value")
     value = brief(json.dumps(fault["input"], default=str), 60)
-    said = "is not text" if fault["type"] == "string_type" else fault["msg"][:1].lower() + fault["msg"][1:]
+    said = "is not text" if fault["type"] == "string_type" else fault["msg"].removeprefix("Value error, ")
+    said = said[:1].lower() + said[1:]
     return Refusal(400, f"{'.'.join(where)}: {value}: {said}", name, "invalid_value")

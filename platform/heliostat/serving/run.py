@@ -16,6 +16,7 @@ from typing import Any
 
 from heliostat.cluster.private_ray import LOOPBACK
 from heliostat.errors import ConfigError, HeliostatError, StoppedError
+from heliostat.inference import vllm_terms
 from heliostat.serving import kinds
 from heliostat.serving.options import Options
 from heliostat.serving.served import Served
@@ -40,6 +41,7 @@ def serve(served: Served, keys: dict[str, str] | None, options: Options, ready: 
     source, kind = served.source, served.kind()
     require_free(options.port)
     endpoint = Endpoint(served, kind, options)
+    endpoint.engine(source.folder(source.wanted()))
     endpoint.connect()
     with endpoint.signals:  # behind Ray's start, which sets handlers of its own
         try:
@@ -75,18 +77,27 @@ class Endpoint:
     """Starts and ends applications of Ray Serve: the front, and one for each version of the model."""
 
     def __init__(self, served: Served, kind: str | None, options: Options) -> None:
+        import torch
+
         self.served, self.kind, self.options, self.signals = served, kind, options, Signals()
         self.front: Any = None
-        self.gpus = 0
+        self.gpus = torch.cuda.device_count()
+
+    def engine(self, folder: Path | None) -> str:
+        """Chooses what answers with a version; ConfigError if that is asked for, and does not."""
+        if folder is None or self.kind != kinds.TEXT:
+            if self.options.engine == "vllm":
+                raise ConfigError("--engine vllm: goes with a model that writes; give --engine auto")
+            return "transformers"
+        engine, why = vllm_terms.choose(self.options.engine, folder, "serve", self.gpus)
+        log.info("%s answers with %s (%s)", engine, folder, why)
+        return engine
 
     def connect(self) -> None:
         """Connects to Ray; ConfigError if others use Serve there, for it ends as a whole."""
-        import torch
-
         from heliostat.cluster import private_ray
         from heliostat.cluster.connect import connect
 
-        self.gpus = torch.cuda.device_count()
         private_ray.ahead(self.gpus, MODULES)
         connect(cpus=2 * self.options.replicas[1] + 2, gpus=self.gpus)  # twice: a version loads beside the one that it replaces
         from ray import serve
@@ -182,7 +193,7 @@ class Endpoint:
         from heliostat.cluster.connect import remote_environment
         from heliostat.serving.deployed import DeployedReplica
 
-        gpus = min(self.gpus, 1)
+        gpus, engine = min(self.gpus, 1), self.engine(folder)
         least, most = self.options.replicas
         count: dict[str, Any] = {"num_replicas": most}
         if least < most:
@@ -193,7 +204,7 @@ class Endpoint:
             health_check_period_s=2, ray_actor_options={"num_cpus": 1, "num_gpus": gpus, "runtime_env": remote_environment(gpus)},
             **count,
         )  # fmt: skip
-        return made.bind(self.served.holds(folder, self.options.batch))
+        return made.bind(self.served.holds(folder, self.options.batch, engine))
 
 
 def require_free(port: int) -> None:

@@ -50,10 +50,10 @@ class Served:
                 adapters.require(name, Path(place))
         return kind
 
-    def holds(self, folder: Path | None, batch: int) -> Holds:
+    def holds(self, folder: Path | None, batch: int, engine: str = "transformers") -> Holds:
         """Returns what a replica of a version loads."""
         return Holds(None if folder is None else str(folder.absolute()), batch, self.index, self.embedder, self.reranker,
-                     self.adapters)  # fmt: skip
+                     self.adapters, engine)  # fmt: skip
 
     def settings(self, kind: str | None, keys: dict[str, str] | None, o: Options) -> Settings:
         """Returns what the front goes by."""

@@ -5,29 +5,39 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from heliostat.errors import ConfigError
 from heliostat.inference.batch.engines import Loaded
-from heliostat.recipes.text import infilling
+from heliostat.recipes.text import chat, infilling
 from heliostat.serving.adapters import Adapters
 from heliostat.serving.asks import Ask, Messages
-from heliostat.serving.engine import Engine, Row
+from heliostat.serving.engine import Engine
 from heliostat.serving.refusals import Refusal
+from heliostat.serving.row import Row
 from heliostat.serving.sampling import Draw
 from heliostat.serving.stopping import Stopping
+
+if TYPE_CHECKING:
+    from heliostat.serving.vllm_engine import VllmEngine
 
 
 class Writer:
     """Loads the model, and answers."""
 
-    def __init__(self, folder: Path, batch: int, adapters: dict[str, str] | None = None) -> None:
-        loaded = Loaded(folder)
-        self.engine = Engine(loaded, batch, Adapters(loaded.model, adapters) if adapters else None)
+    def __init__(self, folder: Path, batch: int, adapters: dict[str, str] | None = None, engine: str = "transformers") -> None:
+        self.engine: Engine | VllmEngine
+        if engine == "vllm":
+            from heliostat.serving.vllm_engine import VllmEngine
+
+            self.engine = VllmEngine(folder, batch, adapters or {})
+        else:
+            loaded = Loaded(folder)
+            self.engine = Engine(loaded, batch, Adapters(loaded.model, adapters) if adapters else None)
 
     def require_alive(self) -> None:
-        """Raises RuntimeError if the engine's thread has ended."""
-        if not self.engine.thread.is_alive():
-            raise RuntimeError("the engine's thread has ended")
+        """Raises if the engine answers no more."""
+        self.engine.require_alive()
 
     def count(self, text: str) -> int:
         """Counts the tokens of a prompt."""
@@ -61,6 +71,9 @@ class Writer:
 
     async def embed(self, texts: list[str]) -> dict[str, Any]:
         """Embeds texts: `answers`, or `refused`."""
+        if not self.engine.embeds:
+            said = "model: vLLM writes with it, and does not embed beside that; start with --engine transformers"
+            return {"refused": (400, said, "model", "unsupported_by_model")}
         loop = asyncio.get_running_loop()
         found: asyncio.Future[dict[str, Any]] = loop.create_future()
 
@@ -102,7 +115,9 @@ class Writer:
             for i, (tokens, seed) in enumerate(zip(encoded, ask.seeds, strict=True))
         ], pieces  # fmt: skip
 
-    def _prompt(self, text: str, suffix: str) -> list[int]:
+    def _prompt(self, text: str | list[int], suffix: str) -> list[int]:
+        if not isinstance(text, str):
+            return self._tokens(text, suffix)
         if suffix:
             if self.engine.infilling is None:
                 raise Refusal(400, f"suffix: {infilling.NONE}", "suffix", "no_fill_in_the_middle")
@@ -112,15 +127,23 @@ class Writer:
             raise Refusal(400, "prompt: is empty, and the tokenizer has no token that begins a document", "prompt")
         return tokens
 
+    def _tokens(self, given: list[int], suffix: str) -> list[int]:
+        """Takes a prompt's tokens as they are; Refusal if the model has not all of them."""
+        if suffix:
+            raise Refusal(400, "suffix: goes with prompts of text, not of tokens", "suffix", "invalid_value")
+        most = self.engine.loaded.config.get_text_config().vocab_size
+        if unknown := [token for token in given if token >= most]:
+            raise Refusal(400, f"prompt: the model has {most} tokens, and no token {unknown[0]}", "prompt", "invalid_value")
+        return given
+
     def _chat(self, messages: Messages) -> list[int]:
         tokenizer = self.engine.loaded.tokenizer
         if not tokenizer.chat_template:
             raise Refusal(400, "the model's tokenizer has no chat template; ask /v1/completions", "messages", "no_chat_template")
         try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as e:  # whatever the template raises: it is of the model's maker
-            raise Refusal(400, f"messages: the model's chat template refuses them: {str(e)[:200]}", "messages") from e
-        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            return chat.encode(tokenizer, messages)
+        except ConfigError as e:
+            raise Refusal(400, f"messages: {e}", "messages") from e
 
     def _most(self, ask: Ask, tokens: list[int], where: str) -> int:
         """Returns how many tokens an answer may have; Refusal if the model has no room for them."""

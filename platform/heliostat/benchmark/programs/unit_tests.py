@@ -22,6 +22,7 @@ from heliostat.benchmark.programs import box
 from heliostat.errors import ConfigError
 
 KEY, KIND, METRIC = "unit_tests", "unit_tests", "pass@1"
+LAST = "take_first"  # the filter that makes one answer of a list
 ITS_OWN = ("output_type", "metric_list", "doc_to_target", "doc_to_choice", "num_fewshot")
 SIDE_BY_SIDE = 4  # programs, at most: each may take as much memory as its limit
 
@@ -48,6 +49,15 @@ def arranged(config: dict[str, Any], allowed: bool, where: object) -> dict[str, 
     asked = {key: value for key, value in config.items() if key != KEY}
     return asked | {"output_type": "generate_until", "doc_to_target": template, "num_fewshot": 0,
                     "metric_list": [{"metric": "exact_match"}]}  # fmt: skip
+
+
+def require_one_answer(config: dict[str, Any], where: object) -> None:
+    """Raises ConfigError if a chain of filters leaves a list of answers to each question: one of them is run."""
+    for chain in config.get("filter_list") or []:
+        if [step["function"] for step in chain["filter"] or []][-1:] != [LAST]:
+            raise ConfigError(
+                f"{where}: filter_list: {chain['name']}: leaves a list of answers, and one is run; end it with {LAST}"
+            )
 
 
 def verdicts(programs: Sequence[tuple[str, str]]) -> list[str]:

@@ -22,10 +22,8 @@ def claim(place: Location, settings: dict[str, Any], holding: str, made_by: str)
         return
     except ValueError as e:
         raise ConfigError(f"--out: {place.join(SETTINGS)} is damaged; name another folder") from e
-    if changed := [name for name in settings if not isinstance(known, dict) or known.get(name) != settings[name]]:
+    known = known if isinstance(known, dict) else {}
+    if changed := [name for name in {**settings, **known} if known.get(name) != settings.get(name)]:
         name = changed[0]
-        was = known.get(name) if isinstance(known, dict) else None
-        raise ConfigError(
-            f"--out: {place} holds {holding} of another {name} ({str(was)[:80]!r}, not {str(settings[name])[:80]!r}); "
-            "name another folder"
-        )
+        was, now = (str(held.get(name))[:80] for held in (known, settings))
+        raise ConfigError(f"--out: {place} holds {holding} of another {name} ({was!r}, not {now!r}); name another folder")

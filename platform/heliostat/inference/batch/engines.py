@@ -4,7 +4,7 @@ An answer follows from the text, its seed and the options. What is in a batch be
 and nothing else: noise is drawn by each input's own seed, and prompts of several lengths share a batch only if the model is found
 to give the same logits behind padding.
 
-- continue: sampled by adding Gumbel noise to the logits and taking the largest (Gumbel 1954): distributed as a draw from
+- continue, chat: sampled by adding Gumbel noise to the logits and taking the largest (Gumbel 1954): distributed as a draw from
   the softmax, and lets each row have its own noise; within `temperature` and `top_p`; temperature 0 adds none.
 - score: the sum of the negative log-likelihoods of all tokens, the first behind the beginning-of-document token, in nats.
 - embed: the mean of the last hidden states over the tokens, of length 1; of an embedder what its folder says
@@ -13,8 +13,9 @@ to give the same logits behind padding.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,12 @@ import transformers
 from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from heliostat.config.schema import validate
-from heliostat.errors import HeliostatError
+from heliostat.errors import ConfigError, HeliostatError
+from heliostat.recipes import pretrained
+from heliostat.recipes.images import clip_folder
 from heliostat.recipes.pretrained import from_folder
-from heliostat.recipes.text import encoder, sentence_folder
-from heliostat.recipes.text.generator import Sampling, whole
+from heliostat.recipes.text import chat, encoder, sentence_folder
+from heliostat.recipes.text.generator import Sampling, ends, whole
 
 LOGITS_BYTES = 256 << 20  # of a batch that is scored: every position has a logit for each token of the vocabulary
 UNKNOWN = 1 << 32  # tokens, from which on a tokenizer's limit says that it knows of none
@@ -37,10 +40,11 @@ CLOSE = 1e-3  # of the largest logit, within which two computations of the same 
 
 @dataclass(frozen=True)
 class Input:
-    """Holds an input: `seed` is that of its own noise."""
+    """Holds an input, a text or an image: `seed` is that of its own noise."""
 
     text: str
     seed: int
+    image: bytes = b""
 
 
 @dataclass
@@ -52,21 +56,57 @@ class Answer:
     detail: str = ""
 
 
-class Loaded:
-    """Loads a model and its tokenizer. `longest`: the tokens that it takes, None if there is no limit; `pooling`: how an embedder
-    makes one vector of a text, None of a language model."""
+class BadInputError(Exception):
+    """Reports that an input cannot be answered, and why."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.answer = Answer(bad=reason, detail=detail)
+
+
+class Loaded:
+    """Loads a model and its tokenizer. `longest`: the tokens that it takes, None if there is no limit; `writes`: whether it is a
+    language model; `head`: an Auto class, of a model with another head."""
+
+    def __init__(self, folder: Path, head: Any = None) -> None:
         self.tokenizer = from_folder("model", transformers.AutoTokenizer, folder)
         how = sentence_folder.read(folder)
-        self.pooling = how.pooling if how else None
-        model = encoder.load("model", folder) if how else whole("model", folder)
-        self.model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-        seen = how.max_tokens if how else None
-        limits = (seen, getattr(model.config, "max_position_embeddings", None), self.tokenizer.model_max_length)
+        self.pooling = how.pooling if how else "mean"
+        self.pairs = clip_folder.is_one(folder)
+        self.writes = not (how or head or self.pairs)
+        self.model = self.load(folder, head)
+        self.config = from_folder("model", transformers.AutoConfig, folder) if self.model is None else self.model.config
+        limits = (how.max_tokens if how else None, encoder.places(self.config, self.model), self.tokenizer.model_max_length)
         self.longest: int | None = min((n for n in limits if n is not None and n < UNKNOWN), default=None)
-        given = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        own = self.config.get_text_config().pad_token_id if head else None  # a head that finds a text's end goes by this one
+        given = (own, self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         self.pad = next(token for token in given if token is not None)
+
+    def load(self, folder: Path, head: Any) -> Any:
+        """Loads the weights."""
+        if head:
+            model = pretrained.whole("model", head, folder)
+        else:
+            model = whole("model", folder) if self.writes else encoder.load("model", folder)
+        return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def generation(self) -> Any:
+        """Returns how the folder's model is to generate."""
+        return self.model.generation_config
+
+    def seen(self, tokens: list[int], text: str) -> list[int]:
+        """Returns the tokens of a text that the model sees: its first, and what stands behind them if it does not write."""
+        if self.longest is None or len(tokens) <= self.longest:
+            return tokens
+        if self.writes:
+            return tokens[: self.longest]
+        return self.tokenizer(text, truncation=True, max_length=self.longest)["input_ids"]
+
+    def embedded(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Embeds texts, fp32 [texts, width], each of length 1."""
+        if self.pairs:
+            return clip_folder.of_texts(self.model, ids, mask)
+        return encoder.embed(self.model.base_model, ids, mask, self.pooling)
 
 
 class Engine:
@@ -79,11 +119,18 @@ class Engine:
         self.batch = batch
         loaded = model if isinstance(model, Loaded) else Loaded(model)
         self.tokenizer, self.model, self.longest, self.pad = loaded.tokenizer, loaded.model, loaded.longest, loaded.pad
-        self.pooling = loaded.pooling
+        self.loaded = loaded
 
     def __call__(self, inputs: Sequence[Input]) -> list[Answer]:
-        encoded = [self.encode(one.text) for one in inputs]
-        answers = [self.refusal(tokens) or Answer() for tokens in encoded]
+        encoded, answers = list[list[int]](), list[Answer]()
+        for one in inputs:
+            try:
+                encoded.append(self.encode(one.text))
+            except BadInputError as e:
+                encoded.append([])
+                answers.append(e.answer)
+            else:
+                answers.append(self.refusal(encoded[-1]) or Answer())
         open_ = [i for i, answer in enumerate(answers) if not answer.bad]
         for chosen in self.batches({i: len(encoded[i]) for i in open_}):
             made = self._answered([encoded[i] for i in chosen], [inputs[i] for i in chosen])
@@ -94,6 +141,7 @@ class Engine:
         return answers
 
     def encode(self, text: str) -> list[int]:
+        """Returns an input's tokens; BadInputError if it has none."""
         return self.tokenizer(text, verbose=False)["input_ids"]
 
     def refusal(self, tokens: list[int]) -> Answer | None:
@@ -146,10 +194,15 @@ class Engine:
 class Continue(Engine):
     """Continues prompts by up to `max_tokens` tokens; an empty prompt begins a document."""
 
-    def __init__(self, folder: Path, batch: int, options: dict[str, Any]) -> None:
-        super().__init__(folder, batch)
+    def __init__(self, model: Path | Loaded, batch: int, options: dict[str, Any]) -> None:
+        super().__init__(model, batch)
         self.sampling = validate(Sampling, options, "options")
-        self.pads = pads_hold(self)
+        self.pads = self.model is not None and pads_hold(self)
+        self.ends = self.ending()
+
+    def ending(self) -> list[int]:
+        """Returns the tokens that end an answer."""
+        return ends(self.tokenizer, None)
 
     def encode(self, text: str) -> list[int]:
         return super().encode(text or self.tokenizer.bos_token or "")
@@ -168,18 +221,34 @@ class Continue(Engine):
     def answer(self, tokens: list[list[int]], inputs: list[Input]) -> list[Answer]:
         ids, mask = self.padded(tokens, left=True)
         sampler = [Noise([one.seed for one in inputs], self.sampling)] if self.sampling.temperature else []
-        end = self.tokenizer.eos_token_id
         out = self.model.generate(
             ids, attention_mask=mask, max_new_tokens=self.sampling.max_tokens, do_sample=False, pad_token_id=self.pad,
-            eos_token_id=end, logits_processor=LogitsProcessorList(sampler),
+            eos_token_id=self.ends or None, logits_processor=LogitsProcessorList(sampler),
         )  # fmt: skip
-        return [self._read(row.tolist(), end) for row in out[:, ids.shape[1] :]]
+        return [self.read(row.tolist()) for row in out[:, ids.shape[1] :]]
 
-    def _read(self, tokens: list[int], end: int | None) -> Answer:
-        over = end is not None and end in tokens
-        tokens = tokens[: tokens.index(end)] if over and end is not None else tokens
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        return Answer({"answer": text, "tokens": len(tokens), "finish": "stop" if over else "length"})
+    def read(self, tokens: list[int]) -> Answer:
+        """Makes an answer of its tokens."""
+        made = list(itertools.takewhile(lambda token: token not in self.ends, tokens))
+        text = self.tokenizer.decode(made, skip_special_tokens=True)
+        return Answer({"answer": text, "tokens": len(made), "finish": "stop" if len(made) < len(tokens) else "length"})
+
+
+class Chat(Continue):
+    """Answers chats, messages as JSON, by the tokenizer's chat template; every end that the model's folder names ends one."""
+
+    def ending(self) -> list[int]:
+        return ends(self.tokenizer, self.loaded.generation())
+
+    def encode(self, text: str) -> list[int]:
+        try:
+            messages = chat.read(text)
+        except ConfigError as e:
+            raise BadInputError("no_messages", str(e)) from e
+        try:
+            return chat.encode(self.tokenizer, messages)
+        except ConfigError as e:
+            raise BadInputError("template", str(e)) from e
 
 
 class Noise(LogitsProcessor):
@@ -233,9 +302,10 @@ class Score(Engine):
         logits = self.model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
         lost = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
         nats = (lost.double() * mask[:, 1:]).sum(-1).tolist()
-        return [self._read(*row) for row in zip(nats, cut, tokens, inputs, strict=True)]
+        return [self.read(*row) for row in zip(nats, cut, tokens, inputs, strict=True)]
 
-    def _read(self, nats: float, cut: list[int], tokens: list[int], given: Input) -> Answer:
+    def read(self, nats: float, cut: list[int], tokens: list[int], given: Input) -> Answer:
+        """Makes an answer of what the tokens that fit have lost."""
         truncated = len(cut) < len(tokens)
         text = self.tokenizer.decode(cut, skip_special_tokens=True) if truncated else given.text
         size = max(1, len(text.encode("utf-8", "replace")))
@@ -250,25 +320,13 @@ class Embed(Engine):
         return None if tokens else Answer(bad="empty", detail="no token")
 
     def answer(self, tokens: list[list[int]], inputs: list[Input]) -> list[Answer]:
-        cut = [self._seen(row, one.text) for row, one in zip(tokens, inputs, strict=True)]
-        ids, mask = self.padded(cut, left=False)
-        made = encoder.embed(self.model.base_model, ids, mask, self.pooling or "mean").cpu().numpy()
+        cut = [self.loaded.seen(row, one.text) for row, one in zip(tokens, inputs, strict=True)]
         return [
             Answer({"embedding": vector, "tokens": len(short), "truncated": len(short) < len(row)})
-            for vector, short, row in zip(made, cut, tokens, strict=True)
+            for vector, short, row in zip(self.vectors(cut), cut, tokens, strict=True)
         ]
 
-    def _seen(self, tokens: list[int], text: str) -> list[int]:
-        """Returns the tokens of a text that the model sees: its first, and an embedder's end behind them."""
-        if self.longest is None or len(tokens) <= self.longest:
-            return tokens
-        if self.pooling is None:
-            return tokens[: self.longest]
-        return self.tokenizer(text, truncation=True, max_length=self.longest)["input_ids"]
-
-
-def engine(folder: Path, task: str, batch: int, options: dict[str, Any]) -> Callable[[Sequence[Input]], list[Answer]]:
-    """Loads a model for a task."""
-    if task == "continue":
-        return Continue(folder, batch, options)
-    return {"score": Score, "embed": Embed}[task](folder, batch)
+    def vectors(self, cut: list[list[int]]) -> Sequence[Any]:
+        """Embeds a batch of texts' tokens."""
+        ids, mask = self.padded(cut, left=False)
+        return list(self.loaded.embedded(ids, mask).cpu().numpy())

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,43 +28,43 @@ from heliostat.curation.flow import Flow, Task
 from heliostat.curation.pieces import Part
 from heliostat.curation.progress import Progress
 from heliostat.curation.work import Work, key
-from heliostat.errors import ConfigError
-from heliostat.inference.batch import tasks
+from heliostat.inference import vllm_terms
+from heliostat.inference.batch import loading, reading, tasks
 from heliostat.inference.batch.claim import claim
 from heliostat.inference.batch.settings import Settings
 from heliostat.pipelines.prepare import InputFile
-from heliostat.pipelines.text import making, sources
-from heliostat.pipelines.text.documents import Rules
-from heliostat.pipelines.text.tasks import TextSource
 from heliostat.pipelines.watching import Watch
 from heliostat.recipes import exported
-from heliostat.recipes.text import sentence_folder
 from heliostat.storage import Location
 from heliostat.terminal import console
 
+log = logging.getLogger(__name__)
+
 RECORD, BAD, WORK = "inference.json", "bad.parquet", "work"
-PIECES = 256  # of an input, about
-LEAST, MOST = 16 << 10, 1 << 20  # bytes of a piece
 
 
-def infer(model: Path, input: str, output: str, settings: Settings, workers: int = 2, quiet: bool = False) -> dict[str, Any]:
-    """Answers all documents of an input; returns what `inference.json` says, without the list of files. `quiet`: shows nothing.
+def infer(
+    model: Path, input: str, output: str, settings: Settings, workers: int = 2, quiet: bool = False, engine: str = "transformers"
+) -> dict[str, Any]:
+    """Answers all documents of an input; returns what `inference.json` says, without the list of files. `quiet`: shows nothing;
+    `engine`: what answers, auto for vLLM where it can.
 
-    ConfigError before anything starts if the model is no language model, there is no input, or the output holds something else.
+    ConfigError before anything starts if the model does not do the task, there is no input, or the output holds something else.
     """
-    if sentence_folder.read(model):
-        if settings.task != "embed":
-            raise ConfigError(f"--task {settings.task}: {model} is an embedder, which only embeds; give --task embed")
-    elif getattr(exported.read(model).recipe, "kind", None) != "tokens":
-        raise ConfigError(f"{model}: is no language model; `heliostat generate --prompts` draws from prompts")
-    files, place = sources.listing(input), Location(output)
-    facts = {"model": {"folder": str(model), "digest": model_digest(model), **origin(model)}, "settings": settings.model_dump()}
-    claim(place, {"model": facts["model"]["digest"], **facts["settings"]}, "answers", "batch inference")
+    known, place = loading.require(model, settings.task), Location(output)
+    files = reading.of(input, settings).listing()
     import torch
 
+    gpus = torch.cuda.device_count()
+    by, why = vllm_terms.choose(engine, model, settings.task, gpus)
+    log.info("%s answers (%s)", by, why)
+    settings = settings.model_copy(update={"engine": by})
+    told = {"folder": str(model), "digest": model_digest(model), **origin(model), **known}
+    facts = {"model": told, "engine": {"name": by, "version": version(by)}, "settings": settings.identity}
+    claim(place, {"model": facts["model"]["digest"], **facts["settings"]}, "answers", "batch inference")
     from heliostat.cluster.connect import connect
 
-    connect(cpus=workers, gpus=torch.cuda.device_count())
+    connect(cpus=workers, gpus=gpus)
     with Watch(console, f"answering {input}", quiet) as watch:
         flow = Flow(Work(place.join(WORK)), progress=Progress(watch.show))
         return answer(flow, files, facts | {"input": input}, place)
@@ -71,8 +73,7 @@ def infer(model: Path, input: str, output: str, settings: Settings, workers: int
 def answer(flow: Flow, files: list[InputFile], facts: dict[str, Any], place: Location) -> dict[str, Any]:
     """Answers the files' documents by tasks of a flow, and writes what was made of them to a place."""
     began = time.time()
-    target = flow.work.begin(max(LEAST, min(MOST, sum(f.bytes for f in files) // PIECES)))
-    records = _answered(flow, _tasks(flow, files, target, facts, place), place)
+    records = _answered(flow, _tasks(flow, files, facts, place), place)
     made = facts | {"inputs": _inputs(records), **_counts(records), "seconds": round(time.time() - began, 1),
                     "cpu_seconds": round(sum(r["seconds"] for r in records), 1), "new": flow.done.get("infer", 0)}  # fmt: skip
     _list_bad(place, records)
@@ -98,18 +99,18 @@ def origin(folder: Path) -> dict[str, Any]:
     return {"origin": exported.record(folder).get("origin", {})}
 
 
-def _tasks(flow: Flow, files: list[InputFile], target: int, facts: dict[str, Any], place: Location) -> list[Task]:
+def _tasks(flow: Flow, files: list[InputFile], facts: dict[str, Any], place: Location) -> list[Task]:
     """Lists the tasks of all pieces, in the input's order."""
     asked, input = facts["settings"], facts["input"]
-    source = TextSource(input, Rules(asked["column"], "none", 0, columns=tuple(asked["keep"])))
-    shared = {"source": source, "output": place.uri, "model": facts["model"]["folder"], "settings": asked}
+    read = reading.of(input, Settings(**asked))
+    shared = {"source": read.source(flow), "output": place.uri, "model": facts["model"]["folder"], "settings": asked}
 
     def task(piece: list[Part]) -> Task:
         told = [part.identity for part in piece]
-        name = key("infer", facts["model"]["digest"], asked, input, vars(source.rules), told)
+        name = key("infer", facts["model"]["digest"], asked, input, read.identity, told)
         return Task(name, {"piece": piece, "name": name, **shared}, bytes=sum(part.length for part in piece))
 
-    return [task(piece) for piece in making.pieces_of(flow, input, files, target)]
+    return [task(piece) for piece in read.pieces(flow, files)]
 
 
 def _answered(flow: Flow, wanted: list[Task], place: Location) -> list[dict[str, Any]]:

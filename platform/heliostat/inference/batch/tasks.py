@@ -18,6 +18,7 @@ import xxhash
 from heliostat.curation.pieces import Part
 from heliostat.curation.segment import Source
 from heliostat.curation.stage import Document, Dropped
+from heliostat.inference.batch.settings import Settings
 from heliostat.storage import Location
 
 if TYPE_CHECKING:
@@ -25,16 +26,21 @@ if TYPE_CHECKING:
 
 ANSWERS, BAD = "answers", "bad"
 BAD_SCHEMA = pa.schema([("id", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
+WRITTEN = [("answer", pa.large_string()), ("tokens", pa.int32()), ("finish", pa.string())]
 COLUMNS = {
-    "continue": [("answer", pa.large_string()), ("tokens", pa.int32()), ("finish", pa.string())],
+    "continue": WRITTEN,
+    "chat": WRITTEN,
     "score": [("nats", pa.float64()), ("tokens", pa.int64()), ("bits_per_byte", pa.float64()), ("truncated", pa.bool_())],
     "embed": [("embedding", pa.list_(pa.float32())), ("tokens", pa.int64()), ("truncated", pa.bool_())],
+    "classify": [("label", pa.string()), ("probability", pa.float64()), ("probabilities", pa.list_(pa.float64())),
+                 ("tokens", pa.int64()), ("truncated", pa.bool_())],
+    "embed-images": [("embedding", pa.list_(pa.float32()))],
 }  # fmt: skip
 
 
-def schema(task: str, column: str, keep: Sequence[str]) -> pa.Schema:
+def schema(asked: Settings) -> pa.Schema:
     """Returns the columns of a task's answers: the input's id and text, what was asked for of it, and the answer's."""
-    return pa.schema([("id", pa.string()), (column, pa.large_string()), *((k, pa.large_string()) for k in keep), *COLUMNS[task]])
+    return pa.schema([("id", pa.string()), *((name, pa.large_string()) for name in asked.written), *COLUMNS[asked.task]])
 
 
 def answer_piece(
@@ -44,18 +50,18 @@ def answer_piece(
     found = list(chain.from_iterable(source.read(part) for part in piece))
     documents = [item for item in found if isinstance(item, Document)]
     bad = [[item.id, item.reason, item.detail] for item in found if isinstance(item, Dropped)]
-    engine = loaded(model, settings["task"], settings["batch"], json.dumps(settings["options"], sort_keys=True))
-    answers = engine([_input(document, settings["seed"]) for document in documents])
+    asked = Settings(**settings)
+    engine = loaded(model, asked.task, asked.batch, json.dumps(asked.options, sort_keys=True), asked.engine)
+    answers = engine([_input(document, asked.seed) for document in documents])
     rows = []
     for document, answer in zip(documents, answers, strict=True):
         if answer.bad:
             bad.append([document.id, answer.bad, answer.detail])
         else:
-            kept = {column: _text(document.columns.get(column)) for column in settings["keep"]}
-            rows.append({"id": document.id, settings["column"]: document.text, **kept, **answer.values})
+            kept = {column: _text(document.columns.get(column)) for column in asked.keep}
+            rows.append({"id": document.id, asked.column: document.text, **kept, **answer.values})
     place = Location(output)
-    columns = schema(settings["task"], settings["column"], settings["keep"])
-    answered = _write(place.join(ANSWERS, f"{name}.parquet"), pa.Table.from_pylist(rows, columns)) if rows else 0
+    answered = _write(place.join(ANSWERS, f"{name}.parquet"), pa.Table.from_pylist(rows, schema(asked))) if rows else 0
     listed = pa.Table.from_arrays([pa.array(values) for values in zip(*bad, strict=True)], schema=BAD_SCHEMA) if bad else None
     return {
         "name": name,
@@ -63,7 +69,7 @@ def answer_piece(
         "bytes": answered,
         "bad": len(bad),
         "bad_bytes": _write(place.join(BAD, f"{name}.parquet"), listed) if listed is not None else 0,
-        "tokens": sum(row["tokens"] for row in rows),
+        "tokens": sum(row.get("tokens", 0) for row in rows),
         "truncated": sum(bool(row.get("truncated")) for row in rows),
         "inputs": _digest(documents),
         "files": [],
@@ -74,13 +80,15 @@ def _input(document: Document, seed: int) -> Input:
     """Makes an input of a document; its seed follows from the inference's and from where the document was read."""
     from heliostat.inference.batch.engines import Input
 
-    return Input(str(document.text), xxhash.xxh64_intdigest(f"{seed}\0{document.id}".encode("utf-8", "surrogatepass")) >> 1)
+    own = xxhash.xxh64_intdigest(f"{seed}\0{document.id}".encode("utf-8", "surrogatepass")) >> 1
+    return Input(str(document.text), own, document.picture.data if document.picture else b"")
 
 
 def _digest(documents: list[Document]) -> str:
     told = hashlib.sha256()
     for document in documents:
         told.update(json.dumps([document.id, document.text]).encode())
+        told.update(hashlib.sha256(document.picture.data).digest() if document.picture else b"")
     return told.hexdigest()
 
 
@@ -96,8 +104,10 @@ def _write(place: Location, table: pa.Table) -> int:
 
 
 @lru_cache(maxsize=1)
-def loaded(model: str, task: str, batch: int, options: str) -> Callable[[Sequence[Input]], list[Answer]]:
+def loaded(
+    model: str, task: str, batch: int, options: str, by: str = "transformers"
+) -> Callable[[Sequence[Input]], list[Answer]]:
     """Loads a model once in each process: it stays for the tasks to come."""
-    from heliostat.inference.batch.engines import engine
+    from heliostat.inference.batch.loading import engine
 
-    return engine(Path(model), task, batch, json.loads(options))
+    return engine(Path(model), task, batch, json.loads(options), by)

@@ -52,6 +52,15 @@ class Rules:
     max_file_bytes: int = 1 << 33
     columns: tuple[str, ...] = ()
 
+    def text_of(self, value: Any) -> str | None:
+        """Returns the text that a record's value is; None if it is none."""
+        return value if isinstance(value, str) else None
+
+    def texts_of(self, values: pa.Array) -> pa.Array | None:
+        """Returns a column's texts, as a column of strings or a dictionary of them; None if it has none."""
+        held = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
+        return values if pa.types.is_string(held) or pa.types.is_large_string(held) else None
+
 
 @dataclass(frozen=True)
 class Document:
@@ -177,7 +186,7 @@ def _jsonl(path: str, lines: Iterable[bytes | None], rules: Rules, first: int) -
             continue
         if not isinstance(record, dict):
             yield Dropped(id, "invalid_json")
-        elif not isinstance(text := record.get(rules.text_column), str):
+        elif (text := rules.text_of(record.get(rules.text_column))) is None:
             yield Dropped(id, "no_text")
         else:
             yield clean(id, text, rules, {c: record[c] for c in rules.columns if c in record})
@@ -190,15 +199,16 @@ def _parquet(path: str, file: pa.NativeFile, rules: Rules, part: Part) -> Iterat
             if part.start == 0:
                 yield Dropped(path, "no_text")
             return
-        opened = pq.ParquetFile(file, metadata=footer, page_checksum_verification=True, read_dictionary=[rules.text_column],
+        flat = [rules.text_column for i in range(len(footer.schema)) if footer.schema.column(i).path == rules.text_column]
+        opened = pq.ParquetFile(file, metadata=footer, page_checksum_verification=True, read_dictionary=flat,
                                 pre_buffer=False, buffer_size=BUFFER)  # fmt: skip
         total = 0
         for row, values, others in sources.parquet_values(opened, rules.text_column, rules.columns, rules.max_file_bytes, part):
-            texts = values.dictionary if isinstance(values, pa.DictionaryArray) else values
-            if not any(is_text(texts.type) for is_text in (pa.types.is_string, pa.types.is_large_string)):
+            if (values := rules.texts_of(values)) is None:
                 if part.start == 0:
                     yield Dropped(path, "no_text")
                 return
+            texts = values.dictionary if isinstance(values, pa.DictionaryArray) else values
             texts = pc.cast(texts, pa.large_binary())  # bytes: Parquet does not check its UTF-8
             chosen = values.indices if isinstance(values, pa.DictionaryArray) else range(len(texts))
             for number, place in enumerate(chosen):

@@ -46,6 +46,14 @@ def model_class(config: Any) -> type[Any]:
     return found[0] if isinstance(found, tuple) else found
 
 
+def places(config: Any, model: Any = None) -> int | None:
+    """Returns how many tokens of a text a model has positions for; None if it does not say. `model`: if it is loaded."""
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    tables = [m for name, m in (model.named_modules() if model is not None else ()) if name.endswith("position_embeddings")]
+    first = max((m.padding_idx + 1 for m in tables if getattr(m, "padding_idx", None) is not None), default=0)  # of RoBERTa's
+    return most - first if most else None
+
+
 def embed(model: Any, ids: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
     """Embeds texts, fp32 [texts, width], each of length 1. `mask`: where tokens are."""
     return F.normalize(pool(model(input_ids=ids, attention_mask=mask).last_hidden_state.float(), mask, pooling), dim=-1)

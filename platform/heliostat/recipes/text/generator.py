@@ -22,9 +22,9 @@ def whole(key: str, folder: str | Path, **options: Any) -> Any:
     return pretrained.whole(key, transformers.AutoModelForCausalLM, folder, **options)
 
 
-def ends(tokenizer: Any, model: Any) -> list[int]:
-    """Returns the tokens that end an answer: the tokenizer's, and those that the model's folder names."""
-    named = getattr(model.generation_config, "eos_token_id", None)
+def ends(tokenizer: Any, config: Any) -> list[int]:
+    """Returns the tokens that end an answer: the tokenizer's, and those that a model's generation config names."""
+    named = getattr(config, "eos_token_id", None)
     found = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
     return sorted({token for token in found if token is not None})
 
@@ -54,7 +54,7 @@ class TextGenerator:
         if self.suffix is not None and self.infilling is None:
             raise ConfigError(f"suffix: {infilling.NONE} ({folder})")
         model = whole("model", folder)
-        self.ends = ends(self.tokenizer, model)
+        self.ends = ends(self.tokenizer, model.generation_config)
         self.model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
     def __call__(self, requests: list[Request]) -> list[Generated]:

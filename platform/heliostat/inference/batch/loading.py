@@ -1,0 +1,80 @@
+"""Loads a model for a task of batch inference; what cannot do it is refused before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from heliostat.curation import scoring
+from heliostat.errors import ConfigError
+from heliostat.recipes import exported
+from heliostat.recipes.images import clip_folder
+from heliostat.recipes.text import sentence_folder
+
+if TYPE_CHECKING:
+    from heliostat.inference.batch.engines import Answer, Input
+
+HEAD = "ForSequenceClassification"
+LEAST_LABELS = 2  # of one there is no choice: it is a score
+
+
+def require(folder: Path, task: str) -> dict[str, Any]:
+    """Returns what else is known of how a model does a task, as its labels; ConfigError if it does not do it."""
+    if task == "classify":
+        return {"labels": _labels(folder)}
+    if clip_folder.is_one(folder):
+        if task not in ("embed", "embed-images"):
+            raise ConfigError(f"--task {task}: {folder} embeds texts and images; give --task embed, or embed-images")
+    elif task == "embed-images":
+        raise ConfigError(f"--task {task}: {folder} is no CLIP, as heliostat.recipes:ImageEmbedder exports; take one")
+    elif sentence_folder.read(folder):
+        if task != "embed":
+            raise ConfigError(f"--task {task}: {folder} is an embedder, which only embeds; give --task embed")
+    elif getattr(exported.read(folder).recipe, "kind", None) != "tokens":
+        raise ConfigError(f"{folder}: is no language model; `heliostat generate --prompts` draws from prompts")
+    if task == "chat":
+        _require_template(folder)
+    return {}
+
+
+def _labels(folder: Path) -> list[str]:
+    config = scoring.describe(str(folder), "--task classify")
+    named = (config.get("architectures") or ["a model that its config.json does not name"])[0]
+    if not str(named).endswith(HEAD):
+        raise ConfigError(f"--task classify: {folder} holds {named}, without a head that classifies; take a model ...{HEAD}")
+    if len(found := scoring.labels(config)) < LEAST_LABELS:
+        raise ConfigError(f"--task classify: {folder} has one label ({found[0]}), a score of no classes; take a model of several")
+    return found
+
+
+def _require_template(folder: Path) -> None:
+    import transformers
+
+    from heliostat.recipes.pretrained import from_folder
+
+    if not from_folder("model", transformers.AutoTokenizer, folder).chat_template:
+        raise ConfigError(f"--task chat: the tokenizer of {folder} has no chat template; give --task continue")
+
+
+def engine(
+    folder: Path, task: str, batch: int, options: dict[str, Any], by: str = "transformers"
+) -> Callable[[Sequence[Input]], list[Answer]]:
+    """Loads a model for a task, with transformers or by vLLM."""
+    if by == "vllm":
+        from heliostat.inference.batch import vllm_engine
+
+        return vllm_engine.engine(folder, task, batch, options)
+    from heliostat.inference.batch import engines
+
+    if task == "classify":
+        from heliostat.inference.batch.classify import Classify
+
+        return Classify(folder, batch)
+    if task == "embed-images":
+        from heliostat.inference.batch.images import EmbedImages
+
+        return EmbedImages(folder, batch)
+    if task in ("continue", "chat"):
+        return {"continue": engines.Continue, "chat": engines.Chat}[task](folder, batch, options)
+    return {"score": engines.Score, "embed": engines.Embed}[task](folder, batch)

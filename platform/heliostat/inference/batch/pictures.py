@@ -1,0 +1,68 @@
+"""Reads the images of a batch inference as the image pipeline does; they need no captions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from heliostat.curation import pieces, segment
+from heliostat.curation.flow import Flow
+from heliostat.curation.pieces import Part
+from heliostat.curation.segment import Source
+from heliostat.curation.stage import Document, Dropped, Picture
+from heliostat.pipelines.images import sources
+from heliostat.pipelines.images.sources import Columns
+from heliostat.pipelines.prepare import InputFile
+from heliostat.storage import Location
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Lists an image input's files, and spills the tasks that read them: a piece's only part names one."""
+
+    input: str
+    column: str
+    keep: tuple[str, ...]
+
+    @property
+    def columns(self) -> Columns:
+        return Columns(image=self.column, others=self.keep)
+
+    @property
+    def identity(self) -> Any:
+        return vars(self.columns)
+
+    def listing(self) -> list[InputFile]:
+        return sources.listing(self.input)
+
+    def pieces(self, flow: Flow, files: list[InputFile]) -> Iterator[list[Part]]:
+        flow.work.begin(pieces.size(sum(f.bytes for f in files)))
+        sizes = {f.path: f.bytes for f in files}
+        for task in sources.tasks(self.input, files, self.columns):
+            paths = [one["path"] for one in task.get("parts") or task.get("entries", [])]
+            yield [Part(segment.store(flow.work.spill, task), sum(sizes.get(path, 0) for path in paths), 0)]
+
+    def source(self, flow: Flow) -> Source:
+        return PictureSource(self.input, self.columns, flow.work.spill)
+
+
+@dataclass(frozen=True)
+class PictureSource:
+    """Reads the images of a spilled task."""
+
+    input: str
+    columns: Columns
+    spill: Location
+
+    def read(self, part: Part) -> Iterator[Document | Dropped]:
+        for raw in sources.read(self.input, segment.load(self.spill, part.path), self.columns):
+            if isinstance(raw, Dropped):
+                yield raw
+            elif raw.image is None:
+                yield Dropped(raw.id, "no_image")
+            else:
+                yield Document(raw.id, raw.caption or "", raw.columns, Picture(raw.image))
+
+    def finish(self, document: Document) -> Document | Dropped:
+        return document

@@ -1,0 +1,83 @@
+"""Reads the inputs of a batch inference: texts as a text pipeline does, chats beside them, images as an image pipeline does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from heliostat import extras
+from heliostat.curation.flow import Flow
+from heliostat.curation.pieces import Part
+from heliostat.curation.segment import Source
+from heliostat.inference.batch.settings import Settings
+from heliostat.pipelines.prepare import InputFile
+from heliostat.pipelines.text import making, sources
+from heliostat.pipelines.text.documents import Rules
+from heliostat.pipelines.text.tasks import TextSource
+
+PIECES = 256  # of an input, about
+LEAST, MOST = 16 << 10, 1 << 20  # bytes of a piece
+
+
+@dataclass(frozen=True)
+class ChatRules(Rules):
+    """Takes lists as well, of messages: as JSON."""
+
+    def text_of(self, value: Any) -> str | None:
+        return json.dumps(value, ensure_ascii=False) if isinstance(value, list) else super().text_of(value)
+
+    def texts_of(self, values: pa.Array) -> pa.Array | None:
+        if not (pa.types.is_list(values.type) or pa.types.is_large_list(values.type)):
+            return super().texts_of(values)
+        return pa.array([None if one is None else json.dumps(one, ensure_ascii=False, default=str) for one in values.to_pylist()],
+                        pa.large_string())  # fmt: skip
+
+
+class Reading(Protocol):
+    """Lists an input's files, and cuts them into pieces that a source reads in tasks. `identity`: what reading follows from."""
+
+    @property
+    def identity(self) -> Any: ...
+
+    def listing(self) -> list[InputFile]: ...
+
+    def pieces(self, flow: Flow, files: list[InputFile]) -> Iterator[list[Part]]: ...
+
+    def source(self, flow: Flow) -> Source: ...
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Reads texts or chats."""
+
+    input: str
+    rules: Rules
+
+    @property
+    def identity(self) -> Any:
+        return vars(self.rules)
+
+    def listing(self) -> list[InputFile]:
+        return sources.listing(self.input)
+
+    def pieces(self, flow: Flow, files: list[InputFile]) -> Iterator[list[Part]]:
+        target = flow.work.begin(max(LEAST, min(MOST, sum(f.bytes for f in files) // PIECES)))
+        return making.pieces_of(flow, self.input, files, target)
+
+    def source(self, flow: Flow) -> Source:
+        return TextSource(self.input, self.rules)
+
+
+def of(input: str, asked: Settings) -> Reading:
+    """Returns how the inputs of a task are read; MissingExtraError if that needs a library that is not there."""
+    if asked.task == "embed-images":
+        extras.require("images", "PIL", what="embed-images")
+        from heliostat.inference.batch.pictures import Pictures
+
+        return Pictures(input, asked.column, tuple(asked.keep))
+    rules = ChatRules if asked.task == "chat" else Rules
+    return Texts(input, rules(asked.column, "none", 0, columns=tuple(asked.keep)))

@@ -1,0 +1,34 @@
+"""Embeds texts and images with a CLIP's folder, as its recipe does: in one space, each of length 1."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+def is_one(folder: Path) -> bool:
+    """Tells whether a folder holds a CLIP."""
+    try:
+        told = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(told, dict) and told.get("model_type") == "clip"
+
+
+def of_texts(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Embeds texts, fp32 [texts, width]."""
+    return _of_length_one(model.get_text_features(input_ids=ids, attention_mask=mask))
+
+
+def of_images(model: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Embeds images, as their processor gives them, fp32 [images, width]."""
+    return _of_length_one(model.get_image_features(pixel_values=pixels))
+
+
+def _of_length_one(found: Any) -> torch.Tensor:
+    vectors = found if isinstance(found, torch.Tensor) else found.pooler_output
+    return F.normalize(vectors.float(), dim=-1)

@@ -1,0 +1,66 @@
+"""Reads a chat's messages, and makes of them the tokens that a model answers: by the chat template of its tokenizer.
+
+A template is the model maker's: transformers runs it in a sandbox.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
+
+from heliostat.config.schema import Strict
+from heliostat.errors import ConfigError
+from heliostat.text import brief
+
+Parts = BeforeValidator(lambda value: [{"type": "text", "text": value}] if isinstance(value, str) else value)
+
+
+class TextPart(Strict):
+    """Holds a part of a message; only text is taken."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Strict):
+    """Holds a message of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[list[TextPart], Parts]
+    name: str | None = None
+
+    def plain(self) -> dict[str, str]:
+        """Returns the message as chat templates take it."""
+        return {"role": self.role, "content": "".join(part.text for part in self.content)} | (
+            {"name": self.name} if self.name else {}
+        )
+
+
+MESSAGES = TypeAdapter(Annotated[list[Message], Field(min_length=1)])
+
+
+def read(text: str) -> list[dict[str, str]]:
+    """Reads messages from JSON, as chat templates take them; ConfigError that says what is wrong with them."""
+    try:
+        given = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise ConfigError("is no JSON list of messages") from e
+    if isinstance(given, list):  # a table's rows have all columns, many of them empty
+        given = [{k: v for k, v in one.items() if v is not None} if isinstance(one, dict) else one for one in given]
+    try:
+        return [message.plain() for message in MESSAGES.validate_python(given)]
+    except ValidationError as e:
+        fault = e.errors(include_url=False)[0]
+        where = ".".join(map(str, fault["loc"]))
+        raise ConfigError(f"{where + ': ' if where else ''}{brief(fault['msg'])}") from e
+
+
+def encode(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    """Returns the tokens of a chat, up to where its answer begins; ConfigError if the template refuses the messages."""
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as e:  # whatever the template raises
+        raise ConfigError(f"the model's chat template refuses them: {str(e)[:200]}") from e
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -1,0 +1,89 @@
+"""Follows a prompt's way to its answer: from tokens to the pieces of text that are sent, with either engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+from heliostat.inference.batch.engines import Loaded
+from heliostat.recipes.text.generator import ends
+from heliostat.recipes.text.infilling import Infilling
+from heliostat.serving.sampling import Draw
+from heliostat.serving.stopping import Stopping
+
+Deliver = Callable[[dict[str, Any]], None]
+Found = dict[str, Any]  # of a token: the logarithm of its probability (`chosen`), and those of the likeliest with ids (`best`)
+
+
+@dataclass(eq=False)
+class Row:
+    """Holds a prompt's way to its answer. `deliver` takes its pieces; the one with `finish` or `failed` is the last."""
+
+    prompt: list[int]
+    most: int
+    draw: Draw
+    stopping: Stopping
+    deliver: Deliver
+    logprobs: int | None = None
+    adapter: str | None = None
+    made: list[int] = field(default_factory=list)
+    told: list[dict[str, Any]] = field(default_factory=list)  # logprobs of tokens whose text is not sent yet
+    over: bool = False
+
+    def fail(self, said: str) -> None:
+        """Ends without an answer."""
+        self.over = True
+        self.deliver({"failed": said})
+
+
+def ending(loaded: Loaded, infilling: Infilling | None) -> set[int]:
+    """Returns the tokens that end an answer, a middle among them."""
+    return {*ends(loaded.tokenizer, loaded.generation()), *(infilling.ends if infilling else [])}
+
+
+class Telling:
+    """Adds tokens to rows, and delivers what of their texts is certain. `ends`: the tokens that end an answer."""
+
+    def __init__(self, tokenizer: Any, ends: Collection[int]) -> None:
+        self.tokenizer, self.ends = tokenizer, ends
+
+    def take(self, row: Row, token: int, found: Found | None) -> None:
+        """Adds a token; `found` of a row that wants logprobs."""
+        ended = token in self.ends
+        before = len(self._text(row)) if found is not None else 0
+        if not ended:
+            row.made.append(token)
+            if found is not None:
+                row.told.append({"offset": before, **self._told(found, token)})
+        full = len(row.made) >= row.most
+        text = row.stopping.feed(self._text(row), last=ended or full)
+        row.over = ended or full or row.stopping.stopped
+        if not text and not row.over:
+            return
+        piece: dict[str, Any] = {"text": text, "logprobs": self._logprobs(row)}
+        if row.over:
+            finish = "stop" if ended or row.stopping.stopped else "length"
+            piece |= {"finish": finish, "prompt_tokens": len(row.prompt), "completion_tokens": len(row.made)}
+        row.deliver(piece)
+
+    def _text(self, row: Row) -> str:
+        return self.tokenizer.decode(row.made, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _told(self, found: Found, token: int) -> dict[str, Any]:
+        show = self.tokenizer.decode
+        best = {show([other]): value for other, value in reversed(found["best"])}  # of tokens with one text, the likeliest
+        return {"token": show([token]), "logprob": found["chosen"], "best": best}
+
+    def _logprobs(self, row: Row) -> dict[str, Any] | None:
+        """Returns those of the tokens that begin within the text that is sent, in OpenAI's columns."""
+        if row.logprobs is None:
+            return None
+        sent = [one for one in row.told if one["offset"] < len(row.stopping.sent)]
+        row.told = row.told[len(sent) :]
+        return {
+            "tokens": [one["token"] for one in sent],
+            "token_logprobs": [one["logprob"] for one in sent],
+            "top_logprobs": [one["best"] for one in sent] if row.logprobs else None,
+            "text_offset": [one["offset"] for one in sent],
+        }

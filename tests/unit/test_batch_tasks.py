@@ -1,0 +1,303 @@
+"""Batch inference of chats, classes and images: an answer is what plain transformers gives for the input alone, in any batch,
+and a run that is killed goes on."""
+
+import io
+import json
+import queue
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import transformers
+from heliostat.curation import pieces
+from heliostat.curation.work import Work
+from heliostat.data import manifest
+from heliostat.errors import ConfigError
+from heliostat.inference.batch import loading, reading, run
+from heliostat.inference.batch.engines import Chat, Embed, Input, Loaded
+from heliostat.inference.batch.settings import Settings
+from heliostat.pipelines.images import sources
+from heliostat.recipes.images.embedder import ImageEmbedder
+from heliostat.recipes.text import chat
+from heliostat.serving import kinds
+from heliostat.serving.engine import Engine
+from heliostat.storage import Location
+from PIL import Image
+
+from tests.unit import build_images, build_model
+from tests.unit.build_curation import HereFlow, KilledError
+from tests.unit.build_job import BASE
+from tests.unit.test_batch_inference import write_model
+
+TEMPLATE = (
+    "{% if messages[0].role == 'assistant' %}{{ raise_exception('no question') }}{% endif %}"
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+CHATS = [[{"role": "user", "content": "a b" * n}, *([{"role": "assistant", "content": "c"}] if n % 2 else [])] for n in range(5)]
+
+
+def write_classifier(folder: Path, labels: tuple[str, ...] = ("bad", "good", "odd"), **keys) -> Path:
+    build_model.make_model(folder, labels, **keys)
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]", "model_max_length": 128}
+    (folder / "tokenizer_config.json").write_text(json.dumps(kind))
+    return folder
+
+
+def ask(*messages: tuple[str, str]) -> str:
+    return json.dumps([{"role": role, "content": content} for role, content in messages])
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory) -> Path:
+    """A language model with a chat template, and two tokens that end an answer."""
+    folder = write_model(tmp_path_factory.mktemp("writer"), BASE["model"], 128)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    transformers.GenerationConfig(eos_token_id=[tokenizer.eos_token_id, 40, 50, 60, 70]).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory) -> Path:
+    return write_classifier(tmp_path_factory.mktemp("classifier"))
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> Path:
+    """An image embedder's export, with the digits that it was made for."""
+    place = tmp_path_factory.mktemp("clip")
+    data = build_images.digits(place / "data", 60)
+    made = ImageEmbedder(build_images.embedder(data))
+    made.probe()
+    made.bind([manifest.read(Location(str(data)))])
+    torch.manual_seed(1)
+    made.save_config(place / "model")
+    model: Any = made.build().eval()
+    model.save_pretrained(place / "model")
+    return place / "model"
+
+
+# chat ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_chat_is_answered_as_plain_transformers_does_in_any_batch(writer):
+    engine = Chat(writer, 3, {"max_tokens": 8, "temperature": 0})
+    found = engine([Input(json.dumps(one), 0) for one in CHATS])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(writer)
+    model = transformers.AutoModelForCausalLM.from_pretrained(writer).eval()
+    for one, answer in zip(CHATS, found, strict=True):
+        ids = tokenizer.apply_chat_template(one, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+        out = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+        ended = out[-1].item() in model.generation_config.eos_token_id
+        plain = tokenizer.decode(out[:-1] if ended else out, skip_special_tokens=True)
+        assert (answer.bad, answer.values["answer"]) == ("", plain)
+        assert answer.values["finish"] == ("stop" if ended else "length")
+    assert {answer.values["finish"] for answer in found} == {"stop", "length"}
+
+
+def test_what_is_no_chat_is_said_and_stops_nothing(writer):
+    engine = Chat(writer, 3, {"max_tokens": 4, "temperature": 0})
+    bad = [
+        "a b",
+        "{}",
+        "[]",
+        ask(("tool", "a")),
+        '[{"role": "user", "content": [{"type": "image_url"}]}]',
+        ask(("assistant", "a")),
+    ]
+    answers = engine([Input(text, 0) for text in [*bad, ask(("user", "a"))]])
+    assert [a.bad for a in answers] == ["no_messages"] * 5 + ["template", ""]
+    assert "no JSON list" in answers[0].detail and "0.role" in answers[3].detail and "no question" in answers[5].detail
+    assert chat.read('[{"role": "user", "content": "a", "name": null, "tool_calls": null}]') == [{"role": "user", "content": "a"}]
+
+
+# classes -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("independent", [False, True])
+def test_a_class_is_that_of_plain_transformers_in_any_batch(tmp_path, independent):
+    kind = {"problem_type": "multi_label_classification"} if independent else {}
+    write_classifier(tmp_path, **kind)
+    texts = ["a", *build_model.texts(12)]
+    assert max(map(len, texts)) > 126
+    found = loading.engine(tmp_path, "classify", 4, {})([Input(text, 0) for text in texts])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    for text, answer in zip(texts, found, strict=True):
+        with torch.no_grad():
+            logits = model(**tokenizer(text, truncation=True, max_length=128, return_tensors="pt")).logits[0].double()
+        shares = torch.sigmoid(logits) if independent else torch.softmax(logits, -1)
+        assert answer.values["probabilities"] == pytest.approx(shares.tolist(), abs=1e-5)
+        assert answer.values["label"] == model.config.id2label[int(shares.argmax())]
+        assert answer.values["probability"] == max(answer.values["probabilities"])
+        assert answer.values["truncated"] == (len(text) > 126) and answer.values["tokens"] == min(128, len(text) + 2)
+    assert len({answer.values["label"] for answer in found}) > 1
+
+
+def test_a_decoder_that_classifies_reads_the_last_token_of_each_text(writer, tmp_path):
+    """Without a token for padding, texts of different lengths share no batch; with one, the tokenizer's or not, they do."""
+    for pad in (None, 7):
+        torch.manual_seed(0)
+        config = transformers.AutoConfig.from_pretrained(writer, num_labels=3, pad_token_id=pad)
+        transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(writer)
+        tokenizer.save_pretrained(tmp_path)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+        texts = ["a b", "c d e f", "b", "d e f c"]
+        engine = loading.engine(tmp_path, "classify", 4, {})
+        assert engine.apart(2, 3) == (pad is None)
+        for text, answer in zip(texts, engine([Input(text, 0) for text in texts]), strict=True):
+            with torch.no_grad():
+                logits = model(**tokenizer(text, return_tensors="pt")).logits[0]
+            assert answer.values["probabilities"] == pytest.approx(torch.softmax(logits, -1).tolist(), abs=1e-5)
+
+
+def test_a_model_that_does_not_do_the_task_is_refused_in_a_line(writer, classifier, clip, tmp_path):
+    write_classifier(tmp_path / "one", ("score",))
+    write_model(tmp_path, BASE["model"])
+    for folder, task, said in [
+        (writer, "classify", "holds LlamaForCausalLM, without a head that classifies; take a model ...ForSequenceClassification"),
+        (tmp_path / "one", "classify", "has one label (score)"),
+        (clip, "continue", "embeds texts and images; give --task embed, or embed-images"),
+        (writer, "embed-images", "is no CLIP"),
+        (tmp_path / "model", "chat", "has no chat template; give --task continue"),
+    ]:
+        with pytest.raises(ConfigError) as found:
+            loading.require(folder, task)
+        assert said in str(found.value) and "\n" not in str(found.value)
+    assert loading.require(classifier, "classify") == {"labels": ["bad", "good", "odd"]}
+    assert loading.require(writer, "chat") == loading.require(clip, "embed-images") == {}
+
+
+# images ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_clip_is_served_as_an_embedder_of_texts(clip):
+    assert kinds.of(clip) == kinds.EMBEDDINGS
+    engine, found = Engine(Loaded(clip), 2), queue.Queue[dict]()
+    engine.embedded(["the digit seven", "a"], found.put)
+    made, right = found.get(timeout=60)["answers"], Embed(clip, 1)([Input("the digit seven", 0), Input("a", 0)])
+    for one, other in zip(made, right, strict=True):
+        assert one.values["embedding"] == pytest.approx(other.values["embedding"], abs=1e-5)
+
+
+def png(seed: int, side: int = 8, mode: str = "L") -> bytes:
+    return build_images.image(side, side, seed, mode)
+
+
+def test_images_and_texts_are_embedded_as_plain_transformers_does(clip):
+    images = [png(0), png(1), b"none", png(2, 20), png(3, 9, "RGB"), png(4)]
+    found = loading.engine(clip, "embed-images", 2, {})([Input("", 0, image) for image in images])
+    assert [answer.bad for answer in found] == ["", "", "undecodable", "", "", ""] and "UnidentifiedImageError" in found[2].detail
+    model = transformers.AutoModel.from_pretrained(clip).eval()
+    processor = transformers.AutoImageProcessor.from_pretrained(clip, backend="pil")
+    for data, answer in zip(images, found, strict=True):
+        if answer.bad:
+            continue
+        pixels = processor(images=Image.open(io.BytesIO(data)).convert("L"), return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            right = torch.nn.functional.normalize(model.get_image_features(pixel_values=pixels).pooler_output[0], dim=-1)
+        torch.testing.assert_close(torch.tensor(answer.values["embedding"]), right, rtol=1e-4, atol=1e-5)
+    texts = ["the digit seven", "a", "a handwritten nine and much more than there is room for, and more"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(clip)
+    for text, answer in zip(texts, Embed(clip, 3)([Input(text, 0) for text in texts]), strict=True):
+        with torch.no_grad():
+            asked = tokenizer(text, truncation=True, max_length=12, return_tensors="pt")
+            out = model.get_text_features(input_ids=asked["input_ids"], attention_mask=asked["attention_mask"])
+        right = torch.nn.functional.normalize(out.pooler_output[0], dim=-1)
+        torch.testing.assert_close(torch.tensor(answer.values["embedding"]), right, rtol=1e-4, atol=1e-5)
+        assert answer.values["truncated"] == (len(text) > 20)
+
+
+# runs --------------------------------------------------------------------------------------------------------------------
+
+
+def infer(model: Path, asked: Settings, folder: Path, out: Path, **flow) -> dict:
+    place = Location(str(out))
+    facts = {"model": {"folder": str(model), "digest": "d"}, "settings": asked.model_dump(), "input": str(folder)}
+    return run.answer(HereFlow(Work(place.join(run.WORK)), **flow), reading.of(str(folder), asked).listing(), facts, place)
+
+
+def answers(out: Path) -> list[dict]:
+    record = json.loads((out / run.RECORD).read_text())
+    return [row for one in record["answers_in"] for row in pq.read_table(out / one["file"]).to_pylist()]
+
+
+def bad(out: Path) -> list[tuple[str, str]]:
+    return [(row["id"], row["reason"]) for row in pq.read_table(out / run.BAD).to_pylist()]
+
+
+def killed_again_and_again(*asked, **flow) -> dict:
+    for tries in range(50):
+        try:
+            found = infer(*asked, seed=tries, **flow)
+        except KilledError:
+            continue
+        assert tries, "it was not killed"
+        return found
+    raise AssertionError("it does not go on")
+
+
+def test_a_run_of_chats_reads_lists_and_texts_of_lines_and_tables(writer, tmp_path, monkeypatch):
+    """As JSON has them, and as Parquet does; killed at each second task, each is answered once."""
+    monkeypatch.setattr(reading, "LEAST", 256)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    rows = [{"messages": one, "n": i} for i, one in enumerate(CHATS * 4)]
+    lines = [json.dumps(one) for one in rows] + ['{"messages": 3}', json.dumps({"messages": json.dumps(CHATS[1]), "n": 20})]
+    (folder / "a.jsonl").write_text("\n".join(lines))
+    pq.write_table(pa.Table.from_pylist([*rows, {"messages": None, "n": 5}]), folder / "b.parquet", row_group_size=3)
+    asked = Settings(task="chat", keep=["n"], options={"max_tokens": 4, "temperature": 0.8})
+    assert asked.column == "messages"
+    whole = infer(writer, asked, folder, tmp_path / "whole")
+    found = killed_again_and_again(writer, asked, folder, tmp_path / "out", most=7)
+    assert (found["answers"], found["bad"], found["inputs"]) == (41, 2, whole["inputs"])
+    assert answers(tmp_path / "out") == answers(tmp_path / "whole")
+    assert bad(tmp_path / "out") == [("a.jsonl#21", "no_text"), ("b.parquet#21", "no_text")]
+    made = answers(tmp_path / "out")
+    assert [row["n"] for row in made] == [str(n) for n in (*range(21), *range(20))]
+    assert json.loads(made[1]["messages"]) == CHATS[1] and made[1]["tokens"] > 0
+
+
+def test_a_run_of_classes_goes_on_and_its_answers_are_columns(classifier, tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "LEAST", 256)
+    (tmp_path / "in.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in build_model.texts(40)))
+    asked = Settings(task="classify", batch=8)
+    found = killed_again_and_again(classifier, asked, tmp_path / "in.jsonl", tmp_path / "out", most=6)
+    infer(classifier, asked, tmp_path / "in.jsonl", tmp_path / "whole")
+    made = answers(tmp_path / "out")
+    assert made == answers(tmp_path / "whole") and len(made) == 40
+    assert set(made[0]) == {"id", "text", "label", "probability", "probabilities", "tokens", "truncated"}
+    assert found["truncated"] == sum(len(row["text"]) > 126 for row in made) > 0
+
+
+@pytest.mark.parametrize("form", ["table", "files"])
+def test_a_run_of_images_reads_what_the_image_pipeline_reads(clip, tmp_path, monkeypatch, form):
+    """Columns of Parquet, and files that a metadata file names; without captions; what is no image is listed."""
+    monkeypatch.setattr(pieces, "LEAST", 64)
+    monkeypatch.setattr(sources, "FILES_PER_TASK", 2)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    images = [png(seed) for seed in range(6)]
+    images[3] = b"no image"
+    if form == "table":
+        for part in range(3):
+            rows = [{"image": {"bytes": one, "path": None}, "n": i} for i, one in enumerate(images)][2 * part : 2 * part + 2]
+            pq.write_table(pa.Table.from_pylist(rows), folder / f"{part}.parquet")
+    else:
+        for i, one in enumerate(images):
+            (folder / f"{i}.png").write_bytes(one)
+        (folder / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": f"{i}.png", "n": i}) for i in range(7)))
+    asked = Settings(task="embed-images", keep=["n"], batch=4)
+    infer(clip, asked, folder, tmp_path / "whole")
+    found = killed_again_and_again(clip, asked, folder, tmp_path / "out", most=1)
+    made = answers(tmp_path / "out")
+    assert made == answers(tmp_path / "whole") and [row["n"] for row in made] == ["0", "1", "2", "4", "5"]
+    lost = [("1.parquet#2", "undecodable")] if form == "table" else [("3.png", "undecodable"), ("6.png", "unreadable")]
+    assert sorted(bad(tmp_path / "out")) == lost and found["inputs"]
+    again = infer(clip, asked, folder, tmp_path / "out")
+    assert again["new"] == 0

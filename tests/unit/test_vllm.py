@@ -1,0 +1,244 @@
+"""vLLM as the other engine: when it answers, and what is asked of it, held against its own classes where it is installed.
+
+No GPU runs it here: what it answers is played by a stand-in of its two classes, which records what it is asked and answers by the
+real model's likeliest tokens.
+"""
+
+import asyncio
+import dataclasses
+import queue
+import sys
+import types
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from heliostat.errors import ConfigError, HeliostatError
+from heliostat.inference import vllm_terms
+from heliostat.inference.batch import engines, loading
+from heliostat.inference.batch.claim import claim
+from heliostat.inference.batch.engines import Input
+from heliostat.inference.batch.settings import Settings
+from heliostat.serving.row import Row
+from heliostat.serving.sampling import Draw
+from heliostat.serving.stopping import Stopping
+from heliostat.storage import Location
+
+from tests.unit.build_job import BASE
+from tests.unit.test_batch_inference import PROMPTS, write_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("llama"), BASE["model"])
+
+
+# which engine ------------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_gpu_or_the_package_transformers_answers_and_says_why(model, tmp_path):
+    assert vllm_terms.choose("transformers", model, "chat", 1) == ("transformers", transformers.__version__)
+    assert vllm_terms.choose("auto", model, "chat", 0) == ("transformers", "there is no GPU here")
+    assert vllm_terms.choose("auto", model, "classify", 1) == ("transformers", "vLLM does not classify here")
+    (tmp_path / "config.json").write_text('{"model_type": "clip", "architectures": ["CLIPModel"]}')
+    assert vllm_terms.choose("auto", tmp_path, "embed", 1)[1] == "vLLM does not embed with a CLIP here"
+    with pytest.raises(ConfigError, match="--engine: 'tensorrt' is none of auto, transformers, vllm"):
+        vllm_terms.choose("tensorrt", model, "chat", 1)
+
+
+def test_where_vllm_is_not_installed_a_line_says_how_it_comes(model):
+    if "vllm" in sys.modules or vllm_terms.find_spec("vllm"):
+        pytest.skip("vLLM is installed")
+    assert vllm_terms.choose("auto", model, "chat", 1)[1] == (
+        "vLLM is not installed, which comes with the extra 'vllm': pip install 'heliostat[vllm]'"
+    )
+    with pytest.raises(HeliostatError) as found:
+        vllm_terms.choose("vllm", model, "chat", 0)
+    assert str(found.value) == "--engine vllm needs the extra 'vllm': pip install 'heliostat[vllm]' (there is no module 'vllm')"
+
+
+def test_a_model_that_vllm_has_not_is_answered_by_transformers_or_refused(model, vllm):
+    known = {"LlamaForCausalLM"}
+    assert vllm_terms.choose("auto", model, "serve", 1, lambda: known) == ("vllm", "0.33.0")
+    assert vllm_terms.choose("auto", model, "serve", 1, set) == ("transformers", "vLLM has no LlamaForCausalLM")
+    with pytest.raises(ConfigError, match="--engine vllm: vLLM has no LlamaForCausalLM; give --engine transformers"):
+        vllm_terms.choose("vllm", model, "serve", 1, set)
+    with pytest.raises(ConfigError, match="--engine vllm: there is no GPU here"):
+        vllm_terms.choose("vllm", model, "serve", 0, lambda: known)
+
+
+def test_answers_of_one_engine_are_not_gone_on_with_by_the_other(tmp_path):
+    """And those of versions that had one engine are gone on with by that."""
+    old, new = Settings(), Settings(engine="vllm")
+    assert "engine" not in old.identity and new.identity["engine"] == "vllm"
+    for first, then in ((old, new), (new, old)):
+        place = Location(str(tmp_path / first.engine))
+        claim(place, {"model": "a", **first.identity}, "answers", "batch inference")
+        claim(place, {"model": "a", **first.identity}, "answers", "batch inference")
+        with pytest.raises(ConfigError, match="holds answers of another engine"):
+            claim(place, {"model": "a", **then.identity}, "answers", "batch inference")
+
+
+# what is asked -----------------------------------------------------------------------------------------------------------
+
+
+def test_scores_add_up_and_one_that_is_missing_is_an_error():
+    at = [None, {5: SimpleNamespace(logprob=-1.5)}, {7: SimpleNamespace(logprob=-0.5), 8: SimpleNamespace(logprob=-0.1)}]
+    assert vllm_terms.nats([3, 5, 7], at) == 2.0
+    for tokens, found in (([3, 5], at), ([3, 5, 9], at), ([3, 5, 7], [*at[:2], None])):
+        with pytest.raises(ValueError, match="vLLM has scored"):
+            vllm_terms.nats(tokens, found)
+    told = vllm_terms.probabilities(at[2], 7, 1)
+    assert told == {"chosen": -0.5, "best": [(8, -0.1)]} and vllm_terms.probabilities(at[2], 7, 0)["best"] == []
+    assert [vllm_terms.rank(n) for n in (1, 2, 8, 9, 512)] == [1, 8, 8, 16, 512]
+    with pytest.raises(ConfigError, match="rank 512 at most, not 513"):
+        vllm_terms.rank(513)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_vllms_own_class_takes_what_is_asked_and_changes_none_of_it(temperature):
+    params = pytest.importorskip("vllm.sampling_params", exc_type=ImportError)
+    for asked in (vllm_terms.sampling(7, temperature, 0.9, -1, {9, 3}, 5), vllm_terms.scoring()):
+        made = params.SamplingParams(**asked)
+        kept = {name: getattr(made, name) for name in asked}
+        assert kept == asked | ({"top_p": 1.0} if temperature == 0 and "top_p" in asked else {})
+    assert made.n == 1 and params.SamplingParams(**vllm_terms.sampling(1, 0.5, 1.0, -1, [])).seed == 2**63 - 1
+
+
+def test_vllms_own_class_of_an_engine_has_every_key(model):
+    args = pytest.importorskip("vllm.engine.arg_utils", exc_type=ImportError)
+    asked = vllm_terms.engine(model, transformers.AutoConfig.from_pretrained(model), 32, 16, [4])
+    assert asked.keys() <= {field.name for field in dataclasses.fields(args.AsyncEngineArgs)}
+
+
+# engines -----------------------------------------------------------------------------------------------------------------
+
+
+class Likeliest:
+    """Stands for vLLM: the likeliest tokens of the model that it is made with, up to one that ends, which is among them."""
+
+    def __init__(self, model: str, **asked: Any) -> None:
+        self.asked, self.model = asked, transformers.AutoModelForCausalLM.from_pretrained(model).eval()
+
+    def tokens(self, prompt: list[int], params: Any) -> tuple[list[int], list[dict[int, Any]], list[Any]]:
+        made, told = list[int](), list[dict[int, Any]]()
+        with torch.inference_mode():
+            while len(made) < params.max_tokens and not (made and made[-1] in params.stop_token_ids):
+                found = torch.log_softmax(self.model(torch.tensor([prompt + made])).logits[0, -1].double(), -1)
+                best = found.topk(max(1, params.logprobs or 0)).indices.tolist()
+                told.append({token: SimpleNamespace(logprob=float(found[token])) for token in best})
+                made.append(best[0])
+            scores = torch.log_softmax(self.model(torch.tensor([prompt])).logits[0].double(), -1)
+        own = [None, *({t: SimpleNamespace(logprob=float(scores[i, t]))} for i, t in enumerate(prompt[1:]))]
+        return made, told, own
+
+    def generate(self, prompts: list[dict], params: list[Any], use_tqdm: bool) -> list[Any]:
+        found = [self.tokens(one["prompt_token_ids"], p) for one, p in zip(prompts, params, strict=True)]
+        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=made)], prompt_logprobs=own) for made, _, own in found]
+
+
+class Streaming(Likeliest):
+    errored = False
+
+    @classmethod
+    def from_engine_args(cls, args: Any) -> "Streaming":
+        return cls(**vars(args))
+
+    async def generate(self, prompt, params, request_id, *, lora_request=None):  # type: ignore[override]
+        made, told, _ = self.tokens(prompt["prompt_token_ids"], params)
+        for sent in range(2, len(made) + 2, 2):
+            await asyncio.sleep(0)
+            some = SimpleNamespace(token_ids=made[:sent], logprobs=told[:sent], finish_reason=None)
+            yield SimpleNamespace(outputs=[some])
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    """The two modules that are imported of vLLM."""
+    made, request = types.ModuleType("vllm"), types.ModuleType("vllm.lora.request")
+    keys = {"max_tokens": 16, "temperature": 1.0, "top_p": 1.0, "seed": None, "stop_token_ids": [], "logprobs": None,
+            "prompt_logprobs": None, "detokenize": True}  # fmt: skip
+    made.LLM, made.AsyncLLMEngine, made.AsyncEngineArgs = Likeliest, Streaming, SimpleNamespace  # type: ignore[attr-defined]
+    made.SamplingParams = lambda **asked: SimpleNamespace(**{**keys, **asked})  # type: ignore[attr-defined]
+    request.LoRARequest = SimpleNamespace  # type: ignore[attr-defined]
+    for name, module in (("vllm", made), ("vllm.lora", types.ModuleType("vllm.lora")), ("vllm.lora.request", request)):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(vllm_terms, "find_spec", lambda name: made)
+    monkeypatch.setattr(vllm_terms.extras, "find_spec", lambda name: made)
+    monkeypatch.setattr(vllm_terms, "version", lambda name: "0.33.0")
+    return made
+
+
+def test_what_is_made_of_its_tokens_is_what_the_other_engine_answers(model, vllm):
+    """Continuations with their ends, scores, and inputs that are bad, of one piece in one call."""
+    options = {"max_tokens": 6, "temperature": 0.0}
+    asked = [*PROMPTS, Input("a " * 200, 0)]
+    ours, theirs = (loading.engine(model, "continue", 4, options, by) for by in ("transformers", "vllm"))
+    assert [vars(answer) for answer in theirs(asked)] == [vars(answer) for answer in ours(asked)]
+    assert theirs.llm.asked == {
+        "dtype": "float32", "max_model_len": 32, "max_num_seqs": 4, "trust_remote_code": False, "generation_config": "vllm",
+        "max_logprobs": 20, "logprobs_mode": "raw_logprobs", "disable_log_stats": True,
+    }  # fmt: skip
+    texts = [one for one in asked if one.text]
+    for one, other in zip(engines.Score(model, 4)(texts), loading.engine(model, "score", 4, {}, "vllm")(texts), strict=True):
+        if not one.values["truncated"]:
+            assert other.values == pytest.approx(one.values, rel=1e-5)
+    assert other.values["truncated"] and other.values["tokens"] == one.values["tokens"] - 1  # room for the token that is drawn
+
+
+def test_a_stream_of_its_tokens_is_told_as_the_other_engine_tells_it(model, vllm):
+    from heliostat.serving.engine import Engine
+    from heliostat.serving.vllm_engine import VllmEngine
+
+    def rows(tokenizer: Any, found: queue.Queue) -> list[Row]:
+        kinds = [(9, [], 2), (6, [], None), (9, ["e"], None)]
+        return [
+            Row(tokenizer("a b")["input_ids"], most, Draw(0.0, 1.0, 1), Stopping(stops),
+                lambda piece, n=n: found.put((n, piece)), logprobs)
+            for n, (most, stops, logprobs) in enumerate(kinds)
+        ]  # fmt: skip
+
+    def told(found: queue.Queue) -> list[dict]:
+        made = [{"text": "", "tokens": [], "values": []} for _ in range(3)]
+        while any("finish" not in one for one in made):
+            n, piece = found.get(timeout=60)
+            assert "failed" not in piece, piece
+            made[n]["text"] += piece["text"]
+            made[n]["tokens"] += (piece["logprobs"] or {}).get("tokens", [])
+            made[n]["values"] += (piece["logprobs"] or {}).get("token_logprobs", [])
+            made[n] |= {key: piece[key] for key in ("finish", "completion_tokens", "prompt_tokens") if key in piece}
+        return made
+
+    ours, found = Engine(engines.Loaded(model), 4), queue.Queue[Any]()
+    ours.begin(rows(ours.loaded.tokenizer, found))
+    wanted = told(found)
+    theirs = VllmEngine(model, 4, {})
+
+    async def run() -> None:
+        theirs.begin(rows(theirs.loaded.tokenizer, found))
+        await asyncio.gather(*theirs.tasks)
+
+    asyncio.run(run())
+    for one, other in zip(told(found), wanted, strict=True):
+        assert one.pop("values") == pytest.approx(other.pop("values"), abs=1e-4) and one == other
+    assert found.empty() and theirs.embeds is False
+
+
+def test_a_stream_that_vllm_breaks_off_fails_and_the_others_go_on(model, vllm, monkeypatch):
+    from heliostat.serving.vllm_engine import VllmEngine
+
+    engine, found = VllmEngine(model, 4, {}), queue.Queue[Any]()
+    plain = engine.llm.tokens
+    monkeypatch.setattr(engine.llm, "tokens", lambda prompt, p: ([1], [{}], []) if p.seed == 3 else plain(prompt, p))
+    asked = [Row([5, 6], 4, Draw(0.0, 1.0, seed), Stopping(), lambda piece, n=seed: found.put((n, piece))) for seed in (2, 3)]
+
+    async def run() -> None:
+        engine.begin(asked)
+        await asyncio.gather(*engine.tasks)
+
+    asyncio.run(run())
+    ended = {n: piece for n, piece in [found.get_nowait() for _ in range(found.qsize())] if {"finish", "failed"} & piece.keys()}
+    assert ended[2]["finish"] and "before its end" in ended[3]["failed"]
