@@ -145,7 +145,7 @@ def test_a_key_given_twice_is_refused(tmp_path):
         ("a: b: c", "not valid YAML"),
         ("\t", "not valid YAML"),
         ("- 1", "must be a mapping of keys to values, not list"),
-        ("", "must be a mapping of keys to values, not NoneType"),
+        ("", "is empty; it must be a mapping of keys to values"),
         ("just words", "must be a mapping of keys to values, not str"),
         ("!!python/object/apply:os.getcwd []", "not valid YAML"),
     ],

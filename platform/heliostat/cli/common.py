@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -69,6 +70,12 @@ TrackingUri = Annotated[
     str | None,
     typer.Option("--mlflow", metavar="URI", help="MLflow's store; the default is MLFLOW_TRACKING_URI, then the quickstart's"),
 ]
+
+
+def program() -> str:
+    """Tells how this program is called in the person's shell: by its name, or as it was, as `.venv/bin/heliostat`."""
+    called = sys.argv[0]
+    return called if Path(called).name == "heliostat" and shutil.which("heliostat") is None else "heliostat"
 
 
 def print_table(rows: list[list[str]], left: Collection[int] = (0,)) -> None:

@@ -81,6 +81,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if len(found) > 1:
         raise ConfigError(f"{path}: holds {len(found)} documents; take out what begins at the second `---`")
     raw = found[0] if found else None
+    if raw is None:
+        raise ConfigError(f"{path}: is empty; it must be a mapping of keys to values")
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: must be a mapping of keys to values, not {type(raw).__name__}")
     return raw

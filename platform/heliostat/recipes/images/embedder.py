@@ -171,18 +171,11 @@ class ImageEmbedder(EmbedsPairs, Exports):
     # training --------------------------------------------------------------------------------------------------------
 
     def batch(self, content: Any, keys: np.ndarray) -> Batch:
-        captions = [text or "" for text in content["caption"].to_pylist()]  # a bad held-out row has None
-        images = [image or self._nothing for image in content["image"].to_pylist()]
+        captions, images = content["caption"].to_pylist(), content["image"].to_pylist()
         found = tokenizing.tokens(self.tokenizer, captions, self.max_tokens)
         pixels = clip_processor.normalised(self.processor, rows.decoded(images))
         names, cut = named([captions, images]), torch.from_numpy(found.cut).long()
         return {"input_ids": found.ids, "attention_mask": found.mask, "pixel_values": pixels, "names": names, "cut": cut}
-
-    @cached_property
-    def _nothing(self) -> bytes:
-        """Makes the image that stands for a bad one, which scores nothing."""
-        vision = self.config.vision_config
-        return rows.black(vision.image_size, vision.num_channels)
 
     def represent(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         out = model(**{name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")})

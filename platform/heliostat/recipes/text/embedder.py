@@ -106,7 +106,7 @@ class Embedder(EmbedsPairs, Exports):
         import torch
 
         made: Batch = {}
-        columns = {side: [text or "" for text in content[side].to_pylist()] for side in self.sides}  # a bad held-out row has None
+        columns = {side: content[side].to_pylist() for side in self.sides}
         found = {side: tokenizing.tokens(self.tokenizer, texts, self.keys.max_tokens) for side, texts in columns.items()}
         for side, tokens in found.items():
             made |= {f"{side}_ids": tokens.ids, f"{side}_mask": tokens.mask}
