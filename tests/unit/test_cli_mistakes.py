@@ -31,6 +31,11 @@ BOTH = "--overwrite: deletes what --resume goes on from; give one of the two"
             (["tune", "jobs/sweeps/quickstart.yaml", "--retry-failed", "--overwrite", "--json"], "ConfigError", BOTH),
             (["submit", "jobs/quickstart.yaml", "--resume", "--overwrite", "--json"], "ConfigError", BOTH),
         ],
+        (
+            ["runs", "--mlflow", "sqlite:////nowhere/x.db", "--json"],
+            "ConfigError",
+            "x.db: there is no such file",
+        ),
         (["runs", "--mlflow", "http://u:p@h", "--json"], "ConfigError", "--mlflow: carries a password"),
     ],
     ids=lambda a: " ".join(a[:2]) if isinstance(a, list) else None,

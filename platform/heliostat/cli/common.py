@@ -91,6 +91,8 @@ def store_uri(given: str | None) -> str:
             "--mlflow: carries a password, which every user of this machine can see; set MLFLOW_TRACKING_URI instead, or "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         )
+    if given and given.startswith("sqlite:///") and not Path(given.removeprefix("sqlite:///").partition("?")[0]).exists():
+        raise ConfigError(f"--mlflow: {given}: there is no such file")
     from heliostat.track.mlflow_client import default_uri
 
     return given or default_uri()

@@ -24,13 +24,12 @@ from transformers import CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from heliostat.config.fields import Count
 from heliostat.config.schema import Float, Strict, nearest
-from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.recipes import building, contrastive, tokenizing
 from heliostat.recipes.huggingface import from_config
 from heliostat.recipes.images import clip_processor, rows
-from heliostat.recipes.pairs import SCORES, EmbedsPairs, named, own_keys
+from heliostat.recipes.pairs import SCORES, EmbedsPairs, named
 from heliostat.recipes.protocol import Batch, Exports
 from heliostat.recipes.text import checkpointing, encoder, model_config
 from heliostat.recipes.text.model_config import Kind
@@ -72,12 +71,7 @@ class ImageEmbedder(EmbedsPairs, Exports):
     sides = ("caption", "image")  # columns of a row
     gathered = (*sides, "names")
     scores = ("loss", *SCORES, *(BACK + name for name in SCORES))
-
-    def __init__(self, job: Job) -> None:
-        super().__init__(job)
-        self.keys = own_keys(ImageEmbedderKeys, job.model)
-        self.temperature = self.keys.temperature
-        self.pretrained = job.model.get("pretrained")
+    own = ImageEmbedderKeys
 
     @cached_property
     def config(self) -> Any:

@@ -18,11 +18,10 @@ import numpy as np
 from pydantic import Field
 
 from heliostat.config.schema import Float, Strict
-from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.recipes import tokenizing
-from heliostat.recipes.pairs import EmbedsPairs, named, own_keys
+from heliostat.recipes.pairs import EmbedsPairs, named
 from heliostat.recipes.protocol import Batch, Exports
 
 if TYPE_CHECKING:
@@ -46,12 +45,7 @@ OWN = tuple(EmbedderKeys.model_fields)
 class Embedder(EmbedsPairs, Exports):
     sides = ("query", "text")  # columns of a row
     gathered = (*sides, "names")
-
-    def __init__(self, job: Job) -> None:
-        super().__init__(job)
-        self.keys = own_keys(EmbedderKeys, job.model)
-        self.temperature = self.keys.temperature
-        self.pretrained = job.model.get("pretrained")
+    own = EmbedderKeys
 
     @cached_property
     def config(self) -> Any:
