@@ -48,8 +48,8 @@ class Classifier(Bert):
             raise ConfigError(f"model.pretrained: does not know the label {unknown[0]!r} of data.sources")
 
     def batch(self, content: pa.Table, keys: np.ndarray) -> Batch:
-        texts = [text or "" for text in content["text"].to_pylist()]  # of a bad held-out sample, which does not count, None
-        rows, longest = self.tokenizer(texts, verbose=False)["input_ids"], self.config.max_position_embeddings
+        rows = self.tokenizer(content["text"].to_pylist(), verbose=False)["input_ids"]
+        longest = self.config.max_position_embeddings
         padded = pad(rows, self.tokenizer.pad_token_id, longest)
         labels = torch.tensor([self.config.label2id.get(label, 0) for label in content["label"].to_pylist()])
         cut = torch.tensor([len(row) > longest for row in rows])

@@ -179,9 +179,11 @@ def _named(key: str) -> Iterator[None]:
 
 
 def check_services(job: Job) -> None:
-    """Checks that the store of the runs and MLflow answer."""
+    """Checks that the store of the runs answers and can be written to, and that MLflow answers."""
     with _named("storage"):
-        Location(job.storage).probe()
+        storage = Location(job.storage)
+        storage.probe()
+        storage.require_writable()
     _check_mlflow(job.mlflow.uri)
 
 

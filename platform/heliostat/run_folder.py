@@ -20,7 +20,7 @@ summary.json, result.json    the end: of training, and of everything (`runs.summ
 
 from __future__ import annotations
 
-from heliostat.errors import DataError
+from heliostat.errors import ConfigError, DataError
 from heliostat.storage import Location
 
 CHECKPOINTS, RECEIPTS, SEGMENTS, QUARANTINE, CURVES = "checkpoints", "receipts", "segments", "quarantine", "curves"
@@ -28,6 +28,12 @@ LEDGER, LEASE, LOGS, STACKS, BENCHMARKS = "ledger", "lease", "logs", "stacks", "
 MLFLOW_RUN, ATTEMPTS, UNLOGGED, CLONE = "run.json", "attempts.json", "unlogged.jsonl", "clone.json"
 SUMMARY, RESULT = "summary.json", "result.json"
 BY_STEP = (SEGMENTS, RECEIPTS, QUARANTINE, CURVES)  # folders of files that are named after the last step they tell of
+
+
+def require_one_way(resume: bool, overwrite: bool) -> None:
+    """Refuses, by a ConfigError, to go on with a run and to delete it in one command."""
+    if resume and overwrite:
+        raise ConfigError("--overwrite: deletes what --resume goes on from; give one of the two")
 
 
 def checkpoint(run: Location, step: int) -> Location:

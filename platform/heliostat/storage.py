@@ -13,6 +13,7 @@ Location pickles as its URI.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -105,7 +106,7 @@ def diagnose(error: OSError) -> str:
     words = re.sub(r"[^a-z0-9]", "", answer.lower())
     if isinstance(error, FileNotFoundError) or any(word in words for word in MISSING):
         return "missing"
-    if isinstance(error, PermissionError) or any(word in words for word in REFUSED):
+    if isinstance(error, PermissionError) or error.errno == errno.EROFS or any(word in words for word in REFUSED):
         return "refused"
     if not any(word in words for word in DAMAGED_ON_THE_WAY) and any(word in words for word in HOPELESS):
         return "hopeless"
@@ -291,6 +292,14 @@ class Location:
             raise self._no_bucket() from e
         if found == pafs.FileType.NotFound:
             raise self._no_bucket()
+
+    def require_writable(self) -> None:
+        """Raises AccessError, on a disk, unless the folder that this place is in or would be made in can be written to."""
+        nearest = Path(self.path)
+        while not self.is_s3 and not os.path.lexists(nearest):
+            nearest = nearest.parent
+        if not self.is_s3 and not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+            raise AccessError(f"{self.uri}: {nearest} is not a folder that can be written to; name another place")
 
     @property
     def _bucket(self) -> str:

@@ -108,7 +108,7 @@ def test_ray_up_over_ssh_trains_across_hosts_and_nodes_come_and_go(tmp_path, cor
 
                 return there_are
 
-            until("two workers join", alive(3), 60)
+            until("two workers join", alive(3), 180)
             job = {**tiny_job(corpus, "", tmp_path), "name": "hosts", "workers": {"count": 2, "cpus": 2}}
             job["train"] |= {"steps": 6}
             job |= {"checkpoint": {"every": 6}, "evaluate": {"every": 6, "samples": 8, "fraction": 0.05}}
@@ -122,9 +122,9 @@ def test_ray_up_over_ssh_trains_across_hosts_and_nodes_come_and_go(tmp_path, cor
             raw["provider"]["worker_ips"], raw["max_workers"] = workers, 3
             file.write_text(yaml.safe_dump(raw))
             heliostat(tmp_path, env, "cluster", "up", "hosts.yaml", "--restart")  # the autoscaler has read its hosts at its start
-            until("a third worker joins", alive(4), 60)
+            until("a third worker joins", alive(4), 180)
             there.lose(workers[0])
-            until("the lost node is seen", alive(3), 90)
+            until("the lost node is seen", alive(3), 180)
         finally:
             heliostat(tmp_path, env, "cluster", "down", "hosts.yaml")
         assert [there.run(a, "pgrep -c raylet || true").strip() for a in there.addresses if a != workers[0]] == ["0"] * 3

@@ -23,7 +23,11 @@ from tests.integration.conftest import curve, tiny_job
 STEPS = 300  # some 60 are made while a node starts on a fast machine
 TRAIN = [sys.executable, "-c", "from heliostat.cli.main import main; main()", "train"]
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(hosts.why_not()), reason=str(hosts.why_not()))]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(hosts.why_not()), reason=str(hosts.why_not())),
+    pytest.mark.timeout(1800),  # minutes, on a machine that is not busy
+]
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from heliostat import check
 from heliostat.cluster import endpoint as reach
 from heliostat.cluster import local
 from heliostat.config.spec import LARGEST, divisors
-from heliostat.errors import ConfigError, HeliostatError, TrackingError
+from heliostat.errors import AccessError, ConfigError, HeliostatError, TrackingError
 from heliostat.track import mlflow_client
 
 from tests.unit.build_job import job
@@ -63,6 +63,12 @@ def test_a_job_of_gpus_is_not_right_where_there_are_none_and_no_cluster_is_named
 def test_in_a_cluster_gpus_are_rays_business(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
     check.check_devices(job(workers={"gpus": 1}), None)
+
+
+def test_a_storage_that_cannot_be_made_is_told_by_its_key(tmp_path):
+    (tmp_path / "runs").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(AccessError, match=r"^storage: .*/runs: .*/runs is not a folder that can be written to; name another"):
+        check.check_services(job(storage=str(tmp_path / "runs")))
 
 
 def test_a_server_that_answers_with_an_error_is_not_said_to_be_silent():

@@ -11,6 +11,8 @@ from heliostat.storage import Location
 
 from tests.unit.command_line import FILES, ROOT, run
 
+BOTH = "--overwrite: deletes what --resume goes on from; give one of the two"
+
 
 @pytest.mark.parametrize(
     ("arguments", "kind", "words"),
@@ -24,6 +26,16 @@ from tests.unit.command_line import FILES, ROOT, run
         (["check", "jobs", "--json"], "ConfigError", "jobs: is a folder; name a YAML file in it"),
         (["verify", "/nowhere", "--json"], "ConfigError", "/nowhere: holds no run"),
         (["index", "/nowhere", "--json"], "MissingDataError", "make it with `heliostat prepare`"),
+        *[
+            (["train", "jobs/quickstart.yaml", "--resume", "--overwrite", "--json"], "ConfigError", BOTH),
+            (["tune", "jobs/sweeps/quickstart.yaml", "--retry-failed", "--overwrite", "--json"], "ConfigError", BOTH),
+            (["submit", "jobs/quickstart.yaml", "--resume", "--overwrite", "--json"], "ConfigError", BOTH),
+        ],
+        (
+            ["runs", "--mlflow", "sqlite:////nowhere/x.db", "--json"],
+            "ConfigError",
+            "x.db: there is no such file",
+        ),
         (["runs", "--mlflow", "http://u:p@h", "--json"], "ConfigError", "--mlflow: carries a password"),
     ],
     ids=lambda a: " ".join(a[:2]) if isinstance(a, list) else None,

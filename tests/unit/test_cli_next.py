@@ -36,6 +36,18 @@ def test_what_is_suggested_next_works_with_the_runs_own_paths(tmp_path, monkeypa
     assert not [line for line in training.next_commands(made, here, common.store_uri(None)) if "--mlflow" in line]
 
 
+@pytest.mark.parametrize(("called", "found", "told"), [
+    (".venv/bin/heliostat", None, ".venv/bin/heliostat"),
+    (".venv/bin/heliostat", "/usr/bin/heliostat", "heliostat"),
+    ("/x/heliostat/__main__.py", None, "heliostat"),
+])  # fmt: skip
+def test_what_is_suggested_begins_with_what_the_shell_finds(monkeypatch, called, found, told):
+    """A clone's `.venv/bin` is on nobody's PATH."""
+    monkeypatch.setattr("sys.argv", [called, "train"])
+    monkeypatch.setattr("shutil.which", lambda _: found)
+    assert common.program() == told
+
+
 def test_the_usual_store_is_asked_for_before_mlflow_sets_it_to_the_jobs(tmp_path, monkeypatch, capsys):
     """As `mlflow.set_tracking_uri` does: the store of the next command would not be named."""
     from heliostat.train import run as running

@@ -92,7 +92,7 @@ def recipe(data: Path, **changes: Any) -> Embedder:
     return made
 
 
-def batch(made: Embedder, rows: list[tuple[str | None, str | None]]) -> Any:
+def batch(made: Embedder, rows: list[tuple[str, str]]) -> Any:
     table = pa.table(
         {"query": [q for q, _ in rows], "text": [t for _, t in rows]},
         schema=pa.schema(dict.fromkeys(("query", "text"), pa.string())),
@@ -102,7 +102,7 @@ def batch(made: Embedder, rows: list[tuple[str | None, str | None]]) -> Any:
 
 def test_a_batch_knows_equal_texts_ends_each_and_counts_what_is_cut(data) -> None:
     made = recipe(data)
-    found = batch(made, [("amber", "amber birch"), ("cedar", "amber birch"), ("amber", "delta " * 40), (None, None)])
+    found = batch(made, [("amber", "amber birch"), ("cedar", "amber birch"), ("amber", "delta " * 40), ("", "")])
     end, (a, b, c, d) = made.tokenizer.eos_token_id, found["names"].tolist()
     assert a[1] == b[1] != c[1] and a[0] == c[0] != b[0] and d[0] == d[1]
     assert found["cut"].tolist() == [[0, 0], [0, 0], [0, 1], [0, 0]]

@@ -104,17 +104,6 @@ def test_rows_of_varying_length_are_padded_and_what_is_cut_is_counted(functions)
     assert 0 < loss.parts["padding"].value < 1
 
 
-def test_a_bad_held_out_row_is_no_fault(functions):
-    """The engine gives its content as null, and does not count it."""
-    made = Classifier(job(**CLASSIFIER))
-    made.bind([functions])
-    missing = pa.table({"id": [None], "text": [None], "label": [None]}, schema=rows(functions).schema)
-    scores = made.evaluate(
-        made.build().eval(), made.batch(pa.concat_tables([missing, rows(functions).slice(0, 1)]), np.arange(2))
-    )
-    assert scores["loss"].isfinite().all()
-
-
 def test_f1_is_of_all_samples_together():
     made = Classifier(job(**CLASSIFIER))
     found = made.measure({"label": np.array([0, 0, 1, 2]), "predicted": np.array([0, 1, 1, 1])})

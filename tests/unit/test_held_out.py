@@ -3,12 +3,16 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from heliostat import check
+from heliostat.data.chunks import Gathered
 from heliostat.data.dataset import make_order, plan
 from heliostat.data.manifest import Manifest
-from heliostat.errors import ConfigError
+from heliostat.errors import ConfigError, DataError
 from heliostat.recipes import exported
+from heliostat.train.worker import evaluation
 
 from tests.unit.build_job import job
 from tests.unit.test_dataset import make_dataset
@@ -71,3 +75,16 @@ def test_a_model_is_scored_on_what_its_own_run_held_out(tmp_path: Path):
     assert exported.read(tmp_path).data_version == 2
     (tmp_path / exported.RECORD).unlink()
     assert exported.read(tmp_path).data_version is None
+
+
+def test_no_recipe_meets_a_bad_held_out_row():
+    """Its place is taken by the next good one of its kind, behind the last by the first; without one the reason is told."""
+    rows = pa.table({"image": [b"a", None, b"c", None, b"e", None]})
+    found = Gathered(rows, dict.fromkeys((1, 3, 5), "shards/0: row group 0: cannot be read"))
+    one, apart = evaluation.whole(found, np.zeros(6, int)), evaluation.whole(found, np.array([0, 0, 1, 1, 0, 0]))
+    assert one["image"].to_pylist() == [b"a", b"c", b"c", b"e", b"e", b"a"]
+    assert apart["image"].to_pylist() == [b"a", b"e", b"c", b"c", b"e", b"a"]  # images of two sizes make no batch
+    with pytest.raises(DataError, match=r"^shards/0: row group 0: cannot be read; with it, none of a worker's held-out samples"):
+        evaluation.whole(found, np.array([0, 1, 0, 1, 0, 0]))
+    tokens = np.zeros((2, 4), np.int32)
+    assert evaluation.whole(Gathered(tokens, {0: "x"}), np.zeros(2, int)) is tokens

@@ -20,6 +20,7 @@ from heliostat.errors import ConfigError, DataError, StorageError
 from heliostat.pipelines import prepare as preparing
 from heliostat.pipelines.prepare import InputFile, Pipeline
 from heliostat.storage import Location
+from ray.exceptions import RayTaskError
 
 PARTS = ("8x8", "16x8")
 
@@ -336,3 +337,16 @@ def test_two_prepares_of_one_folder_do_not_work_at_once(make, tmp_path):
     finally:
         other.communicate(b"\n", timeout=30)
     assert make()["documents"] == 30 and "building" not in versions.read_record(place)
+
+
+def test_what_a_task_says_to_the_person_is_its_own_line_without_rays_traceback():
+    """Ray's error of a task is of the cause's class too; errors of our own pass as they are."""
+    cause = StorageError("/d/x: storage failed for 60 s: No space left on device")
+    with pytest.raises(StorageError) as told, preparing.told():
+        raise RayTaskError("read", "Traceback:\n  lines", cause).as_instanceof_cause()
+    assert str(told.value) == str(cause) and type(told.value) is StorageError
+    with pytest.raises(StorageError, match=r"^output: x$"), preparing.told():
+        try:
+            raise StorageError("x")
+        except StorageError as e:
+            raise StorageError(f"output: {e}") from e

@@ -145,7 +145,7 @@ def test_a_key_given_twice_is_refused(tmp_path):
         ("a: b: c", "not valid YAML"),
         ("\t", "not valid YAML"),
         ("- 1", "must be a mapping of keys to values, not list"),
-        ("", "must be a mapping of keys to values, not NoneType"),
+        ("", "is empty; it must be a mapping of keys to values"),
         ("just words", "must be a mapping of keys to values, not str"),
         ("!!python/object/apply:os.getcwd []", "not valid YAML"),
     ],
@@ -162,6 +162,7 @@ def test_a_file_that_is_not_there_or_not_text_is_one_line(tmp_path):
     """A near file name is suggested; a folder or binary file cannot be read."""
     write(tmp_path)
     assert fault(tmp_path / "jobb.yaml") == f"{tmp_path / 'jobb.yaml'}: no such file; did you mean 'job.yaml'?"
+    assert fault(tmp_path / "nothere.yaml") == f"{tmp_path / 'nothere.yaml'}: no such file; valid: job.yaml"  # endings are alike
     assert fault(tmp_path / "no" / "job.yaml") == f"{tmp_path / 'no' / 'job.yaml'}: no such file"
     (tmp_path / "bin").write_bytes(b"\xff\xfe\x00\x80")
     for path in (tmp_path, tmp_path / "bin"):

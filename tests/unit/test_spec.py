@@ -280,3 +280,12 @@ def test_deepspeed_is_told_to_sum_in_fp32_only_where_there_is_something_to_sum(c
     from heliostat.train.worker.engine_config import engine_config
 
     assert engine_config(job(**changes)).get("data_types") == wanted
+
+
+def test_a_finished_run_knows_what_a_job_now_says_otherwise():
+    """Also of the model, whose keys are free; a key that a newer version brought is no change."""
+    was = job(**{"model.hidden_size": 64}).dump()
+    assert spec.changed_keys(was, job(**{"model.hidden_size": 64}).dump()) == []
+    now = job(**{"model.hidden_size": 32, "model.rope_theta": 1e4, "train.steps": 7, "workers.count": 4}).dump()
+    assert spec.changed_keys(was, now) == ["model.hidden_size", "model.rope_theta", "train.steps", "workers.count"]
+    assert spec.changed_keys({"train": {"steps": 7}}, {"train": {"steps": 7, "new": 1}, "newer": {}}) == []

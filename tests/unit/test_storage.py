@@ -1,5 +1,6 @@
 """Storage: a Location is one place whatever way it is written; writes are atomic; errors say what to do and travel."""
 
+import errno
 import inspect
 import os
 import pickle
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from heliostat import errors, retries, storage
-from heliostat.errors import ConfigError, DataError, HeliostatError, StorageError
+from heliostat.errors import AccessError, ConfigError, DataError, HeliostatError, StorageError
 from heliostat.storage import Location
 
 ALL_ERRORS = [e for _, e in inspect.getmembers(errors, inspect.isclass) if issubclass(e, HeliostatError)]
@@ -180,6 +181,23 @@ def test_a_uri_without_a_place_is_refused(uri):
     """An empty path or an S3 URI without a bucket would mean the current folder, or everything."""
     with pytest.raises(ConfigError, match="names no place"):
         Location(uri)
+
+
+def test_a_disk_that_takes_no_writes_is_no_store_that_may_come_back(tmp_path):
+    """A read-only file system is refused at once; a place that cannot be made is told before anything is written there."""
+
+    def fail() -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with pytest.raises(AccessError, match="Read-only file system"):
+        Location(str(tmp_path / "x")).attempt(fail)
+    Location(str(tmp_path / "not" / "yet")).require_writable()
+    (tmp_path / "gone").symlink_to(tmp_path / "unmounted")
+    (tmp_path / "file").touch()
+    for name in ("gone", "file"):
+        with pytest.raises(AccessError, match=f"/{name} is not a folder that can be written to; name another place$"):
+            Location(str(tmp_path / name / "runs")).require_writable()
+    Location("s3://bucket/runs").require_writable()  # whether a bucket takes writes is found out by a write
 
 
 @pytest.mark.parametrize("scheme", ["query", "environment"])

@@ -8,7 +8,6 @@ them merges on the way to rank 0 (`placement.merge`). If one rank fails, all ran
 from __future__ import annotations
 
 import json
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from heliostat import temporary
 from heliostat.checkpoint import checksums, layout, placement, safetensors_file, shard_index
 from heliostat.checkpoint.agreement import first, merged
 from heliostat.checkpoint.columns import ROWS
@@ -142,5 +142,5 @@ def _local_folder(target: Location) -> Iterator[Path]:
     if not target.is_s3:
         yield Path(target.path)
     else:
-        with tempfile.TemporaryDirectory(prefix="heliostat-") as name:
-            yield Path(name)
+        with temporary.folder("heliostat-shard-") as name:
+            yield name

@@ -21,7 +21,10 @@ def checkpoints(run: Run, mlflow: TrackingUri = None, json_: Json = False) -> No
     place = find_run(run, store_uri(mlflow))
     rows = survey(place)
     if not json_:
-        print_table(_checkpoint_cells(rows), left=(1, 5, 6))
+        if not rows:
+            out.print(f"no checkpoint in {place}")
+        else:
+            print_table(_checkpoint_cells(rows), left=(1, 5, 6))
     finish({"run_folder": str(place), "checkpoints": rows}, json_)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -71,6 +72,12 @@ TrackingUri = Annotated[
 ]
 
 
+def program() -> str:
+    """Tells how this program is called in the person's shell: by its name, or as it was, as `.venv/bin/heliostat`."""
+    called = sys.argv[0]
+    return called if Path(called).name == "heliostat" and shutil.which("heliostat") is None else "heliostat"
+
+
 def print_table(rows: list[list[str]], left: Collection[int] = (0,)) -> None:
     """Prints rows of cells, the head first, none cut; what is piped on has one line a row."""
     for line in tables.lines(rows, left, out.width if out.is_terminal else None):
@@ -84,6 +91,8 @@ def store_uri(given: str | None) -> str:
             "--mlflow: carries a password, which every user of this machine can see; set MLFLOW_TRACKING_URI instead, or "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         )
+    if given and given.startswith("sqlite:///") and not Path(given.removeprefix("sqlite:///").partition("?")[0]).exists():
+        raise ConfigError(f"--mlflow: {given}: there is no such file")
     from heliostat.track.mlflow_client import default_uri
 
     return given or default_uri()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from heliostat.cli.common import DATA, Json, app, finish, out
+from heliostat.cli.common import DATA, Json, app, finish, out, program
 
 
 @app.command(rich_help_panel=DATA)
@@ -24,5 +25,6 @@ def init(
     if not json_:
         out.print(f"{folder} is a workspace with {', '.join(path for path in written if path.endswith('.yaml'))}")
         go = "" if folder.resolve() == Path.cwd() else f"cd {folder}\n       "
-        out.print(f"\nNext:  {go}heliostat prepare pipelines/quickstart.yaml\n       heliostat train jobs/quickstart.yaml")
+        name = shlex.quote(program())
+        out.print(f"\nNext:  {go}{name} prepare pipelines/quickstart.yaml\n       {name} train jobs/quickstart.yaml")
     finish({"folder": str(folder), "files": written}, json_)

@@ -15,6 +15,7 @@ import typer
 
 from heliostat.cli.common import JOBS, JobFile, Json, Settings, app, finish, flag, out, print_table
 from heliostat.errors import ConfigError, HeliostatError
+from heliostat.run_folder import require_one_way
 from heliostat.terminal import duration
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def submit(
     from heliostat.submit.jobs import Jobs
     from heliostat.submit.submission import Record
 
+    require_one_way(resume, overwrite)
     flags = (["--resume"] if resume else []) + (["--overwrite"] if overwrite else [])
     with endpoint(cluster) as there:
         wanted = checked(job, setting or [], there)

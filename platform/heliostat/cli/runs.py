@@ -9,6 +9,7 @@ import typer
 
 from heliostat.cli.common import MODELS, RUNS, Json, Run, Settings, TrackingUri, app, finish, flag, out, print_table, store_uri
 from heliostat.errors import ConfigError
+from heliostat.redact import redact
 
 
 @app.command(rich_help_panel=RUNS)
@@ -24,7 +25,10 @@ def runs(
     with mlflow_client.asking(uri):
         found = run_table.rows(mlflow_client.connect(uri), experiment)
     if not json_:
-        print_table(run_table.cells(found), left=range(4))
+        if not found:
+            out.print(f"no run in {redact(uri)}")
+        else:
+            print_table(run_table.cells(found), left=range(4))
     finish({"runs": found}, json_)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from heliostat.cli.common import TRAINING, JobFile, Json, Settings, Verbose, app, finish, flag, out, store_uri
+from heliostat.cli.common import TRAINING, JobFile, Json, Settings, Verbose, app, finish, flag, out, program, store_uri
 from heliostat.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def next_commands(result: dict[str, Any], job: Job, usual: str) -> list[str]:
     commands = []
     if model and result["samples"]:
         drawn = ["--out", "sample.png"] if result["unit"] == "samples" else []
-        commands.append(["heliostat", "generate", model, "--prompt", result["samples"][0]["prompt"], *drawn, *store])
-    commands.append(["heliostat", "verify", str(job.run_folder)])
-    commands.append(["heliostat", "ui", *store])
+        commands.append([program(), "generate", model, "--prompt", result["samples"][0]["prompt"], *drawn, *store])
+    commands.append([program(), "verify", str(job.run_folder)])
+    commands.append([program(), "ui", *store])
     return [shlex.join(words) for words in commands]

@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from heliostat.cli.common import SWEEPS, Json, Settings, Verbose, app, finish, flag, out, print_table
+from heliostat.cli.common import SWEEPS, Json, Settings, Verbose, app, finish, flag, out, print_table, program
 from heliostat.cli.jobs import Follow, Queue, Target, checked, send
 from heliostat.errors import ConfigError
+from heliostat.run_folder import require_one_way
 
 DEFAULT_STORAGE = ".heliostat/runs"
 Storage = Annotated[str, typer.Option(help="Where runs and sweeps live: a folder or s3:// prefix")]
@@ -42,6 +43,7 @@ def tune(
     """Search for a job's best settings: many runs of it, side by side, through Ray Tune. docs/tuning.md"""
     from heliostat.tune.driver import tune as run
 
+    require_one_way(resume or retry_failed, overwrite)
     if cluster:
         if transfer:
             raise ConfigError(
@@ -160,4 +162,4 @@ def _print(result: dict[str, Any], top: int) -> None:
     if best := result["best"]:
         model = f", model {best['model_uri']}" if best.get("model_uri") else ""
         out.print(f"best: trial {best['trial']}, {result['metric']} {best['value']:.4g}, run {best['run_id']}{model}")
-        out.print(f"\nNext:  heliostat train --from-sweep {shlex.quote(result['folder'])} --best")
+        out.print(f"\nNext:  {shlex.quote(program())} train --from-sweep {shlex.quote(result['folder'])} --best")

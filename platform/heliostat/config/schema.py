@@ -61,7 +61,9 @@ def documents(path: Path) -> list[Any]:
         with path.open(encoding="utf-8") as f:
             found = [d for d in yaml.load_all(f, _UniqueKeys) if d is not None]
     except FileNotFoundError as e:
-        near = nearest(path.name, [p.name for p in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else ""
+        there = {p.stem: p.name for p in path.parent.glob("*.y*ml")}
+        close = difflib.get_close_matches(path.stem, there, n=1)  # without their endings, by which all files are alike
+        near = f"; did you mean {there[close[0]]!r}?" if close else nearest("", list(there.values()))
         raise ConfigError(f"{path}: no such file{near}") from e
     except IsADirectoryError as e:
         raise ConfigError(f"{path}: is a folder; name a YAML file in it") from e
@@ -81,6 +83,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if len(found) > 1:
         raise ConfigError(f"{path}: holds {len(found)} documents; take out what begins at the second `---`")
     raw = found[0] if found else None
+    if raw is None:
+        raise ConfigError(f"{path}: is empty; it must be a mapping of keys to values")
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: must be a mapping of keys to values, not {type(raw).__name__}")
     return raw

@@ -157,6 +157,16 @@ def settle(job: Job, recorded: dict[str, Any] | None) -> Job:
     return job.model_copy(update={"train": job.train.model_copy(update={"accumulate": value})})
 
 
+def changed_keys(recorded: Any, now: Any, key: str = "") -> list[str]:
+    """Lists the keys of a recorded job whose values are others now, or of its model there are only now; keys that came with a
+    newer version are none of them."""
+    if not isinstance(recorded, dict) or not isinstance(now, dict):
+        return [] if recorded == now else [key]
+    names = recorded.keys() | now.keys() if key.startswith("model") else recorded.keys() & now.keys()
+    below = ((name, f"{key}.{name}" if key else name) for name in sorted(names))
+    return [found for name, path in below for found in changed_keys(recorded.get(name), now.get(name), path)]
+
+
 def resolve(job: Job) -> Job:
     """Makes every path absolute, because Ray's workers run in other folders."""
     root = workspace.root()

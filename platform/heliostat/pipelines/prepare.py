@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -220,10 +219,8 @@ def told() -> Iterator[None]:
     """Raises what a task raised, if it is meant for the person, as it was before Ray wrapped it."""
     try:
         yield
-    except HeliostatError:
-        raise
     except Exception as e:
-        cause = innermost(e)
+        cause = innermost(e) if hasattr(e, "cause") or not isinstance(e, HeliostatError) else None  # Ray's wrappers may be both
         if cause is None:
             raise
         raise type(cause)(str(cause)) from e
@@ -258,18 +255,12 @@ def _keep_to(labels: dict[str, str]) -> None:
 
 
 def _check_output(output: Location) -> None:
-    """Checks that the output can be written; ConfigError or StorageError if not."""
+    """Checks that the output can be written; StorageError if not."""
     try:
         output.probe()
+        output.require_writable()
     except StorageError as e:
         raise type(e)(f"output: {e}") from e
-    if output.is_s3:
-        return
-    nearest = Path(output.path)
-    while not nearest.exists():
-        nearest = nearest.parent
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ConfigError(f"output: {output}: {nearest} is not a folder that can be written to")
 
 
 def _finished(output: Location) -> Manifest | None:

@@ -53,8 +53,8 @@ def plan_file(
     `run`: a measured run that the device's efficiencies are taken from, and `write` the file that gets them. `rank`: all layouts
     instead of the job's own.
     """
-    job, recipe, unread = prepare(path, settings)
     table, pools = hardware.table(prices), cluster_file.read(cluster) if cluster else None
+    job, recipe, unread = prepare(path, settings)  # last: it asks the stores of the datasets
     notes = [f"the datasets were not looked at: {unread}"] if unread else []
     if run:
         table, note = calibrated(run, table, pools, device, write)

@@ -9,7 +9,7 @@ Held-out scores: the loss of all held-out pairs against each other, recall at 1,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from heliostat.recipes.protocol import Batch
 
-Keys = TypeVar("Keys", bound=Strict)
 SCORES = ("recall_at_1", "recall_at_5", "recall_at_10", "mrr")
 
 
@@ -37,7 +36,7 @@ class EmbedsPairs(CouplesSamples, Evaluates):
 
     kind = "rows"
     sides: tuple[str, str]
-    temperature: float  # divides the cosines of the pairs in the loss
+    own: type[Strict]  # defines the keys of `model` beside those of its architecture
     scores: tuple[str, ...] = ("loss", *SCORES)
 
     def __init__(self, job: Job) -> None:
@@ -48,6 +47,9 @@ class EmbedsPairs(CouplesSamples, Evaluates):
             raise ConfigError("train.global_batch: 1 pair has no other to be told from; give 2 or more")
         if "init" in job.model:
             raise ConfigError("model.init: is of language models; remove it")
+        self.keys: Any = _own_keys(self.own, job.model)
+        self.temperature: float = self.keys.temperature  # divides the cosines of the pairs in the loss
+        self.pretrained = job.model.get("pretrained")
 
     def couple(self, found: dict[str, torch.Tensor]) -> Loss:
         from heliostat.recipes.contrastive import contrast
@@ -74,7 +76,7 @@ class EmbedsPairs(CouplesSamples, Evaluates):
         return {"loss": float(told.loss) / len(names), **contrastive.recall(contrastive.ranks(asking, asked, names))}
 
 
-def own_keys(kind: type[Keys], model: dict[str, Any]) -> Keys:
+def _own_keys(kind: type[Strict], model: dict[str, Any]) -> Strict:
     """Reads the keys of a job's `model` that are no architecture's; ConfigError for wrong values."""
     try:
         return kind.model_validate({k: v for k, v in model.items() if k in kind.model_fields})

@@ -26,6 +26,7 @@ from heliostat.config import spec
 from heliostat.config.spec import Job
 from heliostat.data.dataset import DataPlan
 from heliostat.errors import ConfigError
+from heliostat.run_folder import require_one_way
 from heliostat.runs import summary as endings
 from heliostat.track.tags import SOURCE_NAME
 from heliostat.train.driver.run import Run, RunHooks
@@ -62,6 +63,7 @@ def train_job(
     `recorded`: for a run that is reproduced, the data plan that its data must give; `tags`: of a new MLflow run; `started`: wall
     clock from which the ledger counts, now if it is not given.
     """
+    require_one_way(resume, overwrite)
     started = started or time.time()
     if not (resume and job.last_step in layout.steps(job.run_folder)):  # what follows the last step takes no workers
         private_ray.ahead(job.workers.gpus, preloads.modules(job.recipe, job.model))
@@ -110,6 +112,8 @@ def _carry_out(run: Run, found: Checkpoint | None) -> dict[str, Any]:
     if found is None or found.step < job.last_step:
         return run.run()
     log.info("run %s has finished: step %d of %d", job.name, found.step, job.last_step)
+    if changed := spec.changed_keys(found.index["job"], job.dump()):
+        log.warning("what the job now says otherwise changes nothing in it: %s; use another name", ", ".join(changed))
     if (result := endings.result(job.run_folder, found.step)) is None:
         return run.finalize(found)
     run.catch_up()

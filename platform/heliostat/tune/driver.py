@@ -23,6 +23,7 @@ import heliostat.check as check
 from heliostat.config import spec
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError, HeliostatError, StoppedError
+from heliostat.run_folder import require_one_way
 from heliostat.train.driver.signals import Signals
 from heliostat.tune import concurrency as room
 from heliostat.tune import report
@@ -53,6 +54,7 @@ def tune(
     verbose: bool = False,
 ) -> dict[str, Any]:
     """Runs a sweep to its end, or goes on with it; HeliostatError with one line for whatever stopped it."""
+    require_one_way(resume, overwrite)
     plan = load(path, settings)
     base = Job.model_validate(plan.base)
     job, recipe = check.check_job(base)

@@ -24,13 +24,12 @@ from transformers import CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from heliostat.config.fields import Count
 from heliostat.config.schema import Float, Strict, nearest
-from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.recipes import building, contrastive, tokenizing
 from heliostat.recipes.huggingface import from_config
 from heliostat.recipes.images import clip_processor, rows
-from heliostat.recipes.pairs import SCORES, EmbedsPairs, named, own_keys
+from heliostat.recipes.pairs import SCORES, EmbedsPairs, named
 from heliostat.recipes.protocol import Batch, Exports
 from heliostat.recipes.text import checkpointing, encoder, model_config
 from heliostat.recipes.text.model_config import Kind
@@ -72,12 +71,7 @@ class ImageEmbedder(EmbedsPairs, Exports):
     sides = ("caption", "image")  # columns of a row
     gathered = (*sides, "names")
     scores = ("loss", *SCORES, *(BACK + name for name in SCORES))
-
-    def __init__(self, job: Job) -> None:
-        super().__init__(job)
-        self.keys = own_keys(ImageEmbedderKeys, job.model)
-        self.temperature = self.keys.temperature
-        self.pretrained = job.model.get("pretrained")
+    own = ImageEmbedderKeys
 
     @cached_property
     def config(self) -> Any:
@@ -171,18 +165,11 @@ class ImageEmbedder(EmbedsPairs, Exports):
     # training --------------------------------------------------------------------------------------------------------
 
     def batch(self, content: Any, keys: np.ndarray) -> Batch:
-        captions = [text or "" for text in content["caption"].to_pylist()]  # a bad held-out row has None
-        images = [image or self._nothing for image in content["image"].to_pylist()]
+        captions, images = content["caption"].to_pylist(), content["image"].to_pylist()
         found = tokenizing.tokens(self.tokenizer, captions, self.max_tokens)
         pixels = clip_processor.normalised(self.processor, rows.decoded(images))
         names, cut = named([captions, images]), torch.from_numpy(found.cut).long()
         return {"input_ids": found.ids, "attention_mask": found.mask, "pixel_values": pixels, "names": names, "cut": cut}
-
-    @cached_property
-    def _nothing(self) -> bytes:
-        """Makes the image that stands for a bad one, which scores nothing."""
-        vision = self.config.vision_config
-        return rows.black(vision.image_size, vision.num_channels)
 
     def represent(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         out = model(**{name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")})

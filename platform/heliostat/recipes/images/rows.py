@@ -77,13 +77,6 @@ def decode(data: bytes) -> np.ndarray:
     return image if image.ndim == 3 else image[:, :, None]
 
 
-def black(side: int, channels: int) -> bytes:
-    """Makes a square image file without anything in it."""
-    out = io.BytesIO()
-    Image.new("L" if channels == 1 else "RGB", (side, side)).save(out, "PNG")
-    return out.getvalue()
-
-
 def halves(content: pa.Table, column: str, shape: tuple[int, ...]) -> torch.Tensor:
     """Converts a column of float16 bytes to fp32 [n, *shape]."""
     rows = [np.frombuffer(value, np.float16).reshape(shape) for value in content[column].to_pylist()]

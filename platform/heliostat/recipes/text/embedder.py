@@ -18,11 +18,10 @@ import numpy as np
 from pydantic import Field
 
 from heliostat.config.schema import Float, Strict
-from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.recipes import tokenizing
-from heliostat.recipes.pairs import EmbedsPairs, named, own_keys
+from heliostat.recipes.pairs import EmbedsPairs, named
 from heliostat.recipes.protocol import Batch, Exports
 
 if TYPE_CHECKING:
@@ -46,12 +45,7 @@ OWN = tuple(EmbedderKeys.model_fields)
 class Embedder(EmbedsPairs, Exports):
     sides = ("query", "text")  # columns of a row
     gathered = (*sides, "names")
-
-    def __init__(self, job: Job) -> None:
-        super().__init__(job)
-        self.keys = own_keys(EmbedderKeys, job.model)
-        self.temperature = self.keys.temperature
-        self.pretrained = job.model.get("pretrained")
+    own = EmbedderKeys
 
     @cached_property
     def config(self) -> Any:
@@ -106,7 +100,7 @@ class Embedder(EmbedsPairs, Exports):
         import torch
 
         made: Batch = {}
-        columns = {side: [text or "" for text in content[side].to_pylist()] for side in self.sides}  # a bad held-out row has None
+        columns = {side: content[side].to_pylist() for side in self.sides}
         found = {side: tokenizing.tokens(self.tokenizer, texts, self.keys.max_tokens) for side, texts in columns.items()}
         for side, tokens in found.items():
             made |= {f"{side}_ids": tokens.ids, f"{side}_mask": tokens.mask}

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from heliostat import run_folder as paths
+from heliostat import temporary
 from heliostat.check import Checked
 from heliostat.checkpoint.layout import Checkpoint
 from heliostat.config.spec import Job
@@ -44,8 +43,8 @@ def finalize(
     model_uri: str | None = None
     samples: list[tuple[str, str]] = []
     if isinstance(checked.recipe, Exports):
-        with tempfile.TemporaryDirectory(prefix="heliostat-export-") as name, console.status("exporting the model"):
-            folder = Path(name) / "model"
+        with temporary.folder("heliostat-export-") as name, console.status("exporting the model"):
+            folder = name / "model"
             recipe: Any = export(last, folder, owner.run_id)
             card.write(folder, job, owner.run_id, last.step, summary["eval"], checked.manifests)
             if isinstance(recipe, Serves):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -13,10 +14,15 @@ import torch.distributed as dist
 from heliostat.checkpoint.agreement import first, merged
 from heliostat.config.spec import Job
 from heliostat.data import content
+from heliostat.data.chunks import Gathered
+from heliostat.data.content import Content
 from heliostat.data.dataset import Dataset
+from heliostat.errors import DataError
 from heliostat.recipes.gathering import in_order, taken
 from heliostat.recipes.protocol import Evaluates, Recipe
 from heliostat.train.worker.sample_group import SampleGroup
+
+log = logging.getLogger(__name__)
 
 
 class HeldOut:
@@ -35,9 +41,11 @@ class HeldOut:
         self.batches = len(filled) // self.micro  # the same on every worker: ZeRO-3 gathers together
         take = type(everything)(*(getattr(everything, f)[filled] for f in ("position", "source", "epoch", "chunk", "row")))
         found = dataset.gather(take)
-        self.content = found.content
+        self.content = whole(found, sources[filled])
         self.counted = np.concatenate([counted for _, counted in parts])
-        self.counted[list(found.faults)] = False  # a bad sample scores nothing
+        if lost := int(self.counted[list(found.faults)].sum()):
+            log.warning("%d held-out samples are bad and score nothing: %s", lost, next(iter(found.faults.values())))
+        self.counted[list(found.faults)] = False
         self.counted &= sharing.counts  # of workers that compute the same scores, one's are taken
 
     @torch.no_grad()
@@ -69,6 +77,23 @@ class HeldOut:
     def _measured(self, kept: list[tuple[np.ndarray, dict[str, np.ndarray]]], group: Any) -> dict[str, float]:
         parts = merged(group, lambda: [kept], operator.add)
         return first(group, lambda: self.evaluates.measure(in_order(parts or [])))
+
+
+def whole(found: Gathered, kinds: np.ndarray) -> Content:
+    """Replaces each bad row, which is null, by the next good one of its kind, so that recipes make batches of good ones alone.
+
+    None of them counts. DataError if a kind has no good row.
+    """
+    if not found.faults or isinstance(found.content, np.ndarray):  # a bad sample of tokens is zeros
+        return found.content
+    index = np.arange(len(kinds))
+    good = np.isin(index, list(found.faults), invert=True)
+    for i, reason in found.faults.items():
+        alike = np.flatnonzero(good & (kinds == kinds[i]))
+        if not len(alike):
+            raise DataError(f"{reason}; with it, none of a worker's held-out samples can be scored: prepare the dataset again")
+        index[i] = alike[np.searchsorted(alike, i) % len(alike)]
+    return content.take(found.content, index)
 
 
 def dealt(samples: np.ndarray, rank: int, world: int, micro: int) -> tuple[np.ndarray, np.ndarray]:

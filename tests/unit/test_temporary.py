@@ -1,0 +1,44 @@
+"""Temporary folders of processes that were killed go with the next one; those that are in use, and others' links, stay."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from heliostat import temporary
+
+HOLDS = """
+import sys, time
+from heliostat import temporary
+with temporary.folder("heliostat-export-") as name:
+    (name / "model").write_bytes(b"x" * 1000)
+    print(name, flush=True)
+    time.sleep(600)
+"""
+
+
+def aged(place: Path) -> Path:
+    os.utime(place, (1, 1))
+    return place
+
+
+def test_a_killed_process_leaves_its_folder_to_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    command = [sys.executable, "-c", HOLDS]
+    with subprocess.Popen(command, env={**os.environ, "TMPDIR": str(tmp_path)}, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        held = aged(Path(process.stdout.readline().strip()))
+        elsewhere = tmp_path / "elsewhere"
+        elsewhere.mkdir()
+        (tmp_path / "heliostat-export-link").symlink_to(aged(elsewhere))
+        (new := tmp_path / "heliostat-export-new").mkdir()  # of a process that has not locked it yet
+        with temporary.folder("heliostat-export-") as mine:
+            assert mine.is_dir() and (held / "model").exists()  # it is in use
+        process.send_signal(signal.SIGKILL)
+        process.wait(30)
+    assert held.exists() and not mine.exists()
+    with temporary.folder("heliostat-export-"), pytest.raises(FileNotFoundError):
+        held.stat()
+    assert elsewhere.exists() and new.exists()
