@@ -97,6 +97,18 @@ def test_an_output_that_is_written_into_later_is_kept_as_it_was():
     assert all(map(torch.equal, torch.autograd.grad(mine.sum(), (x, w)), right))
 
 
+def test_an_output_that_is_written_into_behind_the_layer_is_an_error_and_no_other_gradient():
+    def layer(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        product = x @ x
+        return product, torch.cos(product)
+
+    product, out = checkpoint(layer, torch.randn(4, 4, requires_grad=True), use_reentrant=False, context_fn=selective.contexts)
+    with torch.no_grad():
+        product.mul_(2)
+    with pytest.raises(RuntimeError, match=r"what was kept of aten.mm.default was written into behind the layer"):
+        out.sum().backward()
+
+
 def test_a_second_backward_pass_is_an_error():
     x = torch.randn(4, 4, requires_grad=True)
     out = checkpoint(in_place, x, x, use_reentrant=False, context_fn=selective.contexts).sum()

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -67,36 +68,56 @@ def contexts() -> tuple[Keeping, Giving]:
     return keeping, Giving(keeping.kept)
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Holds what was kept of an operation: outputs, None for one that is computed again, and how often each was written into."""
+
+    operation: Any
+    out: Any
+    versions: tuple[int, ...]
+
+    @classmethod
+    def of(cls, operation: Any, out: Any) -> Kept:
+        return cls(operation, out, tuple(t._version for t in _tensors(out)))
+
+    @property
+    def is_other(self) -> bool:
+        """Tells whether an output was written into since."""
+        return self.versions != tuple(t._version for t in _tensors(self.out))
+
+
+NOTHING = Kept(None, None, ())
+
+
 class Keeping(TorchDispatchMode):
     """Notes the outputs of dear operations; None for one whose outputs are not to be kept."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.kept: list[tuple[Any, Any]] = []
+        self.kept: list[Kept] = []
         self._where: dict[int, int] = {}  # by storage
 
     @property
     def bytes(self) -> int:
         """Counts what is kept by now, before any of it is given."""
-        return sum({_storage(t): t.untyped_storage().nbytes() for _, out in self.kept for t in _tensors(out)}.values())
+        return sum({_storage(t): t.untyped_storage().nbytes() for kept in self.kept for t in _tensors(kept.out)}.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for storage in written(func, args, kwargs or {}):
             if (place := self._where.pop(storage, None)) is not None:
-                operation, out = self.kept[place]
-                self.kept[place] = operation, tree_map(_copied, out)
+                self.kept[place] = Kept.of(self.kept[place].operation, tree_map(_copied, self.kept[place].out))
         out = func(*args, **(kwargs or {}))
         if is_dear(func, args, kwargs):
             kept = tree_map(_detached, out) if is_kept(func, args, kwargs) else None
             self._where |= {_storage(t): len(self.kept) for t in _tensors(kept)}
-            self.kept.append((func, kept))
+            self.kept.append(Kept.of(func, kept))
         return out
 
 
 class Giving(TorchDispatchMode):
     """Gives dear operations the outputs that were kept of them, once."""
 
-    def __init__(self, kept: list[tuple[Any, Any]]) -> None:
+    def __init__(self, kept: list[Kept]) -> None:
         super().__init__()
         self.kept, self.place = kept, 0
 
@@ -108,12 +129,14 @@ class Giving(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not is_dear(func, args, kwargs):
             return func(*args, **(kwargs or {}))
-        operation, out = self.kept[self.place] if self.place < len(self.kept) else (None, None)
-        if operation is not func:
-            raise RuntimeError(f"a layer that is played again computes {func}, and what was kept is of {operation}")
-        self.kept[self.place] = (None, None)
+        kept = self.kept[self.place] if self.place < len(self.kept) else NOTHING
+        if kept.operation is not func:
+            raise RuntimeError(f"a layer that is played again computes {func}, and what was kept is of {kept.operation}")
+        if kept.is_other:
+            raise RuntimeError(f"what was kept of {func} was written into behind the layer's forward pass")
+        self.kept[self.place] = NOTHING
         self.place += 1
-        return func(*args, **(kwargs or {})) if out is None else out
+        return func(*args, **(kwargs or {})) if kept.out is None else kept.out
 
 
 def written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[int]:
@@ -133,7 +156,11 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, torch.Tensor) else value
+    """Detaches a tensor, which goes on to be counted as written into whenever that one is."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):  # beneath autograd that is not so
+        return value.detach()
 
 
 def _copied(value: Any) -> Any:
