@@ -16,7 +16,8 @@ from heliostat.config.spec import Job
 from heliostat.config.worker_counts import divisors
 
 GIB = 1 << 30
-CHECKPOINTING: list[bool | int | Literal["selective"]] = [False, "selective", True]  # the simplest first
+Checkpointing = bool | int | Literal["selective"]
+CHECKPOINTING: list[Checkpointing] = [False, "selective", True]  # the simplest first
 OFFLOADS = {"none": (None, None), "optimizer": ("cpu", None), "optimizer, weights": ("cpu", "cpu")}  # optimizer, param
 
 
@@ -27,7 +28,7 @@ class Layout:
 
     stage: int
     micro_batch: int
-    checkpointing: bool | int | Literal["selective"]
+    checkpointing: Checkpointing
     offload_optimizer: bool
     offload_param: str | None = None
     sequence: int = 1
@@ -77,7 +78,9 @@ def candidates(job: Job, workers: int, degrees: Iterable[int] = (1,), selects: b
 
 
 def _alone(job: Job, replicas: int, selects: bool) -> Iterator[Layout]:
-    kinds = [False, True] if not selects or any(rules.untried_selective(job).values()) else CHECKPOINTING
+    kinds: list[Checkpointing] = [False, True] if not selects or any(rules.untried_selective(job).values()) else CHECKPOINTING
+    if job.train.activation_offload:
+        kinds = [True]
     micros = divisors(job.train.global_batch // replicas)
     zero, parallel = job.train.zero, job.train.parallel
     apart = parallel.expert > 1 or bool(zero.divide_within or zero.copy_within or zero.quantize_weights)  # which is at stage 3
@@ -87,7 +90,7 @@ def _alone(job: Job, replicas: int, selects: bool) -> Iterator[Layout]:
         for optimizer, param in OFFLOADS.values() if job.workers.gpus and not divides else [(None, None)]:
             if (optimizer and not stage) or (param and stage < 3):
                 continue
-            for checkpointing in [True] if job.train.activation_offload else kinds:
+            for checkpointing in kinds:
                 for micro in micros:
                     yield Layout(stage, micro, checkpointing, bool(optimizer), param)
 
