@@ -62,7 +62,7 @@ def documents(path: Path) -> list[Any]:
             found = [d for d in yaml.load_all(f, _UniqueKeys) if d is not None]
     except FileNotFoundError as e:
         there = {p.stem: p.name for p in path.parent.glob("*.y*ml")}
-        close = difflib.get_close_matches(path.stem, there, n=1)  # without their endings, by which all files are alike
+        close = difflib.get_close_matches(path.stem, [*there], n=1)  # without their endings, by which all files are alike
         near = f"; did you mean {there[close[0]]!r}?" if close else nearest("", list(there.values()))
         raise ConfigError(f"{path}: no such file{near}") from e
     except IsADirectoryError as e:
