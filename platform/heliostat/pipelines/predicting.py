@@ -148,9 +148,9 @@ class Prediction:
                 f"{kept:,} documents of the sample are kept, so what they are few of is known badly; give a larger share"
             )
         if (known := estimates.Z * self.spread) > GOOD:
-            share = estimates.enough(self.sample.fraction, self.spread, GOOD)
+            larger = estimates.enough(self.sample.fraction, self.spread, GOOD)
             notes.append(f"bytes, tokens and hours of what is kept are known to {known:.0%}, by the number of documents that are "
-                         f"kept, and their sizes; a share of {share:.2g} would tell them to {GOOD:.0%}")  # fmt: skip
+                         f"kept, and their sizes; a share of {larger:.2g} would tell them to {GOOD:.0%}")  # fmt: skip
         return notes
 
 

@@ -134,7 +134,9 @@ def grouped(two: Sequence[Operation], three: Sequence[Operation]) -> tuple[Work,
         (a.kind, b.flops - a.flops, b.moved - a.moved, max(0.0, 3 * a.moved - 2 * b.moved), a.replayed, a.dear)
         for a, b in zip(two, three, strict=True)
     )
-    return tuple(Work(kind, n, *rest) for (kind, *rest), n in found.items())
+    return tuple(
+        Work(kind, n, flops, moved, fixed, replayed, dear) for (kind, flops, moved, fixed, replayed, dear), n in found.items()
+    )
 
 
 def times(work: Iterable[Work], factor: int) -> Counter[tuple[Any, ...]]:

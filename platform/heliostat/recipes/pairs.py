@@ -47,7 +47,7 @@ class EmbedsPairs(CouplesSamples, Evaluates):
             raise ConfigError("train.global_batch: 1 pair has no other to be told from; give 2 or more")
         if "init" in job.model:
             raise ConfigError("model.init: is of language models; remove it")
-        self.keys: Any = _own_keys(self.own, job.model)
+        self.keys = _own_keys(self.own, job.model)
         self.temperature: float = self.keys.temperature  # divides the cosines of the pairs in the loss
         self.pretrained = job.model.get("pretrained")
 
@@ -76,7 +76,7 @@ class EmbedsPairs(CouplesSamples, Evaluates):
         return {"loss": float(told.loss) / len(names), **contrastive.recall(contrastive.ranks(asking, asked, names))}
 
 
-def _own_keys(kind: type[Strict], model: dict[str, Any]) -> Strict:
+def _own_keys(kind: type[Strict], model: dict[str, Any]) -> Any:
     """Reads the keys of a job's `model` that are no architecture's; ConfigError for wrong values."""
     try:
         return kind.model_validate({k: v for k, v in model.items() if k in kind.model_fields})

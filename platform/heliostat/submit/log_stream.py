@@ -83,7 +83,7 @@ def _ticking(source: AsyncGenerator[bytes]) -> Iterator[bytes]:
     """Yields what comes, and nothing, `b""`, for each time that nothing has come for QUIET_S."""
     with asyncio.Runner() as runner:
         while True:
-            coming = runner.get_loop().create_task(anext(source))  # type: ignore[arg-type]
+            coming = runner.get_loop().create_task(anext(source))
             while not runner.run(asyncio.wait([coming], timeout=QUIET_S))[0]:
                 yield b""
             try:
