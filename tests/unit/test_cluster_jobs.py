@@ -207,6 +207,33 @@ def test_what_is_new_in_a_log_is_all_that_its_copy_in_storage_costs(tmp_path):
     assert logs.stored(Location(str(tmp_path))) == "of an earlier version\n" + whole.decode(errors="replace")
 
 
+class Tailed:
+    """Ray's client of a job whose log comes in pieces, and whose connection breaks once behind the third."""
+
+    pieces = ("--attempt one\nold\n", "python --attempt two\nstep", " 1\n", "step 2\n", "step 3\n")
+
+    def __init__(self):
+        self.connections = 0
+
+    async def tail_job_logs(self, job_id):
+        self.connections += 1
+        for number, piece in enumerate(self.pieces):
+            if self.connections == 1 and number == 3:
+                raise RuntimeError("WebSocket connection closed unexpectedly")
+            yield piece
+
+
+def test_a_followed_log_is_streamed_and_goes_on_behind_a_broken_connection(monkeypatch):
+    """The whole log is read once a connection, not once a second; nothing comes twice or not at all."""
+    monkeypatch.setattr(jobs, "FOLLOW_S", 0.01)
+    cluster = jobs.Jobs.__new__(jobs.Jobs)
+    cluster.client = Tailed()
+    states = iter(["RUNNING"] * 1 + ["SUCCEEDED"] * 9)
+    monkeypatch.setattr(cluster, "get", lambda _: {"status": next(states), "metadata": {"attempt": "two"}, "exit_code": 0})
+    assert list(cluster.follow("r")) == ["step", " 1\n", "step 2\n", "step 3\n"]
+    assert cluster.client.connections == 2
+
+
 DIES = """
 import json, os, signal, socket, sys, time
 from pathlib import Path

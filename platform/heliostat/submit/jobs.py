@@ -7,6 +7,7 @@ API forgets with its cluster is kept elsewhere: the run's folder has the log, th
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ import shlex
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -27,7 +28,6 @@ from heliostat.config import schema, workspace
 from heliostat.errors import ClusterError, ConfigError
 from heliostat.redact import carries_secret
 from heliostat.retries import Backoff, Failure, retry
-from heliostat.submit import log_stream
 from heliostat.submit.entrypoint import ENDS
 from heliostat.submit.submission import Record
 
@@ -40,6 +40,7 @@ RETRY_S = 60.0
 BACKOFF = Backoff(0.5, 8.0)
 STOP_S = 600  # a checkpoint may take so long; Ray kills the driver afterwards
 FOLLOW_S = 1.0
+QUIET_S = 30.0  # without a new line, after which the cluster is asked whether it is still there
 MONITOR_S = 3.0  # Ray looks each second
 OVER = ("SUCCEEDED", "FAILED", "STOPPED")
 # settings without secrets; credentials come from the nodes' own environment, instance profile or Kubernetes secret
@@ -191,10 +192,7 @@ class Jobs:
         """Yields the log as it grows, until the job is over, without what earlier submissions of this id wrote to it."""
         attempt = self.get(job_id)["metadata"]["attempt"]
         held: str | None = ""  # what came before the submission's part of the log was found
-        told = log_stream.follow(
-            self.there.url, dashboard.headers(self.there.token), job_id, lambda: self._state(job_id), RETRY_S
-        )
-        for text in told:
+        for text in self._tail(job_id):
             if held is None:
                 yield text
                 continue
@@ -208,9 +206,27 @@ class Jobs:
         if found["status"] == "FAILED" and found["exit_code"] is None:  # it never came to its entrypoint
             yield found["message"] + "\n"
 
-    def _state(self, job_id: str) -> log_stream.State:
-        found = self._retry(lambda: self.client.get_job_info(job_id), "asking for the job")
-        return log_stream.State(found.driver_node_id, str(found.status) in OVER)
+    def _tail(self, job_id: str) -> Iterator[str]:
+        """Yields what is added to the log's file until the job is over; after a broken connection, only what is new."""
+        import aiohttp
+
+        came, deadline = 0, time.monotonic() + RETRY_S
+        while True:
+            skip = came
+            try:
+                for text in _sync(self.client.tail_job_logs(job_id), lambda: self.get(job_id)):
+                    new, skip = text[skip:], max(0, skip - len(text))
+                    came, deadline = came + len(new), time.monotonic() + RETRY_S
+                    if new:
+                        yield new
+                if self.get(job_id)["status"] in OVER:
+                    return
+            except (OSError, RuntimeError, aiohttp.ClientError) as e:
+                text = " ".join(str(e).split())[:200]
+                if time.monotonic() > deadline:
+                    raise ClusterError(f"following the log: {text}") from e
+                log.warning("following the log: %s; trying again", text)
+            time.sleep(FOLLOW_S)
 
     def logs(self, job_id: str) -> str:
         return self._retry(lambda: self.client.get_job_logs(job_id), "reading the log")
@@ -240,6 +256,20 @@ class Jobs:
             lambda: self.client.submit_job(entrypoint="true", submission_id=note, metadata={ENDS: attempt}), "telling the driver"
         )
         return note
+
+
+def _sync(source: AsyncIterator[T], beat: Callable[[], object]) -> Iterator[T]:
+    """Yields an asynchronous iterator's items; calls `beat` while none arrives, which may raise."""
+    with asyncio.Runner() as runner:
+        loop = runner.get_loop()
+        while True:
+            coming: asyncio.Task[T] = loop.create_task(anext(source))  # type: ignore[arg-type]
+            while not runner.run(asyncio.wait([coming], timeout=QUIET_S))[0]:
+                beat()
+            try:
+                yield coming.result()
+            except StopAsyncIteration:
+                return
 
 
 def _line(error: Exception) -> str:
