@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -19,9 +20,10 @@ NEW_S = 60.0  # in which a folder that was just made is locked
 
 @contextmanager
 def folder(prefix: str) -> Iterator[Path]:
-    """Makes a temporary folder and locks it; removes others of this prefix that no process holds, as their own were killed."""
+    """Makes a temporary folder and locks it; removes those of this machine that no process holds: theirs were killed."""
+    prefix = f"{prefix}{socket.gethostname()}-"  # locks of folders on a shared file system hold on one machine
     for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
-        with suppress(OSError), _locked(left) as found:
+        with suppress(OSError), _locked(left, fcntl.LOCK_NB) as found:
             if found.st_uid == os.getuid() and time.time() - found.st_mtime > NEW_S:
                 shutil.rmtree(left)
     with tempfile.TemporaryDirectory(prefix=prefix) as name, _locked(Path(name)):
@@ -29,11 +31,12 @@ def folder(prefix: str) -> Iterator[Path]:
 
 
 @contextmanager
-def _locked(place: Path) -> Iterator[os.stat_result]:
-    """Locks a folder against other processes, and yields its status; OSError if one has it, or it is a link or no folder."""
+def _locked(place: Path, how: int = 0) -> Iterator[os.stat_result]:
+    """Locks a folder against other processes, and yields its status; OSError if it is a link or no folder, or, with LOCK_NB, if
+    one has it. Without, it waits: whoever looks how old a folder is lets go of a new one at once."""
     descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | how)
         yield os.fstat(descriptor)
     finally:
         os.close(descriptor)

@@ -1,5 +1,6 @@
 """`prepare` on clusters of one, two and three Ray nodes, some of whose workers and nodes are lost: one digest."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from heliostat.chaos.nodes import LocalNodes
 
@@ -18,13 +20,17 @@ pytestmark = pytest.mark.ci
 LIMIT_S = 240
 
 
-def lose_worker(nodes: LocalNodes, node: int) -> None:
+def lose_worker(nodes: LocalNodes, node: int) -> bool:
     for process in at_work([nodes.nodes[node].process.pid])[:1]:
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+            return True
+    return False
 
 
-def lose_node(nodes: LocalNodes, node: int) -> None:
+def lose_node(nodes: LocalNodes, node: int) -> bool:
     nodes.nodes.pop(node).kill()
+    return True
 
 
 def prepared(folder: Path, given: Path, nodes: LocalNodes, lose) -> tuple[str, set[str], bool]:
@@ -44,8 +50,7 @@ def prepared(folder: Path, given: Path, nodes: LocalNodes, lose) -> tuple[str, s
                 busy = [number for number, node in enumerate(nodes.nodes) if number and at_work([node.process.pid])]
                 worked |= {nodes.nodes[number].address for number in busy}
                 if lose and not lost and busy and busy[-1] == len(nodes.nodes) - 1:
-                    lose(nodes, busy[-1])
-                    lost = True
+                    lost = lose(nodes, busy[-1])
                 time.sleep(0.02)
         finally:
             run.kill()

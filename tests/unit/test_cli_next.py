@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,6 +47,8 @@ def test_what_is_suggested_begins_with_what_the_shell_finds(monkeypatch, called,
     monkeypatch.setattr("sys.argv", [called, "train"])
     monkeypatch.setattr("shutil.which", lambda _: found)
     assert common.program() == told
+    elsewhere = told if told == "heliostat" else str(Path(told).absolute())
+    assert common.program(elsewhere=True) == elsewhere  # behind a `cd`, as `init` suggests
 
 
 def test_the_usual_store_is_asked_for_before_mlflow_sets_it_to_the_jobs(tmp_path, monkeypatch, capsys):

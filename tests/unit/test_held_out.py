@@ -78,13 +78,14 @@ def test_a_model_is_scored_on_what_its_own_run_held_out(tmp_path: Path):
 
 
 def test_no_recipe_meets_a_bad_held_out_row():
-    """Its place is taken by the next good one of its kind, behind the last by the first; without one the reason is told."""
-    rows = pa.table({"image": [b"a", None, b"c", None, b"e", None]})
-    found = Gathered(rows, dict.fromkeys((1, 3, 5), "shards/0: row group 0: cannot be read"))
-    one, apart = evaluation.whole(found, np.zeros(6, int)), evaluation.whole(found, np.array([0, 0, 1, 1, 0, 0]))
-    assert one["image"].to_pylist() == [b"a", b"c", b"c", b"e", b"e", b"a"]
-    assert apart["image"].to_pylist() == [b"a", b"e", b"c", b"c", b"e", b"a"]  # images of two sizes make no batch
-    with pytest.raises(DataError, match=r"^shards/0: row group 0: cannot be read; with it, none of a worker's held-out samples"):
-        evaluation.whole(found, np.array([0, 1, 0, 1, 0, 0]))
+    """A good one of its micro-batch stands in; a batch without one is one row, and only where all are bad the reason is told."""
+    rows = pa.table({"image": [b"a", None, b"c", None, None, None]})
+    why = "shards/0: row group 0: cannot be read"
+    found = Gathered(rows, dict.fromkeys((1, 3, 4, 5), why))
+    assert evaluation.whole(found, 2, pytest.fail)["image"].to_pylist() == [b"a", b"a", b"c", b"c", b"a", b"a"]
+    mine = Gathered(pa.table({"image": pa.array([None, None], pa.binary())}), dict.fromkeys((0, 1), why))
+    assert evaluation.whole(mine, 2, lambda: found)["image"].to_pylist() == [b"a", b"a"]
+    with pytest.raises(DataError, match=r"^shards/0: row group 0: cannot be read; with it, no held-out sample can be scored"):
+        evaluation.whole(mine, 2, lambda: mine)
     tokens = np.zeros((2, 4), np.int32)
-    assert evaluation.whole(Gathered(tokens, {0: "x"}), np.zeros(2, int)) is tokens
+    assert evaluation.whole(Gathered(tokens, {0: "x"}), 2, pytest.fail) is tokens

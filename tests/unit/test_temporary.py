@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -32,8 +33,11 @@ def test_a_killed_process_leaves_its_folder_to_the_next(tmp_path, monkeypatch):
         held = aged(Path(process.stdout.readline().strip()))
         elsewhere = tmp_path / "elsewhere"
         elsewhere.mkdir()
-        (tmp_path / "heliostat-export-link").symlink_to(aged(elsewhere))
-        (new := tmp_path / "heliostat-export-new").mkdir()  # of a process that has not locked it yet
+        prefix = f"heliostat-export-{socket.gethostname()}-"
+        (tmp_path / f"{prefix}link").symlink_to(aged(elsewhere))
+        (new := tmp_path / f"{prefix}new").mkdir()  # of a process that has not locked it yet
+        (there := tmp_path / "heliostat-export-another.host-1").mkdir()  # whose locks are not seen here
+        aged(there)
         with temporary.folder("heliostat-export-") as mine:
             assert mine.is_dir() and (held / "model").exists()  # it is in use
         process.send_signal(signal.SIGKILL)
@@ -41,4 +45,4 @@ def test_a_killed_process_leaves_its_folder_to_the_next(tmp_path, monkeypatch):
     assert held.exists() and not mine.exists()
     with temporary.folder("heliostat-export-"), pytest.raises(FileNotFoundError):
         held.stat()
-    assert elsewhere.exists() and new.exists()
+    assert elsewhere.exists() and new.exists() and there.exists()

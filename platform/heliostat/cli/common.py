@@ -72,10 +72,13 @@ TrackingUri = Annotated[
 ]
 
 
-def program() -> str:
-    """Tells how this program is called in the person's shell: by its name, or as it was, as `.venv/bin/heliostat`."""
+def program(elsewhere: bool = False) -> str:
+    """Tells how this program is called in the person's shell: by its name, or as it was, as `.venv/bin/heliostat`, from another
+    folder by its whole path."""
     called = sys.argv[0]
-    return called if Path(called).name == "heliostat" and shutil.which("heliostat") is None else "heliostat"
+    if Path(called).name != "heliostat" or shutil.which("heliostat"):
+        return "heliostat"
+    return str(Path(called).absolute()) if elsewhere else called
 
 
 def print_table(rows: list[list[str]], left: Collection[int] = (0,)) -> None:

@@ -25,6 +25,6 @@ def init(
     if not json_:
         out.print(f"{folder} is a workspace with {', '.join(path for path in written if path.endswith('.yaml'))}")
         go = "" if folder.resolve() == Path.cwd() else f"cd {folder}\n       "
-        name = shlex.quote(program())
+        name = shlex.quote(program(elsewhere=bool(go)))
         out.print(f"\nNext:  {go}{name} prepare pipelines/quickstart.yaml\n       {name} train jobs/quickstart.yaml")
     finish({"folder": str(folder), "files": written}, json_)

@@ -70,7 +70,7 @@ def replayed(which: bool | int | str) -> str:
     """Writes which layers' activations are computed again."""
     if isinstance(which, bool):
         return "yes" if which else "no"
-    return which if isinstance(which, str) else f"{which} layers"
+    return which if isinstance(which, str) else f"{which} layer{'s' * (which > 1)}"
 
 
 def parameters(p: dict[str, Any]) -> str:

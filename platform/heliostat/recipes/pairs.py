@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from heliostat.config.schema import Strict, explain
 from heliostat.config.spec import Job
-from heliostat.errors import ConfigError
+from heliostat.errors import ConfigError, DataError
 from heliostat.recipes.protocol import CouplesSamples, Evaluates, Loss, Part
 
 if TYPE_CHECKING:
@@ -82,6 +82,13 @@ def _own_keys(kind: type[Strict], model: dict[str, Any]) -> Any:
         return kind.model_validate({k: v for k, v in model.items() if k in kind.model_fields})
     except ValidationError as e:
         raise ConfigError("\n  ".join(f"model.{line}" for line in explain(e, kind))) from e
+
+
+def present(content: Any, column: str) -> list[Any]:
+    """Returns a column's values; DataError if a row has none."""
+    if nulls := content[column].null_count:
+        raise DataError(f"{nulls} of {len(content)} rows of a batch have no {column!r}; leave such rows out of the dataset")
+    return content[column].to_pylist()
 
 
 def named(sides: Sequence[Sequence[str | bytes]]) -> torch.Tensor:

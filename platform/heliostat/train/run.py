@@ -112,10 +112,12 @@ def _carry_out(run: Run, found: Checkpoint | None) -> dict[str, Any]:
     if found is None or found.step < job.last_step:
         return run.run()
     log.info("run %s has finished: step %d of %d", job.name, found.step, job.last_step)
-    if changed := spec.changed_keys(found.index["job"], job.dump()):
-        log.warning("what the job now says otherwise changes nothing in it: %s; use another name", ", ".join(changed))
     if (result := endings.result(job.run_folder, found.step)) is None:
         return run.finalize(found)
+    recorded = found.index["job"]
+    now = job.on(recorded["workers"]["count"]) if isinstance(job.workers.count, list) else job
+    if changed := spec.changed_keys(recorded, now.dump()):
+        log.warning("what the job now says otherwise changes nothing in it: %s; use another name", ", ".join(changed))
     run.catch_up()
     return result
 

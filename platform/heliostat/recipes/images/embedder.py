@@ -29,7 +29,7 @@ from heliostat.errors import ConfigError
 from heliostat.recipes import building, contrastive, tokenizing
 from heliostat.recipes.huggingface import from_config
 from heliostat.recipes.images import clip_processor, rows
-from heliostat.recipes.pairs import SCORES, EmbedsPairs, named
+from heliostat.recipes.pairs import SCORES, EmbedsPairs, named, present
 from heliostat.recipes.protocol import Batch, Exports
 from heliostat.recipes.text import checkpointing, encoder, model_config
 from heliostat.recipes.text.model_config import Kind
@@ -165,7 +165,7 @@ class ImageEmbedder(EmbedsPairs, Exports):
     # training --------------------------------------------------------------------------------------------------------
 
     def batch(self, content: Any, keys: np.ndarray) -> Batch:
-        captions, images = content["caption"].to_pylist(), content["image"].to_pylist()
+        captions, images = (present(content, side) for side in self.sides)
         found = tokenizing.tokens(self.tokenizer, captions, self.max_tokens)
         pixels = clip_processor.normalised(self.processor, rows.decoded(images))
         names, cut = named([captions, images]), torch.from_numpy(found.cut).long()

@@ -21,7 +21,7 @@ from heliostat.config.schema import Float, Strict
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.recipes import tokenizing
-from heliostat.recipes.pairs import EmbedsPairs, named
+from heliostat.recipes.pairs import EmbedsPairs, named, present
 from heliostat.recipes.protocol import Batch, Exports
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class Embedder(EmbedsPairs, Exports):
         import torch
 
         made: Batch = {}
-        columns = {side: content[side].to_pylist() for side in self.sides}
+        columns = {side: present(content, side) for side in self.sides}
         found = {side: tokenizing.tokens(self.tokenizer, texts, self.keys.max_tokens) for side, texts in columns.items()}
         for side, tokens in found.items():
             made |= {f"{side}_ids": tokens.ids, f"{side}_mask": tokens.mask}

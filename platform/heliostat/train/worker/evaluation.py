@@ -41,12 +41,12 @@ class HeldOut:
         self.batches = len(filled) // self.micro  # the same on every worker: ZeRO-3 gathers together
         take = type(everything)(*(getattr(everything, f)[filled] for f in ("position", "source", "epoch", "chunk", "row")))
         found = dataset.gather(take)
-        self.content = whole(found, sources[filled])
+        self.content = whole(found, self.micro, lambda: dataset.gather(everything))
         self.counted = np.concatenate([counted for _, counted in parts])
+        self.counted &= sharing.counts  # of workers that compute the same scores, one's are taken
         if lost := int(self.counted[list(found.faults)].sum()):
             log.warning("%d held-out samples are bad and score nothing: %s", lost, next(iter(found.faults.values())))
         self.counted[list(found.faults)] = False
-        self.counted &= sharing.counts  # of workers that compute the same scores, one's are taken
 
     @torch.no_grad()
     def scores(self, model: Any, device: Any, group: Any, progressed: Callable[[], None]) -> dict[str, float]:
@@ -79,21 +79,28 @@ class HeldOut:
         return first(group, lambda: self.evaluates.measure(in_order(parts or [])))
 
 
-def whole(found: Gathered, kinds: np.ndarray) -> Content:
-    """Replaces each bad row, which is null, by the next good one of its kind, so that recipes make batches of good ones alone.
+def whole(found: Gathered, micro: int, everything: Callable[[], Gathered]) -> Content:
+    """Replaces each bad row, which is null, by a good one, so that recipes make batches of good ones alone; none of them counts.
 
-    None of them counts. DataError if a kind has no good row.
+    Its place is taken by the first good row of its micro-batch, so that the others are padded no further. A micro-batch without
+    one becomes any good row as often: this worker's first, or of all held-out samples; DataError if they have none.
     """
     if not found.faults or isinstance(found.content, np.ndarray):  # a bad sample of tokens is zeros
         return found.content
-    index = np.arange(len(kinds))
-    good = np.isin(index, list(found.faults), invert=True)
-    for i, reason in found.faults.items():
-        alike = np.flatnonzero(good & (kinds == kinds[i]))
-        if not len(alike):
-            raise DataError(f"{reason}; with it, none of a worker's held-out samples can be scored: prepare the dataset again")
-        index[i] = alike[np.searchsorted(alike, i) % len(alike)]
+    index, good = np.arange(len(found.content)), _good(found)
+    if not len(good):
+        found, reason = everything(), next(iter(found.faults.values()))
+        if not len(good := _good(found)):
+            raise DataError(f"{reason}; with it, no held-out sample can be scored: prepare the dataset again")
+        return content.take(found.content, np.full(len(index), good[0]))
+    for i in found.faults:
+        near = good[good // micro == i // micro]
+        index[i] = near[0] if len(near) else good[0]
     return content.take(found.content, index)
+
+
+def _good(found: Gathered) -> np.ndarray:
+    return np.setdiff1d(np.arange(len(found.content)), list(found.faults))
 
 
 def dealt(samples: np.ndarray, rank: int, world: int, micro: int) -> tuple[np.ndarray, np.ndarray]:
