@@ -3,6 +3,7 @@ off."""
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -75,6 +76,17 @@ def test_the_likeliest_continuation_is_that_of_a_plain_loop(model):
     assert [answer.values["answer"] for answer in engine(PROMPTS)] == plain
 
 
+def test_a_folder_that_samples_in_its_own_way_changes_no_answer(model, tmp_path):
+    """Draws are the model's within temperature and top_p: a penalty that generation_config.json names is none of them."""
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    named = transformers.GenerationConfig(repetition_penalty=9.0, no_repeat_ngram_size=1, top_k=1, do_sample=True)
+    named.save_pretrained(folder)
+    options = {"max_tokens": 8, "temperature": 0.9}
+    one, other = ([answer.values for answer in Continue(place, 4, options)(PROMPTS)] for place in (model, folder))
+    assert one == other
+
+
 def test_noise_draws_from_the_softmax():
     """4,000 draws of four tokens: each as often as its probability says, within five standard deviations; none beyond top_p."""
     logits, draws = torch.tensor([[1.0, 0.0, -1.0, -4.0]]), 4000
@@ -128,6 +140,20 @@ def test_a_model_that_answers_nothing_ends_the_run(model, monkeypatch):
     engine = Continue(model, 4, {"max_tokens": 6})
     monkeypatch.setattr(engine, "answer", lambda tokens, inputs: 1 / 0)
     with pytest.raises(HeliostatError, match="answers nothing: ZeroDivisionError"):
+        engine(PROMPTS)
+
+
+def test_an_engine_that_has_died_ends_the_run_though_one_answer_was_made(model, monkeypatch):
+    engine = Continue(model, 1, {"max_tokens": 4})
+    plain = engine.answer
+
+    def answer(tokens, inputs):
+        if inputs[0] is PROMPTS[4]:  # the longest is the last
+            raise torch.AcceleratorError("an illegal memory access was encountered")
+        return plain(tokens, inputs)
+
+    monkeypatch.setattr(engine, "answer", answer)
+    with pytest.raises(HeliostatError, match=r"the engine has died .AcceleratorError: an illegal memory access"):
         engine(PROMPTS)
 
 

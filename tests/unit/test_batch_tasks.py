@@ -108,11 +108,14 @@ def test_what_is_no_chat_is_said_and_stops_nothing(writer):
         ask(("tool", "a")),
         '[{"role": "user", "content": [{"type": "image_url"}]}]',
         ask(("assistant", "a")),
+        ask(("user", "half a character: \ud800")),
     ]
     answers = engine([Input(text, 0) for text in [*bad, ask(("user", "a"))]])
-    assert [a.bad for a in answers] == ["no_messages"] * 5 + ["template", ""]
+    assert [a.bad for a in answers] == ["no_messages"] * 5 + ["template", "template", ""]
     assert "no JSON list" in answers[0].detail and "0.role" in answers[3].detail and "no question" in answers[5].detail
     assert chat.read('[{"role": "user", "content": "a", "name": null, "tool_calls": null}]') == [{"role": "user", "content": "a"}]
+    parts = [{"type": "text", "text": "a", "image_url": None}]  # as a Parquet file has them
+    assert chat.read(json.dumps([{"role": "user", "content": parts}])) == [{"role": "user", "content": "a"}]
 
 
 # classes -----------------------------------------------------------------------------------------------------------------
@@ -156,12 +159,26 @@ def test_a_decoder_that_classifies_reads_the_last_token_of_each_text(writer, tmp
             assert answer.values["probabilities"] == pytest.approx(torch.softmax(logits, -1).tolist(), abs=1e-5)
 
 
+def test_an_xlnet_reads_the_last_place_so_texts_of_different_lengths_share_no_batch(writer, tmp_path):
+    torch.manual_seed(0)
+    config = transformers.XLNetConfig(vocab_size=320, d_model=16, n_layer=1, n_head=2, d_inner=16, num_labels=3)
+    transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(writer).save_pretrained(tmp_path)
+    engine, texts = loading.engine(tmp_path, "classify", 4, {}), [Input(text, 0) for text in ("a b", "c d e f", "b")]
+    assert engine.apart(2, 3) and not engine.apart(2, 2)
+    for one, together in zip(texts, engine(texts), strict=True):
+        assert not together.bad, together.detail
+        assert together.values["probabilities"] == pytest.approx(engine([one])[0].values["probabilities"], abs=1e-6)
+
+
 def test_a_model_that_does_not_do_the_task_is_refused_in_a_line(writer, classifier, clip, tmp_path):
     write_classifier(tmp_path / "one", ("score",))
+    write_classifier(tmp_path / "scores", problem_type="regression")
     write_model(tmp_path, BASE["model"])
     for folder, task, said in [
         (writer, "classify", "holds LlamaForCausalLM, without a head that classifies; take a model ...ForSequenceClassification"),
         (tmp_path / "one", "classify", "has one label (score)"),
+        (tmp_path / "scores", "classify", "has problem_type regression"),
         (clip, "continue", "embeds texts and images; give --task embed, or embed-images"),
         (writer, "embed-images", "is no CLIP"),
         (tmp_path / "model", "chat", "has no chat template; give --task continue"),
@@ -211,6 +228,12 @@ def test_images_and_texts_are_embedded_as_plain_transformers_does(clip):
         right = torch.nn.functional.normalize(out.pooler_output[0], dim=-1)
         torch.testing.assert_close(torch.tensor(answer.values["embedding"]), right, rtol=1e-4, atol=1e-5)
         assert answer.values["truncated"] == (len(text) > 20)
+
+
+def test_an_image_that_would_be_huge_when_it_is_shrunk_is_bad(clip):
+    long, most = (build_images.image(1, height, 0, "L") for height in (101, 100))
+    found = loading.engine(clip, "embed-images", 2, {})([Input("", 0, one) for one in (long, most)])
+    assert [answer.bad for answer in found] == ["undecodable", ""] and "pixels: one is over 100 times" in found[0].detail
 
 
 # runs --------------------------------------------------------------------------------------------------------------------
@@ -301,3 +324,20 @@ def test_a_run_of_images_reads_what_the_image_pipeline_reads(clip, tmp_path, mon
     assert sorted(bad(tmp_path / "out")) == lost and found["inputs"]
     again = infer(clip, asked, folder, tmp_path / "out")
     assert again["new"] == 0
+
+
+def test_new_images_are_only_their_own_work(clip, tmp_path, monkeypatch):
+    """Though the input is twice as large, and pieces of it would be."""
+    monkeypatch.setattr(pieces, "LEAST", 64)
+    folder, asked = tmp_path / "in", Settings(task="embed-images")
+    folder.mkdir()
+
+    def write(part: int) -> None:
+        rows = [{"image": {"bytes": png(part * 4 + i), "path": None}} for i in range(4)]
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{part}.parquet", row_group_size=1)
+
+    write(0)
+    first = infer(clip, asked, folder, tmp_path / "out")
+    write(1)
+    assert infer(clip, asked, folder, tmp_path / "out")["new"] == first["new"] > 1
+    assert len(answers(tmp_path / "out")) == 8

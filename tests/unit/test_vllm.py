@@ -6,7 +6,10 @@ real model's likeliest tokens.
 
 import asyncio
 import dataclasses
+import json
+import os
 import queue
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -26,6 +29,7 @@ from heliostat.serving.row import Row
 from heliostat.serving.sampling import Draw
 from heliostat.serving.stopping import Stopping
 from heliostat.storage import Location
+from safetensors.torch import save_file
 
 from tests.unit.build_job import BASE
 from tests.unit.test_batch_inference import PROMPTS, write_model
@@ -122,6 +126,7 @@ class Likeliest:
 
     def __init__(self, model: str, **asked: Any) -> None:
         self.asked, self.model = asked, transformers.AutoModelForCausalLM.from_pretrained(model).eval()
+        self.model_config = SimpleNamespace(max_model_len=asked["max_model_len"] or 24)
 
     def tokens(self, prompt: list[int], params: Any) -> tuple[list[int], list[dict[int, Any]], list[Any]]:
         made, told = list[int](), list[dict[int, Any]]()
@@ -225,6 +230,79 @@ def test_a_stream_of_its_tokens_is_told_as_the_other_engine_tells_it(model, vllm
     for one, other in zip(told(found), wanted, strict=True):
         assert one.pop("values") == pytest.approx(other.pop("values"), abs=1e-4) and one == other
     assert found.empty() and theirs.embeds is False
+
+
+def test_what_vllm_is_made_with_asks_no_hub_and_tells_nobody(model, monkeypatch):
+    """A folder's name is never one of a hub; weights that name no precision are fp32, as everywhere; nothing is told home."""
+    monkeypatch.chdir(model.parent)
+    asked = vllm_terms.engine(Path(model.name), transformers.LlamaConfig(), None, 1)
+    assert asked["model"] == str(model) and asked["dtype"] == "float32"
+    assert os.environ["VLLM_NO_USAGE_STATS"] == "1"
+    assert vllm_terms.sampling(1, 0.0, 1.0, 0, [3])["ignore_eos"]
+
+
+def test_ends_that_config_json_alone_names_end_answers_with_either_engine(model, tmp_path):
+    from heliostat.inference.batch.vllm_engine import Described
+
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": [3, 40]}))
+    found = [loaded(folder).generation().eos_token_id for loaded in (Described, engines.Loaded)]
+    assert found == [[3, 40], [3, 40]]
+
+
+def test_vllms_own_limit_is_that_of_prompts(model, vllm, monkeypatch):
+    from heliostat.serving.vllm_engine import VllmEngine
+
+    monkeypatch.setattr(vllm_terms, "engine", lambda folder, *_: {"model": str(folder), "max_model_len": None})
+    assert VllmEngine(model, 1, {}).loaded.longest == loading.engine(model, "score", 1, {}, "vllm").longest == 24
+
+
+def test_an_adapter_of_another_model_is_refused_before_vllm_starts(model, vllm, tmp_path):
+    from heliostat.serving.vllm_engine import VllmEngine
+
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one/adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 8}')
+    path = "base_model.model.model.layers.0.self_attn.q_proj"
+    pair = {f"{path}.lora_A.weight": torch.ones(4, 9), f"{path}.lora_B.weight": torch.ones(9, 4)}
+    save_file(pair, tmp_path / "one/adapter_model.safetensors")
+    with pytest.raises(ConfigError, match=r"q_proj: its matrices are .* is it an adapter of another model\?"):
+        VllmEngine(model, 4, {"one": str(tmp_path / "one")})
+
+
+def test_a_request_that_nobody_waits_for_is_aborted_and_a_dead_core_ends_the_replica(model, vllm, monkeypatch):
+    from heliostat.serving import vllm_engine
+
+    engine, found, seen = vllm_engine.VllmEngine(model, 4, {}), queue.Queue[Any](), []
+
+    async def waits(*_, **__):
+        try:
+            await asyncio.sleep(60)
+            yield
+        finally:
+            seen.append("aborted")
+
+    async def dies(*_, **__):
+        engine.llm.errored = True
+        raise RuntimeError("the core has died")
+        yield
+
+    async def run(generate: Any, leave: bool) -> None:
+        monkeypatch.setattr(engine.llm, "generate", generate)
+        row = Row([5, 6], 4, Draw(0.0, 1.0, 1), Stopping(), found.put)
+        engine.begin([row])
+        await asyncio.sleep(0)
+        if leave:
+            row.leave()
+        await asyncio.wait(engine.tasks)
+
+    asyncio.run(run(waits, leave=True))
+    assert seen == ["aborted"] and found.empty()
+    monkeypatch.setattr(vllm_engine.os, "_exit", seen.append)
+    asyncio.run(run(dies, leave=False))
+    assert seen == ["aborted", 1]
 
 
 def test_a_stream_that_vllm_breaks_off_fails_and_the_others_go_on(model, vllm, monkeypatch):

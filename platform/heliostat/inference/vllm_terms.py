@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -22,6 +23,7 @@ ENGINES = ("auto", "transformers", "vllm")
 TASKS = ("continue", "chat", "score", "embed", "serve")
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of adapters, for which it has kernels
 MOST_LOGPROBS = 20  # of a token
+os.environ["VLLM_NO_USAGE_STATS"] = "1"  # before it is imported: it would tell its makers of the machine and the model
 
 
 def choose(asked: str, folder: Path, task: str, gpus: int, known: Callable[[], Collection[str]] | None = None) -> tuple[str, str]:
@@ -68,7 +70,7 @@ def engine(folder: Path, config: Any, longest: int | None, batch: int, ranks: Se
     folder's. `ranks`: of the adapters that it is to hold."""
     held = {"enable_lora": True, "max_loras": len(ranks), "max_lora_rank": rank(max(ranks))} if ranks else {}
     return {
-        "model": str(folder), "dtype": str(config.dtype or "auto").removeprefix("torch."), "max_model_len": longest,
+        "model": str(folder.absolute()), "dtype": str(config.dtype or "float32").removeprefix("torch."), "max_model_len": longest,
         "max_num_seqs": batch, "trust_remote_code": False, "generation_config": "vllm", "max_logprobs": MOST_LOGPROBS,
         "logprobs_mode": "raw_logprobs", "disable_log_stats": True, **held,
     }  # fmt: skip
@@ -84,10 +86,11 @@ def rank(most: int) -> int:
 def sampling(
     most: int, temperature: float, top_p: float, seed: int, ends: Iterable[int], logprobs: int | None = None
 ) -> dict[str, Any]:
-    """Returns the keys of `SamplingParams` by which `most` tokens are drawn, each draw of this seed alone."""
+    """Returns the keys of `SamplingParams` by which `most` tokens are drawn, each draw of this seed alone; none but `ends`
+    end them."""
     return {
         "max_tokens": most, "temperature": temperature, "top_p": top_p, "seed": seed % 2**63, "stop_token_ids": sorted(ends),
-        "logprobs": logprobs, "detokenize": False,
+        "ignore_eos": True, "logprobs": logprobs, "detokenize": False,
     }  # fmt: skip
 
 

@@ -69,7 +69,7 @@ class Adapters:
         self.names: Sequence[str | None] = ()
         self.layers: dict[str, dict[str, Layer]] = {}  # of each layer, by adapter
         for name, folder in folders.items():
-            for path, layer in _read(name, Path(folder), model).items():
+            for path, layer in read(name, Path(folder), model).items():
                 self.layers.setdefault(path, {})[name] = layer
         for path, known in self.layers.items():
             model.get_submodule(path).register_forward_hook(self._hook(known))
@@ -109,7 +109,7 @@ class Adapters:
         return add
 
 
-def _read(name: str, folder: Path, model: Any) -> dict[str, Layer]:
+def read(name: str, folder: Path, model: Any) -> dict[str, Layer]:
     """Reads an adapter's matrices by the layers of the model that they belong to; ConfigError if they do not fit it."""
     told, where = require(name, folder), f"--adapter: {name}: {folder / WEIGHTS}"
     try:

@@ -9,7 +9,7 @@ import difflib
 import json
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from heliostat.config.schema import Float, Strict
 from heliostat.inference.vllm_terms import MOST_LOGPROBS
@@ -75,7 +75,15 @@ def _prompts(given: Any) -> Any:
     for one in given:
         if not (isinstance(one, str) or (isinstance(one, list) and one and all(_is_token(token) for token in one))):
             raise ValueError(PROMPTS)
+        if isinstance(one, str):
+            _whole(one)
     return given
+
+
+def _whole(text: str) -> str:
+    """Returns a text; ValueError if it has half a character (a lone surrogate), which no tokenizer takes."""
+    text.encode()
+    return text
 
 
 def _is_token(given: Any) -> bool:
@@ -87,7 +95,7 @@ class Completion(Sampled):
 
     prompt: Annotated[list[Any], BeforeValidator(_prompts), Field(min_length=1, max_length=MOST_INPUTS)]
     """Texts, or lists of tokens."""
-    suffix: str = ""
+    suffix: Annotated[str, AfterValidator(_whole)] = ""
     logprobs: int | None = Field(None, ge=0, le=5)
 
 

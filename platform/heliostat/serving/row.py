@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,13 @@ class Row:
     made: list[int] = field(default_factory=list)
     told: list[dict[str, Any]] = field(default_factory=list)  # logprobs of tokens whose text is not sent yet
     over: bool = False
+    task: asyncio.Task[None] | None = None  # that follows it, of an engine in the event loop
+
+    def leave(self) -> None:
+        """Ends because nobody waits for it any more; in the event loop."""
+        self.over = True
+        if self.task is not None:
+            self.task.cancel()
 
     def fail(self, said: str) -> None:
         """Ends without an answer."""

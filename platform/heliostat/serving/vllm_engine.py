@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import uuid
 from collections.abc import Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
+
+import torch
+import transformers
 
 from heliostat.errors import HeliostatError
 from heliostat.inference import vllm_terms
@@ -34,10 +38,12 @@ class VllmEngine:
         self.infilling = Infilling.of(self.loaded.tokenizer)
         self.telling = Telling(self.loaded.tokenizer, ending(self.loaded, self.infilling))
         ranks = [lora.require(name, Path(place))["r"] for name, place in adapters.items()]
+        _require_fit(self.loaded.config, adapters)
         asked = vllm_terms.engine(folder, self.loaded.config, self.loaded.longest, batch, ranks)
         self.params = vllm.SamplingParams
         self.adapters = {name: LoRARequest(name, i, place) for i, (name, place) in enumerate(adapters.items(), 1)}
         self.llm = vllm.AsyncLLMEngine.from_engine_args(vllm.AsyncEngineArgs(**asked))
+        self.loaded.longest = self.llm.model_config.max_model_len
         self.tasks = set[asyncio.Task[None]]()
 
     def require_alive(self) -> None:
@@ -48,7 +54,7 @@ class VllmEngine:
     def begin(self, rows: Sequence[Row]) -> None:
         """Takes rows; each is followed to its end."""
         for row in rows:
-            task = asyncio.get_running_loop().create_task(self._follow(row))
+            row.task = task = asyncio.get_running_loop().create_task(self._follow(row))
             self.tasks.add(task)
             task.add_done_callback(self.tasks.discard)
 
@@ -61,6 +67,9 @@ class VllmEngine:
             await self._answer(row)
         except Exception as e:  # noqa: BLE001 (whatever vLLM raises: the others go on)
             log.error("a request failed (%s: %s)", type(e).__name__, brief(e))
+            if self.llm.errored:
+                log.critical("vLLM has died, and this replica ends: another one answers")
+                os._exit(1)
             row.fail(f"{type(e).__name__}: {brief(e)}")
 
     async def _answer(self, row: Row) -> None:
@@ -85,3 +94,12 @@ class VllmEngine:
     def _take(self, row: Row, token: int, at: Any) -> None:
         found = None if row.logprobs is None else vllm_terms.probabilities(at, token, row.logprobs)
         self.telling.take(row, token, found)
+
+
+def _require_fit(config: Any, adapters: dict[str, str]) -> None:
+    """Holds adapters against the model's shapes, for vLLM leaves out silently what does not fit; ConfigError of such a one."""
+    if adapters:
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+        for name, place in adapters.items():
+            lora.read(name, Path(place), model)

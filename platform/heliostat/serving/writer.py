@@ -67,7 +67,7 @@ class Writer:
                 yield {"index": index, "piece": piece}
         finally:
             for row in rows:  # those that nobody waits for any more
-                row.over = True
+                row.leave()
 
     async def embed(self, texts: list[str]) -> dict[str, Any]:
         """Embeds texts: `answers`, or `refused`."""

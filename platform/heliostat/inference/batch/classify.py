@@ -19,7 +19,8 @@ class Classify(Engine):
         config = self.model.config
         self.labels = [config.id2label[i] for i in range(config.num_labels)]
         self.independent = config.problem_type == "multi_label_classification"
-        self.mixes = config.get_text_config().pad_token_id is not None
+        last = getattr(config, "summary_type", "") == "last"  # XLNet reads the last place, whatever stands there
+        self.mixes = config.get_text_config().pad_token_id is not None and not last
 
     def apart(self, one: int, other: int) -> bool:
         return not self.mixes and one != other

@@ -31,6 +31,7 @@ from heliostat.recipes.images import clip_folder
 from heliostat.recipes.pretrained import from_folder
 from heliostat.recipes.text import chat, encoder, sentence_folder
 from heliostat.recipes.text.generator import Sampling, ends, whole
+from heliostat.text import brief
 
 LOGITS_BYTES = 256 << 20  # of a batch that is scored: every position has a logit for each token of the vocabulary
 UNKNOWN = 1 << 32  # tokens, from which on a tokenizer's limit says that it knows of none
@@ -171,7 +172,9 @@ class Engine:
         try:
             with torch.inference_mode():
                 return self.answer(tokens, inputs)
-        except Exception as e:  # noqa: BLE001 (whatever a model raises for an input: the others are answered)
+        except Exception as e:  # whatever a model raises for an input: the others are answered
+            if isinstance(e, torch.AcceleratorError) or type(e).__name__ == "EngineDeadError":  # the last is vLLM's
+                raise HeliostatError(f"the engine has died ({type(e).__name__}: {brief(e)}); give the command again") from e
             if len(inputs) == 1:
                 return [Answer(bad="failed", detail=f"{type(e).__name__}: {e}"[:500])]
         return [self._answered([t], [i])[0] for t, i in zip(tokens, inputs, strict=True)]
@@ -199,6 +202,8 @@ class Continue(Engine):
         self.sampling = validate(Sampling, options, "options")
         self.pads = self.model is not None and pads_hold(self)
         self.ends = self.ending()
+        if self.model is not None:  # nothing of the folder's sampling: a penalty would be no draw of the model's
+            self.model.generation_config = transformers.GenerationConfig()
 
     def ending(self) -> list[int]:
         """Returns the tokens that end an answer."""

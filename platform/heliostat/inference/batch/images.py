@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 
 from heliostat.curation import picturing
@@ -13,10 +14,11 @@ from heliostat.recipes.images import clip_folder
 from heliostat.recipes.pretrained import from_folder
 
 MODES = {1: "L", 3: "RGB"}
+MOST_RATIO = 100  # of an image's sides: the longer grows with the shorter, up to what the model takes
 
 
 class EmbedImages(Engine):
-    """Embeds images, each decoded with its batch; what is no whole PNG, JPEG or WebP is bad."""
+    """Embeds images, each decoded and shrunk before the next; what is no whole PNG, JPEG or WebP is bad."""
 
     def __init__(self, folder: Path, batch: int) -> None:
         super().__init__(Loaded(folder), batch)
@@ -27,16 +29,24 @@ class EmbedImages(Engine):
         return []  # all images have one length
 
     def answer(self, tokens: list[list[int]], inputs: list[Input]) -> list[Answer]:
-        opened = [self._opened(one.image) for one in inputs]
-        whole = [image for image in opened if not isinstance(image, Answer)]
+        found = [self._pixels(one.image) for one in inputs]
+        whole = [pixels for pixels in found if not isinstance(pixels, Answer)]
         if not whole:
-            return opened
-        pixels = self.processor(images=whole, return_tensors="pt")["pixel_values"].to(self.model.device)
-        made = iter(clip_folder.of_images(self.model, pixels).cpu().numpy())
-        return [image if isinstance(image, Answer) else Answer({"embedding": next(made)}) for image in opened]
+            return found
+        made = iter(clip_folder.of_images(self.model, torch.cat(whole).to(self.model.device)).cpu().numpy())
+        return [one if isinstance(one, Answer) else Answer({"embedding": next(made)}) for one in found]
+
+    def _pixels(self, data: bytes) -> Any:
+        image = self._opened(data)
+        return image if isinstance(image, Answer) else self.processor(images=[image], return_tensors="pt")["pixel_values"]
 
     def _opened(self, data: bytes) -> Any:
         try:
+            size = picturing.opened(data).size
+            if max(size) > MOST_RATIO * min(size):
+                return Answer(
+                    bad="undecodable", detail=f"{size[0]} by {size[1]} pixels: one is over {MOST_RATIO} times the other"
+                )
             return picturing.upright(data).convert(self.mode)
         except Exception as e:  # noqa: BLE001 - Pillow raises errors of many kinds for bytes that are none
             return Answer(bad="undecodable", detail=picturing.fault(e))

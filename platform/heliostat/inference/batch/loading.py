@@ -43,6 +43,8 @@ def _labels(folder: Path) -> list[str]:
     named = (config.get("architectures") or ["a model that its config.json does not name"])[0]
     if not str(named).endswith(HEAD):
         raise ConfigError(f"--task classify: {folder} holds {named}, without a head that classifies; take a model ...{HEAD}")
+    if config.get("problem_type") == "regression":
+        raise ConfigError(f"--task classify: {folder} has problem_type regression, scores of no classes; take a classifier")
     if len(found := scoring.labels(config)) < LEAST_LABELS:
         raise ConfigError(f"--task classify: {folder} has one label ({found[0]}), a score of no classes; take a model of several")
     return found

@@ -37,9 +37,9 @@ class Pictures:
         return sources.listing(self.input)
 
     def pieces(self, flow: Flow, files: list[InputFile]) -> Iterator[list[Part]]:
-        flow.work.begin(pieces.size(sum(f.bytes for f in files)))
+        target = flow.work.begin(pieces.size(sum(f.bytes for f in files)))
         sizes = {f.path: f.bytes for f in files}
-        for task in sources.tasks(self.input, files, self.columns):
+        for task in sources.tasks(self.input, files, self.columns, target=target):
             paths = [one["path"] for one in task.get("parts") or task.get("entries", [])]
             yield [Part(segment.store(flow.work.spill, task), sum(sizes.get(path, 0) for path in paths), 0)]
 

@@ -23,9 +23,10 @@ class Described(Loaded):
         return None
 
     def generation(self) -> Any:
-        """Reads how the folder's model is to generate, None if it does not say."""
-        named = (self.folder / "generation_config.json").is_file()
-        return from_folder("model", transformers.GenerationConfig, self.folder) if named else None
+        """Reads how the folder's model is to generate; where it does not say, its configuration does, as transformers has it."""
+        if not (self.folder / "generation_config.json").is_file():
+            return transformers.GenerationConfig.from_model_config(self.config)
+        return from_folder("model", transformers.GenerationConfig, self.folder)
 
 
 class OnVllm:
@@ -40,6 +41,7 @@ class OnVllm:
 
         super().__init__(Described(folder), batch, *options)  # type: ignore[call-arg]
         self.llm = vllm.LLM(**vllm_terms.engine(folder, self.loaded.config, self.longest, batch), **self.kind())
+        self.longest = self.loaded.longest = self.llm.model_config.max_model_len
 
     def kind(self) -> dict[str, Any]:
         """Returns what vLLM is made with beside what all engines have."""

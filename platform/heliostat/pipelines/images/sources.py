@@ -93,17 +93,20 @@ def listing(uri: str) -> list[InputFile]:
     return sorted(files, key=lambda f: f.path)
 
 
-def tasks(uri: str, files: list[InputFile], columns: Columns, limit: int = Limits.file) -> Iterator[dict[str, Any]]:
+def tasks(
+    uri: str, files: list[InputFile], columns: Columns, limit: int = Limits.file, target: int | None = None
+) -> Iterator[dict[str, Any]]:
     """Plans the read tasks: each reads an archive, a part of a table, or some hundred files that a metadata file names.
 
     Of these, `state` says what they follow from beside their rows: the bytes of each, and when it was modified.
+    `target`: bytes of a piece, by default by those of all files.
     """
     if uri == DIGITS:
         yield {"kind": "digits", "path": ""}
         return
     tables = [f.path for f in files if f.path.rsplit("/", 1)[-1] in METADATA]
     if not tables:
-        target = pieces.size(sum(f.bytes for f in files))
+        target = target or pieces.size(sum(f.bytes for f in files))
         for piece in pieces.cut(((f.path, f.bytes, f.modified) for f in files), target, _ranged):
             yield {"kind": "archives", "parts": [asdict(part) for part in piece]}
         return

@@ -44,11 +44,9 @@ MESSAGES = TypeAdapter(Annotated[list[Message], Field(min_length=1)])
 def read(text: str) -> list[dict[str, str]]:
     """Reads messages from JSON, as chat templates take them; ConfigError that says what is wrong with them."""
     try:
-        given = json.loads(text)
+        given = _filled(json.loads(text))  # a table's rows have all columns, many of them empty
     except (ValueError, RecursionError) as e:
         raise ConfigError("is no JSON list of messages") from e
-    if isinstance(given, list):  # a table's rows have all columns, many of them empty
-        given = [{k: v for k, v in one.items() if v is not None} if isinstance(one, dict) else one for one in given]
     try:
         return [message.plain() for message in MESSAGES.validate_python(given)]
     except ValidationError as e:
@@ -57,10 +55,17 @@ def read(text: str) -> list[dict[str, str]]:
         raise ConfigError(f"{where + ': ' if where else ''}{brief(fault['msg'])}") from e
 
 
+def _filled(value: Any) -> Any:
+    """Leaves out the keys that are null, in parts of messages too."""
+    if isinstance(value, dict):
+        return {k: _filled(v) for k, v in value.items() if v is not None}
+    return [_filled(one) for one in value] if isinstance(value, list) else value
+
+
 def encode(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-    """Returns the tokens of a chat, up to where its answer begins; ConfigError if the template refuses the messages."""
+    """Returns the tokens of a chat, up to where its answer begins; ConfigError if the template or the tokenizer refuses them."""
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as e:  # whatever the template raises
-        raise ConfigError(f"the model's chat template refuses them: {str(e)[:200]}") from e
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    except Exception as e:  # whatever the template raises, and the tokenizer of half a character (a lone surrogate)
+        raise ConfigError(f"the model's chat template or tokenizer refuses them: {brief(e, 200)}") from e

@@ -51,7 +51,7 @@ def places(config: Any, model: Any = None) -> int | None:
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
     tables = [m for name, m in (model.named_modules() if model is not None else ()) if name.endswith("position_embeddings")]
     first = max((m.padding_idx + 1 for m in tables if getattr(m, "padding_idx", None) is not None), default=0)  # of RoBERTa's
-    return most - first if most else None
+    return most - first if most and most > 0 else None  # -1 is XLNet's for any number
 
 
 def embed(model: Any, ids: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
