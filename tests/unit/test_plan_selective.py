@@ -137,6 +137,16 @@ def test_the_cheapest_that_fits_is_found_by_memory(wide):
     assert chosen == {which: which for which in given}
 
 
+@pytest.mark.parametrize(
+    ("model", "singly"), [(BASE["model"], True), ({"arch": "xlnet", "d_model": 32, "n_head": 4, "n_layer": 2}, False)]
+)
+def test_an_architecture_whose_layers_are_not_checkpointed_one_by_one_is_offered_no_part(model, singly):
+    """What `check` would refuse is not recommended."""
+    j = job(**{"model": {**model, "vocab_size": 96}})
+    found = planner.planners(j, CausalLM(j), None, None, hardware.table())[-1]
+    assert found.selects is singly
+
+
 def test_it_is_ranked_where_the_job_could_have_it():
     def offered(**changes) -> bool:
         return SELECTIVE in {one.checkpointing for one in layouts.candidates(job(**changes), 1, selects=True)}

@@ -24,7 +24,7 @@ from heliostat.plan.counts import Activations, Counts, ModelStats, Tile, Work
 from heliostat.plan.operations import Recorder, extended, grouped
 from heliostat.recipes import building
 from heliostat.recipes.protocol import DividesExperts, DividesMatrices, Recipe
-from heliostat.recipes.text import next_token, selective, tiled_loss, tiled_mlp
+from heliostat.recipes.text import checkpointing, next_token, selective, tiled_loss, tiled_mlp
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -246,10 +246,7 @@ def _fake(model: torch.nn.Module) -> None:
 
 def layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     """Lists the modules that activation checkpointing wraps: transformers' marked ones, else the members of outermost lists."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    marked: list[torch.nn.Module] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    return marked or list(_listed(model))
+    return checkpointing.layers(model) or list(_listed(model))
 
 
 def _listed(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
@@ -275,7 +272,7 @@ class Meter:
         self._inside: list[int] = []
         self._dear: list[int] = []
         self._keeping = selective.Keeping()
-        self._layers = layers(model)
+        self._layers, self._singly = layers(model), bool(checkpointing.layers(model))
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda t: t)
 
     def __enter__(self) -> Meter:
@@ -314,4 +311,4 @@ class Meter:
 
     def result(self) -> Activations:
         each = tuple(zip(self._inputs, self._inside, self._dear, strict=True))
-        return Activations(self.total - sum(self._inside), each, self.largest)
+        return Activations(self.total - sum(self._inside), each, self.largest, singly=self._singly)

@@ -124,9 +124,10 @@ def planners(
     if cluster:
         room.check(most, cluster)
     counts, parts = count_cache.get(most, recipe, lambda: _count(most, recipe, built)), job.train.parallel.sequence
+    selects = recipe.selects and counts.kept.singly
     if exchanged is None:
         exchanged = {parts: recipe.exchanged(parts) if isinstance(recipe, CutsSamples) and parts > 1 else 0}
-    return [Planner(one, counts, where, prices, exchanged, recipe.selects) for one in (fewest, most)]
+    return [Planner(one, counts, where, prices, exchanged, selects) for one in (fewest, most)]
 
 
 def degrees(job: Job, recipe: Recipe) -> dict[int, int]:
