@@ -37,6 +37,8 @@ def test_a_completion_is_read_with_openais_defaults():
         ({"n": 2}, "n", "2 is not supported; leave it out, or give 1"),
         ({"echo": True}, "echo", "true is not supported"),
         ({"suffix": 3}, "suffix", "is not text"),
+        ({"prompt": "a \ud800"}, "prompt", "surrogates not allowed"),
+        ({"suffix": "\ud800"}, "suffix", "surrogates not allowed"),
         ({"frequency_penalty": 0.5}, "frequency_penalty", "not supported"),
         ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
         ({"max_token": 3}, "max_token", "unknown parameter; did you mean 'max_tokens'?"),
