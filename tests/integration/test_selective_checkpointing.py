@@ -32,6 +32,7 @@ class Case:
 # (DeepSpeed's linear layers at stage 3 write their bias into the product, and qwen2 has biases)
 CASES = [Case(0), Case(1), Case(2), Case(3), Case(3, "qwen2"), Case(3, sequence=2), Case(2, "gpt_neox", 2), Case(3, "qwen2", 2),
          Case(2, precision="bf16"), Case(3, "qwen2", precision="bf16"), Case(3, "mixtral")]  # fmt: skip
+OWN: dict[str, dict[str, Any]] = {"mixtral": {"num_local_experts": 4}, "gpt_neox": {"num_key_value_heads": None}}
 FEW = Case(1), Case(3, "qwen2"), Case(3, "qwen2", 2)
 
 
@@ -44,7 +45,8 @@ class Dear(TorchDispatchMode):
 
 
 def _job(case: Case, which: bool | str, folder: Path, **more: Any) -> Job:
-    model = {**BASE["model"], "arch": case.arch, "vocab_size": 96} | ({"num_local_experts": 4} if case.arch == "mixtral" else {})
+    model = {**BASE["model"], "arch": case.arch, "vocab_size": 96} | OWN.get(case.arch, {})
+    model = {key: value for key, value in model.items() if value is not None}
     changes: dict[str, Any] = {"model": model, "workers.count": 2, "train.parallel": {"sequence": case.sequence}}
     changes |= {"train.zero.stage": case.stage, "train.activation_checkpointing": which, "train.precision": case.precision}
     changes["train.deepspeed"] = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
