@@ -15,7 +15,6 @@ import typer
 
 from heliostat.cli.common import JOBS, JobFile, Json, Settings, app, finish, flag, out, print_table
 from heliostat.errors import ConfigError, HeliostatError
-from heliostat.run_folder import require_one_way
 from heliostat.terminal import duration
 
 if TYPE_CHECKING:
@@ -43,6 +42,7 @@ def submit(
 ) -> None:
     """Send a job to a cluster: the workspace and heliostat travel, the id is the run's name. Plans and checks first."""
     from heliostat.cluster.endpoint import endpoint
+    from heliostat.run_folder import require_one_way
     from heliostat.submit.jobs import Jobs
     from heliostat.submit.submission import Record
 

@@ -11,7 +11,6 @@ import typer
 from heliostat.cli.common import SWEEPS, Json, Settings, Verbose, app, finish, flag, out, print_table, program
 from heliostat.cli.jobs import Follow, Queue, Target, checked, send
 from heliostat.errors import ConfigError
-from heliostat.run_folder import require_one_way
 
 DEFAULT_STORAGE = ".heliostat/runs"
 Storage = Annotated[str, typer.Option(help="Where runs and sweeps live: a folder or s3:// prefix")]
@@ -41,6 +40,7 @@ def tune(
     verbose: Verbose = False,
 ) -> None:
     """Search for a job's best settings: many runs of it, side by side, through Ray Tune. docs/tuning.md"""
+    from heliostat.run_folder import require_one_way
     from heliostat.tune.driver import tune as run
 
     require_one_way(resume or retry_failed, overwrite)

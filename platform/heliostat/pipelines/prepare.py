@@ -36,7 +36,7 @@ from heliostat.config.schema import Float, Strict, apply, read_yaml, validate
 from heliostat.data import collection, manifest, versions
 from heliostat.data.infilling import COUNTS
 from heliostat.data.manifest import Manifest
-from heliostat.errors import ConfigError, DataError, HeliostatError, StorageError, innermost
+from heliostat.errors import AccessError, ConfigError, DataError, HeliostatError, StorageError, innermost
 from heliostat.pipelines.leftovers import remove_old_samples, sample_folder
 from heliostat.pipelines.watching import Watch
 from heliostat.storage import Location
@@ -255,12 +255,15 @@ def _keep_to(labels: dict[str, str]) -> None:
 
 
 def _check_output(output: Location) -> None:
-    """Checks that the output can be written; StorageError if not."""
+    """Checks that the output can be written; ConfigError or StorageError if not."""
     try:
         output.probe()
-        output.require_writable()
     except StorageError as e:
         raise type(e)(f"output: {e}") from e
+    try:
+        output.require_writable()
+    except AccessError as e:
+        raise ConfigError(f"output: {e}") from e
 
 
 def _finished(output: Location) -> Manifest | None:
