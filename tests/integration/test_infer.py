@@ -87,7 +87,7 @@ def test_the_command_says_what_it_did_and_what_is_wrong(tmp_path):
         assert done.returncode == 2 and len(done.err.strip().splitlines()) == 1
         return done.err
 
-    assert "--max-tokens: goes with --task continue, not with score" in said(
+    assert "--max-tokens: goes with --task continue or chat, not with score" in said(
         "--out", str(tmp_path / "out"), "--task", "score", "--max-tokens", "3"
     )
     assert "is not empty" in said("--out", str(tmp_path))
