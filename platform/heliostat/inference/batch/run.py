@@ -57,11 +57,11 @@ def infer(
 
     gpus = torch.cuda.device_count()
     by, why = vllm_terms.choose(engine, model, settings.task, gpus)
-    log.info("%s answers (%s)", by, why)
     settings = settings.model_copy(update={"engine": by})
     told = {"folder": str(model), "digest": model_digest(model), **origin(model), **known}
     facts = {"model": told, "engine": {"name": by, "version": version(by)}, "settings": settings.identity}
     claim(place, {"model": facts["model"]["digest"], **facts["settings"]}, "answers", "batch inference")
+    log.info("%s answers (%s)", by, why)
     from heliostat.cluster.connect import connect
 
     connect(cpus=workers, gpus=gpus)
