@@ -12,7 +12,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 NEW_S = 60.0  # in which a folder that was just made is locked
@@ -26,7 +26,9 @@ def folder(prefix: str) -> Iterator[Path]:
         with suppress(OSError), _locked(left, fcntl.LOCK_NB) as found:
             if found.st_uid == os.getuid() and time.time() - found.st_mtime > NEW_S:
                 shutil.rmtree(left)
-    with tempfile.TemporaryDirectory(prefix=prefix) as name, _locked(Path(name)):
+    with tempfile.TemporaryDirectory(prefix=prefix) as name, ExitStack() as held:
+        with suppress(OSError):  # of a file system without locks: nobody can lock it there, so nobody removes it
+            held.enter_context(_locked(Path(name)))
         yield Path(name)
 
 

@@ -1,5 +1,6 @@
 """Temporary folders of processes that were killed go with the next one; those that are in use, and others' links, stay."""
 
+import errno
 import os
 import signal
 import socket
@@ -46,3 +47,15 @@ def test_a_killed_process_leaves_its_folder_to_the_next(tmp_path, monkeypatch):
     with temporary.folder("heliostat-export-"), pytest.raises(FileNotFoundError):
         held.stat()
     assert elsewhere.exists() and new.exists() and there.exists()
+
+
+def test_where_nothing_can_be_locked_a_folder_is_made_and_none_removed(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("fcntl.flock", refuse)
+    (old := tmp_path / f"heliostat-export-{socket.gethostname()}-old").mkdir()
+    aged(old)
+    with temporary.folder("heliostat-export-") as mine:
+        assert mine.is_dir() and old.exists()
