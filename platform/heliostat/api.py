@@ -42,7 +42,10 @@ def check(job: Job | Place, cluster: Place | None = None) -> Checked:
 
     `cluster`: the file of the cluster that the job is for; the default is this machine, or the cluster of RAY_ADDRESS.
     """
-    return checks.check(_job(job), Path(cluster) if cluster is not None else None)
+    from heliostat.plan import auto
+
+    there = Path(cluster) if cluster is not None else None
+    return checks.check(auto.settled(_job(job), there), there)
 
 
 def prepare(pipeline: Place, overrides: Overrides = (), force: bool = False) -> dict[str, Any]:
@@ -69,9 +72,10 @@ def train(
     `allow_data_change`: resumes with other data, as a new segment. Blocks; progress goes to standard error. StoppedError after
     Ctrl-C or SIGTERM, behind a checkpoint.
     """
+    from heliostat.plan import auto
     from heliostat.train.run import train_job
 
-    job = _job(job)
+    job = auto.settled(_job(job), resume=resume)
     train_job(job, resume, overwrite, allow_data_change, verbose)
     return Run(job.run_folder.uri, job.mlflow.uri)
 

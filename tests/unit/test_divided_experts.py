@@ -5,7 +5,7 @@ import math
 
 import pytest
 from heliostat.errors import ConfigError
-from heliostat.plan import hardware, planner, zero_layout
+from heliostat.plan import hardware, layouts, planner, ranking, zero_layout
 from heliostat.recipes.conformance import require_abilities
 from heliostat.recipes.text.causal_lm import CausalLM
 
@@ -97,7 +97,7 @@ def test_divided_experts_are_not_gathered_and_tokens_travel():
 
 def test_layouts_that_are_ranked_keep_the_degree_and_its_stage():
     made = planned(**{KEY: 2})
-    shared = planner.degrees(made.job, CausalLM(made.job))
+    shared = ranking.degrees(made.job, CausalLM(made.job))
     assert list(shared) == [1]
-    found = list(planner.layouts.candidates(made.job, 8, shared))
+    found = list(layouts.candidates(made.job, 8, shared))
     assert {one.stage for one in found} == {3} and not any(one.offload_optimizer or one.offload_param for one in found)

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from heliostat.config import spec
 from heliostat.errors import ConfigError
-from heliostat.plan import calibrate, hardware, layouts, planner
+from heliostat.plan import calibrate, hardware, layouts, planner, ranking
 from heliostat.plan.layouts import Layout
 from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.runs.goodput import Attempt
@@ -29,7 +29,7 @@ def wide() -> dict:
     sizes = {"hidden_size": 16384, "intermediate_size": 65536, "vocab_size": 4096, "num_hidden_layers": 3}
     changes = {"workers.gpus": 1, "workers.count": 4, "train.global_batch": 64, "data.sequence_length": 512}
     j = job(**changes, **{f"model.{k}": v for k, v in sizes.items()})
-    return planner.ranking(j, CausalLM(j))
+    return ranking.ranking(j, CausalLM(j))
 
 
 def test_layouts_are_ranked_by_time_within_memory_and_each_says_why_it_loses(wide):
@@ -65,7 +65,7 @@ def test_micro_batches_of_a_huge_batch_are_found_at_once():
 
 def degrees(**changes) -> list[int]:
     made = job(**changes)
-    return list(planner.degrees(made, CausalLM(made)))
+    return list(ranking.degrees(made, CausalLM(made)))
 
 
 def test_workers_share_samples_where_the_job_and_the_model_let_them():
@@ -82,7 +82,7 @@ def test_a_shared_sample_takes_less_memory_and_waits_for_what_is_exchanged():
     j = job(**{"workers.gpus": 1, "workers.count": 8, "train.global_batch": 64, "data.sequence_length": 4096, "model.head_dim": 8,
                "model.num_attention_heads": 32, "model.num_key_value_heads": 8, "model.hidden_size": 256})  # fmt: skip
     made = CausalLM(j)
-    shared = planner.degrees(j, made)
+    shared = ranking.degrees(j, made)
     estimates = planner.planners(j, made, None, None, hardware.table(), exchanged=shared)[-1]
     alone, eight = (estimates.candidate(Layout(3, 1, True, False, sequence=n)) for n in (1, 8))
     assert eight["memory"]["activations"] == pytest.approx(alone["memory"]["activations"] / 8, rel=1e-3)

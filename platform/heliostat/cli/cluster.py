@@ -29,9 +29,10 @@ def check_(
     warnings = report.warnings
     if job and not report.errors:
         from heliostat.check import check_services
+        from heliostat.plan import auto
         from heliostat.plan import planner as planning
 
-        wanted, recipe, _ = planning.prepare(job, setting)
+        wanted, recipe, _ = auto.prepared(job, setting, report.cluster)
         planning.plan(wanted, recipe, report.cluster)
         check_services(wanted)
         warnings = [*warnings, *pods.grace(report.cluster, wanted)]

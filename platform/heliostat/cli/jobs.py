@@ -49,18 +49,22 @@ def submit(
     require_one_way(resume, overwrite)
     flags = (["--resume"] if resume else []) + (["--overwrite"] if overwrite else [])
     with endpoint(cluster) as there:
-        wanted = checked(job, setting or [], there)
+        wanted = checked(job, setting or [], there, resume)
         send(Jobs(there), Record.of(wanted, cluster, queue), tuple(flags), follow, json_)
 
 
-def checked(file: Path, settings: list[str], there: Endpoint) -> Job:
-    """Loads a job and checks everything that can be checked from here: its paths, its plan on the cluster, its services."""
-    from heliostat.check import check_services
+def checked(file: Path, settings: list[str], there: Endpoint, resume: bool = False) -> Job:
+    """Loads a job and checks everything that can be checked from here: its paths, its plan on the cluster, its services.
+
+    It is then in the layout that it trains in.
+    """
+    from heliostat.check import check_job, check_services
+    from heliostat.plan import auto
     from heliostat.plan import planner as planning
     from heliostat.submit import submission
 
-    wanted = submission.load(file, settings, there)
-    planned, recipe, _ = planning.prepare(file, settings)
+    wanted = auto.settled(submission.load(file, settings, there), there.file, resume and there.here)
+    planned, recipe, _ = planning.bound(*check_job(wanted))
     planning.plan(planned, recipe, there.file)
     if there.here:
         check_services(wanted)

@@ -31,7 +31,7 @@ def plan(
     json_: Json = False,
 ) -> None:
     """Tell what a job needs and will cost: parameters, memory, speed, days, money, failures. Fails if it cannot fit."""
-    from heliostat.plan.planner import plan_file
+    from heliostat.plan.plan_file import plan_file
     from heliostat.track.models import find_run
 
     if write and not calibrate:
@@ -49,21 +49,26 @@ def plan(
 
 def show_ranking(p: dict[str, Any]) -> None:
     out.print(f"{p['name']}: {parameters(p)} on {p['workers']} workers of {p['device']['name']} (estimates)")
-    rows = [["stage", "sequence", "micro-batch", "checkpointing", "offload", "GiB", "s a step", "MFU", "why"]]
+    rows = [["stage", "parallel", "micro-batch", "checkpointing", "offload", "GiB", "s a step", "MFU", "why"]]
     for one in p["layouts"]:
         keys = one["layout"]
         offload = [k for k in ("optimizer", "param") if keys[f"train.zero.offload.{k}"]]
         speed = [f"{one['speed']['step_s']:.3f}", f"{one['speed']['mfu']:.1%}"] if one["fits"] else ["", ""]
         checkpointing = replayed(one["activation_checkpointing"])
         rows.append(
-            [str(one["stage"]), str(one["sequence"]), str(one["micro_batch"]), checkpointing, " ".join(offload),
+            [str(one["stage"]), degrees(one["parallel"]), str(one["micro_batch"]), checkpointing, " ".join(offload),
              f"{one['memory']['total'] / GIB:.1f}", *speed, one["why"]]
         )  # fmt: skip
-    print_table(rows, (3, 4, 8))
+    print_table(rows, (1, 3, 4, 8))
     if p["set"] is not None:
         out.print("the best    " + (" ".join(f"--set {s}" for s in p["set"]) or "the job as it is"))
     for note in p["notes"]:
         out.print(f"note        {note}")
+
+
+def degrees(parallel: dict[str, int]) -> str:
+    """Writes how many workers share a sample, or divide what of the model."""
+    return ", ".join(f"{name} {n}" for name, n in parallel.items() if n > 1)
 
 
 def replayed(which: bool | int | str) -> str:

@@ -39,7 +39,9 @@ def check(
         checks.check_job(wanted)
         told = "the file and the model are right; datasets, stores and machines were not looked at"
     else:
-        checked = checks.check(wanted, cluster)
+        from heliostat.plan import auto
+
+        checked = checks.check(auto.settled(wanted, cluster), cluster)
         shape, steps, samples = checked.plan.shape, checked.job.train.steps, int(checked.order.epoch_samples.sum())
         found |= {"samples": samples, "steps": steps, "epochs": steps * shape.batch / samples, "lanes": shape.lanes,
                   "steps_per_block": shape.steps_per_block, "window": shape.window}  # fmt: skip
@@ -93,9 +95,10 @@ def train(
     import psutil
 
     from heliostat.check import load_job
+    from heliostat.plan import auto
     from heliostat.train.run import source, train_job
 
-    wanted, began = load_job(job, setting), psutil.Process().create_time()
+    wanted, began = auto.settled(load_job(job, setting), resume=resume), psutil.Process().create_time()
     usual = store_uri(None)  # now: MLflow sets the variable to what the job names
     result = train_job(wanted, resume, overwrite, allow_data_change, verbose, tags=source(job), started=began)
     if not json_:

@@ -68,6 +68,10 @@ NOT_OFFERED = {
 
 
 class Parallel(Strict):
+    auto: bool = False
+    """Chooses the layout that the plan finds fastest, of all that fit: the degrees below and `zero.stage`, `zero.offload`,
+    `micro_batch`, `activation_checkpointing`. Written as `parallel: auto`. See docs/job.md#the-fastest-layout"""
+
     sequence: Count = 1
     """Workers that share each sample, a stretch of its tokens each. 1: every worker has samples of its own. See
     docs/job.md#sequence-parallelism"""
@@ -88,7 +92,9 @@ class Parallel(Strict):
     @model_validator(mode="before")
     @classmethod
     def _offered(cls, value: Any) -> Any:
-        """Refuses degrees that are known elsewhere, with the reason and what to use."""
+        """Takes `auto`; refuses degrees that are known elsewhere, with the reason and what to use."""
+        if value == "auto":
+            return {"auto": True}
         for key, why in NOT_OFFERED.items() if isinstance(value, dict) else ():
             if key in value:
                 raise ValueError(f"{key} is not supported: {why}; remove it (docs/job.md#layouts-that-are-not-offered)")

@@ -36,7 +36,7 @@ PLACE = "HELIOSTAT_CACHE"
 KEPT = 64  # counts, the newest
 LIBRARIES = ("torch", "transformers", "diffusers")
 APART = ("name", "storage", "mlflow", "checkpoint", "retries", "evaluate")  # of a job, on which no count depends
-APART_TRAIN = ("steps", "seed", "schedule", "global_batch", "grad_clip", "loss_spikes", "recheck")
+APART_TRAIN = ("zero", "steps", "seed", "schedule", "global_batch", "grad_clip", "loss_spikes", "recheck")
 COUNTS = Format(Counts, "count of a model")
 
 
@@ -69,6 +69,7 @@ def key(job: Job, recipe: Recipe) -> str | None:
         return None
     told = {k: v for k, v in job.dump().items() if k not in APART}
     told["train"] = {k: v for k, v in told["train"].items() if k not in APART_TRAIN}
+    told["train"]["parallel"] = told["train"]["parallel"]["tensor"]  # of the degrees the one that makes a worker's model another
     told["train"]["optimizer"] = {k: v for k, v in told["train"]["optimizer"].items() if k != "lr"}
     told["data"] = {k: v for k, v in told["data"].items() if k in ("sequence_length", "document_mask")}
     bound = [source.digest for source in getattr(recipe, "sources", [])]

@@ -21,7 +21,7 @@ from heliostat.checkpoint.element_types import BYTES
 from heliostat.config.spec import Job
 from heliostat.data import mixing
 from heliostat.errors import ConfigError, DataError, StorageError
-from heliostat.plan import planner, zero_layout
+from heliostat.plan import auto, planner, zero_layout
 from heliostat.plan.counts import ModelStats
 from heliostat.plan.model_stats import build, stats_of
 
@@ -34,7 +34,7 @@ def kinds(job: Job, hidden: bool = False) -> list[str]:
 
 def dry_run(path: Path, settings: list[str], workers: int | None = None) -> dict[str, Any]:
     started = time.perf_counter()
-    job, recipe, _ = planner.prepare(path, settings + ([f"workers.count={workers}"] if workers else []))
+    job, recipe, _ = auto.prepared(path, settings + ([f"workers.count={workers}"] if workers else []))
     job = job.on(job.worker_counts()[-1])
     check_engine(job)
     data, note = _data(job, recipe)

@@ -91,7 +91,7 @@ class Planner:
             "layout": layout,
             "stage": layout.stage,
             "micro_batch": layout.micro_batch,
-            "sequence": layout.sequence,
+            "parallel": {"sequence": layout.sequence, "tensor": layout.tensor, "expert": layout.expert},
             "activation_checkpointing": layout.checkpointing,
             "offload_optimizer": layout.offload_optimizer,
             "fits": self._within(need),

@@ -1,12 +1,12 @@
 """Lists the layouts that a job could train in, and ranks them by time within memory (`heliostat plan JOB --rank`).
 
 A layout is what of a job may change without changing what it learns: ZeRO stage, micro-batch, activation checkpointing, offload,
-and how many workers share a sample. A further degree of parallelism is a field of `Layout`, its values in `candidates`, and what
-it costs in `estimate`.
+how many workers share a sample, and how many divide the model's matrices or experts (`ranking` makes the jobs that do).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -32,12 +32,18 @@ class Layout:
     offload_optimizer: bool
     offload_param: str | None = None
     sequence: int = 1
+    tensor: int = 1
+    expert: int = 1
 
     @property
     def family(self) -> tuple[Any, ...]:
         """Returns what two layouts share that differ in the micro-batch alone, and in how many layers it lets them keep whole."""
         which = self.checkpointing if isinstance(self.checkpointing, bool | str) else "some"
-        return self.stage, which, self.offload_optimizer, self.offload_param, self.sequence
+        return self.stage, which, self.offload_optimizer, self.offload_param, *self.degrees
+
+    @property
+    def degrees(self) -> tuple[int, int, int]:
+        return self.sequence, self.tensor, self.expert
 
     def settings(self) -> dict[str, Any]:
         """Returns the job's keys that make it train so."""
@@ -48,6 +54,8 @@ class Layout:
             "train.zero.offload.optimizer": "cpu" if self.offload_optimizer else None,
             "train.zero.offload.param": self.offload_param,
             "train.parallel.sequence": self.sequence,
+            "train.parallel.tensor": self.tensor,
+            "train.parallel.expert": self.expert,
         }
 
 
@@ -55,8 +63,8 @@ def of(job: Job) -> Layout:
     """Returns the layout that a job asks for."""
     train, zero = job.train, job.train.zero
     param = zero.offload.param if zero.stage == 3 else None
-    offload, sequence = bool(zero.offload.optimizer), train.parallel.sequence
-    return Layout(zero.stage, train.micro_batch, train.activation_checkpointing, offload, param, sequence)
+    offload, degrees = bool(zero.offload.optimizer), (train.parallel.sequence, train.parallel.tensor, train.parallel.expert)
+    return Layout(zero.stage, train.micro_batch, train.activation_checkpointing, offload, param, *degrees)
 
 
 def changes(job: Job, layout: Layout) -> list[str]:
@@ -70,11 +78,12 @@ def _yaml(value: Any) -> str:
 
 
 def candidates(job: Job, workers: int, degrees: Iterable[int] = (1,), selects: bool = False) -> Iterator[Layout]:
-    """Lists every layout that the job could have on so many workers; `degrees`: how many of them may share a sample; `selects`:
-    layers can be checkpointed in part."""
+    """Lists every layout that the job could have on so many workers, who divide the model as it says; `degrees`: how many of them
+    may share a sample; `selects`: layers can be checkpointed in part."""
+    parallel = job.train.parallel
     for sequence in degrees:
-        for layout in _alone(job, workers // (sequence * job.train.parallel.tensor), selects):
-            yield replace(layout, sequence=sequence)
+        for layout in _alone(job, workers // (sequence * parallel.tensor), selects):
+            yield replace(layout, sequence=sequence, tensor=parallel.tensor, expert=parallel.expert)
 
 
 def _alone(job: Job, replicas: int, selects: bool) -> Iterator[Layout]:
@@ -102,7 +111,7 @@ def order(candidate: dict[str, Any]) -> tuple[Any, ...]:
     offload = layout.offload_optimizer, layout.offload_param or ""
     which = layout.checkpointing
     kind = (CHECKPOINTING.index(which), 0) if isinstance(which, bool | str) else (len(CHECKPOINTING), which)
-    plain = (*offload, layout.sequence, layout.stage, kind, -layout.micro_batch)
+    plain = (*offload, math.prod(layout.degrees), layout.stage, kind, -layout.micro_batch)
     if not candidate["fits"]:
         return (1, candidate["memory"]["total"], *plain)
     return (0, round(candidate["speed"]["step_s"], 3), *plain)

@@ -6,7 +6,6 @@ docs/plan.md has formulas and sources.
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,67 +18,19 @@ import heliostat.check as check
 from heliostat.cluster import cluster_file
 from heliostat.cluster import pools as room
 from heliostat.cluster.cluster_file import ClusterFile
-from heliostat.config import schema
 from heliostat.config.spec import Job
-from heliostat.config.worker_counts import divisors
 from heliostat.data import collection, manifest
 from heliostat.errors import ConfigError, DataError, StorageError
-from heliostat.plan import calibrate, count_cache, hardware, layouts
+from heliostat.plan import count_cache, hardware
 from heliostat.plan.counts import Counts
 from heliostat.plan.estimate import Planner
 from heliostat.plan.hardware import GIB, Device
 from heliostat.recipes.protocol import CutsSamples, Recipe
-from heliostat.storage import Location
 
 if TYPE_CHECKING:  # torch takes seconds, and a model that was counted before needs none
     import torch
 
 CHOICES = ("stage", "micro_batch", "activation_checkpointing", "offload_optimizer")
-log = logging.getLogger(__name__)
-
-
-def plan_file(
-    path: Path,
-    settings: list[str] | None = None,
-    cluster: Path | None = None,
-    device: str | None = None,
-    prices: Path | None = None,
-    run: Location | None = None,
-    write: Path | None = None,
-    rank: bool = False,
-) -> dict[str, Any]:
-    """Plans the job of a job file; its datasets are looked at if they can be reached.
-
-    `run`: a measured run that the device's efficiencies are taken from, and `write` the file that gets them. `rank`: all layouts
-    instead of the job's own.
-    """
-    table, pools = hardware.table(prices), cluster_file.read(cluster) if cluster else None
-    job, recipe, unread = prepare(path, settings)  # last: it asks the stores of the datasets
-    notes = [f"the datasets were not looked at: {unread}"] if unread else []
-    if run:
-        table, note = calibrated(run, table, pools, device, write)
-        notes.append(note)
-    found = (ranking if rank else plan)(job, recipe, pools, device, table)
-    found["notes"] += notes
-    return found
-
-
-def calibrated(
-    run: Location, prices: dict[str, Any], cluster: ClusterFile | None, device: str | None, write: Path | None
-) -> tuple[dict[str, Any], str]:
-    """Plans a run's own job and corrects the efficiencies of its device by what it measured; returns them in the price table."""
-    said = calibrate.measured(run)
-    job, recipe, _ = _prepared(*check.check_job(said.job))
-    planner = planners(job, recipe, cluster, device, prices)[-1]
-    planned, name = planner.chosen(), planner.device.name
-    efficiency = calibrate.corrected(planner.device.efficiency, planned, said.step_s)
-    if write:
-        calibrate.write(write, name, efficiency, run, said)
-    note = (
-        f"{name} as measured in {run}: {said.step_s:.3g} s a step over {said.steps} steps, where the plan said "
-        f"{planned['speed']['step_s']:.3g}" + (f"; written to {write}" if write else "")
-    )
-    return calibrate.laid_over(prices, name, efficiency), note
 
 
 def prepare(path: Path, settings: list[str] | None) -> tuple[Job, Recipe, str]:
@@ -87,10 +38,11 @@ def prepare(path: Path, settings: list[str] | None) -> tuple[Job, Recipe, str]:
 
     The recipe's models do not checkpoint activations (`model_stats.activations` needs that), and it knows the datasets.
     """
-    return _prepared(*check.check_file(path, settings))
+    return bound(*check.check_file(path, settings))
 
 
-def _prepared(job: Job, recipe: Recipe) -> tuple[Job, Recipe, str]:
+def bound(job: Job, recipe: Recipe) -> tuple[Job, Recipe, str]:
+    """Prepares a job that was checked, as `prepare` does."""
     if job.train.activation_checkpointing:
         recipe = type(recipe)(job.model_copy(update={"train": job.train.model_copy(update={"activation_checkpointing": False})}))
     try:
@@ -130,33 +82,6 @@ def planners(
     return [Planner(one, counts, where, prices, exchanged, selects) for one in (fewest, most)]
 
 
-def degrees(job: Job, recipe: Recipe) -> dict[int, int]:
-    """Finds how many workers could share a sample (`train.parallel.sequence`), with the elements that each would then send.
-
-    An elastic job's degrees are those that its fewest workers and its most can have, too.
-    """
-    found = dict[int, int]()
-    for parts in divisors(math.gcd(job.worker_counts()[0], job.worker_counts()[-1])):
-        raw = job.dump()
-        raw["train"] |= {"parallel": {**raw["train"]["parallel"], "sequence": parts}, "micro_batch": 1}
-        try:
-            schema.validate(Job, raw, job.name)
-            found[parts] = _exchanged(recipe, parts)
-        except ConfigError as e:
-            log.debug("%d workers cannot share a sample: %s", parts, e)
-    return found
-
-
-def _exchanged(recipe: Recipe, parts: int) -> int:
-    """Counts what each of the workers that share a sample would send; ConfigError if they cannot share one."""
-    if parts == 1:
-        return 0
-    if not isinstance(recipe, CutsSamples):
-        raise ConfigError(f"train.parallel.sequence: {type(recipe).__name__} cuts no samples")
-    recipe.require_cut(parts)
-    return recipe.exchanged(parts)
-
-
 def _count(job: Job, recipe: Recipe, built: torch.nn.Module | None) -> Counts:
     from heliostat.plan import model_stats
 
@@ -178,7 +103,7 @@ def plan(
     planner = both[-1]
     chosen, best, model = planner.chosen(), planner.recommend(), planner.model
     return {
-        **_facts(planner),
+        **facts(planner),
         "memory": chosen["memory"],
         "flops": {"per_sample": model.flops, "per_token": model.flops / (job.data.sequence_length or 1)},
         "communication": chosen["communication"],
@@ -191,30 +116,8 @@ def plan(
     }
 
 
-def ranking(
-    job: Job, recipe: Recipe, cluster: ClusterFile | None = None, device: str | None = None, prices: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """Ranks the layouts in which a job could train, by time within memory, each with why it is not the best.
-
-    A layout of an elastic job must fit on its fewest workers, too.
-    """
-    shared = degrees(job, recipe)
-    fewest, planner = planners(job, recipe, cluster, device, prices or hardware.table(), exchanged=shared)
-    made = []
-    for given in layouts.candidates(planner.job, planner.workers, shared, planner.selects):
-        for layout in (given, *fewest.partly(given)):
-            few = fewest.candidate(layout)
-            made.append(planner.candidate(layout) if few["fits"] else few)
-    found = layouts.ranked(made)
-    return {
-        **_facts(planner),
-        "layouts": [{**one, "layout": one["layout"].settings()} for one in found],
-        "set": layouts.changes(job, found[0]["layout"]) if found[0]["fits"] else None,
-        "notes": [],
-    }
-
-
-def _facts(planner: Planner) -> dict[str, Any]:
+def facts(planner: Planner) -> dict[str, Any]:
+    """Tells what is planned, and on what."""
     model = planner.model
     return {
         "name": planner.job.name,

@@ -64,6 +64,7 @@ def train_job(
     clock from which the ledger counts, now if it is not given.
     """
     require_one_way(resume, overwrite)
+    _require_settled(job)
     started = started or time.time()
     if not (resume and job.last_step in layout.steps(job.run_folder)):  # what follows the last step takes no workers
         private_ray.ahead(job.workers.gpus, preloads.modules(job.recipe, job.model))
@@ -75,6 +76,14 @@ def train_job(
             held.fence.check()
             lease.clear(job.run_folder)
         return _carry_out(Run(checked, held, found.step if found else 0, started, verbose, tags), found)
+
+
+def _require_settled(job: Job) -> None:
+    if job.train.parallel.auto:
+        raise ConfigError(
+            "train.parallel: auto is settled by `heliostat train`, `heliostat submit` and heliostat.train alone; set the layout "
+            "that `heliostat plan JOB --rank` finds"
+        )
 
 
 def _last_checkpoint(job: Job, resume: bool) -> Checkpoint | None:
@@ -127,6 +136,7 @@ def train_with_hooks(job: Job, hooks: RunHooks) -> dict[str, Any]:
 
     Returns the summary of the training, which is also in the run's folder.
     """
+    _require_settled(job)
     job, recipe = check.check_job(job)
     if job.evaluate and job.evaluate.benchmarks:
         log.warning("evaluate.benchmarks: is not done for trials; score the best with `heliostat benchmark`")

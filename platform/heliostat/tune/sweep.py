@@ -271,6 +271,10 @@ def _base_faults(sweep: Sweep, base: Job) -> list[str]:
             faults.append(f"space.{key}: trials of other lengths cannot be compared; use scheduler 'none', or set {key}")
     if isinstance(base.workers.count, list):
         faults.append(f"job: workers.count {base.workers.count} is elastic; a sweep needs a number: set {{workers.count: N}}")
+    if base.train.parallel.auto:
+        faults.append(
+            "job: train.parallel auto would be another layout a trial; set the one that `heliostat plan JOB --rank` finds"
+        )
     if base.evaluate is None:
         faults.append("job: has no evaluate, so it reports no metric; add it")
     else:

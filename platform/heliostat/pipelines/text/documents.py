@@ -49,7 +49,7 @@ class Rules:
     min_chars: int = 1
     max_chars: int | None = None
     max_document_bytes: int = 1 << 26
-    max_file_bytes: int = 1 << 33
+    max_file_bytes: int = 1 << 40
     columns: tuple[str, ...] = ()
 
     def text_of(self, value: Any) -> str | None:

@@ -1,0 +1,107 @@
+"""Settles `train.parallel: auto`: the layout that `heliostat plan JOB --rank` finds fastest takes the place of the job's own.
+
+Commands and the API settle a job before they check, submit or train it, so that everything behind them, the run's record too, has
+the keys of one layout. A run that is resumed on as many workers keeps the layout that it has.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import heliostat.check as check
+from heliostat.checkpoint import layout
+from heliostat.cluster import cluster_file
+from heliostat.cluster.cluster_file import ClusterFile
+from heliostat.config import schema
+from heliostat.config.spec import Job
+from heliostat.errors import ConfigError
+from heliostat.plan import hardware, layouts
+from heliostat.plan.planner import bound
+from heliostat.plan.ranking import ranking
+from heliostat.recipes.protocol import Recipe
+
+KEY = "train.parallel: auto"
+log = logging.getLogger(__name__)
+
+
+def settled(
+    job: Job,
+    cluster: Path | ClusterFile | None = None,
+    resume: bool = False,
+    device: str | None = None,
+    prices: dict[str, Any] | None = None,
+) -> Job:
+    """Returns the job in the fastest layout that fits, if it asks for that; ConfigError if none does.
+
+    `cluster`: the file of the one that it is for; without one, or a `device`, it is this machine. `resume`: goes on with the run,
+    if there is one.
+    """
+    if not job.train.parallel.auto:
+        return job
+    before = recorded(job) if resume else None
+    if before is not None:
+        kept = layouts.changes(job, layouts.of(before))
+        log.info("%s: the run has begun on as many workers, and keeps its layout%s", KEY, _said(kept))
+        return applied(job, kept)
+    plain, recipe, unread = bound(*check.check_job(job))
+    there = cluster_file.read(cluster) if isinstance(cluster, Path) else cluster
+    found = ranking(plain, recipe, there, device or (None if cluster else here(job)), prices)
+    best, where = found["layouts"][0], f"{found['workers']} workers of {found['device']['name']}"
+    if found["set"] is None:
+        raise ConfigError(f"{KEY}: no layout fits on {where} (the nearest: {best['why']}); use more workers, or a smaller model")
+    note = f"; the datasets were not looked at: {unread}" if unread else ""
+    which = f"of {len(found['layouts'])} layouts the fastest on {where}, {best['speed']['step_s']:.3g} s a step by the plan"
+    log.info("%s: %s%s%s", KEY, which, _said(found["set"]), note)
+    return applied(job, found["set"])
+
+
+def prepared(
+    path: Path,
+    settings: list[str] | None = None,
+    cluster: Path | ClusterFile | None = None,
+    device: str | None = None,
+    prices: dict[str, Any] | None = None,
+) -> tuple[Job, Recipe, str]:
+    """Loads a job file for planning, in the layout that it trains in: what `planner.prepare` returns."""
+    return bound(*check.check_job(settled(check.load_job(path, settings), cluster, False, device, prices)))
+
+
+def recorded(job: Job) -> Job | None:
+    """Returns the job of the run's newest checkpoint, if its workers are those that the job asks for."""
+    found = layout.latest(job.run_folder)
+    before = found.job if found else None
+    same = before and before.workers.count in job.worker_counts() and before.workers.gpus == job.workers.gpus
+    return before if same else None
+
+
+def applied(job: Job, settings: list[str]) -> Job:
+    """Copies a job in one layout, which is no longer asked for."""
+    raw = job.dump()
+    raw["train"]["parallel"].pop("auto")
+    return schema.validate(Job, schema.apply(raw, settings), job.name)
+
+
+def here(job: Job) -> str | None:
+    """Finds this machine's GPU in the price table; None if the job has none. ConfigError if it is not in the table."""
+    if not job.workers.gpus:
+        return None
+    import torch
+
+    known = [name for name in hardware.table()["devices"] if name != "cpu"]
+    if not torch.cuda.is_available():
+        log.info("%s: there is no GPU on this machine, so the plan is for %s", KEY, hardware.DEFAULT_GPU)
+        return None
+    name = torch.cuda.get_device_name()
+    fitting = [device for device in known if device in name.replace("-", " ").split()]
+    if not fitting:
+        raise ConfigError(
+            f"{KEY}: this machine's {name} is not in the price table ({', '.join(known)}); set what `heliostat plan JOB --rank "
+            "--prices FILE --device NAME` prints"
+        )
+    return fitting[0]
+
+
+def _said(settings: list[str]) -> str:
+    return ": " + (" ".join(f"--set {s}" for s in settings) or "the job as it is")

@@ -1,0 +1,126 @@
+"""`train.parallel: auto`: the layout that the plan finds fastest, over every way in which workers could divide the model."""
+
+import json
+import logging
+
+import pytest
+from heliostat.check import load_job
+from heliostat.checkpoint import layout
+from heliostat.config import schema
+from heliostat.config.spec import Job
+from heliostat.errors import ConfigError
+from heliostat.plan import auto, layouts, ranking
+from heliostat.recipes.text.causal_lm import CausalLM
+from heliostat.train.run import train_job
+
+from tests.unit.build_index import index
+from tests.unit.build_job import ROOT, job, write
+from tests.unit.forked import run
+
+FOUR = {"workers.count": 4, "workers.gpus": 1, "train.global_batch": 16}
+MIXTRAL = {"model.arch": "mixtral", "model.num_local_experts": 8, "model.num_experts_per_tok": 2}
+DEEP = {"model.hidden_size": 16384, "model.num_hidden_layers": 3, "model.intermediate_size": 65536, "model.vocab_size": 4096}
+
+
+@pytest.fixture(autouse=True)
+def workspace(monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def ranked(**changes):
+    made = job(**changes)
+    return made, ranking.ranking(made, CausalLM(made))
+
+
+def degrees(found) -> set[tuple[int, int, int]]:
+    return {tuple(one["parallel"].values()) for one in found["layouts"]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected", "note"),
+    [
+        ({}, {(1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 1)}, "no workers divide experts: train.parallel.expert: 'llama' has no"),
+        ({"workers.count": [2, 4]}, {(1, 1, 1), (2, 1, 1), (1, 2, 1)}, "no workers divide experts"),
+        (MIXTRAL, {(1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 1, 2), (1, 1, 4)}, "no workers divide matrices: train.parallel.tensor:"),
+        ({"train.parallel": {"tensor": 2}}, {(1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 1)}, "no workers divide experts"),
+        ({"train.compile": True}, {(1, 1, 1)}, "no workers divide matrices: train.parallel.tensor: 2 with train.compile is not"),
+        ({"workers.count": 1}, {(1, 1, 1)}, ""),
+    ],
+)  # fmt: skip
+def test_every_way_to_divide_the_model_is_ranked_and_what_is_not_says_why(changes, expected, note):
+    """And each layout is a job that `heliostat check` takes: what is printed to `--set` is enough."""
+    _, found = ranked(**{**FOUR, **changes})
+    assert degrees(found) == expected
+    assert any(n.startswith(note) for n in found["notes"]) if note else not found["notes"]
+    for one in found["layouts"]:
+        keys = {k: v for k, v in one["layout"].items() if v is not None}
+        plain = {**FOUR, **changes, "train.parallel": {}, **keys}
+        assert layouts.of(job(**plain)).settings() == one["layout"]
+
+
+def test_divided_matrices_are_planned_on_a_workers_part_and_experts_on_those_that_travel():
+    """Each degree is planned as a job of its own would be."""
+    for changes, key in (({}, "tensor"), (MIXTRAL, "expert")):
+        stage = 1 if key == "tensor" else 3
+        _, found = ranked(**{**FOUR, **changes})
+        own, alone = ranked(**{**FOUR, **changes, "train.zero.stage": stage, "train.parallel": {key: 2}})
+        mine = [one for one in found["layouts"] if one["parallel"][key] == 2]
+        assert mine and [one["speed"] for one in mine] == [one["speed"] for one in alone["layouts"] if one["parallel"][key] == 2]
+        assert all(one["memory"]["weights"] for one in mine) and own.train.parallel.model_dump()[key] == 2
+
+
+def test_auto_is_the_first_of_the_ranking_and_a_job_like_any_other(caplog):
+    asked = {**FOUR, **DEEP, "data.sequence_length": 512, "train.global_batch": 64}
+    _, found = ranked(**asked)
+    with caplog.at_level(logging.INFO, "heliostat"):
+        made = auto.settled(job(**asked, **{"train.parallel": "auto"}))
+    assert layouts.of(made).settings() == found["layouts"][0]["layout"] and not made.train.parallel.auto
+    assert f"of {len(found['layouts'])} layouts the fastest on 4 workers of H100" in caplog.text
+    assert all(f"--set {s}" in caplog.text for s in found["set"]) and found["set"]
+    assert auto.settled(made) is made, "which is settled already"
+    assert schema.validate(Job, made.dump(), "again") == made
+
+
+def test_a_run_that_goes_on_with_as_many_workers_keeps_its_layout(tmp_path, caplog):
+    asked = {**FOUR, "storage": str(tmp_path), "train.parallel": "auto"}
+    own = {k: v for k, v in asked.items() if k != "train.parallel"} | {"train.zero.stage": 2, "train.micro_batch": 4}
+    place = layout.folder(job(**asked).run_folder, 10).join(layout.INDEX)
+    place.write(layout.encode(index(10, job=job(**own).dump())))
+    with caplog.at_level(logging.INFO, "heliostat"):
+        kept = auto.settled(job(**asked), resume=True)
+    assert (kept.train.zero.stage, kept.train.micro_batch) == (
+        2,
+        4,
+    ) and "keeps its layout: --set train.zero.stage=2" in caplog.text
+    fewer = job(**{**asked, "workers.count": 2})
+    assert auto.settled(fewer, resume=True) == auto.settled(fewer), "other workers, and so the fastest on those"
+    elastic = job(**{**asked, "workers.count": [2, 4]})
+    assert auto.settled(elastic, resume=True).train.zero.stage == 2
+
+
+def test_what_does_not_fit_is_one_error_and_what_is_not_settled_is_not_trained(tmp_path):
+    huge = {**FOUR, **DEEP, "model.hidden_size": 131072, "model.intermediate_size": 524288}
+    with pytest.raises(
+        ConfigError, match=r"^train\.parallel: auto: no layout fits on 4 workers of H100 \(the nearest: .* GiB too much"
+    ):
+        auto.settled(job(**huge, **{"train.parallel": "auto"}))
+    with pytest.raises(ConfigError, match=r"^train\.parallel: auto is settled by"):
+        train_job(job(**{"train.parallel": "auto", "storage": str(tmp_path)}))
+    with pytest.raises(ConfigError, match=r"train\.parallel: .*automatic"):
+        job(**{"train.parallel": "automatic"})
+
+
+def test_commands_plan_the_layout_that_auto_finds(tmp_path):
+    """`plan` and `train --dry-run` are of it; `--rank` says what there is."""
+    path = str(write(tmp_path, **{**FOUR, "data.sources.0.path": str(tmp_path / "nothing"), "train.parallel": "auto"}))
+    made = auto.settled(load_job(tmp_path / "job.yaml"))
+    code, out, lines, _ = run("plan", path, "--json")
+    found = json.loads(out)
+    assert code == 0 and any("train.parallel: auto: of " in line for line in lines)
+    assert (
+        found["recommended"]["micro_batch"] == made.train.micro_batch and found["recommended"]["stage"] == made.train.zero.stage
+    )
+    code, out, _, _ = run("train", path, "--dry-run")
+    assert code == 0 and f"at ZeRO stage {made.train.zero.stage} on 4 ranks" in out
+    code, out, _, _ = run("plan", path, "--rank")
+    assert code == 0 and "sequence 2" in out and "tensor 2" in out
