@@ -9,7 +9,7 @@ from heliostat.checkpoint import layout
 from heliostat.config import schema
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
-from heliostat.plan import auto, layouts, ranking
+from heliostat.plan import auto, hardware, layouts, ranking
 from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.train.run import train_job
 
@@ -124,3 +124,17 @@ def test_commands_plan_the_layout_that_auto_finds(tmp_path):
     assert code == 0 and f"at ZeRO stage {made.train.zero.stage} on 4 ranks" in out
     code, out, _, _ = run("plan", path, "--rank")
     assert code == 0 and "sequence 2" in out and "tensor 2" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "gib", "expected"),
+    [("NVIDIA H100 80GB HBM3", 79.2, "H100"), ("NVIDIA A100-SXM4-80GB", 79.3, "A100"), ("NVIDIA H200", 139.8, "H200"),
+     ("NVIDIA L4", 22.0, "L4"), ("NVIDIA L40S", 44.4, None), ("NVIDIA A100-SXM4-40GB", 39.4, None), ("Tesla T4", 14.6, None)],
+)  # fmt: skip
+def test_this_machines_gpu_is_one_of_the_table_with_its_memory_or_an_error(name, gib, expected):
+    devices = hardware.table()["devices"]
+    if expected:
+        assert auto.named(name, gib * hardware.GIB, devices) == expected
+        return
+    with pytest.raises(ConfigError, match=f"this machine's {name} with {gib:.0f} GiB is not in the price table"):
+        auto.named(name, gib * hardware.GIB, devices)

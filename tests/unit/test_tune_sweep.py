@@ -87,6 +87,7 @@ def test_trials_that_clone_each_other_keep_the_same_of_every_parameter(tmp_path)
         ({"metric": "los"}, {}, "metric: 'los' is no score of heliostat.recipes:CausalLM; did you mean 'loss'"),
         ({}, {"evaluate": None}, "job: has no evaluate, so it reports no metric"),
         ({}, {"workers.count": [1, 4]}, "is elastic; a sweep needs a number"),
+        ({}, {"train.parallel": "auto"}, "train.parallel auto would be another layout a trial"),
         ({"budget": {}}, {}, "budget: searcher 'random' never ends"),
         ({"budget": {"trials": 0}}, {}, "budget.trials: 0 should be greater than 0"),
         ({"budget": {"tokens": 1000}}, {}, "budget.tokens: 1,000 is below one trial's 51,200 tokens"),

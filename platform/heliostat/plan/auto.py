@@ -84,23 +84,27 @@ def applied(job: Job, settings: list[str]) -> Job:
 
 
 def here(job: Job) -> str | None:
-    """Finds this machine's GPU in the price table; None if the job has none. ConfigError if it is not in the table."""
+    """Finds this machine's GPU in the price table; None if the job, or the machine, has none. ConfigError if it is not there."""
     if not job.workers.gpus:
         return None
     import torch
 
-    known = [name for name in hardware.table()["devices"] if name != "cpu"]
     if not torch.cuda.is_available():
         log.info("%s: there is no GPU on this machine, so the plan is for %s", KEY, hardware.DEFAULT_GPU)
         return None
-    name = torch.cuda.get_device_name()
-    fitting = [device for device in known if device in name.replace("-", " ").split()]
-    if not fitting:
-        raise ConfigError(
-            f"{KEY}: this machine's {name} is not in the price table ({', '.join(known)}); set what `heliostat plan JOB --rank "
-            "--prices FILE --device NAME` prints"
-        )
-    return fitting[0]
+    return named(torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory, hardware.table()["devices"])
+
+
+def named(name: str, memory: float, devices: dict[str, Any]) -> str:
+    """Finds a GPU of a name as CUDA tells it, with so many bytes of memory, in a price table; ConfigError if it is not there."""
+    words = name.replace("-", " ").split()
+    for device, known in devices.items():
+        if device in words and memory > 0.9 * known["memory_gib"] * hardware.GIB:
+            return device
+    raise ConfigError(
+        f"{KEY}: this machine's {name} with {memory / hardware.GIB:.0f} GiB is not in the price table; set the layout that "
+        "`heliostat plan JOB --rank --prices FILE --device NAME` finds"
+    )
 
 
 def _said(settings: list[str]) -> str:

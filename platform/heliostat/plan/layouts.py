@@ -105,16 +105,20 @@ def _alone(job: Job, replicas: int, selects: bool) -> Iterator[Layout]:
 
 
 def order(candidate: dict[str, Any]) -> tuple[Any, ...]:
-    """Sorts candidates: those that fit first, the fastest first; at equal speed no offload, then the lower stage, no
-    checkpointing or of fewer layers, the larger micro-batch."""
+    """Sorts candidates: those that fit first, the fastest first; at equal speed the simplest."""
     layout: Layout = candidate["layout"]
+    if not candidate["fits"]:
+        return (1, candidate["memory"]["total"], *complexity(layout))
+    return (0, round(candidate["speed"]["step_s"], 3), *complexity(layout))
+
+
+def complexity(layout: Layout) -> tuple[Any, ...]:
+    """Sorts layouts, the simplest first: no offload, no groups of workers, then the lower stage, no checkpointing or of fewer
+    layers, the larger micro-batch."""
     offload = layout.offload_optimizer, layout.offload_param or ""
     which = layout.checkpointing
     kind = (CHECKPOINTING.index(which), 0) if isinstance(which, bool | str) else (len(CHECKPOINTING), which)
-    plain = (*offload, math.prod(layout.degrees), layout.stage, kind, -layout.micro_batch)
-    if not candidate["fits"]:
-        return (1, candidate["memory"]["total"], *plain)
-    return (0, round(candidate["speed"]["step_s"], 3), *plain)
+    return (*offload, math.prod(layout.degrees), layout.stage, kind, -layout.micro_batch)
 
 
 def ranked(made: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -135,8 +139,9 @@ def why(one: dict[str, Any], first: dict[str, Any]) -> str:
     more = {part: one["parts"][part] - first["parts"][part] for part in first["parts"]}
     slower = one["speed"]["step_s"] - first["speed"]["step_s"]
     part = max(more, key=lambda p: more[p])
-    if slower < 5e-4 or more[part] <= 0:
-        return "as fast, and more complicated"
+    if slower < 1e-3 or more[part] <= 0:
+        simpler = complexity(one["layout"]) < complexity(first["layout"])
+        return f"{1000 * slower:.1f} ms slower, and simpler" if simpler else "as fast, and more complicated"
     return f"+{more[part]:.2f} s {PARTS[part]}"
 
 
