@@ -9,12 +9,13 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from heliostat.curation import pieces, segment, spill, tally
+from heliostat.curation import merging, pieces, segment, spill, tally
 from heliostat.curation.engine import RUN_SHARE, Curated, Engine, groups
 from heliostat.curation.explaining import explain
 from heliostat.curation.flow import Flow, Task
@@ -203,20 +204,30 @@ class Making(Reading):
             self.output.uri, shards, definition, end, self.chunk_tokens, self.explained, infill, bool(self.together) or None
         )
         told = {name: value for name, value in vars(plan).items() if value is not None}
-        follows = key("shards", [[run.name, run.decided] for run in curated.runs], told)
         each = min(max(1, self.memory_limit // 4 // self.shard_bytes), -(-shards // ALONE))
-        shared = {"runs": self.flow.share(curated.runs), "plan": self.flow.share(plan)}
-        reads = curated.bytes * each // shards
-        work = (Task(key(follows, first), {"first": first, "stop": min(first + each, shards)}, shared, reads)
-                for first in range(0, shards, each))  # fmt: skip
+        reads, shared = curated.bytes * each // shards, self.flow.share(plan)
+        ranges = merging.merged(self.flow, curated.runs, shards, partial(_keys, shards), self.memory_limit // RUN_SHARE)
+
+        def work() -> Iterator[Task]:
+            for part in ranges:
+                follows = key("shards", [[run.name, run.decided] for run in part.runs], told)
+                given = {"runs": self.flow.share(part.runs), "plan": shared}
+                for first in range(part.first, part.stop, each):
+                    yield Task(key(follows, first), {"first": first, "stop": min(first + each, part.stop)}, given, reads)
+
         there = dict(self.output.join(SHARDS).files())
         cpus = max(1, self.flow.cpus() // shards)
 
         def whole(record: dict[str, Any]) -> bool:
             return all(there.get(s["path"].removeprefix(f"{SHARDS}/")) == s["file_bytes"] for s in record["shards"])
 
-        for _, record in self.flow.run("shards", tasks.write_shards, work, cpus, whole):
+        for _, record in self.flow.run("shards", tasks.write_shards, work(), cpus, whole):
             yield record
+
+
+def _keys(shards: int, first: int, stop: int) -> tuple[int, int]:
+    """Computes the range of keys of shards [first, stop)."""
+    return tasks.bounds(first, shards)[0], tasks.bounds(stop - 1, shards)[1]
 
 
 def pieces_of(flow: Flow, input: str, files: list[InputFile], target: int) -> Iterator[list[Part]]:

@@ -1,0 +1,89 @@
+"""Merging runs before shards are read: the same documents, in ranges of which a shard reads enough at a time."""
+
+import random
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from heliostat.curation import merging, segment, spill
+from heliostat.curation.merging import Range, merged
+from heliostat.curation.segment import Run, survivors
+from heliostat.curation.work import Work
+from heliostat.storage import Location
+
+from tests.unit.build_curation import HereFlow
+from tests.unit.test_making import STAGES, make, make_input
+
+
+def bounds(shards: int):
+    return lambda first, stop: (spill.share(first, shards)[0], spill.share(stop - 1, shards)[1])
+
+
+def run_of(folder: Location, seed: int, rows: int, size: int, decided: bool) -> Run:
+    """A spilled run of random keys; with some rows that were decided against, if asked."""
+    rng = np.random.default_rng(seed)
+    keys = rng.integers(0, 1 << 64, rows, np.uint64)
+    columns = {"key": keys, "row": range(rows), "hash": [int(k).to_bytes(8, "big") * 4 for k in keys],
+               "id": [f"{seed}-{i}" for i in range(rows)], "bytes": [size] * rows, "columns": [None] * rows,
+               "text": ["x" * size] * rows}  # fmt: skip
+    table = pa.Table.from_arrays([pa.array(columns[f.name], f.type) for f in segment.RUN], schema=segment.RUN)
+    told: tuple[str, ...] = ()
+    if decided:
+        gone = table.select(["key", "row"]).slice(0, rows // 5)
+        told = (spill.write(folder, gone, ("row",)),)
+    return Run(spill.write(folder, table, ("id",)), rows, rows * size, told)
+
+
+def ids(folder: Location, runs: list[Run], low: int = 0, high: int = spill.ALL) -> list[str]:
+    return sorted(id for run in runs for table in survivors(folder, run, low, high) for id in table["id"].to_pylist())
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_every_document_is_in_the_runs_of_its_range_once(tmp_path, monkeypatch, seed):
+    """Whatever the number of runs and shards and the size of a run: a shard's range holds the same documents as before."""
+    rng = random.Random(seed)
+    monkeypatch.setattr(merging, "MANY", rng.choice([1, 20]))
+    monkeypatch.setattr(merging, "LEAST", rng.choice([200, 2000]))
+    monkeypatch.setattr(spill, "GROUP_BYTES", rng.choice([300, 1500]))
+    flow, shards = HereFlow(Work(Location(str(tmp_path))), seed=seed), rng.randrange(2, 30)
+    folder = flow.work.spill
+    runs = [run_of(folder, i, rng.randrange(1, 60), rng.randrange(1, 80), i % 3 == 1) for i in range(rng.randrange(2, 25))]
+    most = rng.choice([3000, 20_000])
+    found = merged(flow, runs, shards, bounds(shards), most)
+    assert [one.first for one in found] == [0, *(one.stop for one in found[:-1])] and found[-1].stop == shards
+    assert ("merge" in flow.done) is merging.thin(Range(0, shards, runs)) and not any(map(merging.thin, found))
+    for one in found:
+        for shard in range(one.first, one.stop):
+            low, high = bounds(shards)(shard, shard + 1)
+            assert ids(folder, one.runs, low, high) == ids(folder, runs, low, high)
+        assert all(not run.decided and run.bytes <= 3 * most for run in one.runs if len(found) > 1)
+    again = HereFlow(Work(flow.work.location), seed=seed + 1)
+    assert merged(again, runs, shards, bounds(shards), most) == found and "merge" not in again.done
+
+
+def test_few_runs_and_large_parts_are_read_as_they_are(tmp_path):
+    runs = [Run(str(i), 10, 1 << 20) for i in range(100)]
+    for some, shards in ((runs[:40], 100), ([Run(r.name, 10, 1 << 30) for r in runs], 1000)):
+        assert merged(HereFlow(Work(Location(str(tmp_path)))), some, shards, bounds(shards), 1 << 25) == [Range(0, shards, some)]
+
+
+def test_what_a_shard_reads_of_a_run_does_not_fall_with_the_inputs_size():
+    """By arithmetic, for 16 GB to 500 TB in runs of 32 MiB and shards of 64 MiB: parts end large, behind few merges."""
+    for exponent in range(34, 52, 3):
+        total, run = 1 << exponent, 1 << 25
+        one, levels = Range(0, total >> 26, [Run("", 1, run)] * min(total // run, 1 << 12)), 0
+        count = total // run  # runs, of which the list holds a sample alone
+        shards, part = total >> 26, run / (total >> 26)
+        while part < merging.LEAST:
+            (first, size), *_ = merging.divided(Range(0, shards, one.runs), run)
+            count, shards, levels = count // size, first.stop - first.first, levels + 1
+            part = run / shards
+        assert levels <= 4 and part >= merging.LEAST, (exponent, levels)
+
+
+def test_the_dataset_is_the_same_with_merges(tmp_path, monkeypatch):
+    make_input(tmp_path / "in")
+    first, plain = make(tmp_path, "first", STAGES, 40_000)
+    monkeypatch.setattr(merging, "MANY", 2)
+    again, there = make(tmp_path, "again", STAGES, 40_000, seed=3)
+    assert again == first and there.done["merge"] > 3 and "merge" not in plain.done
