@@ -19,20 +19,18 @@ import pyarrow.parquet as pq
 from heliostat.storage import Location
 
 GROUP_BYTES = 512 << 10  # of a row group, before compression
+GROUPS = 64  # of a spill; a small one, of which later tasks read little each, has smaller groups, down to an eighth
 ALL = 1 << 64
 
 
 def write(folder: Location, table: pa.Table, order: tuple[str, ...] = ()) -> str:
     """Sorts a table by `key` (uint64), then by the columns of `order`, and writes it; returns the file's name in the folder."""
-    return _store(folder, encode(table, order))
+    return write_sorted(folder, table.sort_by([(name, "ascending") for name in ("key", *order)]))
 
 
 def write_sorted(folder: Location, table: pa.Table) -> str:
     """Writes a table that is sorted by `key` already, of which sorting would make a copy; returns the file's name."""
-    return _store(folder, _encode(table))
-
-
-def _store(folder: Location, data: bytes) -> str:
+    data = _encode(table, min(GROUP_BYTES, max(GROUP_BYTES // 8, table.nbytes // GROUPS)))
     digest = hashlib.sha256(data).hexdigest()
     name = f"{digest[:2]}/{digest[:32]}.parquet"
     folder.join(name).write(data)
@@ -41,12 +39,12 @@ def _store(folder: Location, data: bytes) -> str:
 
 def encode(table: pa.Table, order: tuple[str, ...] = ()) -> bytes:
     """Sorts a table by `key`, then by the columns of `order`, and returns it as a file whose ranges of keys can be read."""
-    return _encode(table.sort_by([(name, "ascending") for name in ("key", *order)]))
+    return _encode(table.sort_by([(name, "ascending") for name in ("key", *order)]), GROUP_BYTES)
 
 
-def _encode(table: pa.Table) -> bytes:
+def _encode(table: pa.Table, group_bytes: int) -> bytes:
     sink = pa.BufferOutputStream()
-    rows = max(1, GROUP_BYTES * len(table) // max(1, table.nbytes))
+    rows = max(1, group_bytes * len(table) // max(1, table.nbytes))
     pq.write_table(table, sink, compression="zstd", use_dictionary=False, write_statistics=["key"], row_group_size=rows)
     return sink.getvalue().to_pybytes()
 
