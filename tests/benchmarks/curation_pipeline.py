@@ -95,12 +95,11 @@ def theirs(folder: Path, tokenizer: str) -> dict[str, Any]:
         saved = folder / f"filtered-{file}.json"
         if not saved.exists():
             mine, before = Ends(), seconds["filters"]
-            names = iter(FILTERS)
-            count = run("filters", JsonlReader(str(folder / "in")),
-                        filters.GopherRepetitionFilter(exclusion_writer=Left(next(names), mine)),
-                        filters.GopherQualityFilter(exclusion_writer=Left(next(names), mine)),
-                        filters.C4QualityFilter(filter_no_terminal_punct=False, exclusion_writer=Left(next(names), mine)),
-                        filters.FineWebQualityFilter(exclusion_writer=Left(next(names), mine)), JsonlWriter(kept), rank=rank)  # fmt: skip
+            left = [Left(name, mine) for name in FILTERS]
+            count = run("filters", JsonlReader(str(folder / "in")), filters.GopherRepetitionFilter(exclusion_writer=left[0]),
+                        filters.GopherQualityFilter(exclusion_writer=left[1]),
+                        filters.C4QualityFilter(filter_no_terminal_punct=False, exclusion_writer=left[2]),
+                        filters.FineWebQualityFilter(exclusion_writer=left[3]), JsonlWriter(kept), rank=rank)  # fmt: skip
             saved.write_text(json.dumps([count, seconds["filters"] - before, mine]))
             seconds["filters"] = before
         count, spent, mine = json.loads(saved.read_text())

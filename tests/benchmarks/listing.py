@@ -122,8 +122,8 @@ def main() -> None:
             for way, found in runs.items():
                 found.append(measured(told, uri, way))
         assert {run[3] for found in runs.values() for run in found} == {given.objects}, runs
-        cells = [f"{median(r[0] for r in of):.1f} s | {of[0][4]:,} | {median(r[1] for r in of):.1f} | {median(r[2] for r in of):.0f}"
-                 for of in runs.values()]  # fmt: skip
+        cells = [f"{median(run[0] for run in of):.1f} s | {of[0][4]:,} | {median(run[1] for run in of):.1f} | "
+                 f"{median(run[2] for run in of):.0f}" for of in runs.values()]  # fmt: skip
         print(f"| {folders} | {given.objects:,} | {cells[0]} | {cells[1]} |", flush=True)
         told.send(False)
         store.join()
