@@ -1,10 +1,13 @@
 """A FineWeb-like pipeline as a whole, beside datatrove's: the same filters, MinHash 14 x 8, PII, tokens of the same tokenizer.
 
-    python tests/benchmarks/curation_pipeline.py corpus.jsonl tokenizer.json [--datatrove VENV/bin/python] [--megabytes 5 50]
+    python tests/benchmarks/curation_pipeline.py corpus.jsonl tokenizer.json --folder FOLDER [--datatrove VENV/bin/python]
+        [--megabytes 5 50] [--sides heliostat datatrove]
 
 The corpus is what `curation_corpus.py` makes. Not in it: extraction, and language, whose model datatrove loads from elsewhere.
 datatrove runs as FineWeb's own script has it: filters and a compressed JSONL, signatures, buckets, clusters, and the rest with
-tokens; one process, one task a step, without its executors. Each side is a process of its own: CPU seconds are of all of it.
+tokens; one process, one task a step and file of 50 MB, without its executors. Each side is a process of its own: CPU seconds are
+of all of it. What a side has made is saved in FOLDER as it ends, of datatrove's filters after each file: the same command goes on
+from there. Of each document both sides tell at which filter it ended, and why; what differs is written to `differences-*.json`.
 """
 
 from __future__ import annotations
@@ -14,16 +17,22 @@ import json
 import resource
 import subprocess
 import sys
-import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+FILTERS = ["gopher_repetition", "gopher_quality", "c4", "fineweb"]
 STAGES = [{"stage": "gopher_repetition"}, {"stage": "gopher_quality"}, {"stage": "c4", "terminal_marks": False},
           {"stage": "fineweb"}, {"stage": "minhash"}, {"stage": "pii", "kinds": ["email", "ip"]}]  # fmt: skip
 END = "<|endoftext|>"
+FILE_BYTES = 50_000_000  # of text
+Ends = dict[str, list[str]]  # id of a document that a filter drops -> the filter, the reason
 
 
-def ours(folder: Path, tokenizer: str) -> dict[str, int]:
+def ours(folder: Path, tokenizer: str) -> dict[str, Any]:
     sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
     from heliostat.curation import reasons
 
@@ -32,11 +41,37 @@ def ours(folder: Path, tokenizer: str) -> dict[str, int]:
     made = make_dataset(
         Here(name="a", input=f"{folder}/in", output=f"{folder}/out", stages=STAGES, tokenizer={"path": tokenizer})
     )
-    funnel = reasons.funnel(made)
-    return {"behind the filters": funnel["3 fineweb"]["kept"], "documents": made.meta["documents"], "tokens": made.tokens}
+    funnel, ends = reasons.funnel(made), Ends()
+    for table in reasons.ends(made):
+        columns = (table[name].to_pylist() for name in ("id", "stage", "reason"))
+        ends |= {id: [stage, reason] for id, stage, reason in zip(*columns, strict=True) if _of_a_filter(stage)}
+    (folder / "ends-heliostat.json").write_text(json.dumps(ends))
+    steps = {name: round(seconds, 1) for name, seconds in reasons.seconds(made).items()}
+    return {"behind the filters": funnel["3 fineweb"]["kept"], "documents": made.meta["documents"], "tokens": made.tokens,
+            "steps": steps}  # fmt: skip
 
 
-def theirs(folder: Path, tokenizer: str) -> dict[str, int]:
+def _of_a_filter(stage: str) -> bool:
+    return stage.partition(" ")[2] in FILTERS or stage in FILTERS
+
+
+class Left:
+    """Notes what a filter of datatrove drops, in the place of the writer that would write it."""
+
+    def __init__(self, name: str, ends: Ends) -> None:
+        self.name, self.ends = name, ends
+
+    def __enter__(self) -> Left:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Has nothing to close."""
+
+    def write(self, document: Any, rank: int) -> None:
+        self.ends[document.id] = [self.name, str(document.metadata.get("filter_reason"))]
+
+
+def theirs(folder: Path, tokenizer: str) -> dict[str, Any]:
     from datatrove.pipeline import filters
     from datatrove.pipeline.dedup import minhash
     from datatrove.pipeline.formatters import PIIFormatter
@@ -46,79 +81,135 @@ def theirs(folder: Path, tokenizer: str) -> dict[str, int]:
 
     config = minhash.MinhashConfig(n_grams=5, num_buckets=14, hashes_per_bucket=8)
     kept, sigs, buckets, removed = (str(folder / name) for name in ("kept", "sigs", "buckets", "removed"))
+    files, seconds, ends, filtered = sorted(p.name for p in (folder / "in").iterdir()), Counter[str](), Ends(), 0
 
-    def run(*steps, data=None, rank=0, size=1) -> int:
-        for step in steps:
-            data = step.run(data, rank, size)
-        return sum(1 for _ in data or ())
+    def run(step: str, *parts: Any, data: Any = None, rank: int = 0, size: int = len(files)) -> int:
+        began = time.process_time()
+        for part in parts:
+            data = part.run(data, rank, size)
+        count = sum(1 for _ in data or ())
+        seconds[step] += time.process_time() - began
+        return count
 
-    filtered = run(JsonlReader(str(folder / "in")), filters.GopherRepetitionFilter(), filters.GopherQualityFilter(),
-                   filters.C4QualityFilter(filter_no_terminal_punct=False), filters.FineWebQualityFilter(),
-                   JsonlWriter(kept))  # fmt: skip
-    run(JsonlReader(kept), minhash.MinhashDedupSignature(output_folder=sigs, config=config))
+    for rank, file in enumerate(files):
+        saved = folder / f"filtered-{file}.json"
+        if not saved.exists():
+            mine, before = Ends(), seconds["filters"]
+            left = [Left(name, mine) for name in FILTERS]
+            count = run("filters", JsonlReader(str(folder / "in")), filters.GopherRepetitionFilter(exclusion_writer=left[0]),
+                        filters.GopherQualityFilter(exclusion_writer=left[1]),
+                        filters.C4QualityFilter(filter_no_terminal_punct=False, exclusion_writer=left[2]),
+                        filters.FineWebQualityFilter(exclusion_writer=left[3]), JsonlWriter(kept), rank=rank)  # fmt: skip
+            saved.write_text(json.dumps([count, seconds["filters"] - before, mine]))
+            seconds["filters"] = before
+        count, spent, mine = json.loads(saved.read_text())
+        filtered, ends = filtered + count, ends | mine
+        seconds["filters"] += spent
+    (folder / "ends-datatrove.json").write_text(json.dumps(ends))
+    for rank in range(len(files)):
+        run("signatures", JsonlReader(kept), minhash.MinhashDedupSignature(output_folder=sigs, config=config), rank=rank)
     for bucket in range(14):
-        run(minhash.MinhashDedupBuckets(input_folder=sigs, output_folder=buckets, config=config), rank=bucket, size=14)
-    run(minhash.MinhashDedupCluster(input_folder=buckets, output_folder=removed, config=config))
-    counted = [0, 0]
+        run("buckets", minhash.MinhashDedupBuckets(input_folder=sigs, output_folder=buckets, config=config), rank=bucket, size=14)
+    run("clusters", minhash.MinhashDedupCluster(input_folder=buckets, output_folder=removed, config=config), size=1)
+    counted = [0]
 
-    def count(documents):
+    def count_documents(documents: Iterator[Any]) -> Iterator[Any]:
         for document in documents:
             counted[0] += 1
             yield document
 
-    rest = JsonlReader(kept).run()
-    for step in (minhash.MinhashDedupFilter(input_folder=removed), PIIFormatter()):
-        rest = step.run(rest, 0, 1)
-    tokens = DocumentTokenizer(output_folder=str(folder / "tokens"), tokenizer_name_or_path=tokenizer, eos_token=END)
-    run(tokens, data=count(rest))
-    counted[1] = sum(path.stat().st_size for path in (folder / "tokens").rglob("*.ds")) // 2
-    return {"behind the filters": filtered, "documents": counted[0], "tokens": counted[1]}
+    for rank in range(len(files)):
+        rest = JsonlReader(kept).run(None, rank, len(files))
+        for step in (minhash.MinhashDedupFilter(input_folder=removed), PIIFormatter()):
+            rest = step.run(rest, rank, len(files))
+        tokens = DocumentTokenizer(output_folder=str(folder / "tokens"), tokenizer_name_or_path=tokenizer, eos_token=END)
+        run("the rest, and tokens", tokens, data=count_documents(rest), rank=rank)
+    size = sum(path.stat().st_size for path in (folder / "tokens").rglob("*.ds")) // 2
+    steps = {name: round(spent, 1) for name, spent in seconds.items()}
+    return {"behind the filters": filtered, "documents": counted[0], "tokens": size, "steps": steps,
+            "all its CPU seconds": sum(seconds.values())}  # fmt: skip
 
 
-def turn(python: str, which: str, folder: Path, tokenizer: str) -> tuple[dict[str, int], float]:
-    """Runs a side; returns what it made, and its CPU seconds."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([python, __file__, which, str(folder), tokenizer], stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr[-2000:])
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return json.loads((folder / f"{which}.json").read_text()), seconds
+def turn(python: str, side: str, folder: Path, tokenizer: str) -> dict[str, Any]:
+    """Runs a side, or takes what it made before; adds its CPU seconds and its peak."""
+    saved = folder / f"{side}.json"
+    if not saved.exists():
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([python, __file__, f"--{side}", str(folder), tokenizer], stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise SystemExit(done.stderr[-2000:])
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        found = json.loads((folder / f"{side}.made").read_text())
+        spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        saved.write_text(json.dumps(found | {"seconds": max(spent, found.pop("all its CPU seconds", 0))}))
+    return json.loads(saved.read_text())
+
+
+def split(corpus: Path, folder: Path, most: float) -> tuple[int, int]:
+    """Writes so much of the corpus in files of FILE_BYTES, with the ids that both sides tell; returns documents and bytes."""
+    told = folder / "input.json"
+    if not told.exists():
+        (folder / "in").mkdir(parents=True, exist_ok=True)
+        size = documents = file = line = held = 0
+        out = (folder / "in" / "0000.jsonl").open("w")
+        with corpus.open() as lines:
+            for row in lines:
+                text = json.loads(row)["text"]
+                bytes_ = len(text.encode())
+                if size + bytes_ > most:
+                    break
+                if held + bytes_ > FILE_BYTES:
+                    out.close()
+                    file, line, held = file + 1, 0, 0
+                    out = (folder / "in" / f"{file:04}.jsonl").open("w")
+                size, documents, line, held = size + bytes_, documents + 1, line + 1, held + bytes_
+                out.write(json.dumps({"id": f"{file:04}.jsonl#{line}", "text": text}) + "\n")
+        out.close()
+        told.write_text(json.dumps([documents, size]))
+    documents, size = json.loads(told.read_text())
+    return documents, size
+
+
+def agreed(folder: Path, documents: int) -> None:
+    """Tells how many decisions of the filters agree, and writes the others."""
+    mine, other = (json.loads((folder / f"ends-{side}.json").read_text()) for side in ("heliostat", "datatrove"))
+    kept = [id for id in mine.keys() | other.keys() if (id in mine) != (id in other)]
+    first = [id for id in mine.keys() & other.keys() if mine[id][0].split()[-1] != other[id][0]]
+    print(f"\nkept or dropped alike: {documents - len(kept):,} of {documents:,} ({1 - len(kept) / documents:.4%}); of those "
+          f"dropped by both, by the same filter: {len(mine.keys() & other.keys()) - len(first):,} of "
+          f"{len(mine.keys() & other.keys()):,}\n", flush=True)  # fmt: skip
+    told = {id: [mine.get(id), other.get(id)] for id in sorted(kept + first)}
+    (folder / "differences.json").write_text(json.dumps(told, indent=1))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", type=Path)
     parser.add_argument("tokenizer")
+    parser.add_argument("--folder", type=Path, required=True, help="keeps what each side has made")
     parser.add_argument("--datatrove", default="")
     parser.add_argument("--megabytes", type=float, nargs="+", default=[5.0, 50.0])
+    parser.add_argument("--sides", nargs="+", default=["heliostat", "datatrove"], choices=["heliostat", "datatrove"])
     asked = parser.parse_args()
-    print("| side | input | behind the filters | documents | tokens | CPU s | MB/s a core |\n|---|---|---|---|---|---|---|")
+    print("| side | input | behind the filters | documents | tokens | CPU s | MB/s a core | peak |\n|" + "---|" * 8)
     for most in asked.megabytes:
-        with tempfile.TemporaryDirectory() as temporary:
-            folder, size, count = Path(temporary), 0, 0
-            (folder / "in").mkdir()
-            with asked.corpus.open() as lines, (folder / "in" / "a.jsonl").open("w") as out:
-                for line in lines:
-                    text = json.loads(line)["text"]
-                    if (size := size + len(text.encode())) > most * 1e6:
-                        break
-                    out.write(json.dumps({"id": str(count), "text": text}) + "\n")
-                    count += 1
-            sides = {"heliostat": (sys.executable, "--ours")}
-            sides |= {"datatrove": (asked.datatrove, "--theirs")} if asked.datatrove else {}
-            for name, (python, which) in sides.items():
-                found, seconds = turn(python, which, folder, asked.tokenizer)
-                cells = " | ".join(f"{value:,}" for value in found.values())
-                print(
-                    f"| {name} | {count:,}, {size / 1e6:.1f} MB | {cells} | {seconds:.1f} | {size / 1e6 / seconds:.2f} |",
-                    flush=True,
-                )
+        folder = asked.folder / f"{most:g}"
+        documents, size = split(asked.corpus, folder, most * 1e6)
+        pythons = {"heliostat": sys.executable, "datatrove": asked.datatrove}
+        for side in asked.sides:
+            found = turn(pythons[side], side, folder, asked.tokenizer)
+            cells = " | ".join(f"{found[name]:,}" for name in ("behind the filters", "documents", "tokens"))
+            rate = f"{found['seconds']:.1f} | {size / 1e6 / found['seconds']:.2f} | {found['peak'] >> 10:,} MiB"
+            print(f"| {side} | {documents:,}, {size / 1e6:.1f} MB | {cells} | {rate} |", flush=True)
+            print("  steps:", found["steps"], file=sys.stderr, flush=True)
+        if all((folder / f"ends-{side}.json").exists() for side in pythons):
+            agreed(folder, documents)
 
 
 if __name__ == "__main__":
-    if sys.argv[1] in ("--ours", "--theirs"):
-        made = {"--ours": ours, "--theirs": theirs}[sys.argv[1]](Path(sys.argv[2]), sys.argv[3])
-        (Path(sys.argv[2]) / f"{sys.argv[1]}.json").write_text(json.dumps(made))
+    if sys.argv[1] in ("--heliostat", "--datatrove"):
+        made = {"--heliostat": ours, "--datatrove": theirs}[sys.argv[1]](Path(sys.argv[2]), sys.argv[3])
+        made["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
+        (Path(sys.argv[2]) / f"{sys.argv[1][2:]}.made").write_text(json.dumps(made))
     else:
         main()

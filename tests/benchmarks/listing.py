@@ -1,10 +1,11 @@
 """Listing an input on S3: many folders at a time (`Location.tree`) beside one stream (`Location.files`).
 
-    PYTHONPATH=. python tests/benchmarks/listing.py [--objects 200000] [--folders 200 1] [--delay 0.05]
+    PYTHONPATH=. python tests/benchmarks/listing.py [--objects 200000] [--folders 200 1] [--delay 0.05] [--times 3]
 
 The store is a process of this machine that only lists, a thousand names an answer, and takes `--delay` seconds for each, as a
-store some way off does (moto's takes seconds for ten thousand objects). Prints seconds and requests of both ways, by turns, for
-objects in so many folders.
+store some way off does (moto's takes seconds for ten thousand objects). Each listing is a process of its own. Prints of both
+ways, by turns, for objects in so many folders: seconds, requests, CPU seconds of the lister, and the most memory that it took
+above what it had before.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import resource
 import threading
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.connection import Connection
 from statistics import median
@@ -24,7 +25,7 @@ from urllib.parse import parse_qs, urlsplit
 from heliostat.storage import Location
 
 AWS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_EC2_METADATA_DISABLED": "true"}
-PAGE, TIMES, END = 1000, 3, "\U0010ffff"
+PAGE, END = 1000, "\U0010ffff"
 
 
 def serve(objects: int, folders: int, delay: float, told: Connection) -> None:
@@ -74,14 +75,31 @@ def page(keys: list[str], prefix: str, delimiter: str | None, after: str) -> byt
             f"{''.join(found)}</ListBucketResult>").encode()  # fmt: skip
 
 
-def measured(told: Connection, listing: Callable[[], int]) -> tuple[float, int, int]:
-    """Returns the seconds, the requests and the number of objects of a listing."""
-    told.send(True)
-    before, start = told.recv(), time.monotonic()
-    found = listing()
-    seconds = time.monotonic() - start
-    told.send(True)
-    return seconds, told.recv() - before, found
+def peak() -> int:
+    """Returns the most memory that this process has taken, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+
+def lister(uri: str, way: str, told: Connection) -> None:
+    """Lists a place in a process of its own, and tells (seconds, CPU seconds, MiB, objects)."""
+    place = Location(uri)
+    place.fs  # noqa: B018 - the client's own libraries are in memory before
+    before, start, cpu = peak(), time.monotonic(), time.process_time()
+    found = getattr(place, way)()
+    told.send((time.monotonic() - start, time.process_time() - cpu, peak() - before, len(found)))
+
+
+def measured(store: Connection, uri: str, way: str) -> tuple[float, float, int, int, int]:
+    """Returns the seconds, CPU seconds, MiB, objects and requests of a listing."""
+    store.send(True)
+    before = store.recv()
+    told, theirs = multiprocessing.Pipe()
+    one = multiprocessing.get_context("spawn").Process(target=lister, args=(uri, way, theirs))
+    one.start()
+    found = told.recv()
+    one.join()
+    store.send(True)
+    return *found, store.recv() - before
 
 
 def main() -> None:
@@ -89,20 +107,23 @@ def main() -> None:
     parser.add_argument("--objects", type=int, default=200_000)
     parser.add_argument("--folders", type=int, nargs="+", default=[200, 20, 1])
     parser.add_argument("--delay", type=float, default=0.05)
+    parser.add_argument("--times", type=int, default=3)
     given = parser.parse_args()
     os.environ.update(AWS)
-    print("| folders | objects | one stream | requests | many at a time | requests |\n|---|---|---|---|---|---|")
+    of = " | requests | CPU s | MiB"
+    print(f"| folders | objects | one stream{of} | many at a time{of} |\n|" + "---|" * 10)
     for folders in given.folders:
         told, theirs = multiprocessing.Pipe()
         store = multiprocessing.Process(target=serve, args=(given.objects, folders, given.delay, theirs), daemon=True)
         store.start()
-        place = Location(f"s3://bucket/in?endpoint_override=127.0.0.1:{told.recv()}&scheme=http")
-        stream, beside = list[tuple[float, int, int]](), list[tuple[float, int, int]]()
-        for _ in range(TIMES):
-            stream.append(measured(told, lambda place=place: len(place.files())))
-            beside.append(measured(told, lambda place=place: len(place.tree())))
-        assert {found for *_, found in stream + beside} == {given.objects}, (stream, beside)
-        cells = [f"{median(s for s, *_ in runs):.1f} s | {runs[0][1]:,}" for runs in (stream, beside)]
+        uri = f"s3://bucket/in?endpoint_override=127.0.0.1:{told.recv()}&scheme=http"
+        runs: dict[str, list[tuple[float, float, int, int, int]]] = {"files": [], "tree": []}
+        for _ in range(given.times):
+            for way, found in runs.items():
+                found.append(measured(told, uri, way))
+        assert {run[3] for found in runs.values() for run in found} == {given.objects}, runs
+        cells = [f"{median(run[0] for run in of):.1f} s | {of[0][4]:,} | {median(run[1] for run in of):.1f} | "
+                 f"{median(run[2] for run in of):.0f}" for of in runs.values()]  # fmt: skip
         print(f"| {folders} | {given.objects:,} | {cells[0]} | {cells[1]} |", flush=True)
         told.send(False)
         store.join()

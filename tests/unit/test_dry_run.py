@@ -129,6 +129,28 @@ def test_what_is_predicted_of_each_stage_is_near_the_whole(tmp_path):
     assert found["tokens"] == pytest.approx(truth["shard"]["counts"]["tokens"], rel=0.1)
 
 
+@pytest.mark.parametrize("share", [0.1, 0.3])
+def test_documents_bytes_and_tokens_of_a_whole_lie_between_the_bounds_that_are_told(tmp_path, share):
+    """Of documents of very different sizes, a third of which a stage leaves out; and a person is told the bounds."""
+    rng = random.Random(5)
+    (tmp_path / "in").mkdir()
+    for i in range(1500):
+        words = " ".join(f"w{rng.randrange(900)}" for _ in range(min(3000, int(rng.lognormvariate(4, 1.2)))))
+        (tmp_path / "in" / f"{i}.txt").write_text(words or "w1")
+    stages = [{"stage": "length", "min_words": 30}]
+    made, inputs = trial(tmp_path, share, stages=stages)
+    found = made.predicted(inputs)
+    (_, meta), _ = make_whole(tmp_path, "whole", stages)
+    truth = json.loads((tmp_path / "whole" / meta["curation"]["funnel"]).read_text())["shard"]
+    last = found["funnel"][-1]
+    assert 800 < truth["kept"] < 1100 and last["kept_low"] <= truth["kept"] <= last["kept_high"]
+    assert found["bytes_low"] <= truth["kept_bytes"] <= found["bytes_high"] < 1.7 * found["bytes"]
+    assert found["tokens_low"] <= truth["counts"]["tokens"] <= found["tokens_high"]
+    told = "\n".join(prediction.explain(found | {"name": "a", "cost": 0.0, "currency": "USD", "seconds": 1.0}))
+    for name in ("bytes", "tokens"):
+        assert f"{found[name]:,} {name} ({found[f'{name}_low']:,} to {found[f'{name}_high']:,})" in told
+
+
 def test_a_pipeline_without_stages_is_predicted_too(tmp_path):
     make_input(tmp_path / "in", 900)
     made, inputs = trial(tmp_path, 0.5, stages=[])

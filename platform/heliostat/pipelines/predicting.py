@@ -87,10 +87,11 @@ class Prediction:
             "cpus": cpus,
             "notes": self._notes(),
         }  # fmt: skip
+        least, most = (last["kept_bytes"] * self.factors[i][""] / self.factors[0][""] for i in (2, 1))
+        least, most = least * max(0.0, 1 - spread), most * (1 + spread)
+        found |= {"bytes": last["kept_bytes"], "bytes_low": round(least), "bytes_high": round(most)}
         if self.rate and last["tokens"] is not None:
-            few, most = (last["kept_bytes"] * self.factors[i][""] / self.factors[0][""] for i in (2, 1))
-            found |= {"tokens_low": round(few * self.rate.low * max(0.0, 1 - spread)),
-                      "tokens_high": round(most * self.rate.high * (1 + spread))}  # fmt: skip
+            found |= {"tokens_low": round(least * self.rate.low), "tokens_high": round(most * self.rate.high)}
         return found
 
     def _rows(self) -> list[dict[str, Any]]:

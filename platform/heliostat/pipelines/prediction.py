@@ -41,13 +41,14 @@ def explain(found: dict[str, Any]) -> list[str]:
     cpu, wall = duration(found["cpu_hours"] * HOUR_S), duration(found["wall_hours"] * HOUR_S)
     few, many = duration(found["cpu_hours_low"] * HOUR_S), duration(found["cpu_hours_high"] * HOUR_S)
     row = found["funnel"][-1]
+    size = f"{found['bytes']:,} bytes ({found['bytes_low']:,} to {found['bytes_high']:,}), "
     tokens = ""
     if found["tokens"] is not None:
         tokens = f"{found['tokens']:,} tokens ({found['tokens_low']:,} to {found['tokens_high']:,}), "
     return [
         f"{found['name']}: predicted from {sample['documents']:,} documents, {sample['fraction']:.4g} of {whole['bytes']:,} bytes"
         f" in {whole['files']:,} files, in {duration(found['seconds'])}",
-        f"the whole: {found['documents']:,} documents ({row['kept_low']:,} to {row['kept_high']:,}), {tokens}"
+        f"the whole: {found['documents']:,} documents ({row['kept_low']:,} to {row['kept_high']:,}), {size}{tokens}"
         f"{cpu} of CPU ({few} to {many}; {cost}), {wall} on {found['cpus']} CPUs",
         "in brackets: 95 %, as if documents were drawn one by one, with the fewest and the most duplicates that are possible; "
         "where neighbours are alike, more",
