@@ -6,27 +6,27 @@ Each model is trained once and kept in FOLDER, so judging again trains nothing; 
 nothing. What follows was decided before any result was looked at.
 
 **Trained**: on the source code of Python's own library (without its tests; files held out by the hash of their path), with one
-byte-level BPE, one Llama of 1.4M parameters, bf16 autocast, Muon for the matrices of its layers and AdamW for the rest, batches of
-the same size. `fim`: the pipeline's own, 9 in 10 spans rearranged, half of those suffix first, cut anywhere; a row begins at a
-span's beginning, so that a window holds a whole span. `plain`: files as they are, rows from anywhere.
+byte-level BPE, one Llama of 1.4M parameters, bf16 autocast, Muon for the matrices of its layers and AdamW for the rest, batches
+of the same size. `fim`: the pipeline's own, 9 in 10 spans rearranged, half of those suffix first, cut anywhere; a row begins at
+a span's beginning, so that a window holds a whole span. `plain`: files as they are, rows from anywhere.
 
 **Judged**: on middles of spans of held-out files, so that both models see a context as long as the training rows. Four cuts:
 "rest of a line" (from within a line to its end), "words" (1 to 4 within a line, of which something remains behind them),
-"line" (a whole one), "anywhere" (the pipeline's own random cut). The first three lie at bounds of the tokens of the uncut span, so
-no model reads tokens that it would not see in plain text; "anywhere" does not, which is against left to right. As many of each, then
-by how many tokens the middle has.
+"line" (a whole one), "anywhere" (the pipeline's own random cut). The first three lie at bounds of the tokens of the uncut span,
+so no model reads tokens that it would not see in plain text; "anywhere" does not, which is against left to right. As many of
+each; then by how many tokens the middle has.
 
-**Given**: `fim` the prefix and the suffix, in both orders. `plain` the prefix alone, and the suffix before the prefix (a line break
-between them). The token that ends documents stands first where the training rows have it: before a file's beginning for `plain`.
+**Given**: `fim` the prefix and the suffix, in both orders. `plain` the prefix alone, and the suffix before the prefix (a line
+break between them). The token that ends documents stands first where the training rows have it: before a file's beginning for
+`plain`.
 
-**Nats** a token of the middle, for both; the end of the middle is not in that. It has columns of its own, a middle: for `fim` the
-token that ends the middle, which it must write; `plain` has none, and the nearest thing is the suffix's first token behind the
-middle. The two are different events.
+**Nats** a token of the middle, for both; the end of the middle is not in that. It has a column of its own: for `fim` the token
+that ends the middle, which it must write; `plain` has none, and the nearest thing is the suffix's first token behind the middle.
+The two are different events.
 
 **Greedy** middles of up to 32 tokens: exact match and edit similarity, as `heliostat benchmark` has them. `fim` ends its middle
-itself; one that never ends is cut where its tokens are. `plain` is judged twice: *told* how many characters the true middle has,
-more than any editor knows, and *cut* as an editor can: where what it wrote goes on with the suffix's first 8 characters (behind its
-spaces), else behind its line. For "anywhere" and "line" the first is what to look at.
+itself. `plain` is judged twice: *told* how many characters the true middle has, more than any editor knows, and by itself: cut
+as an editor can, where it goes on with the suffix's first 8 characters (behind its spaces), else behind its line.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -134,11 +135,11 @@ def middles(held: list[str], tokenizer: Tokenizer, most: int) -> list[Middle]:
         for cut, made in found.items():
             if len(made) < most and (pieces := pieces_of(cut, span, draw, (text, keys, number))):
                 ids = encode(tokenizer, list(pieces))
-                if cut == "anywhere" or sum(ids, []) == encode(tokenizer, [span])[0]:
+                if cut == "anywhere" or list(chain.from_iterable(ids)) == encode(tokenizer, [span])[0]:
                     made.append(Middle(cut, pieces, ids, number == 0))
         if all(len(made) == most for made in found.values()):
             break
-    return sum(found.values(), [])
+    return list(chain.from_iterable(found.values()))
 
 
 def pieces_of(
@@ -204,7 +205,7 @@ def greedy(model: LlamaForCausalLM, before: list[list[int]], most: int, end: int
 
 
 def as_editors_cut(text: str, suffix: str) -> str:
-    """Cuts what was written where it goes on with the suffix, else behind its line; the line's end is the suffix's, if that has it."""
+    """Cuts what was written where it goes on with the suffix, else behind its line, whose end may be the suffix's."""
     goes_on = suffix[: len(suffix) - len(suffix.lstrip()) + 8]
     if goes_on and (at := text.find(goes_on)) >= 0:
         return text[:at]
@@ -235,9 +236,7 @@ def judge(model: LlamaForCausalLM, way: str, all_: list[Middle], before: list[li
 
 def table(title: str, groups: dict[str, np.ndarray], found: dict[str, dict[str, np.ndarray]], sizes: np.ndarray) -> None:
     """Prints a table: of each group of middles, what each way makes of them."""
-    print(
-        f"\n| {title} | given | middles | nats a token | nats a middle | of its end | exact | similarity | told: exact | similarity |"
-    )
+    print(f"\n| {title} | given | middles | nats a token | a middle | its end | exact | similarity | told: exact | similarity |")
     print("|---|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     for group, mask in groups.items():
         for name, value in found.items():
@@ -254,9 +253,7 @@ def table(title: str, groups: dict[str, np.ndarray], found: dict[str, dict[str, 
 
 def paired(groups: dict[str, np.ndarray], found: dict[str, dict[str, np.ndarray]]) -> None:
     """Prints how far each way of filling in is from the better of left to right, middle by middle."""
-    print(
-        "\n| middles | given | nats a middle less than | exact more than, both by themselves | told their length |\n|---|---|---:|---:|---:|"
-    )
+    print("\n| middles | given | nats a middle less | exact more, both by themselves | both told | \n|---|---|---:|---:|---:|")
     for group, mask in groups.items():
         for name in WAYS["fim"]:
             said = []

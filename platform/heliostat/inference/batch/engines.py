@@ -195,19 +195,16 @@ class Engine:
 
 
 class Continue(Engine):
-    """Continues prompts by up to `max_tokens` tokens; an empty prompt begins a document."""
+    """Continues prompts by up to `max_tokens` tokens; an empty prompt begins a document. Every end that the model's folder names
+    ends an answer."""
 
     def __init__(self, model: Path | Loaded, batch: int, options: dict[str, Any]) -> None:
         super().__init__(model, batch)
         self.sampling = validate(Sampling, options, "options")
         self.pads = self.model is not None and pads_hold(self)
-        self.ends = self.ending()
+        self.ends = ends(self.tokenizer, self.loaded.generation())
         if self.model is not None:  # nothing of the folder's sampling: a penalty would be no draw of the model's
             self.model.generation_config = transformers.GenerationConfig()
-
-    def ending(self) -> list[int]:
-        """Returns the tokens that end an answer."""
-        return ends(self.tokenizer, None)
 
     def encode(self, text: str) -> list[int]:
         return super().encode(text or self.tokenizer.bos_token or "")
@@ -240,10 +237,7 @@ class Continue(Engine):
 
 
 class Chat(Continue):
-    """Answers chats, messages as JSON, by the tokenizer's chat template; every end that the model's folder names ends one."""
-
-    def ending(self) -> list[int]:
-        return ends(self.tokenizer, self.loaded.generation())
+    """Answers chats, messages as JSON, by the tokenizer's chat template."""
 
     def encode(self, text: str) -> list[int]:
         try:
