@@ -359,7 +359,7 @@ class Location:
 
 
 def _takes_files(folder: Path) -> bool:
-    """Tells whether files can be made in a folder; in one that shows what the kernel knows, as /proc, they cannot, whoever asks."""
+    """Tells whether files can be made in a folder: not in one that shows what the kernel knows, as /proc, whoever asks."""
     if os.statvfs(folder).f_blocks:
         return True
     try:

@@ -52,8 +52,12 @@ def ask(*messages: tuple[str, str]) -> str:
 
 @pytest.fixture(scope="module")
 def writer(tmp_path_factory) -> Path:
+    return write_writer(tmp_path_factory.mktemp("writer"))
+
+
+def write_writer(place: Path) -> Path:
     """A language model with a chat template, and two tokens that end an answer."""
-    folder = write_model(tmp_path_factory.mktemp("writer"), BASE["model"], 128)
+    folder = write_model(place, BASE["model"], 128)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)

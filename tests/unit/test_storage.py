@@ -204,7 +204,7 @@ def test_a_disk_that_takes_no_writes_is_no_store_that_may_come_back(tmp_path):
 @pytest.mark.parametrize("place", ["/proc/of-heliostat", "/proc/of-heliostat/runs"])
 def test_a_folder_of_the_kernels_takes_no_output(place):
     """Its owner, root, may write to /proc, and no file can be made there: a word, and no FileNotFoundError."""
-    with pytest.raises(AccessError, match="is not a folder that can be written to; name another place$"):
+    with pytest.raises(AccessError, match=r"is not a folder that can be written to; name another place$"):
         Location(place).require_writable()
     for write in (lambda: Location(place).write(b"x"), lambda: Location(place).create(b"x")):
         with pytest.raises(AccessError, match=f"^{place}: no file can be made here; name another place$"):

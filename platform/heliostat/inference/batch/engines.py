@@ -65,6 +65,10 @@ class BadInputError(Exception):
         self.answer = Answer(bad=reason, detail=detail)
 
 
+class DeadEngineError(HeliostatError):
+    """Reports that an engine answers no more, whatever it is asked."""
+
+
 class Loaded:
     """Loads a model and its tokenizer. `longest`: the tokens that it takes, None if there is no limit; `writes`: whether it is a
     language model; `head`: an Auto class, of a model with another head."""
@@ -174,7 +178,7 @@ class Engine:
                 return self.answer(tokens, inputs)
         except Exception as e:  # whatever a model raises for an input: the others are answered
             if isinstance(e, torch.AcceleratorError) or type(e).__name__ == "EngineDeadError":  # the last is vLLM's
-                raise HeliostatError(f"the engine has died ({type(e).__name__}: {brief(e)}); give the command again") from e
+                raise DeadEngineError(f"the engine has died ({type(e).__name__}: {brief(e)}); give the command again") from e
             if len(inputs) == 1:
                 return [Answer(bad="failed", detail=f"{type(e).__name__}: {e}"[:500])]
         return [self._answered([t], [i])[0] for t, i in zip(tokens, inputs, strict=True)]
