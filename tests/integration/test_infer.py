@@ -11,11 +11,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from heliostat.data import manifest
 from heliostat.inference.batch import run
 from heliostat.inference.batch.settings import Settings
 from heliostat.pipelines.prepare import prepare
-from heliostat.storage import Location
 
 from tests.integration import commands
 from tests.unit.build_job import BASE
@@ -117,10 +115,9 @@ def test_chats_classes_and_images_are_answered_once_by_workers_of_which_one_is_k
                     "text_column": column, "columns": columns, "output": str(tmp_path / "data" / task), "min_chars": 1,
                     "tokenizer": {"vocab_size": 300}, "chunk_tokens": 1024}  # fmt: skip
         (tmp_path / f"{task}.yaml").write_text(yaml.safe_dump(pipeline))
-        prepare(tmp_path / f"{task}.yaml", [])
-        read = manifest.read(Location(str(tmp_path / "data" / task)))
+        read = prepare(tmp_path / f"{task}.yaml", [], quiet=True)
         written = {row[column] for row in answers(tmp_path / task) if row[column]}
-        assert 0 < read.documents <= len(written), task  # of equal texts one is kept
+        assert len(written) / 2 < read["documents"] <= len(written), task  # of equal texts one is kept
 
 
 def test_the_command_says_what_it_did_and_what_is_wrong(tmp_path):
